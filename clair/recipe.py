@@ -1,0 +1,238 @@
+"""Recipes: YAML in, strict; `--set`; near-miss names; provenance; atomic writes; exit codes.
+
+A recipe is one frozen pydantic model per verb. Unknown keys are refused with the nearest allowed name, and
+everything is resolved before any work is done or money spent. `apo` uses this module too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+EXIT_USER_ERROR = 2
+"""The user's mistake: found before any work, told in one line; nothing already made is harmed."""
+EXIT_SOME_FAILED = 3
+"""Some rows failed (their reasons are in dropped.jsonl) and the rest is complete."""
+EXIT_INTERRUPTED = 130
+"""Ctrl-C: everything finished so far is kept; run the same command again to go on."""
+
+
+class UserError(ValueError):
+    """The user's mistake, told in one line: what was found, what is allowed, what to do."""
+
+
+class Recipe(BaseModel):
+    """Base of every recipe and of its parts: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+R = TypeVar("R", bound=Recipe)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 values: `1e-6` is a number, as everybody expects, and `2024-06-01` is text."""
+
+
+_YAML_11_ONLY = {"tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _YAML_11_ONLY]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises yaml.YAMLError where it is none."""
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader with YAML 1.2 numbers)
+
+
+def load_recipe(model: type[R], path: str | Path, overrides: Iterable[str] = ()) -> R:
+    """Read the YAML file at `path`, apply `key.sub=value` overrides, and check it against `model`.
+
+    Raises UserError, in one line, for a missing file, broken YAML, an unknown key (with the near miss), a wrong
+    value, or an override that is not `key=value`.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"recipe {file} does not exist; give the path of a YAML file")
+    try:
+        values = parse_yaml(file.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {file} holds {type(values).__name__}, not keys and values; see docs/recipes")
+    return resolve(model, apply_overrides(values, overrides), source=str(file))
+
+
+def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `values` with each `a.b=value` put in place; the value is read as YAML."""
+    result: dict[str, Any] = json.loads(json.dumps(values))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set takes key=value, got {override!r}; for example --set beta=0.05")
+        *parents, last = key.split(".")
+        place = result
+        for parent in parents:
+            if not isinstance(place.get(parent), dict):
+                place[parent] = {}
+            place = place[parent]
+        try:
+            place[last] = parse_yaml(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {key}: {text!r} is not a YAML value") from error
+    return result
+
+
+def resolve(model: type[R], values: Mapping[str, Any], source: str = "recipe") -> R:
+    """`values` as a checked `model`; the first thing wrong becomes a one-line UserError."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(f"{source}: {_first_problem(model, error)}") from error
+
+
+def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    # An unknown key explains a missing one ("promts" for "prompts"), so it is told first.
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        allowed = sorted(_fields_at(model, problem["loc"][:-1]))
+        return f"unknown key {where!r}{near_miss(str(problem['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
+    if problem["type"] == "missing":
+        return f"the key {where!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    found = problem["input"]
+    told = f", found {found!r}" if isinstance(found, str | int | float | bool) else ""
+    return f"{where}: {message}{told}" if where else message
+
+
+def _fields_at(model: type[BaseModel], place: tuple[Any, ...]) -> set[str]:
+    """The keys allowed at a place of the recipe; union arms and list positions in `place` are stepped over."""
+    fields: set[str] = set(model.model_fields)
+    current: list[type[BaseModel]] = [model]
+    for part in place:
+        inner = [m for c in current for m in _models_in(getattr(c.model_fields.get(str(part)), "annotation", None))]
+        if inner:
+            current, fields = inner, {name for m in inner for name in m.model_fields}
+    return fields
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for argument in getattr(annotation, "__args__", ()) for m in _models_in(argument)]
+
+
+def near_miss(name: str, allowed: Iterable[str]) -> str:
+    """` (did you mean 'x'?)`, or nothing where no allowed name is near."""
+    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def resolved(recipe: BaseModel) -> dict[str, Any]:
+    """The recipe as plain JSON values, defaults filled in: what `--dry-run` prints and every output keeps."""
+    return recipe.model_dump(mode="json")
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys whose values differ between two resolved recipes, sorted."""
+    keys: list[str] = []
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            keys += changed_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            keys.append(prefix + key)
+    return keys
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces, in UTF-8: equal values give equal bytes. Lone surrogates survive."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return text.encode("utf-8", "surrogatepass")
+
+
+def content_hash(value: Any) -> str:
+    """SHA-256 of the canonical JSON of `value`, in hex."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Write a file so that at any instant it is wholly the old one or wholly the new one, also after a power cut."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        publish(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def publish(temporary: str | Path, target: str | Path) -> None:
+    """Put a finished temporary file in its place: flushed to disk first, then renamed."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(temporary, 0o666 & ~umask)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
+    directory = os.open(Path(target).parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+PROVENANCE_PACKAGES = ("clair-apo", "torch", "transformers", "trl", "peft", "datasets", "openai", "accelerate")
+
+
+def provenance() -> dict[str, Any]:
+    """What made an output: package versions, Python, and the git commit of the working directory (or None)."""
+    versions = {}
+    for name in PROVENANCE_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"python": sys.version.split()[0], "versions": versions, "git_commit": git_commit()}
+
+
+def git_commit() -> str | None:
+    """The commit of the working directory, `-dirty` where tracked files differ from it; None outside of git."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],  # noqa: S607
+            capture_output=True, text=True, timeout=10, check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
