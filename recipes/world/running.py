@@ -1,0 +1,68 @@
+"""Starting and stopping the embedded endpoint from Python: a subprocess, bounded in time, stopped by its own pid."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from recipes.world.reviser import Misbehaviour
+from recipes.world.server import ServerOptions
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers at `url` (which ends in /v1)."""
+
+    url: str
+    pid: int
+
+    def stats(self) -> dict[str, Any]:
+        """What GET /stats says; see `Tally.as_json`."""
+        with urllib.request.urlopen(self.url.removesuffix("/v1") + "/stats", timeout=10) as response:
+            return json.load(response)
+
+
+def arguments(options: ServerOptions) -> list[str]:
+    """The command-line arguments that give a server these options."""
+    named = {f.name: getattr(options, f.name) for f in fields(ServerOptions) if f.name != "misbehaviour"}
+    named |= {f.name: getattr(options.misbehaviour, f.name) for f in fields(Misbehaviour)}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in named.items() if value is not None]
+
+
+@contextmanager
+def running(options: ServerOptions = ServerOptions(), *, start_seconds: float = 30.0) -> Iterator[Running]:  # noqa: B008
+    """A server process for the length of a `with` block. RuntimeError where it does not start within the time given."""
+    command = [sys.executable, "-m", "recipes.world.server", *arguments(options)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    try:
+        yield Running(_ready_line(process, start_seconds), process.pid)
+    finally:
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(5)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def _ready_line(process: subprocess.Popen[str], seconds: float) -> str:
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        line = process.stdout.readline().strip() if selector.select(seconds) else ""
+    if not line.startswith("http"):
+        raise RuntimeError(f"the world server did not start within {seconds:g} s (exit code {process.poll()})")
+    return line

@@ -1,0 +1,274 @@
+"""The embedded world's endpoint: a real OpenAI-compatible HTTP server on 127.0.0.1, in a process of its own.
+
+    python -m recipes.world.server --port 0 --max-seconds 600
+
+prints its URL when it is ready and serves two models: `world-reviser` (the stronger model, answers revision
+requests) and `world-target` (answers bare tasks, half of them by a wrong rule). GET /stats tells what it did. It
+ends by itself after `--max-seconds` or when the process that started it is gone. From Python:
+
+    with running(ServerOptions(misbehaviour=Misbehaviour(too_many=0.05))) as server:
+        server.url, server.stats()
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from aiohttp import web
+
+from recipes.world.reviser import Misbehaviour, Plan, Reply, answer, cut, last_user_text, plan, revise
+
+MODELS = ("world-reviser", "world-target")
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """One server: where it listens, how long it lives, how it behaves. Times are in seconds."""
+
+    port: int = 0  # 0 = any free one
+    seed: int = 0
+    api_key: str | None = None  # absent = no key is asked for
+    latency: float = 0.0  # added to every answer
+    cap: int | None = None  # more chat requests than this in flight are answered 429
+    retry_after: float = 1.0
+    slow_seconds: float = 2.0
+    max_seconds: float = 600.0
+    misbehaviour: Misbehaviour = field(default_factory=Misbehaviour)
+
+
+@dataclass
+class Tally:
+    """What the server did so far; `paid` counts the answers with status 200 by the hash of the request body."""
+
+    requests: int = 0
+    in_flight: int = 0
+    max_in_flight: int = 0
+    statuses: Counter[int] = field(default_factory=Counter)
+    misbehaviours: Counter[str] = field(default_factory=Counter)
+    paid: Counter[str] = field(default_factory=Counter)
+    attempts: Counter[str] = field(default_factory=Counter)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "requests": self.requests,
+            "max_in_flight": self.max_in_flight,
+            "statuses": {str(status): count for status, count in sorted(self.statuses.items())},
+            "misbehaviours": dict(self.misbehaviours),
+            "paid_total": self.paid.total(),
+            "paid_distinct": len(self.paid),
+            "paid_more_than_once": sum(count > 1 for count in self.paid.values()),
+            "paid": dict(self.paid),
+        }
+
+
+class Refused(Exception):
+    """A request that gets an error answer, in OpenAI's form."""
+
+    def __init__(self, status: int, message: str, code: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        kind = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
+        error = {"message": message, "type": kind, "param": None, "code": code}
+        self.response = web.json_response({"error": error}, status=status, headers=headers)
+
+
+def body_hash(body: dict[str, Any]) -> str:
+    """The hash of a request body, whatever the order of its keys."""
+    canonical = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+async def read_body(request: web.Request) -> dict[str, Any]:
+    """The request's JSON object, checked as far as this server reads it."""
+    try:
+        body = json.loads(await request.read())
+    except ValueError as error:
+        raise Refused(400, f"the body is not JSON: {error}", "invalid_json") from None
+    if not isinstance(body, dict) or not isinstance(body.get("messages"), list) or not body["messages"]:
+        raise Refused(400, "messages must be a list of at least one message", "invalid_messages")
+    if body.get("model") not in MODELS:
+        raise Refused(404, f"The model `{body.get('model')}` does not exist.", "model_not_found")
+    if body.get("stream"):
+        raise Refused(400, "this server does not stream; leave stream out", "unsupported_value")
+    return body
+
+
+class World:
+    """The request handlers, around one tally."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        self.options = options
+        self.tally = Tally()
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=16 * 2**20)
+        app.add_routes([
+            web.get("/v1/models", self.models),
+            web.post("/v1/chat/completions", self.chat),
+            web.get("/stats", self.stats),
+        ])
+        return app
+
+    async def stats(self, _: web.Request) -> web.Response:
+        return web.json_response(self.tally.as_json())
+
+    async def models(self, request: web.Request) -> web.Response:
+        try:
+            self.check_key(request)
+        except Refused as refused:
+            return refused.response
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "world"} for name in MODELS]
+        return web.json_response({"object": "list", "data": data})
+
+    async def chat(self, request: web.Request) -> web.Response:
+        tally = self.tally
+        tally.requests += 1
+        tally.in_flight += 1
+        tally.max_in_flight = max(tally.max_in_flight, tally.in_flight)
+        try:
+            response = await self.completion(request)
+        except Refused as refused:
+            response = refused.response
+        finally:
+            tally.in_flight -= 1
+        tally.statuses[response.status] += 1
+        return response
+
+    async def completion(self, request: web.Request) -> web.Response:
+        """One chat completion, or Refused. The order is a real endpoint's: key, limits, body, faults, answer."""
+        self.check_key(request)
+        options, tally = self.options, self.tally
+        if options.cap is not None and tally.in_flight > options.cap:
+            tally.misbehaviours["cap"] += 1
+            raise self.too_many(f"more than {options.cap} requests in flight")
+        body = await read_body(request)
+        body_id = body_hash(body)
+        planned = plan(options.seed, body_id, options.misbehaviour)
+        self.fail_as_planned(body_id, planned)
+        if delay := options.latency + options.slow_seconds * planned.slow:
+            await asyncio.sleep(delay)
+        if planned.slow:
+            tally.misbehaviours["slow"] += 1
+        result = self.result(body, body_id, planned)
+        tally.paid[body_id] += 1
+        return web.json_response(result)
+
+    def check_key(self, request: web.Request) -> None:
+        key = self.options.api_key
+        if key is not None and request.headers.get("Authorization") != f"Bearer {key}":
+            raise Refused(401, "Incorrect API key provided.", "invalid_api_key")
+
+    def too_many(self, why: str) -> Refused:
+        return Refused(429, f"Rate limit reached: {why}.", "rate_limit_exceeded", {"Retry-After": f"{self.options.retry_after:g}"})
+
+    def fail_as_planned(self, body_id: str, planned: Plan) -> None:
+        """Raises for the first attempts at a body that is planned to fail; a later attempt goes through."""
+        if planned.transport is None:
+            return
+        self.tally.attempts[body_id] += 1
+        if self.tally.attempts[body_id] > planned.failures:
+            return
+        self.tally.misbehaviours[planned.transport] += 1
+        if planned.transport == "too_many":
+            raise self.too_many("too many requests per minute")
+        raise Refused(500, "The server had an error while processing your request.", "server_error")
+
+    def result(self, body: dict[str, Any], body_id: str, planned: Plan) -> dict[str, Any]:
+        """The chat.completion object. Tokens are counted as four characters each."""
+        try:
+            message = last_user_text(body["messages"])
+        except (ValueError, AttributeError) as error:
+            raise Refused(400, str(error), "invalid_messages") from None
+        count = body.get("n") or 1
+        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        if body["model"] == "world-target":
+            replies = [answer(message, self.options.seed, f"{body_id}-{n}" if n else body_id) for n in range(count)]
+        else:
+            replies = [revise(message, planned)] * count
+            if planned.text:
+                self.tally.misbehaviours[planned.text] += 1
+        return completion_object(body, body_id, [cut(reply, limit) for reply in replies])
+
+
+def completion_object(body: dict[str, Any], body_id: str, replies: list[Reply]) -> dict[str, Any]:
+    """OpenAI's chat.completion object around these replies."""
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": reply.text, "refusal": None},
+            "logprobs": None,
+            "finish_reason": reply.finish_reason,
+        }
+        for index, reply in enumerate(replies)
+    ]
+    prompt_tokens = sum(len(str(message.get("content"))) for message in body["messages"]) // 4 + 1
+    completion_tokens = sum(len(reply.text) // 4 + 1 for reply in replies)
+    usage = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+    return {
+        "id": f"chatcmpl-{body_id}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": body["model"],
+        "choices": choices,
+        "usage": usage,
+    }
+
+
+async def serve(options: ServerOptions, ready: Callable[[str], None], parent_gone: Callable[[], bool]) -> None:
+    """Serves until `max_seconds` are over or the parent is gone; calls `ready` with the URL once it listens."""
+    runner = web.AppRunner(World(options).app(), access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", options.port, backlog=1024)
+    await site.start()
+    port = runner.addresses[0][1]
+    ready(f"http://127.0.0.1:{port}/v1")
+    deadline = time.monotonic() + options.max_seconds
+    while time.monotonic() < deadline and not parent_gone():
+        await asyncio.sleep(min(0.5, options.max_seconds))
+    await runner.cleanup()
+
+
+def options_from(arguments: list[str] | None = None) -> ServerOptions:
+    """Reads the command line; each rate of `Misbehaviour` is an option of its own name."""
+    parser = argparse.ArgumentParser(description="Serve the embedded world's models on 127.0.0.1.")
+    parser.add_argument("--port", type=int, default=0, help="0 = any free one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--api-key")
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds added to every answer")
+    parser.add_argument("--cap", type=int, help="chat requests in flight; more are answered 429")
+    parser.add_argument("--retry-after", type=float, default=1.0, help="seconds, sent with a 429")
+    parser.add_argument("--slow-seconds", type=float, default=2.0)
+    parser.add_argument("--max-seconds", type=float, default=600.0, help="the server ends by itself after this")
+    rates = [rate.name for rate in fields(Misbehaviour)]
+    for rate in rates:
+        parser.add_argument(f"--{rate.replace('_', '-')}", type=float, default=0.0, help="share of distinct requests")
+    given = vars(parser.parse_args(arguments))
+    return ServerOptions(misbehaviour=Misbehaviour(**{rate: given.pop(rate) for rate in rates}), **given)
+
+
+def main() -> None:
+    parent = os.getppid()
+    work: Awaitable[None] = serve(
+        options_from(),
+        ready=lambda url: print(url, flush=True),
+        parent_gone=lambda: os.getppid() != parent,
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(work)
+
+
+if __name__ == "__main__":
+    main()
