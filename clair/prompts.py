@@ -1,0 +1,66 @@
+"""The words we send. Templates are Jinja in a sandbox; user text is data to them and is never read as a template."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+from clair.recipe import UserError
+from clair.records import Message, Messages
+
+REVISER_NEEDS = ("task", "answer")
+
+
+@lru_cache(maxsize=16)
+def _template(source: str):
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    # Nothing here becomes HTML: autoescape would change the user's text.
+    environment = ImmutableSandboxedEnvironment(
+        autoescape=False, keep_trailing_newline=False, undefined=StrictUndefined
+    )
+    return environment.from_string(source)
+
+
+def load_template(path: str | None, built_in: str, needs: tuple[str, ...]) -> str:
+    """The text of the user's template file, or of the built-in one, checked to parse and to use what it is given.
+
+    Raises UserError where the file is missing, is not a template, or leaves out one of the variables in `needs`.
+    """
+    if path is None:
+        return resources.files("clair").joinpath("templates", built_in).read_text("utf-8")
+    from jinja2 import TemplateError, meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"template {file} does not exist; leave the key out to use the built-in {built_in}")
+    source = file.read_text("utf-8")
+    try:
+        used = meta.find_undeclared_variables(ImmutableSandboxedEnvironment().parse(source))
+    except TemplateError as error:
+        raise UserError(f"template {file} is not a Jinja template: {error}") from error
+    if set(needs) != used:
+        wanted, found = (", ".join(f"{{{{ {name} }}}}" for name in sorted(names)) for names in (needs, used))
+        raise UserError(f"template {file} must use {wanted}; it uses {found or 'nothing'}")
+    return source
+
+
+def render(template: str, **values: str) -> str:
+    """Fill a template. The values are put in as they are: braces and template syntax in them stay text."""
+    return str(_template(template).render(**values))
+
+
+def task_text(messages: Messages) -> str:
+    """A conversation as one task: the bare text of a lone user turn, else the turns under their roles."""
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        return messages[0]["content"]
+    return "\n\n".join(f"{m['role'].capitalize()}:\n{m['content']}" for m in messages)
+
+
+def revision_request(template: str, messages: Messages, answer: str, system: str | None = None) -> list[Message]:
+    """The messages of one revision call: one user message, after a system message where the recipe has one."""
+    user: Message = {"role": "user", "content": render(template, task=task_text(messages), answer=answer)}
+    return [user] if system is None else [{"role": "system", "content": system}, user]

@@ -1,0 +1,110 @@
+"""The records that flow through a build: frozen, small, and named by the hash of what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+from clair.recipe import content_hash
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+Messages = tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation up to the turn that is to be answered, with a ready answer where the user has one.
+
+    `id` is the user's own, or the hash of the content; equal content always has the equal `content_id`.
+    """
+
+    id: str
+    messages: Messages
+    answer: str | None = None
+
+    @property
+    def content_id(self) -> str:
+        """Hash of messages and ready answer: 16 hex digits, the same on every machine."""
+        return content_id(self.messages, self.answer)
+
+
+def content_id(messages: Messages, answer: str | None) -> str:
+    """The first 16 hex digits of the hash of a conversation and its ready answer."""
+    return content_hash([list(messages), answer])[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a model said to one request, hidden reasoning kept apart from the answer.
+
+    `finish_reason` is the server's ("stop", "length", ...), None where it gave none. `usage` counts tokens
+    (prompt_tokens, completion_tokens), empty where the server did not tell.
+    """
+
+    text: str
+    thinking: str = ""
+    finish_reason: str | None = None
+    usage: Mapping[str, int] = field(default_factory=dict)
+    model: str = ""
+    cached: bool = False
+    """True where the reply came from the ledger, so that nothing was paid for it in this run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """A parsed revision: the reviser's reasoning and the improved answer."""
+
+    reasoning: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A preference pair: two answers to one prompt, and how they came about."""
+
+    id: str
+    messages: Messages
+    chosen: str
+    rejected: str
+    reasoning: str = ""
+    models: Mapping[str, str] = field(default_factory=dict)
+    contrast: Mapping[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """The pair as a row of the dataset: TRL's explicit-prompt conversational preference format."""
+        return {
+            "id": self.id,
+            "prompt": [dict(m) for m in self.messages],
+            "chosen": [{"role": "assistant", "content": self.chosen}],
+            "rejected": [{"role": "assistant", "content": self.rejected}],
+            "reasoning": self.reasoning,
+            "models": dict(self.models),
+            "contrast": dict(self.contrast),
+        }
+
+
+class Dropped(Exception):
+    """Why a prompt gives no pair: the stage it ended at, a reason from a closed list, and a detail to read.
+
+    `failed` tells a request that got no reply (worth another try) from a reply or pair that was not good enough.
+    """
+
+    def __init__(self, stage: str, reason: str, detail: str = "", *, failed: bool = False) -> None:
+        super().__init__(f"{stage}: {reason}")
+        self.stage = stage
+        self.reason = reason
+        self.detail = detail
+        self.failed = failed
+
+    def row(self, prompt_id: str) -> dict[str, Any]:
+        """The line of dropped.jsonl."""
+        detail = self.detail if len(self.detail) <= 500 else self.detail[:499] + "…"
+        return {"id": prompt_id, "stage": self.stage, "reason": self.reason, "detail": detail, "failed": self.failed}
