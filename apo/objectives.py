@@ -1,0 +1,165 @@
+"""Objectives: pure, unreduced functions of log-ratios (nats) or log-probs. One loss per pair or per response out.
+
+Three kinds, told apart by the names of the first two parameters, so that a function of yours is one as well:
+
+    paired      (chosen [B], rejected [B], *, beta)                                        -> losses [B]
+    unpaired    (logratio [N], desirable [N] bool, *, beta, kl)                            -> losses [N]
+    likelihood  (chosen_logp [B], rejected_logp [B], chosen_len [B], rejected_len [B])     -> losses [B]
+
+Log-ratios are log pi_theta(y|x) - log pi_ref(y|x) in nats, summed over the response's tokens with the end of turn.
+The reward is r = beta * logratio. Everything after the first two parameters is passed only where the function asks for
+it. Equations are those of "Anchored Preference Optimization" (arXiv 2408.06266); the two APO losses stand there 1
+lower. Nothing here measures: rewards, margins and accuracies are the same for all and are logged once (dynamics.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from clair.recipe import UserError, near_miss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal["paired", "unpaired", "likelihood"]
+
+
+def apo_zero(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
+    """sigmoid(-r_w) + sigmoid(r_l), Eq. 7: the winner always goes up and the loser always down, from the anchor r = 0.
+
+    For winners that are better than the model's own answers. Starts at 1 and lies in (0, 2).
+    """
+    return (-beta * chosen).sigmoid() + (beta * rejected).sigmoid()
+
+
+def apo_down(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
+    """sigmoid(r_w) + sigmoid(-(r_w - r_l)), Eq. 8: both go down, the loser further.
+
+    For a model that is better than the winners. Starts at 1 and lies in (0, 2).
+    """
+    return (beta * chosen).sigmoid() + (-beta * (chosen - rejected)).sigmoid()
+
+
+def apo_zero_unpaired(logratio: Tensor, desirable: Tensor, *, beta: float = 0.1) -> Tensor:
+    """sigmoid(-r) where desirable, sigmoid(r) where not: on pairs, exactly half of `apo_zero`. Starts at 1/2."""
+    return _toward(beta * logratio, desirable)
+
+
+def dpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
+    """-log sigmoid(r_w - r_l), Eq. 7 of DPO (arXiv 2305.18290): only the difference counts. Starts at log 2."""
+    return -logsigmoid(beta * (chosen - rejected))
+
+
+def kto(logratio: Tensor, desirable: Tensor, *, beta: float = 0.1, kl: Tensor | float = 0.0) -> Tensor:
+    """sigmoid(z0 - r) where desirable, sigmoid(r - z0) where not, Eq. 8 of KTO (arXiv 2402.01306), weights 1.
+
+    z0 = beta * max(0, kl) is the anchor, without gradient; `kl` in nats is the mean log-ratio of mismatched prompts
+    and responses (the trainer estimates it). With kl = 0 this is `apo_zero_unpaired`. Starts at 1/2.
+    """
+    anchor = torch.as_tensor(kl).detach().clamp(min=0)
+    return _toward(beta * (logratio - anchor), desirable)
+
+
+def sft(chosen_logp: Tensor, rejected_logp: Tensor, chosen_len: Tensor, rejected_len: Tensor) -> Tensor:
+    """-log pi(y_w|x) / |y_w|: supervised fine-tuning on the winners, nats per token, no reference, losers unread.
+
+    Each pair weighs the same whatever its length, as under every other objective here. (TRL's "sft" divides the sum
+    over the batch by the tokens of the batch, so there a long answer weighs more and the batch size matters.)
+    """
+    return -chosen_logp / chosen_len.clamp(min=1)
+
+
+def _toward(reward: Tensor, desirable: Tensor) -> Tensor:
+    """sigmoid(-reward) where desirable, else sigmoid(reward). Never 1 - sigmoid: its gradient at 20 is 0 in float32."""
+    return reward.where(~desirable, -reward).sigmoid()
+
+
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {
+    function.__name__: function for function in (apo_zero, apo_down, apo_zero_unpaired, dpo, kto, sft)
+}
+"""The objectives a recipe can name."""
+
+_FIRST_TWO: dict[tuple[str, str], Kind] = {
+    ("chosen", "rejected"): "paired",
+    ("logratio", "desirable"): "unpaired",
+    ("chosen_logp", "rejected_logp"): "likelihood",
+}
+_MAY_ASK_FOR: dict[Kind, frozenset[str]] = {
+    "paired": frozenset({"beta"}),
+    "unpaired": frozenset({"beta", "kl"}),
+    "likelihood": frozenset({"beta", "chosen_len", "rejected_len"}),
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss function, its kind, and which of the offered values it asks for."""
+
+    name: str
+    function: Callable[..., Tensor]
+    kind: Kind
+    asks_for: frozenset[str]
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether log-ratios go in, for which a reference model has to run."""
+        return self.kind != "likelihood"
+
+    def __call__(self, first: Tensor, second: Tensor, **offered: Any) -> Tensor:
+        """The function's losses, unreduced. Raises UserError where their shape is not that of the inputs."""
+        losses = self.function(first, second, **{key: offered[key] for key in self.asks_for})
+        if losses.shape != first.shape:
+            raise UserError(
+                f"objective {self.name} gave a loss of shape {list(losses.shape)} for inputs of shape "
+                f"{list(first.shape)}; return one loss each, unreduced"
+            )
+        return losses
+
+
+def objective_of(spec: str | Callable[..., Tensor] | Objective) -> Objective:
+    """The objective a name or a function stands for.
+
+    Raises UserError for a name that is none (with the near miss), and for a function whose parameters fit no kind.
+    """
+    if isinstance(spec, Objective):
+        return spec
+    if isinstance(spec, str):
+        if spec not in OBJECTIVES:
+            names = sorted(OBJECTIVES)
+            raise UserError(f"unknown objective {spec!r}{near_miss(spec, names)}; allowed: {', '.join(names)}")
+        spec = OBJECTIVES[spec]
+    if not callable(spec):
+        raise UserError(f"objective is {type(spec).__name__}, not a name or a function; see docs/objectives.md")
+    name = getattr(spec, "__name__", None) or getattr(getattr(spec, "func", None), "__name__", type(spec).__name__)
+    kind, asks_for = _signature(name, spec)
+    return Objective(name, spec, kind, asks_for)
+
+
+def _signature(name: str, function: Callable[..., Tensor]) -> tuple[Kind, frozenset[str]]:
+    parameters = list(inspect.signature(function).parameters.values())
+    first_two = tuple(parameter.name for parameter in parameters[:2])
+    kind = _FIRST_TWO.get(first_two)  # type: ignore[arg-type]
+    if kind is None:
+        allowed = " or ".join(f"({', '.join(pair)}, ...)" for pair in _FIRST_TWO)
+        found = ", ".join(first_two)
+        raise UserError(f"objective {name} takes ({found}, ...); name its first two parameters {allowed}")
+    asks_for = set()
+    for parameter in parameters[2:]:
+        if parameter.name in _MAY_ASK_FOR[kind]:
+            asks_for.add(parameter.name)
+        elif parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
+            offered = ", ".join(sorted(_MAY_ASK_FOR[kind]))
+            raise UserError(
+                f"objective {name} asks for {parameter.name!r}, which a {kind} objective is not offered; "
+                f"it may ask for {offered}, other parameters need a default"
+            )
+    return kind, frozenset(asks_for)
