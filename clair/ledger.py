@@ -1,0 +1,262 @@
+"""Every paid call in SQLite: asked once, written down before it is used, never lost.
+
+One row per request, keyed by the hash of model identity, whole request and sample index. A reply is committed and on
+disk before the pipeline sees it, so that a run killed at any instant pays again at most for what was in flight.
+Several runs may share a ledger: a row being asked belongs to the run that asked it, and a run lives as long as it
+holds its lock file, which the kernel lets go of however the process ends.
+
+Writes go through one thread that commits what has gathered meanwhile in one transaction (group commit): a commit
+costs a disk flush, and at hundreds of replies a second there is no time for one each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import queue
+import sqlite3
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clair.recipe import UserError, content_hash
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS calls (
+    key TEXT PRIMARY KEY,
+    state TEXT NOT NULL CHECK (state IN ('asked', 'done', 'failed')),
+    role TEXT NOT NULL,
+    model TEXT NOT NULL,
+    row TEXT NOT NULL,
+    run TEXT NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 1,
+    reply TEXT,
+    error TEXT,
+    usage TEXT,
+    seconds REAL
+) WITHOUT ROWID;
+"""
+_VERSION = 1
+_MOST_PER_COMMIT = 1000
+_FULL = ("disk is full", "disk I/O error", "readonly database")
+
+
+class LedgerError(UserError):
+    """The ledger cannot be used or cannot be written; nothing that was in it is harmed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A reply in the ledger: the server's raw JSON text."""
+
+    raw: str
+
+
+class Elsewhere:
+    """The request is being asked by another living run: look again a little later."""
+
+
+class Mine:
+    """The request is this run's to ask."""
+
+
+ELSEWHERE, MINE = Elsewhere(), Mine()
+
+
+def call_key(identity: str, request: Mapping[str, Any], sample: int = 0) -> str:
+    """The key of a request: model identity, the whole request, and which of several equal samples it is."""
+    return content_hash([identity, request, sample])
+
+
+class Ledger:
+    """A ledger file, open for one run. Use it as a context manager; its coroutines need a running event loop."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.run = uuid.uuid4().hex[:12]
+        self._reader = self._open()
+        self._lock_file = self._take_lock()
+        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._broken: LedgerError | None = None
+        self._thread = threading.Thread(target=self._write_loop, name="ledger", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is queued, and let the ledger go."""
+        self._queue.put(None)
+        self._thread.join()
+        self._reader.close()
+        self._lock_path(self.run).unlink(missing_ok=True)
+        os.close(self._lock_file)
+
+    # ---- reading
+
+    def find(self, key: str) -> Stored | None:
+        """The reply to a request, if it was ever answered."""
+        row = self._reader.execute("SELECT reply FROM calls WHERE key = ? AND state = 'done'", (key,)).fetchone()
+        return Stored(row[0]) if row else None
+
+    def counts(self) -> dict[str, int]:
+        """How many requests are in each state."""
+        return dict(self._reader.execute("SELECT state, count(*) FROM calls GROUP BY state").fetchall())
+
+    # ---- writing
+
+    async def claim(self, key: str, *, role: str, model: str, row: str) -> Stored | Elsewhere | Mine:
+        """Take a request for this run, unless it is answered already or another living run is asking it."""
+        return await self._do(lambda connection: self._claim(connection, key, role, model, row))
+
+    async def settle(self, key: str, raw: str, usage: Mapping[str, int], seconds: float) -> None:
+        """Write a reply down. On disk when this returns."""
+        await self._do(
+            lambda connection: connection.execute(
+                "UPDATE calls SET state = 'done', reply = ?, usage = ?, seconds = ?, error = NULL WHERE key = ?",
+                (raw, json.dumps(dict(usage)), seconds, key),
+            )
+        )
+
+    async def fail(self, key: str, error: str, raw: str | None = None) -> None:
+        """Write down that a request got no usable reply, with the raw bytes of what came if anything did."""
+        await self._do(
+            lambda connection: connection.execute(
+                "UPDATE calls SET state = 'failed', error = ?, reply = ? WHERE key = ?", (error[:2000], raw, key)
+            )
+        )
+
+    async def _do(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
+        if self._broken:
+            raise self._broken
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self._queue.put(_Write(work, loop, future))
+        # A cancelled caller must not cancel the write: what was paid for is written whatever happens to the caller.
+        return await asyncio.shield(future)
+
+    def _claim(self, connection: sqlite3.Connection, key: str, role: str, model: str, row: str) -> Any:
+        inserted = connection.execute(
+            "INSERT OR IGNORE INTO calls (key, state, role, model, row, run) VALUES (?, 'asked', ?, ?, ?, ?)",
+            (key, role, model, row, self.run),
+        )
+        if inserted.rowcount:
+            return MINE
+        state, run, reply = connection.execute("SELECT state, run, reply FROM calls WHERE key = ?", (key,)).fetchone()
+        if state == "done":
+            return Stored(reply)
+        if state == "asked" and run != self.run and self._lives(run):
+            return ELSEWHERE
+        connection.execute(
+            "UPDATE calls SET state = 'asked', run = ?, attempts = attempts + 1 WHERE key = ?", (self.run, key)
+        )
+        return MINE
+
+    def _write_loop(self) -> None:
+        connection = self._open()
+        while (first := self._queue.get()) is not None:
+            batch = [first]
+            last = False
+            while len(batch) < _MOST_PER_COMMIT and not last and not self._queue.empty():
+                following = self._queue.get()
+                last = following is None
+                batch += [following] if following else []
+            _answer(self._commit(connection, batch))
+            if last:
+                break
+        connection.close()
+
+    def _commit(self, connection: sqlite3.Connection, batch: list[_Write]) -> list[tuple[_Write, Any]]:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            results = [(write, write.work(connection)) for write in batch]
+            connection.execute("COMMIT")
+        except Exception as error:  # whatever it is, the waiting coroutines must be told
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            self._broken = LedgerError(_told(self.path, error))
+            return [(write, self._broken) for write in batch]
+        return results
+
+    # ---- opening, and who else is here
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, _VERSION):
+                raise LedgerError(f"ledger {self.path} has format {version}; this version reads {_VERSION}")
+            connection.executescript(_SCHEMA)
+            connection.execute(f"PRAGMA user_version = {_VERSION}")
+        except sqlite3.Error as error:
+            raise LedgerError(_told(self.path, error)) from error
+        return connection
+
+    def _lock_path(self, run: str) -> Path:
+        return self.path.with_name(f"{self.path.name}.run-{run}")
+
+    def _take_lock(self) -> int:
+        handle = os.open(self._lock_path(self.run), os.O_CREAT | os.O_RDWR, 0o644)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        return handle
+
+    def _lives(self, run: str) -> bool:
+        """Whether the process of another run still holds its lock; asked of the kernel, so clocks do not matter."""
+        path = self._lock_path(run)
+        try:
+            handle = os.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        else:
+            path.unlink(missing_ok=True)
+            return False
+        finally:
+            os.close(handle)
+
+
+@dataclass(slots=True)
+class _Write:
+    work: Callable[[sqlite3.Connection], Any]
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Any]
+
+
+def _answer(results: list[tuple[_Write, Any]]) -> None:
+    """Tell the waiting coroutines, loop by loop, what became of their writes."""
+
+    def tell() -> None:
+        for write, result in results:
+            if write.future.done():
+                continue
+            if isinstance(result, LedgerError):
+                write.future.set_exception(result)
+            else:
+                write.future.set_result(result)
+
+    loop = results[0][0].loop
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(tell)
+
+
+def _told(path: Path, error: Exception) -> str:
+    message = str(error)
+    if any(words in message for words in _FULL):
+        return f"ledger {path} cannot be written ({message}): make room or permissions, then run the same command again"
+    if isinstance(error, sqlite3.DatabaseError) and ("malformed" in message or "not a database" in message):
+        return f"ledger {path} is damaged ({message}); `sqlite3 {path} .recover` saves what can be saved"
+    return f"ledger {path}: {message}"

@@ -1,0 +1,95 @@
+"""How fast we may ask: a limit on requests in flight that learns from refusals.
+
+Two things make a server refuse (429). It has too many of our requests at once: then the number it is still working
+on is what it takes, and the limit falls to that. Or we ask too often: then it refuses at a number in flight that it
+took before, and asking pauses for as long as it says (Retry-After).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+
+PAUSE = 1.0
+"""Seconds to pause after a refusal that names no time."""
+
+
+class Limiter:
+    """At most `limit` requests in flight, at most `most`; refusals lower the limit, answers raise it slowly.
+
+    `await enter()` before a request, `leave()` after it, and `succeeded()` or `refused(retry_after)` in between.
+    Waiters go first in, first out; a request that was refused goes before those that never were asked.
+    """
+
+    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+        if most < 1:
+            raise ValueError(f"concurrency is {most}; at least 1 request must be allowed in flight")
+        self.most = most
+        self.limit = float(most)
+        self.in_flight = 0
+        self.refusals = 0
+        self._proven = 0
+        self._clock = clock
+        self._closed_until = 0.0
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def enter(self, *, again: bool = False) -> None:
+        """Wait for a place in flight; `again` for a request that was refused or failed before."""
+        if self._open() and (again or not self._waiters):
+            self.in_flight += 1
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        (self._waiters.appendleft if again else self._waiters.append)(waiter)
+        self._arm()
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled():
+                self.leave()  # let in and cancelled at the same moment: give the place back
+            raise
+
+    def leave(self) -> None:
+        """Give the place back."""
+        self.in_flight -= 1
+        self._let_in()
+
+    def succeeded(self) -> None:
+        """A request was answered: the server takes as many as are in flight, and perhaps one more."""
+        self._proven = max(self._proven, self.in_flight)
+        self.limit = min(float(self.most), self.limit + 1 / self.limit)
+
+    def refused(self, retry_after: float | None) -> None:
+        """A request was refused, with the seconds to wait where the server told."""
+        self.refusals += 1
+        paused = self._clock() < self._closed_until
+        if self.in_flight > max(1, self._proven) and not paused:
+            self.limit = max(1.0, min(self.limit, self.in_flight - 1.0))
+            return
+        if not paused:  # one decrease for a whole burst of refusals
+            self.limit = max(1.0, self.limit / 2)
+            self._proven = int(self.limit)
+        self._closed_until = max(self._closed_until, self._clock() + (PAUSE if retry_after is None else retry_after))
+
+    def _open(self) -> bool:
+        return self.in_flight < int(self.limit) and self._clock() >= self._closed_until
+
+    def _let_in(self) -> None:
+        while self._waiters and self._open():
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                self.in_flight += 1
+                waiter.set_result(None)
+        self._arm()
+
+    def _arm(self) -> None:
+        """Wake up when the pause that a server asked for is over."""
+        wait = self._closed_until - self._clock()
+        if self._waiters and wait > 0 and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(wait, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        self._let_in()

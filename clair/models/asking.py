@@ -1,0 +1,175 @@
+"""Asking a model in one role: through the ledger, within the limits, with our own retries, each request once."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from clair.ledger import ELSEWHERE, MINE, Ledger, Stored, call_key
+from clair.limits import Limiter
+from clair.models import Model, Refused, RequestFailed, TooMany, Unreachable, reply_of
+from clair.records import Dropped, Reply
+
+_FIRST_BACKOFF = 0.5
+_LONGEST_BACKOFF = 60.0
+_LOOK_AGAIN = 0.2
+
+
+class Stopped(Exception):
+    """The run is stopping: no new request is sent. What is in flight is waited for and kept."""
+
+
+@dataclass
+class Stop:
+    """The switch that lets a run end without losing what it paid for."""
+
+    reason: str | None = None
+
+    def now(self, reason: str) -> None:
+        """Send nothing more; the first reason given is the one that is told."""
+        self.reason = self.reason or reason
+
+
+@dataclass
+class Tally:
+    """What one role has cost this run."""
+
+    calls: int = 0
+    reused: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def add(self, reply: Reply) -> None:
+        """Count a reply: as a call, or as reused where the ledger had it."""
+        if reply.cached:
+            self.reused += 1
+        else:
+            self.calls += 1
+        self.prompt_tokens += reply.usage.get("prompt_tokens", 0)
+        self.completion_tokens += reply.usage.get("completion_tokens", 0)
+
+
+@dataclass
+class Asker:
+    """One role (target, reviser, judge): a model with its request options, a limiter and a tally.
+
+    `ready` is awaited before the first request that the ledger cannot answer, so that a run which finds everything
+    in the ledger needs no endpoint at all, and one that will spend checks every endpoint first.
+    """
+
+    role: str
+    model: Model
+    options: Mapping[str, Any]
+    ledger: Ledger
+    limiter: Limiter
+    stop: Stop
+    ready: Callable[[], Awaitable[None]]
+    attempts: int = 6
+    patience: float = 120.0
+    """Seconds without any answer, while requests fail to get through, after which the endpoint counts as dead."""
+    tally: Tally = field(default_factory=Tally)
+    _asking: dict[str, asyncio.Future[str]] = field(default_factory=dict)
+    _last_answer: float = field(default_factory=time.monotonic)
+
+    async def ask(self, messages: list[Any], *, row: str, sample: int = 0) -> Reply:
+        """The model's reply to `messages`, from the ledger or from the model; paid for at most once.
+
+        Raises Dropped where this request failed for good, Stopped where the run is ending, Refused where no request
+        can succeed.
+        """
+        request = {"messages": messages, **self.options}
+        key = call_key(self.model.identity, request, sample)
+        stored = self.ledger.find(key)
+        try:
+            raw = stored.raw if stored else await self._ask_once(key, request, row)
+            reply = reply_of(raw)
+        except RequestFailed as error:
+            raise Dropped(self.role, error.reason, error.detail, failed=True) from error
+        reply = Reply(reply.text, reply.thinking, reply.finish_reason, reply.usage, reply.model, cached=bool(stored))
+        self.tally.add(reply)
+        return reply
+
+    async def _ask_once(self, key: str, request: Mapping[str, Any], row: str) -> str:
+        """Equal requests of this run wait for one call."""
+        if (asking := self._asking.get(key)) is not None:
+            return await asyncio.shield(asking)
+        if self.stop.reason:
+            raise Stopped(self.stop.reason)
+        task = asyncio.ensure_future(self._claim_and_call(key, request, row))
+        self._asking[key] = task
+        try:
+            return await asyncio.shield(task)
+        finally:
+            if task.done():
+                del self._asking[key]
+            else:
+                task.add_done_callback(lambda _: self._asking.pop(key, None))
+
+    async def _claim_and_call(self, key: str, request: Mapping[str, Any], row: str) -> str:
+        await self.ready()
+        while True:
+            await self.limiter.enter()
+            if self.stop.reason:
+                self.limiter.leave()
+                raise Stopped(self.stop.reason)
+            claim = await self.ledger.claim(key, role=self.role, model=self.model.name, row=row)
+            if claim is MINE:
+                return await self._call(key, request)
+            self.limiter.leave()
+            if isinstance(claim, Stored):
+                return claim.raw
+            assert claim is ELSEWHERE
+            await asyncio.sleep(_LOOK_AGAIN)
+
+    async def _call(self, key: str, request: Mapping[str, Any]) -> str:
+        """Send the request until it is answered or refused for good. Enters with a place in flight and gives it back."""
+        attempt = 0
+        while True:
+            started = time.monotonic()
+            try:
+                raw = await self.model.complete(request)
+                reply = reply_of(raw)
+            except TooMany as error:
+                self.limiter.refused(error.retry_after)
+                self.limiter.leave()
+                wait = 0.0
+            except (Unreachable, RequestFailed, Refused) as error:
+                self.limiter.leave()
+                attempt += 1
+                broken = isinstance(error, Unreachable) or getattr(error, "reason", "") == "malformed_reply"
+                if not broken or attempt >= self.attempts:
+                    await self._give_up(key, error)
+                wait = random.uniform(0.5, 1.0) * min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2 ** (attempt - 1))
+            except BaseException:
+                self.limiter.leave()
+                raise
+            else:
+                self._last_answer = time.monotonic()
+                self.limiter.succeeded()
+                self.limiter.leave()
+                await self.ledger.settle(key, raw, reply.usage, self._last_answer - started)
+                return raw
+            self.tally.retries += 1
+            if wait:
+                await asyncio.sleep(wait)
+            if self.stop.reason:
+                await self.ledger.fail(key, f"not asked again: {self.stop.reason}")
+                raise Stopped(self.stop.reason)
+            await self.limiter.enter(again=True)
+
+    async def _give_up(self, key: str, error: Exception) -> None:
+        await self.ledger.fail(key, str(error), getattr(error, "raw", None))
+        if isinstance(error, RequestFailed | Refused):
+            raise error
+        silent = time.monotonic() - self._last_answer
+        if silent > self.patience:
+            raise Refused(
+                f"{self.role}: no answer for {silent:.0f} s ({error}); everything paid for is kept, run the same command "
+                f"again when the endpoint is back"
+            ) from error
+        raise RequestFailed("unreachable", f"no answer after {self.attempts} tries: {error}") from error

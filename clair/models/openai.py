@@ -1,0 +1,188 @@
+"""Any OpenAI-compatible endpoint: one client per event loop, typed errors, no retries of its own."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from clair.models import Refused, RequestFailed, TooMany, Unreachable
+from clair.recipe import UserError
+
+_CONNECT_SECONDS = 15.0
+_ENVIRONMENT = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_SECRET_HEADER = re.compile(r"authorization|key|token|secret|cookie", re.IGNORECASE)
+
+
+def public_url(url: str) -> str:
+    """The URL without user name, password, query and trailing slash: what may be written down."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
+
+
+def environment_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Headers with `${NAME}` filled in from the environment. Raises UserError for an unset name or a bare secret."""
+    filled = {}
+    for header, value in headers.items():
+        names = _ENVIRONMENT.findall(value)
+        if not names and _SECRET_HEADER.search(header):
+            raise UserError(
+                f"extra.headers.{header} looks like a secret written into the recipe; put it into an environment "
+                f"variable and write ${{NAME}}"
+            )
+        missing = [name for name in names if name not in os.environ]
+        if missing:
+            raise UserError(f"extra.headers.{header} needs the environment variable {missing[0]}, which is not set")
+        filled[header] = _ENVIRONMENT.sub(lambda match: os.environ[match[1]], value)
+    return filled
+
+
+def api_key(variable: str | None, role: str) -> str | None:
+    """The key in an environment variable; None where the recipe names none. Raises UserError where it is not set."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise UserError(f"{role} needs the environment variable {variable}, which is not set; export it and run again")
+    return key
+
+
+class OpenAIModel:
+    """A model behind an OpenAI-compatible URL. Construct it inside the event loop that uses it."""
+
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        *,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        id: str | None = None,
+        timeout: float = 600.0,
+        role: str = "model",
+    ) -> None:
+        from openai import AsyncOpenAI, DefaultAioHttpClient, Timeout
+
+        self.name = name
+        self.role = role
+        self.url = public_url(url)
+        self.identity = id or f"{name}@{self.url}"
+        self._secrets = [s for s in (key, *(headers or {}).values(), urlsplit(url).password) if s and len(s) >= 4]
+        limit = Timeout(timeout, connect=_CONNECT_SECONDS)
+        self._client = AsyncOpenAI(
+            base_url=url,
+            api_key=key or "none",
+            default_headers=dict(headers or {}),
+            max_retries=0,
+            timeout=limit,
+            http_client=DefaultAioHttpClient(timeout=limit, limits=_no_limits()),
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def check(self) -> None:
+        """List the models; where that does not show ours, ask for a single token. Raises Refused."""
+        try:
+            response = await self._request("GET", "/models", None)
+            names = [entry["id"] for entry in json.loads(response)["data"]]
+        except (RequestFailed, TooMany, NotListed, ValueError, KeyError, TypeError):
+            names = []
+        except Unreachable as error:
+            raise Refused(f"{self.role}: cannot reach {self.url} ({error}); check the url in the recipe") from error
+        if self.name in names:
+            return
+        try:
+            await self.complete({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1})
+        except (RequestFailed, TooMany):
+            return  # it understood who was asked: that is all we wanted to know
+        except Unreachable as error:
+            raise Refused(f"{self.role}: {self.url} does not answer ({error}); check the url in the recipe") from error
+
+    async def complete(self, request: Mapping[str, Any]) -> str:
+        """The raw JSON text of one chat completion."""
+        try:
+            return await self._request("POST", "/chat/completions", {"model": self.name, **request})
+        except NotListed as error:
+            raise Refused(
+                f"{self.role}: {self.url} has no model {self.name!r} or is not the base URL of an OpenAI-compatible API "
+                f"(404: {error}); check model and url"
+            ) from error
+
+    async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> str:
+        import httpx2
+        import openai
+
+        headers = (body or {}).get("headers")
+        options = {"headers": environment_headers(headers)} if headers else {}
+        sent = None if body is None else {k: v for k, v in body.items() if k != "headers"}
+        try:
+            if method == "GET":
+                response = await self._client.get(path, cast_to=httpx2.Response)
+            else:
+                response = await self._client.post(path, cast_to=httpx2.Response, body=sent, options=options)  # type: ignore[arg-type]
+            return response.content.decode("utf-8", "replace")
+        except openai.RateLimitError as error:
+            if error.code == "insufficient_quota":
+                raise Refused(f"{self.role}: {self.url} has no quota left: {self._words(error)}") from error
+            raise TooMany(retry_after(error.response.headers)) from error
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise Refused(
+                f"{self.role}: {self.url} refuses the key ({error.status_code}: {self._words(error)}); "
+                f"check api_key_env and the variable it names"
+            ) from error
+        except openai.NotFoundError as error:
+            raise NotListed(self._words(error)) from error
+        except openai.APITimeoutError as error:
+            raise Unreachable("timeout") from error
+        except openai.APIConnectionError as error:
+            raise Unreachable(self._redacted(str(error.__cause__ or error))[:200]) from error
+        except openai.APIStatusError as error:
+            words = f"{error.status_code}: {self._words(error)}"
+            if error.status_code >= 500 or error.status_code in (408, 409, 425):
+                raise Unreachable(words) from error
+            raise RequestFailed(f"http_{error.status_code}", words) from error
+
+    def _words(self, error: Any) -> str:
+        """What the server said, in one line and without our secrets."""
+        body = error.body if isinstance(error.body, dict) else {}
+        message = body.get("message") or error.message or ""
+        return self._redacted(" ".join(str(message).split()))[:300]
+
+    def _redacted(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "[secret]")
+        return text
+
+
+class NotListed(Exception):
+    """404."""
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait by `retry-after-ms` or `Retry-After` (seconds or a date); None where there is none to read."""
+    milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after")
+    try:
+        if milliseconds is not None:
+            return max(0.0, float(milliseconds) / 1000)
+        if value is None:
+            return None
+        if value.strip().replace(".", "", 1).isdigit():
+            return float(value)
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None
+
+
+def _no_limits() -> Any:
+    """The limiter decides how many connections there are; a second limit here would only hide its effect."""
+    import httpx2
+
+    return httpx2.Limits(max_connections=None, max_keepalive_connections=None)
