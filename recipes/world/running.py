@@ -44,7 +44,9 @@ def arguments(options: ServerOptions) -> list[str]:
 def running(options: ServerOptions = ServerOptions(), *, start_seconds: float = 30.0) -> Iterator[Running]:  # noqa: B008
     """A server process for the length of a `with` block. RuntimeError where it does not start within the time given."""
     command = [sys.executable, "-m", "recipes.world.server", *arguments(options)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
     try:
         yield Running(_ready_line(process, start_seconds), process.pid)
     finally:

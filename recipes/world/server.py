@@ -76,7 +76,9 @@ class Refused(Exception):
 
     def __init__(self, status: int, message: str, code: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
-        kind = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
+        kind = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}.get(
+            status, "invalid_request_error"
+        )
         error = {"message": message, "type": kind, "param": None, "code": code}
         self.response = web.json_response({"error": error}, status=status, headers=headers)
 
@@ -111,11 +113,13 @@ class World:
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=16 * 2**20)
-        app.add_routes([
-            web.get("/v1/models", self.models),
-            web.post("/v1/chat/completions", self.chat),
-            web.get("/stats", self.stats),
-        ])
+        app.add_routes(
+            [
+                web.get("/v1/models", self.models),
+                web.post("/v1/chat/completions", self.chat),
+                web.get("/stats", self.stats),
+            ]
+        )
         return app
 
     async def stats(self, _: web.Request) -> web.Response:
@@ -168,7 +172,9 @@ class World:
             raise Refused(401, "Incorrect API key provided.", "invalid_api_key")
 
     def too_many(self, why: str) -> Refused:
-        return Refused(429, f"Rate limit reached: {why}.", "rate_limit_exceeded", {"Retry-After": f"{self.options.retry_after:g}"})
+        return Refused(
+            429, f"Rate limit reached: {why}.", "rate_limit_exceeded", {"Retry-After": f"{self.options.retry_after:g}"}
+        )
 
     def fail_as_planned(self, body_id: str, planned: Plan) -> None:
         """Raises for the first attempts at a body that is planned to fail; a later attempt goes through."""

@@ -13,8 +13,40 @@ from random import Random
 
 Values = Mapping[str, str]
 
-NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gita", "Hugo", "Iris", "Jon", "Kira", "Leo", "Mia", "Noah", "Olga", "Paul")
-ITEMS = ("apples", "beads", "cards", "coins", "eggs", "figs", "jars", "keys", "lamps", "nuts", "pears", "plums", "shells", "stamps")
+NAMES = (
+    "Ada",
+    "Ben",
+    "Cleo",
+    "Dan",
+    "Eva",
+    "Finn",
+    "Gita",
+    "Hugo",
+    "Iris",
+    "Jon",
+    "Kira",
+    "Leo",
+    "Mia",
+    "Noah",
+    "Olga",
+    "Paul",
+)
+ITEMS = (
+    "apples",
+    "beads",
+    "cards",
+    "coins",
+    "eggs",
+    "figs",
+    "jars",
+    "keys",
+    "lamps",
+    "nuts",
+    "pears",
+    "plums",
+    "shells",
+    "stamps",
+)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -61,10 +93,13 @@ def _templates(skill: str, *phrasings: tuple[str, str]) -> tuple[Template, ...]:
 
 # Sums: two two-digit numbers whose ones add up to ten or more; the mistake is to forget the carry.
 
+
 def _draw_sum(rng: Random) -> dict[str, str]:
     return {
-        "a": str(rng.randint(11, 89)), "b": str(rng.randint(11, 89)),
-        "name": rng.choice(NAMES), "item": rng.choice(ITEMS),
+        "a": str(rng.randint(11, 89)),
+        "b": str(rng.randint(11, 89)),
+        "name": rng.choice(NAMES),
+        "item": rng.choice(ITEMS),
     }
 
 
@@ -86,28 +121,38 @@ SUMS = Skill(
     slots={"a": r"\d\d", "b": r"\d\d", "name": "|".join(NAMES), "item": "|".join(ITEMS)},
     templates=_templates(
         "sums",
-        ("{name} has {a} {item} and buys {b} more. How many {item} is that?",
-         "After buying more, {name} has a total of {value} {item}."),
-        ("There are {a} {item} in one box and {b} {item} in another. How many are there in both?",
-         "In both of the boxes together there are {value} {item}."),
-        ("What is {a} plus {b}?",
-         "The sum of the two numbers you gave me is {value}."),
-        ("Please add {a} to {b} for me.",
-         "Of course, when I add the two numbers I get {value}."),
-        ("{name} found {a} {item} on Monday and {b} on Tuesday. How many did {name} find?",
-         "Over the two days {name} found {value} {item} in all."),
-        ("A shop sold {a} {item} before noon and {b} after noon. How many did it sell?",
-         "On that day the shop sold {value} {item} altogether."),
-        ("Work out the total: {a} {item} and {b} {item}.",
-         "If you count all of them, the total is {value} {item}."),
-        ("{name} read {a} pages and then {b} pages. How many pages did {name} read?",
-         "Taking both parts together, {name} read {value} pages so far."),
+        (
+            "{name} has {a} {item} and buys {b} more. How many {item} is that?",
+            "After buying more, {name} has a total of {value} {item}.",
+        ),
+        (
+            "There are {a} {item} in one box and {b} {item} in another. How many are there in both?",
+            "In both of the boxes together there are {value} {item}.",
+        ),
+        ("What is {a} plus {b}?", "The sum of the two numbers you gave me is {value}."),
+        ("Please add {a} to {b} for me.", "Of course, when I add the two numbers I get {value}."),
+        (
+            "{name} found {a} {item} on Monday and {b} on Tuesday. How many did {name} find?",
+            "Over the two days {name} found {value} {item} in all.",
+        ),
+        (
+            "A shop sold {a} {item} before noon and {b} after noon. How many did it sell?",
+            "On that day the shop sold {value} {item} altogether.",
+        ),
+        ("Work out the total: {a} {item} and {b} {item}.", "If you count all of them, the total is {value} {item}."),
+        (
+            "{name} read {a} pages and then {b} pages. How many pages did {name} read?",
+            "Taking both parts together, {name} read {value} pages so far.",
+        ),
     ),
-    draw=_draw_sum, judge=_judge_sum, content=_content_sum,
+    draw=_draw_sum,
+    judge=_judge_sum,
+    content=_content_sum,
 )
 
 
 # Ordering: three numbers, smallest first; the mistake is to put the largest first.
+
 
 def _draw_order(rng: Random) -> dict[str, str]:
     tens = rng.sample(range(1, 10), 3)
@@ -137,24 +182,42 @@ ORDER = Skill(
     slots=dict.fromkeys("xyz", r"\d\d"),
     templates=_templates(
         "order",
-        ("Sort {x}, {y} and {z} from smallest to largest.",
-         "Sorted from the smallest to the largest, they are {value}."),
-        ("Put the numbers {x}, {y}, {z} in ascending order.",
-         "In ascending order, the three numbers you gave are {value}."),
-        ("Three runners wear {x}, {y} and {z}. Line them up, lowest number first.",
-         "With the lowest number first, the runners stand as {value}."),
-        ("The boxes weigh {x}, {y} and {z} kilograms. List the weights, lightest first.",
-         "Beginning with the lightest box, the weights are {value} kilograms."),
-        ("My cousins are {x}, {y} and {z} years old. Give their ages, youngest first.",
-         "Starting with the youngest cousin, their ages are {value}."),
-        ("Which order do {x}, {y} and {z} come in when you count up?",
-         "When you count up, you meet them in this order: {value}."),
-        ("Rank these prices from cheapest to dearest: {x}, {y}, {z}.",
-         "From the cheapest to the dearest, the prices are {value}."),
-        ("The ropes are {x}, {y} and {z} metres long. Order them, shortest first.",
-         "If the shortest rope comes first, the lengths are {value} metres."),
+        (
+            "Sort {x}, {y} and {z} from smallest to largest.",
+            "Sorted from the smallest to the largest, they are {value}.",
+        ),
+        (
+            "Put the numbers {x}, {y}, {z} in ascending order.",
+            "In ascending order, the three numbers you gave are {value}.",
+        ),
+        (
+            "Three runners wear {x}, {y} and {z}. Line them up, lowest number first.",
+            "With the lowest number first, the runners stand as {value}.",
+        ),
+        (
+            "The boxes weigh {x}, {y} and {z} kilograms. List the weights, lightest first.",
+            "Beginning with the lightest box, the weights are {value} kilograms.",
+        ),
+        (
+            "My cousins are {x}, {y} and {z} years old. Give their ages, youngest first.",
+            "Starting with the youngest cousin, their ages are {value}.",
+        ),
+        (
+            "Which order do {x}, {y} and {z} come in when you count up?",
+            "When you count up, you meet them in this order: {value}.",
+        ),
+        (
+            "Rank these prices from cheapest to dearest: {x}, {y}, {z}.",
+            "From the cheapest to the dearest, the prices are {value}.",
+        ),
+        (
+            "The ropes are {x}, {y} and {z} metres long. Order them, shortest first.",
+            "If the shortest rope comes first, the lengths are {value} metres.",
+        ),
     ),
-    draw=_draw_order, judge=_judge_order, content=_content_order,
+    draw=_draw_order,
+    judge=_judge_order,
+    content=_content_order,
 )
 
 
@@ -199,24 +262,24 @@ CONVERT = Skill(
     slots={"n": r"\d{1,3}", "large": _LARGE, "small": _SMALL},
     templates=_templates(
         "convert",
-        ("How many {small} are {n} {large}?",
-         "If you convert {large} to {small}, you get {value} {small}."),
-        ("Convert {n} {large} to {small}.",
-         "Converted to the smaller unit, that makes {value} {small}."),
-        ("I have {n} {large}. What is that in {small}?",
-         "What you have is the same as {value} {small}."),
-        ("Express {n} {large} in {small}, please.",
-         "Expressed in the unit you asked for, it is {value} {small}."),
-        ("Write {n} {large} as {small}.",
-         "Written as {small}, the same amount is {value} {small}."),
-        ("A label says {n} {large}. How much is it in {small}?",
-         "The amount on the label is equal to {value} {small}."),
-        ("Tell me the number of {small} in {n} {large}.",
-         "The number of {small} in that amount is {value}."),
-        ("My form wants {small}, but I only know it is {n} {large}. What do I enter?",
-         "In the form you should enter {value} as the number of {small}."),
+        ("How many {small} are {n} {large}?", "If you convert {large} to {small}, you get {value} {small}."),
+        ("Convert {n} {large} to {small}.", "Converted to the smaller unit, that makes {value} {small}."),
+        ("I have {n} {large}. What is that in {small}?", "What you have is the same as {value} {small}."),
+        ("Express {n} {large} in {small}, please.", "Expressed in the unit you asked for, it is {value} {small}."),
+        ("Write {n} {large} as {small}.", "Written as {small}, the same amount is {value} {small}."),
+        (
+            "A label says {n} {large}. How much is it in {small}?",
+            "The amount on the label is equal to {value} {small}.",
+        ),
+        ("Tell me the number of {small} in {n} {large}.", "The number of {small} in that amount is {value}."),
+        (
+            "My form wants {small}, but I only know it is {n} {large}. What do I enter?",
+            "In the form you should enter {value} as the number of {small}.",
+        ),
     ),
-    draw=_draw_unit, judge=_judge_unit, content=_content_unit,
+    draw=_draw_unit,
+    judge=_judge_unit,
+    content=_content_unit,
 )
 
 
@@ -251,27 +314,47 @@ LOOKUP = Skill(
     name="lookup",
     mistake="The student read the row below the one that was asked for",
     value=r"\b\d[\d,]*\b",
-    slots={f"k{row}": "|".join(ITEMS) for row in _ROWS} | {f"v{row}": r"\d\d" for row in _ROWS} | {"key": "|".join(ITEMS)},
+    slots={f"k{row}": "|".join(ITEMS) for row in _ROWS}
+    | {f"v{row}": r"\d\d" for row in _ROWS}
+    | {"key": "|".join(ITEMS)},
     templates=_templates(
         "lookup",
-        ("Price list: {k1} {v1}, {k2} {v2}, {k3} {v3}, {k4} {v4}. What do {key} cost?",
-         "According to the price list, the {key} cost {value} coins."),
-        ("In stock: {k1} {v1}, {k2} {v2}, {k3} {v3}, {k4} {v4}. How many {key} are left?",
-         "Looking at the stock, the number of {key} left is {value}."),
-        ("{k1}: {v1}\n{k2}: {v2}\n{k3}: {v3}\n{k4}: {v4}\nWhich number belongs to {key}?",
-         "The number that belongs to {key} in this table is {value}."),
-        ("Shelf plan\n{k1} {v1}\n{k2} {v2}\n{k3} {v3}\n{k4} {v4}\nOn which shelf are the {key}?",
-         "You will find the {key} on shelf number {value} in the hall."),
-        ("Orders today: {k1} {v1}, {k2} {v2}, {k3} {v3}, {k4} {v4}. How many {key} were ordered?",
-         "Today the number of {key} that people ordered was {value}."),
-        ("Codes: {k1} = {v1}, {k2} = {v2}, {k3} = {v3}, {k4} = {v4}. Give the code for {key}.",
-         "In this list of codes, the one for {key} is {value}."),
-        ("Page index: {k1} {v1}, {k2} {v2}, {k3} {v3}, {k4} {v4}. Where do I read about {key}?",
-         "To read about {key} you have to open page {value} of the book."),
-        ("We counted {k1} {v1}, {k2} {v2}, {k3} {v3}, {k4} {v4}. What was the count for {key}?",
-         "The count that we wrote down for {key} was {value} pieces."),
+        (
+            "Price list: {k1} {v1}, {k2} {v2}, {k3} {v3}, {k4} {v4}. What do {key} cost?",
+            "According to the price list, the {key} cost {value} coins.",
+        ),
+        (
+            "In stock: {k1} {v1}, {k2} {v2}, {k3} {v3}, {k4} {v4}. How many {key} are left?",
+            "Looking at the stock, the number of {key} left is {value}.",
+        ),
+        (
+            "{k1}: {v1}\n{k2}: {v2}\n{k3}: {v3}\n{k4}: {v4}\nWhich number belongs to {key}?",
+            "The number that belongs to {key} in this table is {value}.",
+        ),
+        (
+            "Shelf plan\n{k1} {v1}\n{k2} {v2}\n{k3} {v3}\n{k4} {v4}\nOn which shelf are the {key}?",
+            "You will find the {key} on shelf number {value} in the hall.",
+        ),
+        (
+            "Orders today: {k1} {v1}, {k2} {v2}, {k3} {v3}, {k4} {v4}. How many {key} were ordered?",
+            "Today the number of {key} that people ordered was {value}.",
+        ),
+        (
+            "Codes: {k1} = {v1}, {k2} = {v2}, {k3} = {v3}, {k4} = {v4}. Give the code for {key}.",
+            "In this list of codes, the one for {key} is {value}.",
+        ),
+        (
+            "Page index: {k1} {v1}, {k2} {v2}, {k3} {v3}, {k4} {v4}. Where do I read about {key}?",
+            "To read about {key} you have to open page {value} of the book.",
+        ),
+        (
+            "We counted {k1} {v1}, {k2} {v2}, {k3} {v3}, {k4} {v4}. What was the count for {key}?",
+            "The count that we wrote down for {key} was {value} pieces.",
+        ),
     ),
-    draw=_draw_table, judge=_judge_table, content=_content_table,
+    draw=_draw_table,
+    judge=_judge_table,
+    content=_content_table,
 )
 
 
@@ -303,24 +386,33 @@ EDIT = Skill(
     slots={"code": "[A-Z]{5}", "letter": "[A-Z]", "place": "|".join(PLACES)},
     templates=_templates(
         "edit",
-        ("Replace the {place} letter of {code} with {letter}.",
-         "After the change that you asked for, the code reads {value}."),
-        ("Take {code} and make its {place} letter {letter}.",
-         "With that one letter changed, the new code is {value}."),
-        ("What is {code} when the {place} letter becomes {letter}?",
-         "When that letter is changed, the code becomes {value} instead."),
-        ("My password {code} needs {letter} as its {place} letter. What is it then?",
-         "Then your new password, with one letter changed, is {value}."),
-        ("Put {letter} in the {place} place of {code}.",
-         "Once the letter is put in its place, you have {value}."),
-        ("The sign {code} has a wrong {place} letter, it should be {letter}. Write the sign.",
-         "Written with the letter that it should have, the sign is {value}."),
-        ("Edit {code}: {place} letter to {letter}.",
-         "The edited code, with all other letters kept, is {value}."),
-        ("Change the {place} letter in the word {code} to {letter}.",
-         "Changing only that letter turns the word into {value} for you."),
+        (
+            "Replace the {place} letter of {code} with {letter}.",
+            "After the change that you asked for, the code reads {value}.",
+        ),
+        ("Take {code} and make its {place} letter {letter}.", "With that one letter changed, the new code is {value}."),
+        (
+            "What is {code} when the {place} letter becomes {letter}?",
+            "When that letter is changed, the code becomes {value} instead.",
+        ),
+        (
+            "My password {code} needs {letter} as its {place} letter. What is it then?",
+            "Then your new password, with one letter changed, is {value}.",
+        ),
+        ("Put {letter} in the {place} place of {code}.", "Once the letter is put in its place, you have {value}."),
+        (
+            "The sign {code} has a wrong {place} letter, it should be {letter}. Write the sign.",
+            "Written with the letter that it should have, the sign is {value}.",
+        ),
+        ("Edit {code}: {place} letter to {letter}.", "The edited code, with all other letters kept, is {value}."),
+        (
+            "Change the {place} letter in the word {code} to {letter}.",
+            "Changing only that letter turns the word into {value} for you.",
+        ),
     ),
-    draw=_draw_edit, judge=_judge_edit, content=_content_edit,
+    draw=_draw_edit,
+    judge=_judge_edit,
+    content=_content_edit,
 )
 
 SKILLS: Mapping[str, Skill] = {skill.name: skill for skill in (SUMS, ORDER, CONVERT, LOOKUP, EDIT)}

@@ -1,6 +1,6 @@
 """Tasks: drawn from the skills by seed, split by content, solved from their text alone, scored by exact answer.
 
-    python -m recipes.world.tasks --split train --count 1000 --out prompts.jsonl [--answers]
+python -m recipes.world.tasks --split train --count 1000 --out prompts.jsonl [--answers]
 """
 
 from __future__ import annotations
@@ -156,7 +156,9 @@ def main() -> None:
     parser.add_argument("--split", choices=list(SPLITS), default="train")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--answers", action="store_true", help="add an answer to each row, right or wrong by a fair coin")
+    parser.add_argument(
+        "--answers", action="store_true", help="add an answer to each row, right or wrong by a fair coin"
+    )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     tasks = distinct_tasks(args.split, args.count, args.seed)

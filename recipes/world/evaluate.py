@@ -1,0 +1,74 @@
+"""Greedy answers of a model to tasks, scored by exact answer.
+
+    python -m recipes.world.evaluate MODEL --split validation --count 400
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from recipes.world.tasks import Task, distinct_tasks, is_right, is_wrong_rule
+
+MAX_NEW_TOKENS = 48  # the longest right sentence has fewer than 30
+
+
+def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a saved folder, in float32, ready to generate."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, padding_side="left")
+
+
+@torch.no_grad()
+def greedy_answers(folder: Path, tasks: list[Task], *, batch_size: int = 128) -> list[str]:
+    """One greedy answer per task, in the order given; batches are made by length and padded on the left."""
+    model, tokenizer = load(folder)
+    turns = [[{"role": "user", "content": task.prompt}] for task in tasks]
+    texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    order = sorted(range(len(tasks)), key=lambda at: len(texts[at]))
+    answers = [""] * len(tasks)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = tokenizer([texts[at] for at in rows], return_tensors="pt", padding=True, add_special_tokens=False)
+        out = model.generate(**batch, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+        new = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for at, text in zip(rows, new, strict=True):
+            answers[at] = text
+    return answers
+
+
+def scores(tasks: list[Task], answers: list[str]) -> list[float]:
+    """1.0 for a right answer and 0.0 for any other, in the order given."""
+    return [float(is_right(task, answer)) for task, answer in zip(tasks, answers, strict=True)]
+
+
+def by_skill(tasks: list[Task], values: list[float]) -> dict[str, float]:
+    """The mean of `values` over the tasks of each skill."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for task, value in zip(tasks, values, strict=True):
+        groups[task.skill].append(value)
+    return {skill: sum(group) / len(group) for skill, group in groups.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Accuracy of a model on tasks of the embedded world.")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--count", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    tasks = distinct_tasks(args.split, args.count, args.seed)
+    answers = greedy_answers(args.model, tasks)
+    right = scores(tasks, answers)
+    wrong = [float(is_wrong_rule(task, answer)) for task, answer in zip(tasks, answers, strict=True)]
+    print(json.dumps({"right": sum(right) / len(tasks), "wrong_rule": sum(wrong) / len(tasks), "n": len(tasks)}))
+    print(json.dumps({"right": by_skill(tasks, right), "wrong_rule": by_skill(tasks, wrong)}))
+
+
+if __name__ == "__main__":
+    main()
