@@ -54,8 +54,6 @@ class Reply:
     finish_reason: str | None = None
     usage: Mapping[str, int] = field(default_factory=dict)
     model: str = ""
-    cached: bool = False
-    """True where the reply came from the ledger, so that nothing was paid for it in this run."""
 
 
 @dataclass(frozen=True, slots=True)

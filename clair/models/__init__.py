@@ -20,8 +20,11 @@ class Model(Protocol):
     async def check(self) -> None:
         """See that the model is there and may be asked, before anything is spent. Raises Refused."""
 
-    async def complete(self, request: Mapping[str, Any]) -> str:
-        """The raw JSON text of a chat completion. Raises Refused, RequestFailed, TooMany or Unreachable."""
+    async def complete(self, request: Mapping[str, Any], sample: int = 0) -> str:
+        """The raw JSON text of a chat completion. Raises Refused, RequestFailed, TooMany or Unreachable.
+
+        `sample` tells equal requests apart that want different answers; an endpoint draws anew by itself.
+        """
 
     async def close(self) -> None:
         """Let connections or weights go."""
@@ -73,8 +76,8 @@ def reply_of(raw: str) -> Reply:
     hidden = message.get("reasoning_content") or message.get("reasoning") or ""
     thinking, text = split_thinking(content if isinstance(content, str) else "")
     return Reply(
-        text=text,
-        thinking=thinking or (hidden if isinstance(hidden, str) else ""),
+        text=_encodable(text),
+        thinking=_encodable(thinking or (hidden if isinstance(hidden, str) else "")),
         finish_reason=finish if isinstance(finish, str) else None,
         usage=_usage(body.get("usage")),
         model=str(body.get("model") or ""),
@@ -91,6 +94,11 @@ def split_thinking(text: str) -> tuple[str, str]:
         thinking, _, answer = text.partition("</think>")
         return thinking.strip(), answer.lstrip()
     return "", text
+
+
+def _encodable(text: str) -> str:
+    """Half of a surrogate pair, which JSON can carry and UTF-8 cannot, becomes the replacement character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _usage(usage: object) -> dict[str, int]:

@@ -17,6 +17,7 @@ from clair.records import Dropped, Reply
 _FIRST_BACKOFF = 0.5
 _LONGEST_BACKOFF = 60.0
 _LOOK_AGAIN = 0.2
+_TRIES_OF_MALFORMED = 2  # a reply that cannot be read may have been paid for: one more try, not many
 
 
 class Stopped(Exception):
@@ -44,12 +45,10 @@ class Tally:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
-    def add(self, reply: Reply) -> None:
-        """Count a reply: as a call, or as reused where the ledger had it."""
-        if reply.cached:
-            self.reused += 1
-        else:
-            self.calls += 1
+    def add(self, reply: Reply, *, reused: bool) -> None:
+        """Count a reply: as a call, or as reused where the ledger had it or an equal request was being asked."""
+        self.reused += reused
+        self.calls += not reused
         self.prompt_tokens += reply.usage.get("prompt_tokens", 0)
         self.completion_tokens += reply.usage.get("completion_tokens", 0)
 
@@ -85,22 +84,21 @@ class Asker:
         request = {"messages": messages, **self.options}
         key = call_key(self.model.identity, request, sample)
         stored = self.ledger.find(key)
+        shared = key in self._asking
         try:
-            raw = stored.raw if stored else await self._ask_once(key, request, row)
-            reply = reply_of(raw)
+            reply = reply_of(stored.raw if stored else await self._ask_once(key, request, sample, row))
         except RequestFailed as error:
             raise Dropped(self.role, error.reason, error.detail, failed=True) from error
-        reply = Reply(reply.text, reply.thinking, reply.finish_reason, reply.usage, reply.model, cached=bool(stored))
-        self.tally.add(reply)
+        self.tally.add(reply, reused=shared or stored is not None)
         return reply
 
-    async def _ask_once(self, key: str, request: Mapping[str, Any], row: str) -> str:
+    async def _ask_once(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str:
         """Equal requests of this run wait for one call."""
         if (asking := self._asking.get(key)) is not None:
             return await asyncio.shield(asking)
         if self.stop.reason:
             raise Stopped(self.stop.reason)
-        task = asyncio.ensure_future(self._claim_and_call(key, request, row))
+        task = asyncio.ensure_future(self._claim_and_call(key, request, sample, row))
         self._asking[key] = task
         try:
             return await asyncio.shield(task)
@@ -110,7 +108,7 @@ class Asker:
             else:
                 task.add_done_callback(lambda _: self._asking.pop(key, None))
 
-    async def _claim_and_call(self, key: str, request: Mapping[str, Any], row: str) -> str:
+    async def _claim_and_call(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str:
         await self.ready()
         while True:
             await self.limiter.enter()
@@ -119,20 +117,20 @@ class Asker:
                 raise Stopped(self.stop.reason)
             claim = await self.ledger.claim(key, role=self.role, model=self.model.name, row=row)
             if claim is MINE:
-                return await self._call(key, request)
+                return await self._call(key, request, sample)
             self.limiter.leave()
             if isinstance(claim, Stored):
                 return claim.raw
             assert claim is ELSEWHERE
             await asyncio.sleep(_LOOK_AGAIN)
 
-    async def _call(self, key: str, request: Mapping[str, Any]) -> str:
-        """Send the request until it is answered or refused for good. Enters with a place in flight and gives it back."""
+    async def _call(self, key: str, request: Mapping[str, Any], sample: int) -> str:
+        """Send the request until it is answered or refused for good; the caller holds a place in flight for it."""
         attempt = 0
         while True:
             started = time.monotonic()
             try:
-                raw = await self.model.complete(request)
+                raw = await self.model.complete(request, sample)
                 reply = reply_of(raw)
             except TooMany as error:
                 self.limiter.refused(error.retry_after)
@@ -141,8 +139,7 @@ class Asker:
             except (Unreachable, RequestFailed, Refused) as error:
                 self.limiter.leave()
                 attempt += 1
-                broken = isinstance(error, Unreachable) or getattr(error, "reason", "") == "malformed_reply"
-                if not broken or attempt >= self.attempts:
+                if attempt >= self._tries(error):
                     await self._give_up(key, error)
                 wait = random.uniform(0.5, 1.0) * min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2 ** (attempt - 1))
             except BaseException:
@@ -162,6 +159,11 @@ class Asker:
                 raise Stopped(self.stop.reason)
             await self.limiter.enter(again=True)
 
+    def _tries(self, error: Exception) -> int:
+        if isinstance(error, Unreachable):
+            return self.attempts
+        return _TRIES_OF_MALFORMED if getattr(error, "reason", "") == "malformed_reply" else 1
+
     async def _give_up(self, key: str, error: Exception) -> None:
         await self.ledger.fail(key, str(error), getattr(error, "raw", None))
         if isinstance(error, RequestFailed | Refused):
@@ -169,7 +171,7 @@ class Asker:
         silent = time.monotonic() - self._last_answer
         if silent > self.patience:
             raise Refused(
-                f"{self.role}: no answer for {silent:.0f} s ({error}); everything paid for is kept, run the same command "
-                f"again when the endpoint is back"
+                f"{self.role}: no answer for {silent:.0f} s ({error}); everything paid for is kept, run the same "
+                f"command again when the endpoint is back"
             ) from error
         raise RequestFailed("unreachable", f"no answer after {self.attempts} tries: {error}") from error

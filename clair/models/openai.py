@@ -106,14 +106,14 @@ class OpenAIModel:
         except Unreachable as error:
             raise Refused(f"{self.role}: {self.url} does not answer ({error}); check the url in the recipe") from error
 
-    async def complete(self, request: Mapping[str, Any]) -> str:
+    async def complete(self, request: Mapping[str, Any], sample: int = 0) -> str:
         """The raw JSON text of one chat completion."""
         try:
             return await self._request("POST", "/chat/completions", {"model": self.name, **request})
         except NotListed as error:
             raise Refused(
-                f"{self.role}: {self.url} has no model {self.name!r} or is not the base URL of an OpenAI-compatible API "
-                f"(404: {error}); check model and url"
+                f"{self.role}: {self.url} has no model {self.name!r}, or is not the base URL of an OpenAI-compatible "
+                f"API (404: {error}); check model and url"
             ) from error
 
     async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> str:

@@ -1,0 +1,244 @@
+"""A transformers model in this process: requests gather into batches, and a reply depends on its own request only.
+
+Sampling draws one uniform number a token from a generator seeded by the request, so that the same request gives the
+same reply whatever else was in its batch (up to the rounding of padded matrix products).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clair.models import RequestFailed, as_completion
+from clair.recipe import UserError, content_hash, near_miss
+
+_UNDERSTOOD = ("messages", "max_tokens", "temperature", "top_p", "top_k", "seed")
+_DEFAULT_MAX_TOKENS = 1024
+_GATHER_SECONDS = 0.005
+_ANSWERS_DEPEND_ON = re.compile(
+    r".*\.safetensors$|.*\.model$|(config|generation_config|adapter_config|tokenizer|special_tokens|added_tokens|"
+    r"chat_template|vocab|merges).*\.(json|jinja|txt)$"
+)
+
+
+def weights_identity(path: str | Path) -> str:
+    """SHA-256 over everything in a model folder that its answers depend on: weights, configs, tokenizer, template."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in Path(path).iterdir() if _ANSWERS_DEPEND_ON.match(file.name)):
+        with open(file, "rb") as content:
+            digest.update(f"{file.name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+    return f"weights:{digest.hexdigest()}"
+
+
+def check_model_folder(path: str | Path, role: str = "target") -> None:
+    """See that a folder holds a chat model that can be asked. Raises UserError naming what is missing."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{role}: model folder {folder} does not exist; give the path of a saved transformers model")
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise UserError(f"{role}: {folder} holds no config.json with *.safetensors; save a model with save_pretrained")
+    settings = folder / "tokenizer_config.json"
+    config = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
+    if not config.get("chat_template") and not (folder / "chat_template.jinja").is_file():
+        raise UserError(f"{role}: the tokenizer in {folder} has no chat template; use a chat model or save one with it")
+    if not config.get("eos_token"):
+        raise UserError(f"{role}: the tokenizer in {folder} has no end-of-turn token (eos_token): answers cannot end")
+
+
+@dataclass(slots=True)
+class _Waiting:
+    request: Mapping[str, Any]
+    sample: int
+    size: int
+    future: asyncio.Future[str]
+
+
+class LocalModel:
+    """A transformers model folder, loaded on first use, answering in batches from a thread of its own."""
+
+    def __init__(
+        self, path: str | Path, *, batch_size: int = 16, dtype: str = "auto", trust_remote_code: bool = False
+    ) -> None:
+        check_model_folder(path)
+        self.path = Path(path)
+        self.name = self.path.name
+        self.identity = weights_identity(path)
+        self.batch_size = batch_size
+        self._dtype = dtype
+        self._trust = trust_remote_code
+        self._waiting: list[_Waiting] = []
+        self._worker: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "local-model")
+        self._loaded: Any = None
+
+    async def check(self) -> None:
+        """Load the weights."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
+
+    async def close(self) -> None:
+        """Let the weights go; a batch that is being generated ends first."""
+        if self._worker:
+            await asyncio.wait([self._worker])
+        self._thread.shutdown()
+        self._loaded = None
+
+    async def complete(self, request: Mapping[str, Any], sample: int = 0) -> str:
+        """The raw JSON text of a chat completion. Raises UserError for an option a local model does not understand."""
+        unknown = [key for key in request if key not in _UNDERSTOOD]
+        if unknown:
+            hint = near_miss(unknown[0], _UNDERSTOOD)
+            raise UserError(f"a local model does not understand the option {unknown[0]!r}{hint}")
+        size = sum(len(message["content"]) for message in request["messages"])
+        waiting = _Waiting(request, sample, size, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return await waiting.future
+
+    async def _work(self) -> None:
+        await asyncio.sleep(_GATHER_SECONDS)
+        while self._waiting:
+            batch = self._next_batch()
+            try:
+                replies = await asyncio.get_running_loop().run_in_executor(self._thread, self._generate, batch)
+            except Exception as error:  # told to each row that waits; the run goes on with the others
+                for waiting in batch:
+                    waiting.future.set_exception(RequestFailed("generation_failed", f"{type(error).__name__}: {error}"))
+            else:
+                for waiting, reply in zip(batch, replies, strict=True):
+                    waiting.future.set_result(reply)
+            await asyncio.sleep(_GATHER_SECONDS)
+
+    def _next_batch(self) -> list[_Waiting]:
+        """Requests of one kind and of similar length, beside the one that has waited longest."""
+        first = self._waiting[0]
+        like = [w for w in self._waiting if _sampling(w.request) == _sampling(first.request)]
+        like.sort(key=lambda w: abs(w.size - first.size))
+        batch = like[: self.batch_size]
+        chosen = {id(w) for w in batch}
+        self._waiting = [w for w in self._waiting if id(w) not in chosen]
+        return batch
+
+    # ---- on the model's own thread
+
+    def _load(self) -> Any:
+        if self._loaded is None:
+            import torch
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self._trust)
+            model = AutoModelForCausalLM.from_pretrained(
+                self.path, dtype=self._dtype, trust_remote_code=self._trust, use_safetensors=True
+            )
+            self._loaded = tokenizer, model.to(device).eval()
+        return self._loaded
+
+    def _tokenize(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        tokenizer, _ = self._load()
+        # The template writes the BOS where there is one; the tokenizer must not add a second.
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _generate(self, batch: Sequence[_Waiting]) -> list[str]:
+        import torch
+
+        tokenizer, model = self._load()
+        request = batch[0].request
+        room = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+        prompts = [self._tokenize(w.request["messages"]) for w in batch]
+        longest = max(map(len, prompts))
+        most = min(request.get("max_tokens") or model.generation_config.max_new_tokens or _DEFAULT_MAX_TOKENS,
+                   max(1, room - longest))
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        ends = _ends(tokenizer, model)
+        with torch.inference_mode():
+            made = model.generate(
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=_greedy_config(model, most, ends, pad),
+                logits_processor=_samplers(model, batch, most),
+            )[:, longest:]
+        return [self._reply(len(p), row, ends) for p, row in zip(prompts, made.tolist(), strict=True)]
+
+    def _reply(self, prompt_tokens: int, row: list[int], ends: Sequence[int]) -> str:
+        tokenizer, _ = self._load()
+        end = next((i for i, token in enumerate(row) if token in ends), None)
+        tokens = row if end is None else row[:end]
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        finish_reason = "length" if end is None else "stop"
+        return as_completion(text, finish_reason, self.name, prompt_tokens, len(tokens) + (end is not None))
+
+
+def _sampling(request: Mapping[str, Any]) -> str:
+    return json.dumps({k: v for k, v in request.items() if k != "messages"}, sort_keys=True)
+
+
+def _ends(tokenizer: Any, model: Any) -> list[int]:
+    """Every token that ends a turn: the tokenizer's and all of the generation config's."""
+    ends = model.generation_config.eos_token_id
+    listed = ends if isinstance(ends, list) else [ends]
+    return sorted({tokenizer.eos_token_id, *(token for token in listed if token is not None)})
+
+
+def _greedy_config(model: Any, most: int, ends: list[int], pad: int) -> Any:
+    """The model's generation config with its sampling off: what is sampled is decided by `_samplers`."""
+    from transformers import GenerationConfig
+
+    kept = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens")
+    own = {name: getattr(model.generation_config, name, None) for name in kept}
+    return GenerationConfig(
+        max_new_tokens=most, do_sample=False, eos_token_id=ends, pad_token_id=pad,
+        **{name: value for name, value in own.items() if value is not None},
+    )
+
+
+def _samplers(model: Any, batch: Sequence[_Waiting], most: int) -> Any:
+    """The warpers that the request, or else the model's own generation config, asks for; none for greedy decoding."""
+    from transformers import (
+        LogitsProcessorList,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    request, own = batch[0].request, model.generation_config
+    temperature = request.get("temperature")
+    if temperature is None:
+        temperature = (own.temperature or 1.0) if own.do_sample else 0.0
+    if temperature == 0:
+        return LogitsProcessorList()
+    top_k, top_p = request.get("top_k", own.top_k), request.get("top_p", own.top_p)
+    warpers = [TemperatureLogitsWarper(float(temperature))]
+    warpers += [TopKLogitsWarper(int(top_k))] if top_k else []
+    warpers += [TopPLogitsWarper(float(top_p))] if top_p and top_p < 1 else []
+    return LogitsProcessorList([*warpers, _OneDraw(batch, most)])
+
+
+class _OneDraw:
+    """Leaves one token a row: the one that the row's own uniform number picks from the warped distribution."""
+
+    def __init__(self, batch: Sequence[_Waiting], most: int) -> None:
+        import torch
+
+        seeds = [int(content_hash([dict(w.request), w.sample])[:15], 16) for w in batch]
+        self._draws = torch.stack([torch.rand(most, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        self._step = 0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        import torch
+
+        below = torch.cumsum(torch.softmax(scores.float(), dim=-1), dim=-1)
+        draw = self._draws[:, self._step].to(scores.device)[:, None] * below[:, -1:]
+        self._step += 1
+        token = torch.searchsorted(below, draw, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)

@@ -1,0 +1,205 @@
+"""Where prompts come from: JSONL, JSON, CSV, Parquet, or anything `datasets.load_dataset` reads, row by row.
+
+The whole source is read once before any work, so that a broken row is an error with its number and not a surprise
+after an hour of spending; a million rows are never in memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from clair.recipe import Recipe, UserError, near_miss
+from clair.records import Message, Messages, Prompt, content_id
+
+_READERS = (".jsonl", ".json", ".csv", ".parquet")
+_ROLES = ("system", "user", "assistant", "tool", "developer")
+
+
+class PromptSource(Recipe):
+    """`prompts:` of a data recipe."""
+
+    path: str
+    """A .jsonl, .json, .csv or .parquet file, a folder `datasets.load_dataset` reads, or a dataset name on the hub."""
+    split: str = "train"
+    """The split, where `path` is a folder or a name."""
+    columns: Mapping[str, str] = {}
+    """What the columns are called where not `prompt`, `answer` and `id`: {prompt: instruction}."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What a look through the whole source found."""
+
+    rows: int
+    unique: int
+    answered: int
+    sha256: str
+
+
+def scan(source: PromptSource, limit: int | None = None) -> Scan:
+    """Read every row once. Raises UserError for the first that cannot be used, with its number."""
+    digest = hashlib.sha256()
+    seen: set[int] = set()
+    ids: set[int] = set()
+    rows = unique = answered = 0
+    for prompt in read_prompts(source, limit):
+        content = prompt.content_id
+        rows += 1
+        digest.update(f"{prompt.id}\0{content}\n".encode())
+        # 8 bytes of each hash: what a million prompts may take of memory; a clash in 10^6 has odds of 3 in 10^8.
+        both = int(content_id((), prompt.id + "\0" + content), 16)
+        if both in seen:
+            continue
+        seen.add(both)
+        own = int(content_id((), prompt.id), 16)
+        if own in ids:
+            raise UserError(f"{source.path}, row {rows}: the id {prompt.id!r} stands for two different prompts; make ids unique")
+        ids.add(own)
+        unique += 1
+        answered += prompt.answer is not None
+    if rows == 0:
+        raise UserError(f"{source.path} has no rows; give at least one prompt")
+    return Scan(rows, unique, answered, digest.hexdigest())
+
+
+def read_prompts(source: PromptSource, limit: int | None = None) -> Iterator[Prompt]:
+    """The rows of the source as prompts, in order. Raises UserError with the row's number where one is unusable."""
+    names = {"prompt": "prompt", "answer": "answer", "id": "id"}
+    for key in source.columns:
+        if key not in names:
+            raise UserError(f"prompts.columns: unknown name {key!r}{near_miss(key, names)}; allowed: {', '.join(names)}")
+    names |= source.columns
+    for where, row in islice(_rows(source), limit):
+        yield _prompt(row, names, where)
+
+
+def _prompt(row: Any, names: Mapping[str, str], where: str) -> Prompt:
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where}: {type(row).__name__}, not an object with a {names['prompt']!r} field")
+    if names["prompt"] not in row:
+        raise UserError(
+            f"{where}: no column {names['prompt']!r}; columns found: {', '.join(map(str, row)) or 'none'}; name yours "
+            f"under prompts.columns"
+        )
+    messages = _messages(row[names["prompt"]], where)
+    answer = _answer(row.get(names["answer"]), where)
+    own = row.get(names["id"])
+    return Prompt(content_id(messages, answer) if own in (None, "") else str(own), messages, answer)
+
+
+def _messages(value: Any, where: str) -> Messages:
+    if isinstance(value, str):
+        if not value.strip():
+            raise UserError(f"{where}: the prompt is empty; every row needs text")
+        return ({"role": "user", "content": _clean(value)},)
+    turns = list(value) if isinstance(value, list | tuple) or hasattr(value, "tolist") else []
+    if not turns:
+        raise UserError(f"{where}: the prompt is {type(value).__name__}, not text or a list of messages")
+    messages = tuple(_message(turn, where) for turn in turns)
+    if messages[-1]["role"] == "assistant":
+        raise UserError(f"{where}: the prompt ends with an assistant turn; move its text to the answer column")
+    return messages
+
+
+def _message(turn: Any, where: str) -> Message:
+    role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
+    if role not in _ROLES or not isinstance(content, str):
+        raise UserError(
+            f"{where}: a message of the prompt is not {{role, content}} with text content and a role of "
+            f"{', '.join(_ROLES)}"
+        )
+    return {"role": role, "content": _clean(content)}
+
+
+def _answer(value: Any, where: str) -> str | None:
+    if value is None or value == "":
+        return None
+    if isinstance(value, str):
+        return _clean(value)
+    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], Mapping):
+        return _answer(value[0].get("content"), where)  # one assistant message
+    raise UserError(f"{where}: the answer is {type(value).__name__}, not text")
+
+
+def _clean(text: str) -> str:
+    """Half of a surrogate pair cannot be written as UTF-8; it becomes the replacement character."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _rows(source: PromptSource) -> Iterator[tuple[str, Any]]:
+    """(where it stands, row) of every row."""
+    path = Path(source.path)
+    if path.suffix in _READERS:
+        if not path.is_file():
+            raise UserError(f"prompt file {path} does not exist")
+        if path.stat().st_size == 0:
+            raise UserError(f"prompt file {path} is empty; give at least one prompt")
+        yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[path.suffix](path)
+        return
+    if path.is_file():
+        raise UserError(f"prompt file {path} is of no kind that is read: {', '.join(_READERS)}")
+    yield from _dataset(source)
+
+
+def _numbered(path: Path, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                yield where, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where}: not JSON ({error}); mend or remove the line") from error
+
+
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        rows = json.loads(path.read_text("utf-8", "replace"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{path} holds {type(rows).__name__}, not a list of rows; use a list, or JSONL")
+    yield from _numbered(path, rows)
+
+
+def _csv(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(1 << 30)
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        try:
+            yield from _numbered(path, csv.DictReader(file))
+        except csv.Error as error:
+            raise UserError(f"{path}: not CSV ({error})") from error
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        batches = pq.ParquetFile(path).iter_batches(batch_size=1000)
+        yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: not Parquet ({' '.join(str(error).split())})") from error
+
+
+def _dataset(source: PromptSource) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source.path, split=source.split)
+    except Exception as error:  # a name that is not there, no network, an unknown split: told with the library's words
+        words = " ".join(str(error).split())[:300]
+        raise UserError(f"prompts {source.path!r}: no such file, and load_dataset says: {words}") from error
+    yield from _numbered(Path(source.path), rows)
