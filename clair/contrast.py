@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 
@@ -36,3 +37,19 @@ def contrast_of(chosen: str, rejected: str) -> Contrast:
         prefix=Prefix.similarity(winner, loser) / len(winner) if winner else 0.0,
         length_ratio=len(winner) / len(loser) if loser else float(len(winner)),
     )
+
+
+def word_diff(rejected: str, chosen: str) -> list[tuple[str, str]]:
+    """The way from rejected to chosen by words: ("same" | "gone" | "new", text) in reading order, white space kept."""
+    from rapidfuzz.distance import LCSseq
+
+    old, new = (re.findall(r"\s*\S+|\s+$", text) for text in (rejected, chosen))
+    parts: list[tuple[str, str]] = []
+    for step in LCSseq.opcodes([w.strip() for w in old], [w.strip() for w in new]):
+        if step.tag in ("delete", "replace"):
+            parts.append(("gone", "".join(old[step.src_start : step.src_end])))
+        if step.tag in ("insert", "replace"):
+            parts.append(("new", "".join(new[step.dest_start : step.dest_end])))
+        if step.tag == "equal":
+            parts.append(("same", "".join(new[step.dest_start : step.dest_end])))
+    return parts

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from clair.recipe import Recipe, UserError, near_miss
+from clair.recipe import Recipe, UserError, content_hash, near_miss
 from clair.records import Message, Messages, Prompt, content_id
 
 _READERS = (".jsonl", ".json", ".csv", ".parquet")
@@ -46,27 +46,32 @@ class Scan:
 def scan(source: PromptSource, limit: int | None = None) -> Scan:
     """Read every row once. Raises UserError for the first that cannot be used, with its number."""
     digest = hashlib.sha256()
-    seen: set[int] = set()
-    ids: set[int] = set()
     rows = unique = answered = 0
-    for prompt in read_prompts(source, limit):
-        content = prompt.content_id
+    for prompt, repeated in each_prompt(source, limit):
+        digest.update(f"{prompt.id}\0{prompt.content_id}\n".encode())
         rows += 1
-        digest.update(f"{prompt.id}\0{content}\n".encode())
-        # 8 bytes of each hash: what a million prompts may take of memory; a clash in 10^6 has odds of 3 in 10^8.
-        both = int(content_id((), prompt.id + "\0" + content), 16)
-        if both in seen:
-            continue
-        seen.add(both)
-        own = int(content_id((), prompt.id), 16)
-        if own in ids:
-            raise UserError(f"{source.path}, row {rows}: the id {prompt.id!r} stands for two different prompts; make ids unique")
-        ids.add(own)
-        unique += 1
-        answered += prompt.answer is not None
+        unique += not repeated
+        answered += prompt.answer is not None and not repeated
     if rows == 0:
         raise UserError(f"{source.path} has no rows; give at least one prompt")
     return Scan(rows, unique, answered, digest.hexdigest())
+
+
+def each_prompt(source: PromptSource, limit: int | None = None) -> Iterator[tuple[Prompt, bool]]:
+    """Every prompt, and whether its content came before. Raises UserError where one id stands for two prompts."""
+    # 8 bytes of each hash: what a million prompts may take of memory; a clash among 10^6 has odds of 3 in 10^8.
+    contents: set[int] = set()
+    ids: set[int] = set()
+    for number, prompt in enumerate(read_prompts(source, limit), 1):
+        content = int(prompt.content_id, 16)
+        repeated = content in contents
+        contents.add(content)
+        if prompt.id != prompt.content_id and not repeated:
+            own = int(content_hash(prompt.id)[:16], 16)
+            if own in ids:
+                raise UserError(f"{source.path}, row {number}: the id {prompt.id!r} stands for two different prompts")
+            ids.add(own)
+        yield prompt, repeated
 
 
 def read_prompts(source: PromptSource, limit: int | None = None) -> Iterator[Prompt]:
@@ -74,7 +79,8 @@ def read_prompts(source: PromptSource, limit: int | None = None) -> Iterator[Pro
     names = {"prompt": "prompt", "answer": "answer", "id": "id"}
     for key in source.columns:
         if key not in names:
-            raise UserError(f"prompts.columns: unknown name {key!r}{near_miss(key, names)}; allowed: {', '.join(names)}")
+            allowed = ", ".join(names)
+            raise UserError(f"prompts.columns: unknown name {key!r}{near_miss(key, names)}; allowed: {allowed}")
     names |= source.columns
     for where, row in islice(_rows(source), limit):
         yield _prompt(row, names, where)

@@ -29,10 +29,12 @@ class Stop:
     """The switch that lets a run end without losing what it paid for."""
 
     reason: str | None = None
+    error: Exception | None = None
 
-    def now(self, reason: str) -> None:
+    def now(self, reason: str, error: Exception | None = None) -> None:
         """Send nothing more; the first reason given is the one that is told."""
-        self.reason = self.reason or reason
+        if self.reason is None:
+            self.reason, self.error = reason, error
 
 
 @dataclass
@@ -73,6 +75,7 @@ class Asker:
     """Seconds without any answer, while requests fail to get through, after which the endpoint counts as dead."""
     tally: Tally = field(default_factory=Tally)
     _asking: dict[str, asyncio.Future[str]] = field(default_factory=dict)
+    _calls: set[asyncio.Task[Any]] = field(default_factory=set)
     _last_answer: float = field(default_factory=time.monotonic)
 
     async def ask(self, messages: list[Any], *, row: str, sample: int = 0) -> Reply:
@@ -91,6 +94,11 @@ class Asker:
             raise Dropped(self.role, error.reason, error.detail, failed=True) from error
         self.tally.add(reply, reused=shared or stored is not None)
         return reply
+
+    async def drain(self) -> None:
+        """Wait for the requests in flight, which are paid for, until their replies are on disk."""
+        while self._calls:
+            await asyncio.wait(set(self._calls))
 
     async def _ask_once(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str:
         """Equal requests of this run wait for one call."""
@@ -128,36 +136,41 @@ class Asker:
         """Send the request until it is answered or refused for good; the caller holds a place in flight for it."""
         attempt = 0
         while True:
-            started = time.monotonic()
+            call = asyncio.ensure_future(self._send(key, request, sample))
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
             try:
-                raw = await self.model.complete(request, sample)
-                reply = reply_of(raw)
-            except TooMany as error:
-                self.limiter.refused(error.retry_after)
-                self.limiter.leave()
+                # A cancelled row leaves its call to drain(): what is paid for is written down.
+                return await asyncio.shield(call)
+            except TooMany:
                 wait = 0.0
             except (Unreachable, RequestFailed, Refused) as error:
-                self.limiter.leave()
                 attempt += 1
                 if attempt >= self._tries(error):
                     await self._give_up(key, error)
                 wait = random.uniform(0.5, 1.0) * min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2 ** (attempt - 1))
-            except BaseException:
-                self.limiter.leave()
-                raise
-            else:
-                self._last_answer = time.monotonic()
-                self.limiter.succeeded()
-                self.limiter.leave()
-                await self.ledger.settle(key, raw, reply.usage, self._last_answer - started)
-                return raw
             self.tally.retries += 1
-            if wait:
-                await asyncio.sleep(wait)
-            if self.stop.reason:
-                await self.ledger.fail(key, f"not asked again: {self.stop.reason}")
-                raise Stopped(self.stop.reason)
+            await asyncio.sleep(wait)
             await self.limiter.enter(again=True)
+            if self.stop.reason:
+                self.limiter.leave()
+                raise Stopped(self.stop.reason)
+
+    async def _send(self, key: str, request: Mapping[str, Any], sample: int) -> str:
+        """One try: the reply is in the ledger when this returns. Gives the place in flight back."""
+        started = time.monotonic()
+        try:
+            raw = await self.model.complete(request, sample)
+            reply = reply_of(raw)
+            self._last_answer = time.monotonic()
+            self.limiter.succeeded()
+        except TooMany as error:
+            self.limiter.refused(error.retry_after)
+            raise
+        finally:
+            self.limiter.leave()
+        await self.ledger.settle(key, raw, reply.usage, self._last_answer - started)
+        return raw
 
     def _tries(self, error: Exception) -> int:
         if isinstance(error, Unreachable):
@@ -165,13 +178,17 @@ class Asker:
         return _TRIES_OF_MALFORMED if getattr(error, "reason", "") == "malformed_reply" else 1
 
     async def _give_up(self, key: str, error: Exception) -> None:
+        if isinstance(error, Refused):
+            self.stop.now(str(error), error)
         await self.ledger.fail(key, str(error), getattr(error, "raw", None))
         if isinstance(error, RequestFailed | Refused):
             raise error
         silent = time.monotonic() - self._last_answer
         if silent > self.patience:
-            raise Refused(
+            gone = Refused(
                 f"{self.role}: no answer for {silent:.0f} s ({error}); everything paid for is kept, run the same "
                 f"command again when the endpoint is back"
-            ) from error
+            )
+            self.stop.now(str(gone), gone)
+            raise gone from error
         raise RequestFailed("unreachable", f"no answer after {self.attempts} tries: {error}") from error

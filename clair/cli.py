@@ -1,0 +1,104 @@
+"""clair build | stats | show. Errors of the user are one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clair.recipe import EXIT_INTERRUPTED, EXIT_SOME_FAILED, EXIT_USER_ERROR, UserError
+
+app = typer.Typer(
+    help="Build contrastive preference pairs: a model answers, a stronger one minimally revises.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """The `clair` command."""
+    run(app)
+
+
+def run(application: typer.Typer) -> None:
+    """Run a command line; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        application()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+@app.command()
+def build(
+    recipe: Annotated[Path, typer.Argument(help="The data recipe, a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="The dataset folder, instead of the recipe's out.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value put into the recipe; repeatable.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print; ask nothing, write nothing.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Rebuild a folder with a changed recipe.")] = False,
+) -> None:
+    """Turn prompts into a dataset folder of preference pairs. Run it again to go on where it stopped."""
+    from clair.build import build as build_dataset
+    from clair.build import check
+    from clair.config import BuildConfig, public
+    from clair.recipe import load_recipe
+    from clair.terminal import progress_bar, summary
+    from clair.terminal import show as print_
+
+    overrides = [*(set_ or []), *([f"out={out}"] if out else []), *([f"limit={limit}"] if limit else [])]
+    config = load_recipe(BuildConfig, recipe, overrides)
+    found = check(config)
+    if dry_run:
+        import yaml
+
+        print(yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True), end="")
+        print(f"# {found.rows} rows, {found.unique} different prompts, {found.answered} of them with an answer")
+        return
+    with progress_bar(found.rows) as tell:
+        built = build_dataset(config, found=found, update=update, on_progress=tell)
+    if built.stopped:
+        print(f"{built.stopped}: every reply so far is kept; run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED)
+    print_(summary([built.out]))
+    print_(f"{built.out}/README.md tells what it holds; look at pairs with: clair show {built.out}")
+    if built.failed:
+        print(f"{built.failed} rows failed (see dropped.jsonl); run it again to try them again", file=sys.stderr)
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+@app.command()
+def stats(folders: Annotated[list[Path], typer.Argument(help="Dataset folders.")]) -> None:
+    """Counts, drop reasons, contrast and tokens of dataset folders, side by side."""
+    from clair.terminal import show as print_
+    from clair.terminal import summary
+
+    print_(summary(folders))
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="How many pairs.")] = 5,
+    split: Annotated[str, typer.Option(help="train or test.")] = "train",
+) -> None:
+    """Pairs as word-level diffs: what the winner left out of the loser, and what it put in."""
+    from itertools import islice
+
+    from clair.dataset import SPLITS, read_manifest, read_rows
+    from clair.recipe import near_miss
+    from clair.terminal import pair_panel
+    from clair.terminal import show as print_
+
+    read_manifest(folder)
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}{near_miss(split, SPLITS)}; allowed: {', '.join(SPLITS)}")
+    for row in islice(read_rows(folder, [split]), n):
+        print_(pair_panel(row))

@@ -1,0 +1,237 @@
+"""The dataset folder: Parquet splits, dropped.jsonl, manifest, card. And reading pairs, ours and the published ones.
+
+    data/train-00000-of-00001.parquet, data/test-00000-of-00001.parquet     the pairs
+    dropped.jsonl     every prompt that gave no pair, with stage and reason
+    manifest.json     counts, models, sampling, recipe, versions: what made this
+    README.md         the dataset card
+    ledger.sqlite     every call, so that nothing is paid for twice
+
+`datasets.load_dataset(folder)` and TRL read it as it is. See docs/format.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clair.recipe import UserError, content_hash, publish
+from clair.records import Dropped, Pair
+
+SPLITS = ("train", "test")
+CONTRAST = ("jaccard", "levenshtein", "kept", "prefix", "length_ratio")
+_ROWS_PER_GROUP = 1000
+
+
+def schema() -> Any:
+    """The Arrow schema of a pair."""
+    import pyarrow as pa
+
+    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("prompt", messages),
+            ("chosen", messages),
+            ("rejected", messages),
+            ("reasoning", pa.string()),
+            ("models", pa.struct([("chosen", pa.string()), ("rejected", pa.string())])),
+            ("contrast", pa.struct([(name, pa.float64()) for name in CONTRAST])),
+        ]
+    )
+
+
+def split_of(id: str, seed: int, test_fraction: float) -> str:
+    """`test` for a `test_fraction` of all ids, by hash: the same id falls into the same split in every build."""
+    return "test" if int(content_hash([seed, id])[:13], 16) / 16**13 < test_fraction else "train"
+
+
+def split_file(split: str) -> str:
+    """Where a split lies inside the folder."""
+    return f"data/{split}-00000-of-00001.parquet"
+
+
+class DatasetWriter:
+    """Writes pairs and drops as they come, under temporary names, and puts them in place all at the end.
+
+    Equal pairs in equal order give equal bytes.
+    """
+
+    def __init__(self, folder: Path, *, seed: int, test_fraction: float) -> None:
+        import pyarrow.parquet as pq
+
+        self.folder = folder
+        self.seed = seed
+        self.test_fraction = test_fraction
+        self.counts: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.failed = 0
+        self.sums: Counter[str] = Counter()
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        self._rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+        self._files = {split: self._temporary(split_file(split)) for split in SPLITS}
+        self._parquet = {
+            split: pq.ParquetWriter(file, schema(), compression="zstd") for split, file in self._files.items()
+        }
+        self._dropped_file = self._temporary("dropped.jsonl")
+        self._dropped = open(self._dropped_file, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def _temporary(self, name: str) -> Path:
+        target = self.folder / name
+        return target.with_name(f".{target.name}.{os.getpid()}.tmp")
+
+    def add(self, pair: Pair) -> None:
+        """One more pair."""
+        split = split_of(pair.id, self.seed, self.test_fraction)
+        self.counts[split] += 1
+        self.sums.update(pair.contrast)
+        self._rows[split].append(pair.row())
+        if len(self._rows[split]) == _ROWS_PER_GROUP:
+            self._flush(split)
+
+    def drop(self, id: str, why: Dropped) -> None:
+        """One more prompt that gave no pair."""
+        self.counts["dropped"] += 1
+        self.failed += why.failed
+        self.reasons[f"{why.stage}.{why.reason}"] += 1
+        self._dropped.write(json.dumps(why.row(id), ensure_ascii=False) + "\n")
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs so far."""
+        return sum(self.counts[split] for split in SPLITS)
+
+    def contrast_means(self) -> dict[str, float]:
+        """The mean of each contrast number over all pairs; empty without pairs."""
+        return {name: self.sums[name] / self.pairs for name in CONTRAST} if self.pairs else {}
+
+    def _flush(self, split: str) -> None:
+        import pyarrow as pa
+
+        rows, self._rows[split] = self._rows[split], []
+        self._parquet[split].write_table(pa.Table.from_pylist(rows, schema=schema()), row_group_size=_ROWS_PER_GROUP)
+
+    def close(self, *, keep: bool) -> dict[str, str]:
+        """Put the files in place (`keep`), or take the temporary ones away. Returns the SHA-256 of each by name."""
+        for split in SPLITS:
+            if keep and self._rows[split]:
+                self._flush(split)
+            self._parquet[split].close()
+        self._dropped.close()
+        written = {split_file(split): file for split, file in self._files.items()}
+        written["dropped.jsonl"] = self._dropped_file
+        if not keep:
+            for file in written.values():
+                file.unlink(missing_ok=True)
+            return {}
+        hashes = {}
+        for name, file in written.items():
+            with open(file, "rb") as content:
+                hashes[name] = hashlib.file_digest(content, "sha256").hexdigest()
+            publish(file, self.folder / name)
+        return hashes
+
+
+def card(manifest: Mapping[str, Any]) -> str:
+    """The dataset card: what `datasets` and the hub need in front, what a reader wants behind."""
+    counts, contrast = manifest["counts"], manifest["contrast"]
+    lines = [
+        "---",
+        "configs:",
+        "- config_name: default",
+        "  data_files:",
+        *(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in ("train", "test")),
+        "task_categories:\n- text-generation",
+        "tags:\n- preference\n- clair\n- dpo",
+        "---",
+        "",
+        "# Preference pairs",
+        "",
+        f"{counts['pairs']} pairs ({counts['train']} train, {counts['test']} test) from {counts['prompts']} prompts, "
+        f"built by the `{manifest['pipeline']}` pipeline of clair-apo.",
+        "",
+        *(f"- {role}: `{model['model']}`, {manifest['sampling'][role]}" for role, model in manifest["models"].items()),
+        *(f"- dropped, {reason}: {count}" for reason, count in manifest["drop_reasons"].items()),
+        *(f"- mean {name}: {value:.3f}" for name, value in contrast.items()),
+        "",
+        "`manifest.json` holds the exact recipe, versions and hashes; `dropped.jsonl` every prompt without a pair.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a dataset folder. Raises UserError where there is none."""
+    file = Path(folder) / "manifest.json"
+    if not file.is_file():
+        raise UserError(f"{folder} holds no finished dataset (no manifest.json); give a folder made by `clair build`")
+    manifest: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return manifest
+
+
+def read_rows(folder: str | Path, splits: Sequence[str] = SPLITS) -> Iterator[dict[str, Any]]:
+    """The pairs of a dataset folder as plain rows, split by split."""
+    import pyarrow.parquet as pq
+
+    for split in splits:
+        for batch in pq.ParquetFile(Path(folder) / split_file(split)).iter_batches(batch_size=_ROWS_PER_GROUP):
+            yield from batch.to_pylist()
+
+
+def load_pairs(path: str | Path, split: str = "train", **options: Any) -> Any:
+    """A `datasets.Dataset` with prompt, chosen and rejected as message lists, from a folder, a file or a hub name.
+
+    Reads our own folders, TRL's preference formats (explicit or implicit prompt, messages or text) and the published
+    CLAIR sets (string prompt, whole conversations as chosen and rejected, `rational` for the reasoning). Other
+    columns stay. Raises UserError for a missing column (naming those found) or a source that is not there.
+    """
+    dataset = _load(str(path), split, **options)
+    columns = set(dataset.column_names)
+    missing = {"chosen", "rejected"} - columns
+    if missing:
+        raise UserError(
+            f"dataset {path}: no column {' or '.join(sorted(missing))}; columns found: {', '.join(sorted(columns))}"
+        )
+    if "rational" in columns and "reasoning" not in columns:
+        dataset = dataset.rename_column("rational", "reasoning")
+    if len(dataset) == 0 or _is_explicit(dataset[0]):
+        return dataset
+    return dataset.map(as_explicit, desc="Reading pairs")
+
+
+def _load(path: str, split: str, **options: Any) -> Any:
+    import datasets
+
+    file = Path(path)
+    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    try:
+        if file.is_file() and file.suffix in kinds:
+            return datasets.load_dataset(kinds[file.suffix], data_files=str(file), split="train", **options)
+        return datasets.load_dataset(path, split=split, **options)
+    except Exception as error:  # a name that is not there, no network, no such split: told with the library's words
+        raise UserError(f"dataset {path!r}, split {split!r}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _is_explicit(row: Mapping[str, Any]) -> bool:
+    turns = [row.get(name) for name in ("prompt", "chosen", "rejected")]
+    return all(isinstance(t, list) for t in turns) and all(t[0]["role"] == "assistant" for t in turns[1:] if t)
+
+
+def as_explicit(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A preference row of any known format with prompt, chosen and rejected as message lists."""
+    chosen, rejected = (_turns(row[name], "assistant") for name in ("chosen", "rejected"))
+    prompt = _turns(row["prompt"], "user") if row.get("prompt") else []
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared and (not prompt or chosen[:shared][-1]["content"] == prompt[-1]["content"]):
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _turns(value: Any, role: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": value}] if isinstance(value, str) else [dict(turn) for turn in value]

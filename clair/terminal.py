@@ -1,0 +1,74 @@
+"""What a person sees in a terminal: tables, diffs and the progress of a build. User text is never read as markup."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from clair.contrast import word_diff
+from clair.dataset import read_manifest
+from clair.prompts import task_text
+
+_STYLES = {"same": "", "gone": "red strike", "new": "green"}
+
+
+def summary(folders: list[Path]) -> Table:
+    """Counts, drop reasons, contrast and tokens of dataset folders, a column each."""
+    manifests = [read_manifest(folder) for folder in folders]
+    table = Table("", *(Text(str(folder)) for folder in folders))
+    lines = [dict(_summary_lines(manifest)) for manifest in manifests]
+    for name in dict.fromkeys(name for line in lines for name in line):
+        table.add_row(name, *(line.get(name, "") for line in lines))
+    return table
+
+
+def _summary_lines(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    counts = manifest["counts"]
+    yield "prompts", str(counts["prompts"])
+    yield "pairs", f"{counts['pairs']} ({counts['train']} train, {counts['test']} test)"
+    yield "dropped", str(counts["dropped"])
+    for reason, count in manifest["drop_reasons"].items():
+        yield f"  {reason}", str(count)
+    for name, value in manifest["contrast"].items():
+        yield name, f"{value:.3f}"
+    for role, tokens in manifest["tokens"].items():
+        yield f"{role} calls", f"{tokens['calls']} ({tokens['reused']} reused, {tokens['retries']} retries)"
+        yield f"{role} tokens", f"{tokens['prompt']} in, {tokens['completion']} out"
+
+
+def pair_panel(row: Mapping[str, Any]) -> Panel:
+    """One pair: the task, the way from loser to winner by words, and its contrast."""
+    diff = Text()
+    for kind, text in word_diff(row["rejected"][-1]["content"], row["chosen"][-1]["content"]):
+        diff.append(text, style=_STYLES[kind])
+    numbers = "  ".join(f"{name} {value:.2f}" for name, value in row["contrast"].items())
+    task = Text(task_text(row["prompt"]), style="bold")
+    return Panel(Group(task, Text(), diff, Text(numbers, style="dim")), title=Text(row["id"]))
+
+
+def show(what: Any) -> None:
+    """Print text or a table; brackets in text stay brackets."""
+    Console(markup=False, highlight=False, soft_wrap=isinstance(what, str)).print(what)
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[Any, Mapping[str, Any]], None]]:
+    """A bar on stderr; yields the function that a build calls after every row."""
+    numbers = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[told]}"))
+    with Progress(TextColumn("building"), *numbers, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=total, told="")
+
+        def tell(writer: Any, askers: Mapping[str, Any]) -> None:
+            flying = sum(asker.limiter.in_flight for asker in askers.values())
+            told = f"{writer.pairs} pairs, {writer.counts['dropped']} dropped, {flying} in flight"
+            progress.update(task, advance=1, told=told)
+
+        yield tell
