@@ -3,8 +3,9 @@
 A reviser is asked for its reasoning under `{teacher_reasoning}` and the answer under `{corrected_student_solution}`.
 Real replies vary: with and without a colon, bold, as headings, with other case or spelling, everything in a code
 fence, the label mentioned inside the reasoning. The rule that keeps wrong text out: a label counts only where it
-stands at the start of a line, outside of code fences, and is followed by a colon or by the end of the line. Anything
-that can be read in two ways is a failure with a name, worth a second call, because a wrong winner costs more.
+stands at the start of a line, outside of code fences, and is followed by a colon or by the end of the line; text
+straight after it is taken only where both identifiers open a paragraph in just that way and are named nowhere else.
+Anything that can be read in two ways is a failure with a name, worth a second call, because a wrong winner costs more.
 """
 
 from __future__ import annotations
@@ -95,6 +96,8 @@ def parse_revision(text: str, finish_reason: str | None = "stop") -> Revision:
     )
     outside = [label for label in found if not _inside(label.start, fences)]
     solutions = [label for label in outside if label.kind == "solution"]
+    if not solutions and (both := _without_colons(body, fences)):
+        outside, solutions = both, both[1:]
     if len(solutions) != 1:
         raise ParseFailure(_why_not_one(body, found, outside, solutions))
     (solution,) = solutions
@@ -111,6 +114,21 @@ def parse_revision(text: str, finish_reason: str | None = "stop") -> Revision:
 
 def _labels(kind: str, body: str) -> list[_Label]:
     return [_Label(kind, match.start(), match.end()) for match in _LABELS[kind].finditer(body)]
+
+
+_BARE = re.compile(
+    r"(?:\A|\n[ \t]*\n)[ \t]*\{(teacher_reasoning|corrected_student_solution)\}[ \t]+(?=\S)", re.IGNORECASE
+)
+
+
+def _without_colons(body: str, fences: list[tuple[int, int]]) -> list[_Label]:
+    """Both identifiers in braces with text straight after them, each named once in the whole reply; else nothing."""
+    found = [m for m in _BARE.finditer(body) if not _inside(m.start(1), fences)]
+    if [m[1].lower() for m in found] != ["teacher_reasoning", "corrected_student_solution"]:
+        return []
+    if len(_MENTION.findall(body)) != 2:
+        return []
+    return [_Label(kind, m.start(), m.end()) for kind, m in zip(("reasoning", "solution"), found, strict=True)]
 
 
 def _why_not_one(body: str, found: list[_Label], outside: list[_Label], solutions: list[_Label]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -23,7 +24,7 @@ _STYLES = {"same": "", "gone": "red strike", "new": "green"}
 def summary(folders: list[Path]) -> Table:
     """Counts, drop reasons, contrast and tokens of dataset folders, a column each."""
     manifests = [read_manifest(folder) for folder in folders]
-    table = Table("", *(Text(str(folder)) for folder in folders))
+    table = Table("", *(escape(str(folder)) for folder in folders))
     lines = [dict(_summary_lines(manifest)) for manifest in manifests]
     for name in dict.fromkeys(name for line in lines for name in line):
         table.add_row(name, *(line.get(name, "") for line in lines))
