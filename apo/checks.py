@@ -1,0 +1,68 @@
+"""Checks before the first step: what would train quietly and wrongly is told in one line instead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from apo.tokens import end_ids
+from clair.recipe import UserError
+
+if TYPE_CHECKING:
+    from apo.trainer import APOTrainer
+
+PER_TOKEN = {"float32": 1e-4, "half": 2e-2}
+"""How many nats per token policy and reference may differ by before training: rounding, not another model."""
+
+
+def check_before_training(trainer: APOTrainer, rows: int = 8) -> dict[str, float]:
+    """Look at one batch as the trainer sees it. Returns the mean rewards found, which are 0.
+
+    Raises UserError where a response's end is not trained, or the policy is not its own reference.
+    """
+    dataset = trainer.train_dataset
+    columns = set(trainer._signature_columns or ()) or None
+    examples = [dataset[row] for row in range(min(rows, len(dataset)))]
+    if columns:
+        examples = [{key: value for key, value in example.items() if key in columns} for example in examples]
+    batch = trainer._prepare_inputs(trainer.data_collator(examples))
+    _check_ends(trainer, batch)
+    if not trainer.objective.needs_reference:
+        return {}
+    return _check_anchor(trainer, batch)
+
+
+def _check_ends(trainer: APOTrainer, batch: dict[str, torch.Tensor]) -> None:
+    """The last real token of each sequence is an end of turn, and is trained on (pad = eos must not mask it)."""
+    last = batch["attention_mask"].sum(1) - 1
+    rows = torch.arange(len(last), device=last.device)
+    ends = end_ids(trainer.processing_class, trainer._ends_of_model)
+    tokens = batch["input_ids"][rows, last].tolist()
+    if strangers := [token for token in tokens if token not in ends]:
+        found = trainer.processing_class.decode([strangers[0]])
+        raise UserError(f"the last token of an answer is {found!r}, not the end of turn; was the batch cut?")
+    if not batch["completion_mask"][rows, last].all():
+        raise UserError("the end of turn is masked out of training; give the tokenizer a pad_token of its own")
+
+
+def _check_anchor(trainer: APOTrainer, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Before the first step the policy is its reference: every reward is 0."""
+    model, training = trainer.model, trainer.model.training
+    model.eval()
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        policy = trainer.pair_logps(model, batch)
+    reference = trainer._reference_logps(batch)
+    model.train(training)
+    exact = policy.chosen.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
+    tolerance = PER_TOKEN["float32" if exact else "half"]
+    ratios = {"chosen": policy.chosen - reference[0], "rejected": policy.rejected - reference[1]}
+    lengths = {"chosen": policy.chosen_len, "rejected": policy.rejected_len}
+    for name, ratio in ratios.items():
+        if not (ratio.abs() <= tolerance * lengths[name].clamp(min=1) + 1e-3).all():
+            worst = ratio.abs().nan_to_num(float("inf")).max().item()
+            raise UserError(
+                f"the {name} reward is not 0 before the first step (log-ratio up to {worst:.3g} nats): the reference "
+                "is not the model that is trained; leave ref_model out, or load both from one folder"
+            )
+    return {name: (trainer.beta * ratio).mean().item() for name, ratio in ratios.items()}

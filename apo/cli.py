@@ -1,0 +1,133 @@
+"""The command `apo`. Heavy imports stay inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clair.recipe import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+
+app = typer.Typer(
+    name="apo",
+    help="Preference pairs to a better model: anchored preference optimization.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _apo() -> None:
+    """Preference pairs to a better model: anchored preference optimization."""
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A training recipe in YAML.")],
+    out: Annotated[str | None, typer.Option(help="Where to write, in place of the recipe's `out`.")] = None,
+    set: Annotated[list[str] | None, typer.Option(help="key=value over the recipe, e.g. --set beta=0.05.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print the plan, write nothing.")] = False,
+) -> None:
+    """Train a model on preference pairs; a stopped run goes on where it was."""
+    from apo.train import TrainConfig
+    from clair.recipe import load_recipe
+
+    overrides = [*(set or []), *([f"out={_quoted(out)}"] if out else [])]
+    config = load_recipe(TrainConfig, recipe, overrides)
+    _quieten()
+    if dry_run:
+        _print_plan(config)
+        return
+    from apo.train import train as run
+
+    done = run(config, tell=_tell)
+    if done:
+        _tell(_closing(config.out, done))
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="The folder of a LoRA adapter, such as a run's `out`.")],
+    out: Annotated[Path, typer.Option(help="Where to write the merged model.")],
+    base: Annotated[str | None, typer.Option(help="The base model, where it is not where the adapter says.")] = None,
+) -> None:
+    """Fold an adapter into its base model, for serving."""
+    _quieten()
+    from apo.merge import merge as fold
+
+    _tell(f"wrote {fold(adapter, out, base=base)}")
+
+
+def _print_plan(config: Any) -> None:
+    import yaml
+
+    from apo.run import status_of
+    from apo.train import plan
+    from clair.recipe import resolved
+
+    status = status_of(Path(config.out), resolved(config))
+    planned = plan(config)
+    print(yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True), end="")
+    for split, count in planned.counts().items():
+        left_out = "".join(f", {n:,} left out ({why.replace('_', ' ')})" for why, n in count["dropped"].items())
+        print(f"# {split}: {count['pairs']:,} pairs{left_out}")
+    per_step = planned.args.per_device_train_batch_size * planned.args.gradient_accumulation_steps
+    print(f"# steps: {planned.steps:,} of {per_step * planned.args.world_size} pairs")
+    print(f"# out: {config.out} ({status})")
+    for note in planned.train.notes:
+        print(f"# note: {note}")
+
+
+def _closing(out: str, run: dict[str, Any]) -> str:
+    from apo.monitor import summary
+
+    pairs = run["data"]["train"]["pairs"]
+    lines = [f"{pairs:,} pairs, {run['steps']:,} steps, {run['seconds']:.0f} s: {summary(run['metrics'])}"]
+    return "\n".join([*lines, f"model and card in {out}/, the picture in {out}/dynamics.png"])
+
+
+def _quoted(text: str) -> str:
+    """A path as a YAML string: `--out 7` is the folder 7, not the number."""
+    import json
+
+    return json.dumps(text)
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _quieten() -> None:
+    """One bar is enough: transformers and datasets keep theirs, and their advice, to themselves."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def main() -> None:
+    """Run the command. One-line errors to stderr; exit code 2 for the user's mistakes, 130 after Ctrl-C."""
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        _tell(f"error: {error}")
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt as stop:
+        told = f"{stop}; " if str(stop) else ""
+        _tell(f"{told}interrupted; the same command goes on from the last checkpoint")
+        sys.exit(EXIT_INTERRUPTED)
+    except typer.Abort:
+        sys.exit(EXIT_INTERRUPTED)
+    except typer.TyperException as error:  # a wrong option or argument
+        error.show()
+        sys.exit(error.exit_code)
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()

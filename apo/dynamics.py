@@ -1,0 +1,63 @@
+"""What training does to the pairs: sums over pairs as it runs, means at each logging step, series afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from apo.logps import PairLogps
+
+MEANS_OF_LOGPS = ("loss", "logps/chosen", "logps/rejected")
+MEANS_OF_RATIOS = (
+    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/ties",
+    "logratios/chosen", "logratios/rejected", "chosen_falls",
+)  # fmt: skip
+"""Means over pairs. `rewards/accuracies` counts a tie one half; `chosen_falls` is the share of pairs whose chosen
+response has become less likely than under the reference."""
+
+
+def pair_sums(losses: Tensor, policy: PairLogps, reference: tuple[Tensor, Tensor] | None, beta: float) -> Tensor:
+    """Sums over the B pairs of a batch, [1 + K]: how many pairs, then what `MEANS_OF_LOGPS` and (with a reference)
+    `MEANS_OF_RATIOS` name, in that order. No gradient, no transfer to the host."""
+    columns = [losses, policy.chosen, policy.rejected]
+    if reference is not None:
+        chosen, rejected = policy.chosen - reference[0], policy.rejected - reference[1]
+        ties = (chosen == rejected).to(chosen.dtype)
+        columns += [
+            beta * chosen, beta * rejected, beta * (chosen - rejected),
+            (chosen > rejected) + ties / 2, ties, chosen, rejected, (chosen < 0).to(chosen.dtype),
+        ]  # fmt: skip
+    return torch.stack([column.detach().float().sum() for column in (torch.ones_like(losses), *columns)])
+
+
+def means_of(sums: list[float]) -> dict[str, float]:
+    """The named means that a vector of `pair_sums` (added up over batches and processes) stands for."""
+    pairs, *totals = sums
+    names = (*MEANS_OF_LOGPS, *MEANS_OF_RATIOS)[: len(totals)]
+    return {name: total / pairs for name, total in zip(names, totals, strict=True)}
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl. A last line torn by a killed process is left out."""
+    file = Path(path)
+    lines = file.read_text("utf-8").splitlines() if file.exists() else []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def series(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric over training."""
+    points = [(row["step"], row[key]) for row in rows if key in row]
+    return [step for step, _ in points], [value for _, value in points]

@@ -1,0 +1,101 @@
+"""Log-probability of a response: the plain reference that every fast path is tested against, and TRL's stacked batch.
+
+A batch is what TRL's collator makes of B pairs: `input_ids`, `attention_mask` and `completion_mask`, each [2B, L], the
+B chosen sequences first, prompts included. `pair_logps(model, batch)` is a plug point of the trainer: any function
+that takes a batch and gives `PairLogps`. `stacked_logps` is the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Batch = Mapping[str, Any]
+
+
+class PairLogps(NamedTuple):
+    """Summed log-probs of both responses of B pairs in nats, and how many tokens they have. All [B]."""
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_len: Tensor
+    rejected_len: Tensor
+    aux_loss: Tensor | None = None
+    """A mixture-of-experts model's load-balancing loss, where it was asked for (`output_router_logits`)."""
+
+
+PairLogpsFunction = Callable[..., PairLogps]
+
+
+def response_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
+    """log pi(y|x) = sum over response tokens t of log softmax(logits_{t-1})[t], in nats, float32, [N].
+
+    `input_ids`, `attention_mask` and `completion_mask` are [N, L]; `completion_mask` is 1 on the response, end of turn
+    included. Slow and plain on purpose: whole logits, one model call.
+    """
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    logps = logits[:, :-1].float().log_softmax(-1)
+    picked = logps.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    return (picked * completion_mask[:, 1:]).sum(-1)
+
+
+def plain_logps(model: nn.Module, batch: Batch) -> PairLogps:
+    """`PairLogps` of a stacked batch by `response_logps`, with any causal model."""
+    logps = response_logps(model, batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    return _of_stack(logps, batch["completion_mask"])
+
+
+def stacked_logps(model: nn.Module, batch: Batch, **options: Any) -> PairLogps:
+    """`PairLogps` of a stacked batch through TRL's fused LM head, which `DPOTrainer` puts on the model.
+
+    `options` go to the model, for example `output_router_logits=True`.
+    """
+    mask = batch["completion_mask"]
+    labels = batch["input_ids"].masked_fill(mask == 0, -100)
+    inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
+    outputs = model(**inputs, **options, labels=labels, use_cache=False, fused_lm_head=True)
+    # Prompt tuning prepends virtual tokens to the outputs; the real ones are the last.
+    logps = outputs.log_probs[:, -(mask.shape[1] - 1) :].sum(-1)
+    return _of_stack(logps, mask, getattr(outputs, "aux_loss", None))
+
+
+_NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
+
+
+def _of_stack(logps: Tensor, completion_mask: Tensor, aux_loss: Tensor | None = None) -> PairLogps:
+    return PairLogps(*logps.chunk(2), *completion_mask[:, 1:].sum(-1).chunk(2), aux_loss)
+
+
+def mismatched(batches: Sequence[Batch], collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> list[Batch]:
+    """The same pairs with each prompt answered by the next pair's two responses, rotating over all the batches.
+
+    This is how KTO's divergence is estimated from paired data. The batches keep their sizes. With a single pair there
+    is nobody to swap with, and the list is empty.
+    """
+    examples = [example for batch in batches for example in examples_of(batch)]
+    if len(examples) < 2:
+        return []
+    following = examples[1:] + examples[:1]
+    swapped = [{**after, "prompt_ids": one["prompt_ids"]} for one, after in zip(examples, following, strict=True)]
+    sizes = [len(batch["input_ids"]) // 2 for batch in batches]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [collate(swapped[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+
+
+def examples_of(batch: Batch) -> list[dict[str, list[int]]]:
+    """The token ids that a stacked batch was collated from: `prompt_ids`, `chosen_ids` and `rejected_ids` per pair."""
+    rows = []
+    for ids, attended, response in zip(
+        batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["completion_mask"].tolist(), strict=True
+    ):
+        ids = ids[: sum(attended)]
+        start = len(ids) - sum(response)
+        rows.append((ids[:start], ids[start:]))
+    half = len(rows) // 2
+    return [
+        {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        for (prompt, chosen), (_, rejected) in zip(rows[:half], rows[half:], strict=True)
+    ]

@@ -1,0 +1,118 @@
+"""Loading what a recipe names: tokenizer, model, adapter. Safetensors only; no code of theirs unless it says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clair.recipe import UserError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A model as the recipe names it: a folder or a hub name, with its base where it is an adapter."""
+
+    path: str
+    base: str
+    trust_remote_code: bool = False
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the folder holds a LoRA adapter rather than a whole model."""
+        return self.base != self.path
+
+
+def find(path: str, trust_remote_code: bool = False) -> ModelName:
+    """Look at what lies at `path`. Raises UserError for a folder that is not there or holds no model."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if folder.is_file() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise UserError(f"model folder {path} does not exist; give a folder with config.json, or a hub name")
+        return ModelName(path, path, trust_remote_code)
+    if (folder / ADAPTER_CONFIG).is_file():
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            raise UserError(f"adapter {path} has no {ADAPTER_WEIGHTS}; only safetensors are read")
+        base = _base_of(folder)
+        return ModelName(str(folder), find(base).path, trust_remote_code)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model folder {path} has no config.json; give a folder written by save_pretrained")
+    return ModelName(str(folder), str(folder), trust_remote_code)
+
+
+def _base_of(adapter: Path) -> str:
+    import json
+
+    base = json.loads((adapter / ADAPTER_CONFIG).read_text("utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"adapter {adapter} names no base_model_name_or_path; write it into {ADAPTER_CONFIG}")
+    return str(base)
+
+
+def load_tokenizer(name: ModelName) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises UserError where it has no chat template or no end of sequence."""
+    from transformers import AutoTokenizer
+
+    own = (Path(name.path) / "tokenizer_config.json").is_file()
+    where = name.path if own or not name.is_adapter else name.base
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=name.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"model {where}: no tokenizer can be loaded: {_first_words(error)}") from error
+    if not tokenizer.chat_template:
+        raise UserError(f"model {where} has no chat template; add chat_template.jinja, or train an instruct model")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {where} has no eos_token, so an answer could not end; set the end of turn")
+    return tokenizer
+
+
+def load_generation_config(name: ModelName) -> GenerationConfig | None:
+    """How the model generates, or None where it does not say. Read without the weights."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(name.base)
+    except OSError:
+        return None
+
+
+def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
+    """The model in float32 unless `dtype` says otherwise; an adapter comes on its base, ready to be trained on.
+
+    Raises UserError where there are no safetensors, or the weights do not fit the config.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = options.pop("dtype", "float32")
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    options = {"use_safetensors": True, "trust_remote_code": name.trust_remote_code, **options}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name.base, dtype=dtype, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise UserError(f"model {name.base} cannot be loaded: {_first_words(error)}") from error
+    if not name.is_adapter:
+        return model
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, name.path, is_trainable=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"adapter {name.path} does not fit {name.base}: {_first_words(error)}") from error
+
+
+def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Raises UserError where the tokenizer has ids that the model has no embedding for."""
+    rows, highest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise UserError(f"model {path} has {rows:,} embeddings but its tokenizer has ids up to {highest:,}")
+
+
+def _first_words(error: BaseException) -> str:
+    return " ".join(str(error).split())[:250]

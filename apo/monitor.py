@@ -1,0 +1,156 @@
+"""What watches a run: the metrics file, the bar, and the hand on Ctrl-C. All are callbacks of the trainer."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from apo.run import append_metrics
+
+
+class Recorder(TrainerCallback):
+    """Writes metrics.jsonl, and has the last step and every saved step logged.
+
+    Means never reach over a checkpoint that way, so a resumed run writes the lines of the uninterrupted one.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Log where the step is the last or is saved."""
+        control.should_log |= control.should_save or state.global_step >= state.max_steps
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Log where the epoch's end is saved."""
+        control.should_log |= control.should_save
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """One line, on the main process. The trainer's closing summary is none."""
+        if state.is_world_process_zero and logs and "train_runtime" not in logs:
+            append_metrics(self.out, {"step": state.global_step, **logs})
+
+
+class Bar(TrainerCallback):
+    """A progress bar on stderr with the numbers that matter; plain lines where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.progress: Progress | None = None
+        self.task: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Show the bar, from the step that is gone on from."""
+        if not state.is_world_process_zero or not self.console.is_terminal:
+            return
+        columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self.progress = Progress(*columns, TextColumn("{task.fields[told]}"), console=self.console)
+        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, told="")
+        self.progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Move on."""
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Tell loss, rewards and speed."""
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        told = summary(logs)
+        if self.progress is not None:
+            self.progress.update(self.task, told=told)
+        else:
+            print(f"step {state.global_step}/{state.max_steps}  {told}", file=sys.stderr, flush=True)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave the bar as it stands."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back, also after an error."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+def summary(logs: dict[str, Any]) -> str:
+    """One line of a log: loss, both rewards, accuracy, pairs a second."""
+    prefix = "eval_" if "eval_loss" in logs else ""
+    words = [f"held-out loss {logs['eval_loss']:.4f}" if prefix else f"loss {logs.get('loss', float('nan')):.4f}"]
+    if f"{prefix}rewards/chosen" in logs:
+        words.append(f"chosen {logs[prefix + 'rewards/chosen']:+.3f}")
+        words.append(f"rejected {logs[prefix + 'rewards/rejected']:+.3f}")
+        words.append(f"accuracy {logs[prefix + 'rewards/accuracies']:.0%}")
+    if "pairs_per_second" in logs:
+        words.append(f"{logs['pairs_per_second']:.3g} pairs/s")
+    return "  ".join(words)
+
+
+class Interrupt(TrainerCallback):
+    """The first Ctrl-C (or SIGTERM) ends the run after the step under way, with a checkpoint; the second at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Take the signals over. Only a main thread can."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Save and stop where it was asked for. Comes before the Recorder, which then logs the step."""
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Give the signals back."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the signals back, also after an error."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

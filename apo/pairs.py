@@ -1,0 +1,125 @@
+"""Which pairs are trained on and which are held out: one source or several, with weights, by one seed."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from apo.tokens import COLUMNS, ID_COLUMNS
+from clair.recipe import Recipe, UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_KEPT = (*COLUMNS, "id", "tools", "chat_template_kwargs")
+
+
+class Source(Recipe):
+    """One dataset of a training recipe."""
+
+    path: str
+    """A folder made by `clair build`, a .jsonl, .parquet or .csv file, a `datasets` folder, or a name on the hub."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often each pair is seen in an epoch: 2 is twice, 0.5 is a random half, the same in every epoch."""
+    split: str = "train"
+
+
+def load_train(sources: Sequence[Source], seed: int) -> Dataset:
+    """The training pairs of all sources, weighted. Raises UserError where they are fewer than two."""
+    from datasets import concatenate_datasets
+
+    parts = []
+    for number, source in enumerate(sources):
+        part = _load(source.path, source.split)
+        parts.append(part.select(_weighted(len(part), source.weight, seed + number)) if source.weight != 1 else part)
+    try:
+        pairs = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+    except ValueError as error:
+        raise UserError(f"the datasets cannot be put together: {' '.join(str(error).split())[:200]}") from error
+    if len(pairs) < 2:
+        told = ", ".join(source.path for source in sources)
+        raise UserError(f"dataset {told} has {len(pairs)} row(s) to train on; at least 2 are needed")
+    return pairs
+
+
+def load_eval(sources: Sequence[Source], which: bool | str) -> Dataset | None:
+    """The held-out pairs: of the split named `which`, or (True) of `test` wherever there is one. False: none."""
+    from datasets import concatenate_datasets
+
+    if which is False:
+        return None
+    split = "test" if which is True else which
+    found = [source.path for source in sources if split in split_names(source.path)]
+    if not found and which is not True:
+        names = ", ".join(split_names(sources[0].path))
+        raise UserError(f"eval: no dataset has a split {split!r}; found: {names}; eval: false trains without")
+    parts = [part for part in (_load(path, split) for path in found) if len(part)]
+    return concatenate_datasets(parts) if parts else None
+
+
+def split_names(path: str) -> list[str]:
+    """The splits of a source. A single file is one split, `train`."""
+    import datasets
+
+    if Path(path).is_file():
+        return ["train"]
+    try:
+        return list(datasets.get_dataset_split_names(path))
+    except Exception as error:  # a name that is not there, no network: told with the library's words
+        raise UserError(f"dataset {path!r}: {' '.join(str(error).split())[:300]}") from error
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """SHA-256 over the token ids of all pairs in order: what a resumed run compares."""
+    digest = hashlib.sha256()
+    for batch in dataset.select_columns(list(ID_COLUMNS)).with_format("arrow").iter(batch_size=1000):
+        for name in ID_COLUMNS:
+            column = batch[name].combine_chunks()
+            digest.update(column.value_lengths().to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+            digest.update(column.flatten().to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _load(path: str, split: str) -> Dataset:
+    from clair.dataset import load_pairs
+
+    if _looks_local(path) and not Path(path).exists():
+        raise UserError(f"dataset {path} does not exist; give a folder made by `clair build`, a file, or a hub name")
+    try:
+        pairs = load_pairs(path, split)
+    except UserError:
+        raise
+    except Exception as error:  # a row the reader cannot make messages of
+        raise UserError(f"dataset {path}, split {split!r}: {' '.join(str(error).split())[:300]}") from error
+    _check_columns(pairs, path)
+    return pairs.select_columns([column for column in _KEPT if column in pairs.column_names])
+
+
+def _check_columns(pairs: Dataset, path: str) -> None:
+    if missing := [column for column in COLUMNS if column not in pairs.column_names]:
+        found = ", ".join(pairs.column_names) or "none"
+        raise UserError(f"dataset {path} has no column {missing[0]!r}; found: {found}; needed: {', '.join(COLUMNS)}")
+    if not len(pairs):
+        return
+    for column in COLUMNS:
+        turns = pairs[0][column]
+        whole = isinstance(turns, list) and turns and all(isinstance(t, dict) and t.get("role") for t in turns)
+        if not whole or not all(isinstance(turn.get("content"), str) for turn in turns):
+            raise UserError(f"dataset {path}: {column!r} of row 0 is neither text nor messages with role and content")
+
+
+def _looks_local(path: str) -> bool:
+    files = (".jsonl", ".json", ".parquet", ".csv")
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in files
+
+
+def _weighted(rows: int, weight: float, seed: int) -> list[int]:
+    """Row numbers, each floor(weight) times, and a random part of them once more for what is left of the weight."""
+    whole, part = divmod(weight, 1)
+    drawn = sorted(random.Random(seed).sample(range(rows), round(part * rows)))
+    return [row for row in range(rows) for _ in range(int(whole))] + drawn

@@ -1,0 +1,137 @@
+"""A training run's folder: what is in it, whether it is ours to go on with, and how each file is written.
+
+    model.safetensors or adapter_model.safetensors, config, generation config, tokenizer     the trained model
+    run.json          resolved recipe, versions, counts with drops, final metrics, seconds
+    metrics.jsonl     one line per logging step
+    dynamics.png      chosen and rejected, reward and log-prob, over training
+    README.md         the model card
+    checkpoint-STEP/  what a stopped run goes on from
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from apo.dynamics import read_metrics
+from clair.recipe import UserError, changed_keys, provenance, write_atomically, write_json
+
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+PICTURE = "dynamics.png"
+CARD = "README.md"
+
+Status = Literal["new", "unfinished", "finished"]
+
+
+def status_of(out: Path, recipe: Mapping[str, Any]) -> Status:
+    """How far the run of this `recipe` (resolved) is in `out`.
+
+    Raises UserError where `out` holds something else: another recipe's run, or files that are no run at all.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out: {out} is a file; give a folder")
+    if not (out / RUN).exists():
+        strangers = sorted(f.name for f in out.glob("*") if not f.name.startswith(".")) if out.exists() else []
+        if strangers:
+            found = ", ".join(strangers[:3])
+            raise UserError(f"out: {out} holds files but no run of `apo train` ({found}); choose another folder")
+        return "new"
+    run = read_run(out)
+    changed = [key for key in changed_keys(run["recipe"], recipe) if key != "out"]
+    if changed:
+        raise UserError(
+            f"out: {out} holds the run of another recipe (changed: {', '.join(changed)}); choose another folder with "
+            "--out, or delete this one"
+        )
+    return "finished" if run.get("finished") else "unfinished"
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """The run.json of a folder. Raises UserError where it cannot be read."""
+    try:
+        run = json.loads((out / RUN).read_text("utf-8"))
+        run["recipe"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{out / RUN} is no run.json that can be read; choose another folder") from error
+    return run
+
+
+def begin(out: Path, recipe: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+    """Write the run.json of a run that starts now."""
+    run = {"recipe": dict(recipe), "provenance": provenance(), "started": now(), **facts}
+    write_json(out / RUN, run)
+    return run
+
+
+def now() -> str:
+    """This moment in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def append_metrics(out: Path, row: Mapping[str, Any]) -> None:
+    """Add one line, in one write, so that a killed process leaves at most its last line torn."""
+    line = json.dumps({key: _finite(value) for key, value in row.items()}) + "\n"
+    handle = os.open(out / METRICS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(handle, line.encode())
+    finally:
+        os.close(handle)
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity are no JSON."""
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def drop_metrics_after(out: Path, step: int) -> None:
+    """Take back the lines of steps that are about to be trained again."""
+    kept = [row for row in read_metrics(out / METRICS) if row["step"] <= step]
+    write_atomically(out / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def put_in_place(folder: Path, out: Path) -> None:
+    """Move every finished file of `folder` into `out`, one rename each, and take the folder away."""
+    for file in sorted(folder.iterdir()):
+        os.replace(file, out / file.name)
+    shutil.rmtree(folder)
+
+
+def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:
+    """The model card: what was trained from what, with which numbers, and how to load it."""
+    recipe, metrics = run["recipe"], run["metrics"]
+    name = out.resolve().name
+    head = {
+        "library_name": "peft" if adapter else "transformers",
+        "base_model": recipe["model"],
+        "pipeline_tag": "text-generation",
+        "tags": ["apo", "preference-optimization", recipe["objective"]],
+    }
+    rows = [f"| {key} | {value:.4g} |" for key, value in metrics.items() if isinstance(value, int | float)]
+    dropped = run["data"]["train"]["dropped"]
+    left_out = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.items()) or "none"
+    load = (
+        f'AutoPeftModelForCausalLM.from_pretrained("{name}")'
+        if adapter
+        else f'AutoModelForCausalLM.from_pretrained("{name}")'
+    )
+    package = "peft" if adapter else "transformers"
+    text = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
+        f"# {name}\n",
+        f"{recipe['model']} trained with {recipe['objective']} (beta {recipe['beta']}) on "
+        f"{run['data']['train']['pairs']:,} preference pairs for {run['steps']:,} steps. Pairs left out: {left_out}.\n",
+        f"![Chosen and rejected over training]({PICTURE})\n",
+        "At the last step:\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n",
+        f"```python\nfrom {package} import {load.split('.')[0]}\nmodel = {load}\n```\n",
+        "## Recipe\n\n```yaml\n" + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) + "```\n",
+        "Versions, counts and all metrics: `run.json` and `metrics.jsonl`. Made with clair-apo and TRL.\n",
+    ]
+    write_atomically(out / CARD, "\n".join(text))

@@ -1,0 +1,318 @@
+"""TrainConfig and train(): one recipe in, one trained model out."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, field_serializer, field_validator
+
+from apo import model as models
+from apo import run as runs
+from apo.pairs import Source
+from clair.recipe import Recipe, UserError, near_miss, resolved, write_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from apo.tokens import Tokenized
+    from apo.trainer import APOConfig, APOTrainer
+
+OWN_KEYS = {
+    "output_dir": "out",
+    "seed": "seed",
+    "beta": "beta",
+    "objective": "objective",
+    "trust_remote_code": "trust_remote_code",
+}
+"""Options of TRL that the recipe says at its top."""
+NOT_OFFERED = ("resume_from_checkpoint", "push_to_hub", "do_train", "do_eval", "do_predict", "remove_unused_columns")
+
+
+class LoRA(Recipe):
+    """`lora:` of a training recipe. Absent: the whole model is trained."""
+
+    r: Annotated[int, Field(gt=0)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | list[str] = "all-linear"
+    """Module names, or `all-linear`: every linear layer but the LM head."""
+
+
+class TrainConfig(Recipe):
+    """A training recipe. See docs/training.md."""
+
+    model: str
+    """A model folder, a folder with a LoRA adapter to train on, or a hub name."""
+    dataset: str | Source | list[Source]
+    objective: str | Callable[..., Any] = "apo_zero"
+    """An objective's name; from Python also a function."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    lora: LoRA | None = None
+    trainer: dict[str, Any] = Field(default_factory=dict)
+    """Options of TRL's DPOConfig and transformers' TrainingArguments, passed on untouched."""
+    eval: bool | str = True
+    """Held-out pairs: true is the split `test` where there is one, a name that split, false none."""
+    seed: int = 0
+    out: str
+    trust_remote_code: bool = False
+
+    @field_validator("objective")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        from apo.objectives import objective_of
+
+        objective_of(value)
+        return value
+
+    @field_serializer("objective")
+    def _by_name(self, value: Any) -> str:
+        from apo.objectives import objective_of
+
+        return objective_of(value).name
+
+    @property
+    def sources(self) -> list[Source]:
+        """The datasets, however they were written."""
+        if isinstance(self.dataset, list):
+            return self.dataset
+        return [self.dataset if isinstance(self.dataset, Source) else Source(path=self.dataset)]
+
+
+def trainer_options(config: TrainConfig, *, has_eval: bool) -> APOConfig:
+    """The trainer's configuration. Raises UserError for an option TRL does not have, or that the recipe says."""
+    import dataclasses
+
+    from apo.trainer import IGNORED, APOConfig
+
+    allowed = {field.name for field in dataclasses.fields(APOConfig)} - set(OWN_KEYS) - set(IGNORED) - set(NOT_OFFERED)
+    for key in config.trainer:
+        if key in OWN_KEYS:
+            raise UserError(f"trainer.{key}: the recipe says it at its top, as {OWN_KEYS[key]!r}; move it there")
+        if key in IGNORED:
+            raise UserError(f"trainer.{key} would be ignored beside objective {config.objective!r}; leave it out")
+        if key in NOT_OFFERED:
+            raise UserError(f"trainer.{key} is not offered by `apo train`; leave it out")
+        if key not in allowed:
+            near = near_miss(key, allowed) or "; see TRL's DPOConfig and transformers' TrainingArguments"
+            raise UserError(f"trainer.{key}: no such option{near}")
+    _check_types(config.trainer)
+    defaults = {"eval_strategy": "epoch"} if has_eval else {}
+    try:
+        return APOConfig(
+            **{**defaults, **config.trainer}, output_dir=config.out, seed=config.seed, beta=config.beta,
+            objective=config.objective, trust_remote_code=config.trust_remote_code,
+        )  # fmt: skip
+    except UserError:
+        raise
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def _check_types(options: dict[str, Any]) -> None:
+    """TRL takes any value for any option and fails later. Here `learning_rate: fast` fails now."""
+    import typing
+
+    from pydantic import TypeAdapter, ValidationError
+    from pydantic.errors import PydanticUserError
+
+    from apo.trainer import APOConfig
+
+    hints = typing.get_type_hints(APOConfig)
+    for key, value in options.items():
+        try:
+            TypeAdapter(hints[key]).validate_python(value)
+        except ValidationError as error:
+            raise UserError(f"trainer.{key}: {error.errors()[0]['msg']}, found {value!r}") from error
+        except PydanticUserError:  # a type only TRL can judge
+            continue
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything checked and nothing trained: what a dry run tells."""
+
+    config: TrainConfig
+    name: models.ModelName
+    tokenizer: Any
+    args: APOConfig
+    train: Tokenized
+    eval: Tokenized | None
+    steps: int
+
+    def counts(self) -> dict[str, Any]:
+        """Pairs and drops of both splits, for run.json."""
+        splits = {"train": self.train, "eval": self.eval}
+        return {
+            name: {"pairs": len(split.dataset), "dropped": split.dropped} for name, split in splits.items() if split
+        }
+
+
+def plan(config: TrainConfig) -> Plan:
+    """Check recipe, model folder, tokenizer and every pair, without loading a weight or writing a file."""
+    from apo.pairs import load_eval, load_train
+
+    name = models.find(config.model, config.trust_remote_code)
+    if name.is_adapter and config.lora:
+        raise UserError(f"model {config.model} is an adapter and is trained on as it is; leave `lora` out, or merge it")
+    tokenizer = models.load_tokenizer(name)
+    train_pairs, eval_pairs = load_train(config.sources, config.seed), load_eval(config.sources, config.eval)
+    args = trainer_options(config, has_eval=eval_pairs is not None)
+    if eval_pairs is None and args.eval_strategy != "no":
+        raise UserError("trainer.eval_strategy is set but there are no held-out pairs; set `eval`, or leave it out")
+    ends = models.load_generation_config(name)
+    train = _tokenize(train_pairs, "train", tokenizer, ends, args)
+    evaluated = _tokenize(eval_pairs, "eval", tokenizer, ends, args) if eval_pairs is not None else None
+    if len(train.dataset) < 2:
+        raise UserError(
+            f"{len(train.dataset)} pair(s) are left to train on: {train.dropped.get('too_long', 0):,} are longer than "
+            f"max_length {args.max_length}; raise trainer.max_length"
+        )
+    return Plan(config, name, tokenizer, args, train, evaluated, _steps(args, len(train.dataset)))
+
+
+def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args: APOConfig) -> Tokenized:
+    from apo.tokens import end_ids, tokenize
+
+    return tokenize(pairs, tokenizer, args.max_length, end_ids(tokenizer, generation), split, args.dataset_num_proc)
+
+
+def _steps(args: APOConfig, pairs: int) -> int:
+    """Optimizer steps of the run, as the trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = pairs / (args.per_device_train_batch_size * args.world_size)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+
+
+def train(config: TrainConfig, *, tell: Callable[[str], None] = print) -> dict[str, Any]:
+    """Train what `config` says, or go on from the newest complete checkpoint. Returns the content of run.json.
+
+    Raises UserError before any work for everything that is the user's to mend; KeyboardInterrupt after a first Ctrl-C,
+    with a checkpoint saved.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    out = Path(config.out)
+    status = runs.status_of(out, resolved(config))
+    if status == "finished":
+        tell(f"{out} is finished; nothing to do")
+        return runs.read_run(out)
+    planned = plan(config)
+    for note in planned.train.notes:
+        tell(f"note: {note}")
+    trainer = build_trainer(planned)
+    found = _resume(out, planned, status, tell)
+    started = time.perf_counter()
+    _run(trainer, found, out, tell)
+    return _finish(trainer, out, time.perf_counter() - started, tell)
+
+
+def build_trainer(planned: Plan) -> APOTrainer:
+    """The trainer of a checked plan, model loaded, with the checks before the first step done."""
+    from peft import LoraConfig
+    from transformers import PrinterCallback, ProgressCallback
+
+    from apo.checks import check_before_training
+    from apo.monitor import Bar, Interrupt, Recorder
+    from apo.trainer import APOTrainer
+
+    config, args = planned.config, planned.args
+    options, args.model_init_kwargs = dict(args.model_init_kwargs or {}), None
+    model = models.load_model(planned.name, **options)
+    models.check_vocabulary(model, planned.tokenizer, planned.name.base)
+    lora = config.lora and LoraConfig(
+        r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout,
+        target_modules=config.lora.target_modules, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    try:
+        trainer = APOTrainer(
+            model=model, args=args, train_dataset=planned.train.dataset, peft_config=lora,
+            eval_dataset=planned.eval.dataset if planned.eval else None, processing_class=planned.tokenizer,
+            callbacks=[Interrupt(), Recorder(Path(config.out)), Bar()],
+        )  # fmt: skip
+    except ValueError as error:
+        raise error if isinstance(error, UserError) else UserError(" ".join(str(error).split())) from error
+    for theirs in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(theirs)
+    if config.lora and config.lora.dropout:
+        _set_adapter_dropout(trainer.model, config.lora.dropout)
+    check_before_training(trainer)
+    return trainer
+
+
+def _set_adapter_dropout(model: Any, p: float) -> None:
+    """TRL turns off every dropout (`disable_dropout`), and the adapter's with it; the recipe asks for it."""
+    for name, module in model.named_modules():
+        if "lora_dropout" in name and hasattr(module, "p"):
+            module.p = p
+
+
+def _resume(out: Path, planned: Plan, status: runs.Status, tell: Callable[[str], None]) -> Path | None:
+    """Begin the run's folder, or find what to go on from in it."""
+    from apo.checkpoints import find_newest, step_of
+    from apo.pairs import fingerprint
+
+    data = {**planned.counts(), "sha256": fingerprint(planned.train.dataset)}
+    if status == "new":
+        runs.begin(out, resolved(planned.config), data=data, steps=planned.steps, resumed_from=[])
+        return None
+    run = runs.read_run(out)
+    if run["data"]["sha256"] != data["sha256"]:
+        raise UserError(f"out: {out} holds a run on other pairs: the dataset has changed since; choose another folder")
+    search = find_newest(out)
+    for note in search.notes:
+        tell(note)
+    step = step_of(search.newest) or 0 if search.newest else 0
+    tell(f"going on from step {step} of {planned.steps}" if step else "starting over: there is no complete checkpoint")
+    runs.drop_metrics_after(out, step if step else -1)
+    write_json(out / runs.RUN, {**run, "resumed_from": [*run["resumed_from"], step]})
+    return search.newest
+
+
+def _run(trainer: APOTrainer, checkpoint: Path | None, out: Path, tell: Callable[[str], None]) -> None:
+    from apo.monitor import Bar, Interrupt
+
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Bar | Interrupt):
+                callback.close()
+    stopped = any(isinstance(c, Interrupt) and c.asked for c in trainer.callback_handler.callbacks)
+    if stopped and trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
+
+
+def _finish(trainer: APOTrainer, out: Path, seconds: float, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Write model, picture, card and the finished run.json, in this order: only the last makes the run finished."""
+    from apo.dynamics import read_metrics
+    from apo.plots import draw_dynamics
+
+    final = out / ".final"
+    trainer.save_model(str(final))
+    if not trainer.args.should_save:
+        return {}
+    (final / runs.CARD).unlink(missing_ok=True)  # PEFT's; ours follows
+    adapter = (final / models.ADAPTER_CONFIG).exists()
+    runs.put_in_place(final, out)
+    rows = read_metrics(out / runs.METRICS)
+    run = runs.read_run(out)
+    recipe = run["recipe"]
+    draw_dynamics(rows, out / runs.PICTURE, f"{recipe['objective']}, beta {recipe['beta']}, {recipe['model']}")
+    run |= {"metrics": last_metrics(rows), "seconds": round(seconds, 2), "finished": runs.now()}
+    runs.write_card(out, run, adapter=adapter)
+    write_json(out / runs.RUN, run)
+    return run
+
+
+def last_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last training line and the last held-out line in one."""
+    lines = {prefix: [row for row in rows if f"{prefix}loss" in row] for prefix in ("", "eval_")}
+    metrics = {key: value for line in lines.values() if line for key, value in line[-1].items()}
+    return {key: value for key, value in metrics.items() if key not in ("step", "epoch")}

@@ -1,0 +1,357 @@
+"""APOConfig and APOTrainer: TRL's DPOTrainer with `compute_loss` overridden, blind to the objective.
+
+Two plug points, both plain functions: the objective (objectives.py) and `pair_logps(model, batch)` (logps.py).
+Every pair of an optimizer step weighs the same, however it is cut into micro-batches and spread over processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import add_fused_lm_head, use_adapter
+
+from apo import checkpoints
+from apo.dynamics import means_of, pair_sums
+from apo.logps import Batch, PairLogps, PairLogpsFunction, mismatched, stacked_logps
+from apo.objectives import objective_of
+from apo.tokens import end_ids, tokenize
+from clair.recipe import UserError
+
+IGNORED = (
+    "loss_type", "loss_weights", "label_smoothing", "label_smoothing_factor", "f_divergence_type",
+    "f_alpha_divergence_coef", "ld_alpha", "use_weighting", "discopop_tau", "sync_ref_model", "ref_model_mixup_alpha",
+    "ref_model_sync_steps", "padding_free", "truncation_mode", "pad_token",
+)  # fmt: skip
+"""Options of TRL that say something about its own losses or batches: refused beside `objective`, never ignored."""
+
+
+@dataclass
+class APOConfig(DPOConfig):
+    """TRL's DPOConfig with an `objective`, a name or a function, in place of `loss_type`.
+
+    Runs on what is there: without an accelerator on the CPU in float32 and without activation checkpointing, on a GPU
+    in bfloat16 where it can. Raises UserError for an unknown objective, beta <= 0, and options that would be ignored.
+    """
+
+    objective: str | Callable[..., torch.Tensor] = field(
+        default="apo_zero", metadata={"help": "An objective's name, or a function (see apo.objectives)."}
+    )
+    loss_type: list[str] = field(default_factory=list, metadata={"help": "Refused: `objective` says it."})
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Default: on, except on a CPU."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Whether to log the first step."})
+    # TRL's loop would show the running mean in place of a NaN loss, and wait for the device at every step to do so.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Whether to hide NaN losses in the logs."})
+
+    def __post_init__(self) -> None:
+        objective = objective_of(self.objective)
+        if not self.beta > 0:
+            raise UserError(f"beta is {self.beta}; it must be above 0 (0.1 is usual)")
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        ignored = [name for name in IGNORED if getattr(self, name) != defaults[name] and getattr(self, name) != []]
+        if ignored:
+            raise UserError(f"{ignored[0]} would be ignored beside objective {objective.name!r}; leave it out")
+        if self.precompute_ref_log_probs and (not objective.needs_reference or "kl" in objective.asks_for):
+            why = "has no reference" if not objective.needs_reference else "needs it for responses made on the way"
+            raise UserError(f"precompute_ref_log_probs: objective {objective.name} {why}; leave it out")
+        self._choose_by_hardware()
+        super().__post_init__()
+
+    def _choose_by_hardware(self) -> None:
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        # transformers 5 renamed gradient_checkpointing and warns about the old name, TRL still sets it.
+        if self.activation_checkpointing is None:
+            asked = self.gradient_checkpointing
+            self.activation_checkpointing = not self.use_cpu if asked is None else asked
+        if self.activation_checkpointing_kwargs is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the objective by its name."""
+        return {**super().to_dict(), "objective": objective_of(self.objective).name}
+
+
+class APOTrainer(DPOTrainer):
+    """DPOTrainer for any objective on pairs.
+
+    The reference is what `model` is at the start: for full fine-tuning a frozen copy, for a new LoRA adapter the model
+    with the adapter off, for an existing adapter TRL's frozen "ref" copy of it. `dropped` counts the pairs left out of
+    each dataset, by reason.
+    """
+
+    _tag_names = ("apo",)
+    # compute_loss divides by the pairs of the whole accumulation window, so the loop must not divide again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: APOConfig | None = None,
+        pair_logps: PairLogpsFunction = stacked_logps,
+        **kwargs: Any,
+    ) -> None:
+        args = APOConfig() if args is None else args
+        if not isinstance(args, APOConfig):
+            raise UserError(f"args is a {type(args).__name__}; APOTrainer takes an APOConfig")
+        if kwargs.get("compute_metrics") is not None:
+            raise UserError("compute_metrics would be ignored: the batch's logits are never built; leave it out")
+        self.objective = objective_of(args.objective)
+        self.pair_logps = pair_logps
+        self.dropped: dict[str, dict[str, int]] = {}
+        self.notes: list[str] = []
+        self._ends_of_model = getattr(model, "generation_config", None)
+        self._sums: dict[str, torch.Tensor | None] = {"train": None, "eval": None}
+        self._tokens: torch.Tensor | int = 0
+        self._kl: torch.Tensor | float = 0.0
+        self._since, self._paused = None, 0.0
+        self._saving = False
+        asked = args.precompute_ref_log_probs
+        if not self.objective.needs_reference:
+            # The one switch that keeps TRL from loading a second model; `_precompute_ref_logps` then does nothing.
+            args.precompute_ref_log_probs = True
+        elif ref_model is None and not asked and _can_be_copied(model, args, kwargs.get("peft_config")):
+            ref_model = copy.deepcopy(model)
+        super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
+        args.precompute_ref_log_probs = self.precompute_ref_logps = asked
+        # TRL's head also computes entropies and mean logits for its own logs; only the log-probs are wanted here.
+        add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        window = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        if "kl" in self.objective.asks_for and window < 2:
+            raise UserError(
+                f"objective {self.objective.name} compares each prompt with another one's answers: "
+                "per_device_train_batch_size x gradient_accumulation_steps must be at least 2"
+            )
+
+    # The data
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
+        if not isinstance(dataset, Dataset):
+            raise UserError(f"{dataset_name} dataset is a {type(dataset).__name__}; give a datasets.Dataset")
+        if not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise UserError(f"a {type(processing_class).__name__} is no tokenizer; only text models can be trained")
+        ends = end_ids(processing_class, self._ends_of_model)
+        done = tokenize(dataset, processing_class, args.max_length, ends, dataset_name, args.dataset_num_proc)
+        self.dropped[dataset_name] = done.dropped
+        self.notes += done.notes
+        if not len(done.dataset):
+            limit = args.max_length
+            raise UserError(f"every pair of the {dataset_name} dataset is longer than max_length {limit}; raise it")
+        return done.dataset
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor | int | None]:
+        """The micro-batches of an optimizer step, and the number of pairs in them over all processes."""
+        self._since = self._since or time.perf_counter()
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if "kl" in self.objective.asks_for:
+            self._kl = self._divergence(batches)
+        pairs = torch.tensor(sum(len(batch["input_ids"]) // 2 for batch in batches), device=device)
+        return batches, self._over_processes(pairs)
+
+    # The loss
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The mean loss over the pairs of the optimizer step: their sum here, divided by `num_items_in_batch`."""
+        mode = "train" if model.training else "eval"
+        options = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        policy = self.pair_logps(model, inputs, **options)
+        reference = self._reference_logps(inputs) if self.objective.needs_reference else None
+        if mode == "eval" and "kl" in self.objective.asks_for:
+            self._kl = self._divergence([inputs])
+        losses = self._losses(policy, reference)
+        self._count(mode, pair_sums(losses, policy, reference, self.beta), inputs)
+        pairs = len(losses) if num_items_in_batch is None else num_items_in_batch
+        total = losses.sum()
+        if policy.aux_loss is not None:
+            total = total + self.router_aux_loss_coef * policy.aux_loss * len(losses)
+        # Gradients are averaged over processes afterwards; `pairs` counts those of all of them.
+        return total * (self.accelerator.num_processes if num_items_in_batch is not None else 1) / pairs
+
+    def _losses(self, policy: PairLogps, reference: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """One loss per pair, [B]."""
+        if reference is None:
+            lengths = {"chosen_len": policy.chosen_len, "rejected_len": policy.rejected_len}
+            return self.objective(policy.chosen, policy.rejected, beta=self.beta, **lengths)
+        chosen, rejected = policy.chosen - reference[0], policy.rejected - reference[1]
+        if self.objective.kind == "paired":
+            return self.objective(chosen, rejected, beta=self.beta)
+        desirable = torch.arange(2 * len(chosen), device=chosen.device) < len(chosen)
+        losses = self.objective(torch.cat([chosen, rejected]), desirable, beta=self.beta, kl=self._kl)
+        return losses.view(2, -1).mean(0)  # a pair is two examples, and weighs as one
+
+    def _reference_logps(self, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        if "ref_chosen_logps" in inputs:
+            return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        return self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+
+    def compute_ref_log_probs(self, model: torch.nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of both responses under the reference, [B] each, without gradient."""
+        adapter = contextlib.nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+        with torch.no_grad(), adapter, self.accelerator.autocast():
+            logps = self.pair_logps(model, inputs)
+        return logps.chosen, logps.rejected
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """`dataset` with the reference's log-probs as two columns. Computed anew for every run: never stale."""
+        if not self.objective.needs_reference:
+            return dataset
+        loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
+        found = []
+        for batch in self.accelerator.prepare(loader):
+            found.append(torch.stack(self.compute_ref_log_probs(self.ref_model or self.model, batch), 1).float())
+        # Gathered batch by batch order: process 0's first batch, process 1's first batch, and so on.
+        rows = torch.cat([self.accelerator.gather(part) for part in found])[: len(dataset)].cpu()
+        for column, values in zip(("ref_chosen_logps", "ref_rejected_logps"), rows.T.tolist(), strict=True):
+            dataset = dataset.add_column(column, values)
+        return dataset
+
+    def _divergence(self, batches: Sequence[Batch]) -> torch.Tensor | float:
+        """KTO's kl: the mean log-ratio, in nats, of each prompt with the next pair's two responses. 0 for one pair.
+
+        The rotation runs over the whole optimizer step, so that it does not depend on the size of a micro-batch.
+        """
+        total = torch.zeros(2, device=self.accelerator.device)
+        training = self.model.training
+        self.model.eval()
+        for batch in mismatched(batches, self.data_collator):
+            batch = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                policy = self.pair_logps(self.model, batch)
+            reference = self._reference_logps(batch)
+            ratios = torch.cat([policy.chosen - reference[0], policy.rejected - reference[1]]).float()
+            total += torch.stack([ratios.sum(), torch.ones_like(ratios).sum()])
+        self.model.train(training)
+        total = self._over_processes(total)
+        return total[0] / total[1].clamp(min=1)
+
+    # The logs
+
+    def _count(self, mode: str, sums: torch.Tensor, inputs: Batch) -> None:
+        before = self._sums[mode]
+        # Added up in float64 where the device has it: an evaluation may hold a million pairs.
+        sums = sums if sums.device.type == "mps" else sums.double()
+        self._sums[mode] = sums if before is None else before + sums
+        if mode == "train":
+            self._tokens = self._tokens + inputs["attention_mask"].sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means since the last log: one gather and one transfer, at logging steps only."""
+        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
+        sums = self._sums[mode]
+        if sums is not None and ("loss" in logs or mode == "eval"):
+            prefix = "" if mode == "train" else next(key for key in logs if key.endswith("_loss")).removesuffix("loss")
+            tokens = torch.as_tensor(self._tokens, device=sums.device, dtype=sums.dtype)
+            *values, token_count = self._over_processes(torch.cat([sums, tokens[None]])).tolist()
+            logs.update({prefix + name: value for name, value in means_of(values).items()})
+            self._sums[mode] = None
+            if mode == "train":
+                logs.update(self._speed(values[0], token_count))
+        super().log(logs, start_time)
+
+    def _speed(self, pairs: float, tokens: float) -> dict[str, float]:
+        """Pairs and tokens a second since the last log. Tokens are those of both sequences, prompts included."""
+        now = time.perf_counter()
+        seconds = max(now - (self._since or now) - self._paused, 1e-9)
+        self._since, self._paused, self._tokens = now, 0.0, 0
+        return {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
+
+    @contextlib.contextmanager
+    def _pause(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def _over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.accelerator.num_processes == 1 else self.accelerator.reduce(tensor, "sum")
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """TRL's evaluation; its time does not count into pairs a second."""
+        with self._pause():
+            return super().evaluate(*args, **kwargs)
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """The loss alone: logits are never built."""
+        return super().prediction_step(model, inputs, True, ignore_keys)
+
+    # What is kept
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint that is there wholly or not at all (checkpoints.py)."""
+        with self._pause():
+            self._saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving = False
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._put_checkpoint_in_place()
+            self.accelerator.wait_for_everyone()
+
+    def _put_checkpoint_in_place(self) -> None:
+        out = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        folder = out / checkpoints.UNFINISHED / name
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(out / name)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        checkpoints.finish(folder, out / name, resumable=not self.args.save_only_model)
+        rotate_checkpoints(str(out), self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        where = super()._get_output_dir(trial)
+        return str(Path(where) / checkpoints.UNFINISHED) if self._saving else where
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Weights as safetensors (or the trained adapter alone), config, generation config and tokenizer.
+
+        No training_args.bin: it would be a pickle that nothing reads.
+        """
+        if not self.args.should_save:
+            return
+        where = output_dir or self.args.output_dir
+        unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        only = {"selected_adapters": ["default"]} if is_peft_model(unwrapped) else {}
+        unwrapped.save_pretrained(where, state_dict=state_dict, **only)
+        self.processing_class.save_pretrained(where)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: TRL's card says DPO. `apo train` writes its own at the end."""
+
+    def _send_telemetry(self) -> None:
+        """Nothing: what is trained here is nobody else's business."""
+
+
+def _can_be_copied(model: Any, args: APOConfig, peft_config: Any) -> bool:
+    """Whether the reference can be a copy in memory; where it cannot, TRL loads the model's folder a second time."""
+    if isinstance(model, str) or peft_config is not None or is_peft_model(model):
+        return False
+    return not (args.deepspeed or args.fsdp or getattr(model, "hf_device_map", None))

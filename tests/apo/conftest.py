@@ -1,0 +1,90 @@
+"""A tiny random Llama with its own tokenizer, made on the spot: no hub, no network."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+WORDS = [*NUMBERS, "plus", "minus", "is", "are", "the", "a", "of", "what", "answer", "question"]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(template: str | None = TEMPLATE, eos: str | None = "<|end|>", pad: str | None = "<|pad|>"):
+    """A word-level tokenizer with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|begin|>", "<|start|>", "<|end|>", "<|unk|>"]
+    vocabulary = {word: i for i, word in enumerate([*special, "user", "assistant", "system", "\n", *WORDS])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|begin|>", unk_token="<|unk|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>", "<|pad|>"]})
+    tokenizer.eos_token, tokenizer.pad_token, tokenizer.chat_template = eos, pad, template
+    return tokenizer
+
+
+def make_model(seed: int = 0, **options):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokens = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
+    config = LlamaConfig(**sizes | tokens | {"num_key_value_heads": 2, "max_position_embeddings": 256} | options)
+    config.architectures = ["LlamaForCausalLM"]
+    return LlamaForCausalLM(config)
+
+
+def make_pairs(n: int = 24, seed: int = 0) -> list[dict]:
+    """Pairs of differing lengths whose winners count and whose losers do not."""
+    rng = random.Random(seed)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+    def turn(role: str, text: str) -> list[dict]:
+        return [{"role": role, "content": text}]
+
+    return [
+        {
+            "prompt": turn("user", "what is " + words(1, 8)),
+            "chosen": turn("assistant", "the answer is " + words(1, 9)),
+            "rejected": turn("assistant", "a question " + words(1, 9)),
+            "id": f"p{i}",
+        }
+        for i in range(n)
+    ]
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> Path:
+    """A folder with the tiny model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs():
+    from datasets import Dataset
+
+    return Dataset.from_list(make_pairs())
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
