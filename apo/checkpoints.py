@@ -36,9 +36,13 @@ def finish(folder: Path, final: Path, *, resumable: bool) -> None:
         with open(folder / name, "rb") as file:
             os.fsync(file.fileno())
     write_json(folder / MARKER, {"resumable": resumable, "files": files})
-    if final.exists():  # the same step saved again, after a resume from before it
+    if final.exists():
+        if problem_of(final) is None:  # the same step saved twice, as when Ctrl-C and an epoch's end meet
+            shutil.rmtree(folder.parent)
+            return
         shutil.rmtree(final)
     os.rename(folder, final)
+    folder.parent.rmdir()
     _flush(final.parent)
 
 

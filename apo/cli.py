@@ -28,14 +28,14 @@ def _apo() -> None:
 def train(
     recipe: Annotated[Path, typer.Argument(help="A training recipe in YAML.")],
     out: Annotated[str | None, typer.Option(help="Where to write, in place of the recipe's `out`.")] = None,
-    set: Annotated[list[str] | None, typer.Option(help="key=value over the recipe, e.g. --set beta=0.05.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value put into the recipe; repeatable.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print the plan, write nothing.")] = False,
 ) -> None:
     """Train a model on preference pairs; a stopped run goes on where it was."""
     from apo.train import TrainConfig
     from clair.recipe import load_recipe
 
-    overrides = [*(set or []), *([f"out={_quoted(out)}"] if out else [])]
+    overrides = [*(set_ or []), *([f"out={_quoted(out)}"] if out else [])]
     config = load_recipe(TrainConfig, recipe, overrides)
     _quieten()
     if dry_run:
@@ -43,7 +43,11 @@ def train(
         return
     from apo.train import train as run
 
-    done = run(config, tell=_tell)
+    try:
+        done = run(config, tell=_tell)
+    except KeyboardInterrupt as stop:  # caught here: typer would end without a word
+        _tell(f"{str(stop) or 'interrupted'}; the same command goes on from the last checkpoint")
+        raise typer.Exit(EXIT_INTERRUPTED) from stop
     if done:
         _tell(_closing(config.out, done))
 
@@ -111,22 +115,12 @@ def _quieten() -> None:
 
 
 def main() -> None:
-    """Run the command. One-line errors to stderr; exit code 2 for the user's mistakes, 130 after Ctrl-C."""
+    """Run the command line. One line on stderr and exit code 2 for the user's mistakes, 130 after Ctrl-C."""
     try:
-        code = app(standalone_mode=False)
+        app()
     except UserError as error:
         _tell(f"error: {error}")
         sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt as stop:
-        told = f"{stop}; " if str(stop) else ""
-        _tell(f"{told}interrupted; the same command goes on from the last checkpoint")
-        sys.exit(EXIT_INTERRUPTED)
-    except typer.Abort:
-        sys.exit(EXIT_INTERRUPTED)
-    except typer.TyperException as error:  # a wrong option or argument
-        error.show()
-        sys.exit(error.exit_code)
-    sys.exit(code or 0)
 
 
 if __name__ == "__main__":

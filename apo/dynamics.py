@@ -61,3 +61,15 @@ def series(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list
     """Steps and values of one metric over training."""
     points = [(row["step"], row[key]) for row in rows if key in row]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def settled_logps(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Log-probs of `name` ("chosen" or "rejected") over training, freed from which pairs each log looked at.
+
+    A log's mean moves with the lengths of its pairs far more than with training. Its reference log-prob, logged
+    minus log-ratio, says by how much: the mean of that over all logs, plus the log-ratio, is the average pair's.
+    """
+    steps, logps = series(rows, f"logps/{name}")
+    ratios = series(rows, f"logratios/{name}")[1]
+    reference = sum(logp - ratio for logp, ratio in zip(logps, ratios, strict=True)) / max(len(logps), 1)
+    return steps, [reference + ratio for ratio in ratios]

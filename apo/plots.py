@@ -6,71 +6,89 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apo.dynamics import series
+from apo.dynamics import series, settled_logps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-CHOSEN, REJECTED, QUIET = "#1b7f79", "#c8553d", "#6b7280"
-_PANELS = (
-    ("rewards", "Reward", "beta x log-ratio to the reference"),
-    ("logps", "Log-probability", "nats per response"),
-)
+COLORS = {"chosen": "#1b7f79", "rejected": "#c8553d"}
+QUIET, FAINT = "#6b7280", "#e5e7eb"
+
+Rows = Sequence[Mapping[str, Any]]
+Line = tuple[list[int], list[float]]
 
 
-def draw_dynamics(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> None:
+def draw_dynamics(rows: Rows, path: str | Path, title: str = "") -> None:
     """Chosen and rejected over training: rewards on the left (from the anchor 0), log-probs on the right.
 
-    Lines are training means, hollow dots the held-out pairs. Without a reference there are no rewards, and one panel.
+    Thin lines are what was logged, over other pairs each time; bold log-prob lines are settled on the average pair
+    (`settled_logps`). Hollow dots are the held-out pairs. Without a reference there are no rewards, and one panel.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [panel for panel in _PANELS if series(rows, f"{panel[0]}/chosen")[0]]
-    figure = Figure(figsize=(5.6 * max(len(panels), 1), 3.9), dpi=150, layout="constrained")
+    has_rewards = bool(series(rows, "rewards/chosen")[0])
+    count = 2 if has_rewards else 1
+    figure = Figure(figsize=(5.7 * count, 3.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.08)
-    for axes, (key, name, unit) in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels, strict=False):
-        _panel(axes, rows, key)
-        axes.set_title(name, loc="left", fontsize=11, fontweight="semibold", pad=18)
-        axes.text(0, 1.025, unit, transform=axes.transAxes, fontsize=8.5, color=QUIET)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.05)
+    panels = list(figure.subplots(1, count, squeeze=False)[0])
+    if has_rewards:
+        rewards = panels.pop(0)
+        _dress(rewards, "Reward", "beta x log-ratio to the reference; 0 is the anchor")
+        rewards.axhline(0, color=QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
+        _draw(rewards, _both(rows, "rewards"), _both(rows, "eval_rewards"))
+    logged = _both(rows, "logps")
+    _dress(panels[0], "Log-probability", "nats per response" + (", bold: of the average pair" if has_rewards else ""))
+    if has_rewards:
+        for name, line in logged.items():
+            panels[0].plot(*line, color=COLORS[name], linewidth=0.8, alpha=0.35)
+        logged = {name: settled_logps(rows, name) for name in COLORS}
+    _draw(panels[0], logged, _both(rows, "eval_logps"))
     if title:
         figure.suptitle(title, x=0.012, ha="left", fontsize=9.5, color=QUIET)
     figure.savefig(path, format="png")
 
 
-def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None:
-    lines = {name: series(rows, f"{key}/{name}") for name in ("chosen", "rejected")}
-    held_out = {name: series(rows, f"eval_{key}/{name}") for name in ("chosen", "rejected")}
-    steps = lines["chosen"][0]
-    if key == "rewards":
-        axes.axhline(0, color=QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
-    if steps == lines["rejected"][0]:
-        above = [one >= other for one, other in zip(lines["chosen"][1], lines["rejected"][1], strict=True)]
-        axes.fill_between(steps, lines["chosen"][1], lines["rejected"][1], where=above, color=CHOSEN, alpha=0.07, lw=0)
-    for name, color in (("chosen", CHOSEN), ("rejected", REJECTED)):
-        axes.plot(*lines[name], color=color, linewidth=1.8, marker="o" if len(steps) == 1 else None, markersize=4)
-        axes.plot(*held_out[name], "o", markersize=4.5, markerfacecolor="white", markeredgecolor=color, zorder=3)
-    _name_lines(axes, lines)
+def _both(rows: Rows, key: str) -> dict[str, Line]:
+    return {name: series(rows, f"{key}/{name}") for name in COLORS}
+
+
+def _dress(axes: Axes, name: str, unit: str) -> None:
+    """Title, unit and a quiet frame."""
+    axes.set_title(name, loc="left", fontsize=11, fontweight="bold", pad=18)
+    axes.text(0, 1.025, unit, transform=axes.transAxes, fontsize=8.5, color=QUIET)
     axes.set_xlabel("step", fontsize=9, color=QUIET)
     axes.tick_params(labelsize=8.5, colors=QUIET, length=0)
-    axes.grid(axis="y", color="#e5e7eb", linewidth=0.7)
+    axes.grid(axis="y", color=FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#d1d5db")
 
 
-def _name_lines(axes: Axes, lines: Mapping[str, tuple[list[int], list[float]]]) -> None:
-    """Write each line's name at its end, the higher one above: no legend to look up."""
-    ends = {name: values[-1] for name, (_, values) in lines.items() if values}
+def _draw(axes: Axes, lines: Mapping[str, Line], held_out: Mapping[str, Line]) -> None:
+    (steps, chosen), (_, rejected) = lines["chosen"], lines["rejected"]
+    ahead = [one >= other for one, other in zip(chosen, rejected, strict=True)]
+    axes.fill_between(steps, chosen, rejected, where=ahead, color=COLORS["chosen"], alpha=0.07, linewidth=0)
+    for name, color in COLORS.items():
+        alone = "o" if len(steps) == 1 else None
+        axes.plot(*lines[name], color=color, linewidth=1.9, marker=alone, markersize=4, solid_capstyle="round")
+        axes.plot(*held_out[name], "o", markersize=4.5, markerfacecolor="white", markeredgecolor=color, zorder=3)
+    _name_ends(axes, lines)
+
+
+def _name_ends(axes: Axes, lines: Mapping[str, Line]) -> None:
+    """Write each line's name beside its end, apart where the ends meet: no legend to look up."""
+    steps = lines["chosen"][0]
+    if not steps:
+        return
+    low, high = axes.get_ylim()
+    ends = {name: values[-1] for name, (_, values) in lines.items()}
+    apart = 0.07 * (high - low)
+    push = max(0.0, (apart - abs(ends["chosen"] - ends["rejected"])) / 2)
     higher = max(ends, key=lambda name: ends[name])
-    for name, color in (("chosen", CHOSEN), ("rejected", REJECTED)):
-        steps, values = lines[name]
-        if steps:
-            offset = 5 if name == higher else -5
-            side = "bottom" if name == higher else "top"
-            axes.annotate(
-                name, (steps[-1], values[-1]), (-2, offset), textcoords="offset points",
-                color=color, fontsize=9, fontweight="semibold", ha="right", va=side,
-            )  # fmt: skip
+    for name, color in COLORS.items():
+        at = ends[name] + (push if name == higher else -push)
+        beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        axes.annotate(name, (steps[-1], at), color=color, fontsize=9, fontweight="bold", **beside)
