@@ -40,16 +40,21 @@ def contrast_of(chosen: str, rejected: str) -> Contrast:
 
 
 def word_diff(rejected: str, chosen: str) -> list[tuple[str, str]]:
-    """The way from rejected to chosen by words: ("same" | "gone" | "new", text) in reading order, white space kept."""
+    """The way from rejected to chosen by words: ("same" | "gone" | "new", text) in reading order.
+
+    Between two parts that are the same, what is gone stands before what is new. White space is kept.
+    """
     from rapidfuzz.distance import LCSseq
 
     old, new = (re.findall(r"\s*\S+|\s+$", text) for text in (rejected, chosen))
     parts: list[tuple[str, str]] = []
+    gone = came = ""
     for step in LCSseq.opcodes([w.strip() for w in old], [w.strip() for w in new]):
-        if step.tag in ("delete", "replace"):
-            parts.append(("gone", "".join(old[step.src_start : step.src_end])))
-        if step.tag in ("insert", "replace"):
-            parts.append(("new", "".join(new[step.dest_start : step.dest_end])))
         if step.tag == "equal":
+            parts += [(kind, text) for kind, text in (("gone", gone), ("new", came)) if text]
             parts.append(("same", "".join(new[step.dest_start : step.dest_end])))
-    return parts
+            gone = came = ""
+        else:
+            gone += "".join(old[step.src_start : step.src_end])
+            came += "".join(new[step.dest_start : step.dest_end])
+    return parts + [(kind, text) for kind, text in (("gone", gone), ("new", came)) if text]

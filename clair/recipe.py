@@ -44,7 +44,15 @@ R = TypeVar("R", bound=Recipe)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 values: `1e-6` is a number, as everybody expects, and `2024-06-01` is text."""
+    """YAML 1.2 values: `1e-6` is a number, as everybody expects, and `2024-06-01` is text. A key twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        written = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        names = [key.value for key in written]
+        for place, key in enumerate(written):
+            if key.value in names[:place]:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _YAML_11_ONLY = {"tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"}
@@ -75,10 +83,14 @@ def load_recipe(model: type[R], path: str | Path, overrides: Iterable[str] = ())
         raise UserError(f"recipe {file} does not exist; give the path of a YAML file")
     try:
         values = parse_yaml(file.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"recipe {file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {file} holds {type(values).__name__}, not keys and values; see docs/recipes")
+    try:
+        json.dumps(values)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"recipe {file} holds a value that is no text, number, list or mapping: {error}") from error
     return resolve(model, apply_overrides(values, overrides), source=str(file))
 
 
@@ -90,6 +102,8 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
         if not equals or not key:
             raise UserError(f"--set takes key=value, got {override!r}; for example --set beta=0.05")
         *parents, last = key.split(".")
+        if not all((*parents, last)):
+            raise UserError(f"--set {key}: a key between two dots is missing; for example --set trainer.seed=1")
         place = result
         for parent in parents:
             if not isinstance(place.get(parent), dict):

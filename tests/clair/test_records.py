@@ -1,0 +1,71 @@
+"""Content ids: equal content, equal id, on every machine; anything different, another id."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+
+import pytest
+
+from clair.records import Dropped, Pair, Prompt, content_id
+
+USER = ({"role": "user", "content": "Say é"},)
+
+
+def test_the_content_id_is_the_hash_of_the_canonical_json():
+    text = '[[{"content":"Say é","role":"user"}],null]'
+    assert content_id(USER, None) == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_the_order_of_the_keys_of_a_message_does_not_matter():
+    assert content_id(({"content": "Say é", "role": "user"},), None) == content_id(USER, None)
+
+
+@pytest.mark.parametrize(
+    ("messages", "answer"),
+    [
+        (({"role": "user", "content": "Say e"},), None),
+        (({"role": "system", "content": "Say é"},), None),
+        ((*USER, *USER), None),
+        (USER, "é"),
+        (USER, ""),
+    ],
+)
+def test_anything_different_gives_another_id(messages, answer):
+    assert content_id(messages, answer) != content_id(USER, None)
+
+
+def test_the_users_own_id_changes_nothing_about_the_content_id():
+    assert Prompt("mine", USER).content_id == Prompt("other", USER).content_id == content_id(USER, None)
+
+
+def test_another_process_with_another_hash_seed_gives_the_same_id():
+    code = "from clair.records import content_id; print(content_id(({'role': 'user', 'content': 'Say é'},), None))"
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True,
+        env={"PYTHONHASHSEED": "7", "PYTHONUTF8": "1", "PYTHONPATH": ":".join(p for p in sys.path if p)},
+    )
+    assert told.stdout.strip() == content_id(USER, None)
+
+
+def test_a_lone_half_of_a_surrogate_pair_has_an_id_too():
+    assert content_id(({"role": "user", "content": "\ud83d"},), None) != content_id(USER, None)
+
+
+def test_a_pair_becomes_a_row_of_message_lists():
+    row = Pair("p", USER, "good", "bad", "why", {"chosen": "r", "rejected": "t"}, {"kept": 0.5}).row()
+    assert row == {
+        "id": "p",
+        "prompt": [{"role": "user", "content": "Say é"}],
+        "chosen": [{"role": "assistant", "content": "good"}],
+        "rejected": [{"role": "assistant", "content": "bad"}],
+        "reasoning": "why",
+        "models": {"chosen": "r", "rejected": "t"},
+        "contrast": {"kept": 0.5},
+    }
+
+
+def test_a_drop_tells_stage_reason_and_a_bounded_detail():
+    row = Dropped("reviser", "no_label", "x" * 501, failed=False).row("p")
+    assert row == {"id": "p", "stage": "reviser", "reason": "no_label", "detail": "x" * 499 + "…", "failed": False}
