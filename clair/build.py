@@ -18,18 +18,20 @@ from typing import Any, TypeVar
 
 from clair.config import BuildConfig, ModelConfig, lasting, public
 from clair.dataset import DatasetWriter, card
+from clair.filters import make_filters
 from clair.ledger import Ledger
 from clair.limits import Limiter
 from clair.models import Model, Refused
 from clair.models.asking import Asker, Stop, Stopped, Tally
 from clair.models.local import LocalModel, check_model_folder
 from clair.models.openai import OpenAIModel
-from clair.pipelines import revised
-from clair.prompts import REVISER_NEEDS, load_template
+from clair.pipelines import judged, revised, stronger
+from clair.prompts import JUDGE_NEEDS, REVISER_NEEDS, load_template
 from clair.recipe import UserError, changed_keys, provenance, write_atomically, write_json
 from clair.records import Dropped, Pair, Prompt
 from clair.sources import Scan, each_prompt, scan
-from clair.steps import Reviser
+from clair.statistics import wilson
+from clair.steps import Judge, Reviser
 from clair.urls import api_key, environment_headers
 
 _AHEAD_PER_PLACE = 16
@@ -51,19 +53,39 @@ Progress = Callable[[DatasetWriter, Mapping[str, Asker]], None]
 
 def check(config: BuildConfig) -> Scan:
     """Everything that can be wrong before a request is sent. Raises UserError; spends nothing, writes nothing."""
-    load_template(config.reviser.template, "reviser.j2", REVISER_NEEDS)
+    _templates(config)
     for role, model in config.models.items():
         api_key(model.api_key_env, role)
         environment_headers(model.extra.get("headers", {}))
         if model.path is not None:
             check_model_folder(model.path, role)
     found = scan(config.prompts, config.limit)
-    if config.target is None and found.answered < found.unique:
+    given = found.compared if config.pipeline == "judged" else found.answered
+    if config.target is None and given < found.unique:
+        column = "answers column" if config.pipeline == "judged" else "answer column"
         raise UserError(
-            f"{found.unique - found.answered} of {found.unique} prompts have no answer and the recipe has no target; "
-            f"add target: or an answer column"
+            f"{found.unique - given} of {found.unique} prompts have no answer and the recipe has no target; "
+            f"add target: or an {column}"
+        )
+    if config.pipeline == "judged" and config.judge is None and found.scored < found.unique:
+        raise UserError(
+            f"{found.unique - found.scored} of {found.unique} prompts have no scores and the recipe has no judge; add "
+            f"judge: or a scores column"
         )
     return found
+
+
+def _templates(config: BuildConfig) -> dict[str, str]:
+    """The words for each role that has any: the recipe's own file or the built-in ones."""
+    words = {}
+    if config.reviser:
+        own, edits = config.reviser.template, config.reviser.mode == "edits"
+        words["reviser"] = load_template(None if edits else own, "reviser.j2", REVISER_NEEDS)
+        if edits:
+            words["edits"] = load_template(own, "reviser_edits.j2", REVISER_NEEDS)
+    if config.judge:
+        words["judge"] = load_template(config.judge.template, "judge.j2", JUDGE_NEEDS)
+    return words
 
 
 def build(
@@ -88,10 +110,11 @@ async def _build(config: BuildConfig, found: Scan, ledger: Ledger, on_progress: 
     askers = _askers(config, ledger, stop)
     out = Path(config.out)
     writer = DatasetWriter(out, seed=config.seed, test_fraction=config.test_fraction)
+    line = _line(config, askers)
     finished = False
     try:
         with _ctrl_c(stop):
-            await _fill(config, askers, writer, stop, on_progress)
+            await _fill(config, line.run, askers, writer, on_progress)
         if isinstance(stop.error, Exception):
             raise stop.error
         finished = stop.reason is None
@@ -102,23 +125,30 @@ async def _build(config: BuildConfig, found: Scan, ledger: Ledger, on_progress: 
     if not finished:
         return Built(out, {}, writer.failed, stop.reason)
     manifest = _manifest(config, found, writer, askers, hashes, time.monotonic() - started)
+    if line.judge and line.judge.seen:
+        manifest["position"] = position_bias(line.judge.seen)
     write_json(out / "manifest.json", manifest)
     write_atomically(out / "README.md", card(manifest))
     return Built(out, manifest, writer.failed)
 
 
 async def _fill(
-    config: BuildConfig, askers: Mapping[str, Asker], writer: DatasetWriter, stop: Stop, on_progress: Progress
+    config: BuildConfig,
+    run: Callable[[Prompt], Awaitable[Pair]],
+    askers: Mapping[str, Asker],
+    writer: DatasetWriter,
+    on_progress: Progress,
 ) -> None:
     """Run every prompt through the pipeline, and write the outcomes in the order of the prompts."""
-    work = partial(_row, _pipeline(config, askers))
     ahead = _AHEAD_AT_LEAST + _AHEAD_PER_PLACE * config.concurrency
+    if config.accept:  # what is begun beyond the last pair wanted is paid for and not used: begin little
+        ahead = 2 * config.concurrency
     prompts = each_prompt(config.prompts, config.limit)
 
     async def drain() -> None:
         await asyncio.gather(*(asker.drain() for asker in askers.values()))
 
-    async with aclosing(in_order(work, prompts, ahead, drain)) as outcomes:
+    async with aclosing(in_order(partial(_row, run), prompts, ahead, drain)) as outcomes:
         async for id, outcome in outcomes:
             if isinstance(outcome, Stopped):
                 return
@@ -127,6 +157,8 @@ async def _fill(
             else:
                 writer.drop(id, outcome)
             on_progress(writer, askers)
+            if writer.pairs == config.accept:
+                return
 
 
 async def _row(
@@ -141,10 +173,27 @@ async def _row(
         return prompt.id, outcome
 
 
-def _pipeline(config: BuildConfig, askers: Mapping[str, Asker]) -> Callable[[Prompt], Awaitable[Pair]]:
-    template = load_template(config.reviser.template, "reviser.j2", REVISER_NEEDS)
-    reviser = Reviser(askers["reviser"], template, config.reviser.system)
-    return partial(revised, target=askers.get("target"), reviser=reviser, filters=config.active_filters)
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The assembled pipeline: one coroutine a prompt, and the judge whose verdicts it counts, if there is one."""
+
+    run: Callable[[Prompt], Awaitable[Pair]]
+    judge: Judge | None = None
+
+
+def _line(config: BuildConfig, askers: Mapping[str, Asker]) -> Line:
+    words, filters, target = _templates(config), make_filters(config.filters), askers.get("target")
+    if config.reviser:
+        own = config.reviser
+        reviser = Reviser(askers["reviser"], words["reviser"], words.get("edits"), own.system, own.ask_again)
+        return Line(partial(revised, target=target, reviser=reviser, filters=filters))
+    if config.stronger:
+        return Line(partial(stronger, target=target, stronger=askers["stronger"], filters=filters))
+    judge = None
+    if config.judge:
+        own_judge = config.judge
+        judge = Judge(askers["judge"], words["judge"], own_judge.order, own_judge.system, own_judge.ask_again)
+    return Line(partial(judged, target=target, judge=judge, samples=config.samples, filters=filters), judge)
 
 
 Item = TypeVar("Item")
@@ -290,9 +339,10 @@ def _manifest(
     hashes: Mapping[str, str],
     seconds: float,
 ) -> dict[str, Any]:
-    counts = {"prompts": found.rows, "pairs": writer.pairs, **{s: writer.counts[s] for s in ("train", "test")}}
+    prompts = writer.pairs + writer.counts["dropped"]
+    assert prompts == found.rows or writer.pairs == config.accept, (prompts, found.rows)
+    counts = {"prompts": prompts, "pairs": writer.pairs, **{s: writer.counts[s] for s in ("train", "test")}}
     counts["dropped"] = writer.counts["dropped"]
-    assert counts["prompts"] == counts["pairs"] + counts["dropped"], counts
     models = config.models
     return {
         "format": 1,
@@ -310,6 +360,23 @@ def _manifest(
         "recipe": public(config),
         **provenance(),
         "seconds": round(seconds, 1),
+    }
+
+
+def position_bias(seen: Mapping[int, int]) -> dict[str, Any]:
+    """How often the judge preferred what was shown first, of its verdicts for either; biased where 1/2 is not in it.
+
+    Every pair is shown in both orders or in one drawn by hash, so that an unbiased judge comes to one half.
+    """
+    first, second = seen.get(1, 0), seen.get(2, 0)
+    interval = wilson(first, first + second)
+    return {
+        "first": first,
+        "second": second,
+        "ties": seen.get(0, 0),
+        "share_first": interval.mean,
+        "ci95": [interval.lo, interval.hi],
+        "biased": not interval.lo <= 0.5 <= interval.hi,
     }
 
 

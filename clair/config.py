@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from clair.filters import FILTERS
-from clair.recipe import Recipe, near_miss, resolved
+from clair.filters import make_filters
+from clair.recipe import Recipe, resolved
 from clair.sources import PromptSource
 from clair.urls import public_url
 
@@ -60,19 +60,46 @@ class ReviserConfig(ModelConfig):
 
     temperature: float | None = Field(0.7, ge=0)
     max_tokens: int | None = Field(4096, ge=1)
+    mode: Literal["rewrite", "edits"] = "rewrite"
+    """`edits`: the reviser names find/replace edits, which the program applies; rewriting is the way out."""
     template: str | None = None
-    """A Jinja file of your own instead of clair/templates/reviser.j2; it uses {{ task }} and {{ answer }}."""
+    """A Jinja file of your own instead of the built-in one of the mode; it uses {{ task }} and {{ answer }}."""
     system: str | None = None
+    ask_again: bool = True
+    """Ask once more, naming what is wrong, when a reply cannot be read."""
+
+
+class JudgeConfig(ModelConfig):
+    """The model that compares two answers, and the words it is asked in."""
+
+    temperature: float | None = Field(0.0, ge=0)
+    max_tokens: int | None = Field(2048, ge=1)
+    order: Literal["both", "random"] = "both"
+    """`both`: every pair in both orders, which must agree; `random`: in one, chosen by hash, at half the price."""
+    template: str | None = None
+    """A Jinja file of your own instead of templates/judge.j2; it uses {{ task }}, {{ first }} and {{ second }}."""
+    system: str | None = None
+    ask_again: bool = True
+
+
+_ROLES = ("target", "reviser", "judge", "stronger")
+_PIPELINES = {"revised": ("target", "reviser"), "judged": ("target", "judge"), "stronger": ("target", "stronger")}
 
 
 class BuildConfig(Recipe):
     """A data recipe. Every key, with its default, is in docs/data.md."""
 
-    pipeline: Literal["revised"]
+    pipeline: Literal["revised", "judged", "stronger"]
     prompts: PromptSource
     target: ModelConfig | None = None
-    reviser: ReviserConfig
-    filters: Mapping[str, bool] = {}
+    reviser: ReviserConfig | None = None
+    judge: JudgeConfig | None = None
+    stronger: ModelConfig | None = None
+    samples: int = Field(2, ge=2)
+    """`judged`: how many answers the target gives to each prompt."""
+    filters: Mapping[str, bool | Mapping[str, Any]] = {}
+    accept: int | None = Field(None, ge=1)
+    """Stop at exactly this many pairs: the first in the order of the prompts."""
     concurrency: int = Field(64, ge=1)
     attempts: int = Field(6, ge=1)
     """Tries of a request that gets no answer (server errors, timeouts, broken connections)."""
@@ -83,23 +110,23 @@ class BuildConfig(Recipe):
     out: str = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _filters_exist(self) -> BuildConfig:
-        for name in self.filters:
-            if name not in FILTERS:
-                raise ValueError(
-                    f"unknown filter {name!r}{near_miss(name, FILTERS)}; allowed: {', '.join(FILTERS)}"
-                )
+    def _roles_fit(self) -> BuildConfig:
+        make_filters(self.filters)
+        used = _PIPELINES[self.pipeline]
+        for role in _ROLES:
+            if getattr(self, role) is not None and role not in used:
+                raise ValueError(f"{role} is not used by the pipeline {self.pipeline!r}; remove it")
+        needed = used[1]
+        if needed != "judge" and getattr(self, needed) is None:
+            raise ValueError(f"the pipeline {self.pipeline!r} needs {needed}")
+        if self.pipeline != "judged" and "samples" in self.model_fields_set:
+            raise ValueError("samples is not used by this pipeline; remove it")
         return self
-
-    @property
-    def active_filters(self) -> list[str]:
-        """The filters that are on, in the order in which they are asked."""
-        return [name for name in FILTERS if self.filters.get(name, True)]
 
     @property
     def models(self) -> dict[str, ModelConfig]:
         """The models by role."""
-        return {"target": self.target, "reviser": self.reviser} if self.target else {"reviser": self.reviser}
+        return {role: getattr(self, role) for role in _ROLES if getattr(self, role) is not None}
 
     @property
     def ledger_path(self) -> Path:
@@ -118,9 +145,9 @@ def public(config: BuildConfig) -> dict[str, Any]:
 
 def lasting(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What of a resolved recipe decides about the dataset: not how fast it is asked, nor where a named model lives."""
-    passing = {"concurrency", "attempts", "out", "ledger", "limit"}
+    passing = {"concurrency", "attempts", "out", "ledger", "limit", "accept"}
     kept = {k: v for k, v in recipe.items() if k not in passing}
-    for role in ("target", "reviser"):
+    for role in _ROLES:
         if isinstance(kept.get(role), Mapping):
             drop = {"timeout", "batch_size", "api_key_env"} | ({"url"} if kept[role].get("id") else set())
             kept[role] = {k: v for k, v in kept[role].items() if k not in drop}

@@ -157,11 +157,20 @@ def card(manifest: Mapping[str, Any]) -> str:
         *(f"- {role}: `{model['model']}`, {manifest['sampling'][role]}" for role, model in manifest["models"].items()),
         *(f"- dropped, {reason}: {count}" for reason, count in manifest["drop_reasons"].items()),
         *(f"- mean {name}: {value:.3f}" for name, value in contrast.items()),
+        *_position_lines(manifest),
         "",
         "`manifest.json` holds the exact recipe, versions and hashes; `dropped.jsonl` every prompt without a pair.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _position_lines(manifest: Mapping[str, Any]) -> list[str]:
+    position = manifest.get("position")
+    if not position:
+        return []
+    told = "; **the judge is biased by position: do not trust these labels**" if position["biased"] else ""
+    return [f"- the judge preferred what was shown first in {position['share_first']:.1%} of its verdicts{told}"]
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

@@ -13,30 +13,36 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from clair.records import Revision
+from clair.records import Judgement, Revision
 
 FAILURES = {
     "empty_reply": "the reply has no text",
     "truncated": "the reply was cut off before its end",
-    "refusal": "the reviser refused",
-    "no_label": "the reply has no {corrected_student_solution} at the start of a line",
-    "label_twice": "the reply has {corrected_student_solution} at the start of more than one line",
-    "label_inline": "{corrected_student_solution} stands inside a line, so it may be a mention",
-    "label_in_fence": "{corrected_student_solution} stands inside a code fence",
-    "labels_out_of_order": "{teacher_reasoning} comes after {corrected_student_solution}",
+    "refusal": "the reply refuses the task",
+    "no_label": "{identifier} does not stand at the start of a line",
+    "label_twice": "{identifier} stands at the start of more than one line",
+    "label_inline": "{identifier} stands only inside a line, so it may be a mention",
+    "label_in_fence": "{identifier} stands only inside a code fence",
+    "labels_out_of_order": "{teacher_reasoning} comes after {identifier}",
     "wrong_label": "the reply gives a worsened solution, not a corrected one",
-    "empty_answer": "nothing follows {corrected_student_solution}",
-    "label_in_answer": "an identifier stands inside the corrected solution",
+    "empty_answer": "nothing follows {identifier}",
+    "label_in_answer": "an identifier stands inside what follows {identifier}",
+    "no_verdict": "what follows {identifier} is not exactly one of [1], [2] and [tie]",
+    "no_edits": "what follows {identifier} is not a list of find/replace blocks",
+    "edit_unmatched": "the text to find in an edit does not stand in the student's solution",
+    "edit_ambiguous": "the text to find in an edit stands in the student's solution more than once",
+    "edits_overlap": "two edits change the same text",
 }
-"""Every failure by name, with what it says to a person (and to the reviser, when it is asked once more)."""
+"""Every failure by name, with what it says to a person (and to the model, when it is asked once more)."""
 
 
 class ParseFailure(Exception):
-    """A reply that cannot be read with certainty; `name` is a key of FAILURES."""
+    """A reply that cannot be read with certainty; `name` is a key of FAILURES, `told` says it to the model."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(FAILURES[name])
+    def __init__(self, name: str, identifier: str = "{corrected_student_solution}") -> None:
         self.name = name
+        self.told = FAILURES[name].replace("{identifier}", identifier)
+        super().__init__(self.told)
 
 
 class _Label(NamedTuple):
@@ -55,7 +61,15 @@ _KINDS = {
     "reasoning": rf"teacher(?:'?s)?{_SEP}(?:reasoning|reasoing|resoning|reasonning)",
     "solution": rf"(?:{_CORRECTED}{_STUDENT}{_ANSWER}|(?<=\{{){_CORRECTED}{_ANSWER}(?=\}}))",
     "worsened": rf"worsened?{_SEP}(?:{_STUDENT})?{_ANSWER}",
+    "verdict": rf"(?:best|better|preferred){_SEP}{_STUDENT}{_ANSWER}",
+    "edits": rf"(?:(?:minimal|teacher){_SEP}edits|(?<=\{{)edits(?=\}}))",
 }
+IDENTIFIERS = {
+    "solution": "{corrected_student_solution}",
+    "verdict": "{best_student_solution}",
+    "edits": "{minimal_edits}",
+}
+"""What the templates call the part after the reasoning."""
 _DECORATION = r"(?:\#{1,6}[ \t]*)?(?:>[ \t]*)?(?:\d[.)][ \t]*)?"
 _LABELS = {
     kind: re.compile(
@@ -66,7 +80,9 @@ _LABELS = {
     )
     for kind, words in _KINDS.items()
 }
-_MENTION = re.compile(r"(?:corrected_student_solution|teacher_reasoning)", re.IGNORECASE)
+_MENTION = re.compile(
+    r"corrected_student_solution|best_student_solution|minimal_edits|teacher_reasoning", re.IGNORECASE
+)
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})(.*)$", re.MULTILINE)
 _REFUSAL = re.compile(
     r"\s*(?:i(?:'|’)?m (?:really |very |so )?(?:sorry|afraid)|(?:i )?apologi[sz]e|sorry[,.]|i (?:can(?:not|'t|’t)|"
@@ -85,31 +101,51 @@ def parse_revision(text: str, finish_reason: str | None = "stop") -> Revision:
 
     `finish_reason` is the server's; a reply that ran into its token limit is never taken, however whole it looks.
     """
+    return Revision(*two_parts("solution", text, finish_reason))
+
+
+def parse_judgement(text: str, finish_reason: str | None = "stop") -> Judgement:
+    """The reasoning and the verdict of a judge's reply. Raises ParseFailure."""
+    reasoning, verdict = two_parts("verdict", text, finish_reason)
+    found = _VERDICT.fullmatch(verdict.strip("*_`. \t\n"))
+    if not found:
+        raise ParseFailure("no_verdict", IDENTIFIERS["verdict"])
+    return Judgement(reasoning, {"1": 1, "2": 2}.get(found[1], 0))
+
+
+_VERDICT = re.compile(r"\[?(?:solution |student )?(1|2|tie)\]?", re.IGNORECASE)
+
+
+def two_parts(kind: str, text: str, finish_reason: str | None) -> tuple[str, str]:
+    """What stands under {teacher_reasoning} and under the identifier of the part we want (a key of IDENTIFIERS).
+
+    Raises ParseFailure. Everything that is read from a model's reply comes through here.
+    """
+    identifier = IDENTIFIERS[kind]
     if finish_reason == "length":
         raise ParseFailure("truncated")
-    body = _without_outer_fence(text.replace("\r\n", "\n").strip())
+    body = _without_outer_fence(kind, text.replace("\r\n", "\n").strip())
     if not body:
         raise ParseFailure("empty_reply")
     fences = _fenced_spans(body)
-    found = sorted(
-        (label for kind in _KINDS for label in _labels(kind, body)), key=lambda label: (label.start, -label.end)
-    )
+    kinds = ("reasoning", "worsened", kind)
+    found = sorted((label for k in kinds for label in _labels(k, body)), key=lambda label: label.start)
     outside = [label for label in found if not _inside(label.start, fences)]
-    solutions = [label for label in outside if label.kind == "solution"]
-    if not solutions and (both := _without_colons(body, fences)):
-        outside, solutions = both, both[1:]
-    if len(solutions) != 1:
-        raise ParseFailure(_why_not_one(body, found, outside, solutions))
-    (solution,) = solutions
-    if any(label.kind != "solution" and label.start > solution.start for label in outside):
-        raise ParseFailure("labels_out_of_order")
-    answer = body[solution.end :].strip()
-    if not answer:
-        raise ParseFailure("empty_answer")
-    if _MENTION.search(answer):
-        raise ParseFailure("label_in_answer")
-    first = next((label for label in outside if label.kind == "reasoning"), None)
-    return Revision(reasoning=body[first.end if first else 0 : solution.start].strip(), answer=answer)
+    wanted = [label for label in outside if label.kind == kind]
+    if not wanted and (both := _without_colons(kind, body, fences)):
+        outside, wanted = both, both[1:]
+    if len(wanted) != 1:
+        raise ParseFailure(_why_not_one(kind, body, found, outside, wanted), identifier)
+    (label,) = wanted
+    if any(other.kind != kind and other.start > label.start for other in outside):
+        raise ParseFailure("labels_out_of_order", identifier)
+    part = body[label.end :].strip()
+    if not part:
+        raise ParseFailure("empty_answer", identifier)
+    if _MENTION.search(part):
+        raise ParseFailure("label_in_answer", identifier)
+    first = next((other for other in outside if other.kind == "reasoning"), None)
+    return body[first.end if first else 0 : label.start].strip(), part
 
 
 def _labels(kind: str, body: str) -> list[_Label]:
@@ -117,33 +153,34 @@ def _labels(kind: str, body: str) -> list[_Label]:
 
 
 _BARE = re.compile(
-    r"(?:\A|\n[ \t]*\n)[ \t]*\{(teacher_reasoning|corrected_student_solution)\}[ \t]+(?=\S)", re.IGNORECASE
+    r"(?:\A|\n[ \t]*\n)[ \t]*\{(teacher_reasoning|corrected_student_solution|best_student_solution)\}[ \t]+(?=\S)",
+    re.IGNORECASE,
 )
 
 
-def _without_colons(body: str, fences: list[tuple[int, int]]) -> list[_Label]:
+def _without_colons(kind: str, body: str, fences: list[tuple[int, int]]) -> list[_Label]:
     """Both identifiers in braces with text straight after them, each named once in the whole reply; else nothing."""
     found = [m for m in _BARE.finditer(body) if not _inside(m.start(1), fences)]
-    if [m[1].lower() for m in found] != ["teacher_reasoning", "corrected_student_solution"]:
+    if [m[1].lower() for m in found] != ["teacher_reasoning", IDENTIFIERS[kind].strip("{}")]:
         return []
     if len(_MENTION.findall(body)) != 2:
         return []
-    return [_Label(kind, m.start(), m.end()) for kind, m in zip(("reasoning", "solution"), found, strict=True)]
+    return [_Label(k, m.start(), m.end()) for k, m in zip(("reasoning", kind), found, strict=True)]
 
 
-def _why_not_one(body: str, found: list[_Label], outside: list[_Label], solutions: list[_Label]) -> str:
-    if solutions:
+def _why_not_one(kind: str, body: str, found: list[_Label], outside: list[_Label], wanted: list[_Label]) -> str:
+    if wanted:
         return "label_twice"
     if any(label.kind == "worsened" for label in outside):
         return "wrong_label"
-    if any(label.kind == "solution" for label in found):
+    if any(label.kind == kind for label in found):
         return "label_in_fence"
-    if _MENTION.search(body):
+    if IDENTIFIERS[kind].strip("{}") in body.lower():
         return "label_inline"
     return "refusal" if is_refusal(body) else "no_label"
 
 
-def _without_outer_fence(body: str) -> str:
+def _without_outer_fence(kind: str, body: str) -> str:
     """The inside of a reply that is wrapped whole in one code fence; any other reply as it is."""
     lines = body.split("\n")
     opening = _FENCE.match(lines[0])
@@ -151,7 +188,7 @@ def _without_outer_fence(body: str) -> str:
         return body
     inside = "\n".join(lines[1:-1])
     # Where the fences inside do not pair up, the first and the last fence belong to different blocks.
-    return inside.strip() if len(_FENCE.findall(inside)) % 2 == 0 and _labels("solution", inside) else body
+    return inside.strip() if len(_FENCE.findall(inside)) % 2 == 0 and _labels(kind, inside) else body
 
 
 def _fenced_spans(body: str) -> list[tuple[int, int]]:

@@ -1,19 +1,69 @@
-"""The ways to make a pair, each a few lines that compose steps."""
+"""The ways to make a pair, each a few lines that compose steps: the four data sets of arXiv 2408.06266."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from itertools import combinations
 
+from clair.filters import Filters
 from clair.models.asking import Asker
-from clair.records import Pair, Prompt
-from clair.steps import Reviser, generate, keep, revise
+from clair.records import Dropped, Pair, Prompt
+from clair.steps import Judge, Reviser, answer_of, best_and_worst, generate, judge_pair, keep, revise
 
 
-async def revised(prompt: Prompt, *, target: Asker | None, reviser: Reviser, filters: Sequence[str]) -> Pair:
-    """CLAIR (arXiv 2408.06266): rejected is the target's own answer, chosen is its minimal revision."""
+async def revised(prompt: Prompt, *, target: Asker | None, reviser: Reviser, filters: Filters) -> Pair:
+    """CLAIR: rejected is the target's own answer, chosen is its minimal revision."""
     answer = await generate(prompt, target)
     revision = await revise(prompt, answer, reviser)
-    author = target.model.name if target and prompt.answer is None else "prompt file"
-    models = {"rejected": author, "chosen": reviser.asker.model.name}
-    pair = Pair(prompt.id, prompt.messages, revision.answer, answer, revision.reasoning, models)
+    models = {"rejected": _author(prompt, target), "chosen": reviser.asker.model.name}
+    return keep(Pair(prompt.id, prompt.messages, revision.answer, answer, revision.reasoning, models), filters)
+
+
+async def stronger(prompt: Prompt, *, target: Asker | None, stronger: Asker, filters: Filters) -> Pair:
+    """Stronger preferred: rejected is the target's own answer, chosen is a stronger model's, unseen by any judge."""
+    answer, better = await asyncio.gather(generate(prompt, target), answer_of(prompt, stronger))
+    models = {"rejected": _author(prompt, target), "chosen": stronger.model.name}
+    return keep(Pair(prompt.id, prompt.messages, better, answer, "", models), filters)
+
+
+async def judged(
+    prompt: Prompt, *, target: Asker | None, judge: Judge | None, samples: int, filters: Filters
+) -> Pair:
+    """Judge: of several answers, the target's own samples (on-policy) or given ones (off-policy), best against worst.
+
+    Given scores decide where there are any. Two answers are compared once; of more, each with each, and the most and
+    the fewest wins decide.
+    """
+    author = "prompt file" if prompt.answers else _author(prompt, target)
+    answers = prompt.answers or tuple(
+        await asyncio.gather(*(generate(prompt, target, sample) for sample in range(samples)))
+    )
+    models = {"rejected": author, "chosen": author}
+    if prompt.scores:
+        best, worst = best_and_worst(prompt.scores)
+        return keep(Pair(prompt.id, prompt.messages, answers[best], answers[worst], "", models), filters)
+    distinct = list(dict.fromkeys(answer.strip() for answer in answers))
+    if len(distinct) < 2:
+        raise Dropped("target", "identical_samples", f"all {len(answers)} answers are the same")
+    if judge is None:
+        raise Dropped("judge", "no_judge", "the row has no scores and the recipe has no judge")
+    wins = [0.0] * len(distinct)
+    reasoning = ""
+    for i, j in combinations(range(len(distinct)), 2):
+        try:
+            judgement = await judge_pair(prompt, distinct[i], distinct[j], judge)
+        except Dropped as draw:
+            if len(distinct) == 2 or draw.reason not in ("tie", "contradiction"):
+                raise
+            wins[i] += 0.5
+            wins[j] += 0.5
+            continue
+        wins[(i, j)[judgement.better - 1]] += 1
+        reasoning = judgement.reasoning
+    best, worst = best_and_worst(wins)
+    pair = Pair(prompt.id, prompt.messages, distinct[best], distinct[worst], reasoning, models)
     return keep(pair, filters)
+
+
+def _author(prompt: Prompt, target: Asker | None) -> str:
+    return target.model.name if target and prompt.answer is None else "prompt file"

@@ -10,6 +10,7 @@ from clair.recipe import UserError
 from clair.records import Message, Messages
 
 REVISER_NEEDS = ("task", "answer")
+JUDGE_NEEDS = ("task", "first", "second")
 
 
 @lru_cache(maxsize=16)
@@ -60,7 +61,16 @@ def task_text(messages: Messages) -> str:
     return "\n\n".join(f"{m['role'].capitalize()}:\n{m['content']}" for m in messages)
 
 
-def revision_request(template: str, messages: Messages, answer: str, system: str | None = None) -> list[Message]:
-    """The messages of one revision call: one user message, after a system message where the recipe has one."""
-    user: Message = {"role": "user", "content": render(template, task=task_text(messages), answer=answer)}
+def request(template: str, messages: Messages, system: str | None = None, **values: str) -> list[Message]:
+    """The messages of one call: a filled template as the only user message, after a system message if there is one."""
+    user: Message = {"role": "user", "content": render(template, task=task_text(messages), **values)}
     return [user] if system is None else [{"role": "system", "content": system}, user]
+
+
+def ask_again(asked: list[Message], reply: str, what_is_wrong: str) -> list[Message]:
+    """The same request once more, after the reply that could not be used and what is wrong with it."""
+    told = (
+        f"Your reply cannot be used: {what_is_wrong}. Give the whole reply again, in the form that was asked for, and "
+        f"say nothing about this message in it."
+    )
+    return [*asked, {"role": "assistant", "content": reply}, {"role": "user", "content": told}]

@@ -29,16 +29,21 @@ class Prompt:
     id: str
     messages: Messages
     answer: str | None = None
+    answers: tuple[str, ...] = ()
+    """Answers of other models, to be judged or with `scores`, one each."""
+    scores: tuple[float, ...] = ()
 
     @property
     def content_id(self) -> str:
-        """Hash of messages and ready answer: 16 hex digits, the same on every machine."""
-        return content_id(self.messages, self.answer)
+        """Hash of the messages and all ready answers: 16 hex digits, the same on every machine."""
+        return content_id(self.messages, self.answer, self.answers, self.scores)
 
 
-def content_id(messages: Messages, answer: str | None) -> str:
-    """The first 16 hex digits of the hash of a conversation and its ready answer."""
-    return content_hash([list(messages), answer])[:16]
+def content_id(
+    messages: Messages, answer: str | None, answers: tuple[str, ...] = (), scores: tuple[float, ...] = ()
+) -> str:
+    """The first 16 hex digits of the hash of a conversation and its ready answers."""
+    return content_hash([list(messages), answer, *([answers, scores] if answers else [])])[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,14 @@ class Revision:
 
     reasoning: str
     answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A judge's choice between two answers: its reasoning, and which is better (1 or 2; 0 for a tie)."""
+
+    reasoning: str
+    better: int
 
 
 @dataclass(frozen=True, slots=True)

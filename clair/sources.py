@@ -30,7 +30,7 @@ class PromptSource(Recipe):
     split: str = "train"
     """The split, where `path` is a folder or a name."""
     columns: Mapping[str, str] = {}
-    """What the columns are called where not `prompt`, `answer` and `id`: {prompt: instruction}."""
+    """What the columns are called where not prompt, answer, id, answers and scores: {prompt: instruction}."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +40,28 @@ class Scan:
     rows: int
     unique: int
     answered: int
+    """Different prompts with a ready answer."""
+    compared: int
+    """Different prompts with several ready answers."""
+    scored: int
+    """Different prompts whose answers have scores."""
     sha256: str
 
 
 def scan(source: PromptSource, limit: int | None = None) -> Scan:
     """Read every row once. Raises UserError for the first that cannot be used, with its number."""
     digest = hashlib.sha256()
-    rows = unique = answered = 0
+    rows = unique = answered = compared = scored = 0
     for prompt, repeated in each_prompt(source, limit):
         digest.update(f"{prompt.id}\0{prompt.content_id}\n".encode())
         rows += 1
         unique += not repeated
         answered += prompt.answer is not None and not repeated
+        compared += bool(prompt.answers) and not repeated
+        scored += bool(prompt.scores) and not repeated
     if rows == 0:
         raise UserError(f"{source.path} has no rows; give at least one prompt")
-    return Scan(rows, unique, answered, digest.hexdigest())
+    return Scan(rows, unique, answered, compared, scored, digest.hexdigest())
 
 
 def each_prompt(source: PromptSource, limit: int | None = None) -> Iterator[tuple[Prompt, bool]]:
@@ -76,7 +83,7 @@ def each_prompt(source: PromptSource, limit: int | None = None) -> Iterator[tupl
 
 def read_prompts(source: PromptSource, limit: int | None = None) -> Iterator[Prompt]:
     """The rows of the source as prompts, in order. Raises UserError with the row's number where one is unusable."""
-    names = {"prompt": "prompt", "answer": "answer", "id": "id"}
+    names = {name: name for name in ("prompt", "answer", "id", "answers", "scores")}
     for key in source.columns:
         if key not in names:
             allowed = ", ".join(names)
@@ -96,8 +103,10 @@ def _prompt(row: Any, names: Mapping[str, str], where: str) -> Prompt:
         )
     messages = _messages(row[names["prompt"]], where)
     answer = _answer(row.get(names["answer"]), where)
+    answers, scores = _answers(row, names, where)
     own = row.get(names["id"])
-    return Prompt(content_id(messages, answer) if own in (None, "") else str(own), messages, answer)
+    id = content_id(messages, answer, answers, scores) if own in (None, "") else str(own)
+    return Prompt(id, messages, answer, answers, scores)
 
 
 def _messages(value: Any, where: str) -> Messages:
@@ -132,6 +141,31 @@ def _answer(value: Any, where: str) -> str | None:
     if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], Mapping):
         return _answer(value[0].get("content"), where)  # one assistant message
     raise UserError(f"{where}: the answer is {type(value).__name__}, not text")
+
+
+_SCORE_NAMES = ("score", "overall_score", "rating")
+
+
+def _answers(row: Mapping[str, Any], names: Mapping[str, str], where: str) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Several ready answers and their scores: two lists, or UltraFeedback's `completions` (response, overall_score)."""
+    entries = row.get(names["answers"]) or row.get("completions") or []
+    scores = row.get(names["scores"])
+    if not isinstance(entries, list | tuple) or (scores is not None and not isinstance(scores, list | tuple)):
+        raise UserError(f"{where}: answers and scores must be lists, one score an answer")
+    if entries and isinstance(entries[0], Mapping):
+        scores = [next((e[n] for n in _SCORE_NAMES if e.get(n) is not None), None) for e in entries]
+        entries = [entry.get("response", entry.get("content", entry.get("text"))) for entry in entries]
+        scores = None if None in scores else scores
+    if any(not isinstance(entry, str) for entry in entries):
+        raise UserError(f"{where}: an entry of answers is not text")
+    if len(entries) == 1:
+        raise UserError(f"{where}: only one entry in answers; a comparison needs two (a lone answer goes to `answer`)")
+    if scores is not None and len(scores) != len(entries):
+        raise UserError(f"{where}: {len(entries)} answers but {len(scores)} scores; give one score an answer")
+    try:
+        return tuple(map(_clean, entries)), tuple(float(score) for score in scores or ())
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: a score is not a number ({error})") from error
 
 
 def _clean(text: str) -> str:

@@ -41,6 +41,16 @@ def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> Est
     return Estimate(mean, se, mean - half, mean + half, n, groups)
 
 
+def wilson(successes: int, n: int, z: float = 1.959964) -> Estimate:
+    """A proportion with Wilson's 95 % interval (Wilson 1927), which stays inside [0, 1]; [0, 1] itself for n = 0."""
+    if n == 0:
+        return Estimate(math.nan, math.nan, 0.0, 1.0, 0, 0)
+    p = successes / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Estimate(p, math.sqrt(p * (1 - p) / n), max(0.0, middle - half), min(1.0, middle + half), n, n)
+
+
 def t_quantile(p: float, df: int) -> float:
     """Quantile of Student's t by bisection on its distribution function (Abramowitz & Stegun 26.7.3-4)."""
     if not 0 < p < 1 or df < 1:

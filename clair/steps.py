@@ -1,4 +1,4 @@
-"""What happens to one row: its answer is generated, revised, and kept or dropped. Each step is a coroutine.
+"""What happens to one row: its answer is generated, revised or judged, and kept or dropped. Each step is a coroutine.
 
 A row runs through its steps by itself, so that a slow one holds up no other; how many are in flight is for the
 limiter of each role to decide. A step returns what it made or raises Dropped with the reason.
@@ -6,55 +6,139 @@ limiter of each role to decide. A step returns what it made or raises Dropped wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, TypeVar
 
 from clair.contrast import contrast_of
-from clair.filters import first_reason
+from clair.edits import parse_edits
+from clair.filters import Filters, first_reason
 from clair.models.asking import Asker
-from clair.parse import FAILURES, ParseFailure, is_refusal, parse_revision
-from clair.prompts import revision_request
-from clair.records import Dropped, Pair, Prompt, Revision
+from clair.parse import ParseFailure, parse_judgement, parse_revision
+from clair.prompts import ask_again, request
+from clair.recipe import content_hash
+from clair.records import Dropped, Judgement, Message, Pair, Prompt, Revision
+
+Read = TypeVar("Read")
+_POINTLESS_AGAIN = ("truncated", "refusal")
 
 
 @dataclass(frozen=True, slots=True)
 class Reviser:
-    """The stronger model with the words it is asked in."""
+    """The stronger model with the words it is asked in. `edits` is the template of the edit mode, None without it."""
 
     asker: Asker
     template: str
+    edits: str | None = None
     system: str | None = None
+    ask_again: bool = True
 
 
-async def generate(prompt: Prompt, target: Asker | None) -> str:
-    """The target's answer, or the ready one. Drops an answer that was cut off: its winner would merely finish it."""
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """The model that compares. `seen` counts its verdicts by position, which is how a position bias shows."""
+
+    asker: Asker
+    template: str
+    order: Literal["both", "random"] = "both"
+    system: str | None = None
+    ask_again: bool = True
+    seen: Counter[int] = field(default_factory=Counter)
+
+
+async def generate(prompt: Prompt, model: Asker | None, sample: int = 0) -> str:
+    """The model's answer, or the ready one. Drops an answer that was cut off: its winner would merely finish it."""
     if prompt.answer is not None:
         return prompt.answer
-    if target is None:
+    if model is None:
         raise Dropped("target", "no_answer", "the row has no answer and the recipe has no target")
-    reply = await target.ask(list(prompt.messages), row=prompt.id)
+    return await answer_of(prompt, model, sample)
+
+
+async def answer_of(prompt: Prompt, model: Asker, sample: int = 0) -> str:
+    """A model's answer to the prompt; the `sample`-th of several."""
+    reply = await model.ask(list(prompt.messages), row=prompt.id, sample=sample)
     if reply.finish_reason == "length":
-        raise Dropped("target", "truncated", "the answer ran into max_tokens; raise target.max_tokens")
+        raise Dropped(model.role, "truncated", f"the answer ran into max_tokens; raise {model.role}.max_tokens")
     if not reply.text.strip():
-        raise Dropped("target", "empty_reply", "the target said nothing")
+        raise Dropped(model.role, "empty_reply", f"the {model.role} said nothing")
     return reply.text.strip()
 
 
 async def revise(prompt: Prompt, answer: str, reviser: Reviser) -> Revision:
-    """The reviser's minimal improvement of an answer. Drops a reply that cannot be read with certainty, by name."""
-    request = revision_request(reviser.template, prompt.messages, answer, reviser.system)
-    reply = await reviser.asker.ask(list(request), row=prompt.id)
+    """The reviser's minimal improvement of an answer, as edits first where the recipe says so, else rewritten whole."""
+    ask = partial(_ask_and_read, reviser.asker, again=reviser.ask_again, row=prompt.id)
+    if reviser.edits is not None:
+        asked = request(reviser.edits, prompt.messages, reviser.system, answer=answer)
+        try:
+            return await ask(asked, read=partial(parse_edits, answer=answer))
+        except ParseFailure as failure:
+            if failure.name in _POINTLESS_AGAIN:
+                raise Dropped("reviser", failure.name, failure.told) from failure
     try:
-        return parse_revision(reply.text, reply.finish_reason)
+        return await ask(request(reviser.template, prompt.messages, reviser.system, answer=answer), read=parse_revision)
     except ParseFailure as failure:
-        name = "refusal" if failure.name == "no_label" and is_refusal(reply.text) else failure.name
-        raise Dropped("reviser", name, f"{FAILURES[name]}: {reply.text[:200]!r}") from failure
+        raise Dropped("reviser", failure.name, failure.told) from failure
 
 
-def keep(pair: Pair, filters: Sequence[str]) -> Pair:
+async def judge_pair(prompt: Prompt, first: str, second: str, judge: Judge) -> Judgement:
+    """Which of two answers is better, asked in both orders or in one chosen by hash. Drops ties and contradictions."""
+    if judge.order == "random":
+        swapped = int(content_hash([prompt.id, first, second])[0], 16) % 2 == 1
+        judgement = await _judge_once(prompt, first, second, judge, swapped)
+    else:
+        judgement = await _judge_once(prompt, first, second, judge, False)
+        other = await _judge_once(prompt, first, second, judge, True)
+        if {judgement.better, other.better} == {1, 2}:
+            raise Dropped("judge", "contradiction", "the verdict changes with the order of the answers")
+        if judgement.better != other.better:
+            raise Dropped("judge", "tie", "a tie in one of the two orders")
+    if judgement.better == 0:
+        raise Dropped("judge", "tie", "the judge finds neither better")
+    return judgement
+
+
+async def _judge_once(prompt: Prompt, first: str, second: str, judge: Judge, swapped: bool) -> Judgement:
+    shown = (second, first) if swapped else (first, second)
+    asked = request(judge.template, prompt.messages, judge.system, first=shown[0], second=shown[1])
+    try:
+        seen = await _ask_and_read(judge.asker, asked, again=judge.ask_again, row=prompt.id, read=parse_judgement)
+    except ParseFailure as failure:
+        raise Dropped("judge", failure.name, failure.told) from failure
+    judge.seen[seen.better] += 1
+    return Judgement(seen.reasoning, 3 - seen.better if swapped and seen.better else seen.better)
+
+
+async def _ask_and_read(
+    asker: Asker, asked: list[Message], *, again: bool, row: str, read: Callable[[str, str | None], Read]
+) -> Read:
+    """Ask and read the reply; where it cannot be read, ask once more and say why. Raises ParseFailure."""
+    reply = await asker.ask(asked, row=row)
+    try:
+        return read(reply.text, reply.finish_reason)
+    except ParseFailure as failure:
+        if not again or failure.name in _POINTLESS_AGAIN or not reply.text.strip():
+            raise
+        told = failure.told
+    reply = await asker.ask(ask_again(asked, reply.text, told), row=row)
+    return read(reply.text, reply.finish_reason)
+
+
+def keep(pair: Pair, filters: Filters) -> Pair:
     """The pair with its contrast numbers, or Dropped with the first filter's reason."""
-    reason = first_reason(pair, filters)
+    contrast = contrast_of(pair.chosen, pair.rejected)._asdict()
+    measured = Pair(pair.id, pair.messages, pair.chosen, pair.rejected, pair.reasoning, pair.models, contrast)
+    reason = first_reason(measured, filters)
     if reason:
         raise Dropped("filter", *reason)
-    contrast = contrast_of(pair.chosen, pair.rejected)._asdict()
-    return Pair(pair.id, pair.messages, pair.chosen, pair.rejected, pair.reasoning, pair.models, contrast)
+    return measured
+
+
+def best_and_worst(scores: Sequence[float]) -> tuple[int, int]:
+    """Where the highest and the lowest score stand. Drops a tie of both: the same answer would win and lose."""
+    best, worst = max(scores), min(scores)
+    if best == worst:
+        raise Dropped("scores", "tie", f"all {len(scores)} answers have the score {best}")
+    return list(scores).index(best), list(scores).index(worst)

@@ -40,6 +40,10 @@ def _summary_lines(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"  {reason}", str(count)
     for name, value in manifest["contrast"].items():
         yield name, f"{value:.3f}"
+    if position := manifest.get("position"):
+        lo, hi = position["ci95"]
+        told = "BIASED: do not trust these labels" if position["biased"] else "no position bias seen"
+        yield "judge prefers first", f"{position['share_first']:.0%} [{lo:.0%}, {hi:.0%}] ({told})"
     for role, tokens in manifest["tokens"].items():
         yield f"{role} calls", f"{tokens['calls']} ({tokens['reused']} reused, {tokens['retries']} retries)"
         yield f"{role} tokens", f"{tokens['prompt']} in, {tokens['completion']} out"
