@@ -1,0 +1,76 @@
+# Everything a developer or a newcomer runs. Each target makes .venv first where it is missing or out of date.
+#
+#   make quickstart   the main job on the embedded world: prompts, pairs, training, accuracy before and after
+#   make test         the tests, without the slow ones        make test-all   all of them
+#   make lint         ruff, floors, generated pages           make docs       the site, into site/
+#   make bench        measure, and write tests/benchmarks/results
+#
+# PYTHON=python3.12 chooses the interpreter. pip's own variables work: PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS ...
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(if $(CI),--quiet)
+
+# The first interpreter that is new enough and can make an environment; 3.11 is what constraints.txt was resolved on.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+# No test and no command here asks a hub for anything.
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+export MPLBACKEND := Agg
+
+.PHONY: help install quickstart test test-slow test-all lint format docs cli-docs bench clean
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+install: $(STAMP)
+
+# torch first and by itself, so that the one package with several builds is chosen before anything can pull another.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n '$(PYTHON)' || { echo 'make: no Python 3.11 or newer with venv found; install one, or name it: make PYTHON=...' >&2; exit 1; }
+	@test -x $(BIN)/python || { echo 'Making $(VENV) with $(PYTHON) (once, a few minutes)'; $(PYTHON) -m venv $(VENV); }
+	@$(PIP) $$(grep '^torch==' constraints.txt)
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+quickstart: $(STAMP)
+	@$(BIN)/python -m recipes.world.quickstart
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/python docs/make_cli.py --check
+	$(BIN)/python -m pytest -q tests/house/test_tracked_files.py
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
+cli-docs: $(STAMP)
+	$(BIN)/python docs/make_cli.py
+
+bench: $(STAMP)
+	$(BIN)/python tests/benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

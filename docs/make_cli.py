@@ -1,0 +1,61 @@
+"""Write docs/cli.md from the commands' own --help, or see that it is fresh.
+
+python docs/make_cli.py [--check]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import typer
+from typer.testing import CliRunner
+
+PAGE = Path(__file__).parent / "cli.md"
+WIDTH = 100
+INTRODUCTION = """\
+# Command line
+
+What `--help` prints, for every command. This page is written by `make cli-docs` and checked by `make lint`.
+
+Exit codes: 0 done; 2 a mistake of the user's, told in one line before any work; 3 some rows failed and the rest is
+complete; 130 interrupted, and the same command goes on from there.
+"""
+
+
+def page() -> str:
+    """The text of docs/cli.md."""
+    from apo.cli import app as apo
+    from clair.cli import app as clair
+
+    parts = [INTRODUCTION]
+    for name, app in (("clair", clair), ("apo", apo)):
+        app.rich_markup_mode = None
+        parts.append(_section("##", [name], app))
+        parts += [_section("###", [name, command], app) for command in typer.main.get_command(app).commands]
+    return "\n".join(parts)
+
+
+def _section(level: str, words: list[str], app: typer.Typer) -> str:
+    result = CliRunner().invoke(
+        app, [*words[1:], "--help"], prog_name=words[0], terminal_width=WIDTH, env={"COLUMNS": str(WIDTH)}
+    )
+    if result.exit_code:
+        raise RuntimeError(f"{' '.join(words)} --help failed: {result.output}")
+    lines = "\n".join(line.rstrip() for line in result.output.strip().splitlines())
+    return f"{level} `{' '.join(words)}`\n\n```text\n{lines}\n```\n"
+
+
+def main() -> None:
+    """Write the page; with --check only compare."""
+    os.environ["NO_COLOR"] = "1"
+    text = page()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(text, "utf-8")
+    elif not PAGE.is_file() or PAGE.read_text("utf-8") != text:
+        sys.exit(f"{PAGE.name} is not what the commands say; run: make cli-docs")
+
+
+if __name__ == "__main__":
+    main()

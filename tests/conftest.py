@@ -1,0 +1,26 @@
+"""What every test has: no hub, no telemetry, and the folder of shared reference data where there is one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports a hub client: no test asks a hub for anything.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder named by CLAIR_SHARED, default ../shared beside the repository. Skips where it is absent."""
+    named = os.environ.get("CLAIR_SHARED")
+    folder = Path(named) if named else ROOT.parent / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no shared reference data: {named or '../shared'} has no folder data (set CLAIR_SHARED)")
+    return folder
