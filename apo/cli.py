@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,9 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print the plan, write nothing.")] = False,
 ) -> None:
     """Train a model on preference pairs; a stopped run goes on where it was."""
+    # Idle OpenMP threads sleep instead of spinning: on a busy machine small models train up to 100 times faster.
+    # Read when torch is loaded, so this comes first.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from apo.train import TrainConfig
     from clair.recipe import load_recipe
 

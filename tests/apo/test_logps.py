@@ -1,0 +1,73 @@
+"""Log-probs of responses: by hand, then the fast batch against the plain one."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import add_fused_lm_head
+
+from apo.logps import examples_of, mismatched, plain_logps, response_logps, stacked_logps
+from tests.apo.conftest import make_model
+
+collate = DataCollatorForPreference(pad_token_id=0)
+ids = st.lists(st.integers(1, 39), min_size=1, max_size=6)
+examples = st.lists(
+    st.fixed_dictionaries({"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids}), min_size=1, max_size=4
+)
+
+
+def test_a_response_by_hand():
+    # Two tokens follow token 0: after it P = (1/2, 1/4, 1/4), after token 1 P = (1/8, 1/8, 3/4).
+    logits = torch.tensor([[[0.5, 0.25, 0.25], [0.125, 0.125, 0.75], [1.0, 1.0, 1.0]]]).log()
+    model = lambda **_: SimpleNamespace(logits=logits)  # noqa: E731
+    tokens, everything = torch.tensor([[0, 1, 2]]), torch.ones(1, 3, dtype=torch.long)
+    both = response_logps(model, tokens, everything, torch.tensor([[0, 1, 1]]))
+    assert both.item() == pytest.approx(math.log(0.25) + math.log(0.75))
+    last = response_logps(model, tokens, everything, torch.tensor([[0, 0, 1]]))
+    assert last.item() == pytest.approx(math.log(0.75))
+
+
+@given(examples)
+def test_the_fused_batch_agrees_with_the_plain_reference(examples):
+    model = make_model()
+    batch = collate(examples)
+    plain = plain_logps(model, batch)
+    add_fused_lm_head(model)
+    fused = stacked_logps(model, batch)
+    for one, other in zip(fused[:4], plain[:4], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert plain.chosen_len.tolist() == [len(example["chosen_ids"]) for example in examples]
+    assert plain.rejected_len.tolist() == [len(example["rejected_ids"]) for example in examples]
+
+
+def test_gradients_of_the_fused_batch_agree_with_the_plain_reference():
+    batch = collate([{"prompt_ids": [1, 5, 7], "chosen_ids": [9, 3], "rejected_ids": [12, 13, 14, 3]}] * 2)
+    plain, fused = make_model(), make_model()
+    add_fused_lm_head(fused)
+    plain_logps(plain, batch).chosen.sum().backward()
+    stacked_logps(fused, batch).chosen.sum().backward()
+    for one, other in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+@given(examples)
+def test_a_stacked_batch_can_be_taken_apart_again(examples):
+    assert examples_of(collate(examples)) == examples
+
+
+def test_mismatching_gives_each_prompt_the_next_pairs_answers_over_all_batches():
+    pairs = [{"prompt_ids": [n], "chosen_ids": [10 + n], "rejected_ids": [20 + n]} for n in (1, 2, 3)]
+    batches = mismatched([collate(pairs[:2]), collate(pairs[2:])], collate)
+    swapped = [example for batch in batches for example in examples_of(batch)]
+    assert swapped == [
+        {"prompt_ids": [1], "chosen_ids": [12], "rejected_ids": [22]},
+        {"prompt_ids": [2], "chosen_ids": [13], "rejected_ids": [23]},
+        {"prompt_ids": [3], "chosen_ids": [11], "rejected_ids": [21]},
+    ]
+    assert mismatched([collate(pairs[:1])], collate) == []

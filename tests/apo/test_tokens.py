@@ -1,0 +1,124 @@
+"""Tokenising pairs: the same ids as TRL, and each thing that goes wrong told."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from datasets import Dataset
+from trl import DPOTrainer
+
+from apo.tokens import end_ids, tokenize
+from clair.recipe import UserError
+from tests.apo.conftest import TEMPLATE, make_pairs, make_tokenizer
+
+CHATML = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def tokenized(rows, tokenizer=None, max_length=None):
+    tokenizer = tokenizer or make_tokenizer()
+    return tokenize(Dataset.from_list(rows), tokenizer, max_length, end_ids(tokenizer))
+
+
+def with_text(text, column="chosen"):
+    rows = make_pairs(3)
+    rows[1][column][0]["content"] = text
+    return rows
+
+
+def test_ids_are_those_of_trl():
+    rows, tokenizer = make_pairs(12), make_tokenizer()
+
+    class Stub:
+        _tokenizer = tokenizer
+
+    class Args:
+        dataset_num_proc, max_length, truncation_mode = None, None, "keep_start"
+
+    theirs = DPOTrainer._prepare_dataset(Stub(), Dataset.from_list(rows), tokenizer, Args(), "train")
+    ours = tokenized(rows).dataset
+    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        assert ours[column][:] == theirs[column][:]
+
+
+def test_a_pair_by_hand():
+    row = {
+        "prompt": [{"role": "user", "content": "what is one"}],
+        "chosen": [{"role": "assistant", "content": "two"}],
+        "rejected": [{"role": "assistant", "content": "three"}],
+    }
+    tokenizer = make_tokenizer()
+    found = tokenized([row, row]).dataset[0]
+    words = " ".join(tokenizer.decode(found["prompt_ids"]).split())
+    assert words == "<|begin|> <|start|> user what is one <|end|> <|start|> assistant"
+    assert tokenizer.decode(found["chosen_ids"]).split() == ["two", "<|end|>"]
+    assert tokenizer.decode(found["rejected_ids"]).split() == ["three", "<|end|>"]
+
+
+def test_what_a_template_writes_after_the_end_of_turn_is_not_trained():
+    tokenizer = make_tokenizer(template=CHATML)
+    for row in tokenized(make_pairs(4), tokenizer).dataset:
+        assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == tokenizer.eos_token_id
+        assert row["chosen_ids"].count(tokenizer.eos_token_id) == 1
+
+
+def test_text_pairs_get_one_end_of_sequence():
+    row = {"prompt": "what is one ", "chosen": "two", "rejected": "three <|end|>"}
+    found = tokenized([row, row]).dataset[0]
+    assert found["chosen_ids"][-1] == found["rejected_ids"][-1] == 3
+    assert found["rejected_ids"].count(3) == 1
+
+
+def test_pairs_too_long_on_either_side_are_dropped_and_counted_never_cut():
+    rows = make_pairs(30)
+    whole = tokenized(rows).dataset
+    sizes = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in whole]
+    limit = sorted(sizes)[14]
+    found = tokenized(rows, max_length=limit)
+    assert found.dropped == {"too_long": sum(size > limit for size in sizes)}
+    assert found.dataset["id"][:] == [row["id"] for row, size in zip(whole, sizes, strict=True) if size <= limit]
+    assert [r["chosen_ids"] for r in found.dataset] == [
+        r["chosen_ids"] for r, size in zip(whole, sizes, strict=True) if size <= limit
+    ]
+
+
+def test_already_tokenised_pairs_stay_as_they_are():
+    once = tokenized(make_pairs(3)).dataset
+    assert tokenize(once, make_tokenizer(), None, frozenset({3})).dataset is once
+
+
+@pytest.mark.parametrize(
+    ("rows", "template", "message"),
+    [
+        (with_text("a question", "rejected"), None, None),
+        (with_text(make_pairs(3)[1]["rejected"][0]["content"]), None, "row 1 (id p1): chosen is equal to rejected"),
+        (with_text("two <|end|>"), None, "row 1 (id p1): an answer ends with the end of turn twice"),
+        (make_pairs(3), TEMPLATE.replace("<|end|>", ""), "3 of 3 rows; first row 0 (id p0): an answer does not end"),
+        (make_pairs(3), "<|begin|>" + TEMPLATE, "begins with the beginning-of-sequence token twice"),
+    ],
+    ids=["fine", "equal", "double end", "no end", "double start"],
+)
+def test_faults_are_told_with_the_first_row(rows, template, message):
+    tokenizer = make_tokenizer(template=template or TEMPLATE)
+    if message is None:
+        assert len(tokenized(rows, tokenizer).dataset) == 3
+        return
+    with pytest.raises(UserError) as error:
+        tokenized(copy.deepcopy(rows), tokenizer)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_column_is_told_with_those_found():
+    rows = [{"prompt": row["prompt"], "winner": row["chosen"]} for row in make_pairs(3)]
+    with pytest.raises(UserError, match=r"no column 'chosen'; found: prompt, winner"):
+        tokenized(rows)
+
+
+def test_a_template_that_renders_the_prompt_otherwise_alone_is_noted():
+    thinking = TEMPLATE.replace("<|start|>assistant\n{% endif %}", "<|start|>assistant\none {% endif %}")
+    found = tokenized(make_pairs(3), make_tokenizer(template=thinking))
+    assert "renders the prompt alone otherwise" in found.notes[0]

@@ -1,0 +1,331 @@
+"""APOTrainer: agreement with TRL's own arms, equal weight of pairs, the anchor, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from apo.checks import check_before_training
+from apo.dynamics import means_of, pair_sums
+from apo.logps import PairLogps, plain_logps
+from apo.trainer import IGNORED, APOConfig, APOTrainer
+from clair.recipe import UserError
+from tests.apo.conftest import make_model, make_pairs
+
+
+def lora():
+    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def options(tmp_path, **more):
+    return {
+        "output_dir": str(tmp_path), "max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no",
+        "per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True, **more,
+    }  # fmt: skip
+
+
+def apo_trainer(tmp_path, tokenizer, pairs, model=None, peft_config=None, eval_dataset=None, **more):
+    model = make_model() if model is None else model
+    trainer = APOTrainer(
+        model=model, args=APOConfig(**options(tmp_path, **more)), train_dataset=pairs, processing_class=tokenizer,
+        peft_config=peft_config, eval_dataset=eval_dataset,
+    )  # fmt: skip
+    return trainer
+
+
+def trained(trainer):
+    """Per-step losses and gradient norms, and the trained parameters."""
+    trainer.train()
+    steps = [row for row in trainer.state.log_history if "grad_norm" in row]
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return [row["loss"] for row in steps], [row["grad_norm"] for row in steps], weights
+
+
+def assert_same_run(one, other, atol=1e-5):
+    torch.testing.assert_close(torch.tensor(one[0]), torch.tensor(other[0]), rtol=0, atol=atol)
+    torch.testing.assert_close(torch.tensor(one[1]), torch.tensor(other[1]), rtol=1e-4, atol=atol)
+    assert one[2].keys() == other[2].keys()
+    for name in one[2]:
+        torch.testing.assert_close(one[2][name], other[2][name], rtol=0, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("precomputed", [False, True], ids=["online", "precomputed"])
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(("ours", "theirs"), [("apo_zero", "apo_zero"), ("apo_down", "apo_down"), ("dpo", "sigmoid")])
+def test_trains_as_trls_own_arm_does(tmp_path, model_dir, tokenizer, pairs, ours, theirs, adapter, precomputed):
+    # SGD, because Adam turns the rounding of a gradient near 0 into a step of full size.
+    shared = {"precompute_ref_log_probs": precomputed, "optim": "sgd", "learning_rate": 0.5}
+    stock = DPOTrainer(
+        model=str(model_dir),
+        args=DPOConfig(
+            **options(tmp_path, **shared), loss_type=theirs, use_cpu=True, bf16=False,
+            gradient_checkpointing=False, activation_checkpointing=False,
+        ),
+        train_dataset=pairs, processing_class=tokenizer, peft_config=lora() if adapter else None,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    peft = lora() if adapter else None
+    mine = apo_trainer(tmp_path, tokenizer, pairs, model, peft, objective=ours, **shared)
+    expected, found = trained(stock), trained(mine)
+    assert len(set(expected[0])) == 4  # something was learned, so there is something to agree on
+    assert_same_run(found, expected)
+
+
+def margin_loss(chosen, rejected, *, beta):
+    return (1 - beta * (chosen - rejected)).relu()
+
+
+OBJECTIVES = ["apo_zero", "apo_down", "apo_zero_unpaired", "dpo", "kto", "sft", margin_loss]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_accumulation_is_exact_also_over_a_last_incomplete_window(tmp_path, tokenizer, objective):
+    pairs = Dataset.from_list(make_pairs(14))  # windows of 4, 4, 4 and 2; then the same again
+    runs = []
+    for batch, accumulation in ((4, 1), (1, 4), (2, 2)):
+        more = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 6}
+        run = apo_trainer(tmp_path, tokenizer, pairs, objective=objective, optim="sgd", learning_rate=0.1, **more)
+        runs.append(trained(run))
+    assert_same_run(runs[1], runs[0], atol=1e-6)
+    assert_same_run(runs[2], runs[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_every_objective_trains_with_full_weights_and_with_lora(tmp_path, tokenizer, pairs, objective):
+    for peft in (None, lora()):
+        trainer = apo_trainer(tmp_path, tokenizer, pairs, None, peft, objective=objective, max_steps=8)
+        losses, _, _ = trained(trainer)
+        if objective != "apo_down":
+            assert losses[-1] < losses[0]
+        assert trainer.state.log_history[0].get("rewards/margins", 0) == 0
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path, tokenizer, pairs):
+    off, on = (trained(apo_trainer(tmp_path, tokenizer, pairs, gradient_checkpointing=on)) for on in (False, True))
+    assert_same_run(on, off)
+
+
+def test_another_way_to_compute_log_probs_plugs_in(tmp_path, tokenizer, pairs):
+    args = APOConfig(**options(tmp_path))
+    plain = APOTrainer(make_model(), args=args, pair_logps=plain_logps, train_dataset=pairs, processing_class=tokenizer)
+    assert_same_run(trained(plain), trained(apo_trainer(tmp_path, tokenizer, pairs)))
+
+
+def test_the_divergence_of_kto_is_the_mean_log_ratio_of_mismatched_pairs(tmp_path, tokenizer, pairs):
+    trainer = apo_trainer(tmp_path, tokenizer, pairs, objective="kto")
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    rows = [trainer.train_dataset[i] for i in range(3)]
+    expected = []
+    for one, following in zip(rows, [*rows[1:], rows[0]], strict=True):
+        batch = trainer.data_collator([{**following, "prompt_ids": one["prompt_ids"]}])
+        with torch.no_grad():
+            policy, reference = plain_logps(trainer.model.eval(), batch), plain_logps(trainer.ref_model, batch)
+        expected += [(policy.chosen - reference.chosen).item(), (policy.rejected - reference.rejected).item()]
+    found = trainer._divergence([trainer.data_collator(rows[:2]), trainer.data_collator(rows[2:])])
+    assert found.item() == pytest.approx(sum(expected) / 6, abs=1e-4)
+    assert abs(found.item()) > 0.01
+
+
+def test_the_reference_of_full_fine_tuning_stays_as_the_model_was(tmp_path, tokenizer, pairs):
+    trainer = apo_trainer(tmp_path, tokenizer, pairs)
+    trainer.train()
+    for now, before in zip(trainer.ref_model.parameters(), make_model().parameters(), strict=True):
+        assert torch.equal(now, before)
+        assert not torch.equal(now, 0 * now)
+
+
+def test_an_existing_adapter_is_its_own_reference_and_is_trained_on(tmp_path, tokenizer, pairs):
+    first = apo_trainer(tmp_path / "first", tokenizer, pairs, None, lora())
+    first.train()
+    first.save_model(str(tmp_path / "adapter"))
+    model = PeftModel.from_pretrained(make_model(), tmp_path / "adapter", is_trainable=True)
+    second = apo_trainer(tmp_path / "second", tokenizer, pairs, model)
+    assert check_before_training(second) == {"chosen": 0.0, "rejected": 0.0}
+    frozen = {name: p.clone() for name, p in second.model.named_parameters() if ".ref." in name}
+    losses, _, weights = trained(second)
+    assert losses[0] == pytest.approx(1.0, abs=1e-6)
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, frozen[name]) for name, p in second.model.named_parameters() if name in frozen)
+    assert weights
+    assert not any(".ref." in name for name in weights)
+    second.save_model(str(tmp_path / "saved"))
+    assert sorted(f.name for f in (tmp_path / "saved").iterdir() if f.is_dir()) == []
+
+
+def test_a_wrong_reference_is_told_before_the_first_step(tmp_path, tokenizer, pairs):
+    args = APOConfig(**options(tmp_path))
+    wrong = APOTrainer(
+        make_model(), make_model(seed=1), args=args, train_dataset=pairs, processing_class=tokenizer
+    )
+    with pytest.raises(UserError, match=r"chosen reward is not 0 before the first step \(log-ratio up to"):
+        check_before_training(wrong)
+    adapter_on = get_peft_model(make_model(), lora())
+    right = apo_trainer(tmp_path, tokenizer, pairs, adapter_on)
+    assert check_before_training(right) == {"chosen": 0.0, "rejected": 0.0}
+    with torch.no_grad():
+        for name, parameter in right.model.named_parameters():
+            if ".default." in name:
+                parameter.add_(0.1)
+    with pytest.raises(UserError, match="is not 0 before the first step"):
+        check_before_training(right)
+
+
+def test_a_batch_that_loses_its_end_is_told_before_the_first_step(tmp_path, tokenizer, pairs):
+    trainer = apo_trainer(tmp_path, tokenizer, pairs)
+    whole = trainer.data_collator
+
+    def cut(examples):
+        return {key: value[:, :12] for key, value in whole(examples).items()}
+
+    def masked(examples):  # as if pad = eos had been masked
+        batch = whole(examples)
+        return {**batch, "completion_mask": batch["completion_mask"] * (batch["input_ids"] != tokenizer.eos_token_id)}
+
+    for collate, message in ((cut, "not the end of turn; was the batch cut"), (masked, "is masked out of training")):
+        trainer.data_collator = collate
+        with pytest.raises(UserError, match=message):
+            check_before_training(trainer)
+
+
+def test_pad_equal_to_end_of_turn_does_not_mask_the_end(tmp_path, tokenizer, pairs):
+    tokenizer.pad_token = tokenizer.eos_token
+    trainer = apo_trainer(tmp_path, tokenizer, pairs)
+    assert check_before_training(trainer) == {"chosen": 0.0, "rejected": 0.0}
+
+
+def test_likelihood_objectives_load_no_reference(tmp_path, tokenizer, pairs):
+    trainer = apo_trainer(tmp_path, tokenizer, pairs, objective="sft")
+    assert trainer.ref_model is None
+    trainer.train()
+    assert "rewards/chosen" not in trainer.state.log_history[0]
+    assert trainer.state.log_history[0]["logps/chosen"] < 0
+
+
+def test_sft_is_the_mean_over_pairs_of_nats_per_token(tmp_path, tokenizer, pairs):
+    trainer = apo_trainer(tmp_path, tokenizer, pairs, objective="sft")
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    with torch.no_grad():
+        logps = plain_logps(make_model(), batch)
+        found = trainer.compute_loss(trainer.model, batch)
+    assert found.item() == pytest.approx((-logps.chosen / logps.chosen_len).mean().item(), abs=1e-5)
+
+
+# Metrics
+
+
+def test_metrics_by_hand():
+    policy = PairLogps(torch.tensor([-4.0, -9.0, -2.0]), torch.tensor([-5.0, -9.0, -1.0]), *torch.ones(2, 3))
+    reference = torch.tensor([-5.0, -8.0, -2.0]), torch.tensor([-3.0, -8.0, -1.0])
+    means = means_of(pair_sums(torch.tensor([1.0, 2.0, 3.0]), policy, reference, beta=0.5).tolist())
+    assert means == pytest.approx({
+        "loss": 2.0, "logps/chosen": -5.0, "logps/rejected": -5.0,
+        "rewards/chosen": 0.0, "rewards/rejected": -0.5, "rewards/margins": 0.5,
+        "rewards/accuracies": (1 + 0.5 + 0.5) / 3, "rewards/ties": 2 / 3,
+        "logratios/chosen": 0.0, "logratios/rejected": -1.0, "chosen_falls": 1 / 3,
+    })  # fmt: skip
+
+
+def test_logged_means_are_over_all_pairs_since_the_last_log(tmp_path, tokenizer):
+    pairs = Dataset.from_list(make_pairs(14))
+    often = apo_trainer(tmp_path, tokenizer, pairs, logging_steps=1)
+    often.train()
+    seldom = apo_trainer(tmp_path, tokenizer, pairs, logging_steps=4, logging_first_step=False)
+    seldom.train()
+    steps = [row for row in often.state.log_history if "grad_norm" in row]
+    (window,) = (row for row in seldom.state.log_history if "grad_norm" in row)
+    weights = [4, 4, 4, 2]
+    for key in ("loss", "rewards/chosen", "logps/rejected", "rewards/accuracies"):
+        mean = sum(w * row[key] for w, row in zip(weights, steps, strict=True)) / 14
+        assert window[key] == pytest.approx(mean, abs=1e-5)
+    assert window["pairs_per_second"] > 0
+    assert window["tokens_per_second"] > window["pairs_per_second"]
+
+
+def test_evaluation_weighs_every_held_out_pair_alike(tmp_path, tokenizer, pairs):
+    held_out = Dataset.from_list(make_pairs(5, seed=9))
+    losses = set()
+    for size in (1, 2, 5):
+        more = {"eval_dataset": held_out, "per_device_eval_batch_size": size, "eval_strategy": "steps", "eval_steps": 4}
+        trainer = apo_trainer(tmp_path, tokenizer, pairs, **more)
+        trainer.train()
+        (row,) = (row for row in trainer.state.log_history if "eval_loss" in row)
+        margin = row["eval_rewards/chosen"] - row["eval_rewards/rejected"]
+        assert row["eval_rewards/margins"] == pytest.approx(margin, abs=1e-6)
+        losses.add(round(row["eval_loss"], 5))
+    assert len(losses) == 1
+
+
+# What is written, what is refused
+
+
+def test_nothing_pickled_but_tensors_is_written(tmp_path, tokenizer, pairs):
+    trainer = apo_trainer(tmp_path, tokenizer, pairs, save_strategy="steps", save_steps=2)
+    trainer.train()
+    found = {file.name for file in (tmp_path / "checkpoint-2").iterdir()}
+    assert "training_args.bin" not in found
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= found
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_a_run_on_this_machine_needs_no_flags():
+    args = APOConfig()
+    if not torch.accelerator.is_available():
+        assert (args.use_cpu, args.bf16, args.gradient_checkpointing) == (True, False, False)
+    assert args.objective == "apo_zero"
+    assert json.loads(args.to_json_string())["objective"] == "apo_zero"
+    assert APOConfig(objective=margin_loss).to_dict()["objective"] == "margin_loss"
+
+
+IGNORED_VALUES = {
+    "loss_type": "sigmoid", "loss_weights": [1.0], "label_smoothing": 0.1, "label_smoothing_factor": 0.1,
+    "f_divergence_type": "js_divergence", "f_alpha_divergence_coef": 0.2, "ld_alpha": 0.5, "use_weighting": True,
+    "discopop_tau": 0.1, "sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 4,
+    "padding_free": True, "truncation_mode": "keep_end", "pad_token": "x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", IGNORED)
+def test_an_option_that_would_be_ignored_is_refused(option):
+    with pytest.raises(UserError, match=f"^{option} would be ignored beside objective 'dpo'; leave it out$"):
+        APOConfig(objective="dpo", **{option: IGNORED_VALUES[option]})
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"beta": 0}, "beta is 0; it must be above 0"),
+        ({"beta": -0.1}, "beta is -0.1"),
+        ({"beta": float("nan")}, "beta is nan"),
+        ({"objective": "dbo"}, r"unknown objective 'dbo' \(did you mean 'dpo'\?\)"),
+        ({"objective": "sft", "precompute_ref_log_probs": True}, "objective sft has no reference"),
+        ({"objective": "kto", "precompute_ref_log_probs": True}, "objective kto needs it for responses made"),
+    ],
+)
+def test_a_configuration_that_cannot_be_meant_is_refused(more, message):
+    with pytest.raises(UserError, match=message):
+        APOConfig(**more)
+
+
+def test_kto_with_one_pair_a_step_is_refused(tmp_path, tokenizer, pairs):
+    with pytest.raises(UserError, match="must be at least 2"):
+        apo_trainer(tmp_path, tokenizer, pairs, objective="kto", per_device_train_batch_size=1)
+
+
+def test_trls_own_config_is_refused(tmp_path, tokenizer, pairs):
+    args = DPOConfig(**options(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False)
+    with pytest.raises(UserError, match="takes an APOConfig"):
+        APOTrainer(make_model(), args=args, train_dataset=pairs, processing_class=tokenizer)
+
+
+def test_the_option_tables_have_no_stale_names():
+    assert set(IGNORED) == set(IGNORED_VALUES)
+    assert set(IGNORED) <= {name for base in APOConfig.__mro__ for name in getattr(base, "__annotations__", {})}
+    assert len(set(IGNORED)) == 15
