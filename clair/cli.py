@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from clair.recipe import EXIT_INTERRUPTED, EXIT_SOME_FAILED, EXIT_USER_ERROR, UserError
+from clair.recipe import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED, EXIT_USER_ERROR, UserError
 
 app = typer.Typer(
     help="Build contrastive preference pairs: a model answers, a stronger one minimally revises.",
@@ -66,12 +66,32 @@ def build(
         built = build_dataset(config, found=found, update=update, on_progress=tell)
     if built.stopped:
         print(f"{built.stopped}: every reply so far is kept; run the same command again to go on", file=sys.stderr)
-        raise typer.Exit(EXIT_INTERRUPTED)
+        raise typer.Exit(EXIT_INTERRUPTED if built.stopped == "interrupted" else EXIT_BUDGET)
     print_(summary([built.out]))
     print_(f"{built.out}/README.md tells what it holds; look at pairs with: clair show {built.out}")
     if built.failed:
         print(f"{built.failed} rows failed (see dropped.jsonl); run it again to try them again", file=sys.stderr)
         raise typer.Exit(EXIT_SOME_FAILED)
+
+
+@app.command()
+def estimate(
+    recipe: Annotated[Path, typer.Argument(help="The data recipe, a YAML file.")],
+    probe: Annotated[int, typer.Option(min=0, help="Rows to run and pay for first; their replies are kept.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="The dataset folder, instead of the recipe's out.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value put into the recipe; repeatable.")] = None,
+) -> None:
+    """What a build will cost: calls, and with --probe tokens and money with a 95 % interval."""
+    from clair.config import BuildConfig
+    from clair.estimate import estimate as estimate_build
+    from clair.recipe import load_recipe
+    from clair.terminal import cost_table
+    from clair.terminal import show as print_
+
+    config = load_recipe(BuildConfig, recipe, [*(set_ or []), *([f"out={out}"] if out else [])])
+    print_(cost_table(estimate_build(config, probe)))
+    if not probe:
+        print_("tokens and cost need a look at real replies: add --probe 5 (they are paid for once and kept)")
 
 
 @app.command()

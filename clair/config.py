@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from clair.budget import BudgetConfig, Price
 from clair.filters import make_filters
 from clair.recipe import Recipe, resolved
 from clair.sources import PromptSource
@@ -19,7 +20,8 @@ _OWNED = ("model", "messages", "n", "stream")
 class ModelConfig(Recipe):
     """A model to ask: an endpoint (`url` and `model`) or a local folder (`path`)."""
 
-    url: str | None = None
+    url: str | tuple[str, ...] | None = None
+    """The base URL; a list of them where several serve the same model."""
     model: str | None = None
     path: str | None = None
     id: str | None = None
@@ -29,6 +31,10 @@ class ModelConfig(Recipe):
     api_key_env: str | None = None
     extra: Mapping[str, Any] = {}
     """Request options passed through as they are (top_p, max_completion_tokens, reasoning_effort, headers ...)."""
+    price: Price | None = None
+    """For a million tokens: {input: 2.50, output: 10}."""
+    requests_per_minute: int | None = Field(None, ge=1)
+    tokens_per_minute: int | None = Field(None, ge=1)
     timeout: float = Field(600.0, gt=0)
     batch_size: int = Field(16, ge=1)
     trust_remote_code: bool = False
@@ -37,15 +43,20 @@ class ModelConfig(Recipe):
     def _one_way(self) -> ModelConfig:
         if (self.url is None) == (self.path is None):
             raise ValueError("give either url and model (an endpoint) or path (a local model folder)")
-        if self.url is not None:
-            if not self.url.startswith(("http://", "https://")):
-                raise ValueError(f"url {public_url(self.url)!r} is no http(s) URL, such as http://127.0.0.1:8000/v1")
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"url {public_url(url)!r} is no http(s) URL, such as http://127.0.0.1:8000/v1")
             if not self.model:
                 raise ValueError("an endpoint needs model, the name it serves")
         owned = [key for key in self.extra if key in _OWNED]
         if owned:
             raise ValueError(f"extra.{owned[0]} would break the request; it is set by the pipeline")
         return self
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """All base URLs; none for a local model."""
+        return (self.url,) if isinstance(self.url, str) else self.url or ()
 
     def options(self, seed: int) -> dict[str, Any]:
         """The body of every request beside model and messages; all of it is part of the ledger's key."""
@@ -98,6 +109,8 @@ class BuildConfig(Recipe):
     samples: int = Field(2, ge=2)
     """`judged`: how many answers the target gives to each prompt."""
     filters: Mapping[str, bool | Mapping[str, Any]] = {}
+    budget: BudgetConfig | None = None
+    """The most that may be spent, resumed runs and retries included: {money: 20} or {tokens: 5000000}."""
     accept: int | None = Field(None, ge=1)
     """Stop at exactly this many pairs: the first in the order of the prompts."""
     concurrency: int = Field(64, ge=1)
@@ -134,21 +147,26 @@ class BuildConfig(Recipe):
         return Path(self.ledger) if self.ledger else Path(self.out) / "ledger.sqlite"
 
 
+_ROLE_PASSING = {
+    "timeout", "batch_size", "api_key_env", "price", "requests_per_minute", "tokens_per_minute"
+}
+
+
 def public(config: BuildConfig) -> dict[str, Any]:
     """The resolved recipe as it may be written down: without what a URL can carry of a password."""
     recipe = resolved(config)
     for role in config.models:
-        if recipe[role]["url"]:
-            recipe[role]["url"] = public_url(recipe[role]["url"])
+        public = [public_url(url) for url in config.models[role].urls]
+        recipe[role]["url"] = public if len(public) > 1 else public[0] if public else None
     return recipe
 
 
 def lasting(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What of a resolved recipe decides about the dataset: not how fast it is asked, nor where a named model lives."""
-    passing = {"concurrency", "attempts", "out", "ledger", "limit", "accept"}
+    passing = {"concurrency", "attempts", "out", "ledger", "limit", "accept", "budget"}
     kept = {k: v for k, v in recipe.items() if k not in passing}
     for role in _ROLES:
         if isinstance(kept.get(role), Mapping):
-            drop = {"timeout", "batch_size", "api_key_env"} | ({"url"} if kept[role].get("id") else set())
+            drop = _ROLE_PASSING | ({"url"} if kept[role].get("id") else set())
             kept[role] = {k: v for k, v in kept[role].items() if k not in drop}
     return kept

@@ -5,6 +5,9 @@ disk before the pipeline sees it, so that a run killed at any instant pays again
 Several runs may share a ledger: a row being asked belongs to the run that asked it, and a run lives as long as it
 holds its lock file, which the kernel lets go of however the process ends.
 
+What a call may have cost is written down with it: the usage of its reply, and `open_*`, the most that requests without
+a known end may have been billed for. A process that dies leaves its open calls on the bill.
+
 Writes go through one thread that commits what has gathered meanwhile in one transaction (group commit): a commit
 costs a disk flush, and at hundreds of replies a second there is no time for one each.
 """
@@ -13,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import json
 import os
 import queue
 import sqlite3
@@ -22,7 +24,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from clair.recipe import UserError, content_hash
 
@@ -37,9 +39,15 @@ CREATE TABLE IF NOT EXISTS calls (
     attempts INTEGER NOT NULL DEFAULT 1,
     reply TEXT,
     error TEXT,
-    usage TEXT,
-    seconds REAL
+    seconds REAL,
+    payer TEXT NOT NULL,
+    prompt_tokens INTEGER NOT NULL DEFAULT 0,
+    completion_tokens INTEGER NOT NULL DEFAULT 0,
+    open_prompt INTEGER NOT NULL DEFAULT 0,
+    open_completion INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS calls_by_payer ON calls (payer, role, prompt_tokens, completion_tokens, open_prompt,
+    open_completion);
 """
 _VERSION = 1
 _MOST_PER_COMMIT = 1000
@@ -55,6 +63,24 @@ class Stored:
     """A reply in the ledger: the server's raw JSON text."""
 
     raw: str
+
+
+class Tokens(NamedTuple):
+    """Tokens in and out."""
+
+    prompt: int
+    completion: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Who asks what for whom: the role and model asked, the prompt's id, whose money, and the most it can cost."""
+
+    role: str
+    model: str
+    row: str
+    payer: str
+    most: Tokens
 
 
 class Elsewhere:
@@ -108,30 +134,62 @@ class Ledger:
         row = self._reader.execute("SELECT reply FROM calls WHERE key = ? AND state = 'done'", (key,)).fetchone()
         return Stored(row[0]) if row else None
 
+    def spent(self, payer: str) -> dict[str, Tokens]:
+        """The most that a payer's calls can have been billed, in tokens by role; calls without a known end included."""
+        rows = self._reader.execute(
+            "SELECT role, sum(prompt_tokens + open_prompt), sum(completion_tokens + open_completion) FROM calls "
+            "WHERE payer = ? GROUP BY role",
+            (payer,),
+        )
+        return {role: Tokens(prompt, completion) for role, prompt, completion in rows}
+
+    def paid(self, role: str, row: str) -> Tokens:
+        """What the answered calls of a role for one prompt took."""
+        query = "SELECT total(prompt_tokens), total(completion_tokens) FROM calls WHERE role = ? AND row = ?"
+        prompt, completion = self._reader.execute(query, (role, row)).fetchone()
+        return Tokens(int(prompt), int(completion))
+
     def counts(self) -> dict[str, int]:
         """How many requests are in each state."""
         return dict(self._reader.execute("SELECT state, count(*) FROM calls GROUP BY state").fetchall())
 
     # ---- writing
 
-    async def claim(self, key: str, *, role: str, model: str, row: str) -> Stored | Elsewhere | Mine:
+    async def claim(self, key: str, claim: Claim) -> Stored | Elsewhere | Mine:
         """Take a request for this run, unless it is answered already or another living run is asking it."""
-        return await self._do(lambda connection: self._claim(connection, key, role, model, row))
+        return await self._do(lambda connection: self._claim(connection, key, claim))
 
-    async def settle(self, key: str, raw: str, usage: Mapping[str, int], seconds: float) -> None:
-        """Write a reply down. On disk when this returns."""
+    async def settle(self, key: str, raw: str, usage: Tokens, most: Tokens, seconds: float) -> None:
+        """Write a reply down, with what it cost in place of the `most` it might have. On disk when this returns."""
         await self._do(
             lambda connection: connection.execute(
-                "UPDATE calls SET state = 'done', reply = ?, usage = ?, seconds = ?, error = NULL WHERE key = ?",
-                (raw, json.dumps(dict(usage)), seconds, key),
+                "UPDATE calls SET state = 'done', reply = ?, seconds = ?, error = NULL, prompt_tokens = ?, "
+                "completion_tokens = ?, open_prompt = open_prompt - ?, open_completion = open_completion - ? "
+                "WHERE key = ?",
+                (raw, seconds, *usage, *most, key),
             )
         )
 
-    async def fail(self, key: str, error: str, raw: str | None = None) -> None:
-        """Write down that a request got no usable reply, with the raw bytes of what came if anything did."""
+    async def reopen(self, key: str, most: Tokens) -> None:
+        """Another try of a request whose last one may have been billed: its `most` stays on the bill beside the new."""
         await self._do(
             lambda connection: connection.execute(
-                "UPDATE calls SET state = 'failed', error = ?, reply = ? WHERE key = ?", (error[:2000], raw, key)
+                "UPDATE calls SET attempts = attempts + 1, open_prompt = open_prompt + ?, "
+                "open_completion = open_completion + ? WHERE key = ?",
+                (*most, key),
+            )
+        )
+
+    async def fail(self, key: str, error: str, unbilled: Tokens, raw: str | None = None) -> None:
+        """Write down that a request got no usable reply, with the raw text of what came if anything did.
+
+        `unbilled` comes off the bill: the most of a last try that was refused.
+        """
+        await self._do(
+            lambda connection: connection.execute(
+                "UPDATE calls SET state = 'failed', error = ?, reply = ?, open_prompt = open_prompt - ?, "
+                "open_completion = open_completion - ? WHERE key = ?",
+                (error[:2000], raw, *unbilled, key),
             )
         )
 
@@ -144,10 +202,11 @@ class Ledger:
         # A cancelled caller must not cancel the write: what was paid for is written whatever happens to the caller.
         return await asyncio.shield(future)
 
-    def _claim(self, connection: sqlite3.Connection, key: str, role: str, model: str, row: str) -> Any:
+    def _claim(self, connection: sqlite3.Connection, key: str, claim: Claim) -> Any:
         inserted = connection.execute(
-            "INSERT OR IGNORE INTO calls (key, state, role, model, row, run) VALUES (?, 'asked', ?, ?, ?, ?)",
-            (key, role, model, row, self.run),
+            "INSERT OR IGNORE INTO calls (key, state, role, model, row, run, payer, open_prompt, open_completion) "
+            "VALUES (?, 'asked', ?, ?, ?, ?, ?, ?, ?)",
+            (key, claim.role, claim.model, claim.row, self.run, claim.payer, *claim.most),
         )
         if inserted.rowcount:
             return MINE
@@ -157,7 +216,9 @@ class Ledger:
         if state == "asked" and run != self.run and self._lives(run):
             return ELSEWHERE
         connection.execute(
-            "UPDATE calls SET state = 'asked', run = ?, attempts = attempts + 1 WHERE key = ?", (self.run, key)
+            "UPDATE calls SET state = 'asked', run = ?, payer = ?, attempts = attempts + 1, "
+            "open_prompt = open_prompt + ?, open_completion = open_completion + ? WHERE key = ?",
+            (self.run, claim.payer, *claim.most, key),
         )
         return MINE
 

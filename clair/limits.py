@@ -93,3 +93,27 @@ class Limiter:
     def _wake(self) -> None:
         self._timer = None
         self._let_in()
+
+
+class Rate:
+    """At most so many a minute (requests, or tokens), evenly spaced, a second's worth at once."""
+
+    def __init__(self, per_minute: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        if per_minute is not None and per_minute <= 0:
+            raise ValueError(f"a rate of {per_minute} a minute lets nothing through")
+        self._seconds_each = 60.0 / per_minute if per_minute else 0.0
+        self._clock = clock
+        self._next = 0.0
+
+    async def take(self, amount: float = 1.0) -> None:
+        """Wait until `amount` more may go."""
+        if self._seconds_each:
+            now = self._clock()
+            at = max(self._next, now - 1.0)
+            self._next = at + amount * self._seconds_each
+            if at > now:
+                await asyncio.sleep(at - now)
+
+    def give_back(self, amount: float) -> None:
+        """Less was used than was taken."""
+        self._next -= amount * self._seconds_each

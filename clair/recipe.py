@@ -26,6 +26,8 @@ EXIT_USER_ERROR = 2
 """The user's mistake: found before any work, told in one line; nothing already made is harmed."""
 EXIT_SOME_FAILED = 3
 """Some rows failed (their reasons are in dropped.jsonl) and the rest is complete."""
+EXIT_BUDGET = 4
+"""The budget is used up: everything paid for is kept; run the same command with a larger one to go on."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C: everything finished so far is kept; run the same command again to go on."""
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from clair.contrast import word_diff
 from clair.dataset import read_manifest
+from clair.estimate import Range, RoleEstimate, total_cost
 from clair.prompts import task_text
 
 _STYLES = {"same": "", "gone": "red strike", "new": "green"}
@@ -57,6 +58,24 @@ def pair_panel(row: Mapping[str, Any]) -> Panel:
     numbers = "  ".join(f"{name} {value:.2f}" for name, value in row["contrast"].items())
     task = Text(task_text(row["prompt"]), style="bold")
     return Panel(Group(task, Text(), diff, Text(numbers, style="dim")), title=Text(row["id"]))
+
+
+def cost_table(roles: Mapping[str, RoleEstimate]) -> Table:
+    """Calls, tokens and money of a build by role, each with its 95 % interval."""
+    table = Table("role", "calls at most", "tokens in", "tokens out", "cost")
+    for role, told in roles.items():
+        table.add_row(role, str(told.most_calls), *(_range(part) for part in (told.prompt, told.completion, told.cost)))
+    total = total_cost(roles)
+    if total:
+        table.add_row("all", "", "", "", _range(total))
+    return table
+
+
+def _range(part: Range | None) -> str:
+    if part is None:
+        return "?"
+    digits = 0 if part.value >= 100 else 2 if part.value >= 1 else 4
+    return f"{part.value:,.{digits}f} [{part.lo:,.{digits}f}, {part.hi:,.{digits}f}]"
 
 
 def show(what: Any) -> None:

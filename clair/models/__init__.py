@@ -53,7 +53,14 @@ class TooMany(Exception):
 
 
 class Unreachable(Exception):
-    """A server error, a timeout or a broken connection: worth another try."""
+    """A server error, a timeout or a broken connection: worth another try.
+
+    `billed`: the request may have been answered and paid for, only the reply did not arrive.
+    """
+
+    def __init__(self, told: str, *, billed: bool = False) -> None:
+        super().__init__(told)
+        self.billed = billed
 
 
 def reply_of(raw: str) -> Reply:

@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from clair.ledger import ELSEWHERE, MINE, Ledger, Stored, call_key
-from clair.limits import Limiter
+from clair.budget import Budget, BudgetReached, most_tokens
+from clair.ledger import MINE, Claim, Ledger, Stored, Tokens, call_key
+from clair.limits import Limiter, Rate
 from clair.models import Model, Refused, RequestFailed, TooMany, Unreachable, reply_of
 from clair.records import Dropped, Reply
 
@@ -56,8 +57,18 @@ class Tally:
 
 
 @dataclass
+class Spending:
+    """Whose money a role spends, and how fast it may: the run's budget, and the endpoint's rates."""
+
+    payer: str
+    budget: Budget
+    requests: Rate = field(default_factory=lambda: Rate(None))
+    tokens: Rate = field(default_factory=lambda: Rate(None))
+
+
+@dataclass
 class Asker:
-    """One role (target, reviser, judge): a model with its request options, a limiter and a tally.
+    """One role (target, reviser, judge): a model with its request options, limits and a tally.
 
     `ready` is awaited before the first request that the ledger cannot answer, so that a run which finds everything
     in the ledger needs no endpoint at all, and one that will spend checks every endpoint first.
@@ -68,6 +79,7 @@ class Asker:
     options: Mapping[str, Any]
     ledger: Ledger
     limiter: Limiter
+    spending: Spending
     stop: Stop
     ready: Callable[[], Awaitable[None]]
     attempts: int = 6
@@ -104,83 +116,113 @@ class Asker:
         """Equal requests of this run wait for one call."""
         if (asking := self._asking.get(key)) is not None:
             return await asyncio.shield(asking)
-        if self.stop.reason:
-            raise Stopped(self.stop.reason)
-        task = asyncio.ensure_future(self._claim_and_call(key, request, sample, row))
+        self._may_go_on()
+        call = _Call(key, request, sample, row, most_tokens(request))
+        task = asyncio.ensure_future(self._claim_and_call(call))
         self._asking[key] = task
-        try:
-            return await asyncio.shield(task)
-        finally:
-            if task.done():
-                del self._asking[key]
-            else:
-                task.add_done_callback(lambda _: self._asking.pop(key, None))
+        task.add_done_callback(lambda done: (self._asking.pop(key, None), _seen(done)))
+        return await asyncio.shield(task)
 
-    async def _claim_and_call(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str:
+    async def _claim_and_call(self, call: _Call) -> str:
         await self.ready()
         while True:
-            await self.limiter.enter()
-            if self.stop.reason:
-                self.limiter.leave()
-                raise Stopped(self.stop.reason)
-            claim = await self.ledger.claim(key, role=self.role, model=self.model.name, row=row)
-            if claim is MINE:
-                return await self._call(key, request, sample)
-            self.limiter.leave()
-            if isinstance(claim, Stored):
-                return claim.raw
-            assert claim is ELSEWHERE
+            await self._enter(call)
+            claim = Claim(self.role, self.model.name, call.row, self.spending.payer, call.most)
+            claimed = await self.ledger.claim(call.key, claim)
+            if claimed is MINE:
+                return await self._call(call)
+            self._leave(call, NOTHING)
+            if isinstance(claimed, Stored):
+                return claimed.raw
             await asyncio.sleep(_LOOK_AGAIN)
 
-    async def _call(self, key: str, request: Mapping[str, Any], sample: int) -> str:
+    async def _enter(self, call: _Call, *, again: bool = False) -> None:
+        """Wait for a place in flight, for the rates and for the budget; all are the call's until `_leave`."""
+        spending = self.spending
+        await self.limiter.enter(again=again)
+        try:
+            self._may_go_on()
+            await spending.budget.reserve(self.role, call.most)
+        except BudgetReached as reached:
+            self.limiter.leave()
+            self.stop.now(str(reached))
+            raise Stopped(str(reached)) from reached
+        except BaseException:
+            self.limiter.leave()
+            raise
+        await spending.requests.take()
+        await spending.tokens.take(sum(call.most))
+
+    def _leave(self, call: _Call, billed: Tokens) -> None:
+        self.limiter.leave()
+        self.spending.budget.settle(self.role, call.most, billed)
+        self.spending.tokens.give_back(sum(call.most) - sum(billed))
+
+    def _may_go_on(self) -> None:
+        if self.stop.reason:
+            raise Stopped(self.stop.reason)
+
+    async def _call(self, call: _Call) -> str:
         """Send the request until it is answered or refused for good; the caller holds a place in flight for it."""
         attempt = 0
         while True:
-            call = asyncio.ensure_future(self._send(key, request, sample))
-            self._calls.add(call)
-            call.add_done_callback(self._calls.discard)
+            sent = asyncio.ensure_future(self._send(call))
+            self._calls.add(sent)
+            sent.add_done_callback(lambda done: (self._calls.discard(done), _seen(done)))
             try:
                 # A cancelled row leaves its call to drain(): what is paid for is written down.
-                return await asyncio.shield(call)
-            except TooMany:
+                return await asyncio.shield(sent)
+            except TooMany as error:
+                last: Exception = error
                 wait = 0.0
             except (Unreachable, RequestFailed, Refused) as error:
+                last = error
                 attempt += 1
                 if attempt >= self._tries(error):
-                    await self._give_up(key, error)
+                    await self._give_up(call, error)
                 wait = random.uniform(0.5, 1.0) * min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2 ** (attempt - 1))
             self.tally.retries += 1
             await asyncio.sleep(wait)
-            await self.limiter.enter(again=True)
-            if self.stop.reason:
-                self.limiter.leave()
-                raise Stopped(self.stop.reason)
+            try:
+                await self._enter(call, again=True)
+            except Stopped as stopped:
+                await self.ledger.fail(call.key, str(stopped), NOTHING if _may_be_billed(last) else call.most)
+                raise
+            if _may_be_billed(last):
+                await self.ledger.reopen(call.key, call.most)
 
-    async def _send(self, key: str, request: Mapping[str, Any], sample: int) -> str:
+    async def _send(self, call: _Call) -> str:
         """One try: the reply is in the ledger when this returns. Gives the place in flight back."""
         started = time.monotonic()
+        billed = NOTHING
         try:
-            raw = await self.model.complete(request, sample)
+            raw = await self.model.complete(call.request, call.sample)
+            billed = call.most  # until the reply tells its usage
             reply = reply_of(raw)
+            billed = _usage(reply, call.most)
             self._last_answer = time.monotonic()
             self.limiter.succeeded()
         except TooMany as error:
             self.limiter.refused(error.retry_after)
             raise
+        except Unreachable as error:
+            billed = call.most if error.billed else NOTHING
+            raise
         finally:
-            self.limiter.leave()
-        await self.ledger.settle(key, raw, reply.usage, self._last_answer - started)
+            self._leave(call, billed)
+        await self.ledger.settle(call.key, raw, billed, call.most, self._last_answer - started)
         return raw
 
     def _tries(self, error: Exception) -> int:
         if isinstance(error, Unreachable):
             return self.attempts
-        return _TRIES_OF_MALFORMED if getattr(error, "reason", "") == "malformed_reply" else 1
+        return _TRIES_OF_MALFORMED if getattr(error, "raw", None) is not None else 1
 
-    async def _give_up(self, key: str, error: Exception) -> None:
+    async def _give_up(self, call: _Call, error: Exception) -> None:
         if isinstance(error, Refused):
             self.stop.now(str(error), error)
-        await self.ledger.fail(key, str(error), getattr(error, "raw", None))
+        unbilled = NOTHING if _may_be_billed(error) else call.most
+        await self.ledger.fail(call.key, str(error), unbilled, getattr(error, "raw", None))
         if isinstance(error, RequestFailed | Refused):
             raise error
         silent = time.monotonic() - self._last_answer
@@ -192,3 +234,32 @@ class Asker:
             self.stop.now(str(gone), gone)
             raise gone from error
         raise RequestFailed("unreachable", f"no answer after {self.attempts} tries: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    key: str
+    request: Mapping[str, Any]
+    sample: int
+    row: str
+    most: Tokens
+
+
+NOTHING = Tokens(0, 0)
+
+
+def _seen(task: asyncio.Future[Any]) -> None:
+    """Nobody may be left to hear how a call ended, once its row is cancelled; asyncio must not complain about it."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _usage(reply: Reply, most: Tokens) -> Tokens:
+    """What a reply was billed for; the most it can have been, where the server does not tell."""
+    usage = reply.usage
+    return Tokens(usage.get("prompt_tokens", most.prompt), usage.get("completion_tokens", most.completion))
+
+
+def _may_be_billed(error: Exception) -> bool:
+    """Whether a try that gave no usable reply can be on the bill: it was answered, or we do not know."""
+    return getattr(error, "raw", None) is not None or getattr(error, "billed", False)

@@ -103,9 +103,12 @@ class OpenAIModel:
         except openai.NotFoundError as error:
             raise NotListed(self._words(error)) from error
         except openai.APITimeoutError as error:
-            raise Unreachable("timeout") from error
+            never_sent = isinstance(error.__cause__, httpx2.ConnectTimeout | httpx2.PoolTimeout)
+            raise Unreachable("timeout", billed=not never_sent) from error
         except openai.APIConnectionError as error:
-            raise Unreachable(self._redacted(str(error.__cause__ or error))[:200]) from error
+            never_sent = isinstance(error.__cause__, httpx2.ConnectError)
+            words = self._redacted(str(error.__cause__ or error))[:200]
+            raise Unreachable(words, billed=not never_sent) from error
         except openai.APIStatusError as error:
             words = f"{error.status_code}: {self._words(error)}"
             if error.status_code >= 500 or error.status_code in (408, 409, 425):

@@ -1,0 +1,139 @@
+"""What a build will cost: calls for certain, tokens and money with an interval from a few rows that are really run.
+
+The probe's rows are taken at even steps through the prompts ordered by length, and their replies stay in the ledger.
+Per role, tokens of a row are fitted linearly to the row's length; the interval is the fit's prediction interval for
+the sum over all rows (Cochran, Sampling Techniques, 7.4).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from array import array
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+from clair.budget import Price, most_tokens
+from clair.build import check, locked, same_recipe
+from clair.config import BuildConfig
+from clair.ledger import Ledger, Tokens
+from clair.records import Prompt
+from clair.session import session
+from clair.sources import each_prompt
+from clair.statistics import t_quantile
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """An estimated total with its 95 % interval, in tokens or money."""
+
+    value: float
+    lo: float
+    hi: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoleEstimate:
+    """What one role will come to over all prompts. Without a probe only `most_calls` is known, and the rest None."""
+
+    most_calls: int
+    prompt: Range | None
+    completion: Range | None
+    cost: Range | None
+
+
+def estimate(config: BuildConfig, probe: int = 0) -> dict[str, RoleEstimate]:
+    """The cost of the whole build by role, prompts already paid for included; runs and pays for `probe` rows first.
+
+    Raises UserError as a build does. With fewer than 3 rows there is no interval, so probe is 0 or at least 3.
+    """
+    check(config)
+    prompts = each_prompt(config.prompts, config.limit)
+    sizes = array("q", (_size(prompt) for prompt, repeated in prompts if not repeated))
+    calls = {role: len(sizes) * _calls_per_row(config, role) for role in config.models}
+    if not probe:
+        return {role: RoleEstimate(calls[role], None, None, None) for role in config.models}
+    chosen = _spread(sizes, max(3, probe))
+    paid = _run(config, chosen)
+    return {role: _role(config.models[role].price, calls[role], sizes, chosen, paid[role]) for role in config.models}
+
+
+def _run(config: BuildConfig, chosen: Sequence[int]) -> dict[str, list[Tokens]]:
+    """Run the rows at the chosen places, and tell what each cost by role."""
+    out = Path(config.out)
+    wanted = set(chosen)
+    unique = (p for p, repeated in each_prompt(config.prompts, config.limit) if not repeated)
+    prompts = [prompt for place, prompt in enumerate(unique) if place in wanted]
+    with locked(out):
+        same_recipe(config, out, update=False)
+        with Ledger(config.ledger_path) as ledger:
+            asyncio.run(_ask(config, ledger, prompts))
+            return {role: [ledger.paid(role, prompt.id) for prompt in prompts] for role in config.models}
+
+
+async def _ask(config: BuildConfig, ledger: Ledger, prompts: Sequence[Prompt]) -> None:
+    async with session(config, ledger) as run, aclosing(run.outcomes((p, False) for p in prompts)) as outcomes:
+        async for _ in outcomes:
+            pass
+    if run.stop.error:
+        raise run.stop.error
+
+
+def _role(
+    price: Price | None, calls: int, sizes: Sequence[int], chosen: Sequence[int], paid: Sequence[Tokens]
+) -> RoleEstimate:
+    x = [sizes[place] for place in sorted(chosen)]
+    cost = None
+    if price:
+        cost = _total(sizes, x, [float(price.of(tokens)) for tokens in paid])
+    prompt, completion = (_total(sizes, x, [float(tokens[i]) for tokens in paid]) for i in (0, 1))
+    return RoleEstimate(calls, prompt, completion, cost)
+
+
+def _total(sizes: Sequence[int], x: Sequence[float], y: Sequence[float]) -> Range:
+    """The sum of y over all rows by least squares on their sizes, with a t interval on len(x) - 2 degrees."""
+    n, k = len(sizes), len(x)
+    if n == k:
+        return Range(sum(y), sum(y), sum(y))
+    mean_x, mean_y = sum(x) / k, sum(y) / k
+    spread = sum((a - mean_x) ** 2 for a in x)
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread if spread else 0.0
+    all_mean = sum(sizes) / n
+    value = n * (mean_y + slope * (all_mean - mean_x))
+    residual = sum((b - mean_y - slope * (a - mean_x)) ** 2 for a, b in zip(x, y, strict=True)) / (k - 2)
+    leverage = (all_mean - mean_x) ** 2 / spread if spread else 0.0
+    error = n * math.sqrt(residual * (1 / k + leverage + 1 / n))
+    half = t_quantile(0.975, k - 2) * error
+    return Range(value, max(0.0, value - half), value + half)
+
+
+def _spread(sizes: Sequence[int], probe: int) -> list[int]:
+    """The places of `probe` rows at even steps through the rows ordered by size: the middle of each of its parts."""
+    order = sorted(range(len(sizes)), key=lambda place: (sizes[place], place))
+    k = min(probe, len(order))
+    return [order[int((i + 0.5) * len(order) / k)] for i in range(k)]
+
+
+def _size(prompt: Prompt) -> int:
+    given = "".join((prompt.answer or "", *prompt.answers))
+    return most_tokens({"messages": prompt.messages}).prompt + len(given.encode("utf-8", "replace"))
+
+
+def _calls_per_row(config: BuildConfig, role: str) -> int:
+    """The most calls of a role for one prompt, one re-ask of each included."""
+    if role == "target":
+        return config.samples if config.pipeline == "judged" else 1
+    if config.judge and role == "judge":
+        comparisons = config.samples * (config.samples - 1) // 2
+        return comparisons * (2 if config.judge.order == "both" else 1) * (1 + config.judge.ask_again)
+    if config.reviser and role == "reviser":
+        return (1 + (config.reviser.mode == "edits")) * (1 + config.reviser.ask_again)
+    return 1
+
+
+def total_cost(roles: Mapping[str, RoleEstimate]) -> Range | None:
+    """The cost of all roles that have a price; None where none has. Intervals add up as if roles erred together."""
+    costs = [role.cost for role in roles.values() if role.cost]
+    return Range(*(sum(getattr(c, n) for c in costs) for n in ("value", "lo", "hi"))) if costs else None

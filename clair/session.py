@@ -1,0 +1,220 @@
+"""One run's way through a pipeline: its models open, its ledger at hand, rows in and outcomes out.
+
+A build runs all prompts through a session, an estimate a few. However a session ends, what is in flight is waited for
+and written down before its models are closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from clair.budget import Budget
+from clair.config import BuildConfig, ModelConfig
+from clair.filters import make_filters
+from clair.ledger import Ledger
+from clair.limits import Limiter, Rate
+from clair.models import Model, Refused
+from clair.models.asking import Asker, Spending, Stop, Stopped
+from clair.models.local import LocalModel
+from clair.models.openai import OpenAIModel
+from clair.models.pool import Pool
+from clair.pipelines import judged, revised, stronger
+from clair.prompts import JUDGE_NEEDS, REVISER_NEEDS, load_template
+from clair.records import Dropped, Pair, Prompt
+from clair.steps import Judge, Reviser
+from clair.urls import api_key
+
+_AHEAD_PER_PLACE = 16
+_AHEAD_AT_LEAST = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """An assembled pipeline with the askers of its roles, and the judge whose verdicts it counts, if there is one."""
+
+    config: BuildConfig
+    askers: Mapping[str, Asker]
+    stop: Stop
+    run: Callable[[Prompt], Awaitable[Pair]]
+    judge: Judge | None
+
+    async def outcomes(self, prompts: Iterable[tuple[Prompt, bool]]) -> AsyncGenerator[tuple[str, Pair | Dropped]]:
+        """(prompt id, pair or reason) of each prompt, in the order of the prompts; ends early where the run stops."""
+        ahead = _AHEAD_AT_LEAST + _AHEAD_PER_PLACE * self.config.concurrency
+        if self.config.accept:  # what is begun beyond the last pair wanted is paid for and not used: begin little
+            ahead = 2 * self.config.concurrency
+        async with aclosing(in_order(self._row, prompts, ahead, self._drain)) as results:
+            async for id, outcome in results:
+                if isinstance(outcome, Stopped):
+                    return
+                yield id, outcome
+
+    async def _row(self, item: tuple[Prompt, bool]) -> tuple[str, Pair | Dropped | Stopped]:
+        prompt, repeated = item
+        if repeated:
+            return prompt.id, Dropped("prompts", "duplicate", "the same prompt came before")
+        try:
+            return prompt.id, await self.run(prompt)
+        except (Dropped, Stopped) as outcome:
+            return prompt.id, outcome
+
+    async def _drain(self) -> None:
+        self.stop.now("no more rows are wanted")
+        await asyncio.gather(*(asker.drain() for asker in self.askers.values()))
+
+
+@asynccontextmanager
+async def session(config: BuildConfig, ledger: Ledger) -> AsyncIterator[Session]:
+    """Open the recipe's models for one run; Ctrl-C inside it stops the sending and keeps what is in flight."""
+    stop = Stop()
+    askers = _askers(config, ledger, stop)
+    try:
+        with _ctrl_c(stop):
+            yield _assembled(config, askers, stop)
+    finally:
+        for asker in askers.values():
+            await asker.model.close()
+
+
+def _assembled(config: BuildConfig, askers: Mapping[str, Asker], stop: Stop) -> Session:
+    words, filters, target = templates(config), make_filters(config.filters), askers.get("target")
+    made = partial(Session, config, askers, stop)
+    if config.reviser:
+        own = config.reviser
+        reviser = Reviser(askers["reviser"], words["reviser"], words.get("edits"), own.system, own.ask_again)
+        return made(partial(revised, target=target, reviser=reviser, filters=filters), None)
+    if config.stronger:
+        return made(partial(stronger, target=target, stronger=askers["stronger"], filters=filters), None)
+    judge = None
+    if config.judge:
+        judge = Judge(
+            askers["judge"], words["judge"], config.judge.order, config.judge.system, config.judge.ask_again
+        )
+    return made(partial(judged, target=target, judge=judge, samples=config.samples, filters=filters), judge)
+
+
+def templates(config: BuildConfig) -> dict[str, str]:
+    """The words for each role that has any: the recipe's own file or the built-in ones."""
+    words = {}
+    if config.reviser:
+        own, edits = config.reviser.template, config.reviser.mode == "edits"
+        words["reviser"] = load_template(None if edits else own, "reviser.j2", REVISER_NEEDS)
+        if edits:
+            words["edits"] = load_template(own, "reviser_edits.j2", REVISER_NEEDS)
+    if config.judge:
+        words["judge"] = load_template(config.judge.template, "judge.j2", JUDGE_NEEDS)
+    return words
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+async def in_order(
+    work: Callable[[Item], Awaitable[Result]],
+    items: Iterable[Item],
+    ahead: int,
+    drain: Callable[[], Awaitable[None]],
+) -> AsyncGenerator[Result]:
+    """`work` on every item at once, at most `ahead` begun or waiting to be taken, results in the order of the items.
+
+    However it ends, `drain` is awaited before the rest is cancelled, so that what is under way can be kept.
+    """
+    pending: deque[asyncio.Future[Result]] = deque()
+    try:
+        for item in items:
+            pending.append(asyncio.ensure_future(work(item)))
+            while pending and (pending[0].done() or len(pending) >= ahead):
+                yield await _first(pending)
+        while pending:
+            yield await _first(pending)
+    finally:
+        if pending:
+            await drain()
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+
+
+async def _first(pending: deque[asyncio.Future[Result]]) -> Result:
+    result = await pending[0]
+    pending.popleft()
+    return result
+
+
+def _askers(config: BuildConfig, ledger: Ledger, stop: Stop) -> dict[str, Asker]:
+    askers: dict[str, Asker] = {}
+    checked: asyncio.Future[None] | None = None
+
+    async def check_all() -> None:
+        for asker in askers.values():
+            await asker.model.check()
+
+    async def ready() -> None:
+        nonlocal checked
+        if checked is None:
+            checked = asyncio.ensure_future(check_all())
+        try:
+            await asyncio.shield(checked)
+        except Refused as error:
+            stop.now(str(error), error)
+            raise
+
+    payer = str(Path(config.out).resolve())
+    prices = {role: model.price for role, model in config.models.items() if model.price is not None}
+    budget = Budget(config.budget, prices, ledger.spent(payer))
+    for role, model in config.models.items():
+        askers[role] = Asker(
+            role=role,
+            model=open_model(role, model),
+            options=model.options(config.seed),
+            ledger=ledger,
+            limiter=Limiter(config.concurrency),
+            spending=Spending(payer, budget, Rate(model.requests_per_minute), Rate(model.tokens_per_minute)),
+            stop=stop,
+            ready=ready,
+            attempts=config.attempts,
+        )
+    return askers
+
+
+def open_model(role: str, config: ModelConfig) -> Model:
+    """The model that a recipe names, ready to be asked inside the running event loop."""
+    if config.path is not None:
+        return LocalModel(config.path, batch_size=config.batch_size, trust_remote_code=config.trust_remote_code)
+    assert config.model is not None
+    key = api_key(config.api_key_env, role)
+    endpoints = [
+        OpenAIModel(url, config.model, key=key, id=config.id, timeout=config.timeout, role=role) for url in config.urls
+    ]
+    return endpoints[0] if len(endpoints) == 1 else Pool(endpoints)
+
+
+@contextmanager
+def _ctrl_c(stop: Stop) -> Iterator[None]:
+    """Ctrl-C once: send nothing more, keep what is in flight. Twice: leave at once."""
+    loop = asyncio.get_running_loop()
+
+    def interrupt(number: signal.Signals) -> None:
+        stop.now("interrupted")
+        loop.remove_signal_handler(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        try:
+            loop.add_signal_handler(number, interrupt, number)
+        except (ValueError, RuntimeError):  # not in the main thread: signals are the caller's
+            break
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
