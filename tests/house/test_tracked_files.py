@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Written in pieces, so that this file does not name what it looks for.
-MACHINE_PATHS = re.compile("|".join(["/" + "work/", "/" + "root/", "/" + "home/[a-z]", "/" + "Users/", "/opt/" + "[pw]"]))
+MACHINE_PATHS = re.compile(
+    "|".join(["/" + "work/", "/" + "root/", "/" + "home/[a-z]", "/" + "Users/", "/opt/" + "[pw]"])
+)
 NAMELESS = ("utils.py", "helpers.py", "common.py", "misc.py")
 
 

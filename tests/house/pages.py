@@ -1,0 +1,70 @@
+"""The documentation as data: its pages, code blocks and marked tables. Imported by the tests beside it."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+_BLOCK = re.compile(
+    r"(?:^[ ]*<!-- (?P<note>[^\n]*?) -->\n+)?"
+    r"^(?P<indent>[ ]*)```(?P<language>\w+)(?P<options>[^\n]*)\n(?P<code>.*?)^(?P=indent)```[ ]*$",
+    re.MULTILINE | re.DOTALL,
+)
+_TABLE = re.compile(r"^<!-- (?P<note>[^\n]*?) -->\n+(?P<rows>(?:\|[^\n]*\n)+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: where it stands, its language, the comment right above it, its `title`, and its text."""
+
+    page: str
+    line: int
+    language: str
+    note: str
+    title: str
+    code: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+@cache
+def pages() -> dict[str, str]:
+    """Every page of documentation by its path."""
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+    return {str(file.relative_to(ROOT)): file.read_text("utf-8") for file in files if file.is_file()}
+
+
+def blocks(*languages: str) -> list[Block]:
+    """The fenced blocks of all pages in these languages."""
+    found = []
+    for page, text in pages().items():
+        for match in _BLOCK.finditer(text):
+            if match["language"] in languages:
+                title = re.search(r'title="([^"]*)"', match["options"])
+                line = text.count("\n", 0, match.start("language")) + 1
+                code = textwrap.dedent(match["code"])
+                found.append(Block(page, line, match["language"], match["note"] or "", title[1] if title else "", code))
+    return found
+
+
+def tables(kind: str) -> list[tuple[str, str, list[list[str]]]]:
+    """(page, what follows `kind:` in the comment above it, rows with the head) of each table marked `<!-- kind -->`."""
+    found = []
+    for page, text in pages().items():
+        for match in _TABLE.finditer(text):
+            name, _, argument = match["note"].partition(":")
+            if name.strip() == kind:
+                head, _, *rows = (_cells(line) for line in match["rows"].splitlines())
+                found.append((page, argument.strip(), [head, *rows]))
+    return found
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]

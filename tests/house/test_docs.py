@@ -1,0 +1,218 @@
+"""The documentation says what the code does: recipe keys, filters, reasons, commands, recipes and Python in it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import json
+import re
+import shlex
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+
+import pytest
+import typer
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from tests.house.pages import ROOT, blocks, pages, tables
+
+# ---- tables
+
+
+def configs() -> dict[str, type[BaseModel]]:
+    """Every recipe and every part of one, by class name."""
+    from apo.train import TrainConfig
+    from clair.config import BuildConfig
+
+    found: dict[str, type[BaseModel]] = {}
+    todo: list[type[BaseModel]] = [BuildConfig, TrainConfig]
+    while todo:
+        model = todo.pop()
+        if model.__name__ not in found:
+            found[model.__name__] = model
+            todo += [inner for field in model.model_fields.values() for inner in models_in(field.annotation)]
+    return found
+
+
+def models_in(annotation: object) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from models_in(argument)
+
+
+def default_of(model: type[BaseModel], key: str) -> str:
+    """What a table says about the default of a key."""
+    field = model.model_fields.get(key)
+    if field is None:
+        return "–"
+    if field.is_required():
+        return "required"
+    default = field.get_default(call_default_factory=True)
+    assert default is not PydanticUndefined
+    return "absent" if default is None else f"`{json.dumps(default)}`"
+
+
+def test_every_key_of_every_recipe_is_documented_with_its_default():
+    known, documented, looked_at = configs(), [], 0
+    for page, names, (head, *rows) in tables("keys"):
+        classes = [known[name.strip()] for name in names.split(",")]
+        documented += [model.__name__ for model in classes]
+        expected = list(dict.fromkeys(key for model in classes for key in model.model_fields))
+        told = [row[0].strip("`").rpartition(".")[2] for row in rows]
+        assert sorted(told) == sorted(expected), f"{page}: the keys of {names}"
+        for row, key in zip(rows, told, strict=True):
+            defaults = [default_of(model, key) for model in classes]
+            assert row[1 : len(classes) + 1] == defaults, f"{page}: the default of {key} ({names})"
+            assert len(row) == len(head)
+            assert row[-1], f"{page}: {key} is not explained"
+            looked_at += 1
+    print(f"looked at {looked_at} keys of {len(documented)} recipe parts")
+    assert sorted(documented) == sorted(known), "each part of a recipe has one table of keys"
+
+
+def test_every_filter_is_documented_with_its_options():
+    from clair.filters import FILTERS, OFF
+
+    ((page, _, (_, *rows)),) = tables("filters")
+    expected = []
+    for name, function in FILTERS.items():
+        options = list(inspect.signature(function).parameters.values())[1:]
+        told = ", ".join(f"`{option.name}: {option.default}`" for option in options)
+        expected.append([f"`{name}`", "off" if name in OFF else "on", told])
+    assert [row[:3] for row in rows] == expected, page
+    assert all(row[3] for row in rows)
+
+
+def test_every_reason_for_a_drop_is_documented():
+    from clair.filters import FILTERS
+    from clair.parse import FAILURES
+
+    rows = [row for _, _, (_, *rows) in tables("reasons") for row in rows]
+    told = {reason.strip("` ") for row in rows for reason in row[1].split(",")}
+    expected = set(FAILURES) | set(FILTERS)
+    for file in (ROOT / "clair").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Dropped", "RequestFailed"):
+                reason = node.args[node.func.id == "Dropped"] if not isinstance(node.args[0], ast.Starred) else None
+                if isinstance(reason, ast.Constant):
+                    expected.add(reason.value)
+                elif isinstance(reason, ast.JoinedStr):
+                    expected.add(f"{reason.values[0].value}4xx")
+    print(f"looked at {len(expected)} reasons")
+    assert len(expected) > 20
+    assert told == expected
+
+
+def test_exit_codes_are_the_ones_of_the_code():
+    from clair import recipe
+
+    expected = {0, *(value for name, value in vars(recipe).items() if name.startswith("EXIT_"))}
+    ((_, _, (_, *rows)),) = tables("exit codes")
+    assert {int(row[0]) for row in rows} == expected
+
+
+# ---- blocks
+
+
+def test_cli_page_is_what_the_commands_say():
+    check = [sys.executable, "docs/make_cli.py", "--check"]
+    done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+PYTHON = {page: [b for b in blocks("python") if b.page == page] for page in sorted({b.page for b in blocks("python")})}
+
+
+@pytest.mark.parametrize("page", PYTHON)
+def test_python_in_the_docs_runs(page, tmp_path, monkeypatch):
+    """The blocks of a page run one after the other; one that needs something else (`needs: ...`) is only compiled."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__docs__"}
+    for block in PYTHON[page]:
+        code = compile("\n" * block.line + block.code, block.page, "exec")
+        if not block.note.startswith("needs:") and not block.title:
+            exec(code, namespace)
+
+
+def recipes() -> list[tuple[str, str]]:
+    """(where, YAML text) of every recipe in the docs and under recipes/."""
+    shown = [(b.where, b.code) for b in blocks("yaml")]
+    files = sorted((ROOT / "recipes").rglob("*.yaml"))
+    return shown + [(str(file.relative_to(ROOT)), file.read_text("utf-8")) for file in files]
+
+
+@pytest.mark.parametrize(("where", "text"), recipes(), ids=lambda value: value if "\n" not in value else "")
+def test_recipes_are_recipes(where, text):
+    """A whole recipe is accepted as it stands; of a part of one, every key exists."""
+    from apo.train import TrainConfig
+    from clair.config import BuildConfig
+    from clair.recipe import parse_yaml, resolve
+
+    values = parse_yaml(text)
+    if "pipeline" in values:
+        resolve(BuildConfig, values, where)
+    elif "model" in values:
+        resolve(TrainConfig, values, where)
+    else:
+        allowed = [set(model.model_fields) for model in configs().values()]
+        assert any(set(values) <= keys for keys in allowed), f"{where}: {', '.join(values)}"
+
+
+# What the docs may tell a reader to type beside our own commands.
+FOREIGN = {"cd", "cp", "curl", "export", "git", "ls", "pip", "source", "sqlite3", "transformers", "vllm"}
+
+
+def commands() -> list[tuple[str, str]]:
+    """(where, one command) of every shell block; lines that go on after a backslash are put together."""
+    found = []
+    for block in blocks("sh"):
+        for line in block.code.replace("\\\n", " ").splitlines():
+            for part in re.split(r"\s+(?:&&|\|)\s+", line.partition(" #")[0].strip()):
+                if part and not part.startswith("#"):
+                    found.append((block.where, part))
+    return found
+
+
+@pytest.mark.parametrize(("where", "command"), commands(), ids=lambda value: value)
+def test_commands_in_the_docs_are_commands(where, command):
+    words = shlex.split(command)
+    while re.match(r"[A-Z_]+=", words[0]):
+        words.pop(0)
+    program, rest = words[0].removeprefix(".venv/bin/"), words[1:]
+    if program in ("clair", "apo"):
+        parses(program, rest)
+    elif program == "make":
+        makefile = (ROOT / "Makefile").read_text("utf-8")
+        targets = [word for word in rest if "=" not in word]
+        assert targets
+        assert all(re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE) for target in targets)
+    elif program == "python" and rest[0] == "-m":
+        assert importlib.util.find_spec(rest[1]), f"{where}: no module {rest[1]}"
+    elif program == "python":
+        assert (ROOT / rest[0]).is_file(), f"{where}: no file {rest[0]}"
+    else:
+        assert program in FOREIGN, f"{where}: {program} is not a command of this project"
+
+
+def parses(program: str, words: list[str]) -> None:
+    """Read a command line as the program would, without running it."""
+    module = importlib.import_module(f"{program}.cli")
+    group = typer.main.get_command(module.app)
+    if words in ([], ["--help"]):
+        return
+    assert words[0] in group.commands, f"{program} has no command {words[0]}"
+    group.commands[words[0]].make_context(words[0], words[1:])
+
+
+def test_relative_links_of_pages_outside_of_the_site_lead_somewhere():
+    looked_at = 0
+    for page in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", pages()[page]):
+            assert (ROOT / target).exists(), f"{page}: {target}"
+            looked_at += 1
+    assert looked_at >= 5
