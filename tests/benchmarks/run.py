@@ -1,0 +1,51 @@
+"""Run the benchmarks, and write what each measured to results/NAME.json, raw.
+
+python tests/benchmarks/run.py [NAME ...]
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def machine() -> dict[str, object]:
+    """What it was measured on: as much as a reader needs to compare, and nothing that names the machine."""
+    cpu = ""
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return {"system": platform.system(), "cpu": cpu, "cores": len(os.sched_getaffinity(0))}
+
+
+def main() -> None:
+    """Each bench_NAME.py has a `measure()` that returns plain values."""
+    sys.path.insert(0, str(ROOT))
+    from clair.recipe import provenance, write_json
+
+    wanted = sys.argv[1:]
+    for file in sorted(HERE.glob("bench_*.py")):
+        name = file.stem.removeprefix("bench_")
+        if wanted and name not in wanted:
+            continue
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        measured = module.measure()
+        print(f"{name}: {json.dumps(measured)}", flush=True)
+        when = datetime.now(UTC).date().isoformat()
+        write_json(HERE / "results" / f"{name}.json", {**measured, "date": when, "machine": machine(), **provenance()})
+
+
+if __name__ == "__main__":
+    main()
