@@ -164,7 +164,7 @@ def test_recipes_are_recipes(where, text):
 
 
 # What the docs may tell a reader to type beside our own commands.
-FOREIGN = {"cd", "cp", "curl", "export", "git", "ls", "pip", "source", "sqlite3", "transformers", "vllm"}
+FOREIGN = {"cd", "cp", "curl", "export", "git", "ls", "pip", "pre-commit", "source", "sqlite3", "transformers", "vllm"}
 
 
 def commands() -> list[tuple[str, str]]:
