@@ -43,16 +43,13 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def size_of(value: Any) -> int:
-    """How many bytes of a page a value takes."""
-    return len(json_text(value).encode("utf-8"))
-
-
-def html_page(title: str, name: str, data: Mapping[str, Any]) -> str:
-    """A whole page: templates `name`.html, .css and .js beside the shared ones, and `data` as JSON blocks by id."""
-    style = template("page.css") + template(f"{name}.css")
-    script = template("page.js") + template(f"{name}.js")
-    blocks = [f'<script type="application/json" id="{id}">{json_text(value)}</script>' for id, value in data.items()]
+def html_page(title: str, parts: Sequence[str], blocks: Mapping[str, str]) -> str:
+    """A whole page: the templates `parts` (.html, .css, .js) behind the shared ones; `blocks` of `json_text` by id."""
+    body, style, script = (
+        "".join(template(part) for part in (*shared, *parts) if part.endswith(kind))
+        for kind, shared in ((".html", ()), (".css", ("page.css",)), (".js", ("page.js",)))
+    )
+    assert not any("<" in text for text in blocks.values()), "a block must come from json_text"
     return "\n".join(
         [
             "<!doctype html>",
@@ -65,8 +62,8 @@ def html_page(title: str, name: str, data: Mapping[str, Any]) -> str:
             f"<title>{html.escape(title.encode('utf-8', 'replace').decode())}</title>",
             f"<style>{style}</style>",
             "</head>",
-            f"<body>\n{template(f'{name}.html')}",
-            *blocks,
+            f"<body>\n{body}",
+            *(f'<script type="application/json" id="{id}">{text}</script>' for id, text in blocks.items()),
             f"<script>{script}</script>",
             "</body>",
             "</html>",
