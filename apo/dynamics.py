@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,9 +59,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def series(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric over training."""
+    """Steps and values of one metric over training; NaN where a log holds no number."""
     points = [(row["step"], row[key]) for row in rows if key in row]
-    return [step for step, _ in points], [value for _, value in points]
+    return [step for step, _ in points], [math.nan if value is None else value for _, value in points]
 
 
 def settled_logps(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
@@ -71,5 +72,7 @@ def settled_logps(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[in
     """
     steps, logps = series(rows, f"logps/{name}")
     ratios = series(rows, f"logratios/{name}")[1]
-    reference = sum(logp - ratio for logp, ratio in zip(logps, ratios, strict=True)) / max(len(logps), 1)
+    references = [logp - ratio for logp, ratio in zip(logps, ratios, strict=True)]
+    references = [reference for reference in references if not math.isnan(reference)]
+    reference = sum(references) / max(len(references), 1)
     return steps, [reference + ratio for ratio in ratios]

@@ -88,6 +88,7 @@ def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
     Raises UserError where there are no safetensors, or the weights do not fit the config.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     dtype = options.pop("dtype", "float32")
@@ -95,7 +96,7 @@ def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
     options = {"use_safetensors": True, "trust_remote_code": name.trust_remote_code, **options}
     try:
         model = AutoModelForCausalLM.from_pretrained(name.base, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {name.base} cannot be loaded: {_first_words(error)}") from error
     if not name.is_adapter:
         return model
@@ -103,7 +104,7 @@ def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
 
     try:
         return PeftModel.from_pretrained(model, name.path, is_trainable=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"adapter {name.path} does not fit {name.base}: {_first_words(error)}") from error
 
 

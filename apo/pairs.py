@@ -58,7 +58,7 @@ def load_eval(sources: Sequence[Source], which: bool | str) -> Dataset | None:
     if not found and which is not True:
         names = ", ".join(split_names(sources[0].path))
         raise UserError(f"eval: no dataset has a split {split!r}; found: {names}; eval: false trains without")
-    parts = [part for part in (_load(path, split) for path in found) if len(part)]
+    parts = [part for part in (_load_unless_empty(path, split) for path in found) if part is not None]
     return concatenate_datasets(parts) if parts else None
 
 
@@ -98,6 +98,16 @@ def _load(path: str, split: str) -> Dataset:
         raise UserError(f"dataset {path}, split {split!r}: {' '.join(str(error).split())[:300]}") from error
     _check_columns(pairs, path)
     return pairs.select_columns([column for column in _KEPT if column in pairs.column_names])
+
+
+def _load_unless_empty(path: str, split: str) -> Dataset | None:
+    try:
+        pairs = _load(path, split)
+    except UserError as error:
+        if "corresponds to no data" in str(error):  # what `datasets` says of a Parquet split without rows
+            return None
+        raise
+    return pairs if len(pairs) else None
 
 
 def _check_columns(pairs: Dataset, path: str) -> None:

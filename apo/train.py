@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, field_serializer, field_validator
+from pydantic import BeforeValidator, Field, field_serializer, field_validator
 
 from apo import model as models
 from apo import run as runs
@@ -44,12 +44,19 @@ class LoRA(Recipe):
     """Module names, or `all-linear`: every linear layer but the LM head."""
 
 
+def _listed(value: Any) -> Any:
+    """A recipe's `dataset` as a list of sources, so that an error names the key and not an arm of a union."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return [{"path": one} if isinstance(one, str) else one for one in values]
+
+
 class TrainConfig(Recipe):
     """A training recipe. See docs/training.md."""
 
     model: str
     """A model folder, a folder with a LoRA adapter to train on, or a hub name."""
-    dataset: str | Source | list[Source]
+    dataset: Annotated[list[Source], BeforeValidator(_listed)]
+    """One source or several; a text is a source's path."""
     objective: str | Callable[..., Any] = "apo_zero"
     """An objective's name; from Python also a function."""
     beta: Annotated[float, Field(gt=0)] = 0.1
@@ -75,13 +82,6 @@ class TrainConfig(Recipe):
         from apo.objectives import objective_of
 
         return objective_of(value).name
-
-    @property
-    def sources(self) -> list[Source]:
-        """The datasets, however they were written."""
-        if isinstance(self.dataset, list):
-            return self.dataset
-        return [self.dataset if isinstance(self.dataset, Source) else Source(path=self.dataset)]
 
 
 def trainer_options(config: TrainConfig, *, has_eval: bool) -> APOConfig:
@@ -161,7 +161,7 @@ def plan(config: TrainConfig) -> Plan:
     if name.is_adapter and config.lora:
         raise UserError(f"model {config.model} is an adapter and is trained on as it is; leave `lora` out, or merge it")
     tokenizer = models.load_tokenizer(name)
-    train_pairs, eval_pairs = load_train(config.sources, config.seed), load_eval(config.sources, config.eval)
+    train_pairs, eval_pairs = load_train(config.dataset, config.seed), load_eval(config.dataset, config.eval)
     args = trainer_options(config, has_eval=eval_pairs is not None)
     if eval_pairs is None and args.eval_strategy != "no":
         raise UserError("trainer.eval_strategy is set but there are no held-out pairs; set `eval`, or leave it out")

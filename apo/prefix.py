@@ -1,0 +1,333 @@
+"""Shared prefixes: one row for many pairs, no padding, each prompt run once, exact.
+
+A pair becomes `shared, chosen rest, rejected rest`: `shared` is the longest common prefix of both sequences, prompt and
+any common beginning of the responses. Positions of the rejected rest go on from the shared part, and it attends to the
+shared part and to itself, never to the chosen rest. Pairs stand one behind the other in a single row and do not see
+each other. The LM head is applied to response positions only; the log-prob of a shared response token counts for both.
+
+Attention is split into one call for `shared + chosen` and one for `rejected` of each pair, put in through transformers'
+AttentionInterface, so that any model whose attention goes through it works: grouped queries, sliding windows and soft
+caps included.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from apo.logps import Batch, PairLogps, examples_of
+
+NAME = "shared_prefix"
+_BEFORE = "_attention_before_shared_prefix"
+_HEAD_CHUNK = 1024
+"""Rows of the LM head at once: logits of this many positions are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one pair stands in the row: `shared` tokens from `start`, then `chosen` and `rejected` more."""
+
+    start: int
+    shared: int
+    chosen: int
+    rejected: int
+
+
+@dataclass
+class Layout:
+    """A packed row. `rows` and `labels` say which hidden states predict which tokens, [M]; `owner` whose they are.
+
+    `owner` is 3 * pair + (0 for a response token both share, 1 for chosen, 2 for rejected).
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    spans: list[Span]
+    rows: torch.Tensor
+    labels: torch.Tensor
+    owner: torch.Tensor
+    lengths: torch.Tensor
+    masks: dict[tuple[Span, str, int | None], torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs stand in the row."""
+        return len(self.spans)
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    for place, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return place
+    return min(len(first), len(second))
+
+
+def tokens_of(example: dict[str, list[int]]) -> int:
+    """How many tokens a pair takes in a packed row."""
+    prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
+    return len(prompt) + len(chosen) + len(rejected) - common_prefix(chosen, rejected)
+
+
+def lay_out(examples: Sequence[dict[str, list[int]]], device: torch.device | str = "cpu") -> Layout:
+    """Pack pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`) into one row, in their order.
+
+    Raises ValueError for a pair with an empty prompt or response: nothing would predict its first token.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    spans: list[Span] = []
+    rows: list[int] = []
+    labels: list[int] = []
+    owner: list[int] = []
+    for pair, example in enumerate(examples):
+        prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
+        if not (prompt and chosen and rejected):
+            raise ValueError("a pair with an empty prompt or response cannot be packed")
+        both = common_prefix(chosen, rejected)
+        shared, start = len(prompt) + both, len(ids)
+        span = Span(start, shared, len(chosen) - both, len(rejected) - both)
+        spans.append(span)
+        ids += [*prompt, *chosen, *rejected[both:]]
+        positions += [*range(shared + span.chosen), *range(shared, shared + span.rejected)]
+        last = start + shared - 1
+        rows += range(start + len(prompt) - 1, last)
+        labels += chosen[:both]
+        owner += [3 * pair] * both
+        for which, rest, first in ((1, chosen[both:], last + 1), (2, rejected[both:], last + 1 + span.chosen)):
+            if rest:
+                rows += [last, *range(first, first + len(rest) - 1)]
+                labels += rest
+                owner += [3 * pair + which] * len(rest)
+    lengths = [[len(example["chosen_ids"]), len(example["rejected_ids"])] for example in examples]
+    tensors = [torch.tensor(values, device=device) for values in (ids, positions, rows, labels, owner, lengths)]
+    return Layout(tensors[0][None], tensors[1][None], spans, *tensors[2:])
+
+
+def bins_of(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Places of `sizes` in few bins of at most `most`, by first-fit decreasing; a larger one has a bin of its own."""
+    bins: list[tuple[int, list[int]]] = []
+    for place in sorted(range(len(sizes)), key=lambda p: (-sizes[p], p)):
+        for index, (filled, places) in enumerate(bins):
+            if filled + sizes[place] <= most:
+                places.append(place)
+                bins[index] = (filled + sizes[place], places)
+                break
+        else:
+            bins.append((sizes[place], [place]))
+    return [sorted(places) for _, places in bins]
+
+
+# ---- attention
+
+
+def split_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    shared_prefix: Layout | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a packed row, or transformers' own for any other input. [1, heads, T, d] -> [1, T, heads, d]."""
+    if shared_prefix is None:
+        given = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
+        return _as_before(module, query, key, value, attention_mask, **given, **options)
+    attend = _capped(softcap) if softcap is not None else scaled_dot_product_attention
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    parts = []
+    for span in shared_prefix.spans:
+        middle = span.start + span.shared
+        end = middle + span.chosen
+        first = slice(span.start, end)
+        masked = softcap is not None or (sliding_window is not None and end - span.start > sliding_window)
+        mask = _mask(shared_prefix, span, "chosen", sliding_window) if masked else None
+        parts.append(
+            attend(
+                query[:, :, first], key[:, :, first], value[:, :, first], attn_mask=mask, dropout_p=dropout,
+                is_causal=mask is None, scale=scale,
+            )
+        )  # fmt: skip
+        if span.rejected:
+            second = slice(end, end + span.rejected)
+            keys, values = (torch.cat([t[:, :, span.start : middle], t[:, :, second]], dim=2) for t in (key, value))
+            mask = _mask(shared_prefix, span, "rejected", sliding_window)
+            parts.append(attend(query[:, :, second], keys, values, attn_mask=mask, dropout_p=dropout, scale=scale))
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _as_before(module: torch.nn.Module, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+    """The attention that the model had before `share_prefixes`, for input that is not packed."""
+    if mask is not None and mask.numel() == 1:
+        raise RuntimeError("the model does not hand its options on to its attention")
+    if getattr(module.config, _BEFORE) != "eager":
+        return AttentionInterface()["sdpa"](module, query, key, value, mask, **options)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, mask, **options)
+
+
+def _mask(layout: Layout, span: Span, branch: str, window: int | None) -> torch.Tensor:
+    """Which keys each query of a branch sees, [queries, keys]; made once a row and used by every layer."""
+    place = (span, branch, window)
+    if place not in layout.masks:
+        device = layout.input_ids.device
+        keys = torch.arange(span.shared + (span.chosen if branch == "chosen" else span.rejected), device=device)
+        queries = keys if branch == "chosen" else keys[span.shared :]
+        seen = keys[None] <= queries[:, None]
+        layout.masks[place] = seen if window is None else seen & (queries[:, None] - keys[None] < window)
+    return layout.masks[place]
+
+
+def _capped(softcap: float) -> Callable[..., torch.Tensor]:
+    """Attention with a soft cap on the scores (Gemma 2), which no fused kernel offers on a CPU."""
+
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attn_mask: torch.Tensor, dropout_p: float,
+        scale: float, is_causal: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
+        weights = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min).float().softmax(-1).to(query.dtype)
+        return torch.dropout(weights, dropout_p, train=dropout_p > 0) @ value
+
+    return attend
+
+
+AttentionInterface.register(NAME, split_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+# ---- the LM head on response positions
+
+
+class _HeadLogps(torch.autograd.Function):
+    """log softmax(scale * hidden @ weight.T + bias)[label], [M], chunk by chunk; logits are made anew for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, labels: Any, scale: float, softcap: float | None) -> Any:
+        logps, normalizers = [], []
+        for rows, wanted in zip(hidden.split(_HEAD_CHUNK), labels.split(_HEAD_CHUNK), strict=True):
+            logits, _ = _logits(rows, weight, bias, scale, softcap)
+            normalizer = logits.logsumexp(-1)
+            logps.append(logits.gather(-1, wanted[:, None]).squeeze(-1) - normalizer)
+            normalizers.append(normalizer)
+        ctx.save_for_backward(hidden, weight, bias, labels, torch.cat(normalizers))
+        ctx.scale, ctx.softcap = scale, softcap
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        hidden, weight, bias, labels, normalizers = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
+        for start in range(0, len(hidden), _HEAD_CHUNK):
+            part = slice(start, start + _HEAD_CHUNK)
+            logits, capped = _logits(hidden[part], weight, bias, ctx.scale, ctx.softcap)
+            slope = logits.sub_(normalizers[part, None]).exp_().neg_()
+            slope.scatter_add_(-1, labels[part, None], torch.ones_like(slope[:, :1]))
+            slope.mul_(grad[part, None].float())
+            if capped is not None:
+                slope.mul_(1 - capped.square())
+            slope = slope.mul_(ctx.scale).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(slope, weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight += slope.T @ hidden[part]
+            if grad_bias is not None:
+                grad_bias += slope.sum(0)
+        cast = (None if g is None else g.to(t.dtype) for g, t in ((grad_weight, weight), (grad_bias, bias)))
+        return grad_hidden, *cast, None, None, None
+
+
+def _logits(rows: Any, weight: Any, bias: Any, scale: float, softcap: float | None) -> tuple[Any, Any]:
+    """Logits in float32, and tanh(logits / softcap) where there is a cap."""
+    logits = torch.nn.functional.linear(rows, weight, bias).float()
+    logits = logits if scale == 1.0 else logits.mul_(scale)
+    if softcap is None:
+        return logits, None
+    capped = torch.tanh(logits / softcap)
+    return capped * softcap, capped
+
+
+def head_logps(model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Log-probs of `labels` [M] predicted by `hidden` [M, h], in nats, float32."""
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    weight, bias = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in (head.weight, head.bias))
+    return _HeadLogps.apply(
+        hidden.to(weight.dtype), weight, bias, labels, _logit_scale(config),
+        getattr(config, "final_logit_softcapping", None),
+    )  # fmt: skip
+
+
+def _logit_scale(config: Any) -> float:
+    """What a family multiplies its logits by: Cohere's `logit_scale`, Granite divides by `logits_scaling`."""
+    if getattr(config, "logit_scale", None) is not None:
+        return float(config.logit_scale)
+    dividing = getattr(config, "logits_scaling", None)
+    return 1.0 if dividing is None else 1.0 / float(dividing)
+
+
+# ---- the model
+
+
+def share_prefixes(model: torch.nn.Module) -> None:
+    """Let a causal model, not yet wrapped by DDP or FSDP, be asked with `shared_prefix=layout`; nothing else changes.
+
+    Asked so, it returns the log-probs [M] of the layout's labels.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(base, "_shares_prefixes", False):
+        return
+    before = base.forward
+
+    def forward(self: Any, *args: Any, shared_prefix: Layout | None = None, **options: Any) -> Any:
+        if shared_prefix is None:
+            return before(*args, **options)
+        backbone = getattr(self, self.base_model_prefix)
+        hidden = backbone(*args, shared_prefix=shared_prefix, **options).last_hidden_state
+        return head_logps(self, hidden[0, shared_prefix.rows], shared_prefix.labels)
+
+    base.forward = types.MethodType(forward, base)
+    base._shares_prefixes = True
+    for module in base.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) in ("sdpa", "eager"):
+            setattr(config, _BEFORE, config._attn_implementation)
+            config._attn_implementation = NAME
+
+
+def packed_logps(model: torch.nn.Module, layout: Layout) -> PairLogps:
+    """`PairLogps` of the pairs in a packed row, by a model that shares prefixes."""
+    unused = torch.ones(1, 1, 1, 1, device=layout.input_ids.device)  # a mask of 4 dimensions is handed on untouched
+    logps = model(
+        input_ids=layout.input_ids, position_ids=layout.position_ids, attention_mask=unused, use_cache=False,
+        shared_prefix=layout,
+    )  # fmt: skip
+    sums = logps.new_zeros(3 * layout.pairs).index_add(0, layout.owner, logps).view(-1, 3)
+    return PairLogps(sums[:, 0] + sums[:, 1], sums[:, 0] + sums[:, 2], *layout.lengths.T)
+
+
+def shared_prefix_logps(model: torch.nn.Module, batch: Batch, **options: Any) -> PairLogps:
+    """`PairLogps` of a stacked batch by packing it into one row: the fast twin of `stacked_logps`."""
+    if options:
+        raise ValueError(f"{', '.join(options)} cannot be asked for with shared prefixes")
+    return packed_logps(model, lay_out(examples_of(batch), batch["input_ids"].device))

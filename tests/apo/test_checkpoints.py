@@ -1,0 +1,103 @@
+"""A checkpoint is whole or is not there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from apo.checkpoints import MARKER, UNFINISHED, checkpoints, find_newest, finish, problem_of
+
+
+def write(out, step, resumable=True):
+    folder = out / UNFINISHED / f"checkpoint-{step}"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights" * step)
+    (folder / "sub" / "optimizer.pt").write_bytes(b"state")
+    finish(folder, out / f"checkpoint-{step}", resumable=resumable)
+    return out / f"checkpoint-{step}"
+
+
+def test_the_newest_is_the_highest_step_not_the_last_in_the_alphabet(tmp_path):
+    for step in (9, 100, 20):
+        write(tmp_path, step)
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-20", "checkpoint-100"]
+    search = find_newest(tmp_path)
+    assert (search.newest, search.notes) == (tmp_path / "checkpoint-100", [])
+    assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_an_empty_folder_has_none(tmp_path):
+    assert find_newest(tmp_path).newest is None
+
+
+def truncated(folder):
+    (folder / "model.safetensors").write_bytes(b"weig")
+
+
+def grown(folder):
+    (folder / "model.safetensors").write_bytes(b"weights" * 99)
+
+
+def lost(folder):
+    (folder / "sub" / "optimizer.pt").unlink()
+
+
+def unmarked(folder):
+    (folder / MARKER).unlink()
+
+
+def marker_torn(folder):
+    (folder / MARKER).write_text('{"resumable": true, "fil')
+
+
+def marker_of_another_kind(folder):
+    (folder / MARKER).write_text(json.dumps(["model.safetensors"]))
+
+
+@pytest.mark.parametrize("damage", [truncated, grown, lost, unmarked, marker_torn, marker_of_another_kind])
+def test_a_damaged_checkpoint_is_set_aside_and_said_and_the_one_before_it_taken(tmp_path, damage):
+    older, newer = write(tmp_path, 5), write(tmp_path, 10)
+    damage(newer)
+    search = find_newest(tmp_path)
+    assert search.newest == older
+    assert search.notes[0].startswith("set aside checkpoint-10 as incomplete-checkpoint-10: ")
+    assert (tmp_path / "incomplete-checkpoint-10").is_dir()
+    assert not newer.exists()
+    assert find_newest(tmp_path).notes == []
+
+
+def test_a_second_damaged_one_gets_another_name(tmp_path):
+    for _ in range(2):
+        truncated(write(tmp_path, 3))
+        assert find_newest(tmp_path).newest is None
+    assert (tmp_path / "incomplete-checkpoint-3-2").is_dir()
+
+
+def test_what_was_being_written_is_removed_and_said(tmp_path):
+    whole = write(tmp_path, 5)
+    (tmp_path / UNFINISHED / "checkpoint-10").mkdir(parents=True)
+    (tmp_path / UNFINISHED / "checkpoint-10" / "model.safetensors").write_bytes(b"half")
+    search = find_newest(tmp_path)
+    assert search.newest == whole
+    assert search.notes == ["removed checkpoint-10, which was being written when the run was stopped"]
+    assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_a_model_without_trainer_state_is_not_gone_on_from_and_stays(tmp_path):
+    resumable = write(tmp_path, 5)
+    model_only = write(tmp_path, 10, resumable=False)
+    search = find_newest(tmp_path)
+    assert search.newest == resumable
+    assert search.notes == ["cannot go on from checkpoint-10: it holds the model only (save_only_model)"]
+    assert model_only.is_dir()
+
+
+def test_a_step_saved_twice_keeps_the_complete_one(tmp_path):
+    first = write(tmp_path, 5)
+    before = (first / MARKER).stat().st_mtime_ns
+    write(tmp_path, 5)
+    assert (first / MARKER).stat().st_mtime_ns == before
+    truncated(first)
+    write(tmp_path, 5)
+    assert problem_of(first) is None

@@ -1,0 +1,396 @@
+"""One recipe in, one trained model out: what is written, what is refused, what is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from apo import cli
+from apo.pairs import Source, load_eval, load_train
+from apo.train import LoRA, TrainConfig, plan, train
+from clair.recipe import UserError, load_recipe
+from tests.apo.conftest import make_model, make_pairs, make_tokenizer
+
+TRAINER = {"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 2}
+
+
+def write_jsonl(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A dataset folder of 24 pairs with 6 held out, as `clair build` lays it out."""
+    out = tmp_path_factory.mktemp("pairs")
+    (out / "data").mkdir()
+    for split, rows in (("train", make_pairs(24)), ("test", make_pairs(6, seed=5))):
+        Dataset.from_list(rows).to_parquet(out / "data" / f"{split}-00000-of-00001.parquet")
+    return out
+
+
+@pytest.fixture
+def recipe(tmp_path, model_dir, folder):
+    """A recipe's keys, to be changed by a test."""
+    return {"model": str(model_dir), "dataset": str(folder), "trainer": dict(TRAINER), "out": str(tmp_path / "run")}
+
+
+def run(recipe, **changes):
+    told: list[str] = []
+    return train(TrainConfig(**{**recipe, **changes}), tell=told.append), told
+
+
+def test_a_run_leaves_a_model_its_numbers_and_a_picture(recipe):
+    found, _ = run(recipe)
+    out = Path(recipe["out"])
+    assert found == json.loads((out / "run.json").read_text())
+    assert found["recipe"]["objective"] == "apo_zero"
+    assert found["data"]["train"] == {"pairs": 24, "dropped": {}}
+    assert found["data"]["eval"] == {"pairs": 6, "dropped": {}}
+    assert found["steps"] == 6
+    assert {"loss", "eval_loss", "rewards/margins", "eval_rewards/accuracies", "chosen_falls"} <= set(found["metrics"])
+    assert found["metrics"]["eval_rewards/margins"] > 0
+    assert found["provenance"]["versions"]["trl"].startswith("1.16")
+    assert found["seconds"] > 0
+    assert (out / "dynamics.png").read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 4, 6]
+    assert not list(out.rglob("training_args.bin"))
+    assert not list(out.rglob("*.bin"))
+    assert not [f for f in out.iterdir() if f.name.startswith(".")]
+
+
+def test_the_model_left_is_the_trained_one_and_generates_with_its_tokenizer(recipe, model_dir):
+    run(recipe)
+    out = recipe["out"]
+    tuned, base = AutoModelForCausalLM.from_pretrained(out), AutoModelForCausalLM.from_pretrained(model_dir)
+    assert not torch.equal(tuned.lm_head.weight, base.lm_head.weight)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "what is one"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    assert tuned.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+    assert tuned.generation_config.eos_token_id == 3
+
+
+def test_the_card_says_what_was_done(recipe):
+    run(recipe, objective="apo_down", beta=0.2)
+    card = (Path(recipe["out"]) / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == recipe["model"]
+    assert "apo_down" in head["tags"]
+    assert "trained with apo_down (beta 0.2) on 24 preference pairs for 6 steps" in card
+    assert "![Chosen and rejected over training](dynamics.png)" in card
+
+
+def test_lora_leaves_an_adapter_that_can_be_trained_on(recipe, tmp_path):
+    run(recipe, lora=LoRA(r=4, alpha=8))
+    out = Path(recipe["out"])
+    assert (out / "adapter_model.safetensors").exists()
+    assert not (out / "model.safetensors").exists()
+    assert "AutoPeftModelForCausalLM" in (out / "README.md").read_text()
+    second, _ = run(recipe, model=str(out), out=str(tmp_path / "second"))
+    first_line = json.loads((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first_line["rewards/chosen"] == 0  # its own start is its reference
+    assert second["metrics"]["loss"] < 1
+
+
+def test_lora_dropout_is_not_lost(recipe):
+    from apo.train import build_trainer
+
+    trainer = build_trainer(plan(TrainConfig(**recipe, lora={"dropout": 0.25})))
+    found = {m.p for name, m in trainer.model.named_modules() if "lora_dropout.default" in name}
+    assert found == {0.25}
+
+
+def test_a_finished_run_is_not_done_again(recipe):
+    first, _ = run(recipe)
+    again, told = run(recipe)
+    assert again == first
+    assert told == [f"{recipe['out']} is finished; nothing to do"]
+
+
+def test_a_users_function_trains_from_python(recipe):
+    def hinge(chosen, rejected, *, beta):
+        return (1 - beta * (chosen - rejected)).relu()
+
+    found, _ = run(recipe, objective=hinge)
+    assert found["recipe"]["objective"] == "hinge"
+
+
+def test_pairs_too_long_are_counted_in_the_outputs(recipe):
+    found, _ = run(recipe, trainer={**TRAINER, "max_length": 22})
+    dropped = found["data"]["train"]["dropped"]["too_long"]
+    assert 0 < dropped < 24
+    assert found["data"]["train"]["pairs"] == 24 - dropped
+    assert f"{dropped} too long" in (Path(recipe["out"]) / "README.md").read_text()
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
+    before = sorted(tmp_path.rglob("*"))
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr("sys.argv", ["apo", "train", str(path), "--dry-run", "--set", "trainer.max_steps=-1"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    told = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert yaml.safe_load(told)["beta"] == 0.1
+    assert "# train: 24 pairs" in told
+    assert "# steps: 18 of 4 pairs" in told
+    assert sorted(tmp_path.rglob("*")) == [*before, path]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "trainer", "steps"),
+    [
+        (24, {}, 9), (24, {"num_train_epochs": 1}, 3), (25, {"num_train_epochs": 2}, 8),
+        (25, {"dataloader_drop_last": True}, 9), (26, {"gradient_accumulation_steps": 3}, 6), (24, {"max_steps": 5}, 5),
+        (24, {"num_train_epochs": 1.5}, 5),
+    ],
+)  # fmt: skip
+def test_the_planned_steps_are_those_trained(recipe, tmp_path, pairs, trainer, steps):
+    data = write_jsonl(tmp_path / "pairs.jsonl", make_pairs(pairs))
+    config = TrainConfig(**{**recipe, "dataset": str(data), "trainer": {"per_device_train_batch_size": 8, **trainer}})
+    assert plan(config).steps == steps
+    found = train(config, tell=lambda _: None)
+    rows = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["step"] == found["steps"] == steps
+
+
+# Where pairs come from
+
+
+def test_weights_say_how_often_each_pair_is_seen(tmp_path):
+    one = write_jsonl(tmp_path / "one.jsonl", make_pairs(10))
+    two = write_jsonl(tmp_path / "two.jsonl", [{**row, "id": "q" + row["id"]} for row in make_pairs(8, seed=3)])
+    sources = [Source(path=str(one), weight=2), Source(path=str(two), weight=0.5)]
+    ids = load_train(sources, seed=0)["id"][:]
+    assert sorted(ids[:20]) == sorted([f"p{i}" for i in range(10)] * 2)
+    assert len(ids) == 24
+    assert len(set(ids[20:])) == 4
+    assert ids == load_train(sources, seed=0)["id"][:]
+    assert ids != load_train(sources, seed=1)["id"][:]
+
+
+def test_held_out_pairs_are_the_test_split_another_or_none(folder, tmp_path):
+    source = Source(path=str(folder))
+    assert len(load_eval([source], True)) == 6
+    assert len(load_eval([source], "train")) == 24
+    assert load_eval([source], False) is None
+    lone = Source(path=str(write_jsonl(tmp_path / "lone.jsonl", make_pairs(3))))
+    assert load_eval([lone], True) is None
+    assert len(load_eval([lone, source], True)) == 6
+    with pytest.raises(UserError, match="no dataset has a split 'dev'; found: train, test"):
+        load_eval([source], "dev")
+
+
+def test_an_empty_test_split_is_no_test_split(tmp_path):
+    (tmp_path / "data").mkdir()
+    rows = Dataset.from_list(make_pairs(4))
+    rows.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    rows.select([]).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+    assert load_eval([Source(path=str(tmp_path))], True) is None
+
+
+def test_the_published_clair_format_is_read(tmp_path, recipe):
+    rows = []
+    for row in make_pairs(8):
+        prompt = row["prompt"][0]["content"]
+        turns = {name: [{"role": "user", "content": prompt}, *row[name]] for name in ("chosen", "rejected")}
+        rows.append({"prompt": prompt, **turns, "rational": "because"})
+    data = write_jsonl(tmp_path / "published.jsonl", rows)
+    published = plan(TrainConfig(**{**recipe, "dataset": str(data)}))
+    plain = plan(TrainConfig(**{**recipe, "dataset": str(write_jsonl(tmp_path / "plain.jsonl", make_pairs(8)))}))
+    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        assert published.train.dataset[column][:] == plain.train.dataset[column][:]
+
+
+# Bad input: one line, before any work, nothing harmed
+
+
+def broken_model(tmp_path, name, tokenizer=None, model=True):
+    where = tmp_path / name
+    if model:
+        make_model().save_pretrained(where)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(where)
+    return str(where)
+
+
+def no_template(tmp_path, recipe):
+    recipe["model"] = broken_model(tmp_path, "m", make_tokenizer(template=None))
+
+
+def no_end_of_turn(tmp_path, recipe):
+    recipe["model"] = broken_model(tmp_path, "m", make_tokenizer(eos=None))
+
+
+def no_tokenizer(tmp_path, recipe):
+    recipe["model"] = broken_model(tmp_path, "m")
+
+
+def no_config(tmp_path, recipe):
+    recipe["model"] = broken_model(tmp_path, "m", make_tokenizer(), model=False)
+
+
+def pickled_weights(tmp_path, recipe):
+    recipe["model"] = broken_model(tmp_path, "m", make_tokenizer())
+    (tmp_path / "m" / "model.safetensors").unlink()
+    torch.save(make_model().state_dict(), tmp_path / "m" / "pytorch_model.bin")
+
+
+def vocabulary_too_large(tmp_path, recipe):
+    make_model(vocab_size=20).save_pretrained(tmp_path / "m")
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    recipe["model"] = str(tmp_path / "m")
+
+
+def damaged_weights(tmp_path, recipe):
+    recipe["model"] = broken_model(tmp_path, "m", make_tokenizer())
+    file = tmp_path / "m" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:3000])
+
+
+def pickled_adapter(tmp_path, recipe):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": recipe["model"]}))
+    (tmp_path / "a" / "adapter_model.bin").write_bytes(b"pickle")
+    recipe["model"] = str(tmp_path / "a")
+
+
+def rows_are(change):
+    def apply(tmp_path, recipe):
+        recipe["dataset"] = str(write_jsonl(tmp_path / "pairs.jsonl", change(make_pairs(4))))
+
+    return apply
+
+
+def keys_are(**changes):
+    def apply(tmp_path, recipe):
+        recipe.update(changes)
+
+    return apply
+
+
+def another_run(tmp_path, recipe):
+    train(TrainConfig(**recipe), tell=lambda _: None)
+    recipe["beta"] = 0.3
+
+
+def stranger(tmp_path, recipe):
+    Path(recipe["out"]).mkdir()
+    (Path(recipe["out"]) / "thesis.tex").write_text("years of work")
+
+
+def without(column):
+    return lambda rows: [{key: value for key, value in row.items() if key != column} for row in rows]
+
+
+def equal_in_one_row(rows):
+    rows[2]["chosen"] = rows[2]["rejected"]
+    return rows
+
+
+def number_as_prompt(rows):
+    return [{**row, "prompt": 7} for row in rows]
+
+
+BAD_INPUT = {
+    "misspelt key": (keys_are(objectve="dpo"), "unknown key 'objectve' (did you mean 'objective'?)"),
+    "misspelt trainer key": (keys_are(trainer={"learning_rat": 1}), "did you mean 'learning_rate'?"),
+    "trainer value of a wrong kind": (keys_are(trainer={"warmup_steps": "few"}), "trainer.warmup_steps: Input should"),
+    "trainer value TRL refuses": (keys_are(trainer={"logging_steps": 0}), "trainer: logging strategy"),
+    "key of the top under trainer": (keys_are(trainer={"beta": 1}), "trainer.beta: the recipe says it at its top"),
+    "output_dir": (keys_are(trainer={"output_dir": "x"}), "the recipe says it at its top, as 'out'"),
+    "push_to_hub": (keys_are(trainer={"push_to_hub": True}), "trainer.push_to_hub is not offered"),
+    "loss_type beside objective": (keys_are(trainer={"loss_type": "sigmoid"}), "trainer.loss_type would be ignored"),
+    "label_smoothing": (keys_are(trainer={"label_smoothing": 0.0}), "trainer.label_smoothing would be ignored"),
+    "unknown objective": (keys_are(objective="apo_zer"), "unknown objective 'apo_zer' (did you mean 'apo_zero'?)"),
+    "beta 0": (keys_are(beta=0), "beta: Input should be greater than 0"),
+    "beta below 0": (keys_are(beta=-0.1), "beta: Input should be greater than 0"),
+    "lora rank 0": (keys_are(lora={"r": 0}), "lora.r: Input should be greater than 0"),
+    "lora on nothing": (keys_are(lora={"target_modules": ["nope"]}), "Target modules {'nope'} not found"),
+    "lora on the head": (keys_are(lora={"target_modules": ["lm_head"]}), "adapter to `lm_head` is not supported"),
+    "eval without held-out pairs": (keys_are(eval=False, trainer={"eval_strategy": "epoch"}), "no held-out pairs"),
+    "eval of no split": (keys_are(eval="dev"), "no dataset has a split 'dev'; found: train, test"),
+    "model not there": (keys_are(model="./nowhere"), "model folder ./nowhere does not exist"),
+    "model without config": (no_config, "has no config.json"),
+    "model without tokenizer": (no_tokenizer, "no tokenizer can be loaded"),
+    "model without chat template": (no_template, "has no chat template"),
+    "tokenizer without end of turn": (no_end_of_turn, "has no eos_token"),
+    "pickled weights": (pickled_weights, "cannot be loaded"),
+    "damaged weights": (damaged_weights, "cannot be loaded"),
+    "pickled adapter": (pickled_adapter, "only safetensors are read"),
+    "vocabulary too large": (vocabulary_too_large, "has 20 embeddings but its tokenizer has ids up to"),
+    "dataset not there": (keys_are(dataset="./nowhere.jsonl"), "dataset ./nowhere.jsonl does not exist"),
+    "hub dataset without network": (keys_are(dataset="nobody/nothing"), "dataset 'nobody/nothing'"),
+    "no such split": (keys_are(dataset={"path": "PAIRS", "split": "dev"}), "split 'dev'"),
+    "empty file": (rows_are(lambda rows: []), "pairs.jsonl"),
+    "one row": (rows_are(lambda rows: rows[:1]), "has 1 row(s) to train on; at least 2 are needed"),
+    "missing column": (rows_are(without("chosen")), "columns found: id, prompt, rejected"),
+    "prompt that is not text": (rows_are(number_as_prompt), "pairs.jsonl"),
+    "chosen equal to rejected": (rows_are(equal_in_one_row), "row 2 (id p2): chosen is equal to rejected"),
+    "everything too long": (keys_are(trainer={"max_length": 5}), "0 pair(s) are left to train on: 24 are longer than"),
+    "weight 0": (keys_are(dataset=[{"path": "PAIRS", "weight": 0}]), "weight: Input should be greater than 0"),
+    "another recipe's run": (another_run, "holds the run of another recipe (changed: beta)"),
+    "a folder of something else": (stranger, "holds files but no run of `apo train` (thesis.tex)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2_before_any_work(case, tmp_path, recipe, folder, capsys, monkeypatch):
+    spoil, message = BAD_INPUT[case]
+    spoil(tmp_path, recipe)
+    capsys.readouterr()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe).replace("PAIRS", str(folder)))
+    before = snapshot(Path(recipe["out"]))
+    monkeypatch.setattr("sys.argv", ["apo", "train", str(path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    told = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert told.startswith("error: ")
+    assert "\n" not in told
+    assert message in told
+    assert snapshot(Path(recipe["out"])) == before
+
+
+def snapshot(out: Path):
+    return {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in out.rglob("*") if file.is_file()}
+
+
+def test_a_recipe_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_recipe(TrainConfig, tmp_path / "none.yaml")
+
+
+def test_pairs_that_changed_under_a_stopped_run_are_told(recipe, tmp_path):
+    data = write_jsonl(tmp_path / "pairs.jsonl", make_pairs(12))
+    recipe["dataset"] = str(data)
+    found, _ = run(recipe)
+    out = Path(recipe["out"])
+    (out / "run.json").write_text(json.dumps({k: v for k, v in found.items() if k != "finished"}))
+    write_jsonl(data, make_pairs(12, seed=8))
+    with pytest.raises(UserError, match="the dataset has changed since"):
+        run(recipe)
+
+
+def test_several_splits_by_hand_written_folder(tmp_path, recipe):
+    saved = DatasetDict({"train": Dataset.from_list(make_pairs(6)), "test": Dataset.from_list(make_pairs(2, seed=4))})
+    for split, rows in saved.items():
+        rows.to_json(tmp_path / f"{split}.jsonl")
+    where = tmp_path / "mine"
+    where.mkdir()
+    for split in saved:
+        shutil.move(tmp_path / f"{split}.jsonl", where / f"{split}.jsonl")
+    planned = plan(TrainConfig(**{**recipe, "dataset": str(where)}))
+    assert planned.counts() == {"train": {"pairs": 6, "dropped": {}}, "eval": {"pairs": 2, "dropped": {}}}
