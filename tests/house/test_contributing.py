@@ -1,0 +1,83 @@
+"""docs/contributing.md is followed to the letter: every step in a copy of the project, and every command run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.house.pages import ROOT, Block, blocks, pages
+
+PAGE = "docs/contributing.md"
+
+
+def ways() -> dict[str, list[Block]]:
+    """The blocks of each `## Add ...` that has commands at its end."""
+    text = pages()[PAGE]
+    heads = [(text.count("\n", 0, m.start()) + 1, m[1]) for m in re.finditer(r"^## (.*)$", text, re.MULTILINE)]
+    found: dict[str, list[Block]] = {}
+    for block in blocks("diff", "python", "sh"):
+        name = next((name for line, name in reversed(heads) if line < block.line), "")
+        if block.page == PAGE and name.startswith("Add "):
+            found.setdefault(name, []).append(block)
+    return found
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """The working tree as git sees it, untracked files included."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    names = [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+    if not names:
+        pytest.skip("not a git checkout: nothing says which files belong to the project")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ways())
+def test_every_step_works_as_written(way, copy):
+    done = {"diff": 0, "python": 0, "sh": 0}
+    for block in ways()[way]:
+        if block.language == "diff":
+            apply(block, copy)
+        elif block.language == "python":
+            assert not (copy / block.title).exists(), f"{block.where}: {block.title} is there already"
+            (copy / block.title).write_text(block.code, "utf-8")
+        else:
+            for command in block.code.strip().splitlines():
+                run(command, copy)
+        done[block.language] += 1
+    assert all(done.values()), done
+
+
+def apply(block: Block, copy: Path) -> None:
+    """Replace the old lines of a diff, which stand in the file exactly once, by its new lines."""
+    lines = block.code.splitlines()
+    assert all(line[:1] in ("", " ", "+", "-") for line in lines), block.where
+    old = "".join(line[1:] + "\n" for line in lines if not line.startswith("+"))
+    new = "".join(line[1:] + "\n" for line in lines if not line.startswith("-"))
+    file = copy / block.title
+    text = file.read_text("utf-8")
+    assert text.count(old) == 1, f"{block.where}: these lines stand in {block.title} {text.count(old)} times:\n{old}"
+    file.write_text(text.replace(old, new), "utf-8")
+
+
+def run(command: str, copy: Path) -> None:
+    environment = {
+        **os.environ, "PYTHONPATH": str(copy), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    }  # fmt: skip
+    done = subprocess.run(
+        command, shell=True, cwd=copy, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
