@@ -1,6 +1,6 @@
 """Greedy answers of a model to tasks, scored by exact answer.
 
-    python -m recipes.world.evaluate MODEL --split validation --count 400
+python -m recipes.world.evaluate MODEL --split validation --count 400
 """
 
 from __future__ import annotations

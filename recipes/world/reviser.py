@@ -66,7 +66,7 @@ TEXT = ("refusal", "label_in_reasoning", "truncation", "allusion")
 
 @dataclass(frozen=True)
 class Plan:
-    """What will happen to one request body: `failures` refusals of kind `transport`, then an answer spoilt by `text`."""
+    """What happens to one request body: `failures` errors of kind `transport`, then an answer spoilt by `text`."""
 
     transport: str | None
     failures: int
@@ -186,7 +186,7 @@ def cut(reply: Reply, max_tokens: int | None) -> Reply:
 
 
 def last_user_text(messages: list[Mapping[str, Any]]) -> str:
-    """The text of the last user turn; content may be a string or a list of text parts. ValueError where there is none."""
+    """The text of the last user turn, a string or a list of text parts. ValueError where there is none."""
     for message in reversed(messages):
         if message.get("role") == "user":
             content = message.get("content")

@@ -242,7 +242,7 @@ async def serve(options: ServerOptions, ready: Callable[[str], None], parent_gon
     port = runner.addresses[0][1]
     ready(f"http://127.0.0.1:{port}/v1")
     deadline = time.monotonic() + options.max_seconds
-    while time.monotonic() < deadline and not parent_gone():
+    while time.monotonic() < deadline and not parent_gone():  # noqa: ASYNC110 - a parent's end is no event
         await asyncio.sleep(min(0.5, options.max_seconds))
     await runner.cleanup()
 

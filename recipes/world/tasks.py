@@ -16,7 +16,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from random import Random
 
-from recipes.world.skills import SKILLS, Skill, Template, Values, pattern
+from recipes.world.skills import SKILLS
+from recipes.world.skills.skill import Skill, Template, Values, pattern
 
 # Per cent of all contents. A content lies in exactly one split, whatever its phrasing.
 SPLITS = {"pretrain": 65, "train": 20, "validation": 7, "heldout": 8}
@@ -24,7 +25,7 @@ SPLITS = {"pretrain": 65, "train": 20, "validation": 7, "heldout": 8}
 
 @dataclass(frozen=True)
 class Task:
-    """One task: `id` is the hash of skill and prompt; `right` and `wrong` are sentences that differ in the value only."""
+    """One task: `id` hashes skill and prompt; `right` and `wrong` are sentences that differ in the value only."""
 
     id: str
     skill: str
