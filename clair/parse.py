@@ -11,6 +11,7 @@ Anything that can be read in two ways is a failure with a name, worth a second c
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from typing import NamedTuple
 
 from clair.records import Judgement, Revision
@@ -70,12 +71,14 @@ IDENTIFIERS = {
     "edits": "{minimal_edits}",
 }
 """What the templates call the part after the reasoning."""
-_DECORATION = r"(?:\#{1,6}[ \t]*)?(?:>[ \t]*)?(?:\d[.)][ \t]*)?"
+_OPEN = r"(?P<mark>\*{1,3}|_{1,3})?(?P<code>`)?"
+_CLOSE = r"(?(code)`)(?(mark)(?P=mark))"
 _LABELS = {
     kind: re.compile(
-        # At the start of a line: decoration, the words in braces or bare, then a colon or the end of the line.
-        rf"^[ \t]*{_DECORATION}[*_`]{{0,3}}[{{\[<]{{0,2}}(?:{words})[}}\]>]{{0,2}}"
-        r"(?:[ \t]*[:：][ \t]*[*_`]{0,3}|[ \t]*[*_`]{1,3}[ \t]*[:：]|[ \t]*[*_`]{0,3}[ \t]*$)",
+        # At the start of a line: a heading or a number, emphasis, the words in braces or bare, then a colon or the end
+        # of the line. What opens before the words must close behind them: else it belongs to the text.
+        rf"^[ \t]*(?:\#{{1,6}}[ \t]*)?(?:\d[.)][ \t]*)?{_OPEN}[{{\[<]{{0,2}}(?:{words})[}}\]>]{{0,2}}"
+        rf"(?:[ \t]*[:：][ \t]*{_CLOSE}|{_CLOSE}[ \t]*[:：]|{_CLOSE}[ \t]*$)",
         re.IGNORECASE | re.MULTILINE,
     )
     for kind, words in _KINDS.items()
@@ -83,7 +86,20 @@ _LABELS = {
 _MENTION = re.compile(
     r"corrected_student_solution|best_student_solution|minimal_edits|teacher_reasoning", re.IGNORECASE
 )
-_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})(.*)$", re.MULTILINE)
+# A line that leads into the identifier below it: "I give the result under\n{corrected_student_solution}\nbelow."
+_LEADS_IN = re.compile(
+    r"\b(?:under|in|at|as|the|with|is|by|of|for|to|after|before|and|or|identifier|label|heading|called|named)"
+    r"[ \t]*\n[ \t]*\Z",
+    re.IGNORECASE,
+)
+# What may be an identifier that we do not know, at the start of a line: misspelt, or in the reviser's own words.
+_LIKE_A_LABEL = re.compile(
+    r"^(?P<open>[ \t>#*_`{\[<\-]{0,24})(?P<words>[a-z][a-z '’_\-]{7,48}[a-z])[}\]>]{0,2}[*_`]{0,4}"
+    r"(?P<end>[ \t]{0,4}[:：]|[ \t]{0,4}[*_`]{0,4}$|(?<=\})[ \t])",
+    re.IGNORECASE | re.MULTILINE,
+)
+_OWN_WORDS = re.compile(r"(?:revised|improved|enhanced|worsened)(?:students?)?(?:solution|answer|response)")
+_FENCE = re.compile(r"^[ \t]*(`{3,}(?=[^`\n]*$)|~{3,})(.*)$", re.MULTILINE)
 _REFUSAL = re.compile(
     r"\s*(?:i(?:'|’)?m (?:really |very |so )?(?:sorry|afraid)|(?:i )?apologi[sz]e|sorry[,.]|i (?:can(?:not|'t|’t)|"
     r"am (?:unable|not able)|won(?:'|’)t|must decline)|as an ai\b|unfortunately,? i (?:can|am))",
@@ -127,13 +143,15 @@ def two_parts(kind: str, text: str, finish_reason: str | None) -> tuple[str, str
     body = _without_outer_fence(kind, text.replace("\r\n", "\n").strip())
     if not body:
         raise ParseFailure("empty_reply")
-    fences = _fenced_spans(body)
-    kinds = ("reasoning", "worsened", kind)
-    found = sorted((label for k in kinds for label in _labels(k, body)), key=lambda label: label.start)
+    found, bare = _all_labels(kind, body)
+    fences = _fenced_spans(_blanked(body, [*found, *bare]))
     outside = [label for label in found if not _inside(label.start, fences)]
+    bare = [label for label in bare if not _inside(label.start, fences)]
     wanted = [label for label in outside if label.kind == kind]
-    if not wanted and (both := _without_colons(kind, body, fences)):
-        outside, wanted = both, both[1:]
+    if not wanted and _only_bare(kind, body, bare):
+        outside, wanted = sorted([*outside, *bare], key=lambda label: label.start), bare[1:]
+    elif wanted and any(label.kind == kind for label in bare):
+        raise ParseFailure("label_twice", identifier)
     if len(wanted) != 1:
         raise ParseFailure(_why_not_one(kind, body, found, outside, wanted), identifier)
     (label,) = wanted
@@ -142,30 +160,58 @@ def two_parts(kind: str, text: str, finish_reason: str | None) -> tuple[str, str
     part = body[label.end :].strip()
     if not part:
         raise ParseFailure("empty_answer", identifier)
-    if _MENTION.search(part):
+    if _MENTION.search(part) or any(_is_like_a_label(match) for match in _LIKE_A_LABEL.finditer(part)):
         raise ParseFailure("label_in_answer", identifier)
     first = next((other for other in outside if other.kind == "reasoning"), None)
     return body[first.end if first else 0 : label.start].strip(), part
 
 
+def _all_labels(kind: str, body: str) -> tuple[list[_Label], list[_Label]]:
+    """The labels with a colon or the line's end behind them, and the bare ones, each in reading order."""
+    kinds = ("reasoning", "worsened", kind)
+    found = sorted((label for k in kinds for label in _labels(k, body)), key=lambda label: label.start)
+    return found, [
+        _Label("reasoning" if m[1].lower() == "teacher_reasoning" else kind, m.start(1) - 1, m.end())
+        for m in _BARE.finditer(body)
+        if m[1].lower() in ("teacher_reasoning", IDENTIFIERS[kind].strip("{}"))
+    ]
+
+
 def _labels(kind: str, body: str) -> list[_Label]:
-    return [_Label(kind, match.start(), match.end()) for match in _LABELS[kind].finditer(body)]
+    found = (_Label(kind, match.start(), match.end()) for match in _LABELS[kind].finditer(body))
+    return [label for label in found if not _LEADS_IN.search(body, max(0, label.start - 40), label.start)]
 
 
+# In braces at the start of a paragraph, with text straight behind it.
 _BARE = re.compile(
-    r"(?:\A|\n[ \t]*\n)[ \t]*\{(teacher_reasoning|corrected_student_solution|best_student_solution)\}[ \t]+(?=\S)",
+    r"(?:\A|\n[ \t]*\n)[ \t]*\{(teacher_reasoning|corrected_student_solution|best_student_solution)\}"
+    r"[ \t]+(?=[^\s:：])",
     re.IGNORECASE,
 )
 
 
-def _without_colons(kind: str, body: str, fences: list[tuple[int, int]]) -> list[_Label]:
-    """Both identifiers in braces with text straight after them, each named once in the whole reply; else nothing."""
-    found = [m for m in _BARE.finditer(body) if not _inside(m.start(1), fences)]
-    if [m[1].lower() for m in found] != ["teacher_reasoning", IDENTIFIERS[kind].strip("{}")]:
-        return []
-    if len(_MENTION.findall(body)) != 2:
-        return []
-    return [_Label(k, m.start(), m.end()) for k, m in zip(("reasoning", kind), found, strict=True)]
+def _only_bare(kind: str, body: str, bare: list[_Label]) -> bool:
+    """Whether both identifiers stand bare, in their order, and are named nowhere else in the whole reply."""
+    return [label.kind for label in bare] == ["reasoning", kind] and len(_MENTION.findall(body)) == 2
+
+
+def _is_like_a_label(match: re.Match[str]) -> bool:
+    from rapidfuzz.fuzz import ratio
+
+    words = re.sub(r"[^a-z]", "", match["words"].lower())
+    in_braces = "{" in match["open"] and match["end"] != " " and re.search(r"[ _\-]", match["words"])
+    names = ("correctedstudentsolution", "beststudentsolution", "teacherreasoning", "worsenedstudentsolution")
+    return bool(in_braces or _OWN_WORDS.fullmatch(words) or any(ratio(words, name) >= 80 for name in names))
+
+
+def _blanked(body: str, labels: list[_Label]) -> str:
+    """The text with spaces for its labels, so that what follows one on its line stands at the line's start."""
+    pieces, at = [], 0
+    for label in sorted(labels, key=lambda label: label.start):
+        if label.start >= at:
+            pieces += [body[at : label.start], " " * (label.end - label.start)]
+            at = label.end
+    return "".join([*pieces, body[at:]])
 
 
 def _why_not_one(kind: str, body: str, found: list[_Label], outside: list[_Label], wanted: list[_Label]) -> str:
@@ -187,8 +233,10 @@ def _without_outer_fence(kind: str, body: str) -> str:
     if not opening or len(lines) < 3 or lines[-1].strip() != opening[1]:
         return body
     inside = "\n".join(lines[1:-1])
+    found, bare = _all_labels(kind, inside)
     # Where the fences inside do not pair up, the first and the last fence belong to different blocks.
-    return inside.strip() if len(_FENCE.findall(inside)) % 2 == 0 and _labels(kind, inside) else body
+    whole = len(_FENCE.findall(_blanked(inside, [*found, *bare]))) % 2 == 0
+    return inside.strip() if whole and any(label.kind == kind for label in [*found, *bare]) else body
 
 
 def _fenced_spans(body: str) -> list[tuple[int, int]]:
@@ -197,7 +245,7 @@ def _fenced_spans(body: str) -> list[tuple[int, int]]:
     fence, start = "", 0
     for match in _FENCE.finditer(body):
         if not fence:
-            fence, start = match[1], match.start()
+            fence, start = match[1], match.start(1)
         elif match[1][0] == fence[0] and len(match[1]) >= len(fence) and not match[2].strip():
             spans.append((start, match.end()))
             fence = ""
@@ -207,4 +255,5 @@ def _fenced_spans(body: str) -> list[tuple[int, int]]:
 
 
 def _inside(position: int, spans: list[tuple[int, int]]) -> bool:
-    return any(start <= position < end for start, end in spans)
+    before = bisect_right(spans, position, key=lambda span: span[0]) - 1
+    return before >= 0 and position < spans[before][1]

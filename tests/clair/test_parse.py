@@ -1,0 +1,319 @@
+"""The parser: the right text or a named failure, never wrong text."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clair.parse import FAILURES, ParseFailure, is_refusal, parse_judgement, parse_revision
+from clair.records import Revision
+from tests.clair.replies import (
+    ANSWERS,
+    REASONING,
+    SOLUTION,
+    Style,
+    assemble,
+    draw_style,
+    hostile,
+    label,
+    well_formed,
+)
+
+
+def outcome(text: str, finish_reason: str | None = "stop") -> tuple[str, str]:
+    """("answer", the answer) or ("failure", its name)."""
+    try:
+        return "answer", parse_revision(text, finish_reason).answer
+    except ParseFailure as failure:
+        return "failure", next(name for name in FAILURES if name == failure.name)
+
+
+# ---- real replies
+
+
+def test_all_recorded_replies_parse_to_the_true_text(shared):
+    lines = (shared / "data/clair_gpt4/replies.jsonl").read_text("utf-8").splitlines()
+    assert len(lines) == 12
+    for row in map(json.loads, lines):
+        assert row["reply"].count("{corrected_student_solution}") == 1  # so that the true text can be cut out by hand
+        before, _, after = row["reply"].partition("{corrected_student_solution}")
+        revision = parse_revision(row["reply"], row["finish_reason"])
+        assert revision.answer == after.removeprefix(":").strip()
+        assert revision.reasoning == before.removeprefix("{teacher_reasoning}").removeprefix(":").strip()
+
+
+# ---- generated replies
+
+
+def test_at_least_99_of_100_well_formed_replies_are_read_and_none_wrongly():
+    failures: Counter[str] = Counter()
+    drawn = 4000
+    for seed in range(drawn):
+        reply = well_formed(Random(seed))
+        kind, text = outcome(reply.text)
+        if kind == "failure":
+            failures[text] += 1
+        else:
+            assert text == reply.answer.strip(), (seed, reply)
+    print(f"{drawn - failures.total()} of {drawn} well-formed replies parsed ({dict(failures)})")
+    assert failures.total() <= drawn / 100
+
+
+def test_hostile_replies_give_the_true_text_or_a_named_failure():
+    seen: Counter[str] = Counter()
+    for seed in range(8000):
+        reply = hostile(Random(seed))
+        kind, text = outcome(reply.text)
+        seen[f"{reply.how.split(':')[0]}, {kind}"] += 1
+        if kind == "answer":
+            assert reply.answer is not None, (seed, reply)
+            assert text == reply.answer.strip(), (seed, reply)
+    print(dict(sorted(seen.items())))
+    assert len({name.split(",")[0] for name in seen}) == 14  # every kind was looked at
+    assert seen["mention, answer"] > 0.5 * (seen["mention, answer"] + seen["mention, failure"])
+
+
+@given(st.randoms(use_true_random=False), st.text(min_size=1), st.text())
+@settings(max_examples=400)
+def test_any_text_whatever_comes_back_unchanged_or_not_at_all(random, answer, thoughts):
+    style = draw_style(random)
+    kind, text = outcome(assemble(random, style, thoughts, answer))
+    if kind == "answer":
+        assert text == answer.replace("\r\n", "\n").strip()
+
+
+@given(st.text())
+def test_a_reply_without_labels_is_never_an_answer(text):
+    assert outcome(text)[0] == "failure"
+
+
+@given(st.randoms(use_true_random=False), st.floats(0, 1))
+def test_a_reply_cut_anywhere_gives_a_beginning_of_the_true_answer_or_a_failure(random, share):
+    """Where the server does not say that it cut, nobody can tell; but never is it text from elsewhere."""
+    reply = well_formed(random)
+    kind, text = outcome(reply.text[: int(len(reply.text) * share)])
+    if kind == "answer":
+        assert reply.answer.strip().startswith(text.removesuffix("`").rstrip("`~*_\n"))
+
+
+@given(st.randoms(use_true_random=False))
+def test_a_reply_that_ran_into_its_limit_is_never_taken(random):
+    assert outcome(well_formed(random).text, "length") == ("failure", "truncated")
+
+
+# ---- by hand: what is read
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{teacher_reasoning}: why\n\n{corrected_student_solution}: 82",
+        "{teacher_reasoning}\nwhy\n{corrected_student_solution}\n82",
+        "{teacher_reasoning} why\n\n{corrected_student_solution} 82",
+        "**{teacher_reasoning}**: why\n\n**{corrected_student_solution}**: 82",
+        "**{teacher_reasoning}:** why\n\n**{corrected_student_solution}:** 82",
+        "**{teacher_reasoning}**\nwhy\n\n**{corrected_student_solution}**\n82",
+        "### {teacher_reasoning}\n\nwhy\n\n### {corrected_student_solution}\n\n82",
+        "# **{teacher_reasoning}**:\nwhy\n# **{corrected_student_solution}**:\n82",
+        "`{teacher_reasoning}`: why\n\n`{corrected_student_solution}`: 82",
+        "**`{teacher_reasoning}`**: why\n\n**`{corrected_student_solution}`**: 82",
+        "Teacher Reasoning: why\n\nCorrected Student Solution: 82",
+        "TEACHER_REASONING: why\n\nCORRECTED_STUDENT_SOLUTION: 82",
+        "[teacher_reasoning]: why\n\n[corrected_student_solution]: 82",
+        "<teacher_reasoning>\nwhy\n<corrected_student_solution>\n82",
+        "{{teacher_reasoning}}: why\n\n{{corrected_student_solution}}: 82",
+        "1. {teacher_reasoning}: why\n\n2. {corrected_student_solution}: 82",
+        "{Teacher's reasoning}: why\n\n{Corrected student's solution}: 82",
+        "{teacher_reasoning}: why\n\n{corrected_student_soultion}: 82",
+        "{teacher_reasoning}: why\n\n{corected_student_solution}: 82",
+        "{teacher_reasoning}: why\n\n{corrected_solution}: 82",
+        "{teacher_reasoning}：why\n\n{corrected_student_solution}：82",
+        "```\n{teacher_reasoning}: why\n\n{corrected_student_solution}: 82\n```",
+        "```markdown\n{teacher_reasoning}\nwhy\n\n{corrected_student_solution}\n82\n```",
+        "{teacher_reasoning}: why\r\n\r\n{corrected_student_solution}: 82\r\n",
+        "  {teacher_reasoning}: why\n\n  {corrected_student_solution}: 82  ",
+    ],
+)
+def test_a_label_is_read_in_every_style(text):
+    assert parse_revision(text) == Revision(reasoning="why", answer="82")
+
+
+def test_reasoning_without_its_label_is_what_stands_before():
+    revision = parse_revision("First I think.\n\n{corrected_student_solution}:\n82")
+    assert (revision.reasoning, revision.answer) == ("First I think.", "82")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "**Bold** first",
+        "*slanted* first",
+        "`code` first",
+        "__init__ first",
+        "```python\nx = 1\n```",
+        "```python\nx = 1\n```\n\nand\n\n```\ny\n```",
+        "- a\n- b",
+        "> quoted",
+        "# Heading\n\ntext",
+        ": starts with a colon",
+        "[1] a link",
+        "{braces}",
+        "line\n\n\n\nline",
+    ],
+)
+@pytest.mark.parametrize("form", ["{%s}: %s", "{%s}:\n%s", "**{%s}**: %s", "**{%s}:** %s", "### {%s}\n%s"])
+def test_nothing_of_an_answer_is_taken_for_a_part_of_the_label(answer, form):
+    text = form % (REASONING, "why") + "\n\n" + form % (SOLUTION, answer)
+    assert parse_revision(text).answer == answer
+
+
+@pytest.mark.parametrize(
+    "mention",
+    [
+        "I put the result under {corrected_student_solution} below.",
+        "I put the result under\n{corrected_student_solution}\nbelow.",
+        "{corrected_student_solution} in the middle of my thoughts is only a name.\nSo:",
+        "```\n{corrected_student_solution}: an example\n```",
+        "Corrected answer: 81 is wrong.",
+        "Solution: carry the one.",
+    ],
+)
+def test_a_label_mentioned_in_the_reasoning_is_no_label(mention):
+    if not mention.startswith("```"):
+        found = outcome(f"{{teacher_reasoning}}:\nwhy. {mention}\n\n{{corrected_student_solution}}:\n82")
+        assert found == ("answer", "82")
+    at_line_start = outcome(f"{{teacher_reasoning}}:\nwhy.\n{mention}\n\n{{corrected_student_solution}}:\n82")
+    assert at_line_start in (("answer", "82"), ("failure", "label_twice"))
+
+
+# ---- by hand: what is not read, and why
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("", "empty_reply"),
+        (" \n\t ", "empty_reply"),
+        ("The answer is 82.", "no_label"),
+        ("{teacher_reasoning}: why", "no_label"),
+        ("I'm sorry, but I can't help with that.", "refusal"),
+        ("{teacher_reasoning}: see {corrected_student_solution} below", "label_inline"),
+        ("{teacher_reasoning}: I write it under\n{corrected_student_solution}\nbelow.", "label_inline"),
+        ("{teacher_reasoning}: why\n\n{corrected_student_solution}:", "empty_answer"),
+        ("{teacher_reasoning}: why\n\n**{corrected_student_solution}**\n\n", "empty_answer"),
+        ("{corrected_student_solution}: a\n\n{corrected_student_solution}: b", "label_twice"),
+        ("{corrected_student_solution}: a\n\n{corrected_student_solution} b", "label_twice"),
+        ("{corrected_student_solution}: 82\n\n{teacher_reasoning}: why", "labels_out_of_order"),
+        ("{teacher_reasoning}: why\n\n{worsened_student_solution}: 72", "wrong_label"),
+        ("{teacher_reasoning}: why\n\n{worsened_solution}:\n72", "wrong_label"),
+        ("{corrected_student_solution}: 82\n\n{worsened_student_solution}: 72", "labels_out_of_order"),
+        ("{teacher_reasoning}: why\n\n```\n{corrected_student_solution}: 82\n```", "label_in_fence"),
+        ("{corrected_student_solution}: 82. See {teacher_reasoning}.", "label_in_answer"),
+        ("{corrected_student_solution}: see below\n\n{corected_studnt_solution}:\n82", "label_in_answer"),
+        ("{corrected_student_solution}: see below\n\n**Revised student solution:**\n82", "label_in_answer"),
+        ("**{corrected_student_solution}: 82**", "label_inline"),
+        ("> {corrected_student_solution}\n> 82", "label_inline"),
+    ],
+)
+def test_what_cannot_be_read_with_certainty_is_named(text, name):
+    assert outcome(text) == ("failure", name)
+
+
+def test_every_failure_says_in_words_what_is_wrong():
+    for name, words in FAILURES.items():
+        failure = ParseFailure(name)
+        assert failure.name == name
+        assert "{identifier}" not in str(failure)
+        assert len(words) > 10
+
+
+@pytest.mark.parametrize(
+    ("text", "refuses"),
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("I’m really sorry, no.", True),
+        ("I cannot assist with this request.", True),
+        ("I can't do that", True),
+        ("I am unable to revise this.", True),
+        ("As an AI, I have no opinion", True),
+        ("Sorry, no.", True),
+        ("Unfortunately, I can not", True),
+        ("I can help with that.", False),
+        ("The sorry state of affairs", False),
+        ("Sorry is the hardest word", False),
+        ("I canned the tomatoes", False),
+        ("", False),
+    ],
+)
+def test_a_refusal_is_known_by_how_it_begins(text, refuses):
+    assert is_refusal(text) is refuses
+
+
+# ---- the judge's verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("{teacher_reasoning}: why\n\n{best_student_solution}: [1]", 1),
+        ("{teacher_reasoning}: why\n\n{best_student_solution}:\n2", 2),
+        ("**{teacher_reasoning}**\nwhy\n\n**{best_student_solution}**\n\n**[2]**.", 2),
+        ("{teacher_reasoning} why\n\n{best_student_solution} [1]", 1),
+        ("{teacher_reasoning}: why\n\n{best_student_solution}: Solution 2", 2),
+        ("{teacher_reasoning}: why\n\n{best_student_solution}: [tie]", 0),
+    ],
+)
+def test_a_verdict_is_read(text, verdict):
+    assert parse_judgement(text).better == verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("{best_student_solution}: [1] or [2]", "no_verdict"),
+        ("{best_student_solution}: [3]", "no_verdict"),
+        ("{best_student_solution}: 12", "no_verdict"),
+        ("{best_student_solution}: the first", "no_verdict"),
+        ("{best_student_solution}: [1]\n\nbecause it is right", "no_verdict"),
+        ("I prefer [1].", "no_label"),
+        ("{best_student_solution}: [1]\n\n{best_student_solution}: [2]", "label_twice"),
+        ("", "empty_reply"),
+    ],
+)
+def test_a_verdict_that_is_none_is_named(text, name):
+    with pytest.raises(ParseFailure) as failure:
+        parse_judgement(text)
+    assert failure.value.name == name
+
+
+# ---- time
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "_", "`", "#", "{", "*", "a b ", "\n", "```\n", "teacher reasonin\n", "{corrected_student_solution}\n",
+        "{corrected_student_solution} x\n\n", "```\n{corrected_student_solution}:\n```\n",
+    ],
+)
+def test_no_reply_of_a_megabyte_takes_long(unit):
+    head = f"{{{REASONING}}}\nwhy\n\n{{{SOLUTION}}}\n"
+    started = time.perf_counter()
+    for text in (unit * (1_000_000 // len(unit)), head + unit * (1_000_000 // len(unit))):
+        outcome(text)
+    assert time.perf_counter() - started < 10
+
+
+def test_the_generators_draw_every_style_that_they_claim_to():
+    styles = [draw_style(Random(seed)) for seed in range(2000)]
+    assert {s.colon for s in styles} == {":", "", " :", "："}
+    assert len({(s.wrap, s.emphasis, s.heading, s.spelling) for s in styles}) > 200
+    plain = Style("underscores", "plain", ("{", "}"), "## ", "**", ":", True, "\n")
+    assert label(SOLUTION, plain) == "## **{corrected_student_solution}:**"
+    assert len(ANSWERS) > 20
