@@ -8,10 +8,9 @@ from itertools import pairwise
 from clair.parse import IDENTIFIERS, ParseFailure, two_parts
 from clair.records import Revision
 
-_BLOCK = re.compile(
-    r"^<{5,9} ?FIND[ \t]*\n(?P<find>.*?)\n?^={5,9}[ \t]*\n(?P<replace>.*?)\n?^>{5,9} ?REPLACE[ \t]*$",
-    re.MULTILINE | re.DOTALL,
-)
+_FIND = re.compile(r"<{5,9} ?FIND[ \t]*")
+_MIDDLE = re.compile(r"={5,9}[ \t]*")
+_END = re.compile(r">{5,9} ?REPLACE[ \t]*")
 _NOTHING = re.compile(r"[\[(*_`]*(?:none|no edits?)[\])*_`]*\.?", re.IGNORECASE)
 _FENCE_LINE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})\w*[ \t]*$", re.MULTILINE)
 
@@ -23,13 +22,41 @@ def parse_edits(text: str, finish_reason: str | None, answer: str) -> Revision:
     ways is not applied. A reply of "none" leaves the answer as it is.
     """
     reasoning, part = two_parts("edits", text, finish_reason)
-    blocks = [(m["find"], m["replace"]) for m in _BLOCK.finditer(part)]
-    rest = _FENCE_LINE.sub("", _BLOCK.sub("", part)).strip()
+    blocks, outside = _blocks(part)
+    rest = _FENCE_LINE.sub("", outside).strip()
     if not blocks and _NOTHING.fullmatch(rest):
         return Revision(reasoning, answer)
     if not blocks or rest or not all(find.strip() for find, _ in blocks):
         raise ParseFailure("no_edits", IDENTIFIERS["edits"])
     return Revision(reasoning, apply_edits(answer, blocks))
+
+
+def _blocks(part: str) -> tuple[list[tuple[str, str]], str]:
+    """The find/replace blocks of a text, and what stands outside of them. Raises ParseFailure.
+
+    A passage may hold a line of equals signs itself (a heading's underline): such a block can be read in two ways.
+    """
+    blocks: list[tuple[str, str]] = []
+    outside: list[str] = []
+    block: list[list[str]] = []  # the lines to find, then the lines to put in; empty outside of a block
+    for line in part.split("\n"):
+        if not block:
+            if _FIND.fullmatch(line):
+                block = [[]]
+            else:
+                outside.append(line)
+        elif _FIND.fullmatch(line) or (_MIDDLE.fullmatch(line) and len(block) == 2):
+            raise ParseFailure("no_edits", IDENTIFIERS["edits"])
+        elif _MIDDLE.fullmatch(line):
+            block.append([])
+        elif _END.fullmatch(line) and len(block) == 2:
+            blocks.append(("\n".join(block[0]), "\n".join(block[1])))
+            block = []
+        else:
+            block[-1].append(line)
+    if block:
+        raise ParseFailure("no_edits", IDENTIFIERS["edits"])
+    return blocks, "\n".join(outside)
 
 
 def apply_edits(answer: str, blocks: list[tuple[str, str]]) -> str:
