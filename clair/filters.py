@@ -121,6 +121,9 @@ def _asked(pair: Pair, pattern: re.Pattern[str]) -> bool:
     return any(pattern.search(message["content"]) for message in pair.messages)
 
 
+_SAME_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}  # Japanese writes with all three, in any proportion
+
+
 def _script(text: str) -> str | None:
     """The script of most letters (LATIN, CYRILLIC, CJK ...) where there are enough of them to tell; else None."""
     letters = [c for c in text[:4000] if c.isalpha()]
@@ -128,7 +131,7 @@ def _script(text: str) -> str | None:
         return None
     if text.isascii():
         return "LATIN"
-    names = Counter(unicodedata.name(c, "?").split()[0] for c in letters)
+    names = Counter(_SAME_SCRIPT.get(name, name) for name in (unicodedata.name(c, "?").split()[0] for c in letters))
     script, count = names.most_common(1)[0]
     return script if count > 0.6 * len(letters) else None
 
