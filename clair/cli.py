@@ -1,4 +1,4 @@
-"""clair build | stats | show. Errors of the user are one line on stderr and exit code 2."""
+"""clair build | estimate | stats | show | report | keep. Errors of the user are one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -122,3 +122,40 @@ def show(
         raise UserError(f"unknown split {split!r}{near_miss(split, SPLITS)}; allowed: {', '.join(SPLITS)}")
     for row in islice(read_rows(folder, [split]), n):
         print_(pair_panel(row))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where the page goes, instead of DIR/report.html.")] = None,
+    filter_: Annotated[
+        list[str] | None, typer.Option("--filter", help="Whose full text it holds: 'kept<0.5', split=test; repeatable.")
+    ] = None,
+) -> None:
+    """One HTML page to look at a dataset: funnel, contrast, lengths, and the pairs to search, sort and mark."""
+    from clair.report import report as write_report
+    from clair.terminal import show as print_
+
+    page = write_report(folder, out, filter_ or [])
+    print_(f"{page} ({page.stat().st_size / 1e6:.1f} MB): open it in a browser, mark pairs and save the decisions;")
+    print_(f"apply them with: clair keep {folder} decisions.json")
+
+
+@app.command()
+def keep(
+    folder: Annotated[Path, typer.Argument(help="The dataset folder whose report you marked.")],
+    decisions: Annotated[Path, typer.Argument(help="The decisions file that the page saved.")],
+    out: Annotated[Path | None, typer.Option(help="A new dataset folder, instead of changing this one.")] = None,
+) -> None:
+    """Drop the pairs that were marked drop in the page of `clair report`; they move to dropped.jsonl."""
+    from clair.build import locked
+    from clair.keep import check, read_decisions
+    from clair.keep import keep as apply
+    from clair.terminal import show as print_
+    from clair.terminal import summary
+
+    decided = read_decisions(decisions)
+    check(folder, decided, out)
+    with locked(out or folder):
+        apply(folder, decided, out)
+    print_(summary([out or folder]))

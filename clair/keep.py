@@ -69,28 +69,37 @@ def read_decisions(file: str | Path) -> Decisions:
 def keep(folder: str | Path, decisions: Decisions, out: str | Path | None = None) -> dict[str, Any]:
     """Apply decisions to the dataset `folder`, in place or into the new folder `out`; returns the new manifest.
 
-    Applying the same decisions a second time changes nothing, and a run that was cut off is finished by running it
-    again. Raises UserError, before anything is written, where the decisions are about another state of the dataset
-    or name pairs it does not hold.
+    Applying the same decisions in place a second time changes nothing, and a run that was cut off is finished by
+    running it again. Raises UserError as `check` does, before anything is written.
+    """
+    source = Path(folder)
+    manifest = check(source, decisions, out)
+    if out is None and _applied(manifest, decisions):
+        return manifest
+    return _write(source, source if out is None else Path(out), manifest, decisions)
+
+
+def check(folder: str | Path, decisions: Decisions, out: str | Path | None = None) -> dict[str, Any]:
+    """The manifest of `folder`, where the decisions can be applied to it. Raises UserError where they are about another
+    state of the dataset or name pairs that it does not hold, and where `out` holds something else. Writes nothing.
     """
     source = Path(folder)
     manifest = read_manifest(source)
-    target = Path(out) if out is not None else source
-    if target.resolve() == source.resolve():
-        target = source
-    else:
-        _check_target(target, manifest)
-    if _applied(manifest, decisions) and target == source:
+    if out is None and _applied(manifest, decisions):
         return manifest
+    if out is not None:
+        _check_target(source, Path(out), manifest)
     _check_fits(source, manifest, decisions)
-    return _write(source, target, manifest, decisions)
+    return manifest
 
 
 def _applied(manifest: Mapping[str, Any], decisions: Decisions) -> bool:
     return any(review["decisions_sha256"] == decisions.sha256 for review in manifest.get("review", []))
 
 
-def _check_target(target: Path, manifest: Mapping[str, Any]) -> None:
+def _check_target(source: Path, target: Path, manifest: Mapping[str, Any]) -> None:
+    if target.resolve() == source.resolve():
+        raise UserError(f"{target} is the dataset itself; leave --out away to change it in place")
     if not target.exists() or (target.is_dir() and all(entry.name == ".lock" for entry in target.iterdir())):
         return
     old = read_manifest(target) if (target / "manifest.json").is_file() else {}

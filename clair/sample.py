@@ -1,0 +1,129 @@
+"""Which pairs the page shows: what it knows of every pair, the filters of a user, and a sample spread evenly."""
+
+from __future__ import annotations
+
+import math
+import re
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from clair.dataset import CONTRAST
+from clair.recipe import UserError, content_hash, near_miss
+
+_OPENING = 110
+
+METRICS = {
+    **dict.fromkeys(CONTRAST, ""),
+    "jaccard": "shared distinct words over all distinct words",
+    "levenshtein": "single-character edits from rejected to chosen",
+    "kept": "share of rejected's words that chosen keeps in order",
+    "prefix": "share of chosen's words before the first difference",
+    "length_ratio": "words of chosen over words of rejected",
+    "chosen_words": "words of chosen",
+    "rejected_words": "words of rejected",
+    "more_words": "words of chosen less words of rejected",
+}
+"""What can be sorted and filtered by, with what it is."""
+
+
+@dataclass
+class Rows:
+    """What the page knows of every pair, a column each; `wanted` are those that a --filter leaves, by position."""
+
+    ids: list[str] = field(default_factory=list)
+    test: bytearray = field(default_factory=bytearray)
+    openings: list[str] = field(default_factory=list)
+    numbers: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in METRICS})
+    wanted: list[int] = field(default_factory=list)
+
+    def add(self, row: Mapping[str, Any], split: str, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
+        """One more pair."""
+        chosen, rejected = (row[side][-1]["content"] for side in ("chosen", "rejected"))
+        words = len(chosen.split()), len(rejected.split())
+        values = dict(zip(("chosen_words", "rejected_words", "more_words"), (*words, words[0] - words[1]), strict=True))
+        values |= {name: _rounded(value) for name, value in (row.get("contrast") or {}).items() if name in METRICS}
+        for name, column in self.numbers.items():
+            column.append(values.get(name, math.nan))
+        if wanted({**values, "split": split, "id": row["id"], "text": row}):
+            self.wanted.append(len(self.ids))
+        self.ids.append(row["id"])
+        self.test.append(split == "test")
+        self.openings.append(opening(row["prompt"]))
+
+
+def _rounded(value: float | None) -> float:
+    return math.nan if value is None else round(value, 4)
+
+
+def opening(messages: Sequence[Mapping[str, str]]) -> str:
+    """The first words of the last user turn, or of the last turn where no user speaks, on one line."""
+    turns = [m for m in messages if m["role"] == "user"] or list(messages)
+    return " ".join(turns[-1]["content"][: 4 * _OPENING].split())[:_OPENING] if turns else ""
+
+
+_FILTER = re.compile(r"\s*(\w+)\s*(<=|>=|=|<|>|~)\s*(.*?)\s*", re.DOTALL)
+_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    ">": lambda a, b: a > b,
+    ">=": lambda a, b: a >= b,
+    "=": lambda a, b: a == b,
+}
+
+
+def read_filters(filters: Iterable[str]) -> Callable[[Mapping[str, Any]], bool]:
+    """A test of one pair that holds where all `filters` do: METRIC<NUMBER (<= > >= =), split=test, id=..., text~words.
+
+    Raises UserError naming what is wrong and what is allowed.
+    """
+    tests = [_test(text) for text in filters]
+    return lambda row: all(test(row) for test in tests)
+
+
+def _test(text: str) -> Callable[[Mapping[str, Any]], bool]:
+    match = _FILTER.fullmatch(text)
+    if not match:
+        raise UserError(f"--filter {text!r}: give NAME, one of < <= > >= = ~, and a value, such as 'jaccard<0.5'")
+    name, sign, value = match.groups()
+    named = {"split": "=", "id": "=", "text": "~"}
+    if name not in {**METRICS, **named}:
+        allowed = [*METRICS, *named]
+        raise UserError(f"--filter: unknown name {name!r}{near_miss(name, allowed)}; allowed: {', '.join(allowed)}")
+    if name in named:
+        if sign != named[name]:
+            raise UserError(f"--filter {text!r}: {name} takes {named[name]}, such as '{name}{named[name]}{value}'")
+        if name == "text":
+            return lambda row: value.casefold() in _searched(row["text"])
+        return lambda row: row[name] == value
+    try:
+        number = float(value)
+        compare = _COMPARE[sign]
+    except (ValueError, KeyError):
+        raise UserError(f"--filter {text!r}: {name} takes < <= > >= = and a number, such as '{name}<0.5'") from None
+    return lambda row: compare(row.get(name, math.nan), number)
+
+
+def _searched(row: Mapping[str, Any]) -> str:
+    turns = [turn["content"] for side in ("prompt", "chosen", "rejected") for turn in row[side]]
+    return "\n".join([*turns, row.get("reasoning") or ""]).casefold()
+
+
+def stratified(rows: Rows, among: Sequence[int]) -> list[int]:
+    """`among` in an order whose every beginning is spread evenly over contrast and length.
+
+    Strata are the tenths of Jaccard overlap, each by shorter, alike and longer winner; they take turns, and inside
+    of one the hash of the id decides, so that the order is the same on every machine. Rare strata come early.
+    """
+    jaccard, ratio = rows.numbers["jaccard"], rows.numbers["length_ratio"]
+    ranked = sorted(among, key=lambda i: (-1.0 if math.isnan(jaccard[i]) else jaccard[i], rows.ids[i]))
+    strata: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for rank, i in enumerate(ranked):
+        strata[rank * 10 // len(ranked), (ratio[i] > 0.95) + (ratio[i] > 1.05)].append(i)
+    turns = []
+    for name, members in sorted(strata.items()):
+        members.sort(key=lambda i: content_hash(rows.ids[i]))
+        turns += [(turn, name, i) for turn, i in enumerate(members)]
+    return [i for _, _, i in sorted(turns)]
