@@ -84,6 +84,10 @@ def test_a_heading_underlined_with_equals_signs_is_never_taken_for_the_middle_of
     assert failure(reply(block("Title\n=======\n\nThe", "Name\n=======\n\nThe")), answer) == "no_edits"
 
 
+def test_a_passage_that_overlaps_itself_stands_more_than_once():
+    assert failure(reply(block("haha", "ho")), "hahaha") == "edit_ambiguous"
+
+
 def test_edits_that_were_cut_off_are_not_applied():
     assert failure(reply(block("72", "82")), finish_reason="length") == "truncated"
 
