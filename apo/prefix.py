@@ -176,7 +176,7 @@ def _as_before(module: torch.nn.Module, query: Any, key: Any, value: Any, mask: 
     """The attention that the model had before `share_prefixes`, for input that is not packed."""
     if mask is not None and mask.numel() == 1:
         raise RuntimeError("the model does not hand its options on to its attention")
-    if getattr(module.config, _BEFORE) != "eager":
+    if getattr(module, _BEFORE) != "eager":
         return AttentionInterface()["sdpa"](module, query, key, value, mask, **options)
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
@@ -308,11 +308,12 @@ def share_prefixes(model: torch.nn.Module) -> None:
 
     base.forward = types.MethodType(forward, base)
     base._shares_prefixes = True
+    configs = {id(module.config): module.config for module in base.modules() if hasattr(module, "config")}
+    before_was = {place: getattr(config, "_attn_implementation", None) for place, config in configs.items()}
     for module in base.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) in ("sdpa", "eager"):
-            setattr(config, _BEFORE, config._attn_implementation)
-            config._attn_implementation = NAME
+        if hasattr(module, "config") and before_was[id(module.config)] in ("sdpa", "eager"):
+            setattr(module, _BEFORE, before_was[id(module.config)])  # not in the config, which is saved
+            module.config._attn_implementation = NAME
 
 
 def packed_logps(model: torch.nn.Module, layout: Layout) -> PairLogps:

@@ -1,0 +1,173 @@
+"""Shared prefixes against the plain reference: same log-probs, same gradients, no token sees what it must not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from apo.logps import plain_logps
+from apo.prefix import bins_of, lay_out, packed_logps, share_prefixes, shared_prefix_logps, tokens_of
+
+VOCABULARY = 97
+FAMILIES = {
+    "llama": (LlamaConfig, {}),
+    "llama, tied, biased": (LlamaConfig, {"tie_word_embeddings": True, "attention_bias": True}),
+    "mistral, sliding window": (MistralConfig, {"sliding_window": 8}),
+    "qwen3": (Qwen3Config, {}),
+    "gemma2, soft caps and window": (Gemma2Config, {"sliding_window": 8, "query_pre_attn_scalar": 16}),
+    "gemma3, window": (Gemma3TextConfig, {"sliding_window": 8, "query_pre_attn_scalar": 16}),
+    "granite, scaled logits": (GraniteConfig, {"logits_scaling": 3.0}),
+}
+
+
+def tiny(family: str = "llama"):
+    config, options = FAMILIES[family]
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(
+        config(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, max_position_embeddings=256, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2, **options,
+        )
+    )  # fmt: skip
+
+
+def pairs(*shapes, seed=0):
+    """Pairs of (prompt, shared response tokens, chosen rest, rejected rest) random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n):
+        return torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
+
+    made = []
+    for prompt, shared, chosen, rejected in shapes:
+        both = draw(shared)
+        # The rests begin with different tokens, so that `shared` is what is shared.
+        made.append({"prompt_ids": draw(prompt), "chosen_ids": [*both, 3, *draw(chosen - 1)] if chosen else both,
+                     "rejected_ids": [*both, 4, *draw(rejected - 1)] if rejected else both})  # fmt: skip
+    return made
+
+
+def stacked(examples):
+    return DataCollatorForPreference(pad_token_id=0)(examples)
+
+
+def gradients(model, logps, seed=5):
+    weights = torch.randn(2, len(logps.chosen), generator=torch.Generator().manual_seed(seed))
+    model.zero_grad()
+    (torch.stack([logps.chosen, logps.rejected]) * weights).sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+SHAPES = [(7, 0, 9, 14), (12, 3, 10, 13), (17, 10, 11, 12), (3, 0, 1, 1), (22, 1, 13, 2), (5, 6, 0, 4)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_give_the_plain_log_probs_and_gradients(family):
+    model, batch = tiny(family), stacked(pairs(*SHAPES))
+    plain = plain_logps(model, batch)
+    wanted = gradients(model, plain)
+    share_prefixes(model)
+    packed = shared_prefix_logps(model, batch)
+    for ours, theirs in zip(packed[:4], plain[:4], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-5)
+    assert (gradients(model, packed) - wanted).norm() < 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2, soft caps and window"])
+def test_a_model_that_shares_prefixes_answers_all_other_input_as_before(family):
+    model, batch = tiny(family), stacked(pairs(*SHAPES))
+    before = plain_logps(model, batch)
+    share_prefixes(model)
+    after = plain_logps(model, batch)
+    torch.testing.assert_close(torch.stack(after[:2]), torch.stack(before[:2]), rtol=0, atol=2e-5)
+
+
+def test_a_saved_model_does_not_know_that_it_shared_prefixes(tmp_path):
+    model = tiny()
+    share_prefixes(model)
+    model.save_pretrained(tmp_path)
+    assert "shared_prefix" not in (tmp_path / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model, batch = tiny(), stacked(pairs(*SHAPES))
+    share_prefixes(model)
+    wanted = gradients(model, shared_prefix_logps(model, batch))
+    model.activation_checkpointing_enable()
+    model.train()
+    found = gradients(model, shared_prefix_logps(model, batch))
+    assert (found - wanted).norm() < 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("changed", ["chosen_ids", "rejected_ids"])
+def test_no_token_of_one_response_changes_the_other_or_another_pair(changed):
+    model, examples = tiny(), pairs(*SHAPES)
+    share_prefixes(model)
+    before = packed_logps(model, lay_out(examples))
+    # The last token may change without changing what is shared.
+    examples[1][changed] = [*examples[1][changed][:-1], examples[1][changed][-1] % 90 + 5]
+    after = packed_logps(model, lay_out(examples))
+    for name in ("chosen", "rejected"):
+        same = torch.isclose(getattr(before, name), getattr(after, name), rtol=0, atol=1e-6)
+        assert same.tolist() == [not (pair == 1 and changed.startswith(name)) for pair in range(len(examples))]
+
+
+def test_any_order_of_pairs_gives_each_pair_its_own_log_probs():
+    model, examples = tiny(), pairs(*SHAPES)
+    share_prefixes(model)
+    there, back = (packed_logps(model, lay_out(order)) for order in (examples, examples[::-1]))
+    torch.testing.assert_close(there.chosen, back.chosen.flip(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(there.rejected, back.rejected.flip(0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layout_by_hand():
+    layout = lay_out([{"prompt_ids": [11, 12], "chosen_ids": [13, 14, 2], "rejected_ids": [13, 15, 16, 2]}])
+    assert layout.input_ids.tolist() == [[11, 12, 13, 14, 2, 15, 16, 2]]
+    assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5]]
+    assert layout.rows.tolist() == [1, 2, 3, 2, 5, 6]
+    assert layout.labels.tolist() == [13, 14, 2, 15, 16, 2]
+    assert layout.owner.tolist() == [0, 1, 1, 2, 2, 2]
+    assert layout.lengths.tolist() == [[3, 4]]
+
+
+def test_an_empty_response_or_prompt_is_refused():
+    for empty in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        with pytest.raises(ValueError, match="empty"):
+            lay_out([{"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7], empty: []}])
+
+
+def test_a_model_that_keeps_its_options_from_its_attention_is_noticed():
+    model = tiny()
+    share_prefixes(model)
+    for layer in model.model.layers:
+        inner = layer.self_attn.forward
+        layer.self_attn.forward = lambda *a, _inner=inner, shared_prefix=None, **k: _inner(*a, **k)
+    with pytest.raises(RuntimeError, match="does not hand its options on"):
+        packed_logps(model, lay_out(pairs(*SHAPES)))
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(20, 100))
+@settings(deadline=None)
+def test_bins_hold_every_place_once_and_no_more_than_allowed(sizes, most):
+    bins = bins_of(sizes, most)
+    assert sorted(place for places in bins for place in places) == list(range(len(sizes)))
+    assert all(sum(sizes[p] for p in places) <= most or len(places) == 1 for places in bins)
+
+
+def test_tokens_of_counts_a_packed_row():
+    for example in pairs(*SHAPES):
+        assert tokens_of(example) == lay_out([example]).input_ids.shape[1]
