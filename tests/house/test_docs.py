@@ -184,7 +184,7 @@ FOREIGN = {
 def commands() -> list[tuple[str, str]]:
     """(where, one command) of every shell block; lines that go on after a backslash are put together."""
     found = []
-    for block in blocks("sh"):
+    for block in blocks("sh", "bash"):
         for line in block.code.replace("\\\n", " ").splitlines():
             for part in re.split(r"\s+(?:&&|\|)\s+", line.partition(" #")[0].strip()):
                 if part and not part.startswith("#"):

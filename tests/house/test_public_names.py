@@ -21,7 +21,7 @@ PACKAGES = ("clair", "apo")
 def test_public_names_are_sorted_there_and_documented(package):
     module = importlib.import_module(package)
     names = module.__all__
-    assert list(names) == sorted(names, key=lambda name: (not name.isupper(), name[0].islower(), name))
+    assert list(names) == sorted(names)
     assert len(names) == len(set(names)) >= 8
     assert dir(module) == list(names)
     for name in names:
