@@ -21,9 +21,10 @@ PACKAGES = ("clair", "apo")
 def test_public_names_are_sorted_there_and_documented(package):
     module = importlib.import_module(package)
     names = module.__all__
-    assert list(names) == sorted(names)
+    # Constants, then classes, then functions: the order that ruff keeps a literal `__all__` in.
+    assert list(names) == sorted(names, key=lambda name: (not name.isupper(), name[0].islower(), name))
     assert len(names) == len(set(names)) >= 8
-    assert dir(module) == list(names)
+    assert dir(module) == sorted(names)
     for name in names:
         value = getattr(module, name)
         if inspect.isclass(value) or inspect.isroutine(value):
