@@ -104,10 +104,13 @@ class Ledger:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.run = uuid.uuid4().hex[:12]
-        self._reader = self._open()
-        self._lock_file = self._take_lock()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._reader = self._open()
+            self._lock_file = self._take_lock()
+        except OSError as error:
+            raise LedgerError(_told(self.path, error)) from error
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._broken: LedgerError | None = None
         self._thread = threading.Thread(target=self._write_loop, name="ledger", daemon=True)
@@ -131,27 +134,33 @@ class Ledger:
 
     def find(self, key: str) -> Stored | None:
         """The reply to a request, if it was ever answered."""
-        row = self._reader.execute("SELECT reply FROM calls WHERE key = ? AND state = 'done'", (key,)).fetchone()
-        return Stored(row[0]) if row else None
+        found = self._read("SELECT reply FROM calls WHERE key = ? AND state = 'done'", key)
+        return Stored(found[0][0]) if found else None
 
     def spent(self, payer: str) -> dict[str, Tokens]:
         """The most that a payer's calls can have been billed, in tokens by role; calls without a known end included."""
-        rows = self._reader.execute(
+        found = self._read(
             "SELECT role, sum(prompt_tokens + open_prompt), sum(completion_tokens + open_completion) FROM calls "
             "WHERE payer = ? GROUP BY role",
-            (payer,),
+            payer,
         )
-        return {role: Tokens(prompt, completion) for role, prompt, completion in rows}
+        return {role: Tokens(prompt, completion) for role, prompt, completion in found}
 
     def paid(self, role: str, row: str) -> Tokens:
         """What the answered calls of a role for one prompt took."""
         query = "SELECT total(prompt_tokens), total(completion_tokens) FROM calls WHERE role = ? AND row = ?"
-        prompt, completion = self._reader.execute(query, (role, row)).fetchone()
+        ((prompt, completion),) = self._read(query, role, row)
         return Tokens(int(prompt), int(completion))
 
     def counts(self) -> dict[str, int]:
         """How many requests are in each state."""
-        return dict(self._reader.execute("SELECT state, count(*) FROM calls GROUP BY state").fetchall())
+        return dict(self._read("SELECT state, count(*) FROM calls GROUP BY state"))
+
+    def _read(self, query: str, *values: str) -> list[tuple[Any, ...]]:
+        try:
+            return self._reader.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise LedgerError(_told(self.path, error)) from error
 
     # ---- writing
 
@@ -258,8 +267,9 @@ class Ledger:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, _VERSION):
                 raise LedgerError(f"ledger {self.path} has format {version}; this version reads {_VERSION}")
-            connection.executescript(_SCHEMA)
-            connection.execute(f"PRAGMA user_version = {_VERSION}")
+            if version == 0:
+                connection.executescript(_SCHEMA)
+                connection.execute(f"PRAGMA user_version = {_VERSION}")
         except sqlite3.Error as error:
             raise LedgerError(_told(self.path, error)) from error
         return connection
