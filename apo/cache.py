@@ -1,0 +1,74 @@
+"""Tensors by content: a file per key, written whole or not at all, shared by runs, checked when read.
+
+What is stored under a key never changes, so processes need no locks: two that compute the same thing write the same
+bytes, and the last rename wins. A file that cannot be read is as good as none.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clair.recipe import publish
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def default_folder() -> Path:
+    """`$CLAIR_CACHE`, else `~/.cache/clair-apo`."""
+    return Path(os.environ.get("CLAIR_CACHE") or Path.home() / ".cache" / "clair-apo")
+
+
+def file_of(folder: Path, key: str) -> Path:
+    """Where the tensors of a key lie."""
+    return folder / key[:2] / f"{key}.safetensors"
+
+
+def load(folder: Path, key: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
+    """The tensors of a key, or None where there are none, or not these names and shapes, or not a number in them."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file_of(folder, key))
+    except (FileNotFoundError, NotADirectoryError, PermissionError, SafetensorError):
+        return None
+    whole = {name: tuple(tensor.shape) for name, tensor in tensors.items()} == dict(shapes)
+    return tensors if whole and all(bool(tensor.isfinite().all()) for tensor in tensors.values()) else None
+
+
+def store(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> str | None:
+    """Keep tensors under a key. Returns what to tell where that is not possible (read-only, full), else None."""
+    from safetensors.torch import save_file
+
+    target = file_of(folder, key)
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
+        os.close(handle)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+        publish(temporary, target)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        return f"{target.parent} cannot be written ({error.strerror or error}); going on without keeping it"
+    return None
+
+
+def hash_weights(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of all parameters and buffers that are saved with a model."""
+    import hashlib
+
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return digest.hexdigest()
