@@ -53,7 +53,7 @@ def most_tokens(request: Mapping[str, Any]) -> Tokens:
     """The most tokens a request can be billed for. Where no tokenizer is known, a token is at least one UTF-8 byte."""
     messages = request["messages"]
     text = sum(len(str(m["content"]).encode("utf-8", "replace")) for m in messages)
-    tools = len(canonical_json({k: v for k, v in request.items() if k in ("tools", "response_format")}))
+    tools = sum(len(canonical_json(request[key])) for key in ("tools", "response_format") if key in request)
     most = request.get("max_completion_tokens") or request.get("max_tokens") or 0
     return Tokens(text + tools + _TOKENS_PER_MESSAGE * (len(messages) + 1), int(most))
 

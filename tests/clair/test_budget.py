@@ -1,0 +1,131 @@
+"""Money: never more than the budget, whatever goes wrong; and an estimate that comes true."""
+
+from __future__ import annotations
+
+import random
+from decimal import Decimal
+
+import pytest
+
+from clair.budget import Budget, BudgetConfig, BudgetReached, Price, most_tokens
+from clair.build import build
+from clair.estimate import estimate, total_cost
+from clair.ledger import Ledger, Tokens
+from clair.recipe import UserError
+from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
+
+
+def rows(n, seed=0):
+    draw = random.Random(seed)
+    return [
+        {"prompt": f"question {i} " + "word " * draw.randint(1, 60), "answer": "bad " * draw.randint(1, 80) + str(i)}
+        for i in range(n)
+    ]
+
+
+def test_the_price_of_tokens_by_hand():
+    assert Price(input="2.50", output="10").of(Tokens(1000, 200)) == Decimal("0.0045")
+
+
+def test_the_worst_case_counts_bytes_and_max_tokens():
+    request = {"messages": [{"role": "user", "content": "né 🙂"}], "max_tokens": 7, "temperature": 0.5}
+    assert most_tokens(request) == Tokens(len("né 🙂".encode()) + 32, 7)
+
+
+async def _reserve_too_much(budget):
+    await budget.reserve("reviser", Tokens(60, 0))
+    with pytest.raises(BudgetReached, match=r"0 tokens of 100 spent, and the next call may cost 101"):
+        await budget.reserve("reviser", Tokens(101, 0))
+    budget.settle("reviser", Tokens(60, 0), Tokens(30, 0))
+    await budget.reserve("reviser", Tokens(70, 0))
+
+
+def test_what_does_not_fit_is_refused_and_what_was_cheaper_gives_room():
+    import asyncio
+
+    asyncio.run(_reserve_too_much(Budget(BudgetConfig(tokens=100), {}, {})))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_budget_is_never_passed_over_random_runs_with_trouble_and_resumes(tmp_path, monkeypatch, seed):
+    _random_run(tmp_path, monkeypatch, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10, 210))
+def test_the_budget_is_never_passed_over_200_random_runs(tmp_path, monkeypatch, seed):
+    _random_run(tmp_path, monkeypatch, seed)
+
+
+def _random_run(tmp_path, monkeypatch, seed):
+    draw = random.Random(seed)
+    made = rows(draw.randint(5, 40), seed)
+    billed = 0
+    limit = draw.randint(2_000, 40_000)
+    for resume in range(3):
+        model = Scripted("reviser", revision, trouble=0.3, seed=seed + resume, latency=0.002)
+        install(monkeypatch, reviser=model)
+        config = recipe(
+            tmp_path / "out", made, pipeline="revised", reviser=endpoint(max_tokens=200), budget={"tokens": limit},
+            concurrency=draw.randint(1, 16), attempts=3,
+        )  # fmt: skip
+        built = build(config)
+        billed += model.billed
+        assert billed <= limit
+        with Ledger(config.ledger_path) as ledger:
+            spent = ledger.spent(str((tmp_path / "out").resolve())).get("reviser", Tokens(0, 0))
+        assert billed <= sum(spent)
+        if not built.stopped:
+            break
+        assert "budget reached" in built.stopped
+        limit += draw.randint(0, 20_000)
+
+
+def test_a_build_stopped_by_its_budget_goes_on_with_a_larger_one_and_asks_nothing_twice(tmp_path, monkeypatch):
+    model = Scripted("reviser", revision)
+    install(monkeypatch, reviser=model)
+    keys = {"pipeline": "revised", "reviser": endpoint(max_tokens=100), "concurrency": 4}
+    stopped = build(recipe(tmp_path / "out", rows(30), **keys, budget={"tokens": 8_000}))
+    assert "budget reached" in stopped.stopped
+    assert 0 < len(model.asked) < 30
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert build(recipe(tmp_path / "out", rows(30), **keys, budget={"tokens": 10**6})).stopped is None
+    assert len(model.asked) == 30
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"budget": {"money": 1}, "reviser": endpoint()}, "needs reviser.price"),
+        ({"budget": {"tokens": 9}, "reviser": endpoint(max_tokens=None)}, "needs reviser.max_tokens"),
+        ({"budget": {"tokens": 9, "money": 1}, "reviser": endpoint()}, "either money or tokens"),
+        ({"budget": {"money": -1}, "reviser": endpoint()}, "greater than 0"),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_refused_before_anything_is_spent(tmp_path, keys, told):
+    with pytest.raises(UserError, match=told):
+        build(recipe(tmp_path / "out", rows(2), pipeline="revised", **keys))
+
+
+def test_an_estimate_comes_within_15_percent_on_prompts_of_widely_varying_length_and_its_replies_are_kept(
+    tmp_path, monkeypatch
+):
+    model = Scripted("reviser", revision)
+    install(monkeypatch, reviser=model)
+    price = {"input": "2.5", "output": "10"}
+    config = recipe(tmp_path / "out", rows(400, seed=3), pipeline="revised", reviser=endpoint(price=price))
+    told = total_cost(estimate(config, probe=5))
+    assert len(model.asked) == 5
+    tokens = build(config).manifest["tokens"]["reviser"]
+    assert (tokens["calls"], tokens["reused"]) == (395, 5)
+    truth = (tokens["prompt"] * 2.5 + tokens["completion"] * 10) / 1e6
+    assert abs(told.value / truth - 1) < 0.15
+    assert told.lo <= told.value <= told.hi
+
+
+def test_an_estimate_without_a_probe_asks_nothing_and_tells_the_most_calls(tmp_path, monkeypatch):
+    model = Scripted("reviser", revision)
+    install(monkeypatch, reviser=model)
+    config = recipe(tmp_path / "out", rows(20), pipeline="revised", reviser=endpoint(mode="edits"))
+    assert estimate(config)["reviser"].most_calls == 20 * 4
+    assert not model.asked

@@ -1,0 +1,195 @@
+"""The four data sets of the paper, with models that answer by a script."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from clair.build import build
+from clair.dataset import read_rows
+from clair.recipe import UserError
+from tests.clair.scripted import Scripted, between, endpoint, install, recipe, revision, verdict
+
+
+def drops(out):
+    return [json.loads(line) for line in (out / "dropped.jsonl").read_text("utf-8").splitlines()]
+
+
+def pairs(out):
+    return {row["id"]: row for row in read_rows(out)}
+
+
+def text(row, side):
+    return row[side][0]["content"]
+
+
+def oracle(messages, sample=0):
+    """Prefers the answer that says `good`."""
+    shown = [between(messages[0]["content"], f"student_solution_{n}") for n in (1, 2)]
+    good = ["good" in answer for answer in shown]
+    return verdict("[1]" if good == [True, False] else "[2]" if good == [False, True] else "[tie]")
+
+
+def answers(n, start=0):
+    """Rows whose good answer stands now first, now second."""
+    rows = []
+    for i in range(start, start + n):
+        both = [f"a good answer to {i}", f"a bad answer to {i}"]
+        rows.append({"id": f"r{i}", "prompt": f"question {i}", "answers": both[:: 1 if i % 3 else -1]})
+    return rows
+
+
+@pytest.mark.parametrize("order", ["both", "random"])
+def test_an_oracle_judge_is_followed_in_every_pair_and_shows_no_position_bias(tmp_path, monkeypatch, order):
+    install(monkeypatch, judge=Scripted("oracle", oracle))
+    built = build(recipe(tmp_path / "out", answers(200), pipeline="judged", judge=endpoint(order=order)))
+    rows = pairs(tmp_path / "out")
+    assert len(rows) == 200
+    assert all("good" in text(r, "chosen") and "bad" in text(r, "rejected") for r in rows.values())
+    assert not built.manifest["position"]["biased"]
+
+
+def test_an_always_first_judge_yields_no_label_in_both_orders_and_is_flagged_in_one(tmp_path, monkeypatch):
+    install(monkeypatch, judge=Scripted("first", lambda messages, sample: verdict("[1]")))
+    both = build(recipe(tmp_path / "both", answers(60), pipeline="judged", judge=endpoint()))
+    assert both.manifest["counts"]["pairs"] == 0
+    assert both.manifest["drop_reasons"] == {"judge.contradiction": 60}
+    one = build(recipe(tmp_path / "one", answers(60), pipeline="judged", judge=endpoint(order="random")))
+    for built in (both, one):
+        assert built.manifest["position"]["share_first"] == 1.0
+        assert built.manifest["position"]["biased"]
+        assert "biased by position" in (built.out / "README.md").read_text("utf-8")
+
+
+def test_ties_are_dropped_by_reason(tmp_path, monkeypatch):
+    install(monkeypatch, judge=Scripted("tie", lambda messages, sample: verdict("[tie]")))
+    built = build(recipe(tmp_path / "out", answers(9), pipeline="judged", judge=endpoint()))
+    assert built.manifest["drop_reasons"] == {"judge.tie": 9}
+
+
+def test_on_policy_samples_differ_and_are_each_asked_once(tmp_path, monkeypatch):
+    target = Scripted("target", lambda m, n: f"{'good' if n == 1 else 'bad'} sample {n}: {m[0]['content']}")
+    judge = Scripted("oracle", oracle)
+    install(monkeypatch, target=target, judge=judge)
+    rows = [{"prompt": f"question {i}"} for i in range(10)]
+    config = recipe(tmp_path / "out", rows, pipeline="judged", samples=3, target=endpoint(), judge=endpoint())
+    build(config)
+    found = pairs(tmp_path / "out")
+    assert len(found) == 10
+    assert all(text(r, "chosen").startswith("good sample 1") for r in found.values())
+    assert all(text(r, "rejected").startswith("bad sample") for r in found.values())
+    assert len(target.asked) == 30
+    # Three comparisons in both orders; the two bad samples tie in either.
+    assert len(judge.asked) == 10 * 3 * 2
+
+
+def test_given_scores_decide_without_a_judge_and_ties_never_become_a_pair(tmp_path):
+    rows = [
+        {"id": "clear", "prompt": "a", "answers": ["low", "high", "middle"], "scores": [1, 5, 3]},
+        {"id": "tied", "prompt": "b", "answers": ["one", "other"], "scores": [4, 4]},
+        {"id": "ultrafeedback", "prompt": "c", "completions": [
+            {"response": "worse", "overall_score": 2.5}, {"response": "better", "overall_score": 7}]},
+    ]  # fmt: skip
+    build(recipe(tmp_path / "out", rows, pipeline="judged"))
+    found = pairs(tmp_path / "out")
+    assert {id: (text(r, "chosen"), text(r, "rejected")) for id, r in found.items()} == {
+        "clear": ("high", "low"),
+        "ultrafeedback": ("better", "worse"),
+    }
+    assert [(d["id"], d["stage"], d["reason"]) for d in drops(tmp_path / "out")] == [("tied", "scores", "tie")]
+
+
+def test_stronger_preferred_takes_the_stronger_models_answer_unseen(tmp_path, monkeypatch):
+    install(
+        monkeypatch,
+        target=Scripted("weak", lambda m, s: f"weak answer to {m[0]['content']}"),
+        stronger=Scripted("strong", lambda m, s: f"strong answer to {m[0]['content']}"),
+    )
+    rows = [{"prompt": f"question {i}"} for i in range(5)]
+    build(recipe(tmp_path / "out", rows, pipeline="stronger", target=endpoint(), stronger=endpoint()))
+    for row in pairs(tmp_path / "out").values():
+        asked = row["prompt"][0]["content"]
+        assert (text(row, "chosen"), text(row, "rejected")) == (f"strong answer to {asked}", f"weak answer to {asked}")
+        assert row["models"] == {"chosen": "strong", "rejected": "weak"}
+
+
+def given(n):
+    return [{"id": f"r{i}", "prompt": f"question {i}", "answer": f"a bad answer to {i}"} for i in range(n)]
+
+
+def test_a_reply_that_cannot_be_read_is_asked_for_once_more_with_what_is_wrong(tmp_path, monkeypatch):
+    def forgetful(messages, sample):
+        return revision(messages) if len(messages) == 3 else "The answer is good."
+
+    reviser = Scripted("forgetful", forgetful)
+    install(monkeypatch, reviser=reviser)
+    build(recipe(tmp_path / "out", given(3), pipeline="revised", reviser=endpoint()))
+    assert len(pairs(tmp_path / "out")) == 3
+    again = [r["messages"] for r in reviser.asked if len(r["messages"]) == 3]
+    assert len(again) == 3
+    assert all("{corrected_student_solution} does not stand at the start" in m[2]["content"] for m in again)
+    install(monkeypatch, reviser=Scripted("silent", forgetful))
+    quiet = recipe(tmp_path / "no", given(3), pipeline="revised", reviser=endpoint(ask_again=False))
+    assert build(quiet).manifest["drop_reasons"] == {"reviser.no_label": 3}
+
+
+def edits(find, replace):
+    return (
+        "{teacher_reasoning}\nbecause\n\n{minimal_edits}\n"
+        f"<<<<<<< FIND\n{find}\n=======\n{replace}\n>>>>>>> REPLACE"
+    )
+
+
+def test_edit_mode_copies_what_is_not_corrected(tmp_path, monkeypatch):
+    install(monkeypatch, reviser=Scripted("editor", lambda m, s: edits("bad", "good")))
+    build(recipe(tmp_path / "out", given(4), pipeline="revised", reviser=endpoint(mode="edits")))
+    for row in pairs(tmp_path / "out").values():
+        assert text(row, "chosen") == text(row, "rejected").replace("bad", "good")
+
+
+def test_edits_that_do_not_apply_are_asked_for_again_and_then_rewritten(tmp_path, monkeypatch):
+    def hopeless(messages, sample):
+        return revision(messages) if "minimal_edits" not in messages[0]["content"] else edits("not there", "x")
+
+    reviser = Scripted("hopeless", hopeless)
+    install(monkeypatch, reviser=reviser)
+    build(recipe(tmp_path / "out", given(1), pipeline="revised", reviser=endpoint(mode="edits")))
+    assert [len(r["messages"]) for r in reviser.asked] == [1, 3, 1]
+    assert [text(r, "chosen") for r in pairs(tmp_path / "out").values()] == ["a good answer to 0"]
+
+
+def test_accept_gives_exactly_the_first_pairs_in_the_order_of_the_prompts(tmp_path, monkeypatch):
+    def some(messages, sample):
+        number = int(between(messages[0]["content"], "student_solution").split()[-1])
+        return revision(messages) if number % 3 else "no label here"
+
+    install(monkeypatch, reviser=Scripted("some", some, latency=0.02))
+    config = recipe(tmp_path / "out", given(300), pipeline="revised", reviser=endpoint(), accept=20, concurrency=8)
+    built = build(config)
+    wanted = [f"r{i}" for i in range(300) if i % 3][:20]
+    assert sorted(pairs(tmp_path / "out")) == sorted(wanted)
+    assert built.manifest["counts"]["prompts"] == int(wanted[-1][1:]) + 1
+    assert built.manifest["counts"]["dropped"] == built.manifest["counts"]["prompts"] - 20
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"pipeline": "revised"}, "needs reviser"),
+        ({"pipeline": "revised", "reviser": endpoint(), "judge": endpoint()}, "judge is not used"),
+        ({"pipeline": "stronger", "target": endpoint()}, "needs stronger"),
+        ({"pipeline": "revised", "reviser": endpoint(), "samples": 3}, "samples is not used"),
+        ({"pipeline": "judge"}, "'revised', 'judged' or 'stronger'"),
+    ],
+)
+def test_roles_that_are_missing_or_would_be_ignored_are_refused(tmp_path, keys, told):
+    with pytest.raises(UserError, match=told):
+        recipe(tmp_path / "out", given(1), **keys)
+
+
+def test_a_judged_recipe_without_answers_or_judge_says_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="no answer and the recipe has no target"):
+        build(recipe(tmp_path / "a", [{"prompt": "a"}], pipeline="judged", judge=endpoint()))
+    with pytest.raises(UserError, match="no scores and the recipe has no judge"):
+        build(recipe(tmp_path / "b", answers(2), pipeline="judged"))
