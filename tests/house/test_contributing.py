@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,6 @@ def run(command: str, copy: Path) -> None:
         **os.environ, "PYTHONPATH": str(copy), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     }  # fmt: skip
     done = subprocess.run(
-        command, shell=True, cwd=copy, env=environment, capture_output=True, text=True, timeout=600, check=False
+        shlex.split(command), cwd=copy, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
