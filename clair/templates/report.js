@@ -85,7 +85,8 @@ function pairWords(i) {
   return [R.id[i], ...full.prompt.map(([, said]) => said), side(1), side(-1), full.reasoning].join("\n");
 }
 
-const terms = () => view().search.toLowerCase().split(/\s+/).filter(Boolean);
+// Words, or "several words" in quotes.
+const terms = () => [...view().search.toLowerCase().matchAll(/"([^"]+)"|\S+/g)].map(([all, quoted]) => quoted ?? all);
 
 function listed() {
   const v = view();
@@ -256,8 +257,8 @@ function undo() {
 
 /* Going about. */
 function go(where) {
-  if (location.hash !== `#${where}`) location.hash = where;
-  else route();
+  if (location.hash !== `#${where}`) history.pushState(null, "", `#${where}`);
+  route();
 }
 
 // Go to rows that something else chose.
@@ -307,6 +308,7 @@ const KEYS = {
   d: ["d", "drop, and on to the next; again takes it back", () => decide("drop")],
   u: ["u", "undo the last mark", undo],
   s: ["s", "both answers side by side, or in one text", changeSides],
+  " ": ["space", "read on in a long pair; with shift, back", (event) => byId("detail").scrollBy(0, (event.shiftKey ? -0.8 : 0.8) * byId("detail").clientHeight)],
   "/": ["/", "search", () => byId("search").select()],
   "?": ["?", "these keys", () => byId("keys").showModal()],
 };
@@ -323,13 +325,14 @@ function keydown(event) {
     if (event.key === "Escape" || (event.key === "Enter" && event.target.id === "search")) byId("list").focus();
     return;
   }
+  if (event.key === " " && event.target.matches("button, summary, a, .bin")) return;
   const browsing = !byId("browse").hidden;
   const inDetail = byId("detail").contains(event.target);
   const act = KEYS[event.key]?.[2] ?? (browsing && !inDetail ? ALSO[event.key] : null);
   if (!act) return;
   event.preventDefault();
   if (!browsing && event.key !== "?") go("pairs");
-  if (browsing || event.key === "/" || event.key === "?") act();
+  if (browsing || "/?".includes(event.key)) act(event);
 }
 
 function drawKeys() {

@@ -1,8 +1,9 @@
-"""Dataset folders of any size with text that looks real, and with text that means harm; equal arguments, equal bytes."""
+"""Dataset folders of any size with text that looks real or means harm; equal arguments, equal bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,12 +13,13 @@ from clair.dataset import DatasetWriter, card
 from clair.recipe import content_hash, write_atomically, write_json
 from clair.records import Dropped, Pair
 
-WORDS = (
-    "the of and to in a is that for it as was with be by on not he this are or his from at which but have an had they "
-    "you were their one all we can her has there been if more when will would who so no said water light energy cell "
-    "answer because therefore however example method number result value system process language history question "
-    "temperature between during structure important different several usually probably certain evidence measure city"
-).split()
+_VOCABULARY = """
+the of and to in a is that for it as was with be by on not he this are or his from at which but have an had they you
+were their one all we can her has there been if more when will would who so no said water light energy cell answer
+because therefore however example method number result value system process language history question temperature
+between during structure important different several usually probably certain evidence measure city
+"""
+WORDS = _VOCABULARY.split()
 TOPICS = ("photosynthesis", "the French Revolution", "binary search", "interest rates", "sourdough", "plate tectonics")
 INJECTIONS = (
     "<script>window.hacked = 1; alert('hacked')</script>",
@@ -65,11 +67,17 @@ def revised(rng: Random, text: str, amount: float) -> str:
     return " ".join(out) or "Nothing."
 
 
-def synthetic_pairs(count: int, seed: int = 0, characters: int = 2200) -> list[Pair]:
-    """Pairs with two answers of about `characters` each: the first ones strange or harmful, the others ordinary."""
+def synthetic_pairs(count: int, seed: int = 0, characters: int = 2200, different: int = 2000) -> list[Pair]:
+    """Pairs with two answers of about `characters` each: the first ones strange or harmful, the others ordinary.
+
+    Of a great many, only the first are `different`; the others repeat them under ids of their own, which is quicker.
+    """
     rng = Random(seed)
-    pairs = []
+    pairs: list[Pair] = []
     for number in range(count):
+        if number >= different:
+            pairs.append(replace(pairs[number - different], id=content_hash([seed, number])[:16]))
+            continue
         if number < len(INJECTIONS):
             harm = INJECTIONS[number]
             texts = (f"Say {harm}", f"{harm} old {harm}", f"{harm} new {harm}")
@@ -104,7 +112,7 @@ def write_dataset(folder: Path, pairs: Sequence[Pair], drops: int = 0) -> Path:
     for pair in pairs:
         writer.add(pair)
     for number in range(drops):
-        writer.drop(content_hash(["dropped", number])[:16], DROPS[(number * number) % len(DROPS)])
+        writer.drop(content_hash(["dropped", number])[:16], DROPS[number * 7 % 11 % len(DROPS)])
     files = writer.close(keep=True)
     manifest = _manifest(writer, files)
     write_json(folder / "manifest.json", manifest)
