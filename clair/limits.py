@@ -1,8 +1,8 @@
 """How fast we may ask: a limit on requests in flight that learns from refusals.
 
 Two things make a server refuse (429). It has too many of our requests at once: then the number it is still working
-on is what it takes, and the limit falls to that. Or we ask too often: then it refuses at a number in flight that it
-took before, and asking pauses for as long as it says (Retry-After).
+on is what it takes, and the limit falls to that. Or we ask too often: then it refuses well below what it took
+before, and asking pauses for as long as it says (Retry-After).
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from collections.abc import Callable
 
 PAUSE = 1.0
 """Seconds to pause after a refusal that names no time."""
+# A server can refuse at a number in flight that it took before, since some that we count are answered already and the
+# answer is under way: only well below what it took is a refusal about how often we ask.
+_WELL_BELOW = 0.8
 
 
 class Limiter:
@@ -65,7 +68,7 @@ class Limiter:
         """A request was refused, with the seconds to wait where the server told."""
         self.refusals += 1
         paused = self._clock() < self._closed_until
-        if self.in_flight > max(1, self._proven) and not paused:
+        if self.in_flight > max(1, _WELL_BELOW * self._proven) and not paused:
             self.limit = max(1.0, min(self.limit, self.in_flight - 1.0))
             return
         if not paused:  # one decrease for a whole burst of refusals

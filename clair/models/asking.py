@@ -174,7 +174,7 @@ class Asker:
                 return await asyncio.shield(sent)
             except TooMany as error:
                 last: Exception = error
-                wait = 0.0
+                wait = error.retry_after or 0.0
             except (Unreachable, RequestFailed, Refused) as error:
                 last = error
                 attempt += 1
