@@ -159,3 +159,59 @@ def keep(
     with locked(out or folder):
         apply(folder, decided, out)
     print_(summary([out or folder]))
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    out: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
+    as_: Annotated[str, typer.Option("--as", help="preference, unpaired or text.")] = "preference",
+    split: Annotated[str, typer.Option(help="train or test.")] = "train",
+) -> None:
+    """Write the pairs as JSONL rows: preference (TRL), unpaired (KTO), or plain text."""
+    from clair.dataset import SPLITS
+    from clair.recipe import near_miss
+    from clair.sharing import FORMS
+    from clair.sharing import export as write
+    from clair.terminal import show as print_
+
+    for name, value, allowed in (("form", as_, FORMS), ("split", split, SPLITS)):
+        if value not in allowed:
+            raise UserError(f"unknown {name} {value!r}{near_miss(value, allowed)}; allowed: {', '.join(allowed)}")
+    print_(f"{write(as_, folder, split, out)} rows in {out}")  # type: ignore[arg-type]
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    name: Annotated[str, typer.Argument(help="org/name on the hub.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Really send it.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a private dataset.")] = False,
+) -> None:
+    """Send a dataset to the hub with its card. Without --yes it only shows what would be sent."""
+    from clair.sharing import files_to_push
+    from clair.sharing import push as send
+    from clair.terminal import show as print_
+
+    files = files_to_push(folder)
+    if yes:
+        print_(send(folder, name, private=private))
+        return
+    for file in files:
+        print_(f"{file.relative_to(folder)}  {file.stat().st_size:,} bytes")
+    print_((folder / "README.md").read_text("utf-8"))
+    print_(f"nothing was sent; add --yes to send these {len(files)} files to {name}")
+
+
+@app.command("next")
+def next_(
+    folder: Annotated[Path, typer.Argument(help="The dataset folder of the round before.")],
+    model: Annotated[str, typer.Option(help="The tuned model's folder: the new target.")],
+    out: Annotated[Path, typer.Option(help="The dataset folder of the new round.")],
+) -> None:
+    """Prepare a further round: the tuned model answers what it got wrong before, and what was not seen yet."""
+    from clair.sharing import next_round
+    from clair.terminal import show as print_
+
+    recipe, again, fresh = next_round(folder, model, out)
+    print_(f"{again} prompts that gave a pair and {fresh} not seen yet; build them with: clair build {recipe}")

@@ -132,7 +132,7 @@ class BuildConfig(Recipe):
         needed = used[1]
         if needed != "judge" and getattr(self, needed) is None:
             raise ValueError(f"the pipeline {self.pipeline!r} needs {needed}")
-        if self.pipeline != "judged" and "samples" in self.model_fields_set:
+        if self.pipeline != "judged" and self.samples != type(self).model_fields["samples"].default:
             raise ValueError("samples is not used by this pipeline; remove it")
         return self
 
