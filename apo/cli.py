@@ -110,9 +110,13 @@ def _tell(message: str) -> None:
 
 def _quieten() -> None:
     """One bar is enough: transformers and datasets keep theirs, and their advice, to themselves."""
+    import warnings
+
     import datasets
     from transformers.utils import logging
 
+    # peft 0.21 and TRL 1.16 still use the old name, and nobody who trains can change that.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     logging.disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

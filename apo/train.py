@@ -198,6 +198,8 @@ def train(config: TrainConfig, *, tell: Callable[[str], None] = print) -> dict[s
     with a checkpoint saved.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("`apo train` runs in one process; for several, start a script with APOTrainer by torchrun")
     out = Path(config.out)
     status = runs.status_of(out, resolved(config))
     if status == "finished":

@@ -126,9 +126,11 @@ class APOTrainer(DPOTrainer):
             # The one switch that keeps TRL from loading a second model; `_precompute_ref_logps` then does nothing.
             args.precompute_ref_log_probs = True
         elif ref_model is None and not asked and _can_be_copied(model, args, kwargs.get("peft_config")):
-            ref_model = copy.deepcopy(model)
+            ref_model = copy.deepcopy(model).eval().requires_grad_(False)
+        uses_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
         args.precompute_ref_log_probs = self.precompute_ref_logps = asked
+        self._uses_cache = self.model.config.use_cache if uses_cache is None else uses_cache
         # TRL's head also computes entropies and mean logits for its own logs; only the log-probs are wanted here.
         add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         window = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -340,7 +342,9 @@ class APOTrainer(DPOTrainer):
         where = output_dir or self.args.output_dir
         unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         only = {"selected_adapters": ["default"]} if is_peft_model(unwrapped) else {}
+        while_training, unwrapped.config.use_cache = unwrapped.config.use_cache, self._uses_cache
         unwrapped.save_pretrained(where, state_dict=state_dict, **only)
+        unwrapped.config.use_cache = while_training
         self.processing_class.save_pretrained(where)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -78,6 +78,7 @@ def test_the_model_left_is_the_trained_one_and_generates_with_its_tokenizer(reci
     )["input_ids"]
     assert tuned.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
     assert tuned.generation_config.eos_token_id == 3
+    assert tuned.config.use_cache
 
 
 def test_the_card_says_what_was_done(recipe):
@@ -366,6 +367,12 @@ def test_bad_input_is_one_line_and_exit_code_2_before_any_work(case, tmp_path, r
 
 def snapshot(out: Path):
     return {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in out.rglob("*") if file.is_file()}
+
+
+def test_several_processes_are_refused(recipe, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="runs in one process"):
+        run(recipe)
 
 
 def test_a_recipe_that_is_not_there_is_told(tmp_path):
