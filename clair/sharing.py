@@ -89,8 +89,9 @@ def next_round(folder: str | Path, model: str, out: str | Path) -> tuple[Path, i
     fresh = [{"id": p.id, "prompt": list(p.messages)} for p in everything if p.id not in seen]
     old = config.target
     sampling = {"temperature": old.temperature, "max_tokens": old.max_tokens} if old else {}
+    changed = {"limit", "accept", "prompts", "target", "out"}
     values: Mapping[str, Any] = {
-        **config.model_dump(mode="json", exclude_defaults=True, exclude={"limit", "accept", "prompts", "target", "out"}),
+        **config.model_dump(mode="json", exclude_defaults=True, exclude=changed),
         "prompts": {"path": str(prompts)},
         "target": {"path": model, **sampling},
         "out": str(target),
