@@ -51,7 +51,7 @@ def estimate(config: BuildConfig, probe: int = 0) -> dict[str, RoleEstimate]:
     """
     check(config)
     prompts = each_prompt(config.prompts, config.limit)
-    sizes = array("q", (_size(prompt) for prompt, repeated in prompts if not repeated))
+    sizes = array("q", (_size(prompt) for prompt, left_out in prompts if left_out is None))
     calls = {role: len(sizes) * _calls_per_row(config, role) for role in config.models}
     if not probe:
         return {role: RoleEstimate(calls[role], None, None, None) for role in config.models}
@@ -64,7 +64,7 @@ def _run(config: BuildConfig, chosen: Sequence[int]) -> dict[str, list[Tokens]]:
     """Run the rows at the chosen places, and tell what each cost by role."""
     out = Path(config.out)
     wanted = set(chosen)
-    unique = (p for p, repeated in each_prompt(config.prompts, config.limit) if not repeated)
+    unique = (p for p, left_out in each_prompt(config.prompts, config.limit) if left_out is None)
     prompts = [prompt for place, prompt in enumerate(unique) if place in wanted]
     with locked(out):
         same_recipe(config, out, update=False)
@@ -74,7 +74,7 @@ def _run(config: BuildConfig, chosen: Sequence[int]) -> dict[str, list[Tokens]]:
 
 
 async def _ask(config: BuildConfig, ledger: Ledger, prompts: Sequence[Prompt]) -> None:
-    async with session(config, ledger) as run, aclosing(run.outcomes((p, False) for p in prompts)) as outcomes:
+    async with session(config, ledger) as run, aclosing(run.outcomes((p, None) for p in prompts)) as outcomes:
         async for _ in outcomes:
             pass
     if run.stop.error:

@@ -34,6 +34,11 @@ from clair.urls import api_key
 
 _AHEAD_PER_PLACE = 16
 _AHEAD_AT_LEAST = 256
+_LEFT_OUT = {
+    "duplicate": "the same prompt came before",
+    "near_duplicate": "nearly the same prompt came before",
+    "in_benchmark": "the benchmark of prompts.not_in asks this",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,9 @@ class Session:
     run: Callable[[Prompt], Awaitable[Pair]]
     judge: Judge | None
 
-    async def outcomes(self, prompts: Iterable[tuple[Prompt, bool]]) -> AsyncGenerator[tuple[str, Pair | Dropped]]:
+    async def outcomes(
+        self, prompts: Iterable[tuple[Prompt, str | None]]
+    ) -> AsyncGenerator[tuple[str, Pair | Dropped]]:
         """(prompt id, pair or reason) of each prompt, in the order of the prompts; ends early where the run stops."""
         ahead = _AHEAD_AT_LEAST + _AHEAD_PER_PLACE * self.config.concurrency
         if self.config.accept:  # what is begun beyond the last pair wanted is paid for and not used: begin little
@@ -57,10 +64,10 @@ class Session:
                     return
                 yield id, outcome
 
-    async def _row(self, item: tuple[Prompt, bool]) -> tuple[str, Pair | Dropped | Stopped]:
-        prompt, repeated = item
-        if repeated:
-            return prompt.id, Dropped("prompts", "duplicate", "the same prompt came before")
+    async def _row(self, item: tuple[Prompt, str | None]) -> tuple[str, Pair | Dropped | Stopped]:
+        prompt, left_out = item
+        if left_out:
+            return prompt.id, Dropped("prompts", left_out, _LEFT_OUT[left_out])
         try:
             return prompt.id, await self.run(prompt)
         except (Dropped, Stopped) as outcome:

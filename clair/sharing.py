@@ -85,7 +85,7 @@ def next_round(folder: str | Path, model: str, out: str | Path) -> tuple[Path, i
     config = resolve(BuildConfig, manifest["recipe"], source=f"{folder}/manifest.json")
     again = [{"id": row["id"], "prompt": row["prompt"]} for row in read_rows(folder, SPLITS)]
     seen = {row["id"] for row in again} | _dropped(folder)
-    everything = (prompt for prompt, repeated in each_prompt(config.prompts) if not repeated)
+    everything = (prompt for prompt, left_out in each_prompt(config.prompts) if left_out is None)
     fresh = [{"id": p.id, "prompt": list(p.messages)} for p in everything if p.id not in seen]
     old = config.target
     sampling = {"temperature": old.temperature, "max_tokens": old.max_tokens} if old else {}

@@ -15,6 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
+from clair.overlap import Benchmark, NearDuplicates
+from clair.prompts import task_text
 from clair.recipe import Recipe, UserError, content_hash, near_miss
 from clair.records import Message, Messages, Prompt, content_id
 
@@ -31,6 +35,11 @@ class PromptSource(Recipe):
     """The split, where `path` is a folder or a name."""
     columns: Mapping[str, str] = {}
     """What the columns are called where not prompt, answer, id, answers and scores: {prompt: instruction}."""
+    near_duplicates: float | None = Field(None, gt=0, le=1)
+    """Leave out prompts that share at least this much of their 5-word runs with an earlier one. Off by default: it
+    judges by words alone, and tasks made from a template differ in few."""
+    not_in: str | None = None
+    """A prompt file (a benchmark's questions); prompts that share 13 words in a row with it are left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,33 +61,49 @@ def scan(source: PromptSource, limit: int | None = None) -> Scan:
     """Read every row once. Raises UserError for the first that cannot be used, with its number."""
     digest = hashlib.sha256()
     rows = unique = answered = compared = scored = 0
-    for prompt, repeated in each_prompt(source, limit):
+    for prompt, left_out in each_prompt(source, limit):
         digest.update(f"{prompt.id}\0{prompt.content_id}\n".encode())
         rows += 1
-        unique += not repeated
-        answered += prompt.answer is not None and not repeated
-        compared += bool(prompt.answers) and not repeated
-        scored += bool(prompt.scores) and not repeated
+        if left_out is None:
+            unique += 1
+            answered += prompt.answer is not None
+            compared += bool(prompt.answers)
+            scored += bool(prompt.scores)
     if rows == 0:
         raise UserError(f"{source.path} has no rows; give at least one prompt")
     return Scan(rows, unique, answered, compared, scored, digest.hexdigest())
 
 
-def each_prompt(source: PromptSource, limit: int | None = None) -> Iterator[tuple[Prompt, bool]]:
-    """Every prompt, and whether its content came before. Raises UserError where one id stands for two prompts."""
+def each_prompt(source: PromptSource, limit: int | None = None) -> Iterator[tuple[Prompt, str | None]]:
+    """Every prompt, and why it is left out: `duplicate`, `near_duplicate`, `in_benchmark`, or None for those that stay.
+
+    Raises UserError where one id stands for two prompts.
+    """
     # 8 bytes of each hash: what a million prompts may take of memory; a clash among 10^6 has odds of 3 in 10^8.
     contents: set[int] = set()
     ids: set[int] = set()
+    near = NearDuplicates(source.near_duplicates) if source.near_duplicates else None
+    benchmark = _benchmark(source.not_in) if source.not_in else None
     for number, prompt in enumerate(read_prompts(source, limit), 1):
         content = int(prompt.content_id, 16)
-        repeated = content in contents
+        if content in contents:
+            yield prompt, "duplicate"
+            continue
         contents.add(content)
-        if prompt.id != prompt.content_id and not repeated:
+        if prompt.id != prompt.content_id:
             own = int(content_hash(prompt.id)[:16], 16)
             if own in ids:
                 raise UserError(f"{source.path}, row {number}: the id {prompt.id!r} stands for two different prompts")
             ids.add(own)
-        yield prompt, repeated
+        text = task_text(prompt.messages) if near or benchmark else ""
+        if benchmark and benchmark.asks(text):
+            yield prompt, "in_benchmark"
+        else:
+            yield prompt, "near_duplicate" if near and near.seen(text) else None
+
+
+def _benchmark(path: str) -> Benchmark:
+    return Benchmark(task_text(prompt.messages) for prompt in read_prompts(PromptSource(path=path)))
 
 
 def read_prompts(source: PromptSource, limit: int | None = None) -> Iterator[Prompt]:

@@ -1,0 +1,46 @@
+"""Prompts left out before anything is spent: near duplicates, and what a benchmark asks."""
+
+from __future__ import annotations
+
+import json
+import random
+
+from clair.overlap import Benchmark, NearDuplicates
+from clair.sources import PromptSource, each_prompt
+
+WORDS = [f"w{i}" for i in range(500)]
+
+
+def test_near_duplicates_are_found_and_different_texts_are_not():
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=60)) for _ in range(300)]
+    near = NearDuplicates(0.7)
+    assert not any(near.seen(text) for text in texts)
+    changed = [" ".join([*text.split()[:-2], "other", "end"]) for text in texts]
+    assert sum(near.seen(text) for text in changed) >= 295
+    halves = [" ".join([*text.split()[:30], *draw.choices(WORDS, k=30)]) for text in texts]
+    assert sum(near.seen(text) for text in halves) <= 5
+
+
+def test_case_and_punctuation_do_not_tell_prompts_apart():
+    near = NearDuplicates(1.0)
+    assert not near.seen("What is the capital of France?")
+    assert near.seen("what is the capital of france")
+
+
+def test_a_benchmark_is_known_by_13_words_in_a_row_or_a_whole_short_question():
+    long = " ".join(WORDS[:20])
+    benchmark = Benchmark([long, "Who wrote Faust?"])
+    assert benchmark.asks("please tell me: " + " ".join(WORDS[3:16]) + " and why")
+    assert not benchmark.asks(" ".join(WORDS[3:15]))
+    assert benchmark.asks("who wrote faust")
+    assert not benchmark.asks("who wrote faust and when")
+
+
+def test_prompts_are_left_out_by_reason_and_the_first_stays(tmp_path):
+    file, other = tmp_path / "prompts.jsonl", tmp_path / "benchmark.jsonl"
+    texts = ["the same thing said once more here", "the same thing said once more here!", "asked by the benchmark", "x"]
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in [*texts, texts[0]]))
+    other.write_text(json.dumps({"prompt": "Asked by the benchmark?"}))
+    source = PromptSource(path=str(file), near_duplicates=0.9, not_in=str(other))
+    assert [why for _, why in each_prompt(source)] == [None, "near_duplicate", "in_benchmark", None, "duplicate"]
