@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clair.dataset import CONTRAST, SPLITS, card, read_manifest, split_file
+from clair.dataset import CONTRAST, SPLITS, card, read_manifest, schema, split_file
 from clair.recipe import UserError, content_hash, publish, write_atomically, write_json
 from clair.records import Dropped
 
@@ -105,7 +105,7 @@ def _check_target(source: Path, target: Path, manifest: Mapping[str, Any]) -> No
     old = read_manifest(target) if (target / "manifest.json").is_file() else {}
     reviews = old.get("review", [])
     if not reviews or reviews[-1]["dataset"] != fingerprint(manifest):
-        raise UserError(f"{target} is not empty and is no review of this dataset; choose another --out")
+        raise UserError(f"{target} is not empty and no finished review of this dataset; choose another --out or remove it")
 
 
 def _check_fits(source: Path, manifest: Mapping[str, Any], decisions: Decisions) -> None:
@@ -186,10 +186,10 @@ def _write_split(source: Path, target: Path, split: str, gone: frozenset[str], v
     temporary = (target / split_file(split)).with_name(f".{split}.tmp")
     ids = pa.array(sorted(gone), pa.string())
     kept = 0
-    with old, pq.ParquetWriter(temporary, old.schema_arrow, compression="zstd") as writer:
-        waiting = old.schema_arrow.empty_table()
+    with old, pq.ParquetWriter(temporary, schema(), compression="zstd") as writer:
+        waiting = schema().empty_table()
         for batch in old.iter_batches(batch_size=_ROWS_PER_GROUP):
-            table = pa.Table.from_batches([batch])
+            table = pa.Table.from_batches([batch]).cast(schema())  # the file names the items of lists otherwise
             table = table.filter(pc.invert(pc.is_in(table["id"], value_set=ids)))
             kept += len(table)
             for row in table["contrast"].to_pylist():

@@ -115,15 +115,15 @@ def stratified(rows: Rows, among: Sequence[int]) -> list[int]:
     """`among` in an order whose every beginning is spread evenly over contrast and length.
 
     Strata are the tenths of Jaccard overlap, each by shorter, alike and longer winner; they take turns, and inside
-    of one the hash of the id decides, so that the order is the same on every machine. Rare strata come early.
+    of one the hash of the id decides, so that the order is the same on every machine. Rare kinds come early.
     """
-    jaccard, ratio = rows.numbers["jaccard"], rows.numbers["length_ratio"]
-    ranked = sorted(among, key=lambda i: (-1.0 if math.isnan(jaccard[i]) else jaccard[i], rows.ids[i]))
     strata: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for rank, i in enumerate(ranked):
-        strata[rank * 10 // len(ranked), (ratio[i] > 0.95) + (ratio[i] > 1.05)].append(i)
+    for i in among:
+        jaccard, ratio = rows.numbers["jaccard"][i], rows.numbers["length_ratio"][i]
+        tenth = -1 if math.isnan(jaccard) else min(int(jaccard * 10), 9)
+        strata[tenth, (ratio > 0.95) + (ratio > 1.05)].append(i)
     turns = []
     for name, members in sorted(strata.items()):
-        members.sort(key=lambda i: content_hash(rows.ids[i]))
+        members.sort(key=lambda i: (content_hash(rows.ids[i]), i))
         turns += [(turn, name, i) for turn, i in enumerate(members)]
     return [i for _, _, i in sorted(turns)]
