@@ -26,6 +26,7 @@ trainer = APOTrainer(
 trainer.train()
 if trainer.is_world_process_zero():
     json.dump([row for row in trainer.state.log_history if "grad_norm" in row], open(out, "w"))
+trainer.accelerator.end_training()
 """
 
 
