@@ -83,8 +83,8 @@ def reply_of(raw: str) -> Reply:
     hidden = message.get("reasoning_content") or message.get("reasoning") or ""
     thinking, text = split_thinking(content if isinstance(content, str) else "")
     return Reply(
-        text=_encodable(text),
-        thinking=_encodable(thinking or (hidden if isinstance(hidden, str) else "")),
+        text=encodable(text),
+        thinking=encodable(thinking or (hidden if isinstance(hidden, str) else "")),
         finish_reason=finish if isinstance(finish, str) else None,
         usage=_usage(body.get("usage")),
         model=str(body.get("model") or ""),
@@ -103,7 +103,7 @@ def split_thinking(text: str) -> tuple[str, str]:
     return "", text
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """Half of a surrogate pair, which JSON can carry and UTF-8 cannot, becomes the replacement character."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -111,8 +111,9 @@ def _encodable(text: str) -> str:
 def _usage(usage: object) -> dict[str, int]:
     if not isinstance(usage, dict):
         return {}
-    wanted = ("prompt_tokens", "completion_tokens")
-    return {k: int(usage[k]) for k in wanted if isinstance(usage.get(k), int | float) and usage[k] >= 0}
+    numbers = {k: usage.get(k) for k in ("prompt_tokens", "completion_tokens")}
+    # Servers send null, NaN and worse; a number that no request can have is as good as none.
+    return {k: int(v) for k, v in numbers.items() if isinstance(v, int | float) and 0 <= v < 1e9}
 
 
 def as_completion(text: str, finish_reason: str, model: str, prompt_tokens: int, completion_tokens: int) -> str:

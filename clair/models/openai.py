@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from clair.models import Refused, RequestFailed, TooMany, Unreachable
+from clair.models import Refused, RequestFailed, TooMany, Unreachable, encodable
 from clair.urls import environment_headers, public_url
 
 _CONNECT_SECONDS = 15.0
+_LONGEST_WAIT = 86_400.0
 
 
 class OpenAIModel:
@@ -124,7 +125,7 @@ class OpenAIModel:
     def _redacted(self, text: str) -> str:
         for secret in self._secrets:
             text = text.replace(secret, "[secret]")
-        return text
+        return encodable(text)
 
 
 class NotListed(Exception):
@@ -136,14 +137,16 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after")
     try:
         if milliseconds is not None:
-            return max(0.0, float(milliseconds) / 1000)
-        if value is None:
+            seconds = float(milliseconds) / 1000
+        elif value is None:
             return None
-        if value.strip().replace(".", "", 1).isdigit():
-            return float(value)
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
+        elif value.strip().replace(".", "", 1).isdigit():
+            seconds = float(value)
+        else:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
         return None
+    return min(max(0.0, seconds), _LONGEST_WAIT)
 
 
 def _no_limits() -> Any:

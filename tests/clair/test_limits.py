@@ -63,16 +63,17 @@ def test_who_came_first_goes_first_and_who_was_refused_before_them():
     run(work())
 
 
-def test_a_newcomer_does_not_jump_the_queue():
+def test_a_newcomer_does_not_jump_the_queue_when_the_limit_rises():
     async def work():
-        limiter = Limiter(1, now)
+        limiter = Limiter(2, now)
+        limiter.limit = 1.0
         await entered(limiter, 1)
         first = await waits(limiter)
-        limiter.leave()  # `first` is let in
-        second = await waits(limiter)
-        await first
-        assert not second.done()
-        second.cancel()
+        limiter.succeeded()  # now there is a place for one more, and `first` has it when `leave` looks
+        newcomer = await waits(limiter)
+        limiter.leave()
+        await asyncio.gather(first, newcomer)
+        assert limiter.in_flight == 2
 
     run(work())
 

@@ -72,6 +72,7 @@ def test_marked_pairs_move_to_the_dropped_ones_and_counts_add_up(folder, pairs):
     for name in CONTRAST:
         left = [row["contrast"][name] for row in rows if row["id"] not in dropped]
         assert manifest["contrast"][name] == pytest.approx(sum(left) / len(left), rel=1e-12)
+    assert list(manifest["files"]) == list(before["files"])
     for name, told in manifest["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == told
     assert f"{PAIRS - 40} pairs" in (folder / "README.md").read_text("utf-8")

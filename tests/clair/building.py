@@ -1,0 +1,189 @@
+"""What the tests of builds share: recipes, prompt files, servers in processes of their own, and what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from clair import cli
+from clair.config import BuildConfig
+from clair.recipe import resolve
+
+ROOT = Path(__file__).parents[2]
+SPLIT_FILES = ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet")
+
+
+# ---- what goes in
+
+
+def write_prompts(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def scripted_rows(scripts: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a script; a reply that is put to the wrong row shows in the answer's number."""
+    return [
+        {"id": f"row-{n}", "prompt": f"Task {n} [[{script}]]", "answer": f"bad answer {n}"}
+        for n, script in enumerate(scripts)
+    ]
+
+
+def recipe_for(tmp_path: Path, url: str, **changes: Any) -> dict[str, Any]:
+    """The values of a recipe on the server at `url`: prompts.jsonl in, out/ out. A change to None leaves a key out."""
+    values = {
+        "pipeline": "revised",
+        "prompts": {"path": str(tmp_path / "prompts.jsonl")},
+        "reviser": {"url": url, "model": "m", "temperature": 0.7},
+        "out": str(tmp_path / "out"),
+    } | changes
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def config_for(tmp_path: Path, url: str, **changes: Any) -> BuildConfig:
+    """The same as a checked config."""
+    return resolve(BuildConfig, recipe_for(tmp_path, url, **changes))
+
+
+def write_recipe(tmp_path: Path, url: str, **changes: Any) -> Path:
+    """The same as a file."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_for(tmp_path, url, **changes), sort_keys=False), "utf-8")
+    return path
+
+
+# ---- running
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def clair(*arguments: str | Path) -> Ended:
+    """The `clair` command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, ["clair", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        sys.argv = argv
+    code = ended.value.code
+    return Ended(code if isinstance(code, int) else 0 if code is None else 1, out.getvalue(), err.getvalue())
+
+
+def start_clair(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+    """The `clair` command in a process of its own."""
+    code = "from clair.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "COLUMNS": "200"}, **options,
+    )
+
+
+def finished(process: subprocess.Popen[str], seconds: float = 120) -> Ended:
+    """Wait for a command's end; it is killed where it takes longer."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {seconds} s; its stderr: {err[-2000:]}") from None
+    return Ended(process.returncode, out, err)
+
+
+def error_line(ended: Ended) -> str:
+    """The one line that a user's mistake is told in."""
+    lines = [line for line in ended.err.splitlines() if line.strip() and not line.lstrip().startswith("building")]
+    assert ended.code == 2, ended
+    assert len(lines) == 1, ended.err
+    assert lines[0].startswith("error: ")
+    return lines[0].removeprefix("error: ")
+
+
+# ---- the scripted server
+
+
+@dataclass(frozen=True)
+class ScriptedServer:
+    """A scripted_server.py that answers at `url`."""
+
+    url: str
+    pid: int
+
+    def seen(self) -> list[dict[str, Any]]:
+        """Every request so far."""
+        with urllib.request.urlopen(self.url.removesuffix("/v1") + "/seen", timeout=30) as response:
+            return json.load(response)
+
+    def steps(self) -> list[str]:
+        """The step that each request was answered with."""
+        return [request["step"] for request in self.seen()]
+
+
+@contextmanager
+def scripted() -> Iterator[ScriptedServer]:
+    """A scripted server for the length of a `with` block, stopped by its own pid."""
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("scripted_server.py"))], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        url = process.stdout.readline().strip()
+        assert url.startswith("http"), "the scripted server did not start"
+        yield ScriptedServer(url, process.pid)
+    finally:
+        process.kill()
+        process.wait(10)
+        process.stdout.close()
+
+
+# ---- what comes out
+
+
+def pairs(out: Path) -> list[dict[str, Any]]:
+    """All pairs of a dataset folder, train before test."""
+    return [row for name in SPLIT_FILES for row in pq.read_table(out / name).to_pylist()]
+
+
+def drops(out: Path) -> list[dict[str, Any]]:
+    """The lines of dropped.jsonl."""
+    return [json.loads(line) for line in (out / "dropped.jsonl").read_text("utf-8").split("\n") if line]
+
+
+def manifest(out: Path) -> dict[str, Any]:
+    return json.loads((out / "manifest.json").read_text("utf-8"))
+
+
+def outcomes(out: Path) -> dict[str, str]:
+    """By row id: the chosen text of a pair, or `stage.reason` of a drop (`!` before it where it counts as failed)."""
+    chosen = {row["id"]: row["chosen"][0]["content"] for row in pairs(out)}
+    dropped = {row["id"]: f"{'!' * row['failed']}{row['stage']}.{row['reason']}" for row in drops(out)}
+    assert not set(chosen) & set(dropped)
+    return chosen | dropped
+
+
+def final_bytes(out: Path) -> dict[str, bytes]:
+    """The files that must not depend on how often a build was interrupted."""
+    return {name: (out / name).read_bytes() for name in (*SPLIT_FILES, "dropped.jsonl")}

@@ -1,0 +1,226 @@
+"""An endpoint that does what the prompt tells it to: `[[500 429:0.2 ok]]` in the user message is one step a try.
+
+    python tests/clair/scripted_server.py
+
+prints its URL, serves the model `m`, and ends with its parent or after five minutes. Without a script the reply is a
+well-formed revision of the student's solution, with `bad` turned into `good`, so that a misaligned row shows.
+GET /seen lists every request: when it came, its script, its headers and body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from email.utils import formatdate
+from typing import Any
+
+from aiohttp import web
+
+SECONDS_TO_LIVE = 300
+Answer = Callable[[web.Request, str], Awaitable[web.StreamResponse]]
+
+
+def student(text: str) -> str:
+    """The student's solution in a revision request."""
+    found = re.search(r"<student_solution>\n(.*?)\n</student_solution>", text, re.DOTALL)
+    return found[1] if found else text
+
+
+def revision(text: str) -> str:
+    """The well-formed revision of a request."""
+    return "{teacher_reasoning}:\nwhy\n\n{corrected_student_solution}:\n" + student(text).replace("bad", "good")
+
+
+def completion(message: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A chat completion around one message; a change to None leaves the key out."""
+    body = {
+        "id": "c",
+        "object": "chat.completion",
+        "model": "m",
+        "choices": [{"index": 0, "message": {"role": "assistant", **message}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 10, "completion_tokens": 20},
+    } | changes
+    return {key: value for key, value in body.items() if value is not None}
+
+
+def reply(message: dict[str, Any], **changes: Any) -> web.Response:
+    return web.json_response(completion(message, **changes))
+
+
+def said(text: str, **changes: Any) -> web.Response:
+    return reply({"content": revision(text)}, **changes)
+
+
+def raw(body: bytes, content_type: str = "application/json", status: int = 200, **headers: str) -> web.Response:
+    return web.Response(body=body, status=status, headers={"Content-Type": content_type} | headers)
+
+
+def refused(status: int, message: str, code: str | None = None, **headers: str) -> web.Response:
+    error = {"message": message, "type": "error", "param": None, "code": code}
+    return web.json_response({"error": error}, status=status, headers=headers)
+
+
+def usage(**numbers: str) -> Callable[[str], web.Response]:
+    """A reply with these numbers as its usage, as they stand."""
+
+    def made(text: str) -> web.Response:
+        body = json.dumps(completion({"content": revision(text)}, usage={"prompt_tokens": "@"}))
+        inside = ", ".join(f'"{name}": {number}' for name, number in numbers.items())
+        return raw(body.replace('{"prompt_tokens": "@"}', "{" + inside + "}").encode())
+
+    return made
+
+
+def thinking(text: str) -> str:
+    return f"<think>\nmaybe {revision('bad idea')}\n</think>\n\n{revision(text)}"
+
+
+HTML = b"<!DOCTYPE html><html><body><h1>502 Bad Gateway</h1></body></html>"
+
+REPLIES: dict[str, Callable[[str], web.Response]] = {
+    "ok": said,
+    "nousage": lambda text: said(text, usage=None),
+    "infinite": usage(prompt_tokens="1e999", completion_tokens="Infinity"),
+    "nan": usage(prompt_tokens="NaN", completion_tokens='"many"'),
+    "huge": usage(prompt_tokens="1" + "0" * 40, completion_tokens="1e300"),
+    "negative": usage(prompt_tokens="-5", completion_tokens="null"),
+    "othername": lambda text: said(text, model="another-model"),
+    "noname": lambda text: said(text, model=None, id=None, object=None),
+    "reasoning": lambda text: reply({"content": revision(text), "reasoning_content": revision("bad idea")}),
+    "think": lambda text: reply({"content": thinking(text)}),
+    "closethink": lambda text: reply({"content": thinking(text).removeprefix("<think>")}),
+    "openthink": lambda text: reply({"content": "<think>\n" + revision(text)}),
+    "parts": lambda text: reply({"content": [{"type": "text", "text": revision(text)}]}),
+    "null": lambda text: reply({"content": None}),
+    "number": lambda text: reply({"content": 7}),
+    "nocontent": lambda text: reply({}),
+    "length": lambda text: reply(
+        {}, choices=[{"message": {"content": revision(text)}, "finish_reason": "length"}]
+    ),
+    "nofinish": lambda text: reply({}, choices=[{"message": {"content": revision(text)}}]),
+    "tool": lambda text: reply({"content": None, "tool_calls": [{"id": "t", "function": {"name": "f"}}]}),
+    "empty": lambda text: said(text, choices=[]),
+    "nochoices": lambda text: said(text, choices=None),
+    "nullchoice": lambda text: said(text, choices=[None]),
+    "textchoice": lambda text: said(text, choices="text"),
+    "list": lambda text: raw(b"[]"),
+    "nulljson": lambda text: raw(b"null"),
+    "badjson": lambda text: raw(json.dumps(completion({"content": revision(text)})).encode()[:-5]),
+    "deep": lambda text: raw(b"[" * 100_000),
+    "html": lambda text: raw(HTML, "text/html"),
+    "nothing": lambda text: raw(b""),
+    "204": lambda text: web.Response(status=204),
+    "utf8": lambda text: raw(json.dumps(completion({"content": revision(text + "@")})).encode().replace(b"@", b"\xff")),
+    "nul": lambda text: reply({"content": revision(text).replace("good", "go\x00od")}),
+    "surrogate": lambda text: reply({"content": revision(text).replace("good", "good\ud83d")}),
+    "big": lambda text: reply({"content": revision(text) + " " + "x" * 5_000_000}),
+    "bightml": lambda text: raw(HTML * 80_000, "text/html"),
+    "gzip": lambda text: raw(b"this is no gzip", **{"Content-Encoding": "gzip"}),
+    "400": lambda text: refused(400, "This prompt is too long."),
+    "400surrogate": lambda text: refused(400, "Cannot read '\ud83d"),
+    "400big": lambda text: refused(400, "no " * 1_000_000),
+    "400text": lambda text: raw(b"no\nway", "text/plain", 400),
+    "401": lambda text: refused(401, "Incorrect API key provided."),
+    "403": lambda text: refused(403, "You may not use this model."),
+    "404": lambda text: refused(404, "The model `m` does not exist.", "model_not_found"),
+    "404html": lambda text: raw(HTML, "text/html", 404),
+    "408": lambda text: refused(408, "Too slow."),
+    "409": lambda text: refused(409, "Conflict."),
+    "413": lambda text: refused(413, "Too large."),
+    "422": lambda text: refused(422, "Unprocessable."),
+    "quota": lambda text: refused(429, "You exceeded your current quota.", "insufficient_quota"),
+    "429ms": lambda text: refused(429, "Slow down.", **{"retry-after-ms": "300"}),
+    "429date": lambda text: refused(429, "Slow down.", **{"Retry-After": formatdate(time.time() + 2, usegmt=True)}),
+    "429words": lambda text: refused(429, "Slow down.", **{"Retry-After": "soon"}),
+    "429html": lambda text: raw(HTML, "text/html", 429),
+    "500": lambda text: refused(500, "Internal error."),
+    "502": lambda text: raw(HTML, "text/html", 502),
+    "503": lambda text: refused(503, "Overloaded."),
+    "529": lambda text: refused(529, "Overloaded."),
+}
+
+
+class Scripted:
+    """Follows the script in each prompt, one step for each time that the same body comes."""
+
+    def __init__(self) -> None:
+        self.tries: Counter[str] = Counter()
+        self.seen: list[dict[str, Any]] = []
+        self.connected = 0
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=64 * 2**20)
+        app.add_routes(
+            [
+                web.get("/v1/models", self.models),
+                web.post("/v1/chat/completions", self.chat),
+                web.get("/seen", self.tell),
+            ]
+        )
+        return app
+
+    async def models(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "m"}, {"id": "t"}]})
+
+    async def tell(self, _: web.Request) -> web.Response:
+        return web.json_response(self.seen)
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        text = json.loads(body)["messages"][-1]["content"]
+        script = re.search(r"\[\[([^\]]*)\]\]", text)
+        steps = script[1].split() if script else ["ok"]
+        key = body.decode()
+        step = steps[min(self.tries[key], len(steps) - 1)]
+        self.tries[key] += 1
+        self.seen.append(
+            {"at": time.time(), "step": step, "headers": dict(request.headers), "body": json.loads(body)}
+        )
+        return await self.follow(step, request, text)
+
+    async def follow(self, step: str, request: web.Request, text: str) -> web.StreamResponse:
+        name, _, number = step.partition(":")
+        if name == "wait":  # wait:0.5 and then a good reply
+            await asyncio.sleep(float(number))
+            return said(text)
+        if name == "429":
+            return refused(429, "Slow down.", **({"Retry-After": number} if number else {}))
+        if name == "echo401":  # a careless server repeats what it was sent
+            return refused(401, f"Wrong credentials in {dict(request.headers)}, url {request.url}")
+        if name == "echo400":
+            return refused(400, f"Cannot use {dict(request.headers)}")
+        if name == "drop":
+            assert request.transport is not None
+            request.transport.close()
+            return web.Response()
+        if name == "half":
+            whole = json.dumps(completion({"content": revision(text)})).encode()
+            response = web.StreamResponse(headers={"Content-Length": str(len(whole))})
+            await response.prepare(request)
+            await response.write(whole[: len(whole) // 2])
+            assert request.transport is not None
+            request.transport.close()
+            return response
+        if name == "redirect":
+            return web.Response(status=307, headers={"Location": "/elsewhere"})
+        return REPLIES[name](text)
+
+
+async def serve() -> None:
+    runner = web.AppRunner(Scripted().app(), access_log=None, shutdown_timeout=0.5)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
+    print(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", flush=True)
+    parent, until = os.getppid(), time.monotonic() + SECONDS_TO_LIVE
+    while os.getppid() == parent and time.monotonic() < until:  # noqa: ASYNC110 (there is no event for a parent's end)
+        await asyncio.sleep(0.3)
+    await runner.cleanup()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve())
