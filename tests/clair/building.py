@@ -134,8 +134,15 @@ class ScriptedServer:
 
     def seen(self) -> list[dict[str, Any]]:
         """Every request so far."""
-        with urllib.request.urlopen(self.url.removesuffix("/v1") + "/seen", timeout=30) as response:
-            return json.load(response)
+        return json.loads(self._get("/seen"))
+
+    def forget(self) -> None:
+        """Forget the requests and begin every script anew."""
+        self._get("/forget")
+
+    def _get(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.url.removesuffix("/v1") + path, timeout=30) as response:
+            return response.read()
 
     def steps(self) -> list[str]:
         """The step that each request was answered with."""

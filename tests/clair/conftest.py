@@ -9,8 +9,14 @@ import pytest
 from tests.clair.building import ScriptedServer, scripted
 
 
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    """A scripted server of the test's own."""
+@pytest.fixture(scope="session")
+def scripted_server() -> Iterator[ScriptedServer]:
     with scripted() as running:
         yield running
+
+
+@pytest.fixture
+def server(scripted_server: ScriptedServer) -> ScriptedServer:
+    """The scripted server, knowing of nothing."""
+    scripted_server.forget()
+    return scripted_server

@@ -2,9 +2,10 @@
 
     python tests/clair/scripted_server.py
 
-prints its URL, serves the model `m`, and ends with its parent or after five minutes. Without a script the reply is a
+prints its URL, serves the model `m`, and ends with its parent or after twenty minutes. Without a script the reply is a
 well-formed revision of the student's solution, with `bad` turned into `good`, so that a misaligned row shows.
-GET /seen lists every request: when it came, its script, its headers and body.
+GET /seen lists every request: when it came, the step it was answered with, its headers and body; GET /forget forgets
+them and begins every script anew.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from aiohttp import web
 
-SECONDS_TO_LIVE = 300
+SECONDS_TO_LIVE = 1200
 Answer = Callable[[web.Request, str], Awaitable[web.StreamResponse]]
 
 
@@ -115,7 +116,7 @@ REPLIES: dict[str, Callable[[str], web.Response]] = {
     "html": lambda text: raw(HTML, "text/html"),
     "nothing": lambda text: raw(b""),
     "204": lambda text: web.Response(status=204),
-    "utf8": lambda text: raw(json.dumps(completion({"content": revision(text + "@")})).encode().replace(b"@", b"\xff")),
+    "utf8": lambda text: raw(json.dumps(completion({"content": revision(text) + "@"})).encode().replace(b"@", b"\xff")),
     "nul": lambda text: reply({"content": revision(text).replace("good", "go\x00od")}),
     "surrogate": lambda text: reply({"content": revision(text).replace("good", "good\ud83d")}),
     "big": lambda text: reply({"content": revision(text) + " " + "x" * 5_000_000}),
@@ -151,7 +152,6 @@ class Scripted:
     def __init__(self) -> None:
         self.tries: Counter[str] = Counter()
         self.seen: list[dict[str, Any]] = []
-        self.connected = 0
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=64 * 2**20)
@@ -160,6 +160,7 @@ class Scripted:
                 web.get("/v1/models", self.models),
                 web.post("/v1/chat/completions", self.chat),
                 web.get("/seen", self.tell),
+                web.get("/forget", self.forget),
             ]
         )
         return app
@@ -169,6 +170,11 @@ class Scripted:
 
     async def tell(self, _: web.Request) -> web.Response:
         return web.json_response(self.seen)
+
+    async def forget(self, _: web.Request) -> web.Response:
+        self.tries.clear()
+        self.seen.clear()
+        return web.Response()
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
