@@ -369,6 +369,17 @@ def snapshot(out: Path):
     return {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in out.rglob("*") if file.is_file()}
 
 
+def test_the_anchor_is_checked_before_anything_is_written(recipe, monkeypatch):
+    from apo.trainer import APOTrainer
+
+    right = APOTrainer._reference_logps
+    wrong = lambda *args: tuple(logps - 0.5 for logps in right(*args))  # noqa: E731
+    monkeypatch.setattr(APOTrainer, "_reference_logps", wrong)
+    with pytest.raises(UserError, match="reward is not 0 before the first step"):
+        run(recipe)
+    assert not snapshot(Path(recipe["out"]))
+
+
 def test_several_processes_are_refused(recipe, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="runs in one process"):

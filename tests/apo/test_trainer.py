@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -81,6 +82,7 @@ def margin_loss(chosen, rejected, *, beta):
     return (1 - beta * (chosen - rejected)).relu()
 
 
+START = {"apo_zero": 1, "apo_down": 1, "apo_zero_unpaired": 0.5, "kto": 0.5, "dpo": math.log(2), margin_loss: 1}
 OBJECTIVES = ["apo_zero", "apo_down", "apo_zero_unpaired", "dpo", "kto", "sft", margin_loss]
 
 
@@ -101,6 +103,8 @@ def test_every_objective_trains_with_full_weights_and_with_lora(tmp_path, tokeni
     for peft in (None, lora()):
         trainer = apo_trainer(tmp_path, tokenizer, pairs, None, peft, objective=objective, max_steps=8)
         losses, _, _ = trained(trainer)
+        if objective in START:
+            assert losses[0] == pytest.approx(START[objective], abs=1e-6)
         if objective != "apo_down":
             assert losses[-1] < losses[0]
         assert trainer.state.log_history[0].get("rewards/margins", 0) == 0
