@@ -105,7 +105,7 @@ def _check_target(source: Path, target: Path, manifest: Mapping[str, Any]) -> No
     old = read_manifest(target) if (target / "manifest.json").is_file() else {}
     reviews = old.get("review", [])
     if not reviews or reviews[-1]["dataset"] != fingerprint(manifest):
-        raise UserError(f"{target} is not empty and no finished review of this dataset; choose another --out or remove it")
+        raise UserError(f"{target} is not empty and no finished review of this dataset; choose another --out")
 
 
 def _check_fits(source: Path, manifest: Mapping[str, Any], decisions: Decisions) -> None:
@@ -189,7 +189,7 @@ def _write_split(source: Path, target: Path, split: str, gone: frozenset[str], v
     with old, pq.ParquetWriter(temporary, schema(), compression="zstd") as writer:
         waiting = schema().empty_table()
         for batch in old.iter_batches(batch_size=_ROWS_PER_GROUP):
-            table = pa.Table.from_batches([batch]).cast(schema())  # the file names the items of lists otherwise
+            table = pa.Table.from_batches([batch])
             table = table.filter(pc.invert(pc.is_in(table["id"], value_set=ids)))
             kept += len(table)
             for row in table["contrast"].to_pylist():

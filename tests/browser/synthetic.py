@@ -28,6 +28,7 @@ INJECTIONS = (
     "<svg onload=alert(7)><iframe srcdoc='<script>alert(8)</script>'></iframe><style>*{display:none}</style>",
     "<a href='javascript:alert(9)'>click</a> <meta http-equiv=refresh content='0;url=https://example.com/'>",
 )
+_WORD_OF_HARM = "<img/src=x/onerror=alert(10)>"
 OTHER_TEXTS = (
     ("תרגם את המשפט הבא לאנגלית: הכלב רץ מהר.", "The dog run fast. הכלב רץ", "The dog runs fast. הכלב רץ מהר."),
     ("ما هي عاصمة مصر؟ ولماذا؟", "عاصمة مصر هي الإسكندرية.", "عاصمة مصر هي القاهرة، منذ القرن العاشر."),
@@ -80,7 +81,7 @@ def synthetic_pairs(count: int, seed: int = 0, characters: int = 2200, different
             continue
         if number < len(INJECTIONS):
             harm = INJECTIONS[number]
-            texts = (f"Say {harm}", f"{harm} old {harm}", f"{harm} new {harm}")
+            texts = (f"Say {harm}", f"{harm} old{_WORD_OF_HARM} {harm}", f"{harm} new{_WORD_OF_HARM} {harm}")
         elif number < len(INJECTIONS) + len(OTHER_TEXTS):
             texts = OTHER_TEXTS[number - len(INJECTIONS)]
         else:
