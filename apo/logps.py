@@ -99,3 +99,12 @@ def examples_of(batch: Batch) -> list[dict[str, list[int]]]:
         {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
         for (prompt, chosen), (_, rejected) in zip(rows[:half], rows[half:], strict=True)
     ]
+
+
+def select(batch: Batch, places: Sequence[int]) -> dict[str, Any]:
+    """The stacked batch of some of its pairs, in this order."""
+    pairs = len(batch["input_ids"]) // 2
+    rows = [*places, *(place + pairs for place in places)]
+    return {
+        key: value[list(places)] if key.startswith("ref_") else value[rows] for key, value in batch.items()
+    }  # fmt: skip

@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from apo.logps import Batch, PairLogps, examples_of
+from apo.logps import Batch, PairLogps, examples_of, stacked_logps
 
 NAME = "shared_prefix"
 _BEFORE = "_attention_before_shared_prefix"
@@ -289,31 +289,70 @@ def _logit_scale(config: Any) -> float:
 # ---- the model
 
 
+def why_not(model: torch.nn.Module) -> str | None:
+    """Why a model cannot be asked in packed rows, or None. A last check on real pairs is still due (`agrees`)."""
+    base = _base_of(model)
+    if any(getattr(config, "prompt_learning", False) or getattr(config, "is_prompt_learning", False)
+           for config in getattr(model, "peft_config", {}).values()):  # fmt: skip
+        return "its adapter puts virtual tokens in front"
+    attention = getattr(base.config, "_attn_implementation", None)
+    if attention not in ("sdpa", "eager", NAME):
+        return f"its attention is {attention}, not one that transformers lets be exchanged"
+    if getattr(base.config.get_text_config(), "output_router_logits", None) is not None:
+        return "it is a mixture of experts, whose routing loss counts tokens"
+    return None
+
+
 def share_prefixes(model: torch.nn.Module) -> None:
     """Let a causal model, not yet wrapped by DDP or FSDP, be asked with `shared_prefix=layout`; nothing else changes.
 
     Asked so, it returns the log-probs [M] of the layout's labels.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(base, "_shares_prefixes", False):
+    base = _base_of(model)
+    if "_plain_forward" in vars(base):
         return
-    before = base.forward
+    plain = base.forward
 
     def forward(self: Any, *args: Any, shared_prefix: Layout | None = None, **options: Any) -> Any:
         if shared_prefix is None:
-            return before(*args, **options)
+            return plain(*args, **options)
         backbone = getattr(self, self.base_model_prefix)
         hidden = backbone(*args, shared_prefix=shared_prefix, **options).last_hidden_state
         return head_logps(self, hidden[0, shared_prefix.rows], shared_prefix.labels)
 
+    base._plain_forward = plain
     base.forward = types.MethodType(forward, base)
-    base._shares_prefixes = True
     configs = {id(module.config): module.config for module in base.modules() if hasattr(module, "config")}
-    before_was = {place: getattr(config, "_attn_implementation", None) for place, config in configs.items()}
+    before = {place: getattr(config, "_attn_implementation", None) for place, config in configs.items()}
     for module in base.modules():
-        if hasattr(module, "config") and before_was[id(module.config)] in ("sdpa", "eager"):
-            setattr(module, _BEFORE, before_was[id(module.config)])  # not in the config, which is saved
+        if hasattr(module, "config") and before[id(module.config)] in ("sdpa", "eager"):
+            setattr(module, _BEFORE, before[id(module.config)])  # not in the config, which is saved
             module.config._attn_implementation = NAME
+
+
+def unshare_prefixes(model: torch.nn.Module) -> None:
+    """Undo `share_prefixes`."""
+    base = _base_of(model)
+    if "_plain_forward" in vars(base):
+        base.forward = vars(base).pop("_plain_forward")
+        for module in base.modules():
+            if _BEFORE in vars(module):
+                module.config._attn_implementation = vars(module).pop(_BEFORE)
+
+
+def agrees(model: torch.nn.Module, batch: Batch) -> bool:
+    """Whether packed rows give what TRL's stacked batch gives, up to the rounding of the model's numbers."""
+    with torch.no_grad():
+        ours, theirs = shared_prefix_logps(model, batch), stacked_logps(model, batch)
+    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
+    return all(
+        torch.allclose(mine.float(), other.float(), rtol=tolerance, atol=20 * tolerance)
+        for mine, other in zip(ours[:2], theirs[:2], strict=True)
+    )
+
+
+def _base_of(model: torch.nn.Module) -> torch.nn.Module:
+    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def packed_logps(model: torch.nn.Module, layout: Layout) -> PairLogps:

@@ -26,8 +26,17 @@ from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from apo import checkpoints
 from apo.dynamics import means_of, pair_sums
-from apo.logps import Batch, PairLogps, PairLogpsFunction, mismatched, stacked_logps
+from apo.logps import Batch, PairLogps, PairLogpsFunction, examples_of, mismatched, select, stacked_logps
 from apo.objectives import objective_of
+from apo.prefix import (
+    agrees,
+    bins_of,
+    share_prefixes,
+    shared_prefix_logps,
+    tokens_of,
+    unshare_prefixes,
+    why_not,
+)
 from apo.tokens import end_ids, tokenize
 from clair.recipe import UserError
 
@@ -50,6 +59,12 @@ class APOConfig(DPOConfig):
     objective: str | Callable[..., torch.Tensor] = field(
         default="apo_zero", metadata={"help": "An objective's name, or a function (see apo.objectives)."}
     )
+    shared_prefix: bool = field(
+        default=True, metadata={"help": "Whether to run each prompt once for both answers, without padding, if exact."}
+    )
+    pack_tokens: int | None = field(
+        default=None, metadata={"help": "The most tokens in one forward pass; a micro-batch of more is cut up."}
+    )
     loss_type: list[str] = field(default_factory=list, metadata={"help": "Refused: `objective` says it."})
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Default: on, except on a CPU."})
     logging_first_step: bool = field(default=True, metadata={"help": "Whether to log the first step."})
@@ -67,6 +82,8 @@ class APOConfig(DPOConfig):
         if self.precompute_ref_log_probs and (not objective.needs_reference or "kl" in objective.asks_for):
             why = "has no reference" if not objective.needs_reference else "needs it for responses made on the way"
             raise UserError(f"precompute_ref_log_probs: objective {objective.name} {why}; leave it out")
+        if self.pack_tokens is not None and not self.shared_prefix:
+            raise UserError("pack_tokens would be ignored without shared_prefix; leave it out")
         self._choose_by_hardware()
         super().__post_init__()
 
@@ -103,7 +120,7 @@ class APOTrainer(DPOTrainer):
         model: Any,
         ref_model: Any = None,
         args: APOConfig | None = None,
-        pair_logps: PairLogpsFunction = stacked_logps,
+        pair_logps: PairLogpsFunction | None = None,
         **kwargs: Any,
     ) -> None:
         args = APOConfig() if args is None else args
@@ -112,7 +129,8 @@ class APOTrainer(DPOTrainer):
         if kwargs.get("compute_metrics") is not None:
             raise UserError("compute_metrics would be ignored: the batch's logits are never built; leave it out")
         self.objective = objective_of(args.objective)
-        self.pair_logps = pair_logps
+        self.pair_logps = pair_logps or stacked_logps
+        self._may_share = pair_logps is None and args.shared_prefix
         self.dropped: dict[str, dict[str, int]] = {}
         self.notes: list[str] = []
         self._ends_of_model = getattr(model, "generation_config", None)
@@ -133,12 +151,38 @@ class APOTrainer(DPOTrainer):
         self._uses_cache = self.model.config.use_cache if uses_cache is None else uses_cache
         # TRL's head also computes entropies and mean logits for its own logs; only the log-probs are wanted here.
         add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        self._share_prefixes()
         window = args.per_device_train_batch_size * args.gradient_accumulation_steps
         if "kl" in self.objective.asks_for and window < 2:
             raise UserError(
                 f"objective {self.objective.name} compares each prompt with another one's answers: "
                 "per_device_train_batch_size x gradient_accumulation_steps must be at least 2"
             )
+
+    def _share_prefixes(self) -> None:
+        """Ask in packed rows from now on, if the model can be and agrees with TRL's batch on two pairs."""
+        if not self._may_share:
+            return
+        self._may_share = False
+        asked = [model for model in (self.model, self.ref_model) if model is not None]
+        reason = next((why for model in asked if (why := why_not(model))), None)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            reason = "its parameters are sharded"
+        if reason is None:
+            for model in asked:
+                share_prefixes(model)
+            batch = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in range(2)]))
+            try:
+                with self.accelerator.autocast():
+                    reason = None if agrees(self.model, batch) else "its log-probs differ in packed rows"
+            except (RuntimeError, TypeError, ValueError) as error:
+                reason = " ".join(str(error).split())[:200]
+        if reason is None:
+            self.pair_logps = shared_prefix_logps
+        else:
+            for model in asked:
+                unshare_prefixes(model)
+            self.notes.append(f"prompts are run twice and batches padded, as in TRL: the model cannot share, {reason}")
 
     # The data
 
@@ -168,6 +212,22 @@ class APOTrainer(DPOTrainer):
         return batches, self._over_processes(pairs)
 
     # The loss
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of a micro-batch, in as many passes as `pack_tokens` asks for."""
+        parts = self._parts(inputs)
+        loss = 0.0
+        for part in parts[:-1]:
+            with self.accelerator.no_sync(model):  # processes may have different numbers of parts: meet at the last
+                loss = loss + super().training_step(model, part, num_items_in_batch)
+        return loss + super().training_step(model, parts[-1], num_items_in_batch)
+
+    def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        most = self.args.pack_tokens
+        if most is None or self.pair_logps is not shared_prefix_logps:
+            return [inputs]
+        places = bins_of([tokens_of(example) for example in examples_of(inputs)], most)
+        return [inputs] if len(places) == 1 else [select(inputs, bin) for bin in places]
 
     def compute_loss(
         self,
@@ -223,6 +283,7 @@ class APOTrainer(DPOTrainer):
         """`dataset` with the reference's log-probs as two columns. Computed anew for every run: never stale."""
         if not self.objective.needs_reference:
             return dataset
+        self._share_prefixes()
         loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
         found = []
         for batch in self.accelerator.prepare(loader):

@@ -1,0 +1,97 @@
+"""The trainer in packed rows: on by default, the same training as TRL's batch, cut up as one likes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from apo.logps import select, stacked_logps
+from apo.prefix import shared_prefix_logps
+from apo.trainer import APOConfig, APOTrainer
+from clair.recipe import UserError
+from tests.apo.conftest import make_model
+
+
+def trained(out, tokenizer, pairs, model=None, adapter=False, **options):
+    from peft import LoraConfig
+
+    args = APOConfig(
+        output_dir=str(out), report_to="none", logging_steps=1, learning_rate=1e-2, optim="sgd", num_train_epochs=2,
+        save_strategy="no", disable_tqdm=True, **{"per_device_train_batch_size": 8, **options},
+    )  # fmt: skip
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") if adapter else None
+    trainer = APOTrainer(
+        model or make_model(), args=args, train_dataset=pairs, processing_class=tokenizer, peft_config=lora
+    )
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "loss" in row and "train_loss" not in row]
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+    return trainer, logs, weights
+
+
+def same(ours, theirs):
+    (_, our_logs, our_weights), (_, their_logs, their_weights) = ours, theirs
+    assert len(our_logs) == len(their_logs) >= 5
+    for mine, other in zip(our_logs, their_logs, strict=True):
+        for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected"):
+            assert mine[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6)
+    assert (our_weights - their_weights).norm() < 1e-5 * their_weights.norm()
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("reference", [False, True], ids=["online", "precomputed"])
+def test_packed_training_is_padded_training(tmp_path, tokenizer, pairs, adapter, reference):
+    options = {"adapter": adapter, "precompute_ref_log_probs": reference}
+    packed = trained(tmp_path / "a", tokenizer, pairs, **options)
+    padded = trained(tmp_path / "b", tokenizer, pairs, **options, shared_prefix=False)
+    assert packed[0].pair_logps is shared_prefix_logps
+    assert padded[0].pair_logps is stacked_logps
+    same(packed, padded)
+
+
+@pytest.mark.parametrize("most", [1, 40, 10_000])
+def test_a_token_budget_changes_how_pairs_are_laid_out_and_nothing_else(tmp_path, tokenizer, pairs, most):
+    whole = trained(tmp_path / "a", tokenizer, pairs)
+    same(trained(tmp_path / "b", tokenizer, pairs, pack_tokens=most), whole)
+
+
+def test_one_big_batch_in_passes_is_accumulation(tmp_path, tokenizer, pairs):
+    big = trained(tmp_path / "a", tokenizer, pairs, pack_tokens=60)
+    small = trained(tmp_path / "b", tokenizer, pairs, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    same(big, small)
+
+
+def test_gradient_checkpointing_is_the_same_training(tmp_path, tokenizer, pairs):
+    on = trained(tmp_path / "a", tokenizer, pairs, gradient_checkpointing=True)
+    same(on, trained(tmp_path / "b", tokenizer, pairs))
+
+
+def test_a_model_that_cannot_share_falls_back_to_trls_batch_and_says_why_once(
+    tmp_path, tokenizer, pairs, monkeypatch
+):
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    plain = trained(tmp_path / "b", tokenizer, pairs)
+    before = LlamaAttention.forward
+
+    def forgetful(self, *args, shared_prefix=None, **options):  # an attention that loses what it is told
+        return before(self, *args, **options)
+
+    monkeypatch.setattr(LlamaAttention, "forward", forgetful)
+    fallen = trained(tmp_path / "a", tokenizer, pairs)
+    assert fallen[0].pair_logps is stacked_logps
+    assert fallen[0].model.config._attn_implementation == "sdpa"
+    assert len([note for note in fallen[0].notes if "does not hand its options on" in note]) == 1
+    same(fallen, plain)
+
+
+def test_pack_tokens_without_packing_is_refused():
+    with pytest.raises(UserError, match="pack_tokens would be ignored"):
+        APOConfig(output_dir="x", shared_prefix=False, pack_tokens=100)
+
+
+def test_selecting_pairs_keeps_both_halves_together():
+    batch = {"input_ids": torch.arange(6)[:, None], "ref_chosen_logps": torch.tensor([0.0, 1.0, 2.0])}
+    chosen = select(batch, [2, 0])
+    assert chosen["input_ids"].flatten().tolist() == [2, 0, 5, 3]
+    assert chosen["ref_chosen_logps"].tolist() == [2.0, 0.0]
