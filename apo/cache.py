@@ -51,7 +51,7 @@ def store(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> str | None:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
         os.close(handle)
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+        save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, temporary)
         publish(temporary, target)
     except OSError as error:
         if temporary:
@@ -61,14 +61,22 @@ def store(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def hash_weights(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of all parameters and buffers that are saved with a model."""
+    """SHA-256 over names, types, shapes and bytes of the weights that a reference is made of.
+
+    Of a model with a new adapter that is the model below it, by the names it has without one; of a model that goes on
+    with an adapter, also the frozen copy named "ref".
+    """
     import hashlib
 
     import torch
 
     digest = hashlib.sha256()
+    adapters = getattr(model, "peft_config", {})
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".") if adapters else name
+        if adapters and "lora_" in plain and ".ref." not in plain:
+            continue
+        digest.update(f"{plain} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
     return digest.hexdigest()

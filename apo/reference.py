@@ -32,29 +32,53 @@ def part_key(identity: Sequence[Any], pairs: Sequence[dict[str, Any]]) -> str:
 
 
 def with_reference(
-    dataset: Dataset, identity: Sequence[Any], compute: Compute, folder: Path, tell: Callable[[str], None]
+    dataset: Dataset,
+    identity: Sequence[Any],
+    compute: Compute,
+    folder: Path,
+    tell: Callable[[str], None],
+    *,
+    rank: int = 0,
+    processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
 ) -> tuple[Dataset, int]:
-    """`dataset` with the reference's log-probs as two columns, and how many pairs had to be computed."""
+    """`dataset` with the reference's log-probs as two columns, and how many pairs this process had to compute.
+
+    Processes share the parts out, `wait` for each other, and read what the others computed.
+    """
     import torch
 
+    starts = range(0, len(dataset), PART)
+    parts = {start: [dict(row) for row in dataset.select(range(start, min(start + PART, len(dataset))))]
+             for start in starts}  # fmt: skip
+    keys = {start: part_key(identity, pairs) for start, pairs in parts.items()}
+    found: dict[int, dict[str, Tensor]] = {}
     computed = 0
-    found: list[list[float]] = [[], []]
-    for start in range(0, len(dataset), PART):
-        pairs = [dict(row) for row in dataset.select(range(start, min(start + PART, len(dataset))))]
-        key = part_key(identity, pairs)
-        kept = cache.load(folder, key, dict.fromkeys(COLUMNS, (len(pairs),)))
+
+    def obtain(start: int) -> None:
+        nonlocal computed
+        pairs, file = parts[start], cache.file_of(folder, keys[start])
+        kept = cache.load(folder, keys[start], dict.fromkeys(COLUMNS, (len(pairs),)))
         if kept is None:
-            if cache.file_of(folder, key).exists():
-                tell(f"{cache.file_of(folder, key)} is damaged: computed anew")
-            chosen, rejected = compute(pairs)
-            kept = dict(zip(COLUMNS, (chosen.double().cpu(), rejected.double().cpu()), strict=True))
+            if file.exists():
+                tell(f"reference log-probs: {file} is damaged, computed anew")
+            logps = compute(pairs)
+            kept = dict(zip(COLUMNS, (part.to(torch.float64).cpu() for part in logps), strict=True))
             computed += len(pairs)
-            note = cache.store(folder, key, kept)
+            note = cache.store(folder, keys[start], kept)
             if note:
                 tell(f"reference log-probs: {note}")
-        for values, column in zip(found, COLUMNS, strict=True):
-            values += kept[column].to(torch.float64).tolist()
-    for column, values in zip(COLUMNS, found, strict=True):
+        found[start] = kept
+
+    for number, start in enumerate(starts):
+        if number % processes == rank:
+            obtain(start)
+    wait()
+    for start in starts:
+        if start not in found:
+            obtain(start)
+    for column in COLUMNS:
+        values = torch.cat([found[start][column] for start in starts]).tolist()
         dataset = dataset.remove_columns(column) if column in dataset.column_names else dataset
         dataset = dataset.add_column(column, values)
     return dataset, computed

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer, field_validator
 
@@ -29,6 +29,8 @@ OWN_KEYS = {
     "beta": "beta",
     "objective": "objective",
     "trust_remote_code": "trust_remote_code",
+    "precompute_ref_log_probs": "reference",
+    "reference_cache": "reference",
 }
 """Options of TRL that the recipe says at its top."""
 NOT_OFFERED = ("resume_from_checkpoint", "push_to_hub", "do_train", "do_eval", "do_predict", "remove_unused_columns")
@@ -65,6 +67,9 @@ class TrainConfig(Recipe):
     """Options of TRL's DPOConfig and transformers' TrainingArguments, passed on untouched."""
     eval: bool | str = True
     """Held-out pairs: true is the split `test` where there is one, a name that split, false none."""
+    reference: Literal["cached", "online"] = "cached"
+    """`cached`: the reference's log-probs are computed before the first step, once per model and pairs for all runs;
+    `online`: at every step, by a second copy of the model."""
     seed: int = 0
     out: str
     trust_remote_code: bool = False
@@ -88,6 +93,8 @@ def trainer_options(config: TrainConfig, *, has_eval: bool) -> APOConfig:
     """The trainer's configuration. Raises UserError for an option TRL does not have, or that the recipe says."""
     import dataclasses
 
+    from apo.cache import default_folder
+    from apo.objectives import objective_of
     from apo.trainer import IGNORED, APOConfig
 
     allowed = {field.name for field in dataclasses.fields(APOConfig)} - set(OWN_KEYS) - set(IGNORED) - set(NOT_OFFERED)
@@ -102,7 +109,10 @@ def trainer_options(config: TrainConfig, *, has_eval: bool) -> APOConfig:
             near = near_miss(key, allowed) or "; see TRL's DPOConfig and transformers' TrainingArguments"
             raise UserError(f"trainer.{key}: no such option{near}")
     _check_types(config.trainer)
-    defaults = {"eval_strategy": "epoch"} if has_eval else {}
+    defaults: dict[str, Any] = {"eval_strategy": "epoch"} if has_eval else {}
+    objective = objective_of(config.objective)
+    if config.reference == "cached" and objective.needs_reference and "kl" not in objective.asks_for:
+        defaults |= {"precompute_ref_log_probs": True, "reference_cache": str(default_folder())}
     try:
         return APOConfig(
             **{**defaults, **config.trainer}, output_dir=config.out, seed=config.seed, beta=config.beta,
@@ -209,6 +219,8 @@ def train(config: TrainConfig, *, tell: Callable[[str], None] = print) -> dict[s
     for note in planned.train.notes:
         tell(f"note: {note}")
     trainer = build_trainer(planned)
+    for note in trainer.notes:
+        tell(f"note: {note}")
     found = _resume(out, planned, status, tell)
     started = time.perf_counter()
     _run(trainer, found, out, tell)

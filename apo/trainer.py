@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from apo import checkpoints
+from apo.cache import hash_weights
 from apo.dynamics import means_of, pair_sums
 from apo.logps import Batch, PairLogps, PairLogpsFunction, examples_of, mismatched, select, stacked_logps
 from apo.objectives import objective_of
@@ -37,6 +39,7 @@ from apo.prefix import (
     unshare_prefixes,
     why_not,
 )
+from apo.reference import with_reference
 from apo.tokens import end_ids, tokenize
 from clair.recipe import UserError
 
@@ -64,6 +67,9 @@ class APOConfig(DPOConfig):
     )
     pack_tokens: int | None = field(
         default=None, metadata={"help": "The most tokens in one forward pass; a micro-batch of more is cut up."}
+    )
+    reference_cache: str | None = field(
+        default=None, metadata={"help": "Folder that keeps precomputed reference log-probs; none: computed every run."}
     )
     loss_type: list[str] = field(default_factory=list, metadata={"help": "Refused: `objective` says it."})
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Default: on, except on a CPU."})
@@ -108,7 +114,7 @@ class APOTrainer(DPOTrainer):
 
     The reference is what `model` is at the start: for full fine-tuning a frozen copy, for a new LoRA adapter the model
     with the adapter off, for an existing adapter TRL's frozen "ref" copy of it. `dropped` counts the pairs left out of
-    each dataset, by reason.
+    each dataset, by reason; `reference_computed` the pairs whose reference log-probs were not in the cache.
     """
 
     _tag_names = ("apo",)
@@ -132,6 +138,8 @@ class APOTrainer(DPOTrainer):
         self.pair_logps = pair_logps or stacked_logps
         self._may_share = pair_logps is None and args.shared_prefix
         self.dropped: dict[str, dict[str, int]] = {}
+        self.reference_computed: dict[str, int] = {}
+        self._weights_hash: str | None = None
         self.notes: list[str] = []
         self._ends_of_model = getattr(model, "generation_config", None)
         self._sums: dict[str, torch.Tensor | None] = {"train": None, "eval": None}
@@ -280,19 +288,43 @@ class APOTrainer(DPOTrainer):
         return logps.chosen, logps.rejected
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """`dataset` with the reference's log-probs as two columns. Computed anew for every run: never stale."""
+        """`dataset` with the reference's log-probs as two columns, from the cache where it has them (reference.py)."""
         if not self.objective.needs_reference:
             return dataset
         self._share_prefixes()
-        loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
-        found = []
-        for batch in self.accelerator.prepare(loader):
-            found.append(torch.stack(self.compute_ref_log_probs(self.ref_model or self.model, batch), 1).float())
-        # Gathered batch by batch order: process 0's first batch, process 1's first batch, and so on.
-        rows = torch.cat([self.accelerator.gather(part) for part in found])[: len(dataset)].cpu()
-        for column, values in zip(("ref_chosen_logps", "ref_rejected_logps"), rows.T.tolist(), strict=True):
-            dataset = dataset.add_column(column, values)
+        model = self.ref_model or self.model
+        model.to(self.args.device)
+
+        def compute(pairs: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+            found = []
+            order = sorted(range(len(pairs)), key=lambda place: tokens_of(pairs[place]))  # like lengths, little padding
+            for start in range(0, len(pairs), batch_size):
+                batch = self.data_collator([pairs[place] for place in order[start : start + batch_size]])
+                found.append(torch.stack(self.compute_ref_log_probs(model, self._prepare_inputs(batch))).double())
+            return tuple(torch.cat(found, 1)[:, torch.tensor(order).argsort()])
+
+        folder = self.args.reference_cache
+        with tempfile.TemporaryDirectory() as nowhere:
+            identity = (self._hash_of_reference(model), *self._numbers_of_reference(model)) if folder else ()
+            dataset, computed = with_reference(
+                dataset, identity, compute, Path(folder or nowhere), self.notes.append,
+                rank=self.args.process_index, processes=self.args.world_size,
+                wait=self.accelerator.wait_for_everyone,
+            )  # fmt: skip
+        self.reference_computed[name] = computed
         return dataset
+
+    def _hash_of_reference(self, model: torch.nn.Module) -> str:
+        if self._weights_hash is None:
+            self._weights_hash = hash_weights(model)
+        return self._weights_hash
+
+    def _numbers_of_reference(self, model: torch.nn.Module) -> tuple[str, ...]:
+        """What else than weights and ids the log-probs depend on: numeric types, attention, device, how batches lie."""
+        attention = getattr(model.config, "_attn_implementation", "")
+        way = getattr(self.pair_logps, "__name__", "")
+        mixed = self.accelerator.mixed_precision
+        return str(next(model.parameters()).dtype), str(mixed), str(attention), way, self.args.device.type
 
     def _divergence(self, batches: Sequence[Batch]) -> torch.Tensor | float:
         """KTO's kl: the mean log-ratio, in nats, of each prompt with the next pair's two responses. 0 for one pair.

@@ -97,6 +97,12 @@ def _own_cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = before
 
 
+@pytest.fixture(autouse=True)
+def _own_reference_cache(tmp_path, monkeypatch):
+    """Reference log-probs are kept where the test's files go."""
+    monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory) -> Path:
     """A folder with the tiny model and its tokenizer."""

@@ -1,0 +1,154 @@
+"""Reference log-probs: computed once, shared by runs, never stale, never lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+
+from apo import cache, reference
+from apo.cache import hash_weights
+from apo.reference import COLUMNS, part_key, with_reference
+from apo.trainer import APOConfig, APOTrainer
+from tests.apo.conftest import make_model, make_pairs
+
+
+def prepared(out, tokenizer, pairs, model=None, **options):
+    from peft import LoraConfig
+
+    adapter = options.pop("adapter", False)
+    args = APOConfig(
+        output_dir=str(out / "out"), report_to="none", disable_tqdm=True, save_strategy="no",
+        per_device_train_batch_size=4, precompute_ref_log_probs=True, reference_cache=str(out / "cache"), **options,
+    )  # fmt: skip
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if adapter else None
+    return APOTrainer(
+        model or make_model(), args=args, train_dataset=pairs, processing_class=tokenizer, peft_config=lora
+    )
+
+
+def columns(trainer):
+    return torch.tensor([trainer.train_dataset[column] for column in COLUMNS])
+
+
+def test_a_second_run_with_another_rate_beta_and_objective_computes_nothing(tmp_path, tokenizer, pairs):
+    first = prepared(tmp_path, tokenizer, pairs)
+    assert first.reference_computed == {"train": len(pairs)}
+    for options in ({"learning_rate": 0.5}, {"beta": 0.7}, {"objective": "dpo"}, {"adapter": True}):
+        again = prepared(tmp_path, tokenizer, pairs, **options)
+        assert again.reference_computed == {"train": 0}
+        torch.testing.assert_close(columns(again), columns(first), rtol=0, atol=0)
+
+
+def test_cached_log_probs_are_the_online_ones(tmp_path, tokenizer, pairs):
+    kept = columns(prepared(tmp_path, tokenizer, pairs))
+    online = prepared(tmp_path, tokenizer, pairs)
+    rows = [online.train_dataset[i] for i in range(len(pairs))]
+    found = torch.stack(online.compute_ref_log_probs(online.model, online.data_collator(rows)))
+    torch.testing.assert_close(kept.float(), found, rtol=1e-5, atol=1e-5)
+
+
+def test_every_ingredient_of_the_key_makes_a_new_one(tmp_path, tokenizer, pairs):
+    """Weights, ids, order, type, attention, way of laying out: 6 ingredients, each changed alone."""
+    prepared(tmp_path, tokenizer, pairs)
+    other = make_model()
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1e-3
+    changed = {
+        "weights": {"model": other},
+        "ids": {"pairs": Dataset.from_list(make_pairs(seed=9))},
+        "fewer": {"pairs": pairs.select(range(20))},
+        "type": {"model": make_model().to(torch.bfloat16)},
+        "layout": {"shared_prefix": False},
+        "attention": {"model": _eager(), "shared_prefix": False},  # packed rows have one attention of their own
+    }
+    for options in changed.values():
+        options = dict(options)
+        trainer = prepared(tmp_path, tokenizer, options.pop("pairs", pairs), options.pop("model", None), **options)
+        assert trainer.reference_computed["train"] == len(trainer.train_dataset)
+
+
+def _eager():
+    model = make_model()
+    model.config._attn_implementation = "eager"
+    return model
+
+
+def test_a_new_adapter_has_the_reference_of_the_model_below_and_its_training_changes_nothing():
+    from peft import LoraConfig, get_peft_model
+
+    plain = hash_weights(make_model())
+    adapted = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert hash_weights(adapted) == plain
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(1.0)
+    assert hash_weights(adapted) == plain
+
+
+def tiny_dataset(n=10):
+    return Dataset.from_list([{"prompt_ids": [1, i], "chosen_ids": [3], "rejected_ids": [4, i]} for i in range(n)])
+
+
+def lengths(pairs):
+    return tuple(torch.tensor([float(p["prompt_ids"][1] + shift) for p in pairs]) for shift in (0, 100))
+
+
+def test_a_killed_pass_keeps_its_finished_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "PART", 4)
+    asked = []
+
+    def dies(pairs):
+        asked.append(len(pairs))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return lengths(pairs)
+
+    with pytest.raises(KeyboardInterrupt):
+        with_reference(tiny_dataset(), ["m"], dies, tmp_path, print)
+    done, computed = with_reference(tiny_dataset(), ["m"], lengths, tmp_path, print)
+    assert computed == 2
+    assert done[COLUMNS[0]] == [float(i) for i in range(10)]
+    assert done[COLUMNS[1]] == [float(i + 100) for i in range(10)]
+
+
+def test_processes_share_the_parts_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "PART", 4)
+    counts = []
+    for rank in (0, 1):
+        other = (lambda: with_reference(tiny_dataset(), ["m"], lengths, tmp_path, print, rank=1, processes=2)) \
+            if rank == 0 else (lambda: None)  # fmt: skip
+        done, computed = with_reference(
+            tiny_dataset(), ["m"], lengths, tmp_path, print, rank=rank, processes=2, wait=other
+        )
+        counts.append(computed)
+        assert done[COLUMNS[1]] == [float(i + 100) for i in range(10)]
+    assert counts == [6, 0]
+
+
+@pytest.mark.parametrize("harm", ["cut", "garbage", "not numbers", "other shape"])
+def test_a_damaged_file_is_computed_anew_and_said(tmp_path, harm):
+    done, _ = with_reference(tiny_dataset(), ["m"], lengths, tmp_path, print)
+    file = cache.file_of(tmp_path, part_key(["m"], [dict(row) for row in tiny_dataset()]))
+    if harm == "cut":
+        file.write_bytes(file.read_bytes()[:-9])
+    elif harm == "garbage":
+        file.write_bytes(b"\xff" * 200)
+    else:
+        values = torch.full((10,), torch.nan) if harm == "not numbers" else torch.ones(3)
+        cache.store(tmp_path, file.stem, dict.fromkeys(COLUMNS, values.double()))
+    told = []
+    again, computed = with_reference(tiny_dataset(), ["m"], lengths, tmp_path, told.append)
+    assert computed == 10
+    assert again[COLUMNS[0]] == done[COLUMNS[0]]
+    assert "is damaged, computed anew" in told[0]
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_keeping(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    told = []
+    done, computed = with_reference(tiny_dataset(), ["m"], lengths, blocked, told.append)
+    assert computed == 10
+    assert done[COLUMNS[0]][3] == 3.0
+    assert "cannot be written" in told[0]
