@@ -19,7 +19,7 @@ from clair.keep import FORMAT, REASON, STAGE, fingerprint
 from clair.page import clip, diff, histogram, html_page, json_text, round_edges
 from clair.parse import FAILURES
 from clair.recipe import UserError, write_atomically
-from clair.sample import METRICS, Rows, read_filters, stratified
+from clair.sample import METRICS, Rows, fit, read_filters, short, stratified
 
 MAX_BYTES = 25_000_000
 """A page is never larger: mail, chat and browsers take it, and it opens at once."""
@@ -47,7 +47,7 @@ def report(folder: str | Path, out: str | Path | None = None, filters: Sequence[
             rows.add(row, split, wanted)
     if filters and not rows.wanted:
         raise UserError(f"no pair of {folder} fits --filter {' --filter '.join(filters)}; nothing to show")
-    listed = _listed(rows)
+    listed = fit(rows, _ROWS_BYTES)
     data = json_text(
         {
             "format": FORMAT,
@@ -69,36 +69,13 @@ def report(folder: str | Path, out: str | Path | None = None, filters: Sequence[
     return target
 
 
-def _listed(rows: Rows) -> list[int]:
-    """The pairs that the page lists, by position: all, unless their numbers alone would fill it."""
-    fixed = 12 * len(METRICS)
-    sizes = [fixed + len(json_text(id).encode()) + len(json_text(o).encode()) for id, o in _heads(rows)]
-    if sum(sizes) <= _ROWS_BYTES:
-        return list(range(len(rows.ids)))
-    listed, used = [], 0
-    for i in [*stratified(rows, rows.wanted), *stratified(rows, sorted(set(range(len(sizes))) - set(rows.wanted)))]:
-        used += sizes[i]
-        if used > _ROWS_BYTES:
-            break
-        listed.append(i)
-    return sorted(listed)
-
-
-def _heads(rows: Rows) -> Iterable[tuple[str, str]]:
-    return zip(rows.ids, rows.openings, strict=True)
-
-
 def _columns(rows: Rows, listed: Sequence[int]) -> dict[str, Any]:
     return {
         "id": [rows.ids[i] for i in listed],
         "test": [rows.test[i] for i in listed],
         "opening": [rows.openings[i] for i in listed],
-        "numbers": {name: [_short(column[i]) for i in listed] for name, column in rows.numbers.items()},
+        "numbers": {name: [short(column[i]) for i in listed] for name, column in rows.numbers.items()},
     }
-
-
-def _short(value: float) -> float | int:
-    return int(value) if value.is_integer() else value
 
 
 def _texts(folder: Path, rows: Rows, listed: Sequence[int], room: int) -> dict[int, str]:

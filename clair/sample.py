@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clair.dataset import CONTRAST
+from clair.page import json_text
 from clair.recipe import UserError, content_hash, near_miss
 
 _OPENING = 110
+_LEAST_OPENING = 40  # bytes of JSON; less tells nothing
 
 METRICS = {
     **dict.fromkeys(CONTRAST, ""),
@@ -127,3 +129,43 @@ def stratified(rows: Rows, among: Sequence[int]) -> list[int]:
         members.sort(key=lambda i: (content_hash(rows.ids[i]), i))
         turns += [(turn, name, i) for turn, i in enumerate(members)]
     return [i for _, _, i in sorted(turns)]
+
+
+def fit(rows: Rows, room: int) -> list[int]:
+    """The pairs that fit into `room` bytes of a page with their id, numbers and opening, by position.
+
+    All, with shorter openings where need be; where not even that fits, a spread sample, the wanted ones first.
+    """
+    columns = rows.numbers.values()
+    bare = [_bytes([id, *(short(column[i]) for column in columns)]) for i, id in enumerate(rows.ids)]
+    sizes = [_bytes(text) for text in rows.openings]
+    most = max(_LEAST_OPENING, (room - sum(bare)) // max(1, len(bare)))
+    if sum(bare) + sum(sizes) > room:
+        rows.openings = [cut(text, most) for text in rows.openings]
+        sizes = [_bytes(text) for text in rows.openings]
+    if sum(bare) + sum(sizes) <= room:
+        return list(range(len(bare)))
+    others = sorted(set(range(len(bare))) - set(rows.wanted))
+    listed = []
+    for i in [*stratified(rows, rows.wanted), *stratified(rows, others)]:
+        room -= bare[i] + sizes[i]
+        if room < 0:
+            break
+        listed.append(i)
+    return sorted(listed)
+
+
+def _bytes(value: Any) -> int:
+    return len(json_text(value).encode()) + 3
+
+
+def cut(text: str, most: int) -> str:
+    """The beginning of a text that takes at most about `most` bytes as JSON."""
+    while (size := _bytes(text)) > most and text:
+        text = text[: len(text) * most // size]
+    return text
+
+
+def short(value: float) -> float | int:
+    """A whole number without its fraction, which takes fewer bytes."""
+    return int(value) if value.is_integer() else value

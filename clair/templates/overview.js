@@ -2,6 +2,8 @@
 // The overview. `D` is what clair/report.py wrote. A click goes on to the rows, which report.js lists (`look`).
 const D = read("data");
 const { rows: R, drops: X, overview: O } = D;
+const COUNTS = new Set(["levenshtein", "chosen_words", "rejected_words", "more_words"]);
+const metric = (name, value) => (COUNTS.has(name) ? told : fixed)(value);
 const byId = (id) => document.getElementById(id);
 
 function drawOverview() {
@@ -23,7 +25,7 @@ function drawOverview() {
 }
 
 function tiles(c, tile) {
-  const median = (name) => told(O.histograms[name].q50);
+  const median = (name) => metric(name, O.histograms[name].q50);
   const tokens = Object.values(O.tokens ?? {}).reduce((sum, role) => sum + role.prompt + role.completion, 0);
   return [
     tile("pairs", told(c.pairs), `${told(c.train)} train, ${told(c.test)} test`),
@@ -64,7 +66,7 @@ function reasonChip([name, count]) {
 
 function contrastPlots() {
   return el("div", { class: "plots" }, Object.entries(O.histograms).map(([name, plot]) => el("figure", null,
-    el("figcaption", null, el("b", null, words(name)), ` median ${told(plot.q50)}, mean ${told(plot.mean)}`, el("span", { class: "soft" }, `${D.metrics[name]}; 90 % lie within ${told(plot.q5)} and ${told(plot.q95)}`)),
+    el("figcaption", null, el("b", null, words(name)), ` median ${metric(name, plot.q50)}, mean ${metric(name, plot.mean)}`, el("span", { class: "soft" }, `${D.metrics[name]}; 90 % lie within ${metric(name, plot.q5)} and ${metric(name, plot.q95)}`)),
     histogram(plot, words(name), (lo, hi, last) => look("pairs", { show: "all", sort: name, ranges: new Map([[name, [lo, hi, last]]]) })))));
 }
 
@@ -85,7 +87,7 @@ function lengths() {
         el("dt", null, "mean words, chosen"), el("dd", null, told(L.mean.chosen)),
         el("dt", null, "mean words, rejected"), el("dd", null, told(L.mean.rejected)),
         el("dt", null, "median difference"), el("dd", null, `${sign}${told(L.median_more)} words`),
-        el("dt", null, "median length ratio"), el("dd", null, told(O.histograms.length_ratio.q50))),
+        el("dt", null, "median length ratio"), el("dd", null, fixed(O.histograms.length_ratio.q50))),
       el("p", { class: "soft" }, "In the plot, pairs above the dashed line have the longer winner.")));
 }
 

@@ -2,8 +2,7 @@
 // Browsing and marking: the list, what it lists, the decisions. Full texts are parsed when the first is asked for.
 const METRICS = Object.keys(D.metrics);
 const NUMBERS = Object.fromEntries(METRICS.map((name) => [name, Float64Array.from(R.numbers[name], (v) => v ?? NaN)]));
-const WHOLE = new Set(["levenshtein", "chosen_words", "rejected_words", "more_words"]);
-const measure = (name, i) => (WHOLE.has(name) ? told : fixed)(NUMBERS[name][i]);
+const measure = (name, i) => metric(name, NUMBERS[name][i]);
 const ROW_HEIGHT = 58;
 
 let texts = null;

@@ -16,9 +16,10 @@ import clair.report as module
 from clair.cli import app
 from clair.dataset import read_manifest, read_rows
 from clair.keep import fingerprint
+from clair.page import json_text
 from clair.recipe import UserError
 from clair.report import explain, full_text, report
-from clair.sample import METRICS, Rows, opening, read_filters, stratified
+from clair.sample import METRICS, Rows, cut, fit, opening, read_filters, stratified
 from tests.browser.synthetic import DROPS, INJECTIONS, synthetic_pairs, write_dataset
 
 PAIRS = 150
@@ -113,6 +114,24 @@ def test_a_page_is_never_larger_than_it_may_be(tmp_path, monkeypatch, room):
     assert max(shown.values()) - min(shown.values()) <= 1
 
 
+def test_openings_are_shortened_before_pairs_are_left_out():
+    rows = rows_of([(0.5, 1.0)] * 100)
+    rows.openings = ["光合作用" * 20 if number % 2 else "short" for number in range(100)]
+    full = list(rows.openings)
+    assert fit(rows, 1_000_000) == list(range(100))
+    assert rows.openings == full
+    assert fit(rows, 12_000) == list(range(100))
+    assert [text for text in rows.openings if text != "short"] == [rows.openings[1]] * 50
+    assert 8 < len(rows.openings[1]) < 40
+    assert 30 < len(fit(rows, 3_000)) < 100
+
+
+@given(st.text(st.characters(), max_size=80), st.integers(10, 200))
+def test_a_text_that_is_cut_is_a_beginning_and_small_enough(text, most):
+    assert text.startswith(cut(text, most))
+    assert len(json_text(cut(text, most)).encode()) <= most
+
+
 def test_very_long_texts_are_shown_in_part(tmp_path, pairs):
     long = replace(pairs[20], chosen="new " * 300_000, messages=({"role": "user", "content": "x" * 1_000_000},))
     folder = write_dataset(tmp_path / "d", [long, *pairs[21:23]])
@@ -131,6 +150,7 @@ def rows_of(values) -> Rows:
     rows = Rows()
     for number, (jaccard, ratio) in enumerate(values):
         rows.ids.append(f"id-{number}")
+        rows.openings.append("")
         for name, column in rows.numbers.items():
             column.append({"jaccard": jaccard, "length_ratio": ratio}.get(name, 0))
     return rows
