@@ -164,6 +164,12 @@ def test_recipes_are_recipes(where, text):
         assert any(set(values) <= keys for keys in allowed), f"{where}: {', '.join(values)}"
 
 
+def test_every_recipe_file_is_on_the_page_of_recipes():
+    files = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "recipes").rglob("*.yaml"))]
+    assert len(files) >= 3
+    assert not [file for file in files if f"`{file}`" not in pages()["docs/recipes.md"]]
+
+
 # What the docs may tell a reader to type beside our own commands.
 FOREIGN = {
     "cd",
