@@ -14,7 +14,7 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from clair.budget import Budget
 from clair.config import BuildConfig, ModelConfig
@@ -58,7 +58,7 @@ class Session:
         ahead = _AHEAD_AT_LEAST + _AHEAD_PER_PLACE * self.config.concurrency
         if self.config.accept:  # what is begun beyond the last pair wanted is paid for and not used: begin little
             ahead = 2 * self.config.concurrency
-        async with aclosing(in_order(self._row, prompts, ahead, self._drain)) as results:
+        async with aclosing(in_order(self._row, prompts, ahead, self.stop.happened, self._drain)) as results:
             async for id, outcome in results:
                 if isinstance(outcome, Stopped):
                     return
@@ -72,6 +72,9 @@ class Session:
             return prompt.id, await self.run(prompt)
         except (Dropped, Stopped) as outcome:
             return prompt.id, outcome
+        except Exception as error:  # a ledger that cannot be written, a bug of ours: no other row may go on spending
+            self.stop.now(str(error), error)
+            raise
 
     async def _drain(self) -> None:
         self.stop.now("no more rows are wanted")
@@ -129,21 +132,29 @@ async def in_order(
     work: Callable[[Item], Awaitable[Result]],
     items: Iterable[Item],
     ahead: int,
+    stopped: asyncio.Event,
     drain: Callable[[], Awaitable[None]],
 ) -> AsyncGenerator[Result]:
     """`work` on every item at once, at most `ahead` begun or waiting to be taken, results in the order of the items.
 
-    However it ends, `drain` is awaited before the rest is cancelled, so that what is under way can be kept.
+    Ends early once `stopped` is set, whatever the first of the waiting results is waiting for. However it ends,
+    `drain` is awaited before the rest is cancelled, so that what is under way can be kept.
     """
     pending: deque[asyncio.Future[Result]] = deque()
+    stop = asyncio.ensure_future(stopped.wait())
     try:
         for item in items:
             pending.append(asyncio.ensure_future(work(item)))
             while pending and (pending[0].done() or len(pending) >= ahead):
-                yield await _first(pending)
+                if not await _done_first(pending[0], stop):
+                    return
+                yield pending.popleft().result()
         while pending:
-            yield await _first(pending)
+            if not await _done_first(pending[0], stop):
+                return
+            yield pending.popleft().result()
     finally:
+        stop.cancel()
         if pending:
             await drain()
             for task in pending:
@@ -151,10 +162,11 @@ async def in_order(
             await asyncio.gather(*pending, return_exceptions=True)
 
 
-async def _first(pending: deque[asyncio.Future[Result]]) -> Result:
-    result = await pending[0]
-    pending.popleft()
-    return result
+async def _done_first(task: asyncio.Future[Result], stop: asyncio.Future[Any]) -> bool:
+    """Wait for either; whether the task is done."""
+    if not task.done():
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+    return task.done()
 
 
 def _askers(config: BuildConfig, ledger: Ledger, stop: Stop) -> dict[str, Asker]:

@@ -31,11 +31,13 @@ class Stop:
 
     reason: str | None = None
     error: Exception | None = None
+    happened: asyncio.Event = field(default_factory=asyncio.Event)
 
     def now(self, reason: str, error: Exception | None = None) -> None:
         """Send nothing more; the first reason given is the one that is told."""
         if self.reason is None:
             self.reason, self.error = reason, error
+            self.happened.set()
 
 
 @dataclass
@@ -128,7 +130,11 @@ class Asker:
         while True:
             await self._enter(call)
             claim = Claim(self.role, self.model.name, call.row, self.spending.payer, call.most)
-            claimed = await self.ledger.claim(call.key, claim)
+            try:
+                claimed = await self.ledger.claim(call.key, claim)
+            except BaseException:
+                self._leave(call, NOTHING)
+                raise
             if claimed is MINE:
                 return await self._call(call)
             self._leave(call, NOTHING)
@@ -189,7 +195,11 @@ class Asker:
                 await self.ledger.fail(call.key, str(stopped), NOTHING if _may_be_billed(last) else call.most)
                 raise
             if _may_be_billed(last):
-                await self.ledger.reopen(call.key, call.most)
+                try:
+                    await self.ledger.reopen(call.key, call.most)
+                except BaseException:
+                    self._leave(call, NOTHING)
+                    raise
 
     async def _send(self, call: _Call) -> str:
         """One try: the reply is in the ledger when this returns. Gives the place in flight back."""
