@@ -130,7 +130,7 @@ def _prompt(row: Any, names: Mapping[str, str], where: str) -> Prompt:
     answer = _answer(row.get(names["answer"]), where)
     answers, scores = _answers(row, names, where)
     own = row.get(names["id"])
-    id = content_id(messages, answer, answers, scores) if own in (None, "") else str(own)
+    id = content_id(messages, answer, answers, scores) if own in (None, "") else _clean(str(own))
     return Prompt(id, messages, answer, answers, scores)
 
 
@@ -218,7 +218,7 @@ def _numbered(path: Path, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
+    with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -231,7 +231,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        rows = json.loads(path.read_text("utf-8", "replace"))
+        rows = json.loads(path.read_text("utf-8-sig", "replace"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(rows, list):
