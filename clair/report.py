@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from clair.sample import METRICS, Rows, fit, read_filters, short, stratified
 MAX_BYTES = 25_000_000
 """A page is never larger: mail, chat and browsers take it, and it opens at once."""
 FULL_TEXTS = 2_000
+"""Of how many pairs a page holds the full text; of more where all are short."""
+_SHORT = 5_000_000
 _ROWS_BYTES = 13_000_000
 _DROPS_BYTES = 3_000_000
 _LEAST_CLIP, _MOST_CLIP = 24_000, 100_000
@@ -35,7 +38,7 @@ _PARTS = ("report.html", "report.css", "overview.js", "report.js")
 def report(folder: str | Path, out: str | Path | None = None, filters: Sequence[str] = ()) -> Path:
     """Write the page of a dataset folder to `out` (DIR/report.html) and return where it is. Equal folders, equal bytes.
 
-    `filters` choose whose full text it holds; without any it is a sample of `FULL_TEXTS` pairs spread evenly over
+    `filters` choose whose full text it holds; of more than `FULL_TEXTS` pairs it is a sample spread evenly over
     contrast and length. Raises UserError for a folder without a finished dataset, or a filter that cannot be read.
     """
     folder = Path(folder)
@@ -81,7 +84,9 @@ def _columns(rows: Rows, listed: Sequence[int]) -> dict[str, Any]:
 def _texts(folder: Path, rows: Rows, listed: Sequence[int], room: int) -> dict[int, str]:
     """The full texts that fit into `room` bytes, as JSON members by place in the list."""
     place = {i: at for at, i in enumerate(listed)}
-    order = stratified(rows, [i for i in rows.wanted if i in place])[:FULL_TEXTS]
+    order = stratified(rows, [i for i in rows.wanted if i in place])
+    characters = accumulate(rows.characters[i] for i in order)
+    order = order[: max(FULL_TEXTS, sum(1 for _ in takewhile(lambda total: total <= _SHORT, characters)))]
     limit = min(_MOST_CLIP, max(_LEAST_CLIP, room // (8 * max(1, len(order)))))
     chosen, found = set(order), {}
     for i, row in enumerate(read_rows(folder, _SPLITS)):
@@ -89,7 +94,7 @@ def _texts(folder: Path, rows: Rows, listed: Sequence[int], room: int) -> dict[i
             found[i] = f'"{place[i]}":{json_text(full_text(row, limit))}'
     kept, used = [], 0
     for i in order:
-        size = len(found[i].encode()) + 1
+        size = len(found[i].encode()) + 10  # a comma, and its place in the list of those with text
         if used + size <= room:
             used += size
             kept.append(i)

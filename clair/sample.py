@@ -38,6 +38,7 @@ class Rows:
     ids: list[str] = field(default_factory=list)
     test: bytearray = field(default_factory=bytearray)
     openings: list[str] = field(default_factory=list)
+    characters: array[int] = field(default_factory=lambda: array("q"))
     numbers: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in METRICS})
     wanted: list[int] = field(default_factory=list)
 
@@ -54,6 +55,7 @@ class Rows:
         self.ids.append(row["id"])
         self.test.append(split == "test")
         self.openings.append(opening(row["prompt"]))
+        self.characters.append(len(chosen) + len(rejected) + sum(len(turn["content"]) for turn in row["prompt"]))
 
 
 def _rounded(value: float | None) -> float:

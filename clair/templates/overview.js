@@ -67,7 +67,7 @@ function reasonChip([name, count]) {
 function contrastPlots() {
   return el("div", { class: "plots" }, Object.entries(O.histograms).map(([name, plot]) => el("figure", null,
     el("figcaption", null, el("b", null, words(name)), ` median ${metric(name, plot.q50)}, mean ${metric(name, plot.mean)}`, el("span", { class: "soft" }, `${D.metrics[name]}; 90 % lie within ${metric(name, plot.q5)} and ${metric(name, plot.q95)}`)),
-    histogram(plot, words(name), (lo, hi, last) => look("pairs", { show: "all", sort: name, ranges: new Map([[name, [lo, hi, last]]]) })))));
+    histogram(plot, words(name), (lo, hi, last) => look("pairs", { show: usual, sort: name, ranges: new Map([[name, [lo, hi, last]]]) })))));
 }
 
 function lengths() {

@@ -173,8 +173,8 @@ function marked(kind, words) {
 
 // A list of `count` rows of equal height in `box`; `draw(at)` makes one. Only rows in sight are in the document.
 function virtualList(box, height, draw) {
-  const shown = el("div");
-  const canvas = el("div", null, shown);
+  const shown = el("div", { role: "presentation" });
+  const canvas = el("div", { role: "presentation" }, shown);
   box.append(canvas);
   let count = 0, first = -1, last = -1;
   const paint = () => {

@@ -55,13 +55,14 @@ const say = (words) => { byId("tally").textContent = words; };
 
 /* What is listed: for pairs and for dropped rows each its own search, choice, order and place. */
 const fresh = (show) => ({ search: "", show, sort: "file", down: false, ranges: new Map(), list: [], at: 0 });
-const views = { pairs: fresh(D.filters.length ? "text" : "all"), dropped: fresh("all") };
+const FULL = new Set(read("full"));
+const usual = FULL.size < R.id.length ? "text" : "all";
+const views = { pairs: fresh(usual), dropped: fresh("all") };
 let kind = "pairs";
 let sides = false;
 const view = () => views[kind];
 const current = () => view().list[view().at];
 
-const FULL = new Set();
 const SHOWS = {
   all: ["all", () => true],
   text: ["with full text", (i) => FULL.has(i)],
@@ -84,6 +85,8 @@ function pairWords(i) {
   return [R.id[i], ...full.prompt.map(([, said]) => said), side(1), side(-1), full.reasoning].join("\n");
 }
 
+let without = 0; // how many rows fit but for their missing text
+
 // Words, or "several words" in quotes.
 const terms = () => [...view().search.toLowerCase().matchAll(/"([^"]+)"|\S+/g)].map(([all, quoted]) => quoted ?? all);
 
@@ -97,9 +100,13 @@ function listed() {
     return value >= lo && (last || value < hi);
   });
   const list = [];
+  without = 0;
   const count = (kind === "pairs" ? R : X).id.length;
   for (let i = 0; i < count; i++) {
-    if (shown(i) && inside(i) && (!asked.length || asked.every((term) => haystack(i).includes(term)))) list.push(i);
+    const text = v.show !== "text" || FULL.has(i);
+    if ((!text || shown(i)) && inside(i) && (!asked.length || asked.every((term) => haystack(i).includes(term)))) {
+      if (text) list.push(i); else without += 1;
+    }
   }
   return sorted(list, v);
 }
@@ -128,7 +135,8 @@ function update(stay) {
   const here = (kind === "pairs" ? R : X).id.length;
   byId("told").textContent = `${told(v.list.length)} of ${told(all)} ${kind === "pairs" ? "pairs" : "dropped rows"}` +
     (here < all ? `; this page lists ${told(here)}` : "") +
-    (v.search && kind === "pairs" && FULL.size < here ? `; searched the full text of ${told(FULL.size)}, the openings of the rest` : "");
+    (without ? `, and ${told(without)} of which only the numbers are here` : "") +
+    (v.search && kind === "pairs" && FULL.size < here ? `; searched the openings of those without text` : "");
   byId("ranges").replaceChildren(...(kind === "pairs" ? [...v.ranges] : []).map(([name, [lo, hi]]) =>
     el("button", { type: "button", onclick: () => { v.ranges.delete(name); update(true); } }, `${words(name)} ${told(lo)} to ${told(hi)} ×`)));
   list.set(v.list.length);
@@ -345,7 +353,6 @@ function start() {
   byId("name").textContent = D.name;
   byId("count-pairs").textContent = told(O.counts.pairs);
   byId("count-dropped").textContent = told(O.counts.dropped);
-  for (const place of read("full")) FULL.add(place);
   for (const [id, mark] of JSON.parse(memory.get(MEMORY) ?? "[]")) marks.set(id, mark);
   themeButton(byId("theme"));
   drawKeys();

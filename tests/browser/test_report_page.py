@@ -398,6 +398,7 @@ def test_a_dataset_without_pairs_or_without_drops_has_a_page(tab, tmp_path):
 def test_a_pair_without_its_text_says_how_to_read_it(tab, folder, pairs, tmp_path):
     page = tab(report(folder, tmp_path / "one.html", [f"id={pairs[40].id}"]), "#pairs")
     assert ids(page) == [pairs[40].id]
+    assert f"and {PAIRS - 1} of which only the numbers are here" in page.text_content("#told")
     page.select_option("#show", "all")
     assert told(page) == PAIRS
     page.keyboard.press("Home")
@@ -419,5 +420,8 @@ def test_fifty_thousand_pairs_of_5_kb_open_at_once(tab, tmp_path):
     visit(page, "pairs")
     page.select_option("#sort", "levenshtein")
     search(page, "photosynthesis")
-    page.wait_for_selector("#told:has-text('searched the full text of 2,000')")
+    page.wait_for_selector("#told:has-text('searched the openings of those without text')")
+    page.select_option("#show", "all")
+    search(page, "")
+    assert told(page) == 50_000
     assert page.locator(".row").count() < 50

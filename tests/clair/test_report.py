@@ -174,8 +174,17 @@ def test_the_sample_is_an_order_of_all_and_depends_on_nothing_else(values, rando
     assert stratified(rows, among) == order
 
 
+def test_where_all_texts_are_short_all_are_there(folder, monkeypatch, tmp_path, pairs):
+    monkeypatch.setattr(module, "FULL_TEXTS", 30)
+    characters = sum(len(p.chosen) + len(p.rejected) + len(p.messages[0]["content"]) for p in pairs)
+    for short, expected in ((characters, PAIRS), (characters - 1, PAIRS - 1), (0, 30)):
+        monkeypatch.setattr(module, "_SHORT", short)
+        assert len(block(report(folder, tmp_path / "page.html"), "full")) == expected
+
+
 def test_full_texts_are_spread_over_contrast(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "FULL_TEXTS", 30)
+    monkeypatch.setattr(module, "_SHORT", 0)
     file = report(folder, tmp_path / "page.html")
     jaccard = block(file, "data")["rows"]["numbers"]["jaccard"]
     full = block(file, "full")
