@@ -1,0 +1,192 @@
+"""Whole training runs, `APOTrainer` against TRL's `DPOTrainer(loss_type="apo_zero")`, on the same model and pairs.
+
+    python tests/benchmarks/run.py train
+
+Llama (hidden 512, 6 layers, vocabulary 32,000) from random weights, float32 on a CPU. Time runs from the constructor to
+the end of training, tokenisation and the reference included on both sides; the model is made before. Ours starts with
+an empty cache each time. "defaults" are TRL's own (reference at every step, checkpointing on); "best" are its fastest
+settings (reference precomputed, checkpointing off). All runs of a repeat follow each other in one process, and the
+ratios are of one repeat; peak memory is each run's in a process of its own. The loss curves must be equal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SHARED = Path(os.environ.get("CLAIR_SHARED", "../shared"))
+VOCABULARY = 32_000
+MODES = ("ours", "trl defaults", "trl best")
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<s> {{ m['content'] }} </s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>{% endif %}"
+)
+
+
+def clair_lengths(pairs: int) -> list[tuple[int, int, int]]:
+    """(prompt, chosen, rejected) token lengths of real CLAIR pairs, repeated."""
+    lengths = json.loads((SHARED / "data/clair_gpt4/lengths.json").read_text())["lengths"]
+    return [tuple(lengths[i % len(lengths)]) for i in range(pairs)]
+
+
+def make_tokenizer() -> Any:
+    """A tokenizer of as many words as the model has embeddings."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<bos>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 5))]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<bos>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<s>"]})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def make_pairs(lengths: list[tuple[int, int, int]]) -> Any:
+    """Random words of these lengths as conversations."""
+    import random
+
+    from datasets import Dataset
+
+    draw = random.Random(0)
+
+    def turn(role: str, n: int) -> list[dict[str, str]]:
+        return [{"role": role, "content": " ".join(f"w{draw.randrange(VOCABULARY - 5)}" for _ in range(n))}]
+
+    return Dataset.from_list(
+        [
+            {"prompt": turn("user", p), "chosen": turn("assistant", c), "rejected": turn("assistant", r)}
+            for p, c, r in lengths
+        ]
+    )
+
+
+def make_model() -> Any:
+    """The same random weights each time."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1376, num_hidden_layers=6, num_attention_heads=8,
+        max_position_embeddings=4096, bos_token_id=1, eos_token_id=3, pad_token_id=0,
+    )  # fmt: skip
+    config.architectures = ["LlamaForCausalLM"]
+    return LlamaForCausalLM(config)
+
+
+def run(mode: str, lengths: list[tuple[int, int, int]], batch: int, out: str, base: str) -> tuple[float, list[float]]:
+    """Seconds of one training run, and its losses."""
+    from transformers import AutoModelForCausalLM
+    from trl import DPOConfig, DPOTrainer
+
+    from apo.trainer import APOConfig, APOTrainer
+
+    tokenizer, pairs = make_tokenizer(), make_pairs(lengths)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    same = {
+        "output_dir": f"{out}/run", "per_device_train_batch_size": batch, "learning_rate": 1e-4, "num_train_epochs": 1,
+        "report_to": "none", "logging_steps": 1, "save_strategy": "no", "max_length": 4096, "disable_tqdm": True,
+        "seed": 0, "use_cpu": True, "bf16": False,
+    }  # fmt: skip
+    data = {"train_dataset": pairs, "processing_class": tokenizer}
+    started = time.perf_counter()
+    if mode == "ours":
+        keeping = {"precompute_ref_log_probs": True, "reference_cache": tempfile.mkdtemp(dir=out)}
+        trainer = APOTrainer(model, args=APOConfig(objective="apo_zero", **same, **keeping), **data)
+    else:
+        best = {"precompute_ref_log_probs": True, "gradient_checkpointing": False} if mode == "trl best" else {}
+        trainer = DPOTrainer(model, args=DPOConfig(loss_type=["apo_zero"], **same, **best), **data)
+    trainer.train()
+    seconds = time.perf_counter() - started
+    return seconds, [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def peak_memory(mode: str, name: str, batch: int) -> float:
+    """MB at the peak of one run, above what the process takes with libraries and model loaded."""
+    command = [sys.executable, __file__, mode, name, str(batch)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+SHAPES = {
+    "clair": lambda batch: clair_lengths(4 * batch),
+    "prompt 1200, responses 300": lambda batch: [(1200, 300, 300)] * 8,
+}
+CASES = (("clair", 4), ("clair", 8), ("prompt 1200, responses 300", 4))
+
+
+def measure(repeats: int = 3) -> dict[str, Any]:
+    """Per case: seconds of every run, ratios of TRL to ours with their spread, peak memory and its ratio."""
+    _quiet()
+    results = {}
+    for name, batch in CASES:
+        lengths = SHAPES[name](batch)
+        seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+        losses: dict[str, list[float]] = {}
+        with tempfile.TemporaryDirectory() as out:
+            base = f"{out}/base"
+            make_model().save_pretrained(base)
+            for _ in range(repeats):
+                for mode in MODES:
+                    took, losses[mode] = run(mode, lengths, batch, out, base)
+                    seconds[mode].append(round(took, 2))
+                    print(name, batch, mode, round(took, 2), file=sys.stderr, flush=True)
+        difference = max(abs(a - b) for mode in MODES[1:] for a, b in zip(losses["ours"], losses[mode], strict=True))
+        assert difference < 1e-4, f"the losses differ by {difference}"
+        memory = {mode: peak_memory(mode, name, batch) for mode in MODES}
+        results[f"{name}, {batch} pairs a batch"] = {
+            "pairs": len(lengths),
+            "seconds": seconds,
+            "ratio": {mode: _spread(seconds[mode], seconds["ours"]) for mode in MODES[1:]},
+            "peak_mb": memory,
+            "peak_ratio": {mode: round(memory["ours"] / memory[mode], 3) for mode in MODES[1:]},
+            "largest_loss_difference": difference,
+        }
+    return {"threads": _threads(), "cases": results}
+
+
+def _spread(theirs: list[float], ours: list[float]) -> dict[str, float]:
+    ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+    return {"min": round(min(ratios), 2), "median": round(statistics.median(ratios), 2), "max": round(max(ratios), 2)}
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _quiet() -> None:
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _main() -> None:
+    mode, name, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    _quiet()
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    with tempfile.TemporaryDirectory() as out:
+        make_model().save_pretrained(f"{out}/base")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        run(mode, SHAPES[name](batch)[:batch], batch, out, f"{out}/base")
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+if __name__ == "__main__":
+    _main()
