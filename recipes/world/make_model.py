@@ -3,10 +3,9 @@
     python -m recipes.world.make_model --out recipes/world/model        # about 5 minutes on two quiet cores
 
 The model is a Llama of 0.9 million parameters. First it learns to repeat what it reads (without that, it takes ten
-times as long to learn to look anything up). Then it sees tasks of the pretraining split only, half of them answered
-right and half by the wrong rule: two times out of three right in one half of the phrasings of each skill, and two
-times out of three wrong in the other half. So it can do both everywhere, and has habits, not a coin's edge, for
-preference training to change.
+times as long to learn to look anything up). Then it sees tasks of the pretraining split only; a fair coin decides for
+each whether the answer is the right one or the one by the wrong rule. So it can do both, and which of them it does is
+what preference training has to change.
 """
 
 from __future__ import annotations
@@ -85,16 +84,11 @@ def make_network(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausa
     return LlamaForCausalLM(config)
 
 
-def chance_of_right(task: Task) -> float:
-    """How often the model sees this phrasing answered right: 2/3 for the even templates of a skill, 1/3 for the odd."""
-    return 1 / 3 if int(task.template.rpartition("-")[2]) % 2 else 2 / 3
-
-
 def training_tasks(seed: int) -> Iterator[tuple[Task, str]]:
-    """Tasks of the pretraining split, each with the right answer or the one by the wrong rule, in equal numbers."""
+    """Tasks of the pretraining split, each with an answer that is right or by the wrong rule, by a fair coin."""
     coin = Random(f"coin-{seed}")
     for task in draw_tasks("pretrain", seed):
-        yield task, task.right if coin.random() < chance_of_right(task) else task.wrong
+        yield task, coin.choice((task.right, task.wrong))
 
 
 Example = tuple[list[int], int]  # token ids of one conversation; where its answer starts

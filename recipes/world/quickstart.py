@@ -7,9 +7,11 @@ their differences as fractions (0.05 is 5 points):
 
     base, tuned       accuracy of the model before, and after APO-zero, on the held-out tasks, greedy, exact answer
     delta, ci95       tuned - base, and its 95 % interval [lo, hi], clustered by task template
-    sft, swapped      accuracy after training on the winners only, and on pairs swapped at random, same budget
+    sft               accuracy after training on the winners only, same budget
+    swapped           the same for APO-zero on pairs of which a random half is swapped: the mean of two runs, the second
+                      on the mirror image of the first (see `swapped.py`); each is in swapped_runs
     n, templates      held-out tasks, and the clusters they form
-    by_skill          the four accuracies for each skill
+    by_skill          the accuracies for each skill
     pairs, dropped    of the dataset; they add up to the prompts
     seconds           of all steps, each counted when it was last done; by_step tells them apart
 """
@@ -39,6 +41,7 @@ MODELS = {
     "tuned": RUN / "apo_zero",
     "sft": RUN / "sft",
     "swapped": RUN / "swapped",
+    "mirrored": RUN / "mirrored",
 }
 PROMPTS = 1200
 HELDOUT = 600
@@ -106,19 +109,20 @@ def build_pairs() -> None:
 
 
 def train_all() -> None:
-    """Trains on the pairs, on the winners alone, and on the pairs swapped at random."""
+    """Trains on the pairs, on the winners alone, and on both halves' swaps."""
     with step("apo_zero"):
         command("apo", "train", RECIPES / "apo_zero.yaml")
     with step("sft"):
         command("apo", "train", RECIPES / "sft.yaml")
-    write_swapped(RUN / "pairs", RUN / "swapped_pairs", seed=0)
-    with step("swapped"):
-        swapped = f"dataset={RUN / 'swapped_pairs'}"
-        command("apo", "train", RECIPES / "apo_zero.yaml", "--set", swapped, "--out", MODELS["swapped"])
+    for name in ("swapped", "mirrored"):
+        pairs = RUN / f"{name}_pairs"
+        write_swapped(RUN / "pairs", pairs, seed=0, mirror=name == "mirrored")
+        with step(name):
+            command("apo", "train", RECIPES / "apo_zero.yaml", "--set", f"dataset={pairs}", "--out", MODELS[name])
 
 
 def answers_of(name: str, tasks: list[Task]) -> list[str]:
-    """The greedy answers of one of the four models, read back where these weights have answered these tasks before."""
+    """The greedy answers of one of the models, read back where these weights have answered these tasks before."""
     from clair.models.local import weights_identity
     from recipes.world.evaluate import greedy_answers
 
@@ -134,29 +138,40 @@ def answers_of(name: str, tasks: list[Task]) -> list[str]:
     return answers
 
 
+def accuracies(tasks: list[Task], scored: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """For `all` and for each skill: the accuracy of each model; `swapped` is the mean of the two swapped runs."""
+    from recipes.world.evaluate import by_skill
+
+    scored = {
+        **{name: scored[name] for name in ("base", "tuned", "sft")},
+        "swapped": [(one + other) / 2 for one, other in zip(scored["swapped"], scored["mirrored"], strict=True)],
+    }
+    skills = {name: by_skill(tasks, values) for name, values in scored.items()}
+    table = {skill: {name: skills[name][skill] for name in scored} for skill in skills["base"]}
+    return {"all": {name: sum(values) / len(values) for name, values in scored.items()}} | table
+
+
 def summarize(tasks: list[Task], scored: dict[str, list[float]]) -> dict[str, Any]:
     """The content of summary.json; see the top of this file."""
     from clair.statistics import clustered_mean
-    from recipes.world.evaluate import by_skill
 
-    templates = [task.template for task in tasks]
-    gain = clustered_mean(
-        [after - before for before, after in zip(scored["base"], scored["tuned"], strict=True)], templates
-    )
-    skills = {name: by_skill(tasks, values) for name, values in scored.items()}
+    differences = [after - before for before, after in zip(scored["base"], scored["tuned"], strict=True)]
+    gain = clustered_mean(differences, [task.template for task in tasks])
+    table = accuracies(tasks, scored)
+    overall = table.pop("all")
     counts = json.loads((RUN / "pairs" / "manifest.json").read_text("utf-8"))["counts"]
     seconds = json.loads((RUN / "seconds.json").read_text("utf-8"))
-    accuracy = {name: sum(values) / len(values) for name, values in scored.items()}
     return {
-        "base": accuracy["base"],
-        "tuned": accuracy["tuned"],
+        "base": overall["base"],
+        "tuned": overall["tuned"],
         "delta": gain.mean,
         "ci95": [gain.lo, gain.hi],
         "n": gain.n,
         "templates": gain.clusters,
-        "by_skill": {skill: {name: skills[name][skill] for name in scored} for skill in skills["base"]},
-        "sft": accuracy["sft"],
-        "swapped": accuracy["swapped"],
+        "by_skill": table,
+        "sft": overall["sft"],
+        "swapped": overall["swapped"],
+        "swapped_runs": [sum(scored[name]) / gain.n for name in ("swapped", "mirrored")],
         "pairs": counts["pairs"],
         "dropped": counts["dropped"],
         "seconds": round(sum(seconds.values()), 1),

@@ -16,15 +16,17 @@ import pyarrow.parquet as pq
 from recipes.world.tasks import solve
 
 
-def swapped(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+def swapped(rows: list[dict[str, Any]], seed: int, *, mirror: bool = False) -> list[dict[str, Any]]:
     """The rows in their order, every second one swapped; which ones is drawn within each task template.
+
+    `mirror` swaps the other half.
 
     Exactly half, and half of each skill: a fair coin for each pair leaves some skill with 60 % of its winners on one
     side by chance, and a preference for that side would be learned from it.
     """
     rng = Random(seed)
     drawn = sorted(range(len(rows)), key=lambda at: (_template(rows[at]), rng.random()))
-    exchanged = set(drawn[rng.randrange(2) :: 2])
+    exchanged = set(drawn[(rng.randrange(2) + mirror) % 2 :: 2])
     return [
         {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if at in exchanged else row
         for at, row in enumerate(rows)
@@ -36,12 +38,12 @@ def _template(row: dict[str, Any]) -> str:
     return task.template if task else ""
 
 
-def write_swapped(source: Path, out: Path, seed: int) -> None:
+def write_swapped(source: Path, out: Path, seed: int, *, mirror: bool = False) -> None:
     """Writes the swapped form of a dataset folder's Parquet splits, in the same layout; equal input, equal output."""
     (out / "data").mkdir(parents=True, exist_ok=True)
     for file in sorted((source / "data").glob("*.parquet")):
         table = pq.read_table(file)
-        rows = swapped(table.to_pylist(), seed)
+        rows = swapped(table.to_pylist(), seed, mirror=mirror)
         pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), out / "data" / file.name)
 
 
@@ -50,8 +52,9 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mirror", action="store_true", help="swap the other half")
     args = parser.parse_args()
-    write_swapped(args.source, args.out, args.seed)
+    write_swapped(args.source, args.out, args.seed, mirror=args.mirror)
 
 
 if __name__ == "__main__":
