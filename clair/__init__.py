@@ -11,7 +11,6 @@ _HOMES = {
     "Pair": "clair.records",
     "Prompt": "clair.records",
     "UserError": "clair.recipe",
-    "build": "clair.build",
     "contrast_of": "clair.contrast",
     "load_pairs": "clair.dataset",
     "load_recipe": "clair.recipe",

@@ -88,7 +88,7 @@ class Asker:
     patience: float = 120.0
     """Seconds without any answer, while requests fail to get through, after which the endpoint counts as dead."""
     tally: Tally = field(default_factory=Tally)
-    _asking: dict[str, asyncio.Future[str]] = field(default_factory=dict)
+    _asking: dict[str, asyncio.Future[str | Stored]] = field(default_factory=dict)
     _calls: set[asyncio.Task[Any]] = field(default_factory=set)
     _last_answer: float = field(default_factory=time.monotonic)
 
@@ -103,10 +103,11 @@ class Asker:
         stored = self.ledger.find(key)
         shared = key in self._asking
         try:
-            reply = reply_of(stored.raw if stored else await self._ask_once(key, request, sample, row))
+            found = stored or await self._ask_once(key, request, sample, row)
+            reply = reply_of(found if isinstance(found, str) else found.raw)
         except RequestFailed as error:
             raise Dropped(self.role, error.reason, error.detail, failed=True) from error
-        self.tally.add(reply, reused=shared or stored is not None)
+        self.tally.add(reply, reused=shared or isinstance(found, Stored))
         return reply
 
     async def drain(self) -> None:
@@ -114,8 +115,8 @@ class Asker:
         while self._calls:
             await asyncio.wait(set(self._calls))
 
-    async def _ask_once(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str:
-        """Equal requests of this run wait for one call."""
+    async def _ask_once(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str | Stored:
+        """Equal requests of this run wait for one call. Stored where another run was asking it and has the reply."""
         if (asking := self._asking.get(key)) is not None:
             return await asyncio.shield(asking)
         self._may_go_on()
@@ -125,7 +126,7 @@ class Asker:
         task.add_done_callback(lambda done: (self._asking.pop(key, None), _seen(done)))
         return await asyncio.shield(task)
 
-    async def _claim_and_call(self, call: _Call) -> str:
+    async def _claim_and_call(self, call: _Call) -> str | Stored:
         await self.ready()
         while True:
             await self._enter(call)
@@ -139,7 +140,7 @@ class Asker:
                 return await self._call(call)
             self._leave(call, NOTHING)
             if isinstance(claimed, Stored):
-                return claimed.raw
+                return claimed
             await asyncio.sleep(_LOOK_AGAIN)
 
     async def _enter(self, call: _Call, *, again: bool = False) -> None:

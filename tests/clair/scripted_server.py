@@ -3,7 +3,8 @@
     python tests/clair/scripted_server.py
 
 prints its URL, serves the model `m`, and ends with its parent or after twenty minutes. Without a script the reply is a
-well-formed revision of the student's solution, with `bad` turned into `good`, so that a misaligned row shows.
+well-formed revision of the student's solution, with `bad` turned into `good`, so that a misaligned row shows; to what
+is no revision request, a bad answer.
 GET /seen lists every request: when it came, the step it was answered with, its headers and body; GET /forget forgets
 them and begins every script anew.
 """
@@ -26,15 +27,12 @@ SECONDS_TO_LIVE = 1200
 Answer = Callable[[web.Request, str], Awaitable[web.StreamResponse]]
 
 
-def student(text: str) -> str:
-    """The student's solution in a revision request."""
-    found = re.search(r"<student_solution>\n(.*?)\n</student_solution>", text, re.DOTALL)
-    return found[1] if found else text
-
-
 def revision(text: str) -> str:
-    """The well-formed revision of a request."""
-    return "{teacher_reasoning}:\nwhy\n\n{corrected_student_solution}:\n" + student(text).replace("bad", "good")
+    """The well-formed revision of a revision request; to anything else, a bad answer."""
+    student = re.search(r"<student_solution>\n(.*)\n</student_solution>", text, re.DOTALL)
+    if not student:
+        return f"bad answer to: {text}"
+    return "{teacher_reasoning}:\nwhy\n\n{corrected_student_solution}:\n" + student[1].replace("bad", "good")
 
 
 def completion(message: dict[str, Any], **changes: Any) -> dict[str, Any]:

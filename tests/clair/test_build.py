@@ -1,0 +1,427 @@
+"""Builds from end to end over HTTP, against the embedded world: what comes out, what is paid, what is paid again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+
+from clair.build import build
+from clair.dataset import read_rows, split_of
+from clair.recipe import UserError
+from recipes.world.reviser import ALLUSION, Misbehaviour
+from recipes.world.running import Running, running
+from recipes.world.server import ServerOptions
+from recipes.world.tasks import distinct_tasks, is_right, solve, write_prompts
+from tests.clair import building
+from tests.clair.building import clair, config_for, drops, final_bytes, manifest, outcomes, pairs, write_recipe
+
+COUNT = 60
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[Running]:
+    """An endpoint that behaves."""
+    with running(ServerOptions()) as server:
+        yield server
+
+
+def roles(url: str, **reviser: object) -> dict:
+    """A target that answers and a reviser that revises, both on one server."""
+    return {
+        "target": {"url": url, "model": "world-target", "temperature": 0.6},
+        "reviser": {"url": url, "model": "world-reviser", "temperature": 0.7, **reviser},
+    }
+
+
+def world_config(tmp_path: Path, url: str, **changes: object):
+    return config_for(tmp_path, url, **roles(url) | changes)
+
+
+def write_tasks(tmp_path: Path, count: int = COUNT, *, answers: bool = False, seed: int = 0) -> list:
+    tasks = distinct_tasks("train", count, seed)
+    write_prompts(tmp_path / "prompts.jsonl", tasks, answers_seed=0 if answers else None)
+    return tasks
+
+
+def paid(server: Running) -> int:
+    return server.stats()["paid_total"]
+
+
+# ---- what comes out
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, world) -> Path:
+    """A folder built from 60 tasks; the reviser changes nothing where the target was right."""
+    tmp_path = tmp_path_factory.mktemp("built")
+    write_tasks(tmp_path)
+    recipe = write_recipe(tmp_path, world.url, **roles(world.url), test_fraction=0.2, concurrency=8)
+    ended = clair("build", recipe)
+    assert ended.code == 0, ended
+    assert "clair show" in ended.out
+    return tmp_path / "out"
+
+
+def test_counts_add_up_and_every_prompt_has_one_outcome(built):
+    counts = manifest(built)["counts"]
+    found = outcomes(built)
+    assert counts["prompts"] == counts["pairs"] + counts["dropped"] == COUNT == len(found)
+    assert counts["train"] + counts["test"] == counts["pairs"] == len(pairs(built))
+    assert counts["dropped"] == len(drops(built))
+    assert counts["pairs"] > 15
+    assert manifest(built)["drop_reasons"] == {"filter.identical": counts["dropped"]}
+    assert manifest(built)["failed"] == 0
+
+
+def test_every_pair_is_the_targets_wrong_answer_and_its_minimal_correction(built):
+    for row in pairs(built):
+        (prompt,), (chosen,), (rejected,) = row["prompt"], row["chosen"], row["rejected"]
+        assert prompt["role"] == "user"
+        assert chosen["role"] == rejected["role"] == "assistant"
+        task = solve(prompt["content"])
+        assert row["id"] == task.id
+        assert is_right(task, chosen["content"])
+        assert not is_right(task, rejected["content"])
+        assert row["contrast"]["kept"] > 0.5
+        assert row["reasoning"]
+        assert row["models"] == {"chosen": "world-reviser", "rejected": "world-target"}
+
+
+def test_rows_stand_in_the_order_of_the_prompts(built):
+    order = [json.loads(line)["id"] for line in (built.parent / "prompts.jsonl").read_text().splitlines()]
+    for split in ("train", "test"):
+        ids = [row["id"] for row in read_rows(built, [split])]
+        assert ids == [id for id in order if id in set(ids)]
+        assert all(split_of(id, 0, 0.2) == split for id in ids)
+    dropped = [row["id"] for row in drops(built)]
+    assert dropped == [id for id in order if id in set(dropped)]
+
+
+def test_load_dataset_reads_the_folder_as_it_is(built):
+    loaded = datasets.load_dataset(str(built))
+    counts = manifest(built)["counts"]
+    assert {name: len(split) for name, split in loaded.items()} == {n: counts[n] for n in ("train", "test")}
+    assert loaded["train"][0] == pairs(built)[0]
+    assert loaded["train"].column_names == ["id", "prompt", "chosen", "rejected", "reasoning", "models", "contrast"]
+
+
+def test_the_manifest_names_what_made_the_data(built):
+    found = manifest(built)
+    assert found["pipeline"] == "revised"
+    assert found["seed"] == 0
+    assert found["models"]["reviser"]["model"] == "world-reviser"
+    assert found["sampling"] == {
+        "target": {"temperature": 0.6, "max_tokens": 512}, "reviser": {"temperature": 0.7, "max_tokens": 4096},
+    }
+    assert found["tokens"]["reviser"]["calls"] == COUNT
+    assert found["tokens"]["reviser"]["prompt"] > found["tokens"]["target"]["prompt"] > 0
+    assert found["recipe"]["test_fraction"] == 0.2
+    assert found["versions"]["datasets"] == datasets.__version__
+    assert set(found) >= {"git_commit", "python", "seconds", "prompts_sha256"}
+    for name, sha in found["files"].items():
+        assert hashlib.sha256((built / name).read_bytes()).hexdigest() == sha
+    assert found["contrast"].keys() == {"jaccard", "levenshtein", "kept", "prefix", "length_ratio"}
+    assert 0 < found["contrast"]["jaccard"] < 1
+
+
+def test_the_card_has_front_matter_and_counts(built):
+    _, front, text = (built / "README.md").read_text("utf-8").split("---\n", 2)
+    files = yaml.safe_load(front)["configs"][0]["data_files"]
+    assert files == [{"split": s, "path": f"data/{s}-*.parquet"} for s in ("train", "test")]
+    counts = manifest(built)["counts"]
+    assert f"{counts['pairs']} pairs ({counts['train']} train, {counts['test']} test) from {COUNT} prompts" in text
+    assert f"filter.identical: {counts['dropped']}" in text
+
+
+def test_dropped_rows_tell_stage_reason_and_detail(built):
+    for row in drops(built):
+        assert row == {
+            "id": row["id"], "stage": "filter", "reason": "identical", "detail": "chosen and rejected are the same",
+            "failed": False,
+        }
+
+
+def test_nothing_else_lies_in_the_folder(built):
+    found = {str(file.relative_to(built)) for file in built.rglob("*") if file.is_file()}
+    assert found == {
+        *building.SPLIT_FILES, "dropped.jsonl", "manifest.json", "README.md", "recipe.json", "ledger.sqlite", ".lock",
+    }
+
+
+def test_trl_reads_the_pairs_as_they_are(built):
+    from trl.data_utils import is_conversational, maybe_extract_prompt
+
+    row = datasets.load_dataset(str(built), split="train")[0]
+    assert is_conversational(row)
+    assert maybe_extract_prompt(dict(row)) == row  # the prompt is explicit already
+
+
+def test_stats_and_show_tell_of_the_folder(built):
+    stats = clair("stats", built)
+    assert stats.code == 0
+    counts = manifest(built)["counts"]
+    assert f"{counts['pairs']} ({counts['train']} train, {counts['test']} test)" in stats.out
+    shown = clair("show", built, "-n", "2")
+    assert shown.code == 0
+    assert shown.out.count(pairs(built)[0]["id"]) == 1
+
+
+# ---- what is paid, and what is not paid again
+
+
+def test_a_second_run_costs_nothing_and_writes_the_same(tmp_path, world):
+    write_tasks(tmp_path)
+    config = world_config(tmp_path, world.url)
+    build(config)
+    first, before = final_bytes(tmp_path / "out"), paid(world)
+    again = build(config)
+    assert paid(world) == before
+    assert final_bytes(tmp_path / "out") == first
+    assert {role: (t["calls"], t["reused"]) for role, t in again.manifest["tokens"].items()} == {
+        "target": (0, COUNT), "reviser": (0, COUNT),
+    }
+
+
+def test_a_run_that_finds_everything_needs_no_endpoint(tmp_path):
+    write_tasks(tmp_path)
+    with running(ServerOptions()) as server:
+        config = world_config(tmp_path, server.url)
+        build(config)
+    first = final_bytes(tmp_path / "out")
+    build(config)
+    assert final_bytes(tmp_path / "out") == first
+
+
+def test_adding_prompts_asks_only_the_new_ones(tmp_path, world):
+    write_tasks(tmp_path, 40)
+    build(world_config(tmp_path, world.url))
+    before = paid(world)
+    write_tasks(tmp_path, 50)
+    more = build(world_config(tmp_path, world.url))
+    assert paid(world) - before == 2 * 10
+    assert more.manifest["counts"]["prompts"] == 50
+
+
+def test_changing_a_reviser_option_asks_the_reviser_again_and_the_target_not(tmp_path, world):
+    write_tasks(tmp_path)
+    build(world_config(tmp_path, world.url))
+    before = paid(world)
+    changed = world_config(tmp_path, world.url, **roles(world.url, max_tokens=4000))
+    with pytest.raises(UserError, match=r"another recipe \(it differs in reviser.max_tokens\).*--update"):
+        build(changed)
+    assert paid(world) == before
+    again = build(changed, update=True)
+    assert paid(world) - before == COUNT
+    assert again.manifest["tokens"]["target"]["calls"] == 0
+
+
+def test_changing_a_filter_asks_nothing(tmp_path, world):
+    write_tasks(tmp_path)
+    build(world_config(tmp_path, world.url))
+    before = paid(world)
+    kept = build(world_config(tmp_path, world.url, filters={"identical": False}), update=True)
+    assert paid(world) == before
+    assert kept.manifest["counts"]["pairs"] == COUNT
+
+
+def test_changing_the_template_asks_the_reviser_again(tmp_path, world):
+    write_tasks(tmp_path, 10)
+    build(world_config(tmp_path, world.url))
+    before = paid(world)
+    own = tmp_path / "own.j2"
+    own.write_text("Please:\n<task>\n{{ task }}\n</task>\n<student_solution>\n{{ answer }}\n</student_solution>")
+    build(world_config(tmp_path, world.url, **roles(world.url, template=str(own))), update=True)
+    assert paid(world) - before == 10
+
+
+def test_how_fast_it_is_asked_is_no_change_of_the_recipe(tmp_path, world):
+    write_tasks(tmp_path, 10)
+    build(world_config(tmp_path, world.url))
+    before = paid(world)
+    build(world_config(tmp_path, world.url, concurrency=3, attempts=2, **roles(world.url, timeout=5.0)))
+    assert paid(world) == before
+
+
+def test_another_seed_makes_another_split_and_asks_an_endpoint_nothing(tmp_path, world):
+    write_tasks(tmp_path)
+    build(world_config(tmp_path, world.url, test_fraction=0.5))
+    first, before = [row["id"] for row in pairs(tmp_path / "out")], paid(world)
+    build(world_config(tmp_path, world.url, test_fraction=0.5, seed=1), update=True)
+    assert paid(world) == before
+    second = [row["id"] for row in pairs(tmp_path / "out")]
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+def test_a_named_model_may_move_to_another_url_for_nothing(tmp_path, world):
+    write_tasks(tmp_path, 10, answers=True)
+    reviser = {"model": "world-reviser", "id": "the-reviser"}
+    build(config_for(tmp_path, world.url, reviser={"url": world.url, **reviser}))
+    before = paid(world)
+    build(config_for(tmp_path, world.url, reviser={"url": "http://127.0.0.1:9/v1", **reviser}))
+    assert paid(world) == before
+
+
+def test_a_shared_ledger_answers_another_folder(tmp_path, world):
+    write_tasks(tmp_path)
+    shared = str(tmp_path / "shared.sqlite")
+    build(world_config(tmp_path, world.url, ledger=shared))
+    before = paid(world)
+    build(world_config(tmp_path, world.url, ledger=shared, out=str(tmp_path / "other")))
+    assert paid(world) == before
+    assert final_bytes(tmp_path / "other") == final_bytes(tmp_path / "out")
+    assert not (tmp_path / "out" / "ledger.sqlite").exists()
+
+
+def test_two_processes_that_share_a_ledger_pay_each_request_once(tmp_path):
+    write_tasks(tmp_path, 120)
+    with running(ServerOptions(latency=0.05)) as server:
+        recipe = write_recipe(
+            tmp_path, server.url, **roles(server.url), ledger=str(tmp_path / "l.sqlite"), concurrency=8
+        )
+        both = [building.start_clair("build", recipe, "--out", tmp_path / name) for name in ("one", "two")]
+        ended = [building.finished(process) for process in both]
+        assert [e.code for e in ended] == [0, 0], ended
+        stats = server.stats()
+    assert stats["paid_total"] == stats["paid_distinct"] == 240
+    assert final_bytes(tmp_path / "one") == final_bytes(tmp_path / "two")
+    calls = [manifest(tmp_path / name)["tokens"]["reviser"]["calls"] for name in ("one", "two")]
+    assert sum(calls) == 120
+    assert min(calls) > 0  # they shared the work
+
+
+def test_equal_requests_of_one_run_are_asked_once(tmp_path, server):
+    rows = [{"prompt": f"[[wait:0.3]] {n}", "id": n} for n in range(5)]
+    building.write_prompts(tmp_path / "prompts.jsonl", rows)
+    own = tmp_path / "own.j2"
+    own.write_text("{{ task[:12] }}{{ answer[:0] }}")  # the reviser is asked the same about all
+    target = {"url": server.url, "model": "t"}
+    build(config_for(tmp_path, server.url, target=target,
+                     reviser={"url": server.url, "model": "m", "template": str(own), "ask_again": False}))
+    assert sum(request["body"]["model"] == "m" for request in server.seen()) == 1
+    tokens = manifest(tmp_path / "out")["tokens"]["reviser"]
+    assert (tokens["calls"], tokens["reused"]) == (1, 4)
+
+
+def test_duplicates_are_kept_once_and_counted(tmp_path, world):
+    tasks = write_tasks(tmp_path, 20)
+    lines = (tmp_path / "prompts.jsonl").read_text().splitlines()
+    random.Random(0).shuffle(more := lines[:7])
+    (tmp_path / "prompts.jsonl").write_text("\n".join([*lines, *more]) + "\n")
+    before = paid(world)
+    found = build(world_config(tmp_path, world.url)).manifest
+    assert paid(world) - before == 2 * 20
+    assert found["counts"]["prompts"] == 27
+    assert found["drop_reasons"]["prompts.duplicate"] == 7
+    assert found["counts"]["pairs"] + found["counts"]["dropped"] == 27
+    assert {row["id"] for row in drops(tmp_path / "out") if row["reason"] == "duplicate"} <= {t.id for t in tasks}
+
+
+def test_limit_takes_the_first_prompts_and_may_grow_for_nothing_paid_twice(tmp_path, world):
+    write_tasks(tmp_path, 30)
+    before = paid(world)
+    assert build(world_config(tmp_path, world.url, limit=10)).manifest["counts"]["prompts"] == 10
+    assert paid(world) - before == 20
+    assert build(world_config(tmp_path, world.url)).manifest["counts"]["prompts"] == 30
+    assert paid(world) - before == 60
+
+
+def test_accept_gives_exactly_the_first_pairs_in_prompt_order(tmp_path, world):
+    write_tasks(tmp_path)
+    build(world_config(tmp_path, world.url, test_fraction=0))
+    everything = [row["id"] for row in pairs(tmp_path / "out")]
+    build(world_config(tmp_path, world.url, test_fraction=0, accept=7, out=str(tmp_path / "seven"), concurrency=4))
+    assert [row["id"] for row in pairs(tmp_path / "seven")] == everything[:7]
+    assert manifest(tmp_path / "seven")["counts"]["pairs"] == 7
+
+
+# ---- endpoints that misbehave
+
+
+def test_a_misbehaving_endpoint_still_gives_right_pairs(tmp_path):
+    tasks = {task.id: task for task in write_tasks(tmp_path, 300)}
+    wrong = Misbehaviour(
+        too_many=0.05, server_error=0.05, slow=0.02, refusal=0.05, label_in_reasoning=0.1, truncation=0.08,
+        allusion=0.05,
+    )
+    with running(ServerOptions(misbehaviour=wrong, retry_after=0.2, slow_seconds=0.5)) as server:
+        built = build(world_config(tmp_path, server.url, concurrency=32))
+        stats = server.stats()
+    found = outcomes(tmp_path / "out")
+    assert len(found) == 300
+    assert built.failed == 0
+    for row in pairs(tmp_path / "out"):
+        chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
+        task = tasks[row["id"]]
+        assert is_right(task, chosen)
+        assert chosen in (task.right, rejected.replace(task.wrong_value, task.right_value))
+        assert ALLUSION.strip() not in chosen
+    reasons = built.manifest["drop_reasons"]
+    assert reasons["reviser.refusal"] > 0
+    assert reasons["reviser.truncated"] > 0
+    assert reasons["filter.allusion"] > 0
+    assert set(stats["misbehaviours"]) == {
+        "too_many", "server_error", "slow", "refusal", "label_in_reasoning", "truncation", "allusion",
+    }
+    assert stats["paid_more_than_once"] == 0
+
+
+def test_one_bad_row_of_200_gives_199_outcomes_and_one_failure(tmp_path, server):
+    scripts = ["ok"] * 200
+    scripts[77] = "400"
+    building.write_prompts(tmp_path / "prompts.jsonl", building.scripted_rows(scripts))
+    ended = clair("build", write_recipe(tmp_path, server.url))
+    assert ended.code == 3
+    assert "1 rows failed (see dropped.jsonl)" in ended.err
+    assert len(pairs(tmp_path / "out")) == 199
+    (dropped,) = drops(tmp_path / "out")
+    assert dropped == {
+        "id": "row-77", "stage": "reviser", "reason": "http_400", "detail": "400: This prompt is too long.",
+        "failed": True,
+    }
+    asked = len(server.seen())
+    assert clair("build", write_recipe(tmp_path, server.url)).code == 3
+    assert len(server.seen()) == asked + 1  # the failed one is tried again, nothing else
+
+
+def test_strange_text_comes_through_unchanged(tmp_path, server):
+    strange = [
+        "bad {braces} {{ jinja }} {% raw %} ${HOME} %s %(x)s \\n",
+        "bad مرحبا بالعالم שלום",
+        "bad 😀👩‍👩‍👧 é \u2028 \u200b \x85 z",
+        "bad <task> </task> {teacher_reasoning} mentioned",
+        "bad\ttab\r\nwindows\rmac",
+        "bad " + "long " * 20_000 + "end.",
+    ]
+    rows = [{"id": n, "prompt": f"Task {text}", "answer": text} for n, text in enumerate(strange)]
+    building.write_prompts(tmp_path / "prompts.jsonl", rows)
+    build(config_for(tmp_path, server.url, reviser={"url": server.url, "model": "m", "ask_again": False}))
+    found = outcomes(tmp_path / "out")
+    for n, text in enumerate(strange):
+        wanted = text.replace("bad", "good").replace("\r\n", "\n").strip()
+        assert found[str(n)] == (wanted if "mentioned" not in text else "reviser.label_in_answer")
+    for row in pairs(tmp_path / "out"):
+        assert row["prompt"][0]["content"] == f"Task {strange[int(row['id'])]}"
+        assert row["rejected"][0]["content"] == strange[int(row["id"])]
+
+
+def test_a_conversation_is_asked_and_kept_as_it_is(tmp_path, server):
+    turns = [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "a bad question"},
+    ]
+    building.write_prompts(tmp_path / "prompts.jsonl", [{"id": "c", "prompt": turns}])
+    build(config_for(tmp_path, server.url, target={"url": server.url, "model": "t"}, filters={"identical": False}))
+    asked = {request["body"]["model"]: request["body"]["messages"] for request in server.seen()}
+    assert asked["t"] == turns
+    (question,) = asked["m"]
+    for part in ("System:\nBe brief.", "User:\nHi", "Assistant:\nHello", "User:\na bad question"):
+        assert part in question["content"]
+    assert pairs(tmp_path / "out")[0]["prompt"] == turns
