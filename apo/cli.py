@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from clair.recipe import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from clair.command import run
+from clair.recipe import EXIT_INTERRUPTED
 
 app = typer.Typer(
     name="apo",
@@ -123,12 +124,8 @@ def _quieten() -> None:
 
 
 def main() -> None:
-    """Run the command line. One line on stderr and exit code 2 for the user's mistakes, 130 after Ctrl-C."""
-    try:
-        app()
-    except UserError as error:
-        _tell(f"error: {error}")
-        sys.exit(EXIT_USER_ERROR)
+    """The `apo` command."""
+    run(app)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from clair.recipe import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED, EXIT_USER_ERROR, UserError
+from clair.command import run
+from clair.recipe import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED, UserError
 
 app = typer.Typer(
     help="Build contrastive preference pairs: a model answers, a stronger one minimally revises.",
@@ -22,18 +23,6 @@ app = typer.Typer(
 def main() -> None:
     """The `clair` command."""
     run(app)
-
-
-def run(application: typer.Typer) -> None:
-    """Run a command line; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
-    try:
-        application()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
 
 
 @app.command()
