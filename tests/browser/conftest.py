@@ -77,3 +77,9 @@ def tab(chromium):
     for context in contexts:
         context.close()
     assert not wrong
+
+
+def visit(page, where: str) -> None:
+    """Go to a part of the page by its link."""
+    page.click(f"nav a[href='#{where}']")
+    page.wait_for_selector(f"nav a[href='#{where}'][aria-current]")

@@ -23,7 +23,7 @@ WORDS = _VOCABULARY.split()
 TOPICS = ("photosynthesis", "the French Revolution", "binary search", "interest rates", "sourdough", "plate tectonics")
 INJECTIONS = (
     "<script>window.hacked = 1; alert('hacked')</script>",
-    "</script><script>window.hacked = 2</script><img src=x onerror=\"window.hacked = 3\">",
+    '</script><script>window.hacked = 2</script><img src=x onerror="window.hacked = 3">',
     "<!--<script>alert(4)</script>--> ]]> {{ 7 * 7 }} {% raw %} ${alert(5)} `javascript:alert(6)`",
     "<svg onload=alert(7)><iframe srcdoc='<script>alert(8)</script>'></iframe><style>*{display:none}</style>",
     "<a href='javascript:alert(9)'>click</a> <meta http-equiv=refresh content='0;url=https://example.com/'>",

@@ -1,0 +1,88 @@
+"""How the page of `clair report` looks: readable in light and dark, at any width, and the focus can be seen."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.browser.conftest import visit
+
+CONTRASTS = """() => {
+  const luminance = ([r, g, b]) => {
+    const linear = (v) => (v <= 10 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4);
+    const [x, y, z] = [r, g, b].map(linear);
+    return 0.2126 * x + 0.7152 * y + 0.0722 * z;
+  };
+  const parse = (color) => color.match(/[\\d.]+/g).map(Number);
+  const ground = (node) => {
+    for (; node; node = node.parentElement) {
+      const color = parse(getComputedStyle(node).backgroundColor);
+      if (color[3] !== 0) return color;
+    }
+  };
+  const found = [];
+  for (const node of document.querySelectorAll('body *')) {
+    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+    if (!own || !node.checkVisibility() || node.closest('svg, script')) continue;
+    const [a, b] = [parse(getComputedStyle(node).color), ground(node)].map(luminance).sort((x, y) => y - x);
+    found.push([(a + 0.05) / (b + 0.05), `${node.tagName}.${node.className} ${node.textContent.slice(0, 30)}`]);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_all_text_is_readable_in_light_and_dark(tab, file, theme):
+    page = tab(file, color_scheme=theme)
+    red = int(page.evaluate("() => getComputedStyle(document.body).backgroundColor").split("(")[1].split(",")[0])
+    assert (red > 200) == (theme == "light")
+    looked_at = 0
+    for where in ("overview", "pairs", "dropped"):
+        visit(page, where)
+        if where == "pairs":
+            page.keyboard.press("a")
+            page.keyboard.press("d")
+            page.keyboard.press("k")
+        found = page.evaluate(CONTRASTS)
+        looked_at += len(found)
+        assert not [(round(ratio, 2), what) for ratio, what in found if ratio < 4.5]
+    print(f"looked at {looked_at} texts")
+    assert looked_at > 150
+
+
+def test_the_theme_can_be_chosen_and_is_remembered(tab, file):
+    page = tab(file, color_scheme="light")
+    ground = "() => getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(ground)
+    page.click("#theme")
+    assert page.evaluate(ground) == light
+    page.click("#theme")
+    dark = page.evaluate(ground)
+    assert dark != light
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    assert page.evaluate(ground) == dark
+
+
+def test_nothing_is_wider_than_the_window(tab, file):
+    for width in (1400, 1000, 700, 400):
+        for where in ("#overview", "#pairs", "#dropped"):
+            page = tab(file, where)
+            page.set_viewport_size({"width": width, "height": 800})
+            assert page.evaluate("() => document.documentElement.scrollWidth - innerWidth") <= 0, (width, where)
+            page.context.close()
+
+
+def test_what_has_the_focus_shows_it(tab, file):
+    page = tab(file, "#pairs")
+    focus = """() => {
+      const node = document.activeElement;
+      const shows = node.closest('.open') ?? node.querySelector('.row[aria-selected="true"]') ?? node;
+      return [node.id || node.tagName, getComputedStyle(shows).outlineStyle !== 'none'];
+    }"""
+    seen = {}
+    for _ in range(14):
+        page.keyboard.press("Tab")
+        name, shown = page.evaluate(focus)
+        seen[name] = shown
+    assert {"list", "search", "show", "sort", "order", "theme", "open", "help"} <= set(seen)
+    assert not [name for name, shown in seen.items() if not shown and name != "BODY"]
