@@ -15,8 +15,8 @@ from typing import Any
 
 from clair.budget import check_budget
 from clair.config import BuildConfig, lasting, public
-from clair.dataset import DatasetWriter, card
-from clair.ledger import Ledger
+from clair.dataset import DatasetWriter, card, read_manifest
+from clair.ledger import Ledger, Tokens
 from clair.models.asking import Asker, Tally
 from clair.models.local import check_model_folder
 from clair.recipe import UserError, changed_keys, provenance, write_atomically, write_json
@@ -144,6 +144,11 @@ def same_recipe(config: BuildConfig, out: Path, *, update: bool) -> None:
                 f"{out} holds the run of another recipe (it differs in {', '.join(changed)}); choose another --out, or "
                 f"add --update to rebuild it with this one: replies that still fit are reused, only the rest is asked"
             )
+        if (out / "manifest.json").is_file() and read_manifest(out).get("review"):
+            raise UserError(
+                f"{out} was reviewed (`clair keep`), and building it again would bring the dropped pairs back; choose "
+                f"another --out, or add --update to do just that"
+            )
     elif not file.is_file():
         strange = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith((".lock", "ledger.sqlite")))
         if strange:
@@ -175,6 +180,7 @@ def _manifest(
         "models": {role: {"model": a.model.name, "identity": a.model.identity} for role, a in askers.items()},
         "sampling": {role: models[role].options(config.seed) for role in askers},
         **position,
+        **_cost(run),
         "tokens": {role: _told(asker.tally) for role, asker in askers.items()},
         "prompts_sha256": found.sha256,
         "files": dict(hashes),
@@ -183,6 +189,17 @@ def _manifest(
         **provenance(),
         "seconds": round(seconds, 1),
     }
+
+
+def _cost(run: Session) -> dict[str, Any]:
+    """Money by role, where prices are known: what the dataset's replies cost, reused ones included."""
+    prices = {role: model.price for role, model in run.config.models.items() if model.price is not None}
+    tallies = {role: run.askers[role].tally for role in prices}
+    cost = {
+        role: price.of(Tokens(tallies[role].prompt_tokens, tallies[role].completion_tokens))
+        for role, price in prices.items()
+    }
+    return {"cost": {role: f"{money.normalize():f}" for role, money in cost.items()}} if cost else {}
 
 
 def position_bias(seen: Mapping[int, int]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def build(
         print(f"{built.stopped}: every reply so far is kept; run the same command again to go on", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED if built.stopped == "interrupted" else EXIT_BUDGET)
     print_(summary([built.out]))
-    print_(f"{built.out}/README.md tells what it holds; look at pairs with: clair show {built.out}")
+    print_(f"{built.out}/README.md tells what it holds; look at the pairs with: clair report {built.out}")
     if built.failed:
         print(f"{built.failed} rows failed (see dropped.jsonl); run it again to try them again", file=sys.stderr)
         raise typer.Exit(EXIT_SOME_FAILED)

@@ -252,3 +252,21 @@ def test_a_reviewed_folder_loads_with_datasets(folder, pairs, tmp_path):
     counts = read_manifest(tmp_path / "new")["counts"]
     for split in ("train", "test"):
         assert len(load_pairs(tmp_path / "new", split)) == counts[split]
+
+
+def test_a_build_does_not_undo_a_review_unless_it_is_told_to(tmp_path, monkeypatch):
+    from clair.build import build
+    from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
+
+    install(monkeypatch, reviser=Scripted("reviser", revision))
+    rows = [{"id": f"r{i}", "prompt": f"question {i}", "answer": "a bad answer"} for i in range(3)]
+    config = recipe(tmp_path / "out", rows, pipeline="revised", reviser=endpoint(price={"input": 1, "output": 2}))
+    built = build(config)
+    assert float(built.manifest["cost"]["reviser"]) > 0
+    file = tmp_path / "decisions.json"
+    dataset = fingerprint(built.manifest)
+    file.write_text(json.dumps({"format": 1, "dataset": dataset, "decisions": {"r1": "drop"}}))
+    keep(tmp_path / "out", read_decisions(file), None)
+    with pytest.raises(UserError, match="was reviewed"):
+        build(config)
+    assert build(config, update=True).manifest["counts"]["pairs"] == 3
