@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from decimal import Decimal
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -30,6 +31,42 @@ class Price(Recipe):
     def of(self, tokens: Tokens) -> Decimal:
         """What so many tokens cost."""
         return (self.input * tokens.prompt + self.output * tokens.completion) / _MILLION
+
+
+def prices_of(roles: Mapping[str, Any]) -> dict[str, Price]:
+    """The prices of the roles (ModelConfigs by role) that have one, `table` looked up in genai-prices, in US dollars.
+
+    Raises UserError where the table is not installed or does not know the model.
+    """
+    return {
+        role: model.price if isinstance(model.price, Price) else _from_table(role, model)
+        for role, model in roles.items()
+        if model.price is not None
+    }
+
+
+def _from_table(role: str, model: Any) -> Price:
+    try:
+        from genai_prices import Usage, calc_price
+    except ImportError as error:
+        raise UserError(f"{role}.price: table needs genai-prices: pip install 'clair-apo[prices]'") from error
+    name, url = model.model, (model.urls or ("",))[0]
+    try:
+        each = [
+            calc_price(usage, model_ref=name, provider_api_url=url).total_price
+            for usage in (Usage(input_tokens=1_000_000), Usage(output_tokens=1_000_000))
+        ]
+    except LookupError as error:
+        raise UserError(f"{role}.price: genai-prices does not know {name!r} at {url}; give input and output") from error
+    return Price(input=each[0], output=each[1])
+
+
+def table_version() -> str | None:
+    """Which genai-prices the prices are from; None without it. Its releases are what dates the table."""
+    try:
+        return f"genai-prices {version('genai-prices')}"
+    except PackageNotFoundError:
+        return None
 
 
 class BudgetConfig(Recipe):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clair.budget import check_budget
+from clair.budget import check_budget, prices_of, table_version
 from clair.config import BuildConfig, lasting, public
 from clair.dataset import DatasetWriter, card, read_manifest
 from clair.ledger import Ledger, Tokens
@@ -43,6 +43,7 @@ Progress = Callable[[DatasetWriter, Mapping[str, Asker]], None]
 def check(config: BuildConfig) -> Scan:
     """Everything that can be wrong before a request is sent. Raises UserError; spends nothing, writes nothing."""
     templates(config)
+    prices_of(config.models)
     check_budget(config.budget, config.models)
     for role, model in config.models.items():
         api_key(model.api_key_env, role)
@@ -193,13 +194,17 @@ def _manifest(
 
 def _cost(run: Session) -> dict[str, Any]:
     """Money by role, where prices are known: what the dataset's replies cost, reused ones included."""
-    prices = {role: model.price for role, model in run.config.models.items() if model.price is not None}
+    prices = prices_of(run.config.models)
     tallies = {role: run.askers[role].tally for role in prices}
     cost = {
         role: price.of(Tokens(tallies[role].prompt_tokens, tallies[role].completion_tokens))
         for role, price in prices.items()
     }
-    return {"cost": {role: f"{money.normalize():f}" for role, money in cost.items()}} if cost else {}
+    if not cost:
+        return {}
+    told = {"cost": {role: f"{money.normalize():f}" for role, money in cost.items()}}
+    looked_up = any(model.price == "table" for model in run.config.models.values())
+    return told | ({"prices_from": table_version()} if looked_up else {})
 
 
 def position_bias(seen: Mapping[int, int]) -> dict[str, Any]:

@@ -31,8 +31,8 @@ class ModelConfig(Recipe):
     api_key_env: str | None = None
     extra: Mapping[str, Any] = {}
     """Request options passed through as they are (top_p, max_completion_tokens, reasoning_effort, headers ...)."""
-    price: Price | None = None
-    """For a million tokens: {input: 2.50, output: 10}."""
+    price: Price | Literal["table"] | None = None
+    """For a million tokens: {input: 2.50, output: 10}; `table`: what genai-prices has for this model and URL."""
     requests_per_minute: int | None = Field(None, ge=1)
     tokens_per_minute: int | None = Field(None, ge=1)
     timeout: float = Field(600.0, gt=0)

@@ -15,7 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
-from clair.budget import Price, most_tokens
+from clair.budget import Price, most_tokens, prices_of
 from clair.build import check, locked, same_recipe
 from clair.config import BuildConfig
 from clair.ledger import Ledger, Tokens
@@ -57,7 +57,8 @@ def estimate(config: BuildConfig, probe: int = 0) -> dict[str, RoleEstimate]:
         return {role: RoleEstimate(calls[role], None, None, None) for role in config.models}
     chosen = _spread(sizes, max(3, probe))
     paid = _run(config, chosen)
-    return {role: _role(config.models[role].price, calls[role], sizes, chosen, paid[role]) for role in config.models}
+    prices = prices_of(config.models)
+    return {role: _role(prices.get(role), calls[role], sizes, chosen, paid[role]) for role in config.models}
 
 
 def _run(config: BuildConfig, chosen: Sequence[int]) -> dict[str, list[Tokens]]:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clair.budget import Budget
+from clair.budget import Budget, prices_of
 from clair.config import BuildConfig, ModelConfig
 from clair.filters import make_filters
 from clair.ledger import Ledger
@@ -188,8 +188,7 @@ def _askers(config: BuildConfig, ledger: Ledger, stop: Stop) -> dict[str, Asker]
             raise
 
     payer = str(Path(config.out).resolve())
-    prices = {role: model.price for role, model in config.models.items() if model.price is not None}
-    budget = Budget(config.budget, prices, ledger.spent(payer))
+    budget = Budget(config.budget, prices_of(config.models), ledger.spent(payer))
     for role, model in config.models.items():
         askers[role] = Asker(
             role=role,

@@ -129,3 +129,26 @@ def test_an_estimate_without_a_probe_asks_nothing_and_tells_the_most_calls(tmp_p
     config = recipe(tmp_path / "out", rows(20), pipeline="revised", reviser=endpoint(mode="edits"))
     assert estimate(config)["reviser"].most_calls == 20 * 4
     assert not model.asked
+
+
+def test_prices_come_from_the_table_where_the_recipe_says_so(tmp_path):
+    from clair.budget import prices_of
+
+    pytest.importorskip("genai_prices", reason="pip install 'clair-apo[prices]'")
+    known = endpoint(url="https://api.openai.com/v1", model="gpt-4o", price="table")
+    config = recipe(tmp_path / "out", rows(1), pipeline="revised", reviser=known)
+    price = prices_of(config.models)["reviser"]
+    assert price.input > 0
+    assert price.output > price.input
+    unknown = recipe(tmp_path / "no", rows(1), pipeline="revised", reviser=endpoint(price="table"))
+    with pytest.raises(UserError, match="genai-prices does not know 'scripted'"):
+        build(unknown)
+
+
+def test_a_table_that_is_not_installed_gives_the_command_that_installs_it(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "genai_prices", None)
+    config = recipe(tmp_path / "out", rows(1), pipeline="revised", reviser=endpoint(price="table"))
+    with pytest.raises(UserError, match=r"pip install 'clair-apo\[prices\]'"):
+        build(config)
