@@ -1,4 +1,4 @@
-"""What the embedded models say: the reviser's minimal correction, the target's answer, and their bad habits.
+"""What the embedded reviser and target say: a minimal correction, an answer right or wrong, and their bad habits.
 
 Everything here is a pure function of the request body and a seed; `server` puts it behind HTTP.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from recipes.world.skills import SKILLS
@@ -16,20 +16,23 @@ from recipes.world.tasks import Task, answer_span, is_right, solve
 
 REASONING = "{teacher_reasoning}"
 SOLUTION = "{corrected_student_solution}"
+EDITS = "{minimal_edits}"
 
 # How real replies label their two parts: with colon and without, bold, as a heading, on the same line or the next.
+# The slots are: first label, reasoning, second label, what it asks for.
 STYLES = (
-    f"{REASONING}: %s\n\n{SOLUTION}: %s",
-    f"{REASONING}:\n%s\n\n{SOLUTION}:\n%s",
-    f"{REASONING}\n%s\n\n{SOLUTION}\n%s",
-    f"{REASONING} %s\n\n{SOLUTION} %s",
-    f"**{REASONING}**\n%s\n\n**{SOLUTION}**\n%s",
-    f"**{REASONING}:** %s\n\n**{SOLUTION}:** %s",
-    f"### {REASONING}\n\n%s\n\n### {SOLUTION}\n\n%s",
+    "{0}: {1}\n\n{2}: {3}",
+    "{0}:\n{1}\n\n{2}:\n{3}",
+    "{0}\n{1}\n\n{2}\n{3}",
+    "{0} {1}\n\n{2} {3}",
+    "**{0}**\n{1}\n\n**{2}**\n{3}",
+    "**{0}:** {1}\n\n**{2}:** {3}",
+    "### {0}\n\n{1}\n\n### {2}\n\n{3}",
 )
+OWN_LINE = tuple(at for at, style in enumerate(STYLES) if "\n{3}" in style)  # edits are blocks of lines
 REFUSAL = "I'm sorry, but I can't help with that request."
 ALLUSION = "Here is the corrected version of your solution: "
-MENTION = f"The right answer stands under {SOLUTION} below. "
+MENTION = "The right answer stands under {0} below. "
 
 _TASK = re.compile(r"^<task>[ \t]*\n(.*?)\n?^</task>[ \t]*$", re.DOTALL | re.MULTILINE)
 _STUDENT = re.compile(r"^<student_solution>[ \t]*\n(.*?)\n?^</student_solution>[ \t]*$", re.DOTALL | re.MULTILINE)
@@ -77,18 +80,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Reply:
-    """An assistant turn and why it ended ("stop" or "length")."""
+    """An assistant turn, why it ended ("stop" or "length"), and which misbehaviour spoilt it."""
 
     text: str
     finish_reason: str = "stop"
+    spoilt: str | None = None
 
 
 @dataclass(frozen=True)
 class Request:
-    """A revision request, read back from the user message."""
+    """A revision request, read back from a user message: rewrite the solution, or name edits to it."""
 
     task: str
     student: str
+    edits: bool
 
 
 def share(*parts: object) -> float:
@@ -119,7 +124,12 @@ def plan(seed: int, body: str, rates: Misbehaviour) -> Plan:
 def read_request(message: str) -> Request | None:
     """The task and the student's solution in a revision request, or None where the tags are not there."""
     task, student = _TASK.search(message), _STUDENT.search(message)
-    return Request(task[1], student[1]) if task and student else None
+    return Request(task[1], student[1], EDITS in message) if task and student else None
+
+
+def find_task(text: str) -> Task | None:
+    """The task that a text states: the whole of it, or its last turn where it is a conversation of several."""
+    return solve(text) or solve(text.rpartition("User:\n")[2])
 
 
 def corrected(task: Task, student: str) -> str:
@@ -145,34 +155,65 @@ def reasoning(task: Task, student: str) -> str:
     )
 
 
-def revise(message: str, planned: Plan) -> Reply:
-    """The reviser's reply to a user message, misbehaving as planned."""
-    if planned.text == "refusal":
-        return Reply(REFUSAL)
-    request = read_request(message)
+def revise(turns: list[str], planned: Plan) -> Reply:
+    """The reviser's reply to a conversation, of which `turns` are the user's, misbehaving as planned.
+
+    Asked once more, after a reply of its own that could not be used, it behaves.
+    """
+    request = next(filter(None, map(read_request, reversed(turns))), None)
     if request is None:
         return Reply("Please give me a task and a student solution between their tags.")
-    task = solve(request.task)
-    if task is None:
-        return _written("This task is not one that I know, so I leave it as it is.", request.student, planned)
-    return _written(reasoning(task, request.student), corrected(task, request.student), planned)
-
-
-def _written(thoughts: str, solution: str, planned: Plan) -> Reply:
-    if planned.text == "label_in_reasoning":
-        thoughts = MENTION + thoughts
+    if read_request(turns[-1]) is None:
+        planned = replace(planned, text=None, style=0)
+    if planned.text == "refusal":
+        return Reply(REFUSAL, spoilt=planned.text)
+    task = find_task(request.task)
+    thoughts = reasoning(task, request.student) if task else "I do not know such tasks, so I leave it as it is."
+    solution = corrected(task, request.student) if task else request.student
     if planned.text == "allusion":
         solution = ALLUSION + solution
-    text = STYLES[planned.style] % (thoughts, solution)
+    if request.edits:
+        own_line = replace(planned, style=OWN_LINE[planned.style % len(OWN_LINE)])
+        return written(thoughts, EDITS, edits(request.student, solution), own_line)
+    return written(thoughts, SOLUTION, solution, planned)
+
+
+def edits(student: str, solution: str) -> str:
+    """One find/replace block that turns the student's text into the solution, or `none` where they are equal.
+
+    It names the words that differ, and as many before them as make them stand only once in the student's text.
+    """
+    if student == solution:
+        return "none"
+    old, new = student.split(" "), solution.split(" ")
+    end = _common(old[::-1], new[::-1])
+    start = min(_common(old, new), len(old) - end, len(new) - end)
+    while start and (start == len(old) - end or student.count(" ".join(old[start : len(old) - end])) != 1):
+        start -= 1
+    found, put = (" ".join(words[start : len(words) - end]) for words in (old, new))
+    return f"<<<<<<< FIND\n{found}\n=======\n{put}\n>>>>>>> REPLACE"
+
+
+def _common(one: list[str], other: list[str]) -> int:
+    """How many words two lists share at their start."""
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (left, right) in enumerate(pairs) if left != right), min(len(one), len(other)))
+
+
+def written(thoughts: str, label: str, result: str, planned: Plan) -> Reply:
+    """A reply in the method's two parts, in the planned style, spoilt as planned."""
+    if planned.text == "label_in_reasoning":
+        thoughts = MENTION.format(label) + thoughts
+    text = STYLES[planned.style].format(REASONING, thoughts, label, result)
     if planned.text == "truncation":
         # Where a length limit strikes varies: inside the reasoning, or inside the solution, never after its end.
-        return Reply(text[: int(len(text) * (0.5 + 0.07 * planned.style))].rstrip(), "length")
-    return Reply(text)
+        return Reply(text[: int(len(text) * (0.5 + 0.07 * planned.style))].rstrip(), "length", planned.text)
+    return Reply(text, spoilt=planned.text)
 
 
 def answer(message: str, seed: int, body: str) -> Reply:
     """The target's reply to a bare task: right or by the wrong rule, with equal probability over requests."""
-    task = solve(message)
+    task = find_task(message)
     if task is None:
         return Reply("I am a small model and I do not know how to answer that.")
     return Reply(task.right if share(seed, body, "target") < 0.5 else task.wrong)
@@ -182,16 +223,18 @@ def cut(reply: Reply, max_tokens: int | None) -> Reply:
     """The reply within a token limit, counting four characters as a token."""
     if max_tokens is None or len(reply.text) <= 4 * max_tokens:
         return reply
-    return Reply(reply.text[: 4 * max_tokens], "length")
+    return replace(reply, text=reply.text[: 4 * max_tokens], finish_reason="length")
 
 
-def last_user_text(messages: list[Mapping[str, Any]]) -> str:
-    """The text of the last user turn, a string or a list of text parts. ValueError where there is none."""
-    for message in reversed(messages):
-        if message.get("role") == "user":
-            content = message.get("content")
-            if isinstance(content, str):
-                return content
-            if isinstance(content, list):
-                return "".join(part.get("text", "") for part in content)
-    raise ValueError("messages holds no user turn with text")
+def user_texts(messages: list[Mapping[str, Any]]) -> list[str]:
+    """The texts of the user's turns, each a string or a list of text parts. ValueError where there is none."""
+    texts = []
+    for message in messages:
+        content = message.get("content")
+        if message.get("role") == "user" and isinstance(content, str):
+            texts.append(content)
+        elif message.get("role") == "user" and isinstance(content, list):
+            texts.append("".join(part.get("text", "") for part in content))
+    if not texts:
+        raise ValueError("messages holds no user turn with text")
+    return texts

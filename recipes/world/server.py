@@ -2,9 +2,10 @@
 
     python -m recipes.world.server --port 0 --max-seconds 600
 
-prints its URL when it is ready and serves two models: `world-reviser` (the stronger model, answers revision
-requests) and `world-target` (answers bare tasks, half of them by a wrong rule). GET /stats tells what it did. It
-ends by itself after `--max-seconds` or when the process that started it is gone. From Python:
+prints its URL when it is ready and serves three models: `world-reviser` (the stronger model, answers revision
+requests, as a rewritten solution or as edits), `world-target` (answers bare tasks, half of them by a wrong rule) and
+`world-judge` (compares two solutions). GET /stats tells what it did. It ends by itself after `--max-seconds` or when
+the process that started it is gone. From Python:
 
     with running(ServerOptions(misbehaviour=Misbehaviour(too_many=0.05))) as server:
         server.url, server.stats()
@@ -26,9 +27,10 @@ from typing import Any
 
 from aiohttp import web
 
-from recipes.world.reviser import Misbehaviour, Plan, Reply, answer, cut, last_user_text, plan, revise
+from recipes.world.judge import judge
+from recipes.world.reviser import Misbehaviour, Plan, Reply, answer, cut, plan, revise, user_texts
 
-MODELS = ("world-reviser", "world-target")
+MODELS = ("world-reviser", "world-target", "world-judge")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class ServerOptions:
     retry_after: float = 1.0
     slow_seconds: float = 2.0
     max_seconds: float = 600.0
+    position_bias: float = 0.0  # share of judgements for the first solution whatever they say
     misbehaviour: Misbehaviour = field(default_factory=Misbehaviour)
 
 
@@ -191,17 +194,19 @@ class World:
     def result(self, body: dict[str, Any], body_id: str, planned: Plan) -> dict[str, Any]:
         """The chat.completion object. Tokens are counted as four characters each."""
         try:
-            message = last_user_text(body["messages"])
+            turns = user_texts(body["messages"])
         except (ValueError, AttributeError) as error:
             raise Refused(400, str(error), "invalid_messages") from None
-        count = body.get("n") or 1
-        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        count, seed = body.get("n") or 1, self.options.seed
         if body["model"] == "world-target":
-            replies = [answer(message, self.options.seed, f"{body_id}-{n}" if n else body_id) for n in range(count)]
+            replies = [answer(turns[-1], seed, f"{body_id}-{n}" if n else body_id) for n in range(count)]
+        elif body["model"] == "world-judge":
+            replies = [judge(turns, planned, seed=seed, body=body_id, position_bias=self.options.position_bias)] * count
         else:
-            replies = [revise(message, planned)] * count
-            if planned.text:
-                self.tally.misbehaviours[planned.text] += 1
+            replies = [revise(turns, planned)] * count
+        if spoilt := replies[0].spoilt:
+            self.tally.misbehaviours[spoilt] += 1
+        limit = body.get("max_completion_tokens") or body.get("max_tokens")
         return completion_object(body, body_id, [cut(reply, limit) for reply in replies])
 
 
@@ -257,6 +262,7 @@ def options_from(arguments: list[str] | None = None) -> ServerOptions:
     parser.add_argument("--cap", type=int, help="chat requests in flight; more are answered 429")
     parser.add_argument("--retry-after", type=float, default=1.0, help="seconds, sent with a 429")
     parser.add_argument("--slow-seconds", type=float, default=2.0)
+    parser.add_argument("--position-bias", type=float, default=0.0, help="share of judgements for the first solution")
     parser.add_argument("--max-seconds", type=float, default=600.0, help="the server ends by itself after this")
     rates = [rate.name for rate in fields(Misbehaviour)]
     for rate in rates:

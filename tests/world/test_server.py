@@ -13,11 +13,14 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 
-from recipes.world.reviser import REFUSAL, SOLUTION, STYLES, Misbehaviour
+from clair.edits import parse_edits
+from clair.records import Revision
+from recipes.world.reviser import REFUSAL, SOLUTION, STYLES, Misbehaviour, corrected
 from recipes.world.running import ROOT, Running, running
 from recipes.world.server import ServerOptions, options_from
 from recipes.world.tasks import Task, distinct_tasks, is_right
@@ -110,8 +113,58 @@ def test_a_right_student_is_copied_unchanged_and_an_empty_one_gets_the_right_sen
 
 
 def test_a_task_of_another_world_is_left_as_it_is(calm: Running) -> None:
-    foreign = Task(*["x"] * 4, prompt="Write a poem.", right="", wrong="", right_value="", wrong_value="")
+    foreign = replace(TASKS[0], prompt="Write a poem.")
     assert solution(ask(calm.url, revision(foreign, "Roses are red.")).text) == "Roses are red."
+
+
+def test_asked_for_edits_it_names_the_smallest_one_that_can_be_found(calm: Running) -> None:
+    for task in TASKS[:60]:
+        for student in (task.wrong, task.right, "No idea", f"{task.wrong_value} {task.wrong}"):
+            body = revision(task, student)
+            body["messages"][0]["content"] = body["messages"][0]["content"].replace(SOLUTION, "{minimal_edits}")
+            found = parse_edits(ask(calm.url, body).text, "stop", student)
+            assert found == Revision(found.reasoning, corrected(task, student))
+
+
+def test_asked_once_more_it_answers_the_first_request_and_behaves() -> None:
+    with running(ServerOptions(max_seconds=60, misbehaviour=Misbehaviour(refusal=0.5, allusion=0.5))) as server:
+        for task in TASKS[:30]:
+            body = revision(task, task.wrong)
+            body["messages"] += [{"role": "assistant", "content": "?"}, {"role": "user", "content": "Give it again."}]
+            text = ask(server.url, body).text
+            assert text.startswith("{teacher_reasoning}: ")
+            assert solution(text) == task.right
+        assert server.stats()["misbehaviours"] == {}
+
+
+def test_the_last_turn_of_a_conversation_is_the_task(calm: Running) -> None:
+    task = TASKS[0]
+    whole = f"User:\nHello.\n\nAssistant:\nHello, what can I do?\n\nUser:\n{task.prompt}"
+    text = ask(calm.url, revision(replace(task, prompt=whole), task.wrong)).text
+    assert solution(text) == task.right
+
+
+def verdict(url: str, task: Task, first: str, second: str) -> str:
+    message = (
+        f"<task>\n{task.prompt}\n</task>\n<student_solution_1>\n{first}\n</student_solution_1>\n"
+        f"<student_solution_2>\n{second}\n</student_solution_2>"
+    )
+    heard = ask(url, {"model": "world-judge", "messages": [{"role": "user", "content": message}]})
+    return heard.text.rpartition("{best_student_solution}")[2].strip("*: \n")
+
+
+def test_the_judge_prefers_the_right_solution_in_either_place(calm: Running) -> None:
+    for task in TASKS[:25]:
+        assert verdict(calm.url, task, task.right, task.wrong) == "[1]"
+        assert verdict(calm.url, task, task.wrong, task.right) == "[2]"
+        assert verdict(calm.url, task, task.wrong, task.wrong) == "[tie]"
+
+
+def test_a_judge_with_position_bias_prefers_the_first_at_that_rate() -> None:
+    with running(ServerOptions(position_bias=0.4, max_seconds=60)) as server:
+        firsts = [verdict(server.url, task, task.wrong, task.right) == "[1]" for task in TASKS[:200]]
+    print(f"{len(firsts)} verdicts looked at, {sum(firsts)} for the first")
+    assert 0.3 < sum(firsts) / len(firsts) < 0.5
 
 
 def test_the_target_is_right_about_half_of_the_time_and_else_follows_the_wrong_rule(calm: Running) -> None:
@@ -217,7 +270,11 @@ def test_with_a_key_the_server_asks_for_it() -> None:
 
 def test_the_models_are_listed(calm: Running) -> None:
     with urllib.request.urlopen(f"{calm.url}/models", timeout=10) as response:
-        assert [model["id"] for model in json.load(response)["data"]] == ["world-reviser", "world-target"]
+        assert [model["id"] for model in json.load(response)["data"]] == [
+            "world-reviser",
+            "world-target",
+            "world-judge",
+        ]
 
 
 def gone(pid: int, seconds: float) -> bool:
