@@ -170,6 +170,16 @@ def wait_until(condition, process, seconds=120.0):
         time.sleep(0.001)
 
 
+@pytest.fixture
+def one_thread():
+    """As many threads as `start` gives a process: another number adds in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_kill_9_while_saving_then_ctrl_c_change_nothing(model_dir, data, tmp_path):
     keys = recipe(model_dir, data, tmp_path / "run", lora=False)
     keys["trainer"] |= {"save_steps": 1, "num_train_epochs": 12, "save_total_limit": 3}  # most of its time it saves
