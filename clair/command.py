@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 
 from clair.recipe import EXIT_USER_ERROR, UserError
+
+# What a disk or a folder does to the user; any other OSError is a mistake of ours, and its traceback is wanted.
+_OF_THE_SYSTEM = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
+    errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EMFILE,
+}
 
 
 def run(application: Callable[[], None]) -> None:
@@ -14,4 +21,10 @@ def run(application: Callable[[], None]) -> None:
         application()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except OSError as error:
+        if error.errno not in _OF_THE_SYSTEM:
+            raise
+        told = " ".join(str(error).split())
+        print(f"error: {told}; make room or permissions, then run the same command again", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)

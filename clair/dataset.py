@@ -16,6 +16,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ class DatasetWriter:
         self.failed = 0
         self.sums: Counter[str] = Counter()
         (folder / "data").mkdir(parents=True, exist_ok=True)
+        for left_behind in (*folder.glob(".*.tmp"), *(folder / "data").glob(".*.tmp")):  # by a run that was killed
+            left_behind.unlink()
         self._rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         self._files = {split: self._temporary(split_file(split)) for split in SPLITS}
         self._parquet = {
@@ -117,17 +120,23 @@ class DatasetWriter:
 
     def close(self, *, keep: bool) -> dict[str, str]:
         """Put the files in place (`keep`), or take the temporary ones away. Returns the SHA-256 of each by name."""
+        written = {split_file(split): file for split, file in self._files.items()}
+        written["dropped.jsonl"] = self._dropped_file
+        try:
+            return self._publish(written) if keep else {}
+        finally:
+            for file in (*self._parquet.values(), self._dropped):
+                with suppress(OSError):  # on a full disk the end of a file that nobody wants cannot be written either
+                    file.close()
+            for temporary in written.values():
+                temporary.unlink(missing_ok=True)
+
+    def _publish(self, written: Mapping[str, Path]) -> dict[str, str]:
         for split in SPLITS:
-            if keep and self._rows[split]:
+            if self._rows[split]:
                 self._flush(split)
             self._parquet[split].close()
         self._dropped.close()
-        written = {split_file(split): file for split, file in self._files.items()}
-        written["dropped.jsonl"] = self._dropped_file
-        if not keep:
-            for file in written.values():
-                file.unlink(missing_ok=True)
-            return {}
         hashes = {}
         for name, file in written.items():
             with open(file, "rb") as content:

@@ -22,6 +22,7 @@ import sqlite3
 import threading
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -278,12 +279,21 @@ class Ledger:
         return self.path.with_name(f"{self.path.name}.run-{run}")
 
     def _take_lock(self) -> int:
-        handle = os.open(self._lock_path(self.run), os.O_CREAT | os.O_RDWR, 0o644)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        return handle
+        for left_behind in self.path.parent.glob(f"{self.path.name}.run-*"):
+            self._lives(left_behind.name.rpartition("-")[2])
+        while True:
+            handle = os.open(self._lock_path(self.run), os.O_CREAT | os.O_RDWR, 0o644)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(self._lock_path(self.run))):
+                    return handle
+            os.close(handle)  # another run saw the file before it was locked, and took it away as a dead run's
 
     def _lives(self, run: str) -> bool:
-        """Whether the process of another run still holds its lock; asked of the kernel, so clocks do not matter."""
+        """Whether the process of another run still holds its lock; asked of the kernel, so clocks do not matter.
+
+        What a dead run left behind is taken away.
+        """
         path = self._lock_path(run)
         try:
             handle = os.open(path, os.O_RDWR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
@@ -216,6 +217,31 @@ def test_a_second_living_run_waits_and_a_dead_runs_row_is_taken_over(tmp_path, h
         assert do(ledger.claim("k", CLAIM)) is MINE
         assert row_of(ledger.path, "k", "attempts, payer") == (2, "/out")
         assert list(tmp_path.glob("*.run-*")) == [ledger._lock_path(ledger.run)]  # the dead run's lock is gone
+
+
+def test_a_new_run_tidies_up_after_dead_ones_and_leaves_living_ones_alone(tmp_path, holder):
+    (tmp_path / "l.sqlite.run-dead").touch()
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        left = {path.name for path in tmp_path.glob("*.run-*")}
+        assert "l.sqlite.run-dead" not in left
+        assert len(left) == 2  # the holder's and ours
+        assert do(ledger.claim("k", CLAIM)) is ELSEWHERE
+
+
+def test_a_lock_that_was_taken_for_a_dead_runs_is_taken_again(tmp_path, monkeypatch):
+    really, stolen = fcntl.flock, []
+
+    def steal(handle, how):
+        if how == fcntl.LOCK_EX and not stolen:  # between the making of the file and its locking
+            (path,) = tmp_path.glob("*.run-*")
+            path.unlink()
+            stolen.append(path)
+        really(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", steal)
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        assert stolen
+        assert ledger._lock_path(ledger.run).exists()
 
 
 def test_a_run_that_is_stopped_but_alive_keeps_its_rows(tmp_path, holder):

@@ -1,0 +1,346 @@
+"""Builds that are killed, interrupted, starved of disk or cut off: nothing is lost, and nothing bought twice."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from clair.build import build
+from clair.models.asking import Asker
+from recipes.world.running import Running, running
+from recipes.world.server import ServerOptions
+from recipes.world.tasks import distinct_tasks, write_prompts
+from tests.clair.building import (
+    Ended,
+    clair,
+    config_for,
+    drops,
+    error_line,
+    final_bytes,
+    finished,
+    manifest,
+    outcomes,
+    pairs,
+    scripted_rows,
+    start_clair,
+    write_recipe,
+)
+from tests.clair.building import write_prompts as write_rows
+
+COUNT = 160
+CONCURRENCY = 8
+SECONDS = 2 * COUNT * 0.05 / CONCURRENCY  # of a build, start-up excluded
+
+
+@pytest.fixture(scope="module")
+def slow_world() -> Iterator[Running]:
+    with running(ServerOptions(latency=0.05)) as server:
+        yield server
+
+
+def world_recipe(tmp_path: Path, url: str, count: int = COUNT, **changes: object) -> Path:
+    write_prompts(tmp_path / "prompts.jsonl", distinct_tasks("train", count, 0))
+    roles = {
+        "target": {"url": url, "model": "world-target", "id": "t"},
+        "reviser": {"url": url, "model": "world-reviser", "id": "r"},
+    }
+    return write_recipe(tmp_path, url, **roles, concurrency=CONCURRENCY, **changes)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, bytes]:
+    """The files of a build that nothing happened to."""
+    tmp_path = tmp_path_factory.mktemp("undisturbed")
+    with running(ServerOptions()) as server:
+        assert clair("build", world_recipe(tmp_path, server.url)).code == 0
+    return final_bytes(tmp_path / "out")
+
+
+def wait_for_requests(server: Running, more_than: int, process: subprocess.Popen[str]) -> None:
+    """Until the server has had more requests than that, or the process has ended."""
+    until = time.monotonic() + 60
+    while server.stats()["requests"] <= more_than and process.poll() is None:
+        assert time.monotonic() < until, "the build asks nothing"
+        time.sleep(0.01)
+
+
+def build_and(sent: signal.Signals, server: Running, recipe: Path, out: Path, after: float) -> Ended:
+    """A build that gets a signal some seconds after its first request."""
+    before = server.stats()["requests"]
+    process = start_clair("build", recipe, "--out", out)
+    wait_for_requests(server, before, process)
+    time.sleep(after)
+    process.send_signal(sent)
+    return finished(process)
+
+
+# ---- kill -9
+
+
+def assert_survives_kills(server: Running, tmp_path: Path, undisturbed: dict[str, bytes], moments: list[float]) -> None:
+    recipe = world_recipe(tmp_path, server.url, seed=0)
+    earlier = server.stats()
+    killed = 0
+    for after in moments:
+        killed += build_and(signal.SIGKILL, server, recipe, tmp_path / "out", after).code == -signal.SIGKILL
+    last = finished(start_clair("build", recipe))
+    assert last.code == 0, last
+    assert final_bytes(tmp_path / "out") == undisturbed
+    now = server.stats()
+    paid = now["paid_total"] - earlier["paid_total"]
+    twice = paid - 2 * COUNT
+    print(f"{killed} kills, {paid} paid, {twice} of them twice")
+    assert killed > 0
+    assert 0 <= twice <= killed * 2 * CONCURRENCY  # each of the two roles may have so many in flight
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
+        ".lock", "README.md", "data", "dropped.jsonl", "ledger.sqlite", "manifest.json", "recipe.json",
+    ]
+    assert len(list((tmp_path / "out" / "data").iterdir())) == 2
+
+
+def test_killed_at_three_random_moments_it_ends_with_the_same_bytes(tmp_path, slow_world, undisturbed):
+    random = Random(20)
+    assert_survives_kills(slow_world, tmp_path, undisturbed, [SECONDS / 3 * random.random() for _ in range(3)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(30))
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, undisturbed, seed):
+    with running(ServerOptions(latency=0.05)) as server:
+        assert_survives_kills(server, tmp_path, undisturbed, [SECONDS * Random(seed).random()])
+
+
+def test_killed_while_it_finishes_it_leaves_the_old_dataset_or_the_new_one(tmp_path, slow_world, undisturbed):
+    """Every reply is in the ledger, so that a run is little but the writing of its files."""
+    recipe = world_recipe(tmp_path, slow_world.url)
+    assert finished(start_clair("build", recipe)).code == 0
+    before = slow_world.stats()["requests"]
+    for wait in (0.9, 1.1, 1.3, 1.5):
+        process = start_clair("build", recipe)
+        time.sleep(wait)
+        process.kill()
+        finished(process)
+        assert final_bytes(tmp_path / "out") == undisturbed
+    assert clair("build", recipe).code == 0
+    assert slow_world.stats()["requests"] == before
+
+
+# ---- Ctrl-C
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_keeps_all_that_was_paid_and_goes_on_from_there(tmp_path, undisturbed, sent):
+    with running(ServerOptions(latency=0.05)) as server:
+        recipe = world_recipe(tmp_path, server.url)
+        for after in (0.3, 0.6):
+            ended = build_and(sent, server, recipe, tmp_path / "out", after)
+            assert ended.code == 130, ended
+            assert "interrupted: every reply so far is kept; run the same command again to go on" in ended.err
+            assert "Traceback" not in ended.err
+            assert not (tmp_path / "out" / "manifest.json").exists()
+        assert 0 < server.stats()["paid_total"] < 2 * COUNT
+        assert finished(start_clair("build", recipe)).code == 0
+        stats = server.stats()
+    assert stats["paid_more_than_once"] == 0
+    assert stats["paid_total"] == 2 * COUNT
+    assert final_bytes(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(30))
+def test_interrupted_at_any_moment_it_buys_nothing_twice(tmp_path, undisturbed, seed):
+    with running(ServerOptions(latency=0.05)) as server:
+        recipe = world_recipe(tmp_path, server.url)
+        ended = build_and(signal.SIGINT, server, recipe, tmp_path / "out", SECONDS * Random(seed).random())
+        assert ended.code in (0, 130)
+        assert finished(start_clair("build", recipe)).code == 0
+        assert server.stats()["paid_total"] == server.stats()["paid_distinct"] == 2 * COUNT
+    assert final_bytes(tmp_path / "out") == undisturbed
+
+
+def scripted_recipe(tmp_path: Path, url: str, scripts: list[str], **changes: object) -> Path:
+    write_rows(tmp_path / "prompts.jsonl", scripted_rows(scripts))
+    return write_recipe(tmp_path, url, **changes)
+
+
+def wait_for_seen(server, count: int) -> None:
+    until = time.monotonic() + 60
+    while len(server.seen()) < count:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("script", ["429:60", "500 500 500 500 500"])
+def test_interrupted_while_rows_wait_to_ask_again_it_ends_at_once(tmp_path, server, script):
+    process = start_clair("build", scripted_recipe(tmp_path, server.url, [script] * 10))
+    wait_for_seen(server, 10)
+    time.sleep(0.3)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    ended = finished(process)
+    assert ended.code == 130, ended
+    assert time.monotonic() - started < 5
+
+
+def test_interrupted_twice_it_leaves_at_once(tmp_path, server):
+    process = start_clair("build", scripted_recipe(tmp_path, server.url, ["wait:60"] * 10))
+    wait_for_seen(server, 10)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    assert process.poll() is None  # it waits for what is in flight
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    ended = finished(process)
+    assert time.monotonic() - started < 5
+    assert ended.code == 130, ended
+    assert "Traceback" not in ended.err
+
+
+def test_interrupted_before_the_first_request_it_says_so(tmp_path):
+    write_rows(tmp_path / "prompts.jsonl", ({"prompt": f"Task {n}", "answer": "a"} for n in range(400_000)))
+    process = start_clair("build", write_recipe(tmp_path, "http://127.0.0.1:9/v1"))
+    time.sleep(2.0)
+    process.send_signal(signal.SIGINT)
+    ended = finished(process)
+    assert ended.code == 130, ended
+    assert "Traceback" not in ended.err
+
+
+# ---- one process a folder
+
+
+def test_a_folder_in_use_is_told_with_the_owners_pid(tmp_path, server):
+    recipe = scripted_recipe(tmp_path, server.url, ["wait:3"] * 4)
+    process = start_clair("build", recipe)
+    wait_for_seen(server, 4)
+    told = error_line(clair("build", recipe))
+    assert told == f"{tmp_path / 'out'} is in use by process {process.pid}; wait for it, or choose another --out"
+    assert finished(process).code == 0
+    assert len(server.seen()) == 4
+    assert len(pairs(tmp_path / "out")) == 4
+    assert clair("build", recipe).code == 0  # free again
+
+
+# ---- no room
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a few megabytes at out/."""
+    place = tmp_path / "out"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_ends_the_build_in_one_line_and_loses_nothing(tmp_path, server, small_disk):
+    count, concurrency = 300, 8
+    rows = [{"id": n, "prompt": f"Task {n}", "answer": f"bad {n} " + "word " * 3000 + "."} for n in range(count)]
+    write_rows(tmp_path / "prompts.jsonl", rows)
+    recipe = write_recipe(tmp_path, server.url, concurrency=concurrency)
+    told = error_line(finished(start_clair("build", recipe)))
+    assert "make room" in told
+    assert str(small_disk) in told
+    asked = len(server.seen())
+    assert concurrency < asked < count
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert finished(start_clair("build", recipe)).code == 0
+    assert count <= len(server.seen()) <= count + 2 * concurrency
+    assert len(pairs(small_disk)) == count
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT])
+def test_files_that_cannot_be_written_are_one_line_and_the_old_ones_stay(tmp_path, server, monkeypatch, code):
+    recipe = scripted_recipe(tmp_path, server.url, ["ok"] * 5)
+    assert clair("build", recipe).code == 0
+    before = final_bytes(tmp_path / "out")
+    scripted_recipe(tmp_path, server.url, ["ok"] * 9)
+
+    def fail(*_):
+        raise OSError(code, os.strerror(code), str(tmp_path / "out" / "data"))
+
+    monkeypatch.setattr("clair.dataset.publish", fail)
+    told = error_line(clair("build", recipe))
+    assert os.strerror(code) in told
+    assert final_bytes(tmp_path / "out") == before
+    assert len(list((tmp_path / "out" / "data").iterdir())) == 2  # no temporary file is left to fill the disk
+    monkeypatch.undo()
+    assert clair("build", recipe).code == 0
+    assert len(server.seen()) == 9
+
+
+# ---- the endpoint goes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_an_endpoint_that_dies_half_way_and_comes_back_is_waited_for(tmp_path, undisturbed):
+    options = ServerOptions(port=free_port(), latency=0.05)
+    with running(options) as first:
+        process = start_clair("build", world_recipe(tmp_path, first.url))
+        wait_for_requests(first, 60, process)
+    time.sleep(2.0)
+    with running(options) as second:
+        ended = finished(process)
+        assert ended.code == 0, ended
+        assert 0 < second.stats()["paid_total"] < 2 * COUNT
+    assert final_bytes(tmp_path / "out") == undisturbed
+    assert manifest(tmp_path / "out")["tokens"]["reviser"]["retries"] > 0
+
+
+def test_an_endpoint_that_stays_away_gives_failed_rows_and_a_rerun_mends_them(tmp_path, undisturbed):
+    options = ServerOptions(port=free_port(), latency=0.05)
+    with running(options) as first:
+        process = start_clair("build", world_recipe(tmp_path, first.url, attempts=2))
+        wait_for_requests(first, 60, process)
+    ended = finished(process)
+    assert ended.code == 3, ended
+    failed = [row for row in drops(tmp_path / "out") if row["failed"]]
+    assert failed
+    assert {row["reason"] for row in failed} == {"unreachable"}
+    assert len(outcomes(tmp_path / "out")) == COUNT
+    with running(options):
+        assert finished(start_clair("build", tmp_path / "recipe.yaml")).code == 0
+    assert final_bytes(tmp_path / "out") == undisturbed
+
+
+def test_an_endpoint_that_is_gone_for_long_ends_the_run_and_keeps_what_was_paid(tmp_path, server, monkeypatch):
+    monkeypatch.setattr("clair.session.Asker", partial(Asker, patience=0.2))
+    write_rows(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 4 + ["drop"] * 200))
+    told = error_line(clair("build", write_recipe(tmp_path, server.url, concurrency=4, attempts=2)))
+    assert "no answer for" in told
+    assert "run the same command again" in told
+    assert len(server.seen()) < 4 + 2 * 200
+    write_rows(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 4))
+    asked = len(server.seen())
+    assert clair("build", tmp_path / "recipe.yaml").code == 0
+    assert len(server.seen()) == asked
+
+
+# ---- clocks
+
+
+def test_a_clock_that_jumps_disturbs_nothing(tmp_path, server, monkeypatch):
+    """Waiting and leases follow the monotonic clock and the kernel; the time of day is never asked."""
+    times = iter(range(10**9, 0, -10**6))
+    monkeypatch.setattr(time, "time", lambda: float(next(times)))
+    write_rows(tmp_path / "prompts.jsonl", scripted_rows(["429:0.3 ok", "500 ok", "ok"]))
+    build(config_for(tmp_path, server.url))
+    assert len(pairs(tmp_path / "out")) == 3
