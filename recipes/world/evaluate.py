@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from recipes.world.tasks import Task, distinct_tasks, is_right, is_wrong_rule
 
@@ -20,6 +21,7 @@ MAX_NEW_TOKENS = 48  # the longest right sentence has fewer than 30
 
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a saved folder, in float32, ready to generate."""
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder, padding_side="left")
 

@@ -82,7 +82,10 @@ def command(*words: str | Path, allowed: tuple[int, ...] = (0,)) -> None:
     program = Path(sys.executable).with_name(str(words[0]))
     code = subprocess.run([program, *map(str, words[1:])], check=False).returncode
     if code not in allowed:
-        raise SystemExit(f"quickstart: `{shown}` ended with exit code {code}; `make quickstart` goes on from here")
+        print(
+            f"quickstart: `{shown}` ended with exit code {code}; `make quickstart` goes on from here", file=sys.stderr
+        )
+        raise SystemExit(code)
 
 
 def make_prompts(path: Path) -> None:
@@ -185,35 +188,31 @@ def show(summary: dict[str, Any]) -> None:
     from rich.table import Table
 
     rows = {
-        "base": "the model as it was",
-        "tuned": "APO-zero on the pairs",
+        "base": "as it was",
+        "tuned": "APO-zero",
         "sft": "SFT on the winners",
-        "swapped": "APO-zero, pairs swapped at random",
+        "swapped": "APO-zero, swapped pairs",
     }
     table = Table(title=f"Right answers to {summary['n']} held-out tasks, per cent")
-    for heading in ("", "all", *summary["by_skill"]):
-        table.add_column(heading, justify="right" if heading else "left")
+    for heading in ("model", "all", *summary["by_skill"]):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
     for name, label in rows.items():
         values = [summary[name], *(skill[name] for skill in summary["by_skill"].values())]
         table.add_row(label, *(f"{100 * value:.1f}" for value in values))
-    console = Console()
+    console = Console(highlight=False, soft_wrap=True)
     console.print()
     console.print(table)
     low, high = summary["ci95"]
     console.print(
-        f"Tuned minus base: {100 * summary['delta']:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f} "
-        f"(clustered by {summary['templates']} task templates).\n"
-        f"{summary['pairs']} pairs from {summary['pairs'] + summary['dropped']} prompts; "
-        f"{summary['seconds']:.0f} s in all."
-    )
-    console.print(
-        f"\nWhere to look:\n"
-        f"  {RUN}/summary.json                  these numbers\n"
-        f"  clair show {RUN}/pairs              the pairs, as differences by word\n"
-        f"  {RUN}/pairs/dropped.jsonl           each prompt that gave no pair, and why\n"
-        f"  {RUN}/apo_zero/dynamics.png         what training did to winners and losers\n"
-        f"  {RUN}/answers/tuned.json            what the tuned model says",
-        highlight=False,
+        f"APO-zero minus base: {100 * summary['delta']:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}\n"
+        f"(clustered by {summary['templates']} task templates). {summary['pairs']} pairs from "
+        f"{summary['pairs'] + summary['dropped']} prompts, {summary['seconds']:.0f} s in all.\n\n"
+        f"Where to look:\n"
+        f"  {RUN}/summary.json               these numbers\n"
+        f"  clair show {RUN}/pairs           the pairs, word by word (clair report: a page)\n"
+        f"  {RUN}/pairs/dropped.jsonl        why a prompt gave no pair\n"
+        f"  {RUN}/apo_zero/dynamics.png      what training did to winners and losers\n"
+        f"  {RUN}/answers/tuned.json         what the trained model says"
     )
 
 
@@ -236,4 +235,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nquickstart: stopped; run it again to go on from here", file=sys.stderr)
+        raise SystemExit(130) from None
