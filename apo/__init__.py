@@ -9,7 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from apo.objectives import OBJECTIVES, apo_down, apo_zero, apo_zero_unpaired, dpo, kto, sft
+    from apo.objectives import (
+        OBJECTIVES,
+        apo_down,
+        apo_hinge_zero,
+        apo_zero,
+        apo_zero_unpaired,
+        dpo,
+        ipo,
+        kto,
+        robust,
+        sft,
+        simpo,
+    )
     from apo.train import TrainConfig
     from apo.trainer import APOConfig, APOTrainer
 
@@ -19,15 +31,20 @@ __all__ = [
     "APOTrainer",
     "TrainConfig",
     "apo_down",
+    "apo_hinge_zero",
     "apo_zero",
     "apo_zero_unpaired",
     "dpo",
+    "ipo",
     "kto",
+    "robust",
     "sft",
+    "simpo",
 ]
 
 _HOME = {
-    **dict.fromkeys(("OBJECTIVES", "apo_down", "apo_zero", "apo_zero_unpaired", "dpo", "kto", "sft"), "objectives"),
+    **dict.fromkeys(("OBJECTIVES", "apo_down", "apo_hinge_zero", "apo_zero", "apo_zero_unpaired"), "objectives"),
+    **dict.fromkeys(("dpo", "ipo", "kto", "robust", "sft", "simpo"), "objectives"),
     **dict.fromkeys(("APOConfig", "APOTrainer"), "trainer"),
     "TrainConfig": "train",
 }

@@ -24,10 +24,18 @@ MEANS_OF_RATIOS = (
 response has become less likely than under the reference."""
 
 
-def pair_sums(losses: Tensor, policy: PairLogps, reference: tuple[Tensor, Tensor] | None, beta: float) -> Tensor:
-    """Sums over the B pairs of a batch, [1 + K]: how many pairs, then what `MEANS_OF_LOGPS` and (with a reference)
-    `MEANS_OF_RATIOS` name, in that order. No gradient, no transfer to the host."""
-    columns = [losses, policy.chosen, policy.rejected]
+def pair_sums(
+    losses: Tensor,
+    policy: PairLogps,
+    reference: tuple[Tensor, Tensor] | None,
+    beta: float,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Sums over the B pairs of a batch, [2 + K]: how many pairs, what they weigh, then what `MEANS_OF_LOGPS` and (with
+    a reference) `MEANS_OF_RATIOS` name, in that order. Only the loss is weighted. No gradient, no transfer to the host.
+    """
+    weights = torch.ones_like(losses) if weights is None else weights
+    columns = [weights, weights * losses, policy.chosen, policy.rejected]
     if reference is not None:
         chosen, rejected = policy.chosen - reference[0], policy.rejected - reference[1]
         ties = (chosen == rejected).to(chosen.dtype)
@@ -40,9 +48,10 @@ def pair_sums(losses: Tensor, policy: PairLogps, reference: tuple[Tensor, Tensor
 
 def means_of(sums: list[float]) -> dict[str, float]:
     """The named means that a vector of `pair_sums` (added up over batches and processes) stands for."""
-    pairs, *totals = sums
-    names = (*MEANS_OF_LOGPS, *MEANS_OF_RATIOS)[: len(totals)]
-    return {name: total / pairs for name, total in zip(names, totals, strict=True)}
+    pairs, weight, loss, *totals = sums
+    names = (*MEANS_OF_LOGPS, *MEANS_OF_RATIOS)[1 : len(totals) + 1]
+    means = {name: total / pairs for name, total in zip(names, totals, strict=True)}
+    return {"loss": loss / weight if weight else 0.0, **means}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ that takes a batch and gives `PairLogps`. `stacked_logps` is the default.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -62,7 +63,23 @@ def stacked_logps(model: nn.Module, batch: Batch, **options: Any) -> PairLogps:
     return _of_stack(logps, mask, getattr(outputs, "aux_loss", None))
 
 
-_NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
+PAIR_WEIGHT = "pair_weight"
+"""What each pair of a batch weighs, [B], where a dataset column says so."""
+_NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", PAIR_WEIGHT})
+
+
+@dataclass(frozen=True)
+class WeightedCollator:
+    """A collator of pairs that also hands on what they weigh, from a column of the dataset."""
+
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    column: str
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The stacked batch, with `PAIR_WEIGHT` [B] in float32."""
+        import torch
+
+        return {**self.collate(examples), PAIR_WEIGHT: torch.tensor([float(e[self.column]) for e in examples])}
 
 
 def _of_stack(logps: Tensor, completion_mask: Tensor, aux_loss: Tensor | None = None) -> PairLogps:
@@ -106,5 +123,5 @@ def select(batch: Batch, places: Sequence[int]) -> dict[str, Any]:
     pairs = len(batch["input_ids"]) // 2
     rows = [*places, *(place + pairs for place in places)]
     return {
-        key: value[list(places)] if key.startswith("ref_") else value[rows] for key, value in batch.items()
+        key: value[list(places)] if len(value) == pairs else value[rows] for key, value in batch.items()
     }  # fmt: skip

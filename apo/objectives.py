@@ -2,13 +2,14 @@
 
 Three kinds, told apart by the names of the first two parameters, so that a function of yours is one as well:
 
-    paired      (chosen [B], rejected [B], *, beta)                                        -> losses [B]
-    unpaired    (logratio [N], desirable [N] bool, *, beta, kl)                            -> losses [N]
-    likelihood  (chosen_logp [B], rejected_logp [B], chosen_len [B], rejected_len [B])     -> losses [B]
+    paired      (chosen [B], rejected [B], chosen_len [B], rejected_len [B], *, beta)                -> losses [B]
+    unpaired    (logratio [N], desirable [N] bool, *, beta, kl)                                      -> losses [N]
+    likelihood  (chosen_logp [B], rejected_logp [B], chosen_len [B], rejected_len [B], *, beta)      -> losses [B]
 
 Log-ratios are log pi_theta(y|x) - log pi_ref(y|x) in nats, summed over the response's tokens with the end of turn.
 The reward is r = beta * logratio. Everything after the first two parameters is passed only where the function asks for
-it. Equations are those of "Anchored Preference Optimization" (arXiv 2408.06266); the two APO losses stand there 1
+it; what it has besides, with a number for default, is an option that a recipe may set (mixture.py). Equations are those
+of "Anchored Preference Optimization" (arXiv 2408.06266) where no other paper is named; the two APO losses stand there 1
 lower. Nothing here measures: rewards, margins and accuracies are the same for all and are logged once (dynamics.py).
 """
 
@@ -51,9 +52,44 @@ def apo_zero_unpaired(logratio: Tensor, desirable: Tensor, *, beta: float = 0.1)
     return _toward(beta * logratio, desirable)
 
 
-def dpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
-    """-log sigmoid(r_w - r_l), Eq. 7 of DPO (arXiv 2305.18290): only the difference counts. Starts at log 2."""
-    return -logsigmoid(beta * (chosen - rejected))
+def apo_hinge_zero(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
+    """max(0, 1 - r_w) + max(0, 1 + r_l): APO-zero with hinges, the full pull until a response is 1 past the anchor.
+
+    The name is that of arXiv 2508.08466, whose abstract says that APO-hinge-zero joins hinge-induced mining of hard
+    examples with APO-zero's focus on the chosen. Its formula could not be read: this is the natural hinge form of
+    Eq. 7, NOT VERIFIED to be that paper's. Starts at 2.
+    """
+    return (1 - beta * chosen).relu() + (1 + beta * rejected).relu()
+
+
+def dpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid(r_w - r_l), Eq. 7 of DPO (arXiv 2305.18290): only the difference counts. Starts at log 2.
+
+    `label_smoothing` e in [0, 0.5) is the chance that a label is wrong, as TRL's CPO smooths ("conservative DPO"):
+    -(1 - e) log sigmoid(r_w - r_l) - e log sigmoid(r_l - r_w), least where sigmoid(r_w - r_l) = 1 - e.
+    """
+    right, wrong = _both_ways(beta * (chosen - rejected), label_smoothing)
+    return (1 - label_smoothing) * right + label_smoothing * wrong if label_smoothing else right
+
+
+def robust(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Tensor:
+    """DPO's loss made unbiased where a share e = `label_smoothing` of labels is flipped (arXiv 2403.00409).
+
+    ((1 - e) * -log sigmoid(r_w - r_l) - e * -log sigmoid(r_l - r_w)) / (1 - 2e), e in [0, 0.5), as TRL's "robust".
+    May be negative; its gradient never vanishes on a pair far in the right order. Starts at log 2.
+    """
+    right, wrong = _both_ways(beta * (chosen - rejected), label_smoothing)
+    return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+
+
+def ipo(chosen: Tensor, rejected: Tensor, chosen_len: Tensor, rejected_len: Tensor, *, beta: float = 0.1) -> Tensor:
+    """(h_w / |y_w| - h_l / |y_l| - 1 / (2 beta))^2 with h the log-ratio, Eq. 17 of IPO (arXiv 2310.12036).
+
+    The paper writes h summed over tokens; here it is the mean over them, as in TRL, whose authors had it confirmed by
+    the paper's. Every pair is drawn towards one margin and no further. Starts at 1 / (4 beta^2): a beta near 1 is sane.
+    """
+    difference = chosen / chosen_len.clamp(min=1) - rejected / rejected_len.clamp(min=1)
+    return (difference - 1 / (2 * beta)) ** 2
 
 
 def kto(logratio: Tensor, desirable: Tensor, *, beta: float = 0.1, kl: Tensor | float = 0.0) -> Tensor:
@@ -75,14 +111,40 @@ def sft(chosen_logp: Tensor, rejected_logp: Tensor, chosen_len: Tensor, rejected
     return -chosen_logp / chosen_len.clamp(min=1)
 
 
+def simpo(
+    chosen_logp: Tensor, rejected_logp: Tensor, chosen_len: Tensor, rejected_len: Tensor, *, beta: float = 2.0,
+    gamma: float = 0.5,
+) -> Tensor:  # fmt: skip
+    """-log sigmoid(beta log pi(y_w|x) / |y_w| - beta log pi(y_l|x) / |y_l| - gamma), SimPO (arXiv 2405.14734).
+
+    No reference. `gamma` is the margin that the mean log-probs, times beta, are asked to keep; >= 0. (TRL's CPO takes
+    gamma / beta off inside the bracket of beta, which is the same.) Wants a beta of 2 or more.
+    """
+    if not gamma >= 0:
+        raise UserError(f"gamma is {gamma}; it must be 0 or above")
+    difference = chosen_logp / chosen_len.clamp(min=1) - rejected_logp / rejected_len.clamp(min=1)
+    return -logsigmoid(beta * difference - gamma)
+
+
+def _both_ways(margin: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """-log sigmoid of a margin, and of its opposite: what DPO loses if the label is right, and if it is flipped."""
+    if not 0 <= label_smoothing < 0.5:
+        raise UserError(f"label_smoothing is {label_smoothing}; it is a share of wrong labels, from 0 to below 0.5")
+    return -logsigmoid(margin), -logsigmoid(-margin)
+
+
 def _toward(reward: Tensor, desirable: Tensor) -> Tensor:
     """sigmoid(-reward) where desirable, else sigmoid(reward). Never 1 - sigmoid: its gradient at 20 is 0 in float32."""
     return reward.where(~desirable, -reward).sigmoid()
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
-    function.__name__: function for function in (apo_zero, apo_down, apo_zero_unpaired, dpo, kto, sft)
-}
+    function.__name__: function
+    for function in (
+        apo_zero, apo_down, apo_hinge_zero, apo_zero_unpaired,
+        dpo, robust, ipo, kto, sft, simpo,
+    )
+}  # fmt: skip
 """The objectives a recipe can name."""
 
 _FIRST_TWO: dict[tuple[str, str], Kind] = {
@@ -91,7 +153,7 @@ _FIRST_TWO: dict[tuple[str, str], Kind] = {
     ("chosen_logp", "rejected_logp"): "likelihood",
 }
 _MAY_ASK_FOR: dict[Kind, frozenset[str]] = {
-    "paired": frozenset({"beta"}),
+    "paired": frozenset({"beta", "chosen_len", "rejected_len"}),
     "unpaired": frozenset({"beta", "kl"}),
     "likelihood": frozenset({"beta", "chosen_len", "rejected_len"}),
 }
@@ -99,12 +161,16 @@ _MAY_ASK_FOR: dict[Kind, frozenset[str]] = {
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss function, its kind, and which of the offered values it asks for."""
+    """A loss function, its kind, and which of the offered values it asks for.
+
+    With `length_normalised`, log-ratios (and KTO's kl) are means over the response's tokens in place of sums.
+    """
 
     name: str
     function: Callable[..., Tensor]
     kind: Kind
     asks_for: frozenset[str]
+    length_normalised: bool = False
 
     @property
     def needs_reference(self) -> bool:
@@ -123,7 +189,7 @@ class Objective:
 
 
 def objective_of(spec: str | Callable[..., Tensor] | Objective) -> Objective:
-    """The objective a name or a function stands for.
+    """The objective a name or a function stands for; mixtures and options are in mixture.py.
 
     Raises UserError for a name that is none (with the near miss), and for a function whose parameters fit no kind.
     """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from apo.tokens import COLUMNS, ID_COLUMNS
-from clair.recipe import Recipe, UserError
+from clair.recipe import Recipe, UserError, near_miss
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,13 +29,13 @@ class Source(Recipe):
     split: str = "train"
 
 
-def load_train(sources: Sequence[Source], seed: int) -> Dataset:
+def load_train(sources: Sequence[Source], seed: int, weights: str | None = None) -> Dataset:
     """The training pairs of all sources, weighted. Raises UserError where they are fewer than two."""
     from datasets import concatenate_datasets
 
     parts = []
     for number, source in enumerate(sources):
-        part = _load(source.path, source.split)
+        part = _load(source.path, source.split, weights)
         parts.append(part.select(_weighted(len(part), source.weight, seed + number)) if source.weight != 1 else part)
     try:
         pairs = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
@@ -47,7 +47,7 @@ def load_train(sources: Sequence[Source], seed: int) -> Dataset:
     return pairs
 
 
-def load_eval(sources: Sequence[Source], which: bool | str) -> Dataset | None:
+def load_eval(sources: Sequence[Source], which: bool | str, weights: str | None = None) -> Dataset | None:
     """The held-out pairs: of the split named `which`, or (True) of `test` wherever there is one. False: none."""
     from datasets import concatenate_datasets
 
@@ -58,7 +58,7 @@ def load_eval(sources: Sequence[Source], which: bool | str) -> Dataset | None:
     if not found and which is not True:
         names = ", ".join(split_names(sources[0].path))
         raise UserError(f"eval: no dataset has a split {split!r}; found: {names}; eval: false trains without")
-    parts = [part for part in (_load_unless_empty(path, split) for path in found) if part is not None]
+    parts = [part for part in (_load_unless_empty(path, split, weights) for path in found) if part is not None]
     return concatenate_datasets(parts) if parts else None
 
 
@@ -74,9 +74,11 @@ def split_names(path: str) -> list[str]:
         raise UserError(f"dataset {path!r}: {' '.join(str(error).split())[:300]}") from error
 
 
-def fingerprint(dataset: Dataset) -> str:
-    """SHA-256 over the token ids of all pairs in order: what a resumed run compares."""
+def fingerprint(dataset: Dataset, weights: str | None = None) -> str:
+    """SHA-256 over the token ids (and weights) of all pairs in order: what a resumed run compares."""
     digest = hashlib.sha256()
+    if weights is not None:
+        digest.update(repr([float(value) for value in dataset[weights][:]]).encode())
     for batch in dataset.select_columns(list(ID_COLUMNS)).with_format("arrow").iter(batch_size=1000):
         for name in ID_COLUMNS:
             column = batch[name].combine_chunks()
@@ -85,7 +87,7 @@ def fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _load(path: str, split: str) -> Dataset:
+def _load(path: str, split: str, weights: str | None = None) -> Dataset:
     from clair.dataset import load_pairs
 
     if _looks_local(path) and not Path(path).exists():
@@ -97,12 +99,16 @@ def _load(path: str, split: str) -> Dataset:
     except Exception as error:  # a row the reader cannot make messages of
         raise UserError(f"dataset {path}, split {split!r}: {' '.join(str(error).split())[:300]}") from error
     _check_columns(pairs, path)
-    return pairs.select_columns([column for column in _KEPT if column in pairs.column_names])
+    if weights is not None and weights not in pairs.column_names:
+        near, found = near_miss(weights, pairs.column_names), ", ".join(pairs.column_names)
+        raise UserError(f"weights: dataset {path}, split {split!r}, has no column {weights!r}{near}; found: {found}")
+    kept = [*_KEPT, weights] if weights is not None and weights not in _KEPT else _KEPT
+    return pairs.select_columns([column for column in kept if column in pairs.column_names])
 
 
-def _load_unless_empty(path: str, split: str) -> Dataset | None:
+def _load_unless_empty(path: str, split: str, weights: str | None) -> Dataset | None:
     try:
-        pairs = _load(path, split)
+        pairs = _load(path, split, weights)
     except UserError as error:
         if "corresponds to no data" in str(error):  # what `datasets` says of a Parquet split without rows
             return None

@@ -1,11 +1,11 @@
 """A training run's folder: what is in it, whether it is ours to go on with, and how each file is written.
 
-    model.safetensors or adapter_model.safetensors, config, generation config, tokenizer     the trained model
-    run.json          resolved recipe, versions, counts with drops, final metrics, seconds
-    metrics.jsonl     one line per logging step
-    dynamics.png      chosen and rejected, reward and log-prob, over training
-    README.md         the model card
-    checkpoint-STEP/  what a stopped run goes on from
+model.safetensors or adapter_model.safetensors, config, generation config, tokenizer     the trained model
+run.json          resolved recipe, versions, counts with drops, final metrics, seconds
+metrics.jsonl     one line per logging step
+dynamics.png      chosen and rejected, reward and log-prob, over training
+README.md         the model card
+checkpoint-STEP/  what a stopped run goes on from
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Literal
 import yaml
 
 from apo.dynamics import read_metrics
+from apo.mixture import title_of
 from clair.recipe import UserError, changed_keys, provenance, write_atomically, write_json
 
 RUN = "run.json"
@@ -108,11 +109,13 @@ def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:
     """The model card: what was trained from what, with which numbers, and how to load it."""
     recipe, metrics = run["recipe"], run["metrics"]
     name = out.resolve().name
+    objective = recipe["objective"]
+    names = [objective] if isinstance(objective, str) else list(objective)
     head = {
         "library_name": "peft" if adapter else "transformers",
         "base_model": recipe["model"],
         "pipeline_tag": "text-generation",
-        "tags": ["apo", "preference-optimization", recipe["objective"]],
+        "tags": ["apo", "preference-optimization", *names],
     }
     rows = [f"| {key} | {value:.4g} |" for key, value in metrics.items() if isinstance(value, int | float)]
     dropped = run["data"]["train"]["dropped"]
@@ -126,7 +129,7 @@ def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:
     text = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         f"# {name}\n",
-        f"{recipe['model']} trained with {recipe['objective']} (beta {recipe['beta']}) on "
+        f"{recipe['model']} trained with {title_of(objective)} (beta {recipe['beta']}) on "
         f"{run['data']['train']['pairs']:,} preference pairs for {run['steps']:,} steps. Pairs left out: {left_out}.\n",
         f"![Chosen and rejected over training]({PICTURE})\n",
         "At the last step:\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n",

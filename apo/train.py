@@ -28,6 +28,7 @@ OWN_KEYS = {
     "seed": "seed",
     "beta": "beta",
     "objective": "objective",
+    "weights": "weights",
     "trust_remote_code": "trust_remote_code",
     "precompute_ref_log_probs": "reference",
     "reference_cache": "reference",
@@ -59,9 +60,11 @@ class TrainConfig(Recipe):
     """A model folder, a folder with a LoRA adapter to train on, or a hub name."""
     dataset: Annotated[list[Source], BeforeValidator(_listed)]
     """One source or several; a text is a source's path."""
-    objective: str | Callable[..., Any] = "apo_zero"
-    """An objective's name; from Python also a function."""
+    objective: str | dict[Any, Any] | Callable[..., Any] = "apo_zero"
+    """An objective's name, or several with weights and options (mixture.py); from Python also functions."""
     beta: Annotated[float, Field(gt=0)] = 0.1
+    weights: str | None = None
+    """The dataset column that says how much each pair weighs: numbers, finite and >= 0. Absent: all alike."""
     lora: LoRA | None = None
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Options of TRL's DPOConfig and transformers' TrainingArguments, passed on untouched."""
@@ -77,16 +80,16 @@ class TrainConfig(Recipe):
     @field_validator("objective")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        from apo.objectives import objective_of
+        from apo.mixture import mixture_of
 
-        objective_of(value)
+        mixture_of(value)
         return value
 
     @field_serializer("objective")
-    def _by_name(self, value: Any) -> str:
-        from apo.objectives import objective_of
+    def _by_name(self, value: Any) -> str | dict[str, Any]:
+        from apo.mixture import mixture_of
 
-        return objective_of(value).name
+        return mixture_of(value).plain
 
 
 def trainer_options(config: TrainConfig, *, has_eval: bool) -> APOConfig:
@@ -94,7 +97,7 @@ def trainer_options(config: TrainConfig, *, has_eval: bool) -> APOConfig:
     import dataclasses
 
     from apo.cache import default_folder
-    from apo.objectives import objective_of
+    from apo.mixture import mixture_of
     from apo.trainer import IGNORED, APOConfig
 
     allowed = {field.name for field in dataclasses.fields(APOConfig)} - set(OWN_KEYS) - set(IGNORED) - set(NOT_OFFERED)
@@ -102,7 +105,9 @@ def trainer_options(config: TrainConfig, *, has_eval: bool) -> APOConfig:
         if key in OWN_KEYS:
             raise UserError(f"trainer.{key}: the recipe says it at its top, as {OWN_KEYS[key]!r}; move it there")
         if key in IGNORED:
-            raise UserError(f"trainer.{key} would be ignored beside objective {config.objective!r}; leave it out")
+            raise UserError(
+                f"trainer.{key} would be ignored beside objective {mixture_of(config.objective).name!r}; leave it out"
+            )
         if key in NOT_OFFERED:
             raise UserError(f"trainer.{key} is not offered by `apo train`; leave it out")
         if key not in allowed:
@@ -110,13 +115,13 @@ def trainer_options(config: TrainConfig, *, has_eval: bool) -> APOConfig:
             raise UserError(f"trainer.{key}: no such option{near}")
     _check_types(config.trainer)
     defaults: dict[str, Any] = {"eval_strategy": "epoch"} if has_eval else {}
-    objective = objective_of(config.objective)
-    if config.reference == "cached" and objective.needs_reference and "kl" not in objective.asks_for:
+    objective = mixture_of(config.objective)
+    if config.reference == "cached" and objective.needs_reference and not objective.needs_divergence:
         defaults |= {"precompute_ref_log_probs": True, "reference_cache": str(default_folder())}
     try:
         return APOConfig(
             **{**defaults, **config.trainer}, output_dir=config.out, seed=config.seed, beta=config.beta,
-            objective=config.objective, trust_remote_code=config.trust_remote_code,
+            objective=config.objective, weights=config.weights, trust_remote_code=config.trust_remote_code,
         )  # fmt: skip
     except UserError:
         raise
@@ -171,7 +176,8 @@ def plan(config: TrainConfig) -> Plan:
     if name.is_adapter and config.lora:
         raise UserError(f"model {config.model} is an adapter and is trained on as it is; leave `lora` out, or merge it")
     tokenizer = models.load_tokenizer(name)
-    train_pairs, eval_pairs = load_train(config.dataset, config.seed), load_eval(config.dataset, config.eval)
+    train_pairs = load_train(config.dataset, config.seed, config.weights)
+    eval_pairs = load_eval(config.dataset, config.eval, config.weights)
     args = trainer_options(config, has_eval=eval_pairs is not None)
     if eval_pairs is None and args.eval_strategy != "no":
         raise UserError("trainer.eval_strategy is set but there are no held-out pairs; set `eval`, or leave it out")
@@ -188,7 +194,10 @@ def plan(config: TrainConfig) -> Plan:
 
 def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args: APOConfig) -> Tokenized:
     from apo.tokens import end_ids, tokenize
+    from apo.trainer import check_weights
 
+    if args.weights is not None:
+        check_weights(pairs, args.weights, split)
     return tokenize(pairs, tokenizer, args.max_length, end_ids(tokenizer, generation), split, args.dataset_num_proc)
 
 
@@ -272,7 +281,7 @@ def _resume(out: Path, planned: Plan, status: runs.Status, tell: Callable[[str],
     from apo.checkpoints import find_newest, step_of
     from apo.pairs import fingerprint
 
-    data = {**planned.counts(), "sha256": fingerprint(planned.train.dataset)}
+    data = {**planned.counts(), "sha256": fingerprint(planned.train.dataset, planned.config.weights)}
     if status == "new":
         runs.begin(out, resolved(planned.config), data=data, steps=planned.steps, resumed_from=[])
         return None
@@ -306,6 +315,7 @@ def _run(trainer: APOTrainer, checkpoint: Path | None, out: Path, tell: Callable
 def _finish(trainer: APOTrainer, out: Path, seconds: float, tell: Callable[[str], None]) -> dict[str, Any]:
     """Write model, picture, card and the finished run.json, in this order: only the last makes the run finished."""
     from apo.dynamics import read_metrics
+    from apo.mixture import title_of
     from apo.plots import draw_dynamics
 
     final = out / ".final"
@@ -318,7 +328,9 @@ def _finish(trainer: APOTrainer, out: Path, seconds: float, tell: Callable[[str]
     rows = read_metrics(out / runs.METRICS)
     run = runs.read_run(out)
     recipe = run["recipe"]
-    draw_dynamics(rows, out / runs.PICTURE, f"{recipe['objective']}, beta {recipe['beta']}, {recipe['model']}")
+    draw_dynamics(
+        rows, out / runs.PICTURE, f"{title_of(recipe['objective'])}, beta {recipe['beta']}, {recipe['model']}"
+    )
     run |= {"metrics": last_metrics(rows), "seconds": round(seconds, 2), "finished": runs.now()}
     runs.write_card(out, run, adapter=adapter)
     write_json(out / runs.RUN, run)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +29,17 @@ from trl.trainer.utils import add_fused_lm_head, use_adapter
 from apo import checkpoints
 from apo.cache import hash_weights
 from apo.dynamics import means_of, pair_sums
-from apo.logps import Batch, PairLogps, PairLogpsFunction, examples_of, mismatched, select, stacked_logps
-from apo.objectives import objective_of
+from apo.logps import (
+    PAIR_WEIGHT,
+    Batch,
+    PairLogpsFunction,
+    WeightedCollator,
+    examples_of,
+    mismatched,
+    select,
+    stacked_logps,
+)
+from apo.mixture import mixture_of
 from apo.prefix import (
     agrees,
     bins_of,
@@ -41,7 +51,7 @@ from apo.prefix import (
 )
 from apo.reference import with_reference
 from apo.tokens import end_ids, tokenize
-from clair.recipe import UserError
+from clair.recipe import UserError, near_miss
 
 IGNORED = (
     "loss_type", "loss_weights", "label_smoothing", "label_smoothing_factor", "f_divergence_type",
@@ -49,6 +59,8 @@ IGNORED = (
     "ref_model_sync_steps", "padding_free", "truncation_mode", "pad_token",
 )  # fmt: skip
 """Options of TRL that say something about its own losses or batches: refused beside `objective`, never ignored."""
+SMALLEST_WEIGHT = 1e-30
+"""What a step is divided by at least, so that one whose pairs all weigh 0 has loss 0 and not NaN."""
 
 
 @dataclass
@@ -59,8 +71,11 @@ class APOConfig(DPOConfig):
     in bfloat16 where it can. Raises UserError for an unknown objective, beta <= 0, and options that would be ignored.
     """
 
-    objective: str | Callable[..., torch.Tensor] = field(
-        default="apo_zero", metadata={"help": "An objective's name, or a function (see apo.objectives)."}
+    objective: str | Callable[..., torch.Tensor] | dict[Any, Any] = field(
+        default="apo_zero", metadata={"help": "An objective's name, a function, or several with weights and options."}
+    )
+    weights: str | None = field(
+        default=None, metadata={"help": "The dataset column that says how much each pair weighs; none: all alike."}
     )
     shared_prefix: bool = field(
         default=True, metadata={"help": "Whether to run each prompt once for both answers, without padding, if exact."}
@@ -78,14 +93,14 @@ class APOConfig(DPOConfig):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Whether to hide NaN losses in the logs."})
 
     def __post_init__(self) -> None:
-        objective = objective_of(self.objective)
+        objective = mixture_of(self.objective)
         if not self.beta > 0:
             raise UserError(f"beta is {self.beta}; it must be above 0 (0.1 is usual)")
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         ignored = [name for name in IGNORED if getattr(self, name) != defaults[name] and getattr(self, name) != []]
         if ignored:
             raise UserError(f"{ignored[0]} would be ignored beside objective {objective.name!r}; leave it out")
-        if self.precompute_ref_log_probs and (not objective.needs_reference or "kl" in objective.asks_for):
+        if self.precompute_ref_log_probs and (not objective.needs_reference or objective.needs_divergence):
             why = "has no reference" if not objective.needs_reference else "needs it for responses made on the way"
             raise UserError(f"precompute_ref_log_probs: objective {objective.name} {why}; leave it out")
         if self.pack_tokens is not None and not self.shared_prefix:
@@ -106,7 +121,7 @@ class APOConfig(DPOConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the objective by its name."""
-        return {**super().to_dict(), "objective": objective_of(self.objective).name}
+        return {**super().to_dict(), "objective": mixture_of(self.objective).name}
 
 
 class APOTrainer(DPOTrainer):
@@ -134,7 +149,7 @@ class APOTrainer(DPOTrainer):
             raise UserError(f"args is a {type(args).__name__}; APOTrainer takes an APOConfig")
         if kwargs.get("compute_metrics") is not None:
             raise UserError("compute_metrics would be ignored: the batch's logits are never built; leave it out")
-        self.objective = objective_of(args.objective)
+        self.objective = mixture_of(args.objective)
         self.pair_logps = pair_logps or stacked_logps
         self._may_share = pair_logps is None and args.shared_prefix
         self.dropped: dict[str, dict[str, int]] = {}
@@ -144,7 +159,7 @@ class APOTrainer(DPOTrainer):
         self._ends_of_model = getattr(model, "generation_config", None)
         self._sums: dict[str, torch.Tensor | None] = {"train": None, "eval": None}
         self._tokens: torch.Tensor | int = 0
-        self._kl: torch.Tensor | float = 0.0
+        self._kl: torch.Tensor | tuple[float, float] = (0.0, 0.0)
         self._since, self._paused = None, 0.0
         self._saving = False
         asked = args.precompute_ref_log_probs
@@ -156,12 +171,14 @@ class APOTrainer(DPOTrainer):
         uses_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
         args.precompute_ref_log_probs = self.precompute_ref_logps = asked
+        if args.weights is not None and not isinstance(self.data_collator, WeightedCollator):
+            self.data_collator = WeightedCollator(self.data_collator, args.weights)
         self._uses_cache = self.model.config.use_cache if uses_cache is None else uses_cache
         # TRL's head also computes entropies and mean logits for its own logs; only the log-probs are wanted here.
         add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         self._share_prefixes()
         window = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        if "kl" in self.objective.asks_for and window < 2:
+        if self.objective.needs_divergence and window < 2:
             raise UserError(
                 f"objective {self.objective.name} compares each prompt with another one's answers: "
                 "per_device_train_batch_size x gradient_accumulation_steps must be at least 2"
@@ -200,6 +217,8 @@ class APOTrainer(DPOTrainer):
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             raise UserError(f"a {type(processing_class).__name__} is no tokenizer; only text models can be trained")
         ends = end_ids(processing_class, self._ends_of_model)
+        if args.weights is not None:
+            check_weights(dataset, args.weights, dataset_name)
         done = tokenize(dataset, processing_class, args.max_length, ends, dataset_name, args.dataset_num_proc)
         self.dropped[dataset_name] = done.dropped
         self.notes += done.notes
@@ -211,13 +230,18 @@ class APOTrainer(DPOTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | int | None]:
-        """The micro-batches of an optimizer step, and the number of pairs in them over all processes."""
+        """The micro-batches of an optimizer step, and what the pairs in them weigh over all processes."""
         self._since = self._since or time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if "kl" in self.objective.asks_for:
+        if self.objective.needs_divergence:
             self._kl = self._divergence(batches)
-        pairs = torch.tensor(sum(len(batch["input_ids"]) // 2 for batch in batches), device=device)
-        return batches, self._over_processes(pairs)
+        weight = sum((weights_of(batch).sum() for batch in batches), torch.zeros(()))
+        return batches, self._over_processes(weight.to(device))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.args.weights is not None and self.args.weights not in self._signature_columns:
+            self._signature_columns.append(self.args.weights)
 
     # The loss
 
@@ -244,33 +268,27 @@ class APOTrainer(DPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """The mean loss over the pairs of the optimizer step: their sum here, divided by `num_items_in_batch`."""
+        """The weighted mean loss over the pairs of the optimizer step: here sum(w * loss) / `num_items_in_batch`.
+
+        `num_items_in_batch` is sum(w) over the whole step, which is its number of pairs where all weigh 1. A step whose
+        pairs all weigh 0 has loss 0.
+        """
         mode = "train" if model.training else "eval"
         options = {"output_router_logits": True} if self.aux_loss_enabled else {}
         policy = self.pair_logps(model, inputs, **options)
         reference = self._reference_logps(inputs) if self.objective.needs_reference else None
-        if mode == "eval" and "kl" in self.objective.asks_for:
+        if mode == "eval" and self.objective.needs_divergence:
             self._kl = self._divergence([inputs])
-        losses = self._losses(policy, reference)
-        self._count(mode, pair_sums(losses, policy, reference, self.beta), inputs)
-        pairs = len(losses) if num_items_in_batch is None else num_items_in_batch
-        total = losses.sum()
+        losses = self.objective.losses(policy, reference, beta=self.beta, kl=self._kl)
+        weights = weights_of(inputs).to(losses.device)
+        self._count(mode, pair_sums(losses, policy, reference, self.beta, weights), inputs)
+        whole = weights.sum() if num_items_in_batch is None else num_items_in_batch
+        total = (weights * losses).sum()
         if policy.aux_loss is not None:
-            total = total + self.router_aux_loss_coef * policy.aux_loss * len(losses)
-        # Gradients are averaged over processes afterwards; `pairs` counts those of all of them.
-        return total * (self.accelerator.num_processes if num_items_in_batch is not None else 1) / pairs
-
-    def _losses(self, policy: PairLogps, reference: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        """One loss per pair, [B]."""
-        if reference is None:
-            lengths = {"chosen_len": policy.chosen_len, "rejected_len": policy.rejected_len}
-            return self.objective(policy.chosen, policy.rejected, beta=self.beta, **lengths)
-        chosen, rejected = policy.chosen - reference[0], policy.rejected - reference[1]
-        if self.objective.kind == "paired":
-            return self.objective(chosen, rejected, beta=self.beta)
-        desirable = torch.arange(2 * len(chosen), device=chosen.device) < len(chosen)
-        losses = self.objective(torch.cat([chosen, rejected]), desirable, beta=self.beta, kl=self._kl)
-        return losses.view(2, -1).mean(0)  # a pair is two examples, and weighs as one
+            total = total + self.router_aux_loss_coef * policy.aux_loss * weights.sum()
+        # Gradients are averaged over processes afterwards; `whole` is the weight of the pairs of all of them.
+        processes = self.accelerator.num_processes if num_items_in_batch is not None else 1
+        return total * processes / torch.as_tensor(whole, device=total.device).clamp(min=SMALLEST_WEIGHT)
 
     def _reference_logps(self, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         if "ref_chosen_logps" in inputs:
@@ -326,12 +344,13 @@ class APOTrainer(DPOTrainer):
         mixed = self.accelerator.mixed_precision
         return str(next(model.parameters()).dtype), str(mixed), str(attention), way, self.args.device.type
 
-    def _divergence(self, batches: Sequence[Batch]) -> torch.Tensor | float:
-        """KTO's kl: the mean log-ratio, in nats, of each prompt with the next pair's two responses. 0 for one pair.
+    def _divergence(self, batches: Sequence[Batch]) -> torch.Tensor:
+        """KTO's kl: the mean log-ratio, in nats, of each prompt with the next pair's two responses, summed over their
+        tokens and as the mean over them, [2]. 0 for one pair. Every pair counts alike, whatever it weighs.
 
         The rotation runs over the whole optimizer step, so that it does not depend on the size of a micro-batch.
         """
-        total = torch.zeros(2, device=self.accelerator.device)
+        total = torch.zeros(3, device=self.accelerator.device)
         training = self.model.training
         self.model.eval()
         for batch in mismatched(batches, self.data_collator):
@@ -340,10 +359,11 @@ class APOTrainer(DPOTrainer):
                 policy = self.pair_logps(self.model, batch)
             reference = self._reference_logps(batch)
             ratios = torch.cat([policy.chosen - reference[0], policy.rejected - reference[1]]).float()
-            total += torch.stack([ratios.sum(), torch.ones_like(ratios).sum()])
+            lengths = torch.cat([policy.chosen_len, policy.rejected_len]).clamp(min=1)
+            total += torch.stack([ratios.sum(), (ratios / lengths).sum(), torch.ones_like(ratios).sum()])
         self.model.train(training)
         total = self._over_processes(total)
-        return total[0] / total[1].clamp(min=1)
+        return total[:2] / total[2].clamp(min=1)
 
     # The logs
 
@@ -445,6 +465,31 @@ class APOTrainer(DPOTrainer):
 
     def _send_telemetry(self) -> None:
         """Nothing: what is trained here is nobody else's business."""
+
+
+def check_weights(dataset: Dataset, column: str, name: str) -> None:
+    """Raises UserError where a weight is missing, not a finite number or negative, or where all are 0."""
+    if column not in dataset.column_names:
+        found = ", ".join(dataset.column_names)
+        near = near_miss(column, dataset.column_names)
+        raise UserError(f"weights: the {name} dataset has no column {column!r}{near}; found: {found}")
+    values = dataset[column][:]
+    for row, value in enumerate(values):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and math.isfinite(value) and value >= 0):
+            raise UserError(
+                f"weights: {column!r} of row {row} of the {name} dataset is {value!r}; finite and >= 0 needed"
+            )
+    if values and not any(values):
+        raise UserError(f"weights: every {column!r} of the {name} dataset is 0, so nothing would be learned")
+
+
+def weights_of(batch: Batch) -> torch.Tensor:
+    """What the pairs of a stacked batch weigh, [B], float32: 1 each without a column of weights."""
+    given = batch.get(PAIR_WEIGHT)
+    return (
+        torch.ones(len(batch["input_ids"]) // 2, device=batch["input_ids"].device) if given is None else given.float()
+    )
 
 
 def _can_be_copied(model: Any, args: APOConfig, peft_config: Any) -> bool:

@@ -11,7 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apo import objectives
-from apo.objectives import OBJECTIVES, apo_down, apo_zero, apo_zero_unpaired, dpo, kto, objective_of, sft
+from apo.objectives import (
+    OBJECTIVES,
+    apo_down,
+    apo_hinge_zero,
+    apo_zero,
+    apo_zero_unpaired,
+    dpo,
+    ipo,
+    kto,
+    objective_of,
+    robust,
+    sft,
+    simpo,
+)
 from clair.recipe import UserError
 
 # (r_w, r_l): gradients of zero, down and dpo with respect to (r_w, r_l), from the paper's derivation, by hand.
@@ -40,7 +53,16 @@ def test_gradients_are_those_worked_out_by_hand(rewards, which):
 
 
 @pytest.mark.parametrize(
-    ("objective", "start"), [(apo_zero, 1.0), (apo_down, 1.0), (dpo, math.log(2)), (apo_zero_unpaired, 0.5), (kto, 0.5)]
+    ("objective", "start"),
+    [
+        (apo_zero, 1.0),
+        (apo_down, 1.0),
+        (dpo, math.log(2)),
+        (apo_zero_unpaired, 0.5),
+        (kto, 0.5),
+        (apo_hinge_zero, 2.0),
+        (robust, math.log(2)),
+    ],
 )
 def test_the_loss_at_the_start_is_the_one_in_the_docstring(objective, start):
     second = torch.tensor([True, False]) if objective in UNPAIRED else torch.zeros(2)
@@ -82,6 +104,50 @@ def test_the_kl_of_kto_carries_no_gradient():
 def test_sft_by_hand_weighs_pairs_alike():
     losses = sft(torch.tensor([-6.0, -5.0]), torch.tensor([-1.0, -1.0]), torch.tensor([3, 10]), torch.tensor([1, 1]))
     assert losses.tolist() == pytest.approx([2.0, 0.5])
+
+
+def test_apo_hinge_zero_by_hand_pulls_fully_until_a_response_is_one_past_the_anchor():
+    # beta 0.5: rewards (1.5, -0.5), (-1, 2), (1, -1). A winner above 1 and a loser below -1 have nothing to gain.
+    chosen = torch.tensor([3.0, -2.0, 2.0], requires_grad=True)
+    rejected = torch.tensor([-1.0, 4.0, -2.0], requires_grad=True)
+    losses = apo_hinge_zero(chosen, rejected, beta=0.5)
+    assert losses.tolist() == [0 + 0.5, 2 + 3, 0]
+    losses.sum().backward()
+    assert (chosen.grad.tolist(), rejected.grad.tolist()) == ([0, -0.5, 0], [0.5, 0.5, 0])
+
+
+def test_label_smoothing_by_hand():
+    # sigmoid(log 3) = 3/4. The smoothed loss is least where sigmoid of the margin is 1 - e.
+    margin = torch.tensor([math.log(3)], requires_grad=True)
+    right, wrong = -math.log(3 / 4), -math.log(1 / 4)
+    smoothed = dpo(margin, torch.zeros(1), beta=1.0, label_smoothing=0.25)
+    assert smoothed.item() == pytest.approx(0.75 * right + 0.25 * wrong)
+    assert torch.autograd.grad(smoothed.sum(), margin)[0].item() == pytest.approx(0, abs=1e-7)
+    unbiased = robust(margin, torch.zeros(1), beta=1.0, label_smoothing=0.25)
+    assert unbiased.item() == pytest.approx((0.75 * right - 0.25 * wrong) / 0.5)
+
+
+@given(rewards, rewards, st.floats(0, 0.45))
+def test_robust_dpo_is_dpo_on_average_over_flipped_labels(chosen, rejected, share):
+    one, other = torch.tensor([chosen], dtype=torch.float64), torch.tensor([rejected], dtype=torch.float64)
+    kept, flipped = (robust(*pair, beta=1.0, label_smoothing=share) for pair in ((one, other), (other, one)))
+    average = (1 - share) * kept + share * flipped
+    assert average.item() == pytest.approx(dpo(one, other, beta=1.0).item(), abs=1e-9)
+
+
+def test_ipo_by_hand_draws_every_pair_to_one_margin_per_token():
+    # beta 0.25 asks for 2 nats a token. 12 / 4 - 3 / 3 = 2: there. 4 / 4 - (-6) / 3 = 3: one too far.
+    chosen = torch.tensor([12.0, 4.0], requires_grad=True)
+    losses = ipo(chosen, torch.tensor([3.0, -6.0]), torch.tensor([4, 4]), torch.tensor([3, 3]), beta=0.25)
+    assert losses.tolist() == [0.0, 1.0]
+    losses.sum().backward()
+    assert chosen.grad.tolist() == [0.0, 2 * 1 / 4]
+
+
+def test_simpo_by_hand():
+    # -6 / 3 = -2 and -12 / 4 = -3 nats a token; beta 2 makes 2 of the difference, gamma 0.5 leaves 1.5.
+    logps, lengths = (torch.tensor([-6.0]), torch.tensor([-12.0])), (torch.tensor([3]), torch.tensor([4]))
+    assert simpo(*logps, *lengths, beta=2.0, gamma=0.5).item() == pytest.approx(math.log(1 + math.exp(-1.5)))
 
 
 @given(rewards, rewards)
@@ -147,13 +213,14 @@ def test_derivatives_agree_with_finite_differences_in_float64(objective):
         return
     second = torch.linspace(2, -4, 5, dtype=torch.float64, requires_grad=True)
     lengths = {"chosen_len": torch.arange(1, 6), "rejected_len": torch.arange(2, 7)}
-    inputs = (first, second) if described.kind == "paired" else (first,)
-    function = lambda *x: described(x[0], x[1] if len(x) > 1 else second, beta=0.7, **lengths)  # noqa: E731
-    assert torch.autograd.gradcheck(function, inputs)
+    inputs = (first, second.detach()) if objective is sft else (first, second)  # which does not read the losers
+    assert torch.autograd.gradcheck(lambda one, other: described(one, other, beta=0.7, **lengths), inputs)
 
 
 def test_every_public_loss_is_registered_under_its_name():
-    assert sorted(OBJECTIVES) == ["apo_down", "apo_zero", "apo_zero_unpaired", "dpo", "kto", "sft"]
+    assert sorted(OBJECTIVES) == [
+        "apo_down", "apo_hinge_zero", "apo_zero", "apo_zero_unpaired", "dpo", "ipo", "kto", "robust", "sft", "simpo",
+    ]  # fmt: skip
     assert all(getattr(objectives, name) is function for name, function in OBJECTIVES.items())
 
 
@@ -172,7 +239,10 @@ def test_a_users_function_is_an_objective_of_the_kind_its_parameters_say():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("apo_zer", "unknown objective 'apo_zer' (did you mean 'apo_zero'?); allowed: apo_down, apo_zero"),
+        (
+            "apo_zer",
+            "unknown objective 'apo_zer' (did you mean 'apo_zero'?); allowed: apo_down, apo_hinge_zero, apo_zero",
+        ),
         (7, "objective is int, not a name or a function"),
         (lambda a, b: a, "takes (a, b, ...); name its first two parameters (chosen, rejected, ...)"),
         (lambda chosen, rejected, kl: chosen, "asks for 'kl', which a paired objective is not offered"),

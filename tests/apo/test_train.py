@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apo import cli
-from apo.pairs import Source, load_eval, load_train
+from apo.pairs import Source, fingerprint, load_eval, load_train
 from apo.train import LoRA, TrainConfig, plan, train
 from clair.recipe import UserError, load_recipe
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
@@ -412,3 +412,35 @@ def test_several_splits_by_hand_written_folder(tmp_path, recipe):
         shutil.move(tmp_path / f"{split}.jsonl", where / f"{split}.jsonl")
     planned = plan(TrainConfig(**{**recipe, "dataset": str(where)}))
     assert planned.counts() == {"train": {"pairs": 6, "dropped": {}}, "eval": {"pairs": 2, "dropped": {}}}
+
+
+def weighted_jsonl(path: Path, weights) -> Path:
+    return write_jsonl(path, [{**pair, "trust": w} for pair, w in zip(make_pairs(len(weights)), weights, strict=True)])
+
+
+def test_a_recipe_names_a_mixture_and_a_column_of_weights(recipe, tmp_path):
+    recipe["dataset"] = str(weighted_jsonl(tmp_path / "pairs.jsonl", [1.0, 0.5] * 6))
+    mixed = {"apo_zero": {"length_normalised": True}, "sft": 0.1}
+    found, _ = run(recipe, objective=mixed, weights="trust", beta=5)
+    assert found["recipe"]["objective"] == mixed
+    assert found["recipe"]["weights"] == "trust"
+    card = (Path(recipe["out"]) / "README.md").read_text()
+    assert "trained with apo_zero(length_normalised=True) + 0.1 sft (beta 5.0)" in card
+    assert run(recipe, objective=mixed, weights="trust", beta=5)[1] == [f"{recipe['out']} is finished; nothing to do"]
+    with pytest.raises(UserError, match=r"another recipe \(changed: objective.sft\)"):
+        run(recipe, objective={**mixed, "sft": 0.2}, weights="trust", beta=5)
+
+
+def test_a_weight_that_cannot_be_meant_is_told_before_anything_is_written(recipe, tmp_path):
+    recipe["dataset"] = str(weighted_jsonl(tmp_path / "pairs.jsonl", [1.0, -0.5, 1.0]))
+    for column, message in (("trust", "'trust' of row 1 of the train dataset is -0.5"), ("trusty", "did you mean")):
+        with pytest.raises(UserError, match=message):
+            run(recipe, weights=column)
+    assert not Path(recipe["out"]).exists()
+
+
+def test_other_weights_are_other_pairs_for_a_run_that_goes_on():
+    ids = {name: [[1, 2]] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    one, other = (Dataset.from_dict({**ids, "w": [value]}) for value in (1.0, 2.0))
+    assert fingerprint(one) == fingerprint(other)
+    assert fingerprint(one, "w") != fingerprint(other, "w")

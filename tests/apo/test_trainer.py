@@ -78,12 +78,47 @@ def test_trains_as_trls_own_arm_does(tmp_path, model_dir, tokenizer, pairs, ours
     assert_same_run(found, expected)
 
 
+SMOOTHED = {"robust": {"label_smoothing": 0.2}}
+NORMED = {"dpo": {"length_normalised": True}}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("ipo", {"loss_type": "ipo"}),
+        (SMOOTHED, {"loss_type": "robust", "label_smoothing": 0.2}),
+        (NORMED, {"loss_type": "sigmoid_norm", "beta": 5.0}),
+        # Their sft weighs by tokens: one pair a batch, where that makes no difference.
+        ({"apo_zero": 1.0, "sft": 0.1},
+         {"loss_type": ["apo_zero", "sft"], "loss_weights": [1.0, 0.1], "per_device_train_batch_size": 1}),
+    ],
+    ids=["ipo", "robust", "sigmoid_norm", "apo_zero + sft"],
+)  # fmt: skip
+def test_later_objectives_train_as_trls_own_arms_do(tmp_path, model_dir, tokenizer, pairs, ours, theirs):
+    both = {"beta": 1.0, "optim": "sgd", "learning_rate": 0.1, "seed": 3}
+    own = {key: value for key, value in theirs.items() if key in ("beta", "per_device_train_batch_size")}
+    stock = DPOTrainer(
+        model=str(model_dir),
+        args=DPOConfig(
+            **options(tmp_path, **both | theirs), use_cpu=True, bf16=False, gradient_checkpointing=False,
+            activation_checkpointing=False,
+        ),
+        train_dataset=pairs, processing_class=tokenizer,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    mine = apo_trainer(tmp_path, tokenizer, pairs, model, objective=ours, **both | own)
+    expected, found = trained(stock), trained(mine)
+    assert len(set(expected[0])) == 4
+    assert_same_run(found, expected)
+
+
 def margin_loss(chosen, rejected, *, beta):
     return (1 - beta * (chosen - rejected)).relu()
 
 
 START = {"apo_zero": 1, "apo_down": 1, "apo_zero_unpaired": 0.5, "kto": 0.5, "dpo": math.log(2), margin_loss: 1}
-OBJECTIVES = ["apo_zero", "apo_down", "apo_zero_unpaired", "dpo", "kto", "sft", margin_loss]
+MIXED = {"apo_hinge_zero": {"length_normalised": True, "weight": 2}, "simpo": {"gamma": 0.1}, "kto": 0.5}
+OBJECTIVES = ["apo_zero", "apo_down", "apo_zero_unpaired", "dpo", "kto", "sft", "ipo", MIXED, margin_loss]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
@@ -92,6 +127,7 @@ def test_accumulation_is_exact_also_over_a_last_incomplete_window(tmp_path, toke
     runs = []
     for batch, accumulation in ((4, 1), (1, 4), (2, 2)):
         more = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 6}
+        more["beta"] = 1.0 if objective == "ipo" else 0.1  # whose loss is 25 at 0.1, with the rounding of a 25
         run = apo_trainer(tmp_path, tokenizer, pairs, objective=objective, optim="sgd", learning_rate=0.1, **more)
         runs.append(trained(run))
     assert_same_run(runs[1], runs[0], atol=1e-6)
@@ -103,7 +139,7 @@ def test_every_objective_trains_with_full_weights_and_with_lora(tmp_path, tokeni
     for peft in (None, lora()):
         trainer = apo_trainer(tmp_path, tokenizer, pairs, None, peft, objective=objective, max_steps=8)
         losses, _, _ = trained(trainer)
-        if objective in START:
+        if objective in list(START):
             assert losses[0] == pytest.approx(START[objective], abs=1e-6)
         if objective != "apo_down":
             assert losses[-1] < losses[0]
@@ -134,8 +170,8 @@ def test_the_divergence_of_kto_is_the_mean_log_ratio_of_mismatched_pairs(tmp_pat
             policy, reference = plain_logps(trainer.model.eval(), batch), plain_logps(trainer.ref_model, batch)
         expected += [(policy.chosen - reference.chosen).item(), (policy.rejected - reference.rejected).item()]
     found = trainer._divergence([trainer.data_collator(rows[:2]), trainer.data_collator(rows[2:])])
-    assert found.item() == pytest.approx(sum(expected) / 6, abs=1e-4)
-    assert abs(found.item()) > 0.01
+    assert found[0].item() == pytest.approx(sum(expected) / 6, abs=1e-4)
+    assert abs(found[0].item()) > 0.01
 
 
 def test_the_reference_of_full_fine_tuning_stays_as_the_model_was(tmp_path, tokenizer, pairs):
@@ -166,9 +202,7 @@ def test_an_existing_adapter_is_its_own_reference_and_is_trained_on(tmp_path, to
 
 def test_a_wrong_reference_is_told_before_the_first_step(tmp_path, tokenizer, pairs):
     args = APOConfig(**options(tmp_path))
-    wrong = APOTrainer(
-        make_model(), make_model(seed=1), args=args, train_dataset=pairs, processing_class=tokenizer
-    )
+    wrong = APOTrainer(make_model(), make_model(seed=1), args=args, train_dataset=pairs, processing_class=tokenizer)
     with pytest.raises(UserError, match=r"chosen reward is not 0 before the first step \(log-ratio up to"):
         check_before_training(wrong)
     adapter_on = get_peft_model(make_model(), lora())
@@ -220,6 +254,95 @@ def test_sft_is_the_mean_over_pairs_of_nats_per_token(tmp_path, tokenizer, pairs
         logps = plain_logps(make_model(), batch)
         found = trainer.compute_loss(trainer.model, batch)
     assert found.item() == pytest.approx((-logps.chosen / logps.chosen_len).mean().item(), abs=1e-5)
+
+
+# What pairs weigh
+
+
+def weighted(n=14):
+    weights = [0.0, 1.0, 2.5, 0.25, 1e-3, 4.0, 1.0]
+    return Dataset.from_list([{**pair, "trust": weights[i % 7]} for i, pair in enumerate(make_pairs(n))])
+
+
+def test_the_loss_is_the_weighted_mean_of_the_pairs_losses(tmp_path, tokenizer):
+    pairs = weighted()
+    trainer = apo_trainer(tmp_path, tokenizer, pairs, objective="sft", weights="trust")
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    with torch.no_grad():
+        logps = plain_logps(make_model(), {key: value for key, value in batch.items() if key != "pair_weight"})
+        found = trainer.compute_loss(trainer.model, batch)
+    a, b, c, d = (-logps.chosen / logps.chosen_len).tolist()
+    assert found.item() == pytest.approx((0 * a + 1 * b + 2.5 * c + 0.25 * d) / 3.75, abs=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("cached", [False, True], ids=["online", "precomputed"])
+def test_weights_are_exact_however_a_step_is_cut_up(tmp_path, tokenizer, adapter, cached):
+    pairs, runs = weighted(), []
+    cuts = ((4, 1, {}), (1, 4, {}), (2, 2, {"shared_prefix": False}), (4, 1, {"pack_tokens": 40}))
+    for batch, accumulation, more in cuts:
+        more |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 6}
+        more |= {"objective": {"apo_zero": 1.0, "sft": 0.1}, "weights": "trust", "precompute_ref_log_probs": cached}
+        peft = lora() if adapter else None
+        runs.append(
+            trained(apo_trainer(tmp_path, tokenizer, pairs, None, peft, optim="sgd", learning_rate=0.1, **more))
+        )
+    for run in runs[1:]:
+        assert_same_run(run, runs[0], atol=2e-6)
+
+
+def test_equal_weights_of_any_size_are_no_weights(tmp_path, tokenizer):
+    pairs = Dataset.from_list([{**pair, "w": 7} for pair in make_pairs(14)])
+    runs = [trained(apo_trainer(tmp_path, tokenizer, pairs, optim="sgd", weights=w)) for w in (None, "w")]
+    assert_same_run(*runs, atol=1e-6)
+
+
+def test_a_pair_of_weight_two_counts_twice_and_one_of_weight_zero_not_at_all(tmp_path, tokenizer):
+    rows = make_pairs(3)
+    light = Dataset.from_list([{**rows[0], "w": 2.0}, {**rows[1], "w": 1.0}, {**rows[2], "w": 0.0}])
+    heavy = Dataset.from_list([rows[0], rows[0], rows[1]])
+    more = {"per_device_train_batch_size": 3, "max_steps": 2, "optim": "sgd", "learning_rate": 0.1}
+    one = trained(apo_trainer(tmp_path, tokenizer, light, weights="w", **more))
+    assert_same_run(one, trained(apo_trainer(tmp_path, tokenizer, heavy, **more)), atol=1e-6)
+
+
+def test_a_step_whose_pairs_all_weigh_nothing_changes_nothing(tmp_path, tokenizer):
+    pairs = Dataset.from_list([{**pair, "w": float(i >= 7)} for i, pair in enumerate(make_pairs(8))])
+    more = {"per_device_train_batch_size": 1, "max_steps": 8, "optim": "sgd", "weights": "w"}
+    trainer = apo_trainer(tmp_path, tokenizer, pairs, **more)
+    losses, norms, _ = trained(trainer)
+    assert sorted(losses) == pytest.approx([0.0] * 7 + [1.0])
+    assert sorted(norms)[:7] == [0.0] * 7
+
+
+def test_evaluation_weighs_held_out_pairs_whatever_its_batches(tmp_path, tokenizer):
+    held_out, found = weighted(5), set()
+    for size in (1, 2, 5):
+        more = {"eval_dataset": held_out, "per_device_eval_batch_size": size, "eval_strategy": "steps", "eval_steps": 4}
+        trainer = apo_trainer(tmp_path, tokenizer, weighted(), weights="trust", **more)
+        trainer.train()
+        found |= {round(row["eval_loss"], 5) for row in trainer.state.log_history if "eval_loss" in row}
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0, -0.5], "'w' of row 1 of the train dataset is -0.5; finite and >= 0 needed"),
+        ([float("nan"), 1.0], "'w' of row 0 of the train dataset is nan"),
+        ([1.0, float("inf")], "'w' of row 1 of the train dataset is inf"),
+        ([1.0, None], "'w' of row 1 of the train dataset is None"),
+        (["1", "2"], "'w' of row 0 of the train dataset is '1'"),
+        ([0.0, 0.0], "every 'w' of the train dataset is 0"),
+    ],
+)
+def test_weights_that_cannot_be_meant_are_refused(tmp_path, tokenizer, values, message):
+    pairs = Dataset.from_list([{**pair, "w": value} for pair, value in zip(make_pairs(2), values, strict=True)])
+    with pytest.raises(UserError) as error:
+        apo_trainer(tmp_path, tokenizer, pairs, weights="w")
+    assert message in str(error.value)
+    with pytest.raises(UserError, match=r"has no column 'ww' \(did you mean 'w'\?\); found: "):
+        apo_trainer(tmp_path, tokenizer, pairs, weights="ww")
 
 
 # Metrics

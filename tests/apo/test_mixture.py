@@ -1,0 +1,131 @@
+"""What a recipe's `objective` may say: names, options, weights and sums, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from apo.logps import PairLogps
+from apo.mixture import mixture_of, title_of
+from apo.objectives import OBJECTIVES, objective_of
+from clair.recipe import UserError
+
+# Two pairs: log-ratios (4, -6) and (-2, 3) nats, lengths (4, 3) and (2, 1).
+POLICY = PairLogps(torch.tensor([-6.0, -12.0]), torch.tensor([-16.0, -2.0]), torch.tensor([4, 2]), torch.tensor([3, 1]))
+REFERENCE = torch.tensor([-10.0, -10.0]), torch.tensor([-10.0, -5.0])
+
+
+def losses(spec, beta=1.0, **more):
+    return mixture_of(spec).losses(POLICY, REFERENCE, beta=beta, **more).tolist()
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def test_a_sum_weighs_its_terms():
+    zero = [sigmoid(-4) + sigmoid(-6), sigmoid(2) + sigmoid(3)]
+    sft = [6 / 4, 12 / 2]
+    assert losses("apo_zero") == pytest.approx(zero)
+    assert losses({"apo_zero": 2, "sft": 0.1}) == pytest.approx(
+        [2 * a + 0.1 * b for a, b in zip(zero, sft, strict=True)]
+    )
+
+
+def test_length_normalised_log_ratios_are_means_over_tokens():
+    assert losses({"dpo": {"length_normalised": True}}, beta=5) == pytest.approx(
+        [math.log(1 + math.exp(-5 * (4 / 4 + 6 / 3))), math.log(1 + math.exp(-5 * (-2 / 2 - 3 / 1)))]
+    )
+    unpaired = losses({"apo_zero_unpaired": {"length_normalised": True}})
+    paired = losses({"apo_zero": {"length_normalised": True}})
+    assert unpaired == pytest.approx([loss / 2 for loss in paired])
+
+
+def test_kto_takes_the_kl_that_is_measured_as_its_log_ratios_are():
+    summed, per_token = 2.0, 0.5
+    found = losses({"kto": 1.0}, kl=(summed, per_token))
+    assert found[0] == pytest.approx((sigmoid(2 - 4) + sigmoid(-6 - 2)) / 2)
+    found = losses({"kto": {"length_normalised": True}}, kl=torch.tensor([summed, per_token]))
+    assert found[0] == pytest.approx((sigmoid(0.5 - 1) + sigmoid(-2 - 0.5)) / 2)
+
+
+def test_options_reach_the_function_and_each_term_has_its_own():
+    smoothed = losses({"dpo": {"label_smoothing": 0.25}})[0]
+    assert smoothed == pytest.approx(0.75 * math.log(1 + math.exp(-10)) + 0.25 * math.log(1 + math.exp(10)))
+    both = losses({"dpo": {"label_smoothing": 0.25, "weight": 0.5}, "apo_zero": 1})[0]
+    assert both == pytest.approx(smoothed / 2 + sigmoid(-4) + sigmoid(-6))
+    # -6 / 4 + 16 / 3 nats a token
+    assert losses({"simpo": {"gamma": 3}})[0] == pytest.approx(math.log(1 + math.exp(3 + 6 / 4 - 16 / 3)))
+
+
+def test_a_function_of_yours_mixes_with_names():
+    def hinge(chosen, rejected, *, beta, margin=1.0):
+        return (margin - beta * (chosen - rejected)).relu()
+
+    spec = mixture_of({hinge: {"margin": 12}, "sft": 1})
+    assert spec.losses(POLICY, REFERENCE, beta=1.0).tolist() == pytest.approx([2 + 1.5, 17 + 6])
+    assert spec.plain == {"hinge": {"margin": 12}, "sft": 1}
+
+
+def test_what_a_sum_needs_is_what_its_terms_need():
+    assert [mixture_of(spec).needs_reference for spec in ("sft", {"sft": 1, "simpo": 1}, {"sft": 1, "dpo": 1})] == [
+        False, False, True,
+    ]  # fmt: skip
+    assert mixture_of({"sft": 1, "kto": 0.1}).needs_divergence
+    assert not mixture_of({"sft": 1, "apo_zero_unpaired": 0.1}).needs_divergence
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_can_be_one_term(name):
+    assert losses({name: 3.0}) == pytest.approx([3 * loss for loss in losses(name)])
+    assert mixture_of(name).plain == name
+
+
+def test_length_normalisation_is_offered_to_those_on_log_ratios_that_do_not_see_to_it():
+    for name in OBJECTIVES:
+        spec = {name: {"length_normalised": True}}
+        if name in ("ipo", "sft", "simpo"):
+            with pytest.raises(UserError, match="would be ignored"):
+                mixture_of(spec)
+        else:
+            assert mixture_of(spec).terms[0][1].length_normalised
+
+
+def test_titles_are_short():
+    assert title_of("dpo") == "dpo"
+    assert title_of({"apo_zero": 1.0, "sft": 0.1}) == "apo_zero + 0.1 sft"
+    assert title_of({"dpo": {"label_smoothing": 0.1, "weight": 2}}) == "2 dpo(label_smoothing=0.1)"
+    assert mixture_of(objective_of("dpo")).name == "dpo"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({}, "objective is empty"),
+        ({"apo_zer": 1}, "unknown objective 'apo_zer' (did you mean 'apo_zero'?)"),
+        ({"apo_zero": 0}, "apo_zero: weight is 0; it must be above 0, or leave the objective out"),
+        ({"apo_zero": -1, "sft": 1}, "weight is -1"),
+        ({"apo_zero": float("nan")}, "weight is nan; it is a finite number"),
+        ({"apo_zero": True}, "weight is True; it is a finite number"),
+        ({"apo_zero": "much"}, "weight is 'much'"),
+        ({"dpo": {"label_smothing": 0.1}}, "dpo has no option 'label_smothing' (did you mean 'label_smoothing'?)"),
+        (
+            {"apo_zero": {"label_smoothing": 0.1}},
+            "apo_zero has no option 'label_smoothing'; allowed: length_normalised",
+        ),
+        ({"dpo": {"label_smoothing": 0.5}}, "objective dpo: label_smoothing is 0.5; it is a share of wrong labels"),
+        ({"robust": {"label_smoothing": -0.1}}, "objective robust: label_smoothing is -0.1"),
+        ({"simpo": {"gamma": -1}}, "objective simpo: gamma is -1; it must be 0 or above"),
+        ({"simpo": {"gamma": None}}, "gamma is None; it is a finite number"),
+        ({"dpo": {"beta": 0.1}}, "beta stands at the recipe's top"),
+        ({"dpo": {"length_normalised": 1}}, "length_normalised is 1; it is true or false"),
+        ({"sft": 1, OBJECTIVES["sft"]: 2}, "names sft twice"),
+    ],
+)
+def test_what_cannot_be_meant_is_told_in_one_line(spec, message):
+    with pytest.raises(UserError) as error:
+        mixture_of(spec)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
