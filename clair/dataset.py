@@ -22,6 +22,7 @@ from typing import Any
 
 from clair.recipe import UserError, content_hash, publish
 from clair.records import Dropped, Pair
+from clair.sources import load_split
 
 SPLITS = ("train", "test")
 CONTRAST = ("jaccard", "levenshtein", "kept", "prefix", "length_ratio")
@@ -152,6 +153,8 @@ def card(manifest: Mapping[str, Any]) -> str:
         "---",
         "configs:",
         "- config_name: default",
+        # `datasets` keys its cache by this text, not by the data: without the hash a rebuilt folder reads as it was.
+        f"  description: files {content_hash(manifest['files'])[:16]}",
         "  data_files:",
         *(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in ("train", "test")),
         "task_categories:\n- text-generation",
@@ -229,7 +232,7 @@ def _load(path: str, split: str, **options: Any) -> Any:
     try:
         if file.is_file() and file.suffix in kinds:
             return datasets.load_dataset(kinds[file.suffix], data_files=str(file), split="train", **options)
-        return datasets.load_dataset(path, split=split, **options)
+        return load_split(path, split, **options)
     except Exception as error:  # a name that is not there, no network, no such split: told with the library's words
         raise UserError(f"dataset {path!r}, split {split!r}: {' '.join(str(error).split())[:300]}") from error
 

@@ -259,11 +259,26 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: not Parquet ({' '.join(str(error).split())})") from error
 
 
-def _dataset(source: PromptSource) -> Iterator[tuple[str, Any]]:
+def load_split(path: str, split: str, **options: Any) -> Any:
+    """`datasets.load_dataset`, never answered from its cache with what a folder held before.
+
+    The library files a local folder that has a card under the folder's bare name and the card, whatever the data files
+    hold: the folder rebuilt, or another one of its name, would come back with the old rows. So what its files are now
+    goes into the key.
+    """
     import datasets
 
+    folder = Path(path)
+    if folder.is_dir():
+        files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+        state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        options = {"description": content_hash(state), **options}
+    return datasets.load_dataset(path, split=split, **options)
+
+
+def _dataset(source: PromptSource) -> Iterator[tuple[str, Any]]:
     try:
-        rows = datasets.load_dataset(source.path, split=source.split)
+        rows = load_split(source.path, source.split)
     except Exception as error:  # a name that is not there, no network, an unknown split: told with the library's words
         words = " ".join(str(error).split())[:300]
         raise UserError(f"prompts {source.path!r}: no such file, and load_dataset says: {words}") from error

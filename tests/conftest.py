@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-# Before anything imports a hub client: no test asks a hub for anything.
+# Before anything imports a hub client: no test asks a hub for anything, or finds what another run left in a cache.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = os.environ["CLAIR_CACHE"] = _CACHE = tempfile.mkdtemp(prefix="clair-apo-tests-")
+os.environ.pop("HF_DATASETS_CACHE", None)
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "Agg")
