@@ -204,7 +204,8 @@ def show(summary: dict[str, Any]) -> None:
     console.print(table)
     low, high = summary["ci95"]
     console.print(
-        f"APO-zero minus base: {100 * summary['delta']:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}\n"
+        f"APO-zero minus base: {100 * summary['delta']:+.1f} points, "
+        f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}\n"
         f"(clustered by {summary['templates']} task templates). {summary['pairs']} pairs from "
         f"{summary['pairs'] + summary['dropped']} prompts, {summary['seconds']:.0f} s in all.\n\n"
         f"Where to look:\n"
