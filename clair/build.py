@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ from clair.dataset import DatasetWriter, card, read_manifest
 from clair.ledger import Ledger, Tokens
 from clair.models.asking import Asker, Tally
 from clair.models.local import check_model_folder
-from clair.recipe import UserError, changed_keys, provenance, write_atomically, write_json
+from clair.recipe import UserError, changed_keys, provenance, read_json, write_atomically, write_json
 from clair.records import Pair
 from clair.session import Session, session, templates
 from clair.sources import Scan, each_prompt, scan
@@ -42,6 +41,7 @@ Progress = Callable[[DatasetWriter, Mapping[str, Asker]], None]
 
 def check(config: BuildConfig) -> Scan:
     """Everything that can be wrong before a request is sent. Raises UserError; spends nothing, writes nothing."""
+    _check_folder(Path(config.out))
     templates(config)
     prices_of(config.models)
     check_budget(config.budget, config.models)
@@ -134,12 +134,31 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out {out} is a file, not a folder; choose another --out")
+    if out.is_dir() and not any((out / name).is_file() for name in ("recipe.json", "manifest.json")):
+        strange = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith((".lock", "ledger.sqlite")))
+        if strange:
+            raise UserError(f"{out} is no dataset folder and not empty (it holds {strange[0]}); choose another --out")
+
+
+def _begun(config: BuildConfig, out: Path) -> bool:
+    """Whether a run of this folder came to anything; one that ended at a wrong key or URL leaves its recipe free."""
+    if (out / "manifest.json").is_file():
+        return True
+    if not config.ledger_path.is_file():
+        return False
+    with Ledger(config.ledger_path) as ledger:
+        return any(sum(tokens) for tokens in ledger.spent(str(out.resolve())).values())
+
+
 def same_recipe(config: BuildConfig, out: Path, *, update: bool) -> None:
     """The folder remembers its recipe from before the first call. Raises UserError where this is another one."""
     file = out / "recipe.json"
     recipe = public(config)
-    if file.is_file() and not update:
-        changed = changed_keys(lasting(json.loads(file.read_text("utf-8"))), lasting(recipe))
+    if file.is_file() and not update and _begun(config, out):
+        changed = changed_keys(lasting(read_json(file)), lasting(recipe))
         if changed:
             raise UserError(
                 f"{out} holds the run of another recipe (it differs in {', '.join(changed)}); choose another --out, or "
@@ -150,10 +169,6 @@ def same_recipe(config: BuildConfig, out: Path, *, update: bool) -> None:
                 f"{out} was reviewed (`clair keep`), and building it again would bring the dropped pairs back; choose "
                 f"another --out, or add --update to do just that"
             )
-    elif not file.is_file():
-        strange = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith((".lock", "ledger.sqlite")))
-        if strange:
-            raise UserError(f"{out} is no dataset folder and not empty (it holds {strange[0]}); choose another --out")
     write_json(file, recipe)
 
 

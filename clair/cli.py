@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from clair.command import run
-from clair.recipe import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED, UserError
+from clair.recipe import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED, UserError, text_override
 
 app = typer.Typer(
     help="Build contrastive preference pairs: a model answers, a stronger one minimally revises.",
@@ -42,7 +42,7 @@ def build(
     from clair.terminal import progress_bar, summary
     from clair.terminal import show as print_
 
-    overrides = [*(set_ or []), *([f"out={out}"] if out else []), *([f"limit={limit}"] if limit else [])]
+    overrides = [*(set_ or []), *([text_override("out", out)] if out else []), *([f"limit={limit}"] if limit else [])]
     config = load_recipe(BuildConfig, recipe, overrides)
     found = check(config)
     if dry_run:
@@ -77,7 +77,7 @@ def estimate(
     from clair.terminal import cost_table
     from clair.terminal import show as print_
 
-    config = load_recipe(BuildConfig, recipe, [*(set_ or []), *([f"out={out}"] if out else [])])
+    config = load_recipe(BuildConfig, recipe, [*(set_ or []), *([text_override("out", out)] if out else [])])
     print_(cost_table(estimate_build(config, probe)))
     if not probe:
         print_("tokens and cost need a look at real replies: add --probe 5 (they are paid for once and kept)")

@@ -46,12 +46,22 @@ def load_template(path: str | None, built_in: str, needs: tuple[str, ...]) -> st
     if set(needs) != used:
         wanted, found = (", ".join(f"{{{{ {name} }}}}" for name in sorted(names)) for names in (needs, used))
         raise UserError(f"template {file} must use {wanted}; it uses {found or 'nothing'}")
+    try:
+        render(source, **dict.fromkeys(needs, "text"))
+    except UserError as error:
+        raise UserError(f"template {file}: {error}") from error
     return source
 
 
 def render(template: str, **values: str) -> str:
-    """Fill a template. The values are put in as they are: braces and template syntax in them stay text."""
-    return str(_template(template).render(**values))
+    """Fill a template. The values are put in as they are: braces and template syntax in them stay text.
+
+    Raises UserError where the template does with them what cannot be done.
+    """
+    try:
+        return str(_template(template).render(**values))
+    except Exception as error:  # whatever a user's expression can raise
+        raise UserError(f"the template cannot be filled ({type(error).__name__}: {error})") from error
 
 
 def task_text(messages: Messages) -> str:

@@ -118,6 +118,11 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
     return result
 
 
+def text_override(key: str, text: str | Path) -> str:
+    """An override that puts text into the recipe, whatever YAML would read in it: `--out 7` is the folder 7."""
+    return f"{key}={json.dumps(str(text), ensure_ascii=False)}"
+
+
 def resolve(model: type[R], values: Mapping[str, Any], source: str = "recipe") -> R:
     """`values` as a checked `model`; the first thing wrong becomes a one-line UserError."""
     try:
@@ -126,11 +131,15 @@ def resolve(model: type[R], values: Mapping[str, Any], source: str = "recipe") -
         raise UserError(f"{source}: {_first_problem(model, error)}") from error
 
 
+# What pydantic puts into a place to tell which arm of a union it tried: a class of ours, or a type.
+_UNION_ARM = re.compile(r"[A-Z]\w*|str|bool|int|float|(?:dict|list|tuple|constrained-\w+|lax-or-strict)\[.*\]")
+
+
 def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
     problems = error.errors(include_url=False)
     # An unknown key explains a missing one ("promts" for "prompts"), so it is told first.
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(str(part) for part in problem["loc"] if not _UNION_ARM.fullmatch(str(part)))
     if problem["type"] == "extra_forbidden":
         allowed = sorted(_fields_at(model, problem["loc"][:-1]))
         return f"unknown key {where!r}{near_miss(str(problem['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
@@ -226,6 +235,17 @@ def publish(temporary: str | Path, target: str | Path) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object that we wrote. Raises UserError where it was damaged since."""
+    try:
+        value = json.loads(Path(path).read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run the same command again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged ({type(value).__name__}); delete it and run the same command again")
+    return value
 
 
 PROVENANCE_PACKAGES = ("clair-apo", "torch", "transformers", "trl", "peft", "datasets", "openai", "accelerate")

@@ -45,7 +45,10 @@ def check_model_folder(path: str | Path, role: str = "target") -> None:
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise UserError(f"{role}: {folder} holds no config.json with *.safetensors; save a model with save_pretrained")
     settings = folder / "tokenizer_config.json"
-    config = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
+    try:
+        config = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{role}: {settings} is not JSON ({error}); save the tokenizer with save_pretrained") from error
     if not config.get("chat_template") and not (folder / "chat_template.jinja").is_file():
         raise UserError(f"{role}: the tokenizer in {folder} has no chat template; use a chat model or save one with it")
     if not config.get("eos_token"):

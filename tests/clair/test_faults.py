@@ -39,7 +39,7 @@ from tests.clair.building import write_prompts as write_rows
 
 COUNT = 160
 CONCURRENCY = 8
-SECONDS = 2 * COUNT * 0.05 / CONCURRENCY  # of a build, start-up excluded
+SECONDS = 0.95 * COUNT * 0.05 / CONCURRENCY  # of a build between its first and its last request; both roles overlap
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def assert_survives_kills(server: Running, tmp_path: Path, undisturbed: dict[str
 
 def test_killed_at_three_random_moments_it_ends_with_the_same_bytes(tmp_path, slow_world, undisturbed):
     random = Random(20)
-    assert_survives_kills(slow_world, tmp_path, undisturbed, [SECONDS / 3 * random.random() for _ in range(3)])
+    assert_survives_kills(slow_world, tmp_path, undisturbed, [SECONDS / 2 * random.random() for _ in range(3)])
 
 
 @pytest.mark.slow
@@ -162,7 +162,7 @@ def test_interrupted_at_any_moment_it_buys_nothing_twice(tmp_path, undisturbed, 
     with running(ServerOptions(latency=0.05)) as server:
         recipe = world_recipe(tmp_path, server.url)
         ended = build_and(signal.SIGINT, server, recipe, tmp_path / "out", SECONDS * Random(seed).random())
-        assert ended.code in (0, 130)
+        assert ended.code in (0, 130, -signal.SIGINT)  # the last: it was finished, and Python shutting down
         assert finished(start_clair("build", recipe)).code == 0
         assert server.stats()["paid_total"] == server.stats()["paid_distinct"] == 2 * COUNT
     assert final_bytes(tmp_path / "out") == undisturbed

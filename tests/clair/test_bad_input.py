@@ -1,0 +1,420 @@
+"""The user's mistakes: one line on stderr, exit code 2, nothing spent, and what was made stays as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from recipes.world.running import Running, running
+from recipes.world.server import ServerOptions
+from tests.clair.building import (
+    ScriptedServer,
+    clair,
+    error_line,
+    manifest,
+    pairs,
+    recipe_for,
+    scripted_rows,
+    write_prompts,
+    write_recipe,
+)
+
+
+@dataclass
+class Place:
+    """A finished dataset in out/, made from prompts.jsonl on a server, and the recipe it was made with."""
+
+    path: Path
+    url: str
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def out(self) -> Path:
+        return self.path / "out"
+
+    def recipe(self, **changes: Any) -> Path:
+        """The recipe with changes; to None leaves a key out."""
+        return write_recipe(self.path, self.url, **self.values | changes)
+
+    def snapshot(self) -> dict[str, str]:
+        """The hash of every file in out/ that a run may not touch when it fails."""
+        return {
+            str(file.relative_to(self.out)): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(self.out.rglob("*"))
+            if file.is_file() and file.name != ".lock"
+        }
+
+
+@pytest.fixture(scope="module")
+def finished_once(tmp_path_factory, scripted_server) -> Path:
+    path = tmp_path_factory.mktemp("finished")
+    write_prompts(path / "prompts.jsonl", scripted_rows(["ok"] * 3))
+    assert clair("build", write_recipe(path, scripted_server.url)).code == 0
+    return path
+
+
+@pytest.fixture
+def place(tmp_path, finished_once, server: ScriptedServer) -> Place:
+    shutil.copytree(finished_once, tmp_path, dirs_exist_ok=True)
+    recipe = tmp_path / "out" / "recipe.json"
+    values = json.loads(recipe.read_text())
+    values["out"], values["prompts"]["path"] = str(tmp_path / "out"), str(tmp_path / "prompts.jsonl")
+    recipe.write_text(json.dumps(values, indent=2) + "\n")
+    return Place(tmp_path, server.url)
+
+
+def refuse(place: Place, server: ScriptedServer, *arguments: str | Path, told: str) -> None:
+    """The command is refused in one line with these words; nothing is asked, nothing in out/ is touched."""
+    before = place.snapshot()
+    line = error_line(clair(*arguments))
+    assert re.search(told, line), line
+    assert server.seen() == []
+    assert place.snapshot() == before
+
+
+# ---- the recipe
+
+M = {"model": "m"}
+WRONG_RECIPES: list[tuple[Mapping[str, Any], str]] = [
+    # unknown or misspelt keys, with the near miss
+    ({"promts": 1}, r"unknown key 'promts' \(did you mean 'prompts'\?\); allowed: accept, attempts"),
+    ({"reviser": {**M, "temprature": 1}}, r"unknown key 'reviser.temprature' \(did you mean 'temperature'\?\)"),
+    ({"target": {**M, "templates": 1}}, r"unknown key 'target.templates'"),
+    ({"prompts": {"path": "p.jsonl", "colums": {}}}, r"'prompts.colums' \(did you mean 'columns'\?\)"),
+    ({"budget": {"mony": 1}}, r"'budget.mony' \(did you mean 'money'\?\)"),
+    ({"reviser": {**M, "price": {"input": 1, "ouput": 2}}}, r"'reviser.price.ouput' \(did you mean 'output'\?\)"),
+    ({"filters": {"alusion": False}}, r"unknown filter 'alusion' \(did you mean 'allusion'\?\)"),
+    ({"filters": {"length": {"mots": 1}}}, r"unknown option 'mots' \(did you mean 'most'\?\)"),
+    # missing and wrong values
+    ({"reviser": None}, "the pipeline 'revised' needs reviser"),
+    ({"pipeline": None}, "the key 'pipeline' is missing"),
+    ({"prompts": None}, "the key 'prompts' is missing"),
+    ({"out": None}, "the key 'out' is missing"),
+    ({"out": ""}, "out: String should have at least 1 character"),
+    ({"pipeline": "revise"}, "pipeline: Input should be 'revised', 'judged' or 'stronger', found 'revise'"),
+    ({"judge": {**M, "url": "http://x"}}, "judge is not used by the pipeline 'revised'; remove it"),
+    ({"concurrency": 0}, "concurrency: .*greater than or equal to 1, found 0"),
+    ({"attempts": 0}, "attempts: .*greater than or equal to 1, found 0"),
+    ({"limit": 0}, "limit: .*greater than or equal to 1"),
+    ({"accept": 0}, "accept: .*greater than or equal to 1"),
+    ({"test_fraction": 1}, "test_fraction: .*less than 1"),
+    ({"seed": "x"}, "seed: .*valid integer"),
+    ({"filters": {"allusion": "maybe"}}, "filters.allusion"),
+    ({"prompts": "p.jsonl"}, "prompts: .*found 'p.jsonl'"),
+    ({"reviser": {**M, "temperature": -1}}, "reviser.temperature: .*greater than or equal to 0"),
+    ({"reviser": {**M, "max_tokens": 0}}, "reviser.max_tokens: .*greater than or equal to 1"),
+    ({"reviser": {**M, "timeout": 0}}, "reviser.timeout: .*greater than 0"),
+    ({"reviser": {**M, "mode": "edit"}}, "reviser.mode: Input should be 'rewrite' or 'edits', found 'edit'"),
+    # a model is an endpoint or a folder
+    ({"reviser": {"url": None, **M}}, "reviser: give either url and model .* or path"),
+    ({"reviser": {"path": "x", **M}}, "reviser: give either url and model .* or path"),
+    ({"reviser": {"model": None}}, "reviser: an endpoint needs model"),
+    ({"reviser": {**M, "url": "127.0.0.1:8000/v1"}}, "reviser: url '127.0.0.1:8000/v1' is no http"),
+    ({"reviser": {**M, "url": "ftp://h/v1"}}, "reviser: url 'ftp://h/v1' is no http"),
+    ({"reviser": {**M, "extra": {"messages": []}}}, "reviser: extra.messages would break the request"),
+    ({"reviser": {**M, "extra": {"n": 2}}}, "reviser: extra.n would break the request"),
+    ({"reviser": {**M, "extra": {"stream": True}}}, "reviser: extra.stream would break the request"),
+    # secrets
+    ({"reviser": {**M, "api_key_env": "NO_SUCH_KEY"}}, "reviser needs the environment variable NO_SUCH_KEY"),
+    ({"reviser": {**M, "extra": {"headers": {"Authorization": "Bearer x"}}}}, "looks like a secret written into"),
+    ({"reviser": {**M, "extra": {"headers": {"X-Team": "${NO_SUCH}"}}}}, "needs the environment variable NO_SUCH"),
+    # money
+    ({"budget": {"money": 1}}, "a budget in money needs reviser.price"),
+    ({"budget": {"money": 1, "tokens": 1}}, "budget: give either money or tokens"),
+    ({"budget": {"tokens": 0}}, "budget.tokens: .*greater than 0"),
+    ({"budget": {"tokens": 9}, "reviser": {**M, "max_tokens": None}}, "a budget needs reviser.max_tokens"),
+    # models in folders
+    ({"target": {"path": "no/such/model"}}, "target: model folder no/such/model does not exist"),
+    # templates
+    ({"reviser": {**M, "template": "no/such.j2"}}, "template no/such.j2 does not exist"),
+]
+
+
+@pytest.mark.parametrize(("changes", "told"), WRONG_RECIPES, ids=[str(c)[:60] for c, _ in WRONG_RECIPES])
+def test_a_wrong_recipe(place, server, changes, told):
+    reviser = changes.get("reviser")
+    if isinstance(reviser, dict) and "url" not in reviser and "path" not in reviser:
+        changes = {**changes, "reviser": {"url": server.url, **reviser}}
+    if isinstance(reviser, dict) and "path" in reviser:
+        changes = {**changes, "reviser": {"url": server.url, **reviser}}
+    if isinstance(changes.get("target"), dict) and "path" not in changes["target"]:
+        changes = {**changes, "target": {"url": server.url, **changes["target"]}}
+    recipe = place.path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_for(place.path, place.url, **changes), sort_keys=False))
+    refuse(place, server, "build", recipe, told=told)
+    refuse(place, server, "build", recipe, "--dry-run", told=told)
+    refuse(place, server, "estimate", recipe, told=told)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "recipe .*recipe.yaml does not exist"),
+        ("", "holds NoneType, not keys and values"),
+        ("pipeline: [", "is not YAML"),
+        ("pipeline: revised\npipeline: revised", "the key 'pipeline' stands twice"),
+        ("- pipeline", "holds list"),
+    ],
+)
+def test_a_file_that_is_no_recipe(place, server, text, told):
+    recipe = place.path / "recipe.yaml"
+    recipe.unlink()
+    if text is not None:
+        recipe.write_text(text)
+    refuse(place, server, "build", recipe, told=told)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("concurrency", "--set takes key=value, got 'concurrency'"),
+        ("concurency=3", r"unknown key 'concurency' \(did you mean 'concurrency'\?\)"),
+        ("concurrency=many", "concurrency: .*found 'many'"),
+        ("reviser.temperature=[", "is not a YAML value"),
+    ],
+)
+def test_a_wrong_set(place, server, override, told):
+    refuse(place, server, "build", place.recipe(), "--set", override, told=told)
+
+
+@pytest.mark.parametrize("name", ["7", "1e3", "null", "true", "a: b", "[x", "'", "é 😀", "x=y"])
+def test_any_name_will_do_for_a_folder(place, server, monkeypatch, name):
+    monkeypatch.chdir(place.path)
+    assert clair("build", place.recipe(), "--out", name).code == 0
+    assert len(pairs(place.path / name)) == 3
+
+
+# ---- the prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("gone.jsonl", None, "prompt file .*gone.jsonl does not exist"),
+        ("empty.jsonl", "", "prompt file .*empty.jsonl is empty"),
+        ("blank.jsonl", "\n\n", "has no rows"),
+        ("no.csv", "question,answer\na,b\n", "no column 'prompt'; columns found: question, answer; name yours under"),
+        ("no.jsonl", '{"question": "a"}', "line 1: no column 'prompt'; columns found: question"),
+        ("number.jsonl", '{"prompt": "a", "answer": "b"}\n{"prompt": 7}', "line 2: the prompt is int, not text"),
+        ("broken.jsonl", '{"prompt": "a", "answer": "b"}\n{"prompt', "line 2: not JSON"),
+        ("mixed.jsonl", '{"prompt": "a", "answer": "b"}\n[1]', "line 2: list, not an object"),
+        ("ids.jsonl", '{"id": 1, "prompt": "a", "answer": "b"}\n{"id": 1, "prompt": "c", "answer": "b"}',
+         "the id '1' stands for two different prompts"),
+        ("bare.jsonl", '{"prompt": "a", "answer": "b"}\n{"prompt": "c"}',
+         "1 of 2 prompts have no answer and the recipe has no target; add target: or an answer column"),
+        ("kind.txt", "hello", "is of no kind that is read"),
+        ("no/such-data", None, "no such file, and load_dataset says"),
+    ],
+)
+def test_wrong_prompts(place, server, name, content, told):
+    path = place.path / name
+    if content is not None:
+        path.write_text(content)
+    refuse(place, server, "build", place.recipe(prompts={"path": str(path)}), "--update", told=told)
+
+
+def test_duplicate_prompts_are_no_mistake_but_counted(place, server):
+    rows = scripted_rows(["ok"] * 3)
+    write_prompts(place.path / "prompts.jsonl", [*rows, {**rows[0], "id": "again"}])
+    ended = clair("build", place.recipe())
+    assert ended.code == 0
+    assert manifest(place.out)["drop_reasons"] == {"prompts.duplicate": 1}
+    assert server.seen() == []
+
+
+# ---- templates and model folders
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{{ task }}", r"must use {{ answer }}, {{ task }}; it uses {{ task }}"),
+        ("hello", "it uses nothing"),
+        ("{{ task }} {{ answer }} {{ name }}", r"it uses {{ answer }}, {{ name }}, {{ task }}"),
+        ("{{ task }} {% if %}", "is not a Jinja template"),
+        ("{{ task }} {{ answer", "is not a Jinja template"),
+    ],
+)
+def test_a_wrong_template(place, server, text, told):
+    template = place.path / "own.j2"
+    template.write_text(text)
+    reviser = {"url": server.url, "model": "m", "template": str(template)}
+    refuse(place, server, "build", place.recipe(reviser=reviser), "--update", told=told)
+
+
+@pytest.mark.parametrize("text", [
+    "{{ task }} {{ answer }} {{ task.__class__.__mro__ }}", "{{ task }} {{ answer }} {{ answer.missing }}",
+    "{{ task }} {{ answer }} {{ 1 / 0 }}",
+])
+def test_a_template_that_cannot_be_filled_is_found_before_anything_is_asked(place, server, text):
+    template = place.path / "own.j2"
+    template.write_text(text)
+    reviser = {"url": server.url, "model": "m", "template": str(template)}
+    refuse(place, server, "build", place.recipe(reviser=reviser), "--update", told="template .*own.j2")
+
+
+def model_folder(path: Path, missing: str = "nothing") -> Path:
+    """The files of a chat model without one thing."""
+    path.mkdir()
+    settings = {"chat_template": "{{ messages }}", "eos_token": "<|end|>"}
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(b"")
+    (path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != missing}))
+    if (path / missing).exists():
+        (path / missing).unlink()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("chat_template", "target: the tokenizer in .* has no chat template; use a chat model"),
+        ("eos_token", r"target: the tokenizer in .* has no end-of-turn token \(eos_token\)"),
+        ("config.json", r"target: .* holds no config.json with \*.safetensors"),
+        ("model.safetensors", r"target: .* holds no config.json with \*.safetensors"),
+        ("tokenizer_config.json", "target: the tokenizer in .* has no chat template"),
+    ],
+)
+def test_a_wrong_model_folder(place, server, missing, told):
+    folder = model_folder(place.path / "model", missing)
+    write_prompts(place.path / "prompts.jsonl", [{"prompt": "a"}])
+    refuse(place, server, "build", place.recipe(target={"path": str(folder)}), "--update", told=told)
+
+
+def test_a_tokenizer_config_that_is_not_json(place, server):
+    folder = model_folder(place.path / "model")
+    (folder / "tokenizer_config.json").write_text("{")
+    refuse(place, server, "build", place.recipe(target={"path": str(folder)}), "--update", told="tokenizer_config.json")
+
+
+# ---- folders
+
+
+def test_a_folder_of_another_recipe(place, server):
+    refuse(
+        place, server, "build", place.recipe(seed=7),
+        told=r"holds the run of another recipe \(it differs in seed\); choose another --out, or add --update",
+    )
+
+
+def test_a_recipe_that_changed_since_the_last_run(place, server):
+    reviser = {"url": server.url, "model": "m", "temperature": 0.1, "system": "Be kind."}
+    refuse(place, server, "build", place.recipe(reviser=reviser, filters={"allusion": False}),
+           told=r"it differs in filters.allusion, reviser.system, reviser.temperature\)")
+
+
+def test_a_folder_that_holds_something_else(place, server):
+    (place.path / "else").mkdir()
+    (place.path / "else" / "thesis.tex").write_text("mine")
+    refuse(place, server, "build", place.recipe(out=str(place.path / "else")),
+           told="is no dataset folder and not empty .it holds thesis.tex.; choose another --out")
+    assert [f.name for f in (place.path / "else").iterdir()] == ["thesis.tex"]
+
+
+def test_an_out_that_is_a_file(place, server):
+    (place.path / "file").write_text("mine")
+    refuse(place, server, "build", place.recipe(out=str(place.path / "file")), told="is a file, not a folder")
+    assert (place.path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "manifest.json"])
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_a_record_of_ours_that_was_damaged(place, server, name, content):
+    (place.out / name).write_text(content)
+    refuse(place, server, "build", place.recipe(), told=f"{name} is damaged .*; delete it and run the same command")
+    (place.out / name).unlink()
+    assert clair("build", place.recipe()).code == 0
+
+
+def test_a_ledger_that_is_damaged(place, server):
+    (place.out / "ledger.sqlite").write_bytes(b"\xff" * 5000)
+    refuse(place, server, "build", place.recipe(), told="ledger .* is damaged .*; `sqlite3 .* .recover` saves")
+
+
+@pytest.mark.parametrize("command", [["stats"], ["show"], ["report"]])
+def test_a_folder_without_a_dataset(place, server, command):
+    refuse(place, server, *command, place.path / "nowhere", told="holds no finished dataset")
+
+
+def test_a_split_that_is_not_there(place, server):
+    refuse(place, server, "show", place.out, "--split", "tarin",
+           told=r"unknown split 'tarin' \(did you mean 'train'\?\); allowed: train, test")
+
+
+# ---- endpoints: found at the first request, and nothing is paid
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Running]:
+    """An endpoint that wants a key."""
+    with running(ServerOptions(api_key="right-key")) as server:
+        yield server
+
+
+ENDPOINTS: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
+    "wrong key": (
+        lambda url: {"url": url, "model": "world-reviser", "api_key_env": "TEST_KEY"},
+        r"refuses the key \(401: Incorrect API key provided.\); check api_key_env and the variable it names",
+    ),
+    "no key": (lambda url: {"url": url, "model": "world-reviser"}, "refuses the key"),
+    "wrong port": (
+        lambda url: {"url": "http://127.0.0.1:9/v1", "model": "world-reviser"},
+        "cannot reach http://127.0.0.1:9/v1 .*; check the url in the recipe",
+    ),
+    "wrong host": (
+        lambda url: {"url": "http://no-such-host.invalid/v1", "model": "world-reviser"},
+        "cannot reach http://no-such-host.invalid/v1",
+    ),
+    "wrong path": (
+        lambda url: {"url": url.removesuffix("/v1"), "model": "world-reviser", "api_key_env": "RIGHT_KEY"},
+        "is not the base URL of an OpenAI-compatible API",
+    ),
+    "unknown model": (
+        lambda url: {"url": url, "model": "gpt-9", "api_key_env": "RIGHT_KEY"},
+        "has no model 'gpt-9', or is not the base URL .*check model and url",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+def test_a_wrong_endpoint(place, guarded, monkeypatch, name):
+    monkeypatch.setenv("TEST_KEY", "wrong-key")
+    monkeypatch.setenv("RIGHT_KEY", "right-key")
+    reviser, told = ENDPOINTS[name]
+    paid, made = guarded.stats()["paid_total"], place.snapshot()
+    recipe = place.recipe(reviser=reviser(guarded.url))
+    line = error_line(clair("build", recipe, "--update"))
+    assert re.search(told, line), line
+    assert guarded.stats()["paid_total"] == paid
+    after = place.snapshot()
+    for file in (*made,):
+        if file not in ("recipe.json", "ledger.sqlite"):
+            assert after[file] == made[file]
+    assert clair("stats", place.out).code == 0
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+def test_a_wrong_endpoint_can_be_put_right_in_the_recipe_without_more_ado(tmp_path, server, guarded, monkeypatch, name):
+    """Nothing was paid and nothing was made, so that the corrected recipe is not another recipe."""
+    monkeypatch.setenv("TEST_KEY", "wrong-key")
+    monkeypatch.setenv("RIGHT_KEY", "right-key")
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 3))
+    reviser, _ = ENDPOINTS[name]
+    assert clair("build", write_recipe(tmp_path, server.url, reviser=reviser(guarded.url))).code == 2
+    assert clair("build", write_recipe(tmp_path, server.url)).code == 0
+    assert len(pairs(tmp_path / "out")) == 3
+
+
+def test_a_single_unusable_reply_is_no_error(place, server):
+    write_prompts(place.path / "prompts.jsonl", scripted_rows(["ok", "null", "length"]))
+    assert clair("build", place.recipe()).code == 0
+    assert manifest(place.out)["drop_reasons"] == {"reviser.empty_reply": 1, "reviser.truncated": 1}
