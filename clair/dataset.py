@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from clair.recipe import UserError, content_hash, publish
+from clair.recipe import UserError, content_hash, publish, read_json
 from clair.records import Dropped, Pair
 from clair.sources import load_split
 
@@ -190,8 +190,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / "manifest.json"
     if not file.is_file():
         raise UserError(f"{folder} holds no finished dataset (no manifest.json); give a folder made by `clair build`")
-    manifest: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    return manifest
+    return read_json(file)
 
 
 def read_rows(folder: str | Path, splits: Sequence[str] = SPLITS) -> Iterator[dict[str, Any]]:
