@@ -1,0 +1,40 @@
+"""What docs/quickstart.md promises of the quickstart, on the quickstart itself."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.house.pages import ROOT, pages
+
+
+@pytest.mark.slow
+def test_the_quickstart_teaches_what_it_promises():
+    """It goes on from a run that is there already; a run from nothing takes a minute or two."""
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.world.quickstart"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    told = json.loads((ROOT / "runs" / "quickstart" / "summary.json").read_text("utf-8"))
+    assert told["delta"] >= 0.15
+    assert told["ci95"][0] > 0.05
+    assert sum(skill["tuned"] > skill["base"] for skill in told["by_skill"].values()) >= 3
+    assert told["swapped"] - told["base"] < 0.03
+    assert 0.4 <= told["base"] <= 0.7
+    assert told["n"] >= 500
+    assert told["pairs"] + told["dropped"] == 1200
+    assert told["seconds"] < 300
+
+
+def test_readme_and_quickstart_page_show_the_same_output():
+    shown = [re.search(r"```text\n(Right answers.*?)```", pages()[page], re.DOTALL)[1] for page in PAGES]
+    assert shown[0] == shown[1]
+    points, low, high = re.search(r"\+([\d.]+) points, 95 % interval \+([\d.]+) to \+([\d.]+)", shown[0]).groups()
+    assert f"+{points} points, 95 % interval +{low} to +{high}" in pages()["docs/recipes.md"]
+
+
+PAGES = ("README.md", "docs/quickstart.md")
