@@ -12,7 +12,7 @@ from clair.budget import BudgetConfig, Price
 from clair.filters import make_filters
 from clair.recipe import Recipe, resolved
 from clair.sources import PromptSource
-from clair.urls import public_url
+from clair.urls import endpoint_of, public_url
 
 _OWNED = ("model", "messages", "n", "stream")
 
@@ -44,10 +44,12 @@ class ModelConfig(Recipe):
         if (self.url is None) == (self.path is None):
             raise ValueError("give either url and model (an endpoint) or path (a local model folder)")
         for url in self.urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"url {public_url(url)!r} is no http(s) URL, such as http://127.0.0.1:8000/v1")
+            if endpoint_of(url).authorization and self.api_key_env:
+                raise ValueError("url has a user name or password and api_key_env is set; a request carries only one")
             if not self.model:
                 raise ValueError("an endpoint needs model, the name it serves")
+        if not isinstance(self.extra.get("headers", {}), Mapping):
+            raise ValueError("extra.headers is no mapping, such as {X-Team: pairs}")
         owned = [key for key in self.extra if key in _OWNED]
         if owned:
             raise ValueError(f"extra.{owned[0]} would break the request; it is set by the pipeline")

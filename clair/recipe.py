@@ -86,7 +86,7 @@ def load_recipe(model: type[R], path: str | Path, overrides: Iterable[str] = ())
     try:
         values = parse_yaml(file.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"recipe {file} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"recipe {file} is not YAML: {_yaml_words(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {file} holds {type(values).__name__}, not keys and values; see docs/recipes")
     try:
@@ -94,6 +94,13 @@ def load_recipe(model: type[R], path: str | Path, overrides: Iterable[str] = ())
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"recipe {file} holds a value that is no text, number, list or mapping: {error}") from error
     return resolve(model, apply_overrides(values, overrides), source=str(file))
+
+
+def _yaml_words(error: Exception) -> str:
+    """What is wrong and in which line, without the line itself, which may hold a password."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return " ".join(str(error).split())
 
 
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -114,7 +121,7 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
         try:
             place[last] = parse_yaml(text)
         except yaml.YAMLError as error:
-            raise UserError(f"--set {key}: {text!r} is not a YAML value") from error
+            raise UserError(f"--set {key}: the value is not YAML ({_yaml_words(error)})") from error
     return result
 
 

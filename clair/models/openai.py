@@ -7,13 +7,13 @@ import json
 import time
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from clair.models import Refused, RequestFailed, TooMany, Unreachable, encodable
-from clair.urls import environment_headers, public_url
+from clair.urls import endpoint_of, environment_headers, header_secrets
 
 _CONNECT_SECONDS = 15.0
 _LONGEST_WAIT = 86_400.0
+_SHORTEST_SECRET = 4  # what is shorter stands in ordinary words
 
 
 class OpenAIModel:
@@ -25,23 +25,24 @@ class OpenAIModel:
         name: str,
         *,
         key: str | None = None,
-        headers: Mapping[str, str] | None = None,
         id: str | None = None,
         timeout: float = 600.0,
         role: str = "model",
     ) -> None:
         from openai import AsyncOpenAI, DefaultAioHttpClient, Timeout
 
+        endpoint = endpoint_of(url)
         self.name = name
         self.role = role
-        self.url = public_url(url)
+        self.url = endpoint.base
         self.identity = id or f"{name}@{self.url}"
-        self._secrets = [s for s in (key, *(headers or {}).values(), urlsplit(url).password) if s and len(s) >= 4]
+        self._secrets = {s for s in (key or "", *endpoint.secrets) if len(s) >= _SHORTEST_SECRET}
         limit = Timeout(timeout, connect=_CONNECT_SECONDS)
         self._client = AsyncOpenAI(
-            base_url=url,
+            base_url=endpoint.base,
             api_key=key or "none",
-            default_headers=dict(headers or {}),
+            default_headers={"Authorization": endpoint.authorization} if endpoint.authorization else None,
+            default_query=endpoint.query,
             max_retries=0,
             timeout=limit,
             http_client=DefaultAioHttpClient(timeout=limit, limits=_no_limits()),
@@ -83,15 +84,16 @@ class OpenAIModel:
         import httpx2
         import openai
 
-        headers = (body or {}).get("headers")
+        headers = (body or {}).get("headers") or {}
         options = {"headers": environment_headers(headers)} if headers else {}
+        self._secrets |= {s for s in header_secrets(headers) if len(s) >= _SHORTEST_SECRET}
         sent = None if body is None else {k: v for k, v in body.items() if k != "headers"}
         try:
             if method == "GET":
                 response = await self._client.get(path, cast_to=httpx2.Response)
             else:
                 response = await self._client.post(path, cast_to=httpx2.Response, body=sent, options=options)  # type: ignore[arg-type]
-            return response.content.decode("utf-8", "replace")
+            return self._redacted(response.content.decode("utf-8", "replace"))
         except openai.RateLimitError as error:
             if error.code == "insufficient_quota":
                 raise Refused(f"{self.role}: {self.url} has no quota left: {self._words(error)}") from error
@@ -108,7 +110,7 @@ class OpenAIModel:
             raise Unreachable("timeout", billed=not never_sent) from error
         except openai.APIConnectionError as error:
             never_sent = isinstance(error.__cause__, httpx2.ConnectError)
-            words = self._redacted(str(error.__cause__ or error))[:200]
+            words = encodable(self._redacted(str(error.__cause__ or error))[:200])
             raise Unreachable(words, billed=not never_sent) from error
         except openai.APIStatusError as error:
             words = f"{error.status_code}: {self._words(error)}"
@@ -120,12 +122,12 @@ class OpenAIModel:
         """What the server said, in one line and without our secrets."""
         body = error.body if isinstance(error.body, dict) else {}
         message = body.get("message") or error.message or ""
-        return self._redacted(" ".join(str(message).split()))[:300]
+        return encodable(self._redacted(" ".join(str(message).split()))[:300])
 
     def _redacted(self, text: str) -> str:
         for secret in self._secrets:
             text = text.replace(secret, "[secret]")
-        return encodable(text)
+        return text
 
 
 class NotListed(Exception):

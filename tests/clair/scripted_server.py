@@ -179,11 +179,14 @@ class Scripted:
         text = json.loads(body)["messages"][-1]["content"]
         script = re.search(r"\[\[([^\]]*)\]\]", text)
         steps = script[1].split() if script else ["ok"]
-        key = body.decode()
+        key = json.dumps([json.loads(body)["model"] == "m", text])
         step = steps[min(self.tries[key], len(steps) - 1)]
         self.tries[key] += 1
         self.seen.append(
-            {"at": time.time(), "step": step, "headers": dict(request.headers), "body": json.loads(body)}
+            {
+                "at": time.time(), "step": step, "headers": dict(request.headers), "query": request.query_string,
+                "body": json.loads(body),
+            }
         )
         return await self.follow(step, request, text)
 
@@ -194,10 +197,11 @@ class Scripted:
             return said(text)
         if name == "429":
             return refused(429, "Slow down.", **({"Retry-After": number} if number else {}))
-        if name == "echo401":  # a careless server repeats what it was sent
-            return refused(401, f"Wrong credentials in {dict(request.headers)}, url {request.url}")
-        if name == "echo400":
-            return refused(400, f"Cannot use {dict(request.headers)}")
+        if name.startswith("echo"):  # a careless server repeats what it was sent
+            words = f"{dict(request.headers)}, url {request.url}"
+            if name == "echo200":
+                return raw(words.encode(), "text/plain")
+            return refused(int(name[4:]), f"Wrong credentials: {words}")
         if name == "drop":
             assert request.transport is not None
             request.transport.close()

@@ -120,6 +120,17 @@ WRONG_RECIPES: list[tuple[Mapping[str, Any], str]] = [
     ({"reviser": {"model": None}}, "reviser: an endpoint needs model"),
     ({"reviser": {**M, "url": "127.0.0.1:8000/v1"}}, "reviser: url '127.0.0.1:8000/v1' is no http"),
     ({"reviser": {**M, "url": "ftp://h/v1"}}, "reviser: url 'ftp://h/v1' is no http"),
+    ({"reviser": {**M, "url": "http:///v1"}}, "reviser: url 'http:///v1' has no host"),
+    ({"reviser": {**M, "url": "http://h:99999/v1"}}, "reviser: Port out of range 0-65535"),
+    ({"reviser": {**M, "url": "http://h:x/v1"}}, "reviser: Port could not be cast"),
+    ({"reviser": {**M, "url": "http://[/v1"}}, "reviser: Invalid IPv6 URL"),
+    ({"reviser": {**M, "url": ["http://h/v1", "h"]}}, "reviser: url 'h' is no http"),
+    ({"reviser": {**M, "url": "http://u:p@h/v1", "api_key_env": "HOME"}}, "a request carries only one"),
+    ({"reviser": {**M, "url": 7}}, "reviser.url: Input should be a valid string, found 7"),
+    ({"reviser": {**M, "extra": {"headers": ["a"]}}}, "reviser: extra.headers is no mapping"),
+    ({"reviser": {**M, "extra": {"headers": {"X-A": 7}}}}, "extra.headers.X-A is int, not text"),
+    ({"reviser": {**M, "extra": {"headers": {"X-A": "a\nb"}}}}, "extra.headers.X-A holds characters that no header"),
+    ({"reviser": {**M, "extra": {"headers": {"X-A": "é"}}}}, "extra.headers.X-A holds characters that no header"),
     ({"reviser": {**M, "extra": {"messages": []}}}, "reviser: extra.messages would break the request"),
     ({"reviser": {**M, "extra": {"n": 2}}}, "reviser: extra.n would break the request"),
     ({"reviser": {**M, "extra": {"stream": True}}}, "reviser: extra.stream would break the request"),
@@ -127,6 +138,7 @@ WRONG_RECIPES: list[tuple[Mapping[str, Any], str]] = [
     ({"reviser": {**M, "api_key_env": "NO_SUCH_KEY"}}, "reviser needs the environment variable NO_SUCH_KEY"),
     ({"reviser": {**M, "extra": {"headers": {"Authorization": "Bearer x"}}}}, "looks like a secret written into"),
     ({"reviser": {**M, "extra": {"headers": {"X-Team": "${NO_SUCH}"}}}}, "needs the environment variable NO_SUCH"),
+    ({"reviser": {**M, "api_key_env": "TWO_LINES"}}, "the key in the environment variable TWO_LINES is none"),
     # money
     ({"budget": {"money": 1}}, "a budget in money needs reviser.price"),
     ({"budget": {"money": 1, "tokens": 1}}, "budget: give either money or tokens"),
@@ -140,7 +152,8 @@ WRONG_RECIPES: list[tuple[Mapping[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "told"), WRONG_RECIPES, ids=[str(c)[:60] for c, _ in WRONG_RECIPES])
-def test_a_wrong_recipe(place, server, changes, told):
+def test_a_wrong_recipe(place, server, monkeypatch, changes, told):
+    monkeypatch.setenv("TWO_LINES", "one\ntwo")
     reviser = changes.get("reviser")
     if isinstance(reviser, dict) and "url" not in reviser and "path" not in reviser:
         changes = {**changes, "reviser": {"url": server.url, **reviser}}
@@ -179,7 +192,7 @@ def test_a_file_that_is_no_recipe(place, server, text, told):
         ("concurrency", "--set takes key=value, got 'concurrency'"),
         ("concurency=3", r"unknown key 'concurency' \(did you mean 'concurrency'\?\)"),
         ("concurrency=many", "concurrency: .*found 'many'"),
-        ("reviser.temperature=[", "is not a YAML value"),
+        ("reviser.temperature=[", "--set reviser.temperature: the value is not YAML"),
     ],
 )
 def test_a_wrong_set(place, server, override, told):

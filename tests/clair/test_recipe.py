@@ -142,6 +142,14 @@ def test_a_wrong_recipe_is_one_line(tmp_path, content, told):
     assert "pydantic" not in message
 
 
+def test_a_broken_line_is_told_by_its_number_and_not_by_what_it_holds(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("name: x\ninner: {url: http://u:password@h: 1}: 2\n")
+    with pytest.raises(UserError, match=r"is not YAML: line 2: ") as error:
+        load_recipe(Outer, file)
+    assert "password" not in str(error.value)
+
+
 def test_a_merge_key_may_repeat_what_it_overrides(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text("inner: &i {rank: 1}\nseveral: [{<<: *i, alpha: 3}, {<<: *i, rank: 2}]\nname: x\n")

@@ -1,0 +1,122 @@
+"""Secrets: a key from the environment, a password in a URL, a `${NAME}` header. None is written down or printed."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+
+from tests.clair.building import Ended, clair, drops, scripted_rows, write_prompts, write_recipe
+
+KEY = "sk-planted-key-4f5e6d"
+PASSWORD = "planted/pass word-77"
+QUOTED = "planted%2Fpass%20word-77"
+USER = "planted-user-88"
+HEADER = "planted-header-99"
+QUERY = "planted-query-55"
+BASIC = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+SECRETS = (KEY, PASSWORD, QUOTED, USER, HEADER, QUERY, BASIC)
+
+
+@pytest.fixture
+def secrets(monkeypatch):
+    monkeypatch.setenv("PLANTED_KEY", KEY)
+    monkeypatch.setenv("PLANTED_HEADER", HEADER)
+
+
+def recipe(tmp_path: Path, url: str, scripts: list[str]) -> Path:
+    """A recipe with all kinds of secrets: a key for the target, a password for the reviser, headers for both.
+
+    The reviser follows a script that begins with `m`, since its row has an answer; the target the others.
+    """
+    rows = []
+    for n, script in enumerate(scripts):
+        answer = {"answer": "bad"} if script.startswith("m ") else {}
+        rows.append({"id": n, "prompt": f"Task {n} [[{script.removeprefix('m ')}]]"} | answer)
+    write_prompts(tmp_path / "prompts.jsonl", rows)
+    extra = {"headers": {"X-Secret": "${PLANTED_HEADER}", "X-Mixed": "Token ${PLANTED_HEADER};"}}
+    with_password = url.replace("http://", f"http://{USER}:{QUOTED}@") + f"?api-key={QUERY}"
+    target = {"url": url, "model": "t", "api_key_env": "PLANTED_KEY", "extra": extra}
+    reviser = {"url": with_password, "model": "m", "extra": extra}
+    return write_recipe(tmp_path, url, target=target, reviser=reviser, attempts=1)
+
+
+def assert_nowhere(tmp_path: Path, *ended: Ended) -> int:
+    """No file under out/ and no output holds a secret; returns how many files were looked at."""
+    looked_at = 0
+    for file in (tmp_path / "out").rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            looked_at += 1
+            for secret in SECRETS:
+                assert secret.encode() not in content, (file, secret)
+    for end in ended:
+        for secret in SECRETS:
+            assert secret not in end.out + end.err, secret
+    return looked_at
+
+
+def test_secrets_reach_the_endpoint_and_nothing_else(tmp_path, server, secrets):
+    file = recipe(tmp_path, server.url, ["ok", "400", "m html", "m drop", "m tool"])
+    dry, built = clair("build", file, "--dry-run"), clair("build", file)
+    told = clair("stats", tmp_path / "out"), clair("show", tmp_path / "out"), clair("report", tmp_path / "out")
+    assert [dry.code, built.code] == [0, 3]
+    assert assert_nowhere(tmp_path, dry, built, *told) >= 8
+    sent = {}
+    for request in server.seen():
+        headers = {name.lower(): value for name, value in request["headers"].items()}
+        assert headers["x-secret"] == HEADER
+        assert headers["x-mixed"] == f"Token {HEADER};"
+        sent[request["body"]["model"]] = headers["authorization"], request["query"]
+    assert sent == {"t": (f"Bearer {KEY}", ""), "m": (f"Basic {BASIC}", f"api-key={QUERY}")}
+
+
+def test_a_server_that_echoes_what_it_was_sent_betrays_nothing(tmp_path, server, secrets):
+    """Errors that end the run, and errors of one row, which are kept in dropped.jsonl and in the ledger."""
+    ended = clair("build", recipe(tmp_path, server.url, ["ok", "echo400", "m echo400", "echo200", "m echo200"]))
+    assert ended.code == 3
+    dropped = drops(tmp_path / "out")
+    assert [(row["stage"], row["reason"]) for row in dropped] == [
+        ("target", "http_400"), ("reviser", "http_400"), ("target", "malformed_reply"), ("reviser", "malformed_reply"),
+    ]
+    assert all("[secret]" in row["detail"] for row in dropped)
+    assert_nowhere(tmp_path, ended)
+    for script in ("echo401", "m echo401", "echo404", "m echo404"):
+        ended = clair("build", recipe(tmp_path, server.url, [script]))
+        assert ended.code == 2
+        assert "Wrong credentials" in ended.err
+        assert "[secret]" in ended.err
+        assert_nowhere(tmp_path, ended)
+
+
+def test_a_url_that_cannot_be_reached_is_told_without_its_password(tmp_path, secrets):
+    for url in ("http://127.0.0.1:9/v1", "http://no-such-host.invalid/v1"):
+        ended = clair("build", recipe(tmp_path, url, ["ok"]))
+        assert ended.code == 2
+        assert url in ended.err
+        assert_nowhere(tmp_path, ended)
+
+
+def test_a_url_that_is_none_is_told_without_its_password(tmp_path, secrets):
+    url = f"ftp://{USER}:{QUOTED}@host/v1"
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
+    ended = clair("build", write_recipe(tmp_path, url))
+    assert ended.code == 2
+    assert "ftp://host/v1" in ended.err
+    assert_nowhere(tmp_path, ended)
+
+
+@pytest.mark.parametrize("setting", ["reviser.temprature=1", "reviser.timeout=no", "reviser.extra.headers.X-Key=abc"])
+def test_a_wrong_recipe_is_told_without_its_secrets(tmp_path, server, secrets, setting):
+    ended = clair("build", recipe(tmp_path, server.url, ["ok"]), "--set", setting)
+    assert ended.code == 2
+    assert_nowhere(tmp_path, ended)
+
+
+def test_a_short_secret_is_not_looked_for_in_every_word(tmp_path, server, monkeypatch):
+    monkeypatch.setenv("PLANTED_KEY", "a")
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["400"]))
+    reviser = {"url": server.url, "model": "m", "api_key_env": "PLANTED_KEY"}
+    assert clair("build", write_recipe(tmp_path, server.url, reviser=reviser)).code == 3
+    assert "This prompt is too long." in (tmp_path / "out" / "dropped.jsonl").read_text()
