@@ -88,6 +88,25 @@ def _print_plan(config: Any) -> None:
     print(f"# out: {config.out} ({status})")
     for note in planned.train.notes:
         print(f"# note: {note}")
+    _print_estimate(planned)
+
+
+def _print_estimate(planned: Any) -> None:
+    from apo import fit
+    from apo.train import estimate
+
+    costs = estimate(planned)
+    if isinstance(costs, str):
+        print(f"# no estimate: {costs}")
+        return
+    sizes, (flops, reference) = costs.here.sizes, fit.run_flops(costs.here)
+    print(f"# tokens: {fit.tokens_told(costs.here)}")
+    print(f"# parameters: {sizes.parameters:,}, trained {sizes.trained:,}")
+    print(f"# work: {flops:.3g} FLOPs, {reference / flops:.0%} of it the reference's")
+    for line in fit.table(costs.jobs, [costs.machine, *fit.GPUS]):
+        print(f"# {line}")
+    print(f"# times assume {fit.MFU:.0%} of a GPU's peak, {fit.CPU_SHARE:.0%} of a CPU's matrix products; not measured")
+    fit.check_fits(costs.here, costs.machine)
 
 
 def _closing(out: str, run: dict[str, Any]) -> str:

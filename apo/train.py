@@ -20,6 +20,7 @@ from clair.recipe import Recipe, UserError, near_miss, resolved, write_json
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from apo import fit
     from apo.tokens import Tokenized
     from apo.trainer import APOConfig, APOTrainer
 
@@ -192,6 +193,62 @@ def plan(config: TrainConfig) -> Plan:
     return Plan(config, name, tokenizer, args, train, evaluated, _steps(args, len(train.dataset)))
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What a checked plan will cost: as it runs on a GPU (True) and on a CPU (False)."""
+
+    jobs: dict[bool, fit.Job]
+    machine: fit.Device
+
+    @property
+    def here(self) -> fit.Job:
+        """The run on the machine it starts on."""
+        return self.jobs[self.machine.is_gpu]
+
+
+def estimate(planned: Plan) -> Estimate | str:
+    """The costs of a plan (fit.py), or why they cannot be told."""
+    from apo import fit
+    from apo.mixture import mixture_of
+
+    config, args = planned.config, planned.args
+    machine = fit.this_machine()
+    if args.use_cpu and machine.is_gpu:
+        return "the run leaves the GPU unused"
+    try:
+        sizes = fit.sizes_of(planned.name, _lora_of(config))
+    except (ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        return str(error)
+    reference = ("cached" if args.precompute_ref_log_probs else "online") if (
+        mixture_of(config.objective).needs_reference
+    ) else None  # fmt: skip
+    asked = config.trainer.get("gradient_checkpointing", config.trainer.get("activation_checkpointing"))
+    dtype = str((args.model_init_kwargs or {}).get("dtype", "float32"))
+    jobs = {
+        on_gpu: fit.job_of(
+            sizes, planned.train.dataset, args, planned.steps, reference=reference, dtype=dtype,
+            mixed=config.trainer.get("bf16", on_gpu) or args.fp16,
+            checkpointing=on_gpu if asked is None else asked, on_gpu=on_gpu,
+        )
+        for on_gpu in (True, False)
+    }  # fmt: skip
+    return Estimate(jobs, machine)
+
+
+def _lora_of(config: TrainConfig) -> Any:
+    """PEFT's configuration of the recipe's `lora`, or None."""
+    if config.lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout,
+        target_modules=config.lora.target_modules, task_type="CAUSAL_LM",
+    )  # fmt: skip
+
+
 def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args: APOConfig) -> Tokenized:
     from apo.tokens import end_ids, tokenize
     from apo.trainer import check_weights
@@ -227,6 +284,11 @@ def train(config: TrainConfig, *, tell: Callable[[str], None] = print) -> dict[s
     planned = plan(config)
     for note in planned.train.notes:
         tell(f"note: {note}")
+    costs = estimate(planned)
+    if not isinstance(costs, str):
+        from apo.fit import check_fits
+
+        check_fits(costs.here, costs.machine)
     trainer = build_trainer(planned)
     for note in trainer.notes:
         tell(f"note: {note}")
@@ -238,7 +300,6 @@ def train(config: TrainConfig, *, tell: Callable[[str], None] = print) -> dict[s
 
 def build_trainer(planned: Plan) -> APOTrainer:
     """The trainer of a checked plan, model loaded, with the checks before the first step done."""
-    from peft import LoraConfig
     from transformers import PrinterCallback, ProgressCallback
 
     from apo.checks import check_before_training
@@ -249,13 +310,9 @@ def build_trainer(planned: Plan) -> APOTrainer:
     options, args.model_init_kwargs = dict(args.model_init_kwargs or {}), None
     model = models.load_model(planned.name, **options)
     models.check_vocabulary(model, planned.tokenizer, planned.name.base)
-    lora = config.lora and LoraConfig(
-        r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout,
-        target_modules=config.lora.target_modules, task_type="CAUSAL_LM",
-    )  # fmt: skip
     try:
         trainer = APOTrainer(
-            model=model, args=args, train_dataset=planned.train.dataset, peft_config=lora,
+            model=model, args=args, train_dataset=planned.train.dataset, peft_config=_lora_of(config),
             eval_dataset=planned.eval.dataset if planned.eval else None, processing_class=planned.tokenizer,
             callbacks=[Interrupt(), Recorder(Path(config.out)), Bar()],
         )  # fmt: skip

@@ -1,0 +1,446 @@
+"""Whether a run fits, what it computes and how long that takes: from the config and the pairs, before any weight.
+
+Parameters are counted on the meta device. FLOPs and bytes are formulas in the docstrings below, for decoders of the
+Llama kind in packed rows (prefix.py) or in TRL's padded batch. Speeds are ASSUMPTIONS, marked as such where they are.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apo.prefix import _HEAD_CHUNK, bins_of, common_prefix
+from clair.recipe import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from apo.model import ModelName
+
+GIB = 2**30
+LOOKED_AT = 2048
+"""Pairs whose lengths are looked at; of a longer dataset every n-th."""
+STATES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0}
+"""Numbers an optimizer keeps per trained parameter, by the beginning of its name; others are taken for AdamW."""
+MFU = 0.4
+"""ASSUMPTION: the share of a GPU's bf16 peak that training reaches."""
+HOLES = 2
+"""MEASURED, not derived: layers' activations that glibc's allocator keeps in holes on a CPU (tests/apo/test_fit.py)."""
+CPU_SHARE = 0.6
+"""ASSUMPTION: the share of a large matrix product's speed, measured for a moment, that training reaches on a CPU."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A machine to run on: bytes of memory, floating-point operations a second reached in training."""
+
+    name: str
+    memory: float
+    flops: float
+    is_gpu: bool = True
+    reserved: float = 1.0 * GIB
+    """Bytes that are taken before the first tensor: the CUDA context, or Python with its libraries."""
+
+
+GPUS = (
+    Device("A100 80GB", 80 * GIB, 312e12 * MFU),
+    Device("H100 80GB", 80 * GIB, 989e12 * MFU),
+    Device("H200 141GB", 140 * GIB, 989e12 * MFU),
+    Device("RTX 4090 24GB", 24 * GIB, 165e12 * MFU),
+)
+"""Dense bf16 peaks as the manufacturer gives them, times `MFU`."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a model decides its costs. `linear` counts the weights of its linear layers but the LM head."""
+
+    parameters: int
+    linear: int
+    adapter: int
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def trained(self) -> int:
+        """How many parameters have a gradient."""
+        return self.adapter or self.parameters
+
+
+@dataclass(frozen=True)
+class Row:
+    """One forward pass: tokens, positions with a label, query-key products, and what the second branches copy.
+
+    `keys` are the keys and values put together anew for rejected branches, `masked` their query-key products.
+    """
+
+    tokens: int
+    labels: int
+    products: int
+    keys: int = 0
+    masked: int = 0
+
+    def __add__(self, other: Row) -> Row:
+        return Row(*(a + b for a, b in zip(self._all(), other._all(), strict=True)))
+
+    def _all(self) -> tuple[int, ...]:
+        return self.tokens, self.labels, self.products, self.keys, self.masked
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run as far as its costs go. Bytes: `weight` of a stored number, `compute` of one in a matrix product.
+
+    `rows`, `pairs`, `seen` (in training) and `padded_tokens` (of TRL's batch, an epoch) are of the pairs looked at,
+    each of which `stands_for` so many.
+    """
+
+    sizes: Sizes
+    rows: tuple[Row, ...]
+    padded_tokens: int
+    pairs: int
+    seen: int
+    stands_for: int
+    weight: int
+    compute: int
+    states: int
+    checkpointing: bool
+    accumulates: bool
+    copies: bool
+    reference: str | None
+    on_gpu: bool = False
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether only an adapter is trained."""
+        return self.sizes.adapter > 0
+
+
+# ---- the model
+
+
+def sizes_of(name: ModelName, lora: Any = None) -> Sizes:
+    """Count a model's parameters on the meta device. `lora` is a PEFT config, or None.
+
+    Raises UserError for a config that cannot be read, ValueError for a model that the formulas do not describe.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(name.base, trust_remote_code=name.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model {name.base} has no config to read: {' '.join(str(error).split())[:200]}") from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=name.trust_remote_code)
+    if lora is None and name.is_adapter:
+        from peft import PeftConfig
+
+        lora = PeftConfig.from_pretrained(name.path)
+    return sizes_of_model(model, lora)
+
+
+def sizes_of_model(model: Any, lora: Any = None) -> Sizes:
+    """The same of a model on any device, which a `lora` changes in place."""
+    import torch
+
+    config = model.config.get_text_config()
+    wanted = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    if missing := [key for key in wanted if not isinstance(getattr(config, key, None), int)]:
+        raise ValueError(f"its config gives no single {missing[0]}")
+    if any(getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise ValueError("it is a mixture of experts")
+    head = model.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    parameters = sum(p.numel() for p in model.parameters())
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    tied = head.weight is model.get_input_embeddings().weight
+    adapter = 0
+    if lora is not None:
+        from peft import get_peft_model
+
+        with torch.device("meta"):
+            adapter = sum(p.numel() for p in get_peft_model(model, lora).parameters() if p.requires_grad)
+    return Sizes(
+        parameters, linear, adapter, config.num_hidden_layers, config.hidden_size, config.intermediate_size,
+        config.num_attention_heads * width, config.vocab_size, tied,
+    )  # fmt: skip
+
+
+# ---- the pairs
+
+
+def row_of(prompt: int, both: int, chosen: int, rejected: int) -> Row:
+    """A pair in a packed row: lengths of prompt, of the responses' common beginning, and of either whole response.
+
+    tokens = prompt + chosen + rejected - both; the first branch is prompt + chosen squared, the second the rest of
+    rejected times all it sees, both counted as whole rectangles, as kernels that are not told about causality compute.
+    """
+    first, rest = prompt + chosen, rejected - both
+    seen = prompt + both + rest
+    second = rest * seen
+    return Row(first + rest, chosen + rest, first * first + second, seen if rest else 0, second)
+
+
+def rows_of(
+    examples: Sequence[dict[str, list[int]]], batch: int, most: int | None, shared: bool, seed: int
+) -> list[Row]:
+    """The forward passes of one epoch, in an order drawn by `seed`: pairs in batches, cut at `most` tokens."""
+    pairs = []
+    for example in examples:
+        prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
+        pairs.append((len(prompt), common_prefix(chosen, rejected), len(chosen), len(rejected)))
+    random.Random(seed).shuffle(pairs)
+    rows = []
+    for start in range(0, len(pairs), batch):
+        part = pairs[start : start + batch]
+        if not shared:
+            longest = max(prompt + max(chosen, rejected) for prompt, _, chosen, rejected in part)
+            rows.append(Row(*[2 * len(part) * n for n in (longest, longest, longest**2)]))
+            continue
+        packed = [row_of(*pair) for pair in part]
+        places = [list(range(len(packed)))] if most is None else bins_of([row.tokens for row in packed], most)
+        rows += [_sum(packed[place] for place in bin) for bin in places]
+    return rows
+
+
+def _sum(rows: Iterable[Row]) -> Row:
+    total = Row(0, 0, 0)
+    for row in rows:
+        total = total + row
+    return total
+
+
+# ---- the costs
+
+
+def forward_flops(sizes: Sizes, row: Row) -> float:
+    """2 x linear weights x tokens + 4 x layers x head width x query-key products + 2 x hidden x vocabulary x labels."""
+    return _body_flops(sizes, row) + 2 * sizes.hidden * sizes.vocabulary * row.labels
+
+
+def _body_flops(sizes: Sizes, row: Row) -> float:
+    return 2 * (sizes.linear + sizes.adapter) * row.tokens + 4 * sizes.layers * sizes.heads * row.products
+
+
+def step_flops(job: Job, row: Row) -> float:
+    """Forward and backward of one row.
+
+    Backward: twice the forward of each trained matrix, once that of a frozen one (no gradient of the weight), attention
+    2.5 times (its scores are made anew), the head 3 times (logits are made anew; 2 times where it is frozen). With
+    activation checkpointing the body's forward once more.
+    """
+    sizes = job.sizes
+    attention = 4 * sizes.layers * sizes.heads * row.products
+    matrices = sizes.linear * (1 if job.is_adapter else 2) + 2 * sizes.adapter
+    head = 2 * sizes.hidden * sizes.vocabulary * row.labels * (2 if job.is_adapter else 3)
+    again = _body_flops(sizes, row) if job.checkpointing else 0
+    return forward_flops(sizes, row) + 2 * matrices * row.tokens + 2.5 * attention + head + again
+
+
+def run_flops(job: Job) -> tuple[float, float]:
+    """FLOPs of the run and, of these, the reference's: one forward per pair if cached, per pair seen if online."""
+    epochs = job.seen / job.pairs
+    forward = sum(forward_flops(job.sizes, row) for row in job.rows)
+    reference = {"cached": 1, "online": epochs}.get(job.reference or "", 0) * forward * job.stands_for
+    return epochs * job.stands_for * sum(step_flops(job, row) for row in job.rows) + reference, reference
+
+
+def memory_of(job: Job) -> dict[str, float]:
+    """Bytes at the peak: what lies there all the time, and the larger of two moments.
+
+    weights      parameters x bytes, twice with a copy for the reference; in mixed precision also the 2-byte copies
+    optimizer    states x trained parameters x bytes
+    activations  `row_bytes` of the largest row
+    At the start of backward: activations, the head's buffers and, where gradients accumulate, all gradients.
+    At its end: all gradients and one layer's activations.
+    On a CPU, `HOLES` layers' activations more; a GPU's allocator is taken to waste nothing.
+    """
+    sizes = job.sizes
+    weights = sizes.parameters * job.weight * (2 if job.copies else 1) + sizes.adapter * job.weight
+    if job.compute < job.weight:
+        weights += sizes.linear * job.compute
+    gradients = sizes.trained * job.weight
+    activations = max(row_bytes(job, row) for row in job.rows)
+    head = max(_head_bytes(job, row) for row in job.rows)
+    working = max(_working_bytes(job, row) for row in job.rows)
+    start = activations + max(head, working) + (gradients if job.accumulates else 0)
+    end = gradients + working + activations / sizes.layers
+    parts = {"weights": weights, "optimizer": job.states * sizes.trained * job.weight}
+    if start >= end:
+        moment = {"gradients": gradients if job.accumulates else 0, "activations": start - gradients * job.accumulates}
+    else:
+        moment = {"gradients": gradients, "activations": end - gradients}
+    holes = 0 if job.on_gpu else HOLES * max(_layer_bytes(job, row) for row in job.rows)
+    return {**parts, **moment, "allocator": holes}
+
+
+def row_bytes(job: Job, row: Row) -> float:
+    """What forward keeps for backward, in bytes, of all layers; with checkpointing each layer's input and one layer.
+
+    Per token and layer, h hidden, a = heads x head width, i inner: both norms keep their input in float32 and their
+    output, and (where their weight is trained) the normed input: h (4 + c + c) each. Attention keeps queries, keys and
+    values (repeated to all heads), its output and the output as the next matrix reads it: 5 a c. The gated MLP keeps
+    4 i c. Rejected branches keep their own keys and values, 2 a c each, and a float mask, c per query-key product.
+    """
+    layer = _layer_bytes(job, row)
+    if job.checkpointing:
+        residual = max(job.weight, job.compute)
+        return job.sizes.layers * row.tokens * job.sizes.hidden * residual + layer
+    return job.sizes.layers * layer
+
+
+def _layer_bytes(job: Job, row: Row) -> float:
+    sizes, c = job.sizes, job.compute
+    norms = 2 * sizes.hidden * (4 + c * (1 if job.is_adapter else 2))
+    token = norms + 5 * sizes.heads * c + 4 * sizes.inner * c
+    return token * row.tokens + 2 * sizes.heads * c * row.keys + c * row.masked
+
+
+def _head_bytes(job: Job, row: Row) -> float:
+    """The head's buffers in backward: logits of a chunk in float32 twice, hidden states and their gradient.
+
+    Where the head is trained, also its gradient in float32 with one product of the same size on its way into it.
+    """
+    sizes = job.sizes
+    chunk = 2 * 4 * min(row.labels, _HEAD_CHUNK) * sizes.vocabulary
+    trained = 0 if job.is_adapter else 2 * 4 * sizes.vocabulary * sizes.hidden
+    return chunk + trained + 2 * row.labels * sizes.hidden * job.compute
+
+
+def _working_bytes(job: Job, row: Row) -> float:
+    """Gradients on their way through one gated MLP: 3 i + 2 h per token."""
+    return row.tokens * (3 * job.sizes.inner + 2 * job.sizes.hidden) * job.compute
+
+
+# ---- the run
+
+
+def job_of(
+    sizes: Sizes,
+    dataset: Dataset,
+    args: Any,
+    steps: int,
+    *,
+    reference: str | None,
+    dtype: str = "float32",
+    mixed: bool = False,
+    checkpointing: bool = False,
+    on_gpu: bool = False,
+) -> Job:
+    """What the trainer's options and the tokenised pairs come to. `reference` is "cached", "online" or None."""
+    apart = -(-len(dataset) // LOOKED_AT)
+    examples = [dataset[row] for row in range(0, len(dataset), apart)]
+    batch = args.per_device_train_batch_size
+    rows = rows_of(examples, batch, args.pack_tokens, args.shared_prefix, args.seed)
+    padded = sum(row.tokens for row in rows_of(examples, batch, None, False, args.seed))
+    weight = {"float32": 4, "float64": 8}.get(str(dtype).removeprefix("torch."), 2)
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    states = next((n for start, n in STATES.items() if optimizer.startswith(start)), 2)
+    cut_up = len(rows) > -(-len(examples) // batch)
+    return Job(
+        sizes, tuple(rows), padded, len(examples), max(1, steps * batch * args.gradient_accumulation_steps // apart),
+        apart, weight, 2 if mixed else weight, states, checkpointing=checkpointing, reference=reference,
+        accumulates=args.gradient_accumulation_steps > 1 or cut_up,
+        copies=reference == "online" and not sizes.adapter, on_gpu=on_gpu,
+    )  # fmt: skip
+
+
+def this_machine() -> Device:
+    """The machine that this runs on, its memory as the operating system or a container's limit gives it.
+
+    A CPU's speed is that of a matrix product of 1024, measured, times `CPU_SHARE`; a GPU's is taken from `GPUS` by its
+    name, else from the A100.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        name, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
+        like = next((gpu for gpu in GPUS if gpu.name.split(" ")[-2] in name), GPUS[0])
+        return Device(f"this machine: {name}", memory, like.flops)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text("utf-8").strip()).isdigit():
+        memory = min(memory, int(text))
+    return Device("this machine: CPU", memory, _matrix_speed() * CPU_SHARE, is_gpu=False, reserved=0.8 * GIB)
+
+
+def _matrix_speed() -> float:
+    import torch
+
+    one = torch.ones(1024, 1024)
+    one @ one
+    best = min(_seconds(lambda: one @ one) for _ in range(3))
+    return 2 * 1024**3 / best
+
+
+def _seconds(do: Any) -> float:
+    start = time.perf_counter()
+    do()
+    return time.perf_counter() - start
+
+
+def needed(job: Job, device: Device) -> float:
+    """Bytes at the peak on a device."""
+    return sum(memory_of(job).values()) + device.reserved
+
+
+def tokens_told(job: Job) -> str:
+    """How many tokens an epoch runs, in words, and what share that is of TRL's padded batch."""
+    tokens = sum(row.tokens for row in job.rows)
+    count, share = tokens * job.stands_for, tokens / job.padded_tokens
+    about = "about " if job.stands_for > 1 else ""
+    return f"{about}{count:,} an epoch, {share:.0%} of the {job.padded_tokens * job.stands_for:,} of TRL's padded batch"
+
+
+def table(jobs: dict[bool, Job], devices: Sequence[Device]) -> list[str]:
+    """A line per device: memory, whether it fits, time. `jobs` are those on a GPU (True) and on a CPU (False)."""
+    lines = []
+    for device in devices:
+        job = jobs[device.is_gpu]
+        memory = needed(job, device)
+        fits = "fits" if memory <= device.memory else "does NOT fit"
+        parts = ", ".join(f"{name} {_gib(size)}" for name, size in memory_of(job).items() if size)
+        spent = f"about {duration(run_flops(job)[0] / device.flops)}" if memory <= device.memory else "-"
+        lines.append(f"{device.name}: {_gib(memory)} of {_gib(device.memory)} GiB, {fits}, {spent} ({parts})")
+    return lines
+
+
+def check_fits(job: Job, device: Device) -> None:
+    """Raises UserError where the peak is more than the device has, and says which change would make it fit."""
+    if needed(job, device) <= device.memory:
+        return
+    smallest = replace(job, rows=(min(job.rows, key=lambda row: row.tokens),))
+    tries = {
+        "trainer.pack_tokens (a row of a few thousand tokens at most)": smallest,
+        "trainer.gradient_checkpointing: true": replace(job, checkpointing=True),
+        "reference: cached": replace(job, copies=False),
+        "lora: {r: 16}": replace(job, copies=False, sizes=replace(job.sizes, adapter=max(1, job.sizes.linear // 200))),
+        "trainer.model_init_kwargs: {dtype: bfloat16}": replace(job, weight=2, compute=2),
+    }
+    helps = [name for name, other in tries.items() if needed(other, device) < 0.97 * needed(job, device)]
+    enough = [name for name in helps if needed(tries[name], device) <= device.memory]
+    change = " or ".join(enough) if enough else f"several of {', '.join(helps)}; or take a smaller model"
+    raise UserError(
+        f"the run needs about {_gib(needed(job, device))} GiB and {device.name} has {_gib(device.memory)}; set {change}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}" if size >= 0.1 * GIB else f"{size / GIB:.2f}"

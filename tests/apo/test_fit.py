@@ -1,0 +1,271 @@
+"""Estimates before a run: counted independently, and measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from apo import fit
+from apo.fit import Device, Job, Row, rows_of
+from apo.prefix import lay_out, packed_logps, share_prefixes
+from apo.train import TrainConfig, estimate, plan, train
+from clair.recipe import UserError
+from tests.apo.conftest import make_model
+from tests.apo.test_cli import call
+from tests.apo.test_train import folder, recipe  # noqa: F401
+
+LLAMA_3_8B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def lora(r=4):
+    return LoraConfig(r=r, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def llama(**sizes):
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+def examples(n=3, prompt=9, seed=0):
+    rng = random.Random(seed)
+
+    def ids(count):
+        return [rng.randrange(10, 40) for _ in range(count)]
+
+    return [
+        {"prompt_ids": ids(prompt), "chosen_ids": [5, *ids(7 + i), 3], "rejected_ids": [5, 6, *ids(4), 3]}
+        for i in range(n)
+    ]
+
+
+def job(sizes, rows, **more):
+    base = {
+        "padded_tokens": 1, "pairs": 1, "seen": 1, "stands_for": 1, "weight": 4, "compute": 4, "states": 2,
+        "checkpointing": False, "accumulates": False, "copies": False, "reference": None,
+    }  # fmt: skip
+    return Job(sizes=sizes, rows=tuple(rows), **base | more)
+
+
+def test_llama_3_8b_has_the_parameters_that_its_card_says():
+    sizes = fit.sizes_of_model(llama(**LLAMA_3_8B))
+    assert sizes.parameters == 8_030_261_248
+    # by hand, a layer: q and o 4096^2, k and v 4096 x 1024, three of 4096 x 14336
+    assert sizes.linear == 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert (sizes.heads, sizes.tied, sizes.trained) == (4096, False, 8_030_261_248)
+
+
+def test_an_adapters_parameters_by_hand():
+    sizes = fit.sizes_of_model(llama(**LLAMA_3_8B), lora(r=16))
+    per_layer = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
+    assert sizes.adapter == sizes.trained == 32 * 16 * per_layer
+    assert sizes.parameters == 8_030_261_248
+
+
+def test_a_row_by_hand():
+    # 4 of prompt, 2 shared, then 3 and 1: chosen is 5 long, rejected 3.
+    assert fit.row_of(4, 2, 5, 3) == Row(tokens=10, labels=6, products=9 * 9 + 1 * 7, keys=7, masked=7)
+    pair = {"prompt_ids": [1, 2], "chosen_ids": [5, 6, 7], "rejected_ids": [5, 8]}
+    assert rows_of([pair], 1, None, True, 0) == [fit.row_of(2, 1, 3, 2)]
+    assert rows_of([pair], 1, None, False, 0) == [Row(10, 10, 50)]
+    assert len(rows_of([pair] * 6, 3, None, True, 0)) == 2
+    assert [row.tokens for row in rows_of([pair] * 6, 3, 12, True, 0)] == [12, 6, 12, 6]
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_flops_are_those_that_torch_counts(adapter):
+    pairs, model = examples(), make_model()
+    sizes = fit.sizes_of_model(make_model(), lora() if adapter else None)
+    if adapter:
+        model = get_peft_model(model, lora())
+    share_prefixes(model)
+    layout = lay_out(pairs)
+    (row,) = rows_of(pairs, len(pairs), None, True, 0)
+    assert row.tokens == layout.input_ids.numel()
+    assert row.labels == len(layout.labels)
+    # The counter knows the plain kernel of attention on a CPU, which keeps its scores; the fused one makes them anew.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        logps = packed_logps(model, layout)
+    assert forward.get_total_flops() == fit.forward_flops(sizes, row)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as backward:
+        logps.chosen.sum().backward()
+    anew = 0.5 * 4 * sizes.layers * sizes.heads * row.products
+    ours = fit.step_flops(job(sizes, [row]), row) - fit.forward_flops(sizes, row) - anew
+    # The first layer's input needs no gradient where only an adapter is trained, which the formula leaves in: q, k and
+    # v (32 x 32, twice 32 x 16) and the A of their adapters (4 x 32).
+    first = 2 * row.tokens * (32 * 32 + 2 * 32 * 16 + 3 * 4 * 32) if adapter else 0
+    assert backward.get_total_flops() == ours - first
+
+
+def test_what_is_kept_for_backward_is_what_autograd_saves():
+    sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64))
+    share_prefixes(model)
+    pairs, stored = examples(4, prompt=60), {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)  # so that no address is used twice
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            stored[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        packed_logps(model, lay_out(pairs))
+    (row,) = rows_of(pairs, 4, None, True, 0)
+    expected = fit.row_bytes(job(fit.sizes_of_model(model), [row]), row)
+    assert sum(stored.values()) == pytest.approx(expected, rel=0.08)
+
+
+def test_memory_by_hand_and_what_lowers_it():
+    sizes = fit.sizes_of_model(llama(**LLAMA_3_8B))
+    row = fit.row_of(500, 0, 500, 500)
+    full = job(sizes, [row] * 2, weight=2, compute=2, on_gpu=True)
+    parts = fit.memory_of(full)
+    assert parts["weights"] == 2 * sizes.parameters
+    assert parts["optimizer"] == 2 * 2 * sizes.parameters
+    total = sum(parts.values())
+    assert fit.memory_of(replace(full, copies=True))["weights"] == 2 * parts["weights"]
+    assert sum(fit.memory_of(replace(full, states=0)).values()) == total - parts["optimizer"]
+    checkpointed = replace(full, checkpointing=True)
+    assert fit.row_bytes(checkpointed, row) < fit.row_bytes(full, row) / 10
+    adapter = replace(checkpointed, sizes=replace(sizes, adapter=42_000_000))
+    assert fit.needed(adapter, fit.GPUS[0]) < fit.GPUS[0].memory < fit.needed(replace(full, weight=4), fit.GPUS[0])
+
+
+def test_the_reference_is_counted_once_or_at_every_step():
+    sizes = fit.sizes_of_model(make_model())
+    row = fit.row_of(9, 0, 5, 5)
+    forward = fit.forward_flops(sizes, row)
+    run = job(sizes, [row] * 4, pairs=4, seen=12)
+    bare = fit.run_flops(run)[0]
+    assert bare == pytest.approx(12 * fit.step_flops(run, row))
+    assert fit.run_flops(replace(run, reference="cached")) == pytest.approx((bare + 4 * forward, 4 * forward))
+    assert fit.run_flops(replace(run, reference="online"))[1] == pytest.approx(12 * forward)
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_would_help(recipe, monkeypatch, tmp_path, capsys):  # noqa: F811
+    planned = plan(TrainConfig(**recipe))
+    costs = estimate(planned)
+    assert costs.here.sizes.parameters == make_model().num_parameters()
+    fit.check_fits(costs.here, costs.machine)
+    small = Device("this machine: CPU", 1000, 1e9, is_gpu=False, reserved=0)
+    monkeypatch.setattr(fit, "this_machine", lambda: small)
+    with pytest.raises(UserError, match=r"the run needs about .* GiB and this machine: CPU has .*; set .*lora"):
+        train(TrainConfig(**recipe), tell=print)
+    assert not list(tmp_path.glob("run/*"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    assert call(monkeypatch, "train", path, "--dry-run") == 2
+    assert "does NOT fit" in capsys.readouterr().out
+
+
+def test_one_change_that_is_enough_is_named_alone():
+    sizes = fit.sizes_of_model(llama(**LLAMA_3_8B), lora(16))
+    run = job(sizes, [fit.row_of(500, 0, 500, 500)] * 2, weight=2, compute=2, on_gpu=True)
+    between = Device(
+        "D", (fit.needed(run, fit.GPUS[0]) + sum(fit.memory_of(replace(run, checkpointing=True)).values())) / 2, 1
+    )
+    with pytest.raises(UserError, match=r"set trainer.gradient_checkpointing: true$"):
+        fit.check_fits(run, between)
+
+
+def test_a_dry_run_tells_costs(recipe, monkeypatch, tmp_path, capsys):  # noqa: F811
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    assert call(monkeypatch, "train", path, "--dry-run") == 0
+    told = capsys.readouterr().out
+    for part in (
+        "# tokens: ",
+        "of TRL's padded batch",
+        "# work: ",
+        "FLOPs",
+        "this machine: ",
+        "H200",
+        "RTX 4090",
+        "assume",
+    ):
+        assert part in told
+
+
+def test_a_mixture_of_experts_has_no_estimate():
+    model = make_model()
+    model.config.num_local_experts = 8
+    with pytest.raises(ValueError, match="mixture of experts"):
+        fit.sizes_of_model(model)
+
+
+MEASURE = """
+import json, os, random, sys, datasets, torch
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
+from apo import fit
+from apo.trainer import APOConfig, APOTrainer
+from tests.apo.conftest import make_tokenizer
+
+case = json.loads(sys.argv[1])
+out = sys.argv[2]
+torch.set_num_threads(1)
+rng = random.Random(0)
+ids = lambda n: [rng.randrange(10, 60) for _ in range(n)] + [3]
+lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if case["lora"] else None
+
+def run(lengths, **sizes):
+    rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(ids, lengths))) for _ in range(8)]
+    rows = datasets.Dataset.from_list(rows)
+    args = APOConfig(output_dir=out, report_to="none", max_steps=3, save_strategy="no", disable_tqdm=True,
+                     max_length=None, precompute_ref_log_probs=True, **case["args"])
+    config = LlamaConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=3)
+    APOTrainer(LlamaForCausalLM(config), args=args, train_dataset=rows, processing_class=make_tokenizer(),
+               peft_config=lora).train()
+    with torch.device("meta"):
+        sizes = fit.sizes_of_model(LlamaForCausalLM(config), lora)
+    return fit.job_of(sizes, rows, args, 3, reference="cached", checkpointing=bool(args.gradient_checkpointing))
+
+run([9, 9, 5], hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=64)
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the high-water mark begins anew
+base = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+job = run(case["lengths"], **case["sizes"])
+(peak,) = (int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps([sum(fit.memory_of(job).values()), peak - base]))
+"""
+MIDDLE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8,
+          "vocab_size": 8000}  # fmt: skip
+CASES = {
+    "full": (MIDDLE, [200, 300, 300], False, {}),
+    "lora": (MIDDLE, [200, 300, 300], True, {}),
+    "accumulation": (MIDDLE, [200, 300, 300], False, {"gradient_accumulation_steps": 2}),
+    "checkpointing": (MIDDLE, [300, 500, 500], False, {"gradient_checkpointing": True}),
+    "large vocabulary": (MIDDLE | {"num_hidden_layers": 4, "vocab_size": 32000}, [100, 300, 300], False, {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak is read where Linux tells it")
+@pytest.mark.parametrize("name", CASES)
+def test_the_estimate_is_within_a_fifth_of_the_measured_peak(name, tmp_path):
+    sizes, lengths, adapter, args = CASES[name]
+    case = {"sizes": sizes, "lengths": lengths, "lora": adapter, "args": {"per_device_train_batch_size": 2, **args}}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", MEASURE, json.dumps(case), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    estimated, measured = json.loads(done.stdout.splitlines()[-1])
+    print(f"{name}: estimate / measured peak = {estimated / measured:.3f} of {measured / 2**20:.0f} MiB")
+    assert estimated == pytest.approx(measured, rel=0.2)
