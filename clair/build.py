@@ -17,7 +17,7 @@ from clair.config import BuildConfig, lasting, public
 from clair.dataset import DatasetWriter, card, read_manifest
 from clair.ledger import Ledger, Tokens
 from clair.models.asking import Asker, Tally
-from clair.models.local import check_model_folder
+from clair.models.local import check_model_folder, check_options
 from clair.recipe import UserError, changed_keys, provenance, read_json, write_atomically, write_json
 from clair.records import Pair
 from clair.session import Session, session, templates
@@ -50,6 +50,7 @@ def check(config: BuildConfig) -> Scan:
         environment_headers(model.extra.get("headers", {}))
         if model.path is not None:
             check_model_folder(model.path, role)
+            check_options(model.options(config.seed), role)
     found = scan(config.prompts, config.limit)
     given = found.compared if config.pipeline == "judged" else found.answered
     if config.target is None and given < found.unique:

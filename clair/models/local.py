@@ -55,6 +55,16 @@ def check_model_folder(path: str | Path, role: str = "target") -> None:
         raise UserError(f"{role}: the tokenizer in {folder} has no end-of-turn token (eos_token): answers cannot end")
 
 
+def check_options(options: Mapping[str, Any], role: str = "target") -> None:
+    """See that a local model understands all options of a request. Raises UserError naming the first it does not."""
+    for key in options:
+        if key not in _UNDERSTOOD:
+            raise UserError(
+                f"{role}: a local model does not understand the option {key!r}{near_miss(key, _UNDERSTOOD)}; allowed: "
+                f"{', '.join(_UNDERSTOOD[1:])}"
+            )
+
+
 @dataclass(slots=True)
 class _Waiting:
     request: Mapping[str, Any]
@@ -94,10 +104,7 @@ class LocalModel:
 
     async def complete(self, request: Mapping[str, Any], sample: int = 0) -> str:
         """The raw JSON text of a chat completion. Raises UserError for an option a local model does not understand."""
-        unknown = [key for key in request if key not in _UNDERSTOOD]
-        if unknown:
-            hint = near_miss(unknown[0], _UNDERSTOOD)
-            raise UserError(f"a local model does not understand the option {unknown[0]!r}{hint}")
+        check_options(request)
         size = sum(len(message["content"]) for message in request["messages"])
         waiting = _Waiting(request, sample, size, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
@@ -113,10 +120,17 @@ class LocalModel:
                 replies = await asyncio.get_running_loop().run_in_executor(self._thread, self._generate, batch)
             except Exception as error:  # told to each row that waits; the run goes on with the others
                 for waiting in batch:
-                    waiting.future.set_exception(RequestFailed("generation_failed", f"{type(error).__name__}: {error}"))
+                    if not waiting.future.done():
+                        told = f"{type(error).__name__}: {error}"
+                        waiting.future.set_exception(RequestFailed("generation_failed", told))
             else:
                 for waiting, reply in zip(batch, replies, strict=True):
-                    waiting.future.set_result(reply)
+                    if waiting.future.done():  # cancelled: nobody waits for it any more
+                        continue
+                    if isinstance(reply, RequestFailed):
+                        waiting.future.set_exception(reply)
+                    else:
+                        waiting.future.set_result(reply)
             await asyncio.sleep(_GATHER_SECONDS)
 
     def _next_batch(self) -> list[_Waiting]:
@@ -150,31 +164,50 @@ class LocalModel:
         text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _generate(self, batch: Sequence[_Waiting]) -> list[str]:
+    def _generate(self, batch: Sequence[_Waiting]) -> list[str | RequestFailed]:
+        """A reply to each request. Those with less room for an answer go by themselves: a batch cuts nobody short."""
+        prompts = [self._tokenize(waiting.request["messages"]) for waiting in batch]
+        room = [self._room(waiting.request, len(prompt)) for waiting, prompt in zip(batch, prompts, strict=True)]
+        replies: list[str | RequestFailed] = [
+            RequestFailed("prompt_too_long", f"the prompt has {len(prompt)} tokens, more than the model takes")
+            for prompt in prompts
+        ]
+        for most in sorted({most for most in room if most > 0}):
+            places = [place for place, own in enumerate(room) if own == most]
+            rows = self._generate_rows([batch[place] for place in places], [prompts[place] for place in places], most)
+            for place, row in zip(places, rows, strict=True):
+                replies[place] = self._reply(len(prompts[place]), row)
+        return replies
+
+    def _room(self, request: Mapping[str, Any], prompt_tokens: int) -> int:
+        """How many tokens a reply may have."""
+        _, model = self._load()
+        wanted = request.get("max_tokens") or model.generation_config.max_new_tokens or _DEFAULT_MAX_TOKENS
+        context = getattr(model.config, "max_position_embeddings", None)
+        return min(wanted, context - prompt_tokens) if context else wanted
+
+    def _generate_rows(
+        self, batch: Sequence[_Waiting], prompts: Sequence[list[int]], most: int
+    ) -> list[list[int]]:
         import torch
 
         tokenizer, model = self._load()
-        request = batch[0].request
-        room = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-        prompts = [self._tokenize(w.request["messages"]) for w in batch]
         longest = max(map(len, prompts))
-        most = min(request.get("max_tokens") or model.generation_config.max_new_tokens or _DEFAULT_MAX_TOKENS,
-                   max(1, room - longest))
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        ends = _ends(tokenizer, model)
         with torch.inference_mode():
             made = model.generate(
                 ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                generation_config=_greedy_config(model, most, ends, pad),
+                generation_config=_greedy_config(model, most, _ends(tokenizer, model), pad),
                 logits_processor=_samplers(model, batch, most),
-            )[:, longest:]
-        return [self._reply(len(p), row, ends) for p, row in zip(prompts, made.tolist(), strict=True)]
+            )
+        return made[:, longest:].tolist()
 
-    def _reply(self, prompt_tokens: int, row: list[int], ends: Sequence[int]) -> str:
-        tokenizer, _ = self._load()
+    def _reply(self, prompt_tokens: int, row: list[int]) -> str:
+        tokenizer, model = self._load()
+        ends = _ends(tokenizer, model)
         end = next((i for i, token in enumerate(row) if token in ends), None)
         tokens = row if end is None else row[:end]
         text = tokenizer.decode(tokens, skip_special_tokens=True)
