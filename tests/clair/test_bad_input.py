@@ -306,7 +306,7 @@ def test_a_wrong_model_folder(place, server, missing, told):
 def test_an_option_that_a_local_model_does_not_understand(place, server):
     target = {"path": str(model_folder(place.path / "model")), "extra": {"top_q": 0.9}}
     refuse(place, server, "build", place.recipe(target=target), "--update",
-           told=r"target: a local model does not understand the option 'top_q' \(did you mean 'top_k'\?\); allowed")
+           told=r"target: a local model does not understand the option 'top_q' \(did you mean 'top_p'\?\); allowed")
 
 
 def test_a_tokenizer_config_that_is_not_json(place, server):

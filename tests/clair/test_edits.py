@@ -92,11 +92,15 @@ def test_edits_that_were_cut_off_are_not_applied():
     assert failure(reply(block("72", "82")), finish_reason="length") == "truncated"
 
 
-@given(st.text(max_size=200), st.data())
+# A carriage return beside a line break is read as that line break, so that it alone does not come back.
+TEXT = st.characters(codec="utf-8", exclude_characters="\r")
+
+
+@given(st.text(TEXT, max_size=200), st.data())
 def test_any_edit_of_a_passage_that_stands_once_gives_exactly_that_text(answer, data):
     start = data.draw(st.integers(0, len(answer)))
     end = data.draw(st.integers(start, len(answer)))
-    replace = data.draw(st.text(max_size=20))
+    replace = data.draw(st.text(TEXT, max_size=20))
     find = answer[start:end]
     wanted = answer[:start] + replace + answer[end:]
     with suppress(ParseFailure):

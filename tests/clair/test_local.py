@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import time
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -116,6 +117,18 @@ def test_samples_follow_the_models_distribution(folder):
         share = sum(reply.text == word for reply in replies) / 3000
         assert share == pytest.approx(float(wanted[token]), abs=0.035), word
     assert max(float(wanted[token]) for token in words.values()) > 0.1
+
+
+def test_every_token_is_drawn_anew(tmp_path):
+    model = tiny_model.make_model()
+    torch.nn.init.zeros_(model.lm_head.weight)  # all tokens are equally likely at every step
+    model.save_pretrained(tmp_path)
+    tiny_model.make_tokenizer().save_pretrained(tmp_path)
+    requests = [{"messages": messages(t), "max_tokens": 40, "temperature": 1.0} for t in texts(20, 20)]
+    words = [word for reply in ask(tmp_path, requests) for word in reply.text.split()]
+    repeats = sum(a == b for a, b in pairwise(words)) / len(words)
+    assert repeats < 0.15
+    assert set(words) >= set(tiny_model.WORDS)
 
 
 def test_it_stops_at_the_end_of_the_turn_and_says_so(folder):
