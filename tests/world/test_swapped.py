@@ -56,7 +56,9 @@ def test_the_mirror_image_swaps_the_other_half() -> None:
 def test_the_folder_has_the_layout_and_the_schema_of_its_source(tmp_path: Path) -> None:
     (tmp_path / "pairs/data").mkdir(parents=True)
     for split, rows in (("train", ROWS[:300]), ("test", ROWS[300:])):
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"pairs/data/{split}-00000-of-00001.parquet")
+        table = pa.Table.from_pylist(rows)
+        table = table.append_column("note", pa.nulls(len(rows), pa.string()))  # a type that the rows do not tell
+        pq.write_table(table, tmp_path / f"pairs/data/{split}-00000-of-00001.parquet")
     write_swapped(tmp_path / "pairs", tmp_path / "out", seed=0)
     for split, count in (("train", 300), ("test", 101)):
         name = f"data/{split}-00000-of-00001.parquet"
