@@ -209,9 +209,10 @@ def open_model(role: str, config: ModelConfig) -> Model:
     if config.path is not None:
         return LocalModel(config.path, batch_size=config.batch_size, trust_remote_code=config.trust_remote_code)
     assert config.model is not None
-    key = api_key(config.api_key_env, role)
+    key, headers = api_key(config.api_key_env, role), config.extra.get("headers")
     endpoints = [
-        OpenAIModel(url, config.model, key=key, id=config.id, timeout=config.timeout, role=role) for url in config.urls
+        OpenAIModel(url, config.model, key=key, headers=headers, id=config.id, timeout=config.timeout, role=role)
+        for url in config.urls
     ]
     return endpoints[0] if len(endpoints) == 1 else Pool(endpoints)
 

@@ -25,6 +25,7 @@ class OpenAIModel:
         name: str,
         *,
         key: str | None = None,
+        headers: Mapping[str, str] | None = None,
         id: str | None = None,
         timeout: float = 600.0,
         role: str = "model",
@@ -36,12 +37,14 @@ class OpenAIModel:
         self.role = role
         self.url = endpoint.base
         self.identity = id or f"{name}@{self.url}"
-        self._secrets = {s for s in (key or "", *endpoint.secrets) if len(s) >= _SHORTEST_SECRET}
+        secrets = (key or "", *endpoint.secrets, *header_secrets(headers or {}))
+        self._secrets = {secret for secret in secrets if len(secret) >= _SHORTEST_SECRET}
+        authorization = {"Authorization": endpoint.authorization} if endpoint.authorization else {}
         limit = Timeout(timeout, connect=_CONNECT_SECONDS)
         self._client = AsyncOpenAI(
             base_url=endpoint.base,
             api_key=key or "none",
-            default_headers={"Authorization": endpoint.authorization} if endpoint.authorization else None,
+            default_headers=authorization | environment_headers(headers or {}),
             default_query=endpoint.query,
             max_retries=0,
             timeout=limit,
@@ -57,18 +60,20 @@ class OpenAIModel:
         try:
             response = await self._request("GET", "/models", None)
             names = [entry["id"] for entry in json.loads(response)["data"]]
-        except (RequestFailed, TooMany, NotListed, ValueError, KeyError, TypeError):
-            names = []
-        except Unreachable as error:
-            raise Refused(f"{self.role}: cannot reach {self.url} ({error}); check the url in the recipe") from error
+        except (RequestFailed, TooMany, NotListed, Unreachable, ValueError, KeyError, TypeError):
+            names = []  # many servers list nothing, or fail at it (`transformers serve` without a hub answers 500)
         if self.name in names:
             return
-        try:
-            await self.complete({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1})
-        except (RequestFailed, TooMany):
-            return  # it understood who was asked: that is all we wanted to know
-        except Unreachable as error:
-            raise Refused(f"{self.role}: {self.url} does not answer ({error}); check the url in the recipe") from error
+        for last in (False, True):  # after an error, a server may close the connection just as we use it again
+            try:
+                await self.complete({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1})
+                return
+            except (RequestFailed, TooMany):
+                return  # it understood who was asked: that is all we wanted to know
+            except Unreachable as error:
+                if last:
+                    told = f"{self.role}: cannot reach {self.url} ({error}); check the url in the recipe"
+                    raise Refused(told) from error
 
     async def complete(self, request: Mapping[str, Any], sample: int = 0) -> str:
         """The raw JSON text of one chat completion."""
@@ -84,15 +89,13 @@ class OpenAIModel:
         import httpx2
         import openai
 
-        headers = (body or {}).get("headers") or {}
-        options = {"headers": environment_headers(headers)} if headers else {}
-        self._secrets |= {s for s in header_secrets(headers) if len(s) >= _SHORTEST_SECRET}
+        # Headers belong to all requests of the endpoint, the first look at its models included.
         sent = None if body is None else {k: v for k, v in body.items() if k != "headers"}
         try:
             if method == "GET":
                 response = await self._client.get(path, cast_to=httpx2.Response)
             else:
-                response = await self._client.post(path, cast_to=httpx2.Response, body=sent, options=options)  # type: ignore[arg-type]
+                response = await self._client.post(path, cast_to=httpx2.Response, body=sent)  # type: ignore[arg-type]
             return self._redacted(response.content.decode("utf-8", "replace"))
         except openai.RateLimitError as error:
             if error.code == "insufficient_quota":
@@ -105,13 +108,11 @@ class OpenAIModel:
             ) from error
         except openai.NotFoundError as error:
             raise NotListed(self._words(error)) from error
-        except openai.APITimeoutError as error:
-            never_sent = isinstance(error.__cause__, httpx2.ConnectTimeout | httpx2.PoolTimeout)
-            raise Unreachable("timeout", billed=not never_sent) from error
-        except openai.APIConnectionError as error:
-            never_sent = isinstance(error.__cause__, httpx2.ConnectError)
-            words = encodable(self._redacted(str(error.__cause__ or error))[:200])
-            raise Unreachable(words, billed=not never_sent) from error
+        except openai.APIConnectionError as error:  # timeouts are of this kind too
+            cause = error.__cause__ or error
+            timed_out = isinstance(cause, httpx2.ReadTimeout | httpx2.WriteTimeout | TimeoutError)
+            words = "timeout" if timed_out else encodable(self._redacted(str(cause))[:200])
+            raise Unreachable(words, billed=not _never_sent(error)) from error
         except openai.APIStatusError as error:
             words = f"{error.status_code}: {self._words(error)}"
             if error.status_code >= 500 or error.status_code in (408, 409, 425):
@@ -128,6 +129,20 @@ class OpenAIModel:
         for secret in self._secrets:
             text = text.replace(secret, "[secret]")
         return text
+
+
+def _never_sent(error: BaseException | None) -> bool:
+    """Whether a request failed before it left: no connection was made. A reset one may have carried it there.
+
+    Asked of aiohttp's own errors, because the layer above calls a reset a connect timeout too.
+    """
+    import aiohttp
+
+    while error is not None:
+        if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+            return True
+        error = error.__cause__
+    return False
 
 
 class NotListed(Exception):

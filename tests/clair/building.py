@@ -136,6 +136,10 @@ class ScriptedServer:
         """Every request so far."""
         return json.loads(self._get("/seen"))
 
+    def looked_at(self) -> list[dict[str, str]]:
+        """The headers of every look at the list of models."""
+        return json.loads(self._get("/looked-at"))
+
     def forget(self) -> None:
         """Forget the requests and begin every script anew."""
         self._get("/forget")

@@ -6,7 +6,7 @@ prints its URL, serves the model `m`, and ends with its parent or after twenty m
 well-formed revision of the student's solution, with `bad` turned into `good`, so that a misaligned row shows; to what
 is no revision request, a bad answer.
 GET /seen lists every request: when it came, the step it was answered with, its headers and body; GET /forget forgets
-them and begins every script anew.
+them and begins every script anew; GET /looked-at lists the headers of every look at the models.
 """
 
 from __future__ import annotations
@@ -150,6 +150,7 @@ class Scripted:
     def __init__(self) -> None:
         self.tries: Counter[str] = Counter()
         self.seen: list[dict[str, Any]] = []
+        self.looked_at: list[dict[str, str]] = []
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=64 * 2**20)
@@ -157,21 +158,32 @@ class Scripted:
             [
                 web.get("/v1/models", self.models),
                 web.post("/v1/chat/completions", self.chat),
+                web.get("/broken/v1/models", self.broken_models),
+                web.post("/broken/v1/chat/completions", self.chat),
                 web.get("/seen", self.tell),
                 web.get("/forget", self.forget),
+                web.get("/looked-at", self.tell_looks),
             ]
         )
         return app
 
     async def models(self, request: web.Request) -> web.Response:
+        self.looked_at.append(dict(request.headers))
         return web.json_response({"data": [{"id": "m"}, {"id": "t"}]})
+
+    async def broken_models(self, request: web.Request) -> web.Response:
+        return raw(HTML, "text/html", 500, Connection="close")
 
     async def tell(self, _: web.Request) -> web.Response:
         return web.json_response(self.seen)
 
+    async def tell_looks(self, _: web.Request) -> web.Response:
+        return web.json_response(self.looked_at)
+
     async def forget(self, _: web.Request) -> web.Response:
         self.tries.clear()
         self.seen.clear()
+        self.looked_at.clear()
         return web.Response()
 
     async def chat(self, request: web.Request) -> web.StreamResponse:

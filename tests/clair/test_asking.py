@@ -227,6 +227,26 @@ def test_options_are_passed_through_as_they_are(tmp_path, server):
     assert {name.lower(): value for name, value in request["headers"].items()}["x-team"] == "pairs"
 
 
+def test_headers_go_with_the_first_look_at_the_models_too(tmp_path, server, monkeypatch):
+    """An endpoint may want them before it shows anything."""
+    monkeypatch.setenv("TEAM", "pairs")
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
+    reviser = {"url": server.url, "model": "m", "extra": {"headers": {"X-Team": "${TEAM}"}}}
+    build(config_for(tmp_path, server.url, reviser=reviser))
+    (headers,) = server.looked_at()
+    assert {name.lower(): value for name, value in headers.items()}["x-team"] == "pairs"
+
+
+def test_a_server_that_cannot_list_its_models_is_asked_for_a_token_instead(tmp_path, server):
+    """`transformers serve` does so where there is no hub cache, and closes the connection after it."""
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 3))
+    build(config_for(tmp_path, server.url.replace("/v1", "/broken/v1")))
+    assert len(pairs(tmp_path / "out")) == 3
+    first = server.seen()[0]["body"]
+    assert first["messages"] == [{"role": "user", "content": "Hello"}]
+    assert first["max_tokens"] == 1
+
+
 @pytest.mark.parametrize(
     ("headers", "seconds"),
     [
@@ -251,3 +271,37 @@ def test_retry_after_is_read_in_every_form(headers, seconds):
 def test_no_server_makes_us_wait_for_ever(value):
     for name in ("retry-after", "retry-after-ms"):
         assert (retry_after({name: value}) or 0) <= 86_400
+
+
+@pytest.mark.parametrize(("ends", "billed"), [("reset", True), ("hang", True), ("nobody", False)])
+def test_a_request_that_may_have_arrived_may_be_billed_and_one_without_a_connection_not(ends, billed):
+    import asyncio
+
+    from clair.models import Unreachable
+    from clair.models.openai import OpenAIModel
+
+    async def answer(reader, writer):
+        await reader.read(100)
+        if ends == "reset":
+            writer.transport.abort()
+        else:
+            await reader.read()
+            writer.close()
+
+    async def ask():
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        if ends == "nobody":
+            server.close()
+            await server.wait_closed()
+        model = OpenAIModel(f"http://127.0.0.1:{port}/v1", "m", timeout=0.5)
+        try:
+            with pytest.raises(Unreachable) as caught:
+                await model.complete({"messages": []})
+            return caught.value.billed
+        finally:
+            await model.close()
+            server.close()
+            await asyncio.sleep(0.05)  # the server's side closes its connection
+
+    assert asyncio.run(ask()) is billed
