@@ -24,6 +24,7 @@ from typing import Any
 
 SHARED = Path(os.environ.get("CLAIR_SHARED", "../shared"))
 VOCABULARY = 32_000
+STEPS, REPEATS = int(os.environ.get("STEPS", "4")), int(os.environ.get("REPEATS", "3"))
 MODES = ("ours", "trl defaults", "trl best")
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<s> {{ m['content'] }} </s>{% endfor %}"
@@ -121,13 +122,13 @@ def peak_memory(mode: str, name: str, batch: int) -> float:
 
 
 SHAPES = {
-    "clair": lambda batch: clair_lengths(4 * batch),
-    "prompt 1200, responses 300": lambda batch: [(1200, 300, 300)] * 8,
+    "clair": lambda batch: clair_lengths(STEPS * batch),
+    "prompt 1200, responses 300": lambda batch: [(1200, 300, 300)] * (STEPS // 2 * batch),
 }
 CASES = (("clair", 4), ("clair", 8), ("prompt 1200, responses 300", 4))
 
 
-def measure(repeats: int = 3) -> dict[str, Any]:
+def measure(repeats: int = REPEATS) -> dict[str, Any]:
     """Per case: seconds of every run, ratios of TRL to ours with their spread, peak memory and its ratio."""
     _quiet()
     results = {}
@@ -154,7 +155,7 @@ def measure(repeats: int = 3) -> dict[str, Any]:
             "peak_ratio": {mode: round(memory["ours"] / memory[mode], 3) for mode in MODES[1:]},
             "largest_loss_difference": difference,
         }
-    return {"threads": _threads(), "cases": results}
+    return {"threads": _threads(), "steps": STEPS, "repeats": repeats, "cases": results}
 
 
 def _spread(theirs: list[float], ours: list[float]) -> dict[str, float]:
