@@ -106,7 +106,7 @@ def real_text_model(folder: Path, texts: list[str]) -> Path:
 
     special = ["<|pad|>", "<|begin|>", "<|start|>", "<|end|>"]
     raw = ByteLevelBPETokenizer()
-    raw.train_from_iterator(texts, vocab_size=1000, special_tokens=special, show_progress=False)
+    raw.train_from_iterator(texts, vocab_size=3000, special_tokens=special, show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw._tokenizer, bos_token="<|begin|>", eos_token="<|end|>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>"], "pad_token": "<|pad|>"})
     tokenizer.chat_template = (
@@ -126,10 +126,11 @@ def test_a_tiny_model_trains_on_the_real_pairs(replayed, tmp_path):
     found = pairs(replayed)
     texts = [pair[side][0]["content"] for pair in found for side in ("prompt", "chosen", "rejected")]
     model = real_text_model(tmp_path / "model", texts)
-    trainer = {"learning_rate": 1e-2, "max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1}
+    trainer = {"learning_rate": 3e-3, "max_steps": 3, "logging_steps": 1, "max_length": 4096}
+    trainer |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     trained = train(
         TrainConfig(
-            model=str(model), dataset=str(replayed), objective="apo_zero", trainer=trainer | {"max_length": 4096},
+            model=str(model), dataset=str(replayed), objective="apo_zero", trainer=trainer,
             out=str(tmp_path / "run"),
         ),
         tell=lambda _: None,
