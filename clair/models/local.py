@@ -149,7 +149,9 @@ class LocalModel:
         if self._loaded is None:
             import torch
             from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers.utils import logging
 
+            logging.disable_progress_bar()  # a build has its own
             device = "cuda" if torch.cuda.is_available() else "cpu"
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self._trust)
             model = AutoModelForCausalLM.from_pretrained(
