@@ -173,6 +173,10 @@ class Asker:
         """Send the request until it is answered or refused for good; the caller holds a place in flight for it."""
         attempt = 0
         while True:
+            if self.stop.reason:  # it came while the ledger was written: drain() may be over, nothing may go out
+                self._leave(call, NOTHING)
+                await self.ledger.fail(call.key, self.stop.reason, call.most)
+                raise Stopped(self.stop.reason)
             sent = asyncio.ensure_future(self._send(call))
             self._calls.add(sent)
             sent.add_done_callback(lambda done: (self._calls.discard(done), _seen(done)))
