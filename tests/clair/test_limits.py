@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
 import pytest
 
+from clair.build import build
 from clair.limits import PAUSE, Limiter, Rate
+from recipes.world.running import running
+from recipes.world.server import ServerOptions
+from recipes.world.tasks import distinct_tasks, write_prompts
+from tests.clair.building import config_for
 from tests.clair.virtual_time import now, run
 
 
@@ -326,3 +332,22 @@ def test_a_server_whose_cap_falls_and_rises_is_followed():
     ideal = 25 + (3000 - 5 * 120 - 20 * 20) / 120
     print(f"{seconds:.1f} s of {ideal:.1f} s, {server.refusals} refusals, limit {limiter.limit:.0f}")
     assert seconds <= 1.5 * ideal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("retry_after", [0.1, 1.0])
+def test_over_http_a_cap_of_30_wanted_by_100_is_used_to_four_fifths_with_few_refusals(tmp_path, retry_after):
+    write_prompts(tmp_path / "prompts.jsonl", distinct_tasks("train", 600, 0), answers_seed=0)
+    with running(ServerOptions(latency=0.5, cap=30, retry_after=retry_after)) as server:
+        config = config_for(
+            tmp_path, server.url, reviser={"url": server.url, "model": "world-reviser"}, concurrency=100
+        )
+        started = time.monotonic()
+        built = build(config)
+        seconds = time.monotonic() - started
+        stats = server.stats()
+    print(f"{seconds:.2f} s of 10 s, {stats['statuses'].get('429')} refusals")
+    assert built.failed == 0
+    assert stats["paid_total"] == 600
+    assert seconds <= 1.25 * 10
+    assert stats["statuses"]["429"] <= 150
