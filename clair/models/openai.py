@@ -167,7 +167,10 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _no_limits() -> Any:
-    """The limiter decides how many connections there are; a second limit here would only hide its effect."""
+    """The limiter decides how many connections there are; a second limit here would only hide its effect.
+
+    0 is what aiohttp calls no limit; None would leave it at its default of 100.
+    """
     import httpx2
 
-    return httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+    return httpx2.Limits(max_connections=0, max_keepalive_connections=None)
