@@ -59,9 +59,7 @@ class Bar(TrainerCallback):
         self.progress: Progress | None = None
         self.task: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Show the bar, from the step that is gone on from."""
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
@@ -123,9 +121,7 @@ class Interrupt(TrainerCallback):
         self.asked = False
         self._before: dict[int, Any] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take the signals over. Only a main thread can."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):

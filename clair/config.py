@@ -149,9 +149,7 @@ class BuildConfig(Recipe):
         return Path(self.ledger) if self.ledger else Path(self.out) / "ledger.sqlite"
 
 
-_ROLE_PASSING = {
-    "timeout", "batch_size", "api_key_env", "price", "requests_per_minute", "tokens_per_minute"
-}
+_ROLE_PASSING = {"timeout", "batch_size", "api_key_env", "price", "requests_per_minute", "tokens_per_minute"}
 
 
 def public(config: BuildConfig) -> dict[str, Any]:

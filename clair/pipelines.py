@@ -26,9 +26,7 @@ async def stronger(prompt: Prompt, *, target: Asker | None, stronger: Asker, fil
     return keep(Pair(prompt.id, prompt.messages, better, answer, "", models), filters)
 
 
-async def judged(
-    prompt: Prompt, *, target: Asker | None, judge: Judge | None, samples: int, filters: Filters
-) -> Pair:
+async def judged(prompt: Prompt, *, target: Asker | None, judge: Judge | None, samples: int, filters: Filters) -> Pair:
     """Judge: of several answers, the target's own samples (on-policy) or given ones (off-policy), best against worst.
 
     Given scores decide where there are any. Two answers are compared once; of more, each with each, and the most and

@@ -105,9 +105,7 @@ def _assembled(config: BuildConfig, askers: Mapping[str, Asker], stop: Stop) -> 
         return made(partial(stronger, target=target, stronger=askers["stronger"], filters=filters), None)
     judge = None
     if config.judge:
-        judge = Judge(
-            askers["judge"], words["judge"], config.judge.order, config.judge.system, config.judge.ask_again
-        )
+        judge = Judge(askers["judge"], words["judge"], config.judge.order, config.judge.system, config.judge.ask_again)
     return made(partial(judged, target=target, judge=judge, samples=config.samples, filters=filters), judge)
 
 

@@ -78,7 +78,8 @@ def test_exactly_the_two_that_allude_to_a_correction_are_dropped(rows, tmp_path)
     built = replay(rows, tmp_path / "out")
     assert built.manifest["counts"] == built.manifest["counts"] | {"prompts": 12, "pairs": 10, "dropped": 2}
     assert {row["id"]: f"{row['stage']}.{row['reason']}" for row in drops(tmp_path / "out")} == {
-        "uf-00": "filter.allusion", "uf-09": "filter.allusion",
+        "uf-00": "filter.allusion",
+        "uf-09": "filter.allusion",
     }
     again = replay(rows, tmp_path / "out")  # the endpoint has another port, its replies are the same
     assert again.manifest["tokens"]["reviser"]["reused"] == 12
@@ -130,7 +131,10 @@ def test_a_tiny_model_trains_on_the_real_pairs(replayed, tmp_path):
     trainer |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     trained = train(
         TrainConfig(
-            model=str(model), dataset=str(replayed), objective="apo_zero", trainer=trainer,
+            model=str(model),
+            dataset=str(replayed),
+            objective="apo_zero",
+            trainer=trainer,
             out=str(tmp_path / "run"),
         ),
         tell=lambda _: None,
@@ -162,8 +166,15 @@ def transformers_serve(tmp_path_factory) -> Iterator[tuple[str, Path]]:
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("log") / "serve.log"
     command = [
-        Path(sys.executable).with_name("transformers"), "serve", model, "--host", "127.0.0.1", "--port", str(port),
-        "--device", "cpu",
+        Path(sys.executable).with_name("transformers"),
+        "serve",
+        model,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
     ]
     with open(log, "w") as output:
         process = subprocess.Popen(

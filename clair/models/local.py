@@ -188,9 +188,7 @@ class LocalModel:
         context = getattr(model.config, "max_position_embeddings", None)
         return min(wanted, context - prompt_tokens) if context else wanted
 
-    def _generate_rows(
-        self, batch: Sequence[_Waiting], prompts: Sequence[list[int]], most: int
-    ) -> list[list[int]]:
+    def _generate_rows(self, batch: Sequence[_Waiting], prompts: Sequence[list[int]], most: int) -> list[list[int]]:
         import torch
 
         tokenizer, model = self._load()
@@ -235,7 +233,10 @@ def _greedy_config(model: Any, most: int, ends: list[int], pad: int) -> Any:
     kept = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens")
     own = {name: getattr(model.generation_config, name, None) for name in kept}
     return GenerationConfig(
-        max_new_tokens=most, do_sample=False, eos_token_id=ends, pad_token_id=pad,
+        max_new_tokens=most,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=pad,
         **{name: value for name, value in own.items() if value is not None},
     )
 

@@ -47,7 +47,10 @@ def completion(rows: Sequence[Row], body: Mapping[str, Any]) -> dict[str, Any] |
         return None
     message = {"role": "assistant", "content": row["reply"]}
     return {
-        "id": row["id"], "object": "chat.completion", "created": 0, "model": row["reviser"],
+        "id": row["id"],
+        "object": "chat.completion",
+        "created": 0,
+        "model": row["reviser"],
         "choices": [{"index": 0, "message": message, "finish_reason": row["finish_reason"]}],
         "usage": row["usage"],
     }
@@ -100,8 +103,11 @@ def replay(rows: Sequence[Row], out: str | Path, **changes: Any) -> Built:
     write_atomically(prompts, "".join(json.dumps(line) + "\n" for line in lines))
     with replaying(rows) as url:
         reviser = {
-            "url": url, "id": f"{rows[0]['reviser']}, recorded", "model": rows[0]["reviser"],
-            "temperature": rows[0]["temperature"], "max_tokens": rows[0]["max_tokens"],
+            "url": url,
+            "id": f"{rows[0]['reviser']}, recorded",
+            "model": rows[0]["reviser"],
+            "temperature": rows[0]["temperature"],
+            "max_tokens": rows[0]["max_tokens"],
         }
         recipe = {"pipeline": "revised", "prompts": {"path": str(prompts)}, "reviser": reviser, "out": str(out)}
         return build(resolve(BuildConfig, recipe | changes))

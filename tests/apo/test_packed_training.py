@@ -66,9 +66,7 @@ def test_gradient_checkpointing_is_the_same_training(tmp_path, tokenizer, pairs)
     same(on, trained(tmp_path / "b", tokenizer, pairs))
 
 
-def test_a_model_that_cannot_share_falls_back_to_trls_batch_and_says_why_once(
-    tmp_path, tokenizer, pairs, monkeypatch
-):
+def test_a_model_that_cannot_share_falls_back_to_trls_batch_and_says_why_once(tmp_path, tokenizer, pairs, monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaAttention
 
     plain = trained(tmp_path / "b", tokenizer, pairs)

@@ -59,7 +59,9 @@ def greedy(delays: Sequence[float], places: int) -> float:
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
     return {
-        "median": round(statistics.median(values), 3), "least": round(min(values), 3), "most": round(max(values), 3)
+        "median": round(statistics.median(values), 3),
+        "least": round(min(values), 3),
+        "most": round(max(values), 3),
     }
 
 

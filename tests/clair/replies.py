@@ -49,7 +49,7 @@ ANSWERS = (
     "> quoted\n> twice",
     "- one\n- two\n\n---\n\nthree",
     "<b>bold</b>",
-    "The student said: \"I am a student\".",
+    'The student said: "I am a student".',
     "$x^2$ and `code` and ~~gone~~",
     "**Answer:** 82",
     "**82** apples",
@@ -189,9 +189,23 @@ def hostile(random: Random) -> Drawn:
     solution = label(SOLUTION, style)
     reasoning = label(REASONING, style)
     kind = random.choice(
-        ("mention", "mention", "no solution", "misspelt", "misspelt and mentioned", "twice", "worsened",
-         "worsened after", "mention in answer", "swapped", "cut in label", "only answer", "solution in fence",
-         "two drafts", "other words")
+        (
+            "mention",
+            "mention",
+            "no solution",
+            "misspelt",
+            "misspelt and mentioned",
+            "twice",
+            "worsened",
+            "worsened after",
+            "mention in answer",
+            "swapped",
+            "cut in label",
+            "only answer",
+            "solution in fence",
+            "two drafts",
+            "other words",
+        )
     )
     both = f"{reasoning}{style.gap}{thoughts}\n\n"
     text, truth = "", None

@@ -98,9 +98,7 @@ REPLIES: dict[str, Callable[[str], web.Response]] = {
     "null": lambda text: reply({"content": None}),
     "number": lambda text: reply({"content": 7}),
     "nocontent": lambda text: reply({}),
-    "length": lambda text: reply(
-        {}, choices=[{"message": {"content": revision(text)}, "finish_reason": "length"}]
-    ),
+    "length": lambda text: reply({}, choices=[{"message": {"content": revision(text)}, "finish_reason": "length"}]),
     "nofinish": lambda text: reply({}, choices=[{"message": {"content": revision(text)}}]),
     "tool": lambda text: reply({"content": None, "tool_calls": [{"id": "t", "function": {"name": "f"}}]}),
     "empty": lambda text: said(text, choices=[]),
@@ -196,7 +194,10 @@ class Scripted:
         self.tries[key] += 1
         self.seen.append(
             {
-                "at": time.time(), "step": step, "headers": dict(request.headers), "query": request.query_string,
+                "at": time.time(),
+                "step": step,
+                "headers": dict(request.headers),
+                "query": request.query_string,
                 "body": json.loads(body),
             }
         )

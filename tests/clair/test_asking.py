@@ -132,7 +132,15 @@ def test_final_errors_are_asked_once_and_others_as_often_as_allowed(tmp_path, se
         content = request["body"]["messages"][-1]["content"]
         asked[content[content.index("[[") + 2 : content.index("]]")]] += 1
     assert asked == {
-        "400": 1, "422": 1, "500": 3, "drop": 3, "html": 2, "empty": 2, "tool": 2, "429 429 429 ok": 4, "ok": 1,
+        "400": 1,
+        "422": 1,
+        "500": 3,
+        "drop": 3,
+        "html": 2,
+        "empty": 2,
+        "tool": 2,
+        "429 429 429 ok": 4,
+        "ok": 1,
     }
 
 
@@ -189,8 +197,10 @@ def test_the_raw_reply_and_the_failure_stand_in_the_ledger(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok", "html", "400", "tool"]))
     build(config_for(tmp_path, server.url))
     connection = sqlite3.connect(tmp_path / "out" / "ledger.sqlite")
-    rows = {row: (state, reply, error) for row, state, reply, error in connection.execute(
-        "SELECT row, state, reply, error FROM calls")}
+    rows = {
+        row: (state, reply, error)
+        for row, state, reply, error in connection.execute("SELECT row, state, reply, error FROM calls")
+    }
     connection.close()
     assert rows["row-0"][0] == "done"
     assert json.loads(rows["row-0"][1])["choices"][0]["message"]["content"].endswith("good answer 0")
@@ -214,8 +224,14 @@ def test_hidden_reasoning_is_never_part_of_an_answer(tmp_path, server):
 def test_options_are_passed_through_as_they_are(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
     extra = {"top_p": 0.9, "max_completion_tokens": 77, "reasoning_effort": "low", "logit_bias": {"5": -1}}
-    reviser = {"url": server.url, "model": "m", "max_tokens": None, "temperature": None,
-               "extra": extra | {"headers": {"X-Team": "pairs"}}, "system": "Be brief."}
+    reviser = {
+        "url": server.url,
+        "model": "m",
+        "max_tokens": None,
+        "temperature": None,
+        "extra": extra | {"headers": {"X-Team": "pairs"}},
+        "system": "Be brief.",
+    }
     build(config_for(tmp_path, server.url, reviser=reviser))
     (request,) = server.seen()
     body = request["body"]

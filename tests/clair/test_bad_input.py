@@ -220,10 +220,16 @@ def test_any_name_will_do_for_a_folder(place, server, monkeypatch, name):
         ("number.jsonl", '{"prompt": "a", "answer": "b"}\n{"prompt": 7}', "line 2: the prompt is int, not text"),
         ("broken.jsonl", '{"prompt": "a", "answer": "b"}\n{"prompt', "line 2: not JSON"),
         ("mixed.jsonl", '{"prompt": "a", "answer": "b"}\n[1]', "line 2: list, not an object"),
-        ("ids.jsonl", '{"id": 1, "prompt": "a", "answer": "b"}\n{"id": 1, "prompt": "c", "answer": "b"}',
-         "the id '1' stands for two different prompts"),
-        ("bare.jsonl", '{"prompt": "a", "answer": "b"}\n{"prompt": "c"}',
-         "1 of 2 prompts have no answer and the recipe has no target; add target: or an answer column"),
+        (
+            "ids.jsonl",
+            '{"id": 1, "prompt": "a", "answer": "b"}\n{"id": 1, "prompt": "c", "answer": "b"}',
+            "the id '1' stands for two different prompts",
+        ),
+        (
+            "bare.jsonl",
+            '{"prompt": "a", "answer": "b"}\n{"prompt": "c"}',
+            "1 of 2 prompts have no answer and the recipe has no target; add target: or an answer column",
+        ),
         ("kind.txt", "hello", "is of no kind that is read"),
         ("no/such-data", None, "no such file, and load_dataset says"),
     ],
@@ -264,10 +270,14 @@ def test_a_wrong_template(place, server, text, told):
     refuse(place, server, "build", place.recipe(reviser=reviser), "--update", told=told)
 
 
-@pytest.mark.parametrize("text", [
-    "{{ task }} {{ answer }} {{ task.__class__.__mro__ }}", "{{ task }} {{ answer }} {{ answer.missing }}",
-    "{{ task }} {{ answer }} {{ 1 / 0 }}",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ task }} {{ answer }} {{ task.__class__.__mro__ }}",
+        "{{ task }} {{ answer }} {{ answer.missing }}",
+        "{{ task }} {{ answer }} {{ 1 / 0 }}",
+    ],
+)
 def test_a_template_that_cannot_be_filled_is_found_before_anything_is_asked(place, server, text):
     template = place.path / "own.j2"
     template.write_text(text)
@@ -305,8 +315,14 @@ def test_a_wrong_model_folder(place, server, missing, told):
 
 def test_an_option_that_a_local_model_does_not_understand(place, server):
     target = {"path": str(model_folder(place.path / "model")), "extra": {"top_q": 0.9}}
-    refuse(place, server, "build", place.recipe(target=target), "--update",
-           told=r"target: a local model does not understand the option 'top_q' \(did you mean 'top_p'\?\); allowed")
+    refuse(
+        place,
+        server,
+        "build",
+        place.recipe(target=target),
+        "--update",
+        told=r"target: a local model does not understand the option 'top_q' \(did you mean 'top_p'\?\); allowed",
+    )
 
 
 def test_a_tokenizer_config_that_is_not_json(place, server):
@@ -320,22 +336,35 @@ def test_a_tokenizer_config_that_is_not_json(place, server):
 
 def test_a_folder_of_another_recipe(place, server):
     refuse(
-        place, server, "build", place.recipe(seed=7),
+        place,
+        server,
+        "build",
+        place.recipe(seed=7),
         told=r"holds the run of another recipe \(it differs in seed\); choose another --out, or add --update",
     )
 
 
 def test_a_recipe_that_changed_since_the_last_run(place, server):
     reviser = {"url": server.url, "model": "m", "temperature": 0.1, "system": "Be kind."}
-    refuse(place, server, "build", place.recipe(reviser=reviser, filters={"allusion": False}),
-           told=r"it differs in filters.allusion, reviser.system, reviser.temperature\)")
+    refuse(
+        place,
+        server,
+        "build",
+        place.recipe(reviser=reviser, filters={"allusion": False}),
+        told=r"it differs in filters.allusion, reviser.system, reviser.temperature\)",
+    )
 
 
 def test_a_folder_that_holds_something_else(place, server):
     (place.path / "else").mkdir()
     (place.path / "else" / "thesis.tex").write_text("mine")
-    refuse(place, server, "build", place.recipe(out=str(place.path / "else")),
-           told="is no dataset folder and not empty .it holds thesis.tex.; choose another --out")
+    refuse(
+        place,
+        server,
+        "build",
+        place.recipe(out=str(place.path / "else")),
+        told="is no dataset folder and not empty .it holds thesis.tex.; choose another --out",
+    )
     assert [f.name for f in (place.path / "else").iterdir()] == ["thesis.tex"]
 
 
@@ -365,8 +394,15 @@ def test_a_folder_without_a_dataset(place, server, command):
 
 
 def test_a_split_that_is_not_there(place, server):
-    refuse(place, server, "show", place.out, "--split", "tarin",
-           told=r"unknown split 'tarin' \(did you mean 'train'\?\); allowed: train, test")
+    refuse(
+        place,
+        server,
+        "show",
+        place.out,
+        "--split",
+        "tarin",
+        told=r"unknown split 'tarin' \(did you mean 'train'\?\); allowed: train, test",
+    )
 
 
 # ---- endpoints: found at the first request, and nothing is paid

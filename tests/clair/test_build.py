@@ -118,7 +118,8 @@ def test_the_manifest_names_what_made_the_data(built):
     assert found["seed"] == 0
     assert found["models"]["reviser"]["model"] == "world-reviser"
     assert found["sampling"] == {
-        "target": {"temperature": 0.6, "max_tokens": 512}, "reviser": {"temperature": 0.7, "max_tokens": 4096},
+        "target": {"temperature": 0.6, "max_tokens": 512},
+        "reviser": {"temperature": 0.7, "max_tokens": 4096},
     }
     assert found["tokens"]["reviser"]["calls"] == COUNT
     assert found["tokens"]["reviser"]["prompt"] > found["tokens"]["target"]["prompt"] > 0
@@ -143,7 +144,10 @@ def test_the_card_has_front_matter_and_counts(built):
 def test_dropped_rows_tell_stage_reason_and_detail(built):
     for row in drops(built):
         assert row == {
-            "id": row["id"], "stage": "filter", "reason": "identical", "detail": "chosen and rejected are the same",
+            "id": row["id"],
+            "stage": "filter",
+            "reason": "identical",
+            "detail": "chosen and rejected are the same",
             "failed": False,
         }
 
@@ -151,7 +155,13 @@ def test_dropped_rows_tell_stage_reason_and_detail(built):
 def test_nothing_else_lies_in_the_folder(built):
     found = {str(file.relative_to(built)) for file in built.rglob("*") if file.is_file()}
     assert found == {
-        *building.SPLIT_FILES, "dropped.jsonl", "manifest.json", "README.md", "recipe.json", "ledger.sqlite", ".lock",
+        *building.SPLIT_FILES,
+        "dropped.jsonl",
+        "manifest.json",
+        "README.md",
+        "recipe.json",
+        "ledger.sqlite",
+        ".lock",
     }
 
 
@@ -185,7 +195,8 @@ def test_a_second_run_costs_nothing_and_writes_the_same(tmp_path, world):
     assert paid(world) == before
     assert final_bytes(tmp_path / "out") == first
     assert {role: (t["calls"], t["reused"]) for role, t in again.manifest["tokens"].items()} == {
-        "target": (0, COUNT), "reviser": (0, COUNT),
+        "target": (0, COUNT),
+        "reviser": (0, COUNT),
     }
 
 
@@ -303,8 +314,14 @@ def test_equal_requests_of_one_run_are_asked_once(tmp_path, server):
     own = tmp_path / "own.j2"
     own.write_text("{{ task[:12] }}{{ answer[:0] }}")  # the reviser is asked the same about all
     target = {"url": server.url, "model": "t"}
-    build(config_for(tmp_path, server.url, target=target,
-                     reviser={"url": server.url, "model": "m", "template": str(own), "ask_again": False}))
+    build(
+        config_for(
+            tmp_path,
+            server.url,
+            target=target,
+            reviser={"url": server.url, "model": "m", "template": str(own), "ask_again": False},
+        )
+    )
     assert sum(request["body"]["model"] == "m" for request in server.seen()) == 1
     tokens = manifest(tmp_path / "out")["tokens"]["reviser"]
     assert (tokens["calls"], tokens["reused"]) == (1, 4)
@@ -355,7 +372,12 @@ def test_as_many_requests_are_in_flight_as_the_recipe_says(tmp_path):
 def test_a_misbehaving_endpoint_still_gives_right_pairs(tmp_path):
     tasks = {task.id: task for task in write_tasks(tmp_path, 300)}
     wrong = Misbehaviour(
-        too_many=0.05, server_error=0.05, slow=0.02, refusal=0.05, label_in_reasoning=0.1, truncation=0.08,
+        too_many=0.05,
+        server_error=0.05,
+        slow=0.02,
+        refusal=0.05,
+        label_in_reasoning=0.1,
+        truncation=0.08,
         allusion=0.05,
     )
     with running(ServerOptions(misbehaviour=wrong, retry_after=0.2, slow_seconds=0.5)) as server:
@@ -375,7 +397,13 @@ def test_a_misbehaving_endpoint_still_gives_right_pairs(tmp_path):
     assert reasons["reviser.truncated"] > 0
     assert reasons["filter.allusion"] > 0
     assert set(stats["misbehaviours"]) == {
-        "too_many", "server_error", "slow", "refusal", "label_in_reasoning", "truncation", "allusion",
+        "too_many",
+        "server_error",
+        "slow",
+        "refusal",
+        "label_in_reasoning",
+        "truncation",
+        "allusion",
     }
     assert stats["paid_more_than_once"] == 0
 
@@ -390,7 +418,10 @@ def test_one_bad_row_of_200_gives_199_outcomes_and_one_failure(tmp_path, server)
     assert len(pairs(tmp_path / "out")) == 199
     (dropped,) = drops(tmp_path / "out")
     assert dropped == {
-        "id": "row-77", "stage": "reviser", "reason": "http_400", "detail": "400: This prompt is too long.",
+        "id": "row-77",
+        "stage": "reviser",
+        "reason": "http_400",
+        "detail": "400: This prompt is too long.",
         "failed": True,
     }
     asked = len(server.seen())
@@ -421,8 +452,10 @@ def test_strange_text_comes_through_unchanged(tmp_path, server):
 
 def test_a_conversation_is_asked_and_kept_as_it_is(tmp_path, server):
     turns = [
-        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "a bad question"},
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "a bad question"},
     ]
     building.write_prompts(tmp_path / "prompts.jsonl", [{"id": "c", "prompt": turns}])
     build(config_for(tmp_path, server.url, target={"url": server.url, "model": "t"}, filters={"identical": False}))

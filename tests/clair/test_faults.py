@@ -103,7 +103,13 @@ def assert_survives_kills(server: Running, tmp_path: Path, undisturbed: dict[str
     assert killed > 0
     assert 0 <= twice <= killed * 2 * CONCURRENCY  # each of the two roles may have so many in flight
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
-        ".lock", "README.md", "data", "dropped.jsonl", "ledger.sqlite", "manifest.json", "recipe.json",
+        ".lock",
+        "README.md",
+        "data",
+        "dropped.jsonl",
+        "ledger.sqlite",
+        "manifest.json",
+        "recipe.json",
     ]
     assert len(list((tmp_path / "out" / "data").iterdir())) == 2
 
@@ -339,7 +345,7 @@ def test_an_endpoint_that_is_gone_for_long_ends_the_run_and_keeps_what_was_paid(
 
 def test_a_clock_that_jumps_disturbs_nothing(tmp_path, server, monkeypatch):
     """Waiting and leases follow the monotonic clock and the kernel; the time of day is never asked."""
-    times = iter(range(10**9, 0, -10**6))
+    times = iter(range(10**9, 0, -(10**6)))
     monkeypatch.setattr(time, "time", lambda: float(next(times)))
     write_rows(tmp_path / "prompts.jsonl", scripted_rows(["429:0.3 ok", "500 ok", "ok"]))
     build(config_for(tmp_path, server.url))

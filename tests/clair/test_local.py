@@ -165,8 +165,19 @@ def test_the_prompt_begins_with_one_bos_and_ends_where_the_assistant_begins(fold
     assert tokens[0] == 1
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.convert_ids_to_tokens(tokens) == [
-        "<|begin|>", "<|start|>", "system", "please", "<|end|>", "<|start|>", "user", "what", "is", "one", "<|end|>",
-        "<|start|>", "assistant",
+        "<|begin|>",
+        "<|start|>",
+        "system",
+        "please",
+        "<|end|>",
+        "<|start|>",
+        "user",
+        "what",
+        "is",
+        "one",
+        "<|end|>",
+        "<|start|>",
+        "assistant",
     ]
     (reply,) = ask(folder, [{"messages": messages("what is one"), "max_tokens": 1}])
     assert reply.usage["prompt_tokens"] == 9
@@ -272,8 +283,14 @@ def test_the_identity_is_that_of_weights_configs_tokenizer_and_template(folder, 
     (tmp_path / "copy" / "optimizer.bin").write_text("x")
     assert weights_identity(tmp_path / "copy") == identity
     assert weights_identity(tiny_model.save(tmp_path / "other", seed=1)) != identity
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-                 "chat_template.jinja", "model.safetensors"):
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "model.safetensors",
+    ):
         changed = shutil.copytree(folder, tmp_path / f"changed-{name}")
         with open(changed / name, "ab") as file:
             file.write(b" ")

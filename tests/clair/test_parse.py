@@ -302,8 +302,18 @@ def test_a_verdict_that_is_none_is_named(text, name):
 @pytest.mark.parametrize(
     "unit",
     [
-        "_", "`", "#", "{", "*", "a b ", "\n", "```\n", "teacher reasonin\n", "{corrected_student_solution}\n",
-        "{corrected_student_solution} x\n\n", "```\n{corrected_student_solution}:\n```\n",
+        "_",
+        "`",
+        "#",
+        "{",
+        "*",
+        "a b ",
+        "\n",
+        "```\n",
+        "teacher reasonin\n",
+        "{corrected_student_solution}\n",
+        "{corrected_student_solution} x\n\n",
+        "```\n{corrected_student_solution}:\n```\n",
     ],
 )
 def test_no_reply_of_a_megabyte_takes_long(unit):

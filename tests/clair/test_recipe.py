@@ -163,7 +163,11 @@ def test_set_reads_its_value_as_yaml_and_makes_what_is_not_there():
     old = {"a": {"b": 1}, "c": "x"}
     new = apply_overrides(old, ["a.b=1e-6", "a.d=[1, 2]", "e.f.g=true", "c=2024-06-01", "h=", "i=a=b"])
     assert new == {
-        "a": {"b": 1e-6, "d": [1, 2]}, "c": "2024-06-01", "e": {"f": {"g": True}}, "h": None, "i": "a=b",
+        "a": {"b": 1e-6, "d": [1, 2]},
+        "c": "2024-06-01",
+        "e": {"f": {"g": True}},
+        "h": None,
+        "i": "a=b",
     }
     assert old == {"a": {"b": 1}, "c": "x"}
 

@@ -43,7 +43,11 @@ def test_the_users_own_id_changes_nothing_about_the_content_id():
 def test_another_process_with_another_hash_seed_gives_the_same_id():
     code = "from clair.records import content_id; print(content_id(({'role': 'user', 'content': 'Say é'},), None))"
     told = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
         env={"PYTHONHASHSEED": "7", "PYTHONUTF8": "1", "PYTHONPATH": ":".join(p for p in sys.path if p)},
     )
     assert told.stdout.strip() == content_id(USER, None)

@@ -78,7 +78,10 @@ def test_a_server_that_echoes_what_it_was_sent_betrays_nothing(tmp_path, server,
     assert ended.code == 3
     dropped = drops(tmp_path / "out")
     assert [(row["stage"], row["reason"]) for row in dropped] == [
-        ("target", "http_400"), ("reviser", "http_400"), ("target", "malformed_reply"), ("reviser", "malformed_reply"),
+        ("target", "http_400"),
+        ("reviser", "http_400"),
+        ("target", "malformed_reply"),
+        ("reviser", "malformed_reply"),
     ]
     assert all("[secret]" in row["detail"] for row in dropped)
     assert_nowhere(tmp_path, ended)

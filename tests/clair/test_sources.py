@@ -98,13 +98,21 @@ def test_columns_may_have_other_names(tmp_path):
 
 
 def test_several_answers_with_scores_and_ultrafeedbacks_completions(tmp_path):
-    path = write(tmp_path / "p.jsonl", [
-        {"prompt": "a", "answers": ["x", "y"], "scores": [1, 2.5]},
-        {"prompt": "b", "answers": ["x", "y"]},
-        {"prompt": "c", "completions": [{"response": "x", "overall_score": 3}, {"response": "y", "overall_score": 9}]},
-    ])
+    path = write(
+        tmp_path / "p.jsonl",
+        [
+            {"prompt": "a", "answers": ["x", "y"], "scores": [1, 2.5]},
+            {"prompt": "b", "answers": ["x", "y"]},
+            {
+                "prompt": "c",
+                "completions": [{"response": "x", "overall_score": 3}, {"response": "y", "overall_score": 9}],
+            },
+        ],
+    )
     assert [(p.answers, p.scores) for p in prompts(path)] == [
-        (("x", "y"), (1.0, 2.5)), (("x", "y"), ()), (("x", "y"), (3.0, 9.0))
+        (("x", "y"), (1.0, 2.5)),
+        (("x", "y"), ()),
+        (("x", "y"), (3.0, 9.0)),
     ]
 
 
@@ -140,8 +148,13 @@ def test_limit_reads_no_further_than_it_says(tmp_path):
 
 
 def test_a_scan_counts_rows_different_prompts_and_ready_answers(tmp_path):
-    rows = [{"prompt": "a"}, {"prompt": "b", "answer": "x"}, {"prompt": "a"}, {"prompt": "b", "answer": "x"},
-            {"prompt": "b", "answer": "y"}]
+    rows = [
+        {"prompt": "a"},
+        {"prompt": "b", "answer": "x"},
+        {"prompt": "a"},
+        {"prompt": "b", "answer": "x"},
+        {"prompt": "b", "answer": "y"},
+    ]
     found = scan(PromptSource(path=str(write(tmp_path / "p.jsonl", rows))))
     assert (found.rows, found.unique, found.answered) == (5, 3, 2)
 
@@ -267,7 +280,11 @@ def test_a_million_rows_are_not_in_memory(tmp_path):
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, timeout=120,
+        [sys.executable, "-c", code, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
         cwd=Path(__file__).parents[2],
     )
     unique, more = map(int, run.stdout.split())
