@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from apo.evaluate.commands import app as evaluate
 from clair.command import run
 from clair.recipe import EXIT_INTERRUPTED
 
@@ -19,6 +20,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(evaluate, name="eval")
 
 
 @app.callback()

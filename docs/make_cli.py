@@ -33,7 +33,10 @@ def page() -> str:
     for name, app in (("clair", clair), ("apo", apo)):
         app.rich_markup_mode = None
         parts.append(_section("##", [name], app))
-        parts += [_section("###", [name, command], app) for command in typer.main.get_command(app).commands]
+        for command, found in typer.main.get_command(app).commands.items():
+            parts.append(_section("###", [name, command], app))
+            inner = getattr(found, "commands", ())  # of a group, such as `apo eval`
+            parts += [_section("####", [name, command, sub], app) for sub in inner]
     return "\n".join(parts)
 
 

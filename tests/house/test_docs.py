@@ -13,6 +13,7 @@ import sys
 import typing
 from collections.abc import Iterator
 
+import click
 import pytest
 import typer
 from pydantic import BaseModel
@@ -226,8 +227,10 @@ def parses(program: str, words: list[str]) -> None:
     group = typer.main.get_command(module.app)
     if words in ([], ["--help"]):
         return
-    assert words[0] in group.commands, f"{program} has no command {words[0]}"
-    group.commands[words[0]].make_context(words[0], words[1:])
+    while isinstance(group, click.Group):
+        assert words[0] in group.commands, f"{program} has no command {words[0]}"
+        program, group = f"{program} {words[0]}", group.commands[words.pop(0)]
+    group.make_context(program, words)
 
 
 def test_relative_links_of_pages_outside_of_the_site_lead_somewhere():
