@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from clair.statistics import clustered_mean, t_quantile
+from clair.statistics import (
+    best_of,
+    cluster_bootstrap,
+    clustered_mean,
+    clustered_score,
+    components,
+    design_se,
+    detectable,
+    holm,
+    paired_difference,
+    power_of,
+    t_quantile,
+    t_two_sided,
+    wilson,
+)
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import statsmodels.api as sm
+    from statsmodels.stats.multitest import multipletests
+    from statsmodels.stats.proportion import proportion_confint
 
 
 def test_three_clusters_by_pencil():
-    # Values 1, 1 | 0, 1 | 0: mean 3/5. Deviations summed by cluster: 0.8, -0.2, -0.6; squares 0.64, 0.04, 0.36: 1.04.
-    # se^2 = 3/2 * 1.04 / 25 = 0.0624; t(0.975, 2) = 4.302653.
+    # Values 1, 1 | 0, 1 | 0: mean 3/5. Deviations summed by cluster: 0.8, -0.2, -0.6; squares 0.64, 0.04, 0.36, each
+    # over 1 - n_g / 5, that is 3/5, 3/5, 4/5: 1.066667 + 0.066667 + 0.45. se^2 = 1.583333 / 25.
+    # u_g = n_g^2 / (5 - n_g) = 4/3, 4/3, 1/4: df = 25 / (9 + (35/12)^2 - (16/9 + 16/9 + 1/16)) = 25 / 13.888889 = 1.8.
     found = clustered_mean([1, 1, 0, 1, 0], ["a", "a", "b", "b", "c"])
     assert found.mean == pytest.approx(0.6)
-    assert found.se == pytest.approx(math.sqrt(0.0624))
-    assert found.lo == pytest.approx(0.6 - 4.302653 * math.sqrt(0.0624), abs=1e-6)
-    assert found.hi == pytest.approx(0.6 + 4.302653 * math.sqrt(0.0624), abs=1e-6)
+    assert found.se == pytest.approx(math.sqrt(1.583333333 / 25))
+    assert found.df == pytest.approx(1.8)
+    assert found.hi - 0.6 == pytest.approx(0.6 - found.lo) == pytest.approx(stats.t.ppf(0.975, 1.8) * found.se)
     assert (found.n, found.clusters) == (5, 3)
 
 
@@ -39,40 +63,68 @@ def test_a_cluster_repeated_adds_no_information():
     assert thrice.lo == pytest.approx(once.lo)
 
 
-def sandwich_se(values: list[float], clusters: list[int]) -> float:
-    """CR1 by the matrix formula of a regression on a constant (Cameron & Miller 2015, equation 11)."""
+def cr2(values: list[float], clusters: list[int]) -> tuple[float, float]:
+    """CR2 standard error and Bell-McCaffrey degrees of a regression on a constant, by the matrices of their paper."""
     y, g = np.array(values), np.array(clusters)
-    x = np.ones((len(y), 1))
-    bread = np.linalg.inv(x.T @ x)
-    residual = y - x @ (bread @ x.T @ y)
-    meat = sum(
-        x[g == name].T @ np.outer(residual[g == name], residual[g == name]) @ x[g == name] for name in np.unique(g)
-    )
-    groups, n, k = len(np.unique(g)), len(y), 1
-    return math.sqrt((groups / (groups - 1) * (n - 1) / (n - k) * bread @ meat @ bread).item())
+    n, names = len(y), np.unique(g)
+    x = np.ones((n, 1))
+    hat = x @ np.linalg.inv(x.T @ x) @ x.T
+    rows = []
+    for name in names:
+        inside = g == name
+        eigenvalues, vectors = np.linalg.eigh(np.eye(inside.sum()) - hat[np.ix_(inside, inside)])
+        root = vectors @ np.diag(np.where(eigenvalues > 1e-12, eigenvalues, np.inf) ** -0.5) @ vectors.T
+        rows.append(np.linalg.inv(x.T @ x) @ x[inside].T @ root @ (np.eye(n) - hat)[inside])
+    vectors = np.concatenate(rows)
+    inner = vectors @ vectors.T
+    return math.sqrt(((vectors @ y) ** 2).sum()), np.trace(inner) ** 2 / (inner**2).sum()
 
 
 @given(st.lists(st.tuples(st.floats(-100, 100), st.integers(0, 5)), min_size=2, max_size=60))
-def test_it_agrees_with_the_sandwich_of_a_regression_on_a_constant(rows):
+def test_it_agrees_with_the_matrices_of_bell_and_mccaffrey(rows):
     values, clusters = [v for v, _ in rows], [c for _, c in rows]
     if len(set(clusters)) < 2:
         with pytest.raises(ValueError, match="at least 2"):
             clustered_mean(values, clusters)
         return
     found = clustered_mean(values, clusters)
-    se = sandwich_se(values, clusters)
+    se, df = cr2(values, clusters)
     assert found.mean == pytest.approx(np.mean(values), abs=1e-9)
     assert found.se == pytest.approx(se, abs=1e-6)
-    half = stats.t.ppf(0.975, len(set(clusters)) - 1) * se
-    assert found.hi - found.mean == pytest.approx(half, rel=1e-6, abs=1e-4)
+    assert found.df == pytest.approx(df)
+    assert found.hi - found.mean == pytest.approx(stats.t.ppf(0.975, found.df) * se, rel=1e-6, abs=1e-4)
 
 
-@given(st.floats(0.001, 0.999), st.integers(1, 2000))
+def test_clusters_of_one_size_give_what_statsmodels_gives():
+    rng = np.random.default_rng(3)
+    clusters = np.repeat(np.arange(30), 4)
+    values = rng.normal(0, 1, 120) + rng.normal(0, 1, 30)[clusters]
+    fitted = sm.OLS(values, np.ones(120)).fit(cov_type="cluster", cov_kwds={"groups": clusters}, use_t=True)
+    found = clustered_mean(values.tolist(), clusters.tolist())
+    assert found.se == pytest.approx(fitted.bse[0])
+    assert (found.lo, found.hi) == pytest.approx(tuple(fitted.conf_int()[0]))
+    assert found.df == pytest.approx(29)
+
+
+@given(st.floats(0.001, 0.999), st.floats(1, 2000))
 def test_the_t_quantile_agrees_with_scipy(p, df):
-    assert t_quantile(p, df) == pytest.approx(stats.t.ppf(p, df), rel=1e-6, abs=1e-9)
+    assert t_quantile(p, df) == pytest.approx(stats.t.ppf(p, df), rel=1e-9, abs=1e-9)
 
 
-@pytest.mark.parametrize(("p", "df"), [(0, 3), (1, 3), (-0.1, 3), (0.5, 0)])
+@given(st.floats(1e-6, 60), st.floats(1, 2000))
+def test_the_tails_of_t_agree_with_scipy(t, df):
+    assert t_two_sided(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-7)
+    assert t_two_sided(-t, math.inf) == pytest.approx(2 * stats.norm.sf(t), rel=1e-9)
+
+
+def test_a_t_on_one_degree_by_pencil():
+    # Cauchy: P(|T| > 1) = 1/2.
+    assert t_two_sided(1, 1) == pytest.approx(0.5)
+    assert t_quantile(0.75, 1) == pytest.approx(1)
+    assert t_quantile(0.5, 7) == 0
+
+
+@pytest.mark.parametrize(("p", "df"), [(0, 3), (1, 3), (-0.1, 3), (0.5, 0), (0.5, math.nan)])
 def test_the_t_quantile_refuses_what_has_none(p, df):
     with pytest.raises(ValueError, match="0 < p < 1"):
         t_quantile(p, df)
@@ -89,11 +141,251 @@ def test_fewer_than_two_clusters_give_no_interval(values):
         clustered_mean(values, [0] * len(values))
 
 
-def test_95_of_100_intervals_hold_the_truth_where_clusters_are_correlated():
-    rng = np.random.default_rng(1)
-    held = 0
-    for _ in range(400):
-        shared = np.repeat(rng.normal(0, 1, 25), 8)
-        found = clustered_mean((shared + rng.normal(0, 1, 200)).tolist(), np.repeat(np.arange(25), 8).tolist())
-        held += found.lo <= 0 <= found.hi
-    assert 0.92 <= held / 400 <= 0.98
+# ---- scores in [0, 1]
+
+
+def test_a_score_with_a_cluster_for_each_row_is_nearly_wilsons():
+    # Effective n = p (1 - p) / se^2 = n - 1, since se^2 = p (1 - p) / (n - 1); t on n - 1 degrees in place of z.
+    values = [1.0] * 30 + [0.0] * 70
+    found = clustered_score(values, range(100))
+    told = wilson(30 / 100 * 99, 99, t_quantile(0.975, 99))
+    assert (found.lo, found.hi) == pytest.approx((told.lo, told.hi))
+    assert found[:2] == clustered_mean(values, range(100))[:2]
+
+
+@given(st.lists(st.tuples(st.sampled_from([0, 0.1, 0.5, 1]), st.integers(0, 5)), min_size=2, max_size=60))
+def test_a_score_and_its_interval_stay_inside(rows):
+    clusters = [c for _, c in rows]
+    if len(set(clusters)) > 1:
+        found = clustered_score([v for v, _ in rows], clusters)
+        assert 0 <= found.lo <= found.mean + 1e-12
+        assert found.mean - 1e-12 <= found.hi <= 1
+        assert found.hi - found.lo > 0.05
+
+
+def test_all_wrong_is_not_certain():
+    # Four questions, each asked twice, none right: what 0 of 4 says, with t on 3 degrees.
+    found = clustered_score([0.0] * 8, [0, 0, 1, 1, 2, 2, 3, 3])
+    t = stats.t.ppf(0.975, 3)
+    assert (found.mean, found.se, found.lo) == (0, 0, 0)
+    assert found.hi == pytest.approx(t**2 / (4 + t**2))
+
+
+def test_a_score_outside_of_0_to_1_is_refused():
+    with pytest.raises(ValueError, match=r"scores from 0 to 1\.5"):
+        clustered_score([0, 1.5], [0, 1])
+
+
+@given(st.integers(0, 300), st.integers(1, 300))
+def test_wilson_agrees_with_statsmodels(successes, n):
+    successes = min(successes, n)
+    assert wilson(successes, n)[2:4] == pytest.approx(proportion_confint(successes, n, method="wilson"), abs=1e-6)
+
+
+# ---- pairs and many
+
+
+def test_a_paired_difference_by_pencil():
+    # Differences 1, 0 | -1, 1 | 1: 2 / 5. Sums of deviations 0.2, -0.8, 0.6 over 1 - n_g / 5.
+    found = paired_difference([0, 1, 1, 0, 0], [1, 1, 0, 1, 1], ["a", "a", "b", "b", "c"])
+    se = math.sqrt((0.04 / 0.6 + 0.64 / 0.6 + 0.36 / 0.8) / 25)
+    assert found.estimate.mean == pytest.approx(0.4)
+    assert found.estimate.se == pytest.approx(se)
+    assert found.p == pytest.approx(2 * stats.t.sf(0.4 / se, 1.8))
+    assert (found.better, found.worse) == (3, 1)
+
+
+def test_a_difference_without_clusters_is_the_paired_t_test():
+    rng = np.random.default_rng(5)
+    base, tuned = rng.normal(0, 1, 50), rng.normal(0.3, 1, 50)
+    found = paired_difference(base.tolist(), tuned.tolist(), range(50))
+    reference = stats.ttest_rel(tuned, base)
+    assert found.p == pytest.approx(reference.pvalue)
+    interval = reference.confidence_interval()
+    assert (found.estimate.lo, found.estimate.hi) == pytest.approx((interval.low, interval.high))
+
+
+def test_no_difference_and_one_without_spread():
+    assert paired_difference([0, 1, 1], [0, 1, 1], [0, 1, 2]).p == 1
+    assert math.isnan(paired_difference([0, 0, 0], [1, 1, 1], [0, 1, 2]).p)
+    with pytest.raises(ValueError, match="2 rows against 3"):
+        paired_difference([0, 0], [1, 1, 1], [0, 1])
+
+
+def test_holm_by_pencil():
+    # Of 0.01, 0.04, 0.03: 3 x 0.01, 2 x 0.03, and 0.04, lifted to what came before it.
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+    found = holm([0.02, math.nan, 0.9])
+    assert found[0] == pytest.approx(0.04)
+    assert math.isnan(found[1])
+
+
+@settings(max_examples=40)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_holm_agrees_with_statsmodels(p_values):
+    assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1], abs=1e-12)
+
+
+# ---- bootstraps
+
+
+def test_the_bootstrap_finds_what_scipys_finds_where_each_value_is_a_cluster():
+    values = np.random.default_rng(7).exponential(1, 80)
+    found = cluster_bootstrap(values.tolist(), range(80))
+    reference = stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(1))
+    assert found.se == pytest.approx(reference.standard_error, rel=0.03)
+    interval = reference.confidence_interval
+    assert (found.lo, found.hi) == pytest.approx((interval.low, interval.high), abs=0.02)
+
+
+def test_the_bootstrap_draws_whole_clusters():
+    rng = np.random.default_rng(8)
+    sizes = rng.integers(1, 9, 60)
+    clusters = np.repeat(np.arange(60), sizes)
+    values = rng.normal(0, 1, 60)[clusters]
+    means = []
+    for _ in range(4000):
+        drawn = rng.integers(0, 60, 60)
+        means.append(np.concatenate([values[clusters == g] for g in drawn]).mean())
+    found = cluster_bootstrap(values.tolist(), clusters.tolist(), draws=4000)
+    assert found.se == pytest.approx(np.std(means), rel=0.05)
+    assert (found.lo, found.hi) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.04)
+    assert found == cluster_bootstrap(values.tolist(), clusters.tolist(), draws=4000)
+    assert found.se > 2 * cluster_bootstrap(values.tolist(), range(len(values)), draws=4000).se / 1.5
+
+
+def test_one_candidate_is_chosen_without_bias():
+    values = np.random.default_rng(9).normal(1, 1, 60).tolist()
+    found = best_of([values], range(60))
+    assert (found.place, found.seen) == (0, pytest.approx(np.mean(values)))
+    assert found.bias < 0.05 * np.std(values)
+
+
+def test_a_candidate_that_is_far_ahead_is_chosen_without_bias():
+    rng = np.random.default_rng(10)
+    ahead, others = rng.normal(2, 1, 100), rng.normal(0, 1, (4, 100))
+    found = best_of([*others.tolist()[:2], ahead.tolist(), *others.tolist()[2:]], range(100))
+    assert found.place == 2
+    assert found.bias < 0.02
+    assert found.lo < ahead.mean() < found.hi
+
+
+@pytest.mark.slow
+def test_the_bias_of_the_best_of_ten_equal_checkpoints_is_found():
+    """True bias: the expected maximum of ten standard normals, 1.539 standard errors. Most of it is found."""
+    rng = np.random.default_rng(11)
+    clusters, found, true, held, naive = np.arange(120).tolist(), [], [], 0, 0
+    for _ in range(150):
+        values = rng.normal(0, math.sqrt(120), (10, 120))
+        best = best_of(values.tolist(), clusters, draws=150, inner=50)
+        found.append(best.bias)
+        true.append(best.seen)
+        held += best.lo <= 0 <= best.hi
+        naive += abs(best.seen) <= 1.96
+    print(f"true {np.mean(true):.3f}, found {np.mean(found):.3f}, held {held}, naive {naive} of 150")
+    assert np.mean(true) == pytest.approx(1.539, abs=0.15)
+    assert 0.75 * 1.539 < np.mean(found) < 1.539
+    assert held >= 0.9 * 150 > naive
+
+
+# ---- power
+
+
+def test_components_by_pencil():
+    # Clusters (0, 2) and (4, 6): inside 4 squares of 1 over 4 - 2; means 1 and 5 around 3: 2 (4 + 4) / 1 = 16.
+    found = components([0, 2, 4, 6], ["a", "a", "b", "b"])
+    assert found.within == pytest.approx(2)
+    assert found.between == pytest.approx((16 - 2) / 2)
+    assert math.isnan(components([0.0, 1.0], [0, 1]).within)
+
+
+def test_components_of_equal_clusters_are_those_of_a_mixed_model():
+    rng = np.random.default_rng(12)
+    clusters = np.repeat(np.arange(50), 6)
+    values = rng.normal(0, 2, 50)[clusters] + rng.normal(0, 1, 300)
+    fitted = sm.MixedLM(values, np.ones(300), groups=clusters).fit(reml=True)
+    found = components(values.tolist(), clusters.tolist())
+    assert found.between == pytest.approx(fitted.cov_re[0, 0], rel=1e-3)
+    assert found.within == pytest.approx(fitted.scale, rel=1e-3)
+
+
+def test_the_design_foretells_the_error_that_is_found():
+    rng = np.random.default_rng(13)
+    sizes = rng.integers(1, 6, 400)
+    clusters = np.repeat(np.arange(400), sizes)
+    values = rng.normal(0, 1, 400)[clusters] + rng.normal(0, 1, len(clusters))
+    parts = components(values.tolist(), clusters.tolist())
+    told = design_se(parts, sizes.tolist())
+    assert told == pytest.approx(clustered_mean(values.tolist(), clusters.tolist()).se, rel=0.1)
+    assert design_se(parts, sizes.tolist(), samples=math.inf) < design_se(parts, sizes.tolist(), samples=4) < told
+
+
+@pytest.mark.parametrize("df", [10, 40, 366])
+def test_power_agrees_with_the_noncentral_t(df):
+    for effect in (0.5, 1.0, 2.0, 2.8, 4.0):
+        critical = stats.t.ppf(0.975, df)
+        exact = stats.nct.sf(critical, df, effect) + stats.nct.cdf(-critical, df, effect)
+        assert power_of(effect, 1.0, df) == pytest.approx(exact, abs=0.03)
+    assert power_of(detectable(1.0, df), 1.0, df) == pytest.approx(0.8, abs=1e-3)
+    assert detectable(1.0) == pytest.approx(1.959964 + 0.841621, abs=1e-5)
+
+
+# ---- coverage: how often an interval that says 95 % holds the truth, over evaluations of MixEval-Hard 2024-06-01
+
+FREE_FORM = {1: 2, 2: 162, 3: 4, 4: 22, 6: 5, 8: 3, 10: 2}
+MULTIPLE_CHOICE = {1: 25, 2: 204, 3: 3, 4: 13, 6: 1}
+"""Rows that ask one question: how many questions there are of each."""
+SIZES = np.array(
+    [size for split in (FREE_FORM, MULTIPLE_CHOICE) for size, count in split.items() for _ in range(count)]
+)
+CLUSTERS = np.repeat(np.arange(len(SIZES)), SIZES).tolist()
+
+
+def test_these_are_the_sizes_of_mixeval(shared):
+    looked_at = 0
+    for name, sizes in (("free-form", FREE_FORM), ("multiple-choice", MULTIPLE_CHOICE)):
+        file = shared / "data" / "mixeval" / "2024-06-01" / "mixeval-hard" / f"{name}.json"
+        rows = json.loads(file.read_text("utf-8")).values()
+        asked = Counter(json.dumps([row["context"], row["prompt"]]) for row in rows)
+        assert Counter(asked.values()) == sizes
+        looked_at += len(rows)
+    assert looked_at == len(CLUSTERS) == 1000
+
+
+def answers(rng: np.random.Generator, accuracy: float) -> np.ndarray:
+    """Right or wrong for each row: beta-binomial over questions, correlated 0.5 within one, [1000]."""
+    chance = rng.beta(accuracy, 1 - accuracy, len(SIZES))
+    return (rng.random(len(CLUSTERS)) < np.repeat(chance, SIZES)).astype(float)
+
+
+def coverage(accuracy: float, evaluations: int, seed: int = 0) -> tuple[float, float, float]:
+    """Shares that hold the truth: the score's interval, the symmetric one, the difference's of two such models."""
+    rng, held = np.random.default_rng(seed), np.zeros(3)
+    for _ in range(evaluations):
+        one, other = answers(rng, accuracy).tolist(), answers(rng, accuracy).tolist()
+        difference = paired_difference(one, other, CLUSTERS).estimate
+        found = (clustered_score(one, CLUSTERS), clustered_mean(one, CLUSTERS), difference)
+        held += [e.lo <= truth <= e.hi for e, truth in zip(found, (accuracy, accuracy, 0), strict=True)]
+    return tuple(held / evaluations)
+
+
+def test_about_95_of_100_intervals_hold_the_truth():
+    score, _, difference = coverage(0.3, 300)
+    assert 0.92 <= score <= 0.98
+    assert 0.92 <= difference <= 0.98
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accuracy", [0.25, 0.3, 0.4, 0.5])
+def test_93_to_97_of_100_intervals_hold_the_truth_over_2000_evaluations(accuracy):
+    found = coverage(accuracy, 2000)
+    print(f"accuracy {accuracy}: score {found[0]:.4f}, symmetric {found[1]:.4f}, difference {found[2]:.4f}")
+    assert all(0.93 <= share <= 0.97 for share in found)
+
+
+@pytest.mark.slow
+def test_near_0_the_symmetric_interval_fails_and_the_scores_does_not():
+    score, symmetric, _ = coverage(0.02, 2000)
+    print(f"accuracy 0.02: score {score:.4f}, symmetric {symmetric:.4f}")
+    assert symmetric < 0.93 <= score <= 0.97
