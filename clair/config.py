@@ -37,6 +37,8 @@ class ModelConfig(Recipe):
     tokens_per_minute: int | None = Field(None, ge=1)
     timeout: float = Field(600.0, gt=0)
     batch_size: int = Field(16, ge=1)
+    batch_tokens: int | None = Field(None, ge=1)
+    """As many requests at once as fit into so many tokens, padding and room for answers included; not `batch_size`."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -149,7 +151,15 @@ class BuildConfig(Recipe):
         return Path(self.ledger) if self.ledger else Path(self.out) / "ledger.sqlite"
 
 
-_ROLE_PASSING = {"timeout", "batch_size", "api_key_env", "price", "requests_per_minute", "tokens_per_minute"}
+_ROLE_PASSING = {
+    "timeout",
+    "batch_size",
+    "batch_tokens",
+    "api_key_env",
+    "price",
+    "requests_per_minute",
+    "tokens_per_minute",
+}
 
 
 def public(config: BuildConfig) -> dict[str, Any]:

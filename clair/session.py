@@ -14,9 +14,9 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from clair.budget import Budget, prices_of
+from clair.budget import Budget, BudgetConfig, prices_of
 from clair.config import BuildConfig, ModelConfig
 from clair.filters import make_filters
 from clair.ledger import Ledger
@@ -85,9 +85,9 @@ class Session:
 async def session(config: BuildConfig, ledger: Ledger) -> AsyncIterator[Session]:
     """Open the recipe's models for one run; Ctrl-C inside it stops the sending and keeps what is in flight."""
     stop = Stop()
-    askers = _askers(config, ledger, stop)
+    askers = open_askers(config, ledger, stop)
     try:
-        with _ctrl_c(stop):
+        with ctrl_c(stop):
             yield _assembled(config, askers, stop)
     finally:
         for asker in askers.values():
@@ -167,7 +167,39 @@ async def _done_first(task: asyncio.Future[Result], stop: asyncio.Future[Any]) -
     return task.done()
 
 
-def _askers(config: BuildConfig, ledger: Ledger, stop: Stop) -> dict[str, Asker]:
+class Asking(Protocol):
+    """What of a recipe decides how its models are asked."""
+
+    @property
+    def models(self) -> Mapping[str, ModelConfig]:
+        """The models by role."""
+
+    @property
+    def budget(self) -> BudgetConfig | None:
+        """The most that may be spent."""
+
+    @property
+    def concurrency(self) -> int:
+        """Requests in flight for each role."""
+
+    @property
+    def attempts(self) -> int:
+        """Tries of a request that gets no answer."""
+
+    @property
+    def seed(self) -> int:
+        """What local models sample from."""
+
+    @property
+    def out(self) -> str:
+        """The folder on whose account it goes."""
+
+
+def open_askers(config: Asking, ledger: Ledger, stop: Stop) -> dict[str, Asker]:
+    """An asker for each role, its model open; all are checked before the first request. Close their models at the end.
+
+    Needs a running event loop.
+    """
     askers: dict[str, Asker] = {}
     checked: asyncio.Future[None] | None = None
 
@@ -205,7 +237,12 @@ def _askers(config: BuildConfig, ledger: Ledger, stop: Stop) -> dict[str, Asker]
 def open_model(role: str, config: ModelConfig) -> Model:
     """The model that a recipe names, ready to be asked inside the running event loop."""
     if config.path is not None:
-        return LocalModel(config.path, batch_size=config.batch_size, trust_remote_code=config.trust_remote_code)
+        return LocalModel(
+            config.path,
+            batch_size=config.batch_size,
+            batch_tokens=config.batch_tokens,
+            trust_remote_code=config.trust_remote_code,
+        )
     assert config.model is not None
     key, headers = api_key(config.api_key_env, role), config.extra.get("headers")
     endpoints = [
@@ -216,7 +253,7 @@ def open_model(role: str, config: ModelConfig) -> Model:
 
 
 @contextmanager
-def _ctrl_c(stop: Stop) -> Iterator[None]:
+def ctrl_c(stop: Stop) -> Iterator[None]:
     """Ctrl-C once: send nothing more, keep what is in flight. Twice: leave at once."""
     loop = asyncio.get_running_loop()
 

@@ -10,18 +10,20 @@ import asyncio
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clair.models import RequestFailed, as_completion
+from clair.models import RequestFailed, Unreachable, as_completion
 from clair.recipe import UserError, content_hash, near_miss
 
 _UNDERSTOOD = ("messages", "max_tokens", "temperature", "top_p", "top_k", "seed")
 _DEFAULT_MAX_TOKENS = 1024
 _GATHER_SECONDS = 0.005
+_CHARACTERS_PER_TOKEN = 3.0  # until the first batch is tokenised
 _ANSWERS_DEPEND_ON = re.compile(
     r".*\.safetensors$|.*\.model$|(config|generation_config|adapter_config|tokenizer|special_tokens|added_tokens|"
     r"chat_template|vocab|merges).*\.(json|jinja|txt)$"
@@ -29,30 +31,72 @@ _ANSWERS_DEPEND_ON = re.compile(
 
 
 def weights_identity(path: str | Path) -> str:
-    """SHA-256 over everything in a model folder that its answers depend on: weights, configs, tokenizer, template."""
+    """SHA-256 over everything in a model folder that its answers depend on: weights, configs, tokenizer, template.
+
+    An adapter's answers depend on its base too: on all of it where it is a folder, else on its name.
+    """
     digest = hashlib.sha256()
     for file in sorted(file for file in Path(path).iterdir() if _ANSWERS_DEPEND_ON.match(file.name)):
         with open(file, "rb") as content:
             digest.update(f"{file.name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+    base = adapter_base(path)
+    if base is not None:
+        digest.update((weights_identity(base) if Path(base).is_dir() else f"hub:{base}").encode())
     return f"weights:{digest.hexdigest()}"
 
 
+def adapter_base(path: str | Path) -> str | None:
+    """The folder or hub name of the base model where `path` holds an adapter; None for a whole model.
+
+    Raises UserError where the adapter does not name its base.
+    """
+    config = Path(path) / "adapter_config.json"
+    if not config.is_file():
+        return None
+    base = _json(config, "the adapter").get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"the adapter in {path} names no base_model_name_or_path; write it into {config.name}")
+    return str(base)
+
+
 def check_model_folder(path: str | Path, role: str = "target") -> None:
-    """See that a folder holds a chat model that can be asked. Raises UserError naming what is missing."""
+    """See that a folder holds a chat model, or an adapter of one. Raises UserError naming what is missing."""
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{role}: model folder {folder} does not exist; give the path of a saved transformers model")
-    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-        raise UserError(f"{role}: {folder} holds no config.json with *.safetensors; save a model with save_pretrained")
+    base = adapter_base(folder)
+    if base is None:
+        if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+            raise UserError(
+                f"{role}: {folder} holds no config.json with *.safetensors; save a model with save_pretrained"
+            )
+        _check_chat(folder, role)
+        return
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{role}: the adapter {folder} has no adapter_model.safetensors; only safetensors are read")
+    if Path(base).is_dir():
+        check_model_folder(base, role)
+    elif base.startswith((".", "/", "~")) or base.count("/") > 1:
+        raise UserError(f"{role}: the base model {base} of the adapter {folder} does not exist")
+    if (folder / "tokenizer_config.json").is_file():
+        _check_chat(folder, role)
+
+
+def _check_chat(folder: Path, role: str) -> None:
     settings = folder / "tokenizer_config.json"
-    try:
-        config = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{role}: {settings} is not JSON ({error}); save the tokenizer with save_pretrained") from error
+    config = _json(settings, f"{role}: the tokenizer") if settings.is_file() else {}
     if not config.get("chat_template") and not (folder / "chat_template.jinja").is_file():
         raise UserError(f"{role}: the tokenizer in {folder} has no chat template; use a chat model or save one with it")
     if not config.get("eos_token"):
         raise UserError(f"{role}: the tokenizer in {folder} has no end-of-turn token (eos_token): answers cannot end")
+
+
+def _json(file: Path, whose: str) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{whose}: {file} is not JSON ({error}); save it with save_pretrained") from error
+    return value
 
 
 def check_options(options: Mapping[str, Any], role: str = "target") -> None:
@@ -74,16 +118,28 @@ class _Waiting:
 
 
 class LocalModel:
-    """A transformers model folder, loaded on first use, answering in batches from a thread of its own."""
+    """A transformers model folder, loaded on first use, answering in batches from a thread of its own.
+
+    A batch holds at most `batch_size` requests, or with `batch_tokens` as many as fit: prompts padded to the longest,
+    and the room for their answers. One that does not fit into memory is halved. An adapter is put on its base.
+    """
 
     def __init__(
-        self, path: str | Path, *, batch_size: int = 16, dtype: str = "auto", trust_remote_code: bool = False
+        self,
+        path: str | Path,
+        *,
+        batch_size: int = 16,
+        batch_tokens: int | None = None,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
     ) -> None:
         check_model_folder(path)
         self.path = Path(path)
         self.name = self.path.name
         self.identity = weights_identity(path)
         self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
+        self._characters_per_token = _CHARACTERS_PER_TOKEN
         self._dtype = dtype
         self._trust = trust_remote_code
         self._waiting: list[_Waiting] = []
@@ -112,6 +168,13 @@ class LocalModel:
             self._worker = asyncio.create_task(self._work())
         return await waiting.future
 
+    def abandon(self) -> None:
+        """Give up the requests that no batch has begun, as unanswered; what is being generated is finished."""
+        for waiting in self._waiting:
+            if not waiting.future.done():
+                waiting.future.set_exception(Unreachable("not begun"))
+        self._waiting = []
+
     async def _work(self) -> None:
         await asyncio.sleep(_GATHER_SECONDS)
         while self._waiting:
@@ -138,10 +201,21 @@ class LocalModel:
         first = self._waiting[0]
         like = [w for w in self._waiting if _sampling(w.request) == _sampling(first.request)]
         like.sort(key=lambda w: abs(w.size - first.size))
-        batch = like[: self.batch_size]
+        batch = like[: self._at_once(like)]
         chosen = {id(w) for w in batch}
         self._waiting = [w for w in self._waiting if id(w) not in chosen]
         return batch
+
+    def _at_once(self, like: Sequence[_Waiting]) -> int:
+        """How many of these make a batch. Tokens are guessed here; `_chunks` counts them."""
+        if self.batch_tokens is None:
+            return self.batch_size
+        most, longest = like[0].request.get("max_tokens") or _DEFAULT_MAX_TOKENS, 0.0
+        for count, waiting in enumerate(like):
+            longest = max(longest, waiting.size / self._characters_per_token)
+            if (count + 1) * (longest + most) > self.batch_tokens:
+                return max(1, count)
+        return len(like)
 
     # ---- on the model's own thread
 
@@ -153,10 +227,19 @@ class LocalModel:
 
             logging.disable_progress_bar()  # a build has its own
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self._trust)
+            base = adapter_base(self.path)
+            own_words = base is None or (self.path / "tokenizer_config.json").is_file()
+            words = self.path if own_words else base
+            tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=self._trust)
             model = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=self._dtype, trust_remote_code=self._trust, use_safetensors=True
+                base or self.path, dtype=self._dtype, trust_remote_code=self._trust, use_safetensors=True
             )
+            if base is not None:
+                from peft import PeftModel
+
+                with warnings.catch_warnings():  # peft 0.21 uses a name that transformers 5.23 gave up
+                    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                    model = PeftModel.from_pretrained(model, str(self.path))
             self._loaded = tokenizer, model.to(device).eval()
         return self._loaded
 
@@ -169,17 +252,30 @@ class LocalModel:
     def _generate(self, batch: Sequence[_Waiting]) -> list[str | RequestFailed]:
         """A reply to each request. Those with less room for an answer go by themselves: a batch cuts nobody short."""
         prompts = [self._tokenize(waiting.request["messages"]) for waiting in batch]
+        self._characters_per_token = max(0.5, sum(w.size for w in batch) / max(1, sum(map(len, prompts))))
         room = [self._room(waiting.request, len(prompt)) for waiting, prompt in zip(batch, prompts, strict=True)]
         replies: list[str | RequestFailed] = [
             RequestFailed("prompt_too_long", f"the prompt has {len(prompt)} tokens, more than the model takes")
             for prompt in prompts
         ]
         for most in sorted({most for most in room if most > 0}):
-            places = [place for place, own in enumerate(room) if own == most]
-            rows = self._generate_rows([batch[place] for place in places], [prompts[place] for place in places], most)
-            for place, row in zip(places, rows, strict=True):
-                replies[place] = self._reply(len(prompts[place]), row)
+            alike = [place for place, own in enumerate(room) if own == most]
+            for places in self._chunks(alike, prompts, most):
+                rows = self._generate_rows([batch[p] for p in places], [prompts[p] for p in places], most)
+                for place, row in zip(places, rows, strict=True):
+                    replies[place] = self._reply(len(prompts[place]), row)
         return replies
+
+    def _chunks(self, places: Sequence[int], prompts: Sequence[list[int]], most: int) -> list[list[int]]:
+        """Places in runs that keep to `batch_tokens`, shortest prompts first."""
+        if self.batch_tokens is None:
+            return [list(places)]
+        chunks: list[list[int]] = [[]]
+        for place in sorted(places, key=lambda p: len(prompts[p])):
+            if chunks[-1] and (len(chunks[-1]) + 1) * (len(prompts[place]) + most) > self.batch_tokens:
+                chunks.append([])
+            chunks[-1].append(place)
+        return chunks
 
     def _room(self, request: Mapping[str, Any], prompt_tokens: int) -> int:
         """How many tokens a reply may have."""
@@ -189,6 +285,19 @@ class LocalModel:
         return min(wanted, context - prompt_tokens) if context else wanted
 
     def _generate_rows(self, batch: Sequence[_Waiting], prompts: Sequence[list[int]], most: int) -> list[list[int]]:
+        import torch
+
+        try:
+            return self._generated(batch, prompts, most)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+        torch.cuda.empty_cache()
+        half = len(batch) // 2
+        first, second = (slice(None, half), slice(half, None))
+        return [row for part in (first, second) for row in self._generate_rows(batch[part], prompts[part], most)]
+
+    def _generated(self, batch: Sequence[_Waiting], prompts: Sequence[list[int]], most: int) -> list[list[int]]:
         import torch
 
         tokenizer, model = self._load()

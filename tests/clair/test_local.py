@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import time
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -16,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clair.build import build
-from clair.models import RequestFailed, reply_of
+from clair.models import RequestFailed, Unreachable, reply_of
 from clair.models.local import LocalModel, weights_identity
 from clair.recipe import UserError
 from tests.clair import tiny_model
@@ -222,6 +223,60 @@ def test_requests_gather_into_batches_of_one_kind(folder, monkeypatch):
     assert all(len({request["temperature"] for request in batch}) == 1 for batch in batches)
 
 
+def test_a_batch_is_sized_by_tokens_with_padding_and_room_for_answers(folder, monkeypatch):
+    sizes = []
+    really = LocalModel._generated
+
+    def watched(self, batch, prompts, most):
+        sizes.append((len(prompts), max(map(len, prompts)) + most))
+        return really(self, batch, prompts, most)
+
+    monkeypatch.setattr(LocalModel, "_generated", watched)
+    requests = [{"messages": messages(t), "max_tokens": 10, "temperature": 0} for t in texts(60, longest=80)]
+    replies = ask(folder, requests, batch_tokens=300)
+    assert all(count * each <= 300 for count, each in sizes)
+    assert sum(count for count, _ in sizes) == 60
+    assert 3 < len(sizes) < 25
+    assert replies == ask(folder, requests, batch_size=1)
+    sizes.clear()
+    ask(folder, requests[-3:], batch_tokens=5)  # less than one: by themselves
+    assert [count for count, _ in sizes] == [1, 1, 1]
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(folder, monkeypatch):
+    really, sizes = LocalModel._generated, []
+
+    def small_memory(self, batch, prompts, most):
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return really(self, batch, prompts, most)
+
+    monkeypatch.setattr(LocalModel, "_generated", small_memory)
+    requests = [{"messages": messages(t), "max_tokens": 10, "temperature": 0} for t in texts(8)]
+    replies = ask(folder, requests, batch_size=8)
+    assert sizes == [8, 4, 2, 2, 4, 2, 2]
+    monkeypatch.undo()
+    assert replies == ask(folder, requests, batch_size=8)
+
+
+def test_what_no_batch_has_begun_can_be_abandoned(folder):
+    async def work():
+        model = LocalModel(folder, batch_size=4)
+        request = {"messages": messages("what"), "max_tokens": 100, "temperature": 1.0}
+        asking = [asyncio.ensure_future(model.complete(request, n)) for n in range(400)]
+        await asking[0]
+        model.abandon()
+        told = await asyncio.gather(*asking, return_exceptions=True)
+        await model.close()
+        return told
+
+    told = asyncio.run(work())
+    answered = [reply for reply in told if isinstance(reply, str)]
+    assert 4 <= len(answered) < 100
+    assert all(isinstance(reply, Unreachable) and not reply.billed for reply in told if not isinstance(reply, str))
+
+
 def test_the_event_loop_stays_awake_while_the_model_works(folder):
     async def work():
         model = LocalModel(folder)
@@ -295,6 +350,64 @@ def test_the_identity_is_that_of_weights_configs_tokenizer_and_template(folder, 
         with open(changed / name, "ab") as file:
             file.write(b" ")
         assert weights_identity(changed) != identity, name
+
+
+# ---- adapters
+
+
+def save_adapter(base: Path, out: Path, seed: int = 0) -> Path:
+    """A LoRA adapter that changes what its base says."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(out)
+    return out
+
+
+def test_an_adapter_answers_as_its_merged_model_does(folder, tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    adapter = save_adapter(folder, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        merged = AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    tiny_model.make_tokenizer().save_pretrained(tmp_path / "merged")
+    requests = [{"messages": messages(t), "max_tokens": 12, "temperature": 0} for t in texts(12)]
+    replies = ask(adapter, requests)
+    assert replies != ask(folder, requests)
+    assert [r.text for r in replies] == [r.text for r in ask(tmp_path / "merged", requests)]
+
+
+def test_the_identity_of_an_adapter_is_its_own_and_its_bases(folder, tmp_path):
+    base = Path(shutil.copytree(folder, tmp_path / "base"))
+    adapter = save_adapter(base, tmp_path / "adapter")
+    identity = weights_identity(adapter)
+    assert identity != weights_identity(base)
+    assert weights_identity(save_adapter(base, tmp_path / "other", seed=1)) != identity
+    tiny_model.save(base, seed=1)
+    assert weights_identity(adapter) != identity
+
+
+def test_an_adapter_without_weights_or_base_is_told_before_it_is_asked(folder, tmp_path):
+    adapter = save_adapter(folder, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for changes, told in [
+        ({"base_model_name_or_path": None}, "names no base_model_name_or_path"),
+        ({"base_model_name_or_path": str(tmp_path / "gone")}, "does not exist"),
+    ]:
+        (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(UserError, match=told):
+            LocalModel(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
+        LocalModel(adapter)
 
 
 # ---- a build
