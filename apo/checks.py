@@ -27,16 +27,17 @@ def check_before_training(trainer: APOTrainer, rows: int = 8) -> dict[str, float
     if columns:
         examples = [{key: value for key, value in example.items() if key in columns} for example in examples]
     batch = trainer._prepare_inputs(trainer.data_collator(examples))
-    _check_ends(trainer, batch)
+    there = [bool(example[f"{name}_ids"]) for name in ("chosen", "rejected") for example in examples]
+    _check_ends(trainer, batch, torch.tensor(there).nonzero().squeeze(1))
     if not trainer.objective.needs_reference:
         return {}
     return _check_anchor(trainer, batch)
 
 
-def _check_ends(trainer: APOTrainer, batch: dict[str, torch.Tensor]) -> None:
+def _check_ends(trainer: APOTrainer, batch: dict[str, torch.Tensor], rows: torch.Tensor) -> None:
     """The last real token of each sequence is an end of turn, and is trained on (pad = eos must not mask it)."""
-    last = batch["attention_mask"].sum(1) - 1
-    rows = torch.arange(len(last), device=last.device)
+    rows = rows.to(batch["input_ids"].device)
+    last = batch["attention_mask"].sum(1)[rows] - 1
     ends = end_ids(trainer.processing_class, trainer._ends_of_model)
     tokens = batch["input_ids"][rows, last].tolist()
     if strangers := [token for token in tokens if token not in ends]:

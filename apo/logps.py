@@ -1,7 +1,8 @@
 """Log-probability of a response: the plain reference that every fast path is tested against, and TRL's stacked batch.
 
 A batch is what TRL's collator makes of B pairs: `input_ids`, `attention_mask` and `completion_mask`, each [2B, L], the
-B chosen sequences first, prompts included. `pair_logps(model, batch)` is a plug point of the trainer: any function
+B chosen sequences first, prompts included. An unpaired row is a pair whose other response is empty: a prompt alone,
+with log-prob 0 and length 0. `pair_logps(model, batch)` is a plug point of the trainer: any function
 that takes a batch and gives `PairLogps`. `stacked_logps` is the default.
 """
 
@@ -52,14 +53,17 @@ def plain_logps(model: nn.Module, batch: Batch) -> PairLogps:
 def stacked_logps(model: nn.Module, batch: Batch, **options: Any) -> PairLogps:
     """`PairLogps` of a stacked batch through TRL's fused LM head, which `DPOTrainer` puts on the model.
 
-    `options` go to the model, for example `output_router_logits=True`.
+    `options` go to the model, for example `output_router_logits=True`. Of unpaired rows only the response that is there
+    is run.
     """
     mask = batch["completion_mask"]
-    labels = batch["input_ids"].masked_fill(mask == 0, -100)
-    inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
+    there = mask.any(1).nonzero().squeeze(1)
+    labels = batch["input_ids"].masked_fill(mask == 0, -100)[there]
+    inputs = {key: value[there] for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
     outputs = model(**inputs, **options, labels=labels, use_cache=False, fused_lm_head=True)
     # Prompt tuning prepends virtual tokens to the outputs; the real ones are the last.
-    logps = outputs.log_probs[:, -(mask.shape[1] - 1) :].sum(-1)
+    found = outputs.log_probs[:, -(mask.shape[1] - 1) :].sum(-1)
+    logps = found.new_zeros(len(mask)).index_copy(0, there, found)
     return _of_stack(logps, mask, getattr(outputs, "aux_loss", None))
 
 
@@ -87,10 +91,10 @@ def _of_stack(logps: Tensor, completion_mask: Tensor, aux_loss: Tensor | None = 
 
 
 def mismatched(batches: Sequence[Batch], collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> list[Batch]:
-    """The same pairs with each prompt answered by the next pair's two responses, rotating over all the batches.
+    """The same pairs with each prompt answered by the next pair's responses, rotating over all the batches.
 
-    This is how KTO's divergence is estimated from paired data. The batches keep their sizes. With a single pair there
-    is nobody to swap with, and the list is empty.
+    This is how KTO's divergence is estimated (arXiv 2402.01306: x_i with y_j, j = i + 1 modulo their number). The
+    batches keep their sizes. With a single pair there is nobody to swap with, and the list is empty.
     """
     examples = [example for batch in batches for example in examples_of(batch)]
     if len(examples) < 2:

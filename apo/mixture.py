@@ -54,10 +54,30 @@ class Mixture:
         """Whether any term asks for KTO's kl, which needs responses that no dataset holds."""
         return any("kl" in term.asks_for for _, term in self.terms)
 
+    @property
+    def needs_pairs(self) -> str | None:
+        """Why rows with a single response cannot be trained with this, or None.
+
+        Unpaired objectives read one response at a time, and `sft` beside them the desirable ones.
+        """
+        if stranger := next((t.name for _, t in self.terms if t.kind != "unpaired" and t.name != "sft"), None):
+            return f"{stranger} needs pairs"
+        return None if any(term.kind == "unpaired" for _, term in self.terms) else "sft alone would read no label"
+
+    @property
+    def class_weights(self) -> tuple[float, float]:
+        """What a desirable and an undesirable row weigh under all unpaired terms."""
+        terms = [(w, getattr(t.function, "keywords", {})) for w, t in self.terms if t.kind == "unpaired"]
+        names = ("desirable_weight", "undesirable_weight")
+        return tuple(sum(weight * options.get(name, 1.0) for weight, options in terms) for name in names)
+
     def losses(
         self, policy: PairLogps, reference: tuple[Tensor, Tensor] | None, *, beta: float, kl: Any = (0.0, 0.0)
     ) -> Tensor:
-        """One loss per pair, [B]. `reference` is log-probs [B] of chosen and rejected; `kl` is (summed, per token)."""
+        """One loss per pair, [B]. `reference` is log-probs [B] of chosen and rejected; `kl` is (summed, per token).
+
+        An unpaired row is a pair whose other response has no tokens.
+        """
         parts = [weight * _losses(term, policy, reference, beta, kl) for weight, term in self.terms]
         return functools.reduce(torch.add, parts)
 
@@ -76,7 +96,9 @@ def _losses(
         return term(chosen, rejected, beta=beta, **lengths)
     desirable = torch.arange(2 * len(chosen), device=chosen.device) < len(chosen)
     losses = term(torch.cat([chosen, rejected]), desirable, beta=beta, kl=kl[int(term.length_normalised)])
-    return losses.view(2, -1).mean(0)  # a pair is two examples, and weighs as one
+    # A pair is two examples and weighs as one; of an unpaired row there is one, and it weighs as one too.
+    there = torch.cat([policy.chosen_len, policy.rejected_len]).view(2, -1) > 0
+    return (losses.view(2, -1) * there).sum(0) / there.sum(0)
 
 
 def mixture_of(spec: Spec | Mixture) -> Mixture:

@@ -105,10 +105,8 @@ def summary(logs: dict[str, Any]) -> str:
     """One line of a log: loss, both rewards, accuracy, pairs a second."""
     prefix = "eval_" if "eval_loss" in logs else ""
     words = [f"held-out loss {logs['eval_loss']:.4f}" if prefix else f"loss {logs.get('loss', float('nan')):.4f}"]
-    if f"{prefix}rewards/chosen" in logs:
-        words.append(f"chosen {logs[prefix + 'rewards/chosen']:+.3f}")
-        words.append(f"rejected {logs[prefix + 'rewards/rejected']:+.3f}")
-        words.append(f"accuracy {logs[prefix + 'rewards/accuracies']:.0%}")
+    forms = {"chosen": "chosen {:+.3f}", "rejected": "rejected {:+.3f}", "accuracies": "accuracy {:.0%}"}
+    words += [form.format(logs[key]) for name, form in forms.items() if (key := f"{prefix}rewards/{name}") in logs]
     if "pairs_per_second" in logs:
         words.append(f"{logs['pairs_per_second']:.3g} pairs/s")
     return "  ".join(words)

@@ -47,9 +47,15 @@ def apo_down(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
     return (beta * chosen).sigmoid() + (-beta * (chosen - rejected)).sigmoid()
 
 
-def apo_zero_unpaired(logratio: Tensor, desirable: Tensor, *, beta: float = 0.1) -> Tensor:
-    """sigmoid(-r) where desirable, sigmoid(r) where not: on pairs, exactly half of `apo_zero`. Starts at 1/2."""
-    return _toward(beta * logratio, desirable)
+def apo_zero_unpaired(
+    logratio: Tensor, desirable: Tensor, *, beta: float = 0.1, desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """sigmoid(-r) where desirable, sigmoid(r) where not: on pairs, exactly half of `apo_zero`. Starts at 1/2.
+
+    Each loss is multiplied by the weight of its class, > 0.
+    """
+    return _toward(beta * logratio, desirable, desirable_weight, undesirable_weight)
 
 
 def apo_hinge_zero(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
@@ -92,14 +98,18 @@ def ipo(chosen: Tensor, rejected: Tensor, chosen_len: Tensor, rejected_len: Tens
     return (difference - 1 / (2 * beta)) ** 2
 
 
-def kto(logratio: Tensor, desirable: Tensor, *, beta: float = 0.1, kl: Tensor | float = 0.0) -> Tensor:
-    """sigmoid(z0 - r) where desirable, sigmoid(r - z0) where not, Eq. 8 of KTO (arXiv 2402.01306), weights 1.
+def kto(
+    logratio: Tensor, desirable: Tensor, *, beta: float = 0.1, kl: Tensor | float = 0.0, desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """sigmoid(z0 - r) where desirable, sigmoid(r - z0) where not, Eq. 8 of KTO (arXiv 2402.01306).
 
     z0 = beta * max(0, kl) is the anchor, without gradient; `kl` in nats is the mean log-ratio of mismatched prompts
-    and responses (the trainer estimates it). With kl = 0 this is `apo_zero_unpaired`. Starts at 1/2.
+    and responses (the trainer estimates it). With kl = 0 this is `apo_zero_unpaired`. Starts at 1/2. Each loss is
+    multiplied by the weight of its class, the paper's lambda_D and lambda_U, > 0.
     """
     anchor = torch.as_tensor(kl).detach().clamp(min=0)
-    return _toward(beta * (logratio - anchor), desirable)
+    return _toward(beta * (logratio - anchor), desirable, desirable_weight, undesirable_weight)
 
 
 def sft(chosen_logp: Tensor, rejected_logp: Tensor, chosen_len: Tensor, rejected_len: Tensor) -> Tensor:
@@ -133,9 +143,13 @@ def _both_ways(margin: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
     return -logsigmoid(margin), -logsigmoid(-margin)
 
 
-def _toward(reward: Tensor, desirable: Tensor) -> Tensor:
+def _toward(reward: Tensor, desirable: Tensor, desirable_weight: float, undesirable_weight: float) -> Tensor:
     """sigmoid(-reward) where desirable, else sigmoid(reward). Never 1 - sigmoid: its gradient at 20 is 0 in float32."""
-    return reward.where(~desirable, -reward).sigmoid()
+    for name, weight in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
+        if not weight > 0:
+            raise UserError(f"{name} is {weight}; it must be above 0, or leave such rows out")
+    losses = reward.where(~desirable, -reward).sigmoid()
+    return (desirable_weight * losses).where(desirable, undesirable_weight * losses)
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {

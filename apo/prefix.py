@@ -80,7 +80,8 @@ def tokens_of(example: dict[str, list[int]]) -> int:
 def lay_out(examples: Sequence[dict[str, list[int]]], device: torch.device | str = "cpu") -> Layout:
     """Pack pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`) into one row, in their order.
 
-    Raises ValueError for a pair with an empty prompt or response: nothing would predict its first token.
+    Of an unpaired row one response is empty; the other stands in the shared part, with no branches after it.
+    Raises ValueError for a pair with an empty prompt or no response: nothing would predict its first token.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -90,18 +91,19 @@ def lay_out(examples: Sequence[dict[str, list[int]]], device: torch.device | str
     owner: list[int] = []
     for pair, example in enumerate(examples):
         prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
-        if not (prompt and chosen and rejected):
-            raise ValueError("a pair with an empty prompt or response cannot be packed")
-        both = common_prefix(chosen, rejected)
+        if not (prompt and (chosen or rejected)):
+            raise ValueError("a pair with an empty prompt or no response cannot be packed")
+        paired = bool(chosen and rejected)
+        both = common_prefix(chosen, rejected) if paired else len(chosen or rejected)
         shared, start = len(prompt) + both, len(ids)
-        span = Span(start, shared, len(chosen) - both, len(rejected) - both)
+        span = Span(start, shared, len(chosen[both:]), len(rejected[both:]))
         spans.append(span)
-        ids += [*prompt, *chosen, *rejected[both:]]
+        ids += [*prompt, *(chosen or rejected), *rejected[both:]]
         positions += [*range(shared + span.chosen), *range(shared, shared + span.rejected)]
         last = start + shared - 1
         rows += range(start + len(prompt) - 1, last)
-        labels += chosen[:both]
-        owner += [3 * pair] * both
+        labels += (chosen or rejected)[:both]
+        owner += [3 * pair + (0 if paired else 1 if chosen else 2)] * both
         for which, rest, first in ((1, chosen[both:], last + 1), (2, rejected[both:], last + 1 + span.chosen)):
             if rest:
                 rows += [last, *range(first, first + len(rest) - 1)]

@@ -1,12 +1,15 @@
-"""Pairs as token ids: tokenised once, looked at one by one, never cut.
+"""Pairs and unpaired rows as token ids: tokenised once, looked at one by one, never cut.
 
-A pair becomes `prompt_ids`, `chosen_ids` and `rejected_ids`, the columns that TRL's collator reads. The response starts
-where prompt and prompt-with-answer part, and ends with the end of turn: what a template writes after it (ChatML's line
-break) is not said by the model and not trained. A pair longer than `max_length` on either side is dropped and counted.
+A pair becomes `prompt_ids`, `chosen_ids` and `rejected_ids`, the columns that TRL's collator reads. An unpaired row is
+a pair without the other response: `rejected_ids` is empty where it is desirable, `chosen_ids` where not. A response
+starts where prompt and prompt-with-answer part, and ends with the end of turn: what a template writes after it
+(ChatML's line break) is not said by the model and not trained. A row longer than `max_length` on either side is dropped
+and counted.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +19,16 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+    from apo.mixture import Mixture
+
 COLUMNS = ("prompt", "chosen", "rejected")
+UNPAIRED_COLUMNS = ("prompt", "completion", "label")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Tokenised pairs, how many were dropped for which reason, and what the user should know."""
+    """Tokenised rows, how many were dropped for which reason, and what the user should know."""
 
     dataset: Dataset
     dropped: dict[str, int] = field(default_factory=dict)
@@ -43,19 +49,32 @@ def tokenize(
     ends: frozenset[int],
     name: str = "train",
     num_proc: int | None = None,
+    objective: Mixture | None = None,
 ) -> Tokenized:
-    """`dataset` with the three id columns, pairs longer than `max_length` left out.
+    """`dataset` with the three id columns, rows longer than `max_length` left out.
 
     Raises UserError, in one line with the first row at fault, for a missing column, chosen equal to rejected, an answer
-    that does not end with the end of turn or ends twice, and a prompt that begins twice.
+    that does not end with the end of turn or ends twice, a prompt that begins twice, a label that is not true or
+    false, and unpaired rows under an `objective` that needs pairs.
     """
     if set(ID_COLUMNS) <= set(dataset.column_names):
+        _refuse_unpaired(objective, name, count_unpaired(dataset, name) is not None)
         return Tokenized(dataset)
-    if missing := [column for column in COLUMNS if column not in dataset.column_names]:
+    from datasets import Features, List, Value
+
+    wanted = columns_of(dataset)
+    if missing := [column for column in wanted if column not in dataset.column_names]:
         found = ", ".join(dataset.column_names) or "none"
-        raise UserError(f"{name} dataset has no column {missing[0]!r}; found: {found}; needed: {', '.join(COLUMNS)}")
+        raise UserError(f"{name} dataset has no column {missing[0]!r}; found: {found}; needed: {', '.join(wanted)}")
+    _refuse_unpaired(objective, name, wanted == UNPAIRED_COLUMNS)
+    _check_labels(dataset, name)
     arguments = {"tokenizer": tokenizer, "ends": sorted(ends), "max_length": max_length}
-    encoded = dataset.map(_encode, fn_kwargs=arguments, num_proc=num_proc, desc=f"Tokenizing {name}")
+    # Said, not inferred: the other responses of unpaired rows are empty, and an empty list has no type.
+    features = Features({
+        **dataset.features, **dict.fromkeys(ID_COLUMNS, List(Value("int64"))), "_verdict": Value("string"),
+        "_prompt_parts": Value("bool"),
+    })  # fmt: skip
+    encoded = dataset.map(_encode, fn_kwargs=arguments, num_proc=num_proc, features=features, desc=f"Tokenizing {name}")
     verdicts = encoded["_verdict"][:]
     at_fault = [row for row, verdict in enumerate(verdicts) if verdict in _FAULTS]
     if at_fault:
@@ -67,13 +86,75 @@ def tokenize(
     if parted := sum(encoded["_prompt_parts"][:]):
         notes.append(
             f"{name}: the chat template renders the prompt alone otherwise than before an answer in {parted:,} of "
-            f"{len(verdicts):,} pairs; the answer is trained from where the two part"
+            f"{len(verdicts):,} rows; the answer is trained from where the two part"
         )
     kept = [row for row, verdict in enumerate(verdicts) if not verdict]
     encoded = encoded.remove_columns(["_verdict", "_prompt_parts"])
-    if len(kept) == len(verdicts):
-        return Tokenized(encoded, {}, notes)
-    return Tokenized(encoded.select(kept), {"too_long": len(verdicts) - len(kept)}, notes)
+    dropped = {"too_long": len(verdicts) - len(kept)} if len(kept) < len(verdicts) else {}
+    encoded = encoded.select(kept) if dropped else encoded
+    if objective is not None and name == "train":
+        notes += _balance(count_unpaired(encoded, name), objective)
+    return Tokenized(encoded, dropped, notes)
+
+
+def columns_of(dataset: Dataset) -> tuple[str, str, str]:
+    """The columns that rows of this dataset need: those of unpaired rows where there is a completion and no chosen."""
+    unpaired = "completion" in dataset.column_names and "chosen" not in dataset.column_names
+    return UNPAIRED_COLUMNS if unpaired else COLUMNS
+
+
+def count_unpaired(dataset: Dataset, name: str = "train") -> tuple[int, int] | None:
+    """How many desirable and undesirable rows a tokenised dataset holds, or None where its rows are pairs.
+
+    Raises UserError for a row without any response, and for pairs and unpaired rows in one dataset.
+    """
+    counts: Counter[tuple[bool, bool]] = Counter()
+    for batch in dataset.select_columns(list(ID_COLUMNS)).with_format("arrow").iter(batch_size=1000):
+        there = (batch[column].combine_chunks().value_lengths().to_pylist() for column in ID_COLUMNS[1:])
+        counts.update((bool(chosen), bool(rejected)) for chosen, rejected in zip(*there, strict=True))
+    pairs, desirable, undesirable = (counts[key] for key in ((True, True), (True, False), (False, True)))
+    if counts[False, False] or (pairs and desirable + undesirable):
+        raise UserError(
+            f"{name} dataset holds {pairs:,} pairs, {desirable + undesirable:,} rows with one response and "
+            f"{counts[False, False]:,} with none; give pairs, or rows with one response each"
+        )
+    return (desirable, undesirable) if desirable + undesirable else None
+
+
+def _refuse_unpaired(objective: Mixture | None, name: str, unpaired: bool) -> None:
+    if unpaired and objective is not None and (why := objective.needs_pairs):
+        raise UserError(
+            f"objective {objective.name}: {why}, and the {name} dataset has unpaired rows "
+            f"({', '.join(UNPAIRED_COLUMNS)}); take kto or apo_zero_unpaired, alone or with sft, or give pairs"
+        )
+
+
+def _check_labels(dataset: Dataset, name: str) -> None:
+    """Labels are true or false. Not 1 and 0: elsewhere those are scores, or -1 is the other one."""
+    if columns_of(dataset) != UNPAIRED_COLUMNS:
+        return
+    for row, label in enumerate(dataset["label"][:]):
+        if not isinstance(label, bool):
+            raise UserError(f"label of row {row} of the {name} dataset is {label!r}; true (desirable) or false needed")
+
+
+def _balance(counts: tuple[int, int] | None, objective: Mixture) -> list[str]:
+    """What to tell about the numbers of desirable and undesirable rows: nothing from 3:4 to 4:3, weighted."""
+    if counts is None:
+        return []
+    desirable, undesirable = counts
+    if not undesirable:
+        return ["train: every row is desirable; they all go up, and nothing says what to avoid"]
+    if not desirable:
+        return ["train: every row is undesirable; the model learns what not to say, and not what to say instead"]
+    up, down = objective.class_weights
+    ratio = up * desirable / (down * undesirable)
+    if 3 / 4 <= ratio <= 4 / 3:
+        return []
+    return [
+        f"train: {desirable:,} desirable and {undesirable:,} undesirable rows pull {ratio:.2g} to 1; desirable_weight "
+        f"{up / ratio:.2g} or undesirable_weight {down * ratio:.2g} of the objective would even that out"
+    ]
 
 
 _FAULTS = {
@@ -89,31 +170,35 @@ _FAULTS = {
 def _encode(
     example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ends: list[int], max_length: int | None
 ) -> dict[str, Any]:
-    prompt, chosen, rejected = _render(example, tokenizer)
-    start = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
-    responses = [_until_end(ids[start:], set(ends), tokenizer) for ids in (chosen, rejected)]
+    prompt, *whole = _render(example, tokenizer)
+    start = min(_common_prefix(prompt, ids) for ids in whole)
+    responses = [_until_end(ids[start:], set(ends), tokenizer) for ids in whole]
+    chosen, rejected = (*responses, []) if len(responses) == 1 else responses
+    if len(responses) == 1 and not example["label"]:
+        chosen, rejected = rejected, chosen
     return {
         "prompt_ids": prompt[:start],
-        "chosen_ids": responses[0],
-        "rejected_ids": responses[1],
+        "chosen_ids": chosen,
+        "rejected_ids": rejected,
         "_verdict": _verdict(prompt[:start], responses, set(ends), tokenizer.bos_token_id, max_length),
         "_prompt_parts": start < len(prompt),
     }
 
 
-def _render(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
-    """Ids of the prompt alone and of the prompt with either answer."""
-    prompt, chosen, rejected = (example[column] for column in COLUMNS)
+def _render(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], ...]:
+    """Ids of the prompt alone and of the prompt with each answer."""
+    prompt = example["prompt"]
+    answers = [example[column] for column in (("chosen", "rejected") if "chosen" in example else ("completion",))]
     if isinstance(prompt, str):
         end = tokenizer.eos_token
-        whole = [prompt + (answer if answer.endswith(end) else answer + end) for answer in (chosen, rejected)]
+        whole = [prompt + (answer if answer.endswith(end) else answer + end) for answer in answers]
         return tuple(tokenizer(text)["input_ids"] for text in (prompt, *whole))
     options = {**(example.get("chat_template_kwargs") or {}), "tools": example.get("tools")}
 
     def ids(messages: list[dict[str, Any]], **more: Any) -> list[int]:
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **more, **options)["input_ids"]
 
-    return ids(prompt, add_generation_prompt=True), ids(prompt + chosen), ids(prompt + rejected)
+    return ids(prompt, add_generation_prompt=True), *(ids(prompt + answer) for answer in answers)
 
 
 def _until_end(ids: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -127,8 +212,8 @@ def _until_end(ids: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBas
 def _verdict(
     prompt: list[int], responses: list[list[int]], ends: set[int], bos: int | None, max_length: int | None
 ) -> str:
-    """What is wrong with a tokenised pair: a key of `_FAULTS`, "too_long", or nothing."""
-    if responses[0] == responses[1]:
+    """What is wrong with a tokenised row: a key of `_FAULTS`, "too_long", or nothing."""
+    if len(responses) == 2 and responses[0] == responses[1]:
         return "equal"
     if bos is not None and prompt[:2] == [bos, bos]:
         return "double_start"

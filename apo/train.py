@@ -250,12 +250,14 @@ def _lora_of(config: TrainConfig) -> Any:
 
 
 def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args: APOConfig) -> Tokenized:
+    from apo.mixture import mixture_of
     from apo.tokens import end_ids, tokenize
     from apo.trainer import check_weights
 
     if args.weights is not None:
         check_weights(pairs, args.weights, split)
-    return tokenize(pairs, tokenizer, args.max_length, end_ids(tokenizer, generation), split, args.dataset_num_proc)
+    ends, objective = end_ids(tokenizer, generation), mixture_of(args.objective)
+    return tokenize(pairs, tokenizer, args.max_length, ends, split, args.dataset_num_proc, objective)
 
 
 def _steps(args: APOConfig, pairs: int) -> int:

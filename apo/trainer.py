@@ -219,12 +219,14 @@ class APOTrainer(DPOTrainer):
         ends = end_ids(processing_class, self._ends_of_model)
         if args.weights is not None:
             check_weights(dataset, args.weights, dataset_name)
-        done = tokenize(dataset, processing_class, args.max_length, ends, dataset_name, args.dataset_num_proc)
+        done = tokenize(
+            dataset, processing_class, args.max_length, ends, dataset_name, args.dataset_num_proc, self.objective
+        )
         self.dropped[dataset_name] = done.dropped
         self.notes += done.notes
         if not len(done.dataset):
             limit = args.max_length
-            raise UserError(f"every pair of the {dataset_name} dataset is longer than max_length {limit}; raise it")
+            raise UserError(f"every row of the {dataset_name} dataset is longer than max_length {limit}; raise it")
         return done.dataset
 
     def get_batch_samples(
@@ -345,22 +347,23 @@ class APOTrainer(DPOTrainer):
         return str(next(model.parameters()).dtype), str(mixed), str(attention), way, self.args.device.type
 
     def _divergence(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """KTO's kl: the mean log-ratio, in nats, of each prompt with the next pair's two responses, summed over their
-        tokens and as the mean over them, [2]. 0 for one pair. Every pair counts alike, whatever it weighs.
+        """KTO's kl: the mean log-ratio, in nats, of each prompt with the next pair's responses, summed over their
+        tokens and as the mean over them, [2]. 0 for one pair. Every response counts alike, whatever its pair weighs.
 
         The rotation runs over the whole optimizer step, so that it does not depend on the size of a micro-batch.
         """
         total = torch.zeros(3, device=self.accelerator.device)
         training = self.model.training
         self.model.eval()
-        for batch in mismatched(batches, self.data_collator):
+        weighted = isinstance(self.data_collator, WeightedCollator)
+        for batch in mismatched(batches, self.data_collator.collate if weighted else self.data_collator):
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 policy = self.pair_logps(self.model, batch)
             reference = self._reference_logps(batch)
             ratios = torch.cat([policy.chosen - reference[0], policy.rejected - reference[1]]).float()
-            lengths = torch.cat([policy.chosen_len, policy.rejected_len]).clamp(min=1)
-            total += torch.stack([ratios.sum(), (ratios / lengths).sum(), torch.ones_like(ratios).sum()])
+            lengths = torch.cat([policy.chosen_len, policy.rejected_len])
+            total += torch.stack([ratios.sum(), (ratios / lengths.clamp(min=1)).sum(), (lengths > 0).sum()])
         self.model.train(training)
         total = self._over_processes(total)
         return total[:2] / total[2].clamp(min=1)

@@ -86,6 +86,23 @@ def test_packed_rows_give_the_plain_log_probs_and_gradients(family):
     assert (gradients(model, packed) - wanted).norm() < 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral, sliding window", "gemma2, soft caps and window"])
+def test_unpaired_rows_among_pairs_give_the_plain_log_probs_and_gradients(family):
+    examples = pairs(*SHAPES)
+    for place, side in ((0, "rejected_ids"), (1, "chosen_ids"), (3, "chosen_ids"), (4, "rejected_ids")):
+        examples[place][side] = []
+    model, batch = tiny(family), stacked(examples)
+    plain = plain_logps(model, batch)
+    wanted = gradients(model, plain)
+    share_prefixes(model)
+    packed = shared_prefix_logps(model, batch)
+    assert (plain.rejected[0], plain.chosen[1]) == (0, 0)
+    for ours, theirs in zip(packed[:4], plain[:4], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-5)
+    assert (gradients(model, packed) - wanted).norm() < 1e-5 * wanted.norm()
+    assert lay_out(examples).input_ids.shape[1] == sum(tokens_of(example) for example in examples)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2, soft caps and window"])
 def test_a_model_that_shares_prefixes_answers_all_other_input_as_before(family):
     model, batch = tiny(family), stacked(pairs(*SHAPES))
@@ -144,10 +161,10 @@ def test_a_layout_by_hand():
     assert layout.lengths.tolist() == [[3, 4]]
 
 
-def test_an_empty_response_or_prompt_is_refused():
-    for empty in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        with pytest.raises(ValueError, match="empty"):
-            lay_out([{"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7], empty: []}])
+def test_an_empty_prompt_and_no_response_are_refused():
+    for empty in (["prompt_ids"], ["chosen_ids", "rejected_ids"]):
+        with pytest.raises(ValueError, match="empty prompt or no response"):
+            lay_out([{"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7], **{key: [] for key in empty}}])
 
 
 def test_a_model_that_keeps_its_options_from_its_attention_is_noticed():
