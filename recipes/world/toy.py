@@ -1,0 +1,113 @@
+"""A toy world of vectors: populations whose tastes, scores whose flaws and behaviours whose order are known exactly.
+
+Behind every test and example of docs/neighbours.md. An answer is a point; who prefers what, how often a score is wrong
+and what can be learned fast is set here, so that a method can be held against the truth. All draws are by seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """What users said: of comparison i, user[i] prefers chosen[i] to rejected[i], both [n, D]; prompt [n, C] or None.
+
+    `group` [U] is the truth about the users, which no method is shown.
+    """
+
+    chosen: Array
+    rejected: Array
+    user: NDArray[np.int64]
+    group: NDArray[np.int64]
+    prompt: Array | None = None
+
+
+def _sphere(rng: np.random.Generator, *shape: int) -> Array:
+    points = rng.standard_normal(shape)
+    return points / np.linalg.norm(points, axis=-1, keepdims=True)
+
+
+def _compared(
+    rng: np.random.Generator, items: Array, utility: Array, user: Array, group: Array, noise: float
+) -> Comparisons:
+    """Pairs `items` [n, 2, D] with `utility` [n, 2], the better one chosen, a share `noise` of them the worse one."""
+    left = (utility[:, 0] > utility[:, 1]) != (rng.random(len(items)) < noise)
+    chosen = np.where(left[:, None], items[:, 0], items[:, 1])
+    rejected = np.where(left[:, None], items[:, 1], items[:, 0])
+    return Comparisons(chosen, rejected, user, group)
+
+
+def ideal_points(points: Array, users: int, pairs: int, seed: int, *, noise: float = 0.0) -> Comparisons:
+    """Users prefer what is nearer to their ideal point: user u to points[u mod K], items uniform on the unit sphere."""
+    rng = np.random.default_rng(seed)
+    group = np.arange(users) % len(points)
+    user = np.repeat(np.arange(users), pairs)
+    items = _sphere(rng, users * pairs, 2, points.shape[1])
+    distance = np.linalg.norm(items - points[group[user]][:, None], axis=-1)
+    return _compared(rng, items, -distance, user, group, noise)
+
+
+def bimodal(users: int = 60, pairs: int = 50, seed: int = 0, *, noise: float = 0.0, dimensions: int = 8) -> Comparisons:
+    """Two groups with opposite ideal points, a and -a.
+
+    On a sphere |x - a|^2 = 2 - 2 x.a, so one group's labels are the exact negation of the other's and the best that a
+    reward shared by all can do is a coin.
+    """
+    a = _sphere(np.random.default_rng(20_000), dimensions)
+    return ideal_points(np.stack([a, -a]), users, pairs, seed, noise=noise)
+
+
+def one_taste(users: int = 60, pairs: int = 50, seed: int = 0, *, noise: float = 0.0) -> Comparisons:
+    """The control: all users have the one ideal point that half of `bimodal` has."""
+    a = _sphere(np.random.default_rng(20_000), 8)
+    return ideal_points(a[None], users, pairs, seed, noise=noise)
+
+
+def by_prompt(users: int = 60, pairs: int = 50, seed: int = 0) -> Comparisons:
+    """Ideal points that depend on the prompt: Q c for one group and -Q c for the other, Q a fixed rotation."""
+    rng = np.random.default_rng(seed)
+    rotation = np.linalg.qr(np.random.default_rng(20_001).standard_normal((8, 8)))[0]
+    group = np.arange(users) % 2
+    user = np.repeat(np.arange(users), pairs)
+    prompt = _sphere(rng, users * pairs, 8)
+    items = _sphere(rng, users * pairs, 2, 8)
+    ideal = (prompt @ rotation.T) * np.where(group[user] == 0, 1.0, -1.0)[:, None]
+    made = _compared(rng, items, (items * ideal[:, None]).sum(-1), user, group, 0.0)
+    return Comparisons(made.chosen, made.rejected, user, group, prompt)
+
+
+def four_types(users: int, pairs: int, seed: int = 0) -> Comparisons:
+    """Four types of user, each of whom cares for one coordinate of items that are N(0, I) in 8 dimensions."""
+    rng = np.random.default_rng(seed)
+    group = np.arange(users) % 4
+    user = np.repeat(np.arange(users), pairs)
+    items = rng.standard_normal((users * pairs, 2, 8))
+    utility = np.take_along_axis(items, group[user][:, None, None], axis=-1)[..., 0]
+    return _compared(rng, items, utility, user, group, 0.0)
+
+
+def dip(x: Array) -> Array:
+    """A score of points [n, 1] in the unit interval that should rise in x, and falls on the way into a dip at 0.6."""
+    return x[:, 0] - 0.5 * np.exp(-(((x[:, 0] - 0.6) / 0.1) ** 2))
+
+
+@dataclass(frozen=True)
+class Audited:
+    """Pairs with a noisy judge's score gap [n], whole numbers with many ties, and whether they are bad [n]."""
+
+    gap: Array
+    bad: NDArray[np.bool_]
+
+
+def audited(n: int, seed: int = 0) -> Audited:
+    """Three in ten pairs are bad; the judge's gap is 2 points higher for good ones, with a standard error of 2."""
+    rng = np.random.default_rng(seed)
+    bad = rng.random(n) < 0.3
+    gap = np.round(rng.normal(np.where(bad, 0.5, 2.5), 2.0))
+    return Audited(gap, bad)
