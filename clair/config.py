@@ -130,6 +130,8 @@ class BuildConfig(Recipe):
     def _roles_fit(self) -> BuildConfig:
         make_filters(self.filters)
         used = _PIPELINES[self.pipeline]
+        if self.filters.get("gap") and self.pipeline != "judged":
+            raise ValueError(f"filter gap needs scores, and the pipeline {self.pipeline!r} has none; remove it")
         for role in _ROLES:
             if getattr(self, role) is not None and role not in used:
                 raise ValueError(f"{role} is not used by the pipeline {self.pipeline!r}; remove it")

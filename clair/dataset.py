@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from clair.recipe import UserError, content_hash, publish, read_json
-from clair.records import Dropped, Pair
+from clair.records import LABELS, Dropped, Pair
 from clair.sources import load_split
 
 SPLITS = ("train", "test")
@@ -43,6 +43,9 @@ def schema() -> Any:
             ("reasoning", pa.string()),
             ("models", pa.struct([("chosen", pa.string()), ("rejected", pa.string())])),
             ("contrast", pa.struct([(name, pa.float64()) for name in CONTRAST])),
+            ("score_chosen", pa.float64()),
+            ("score_rejected", pa.float64()),
+            *((name, pa.string()) for name in LABELS),
         ]
     )
 

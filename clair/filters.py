@@ -117,6 +117,17 @@ def kept(pair: Pair, least: float = 0.1, most: float = 1.0) -> str | None:
     return None if least <= share <= most else f"{share:.0%} of the words kept"
 
 
+def gap(pair: Pair, above: float = 0.0) -> str | None:
+    """The scores of winner and loser lie no more than `above` apart, or there are none: `apo calibrate` finds the bound.
+
+    Strict, as its promise is: scores tie, and a gap of exactly `above` is dropped.
+    """
+    if pair.scores is None:
+        return "the pair has no scores"
+    apart = pair.scores[0] - pair.scores[1]
+    return None if apart > above else f"score gap {apart:g}"
+
+
 def _asked(pair: Pair, pattern: re.Pattern[str]) -> bool:
     return any(pattern.search(message["content"]) for message in pair.messages)
 
@@ -136,12 +147,12 @@ def _script(text: str) -> str | None:
     return script if count > 0.6 * len(letters) else None
 
 
-_FILTERS = (empty, identical, refusal, allusion, comment, fence, language, cut_off, length, kept)
+_FILTERS = (empty, identical, refusal, allusion, comment, fence, language, cut_off, length, kept, gap)
 FILTERS: dict[str, Callable[..., str | None]] = {f.__name__: f for f in _FILTERS}
 """Every filter, in the order in which they are asked."""
-OFF = frozenset({"kept"})
+OFF = frozenset({"kept", "gap"})
 """Filters that a recipe must turn on. Real minimal revisions keep as little as a tenth of the words, so a kept-words
-band is a choice about the data, not a matter of soundness."""
+band is a choice about the data, not a matter of soundness; and only scored pairs have a gap."""
 
 
 def make_filters(settings: Mapping[str, bool | Mapping[str, Any]]) -> Filters:

@@ -186,8 +186,9 @@ def _write_split(source: Path, target: Path, split: str, gone: frozenset[str], v
     temporary = (target / split_file(split)).with_name(f".{split}.tmp")
     ids = pa.array(sorted(gone), pa.string())
     kept = 0
-    with old, pq.ParquetWriter(temporary, schema(), compression="zstd") as writer:
-        waiting = schema().empty_table()
+    layout = pa.schema([schema().field(name) for name in old.schema_arrow.names])  # an older build has fewer columns
+    with old, pq.ParquetWriter(temporary, layout, compression="zstd") as writer:
+        waiting = layout.empty_table()
         for batch in old.iter_batches(batch_size=_ROWS_PER_GROUP):
             table = pa.Table.from_batches([batch])
             table = table.filter(pc.invert(pc.is_in(table["id"], value_set=ids)))

@@ -16,14 +16,17 @@ async def revised(prompt: Prompt, *, target: Asker | None, reviser: Reviser, fil
     answer = await generate(prompt, target)
     revision = await revise(prompt, answer, reviser)
     models = {"rejected": _author(prompt, target), "chosen": reviser.asker.model.name}
-    return keep(Pair(prompt.id, prompt.messages, revision.answer, answer, revision.reasoning, models), filters)
+    labels = {"source": "revised", **prompt.labels}
+    pair = Pair(prompt.id, prompt.messages, revision.answer, answer, revision.reasoning, models, labels=labels)
+    return keep(pair, filters)
 
 
 async def stronger(prompt: Prompt, *, target: Asker | None, stronger: Asker, filters: Filters) -> Pair:
     """Stronger preferred: rejected is the target's own answer, chosen is a stronger model's, unseen by any judge."""
     answer, better = await asyncio.gather(generate(prompt, target), answer_of(prompt, stronger))
     models = {"rejected": _author(prompt, target), "chosen": stronger.model.name}
-    return keep(Pair(prompt.id, prompt.messages, better, answer, "", models), filters)
+    labels = {"source": "stronger", **prompt.labels}
+    return keep(Pair(prompt.id, prompt.messages, better, answer, "", models, labels=labels), filters)
 
 
 async def judged(prompt: Prompt, *, target: Asker | None, judge: Judge | None, samples: int, filters: Filters) -> Pair:
@@ -36,10 +39,13 @@ async def judged(prompt: Prompt, *, target: Asker | None, judge: Judge | None, s
     answers = prompt.answers or tuple(
         await asyncio.gather(*(generate(prompt, target, sample) for sample in range(samples)))
     )
-    models = {"rejected": author, "chosen": author}
+    models, labels = {"rejected": author, "chosen": author}, {"source": "judged", **prompt.labels}
     if prompt.scores:
         best, worst = best_and_worst(prompt.scores)
-        return keep(Pair(prompt.id, prompt.messages, answers[best], answers[worst], "", models), filters)
+        scores = (prompt.scores[best], prompt.scores[worst])
+        chosen, rejected = answers[best], answers[worst]
+        pair = Pair(prompt.id, prompt.messages, chosen, rejected, "", models, labels=labels, scores=scores)
+        return keep(pair, filters)
     distinct = list(dict.fromkeys(answer.strip() for answer in answers))
     if len(distinct) < 2:
         raise Dropped("target", "identical_samples", f"all {len(answers)} answers are the same")
@@ -59,7 +65,7 @@ async def judged(prompt: Prompt, *, target: Asker | None, judge: Judge | None, s
         wins[(i, j)[judgement.better - 1]] += 1
         reasoning = judgement.reasoning
     best, worst = best_and_worst(wins)
-    pair = Pair(prompt.id, prompt.messages, distinct[best], distinct[worst], reasoning, models)
+    pair = Pair(prompt.id, prompt.messages, distinct[best], distinct[worst], reasoning, models, labels=labels)
     return keep(pair, filters)
 
 

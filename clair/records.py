@@ -17,6 +17,8 @@ class Message(TypedDict):
 
 
 Messages = tuple[Message, ...]
+LABELS = ("user", "group", "behaviour", "source")
+"""Optional columns of a pair: whose preference it is, of which group they are, what it is about, how it was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class Prompt:
     answers: tuple[str, ...] = ()
     """Answers of other models, to be judged or with `scores`, one each."""
     scores: tuple[float, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What the row says under the names of `LABELS`; handed on to its pair."""
 
     @property
     def content_id(self) -> str:
@@ -88,6 +92,9 @@ class Pair:
     reasoning: str = ""
     models: Mapping[str, str] = field(default_factory=dict)
     contrast: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    scores: tuple[float, float] | None = None
+    """A judge's or reward model's scores of chosen and rejected, where there are any."""
 
     def row(self) -> dict[str, Any]:
         """The pair as a row of the dataset: TRL's explicit-prompt conversational preference format."""
@@ -99,6 +106,9 @@ class Pair:
             "reasoning": self.reasoning,
             "models": dict(self.models),
             "contrast": dict(self.contrast),
+            "score_chosen": self.scores and self.scores[0],
+            "score_rejected": self.scores and self.scores[1],
+            **{name: self.labels.get(name) for name in LABELS},
         }
 
 

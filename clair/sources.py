@@ -20,7 +20,7 @@ from pydantic import Field
 from clair.overlap import Benchmark, NearDuplicates
 from clair.prompts import task_text
 from clair.recipe import Recipe, UserError, content_hash, near_miss
-from clair.records import Message, Messages, Prompt, content_id
+from clair.records import LABELS, Message, Messages, Prompt, content_id
 
 _READERS = (".jsonl", ".json", ".csv", ".parquet")
 _ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -34,7 +34,8 @@ class PromptSource(Recipe):
     split: str = "train"
     """The split, where `path` is a folder or a name."""
     columns: Mapping[str, str] = {}
-    """What the columns are called where not prompt, answer, id, answers and scores: {prompt: instruction}."""
+    """What the columns are called where not prompt, answer, id, answers, scores, user, group, behaviour and source:
+    {prompt: instruction}."""
     near_duplicates: float | None = Field(None, gt=0, le=1)
     """Leave out prompts that share at least this much of their 5-word runs with an earlier one. Off by default: it
     judges by words alone, and tasks made from a template differ in few."""
@@ -62,7 +63,8 @@ def scan(source: PromptSource, limit: int | None = None) -> Scan:
     digest = hashlib.sha256()
     rows = unique = answered = compared = scored = 0
     for prompt, left_out in each_prompt(source, limit):
-        digest.update(f"{prompt.id}\0{prompt.content_id}\n".encode())
+        labels = f"\0{content_hash(dict(prompt.labels))}" if prompt.labels else ""
+        digest.update(f"{prompt.id}\0{prompt.content_id}{labels}\n".encode())
         rows += 1
         if left_out is None:
             unique += 1
@@ -108,7 +110,7 @@ def _benchmark(path: str) -> Benchmark:
 
 def read_prompts(source: PromptSource, limit: int | None = None) -> Iterator[Prompt]:
     """The rows of the source as prompts, in order. Raises UserError with the row's number where one is unusable."""
-    names = {name: name for name in ("prompt", "answer", "id", "answers", "scores")}
+    names = {name: name for name in ("prompt", "answer", "id", "answers", "scores", *LABELS)}
     for key in source.columns:
         if key not in names:
             allowed = ", ".join(names)
@@ -131,7 +133,17 @@ def _prompt(row: Any, names: Mapping[str, str], where: str) -> Prompt:
     answers, scores = _answers(row, names, where)
     own = row.get(names["id"])
     id = content_id(messages, answer, answers, scores) if own in (None, "") else _clean(str(own))
-    return Prompt(id, messages, answer, answers, scores)
+    labels = {name: _label(row[names[name]], names[name], where) for name in LABELS if row.get(names[name]) is not None}
+    return Prompt(id, messages, answer, answers, scores, labels)
+
+
+def _label(value: Any, name: str, where: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise UserError(
+            f"{where}: {name} is {value!r}, not text or a whole number; name another column (or none that is "
+            f"there) under prompts.columns"
+        )
+    return _clean(str(value))
 
 
 def _messages(value: Any, where: str) -> Messages:

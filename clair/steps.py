@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -129,7 +129,7 @@ async def _ask_and_read(
 def keep(pair: Pair, filters: Filters) -> Pair:
     """The pair with its contrast numbers, or Dropped with the first filter's reason."""
     contrast = contrast_of(pair.chosen, pair.rejected)._asdict()
-    measured = Pair(pair.id, pair.messages, pair.chosen, pair.rejected, pair.reasoning, pair.models, contrast)
+    measured = replace(pair, contrast=contrast)
     reason = first_reason(measured, filters)
     if reason:
         raise Dropped("filter", *reason)

@@ -109,7 +109,9 @@ def test_load_dataset_reads_the_folder_as_it_is(built):
     counts = manifest(built)["counts"]
     assert {name: len(split) for name, split in loaded.items()} == {n: counts[n] for n in ("train", "test")}
     assert loaded["train"][0] == pairs(built)[0]
-    assert loaded["train"].column_names == ["id", "prompt", "chosen", "rejected", "reasoning", "models", "contrast"]
+    optional = ["score_chosen", "score_rejected", "user", "group", "behaviour", "source"]
+    always = ["id", "prompt", "chosen", "rejected", "reasoning", "models", "contrast"]
+    assert loaded["train"].column_names == always + optional
 
 
 def test_the_manifest_names_what_made_the_data(built):

@@ -111,7 +111,7 @@ def test_the_system_prompt_may_ask_for_a_correction_too():
 
 
 def test_every_filter_was_looked_at_here():
-    looked_at = "empty identical refusal allusion comment fence language cut_off length kept"
+    looked_at = "empty identical refusal allusion comment fence language cut_off length kept gap"
     assert set(looked_at.split()) == set(FILTERS)
     assert all(function.__doc__ for function in FILTERS.values())
 
@@ -154,6 +154,14 @@ def test_a_wrong_setting_is_one_line(settings, told):
         make_filters(settings)
     assert told in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_gap_is_kept_strictly_above_its_bound_and_a_pair_without_scores_is_dropped():
+    tied = Pair("p", (), "a", "b", scores=(5.0, 3.0))
+    assert FILTERS["gap"](tied, above=2.0) == "score gap 2"
+    assert FILTERS["gap"](tied, above=1.5) is None
+    assert FILTERS["gap"](Pair("p", (), "a", "b")) == "the pair has no scores"
+    assert "gap" not in [name for name, _ in make_filters({})]
 
 
 @pytest.mark.parametrize("name", list(FILTERS))

@@ -98,6 +98,27 @@ def test_given_scores_decide_without_a_judge_and_ties_never_become_a_pair(tmp_pa
         "ultrafeedback": ("better", "worse"),
     }
     assert [(d["id"], d["stage"], d["reason"]) for d in drops(tmp_path / "out")] == [("tied", "scores", "tie")]
+    assert {id: (r["score_chosen"], r["score_rejected"]) for id, r in found.items()} == {
+        "clear": (5.0, 1.0),
+        "ultrafeedback": (7.0, 2.5),
+    }
+
+
+def test_a_calibrated_gap_filters_by_the_scores_and_labels_reach_the_pair(tmp_path):
+    rows = [
+        {"id": "far", "prompt": "a", "answers": ["low", "high"], "scores": [1, 5], "user": 7, "group": "brief"},
+        {"id": "near", "prompt": "b", "answers": ["low", "high"], "scores": [1, 3]},
+    ]
+    build(recipe(tmp_path / "out", rows, pipeline="judged", filters={"gap": {"above": 2}}))
+    (row,) = pairs(tmp_path / "out").values()
+    assert [row[name] for name in ("id", "user", "group", "behaviour", "source")] == [
+        "far",
+        "7",
+        "brief",
+        None,
+        "judged",
+    ]
+    assert [(d["id"], d["reason"], d["detail"]) for d in drops(tmp_path / "out")] == [("near", "gap", "score gap 2")]
 
 
 def test_stronger_preferred_takes_the_stronger_models_answer_unseen(tmp_path, monkeypatch):
@@ -180,6 +201,7 @@ def test_accept_gives_exactly_the_first_pairs_in_the_order_of_the_prompts(tmp_pa
         ({"pipeline": "revised", "reviser": endpoint(), "judge": endpoint()}, "judge is not used"),
         ({"pipeline": "stronger", "target": endpoint()}, "needs stronger"),
         ({"pipeline": "revised", "reviser": endpoint(), "samples": 3}, "samples is not used"),
+        ({"pipeline": "revised", "reviser": endpoint(), "filters": {"gap": True}}, "filter gap needs scores"),
         ({"pipeline": "judge"}, "'revised', 'judged' or 'stronger'"),
     ],
 )

@@ -58,7 +58,8 @@ def test_a_lone_half_of_a_surrogate_pair_has_an_id_too():
 
 
 def test_a_pair_becomes_a_row_of_message_lists():
-    row = Pair("p", USER, "good", "bad", "why", {"chosen": "r", "rejected": "t"}, {"kept": 0.5}).row()
+    models, labels = {"chosen": "r", "rejected": "t"}, {"user": "ann", "source": "revised"}
+    row = Pair("p", USER, "good", "bad", "why", models, {"kept": 0.5}, labels, (4.0, 2.5)).row()
     assert row == {
         "id": "p",
         "prompt": [{"role": "user", "content": "Say é"}],
@@ -67,7 +68,14 @@ def test_a_pair_becomes_a_row_of_message_lists():
         "reasoning": "why",
         "models": {"chosen": "r", "rejected": "t"},
         "contrast": {"kept": 0.5},
+        "score_chosen": 4.0,
+        "score_rejected": 2.5,
+        "user": "ann",
+        "group": None,
+        "behaviour": None,
+        "source": "revised",
     }
+    assert Pair("p", USER, "good", "bad").row()["score_chosen"] is None
 
 
 def test_a_drop_tells_stage_reason_and_a_bounded_detail():

@@ -97,6 +97,18 @@ def test_keeping_everything_changes_no_data(folder, pairs):
     assert "review.marked" not in manifest["drop_reasons"]
 
 
+def test_a_folder_of_an_older_build_with_fewer_columns_is_kept_from_too(folder, pairs):
+    import pyarrow.parquet as pq
+
+    for split in ("train", "test"):
+        table = pq.read_table(folder / split_file(split))
+        pq.write_table(table.drop_columns(["score_chosen", "score_rejected", "user"]), folder / split_file(split))
+    keep(folder, decisions(folder, {pairs[0].id: "drop"}))
+    rows = list(read_rows(folder))
+    assert len(rows) == PAIRS - 1
+    assert "user" not in rows[0]
+
+
 def test_everything_may_be_dropped(folder, pairs):
     manifest = keep(folder, decisions(folder, {pair.id: "drop" for pair in pairs}))
     assert manifest["counts"]["pairs"] == 0

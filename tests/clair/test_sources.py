@@ -259,6 +259,16 @@ def test_a_wrong_name_under_columns_is_told_with_the_near_miss(tmp_path):
     assert "unknown name 'promt' (did you mean 'prompt'?)" in told(path, columns={"promt": "prompt"})
 
 
+def test_labels_are_read_and_change_what_is_known_of_the_source(tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a", "user": 7, "source": "hand"}])
+    assert prompts(path)[0].labels == {"user": "7", "source": "hand"}
+    other = write(tmp_path / "q.jsonl", [{"prompt": "a", "user": 8, "source": "hand"}])
+    assert scan(PromptSource(path=str(path))).sha256 != scan(PromptSource(path=str(other))).sha256
+    odd = write(tmp_path / "r.jsonl", [{"prompt": "a", "source": {"name": "hand"}}])
+    assert "source is {'name': 'hand'}, not text or a whole number" in told(odd)
+    assert prompts(odd, columns={"source": "origin"})[0].labels == {}
+
+
 def test_bytes_that_are_no_utf_8_become_replacement_characters(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"prompt": "caf\xe9"}\n')
