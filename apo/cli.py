@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from apo.commands import calibrate, certify
 from apo.evaluate.commands import app as evaluate
 from clair.command import run
 from clair.recipe import EXIT_INTERRUPTED
@@ -72,6 +73,10 @@ def merge(
     from apo.merge import merge as fold
 
     _tell(f"wrote {fold(adapter, out, base=base)}")
+
+
+app.command()(calibrate)
+app.command()(certify)
 
 
 def _print_plan(config: Any) -> None:

@@ -40,7 +40,7 @@ def fewest(alpha: float) -> int:
 
 
 def crc_threshold(critical: Floats, alpha: float, *, lowest: float = 0.0) -> float:
-    """The smallest t >= lowest with at most floor(alpha (n + 1) - 1) losses 1{critical_i > t}; inf where n is too small.
+    """The smallest t >= lowest with at most floor(alpha (n + 1) - 1) losses 1{critical_i > t}; inf if n is too small.
 
     `critical` [n] is per unit the smallest t at which its 0/1 loss is 0, -inf for a unit that never loses. The loss
     is strict, so ties stay on the safe side only where what is kept or accepted lies strictly above t as well.
@@ -155,8 +155,8 @@ def band(up: Floats, down: Floats, alpha: float, *, seed: int = 0) -> Band:
 
     Two parameters, one promise: `above` and `below` keep a fixed ratio and only their scale is calibrated. From
     `SMALL` units on (and twice as many as alpha needs), a random half of them chooses the ratio of least width and the
-    other half calibrates; below that the ratio is 1. (The best point of a grid, chosen on the data that calibrate it, breaks the promise: measured in
-    docs/neighbours.md.) up and down [n] are 0 or above.
+    other half calibrates; below that the ratio is 1. (The best point of a grid, chosen on the data that calibrate it,
+    breaks the promise: measured in docs/neighbours.md.) up and down [n] are 0 or above.
     """
     import numpy as np
 
@@ -186,9 +186,9 @@ def joint_words(threshold: float, alpha: float, n: int) -> str:
     if threshold == math.inf:
         return f"no finite threshold: {n} audited prompts are too few for alpha {alpha:g}, which needs {fewest(alpha)}"
     return (
-        f"keep a pair only if its gap is above {threshold:g}: at most {alpha:.3g} of new pairs are then kept and bad. On "
-        f"average over draws of {n} audited prompts like these; a single draw may lie above. This is not the share of "
-        f"bad ones among the kept"
+        f"keep a pair only if its gap is above {threshold:g}: at most {alpha:.3g} of new pairs are then kept and bad. "
+        f"On average over draws of {n} audited prompts like these; a single draw may lie above. This is not the share "
+        f"of bad ones among the kept"
     )
 
 
@@ -200,8 +200,8 @@ def precision_words(threshold: float, alpha: float, delta: float, n: int) -> str
             f"least {fewest_kept(alpha, delta)} must be kept, all good); audit more, or raise alpha"
         )
     return (
-        f"keep a pair only if its gap is above {threshold:g}: at most {alpha:.3g} of the kept are then bad, with a chance "
-        f"of at least {1 - delta:.3g} over draws of {n} audited prompts like these"
+        f"keep a pair only if its gap is above {threshold:g}: at most {alpha:.3g} of the kept are then bad, with a "
+        f"chance of at least {1 - delta:.3g} over draws of {n} audited prompts like these"
     )
 
 

@@ -88,7 +88,7 @@ def concave(coordinate: int, values: Floats) -> Property:
 
 
 def invariant(change: Callable[[Floats, Generator], Floats], words: str) -> Property:
-    """Unmoved by `change` (of units [n, D]), such as another value of an irrelevant attribute: |f(x) - f(change(x))|."""
+    """Unmoved by `change` (of units [n, D]), such as another value of an irrelevant attribute: |f(x) - f(change x)|."""
     return Property(words, lambda units, rng: (units, change(units, rng)), lambda _, f: abs(f[0] - f[1]))
 
 

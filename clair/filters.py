@@ -118,9 +118,9 @@ def kept(pair: Pair, least: float = 0.1, most: float = 1.0) -> str | None:
 
 
 def gap(pair: Pair, above: float = 0.0) -> str | None:
-    """The scores of winner and loser lie no more than `above` apart, or there are none: `apo calibrate` finds the bound.
+    """The scores of winner and loser lie no more than `above` apart, or there are none.
 
-    Strict, as its promise is: scores tie, and a gap of exactly `above` is dropped.
+    `apo calibrate` finds the bound. Strict, as its promise is: scores tie, and a gap of exactly `above` is dropped.
     """
     if pair.scores is None:
         return "the pair has no scores"

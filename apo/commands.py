@@ -1,0 +1,97 @@
+"""apo calibrate, certify: what is typed. Heavy imports stay inside the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clair.recipe import UserError, near_miss
+
+if TYPE_CHECKING:
+    from apo.calibrate import Filter
+
+Trained = Annotated[
+    list[Path] | None,
+    typer.Option("--trained-on", help="What the scorer was trained on: a reward, a dataset, JSONL ids; repeatable."),
+]
+Decisions = Annotated[Path | None, typer.Option(help="A decisions file to write, for `clair keep`.")]
+
+
+def calibrate(
+    dataset: Annotated[Path, typer.Argument(help="A dataset with score_chosen and score_rejected.")],
+    audit: Annotated[Path, typer.Option(help="JSONL rows with id and bad (true or false).")],
+    alpha: Annotated[float, typer.Option(help="The risk that is promised.")] = 0.1,
+    guarantee: Annotated[str, typer.Option(help="joint: kept and bad; precision: bad among the kept.")] = "joint",
+    delta: Annotated[float, typer.Option(help="precision: the chance that the promise fails.")] = 0.1,
+    trained_on: Trained = None,
+    decisions: Decisions = None,
+) -> None:
+    """A filter threshold on the score gap with a guarantee, from pairs that somebody audited."""
+    from apo.calibrate import calibrate as find
+    from apo.calibrate import read_audit, read_ids, read_scored
+
+    _allowed("guarantee", guarantee, ("joint", "precision"))
+    manifest = _manifest(dataset, decisions)
+    seen = [id for path in trained_on or [] for id in read_ids(path)]
+    found = find(read_scored(dataset), read_audit(audit), alpha, guarantee, delta=delta, trained_on=seen)  # type: ignore[arg-type]
+    print(f"{found.words}.")
+    total = len(found.kept) + len(found.dropped)
+    print(f"It keeps {len(found.kept):,} of {total:,} pairs of {dataset}. In a clair recipe whose rows have scores:\n")
+    print(found.recipe() or "# no filter: every pair may be kept", end="")
+    _decide(found, dataset, manifest, decisions)
+
+
+def certify(
+    dataset: Annotated[Path, typer.Argument(help="A dataset or JSONL file with columns of scores.")],
+    kind: Annotated[str, typer.Option("--property", help="rises, same, floor or ceiling.")] = "rises",
+    alpha: Annotated[float, typer.Option(help="The risk that is promised.")] = 0.1,
+    of: Annotated[str, typer.Option(help="The column that should rise, stay the same or keep to the bound.")] = (
+        "score_chosen"
+    ),
+    than: Annotated[str, typer.Option(help="rises, same: the column it is held against.")] = "score_rejected",
+    bound: Annotated[float, typer.Option(help="floor, ceiling: the bound.")] = 0.0,
+    trained_on: Trained = None,
+    decisions: Decisions = None,
+) -> None:
+    """How far a score is from a property, with a guarantee; differences inside the band decide nothing."""
+    from apo.calibrate import KINDS, filter_at, read_ids, read_scored
+    from apo.calibrate import certify as find
+
+    _allowed("property", kind, KINDS)
+    manifest = _manifest(dataset, decisions)
+    seen = [id for path in trained_on or [] for id in read_ids(path)]
+    rows = read_scored(dataset)
+    found = find(rows, alpha, kind, of=of, than=than, bound=bound, trained_on=seen)  # type: ignore[arg-type]
+    print(f"{found.told()}.")
+    if found.band.width == float("inf"):
+        raise UserError(f"no finite band: alpha {alpha:g} needs more prompts than {found.n}; give more, or raise alpha")
+    if kind in ("floor", "ceiling"):
+        if decisions:
+            raise UserError(f"--decisions goes with rises and same: {kind} compares no two answers, so no gap decides")
+        return
+    undecided = filter_at(rows, found.band.width, found.words)
+    print(f"{len(undecided.dropped):,} of {len(rows):,} pairs are undecided. To leave them out of a clair build:\n")
+    print(undecided.recipe(), end="")
+    _decide(undecided, dataset, manifest, decisions)
+
+
+def _allowed(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"unknown {name} {value!r}{near_miss(value, allowed)}; allowed: {', '.join(allowed)}")
+
+
+def _manifest(dataset: Path, decisions: Path | None) -> dict[str, Any] | None:
+    """The manifest that a decisions file is about, looked up before any work."""
+    from clair.dataset import read_manifest
+
+    return read_manifest(dataset) if decisions else None
+
+
+def _decide(found: Filter, dataset: Path, manifest: dict[str, Any] | None, decisions: Path | None) -> None:
+    from clair.recipe import write_json
+
+    if decisions and manifest is not None:
+        write_json(decisions, found.decisions(manifest))
+        print(f"\nOr put into effect on this dataset with: clair keep {dataset} {decisions}")

@@ -1,0 +1,222 @@
+"""`apo calibrate` and `apo certify`: from files to a filter that `clair` applies, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from apo.calibrate import calibrate, certify, filter_at, one_a_prompt, read_audit, read_ids
+from apo.cli import app
+from clair.build import build
+from clair.config import BuildConfig
+from clair.dataset import read_rows
+from clair.recipe import UserError
+from recipes.world.tasks import distinct_tasks
+
+
+def scored(n: int, seed: int = 0, noise: float = 1.2) -> list[dict]:
+    """Pairs of the embedded world with a noisy judge's whole-number scores; 3 in 10 have a wrong winner."""
+    rng = random.Random(seed)
+    rows = []
+    for task in distinct_tasks("train", n, 0):
+        bad = rng.random() < 0.3
+        chosen, rejected = (task.wrong, task.right) if bad else (task.right, task.wrong)
+        scores = [round(rng.gauss(6 if text == task.right else 4, noise)) for text in (chosen, rejected)]
+        rows.append(
+            {
+                "id": task.id,
+                "prompt": task.prompt,
+                "answers": [chosen, rejected],
+                "score_chosen": scores[0],
+                "score_rejected": scores[1],
+                "bad": bad,
+            }
+        )
+    return rows
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A dataset folder built from scored answers (highest against lowest), with its audit of every second row."""
+    rows = [row for row in scored(120, noise=2.5) if row["score_chosen"] > row["score_rejected"]]
+    source = [{**row, "scores": [row["score_chosen"], row["score_rejected"]]} for row in rows]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in source))
+    recipe = {
+        "pipeline": "judged",
+        "prompts": {"path": str(tmp_path / "prompts.jsonl")},
+        "out": str(tmp_path / "pairs"),
+    }
+    build(BuildConfig.model_validate(recipe))
+    audit = "".join(json.dumps({"id": row["id"], "bad": row["bad"]}) + "\n" for row in rows[::2])
+    (tmp_path / "audit.jsonl").write_text(audit)
+    return tmp_path / "pairs"
+
+
+def run(*words: object):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def failure(*words: object) -> str:
+    result = run(*words)
+    assert isinstance(result.exception, UserError), result.output
+    assert "\n" not in str(result.exception)
+    return str(result.exception)
+
+
+def test_the_command_sets_a_filter_says_its_promise_and_clair_keep_applies_it(folder, tmp_path):
+    decisions = tmp_path / "decisions.json"
+    result = run("calibrate", folder, "--audit", tmp_path / "audit.jsonl", "--alpha", 0.1, "--decisions", decisions)
+    assert result.exit_code == 0, result.output
+    assert "at most 0.1 of new pairs are then kept and bad. On average over draws of" in result.output
+    assert "This is not the share of bad ones among the kept" in result.output
+    above = float(result.output.split("gap: {above: ")[1].split("}")[0])
+    rows = list(read_rows(folder))
+    expected = [row["id"] for row in rows if row["score_chosen"] - row["score_rejected"] > above]
+    assert 0 < len(expected) < len(rows)
+    from clair.cli import app as clair
+
+    assert CliRunner().invoke(clair, ["keep", str(folder), str(decisions)]).exit_code == 0
+    assert [row["id"] for row in read_rows(folder)] == expected
+
+
+def test_the_printed_filter_is_one_that_a_recipe_takes(folder, tmp_path):
+    output = run("calibrate", folder, "--audit", tmp_path / "audit.jsonl", "--alpha", 0.1).output
+    from clair.recipe import parse_yaml
+
+    filters = parse_yaml(output[output.index("filters:") :])["filters"]
+    recipe = {
+        "pipeline": "judged",
+        "prompts": {"path": str(tmp_path / "prompts.jsonl")},
+        "filters": filters,
+        "out": str(tmp_path / "filtered"),
+    }
+    build(BuildConfig.model_validate(recipe))
+    above = filters["gap"]["above"]
+    expected = {row["id"] for row in read_rows(folder) if row["score_chosen"] - row["score_rejected"] > above}
+    assert {row["id"] for row in read_rows(tmp_path / "filtered")} == expected
+
+
+def test_too_few_audited_prompts_are_said_before_anything_is_written(folder, tmp_path):
+    lines = (tmp_path / "audit.jsonl").read_text().splitlines()[:8]
+    (tmp_path / "small.jsonl").write_text("\n".join(lines))
+    decisions = tmp_path / "d.json"
+    told = failure("calibrate", folder, "--audit", tmp_path / "small.jsonl", "--decisions", decisions)
+    assert told == "no finite threshold: 8 audited prompts are too few for alpha 0.1, which needs 9"
+    assert not decisions.exists()
+
+
+def test_an_audit_of_what_the_judge_was_trained_on_is_refused(folder, tmp_path):
+    told = failure("calibrate", folder, "--audit", tmp_path / "audit.jsonl", "--trained-on", tmp_path / "audit.jsonl")
+    assert "the judge was trained on" in told
+    assert " and " in told
+    told = failure("certify", folder, "--trained-on", folder)
+    assert "too good there to calibrate on" in told
+    # The judge's own folder says what it was trained on, too.
+    (tmp_path / "reward").mkdir()
+    first = read_audit(tmp_path / "audit.jsonl")[0]["id"]
+    (tmp_path / "reward/reward.json").write_text(json.dumps({"trained_on": [first]}))
+    assert read_ids(tmp_path / "reward") == [first]
+    told = failure("calibrate", folder, "--audit", tmp_path / "audit.jsonl", "--trained-on", tmp_path / "reward")
+    assert f"trained on {first!r}: its scores" in told
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("not json", "line 1: not JSON"),
+        ('{"bad": true}', "line 1: no id"),
+        ('{"id": "a", "bad": "yes"}', "audit row 'a': bad is 'yes'"),
+        ('{"id": "a", "bad": true}\n{"id": "a", "bad": false}', "'a' is said to be good and bad"),
+        ('{"id": "nobody", "bad": true}', "row 'nobody': no column 'score_chosen'"),
+        ('{"id": "a", "bad": true, "score_chosen": "7", "score_rejected": 1}', "column 'score_chosen' is '7'"),
+        ("", "is empty"),
+    ],
+)
+def test_an_audit_that_cannot_be_used_is_one_line(folder, tmp_path, line, told):
+    (tmp_path / "bad.jsonl").write_text(line)
+    assert told in failure("calibrate", folder, "--audit", tmp_path / "bad.jsonl")
+
+
+def test_wrong_options_are_told_with_the_near_miss(folder, tmp_path):
+    audit = tmp_path / "audit.jsonl"
+    assert "did you mean 'joint'" in failure("calibrate", folder, "--audit", audit, "--guarantee", "joined")
+    assert "did you mean 'rises'" in failure("certify", folder, "--property", "rise")
+    assert "alpha is 2" in failure("calibrate", folder, "--audit", audit, "--alpha", 2)
+    assert "audit nowhere.jsonl does not exist" in failure("calibrate", folder, "--audit", "nowhere.jsonl")
+    assert "did you mean 'score_chosen'" in failure("certify", folder, "--of", "score_choosen")
+
+
+def test_one_row_counts_for_each_prompt_whatever_the_order():
+    rows = [{"id": str(n), "prompt": f"p{n % 3}"} for n in range(9)] + [{"id": "alone"}]
+    units = one_a_prompt(rows)
+    assert sorted(unit.get("prompt", "") for unit in units) == ["", "p0", "p1", "p2"]
+    assert one_a_prompt(rows[::-1]) == units
+
+
+def test_an_audit_may_bring_its_own_scores():
+    pairs = [{"id": f"d{n}", "prompt": str(n), "score_chosen": n, "score_rejected": 0} for n in range(10)]
+    audit = [{"id": str(n), "bad": n < 5, "score_chosen": float(n), "score_rejected": 0.0} for n in range(19)]
+    found = calibrate(pairs, audit, 0.1)
+    # One of 19 may be kept and bad: the second largest gap of the bad ones is 3.
+    assert found.above == 3.0
+    assert found.kept == tuple(f"d{n}" for n in range(4, 10))
+    assert found.recipe() == "filters:\n  gap: {above: 3.0}\n"
+    assert calibrate(pairs, [{**row, "bad": False} for row in audit], 0.1).recipe() == ""
+
+
+def test_precision_needs_scores_that_the_audit_did_not_choose():
+    pairs = scored(400)
+    with pytest.raises(UserError, match="every pair is in the audit"):
+        calibrate(pairs, pairs, 0.1, "precision")
+    with pytest.raises(UserError, match="no threshold could be shown"):
+        calibrate(pairs, pairs[:25], 0.05, "precision")
+    found = calibrate(pairs, pairs[:200], 0.15, "precision")
+    assert "at most 0.15 of the kept are then bad, with a chance of at least 0.9" in found.words
+
+
+def test_a_certificate_by_hand_and_its_band_as_a_filter():
+    # 19 prompts, alpha 0.1: one may fail. Revisions fall by 0.5 and 0.2; the second largest fall is the band.
+    rows = [{"id": str(n), "score_chosen": 1.0, "score_rejected": 0.0} for n in range(17)]
+    rows += [{"id": id, "score_chosen": 0, "score_rejected": fall} for id, fall in (("x", 0.5), ("y", 0.2))]
+    found = certify(rows, 0.1)
+    assert found.band.width == pytest.approx(0.2)
+    assert found.unadjusted.mean == pytest.approx(2 / 19)
+    assert "score_chosen is never below score_rejected: fails 0.105 of 19 units" in found.told()
+    assert filter_at(rows, found.band.width, "").dropped == ("x", "y")
+    assert certify(rows, 0.1, "same", of="score_rejected", than="score_rejected").band.width == 0
+    assert certify(rows, 0.1, "floor", of="score_chosen", bound=0.9).band.width == pytest.approx(0.9)
+    assert certify(rows, 0.1, "ceiling", of="score_chosen", bound=0.9).band.width == pytest.approx(0.1)
+
+
+def test_certify_prints_the_band_and_writes_decisions(folder, tmp_path):
+    decisions = tmp_path / "d.json"
+    result = run("certify", folder, "--property", "rises", "--of", "score_rejected", "--than", "score_chosen",
+                 "--alpha", 0.2, "--decisions", decisions)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "pairs are undecided" in result.output
+    assert set(json.loads(decisions.read_text())["decisions"].values()) <= {"keep", "drop"}
+    assert "compares no two answers" in failure("certify", folder, "--property", "floor", "--decisions", decisions)
+    assert "no finite band: alpha 0.001 needs more" in failure("certify", folder, "--alpha", 0.001)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alpha", [0.05, 0.1, 0.2])
+def test_on_the_embedded_world_with_a_noisy_judge_the_promised_risk_holds_over_200_splits(alpha):
+    rows = scored(1200)
+    rng, joint, above = random.Random(0), [], 0
+    for _ in range(200):
+        rng.shuffle(rows)
+        audit, fresh = rows[:200], rows[200:]
+        kept = set(calibrate(fresh, audit, alpha).kept)
+        joint.append(sum(row["bad"] and row["id"] in kept for row in fresh) / len(fresh))
+        above += joint[-1] > alpha
+    se = float(np.std(joint)) / math.sqrt(200)
+    print(f"alpha {alpha}: kept and bad {np.mean(joint):.4f} +- {se:.4f}, {above / 200:.0%} of the splits above alpha")
+    assert np.mean(joint) <= alpha + 3 * se
+    assert np.mean(joint) > alpha / 3
+    assert above < 200
