@@ -158,6 +158,14 @@ def test_one_row_counts_for_each_prompt_whatever_the_order():
     assert one_a_prompt(rows[::-1]) == units
 
 
+def test_ten_audited_pairs_of_one_prompt_are_one_unit():
+    rows = [
+        {"id": str(n), "prompt": "the same", "score_chosen": 1, "score_rejected": 0, "bad": False} for n in range(10)
+    ]
+    with pytest.raises(UserError, match="1 audited prompts are too few for alpha 0.1, which needs 9"):
+        calibrate(rows, rows, 0.1)
+
+
 def test_an_audit_may_bring_its_own_scores():
     pairs = [{"id": f"d{n}", "prompt": str(n), "score_chosen": n, "score_rejected": 0} for n in range(10)]
     audit = [{"id": str(n), "bad": n < 5, "score_chosen": float(n), "score_rejected": 0.0} for n in range(19)]

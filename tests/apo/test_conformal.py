@@ -188,9 +188,11 @@ def test_the_search_walks_from_the_middle_to_the_unit_by_hand():
     score = lambda x: np.select([x[:, 0] == 2, x[:, 0] == 3, x[:, 0] == 1], [5.0, 0.0, 9.0], 1.0)  # noqa: E731
     up, down = SearchTester(0, np.array([1.0, 2.0, 3.0])).sides(score, np.array([[2.5]]))
     assert (up.tolist(), down.tolist()) == ([4.0], [1.0])
-    # Of a score that should fall, the same unit lies 0 too high above no pivot: both sides the other way round.
-    up, down = SearchTester(0, np.array([1.0, 2.0, 3.0]), increasing=False).sides(score, np.array([[2.5]]))
-    assert (up.tolist(), down.tolist()) == ([0.0], [0.0])
+    # A score that should fall: the mirrored score has the same faults, and they are mended on the other side.
+    mirrored = SearchTester(0, np.array([1.0, 2.0, 3.0]), increasing=False).sides(
+        lambda x: -score(x), np.array([[2.5]])
+    )
+    assert [side.tolist() for side in mirrored] == [[1.0], [4.0]]
 
 
 @given(st.lists(st.integers(-5, 5), min_size=1, max_size=30))
