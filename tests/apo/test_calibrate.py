@@ -162,7 +162,7 @@ def test_ten_audited_pairs_of_one_prompt_are_one_unit():
     rows = [
         {"id": str(n), "prompt": "the same", "score_chosen": 1, "score_rejected": 0, "bad": False} for n in range(10)
     ]
-    with pytest.raises(UserError, match="1 audited prompts are too few for alpha 0[.]1, which needs 9"):
+    with pytest.raises(UserError, match="1 audited prompts are too few"):
         calibrate(rows, rows, 0.1)
 
 
