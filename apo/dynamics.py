@@ -1,4 +1,4 @@
-"""What training does to the pairs: sums over pairs as it runs, means at each logging step, series afterwards."""
+"""What training does to the pairs: some numbers of each pair as it runs, means at each log, series afterwards."""
 
 from __future__ import annotations
 
@@ -8,50 +8,107 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+
+from apo.logps import PairLogps
+from apo.saturation import saturated
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from apo.logps import PairLogps
+    from apo.logps import Batch
+    from apo.mixture import Mixture
 
-MEANS_OF_LOGPS = ("loss", "logps/chosen", "logps/rejected")
+COLUMNS = (
+    "weight", "loss", "chosen", "rejected", "chosen_len", "rejected_len",
+    "chosen_ref", "rejected_ref", "kl", "kl_per_token",
+    "tokens", "computed", "useful", "labels", "products",
+)  # fmt: skip
+"""What is kept of a pair until the next log: loss, log-probs and lengths, what it is compared with, what it cost."""
+
+MEANS_OF_LOGPS = ("loss", "logps/chosen", "logps/rejected", "lengths/chosen", "lengths/rejected")
 MEANS_OF_RATIOS = (
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/ties",
     "logratios/chosen", "logratios/rejected", "chosen_falls",
 )  # fmt: skip
 """Means over pairs. `rewards/accuracies` counts a tie one half; `chosen_falls` is the share of pairs whose chosen
 response has become less likely than under the reference."""
+QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
+"""Logged of both rewards, as `rewards/chosen_p10` and so on."""
+SHARES = ("saturation", "padding", "shared")
 
 
-def pair_sums(
+def pair_rows(
     losses: Tensor,
     policy: PairLogps,
     reference: tuple[Tensor, Tensor] | None,
-    beta: float,
-    weights: Tensor | None = None,
+    weights: Tensor,
+    kl: Iterable[Tensor | float],
+    work: Tensor,
 ) -> Tensor:
-    """Sums over the B pairs of a batch, [2 + K]: how many pairs, what they weigh, then what `MEANS_OF_LOGPS` and (with
-    a reference) `MEANS_OF_RATIOS` name, in that order. Only the loss is weighted. No gradient, no transfer to the host.
+    """The `COLUMNS` of the B pairs of a batch, [B, C] float32; without a reference its two are NaN, and nothing reads
+    them. `kl` is KTO's, summed and per token; `work` is `work_of` the batch. No gradient, no transfer to the host.
     """
-    weights = torch.ones_like(losses) if weights is None else weights
-    columns = [weights, weights * losses, policy.chosen, policy.rejected]
-    if reference is not None:
+    ones = torch.ones_like(losses)
+    reference = (ones * math.nan, ones * math.nan) if reference is None else reference
+    columns = [weights, losses, policy.chosen, policy.rejected, policy.chosen_len, policy.rejected_len, *reference]
+    columns += [ones * value for value in kl]
+    return torch.cat([torch.stack([column.detach().float() for column in columns], 1), work.float()], 1)
+
+
+def work_of(batch: Batch, *, packed: bool) -> Tensor:
+    """What the pairs of a stacked batch cost, [B, 5], from its masks and ids alone: no transfer to the host.
+
+    `tokens` of both sequences; `computed` by the model, padding included; `useful`, those without padding; `labels`
+    scored by the LM head; query-key `products` of attention, as whole rectangles (fit.py). In packed rows the common
+    prefix of a pair is computed once and nothing is padded; in TRL's batch every sequence is as long as the longest.
+    """
+    ids, attended = batch["input_ids"], batch["attention_mask"].bool()
+    pairs, longest = len(ids) // 2, ids.shape[1]
+    first, second = attended.sum(1).view(2, pairs)
+    chosen, rejected = batch["completion_mask"].sum(1).view(2, pairs)
+    if not packed:
+        whole = torch.full_like(first, 2 * longest)
+        return torch.stack([first + second, whole, first + second, chosen + rejected, first**2 + second**2], 1)
+    same = (ids[:pairs] == ids[pairs:]) & attended[:pairs] & attended[pairs:]
+    rest = second - same.long().cumprod(1).sum(1)
+    row = first + rest
+    return torch.stack([first + second, row, row, chosen + rest, first**2 + rest * second], 1)
+
+
+def measure(rows: Tensor, objective: Mixture, beta: float) -> dict[str, float]:
+    """The named means, quantiles and shares of N pairs, from their `COLUMNS` [N, C] on the host, in float64."""
+    of = dict(zip(COLUMNS, rows.double().unbind(1), strict=True))
+    policy = PairLogps(of["chosen"], of["rejected"], of["chosen_len"], of["rejected_len"])
+    weight = of["weight"].sum()
+    columns = {
+        "logps/chosen": policy.chosen, "logps/rejected": policy.rejected,
+        "lengths/chosen": policy.chosen_len, "lengths/rejected": policy.rejected_len,
+    }  # fmt: skip
+    quantiles, reference = {}, None
+    if objective.needs_reference:
+        reference = of["chosen_ref"], of["rejected_ref"]
         chosen, rejected = policy.chosen - reference[0], policy.rejected - reference[1]
-        ties = (chosen == rejected).to(chosen.dtype)
-        columns += [
-            beta * chosen, beta * rejected, beta * (chosen - rejected),
-            (chosen > rejected) + ties / 2, ties, chosen, rejected, (chosen < 0).to(chosen.dtype),
-        ]  # fmt: skip
-    return torch.stack([column.detach().float().sum() for column in (torch.ones_like(losses), *columns)])
-
-
-def means_of(sums: list[float]) -> dict[str, float]:
-    """The named means that a vector of `pair_sums` (added up over batches and processes) stands for."""
-    pairs, weight, loss, *totals = sums
-    names = (*MEANS_OF_LOGPS, *MEANS_OF_RATIOS)[1 : len(totals) + 1]
-    means = {name: total / pairs for name, total in zip(names, totals, strict=True)}
-    return {"loss": loss / weight if weight else 0.0, **means}
+        ties = (chosen == rejected).double()
+        columns |= {
+            "rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected,
+            "rewards/margins": beta * (chosen - rejected), "rewards/accuracies": (chosen > rejected) + ties / 2,
+            "rewards/ties": ties, "logratios/chosen": chosen, "logratios/rejected": rejected,
+            "chosen_falls": (chosen < 0).double(),
+        }  # fmt: skip
+        for name in ("rewards/chosen", "rewards/rejected"):
+            found = np.quantile(columns[name].numpy(), list(QUANTILES.values())).tolist()
+            quantiles |= {f"{name}_{word}": value for word, value in zip(QUANTILES, found, strict=True)}
+    full = saturated(objective, policy, reference, beta=beta, kl=(of["kl"], of["kl_per_token"]))
+    columns |= {"saturation": full.double()} if full is not None else {}
+    shares = {
+        "padding": 1 - of["useful"].sum() / of["computed"].sum(),
+        "shared": 1 - of["useful"].sum() / of["tokens"].sum(),
+    }
+    loss = (of["weight"] * of["loss"]).sum() / weight if weight else weight
+    means = {name: column.mean() for name, column in columns.items()} | shares
+    return {"loss": loss.item(), **{name: value.item() for name, value in means.items()}, **quantiles}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import math
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from apo import checkpoints
 from apo.cache import hash_weights
-from apo.dynamics import means_of, pair_sums
+from apo.dynamics import measure, pair_rows, work_of
 from apo.logps import (
     PAIR_WEIGHT,
     Batch,
@@ -39,6 +38,7 @@ from apo.logps import (
     select,
     stacked_logps,
 )
+from apo.meter import Meter, scale_of
 from apo.mixture import mixture_of
 from apo.prefix import (
     agrees,
@@ -157,10 +157,7 @@ class APOTrainer(DPOTrainer):
         self._weights_hash: str | None = None
         self.notes: list[str] = []
         self._ends_of_model = getattr(model, "generation_config", None)
-        self._sums: dict[str, torch.Tensor | None] = {"train": None, "eval": None}
-        self._tokens: torch.Tensor | int = 0
         self._kl: torch.Tensor | tuple[float, float] = (0.0, 0.0)
-        self._since, self._paused = None, 0.0
         self._saving = False
         asked = args.precompute_ref_log_probs
         if not self.objective.needs_reference:
@@ -177,6 +174,7 @@ class APOTrainer(DPOTrainer):
         # TRL's head also computes entropies and mean logits for its own logs; only the log-probs are wanted here.
         add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         self._share_prefixes()
+        self.meter = Meter(self.accelerator, scale_of(self.model, self.args.device))
         window = args.per_device_train_batch_size * args.gradient_accumulation_steps
         if self.objective.needs_divergence and window < 2:
             raise UserError(
@@ -233,7 +231,7 @@ class APOTrainer(DPOTrainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | int | None]:
         """The micro-batches of an optimizer step, and what the pairs in them weigh over all processes."""
-        self._since = self._since or time.perf_counter()
+        self.meter.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.objective.needs_divergence:
             self._kl = self._divergence(batches)
@@ -283,7 +281,8 @@ class APOTrainer(DPOTrainer):
             self._kl = self._divergence([inputs])
         losses = self.objective.losses(policy, reference, beta=self.beta, kl=self._kl)
         weights = weights_of(inputs).to(losses.device)
-        self._count(mode, pair_sums(losses, policy, reference, self.beta, weights), inputs)
+        work = work_of(inputs, packed=self.pair_logps is shared_prefix_logps)
+        self.meter.add(mode, pair_rows(losses, policy, reference, weights, self._kl, work))
         whole = weights.sum() if num_items_in_batch is None else num_items_in_batch
         total = (weights * losses).sum()
         if policy.aux_loss is not None:
@@ -370,47 +369,23 @@ class APOTrainer(DPOTrainer):
 
     # The logs
 
-    def _count(self, mode: str, sums: torch.Tensor, inputs: Batch) -> None:
-        before = self._sums[mode]
-        # Added up in float64 where the device has it: an evaluation may hold a million pairs.
-        sums = sums if sums.device.type == "mps" else sums.double()
-        self._sums[mode] = sums if before is None else before + sums
-        if mode == "train":
-            self._tokens = self._tokens + inputs["attention_mask"].sum()
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means since the last log: one gather and one transfer, at logging steps only."""
+        """Add what dynamics.py measures on the pairs since the last log, gathered at logging steps only."""
         mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
-        sums = self._sums[mode]
-        if sums is not None and ("loss" in logs or mode == "eval"):
+        if self.meter.has(mode) and ("loss" in logs or mode == "eval"):
             prefix = "" if mode == "train" else next(key for key in logs if key.endswith("_loss")).removesuffix("loss")
-            tokens = torch.as_tensor(self._tokens, device=sums.device, dtype=sums.dtype)
-            *values, token_count = self._over_processes(torch.cat([sums, tokens[None]])).tolist()
-            logs.update({prefix + name: value for name, value in means_of(values).items()})
-            self._sums[mode] = None
+            rows = self.meter.take(mode)
+            logs.update({prefix + name: value for name, value in measure(rows, self.objective, self.beta).items()})
             if mode == "train":
-                logs.update(self._speed(values[0], token_count))
+                logs.update(self.meter.speed(rows))
         super().log(logs, start_time)
-
-    def _speed(self, pairs: float, tokens: float) -> dict[str, float]:
-        """Pairs and tokens a second since the last log. Tokens are those of both sequences, prompts included."""
-        now = time.perf_counter()
-        seconds = max(now - (self._since or now) - self._paused, 1e-9)
-        self._since, self._paused, self._tokens = now, 0.0, 0
-        return {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
-
-    @contextlib.contextmanager
-    def _pause(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - start
 
     def _over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self.accelerator.num_processes == 1 else self.accelerator.reduce(tensor, "sum")
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """TRL's evaluation; its time does not count into pairs a second."""
-        with self._pause():
+        with self.meter.pause():
             return super().evaluate(*args, **kwargs)
 
     def prediction_step(
@@ -423,7 +398,7 @@ class APOTrainer(DPOTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that is there wholly or not at all (checkpoints.py)."""
-        with self._pause():
+        with self.meter.pause():
             self._saving = True
             try:
                 super()._save_checkpoint(model, trial)

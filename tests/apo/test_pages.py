@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from apo.dynamics import MEANS_OF_LOGPS, MEANS_OF_RATIOS
+from apo.dynamics import MEANS_OF_LOGPS, MEANS_OF_RATIOS, QUANTILES, SHARES
 from apo.objectives import _FIRST_TWO, _MAY_ASK_FOR, OBJECTIVES, apo_down, apo_zero, dpo, objective_of
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 from tests.apo.test_objectives import gradients
@@ -38,7 +38,9 @@ def test_the_table_of_kinds_is_what_a_function_is_offered():
 
 def test_every_metric_is_explained():
     told = {name for row in rows_of("metrics") for name in row[0].replace("`", "").split(", ")}
-    assert told == {*MEANS_OF_LOGPS, *MEANS_OF_RATIOS, "pairs_per_second", "tokens_per_second"}
+    quantiles = {f"rewards/{side}_{word}" for side in ("chosen", "rejected") for word in QUANTILES}
+    speed = {"pairs_per_second", "tokens_per_second", "mfu"}
+    assert told == {*MEANS_OF_LOGPS, *MEANS_OF_RATIOS, *SHARES, *quantiles, *speed}
 
 
 def test_an_objective_written_as_the_page_says_trains(tmp_path, monkeypatch):

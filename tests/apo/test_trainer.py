@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from apo.checks import check_before_training
-from apo.dynamics import means_of, pair_sums
+from apo.dynamics import measure, pair_rows
 from apo.logps import PairLogps, plain_logps
+from apo.mixture import mixture_of
 from apo.trainer import IGNORED, APOConfig, APOTrainer
 from clair.recipe import UserError
 from tests.apo.conftest import make_model, make_pairs
@@ -349,14 +350,20 @@ def test_weights_that_cannot_be_meant_are_refused(tmp_path, tokenizer, values, m
 
 
 def test_metrics_by_hand():
-    policy = PairLogps(torch.tensor([-4.0, -9.0, -2.0]), torch.tensor([-5.0, -9.0, -1.0]), *torch.ones(2, 3))
+    logps = torch.tensor([[-4.0, -9.0, -2.0], [-5.0, -9.0, -1.0]])
+    policy = PairLogps(*logps, *torch.tensor([[1, 2, 3], [4, 4, 1]]))
     reference = torch.tensor([-5.0, -8.0, -2.0]), torch.tensor([-3.0, -8.0, -1.0])
-    means = means_of(pair_sums(torch.tensor([1.0, 2.0, 3.0]), policy, reference, beta=0.5).tolist())
+    losses, weights = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2.0, 1.0, 1.0])
+    work = torch.tensor([[30.0, 20, 20, 9, 200], [10, 10, 10, 4, 50], [20, 20, 15, 7, 90]])
+    means = measure(pair_rows(losses, policy, reference, weights, (0.0, 0.0), work), mixture_of("dpo"), beta=0.5)
     assert means == pytest.approx({
-        "loss": 2.0, "logps/chosen": -5.0, "logps/rejected": -5.0,
+        "loss": 2.0, "logps/chosen": -5.0, "logps/rejected": -5.0, "lengths/chosen": 2.0, "lengths/rejected": 3.0,
         "rewards/chosen": 0.0, "rewards/rejected": -0.5, "rewards/margins": 0.5,
         "rewards/accuracies": (1 + 0.5 + 0.5) / 3, "rewards/ties": 2 / 3,
         "logratios/chosen": 0.0, "logratios/rejected": -1.0, "chosen_falls": 1 / 3,
+        "rewards/chosen_p10": -0.4, "rewards/chosen_p50": 0.0, "rewards/chosen_p90": 0.4,  # of -1/2, 0, 1/2
+        "rewards/rejected_p10": -0.9, "rewards/rejected_p50": -0.5, "rewards/rejected_p90": -0.1,  # of -1, -1/2, 0
+        "saturation": 0.0, "padding": 5 / 50, "shared": 15 / 60,
     })  # fmt: skip
 
 

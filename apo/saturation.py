@@ -1,0 +1,86 @@
+"""Saturation: which pairs the objective no longer pulls at.
+
+The pull on a response is the size of the loss's derivative by its log-ratio (by the mean log-ratio of a token, where
+the objective looks at lengths); that on a pair is the larger of the two. It is taken by autograd, so that a function of
+the user's is treated like any other. Its maximum is looked for on a grid of rewards. A pair whose pull is under 5 % of
+the maximum is saturated: training moves it no more, whether it is far on the right side or, under objectives that give
+up on lost pairs (APO, KTO), far on the wrong one.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+
+from apo.logps import PairLogps
+from apo.mixture import Mixture
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from apo.objectives import Objective
+
+SATURATED = 0.05
+"""Of the maximum: below this a pull is taken for none."""
+_REACH = 20.0
+"""Rewards up to which a maximum is looked for."""
+
+
+def saturated(
+    objective: Mixture,
+    policy: PairLogps,
+    reference: tuple[Tensor, Tensor] | None,
+    *,
+    beta: float,
+    kl: tuple[Tensor, Tensor],
+) -> Tensor | None:
+    """Which of N pairs no term of the objective pulls at any more, [N] bool. `kl` is KTO's, [N] each.
+
+    A term whose pull never vanishes (SFT) is left out; None where no other is left.
+    """
+    verdicts = []
+    for _, term in objective.terms:
+        most = greatest_pull(term, beta)
+        if most is not None:
+            verdicts.append(pull_of(term, policy, reference, beta=beta, kl=kl) < SATURATED * most)
+    return torch.stack(verdicts).all(0) if verdicts else None
+
+
+def pull_of(
+    term: Objective,
+    policy: PairLogps,
+    reference: tuple[Tensor, Tensor] | None,
+    *,
+    beta: float,
+    kl: tuple[Tensor, Tensor],
+) -> Tensor:
+    """max(|dL/dh_w|, |dL/dh_l|) of each of N pairs, [N], h the log-ratio or, with lengths, that of a mean token."""
+    with torch.enable_grad():
+        leaves = [logps.detach().clone().requires_grad_() for logps in policy[:2]]
+        asked = PairLogps(*leaves, policy.chosen_len, policy.rejected_len)
+        alone = Mixture(((1.0, term),), term.name)
+        both = tuple(torch.cat([part, part]) for part in kl)  # an unpaired objective sees 2N responses
+        losses = alone.losses(asked, reference, beta=beta, kl=both)
+        slopes = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
+    sizes = [slope.abs() for slope in slopes]
+    if term.length_normalised or "chosen_len" in term.asks_for:
+        sizes = [size * length for size, length in zip(sizes, policy[2:4], strict=True)]
+    return torch.maximum(*sizes)
+
+
+@functools.lru_cache(maxsize=64)
+def greatest_pull(term: Objective, beta: float) -> float | None:
+    """The largest pull at rewards between -20 and 20; that of the anchor where it grows without end (IPO).
+
+    None for a term that pulls everywhere alike, or nearly: nothing saturates.
+    """
+    line = torch.linspace(-_REACH, _REACH, 81, dtype=torch.float64)
+    chosen, rejected = (side.flatten() for side in torch.meshgrid(line, line, indexing="ij"))
+    one, zero = torch.ones_like(chosen), torch.zeros_like(chosen)
+    policy = PairLogps(chosen / beta, rejected / beta, one, one)
+    pulls = pull_of(term, policy, (zero, zero), beta=beta, kl=(zero, zero))
+    near = pulls[(chosen.abs() <= _REACH / 2) & (rejected.abs() <= _REACH / 2)]
+    most = pulls.max() if pulls.max() <= 1.01 * near.max() else pulls[(chosen == 0) & (rejected == 0)].squeeze()
+    return most.item() if pulls.min() < SATURATED * most else None

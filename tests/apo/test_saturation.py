@@ -1,0 +1,108 @@
+"""Which pairs are pulled at no more: by hand, and by closed forms against autograd."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from apo.logps import PairLogps
+from apo.mixture import mixture_of
+from apo.objectives import OBJECTIVES
+from apo.saturation import greatest_pull, pull_of, saturated
+
+LINE = torch.linspace(-8, 8, 65, dtype=torch.float64)
+NOTHING = (torch.zeros(1, dtype=torch.float64),) * 2
+
+
+def pairs_at(chosen, rejected, beta=1.0, chosen_len=3.0, rejected_len=5.0):
+    """Pairs at these rewards, with a reference that is not 0."""
+    chosen, rejected = torch.as_tensor(chosen).double(), torch.as_tensor(rejected).double()
+    lengths = torch.full_like(chosen, chosen_len), torch.full_like(chosen, rejected_len)
+    reference = torch.full_like(chosen, -7.0), torch.full_like(chosen, -9.0)
+    return PairLogps(reference[0] + chosen / beta, reference[1] + rejected / beta, *lengths), reference
+
+
+def saturation(objective, chosen, rejected, beta=1.0, **more):
+    policy, reference = pairs_at(chosen, rejected, beta, **more)
+    zero = torch.zeros_like(policy.chosen)
+    found = saturated(mixture_of(objective), policy, reference, beta=beta, kl=(zero, zero))
+    return None if found is None else found.tolist()
+
+
+def test_by_hand():
+    # The pull of DPO is sigmoid(-margin), under 0.05 beyond log 19 = 2.944; of APO-zero sigmoid(r) sigmoid(-r) <= 1/4.
+    assert saturation("dpo", [2.9, 3.0, -9.0], [0.0, 0.0, 0.0]) == [False, True, False]
+    assert saturation("dpo", [29.0, 30.0], [0.0, 0.0], beta=0.1) == [True, True]
+    edge = math.log((1 + math.sqrt(0.95)) / (1 - math.sqrt(0.95)))  # 4.357
+    assert saturation("apo_zero", [edge - 0.01, edge + 0.01], [-9.0, -9.0]) == [False, True]
+    assert saturation("apo_zero", [-9.0, 9.0, 9.0], [9.0, -9.0, 0.0]) == [True, True, False]  # lost ones too
+    assert saturation("apo_hinge_zero", [1.1, 0.9], [-1.1, -1.1]) == [True, False]
+    # IPO pulls by its distance from 1 / (2 beta): at the anchor as much as anywhere counts.
+    assert saturation("ipo", [3 * 0.49, 3 * 0.4], [0.0, 0.0]) == [True, False]
+
+
+CLOSED = {
+    "apo_zero": (lambda w, g: torch.maximum(bell(w), bell(g)), 0.25),
+    "apo_down": (lambda w, g: torch.maximum((bell(w) - bell(w - g)).abs(), bell(w - g)), 0.25),
+    "apo_zero_unpaired": (lambda w, g: torch.maximum(bell(w), bell(g)) / 2, 0.125),
+    "kto": (lambda w, g: torch.maximum(bell(w), bell(g)) / 2, 0.125),
+    "apo_hinge_zero": (lambda w, g: torch.maximum((w < 1).double(), (g > -1).double()), 1.0),
+    "dpo": (lambda w, g: (g - w).sigmoid(), 1.0),
+}
+
+
+def bell(x):
+    return x.sigmoid() * (-x).sigmoid()
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.1])
+@pytest.mark.parametrize("name", CLOSED)
+def test_the_pull_is_its_closed_form(name, beta):
+    formula, greatest = CLOSED[name]
+    ((_, term),) = mixture_of(name).terms
+    chosen, rejected = (side.flatten() + 0.01 for side in torch.meshgrid(LINE, LINE, indexing="ij"))
+    policy, reference = pairs_at(chosen, rejected, beta)
+    kl = (torch.zeros_like(chosen),) * 2
+    found = pull_of(term, policy, reference, beta=beta, kl=kl)
+    torch.testing.assert_close(found, beta * formula(chosen, rejected), rtol=1e-9, atol=1e-12)
+    assert greatest_pull(term, beta) == pytest.approx(beta * greatest, rel=1e-6)
+
+
+def test_lengths_do_not_decide_where_the_objective_divides_by_them():
+    for objective in ("ipo", "simpo", {"apo_zero": {"length_normalised": True}}):
+        short = saturation(objective, LINE * 2, -LINE * 2, chosen_len=2.0, rejected_len=2.0)
+        long = saturation(objective, LINE * 20, -LINE * 20, chosen_len=20.0, rejected_len=20.0)
+        assert True in short
+        assert False in short
+        if objective != "simpo":  # which looks at log-probs, and those of the reference stand still
+            assert short == long
+
+
+def test_ktos_divergence_moves_the_middle():
+    policy, reference = pairs_at([6.0, 6.0], [-6.0, 6.0])
+    far = torch.full_like(policy.chosen, 6.0)
+    still = saturated(mixture_of("kto"), policy, reference, beta=1.0, kl=(far * 0, far * 0))
+    moved = saturated(mixture_of("kto"), policy, reference, beta=1.0, kl=(far, far))
+    assert (still.tolist(), moved.tolist()) == ([True, True], [False, False])
+
+
+def test_a_mixture_is_saturated_where_all_of_its_terms_that_can_be_are():
+    assert saturation({"apo_zero": 1.0, "sft": 0.1}, [9.0, 0.0], [-9.0, 0.0]) == [True, False]
+    assert saturation({"apo_zero": 1.0, "apo_hinge_zero": 1.0}, [3.0, 9.0], [-3.0, -9.0]) == [False, True]
+    assert saturation("sft", [9.0], [-9.0]) is None
+    assert saturation("robust", [30.0], [-30.0]) is None
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_objective_is_saturated_at_its_start(name):
+    beta = 0.1
+    assert saturation(name, [0.0], [0.0], beta=beta) in ([False], None)
+
+
+def test_a_function_of_the_users_is_taken_by_autograd():
+    def squared(chosen, rejected, *, beta):
+        return (1 - beta * (chosen - rejected)).relu() ** 2
+
+    assert saturation(squared, [0.0, 0.99, 1.5], [0.0, 0.0, 0.0]) == [False, True, True]
