@@ -1,4 +1,4 @@
-"""clair build | estimate | stats | show | report | keep. Errors of the user are one line on stderr and exit code 2."""
+"""clair build | estimate | report | keep | ... Errors of the user are one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -190,6 +190,20 @@ def push(
         print_(f"{file.relative_to(folder)}  {file.stat().st_size:,} bytes")
     print_((folder / "README.md").read_text("utf-8"))
     print_(f"nothing was sent; add --yes to send these {len(files)} files to {name}")
+
+
+@app.command()
+def salvage(
+    ledger: Annotated[Path, typer.Argument(help="The ledger file that an error called damaged.")],
+) -> None:
+    """Put what can be read of a damaged ledger into a fresh one in its place. The damaged file is kept."""
+    from clair.salvage import salvage as save
+    from clair.terminal import show as print_
+
+    saved = save(ledger)
+    print_(f"{saved.replies} paid replies and {saved.others} calls without one are in {ledger}, ready for use;")
+    print_(f"the damaged file is kept as {saved.kept}. Replies that could not be read will be asked for again,")
+    print_("and what they cost is no longer counted by a budget.")
 
 
 @app.command("next")

@@ -8,6 +8,9 @@ holds its lock file, which the kernel lets go of however the process ends.
 What a call may have cost is written down with it: the usage of its reply, and `open_*`, the most that requests without
 a known end may have been billed for. A process that dies leaves its open calls on the bill.
 
+SQLite notices a page whose structure is broken, not one whose text is: each reply is read against a hash of itself and
+its key, so that a damaged ledger is told and never gives wrong text. `clair.salvage` saves what can be saved of it.
+
 Writes go through one thread that commits what has gathered meanwhile in one transaction (group commit): a commit
 costs a disk flush, and at hundreds of replies a second there is no time for one each.
 """
@@ -16,8 +19,10 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import hashlib
 import os
 import queue
+import shlex
 import sqlite3
 import threading
 import uuid
@@ -29,7 +34,7 @@ from typing import Any, NamedTuple
 
 from clair.recipe import UserError, content_hash
 
-_SCHEMA = """
+SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
     key TEXT PRIMARY KEY,
     state TEXT NOT NULL CHECK (state IN ('asked', 'done', 'failed')),
@@ -45,12 +50,13 @@ CREATE TABLE IF NOT EXISTS calls (
     prompt_tokens INTEGER NOT NULL DEFAULT 0,
     completion_tokens INTEGER NOT NULL DEFAULT 0,
     open_prompt INTEGER NOT NULL DEFAULT 0,
-    open_completion INTEGER NOT NULL DEFAULT 0
+    open_completion INTEGER NOT NULL DEFAULT 0,
+    digest TEXT
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS calls_by_payer ON calls (payer, role, prompt_tokens, completion_tokens, open_prompt,
     open_completion);
 """
-_VERSION = 1
+VERSION = 2
 _MOST_PER_COMMIT = 1000
 _FULL = ("disk is full", "disk I/O error", "readonly database")
 
@@ -100,6 +106,13 @@ def call_key(identity: str, request: Mapping[str, Any], sample: int = 0) -> str:
     return content_hash([identity, request, sample])
 
 
+def digest_of(key: str, reply: str | None) -> str | None:
+    """What a stored reply is read against: 16 hex digits of the hash of its key and itself; None without a reply."""
+    if reply is None:
+        return None
+    return hashlib.blake2b(f"{key}\0{reply}".encode(), digest_size=8).hexdigest()
+
+
 class Ledger:
     """A ledger file, open for one run. Use it as a context manager; its coroutines need a running event loop."""
 
@@ -108,7 +121,7 @@ class Ledger:
         self.run = uuid.uuid4().hex[:12]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._reader = self._open()
+            self._reader, self._writer = self._open(), self._open()
             self._lock_file = self._take_lock()
         except OSError as error:
             raise LedgerError(_told(self.path, error)) from error
@@ -128,6 +141,7 @@ class Ledger:
         self._queue.put(None)
         self._thread.join()
         self._reader.close()
+        self._writer.close()
         self._lock_path(self.run).unlink(missing_ok=True)
         os.close(self._lock_file)
 
@@ -135,8 +149,8 @@ class Ledger:
 
     def find(self, key: str) -> Stored | None:
         """The reply to a request, if it was ever answered."""
-        found = self._read("SELECT reply FROM calls WHERE key = ? AND state = 'done'", key)
-        return Stored(found[0][0]) if found else None
+        found = self._read("SELECT reply, digest FROM calls WHERE key = ? AND state = 'done'", key)
+        return self._sound(key, *found[0]) if found else None
 
     def spent(self, payer: str) -> dict[str, Tokens]:
         """The most that a payer's calls can have been billed, in tokens by role; calls without a known end included."""
@@ -158,10 +172,20 @@ class Ledger:
         return dict(self._read("SELECT state, count(*) FROM calls GROUP BY state"))
 
     def _read(self, query: str, *values: str) -> list[tuple[Any, ...]]:
+        if self._broken:
+            raise self._broken
         try:
             return self._reader.execute(query, values).fetchall()
         except sqlite3.Error as error:
-            raise LedgerError(_told(self.path, error)) from error
+            self._broken = LedgerError(_told(self.path, error))
+            raise self._broken from error
+
+    def _sound(self, key: str, reply: str, digest: str) -> Stored:
+        """A reply that is the one that was written. Raises LedgerError for any other."""
+        if digest_of(key, reply) != digest:
+            self._broken = LedgerError(_damaged(self.path, f"the reply to {key[:12]} is not what was written"))
+            raise self._broken
+        return Stored(reply)
 
     # ---- writing
 
@@ -173,10 +197,10 @@ class Ledger:
         """Write a reply down, with what it cost in place of the `most` it might have. On disk when this returns."""
         await self._do(
             lambda connection: connection.execute(
-                "UPDATE calls SET state = 'done', reply = ?, seconds = ?, error = NULL, prompt_tokens = ?, "
+                "UPDATE calls SET state = 'done', reply = ?, digest = ?, seconds = ?, error = NULL, prompt_tokens = ?, "
                 "completion_tokens = ?, open_prompt = open_prompt - ?, open_completion = open_completion - ? "
                 "WHERE key = ?",
-                (raw, seconds, *usage, *most, key),
+                (raw, digest_of(key, raw), seconds, *usage, *most, key),
             )
         )
 
@@ -197,9 +221,9 @@ class Ledger:
         """
         await self._do(
             lambda connection: connection.execute(
-                "UPDATE calls SET state = 'failed', error = ?, reply = ?, open_prompt = open_prompt - ?, "
+                "UPDATE calls SET state = 'failed', error = ?, reply = ?, digest = ?, open_prompt = open_prompt - ?, "
                 "open_completion = open_completion - ? WHERE key = ?",
-                (error[:2000], raw, *unbilled, key),
+                (error[:2000], raw, digest_of(key, raw), *unbilled, key),
             )
         )
 
@@ -220,9 +244,10 @@ class Ledger:
         )
         if inserted.rowcount:
             return MINE
-        state, run, reply = connection.execute("SELECT state, run, reply FROM calls WHERE key = ?", (key,)).fetchone()
+        found = connection.execute("SELECT state, run, reply, digest FROM calls WHERE key = ?", (key,)).fetchone()
+        state, run, reply, digest = found
         if state == "done":
-            return Stored(reply)
+            return self._sound(key, reply, digest)
         if state == "asked" and run != self.run and self._lives(run):
             return ELSEWHERE
         connection.execute(
@@ -233,7 +258,6 @@ class Ledger:
         return MINE
 
     def _write_loop(self) -> None:
-        connection = self._open()
         while (first := self._queue.get()) is not None:
             batch = [first]
             last = False
@@ -241,10 +265,9 @@ class Ledger:
                 following = self._queue.get()
                 last = following is None
                 batch += [following] if following else []
-            _answer(self._commit(connection, batch))
+            _answer(self._commit(self._writer, batch))
             if last:
                 break
-        connection.close()
 
     def _commit(self, connection: sqlite3.Connection, batch: list[_Write]) -> list[tuple[_Write, Any]]:
         try:
@@ -254,23 +277,27 @@ class Ledger:
         except Exception as error:  # whatever it is, the waiting coroutines must be told
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
-            self._broken = LedgerError(_told(self.path, error))
+            self._broken = error if isinstance(error, LedgerError) else LedgerError(_told(self.path, error))
             return [(write, self._broken) for write in batch]
         return results
 
     # ---- opening, and who else is here
 
     def _open(self) -> sqlite3.Connection:
+        if emptied(self.path):
+            raise LedgerError(_damaged(self.path, "the file is empty"))
         try:
             connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, _VERSION):
-                raise LedgerError(f"ledger {self.path} has format {version}; this version reads {_VERSION}")
+            if version not in (0, 1, VERSION):
+                raise LedgerError(f"ledger {self.path} has format {version}; this version reads {VERSION}")
             if version == 0:
-                connection.executescript(_SCHEMA)
-                connection.execute(f"PRAGMA user_version = {_VERSION}")
+                connection.executescript(SCHEMA)
+                connection.execute(f"PRAGMA user_version = {VERSION}")
+            elif version == 1:
+                _from_1(connection)
         except sqlite3.Error as error:
             raise LedgerError(_told(self.path, error)) from error
         return connection
@@ -279,8 +306,7 @@ class Ledger:
         return self.path.with_name(f"{self.path.name}.run-{run}")
 
     def _take_lock(self) -> int:
-        for left_behind in self.path.parent.glob(f"{self.path.name}.run-*"):
-            self._lives(left_behind.name.rpartition("-")[2])
+        living_runs(self.path)
         while True:
             handle = os.open(self._lock_path(self.run), os.O_CREAT | os.O_RDWR, 0o644)
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -290,24 +316,49 @@ class Ledger:
             os.close(handle)  # another run saw the file before it was locked, and took it away as a dead run's
 
     def _lives(self, run: str) -> bool:
-        """Whether the process of another run still holds its lock; asked of the kernel, so clocks do not matter.
+        return _holds(self._lock_path(run))
 
-        What a dead run left behind is taken away.
-        """
-        path = self._lock_path(run)
-        try:
-            handle = os.open(path, os.O_RDWR)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        else:
-            path.unlink(missing_ok=True)
-            return False
-        finally:
-            os.close(handle)
+
+def living_runs(path: Path) -> int:
+    """How many processes have the ledger open. What dead ones left behind is taken away."""
+    return sum(_holds(lock) for lock in path.parent.glob(f"{path.name}.run-*"))
+
+
+def _holds(lock: Path) -> bool:
+    """Whether the process of a run still holds its lock; asked of the kernel, so clocks do not matter.
+
+    What a dead run left behind is taken away.
+    """
+    try:
+        handle = os.open(lock, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        lock.unlink(missing_ok=True)
+        return False
+    finally:
+        os.close(handle)
+
+
+def _from_1(connection: sqlite3.Connection) -> None:
+    """Format 1 had no digests; every reply that it holds gets one."""
+    connection.create_function("digest_of", 2, digest_of, deterministic=True)
+    connection.execute("BEGIN IMMEDIATE")
+    if connection.execute("PRAGMA user_version").fetchone()[0] == 1:  # no other process was faster
+        connection.execute("ALTER TABLE calls ADD COLUMN digest TEXT")
+        connection.execute("UPDATE calls SET digest = digest_of(key, reply) WHERE reply IS NOT NULL")
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+    connection.execute("COMMIT")
+
+
+def emptied(path: Path) -> bool:
+    """Whether a ledger lost its content and not its log: SQLite would begin it anew, and throw the log away."""
+    log = path.with_name(f"{path.name}-wal")
+    return path.is_file() and path.stat().st_size == 0 and log.is_file() and log.stat().st_size > 0
 
 
 @dataclass(slots=True)
@@ -339,5 +390,20 @@ def _told(path: Path, error: Exception) -> str:
     if any(words in message for words in _FULL):
         return f"ledger {path} cannot be written ({message}): make room or permissions, then run the same command again"
     if isinstance(error, sqlite3.DatabaseError) and ("malformed" in message or "not a database" in message):
-        return f"ledger {path} is damaged ({message}); `sqlite3 {path} .recover` saves what can be saved"
+        return _damaged(path, message)
     return f"ledger {path}: {message}"
+
+
+def _damaged(path: Path, why: str) -> str:
+    from clair.salvage import readable
+
+    count = readable(path)
+    if not count:
+        return (
+            f"ledger {path} is damaged ({why}) and no reply can be read in it; put a copy of it in its place, or move "
+            f"it away to ask everything anew"
+        )
+    return (
+        f"ledger {path} is damaged ({why}): {count} paid replies can be read in it; `clair salvage "
+        f"{shlex.quote(str(path))}` puts them into a fresh ledger and keeps the damaged file"
+    )

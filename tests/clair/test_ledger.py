@@ -332,7 +332,7 @@ def test_a_file_that_is_no_ledger_is_one_line_and_stays_as_it_was(tmp_path):
     with pytest.raises(LedgerError) as error:
         Ledger(path)
     assert "is damaged" in one_line(error.value)
-    assert ".recover" in one_line(error.value)
+    assert "no reply can be read in it; put a copy of it in its place" in one_line(error.value)
     assert path.read_bytes() == before
 
 

@@ -1,0 +1,326 @@
+"""A damaged ledger: told, never believed, and what can be read of it saved with the very bytes that were paid for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import sqlite3
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from clair.ledger import MINE, Claim, Ledger, LedgerError, Stored, Tokens, call_key
+from clair.recipe import UserError
+from clair.salvage import readable, salvage
+from tests.clair.building import clair, error_line, final_bytes, scripted_rows, write_prompts, write_recipe
+
+PAGE = 4096
+CLAIM = Claim("reviser", "m", "row", "/out", Tokens(10, 100))
+
+
+def reply_to(n: int) -> str:
+    """Short ones that share a page, and ones that run through chains of up to thirty."""
+    random = Random(n)
+    words = "".join(random.choice("abc déf🙂\n") for _ in range(random.choice([30, 300, 3000, 30_000])))
+    return json.dumps({"choices": [{"message": {"content": f"{n} {words}"}}]}, ensure_ascii=False)
+
+
+def key_of(n: int) -> str:
+    return call_key("m", {"n": n})
+
+
+async def _fill(ledger: Ledger, count: int) -> None:
+    async def one(n: int) -> None:
+        key = key_of(n)
+        assert await ledger.claim(key, CLAIM) is MINE
+        if n % 10 == 8:
+            await ledger.fail(key, "malformed_reply", Tokens(0, 0), "<html>" * n)
+        elif n % 10 != 9:  # those stay asked
+            await ledger.settle(key, reply_to(n), Tokens(7, 70), CLAIM.most, 0.1)
+
+    for start in range(0, count, 20):
+        await asyncio.gather(*(one(n) for n in range(start, min(count, start + 20))))
+
+
+def filled(path: Path, count: int = 300) -> dict[str, str]:
+    """A ledger, and the replies that were paid for by key."""
+    with Ledger(path) as ledger:
+        asyncio.run(_fill(ledger, count))
+    return {key_of(n): reply_to(n) for n in range(count) if n % 10 < 8}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    path = tmp_path_factory.mktemp("ledger") / "l.sqlite"
+    return path, filled(path)
+
+
+@pytest.fixture
+def damaged(tmp_path, original):
+    """A copy of a ledger to be damaged, and what it held."""
+    path, paid = original
+    return Path(shutil.copy(path, tmp_path / "l.sqlite")), paid
+
+
+def saved(path: Path, paid: dict[str, str]) -> int:
+    """How many of the replies stand in a ledger; there is no other, and none is another text than it was."""
+    with Ledger(path) as ledger:
+        found = {key: ledger.find(key) for key in paid}
+        assert all(stored is None or stored == Stored(paid[key]) for key, stored in found.items())
+        count = sum(stored is not None for stored in found.values())
+        assert ledger.counts().get("done", 0) == count
+    connection = sqlite3.connect(path)
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    connection.close()
+    return count
+
+
+def overwrite(path: Path, at: int, content: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(content)
+
+
+# ---- what is saved
+
+
+def test_all_of_a_sound_ledger_can_be_read(original):
+    path, paid = original
+    assert readable(path) == len(paid) == 240
+
+
+@pytest.mark.parametrize("size", [16, 100, PAGE, 3 * PAGE])
+def test_with_a_zeroed_header_or_root_nothing_is_lost(damaged, size):
+    """The third page is the root of the index, which is no reply's home."""
+    path, paid = damaged
+    lost = rows_in(path, range(2, size // PAGE + 1))
+    overwrite(path, 0, bytes(size))
+    with pytest.raises(LedgerError, match=rf"is damaged .*: {len(paid) - lost} paid replies can be read in it"):
+        Ledger(path)
+    result = salvage(path)
+    assert (result.replies, result.others) == (len(paid) - lost, 60 - others_in(path, lost))
+    assert saved(path, paid) == len(paid) - lost
+
+
+def rows_in(path: Path, pages: range) -> int:
+    """How many paid replies begin in some pages of an undamaged ledger: those that are missing without them."""
+    copy = path.with_name("copy.sqlite")
+    shutil.copy(path, copy)
+    for page in pages:
+        overwrite(copy, (page - 1) * PAGE, bytes(PAGE))
+    lost = readable(path) - readable(copy)
+    copy.unlink()
+    return lost
+
+
+def others_in(path: Path, lost: int) -> int:
+    return 0 if not lost else 60 - salvage_counts(path)
+
+
+def salvage_counts(path: Path) -> int:
+    with Ledger(path) as ledger:
+        return sum(count for state, count in ledger.counts().items() if state != "done")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_of_a_truncated_ledger_all_that_lies_before_the_end_is_saved(damaged, seed):
+    path, paid = damaged
+    share = Random(seed).uniform(0.05, 0.95)
+    os.truncate(path, int(path.stat().st_size * share))
+    with pytest.raises(LedgerError) as error:
+        Ledger(path)
+    told = int(re.search(r"(\d+) paid replies can be read", str(error.value))[1])
+    assert salvage(path).replies == told == saved(path, paid)
+    assert told >= 0.5 * share * len(paid) - 12  # a long reply needs all the pages of its chain
+
+
+@pytest.mark.parametrize("what", ["ones", "zeros", "noise", "another page", "half of another page"])
+@pytest.mark.parametrize("seed", range(6))
+def test_overwritten_pages_cost_their_own_replies_and_never_give_another_text(damaged, what, seed):
+    path, paid = damaged
+    random, pages = Random(seed), path.stat().st_size // PAGE
+    hit = random.sample(range(2, pages + 1), 12)
+    content = path.read_bytes()
+    for page in hit:
+        other = random.randrange(PAGE, len(content) - PAGE, PAGE)
+        size = PAGE // 2 if what.startswith("half") else PAGE
+        new = {"ones": b"\xff" * size, "zeros": bytes(size), "noise": random.randbytes(size)}.get(what)
+        overwrite(path, (page - 1) * PAGE + PAGE - size, new or content[other : other + size])
+    count = readable(path)
+    assert count >= len(paid) - 12 * 40  # a page holds few replies, and a chain belongs to one
+    assert salvage(path).replies == count == saved(path, paid)
+
+
+def test_what_stands_only_in_the_log_is_saved_too(tmp_path):
+    """A run that was killed leaves its newest replies in the log beside the ledger."""
+    path = tmp_path / "l.sqlite"
+    paid = filled(tmp_path / "living.sqlite", 40)
+    living = Ledger(tmp_path / "living.sqlite")
+    try:
+        asyncio.run(_settle(living, "new", "new reply"))
+        for suffix in ("", "-wal"):
+            shutil.copy(f"{living.path}{suffix}", f"{path}{suffix}")
+    finally:
+        living.close()
+    overwrite(path, 0, bytes(100))
+    assert readable(path) == len(paid) + 1
+    kept = salvage(path).kept
+    assert saved(path, {**paid, "new": "new reply"}) == len(paid) + 1
+    assert kept.with_name(f"{kept.name}-wal").is_file()
+    assert not path.with_name("l.sqlite-wal").exists()
+
+
+async def _settle(ledger: Ledger, key: str, reply: str) -> None:
+    await ledger.claim(key, CLAIM)
+    await ledger.settle(key, reply, Tokens(1, 1), CLAIM.most, 0.1)
+
+
+def test_a_log_is_read_to_its_first_broken_frame(tmp_path):
+    living = Ledger(tmp_path / "living.sqlite")
+    try:
+        for n in range(30):
+            asyncio.run(_settle(living, f"k{n}", f"reply {n}"))
+        for suffix in ("", "-wal"):
+            shutil.copy(f"{living.path}{suffix}", f"{tmp_path / 'l.sqlite'}{suffix}")
+    finally:
+        living.close()
+    whole = readable(tmp_path / "l.sqlite")
+    assert whole == 30
+    log = tmp_path / "l.sqlite-wal"
+    overwrite(log, log.stat().st_size // 2, b"\xff" * 100)
+    assert 0 < readable(tmp_path / "l.sqlite") < whole
+
+
+def test_a_ledger_emptied_beside_its_log_is_told_before_sqlite_throws_the_log_away(tmp_path):
+    living = Ledger(tmp_path / "living.sqlite")
+    try:
+        asyncio.run(_settle(living, "new", "new reply"))
+        shutil.copy(f"{living.path}-wal", tmp_path / "l.sqlite-wal")
+    finally:
+        living.close()
+    (tmp_path / "l.sqlite").touch()
+    with pytest.raises(LedgerError, match=r"the file is empty\): 1 paid replies can be read"):
+        Ledger(tmp_path / "l.sqlite")
+    salvage(tmp_path / "l.sqlite")
+    assert saved(tmp_path / "l.sqlite", {"new": "new reply"}) == 1
+
+
+def test_the_bill_of_what_is_saved_is_the_one_it_was(damaged):
+    path, _ = damaged
+    with Ledger(path) as ledger:
+        before = ledger.spent("/out")
+    overwrite(path, 0, bytes(100))
+    salvage(path)
+    with Ledger(path) as ledger:
+        assert ledger.spent("/out") == before
+
+
+# ---- what is never believed
+
+
+def test_a_reply_that_was_changed_on_disk_is_told_and_never_used(tmp_path):
+    path = tmp_path / "l.sqlite"
+    long = "x" * 20_000 + "the true text" + "y" * 20_000
+    with Ledger(path) as ledger:
+        asyncio.run(_settle(ledger, "k", long))
+        asyncio.run(_settle(ledger, "sound", "reply"))
+    at = path.read_bytes().index(b"the true text")
+    overwrite(path, at, b"the false one")
+    with Ledger(path) as ledger:
+        assert ledger.find("sound") == Stored("reply")
+        with pytest.raises(LedgerError, match=r"the reply to k is not what was written\): 1 paid replies can be read"):
+            ledger.find("k")
+    with Ledger(path) as ledger, pytest.raises(LedgerError, match="is not what was written"):
+        asyncio.run(ledger.claim("k", CLAIM))
+    assert salvage(path).replies == 1
+    with Ledger(path) as ledger:
+        assert asyncio.run(ledger.claim("k", CLAIM)) is MINE
+
+
+# ---- what is left alone
+
+
+def test_the_damaged_file_is_kept_as_it_was(damaged):
+    path, _ = damaged
+    overwrite(path, 0, bytes(100))
+    before = path.read_bytes()
+    kept = salvage(path).kept
+    assert kept.name == "l.sqlite.damaged-1"
+    assert kept.read_bytes() == before
+    overwrite(path, 0, bytes(100))
+    assert salvage(path).kept.name == "l.sqlite.damaged-2"
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        "l.sqlite", "l.sqlite.damaged-1", "l.sqlite.damaged-2",
+    ]  # fmt: skip
+
+
+def test_a_salvage_that_was_cut_off_is_done_by_running_it_again(damaged, monkeypatch):
+    path, paid = damaged
+    overwrite(path, 0, bytes(100))
+
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clair.salvage.publish", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        salvage(path)
+    monkeypatch.undo()
+    assert readable(path) == len(paid)
+    assert salvage(path).replies == saved(path, paid) == len(paid)
+
+
+def test_what_needs_no_salvage_or_allows_none_is_refused_and_left_alone(damaged):
+    path, _ = damaged
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="is not damaged: every reply in it can be read; nothing was changed"):
+        salvage(path)
+    with Ledger(path), pytest.raises(UserError, match="is in use by a run"):
+        salvage(path)
+    with pytest.raises(UserError, match="does not exist"):
+        salvage(path.with_name("nowhere"))
+    assert path.read_bytes() == before
+    path.write_bytes(b"not a database, but 4 kB of something else entirely" * 100)
+    with pytest.raises(UserError, match="no call can be read"):
+        salvage(path)
+    assert [file.name for file in path.parent.iterdir()] == ["l.sqlite"]
+
+
+# ---- formats
+
+
+def test_a_ledger_of_the_format_before_is_upgraded_with_a_digest_for_each_reply(damaged):
+    path, paid = damaged
+    connection = sqlite3.connect(path)
+    connection.execute("ALTER TABLE calls DROP COLUMN digest")
+    connection.execute("PRAGMA user_version = 1")
+    connection.commit()
+    connection.close()
+    assert saved(path, paid) == len(paid)
+    assert readable(path) == len(paid)
+
+
+# ---- the way of a user
+
+
+def test_a_build_with_a_damaged_ledger_names_the_command_and_pays_only_for_what_was_lost(tmp_path, server):
+    rows = [row | {"answer": row["answer"] + " long" * 200} for row in scripted_rows(["ok"] * 60)]
+    write_prompts(tmp_path / "prompts.jsonl", rows)
+    recipe = write_recipe(tmp_path, server.url)
+    assert clair("build", recipe).code == 0
+    undisturbed, asked = final_bytes(tmp_path / "out"), len(server.seen())
+    ledger = tmp_path / "out" / "ledger.sqlite"
+    for page in range(2, ledger.stat().st_size // PAGE, 5):
+        overwrite(ledger, page * PAGE, b"\xff" * PAGE)
+    told = error_line(clair("build", recipe))
+    count, command = re.search(r"(\d+) paid replies can be read in it; `clair (.*)` puts them", told).groups()
+    assert 0 < int(count) < asked
+    done = clair(*command.split())
+    assert done.code == 0, done
+    assert done.out.startswith(f"{count} paid replies and ")
+    assert clair("build", recipe).code == 0
+    assert final_bytes(tmp_path / "out") == undisturbed
+    assert len(server.seen()) == asked + (asked - int(count))
