@@ -1,15 +1,37 @@
-"""How far apart the two answers of a pair are. All numbers are of the texts alone; none needs a model."""
+"""How far apart the two answers of a pair are. All numbers are of the texts alone; none needs a model.
+
+A word is what white space separates. Chinese, Japanese, Thai, Lao, Khmer and Burmese are written without spaces: there
+each character is a word, with the marks that belong to it.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import NamedTuple
 
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai and Lao, Burmese, Khmer
+    "\u2e80-\u2fdf\u3001-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han, kana
+    "\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff9f"  # full-width punctuation, half-width kana
+)
+_MARKS = (  # vowels and tones above, below and behind; a consonant under another; variants of a character
+    "(?:[\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u102b-\u1038\u103a-\u103e\u1056-\u1059"
+    "\u17b4-\u17d1\u17d3\u3099\u309a\uff9e\uff9f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
+    "|\u1039[\u1000-\u1021]|\u17d2[\u1780-\u17b3])*"
+)
+_WORD = f"(?:[{_UNSPACED}]{_MARKS}|[^\\s{_UNSPACED}]+)"
+_HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
+_WORDS = re.compile(_WORD)
+_PIECES = re.compile(rf"\s*{_WORD}|\s+$")
+_LINES = re.compile(r"\s*\S(?:[^\n]*\S)?|\s+$")
+_MOST_CELLS = 400_000_000
+"""Of the table that a diff fills, a bit each: 20,000 words against as many, in 50 MB."""
+
 
 class Contrast(NamedTuple):
     """The contrast of a pair.
 
-    jaccard      shared distinct words over all distinct words, 0 to 1 (words are whitespace-separated)
+    jaccard      shared distinct words over all distinct words, 0 to 1
     levenshtein  single-character edits that turn rejected into chosen, a count
     kept         share of rejected's words that chosen keeps in order, 0 to 1 (longest common subsequence)
     prefix       share of chosen's words before the first difference, 0 to 1
@@ -23,11 +45,21 @@ class Contrast(NamedTuple):
     length_ratio: float
 
 
+def words(text: str) -> list[str]:
+    """The words of a text in their order, without white space."""
+    return _WORDS.findall(text) if _HAS_UNSPACED.search(text) else text.split()
+
+
+def pieces(text: str) -> list[str]:
+    """The words of a text, each with the white space before it: put together they are the text."""
+    return _PIECES.findall(text)
+
+
 def contrast_of(chosen: str, rejected: str) -> Contrast:
     """The contrast between a chosen and a rejected answer. Source of the first two: arXiv 2408.06266, section 4."""
     from rapidfuzz.distance import LCSseq, Levenshtein, Prefix
 
-    winner, loser = chosen.split(), rejected.split()
+    winner, loser = words(chosen), words(rejected)
     distinct_winner, distinct_loser = set(winner), set(loser)
     union = len(distinct_winner | distinct_loser)
     return Contrast(
@@ -42,11 +74,16 @@ def contrast_of(chosen: str, rejected: str) -> Contrast:
 def word_diff(rejected: str, chosen: str) -> list[tuple[str, str]]:
     """The way from rejected to chosen by words: ("same" | "gone" | "new", text) in reading order.
 
-    Between two parts that are the same, what is gone stands before what is new. White space is kept.
+    Between two parts that are the same, what is gone stands before what is new. White space is kept. Texts of very
+    many words are compared line by line, and where the lines are too many as well, as wholes.
     """
     from rapidfuzz.distance import LCSseq
 
-    old, new = (re.findall(r"\s*\S+|\s+$", text) for text in (rejected, chosen))
+    old, new = pieces(rejected), pieces(chosen)
+    if len(old) * len(new) > _MOST_CELLS:
+        old, new = _LINES.findall(rejected), _LINES.findall(chosen)
+    if len(old) * len(new) > _MOST_CELLS:
+        return [("gone", rejected), ("new", chosen)]
     parts: list[tuple[str, str]] = []
     gone = came = ""
     for step in LCSseq.opcodes([w.strip() for w in old], [w.strip() for w in new]):

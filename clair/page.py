@@ -18,10 +18,9 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from clair.contrast import word_diff
+from clair.contrast import pieces, word_diff
 
 _UNSAFE = re.compile("[<\u2028\u2029\ud800-\udfff]")
-_WORDS = re.compile(r"\s*\S+|\s+$")
 
 
 def json_text(value: Any) -> str:
@@ -106,15 +105,15 @@ def diff(rejected: str, chosen: str) -> list[list[Any]]:
     again exactly, the chosen one from the parts 0 and 1, the rejected one from 0 and -1.
     """
     kinds = {"same": 0, "gone": -1, "new": 1}
-    loser = _WORDS.findall(rejected)
+    loser = pieces(rejected)
     parts: list[list[Any]] = []
     at = 0
     for kind, text in word_diff(rejected, chosen):
         part: list[Any] = [kinds[kind], text]
         if kind != "new":
-            words = len(_WORDS.findall(text))
-            old = "".join(loser[at : at + words])
-            at += words
+            count = len(pieces(text))
+            old = "".join(loser[at : at + count])
+            at += count
             if old != text:
                 part.append(old)
         parts.append(part)

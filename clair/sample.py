@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from clair.contrast import words
 from clair.dataset import CONTRAST
 from clair.page import json_text
 from clair.recipe import UserError, content_hash, near_miss
@@ -45,8 +46,8 @@ class Rows:
     def add(self, row: Mapping[str, Any], split: str, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
         """One more pair."""
         chosen, rejected = (row[side][-1]["content"] for side in ("chosen", "rejected"))
-        words = len(chosen.split()), len(rejected.split())
-        values = dict(zip(("chosen_words", "rejected_words", "more_words"), (*words, words[0] - words[1]), strict=True))
+        count = len(words(chosen)), len(words(rejected))
+        values = dict(zip(("chosen_words", "rejected_words", "more_words"), (*count, count[0] - count[1]), strict=True))
         values |= {name: _rounded(value) for name, value in (row.get("contrast") or {}).items() if name in METRICS}
         for name, column in self.numbers.items():
             column.append(values.get(name, math.nan))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clair.contrast import contrast_of, word_diff
+from clair import contrast
+from clair.contrast import contrast_of, pieces, word_diff, words
 
-TEXTS = st.text(alphabet="ab \n.é\U0001f600", max_size=40)
+TEXTS = st.text(alphabet="ab \n.é\U0001f600光合を\u3000\u0e01\u0e31", max_size=40)
 
 
 def test_one_word_of_three_changed():
@@ -94,8 +97,7 @@ def test_a_diff_holds_both_texts_word_by_word(rejected, chosen):
     parts = word_diff(rejected, chosen)
     kept_and_new = "".join(text for kind, text in parts if kind != "gone")
     kept_and_gone = " ".join(text for kind, text in parts if kind != "new")
-    assert kept_and_new.split() == chosen.split()
-    assert kept_and_gone.split() == rejected.split()
+    assert words(kept_and_gone) == words(rejected)
     assert kept_and_new == chosen
 
 
@@ -104,3 +106,76 @@ def test_the_diff_of_a_text_with_itself_is_the_text(text):
     parts = word_diff(text, text)
     assert "".join(part for _, part in parts) == text
     assert {kind for kind, _ in parts} <= {"same"}
+
+
+# ---- scripts without spaces
+
+
+@pytest.mark.parametrize(
+    ("rejected", "chosen", "gone", "new"),
+    [
+        ("光合作用是植物吃土的过程。", "光合作用是植物用光的过程。", ["吃土"], ["用光"]),
+        ("猫は床にいます", "猫は机の上にいます", ["床"], ["机の上"]),
+        ("ﾃｽﾄは悪い", "ﾃｽﾄは良い", ["悪"], ["良"]),
+        ("แมวกินปลา", "แมวกินไก่", ["ปลา"], ["ไก่"]),
+        ("ກິນເຂົ້າ", "ກິນໄກ່", ["ເຂົ້າ"], ["ໄກ່"]),
+        ("Use Python 用于数据分析。", "Use Python 用于数据科学。", ["分析"], ["科学"]),
+    ],
+)
+def test_scripts_without_spaces_are_compared_by_character(rejected, chosen, gone, new):
+    parts = word_diff(rejected, chosen)
+    assert [text.strip() for kind, text in parts if kind == "gone"] == gone
+    assert [text.strip() for kind, text in parts if kind == "new"] == new
+    assert 0 < contrast_of(chosen, rejected).kept < 1
+
+
+def test_contrast_of_chinese_by_hand():
+    found = contrast_of(chosen="植物用光。", rejected="植物吃土。")
+    assert found == (3 / 7, 2, 3 / 5, 2 / 5, 1)  # 植 物 。 of 植 物 吃 土 用 光 。
+
+
+@pytest.mark.parametrize(
+    ("text", "split"),
+    [
+        ("don't stop", ["don't", "stop"]),
+        ("光合作用", list("光合作用")),
+        ("第1章、GPT-4です。", ["第", "1", "章", "、", "GPT-4", "で", "す", "。"]),
+        ("全角\u3000空白", ["全", "角", "空", "白"]),
+        ("กี่ครั้ง", ["กี่", "ค", "รั้", "ง"]),  # marks stay with their consonant
+        ("ខ្មែរ", ["ខ្មែ", "រ"]),  # and so does a consonant below
+        ("မြန်မာ", ["မြ", "န်", "မာ"]),
+        ("か\u3099く", ["か\u3099", "く"]),
+        ("葛\U000e0100城", ["葛\U000e0100", "城"]),
+        ("한국어 문장", ["한국어", "문장"]),  # Korean has spaces
+        ("مرحبا بالعالم", ["مرحبا", "بالعالم"]),
+    ],
+)
+def test_a_word_is_what_spaces_separate_or_a_character_where_there_are_none(text, split):
+    assert words(text) == split
+
+
+@given(TEXTS)
+def test_pieces_put_together_are_the_text_and_hold_its_words(text):
+    assert "".join(pieces(text)) == text
+    assert [piece.strip() for piece in pieces(text) if piece.strip()] == words(text)
+
+
+# ---- very long texts
+
+
+def test_texts_of_very_many_words_are_compared_by_lines_and_beyond_that_as_wholes(monkeypatch):
+    rejected, chosen = "a b\n\nc d \ne f", "a b\n\nc x \ne f"
+    monkeypatch.setattr(contrast, "_MOST_CELLS", 35)
+    parts = word_diff(rejected, chosen)
+    assert parts == [("same", "a b"), ("gone", "\n\nc d"), ("new", "\n\nc x"), ("same", " \ne f")]
+    monkeypatch.setattr(contrast, "_MOST_CELLS", 8)
+    assert word_diff(rejected, chosen) == [("gone", rejected), ("new", chosen)]
+
+
+def test_a_diff_of_a_hundred_thousand_characters_without_spaces_fills_no_gigabyte():
+    lines = ["".join(chr(0x4E00 + (n * m) % 5000) for m in range(100)) for n in range(1, 1001)]
+    changed = [*lines[:500], "全新的一行", *lines[501:]]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    parts = word_diff("\n".join(lines), "\n".join(changed))
+    assert [text.strip() for kind, text in parts if kind == "new"] == ["全新的一行"]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes

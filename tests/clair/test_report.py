@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import clair.report as module
 from clair.cli import app
+from clair.contrast import words
 from clair.dataset import read_manifest, read_rows
 from clair.keep import fingerprint
 from clair.page import json_text
@@ -53,7 +54,7 @@ def test_the_page_tells_what_the_folder_holds(folder, pairs):
         pair = by_id[id]
         for name, value in pair.contrast.items():
             assert rows["numbers"][name][place] == pytest.approx(value, abs=5e-5)
-        assert rows["numbers"]["more_words"][place] == len(pair.chosen.split()) - len(pair.rejected.split())
+        assert rows["numbers"]["more_words"][place] == len(words(pair.chosen)) - len(words(pair.rejected))
         found = texts[str(place)]
         assert found["prompt"] == [["user", pair.messages[0]["content"]]]
         assert "".join(part[1] for part in found["diff"] if part[0] >= 0) == pair.chosen
