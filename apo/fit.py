@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apo.prefix import _HEAD_CHUNK, bins_of, common_prefix
+from apo.prefix import _HEAD_CHUNK, bins_of, common_prefix, keeps_logits
 from clair.recipe import UserError
 
 if TYPE_CHECKING:
@@ -236,13 +236,14 @@ def step_flops(job: Job, row: Row) -> float:
     """Forward and backward of one row.
 
     Backward: twice the forward of each trained matrix, once that of a frozen one (no gradient of the weight), attention
-    2.5 times (its scores are made anew), the head 3 times (logits are made anew; 2 times where it is frozen). With
-    activation checkpointing the body's forward once more.
+    2.5 times (its scores are made anew), the head once (twice where it is trained) and once more where its logits are
+    made anew. With activation checkpointing the body's forward once more.
     """
     sizes = job.sizes
     attention = 4 * sizes.layers * sizes.heads * row.products
     matrices = sizes.linear * (1 if job.is_adapter else 2) + 2 * sizes.adapter
-    head = 2 * sizes.hidden * sizes.vocabulary * row.labels * (2 if job.is_adapter else 3)
+    times = (1 if job.is_adapter else 2) + (not keeps_logits(row.labels, sizes.vocabulary))
+    head = 2 * sizes.hidden * sizes.vocabulary * row.labels * times
     again = _body_flops(sizes, row) if job.checkpointing else 0
     return forward_flops(sizes, row) + 2 * matrices * row.tokens + 2.5 * attention + head + again
 
@@ -307,14 +308,16 @@ def _layer_bytes(job: Job, row: Row) -> float:
 
 
 def _head_bytes(job: Job, row: Row) -> float:
-    """The head's buffers in backward: logits of a chunk in float32 twice, hidden states and their gradient.
+    """The head's buffers in backward: logits in float32, kept of all labels or made of a chunk, hidden states and their
+    gradient; below float32 also the chunk rounded.
 
-    Where the head is trained, also its gradient in float32 with one product of the same size on its way into it.
+    Where the head is trained, also its gradient in float32; below float32 with one product on its way into it.
     """
     sizes = job.sizes
-    chunk = 2 * 4 * min(row.labels, _HEAD_CHUNK) * sizes.vocabulary
-    trained = 0 if job.is_adapter else 2 * 4 * sizes.vocabulary * sizes.hidden
-    return chunk + trained + 2 * row.labels * sizes.hidden * job.compute
+    chunk, rounded = min(row.labels, _HEAD_CHUNK), job.compute if job.compute < 4 else 0
+    logits = 4 * (row.labels if keeps_logits(row.labels, sizes.vocabulary) else chunk) + rounded * chunk
+    trained = 0 if job.is_adapter else (4 + rounded) * sizes.hidden
+    return sizes.vocabulary * (logits + trained) + 2 * row.labels * sizes.hidden * job.compute
 
 
 def _working_bytes(job: Job, row: Row) -> float:

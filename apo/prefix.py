@@ -29,6 +29,8 @@ NAME = "shared_prefix"
 _BEFORE = "_attention_before_shared_prefix"
 _HEAD_CHUNK = 1024
 """Rows of the LM head at once: logits of this many positions are in memory at a time."""
+_HEAD_KEEPS = 512 * 2**20
+"""Bytes of exponentiated logits that may wait for backward; above, they are made anew there, chunk by chunk."""
 
 
 @dataclass(frozen=True)
@@ -219,54 +221,78 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 class _HeadLogps(torch.autograd.Function):
-    """log softmax(scale * hidden @ weight.T + bias)[label], [M], chunk by chunk; logits are made anew for backward."""
+    """log softmax(scale * hidden @ weight.T + bias)[label], [M], chunk by chunk.
+
+    Backward needs exp(logits - their maximum): `keep` says whether they stay in memory or are made anew.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, labels: Any, scale: float, softcap: float | None) -> Any:
-        logps, normalizers = [], []
-        for rows, wanted in zip(hidden.split(_HEAD_CHUNK), labels.split(_HEAD_CHUNK), strict=True):
-            logits, _ = _logits(rows, weight, bias, scale, softcap)
-            normalizer = logits.logsumexp(-1)
-            logps.append(logits.gather(-1, wanted[:, None]).squeeze(-1) - normalizer)
-            normalizers.append(normalizer)
-        ctx.save_for_backward(hidden, weight, bias, labels, torch.cat(normalizers))
-        ctx.scale, ctx.softcap = scale, softcap
-        return torch.cat(logps)
+    def forward(
+        ctx: Any, hidden: Any, weight: Any, bias: Any, labels: Any, scale: float, softcap: float | None, keep: bool
+    ) -> Any:
+        kept = hidden.new_empty((len(hidden), len(weight)), dtype=torch.float32) if keep else None
+        logps, tops, totals = [], [], []
+        for start in range(0, len(hidden), _HEAD_CHUNK):
+            part = slice(start, start + _HEAD_CHUNK)
+            logits = _logits(hidden[part], weight, bias, scale, softcap, None if kept is None else kept[part])
+            picked, top = logits.gather(-1, labels[part, None]), logits.amax(-1, keepdim=True)
+            total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+            logps.append(picked - top - total.log())
+            tops.append(top)
+            totals.append(total)
+        ctx.save_for_backward(hidden, weight, bias, labels, torch.cat(tops), torch.cat(totals))
+        ctx.scale, ctx.softcap, ctx.kept = scale, softcap, kept
+        return torch.cat(logps).squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        hidden, weight, bias, labels, normalizers = ctx.saved_tensors
+        hidden, weight, bias, labels, tops, totals = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None  # overwritten below; a second backward makes it anew
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
+        grad = (grad.float() * ctx.scale)[:, None]
         for start in range(0, len(hidden), _HEAD_CHUNK):
             part = slice(start, start + _HEAD_CHUNK)
-            logits, capped = _logits(hidden[part], weight, bias, ctx.scale, ctx.softcap)
-            slope = logits.sub_(normalizers[part, None]).exp_().neg_()
-            slope.scatter_add_(-1, labels[part, None], torch.ones_like(slope[:, :1]))
-            slope.mul_(grad[part, None].float())
-            if capped is not None:
-                slope.mul_(1 - capped.square())
-            slope = slope.mul_(ctx.scale).to(hidden.dtype)
+            flatness = None
+            if kept is None:
+                logits = _logits(hidden[part], weight, bias, ctx.scale, ctx.softcap)
+                flatness = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square()
+                exps = logits.sub_(tops[part]).exp_()
+            else:
+                exps = kept[part]
+            slope = exps.mul_(-grad[part] / totals[part]).scatter_add_(-1, labels[part, None], grad[part])
+            if flatness is not None:
+                slope.mul_(flatness)
+            slope = slope.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(slope, weight, out=grad_hidden[part])
-            if grad_weight is not None:
+            if grad_weight is not None and slope.dtype == torch.float32:
+                torch.addmm(grad_weight, slope.T, hidden[part], out=grad_weight)
+            elif grad_weight is not None:
                 grad_weight += slope.T @ hidden[part]
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
         cast = (None if g is None else g.to(t.dtype) for g, t in ((grad_weight, weight), (grad_bias, bias)))
-        return grad_hidden, *cast, None, None, None
+        return grad_hidden, *cast, None, None, None, None
 
 
-def _logits(rows: Any, weight: Any, bias: Any, scale: float, softcap: float | None) -> tuple[Any, Any]:
-    """Logits in float32, and tanh(logits / softcap) where there is a cap."""
-    logits = torch.nn.functional.linear(rows, weight, bias).float()
+def _logits(rows: Any, weight: Any, bias: Any, scale: float, softcap: float | None, out: Any = None) -> Any:
+    """Logits in float32, written to `out` where it is given."""
+    if out is not None and rows.dtype == torch.float32:
+        logits = torch.mm(rows, weight.T, out=out)
+        logits = logits if bias is None else logits.add_(bias)
+    else:
+        logits = torch.nn.functional.linear(rows, weight, bias).float()
+        logits = logits if out is None else out.copy_(logits)
     logits = logits if scale == 1.0 else logits.mul_(scale)
-    if softcap is None:
-        return logits, None
-    capped = torch.tanh(logits / softcap)
-    return capped * softcap, capped
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def keeps_logits(labels: int, vocabulary: int) -> bool:
+    """Whether the head's exponentiated logits stay in memory until backward: at most `_HEAD_KEEPS` bytes of them."""
+    return 4 * labels * vocabulary <= _HEAD_KEEPS
 
 
 def head_logps(model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -274,10 +300,9 @@ def head_logps(model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tenso
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
     weight, bias = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in (head.weight, head.bias))
-    return _HeadLogps.apply(
-        hidden.to(weight.dtype), weight, bias, labels, _logit_scale(config),
-        getattr(config, "final_logit_softcapping", None),
-    )  # fmt: skip
+    softcap = getattr(config, "final_logit_softcapping", None)
+    keep = torch.is_grad_enabled() and softcap is None and keeps_logits(len(labels), len(weight))
+    return _HeadLogps.apply(hidden.to(weight.dtype), weight, bias, labels, _logit_scale(config), softcap, keep)
 
 
 def _logit_scale(config: Any) -> float:

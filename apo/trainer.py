@@ -59,6 +59,8 @@ IGNORED = (
     "ref_model_sync_steps", "padding_free", "truncation_mode", "pad_token",
 )  # fmt: skip
 """Options of TRL that say something about its own losses or batches: refused beside `objective`, never ignored."""
+PACK_TOKENS_ON_CPU = 2048
+"""Measured: more tokens a pass are no faster on a CPU, and take more memory (docs/log.md)."""
 SMALLEST_WEIGHT = 1e-30
 """What a step is divided by at least, so that one whose pairs all weigh 0 has loss 0 and not NaN."""
 
@@ -81,7 +83,8 @@ class APOConfig(DPOConfig):
         default=True, metadata={"help": "Whether to run each prompt once for both answers, without padding, if exact."}
     )
     pack_tokens: int | None = field(
-        default=None, metadata={"help": "The most tokens in one forward pass; a micro-batch of more is cut up."}
+        default=None,
+        metadata={"help": "The most tokens in one forward pass; a micro-batch of more is cut up. On a CPU: 2048."},
     )
     reference_cache: str | None = field(
         default=None, metadata={"help": "Folder that keeps precomputed reference log-probs; none: computed every run."}
@@ -110,6 +113,8 @@ class APOConfig(DPOConfig):
 
     def _choose_by_hardware(self) -> None:
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.use_cpu and self.shared_prefix and self.pack_tokens is None:
+            self.pack_tokens = PACK_TOKENS_ON_CPU
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         # transformers 5 renamed gradient_checkpointing and warns about the old name, TRL still sets it.
@@ -194,7 +199,7 @@ class APOTrainer(DPOTrainer):
         if reason is None:
             for model in asked:
                 share_prefixes(model)
-            batch = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in range(2)]))
+            batch = self._prepare_inputs(self.data_collator(self._shortest_pairs()))
             try:
                 with self.accelerator.autocast():
                     reason = None if agrees(self.model, batch) else "its log-probs differ in packed rows"
@@ -206,6 +211,12 @@ class APOTrainer(DPOTrainer):
             for model in asked:
                 unshare_prefixes(model)
             self.notes.append(f"prompts are run twice and batches padded, as in TRL: the model cannot share, {reason}")
+
+    def _shortest_pairs(self) -> list[dict[str, Any]]:
+        """Two pairs to compare packed rows with TRL's batch on: long enough to be real, no longer than they must be."""
+        pairs = [self.train_dataset[place] for place in range(min(64, len(self.train_dataset)))]
+        windowed = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        return sorted(pairs, key=tokens_of, reverse=bool(windowed))[:2]
 
     # The data
 
@@ -255,11 +266,15 @@ class APOTrainer(DPOTrainer):
         return loss + super().training_step(model, parts[-1], num_items_in_batch)
 
     def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        most = self.args.pack_tokens
-        if most is None or self.pair_logps is not shared_prefix_logps:
+        if self._most_tokens is None:
             return [inputs]
-        places = bins_of([tokens_of(example) for example in examples_of(inputs)], most)
+        places = bins_of([tokens_of(example) for example in examples_of(inputs)], self._most_tokens)
         return [inputs] if len(places) == 1 else [select(inputs, bin) for bin in places]
+
+    @property
+    def _most_tokens(self) -> int | None:
+        """Tokens that a forward pass may have, where anything bounds them."""
+        return self.args.pack_tokens if self.pair_logps is shared_prefix_logps else None
 
     def compute_loss(
         self,
@@ -315,11 +330,16 @@ class APOTrainer(DPOTrainer):
         model.to(self.args.device)
 
         def compute(pairs: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-            found = []
-            order = sorted(range(len(pairs)), key=lambda place: tokens_of(pairs[place]))  # like lengths, little padding
-            for start in range(0, len(pairs), batch_size):
-                batch = self.data_collator([pairs[place] for place in order[start : start + batch_size]])
+            found, sizes = [], [tokens_of(pair) for pair in pairs]
+            if self._most_tokens is not None:
+                bins = bins_of(sizes, self._most_tokens)
+            else:
+                alike = sorted(range(len(pairs)), key=sizes.__getitem__)  # like lengths, little padding
+                bins = [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
+            for places in bins:
+                batch = self.data_collator([pairs[place] for place in places])
                 found.append(torch.stack(self.compute_ref_log_probs(model, self._prepare_inputs(batch))).double())
+            order = [place for places in bins for place in places]
             return tuple(torch.cat(found, 1)[:, torch.tensor(order).argsort()])
 
         folder = self.args.reference_cache
