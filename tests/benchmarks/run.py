@@ -27,12 +27,12 @@ def machine() -> dict[str, object]:
 
 
 def main() -> None:
-    """Each bench_NAME.py has a `measure()` that returns plain values."""
+    """Each NAME.py or bench_NAME.py has a `measure()` that returns plain values."""
     sys.path.insert(0, str(ROOT))
     from clair.recipe import provenance, write_json
 
     wanted = sys.argv[1:]
-    for file in sorted(HERE.glob("bench_*.py")):
+    for file in sorted(set(HERE.glob("*.py")) - {Path(__file__)}):
         name = file.stem.removeprefix("bench_")
         if wanted and name not in wanted:
             continue

@@ -1,16 +1,20 @@
-"""Whole training runs, `APOTrainer` against TRL's `DPOTrainer(loss_type="apo_zero")`, on the same model and pairs.
+"""Training by `APOTrainer` against TRL's `DPOTrainer(loss_type="apo_zero")`, on the same model, pairs, seed, optimizer.
 
-    python tests/benchmarks/run.py train
+    python tests/benchmarks/run.py train_vs_trl
+    EPOCHS=3 REPEATS=1 CASES="clair 4" SWEEP=0 python tests/benchmarks/run.py train_vs_trl
 
-Llama (hidden 512, 6 layers, vocabulary 32,000) from random weights, float32 on a CPU. Time runs from the constructor to
-the end of training, tokenisation and the reference included on both sides; the model is made before. Ours starts with
-an empty cache each time. "defaults" are TRL's own (reference at every step, checkpointing on); "best" are its fastest
-settings (reference precomputed, checkpointing off). All runs of a repeat follow each other in one process, and the
-ratios are of one repeat; peak memory is each run's in a process of its own. The loss curves must be equal.
+Llama (hidden 512, 6 layers, vocabulary 32,000) from random weights, float32 on a CPU. Whole runs: time goes from the
+constructor to the end of training, tokenisation and the reference included on both sides; the model is made before.
+Ours starts with an empty cache each time. "defaults" are TRL's own (reference at every step, checkpointing on); "best"
+are its fastest settings (reference precomputed, checkpointing off). All runs of a repeat follow each other in one
+process, and the ratios are of one repeat; peak memory is each run's in a process of its own. The loss curves must be
+equal. The sweep times single training steps, TRL's best settings, in turn, over 12 shapes of
+64 to 20,480 tokens a batch.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -23,7 +27,7 @@ from typing import Any
 
 SHARED = Path(os.environ.get("CLAIR_SHARED", "../shared"))
 VOCABULARY = 32_000
-STEPS, REPEATS = int(os.environ.get("STEPS", "4")), int(os.environ.get("REPEATS", "3"))
+EPOCHS, REPEATS = int(os.environ.get("EPOCHS", "1")), int(os.environ.get("REPEATS", "3"))
 MODES = ("ours", "trl defaults", "trl best")
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<s> {{ m['content'] }} </s>{% endfor %}"
@@ -80,59 +84,101 @@ def make_model() -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1376, num_hidden_layers=6, num_attention_heads=8,
-        max_position_embeddings=4096, bos_token_id=1, eos_token_id=3, pad_token_id=0,
+        max_position_embeddings=8192, bos_token_id=1, eos_token_id=3, pad_token_id=0,
     )  # fmt: skip
     config.architectures = ["LlamaForCausalLM"]
     return LlamaForCausalLM(config)
 
 
-def run(mode: str, lengths: list[tuple[int, int, int]], batch: int, out: str, base: str) -> tuple[float, list[float]]:
-    """Seconds of one training run, and its losses."""
+def make_trainer(mode: str, lengths: list[tuple[int, int, int]], batch: int, out: str, base: str) -> Any:
+    """A trainer on pairs of these lengths; ours with an empty cache."""
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
     from apo.trainer import APOConfig, APOTrainer
 
-    tokenizer, pairs = make_tokenizer(), make_pairs(lengths)
-    model = AutoModelForCausalLM.from_pretrained(base)
     same = {
-        "output_dir": f"{out}/run", "per_device_train_batch_size": batch, "learning_rate": 1e-4, "num_train_epochs": 1,
-        "report_to": "none", "logging_steps": 1, "save_strategy": "no", "max_length": 4096, "disable_tqdm": True,
-        "seed": 0, "use_cpu": True, "bf16": False,
+        "output_dir": f"{out}/run", "per_device_train_batch_size": batch, "learning_rate": 1e-4, "use_cpu": True,
+        "num_train_epochs": EPOCHS, "report_to": "none", "logging_steps": 1, "save_strategy": "no", "max_length": 8192,
+        "disable_tqdm": True, "seed": 0, "bf16": False,
     }  # fmt: skip
-    data = {"train_dataset": pairs, "processing_class": tokenizer}
-    started = time.perf_counter()
+    data = {"train_dataset": make_pairs(lengths), "processing_class": make_tokenizer()}
+    model = AutoModelForCausalLM.from_pretrained(base)
     if mode == "ours":
         keeping = {"precompute_ref_log_probs": True, "reference_cache": tempfile.mkdtemp(dir=out)}
-        trainer = APOTrainer(model, args=APOConfig(objective="apo_zero", **same, **keeping), **data)
-    else:
-        best = {"precompute_ref_log_probs": True, "gradient_checkpointing": False} if mode == "trl best" else {}
-        trainer = DPOTrainer(model, args=DPOConfig(loss_type=["apo_zero"], **same, **best), **data)
+        return APOTrainer(model, args=APOConfig(objective="apo_zero", **same, **keeping), **data)
+    best = {"precompute_ref_log_probs": True, "gradient_checkpointing": False} if mode == "trl best" else {}
+    return DPOTrainer(model, args=DPOConfig(loss_type=["apo_zero"], **same, **best), **data)
+
+
+def run(mode: str, lengths: list[tuple[int, int, int]], batch: int, out: str, base: str) -> tuple[float, list[float]]:
+    """Seconds of one training run, and its losses."""
+    started = time.perf_counter()
+    trainer = make_trainer(mode, lengths, batch, out, base)
     trainer.train()
     seconds = time.perf_counter() - started
     return seconds, [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-def peak_memory(mode: str, name: str, batch: int) -> float:
+def peak_memory(mode: str, name: str) -> float:
     """MB at the peak of one run, above what the process takes with libraries and model loaded."""
-    command = [sys.executable, __file__, mode, name, str(batch)]
+    command = [sys.executable, __file__, mode, name]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.strip().splitlines()[-1])
 
 
-SHAPES = {
-    "clair": lambda batch: clair_lengths(STEPS * batch),
-    "prompt 1200, responses 300": lambda batch: [(1200, 300, 300)] * (STEPS // 2 * batch),
+CASES = {
+    "clair 4": (lambda: clair_lengths(20), 4),
+    "clair 8": (lambda: clair_lengths(24), 8),
+    "prompt 1200, responses 300": (lambda: [(1200, 300, 300)] * 8, 4),
 }
-CASES = (("clair", 4), ("clair", 8), ("prompt 1200, responses 300", 4))
+"""Lengths of the pairs, and pairs a batch."""
+SWEEP = (
+    (16, 16, 1), (16, 16, 16), (16, 256, 1), (16, 1024, 4), (128, 128, 8), (256, 64, 16),
+    (512, 16, 8), (512, 512, 4), (1024, 128, 4), (1024, 1024, 2), (4096, 16, 1), (4096, 1024, 1),
+)  # fmt: skip
+"""Prompt, response, pairs a batch; the two responses are alike in length, which is where padding costs TRL nothing."""
+
+
+def sweep(repeats: int = 5) -> dict[str, Any]:
+    """Per shape: stacked tokens, and the ratio of TRL's step (forward and backward) to ours with its spread."""
+    import torch
+
+    results = {}
+    with tempfile.TemporaryDirectory() as out:
+        make_model().save_pretrained(f"{out}/base")
+        for prompt, response, pairs in SWEEP:
+            lengths = [(prompt, response, response)] * max(2, pairs)
+            seconds: dict[str, list[float]] = {"ours": [], "trl best": []}
+            steps = {}
+            for mode in seconds:
+                trainer = make_trainer(mode, lengths, pairs, out, f"{out}/base")
+                trainer.current_gradient_accumulation_steps = 1
+                batch = next(iter(trainer.get_train_dataloader()))
+                steps[mode] = functools.partial(
+                    trainer.training_step, trainer.model.train(), batch, torch.tensor(pairs)
+                )
+                steps[mode]()  # buffers are made
+            for _ in range(repeats):
+                for mode, step in steps.items():
+                    started = time.perf_counter()
+                    step()
+                    seconds[mode].append(time.perf_counter() - started)
+            name = f"prompt {prompt}, responses {response}, {pairs} pairs"
+            tokens = 2 * pairs * (prompt + response)
+            results[name] = {"stacked_tokens": tokens, "ratio": _spread(seconds["trl best"], seconds["ours"])}
+            print(name, results[name], file=sys.stderr, flush=True)
+    return results
 
 
 def measure(repeats: int = REPEATS) -> dict[str, Any]:
     """Per case: seconds of every run, ratios of TRL to ours with their spread, peak memory and its ratio."""
     _quiet()
     results = {}
-    for name, batch in CASES:
-        lengths = SHAPES[name](batch)
+    wanted = os.environ.get("CASES")
+    for name in [wanted] if wanted else CASES:
+        make_lengths, batch = CASES[name]
+        lengths = make_lengths()
         seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
         losses: dict[str, list[float]] = {}
         with tempfile.TemporaryDirectory() as out:
@@ -142,11 +188,11 @@ def measure(repeats: int = REPEATS) -> dict[str, Any]:
                 for mode in MODES:
                     took, losses[mode] = run(mode, lengths, batch, out, base)
                     seconds[mode].append(round(took, 2))
-                    print(name, batch, mode, round(took, 2), file=sys.stderr, flush=True)
+                    print(name, mode, round(took, 2), file=sys.stderr, flush=True)
         difference = max(abs(a - b) for mode in MODES[1:] for a, b in zip(losses["ours"], losses[mode], strict=True))
         assert difference < 1e-4, f"the losses differ by {difference}"
-        memory = {mode: peak_memory(mode, name, batch) for mode in MODES}
-        results[f"{name}, {batch} pairs a batch"] = {
+        memory = {mode: peak_memory(mode, name) for mode in MODES}
+        results[name] = {
             "pairs": len(lengths),
             "seconds": seconds,
             "ratio": {mode: _spread(seconds[mode], seconds["ours"]) for mode in MODES[1:]},
@@ -154,7 +200,8 @@ def measure(repeats: int = REPEATS) -> dict[str, Any]:
             "peak_ratio": {mode: round(memory["ours"] / memory[mode], 3) for mode in MODES[1:]},
             "largest_loss_difference": difference,
         }
-    return {"threads": _threads(), "steps": STEPS, "repeats": repeats, "cases": results}
+    swept = {} if os.environ.get("SWEEP") == "0" else sweep()
+    return {"threads": _threads(), "epochs": EPOCHS, "repeats": repeats, "cases": results, "sweep": swept}
 
 
 def _spread(theirs: list[float], ours: list[float]) -> dict[str, float]:
@@ -178,13 +225,14 @@ def _quiet() -> None:
 
 
 def _main() -> None:
-    mode, name, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    mode, name = sys.argv[1:]
+    make_lengths, batch = CASES[name]
     _quiet()
     sys.path.insert(0, str(Path(__file__).parents[2]))
     with tempfile.TemporaryDirectory() as out:
         make_model().save_pretrained(f"{out}/base")
         before = _high_water()
-        run(mode, SHAPES[name](batch)[:batch], batch, out, f"{out}/base")
+        run(mode, make_lengths()[:batch], batch, out, f"{out}/base")
     print(_high_water() - before)
 
 
