@@ -82,7 +82,7 @@ app.command()(certify)
 def _print_plan(config: Any) -> None:
     import yaml
 
-    from apo.run import status_of
+    from apo.run import size_told, status_of
     from apo.train import plan
     from clair.recipe import resolved
 
@@ -91,9 +91,10 @@ def _print_plan(config: Any) -> None:
     print(yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True), end="")
     for split, count in planned.counts().items():
         left_out = "".join(f", {n:,} left out ({why.replace('_', ' ')})" for why, n in count["dropped"].items())
-        print(f"# {split}: {count['pairs']:,} pairs{left_out}")
+        print(f"# {split}: {size_told(count)}{left_out}")
     per_step = planned.args.per_device_train_batch_size * planned.args.gradient_accumulation_steps
-    print(f"# steps: {planned.steps:,} of {per_step * planned.args.world_size} pairs")
+    of = "pairs" if "pairs" in planned.counts()["train"] else "rows"
+    print(f"# steps: {planned.steps:,} of {per_step * planned.args.world_size} {of}")
     print(f"# out: {config.out} ({status})")
     for note in planned.train.notes:
         print(f"# note: {note}")
@@ -120,9 +121,10 @@ def _print_estimate(planned: Any) -> None:
 
 def _closing(out: str, run: dict[str, Any]) -> str:
     from apo.monitor import summary
+    from apo.run import size_told
 
-    pairs = run["data"]["train"]["pairs"]
-    lines = [f"{pairs:,} pairs, {run['steps']:,} steps, {run['seconds']:.0f} s: {summary(run['metrics'])}"]
+    size, seconds = size_told(run["data"]["train"]), f"{run['seconds']:.0f} s"
+    lines = [f"{size}, {run['steps']:,} steps, {seconds}: {summary(run['metrics'])}"]
     return "\n".join([*lines, f"model and card in {out}/, the picture in {out}/dynamics.png"])
 
 

@@ -101,7 +101,7 @@ class Job:
     """A run as far as its costs go. Bytes: `weight` of a stored number, `compute` of one in a matrix product.
 
     `rows`, `pairs`, `seen` (in training) and `padded_tokens` (of TRL's batch, an epoch) are of the pairs looked at,
-    each of which `stands_for` so many.
+    each of which `stands_for` so many. `mismatched`: each is also run with its neighbour's response, for KTO's kl.
     """
 
     sizes: Sizes
@@ -118,6 +118,7 @@ class Job:
     copies: bool
     reference: str | None
     on_gpu: bool = False
+    mismatched: bool = False
 
     @property
     def is_adapter(self) -> bool:
@@ -198,6 +199,8 @@ def rows_of(
     pairs = []
     for example in examples:
         prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
+        if not (chosen and rejected):  # an unpaired row: one branch, whichever response it is
+            chosen, rejected = chosen or rejected, []
         pairs.append((len(prompt), common_prefix(chosen, rejected), len(chosen), len(rejected)))
     random.Random(seed).shuffle(pairs)
     rows = []
@@ -205,7 +208,8 @@ def rows_of(
         part = pairs[start : start + batch]
         if not shared:
             longest = max(prompt + max(chosen, rejected) for prompt, _, chosen, rejected in part)
-            rows.append(Row(*[2 * len(part) * n for n in (longest, longest, longest**2)]))
+            sequences = sum(2 if rejected else 1 for *_, rejected in part)
+            rows.append(Row(*[sequences * n for n in (longest, longest, longest**2)]))
             continue
         packed = [row_of(*pair) for pair in part]
         places = [list(range(len(packed)))] if most is None else bins_of([row.tokens for row in packed], most)
@@ -249,11 +253,16 @@ def step_flops(job: Job, row: Row) -> float:
 
 
 def run_flops(job: Job) -> tuple[float, float]:
-    """FLOPs of the run and, of these, the reference's: one forward per pair if cached, per pair seen if online."""
+    """FLOPs of the run and, of these, the reference's: one forward per pair if cached, per pair seen if online.
+
+    Mismatched responses are one more forward of each per pair seen.
+    """
     epochs = job.seen / job.pairs
-    forward = sum(forward_flops(job.sizes, row) for row in job.rows)
-    reference = {"cached": 1, "online": epochs}.get(job.reference or "", 0) * forward * job.stands_for
-    return epochs * job.stands_for * sum(step_flops(job, row) for row in job.rows) + reference, reference
+    forward = sum(forward_flops(job.sizes, row) for row in job.rows) * job.stands_for
+    mismatched = epochs * forward if job.mismatched else 0
+    reference = {"cached": 1, "online": epochs}.get(job.reference or "", 0) * forward + mismatched
+    steps = epochs * job.stands_for * sum(step_flops(job, row) for row in job.rows)
+    return steps + mismatched + reference, reference
 
 
 def memory_of(job: Job) -> dict[str, float]:
@@ -339,6 +348,7 @@ def job_of(
     mixed: bool = False,
     checkpointing: bool = False,
     on_gpu: bool = False,
+    mismatched: bool = False,
 ) -> Job:
     """What the trainer's options and the tokenised pairs come to. `reference` is "cached", "online" or None."""
     apart = -(-len(dataset) // LOOKED_AT)
@@ -354,7 +364,7 @@ def job_of(
         sizes, tuple(rows), padded, len(examples), max(1, steps * batch * args.gradient_accumulation_steps // apart),
         apart, weight, 2 if mixed else weight, states, checkpointing=checkpointing, reference=reference,
         accumulates=args.gradient_accumulation_steps > 1 or cut_up,
-        copies=reference == "online" and not sizes.adapter, on_gpu=on_gpu,
+        copies=reference == "online" and not sizes.adapter, on_gpu=on_gpu, mismatched=mismatched,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Which pairs are trained on and which are held out: one source or several, with weights, by one seed."""
+"""Which pairs or unpaired rows are trained on and which are held out: one source or several, weighted, by one seed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from apo.tokens import COLUMNS, ID_COLUMNS
+from apo.tokens import COLUMNS, ID_COLUMNS, UNPAIRED_COLUMNS, columns_of
 from clair.recipe import Recipe, UserError, near_miss
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_KEPT = (*COLUMNS, "id", "tools", "chat_template_kwargs")
+_KEPT = (*dict.fromkeys([*COLUMNS, *UNPAIRED_COLUMNS]), "id", "tools", "chat_template_kwargs")
 
 
 class Source(Recipe):
@@ -25,18 +25,26 @@ class Source(Recipe):
     path: str
     """A folder made by `clair build`, a .jsonl, .parquet or .csv file, a `datasets` folder, or a name on the hub."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often each pair is seen in an epoch: 2 is twice, 0.5 is a random half, the same in every epoch."""
+    """How often each row is seen in an epoch: 2 is twice, 0.5 is a random half, the same in every epoch."""
     split: str = "train"
 
 
 def load_train(sources: Sequence[Source], seed: int, weights: str | None = None) -> Dataset:
-    """The training pairs of all sources, weighted. Raises UserError where they are fewer than two."""
+    """The training pairs, or unpaired rows, of all sources, weighted. Raises UserError where they are fewer than two,
+    and for pairs in one source and unpaired rows in another.
+    """
     from datasets import concatenate_datasets
 
     parts = []
     for number, source in enumerate(sources):
         part = _load(source.path, source.split, weights)
         parts.append(part.select(_weighted(len(part), source.weight, seed + number)) if source.weight != 1 else part)
+    kinds = {columns_of(part): source.path for part, source in zip(parts, sources, strict=True)}
+    if len(kinds) > 1:
+        raise UserError(
+            f"dataset {kinds[COLUMNS]} holds pairs and {kinds[UNPAIRED_COLUMNS]} unpaired rows; `clair export --as "
+            "unpaired` makes rows of a folder's pairs"
+        )
     try:
         pairs = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
     except ValueError as error:
@@ -75,7 +83,7 @@ def split_names(path: str) -> list[str]:
 
 
 def fingerprint(dataset: Dataset, weights: str | None = None) -> str:
-    """SHA-256 over the token ids (and weights) of all pairs in order: what a resumed run compares."""
+    """SHA-256 over the token ids (and weights) of all rows in order: what a resumed run compares."""
     digest = hashlib.sha256()
     if weights is not None:
         digest.update(repr([float(value) for value in dataset[weights][:]]).encode())
@@ -88,12 +96,12 @@ def fingerprint(dataset: Dataset, weights: str | None = None) -> str:
 
 
 def _load(path: str, split: str, weights: str | None = None) -> Dataset:
-    from clair.dataset import load_pairs
+    from clair.dataset import load_preferences
 
     if _looks_local(path) and not Path(path).exists():
         raise UserError(f"dataset {path} does not exist; give a folder made by `clair build`, a file, or a hub name")
     try:
-        pairs = load_pairs(path, split)
+        pairs = load_preferences(path, split)
     except UserError:
         raise
     except Exception as error:  # a row the reader cannot make messages of
@@ -117,16 +125,20 @@ def _load_unless_empty(path: str, split: str, weights: str | None) -> Dataset | 
 
 
 def _check_columns(pairs: Dataset, path: str) -> None:
-    if missing := [column for column in COLUMNS if column not in pairs.column_names]:
+    wanted = columns_of(pairs)
+    if missing := [column for column in wanted if column not in pairs.column_names]:
         found = ", ".join(pairs.column_names) or "none"
-        raise UserError(f"dataset {path} has no column {missing[0]!r}; found: {found}; needed: {', '.join(COLUMNS)}")
+        raise UserError(f"dataset {path} has no column {missing[0]!r}; found: {found}; needed: {', '.join(wanted)}")
     if not len(pairs):
         return
-    for column in COLUMNS:
+    for column in (column for column in wanted if column != "label"):
         turns = pairs[0][column]
         whole = isinstance(turns, list) and turns and all(isinstance(t, dict) and t.get("role") for t in turns)
         if not whole or not all(isinstance(turn.get("content"), str) for turn in turns):
             raise UserError(f"dataset {path}: {column!r} of row 0 is neither text nor messages with role and content")
+        if column == "completion" and turns[0]["role"] != "assistant":
+            role = turns[0]["role"]
+            raise UserError(f"dataset {path}: 'completion' of row 0 begins with a {role} turn, which is the prompt's")
 
 
 def _looks_local(path: str) -> bool:

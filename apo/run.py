@@ -105,6 +105,13 @@ def put_in_place(folder: Path, out: Path) -> None:
     shutil.rmtree(folder)
 
 
+def size_told(count: Mapping[str, Any]) -> str:
+    """How much a split of run.json holds, in words: `24 pairs`, `24 unpaired rows (16 desirable)`."""
+    if "pairs" in count:
+        return f"{count['pairs']:,} pairs"
+    return f"{count['rows']:,} unpaired rows ({count['desirable']:,} desirable)"
+
+
 def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:
     """The model card: what was trained from what, with which numbers, and how to load it."""
     recipe, metrics = run["recipe"], run["metrics"]
@@ -130,7 +137,7 @@ def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         f"# {name}\n",
         f"{recipe['model']} trained with {title_of(objective)} (beta {recipe['beta']}) on "
-        f"{run['data']['train']['pairs']:,} preference pairs for {run['steps']:,} steps. Pairs left out: {left_out}.\n",
+        f"{size_told(run['data']['train'])} for {run['steps']:,} steps. Left out: {left_out}.\n",
         f"![Chosen and rejected over training]({PICTURE})\n",
         "At the last step:\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n",
         f"```python\nfrom {package} import {load.split('.')[0]}\nmodel = {load}\n```\n",

@@ -34,6 +34,11 @@ class Tokenized:
     dropped: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def size(self, name: str = "train") -> dict[str, int]:
+        """How many `pairs` there are; of unpaired rows how many `rows`, and how many `desirable` among them."""
+        unpaired = count_unpaired(self.dataset, name)
+        return {"pairs": len(self.dataset)} if unpaired is None else {"rows": sum(unpaired), "desirable": unpaired[0]}
+
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None = None) -> frozenset[int]:
     """The token ids that end a turn: the tokenizer's end of sequence and those the model generates up to."""

@@ -162,11 +162,9 @@ class Plan:
     steps: int
 
     def counts(self) -> dict[str, Any]:
-        """Pairs and drops of both splits, for run.json."""
+        """Pairs (or unpaired rows, and how many are desirable) and drops of both splits, for run.json."""
         splits = {"train": self.train, "eval": self.eval}
-        return {
-            name: {"pairs": len(split.dataset), "dropped": split.dropped} for name, split in splits.items() if split
-        }
+        return {name: {**split.size(name), "dropped": split.dropped} for name, split in splits.items() if split}
 
 
 def plan(config: TrainConfig) -> Plan:
@@ -187,7 +185,7 @@ def plan(config: TrainConfig) -> Plan:
     evaluated = _tokenize(eval_pairs, "eval", tokenizer, ends, args) if eval_pairs is not None else None
     if len(train.dataset) < 2:
         raise UserError(
-            f"{len(train.dataset)} pair(s) are left to train on: {train.dropped.get('too_long', 0):,} are longer than "
+            f"{len(train.dataset)} row(s) are left to train on: {train.dropped.get('too_long', 0):,} are longer than "
             f"max_length {args.max_length}; raise trainer.max_length"
         )
     return Plan(config, name, tokenizer, args, train, evaluated, _steps(args, len(train.dataset)))
@@ -231,6 +229,7 @@ def estimate(planned: Plan) -> Estimate | str:
             sizes, planned.train.dataset, args, planned.steps, reference=reference, dtype=dtype,
             mixed=config.trainer.get("bf16", on_gpu) or args.fp16,
             checkpointing=on_gpu if asked is None else asked, on_gpu=on_gpu,
+            mismatched=mixture_of(config.objective).needs_divergence,
         )
         for on_gpu in (True, False)
     }  # fmt: skip

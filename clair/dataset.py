@@ -212,18 +212,39 @@ def load_pairs(path: str | Path, split: str = "train", **options: Any) -> Any:
     CLAIR sets (string prompt, whole conversations as chosen and rejected, `rational` for the reasoning). Other
     columns stay. Raises UserError for a missing column (naming those found) or a source that is not there.
     """
+    return _as_pairs(_load(str(path), split, **options), path)
+
+
+def load_preferences(path: str | Path, split: str = "train", **options: Any) -> Any:
+    """The pairs of a source as `load_pairs` gives them; or its unpaired rows, where it has completions and no chosen.
+
+    Unpaired rows are TRL's: prompt and completion (text or messages, here message lists) and a label. Their other
+    columns stay, and raises are the same.
+    """
     dataset = _load(str(path), split, **options)
-    columns = set(dataset.column_names)
-    missing = {"chosen", "rejected"} - columns
-    if missing:
-        raise UserError(
-            f"dataset {path}: no column {' or '.join(sorted(missing))}; columns found: {', '.join(sorted(columns))}"
-        )
+    if "completion" not in dataset.column_names or {"chosen", "rejected"} & set(dataset.column_names):
+        return _as_pairs(dataset, path)
+    _check_columns(dataset, path, {"prompt", "label"})
+    turns = [dataset[0][name] for name in ("prompt", "completion")] if len(dataset) else []
+    return dataset if all(isinstance(turn, list) for turn in turns) else dataset.map(as_messages, desc="Reading rows")
+
+
+def _as_pairs(dataset: Any, path: str | Path) -> Any:
+    _check_columns(dataset, path, {"chosen", "rejected"})
+    columns = dataset.column_names
     if "rational" in columns and "reasoning" not in columns:
         dataset = dataset.rename_column("rational", "reasoning")
     if len(dataset) == 0 or _is_explicit(dataset[0]):
         return dataset
     return dataset.map(as_explicit, desc="Reading pairs")
+
+
+def _check_columns(dataset: Any, path: str | Path, wanted: set[str]) -> None:
+    columns = set(dataset.column_names)
+    if missing := wanted - columns:
+        raise UserError(
+            f"dataset {path}: no column {' or '.join(sorted(missing))}; columns found: {', '.join(sorted(columns))}"
+        )
 
 
 def _load(path: str, split: str, **options: Any) -> Any:
@@ -254,6 +275,11 @@ def as_explicit(row: Mapping[str, Any]) -> dict[str, Any]:
     if shared and (not prompt or chosen[:shared][-1]["content"] == prompt[-1]["content"]):
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def as_messages(row: Mapping[str, Any]) -> dict[str, Any]:
+    """An unpaired row with prompt and completion as message lists."""
+    return {**row, "prompt": _turns(row["prompt"], "user"), "completion": _turns(row["completion"], "assistant")}
 
 
 def _turns(value: Any, role: str) -> list[dict[str, str]]:

@@ -87,7 +87,7 @@ def test_the_card_says_what_was_done(recipe):
     head = yaml.safe_load(card.split("---")[1])
     assert head["base_model"] == recipe["model"]
     assert "apo_down" in head["tags"]
-    assert "trained with apo_down (beta 0.2) on 24 preference pairs for 6 steps" in card
+    assert "trained with apo_down (beta 0.2) on 24 pairs for 6 steps" in card
     assert "![Chosen and rejected over training](dynamics.png)" in card
 
 
@@ -339,7 +339,7 @@ BAD_INPUT = {
     "missing column": (rows_are(without("chosen")), "columns found: id, prompt, rejected"),
     "prompt that is not text": (rows_are(number_as_prompt), "pairs.jsonl"),
     "chosen equal to rejected": (rows_are(equal_in_one_row), "row 2 (id p2): chosen is equal to rejected"),
-    "everything too long": (keys_are(trainer={"max_length": 5}), "0 pair(s) are left to train on: 24 are longer than"),
+    "everything too long": (keys_are(trainer={"max_length": 5}), "0 row(s) are left to train on: 24 are longer than"),
     "weight 0": (keys_are(dataset=[{"path": "PAIRS", "weight": 0}]), "weight: Input should be greater than 0"),
     "another recipe's run": (another_run, "holds the run of another recipe (changed: beta)"),
     "a folder of something else": (stranger, "holds files but no run of `apo train` (thesis.tex)"),

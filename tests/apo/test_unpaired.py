@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import KTOConfig, KTOTrainer
 
 from apo.checks import check_before_training
+from apo.fit import run_flops
 from apo.logps import plain_logps, stacked_logps
 from apo.mixture import mixture_of
 from apo.objectives import OBJECTIVES
 from apo.prefix import shared_prefix_logps
 from apo.tokens import count_unpaired, end_ids, tokenize
+from apo.train import TrainConfig, estimate, plan, train
 from apo.trainer import APOConfig, APOTrainer
 from clair.recipe import UserError
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
+from tests.apo.test_cli import call
 
 
 def make_rows(n=24, seed=0, label=lambda i: i % 3 != 1):
@@ -316,3 +323,115 @@ def test_pairs_and_unpaired_rows_in_one_dataset_are_refused(tmp_path):
 def test_a_class_that_weighs_nothing_is_refused(option, value):
     with pytest.raises(UserError, match=f"objective kto: {option} is {value}; it must be above 0"):
         mixture_of({"kto": {option: value}})
+
+
+# From a recipe
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path, model_dir):
+    """A recipe on a `datasets` folder of 24 unpaired rows with 6 held out."""
+    (tmp_path / "rows" / "data").mkdir(parents=True)
+    for split, rows in (("train", make_rows(24)), ("test", make_rows(6, seed=5))):
+        Dataset.from_list(rows).to_parquet(tmp_path / "rows" / "data" / f"{split}-00000-of-00001.parquet")
+    steps = {"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 2}
+    return {
+        "model": str(model_dir), "dataset": str(tmp_path / "rows"), "objective": "apo_zero_unpaired", "trainer": steps,
+        "out": str(tmp_path / "run"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", ["apo_zero_unpaired", {"kto": {"undesirable_weight": 2.0}, "sft": 0.1}], ids=str)
+def test_a_run_on_unpaired_rows_leaves_a_model_its_numbers_and_a_picture(recipe, objective):
+    told = []
+    found = train(TrainConfig(**{**recipe, "objective": objective}), tell=told.append)
+    assert found["data"]["train"] == {"rows": 24, "desirable": 16, "dropped": {}}
+    assert found["data"]["eval"] == {"rows": 6, "desirable": 4, "dropped": {}}
+    assert ["pull 2 to 1" in note for note in told] == ([True] if objective == "apo_zero_unpaired" else [])
+    out = Path(recipe["out"])
+    assert (out / "dynamics.png").read_bytes().startswith(b"\x89PNG")
+    assert "24 unpaired rows (16 desirable)" in (out / "README.md").read_text()
+
+
+def test_text_and_conversations_of_several_sources_are_put_together(recipe, tmp_path):
+    text = [{"prompt": "what is one", "completion": "two", "label": False, "source": "x"}] * 3
+    talk = make_rows(4)
+    files = [write(tmp_path / name, rows) for name, rows in (("text.jsonl", text), ("talk.jsonl", talk))]
+    planned = plan(TrainConfig(**{**recipe, "dataset": [str(files[0]), {"path": str(files[1]), "weight": 2}]}))
+    assert planned.counts()["train"] == {"rows": 11, "desirable": 6, "dropped": {}}
+    words = make_tokenizer().decode(planned.train.dataset[0]["rejected_ids"]).split()
+    assert words == ["two", "<|end|>"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        (make_rows(4), {"objective": "dpo"}, "dpo needs pairs, and the train dataset has unpaired rows"),
+        ([{k: v for k, v in row.items() if k != "label"} for row in make_rows(4)], {}, "no column label; columns"),
+        ([{**row, "label": 1} for row in make_rows(4)], {}, "label of row 0 of the train dataset is 1; true"),
+        ([{**row, "completion": row["prompt"]} for row in make_rows(4)], {}, "of row 0 begins with a user turn"),
+        ([{**row, "completion": [{"content": "a"}]} for row in make_rows(4)], {}, "'completion' of row 0 is neither"),
+        (make_rows(1), {}, "has 1 row(s) to train on"),
+        (make_rows(4), {"weights": "w"}, "has no column 'w'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_told_before_any_work(recipe, tmp_path, rows, changes, message):
+    changes = {"dataset": str(write(tmp_path / "bad.jsonl", rows)), **changes}
+    with pytest.raises(UserError) as error:
+        train(TrainConfig(**{**recipe, **changes}))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not Path(recipe["out"]).exists()
+
+
+def test_pairs_and_unpaired_rows_are_not_put_together(recipe, tmp_path):
+    files = [str(write(tmp_path / "pairs.jsonl", make_pairs(4))), str(write(tmp_path / "rows.jsonl", make_rows(4)))]
+    with pytest.raises(UserError, match=r"pairs.jsonl holds pairs and .*rows.jsonl unpaired rows; `clair export --as"):
+        plan(TrainConfig(**{**recipe, "dataset": files}))
+
+
+def test_a_dry_run_tells_rows_and_an_estimate_of_one_response_each(recipe, tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "objective": "kto"}))
+    assert call(monkeypatch, "train", tmp_path / "recipe.yaml", "--dry-run") == 0
+    told = capsys.readouterr().out
+    assert "# train: 24 unpaired rows (16 desirable)" in told
+    assert "# steps: 6 of 4 rows" in told
+    planned = plan(TrainConfig(**{**recipe, "reference": "online"}))
+    job = estimate(planned).here
+    lengths = [len(r["prompt_ids"] + r["chosen_ids"] + r["rejected_ids"]) for r in planned.train.dataset]
+    assert sum(row.tokens for row in job.rows) == sum(lengths)
+    assert sum(lengths) < job.padded_tokens < 1.9 * sum(lengths)
+    kto = estimate(plan(TrainConfig(**{**recipe, "objective": "kto"}))).here
+    (whole, reference), (whole_kto, reference_kto) = run_flops(job), run_flops(kto)
+    assert reference_kto == pytest.approx(2 * reference)  # of each row, and of its prompt with the next one's response
+    assert whole_kto - whole == pytest.approx(2 * reference)  # and the same for the policy
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(recipe, tmp_path, monkeypatch):
+    from apo import checkpoints
+
+    recipe["objective"] = {"kto": 1.0, "sft": 0.1}
+    recipe["trainer"] |= {"save_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    whole = train(TrainConfig(**recipe), tell=lambda _: None)
+    finish, recipe["out"] = checkpoints.finish, str(tmp_path / "stopped")
+
+    def die(folder, final, **options):
+        finish(folder, final, **options)
+        if final.name == "checkpoint-4":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "finish", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainConfig(**recipe), tell=lambda _: None)
+    monkeypatch.setattr(checkpoints, "finish", finish)
+    resumed = train(TrainConfig(**recipe), tell=lambda _: None)
+    assert resumed["resumed_from"] == [4]
+    for key, value in whole["metrics"].items():
+        if "second" not in key and "runtime" not in key:
+            assert resumed["metrics"][key] == pytest.approx(value, abs=1e-6)

@@ -90,3 +90,15 @@ def test_datasets_reads_it_as_it_is(folder, tmp_path):
         assert [turn["role"] for turn in row["prompt"]] == ["user"]
         assert [turn["role"] for turn in row["chosen"] + row["rejected"]] == ["assistant", "assistant"]
         assert row["chosen"] != row["rejected"]
+
+
+def test_exported_unpaired_rows_are_the_pairs_cut_in_two(folder, tmp_path):
+    from apo.pairs import Source, load_train
+    from clair.sharing import export
+
+    count = export("unpaired", folder, "train", tmp_path / "rows.jsonl")
+    pairs, rows = (load_train([Source(path=str(path))], 0) for path in (folder, tmp_path / "rows.jsonl"))
+    assert count == len(rows) == 2 * len(pairs)
+    assert rows["prompt"][::2] == rows["prompt"][1::2] == pairs["prompt"][:]
+    assert (rows["completion"][::2], rows["completion"][1::2]) == (pairs["chosen"][:], pairs["rejected"][:])
+    assert rows["label"][:] == [True, False] * len(pairs)
