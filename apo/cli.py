@@ -51,6 +51,7 @@ def train(
     if dry_run:
         _print_plan(config)
         return
+    from apo.processes import is_main
     from apo.train import train as run
 
     try:
@@ -58,7 +59,7 @@ def train(
     except KeyboardInterrupt as stop:  # caught here: typer would end without a word
         _tell(f"{str(stop) or 'interrupted'}; the same command goes on from the last checkpoint")
         raise typer.Exit(EXIT_INTERRUPTED) from stop
-    if done:
+    if is_main():
         _tell(_closing(config.out, done))
 
 

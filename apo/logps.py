@@ -69,7 +69,9 @@ def stacked_logps(model: nn.Module, batch: Batch, **options: Any) -> PairLogps:
 
 PAIR_WEIGHT = "pair_weight"
 """What each pair of a batch weighs, [B], where a dataset column says so."""
-_NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", PAIR_WEIGHT})
+IDLE = "idle"
+"""In a batch whose pairs another process has: it is run only because processes run together, and counts for nothing."""
+_NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", PAIR_WEIGHT, IDLE})
 
 
 @dataclass(frozen=True)
@@ -129,3 +131,10 @@ def select(batch: Batch, places: Sequence[int]) -> dict[str, Any]:
     return {
         key: value[list(places)] if len(value) == pairs else value[rows] for key, value in batch.items()
     }  # fmt: skip
+
+
+def idle(batch: Batch) -> dict[str, Any]:
+    """The first pair of a batch as one that counts for nothing."""
+    import torch
+
+    return {**select(batch, [0]), IDLE: torch.ones(1, dtype=torch.bool, device=batch["input_ids"].device)}

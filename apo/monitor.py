@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from apo.processes import Group
 from apo.run import append_metrics
 
 
@@ -113,10 +114,14 @@ def summary(logs: dict[str, Any]) -> str:
 
 
 class Interrupt(TrainerCallback):
-    """The first Ctrl-C (or SIGTERM) ends the run after the step under way, with a checkpoint; the second at once."""
+    """The first Ctrl-C (or SIGTERM) ends the run after the step under way, with a checkpoint; the second at once.
 
-    def __init__(self) -> None:
-        self.asked = False
+    A launcher hands the signal on to each process at another moment, so after every step they ask each other.
+    """
+
+    def __init__(self, group: Group | None = None) -> None:
+        self.group = group or Group()
+        self.asked = self.stopping = False
         self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -129,13 +134,16 @@ class Interrupt(TrainerCallback):
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nstopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
+        if self.group.count == 1:  # of several, one may be told because another has died
+            told = "stopping after this step, with a checkpoint; once more to stop at once"
+            print(f"\n{told}", file=sys.stderr, flush=True)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         """Save and stop where it was asked for. Comes before the Recorder, which then logs the step."""
-        if self.asked:
+        self.stopping = self.group.any(self.asked)
+        if self.stopping:
             control.should_save = control.should_training_stop = True
         return control
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
-PART = 2048
-"""Pairs in one file."""
+PART = 256
+"""Pairs in one file, and in one piece of work where processes share it out."""
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 Compute = Callable[[Sequence[dict[str, Any]]], "tuple[Tensor, Tensor]"]
 """Log-probs of both responses of some pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`), [n] each."""
@@ -35,50 +35,37 @@ def with_reference(
     dataset: Dataset,
     identity: Sequence[Any],
     compute: Compute,
-    folder: Path,
+    folder: Path | None,
     tell: Callable[[str], None],
     *,
     rank: int = 0,
     processes: int = 1,
-    wait: Callable[[], None] = lambda: None,
+    exchange: Callable[[Any], list[Any]] = lambda mine: [mine],
 ) -> tuple[Dataset, int]:
     """`dataset` with the reference's log-probs as two columns, and how many pairs this process had to compute.
 
-    Processes share the parts out, `wait` for each other, and read what the others computed.
+    Processes share the parts out and `exchange` what they found, so that each part is computed and written once, also
+    where they have no file system in common. Without a `folder` nothing is kept.
     """
     import torch
 
-    starts = range(0, len(dataset), PART)
-    parts = {start: [dict(row) for row in dataset.select(range(start, min(start + PART, len(dataset))))]
-             for start in starts}  # fmt: skip
-    keys = {start: part_key(identity, pairs) for start, pairs in parts.items()}
     found: dict[int, dict[str, Tensor]] = {}
     computed = 0
-
-    def obtain(start: int) -> None:
-        nonlocal computed
-        pairs, file = parts[start], cache.file_of(folder, keys[start])
-        kept = cache.load(folder, keys[start], dict.fromkeys(COLUMNS, (len(pairs),)))
+    for start in range(rank * PART, len(dataset), processes * PART):
+        pairs = [dict(row) for row in dataset.select(range(start, min(start + PART, len(dataset))))]
+        key = part_key(identity, pairs) if folder else ""
+        kept = cache.load(folder, key, dict.fromkeys(COLUMNS, (len(pairs),))) if folder else None
         if kept is None:
-            if file.exists():
+            if folder and (file := cache.file_of(folder, key)).exists():
                 tell(f"reference log-probs: {file} is damaged, computed anew")
-            logps = compute(pairs)
-            kept = dict(zip(COLUMNS, (part.to(torch.float64).cpu() for part in logps), strict=True))
+            kept = dict(zip(COLUMNS, (part.to(torch.float64).cpu() for part in compute(pairs)), strict=True))
             computed += len(pairs)
-            note = cache.store(folder, keys[start], kept)
-            if note:
+            if folder and (note := cache.store(folder, key, kept)):
                 tell(f"reference log-probs: {note}")
         found[start] = kept
-
-    for number, start in enumerate(starts):
-        if number % processes == rank:
-            obtain(start)
-    wait()
-    for start in starts:
-        if start not in found:
-            obtain(start)
+    whole = {start: part for theirs in exchange(found) for start, part in theirs.items()}
     for column in COLUMNS:
-        values = torch.cat([found[start][column] for start in starts]).tolist()
+        values = torch.cat([whole[start][column] for start in sorted(whole)]).tolist()
         dataset = dataset.remove_columns(column) if column in dataset.column_names else dataset
         dataset = dataset.add_column(column, values)
     return dataset, computed

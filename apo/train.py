@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, field_serializer, field_validator
 from apo import model as models
 from apo import run as runs
 from apo.pairs import Source
+from apo.processes import Group, check_deepspeed, check_devices, joined
 from clair.recipe import Recipe, UserError, near_miss, resolved, write_json
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ def plan(config: TrainConfig) -> Plan:
     train_pairs = load_train(config.dataset, config.seed, config.weights)
     eval_pairs = load_eval(config.dataset, config.eval, config.weights)
     args = trainer_options(config, has_eval=eval_pairs is not None)
+    check_devices(args)
     if eval_pairs is None and args.eval_strategy != "no":
         raise UserError("trainer.eval_strategy is set but there are no held-out pairs; set `eval`, or leave it out")
     ends = models.load_generation_config(name)
@@ -271,36 +273,69 @@ def _steps(args: APOConfig, pairs: int) -> int:
 def train(config: TrainConfig, *, tell: Callable[[str], None] = print) -> dict[str, Any]:
     """Train what `config` says, or go on from the newest complete checkpoint. Returns the content of run.json.
 
-    Raises UserError before any work for everything that is the user's to mend; KeyboardInterrupt after a first Ctrl-C,
-    with a checkpoint saved.
+    Under a launcher (torchrun) each process calls this, and the first one writes and tells. Raises UserError before any
+    work for everything that is the user's to mend; KeyboardInterrupt after a first Ctrl-C, with a checkpoint saved.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("`apo train` runs in one process; for several, start a script with APOTrainer by torchrun")
+    options = config.trainer
+    check_deepspeed(bool(options.get("deepspeed")))
+    with joined(cpu=_on_cpu(config), seconds=float(options.get("ddp_timeout", 1800))) as group:
+        return _train(config, group, tell if group.is_main else _silent)
+
+
+def _on_cpu(config: TrainConfig) -> bool:
+    import torch
+
+    return bool(config.trainer.get("use_cpu")) or not torch.accelerator.is_available()
+
+
+def _silent(_: str) -> None:
+    """What the processes after the first say."""
+
+
+def _train(config: TrainConfig, group: Group, tell: Callable[[str], None]) -> dict[str, Any]:
     out = Path(config.out)
-    status = runs.status_of(out, resolved(config))
+    with group.together():
+        status = runs.status_of(out, resolved(config))
+    group.same(**{f"the run in {out}": status})
     if status == "finished":
         tell(f"{out} is finished; nothing to do")
         return runs.read_run(out)
-    planned = plan(config)
+    planned = _plan_of_all(config, group)
     for note in planned.train.notes:
         tell(f"note: {note}")
-    costs = estimate(planned)
-    if not isinstance(costs, str):
-        from apo.fit import check_fits
+    with group.together():
+        costs = estimate(planned)
+        if not isinstance(costs, str):
+            from apo.fit import check_fits
 
-        check_fits(costs.here, costs.machine)
-    trainer = build_trainer(planned)
-    for note in trainer.notes:
+            check_fits(costs.here, costs.machine)
+    trainer = build_trainer(planned, group)
+    for note in dict.fromkeys(note for notes in group.gather(trainer.notes) for note in notes):
         tell(f"note: {note}")
-    found = _resume(out, planned, status, tell)
+    found = group.by_main(lambda: _resume(out, planned, status, tell))
     started = time.perf_counter()
     _run(trainer, found, out, tell)
-    return _finish(trainer, out, time.perf_counter() - started, tell)
+    return _finish(trainer, group, out, time.perf_counter() - started)
 
 
-def build_trainer(planned: Plan) -> APOTrainer:
+def _plan_of_all(config: TrainConfig, group: Group) -> Plan:
+    """Every process plans; the first before the others, so that these find its tokenised pairs in `datasets`' cache."""
+    from apo.pairs import fingerprint
+
+    planned = None
+    with group.together():
+        if group.is_main:
+            planned = plan(config)
+    with group.together():
+        planned = planned or plan(config)
+    group.same(pairs=fingerprint(planned.train.dataset, config.weights), steps=planned.steps)
+    return planned
+
+
+def build_trainer(planned: Plan, group: Group | None = None) -> APOTrainer:
     """The trainer of a checked plan, model loaded, with the checks before the first step done."""
+    group = group or Group()
     from transformers import PrinterCallback, ProgressCallback
 
     from apo.checks import check_before_training
@@ -309,13 +344,14 @@ def build_trainer(planned: Plan) -> APOTrainer:
 
     config, args = planned.config, planned.args
     options, args.model_init_kwargs = dict(args.model_init_kwargs or {}), None
-    model = models.load_model(planned.name, **options)
-    models.check_vocabulary(model, planned.tokenizer, planned.name.base)
+    with group.together():
+        model = models.load_model(planned.name, **options)
+        models.check_vocabulary(model, planned.tokenizer, planned.name.base)
     try:
         trainer = APOTrainer(
             model=model, args=args, train_dataset=planned.train.dataset, peft_config=_lora_of(config),
             eval_dataset=planned.eval.dataset if planned.eval else None, processing_class=planned.tokenizer,
-            callbacks=[Interrupt(), Recorder(Path(config.out)), Bar()],
+            callbacks=[Interrupt(group), Recorder(Path(config.out)), Bar()],
         )  # fmt: skip
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(" ".join(str(error).split())) from error
@@ -323,7 +359,8 @@ def build_trainer(planned: Plan) -> APOTrainer:
         trainer.remove_callback(theirs)
     if config.lora and config.lora.dropout:
         _set_adapter_dropout(trainer.model, config.lora.dropout)
-    check_before_training(trainer)
+    with group.together():
+        check_before_training(trainer)
     return trainer
 
 
@@ -365,21 +402,27 @@ def _run(trainer: APOTrainer, checkpoint: Path | None, out: Path, tell: Callable
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Bar | Interrupt):
                 callback.close()
-    stopped = any(isinstance(c, Interrupt) and c.asked for c in trainer.callback_handler.callbacks)
+    stopped = any(isinstance(c, Interrupt) and c.stopping for c in trainer.callback_handler.callbacks)
     if stopped and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
 
 
-def _finish(trainer: APOTrainer, out: Path, seconds: float, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Write model, picture, card and the finished run.json, in this order: only the last makes the run finished."""
+def _finish(trainer: APOTrainer, group: Group, out: Path, seconds: float) -> dict[str, Any]:
+    """Save the model, by all; then its picture, card and finished run.json, by the first process."""
+    trainer.save_model(str(out / _FINAL))
+    return group.by_main(lambda: _write_results(out, seconds))
+
+
+_FINAL = ".final"
+
+
+def _write_results(out: Path, seconds: float) -> dict[str, Any]:
+    """Put model, picture, card and the finished run.json in place, in this order: only the last ends the run."""
     from apo.dynamics import read_metrics
     from apo.mixture import title_of
     from apo.plots import draw_dynamics
 
-    final = out / ".final"
-    trainer.save_model(str(final))
-    if not trainer.args.should_save:
-        return {}
+    final = out / _FINAL
     (final / runs.CARD).unlink(missing_ok=True)  # PEFT's; ours follows
     adapter = (final / models.ADAPTER_CONFIG).exists()
     runs.put_in_place(final, out)

@@ -10,14 +10,13 @@ import contextlib
 import copy
 import dataclasses
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import rotate_checkpoints
@@ -29,11 +28,13 @@ from apo import checkpoints
 from apo.cache import hash_weights
 from apo.dynamics import measure, pair_rows, work_of
 from apo.logps import (
+    IDLE,
     PAIR_WEIGHT,
     Batch,
     PairLogpsFunction,
     WeightedCollator,
     examples_of,
+    idle,
     mismatched,
     select,
     stacked_logps,
@@ -49,6 +50,7 @@ from apo.prefix import (
     unshare_prefixes,
     why_not,
 )
+from apo.processes import check_devices
 from apo.reference import with_reference
 from apo.tokens import end_ids, tokenize
 from clair.recipe import UserError, near_miss
@@ -117,6 +119,8 @@ class APOConfig(DPOConfig):
             self.pack_tokens = PACK_TOKENS_ON_CPU
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.ddp_find_unused_parameters is None:  # every pair passes all that is trained: DDP need not look
+            self.ddp_find_unused_parameters = False
         # transformers 5 renamed gradient_checkpointing and warns about the old name, TRL still sets it.
         if self.activation_checkpointing is None:
             asked = self.gradient_checkpointing
@@ -154,6 +158,7 @@ class APOTrainer(DPOTrainer):
             raise UserError(f"args is a {type(args).__name__}; APOTrainer takes an APOConfig")
         if kwargs.get("compute_metrics") is not None:
             raise UserError("compute_metrics would be ignored: the batch's logits are never built; leave it out")
+        check_devices(args)
         self.objective = mixture_of(args.objective)
         self.pair_logps = pair_logps or stacked_logps
         self._may_share = pair_logps is None and args.shared_prefix
@@ -244,10 +249,26 @@ class APOTrainer(DPOTrainer):
         """The micro-batches of an optimizer step, and what the pairs in them weigh over all processes."""
         self.meter.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            batches[-1] = self._without_repeats(batches[-1], self._train_batch_size)
         if self.objective.needs_divergence:
             self._kl = self._divergence(batches)
         weight = sum((weights_of(batch).sum() for batch in batches), torch.zeros(()))
         return batches, self._over_processes(weight.to(device))
+
+    def _without_repeats(self, batch: Batch, size: int) -> Batch:
+        """A batch of a dataloader without the pairs that it repeats, at its end, to give processes equally many.
+
+        A batch of nothing else becomes idle. `size` is the pairs in a full one.
+        """
+        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
+        if processes == 1 or self.args.dataloader_drop_last or not state.end_of_dataloader:
+            return batch
+        over = len(state.active_dataloader.dataset) % (size * processes)
+        mine = min(size, max(0, over - self.accelerator.process_index * size)) if over else size
+        if mine == size:
+            return batch
+        return select(batch, range(mine)) if mine else idle(batch)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -297,7 +318,8 @@ class APOTrainer(DPOTrainer):
         losses = self.objective.losses(policy, reference, beta=self.beta, kl=self._kl)
         weights = weights_of(inputs).to(losses.device)
         work = work_of(inputs, packed=self.pair_logps is shared_prefix_logps)
-        self.meter.add(mode, pair_rows(losses, policy, reference, weights, self._kl, work))
+        rows = pair_rows(losses, policy, reference, weights, self._kl, work)
+        self.meter.add(mode, rows[:0] if IDLE in inputs else rows)
         whole = weights.sum() if num_items_in_batch is None else num_items_in_batch
         total = (weights * losses).sum()
         if policy.aux_loss is not None:
@@ -342,14 +364,13 @@ class APOTrainer(DPOTrainer):
             order = [place for places in bins for place in places]
             return tuple(torch.cat(found, 1)[:, torch.tensor(order).argsort()])
 
-        folder = self.args.reference_cache
-        with tempfile.TemporaryDirectory() as nowhere:
-            identity = (self._hash_of_reference(model), *self._numbers_of_reference(model)) if folder else ()
-            dataset, computed = with_reference(
-                dataset, identity, compute, Path(folder or nowhere), self.notes.append,
-                rank=self.args.process_index, processes=self.args.world_size,
-                wait=self.accelerator.wait_for_everyone,
-            )  # fmt: skip
+        folder = Path(self.args.reference_cache) if self.args.reference_cache else None
+        identity = (self._hash_of_reference(model), *self._numbers_of_reference(model)) if folder else ()
+        dataset, computed = with_reference(
+            dataset, identity, compute, folder, self.notes.append,
+            rank=self.args.process_index, processes=self.args.world_size,
+            exchange=lambda mine: gather_object([mine]),
+        )  # fmt: skip
         self.reference_computed[name] = computed
         return dataset
 
@@ -375,7 +396,8 @@ class APOTrainer(DPOTrainer):
         training = self.model.training
         self.model.eval()
         weighted = isinstance(self.data_collator, WeightedCollator)
-        for batch in mismatched(batches, self.data_collator.collate if weighted else self.data_collator):
+        collate = self.data_collator.collate if weighted else self.data_collator
+        for batch in mismatched([batch for batch in batches if IDLE not in batch], collate):
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 policy = self.pair_logps(self.model, batch)
@@ -412,6 +434,7 @@ class APOTrainer(DPOTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
         """The loss alone: logits are never built."""
+        inputs = self._without_repeats(inputs, self.args.eval_batch_size)
         return super().prediction_step(model, inputs, True, ignore_keys)
 
     # What is kept
@@ -483,7 +506,9 @@ def check_weights(dataset: Dataset, column: str, name: str) -> None:
 
 
 def weights_of(batch: Batch) -> torch.Tensor:
-    """What the pairs of a stacked batch weigh, [B], float32: 1 each without a column of weights."""
+    """What the pairs of a stacked batch weigh, [B], float32: 1 each without a column of weights, 0 of an idle one."""
+    if IDLE in batch:
+        return torch.zeros(1, device=batch["input_ids"].device)
     given = batch.get(PAIR_WEIGHT)
     return (
         torch.ones(len(batch["input_ids"]) // 2, device=batch["input_ids"].device) if given is None else given.float()

@@ -112,18 +112,32 @@ def test_a_killed_pass_keeps_its_finished_parts(tmp_path, monkeypatch):
     assert done[COLUMNS[1]] == [float(i + 100) for i in range(10)]
 
 
-def test_processes_share_the_parts_out(tmp_path, monkeypatch):
+def test_processes_share_the_parts_out_and_write_each_once(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "PART", 4)
-    counts = []
-    for rank in (0, 1):
-        other = (lambda: with_reference(tiny_dataset(), ["m"], lengths, tmp_path, print, rank=1, processes=2)) \
-            if rank == 0 else (lambda: None)  # fmt: skip
-        done, computed = with_reference(
-            tiny_dataset(), ["m"], lengths, tmp_path, print, rank=rank, processes=2, wait=other
+    folders = [tmp_path / "machine 0", tmp_path / "machine 1"]  # no file system in common
+    mine, handed, computed = {}, [], []
+
+    def run(rank, exchange):
+        dataset, count = with_reference(
+            tiny_dataset(), ["m"], lengths, folders[rank], print, rank=rank, processes=2, exchange=exchange
         )
-        counts.append(computed)
-        assert done[COLUMNS[1]] == [float(i + 100) for i in range(10)]
-    assert counts == [6, 0]
+        computed.append(count)
+        return dataset
+
+    class Other(Exception):
+        pass
+
+    def keep(found):
+        mine[1] = found
+        raise Other
+
+    with pytest.raises(Other):
+        run(1, keep)
+    done = run(0, lambda found: handed.append(found) or [found, mine[1]])
+    assert done[COLUMNS[0]] == [float(i) for i in range(10)]
+    assert done[COLUMNS[1]] == [float(i + 100) for i in range(10)]
+    assert (list(handed[0]), list(mine[1]), computed) == ([0, 8], [4], [6])
+    assert [len(list(folder.rglob("*.safetensors"))) for folder in folders] == [2, 1]
 
 
 @pytest.mark.parametrize("harm", ["cut", "garbage", "not numbers", "other shape"])

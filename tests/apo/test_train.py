@@ -380,9 +380,9 @@ def test_the_anchor_is_checked_before_anything_is_written(recipe, monkeypatch):
     assert not snapshot(Path(recipe["out"]))
 
 
-def test_several_processes_are_refused(recipe, monkeypatch):
+def test_a_process_that_was_launched_without_its_others_is_refused(recipe, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="runs in one process"):
+    with pytest.raises(UserError, match="WORLD_SIZE is 2 but RANK is not set"):
         run(recipe)
 
 

@@ -1,0 +1,171 @@
+"""`torchrun -m apo.cli train`, with real processes: one run, one message, one checkpoint, one order of the pairs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from apo import checkpoints
+from tests.apo.conftest import make_pairs
+
+ROOT = Path(__file__).parents[2]
+PAIRS = 22
+TRAINER = {
+    "learning_rate": 1e-2, "num_train_epochs": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+    "logging_steps": 1, "save_steps": 4, "lr_scheduler_type": "cosine",
+}  # fmt: skip
+# Of 8 pairs a step, 3 steps an epoch, the last of 6: with two processes of 2 pairs one has nothing to do in its end.
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("torchrun") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(PAIRS)))
+    return path
+
+
+def recipe(model_dir, data, out, **trainer):
+    path = out.with_suffix(".yaml")
+    keys = {"model": str(model_dir), "dataset": str(data), "trainer": {**TRAINER, **trainer}, "out": str(out)}
+    path.write_text(yaml.safe_dump(keys))
+    return path
+
+
+def start(processes, tmp_path, *command, launch=("-m", "apo.cli"), more=()):
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"),
+        "CLAIR_CACHE": str(tmp_path / "cache"), "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }  # fmt: skip
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *more]
+    return subprocess.Popen(
+        [sys.executable, *torchrun, *launch, *map(str, command)],
+        env=environment, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+
+
+def run(processes, tmp_path, *command, **options):
+    process = start(processes, tmp_path, *command, **options)
+    try:
+        _, told = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return process.returncode, told
+
+
+def ours(told):
+    """What the run itself says: without torchrun's own report."""
+    return [line for line in told.splitlines() if re.match(r"error: |step |note: |stopped |going on |\d+ pairs,", line)]
+
+
+def weights(out):
+    return load_file(Path(out) / "model.safetensors")
+
+
+def metrics(out):
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if "per_second" not in key and key != "mfu"} for row in rows]
+
+
+def assert_same_result(one, other):
+    assert metrics(one) == [pytest.approx(row, abs=2e-4, rel=1e-5) for row in metrics(other)]
+    a, b = weights(one), weights(other)
+    distance = sum(float((a[name] - b[name]).norm() ** 2) for name in a) ** 0.5
+    assert distance <= 1e-5 * sum(float(tensor.norm() ** 2) for tensor in b.values()) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def alone(model_dir, data, tmp_path_factory):
+    """The run in one process that nothing happened to: 4 pairs twice a step."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    code, told = run(1, out.parent, "train", recipe(model_dir, data, out, per_device_train_batch_size=4))
+    assert code == 0, told
+    return out
+
+
+def test_two_processes_leave_what_one_leaves(alone, model_dir, data, tmp_path):
+    out = tmp_path / "run"
+    code, told = run(2, tmp_path, "train", recipe(model_dir, data, out))
+    assert code == 0, told
+    assert_same_result(out, alone)
+    assert sorted(f.name for f in out.iterdir()) == sorted(f.name for f in alone.iterdir())
+    steps = [line.split()[1] for line in ours(told) if line.startswith("step ")]
+    assert steps == [f"{n}/9" for n in range(1, 10)]
+    assert [line for line in ours(told) if "pairs, 9 steps" in line] == [ours(told)[-1]]
+    assert not list(out.rglob(".*"))
+    code, told = run(2, tmp_path, "train", out.with_suffix(".yaml"))
+    assert (code, told.count("is finished; nothing to do")) == (0, 1)
+
+
+ELSEWHERE = """
+import os, sys
+if os.environ["RANK"] == sys.argv.pop(1):
+    os.chdir("elsewhere")
+from apo.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_mistake_of_one_process_ends_all_with_one_message(rank, model_dir, data, tmp_path):
+    """As on a machine on which the model does not lie."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "model").symlink_to(model_dir)
+    (tmp_path / "script.py").write_text(ELSEWHERE)
+    path = recipe("./model", data, tmp_path / "run")
+    code, told = run(2, tmp_path, rank, "train", path, launch=["script.py"])
+    assert code != 0
+    assert len(ours(told)) == 1, told
+    assert ours(told)[0].startswith("error: model folder ./model does not exist")
+    assert re.findall(r"exitcode\s*: (\S+)", told)[-1] == "2"
+    assert "Traceback" not in told.partition("elastic")[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_ctrl_c_saves_one_checkpoint_and_the_same_command_goes_on(alone, model_dir, data, tmp_path):
+    out = tmp_path / "run"
+    path = recipe(model_dir, data, out, save_steps=1)
+    process = start(2, tmp_path, "train", path)
+    for line in process.stderr:
+        if line.startswith("step 1/9"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, told = process.communicate(timeout=120)
+    saved = checkpoints.checkpoints(out)
+    stopped = [line for line in ours(told) if line.startswith("stopped")]
+    step = checkpoints.step_of(saved[-1])
+    assert stopped == [f"stopped at step {step} of 9; the same command goes on from the last checkpoint"], told
+    assert all(checkpoints.problem_of(folder) is None for folder in saved)
+    assert not (out / checkpoints.UNFINISHED).exists()
+    assert step < 9
+    code, told = run(2, tmp_path, "train", path)
+    assert code == 0, told
+    assert [line for line in ours(told) if line.startswith("going on")] == [f"going on from step {step} of 9"]
+    assert_same_result(out, alone)
+
+
+def test_a_process_killed_is_started_again_from_the_last_checkpoint(alone, model_dir, data, tmp_path):
+    out = tmp_path / "run"
+    process = start(2, tmp_path, "train", recipe(model_dir, data, out, save_steps=1), more=["--max-restarts", "1"])
+    end = time.monotonic() + 120
+    while not any(checkpoints.checkpoints(out)):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    last = [pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(int(last[0]), signal.SIGKILL)
+    _, told = process.communicate(timeout=240)
+    assert process.returncode == 0, told
+    assert [line for line in ours(told) if line.startswith("going on from step")], told
+    assert_same_result(out, alone)
