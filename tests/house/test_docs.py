@@ -173,6 +173,7 @@ def test_every_recipe_file_is_on_the_page_of_recipes():
 
 # What the docs may tell a reader to type beside our own commands.
 FOREIGN = {
+    "accelerate",
     "cd",
     "cp",
     "curl",
@@ -184,6 +185,7 @@ FOREIGN = {
     "ruff",
     "source",
     "sqlite3",
+    "torchrun",
     "transformers",
     "vllm",
 }
@@ -219,6 +221,9 @@ def test_commands_in_the_docs_are_commands(where, command):
         assert (ROOT / rest[0]).is_file(), f"{where}: no file {rest[0]}"
     elif not (ROOT / program).is_file():
         assert program in FOREIGN, f"{where}: {program} is not a command of this project"
+    if program in ("torchrun", "accelerate"):
+        (ours,) = [place for place, word in enumerate(rest) if word in ("apo", "apo.cli")]
+        parses("apo", rest[ours + 1 :])
 
 
 def parses(program: str, words: list[str]) -> None:
