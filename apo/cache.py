@@ -60,11 +60,11 @@ def store(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def hash_weights(model: nn.Module) -> str:
+def hash_weights(model: nn.Module, *, adapter: bool = False) -> str:
     """SHA-256 over names, types, shapes and bytes of the weights that a reference is made of.
 
     Of a model with a new adapter that is the model below it, by the names it has without one; of a model that goes on
-    with an adapter, also the frozen copy named "ref".
+    with an adapter, also the frozen copy named "ref". With `adapter`, of the whole model as it computes.
     """
     import hashlib
 
@@ -74,7 +74,7 @@ def hash_weights(model: nn.Module) -> str:
     adapters = getattr(model, "peft_config", {})
     for name, tensor in sorted(model.state_dict().items()):
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".") if adapters else name
-        if adapters and "lora_" in plain and ".ref." not in plain:
+        if adapters and "lora_" in plain and ".ref." not in plain and not adapter:
             continue
         digest.update(f"{plain} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().flatten()

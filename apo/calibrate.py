@@ -20,6 +20,7 @@ from apo.conformal import (
     precision_threshold,
     precision_words,
 )
+from apo.pairs import check_there
 from apo.properties import Certificate, certify_pairs
 from clair.recipe import UserError, content_hash, near_miss
 
@@ -194,6 +195,7 @@ def read_scored(path: str | Path) -> list[dict[str, Any]]:
     """All rows of a dataset folder, or of a file: plain values, `id` the content's hash where there is none."""
     from clair.dataset import load_pairs, read_rows
 
+    check_there(str(path))
     folder = Path(path)
     if (folder / "manifest.json").is_file():
         return list(read_rows(folder))

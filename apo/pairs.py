@@ -98,8 +98,7 @@ def fingerprint(dataset: Dataset, weights: str | None = None) -> str:
 def _load(path: str, split: str, weights: str | None = None) -> Dataset:
     from clair.dataset import load_preferences
 
-    if _looks_local(path) and not Path(path).exists():
-        raise UserError(f"dataset {path} does not exist; give a folder made by `clair build`, a file, or a hub name")
+    check_there(path)
     try:
         pairs = load_preferences(path, split)
     except UserError:
@@ -139,6 +138,12 @@ def _check_columns(pairs: Dataset, path: str) -> None:
         if column == "completion" and turns[0]["role"] != "assistant":
             role = turns[0]["role"]
             raise UserError(f"dataset {path}: 'completion' of row 0 begins with a {role} turn, which is the prompt's")
+
+
+def check_there(path: str) -> None:
+    """Raises UserError for a path that is neither there nor a name on the hub."""
+    if _looks_local(path) and not Path(path).exists():
+        raise UserError(f"dataset {path} does not exist; give a folder made by `clair build`, a file, or a hub name")
 
 
 def _looks_local(path: str) -> bool:

@@ -1,0 +1,163 @@
+"""phi: the vector that the LM head sees, at the last token that is no padding, computed once and kept by content."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from apo import cache, features
+from apo.features import NAMES, Features, features_of, labelled, last_hidden, read_rows, same_model
+from apo.tokens import end_ids, tokenize
+from clair.recipe import UserError
+from tests.apo.conftest import make_model, make_pairs, make_tokenizer
+
+
+def tiny(family: str):
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
+    if family == "gpt2":
+        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **sizes)
+        return transformers.GPT2LMHeadModel(config).eval()
+    if family == "opt":
+        config = transformers.OPTConfig(
+            hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, **sizes
+        )
+        return transformers.OPTForCausalLM(config).eval()
+    if family == "mistral":
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = transformers.MistralConfig(num_key_value_heads=2, **shape, **sizes)
+        return transformers.MistralForCausalLM(config).eval()
+    return make_model().eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "opt"])
+def test_the_lm_head_of_phi_are_the_logits(family):
+    model = tiny(family)
+    with torch.no_grad():
+        for norm in (m for m in model.modules() if "norm" in type(m).__name__.lower()):
+            norm.weight.mul_(1.7)  # a second norm would change the values
+        rows = [[1, 5, 9, 12, 3], [1, 7, 3]]
+        phi = last_hidden(model, rows)
+        for row, states in zip(rows, phi, strict=True):
+            logits = model(torch.tensor([row])).logits[0, -1]
+            assert torch.allclose(model.get_output_embeddings()(states[len(row) - 1]), logits, atol=1e-5)
+
+
+@pytest.fixture
+def tokenized(pairs):
+    tokenizer = make_tokenizer()
+    return tokenize(pairs, tokenizer, None, end_ids(tokenizer)).dataset
+
+
+def test_each_feature_is_that_of_the_pair_alone(tokenized, monkeypatch):
+    """In a batch with padding as in one without: last token of the prompt, last of each response, mean of each."""
+    model = make_model().eval()
+    monkeypatch.setattr(features, "BATCH_TOKENS", 100)
+    found = features_of(tokenized, model)
+    with torch.no_grad():
+        for place, row in enumerate(tokenized):
+            for name in ("chosen", "rejected"):
+                prompt, answer = row["prompt_ids"], row[f"{name}_ids"]
+                states = model.model(torch.tensor([prompt + answer])).last_hidden_state[0]
+                assert torch.allclose(found.prompt[place], states[len(prompt) - 1], atol=1e-5)
+                assert torch.allclose(getattr(found, name)[place], states[-1], atol=1e-5)
+                assert torch.allclose(getattr(found, f"{name}_mean")[place], states[len(prompt) :].mean(0), atol=1e-5)
+
+
+def test_they_are_computed_once_and_anew_where_weights_or_ids_change(tokenized, monkeypatch, tmp_path):
+    calls, told = [], []
+    real = features.encode
+    monkeypatch.setattr(features, "encode", lambda model, rows: calls.append(len(rows)) or real(model, rows))
+    monkeypatch.setattr(features, "PART", 10)
+    model = make_model()
+    first = features_of(tokenized, model, tmp_path, told.append)
+    assert calls == [10, 10, 4]
+    assert told[-1] == "features: 24 of 24 pairs"
+    again = features_of(tokenized, make_model(), tmp_path, told.append)
+    assert len(calls) == len(told) == 3
+    assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in NAMES)
+    assert again.model == first.model
+    features_of(tokenized.select(range(20)), model, tmp_path)
+    assert calls == [10, 10, 4]
+    other = features_of(tokenized, make_model(seed=1), tmp_path)
+    assert calls[3:] == [10, 10, 4]
+    assert other.model != first.model
+    damaged = next(tmp_path.rglob("*.safetensors"))
+    damaged.write_bytes(b"torn")
+    features_of(tokenized, model, tmp_path)
+    features_of(tokenized, make_model(seed=1), tmp_path)
+    assert len(calls) == 7
+
+
+def test_the_training_state_of_the_model_is_left_as_it_was(tokenized):
+    model = make_model().train()
+    features_of(tokenized, model)
+    assert model.training
+
+
+def test_features_of_another_model_are_refused():
+    same_model("a" * 64, "a" * 64, "the reward")
+    with pytest.raises(UserError, match="the reward was fitted on features of model aaaaaaaaaaaa, and these are of"):
+        same_model("a" * 64, "b" * 64, "the reward")
+
+
+def test_an_adapter_has_features_of_its_own(tokenized, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    plain = features_of(tokenized, make_model(), tmp_path)
+    tuned = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    untouched = features_of(tokenized, tuned, tmp_path)
+    assert torch.allclose(untouched.chosen, plain.chosen, atol=1e-5)
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.3)
+    changed = features_of(tokenized, tuned, tmp_path)
+    assert not torch.allclose(changed.chosen, plain.chosen, atol=1e-3)
+    assert changed.model != plain.model
+
+
+def test_pairs_of_files_come_with_their_labels_and_features(model_dir, tmp_path):
+    rows = make_pairs(6)
+    for place, row in enumerate(rows):
+        row |= {"user": place % 2, "score_chosen": 2.0, "extra": "left out"}
+        del row["id"]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = []
+    found = labelled([str(tmp_path / "some.jsonl")], str(model_dir), told.append)
+    assert isinstance(found.features, Features)
+    assert len(found.rows) == len(found.features) == len(found.tokenized) == 6
+    assert [row["user"] for row in found.rows] == ["0", "1"] * 3
+    assert {row["source"] for row in found.rows} == {"some"}
+    assert found.rows[0]["score_chosen"] == 2.0
+    assert len({row["id"] for row in found.rows}) == 6
+    assert "extra" not in found.rows[0]
+
+
+def test_pairs_longer_than_the_context_are_left_out_and_told(model_dir, tmp_path):
+    rows = make_pairs(4)
+    rows[2]["chosen"][0]["content"] = " ".join(["one"] * 300)
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = []
+    found = labelled([str(tmp_path / "some.jsonl")], str(model_dir), told.append)
+    assert [row["id"] for row in found.rows] == ["p0", "p1", "p3"]
+    assert len(found.features) == 3
+    assert "1 pairs are longer than the model's context and left out" in told
+
+
+def test_a_dataset_that_is_not_there_is_one_line():
+    with pytest.raises(UserError, match=r"dataset nowhere\.jsonl does not exist"):
+        read_rows(["nowhere.jsonl"])
+
+
+def test_the_cache_keeps_nothing_that_is_not_a_number(tokenized, tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    features_of(tokenized, model, tmp_path)
+    key = next(tmp_path.rglob("*.safetensors")).stem
+    assert cache.load(tmp_path, key, dict.fromkeys(NAMES, (24, 32))) is None
