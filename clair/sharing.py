@@ -53,17 +53,24 @@ def files_to_push(folder: str | Path) -> list[Path]:
 
 
 def push(folder: str | Path, name: str, *, private: bool) -> str:
-    """Send a dataset folder to the hub as `org/name`; the token is the hub library's own. Returns the URL."""
+    """Send a dataset folder to the hub as `org/name`; the token is the hub library's own. Returns the URL.
+
+    Raises UserError where the hub refuses it, and where `private` is wanted of a dataset that is public already.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     api = HfApi()
     try:
         url = api.create_repo(name, repo_type="dataset", private=private, exist_ok=True)
+        if private and not api.dataset_info(name).private:
+            raise UserError(f"{name} exists already and is public; choose another name, or make it private on the hub")
         api.upload_folder(
             repo_id=name, repo_type="dataset", folder_path=folder, allow_patterns=list(PUSHED),
             commit_message="Preference pairs built by clair-apo",
         )  # fmt: skip
+    except UserError:
+        raise
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise UserError(f"cannot push to {name}: {' '.join(str(error).split())[:300]}") from error
     return str(url)

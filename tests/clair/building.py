@@ -92,8 +92,10 @@ def clair(*arguments: str | Path) -> Ended:
     return Ended(code if isinstance(code, int) else 0 if code is None else 1, out.getvalue(), err.getvalue())
 
 
-def start_clair(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-    """The `clair` command in a process of its own."""
+def start_clair(
+    *arguments: str | Path, environment: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.Popen[str]:
+    """The `clair` command in a process of its own, with some more in its environment."""
     code = "from clair.cli import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
@@ -101,7 +103,7 @@ def start_clair(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "COLUMNS": "200"},
+        env={**os.environ, "COLUMNS": "200", **(environment or {})},
         **options,
     )
 

@@ -1,8 +1,13 @@
-"""A dataset handed on: rows for others, the hub (shown, not sent), a further round."""
+"""A dataset handed on: rows for others, the hub (a stand-in of it), a further round."""
 
 from __future__ import annotations
 
+import base64
 import json
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +15,7 @@ from clair.build import build
 from clair.config import BuildConfig
 from clair.recipe import UserError, load_recipe
 from clair.sharing import export, files_to_push, next_round, push
+from tests.clair.building import finished, start_clair
 from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
 
 
@@ -48,6 +54,70 @@ def test_a_push_would_send_the_pairs_and_their_papers_but_never_the_ledger(folde
     assert names == ["README.md", "manifest.json", "dropped.jsonl", "test-00000-of-00001.parquet",
                      "train-00000-of-00001.parquet"]  # fmt: skip
     assert (folder / "ledger.sqlite").exists()
+
+
+@pytest.fixture(scope="module")
+def hub():
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("hub_server.py"))], stdout=subprocess.PIPE, text=True
+    )
+    yield process.stdout.readline().strip()
+    process.kill()
+    process.wait(10)
+    process.stdout.close()
+
+
+def pushed(hub):
+    with urllib.request.urlopen(f"{hub}/pushed", timeout=30) as response:
+        return json.load(response)
+
+
+def clair_push(hub, folder, name, *options, token="right-token"):
+    """`clair push` as a user runs it, but that the hub is the stand-in; Xet, which has its own protocol, is off."""
+    online = {"HF_ENDPOINT": hub, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    return finished(start_clair("push", folder, name, *options, environment=online))
+
+
+def test_a_push_sends_just_what_it_showed_byte_for_byte(folder, hub):
+    before = len(pushed(hub)["seen"])
+    shown = clair_push(hub, folder, "org/pairs")
+    assert shown.code == 0, shown
+    assert "nothing was sent; add --yes to send these 5 files to org/pairs" in shown.out
+    assert pushed(hub)["seen"][before:] == ["GET /pushed"]  # and nobody else asked for anything
+    sent = clair_push(hub, folder, "org/pairs", "--yes", "--private")
+    assert sent.code == 0, sent
+    assert f"{hub}/datasets/org/pairs" in sent.out
+    repository = pushed(hub)["repositories"]["org/pairs"]
+    assert (repository["visibility"], repository["type"]) == ("private", "dataset")
+    there = {path: base64.b64decode(content) for path, content in repository["files"].items()}
+    assert there == {str(f.relative_to(folder)): f.read_bytes() for f in files_to_push(folder)}
+    assert all(f"{path}  {len(content):,} bytes" in shown.out for path, content in there.items())
+    again = clair_push(hub, folder, "org/pairs", "--yes", "--private")
+    assert again.code == 0, again
+
+
+def test_what_is_to_be_private_is_not_sent_to_a_dataset_that_is_public(folder, hub):
+    assert clair_push(hub, folder, "org/public", "--yes").code == 0
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "secret")
+    ended = clair_push(hub, folder, "org/public", "--yes", "--private")
+    assert ended.code == 2
+    assert "error: org/public exists already and is public" in ended.err
+    assert b"secret" not in base64.b64decode(pushed(hub)["repositories"]["org/public"]["files"]["README.md"])
+
+
+def test_a_push_with_a_wrong_token_is_one_line_and_does_not_tell_it(folder, hub):
+    ended = clair_push(hub, folder, "org/other", "--yes", token="hf_plantedtoken")
+    assert ended.code == 2
+    assert "error: cannot push to org/other: " in ended.err
+    assert "401" in ended.err
+    assert "hf_plantedtoken" not in ended.out + ended.err
+    assert "org/other" not in pushed(hub)["repositories"]
+
+
+def test_a_push_to_a_name_that_is_none_is_one_line(folder, hub):
+    ended = clair_push(hub, folder, "org/na me", "--yes")
+    assert ended.code == 2
+    assert "error: cannot push to org/na me: " in ended.err
 
 
 def test_a_push_that_cannot_be_made_is_one_line(folder, monkeypatch):

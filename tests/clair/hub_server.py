@@ -1,0 +1,135 @@
+"""What `clair push` needs of the hub's HTTP API: repositories, uploads in commits or through LFS, and a token.
+
+    python tests/clair/hub_server.py
+
+prints its URL and ends with its parent or after ten minutes. Only the token `right-token` may write; Parquet goes
+through LFS, as on the hub. GET /pushed lists every repository: its visibility, and its files, base64.
+Written from the requests of huggingface_hub 2.4; what the hub itself answers, nobody here has seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import os
+import time
+from typing import Any
+
+from aiohttp import web
+
+TOKEN = "right-token"
+SECONDS_TO_LIVE = 600
+
+
+class Hub:
+    """Repositories by name."""
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, dict[str, Any]] = {}
+        self.objects: dict[str, bytes] = {}
+        self.seen: list[str] = []
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=64 * 2**20, middlewares=[self.guard])
+        app.add_routes(
+            [
+                web.get("/pushed", self.pushed),
+                web.post("/api/repos/create", self.create),
+                web.post("/api/validate-yaml", self.validate),
+                web.get("/api/datasets/{org}/{name}", self.information),
+                web.get("/api/datasets/{org}/{name}/revision/main", self.information),
+                web.post("/api/datasets/{org}/{name}/preupload/main", self.preupload),
+                web.post("/api/datasets/{org}/{name}/commit/main", self.commit),
+                web.post("/datasets/{org}/{name}.git/info/lfs/objects/batch", self.batch),
+                web.put("/lfs/{oid}", self.upload),
+            ]
+        )
+        return app
+
+    @web.middleware
+    async def guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        self.seen.append(f"{request.method} {request.path}")
+        own = request.path.startswith(("/pushed", "/lfs/"))
+        if not own and request.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return web.json_response({"error": "Invalid username or password."}, status=401)
+        return await handler(request)
+
+    async def pushed(self, _: web.Request) -> web.Response:
+        told = {
+            name: {**repository, "files": {p: base64.b64encode(c).decode() for p, c in repository["files"].items()}}
+            for name, repository in self.repositories.items()
+        }
+        return web.json_response({"repositories": told, "seen": self.seen})
+
+    async def create(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        name = f"{body.get('organization')}/{body['name']}"
+        if name in self.repositories:
+            url = {"url": f"{request.url.origin()}/datasets/{name}"}
+            return web.json_response({"error": "You already created this dataset repo", **url}, status=409)
+        self.repositories[name] = {"visibility": body.get("visibility"), "type": body.get("type"), "files": {}}
+        return web.json_response({"url": f"{request.url.origin()}/datasets/{name}", "id": name})
+
+    async def validate(self, request: web.Request) -> web.Response:
+        """The card's front matter, as far as a key that every card of ours has."""
+        card = await request.json()
+        errors = [] if "task_categories:" in card["content"] else [{"message": "no task_categories"}]
+        return web.json_response({"errors": errors, "warnings": []}, status=400 if errors else 200)
+
+    async def information(self, request: web.Request) -> web.Response:
+        name = self._name(request)
+        private = self.repositories[name]["visibility"] == "private"
+        return web.json_response({"id": name, "sha": "0" * 40, "siblings": [], "private": private})
+
+    async def preupload(self, request: web.Request) -> web.Response:
+        files = [
+            {"path": path, "uploadMode": "lfs" if path.endswith(".parquet") else "regular", "shouldIgnore": False}
+            for path in (file["path"] for file in (await request.json())["files"])
+        ]
+        return web.json_response({"files": files})
+
+    async def batch(self, request: web.Request) -> web.Response:
+        objects = [
+            {**o, "actions": {"upload": {"href": f"{request.url.origin()}/lfs/{o['oid']}"}}}
+            for o in (await request.json())["objects"]
+        ]
+        return web.json_response({"transfer": "basic", "objects": objects})
+
+    async def upload(self, request: web.Request) -> web.Response:
+        content = await request.read()
+        oid = hashlib.sha256(content).hexdigest()
+        if oid != request.match_info["oid"]:
+            return web.Response(status=422)
+        self.objects[oid] = content
+        return web.Response()
+
+    async def commit(self, request: web.Request) -> web.Response:
+        files = self.repositories[self._name(request)]["files"]
+        for line in map(json.loads, (await request.text()).splitlines()):
+            if line["key"] == "file":
+                assert line["value"]["encoding"] == "base64"
+                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "lfsFile":
+                files[line["value"]["path"]] = self.objects[line["value"]["oid"]]
+        url = f"{request.url.origin()}/datasets/{self._name(request)}"
+        return web.json_response({"success": True, "commitUrl": f"{url}/commit/{'1' * 40}", "commitOid": "1" * 40})
+
+    def _name(self, request: web.Request) -> str:
+        return f"{request.match_info['org']}/{request.match_info['name']}"
+
+
+async def serve() -> None:
+    runner = web.AppRunner(Hub().app(), access_log=None, shutdown_timeout=0.5)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    print(f"http://127.0.0.1:{runner.addresses[0][1]}", flush=True)
+    parent, until = os.getppid(), time.monotonic() + SECONDS_TO_LIVE
+    while os.getppid() == parent and time.monotonic() < until:  # noqa: ASYNC110 (there is no event for a parent's end)
+        await asyncio.sleep(0.3)
+    await runner.cleanup()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve())
