@@ -433,5 +433,5 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(recipe, tmp_path, monkey
     resumed = train(TrainConfig(**recipe), tell=lambda _: None)
     assert resumed["resumed_from"] == [4]
     for key, value in whole["metrics"].items():
-        if "second" not in key and "runtime" not in key:
+        if "second" not in key and "runtime" not in key and key != "mfu":
             assert resumed["metrics"][key] == pytest.approx(value, abs=1e-6)
