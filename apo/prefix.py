@@ -10,12 +10,13 @@ for both.
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from apo.attention import BEFORE, NAME, Layout, Span
+from apo.attention import BEFORE, NAME, Layout, Span, fastest
 from apo.logps import Batch, PairLogps, examples_of, stacked_logps
 
 _HEAD_CHUNK = 1024
@@ -238,6 +239,40 @@ def unshare_prefixes(model: torch.nn.Module) -> None:
         for module in base.modules():
             if BEFORE in vars(module):
                 module.config._attn_implementation = vars(module).pop(BEFORE)
+
+
+def share_if_exact(
+    models: Sequence[torch.nn.Module],
+    pairs: Batch,
+    batch: Batch,
+    dtype: torch.dtype,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[str | None, list[str]]:
+    """Let models share prefixes if all can and the first agrees with TRL's stacked batch on a few `pairs`.
+
+    Attention goes the way that is fastest on a row like `batch` in `dtype`. Returns None, or why they do not share,
+    and what is to be told.
+    """
+    reason = next((why for model in models if (why := why_not(model))), None)
+    if reason is not None:
+        return reason, []
+    layout = lay_out(examples_of(batch), batch["input_ids"].device)
+    best, told = fastest(_base_of(models[0]).config.get_text_config(), layout, dtype)
+    notes = [told] if told else []
+    for way in dict.fromkeys((best, "split")):
+        for model in models:
+            share_prefixes(model, way)
+        try:
+            with autocast():
+                reason = None if agrees(models[0], pairs) else "its log-probs differ in packed rows"
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+        if reason is None:
+            break
+        notes.append(f"attention of packed rows: {way} is not taken, {reason}")
+        for model in models:
+            unshare_prefixes(model)
+    return reason, notes if reason is None else []
 
 
 def agrees(model: torch.nn.Module, batch: Batch) -> bool:
