@@ -80,6 +80,39 @@ app.command()(calibrate)
 app.command()(certify)
 
 
+@app.command()
+def compare(
+    base: Annotated[Path, typer.Argument(help="The result folder of the base model, by `apo eval mixeval`.")],
+    tuned: Annotated[list[Path], typer.Argument(help="The result folders of tuned models.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where compare.json and compare.html go; `compare` beside BASE by default.")
+    ] = None,
+    difference: Annotated[
+        float, typer.Option(min=0.01, max=100, help="The difference, in points, whose power is told.")
+    ] = 2.0,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder of MixEval's data: what its other splits would see is told too.")
+    ] = None,
+) -> None:
+    """Tell whether tuned models are better than their base, with intervals, and show every answer that changed."""
+    from apo.evaluate.compare import comparison, other_splits, read_all
+    from apo.evaluate.compare_page import write_page
+    from apo.evaluate.tables import comparison_table, comparison_words
+    from clair.recipe import write_json
+    from clair.terminal import show
+
+    results = read_all(base, tuned)
+    others = other_splits(data, results[0].score.comparable()) if data else {}
+    found = comparison(results, difference=difference / 100, others=others)
+    folder = out or base.resolve().parent / "compare"
+    write_json(folder / "compare.json", found)
+    page = write_page(folder / "compare.html", results, found)
+    show(comparison_table(found))
+    for line in comparison_words(found):
+        print(line)
+    print(f"every changed answer: {page}")
+
+
 def _print_plan(config: Any) -> None:
     import yaml
 

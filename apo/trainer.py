@@ -42,10 +42,13 @@ from apo.logps import (
 from apo.meter import Meter, scale_of
 from apo.mixture import mixture_of
 from apo.prefix import (
+    agrees,
     bins_of,
-    share_if_exact,
+    share_prefixes,
     shared_prefix_logps,
     tokens_of,
+    unshare_prefixes,
+    why_not,
 )
 from apo.processes import check_devices
 from apo.reference import with_reference
@@ -194,19 +197,24 @@ class APOTrainer(DPOTrainer):
         if not self._may_share:
             return
         self._may_share = False
+        asked = [model for model in (self.model, self.ref_model) if model is not None]
+        reason = next((why for model in asked if (why := why_not(model))), None)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            reason, notes = "its parameters are sharded", []
-        else:
-            asked = [model for model in (self.model, self.ref_model) if model is not None]
-            size = min(self.args.per_device_train_batch_size, len(self.train_dataset))
-            first = self._prepare_inputs(self.data_collator([self.train_dataset[place] for place in range(size)]))
-            short = self._prepare_inputs(self.data_collator(self._shortest_pairs()))
-            computed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
-            reason, notes = share_if_exact(asked, short, first, computed, self.accelerator.autocast)
-        self.notes += notes
+            reason = "its parameters are sharded"
+        if reason is None:
+            for model in asked:
+                share_prefixes(model)
+            batch = self._prepare_inputs(self.data_collator(self._shortest_pairs()))
+            try:
+                with self.accelerator.autocast():
+                    reason = None if agrees(self.model, batch) else "its log-probs differ in packed rows"
+            except (RuntimeError, TypeError, ValueError) as error:
+                reason = " ".join(str(error).split())[:200]
         if reason is None:
             self.pair_logps = shared_prefix_logps
         else:
+            for model in asked:
+                unshare_prefixes(model)
             self.notes.append(f"prompts are run twice and batches padded, as in TRL: the model cannot share, {reason}")
 
     def _shortest_pairs(self) -> list[dict[str, Any]]:

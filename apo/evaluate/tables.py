@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
 from rich.markup import escape
 from rich.table import Table
 
@@ -31,3 +34,53 @@ def score_table(results: Results) -> Table:
 
 def _told(interval: Interval) -> str:
     return f"{100 * interval.ci95[0]:.1f} to {100 * interval.ci95[1]:.1f}" if interval.ci95 else ""
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> Table:
+    """The differences of a comparison in points: for all rows and each split, of every tuned model."""
+    base = comparison["base"]["name"]
+    title = f"Tuned minus {base}, points; {comparison['rows']:,} rows of {comparison['questions']:,} questions"
+    heads = ("", "", "score", "difference", "95 % interval", "p", "corrected", "better", "worse")
+    table = Table(*heads, title=escape(title))
+    for place, model in enumerate(comparison["tuned"]):
+        for part in comparison["parts"]:
+            if part["level"] == "benchmark":
+                continue
+            one = part["tuned"][place]
+            overall = part["level"] == "overall"
+            table.add_row(
+                escape(model["name"]) if overall else "",
+                part["split"] or "overall",
+                f"{100 * one['score']:.1f}",
+                f"{100 * one['delta']:+.1f}",
+                _points(one["delta_ci95"]) or one["no_interval"],
+                *(_chance(one[p]) for p in ("p", "p_holm")),
+                *(str(one[count]) for count in ("better", "worse")),
+            )
+        table.add_section()
+    return table
+
+
+def comparison_words(comparison: Mapping[str, Any]) -> Iterator[str]:
+    """What beside the table has to be said: the bias of choosing the best, and what could have been seen."""
+    if best := comparison["best"]:
+        delta, bias, left = (f"{100 * best[key]:.1f}" for key in ("delta", "selection_bias", "corrected"))
+        yield (
+            f"The best of {best['of']}, {best['name']}, leads by {delta} points, of which choosing the best accounts "
+            f"for about {bias}; corrected {left}, 95 % interval {_points(best['ci95'])}."
+        )
+    for model, power in zip(comparison["tuned"], comparison["power"], strict=True):
+        if power:
+            told = [f"{100 * power[key]:.1f}" for key in ("detectable", "difference")]
+            yield (
+                f"{model['name']}: a true difference of {told[0]} points is found 8 times of 10, one of {told[1]} "
+                f"{10 * power['power']:.1f} times; to see that one takes about {power['questions_needed']:,} questions."
+            )
+
+
+def _points(interval: Sequence[float] | None) -> str:
+    return f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}" if interval else ""
+
+
+def _chance(p: float | None) -> str:
+    return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"

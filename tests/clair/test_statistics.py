@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import warnings
@@ -271,6 +272,22 @@ def test_a_candidate_that_is_far_ahead_is_chosen_without_bias():
     assert found.lo < ahead.mean() < found.hi
 
 
+def test_the_nested_bootstrap_agrees_with_all_samples_of_three_clusters():
+    values = np.array([[0.0, 3.0, 1.5], [2.0, 0.5, 1.0]])
+
+    def gains(world: np.ndarray) -> list[float]:
+        """How much the winner of each of the 27 samples falls in the world it was drawn from."""
+        samples = [world[:, list(drawn)] for drawn in itertools.product(range(3), repeat=3)]
+        means = [sample.mean(1) for sample in samples]
+        return [m.max() - world[int(m.argmax())].mean() for m in means]
+
+    outer = np.mean(gains(values))
+    inner = np.mean([np.mean(gains(values[:, list(drawn)])) for drawn in itertools.product(range(3), repeat=3)])
+    found = best_of(values.tolist(), range(3), draws=3000, inner=30)
+    assert (found.place, found.seen) == (0, pytest.approx(1.5))
+    assert found.bias == pytest.approx(2 * outer - inner, abs=0.03)
+
+
 @pytest.mark.slow
 def test_the_bias_of_the_best_of_ten_equal_checkpoints_is_found():
     """True bias: the expected maximum of ten standard normals, 1.539 standard errors. Most of it is found."""
@@ -328,6 +345,7 @@ def test_power_agrees_with_the_noncentral_t(df):
         exact = stats.nct.sf(critical, df, effect) + stats.nct.cdf(-critical, df, effect)
         assert power_of(effect, 1.0, df) == pytest.approx(exact, abs=0.03)
     assert power_of(detectable(1.0, df), 1.0, df) == pytest.approx(0.8, abs=1e-3)
+    assert power_of(0.0, 1.0, df) == pytest.approx(0.05)
     assert detectable(1.0) == pytest.approx(1.959964 + 0.841621, abs=1e-5)
 
 
