@@ -35,6 +35,7 @@ def _apo() -> None:
 def train(
     recipe: Annotated[Path, typer.Argument(help="A training recipe in YAML.")],
     out: Annotated[str | None, typer.Option(help="Where to write, in place of the recipe's `out`.")] = None,
+    reference: Annotated[str | None, typer.Option(help="cached or online, in place of the recipe's.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value put into the recipe; repeatable.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print the plan, write nothing.")] = False,
 ) -> None:
@@ -45,7 +46,8 @@ def train(
     from apo.train import TrainConfig
     from clair.recipe import load_recipe
 
-    overrides = [*(set_ or []), *([f"out={_quoted(out)}"] if out else [])]
+    given = {"out": out, "reference": reference}
+    overrides = [*(set_ or []), *(f"{key}={_quoted(value)}" for key, value in given.items() if value)]
     config = load_recipe(TrainConfig, recipe, overrides)
     _quieten()
     if dry_run:

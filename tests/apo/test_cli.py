@@ -77,11 +77,12 @@ def test_out_and_set_go_over_the_recipe(monkeypatch, capsys, tmp_path, model_dir
     recipe = tmp_path / "recipe.yaml"
     (tmp_path / "p.jsonl").write_text(jsonl(make_pairs(4)))
     recipe.write_text(f"model: {model_dir}\ndataset: {tmp_path / 'p.jsonl'}\nout: nowhere\n")
-    arguments = ["--out", tmp_path / "7", "--set", "beta=0.3", "--set", "trainer.max_steps=1"]
+    arguments = ["--out", tmp_path / "7", "--reference", "online", "--set", "beta=0.3", "--set", "trainer.max_steps=1"]
     assert call(monkeypatch, "train", recipe, "--dry-run", *arguments) == 0
     told = capsys.readouterr().out
     assert f"out: {tmp_path / '7'}\n" in told
     assert "beta: 0.3\n" in told
+    assert "reference: online\n" in told
     assert call(monkeypatch, "train", recipe, *arguments) == 0
     told = capsys.readouterr().err
     assert "4 pairs, 1 steps" in told
