@@ -153,7 +153,7 @@ class BuildConfig(Recipe):
         return Path(self.ledger) if self.ledger else Path(self.out) / "ledger.sqlite"
 
 
-_ROLE_PASSING = {
+ROLE_PASSING = {
     "timeout",
     "batch_size",
     "batch_tokens",
@@ -179,6 +179,6 @@ def lasting(recipe: Mapping[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in recipe.items() if k not in passing}
     for role in _ROLES:
         if isinstance(kept.get(role), Mapping):
-            drop = _ROLE_PASSING | ({"url"} if kept[role].get("id") else set())
+            drop = ROLE_PASSING | ({"url"} if kept[role].get("id") else set())
             kept[role] = {k: v for k, v in kept[role].items() if k not in drop}
     return kept

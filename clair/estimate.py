@@ -55,10 +55,10 @@ def estimate(config: BuildConfig, probe: int = 0) -> dict[str, RoleEstimate]:
     calls = {role: len(sizes) * _calls_per_row(config, role) for role in config.models}
     if not probe:
         return {role: RoleEstimate(calls[role], None, None, None) for role in config.models}
-    chosen = _spread(sizes, max(3, probe))
+    chosen = spread_over(sizes, max(3, probe))
     paid = _run(config, chosen)
     prices = prices_of(config.models)
-    return {role: _role(prices.get(role), calls[role], sizes, chosen, paid[role]) for role in config.models}
+    return {role: role_estimate(prices.get(role), calls[role], sizes, chosen, paid[role]) for role in config.models}
 
 
 def _run(config: BuildConfig, chosen: Sequence[int]) -> dict[str, list[Tokens]]:
@@ -82,9 +82,13 @@ async def _ask(config: BuildConfig, ledger: Ledger, prompts: Sequence[Prompt]) -
         raise run.stop.error
 
 
-def _role(
+def role_estimate(
     price: Price | None, calls: int, sizes: Sequence[int], chosen: Sequence[int], paid: Sequence[Tokens]
 ) -> RoleEstimate:
+    """A role's total over rows of these sizes, from what the chosen ones (places, in any order) cost, at least 3.
+
+    `paid` is in the order of the places.
+    """
     x = [sizes[place] for place in sorted(chosen)]
     cost = None
     if price:
@@ -110,7 +114,7 @@ def _total(sizes: Sequence[int], x: Sequence[float], y: Sequence[float]) -> Rang
     return Range(value, max(0.0, value - half), value + half)
 
 
-def _spread(sizes: Sequence[int], probe: int) -> list[int]:
+def spread_over(sizes: Sequence[int], probe: int) -> list[int]:
     """The places of `probe` rows at even steps through the rows ordered by size: the middle of each of its parts."""
     order = sorted(range(len(sizes)), key=lambda place: (sizes[place], place))
     k = min(probe, len(order))

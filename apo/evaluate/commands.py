@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from clair.recipe import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED, UserError
 
 app = typer.Typer(
     help="Measure a model: how good it is, and how sure that is.",
@@ -19,6 +23,223 @@ app = typer.Typer(
 @app.callback()
 def _eval() -> None:
     """Measure a model: how good it is, and how sure that is."""
+
+
+@app.command()
+def mixeval(
+    data: Annotated[Path, typer.Option(help="The benchmark's data folder; `apo eval fetch-mixeval` gets it.")],
+    out: Annotated[Path, typer.Option(help="The result folder.")],
+    model: Annotated[
+        str | None, typer.Option(help="Who answers: a model or adapter folder, or an endpoint's URL.")
+    ] = None,
+    model_name: Annotated[str | None, typer.Option(help="The name the endpoint serves it under.")] = None,
+    responses: Annotated[Path | None, typer.Option(help="Score the answers in this folder instead.")] = None,
+    judge: Annotated[str | None, typer.Option(help="`rule`: score by the benchmark's rule parser, no judge.")] = None,
+    judge_base_url: Annotated[
+        list[str] | None, typer.Option(help="The judge's URL; repeat it where several serve the same judge.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name; upstream's is gpt-3.5-turbo-0125.")] = None,
+    version: Annotated[str, typer.Option(help="Release of the questions.")] = "2024-06-01",
+    split: Annotated[str, typer.Option(help="hard or full.")] = "hard",
+    profile: Annotated[
+        str, typer.Option(help="faithful: as upstream. strict: repeatable, nothing random.")
+    ] = "faithful",
+    samples: Annotated[int, typer.Option(help="Answers to each row.")] = 1,
+    limit: Annotated[int | None, typer.Option(help="Only the first N rows of each split.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt; the benchmark has none.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Instead of what the model's generation config says.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="What random draws start from; 42 as upstream.")] = 42,
+    independent_judgements: Annotated[
+        bool,
+        typer.Option("--independent-judgements", help="Ask for every judgement by itself; equal requests share one."),
+    ] = False,
+    ledger: Annotated[
+        Path | None, typer.Option(help="A ledger to share between runs; absent: OUT/ledger.sqlite.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight for each role.")] = 100,
+    budget: Annotated[str | None, typer.Option(help="The most that may be spent; needs prices.")] = None,
+    budget_tokens: Annotated[int | None, typer.Option(help="The same in tokens, of both roles.")] = None,
+    judge_price: Annotated[
+        str | None, typer.Option(help="For a million tokens in,out: `0.5,1.5`; `table`: what genai-prices has.")
+    ] = None,
+    model_price: Annotated[str | None, typer.Option(help="The same for an endpoint that answers.")] = None,
+    judge_key_env: Annotated[str | None, typer.Option(help="Environment variable with the judge's key.")] = None,
+    model_key_env: Annotated[str | None, typer.Option(help="Environment variable with the model's key.")] = None,
+    judge_id: Annotated[str | None, typer.Option(help="What judgements are filed under, whatever the URL.")] = None,
+    model_id: Annotated[str | None, typer.Option(help="The same for an endpoint's answers.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch of a local model, answers included.")] = 65_536,
+    upstream_files: Annotated[
+        bool, typer.Option("--upstream-files", help="Also write the benchmark's own files, under OUT/upstream.")
+    ] = False,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Tell what it will cost; ask nothing.")] = False,
+    probe: Annotated[int, typer.Option(help="With --estimate: items to run and pay for first; they are kept.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all and print the settings; write nothing.")
+    ] = False,
+) -> None:
+    """Score a model on MixEval-Hard. Run it again to go on where it stopped; nothing is paid for twice."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
+    from apo.evaluate.settings import MixEvalConfig, check
+    from clair.recipe import resolve
+
+    who = _model(model, model_name, model_key_env, model_id, model_price, temperature, batch_tokens)
+    values: dict[str, Any] = {
+        "data": str(data),
+        "out": str(out),
+        "model": who,
+        "responses": str(responses) if responses else None,
+        "judge": _judge(judge, judge_base_url, judge_model, judge_key_env, judge_id, judge_price),
+        "ledger": str(ledger) if ledger else None,
+        "budget": _budget(budget, budget_tokens),
+        **{
+            "version": version,
+            "split": split,
+            "profile": profile,
+            "samples": samples,
+            "limit": limit,
+            "system": system,
+        },
+        **{"seed": seed, "independent_judgements": independent_judgements, "concurrency": concurrency},
+        "upstream_files": upstream_files,
+    }
+    config = resolve(MixEvalConfig, values, "options")
+    checked = check(config)
+    for note in checked.benchmark.notes:
+        _tell(f"note: {note}")
+    if dry_run:
+        _print_settings(config, checked)
+    elif estimate or probe:
+        from apo.evaluate.estimate import estimate as estimated
+        from clair.terminal import cost_table
+        from clair.terminal import show as print_
+
+        print_(cost_table(estimated(config, probe, checked)))
+    else:
+        _run(config, checked)
+
+
+def _model(
+    model: str | None,
+    name: str | None,
+    key_env: str | None,
+    id_: str | None,
+    price: str | None,
+    temperature: float | None,
+    batch_tokens: int,
+) -> dict[str, Any] | None:
+    from apo.evaluate.answers import MAX_NEW_TOKENS
+
+    for_endpoints = {"--model-name": name, "--model-key-env": key_env, "--model-id": id_, "--model-price": price}
+    is_endpoint = model is not None and model.startswith(("http://", "https://"))
+    given = [option for option, value in for_endpoints.items() if value is not None]
+    if given and not is_endpoint:
+        raise UserError(f"{given[0]} is for an endpoint; give its URL as --model, or leave it out")
+    if model is None:
+        if temperature is not None:
+            raise UserError("--temperature is for a model that answers; give --model, or leave it out")
+        return None
+    common = {"temperature": temperature, "max_tokens": MAX_NEW_TOKENS}
+    if not is_endpoint:
+        return {"path": model, "batch_tokens": batch_tokens, **common}
+    if name is None:
+        raise UserError("an endpoint needs --model-name, the name it serves the model under")
+    return {"url": model, "model": name, "api_key_env": key_env, "id": id_, "price": _price(price), **common}
+
+
+def _judge(
+    judge: str | None, urls: list[str] | None, name: str | None, key_env: str | None, id_: str | None, price: str | None
+) -> dict[str, Any] | str:
+    options = {"--judge-base-url": urls, "--judge-model": name, "--judge-key-env": key_env, "--judge-id": id_}
+    options |= {"--judge-price": price}
+    if judge is not None:
+        given = [option for option, value in options.items() if value]
+        if judge != "rule":
+            raise UserError(
+                f"--judge takes rule, found {judge!r}; a model that judges is --judge-base-url, --judge-model"
+            )
+        if given:
+            raise UserError(f"--judge rule asks no model; leave out {given[0]}, or leave out --judge")
+        return "rule"
+    if not urls or name is None:
+        raise UserError("who judges? give --judge-base-url and --judge-model, or --judge rule for the rule parser")
+    where = tuple(urls) if len(urls) > 1 else urls[0]
+    return {"url": where, "model": name, "api_key_env": key_env, "id": id_, "price": _price(price)}
+
+
+def _price(text: str | None) -> dict[str, str] | str | None:
+    if text is None or text == "table":
+        return text
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise UserError(f"a price is input,output of a million tokens, such as 0.5,1.5, or table; found {text!r}")
+    return {"input": parts[0].strip(), "output": parts[1].strip()}
+
+
+def _budget(money: str | None, tokens: int | None) -> dict[str, Any] | None:
+    if money is not None and tokens is not None:
+        raise UserError("--budget and --budget-tokens: give one of them")
+    return {"money": money} if money is not None else {"tokens": tokens} if tokens is not None else None
+
+
+def _print_settings(config: Any, checked: Any) -> None:
+    import yaml
+
+    from apo.evaluate.run import work_of
+    from apo.evaluate.settings import public
+
+    print(yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True), end="")
+    rows = checked.benchmark.all_rows
+    questions = len({row.question for row in rows})
+    print(f"# {len(rows):,} rows, {questions:,} different questions, {len(work_of(config, checked)):,} answers")
+
+
+def _run(config: Any, checked: Any) -> None:
+    from apo.evaluate.results import read_results
+    from apo.evaluate.run import evaluate, work_of
+    from apo.evaluate.tables import evaluation_bar, score_table
+    from clair.terminal import show as print_
+
+    with evaluation_bar(len(work_of(config, checked))) as tell:
+        done = evaluate(config, checked=checked, on_progress=tell)
+    if done.stopped:
+        _tell(f"{done.stopped}: every reply so far is kept; run the same command again to go on")
+        raise typer.Exit(EXIT_INTERRUPTED if done.stopped == "interrupted" else EXIT_BUDGET)
+    if done.score is None:
+        _tell(
+            f"{done.failed} items got no reply ({done.first_failure}), so there is no score; everything else is kept, "
+            f"run the same command again"
+        )
+        raise typer.Exit(EXIT_SOME_FAILED)
+    results = read_results(config.out)
+    print_(score_table(results))
+    if done.requests:
+        told = "equal requests share a reply" if done.score.shared_judgements else "each asked for by itself"
+        print_(f"{len(results.items):,} judgements from {done.requests:,} requests; {told}")
+    if done.score.fallbacks:
+        print_(f"{done.score.fallbacks} items have a RANDOM score, as upstream gives where there is no verdict")
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+@app.command()
+def fetch_mixeval(
+    out: Annotated[Path, typer.Argument(help="The data folder to write.")],
+    version: Annotated[list[str] | None, typer.Option(help="A release of the questions; repeatable.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="The full benchmark too, not only Hard.")] = False,
+    from_: Annotated[
+        str | None, typer.Option("--from", help="A copy of upstream's repository: a URL or file:///PATH.")
+    ] = None,
+) -> None:
+    """Get MixEval's questions and judge messages from upstream, at one pinned commit, checked by SHA-256."""
+    from apo.evaluate.fetch import BASE, fetch
+    from apo.evaluate.mixeval import VERSIONS
+
+    written = fetch(out, version or VERSIONS, ("hard", "full") if full else ("hard",), from_ or BASE)
+    _tell(f"wrote {len(written)} files into {out}: {', '.join(written)}")
 
 
 @app.command()

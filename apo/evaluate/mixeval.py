@@ -23,8 +23,8 @@ UPSTREAM = "Psycoy/MixEval"
 COMMIT = "7c52b41929d461df7733573528bdfb08774b0c53"
 JUDGE_PROMPTS = "judge_prompts.json"
 CHECKSUMS = "checksums.json"
-HARD_OR_FULL = Literal["hard", "full"]
-FOLDERS: Mapping[HARD_OR_FULL, str] = {"hard": "mixeval-hard", "full": "mixeval"}
+HardOrFull = Literal["hard", "full"]
+FOLDERS: Mapping[HardOrFull, str] = {"hard": "mixeval-hard", "full": "mixeval"}
 
 FILES_SHA256: Mapping[tuple[str, Split], str] = {
     ("2024-06-01", "free-form"): "55167abde842c86b80504913eaf839a2fbd7e96b4332eb69406f583dbb6ce7c5",
@@ -153,7 +153,7 @@ class Benchmark:
     """The questions of one version, the first `limit` rows of each split, with the hashes of their files."""
 
     version: str
-    split: HARD_OR_FULL
+    split: HardOrFull
     rows: Mapping[Split, tuple[Row, ...]]
     sha256: Mapping[str, str]
     notes: tuple[str, ...] = ()
@@ -164,7 +164,7 @@ class Benchmark:
         return tuple(row for split in SPLITS for row in self.rows[split])
 
 
-def load(data: str | Path, version: str, split: HARD_OR_FULL = "hard", limit: int | None = None) -> Benchmark:
+def load(data: str | Path, version: str, split: HardOrFull = "hard", limit: int | None = None) -> Benchmark:
     """The benchmark in a data folder. Raises UserError where a file is missing, altered or of another version."""
     folder = Path(data)
     if version not in VERSIONS:

@@ -46,7 +46,7 @@ class Item(Recipe):
     judgement: str = ""
     """The judge's last reply; empty for the rule parser."""
     verdict: str | None = None
-    """What was read out of the judgement (a number or a letter), or None."""
+    """What was read out of the judgement, a number or a letter; what was drawn, of a fallback; or None."""
     score: float = Field(ge=0, le=1)
     unresolved: str | None = None
     """Why there is no verdict, by name; the score is then `fallback`'s, or 0."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from apo.evaluate.results import Interval, Results
+from apo.evaluate.results import Interval, Results, Split
 
-_NAMES = {"overall": "overall", "free_form": "free-form", "multiple_choice": "multiple choice"}
+_SPLITS: tuple[tuple[str, Split], ...] = (("free_form", "free-form"), ("multiple_choice", "multiple-choice"))
 
 
 def score_table(results: Results) -> Table:
@@ -19,17 +22,21 @@ def score_table(results: Results) -> Table:
     judge = score.judge.model or "rule parser"
     title = f"{score.model.name}: MixEval-{score.split.capitalize()} {score.version}, {score.profile}, judge {judge}"
     table = Table("", "score", "95 % interval", "items", "questions", "unresolved", title=escape(title))
-    for part, name in _NAMES.items():
-        interval, value = score.intervals[part], getattr(score, part)
-        left = [i for i in results.items if i.unresolved and (part == "overall" or i.split.replace("-", "_") == part)]
-        counts = (str(interval.n), str(interval.questions), str(len(left)))
-        table.add_row(name, f"{100 * value:.1f}", _told(interval), *counts)
-    table.add_section()
-    for split, parts in score.by_benchmark.items():
-        for name, part in parts.items():
-            row = (f"{100 * part.score:.1f}", "", str(part.n), "", str(part.unresolved))
-            table.add_row(f"{split} {escape(name)}", *row)
+    table.add_row("overall", *_row(score.overall, score.intervals["overall"], score.unresolved), end_section=True)
+    for part, split in _SPLITS:
+        parts = score.by_benchmark.get(split, {})
+        unresolved = sum(benchmark.unresolved for benchmark in parts.values())
+        table.add_row(split, *_row(getattr(score, part), score.intervals[part], unresolved))
+        for name, benchmark in parts.items():
+            row = (f"{100 * benchmark.score:.1f}", "", str(benchmark.n), "", str(benchmark.unresolved))
+            table.add_row(f"  {escape(name)}", *row)
+        table.add_section()
     return table
+
+
+def _row(value: float, interval: Interval, unresolved: int) -> tuple[str, ...]:
+    counts = (str(interval.n), str(interval.questions), str(unresolved))
+    return (f"{100 * value:.1f}", _told(interval), *counts)
 
 
 def _told(interval: Interval) -> str:
@@ -84,3 +91,19 @@ def _points(interval: Sequence[float] | None) -> str:
 
 def _chance(p: float | None) -> str:
     return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+@contextmanager
+def evaluation_bar(total: int) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
+    """A bar on stderr; yields the function that an evaluation calls after every item."""
+    numbers = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[told]}"))
+    with Progress(TextColumn("evaluating"), *numbers, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=total, told="")
+
+        def tell(done: int, askers: Mapping[str, Any]) -> None:
+            told = ", ".join(
+                f"{role}: {asker.tally.calls} asked, {asker.tally.reused} reused" for role, asker in askers.items()
+            )
+            progress.update(task, completed=done, told=told)
+
+        yield tell

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.apo.evaluate.evaluating import JudgeServer, judging
 from tests.apo.evaluate.questions import accept, write_data
 
 
@@ -24,3 +26,16 @@ def real(shared) -> Path:
     if not folder.is_dir():
         pytest.skip("no MixEval data among the shared reference data")
     return folder
+
+
+@pytest.fixture(scope="session")
+def judge_server() -> Iterator[JudgeServer]:
+    with judging() as running:
+        yield running
+
+
+@pytest.fixture
+def server(judge_server: JudgeServer) -> JudgeServer:
+    """The judge's server, knowing of nothing."""
+    judge_server.forget()
+    return judge_server

@@ -1,0 +1,85 @@
+"""From items to a score: means as upstream rounds them, intervals that know which items ask the same question."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from statistics import fmean, variance
+from typing import Any
+
+from apo.evaluate.results import SPLITS, Interval, Item, Part, Profile
+from clair.statistics import clustered_score
+
+_DECIMALS = 3
+
+
+def aggregate(items: Sequence[Item], profile: Profile) -> dict[str, Any]:
+    """The fields of a Score that follow from its items.
+
+    *faithful*: the mean of each split, duplicates included, rounded to 3 decimals, and the mean of both weighted by
+    their rows. *strict*: the mean over all items, unrounded.
+    """
+    by_split = {split: [item for item in items if item.split == split] for split in SPLITS}
+    means = {split: _shown(_mean(part), profile) for split, part in by_split.items()}
+    overall = sum(len(part) * means[split] for split, part in by_split.items()) / len(items)
+    return {
+        # Twelve decimals: what adding floats leaves behind is no part of a score.
+        "overall": round(overall, 12) if profile == "faithful" else _mean(items),
+        "free_form": means["free-form"],
+        "multiple_choice": means["multiple-choice"],
+        "by_benchmark": {split: _by_benchmark(part, profile) for split, part in by_split.items()},
+        "intervals": {
+            "overall": interval(items),
+            "free_form": interval(by_split["free-form"]),
+            "multiple_choice": interval(by_split["multiple-choice"]),
+        },
+        "unresolved": sum(item.unresolved is not None for item in items),
+        "unresolved_reasons": dict(sorted(Counter(i.unresolved for i in items if i.unresolved).items())),
+        "fallbacks": sum(item.fallback for item in items),
+        "truncated": sum(item.truncated for item in items),
+    }
+
+
+def interval(items: Sequence[Item]) -> Interval:
+    """How sure the mean of items is. None for what too few of them cannot tell."""
+    scores, questions = [item.score for item in items], [item.question for item in items]
+    clustered = clustered_score(scores, questions) if len(set(questions)) > 1 else None
+    by_question: dict[str, list[float]] = defaultdict(list)
+    for item in items:
+        by_question[item.question].append(item.score)
+    settled = [item for item in items if item.unresolved is None]
+    right = math.fsum(item.score for item in settled)
+    return Interval(
+        mean=_mean(items),
+        n=len(items),
+        questions=len(by_question),
+        se_naive=math.sqrt(variance(scores) / len(scores)) if len(scores) > 1 else None,
+        se_clustered=clustered.se if clustered else None,
+        ci95=(clustered.lo, clustered.hi) if clustered else None,
+        unique_mean=fmean(fmean(scores) for scores in by_question.values()),
+        bracket=(right / len(items), (right + len(items) - len(settled)) / len(items)),
+    )
+
+
+def _by_benchmark(items: Sequence[Item], profile: Profile) -> dict[str, Part]:
+    parts: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        parts[item.benchmark].append(item)
+    return {
+        name: Part(
+            score=_shown(_mean(part), profile),
+            n=len(part),
+            right=round(math.fsum(item.score for item in part), 12),
+            unresolved=sum(item.unresolved is not None for item in part),
+        )
+        for name, part in sorted(parts.items())
+    }
+
+
+def _mean(items: Sequence[Item]) -> float:
+    return math.fsum(item.score for item in items) / len(items)
+
+
+def _shown(mean: float, profile: Profile) -> float:
+    return round(mean, _DECIMALS) if profile == "faithful" else mean

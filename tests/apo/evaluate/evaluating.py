@@ -1,0 +1,111 @@
+"""What the tests of evaluations share: the judge's server, the command in this process or one of its own, results."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apo import cli
+from apo.evaluate.run import Evaluated, evaluate
+from apo.evaluate.settings import MixEvalConfig
+from clair.recipe import resolve
+from tests.clair.building import Ended
+
+ROOT = Path(__file__).parents[3]
+
+
+@dataclass(frozen=True)
+class JudgeServer:
+    """A judge_server.py that answers at `url`: model `j` judges, model `t` answers."""
+
+    url: str
+
+    def seen(self) -> list[dict[str, Any]]:
+        """The bodies of all requests so far."""
+        return self._get("/seen")
+
+    def paid(self) -> int:
+        """How many there were."""
+        return self._get("/paid")
+
+    def forget(self) -> None:
+        with urllib.request.urlopen(self.url.removesuffix("/v1") + "/forget", timeout=30):
+            pass
+
+    def _get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url.removesuffix("/v1") + path, timeout=30) as response:
+            return json.load(response)
+
+
+@contextmanager
+def judging(latency: float = 0.0) -> Iterator[JudgeServer]:
+    """The server for the length of a `with` block, stopped by its own pid."""
+    script = Path(__file__).with_name("judge_server.py")
+    command = [sys.executable, str(script), "--latency", str(latency)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        url = process.stdout.readline().strip()
+        assert url.startswith("http"), "the judge's server did not start"
+        yield JudgeServer(url)
+    finally:
+        process.kill()
+        process.wait(10)
+        process.stdout.close()
+
+
+def config_for(data: Path, out: Path, **changes: Any) -> MixEvalConfig:
+    """A checked config; a change to None leaves a key out."""
+    values = {"data": str(data), "out": str(out), "judge": "rule"} | changes
+    return resolve(MixEvalConfig, {key: value for key, value in values.items() if value is not None})
+
+
+def evaluated(data: Path, out: Path, **changes: Any) -> Evaluated:
+    """An evaluation in this process."""
+    return evaluate(config_for(data, out, **changes))
+
+
+def apo(*arguments: str | Path) -> Ended:
+    """The `apo` command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, ["apo", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        sys.argv = argv
+    code = ended.value.code
+    return Ended(code if isinstance(code, int) else 0 if code is None else 1, out.getvalue(), err.getvalue())
+
+
+def start_apo(*arguments: str | Path) -> subprocess.Popen[str]:
+    """The `apo` command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "from apo.cli import main; main()", *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+
+
+def final(out: Path) -> dict[str, Any]:
+    """What must not depend on how often an evaluation was interrupted: score and items."""
+    score = json.loads((out / "score.json").read_text("utf-8"))
+    passing = ("usage", "seconds", "git_commit")
+    return {key: value for key, value in score.items() if key not in passing} | {
+        "items": (out / "items.jsonl").read_bytes()
+    }

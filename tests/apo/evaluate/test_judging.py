@@ -1,0 +1,148 @@
+"""What a judge's reply says: right score, named reason, or upstream's random score, marked."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apo.evaluate.answers import Answer
+from apo.evaluate.judging import REASONS, Judged, Verdict, item_of, read_verdict, request_options, with_fallbacks
+from apo.evaluate.mixeval import Row
+from clair.records import Reply
+from tests.house.pages import tables
+
+FREE = Row("free-form", 0, "DROP", None, "How many?", (), ("3",))
+CHOICE = Row("multiple-choice", 0, "ARC", None, "Hot?", ("ice", "fire", "sun"), (1,))
+HTML = "<!DOCTYPE html><html><body><h1>502 Bad Gateway</h1></body></html>"
+REFUSAL = "I'm sorry, but I can't help with that."
+
+
+def read(text: str, row: Row = FREE, profile: str = "faithful", finish: str = "stop") -> Verdict:
+    return read_verdict(Reply(text, finish_reason=finish), row, profile)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("The correctness score: [[0.5]].", 0.5),
+        ("[[1]]", 1.0),
+        ("[[1.]]", 1.0),
+        ("[[0]]", 0.0),
+        ("[[00]]", 0.0),
+        ("first [[0.2]], then [[0.9]]", 0.2),
+        ("[0.3] but [[0.4]]", 0.4),  # double brackets come first
+        ("only [0.3]", 0.3),
+        ("La puntuación: [[0.7]]", 0.7),
+        ("正确性得分：[[1.0]]", 1.0),
+        ("[[A]] [[0.1]]", 0.1),
+        ("[[ 0.5 ]] is [0.25]", 0.25),
+    ],
+)
+def test_scores_that_can_be_read(text, score):
+    assert read(text).score == score
+    assert read(text).unresolved is None
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "empty"),
+        (" \n ", "empty"),
+        ("I would say 0.5", "no_brackets"),
+        ("[[half]]", "no_brackets"),
+        ("[[-0.5]]", "no_brackets"),
+        ("[[.5]]", "no_brackets"),
+        ("[[1/2]]", "no_brackets"),
+        (HTML, "no_brackets"),
+        (REFUSAL, "no_brackets"),
+        ("Richtig ist es zur Hälfte.", "no_brackets"),
+        ("[[5]]", "out_of_range"),
+        ("[[1.01]]", "out_of_range"),
+        ("[[10]] or [[0.5]]", "out_of_range"),  # the first one counts
+        ("[[05]]", "malformed_number"),
+        ("[[01]]", "malformed_number"),
+        ("[[٠.٥]]", "malformed_number"),
+    ],
+)
+def test_scores_that_cannot_are_named(text, reason):
+    assert read(text).unresolved == reason
+    assert read(text).score == 0
+    assert reason in REASONS
+
+
+def test_a_reply_that_ends_at_the_limit_is_named_unless_its_verdict_stands():
+    assert read("Let me think about", finish="length").unresolved == "cut_off"
+    assert read("[[0.5]] because of", finish="length").score == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "letter", "score"),
+    [
+        ("The option: [[B]].", "B", 1.0),
+        ("[[A]] and [[B]]", "A", 0.0),
+        ("[A] and [[B]]", "B", 1.0),
+        ("only [B]", "B", 1.0),
+        ("选项是 [[B]]", "B", 1.0),
+    ],
+)
+def test_letters_that_can_be_read(text, letter, score):
+    assert read(text, CHOICE) == Verdict(letter, score)
+    assert read(text, CHOICE, "strict") == Verdict(letter, score)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("", "empty"), ("B", "no_brackets"), ("[[b]]", "lower_case"), ("[[0.5]]", "no_brackets"), (HTML, "no_brackets")],
+)
+def test_letters_that_cannot_are_named(text, reason):
+    assert read(text, CHOICE).unresolved == reason
+
+
+def test_a_letter_past_the_options_is_wrong_upstream_and_unresolved_where_strict():
+    assert read("[[D]]", CHOICE) == Verdict("D", 0.0)
+    assert read("[[D]]", CHOICE, "strict") == Verdict("D", 0.0, "past_options")
+
+
+@given(st.text(), st.sampled_from([FREE, CHOICE]), st.sampled_from(["faithful", "strict"]))
+def test_any_text_is_a_score_or_a_known_reason(text, row, profile):
+    verdict = read(text, row, profile)
+    assert 0 <= verdict.score <= 1
+    assert verdict.unresolved is None or verdict.unresolved in REASONS
+
+
+def test_the_request_is_upstreams_or_repeatable():
+    assert request_options("faithful", 42) == {"max_tokens": 999, "response_format": {"type": "text"}}
+    assert request_options("strict", 7) == request_options("faithful", 7) | {"temperature": 0.0, "seed": 7}
+
+
+# ---- upstream's random scores
+
+
+def an_item(row: Row, unresolved: str | None = None, score: float = 0.0):
+    return item_of(Answer(row, "r"), Judged(Verdict(None, score, unresolved)))
+
+
+def test_random_scores_are_drawn_as_upstream_draws_and_marked():
+    rows = {(row.split, row.row): row for row in (FREE, CHOICE)}
+    items = [an_item(FREE, "empty"), an_item(FREE, None, 1.0), an_item(CHOICE, "lower_case"), an_item(FREE, "empty")]
+    random.seed(42)
+    expected = [round(random.random(), 1), 1.0, float(random.choice("ABC") == "B"), round(random.random(), 1)]
+    drawn = with_fallbacks(items, rows, 42)
+    assert [item.score for item in drawn] == expected
+    assert [item.fallback for item in drawn] == [True, False, True, True]
+    assert [item.unresolved for item in drawn] == ["empty", None, "lower_case", "empty"]
+    assert with_fallbacks(items, rows, 42) == drawn != with_fallbacks(items, rows, 43)
+
+
+def test_what_was_never_answered_gets_no_random_score():
+    rows = {(FREE.split, FREE.row): FREE}
+    (item,) = with_fallbacks([an_item(FREE, "answer_http_400")], rows, 42)
+    assert (item.score, item.fallback) == (0.0, False)
+
+
+def test_every_reason_is_on_the_page():
+    ((page, _, (_, *rows)),) = tables("unresolved")
+    assert {row[0].strip("`"): row[1] for row in rows} == REASONS, page

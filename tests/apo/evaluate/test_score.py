@@ -1,0 +1,65 @@
+"""From items to a score, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from apo.evaluate.results import Item
+from apo.evaluate.score import aggregate, interval
+
+
+def items(split: str, scores: list[float], questions: str, **changes) -> list[Item]:
+    return [
+        Item(split=split, row=n, question=q, benchmark="DROP", prompt="", target=(), response="", score=s, **changes)
+        for n, (s, q) in enumerate(zip(scores, questions, strict=True))
+    ]
+
+
+FREE = items("free-form", [1, 0, 0.5], "aab")
+CHOICE = items("multiple-choice", [1, 0, 0, 0, 1, 0], "cdefgh")
+
+
+def test_faithful_rounds_each_split_and_weighs_them_by_their_rows():
+    found = aggregate([*FREE, *CHOICE], "faithful")
+    assert (found["free_form"], found["multiple_choice"]) == (0.5, 0.333)
+    assert found["overall"] == pytest.approx((3 * 0.5 + 6 * 0.333) / 9, abs=1e-12)
+    assert found["by_benchmark"]["multiple-choice"]["DROP"].score == 0.333
+    assert found["by_benchmark"]["multiple-choice"]["DROP"].right == 2
+
+
+def test_strict_rounds_nothing():
+    found = aggregate([*FREE, *CHOICE], "strict")
+    assert found["multiple_choice"] == 2 / 6
+    assert found["overall"] == 3.5 / 9
+    assert found["intervals"]["overall"].mean == 3.5 / 9
+
+
+def test_standard_errors_by_hand():
+    found = interval(FREE)
+    assert found.se_naive == pytest.approx(math.sqrt(0.25 / 3))
+    # Sums of residuals 0 and 0 by question: no difference between questions is seen at all.
+    assert found.se_clustered == 0
+    assert (found.n, found.questions, found.mean, found.unique_mean) == (3, 2, 0.5, 0.5)
+    twice = items("free-form", [1, 1, 0, 0], "aabb")
+    # CR2: residuals sum to 1 and -1, each over 1 - 2/4, so sqrt(2 + 2) / 4.
+    assert interval(twice).se_clustered == pytest.approx(0.5)
+    assert interval(twice).se_naive == pytest.approx(math.sqrt(1 / 3 / 4))
+
+
+def test_the_mean_over_questions_weighs_each_once():
+    assert interval(items("free-form", [1, 1, 1, 0], "aaab")).unique_mean == 0.5
+
+
+def test_what_is_unresolved_is_bracketed_and_counted():
+    some = [*items("free-form", [1, 0], "ab"), *items("free-form", [0.7, 0], "cd", unresolved="empty")]
+    found = interval(some)
+    assert found.bracket == (0.25, 0.75)
+    counted = aggregate([*some, *CHOICE], "strict")
+    assert (counted["unresolved"], counted["unresolved_reasons"]) == (2, {"empty": 2})
+
+
+def test_one_item_has_no_interval():
+    found = interval(FREE[:1])
+    assert (found.se_naive, found.se_clustered, found.ci95) == (None, None, None)
