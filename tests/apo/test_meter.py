@@ -46,6 +46,11 @@ def test_work_by_hand():
     # First pair: sequences of 6 and 7 with 4 tokens in common; second: 4 and 3 with 2.
     found = work_of(stacked(EXAMPLES), packed=True)
     assert found.tolist() == [[13, 9, 9, 3 + 3, 36 + 3 * 7], [7, 5, 5, 2 + 1, 16 + 1 * 3]]
+    # Unpaired rows: one sequence of 5 with a chosen and one of 4 with a rejected response.
+    alone = [{**EXAMPLES[0], "chosen_ids": [7, 3], "rejected_ids": []}, {**EXAMPLES[1], "chosen_ids": []}]
+    alone[1]["rejected_ids"] = [9, 3]
+    assert work_of(stacked(alone), packed=True).tolist() == [[5, 5, 5, 2, 25], [4, 4, 4, 2, 16]]
+    assert work_of(stacked(alone), packed=False).tolist() == [[5, 5, 5, 2, 25], [4, 5, 4, 2, 16]]
     found = work_of(stacked(EXAMPLES), packed=False)
     assert found.tolist() == [[13, 14, 13, 7, 36 + 49], [7, 14, 7, 3, 16 + 9]]
 
