@@ -176,8 +176,8 @@ def test_used_up_memory_is_told_with_the_settings_to_change(error, tmp_path, tok
 def test_used_up_memory_in_the_references_pass_is_told_too(tmp_path, tokenizer, pairs, monkeypatch):
     from apo import trainer as module
 
-    monkeypatch.setattr(module, "shared_prefix_logps", raising(MemoryError(), at_call=3))
-    with pytest.raises(Stopped, match=r"out of memory in the reference's log-probs with 4 pairs of .*; or "):
+    monkeypatch.setattr(module, "shared_prefix_logps", raising(MemoryError(), at_call=1))
+    with pytest.raises(Stopped, match=r"out of memory in the reference's log-probs with 24 pairs of .*; or "):
         apo_trainer(tmp_path, tokenizer, pairs, precompute_ref_log_probs=True)
 
 
@@ -218,7 +218,7 @@ def test_the_exit_code_tells_and_the_same_command_goes_on_with_other_settings(tm
     from apo import trainer as module
 
     whole = module.shared_prefix_logps
-    calls, failing = [], 12  # one to see whether it agrees, six of the reference, one of the anchor, then training
+    calls, failing = [], 6  # one of the reference, one of the anchor, then training
 
     def fails_once(model, batch, **options):
         calls.append(1)
