@@ -9,7 +9,7 @@ import pytest
 
 from clair.budget import Budget, BudgetConfig, BudgetReached, Price, most_tokens
 from clair.build import build
-from clair.estimate import Range, spread_over, _total, estimate, total_cost
+from clair.estimate import Range, _total, estimate, spread_over, total_cost
 from clair.ledger import Ledger, Tokens
 from clair.recipe import UserError
 from tests.clair.scripted import Scripted, between, endpoint, install, recipe, revision
