@@ -43,13 +43,10 @@ from apo.logps import (
 from apo.meter import Meter, scale_of
 from apo.mixture import mixture_of
 from apo.prefix import (
-    agrees,
     bins_of,
-    share_prefixes,
+    share_if_exact,
     shared_prefix_logps,
     tokens_of,
-    unshare_prefixes,
-    why_not,
 )
 from apo.processes import check_devices
 from apo.reference import with_reference
@@ -205,26 +202,20 @@ class APOTrainer(DPOTrainer):
         if not self._may_share:
             return
         self._may_share = False
-        asked = [model for model in (self.model, self.ref_model) if model is not None]
-        reason = next((why for model in asked if (why := why_not(model))), None)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            reason = "its parameters are sharded"
-        if reason is None:
-            for model in asked:
-                share_prefixes(model)
-            batch = self._prepare_inputs(self.data_collator(self._shortest_pairs()))
-            try:
-                with self.accelerator.autocast():
-                    reason = None if agrees(self.model, batch) else "its log-probs differ in packed rows"
-            except (RuntimeError, TypeError, ValueError) as error:
-                if is_out_of_memory(error):
-                    raise
-                reason = " ".join(str(error).split())[:200]
+            reason, notes = "its parameters are sharded", []
+        else:
+            asked = [model for model in (self.model, self.ref_model) if model is not None]
+            size = min(self.args.per_device_train_batch_size, len(self.train_dataset))
+            first = self._prepare_inputs(self.data_collator([self.train_dataset[place] for place in range(size)]))
+            short = self._prepare_inputs(self.data_collator(self._shortest_pairs()))
+            computed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
+            told = {"autocast": self.accelerator.autocast, "fatal": is_out_of_memory}
+            reason, notes = share_if_exact(asked, short, first, computed, **told)
+        self.notes += notes
         if reason is None:
             self.pair_logps = shared_prefix_logps
         else:
-            for model in asked:
-                unshare_prefixes(model)
             self.notes.append(f"prompts are run twice and batches padded, as in TRL: the model cannot share, {reason}")
 
     def _shortest_pairs(self) -> list[dict[str, Any]]:
