@@ -165,7 +165,7 @@ def labelled(paths: Sequence[str], model: str, tell: Callable[[str], None] = lam
     ends = end_ids(tokenizer, models.load_generation_config(name))
     columns = [{key: row[key] for key in ("prompt", "chosen", "rejected", "id")} for row in rows]
     columns = [{**row, "_place": place} for place, row in enumerate(columns)]
-    found = tokenize(Dataset.from_list(columns), tokenizer, _context(name), ends, "given")
+    found = tokenize(Dataset.from_list(columns), tokenizer, models.context_of(name), ends, "given")
     for note in found.notes:
         tell(f"note: {note}")
     if found.dropped:
@@ -179,13 +179,6 @@ def labelled(paths: Sequence[str], model: str, tell: Callable[[str], None] = lam
     return Labelled(
         [rows[place] for place in places], features_of(found.dataset, loaded, tell=tell), found.dataset, loaded
     )
-
-
-def _context(name: Any) -> int | None:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(name.base, trust_remote_code=name.trust_remote_code)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:

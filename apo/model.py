@@ -82,6 +82,14 @@ def load_generation_config(name: ModelName) -> GenerationConfig | None:
         return None
 
 
+def context_of(name: ModelName) -> int | None:
+    """How many tokens the model takes, or None where its config does not say. Read without the weights."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name.base, trust_remote_code=name.trust_remote_code)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
     """The model in float32 unless `dtype` says otherwise; an adapter comes on its base, ready to be trained on.
 

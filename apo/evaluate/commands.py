@@ -243,6 +243,32 @@ def fetch_mixeval(
 
 
 @app.command()
+def pairs(
+    model: Annotated[Path, typer.Option(help="The trained model or adapter, such as the folder of a run.")],
+    out: Annotated[Path, typer.Option(help="Where pairs.json and pairs.jsonl go.")],
+    dataset: Annotated[str | None, typer.Option(help="The pairs; absent: those of the run.")] = None,
+    reference: Annotated[str | None, typer.Option(help="What training started from; absent: the run's model.")] = None,
+    split: Annotated[str, typer.Option(help="The split that was held out.")] = "test",
+    beta: Annotated[float | None, typer.Option(help="Beta of the rewards; absent: the run's, else 0.1.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N pairs.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Leave longer pairs out; absent: what the model takes.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    batch_tokens: Annotated[int, typer.Option(help="Tokens that are run at once, padding included.")] = 4096,
+) -> None:
+    """Held-out pairs: reward accuracy, margins, displacement, length and KL to the reference, with intervals."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
+    from apo.evaluate.pairs import config_of, evaluate
+    from apo.evaluate.tables import pairs_table
+    from clair.terminal import show as print_
+
+    given = {"dataset": dataset, "reference": reference, "split": split, "beta": beta, "limit": limit}
+    more = {"max_length": max_length, "dtype": dtype, "batch_tokens": batch_tokens, "out": str(out)}
+    print_(pairs_table(evaluate(config_of(model, **given, **more), tell=_tell)))
+
+
+@app.command()
 def show(
     results: Annotated[list[Path], typer.Argument(help="Result folders of `apo eval mixeval`.")],
 ) -> None:

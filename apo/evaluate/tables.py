@@ -85,6 +85,36 @@ def comparison_words(comparison: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
+def pairs_table(result: Mapping[str, Any]) -> Table:
+    """The numbers of `apo eval pairs`, each with its 95 % interval."""
+    title = f"{result['pairs']:,} held-out pairs of {result['prompts']:,} prompts, beta {result['beta']:g}"
+    table = Table("", "mean", "95 % interval", title=title)
+    length = result["length_only"]
+    table.add_row("reward accuracy, %", *_share(result["reward_accuracy"]))
+    table.add_row("  ties, %", *_share(result["ties"]))
+    table.add_row(f"  prefer the {length['prefers']}, %", *_share(length["accuracy"]))
+    table.add_row("  accuracy minus that, points", *_share(length["reward_accuracy_minus_it"]), end_section=True)
+    table.add_row("margin", *_number(result["margin"]))
+    table.add_row("length ratio, chosen / rejected", *_number(result["length_ratio"]), end_section=True)
+    for side, found in result["displacement"].items():
+        table.add_row(f"{side}: log-ratio, nats", *_number(found["logratio"]))
+        table.add_row("  of shared tokens", *_number(found["logratio_shared"]))
+        table.add_row("  of edited tokens", *_number(found["logratio_edited"]))
+        table.add_row("  falls, % of pairs", *_share(found["falls"]))
+        table.add_row("  KL, nats a token", *_number(result["kl"][side]["token"]), end_section=True)
+    return table
+
+
+def _share(told: Mapping[str, Any]) -> tuple[str, str]:
+    interval = told["ci95"]
+    return f"{100 * told['mean']:.1f}", f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
+
+
+def _number(told: Mapping[str, Any]) -> tuple[str, str]:
+    interval = told["ci95"]
+    return f"{told['mean']:.4g}", f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
+
+
 def _points(interval: Sequence[float] | None) -> str:
     return f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}" if interval else ""
 

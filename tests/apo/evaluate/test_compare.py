@@ -16,6 +16,7 @@ from apo.evaluate.results import Item, JudgeUsed, read_results
 from clair.recipe import UserError
 from clair.statistics import paired_difference
 from tests.apo.evaluate.made_results import make_items, write_folder
+from tests.house.pages import ROOT, tables
 
 
 def item(row: int, question: str, score: float, **changes: object) -> Item:
@@ -272,6 +273,28 @@ def test_no_results_and_unfinished_ones_are_refused(tmp_path):
     (tuned / "score.json").unlink()
     with pytest.raises(UserError, match=r"finished `apo eval mixeval`"):
         read_all(base, [tuned])
+
+
+# ---- the docs
+
+
+def test_the_tables_of_coverage_are_what_was_measured():
+    file = ROOT / "tests" / "benchmarks" / "results" / "intervals.json"
+    raw = json.loads(file.read_text("utf-8"))
+    ((_, _, (head, *rows)),) = tables("coverage")
+    designs = [name for name, found in raw.items() if isinstance(found, dict) and "0.5" in found]
+    wanted = [
+        [f"{100 * raw[design][accuracy][kind]:.1f}" for accuracy in head[2:]]
+        for design in designs
+        for kind in ("score", "symmetric", "difference", "gain")
+    ]
+    assert [row[2:] for row in rows] == wanted
+    assert len(wanted) == 24
+    ((_, _, (_, *rows)),) = tables("best of")
+    keys = {"true_bias": ".2f", "estimated_bias": ".2f"}
+    for row, (name, found) in zip(rows, raw["best_of"].items(), strict=True):
+        shares = [f"{100 * found[key]:.1f}" for key in ("holds", "uncorrected_holds")]
+        assert row == [name, *(format(found[key], how) for key, how in keys.items()), *shares]
 
 
 # ---- the command
