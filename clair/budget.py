@@ -98,21 +98,33 @@ def most_tokens(request: Mapping[str, Any]) -> Tokens:
 class Budget:
     """A limit shared by all roles of a run. `limit` None: nothing is ever refused, spending is still counted."""
 
-    def __init__(self, config: BudgetConfig | None, prices: Mapping[str, Price], spent: Mapping[str, Tokens]) -> None:
+    def __init__(
+        self,
+        config: BudgetConfig | None,
+        prices: Mapping[str, Price],
+        spent: Mapping[str, Tokens],
+        *,
+        in_batches: Mapping[str, Tokens] | None = None,
+        discounts: Mapping[str, float] | None = None,
+    ) -> None:
+        """`spent` is by role; `in_batches` what of it went through a Batch API, at `discounts` off the price."""
         self.limit: Decimal | None = None
         self.in_tokens = config is not None and config.tokens is not None
         if config is not None:
             self.limit = Decimal(config.tokens) if config.tokens is not None else config.money
-        self._prices = prices
+        self._prices, self._discounts = prices, discounts or {}
         self.spent = sum((self.cost(role, tokens) for role, tokens in spent.items()), Decimal(0))
+        for role, tokens in (in_batches or {}).items():
+            self.spent += self.cost(role, tokens, batch=True) - self.cost(role, tokens)
         self.reserved = Decimal(0)
         self._changed = asyncio.Event()
 
-    def cost(self, role: str, tokens: Tokens) -> Decimal:
+    def cost(self, role: str, tokens: Tokens, *, batch: bool = False) -> Decimal:
         """What tokens of a role count against the limit: their number, or their price (0 without one)."""
         if self.in_tokens:
             return Decimal(tokens.prompt + tokens.completion)
-        return self._prices[role].of(tokens) if role in self._prices else Decimal(0)
+        full = self._prices[role].of(tokens) if role in self._prices else Decimal(0)
+        return full * share_left(self._discounts.get(role, 0.0)) if batch else full
 
     async def reserve(self, role: str, most: Tokens) -> None:
         """Set the worst case aside; waits while calls in flight may still turn out cheaper. Raises BudgetReached."""
@@ -130,6 +142,19 @@ class Budget:
         self.spent += self.cost(role, billed)
         self._changed.set()
 
+    def hold(self, role: str, most: Tokens) -> bool:
+        """Count the worst case of a request for a batch as spent; False where it does not fit. Never waits."""
+        amount = self.cost(role, most, batch=True)
+        if self.limit is not None and self.spent + self.reserved + amount > self.limit:
+            return False
+        self.spent += amount
+        return True
+
+    def replace(self, role: str, most: Tokens, billed: Tokens) -> None:
+        """What a batch really took, in the place of what `hold` counted."""
+        self.spent += self.cost(role, billed, batch=True) - self.cost(role, most, batch=True)
+        self._changed.set()
+
     def told(self, amount: Decimal) -> str:
         """Why it stops here, and how to go on."""
         unit = " tokens" if self.in_tokens else ""
@@ -137,6 +162,11 @@ class Budget:
             f"budget reached: {self.spent.normalize():f}{unit} of {self.limit:f} spent, and the next call may cost "
             f"{amount.normalize():f}; raise budget to go on"
         )
+
+
+def share_left(discount: float) -> Decimal:
+    """What is left of a price after a discount, of 0 to 1."""
+    return 1 - Decimal(str(discount))
 
 
 def check_budget(config: BudgetConfig | None, roles: Mapping[str, Any]) -> None:

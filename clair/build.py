@@ -9,17 +9,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clair.budget import check_budget, prices_of, table_version
+from clair.budget import check_budget, prices_of, share_left, table_version
 from clair.config import BuildConfig, lasting, public
 from clair.dataset import DatasetWriter, card, read_manifest
 from clair.ledger import Ledger, Tokens
 from clair.models.asking import Asker, Tally
+from clair.models.batch_service import Pending
 from clair.models.local import check_model_folder, check_options
 from clair.recipe import UserError, changed_keys, provenance, read_json, write_atomically, write_json
-from clair.records import Pair
+from clair.records import Pair, Prompt
 from clair.session import Session, session, templates
 from clair.sources import Scan, each_prompt, scan
 from clair.statistics import wilson
@@ -86,13 +88,16 @@ def build(
 async def _build(config: BuildConfig, found: Scan, ledger: Ledger, on_progress: Progress) -> Built:
     started = time.monotonic()
     out = Path(config.out)
-    writer = DatasetWriter(out, seed=config.seed, test_fraction=config.test_fraction)
-    finished = False
-    try:
-        async with session(config, ledger) as run:
-            finished = await _fill(run, writer, on_progress)
-    finally:
-        hashes = writer.close(keep=finished)
+    async with session(config, ledger) as run:
+        while True:
+            writer = DatasetWriter(out, seed=config.seed, test_fraction=config.test_fraction)
+            finished = False
+            try:
+                finished = await _fill(run, writer, on_progress)
+            finally:
+                hashes = writer.close(keep=finished)
+            if finished or not await run.wait(partial(on_progress, writer, run.askers)):
+                break
     if not finished:
         if run.stop.error:
             raise run.stop.error
@@ -105,17 +110,26 @@ async def _build(config: BuildConfig, found: Scan, ledger: Ledger, on_progress: 
 
 async def _fill(run: Session, writer: DatasetWriter, on_progress: Progress) -> bool:
     """Write the outcome of every prompt, in the order of the prompts; whether that came to its end."""
-    config = run.config
-    async with aclosing(run.outcomes(each_prompt(config.prompts, config.limit))) as outcomes:
+    config, pending = run.config, 0
+
+    def prompts() -> Iterator[tuple[Prompt, str | None]]:
+        for prompt in each_prompt(config.prompts, config.limit):
+            if config.accept and writer.pairs + pending >= config.accept:  # every one that waits may become a pair
+                return
+            yield prompt
+
+    async with aclosing(run.outcomes(prompts())) as outcomes:
         async for id, outcome in outcomes:
-            if isinstance(outcome, Pair):
+            if isinstance(outcome, Pending):
+                pending += 1
+            elif isinstance(outcome, Pair):
                 writer.add(outcome)
             else:
                 writer.drop(id, outcome)
             on_progress(writer, run.askers)
-            if writer.pairs == config.accept:
+            if writer.pairs == config.accept and not pending:
                 return True
-    return run.stop.reason is None
+    return not pending and run.stop.reason is None
 
 
 @contextmanager
@@ -198,7 +212,7 @@ def _manifest(
         "sampling": {role: models[role].options(config.seed) for role in askers},
         **position,
         **_cost(run),
-        "tokens": {role: _told(asker.tally) for role, asker in askers.items()},
+        "tokens": {role: _told(asker.told) for role, asker in askers.items()},
         "prompts_sha256": found.sha256,
         "files": dict(hashes),
         "seed": config.seed,
@@ -210,16 +224,17 @@ def _manifest(
 
 def _cost(run: Session) -> dict[str, Any]:
     """Money by role, where prices are known: what the dataset's replies cost, reused ones included."""
-    prices = prices_of(run.config.models)
-    tallies = {role: run.askers[role].tally for role in prices}
-    cost = {
-        role: price.of(Tokens(tallies[role].prompt_tokens, tallies[role].completion_tokens))
-        for role, price in prices.items()
-    }
+    prices, models = prices_of(run.config.models), run.config.models
+    cost = {}
+    for role, price in prices.items():
+        tally, batching = run.askers[role].tally, models[role].batching
+        cost[role] = price.of(Tokens(tally.prompt_tokens, tally.completion_tokens))
+        if batching:
+            cost[role] -= (1 - share_left(batching.discount)) * price.of(tally.batched)
     if not cost:
         return {}
     told = {"cost": {role: f"{money.normalize():f}" for role, money in cost.items()}}
-    looked_up = any(model.price == "table" for model in run.config.models.values())
+    looked_up = any(model.price == "table" for model in models.values())
     return told | ({"prices_from": table_version()} if looked_up else {})
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from clair.budget import BudgetConfig, Price
 from clair.filters import make_filters
+from clair.models.batch import BatchConfig
 from clair.recipe import Recipe, resolved
 from clair.sources import PromptSource
 from clair.urls import endpoint_of, public_url
@@ -36,6 +37,8 @@ class ModelConfig(Recipe):
     requests_per_minute: int | None = Field(None, ge=1)
     tokens_per_minute: int | None = Field(None, ge=1)
     timeout: float = Field(600.0, gt=0)
+    batch: bool | BatchConfig = False
+    """Ask through the service's Batch API: within a day, at half the price. true, or a mapping with its options."""
     batch_size: int = Field(16, ge=1)
     batch_tokens: int | None = Field(None, ge=1)
     """As many requests at once as fit into so many tokens, padding and room for answers included; not `batch_size`."""
@@ -52,6 +55,8 @@ class ModelConfig(Recipe):
                 raise ValueError("an endpoint needs model, the name it serves")
         if not isinstance(self.extra.get("headers", {}), Mapping):
             raise ValueError("extra.headers is no mapping, such as {X-Team: pairs}")
+        if self.batch and len(self.urls) != 1:
+            raise ValueError(f"batch needs one url whose server has a Batch API, and there are {len(self.urls)}")
         owned = [key for key in self.extra if key in _OWNED]
         if owned:
             raise ValueError(f"extra.{owned[0]} would break the request; it is set by the pipeline")
@@ -61,6 +66,11 @@ class ModelConfig(Recipe):
     def urls(self) -> tuple[str, ...]:
         """All base URLs; none for a local model."""
         return (self.url,) if isinstance(self.url, str) else self.url or ()
+
+    @property
+    def batching(self) -> BatchConfig | None:
+        """The options of its batches; None where it is asked live."""
+        return self.batch if isinstance(self.batch, BatchConfig) else BatchConfig() if self.batch else None
 
     def options(self, seed: int) -> dict[str, Any]:
         """The body of every request beside model and messages; all of it is part of the ledger's key."""
@@ -155,6 +165,7 @@ class BuildConfig(Recipe):
 
 ROLE_PASSING = {
     "timeout",
+    "batch",
     "batch_size",
     "batch_tokens",
     "api_key_env",

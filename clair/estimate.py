@@ -15,9 +15,9 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
-from clair.budget import Price, most_tokens, prices_of
+from clair.budget import Price, most_tokens, prices_of, share_left
 from clair.build import check, locked, same_recipe
-from clair.config import BuildConfig
+from clair.config import BuildConfig, ModelConfig
 from clair.ledger import Ledger, Tokens
 from clair.records import Prompt
 from clair.session import session
@@ -47,6 +47,8 @@ class RoleEstimate:
 def estimate(config: BuildConfig, probe: int = 0) -> dict[str, RoleEstimate]:
     """The cost of the whole build by role, prompts already paid for included; runs and pays for `probe` rows first.
 
+    The probe is asked live; what goes through a Batch API later is told at the price of that.
+
     Raises UserError as a build does. With fewer than 3 rows there is no interval, so probe is 0 or at least 3.
     """
     check(config)
@@ -57,7 +59,7 @@ def estimate(config: BuildConfig, probe: int = 0) -> dict[str, RoleEstimate]:
         return {role: RoleEstimate(calls[role], None, None, None) for role in config.models}
     chosen = spread_over(sizes, max(3, probe))
     paid = _run(config, chosen)
-    prices = prices_of(config.models)
+    prices = {role: _discounted(price, config.models[role]) for role, price in prices_of(config.models).items()}
     return {role: role_estimate(prices.get(role), calls[role], sizes, chosen, paid[role]) for role in config.models}
 
 
@@ -75,7 +77,10 @@ def _run(config: BuildConfig, chosen: Sequence[int]) -> dict[str, list[Tokens]]:
 
 
 async def _ask(config: BuildConfig, ledger: Ledger, prompts: Sequence[Prompt]) -> None:
-    async with session(config, ledger) as run, aclosing(run.outcomes((p, None) for p in prompts)) as outcomes:
+    async with (
+        session(config, ledger, live=True) as run,
+        aclosing(run.outcomes((p, None) for p in prompts)) as outcomes,
+    ):
         async for _ in outcomes:
             pass
     if run.stop.error:
@@ -95,6 +100,11 @@ def role_estimate(
         cost = _total(sizes, x, [float(price.of(tokens)) for tokens in paid])
     prompt, completion = (_total(sizes, x, [float(tokens[i]) for tokens in paid]) for i in (0, 1))
     return RoleEstimate(calls, prompt, completion, cost)
+
+
+def _discounted(price: Price, model: ModelConfig) -> Price:
+    share = share_left(model.batching.discount if model.batching else 0.0)
+    return Price(input=price.input * share, output=price.output * share)
 
 
 def _total(sizes: Sequence[int], x: Sequence[float], y: Sequence[float]) -> Range:

@@ -11,6 +11,8 @@ a known end may have been billed for. A process that dies leaves its open calls 
 SQLite notices a page whose structure is broken, not one whose text is: each reply is read against a hash of itself and
 its key, so that a damaged ledger is told and never gives wrong text. `clair.salvage` saves what can be saved of it.
 
+Requests for a Batch API wait in the table `batched` until their replies are in; models/batch_queue.py writes it.
+
 Writes go through one thread that commits what has gathered meanwhile in one transaction (group commit): a commit
 costs a disk flush, and at hundreds of replies a second there is no time for one each.
 """
@@ -51,12 +53,42 @@ CREATE TABLE IF NOT EXISTS calls (
     completion_tokens INTEGER NOT NULL DEFAULT 0,
     open_prompt INTEGER NOT NULL DEFAULT 0,
     open_completion INTEGER NOT NULL DEFAULT 0,
-    digest TEXT
+    digest TEXT,
+    batch TEXT
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS calls_by_payer ON calls (payer, role, prompt_tokens, completion_tokens, open_prompt,
     open_completion);
 """
-VERSION = 2
+# `calls.batch` names the batch that a call is or was in, and so its price; NULL for a live one.
+_BATCHES = """
+CREATE INDEX IF NOT EXISTS calls_in_batches ON calls (payer, role) WHERE batch IS NOT NULL;
+CREATE TABLE IF NOT EXISTS batches (
+    name TEXT PRIMARY KEY,
+    service TEXT NOT NULL,
+    run TEXT NOT NULL,
+    requests INTEGER NOT NULL,
+    file TEXT,
+    id TEXT,
+    over INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS batched (
+    key TEXT PRIMARY KEY,
+    service TEXT NOT NULL,
+    run TEXT NOT NULL,
+    batch TEXT NOT NULL,
+    most_prompt INTEGER NOT NULL,
+    most_completion INTEGER NOT NULL,
+    body BLOB
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS batched_by_batch ON batched (batch, service, run);
+"""
+SCHEMA += _BATCHES
+VERSION = 3
+_SPENT = (
+    "SELECT role, sum(prompt_tokens + open_prompt), sum(completion_tokens + open_completion) FROM calls "
+    "WHERE payer = ? GROUP BY role"
+)
+_SPENT_IN_BATCHES = _SPENT.replace("GROUP BY", "AND batch IS NOT NULL GROUP BY")
 _MOST_PER_COMMIT = 1000
 _FULL = ("disk is full", "disk I/O error", "readonly database")
 
@@ -67,9 +99,10 @@ class LedgerError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A reply in the ledger: the server's raw JSON text."""
+    """A reply in the ledger: the server's raw JSON text, and whether it came through a batch."""
 
     raw: str
+    batch: bool = False
 
 
 class Tokens(NamedTuple):
@@ -94,11 +127,15 @@ class Elsewhere:
     """The request is being asked by another living run: look again a little later."""
 
 
+class InBatch:
+    """The request waits for a batch, or is in one."""
+
+
 class Mine:
     """The request is this run's to ask."""
 
 
-ELSEWHERE, MINE = Elsewhere(), Mine()
+ELSEWHERE, IN_BATCH, MINE = Elsewhere(), InBatch(), Mine()
 
 
 def call_key(identity: str, request: Mapping[str, Any], sample: int = 0) -> str:
@@ -149,29 +186,31 @@ class Ledger:
 
     def find(self, key: str) -> Stored | None:
         """The reply to a request, if it was ever answered."""
-        found = self._read("SELECT reply, digest FROM calls WHERE key = ? AND state = 'done'", key)
-        return self._sound(key, *found[0]) if found else None
+        query = "SELECT reply, digest, batch FROM calls WHERE key = ? AND state = 'done'"
+        found = self.read(query, key)
+        return self.sound(key, *found[0]) if found else None
 
-    def spent(self, payer: str) -> dict[str, Tokens]:
-        """The most that a payer's calls can have been billed, in tokens by role; calls without a known end included."""
-        found = self._read(
-            "SELECT role, sum(prompt_tokens + open_prompt), sum(completion_tokens + open_completion) FROM calls "
-            "WHERE payer = ? GROUP BY role",
-            payer,
-        )
+    def spent(self, payer: str, *, in_batches: bool = False) -> dict[str, Tokens]:
+        """The most that a payer's calls can have been billed, in tokens by role; calls without a known end included.
+
+        `in_batches`: only those that were asked through a Batch API.
+        """
+        query = _SPENT_IN_BATCHES if in_batches else _SPENT
+        found = self.read(query, payer)
         return {role: Tokens(prompt, completion) for role, prompt, completion in found}
 
     def paid(self, role: str, row: str) -> Tokens:
         """What the answered calls of a role for one prompt took."""
         query = "SELECT total(prompt_tokens), total(completion_tokens) FROM calls WHERE role = ? AND row = ?"
-        ((prompt, completion),) = self._read(query, role, row)
+        ((prompt, completion),) = self.read(query, role, row)
         return Tokens(int(prompt), int(completion))
 
     def counts(self) -> dict[str, int]:
         """How many requests are in each state."""
-        return dict(self._read("SELECT state, count(*) FROM calls GROUP BY state"))
+        return dict(self.read("SELECT state, count(*) FROM calls GROUP BY state"))
 
-    def _read(self, query: str, *values: str) -> list[tuple[Any, ...]]:
+    def read(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """The rows of a query. Raises LedgerError."""
         if self._broken:
             raise self._broken
         try:
@@ -180,22 +219,22 @@ class Ledger:
             self._broken = LedgerError(_told(self.path, error))
             raise self._broken from error
 
-    def _sound(self, key: str, reply: str, digest: str) -> Stored:
+    def sound(self, key: str, reply: str, digest: str, batch: str | None) -> Stored:
         """A reply that is the one that was written. Raises LedgerError for any other."""
         if digest_of(key, reply) != digest:
             self._broken = LedgerError(_damaged(self.path, f"the reply to {key[:12]} is not what was written"))
             raise self._broken
-        return Stored(reply)
+        return Stored(reply, batch is not None)
 
     # ---- writing
 
-    async def claim(self, key: str, claim: Claim) -> Stored | Elsewhere | Mine:
-        """Take a request for this run, unless it is answered already or another living run is asking it."""
-        return await self._do(lambda connection: self._claim(connection, key, claim))
+    async def claim(self, key: str, claim: Claim) -> Stored | Elsewhere | InBatch | Mine:
+        """Take a request for this run, unless it is answered already, in a batch, or asked by another living run."""
+        return await self.write(lambda connection: self._claim(connection, key, claim))
 
     async def settle(self, key: str, raw: str, usage: Tokens, most: Tokens, seconds: float) -> None:
         """Write a reply down, with what it cost in place of the `most` it might have. On disk when this returns."""
-        await self._do(
+        await self.write(
             lambda connection: connection.execute(
                 "UPDATE calls SET state = 'done', reply = ?, digest = ?, seconds = ?, error = NULL, prompt_tokens = ?, "
                 "completion_tokens = ?, open_prompt = open_prompt - ?, open_completion = open_completion - ? "
@@ -206,7 +245,7 @@ class Ledger:
 
     async def reopen(self, key: str, most: Tokens) -> None:
         """Another try of a request whose last one may have been billed: its `most` stays on the bill beside the new."""
-        await self._do(
+        await self.write(
             lambda connection: connection.execute(
                 "UPDATE calls SET attempts = attempts + 1, open_prompt = open_prompt + ?, "
                 "open_completion = open_completion + ? WHERE key = ?",
@@ -219,7 +258,7 @@ class Ledger:
 
         `unbilled` comes off the bill: the most of a last try that was refused.
         """
-        await self._do(
+        await self.write(
             lambda connection: connection.execute(
                 "UPDATE calls SET state = 'failed', error = ?, reply = ?, digest = ?, open_prompt = open_prompt - ?, "
                 "open_completion = open_completion - ? WHERE key = ?",
@@ -227,7 +266,8 @@ class Ledger:
             )
         )
 
-    async def _do(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
+    async def write(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
+        """What `work` returns, done in a transaction of the writing thread; on disk when this returns."""
         if self._broken:
             raise self._broken
         loop = asyncio.get_running_loop()
@@ -244,14 +284,18 @@ class Ledger:
         )
         if inserted.rowcount:
             return MINE
-        found = connection.execute("SELECT state, run, reply, digest FROM calls WHERE key = ?", (key,)).fetchone()
-        state, run, reply, digest = found
+        found = connection.execute(
+            "SELECT state, run, reply, digest, batch FROM calls WHERE key = ?", (key,)
+        ).fetchone()
+        state, run, *stored = found
         if state == "done":
-            return self._sound(key, reply, digest)
-        if state == "asked" and run != self.run and self._lives(run):
+            return self.sound(key, *stored)
+        if state == "asked" and connection.execute("SELECT 1 FROM batched WHERE key = ?", (key,)).fetchone():
+            return IN_BATCH
+        if state == "asked" and self.elsewhere(run):
             return ELSEWHERE
         connection.execute(
-            "UPDATE calls SET state = 'asked', run = ?, payer = ?, attempts = attempts + 1, "
+            "UPDATE calls SET state = 'asked', run = ?, payer = ?, batch = NULL, attempts = attempts + 1, "
             "open_prompt = open_prompt + ?, open_completion = open_completion + ? WHERE key = ?",
             (self.run, claim.payer, *claim.most, key),
         )
@@ -291,13 +335,10 @@ class Ledger:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, 1, VERSION):
+            if version > VERSION:
                 raise LedgerError(f"ledger {self.path} has format {version}; this version reads {VERSION}")
-            if version == 0:
-                connection.executescript(SCHEMA)
-                connection.execute(f"PRAGMA user_version = {VERSION}")
-            elif version == 1:
-                _from_1(connection)
+            if version < VERSION:
+                _migrate(connection)
         except sqlite3.Error as error:
             raise LedgerError(_told(self.path, error)) from error
         return connection
@@ -314,6 +355,10 @@ class Ledger:
                 if os.path.samestat(os.fstat(handle), os.stat(self._lock_path(self.run))):
                     return handle
             os.close(handle)  # another run saw the file before it was locked, and took it away as a dead run's
+
+    def elsewhere(self, run: str) -> bool:
+        """Whether a run is another one, and lives."""
+        return run != self.run and self._lives(run)
 
     def _lives(self, run: str) -> bool:
         return _holds(self._lock_path(run))
@@ -344,14 +389,22 @@ def _holds(lock: Path) -> bool:
         os.close(handle)
 
 
-def _from_1(connection: sqlite3.Connection) -> None:
-    """Format 1 had no digests; every reply that it holds gets one."""
+def _migrate(connection: sqlite3.Connection) -> None:
+    """Make a new ledger, or bring an older one to this format, in one transaction: another process may be at it too."""
     connection.create_function("digest_of", 2, digest_of, deterministic=True)
     connection.execute("BEGIN IMMEDIATE")
-    if connection.execute("PRAGMA user_version").fetchone()[0] == 1:  # no other process was faster
-        connection.execute("ALTER TABLE calls ADD COLUMN digest TEXT")
-        connection.execute("UPDATE calls SET digest = digest_of(key, reply) WHERE reply IS NOT NULL")
-        connection.execute(f"PRAGMA user_version = {VERSION}")
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    steps = {
+        0: SCHEMA,
+        1: "ALTER TABLE calls ADD COLUMN digest TEXT;"
+        "UPDATE calls SET digest = digest_of(key, reply) WHERE reply IS NOT NULL",
+        2: f"ALTER TABLE calls ADD COLUMN batch TEXT; {_BATCHES}",
+    }
+    while version < VERSION:
+        for statement in filter(str.strip, steps[version].split(";")):
+            connection.execute(statement)
+        version = version + 1 if version else VERSION
+    connection.execute(f"PRAGMA user_version = {VERSION}")
     connection.execute("COMMIT")
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from itertools import combinations
 
 from clair.filters import Filters
 from clair.models.asking import Asker
-from clair.records import Dropped, Pair, Prompt
-from clair.steps import Judge, Reviser, answer_of, best_and_worst, generate, judge_pair, keep, revise
+from clair.records import Dropped, Judgement, Pair, Prompt
+from clair.steps import Judge, Reviser, answer_of, best_and_worst, generate, judge_pair, keep, revise, together
 
 
 async def revised(prompt: Prompt, *, target: Asker | None, reviser: Reviser, filters: Filters) -> Pair:
@@ -23,7 +22,7 @@ async def revised(prompt: Prompt, *, target: Asker | None, reviser: Reviser, fil
 
 async def stronger(prompt: Prompt, *, target: Asker | None, stronger: Asker, filters: Filters) -> Pair:
     """Stronger preferred: rejected is the target's own answer, chosen is a stronger model's, unseen by any judge."""
-    answer, better = await asyncio.gather(generate(prompt, target), answer_of(prompt, stronger))
+    answer, better = await together(generate(prompt, target), answer_of(prompt, stronger))
     models = {"rejected": _author(prompt, target), "chosen": stronger.model.name}
     labels = {"source": "stronger", **prompt.labels}
     return keep(Pair(prompt.id, prompt.messages, better, answer, "", models, labels=labels), filters)
@@ -36,9 +35,7 @@ async def judged(prompt: Prompt, *, target: Asker | None, judge: Judge | None, s
     the fewest wins decide.
     """
     author = "prompt file" if prompt.answers else _author(prompt, target)
-    answers = prompt.answers or tuple(
-        await asyncio.gather(*(generate(prompt, target, sample) for sample in range(samples)))
-    )
+    answers = prompt.answers or tuple(await together(*(generate(prompt, target, sample) for sample in range(samples))))
     models, labels = {"rejected": author, "chosen": author}, {"source": "judged", **prompt.labels}
     if prompt.scores:
         best, worst = best_and_worst(prompt.scores)
@@ -53,20 +50,30 @@ async def judged(prompt: Prompt, *, target: Asker | None, judge: Judge | None, s
         raise Dropped("judge", "no_judge", "the row has no scores and the recipe has no judge")
     wins = [0.0] * len(distinct)
     reasoning = ""
-    for i, j in combinations(range(len(distinct)), 2):
-        try:
-            judgement = await judge_pair(prompt, distinct[i], distinct[j], judge)
-        except Dropped as draw:
-            if len(distinct) == 2 or draw.reason not in ("tie", "contradiction"):
-                raise
-            wins[i] += 0.5
-            wins[j] += 0.5
-            continue
-        wins[(i, j)[judgement.better - 1]] += 1
-        reasoning = judgement.reasoning
+    matches = list(combinations(range(len(distinct)), 2))
+    judgements = await together(
+        *(_match(prompt, distinct[i], distinct[j], judge, draw=len(distinct) > 2) for i, j in matches)
+    )
+    for match, judgement in zip(matches, judgements, strict=True):
+        if judgement is None:
+            for place in match:
+                wins[place] += 0.5
+        else:
+            wins[match[judgement.better - 1]] += 1
+            reasoning = judgement.reasoning
     best, worst = best_and_worst(wins)
     pair = Pair(prompt.id, prompt.messages, distinct[best], distinct[worst], reasoning, models, labels=labels)
     return keep(pair, filters)
+
+
+async def _match(prompt: Prompt, first: str, second: str, judge: Judge, *, draw: bool) -> Judgement | None:
+    """One comparison; None for a draw where draws are allowed."""
+    try:
+        return await judge_pair(prompt, first, second, judge)
+    except Dropped as drawn:
+        if draw and drawn.reason in ("tie", "contradiction"):
+            return None
+        raise
 
 
 def _author(prompt: Prompt, target: Asker | None) -> str:

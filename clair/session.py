@@ -16,13 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from clair.budget import Budget, BudgetConfig, prices_of
+from clair.budget import Budget, BudgetConfig, BudgetReached, prices_of
 from clair.config import BuildConfig, ModelConfig
 from clair.filters import make_filters
 from clair.ledger import Ledger
 from clair.limits import Limiter, Rate
 from clair.models import Model, Refused
 from clair.models.asking import Asker, Spending, Stop, Stopped
+from clair.models.batch import Batches, results
+from clair.models.batch_queue import BatchQueue
+from clair.models.batch_service import BatchService, Pending
 from clair.models.local import LocalModel
 from clair.models.openai import OpenAIModel
 from clair.models.pool import Pool
@@ -53,8 +56,11 @@ class Session:
 
     async def outcomes(
         self, prompts: Iterable[tuple[Prompt, str | None]]
-    ) -> AsyncGenerator[tuple[str, Pair | Dropped]]:
-        """(prompt id, pair or reason) of each prompt, in the order of the prompts; ends early where the run stops."""
+    ) -> AsyncGenerator[tuple[str, Pair | Dropped | Pending]]:
+        """(prompt id, pair or reason) of each prompt, in the order of the prompts; ends early where the run stops.
+
+        Pending in the place of an outcome that needs a reply which comes with a batch: see `wait`.
+        """
         ahead = _AHEAD_AT_LEAST + _AHEAD_PER_PLACE * self.config.concurrency
         if self.config.accept:  # what is begun beyond the last pair wanted is paid for and not used: begin little
             ahead = 2 * self.config.concurrency
@@ -64,17 +70,39 @@ class Session:
                     return
                 yield id, outcome
 
-    async def _row(self, item: tuple[Prompt, str | None]) -> tuple[str, Pair | Dropped | Stopped]:
+    async def _row(self, item: tuple[Prompt, str | None]) -> tuple[str, Pair | Dropped | Pending | Stopped]:
         prompt, left_out = item
         if left_out:
             return prompt.id, Dropped("prompts", left_out, _LEFT_OUT[left_out])
         try:
             return prompt.id, await self.run(prompt)
-        except (Dropped, Stopped) as outcome:
+        except (Dropped, Pending, Stopped) as outcome:
             return prompt.id, outcome
         except Exception as error:  # a ledger that cannot be written, a bug of ours: no other row may go on spending
             self.stop.now(str(error), error)
             raise
+
+    async def wait(self, tell: Callable[[], None]) -> bool:
+        """After a pass with Pending rows: send what they wait for, and return once another pass is worth it.
+
+        False where the run ends instead; `stop` says why. `tell` is called at every look at the batches.
+        """
+        batches = [asker.batch for asker in self.askers.values() if asker.batch]
+        if self.stop.reason and not (self.stop.short and any(batch.open() for batch in batches)):
+            return False
+        self.stop.clear()
+        try:
+            live = sum([await batch.end_pass() for batch in batches])
+            if not live:
+                await results(batches, self.stop.happened, tell)
+        except Pending:
+            return False
+        except BudgetReached as reached:
+            self.stop.now(str(reached))
+            return False
+        for asker in self.askers.values():
+            asker.next_pass()
+        return True
 
     async def _drain(self) -> None:
         self.stop.now("no more rows are wanted")
@@ -82,14 +110,22 @@ class Session:
 
 
 @asynccontextmanager
-async def session(config: BuildConfig, ledger: Ledger) -> AsyncIterator[Session]:
-    """Open the recipe's models for one run; Ctrl-C inside it stops the sending and keeps what is in flight."""
+async def session(config: BuildConfig, ledger: Ledger, *, live: bool = False) -> AsyncIterator[Session]:
+    """Open the recipe's models for one run; Ctrl-C inside it stops the sending and keeps what is in flight.
+
+    `live`: nothing goes into batches, whatever the recipe says.
+    """
     stop = Stop()
-    askers = open_askers(config, ledger, stop)
+    askers = open_askers(config, ledger, stop, live=live)
+    batches = [asker.batch for asker in askers.values() if asker.batch]
     try:
         with ctrl_c(stop):
             yield _assembled(config, askers, stop)
+            for batch in batches:
+                await batch.close()
     finally:
+        for batch in batches:
+            batch.abandon()
         for asker in askers.values():
             await asker.model.close()
 
@@ -195,10 +231,10 @@ class Asking(Protocol):
         """The folder on whose account it goes."""
 
 
-def open_askers(config: Asking, ledger: Ledger, stop: Stop) -> dict[str, Asker]:
+def open_askers(config: Asking, ledger: Ledger, stop: Stop, *, live: bool = False) -> dict[str, Asker]:
     """An asker for each role, its model open; all are checked before the first request. Close their models at the end.
 
-    Needs a running event loop.
+    `live`: nothing goes into batches. Needs a running event loop.
     """
     askers: dict[str, Asker] = {}
     checked: asyncio.Future[None] | None = None
@@ -218,11 +254,39 @@ def open_askers(config: Asking, ledger: Ledger, stop: Stop) -> dict[str, Asker]:
             raise
 
     payer = str(Path(config.out).resolve())
-    budget = Budget(config.budget, prices_of(config.models), ledger.spent(payer))
+    budget = Budget(
+        config.budget,
+        prices_of(config.models),
+        ledger.spent(payer),
+        in_batches=ledger.spent(payer, in_batches=True),
+        discounts={role: model.batching.discount for role, model in config.models.items() if model.batching},
+    )
+    passes = any(model.batching for model in config.models.values()) and not live
     for role, model in config.models.items():
+        opened = open_model(role, model)
+        failed: dict[str, tuple[str, str]] | None = {} if passes else None
+        batch = None
+        if model.batching and not live:
+            assert isinstance(opened, OpenAIModel)
+            assert failed is not None
+            service = f"{role}: {opened.name} at {opened.url}"
+            batch = Batches(
+                role=role,
+                service=BatchService(
+                    opened, role, attempts=config.attempts, pause=model.batching.poll, stopped=stop.happened
+                ),
+                config=model.batching,
+                queue=BatchQueue(ledger, service, payer),
+                budget=budget,
+                attempts=config.attempts,
+                failed=failed,
+                tell_error=lambda error: stop.now(str(error), error),
+            )
         askers[role] = Asker(
             role=role,
-            model=open_model(role, model),
+            model=opened,
+            batch=batch,
+            failed=failed,
             options=model.options(config.seed),
             ledger=ledger,
             limiter=Limiter(config.concurrency),

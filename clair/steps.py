@@ -6,22 +6,25 @@ limiter of each role to decide. A step returns what it made or raises Dropped wi
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from clair.contrast import contrast_of
 from clair.edits import parse_edits
 from clair.filters import Filters, first_reason
 from clair.models.asking import Asker
+from clair.models.batch_service import Pending
 from clair.parse import ParseFailure, parse_judgement, parse_revision
 from clair.prompts import ask_again, request
 from clair.recipe import content_hash
 from clair.records import Dropped, Judgement, Message, Pair, Prompt, Revision
 
 Read = TypeVar("Read")
+Step = TypeVar("Step")
 _POINTLESS_AGAIN = ("truncated", "refusal")
 
 
@@ -83,14 +86,27 @@ async def revise(prompt: Prompt, answer: str, reviser: Reviser) -> Revision:
         raise Dropped("reviser", failure.name, failure.told) from failure
 
 
+async def together(*steps: Coroutine[Any, Any, Step]) -> list[Step]:
+    """The results of steps that run at once. Where some raise, the first of them in order does, once all have ended.
+
+    So no step of a dropped row goes on unseen, and which drop is told does not depend on which came first. What
+    comes with a batch may turn out to be an earlier drop: Pending goes before all others.
+    """
+    ended = await asyncio.gather(*steps, return_exceptions=True)
+    raised = [result for result in ended if isinstance(result, BaseException)]
+    for error in sorted(raised, key=lambda error: not isinstance(error, Pending)):
+        raise error
+    return [result for result in ended if not isinstance(result, BaseException)]
+
+
 async def judge_pair(prompt: Prompt, first: str, second: str, judge: Judge) -> Judgement:
     """Which of two answers is better, asked in both orders or in one chosen by hash. Drops ties and contradictions."""
     if judge.order == "random":
         swapped = int(content_hash([prompt.id, first, second])[0], 16) % 2 == 1
         judgement = await _judge_once(prompt, first, second, judge, swapped)
     else:
-        judgement = await _judge_once(prompt, first, second, judge, False)
-        other = await _judge_once(prompt, first, second, judge, True)
+        asked = (_judge_once(prompt, first, second, judge, swapped) for swapped in (False, True))
+        judgement, other = await together(*asked)
         if {judgement.better, other.better} == {1, 2}:
             raise Dropped("judge", "contradiction", "the verdict changes with the order of the answers")
         if judgement.better != other.better:

@@ -93,6 +93,9 @@ def progress_bar(total: int) -> Iterator[Callable[[Any, Mapping[str, Any]], None
         def tell(writer: Any, askers: Mapping[str, Any]) -> None:
             flying = sum(asker.limiter.in_flight for asker in askers.values())
             told = f"{writer.pairs} pairs, {writer.counts['dropped']} dropped, {flying} in flight"
-            progress.update(task, advance=1, told=told)
+            batched = sum(asker.batch.in_batches for asker in askers.values() if asker.batch)
+            told += f", {batched} in batches" if batched else ""
+            # A build that waits for batches goes through its prompts again, and the bar with it.
+            progress.update(task, completed=writer.pairs + writer.counts["dropped"], told=told)
 
         yield tell

@@ -6,15 +6,18 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from clair.budget import Budget, BudgetReached, most_tokens
-from clair.ledger import MINE, Claim, Ledger, Stored, Tokens, call_key
+from clair.ledger import IN_BATCH, MINE, Claim, Ledger, Stored, Tokens, call_key
 from clair.limits import Limiter, Rate
 from clair.models import Model, Refused, RequestFailed, TooMany, Unreachable, reply_of
+from clair.models.batch import Batches
+from clair.models.batch_service import Pending
 from clair.records import Dropped, Reply
 
+NOTHING = Tokens(0, 0)
 _FIRST_BACKOFF = 0.5
 _LONGEST_BACKOFF = 60.0
 _LOOK_AGAIN = 0.2
@@ -31,31 +34,42 @@ class Stop:
 
     reason: str | None = None
     error: Exception | None = None
+    short: bool = False
+    """It is the budget: replies that come with a batch may be cheaper than what was set aside for them."""
     happened: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def now(self, reason: str, error: Exception | None = None) -> None:
+    def now(self, reason: str, error: Exception | None = None, *, short: bool = False) -> None:
         """Send nothing more; the first reason given is the one that is told."""
         if self.reason is None:
-            self.reason, self.error = reason, error
+            self.reason, self.error, self.short = reason, error, short
             self.happened.set()
+
+    def clear(self) -> None:
+        """Go on."""
+        self.reason, self.error, self.short = None, None, False
+        self.happened.clear()
 
 
 @dataclass
 class Tally:
-    """What one role has cost this run."""
+    """What one role has cost this run. Of the tokens, `batched` came at the price of a Batch API."""
 
     calls: int = 0
     reused: int = 0
     retries: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    batched: Tokens = NOTHING
 
-    def add(self, reply: Reply, *, reused: bool) -> None:
+    def add(self, reply: Reply, *, reused: bool, batch: bool = False) -> None:
         """Count a reply: as a call, or as reused where the ledger had it or an equal request was being asked."""
+        tokens = _usage(reply, NOTHING)
         self.reused += reused
         self.calls += not reused
-        self.prompt_tokens += reply.usage.get("prompt_tokens", 0)
-        self.completion_tokens += reply.usage.get("completion_tokens", 0)
+        self.prompt_tokens += tokens.prompt
+        self.completion_tokens += tokens.completion
+        if batch:
+            self.batched = Tokens(self.batched.prompt + tokens.prompt, self.batched.completion + tokens.completion)
 
 
 @dataclass
@@ -84,10 +98,16 @@ class Asker:
     spending: Spending
     stop: Stop
     ready: Callable[[], Awaitable[None]]
+    batch: Batches | None = None
+    """Where requests are put off to, instead of being sent; raises Pending out of `ask`."""
+    failed: dict[str, tuple[str, str]] | None = None
+    """Requests that failed for good, where the build goes through its prompts more than once: reason and detail."""
     attempts: int = 6
     patience: float = 120.0
     """Seconds without any answer, while requests fail to get through, after which the endpoint counts as dead."""
     tally: Tally = field(default_factory=Tally)
+    asked: int = 0
+    """Calls of earlier passes."""
     _asking: dict[str, asyncio.Future[str | Stored]] = field(default_factory=dict)
     _calls: set[asyncio.Task[Any]] = field(default_factory=set)
     _last_answer: float = field(default_factory=time.monotonic)
@@ -95,25 +115,51 @@ class Asker:
     async def ask(self, messages: list[Any], *, row: str, sample: int = 0) -> Reply:
         """The model's reply to `messages`, from the ledger or from the model; paid for at most once.
 
-        Raises Dropped where this request failed for good, Stopped where the run is ending, Refused where no request
-        can succeed.
+        Raises Dropped where this request failed for good, Stopped where the run is ending, Pending where the reply
+        comes with a batch, Refused where no request can succeed.
         """
         request = {"messages": messages, **self.options}
         key = call_key(self.model.identity, request, sample)
         stored = self.ledger.find(key)
         shared = key in self._asking
+        if self.failed and key in self.failed and not stored:
+            raise Dropped(self.role, *self.failed[key], failed=True)
         try:
-            found = stored or await self._ask_once(key, request, sample, row)
+            found = stored or await self._ask(key, request, sample, row)
             reply = reply_of(found if isinstance(found, str) else found.raw)
         except RequestFailed as error:
+            if self.failed is not None:
+                self.failed[key] = (error.reason, error.detail)
             raise Dropped(self.role, error.reason, error.detail, failed=True) from error
-        self.tally.add(reply, reused=shared or isinstance(found, Stored))
+        known = isinstance(found, Stored)
+        self.tally.add(reply, reused=shared or known, batch=known and found.batch)
         return reply
+
+    def next_pass(self) -> None:
+        """The build goes through its prompts once more: what this run asked for already is found in the ledger then."""
+        self.asked += self.tally.calls
+        self.tally = Tally(retries=self.tally.retries)
+        if self.batch:
+            self.batch.over_budget = None
+
+    @property
+    def told(self) -> Tally:
+        """The tally of the whole run, of however many passes: what an earlier pass asked for is a call, not reused."""
+        asked = self.asked + (self.batch.asked if self.batch else 0)
+        return replace(self.tally, calls=self.tally.calls + asked, reused=max(0, self.tally.reused - asked))
 
     async def drain(self) -> None:
         """Wait for the requests in flight, which are paid for, until their replies are on disk."""
         while self._calls:
             await asyncio.wait(set(self._calls))
+
+    async def _ask(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str | Stored:
+        if self.batch is None or self.batch.live(key):
+            return await self._ask_once(key, request, sample, row)
+        self._may_go_on()
+        await self.ready()
+        claim = Claim(self.role, self.model.name, row, self.spending.payer, most_tokens(request))
+        return await self.batch.put_off(key, claim, request)
 
     async def _ask_once(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str | Stored:
         """Equal requests of this run wait for one call. Stored where another run was asking it and has the reply."""
@@ -141,7 +187,20 @@ class Asker:
             self._leave(call, NOTHING)
             if isinstance(claimed, Stored):
                 return claimed
+            if claimed is IN_BATCH:
+                raise self._in_batch()
             await asyncio.sleep(_LOOK_AGAIN)
+
+    def _in_batch(self) -> Exception:
+        """A request that was to be asked live has been paid for: its reply comes with a batch."""
+        if self.batch:
+            return Pending()
+        refused = Refused(
+            f"{self.role}: replies of {self.model.name} are under way in a batch; set {self.role}.batch: true to fetch "
+            f"them, also after cancelling the batch"
+        )
+        self.stop.now(str(refused), refused)
+        return refused
 
     async def _enter(self, call: _Call, *, again: bool = False) -> None:
         """Wait for a place in flight, for the rates and for the budget; all are the call's until `_leave`."""
@@ -152,7 +211,7 @@ class Asker:
             await spending.budget.reserve(self.role, call.most)
         except BudgetReached as reached:
             self.limiter.leave()
-            self.stop.now(str(reached))
+            self.stop.now(str(reached), short=True)
             raise Stopped(str(reached)) from reached
         except BaseException:
             self.limiter.leave()
@@ -258,9 +317,6 @@ class _Call:
     sample: int
     row: str
     most: Tokens
-
-
-NOTHING = Tokens(0, 0)
 
 
 def _seen(task: asyncio.Future[Any]) -> None:

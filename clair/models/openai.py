@@ -5,12 +5,13 @@ from __future__ import annotations
 import email.utils
 import json
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 from clair.models import Refused, RequestFailed, TooMany, Unreachable, encodable
 from clair.urls import endpoint_of, environment_headers, header_secrets
 
+T = TypeVar("T")
 _CONNECT_SECONDS = 15.0
 _LONGEST_WAIT = 86_400.0
 _SHORTEST_SECRET = 4  # what is shorter stands in ordinary words
@@ -85,18 +86,13 @@ class OpenAIModel:
                 f"API (404: {error}); check model and url"
             ) from error
 
-    async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> str:
+    async def call(self, ask: Callable[[Any], Awaitable[T]]) -> T:
+        """What `ask` gets from the openai client, its errors as ours: Refused, RequestFailed, NotListed ..."""
         import httpx2
         import openai
 
-        # Headers belong to all requests of the endpoint, the first look at its models included.
-        sent = None if body is None else {k: v for k, v in body.items() if k != "headers"}
         try:
-            if method == "GET":
-                response = await self._client.get(path, cast_to=httpx2.Response)
-            else:
-                response = await self._client.post(path, cast_to=httpx2.Response, body=sent)  # type: ignore[arg-type]
-            return self._redacted(response.content.decode("utf-8", "replace"))
+            return await ask(self._client)
         except openai.RateLimitError as error:
             if error.code == "insufficient_quota":
                 raise Refused(f"{self.role}: {self.url} has no quota left: {self._words(error)}") from error
@@ -111,7 +107,7 @@ class OpenAIModel:
         except openai.APIConnectionError as error:  # timeouts are of this kind too
             cause = error.__cause__ or error
             timed_out = isinstance(cause, httpx2.ReadTimeout | httpx2.WriteTimeout | TimeoutError)
-            words = "timeout" if timed_out else encodable(self._redacted(str(cause))[:200])
+            words = "timeout" if timed_out else encodable(self.redacted(str(cause))[:200])
             raise Unreachable(words, billed=not _never_sent(error)) from error
         except openai.APIStatusError as error:
             words = f"{error.status_code}: {self._words(error)}"
@@ -119,13 +115,28 @@ class OpenAIModel:
                 raise Unreachable(words) from error
             raise RequestFailed(f"http_{error.status_code}", words) from error
 
+    async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> str:
+        import httpx2
+
+        # Headers belong to all requests of the endpoint, the first look at its models included.
+        sent = None if body is None else {k: v for k, v in body.items() if k != "headers"}
+
+        async def ask(client: Any) -> Any:
+            if method == "GET":
+                return await client.get(path, cast_to=httpx2.Response)
+            return await client.post(path, cast_to=httpx2.Response, body=sent)
+
+        response = await self.call(ask)
+        return self.redacted(response.content.decode("utf-8", "replace"))
+
     def _words(self, error: Any) -> str:
         """What the server said, in one line and without our secrets."""
         body = error.body if isinstance(error.body, dict) else {}
         message = body.get("message") or error.message or ""
-        return encodable(self._redacted(" ".join(str(message).split()))[:300])
+        return encodable(self.redacted(" ".join(str(message).split()))[:300])
 
-    def _redacted(self, text: str) -> str:
+    def redacted(self, text: str) -> str:
+        """The text without our secrets, which a careless server may repeat."""
         for secret in self._secrets:
             text = text.replace(secret, "[secret]")
         return text

@@ -163,14 +163,54 @@ class ScriptedServer:
 @contextmanager
 def scripted() -> Iterator[ScriptedServer]:
     """A scripted server for the length of a `with` block, stopped by its own pid."""
+    with _serving("scripted_server.py") as (url, pid):
+        yield ScriptedServer(url, pid)
+
+
+@dataclass(frozen=True)
+class BatchService(ScriptedServer):
+    """A batch_server.py that answers at `url`."""
+
+    def trouble(self, **odds: Any) -> None:
+        """What goes wrong from now on; everything before is forgotten."""
+        self.forget()
+        self._post("/trouble", odds)
+
+    def end(self, status: str) -> None:
+        """All batches end now, in this status."""
+        self._post(f"/end/{status}", {})
+
+    def lose(self, *, files: bool = False) -> None:
+        """The service forgets its batches, or only their result files."""
+        self._post("/lose", {"files": files})
+
+    def books(self) -> dict[str, Any]:
+        """What was uploaded, run and delivered."""
+        return json.loads(self._get("/books"))
+
+    def _post(self, path: str, body: Any) -> None:
+        data = json.dumps(body).encode()
+        with urllib.request.urlopen(self.url.removesuffix("/v1") + path, data=data, timeout=30):
+            pass
+
+
+@contextmanager
+def batch_service() -> Iterator[BatchService]:
+    """A service with a Batch API for the length of a `with` block, stopped by its own pid."""
+    with _serving("batch_server.py") as (url, pid):
+        yield BatchService(url, pid)
+
+
+@contextmanager
+def _serving(script: str) -> Iterator[tuple[str, int]]:
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("scripted_server.py"))], stdout=subprocess.PIPE, text=True
+        [sys.executable, str(Path(__file__).with_name(script))], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     try:
         url = process.stdout.readline().strip()
-        assert url.startswith("http"), "the scripted server did not start"
-        yield ScriptedServer(url, process.pid)
+        assert url.startswith("http"), f"{script} did not start"
+        yield url, process.pid
     finally:
         process.kill()
         process.wait(10)

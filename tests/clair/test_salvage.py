@@ -292,11 +292,15 @@ def test_what_needs_no_salvage_or_allows_none_is_refused_and_left_alone(damaged)
 # ---- formats
 
 
-def test_a_ledger_of_the_format_before_is_upgraded_with_a_digest_for_each_reply(damaged):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_ledger_of_a_format_before_is_upgraded_with_a_digest_for_each_reply(damaged, version):
     path, paid = damaged
     connection = sqlite3.connect(path)
-    connection.execute("ALTER TABLE calls DROP COLUMN digest")
-    connection.execute("PRAGMA user_version = 1")
+    connection.executescript("DROP INDEX calls_in_batches; DROP TABLE batches; DROP TABLE batched")
+    connection.execute("ALTER TABLE calls DROP COLUMN batch")
+    if version == 1:
+        connection.execute("ALTER TABLE calls DROP COLUMN digest")
+    connection.execute(f"PRAGMA user_version = {version}")
     connection.commit()
     connection.close()
     assert saved(path, paid) == len(paid)
