@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import email.utils
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from clair.models import Refused, RequestFailed, TooMany, Unreachable, encodable
-from clair.urls import endpoint_of, environment_headers, header_secrets
+from clair.urls import endpoint_of, environment_headers, header_secrets, public_url
 
 T = TypeVar("T")
 _CONNECT_SECONDS = 15.0
@@ -33,6 +34,7 @@ class OpenAIModel:
     ) -> None:
         from openai import AsyncOpenAI, DefaultAioHttpClient, Timeout
 
+        logging.getLogger("httpx2").addFilter(_WITHOUT_QUERIES)
         endpoint = endpoint_of(url)
         self.name = name
         self.role = role
@@ -156,6 +158,18 @@ def _never_sent(error: BaseException | None) -> bool:
     return False
 
 
+class _WithoutQueries(logging.Filter):
+    """httpx2 logs the URL of every request, to whoever turns logging on; a query may hold a secret."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(public_url(str(a)) if type(a).__name__ == "URL" else a for a in record.args)
+        return True
+
+
+_WITHOUT_QUERIES = _WithoutQueries()
+
+
 class NotListed(Exception):
     """404."""
 
@@ -170,8 +184,10 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
             return None
         elif value.strip().replace(".", "", 1).isdigit():
             seconds = float(value)
-        else:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        else:  # by the server's own clock where it tells it: ours may be wrong, or jump
+            now = headers.get("date")
+            told = email.utils.parsedate_to_datetime(now).timestamp() if now else time.time()
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - told
     except (ValueError, TypeError, OverflowError):
         return None
     return min(max(0.0, seconds), _LONGEST_WAIT)

@@ -79,6 +79,14 @@ def thinking(text: str) -> str:
     return f"<think>\nmaybe {revision('bad idea')}\n</think>\n\n{revision(text)}"
 
 
+def stream(text: str) -> web.Response:
+    """A stream of tool calls, though none was asked for."""
+    call = {"index": 0, "id": "t", "type": "function", "function": {"name": "f", "arguments": revision(text)}}
+    chunks = [{"object": "chat.completion.chunk", "choices": [{"delta": {"tool_calls": [call]}}]}] * 3
+    lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
+    return raw("".join(lines).encode(), "text/event-stream")
+
+
 HTML = b"<!DOCTYPE html><html><body><h1>502 Bad Gateway</h1></body></html>"
 
 REPLIES: dict[str, Callable[[str], web.Response]] = {
@@ -101,6 +109,7 @@ REPLIES: dict[str, Callable[[str], web.Response]] = {
     "length": lambda text: reply({}, choices=[{"message": {"content": revision(text)}, "finish_reason": "length"}]),
     "nofinish": lambda text: reply({}, choices=[{"message": {"content": revision(text)}}]),
     "tool": lambda text: reply({"content": None, "tool_calls": [{"id": "t", "function": {"name": "f"}}]}),
+    "stream": stream,
     "empty": lambda text: said(text, choices=[]),
     "nochoices": lambda text: said(text, choices=None),
     "nullchoice": lambda text: said(text, choices=[None]),

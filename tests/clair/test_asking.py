@@ -77,6 +77,8 @@ OUTCOMES = {
     "nullchoice": FAILED + "malformed_reply",
     "textchoice": FAILED + "malformed_reply",
     "tool": FAILED + "tool_call",
+    "stream": FAILED + "malformed_reply",
+    "stream ok": GOOD,
     # a chat completion that is odd in one way
     "nousage": GOOD,
     "infinite": GOOD,
@@ -275,6 +277,8 @@ def test_a_server_that_cannot_list_its_models_is_asked_for_a_token_instead(tmp_p
         ({"retry-after": ""}, None),
         ({"retry-after": "1.2.3"}, None),
         ({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0.0),
+        ({"retry-after": "Thu, 01 Jan 1970 00:01:00 GMT", "date": "Thu, 01 Jan 1970 00:00:50 GMT"}, 10.0),
+        ({"retry-after": "Thu, 01 Jan 1970 00:01:00 GMT", "date": "today"}, None),
         ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
         ({"retry-after-ms": "nan"}, 0.0),
     ],

@@ -452,6 +452,34 @@ def test_strange_text_comes_through_unchanged(tmp_path, server):
         assert row["rejected"][0]["content"] == strange[int(row["id"])]
 
 
+@pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")  # aiohttp's, of two megabytes
+def test_a_prompt_and_an_answer_of_a_megabyte_come_through_unchanged(tmp_path, server):
+    prompt = "مرحبا 😀 {{ braces }} " * 40_000
+    answer = "a bad start, then " + "long {words} é " * 70_000 + "an end."
+    assert min(len(text.encode()) for text in (prompt, answer)) > 1_000_000
+    rows = [{"id": 0, "prompt": prompt, "answer": answer}, {"id": 1, "prompt": "Task", "answer": "bad too"}]
+    building.write_prompts(tmp_path / "prompts.jsonl", rows)
+    assert build(config_for(tmp_path, server.url)).failed == 0
+    first, second = sorted(pairs(tmp_path / "out"), key=lambda row: row["id"])
+    assert first["prompt"][0]["content"] == prompt
+    assert first["rejected"][0]["content"] == answer
+    assert first["chosen"][0]["content"] == answer.replace("bad", "good")
+    assert second["chosen"][0]["content"] == "good too"
+    assert clair("report", tmp_path / "out").code == 0
+
+
+def test_a_system_prompt_only_is_asked_and_revised(tmp_path, server):
+    turns = [{"role": "system", "content": "Say something bad."}]
+    building.write_prompts(tmp_path / "prompts.jsonl", [{"id": "s", "prompt": turns}])
+    build(config_for(tmp_path, server.url, target={"url": server.url, "model": "t"}))
+    asked = {request["body"]["model"]: request["body"]["messages"] for request in server.seen()}
+    assert asked["t"] == turns
+    assert "Say something bad." in asked["m"][-1]["content"]
+    (pair,) = pairs(tmp_path / "out")
+    assert pair["prompt"] == turns
+    assert pair["chosen"][0]["content"] == pair["rejected"][0]["content"].replace("bad", "good")
+
+
 def test_a_conversation_is_asked_and_kept_as_it_is(tmp_path, server):
     turns = [
         {"role": "system", "content": "Be brief."},

@@ -381,9 +381,9 @@ def test_an_endpoint_that_is_gone_for_long_ends_the_run_and_keeps_what_was_paid(
 
 
 def test_a_clock_that_jumps_disturbs_nothing(tmp_path, server, monkeypatch):
-    """Waiting and leases follow the monotonic clock and the kernel; the time of day is never asked."""
+    """Waiting and leases follow the monotonic clock and the kernel, and a date to wait for the server's own clock."""
     times = iter(range(10**9, 0, -(10**6)))
     monkeypatch.setattr(time, "time", lambda: float(next(times)))
-    write_rows(tmp_path / "prompts.jsonl", scripted_rows(["429:0.3 ok", "500 ok", "ok"]))
+    write_rows(tmp_path / "prompts.jsonl", scripted_rows(["429:0.3 ok", "500 ok", "ok", "429date ok"]))
     build(config_for(tmp_path, server.url))
-    assert len(pairs(tmp_path / "out")) == 3
+    assert len(pairs(tmp_path / "out")) == 4

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import json
+import logging
 from pathlib import Path
 
 import pytest
 
+from clair.keep import fingerprint
 from tests.clair.building import Ended, clair, drops, scripted_rows, write_prompts, write_recipe
 
 KEY = "sk-planted-key-4f5e6d"
@@ -57,12 +60,34 @@ def assert_nowhere(tmp_path: Path, *ended: Ended) -> int:
     return looked_at
 
 
-def test_secrets_reach_the_endpoint_and_nothing_else(tmp_path, server, secrets):
-    file = recipe(tmp_path, server.url, ["ok", "400", "m html", "m drop", "m tool"])
-    dry, built = clair("build", file, "--dry-run"), clair("build", file)
-    told = clair("stats", tmp_path / "out"), clair("show", tmp_path / "out"), clair("report", tmp_path / "out")
-    assert [dry.code, built.code] == [0, 3]
-    assert assert_nowhere(tmp_path, dry, built, *told) >= 8
+def decisions(out: Path) -> Path:
+    """A decisions file that keeps everything."""
+    file = out / "decisions.json"
+    dataset = fingerprint(json.loads((out / "manifest.json").read_text()))
+    file.write_text(json.dumps({"format": 1, "dataset": dataset, "decisions": {}}))
+    return file
+
+
+def test_secrets_reach_the_endpoint_and_nothing_else(tmp_path, server, secrets, caplog):
+    caplog.set_level(logging.DEBUG)
+    file = recipe(tmp_path, server.url, ["ok", "ok", "400", "m html", "m drop", "m tool"])
+    out = tmp_path / "out"
+    dry, probed, built = (
+        clair("build", file, "--dry-run"),
+        clair("estimate", file, "--probe", "3"),
+        clair("build", file),
+    )
+    told = clair("stats", out), clair("show", out), clair("report", out), clair("push", out, "org/name")
+    handed = (
+        clair("export", out, out / "pairs.jsonl"),
+        clair("next", out, "--model", "runs/tuned", "--out", out / "round-2"),
+        clair("keep", out, decisions(out), "--out", out / "kept"),
+    )
+    assert [dry.code, probed.code, built.code] == [0, 0, 3]
+    assert [ended.code for ended in (*told, *handed)] == [0] * 7
+    assert assert_nowhere(tmp_path, dry, probed, built, *told, *handed) >= 15
+    assert "HTTP Request: POST" in caplog.text
+    assert not [secret for secret in SECRETS if secret in caplog.text]
     sent = {}
     for request in server.seen():
         headers = {name.lower(): value for name, value in request["headers"].items()}
