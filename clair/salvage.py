@@ -1,9 +1,10 @@
 """What can be saved of a damaged ledger: its pages are read one by one, without SQLite and without its tree.
 
 A ledger is a table whose rows lie in the pages of a B-tree (`WITHOUT ROWID`), long ones running on in chains of
-overflow pages. Each page that can still be read gives its rows, whatever became of the header, of the pages above it,
-or of the file's end. A reply is taken only with the hash that was written with it: damage never becomes wrong text.
-Format: https://www.sqlite.org/fileformat2.html, sections 1.3 to 1.6, 2.1 and 4.
+overflow pages. Each page that can still be read, in the file or in the log beside it, gives its rows, whatever became
+of the header, of the pages above it, or of the file's end. A reply is taken only with the hash that was written with
+it: damage never becomes wrong text, and since a reply is never changed, an old page is as good as a new one.
+Format: https://www.sqlite.org/fileformat2.html, sections 1.3 to 1.6, 2.1 and 4.1.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from clair.ledger import SCHEMA, VERSION, digest_of, emptied, living_runs
 from clair.recipe import UserError, publish
@@ -25,7 +26,7 @@ _MAGIC = b"SQLite format 3\0"
 _PAGE_SIZES = {1 if size == 65536 else size: size for size in (512 << shift for shift in range(8))}
 _USUAL_PAGE_SIZE = 4096
 _INNER, _LEAF = 2, 10  # pages of an index B-tree; its inner ones hold rows too
-_WAL_MAGIC = {0x377F0682: "<", 0x377F0683: ">"}  # the order of the words that are summed
+_LOG_HEADER, _FRAME_HEADER = 32, 24
 _INTEGERS = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 8}
 _COUNTS = ("attempts", "prompt_tokens", "completion_tokens", "open_prompt", "open_completion")
 _UNREADABLE = (ValueError, IndexError, struct.error)
@@ -132,8 +133,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         connection.executescript(SCHEMA)
         columns = [row[1] for row in connection.execute("PRAGMA table_info(calls)")]
     with _Pages(path) as pages:
-        for number in range(2, pages.count + 1):
-            for payload in _payloads(pages, number):
+        for page in pages.each():
+            for payload in _payloads(pages, page):
                 with suppress(*_UNREADABLE):
                     values = _record(payload)
                     missing = [None] * (len(columns) - len(values))  # columns that are younger than the row
@@ -149,9 +150,8 @@ def _is_call(row: dict[str, Any]) -> bool:
     return texts and numbers and known and row["digest"] == digest_of(row["key"], row["reply"])
 
 
-def _payloads(pages: _Pages, number: int) -> Iterator[bytes]:
+def _payloads(pages: _Pages, page: bytes) -> Iterator[bytes]:
     """The payload of each cell of a page, its overflow pages included; nothing of a page of another kind."""
-    page = pages.get(number)
     if len(page) < pages.size or page[0] not in (_INNER, _LEAF):
         return
     head = 12 if page[0] == _INNER else 8
@@ -226,7 +226,7 @@ def _varint(page: bytes, at: int) -> tuple[int, int]:
 
 
 class _Pages:
-    """The pages of a ledger by number, from 1: from its log where that has a newer one, else from the file itself."""
+    """The pages of a ledger: those of the file, and those in the log, which are newer."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "rb")  # noqa: SIM115 (closed by __exit__)
@@ -234,56 +234,48 @@ class _Pages:
         whole = header.startswith(_MAGIC) and len(header) == 100
         self.size = _PAGE_SIZES.get(int.from_bytes(header[16:18]), _USUAL_PAGE_SIZE) if whole else _USUAL_PAGE_SIZE
         self.usable = self.size - (header[20] if whole else 0)
-        self._log: dict[int, int] = {}
-        self._log_file = open(_log_of(path), "rb") if _log_of(path).is_file() else None  # noqa: SIM115
-        if self._log_file is not None:
-            self._read_log()
-        in_file = self._file.seek(0, os.SEEK_END) // self.size
-        self.count = max(in_file, *self._log, 0)
+        self._in_file = self._file.seek(0, os.SEEK_END) // self.size
+        self._log = open(_log_of(path), "rb") if _log_of(path).is_file() else None  # noqa: SIM115
+        self._frames: list[int] = []
+        self._newest: dict[int, int] = {}
+        if self._log is not None:
+            self._find_frames(self._log)
+        self.count = max(self._in_file, *self._newest, 0)
 
     def __enter__(self) -> _Pages:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-        if self._log_file is not None:
-            self._log_file.close()
+        if self._log is not None:
+            self._log.close()
 
     def get(self, number: int) -> bytes:
-        """A page; shorter where the file ends before it. Raises ValueError for a number that no page has."""
-        if not 1 <= number <= self.count:
+        """The newest version of a page, from 1. Raises ValueError for a number that no page has."""
+        if number in self._newest:
+            return self._read(self._log, self._newest[number])
+        if not 1 <= number <= self._in_file:
             raise ValueError(f"no page {number}")
-        file, at = self._file, (number - 1) * self.size
-        if number in self._log:
-            assert self._log_file is not None
-            file, at = self._log_file, self._log[number]
-        file.seek(at)
+        return self._read(self._file, (number - 1) * self.size)
+
+    def each(self) -> Iterator[bytes]:
+        """Every page in every version that there is."""
+        for number in range(1, self._in_file):
+            yield self._read(self._file, number * self.size)
+        for place in self._frames:
+            yield self._read(self._log, place)
+
+    def _read(self, file: BinaryIO | None, place: int) -> bytes:
+        assert file is not None
+        file.seek(place)
         return file.read(self.size)
 
-    def _read_log(self) -> None:
-        """Where the newest committed version of each page is, up to the first frame whose sum is wrong."""
-        assert self._log_file is not None
-        header = self._log_file.read(32)
-        if len(header) < 32 or int.from_bytes(header[:4]) not in _WAL_MAGIC:
-            return
-        order = _WAL_MAGIC[int.from_bytes(header[:4])]
-        sums = _sums(order, header[:24], (0, 0))
-        since_commit: dict[int, int] = {}
-        while len(frame := self._log_file.read(24 + self.size)) == 24 + self.size:
-            sums = _sums(order, frame[:8] + frame[24:], sums)
-            if frame[8:16] != header[16:24] or struct.pack(">II", *sums) != frame[16:24]:
-                return
-            since_commit[int.from_bytes(frame[:4])] = self._log_file.tell() - self.size
-            if int.from_bytes(frame[4:8]):
-                self._log |= since_commit
-                since_commit = {}
-
-
-def _sums(order: str, content: bytes, sums: tuple[int, int]) -> tuple[int, int]:
-    """The log's running checksum (section 4.2)."""
-    first, second = sums
-    words = struct.unpack(f"{order}{len(content) // 4}I", content)
-    for even, odd in zip(words[::2], words[1::2], strict=True):
-        first = (first + even + second) & 0xFFFFFFFF
-        second = (second + odd + first) & 0xFFFFFFFF
-    return first, second
+    def _find_frames(self, log: BinaryIO) -> None:
+        """Where each frame's page is; what stands behind the newest frames is left of an older log, by its salt."""
+        log.seek(_LOG_HEADER)
+        salt = b""
+        while len(frame := log.read(_FRAME_HEADER + self.size)) == _FRAME_HEADER + self.size:
+            self._frames.append(log.tell() - self.size)
+            salt = salt or frame[8:16]
+            if frame[8:16] == salt:
+                self._newest[int.from_bytes(frame[:4])] = self._frames[-1]

@@ -160,8 +160,9 @@ def test_what_stands_only_in_the_log_is_saved_too(tmp_path):
     path = tmp_path / "l.sqlite"
     paid = filled(tmp_path / "living.sqlite", 40)
     living = Ledger(tmp_path / "living.sqlite")
+    new = "new reply " * 5000  # through a chain that is in the log too
     try:
-        asyncio.run(_settle(living, "new", "new reply"))
+        asyncio.run(_settle(living, "new", new))
         for suffix in ("", "-wal"):
             shutil.copy(f"{living.path}{suffix}", f"{path}{suffix}")
     finally:
@@ -169,7 +170,7 @@ def test_what_stands_only_in_the_log_is_saved_too(tmp_path):
     overwrite(path, 0, bytes(100))
     assert readable(path) == len(paid) + 1
     kept = salvage(path).kept
-    assert saved(path, {**paid, "new": "new reply"}) == len(paid) + 1
+    assert saved(path, {**paid, "new": new}) == len(paid) + 1
     assert kept.with_name(f"{kept.name}-wal").is_file()
     assert not path.with_name("l.sqlite-wal").exists()
 
@@ -179,7 +180,9 @@ async def _settle(ledger: Ledger, key: str, reply: str) -> None:
     await ledger.settle(key, reply, Tokens(1, 1), CLAIM.most, 0.1)
 
 
-def test_a_log_is_read_to_its_first_broken_frame(tmp_path):
+@pytest.mark.parametrize("damaged_at", [0, 8, 40, 0.5])
+def test_a_damaged_log_costs_the_replies_that_lay_there(tmp_path, damaged_at):
+    """SQLite drops all that follows a broken frame, and so would never ask what was in it."""
     living = Ledger(tmp_path / "living.sqlite")
     try:
         for n in range(30):
@@ -188,11 +191,26 @@ def test_a_log_is_read_to_its_first_broken_frame(tmp_path):
             shutil.copy(f"{living.path}{suffix}", f"{tmp_path / 'l.sqlite'}{suffix}")
     finally:
         living.close()
-    whole = readable(tmp_path / "l.sqlite")
-    assert whole == 30
     log = tmp_path / "l.sqlite-wal"
-    overwrite(log, log.stat().st_size // 2, b"\xff" * 100)
-    assert 0 < readable(tmp_path / "l.sqlite") < whole
+    overwrite(log, int(damaged_at * log.stat().st_size) if damaged_at < 1 else damaged_at, b"\xff" * 24)
+    overwrite(tmp_path / "l.sqlite", 0, bytes(100))
+    assert readable(tmp_path / "l.sqlite") >= 29
+
+
+def test_an_old_state_of_a_call_never_takes_the_place_of_its_reply(tmp_path):
+    """What was kept before is read too, so that rows come in several states and in any order."""
+    path = tmp_path / "l.sqlite"
+    with Ledger(path) as ledger:
+        asyncio.run(ledger.claim("first", CLAIM))
+        asyncio.run(_settle(ledger, "second", "paid before"))
+    shutil.copy(path, tmp_path / "l.sqlite.damaged-1")
+    path.unlink()
+    with Ledger(path) as ledger:
+        asyncio.run(ledger.claim("second", CLAIM))
+        asyncio.run(_settle(ledger, "first", "paid later"))
+    overwrite(path, 0, bytes(100))
+    assert salvage(path).replies == 2
+    assert saved(path, {"first": "paid later", "second": "paid before"}) == 2
 
 
 def test_a_ledger_emptied_beside_its_log_is_told_before_sqlite_throws_the_log_away(tmp_path):
