@@ -168,6 +168,7 @@ def test_what_stands_only_in_the_log_is_saved_too(tmp_path):
     finally:
         living.close()
     overwrite(path, 0, bytes(100))
+    overwrite(path.with_name("l.sqlite-wal"), 0, bytes(32))  # else SQLite would find the header in the log
     assert readable(path) == len(paid) + 1
     kept = salvage(path).kept
     assert saved(path, {**paid, "new": new}) == len(paid) + 1
