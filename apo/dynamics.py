@@ -32,8 +32,8 @@ MEANS_OF_RATIOS = (
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/ties",
     "logratios/chosen", "logratios/rejected", "chosen_falls",
 )  # fmt: skip
-"""Means over pairs. `rewards/accuracies` counts a tie one half; `chosen_falls` is the share of pairs whose chosen
-response has become less likely than under the reference."""
+"""Means over pairs, of unpaired rows over those that have the response. `rewards/accuracies` counts a tie one half;
+`chosen_falls` is the share of chosen responses that have become less likely than under the reference."""
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 """Logged of both rewards, as `rewards/chosen_p10` and so on."""
 SHARES = ("saturation", "padding", "shared")
@@ -63,18 +63,21 @@ def work_of(batch: Batch, *, packed: bool) -> Tensor:
     `tokens` of both sequences; `computed` by the model, padding included; `useful`, those without padding; `labels`
     scored by the LM head; query-key `products` of attention, as whole rectangles (fit.py). In packed rows the common
     prefix of a pair is computed once and nothing is padded; in TRL's batch every sequence is as long as the longest.
+    Of an unpaired row only the sequence with a response is run.
     """
     ids, attended = batch["input_ids"], batch["attention_mask"].bool()
     pairs, longest = len(ids) // 2, ids.shape[1]
-    first, second = attended.sum(1).view(2, pairs)
     chosen, rejected = batch["completion_mask"].sum(1).view(2, pairs)
+    has = [(length > 0).long() for length in (chosen, rejected)]
+    first, second = (length * there for length, there in zip(attended.sum(1).view(2, pairs), has, strict=True))
     if not packed:
-        whole = torch.full_like(first, 2 * longest)
-        return torch.stack([first + second, whole, first + second, chosen + rejected, first**2 + second**2], 1)
+        computed = longest * (has[0] + has[1])
+        return torch.stack([first + second, computed, first + second, chosen + rejected, first**2 + second**2], 1)
     same = (ids[:pairs] == ids[pairs:]) & attended[:pairs] & attended[pairs:]
-    rest = second - same.long().cumprod(1).sum(1)
-    row = first + rest
-    return torch.stack([first + second, row, row, chosen + rest, first**2 + rest * second], 1)
+    common = same.long().cumprod(1).sum(1) * has[0] * has[1]
+    rest = second - common
+    scored = chosen + rest.minimum(rejected)
+    return torch.stack([first + second, first + rest, first + rest, scored, first**2 + rest * second], 1)
 
 
 def measure(rows: Tensor, objective: Mixture, beta: float) -> dict[str, float]:
@@ -82,6 +85,7 @@ def measure(rows: Tensor, objective: Mixture, beta: float) -> dict[str, float]:
     of = dict(zip(COLUMNS, rows.double().unbind(1), strict=True))
     policy = PairLogps(of["chosen"], of["rejected"], of["chosen_len"], of["rejected_len"])
     weight = of["weight"].sum()
+    has = {"chosen": policy.chosen_len > 0, "rejected": policy.rejected_len > 0}
     columns = {
         "logps/chosen": policy.chosen, "logps/rejected": policy.rejected,
         "lengths/chosen": policy.chosen_len, "lengths/rejected": policy.rejected_len,
@@ -97,8 +101,10 @@ def measure(rows: Tensor, objective: Mixture, beta: float) -> dict[str, float]:
             "rewards/ties": ties, "logratios/chosen": chosen, "logratios/rejected": rejected,
             "chosen_falls": (chosen < 0).double(),
         }  # fmt: skip
-        for name in ("rewards/chosen", "rewards/rejected"):
-            found = np.quantile(columns[name].numpy(), list(QUANTILES.values())).tolist()
+    columns = {name: column[_rows_with(name, has)] for name, column in columns.items()}
+    for name in ("rewards/chosen", "rewards/rejected"):
+        if len(column := columns.get(name, ())):
+            found = np.quantile(column.numpy(), list(QUANTILES.values())).tolist()
             quantiles |= {f"{name}_{word}": value for word, value in zip(QUANTILES, found, strict=True)}
     full = saturated(objective, policy, reference, beta=beta, kl=(of["kl"], of["kl_per_token"]))
     columns |= {"saturation": full.double()} if full is not None else {}
@@ -107,8 +113,14 @@ def measure(rows: Tensor, objective: Mixture, beta: float) -> dict[str, float]:
         "shared": 1 - of["useful"].sum() / of["tokens"].sum(),
     }
     loss = (of["weight"] * of["loss"]).sum() / weight if weight else weight
-    means = {name: column.mean() for name, column in columns.items()} | shares
+    means = {name: column.mean() for name, column in columns.items() if len(column)} | shares
     return {"loss": loss.item(), **{name: value.item() for name, value in means.items()}, **quantiles}
+
+
+def _rows_with(name: str, has: Mapping[str, Tensor]) -> Tensor:
+    """Which rows a metric is about: those with the response it names, for margins and the like those with both."""
+    side = next((side for side in has if side in name), None)
+    return has[side] if side else has["chosen"] & has["rejected"]
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -68,11 +68,13 @@ def _dress(axes: Axes, name: str, unit: str) -> None:
 
 
 def _draw(axes: Axes, lines: Mapping[str, Line], held_out: Mapping[str, Line]) -> None:
-    (steps, chosen), (_, rejected) = lines["chosen"], lines["rejected"]
+    at = {name: dict(zip(*line, strict=True)) for name, line in lines.items()}
+    steps = sorted(at["chosen"].keys() & at["rejected"].keys())  # a log of unpaired rows may hold one side only
+    chosen, rejected = ([at[name][step] for step in steps] for name in COLORS)
     ahead = [one >= other for one, other in zip(chosen, rejected, strict=True)]
     axes.fill_between(steps, chosen, rejected, where=ahead, color=COLORS["chosen"], alpha=0.07, linewidth=0)
     for name, color in COLORS.items():
-        alone = "o" if len(steps) == 1 else None
+        alone = "o" if len(lines[name][0]) == 1 else None
         axes.plot(*lines[name], color=color, linewidth=1.9, marker=alone, markersize=4, solid_capstyle="round")
         axes.plot(*held_out[name], "o", markersize=4.5, markerfacecolor="white", markeredgecolor=color, zorder=3)
     _name_ends(axes, lines)
@@ -80,15 +82,15 @@ def _draw(axes: Axes, lines: Mapping[str, Line], held_out: Mapping[str, Line]) -
 
 def _name_ends(axes: Axes, lines: Mapping[str, Line]) -> None:
     """Write each line's name beside its end, apart where the ends meet: no legend to look up."""
-    steps = lines["chosen"][0]
-    if not steps:
+    ends = {name: values[-1] for name, (_, values) in lines.items() if values}
+    if not ends:
         return
+    last = max(steps[-1] for steps, _ in lines.values() if steps)
     low, high = axes.get_ylim()
-    ends = {name: values[-1] for name, (_, values) in lines.items()}
     apart = 0.07 * (high - low)
-    push = max(0.0, (apart - abs(ends["chosen"] - ends["rejected"])) / 2)
+    push = max(0.0, (apart - abs(ends["chosen"] - ends["rejected"])) / 2) if len(ends) == 2 else 0.0
     higher = max(ends, key=lambda name: ends[name])
-    for name, color in COLORS.items():
-        at = ends[name] + (push if name == higher else -push)
+    for name, end in ends.items():
+        at = end + (push if name == higher else -push)
         beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
-        axes.annotate(name, (steps[-1], at), color=color, fontsize=9, fontweight="bold", **beside)
+        axes.annotate(name, (last, at), color=COLORS[name], fontsize=9, fontweight="bold", **beside)

@@ -2,67 +2,27 @@
 
 A pair becomes `shared, chosen rest, rejected rest`: `shared` is the longest common prefix of both sequences, prompt and
 any common beginning of the responses. Positions of the rejected rest go on from the shared part, and it attends to the
-shared part and to itself, never to the chosen rest. Pairs stand one behind the other in a single row and do not see
-each other. The LM head is applied to response positions only; the log-prob of a shared response token counts for both.
-
-Attention is split into one call for `shared + chosen` and one for `rejected` of each pair, put in through transformers'
-AttentionInterface, so that any model whose attention goes through it works: grouped queries, sliding windows and soft
-caps included.
+shared part and to itself, never to the chosen rest (attention.py). Pairs stand one behind the other in a single row and
+do not see each other. The LM head is applied to response positions only; the log-prob of a shared response token counts
+for both.
 """
 
 from __future__ import annotations
 
-import sys
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from apo.attention import BEFORE, NAME, Layout, Span, fastest
 from apo.logps import Batch, PairLogps, examples_of, stacked_logps
 
-NAME = "shared_prefix"
-_BEFORE = "_attention_before_shared_prefix"
 _HEAD_CHUNK = 1024
 """Rows of the LM head at once: logits of this many positions are in memory at a time."""
 _HEAD_KEEPS = 512 * 2**20
 """Bytes of exponentiated logits that may wait for backward; above, they are made anew there, chunk by chunk."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where one pair stands in the row: `shared` tokens from `start`, then `chosen` and `rejected` more."""
-
-    start: int
-    shared: int
-    chosen: int
-    rejected: int
-
-
-@dataclass
-class Layout:
-    """A packed row. `rows` and `labels` say which hidden states predict which tokens, [M]; `owner` whose they are.
-
-    `owner` is 3 * pair + (0 for a response token both share, 1 for chosen, 2 for rejected).
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    spans: list[Span]
-    rows: torch.Tensor
-    labels: torch.Tensor
-    owner: torch.Tensor
-    lengths: torch.Tensor
-    masks: dict[tuple[Span, str, int | None], torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def pairs(self) -> int:
-        """How many pairs stand in the row."""
-        return len(self.spans)
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
@@ -128,93 +88,6 @@ def bins_of(sizes: Sequence[int], most: int) -> list[list[int]]:
         else:
             bins.append((sizes[place], [place]))
     return [sorted(places) for _, places in bins]
-
-
-# ---- attention
-
-
-def split_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    shared_prefix: Layout | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of a packed row, or transformers' own for any other input. [1, heads, T, d] -> [1, T, heads, d]."""
-    if shared_prefix is None:
-        given = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
-        return _as_before(module, query, key, value, attention_mask, **given, **options)
-    attend = _capped(softcap) if softcap is not None else scaled_dot_product_attention
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    parts = []
-    for span in shared_prefix.spans:
-        middle = span.start + span.shared
-        end = middle + span.chosen
-        first = slice(span.start, end)
-        masked = softcap is not None or (sliding_window is not None and end - span.start > sliding_window)
-        mask = _mask(shared_prefix, span, "chosen", sliding_window) if masked else None
-        parts.append(
-            attend(
-                query[:, :, first], key[:, :, first], value[:, :, first], attn_mask=mask, dropout_p=dropout,
-                is_causal=mask is None, scale=scale,
-            )
-        )  # fmt: skip
-        if span.rejected:
-            second = slice(end, end + span.rejected)
-            keys, values = (torch.cat([t[:, :, span.start : middle], t[:, :, second]], dim=2) for t in (key, value))
-            mask = _mask(shared_prefix, span, "rejected", sliding_window)
-            parts.append(attend(query[:, :, second], keys, values, attn_mask=mask, dropout_p=dropout, scale=scale))
-    return torch.cat(parts, dim=2).transpose(1, 2), None
-
-
-def _as_before(module: torch.nn.Module, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-    """The attention that the model had before `share_prefixes`, for input that is not packed."""
-    if mask is not None and mask.numel() == 1:
-        raise RuntimeError("the model does not hand its options on to its attention")
-    if getattr(module, _BEFORE) != "eager":
-        return AttentionInterface()["sdpa"](module, query, key, value, mask, **options)
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, mask, **options)
-
-
-def _mask(layout: Layout, span: Span, branch: str, window: int | None) -> torch.Tensor:
-    """Which keys each query of a branch sees, [queries, keys]; made once a row and used by every layer."""
-    place = (span, branch, window)
-    if place not in layout.masks:
-        device = layout.input_ids.device
-        keys = torch.arange(span.shared + (span.chosen if branch == "chosen" else span.rejected), device=device)
-        queries = keys if branch == "chosen" else keys[span.shared :]
-        seen = keys[None] <= queries[:, None]
-        layout.masks[place] = seen if window is None else seen & (queries[:, None] - keys[None] < window)
-    return layout.masks[place]
-
-
-def _capped(softcap: float) -> Callable[..., torch.Tensor]:
-    """Attention with a soft cap on the scores (Gemma 2), which no fused kernel offers on a CPU."""
-
-    def attend(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attn_mask: torch.Tensor, dropout_p: float,
-        scale: float, is_causal: bool = False,
-    ) -> torch.Tensor:  # fmt: skip
-        scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
-        weights = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min).float().softmax(-1).to(query.dtype)
-        return torch.dropout(weights, dropout_p, train=dropout_p > 0) @ value
-
-    return attend
-
-
-AttentionInterface.register(NAME, split_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 # ---- the LM head on response positions
@@ -330,10 +203,10 @@ def why_not(model: torch.nn.Module) -> str | None:
     return None
 
 
-def share_prefixes(model: torch.nn.Module) -> None:
+def share_prefixes(model: torch.nn.Module, way: str = "split") -> None:
     """Let a causal model, not yet wrapped by DDP or FSDP, be asked with `shared_prefix=layout`; nothing else changes.
 
-    Asked so, it returns the log-probs [M] of the layout's labels.
+    Asked so, it returns the log-probs [M] of the layout's labels. `way` is one of attention.py's.
     """
     base = _base_of(model)
     if "_plain_forward" in vars(base):
@@ -343,6 +216,7 @@ def share_prefixes(model: torch.nn.Module) -> None:
     def forward(self: Any, *args: Any, shared_prefix: Layout | None = None, **options: Any) -> Any:
         if shared_prefix is None:
             return plain(*args, **options)
+        shared_prefix.way = way
         backbone = getattr(self, self.base_model_prefix)
         hidden = backbone(*args, shared_prefix=shared_prefix, **options).last_hidden_state
         return head_logps(self, hidden[0, shared_prefix.rows], shared_prefix.labels)
@@ -353,7 +227,7 @@ def share_prefixes(model: torch.nn.Module) -> None:
     before = {place: getattr(config, "_attn_implementation", None) for place, config in configs.items()}
     for module in base.modules():
         if hasattr(module, "config") and before[id(module.config)] in ("sdpa", "eager"):
-            setattr(module, _BEFORE, before[id(module.config)])  # not in the config, which is saved
+            setattr(module, BEFORE, before[id(module.config)])  # not in the config, which is saved
             module.config._attn_implementation = NAME
 
 
@@ -363,8 +237,45 @@ def unshare_prefixes(model: torch.nn.Module) -> None:
     if "_plain_forward" in vars(base):
         base.forward = vars(base).pop("_plain_forward")
         for module in base.modules():
-            if _BEFORE in vars(module):
-                module.config._attn_implementation = vars(module).pop(_BEFORE)
+            if BEFORE in vars(module):
+                module.config._attn_implementation = vars(module).pop(BEFORE)
+
+
+def share_if_exact(
+    models: Sequence[torch.nn.Module],
+    pairs: Batch,
+    batch: Batch,
+    dtype: torch.dtype,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    fatal: Callable[[Exception], bool] = lambda _: False,
+) -> tuple[str | None, list[str]]:
+    """Let models share prefixes if all can and the first agrees with TRL's stacked batch on a few `pairs`.
+
+    Attention goes the way that is fastest on a row like `batch` in `dtype`. Returns None, or why they do not share,
+    and what is to be told. An error is a reason, unless it is `fatal`.
+    """
+    reason = next((why for model in models if (why := why_not(model))), None)
+    if reason is not None:
+        return reason, []
+    layout = lay_out(examples_of(batch), batch["input_ids"].device)
+    best, told = fastest(_base_of(models[0]).config.get_text_config(), layout, dtype)
+    notes = [told] if told else []
+    for way in dict.fromkeys((best, "split")):
+        for model in models:
+            share_prefixes(model, way)
+        try:
+            with autocast():
+                reason = None if agrees(models[0], pairs) else "its log-probs differ in packed rows"
+        except (RuntimeError, TypeError, ValueError) as error:
+            if fatal(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+        if reason is None:
+            break
+        notes.append(f"attention of packed rows: {way} is not taken, {reason}")
+        for model in models:
+            unshare_prefixes(model)
+    return reason, notes if reason is None else []
 
 
 def agrees(model: torch.nn.Module, batch: Batch) -> bool:

@@ -14,7 +14,7 @@ from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-from clair.recipe import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from clair.recipe import EXIT_INTERRUPTED, UserError
 
 T = TypeVar("T")
 _SILENT = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -221,7 +221,7 @@ def _step_back(error: BaseException) -> None:
     """Raises SystemExit, without a word, in every process but the one that failed first."""
     import torch.distributed as dist
 
-    code = {UserError: EXIT_USER_ERROR, KeyboardInterrupt: EXIT_INTERRUPTED}.get(type(error), 1)
+    code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
     mine = f"{os.getpid()}@{os.uname().nodename} {code}"
     try:
         first = dist.distributed_c10d._get_default_store().compare_set(_ENDED, "", mine).decode()

@@ -30,6 +30,8 @@ PICTURE = "dynamics.png"
 CARD = "README.md"
 
 Status = Literal["new", "unfinished", "finished"]
+MAY_CHANGE = ("out", "reference", "trainer.pack_tokens", "trainer.gradient_checkpointing")
+"""Keys of a recipe that do not change what is trained: a stopped run goes on with other values of these."""
 
 
 def status_of(out: Path, recipe: Mapping[str, Any]) -> Status:
@@ -46,7 +48,7 @@ def status_of(out: Path, recipe: Mapping[str, Any]) -> Status:
             raise UserError(f"out: {out} holds files but no run of `apo train` ({found}); choose another folder")
         return "new"
     run = read_run(out)
-    changed = [key for key in changed_keys(run["recipe"], recipe) if key != "out"]
+    changed = [key for key in changed_keys(run["recipe"], recipe) if key not in MAY_CHANGE]
     if changed:
         raise UserError(
             f"out: {out} holds the run of another recipe (changed: {', '.join(changed)}); choose another folder with "
@@ -75,6 +77,13 @@ def begin(out: Path, recipe: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
 def now() -> str:
     """This moment in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def note_stop(out: Path, step: int, why: str) -> None:
+    """Keep in run.json why training ended before its time."""
+    if (out / RUN).exists():
+        run = read_run(out)
+        write_json(out / RUN, {**run, "stopped": [*run.get("stopped", []), {"step": step, "why": why, "at": now()}]})
 
 
 def append_metrics(out: Path, row: Mapping[str, Any]) -> None:

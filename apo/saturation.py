@@ -44,6 +44,8 @@ def saturated(
     for _, term in objective.terms:
         most = greatest_pull(term, beta)
         if most is not None:
+            alone = (policy.chosen_len == 0) | (policy.rejected_len == 0)  # an unpaired row weighs as much as a pair
+            most = most * (1.0 + alone) if term.kind == "unpaired" else most
             verdicts.append(pull_of(term, policy, reference, beta=beta, kl=kl) < SATURATED * most)
     return torch.stack(verdicts).all(0) if verdicts else None
 

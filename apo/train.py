@@ -389,15 +389,21 @@ def _resume(out: Path, planned: Plan, status: runs.Status, tell: Callable[[str],
     step = step_of(search.newest) or 0 if search.newest else 0
     tell(f"going on from step {step} of {planned.steps}" if step else "starting over: there is no complete checkpoint")
     runs.drop_metrics_after(out, step if step else -1)
-    write_json(out / runs.RUN, {**run, "resumed_from": [*run["resumed_from"], step]})
+    now = {"recipe": resolved(planned.config), "resumed_from": [*run["resumed_from"], step]}
+    write_json(out / runs.RUN, {**run, **now})
     return search.newest
 
 
 def _run(trainer: APOTrainer, checkpoint: Path | None, out: Path, tell: Callable[[str], None]) -> None:
+    from apo.faults import Stopped, check_weights_finite
     from apo.monitor import Bar, Interrupt
 
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        check_weights_finite(trainer)
+    except Stopped as stop:
+        runs.note_stop(out, trainer.state.global_step, str(stop))
+        raise
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Bar | Interrupt):

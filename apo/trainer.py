@@ -27,6 +27,7 @@ from trl.trainer.utils import add_fused_lm_head, use_adapter
 from apo import checkpoints
 from apo.cache import hash_weights
 from apo.dynamics import measure, pair_rows, work_of
+from apo.faults import LossWatch, check_gradient, check_weights_finite, is_out_of_memory, memory_watched
 from apo.logps import (
     IDLE,
     PAIR_WEIGHT,
@@ -42,13 +43,10 @@ from apo.logps import (
 from apo.meter import Meter, scale_of
 from apo.mixture import mixture_of
 from apo.prefix import (
-    agrees,
     bins_of,
-    share_prefixes,
+    share_if_exact,
     shared_prefix_logps,
     tokens_of,
-    unshare_prefixes,
-    why_not,
 )
 from apo.processes import check_devices
 from apo.reference import with_reference
@@ -164,6 +162,7 @@ class APOTrainer(DPOTrainer):
         self._may_share = pair_logps is None and args.shared_prefix
         self.dropped: dict[str, dict[str, int]] = {}
         self.reference_computed: dict[str, int] = {}
+        self.current_batch: Batch | None = None
         self._weights_hash: str | None = None
         self.notes: list[str] = []
         self._ends_of_model = getattr(model, "generation_config", None)
@@ -185,6 +184,7 @@ class APOTrainer(DPOTrainer):
         add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         self._share_prefixes()
         self.meter = Meter(self.accelerator, scale_of(self.model, self.args.device))
+        self._losses = LossWatch(self.args.device)
         window = args.per_device_train_batch_size * args.gradient_accumulation_steps
         if self.objective.needs_divergence and window < 2:
             raise UserError(
@@ -192,29 +192,30 @@ class APOTrainer(DPOTrainer):
                 "per_device_train_batch_size x gradient_accumulation_steps must be at least 2"
             )
 
+    @property
+    def packs(self) -> bool:
+        """Whether pairs are asked for in packed rows, without padding, each prompt once."""
+        return self.pair_logps is shared_prefix_logps
+
     def _share_prefixes(self) -> None:
         """Ask in packed rows from now on, if the model can be and agrees with TRL's batch on two pairs."""
         if not self._may_share:
             return
         self._may_share = False
-        asked = [model for model in (self.model, self.ref_model) if model is not None]
-        reason = next((why for model in asked if (why := why_not(model))), None)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            reason = "its parameters are sharded"
-        if reason is None:
-            for model in asked:
-                share_prefixes(model)
-            batch = self._prepare_inputs(self.data_collator(self._shortest_pairs()))
-            try:
-                with self.accelerator.autocast():
-                    reason = None if agrees(self.model, batch) else "its log-probs differ in packed rows"
-            except (RuntimeError, TypeError, ValueError) as error:
-                reason = " ".join(str(error).split())[:200]
+            reason, notes = "its parameters are sharded", []
+        else:
+            asked = [model for model in (self.model, self.ref_model) if model is not None]
+            size = min(self.args.per_device_train_batch_size, len(self.train_dataset))
+            first = self._prepare_inputs(self.data_collator([self.train_dataset[place] for place in range(size)]))
+            short = self._prepare_inputs(self.data_collator(self._shortest_pairs()))
+            computed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
+            told = {"autocast": self.accelerator.autocast, "fatal": is_out_of_memory}
+            reason, notes = share_if_exact(asked, short, first, computed, **told)
+        self.notes += notes
         if reason is None:
             self.pair_logps = shared_prefix_logps
         else:
-            for model in asked:
-                unshare_prefixes(model)
             self.notes.append(f"prompts are run twice and batches padded, as in TRL: the model cannot share, {reason}")
 
     def _shortest_pairs(self) -> list[dict[str, Any]]:
@@ -277,6 +278,11 @@ class APOTrainer(DPOTrainer):
 
     # The loss
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's training. Raises `faults.Stopped` where the memory is used up or a loss is not finite."""
+        with memory_watched(self, "training"):
+            return super().train(*args, **kwargs)
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a micro-batch, in as many passes as `pack_tokens` asks for."""
         parts = self._parts(inputs)
@@ -295,7 +301,7 @@ class APOTrainer(DPOTrainer):
     @property
     def _most_tokens(self) -> int | None:
         """Tokens that a forward pass may have, where anything bounds them."""
-        return self.args.pack_tokens if self.pair_logps is shared_prefix_logps else None
+        return self.args.pack_tokens if self.packs else None
 
     def compute_loss(
         self,
@@ -310,6 +316,7 @@ class APOTrainer(DPOTrainer):
         pairs all weigh 0 has loss 0.
         """
         mode = "train" if model.training else "eval"
+        self.current_batch = inputs
         options = {"output_router_logits": True} if self.aux_loss_enabled else {}
         policy = self.pair_logps(model, inputs, **options)
         reference = self._reference_logps(inputs) if self.objective.needs_reference else None
@@ -317,7 +324,9 @@ class APOTrainer(DPOTrainer):
             self._kl = self._divergence([inputs])
         losses = self.objective.losses(policy, reference, beta=self.beta, kl=self._kl)
         weights = weights_of(inputs).to(losses.device)
-        work = work_of(inputs, packed=self.pair_logps is shared_prefix_logps)
+        if mode == "train":
+            self._losses.look(self, losses, inputs)
+        work = work_of(inputs, packed=self.packs)
         rows = pair_rows(losses, policy, reference, weights, self._kl, work)
         self.meter.add(mode, rows[:0] if IDLE in inputs else rows)
         whole = weights.sum() if num_items_in_batch is None else num_items_in_batch
@@ -359,18 +368,20 @@ class APOTrainer(DPOTrainer):
                 alike = sorted(range(len(pairs)), key=sizes.__getitem__)  # like lengths, little padding
                 bins = [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
             for places in bins:
-                batch = self.data_collator([pairs[place] for place in places])
-                found.append(torch.stack(self.compute_ref_log_probs(model, self._prepare_inputs(batch))).double())
+                batch = self._prepare_inputs(self.data_collator([pairs[place] for place in places]))
+                self.current_batch = batch
+                found.append(torch.stack(self.compute_ref_log_probs(model, batch)).double())
             order = [place for places in bins for place in places]
             return tuple(torch.cat(found, 1)[:, torch.tensor(order).argsort()])
 
         folder = Path(self.args.reference_cache) if self.args.reference_cache else None
         identity = (self._hash_of_reference(model), *self._numbers_of_reference(model)) if folder else ()
-        dataset, computed = with_reference(
-            dataset, identity, compute, folder, self.notes.append,
-            rank=self.args.process_index, processes=self.args.world_size,
-            exchange=lambda mine: gather_object([mine]),
-        )  # fmt: skip
+        with memory_watched(self, "the reference's log-probs"):
+            dataset, computed = with_reference(
+                dataset, identity, compute, folder, self.notes.append,
+                rank=self.args.process_index, processes=self.args.world_size,
+                exchange=lambda mine: gather_object([mine]),
+            )  # fmt: skip
         self.reference_computed[name] = computed
         return dataset
 
@@ -416,6 +427,9 @@ class APOTrainer(DPOTrainer):
         mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
         if self.meter.has(mode) and ("loss" in logs or mode == "eval"):
             prefix = "" if mode == "train" else next(key for key in logs if key.endswith("_loss")).removesuffix("loss")
+            if mode == "train":
+                self._losses.settle(self)
+                check_gradient(self, logs.get("grad_norm"))
             rows = self.meter.take(mode)
             logs.update({prefix + name: value for name, value in measure(rows, self.objective, self.beta).items()})
             if mode == "train":
@@ -441,6 +455,8 @@ class APOTrainer(DPOTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that is there wholly or not at all (checkpoints.py)."""
+        self._losses.settle(self)
+        check_weights_finite(self)
         with self.meter.pause():
             self._saving = True
             try:

@@ -26,12 +26,12 @@ _OF_THE_SYSTEM = {
 
 
 def run(application: Callable[[], None]) -> None:
-    """Run a typer application; a UserError becomes one line on stderr and exit code 2. Typer ends Ctrl-C with 130."""
+    """Run a typer application; a UserError becomes one line on stderr and its exit code. Typer ends Ctrl-C with 130."""
     try:
         application()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in _OF_THE_SYSTEM:
             raise

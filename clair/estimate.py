@@ -1,8 +1,9 @@
 """What a build will cost: calls for certain, tokens and money with an interval from a few rows that are really run.
 
-The probe's rows are taken at even steps through the prompts ordered by length, and their replies stay in the ledger.
-Per role, tokens of a row are fitted linearly to the row's length; the interval is the fit's prediction interval for
-the sum over all rows (Cochran, Sampling Techniques, 7.4).
+The probe's rows are taken at even steps through the bytes of all rows, so that each stands for an equal share of what
+is sent, and their replies stay in the ledger. Per role, tokens of a row are fitted to its length by a line, weighted
+because long rows vary more; the interval is that of the line's prediction for the sum over all rows (Cochran, Sampling
+Techniques, 7.4 and 9A; Royall 1970).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from clair.budget import Price, most_tokens, prices_of, share_left
@@ -23,6 +25,9 @@ from clair.records import Prompt
 from clair.session import session
 from clair.sources import each_prompt
 from clair.statistics import t_quantile
+
+_COMMON = 1000
+"""Bytes that every row has beside its own text, about: the words we send, and a little reasoning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,27 +113,42 @@ def _discounted(price: Price, model: ModelConfig) -> Price:
 
 
 def _total(sizes: Sequence[int], x: Sequence[float], y: Sequence[float]) -> Range:
-    """The sum of y over all rows by least squares on their sizes, with a t interval on len(x) - 2 degrees."""
+    """The sum of y over all rows by least squares on their sizes, with a t interval on len(x) - 2 degrees.
+
+    The deviation of a row is taken to grow with its size, and weighs accordingly.
+    """
     n, k = len(sizes), len(x)
     if n == k:
         return Range(sum(y), sum(y), sum(y))
-    mean_x, mean_y = sum(x) / k, sum(y) / k
-    spread = sum((a - mean_x) ** 2 for a in x)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread if spread else 0.0
-    all_mean = sum(sizes) / n
-    value = n * (mean_y + slope * (all_mean - mean_x))
-    residual = sum((b - mean_y - slope * (a - mean_x)) ** 2 for a, b in zip(x, y, strict=True)) / (k - 2)
-    leverage = (all_mean - mean_x) ** 2 / spread if spread else 0.0
-    error = n * math.sqrt(residual * (1 / k + leverage + 1 / n))
-    half = t_quantile(0.975, k - 2) * error
+    weights = [(size + _COMMON) ** -2 for size in x]
+    weight = sum(weights)
+    mean_x, mean_y = (sum(w * v for w, v in zip(weights, values, strict=True)) / weight for values in (x, y))
+    spread = sum(w * (a - mean_x) ** 2 for w, a in zip(weights, x, strict=True))
+    joint = sum(w * (a - mean_x) * (b - mean_y) for w, a, b in zip(weights, x, y, strict=True))
+    slope = joint / spread if spread else 0.0
+    away = sum(sizes) / n - mean_x
+    value = n * (mean_y + slope * away)
+    left = sum(w * (b - mean_y - slope * (a - mean_x)) ** 2 for w, a, b in zip(weights, x, y, strict=True))
+    of_the_line = n * n * (1 / weight + (away**2 / spread if spread else 0.0))
+    of_the_rows = sum((size + _COMMON) ** 2 for size in sizes)
+    half = t_quantile(0.975, k - 2) * math.sqrt(left / (k - 2) * (of_the_line + of_the_rows))
     return Range(value, max(0.0, value - half), value + half)
 
 
 def spread_over(sizes: Sequence[int], probe: int) -> list[int]:
-    """The places of `probe` rows at even steps through the rows ordered by size: the middle of each of its parts."""
+    """The places of `probe` rows at even steps through the bytes of all, shortest row first; each row once."""
     order = sorted(range(len(sizes)), key=lambda place: (sizes[place], place))
     k = min(probe, len(order))
-    return [order[int((i + 0.5) * len(order) / k)] for i in range(k)]
+    step = (sum(sizes) + _COMMON * len(sizes)) / k
+    chosen: list[int] = []
+    passed = 0
+    for place in order:
+        passed += sizes[place] + _COMMON
+        if passed >= (len(chosen) + 0.5) * step and len(chosen) < k:
+            chosen.append(place)
+    # A row as large as several steps was passed once for all of them: the next largest take their places.
+    others = (place for place in reversed(order) if place not in set(chosen))
+    return [*chosen, *islice(others, k - len(chosen))]
 
 
 def _size(prompt: Prompt) -> int:

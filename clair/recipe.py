@@ -28,12 +28,17 @@ EXIT_SOME_FAILED = 3
 """Some rows failed (their reasons are in dropped.jsonl) and the rest is complete."""
 EXIT_BUDGET = 4
 """The budget is used up: everything paid for is kept; run the same command with a larger one to go on."""
+EXIT_STOPPED = 5
+"""Training was stopped by what it found: a guard rail, a loss that is no number, no memory left. The last good
+checkpoint is kept; the message says what to change."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C: everything finished so far is kept; run the same command again to go on."""
 
 
 class UserError(ValueError):
     """The user's mistake, told in one line: what was found, what is allowed, what to do."""
+
+    exit_code = EXIT_USER_ERROR
 
 
 class Recipe(BaseModel):

@@ -59,6 +59,11 @@ PICTURES = {
     "with held-out pairs": [row(1), row(2, 1, -1), {f"eval_{key}": v for key, v in row(2).items()} | {"step": 2}],
     "without a reference": [{"step": s, "loss": 1, "logps/chosen": -50 + s, "logps/rejected": -60} for s in (1, 2, 3)],
     "with a lost number": [row(1), {**row(2), "rewards/chosen": None, "logratios/chosen": None}],
+    "one side at a time": [
+        {key: value for key, value in row(step, 1, -1).items() if side not in key}
+        for step, side in ((1, "chosen"), (2, "rejected"), (3, "none"))
+    ],
+    "chosen alone": [{key: value for key, value in row(step, 1).items() if "rejected" not in key} for step in (1, 2)],
     "nothing": [],
 }
 

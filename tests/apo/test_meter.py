@@ -46,6 +46,11 @@ def test_work_by_hand():
     # First pair: sequences of 6 and 7 with 4 tokens in common; second: 4 and 3 with 2.
     found = work_of(stacked(EXAMPLES), packed=True)
     assert found.tolist() == [[13, 9, 9, 3 + 3, 36 + 3 * 7], [7, 5, 5, 2 + 1, 16 + 1 * 3]]
+    # Unpaired rows: one sequence of 5 with a chosen and one of 4 with a rejected response.
+    alone = [{**EXAMPLES[0], "chosen_ids": [7, 3], "rejected_ids": []}, {**EXAMPLES[1], "chosen_ids": []}]
+    alone[1]["rejected_ids"] = [9, 3]
+    assert work_of(stacked(alone), packed=True).tolist() == [[5, 5, 5, 2, 25], [4, 4, 4, 2, 16]]
+    assert work_of(stacked(alone), packed=False).tolist() == [[5, 5, 5, 2, 25], [4, 5, 4, 2, 16]]
     found = work_of(stacked(EXAMPLES), packed=False)
     assert found.tolist() == [[13, 14, 13, 7, 36 + 49], [7, 14, 7, 3, 16 + 9]]
 
@@ -78,10 +83,11 @@ def test_model_flops_are_those_that_torch_counts(adapter):
 def test_what_the_estimate_counts_and_the_utilisation_does_not_is_computed_anew():
     model = make_model()
     scale, sizes = scale_of(model, CPU), fit.sizes_of_model(model)
-    row = fit.Row(100, 60, 5000)
-    job = fit.Job(sizes, (row,), 0, 1, 1, 1, 4, 4, 2, False, False, False, None)
-    again = 0.5 * 4 * scale.attention * row.products + 2 * scale.head * row.labels  # scores and logits
-    assert fit.step_flops(job, row) == pytest.approx(scale.flops(100, 60, 5000) + again)
+    for labels in (60, 4_000_000):  # of the many, logits are not kept for backward
+        row = fit.Row(100, labels, 5000)
+        job = fit.Job(sizes, (row,), 0, 1, 1, 1, 4, 4, 2, False, False, False, None)
+        again = 0.5 * 4 * scale.attention * row.products + 2 * scale.head * labels * (labels > 1e6)
+        assert fit.step_flops(job, row) == pytest.approx(scale.flops(100, labels, 5000) + again)
 
 
 def test_a_model_whose_arithmetic_is_not_known_has_no_utilisation(tmp_path, tokenizer, pairs):

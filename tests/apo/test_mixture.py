@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from apo.logps import PairLogps
-from apo.mixture import mixture_of, title_of
+from apo.mixture import _options_of, mixture_of, title_of
 from apo.objectives import OBJECTIVES, objective_of
 from clair.recipe import UserError
 
@@ -75,6 +75,67 @@ def test_what_a_sum_needs_is_what_its_terms_need():
     ]  # fmt: skip
     assert mixture_of({"sft": 1, "kto": 0.1}).needs_divergence
     assert not mixture_of({"sft": 1, "apo_zero_unpaired": 0.1}).needs_divergence
+
+
+# Every objective with every option it has, away from its default, in sums too, and where it is on log-ratios also on
+# those of a mean token.
+OPTIONS = {
+    "dpo": {"label_smoothing": 0.2}, "robust": {"label_smoothing": 0.3}, "simpo": {"gamma": 1.5},
+    "kto": {"desirable_weight": 0.5, "undesirable_weight": 3.0},
+    "apo_zero_unpaired": {"desirable_weight": 2.0, "undesirable_weight": 0.25},
+}  # fmt: skip
+ON_RATIOS = [name for name in OBJECTIVES if name not in ("ipo", "sft", "simpo")]
+SPECS = [
+    *OBJECTIVES,
+    *({name: options} for name, options in OPTIONS.items()),
+    *({name: {"length_normalised": True, **OPTIONS.get(name, {})}} for name in ON_RATIOS),
+    dict.fromkeys(OBJECTIVES, 0.5),
+]
+
+
+def test_every_option_of_every_objective_is_tried_out():
+    for name in OBJECTIVES:
+        options = set(_options_of(objective_of(name)))
+        assert options == set(OPTIONS.get(name, {}))
+        if name in ON_RATIOS:
+            assert mixture_of({name: {"length_normalised": True}}).terms[0][1].length_normalised
+        else:
+            with pytest.raises(UserError, match="length_normalised would be ignored"):
+                mixture_of({name: {"length_normalised": True}})
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: title_of(spec)[:60])
+def test_derivatives_agree_with_finite_differences_in_float64(spec):
+    """Of pairs and, where the objective takes them, of unpaired rows; lengths differ."""
+    mixture = mixture_of(spec)
+    line = torch.linspace(-3, 3, 5, dtype=torch.float64)
+    lengths = torch.tensor([[1, 2, 3, 4, 5], [2, 3, 1, 6, 4]])
+    reference = torch.stack([-line.flip(0) / 3, line.square() / 7])
+    for there in (torch.ones(2, 5), torch.tensor([[1, 0, 1, 1, 0], [0, 1, 0, 0, 1]])):
+        if not there.all() and mixture.needs_pairs:
+            continue
+        there = there.double()
+        kept = (lengths * there).long()
+
+        def loss(chosen, rejected, there=there, kept=kept):
+            policy = PairLogps(chosen * there[0], rejected * there[1], *kept)
+            return mixture.losses(policy, tuple(reference * there), beta=0.7, kl=(1.3, 0.4))
+
+        inputs = line.clone().requires_grad_(), (0.8 - 1.1 * line).requires_grad_()
+        assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: title_of(spec)[:60])
+@pytest.mark.parametrize("size", [20.0, 1e4])
+def test_losses_and_gradients_are_finite_at_extremes_in_float32(spec, size):
+    ends = torch.tensor([[size, -size, size, -size], [-size, size, size, -size]])
+    leaves = [end.clone().requires_grad_() for end in ends]
+    for length in (1, 1000):
+        policy = PairLogps(*leaves, torch.full((4,), length), torch.full((4,), length))
+        found = mixture_of(spec).losses(policy, (torch.zeros(4), torch.zeros(4)), beta=1.0, kl=(size, size))
+        slopes = torch.autograd.grad(found.sum(), leaves, allow_unused=True, materialize_grads=True)
+        assert found.isfinite().all()
+        assert torch.stack(slopes).isfinite().all()
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -106,3 +106,11 @@ def test_a_function_of_the_users_is_taken_by_autograd():
         return (1 - beta * (chosen - rejected)).relu() ** 2
 
     assert saturation(squared, [0.0, 0.99, 1.5], [0.0, 0.0, 0.0]) == [False, True, True]
+
+
+def test_an_unpaired_row_is_judged_by_its_one_response():
+    # 4.5 is past APO-zero's edge of 4.357, 4.0 is not; whether the row has a partner changes nothing.
+    for missing in ("chosen_len", "rejected_len"):
+        rewards = [4.5, 4.0]
+        chosen, rejected = (rewards, [0.0, 0.0]) if missing == "rejected_len" else ([0.0, 0.0], [-4.5, -4.0])
+        assert saturation("apo_zero_unpaired", chosen, rejected, **{missing: 0.0}) == [True, False]

@@ -367,6 +367,18 @@ def test_metrics_by_hand():
     })  # fmt: skip
 
 
+def test_unpaired_rows_count_where_they_have_a_response():
+    logps = torch.tensor([[-4.0, 0.0, -2.0], [0.0, -9.0, 0.0]])
+    policy = PairLogps(*logps, *torch.tensor([[2, 0, 4], [0, 3, 0]]))
+    reference = torch.tensor([-5.0, 0.0, -1.0]), torch.tensor([0.0, -7.0, 0.0])
+    rows = pair_rows(torch.ones(3), policy, reference, torch.ones(3), (0.0, 0.0), torch.ones(3, 5))
+    means = measure(rows, mixture_of("kto"), beta=0.5)
+    told = {key: means[key] for key in ("rewards/chosen", "rewards/rejected", "lengths/chosen", "chosen_falls")}
+    assert told == {"rewards/chosen": 0.0, "rewards/rejected": -1.0, "lengths/chosen": 3.0, "chosen_falls": 0.5}
+    assert not {"rewards/margins", "rewards/accuracies", "rewards/ties"} & set(means)
+    assert means["rewards/rejected_p10"] == -1.0
+
+
 def test_logged_means_are_over_all_pairs_since_the_last_log(tmp_path, tokenizer):
     pairs = Dataset.from_list(make_pairs(14))
     often = apo_trainer(tmp_path, tokenizer, pairs, logging_steps=1)

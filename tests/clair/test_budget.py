@@ -9,10 +9,10 @@ import pytest
 
 from clair.budget import Budget, BudgetConfig, BudgetReached, Price, most_tokens
 from clair.build import build
-from clair.estimate import estimate, total_cost
+from clair.estimate import Range, _total, estimate, spread_over, total_cost
 from clair.ledger import Ledger, Tokens
 from clair.recipe import UserError
-from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
+from tests.clair.scripted import Scripted, between, endpoint, install, recipe, revision
 
 
 def rows(n, seed=0):
@@ -107,20 +107,79 @@ def test_a_budget_that_cannot_be_kept_is_refused_before_anything_is_spent(tmp_pa
         build(recipe(tmp_path / "out", rows(2), pipeline="revised", **keys))
 
 
+# ---- estimates
+
+
+def long_and_short(seed, n=400):
+    """Answers of 3 to 3,000 words, most of them short: the mean is 2.5 times the median."""
+    draw = random.Random(seed)
+    return [
+        {"prompt": f"question {i} " + "word " * draw.randint(1, 60), "answer": "bad " * _words(draw) + str(i)}
+        for i in range(n)
+    ]
+
+
+def _words(draw):
+    return min(3000, max(3, int(draw.lognormvariate(4.0, 1.3))))
+
+
+def talkative(messages, sample=0):
+    """A revision with reasoning of 40 to 1,000 characters, and an answer that is up to a fifth shorter."""
+    draw = random.Random(messages[0]["content"])
+    answer = between(messages[0]["content"], "student_solution").replace("bad", "good")
+    reasoning = "why " * int(min(250, max(10, draw.lognormvariate(4.0, 0.5))))
+    kept = answer[int(len(answer) * 0.2 * draw.random()) :]
+    return f"{{teacher_reasoning}}\n{reasoning}\n\n{{corrected_student_solution}}\n{kept}"
+
+
+@pytest.mark.parametrize(("script", "probe"), [(revision, 5), (talkative, 20)])
+@pytest.mark.parametrize("seed", range(4))
 def test_an_estimate_comes_within_15_percent_on_prompts_of_widely_varying_length_and_its_replies_are_kept(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, seed, script, probe
 ):
-    model = Scripted("reviser", revision)
+    model = Scripted("reviser", script)
     install(monkeypatch, reviser=model)
     price = {"input": "2.5", "output": "10"}
-    config = recipe(tmp_path / "out", rows(400, seed=3), pipeline="revised", reviser=endpoint(price=price))
-    told = total_cost(estimate(config, probe=5))
-    assert len(model.asked) == 5
+    config = recipe(tmp_path / "out", long_and_short(seed), pipeline="revised", reviser=endpoint(price=price))
+    told = total_cost(estimate(config, probe))
+    assert len(model.asked) == probe
     tokens = build(config).manifest["tokens"]["reviser"]
-    assert (tokens["calls"], tokens["reused"]) == (395, 5)
+    assert (tokens["calls"], tokens["reused"]) == (400 - probe, probe)
     truth = (tokens["prompt"] * 2.5 + tokens["completion"] * 10) / 1e6
+    print(f"estimated {told}, was {truth}")
     assert abs(told.value / truth - 1) < 0.15
-    assert told.lo <= told.value <= told.hi
+    assert told.lo <= truth <= told.hi
+
+
+def test_a_cost_that_is_a_line_of_the_length_is_told_exactly():
+    sizes = [100, 5000, 700, 700, 90_000, 12, 3000]
+    told = _total(sizes, [sizes[0], sizes[2], sizes[4]], [2 + 0.5 * sizes[place] for place in (0, 2, 4)])
+    exact = sum(2 + 0.5 * size for size in sizes)
+    assert told == pytest.approx(Range(exact, exact, exact))
+
+
+def test_the_rows_of_a_probe_stand_for_equal_shares_of_all_bytes():
+    # Each row counts 1000 bytes more: 2000, 2000, 4000, 8000 of 16000; the middles of two halves are 4000 and 12000.
+    assert spread_over([1000, 7000, 1000, 3000], 2) == [2, 1]
+    assert sorted(spread_over([5, 10**9, 6, 7], 3)) == [1, 2, 3]  # a giant is taken once
+    assert sorted(spread_over([5, 6], 5)) == [0, 1]
+
+
+@pytest.mark.parametrize("probe", [5, 20])
+def test_intervals_hold_the_truth_about_as_often_as_they_say(probe):
+    """Costs that deviate by a third of themselves, on rows that differ a hundredfold: 300 draws."""
+    held = near = 0
+    for seed in range(300):
+        draw = random.Random(seed)
+        sizes = [int(draw.lognormvariate(6.5, 1.0)) for _ in range(1000)]
+        costs = [(500 + size) * draw.lognormvariate(0, 0.3) for size in sizes]
+        chosen = sorted(spread_over(sizes, probe))
+        told = _total(sizes, [sizes[place] for place in chosen], [costs[place] for place in chosen])
+        held += told.lo <= sum(costs) <= told.hi
+        near += abs(told.value / sum(costs) - 1) < 0.15
+    print(f"{held} of 300 intervals hold the truth, {near} of 300 estimates are within 15 %")
+    assert held >= 0.92 * 300
+    assert near >= (0.7 if probe == 5 else 0.95) * 300
 
 
 def test_an_estimate_without_a_probe_asks_nothing_and_tells_the_most_calls(tmp_path, monkeypatch):
