@@ -63,6 +63,13 @@ def wanted(benchmark: Benchmark, samples: int, *, alike: bool) -> list[Wanted]:
     return found
 
 
+def batch_tokens_here() -> int:
+    """Tokens of a batch on this machine: a GPU wants many; a CPU's caches hold few, and more only slow it down."""
+    import torch
+
+    return 131_072 if torch.cuda.is_available() else 16_384
+
+
 def messages_of(row: Row, system: str | None) -> list[Message]:
     """The conversation a model is asked in: the benchmark has one user turn, and no system prompt of its own."""
     first: list[Message] = [{"role": "system", "content": system}] if system is not None else []

@@ -69,7 +69,9 @@ def mixeval(
     model_key_env: Annotated[str | None, typer.Option(help="Environment variable with the model's key.")] = None,
     judge_id: Annotated[str | None, typer.Option(help="What judgements are filed under, whatever the URL.")] = None,
     model_id: Annotated[str | None, typer.Option(help="The same for an endpoint's answers.")] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch of a local model, answers included.")] = 65_536,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens in a batch of a local model, answers included; absent: by the device.")
+    ] = None,
     upstream_files: Annotated[
         bool, typer.Option("--upstream-files", help="Also write the benchmark's own files, under OUT/upstream.")
     ] = False,
@@ -127,10 +129,12 @@ def _model(
     id_: str | None,
     price: str | None,
     temperature: float | None,
-    batch_tokens: int,
+    batch_tokens: int | None,
 ) -> dict[str, Any] | None:
-    from apo.evaluate.answers import MAX_NEW_TOKENS
+    from apo.evaluate.answers import MAX_NEW_TOKENS, batch_tokens_here
 
+    if batch_tokens is not None and (model is None or model.startswith(("http://", "https://"))):
+        raise UserError("--batch-tokens is for a model in a folder; leave it out")
     for_endpoints = {"--model-name": name, "--model-key-env": key_env, "--model-id": id_, "--model-price": price}
     is_endpoint = model is not None and model.startswith(("http://", "https://"))
     given = [option for option, value in for_endpoints.items() if value is not None]
@@ -142,7 +146,7 @@ def _model(
         return None
     common = {"temperature": temperature, "max_tokens": MAX_NEW_TOKENS}
     if not is_endpoint:
-        return {"path": model, "batch_tokens": batch_tokens, **common}
+        return {"path": model, "batch_tokens": batch_tokens or batch_tokens_here(), **common}
     if name is None:
         raise UserError("an endpoint needs --model-name, the name it serves the model under")
     return {"url": model, "model": name, "api_key_env": key_env, "id": id_, "price": _price(price), **common}

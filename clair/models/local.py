@@ -293,6 +293,8 @@ class LocalModel:
             if len(batch) == 1:
                 raise
         torch.cuda.empty_cache()
+        if self.batch_tokens is not None:  # the next batches may be no larger
+            self.batch_tokens = self.batch_tokens // 2
         half = len(batch) // 2
         first, second = (slice(None, half), slice(half, None))
         return [row for part in (first, second) for row in self._generate_rows(batch[part], prompts[part], most)]

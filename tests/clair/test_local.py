@@ -256,6 +256,11 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(folder, monkeypatch):
     requests = [{"messages": messages(t), "max_tokens": 10, "temperature": 0} for t in texts(8)]
     replies = ask(folder, requests, batch_size=8)
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
+    sizes.clear()
+    sampled = {"messages": messages("what is one"), "max_tokens": 10, "temperature": 1.0}
+    ask(folder, [sampled] * 60, samples=list(range(60)), batch_tokens=160)
+    assert sizes[0] > 3
+    assert sum(size > 3 for size in sizes) <= 3  # batches are smaller from then on
     monkeypatch.undo()
     assert replies == ask(folder, requests, batch_size=8)
 
