@@ -111,3 +111,43 @@ def audited(n: int, seed: int = 0) -> Audited:
     bad = rng.random(n) < 0.3
     gap = np.round(rng.normal(np.where(bad, 0.5, 2.5), 2.0))
     return Audited(gap, bad)
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """Prompts whose answer is Yes or No: their last hidden states [n, D], and +1 where Yes is preferred, -1 for No."""
+
+    hidden: Array
+    sign: NDArray[np.int64]
+
+
+def behaviours(separations: list[float], n: int = 200, seed: int = 0, *, dimensions: int = 32) -> list[Behaviour]:
+    """Behaviours whose positive and negative prompts lie this far apart along a direction of their own, in N(0, I)."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for separation in separations:
+        sign = np.where(np.arange(n) % 2 == 0, 1, -1)
+        middle = sign[:, None] * separation / 2 * _sphere(rng, dimensions)
+        found.append(Behaviour(middle + rng.standard_normal((n, dimensions)), sign))
+    return found
+
+
+def token_behaviours(
+    informative: list[float], n: int = 64, seed: int = 0, *, length: int = 16, vocabulary: int = 64
+) -> list[tuple[list[list[int]], list[bool]]]:
+    """Prompts of token ids for a tiny language model, and whether Yes is preferred: one list a behaviour.
+
+    A behaviour has a first token of its own, and two tokens of its own that tell its classes apart; a share
+    `informative` of its prompt is such tokens, the rest noise that all behaviours share.
+    """
+    rng = np.random.default_rng(seed)
+    found = []
+    for number, share in enumerate(informative):
+        own = 4 + 3 * number
+        yes = np.arange(n) % 2 == 0
+        ids = rng.integers(4 + 3 * len(informative), vocabulary, (n, length))
+        told = rng.random((n, length)) < share
+        ids = np.where(told, np.where(yes, own + 1, own + 2)[:, None], ids)
+        ids[:, 0] = own
+        found.append((ids.tolist(), yes.tolist()))
+    return found
