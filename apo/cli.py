@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from apo.commands import calibrate, certify
+from apo.commands import calibrate, certify, distinguish
+from apo.console import quieten, tell
 from apo.evaluate.commands import app as evaluate
 from clair.command import run
 from clair.recipe import EXIT_INTERRUPTED
@@ -49,7 +49,7 @@ def train(
     given = {"out": out, "reference": reference}
     overrides = [*(set_ or []), *(f"{key}={_quoted(value)}" for key, value in given.items() if value)]
     config = load_recipe(TrainConfig, recipe, overrides)
-    _quieten()
+    quieten()
     if dry_run:
         _print_plan(config)
         return
@@ -57,12 +57,12 @@ def train(
     from apo.train import train as run
 
     try:
-        done = run(config, tell=_tell)
+        done = run(config, tell=tell)
     except KeyboardInterrupt as stop:  # caught here: typer would end without a word
-        _tell(f"{str(stop) or 'interrupted'}; the same command goes on from the last checkpoint")
+        tell(f"{str(stop) or 'interrupted'}; the same command goes on from the last checkpoint")
         raise typer.Exit(EXIT_INTERRUPTED) from stop
     if is_main():
-        _tell(_closing(config.out, done))
+        tell(_closing(config.out, done))
 
 
 @app.command()
@@ -72,12 +72,13 @@ def merge(
     base: Annotated[str | None, typer.Option(help="The base model, where it is not where the adapter says.")] = None,
 ) -> None:
     """Fold an adapter into its base model, for serving."""
-    _quieten()
+    quieten()
     from apo.merge import merge as fold
 
-    _tell(f"wrote {fold(adapter, out, base=base)}")
+    tell(f"wrote {fold(adapter, out, base=base)}")
 
 
+app.command()(distinguish)
 app.command()(calibrate)
 app.command()(certify)
 
@@ -169,24 +170,6 @@ def _quoted(text: str) -> str:
     import json
 
     return json.dumps(text)
-
-
-def _tell(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def _quieten() -> None:
-    """One bar is enough: transformers and datasets keep theirs, and their advice, to themselves."""
-    import warnings
-
-    import datasets
-    from transformers.utils import logging
-
-    # peft 0.21 and TRL 1.16 still use the old name, and nobody who trains can change that.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    logging.disable_progress_bar()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""apo calibrate, certify: what is typed. Heavy imports stay inside the commands."""
+"""apo distinguish, calibrate, certify: what is typed. Heavy imports stay inside the commands."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,12 +12,58 @@ from clair.recipe import UserError, near_miss
 
 if TYPE_CHECKING:
     from apo.calibrate import Filter
+    from apo.distinguish import Report
 
 Trained = Annotated[
     list[Path] | None,
     typer.Option("--trained-on", help="What the scorer was trained on: a reward, a dataset, JSONL ids; repeatable."),
 ]
 Decisions = Annotated[Path | None, typer.Option(help="A decisions file to write, for `clair keep`.")]
+
+
+def distinguish(
+    datasets: Annotated[list[str], typer.Argument(help="Pairs: a dataset folder, a file or a hub name; repeatable.")],
+    model: Annotated[str, typer.Option(help="The model that will be trained.")],
+    by: Annotated[str, typer.Option(help="user, group, behaviour, source or kmeans:K.")] = "kmeans:8",
+    objective: Annotated[str, typer.Option(help="The objective that will be trained.")] = "apo_zero",
+    beta: Annotated[float, typer.Option(help="Its beta.")] = 0.1,
+    out: Annotated[Path | None, typer.Option(help="A folder for distinguish.json and distinguish.png.")] = None,
+    seed: Annotated[int, typer.Option(help="What random draws start from.")] = 0,
+) -> None:
+    """What training will learn first, neglect or hurt: one look at the pairs, before a step is taken."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from apo.mixture import mixture_of
+
+    mixture_of(objective)
+    if beta <= 0:
+        raise UserError(f"beta is {beta:g}; it must be above 0")
+    from apo.console import quieten, tell
+    from apo.distinguish import distinguish as look
+    from apo.distinguish import of_the_same_prompts
+    from apo.features import labelled
+    from clair.recipe import write_json
+    from clair.terminal import show as print_
+
+    quieten()
+    found = labelled(datasets, model, tell)
+    if by == "source":
+        same = of_the_same_prompts(found.rows)
+        if same:
+            tell(f"comparing sources on {len(same):,} of {len(found.rows):,} pairs, whose prompts all of them have")
+            found = found.select(same)
+        else:
+            tell("no prompt is in all sources: what differs may be the prompts")
+    report = look(found, by, objective, beta, seed=seed)
+    print_(_cluster_table(report))
+    for warning in report.warnings:
+        print_(f"! {warning}")
+    if out:
+        from apo.plots import draw_clusters
+
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "distinguish.json", report.plain())
+        draw_clusters(report.plain(), out / "distinguish.png")
+        tell(f"wrote {out}/distinguish.json and distinguish.png")
 
 
 def calibrate(
@@ -75,6 +122,26 @@ def certify(
     print(f"{len(undecided.dropped):,} of {len(rows):,} pairs are undecided. To leave them out of a clair build:\n")
     print(undecided.recipe(), end="")
     _decide(undecided, dataset, manifest, decisions)
+
+
+def _cluster_table(report: Report) -> Any:
+    from rich.box import SIMPLE
+    from rich.markup import escape
+    from rich.table import Table
+
+    columns = ["pairs", "speed %", "95 %", "delta", "coherence", "overlap", "conflict"]
+    literal = any(cluster.literal for cluster in report.clusters)
+    table = Table("", *columns, *(["literal"] if literal else []), box=SIMPLE)
+    table.title = f"{escape(report.objective)}, beta {report.beta:g}: speed in % of the fastest"
+    fastest = max(abs(c.speed.value) for c in report.clusters)
+    for c in report.clusters:
+        speed, lo, hi = (100 * value / fastest for value in (c.speed.value, c.speed.lo, c.speed.hi))
+        table.add_row(
+            escape(c.name), str(c.n), f"{speed:.0f}", f"{lo:.0f} to {hi:.0f}", f"{c.delta.value:.3g}",
+            f"{c.coherence.value:.2f}", f"{c.overlap:.2f}", f"{c.conflict:.2f}" if c.conflict_with else "",
+            *([f"{c.literal.delta:.3g}" if c.literal else ""] if literal else []),
+        )  # fmt: skip
+    return table
 
 
 def _allowed(name: str, value: str, allowed: tuple[str, ...]) -> None:

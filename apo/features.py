@@ -147,6 +147,11 @@ class Labelled:
     tokenized: Dataset
     model: Any
 
+    def select(self, places: Sequence[int]) -> Labelled:
+        """Some of the pairs, in this order."""
+        rows = [self.rows[place] for place in places]
+        return Labelled(rows, self.features.select(places), self.tokenized.select(places), self.model)
+
 
 def labelled(paths: Sequence[str], model: str, tell: Callable[[str], None] = lambda _: None) -> Labelled:
     """The pairs of some datasets with the features that the model at `model` gives them.

@@ -50,6 +50,42 @@ def draw_dynamics(rows: Rows, path: str | Path, title: str = "") -> None:
     figure.savefig(path, format="png")
 
 
+def draw_clusters(report: Mapping[str, Any], path: str | Path) -> None:
+    """A report of `apo distinguish`: predicted speeds with their intervals on the left, fastest first; on the right the
+    cosines of the directions, red where two clusters pull apart.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    clusters = report["clusters"]
+    names = [f"{cluster['name'][:28]} ({cluster['n']})" for cluster in clusters]
+    places = range(len(clusters))
+    figure = Figure(figsize=(10.5, 1.6 + 0.36 * len(clusters)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1.5, 1]})
+    _dress(left, "Predicted speed", f"fall of the loss per unit of learning rate at the start, {report['objective']}")
+    left.set_xlabel("")
+    left.axvline(0, color=QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
+    for place, cluster in zip(places, clusters, strict=True):
+        speed = cluster["speed"]
+        color = COLORS["rejected"] if speed["value"] < 0 else COLORS["chosen"]
+        left.plot([speed["lo"], speed["hi"]], [place, place], color=color, linewidth=1.9, solid_capstyle="round")
+        left.plot(speed["value"], place, "o", color=color, markersize=5)
+    left.set_yticks(list(places), names)
+    left.set_ylim(len(clusters) - 0.5, -0.5)
+    right.imshow(report["cosines"], cmap="RdBu", vmin=-1, vmax=1)
+    right.set_title("Agreement", loc="left", fontsize=11, fontweight="bold", pad=18)
+    right.text(0, 1.025, "cosine of chosen - rejected", transform=right.transAxes, fontsize=8.5, color=QUIET)
+    right.set_xticks([])
+    right.set_yticks([])
+    for row in places:
+        for column in places:
+            value = report["cosines"][row][column]
+            right.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7,
+                       color="white" if abs(value) > 0.6 else QUIET)  # fmt: skip
+    figure.savefig(path, format="png")
+
+
 def _both(rows: Rows, key: str) -> dict[str, Line]:
     return {name: series(rows, f"{key}/{name}") for name in COLORS}
 

@@ -1,0 +1,24 @@
+"""What a command says on the way: lines on stderr, and quiet from the libraries below."""
+
+from __future__ import annotations
+
+import sys
+
+
+def tell(message: str) -> None:
+    """One line to a person, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def quieten() -> None:
+    """One bar is enough: transformers and datasets keep theirs, and their advice, to themselves."""
+    import warnings
+
+    import datasets
+    from transformers.utils import logging
+
+    # peft 0.21 and TRL 1.16 still use the old name, and nobody who trains can change that.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
