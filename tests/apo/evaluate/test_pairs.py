@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
 
 from apo.evaluate.pairs import (
     Measured,
@@ -253,9 +252,11 @@ def test_a_model_that_no_run_made_needs_its_reference_and_dataset(model_dir):
         config_of(model_dir, reference="r", out="x")
 
 
-def test_pairs_without_a_prompt_are_refused(model_dir, trained, tmp_path):
-    rows = [{"prompt_ids": [], "chosen_ids": [12, 3], "rejected_ids": [13, 3]}]
-    Dataset.from_list(rows).to_parquet(tmp_path / "ids.parquet")
-    options = {"model": str(trained), "reference": str(model_dir), "split": "train"}
-    with pytest.raises(UserError, match="prompt"):
-        measured(tmp_path / "ids.parquet", tmp_path / "out", **options)
+def test_pairs_without_a_prompt_are_refused(dataset, model_dir, tmp_path):
+    # A template that begins otherwise before an answer leaves nothing that both renderings share.
+    odd = tmp_path / "odd"
+    make_model().save_pretrained(odd)
+    start = "{% if add_generation_prompt %}<|start|>{% else %}<|begin|>{% endif %}"
+    make_tokenizer(template=start + "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}").save_pretrained(odd)
+    with pytest.raises(UserError, match="a prompt has no tokens"):
+        measured(dataset, tmp_path / "out", model=str(odd), reference=str(model_dir))
