@@ -103,9 +103,9 @@ async def judge_pair(prompt: Prompt, first: str, second: str, judge: Judge) -> J
     """Which of two answers is better, asked in both orders or in one chosen by hash. Drops ties and contradictions."""
     if judge.order == "random":
         swapped = int(content_hash([prompt.id, first, second])[0], 16) % 2 == 1
-        judgement = await _judge_once(prompt, first, second, judge, swapped)
+        judgement = await judge_once(prompt, first, second, judge, swapped)
     else:
-        asked = (_judge_once(prompt, first, second, judge, swapped) for swapped in (False, True))
+        asked = (judge_once(prompt, first, second, judge, swapped) for swapped in (False, True))
         judgement, other = await together(*asked)
         if {judgement.better, other.better} == {1, 2}:
             raise Dropped("judge", "contradiction", "the verdict changes with the order of the answers")
@@ -116,7 +116,8 @@ async def judge_pair(prompt: Prompt, first: str, second: str, judge: Judge) -> J
     return judgement
 
 
-async def _judge_once(prompt: Prompt, first: str, second: str, judge: Judge, swapped: bool) -> Judgement:
+async def judge_once(prompt: Prompt, first: str, second: str, judge: Judge, swapped: bool) -> Judgement:
+    """One verdict, `second` shown before `first` where `swapped`. Drops a reply without a readable verdict."""
     shown = (second, first) if swapped else (first, second)
     asked = request(judge.template, prompt.messages, judge.system, first=shown[0], second=shown[1])
     try:

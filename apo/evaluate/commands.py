@@ -247,6 +247,104 @@ def fetch_mixeval(
 
 
 @app.command()
+def winrate(
+    prompts: Annotated[Path, typer.Option(help="Held-out prompts: a .jsonl, .json, .csv or .parquet file.")],
+    base: Annotated[str, typer.Option(help="The base: a model or adapter folder, a URL, or a file of its answers.")],
+    tuned: Annotated[str, typer.Option(help="The tuned model, likewise.")],
+    judge_base_url: Annotated[list[str], typer.Option(help="The judge's URL; repeat it where several serve it.")],
+    judge_model: Annotated[str, typer.Option(help="The judge's name.")],
+    out: Annotated[Path, typer.Option(help="The result folder.")],
+    base_name: Annotated[str | None, typer.Option(help="The name an endpoint serves the base under.")] = None,
+    tuned_name: Annotated[str | None, typer.Option(help="The same for the tuned model.")] = None,
+    base_key_env: Annotated[str | None, typer.Option(help="Environment variable with that endpoint's key.")] = None,
+    tuned_key_env: Annotated[str | None, typer.Option(help="The same for the tuned model.")] = None,
+    judge_key_env: Annotated[str | None, typer.Option(help="Environment variable with the judge's key.")] = None,
+    judge_template: Annotated[Path | None, typer.Option(help="Your own words for the judge, in Jinja.")] = None,
+    samples: Annotated[int, typer.Option(help="Answers of each side to each prompt.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of answers, instead of what the model's generation config says.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 1024,
+    limit: Annotated[int | None, typer.Option(help="Only the first N prompts.")] = None,
+    seed: Annotated[int, typer.Option(help="What local models sample from.")] = 0,
+    ledger: Annotated[Path | None, typer.Option(help="A ledger to share; absent: OUT/ledger.sqlite.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight for each role.")] = 100,
+    budget: Annotated[str | None, typer.Option(help="The most that may be spent; needs prices.")] = None,
+    budget_tokens: Annotated[int | None, typer.Option(help="The same in tokens, of all roles.")] = None,
+    judge_price: Annotated[str | None, typer.Option(help="For a million tokens in,out: `0.5,1.5`; `table`.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all and print the settings; write nothing.")
+    ] = False,
+) -> None:
+    """Which of two models a judge prefers, asked in both orders; raw and at equal lengths, with intervals."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
+    from apo.evaluate.winrate import WinrateConfig, check
+    from clair.recipe import resolve
+
+    answers = {"temperature": temperature, "max_tokens": max_tokens}
+    judge = {"url": tuple(judge_base_url), "model": judge_model, "api_key_env": judge_key_env}
+    judge |= {"price": _price(judge_price), "template": str(judge_template) if judge_template else None}
+    values = {
+        "prompts": {"path": str(prompts)},
+        "base": _side("base", base, base_name, base_key_env, answers),
+        "tuned": _side("tuned", tuned, tuned_name, tuned_key_env, answers),
+        "judge": judge,
+        **{"samples": samples, "limit": limit, "seed": seed, "concurrency": concurrency, "out": str(out)},
+        "ledger": str(ledger) if ledger else None,
+        "budget": _budget(budget, budget_tokens),
+    }
+    config = resolve(WinrateConfig, values, "options")
+    checked = check(config)
+    if dry_run:
+        _print_winrate(config, checked)
+        return
+    _run_winrate(config, checked)
+
+
+def _side(side: str, who: str, name: str | None, key_env: str | None, answers: dict[str, Any]) -> dict[str, Any] | str:
+    if who.startswith(("http://", "https://")):
+        if name is None:
+            raise UserError(f"--{side} is an endpoint and needs --{side}-name, the name it serves the model under")
+        return {"url": who, "model": name, "api_key_env": key_env, **answers}
+    if given := [option for option, value in (("name", name), ("key-env", key_env)) if value is not None]:
+        raise UserError(f"--{side}-{given[0]} is for an endpoint; give its URL as --{side}, or leave it out")
+    if Path(who).is_dir():
+        return {"path": who, "batch_tokens": 65_536, **answers}
+    if not Path(who).is_file():
+        raise UserError(f"--{side} {who} is no folder, file or http(s) URL; give a model, its URL or its answers")
+    return who
+
+
+def _print_winrate(config: Any, checked: Any) -> None:
+    import yaml
+
+    from apo.evaluate.settings import public
+
+    print(yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True), end="")
+    pairs = len(checked.prompts) * config.samples
+    print(f"# {len(checked.prompts):,} prompts, {pairs:,} pairs of answers, at most {2 * pairs:,} verdicts")
+
+
+def _run_winrate(config: Any, checked: Any) -> None:
+    from apo.evaluate.tables import evaluation_bar, winrate_table
+    from apo.evaluate.winrate import compare
+    from clair.terminal import show as print_
+
+    with evaluation_bar(len(checked.prompts) * config.samples) as tell:
+        done = compare(config, checked=checked, on_progress=tell)
+    if done.stopped:
+        _tell(f"{done.stopped}: every reply so far is kept; run the same command again to go on")
+        raise typer.Exit(EXIT_INTERRUPTED if done.stopped == "interrupted" else EXIT_BUDGET)
+    if done.result is None:
+        _tell(
+            f"{done.failed} pairs got no reply ({done.first_failure}), so there is no win rate; everything else is "
+            f"kept, run the same command again"
+        )
+        raise typer.Exit(EXIT_SOME_FAILED)
+    print_(winrate_table(done.result))
+
+
+@app.command()
 def pairs(
     model: Annotated[Path, typer.Option(help="The trained model or adapter, such as the folder of a run.")],
     out: Annotated[Path, typer.Option(help="Where pairs.json and pairs.jsonl go.")],

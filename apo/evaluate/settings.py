@@ -23,10 +23,29 @@ from clair.urls import api_key, environment_headers, public_url
 
 SETTINGS = "settings.json"
 _PASSING = ("concurrency", "attempts", "out", "ledger", "limit", "budget", "upstream_files")
-_ROLES = ("model", "judge")
 
 
-class MixEvalConfig(Recipe):
+class Evaluation(Recipe):
+    """What every evaluation that asks models has."""
+
+    budget: BudgetConfig | None = None
+    concurrency: int = Field(100, ge=1)
+    attempts: int = Field(6, ge=1)
+    ledger: str | None = None
+    out: str = Field(min_length=1)
+
+    @property
+    def models(self) -> Mapping[str, ModelConfig]:
+        """The models that are asked, by role."""
+        raise NotImplementedError
+
+    @property
+    def ledger_path(self) -> Path:
+        """The ledger: the one named, or the result folder's own."""
+        return Path(self.ledger) if self.ledger else Path(self.out) / "ledger.sqlite"
+
+
+class MixEvalConfig(Evaluation):
     """All of an evaluation, resolved before any work."""
 
     data: str
@@ -44,12 +63,7 @@ class MixEvalConfig(Recipe):
     seed: int = Field(42, ge=0)
     """What random draws start from: upstream's fallback, a strict judge, a local model's sampling."""
     independent_judgements: bool = False
-    budget: BudgetConfig | None = None
-    concurrency: int = Field(100, ge=1)
-    attempts: int = Field(6, ge=1)
-    ledger: str | None = None
     upstream_files: bool = False
-    out: str = Field(min_length=1)
 
     @model_validator(mode="after")
     def _fits(self) -> MixEvalConfig:
@@ -73,11 +87,6 @@ class MixEvalConfig(Recipe):
             roles["judge"] = self.judge.model_copy(update={**own, "extra": {**self.judge.extra, **options}})
         return roles
 
-    @property
-    def ledger_path(self) -> Path:
-        """The ledger: the one named, or the result folder's own."""
-        return Path(self.ledger) if self.ledger else Path(self.out) / "ledger.sqlite"
-
 
 @dataclass(frozen=True, slots=True)
 class Checked:
@@ -90,7 +99,7 @@ class Checked:
 
 def check(config: MixEvalConfig) -> Checked:
     """Everything that can be wrong before a request is sent. Raises UserError; spends nothing, writes nothing."""
-    _check_folder(Path(config.out))
+    check_folder(Path(config.out), SCORE)
     benchmark = mixeval.load(config.data, config.version, config.split, config.limit)
     words = mixeval.load_judge_words(config.data) if config.judge != "rule" else None
     given = read_responses(config.responses, benchmark) if config.responses is not None else None
@@ -107,22 +116,23 @@ def check(config: MixEvalConfig) -> Checked:
     return Checked(benchmark, words, given)
 
 
-def _check_folder(out: Path) -> None:
+def check_folder(out: Path, result: str) -> None:
+    """See that `out` may be written to: new, empty, or the folder of such an evaluation (`result` is its file)."""
     if out.exists() and not out.is_dir():
         raise UserError(f"out {out} is a file, not a folder; choose another --out")
-    if out.is_dir() and not any((out / name).is_file() for name in (SETTINGS, SCORE)):
+    if out.is_dir() and not any((out / name).is_file() for name in (SETTINGS, result)):
         strange = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith((".lock", "ledger.sqlite")))
         if strange:
             raise UserError(f"{out} is no result folder and not empty (it holds {strange[0]}); choose another --out")
 
 
-def same_settings(config: MixEvalConfig, out: Path, ledger: Ledger) -> None:
+def same_settings(config: Evaluation, out: Path, ledger: Ledger, items: str = ITEMS) -> None:
     """The folder remembers its settings from before the first request. Raises UserError where these are others.
 
-    A run that came to nothing, such as one with a wrong key, leaves them free.
+    A run that came to nothing, such as one with a wrong key, leaves them free. `items` is the file of a finished one.
     """
     file, settings = out / SETTINGS, public(config)
-    begun = (out / ITEMS).is_file() or any(sum(tokens) for tokens in ledger.spent(payer(config)).values())
+    begun = (out / items).is_file() or any(sum(tokens) for tokens in ledger.spent(payer(config)).values())
     if file.is_file() and begun:
         changed = changed_keys(_lasting(read_json(file)), _lasting(settings))
         if changed:
@@ -133,12 +143,12 @@ def same_settings(config: MixEvalConfig, out: Path, ledger: Ledger) -> None:
     write_json(file, settings)
 
 
-def payer(config: MixEvalConfig) -> str:
+def payer(config: Evaluation) -> str:
     """On whose account requests go in the ledger."""
     return str(Path(config.out).resolve())
 
 
-def public(config: MixEvalConfig) -> dict[str, Any]:
+def public(config: Evaluation) -> dict[str, Any]:
     """The settings as they may be written down: without what a URL can carry of a password."""
     settings = resolved(config)
     for role, model in config.models.items():
@@ -150,8 +160,8 @@ def public(config: MixEvalConfig) -> dict[str, Any]:
 def _lasting(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What of the settings decides about the result."""
     kept = {key: value for key, value in settings.items() if key not in _PASSING}
-    for role in _ROLES:
-        if isinstance(kept.get(role), Mapping):
-            drop = ROLE_PASSING | ({"url"} if kept[role].get("id") else set())
-            kept[role] = {key: value for key, value in kept[role].items() if key not in drop}
+    roles = [key for key, value in kept.items() if isinstance(value, Mapping) and "url" in value]
+    for role in roles:
+        drop = ROLE_PASSING | ({"url"} if kept[role].get("id") else set())
+        kept[role] = {key: value for key, value in kept[role].items() if key not in drop}
     return kept

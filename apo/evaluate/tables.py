@@ -85,6 +85,32 @@ def comparison_words(comparison: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
+def winrate_table(result: Mapping[str, Any]) -> Table:
+    """The numbers of `apo eval winrate`, each with its 95 % interval."""
+    names = (result["tuned"]["name"], result["base"]["name"], result["judge"]["name"])
+    title = "{} against {}, judge {}; {:,} comparisons".format(*names, result["comparisons"])
+    table = Table("", "mean", "95 % interval", title=escape(title))
+    table.add_row("win rate, %", *_share(result["win_rate"]))
+    controlled = result["length_controlled"]
+    if controlled["rate"] is None:
+        table.add_row("  at equal lengths, %", "", escape(controlled["why"]))
+    else:
+        table.add_row("  at equal lengths, %", *_share({"mean": controlled["rate"], "ci95": controlled["ci95"]}))
+    table.add_row("won, tied, lost", f"{result['won']:,}, {result['tied']:,}, {result['lost']:,}", "")
+    if result["resolved"] < result["comparisons"]:
+        told = ", ".join(f"{count} {reason}" for reason, count in result["unresolved"].items())
+        bracket = " to ".join(f"{100 * end:.1f}" for end in result["bracket"])
+        table.add_row("unresolved", f"{result['comparisons'] - result['resolved']:,}", f"{told}; rate {bracket}")
+    table.add_section()
+    table.add_row("length ratio, tuned / base", f"{result['length']['ratio'] or 0:.2f}", "")
+    if result["consistency"]:
+        table.add_row("verdicts that agree, %", *_share(result["consistency"]))
+    if position := result["position"]:
+        told = {"mean": position["share_first"], "ci95": position["ci95"]}
+        table.add_row("prefers what is shown first, %", *_share(told))
+    return table
+
+
 def pairs_table(result: Mapping[str, Any]) -> Table:
     """The numbers of `apo eval pairs`, each with its 95 % interval."""
     title = f"{result['pairs']:,} held-out pairs of {result['prompts']:,} prompts, beta {result['beta']:g}"
