@@ -290,7 +290,7 @@ class Ledger:
         state, run, *stored = found
         if state == "done":
             return self.sound(key, *stored)
-        if state == "asked" and connection.execute("SELECT 1 FROM batched WHERE key = ?", (key,)).fetchone():
+        if state == "asked" and self.in_batch(connection, key):
             return IN_BATCH
         if state == "asked" and self.elsewhere(run):
             return ELSEWHERE
@@ -300,6 +300,21 @@ class Ledger:
             (self.run, claim.payer, *claim.most, key),
         )
         return MINE
+
+    def in_batch(self, connection: sqlite3.Connection, key: str) -> bool:
+        """Whether a request waits for a batch or is in one. One that a dead run queued and never sent is let go."""
+        found = connection.execute(
+            "SELECT batched.run, file FROM batched LEFT JOIN batches ON name = batch WHERE key = ?", (key,)
+        ).fetchone()
+        if found is None or found[1] is not None or found[0] == self.run or self._lives(found[0]):
+            return found is not None
+        query = "DELETE FROM batched WHERE key = ? RETURNING most_prompt, most_completion"
+        most = connection.execute(query, (key,)).fetchone()
+        connection.execute(
+            "UPDATE calls SET open_prompt = open_prompt - ?, open_completion = open_completion - ? WHERE key = ?",
+            (*most, key),
+        )
+        return False
 
     def _write_loop(self) -> None:
         while (first := self._queue.get()) is not None:

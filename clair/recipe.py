@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -150,7 +150,7 @@ _UNION_ARM = re.compile(r"[A-Z]\w*|str|bool|int|float|(?:dict|list|tuple|constra
 def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
     problems = error.errors(include_url=False)
     # An unknown key explains a missing one ("promts" for "prompts"), so it is told first.
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), _deepest_arm(problems))
     where = ".".join(str(part) for part in problem["loc"] if not _UNION_ARM.fullmatch(str(part)))
     if problem["type"] == "extra_forbidden":
         allowed = sorted(_fields_at(model, problem["loc"][:-1]))
@@ -161,6 +161,14 @@ def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
     found = problem["input"]
     told = f", found {found!r}" if isinstance(found, str | int | float | bool) else ""
     return f"{where}: {message}{told}" if where else message
+
+
+def _deepest_arm(problems: Sequence[Any]) -> Any:
+    """The first problem, or of a union the arm that came farthest: `{requests: -1}` is no bool, but meant a mapping."""
+    *where, last = problems[0]["loc"] or ("",)
+    if not _UNION_ARM.fullmatch(str(last)):
+        return problems[0]
+    return max((p for p in problems if list(p["loc"][: len(where)]) == where), key=lambda p: len(p["loc"]))
 
 
 def _fields_at(model: type[BaseModel], place: tuple[Any, ...]) -> set[str]:

@@ -215,7 +215,11 @@ class Batches:
         with tempfile.TemporaryFile(dir=self.queue.ledger.path.parent) as file:
             for line in self.queue.lines(batch):
                 file.write(line)
-            uploaded = await self.service.upload(f"{batch.name}.jsonl", file)
+            try:
+                uploaded = await self.service.upload(f"{batch.name}.jsonl", file)
+            except Refused:
+                self.budget.replace(self.role, await self.queue.discard(batch), NOTHING)
+                raise
         await self.queue.uploaded(batch, uploaded)
         await self.queue.sent(batch, await self.service.begin(uploaded))
 

@@ -91,7 +91,7 @@ class BatchQueue:
             )
         elif found[0] == "done":
             return self.ledger.sound(key, *found[2:])
-        elif found[0] == "asked" and connection.execute("SELECT 1 FROM batched WHERE key = ?", (key,)).fetchone():
+        elif found[0] == "asked" and self.ledger.in_batch(connection, key):
             return IN_BATCH
         elif found[0] == "asked" and self.ledger.elsewhere(found[1]):
             return ELSEWHERE

@@ -184,6 +184,11 @@ class BatchService(ScriptedServer):
         """The service forgets its batches, or only their result files."""
         self._post("/lose", {"files": files})
 
+    def look(self) -> None:
+        """What a look at every batch brings about."""
+        for number in range(len(self.books()["batches"])):
+            self._get(f"/v1/batches/batch-{number}")
+
     def books(self) -> dict[str, Any]:
         """What was uploaded, run and delivered."""
         return json.loads(self._get("/books"))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import signal
+import sqlite3
+import time
 from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal
@@ -13,14 +17,24 @@ import pytest
 from clair.build import build
 from clair.estimate import estimate
 from clair.ledger import Ledger
+from clair.models.batch_results import outcome_of
+from clair.recipe import UserError
 from tests.clair.building import (
     BatchService,
     batch_service,
+    clair,
     config_for,
+    drops,
+    error_line,
     final_bytes,
+    finished,
+    manifest,
     outcomes,
+    pairs,
     scripted_rows,
+    start_clair,
     write_prompts,
+    write_recipe,
 )
 
 
@@ -177,3 +191,329 @@ def test_on_random_bad_days_no_row_is_misaligned_and_no_paid_result_is_lost(tmp_
 @pytest.mark.parametrize("seed", range(4, int(os.environ.get("CLAIR_BATCH_SCHEDULES", "50"))))
 def test_on_many_random_bad_days_too(tmp_path, running, seed):
     check_schedule(tmp_path, running, seed)
+
+
+# ---- killed, interrupted, away for days
+
+
+def start(tmp_path, service, count, **options):
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * count))
+    recipe = write_recipe(tmp_path, service.url, reviser=batched(service.url, **options))
+    return recipe, start_clair("build", recipe)
+
+
+def until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_killed_while_batches_are_open_it_fetches_them_and_buys_nothing_twice(tmp_path, service):
+    service.trouble(hold=True)
+    recipe, process = start(tmp_path, service, 30, requests=10)
+    until(lambda: len(service.books()["batches"]) == 3)
+    until(lambda: "batch-2" in ids(tmp_path))
+    process.send_signal(signal.SIGKILL)
+    finished(process)
+    service.end("completed")
+    ended = finished(start_clair("build", recipe))
+    assert ended.code == 0, ended
+    assert outcomes(tmp_path / "out") == good(30)
+    assert service.books()["files"] == [10, 10, 10]
+    assert manifest(tmp_path / "out")["tokens"]["reviser"]["reused"] == 0
+
+
+def ids(tmp_path) -> list[str]:
+    """The batches that the ledger knows by the service's names; none where there is no ledger yet."""
+    with (
+        contextlib.suppress(sqlite3.OperationalError),
+        contextlib.closing(sqlite3.connect(f"file:{tmp_path / 'out' / 'ledger.sqlite'}?mode=ro", uri=True)) as ledger,
+    ):
+        return [id for (id,) in ledger.execute("SELECT id FROM batches WHERE id IS NOT NULL")]
+    return []
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_killed_before_the_batch_id_is_written_it_is_found_in_the_list(tmp_path, service, lists):
+    config = settings(tmp_path, service, ["ok"] * 5)
+    build(config)
+    with sqlite3.connect(config.ledger_path) as connection:  # as it was just after the batch was begun
+        connection.execute("UPDATE batches SET id = NULL, over = 0, run = 'dead'")
+        name = connection.execute("SELECT name FROM batches").fetchone()[0]
+        connection.execute(
+            "INSERT INTO batched SELECT key, ?, 'dead', ?, 1000, 500, 'x' FROM calls",
+            (f"reviser: m at {service.url}", name),
+        )
+        connection.execute(
+            "UPDATE calls SET state = 'asked', run = 'dead', reply = NULL, digest = NULL, batch = '', "
+            "prompt_tokens = 0, completion_tokens = 0, open_prompt = 1000, open_completion = 500"
+        )
+    connection.close()
+    if not lists:
+        service.trouble(lists=False)
+    build(config)
+    assert outcomes(tmp_path / "out") == good(5)
+    assert totals(config) == (150, 0)
+    assert service.books()["files"] == [5]  # the one of before, or, where it cannot be known, a new one
+
+
+def test_interrupted_while_it_waits_it_ends_at_once_and_goes_on_later(tmp_path, service):
+    service.trouble(hold=True)
+    recipe, process = start(tmp_path, service, 12, poll=30)
+    until(lambda: ids(tmp_path) == ["batch-0"])
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    ended = finished(process)
+    assert time.monotonic() - began < 5
+    assert ended.code == 130, ended
+    assert "run the same command again" in ended.err
+    service.end("completed")
+    assert finished(start_clair("build", recipe)).code == 0
+    assert service.books()["files"] == [12]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_killed_at_any_moment_it_ends_with_the_same_rows(tmp_path, running, seed):
+    draw = random.Random(seed)
+    running.trouble(looks=3, seed=seed)
+    recipe, process = start(tmp_path, running, 60, requests=7)
+    for _ in range(2):
+        time.sleep(1.0 + 1.5 * draw.random())
+        process.send_signal(signal.SIGKILL)
+        finished(process)
+        process = start_clair("build", recipe)
+    assert finished(process).code == 0
+    assert outcomes(tmp_path / "out") == good(60)
+    runs = Counter(key for kind, key in running.books()["events"] if kind == "ran")
+    assert set(runs.values()) == {1}, "something was bought twice"
+
+
+# ---- money
+
+
+def test_a_budget_waits_for_open_batches_which_come_cheaper(tmp_path, service):
+    # One request is set aside at about 1,100 + 64 tokens and takes 30: seven fit at once, and all in the end.
+    config = settings(tmp_path, service, ["ok"] * 40, reviser=batched(service.url) | {"max_tokens": 64},
+                      budget={"tokens": 9_000})  # fmt: skip
+    assert build(config).stopped is None
+    files = service.books()["files"]
+    assert len(files) > 3
+    assert max(files) <= 7
+    assert totals(config) == (1200, 0)
+
+
+def test_a_budget_that_is_used_up_ends_the_run_with_what_it_has(tmp_path, service):
+    config = settings(tmp_path, service, ["ok"] * 40, reviser=batched(service.url) | {"max_tokens": 64},
+                      budget={"tokens": 1_500})  # fmt: skip
+    built = build(config)
+    assert "budget reached" in built.stopped
+    spent = totals(config)[0]
+    assert 0 < spent <= 1_500
+    more = build(config.model_copy(update={"budget": None}))
+    assert more.stopped is None
+    assert outcomes(tmp_path / "out") == good(40)
+    assert totals(config) == (1200, 0)
+
+
+def test_results_that_a_service_has_lost_stay_on_the_bill(tmp_path, service):
+    service.trouble(lose=1.0)
+    config = settings(tmp_path, service, ["ok"] * 3, attempts=2)
+    assert build(config).failed == 3
+    assert {row["reason"] for row in drops(tmp_path / "out")} == {"unreachable"}
+    all_, open_ = totals(config)
+    assert all_ == open_ >= 2 * 3 * 4096
+
+
+def test_exactly_n_pairs_are_accepted_and_few_more_are_asked_for(tmp_path, service):
+    config = settings(tmp_path, service, ["400", "ok"] * 60, accept=20, concurrency=1)
+    built = build(config)
+    assert [row["id"] for row in sorted(pairs(tmp_path / "out"), key=lambda row: int(row["id"][4:]))] == [
+        f"row-{n}" for n in range(1, 41, 2)
+    ]
+    assert built.manifest["counts"]["prompts"] == 40
+    assert 40 <= sum(service.books()["files"]) <= 50
+
+
+def test_stragglers_are_asked_live_where_the_recipe_says_so(tmp_path, service):
+    config = settings(tmp_path, service, ["ok"] * 20 + ["unlabelled"] * 2, options={"live_below": 5})
+    service.trouble()
+    build(config)
+    books = service.books()
+    assert books["files"] == [22]
+    assert books["live"] == ["ok"] * 2  # the two that are asked again
+    # Asked again live, this server repeats what it is told; in a batch it would have answered well.
+    assert Counter(outcomes(tmp_path / "out").values())["reviser.label_inline"] == 2
+
+
+# ---- bad input
+
+
+def refusal(config) -> str:
+    with pytest.raises(UserError) as told:
+        build(config)
+    return str(told.value)
+
+
+def test_a_file_that_the_service_refuses_ends_the_run_in_its_words(tmp_path, service):
+    service.trouble(refuse_files=413)
+    recipe, process = start(tmp_path, service, 3)
+    told = error_line(finished(process))
+    assert "cannot upload a batch file" in told
+    assert "413: The file is not to our liking." in told
+    assert "nothing of it was asked" in told
+    service.trouble()
+    assert clair("build", recipe).code == 0
+    assert service.books()["files"] == [3]
+
+
+def test_a_batch_that_is_refused_as_a_whole_ends_the_run_in_the_services_words(tmp_path, service):
+    service.trouble(failed=1.0, errors=[{"code": "model_not_found", "message": "No model m for you.", "line": None}])
+    config = settings(tmp_path, service, ["ok"] * 3)
+    told = refusal(config)
+    assert "refuses the file of batch batch-0 (No model m for you.); nothing of it was asked" in told
+    assert totals(config) == (0, 0)
+
+
+def test_a_request_that_the_service_blames_fails_alone(tmp_path, service):
+    service.trouble(failed=0.7, seed=3, errors=[{"code": "invalid", "message": "Line 2 is too long.", "line": 2}])
+    config = settings(tmp_path, service, ["ok"] * 8)
+    build(config)
+    failed = [row for row in drops(tmp_path / "out") if row["failed"]]
+    books = service.books()
+    assert len(failed) == books["batches"].count("failed") > 0
+    assert {row["reason"] for row in failed} == {"http_400"}
+    assert "Line 2 is too long." in failed[0]["detail"]
+    assert len(pairs(tmp_path / "out")) == 8 - len(failed)
+
+
+def test_files_become_smaller_where_the_service_takes_fewer_tokens(tmp_path, service):
+    service.trouble(most_lines=5)
+    config = settings(tmp_path, service, ["ok"] * 32)
+    build(config)
+    books = service.books()
+    assert books["files"][:4] == [32, 16, 8, 4]
+    assert outcomes(tmp_path / "out") == good(32)
+    assert totals(config) == (960, 0)
+
+
+def test_a_service_that_takes_nothing_is_told(tmp_path, service):
+    service.trouble(most_lines=0)
+    told = refusal(settings(tmp_path, service, ["ok"] * 4, attempts=3))
+    assert "does not take even one request in a batch (Enqueued token limit reached.)" in told
+
+
+def test_an_endpoint_without_a_batch_api_is_told(tmp_path, server):
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 3))
+    told = refusal(config_for(tmp_path, server.url, reviser=batched(server.url)))
+    assert f"{server.url} has no Batch API" in told
+    assert "set reviser.batch: false" in told
+    assert build(config_for(tmp_path, server.url)).failed == 0
+
+
+@pytest.mark.parametrize("files", [False, True])
+def test_a_batch_that_is_gone_is_told_and_asked_again_only_on_demand(tmp_path, service, files):
+    service.trouble(hold=True)
+    recipe, process = start(tmp_path, service, 6)
+    until(lambda: ids(tmp_path) == ["batch-0"])
+    process.send_signal(signal.SIGKILL)
+    finished(process)
+    if files:
+        service.end("completed")
+        service.look()
+        service.lose(files=True)
+    else:
+        service.lose()
+    told = error_line(clair("build", recipe))
+    assert "batch-0" in told
+    assert "6 requests in it may have been paid for" in told
+    assert "reviser.batch.lost: ask_again" in told
+    service.end("completed")
+    assert clair("build", recipe, "--set", "reviser.batch.lost=ask_again").code == 0
+    assert outcomes(tmp_path / "out") == good(6)
+
+
+def test_a_role_whose_replies_are_in_a_batch_is_not_asked_live_too(tmp_path, service):
+    service.trouble(hold=True)
+    recipe, process = start(tmp_path, service, 6)
+    until(lambda: ids(tmp_path) == ["batch-0"])
+    process.send_signal(signal.SIGKILL)
+    finished(process)
+    told = error_line(clair("build", recipe, "--set", "reviser.batch=false"))
+    assert "set reviser.batch: true to fetch them" in told
+    assert service.books()["live"] == []
+    with batch_service() as other:
+        command = ["build", recipe, "--set", f"reviser.url={other.url}", "--set", "reviser.id=same"]
+        assert "holds the run of another recipe" in error_line(clair(*command))
+    service.end("cancelled")
+    assert clair("build", recipe).code == 0
+    assert outcomes(tmp_path / "out") == good(6)
+
+
+@pytest.mark.parametrize(
+    ("reviser", "told"),
+    [
+        ({"path": "model", "batch": True}, "batch needs one url whose server has a Batch API, and there are 0"),
+        ({"url": ["http://a/v1", "http://b/v1"], "model": "m", "batch": True}, "and there are 2"),
+        ({"url": "http://a/v1", "model": "m", "batch": {"requests": 50_001}}, "less than or equal to 50000"),
+        ({"url": "http://a/v1", "model": "m", "batch": {"request": 5}}, "did you mean 'requests'"),
+    ],
+)
+def test_batches_that_cannot_be_are_refused_before_anything_is_done(tmp_path, reviser, told):
+    with pytest.raises(UserError, match=told):
+        config_for(tmp_path, "http://a/v1", reviser=reviser)
+
+
+def test_a_request_larger_than_a_file_fails_alone(tmp_path, service):
+    rows = scripted_rows(["ok"] * 3)
+    rows[1]["prompt"] += " word" * 3000
+    write_prompts(tmp_path / "prompts.jsonl", rows)
+    build(config_for(tmp_path, service.url, reviser=batched(service.url, megabytes=0.01)))
+    assert outcomes(tmp_path / "out") == {k: v for k, v in good(3).items() if k != "row-1"} | {
+        "row-1": "!reviser.prompt_too_long"
+    }
+
+
+# ---- result lines by hand
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("", None),
+        ("null", None),
+        ("[]", None),
+        ('{"custom_id": 7}', None),
+        ('{"response": {"status_code": 200}}', None),
+        ('{"custom_id": "k"}', "again: no reply"),
+        ('{"custom_id": "k", "response": null, "error": {"code": "batch_expired"}}', "again: batch_expired"),
+        ('{"custom_id": "k", "response": {"status_code": 429, "body": null}}', "again: no reply"),
+        ('{"custom_id": "k", "response": {"status_code": 503, "body": "down"}}', "again: no reply"),
+        (
+            '{"custom_id": "k", "response": {"status_code": 400, "body": {"error": {"message": "too\\n long"}}}}',
+            "http_400: 400: too long",
+        ),
+        ('{"custom_id": "k", "response": {"status_code": 200, "body": {"choices": []}}}', "malformed_reply"),
+        ('{"custom_id": "k", "response": {"status_code": "200", "body": {}}}', "again: no reply"),
+    ],
+)
+def test_a_result_line_tells_one_thing_or_nothing(line, told):
+    outcome = outcome_of(line)
+    if told is None:
+        assert outcome is None
+    else:
+        assert outcome.key == "k"
+        assert outcome.error.startswith(told)
+
+
+def test_a_good_line_gives_the_reply_as_it_came_and_its_usage():
+    line = (
+        '{"id": "l", "custom_id": "k", "error": null, "response": {"status_code": 200, "request_id": "r", "body": '
+        '{"choices": [{"message": {"content": "caf\\u00e9 \\ud83d"}}], '
+        '"usage": {"prompt_tokens": 3, "completion_tokens": 5}}}}'
+    )
+    outcome = outcome_of(line)
+    assert outcome.error is None
+    assert outcome.billed == (3, 5)
+    assert "café \ufffd" in outcome.raw
