@@ -133,6 +133,8 @@ def _print_plan(config: Any) -> None:
     of = "pairs" if "pairs" in planned.counts()["train"] else "rows"
     print(f"# steps: {planned.steps:,} of {per_step * planned.args.world_size} {of}")
     print(f"# out: {config.out} ({status})")
+    if planned.rails is not None:
+        print(f"# guard: {planned.rails.told(planned.steps)}")
     for note in planned.train.notes:
         print(f"# note: {note}")
     _print_estimate(planned)

@@ -102,8 +102,23 @@ class Bar(TrainerCallback):
             self.progress = None
 
 
+_LOOKS = {
+    "guard/text_loss": "guard: loss on the text {:.4f}",
+    "guard/text_loss_rise": "({:+.4f}",
+    "guard/text_loss_rise_noise": "+- {:.4f})",
+    "guard/accuracy": "guard: tasks right {:.1%}",
+    "guard/accuracy_drop": "({:.1%} lost",
+    "guard/accuracy_drop_noise": "+- {:.1%})",
+    "probe/kl": "probe: KL {:.2g} nats a token",
+    "probe/edited_chosen": "chosen tokens: edited {:+.3f}",
+    "probe/shared_chosen": "shared {:+.3f}",
+}
+
+
 def summary(logs: dict[str, Any]) -> str:
     """One line of a log: loss, both rewards, accuracy, pairs a second."""
+    if any(key.startswith(("guard/", "probe/")) for key in logs):
+        return "  ".join(form.format(logs[key]) for key, form in _LOOKS.items() if key in logs)
     prefix = "eval_" if "eval_loss" in logs else ""
     words = [f"held-out loss {logs['eval_loss']:.4f}" if prefix else f"loss {logs.get('loss', float('nan')):.4f}"]
     forms = {"chosen": "chosen {:+.3f}", "rejected": "rejected {:+.3f}", "accuracies": "accuracy {:.0%}"}

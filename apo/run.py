@@ -30,8 +30,8 @@ PICTURE = "dynamics.png"
 CARD = "README.md"
 
 Status = Literal["new", "unfinished", "finished"]
-MAY_CHANGE = ("out", "reference", "trainer.pack_tokens", "trainer.gradient_checkpointing")
-"""Keys of a recipe that do not change what is trained: a stopped run goes on with other values of these."""
+MAY_CHANGE = ("out", "reference", "guard", "probe", "trainer.pack_tokens", "trainer.gradient_checkpointing")
+"""Keys of a recipe (and under them) that change nothing that is trained: a stopped run goes on with other values."""
 
 
 def status_of(out: Path, recipe: Mapping[str, Any]) -> Status:
@@ -48,7 +48,7 @@ def status_of(out: Path, recipe: Mapping[str, Any]) -> Status:
             raise UserError(f"out: {out} holds files but no run of `apo train` ({found}); choose another folder")
         return "new"
     run = read_run(out)
-    changed = [key for key in changed_keys(run["recipe"], recipe) if key not in MAY_CHANGE]
+    changed = [key for key in changed_keys(run["recipe"], recipe) if not key.startswith(MAY_CHANGE)]
     if changed:
         raise UserError(
             f"out: {out} holds the run of another recipe (changed: {', '.join(changed)}); choose another folder with "

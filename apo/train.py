@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, field_serializer, field_validator
 
 from apo import model as models
 from apo import run as runs
+from apo.guard import Guard, load_rails
 from apo.pairs import Source
 from apo.processes import Group, check_deepspeed, check_devices, joined
 from clair.recipe import Recipe, UserError, near_miss, resolved, write_json
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from apo import fit
+    from apo.guard import Rails
     from apo.tokens import Tokenized
     from apo.trainer import APOConfig, APOTrainer
 
@@ -75,6 +77,10 @@ class TrainConfig(Recipe):
     reference: Literal["cached", "online"] = "cached"
     """`cached`: the reference's log-probs are computed before the first step, once per model and pairs for all runs;
     `online`: at every step, by a second copy of the model."""
+    guard: Guard | None = None
+    """Held-out text and tasks that the model may not lose. Absent: none are looked at."""
+    probe: Annotated[int, Field(ge=0)] | None = None
+    """Pairs looked at token by token (probe.py). Absent: one for a hundred trained, at most 16; 0: none."""
     seed: int = 0
     out: str
     trust_remote_code: bool = False
@@ -117,6 +123,7 @@ def trainer_options(config: TrainConfig, *, has_eval: bool) -> APOConfig:
             raise UserError(f"trainer.{key}: no such option{near}")
     _check_types(config.trainer)
     defaults: dict[str, Any] = {"eval_strategy": "epoch"} if has_eval else {}
+    defaults |= {"save_total_limit": 2} if config.guard else {}
     objective = mixture_of(config.objective)
     if config.reference == "cached" and objective.needs_reference and not objective.needs_divergence:
         defaults |= {"precompute_ref_log_probs": True, "reference_cache": str(default_folder())}
@@ -161,6 +168,7 @@ class Plan:
     train: Tokenized
     eval: Tokenized | None
     steps: int
+    rails: Rails | None = None
 
     def counts(self) -> dict[str, Any]:
         """Pairs (or unpaired rows, and how many are desirable) and drops of both splits, for run.json."""
@@ -190,7 +198,8 @@ def plan(config: TrainConfig) -> Plan:
             f"{len(train.dataset)} row(s) are left to train on: {train.dropped.get('too_long', 0):,} are longer than "
             f"max_length {args.max_length}; raise trainer.max_length"
         )
-    return Plan(config, name, tokenizer, args, train, evaluated, _steps(args, len(train.dataset)))
+    rails = load_rails(config.guard, tokenizer, ends, models.context_of(name)) if config.guard else None
+    return Plan(config, name, tokenizer, args, train, evaluated, _steps(args, len(train.dataset)), rails)
 
 
 @dataclass(frozen=True)
@@ -340,9 +349,11 @@ def build_trainer(planned: Plan, group: Group | None = None) -> APOTrainer:
 
     from apo.checks import check_before_training
     from apo.monitor import Bar, Interrupt, Recorder
+    from apo.probe import probe_of
     from apo.trainer import APOTrainer
+    from apo.watch import Watch
 
-    config, args = planned.config, planned.args
+    config, args, watch = planned.config, planned.args, Watch(planned.rails)
     options, args.model_init_kwargs = dict(args.model_init_kwargs or {}), None
     with group.together():
         model = models.load_model(planned.name, **options)
@@ -351,7 +362,7 @@ def build_trainer(planned: Plan, group: Group | None = None) -> APOTrainer:
         trainer = APOTrainer(
             model=model, args=args, train_dataset=planned.train.dataset, peft_config=_lora_of(config),
             eval_dataset=planned.eval.dataset if planned.eval else None, processing_class=planned.tokenizer,
-            callbacks=[Interrupt(group), Recorder(Path(config.out)), Bar()],
+            callbacks=[Interrupt(group), watch, Recorder(Path(config.out)), Bar()],
         )  # fmt: skip
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(" ".join(str(error).split())) from error
@@ -361,6 +372,7 @@ def build_trainer(planned: Plan, group: Group | None = None) -> APOTrainer:
         _set_adapter_dropout(trainer.model, config.lora.dropout)
     with group.together():
         check_before_training(trainer)
+    watch.begin(trainer, probe_of(trainer, config.probe))
     return trainer
 
 
@@ -395,11 +407,15 @@ def _resume(out: Path, planned: Plan, status: runs.Status, tell: Callable[[str],
 
 
 def _run(trainer: APOTrainer, checkpoint: Path | None, out: Path, tell: Callable[[str], None]) -> None:
-    from apo.faults import Stopped, check_weights_finite
+    from apo.faults import Stopped, check_weights_finite, kept_words
     from apo.monitor import Bar, Interrupt
+    from apo.watch import Watch
 
+    (watch,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Watch))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if watch.crossed:
+            raise Stopped(f"step {trainer.state.global_step}: {watch.crossed}; {kept_words(trainer)}")
         check_weights_finite(trainer)
     except Stopped as stop:
         runs.note_stop(out, trainer.state.global_step, str(stop))

@@ -361,12 +361,7 @@ class APOTrainer(DPOTrainer):
         model.to(self.args.device)
 
         def compute(pairs: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-            found, sizes = [], [tokens_of(pair) for pair in pairs]
-            if self._most_tokens is not None:
-                bins = bins_of(sizes, self._most_tokens)
-            else:
-                alike = sorted(range(len(pairs)), key=sizes.__getitem__)  # like lengths, little padding
-                bins = [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
+            found, bins = [], self._passes(pairs, batch_size)
             for places in bins:
                 batch = self._prepare_inputs(self.data_collator([pairs[place] for place in places]))
                 self.current_batch = batch
@@ -384,6 +379,35 @@ class APOTrainer(DPOTrainer):
             )  # fmt: skip
         self.reference_computed[name] = computed
         return dataset
+
+    def _passes(self, pairs: Sequence[dict[str, Any]], batch_size: int) -> list[list[int]]:
+        """Which pairs are asked for together, where there is no gradient: their places."""
+        sizes = [tokens_of(pair) for pair in pairs]
+        if self._most_tokens is not None:
+            return bins_of(sizes, self._most_tokens)
+        alike = sorted(range(len(pairs)), key=sizes.__getitem__)  # like lengths, little padding
+        return [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
+
+    def response_logps(self, examples: Sequence[dict[str, Any]]) -> list[float]:
+        """Log-prob of the chosen response of each example (id columns, no rejected one) by the model as it is.
+
+        Shared out over the processes, each of which has to ask, and gets all. Draws no random number.
+        """
+        bins = self._passes(examples, self.args.per_device_eval_batch_size)
+        rank, count = self.accelerator.process_index, self.accelerator.num_processes
+        collate = getattr(self.data_collator, "collate", self.data_collator)
+        found = torch.zeros(len(examples), dtype=torch.float64, device=self.accelerator.device)
+        training = self.model.training
+        self.model.eval()
+        for start in range(0, len(bins), count):
+            mine = bins[start + rank] if start + rank < len(bins) else bins[0]  # so that all run equally many passes
+            batch = self._prepare_inputs(collate([examples[place] for place in mine]))
+            with torch.no_grad(), self.compute_loss_context_manager():
+                logps = self.pair_logps(self.model, batch).chosen
+            if start + rank < len(bins):
+                found[mine] = logps.to(found.dtype)
+        self.model.train(training)
+        return self._over_processes(found).tolist()
 
     def _hash_of_reference(self, model: torch.nn.Module) -> str:
         if self._weights_hash is None:

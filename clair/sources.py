@@ -218,7 +218,7 @@ def _rows(source: PromptSource) -> Iterator[tuple[str, Any]]:
             raise UserError(f"prompt file {path} does not exist")
         if path.stat().st_size == 0:
             raise UserError(f"prompt file {path} is empty; give at least one prompt")
-        yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[path.suffix](path)
+        yield from {".jsonl": read_jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[path.suffix](path)
         return
     if path.is_file():
         raise UserError(f"prompt file {path} is of no kind that is read: {', '.join(_READERS)}")
@@ -229,7 +229,8 @@ def _numbered(path: Path, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     return ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where it stands, value) of every line that is not blank. Raises UserError for a line that is not JSON."""
     with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():

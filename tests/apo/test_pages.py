@@ -6,10 +6,12 @@ import pytest
 from datasets import Dataset
 
 from apo.dynamics import MEANS_OF_LOGPS, MEANS_OF_RATIOS, QUANTILES, SHARES
+from apo.guard import Look, compare
 from apo.objectives import _FIRST_TWO, _MAY_ASK_FOR, OBJECTIVES, apo_down, apo_zero, dpo, objective_of
+from apo.probe import METRICS as PROBED
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 from tests.apo.test_objectives import gradients
-from tests.house.pages import blocks, tables
+from tests.house.pages import blocks, pages, tables
 
 
 def rows_of(kind):
@@ -41,6 +43,14 @@ def test_every_metric_is_explained():
     quantiles = {f"rewards/{side}_{word}" for side in ("chosen", "rejected") for word in QUANTILES}
     speed = {"pairs_per_second", "tokens_per_second", "mfu"}
     assert told == {*MEANS_OF_LOGPS, *MEANS_OF_RATIOS, *SHARES, *quantiles, *speed}
+
+
+def test_every_metric_of_the_probe_and_the_guard_is_explained():
+    told = {name for row in rows_of("probe") for name in row[0].replace("`", "").split(", ")}
+    assert told == set(PROBED)
+    looks = compare(Look((1.0, 2.0), (1, 2), (1.0, 0.0)), Look((1.0, 2.0), (1, 2), (1.0, 0.0)))
+    page = pages()["docs/training.md"]
+    assert all(f"`{name}`" in page for name in looks)
 
 
 def test_an_objective_written_as_the_page_says_trains(tmp_path, monkeypatch):
