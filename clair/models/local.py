@@ -247,7 +247,7 @@ class LocalModel:
         tokenizer, _ = self._load()
         # The template writes the BOS where there is one; the tokenizer must not add a second.
         text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # its length is checked later
 
     def _generate(self, batch: Sequence[_Waiting]) -> list[str | RequestFailed]:
         """A reply to each request. Those with less room for an answer go by themselves: a batch cuts nobody short."""
