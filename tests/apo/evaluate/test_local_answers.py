@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 from apo.evaluate.results import read_results
+from apo.evaluate.run import evaluate
+from clair.ledger import Ledger
 from clair.models.local import LocalModel
 from clair.recipe import UserError
-from tests.apo.evaluate.evaluating import evaluated, final
+from tests.apo.evaluate.evaluating import config_for, evaluated, final
 from tests.clair import tiny_model
 
 
@@ -45,7 +49,8 @@ def test_a_local_model_answers_in_batches_by_length_and_each_question_once(data,
         return really(self, batch, prompts, most)
 
     monkeypatch.setattr(LocalModel, "_generated", watched)
-    score = evaluated(data, tmp_path / "out", model=model_of(folder)).score
+    score = evaluated(data, tmp_path / "out", model=model_of(folder) | {"batch_tokens": 130}).score
+    assert len(sizes) > 1
     assert sum(map(len, sizes)) == 5  # greedy: rows that repeat a question share its answer
     assert [max(batch) for batch in sizes] == sorted((max(batch) for batch in sizes), reverse=True)
     items = read_results(tmp_path / "out").items
@@ -61,6 +66,23 @@ def test_a_local_model_answers_in_batches_by_length_and_each_question_once(data,
     before = final(tmp_path / "out")
     evaluated(data, tmp_path / "out", model=model_of(folder))
     assert final(tmp_path / "out") == before
+
+
+def test_ctrl_c_ends_after_the_batch_that_is_being_made(data, folder, tmp_path):
+    model = model_of(sampling(folder, tmp_path / "m")) | {"batch_tokens": 130}
+    config = config_for(data, tmp_path / "out", model=model, samples=6)
+
+    def interrupt(done: int, _: object) -> None:
+        if done == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    done = evaluate(config, on_progress=interrupt)
+    assert (done.score, done.stopped) == (None, "interrupted")
+    with Ledger(tmp_path / "out" / "ledger.sqlite") as ledger:
+        made = ledger.counts()["done"]
+    assert 1 <= made < 20
+    score = evaluate(config).score
+    assert score.usage["model"].calls == 7 * 6 - made
 
 
 def test_a_model_that_samples_draws_for_every_row_and_sample_repeatably(data, folder, tmp_path):

@@ -59,7 +59,8 @@ def test_an_empty_option_is_in_no_response():
         ("Paris is the capital", ["Paris"], False),  # only what follows the cue counts
         ("Paris is the capital.\nThe answer is Paris", ["Paris"], True),
         ("x = 4", ["4"], True),
-        ("x = 4\nright", ["4"], True),  # no cue at all: the whole
+        ("2 + 2 = 5", ["2"], False),
+        ("2 + 2 = 5\nright", ["2"], True),  # = is a cue in the last line only, and without any cue all counts
         ("The result is 1,234.50 dollars", ["1234.5"], True),
         ("It is 3.14159", ["3.14"], True),
         ("It is 12", ["2"], False),  # numbers are compared as numbers
