@@ -206,6 +206,27 @@ def salvage(
     print_("and what they cost is no longer counted by a budget.")
 
 
+@app.command("check-endpoint")
+def check_endpoint(
+    urls: Annotated[list[str], typer.Argument(help="Base URLs, ending in /v1.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="The served model's folder, to compare with.")] = None,
+    model: Annotated[str | None, typer.Option(help="The name it is served under, where there are several.")] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="The environment variable that holds the key.")] = None,
+) -> None:
+    """See that endpoints serve what you think: template, end of turn, truncation, logprobs, speed."""
+    from clair.endpoint import check_endpoints
+    from clair.terminal import checks_table
+    from clair.terminal import show as print_
+
+    checks = check_endpoints(urls, tokenizer, model=model, key_env=api_key_env)
+    print_(checks_table(checks))
+    wrong = [
+        f"{url}: {check.name} ({check.told})" for url, found in checks.items() for check in found if check.ok is False
+    ]
+    if wrong:
+        raise UserError(f"{wrong[0]}; pairs built with it would not be what you think")
+
+
 @app.command("next")
 def next_(
     folder: Annotated[Path, typer.Argument(help="The dataset folder of the round before.")],

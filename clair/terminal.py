@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from rich.text import Text
 
 from clair.contrast import word_diff
 from clair.dataset import read_manifest
+from clair.endpoint import Check
 from clair.estimate import Range, RoleEstimate, total_cost
 from clair.prompts import task_text
 
+_SIGNS = {True: "ok", False: "WRONG", None: "?"}
 _STYLES = {"same": "", "gone": "red strike", "new": "green"}
 
 
@@ -76,6 +78,15 @@ def _range(part: Range | None) -> str:
         return "?"
     digits = 0 if part.value >= 100 else 2 if part.value >= 1 else 4
     return f"{part.value:,.{digits}f} [{part.lo:,.{digits}f}, {part.hi:,.{digits}f}]"
+
+
+def checks_table(checks: Mapping[str, Sequence[Check]]) -> Table:
+    """What was found at each endpoint, a row each."""
+    table = Table("endpoint", "check", "", "found")
+    for url, found in checks.items():
+        for check in found:
+            table.add_row(escape(url), check.name, _SIGNS[check.ok], escape(check.told))
+    return table
 
 
 def show(what: Any) -> None:

@@ -224,3 +224,15 @@ def test_a_target_behind_transformers_serve_gives_pairs(transformers_serve, tmp_
         for row in first:
             assert set(row["rejected"][0]["content"].split()) <= {*tiny_model.WORDS, "user", "assistant", "system"}
         assert build(config).manifest["tokens"]["target"]["reused"] == 8
+
+
+@pytest.mark.slow
+def test_check_endpoint_finds_transformers_serve_to_be_what_it_is(transformers_serve):
+    from clair.endpoint import check_endpoints
+
+    url, model = transformers_serve
+    checks = {check.name: check for check in check_endpoints([url], model, model=str(model))[url]}
+    assert {name for name, check in checks.items() if check.ok is False} == set(), checks
+    assert checks["chat template"].ok is True
+    assert checks["truncation"].ok is True
+    assert checks["tokens a second"].ok is True

@@ -1,0 +1,67 @@
+"""clair check-endpoint: a server that is not what it seems is found out by a few short requests."""
+
+from __future__ import annotations
+
+import pytest
+
+from clair.endpoint import check_endpoints
+from clair.recipe import UserError
+from tests.clair import tiny_model
+from tests.clair.building import clair
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_model.make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_server_that_counts_and_cuts_otherwise_is_told(server, tokenizer):
+    checks = {check.name: check for check in check_endpoints([server.url], tokenizer, model="m")[server.url]}
+    # By the tiny template: BOS, start, user, Hello, end, start, assistant. The server says 10, whatever it is sent.
+    assert checks["chat template"].ok is False
+    assert checks["chat template"].told.startswith("10 tokens at the server, 7 by the tokenizer's template")
+    assert checks["end of turn"].ok is True
+    assert checks["truncation"].ok is False
+    assert checks["truncation"].told == "max_tokens 2, and finish_reason 'stop' after 20 tokens"
+    assert checks["logprobs"].ok is None
+    assert checks["tokens a second"].ok is True
+
+
+def test_the_command_ends_with_the_first_thing_that_is_wrong(server, tokenizer):
+    ended = clair("check-endpoint", server.url, "--model", "m", "--tokenizer", tokenizer)
+    assert ended.code == 2
+    assert ended.err.startswith(f"error: {server.url}: chat template (10 tokens at the server, 7 by")
+    assert "WRONG" in ended.out
+
+
+def test_a_special_token_in_an_answer_is_no_stop_token(server, tmp_path):
+    loaded = tiny_model.make_tokenizer(eos_token="answer")  # the scripted server says: bad answer to: Hello
+    loaded.save_pretrained(tmp_path)
+    checks = {check.name: check for check in check_endpoints([server.url], tmp_path, model="m")[server.url]}
+    assert checks["end of turn"].ok is False
+    assert "answer stands in the answer" in checks["end of turn"].told
+
+
+@pytest.mark.parametrize(
+    ("urls", "model", "told"),
+    [
+        (["ftp://a"], None, "is no http"),
+        (["{url}"], None, "serves m, t; name one with --model"),
+        (["{url}"], "unknown", None),
+        (["http://127.0.0.1:9/v1"], "m", "cannot reach"),
+    ],
+)
+def test_what_cannot_be_asked_is_told_in_one_line(server, urls, model, told):
+    urls = [url.format(url=server.url) for url in urls]
+    if told is None:  # a server may serve what it does not list: it answers, and that counts
+        assert check_endpoints(urls, model=model)[server.url][0].told == model
+        return
+    with pytest.raises(UserError, match=told):
+        check_endpoints(urls, model=model)
+
+
+def test_a_tokenizer_that_is_none_is_told(server, tmp_path):
+    with pytest.raises(UserError, match="no tokenizer can be loaded"):
+        check_endpoints([server.url], tmp_path, model="m")
