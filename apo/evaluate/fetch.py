@@ -134,6 +134,7 @@ def _get(base: str, path: str) -> bytes:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:  # noqa: S310 (https, or what the user typed)
             content: bytes = response.read(_LARGEST)
     except urllib.error.HTTPError as error:
+        error.close()
         raise UserError(f"{url} answers {error.code}; the file is not there") from error
     except (OSError, ValueError) as error:
         raise UserError(

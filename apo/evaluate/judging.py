@@ -185,15 +185,16 @@ def with_fallbacks(items: Iterable[Item], rows: Mapping[tuple[str, int], Row], s
     """Upstream's random scores for what has no verdict, marked as such; draws go through `items` in their order.
 
     One decimal for a free-form answer, any of its letters for a multiple-choice one. An item without an answer stays
-    wrong: there was nothing to judge.
+    wrong: there was nothing to judge. So does a free-form answer that the judge refuses to look at (400), as upstream.
     """
     random = Random(seed)
     drawn = []
     for item in items:
-        if item.unresolved is None or item.unresolved.startswith("answer_"):
+        row = rows[item.split, item.row]
+        blocked = item.unresolved == "judge_http_400" and not row.options
+        if item.unresolved is None or item.unresolved.startswith("answer_") or blocked:
             drawn.append(item)
             continue
-        row = rows[item.split, item.row]
         value = random.choice(row.letters) if row.options else round(random.random(), 1)
         score = float(value in row.right) if isinstance(value, str) else value
         drawn.append(item.model_copy(update={"score": score, "verdict": str(value), "fallback": True}))

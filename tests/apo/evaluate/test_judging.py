@@ -143,6 +143,12 @@ def test_what_was_never_answered_gets_no_random_score():
     assert (item.score, item.fallback) == (0.0, False)
 
 
+def test_what_the_judge_refuses_to_look_at_is_wrong_if_free_form_and_drawn_if_multiple_choice():
+    rows = {(row.split, row.row): row for row in (FREE, CHOICE)}
+    free, choice = with_fallbacks([an_item(row, "judge_http_400") for row in (FREE, CHOICE)], rows, 42)
+    assert (free.score, free.fallback, choice.fallback) == (0.0, False, True)
+
+
 def test_every_reason_is_on_the_page():
     ((page, _, (_, *rows)),) = tables("unresolved")
     assert {row[0].strip("`"): row[1] for row in rows} == REASONS, page

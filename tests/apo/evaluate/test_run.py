@@ -304,6 +304,18 @@ def test_a_budget_ends_the_run_and_a_larger_one_goes_on(data, responses, tmp_pat
     assert float(done.score.usage["judge"].cost) == pytest.approx(done.score.usage["judge"].completion / 1000)
 
 
+def test_no_secret_is_written_down_or_told(data, responses, tmp_path, server):
+    url = server.url.replace("http://", "http://user:s3cr3t-pass@") + "?key=s3cr3t-too"
+    arguments = ["eval", "mixeval", "--data", data, "--responses", responses, "--out", tmp_path / "out"]
+    done = apo(*arguments, "--judge-base-url", url, "--judge-model", "j")
+    assert done.code == 0, done.err
+    dry = apo(*arguments, "--judge-base-url", url, "--judge-model", "j", "--dry-run")
+    assert "s3cr3t" not in done.out + done.err + dry.out + dry.err
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert len(files) >= 4
+    assert not [file for file in files if b"s3cr3t" in file.read_bytes()]
+
+
 def test_upstreams_own_files_are_written_where_asked_for(data, tmp_path, server):
     folder = scripted(data, tmp_path / "gemma", ff1="[[0.3]]", mc0="[[B]]")
     judge = {"url": server.url, "model": "j"}
