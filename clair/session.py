@@ -240,7 +240,8 @@ def open_askers(config: Asking, ledger: Ledger, stop: Stop, *, live: bool = Fals
     checked: asyncio.Future[None] | None = None
 
     async def check_all() -> None:
-        for asker in askers.values():
+        # Weights last: an endpoint that is not there is told in a second, not after minutes of loading.
+        for asker in sorted(askers.values(), key=lambda asker: isinstance(asker.model, LocalModel)):
             await asker.model.check()
 
     async def ready() -> None:

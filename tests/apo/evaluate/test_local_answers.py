@@ -128,3 +128,12 @@ def test_a_template_without_a_system_prompt_is_told_before_any_work(data, folder
 def test_a_folder_without_a_model_is_told_before_any_work(data, tmp_path):
     with pytest.raises(UserError, match=r"model: model folder .* does not exist"):
         evaluated(data, tmp_path / "out", model=model_of(tmp_path / "gone"))
+
+
+def test_a_judge_that_is_not_there_is_told_before_weights_are_loaded(data, folder, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("the weights were loaded first")
+
+    monkeypatch.setattr(LocalModel, "_load", never)
+    with pytest.raises(UserError, match="judge: cannot reach"):
+        evaluated(data, tmp_path / "out", model=model_of(folder), judge={"url": "http://127.0.0.1:9/v1", "model": "j"})
