@@ -37,6 +37,8 @@ MEANS_OF_RATIOS = (
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 """Logged of both rewards, as `rewards/chosen_p10` and so on."""
 SHARES = ("saturation", "padding", "shared")
+OF_SOME = ("rows/chosen", "rows/rejected", "kl/mismatched")
+"""Logged of unpaired rows, desirable and undesirable, and under objectives that ask for KTO's kl."""
 
 
 def pair_rows(
@@ -81,7 +83,10 @@ def work_of(batch: Batch, *, packed: bool) -> Tensor:
 
 
 def measure(rows: Tensor, objective: Mixture, beta: float) -> dict[str, float]:
-    """The named means, quantiles and shares of N pairs, from their `COLUMNS` [N, C] on the host, in float64."""
+    """The named means, quantiles and shares of N pairs, from their `COLUMNS` [N, C] on the host, in float64.
+
+    The margin of unpaired rows is that of the two mean rewards.
+    """
     of = dict(zip(COLUMNS, rows.double().unbind(1), strict=True))
     policy = PairLogps(of["chosen"], of["rejected"], of["chosen_len"], of["rejected_len"])
     weight = of["weight"].sum()
@@ -113,7 +118,12 @@ def measure(rows: Tensor, objective: Mixture, beta: float) -> dict[str, float]:
         "shared": 1 - of["useful"].sum() / of["tokens"].sum(),
     }
     loss = (of["weight"] * of["loss"]).sum() / weight if weight else weight
+    columns |= {"kl/mismatched": of["kl"]} if objective.needs_divergence else {}
     means = {name: column.mean() for name, column in columns.items() if len(column)} | shares
+    if not (has["chosen"] & has["rejected"]).any():
+        means |= {f"rows/{side}": there.sum() for side, there in has.items()}
+        if {"rewards/chosen", "rewards/rejected"} <= set(means):
+            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return {"loss": loss.item(), **{name: value.item() for name, value in means.items()}, **quantiles}
 
 

@@ -148,6 +148,13 @@ def test_memory_by_hand_and_what_lowers_it():
     assert fit.needed(adapter, fit.GPUS[0]) < fit.GPUS[0].memory < fit.needed(replace(full, weight=4), fit.GPUS[0])
 
 
+def test_an_unpaired_row_is_one_branch():
+    rows = [{"prompt_ids": [1, 2], "chosen_ids": [5, 6, 7], "rejected_ids": []}]
+    rows.append({"prompt_ids": [1, 2], "chosen_ids": [], "rejected_ids": [5, 6, 7]})
+    assert rows_of(rows, 1, None, True, 0) == [Row(tokens=5, labels=3, products=25)] * 2
+    assert rows_of(rows, 2, None, False, 0) == [Row(10, 10, 50)]
+
+
 def test_the_reference_is_counted_once_or_at_every_step():
     sizes = fit.sizes_of_model(make_model())
     row = fit.row_of(9, 0, 5, 5)
@@ -222,7 +229,7 @@ case = json.loads(sys.argv[1])
 out = sys.argv[2]
 torch.set_num_threads(1)
 rng = random.Random(0)
-ids = lambda n: [rng.randrange(10, 60) for _ in range(n)] + [3]
+ids = lambda n: [rng.randrange(10, 60) for _ in range(n)] + [3] if n else []
 lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if case["lora"] else None
 
 def run(lengths, **sizes):
@@ -252,6 +259,12 @@ CASES = {
     "lora": (MIDDLE, [200, 300, 300], True, {}),
     "accumulation": (MIDDLE, [200, 300, 300], False, {"gradient_accumulation_steps": 2}),
     "checkpointing": (MIDDLE, [300, 500, 500], False, {"gradient_checkpointing": True}),
+    "unpaired": (
+        MIDDLE,
+        [200, 0, 300],
+        False,
+        {"objective": "apo_zero_unpaired", "per_device_train_batch_size": 3},
+    ),
     "large vocabulary": (MIDDLE | {"num_hidden_layers": 4, "vocab_size": 32000}, [100, 300, 300], False, {}),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from apo.dynamics import MEANS_OF_LOGPS, MEANS_OF_RATIOS, QUANTILES, SHARES
+from apo.dynamics import MEANS_OF_LOGPS, MEANS_OF_RATIOS, OF_SOME, QUANTILES, SHARES
 from apo.guard import Look, compare
 from apo.objectives import _FIRST_TWO, _MAY_ASK_FOR, OBJECTIVES, apo_down, apo_zero, dpo, objective_of
 from apo.probe import METRICS as PROBED
@@ -42,7 +42,7 @@ def test_every_metric_is_explained():
     told = {name for row in rows_of("metrics") for name in row[0].replace("`", "").split(", ")}
     quantiles = {f"rewards/{side}_{word}" for side in ("chosen", "rejected") for word in QUANTILES}
     speed = {"pairs_per_second", "tokens_per_second", "mfu"}
-    assert told == {*MEANS_OF_LOGPS, *MEANS_OF_RATIOS, *SHARES, *quantiles, *speed}
+    assert told == {*MEANS_OF_LOGPS, *MEANS_OF_RATIOS, *SHARES, *OF_SOME, *quantiles, *speed}
 
 
 def test_every_metric_of_the_probe_and_the_guard_is_explained():

@@ -375,7 +375,8 @@ def test_unpaired_rows_count_where_they_have_a_response():
     means = measure(rows, mixture_of("kto"), beta=0.5)
     told = {key: means[key] for key in ("rewards/chosen", "rewards/rejected", "lengths/chosen", "chosen_falls")}
     assert told == {"rewards/chosen": 0.0, "rewards/rejected": -1.0, "lengths/chosen": 3.0, "chosen_falls": 0.5}
-    assert not {"rewards/margins", "rewards/accuracies", "rewards/ties"} & set(means)
+    assert not {"rewards/accuracies", "rewards/ties"} & set(means)
+    assert (means["rewards/margins"], means["rows/chosen"], means["rows/rejected"]) == (1.0, 2, 1)
     assert means["rewards/rejected_p10"] == -1.0
 
 

@@ -105,7 +105,15 @@ def test_trains_as_trls_kto_trainer_does(tmp_path, model_dir, objective, weights
     expected, found = trained(stock), trained(mine)
     assert len(set(expected[0])) == 5
     assert_same(found, expected)
+    logged, theirs = ([r for r in run.state.log_history if "grad_norm" in r] for run in (mine, stock))
+    for key in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"):
+        expected_values = [row[key] for row in theirs if key in row]
+        assert [row[key] for row in logged if key in row] == pytest.approx(expected_values, abs=2e-4)
+        assert len(expected_values) == 5
+    assert [row["rows/chosen"] for row in logged] == [3, 2, 3, 3, 2]
+    assert all(row["rows/chosen"] + row["rows/rejected"] == 4 for row in logged)
     if objective == "kto":
+        assert [max(row["kl/mismatched"], 0) for row in logged] == pytest.approx(found[2], abs=1e-6)
         assert found[2] == pytest.approx(expected[2], abs=1e-5)
         assert max(found[2]) > 1e-3  # so that there is something to agree on
 
