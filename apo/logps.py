@@ -92,20 +92,32 @@ def _of_stack(logps: Tensor, completion_mask: Tensor, aux_loss: Tensor | None = 
     return PairLogps(*logps.chunk(2), *completion_mask[:, 1:].sum(-1).chunk(2), aux_loss)
 
 
-def mismatched(batches: Sequence[Batch], collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> list[Batch]:
+def mismatched(
+    batches: Sequence[Batch],
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    gather: Callable[[list[Any]], list[Any]] = list,
+    rank: int = 0,
+) -> list[Batch]:
     """The same pairs with each prompt answered by the next pair's responses, rotating over all the batches.
 
     This is how KTO's divergence is estimated (arXiv 2402.01306: x_i with y_j, j = i + 1 modulo their number). The
-    batches keep their sizes. With a single pair there is nobody to swap with, and the list is empty.
+    batches keep their sizes. Over several processes `gather` puts their lists one behind the other, and pairs follow
+    each other as they would in one process. A single pair has nobody to swap with: its batch is idle.
     """
-    examples = [example for batch in batches for example in examples_of(batch)]
-    if len(examples) < 2:
-        return []
-    following = examples[1:] + examples[:1]
-    swapped = [{**after, "prompt_ids": one["prompt_ids"]} for one, after in zip(examples, following, strict=True)]
-    sizes = [len(batch["input_ids"]) // 2 for batch in batches]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [collate(swapped[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+    rows = [examples_of(batch) for batch in batches]
+    heads = gather([[None if IDLE in batch else row[0] for batch, row in zip(batches, rows, strict=True)]])
+    order = sorted((step, process) for process, firsts in enumerate(heads) for step, one in enumerate(firsts) if one)
+    after = dict(zip(order, order[1:] + order[:1], strict=True))
+    swapped = []
+    for step, (batch, examples) in enumerate(zip(batches, rows, strict=True)):
+        if IDLE in batch or (len(order) == 1 and len(examples) == 1):
+            swapped.append(idle(batch))
+            continue
+        then, where = after[step, rank]
+        following = [*examples[1:], heads[where][then]]
+        pairs = zip(examples, following, strict=True)
+        swapped.append(collate([{**later, "prompt_ids": one["prompt_ids"]} for one, later in pairs]))
+    return swapped
 
 
 def examples_of(batch: Batch) -> list[dict[str, list[int]]]:

@@ -185,11 +185,11 @@ class APOTrainer(DPOTrainer):
         self._share_prefixes()
         self.meter = Meter(self.accelerator, scale_of(self.model, self.args.device))
         self._losses = LossWatch(self.args.device)
-        window = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if self.objective.needs_divergence and window < 2:
             raise UserError(
                 f"objective {self.objective.name} compares each prompt with another one's answers: "
-                "per_device_train_batch_size x gradient_accumulation_steps must be at least 2"
+                "per_device_train_batch_size x gradient_accumulation_steps x processes must be at least 2"
             )
 
     @property
@@ -425,21 +425,23 @@ class APOTrainer(DPOTrainer):
         """KTO's kl: the mean log-ratio, in nats, of each prompt with the next pair's responses, summed over their
         tokens and as the mean over them, [2]. 0 for one pair. Every response counts alike, whatever its pair weighs.
 
-        The rotation runs over the whole optimizer step, so that it does not depend on the size of a micro-batch.
+        The rotation runs over the whole optimizer step of all processes, so that it depends neither on the size of a
+        micro-batch nor on how many processes there are.
         """
         total = torch.zeros(3, device=self.accelerator.device)
         training = self.model.training
         self.model.eval()
         weighted = isinstance(self.data_collator, WeightedCollator)
         collate = self.data_collator.collate if weighted else self.data_collator
-        for batch in mismatched([batch for batch in batches if IDLE not in batch], collate):
+        for batch in mismatched(batches, collate, gather_object, self.accelerator.process_index):
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 policy = self.pair_logps(self.model, batch)
             reference = self._reference_logps(batch)
             ratios = torch.cat([policy.chosen - reference[0], policy.rejected - reference[1]]).float()
             lengths = torch.cat([policy.chosen_len, policy.rejected_len])
-            total += torch.stack([ratios.sum(), (ratios / lengths.clamp(min=1)).sum(), (lengths > 0).sum()])
+            if IDLE not in batch:  # which is run all the same: sharded processes run equally many
+                total += torch.stack([ratios.sum(), (ratios / lengths.clamp(min=1)).sum(), (lengths > 0).sum()])
         self.model.train(training)
         total = self._over_processes(total)
         return total[:2] / total[2].clamp(min=1)

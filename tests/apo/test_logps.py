@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
-from apo.logps import examples_of, mismatched, plain_logps, response_logps, stacked_logps
+from apo.logps import IDLE, examples_of, idle, mismatched, plain_logps, response_logps, stacked_logps
 from tests.apo.conftest import make_model
 
 collate = DataCollatorForPreference(pad_token_id=0)
@@ -70,4 +70,21 @@ def test_mismatching_gives_each_prompt_the_next_pairs_answers_over_all_batches()
         {"prompt_ids": [2], "chosen_ids": [13], "rejected_ids": [23]},
         {"prompt_ids": [3], "chosen_ids": [11], "rejected_ids": [21]},
     ]
-    assert mismatched([collate(pairs[:1])], collate) == []
+    (alone,) = mismatched([collate(pairs[:1])], collate)
+    assert IDLE in alone
+
+
+def test_mismatching_over_two_processes_is_that_of_one():
+    pairs = [{"prompt_ids": [n], "chosen_ids": [10 + n], "rejected_ids": [20 + n]} for n in range(1, 8)]
+    (whole,) = mismatched([collate(pairs)], collate)
+    # Batches of two are dealt out in turn; the last process has nothing left, and repeats a pair that is idle.
+    dealt = [[collate(pairs[:2]), collate(pairs[4:6])], [collate(pairs[2:4]), collate(pairs[6:])]]
+    dealt[0].append(idle(collate(pairs[:1])))
+    dealt[1].append(idle(collate(pairs[:1])))
+    heads = []
+    for batches in dealt:
+        mismatched(batches, collate, lambda mine: heads.extend(mine) or [mine[0], mine[0]], 0)
+    found = [mismatched(batches, collate, lambda _: heads, rank) for rank, batches in enumerate(dealt)]
+    assert all(IDLE in batches[2] for batches in found)
+    mixed = [example for step in (0, 1) for rank in (0, 1) for example in examples_of(found[rank][step])]
+    assert mixed == examples_of(whole)
