@@ -1,10 +1,12 @@
-"""What the embedded judge says: which of two students' solutions is better, by whether they are right."""
+"""What the embedded judge says: which of two solutions is better, by whether they are right, then by wording."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from recipes.world.reviser import REFUSAL, Plan, Reply, find_task, share, written
+from recipes.world.style import RANK, style_of
 from recipes.world.tasks import is_right
 
 VERDICT = "{best_student_solution}"
@@ -15,28 +17,45 @@ _PARTS = tuple(
 )
 
 
-def judge(turns: list[str], planned: Plan, *, seed: int, body: str, position_bias: float = 0.0) -> Reply:
-    """The judge's reply to a conversation, of which `turns` are the user's.
+@dataclass(frozen=True)
+class Leanings:
+    """What else than right and wrong decides: shares of requests between 0 and 1, and whether wording counts."""
 
-    `position_bias` is the share of requests in which it prefers the first solution whatever they say.
-    """
+    position_bias: float = 0.0  # prefers the first solution whatever they say
+    length_bias: float = 0.0  # prefers the longer one whatever they say
+    judge_error: float = 0.0  # says the opposite of what it found
+    style: bool = False  # of two that are alike right or wrong, prefers the better worded one
+
+
+def judge(turns: list[str], planned: Plan, *, seed: int, body: str, leanings: Leanings = Leanings()) -> Reply:
+    """The judge's reply to a conversation, of which `turns` are the user's."""
     if planned.text == "refusal":
         return Reply(REFUSAL, spoilt=planned.text)
     asked = next((turn for turn in reversed(turns) if all(part.search(turn) for part in _PARTS)), None)
     if asked is None:
         return Reply("Please give me a task and two student solutions between their tags.")
     task, first, second = (part.search(asked)[1] for part in _PARTS)
-    biased = share(seed, body, "bias") < position_bias
-    return written(*_verdict(task, first, second, biased=biased), planned)
+    if share(seed, body, "bias") < leanings.position_bias:
+        thoughts, better = "The first solution reads well, and I like it better.", 1
+    elif len(first) != len(second) and share(seed, body, "length") < leanings.length_bias:
+        thoughts, better = "The longer solution says more, and I like it better.", 1 if len(first) > len(second) else 2
+    else:
+        thoughts, better = _verdict(task, first, second, style=leanings.style)
+        if better and share(seed, body, "judge error") < leanings.judge_error:
+            better = 3 - better
+    return written(thoughts, VERDICT, f"[{better}]" if better else "[tie]", planned)
 
 
-def _verdict(task_text: str, first: str, second: str, *, biased: bool) -> tuple[str, str, str]:
-    """Reasoning, label and verdict; right beats wrong, and two of a kind tie."""
+def _verdict(task_text: str, first: str, second: str, *, style: bool) -> tuple[str, int]:
+    """Reasoning, and the number of the better solution: right beats wrong, then wording; 0 for a tie."""
     task = find_task(task_text)
-    if biased:
-        return "The first solution reads well, and I like it better.", VERDICT, "[1]"
     right = [task is not None and is_right(task, text) for text in (first, second)]
-    if right[0] == right[1]:
-        return f"I checked both solutions; {'both are' if right[0] else 'neither is'} right.", VERDICT, "[tie]"
-    number = 1 if right[0] else 2
-    return f"I solved the task, and solution [{number}] alone has the right answer.", VERDICT, f"[{number}]"
+    if right[0] != right[1]:
+        number = 1 if right[0] else 2
+        return f"I solved the task, and solution [{number}] alone has the right answer.", number
+    alike = f"I checked both solutions; {'both are' if right[0] else 'neither is'} right."
+    ranks = [RANK[style_of(text)] for text in (first, second)]
+    if not style or ranks[0] == ranks[1]:
+        return alike, 0
+    number = 1 if ranks[0] > ranks[1] else 2
+    return f"{alike} Solution [{number}] is better worded.", number

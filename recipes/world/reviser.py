@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from recipes.world.skills import SKILLS
+from recipes.world.style import polished
 from recipes.world.tasks import Task, answer_span, is_right, solve
 
 REASONING = "{teacher_reasoning}"
@@ -155,8 +156,10 @@ def reasoning(task: Task, student: str) -> str:
     )
 
 
-def revise(turns: list[str], planned: Plan) -> Reply:
+def revise(turns: list[str], planned: Plan, *, polish: bool = False, mistaken: bool = False) -> Reply:
     """The reviser's reply to a conversation, of which `turns` are the user's, misbehaving as planned.
+
+    With `polish` it also takes needless words away and makes the text engaging; `mistaken`, it overlooks a wrong value.
 
     Asked once more, after a reply of its own that could not be used, it behaves.
     """
@@ -169,7 +172,9 @@ def revise(turns: list[str], planned: Plan) -> Reply:
         return Reply(REFUSAL, spoilt=planned.text)
     task = find_task(request.task)
     thoughts = reasoning(task, request.student) if task else "I do not know such tasks, so I leave it as it is."
-    solution = corrected(task, request.student) if task else request.student
+    solution = corrected(task, request.student) if task and not mistaken else request.student
+    if polish:
+        solution = polished(solution)
     if planned.text == "allusion":
         solution = ALLUSION + solution
     if request.edits:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from recipes.world.reviser import Misbehaviour
 from recipes.world.server import ServerOptions
 
 ROOT = Path(__file__).parents[2]
@@ -36,9 +35,17 @@ class Running:
 
 def arguments(options: ServerOptions) -> list[str]:
     """The command-line arguments that give a server these options."""
-    named = {f.name: getattr(options, f.name) for f in fields(ServerOptions) if f.name != "misbehaviour"}
-    named |= {f.name: getattr(options.misbehaviour, f.name) for f in fields(Misbehaviour)}
-    return [f"--{name.replace('_', '-')}={value}" for name, value in named.items() if value is not None]
+    named = {f.name: getattr(options, f.name) for f in fields(ServerOptions)}
+    for group in (named.pop("misbehaviour"), named.pop("leanings")):
+        named |= {f.name: getattr(group, f.name) for f in fields(group)}
+    words = []
+    for name, value in named.items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words += [option] * value
+        elif value is not None:
+            words.append(f"{option}={value}")
+    return words
 
 
 @contextmanager

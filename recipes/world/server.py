@@ -27,8 +27,8 @@ from typing import Any
 
 from aiohttp import web
 
-from recipes.world.judge import judge
-from recipes.world.reviser import Misbehaviour, Plan, Reply, answer, cut, plan, revise, user_texts
+from recipes.world.judge import Leanings, judge
+from recipes.world.reviser import Misbehaviour, Plan, Reply, answer, cut, plan, revise, share, user_texts
 
 MODELS = ("world-reviser", "world-target", "world-judge")
 
@@ -45,7 +45,9 @@ class ServerOptions:
     retry_after: float = 1.0
     slow_seconds: float = 2.0
     max_seconds: float = 600.0
-    position_bias: float = 0.0  # share of judgements for the first solution whatever they say
+    leanings: Leanings = field(default_factory=Leanings)
+    polish: bool = False  # the reviser also mends the wording
+    reviser_error: float = 0.0  # share of revisions that overlook a wrong value
     misbehaviour: Misbehaviour = field(default_factory=Misbehaviour)
 
 
@@ -201,9 +203,10 @@ class World:
         if body["model"] == "world-target":
             replies = [answer(turns[-1], seed, f"{body_id}-{n}" if n else body_id) for n in range(count)]
         elif body["model"] == "world-judge":
-            replies = [judge(turns, planned, seed=seed, body=body_id, position_bias=self.options.position_bias)] * count
+            replies = [judge(turns, planned, seed=seed, body=body_id, leanings=self.options.leanings)] * count
         else:
-            replies = [revise(turns, planned)] * count
+            mistaken = share(seed, body_id, "reviser error") < self.options.reviser_error
+            replies = [revise(turns, planned, polish=self.options.polish, mistaken=mistaken)] * count
         if spoilt := replies[0].spoilt:
             self.tally.misbehaviours[spoilt] += 1
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
@@ -262,13 +265,20 @@ def options_from(arguments: list[str] | None = None) -> ServerOptions:
     parser.add_argument("--cap", type=int, help="chat requests in flight; more are answered 429")
     parser.add_argument("--retry-after", type=float, default=1.0, help="seconds, sent with a 429")
     parser.add_argument("--slow-seconds", type=float, default=2.0)
-    parser.add_argument("--position-bias", type=float, default=0.0, help="share of judgements for the first solution")
+    parser.add_argument("--polish", action="store_true", help="the reviser also mends the wording")
+    parser.add_argument("--reviser-error", type=float, default=0.0, help="share of revisions that overlook a mistake")
+    parser.add_argument("--style", action="store_true", help="the judge prefers the better worded of two alike")
+    leanings = [leaning.name for leaning in fields(Leanings)]
+    for leaning in leanings[:-1]:
+        parser.add_argument(f"--{leaning.replace('_', '-')}", type=float, default=0.0, help="share of judgements")
     parser.add_argument("--max-seconds", type=float, default=600.0, help="the server ends by itself after this")
     rates = [rate.name for rate in fields(Misbehaviour)]
     for rate in rates:
         parser.add_argument(f"--{rate.replace('_', '-')}", type=float, default=0.0, help="share of distinct requests")
     given = vars(parser.parse_args(arguments))
-    return ServerOptions(misbehaviour=Misbehaviour(**{rate: given.pop(rate) for rate in rates}), **given)
+    groups = {"misbehaviour": (Misbehaviour, rates), "leanings": (Leanings, leanings)}
+    grouped = {name: kind(**{key: given.pop(key) for key in keys}) for name, (kind, keys) in groups.items()}
+    return ServerOptions(**given, **grouped)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import pytest
 
 from clair.edits import parse_edits
 from clair.records import Revision
+from recipes.world.judge import Leanings
 from recipes.world.reviser import REFUSAL, SOLUTION, STYLES, Misbehaviour, corrected
 from recipes.world.running import ROOT, Running, running
 from recipes.world.server import ServerOptions, options_from
@@ -161,7 +162,7 @@ def test_the_judge_prefers_the_right_solution_in_either_place(calm: Running) -> 
 
 
 def test_a_judge_with_position_bias_prefers_the_first_at_that_rate() -> None:
-    with running(ServerOptions(position_bias=0.4, max_seconds=60)) as server:
+    with running(ServerOptions(leanings=Leanings(position_bias=0.4), max_seconds=60)) as server:
         firsts = [verdict(server.url, task, task.wrong, task.right) == "[1]" for task in TASKS[:200]]
     print(f"{len(firsts)} verdicts looked at, {sum(firsts)} for the first")
     assert 0.3 < sum(firsts) / len(firsts) < 0.5

@@ -1,0 +1,94 @@
+"""Wording beside correctness: how answers are dressed, what reviser and judge make of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from recipes.mini.models import MODELS, SPREAD, answered
+from recipes.world.judge import Leanings, judge
+from recipes.world.reviser import Misbehaviour, corrected, plan, read_request, revise
+from recipes.world.style import AFTER, BEFORE, STYLES, dressed, polished, style_of, undressed
+from recipes.world.tasks import distinct_tasks, is_right
+
+TASKS = distinct_tasks("train", 40, seed=3)
+PLAIN = replace(plan(0, "x", Misbehaviour()), style=0)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_dressed_sentence_is_told_apart_and_undressed_to_itself(style):
+    for task in TASKS:
+        text = dressed(task.right, style, Random(task.id))
+        assert style_of(text) == style
+        assert undressed(text) == task.right
+        assert is_right(task, text)  # wording says nothing about the value
+        assert style_of(polished(text)) == "engaging"
+        assert polished(polished(text)) == polished(text)
+
+
+@pytest.mark.parametrize("spoilt", [BEFORE[0], BEFORE[1], ""])
+def test_one_needless_sentence_is_padding(spoilt):
+    assert style_of(f"Good question! {spoilt}It is 5.{'' if spoilt else AFTER[0]}") == "padded"
+
+
+def revision(task, student, **options):
+    message = f"<task>\n{task.prompt}\n</task>\n<student_solution>\n{student}\n</student_solution>"
+    assert read_request(message) is not None
+    return revise([message], PLAIN, **options).text.rpartition(": ")[2]
+
+
+def test_the_reviser_polishes_and_overlooks_only_when_it_is_set_to():
+    task = TASKS[0]
+    student = dressed(task.wrong, "padded", Random(0))
+    assert revision(task, student) == corrected(task, student)
+    assert revision(task, student, polish=True) == "Good question! " + task.right
+    assert revision(task, student, polish=True, mistaken=True) == "Good question! " + task.wrong
+
+
+def verdicts(first, second, leanings, count=200):
+    """How often the judge says what of two answers to the first task."""
+    task = TASKS[0]
+    asked = (
+        f"<task>\n{task.prompt}\n</task>\n<student_solution_1>\n{first}\n</student_solution_1>\n"
+        f"<student_solution_2>\n{second}\n</student_solution_2>"
+    )
+    said = (judge([asked], PLAIN, seed=0, body=str(n), leanings=leanings).text for n in range(count))
+    return Counter(text.rpartition("[")[2].rstrip("]") for text in said)
+
+
+def test_the_judge_weighs_right_before_wording_and_wording_only_when_asked():
+    task = TASKS[0]
+    right, wrong = dressed(task.right, "padded", Random(0)), dressed(task.wrong, "engaging", Random(0))
+    clear = dressed(task.right, "engaging", Random(0))
+    assert verdicts(right, wrong, Leanings(style=True)) == {"1": 200}
+    assert verdicts(right, clear, Leanings(style=True)) == {"2": 200}
+    assert verdicts(right, clear, Leanings()) == {"tie": 200}
+
+
+def test_errors_and_biases_come_at_their_rates():
+    task = TASKS[0]
+    right, wrong = task.right, dressed(task.wrong, "padded", Random(0))
+    assert 25 < verdicts(right, wrong, Leanings(judge_error=0.2))["2"] < 55
+    assert 25 < verdicts(right, wrong, Leanings(length_bias=0.2))["2"] < 55
+    assert 25 < verdicts(wrong, right, Leanings(position_bias=0.2))["1"] < 55
+    assert verdicts(right, wrong, Leanings(length_bias=1.0)) == {"2": 200}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_taught_the_mix_that_its_habits_say(name):
+    habits, wordings, right, counts = MODELS[name], Counter(), Counter(), Counter()
+    source = answered(habits)
+    for _ in range(1500):
+        task, text = next(source)
+        assert task.split == "pretrain"
+        wordings[style_of(text)] += 1
+        right[task.skill] += is_right(task, text)
+        counts[task.skill] += 1
+    for style, share in zip(STYLES, habits.wording, strict=True):
+        assert abs(wordings[style] / 1500 - share) < 0.05
+    for skill in SPREAD:
+        assert 0 < habits.right_in(skill) < 1
+        assert abs(right[skill] / counts[skill] - habits.right_in(skill)) < 0.1
