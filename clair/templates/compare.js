@@ -8,7 +8,8 @@ const signed = (share) => (share == null ? "–" : `${share > 0 ? "+" : ""}${poi
 const span = (interval, write = signed) => (interval ? `${write(interval[0])} to ${write(interval[1])}` : "no interval");
 const chance = (p) => (p == null ? "–" : p < 0.001 ? "< 0.001" : p.toFixed(3));
 const seen = (one) => (!one.delta_ci95 ? "bare" : one.delta_ci95[0] > 0 ? "better" : one.delta_ci95[1] < 0 ? "worse" : "open");
-const judgedOverall = (one) => (seen(one) !== "bare" && one.p_holm >= 0.05 ? "open" : seen(one));
+// What is left of it after the correction for many comparisons.
+const verdictOf = (one) => (seen(one) !== "bare" && one.p_holm >= 0.05 ? "open" : seen(one));
 const partName = (part) => (part.level === "overall" ? "overall" : part.benchmark ?? part.split);
 const plural = (count, word) => `${told(count)} ${word}${count === 1 ? "" : "s"}`;
 const OVERALL = C.parts[0];
@@ -21,7 +22,7 @@ function drawOverview() {
     C.best ? el("p", { class: "notice" }, bestWords()) : null,
     card("Scores", "Per cent of rows, with the 95 % interval. Rows that repeat a question count as one draw.", el("div", { class: "scroll" }, scores())),
     C.tuned.length > 1 ? card("Difference to the base", "Tuned minus base, paired by row, in points.", el("div", { class: "scroll" }, forest(C.tuned.map((model, at) => line(model.name, OVERALL.tuned[at], OVERALL, "head"))))) : null,
-    card("Where it changed", "Tuned minus base, paired by row, in points, with 95 % intervals clustered by question. An interval that does not touch 0 is coloured. Of many benchmarks one shows a difference by chance: the corrected p says which are left.", ...byPart()),
+    card("Where it changed", "Tuned minus base, paired by row, in points, with 95 % intervals clustered by question. Of many benchmarks one shows a difference by chance: coloured are those whose corrected p is below 0.05.", ...byPart()),
     card("What this could have seen", null, ...power()),
     card("What was compared", null, facts()),
   ]));
@@ -29,7 +30,7 @@ function drawOverview() {
 
 function verdict(model, at) {
   const one = OVERALL.tuned[at];
-  const kind = judgedOverall(one);
+  const kind = verdictOf(one);
   const many = C.tuned.length > 1 ? `, corrected for ${C.tuned.length} models ${chance(one.p_holm)}` : "";
   const said = { better: "is better than", worse: "is worse than", open: "shows no difference to", bare: "against" }[kind];
   return el("section", { class: `card verdict ${kind}` },
@@ -81,7 +82,7 @@ function forestLine({ name, one, rows, questions, look }, y, x, reach, width) {
   const ci = one.delta_ci95;
   const size = ci ? Math.min(5.5, 2.2 + Math.sqrt(questions) / 6) : 3;
   const said = `${name}: ${signed(one.delta)} points, ${ci ? `95 % interval ${span(ci)}` : one.no_interval}; ${plural(rows, "row")} of ${plural(questions, "question")}`;
-  return svg("g", { class: seen(one) },
+  return svg("g", { class: verdictOf(one) },
     svg("title", null, said),
     svg("text", { class: look, x: look === "under" ? 18 : 6, y: y + 4 }, name.length > 30 ? `…${name.slice(-29)}` : name),
     ci ? svg("line", { class: "whisker", x1: x(ci[0]), x2: x(ci[1]), y1: y, y2: y }) : null,
@@ -119,7 +120,7 @@ function power() {
 function powerOf(p) {
   const wanted = points(p.difference);
   const within = p.variance_within;
-  const designs = p.by_samples.map((one) => [`${plural(one.samples, "answer")} to each row`, told(one.questions), points(one.se, 2), points(one.detectable)]);
+  const designs = p.by_samples.filter((one) => within > 1e-12 || one.samples === p.samples).map((one) => [`${plural(one.samples, "answer")} to each row`, told(one.questions), points(one.se, 2), points(one.detectable)]);
   const splits = p.splits.map((one) => [el("bdi", null, one.name), told(one.questions), points(one.se, 2), points(one.detectable)]);
   const count = p.samples_needed;
   const more = within === null ? "Every question was answered once, so what more answers would bring is not known; evaluate with --samples 2 to see."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ from apo.evaluate.compare import comparison, flip_kind, flips, names_of, other_s
 from apo.evaluate.results import Item, JudgeUsed, read_results
 from clair.recipe import UserError
 from clair.statistics import paired_difference
+from tests.apo.evaluate.evaluating import evaluated
 from tests.apo.evaluate.made_results import make_items, write_folder
 from tests.house.pages import ROOT, tables
 
@@ -126,6 +128,33 @@ def test_the_best_of_several_is_told_with_what_choosing_adds(tmp_path):
     assert 0 < best["selection_bias"] < 0.1
     assert best["corrected"] == pytest.approx(best["delta"] - best["selection_bias"])
     assert best["ci95"][0] < best["corrected"] < best["ci95"][1]
+
+
+def test_real_questions_are_paired_and_clustered(real, tmp_path):
+    """Gemma's published answers against the same with the right answer given to every fifth question."""
+    source = real / "responses" / "gemma-1.1-7b-it"
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for name in ("free-form", "multiple-choice"):
+        rows = [json.loads(line) for line in (source / f"{name}.jsonl").read_text("utf-8").splitlines()]
+        for row in rows:
+            asked = json.dumps([row["context"], row["prompt"], row.get("options")])
+            if int(hashlib.sha256(asked.encode()).hexdigest(), 16) % 5 == 0:
+                row["response"] = "ABCDEFGH"[row["target"][0]] if "options" in row else row["target"][0]
+        (changed / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    for name, responses in {"base": source, "tuned": changed}.items():
+        evaluated(real, tmp_path / name, profile="strict", responses=str(responses))
+    found = compared([tmp_path / "base", tmp_path / "tuned"])
+    assert (found["rows"], found["questions"]) == (1000, 446)
+    overall = found["parts"][0]
+    assert overall["base"]["score"] == pytest.approx(0.268)
+    assert overall["base"]["se"] == pytest.approx(0.0236, abs=5e-5)  # naive: 0.0140
+    one = overall["tuned"][0]
+    assert one["worse"] == 0 < one["better"] == one["wrong_to_right"]
+    assert one["delta_ci95"][0] < one["delta"] < one["delta_ci95"][1]
+    naive = np.sqrt(one["better"] / 1000 * (1 - one["better"] / 1000) / 1000)
+    assert one["delta_se"] > 1.3 * naive
+    assert found["power"][0]["variance_within"] < 1e-3  # equal questions have equal answers
 
 
 # ---- power

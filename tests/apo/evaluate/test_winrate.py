@@ -98,6 +98,7 @@ def test_a_rate_that_length_explains_falls_to_one_half_at_equal_lengths():
     lo, hi = found["length_controlled"]["ci95"]
     assert lo < 0.5 < hi
     assert found["length_controlled"]["rate"] == pytest.approx(0.5, abs=0.03)
+    assert found["length_controlled"]["length"] > 1
     everywhere = summary(longer[1:4])["length_controlled"]
     assert everywhere["rate"] is None
     assert "everywhere" in everywhere["why"]
@@ -241,6 +242,9 @@ def test_what_cannot_be_compared_is_told_before_anything_is_asked(tmp_path):
     refuse(tmp_path, "asks in both orders", judge={"url": "http://127.0.0.1:9/v1", "model": "j", "order": "random"})
     refuse(tmp_path, "needs the environment variable", judge={"url": "http://127.0.0.1:9/v1", "model": "j",
                                                               "api_key_env": "NO_SUCH_KEY"})  # fmt: skip
+    twice = answers(tmp_path, "twice", range(20))
+    twice.write_text(twice.read_text("utf-8") + json.dumps({"prompt": TASKS[0].prompt, "answer": "Another."}) + "\n")
+    refuse(tmp_path, r"tuned: .*has not 1 answer\(s\) to 1 of 40 prompts; first: 2 to", tuned=str(twice))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letter.txt").write_text("mine")
     refuse(tmp_path, "is no result folder and not empty")
