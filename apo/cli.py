@@ -66,6 +66,17 @@ def train(
 
 
 @app.command()
+def diagnose(
+    run: Annotated[Path, typer.Argument(help="The folder of a run: finished, stopped or under way.")],
+    out: Annotated[Path | None, typer.Option(help="Where to draw; default: RUN/diagnosis.png.")] = None,
+) -> None:
+    """Draw what a run logged, and tell in words what is wrong with it and what helps."""
+    from apo.report import diagnosis
+
+    print("\n".join(diagnosis(run, out)))
+
+
+@app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="The folder of a LoRA adapter, such as a run's `out`.")],
     out: Annotated[Path, typer.Option(help="Where to write the merged model.")],

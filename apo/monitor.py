@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from apo.diagnose import judge, log_of
 from apo.processes import Group
 from apo.run import append_metrics
 
@@ -50,6 +52,23 @@ class Recorder(TrainerCallback):
         """One line, on the main process. The trainer's closing summary is none."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             append_metrics(self.out, {"step": state.global_step, **logs})
+
+
+class Warner(TrainerCallback):
+    """Says in words what the log shows to be wrong (diagnose.py), each thing once, and keeps it in `told`."""
+
+    def __init__(self, objective: Any, tell: Callable[[str], None]) -> None:
+        self.objective, self.tell = objective, tell
+        self.told: dict[str, str] = {}
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Look at all lines so far; on the main process."""
+        if not state.is_world_process_zero or "loss" not in state.log_history[-1]:
+            return
+        for name, (words, advice) in judge(log_of(state.log_history, self.objective)).items():
+            if name not in self.told:
+                self.told[name] = words
+                self.tell(f"warning: step {state.global_step}: {words}. What helps: {advice}")
 
 
 class Bar(TrainerCallback):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,3 +132,113 @@ def _name_ends(axes: Axes, lines: Mapping[str, Line]) -> None:
         at = end + (push if name == higher else -push)
         beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
         axes.annotate(name, (last, at), color=COLORS[name], fontsize=9, fontweight="bold", **beside)
+
+
+# ---- a whole run at a glance
+
+
+BLUE, GOLD, PLUM = "#33658a", "#c9962b", "#7b4b94"
+
+
+def draw_diagnosis(rows: Rows, path: str | Path, title: str = "") -> None:
+    """Everything a log holds, a panel each, over the steps; what it does not hold has no panel.
+
+    Lines are training, hollow dots held-out pairs; bands reach from a tenth to nine tenths of the pairs.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = [panel for panel in _PANELS if any(series(rows, key)[0] for key in panel.lines)]
+    across = min(3, max(1, len(found)))
+    down = -(-len(found) // across) or 1
+    figure = Figure(figsize=(4.7 * across, 3.15 * down + (0.5 if title else 0)), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.14, h_pad=0.1, wspace=0.06, hspace=0.07)
+    places = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in places[len(found) :]:
+        axes.axis("off")
+    for axes, panel in zip(places, found, strict=False):
+        panel.draw(axes, rows)
+    if title:
+        figure.suptitle(title, x=0.012, ha="left", fontsize=10, color=QUIET)
+    figure.savefig(path, format="png")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A panel of the diagnosis: metrics by their names in the picture, and how the axis is told."""
+
+    name: str
+    unit: str
+    lines: dict[str, tuple[str, str]]
+    """Metric to (word in the picture, color)."""
+    share: bool = False
+    zero: bool = False
+
+    def draw(self, axes: Axes, rows: Rows) -> None:
+        """Lines with their names beside their ends, held-out dots, bands of quantiles."""
+        from matplotlib.ticker import PercentFormatter
+
+        _dress(axes, self.name, self.unit)
+        if self.zero:
+            axes.axhline(0, color=QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
+        ends = []
+        for key, (word, color) in self.lines.items():
+            steps, values = series(rows, key)
+            if not steps:
+                continue
+            low, high = (series(rows, f"{key}_{point}") for point in ("p10", "p90"))
+            if low[0] and low[0] == high[0]:
+                axes.fill_between(low[0], low[1], high[1], color=color, alpha=0.11, linewidth=0)
+            alone = "o" if len(steps) == 1 else None
+            axes.plot(steps, values, color=color, linewidth=1.7, marker=alone, markersize=4, solid_capstyle="round")
+            axes.plot(*series(rows, f"eval_{key}"), "o", markersize=4, markerfacecolor="white", markeredgecolor=color)
+            noise = series(rows, f"{key}_noise")[1]
+            if len(noise) == len(values):
+                edges = [[v + sign * n for v, n in zip(values, noise, strict=True)] for sign in (-1, 1)]
+                axes.fill_between(steps, *edges, color=color, alpha=0.13, linewidth=0)
+            if not math.isnan(values[-1]):
+                ends.append((values[-1], steps[-1], word, color))
+        if self.share:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.margins(x=0.02)
+        _name_lines(axes, ends)
+
+
+def _name_lines(axes: Axes, ends: list[tuple[float, int, str, str]]) -> None:
+    """Write each line's name beside its end, pushed up where it would lie on the one below."""
+    low, high = axes.get_ylim()
+    apart, at = 0.085 * (high - low), -math.inf
+    last = max((step for _, step, _, _ in ends), default=0)
+    for value, _, word, color in sorted(ends):
+        at = max(value, at + apart)
+        beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        axes.annotate(word, (last, at), color=color, fontsize=8.5, fontweight="bold", **beside)
+
+
+_SIDES = {"chosen": COLORS["chosen"], "rejected": COLORS["rejected"]}
+_PANELS = (
+    Panel("Reward", "beta x log-ratio; band: a tenth to nine tenths of pairs",
+          {f"rewards/{side}": (side, color) for side, color in _SIDES.items()}, zero=True),
+    Panel("Loss", "the objective, mean of pairs", {"loss": ("loss", BLUE)}),
+    Panel("Pairs", "share of all",
+          {"rewards/accuracies": ("right order", BLUE), "chosen_falls": ("chosen falls", COLORS["rejected"]),
+           "saturation": ("saturated", GOLD)}, share=True),
+    Panel("Log-probability", "nats a response, of the pairs of each log",
+          {f"logps/{side}": (side, color) for side, color in _SIDES.items()}),
+    Panel("Where chosen and rejected move", "probe: log-ratio, nats a token",
+          {"probe/edited_chosen": ("chosen, edited", COLORS["chosen"]), "probe/shared_chosen": ("chosen, shared", PLUM),
+           "probe/edited_rejected": ("rejected, edited", COLORS["rejected"])}, zero=True),
+    Panel("Distance to the reference", "probe: KL of the next token, nats", {"probe/kl": ("KL", BLUE)}, zero=True),
+    Panel("Guard: text", "rise of the loss, nats a token; band: its noise",
+          {"guard/text_loss_rise": ("rise", PLUM)}, zero=True),
+    Panel("Guard: tasks", "accuracy lost; band: its noise", {"guard/accuracy_drop": ("lost", PLUM)},
+          share=True, zero=True),
+    Panel("Length", "tokens a response, of the pairs of each log",
+          {f"lengths/{side}": (side, color) for side, color in _SIDES.items()}),
+    Panel("Gradient", "norm before clipping", {"grad_norm": ("norm", BLUE)}),
+    Panel("Speed", "pairs a second", {"pairs_per_second": ("pairs/s", BLUE)}),
+    Panel("What is computed", "share of tokens, and of the device's peak",
+          {"mfu": ("MFU", BLUE), "padding": ("padding", COLORS["rejected"]), "shared": ("shared", COLORS["chosen"])},
+          share=True),
+)  # fmt: skip

@@ -319,7 +319,7 @@ def _train(config: TrainConfig, group: Group, tell: Callable[[str], None]) -> di
             from apo.fit import check_fits
 
             check_fits(costs.here, costs.machine)
-    trainer = build_trainer(planned, group)
+    trainer = build_trainer(planned, group, tell)
     for note in dict.fromkeys(note for notes in group.gather(trainer.notes) for note in notes):
         tell(f"note: {note}")
     found = group.by_main(lambda: _resume(out, planned, status, tell))
@@ -342,18 +342,20 @@ def _plan_of_all(config: TrainConfig, group: Group) -> Plan:
     return planned
 
 
-def build_trainer(planned: Plan, group: Group | None = None) -> APOTrainer:
+def build_trainer(planned: Plan, group: Group | None = None, tell: Callable[[str], None] = print) -> APOTrainer:
     """The trainer of a checked plan, model loaded, with the checks before the first step done."""
     group = group or Group()
     from transformers import PrinterCallback, ProgressCallback
 
     from apo.checks import check_before_training
-    from apo.monitor import Bar, Interrupt, Recorder
+    from apo.mixture import mixture_of
+    from apo.monitor import Bar, Interrupt, Recorder, Warner
     from apo.probe import probe_of
     from apo.trainer import APOTrainer
     from apo.watch import Watch
 
     config, args, watch = planned.config, planned.args, Watch(planned.rails)
+    plain = mixture_of(config.objective).plain
     options, args.model_init_kwargs = dict(args.model_init_kwargs or {}), None
     with group.together():
         model = models.load_model(planned.name, **options)
@@ -362,7 +364,7 @@ def build_trainer(planned: Plan, group: Group | None = None) -> APOTrainer:
         trainer = APOTrainer(
             model=model, args=args, train_dataset=planned.train.dataset, peft_config=_lora_of(config),
             eval_dataset=planned.eval.dataset if planned.eval else None, processing_class=planned.tokenizer,
-            callbacks=[Interrupt(group), watch, Recorder(Path(config.out)), Bar()],
+            callbacks=[Interrupt(group), watch, Recorder(Path(config.out)), Bar(), Warner(plain, tell)],
         )  # fmt: skip
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(" ".join(str(error).split())) from error

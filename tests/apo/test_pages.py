@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
+from apo.diagnose import RULES
 from apo.dynamics import MEANS_OF_LOGPS, MEANS_OF_RATIOS, OF_SOME, QUANTILES, SHARES
 from apo.guard import Look, compare
 from apo.objectives import _FIRST_TWO, _MAY_ASK_FOR, OBJECTIVES, apo_down, apo_zero, dpo, objective_of
@@ -51,6 +52,10 @@ def test_every_metric_of_the_probe_and_the_guard_is_explained():
     looks = compare(Look((1.0, 2.0), (1, 2), (1.0, 0.0)), Look((1.0, 2.0), (1, 2), (1.0, 0.0)))
     page = pages()["docs/training.md"]
     assert all(f"`{name}`" in page for name in looks)
+
+
+def test_every_rule_is_explained():
+    assert [row[0].strip("`") for row in rows_of("rules")] == list(RULES)
 
 
 def test_an_objective_written_as_the_page_says_trains(tmp_path, monkeypatch):

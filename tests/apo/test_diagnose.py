@@ -1,0 +1,191 @@
+"""Warnings in words: each rule on a log that provokes it and on one that does not, on real runs, in `apo diagnose`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from apo import cli
+from apo.diagnose import FEWEST, RULES, judge, log_of, verdicts
+from apo.plots import _PANELS
+from apo.report import diagnosis
+from apo.train import TrainConfig, train
+from clair.recipe import UserError
+from tests.apo.conftest import make_pairs
+
+
+def rows(count=20, evals=(), **metrics):
+    """A healthy log of apo_zero, with some metrics as functions of t from 0 to 1."""
+    healthy = {
+        "loss": lambda t: 1 - 0.2 * t, "rewards/chosen": lambda t: 0.5 * t, "rewards/rejected": lambda t: -0.5 * t,
+        "rewards/margins": lambda t: t, "rewards/accuracies": lambda t: 0.5 + 0.4 * t, "rewards/ties": lambda t: 0.0,
+        "chosen_falls": lambda t: 0.2, "saturation": lambda t: 0.0, "padding": lambda t: 0.0,
+        "lengths/chosen": lambda t: 100.0, "lengths/rejected": lambda t: 90.0,
+    }  # fmt: skip
+    found = []
+    for place in range(count):
+        t = place / (count - 1)
+        found.append({"step": 10 * place + 1, **{key: f(t) for key, f in (healthy | metrics).items()}})
+    return found + [{"step": step, "eval_loss": loss} for step, loss in evals]
+
+
+def named(**metrics):
+    """Metrics whose names no keyword can be."""
+    return {key.replace("__", "/"): value for key, value in metrics.items()}
+
+
+def noisy(t):
+    return 0.001 * (-1) ** round(t * 19)
+
+
+PROVOKED = {
+    "chosen_falls": ("apo_zero", named(rewards__chosen=lambda t: -0.1 * t, chosen_falls=lambda t: 0.7)),
+    "both_fall": ("dpo", named(rewards__chosen=lambda t: -0.1 * t, rewards__rejected=lambda t: -t,
+                               chosen_falls=lambda t: 0.7)),
+    "both_rise": ("apo_zero", named(rewards__rejected=lambda t: 0.3 * t)),
+    "stuck": ("apo_zero", named(loss=lambda t: 1 + noisy(t), rewards__chosen=noisy, rewards__rejected=noisy,
+                                rewards__margins=noisy)),
+    "saturated": ("apo_zero", named(saturation=lambda t: t)),
+    "loss_zero": ("dpo", named(loss=lambda t: 0.7 * (1 - t) ** 8)),
+    "wrong_way": ("dpo", named(rewards__accuracies=lambda t: 0.5 - 0.3 * t)),
+    "runaway": ("apo_zero", named(rewards__chosen=lambda t: 0.05 * t, rewards__rejected=lambda t: -4 * t)),
+    "by_heart": ("apo_zero", {"evals": [(50, 0.9), (100, 0.8), (150, 0.95)]}),
+    "shared_text": ("dpo", named(probe__shared_chosen=lambda t: -0.1 * t, probe__edited_chosen=lambda t: 0.1 * t)),
+    "longer": ("apo_zero", named(lengths__chosen=lambda t: 300.0)),
+    "padding": ("apo_zero", named(padding=lambda t: 0.45)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_each_rule_finds_what_it_is_for_and_nothing_in_a_healthy_log(name):
+    objective, metrics = PROVOKED[name]
+    found = judge(log_of(rows(**metrics), objective))
+    assert name in found, found
+    assert all(part and "\n" not in part for part in found[name])
+    healthy = rows(
+        evals=[(50, 0.9), (100, 0.85)], **named(probe__shared_chosen=lambda t: t, probe__edited_chosen=lambda t: t)
+    )
+    assert judge(log_of(healthy, objective)) == {}
+
+
+def test_what_is_meant_to_fall_may_fall():
+    falling = named(rewards__chosen=lambda t: -0.1 * t, rewards__rejected=lambda t: -t, chosen_falls=lambda t: 0.9)
+    assert judge(log_of(rows(**falling), "apo_down")) == {}
+    words, advice = judge(log_of(rows(**falling), {"apo_zero": 1.0, "sft": 0.1}))["chosen_falls"]
+    assert (
+        words == "chosen rewards are falling under apo_zero + 0.1 sft: -0.089 on average, below 0 in 90% of the pairs"
+    )
+    assert "learning rate" in advice
+
+
+def test_a_lone_noisy_line_is_no_reason_and_few_lines_are_none():
+    spiky = named(rewards__chosen=lambda t: -5.0 if t == 1 else 0.5 * t, chosen_falls=lambda t: 0.9)
+    assert judge(log_of(rows(**spiky), "apo_zero")) == {}
+    objective, metrics = PROVOKED["saturated"]
+    assert judge(log_of(rows(count=FEWEST - 1, **metrics), objective)) == {}
+
+
+def test_lost_numbers_and_missing_metrics_are_borne():
+    log = rows(loss=lambda t: None if t > 0.5 else 1.0)
+    assert isinstance(judge(log_of(log, "apo_zero")), dict)
+    assert judge(log_of([{"step": step, "loss": 2.0 - step / 50} for step in range(20)], "sft")) == {}
+
+
+def test_verdicts_say_since_when_and_whether_they_still_hold():
+    log = rows(count=40, **named(saturation=lambda t: 0.9 if 0.3 < t < 0.6 else 0.0, padding=lambda t: float(t > 0.7)))
+    found = verdicts(log, "apo_zero")
+    assert [(verdict.rule, verdict.holds) for verdict in found] == [("padding", True), ("saturated", False)]
+    assert 121 < found[1].step < found[0].step
+    assert verdicts([], "apo_zero") == []
+
+
+# Real runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("diagnose") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(48)))
+    return path
+
+
+def run(model_dir, data, out, **changes):
+    trainer = {"max_steps": 16, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1}
+    trainer |= {"save_strategy": "no", **changes.pop("trainer", {})}
+    told: list[str] = []
+    train(
+        TrainConfig(model=str(model_dir), dataset=str(data), out=str(out), trainer=trainer, **changes), tell=told.append
+    )
+    return [line.split(". What helps: ") for line in told if line.startswith("warning: ")]
+
+
+def test_a_run_that_learns_is_not_warned_of(model_dir, data, tmp_path):
+    assert run(model_dir, data, tmp_path / "run", probe=4) == []
+
+
+def test_a_run_that_learns_nothing_is_told_once(model_dir, data, tmp_path):
+    (told,) = run(model_dir, data, tmp_path / "run", trainer={"learning_rate": 0.0})
+    stuck = f"warning: step {FEWEST}: the loss is stuck at its start, 1, after {FEWEST} steps: no log-prob has changed"
+    assert told[0] == stuck
+    assert told[1].startswith("a higher learning rate")
+
+
+def test_a_run_that_is_done_at_once_is_told(model_dir, data, tmp_path):
+    told = run(model_dir, data, tmp_path / "run", trainer={"learning_rate": 2e-2}, objective="dpo", beta=3.0)
+    assert any("of the pairs are saturated: dpo pulls" in words for words, _ in told)
+    assert any("the loss is 0" in words for words, _ in told)
+
+
+def test_the_command_draws_and_tells_also_while_a_run_is_under_way(model_dir, data, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    run(model_dir, data, out, trainer={"learning_rate": 0.0}, probe=2)
+
+    def diagnose(*arguments):
+        monkeypatch.setattr("sys.argv", ["apo", "diagnose", str(out), *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out + captured.err
+
+    code, told = diagnose()
+    assert code == 0
+    assert "finished: 16 steps" in told
+    assert "! since step 8: the loss is stuck at its start" in told
+    assert re.search(r"probe/kl +0 +0 +0", told)
+    picture = imread(out / "diagnosis.png")
+    assert picture.shape[1] > 1500
+    about = json.loads((out / "run.json").read_text())
+    del about["finished"], about["seconds"]
+    (out / "run.json").write_text(json.dumps({**about, "stopped": [{"step": 9, "why": "because"}]}))
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 17, "lo')
+    code, told = diagnose("--out", str(tmp_path / "other.png"))
+    assert code == 0
+    assert "step 16 of 16; not finished: under way, or stopped" in told
+    assert "stopped at step 9: because" in told
+    assert (tmp_path / "other.png").exists()
+    (out / "metrics.jsonl").write_text("")
+    code, told = diagnose()
+    assert (code, "has logged nothing yet" in told) == (2, True)
+
+
+def test_no_run_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"no run\.json that can be read"):
+        diagnosis(tmp_path)
+
+
+def test_every_panel_draws_what_the_log_may_hold(tmp_path):
+    from apo.plots import draw_diagnosis
+
+    keys = [key for panel in _PANELS for key in panel.lines]
+    assert len(set(keys)) == len(keys) > 20
+    for part in (keys, keys[:1], []):
+        log = [{"step": step, **{key: step / 10 + place for place, key in enumerate(part)}} for step in range(1, 9)]
+        log += [{"step": 4, "eval_loss": 0.5}, {"step": 5, "rewards/chosen": None}]
+        path = Path(tmp_path) / f"{len(part)}.png"
+        draw_diagnosis(log, path, "a run")
+        assert imread(path).shape[0] > 300
