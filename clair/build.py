@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from clair.models.local import check_model_folder, check_options
 from clair.recipe import UserError, changed_keys, provenance, read_json, write_atomically, write_json
 from clair.records import Pair, Prompt
 from clair.session import Session, session, templates
+from clair.shards import Shard, sharded
 from clair.sources import Scan, each_prompt, scan
 from clair.statistics import wilson
 from clair.urls import api_key, environment_headers
@@ -43,7 +45,7 @@ Progress = Callable[[DatasetWriter, Mapping[str, Asker]], None]
 
 def check(config: BuildConfig) -> Scan:
     """Everything that can be wrong before a request is sent. Raises UserError; spends nothing, writes nothing."""
-    _check_folder(Path(config.out))
+    check_folder(Path(config.out))
     templates(config)
     prices_of(config.models)
     check_budget(config.budget, config.models)
@@ -70,30 +72,47 @@ def check(config: BuildConfig) -> Scan:
 
 
 def build(
-    config: BuildConfig, *, found: Scan | None = None, update: bool = False, on_progress: Progress | None = None
+    config: BuildConfig,
+    *,
+    found: Scan | None = None,
+    update: bool = False,
+    on_progress: Progress | None = None,
+    shard: Shard | None = None,
 ) -> Built:
-    """Build the dataset folder `config.out`, going on from whatever its ledger holds.
+    """Build the dataset folder `config.out`, going on from whatever its ledger holds; or one shard of it, beside it.
 
     `found` is what `check` returned, where the caller has looked already.
     Raises UserError for the user's mistakes (docs/data.md lists them) before any work, and for a refusing endpoint.
     """
+    whole = config
+    if shard:
+        config = sharded(config, shard)
     found = found or check(config)
     out = Path(config.out)
     with locked(out):
         same_recipe(config, out, update=update)
         with Ledger(config.ledger_path) as ledger:
-            return asyncio.run(_build(config, found, ledger, on_progress or (lambda *_: None)))
+            built = asyncio.run(_build(config, found, ledger, on_progress or (lambda *_: None), shard))
+        if built.stopped:
+            return built
+        manifest = {**built.manifest, "recipe": public(whole)}
+        if shard:
+            manifest["shard"] = {"index": shard.index, "of": shard.of}
+        write_json(out / "manifest.json", manifest)
+        write_atomically(out / "README.md", card(manifest))
+        return Built(out, manifest, built.failed)
 
 
-async def _build(config: BuildConfig, found: Scan, ledger: Ledger, on_progress: Progress) -> Built:
+async def _build(config: BuildConfig, found: Scan, ledger: Ledger, on_progress: Progress, shard: Shard | None) -> Built:
     started = time.monotonic()
     out = Path(config.out)
     async with session(config, ledger) as run:
         while True:
-            writer = DatasetWriter(out, seed=config.seed, test_fraction=config.test_fraction)
+            options = {"seed": config.seed, "test_fraction": config.test_fraction}
+            writer = DatasetWriter(out, **options, order=shard is not None)
             finished = False
             try:
-                finished = await _fill(run, writer, on_progress)
+                finished = await _fill(run, writer, on_progress, shard)
             finally:
                 hashes = writer.close(keep=finished)
             if finished or not await run.wait(partial(on_progress, writer, run.askers)):
@@ -103,23 +122,25 @@ async def _build(config: BuildConfig, found: Scan, ledger: Ledger, on_progress: 
             raise run.stop.error
         return Built(out, {}, writer.failed, run.stop.reason)
     manifest = _manifest(config, found, writer, run, hashes, time.monotonic() - started)
-    write_json(out / "manifest.json", manifest)
-    write_atomically(out / "README.md", card(manifest))
     return Built(out, manifest, writer.failed)
 
 
-async def _fill(run: Session, writer: DatasetWriter, on_progress: Progress) -> bool:
+async def _fill(run: Session, writer: DatasetWriter, on_progress: Progress, shard: Shard | None) -> bool:
     """Write the outcome of every prompt, in the order of the prompts; whether that came to its end."""
     config, pending = run.config, 0
+    places: deque[int] = deque()
 
     def prompts() -> Iterator[tuple[Prompt, str | None]]:
-        for prompt in each_prompt(config.prompts, config.limit):
+        for place, prompt in enumerate(each_prompt(config.prompts, config.limit)):
             if config.accept and writer.pairs + pending >= config.accept:  # every one that waits may become a pair
                 return
-            yield prompt
+            if shard is None or shard.holds(prompt[0].id):
+                places.append(place)
+                yield prompt
 
     async with aclosing(run.outcomes(prompts())) as outcomes:
         async for id, outcome in outcomes:
+            writer.place = places.popleft()
             if isinstance(outcome, Pending):
                 pending += 1
             elif isinstance(outcome, Pair):
@@ -149,7 +170,8 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _check_folder(out: Path) -> None:
+def check_folder(out: Path) -> None:
+    """Raises UserError where `out` is no dataset folder and not empty."""
     if out.exists() and not out.is_dir():
         raise UserError(f"out {out} is a file, not a folder; choose another --out")
     if out.is_dir() and not any((out / name).is_file() for name in ("recipe.json", "manifest.json")):
@@ -195,16 +217,12 @@ def _manifest(
     hashes: Mapping[str, str],
     seconds: float,
 ) -> dict[str, Any]:
-    prompts = writer.pairs + writer.counts["dropped"]
-    assert prompts == found.rows or writer.pairs == config.accept, (prompts, found.rows)
-    counts = {"prompts": prompts, "pairs": writer.pairs, **{s: writer.counts[s] for s in ("train", "test")}}
-    counts["dropped"] = writer.counts["dropped"]
     models, askers = config.models, run.askers
     position = {"position": position_bias(run.judge.seen)} if run.judge and run.judge.seen else {}
     return {
         "format": 1,
         "pipeline": config.pipeline,
-        "counts": counts,
+        "counts": writer.all_counts(),
         "drop_reasons": dict(sorted(writer.reasons.items())),
         "failed": writer.failed,
         "contrast": writer.contrast_means(),

@@ -33,33 +33,57 @@ def build(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print; ask nothing, write nothing.")] = False,
     update: Annotated[bool, typer.Option("--update", help="Rebuild a folder with a changed recipe.")] = False,
+    shard: Annotated[
+        str | None, typer.Option(help="Only one part of the rows, such as 2/4; clair merge joins them.")
+    ] = None,
 ) -> None:
     """Turn prompts into a dataset folder of preference pairs. Run it again to go on where it stopped."""
     from clair.build import build as build_dataset
     from clair.build import check
     from clair.config import BuildConfig, public
     from clair.recipe import load_recipe
+    from clair.shards import read_shard, sharded, shards_folder
     from clair.terminal import progress_bar, summary
     from clair.terminal import show as print_
 
     overrides = [*(set_ or []), *([text_override("out", out)] if out else []), *([f"limit={limit}"] if limit else [])]
     config = load_recipe(BuildConfig, recipe, overrides)
-    found = check(config)
+    part = read_shard(shard) if shard else None
+    found = check(sharded(config, part) if part else config)
     if dry_run:
         import yaml
 
         print(yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True), end="")
         print(f"# {found.rows} rows, {found.unique} different prompts, {found.answered} of them with an answer")
         return
-    with progress_bar(found.rows) as tell:
-        built = build_dataset(config, found=found, update=update, on_progress=tell)
+    with progress_bar(found.rows // part.of if part else found.rows) as tell:
+        built = build_dataset(config, found=found, update=update, on_progress=tell, shard=part)
     if built.stopped:
         print(f"{built.stopped}: every reply so far is kept; run the same command again to go on", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED if built.stopped == "interrupted" else EXIT_BUDGET)
     print_(summary([built.out]))
+    if part:
+        print_(f"shard {part.index} of {part.of}; when all are built: clair merge {shards_folder(config.out)}")
     print_(f"{built.out}/README.md tells what it holds; look at the pairs with: clair report {built.out}")
     if built.failed:
         print(f"{built.failed} rows failed (see dropped.jsonl); run it again to try them again", file=sys.stderr)
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+@app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(help="The folder of shards that clair build --shard made.")],
+    out: Annotated[Path | None, typer.Option(help="The dataset folder, instead of the recipe's out.")] = None,
+) -> None:
+    """Join the shards of a build: the same dataset, byte for byte, as one run makes."""
+    from clair.merge import merge as merge_shards
+    from clair.terminal import show as print_
+    from clair.terminal import summary
+
+    manifest = merge_shards(folder, out)
+    print_(summary([Path(manifest["recipe"]["out"])]))
+    if manifest["failed"]:
+        print(f"{manifest['failed']} rows failed (see dropped.jsonl); build their shards again", file=sys.stderr)
         raise typer.Exit(EXIT_SOME_FAILED)
 
 

@@ -60,13 +60,35 @@ def split_file(split: str) -> str:
     return f"data/{split}-00000-of-00001.parquet"
 
 
+# ---- where each row of a shard stands among all: one number a row, its place times 4 plus what became of it
+
+ORDER = "order.bin"
+KINDS = ("train", "test", "dropped")
+_ORDER_BYTES_AT_ONCE = 8 * 4096
+
+
+def entry(place: int, kind: str) -> bytes:
+    """The 8 bytes of a row in the order file."""
+    return (place * 4 + KINDS.index(kind)).to_bytes(8, "little")
+
+
+def read_order(folder: Path) -> Iterator[tuple[int, str]]:
+    """(place among all prompts, train, test or dropped) of each row of a shard, in order."""
+    with open(folder / ORDER, "rb") as file:
+        while part := file.read(_ORDER_BYTES_AT_ONCE):
+            for at in range(0, len(part), 8):
+                number = int.from_bytes(part[at : at + 8], "little")
+                yield number // 4, KINDS[number % 4]
+
+
 class DatasetWriter:
     """Writes pairs and drops as they come, under temporary names, and puts them in place all at the end.
 
     Equal pairs in equal order give equal bytes.
     """
 
-    def __init__(self, folder: Path, *, seed: int, test_fraction: float) -> None:
+    def __init__(self, folder: Path, *, seed: int, test_fraction: float, order: bool = False) -> None:
+        """`order`: also write where each row stands among all prompts, which `place` tells; for one shard of many."""
         import pyarrow.parquet as pq
 
         self.folder = folder
@@ -86,6 +108,9 @@ class DatasetWriter:
         }
         self._dropped_file = self._temporary("dropped.jsonl")
         self._dropped = open(self._dropped_file, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self.place = 0
+        self._order_file = self._temporary(ORDER) if order else None
+        self._order = open(self._order_file, "wb") if self._order_file else None  # noqa: SIM115 (closed by close)
 
     def _temporary(self, name: str) -> Path:
         target = self.folder / name
@@ -93,19 +118,38 @@ class DatasetWriter:
 
     def add(self, pair: Pair) -> None:
         """One more pair."""
-        split = split_of(pair.id, self.seed, self.test_fraction)
+        self.add_row(pair.row())
+
+    def add_row(self, row: dict[str, Any]) -> None:
+        """One more pair, as a row of the dataset."""
+        split = split_of(row["id"], self.seed, self.test_fraction)
         self.counts[split] += 1
-        self.sums.update(pair.contrast)
-        self._rows[split].append(pair.row())
+        self.sums.update({name: value for name, value in row["contrast"].items() if value is not None})
+        self._rows[split].append(row)
+        self._note(split)
         if len(self._rows[split]) == _ROWS_PER_GROUP:
             self._flush(split)
 
     def drop(self, id: str, why: Dropped) -> None:
         """One more prompt that gave no pair."""
+        self.drop_row(why.row(id))
+
+    def drop_row(self, row: Mapping[str, Any]) -> None:
+        """One more prompt that gave no pair, as a line of dropped.jsonl."""
         self.counts["dropped"] += 1
-        self.failed += why.failed
-        self.reasons[f"{why.stage}.{why.reason}"] += 1
-        self._dropped.write(json.dumps(why.row(id), ensure_ascii=False) + "\n")
+        self.failed += row["failed"]
+        self.reasons[f"{row['stage']}.{row['reason']}"] += 1
+        self._dropped.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._note("dropped")
+
+    def _note(self, kind: str) -> None:
+        if self._order:
+            self._order.write(entry(self.place, kind))
+
+    def all_counts(self) -> dict[str, int]:
+        """Prompts, pairs, pairs by split, and drops."""
+        counts = {"prompts": self.pairs + self.counts["dropped"], "pairs": self.pairs}
+        return counts | {name: self.counts[name] for name in (*SPLITS, "dropped")}
 
     @property
     def pairs(self) -> int:
@@ -126,10 +170,12 @@ class DatasetWriter:
         """Put the files in place (`keep`), or take the temporary ones away. Returns the SHA-256 of each by name."""
         written = {split_file(split): file for split, file in self._files.items()}
         written["dropped.jsonl"] = self._dropped_file
+        if self._order_file:
+            written[ORDER] = self._order_file
         try:
             return self._publish(written) if keep else {}
         finally:
-            for file in (*self._parquet.values(), self._dropped):
+            for file in (*self._parquet.values(), self._dropped, *((self._order,) if self._order else ())):
                 with suppress(OSError):  # on a full disk the end of a file that nobody wants cannot be written either
                     file.close()
             for temporary in written.values():
@@ -141,6 +187,8 @@ class DatasetWriter:
                 self._flush(split)
             self._parquet[split].close()
         self._dropped.close()
+        if self._order:
+            self._order.close()
         hashes = {}
         for name, file in written.items():
             with open(file, "rb") as content:

@@ -1,0 +1,180 @@
+"""The shards of a build as one dataset: the same bytes as of the build that was never sharded.
+
+Every shard has written its rows in the order of the prompts, and where each stands among all. So they are merged as
+sorted streams (k-way): a few rows of each shard are in memory at a time, however many there are.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from clair.build import check_folder, locked, position_bias
+from clair.config import lasting
+from clair.dataset import DatasetWriter, card, read_manifest, read_order, split_file
+from clair.ledger import Ledger
+from clair.recipe import UserError, changed_keys, read_json, write_atomically, write_json
+from clair.shards import Shard, read_shard
+
+_ROWS_AT_ONCE = 100
+Row = tuple[int, str, dict[str, Any]]
+
+
+def merge(folder: str | Path, out: str | Path | None = None) -> dict[str, Any]:
+    """Join the shards in `folder` into the dataset folder `out`, by default the recipe's; its manifest.
+
+    Raises UserError for a shard that is missing, unfinished, in use, or of another recipe or other prompts.
+    """
+    shards = _found(Path(folder))
+    with ExitStack() as stack:
+        for shard in shards:
+            stack.enter_context(locked(shard))
+        manifests = [read_manifest(shard) for shard in shards]
+        _check_alike(shards, manifests)
+        recipe = manifests[0]["recipe"]
+        target = Path(out or recipe["out"])
+        check_folder(target)
+        stack.enter_context(locked(target))
+        _check_target(target, recipe)
+        return _merge(shards, manifests, target)
+
+
+def _found(folder: Path) -> list[Path]:
+    """The folders of all shards, in order. Raises UserError naming what is missing."""
+    shards: dict[Shard, Path] = {}
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.is_dir() and "-of-" in entry.name:
+            shards[read_shard(entry.name)] = entry
+    if not shards:
+        raise UserError(f"{folder} holds no shards (folders such as 1-of-4); give the folder that --shard made")
+    of = max(shard.of for shard in shards)
+    strange = [path.name for shard, path in shards.items() if shard.of != of]
+    if strange:
+        raise UserError(f"{folder} holds shards of {of} and others ({strange[0]}); move those away that do not belong")
+    missing = [f"{index}/{of}" for index in range(1, of + 1) if Shard(index, of) not in shards]
+    missing += [f"{s.index}/{s.of}" for s, path in shards.items() if not (path / "manifest.json").is_file()]
+    if missing:
+        raise UserError(f"{folder} lacks shard {', '.join(missing[:10])}; run clair build --shard {missing[0]} first")
+    return [shards[Shard(index, of)] for index in range(1, of + 1)]
+
+
+def _check_alike(shards: Sequence[Path], manifests: Sequence[Mapping[str, Any]]) -> None:
+    first = manifests[0]
+    for shard, manifest in zip(shards, manifests, strict=True):
+        changed = changed_keys(lasting(first["recipe"]), lasting(manifest["recipe"]))
+        changed += [key for key in ("models", "prompts_sha256", "format") if first[key] != manifest[key]]
+        if changed:
+            raise UserError(
+                f"{shard} was not built as {shards[0]} was (it differs in {', '.join(changed)}); build it again with "
+                f"the same recipe, prompts and models"
+            )
+
+
+def _check_target(target: Path, recipe: Mapping[str, Any]) -> None:
+    file = target / "recipe.json"
+    if file.is_file() and (changed := changed_keys(lasting(read_json(file)), lasting(recipe))):
+        raise UserError(
+            f"{target} holds another recipe's run (it differs in {', '.join(changed)}); choose another --out"
+        )
+
+
+def _merge(shards: Sequence[Path], manifests: Sequence[dict[str, Any]], target: Path) -> dict[str, Any]:
+    recipe = {**manifests[0]["recipe"], "out": str(target)}
+    writer = DatasetWriter(target, seed=recipe["seed"], test_fraction=recipe["test_fraction"])
+    finished = False
+    try:
+        for expected, (place, kind, row) in enumerate(heapq.merge(*map(_rows, shards), key=lambda row: row[0])):
+            if place != expected:
+                raise UserError(f"the shards in {shards[0].parent} lack row {expected + 1}; build them again")
+            if kind == "dropped":
+                writer.drop_row(row)
+            else:
+                writer.add_row(row)
+        finished = True
+    finally:
+        hashes = writer.close(keep=finished)
+    write_json(target / "recipe.json", recipe)
+    if recipe["ledger"] is None:
+        _merge_ledgers(shards, target)
+    manifest = _manifest(manifests, recipe, writer, hashes)
+    write_json(target / "manifest.json", manifest)
+    write_atomically(target / "README.md", card(manifest))
+    return manifest
+
+
+def _rows(shard: Path) -> Iterator[Row]:
+    """(place among all prompts, kind, row) of a shard, in order."""
+    with open(shard / "dropped.jsonl", "rb") as lines:
+        streams: dict[str, Iterator[dict[str, Any]]] = {split: _pairs(shard, split) for split in ("train", "test")}
+        streams["dropped"] = map(json.loads, lines)
+        for place, kind in read_order(shard):
+            row = next(streams[kind], None)
+            if row is None:
+                raise UserError(f"{shard} is damaged ({kind} ends early); build it again")
+            yield place, kind, row
+
+
+def _pairs(shard: Path, split: str) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(shard / split_file(split)) as file:
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+            yield from batch.to_pylist()
+
+
+def _manifest(
+    manifests: Sequence[dict[str, Any]], recipe: dict[str, Any], writer: DatasetWriter, hashes: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the manifest of one run would say; `seconds` are those of all shards together."""
+    seen: Counter[int] = Counter()
+    cost: Counter[str] = Counter()
+    tokens: dict[str, Counter[str]] = {role: Counter() for role in manifests[0]["tokens"]}
+    for manifest in manifests:
+        for role, counted in manifest["tokens"].items():
+            tokens[role].update(counted)
+        for choice, name in enumerate(("ties", "first", "second")):
+            seen[choice] += manifest.get("position", {}).get(name, 0)
+        for role, money in manifest.get("cost", {}).items():
+            cost[role] += Decimal(money)  # type: ignore[assignment]
+    position = {"position": position_bias(seen)} if sum(seen.values()) else {}
+    merged = {
+        **{key: value for key, value in manifests[0].items() if key != "shard"},
+        "counts": writer.all_counts(),
+        "drop_reasons": dict(sorted(writer.reasons.items())),
+        "failed": writer.failed,
+        "contrast": writer.contrast_means(),
+        **position,
+        "tokens": {role: dict(counted) for role, counted in tokens.items()},
+        "files": dict(hashes),
+        "recipe": recipe,
+        "seconds": round(sum(manifest["seconds"] for manifest in manifests), 1),
+    }
+    return merged | ({"cost": {role: f"{Decimal(m).normalize():f}" for role, m in cost.items()}} if cost else {})
+
+
+_CALLS = (
+    "key, state, role, model, row, run, attempts, reply, error, seconds, prompt_tokens, completion_tokens, "
+    "open_prompt, open_completion, digest, batch"
+)
+
+
+def _merge_ledgers(shards: Sequence[Path], target: Path) -> None:
+    """All calls of the shards in the ledger of the whole, so that building it again asks nothing twice."""
+    Ledger(target / "ledger.sqlite").close()
+    with closing(sqlite3.connect(target / "ledger.sqlite", isolation_level=None)) as connection:
+        for state in ("= 'done'", "!= 'done'"):  # of equal requests, an answered one goes first
+            for shard in shards:
+                connection.execute("ATTACH ? AS shard", (str(shard / "ledger.sqlite"),))
+                connection.execute(
+                    f"INSERT OR IGNORE INTO main.calls ({_CALLS}, payer) SELECT {_CALLS}, ? FROM shard.calls "  # noqa: S608 (our columns)
+                    f"WHERE state {state}",
+                    (str(target.resolve()),),
+                )
+                connection.execute("DETACH shard")

@@ -1,0 +1,63 @@
+"""One shard of a build: the rows whose id hashes to it, in a folder of their own, until `clair merge` joins them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clair.config import BuildConfig
+from clair.recipe import UserError, content_hash
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The `index`-th (from 1) of `of` shards."""
+
+    index: int
+    of: int
+
+    @property
+    def name(self) -> str:
+        """The folder of the shard inside the folder of shards."""
+        return f"{self.index}-of-{self.of}"
+
+    def holds(self, id: str) -> bool:
+        """Whether the row of this id belongs to the shard: by hash, so that no shard needs to know of another."""
+        return int(content_hash(["shard", id])[:13], 16) % self.of == self.index - 1
+
+
+def read_shard(text: str) -> Shard:
+    """The shard that `2/4` or the folder name `2-of-4` names. Raises UserError."""
+    found = re.fullmatch(r"(\d{1,6})(?:/|-of-)(\d{1,6})", text)
+    if found and 1 <= int(found[1]) <= int(found[2]):
+        return Shard(int(found[1]), int(found[2]))
+    raise UserError(f"--shard {text}: give the shard and their number, from --shard 1/4 to --shard 4/4")
+
+
+def shards_folder(out: str | Path) -> Path:
+    """Where the shards of a build lie."""
+    return Path(f"{Path(out)}-shards")
+
+
+def sharded(config: BuildConfig, shard: Shard) -> BuildConfig:
+    """The recipe of one shard: a folder of its own, and its part of the budget and of the rates.
+
+    Raises UserError for `accept`, which counts pairs in the order of all prompts: no shard sees that order.
+    """
+    if config.accept:
+        raise UserError(
+            f"accept: {config.accept} takes the first pairs in the order of all prompts, which no shard sees; remove "
+            f"it, or build without --shard"
+        )
+    changes: dict[str, Any] = {"out": str(shards_folder(config.out) / shard.name)}
+    if config.budget:
+        money, tokens = config.budget.money, config.budget.tokens
+        part = {"money": money and money / shard.of, "tokens": tokens and tokens // shard.of}
+        changes["budget"] = config.budget.model_copy(update=part)
+    for role, model in config.models.items():
+        rates = {key: getattr(model, key) for key in ("requests_per_minute", "tokens_per_minute")}
+        parts = {key: max(1, rate // shard.of) for key, rate in rates.items() if rate}
+        changes[role] = model.model_copy(update=parts)
+    return config.model_copy(update=changes)

@@ -1,0 +1,152 @@
+"""Shards of a build, joined: the bytes of the build that was never sharded."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import pytest
+
+from clair.build import build
+from clair.merge import merge
+from clair.recipe import UserError
+from clair.shards import Shard, read_shard, sharded
+from tests.clair.building import clair, drops, final_bytes, manifest, pairs
+from tests.clair.scripted import Scripted, endpoint, install, recipe, revision, verdict
+
+PRICE = {"input": "1", "output": "2"}
+
+
+def rows(count, seed=0):
+    """Some of them twice, nearly twice, or with a revision that is dropped."""
+    draw = random.Random(seed)
+    made = []
+    for n in range(count):
+        words = " ".join(draw.choice("abcdefghij") * 3 for _ in range(12))
+        answer = draw.choice(["bad answer", "fine answer"]) + f" {n}"
+        made.append({"prompt": f"question {words}", "answer": answer})
+        if draw.random() < 0.1:
+            made.append(draw.choice(made))
+        if draw.random() < 0.1:
+            made.append({"prompt": draw.choice(made)["prompt"] + " please", "answer": "bad twin"})
+    return made
+
+
+def settings(out, made, **keys):
+    return recipe(
+        out, made,
+        **{"pipeline": "revised", "reviser": endpoint(price=PRICE, max_tokens=100), "test_fraction": 0.2} | keys,
+    )  # fmt: skip
+
+
+def build_all(config, of):
+    for index in range(1, of + 1):
+        built = build(config, shard=Shard(index, of))
+        assert built.stopped is None
+        assert built.manifest["shard"] == {"index": index, "of": of}
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 7])
+def test_merged_shards_are_the_bytes_of_one_run_whatever_their_number(tmp_path, monkeypatch, of):
+    install(monkeypatch, reviser=Scripted("reviser", revision))
+    made = rows(150)
+    one = settings(tmp_path / "one", made, prompts={"path": "x", "near_duplicates": 0.6})
+    prompts = {"path": str(tmp_path / "one-prompts.jsonl"), "near_duplicates": 0.6}
+    one = one.model_copy(update={"prompts": one.prompts.model_copy(update=prompts)})
+    build(one)
+    whole = one.model_copy(update={"out": str(tmp_path / "all")})
+    build_all(whole, of)
+    merge(tmp_path / "all-shards")
+    assert final_bytes(tmp_path / "all") == final_bytes(tmp_path / "one")
+    assert (tmp_path / "all" / "README.md").read_bytes() == (tmp_path / "one" / "README.md").read_bytes()
+    assert {row["reason"] for row in drops(tmp_path / "all")} >= {"duplicate", "near_duplicate", "identical"}
+    first, second = manifest(tmp_path / "one"), manifest(tmp_path / "all")
+    for key in ("seconds", "recipe"):
+        first.pop(key), second.pop(key)
+    calls = [m["tokens"]["reviser"].pop(key) for m in (first, second) for key in ("calls", "reused")]
+    assert sum(calls[:2]) == sum(calls[2:])
+    assert first == second
+
+
+def test_a_merged_folder_is_built_again_without_asking(tmp_path, monkeypatch):
+    model = Scripted("reviser", revision)
+    install(monkeypatch, reviser=model)
+    config = settings(tmp_path / "all", rows(40))
+    build_all(config, 3)
+    merge(tmp_path / "all-shards")
+    before, asked = final_bytes(tmp_path / "all"), len(model.asked)
+    assert build(config).manifest["counts"] == manifest(tmp_path / "all")["counts"]
+    assert final_bytes(tmp_path / "all") == before
+    assert len(model.asked) == asked
+
+
+def test_shards_that_share_a_ledger_pay_once_for_equal_requests(tmp_path, monkeypatch):
+    model = Scripted("reviser", revision)
+    install(monkeypatch, reviser=model)
+    config = settings(tmp_path / "all", rows(40), ledger=str(tmp_path / "shared.sqlite"))
+    build_all(config, 2)
+    build_all(config, 3)
+    assert len(model.asked) == len({json.dumps(request, sort_keys=True) for request in model.asked})
+    shutil.rmtree(tmp_path / "all-shards")
+    build_all(config, 2)
+    merge(tmp_path / "all-shards")
+    assert not (tmp_path / "all" / "ledger.sqlite").exists()
+
+
+def test_the_position_bias_of_all_shards_is_counted_together(tmp_path, monkeypatch):
+    made = [{"prompt": f"q {n}", "answers": [f"bad {n}", f"good {n}"]} for n in range(30)]
+    keys = {"pipeline": "judged", "reviser": None, "judge": endpoint(order="random")}
+    for name, of in (("one", 0), ("all", 4)):
+        install(monkeypatch, judge=Scripted("judge", lambda *_: verdict("[1]")))
+        config = recipe(tmp_path / name, made, **{k: v for k, v in keys.items() if v})
+        if of:
+            build_all(config, of)
+            merge(tmp_path / f"{name}-shards")
+        else:
+            build(config)
+    assert manifest(tmp_path / "all")["position"] == manifest(tmp_path / "one")["position"]
+    assert manifest(tmp_path / "all")["position"]["first"] == 30
+    assert final_bytes(tmp_path / "all") == final_bytes(tmp_path / "one")
+
+
+def test_each_shard_may_spend_its_part():
+    from clair.config import BuildConfig
+    from clair.recipe import resolve
+
+    reviser = endpoint(price=PRICE, requests_per_minute=3, tokens_per_minute=1000)
+    values = {"pipeline": "revised", "prompts": {"path": "p"}, "reviser": reviser, "out": "o", "budget": {"money": 10}}
+    part = sharded(resolve(BuildConfig, values), Shard(2, 4))
+    assert part.budget.money * 4 == 10
+    assert (part.reviser.requests_per_minute, part.reviser.tokens_per_minute) == (1, 250)
+    assert part.out == "o-shards/2-of-4"
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/", "-1/4"])
+def test_a_shard_that_is_none_is_told(text):
+    with pytest.raises(UserError, match="give the shard and their number"):
+        read_shard(text)
+
+
+def test_shards_that_do_not_fit_are_refused_by_name(tmp_path, monkeypatch):
+    install(monkeypatch, reviser=Scripted("reviser", revision))
+    config = settings(tmp_path / "all", rows(30))
+    with pytest.raises(UserError, match="accept: 5 takes the first pairs"):
+        build(config.model_copy(update={"accept": 5}), shard=Shard(1, 2))
+    with pytest.raises(UserError, match="holds no shards"):
+        merge(tmp_path)
+    build(config, shard=Shard(1, 3))
+    build(config, shard=Shard(3, 3))
+    with pytest.raises(UserError, match="lacks shard 2/3; run clair build --shard 2/3 first"):
+        merge(tmp_path / "all-shards")
+    build(config.model_copy(update={"seed": 5}), shard=Shard(2, 3))
+    with pytest.raises(UserError, match=r"2-of-3 was not built as .*1-of-3 was \(it differs in seed\)"):
+        merge(tmp_path / "all-shards")
+    build(config, shard=Shard(2, 3), update=True)
+    build(config, shard=Shard(1, 2))
+    with pytest.raises(UserError, match=r"holds shards of 3 and others \(1-of-2\)"):
+        merge(tmp_path / "all-shards")
+    shutil.rmtree(tmp_path / "all-shards" / "1-of-2")
+    ended = clair("merge", tmp_path / "all-shards")
+    assert ended.code == 0, ended
+    assert len(pairs(tmp_path / "all")) == manifest(tmp_path / "all")["counts"]["pairs"]
