@@ -26,6 +26,8 @@ from clair.recipe import UserError
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 from tests.apo.test_cli import call
 
+CLASSES = {"desirable_weight": 0.5, "undesirable_weight": 1.5}
+
 
 def make_rows(n=24, seed=0, label=lambda i: i % 3 != 1):
     """Rows with one response each, two thirds of them desirable."""
@@ -78,10 +80,8 @@ def assert_same(one, other, least=5, atol=1e-5):
     assert (one[3] - other[3]).norm() < 1e-5 * other[3].norm()
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize(
-    "weights", [{}, {"desirable_weight": 0.5, "undesirable_weight": 1.5}], ids=["plain", "classes"]
-)
+@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
+@pytest.mark.parametrize("weights", [pytest.param({}, marks=pytest.mark.slow), CLASSES], ids=["plain", "classes"])
 @pytest.mark.parametrize("objective", ["kto", "apo_zero_unpaired"])
 def test_trains_as_trls_kto_trainer_does(tmp_path, model_dir, objective, weights, adapter):
     """TRL answers each prompt with the response *before* it in the micro-batch, the paper and we with the one after it:
@@ -133,13 +133,16 @@ def test_pairs_cut_in_two_are_half_of_apo_zero(tmp_path):
 
 # Every row weighs the same, however a step is cut up
 
+
+def slow(case):
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
 MIXED = {"kto": {"undesirable_weight": 2.0}, "sft": 0.1}
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize(
-    "objective", ["apo_zero_unpaired", "kto", MIXED], ids=["apo_zero_unpaired", "kto", "kto + sft"]
-)
+@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
+@pytest.mark.parametrize("objective", [MIXED, *map(slow, ("apo_zero_unpaired", "kto"))], ids=str)
 def test_a_step_is_the_same_however_it_is_cut_up(tmp_path, objective, adapter):
     rows = [{**row, "w": 0.5 + i % 3} for i, row in enumerate(make_rows(14))]  # windows of 4, 4, 4 and 2
     cuts = (
@@ -421,6 +424,7 @@ def test_a_dry_run_tells_rows_and_an_estimate_of_one_response_each(recipe, tmp_p
     assert whole_kto - whole == pytest.approx(2 * reference)  # and the same for the policy
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(recipe, tmp_path, monkeypatch):
     from apo import checkpoints
 
