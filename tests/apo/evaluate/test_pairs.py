@@ -200,6 +200,7 @@ def test_an_adapter_is_its_merged_model_and_its_base_the_reference(dataset, mode
     assert alone["kl"]["chosen"]["token"]["mean"] == pytest.approx(merged["kl"]["chosen"]["token"]["mean"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_run_says_the_rest(dataset, model_dir, tmp_path):
     recipe = f"model: {model_dir}\ndataset: {dataset}\nobjective: dpo\nbeta: 0.3\nout: {tmp_path}/run\n"
     options = "trainer: {max_steps: 2, learning_rate: 1.0e-3, per_device_train_batch_size: 4, eval_strategy: 'no'}\n"

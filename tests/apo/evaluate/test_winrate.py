@@ -12,6 +12,7 @@ from apo.evaluate.verdicts import Answer, Compared, summary
 from apo.evaluate.winrate import WinrateConfig, check, compare
 from clair.recipe import UserError, resolve
 from clair.records import Prompt
+from recipes.world.judge import Leanings
 from recipes.world.reviser import Misbehaviour
 from recipes.world.running import Running, running
 from recipes.world.server import ServerOptions
@@ -137,7 +138,7 @@ def test_answers_are_matched_by_prompt_and_not_by_place(world, tmp_path):
 def test_a_judge_who_prefers_what_is_first_moves_nothing_and_is_told(tmp_path):
     answers(tmp_path, "base", range(20))
     answers(tmp_path, "tuned", range(20, 40))
-    with running(ServerOptions(position_bias=1.0)) as biased:
+    with running(ServerOptions(leanings=Leanings(position_bias=1.0))) as biased:
         found = compare(settings(tmp_path, biased.url)).result
     assert found["win_rate"]["mean"] == 0.5
     assert found["consistency"]["mean"] == 0
