@@ -1,0 +1,151 @@
+"""Several endpoints asked as one: the least loaded first, a dead one set aside and tried again."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from clair.build import build
+from clair.models import Refused, Unreachable
+from clair.models.pool import Pool
+from clair.recipe import UserError
+from tests.clair.building import config_for, outcomes, scripted, scripted_rows, write_prompts
+
+
+class Place:
+    """An endpoint that answers with its name when it is let, or is dead."""
+
+    def __init__(self, name: str) -> None:
+        self.name = self.identity = name
+        self.dead = False
+        self.asked = 0
+        self.let = asyncio.Event()
+        self.let.set()
+
+    async def check(self) -> None:
+        if self.dead:
+            raise Refused(f"cannot reach {self.name}")
+
+    async def complete(self, request: object, sample: int = 0) -> str:
+        self.asked += 1
+        if self.dead:
+            raise Unreachable("gone")
+        await self.let.wait()
+        return self.name
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only when a test says so."""
+    now = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr("clair.models.pool.time", SimpleNamespace(monotonic=lambda: now.seconds))
+    return now
+
+
+async def ask(pool: Pool) -> str:
+    try:
+        return await pool.complete({})
+    except Unreachable:
+        return "gone"
+
+
+def test_the_least_loaded_is_asked():
+    async def run() -> None:
+        slow, quick = Place("slow"), Place("quick")
+        pool = Pool([slow, quick])
+        slow.let.clear()
+        waiting = [asyncio.ensure_future(ask(pool))]
+        await asyncio.sleep(0)
+        assert [await ask(pool) for _ in range(5)] == ["quick"] * 5
+        quick.let.clear()
+        waiting += [asyncio.ensure_future(ask(pool)) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert (slow.asked, quick.asked) == (2, 7)  # two in flight at each
+        slow.let.set()
+        quick.let.set()
+        assert sorted(await asyncio.gather(*waiting)) == ["quick", "quick", "slow", "slow"]
+
+    asyncio.run(run())
+
+
+def test_a_dead_one_is_set_aside_longer_each_time_and_is_back_when_it_answers(clock):
+    async def run() -> None:
+        first, second = Place("first"), Place("second")
+        pool = Pool([first, second])
+        first.dead = True
+        assert await ask(pool) == "gone"
+        for aside in (2.0, 4.0, 8.0):
+            assert [await ask(pool) for _ in range(3)] == ["second"] * 3
+            clock.seconds += aside - 0.01
+            assert await ask(pool) == "second"
+            clock.seconds += 0.02
+            assert await ask(pool) == "gone"
+        first.dead = False
+        clock.seconds += 60.0
+        assert await ask(pool) == "first"
+        first.dead = True
+        assert await ask(pool) == "gone"
+        clock.seconds += 2.01  # an answer makes good for all that was before
+        first.dead = False
+        assert await ask(pool) == "first"
+
+    asyncio.run(run())
+
+
+def test_where_all_are_set_aside_the_one_that_is_due_first_is_asked(clock):
+    async def run() -> None:
+        places = [Place("first"), Place("second")]
+        pool = Pool(places)
+        for place in places:
+            place.dead = True
+        assert await ask(pool) == "gone"
+        clock.seconds += 1.0
+        assert await ask(pool) == "gone"
+        assert [place.asked for place in places] == [1, 1]
+        places[0].dead = False
+        assert await ask(pool) == "first"
+
+    asyncio.run(run())
+
+
+def test_one_living_endpoint_is_enough_to_begin_with():
+    async def run() -> None:
+        first, second = Place("first"), Place("second")
+        first.dead = True
+        pool = Pool([first, second])
+        await pool.check()
+        assert [await ask(pool) for _ in range(3)] == ["second"] * 3
+        second.dead = True
+        with pytest.raises(Refused, match="cannot reach second"):
+            await pool.check()
+
+    asyncio.run(run())
+
+
+def test_a_build_shares_its_requests_out_and_survives_the_death_of_an_endpoint(tmp_path, server):
+    """The first URL names the model, so that the second run finds its replies though an endpoint is gone."""
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["wait:0.1"] * 40))
+    expected = {f"row-{n}": f"good answer {n}" for n in range(40)}
+    with scripted() as other:
+        reviser = {"url": [server.url, other.url], "model": "m"}
+        build(config_for(tmp_path, server.url, reviser=reviser, concurrency=8))
+        assert outcomes(tmp_path / "out") == expected
+        assert len(server.seen()) + len(other.seen()) == 40
+        assert min(len(server.seen()), len(other.seen())) >= 10
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["wait:0.1"] * 80))
+    asked = len(server.seen())
+    build(config_for(tmp_path, server.url, reviser=reviser, concurrency=8))
+    assert outcomes(tmp_path / "out") == {f"row-{n}": f"good answer {n}" for n in range(80)}
+    assert len(server.seen()) == asked + 40
+
+
+def test_endpoints_that_are_all_dead_are_one_line(tmp_path, server):
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
+    dead = ["http://127.0.0.1:9/v1", "http://no-such-host.invalid/v1"]
+    with pytest.raises(UserError, match=r"cannot reach http://no-such-host\.invalid/v1"):
+        build(config_for(tmp_path, server.url, reviser={"url": dead, "model": "m"}))
