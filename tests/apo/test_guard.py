@@ -186,10 +186,11 @@ def test_accuracy_alone_can_stop_a_run(recipe):
         run(recipe)
 
 
-def test_the_epochs_end_saves_nothing_that_was_not_passed(recipe):
+@pytest.mark.parametrize("every", [100, 6], ids=["looked at by the epoch's end", "by its last step"])
+def test_the_epochs_end_saves_nothing_that_was_not_passed(recipe, every):
     recipe["trainer"] = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "save_strategy": "epoch"}
     recipe["trainer"] |= {"learning_rate": 0.05, "lr_scheduler_type": "constant"}
-    recipe["guard"] |= {"most_loss_rise": 0.0, "every": 100}
+    recipe["guard"] |= {"most_loss_rise": 0.0, "every": every}
     with pytest.raises(Stopped, match=r"^step 6: the loss .*no checkpoint had been saved$"):
         run(recipe)
     assert not checkpoints(Path(recipe["out"]))

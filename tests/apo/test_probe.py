@@ -97,6 +97,7 @@ def test_a_run_logs_its_probe_ten_times_and_is_not_changed_by_it(tmp_path, model
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(24)))
     trainer = {"max_steps": 20, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_strategy": "no"}
+    trainer["logging_steps"] = 2
     recipe = {"model": str(model_dir), "dataset": str(data), "trainer": trainer}
     weights = []
     for probe in (4, 0):
@@ -104,6 +105,7 @@ def test_a_run_logs_its_probe_ten_times_and_is_not_changed_by_it(tmp_path, model
         train(TrainConfig(**recipe, probe=probe, out=str(out)), tell=lambda _: None)
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         found = [row for row in rows if "probe/kl" in row]
+        assert [row["step"] for row in rows if "loss" in row] == [1, *range(2, 21, 2)]  # looks keep no line away
         assert [row["step"] for row in found] == ([*range(2, 21, 2)] if probe else [])
         weights.append(AutoModelForCausalLM.from_pretrained(out).state_dict())
         if probe:
