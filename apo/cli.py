@@ -140,9 +140,9 @@ def _print_plan(config: Any) -> None:
     for split, count in planned.counts().items():
         left_out = "".join(f", {n:,} left out ({why.replace('_', ' ')})" for why, n in count["dropped"].items())
         print(f"# {split}: {size_told(count)}{left_out}")
-    per_step = planned.args.per_device_train_batch_size * planned.args.gradient_accumulation_steps
     of = "pairs" if "pairs" in planned.counts()["train"] else "rows"
-    print(f"# steps: {planned.steps:,} of {per_step * planned.args.world_size} {of}")
+    on = f" on {planned.processes} processes" if planned.processes > 1 else ""
+    print(f"# steps: {planned.steps:,} of {planned.pairs_per_step} {of}{on}")
     print(f"# out: {config.out} ({status})")
     if planned.rails is not None:
         print(f"# guard: {planned.rails.told(planned.steps)}")

@@ -110,12 +110,12 @@ class _HeadLogps(torch.autograd.Function):
             logits = _logits(hidden[part], weight, bias, scale, softcap, None if kept is None else kept[part])
             picked, top = logits.gather(-1, labels[part, None]), logits.amax(-1, keepdim=True)
             total = logits.sub_(top).exp_().sum(-1, keepdim=True)
-            logps.append(picked - top - total.log())
+            logps.append((picked - top - total.log()).squeeze(-1))
             tops.append(top)
             totals.append(total)
         ctx.save_for_backward(hidden, weight, bias, labels, torch.cat(tops), torch.cat(totals))
         ctx.scale, ctx.softcap, ctx.kept = scale, softcap, kept
-        return torch.cat(logps).squeeze(-1)
+        return torch.cat(logps)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
@@ -170,12 +170,24 @@ def keeps_logits(labels: int, vocabulary: int) -> bool:
 
 def head_logps(model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Log-probs of `labels` [M] predicted by `hidden` [M, h], in nats, float32."""
-    config = model.config.get_text_config()
-    head = model.get_output_embeddings()
-    weight, bias = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in (head.weight, head.bias))
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
     softcap = getattr(config, "final_logit_softcapping", None)
-    keep = torch.is_grad_enabled() and softcap is None and keeps_logits(len(labels), len(weight))
-    return _HeadLogps.apply(hidden.to(weight.dtype), weight, bias, labels, _logit_scale(config), softcap, keep)
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        weight, bias = head.weight, head.bias
+        if hasattr(weight, "full_tensor"):  # its gradient would stay that of this process
+            raise RuntimeError("its LM head is sharded and not gathered when it is called")
+        keep = torch.is_grad_enabled() and softcap is None and keeps_logits(len(labels), len(weight))
+        return _HeadLogps.apply(hidden.to(weight.dtype), weight, bias, labels, _logit_scale(config), softcap, keep)
+
+    before = vars(head).get("forward")
+    head.forward = forward
+    try:
+        return head(hidden)  # as a module: FSDP gathers its weight and reduces its gradient around the call
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
 
 
 def _logit_scale(config: Any) -> float:

@@ -89,7 +89,7 @@ def check_devices(args: Any) -> None:
     if args.world_size != count:
         raise UserError(f"WORLD_SIZE is {count} but this process is one of {args.world_size}; start with torchrun")
     kind = str(getattr(args.distributed_state.distributed_type, "value", args.distributed_state.distributed_type))
-    fsdp = bool(args.fsdp) or _true(os.environ, "ACCELERATE_USE_FSDP")
+    fsdp = asks_for_fsdp(args)
     deepspeed = bool(args.deepspeed) or _true(os.environ, "ACCELERATE_USE_DEEPSPEED")
     for name, asked, plain in (("FSDP", fsdp, ("NO", "MULTI_CPU")), ("DeepSpeed", deepspeed, ("NO", "MULTI_CPU"))):
         if asked and kind in plain:
@@ -103,6 +103,11 @@ def check_devices(args: Any) -> None:
             "fsdp_cpu_ram_efficient_loading leaves the weights of all processes but one empty, and the reference's "
             "log-probs are computed from them before they are sharded; set it to false"
         )
+
+
+def asks_for_fsdp(args: Any) -> bool:
+    """Whether the trainer's options or the launcher ask for a model sharded by FSDP."""
+    return bool(args.fsdp) or _true(os.environ, "ACCELERATE_USE_FSDP")
 
 
 def _number(environ: Mapping[str, str], name: str) -> int | None:
@@ -159,14 +164,13 @@ class Group:
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Let the mistake that one process finds be found by all: every one of them raises the same UserError."""
+        found = None
         try:
             yield
-            found = None
         except UserError as error:
-            found = str(error)
-        words = next((words for words in self.gather(found) if words is not None), None)
-        if words is not None:
-            raise UserError(words)
+            found = error
+        if first := next(filter(None, self.gather(found)), None):
+            raise first
 
     def by_main(self, do: Callable[[], T]) -> T:
         """What the first process gets from `do`, everywhere; its mistake is everybody's."""

@@ -29,6 +29,8 @@ METRICS = "metrics.jsonl"
 PICTURE = "dynamics.png"
 CARD = "README.md"
 
+_LAYOUT = ("pairs_per_step", "trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
+"""Keys that may change within a run as long as a step holds as many pairs, which train.py checks."""
 Status = Literal["new", "unfinished", "finished"]
 MAY_CHANGE = ("out", "reference", "guard", "probe", "trainer.pack_tokens", "trainer.gradient_checkpointing")
 """Keys of a recipe (and under them) that change nothing that is trained: a stopped run goes on with other values."""
@@ -48,7 +50,8 @@ def status_of(out: Path, recipe: Mapping[str, Any]) -> Status:
             raise UserError(f"out: {out} holds files but no run of `apo train` ({found}); choose another folder")
         return "new"
     run = read_run(out)
-    changed = [key for key in changed_keys(run["recipe"], recipe) if not key.startswith(MAY_CHANGE)]
+    free = (*MAY_CHANGE, *(_LAYOUT if "pairs_per_step" in run else ()))
+    changed = [key for key in changed_keys(run["recipe"], recipe) if not key.startswith(free)]
     if changed:
         raise UserError(
             f"out: {out} holds the run of another recipe (changed: {', '.join(changed)}); choose another folder with "

@@ -70,6 +70,8 @@ class TrainConfig(Recipe):
     weights: str | None = None
     """The dataset column that says how much each pair weighs: numbers, finite and >= 0. Absent: all alike."""
     lora: LoRA | None = None
+    pairs_per_step: Annotated[int, Field(gt=0)] | None = None
+    """Pairs in an optimizer step, over all processes. Absent: what `trainer` and the number of processes come to."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Options of TRL's DPOConfig and transformers' TrainingArguments, passed on untouched."""
     eval: bool | str = True
@@ -100,7 +102,7 @@ class TrainConfig(Recipe):
         return mixture_of(value).plain
 
 
-def trainer_options(config: TrainConfig, *, has_eval: bool) -> APOConfig:
+def trainer_options(config: TrainConfig, *, has_eval: bool, processes: int = 1) -> APOConfig:
     """The trainer's configuration. Raises UserError for an option TRL does not have, or that the recipe says."""
     import dataclasses
 
@@ -124,6 +126,7 @@ def trainer_options(config: TrainConfig, *, has_eval: bool) -> APOConfig:
     _check_types(config.trainer)
     defaults: dict[str, Any] = {"eval_strategy": "epoch"} if has_eval else {}
     defaults |= {"save_total_limit": 2} if config.guard else {}
+    defaults |= _step_of(config, processes)
     objective = mixture_of(config.objective)
     if config.reference == "cached" and objective.needs_reference and not objective.needs_divergence:
         defaults |= {"precompute_ref_log_probs": True, "reference_cache": str(default_folder())}
@@ -136,6 +139,26 @@ def trainer_options(config: TrainConfig, *, has_eval: bool) -> APOConfig:
         raise
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def _step_of(config: TrainConfig, processes: int) -> dict[str, int]:
+    """Size and number of the micro-batches of a step of `pairs_per_step` pairs, where the recipe says them."""
+    pairs, size = config.pairs_per_step, config.trainer.get("per_device_train_batch_size")
+    if pairs is None:
+        return {}
+    if "gradient_accumulation_steps" in config.trainer:
+        raise UserError("trainer.gradient_accumulation_steps follows from pairs_per_step; leave one of them out")
+    each, left = divmod(pairs, processes)
+    if left:
+        raise UserError(f"pairs_per_step: {pairs} cannot be shared out equally to {processes} processes")
+    if size is None:
+        size = next(size for size in range(min(8, each), 0, -1) if each % size == 0)
+    if size < 1 or each % size:
+        raise UserError(
+            f"pairs_per_step: {pairs} on {processes} process(es) is {each} each, no multiple of "
+            f"trainer.per_device_train_batch_size {size}"
+        )
+    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": each // size}
 
 
 def _check_types(options: dict[str, Any]) -> None:
@@ -169,6 +192,12 @@ class Plan:
     eval: Tokenized | None
     steps: int
     rails: Rails | None = None
+    processes: int = 1
+
+    @property
+    def pairs_per_step(self) -> int:
+        """Pairs in an optimizer step, over all processes."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.processes
 
     def counts(self) -> dict[str, Any]:
         """Pairs (or unpaired rows, and how many are desirable) and drops of both splits, for run.json."""
@@ -176,9 +205,16 @@ class Plan:
         return {name: {**split.size(name), "dropped": split.dropped} for name, split in splits.items() if split}
 
 
-def plan(config: TrainConfig) -> Plan:
-    """Check recipe, model folder, tokenizer and every pair, without loading a weight or writing a file."""
+def plan(config: TrainConfig, processes: int | None = None) -> Plan:
+    """Check recipe, model folder, tokenizer and every pair, without loading a weight or writing a file.
+
+    `processes` plans a run of so many, which this need not be.
+    """
     from apo.pairs import load_eval, load_train
+    from apo.processes import check_launch
+
+    launched = check_launch()
+    count = launched if processes is None else processes
 
     name = models.find(config.model, config.trust_remote_code)
     if name.is_adapter and config.lora:
@@ -186,8 +222,9 @@ def plan(config: TrainConfig) -> Plan:
     tokenizer = models.load_tokenizer(name)
     train_pairs = load_train(config.dataset, config.seed, config.weights)
     eval_pairs = load_eval(config.dataset, config.eval, config.weights)
-    args = trainer_options(config, has_eval=eval_pairs is not None)
-    check_devices(args)
+    args = trainer_options(config, has_eval=eval_pairs is not None, processes=count)
+    if count == launched:
+        check_devices(args)
     if eval_pairs is None and args.eval_strategy != "no":
         raise UserError("trainer.eval_strategy is set but there are no held-out pairs; set `eval`, or leave it out")
     ends = models.load_generation_config(name)
@@ -199,7 +236,8 @@ def plan(config: TrainConfig) -> Plan:
             f"max_length {args.max_length}; raise trainer.max_length"
         )
     rails = load_rails(config.guard, tokenizer, ends, models.context_of(name)) if config.guard else None
-    return Plan(config, name, tokenizer, args, train, evaluated, _steps(args, len(train.dataset)), rails)
+    steps = _steps(args, len(train.dataset), count)
+    return Plan(config, name, tokenizer, args, train, evaluated, steps, rails, count)
 
 
 @dataclass(frozen=True)
@@ -270,11 +308,11 @@ def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args:
     return tokenize(pairs, tokenizer, args.max_length, ends, split, args.dataset_num_proc, objective)
 
 
-def _steps(args: APOConfig, pairs: int) -> int:
+def _steps(args: APOConfig, pairs: int, processes: int) -> int:
     """Optimizer steps of the run, as the trainer counts them."""
     if args.max_steps > 0:
         return args.max_steps
-    batches = pairs / (args.per_device_train_batch_size * args.world_size)
+    batches = pairs / (args.per_device_train_batch_size * processes)
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
 
@@ -324,7 +362,7 @@ def _train(config: TrainConfig, group: Group, tell: Callable[[str], None]) -> di
         tell(f"note: {note}")
     found = group.by_main(lambda: _resume(out, planned, status, tell))
     started = time.perf_counter()
-    _run(trainer, found, out, tell)
+    _run(trainer, group, found, out)
     return _finish(trainer, group, out, time.perf_counter() - started)
 
 
@@ -391,10 +429,12 @@ def _resume(out: Path, planned: Plan, status: runs.Status, tell: Callable[[str],
     from apo.pairs import fingerprint
 
     data = {**planned.counts(), "sha256": fingerprint(planned.train.dataset, planned.config.weights)}
+    facts = {"steps": planned.steps, "pairs_per_step": planned.pairs_per_step, "processes": planned.processes}
     if status == "new":
-        runs.begin(out, resolved(planned.config), data=data, steps=planned.steps, resumed_from=[])
+        runs.begin(out, resolved(planned.config), data=data, **facts, resumed_from=[])
         return None
     run = runs.read_run(out)
+    _check_same_steps(run, planned, out)
     if run["data"]["sha256"] != data["sha256"]:
         raise UserError(f"out: {out} holds a run on other pairs: the dataset has changed since; choose another folder")
     search = find_newest(out)
@@ -403,12 +443,34 @@ def _resume(out: Path, planned: Plan, status: runs.Status, tell: Callable[[str],
     step = step_of(search.newest) or 0 if search.newest else 0
     tell(f"going on from step {step} of {planned.steps}" if step else "starting over: there is no complete checkpoint")
     runs.drop_metrics_after(out, step if step else -1)
-    now = {"recipe": resolved(planned.config), "resumed_from": [*run["resumed_from"], step]}
+    now = {"recipe": resolved(planned.config), **facts, "resumed_from": [*run["resumed_from"], step]}
     write_json(out / runs.RUN, {**run, **now})
     return search.newest
 
 
-def _run(trainer: APOTrainer, checkpoint: Path | None, out: Path, tell: Callable[[str], None]) -> None:
+def _check_same_steps(run: dict[str, Any], planned: Plan, out: Path) -> None:
+    """Raises UserError where other processes or micro-batches would make another run of the one that was begun."""
+    pairs, processes = run.get("pairs_per_step", planned.pairs_per_step), run.get("processes", planned.processes)
+    if pairs != planned.pairs_per_step:
+        raise UserError(
+            f"out: {out} holds a run of {pairs} pairs a step ({processes} process(es)), and this one would take "
+            f"{planned.pairs_per_step} ({planned.processes}); set pairs_per_step: {pairs} and leave "
+            "trainer.gradient_accumulation_steps out, or choose another folder"
+        )
+    if run["steps"] != planned.steps:
+        raise UserError(
+            f"out: {out} holds a run of {run['steps']} steps and this one would take {planned.steps}: "
+            f"trainer.dataloader_drop_last leaves out other pairs on other processes; go on with {processes}"
+        )
+    random = (planned.config.lora and planned.config.lora.dropout) or not planned.args.disable_dropout
+    if processes != planned.processes and random:
+        raise UserError(
+            f"out: {out} holds a run of {processes} process(es), whose dropout draws other numbers on "
+            f"{planned.processes}; go on with {processes}, or begin anew in another folder"
+        )
+
+
+def _run(trainer: APOTrainer, group: Group, checkpoint: Path | None, out: Path) -> None:
     from apo.faults import Stopped, check_weights_finite, kept_words
     from apo.monitor import Bar, Interrupt
     from apo.watch import Watch
@@ -416,9 +478,10 @@ def _run(trainer: APOTrainer, checkpoint: Path | None, out: Path, tell: Callable
     (watch,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Watch))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if watch.crossed:
-            raise Stopped(f"step {trainer.state.global_step}: {watch.crossed}; {kept_words(trainer)}")
-        check_weights_finite(trainer)
+        with group.together():
+            if watch.crossed:
+                raise Stopped(f"step {trainer.state.global_step}: {watch.crossed}; {kept_words(trainer)}")
+            check_weights_finite(trainer)
     except Stopped as stop:
         runs.note_stop(out, trainer.state.global_step, str(stop))
         raise

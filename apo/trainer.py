@@ -48,7 +48,7 @@ from apo.prefix import (
     shared_prefix_logps,
     tokens_of,
 )
-from apo.processes import check_devices
+from apo.processes import asks_for_fsdp, check_devices
 from apo.reference import with_reference
 from apo.tokens import end_ids, tokenize
 from clair.recipe import UserError, near_miss
@@ -169,6 +169,12 @@ class APOTrainer(DPOTrainer):
         self._kl: torch.Tensor | tuple[float, float] = (0.0, 0.0)
         self._saving = False
         asked = args.precompute_ref_log_probs
+        adapts = kwargs.get("peft_config") is not None or is_peft_model(model)
+        if asks_for_fsdp(args) and self.objective.needs_reference and not asked and not adapts:
+            raise UserError(
+                "under FSDP the reference of full fine-tuning would be a second model, whole in every process; set "
+                "reference: cached (precompute_ref_log_probs), or train an adapter"
+            )
         if not self.objective.needs_reference:
             # The one switch that keeps TRL from loading a second model; `_precompute_ref_logps` then does nothing.
             args.precompute_ref_log_probs = True
@@ -176,6 +182,7 @@ class APOTrainer(DPOTrainer):
             ref_model = copy.deepcopy(model).eval().requires_grad_(False)
         uses_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
+        self.is_fsdp_enabled = self._shards
         args.precompute_ref_log_probs = self.precompute_ref_logps = asked
         if args.weights is not None and not isinstance(self.data_collator, WeightedCollator):
             self.data_collator = WeightedCollator(self.data_collator, args.weights)
@@ -197,13 +204,22 @@ class APOTrainer(DPOTrainer):
         """Whether pairs are asked for in packed rows, without padding, each prompt once."""
         return self.pair_logps is shared_prefix_logps
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """The accelerator; of FSDP, TRL is told when it is built.
+
+        The model is whole until training starts, and so the reference's log-probs are computed by it. TRL would load a
+        second model for them.
+        """
+        super().create_accelerator_and_postprocess()
+        self._shards, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+
     def _share_prefixes(self) -> None:
         """Ask in packed rows from now on, if the model can be and agrees with TRL's batch on two pairs."""
         if not self._may_share:
             return
         self._may_share = False
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            reason, notes = "its parameters are sharded", []
+        if self.is_deepspeed_enabled:
+            reason, notes = "DeepSpeed holds its parameters, which nobody has shown to be exact", []
         else:
             asked = [model for model in (self.model, self.ref_model) if model is not None]
             size = min(self.args.per_device_train_batch_size, len(self.train_dataset))
@@ -288,7 +304,9 @@ class APOTrainer(DPOTrainer):
         parts = self._parts(inputs)
         loss = 0.0
         for part in parts[:-1]:
-            with self.accelerator.no_sync(model):  # processes may have different numbers of parts: meet at the last
+            # DDP: processes may have different numbers of parts, and meet at the last. FSDP adds up what is sharded.
+            apart = contextlib.nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
+            with apart:
                 loss = loss + super().training_step(model, part, num_items_in_batch)
         return loss + super().training_step(model, parts[-1], num_items_in_batch)
 
@@ -296,7 +314,11 @@ class APOTrainer(DPOTrainer):
         if self._most_tokens is None:
             return [inputs]
         places = bins_of([tokens_of(example) for example in examples_of(inputs)], self._most_tokens)
-        return [inputs] if len(places) == 1 else [select(inputs, bin) for bin in places]
+        parts = [inputs] if len(places) == 1 else [select(inputs, bin) for bin in places]
+        if self.is_fsdp_enabled:  # each pass gathers the weights from all processes, so all make equally many
+            passes = torch.tensor([len(parts)], device=inputs["input_ids"].device)
+            parts += [idle(inputs)] * (int(self.accelerator.gather(passes).max()) - len(parts))
+        return parts
 
     @property
     def _most_tokens(self) -> int | None:
@@ -518,6 +540,9 @@ class APOTrainer(DPOTrainer):
         where = output_dir or self.args.output_dir
         unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         only = {"selected_adapters": ["default"]} if is_peft_model(unwrapped) else {}
+        if state_dict is not None:  # gathered from all processes: a tied weight is in it twice
+            twice = getattr(unwrapped, "all_tied_weights_keys", None) or {}
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in twice}
         while_training, unwrapped.config.use_cache = unwrapped.config.use_cache, self._uses_cache
         unwrapped.save_pretrained(where, state_dict=state_dict, **only)
         unwrapped.config.use_cache = while_training

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from apo import processes
+from apo.faults import Stopped
 from apo.logps import IDLE
 from apo.processes import Group, check_devices, check_launch
 from apo.trainer import APOConfig, APOTrainer, weights_of
@@ -134,9 +135,9 @@ def test_one_process_asks_nobody():
 
 
 def test_the_mistake_of_one_is_raised_by_all():
-    with pytest.raises(UserError, match="theirs"), Both("theirs").together():
+    with pytest.raises(Stopped, match="theirs"), Both(Stopped("theirs")).together():
         pass
-    with pytest.raises(UserError, match="mine"), Both("theirs").together():
+    with pytest.raises(UserError, match="mine"), Both(UserError("theirs")).together():
         raise UserError("mine")
     with Both(None).together():
         pass

@@ -1,58 +1,84 @@
-"""Two processes train as one does."""
+"""One process, two with DDP, two that shard the model by accelerate's FSDP2, and two by torch's own `fully_shard`: the
+same pairs at every step, the same numbers, the same model.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-SCRIPT = """
-import json, os, sys
-from datasets import Dataset
-from apo.trainer import APOConfig, APOTrainer
-from tests.apo.conftest import make_model, make_pairs, make_tokenizer
-from tests.apo.test_unpaired import make_rows
-out, case, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
-rows = make_rows(24) if "unpaired" in case else make_pairs(24)
-args = APOConfig(
-    output_dir=out + ".d", objective=case.split(", ")[0], max_steps=6, logging_steps=1, beta=0.5,
-    per_device_train_batch_size=size, gradient_accumulation_steps=2, learning_rate=0.1, optim="sgd",
-    save_strategy="no", disable_tqdm=True,
-)
-trainer = APOTrainer(make_model(), args=args, train_dataset=Dataset.from_list(rows), processing_class=make_tokenizer())
-trainer.train()
-if trainer.is_world_process_zero():
-    with open(out, "w") as file:
-        json.dump([row for row in trainer.state.log_history if "grad_norm" in row], file)
-trainer.accelerator.end_training()
-os._exit(0)  # gloo's threads may abort a process that ends while they run
-"""
+from tests.apo.train_together import OF, SIZE, STEPS
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["apo_zero", "kto", "kto, unpaired"])
-def test_two_processes_train_as_one(case, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)}
-    found = []
-    for processes in (1, 2):
-        out = tmp_path / f"{processes}.json"
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *launcher, str(script), str(out), case, str(4 // processes)]
+@pytest.fixture(scope="module")
+def arms(tmp_path_factory):
+    """What train_together.py found, by way."""
+    folder = tmp_path_factory.mktemp("processes")
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf"),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }  # fmt: skip
+    for way, processes in (("one", 1), ("ddp", 2), ("fsdp", 2), ("raw", 2)):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        asked = ["ddp" if way == "one" else way, *([folder / "one"] if way == "raw" else [])]
+        command = [sys.executable, *torchrun, "-m", "tests.apo.train_together", folder / way, *asked]
         done = subprocess.run(
-            command, env=environment, cwd=root, capture_output=True, text=True, check=False, timeout=120
-        )
+            list(map(str, command)), env=environment, cwd=folder, capture_output=True, text=True, check=False,
+            timeout=240,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        found.append(json.loads(out.read_text()))
-    for one, two in zip(*found, strict=True):
-        for key in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "chosen_falls", "kl/mismatched"):
-            if key in one:
-                assert two[key] == pytest.approx(one[key], abs=1e-4, rel=1e-5), key
-    if case != "apo_zero":  # so that there was an anchor to agree on
-        assert max(row["kl/mismatched"] for row in found[0]) > 0.01
+    return {
+        way: (folder / way, json.loads((folder / way / "steps.json").read_text()))
+        for way in ("one", "ddp", "fsdp", "raw")
+    }
+
+
+WAYS = [(way, case) for way, cases in OF.items() for case in cases]
+
+
+@pytest.mark.parametrize(("way", "case"), WAYS)
+def test_every_step_is_that_of_one_process(way, case, arms):
+    one, other = arms["one"][1][case]["rows"], arms[way][1][case]["rows"]
+    assert len(one) == len(other) == STEPS
+    keys = {"loss", "grad_norm", "logps/chosen", "logps/rejected", "kl/mismatched"} & set(one[0])
+    for key in keys:
+        residuals = [a[key] - b[key] for a, b in zip(one, other, strict=True)]
+        norm = sum(row[key] ** 2 for row in one) ** 0.5
+        assert sum(residual**2 for residual in residuals) ** 0.5 <= 1e-5 * norm, key
+    if "kl/mismatched" in keys:
+        assert max(row["kl/mismatched"] for row in one) > 1e-3, "there is an anchor to agree on"
+    residuals = [a["loss"] - b["loss"] for a, b in zip(one, other, strict=True)]
+    error = statistics.stdev(residuals) / STEPS**0.5
+    assert abs(statistics.mean(residuals)) <= 3 * error + 1e-8, "the losses drift"
+
+
+@pytest.mark.parametrize(("way", "case"), WAYS)
+def test_the_model_is_that_of_one_process(way, case, arms):
+    one, other = (load_file(next((arms[name][0] / case).glob("*.safetensors"))) for name in ("one", way))
+    other = {name: tensor for name, tensor in other.items() if way != "raw" or name in one}
+    assert set(one) == set(other)
+    apart = sum(float((one[name] - other[name]).norm() ** 2) for name in one) ** 0.5
+    assert apart <= 1e-5 * sum(float(tensor.norm() ** 2) for tensor in one.values()) ** 0.5
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_every_step_has_the_pairs_of_one_process_in_their_order(way, arms):
+    for case in OF[way]:
+        assert arms[way][1][case]["pairs"] == arms["one"][1][case]["pairs"]
+        sizes = [len(step) for step in arms[way][1][case]["pairs"]]
+        assert sizes[:6] == [SIZE, SIZE, 6, SIZE, SIZE, 6]
+
+
+def test_the_references_parts_are_shared_out(arms):
+    counts = {way: arms[way][1]["llama"]["computed"] for way in ("one", "ddp", "fsdp")}
+    assert counts == {"one": 22, "ddp": 12, "fsdp": 12}  # the first process has parts 0, 2 and 4, of 4 pairs each

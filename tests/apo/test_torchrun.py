@@ -73,8 +73,9 @@ def weights(out):
 
 
 def metrics(out):
+    """What each step was; not how fast, nor what share of an epoch, which is told in whole micro-batches."""
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if "per_second" not in key and key != "mfu"} for row in rows]
+    return [{key: row[key] for key in row if "per_second" not in key and key not in ("mfu", "epoch")} for row in rows]
 
 
 def assert_same_result(one, other):
@@ -169,3 +170,27 @@ def test_a_process_killed_is_started_again_from_the_last_checkpoint(alone, model
     assert process.returncode == 0, told
     assert [line for line in ours(told) if line.startswith("going on from step")], told
     assert_same_result(out, alone)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(before, after, alone, model_dir, data, tmp_path):
+    """`pairs_per_step` says what a step holds, and the same recipe leads to the same model."""
+    path = recipe(model_dir, data, tmp_path / "run", save_steps=1)
+    keys = yaml.safe_load(path.read_text())
+    del keys["trainer"]["gradient_accumulation_steps"]
+    path.write_text(yaml.safe_dump({**keys, "pairs_per_step": 8}))
+    process = start(before, tmp_path, "train", path)
+    for line in process.stderr:
+        if line.startswith("step 1/9"):
+            process.send_signal(signal.SIGINT)
+            break
+    process.communicate(timeout=120)
+    run_file = tmp_path / "run" / "run.json"
+    first = json.loads(run_file.read_text())
+    assert (first["processes"], first["pairs_per_step"]) == (before, 8)
+    assert "finished" not in first
+    code, told = run(after, tmp_path, "train", path)
+    assert code == 0, told
+    assert any(line.startswith("going on from step") for line in ours(told))
+    assert json.loads(run_file.read_text())["processes"] == after
+    assert_same_result(tmp_path / "run", alone)

@@ -13,9 +13,10 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apo import cli
+from apo import run as runs
 from apo.pairs import Source, fingerprint, load_eval, load_train
 from apo.train import LoRA, TrainConfig, plan, train
-from clair.recipe import UserError, load_recipe
+from clair.recipe import UserError, load_recipe, resolved
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 
 TRAINER = {"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 2}
@@ -444,3 +445,65 @@ def test_other_weights_are_other_pairs_for_a_run_that_goes_on():
     one, other = (Dataset.from_dict({**ids, "w": [value]}) for value in (1.0, 2.0))
     assert fingerprint(one) == fingerprint(other)
     assert fingerprint(one, "w") != fingerprint(other, "w")
+
+
+# ---- the pairs of a step
+
+
+def step_of(recipe, processes=1, **changes):
+    planned = plan(TrainConfig(**{**recipe, **changes}), processes)
+    args = planned.args
+    return args.per_device_train_batch_size, args.gradient_accumulation_steps, planned.pairs_per_step, planned.steps
+
+
+def test_pairs_per_step_is_kept_on_any_number_of_processes(recipe):
+    recipe["trainer"] = {"learning_rate": 1e-2, "num_train_epochs": 2}
+    # 24 pairs of 12 a step, twice
+    assert step_of(recipe, pairs_per_step=12) == (6, 2, 12, 4)
+    assert step_of(recipe, 2, pairs_per_step=12) == (6, 1, 12, 4)
+    assert step_of(recipe, 3, pairs_per_step=12) == (4, 1, 12, 4)
+    recipe["trainer"]["per_device_train_batch_size"] = 2
+    assert step_of(recipe, 2, pairs_per_step=12) == (2, 3, 12, 4)
+    assert step_of(recipe, 3) == (2, 1, 6, 8)
+
+
+def test_pairs_per_step_that_cannot_be_shared_out_is_refused(recipe):
+    recipe["trainer"] = {"per_device_train_batch_size": 4}
+    with pytest.raises(UserError, match="12 cannot be shared out equally to 5 processes"):
+        step_of(recipe, 5, pairs_per_step=12)
+    with pytest.raises(UserError, match=r"12 on 2 process\(es\) is 6 each, no multiple of .*batch_size 4"):
+        step_of(recipe, 2, pairs_per_step=12)
+    recipe["trainer"] = {"gradient_accumulation_steps": 4}
+    with pytest.raises(UserError, match="gradient_accumulation_steps follows from pairs_per_step"):
+        step_of(recipe, pairs_per_step=12)
+
+
+@pytest.mark.parametrize(
+    ("begun", "now", "told"),
+    [
+        (
+            {"processes": 2, "pairs_per_step": 8},
+            {},
+            r"holds a run of 8 pairs a step .* would take 4 .*pairs_per_step: 8",
+        ),
+        ({"processes": 2, "steps": 5}, {}, "holds a run of 5 steps and this one would take 6"),
+        ({"processes": 2}, {"lora": {"dropout": 0.1}}, r"of 2 process\(es\), whose dropout draws other numbers on 1"),
+    ],
+)
+def test_a_run_that_would_go_on_as_another_is_refused(recipe, begun, now, told):
+    recipe |= now
+    planned = plan(TrainConfig(**recipe))
+    data = {**planned.counts(), "sha256": fingerprint(planned.train.dataset)}
+    facts = {"steps": 6, "pairs_per_step": 4, "processes": 1, **begun}
+    runs.begin(Path(recipe["out"]), resolved(planned.config), data=data, resumed_from=[], **facts)
+    with pytest.raises(UserError, match=told):
+        run(recipe)
+
+
+def test_micro_batches_may_change_within_a_run_and_nothing_else(recipe):
+    out = Path(recipe["out"])
+    runs.begin(out, resolved(TrainConfig(**recipe)), data={}, steps=6, pairs_per_step=4, resumed_from=[])
+    other = {**recipe["trainer"], "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert runs.status_of(out, resolved(TrainConfig(**{**recipe, "trainer": other}))) == "unfinished"
+    with pytest.raises(UserError, match=r"changed: trainer\.learning_rate"):
+        runs.status_of(out, resolved(TrainConfig(**{**recipe, "trainer": {**other, "learning_rate": 1.0}})))

@@ -466,6 +466,12 @@ def test_kto_with_one_pair_a_step_is_refused(tmp_path, tokenizer, pairs):
         apo_trainer(tmp_path, tokenizer, pairs, objective="kto", per_device_train_batch_size=1)
 
 
+def test_a_second_whole_model_beside_a_sharded_one_is_refused(tmp_path, tokenizer, pairs, monkeypatch):
+    monkeypatch.setattr("apo.trainer.check_devices", lambda args: None)
+    with pytest.raises(UserError, match=r"under FSDP the reference .* reference: cached"):
+        apo_trainer(tmp_path, tokenizer, pairs, fsdp=True)
+
+
 def test_trls_own_config_is_refused(tmp_path, tokenizer, pairs):
     args = DPOConfig(**options(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False)
     with pytest.raises(UserError, match="takes an APOConfig"):

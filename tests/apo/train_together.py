@@ -1,0 +1,180 @@
+"""Run by torchrun, as `train_together.py OUT WAY`: trains every case below and writes what each step was.
+
+The way is "ddp" (or one process), "fsdp" (accelerate's FSDP2, on CPUs that accelerate is told are GPUs) or "raw", a
+loop of its own over torch's `fully_shard` that is given the pairs of each step by an earlier run, as `raw OTHER_OUT`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+
+from tests.apo.conftest import make_model, make_pairs, make_tokenizer
+from tests.apo.test_unpaired import make_rows
+
+STEPS = 20
+SIZE = 8
+"""Pairs a step. 22 pairs make steps of 8, 8 and 6."""
+CASES = {
+    "llama": {},
+    "tied": {"tied": True, "objective": {"dpo": 1.0, "sft": 0.1}, "pack_tokens": 60},
+    "lora": {"lora": True, "objective": "apo_down"},
+    "kto": {"lora": True, "objective": "kto"},
+    "online": {"objective": "kto"},
+    "unpaired": {"lora": True, "objective": "kto", "unpaired": True},
+    "weights": {"weights": "weight", "shared_prefix": False},
+}
+OF = {"ddp": tuple(CASES), "fsdp": tuple(name for name in CASES if name != "online"), "raw": ("llama", "tied")}
+"""Cases by way. A second whole model beside a sharded one is refused."""
+LEARNING_RATE = 1e-4
+
+
+def model_of(case):
+    torch.manual_seed(0)
+    return make_model(tie_word_embeddings=case.get("tied", False))
+
+
+def rows_of(case):
+    if case.get("unpaired"):
+        return make_rows(22)
+    return [{**pair, "weight": 0.5 + place % 3} for place, pair in enumerate(make_pairs(22))]
+
+
+def let_cpus_shard():
+    """Tell accelerate that its CPUs are GPUs: it leaves FSDP out on CPUs, where torch has no objection."""
+    import accelerate.state
+    from accelerate.utils import DistributedType
+
+    plain = accelerate.state.PartialState.__init__
+
+    def told(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        if self._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    accelerate.state.PartialState.__init__ = told
+
+
+def train(name, out, way):
+    """The trainer's run of a case: what it logs, the prompts of each step in the order of one process, the model."""
+    from accelerate.utils import gather_object
+
+    from apo import reference
+    from apo.logps import IDLE, examples_of
+    from apo.trainer import APOConfig, APOTrainer
+
+    reference.PART = 4
+    case = CASES[name]
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    seen = []
+
+    class Watched(APOTrainer):
+        def get_batch_samples(self, *args):
+            batches, weight = super().get_batch_samples(*args)
+            mine = [[] if IDLE in batch else examples_of(batch) for batch in batches]
+            everybody = gather_object([mine])
+            seen.append([one for nth in zip(*everybody, strict=True) for part in nth for one in part])
+            return batches, weight
+
+    args = APOConfig(
+        output_dir=str(out / "run"), max_steps=STEPS, logging_steps=1, save_strategy="no", disable_tqdm=True,
+        per_device_train_batch_size=SIZE // 2 // count, gradient_accumulation_steps=2,
+        learning_rate=LEARNING_RATE * (10 if case.get("objective") == "kto" else 1),  # so that there is a divergence
+        objective=case.get("objective", "apo_zero"), weights=case.get("weights"), pack_tokens=case.get("pack_tokens"),
+        shared_prefix=case.get("shared_prefix", True), precompute_ref_log_probs=case.get("objective") != "kto",
+        fsdp=way == "fsdp",
+    )  # fmt: skip
+    lora = None
+    if case.get("lora"):
+        from peft import LoraConfig
+
+        lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = Watched(
+        model_of(case), args=args, train_dataset=Dataset.from_list(rows_of(case)), processing_class=make_tokenizer(),
+        peft_config=lora,
+    )  # fmt: skip
+    assert trainer.is_fsdp_enabled == (way == "fsdp")
+    assert trainer.packs == case.get("shared_prefix", True), trainer.notes
+    trainer.train()
+    trainer.save_model(str(out / name))
+    if trainer.is_world_process_zero():
+        rows = [row for row in trainer.state.log_history if "grad_norm" in row]
+        return {"rows": rows, "pairs": seen, "computed": trainer.reference_computed.get("train")}
+
+
+def shard(name, other):
+    """The same steps by hand: `fully_shard` per block on a mesh of CPUs, packed rows, torch's AdamW."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from apo.mixture import mixture_of
+    from apo.prefix import lay_out, packed_logps, share_prefixes
+
+    rank, count = dist.get_rank(), dist.get_world_size()
+    model, anchor = model_of(CASES[name]), model_of(CASES[name])
+    for one in (model, anchor):
+        share_prefixes(one)
+    mesh = init_device_mesh("cpu", (count,))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    objective = mixture_of(CASES[name].get("objective", "apo_zero"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, foreach=False)
+    rows = []
+    for row, examples in zip(other["rows"], other["pairs"], strict=True):
+        mine = lay_out(examples[rank::count])
+        with torch.no_grad():
+            anchors = packed_logps(anchor, mine)
+        logps = packed_logps(model, mine)
+        losses = objective.losses(logps, (anchors.chosen, anchors.rejected), beta=0.1)
+        (losses.sum() * count / len(examples)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor()
+        for group in optimizer.param_groups:
+            group["lr"] = row["learning_rate"]
+        optimizer.step()
+        optimizer.zero_grad()
+        sums = torch.stack([part.detach().double().sum() for part in (losses, logps.chosen, logps.rejected)])
+        dist.all_reduce(sums)
+        means = (sums / len(examples)).tolist()
+        names = ("loss", "logps/chosen", "logps/rejected")
+        rows.append({**dict(zip(names, means, strict=True)), "grad_norm": float(norm)})
+    return {"rows": rows}, {key: value.full_tensor() for key, value in model.state_dict().items()}
+
+
+def main():
+    out, way, *other = sys.argv[1:]
+    out = Path(out)
+    found = {}
+    if way == "raw":
+        from safetensors.torch import save_file
+
+        dist.init_process_group("gloo")
+        told = json.loads((Path(other[0]) / "steps.json").read_text())
+        for name in OF[way]:
+            found[name], weights = shard(name, told[name])
+            if dist.get_rank() == 0:
+                (out / name).mkdir(parents=True)
+                weights = {key: value.clone().contiguous() for key, value in weights.items()}
+                save_file(weights, out / name / "model.safetensors")
+    else:
+        if way == "fsdp":
+            let_cpus_shard()
+        for name in OF[way]:
+            found[name] = train(name, out, way)
+    if int(os.environ.get("RANK", "0")) == 0:
+        out.mkdir(exist_ok=True)
+        (out / "steps.json").write_text(json.dumps(found))
+    if dist.is_initialized():
+        dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may abort a process that ends while they run
+
+
+if __name__ == "__main__":
+    main()
