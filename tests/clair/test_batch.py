@@ -326,6 +326,16 @@ def test_results_that_a_service_has_lost_stay_on_the_bill(tmp_path, service):
     assert all_ == open_ >= 2 * 3 * 4096
 
 
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_result_file_that_breaks_off_is_read_again_before_anything_is_bought_again(tmp_path, service, counts):
+    service.trouble(half=1.0, seed=4, counts=counts)
+    build(settings(tmp_path, service, ["ok"] * 20))
+    assert outcomes(tmp_path / "out") == good(20)
+    books = service.books()
+    assert books["files"] == [20]
+    assert sum(kind == "ran" for kind, _ in books["events"]) == 20
+
+
 def test_exactly_n_pairs_are_accepted_and_few_more_are_asked_for(tmp_path, service):
     config = settings(tmp_path, service, ["400", "ok"] * 60, accept=20, concurrency=1)
     built = build(config)
