@@ -210,6 +210,7 @@ def test_what_to_change_is_what_the_settings_leave(tmp_path, tokenizer, pairs):
 # From the command line
 
 
+@pytest.mark.slow
 def test_the_exit_code_tells_and_the_same_command_goes_on_with_other_settings(tmp_path, model_dir, monkeypatch, capsys):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_pairs(24)))
     trainer = {**SAVING, "per_device_train_batch_size": 4, "learning_rate": 1e-3}

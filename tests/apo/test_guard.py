@@ -129,6 +129,7 @@ def test_long_texts_are_read_in_pieces(tmp_path):
 # A run with rails
 
 
+@pytest.mark.slow
 def test_a_run_within_its_rails_is_followed_and_not_changed(recipe):
     run(recipe)
     rows = [row for row in metrics(recipe) if "guard/accuracy" in row]

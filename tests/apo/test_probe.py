@@ -113,6 +113,7 @@ def test_a_run_logs_its_probe_ten_times_and_is_not_changed_by_it(tmp_path, model
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_compares_with_the_model_before_the_first_step(tmp_path, model_dir):
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(24)))
