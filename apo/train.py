@@ -170,7 +170,7 @@ def _check_types(options: dict[str, Any]) -> None:
 
     from apo.trainer import APOConfig
 
-    hints = typing.get_type_hints(APOConfig)
+    hints = typing.get_type_hints(APOConfig) | {"fsdp": bool | str}  # transformers says text, and means a switch
     for key, value in options.items():
         try:
             TypeAdapter(hints[key]).validate_python(value)

@@ -507,3 +507,9 @@ def test_micro_batches_may_change_within_a_run_and_nothing_else(recipe):
     assert runs.status_of(out, resolved(TrainConfig(**{**recipe, "trainer": other}))) == "unfinished"
     with pytest.raises(UserError, match=r"changed: trainer\.learning_rate"):
         runs.status_of(out, resolved(TrainConfig(**{**recipe, "trainer": {**other, "learning_rate": 1.0}})))
+
+
+def test_fsdp_is_asked_for_with_true(recipe):
+    recipe["trainer"]["fsdp"] = True
+    with pytest.raises(UserError, match="FSDP was asked for, and on one process accelerate would train without it"):
+        run(recipe)
