@@ -73,12 +73,14 @@ IDENTIFIERS = {
 """What the templates call the part after the reasoning."""
 _OPEN = r"(?P<mark>\*{1,3}|_{1,3})?(?P<code>`)?"
 _CLOSE = r"(?(code)`)(?(mark)(?P=mark))"
+_COLON = r"(?:[:：]|[ \t]+[:：](?![^\s*_`]))"
+"""A colon apart from the words and glued to what follows (`{label} :0`) belongs to the text."""
 _LABELS = {
     kind: re.compile(
         # At the start of a line: a heading or a number, emphasis, the words in braces or bare, then a colon or the end
         # of the line. What opens before the words must close behind them: else it belongs to the text.
         rf"^[ \t]*(?:\#{{1,6}}[ \t]*)?(?:\d[.)][ \t]*)?{_OPEN}[{{\[<]{{0,2}}(?:{words})[}}\]>]{{0,2}}"
-        rf"(?:[ \t]*[:：][ \t]*{_CLOSE}|{_CLOSE}[ \t]*[:：]|{_CLOSE}[ \t]*$)",
+        rf"(?:{_COLON}[ \t]*{_CLOSE}|{_CLOSE}{_COLON}|{_CLOSE}[ \t]*$)",
         re.IGNORECASE | re.MULTILINE,
     )
     for kind, words in _KINDS.items()

@@ -92,6 +92,12 @@ def test_any_text_whatever_comes_back_unchanged_or_not_at_all(random, answer, th
         assert text == answer.strip()
 
 
+def test_a_colon_that_may_be_the_texts_own_is_never_taken_from_it():
+    reply = "{teacher_reasoning}: Fine.\n\n{corrected_student_solution} :0"
+    assert outcome(reply)[0] == "failure"
+    assert outcome(reply.replace(" :0", " : 0")) == ("answer", "0")
+
+
 @given(st.text())
 def test_a_reply_without_labels_is_never_an_answer(text):
     assert outcome(text)[0] == "failure"
