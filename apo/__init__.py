@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from apo.arguments import APOConfig
     from apo.objectives import (
         OBJECTIVES,
         apo_down,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
         simpo,
     )
     from apo.train import TrainConfig
-    from apo.trainer import APOConfig, APOTrainer
+    from apo.trainer import APOTrainer
 
 __all__ = [
     "OBJECTIVES",
@@ -45,7 +46,8 @@ __all__ = [
 _HOME = {
     **dict.fromkeys(("OBJECTIVES", "apo_down", "apo_hinge_zero", "apo_zero", "apo_zero_unpaired"), "objectives"),
     **dict.fromkeys(("dpo", "ipo", "kto", "robust", "sft", "simpo"), "objectives"),
-    **dict.fromkeys(("APOConfig", "APOTrainer"), "trainer"),
+    "APOConfig": "arguments",
+    "APOTrainer": "trainer",
     "TrainConfig": "train",
 }
 

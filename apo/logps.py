@@ -150,3 +150,15 @@ def idle(batch: Batch) -> dict[str, Any]:
     import torch
 
     return {**select(batch, [0]), IDLE: torch.ones(1, dtype=torch.bool, device=batch["input_ids"].device)}
+
+
+def weights_of(batch: Batch) -> Tensor:
+    """What the pairs of a stacked batch weigh, [B], float32: 1 each without a column of weights, 0 of an idle one."""
+    import torch
+
+    if IDLE in batch:
+        return torch.zeros(1, device=batch["input_ids"].device)
+    given = batch.get(PAIR_WEIGHT)
+    return (
+        torch.ones(len(batch["input_ids"]) // 2, device=batch["input_ids"].device) if given is None else given.float()
+    )

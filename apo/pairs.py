@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -156,3 +157,20 @@ def _weighted(rows: int, weight: float, seed: int) -> list[int]:
     whole, part = divmod(weight, 1)
     drawn = sorted(random.Random(seed).sample(range(rows), round(part * rows)))
     return [row for row in range(rows) for _ in range(int(whole))] + drawn
+
+
+def check_weights(dataset: Dataset, column: str, name: str) -> None:
+    """Raises UserError where a weight is missing, not a finite number or negative, or where all are 0."""
+    if column not in dataset.column_names:
+        found = ", ".join(dataset.column_names)
+        near = near_miss(column, dataset.column_names)
+        raise UserError(f"weights: the {name} dataset has no column {column!r}{near}; found: {found}")
+    values = dataset[column][:]
+    for row, value in enumerate(values):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and math.isfinite(value) and value >= 0):
+            raise UserError(
+                f"weights: {column!r} of row {row} of the {name} dataset is {value!r}; finite and >= 0 needed"
+            )
+    if values and not any(values):
+        raise UserError(f"weights: every {column!r} of the {name} dataset is 0, so nothing would be learned")

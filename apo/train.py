@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from apo import fit
+    from apo.arguments import APOConfig
     from apo.guard import Rails
     from apo.tokens import Tokenized
-    from apo.trainer import APOConfig, APOTrainer
+    from apo.trainer import APOTrainer
 
 OWN_KEYS = {
     "output_dir": "out",
@@ -106,9 +107,9 @@ def trainer_options(config: TrainConfig, *, has_eval: bool, processes: int = 1) 
     """The trainer's configuration. Raises UserError for an option TRL does not have, or that the recipe says."""
     import dataclasses
 
+    from apo.arguments import IGNORED, APOConfig
     from apo.cache import default_folder
     from apo.mixture import mixture_of
-    from apo.trainer import IGNORED, APOConfig
 
     allowed = {field.name for field in dataclasses.fields(APOConfig)} - set(OWN_KEYS) - set(IGNORED) - set(NOT_OFFERED)
     for key in config.trainer:
@@ -168,7 +169,7 @@ def _check_types(options: dict[str, Any]) -> None:
     from pydantic import TypeAdapter, ValidationError
     from pydantic.errors import PydanticUserError
 
-    from apo.trainer import APOConfig
+    from apo.arguments import APOConfig
 
     hints = typing.get_type_hints(APOConfig) | {"fsdp": bool | str}  # transformers says text, and means a switch
     for key, value in options.items():
@@ -299,8 +300,8 @@ def _lora_of(config: TrainConfig) -> Any:
 
 def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args: APOConfig) -> Tokenized:
     from apo.mixture import mixture_of
+    from apo.pairs import check_weights
     from apo.tokens import end_ids, tokenize
-    from apo.trainer import check_weights
 
     if args.weights is not None:
         check_weights(pairs, args.weights, split)

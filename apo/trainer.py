@@ -1,4 +1,4 @@
-"""APOConfig and APOTrainer: TRL's DPOTrainer with `compute_loss` overridden, blind to the objective.
+"""APOTrainer: TRL's DPOTrainer with `compute_loss` overridden, blind to the objective.
 
 Two plug points, both plain functions: the objective (objectives.py) and `pair_logps(model, batch)` (logps.py).
 Every pair of an optimizer step weighs the same, however it is cut into micro-batches and spread over processes.
@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +17,16 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import rotate_checkpoints
-from transformers.utils import is_torch_bf16_gpu_available
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from apo import checkpoints
+from apo.arguments import APOConfig
 from apo.cache import hash_weights
 from apo.dynamics import measure, pair_rows, work_of
 from apo.faults import LossWatch, check_gradient, check_weights_finite, is_out_of_memory, memory_watched
 from apo.logps import (
     IDLE,
-    PAIR_WEIGHT,
     Batch,
     PairLogpsFunction,
     WeightedCollator,
@@ -39,9 +35,11 @@ from apo.logps import (
     mismatched,
     select,
     stacked_logps,
+    weights_of,
 )
 from apo.meter import Meter, scale_of
 from apo.mixture import mixture_of
+from apo.pairs import check_weights
 from apo.prefix import (
     bins_of,
     share_if_exact,
@@ -51,84 +49,10 @@ from apo.prefix import (
 from apo.processes import asks_for_fsdp, check_devices
 from apo.reference import with_reference
 from apo.tokens import end_ids, tokenize
-from clair.recipe import UserError, near_miss
+from clair.recipe import UserError
 
-IGNORED = (
-    "loss_type", "loss_weights", "label_smoothing", "label_smoothing_factor", "f_divergence_type",
-    "f_alpha_divergence_coef", "ld_alpha", "use_weighting", "discopop_tau", "sync_ref_model", "ref_model_mixup_alpha",
-    "ref_model_sync_steps", "padding_free", "truncation_mode", "pad_token",
-)  # fmt: skip
-"""Options of TRL that say something about its own losses or batches: refused beside `objective`, never ignored."""
-PACK_TOKENS_ON_CPU = 2048
-"""Measured: more tokens a pass are no faster on a CPU, and take more memory (docs/log.md)."""
 SMALLEST_WEIGHT = 1e-30
 """What a step is divided by at least, so that one whose pairs all weigh 0 has loss 0 and not NaN."""
-
-
-@dataclass
-class APOConfig(DPOConfig):
-    """TRL's DPOConfig with an `objective`, a name or a function, in place of `loss_type`.
-
-    Runs on what is there: without an accelerator on the CPU in float32 and without activation checkpointing, on a GPU
-    in bfloat16 where it can. Raises UserError for an unknown objective, beta <= 0, and options that would be ignored.
-    """
-
-    objective: str | Callable[..., torch.Tensor] | dict[Any, Any] = field(
-        default="apo_zero", metadata={"help": "An objective's name, a function, or several with weights and options."}
-    )
-    weights: str | None = field(
-        default=None, metadata={"help": "The dataset column that says how much each pair weighs; none: all alike."}
-    )
-    shared_prefix: bool = field(
-        default=True, metadata={"help": "Whether to run each prompt once for both answers, without padding, if exact."}
-    )
-    pack_tokens: int | None = field(
-        default=None,
-        metadata={"help": "The most tokens in one forward pass; a micro-batch of more is cut up. On a CPU: 2048."},
-    )
-    reference_cache: str | None = field(
-        default=None, metadata={"help": "Folder that keeps precomputed reference log-probs; none: computed every run."}
-    )
-    loss_type: list[str] = field(default_factory=list, metadata={"help": "Refused: `objective` says it."})
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Default: on, except on a CPU."})
-    logging_first_step: bool = field(default=True, metadata={"help": "Whether to log the first step."})
-    # TRL's loop would show the running mean in place of a NaN loss, and wait for the device at every step to do so.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Whether to hide NaN losses in the logs."})
-
-    def __post_init__(self) -> None:
-        objective = mixture_of(self.objective)
-        if not self.beta > 0:
-            raise UserError(f"beta is {self.beta}; it must be above 0 (0.1 is usual)")
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        ignored = [name for name in IGNORED if getattr(self, name) != defaults[name] and getattr(self, name) != []]
-        if ignored:
-            raise UserError(f"{ignored[0]} would be ignored beside objective {objective.name!r}; leave it out")
-        if self.precompute_ref_log_probs and (not objective.needs_reference or objective.needs_divergence):
-            why = "has no reference" if not objective.needs_reference else "needs it for responses made on the way"
-            raise UserError(f"precompute_ref_log_probs: objective {objective.name} {why}; leave it out")
-        if self.pack_tokens is not None and not self.shared_prefix:
-            raise UserError("pack_tokens would be ignored without shared_prefix; leave it out")
-        self._choose_by_hardware()
-        super().__post_init__()
-
-    def _choose_by_hardware(self) -> None:
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if self.use_cpu and self.shared_prefix and self.pack_tokens is None:
-            self.pack_tokens = PACK_TOKENS_ON_CPU
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
-        if self.ddp_find_unused_parameters is None:  # every pair passes all that is trained: DDP need not look
-            self.ddp_find_unused_parameters = False
-        # transformers 5 renamed gradient_checkpointing and warns about the old name, TRL still sets it.
-        if self.activation_checkpointing is None:
-            asked = self.gradient_checkpointing
-            self.activation_checkpointing = not self.use_cpu if asked is None else asked
-        if self.activation_checkpointing_kwargs is None:
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, the objective by its name."""
-        return {**super().to_dict(), "objective": mixture_of(self.objective).name}
 
 
 class APOTrainer(DPOTrainer):
@@ -553,33 +477,6 @@ class APOTrainer(DPOTrainer):
 
     def _send_telemetry(self) -> None:
         """Nothing: what is trained here is nobody else's business."""
-
-
-def check_weights(dataset: Dataset, column: str, name: str) -> None:
-    """Raises UserError where a weight is missing, not a finite number or negative, or where all are 0."""
-    if column not in dataset.column_names:
-        found = ", ".join(dataset.column_names)
-        near = near_miss(column, dataset.column_names)
-        raise UserError(f"weights: the {name} dataset has no column {column!r}{near}; found: {found}")
-    values = dataset[column][:]
-    for row, value in enumerate(values):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and math.isfinite(value) and value >= 0):
-            raise UserError(
-                f"weights: {column!r} of row {row} of the {name} dataset is {value!r}; finite and >= 0 needed"
-            )
-    if values and not any(values):
-        raise UserError(f"weights: every {column!r} of the {name} dataset is 0, so nothing would be learned")
-
-
-def weights_of(batch: Batch) -> torch.Tensor:
-    """What the pairs of a stacked batch weigh, [B], float32: 1 each without a column of weights, 0 of an idle one."""
-    if IDLE in batch:
-        return torch.zeros(1, device=batch["input_ids"].device)
-    given = batch.get(PAIR_WEIGHT)
-    return (
-        torch.ones(len(batch["input_ids"]) // 2, device=batch["input_ids"].device) if given is None else given.float()
-    )
 
 
 def _can_be_copied(model: Any, args: APOConfig, peft_config: Any) -> bool:

@@ -222,7 +222,8 @@ import json, os, random, sys, datasets, torch
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 from apo import fit
-from apo.trainer import APOConfig, APOTrainer
+from apo.arguments import APOConfig
+from apo.trainer import APOTrainer
 from tests.apo.conftest import make_tokenizer
 
 case = json.loads(sys.argv[1])

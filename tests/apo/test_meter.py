@@ -147,7 +147,8 @@ import json, os, sys
 import torch.distributed as dist
 from datasets import Dataset
 from transformers import TrainerCallback
-from apo.trainer import APOConfig, APOTrainer
+from apo.arguments import APOConfig
+from apo.trainer import APOTrainer
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 
 calls, steps = [], []

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from apo.arguments import APOConfig
 from apo.logps import select, stacked_logps
 from apo.prefix import shared_prefix_logps
-from apo.trainer import APOConfig, APOTrainer
+from apo.trainer import APOTrainer
 from clair.recipe import UserError
 from tests.apo.conftest import make_model
 

@@ -7,9 +7,10 @@ import torch
 from datasets import Dataset
 
 from apo import cache, reference
+from apo.arguments import APOConfig
 from apo.cache import hash_weights
 from apo.reference import COLUMNS, part_key, with_reference
-from apo.trainer import APOConfig, APOTrainer
+from apo.trainer import APOTrainer
 from tests.apo.conftest import make_model, make_pairs
 
 

@@ -12,11 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
+from apo.arguments import IGNORED, APOConfig
 from apo.checks import check_before_training
 from apo.dynamics import measure, pair_rows
 from apo.logps import PairLogps, plain_logps
 from apo.mixture import mixture_of
-from apo.trainer import IGNORED, APOConfig, APOTrainer
+from apo.trainer import APOTrainer
 from clair.recipe import UserError
 from tests.apo.conftest import make_model, make_pairs
 

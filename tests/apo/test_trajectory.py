@@ -10,9 +10,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 from trl import DPOConfig, DPOTrainer
 
+from apo.arguments import APOConfig
 from apo.logps import PairLogps, plain_logps, select
 from apo.prefix import shared_prefix_logps
-from apo.trainer import APOConfig, APOTrainer
+from apo.trainer import APOTrainer
 from tests.apo.conftest import make_pairs
 
 STEPS, BATCH = 20, 8

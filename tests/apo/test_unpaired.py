@@ -13,6 +13,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import KTOConfig, KTOTrainer
 
+from apo.arguments import APOConfig
 from apo.checks import check_before_training
 from apo.fit import run_flops
 from apo.logps import plain_logps, stacked_logps
@@ -21,7 +22,7 @@ from apo.objectives import OBJECTIVES
 from apo.prefix import shared_prefix_logps
 from apo.tokens import count_unpaired, end_ids, tokenize
 from apo.train import TrainConfig, estimate, plan, train
-from apo.trainer import APOConfig, APOTrainer
+from apo.trainer import APOTrainer
 from clair.recipe import UserError
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 from tests.apo.test_cli import call

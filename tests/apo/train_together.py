@@ -66,8 +66,9 @@ def train(name, out, way):
     from accelerate.utils import gather_object
 
     from apo import reference
+    from apo.arguments import APOConfig
     from apo.logps import IDLE, examples_of
-    from apo.trainer import APOConfig, APOTrainer
+    from apo.trainer import APOTrainer
 
     reference.PART = 4
     case = CASES[name]
