@@ -38,20 +38,27 @@ def train(
     reference: Annotated[str | None, typer.Option(help="cached or online, in place of the recipe's.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value put into the recipe; repeatable.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print the plan, write nothing.")] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: plan a run of so many processes, one a GPU.")
+    ] = None,
 ) -> None:
     """Train a model on preference pairs; a stopped run goes on where it was."""
     # Idle OpenMP threads sleep instead of spinning: on a busy machine small models train up to 100 times faster.
     # Read when torch is loaded, so this comes first.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from apo.train import TrainConfig
-    from clair.recipe import load_recipe
+    from clair.recipe import UserError, load_recipe
 
+    if processes and not dry_run:
+        raise UserError(
+            f"--processes {processes} plans a run and needs --dry-run; torchrun --nproc_per_node {processes} starts one"
+        )
     given = {"out": out, "reference": reference}
     overrides = [*(set_ or []), *(f"{key}={_quoted(value)}" for key, value in given.items() if value)]
     config = load_recipe(TrainConfig, recipe, overrides)
     quieten()
     if dry_run:
-        _print_plan(config)
+        _print_plan(config, processes)
         return
     from apo.processes import is_main
     from apo.train import train as run
@@ -127,7 +134,7 @@ def compare(
     print(f"every changed answer: {page}")
 
 
-def _print_plan(config: Any) -> None:
+def _print_plan(config: Any, processes: int | None) -> None:
     import yaml
 
     from apo.run import size_told, status_of
@@ -135,7 +142,7 @@ def _print_plan(config: Any) -> None:
     from clair.recipe import resolved
 
     status = status_of(Path(config.out), resolved(config))
-    planned = plan(config)
+    planned = plan(config, processes)
     print(yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True), end="")
     for split, count in planned.counts().items():
         left_out = "".join(f", {n:,} left out ({why.replace('_', ' ')})" for why, n in count["dropped"].items())
@@ -162,7 +169,8 @@ def _print_estimate(planned: Any) -> None:
     sizes, (flops, reference) = costs.here.sizes, fit.run_flops(costs.here)
     print(f"# tokens: {fit.tokens_told(costs.here)}")
     print(f"# parameters: {sizes.parameters:,}, trained {sizes.trained:,}")
-    print(f"# work: {flops:.3g} FLOPs, {reference / flops:.0%} of it the reference's")
+    each = f", in each of {planned.processes} processes" if planned.processes > 1 else ""
+    print(f"# work: {flops:.3g} FLOPs{each}, {reference / flops:.0%} of it the reference's")
     for line in fit.table(costs.jobs, [costs.machine, *fit.GPUS]):
         print(f"# {line}")
     print(f"# times assume {fit.MFU:.0%} of a GPU's peak, {fit.CPU_SHARE:.0%} of a CPU's matrix products; not measured")

@@ -102,6 +102,7 @@ class Job:
 
     `rows`, `pairs`, `seen` (in training) and `padded_tokens` (of TRL's batch, an epoch) are of the pairs looked at,
     each of which `stands_for` so many. `mismatched`: each is also run with its neighbour's response, for KTO's kl.
+    Of several `processes` all costs are those of one; `sharded` ones share weights, gradients and states (FSDP2).
     """
 
     sizes: Sizes
@@ -119,6 +120,8 @@ class Job:
     reference: str | None
     on_gpu: bool = False
     mismatched: bool = False
+    processes: int = 1
+    sharded: bool = False
 
     @property
     def is_adapter(self) -> bool:
@@ -253,14 +256,15 @@ def step_flops(job: Job, row: Row) -> float:
 
 
 def run_flops(job: Job) -> tuple[float, float]:
-    """FLOPs of the run and, of these, the reference's: one forward per pair if cached, per pair seen if online.
+    """FLOPs of a process and, of these, the reference's: one forward per pair if cached, per pair seen if online.
 
-    Mismatched responses are one more forward of each per pair seen.
+    A cached reference is shared out over the processes. Mismatched responses are one more forward of each per pair
+    seen.
     """
     epochs = job.seen / job.pairs
     forward = sum(forward_flops(job.sizes, row) for row in job.rows) * job.stands_for
     mismatched = epochs * forward if job.mismatched else 0
-    reference = {"cached": 1, "online": epochs}.get(job.reference or "", 0) * forward + mismatched
+    reference = {"cached": 1 / job.processes, "online": epochs}.get(job.reference or "", 0) * forward + mismatched
     steps = epochs * job.stands_for * sum(step_flops(job, row) for row in job.rows)
     return steps + mismatched + reference, reference
 
@@ -274,24 +278,38 @@ def memory_of(job: Job) -> dict[str, float]:
     At the start of backward: activations, the head's buffers and, where gradients accumulate, all gradients.
     At its end: all gradients and one layer's activations.
     On a CPU, `HOLES` layers' activations more; a GPU's allocator is taken to waste nothing.
+    Sharded, a process stores its part of weights, gradients and states, and `_gathered_bytes` come and go in the type
+    of the matrix products. Before, it holds the whole model, for the reference: counted where that is the peak.
+    DDP's buckets are a second copy of the gradients.
     """
-    sizes = job.sizes
-    weights = sizes.parameters * job.weight * (2 if job.copies else 1) + sizes.adapter * job.weight
-    if job.compute < job.weight:
-        weights += sizes.linear * job.compute
-    gradients = sizes.trained * job.weight
+    sizes, shares = job.sizes, job.processes if job.sharded else 1
+    stored = sizes.parameters * job.weight * (2 if job.copies else 1) + sizes.adapter * job.weight
+    cast = sizes.linear * job.compute if job.compute < job.weight else 0
+    weights = stored / shares + (_gathered_bytes(job) if shares > 1 else cast)
+    gradients = sizes.trained * job.weight / shares
     activations = max(row_bytes(job, row) for row in job.rows)
     head = max(_head_bytes(job, row) for row in job.rows)
     working = max(_working_bytes(job, row) for row in job.rows)
     start = activations + max(head, working) + (gradients if job.accumulates else 0)
     end = gradients + working + activations / sizes.layers
-    parts = {"weights": weights, "optimizer": job.states * sizes.trained * job.weight}
+    parts = {"weights": weights, "optimizer": job.states * sizes.trained * job.weight / shares}
     if start >= end:
         moment = {"gradients": gradients if job.accumulates else 0, "activations": start - gradients * job.accumulates}
     else:
         moment = {"gradients": gradients, "activations": end - gradients}
     holes = 0 if job.on_gpu else HOLES * max(_layer_bytes(job, row) for row in job.rows)
-    return {**parts, **moment, "allocator": holes}
+    found = {**parts, **moment, "allocator": holes}
+    if shares > 1:
+        return found | {"whole model before it is sharded": max(0, stored + cast - sum(found.values()))}
+    return found | ({"buckets": gradients} if job.processes > 1 else {})
+
+
+def _gathered_bytes(job: Job) -> float:
+    """What FSDP2 puts together for a moment: two layers (one ahead), and embeddings, head and last norm throughout; as
+    much again of gradients, where these are trained."""
+    sizes = job.sizes
+    together = sizes.parameters - sizes.linear + 2 * sizes.linear / sizes.layers
+    return together * job.compute * (1 if job.is_adapter else 2)
 
 
 def row_bytes(job: Job, row: Row) -> float:
@@ -349,6 +367,8 @@ def job_of(
     checkpointing: bool = False,
     on_gpu: bool = False,
     mismatched: bool = False,
+    processes: int = 1,
+    sharded: bool = False,
 ) -> Job:
     """What the trainer's options and the tokenised pairs come to. `reference` is "cached", "online" or None."""
     apart = -(-len(dataset) // LOOKED_AT)
@@ -365,6 +385,7 @@ def job_of(
         apart, weight, 2 if mixed else weight, states, checkpointing=checkpointing, reference=reference,
         accumulates=args.gradient_accumulation_steps > 1 or cut_up,
         copies=reference == "online" and not sizes.adapter, on_gpu=on_gpu, mismatched=mismatched,
+        processes=processes, sharded=sharded,
     )  # fmt: skip
 
 
@@ -437,6 +458,7 @@ def check_fits(job: Job, device: Device) -> None:
         "trainer.pack_tokens (a row of a few thousand tokens at most)": smallest,
         "trainer.gradient_checkpointing: true": replace(job, checkpointing=True),
         "reference: cached": replace(job, copies=False),
+        "trainer.fsdp: true": replace(job, sharded=job.processes > 1),
         "lora: {r: 16}": replace(job, copies=False, sizes=replace(job.sizes, adapter=max(1, job.sizes.linear // 200))),
         "trainer.model_init_kwargs: {dtype: bfloat16}": replace(job, weight=2, compute=2),
     }

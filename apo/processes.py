@@ -90,7 +90,7 @@ def check_devices(args: Any) -> None:
         raise UserError(f"WORLD_SIZE is {count} but this process is one of {args.world_size}; start with torchrun")
     kind = str(getattr(args.distributed_state.distributed_type, "value", args.distributed_state.distributed_type))
     fsdp = asks_for_fsdp(args)
-    deepspeed = bool(args.deepspeed) or _true(os.environ, "ACCELERATE_USE_DEEPSPEED")
+    deepspeed = asks_for_deepspeed(args)
     for name, asked, plain in (("FSDP", fsdp, ("NO", "MULTI_CPU")), ("DeepSpeed", deepspeed, ("NO", "MULTI_CPU"))):
         if asked and kind in plain:
             told = "on one process" if kind == "NO" else "on CPUs"
@@ -108,6 +108,11 @@ def check_devices(args: Any) -> None:
 def asks_for_fsdp(args: Any) -> bool:
     """Whether the trainer's options or the launcher ask for a model sharded by FSDP."""
     return bool(args.fsdp) or _true(os.environ, "ACCELERATE_USE_FSDP")
+
+
+def asks_for_deepspeed(args: Any) -> bool:
+    """Whether the trainer's options or the launcher ask for DeepSpeed."""
+    return bool(args.deepspeed) or _true(os.environ, "ACCELERATE_USE_DEEPSPEED")
 
 
 def _number(environ: Mapping[str, str], name: str) -> int | None:

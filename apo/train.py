@@ -16,7 +16,7 @@ from apo import model as models
 from apo import run as runs
 from apo.guard import Guard, load_rails
 from apo.pairs import Source
-from apo.processes import Group, check_deepspeed, check_devices, joined
+from apo.processes import Group, asks_for_deepspeed, asks_for_fsdp, check_deepspeed, check_devices, joined
 from clair.recipe import Recipe, UserError, near_miss, resolved, write_json
 
 if TYPE_CHECKING:
@@ -263,6 +263,8 @@ def estimate(planned: Plan) -> Estimate | str:
     machine = fit.this_machine()
     if args.use_cpu and machine.is_gpu:
         return "the run leaves the GPU unused"
+    if asks_for_deepspeed(args):
+        return "the formulas do not know what DeepSpeed shares out"
     try:
         sizes = fit.sizes_of(planned.name, _lora_of(config))
     except (ValueError, AttributeError) as error:
@@ -279,7 +281,8 @@ def estimate(planned: Plan) -> Estimate | str:
             sizes, planned.train.dataset, args, planned.steps, reference=reference, dtype=dtype,
             mixed=config.trainer.get("bf16", on_gpu) or args.fp16,
             checkpointing=on_gpu if asked is None else asked, on_gpu=on_gpu,
-            mismatched=mixture_of(config.objective).needs_divergence,
+            mismatched=mixture_of(config.objective).needs_divergence, processes=planned.processes,
+            sharded=asks_for_fsdp(args),
         )
         for on_gpu in (True, False)
     }  # fmt: skip

@@ -192,6 +192,34 @@ def test_one_change_that_is_enough_is_named_alone():
         fit.check_fits(run, between)
 
 
+def test_memory_of_one_of_eight_processes_by_hand():
+    sizes = fit.sizes_of_model(llama(**LLAMA_3_8B))
+    row = fit.row_of(500, 0, 500, 500)
+    alone = job(sizes, [row], compute=2, on_gpu=True, checkpointing=True, accumulates=True)
+    sharded = fit.memory_of(replace(alone, processes=8, sharded=True))
+    layer, outside = sizes.linear / 32, sizes.parameters - sizes.linear
+    assert sharded["optimizer"] == 2 * 4 * sizes.parameters / 8
+    assert sharded["gradients"] == 4 * sizes.parameters / 8
+    assert sharded["weights"] == 4 * sizes.parameters / 8 + 2 * 2 * (outside + 2 * layer)
+    assert sharded["activations"] == fit.memory_of(alone)["activations"]
+    # for the reference's pass the model is whole once, in float32 and with the copies of autocast
+    assert sum(sharded.values()) == 4 * sizes.parameters + 2 * sizes.linear
+    copies = fit.memory_of(replace(alone, processes=8))
+    assert copies == fit.memory_of(alone) | {"buckets": 4 * sizes.parameters}
+    adapter = replace(alone, sizes=replace(sizes, adapter=42_000_000), processes=8, sharded=True)
+    assert fit.memory_of(adapter)["weights"] == pytest.approx(
+        4 * (sizes.parameters + 42_000_000) / 8 + 2 * (outside + 2 * layer)
+    )
+    run = replace(alone, reference="cached", pairs=8, seen=8)
+    assert fit.run_flops(run)[1] == 8 * fit.run_flops(replace(run, processes=8))[1]
+
+
+def test_sharding_is_named_where_it_is_what_helps():
+    run = job(fit.sizes_of_model(llama(**LLAMA_3_8B)), [fit.row_of(50, 0, 50, 50)], compute=2, on_gpu=True, processes=8)
+    with pytest.raises(UserError, match=r"set trainer\.fsdp: true or lora"):
+        fit.check_fits(run, fit.GPUS[0])
+
+
 def test_a_dry_run_tells_costs(recipe, monkeypatch, tmp_path, capsys):  # noqa: F811
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe))
@@ -283,3 +311,26 @@ def test_the_estimate_is_within_a_fifth_of_the_measured_peak(name, tmp_path):
     estimated, measured = json.loads(done.stdout.splitlines()[-1])
     print(f"{name}: estimate / measured peak = {estimated / measured:.3f} of {measured / 2**20:.0f} MiB")
     assert estimated == pytest.approx(measured, rel=0.2)
+
+
+def test_a_dry_run_plans_for_other_machines_and_refuses_this_one_in_a_line(recipe, monkeypatch, tmp_path, capsys):  # noqa: F811
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe | {"trainer": recipe["trainer"] | {"fsdp": True}}))
+    assert call(monkeypatch, "train", path, "--dry-run") == 2
+    assert "FSDP was asked for, and on one process" in capsys.readouterr().err
+    assert call(monkeypatch, "train", path, "--processes", "8") == 2
+    assert "--processes 8 plans a run and needs --dry-run; torchrun --nproc_per_node 8" in capsys.readouterr().err
+    monkeypatch.setattr(fit, "this_machine", lambda: Device("this machine: CPU", 1000, 1e9, is_gpu=False, reserved=0))
+    assert call(monkeypatch, "train", path, "--dry-run", "--processes", "8") == 2
+    told, refused = capsys.readouterr()
+    for part in (
+        " on 8 processes",
+        "FLOPs, in each of 8 processes",
+        "this machine: CPU",
+        "does NOT fit",
+        "H100 80GB: ",
+    ):
+        assert part in told
+    assert refused.startswith("error: the run needs about ")
+    assert refused.count("\n") == 1
+    assert not (tmp_path / "run").exists()
