@@ -1,6 +1,7 @@
 # Everything a developer or a newcomer runs. Each target makes .venv first where it is missing or out of date.
 #
 #   make quickstart   the main job on the embedded world: prompts, pairs, training, accuracy before and after
+#   make paper-mini   the paper's grid in small, going on from where it was stopped; SMALL=1 for a quick look
 #   make test         the tests, without the slow ones        make test-all   all of them
 #   make lint         ruff, floors, generated pages           make docs       the site, into site/
 #   make bench        measure, and write tests/benchmarks/results
@@ -27,7 +28,7 @@ export TOKENIZERS_PARALLELISM := false
 export MPLBACKEND := Agg
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help install quickstart test test-slow test-all lint format docs cli-docs bench clean
+.PHONY: help install quickstart paper-mini test test-slow test-all lint format docs cli-docs bench clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -44,6 +45,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP)
 	@$(BIN)/python -m recipes.world.quickstart
+
+paper-mini: $(STAMP)
+	@$(BIN)/python -m recipes.mini.models
+	@$(BIN)/python -m recipes.mini.data $(if $(SMALL),--small)
+	@$(BIN)/python -m recipes.mini.grid $(if $(SMALL),--small)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"

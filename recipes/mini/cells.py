@@ -1,0 +1,115 @@
+"""Which runs the mini grid is made of, and which are due: tuned once per data set and objective, then all seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from clair.recipe import content_hash
+from recipes.mini.data import DATA
+
+OBJECTIVES = ("sft", "dpo", "kto", "apo_zero", "apo_down")
+WITHOUT_BETA = ("sft",)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run. `purpose` says what it is for; runs to tune by are scored on validation tasks."""
+
+    data: str
+    objective: str
+    learning_rate: float
+    beta: float
+    seed: int
+    epochs: int
+    purpose: Literal["learning_rate", "beta", "grid"]
+
+    def key(self, world: str) -> str:
+        """What the run is filed under."""
+        return content_hash([world, asdict(self)])[:16]
+
+
+@dataclass(frozen=True)
+class Design:
+    """The size of a grid. The first of several learning rates or betas is taken where they come out alike."""
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    epochs: int = 3
+    learning_rates: tuple[float, ...] = (1.5e-5, 5e-6, 5e-5)
+    betas: tuple[float, ...] = (0.1, 0.03, 0.3)
+    tuning_seed: int = 100
+    data: tuple[str, ...] = DATA
+    objectives: tuple[str, ...] = OBJECTIVES
+    heldout: int = 600
+    validation: int = 200
+
+    @property
+    def runs(self) -> int:
+        """How many runs there are in all."""
+        tuned = sum(
+            _several(self.learning_rates) + (0 if objective in WITHOUT_BETA else len(self.betas) - 1)
+            for objective in self.objectives
+        )
+        return len(self.data) * (tuned + len(self.objectives) * len(self.seeds))
+
+
+SMALL = Design(seeds=(0,), epochs=1, learning_rates=(1.5e-5,), betas=(0.1,), heldout=150, validation=50)
+
+
+def _several(values: Sequence[float]) -> int:
+    return len(values) if len(values) > 1 else 0
+
+
+def last_accuracy(run: Mapping[str, Any]) -> float:
+    """Share of right answers at the last checkpoint; below any where training broke off."""
+    if not run["checkpoints"]:
+        return -1.0
+    right = run["checkpoints"][-1]["right"]
+    return right.count("1") / len(right)
+
+
+def chosen(cells: Sequence[Cell], runs: Mapping[str, Mapping[str, Any]], world: str) -> Cell | None:
+    """The rule for all data sets and objectives: the cell with most right answers at the end of training, the first of
+    those alike; None while a run is missing. One cell alone needs no run."""
+    if len(cells) == 1:
+        return cells[0]
+    if any(cell.key(world) not in runs for cell in cells):
+        return None
+    return max(cells, key=lambda cell: last_accuracy(runs[cell.key(world)]))
+
+
+def pair_cells(
+    design: Design, data: str, objective: str, runs: Mapping[str, Mapping[str, Any]], world: str
+) -> Iterator[Cell]:
+    """The cells of one data set and objective as far as they can be named yet, in the order in which they come."""
+    first = Cell(
+        data, objective, design.learning_rates[0], design.betas[0], design.tuning_seed, design.epochs, "learning_rate"
+    )
+    rates = [replace(first, learning_rate=rate) for rate in design.learning_rates]
+    yield from rates if len(rates) > 1 else ()
+    best = chosen(rates, runs, world)
+    if best is None:
+        return
+    others = () if objective in WITHOUT_BETA else design.betas[1:]
+    betas = [best, *(replace(best, beta=beta, purpose="beta") for beta in others)]
+    yield from betas[1:]
+    best = chosen(betas, runs, world)
+    if best is not None:
+        yield from (replace(best, seed=seed, purpose="grid") for seed in design.seeds)
+
+
+def cells(design: Design, runs: Mapping[str, Mapping[str, Any]], world: str) -> list[Cell]:
+    """All cells that can be named yet; those that tune come first, so that none is waited for at the end."""
+    named = [
+        cell
+        for data in design.data
+        for objective in design.objectives
+        for cell in pair_cells(design, data, objective, runs, world)
+    ]
+    return sorted(named, key=lambda cell: ("learning_rate", "beta", "grid").index(cell.purpose))
+
+
+def due(design: Design, runs: Mapping[str, Mapping[str, Any]], world: str) -> list[Cell]:
+    """The cells that can be run now and are not done."""
+    return [cell for cell in cells(design, runs, world) if cell.key(world) not in runs]
