@@ -137,6 +137,7 @@ def compare(
 def _print_plan(config: Any, processes: int | None) -> None:
     import yaml
 
+    from apo.model import why_not_quantized
     from apo.run import size_told, status_of
     from apo.train import plan
     from clair.recipe import resolved
@@ -155,6 +156,8 @@ def _print_plan(config: Any, processes: int | None) -> None:
         print(f"# guard: {planned.rails.told(planned.steps)}")
     for note in planned.train.notes:
         print(f"# note: {note}")
+    if config.quantize and (reason := why_not_quantized(cpu=planned.args.use_cpu)):
+        print(f"# note: not here: {reason}")
     _print_estimate(planned)
 
 

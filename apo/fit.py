@@ -29,6 +29,8 @@ STATES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0
 """Numbers an optimizer keeps per trained parameter, by the beginning of its name; others are taken for AdamW."""
 MFU = 0.4
 """ASSUMPTION: the share of a GPU's bf16 peak that training reaches."""
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in NF4: 4 bits, a constant of 8 bits for 64 weights, one of 32 bits for 256 constants."""
 HOLES = 2
 """MEASURED, not derived: layers' activations that glibc's allocator keeps in holes on a CPU (tests/apo/test_fit.py)."""
 CPU_SHARE = 0.6
@@ -102,6 +104,7 @@ class Job:
 
     `rows`, `pairs`, `seen` (in training) and `padded_tokens` (of TRL's batch, an epoch) are of the pairs looked at,
     each of which `stands_for` so many. `mismatched`: each is also run with its neighbour's response, for KTO's kl.
+    `quantized`: linear layers below an adapter are in NF4, and the adapter in 2 bytes, as TRL puts it.
     Of several `processes` all costs are those of one; `sharded` ones share weights, gradients and states (FSDP2).
     """
 
@@ -122,6 +125,12 @@ class Job:
     mismatched: bool = False
     processes: int = 1
     sharded: bool = False
+    quantized: bool = False
+
+    @property
+    def trained_weight(self) -> int:
+        """Bytes of a trained parameter, of its gradient and of each of its optimizer's states."""
+        return 2 if self.quantized else self.weight
 
     @property
     def is_adapter(self) -> bool:
@@ -283,16 +292,18 @@ def memory_of(job: Job) -> dict[str, float]:
     DDP's buckets are a second copy of the gradients.
     """
     sizes, shares = job.sizes, job.processes if job.sharded else 1
-    stored = sizes.parameters * job.weight * (2 if job.copies else 1) + sizes.adapter * job.weight
+    stored = sizes.parameters * job.weight * (2 if job.copies else 1) + sizes.adapter * job.trained_weight
     cast = sizes.linear * job.compute if job.compute < job.weight else 0
+    if job.quantized:  # one matrix at a time is put back into the type of the products
+        stored, cast = stored - sizes.linear * (job.weight - NF4), sizes.hidden * sizes.inner * job.compute
     weights = stored / shares + (_gathered_bytes(job) if shares > 1 else cast)
-    gradients = sizes.trained * job.weight / shares
+    gradients = sizes.trained * job.trained_weight / shares
     activations = max(row_bytes(job, row) for row in job.rows)
     head = max(_head_bytes(job, row) for row in job.rows)
     working = max(_working_bytes(job, row) for row in job.rows)
     start = activations + max(head, working) + (gradients if job.accumulates else 0)
     end = gradients + working + activations / sizes.layers
-    parts = {"weights": weights, "optimizer": job.states * sizes.trained * job.weight / shares}
+    parts = {"weights": weights, "optimizer": job.states * sizes.trained * job.trained_weight / shares}
     if start >= end:
         moment = {"gradients": gradients if job.accumulates else 0, "activations": start - gradients * job.accumulates}
     else:
@@ -369,6 +380,7 @@ def job_of(
     mismatched: bool = False,
     processes: int = 1,
     sharded: bool = False,
+    quantized: bool = False,
 ) -> Job:
     """What the trainer's options and the tokenised pairs come to. `reference` is "cached", "online" or None."""
     apart = -(-len(dataset) // LOOKED_AT)
@@ -385,7 +397,7 @@ def job_of(
         apart, weight, 2 if mixed else weight, states, checkpointing=checkpointing, reference=reference,
         accumulates=args.gradient_accumulation_steps > 1 or cut_up,
         copies=reference == "online" and not sizes.adapter, on_gpu=on_gpu, mismatched=mismatched,
-        processes=processes, sharded=sharded,
+        processes=processes, sharded=sharded, quantized=quantized,
     )  # fmt: skip
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clair.recipe import UserError
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -114,6 +115,28 @@ def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
         return PeftModel.from_pretrained(model, name.path, is_trainable=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"adapter {name.path} does not fit {name.base}: {_first_words(error)}") from error
+
+
+def why_not_quantized(*, cpu: bool) -> str | None:
+    """Why a model cannot be loaded in 4 bits here, or None."""
+    if find_spec("bitsandbytes") is None:
+        return "quantize: nf4 needs bitsandbytes, which is not installed: pip install 'clair-apo[quantize]'"
+    if cpu:
+        return "quantize: nf4 needs a GPU, and this run would use the CPU; start it on a GPU, or leave quantize out"
+    return None
+
+
+def four_bits(compute: str) -> BitsAndBytesConfig:
+    """NF4 with its constants quantised again (QLoRA, arXiv 2305.14314), and products in the type `compute`.
+
+    PEFT's prepare_model_for_kbit_training is not called, as TRL does not: it would put embeddings and head into
+    float32, and what else it does, freezing and gradients for checkpointing, PEFT and TRL do.
+    """
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
 
 
 def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, path: str) -> None:

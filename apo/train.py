@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_serializer, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, field_validator
 
 from apo import model as models
 from apo import run as runs
@@ -71,6 +71,8 @@ class TrainConfig(Recipe):
     weights: str | None = None
     """The dataset column that says how much each pair weighs: numbers, finite and >= 0. Absent: all alike."""
     lora: LoRA | None = None
+    quantize: Literal["nf4"] | None = None
+    """`nf4`: the weights below the adapter are kept in 4 bits (QLoRA). Absent: in the type they are loaded in."""
     pairs_per_step: Annotated[int, Field(gt=0)] | None = None
     """Pairs in an optimizer step, over all processes. Absent: what `trainer` and the number of processes come to."""
     trainer: dict[str, Any] = Field(default_factory=dict)
@@ -87,6 +89,13 @@ class TrainConfig(Recipe):
     seed: int = 0
     out: str
     trust_remote_code: bool = False
+
+    @field_validator("quantize")
+    @classmethod
+    def _below_an_adapter(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value and not info.data.get("lora"):
+            raise ValueError(f"{value} weights cannot be trained, an adapter on them can: set `lora: {{r: 16}}` beside")
+        return value
 
     @field_validator("objective")
     @classmethod
@@ -226,6 +235,10 @@ def plan(config: TrainConfig, processes: int | None = None) -> Plan:
     args = trainer_options(config, has_eval=eval_pairs is not None, processes=count)
     if count == launched:
         check_devices(args)
+    if config.quantize and (asks_for_fsdp(args) or asks_for_deepspeed(args)):
+        raise UserError("quantize: 4-bit weights are whole in every process; leave FSDP and DeepSpeed out")
+    if config.quantize and "quantization_config" in (args.model_init_kwargs or {}):
+        raise UserError("trainer.model_init_kwargs.quantization_config: the recipe's `quantize` says it; leave one out")
     if eval_pairs is None and args.eval_strategy != "no":
         raise UserError("trainer.eval_strategy is set but there are no held-out pairs; set `eval`, or leave it out")
     ends = models.load_generation_config(name)
@@ -282,7 +295,7 @@ def estimate(planned: Plan) -> Estimate | str:
             mixed=config.trainer.get("bf16", on_gpu) or args.fp16,
             checkpointing=on_gpu if asked is None else asked, on_gpu=on_gpu,
             mismatched=mixture_of(config.objective).needs_divergence, processes=planned.processes,
-            sharded=asks_for_fsdp(args),
+            sharded=asks_for_fsdp(args), quantized=config.quantize is not None,
         )
         for on_gpu in (True, False)
     }  # fmt: skip
@@ -330,6 +343,8 @@ def train(config: TrainConfig, *, tell: Callable[[str], None] = print) -> dict[s
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     options = config.trainer
     check_deepspeed(bool(options.get("deepspeed")))
+    if config.quantize and (reason := models.why_not_quantized(cpu=_on_cpu(config))):
+        raise UserError(reason)
     with joined(cpu=_on_cpu(config), seconds=float(options.get("ddp_timeout", 1800))) as group:
         return _train(config, group, tell if group.is_main else _silent)
 
@@ -399,6 +414,9 @@ def build_trainer(planned: Plan, group: Group | None = None, tell: Callable[[str
     config, args, watch = planned.config, planned.args, Watch(planned.rails)
     plain = mixture_of(config.objective).plain
     options, args.model_init_kwargs = dict(args.model_init_kwargs or {}), None
+    if config.quantize:
+        compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(options.get("dtype", "float32"))
+        options["quantization_config"] = models.four_bits(compute)
     with group.together():
         model = models.load_model(planned.name, **options)
         models.check_vocabulary(model, planned.tokenizer, planned.name.base)
