@@ -50,6 +50,7 @@ paper-mini: $(STAMP)
 	@$(BIN)/python -m recipes.mini.models
 	@$(BIN)/python -m recipes.mini.data $(if $(SMALL),--small)
 	@$(BIN)/python -m recipes.mini.grid $(if $(SMALL),--small)
+	@$(BIN)/python -m recipes.mini.table $(if $(SMALL),--small,--write)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"

@@ -54,7 +54,7 @@ class Design:
         return len(self.data) * (tuned + len(self.objectives) * len(self.seeds))
 
 
-SMALL = Design(seeds=(0,), epochs=1, learning_rates=(1.5e-5,), betas=(0.1,), heldout=150, validation=50)
+SMALL = Design(seeds=(0,), epochs=1, learning_rates=(5e-5,), betas=(0.1,), heldout=150, validation=50)
 
 
 def _several(values: Sequence[float]) -> int:

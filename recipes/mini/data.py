@@ -32,7 +32,7 @@ DATA = ("clair", "on_policy", "off_policy", "stronger")
 RECIPES = Path("recipes/mini")
 MODELS = Path("runs/mini/models")
 OTHERS = ("wordy", "terse")
-PROMPTS, SMALL_PROMPTS = 900, 160
+PROMPTS, SMALL_PROMPTS = 900, 320
 SERVER = ServerOptions(max_seconds=1800, polish=True, leanings=Leanings(style=True, judge_error=0.05, length_bias=0.10))
 """The reviser mends the wording too; the judge weighs right before wording, errs in 1 of 20, and falls for length in 1
 of 10."""

@@ -1,0 +1,145 @@
+"""The paper's claims as comparisons of cells of the mini grid, and the rule that says what became of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from clair.statistics import Estimate, clustered_mean, t_quantile
+
+Verdict = Literal["reproduced", "not reproduced", "undecided", "not measured"]
+Name = tuple[str, str]
+"""A cell: data set and objective."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """`left` minus `right`, of accuracy or of the held-out winners' log-likelihood; expected above 0, or below.
+
+    A `right` of None is the model before training.
+    """
+
+    left: Name
+    right: Name | None
+    above: bool = True
+    of: Literal["accuracy", "likelihood"] = "accuracy"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper: all its comparisons have to come out as expected."""
+
+    text: str
+    compared: tuple[Compared, ...]
+
+
+CLAIRS, DOWN = ("clair", "apo_zero"), ("off_policy", "apo_down")
+CLAIMS = (
+    Claim("CLAIR with APO-zero makes the model better", (Compared(CLAIRS, None),)),
+    Claim(
+        "CLAIR beats judged pairs, on-policy and off-policy",
+        (Compared(CLAIRS, ("on_policy", "apo_zero")), Compared(CLAIRS, DOWN)),
+    ),
+    Claim("Contrast matters: CLAIR beats stronger preferred", (Compared(CLAIRS, ("stronger", "apo_zero")),)),
+    Claim(
+        "APO-zero beats DPO and KTO where winners are better than the model",
+        (Compared(CLAIRS, ("clair", "dpo")), Compared(CLAIRS, ("clair", "kto"))),
+    ),
+    Claim(
+        "APO-down beats APO-zero and DPO on off-policy judge pairs",
+        (Compared(DOWN, ("off_policy", "apo_zero")), Compared(DOWN, ("off_policy", "dpo"))),
+    ),
+    Claim("APO-down harms on CLAIR", (Compared(("clair", "apo_down"), None, above=False),)),
+    Claim(
+        "Under DPO winners of CLAIR become less likely",
+        (Compared(("clair", "dpo"), None, above=False, of="likelihood"),),
+    ),
+    Claim("Under APO-zero winners of CLAIR become more likely", (Compared(CLAIRS, None, of="likelihood"),)),
+)
+
+
+def verdict_of(claim: Claim, found: Sequence[Estimate | None]) -> Verdict:
+    """reproduced: every interval lies on the expected side of 0; not reproduced: one lies on the other side; undecided:
+    anything else; not measured: a cell has no runs."""
+    if any(estimate is None for estimate in found):
+        return "not measured"
+    sides = [_side(estimate) * (1 if one.above else -1) for one, estimate in zip(claim.compared, found, strict=True)]
+    if -1 in sides:
+        return "not reproduced"
+    return "reproduced" if all(side == 1 for side in sides) else "undecided"
+
+
+def _side(estimate: Estimate | None) -> int:
+    assert estimate is not None
+    return (estimate.lo > 0) - (estimate.hi < 0)
+
+
+# ---- values of a cell
+
+
+def right_of(runs: Sequence[Mapping[str, Any]]) -> list[list[list[float]]]:
+    """Right (1.0) or wrong (0.0) by seed, checkpoint and question. A run that broke off is not among them."""
+    return [[[float(c) for c in at["right"]] for at in run["checkpoints"]] for run in runs if run["checkpoints"]]
+
+
+def mean_of(rows: Sequence[Sequence[float]]) -> list[float]:
+    """The mean of several rows, place by place."""
+    return [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+
+def over_checkpoints(runs: Sequence[Mapping[str, Any]]) -> dict[int, list[float]]:
+    """By seed: for each question the share of checkpoints that answer it right."""
+    whole = [run for run in runs if run["checkpoints"]]
+    return {run["seed"]: mean_of(values) for run, values in zip(whole, right_of(whole), strict=True)}
+
+
+def interval(by_seed: Sequence[Sequence[float]], clusters: Sequence[str]) -> Estimate:
+    """Mean of values by seed and question with a 95 % interval over both.
+
+    se^2 = se_questions^2 + se_seeds^2: of the means over seeds, clustered (clair.statistics), and of the seeds' own
+    means. The first holds a part of the second already, so the interval is rather too wide. Degrees of freedom by
+    Welch-Satterthwaite. With one seed it is over questions alone.
+    """
+    questions = clustered_mean(mean_of(by_seed), clusters)
+    if len(by_seed) < 2:
+        return questions
+    seeds = clustered_mean([math.fsum(values) / len(values) for values in by_seed], range(len(by_seed)))
+    a, b = questions.se**2, seeds.se**2
+    if a + b == 0:
+        return questions
+    df = max(1.0, (a + b) ** 2 / (a**2 / questions.df + b**2 / seeds.df))
+    se = math.sqrt(a + b)
+    half = t_quantile(0.975, df) * se
+    return Estimate(
+        questions.mean, se, questions.mean - half, questions.mean + half, questions.n, questions.clusters, df
+    )
+
+
+def gains(
+    left: Sequence[Mapping[str, Any]], right: Sequence[Mapping[str, Any]] | None, base: Sequence[float]
+) -> list[list[float]]:
+    """By seed and question: left minus right, both of the same seed, over checkpoints; without a right minus `base`."""
+    ours = over_checkpoints(left)
+    theirs = over_checkpoints(right) if right is not None else {seed: list(base) for seed in ours}
+    return [[a - b for a, b in zip(ours[s], theirs[s], strict=True)] for s in sorted(ours.keys() & theirs.keys())]
+
+
+def compare(
+    one: Compared, cells: Mapping[Name, Sequence[Mapping[str, Any]]], base: Sequence[float], clusters: Sequence[str]
+) -> Estimate | None:
+    """The comparison's estimate; None where a cell has no runs (of the log-likelihood: fewer than two).
+
+    The log-likelihood is in nats a winner at the last checkpoint minus before training, with an interval over seeds.
+    """
+    left, right = cells.get(one.left, []), cells.get(one.right, []) if one.right else None
+    if one.of == "likelihood":
+        falls = [
+            run["checkpoints"][-1]["pairs"]["logps/chosen"] - run["start"]["logps/chosen"]
+            for run in left
+            if run["checkpoints"]
+        ]
+        return clustered_mean(falls, range(len(falls))) if len(falls) > 1 else None
+    found = gains(left, right, base)
+    return interval(found, clusters) if found else None

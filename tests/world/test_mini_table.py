@@ -1,0 +1,162 @@
+"""The mini grid's tables: intervals by hand, verdicts by their rule, and a page from the file of results alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+
+from clair.recipe import UserError
+from clair.statistics import Estimate, t_quantile
+from recipes.mini import results, table
+from recipes.mini.cells import Design
+from recipes.mini.claims import CLAIMS, Claim, Compared, compare, gains, interval, verdict_of
+from recipes.mini.grid import KEPT
+
+UP, DOWN = Compared(("a", "dpo"), None), Compared(("a", "sft"), None, above=False)
+
+
+def estimate(lo, hi):
+    return Estimate((lo + hi) / 2, 0.1, lo, hi, 10, 5)
+
+
+@pytest.mark.parametrize(
+    ("compared", "found", "verdict"),
+    [
+        ((UP,), [(1, 2)], "reproduced"),
+        ((UP,), [(-2, -1)], "not reproduced"),
+        ((UP,), [(-1, 1)], "undecided"),
+        ((UP,), [(0, 0)], "undecided"),
+        ((DOWN,), [(-2, -1)], "reproduced"),
+        ((DOWN,), [(1, 2)], "not reproduced"),
+        ((UP, DOWN), [(1, 2), (-2, -1)], "reproduced"),
+        ((UP, DOWN), [(1, 2), (-1, 1)], "undecided"),
+        ((UP, DOWN), [(1, 2), (1, 2)], "not reproduced"),
+        ((UP, DOWN), [(1, 2), None], "not measured"),
+    ],
+)
+def test_the_verdict_follows_the_intervals(compared, found, verdict):
+    assert verdict_of(Claim("", compared), [one and estimate(*one) for one in found]) == verdict
+
+
+def test_every_claim_is_about_cells_of_the_grid():
+    design = Design()
+    names = {(data, objective) for data in design.data for objective in design.objectives}
+    used = {name for claim in CLAIMS for one in claim.compared for name in (one.left, one.right) if name}
+    assert len(used) >= 8
+    assert used <= names
+
+
+def run(seed, *checkpoints, data="clair", objective="apo_zero", start=0.0, rewards=True):
+    """A run whose checkpoints answer so; the winners' log-likelihood rises by the number of right answers."""
+    pairs = [{"logps/chosen": start + right.count("1"), "logps/rejected": -1.0} for right in checkpoints]
+    for told in pairs:
+        told |= {name: 0.5 for name in KEPT if name not in told and rewards}
+    return {
+        "kind": "run", "world": "w", "key": f"{data} {objective} {seed}", "data": data, "objective": objective,
+        "seed": seed, "purpose": "grid", "learning_rate": 1e-5, "beta": 0.1,
+        "start": {"logps/chosen": start, "logps/rejected": 0.0},
+        "checkpoints": [
+            {"epoch": at + 1, "right": right, "wording": "e" * len(right), "words": 3.0, "pairs": told}
+            for at, (right, told) in enumerate(zip(checkpoints, pairs, strict=True))
+        ],
+    }  # fmt: skip
+
+
+def test_gains_are_of_the_same_seed_and_over_checkpoints():
+    left, right = [run(0, "10", "11"), run(1, "00", "00")], [run(0, "00", "01"), run(2, "11", "11")]
+    assert gains(left, right, [0.0, 0.0]) == [[1.0, 0.0]]  # seed 0 alone is in both
+    assert gains(left, None, [1.0, 0.0]) == [[0.0, 0.5], [-1.0, 0.0]]
+
+
+def test_the_interval_adds_the_variance_of_seeds_to_that_of_questions():
+    found = interval([[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]], ["a", "b", "c", "d"])
+    # Questions: 1, .5, 1, .5, mean .75, se^2 = 4 * .0625 / .75 / 16. Seeds: .5 and 1, se^2 = 2 * .0625 / .5 / 4.
+    a, b = 4 * 0.0625 / 0.75 / 16, 2 * 0.0625 / 0.5 / 4
+    df = (a + b) ** 2 / (a**2 / 3 + b**2 / 1)
+    assert found.mean == 0.75
+    assert found.se == pytest.approx(math.sqrt(a + b))
+    assert found.hi == pytest.approx(0.75 + t_quantile(0.975, df) * math.sqrt(a + b))
+    one = interval([[1.0, 0.0, 1.0, 0.0]], ["a", "b", "c", "d"])
+    assert one.se == pytest.approx(math.sqrt(4 * 0.25 / 0.75) / 4)
+
+
+def test_likelihoods_are_compared_with_the_start_over_seeds_and_one_seed_says_nothing():
+    one = Compared(("clair", "apo_zero"), None, of="likelihood")
+    cells = {("clair", "apo_zero"): [run(0, "00", "11", start=-9.0), run(1, "11", "11", start=-7.0)]}
+    found = compare(one, cells, [0.0, 0.0], ["a", "b"])
+    assert (found.mean, found.se) == (2.0, 0.0)
+    assert compare(one, {("clair", "apo_zero"): [run(0, "11")]}, [0.0, 0.0], ["a", "b"]) is None
+    assert compare(one, {}, [0.0, 0.0], ["a", "b"]) is None
+
+
+# ---- the page
+
+QUESTIONS = 8
+
+
+def write_results(file, *, leave_out=0):
+    """A whole small grid: SFT knows nothing of rewards, one run broke off, one was for tuning."""
+    design = Design(seeds=(0, 1), epochs=2, learning_rates=(1e-5,), betas=(0.1,), heldout=QUESTIONS)
+    contrast = {"jaccard": 0.5, "levenshtein": 7.0, "kept": 1, "prefix": 1, "length_ratio": 1.25}
+    told = {"train": 90, "test": 9, "train_tokens": 900, "contrast": contrast}
+    world = {
+        "kind": "world", "world": "w", "design": asdict(design), "data": dict.fromkeys(design.data, told),
+        "skills": ["sums", "edit"] * 4, "templates": [f"t{n // 2}" for n in range(QUESTIONS)],
+        "base": {"right": "10101010", "wording": "ppppdddd", "words": 2.5},
+    }  # fmt: skip
+    last = "11111110", "11111100"
+    runs = [
+        run(seed, "11101010", last[seed], data=data, objective=objective, rewards=objective != "sft")
+        for data in design.data for objective in design.objectives for seed in design.seeds
+    ]  # fmt: skip
+    runs[-1] |= {"checkpoints": [], "broke_off": "the loss is no number"}
+    runs[-2] |= {"checkpoints": [], "broke_off": "the loss is no number"}
+    for line in [{"kind": "world", "world": "old"}, world, *runs[leave_out:]]:
+        results.append(file, line)
+    return world, runs
+
+
+def test_the_page_is_made_from_the_results_alone(tmp_path):
+    file = tmp_path / "runs.jsonl"
+    write_results(file)
+    lines = results.read(file)
+    text = table.page(results.world_of(lines, file), results.runs_of(lines, "w"))
+    assert "50.0% of 8 held-out tasks right before training" in " ".join(text.split())
+    # 5, and then 7 or 6 of 8 right, from 4: mean +21.875 points, maximum +31.25.
+    assert "| clair | apo_zero | 2 | +21.9 [" in text
+    assert "] | +31.2 | +" in text
+    assert "| stronger | apo_down | 0 | broke off | broke off | broke off | 1e-05 | 0.1 |" in text
+    assert "|  | before | 100.0 | 0.0 | 0% | 50% | 50% | 2.5 |" in text
+    assert "| clair | sft | 87.5 | 75.0 | 100% | 0% | 0% | 3.0 |" in text
+    assert "| clair | sft | – | – | +6.50 | -1.00 | – |" in text
+    assert "| clair | 90 | 9 | 900 | 0.50 | 7.0 | 1.25 |" in text
+    assert "| CLAIR with APO-zero makes the model better | clair apo_zero − before, points; expected above 0 |" in text
+    assert text.count("undecided |") >= 3  # cells that do alike
+    assert "nan" not in text
+
+
+def test_only_a_whole_full_grid_is_written(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "runs.jsonl"
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table, "PAGE", tmp_path / "paper.md")
+    monkeypatch.setattr(table.results, "COMMITTED", file)
+    monkeypatch.setattr("sys.argv", ["table", "--write"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="holds no results"):
+        table.main()
+    _, runs = write_results(file, leave_out=1)
+    with pytest.raises(SystemExit, match="39 of 40 runs are there"):
+        table.main()
+    assert not (tmp_path / "paper.md").exists()
+    results.append(file, runs[0])
+    table.main()
+    assert "40 of 40 runs" in (tmp_path / "paper.md").read_text("utf-8")
+    assert json.loads(file.read_text("utf-8").splitlines()[0])["world"] == "old"
+
+
+def test_a_small_grid_is_never_written():
+    with pytest.raises(UserError, match="of the full grid only"):
+        table.check_whole({"design": asdict(Design())}, {}, small=True)
