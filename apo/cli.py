@@ -11,6 +11,7 @@ import typer
 from apo.commands import calibrate, certify, distinguish
 from apo.console import quieten, tell
 from apo.evaluate.commands import app as evaluate
+from apo.rewards.commands import app as reward
 from clair.command import run
 from clair.recipe import EXIT_INTERRUPTED
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 
 
 app.add_typer(evaluate, name="eval")
+app.add_typer(reward, name="reward")
 
 
 @app.callback()

@@ -159,12 +159,16 @@ def labelled(paths: Sequence[str], model: str, tell: Callable[[str], None] = lam
     Raises UserError for a dataset or model that cannot be read, before anything is computed. Pairs that do not fit the
     model's context are left out, and told.
     """
+    return labelled_rows(read_rows(paths), model, tell)
+
+
+def labelled_rows(rows: list[dict[str, Any]], model: str, tell: Callable[[str], None] = lambda _: None) -> Labelled:
+    """The same for rows that were read already."""
     from datasets import Dataset
 
     from apo import model as models
     from apo.tokens import end_ids, tokenize
 
-    rows = read_rows(paths)
     name = models.find(model)
     tokenizer = models.load_tokenizer(name)
     ends = end_ids(tokenizer, models.load_generation_config(name))
@@ -176,7 +180,7 @@ def labelled(paths: Sequence[str], model: str, tell: Callable[[str], None] = lam
     if found.dropped:
         tell(f"{found.dropped['too_long']:,} pairs are longer than the model's context and left out")
     if not len(found.dataset):
-        raise UserError(f"no pair of {', '.join(paths)} fits the context of model {model}")
+        raise UserError(f"none of {len(rows):,} pairs fits the context of model {model}")
     loaded = models.load_model(name)
     models.check_vocabulary(loaded, tokenizer, name.base)
     loaded.requires_grad_(False).eval()

@@ -1,0 +1,330 @@
+"""`apo reward`: from pairs with users to a folder, scores, groups, a judge for the worst-off, and a new user."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from apo.cli import app
+from apo.rewards.folder import Reward, notes_on, save_user, user_file
+from apo.rewards.judge import by_group, padded, worst_off
+from clair.recipe import UserError
+from tests.apo.conftest import NUMBERS, make_model, make_tokenizer
+
+USERS = 8
+
+
+def taste(rng: random.Random, user: str, likes_numbers: bool, n: int) -> list[dict]:
+    """Comparisons of an answer in numbers with one in words, by a user who always prefers the same of the two."""
+    rows = []
+    for at in range(n):
+        question = "what is the " + " ".join(rng.choices(NUMBERS, k=2))
+        numbers, words = " ".join(rng.choices(NUMBERS, k=4)), " ".join(rng.choices(["a", "the", "of", "is"], k=4))
+        chosen, rejected = (numbers, words) if likes_numbers else (words, numbers)
+        rows.append(
+            {
+                "id": f"{user}-{at}",
+                "prompt": [{"role": "user", "content": question}],
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+                "user": user,
+            }
+        )
+    return rows
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny model, comparisons of users of two opposite tastes, and a reward of each kind fitted on them."""
+    place = tmp_path_factory.mktemp("rewards")
+    make_model().save_pretrained(place / "model")
+    make_tokenizer().save_pretrained(place / "model")
+    rng = random.Random(0)
+    rows = [row for user in range(USERS) for row in taste(rng, f"u{user}", user % 2 == 0, 20)]
+    write(place / "pairs.jsonl", rows)
+    for kind in ("bradley_terry", "pal", "vpl"):
+        words = [
+            "reward",
+            "fit",
+            place / "pairs.jsonl",
+            "--model",
+            place / "model",
+            "--kind",
+            kind,
+            "--out",
+            place / kind,
+        ]
+        result = run(*words)
+        assert result.exit_code == 0, result.output
+    return place
+
+
+def run(*words: object, **options):
+    return CliRunner().invoke(app, [str(word) for word in words], **options)
+
+
+def failure(*words: object, **options) -> str:
+    result = run(*words, **options)
+    assert isinstance(result.exception, UserError), result.output
+    assert "\n" not in str(result.exception)
+    return str(result.exception)
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_folder_says_what_it_is_and_reads_back_as_it_was(world):
+    facts = json.loads((world / "pal/reward.json").read_text())
+    assert facts["kind"] == "pal"
+    assert facts["measured"]["accuracy"] == 1.0
+    assert facts["measured"]["held_out"] == 16
+    assert facts["users"] == [f"u{n}" for n in range(USERS)]
+    groups = [facts["groups"][f"u{n}"] for n in range(USERS)]
+    assert groups == [groups[0], groups[1]] * 4
+    assert groups[0] != groups[1]
+    assert len(facts["trained_on"]) == 160
+    assert json.loads((world / "bradley_terry/reward.json").read_text())["measured"]["accuracy"] < 0.8
+    vpl = json.loads((world / "vpl/reward.json").read_text())
+    assert vpl["measured"]["active_units"] > 0
+    assert vpl["warnings"] == []
+    one, other = (Reward.load(world / "vpl") for _ in range(2))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(one.scorer.state_dict().values(), other.scorer.state_dict().values(), strict=True)
+    )
+    assert one.scorer.spread.shape == (USERS, 8)
+
+
+def test_scores_are_each_users_own_and_groups_are_written(world, tmp_path):
+    result = run(
+        "reward", "score", world / "pairs.jsonl", "--reward", world / "pal", "--out", tmp_path / "scored.jsonl"
+    )
+    assert result.exit_code == 0, result.output
+    rows = read(tmp_path / "scored.jsonl")
+    assert len(rows) == 160
+    assert sum(row["score_chosen"] > row["score_rejected"] for row in rows) >= 158
+    assert all(0 <= row["score_rejected"] <= 1 for row in rows)
+    by_user = {row["user"]: row["group"] for row in rows}
+    assert by_user == Reward.load(world / "pal").groups()
+    for row in rows:
+        assert sorted(row["preferred"]) == ["group 1", "group 2"]
+        assert row["worst"] == min(row["preferred"].values()) < 0.5 < max(row["preferred"].values())
+
+
+def test_scores_for_one_user_and_with_padding(world, tmp_path):
+    command = ["reward", "score", world / "pairs.jsonl", "--reward", world / "pal", "--out", tmp_path / "s.jsonl"]
+    assert run(*command, "--user", "u0", "--pad", " the the").exit_code == 0
+    rows = read(tmp_path / "s.jsonl")
+    likes = [row["user"] in ("u0", "u2", "u4", "u6") for row in rows]
+    ahead = [row["score_chosen"] > row["score_rejected"] for row in rows]
+    assert sum(a == b for a, b in zip(likes, ahead, strict=True)) >= 158
+    assert all(0 <= row["score_padded"] <= 1 for row in rows)
+    assert sum(row["score_padded"] != row["score_chosen"] for row in rows) > 150
+    assert rows[0]["chosen"][0]["content"].split()[-1] in NUMBERS  # the pairs themselves are not padded
+    certified = run("certify", tmp_path / "s.jsonl", "--property", "same", "--than", "score_padded", "--alpha", 0.2)
+    assert "score_chosen equals score_padded" in certified.output
+    assert "'u9' is no user or group of this reward" in failure(*command, "--user", "u9")
+    assert "did you mean 'group 1'" in failure(*command, "--user", "groop 1")
+
+
+def test_each_group_gets_the_pair_turned_to_its_taste(world, tmp_path):
+    command = ["reward", "score", world / "pairs.jsonl", "--reward", world / "pal", "--out", tmp_path / "g.jsonl"]
+    assert run(*command, "--by-group").exit_code == 0
+    rows = read(tmp_path / "g.jsonl")
+    assert len(rows) == 320
+    of_u0 = Reward.load(world / "pal").groups()["u0"]
+    for row in rows:
+        in_numbers = row["chosen"][0]["content"].split()[0] in NUMBERS
+        assert in_numbers == (row["group"] == of_u0)
+    assert len({row["id"] for row in rows}) == 320
+
+
+def test_by_group_and_worst_off_by_hand():
+    row = {"id": "p", "chosen": "A", "rejected": "B", "score_chosen": 0.7, "score_rejected": 0.2, "worst": 0.1}
+    row["preferred"] = {"one": 0.9, "two": 0.1, "three": 0.6}
+    turned = {r["group"]: (r["chosen"], r["rejected"], r["score_chosen"], r["id"]) for r in by_group([row], sure=0.8)}
+    assert turned == {"one": ("A", "B", 0.7, "p one"), "two": ("B", "A", 0.2, "p two")}
+    assert worst_off([row], 0.5).dropped == ("p",)
+    assert worst_off([{**row, "worst": 0.5}], 0.5).kept == ("p",)
+    longer = padded([{"chosen": [{"role": "assistant", "content": "A"}]}], " x")[0]
+    assert longer["chosen"][-1]["content"] == "A x"
+
+
+def test_a_judge_for_the_worst_off_writes_decisions_that_clair_keep_takes(world, tmp_path):
+    from clair.build import build
+    from clair.cli import app as clair
+    from clair.config import BuildConfig
+    from clair.dataset import read_rows
+
+    prompts = [
+        {"prompt": "what is one", "id": "agreed", "answers": ["one two three", "two one three"], "scores": [2, 1]},
+        {"prompt": "what is two", "id": "disputed", "answers": ["one two three", "a the of"], "scores": [2, 1]},
+    ]
+    recipe = {
+        "pipeline": "judged",
+        "prompts": {"path": write(tmp_path / "p.jsonl", prompts)},
+        "out": str(tmp_path / "d"),
+    }
+    build(BuildConfig.model_validate(recipe))
+    command = ["reward", "score", tmp_path / "d", "--reward", world / "pal", "--out", tmp_path / "s.jsonl"]
+    result = run(*command, "--decisions", tmp_path / "decisions.json", "--least", 0.2)
+    assert result.exit_code == 0, result.output
+    marks = json.loads((tmp_path / "decisions.json").read_text())["decisions"]
+    assert marks["disputed"] == "drop"
+    assert CliRunner().invoke(clair, ["keep", str(tmp_path / "d"), str(tmp_path / "decisions.json")]).exit_code == 0
+    assert [row["id"] for row in read_rows(tmp_path / "d")] == [id for id, mark in marks.items() if mark == "keep"]
+    assert "one dataset folder as it is" in failure(*command, "--decisions", tmp_path / "x.json", "--by-group")
+
+
+def test_a_new_user_is_located_from_comparisons_and_kept(world, tmp_path):
+    for kind in ("pal", "vpl"):
+        shutil.copytree(world / kind, tmp_path / kind)
+        new = write(tmp_path / "new.jsonl", taste(random.Random(9), "whoever", False, 5))
+        result = run("reward", "adapt", tmp_path / kind, "--user", "ann", "--comparisons", new)
+        assert result.exit_code == 0, result.output
+        more = write(tmp_path / "more.jsonl", taste(random.Random(10), "ann", False, 20))
+        out = tmp_path / f"{kind}.jsonl"
+        assert run("reward", "score", more, "--reward", tmp_path / kind, "--out", out).exit_code == 0
+        assert sum(row["score_chosen"] > row["score_rejected"] for row in read(out)) >= 19
+    groups = Reward.load(tmp_path / "pal").groups()
+    assert groups["ann"] == groups["u1"]
+    assert "'u1' is known already" in failure("reward", "adapt", tmp_path / "pal", "--user", "u1", "--comparisons", new)
+
+
+def test_a_new_user_is_asked_what_says_most_and_every_answer_is_kept(world, tmp_path):
+    shutil.copytree(world / "vpl", tmp_path / "vpl")
+    pool = write(tmp_path / "pool.jsonl", taste(random.Random(5), "pool", True, 12))
+    command = ["reward", "adapt", tmp_path / "vpl", "--user", "../ann", "--pool", pool]
+    told = failure(*command, input="1\nneither\n2\n")
+    assert told.startswith("the input ended; every answer so far is kept")
+    kept = json.loads(user_file(tmp_path / "vpl", "../ann").read_text())
+    assert len(kept["answers"]) == 2
+    assert kept["state"] is None
+    assert "'../ann'" not in str(Reward.load(tmp_path / "vpl").states)
+    # Go on: always what is in numbers, which stands first or second by hash.
+    rows = {row["id"]: row for row in read(tmp_path / "pool.jsonl")}
+    from clair.recipe import content_hash
+
+    def first_is_chosen(id: str) -> bool:
+        return int(content_hash(["../ann", id])[0], 16) % 2 == 0
+
+    assert [answer["chosen"] for answer in kept["answers"]] == [
+        first_is_chosen(answer["id"]) == (said == 1) for answer, said in zip(kept["answers"], (1, 2), strict=True)
+    ]
+    result = run(*command, "--questions", 3, input="1\n")
+    assert result.exit_code == 0, result.output
+    assert "Question 3 of 3" in result.output
+    kept = json.loads(user_file(tmp_path / "vpl", "../ann").read_text())
+    assert len({answer["id"] for answer in kept["answers"]}) == 3
+    assert set(rows) >= {answer["id"] for answer in kept["answers"]}
+    assert len(kept["state"]) == 8
+    assert list((tmp_path / "vpl/users").iterdir()) == [user_file(tmp_path / "vpl", "../ann")]
+    other = write(tmp_path / "other.jsonl", taste(random.Random(5), "else", True, 12))
+    assert "which is not in this pool" in failure(*command[:-1], other, "--questions", 4)
+    assert "13 questions but 12 pairs" in failure(*command, "--questions", 13)
+
+
+def test_only_a_reward_that_can_choose_questions_is_asked_to(world, tmp_path):
+    pool = write(tmp_path / "pool.jsonl", taste(random.Random(5), "pool", True, 12))
+    told = failure("reward", "adapt", world / "pal", "--user", "ann", "--pool", pool)
+    assert "a pal reward cannot choose questions" in told
+    assert "either --comparisons" in failure("reward", "adapt", world / "pal", "--user", "ann")
+
+
+def test_select_recommends_several_tastes_here_and_says_why(world, tmp_path):
+    result = run(
+        "reward", "select", world / "pairs.jsonl", "--model", world / "model", "--most", 2, "--out", tmp_path / "s.json"
+    )
+    assert result.exit_code == 0, result.output
+    assert "several tastes: PAL with 2 prototypes" in result.output
+    evidence = json.loads((tmp_path / "s.json").read_text())
+    assert evidence["plural"]
+    assert evidence["gain"]["clusters"] == USERS
+    assert [candidate["name"] for candidate in evidence["candidates"]] == ["bradley_terry", "pal 1", "pal 2"]
+
+
+# ---- bad input
+
+
+def test_features_of_another_model_are_refused(world, tmp_path):
+    shutil.copytree(world / "pal", tmp_path / "pal")
+    make_model(seed=7).save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    facts = json.loads((tmp_path / "pal/reward.json").read_text())
+    (tmp_path / "pal/reward.json").write_text(json.dumps({**facts, "model": str(tmp_path / "other")}))
+    told = failure(
+        "reward", "score", world / "pairs.jsonl", "--reward", tmp_path / "pal", "--out", tmp_path / "s.jsonl"
+    )
+    assert "this reward was fitted on features of model" in told
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_unknown_users_are_named_and_do_not_matter_to_one_reward_for_all(world, tmp_path):
+    new = write(tmp_path / "new.jsonl", taste(random.Random(1), "stranger", True, 3))
+    command = ["reward", "score", new, "--out", tmp_path / "s.jsonl", "--reward"]
+    told = failure(*command, world / "pal")
+    assert "1 of 1 users are unknown to this reward: 'stranger'" in told
+    assert run(*command, world / "bradley_terry").exit_code == 0
+    nobody = write(tmp_path / "nobody.jsonl", [{**row, "user": None} for row in read(tmp_path / "new.jsonl")])
+    assert run("reward", "score", nobody, "--out", tmp_path / "s.jsonl", "--reward", world / "pal").exit_code == 0
+
+
+def test_rewards_without_users_or_with_one_are_refused_and_odd_users_told(world, tmp_path):
+    rows = taste(random.Random(1), "only", True, 6)
+    single = write(tmp_path / "single.jsonl", rows)
+    command = ["reward", "fit", "--model", world / "model", "--out", tmp_path / "r", "--kind"]
+    assert "all comparisons are of one user, 'only'" in failure(*command, "pal", single)
+    none = write(tmp_path / "none.jsonl", [{**row, "user": None} for row in rows])
+    assert "no pair has a user" in failure(*command, "vpl", none)
+    assert "did you mean 'vpl'" in failure(*command, "vpll", single)
+    assert "holds a reward already" in failure(
+        "reward", "fit", single, "--model", world / "model", "--out", world / "pal"
+    )
+    turned = {**rows[0], "chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"], "id": "t"}
+    odd = [*rows, turned, {**rows[1], "user": "once"}, {**rows[2], "user": None}]
+    result = run(*command, "pal", write(tmp_path / "odd.jsonl", odd))
+    assert result.exit_code == 0, result.output
+    assert "1 of 2 users have one comparison: little is known of 'once'" in result.output
+    assert "1 of 2 users contradict themselves, on the same two answers: 'only'" in result.output
+    assert "1 of 9 pairs have no user and are left out" in result.output
+
+
+def test_a_collapsed_latent_is_told(world, tmp_path):
+    command = ["reward", "fit", world / "pairs.jsonl", "--model", world / "model", "--kind", "vpl"]
+    result = run(*command, "--out", tmp_path / "r", "--beta", 50)
+    assert "warning: the latent has collapsed" in result.output
+    assert json.loads((tmp_path / "r/reward.json").read_text())["warnings"]
+
+
+def test_a_folder_that_is_none_or_is_damaged_is_one_line(world, tmp_path):
+    assert "no finished reward" in failure("reward", "adapt", tmp_path, "--user", "a", "--comparisons", "x")
+    shutil.copytree(world / "pal", tmp_path / "pal")
+    (tmp_path / "pal/reward.safetensors").write_bytes(b"torn")
+    told = failure("reward", "adapt", tmp_path / "pal", "--user", "a", "--comparisons", world / "pairs.jsonl")
+    assert "cannot be read" in told
+
+
+def test_notes_are_by_user():
+    assert notes_on([{"user": None}]) == []
+
+
+def test_a_user_is_kept_whole_or_not_at_all(world, tmp_path, monkeypatch):
+    shutil.copytree(world / "pal", tmp_path / "pal")
+    reward = Reward.load(tmp_path / "pal")
+    save_user(reward, "ann", torch.tensor([0.5, 0.5]), [])
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        save_user(reward, "ann", torch.tensor([0.9, 0.1]), [])
+    monkeypatch.undo()
+    assert Reward.load(tmp_path / "pal").states["ann"].tolist() == [0.5, 0.5]

@@ -1,0 +1,333 @@
+"""The rewards: by hand, what must not matter, and what each finds out about populations whose tastes are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import softplus
+
+from apo.rewards.bradley_terry import BradleyTerry
+from apo.rewards.pal import PAL
+from apo.rewards.scorer import Comparisons, Standard, accuracy, fit, nll, split, win_rate
+from apo.rewards.select import new_scorer, select
+from apo.rewards.vpl import VPL, next_question
+from clair.recipe import UserError
+from recipes.world import toy
+
+
+def comparisons(made: toy.Comparisons) -> Comparisons:
+    def tensor(array):
+        return torch.tensor(array, dtype=torch.float32)
+
+    prompt = torch.zeros(len(made.user), 1) if made.prompt is None else tensor(made.prompt)
+    users = tuple(str(number) for number in range(len(made.group)))
+    return Comparisons(prompt, tensor(made.chosen), tensor(made.rejected), torch.tensor(made.user), users)
+
+
+def fitted(kind: str, made: toy.Comparisons, seed: int = 0, **options):
+    data = comparisons(made)
+    training, held_out = split(data, (0.9, 0.1), seed)
+    return fit(new_scorer(kind, data, seed=seed, **options), training, held_out, seed=seed)
+
+
+def few_shot(scorer, made: toy.Comparisons, shots: int) -> float:
+    """Accuracy on the later comparisons of users that nobody has seen, each located by their first ones."""
+    data, right = comparisons(made), []
+    for user in range(len(made.group)):
+        mine = data.of(user)
+        state = scorer.adapt(mine.select(range(shots)))
+        rest = mine.select(range(20, len(mine)))
+        right.append(accuracy(scorer, rest, state.expand(len(rest), -1)))
+    return float(np.mean(right))
+
+
+# ---- by hand
+
+
+def test_standard_keeps_the_directions_in_which_the_answers_of_a_pair_differ():
+    standard = Standard(3)
+    points = torch.tensor([[5.0, 1.0, 0.0], [5.0, 3.0, 0.0]])
+    standard.look(points, torch.tensor([[0.0, 2.0, 0.0], [0.0, -2.0, 0.0]]))
+    seen = standard(points)
+    # A spread of 2 in one direction and of 0 in two is a mean square of 4 / 3; 1 from the mean becomes sqrt(3 / 4).
+    assert seen.shape == (2, 3)
+    assert seen[:, 0].abs().tolist() == pytest.approx([0.75**0.5] * 2)
+    assert seen[:, 1:].abs().max() < 1e-6
+    assert Standard(100)(torch.zeros(4, 100)).shape == (4, 64)
+
+
+def test_pal_a_is_nearer_to_the_ideal_point():
+    pal = PAL((1, 2), users=1, prototypes=2)
+    with torch.no_grad():
+        for parameter in pal.f.parameters():
+            parameter.zero_()
+        pal.prototypes.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    one, other, prompt = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.zeros(1, 1)
+    # f is the identity: the squared distances are 0 and 2, over the 2 dimensions.
+    assert pal.margin(prompt, one, other, torch.tensor([[1.0, 0.0]])).item() == pytest.approx(1.0)
+    assert pal.margin(prompt, one, other, torch.tensor([[0.0, 1.0]])).item() == pytest.approx(-1.0)
+    assert pal.margin(prompt, one, other, torch.tensor([[0.5, 0.5]])).item() == pytest.approx(0.0)
+
+
+def test_pal_b_points_where_the_prompt_says():
+    pal = PAL((2, 2), users=1, prototypes=2, by_prompt=True)
+    with torch.no_grad():
+        for parameter in [*pal.f.parameters(), *pal.g.parameters()]:
+            parameter.zero_()
+        pal.g[0].linear.weight.copy_(torch.eye(2))
+        pal.g[1].linear.weight.copy_(-torch.eye(2))
+        pal.scale.fill_(0.0)
+    prompt, one, other = torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    assert pal.margin(prompt, one, other, torch.tensor([[1.0, 0.0]])).item() == pytest.approx(1.0)
+    assert pal.margin(prompt, one, other, torch.tensor([[0.0, 1.0]])).item() == pytest.approx(-1.0)
+    assert pal.margin(prompt.flip(1), one, other, torch.tensor([[1.0, 0.0]])).item() == pytest.approx(-1.0)
+
+
+def test_win_rate_by_hand_and_free_of_scale_offset():
+    class Linear(BradleyTerry):
+        def reward(self, prompt, answer, state):
+            return 2 * answer[:, 0] + 7
+
+    rate = win_rate(
+        Linear((1, 1)), torch.zeros(1, 1), torch.tensor([[1.0]]), torch.zeros(1, 0), torch.tensor([[1.0], [0.0]])
+    )
+    assert rate.item() == pytest.approx((0.5 + 1 / (1 + np.exp(-2))) / 2)
+
+
+def test_vpls_kl_and_answers_by_hand():
+    """At z = mu with no spread the loss is the targets' -log P and beta times the KL of the formula."""
+    vpl = VPL((1, 2), latent=2, beta=2.0)
+    with torch.no_grad():
+        vpl.mean.weight.zero_()
+        vpl.mean.bias.copy_(torch.tensor([1.0, 0.0]))
+        vpl.log_variance.weight.zero_()
+        vpl.log_variance.bias.fill_(-6.0)
+        vpl.decoder[-1].weight.zero_()
+    data = Comparisons(*(torch.ones(4, n) for n in (1, 2, 2)), torch.zeros(4, dtype=torch.long), ("a",))
+    kl = 0.5 * (1.0 + 2 * (-1 + 6 + np.exp(-6)))
+    assert vpl.loss(data, step=10_000).item() == pytest.approx(np.log(2) + 2 * kl, rel=1e-5)
+    assert vpl.loss(data, step=0).item() == pytest.approx(np.log(2))
+
+
+def test_the_order_of_a_context_does_not_matter_and_its_orientation_does():
+    vpl = VPL((1, 8))
+    data = comparisons(toy.four_types(1, 8))
+    z = vpl.adapt(data)
+    assert torch.allclose(vpl.adapt(data.select([3, 1, 7, 0, 2, 6, 5, 4])), z, atol=1e-5)
+    assert not torch.allclose(vpl.adapt(replace(data, chosen=data.rejected, rejected=data.chosen)), z, atol=1e-3)
+
+
+def test_parts_have_some_of_every_user_and_little_known_users_are_fitted_only():
+    user = torch.tensor([0] * 10 + [1] * 10 + [2] * 4 + [3])
+    data = Comparisons(*(torch.zeros(25, 1) for _ in range(3)), user, ("a", "b", "c", "d"))
+    parts = split(data, (0.6, 0.2, 0.2))
+    assert [part.user.bincount(minlength=4).tolist() for part in parts] == [[6, 6, 4, 1], [2, 2, 0, 0], [2, 2, 0, 0]]
+
+
+def test_a_batch_of_vpl_never_gives_away_a_target_and_leaves_single_comparisons_out():
+    user = torch.tensor([0] * 40 + [1] * 3 + [2])
+    marks = torch.arange(44.0)[:, None]
+    data = Comparisons(marks, marks, marks, user, ("a", "b", "c"))
+    seen = VPL((1, 1)).batches(data, torch.Generator().manual_seed(0), 64)
+    for batch in seen:
+        for draw in batch.user.unique():
+            mine = batch.chosen[batch.user == draw].squeeze(1).long()
+            assert len(mine.unique()) == len(mine) in (16, 3)
+            assert len(user[mine].unique()) == 1
+    assert 43 not in torch.cat([batch.chosen for batch in seen])
+    with pytest.raises(UserError, match="no user has two comparisons"):
+        VPL((1, 1)).batches(data.select([0, 41, 43]), torch.Generator(), 64)
+
+
+def test_fitting_again_gives_the_same_numbers():
+    made = toy.bimodal(6, 10)
+    one, other = (fitted("pal", made) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["bradley_terry", "pal", "vpl"])
+def test_every_reward_learns_one_taste_and_says_so_through_one_interface(kind):
+    made = toy.one_taste(8, 30)
+    scorer, data = fitted(kind, made), comparisons(toy.one_taste(8, 30, seed=1))
+    assert accuracy(scorer, data) > 0.8
+    states = scorer.state_rows(data.user)
+    margin = scorer.margin(data.prompt, data.chosen, data.rejected, states)
+    assert torch.allclose(nll(scorer, data), softplus(-margin).detach())
+    assert torch.allclose(scorer.margin(data.prompt, data.rejected, data.chosen, states), -margin, atol=1e-5)
+    assert scorer.state_rows(torch.tensor([-1])).shape == (1, states.shape[1])
+    located = scorer.adapt(data.of(0))
+    assert located.shape == states[0].shape
+    rates = win_rate(scorer, data.prompt[:5], data.chosen[:5], states[:5], data.rejected[:9])
+    assert ((rates >= 0) & (rates <= 1)).all()
+
+
+def test_what_cannot_be_fitted_is_refused():
+    data = comparisons(toy.bimodal(2, 3))
+    with pytest.raises(UserError, match="did you mean 'pal'"):
+        new_scorer("pall", data)
+    with pytest.raises(UserError, match="prototypes is 0"):
+        new_scorer("pal", data, prototypes=0)
+    with pytest.raises(UserError, match="no comparisons to fit"):
+        fit(new_scorer("pal", data), data.select([]))
+    for kind in ("pal", "vpl"):
+        with pytest.raises(UserError, match="no comparisons of the new user"):
+            new_scorer(kind, data).adapt(data.select([]))
+
+
+# ---- populations whose tastes are known
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a1_two_opposite_groups_one_reward_is_a_coin_and_two_prototypes_find_both(seed):
+    made, test = toy.bimodal(60, 50, seed), comparisons(toy.bimodal(60, 40, seed + 100))
+    one = accuracy(fitted("bradley_terry", made, seed), test)
+    homogeneous = accuracy(fitted("pal", made, seed, prototypes=1), test)
+    pal = fitted("pal", made, seed)
+    both = accuracy(pal, test)
+    group = pal.states.argmax(1).numpy() == made.group
+    purity = max(group.mean(), 1 - group.mean())
+    print(f"Bradley-Terry {one:.3f}, K = 1 {homogeneous:.3f}, K = 2 {both:.3f}, purity {purity}")
+    assert one <= 0.55
+    assert homogeneous <= 0.55
+    assert both >= 0.95
+    assert purity == 1.0
+
+
+@pytest.mark.slow
+def test_a2_a_new_user_is_located_by_five_comparisons():
+    pal, new = fitted("pal", toy.bimodal(60, 50)), toy.bimodal(40, 60, seed=999)
+    found = {shots: few_shot(pal, new, shots) for shots in (1, 2, 5, 10, 20)}
+    print(found)
+    assert found[5] >= 0.93
+    assert all(later > earlier - 0.01 for earlier, later in pairwise(found.values()))
+
+
+@pytest.mark.slow
+def test_a2_prototypes_shared_by_all_beat_a_reward_for_each_user():
+    made, test = toy.bimodal(60, 20), comparisons(toy.bimodal(60, 40, seed=100))
+    shared = accuracy(fitted("pal", made), test)
+    data = comparisons(made)
+    alone = []
+    for user in range(60):
+        mine, later = data.of(user), test.of(user)
+        x = mine.chosen - mine.rejected
+        w = torch.linalg.solve(x.T @ x + torch.eye(8), x.sum(0))  # ridge: each difference is to score 1
+        alone.append(float(((later.chosen - later.rejected) @ w > 0).float().mean()))
+    print(f"20 comparisons a user: shared {shared:.3f}, alone {np.mean(alone):.3f}")
+    assert shared > np.mean(alone) + 0.03
+
+
+@pytest.mark.slow
+def test_a3_tastes_that_depend_on_the_prompt():
+    made, test = toy.by_prompt(60, 100), comparisons(toy.by_prompt(60, 40, seed=100))
+    found = {k: accuracy(fitted("pal", made, prototypes=k, by_prompt=True), test) for k in (1, 2)}
+    print(found)
+    assert found[1] <= 0.55
+    assert found[2] >= 0.92
+
+
+@pytest.fixture(scope="module")
+def vpl():
+    return fitted("vpl", toy.four_types(400, 40))
+
+
+@pytest.fixture(scope="module")
+def new_users():
+    return toy.four_types(200, 60, seed=77)
+
+
+def bayes(made: toy.Comparisons, shots: int) -> float:
+    """Accuracy of whoever knows the four types and infers them exactly."""
+    difference = (made.chosen - made.rejected).reshape(len(made.group), -1, 8)[:, :, :4]
+    fits = (difference[:, :shots] > 0).all(1)  # [users, types]: who agrees with every answer so far
+    votes = (fits[:, None] * np.sign(difference[:, 20:])).sum(-1)
+    return float(np.where(votes == 0, 0.5, votes > 0).mean())
+
+
+@pytest.mark.slow
+def test_b1_four_types_are_read_from_a_few_comparisons(vpl, new_users):
+    one = accuracy(fitted("bradley_terry", toy.four_types(400, 40)), comparisons(new_users), torch.zeros(200 * 60, 0))
+    found = {shots: few_shot(vpl, new_users, shots) for shots in (1, 2, 4, 8)}
+    known = {shots: bayes(new_users, shots) for shots in found}
+    print(f"Bradley-Terry {one:.3f}; VPL {found}; exact {known}")
+    assert one <= 0.70
+    assert found[4] >= 0.89
+    assert found[8] >= 0.95
+    assert known[4] - found[4] <= 0.06
+
+
+def actively(vpl: VPL, made: toy.Comparisons, questions: int, users: int) -> float:
+    """Accuracy after as many questions from a pool of 200, the most telling each time."""
+    data = comparisons(made)
+    items = torch.tensor(np.random.default_rng(5).standard_normal((200, 2, 8)), dtype=torch.float32)
+    pool = Comparisons(torch.zeros(200, 1), items[:, 0], items[:, 1], torch.full((200,), -1), ())
+    right = []
+    for user in range(users):
+        group, given, asked = int(made.group[user]), pool.select([]), set()
+        for number in range(questions):
+            place, gain = next_question(vpl, pool, given, asked=asked, seed=number)
+            assert gain >= -1e-4
+            assert place not in asked
+            asked.add(place)
+            places = sorted(asked)
+            some = pool.select(places)
+            likes = (some.chosen[:, group] > some.rejected[:, group])[:, None]
+            turned = some.chosen.where(likes, some.rejected), some.rejected.where(likes, some.chosen)
+            given = replace(some, chosen=turned[0], rejected=turned[1])
+        rest = data.of(user)
+        right.append(accuracy(vpl, rest, vpl.adapt(given).expand(len(rest), -1)))
+    return float(np.mean(right))
+
+
+@pytest.mark.slow
+def test_b2_four_chosen_questions_tell_more_than_four_random_ones(vpl, new_users):
+    random, active = few_shot(vpl, new_users, 4), actively(vpl, new_users, 4, 80)
+    two = actively(vpl, new_users, 2, 80)
+    print(f"4 random {random:.3f}, 4 chosen {active:.3f}, 2 chosen {two:.3f}")
+    assert active >= random + 0.03
+    assert two >= random
+
+
+@pytest.mark.slow
+def test_b3_a_large_beta_collapses_and_it_is_seen(vpl, new_users):
+    made = toy.four_types(400, 40)
+    collapsed = fitted("vpl", made, beta=1.0)
+    one = accuracy(fitted("bradley_terry", made), comparisons(new_users), torch.zeros(200 * 60, 0))
+    found = few_shot(collapsed, new_users, 8)
+    health, good = (scorer.health(comparisons(made)) for scorer in (collapsed, vpl))
+    print(f"beta 1: {found:.3f}, Bradley-Terry {one:.3f}, {health}; beta 0.001: {good}")
+    assert found == pytest.approx(one, abs=0.02)
+    assert health.active_units == 0
+    assert health.collapsed
+    assert good.active_units > 0.5
+    assert not good.collapsed
+
+
+# ---- whether people differ
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_several_tastes_are_recommended_where_there_are_several_and_only_there(seed, noise):
+    several = select(comparisons(toy.bimodal(40, 40, seed, noise=noise)), seed=seed)
+    one = select(comparisons(toy.one_taste(40, 40, seed, noise=noise)), seed=seed)
+    print(several.words, "|", one.words)
+    assert (several.plural, several.tastes) == (True, 2)
+    assert (one.plural, one.tastes) == (False, 1)
+    assert "one taste:" in one.words
+    assert several.gain.lo > 0.01
+
+
+def test_too_few_users_cannot_be_told_apart():
+    single = comparisons(toy.bimodal(1, 30))
+    with pytest.raises(UserError, match="1 of 1 users have the five comparisons"):
+        select(single)
+    made = comparisons(toy.bimodal(4, 3))
+    with pytest.raises(UserError, match="0 of 4 users have the five comparisons"):
+        select(made)
