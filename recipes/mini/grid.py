@@ -276,7 +276,8 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(ROOT)
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
-    os.environ |= {"HF_HUB_OFFLINE": "1"}
+    # A worker that is ended in the middle leaves its progress bars' semaphore to Python's tracker, which removes it.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore:resource_tracker"}
     run = run_folder(args.small)
     place = Place(run, args.models / "target", run / "runs.jsonl" if args.small else results.COMMITTED)
     try:
