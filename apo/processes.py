@@ -208,7 +208,9 @@ def joined(*, cpu: bool, seconds: float = 1800) -> Iterator[Group]:
     import torch.distributed as dist
     from accelerate import PartialState
 
-    state = PartialState(cpu=cpu, timeout=timedelta(seconds=seconds))
+    patience = timedelta(seconds=seconds)
+    met = {} if _true(os.environ, "ACCELERATE_USE_DEEPSPEED") else _meeting_place(patience)
+    state = PartialState(cpu=cpu, timeout=patience, **met)
     group = Group(state.process_index, state.num_processes, dist.new_group(backend="gloo", timeout=_DAY))
     try:
         yield group
@@ -224,6 +226,19 @@ def joined(*, cpu: bool, seconds: float = 1800) -> Iterator[Group]:
     finally:
         if dist.is_initialized() and dist.get_backend() == "gloo":  # its threads abort a process that ends before them
             dist.destroy_process_group()
+
+
+def _meeting_place(patience: timedelta) -> dict[str, Any]:
+    """The launcher's store, this attempt's own part of it, and who we are there, for `init_process_group`.
+
+    Processes that torchrun starts again would else find the addresses of those that are gone: torch 2.13 keeps the
+    store over attempts and no longer keeps these apart.
+    """
+    import torch.distributed as dist
+
+    store, rank, count = next(dist.rendezvous("env://", timeout=patience))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(f"apo/attempt/{attempt}", store), "rank": rank, "world_size": count}
 
 
 def _step_back(error: BaseException) -> None:
