@@ -200,7 +200,12 @@ def _quoted(text: str) -> str:
 
 def main() -> None:
     """The `apo` command."""
-    run(app)
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        run(app)
+        return
+    from apo.processes import leave_after
+
+    leave_after(lambda: run(app))
 
 
 if __name__ == "__main__":

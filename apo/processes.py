@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -239,6 +241,27 @@ def _meeting_place(patience: timedelta) -> dict[str, Any]:
     store, rank, count = next(dist.rendezvous("env://", timeout=patience))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return {"store": dist.PrefixStore(f"apo/attempt/{attempt}", store), "rank": rank, "world_size": count}
+
+
+def leave_after(command: Callable[[], None]) -> None:
+    """Run the command of one process of several, and end the process with its exit code, at once.
+
+    The usual end of an interpreter now and then meets threads of gloo that still run, and is aborted by them.
+    """
+    code: Any = 0
+    try:
+        command()
+    except SystemExit as end:
+        code = end.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
 def _step_back(error: BaseException) -> None:

@@ -31,6 +31,7 @@ from apo.features import Features, Labelled, encode
 from apo.logps import PairLogps
 from apo.mixture import mixture_of
 from apo.objectives import apo_down, apo_zero, dpo
+from apo.rewards.scorer import denormals_flushed
 from clair.recipe import UserError
 from recipes.world import toy
 from tests.apo.conftest import make_model, make_pairs
@@ -249,8 +250,8 @@ def train_model(found: Labelled, objective, optimizer: str, *, steps=15, beta=0.
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("objective", [dpo, apo_zero, apo_down])
+@denormals_flushed()
 def test_c3_in_a_tiny_language_model_the_order_is_predicted(objective, optimizer):
-    torch.set_flush_denormal(True)
     literal, gram = [], []
     for seed in range(5):
         found = behaviours_in_tokens(small_llama(seed).eval(), [0.1, 0.2, 0.35, 0.5, 0.8], seed=seed)

@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 
 from apo.rewards.bradley_terry import BradleyTerry
 from apo.rewards.pal import PAL
-from apo.rewards.scorer import Comparisons, Standard, accuracy, fit, nll, split, win_rate
+from apo.rewards.scorer import Comparisons, Standard, accuracy, denormals_flushed, fit, nll, split, win_rate
 from apo.rewards.select import new_scorer, select
 from apo.rewards.vpl import VPL, next_question
 from clair.recipe import UserError
@@ -331,3 +331,11 @@ def test_too_few_users_cannot_be_told_apart():
     made = comparisons(toy.bimodal(4, 3))
     with pytest.raises(UserError, match="0 of 4 users have the five comparisons"):
         select(made)
+
+
+def test_fitting_leaves_small_numbers_as_they_were():
+    @denormals_flushed()
+    def smallest():
+        return float(torch.tensor(1e-40) * 1.0)
+
+    assert (smallest(), float(torch.tensor(1e-40) * 1.0) > 0) == (0.0, True)
