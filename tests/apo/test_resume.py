@@ -179,6 +179,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_kill_9_while_saving_then_ctrl_c_change_nothing(model_dir, data, tmp_path):
     keys = recipe(model_dir, data, tmp_path / "run", lora=False)

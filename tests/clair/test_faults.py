@@ -162,6 +162,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, slow_world, 
     assert_survives_kills(slow_world, tmp_path, undisturbed, moments(seed, 1))
 
 
+@pytest.mark.slow
 def test_killed_while_it_finishes_it_leaves_the_old_dataset_or_the_new_one(tmp_path, slow_world, undisturbed):
     """Every reply is in the ledger, so that a run is little but the writing of its files."""
     recipe = world_recipe(tmp_path, slow_world.url)
@@ -334,6 +335,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_dies_half_way_and_comes_back_is_waited_for(tmp_path, undisturbed):
     options = ServerOptions(port=free_port(), latency=LATENCY)
     with running(options) as first:
