@@ -14,20 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clair.budget import check_budget, prices_of, share_left, table_version
+from clair.budget import prices_of, share_left, table_version
 from clair.config import BuildConfig, lasting, public
 from clair.dataset import DatasetWriter, card, read_manifest
 from clair.ledger import Ledger, Tokens
 from clair.models.asking import Asker, Tally
 from clair.models.batch_service import Pending
-from clair.models.local import check_model_folder, check_options
 from clair.recipe import UserError, changed_keys, provenance, read_json, write_atomically, write_json
 from clair.records import Pair, Prompt
-from clair.session import Session, session, templates
+from clair.session import Session, check_models, session, templates
 from clair.shards import Shard, sharded
 from clair.sources import Scan, each_prompt, scan
 from clair.statistics import wilson
-from clair.urls import api_key, environment_headers
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +45,7 @@ def check(config: BuildConfig) -> Scan:
     """Everything that can be wrong before a request is sent. Raises UserError; spends nothing, writes nothing."""
     check_folder(Path(config.out))
     templates(config)
-    prices_of(config.models)
-    check_budget(config.budget, config.models)
-    for role, model in config.models.items():
-        api_key(model.api_key_env, role)
-        environment_headers(model.extra.get("headers", {}))
-        if model.path is not None:
-            check_model_folder(model.path, role)
-            check_options(model.options(config.seed), role)
+    check_models(config.models, config.budget, config.seed)
     found = scan(config.prompts, config.limit)
     given = found.compared if config.pipeline == "judged" else found.answered
     if config.target is None and given < found.unique:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from clair.budget import Budget, BudgetConfig, BudgetReached, prices_of
+from clair.budget import Budget, BudgetConfig, BudgetReached, check_budget, prices_of
 from clair.config import BuildConfig, ModelConfig
 from clair.filters import make_filters
 from clair.ledger import Ledger
@@ -26,14 +26,14 @@ from clair.models.asking import Asker, Spending, Stop, Stopped
 from clair.models.batch import Batches, results
 from clair.models.batch_queue import BatchQueue
 from clair.models.batch_service import BatchService, Pending
-from clair.models.local import LocalModel
+from clair.models.local import LocalModel, check_model_folder, check_options
 from clair.models.openai import OpenAIModel
 from clair.models.pool import Pool
 from clair.pipelines import judged, revised, stronger
 from clair.prompts import JUDGE_NEEDS, REVISER_NEEDS, load_template
 from clair.records import Dropped, Pair, Prompt
 from clair.steps import Judge, Reviser
-from clair.urls import api_key
+from clair.urls import api_key, environment_headers
 
 _AHEAD_PER_PLACE = 16
 _AHEAD_AT_LEAST = 256
@@ -143,6 +143,18 @@ def _assembled(config: BuildConfig, askers: Mapping[str, Asker], stop: Stop) -> 
     if config.judge:
         judge = Judge(askers["judge"], words["judge"], config.judge.order, config.judge.system, config.judge.ask_again)
     return made(partial(judged, target=target, judge=judge, samples=config.samples, filters=filters), judge)
+
+
+def check_models(models: Mapping[str, ModelConfig], budget: BudgetConfig | None, seed: int) -> None:
+    """What can be wrong with the models of a run before any is asked. `models` by role. Raises UserError."""
+    prices_of(models)
+    check_budget(budget, models)
+    for role, model in models.items():
+        api_key(model.api_key_env, role)
+        environment_headers(model.extra.get("headers", {}))
+        if model.path is not None:
+            check_model_folder(model.path, role)
+            check_options(model.options(seed), role)
 
 
 def templates(config: BuildConfig) -> dict[str, str]:

@@ -14,12 +14,12 @@ from apo.evaluate.answers import Answer, check_system_prompt, read_responses
 from apo.evaluate.judging import request_options
 from apo.evaluate.mixeval import Benchmark, JudgeWords
 from apo.evaluate.results import ITEMS, SCORE, Profile
-from clair.budget import BudgetConfig, check_budget, prices_of
+from clair.budget import BudgetConfig
 from clair.config import ROLE_PASSING, ModelConfig
 from clair.ledger import Ledger
-from clair.models.local import check_model_folder, check_options
 from clair.recipe import Recipe, UserError, changed_keys, read_json, resolved, write_json
-from clair.urls import api_key, environment_headers, public_url
+from clair.session import check_models
+from clair.urls import public_url
 
 SETTINGS = "settings.json"
 _PASSING = ("concurrency", "attempts", "out", "ledger", "limit", "budget", "upstream_files")
@@ -103,16 +103,9 @@ def check(config: MixEvalConfig) -> Checked:
     benchmark = mixeval.load(config.data, config.version, config.split, config.limit)
     words = mixeval.load_judge_words(config.data) if config.judge != "rule" else None
     given = read_responses(config.responses, benchmark) if config.responses is not None else None
-    prices_of(config.models)
-    check_budget(config.budget, config.models)
-    for role, model in config.models.items():
-        api_key(model.api_key_env, role)
-        environment_headers(model.extra.get("headers", {}))
-    if config.model is not None and config.model.path is not None:
-        check_model_folder(config.model.path, "model")
-        check_options(config.model.options(config.seed), "model")
-        if config.system is not None:
-            check_system_prompt(config.model.path, config.system)
+    check_models(config.models, config.budget, config.seed)
+    if config.model is not None and config.model.path is not None and config.system is not None:
+        check_system_prompt(config.model.path, config.system)
     return Checked(benchmark, words, given)
 
 

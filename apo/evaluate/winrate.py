@@ -23,20 +23,19 @@ from pydantic import Field, model_validator
 from apo.evaluate.judging import is_passing
 from apo.evaluate.settings import Evaluation, check_folder, public, same_settings
 from apo.evaluate.verdicts import SIDES, Answer, Compared, key_of, reasons, summary
-from clair.budget import check_budget, prices_of
+from clair.budget import prices_of
 from clair.build import locked, position_bias
 from clair.config import JudgeConfig, ModelConfig
 from clair.ledger import Ledger, Tokens
 from clair.limits import Limiter
 from clair.models.asking import Asker, Stop, Stopped
-from clair.models.local import LocalModel, check_model_folder, check_options
+from clair.models.local import LocalModel
 from clair.prompts import JUDGE_NEEDS, load_template, task_text
 from clair.recipe import UserError, provenance, write_atomically, write_json
 from clair.records import Dropped, Prompt
-from clair.session import ctrl_c, in_order, open_askers
+from clair.session import check_models, ctrl_c, in_order, open_askers
 from clair.sources import PromptSource, each_prompt, read_prompts
 from clair.steps import Judge, judge_once
-from clair.urls import api_key, environment_headers
 
 RESULT = "winrate.json"
 ITEMS = "winrate.jsonl"
@@ -84,14 +83,7 @@ def check(config: WinrateConfig) -> Checked:
     """Everything that can be wrong before a request is sent. Raises UserError; spends nothing, writes nothing."""
     check_folder(Path(config.out), RESULT)
     template = load_template(config.judge.template, "judge.j2", JUDGE_NEEDS)
-    prices_of(config.models)
-    check_budget(config.budget, config.models)
-    for role, model in config.models.items():
-        api_key(model.api_key_env, role)
-        environment_headers(model.extra.get("headers", {}))
-        if model.path is not None:
-            check_model_folder(model.path, role)
-            check_options(model.options(config.seed), role)
+    check_models(config.models, config.budget, config.seed)
     kept, left_out = {}, Counter()
     for prompt, reason in each_prompt(config.prompts, config.limit):
         if reason or key_of(prompt) in kept:
