@@ -27,6 +27,7 @@ import queue
 import shlex
 import sqlite3
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -90,6 +91,7 @@ _SPENT = (
 )
 _SPENT_IN_BATCHES = _SPENT.replace("GROUP BY", "AND batch IS NOT NULL GROUP BY")
 _MOST_PER_COMMIT = 1000
+_WAIT = 60.0  # seconds, for another process's transaction
 _FULL = ("disk is full", "disk I/O error", "readonly database")
 
 
@@ -346,8 +348,8 @@ class Ledger:
         if emptied(self.path):
             raise LedgerError(_damaged(self.path, "the file is empty"))
         try:
-            connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-            connection.execute("PRAGMA journal_mode = WAL")
+            connection = sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
+            _write_ahead(connection)
             connection.execute("PRAGMA synchronous = FULL")
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > VERSION:
@@ -402,6 +404,19 @@ def _holds(lock: Path) -> bool:
         return False
     finally:
         os.close(handle)
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Turn the write-ahead log on. SQLite does not wait by itself here for another process that is at it too."""
+    give_up = time.monotonic() + _WAIT
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
+                raise
+        time.sleep(0.01)
 
 
 def _migrate(connection: sqlite3.Connection) -> None:

@@ -253,6 +253,30 @@ def test_a_run_that_is_stopped_but_alive_keeps_its_rows(tmp_path, holder):
         os.kill(holder.pid, signal.SIGCONT)
 
 
+TOGETHER = """
+import multiprocessing, sys
+from clair.ledger import Ledger
+context = multiprocessing.get_context("fork")
+def begin(together, names):
+    for name in names:
+        together.wait(10)
+        Ledger(name).close()
+together = context.Barrier(4)
+runs = [context.Process(target=begin, args=(together, sys.argv[1:])) for _ in range(4)]
+for run in runs:
+    run.start()
+for run in runs:
+    run.join()
+sys.exit(sum(run.exitcode for run in runs))
+"""
+
+
+def test_runs_that_begin_a_ledger_at_the_same_moment_all_get_it(tmp_path):
+    process = start(TOGETHER, *(str(tmp_path / f"{n}.sqlite") for n in range(100)))
+    assert process.wait(60) == 0
+    process.stdout.close()
+
+
 def test_what_the_dead_run_may_owe_stays_on_the_bill(tmp_path, holder):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait(10)
