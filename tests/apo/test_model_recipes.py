@@ -1,67 +1,165 @@
-"""The recipes under recipes/models, planned on a folder that holds the model's config and no weight."""
+"""The recipes for real models and for the paper, resolved and planned on folders that hold a config and no weight."""
 
 from __future__ import annotations
 
 import json
-import random
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from apo import fit
-from tests.apo.conftest import WORDS, make_tokenizer
+from clair.build import build
+from clair.config import BuildConfig
+from clair.recipe import load_recipe
+from recipes.models import plan
 from tests.apo.test_cli import call
-from tests.apo.test_fit import LLAMA_3_8B
 
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "models").glob("*.yaml"))
-HARDWARE = {
-    "llama3_8b_full": (["--processes", "8"], ("A100 80GB", "H100 80GB")),
-    "llama3_8b_lora": ([], ("A100 80GB", "H100 80GB")),
-    "llama3_8b_qlora": ([], ("RTX 4090 24GB",)),
+PARAMETERS = {
+    "Meta-Llama-3-8B-Instruct": 8_030_261_248,
+    "Llama-3.2-1B-Instruct": 1_235_814_400,
+    "SmolLM3-3B-it-SFT": 3_075_098_624,
 }
+HARDWARE = {
+    "llama32_1b_lora": "RTX 4090 24GB", "llama3_8b_full": "A100 80GB", "llama3_8b_lora": "A100 80GB",
+    "llama3_8b_qlora": "RTX 4090 24GB", "smollm3_3b": "A100 80GB", "train": "A100 80GB",
+}  # fmt: skip
+ALL = sorted(file for folder in ("models", "paper") for file in (plan.RECIPES / folder).glob("*.yaml"))
+DATA = [file for file in ALL if file not in plan.training_recipes()]
 
 
-@pytest.fixture(scope="module")
-def llama_3_8b(tmp_path_factory) -> Path:
-    """Llama-3-8B's config with a tiny tokenizer, and 64 pairs of 600 tokens a response."""
-    from transformers import LlamaConfig
-
-    out = tmp_path_factory.mktemp("llama")
-    config = LlamaConfig(**LLAMA_3_8B, max_position_embeddings=8192)
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(out)
-    make_tokenizer().save_pretrained(out)
-    rng = random.Random(0)
-    texts = [[" ".join(rng.choices(WORDS, k=n)) for n in (150, 600, 600)] for _ in range(64)]
-    rows = [dict(zip(("prompt", "chosen", "rejected"), text, strict=True)) for text in texts]
-    (out / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return out
+def planned(file: Path, place: Path, pairs: Path, monkeypatch, capsys) -> str:
+    """What the dry run prints that the recipe's head gives, on a machine that is too small for it."""
+    model = plan.config_only(yaml.safe_load(file.read_text("utf-8"))["model"], place / file.stem)
+    given = ["--set", f"model={model}", "--set", f"dataset={pairs}", "--out", place / "run"]
+    assert call(monkeypatch, "train", file, "--dry-run", *plan.processes_of(file), *given) == 2
+    told, refused = capsys.readouterr()
+    assert refused.splitlines()[-1].startswith("error: the run needs about ")
+    assert "Traceback" not in refused
+    return told
 
 
-def test_every_recipe_fits_the_hardware_that_it_names(llama_3_8b, tmp_path, monkeypatch, capsys):
-    assert [file.stem for file in RECIPES] == sorted(HARDWARE)
+@pytest.fixture
+def tiny_machine(monkeypatch):
     tiny = fit.Device("this machine: CPU", fit.GIB, 1e9, is_gpu=False)
     monkeypatch.setattr(fit, "this_machine", lambda: tiny)
-    for file in RECIPES:
-        more, named = HARDWARE[file.stem]
-        text = file.read_text("utf-8")
-        assert f"{file.name} --dry-run {' '.join(more)}".strip() in text, (
-            f"{file.name} does not say how it was computed"
-        )
-        given = [
-            "--set",
-            f"model={llama_3_8b}",
-            "--set",
-            f"dataset={llama_3_8b}/pairs.jsonl",
-            "--out",
-            tmp_path / "run",
-        ]
-        assert call(monkeypatch, "train", file, "--dry-run", *more, *given) == 2  # this machine is too small
-        told, refused = capsys.readouterr()
-        assert "parameters: 8,030,261,248" in told
-        lines = {line[2:].partition(":")[0]: line for line in told.splitlines() if line.startswith("# ")}
-        assert [", fits, about" in lines[gpu] for gpu in named] == [True] * len(named), told
-        assert ("does NOT fit" in lines["RTX 4090 24GB"]) == (file.stem == "llama3_8b_full")
-        assert refused.splitlines()[-1].startswith("error: the run needs about ")
-        assert "Traceback" not in refused
-    print(f"looked at {len(RECIPES)} recipes")
+
+
+def test_every_training_recipe_resolves_and_fits_the_hardware_that_it_names(
+    tiny_machine, tmp_path, monkeypatch, capsys
+):
+    recipes = plan.training_recipes()
+    assert {file.stem for file in recipes} == set(HARDWARE)
+    pairs = plan.write_pairs(tmp_path / "pairs.jsonl", 40)
+    for file in recipes:
+        told = planned(file, tmp_path, pairs, monkeypatch, capsys)
+        lines = plan.lines_of(told)
+        assert lines[HARDWARE[file.stem]].fits, told
+        assert lines["RTX 4090 24GB"].fits == (file.stem not in ("llama3_8b_full", "train"))
+        name = yaml.safe_load(file.read_text("utf-8"))["model"].rpartition("/")[2]
+        assert f"parameters: {PARAMETERS[name]:,}" in told
+        assert "# train: 40 pairs\n" in told, "none is too long"
+    print(f"looked at {len(recipes)} training recipes")
+    assert len(recipes) == 6
+
+
+@pytest.mark.slow
+def test_the_table_of_the_page_is_what_dry_runs_say(tiny_machine, tmp_path, monkeypatch, capsys):
+    text = plan.PAGE.read_text("utf-8")
+    rows = re.search(r"<!-- planned -->\n\|.*\n\|.*\n((?:\|.*\n)+)", text)[1].splitlines()
+    pairs = plan.write_pairs(tmp_path / "pairs.jsonl")
+    recipes = plan.training_recipes()
+    assert rows == [plan.row_of(file, planned(file, tmp_path, pairs, monkeypatch, capsys)) for file in recipes]
+
+
+def test_every_data_recipe_resolves_and_asks_as_many_calls_as_the_page_says(tmp_path, monkeypatch, capsys):
+    from clair.estimate import estimate
+
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    row = {"answers": ["one", "two"], "scores": [1.0, 2.0]}
+    for name, more in (("prompts", {}), ("answered", row)):
+        rows = [json.dumps({"prompt": f"question {number}", **more}) + "\n" for number in range(10)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows), "utf-8")
+    calls = {}
+    for file in DATA:
+        prompts = Path(yaml.safe_load(file.read_text("utf-8"))["prompts"]["path"]).name
+        overrides = [f"prompts.path={tmp_path / prompts}", f"out={tmp_path / file.stem}"]
+        config = load_recipe(BuildConfig, file, overrides)
+        assert config.models == {} or config.budget
+        calls[f"{file.parent.name}/{file.stem}"] = {role: of.most_calls for role, of in estimate(config).items()}
+    print(f"looked at {len(DATA)} data recipes")
+    assert calls == {
+        "models/clair": {"target": 10, "reviser": 20},
+        "paper/clair": {"target": 10, "reviser": 20},
+        "paper/off_policy": {},
+        "paper/on_policy": {"target": 20, "judge": 20},
+        "paper/stronger": {"target": 10, "stronger": 10},
+    }
+
+
+def test_each_training_recipe_gives_its_four_commands_and_says_what_is_a_guess():
+    for file in plan.training_recipes():
+        head = file.read_text("utf-8").partition("\nmodel:")[0]
+        commands = [line.split()[1:] for line in head.splitlines() if line.startswith("#     ")]
+        told = [" ".join(words[:2]) for words in commands if words[0] in ("clair", "apo")]
+        assert {"clair build", "apo train", "apo eval", "apo compare"} <= {*told}, file.name
+        assert "guess" in head.lower(), file.name
+        assert "Not run" in head, file.name
+    for file in DATA:
+        assert f"clair build recipes/{file.parent.name}/{file.name}" in file.read_text("utf-8")
+
+
+# ---- UltraFeedback's prompts
+
+
+def feedback(*completions: tuple[str, float | None], prompt: str = "What is 2 + 2?") -> dict:
+    return {
+        "instruction": prompt,
+        "completions": [{"response": text, "overall_score": score} for text, score in completions],
+    }
+
+
+def test_ultrafeedback_becomes_prompts_alone_and_prompts_with_scored_answers(tmp_path, monkeypatch, capsys):
+    from recipes.paper import ultrafeedback
+
+    source = tmp_path / "feedback.jsonl"
+    found = [
+        feedback(("Four.", 9.0), ("Five.", 2.5), ("", 5.0), ("Six.", None)),
+        feedback(("Even.", 7.0), ("Odd.", 7.0), prompt="Is 4 even?"),
+        feedback(("Alone.", 7.0), prompt="Who is there?"),
+        feedback(prompt="Nobody answers?"),
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in found), "utf-8")
+    monkeypatch.setattr("sys.argv", ["ultrafeedback", "--source", str(source), "--count", "4", "--out", str(tmp_path)])
+    ultrafeedback.main()
+    assert "4 prompts" in capsys.readouterr().out
+    read = {name: (tmp_path / f"{name}.jsonl").read_text("utf-8").splitlines() for name in ("prompts", "answered")}
+    assert [set(json.loads(line)) for line in read["prompts"]] == [{"id", "prompt"}] * 4
+    assert len(read["answered"]) == 2
+    first = json.loads(read["answered"][0])
+    assert (first["answers"], first["scores"]) == (["Four.", "Five."], [9.0, 2.5])
+
+    overrides = [f"prompts.path={tmp_path}/answered.jsonl", f"out={tmp_path}/off_policy"]
+    built = build(load_recipe(BuildConfig, plan.RECIPES / "paper" / "off_policy.yaml", overrides))
+    assert built.manifest["counts"]["pairs"] == 1
+    assert built.manifest["drop_reasons"] == {"scores.tie": 1}, "the notebook would pair an answer with itself"
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [([feedback()], "has 1 rows and 2 are asked for"), ([{"prompt": "?"}] * 2, "a row without 'instruction'")],
+)
+def test_what_is_not_ultrafeedback_is_one_line(rows, says, tmp_path, monkeypatch, capsys):
+    from recipes.paper import ultrafeedback
+
+    source = tmp_path / "feedback.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    monkeypatch.setattr("sys.argv", ["ultrafeedback", "--source", str(source), "--count", "2", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        ultrafeedback.main()
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert told.startswith("error: ")
+    assert says in told
+    assert not (tmp_path / "prompts.jsonl").exists()
