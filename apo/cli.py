@@ -60,7 +60,7 @@ def train(
     config = load_recipe(TrainConfig, recipe, overrides)
     quieten()
     if dry_run:
-        _print_plan(config, processes)
+        _print_plans(config, processes)
         return
     from apo.processes import is_main
     from apo.train import train as run
@@ -71,7 +71,8 @@ def train(
         tell(f"{str(stop) or 'interrupted'}; the same command goes on from the last checkpoint")
         raise typer.Exit(EXIT_INTERRUPTED) from stop
     if is_main():
-        tell(_closing(config.out, done))
+        for folder, one in (done if config.by else {config.out: done}).items():
+            tell(_closing(folder, one))
 
 
 @app.command()
@@ -134,6 +135,15 @@ def compare(
     for line in comparison_words(found):
         print(line)
     print(f"every changed answer: {page}")
+
+
+def _print_plans(config: Any, processes: int | None) -> None:
+    from apo.each import runs_of
+
+    for number, one in enumerate(runs_of(config, lambda note: print(f"# {note}"))):
+        if number:
+            print("---")
+        _print_plan(one, processes)
 
 
 def _print_plan(config: Any, processes: int | None) -> None:

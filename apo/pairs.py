@@ -1,4 +1,7 @@
-"""Which pairs or unpaired rows are trained on and which are held out: one source or several, weighted, by one seed."""
+"""Which pairs or unpaired rows are trained on and which are held out: one source or several, weighted, by one seed.
+
+A source may be the rows only that have a certain value in a column (`where`); `values_of` says which values there are.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from clair.recipe import Recipe, UserError, near_miss
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_NAMED = 5
 _KEPT = (*dict.fromkeys([*COLUMNS, *UNPAIRED_COLUMNS]), "id", "tools", "chat_template_kwargs")
 
 
@@ -28,6 +32,8 @@ class Source(Recipe):
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often each row is seen in an epoch: 2 is twice, 0.5 is a random half, the same in every epoch."""
     split: str = "train"
+    where: dict[str, str | int | bool] | None = None
+    """Only the rows with these values in these columns, held-out ones too: `{group: ann}`. Absent: all."""
 
 
 def load_train(sources: Sequence[Source], seed: int, weights: str | None = None) -> Dataset:
@@ -38,7 +44,9 @@ def load_train(sources: Sequence[Source], seed: int, weights: str | None = None)
 
     parts = []
     for number, source in enumerate(sources):
-        part = _load(source.path, source.split, weights)
+        part = _load(source, source.split, weights)
+        if not len(part) and source.where:
+            raise UserError(_no_such_rows(source))
         parts.append(part.select(_weighted(len(part), source.weight, seed + number)) if source.weight != 1 else part)
     kinds = {columns_of(part): source.path for part, source in zip(parts, sources, strict=True)}
     if len(kinds) > 1:
@@ -51,7 +59,7 @@ def load_train(sources: Sequence[Source], seed: int, weights: str | None = None)
     except ValueError as error:
         raise UserError(f"the datasets cannot be put together: {' '.join(str(error).split())[:200]}") from error
     if len(pairs) < 2:
-        told = ", ".join(source.path for source in sources)
+        told = ", ".join(source.path + (f" where {source.where}" if source.where else "") for source in sources)
         raise UserError(f"dataset {told} has {len(pairs)} row(s) to train on; at least 2 are needed")
     return pairs
 
@@ -63,11 +71,11 @@ def load_eval(sources: Sequence[Source], which: bool | str, weights: str | None 
     if which is False:
         return None
     split = "test" if which is True else which
-    found = [source.path for source in sources if split in split_names(source.path)]
+    found = [source for source in sources if split in split_names(source.path)]
     if not found and which is not True:
         names = ", ".join(split_names(sources[0].path))
         raise UserError(f"eval: no dataset has a split {split!r}; found: {names}; eval: false trains without")
-    parts = [part for part in (_load_unless_empty(path, split, weights) for path in found) if part is not None]
+    parts = [part for part in (_load_unless_empty(source, split, weights) for source in found) if part is not None]
     return concatenate_datasets(parts) if parts else None
 
 
@@ -96,16 +104,70 @@ def fingerprint(dataset: Dataset, weights: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def _load(path: str, split: str, weights: str | None = None) -> Dataset:
+def values_of(sources: Sequence[Source], column: str) -> tuple[list[str | int | bool], int]:
+    """The values that a column has in the rows to train on, sorted, and how many rows have none.
+
+    Raises UserError where a source has no such column, where a value is neither text nor a whole number or a truth
+    value, and where no row has one.
+    """
+    found: dict[tuple[str, str | int | bool], None] = {}
+    missing = 0
+    for source in sources:
+        rows = _where(_read(source.path, source.split), source)
+        for value in _column(rows, column, source):
+            if value is None:
+                missing += 1
+            elif isinstance(value, str | int | bool):
+                found[type(value).__name__, value] = None
+            else:
+                raise UserError(f"by: {column!r} of a row of {source.path} is {value!r}; text or a whole number needed")
+    if not found:
+        raise UserError(f"by: no row of {', '.join(source.path for source in sources)} says its {column!r}")
+    return [value for _, value in sorted(found)], missing
+
+
+def _column(rows: Dataset, column: str, source: Source) -> list[object]:
+    if column not in rows.column_names:
+        near, found = near_miss(column, rows.column_names), ", ".join(rows.column_names)
+        raise UserError(f"dataset {source.path} has no column {column!r}{near}; found: {found}")
+    return list(rows[column][:])
+
+
+def _where(rows: Dataset, source: Source) -> Dataset:
+    """The rows that the source's `where` asks for."""
+    for column, wanted in (source.where or {}).items():
+        values = _column(rows, column, source)
+        # As types too: 1 is not true.
+        kept = [place for place, value in enumerate(values) if value == wanted and type(value) is type(wanted)]
+        rows = rows.select(kept)
+    return rows
+
+
+def _no_such_rows(source: Source) -> str:
+    """What to say where `where` leaves no row: which values there are instead."""
+    found = []
+    for column in source.where or {}:
+        values = list(dict.fromkeys(_read(source.path, source.split)[column][:]))
+        more = f" and {len(values) - _NAMED} more" if len(values) > _NAMED else ""
+        found.append(f"{column}: {', '.join(map(repr, values[:_NAMED]))}{more}")
+    return f"dataset {source.path} has no row where {source.where}; found: {'; '.join(found)}"
+
+
+def _read(path: str, split: str) -> Dataset:
     from clair.dataset import load_preferences
 
     check_there(path)
     try:
-        pairs = load_preferences(path, split)
+        return load_preferences(path, split)
     except UserError:
         raise
     except Exception as error:  # a row the reader cannot make messages of
         raise UserError(f"dataset {path}, split {split!r}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _load(source: Source, split: str, weights: str | None = None) -> Dataset:
+    path = source.path
+    pairs = _where(_read(path, split), source)
     _check_columns(pairs, path)
     if weights is not None and weights not in pairs.column_names:
         near, found = near_miss(weights, pairs.column_names), ", ".join(pairs.column_names)
@@ -114,9 +176,9 @@ def _load(path: str, split: str, weights: str | None = None) -> Dataset:
     return pairs.select_columns([column for column in kept if column in pairs.column_names])
 
 
-def _load_unless_empty(path: str, split: str, weights: str | None) -> Dataset | None:
+def _load_unless_empty(source: Source, split: str, weights: str | None) -> Dataset | None:
     try:
-        pairs = _load(path, split, weights)
+        pairs = _load(source, split, weights)
     except UserError as error:
         if "corresponds to no data" in str(error):  # what `datasets` says of a Parquet split without rows
             return None

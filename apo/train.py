@@ -65,6 +65,8 @@ class TrainConfig(Recipe):
     """A model folder, a folder with a LoRA adapter to train on, or a hub name."""
     dataset: Annotated[list[Source], BeforeValidator(_listed)]
     """One source or several; a text is a source's path."""
+    by: str | None = None
+    """A column of the pairs: a run for each of its values, each in a folder of `out`. Absent: one run on all."""
     objective: str | dict[Any, Any] | Callable[..., Any] = "apo_zero"
     """An objective's name, or several with weights and options (mixture.py); from Python also functions."""
     beta: Annotated[float, Field(gt=0)] = 0.1
@@ -335,7 +337,8 @@ def _steps(args: APOConfig, pairs: int, processes: int) -> int:
 
 
 def train(config: TrainConfig, *, tell: Callable[[str], None] = print) -> dict[str, Any]:
-    """Train what `config` says, or go on from the newest complete checkpoint. Returns the content of run.json.
+    """Train what `config` says, or go on from the newest complete checkpoint. Returns the content of run.json; with
+    `by`, that of each run, by its folder.
 
     Under a launcher (torchrun) each process calls this, and the first one writes and tells. Raises UserError before any
     work for everything that is the user's to mend; KeyboardInterrupt after a first Ctrl-C, with a checkpoint saved.
@@ -346,7 +349,8 @@ def train(config: TrainConfig, *, tell: Callable[[str], None] = print) -> dict[s
     if config.quantize and (reason := models.why_not_quantized(cpu=_on_cpu(config))):
         raise UserError(reason)
     with joined(cpu=_on_cpu(config), seconds=float(options.get("ddp_timeout", 1800))) as group:
-        return _train(config, group, tell if group.is_main else _silent)
+        told = tell if group.is_main else _silent
+        return _train(config, group, told) if config.by is None else _train_each(config, group, told)
 
 
 def _on_cpu(config: TrainConfig) -> bool:
@@ -357,6 +361,27 @@ def _on_cpu(config: TrainConfig) -> bool:
 
 def _silent(_: str) -> None:
     """What the processes after the first say."""
+
+
+def _train_each(config: TrainConfig, group: Group, tell: Callable[[str], None]) -> dict[str, Any]:
+    """One run after the other, all checked before the first."""
+    import gc
+
+    from apo.each import runs_of
+
+    with group.together():
+        wanted = runs_of(config, tell)
+    group.same(runs=[one.out for one in wanted])
+    for one in wanted:
+        with group.together():
+            status = runs.status_of(Path(one.out), resolved(one))
+        if status != "finished":
+            _plan_of_all(one, group)
+    done = {}
+    for one in wanted:
+        done[one.out] = _train(one, group, tell)
+        gc.collect()  # a trainer and its callbacks hold one another, and the model with them
+    return done
 
 
 def _train(config: TrainConfig, group: Group, tell: Callable[[str], None]) -> dict[str, Any]:

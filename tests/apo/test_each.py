@@ -1,0 +1,157 @@
+"""`by` in a training recipe: a run for each value of a column; `where` in a source: the rows with a value."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from apo import train as training
+from apo.cli import app
+from apo.each import folder_of, runs_of
+from apo.pairs import Source, load_eval, load_train
+from apo.train import TrainConfig, train
+from clair.recipe import UserError
+from tests.apo.conftest import make_pairs
+
+TRAINER = {"learning_rate": 1e-2, "max_steps": 2, "per_device_train_batch_size": 4, "report_to": "none"}
+
+
+def write_jsonl(path: Path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def grouped(n: int, seed: int = 0) -> list[dict]:
+    """Two in three pairs are of `the many`, the third of `../few`."""
+    return [{**row, "group": "../few" if at % 3 == 2 else "the many"} for at, row in enumerate(make_pairs(n, seed))]
+
+
+@pytest.fixture
+def recipe(tmp_path, model_dir):
+    for split, rows in (("train", grouped(24)), ("test", grouped(6, 5))):
+        (tmp_path / "pairs/data").mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(rows).to_parquet(tmp_path / f"pairs/data/{split}-00000-of-00001.parquet")
+    return {
+        "model": str(model_dir), "dataset": str(tmp_path / "pairs"), "by": "group", "trainer": dict(TRAINER),
+        "out": str(tmp_path / "runs"), "probe": 0,
+    }  # fmt: skip
+
+
+def config(recipe, **changes) -> TrainConfig:
+    return TrainConfig(**{**recipe, **changes})
+
+
+def failure(recipe, **changes) -> str:
+    with pytest.raises(UserError) as found:
+        train(config(recipe, **changes))
+    assert "\n" not in str(found.value)
+    assert not any(Path(recipe["out"]).glob("*/run.json"))
+    return str(found.value)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_each_group_gets_the_run_that_its_own_pairs_alone_give(recipe, tmp_path):
+    done = train(config(recipe))
+    out = Path(recipe["out"])
+    assert list(done) == [str(out / "few"), str(out / "the-many")]
+    assert sorted(file.name for file in out.iterdir()) == ["few", "the-many"]
+    for name, group, pairs in (("few", "../few", 8), ("the-many", "the many", 16)):
+        run = json.loads((out / name / "run.json").read_text())
+        assert run == done[str(out / name)]
+        assert run["recipe"]["dataset"][0]["where"] == {"group": group}
+        assert (run["data"]["train"]["pairs"], run["data"]["eval"]["pairs"]) == (pairs, pairs // 4)
+    alone = write_jsonl(tmp_path / "alone.jsonl", [row for row in grouped(24) if row["group"] == "../few"])
+    train(config(recipe, dataset=alone, by=None, out=str(tmp_path / "alone")))
+    few, one, many = (weights(folder) for folder in (out / "few", tmp_path / "alone", out / "the-many"))
+    assert all(torch.equal(few[name], one[name]) for name in one)
+    assert not all(torch.equal(few[name], many[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_what_is_finished_stays_and_what_was_stopped_goes_on(recipe, monkeypatch):
+    real, calls = training._run, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt("stopped")
+        real(*args)
+
+    monkeypatch.setattr(training, "_run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(recipe))
+    first = (Path(recipe["out"]) / "few/model.safetensors").stat().st_mtime_ns
+    told: list[str] = []
+    done = train(config(recipe), tell=told.append)
+    assert len(calls) == 3
+    assert f"{recipe['out']}/few is finished; nothing to do" in told
+    assert (Path(recipe["out"]) / "few/model.safetensors").stat().st_mtime_ns == first
+    assert all(run["finished"] for run in done.values())
+
+
+def test_a_dry_run_tells_every_plan_and_writes_nothing(recipe, tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    found = CliRunner().invoke(app, ["train", str(file), "--dry-run"])
+    assert found.exit_code == 0, found.output
+    plans = found.output.split("\n---\n")
+    assert [f"# train: {n} pairs" in plan for n, plan in zip((8, 16), plans, strict=True)] == [True, True]
+    assert not Path(recipe["out"]).exists()
+
+
+def test_rows_without_a_group_are_in_no_run_and_told(recipe, tmp_path):
+    rows = [{**row, "group": None} if at < 3 else row for at, row in enumerate(grouped(24))]
+    told: list[str] = []
+    found = runs_of(config(recipe, dataset=write_jsonl(tmp_path / "p.jsonl", rows)), told.append)
+    assert told == ["note: 3 rows have no group and are in no run"]
+    assert [len(load_train(one.dataset, 0)) for one in found] == [7, 14]
+
+
+def test_what_cannot_be_one_run_a_group_is_told_before_any_is_begun(recipe, tmp_path):
+    def of(*groups) -> str:
+        rows = [{**row, "group": groups[at % len(groups)]} for at, row in enumerate(make_pairs(12))]
+        return write_jsonl(tmp_path / "p.jsonl", rows)
+
+    assert "has no column 'groop' (did you mean 'group'?)" in failure(recipe, by="groop")
+    assert "says its 'group'" in failure(recipe, dataset=of(None))
+    assert "text or a whole number needed" in failure(recipe, dataset=of(0.5))
+    told = failure(recipe, dataset=of("a b", "a-b"))
+    assert "'a b' and 'a-b' would share the folder" in told
+    assert "where {'group': 'z'} has 1 row(s)" in failure(recipe, dataset=of(*"aaaaaaaaaaaz"))
+    Path(recipe["out"]).mkdir()
+    (Path(recipe["out"]) / "run.json").write_text("{}")
+    assert "is a file or one run" in failure(recipe)
+
+
+def test_where_takes_rows_by_value_and_type_and_says_what_there_is(tmp_path):
+    rows = [{**row, "group": at % 2, "user": "ann" if at < 6 else "bob"} for at, row in enumerate(make_pairs(12))]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    both = Source(path=path, where={"group": 1, "user": "ann"}, weight=2)
+    assert sorted(load_train([both], 0)["id"][:]) == ["p1", "p1", "p3", "p3", "p5", "p5"]
+    assert len(load_eval([Source(path=path, where={"user": "bob"})], "train")) == 6
+    assert load_eval([Source(path=path, where={"user": "eve"})], "train") is None
+    with pytest.raises(UserError, match=r"no row where \{'group': '1'\}; found: group: 0, 1"):
+        load_train([Source(path=path, where={"group": "1"})], 0)
+    with pytest.raises(UserError, match="no row where"):
+        load_train([Source(path=path, where={"group": True})], 0)
+    with pytest.raises(UserError, match=r"no column 'usr' \(did you mean 'user'\?\)"):
+        load_train([Source(path=path, where={"usr": "ann"})], 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [("group 1", "group-1"), ("../x", "x"), (".ssh", "ssh"), ("/", "-"), (True, "True"), (7, "7"), ("ä/ö", "ä-ö")],
+)
+def test_a_value_is_a_folder_inside_out(value, name):
+    assert folder_of(value) == name
