@@ -32,33 +32,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Design:
-    """The size of a grid. The first of several learning rates or betas is taken where they come out alike."""
+    """The size of a grid. Learning rates ascend and are climbed from the middle; of betas that come out alike the first
+    is taken."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     epochs: int = 3
-    learning_rates: tuple[float, ...] = (1.5e-5, 5e-6, 5e-5)
+    learning_rates: tuple[float, ...] = (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3)
     betas: tuple[float, ...] = (0.1, 0.03, 0.3)
     tuning_seed: int = 100
     data: tuple[str, ...] = DATA
     objectives: tuple[str, ...] = OBJECTIVES
-    heldout: int = 600
+    heldout: int = 300
     validation: int = 200
 
-    @property
-    def runs(self) -> int:
-        """How many runs there are in all."""
-        tuned = sum(
-            _several(self.learning_rates) + (0 if objective in WITHOUT_BETA else len(self.betas) - 1)
-            for objective in self.objectives
-        )
-        return len(self.data) * (tuned + len(self.objectives) * len(self.seeds))
 
-
-SMALL = Design(seeds=(0,), epochs=1, learning_rates=(5e-5,), betas=(0.1,), heldout=150, validation=50)
-
-
-def _several(values: Sequence[float]) -> int:
-    return len(values) if len(values) > 1 else 0
+SMALL = Design(seeds=(0,), epochs=1, learning_rates=(1.5e-4,), betas=(0.1,), heldout=150, validation=50)
 
 
 def last_accuracy(run: Mapping[str, Any]) -> float:
@@ -79,6 +67,26 @@ def chosen(cells: Sequence[Cell], runs: Mapping[str, Mapping[str, Any]], world: 
     return max(cells, key=lambda cell: last_accuracy(runs[cell.key(world)]))
 
 
+def climbed(cells: Sequence[Cell], runs: Mapping[str, Mapping[str, Any]], world: str) -> tuple[list[Cell], Cell | None]:
+    """Cells in ascending order of a setting: those to run, nearest the middle first, and the best once it is known.
+
+    The middle one and its neighbours are run, and then the neighbours of the best, until both are. So the best lies at
+    an edge of what was tried only where it lies at an edge of what may be.
+    """
+    middle = len(cells) // 2
+    tried = {at for at in (middle, middle - 1, middle + 1) if at in range(len(cells))}
+    while True:
+        named = [cells[at] for at in sorted(tried, key=lambda at: (abs(at - middle), at))]
+        best = chosen(named, runs, world)
+        if best is None:
+            return named, None
+        at = cells.index(best)
+        more = {at - 1, at + 1} & set(range(len(cells))) - tried
+        if not more:
+            return named, best
+        tried |= more
+
+
 def pair_cells(
     design: Design, data: str, objective: str, runs: Mapping[str, Mapping[str, Any]], world: str
 ) -> Iterator[Cell]:
@@ -87,8 +95,8 @@ def pair_cells(
         data, objective, design.learning_rates[0], design.betas[0], design.tuning_seed, design.epochs, "learning_rate"
     )
     rates = [replace(first, learning_rate=rate) for rate in design.learning_rates]
-    yield from rates if len(rates) > 1 else ()
-    best = chosen(rates, runs, world)
+    tried, best = climbed(rates, runs, world)
+    yield from tried if len(rates) > 1 else ()
     if best is None:
         return
     others = () if objective in WITHOUT_BETA else design.betas[1:]

@@ -3,7 +3,8 @@
     python -m recipes.mini.data [--small]       # after python -m recipes.mini.models
 
 Each is built by `clair build` as a user would, against the embedded server, whose judge is wrong now and then and likes
-long answers. Then pairs are taken from each in the order of the prompts until the smallest set's tokens are reached.
+long answers. Then pairs are taken from each in the order of the prompts until the smallest set's tokens are reached, or
+`MOST_TOKENS`.
 
     runs/mini/built/NAME     the dataset folder as `clair build` left it
     runs/mini/pairs/NAME     the pairs that are trained on (train) and held out (test), within the budget
@@ -33,6 +34,8 @@ RECIPES = Path("recipes/mini")
 MODELS = Path("runs/mini/models")
 OTHERS = ("wordy", "terse")
 PROMPTS, SMALL_PROMPTS = 900, 320
+MOST_TOKENS = 20_000
+"""Response tokens to train on, at most: what a grid of this many runs gets through in an hour."""
 SERVER = ServerOptions(max_seconds=1800, polish=True, leanings=Leanings(style=True, judge_error=0.05, length_bias=0.10))
 """The reviser mends the wording too; the judge weighs right before wording, errs in 1 of 20, and falls for length in 1
 of 10."""
@@ -113,6 +116,7 @@ def cut_all(run: Path, models: Path) -> dict[str, Any]:
     rows = {name: {s: list(read_rows(run / "built" / name, [s])) for s in SPLITS} for name in DATA}
     counts = {n: {s: [response_tokens(row, tokenizer) for row in rows[n][s]] for s in SPLITS} for n in DATA}
     budget = {split: min(sum(counts[name][split]) for name in DATA) for split in SPLITS}
+    budget["train"] = min(budget["train"], MOST_TOKENS)
     told: dict[str, Any] = {}
     for name in DATA:
         told[name] = {"built": read_manifest(run / "built" / name)["counts"], "sha256": {}}

@@ -10,6 +10,8 @@ again, it does only what is missing.
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -24,19 +26,27 @@ from pathlib import Path
 from typing import Any
 
 from clair.build import locked
+from clair.dataset import read_rows
 from clair.recipe import UserError, content_hash, provenance, read_json
 from recipes.mini import results
-from recipes.mini.cells import SMALL, Cell, Design, due, last_accuracy
+from recipes.mini.cells import SMALL, Cell, Design, cells, due, last_accuracy
 from recipes.mini.data import MODELS, run_folder
 from recipes.world.running import ROOT
 from recipes.world.tasks import Task, distinct_tasks
 
-BATCH = 16
+STEPS = 32
+"""Optimizer steps an epoch, of every data set: with the same tokens in all, so many in a step too."""
+LOOKS = 4
+"""Looks at the held-out pairs an epoch, the last at the checkpoint."""
 KEPT = (
     "loss", "logps/chosen", "logps/rejected", "rewards/accuracies", "rewards/ties", "rewards/margins",
     "rewards/chosen", "rewards/rejected", "chosen_falls",
 )  # fmt: skip
-"""What is kept of the held-out pairs, before the first step and at each checkpoint."""
+"""What is kept of each look at the held-out pairs."""
+
+
+MOVED = tuple(f"{side}_{of}" for side in ("chosen", "rejected") for of in ("logratio", "logratio_shared", "kl"))
+"""What is kept of each held-out pair at the last checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +61,30 @@ class Place:
 # ---- one run
 
 
+def rhythm(pairs: int) -> tuple[int, int]:
+    """Pairs in a step, and steps from one look at the held-out pairs to the next, so that each epoch ends with one.
+
+    Some numbers of pairs come to a few steps less than `STEPS` an epoch, and to fewer looks.
+    """
+    batch = math.ceil(pairs / STEPS)
+    steps = math.ceil(pairs / batch)
+    return batch, steps // next(looks for looks in range(LOOKS, 0, -1) if steps % looks == 0)
+
+
 def train_config(cell: Cell, place: Place, out: Path) -> Any:
     """The training recipe of a cell."""
     from apo.train import TrainConfig
 
+    folder = place.run / "pairs" / cell.data
+    batch, every = rhythm(sum(1 for _ in read_rows(folder, ["train"])))
     trainer = {
-        "learning_rate": cell.learning_rate, "num_train_epochs": cell.epochs, "per_device_train_batch_size": BATCH,
-        "logging_steps": 10, "save_strategy": "epoch", "save_only_model": True, "eval_on_start": True, "use_cpu": True,
+        "learning_rate": cell.learning_rate, "num_train_epochs": cell.epochs, "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": 64,
+        "logging_steps": 10, "save_strategy": "epoch", "save_only_model": True, "use_cpu": True,
+        "eval_on_start": True, "eval_strategy": "steps", "eval_steps": every,
     }  # fmt: skip
     given = {
-        "model": str(place.target), "dataset": str(place.run / "pairs" / cell.data), "objective": cell.objective,
+        "model": str(place.target), "dataset": str(folder), "objective": cell.objective,
         "beta": cell.beta, "seed": cell.seed, "probe": 0, "trainer": trainer, "out": str(out),
     }  # fmt: skip
     return TrainConfig.model_validate(given)
@@ -71,7 +95,7 @@ def run_cell(cell: Cell, place: Place, tasks: list[Task], out: Path) -> dict[str
 
     A run that training itself gives up (a loss that is no number) is a result too: no checkpoints, and why.
     """
-    from apo.checkpoints import checkpoints
+    from apo.checkpoints import checkpoints, step_of
     from apo.dynamics import read_metrics
     from apo.faults import Stopped
     from apo.train import train
@@ -86,16 +110,32 @@ def run_cell(cell: Cell, place: Place, tasks: list[Task], out: Path) -> dict[str
         shutil.rmtree(out, ignore_errors=True)
         return {**line, "broke_off": str(stop), "seconds": round(time.monotonic() - started, 1)}
     trained = time.monotonic() - started
-    pairs = [_kept(row) for row in read_metrics(out / "metrics.jsonl") if "eval_loss" in row]
+    looks = {row["step"]: _kept(row) for row in read_metrics(out / "metrics.jsonl") if "eval_loss" in row}
     folders = checkpoints(out)
-    assert len(folders) == cell.epochs == len(pairs) - 1, f"{len(folders)} checkpoints, {len(pairs)} looks at the pairs"
+    assert len(folders) == cell.epochs, f"{len(folders)} checkpoints of {cell.epochs} epochs"
     for at, folder in enumerate(folders):
         if cell.purpose == "grid" or folder == folders[-1]:
             told = scored(tasks, answers(folder, tasks))
-            line["checkpoints"].append({"epoch": at + 1, **told, "pairs": pairs[at + 1]})
-    line["start"] = pairs[0]
+            line["checkpoints"].append({"epoch": at + 1, **told, "pairs": looks[step_of(folder)]})
+    line["start"] = looks[0]
+    line["looks"] = {"step": list(looks), **{name: [look[name] for look in looks.values()] for name in looks[0]}}
+    if cell.purpose == "grid":
+        line["moved"] = moved(cell, place, folders[-1])
     shutil.rmtree(out)
     return {**line, "train_seconds": round(trained, 1), "seconds": round(time.monotonic() - started, 1)}
+
+
+def moved(cell: Cell, place: Place, folder: Path) -> dict[str, list[float]]:
+    """What a checkpoint did to each held-out pair, in nats: the log-ratio of winner and loser, of all tokens and of
+    those that both have, and the KL. The same for every objective, SFT too, which has no rewards while it trains.
+    """
+    from apo.evaluate.pairs import ROWS, PairsConfig, evaluate
+
+    found = folder.parent / "moved"
+    about = {"model": str(folder), "reference": str(place.target), "dataset": str(place.run / "pairs" / cell.data)}
+    evaluate(PairsConfig.model_validate({**about, "beta": cell.beta, "out": str(found)}))
+    rows = [json.loads(text) for text in (found / ROWS).read_text("utf-8").splitlines()]
+    return {name: [float(f"{row[name]:.4g}") for row in rows] for name in MOVED}
 
 
 def _kept(row: Mapping[str, Any]) -> dict[str, float]:
@@ -208,7 +248,7 @@ def world_line(place: Place, design: Design) -> dict[str, Any]:
         "data": {name: data[name]["sha256"] for name in design.data},
         "questions": content_hash([task.id for task in tasks]),
         "design": asdict(design),
-        "batch": BATCH,
+        "steps": STEPS,
     }
     return {
         "kind": "world",
@@ -234,7 +274,7 @@ def grid(place: Place, design: Design, workers: int, tell: Callable[[str], None]
             results.append(place.results, {**world, "base": scored(tasks, answers(place.target, tasks))})
         runs = results.runs_of(lines, world["world"])
         if not due(design, runs, world["world"]):
-            tell(f"all {design.runs} runs are in {place.results}; nothing to do")
+            tell(f"all {len(runs)} runs are in {place.results}; nothing to do")
             return 0
         with Pool(place, design, workers) as pool:
             return _fill(pool, place, design, world["world"], runs, tell)
@@ -265,7 +305,8 @@ def _fill(
             runs[key] = {"kind": "run", "world": world, "key": key, **line}
             results.append(place.results, runs[key])
             told = f"broke off ({line['broke_off']})" if "broke_off" in line else f"{last_accuracy(line):.1%} right"
-            tell(f"{len(runs)}/{design.runs} {name} ({cell.purpose}): {told}, {line['seconds']:.0f} s")
+            done = f"{len(runs)}/{len(cells(design, runs, world))}"
+            tell(f"{done} {name} ({cell.purpose}): {told}, {line['seconds']:.0f} s")
 
 
 def main() -> None:

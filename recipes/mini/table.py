@@ -17,7 +17,7 @@ from typing import Any
 from clair.recipe import UserError, write_atomically
 from clair.statistics import Estimate, best_of, clustered_mean
 from recipes.mini import results
-from recipes.mini.cells import Design
+from recipes.mini.cells import Design, due
 from recipes.mini.claims import CLAIMS, Compared, Name, compare, gains, interval, mean_of, right_of, verdict_of
 from recipes.mini.data import run_folder
 from recipes.world.running import ROOT
@@ -177,7 +177,7 @@ def page(world: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> str
 
 Four data sets, five objectives, {len(design.seeds)} seed(s), {design.epochs} checkpoint(s) a run, on a tiny model that
 gets {sum(base) / count:.1%} of {count} held-out tasks right before training. `make paper-mini` makes the results,
-`python -m recipes.mini.table` these tables. {len(runs)} of {design.runs} runs are in them.
+`python -m recipes.mini.table` these tables. {len(runs)} runs are in them.
 
 ## Claims
 
@@ -234,8 +234,8 @@ def check_whole(world: Mapping[str, Any], runs: Mapping[str, Any], *, small: boo
     design = design_of(world)
     if small:
         raise UserError(f"{PAGE} is of the full grid only; leave --small or --write out")
-    if len(runs) < design.runs:
-        raise UserError(f"{len(runs)} of {design.runs} runs are there; go on with: python -m recipes.mini.grid")
+    if left := due(design, runs, world["world"]):
+        raise UserError(f"{len(left)} or more runs are missing; go on with: python -m recipes.mini.grid")
 
 
 if __name__ == "__main__":

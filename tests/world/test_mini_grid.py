@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,8 +20,8 @@ from clair.dataset import DatasetWriter
 from clair.recipe import UserError, write_json
 from clair.records import Message, Pair
 from recipes.mini import results
-from recipes.mini.cells import Design, chosen, due
-from recipes.mini.grid import Place, grid
+from recipes.mini.cells import Design, chosen, climbed, due
+from recipes.mini.grid import MOVED, Place, grid, rhythm
 from recipes.world.running import ROOT
 from recipes.world.tasks import distinct_tasks
 
@@ -45,28 +46,55 @@ def all_rounds(design, accuracy):
     return rounds
 
 
-def test_learning_rate_then_beta_then_all_seeds_and_the_count_is_known_before():
+def test_learning_rate_then_beta_then_all_seeds():
     rounds = all_rounds(DESIGN, lambda _: 0.5)
     assert [{cell.purpose for cell in cells} for cells in rounds] == [
         {"learning_rate"},
         {"beta", "grid"},  # SFT has no beta: its seeds are due at once
         {"grid"},
     ]
-    assert sum(len(cells) for cells in rounds) == DESIGN.runs == 12
+    assert sum(len(cells) for cells in rounds) == 12
     seeds = [cell for cells in rounds for cell in cells if cell.purpose == "grid"]
     assert {(cell.objective, cell.learning_rate, cell.beta) for cell in seeds} == {
-        ("sft", 1.5e-5, 0.1),  # all alike: the first
-        ("dpo", 1.5e-5, 0.1),
+        ("sft", 1.5e-4, 0.1),  # all alike: the middle
+        ("dpo", 1.5e-4, 0.1),
     }
     assert {cell.seed for cell in seeds} == {0, 1}
     assert all(cell.seed == DESIGN.tuning_seed for cells in rounds for cell in cells if cell.purpose != "grid")
 
 
 def test_the_best_rate_and_then_the_best_beta_at_that_rate_are_taken():
-    rounds = all_rounds(DESIGN, lambda cell: 0.5 + 0.2 * (cell.learning_rate == 5e-6) + 0.1 * (cell.beta == 0.03))
+    rounds = all_rounds(DESIGN, lambda cell: 0.5 + 0.2 * (cell.learning_rate == 5e-5) + 0.1 * (cell.beta == 0.03))
     (seed, *_) = [cell for cell in rounds[-1] if cell.objective == "dpo"]
-    assert (seed.learning_rate, seed.beta) == (5e-6, 0.03)
-    assert {cell.learning_rate for cell in rounds[1] if cell.purpose == "beta"} == {5e-6}
+    assert (seed.learning_rate, seed.beta) == (5e-5, 0.03)
+    assert {cell.learning_rate for cells in rounds for cell in cells if cell.purpose == "beta"} == {5e-5}
+
+
+@pytest.mark.parametrize(
+    ("better", "tried", "best"),
+    [
+        ({}, [3, 2, 4], 3),
+        ({5: 0.4, 4: 0.3}, [3, 2, 4, 5], 5),
+        ({0: 0.4, 1: 0.3, 2: 0.2}, [3, 2, 4, 1, 0], 0),
+        ({0: 0.4, 2: 0.2}, [3, 2, 4, 1], 2),  # a better one beyond a worse one is not found
+    ],
+)
+def test_rates_are_climbed_from_the_middle_until_both_neighbours_of_the_best_were_run(better, tried, best):
+    design = replace(DESIGN, objectives=("sft",), seeds=())
+    gain = {design.learning_rates[at]: value for at, value in better.items()}
+    rounds = all_rounds(design, lambda cell: 0.5 + gain.get(cell.learning_rate, 0.0))
+    assert [cell.learning_rate for cells in rounds for cell in cells] == [design.learning_rates[at] for at in tried]
+    all_of_them = [replace(rounds[0][0], learning_rate=rate) for rate in design.learning_rates]
+    runs = done(all_of_them, lambda cell: 0.5 + gain.get(cell.learning_rate, 0.0))
+    found = climbed(all_of_them, runs, "w")[1]
+    assert found is not None
+    assert found.learning_rate == design.learning_rates[best]
+
+
+@pytest.mark.parametrize(("pairs", "batch", "every"), [(512, 16, 8), (329, 11, 10), (58, 2, 29), (5, 1, 5)])
+def test_each_epoch_ends_with_a_look_at_the_held_out_pairs(pairs, batch, every):
+    assert rhythm(pairs) == (batch, every)
+    assert math.ceil(pairs / batch) % every == 0
 
 
 def test_a_run_that_broke_off_is_never_chosen():
@@ -76,12 +104,10 @@ def test_a_run_that_broke_off_is_never_chosen():
     assert chosen(cells, runs, "w") == cells[1]
 
 
-def test_full_and_small_grid_have_their_sizes():
+def test_the_small_grid_has_nothing_to_tune_and_is_due_at_once():
     from recipes.mini.cells import SMALL
 
-    assert Design().runs == 4 * (5 * 4 + 5 * 3 + 4 * 2)
-    assert SMALL.runs == 20
-    assert len(due(SMALL, {}, "w")) == 20  # nothing to tune: all at once
+    assert len(due(SMALL, {}, "w")) == 20
 
 
 def test_another_world_has_other_keys():
@@ -131,7 +157,7 @@ SCRIPT = f"""
     import sys
     from pathlib import Path
     from recipes.mini.cells import Design
-    from recipes.mini.grid import Place, grid
+    from recipes.mini.grid import MOVED, Place, grid, rhythm
     if __name__ == "__main__":
         run = Path(sys.argv[1])
         grid(Place(run, Path("recipes/world/model"), run / "runs.jsonl"), {TINY!r}, 1, print)
@@ -198,6 +224,13 @@ def test_a_grid_killed_after_its_first_run_does_only_the_second_and_leaves_nothi
         for at in run["checkpoints"]:
             assert (len(at["right"]), len(at["wording"])) == (10, 10)
             assert at["pairs"]["logps/chosen"] != run["start"]["logps/chosen"]
+        assert run["looks"]["step"][0] == 0
+        assert run["looks"]["logps/chosen"][0] == run["start"]["logps/chosen"]
+        assert run["looks"]["logps/chosen"][-1] == run["checkpoints"][-1]["pairs"]["logps/chosen"]
+        assert len(run["looks"]["step"]) == len(run["looks"]["logps/rejected"]) >= 1 + TINY.epochs
+        assert run["moved"].keys() == set(MOVED)
+        change = run["looks"]["logps/chosen"][-1] - run["start"]["logps/chosen"]
+        assert sum(run["moved"]["chosen_logratio"]) / len(run["moved"]["chosen_kl"]) == pytest.approx(change, abs=2e-3)
     assert runs[1]["start"]["rewards/margins"] == 0
     assert runs[1]["checkpoints"][-1]["pairs"]["rewards/margins"] > 0
     assert not [entry for entry in (tmp_path / "work").iterdir() if entry.is_dir()]
