@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from clair.statistics import Estimate, clustered_mean, t_quantile
+from clair.statistics import Best, Estimate, best_of, clustered_mean, t_quantile
 
 Verdict = Literal["reproduced", "not reproduced", "undecided", "not measured"]
 Name = tuple[str, str]
@@ -143,3 +143,31 @@ def compare(
         return clustered_mean(falls, range(len(falls))) if len(falls) > 1 else None
     found = gains(left, right, base)
     return interval(found, clusters) if found else None
+
+
+BETTER = ("apo_zero", "apo_down")
+"""The one number asked of this grid: CLAIR with the better of these against the model before training."""
+
+
+def better_apo(
+    cells: Mapping[Name, Sequence[Mapping[str, Any]]], base: Sequence[float], clusters: Sequence[str]
+) -> tuple[str, Best] | None:
+    """Which of `BETTER` gains more on CLAIR over checkpoints and seeds, and its gain corrected for having been chosen,
+    with an interval over questions; None where one has no runs.
+    """
+    found = [gains(cells.get(("clair", objective), []), None, base) for objective in BETTER]
+    if not all(found):
+        return None
+    best = best_of([mean_of(by_seed) for by_seed in found], clusters)
+    return BETTER[best.place], best
+
+
+def at_maximum(
+    left: Sequence[Mapping[str, Any]], right: Sequence[Mapping[str, Any]] | None, base: Sequence[float]
+) -> float:
+    """The highest accuracy over checkpoints (means over seeds) of left minus that of right, as the paper compares."""
+
+    def highest(runs: Sequence[Mapping[str, Any]]) -> float:
+        return max(sum(mean_of(rows)) / len(base) for rows in zip(*right_of(runs), strict=True))
+
+    return highest(left) - (highest(right) if right is not None else sum(base) / len(base))
