@@ -118,7 +118,7 @@ def run_cell(cell: Cell, place: Place, tasks: list[Task], out: Path) -> dict[str
             told = scored(tasks, answers(folder, tasks))
             line["checkpoints"].append({"epoch": at + 1, **told, "pairs": looks[step_of(folder)]})
     line["start"] = looks[0]
-    line["looks"] = {"step": list(looks), **{name: [look[name] for look in looks.values()] for name in looks[0]}}
+    line["looks"] = {"step": list(looks), **{name: [look.get(name) for look in looks.values()] for name in looks[0]}}
     if cell.purpose == "grid":
         line["moved"] = moved(cell, place, folders[-1])
     shutil.rmtree(out)
@@ -148,7 +148,7 @@ def _kept(row: Mapping[str, Any]) -> dict[str, float]:
 
 def work(orders: Connection, place: Place, design: Design, number: int, parent: int) -> None:
     """A worker's life: a cell in, its line or the text of an error out. Ends with its parent, at once."""
-    os.setpgid(0, 0)  # Ctrl-C is the parent's to answer
+    os.setsid()  # Ctrl-C is the parent's to answer; and Linux shares a busy machine out by sessions
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     folder = place.run / "work"
     folder.mkdir(parents=True, exist_ok=True)

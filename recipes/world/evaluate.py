@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,21 +27,39 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval(), AutoTokenizer.from_pretrained(folder, padding_side="left")
 
 
+def greedy_answers(folder: Path, tasks: Sequence[Task], *, batch_size: int = 128) -> list[str]:
+    """One greedy answer per task, in the order given."""
+    return said(folder, tasks, batch_size=batch_size, max_new_tokens=MAX_NEW_TOKENS)
+
+
 @torch.no_grad()
-def greedy_answers(folder: Path, tasks: list[Task], *, batch_size: int = 128) -> list[str]:
-    """One greedy answer per task, in the order given; batches are made by length and padded on the left."""
+def said(
+    folder: Path,
+    tasks: Sequence[Task],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> list[str]:
+    """One answer per task, in the order given: greedy at temperature 0, else sampled by this seed, which leaves torch's
+    own as it was. Batches are made by length and padded on the left.
+    """
     model, tokenizer = load(folder)
     turns = [[{"role": "user", "content": task.prompt}] for task in tasks]
     texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     order = sorted(range(len(tasks)), key=lambda at: len(texts[at]))
+    how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     answers = [""] * len(tasks)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = tokenizer([texts[at] for at in rows], return_tensors="pt", padding=True, add_special_tokens=False)
-        out = model.generate(**batch, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-        new = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for at, text in zip(rows, new, strict=True):
-            answers[at] = text
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = tokenizer([texts[at] for at in rows], return_tensors="pt", padding=True, add_special_tokens=False)
+            out = model.generate(**batch, **how, max_new_tokens=max_new_tokens)
+            new = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            for at, text in zip(rows, new, strict=True):
+                answers[at] = text
     return answers
 
 

@@ -10,9 +10,19 @@ import pytest
 
 from clair.recipe import UserError
 from clair.statistics import Estimate, t_quantile
-from recipes.mini import results, table
-from recipes.mini.cells import Design
-from recipes.mini.claims import CLAIMS, Claim, Compared, compare, gains, interval, verdict_of
+from recipes.mini import plots, results, table
+from recipes.mini.cells import Cell, Design
+from recipes.mini.claims import (
+    CLAIMS,
+    Claim,
+    Compared,
+    at_maximum,
+    better_apo,
+    compare,
+    gains,
+    interval,
+    verdict_of,
+)
 from recipes.mini.grid import KEPT
 
 UP, DOWN = Compared(("a", "dpo"), None), Compared(("a", "sft"), None, above=False)
@@ -50,14 +60,19 @@ def test_every_claim_is_about_cells_of_the_grid():
 
 
 def run(seed, *checkpoints, data="clair", objective="apo_zero", start=0.0, rewards=True):
-    """A run whose checkpoints answer so; the winners' log-likelihood rises by the number of right answers."""
+    """A run whose checkpoints answer so; the winners' log-likelihood rises by the number of right answers. Of its two
+    held-out pairs one is in the right order and one is a tie."""
     pairs = [{"logps/chosen": start + right.count("1"), "logps/rejected": -1.0} for right in checkpoints]
     for told in pairs:
         told |= {name: 0.5 for name in KEPT if name not in told and rewards}
+    begin = {"logps/chosen": start, "logps/rejected": 0.0}
+    looks = {name: [told[name] for told in (begin, *pairs)] for name in begin}
+    moved = {"chosen_logratio": [2.0, -1.0], "rejected_logratio": [-2.0, -1.0], "chosen_logratio_shared": [0.5, -0.5],
+             "rejected_logratio_shared": [-1.0, 0.0], "chosen_kl": [0.5, 1.0], "rejected_kl": [2.0, 3.0]}  # fmt: skip
+    cell = Cell(data, objective, 1e-5, 0.1, seed, len(checkpoints), "grid")
     return {
-        "kind": "run", "world": "w", "key": f"{data} {objective} {seed}", "data": data, "objective": objective,
-        "seed": seed, "purpose": "grid", "learning_rate": 1e-5, "beta": 0.1,
-        "start": {"logps/chosen": start, "logps/rejected": 0.0},
+        "kind": "run", "world": "w", "key": cell.key("w"), **asdict(cell),
+        "start": begin, "looks": {"step": [10 * at for at in range(len(pairs) + 1)], **looks}, "moved": moved,
         "checkpoints": [
             {"epoch": at + 1, "right": right, "wording": "e" * len(right), "words": 3.0, "pairs": told}
             for at, (right, told) in enumerate(zip(checkpoints, pairs, strict=True))
@@ -90,6 +105,40 @@ def test_likelihoods_are_compared_with_the_start_over_seeds_and_one_seed_says_no
     assert (found.mean, found.se) == (2.0, 0.0)
     assert compare(one, {("clair", "apo_zero"): [run(0, "11")]}, [0.0, 0.0], ["a", "b"]) is None
     assert compare(one, {}, [0.0, 0.0], ["a", "b"]) is None
+
+
+def test_the_better_of_two_is_corrected_for_having_been_chosen():
+    cells = {("clair", "apo_zero"): [run(0, "11110000")], ("clair", "apo_down"): [run(0, "11111100")]}
+    clusters = list("abcdefgh")
+    found = better_apo(cells, [0.0] * 8, clusters)
+    assert found is not None
+    assert (found[0], found[1].seen) == ("apo_down", 0.75)
+    assert found[1].lo < found[1].corrected <= 0.75
+    assert better_apo({("clair", "apo_zero"): [run(0, "1")]}, [0.0], ["a"]) is None
+
+
+def test_by_the_maxima_each_side_has_its_own_best_checkpoint_of_the_means_over_seeds():
+    left, right = [run(0, "11", "00"), run(1, "00", "10")], [run(0, "00", "10"), run(1, "00", "10")]
+    assert at_maximum(left, right, [0.0, 1.0]) == 0.0  # half right at the first, and at the last
+    assert at_maximum(left, None, [0.0, 0.0]) == 0.5
+
+
+def test_a_curve_is_a_mean_over_seeds_and_a_reward_begins_at_0():
+    runs = [run(0, "00", "11", start=-9.0), run(1, "11", "11", start=-7.0), {**run(2, "11"), "checkpoints": []}]
+    found = plots.curve(runs, "chosen", reward=False)
+    assert found == plots.Curve([0.0, 1.0, 2.0], [-8.0, -7.0, -6.0], [-9.0, -9.0, -7.0], [-7.0, -5.0, -5.0])
+    found = plots.curve(runs, "chosen", reward=True)
+    assert found is not None
+    assert found.mean == pytest.approx([0.0, 0.1, 0.2])
+    assert plots.curve(runs[2:], "chosen", reward=True) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reward", [True, False])
+def test_a_picture_is_drawn_of_cells_with_and_without_runs(tmp_path, reward):
+    cells = {("clair", "dpo"): [run(0, "00", "11")], ("clair", "kto"): [{**run(0, "11"), "checkpoints": []}]}
+    plots.draw(cells, tmp_path / "p.png", reward=reward)
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- the page
@@ -131,10 +180,18 @@ def test_the_page_is_made_from_the_results_alone(tmp_path):
     assert "| stronger | apo_down | 0 | broke off | broke off | broke off | 1e-05 | 0.1 |" in text
     assert "|  | before | 100.0 | 0.0 | 0% | 50% | 50% | 2.5 |" in text
     assert "| clair | sft | 87.5 | 75.0 | 100% | 0% | 0% | 3.0 |" in text
-    assert "| clair | sft | – | – | +6.50 | -1.00 | – |" in text
+    # One pair of two in the right order, the other a tie; margin 0.1 * (4 + 0) / 2; nats of all, shared, other tokens.
+    assert "| clair | sft | 75% [" in text
+    assert "] | +0.50 | +0.00 | +0.50 | -1.50 | -0.50 | -1.00 | 50% | 0.75 |" in text
+    assert "| +0.20 [" in text
     assert "| clair | 90 | 9 | 900 | 0.50 | 7.0 | 1.25 |" in text
     assert "| CLAIR with APO-zero makes the model better | clair apo_zero − before, points; expected above 0 |" in text
     assert text.count("undecided |") >= 3  # cells that do alike
+    # Winners rise under APO-zero, and under DPO too; all gain alike, so that no comparison of cells is decided.
+    assert "**8 claims: 1 reproduced, 1 not reproduced, 6 undecided.**" in text
+    assert "CLAIR with the better of APO-zero and APO-down (APO-zero) gains" in text
+    assert "3 looks a run" in text
+    assert "Before training 50% of the greedy answers are worded plainly" in " ".join(text.split())
     assert "nan" not in text
 
 
@@ -144,6 +201,8 @@ def test_only_a_whole_full_grid_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(table, "PAGE", tmp_path / "paper.md")
     monkeypatch.setattr(table.results, "COMMITTED", file)
     monkeypatch.setattr("sys.argv", ["table", "--write"])
+    drawn = []
+    monkeypatch.setattr(plots, "draw", lambda cells, path, reward: drawn.append((len(cells), path.name, reward)))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="holds no results"):
         table.main()
@@ -154,6 +213,8 @@ def test_only_a_whole_full_grid_is_written(tmp_path, monkeypatch, capsys):
     results.append(file, runs[0])
     table.main()
     assert "40 runs are in them" in (tmp_path / "paper.md").read_text("utf-8")
+    assert drawn == [(20, name, reward) for name, reward in table.PICTURES.items()]
+    assert all(f"](images/{name})" in (tmp_path / "paper.md").read_text("utf-8") for name in table.PICTURES)
     assert json.loads(file.read_text("utf-8").splitlines()[0])["world"] == "old"
 
 
