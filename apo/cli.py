@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from apo.advise.commands import advise
 from apo.commands import calibrate, certify, distinguish
 from apo.console import quieten, tell
 from apo.evaluate.commands import app as evaluate
@@ -99,6 +100,7 @@ def merge(
     tell(f"wrote {fold(adapter, out, base=base)}")
 
 
+app.command()(advise)
 app.command()(distinguish)
 app.command()(calibrate)
 app.command()(certify)

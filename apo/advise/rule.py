@@ -80,7 +80,7 @@ def advise(e: Evidence) -> Advice:
     beware = []
     if both_own(e):
         sure = SURE[max(0, SURE.index(sure) - 1)]
-        beware.append("the model itself made both sides: pairs choose among what it says already, and age as it learns")
+        beware.append("both sides are such as the model says itself: pairs choose among what it knows, and age")
     if e.displacement.hi < 0 and objective != "apo_down":
         beware.append("winners are expected to become less likely: lower the learning rate, or add sft with weight 0.1")
     if not 0.3 <= e.longer.value <= 0.7 and not e.longer.lo <= 0.5 <= e.longer.hi:

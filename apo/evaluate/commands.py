@@ -94,7 +94,7 @@ def mixeval(
         "responses": str(responses) if responses else None,
         "judge": _judge(judge, judge_base_url, judge_model, judge_key_env, judge_id, judge_price),
         "ledger": str(ledger) if ledger else None,
-        "budget": _budget(budget, budget_tokens),
+        "budget": budget_of(budget, budget_tokens),
         **{
             "version": version,
             "split": split,
@@ -149,7 +149,7 @@ def _model(
         return {"path": model, "batch_tokens": batch_tokens or batch_tokens_here(), **common}
     if name is None:
         raise UserError("an endpoint needs --model-name, the name it serves the model under")
-    return {"url": model, "model": name, "api_key_env": key_env, "id": id_, "price": _price(price), **common}
+    return {"url": model, "model": name, "api_key_env": key_env, "id": id_, "price": price_of(price), **common}
 
 
 def _judge(
@@ -169,10 +169,11 @@ def _judge(
     if not urls or name is None:
         raise UserError("who judges? give --judge-base-url and --judge-model, or --judge rule for the rule parser")
     where = tuple(urls) if len(urls) > 1 else urls[0]
-    return {"url": where, "model": name, "api_key_env": key_env, "id": id_, "price": _price(price)}
+    return {"url": where, "model": name, "api_key_env": key_env, "id": id_, "price": price_of(price)}
 
 
-def _price(text: str | None) -> dict[str, str] | str | None:
+def price_of(text: str | None) -> dict[str, str] | str | None:
+    """A price as it is typed. Raises UserError."""
     if text is None or text == "table":
         return text
     parts = text.split(",")
@@ -181,7 +182,8 @@ def _price(text: str | None) -> dict[str, str] | str | None:
     return {"input": parts[0].strip(), "output": parts[1].strip()}
 
 
-def _budget(money: str | None, tokens: int | None) -> dict[str, Any] | None:
+def budget_of(money: str | None, tokens: int | None) -> dict[str, Any] | None:
+    """A budget as it is typed. Raises UserError where both are given."""
     if money is not None and tokens is not None:
         raise UserError("--budget and --budget-tokens: give one of them")
     return {"money": money} if money is not None else {"tokens": tokens} if tokens is not None else None
@@ -283,7 +285,7 @@ def winrate(
 
     answers = {"temperature": temperature, "max_tokens": max_tokens}
     judge = {"url": tuple(judge_base_url), "model": judge_model, "api_key_env": judge_key_env}
-    judge |= {"price": _price(judge_price), "template": str(judge_template) if judge_template else None}
+    judge |= {"price": price_of(judge_price), "template": str(judge_template) if judge_template else None}
     values = {
         "prompts": {"path": str(prompts)},
         "base": _side("base", base, base_name, base_key_env, answers),
@@ -291,7 +293,7 @@ def winrate(
         "judge": judge,
         **{"samples": samples, "limit": limit, "seed": seed, "concurrency": concurrency, "out": str(out)},
         "ledger": str(ledger) if ledger else None,
-        "budget": _budget(budget, budget_tokens),
+        "budget": budget_of(budget, budget_tokens),
     }
     config = resolve(WinrateConfig, values, "options")
     checked = check(config)

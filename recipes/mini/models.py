@@ -65,9 +65,9 @@ def answered(habits: Habits) -> Iterator[tuple[Task, str]]:
         yield task, dressed(sentence, coin.choices(STYLES, habits.wording)[0], coin)
 
 
-def make(name: str, out: Path, threads: int) -> bool:
-    """Makes one model into `out`/NAME, wholly or not at all. False where it was there."""
-    habits, folder = MODELS[name], out / name
+def make(name: str, out: Path, threads: int, models: Mapping[str, Habits] = MODELS) -> bool:
+    """Makes one of the models into `out`/NAME, wholly or not at all. False where it was there."""
+    habits, folder = models[name], out / name
     made = {
         "habits": asdict(habits),
         "spread": SPREAD,

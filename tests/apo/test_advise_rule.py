@@ -76,7 +76,7 @@ def test_each_case_has_its_advice(given, objective, sure):
         ({"displacement": interval(-0.2)}, "less likely"),
         ({"longer": interval(0.9)}, "90% of the winners are longer"),
         ({"longer": interval(0.1)}, "10% of the winners are longer"),
-        ({"winners_own": 1.0, "losers_own": 1.0}, "both sides"),
+        ({"winners_own": 1.0, "losers_own": 1.0}, "both sides are such as"),
     ],
 )
 def test_what_to_watch_is_told_and_nothing_else(given, words):

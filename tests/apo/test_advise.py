@@ -1,0 +1,314 @@
+"""`apo advise`: each piece of evidence by pencil, bad input, and the whole on the tiny world with a real judge."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from apo.advise.asked import distrust
+from apo.advise.likelihood import Scored, first_step, gaps
+from apo.advise.run import contrast_intervals, rate, run
+from apo.advise.settings import AdviseConfig, authors, check, strangeness
+from apo.cli import app
+from apo.evaluate.verdicts import Answer, Compared
+from clair.dataset import DatasetWriter
+from clair.models.local import weights_identity
+from clair.recipe import UserError, resolve, write_json
+from clair.records import Pair, Prompt
+from recipes.world.judge import Leanings
+from recipes.world.running import ROOT, running
+from recipes.world.server import ServerOptions
+from recipes.world.tasks import distinct_tasks
+from tests.apo.conftest import make_tokenizer
+
+MODEL = ROOT / "recipes/world/model"
+
+
+def turn(text: str, role: str = "user") -> list[dict[str, str]]:
+    return [{"role": role, "content": text}]
+
+
+def compared(first: str, second: str, text: str = "a") -> Compared:
+    return Compared(Prompt(text, tuple(turn(text))), 0, Answer("base"), Answer("tuned"), (first, second))
+
+
+# ---- by pencil
+
+
+def test_gaps_of_log_probs_per_token_and_in_all():
+    winners, losers = [Scored(-2.0, 2), Scored(-6.0, 2)], [Scored(-8.0, 4), Scored(-2.0, 1)]
+    found = gaps(winners, losers, [Scored(-4.0, 2), Scored(-4.0, 2)])
+    values = {name: interval.value for name, interval in found.items()}
+    assert values == pytest.approx({
+        "own": -2.0, "winner_gap": 0.0, "loser_gap": 0.0, "winner_total": 0.0, "loser_total": -1.0,
+        "pair_gap": 0.0, "pair_total": 1.0,  # (-1 + 2, -3 + 2) / 2 a token, (-2 + 8, -6 + 2) / 2 in all
+    })  # fmt: skip
+    half = 12.706 * 1.0  # t of one degree, and the standard error of -1 + 2 and -3 + 2
+    assert (found["pair_gap"].lo, found["pair_gap"].hi) == pytest.approx((-half, half), rel=1e-4)
+
+
+def test_an_own_answer_without_an_end_is_compared_with_nothing():
+    scored = [Scored(-2.0, 2), Scored(-6.0, 2), Scored(-9.0, 2)]
+    found = gaps(scored, scored[::-1], [Scored(-4.0, 2), None, Scored(-4.0, 2)])
+    assert found["own"].value == -2.0
+    assert found["winner_gap"].value == pytest.approx(((-1 + 2) + (-4.5 + 2)) / 2)
+    assert found["pair_gap"].value == 0
+
+
+def test_where_the_first_step_takes_winners_and_losers():
+    winners = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    losers = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    # steps (1, 0), (1, -1), (-1, 1): products 1, -1, -2, of which the mean is -2/3; squares 1, 2, 2
+    found = first_step(winners, losers)
+    assert found["coherence"].value == pytest.approx((-2 / 3) / (5 / 3))
+    # of the winners with the others' steps: 1 - 1, 1 - 1, 0 - 1; of both: twice -2
+    assert found["displacement"].value == pytest.approx((0 + 0 - 1) / (2 * -2))
+    assert found["winner_wrong"].value == pytest.approx(1 / 3)  # the third falls
+    assert found["loser_wrong"].value == pytest.approx(2 / 3)  # 0; -0 + 1 rises; 1 + 1 rises
+
+
+def test_pairs_that_all_pull_alike_are_coherent_and_their_winners_rise():
+    direction = torch.tensor([[3.0, 4.0]]).repeat(40, 1)
+    found = first_step(direction, -direction)
+    values = [(found[name].value, found[name].lo, found[name].hi) for name in ("coherence", "displacement")]
+    assert values == [pytest.approx((1.0,) * 3), pytest.approx((0.5,) * 3)]
+    assert found["winner_wrong"].value == found["loser_wrong"].value == 0
+
+
+def test_labels_drawn_by_lot_have_no_coherence_and_an_interval_that_says_so():
+    torch.manual_seed(0)
+    shared = torch.randn(1, 50)
+    sides = shared + torch.randn(300, 50)
+    drawn = torch.where(torch.rand(300, 1) < 0.5, -1.0, 1.0)
+    by_lot, by_rule = first_step(sides * drawn, -sides * drawn)["coherence"], first_step(sides, -sides)["coherence"]
+    assert by_lot.lo < 0 < by_lot.hi
+    assert 0.3 < by_rule.lo < by_rule.value < by_rule.hi < 0.7
+    assert by_rule.value == pytest.approx(0.5, abs=0.12)
+
+
+def test_contrast_and_the_share_of_longer_winners():
+    def row(chosen: str, rejected: str) -> dict:
+        return {"chosen": turn(chosen, "assistant"), "rejected": turn(rejected, "assistant")}
+
+    found = contrast_intervals([row("a b c d", "a b"), row("a b", "a c"), row("x", "x y")])
+    assert found["jaccard"].value == pytest.approx((2 / 4 + 1 / 3 + 1 / 2) / 3)
+    assert found["levenshtein"].value == pytest.approx((4 + 1 + 2) / 3)
+    assert found["length_ratio"].value == pytest.approx((2 + 1 + 0.5) / 3)
+    assert found["longer"].value == pytest.approx((1 + 0.5 + 0) / 3)
+    assert 0 < found["longer"].lo < 0.5 < found["longer"].hi < 1
+
+
+def test_the_rate_at_which_winners_win_counts_ties_as_half():
+    ways = [("tuned", "tuned"), ("base", "tuned"), ("tie", "tuned"), ("base", "base")]
+    found = rate([compared(*way, text=str(number)) for number, way in enumerate(ways)])
+    assert found is not None
+    assert found.value == pytest.approx((1 + 0.5 + 0.75 + 0) / 4)
+    assert rate([]) is None
+
+
+# ---- judges that are not believed
+
+
+def plants(tuned: int, base: int, split: int) -> list[Compared]:
+    return [
+        *[compared("tuned", "tuned")] * tuned, *[compared("base", "base")] * base, *[compared("base", "tuned")] * split
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shown", "seen", "why"),
+    [
+        (plants(60, 2, 2), {1: 62, 2: 66}, None),
+        (plants(60, 2, 2), {1: 70, 2: 58}, None),  # 55 % for the first: no clear lean
+        (plants(60, 2, 2), {1: 220, 2: 160}, None),  # 58 %: a clear one, small enough for both orders to cancel
+        (plants(30, 2, 32), {1: 96, 2: 32}, "goes by position: what is shown first wins 75%"),
+        (plants(30, 2, 32), {1: 32, 2: 96}, "goes by position: what is shown first wins 25%"),
+        (plants(20, 14, 30), {1: 64, 2: 64}, "at random: in both orders alike in 34 of 64"),
+        (plants(30, 30, 4), {1: 64, 2: 64}, "prefers the answer to another prompt in 30 of 60"),
+        ([compared("tie", "tie")] * 64, {0: 128}, "calls everything a tie"),
+        ([*plants(7, 0, 0), *[compared("tie", "tie")] * 57], {0: 114, 1: 7, 2: 7}, "decides 7 of 64 comparisons"),
+        ([*plants(8, 0, 0), *[compared("tie", "tie")] * 56], {0: 112, 1: 8, 2: 8}, None),
+        ([], {}, "none of its verdicts can be read"),
+    ],
+)
+def test_a_judge_is_believed_only_where_it_stands_the_test(shown, seen, why):
+    told = distrust(shown, [], Counter(seen))
+    assert (told is None) if why is None else (told is not None and why in told)
+
+
+def test_a_judge_that_knows_the_plants_and_no_pair_is_not_believed_in_the_end():
+    told = distrust(plants(60, 2, 2), plants(60, 60, 180), Counter({1: 370, 2: 358}))
+    assert told is not None
+    assert "at random" in told
+
+
+# ---- bad input
+
+
+def write_rows(file: Path, count: int, *, prompt: str = "{}", swap: bool = False) -> Path:
+    """Pairs of the world's tasks, right against wrong."""
+    rows = []
+    for task in distinct_tasks("train", count, seed=3):
+        answers = [turn(task.wrong if swap else task.right, "assistant"), turn(task.right, "assistant")]
+        answers[1] = answers[1] if swap else turn(task.wrong, "assistant")
+        rows.append({"prompt": turn(prompt.format(task.prompt)), "chosen": answers[0], "rejected": answers[1]})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return file
+
+
+def settings(tmp_path: Path, dataset: Path, url: str | None = None, **changes: object) -> AdviseConfig:
+    values: dict[str, object] = {
+        "dataset": str(dataset),
+        "model": {"path": str(MODEL), "temperature": 1.0, "max_tokens": 48, "batch_size": 64},
+        "out": str(tmp_path / "out"),
+    }
+    if url:
+        values["judge"] = {"url": url, "model": "world-judge", "id": "judge"}
+    return resolve(AdviseConfig, values | changes)
+
+
+def test_too_few_prompts_are_told_with_how_many_are_needed(tmp_path):
+    file = write_rows(tmp_path / "few.jsonl", 31)
+    file.write_text(file.read_text("utf-8") * 3, "utf-8")  # the same again is not more
+    with pytest.raises(UserError, match=r"31 different prompts, too few .* 32 are needed .* 3 times of 4, 197 for 3"):
+        check(settings(tmp_path, file))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_sample_holds_each_prompt_once_and_is_sized_by_power(tmp_path):
+    file = write_rows(tmp_path / "many.jsonl", 60)
+    file.write_text(file.read_text("utf-8") * 2, "utf-8")
+    whole, small = (check(settings(tmp_path, file, difference=wanted)) for wanted in (0.1, 0.25))
+    assert (len(whole.rows), whole.prompts, whole.pairs) == (60, 60, 120)
+    assert len(small.rows) == 32
+    prompts = [row["prompt"][0]["content"] for row in small.rows]
+    assert len(set(prompts)) == 32
+    assert prompts == [row["prompt"][0]["content"] for row in whole.rows][:32]
+    assert (whole.winners_own, whole.losers_own, whole.strange) == (None, None, {})
+
+
+@pytest.mark.parametrize(
+    ("messages", "why"),
+    [
+        (turn("what is one plus two"), None),
+        (turn("<|im_start|>user what is one"), "<|im_start|> stands in its text"),
+        (turn("### Instruction: add"), "### Instruction stands in its text"),
+        (turn("Human: hello\n\nAssistant:"), "Human: stands"),
+        (turn("[INST] add [/INST]"), "[INST] stands"),
+        (turn("is a human: yes"), None),
+        (turn("what is <|start|>"), "the model's own <|start|> stands in its text"),
+    ],
+)
+def test_prompts_in_another_template_are_found(messages, why):
+    told = strangeness(messages, make_tokenizer())
+    assert (told is None) if why is None else (told is not None and why in told)
+
+
+def test_a_template_that_leaves_a_turn_out_or_refuses_it_is_found():
+    spoken = [*turn("be short", "system"), *turn("hello")]
+    silent = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    assert strangeness(spoken, make_tokenizer(silent)) == "the model's template leaves its system turn out"
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    told = strangeness(spoken, make_tokenizer(strict))
+    assert told == "the model's template refuses it: no system turns"
+
+
+def test_who_made_both_sides_is_read_from_the_folder(tmp_path):
+    folder = tmp_path / "pairs"
+    writer = DatasetWriter(folder, seed=0, test_fraction=0.0)
+    for number in range(4):
+        models = {"chosen": "model" if number else "stronger", "rejected": "model"}
+        writer.add(Pair(str(number), tuple(turn(f"what is {number}")), "yes", "no", "", models))
+    writer.close(keep=True)
+    told = {"model": {"model": "model", "identity": weights_identity(MODEL)}}
+    write_json(folder / "manifest.json", {"models": {"target": told["model"]}})
+    assert authors(settings(tmp_path, folder)) == (0.75, 1.0)
+    write_json(folder / "manifest.json", {"models": {"target": {"model": "model", "identity": "weights:other"}}})
+    assert authors(settings(tmp_path, folder)) == (None, None)
+
+
+@pytest.mark.parametrize("options", [["--judge-model", "j"], ["--judge-base-url", "http://127.0.0.1:9/v1"]])
+def test_half_a_judge_is_refused(tmp_path, options):
+    done = CliRunner().invoke(app, ["advise", "none.jsonl", "--model", str(MODEL), *options])
+    assert isinstance(done.exception, UserError)
+    assert "a judge needs --judge-base-url and --judge-model" in str(done.exception)
+
+
+# ---- the whole, on the tiny world
+
+
+@pytest.mark.slow
+def test_revised_pairs_ask_for_apo_zero_and_nothing_is_paid_for_twice(tmp_path):
+    dataset = write_rows(tmp_path / "pairs.jsonl", 48)
+    with running() as server:
+        config = settings(tmp_path, dataset, server.url)
+        short = settings(tmp_path, dataset, server.url, budget={"tokens": 30_000})
+        stopped = run(short)
+        assert stopped.result is None
+        assert "budget" in (stopped.stopped or "")
+        paid = server.stats()["paid_total"]
+        assert 0 < paid < 2 * (48 + 48 + 48)
+        found = run(config).result
+        told = server.stats()
+        assert found is not None
+        assert told["paid_more_than_once"] == 0
+        again = run(config).result
+        assert again is not None
+        assert server.stats()["paid_total"] == told["paid_total"]
+        assert [of["calls"] for of in again["usage"].values()] == [0, 0]
+    assert again["evidence"] == found["evidence"] == json.loads((tmp_path / "out/advice.json").read_text())["evidence"]
+    assert found["advice"]["objective"] == "apo_zero"
+    assert found["advice"]["sure"] in ("fair", "high")
+    assert (found["advice"]["beta"], found["advice"]["learning_rate"]) == (0.1, 1.5e-5)
+    # Winners are always right; the model by a fair coin: 3/4 counting ties.
+    assert found["evidence"]["win"]["lo"] > 0.5
+    assert found["evidence"]["win"]["value"] == pytest.approx(0.75, abs=0.15)
+    assert found["evidence"]["right"]["value"] == 1.0
+    assert found["evidence"]["parameters"] == 913_392 or found["evidence"]["parameters"] > 500_000
+    assert found["judge"]["used"] is True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("leanings", "why"), [(Leanings(position_bias=0.7), "goes by position"), (Leanings(judge_error=0.5), "at random")]
+)
+def test_a_judge_that_leans_or_guesses_is_not_used_and_not_asked_further(tmp_path, leanings, why):
+    dataset = write_rows(tmp_path / "pairs.jsonl", 64)
+    with running(ServerOptions(leanings=leanings)) as server:
+        found = run(settings(tmp_path, dataset, server.url)).result
+        assert server.stats()["paid_total"] <= 2 * 64
+    assert found is not None
+    assert why in found["judge"]["distrust"]
+    assert (found["evidence"]["win"], found["evidence"]["right"]) == (None, None)
+    assert any(note.startswith("the judge is not used: it ") for note in found["notes"])
+    assert found["advice"]["sure"] == "low"
+
+
+@pytest.mark.slow
+def test_exchanged_columns_and_another_template_are_not_trained_on_and_the_command_says_so(tmp_path):
+    swapped = write_rows(tmp_path / "swapped.jsonl", 40, swap=True)
+    marked = write_rows(tmp_path / "marked.jsonl", 40, prompt="<|im_start|>user {}<|im_end|>")
+    with running() as server:
+
+        def advise(dataset: Path) -> tuple[str, dict]:
+            out = tmp_path / dataset.stem
+            judge = ["--judge-base-url", server.url, "--judge-model", "world-judge"]
+            words = ["advise", str(dataset), "--model", str(MODEL), "--max-tokens", "48", "--out", str(out), *judge]
+            done = CliRunner().invoke(app, words)
+            assert done.exit_code == 0, done.output
+            return done.output, json.loads((out / "advice.json").read_text("utf-8"))
+
+        said, found = advise(swapped)
+        assert "do not train on this (certainty: high)" in said
+        assert "are the columns exchanged?" in said
+        assert found["advice"]["beta"] is None
+        paid = server.stats()["paid_total"]
+        said, found = advise(marked)
+        assert "100% of the prompts are not in this model's template" in said
+        assert "<|im_start|> stands in its text" in said
+        assert server.stats()["paid_total"] == paid  # no judge is paid for what is refused
