@@ -17,8 +17,9 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any, Literal
 from clair.build import locked
 from clair.recipe import UserError, content_hash, provenance, resolve
 from recipes.mini import results
+from recipes.mini.grid import end_with
 from recipes.mini.models import Habits, make
 from recipes.world.judge import Leanings
 from recipes.world.running import ROOT, running
@@ -254,13 +256,10 @@ def orders(done: Mapping[str, Mapping[str, Any]], run: Path) -> Iterator[Order]:
 
 def train_one(order: Order) -> dict[str, Any]:
     """Train, and ask the held-out tasks: a line. A run that training gives up has no right answer."""
-    import torch
-
     from apo.faults import Stopped
     from apo.train import TrainConfig, train
     from recipes.mini.answers import answers, scored
 
-    torch.set_num_threads(1)
     started, out = time.monotonic(), Path(order.out)
     shutil.rmtree(out, ignore_errors=True)
     trainer = {
@@ -294,38 +293,53 @@ def world() -> str:
 
 def measure(run: Path, file: Path, workers: int, tell: Callable[[str], None]) -> None:
     """Do what is missing, appending each line to `file` as it is done."""
-    with locked(run):
-        lines = [line for line in results.read(file) if line["world"] == world()]
-        advised = {line["name"]: line for line in lines if line["kind"] == "advice"}
+    with locked(run), _pool(workers) as pool:
         for name in TARGETS:
             tell(f"target {name}: {'made' if make(name, run / 'models', 1, TARGETS) else 'there already'}")
-        for number, of in enumerate(COMBINATIONS):
-            name = of.name(number)
-            if name not in advised or not Path(advised[name]["dataset"]).exists():
-                found = prepare(of, number, run)
-                if name not in advised:
-                    advised[name] = {"kind": "advice", "world": world(), "name": name, **found, **provenance()}
-                    results.append(file, advised[name])
-                tell(f"{name}: {found['advice']['objective']} ({found['advice']['sure']}), {found['seconds']:.0f} s")
+        lines = [line for line in results.read(file) if line["world"] == world()]
+        advised = {line["name"]: line for line in lines if line["kind"] == "advice"}
+        again = {name for name, line in advised.items() if not Path(line["dataset"]).exists()}
+        missing = {of.name(n): (of, n, run) for n, of in enumerate(COMBINATIONS)}
+        wanted = {name: job for name, job in missing.items() if name not in advised or name in again}
+        for name, found in _done(pool, prepare, wanted):
+            if name not in again:
+                advised[name] = {"kind": "advice", "world": world(), "name": name, **found, **provenance()}
+                results.append(file, advised[name])
+            tell(f"{name}: {found['advice']['objective']} ({found['advice']['sure']}), {found['seconds']:.0f} s")
         ran = {line["name"] for line in lines if line["kind"] == "run"}
-        missing = [order for order in orders(advised, run) if order.name not in ran]
-        tell(f"{len(ran)} runs are done, {len(missing)} are not")
-        _run_all(missing, file, workers, tell)
+        left = {order.name: (order,) for order in orders(advised, run) if order.name not in ran}
+        tell(f"{len(ran)} runs are done, {len(left)} are not")
+        for name, found in _done(pool, train_one, left):
+            results.append(file, {"kind": "run", "world": world(), "name": name, **found})
+            right = found["right"].count("1") / len(found["right"])
+            tell(f"{name}: {right:.1%} right, {found['seconds']:.0f} s")
 
 
-def _run_all(missing: Sequence[Order], file: Path, workers: int, tell: Callable[[str], None]) -> None:
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Processes of one thread each, which end with this one, whatever ends it."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting = {pool.submit(train_one, order): order for order in missing}
-        try:
-            for number, done in enumerate(as_completed(waiting), 1):
-                line = {"kind": "run", "world": world(), "name": waiting[done].name, **done.result()}
-                results.append(file, line)
-                right = line["right"].count("1") / len(line["right"])
-                tell(f"{number}/{len(missing)} {line['name']}: {right:.1%} right, {line['seconds']:.0f} s")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(os.getpid(),))
+
+
+def _begin(parent: int) -> None:
+    import torch
+
+    os.setpgid(0, 0)  # Ctrl-C is the parent's to answer
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(1)
+
+
+def _done(
+    pool: ProcessPoolExecutor, work: Callable[..., dict[str, Any]], jobs: Mapping[str, tuple[Any, ...]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each job's name and line as it ends. Where one fails, or the caller stops, nothing more is begun."""
+    waiting = {pool.submit(work, *job): name for name, job in jobs.items()}
+    try:
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def main() -> None:

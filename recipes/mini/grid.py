@@ -149,7 +149,7 @@ def _kept(row: Mapping[str, Any]) -> dict[str, float]:
 def work(orders: Connection, place: Place, design: Design, number: int, parent: int) -> None:
     """A worker's life: a cell in, its line or the text of an error out. Ends with its parent, at once."""
     os.setsid()  # Ctrl-C is the parent's to answer; and Linux shares a busy machine out by sessions
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     folder = place.run / "work"
     folder.mkdir(parents=True, exist_ok=True)
     log = os.open(folder / f"worker-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -174,7 +174,8 @@ def work(orders: Connection, place: Place, design: Design, number: int, parent: 
             orders.send((None, traceback.format_exc()))
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
+    """Leave at once when the parent is gone; for a thread of its own."""
     while os.getppid() == parent:
         time.sleep(0.3)
     os._exit(1)
