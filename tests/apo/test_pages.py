@@ -1,4 +1,4 @@
-"""docs/objectives.md and docs/training.md say what the code does."""
+"""The pages of objectives and training say what the code does."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_an_objective_written_as_the_page_says_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pairs = Dataset.from_list(make_pairs(8))
     namespace = {"model": make_model(), "tokenizer": make_tokenizer(), "pairs": pairs}
-    page = [block.code for block in blocks("python") if block.page == "docs/objectives.md"]
+    page = [block.code for block in blocks("python") if block.page == "docs/own_objective.md"]
     assert len(page) == 2
     for code in page:
         exec(code.replace("max_steps=100", "max_steps=2, save_strategy='no', disable_tqdm=True"), namespace)

@@ -54,6 +54,32 @@ def blocks(*languages: str) -> list[Block]:
     return found
 
 
+@dataclass(frozen=True)
+class Command:
+    """A line of a shell block, put together where it goes on after a backslash; `needs`: what a test cannot give it."""
+
+    where: str
+    page: str
+    text: str
+    needs: str
+
+
+def commands() -> list[Command]:
+    """Every command of every shell block, in order.
+
+    What a command needs stands behind it, `# needs: ...`, or above its block, `<!-- needs: ... -->`.
+    """
+    found = []
+    for block in blocks("sh", "bash"):
+        above = block.note.partition("needs:")[2].strip() if block.note.startswith("needs:") else ""
+        for line in block.code.replace("\\\n", " ").splitlines():
+            text, _, remark = line.partition(" #")
+            needs = remark.partition("needs:")[2].strip() or above
+            parts = (part.strip() for part in re.split(r"\s+(?:&&|\|)\s+", text))
+            found += [Command(block.where, block.page, p, needs) for p in parts if p and not p.startswith("#")]
+    return found
+
+
 def tables(kind: str) -> list[tuple[str, str, list[list[str]]]]:
     """(page, what follows `kind:` in the comment above it, rows with the head) of each table marked `<!-- kind -->`."""
     found = []

@@ -19,7 +19,7 @@ import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from tests.house.pages import ROOT, blocks, pages, tables
+from tests.house.pages import ROOT, blocks, commands, pages, tables
 
 # ---- tables
 
@@ -182,6 +182,7 @@ FOREIGN = {
     "curl",
     "export",
     "git",
+    "hf",
     "ls",
     "pip",
     "pre-commit",
@@ -194,18 +195,17 @@ FOREIGN = {
 }
 
 
-def commands() -> list[tuple[str, str]]:
-    """(where, one command) of every shell block; lines that go on after a backslash are put together."""
-    found = []
-    for block in blocks("sh", "bash"):
-        for line in block.code.replace("\\\n", " ").splitlines():
-            for part in re.split(r"\s+(?:&&|\|)\s+", line.partition(" #")[0].strip()):
-                if part and not part.startswith("#"):
-                    found.append((block.where, part))
+def typed() -> list[tuple[str, str]]:
+    """(where, one command) of every shell block, and of every recipe's head, where commands stand four columns in."""
+    found = [(command.where, command.text) for command in commands()]
+    for file in sorted((ROOT / "recipes").rglob("*.yaml")):
+        text = file.read_text("utf-8").replace("\\\n#", "")
+        name = str(file.relative_to(ROOT))
+        found += [(name, line.partition(" #")[0].strip()) for line in re.findall(r"^#     (\S.*)$", text, re.MULTILINE)]
     return found
 
 
-@pytest.mark.parametrize(("where", "command"), commands(), ids=lambda value: value)
+@pytest.mark.parametrize(("where", "command"), typed(), ids=lambda value: value)
 def test_commands_in_the_docs_are_commands(where, command):
     words = shlex.split(command)
     while re.match(r"[A-Z_]+=", words[0]):
