@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from tests.apo.conftest import UNAVOIDABLE
-from tests.house.pages import ROOT, blocks, commands
+from tests.house.pages import ROOT, blocks, commands, pages
 from tests.house.test_contributing import PAGE as FOLLOWED
 from tests.house.test_contributing import ways
 
@@ -112,8 +112,23 @@ def stage(page: str, place: Path, made: Path, url: str) -> None:
     write_rows(place, made)
 
 
+TRAINED = {"max_steps": 2, "per_device_train_batch_size": 4}
+BY_GROUP = {
+    "model": "model",
+    "dataset": "data/by-group.jsonl",
+    "by": "group",
+    "trainer": TRAINED,
+    "out": "runs/by-group",
+}
+
+
 def write_recipes(page: str, place: Path, url: str) -> None:
-    """The page's first data recipe and first training recipe, as they stand but for model and server."""
+    """The page's first data recipe and first training recipe, as they stand but for model and server.
+
+    A page that shows none but says `by: group` of it trains on the pairs of groups that its commands made.
+    """
+    if "[`by:\ngroup`]" in pages()[page]:
+        (place / "recipe.yaml").write_text(yaml.safe_dump(BY_GROUP), "utf-8")
     for block in reversed([block for block in blocks("yaml") if block.page == page]):
         values = yaml.safe_load(block.code)
         if "pipeline" in values:
@@ -123,7 +138,7 @@ def write_recipes(page: str, place: Path, url: str) -> None:
             values["test_fraction"] = 0.2
         elif "model" in values:
             values["model"] = "model"
-            values["trainer"] = {**values.get("trainer", {}), "max_steps": 2, "per_device_train_batch_size": 4}
+            values["trainer"] = values.get("trainer", {}) | TRAINED
         else:
             continue
         named = ["recipe.yaml"] if page != "README.md" else ["data.yaml" if "pipeline" in values else "train.yaml"]
@@ -151,6 +166,8 @@ def write_rows(place: Path, made: Path) -> None:
     jsonl(place / "data" / "pairs.jsonl", rows)
     jsonl(place / "ann.jsonl", [row | {"user": "ann"} for row in rows[::2][:5]])
     jsonl(place / "audit.jsonl", [{"id": pair["id"], "bad": number % 11 == 0} for number, pair in enumerate(scored)])
+    (place / "data" / "padded").mkdir()
+    jsonl(place / "data" / "padded" / "train.jsonl", [row | {"score_padded": row["score_chosen"]} for row in scored])
     for name in ("base", "tuned"):
         jsonl(place / f"{name}.jsonl", [{"prompt": "What is 2 + 2?", "answer": name}])
 
