@@ -12,7 +12,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from clair.budget import prices_of, share_left, table_version
 from clair.config import BuildConfig, lasting, public
@@ -22,7 +22,7 @@ from clair.models.asking import Asker, Tally
 from clair.models.batch_service import Pending
 from clair.recipe import UserError, changed_keys, provenance, read_json, write_atomically, write_json
 from clair.records import Pair, Prompt
-from clair.session import Session, check_models, session, templates
+from clair.session import KILLER, Means, Session, check_models, session, templates
 from clair.shards import Shard, sharded
 from clair.sources import Scan, each_prompt, scan
 from clair.statistics import wilson
@@ -38,6 +38,17 @@ class Built:
     stopped: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Care:
+    """How to build a shard that keeps killing its process: which rows it dies of, and where to note each before it."""
+
+    killers: frozenset[str] = frozenset()
+    """Ids of rows that are left out, and counted as failed."""
+    note: bool = False
+    """Build row by row, and write the id of each into the folder (`DYING`) before it is begun."""
+
+
+DYING = ".row"
 Progress = Callable[[DatasetWriter, Mapping[str, Asker]], None]
 
 
@@ -69,23 +80,30 @@ def build(
     update: bool = False,
     on_progress: Progress | None = None,
     shard: Shard | None = None,
+    means: Means | None = None,
+    care: Care | None = None,
+    patience: float = 0.0,
 ) -> Built:
     """Build the dataset folder `config.out`, going on from whatever its ledger holds; or one shard of it, beside it.
 
-    `found` is what `check` returned, where the caller has looked already.
+    `found` is what `check` returned, where the caller has looked already. `means`: limits and money that all shards
+    share, where the shard has no part of its own. `care`: what its process died of before. `patience`: seconds to wait
+    for a folder that is in use.
     Raises UserError for the user's mistakes (docs/data.md lists them) before any work, and for a refusing endpoint.
     """
     whole = config
     if shard:
-        config = sharded(config, shard)
+        config = sharded(config, shard, shared=means is not None)
     found = found or check(config)
     out = Path(config.out)
-    with locked(out):
+    with locked(out, patience):
         same_recipe(config, out, update=update)
         with Ledger(config.ledger_path) as ledger:
-            built = asyncio.run(_build(config, found, ledger, on_progress or (lambda *_: None), shard))
+            telling = on_progress or (lambda *_: None)
+            built = asyncio.run(_build(config, found, ledger, telling, shard, means, care or Care()))
         if built.stopped:
             return built
+        (out / DYING).unlink(missing_ok=True)
         manifest = {**built.manifest, "recipe": public(whole)}
         if shard:
             manifest["shard"] = {"index": shard.index, "of": shard.of}
@@ -94,16 +112,24 @@ def build(
         return Built(out, manifest, built.failed)
 
 
-async def _build(config: BuildConfig, found: Scan, ledger: Ledger, on_progress: Progress, shard: Shard | None) -> Built:
+async def _build(
+    config: BuildConfig,
+    found: Scan,
+    ledger: Ledger,
+    on_progress: Progress,
+    shard: Shard | None,
+    means: Means | None,
+    care: Care,
+) -> Built:
     started = time.monotonic()
     out = Path(config.out)
-    async with session(config, ledger) as run:
+    async with session(config, ledger, means=means) as run:
         while True:
             options = {"seed": config.seed, "test_fraction": config.test_fraction}
             writer = DatasetWriter(out, **options, order=shard is not None)
             finished = False
             try:
-                finished = await _fill(run, writer, on_progress, shard)
+                finished = await _fill(run, writer, on_progress, shard, care)
             finally:
                 hashes = writer.close(keep=finished)
             if finished or not await run.wait(partial(on_progress, writer, run.askers)):
@@ -116,20 +142,22 @@ async def _build(config: BuildConfig, found: Scan, ledger: Ledger, on_progress: 
     return Built(out, manifest, writer.failed)
 
 
-async def _fill(run: Session, writer: DatasetWriter, on_progress: Progress, shard: Shard | None) -> bool:
+async def _fill(run: Session, writer: DatasetWriter, on_progress: Progress, shard: Shard | None, care: Care) -> bool:
     """Write the outcome of every prompt, in the order of the prompts; whether that came to its end."""
     config, pending = run.config, 0
     places: deque[int] = deque()
 
     def prompts() -> Iterator[tuple[Prompt, str | None]]:
-        for place, prompt in enumerate(each_prompt(config.prompts, config.limit)):
+        for place, (prompt, left_out) in enumerate(each_prompt(config.prompts, config.limit)):
             if config.accept and writer.pairs + pending >= config.accept:  # every one that waits may become a pair
                 return
-            if shard is None or shard.holds(prompt[0].id):
+            if shard is None or shard.holds(prompt.id):
                 places.append(place)
-                yield prompt
+                if care.note:
+                    (writer.folder / DYING).write_text(prompt.id, "utf-8")
+                yield prompt, KILLER if prompt.id in care.killers else left_out
 
-    async with aclosing(run.outcomes(prompts())) as outcomes:
+    async with aclosing(run.outcomes(prompts(), one_by_one=care.note)) as outcomes:
         async for id, outcome in outcomes:
             writer.place = places.popleft()
             if isinstance(outcome, Pending):
@@ -145,20 +173,33 @@ async def _fill(run: Session, writer: DatasetWriter, on_progress: Progress, shar
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the output folder for this process. Raises UserError naming the process that holds it already."""
+def locked(out: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold the output folder for this process. Raises UserError naming the process that holds it already.
+
+    `patience`: the seconds to wait for that one first, where it is known to be ending.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "a+", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _flocked(file, patience):
             file.seek(0)
             owner = file.read().strip() or "unknown"
-            raise UserError(f"{out} is in use by process {owner}; wait for it, or choose another --out") from None
+            raise UserError(f"{out} is in use by process {owner}; wait for it, or choose another --out")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _flocked(file: TextIO, patience: float) -> bool:
+    give_up = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= give_up:
+                return False
+        time.sleep(0.1)
 
 
 def check_folder(out: Path) -> None:

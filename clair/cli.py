@@ -36,6 +36,13 @@ def build(
     shard: Annotated[
         str | None, typer.Option(help="Only one part of the rows, such as 2/4; clair merge joins them.")
     ] = None,
+    runner: Annotated[
+        str | None, typer.Option(help="ray: in shards on a Ray cluster, or on this machine, and merged.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="The cluster's head, such as node-1:6379, or auto; for --runner ray.")
+    ] = None,
+    shards: Annotated[int | None, typer.Option(min=1, help="How many shards; for --runner ray.")] = None,
 ) -> None:
     """Turn prompts into a dataset folder of preference pairs. Run it again to go on where it stopped."""
     from clair.build import build as build_dataset
@@ -43,12 +50,13 @@ def build(
     from clair.config import BuildConfig, public
     from clair.recipe import load_recipe
     from clair.shards import read_shard, sharded, shards_folder
-    from clair.terminal import progress_bar, summary
+    from clair.terminal import progress_bar, shards_bar, summary
     from clair.terminal import show as print_
 
     overrides = [*(set_ or []), *([text_override("out", out)] if out else []), *([f"limit={limit}"] if limit else [])]
     config = load_recipe(BuildConfig, recipe, overrides)
     part = read_shard(shard) if shard else None
+    _check_runner(runner, shard=shard, address=address, shards=shards)
     found = check(sharded(config, part) if part else config)
     if dry_run:
         import yaml
@@ -56,8 +64,14 @@ def build(
         print(yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True), end="")
         print(f"# {found.rows} rows, {found.unique} different prompts, {found.answered} of them with an answer")
         return
-    with progress_bar(found.rows // part.of if part else found.rows) as tell:
-        built = build_dataset(config, found=found, update=update, on_progress=tell, shard=part)
+    if runner:
+        from clair.runners import build_on_ray
+
+        with shards_bar(found.rows) as tell_all:
+            built = build_on_ray(config, found, address=address, shards=shards, update=update, tell=tell_all)
+    else:
+        with progress_bar(found.rows // part.of if part else found.rows) as tell:
+            built = build_dataset(config, found=found, update=update, on_progress=tell, shard=part)
     if built.stopped:
         print(f"{built.stopped}: every reply so far is kept; run the same command again to go on", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED if built.stopped == "interrupted" else EXIT_BUDGET)
@@ -68,6 +82,17 @@ def build(
     if built.failed:
         print(f"{built.failed} rows failed (see dropped.jsonl); run it again to try them again", file=sys.stderr)
         raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def _check_runner(runner: str | None, **others: object) -> None:
+    """Raises UserError for a runner that is none, and for options that nothing would read."""
+    given = [f"--{name}" for name, value in others.items() if value is not None]
+    if runner is None and set(given) - {"--shard"}:
+        raise UserError(f"{(set(given) - {'--shard'}).pop()} is for --runner ray; add it, or leave that out")
+    if runner not in (None, "ray"):
+        raise UserError(f"unknown runner {runner!r}; allowed: ray, or none for this process")
+    if runner and "--shard" in given:
+        raise UserError("--shard is one part and --runner ray builds all; choose one, or give --shards N")
 
 
 @app.command()

@@ -33,8 +33,14 @@ def run(application: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno not in _OF_THE_SYSTEM:
+        if (told := of_the_system(error)) is None:
             raise
-        told = " ".join(str(error).split())
-        print(f"error: {told}; make room or permissions, then run the same command again", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+
+
+def of_the_system(error: OSError) -> str | None:
+    """What a disk or a folder did to the user, and what to do, in one line; None where it is a mistake of ours."""
+    if error.errno not in _OF_THE_SYSTEM:
+        return None
+    return f"{' '.join(str(error).split())}; make room or permissions, then run the same command again"

@@ -76,6 +76,11 @@ class Limiter:
             self._proven = int(self.limit)
         self._closed_until = max(self._closed_until, self._clock() + (PAUSE if retry_after is None else retry_after))
 
+    @property
+    def pause(self) -> float:
+        """Seconds until asking goes on."""
+        return max(0.0, self._closed_until - self._clock())
+
     def _open(self) -> bool:
         return self.in_flight < int(self.limit) and self._clock() >= self._closed_until
 
@@ -110,12 +115,17 @@ class Rate:
 
     async def take(self, amount: float = 1.0) -> None:
         """Wait until `amount` more may go."""
-        if self._seconds_each:
-            now = self._clock()
-            at = max(self._next, now - 1.0)
-            self._next = at + amount * self._seconds_each
-            if at > now:
-                await asyncio.sleep(at - now)
+        if (seconds := self.reserve(amount)) > 0:
+            await asyncio.sleep(seconds)
+
+    def reserve(self, amount: float = 1.0) -> float:
+        """The seconds after which `amount` more may go; it counts as gone."""
+        if not self._seconds_each:
+            return 0.0
+        now = self._clock()
+        at = max(self._next, now - 1.0)
+        self._next = at + amount * self._seconds_each
+        return max(0.0, at - now)
 
     def give_back(self, amount: float) -> None:
         """Less was used than was taken."""

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from clair.budget import Budget, BudgetConfig, BudgetReached, check_budget, prices_of
+from clair.budget import Budget, BudgetConfig, BudgetReached, Price, check_budget, prices_of
 from clair.config import BuildConfig, ModelConfig
 from clair.filters import make_filters
 from clair.ledger import Ledger
@@ -42,6 +42,8 @@ _LEFT_OUT = {
     "near_duplicate": "nearly the same prompt came before",
     "in_benchmark": "the benchmark of prompts.not_in asks this",
 }
+KILLER = "killed_worker"
+"""Why a row is left out whose process died of it before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Session:
     judge: Judge | None
 
     async def outcomes(
-        self, prompts: Iterable[tuple[Prompt, str | None]]
+        self, prompts: Iterable[tuple[Prompt, str | None]], *, one_by_one: bool = False
     ) -> AsyncGenerator[tuple[str, Pair | Dropped | Pending]]:
         """(prompt id, pair or reason) of each prompt, in the order of the prompts; ends early where the run stops.
 
@@ -64,6 +66,7 @@ class Session:
         ahead = _AHEAD_AT_LEAST + _AHEAD_PER_PLACE * self.config.concurrency
         if self.config.accept:  # what is begun beyond the last pair wanted is paid for and not used: begin little
             ahead = 2 * self.config.concurrency
+        ahead = 1 if one_by_one else ahead
         async with aclosing(in_order(self._row, prompts, ahead, self.stop.happened, self._drain)) as results:
             async for id, outcome in results:
                 if isinstance(outcome, Stopped):
@@ -72,6 +75,10 @@ class Session:
 
     async def _row(self, item: tuple[Prompt, str | None]) -> tuple[str, Pair | Dropped | Pending | Stopped]:
         prompt, left_out = item
+        if left_out == KILLER:
+            return prompt.id, Dropped(
+                "prompts", KILLER, "the process that built this row died of it, twice", failed=True
+            )
         if left_out:
             return prompt.id, Dropped("prompts", left_out, _LEFT_OUT[left_out])
         try:
@@ -109,18 +116,46 @@ class Session:
         await asyncio.gather(*(asker.drain() for asker in self.askers.values()))
 
 
+class Means:
+    """What a run asks with, all its own here: models, limits and money. `clair.leases` has those that a job shares."""
+
+    def model(self, role: str, config: ModelConfig) -> Model:
+        """The model of a role, ready to be asked inside the running event loop."""
+        return open_model(role, config)
+
+    def limiter(self, role: str, most: int) -> Limiter:
+        """At most so many requests of a role in flight."""
+        return Limiter(most)
+
+    def rates(self, role: str, requests: float | None, tokens: float | None) -> tuple[Rate, Rate]:
+        """Requests and tokens a minute of a role."""
+        return Rate(requests), Rate(tokens)
+
+    def budget(self, config: BudgetConfig | None, prices: Mapping[str, Price], **spent: Any) -> Budget:
+        """The money of a run; `spent` as Budget takes it."""
+        return Budget(config, prices, **spent)
+
+    @asynccontextmanager
+    async def held(self, stop: Stop) -> AsyncIterator[None]:
+        """They are in use inside of this."""
+        yield
+
+
 @asynccontextmanager
-async def session(config: BuildConfig, ledger: Ledger, *, live: bool = False) -> AsyncIterator[Session]:
+async def session(
+    config: BuildConfig, ledger: Ledger, *, live: bool = False, means: Means | None = None
+) -> AsyncIterator[Session]:
     """Open the recipe's models for one run; Ctrl-C inside it stops the sending and keeps what is in flight.
 
     `live`: nothing goes into batches, whatever the recipe says.
     """
-    stop = Stop()
-    askers = open_askers(config, ledger, stop, live=live)
+    stop, means = Stop(), means or Means()
+    askers = open_askers(config, ledger, stop, live=live, means=means)
     batches = [asker.batch for asker in askers.values() if asker.batch]
     try:
         with ctrl_c(stop):
-            yield _assembled(config, askers, stop)
+            async with means.held(stop):
+                yield _assembled(config, askers, stop)
             for batch in batches:
                 await batch.close()
     finally:
@@ -243,11 +278,14 @@ class Asking(Protocol):
         """The folder on whose account it goes."""
 
 
-def open_askers(config: Asking, ledger: Ledger, stop: Stop, *, live: bool = False) -> dict[str, Asker]:
+def open_askers(
+    config: Asking, ledger: Ledger, stop: Stop, *, live: bool = False, means: Means | None = None
+) -> dict[str, Asker]:
     """An asker for each role, its model open; all are checked before the first request. Close their models at the end.
 
     `live`: nothing goes into batches. Needs a running event loop.
     """
+    means = means or Means()
     askers: dict[str, Asker] = {}
     checked: asyncio.Future[None] | None = None
 
@@ -267,16 +305,16 @@ def open_askers(config: Asking, ledger: Ledger, stop: Stop, *, live: bool = Fals
             raise
 
     payer = str(Path(config.out).resolve())
-    budget = Budget(
+    budget = means.budget(
         config.budget,
         prices_of(config.models),
-        ledger.spent(payer),
+        spent=ledger.spent(payer),
         in_batches=ledger.spent(payer, in_batches=True),
         discounts={role: model.batching.discount for role, model in config.models.items() if model.batching},
     )
     passes = any(model.batching for model in config.models.values()) and not live
     for role, model in config.models.items():
-        opened = open_model(role, model)
+        opened = means.model(role, model)
         failed: dict[str, tuple[str, str]] | None = {} if passes else None
         batch = None
         if model.batching and not live:
@@ -302,8 +340,8 @@ def open_askers(config: Asking, ledger: Ledger, stop: Stop, *, live: bool = Fals
             failed=failed,
             options=model.options(config.seed),
             ledger=ledger,
-            limiter=Limiter(config.concurrency),
-            spending=Spending(payer, budget, Rate(model.requests_per_minute), Rate(model.tokens_per_minute)),
+            limiter=means.limiter(role, config.concurrency),
+            spending=Spending(payer, budget, *means.rates(role, model.requests_per_minute, model.tokens_per_minute)),
             stop=stop,
             ready=ready,
             attempts=config.attempts,

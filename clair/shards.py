@@ -41,23 +41,29 @@ def shards_folder(out: str | Path) -> Path:
     return Path(f"{Path(out)}-shards")
 
 
-def sharded(config: BuildConfig, shard: Shard) -> BuildConfig:
+def sharded(config: BuildConfig, shard: Shard, *, shared: bool = False) -> BuildConfig:
     """The recipe of one shard: a folder of its own, and its part of the budget and of the rates.
 
+    `shared`: no part, since the shards of the job share them; of the budget only where they can (`shares_money`).
     Raises UserError for `accept`, which counts pairs in the order of all prompts: no shard sees that order.
     """
     if config.accept:
         raise UserError(
             f"accept: {config.accept} takes the first pairs in the order of all prompts, which no shard sees; remove "
-            f"it, or build without --shard"
+            f"it, or build without shards"
         )
     changes: dict[str, Any] = {"out": str(shards_folder(config.out) / shard.name)}
-    if config.budget:
+    if config.budget and not (shared and shares_money(config)):
         money, tokens = config.budget.money, config.budget.tokens
         part = {"money": money and money / shard.of, "tokens": tokens and tokens // shard.of}
         changes["budget"] = config.budget.model_copy(update=part)
-    for role, model in config.models.items():
+    for role, model in () if shared else config.models.items():
         rates = {key: getattr(model, key) for key in ("requests_per_minute", "tokens_per_minute")}
         parts = {key: max(1, rate // shard.of) for key, rate in rates.items() if rate}
         changes[role] = model.model_copy(update=parts)
     return config.model_copy(update=changes)
+
+
+def shares_money(config: BuildConfig) -> bool:
+    """Whether shards that run together can share the budget: not with batches, which set money aside for days."""
+    return not any(model.batching for model in config.models.values())

@@ -97,9 +97,7 @@ def show(what: Any) -> None:
 @contextmanager
 def progress_bar(total: int) -> Iterator[Callable[[Any, Mapping[str, Any]], None]]:
     """A bar on stderr; yields the function that a build calls after every row."""
-    numbers = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[told]}"))
-    with Progress(TextColumn("building"), *numbers, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total, told="")
+    with shards_bar(total) as tell_rows:
 
         def tell(writer: Any, askers: Mapping[str, Any]) -> None:
             flying = sum(asker.limiter.in_flight for asker in askers.values())
@@ -107,6 +105,15 @@ def progress_bar(total: int) -> Iterator[Callable[[Any, Mapping[str, Any]], None
             batched = sum(asker.batch.in_batches for asker in askers.values() if asker.batch)
             told += f", {batched} in batches" if batched else ""
             # A build that waits for batches goes through its prompts again, and the bar with it.
-            progress.update(task, completed=writer.pairs + writer.counts["dropped"], told=told)
+            tell_rows(writer.pairs + writer.counts["dropped"], told)
 
         yield tell
+
+
+@contextmanager
+def shards_bar(total: int) -> Iterator[Callable[[int, str], None]]:
+    """The same for a build in shards; the function takes the rows that are done, and words."""
+    numbers = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[told]}"))
+    with Progress(TextColumn("building"), *numbers, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=total, told="")
+        yield lambda rows, told: progress.update(task, completed=rows, told=told)

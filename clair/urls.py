@@ -75,6 +75,11 @@ def header_secrets(headers: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(os.environ.get(name, "").strip() for value in headers.values() for name in _ENVIRONMENT.findall(value))
 
 
+def environment_names(headers: Mapping[str, Any]) -> list[str]:
+    """The environment variables that headers name."""
+    return [name for value in headers.values() if isinstance(value, str) for name in _ENVIRONMENT.findall(value)]
+
+
 def _sendable(text: str) -> bool:
     return text.isascii() and text.isprintable()
 

@@ -146,15 +146,20 @@ class LocalModel:
         self._worker: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, "local-model")
         self._loaded: Any = None
+        self.kept = False
+        """Whether a further run in this process asks it again."""
 
     async def check(self) -> None:
         """Load the weights."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
 
     async def close(self) -> None:
-        """Let the weights go; a batch that is being generated ends first."""
+        """Let the weights go, unless they are `kept`; a batch that is being generated ends first."""
         if self._worker:
             await asyncio.wait([self._worker])
+        self._worker = None
+        if self.kept:
+            return
         self._thread.shutdown()
         self._loaded = None
 

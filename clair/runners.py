@@ -1,0 +1,403 @@
+"""A build on a Ray cluster: workers build the shards, which share limits and money, and the driver merges them.
+
+The driver hands shards to workers and starts what died again; every shard goes on from its own ledger, so that an
+actor, a worker or a node that dies costs at most the requests it had in flight. Ray is imported when a job begins.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from clair.budget import Budget, prices_of
+from clair.build import DYING, Built, Care, locked, same_recipe
+from clair.config import BuildConfig, lasting, public
+from clair.dataset import read_manifest
+from clair.leases import LOST
+from clair.ledger import Ledger
+from clair.merge import merge
+from clair.models.local import weights_identity
+from clair.quotas import GONE, Lease, Quotas, Report, RoleLimits
+from clair.recipe import UserError, changed_keys
+from clair.shards import Shard, read_shard, sharded, shards_folder, shares_money
+from clair.sources import Scan
+from clair.urls import environment_names
+from clair.worker import Done, Order, Worker
+
+_LOOK = 0.3
+"""Seconds between two looks at the workers."""
+_STORE_BYTES = 80 * 2**20  # nothing of a job lies in the object store, and less than this Ray does not take
+_STRIKES = 2
+"""Deaths of a shard without any new reply after which its rows are built one by one, to find the one it dies of."""
+_HOPELESS = 6
+Tell = Callable[[int, str], None]
+
+
+def build_on_ray(
+    config: BuildConfig,
+    found: Scan,
+    *,
+    address: str | None = None,
+    shards: int | None = None,
+    update: bool = False,
+    tell: Tell | None = None,
+) -> Built:
+    """Build all shards on a cluster and merge them into `config.out`, going on from what is there.
+
+    `found` is what `check` returned. `address`: of the cluster's head, `auto` for the one of this machine; else that of
+    RAY_ADDRESS, else a Ray of its own on this machine. `shards`: how many; by default as many as there are, or as
+    workers have room. `tell(rows, words)` is called a few times a second.
+    Raises UserError before any work where Ray, the cluster or the shards that lie there do not fit.
+    """
+    sharded(config, Shard(1, 1), shared=True)
+    folder = shards_folder(config.out)
+    with locked(folder):
+        of = _number(folder, shards)
+        with locked(Path(config.out)):
+            _check_fresh(config, folder)
+            same_recipe(config, Path(config.out), update=update)
+        with _connected(address) as ray:
+            job = _Job(ray, config, found, of or shards or _room(ray, config), update, tell or (lambda *_: None))
+            stopped = job.run()
+        if stopped:
+            return Built(Path(config.out), {}, 0, stopped)
+    manifest = merge(folder, config.out)
+    return Built(Path(config.out), manifest, manifest["failed"])
+
+
+# ---- before any work
+
+
+def _number(folder: Path, wanted: int | None) -> int | None:
+    """How many shards lie there, if any. Raises UserError where another number is wanted, or several numbers lie."""
+    lying = {read_shard(entry.name).of for entry in folder.iterdir() if entry.is_dir() and "-of-" in entry.name}
+    if len(lying) > 1:
+        numbers = ", ".join(map(str, sorted(lying)))
+        raise UserError(f"{folder} holds shards of several numbers ({numbers}); move those away that do not belong")
+    of = next(iter(lying), None)
+    if of and wanted and of != wanted:
+        raise UserError(f"{folder} holds shards of {of}; go on with --shards {of}, or move them away")
+    return of
+
+
+def _check_fresh(config: BuildConfig, folder: Path) -> None:
+    """Replies of a run without shards would be paid for again. Raises UserError."""
+    begun = any(entry.is_dir() for entry in folder.iterdir())
+    if config.ledger is None and config.ledger_path.is_file() and not begun:
+        raise UserError(
+            f"{config.out} holds the replies of a run without shards; go on without --runner, or choose another --out"
+        )
+
+
+@contextmanager
+def _connected(address: str | None) -> Iterator[Any]:
+    """Ray, connected for the length of a `with` block. Raises UserError, naming both versions where they differ."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--runner ray needs Ray, which is not installed: pip install 'clair-apo[ray]'") from error
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if "://" in address:
+        raise UserError(f"--address {address}: Ray's client is not supported; start on a node of it, --address auto")
+    own = {"include_dashboard": False, "object_store_memory": _STORE_BYTES} if address == "local" else {}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise UserError(f"--address {address}: {_line(str(error))}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _line(told: str) -> str:
+    return " ".join(told.split())[:400]
+
+
+def _local(config: BuildConfig) -> bool:
+    return any(model.path is not None for model in config.models.values())
+
+
+def _room(ray: Any, config: BuildConfig) -> int:
+    """How many workers the cluster takes now: one a device where a model is local, else one a CPU."""
+    has = ray.cluster_resources()
+    return max(1, int(has.get("GPU", 0) if _local(config) and has.get("GPU") else has.get("CPU", 1)))
+
+
+def _secrets(config: BuildConfig) -> dict[str, str]:
+    """The environment variables that the recipe names, as far as they are set."""
+    names = [model.api_key_env for model in config.models.values() if model.api_key_env]
+    for model in config.models.values():
+        names += environment_names(model.extra.get("headers", {}))
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+# ---- the job
+
+
+class _Job:
+    """Shards waiting, shards being built, and what became of them."""
+
+    def __init__(self, ray: Any, config: BuildConfig, found: Scan, of: int, update: bool, tell: Tell) -> None:
+        self.ray, self.config, self.found, self.update, self.tell = ray, config, found, update, tell
+        self.shards = {shard.name: shard for shard in (Shard(index, of) for index in range(1, of + 1))}
+        self.configs = {name: sharded(config, shard, shared=True) for name, shard in self.shards.items()}
+        self.care: dict[str, Care] = dict.fromkeys(self.shards, Care())
+        self.strikes: Counter[str] = Counter()
+        self.replies: dict[str, int] = {}
+        self.suspects: dict[str, str] = {}
+        self.running: dict[Any, _Running] = {}
+        self.idle: list[Any] = []
+        self.lost = False
+        self.stopped: str | None = None
+        self.error: Exception | None = None
+        self.rows: dict[str, int] = {}
+        self.todo = deque(self._unfinished())
+
+    def run(self) -> str | None:
+        """Why it stopped early, if it did. Raises UserError as a shard did."""
+        with _ctrl_c(self._interrupted):
+            while self.todo and not self.stopped and not self.error:
+                self._round()
+        if self.error:
+            raise self.error
+        return self.stopped
+
+    def _unfinished(self) -> Iterator[str]:
+        local = {role: model for role, model in self.config.models.items() if model.path is not None}
+        identities = {role: weights_identity(model.path) for role, model in local.items() if model.path}
+        for name in self.shards:
+            if rows := self._finished(name, identities):
+                self.rows[name] = rows
+            else:
+                yield name
+
+    def _finished(self, name: str, identities: Mapping[str, str]) -> int | None:
+        """The rows of a shard that is built as it would be now; None where there is something to do."""
+        folder = Path(self.configs[name].out)
+        if folder.is_dir():
+            same_recipe(self.configs[name], folder, update=self.update)
+        if not (folder / "manifest.json").is_file():
+            return None
+        manifest = read_manifest(folder)
+        same = not changed_keys(lasting(manifest["recipe"]), lasting(public(self.config)))
+        same &= manifest["prompts_sha256"] == self.found.sha256 and not manifest["failed"]
+        same &= all(manifest["models"].get(role, {}).get("identity") == known for role, known in identities.items())
+        return int(manifest["counts"]["prompts"]) if same else None
+
+    # ---- one keeper of limits after another, should one die
+
+    def _round(self) -> None:
+        ray = self.ray
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            node_id=ray.get_runtime_context().get_node_id(), soft=False
+        )
+        self.quotas = ray.remote(num_cpus=0, scheduling_strategy=here)(_Keeper).remote(*self._limits())
+        for name in self.shards:
+            self.quotas.begin.remote(name, None, self._spent(name))
+        self.lost = False
+        while self.running or (self.todo and not self._ending()):
+            while self.todo and not self._ending() and len(self.running) < self._most():
+                self._start(self.todo.popleft())
+            for ref in ray.wait(list(self.running), timeout=_LOOK)[0]:
+                self._ended(ref, self.running.pop(ref))
+            if self._ending():
+                self._take_back(len(self.running))
+            elif not self.todo:
+                self._take_back(len(self.idle))
+            self._show()
+        ray.kill(self.quotas)
+        for worker in self.idle:
+            ray.kill(worker)
+        self.idle = []
+
+    def _limits(self) -> tuple[dict[str, RoleLimits], Budget | None]:
+        config = self.config
+        roles = {
+            role: RoleLimits(config.concurrency, model.requests_per_minute, model.tokens_per_minute)
+            for role, model in config.models.items()
+        }
+        shared = config.budget if shares_money(config) else None
+        return roles, Budget(shared, prices_of(config.models), {}) if shared else None
+
+    def _spent(self, name: str) -> Any:
+        """What a shard has spent by its ledger, calls without a known end included."""
+        config = self.configs[name]
+        budget = Budget(config.budget, prices_of(config.models), {})
+        if config.budget and config.ledger_path.is_file():
+            with Ledger(config.ledger_path) as ledger:
+                spent = ledger.spent(str(Path(config.out).resolve()))
+            budget = Budget(config.budget, prices_of(config.models), spent)
+        return budget.spent
+
+    def _ending(self) -> bool:
+        return bool(self.error or self.stopped or self.lost)
+
+    def _most(self) -> int:
+        return min(len(self.shards), _room(self.ray, self.config))
+
+    def _start(self, name: str) -> None:
+        worker = self.idle.pop() if self.idle else self._hire()
+        attempt = uuid.uuid4().hex[:12]
+        self.quotas.begin.remote(name, attempt, self._spent(name))
+        order = Order(
+            config=self.config,
+            shard=self.shards[name],
+            attempt=attempt,
+            update=self.update,
+            care=self.care[name],
+            folder=os.getcwd(),
+            version=version("clair-apo"),
+            environment=_secrets(self.config),
+        )
+        here = worker.here.remote()
+        self.running[worker.build.remote(order, self.quotas)] = _Running(worker, name, here)
+
+    def _hire(self) -> Any:
+        devices = {"num_gpus": 1} if _local(self.config) and self.ray.cluster_resources().get("GPU") else {}
+        return self.ray.remote(num_cpus=1, max_restarts=0, **devices)(Worker).remote()
+
+    def _take_back(self, most: int) -> None:
+        """Take shards back from workers that no node has room for yet, which would be waited for without end.
+
+        A worker without a shard keeps its place, and is the one that such a worker would wait for.
+        """
+        waiting = [ref for ref, one in self.running.items() if not self.ray.wait([one.here], timeout=0)[0]]
+        for ref in waiting[:most]:
+            running = self.running.pop(ref)
+            self.ray.kill(running.worker)
+            self.todo.append(running.name)
+
+    def _ended(self, ref: Any, running: _Running) -> None:
+        ray, worker, name = self.ray, running.worker, running.name
+        try:
+            done: Done = ray.get(ref)
+        except ray.exceptions.RayTaskError as error:  # a mistake of ours, in the worker: no other shard may go on
+            self._failed(error.as_instanceof_cause())
+            return
+        except ray.exceptions.RayError as error:
+            ray.kill(worker)
+            self._died(name, str(error))
+            return
+        self.idle.append(worker)
+        if done.error:
+            error = UserError(done.error)
+            error.exit_code = done.code
+            self._failed(error)
+        elif done.stopped in (LOST, GONE):
+            self.todo.append(name)
+        elif done.stopped:
+            self.stopped = self.stopped or done.stopped
+
+    def _failed(self, error: Exception) -> None:
+        self.error = self.error or error
+        self.quotas.stop.remote("another shard failed")
+
+    def _died(self, name: str, told: str) -> None:
+        """Build the shard again; where it keeps dying without coming any further, find the row it dies of."""
+        self.todo.append(name)
+        self.quotas.begin.remote(name, None, self._spent(name))
+        config, care = self.configs[name], self.care[name]
+        with Ledger(config.ledger_path) as ledger:
+            replies = ledger.counts().get("done", 0)
+        self.strikes[name] = self.strikes[name] + 1 if self.replies.get(name) == replies else 1
+        self.replies[name] = replies
+        noted = Path(config.out) / DYING
+        row = noted.read_text("utf-8") if care.note and noted.is_file() else None
+        if row and row == self.suspects.get(name):
+            self.care[name] = Care(care.killers | {row})
+            self.strikes[name] = 0
+        elif self.strikes[name] >= _HOPELESS:
+            self._failed(UserError(f"shard {name} died {_HOPELESS} times before it came to any row: {_line(told)}"))
+        elif self.strikes[name] >= _STRIKES:
+            self.care[name] = Care(care.killers, note=True)
+        self.suspects[name] = row or ""
+
+    def _interrupted(self) -> None:
+        self.stopped = self.stopped or "interrupted"
+        self.quotas.stop.remote("interrupted")
+
+    def _show(self) -> None:
+        try:
+            told = self.ray.get(self.quotas.progress.remote(), timeout=5)
+        except self.ray.exceptions.RayActorError:  # its process died: the shards end, and go on under a new one
+            self.lost = True
+            return
+        except self.ray.exceptions.GetTimeoutError:
+            return
+        for name, numbers in told.items():
+            if "pairs" in numbers:
+                self.rows[name] = int(numbers["pairs"] + numbers["dropped"])
+        flying = int(sum(numbers["in_flight"] for numbers in told.values()))
+        waiting = f", {len(self.todo)} waiting" if self.todo else ""
+        words = f"{len(self.running)} shards of {len(self.shards)} at work{waiting}, {flying} in flight"
+        self.tell(sum(self.rows.values()), words)
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A shard at work; `here` is there as soon as its worker has found a place on the cluster."""
+
+    worker: Any
+    name: str
+    here: Any
+
+
+class _Keeper(Quotas):
+    """The quotas of a job, in an actor; what shards report also goes to Ray's metrics."""
+
+    def __init__(self, *limits: Any) -> None:
+        super().__init__(*limits)
+        from ray.util.metrics import Counter as Metric
+
+        self._metrics = {name: Metric(f"clair_{name}", told) for name, told in _METRICS.items()}
+        self._told: dict[tuple[str, str], float] = {}
+
+    def report(self, report: Report) -> Lease:
+        """Take a shard's report, and lease it what is its part."""
+        for name, value in report.done.items():
+            before = self._told.get((report.shard, name), 0.0)
+            if value > before:  # a shard that is built again counts from nothing
+                self._metrics[name].inc(value - before)
+                self._told[report.shard, name] = value
+        return super().report(report)
+
+
+_METRICS = {
+    "pairs": "Pairs built",
+    "dropped": "Prompts that gave no pair",
+    "calls": "Calls of models, without those that the ledger answered",
+    "tokens": "Tokens in and out, of all replies that the rows needed",
+    "spent": "What counts against the budget: money by the recipe's prices, or tokens",
+}
+
+
+@contextmanager
+def _ctrl_c(interrupted: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C once: the shards send nothing more and keep what is in flight. Twice: leave at once."""
+
+    def interrupt(number: int, _: Any) -> None:
+        signal.signal(number, before[number])
+        interrupted()
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            before[number] = signal.signal(number, interrupt)
+        except ValueError:  # not in the main thread: signals are the caller's
+            break
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

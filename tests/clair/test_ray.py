@@ -1,0 +1,243 @@
+"""Builds on a real Ray cluster of this machine, whose parts are killed: the same bytes, little paid twice."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.clair.building import (
+    ROOT,
+    clair,
+    error_line,
+    final_bytes,
+    finished,
+    manifest,
+    outcomes,
+    scripted_rows,
+    start_clair,
+    write_prompts,
+    write_recipe,
+)
+
+CONCURRENCY = 8
+STORE = 80 * 2**20
+
+
+@dataclass
+class Nodes:
+    """A cluster: a head without workers, and nodes of one worker each."""
+
+    cluster: object
+
+    @property
+    def address(self) -> str:
+        return self.cluster.address
+
+    def add(self) -> object:
+        return self.cluster.add_node(num_cpus=1, object_store_memory=STORE)
+
+    def kill(self, node: object) -> None:
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that build shards now."""
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "Worker.build" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
+    before = set(psutil.Process().children(recursive=True))
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    started = set(psutil.Process().children(recursive=True)) - before
+    yield Nodes(cluster)
+    cluster.shutdown()
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, scripted_server):
+    """The folder of a recipe with its prompts, and in `one` the build of a single process: 150 rows, of all fates."""
+    folder, draw = tmp_path_factory.mktemp("plain"), random.Random(0)
+    scripts = [draw.choice(["wait:0.3", "ok", "wait:0.2", "429:0.1 ok", "500 ok", "400"]) for _ in range(150)]
+    write_prompts(folder / "prompts.jsonl", scripted_rows(scripts))
+    url = scripted_server.url
+    reviser = {"url": url, "model": "m", "max_tokens": 50, "price": {"input": 1, "output": 1}}
+    path = write_recipe(folder, url, reviser=reviser, concurrency=CONCURRENCY, budget={"money": 1})
+    assert clair("build", path, "--out", folder / "one").code == 3
+    return folder
+
+
+@pytest.fixture
+def recipe(plain, server):
+    """That recipe; nothing is built of it yet but `one`, and the server knows of nothing."""
+    for name in ("all", "all-shards"):
+        shutil.rmtree(plain / name, ignore_errors=True)
+    return plain / "recipe.yaml"
+
+
+def start(recipe, nodes, *more, out="all"):
+    arguments = ["--out", recipe.parent / out, "--runner", "ray", "--address", nodes.address, *more]
+    return start_clair("build", recipe, *arguments)
+
+
+def wait_until(what, seconds=90):
+    give_up = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < give_up, "it never came"
+        time.sleep(0.05)
+
+
+def paid_twice(server) -> int:
+    """Requests that were answered well more often than once."""
+    answered = (r for r in server.seen() if r["step"].startswith(("ok", "wait")))
+    asked = Counter(str(r["body"]["messages"]) for r in answered)
+    return sum(count - 1 for count in asked.values())
+
+
+def assert_same(recipe, ended, server, deaths):
+    folder = recipe.parent
+    assert ended.code == 3, ended
+    assert final_bytes(folder / "all") == final_bytes(folder / "one")
+    first, second = manifest(folder / "one"), manifest(folder / "all")
+    for key in ("counts", "drop_reasons", "contrast", "models", "prompts_sha256", "files", "cost"):
+        assert first[key] == second[key], key
+    assert paid_twice(server) <= deaths * CONCURRENCY
+
+
+@pytest.mark.slow
+def test_a_node_and_then_a_worker_die_and_the_dataset_is_that_of_one_machine(recipe, nodes, server):
+    first, second = nodes.add(), nodes.add()
+    build = start(recipe, nodes, "--shards", "3")
+    wait_until(lambda: len(server.seen()) > 20)
+    nodes.kill(first)
+    before = len(server.seen())
+    wait_until(lambda: len(server.seen()) > before + 20)
+    victim = nodes.workers()[0]
+    os.kill(victim.pid, signal.SIGKILL)
+    ended = finished(build)
+    assert_same(recipe, ended, server, deaths=2)
+    nodes.kill(second)
+
+
+@pytest.mark.slow
+def test_a_driver_is_killed_and_run_again_and_a_second_one_beside_it_is_refused(recipe, nodes, server):
+    node = nodes.add()
+    build = start(recipe, nodes, "--shards", "2")
+    wait_until(lambda: len(server.seen()) > 30)
+    refused = finished(start(recipe, nodes))
+    assert f"all-shards is in use by process {build.pid}" in error_line(refused)
+    build.kill()
+    finished(build)
+    again = start(recipe, nodes)
+    assert_same(recipe, finished(again), server, deaths=1)
+    assert sorted(path.name for path in (recipe.parent / "all-shards").iterdir() if path.is_dir()) == [
+        "1-of-2",
+        "2-of-2",
+    ]
+    nodes.kill(node)
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_is_in_flight_and_the_same_command_goes_on(recipe, nodes, server):
+    node = nodes.add()
+    build = start(recipe, nodes, "--shards", "2")
+    wait_until(lambda: len(server.seen()) > 30)
+    build.send_signal(signal.SIGINT)
+    ended = finished(build)
+    assert ended.code == 130, ended
+    assert "interrupted: every reply so far is kept" in ended.err
+    assert not (recipe.parent / "all" / "manifest.json").exists()
+    assert_same(recipe, finished(start(recipe, nodes)), server, deaths=0)
+    nodes.kill(node)
+
+
+KILLER = """
+import os, jinja2
+render = jinja2.Template.render
+def deadly(self, *words, **more):
+    text = render(self, *words, **more)
+    if "Task 7 " in text:
+        os.kill(os.getpid(), 9)
+    return text
+jinja2.Template.render = deadly
+"""
+
+
+@pytest.mark.slow
+def test_on_a_ray_of_its_own_one_row_that_kills_its_process_is_dropped_and_the_rest_is_built(tmp_path, server):
+    (tmp_path / "sitecustomize.py").write_text(KILLER)
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 20))
+    path = write_recipe(tmp_path, server.url)
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "RAY_ADDRESS": ""}
+    ended = finished(start_clair("build", path, "--runner", "ray", "--shards", "1", environment=environment))
+    assert ended.code == 3, ended
+    built = outcomes(tmp_path / "out")
+    assert built.pop("row-7") == "!prompts.killed_worker"
+    assert built == {f"row-{n}": f"good answer {n}" for n in range(20) if n != 7}
+    assert paid_twice(server) == 0
+
+
+@pytest.mark.slow
+def test_a_cluster_of_another_version_is_told_with_both(recipe, nodes):
+    from ray._private import ray_constants
+    from ray._raylet import GcsClient
+
+    client = GcsClient(address=nodes.address)
+    key = (b"CLUSTER_METADATA", ray_constants.KV_NAMESPACE_CLUSTER)
+    was = client.internal_kv_get(*key)
+    assert was
+    client.internal_kv_put(key[0], was.replace(b"2.", b"1.", 1), True, key[1])
+    try:
+        told = error_line(finished(start(recipe, nodes)))
+    finally:
+        client.internal_kv_put(key[0], was, True, key[1])
+    import ray
+
+    assert f"Ray: {ray.__version__}" in told
+    assert f"Ray: {ray.__version__.replace('2.', '1.', 1)}" in told
+
+
+def test_what_cannot_run_on_a_cluster_is_told_before_any_work(tmp_path, monkeypatch):
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
+    path = write_recipe(tmp_path, "http://127.0.0.1:9/v1")
+
+    def told(*more):
+        return error_line(clair("build", path, *more))
+
+    assert "unknown runner 'dask'; allowed: ray" in told("--runner", "dask")
+    assert "--shards is for --runner ray" in told("--shards", "2")
+    assert "--shard is one part and --runner ray builds all" in told("--runner", "ray", "--shard", "1/2")
+    assert "Ray's client is not supported" in told("--runner", "ray", "--address", "ray://head:10001")
+    assert "accept: 3 takes the first pairs" in told("--runner", "ray", "--set", "accept=3")
+    (tmp_path / "out-shards" / "1-of-3").mkdir(parents=True)
+    assert "holds shards of 3; go on with --shards 3" in told("--runner", "ray", "--shards", "2")
+    (tmp_path / "out-shards" / "1-of-2").mkdir()
+    assert "holds shards of several numbers (2, 3)" in told("--runner", "ray")
+    for name in ("1-of-3", "1-of-2"):
+        (tmp_path / "out-shards" / name).rmdir()
+    (tmp_path / "out" / "ledger.sqlite").touch()
+    assert "holds the replies of a run without shards" in told("--runner", "ray")
+    (tmp_path / "out" / "ledger.sqlite").unlink()
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    assert "pip install 'clair-apo[ray]'" in told("--runner", "ray")
+    assert not Path(tmp_path / "out" / "manifest.json").exists()
