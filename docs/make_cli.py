@@ -20,7 +20,8 @@ INTRODUCTION = """\
 What `--help` prints, for every command. This page is written by `make cli-docs` and checked by `make lint`.
 
 Exit codes: 0 done; 2 a mistake of the user's, told in one line before any work; 3 some rows failed and the rest is
-complete; 4 stopped by the budget; 130 interrupted. After 3, 4 and 130 the same command goes on from there.
+complete; 4 stopped by the budget; 5 training stopped by what it found; 130 interrupted. After 3, 4 and 130 the same
+command goes on from there.
 """
 
 
