@@ -13,14 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clair.recipe import publish
+from clair.storage import default_folder as default_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-
-def default_folder() -> Path:
-    """`$CLAIR_CACHE`, else `~/.cache/clair-apo`."""
-    return Path(os.environ.get("CLAIR_CACHE") or Path.home() / ".cache" / "clair-apo")
 
 
 def file_of(folder: Path, key: str) -> Path:

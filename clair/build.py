@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from clair.budget import prices_of, share_left, table_version
 from clair.config import BuildConfig, lasting, public
@@ -20,17 +18,22 @@ from clair.dataset import DatasetWriter, card, read_manifest
 from clair.ledger import Ledger, Tokens
 from clair.models.asking import Asker, Tally
 from clair.models.batch_service import Pending
+from clair.output import check_output, locked
 from clair.recipe import UserError, changed_keys, provenance, read_json, write_atomically, write_json
 from clair.records import Pair, Prompt
 from clair.session import KILLER, Means, Session, check_models, session, templates
 from clair.shards import Shard, sharded
 from clair.sources import Scan, each_prompt, scan
 from clair.statistics import wilson
+from clair.storage import account_of, folder_of, public_path
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What a build did. `stopped` tells why it ended early; the folder then still holds what it held before."""
+    """What a build did. `stopped` tells why it ended early; the folder then still holds what it held before.
+
+    `out` is on this machine: of a URL, where the copy of it lies.
+    """
 
     out: Path
     manifest: Mapping[str, Any]
@@ -54,7 +57,7 @@ Progress = Callable[[DatasetWriter, Mapping[str, Asker]], None]
 
 def check(config: BuildConfig) -> Scan:
     """Everything that can be wrong before a request is sent. Raises UserError; spends nothing, writes nothing."""
-    check_folder(Path(config.out))
+    check_output(config.out)
     templates(config)
     check_models(config.models, config.budget, config.seed)
     found = scan(config.prompts, config.limit)
@@ -95,10 +98,11 @@ def build(
     if shard:
         config = sharded(config, shard, shared=means is not None)
     found = found or check(config)
-    out = Path(config.out)
-    with locked(out, patience):
+    with locked(config.out, patience) as output:
+        out = output.folder
         same_recipe(config, out, update=update)
-        with Ledger(config.ledger_path) as ledger:
+        output.upload("recipe.json")
+        with output.ledger(config.ledger_path) as ledger:
             telling = on_progress or (lambda *_: None)
             built = asyncio.run(_build(config, found, ledger, telling, shard, means, care or Care()))
         if built.stopped:
@@ -109,6 +113,7 @@ def build(
             manifest["shard"] = {"index": shard.index, "of": shard.of}
         write_json(out / "manifest.json", manifest)
         write_atomically(out / "README.md", card(manifest))
+        output.publish()
         return Built(out, manifest, built.failed)
 
 
@@ -122,7 +127,7 @@ async def _build(
     care: Care,
 ) -> Built:
     started = time.monotonic()
-    out = Path(config.out)
+    out = folder_of(config.out)
     async with session(config, ledger, means=means) as run:
         while True:
             options = {"seed": config.seed, "test_fraction": config.test_fraction}
@@ -172,46 +177,6 @@ async def _fill(run: Session, writer: DatasetWriter, on_progress: Progress, shar
     return not pending and run.stop.reason is None
 
 
-@contextmanager
-def locked(out: Path, patience: float = 0.0) -> Iterator[None]:
-    """Hold the output folder for this process. Raises UserError naming the process that holds it already.
-
-    `patience`: the seconds to wait for that one first, where it is known to be ending.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "a+", encoding="ascii") as file:
-        if not _flocked(file, patience):
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise UserError(f"{out} is in use by process {owner}; wait for it, or choose another --out")
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-def _flocked(file: TextIO, patience: float) -> bool:
-    give_up = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= give_up:
-                return False
-        time.sleep(0.1)
-
-
-def check_folder(out: Path) -> None:
-    """Raises UserError where `out` is no dataset folder and not empty."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out {out} is a file, not a folder; choose another --out")
-    if out.is_dir() and not any((out / name).is_file() for name in ("recipe.json", "manifest.json")):
-        strange = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith((".lock", "ledger.sqlite")))
-        if strange:
-            raise UserError(f"{out} is no dataset folder and not empty (it holds {strange[0]}); choose another --out")
-
-
 def _begun(config: BuildConfig, out: Path) -> bool:
     """Whether a run of this folder came to anything; one that ended at a wrong key or URL leaves its recipe free."""
     if (out / "manifest.json").is_file():
@@ -219,23 +184,24 @@ def _begun(config: BuildConfig, out: Path) -> bool:
     if not config.ledger_path.is_file():
         return False
     with Ledger(config.ledger_path) as ledger:
-        return any(sum(tokens) for tokens in ledger.spent(str(out.resolve())).values())
+        return any(sum(tokens) for tokens in ledger.spent(account_of(config.out)).values())
 
 
 def same_recipe(config: BuildConfig, out: Path, *, update: bool) -> None:
     """The folder remembers its recipe from before the first call. Raises UserError where this is another one."""
-    file = out / "recipe.json"
+    file, told = out / "recipe.json", public_path(config.out)
     recipe = public(config)
     if file.is_file() and not update and _begun(config, out):
         changed = changed_keys(lasting(read_json(file)), lasting(recipe))
         if changed:
             raise UserError(
-                f"{out} holds the run of another recipe (it differs in {', '.join(changed)}); choose another --out, or "
-                f"add --update to rebuild it with this one: replies that still fit are reused, only the rest is asked"
+                f"{told} holds the run of another recipe (it differs in {', '.join(changed)}); choose another --out, "
+                f"or add --update to rebuild it with this one: replies that still fit are reused, only the rest is "
+                f"asked"
             )
         if (out / "manifest.json").is_file() and read_manifest(out).get("review"):
             raise UserError(
-                f"{out} was reviewed (`clair keep`), and building it again would bring the dropped pairs back; choose "
+                f"{told} was reviewed (`clair keep`), and building it again would bring the dropped pairs back; choose "
                 f"another --out, or add --update to do just that"
             )
     write_json(file, recipe)

@@ -28,7 +28,7 @@ def main() -> None:
 @app.command()
 def build(
     recipe: Annotated[Path, typer.Argument(help="The data recipe, a YAML file.")],
-    out: Annotated[Path | None, typer.Option(help="The dataset folder, instead of the recipe's out.")] = None,
+    out: Annotated[str | None, typer.Option(help="The dataset folder or URL, instead of the recipe's out.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value put into the recipe; repeatable.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print; ask nothing, write nothing.")] = False,
@@ -49,7 +49,8 @@ def build(
     from clair.build import check
     from clair.config import BuildConfig, public
     from clair.recipe import load_recipe
-    from clair.shards import read_shard, sharded, shards_folder
+    from clair.shards import read_shard, sharded, shards_out
+    from clair.storage import is_url, public_path
     from clair.terminal import progress_bar, shards_bar, summary
     from clair.terminal import show as print_
 
@@ -77,7 +78,9 @@ def build(
         raise typer.Exit(EXIT_INTERRUPTED if built.stopped == "interrupted" else EXIT_BUDGET)
     print_(summary([built.out]))
     if part:
-        print_(f"shard {part.index} of {part.of}; when all are built: clair merge {shards_folder(config.out)}")
+        print_(f"shard {part.index} of {part.of}; when all are built: clair merge {shards_out(config.out)}")
+    if is_url(config.out):
+        print_(f"it is at {public_path(config.out)}; {built.out} is a copy, which may be deleted")
     print_(f"{built.out}/README.md tells what it holds; look at the pairs with: clair report {built.out}")
     if built.failed:
         print(f"{built.failed} rows failed (see dropped.jsonl); run it again to try them again", file=sys.stderr)
@@ -97,16 +100,17 @@ def _check_runner(runner: str | None, **others: object) -> None:
 
 @app.command()
 def merge(
-    folder: Annotated[Path, typer.Argument(help="The folder of shards that clair build --shard made.")],
-    out: Annotated[Path | None, typer.Option(help="The dataset folder, instead of the recipe's out.")] = None,
+    folder: Annotated[str, typer.Argument(help="The folder or URL of shards that clair build --shard made.")],
+    out: Annotated[str | None, typer.Option(help="The dataset folder or URL, instead of the recipe's out.")] = None,
 ) -> None:
     """Join the shards of a build: the same dataset, byte for byte, as one run makes."""
     from clair.merge import merge as merge_shards
+    from clair.storage import folder_of
     from clair.terminal import show as print_
     from clair.terminal import summary
 
     manifest = merge_shards(folder, out)
-    print_(summary([Path(manifest["recipe"]["out"])]))
+    print_(summary([folder_of(manifest["recipe"]["out"])]))
     if manifest["failed"]:
         print(f"{manifest['failed']} rows failed (see dropped.jsonl); build their shards again", file=sys.stderr)
         raise typer.Exit(EXIT_SOME_FAILED)
@@ -116,7 +120,7 @@ def merge(
 def estimate(
     recipe: Annotated[Path, typer.Argument(help="The data recipe, a YAML file.")],
     probe: Annotated[int, typer.Option(min=0, help="Rows to run and pay for first; their replies are kept.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="The dataset folder, instead of the recipe's out.")] = None,
+    out: Annotated[str | None, typer.Option(help="The dataset folder or URL, instead of the recipe's out.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value put into the recipe; repeatable.")] = None,
 ) -> None:
     """What a build will cost: calls, and with --probe tokens and money with a 95 % interval."""
@@ -186,9 +190,9 @@ def keep(
     out: Annotated[Path | None, typer.Option(help="A new dataset folder, instead of changing this one.")] = None,
 ) -> None:
     """Drop the pairs that were marked drop in the page of `clair report`; they move to dropped.jsonl."""
-    from clair.build import locked
     from clair.keep import check, read_decisions
     from clair.keep import keep as apply
+    from clair.output import locked
     from clair.terminal import show as print_
     from clair.terminal import summary
 

@@ -13,6 +13,7 @@ from clair.filters import make_filters
 from clair.models.batch import BatchConfig
 from clair.recipe import Recipe, resolved
 from clair.sources import PromptSource
+from clair.storage import check_url, folder_of, is_url, public_path
 from clair.urls import endpoint_of, public_url
 
 _OWNED = ("model", "messages", "n", "stream")
@@ -139,6 +140,10 @@ class BuildConfig(Recipe):
     @model_validator(mode="after")
     def _roles_fit(self) -> BuildConfig:
         make_filters(self.filters)
+        for key, path in _paths(self).items():
+            check_url(key, path)
+        if self.ledger and (is_url(self.ledger) or is_url(self.out)):
+            raise ValueError("ledger is a file of this machine, and cannot go with URLs; remove it: out has its own")
         used = _PIPELINES[self.pipeline]
         if self.filters.get("gap") and self.pipeline != "judged":
             raise ValueError(f"filter gap needs scores, and the pipeline {self.pipeline!r} has none; remove it")
@@ -160,7 +165,12 @@ class BuildConfig(Recipe):
     @property
     def ledger_path(self) -> Path:
         """The ledger: the recipe's, or the output folder's own."""
-        return Path(self.ledger) if self.ledger else Path(self.out) / "ledger.sqlite"
+        return Path(self.ledger) if self.ledger else folder_of(self.out) / "ledger.sqlite"
+
+
+def _paths(config: BuildConfig) -> dict[str, str]:
+    paths = {"out": config.out, "prompts.path": config.prompts.path, "prompts.not_in": config.prompts.not_in}
+    return {key: path for key, path in paths.items() if path}
 
 
 ROLE_PASSING = {
@@ -178,6 +188,9 @@ ROLE_PASSING = {
 def public(config: BuildConfig) -> dict[str, Any]:
     """The resolved recipe as it may be written down: without what a URL can carry of a password."""
     recipe = resolved(config)
+    recipe["out"] = public_path(config.out)
+    for key in ("path", "not_in"):
+        recipe["prompts"][key] = recipe["prompts"][key] and public_path(recipe["prompts"][key])
     for role in config.models:
         public = [public_url(url) for url in config.models[role].urls]
         recipe[role]["url"] = public if len(public) > 1 else public[0] if public else None

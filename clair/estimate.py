@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 from clair.budget import Price, most_tokens, prices_of, share_left
-from clair.build import check, locked, same_recipe
+from clair.build import check, same_recipe
 from clair.config import BuildConfig, ModelConfig
 from clair.ledger import Ledger, Tokens
+from clair.output import locked
 from clair.records import Prompt
 from clair.session import session
 from clair.sources import each_prompt
@@ -70,13 +70,13 @@ def estimate(config: BuildConfig, probe: int = 0) -> dict[str, RoleEstimate]:
 
 def _run(config: BuildConfig, chosen: Sequence[int]) -> dict[str, list[Tokens]]:
     """Run the rows at the chosen places, and tell what each cost by role."""
-    out = Path(config.out)
     wanted = set(chosen)
     unique = (p for p, left_out in each_prompt(config.prompts, config.limit) if left_out is None)
     prompts = [prompt for place, prompt in enumerate(unique) if place in wanted]
-    with locked(out):
-        same_recipe(config, out, update=False)
-        with Ledger(config.ledger_path) as ledger:
+    with locked(config.out) as output:
+        same_recipe(config, output.folder, update=False)
+        output.upload("recipe.json")
+        with output.ledger(config.ledger_path) as ledger:
             asyncio.run(_ask(config, ledger, prompts))
             return {role: [ledger.paid(role, prompt.id) for prompt in prompts] for role in config.models}
 

@@ -33,9 +33,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clair.recipe import UserError, content_hash
+from clair.storage import StorageError
+
+if TYPE_CHECKING:
+    from clair.segments import Segments
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
@@ -155,13 +159,17 @@ def digest_of(key: str, reply: str | None) -> str | None:
 class Ledger:
     """A ledger file, open for one run. Use it as a context manager; its coroutines need a running event loop."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, log: Segments | None = None, *, all_new: bool = False) -> None:
+        """`log`: where every write goes too before anyone is told of it; `all_new`: what is here already as well."""
         self.path = Path(path)
         self.run = uuid.uuid4().hex[:12]
+        self._log = log
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._reader, self._writer = self._open(), self._open()
             self._lock_file = self._take_lock()
+            if log:
+                self._agree(log, all_new)
         except OSError as error:
             raise LedgerError(_told(self.path, error)) from error
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
@@ -179,6 +187,11 @@ class Ledger:
         """Write what is queued, and let the ledger go."""
         self._queue.put(None)
         self._thread.join()
+        if self._log:
+            self._log.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._reader.close()
         self._writer.close()
         self._lock_path(self.run).unlink(missing_ok=True)
@@ -330,11 +343,25 @@ class Ledger:
             if last:
                 break
 
+    def _agree(self, log: Segments, all_new: bool) -> None:
+        try:
+            log.open(self._writer, all_new=all_new)
+        except sqlite3.Error as error:
+            self._let_go()
+            raise LedgerError(_told(self.path, error)) from error
+        except BaseException:
+            self._let_go()
+            raise
+
     def _commit(self, connection: sqlite3.Connection, batch: list[_Write]) -> list[tuple[_Write, Any]]:
         try:
             connection.execute("BEGIN IMMEDIATE")
             results = [(write, write.work(connection)) for write in batch]
             connection.execute("COMMIT")
+            if self._log:
+                self._log.send(connection)
+        except StorageError as error:  # kept here, and what is still under way will be
+            return [(write, LedgerError(str(error))) for write in batch]
         except Exception as error:  # whatever it is, the waiting coroutines must be told
             if connection.in_transaction:
                 connection.execute("ROLLBACK")

@@ -16,12 +16,14 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from clair.build import check_folder, locked, position_bias
+from clair.build import position_bias
 from clair.config import lasting
 from clair.dataset import DatasetWriter, card, read_manifest, read_order, split_file
 from clair.ledger import Ledger
+from clair.output import Output, check_output, locked
 from clair.recipe import UserError, changed_keys, read_json, write_atomically, write_json
 from clair.shards import Shard, read_shard
+from clair.storage import Store, account_of, is_url, joined, public_path
 
 _ROWS_AT_ONCE = 100
 Row = tuple[int, str, dict[str, Any]]
@@ -32,37 +34,48 @@ def merge(folder: str | Path, out: str | Path | None = None) -> dict[str, Any]:
 
     Raises UserError for a shard that is missing, unfinished, in use, or of another recipe or other prompts.
     """
-    shards = _found(Path(folder))
     with ExitStack() as stack:
-        for shard in shards:
-            stack.enter_context(locked(shard))
+        outputs = [stack.enter_context(locked(shard)) for shard in _found(str(folder))]
+        shards = [output.folder for output in outputs]
         manifests = [read_manifest(shard) for shard in shards]
         _check_alike(shards, manifests)
-        recipe = manifests[0]["recipe"]
-        target = Path(out or recipe["out"])
-        check_folder(target)
-        stack.enter_context(locked(target))
-        _check_target(target, recipe)
-        return _merge(shards, manifests, target)
+        for output, manifest in zip(outputs, manifests, strict=True):
+            output.fetch(manifest["files"])
+        recipe = {**manifests[0]["recipe"], "out": str(out or manifests[0]["recipe"]["out"])}
+        check_output(recipe["out"])
+        target = stack.enter_context(locked(recipe["out"]))
+        _check_target(target.folder, recipe)
+        return _merge(shards, manifests, target, recipe)
 
 
-def _found(folder: Path) -> list[Path]:
-    """The folders of all shards, in order. Raises UserError naming what is missing."""
-    shards: dict[Shard, Path] = {}
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        if entry.is_dir() and "-of-" in entry.name:
-            shards[read_shard(entry.name)] = entry
+def _found(folder: str) -> list[str]:
+    """The folders or URLs of all shards, in order. Raises UserError naming what is missing."""
+    shards, finished = _names(folder)
+    told = public_path(folder)
     if not shards:
-        raise UserError(f"{folder} holds no shards (folders such as 1-of-4); give the folder that --shard made")
+        raise UserError(f"{told} holds no shards (folders such as 1-of-4); give the folder that --shard made")
     of = max(shard.of for shard in shards)
-    strange = [path.name for shard, path in shards.items() if shard.of != of]
+    strange = [shard.name for shard in sorted(shards, key=lambda shard: shard.index) if shard.of != of]
     if strange:
-        raise UserError(f"{folder} holds shards of {of} and others ({strange[0]}); move those away that do not belong")
-    missing = [f"{index}/{of}" for index in range(1, of + 1) if Shard(index, of) not in shards]
-    missing += [f"{s.index}/{s.of}" for s, path in shards.items() if not (path / "manifest.json").is_file()]
+        raise UserError(f"{told} holds shards of {of} and others ({strange[0]}); move those away that do not belong")
+    missing = [f"{index}/{of}" for index in range(1, of + 1) if Shard(index, of) not in finished]
     if missing:
-        raise UserError(f"{folder} lacks shard {', '.join(missing[:10])}; run clair build --shard {missing[0]} first")
-    return [shards[Shard(index, of)] for index in range(1, of + 1)]
+        raise UserError(f"{told} lacks shard {', '.join(missing[:10])}; run clair build --shard {missing[0]} first")
+    return [joined(folder, Shard(index, of).name) for index in range(1, of + 1)]
+
+
+def _names(folder: str) -> tuple[set[Shard], set[Shard]]:
+    """The shards that are there, and those of them that are finished."""
+    if is_url(folder):
+        names = [name.split("/") for name in Store(folder).names()]
+        there = {parts[0] for parts in names if len(parts) > 1}
+        finished = {parts[0] for parts in names if parts[1:] == ["manifest.json"]}
+    else:
+        entries = [entry for entry in Path(folder).iterdir() if entry.is_dir()] if Path(folder).is_dir() else []
+        there = {entry.name for entry in entries}
+        finished = {entry.name for entry in entries if (entry / "manifest.json").is_file()}
+    shards = {read_shard(name) for name in there if "-of-" in name}
+    return shards, {shard for shard in shards if shard.name in finished}
 
 
 def _check_alike(shards: Sequence[Path], manifests: Sequence[Mapping[str, Any]]) -> None:
@@ -81,12 +94,15 @@ def _check_target(target: Path, recipe: Mapping[str, Any]) -> None:
     file = target / "recipe.json"
     if file.is_file() and (changed := changed_keys(lasting(read_json(file)), lasting(recipe))):
         raise UserError(
-            f"{target} holds another recipe's run (it differs in {', '.join(changed)}); choose another --out"
+            f"{public_path(recipe['out'])} holds another recipe's run (it differs in {', '.join(changed)}); choose "
+            f"another --out"
         )
 
 
-def _merge(shards: Sequence[Path], manifests: Sequence[dict[str, Any]], target: Path) -> dict[str, Any]:
-    recipe = {**manifests[0]["recipe"], "out": str(target)}
+def _merge(
+    shards: Sequence[Path], manifests: Sequence[dict[str, Any]], output: Output, recipe: dict[str, Any]
+) -> dict[str, Any]:
+    target = output.folder
     writer = DatasetWriter(target, seed=recipe["seed"], test_fraction=recipe["test_fraction"])
     finished = False
     try:
@@ -102,10 +118,11 @@ def _merge(shards: Sequence[Path], manifests: Sequence[dict[str, Any]], target: 
         hashes = writer.close(keep=finished)
     write_json(target / "recipe.json", recipe)
     if recipe["ledger"] is None:
-        _merge_ledgers(shards, target)
+        _merge_ledgers(shards, output, account_of(recipe["out"]))
     manifest = _manifest(manifests, recipe, writer, hashes)
     write_json(target / "manifest.json", manifest)
     write_atomically(target / "README.md", card(manifest))
+    output.publish()
     return manifest
 
 
@@ -165,16 +182,18 @@ _CALLS = (
 )
 
 
-def _merge_ledgers(shards: Sequence[Path], target: Path) -> None:
+def _merge_ledgers(shards: Sequence[Path], output: Output, payer: str) -> None:
     """All calls of the shards in the ledger of the whole, so that building it again asks nothing twice."""
-    Ledger(target / "ledger.sqlite").close()
-    with closing(sqlite3.connect(target / "ledger.sqlite", isolation_level=None)) as connection:
+    ledger = output.folder / "ledger.sqlite"
+    Ledger(ledger).close()
+    with closing(sqlite3.connect(ledger, isolation_level=None)) as connection:
         for state in ("= 'done'", "!= 'done'"):  # of equal requests, an answered one goes first
             for shard in shards:
                 connection.execute("ATTACH ? AS shard", (str(shard / "ledger.sqlite"),))
                 connection.execute(
                     f"INSERT OR IGNORE INTO main.calls ({_CALLS}, payer) SELECT {_CALLS}, ? FROM shard.calls "  # noqa: S608 (our columns)
                     f"WHERE state {state}",
-                    (str(target.resolve()),),
+                    (payer,),
                 )
                 connection.execute("DETACH shard")
+    output.ledger(ledger, all_new=True).close()

@@ -30,6 +30,7 @@ from clair.quotas import GONE, Lease, Quotas, Report, RoleLimits
 from clair.recipe import UserError, changed_keys
 from clair.shards import Shard, read_shard, sharded, shards_folder, shares_money
 from clair.sources import Scan
+from clair.storage import is_url, public_path
 from clair.urls import environment_names
 from clair.worker import Done, Order, Worker
 
@@ -59,6 +60,11 @@ def build_on_ray(
     Raises UserError before any work where Ray, the cluster or the shards that lie there do not fit.
     """
     sharded(config, Shard(1, 1), shared=True)
+    if is_url(config.out):
+        raise UserError(
+            f"out {public_path(config.out)}: --runner ray needs a folder that all nodes see; choose another --out, or "
+            f"build with --shard"
+        )
     folder = shards_folder(config.out)
     with locked(folder):
         of = _number(folder, shards)

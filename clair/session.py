@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from clair.budget import Budget, BudgetConfig, BudgetReached, Price, check_budget, prices_of
@@ -33,6 +32,7 @@ from clair.pipelines import judged, revised, stronger
 from clair.prompts import JUDGE_NEEDS, REVISER_NEEDS, load_template
 from clair.records import Dropped, Pair, Prompt
 from clair.steps import Judge, Reviser
+from clair.storage import account_of
 from clair.urls import api_key, environment_headers
 
 _AHEAD_PER_PLACE = 16
@@ -304,7 +304,7 @@ def open_askers(
             stop.now(str(error), error)
             raise
 
-    payer = str(Path(config.out).resolve())
+    payer = account_of(config.out)
     budget = means.budget(
         config.budget,
         prices_of(config.models),

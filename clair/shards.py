@@ -9,6 +9,7 @@ from typing import Any
 
 from clair.config import BuildConfig
 from clair.recipe import UserError, content_hash
+from clair.storage import folder_of, is_url, joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +37,14 @@ def read_shard(text: str) -> Shard:
     raise UserError(f"--shard {text}: give the shard and their number, from --shard 1/4 to --shard 4/4")
 
 
+def shards_out(out: str | Path) -> str:
+    """Where the shards of a build go: a folder or a URL."""
+    return f"{str(out).rstrip('/')}-shards" if is_url(str(out)) else f"{Path(out)}-shards"
+
+
 def shards_folder(out: str | Path) -> Path:
-    """Where the shards of a build lie."""
-    return Path(f"{Path(out)}-shards")
+    """Where the shards of a build lie on this machine."""
+    return folder_of(shards_out(out))
 
 
 def sharded(config: BuildConfig, shard: Shard, *, shared: bool = False) -> BuildConfig:
@@ -52,7 +58,7 @@ def sharded(config: BuildConfig, shard: Shard, *, shared: bool = False) -> Build
             f"accept: {config.accept} takes the first pairs in the order of all prompts, which no shard sees; remove "
             f"it, or build without shards"
         )
-    changes: dict[str, Any] = {"out": str(shards_folder(config.out) / shard.name)}
+    changes: dict[str, Any] = {"out": joined(shards_out(config.out), shard.name)}
     if config.budget and not (shared and shares_money(config)):
         money, tokens = config.budget.money, config.budget.tokens
         part = {"money": money and money / shard.of, "tokens": tokens and tokens // shard.of}

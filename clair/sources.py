@@ -21,6 +21,7 @@ from clair.overlap import Benchmark, NearDuplicates
 from clair.prompts import task_text
 from clair.recipe import Recipe, UserError, content_hash, near_miss
 from clair.records import LABELS, Message, Messages, Prompt, content_id
+from clair.storage import public_path, read_here
 
 _READERS = (".jsonl", ".json", ".csv", ".parquet")
 _ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -30,7 +31,8 @@ class PromptSource(Recipe):
     """`prompts:` of a data recipe."""
 
     path: str
-    """A .jsonl, .json, .csv or .parquet file, a folder `datasets.load_dataset` reads, or a dataset name on the hub."""
+    """A .jsonl, .json, .csv or .parquet file, here or at a URL that fsspec reads (s3://...), a folder
+    `datasets.load_dataset` reads, or a dataset name on the hub."""
     split: str = "train"
     """The split, where `path` is a folder or a name."""
     columns: Mapping[str, str] = {}
@@ -212,17 +214,23 @@ def _clean(text: str) -> str:
 
 def _rows(source: PromptSource) -> Iterator[tuple[str, Any]]:
     """(where it stands, row) of every row."""
-    path = Path(source.path)
-    if path.suffix in _READERS:
-        if not path.is_file():
-            raise UserError(f"prompt file {path} does not exist")
-        if path.stat().st_size == 0:
-            raise UserError(f"prompt file {path} is empty; give at least one prompt")
-        yield from {".jsonl": read_jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[path.suffix](path)
-        return
-    if path.is_file():
+    with read_here(source.path) as path:
+        if path.suffix not in _READERS and not path.is_file():
+            yield from _dataset(source)
+            return
+        told = public_path(source.path)
+        for where, row in _file_rows(path):
+            yield where.replace(str(path), told, 1), row
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.suffix not in _READERS:
         raise UserError(f"prompt file {path} is of no kind that is read: {', '.join(_READERS)}")
-    yield from _dataset(source)
+    if not path.is_file():
+        raise UserError(f"prompt file {path} does not exist")
+    if path.stat().st_size == 0:
+        raise UserError(f"prompt file {path} is empty; give at least one prompt")
+    yield from {".jsonl": read_jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[path.suffix](path)
 
 
 def _numbered(path: Path, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,208 @@
+"""Builds on an S3-compatible server, a process of its own: moto's, where it is installed with s3fs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.clair.building import (
+    ROOT,
+    SPLIT_FILES,
+    Ended,
+    clair,
+    error_line,
+    finished,
+    scripted_rows,
+    write_prompts,
+    write_recipe,
+)
+
+pytest.importorskip("s3fs", reason="clair-apo[s3] is not installed")
+pytest.importorskip("moto", reason="moto, the S3 server of these tests, is not installed")
+pytest.importorskip("flask", reason="flask, which moto's server needs, is not installed")
+pytestmark = pytest.mark.slow
+
+COUNT, CONCURRENCY = 60, 4
+FILES = (*SPLIT_FILES, "dropped.jsonl", "README.md")
+KEYS = {"AWS_ACCESS_KEY_ID": "an-access-key-id", "AWS_SECRET_ACCESS_KEY": "a-very-secret-key"}
+ENVIRONMENT = {**KEYS, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+
+
+@contextlib.contextmanager
+def s3_server(port: int = 0, **environment: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """moto's server for the length of a `with` block: its URL and process."""
+    if not port:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+    code = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+    )
+    try:
+        until = time.monotonic() + 60
+        while True:
+            assert process.poll() is None, "moto's server did not start"
+            assert time.monotonic() < until, "moto's server does not answer"
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    with s3_server() as (url, _):
+        bucket(url, "pairs")
+        yield url
+
+
+def bucket(url: str, name: str) -> None:
+    in_s3(url, f"import boto3; boto3.client('s3').create_bucket(Bucket={name!r})")
+
+
+def in_s3(url: str, code: str) -> str:
+    """What Python code prints that speaks to the server, in a process of its own, whose environment names it."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, **ENVIRONMENT, "AWS_ENDPOINT_URL": url},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+
+
+def start(machine: Path, url: str, *arguments: str | Path, patience: float = 30) -> subprocess.Popen[str]:
+    """The `clair` command on a machine of its own, that is with a cache of its own, and a lease of 3 s."""
+    code = (
+        "from clair import hold, storage\n"
+        f"storage._PATIENCE, hold.LEASE, hold.BEAT = {patience}, 3.0, 0.5\n"
+        "from clair.cli import main\nmain()"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **ENVIRONMENT, "AWS_ENDPOINT_URL": url, "CLAIR_CACHE": str(machine), "COLUMNS": "200"},
+    )
+
+
+def run(machine: Path, url: str, *arguments: str | Path, **options: float) -> Ended:
+    return finished(start(machine, url, *arguments, **options))
+
+
+def recipe(tmp_path: Path, server, script: str = "ok", count: int = COUNT) -> Path:
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows([script] * count))
+    return write_recipe(tmp_path, server.url, concurrency=CONCURRENCY)
+
+
+def fetched(url: str, out: str) -> dict[str, bytes]:
+    code = (
+        "from clair.storage import Store\nimport json\n"
+        f"print(json.dumps([data.hex() for data in Store({out!r}).get_all({list(FILES)!r})]))"
+    )
+    return dict(zip(FILES, map(bytes.fromhex, json.loads(in_s3(url, code))), strict=True))
+
+
+def wait_for_seen(server, count: int, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 60
+    while len(server.seen()) < count and process.poll() is None:
+        assert time.monotonic() < until, "the build asks nothing"
+        time.sleep(0.02)
+
+
+def test_a_machine_lost_mid_run_costs_at_most_what_was_in_flight(tmp_path, server, s3):
+    path = recipe(tmp_path, server, "wait:0.05")
+    assert clair("build", path).code == 0
+    server.forget()
+    out = "s3://pairs/lost"
+    process = start(tmp_path / "first", s3, "build", path, "--out", out)
+    wait_for_seen(server, COUNT // 2, process)
+    process.send_signal(signal.SIGKILL)
+    finished(process)
+    shutil.rmtree(tmp_path / "first")
+    begun = len(server.seen())
+    assert COUNT // 2 <= begun < COUNT
+    ended = run(tmp_path / "second", s3, "build", path, "--out", out)
+    assert ended.code == 0, ended
+    twice = len(server.seen()) - COUNT
+    print(f"{twice} paid twice")
+    assert 0 <= twice <= CONCURRENCY
+    assert fetched(s3, out) == {name: (tmp_path / "out" / name).read_bytes() for name in FILES}
+    everything = in_s3(
+        s3, f"from clair.storage import Store\ns = Store({out!r})\nprint(b''.join(s.get_all(s.names())))"
+    )
+    assert not any(secret in everything + ended.out + ended.err for secret in KEYS.values())
+
+
+def test_a_second_driver_of_one_url_is_refused_and_asks_nothing(tmp_path, server, s3):
+    path = recipe(tmp_path, server, "wait:60", count=4)
+    first = start(tmp_path / "first", s3, "build", path, "--out", "s3://pairs/two")
+    wait_for_seen(server, 4, first)
+    told = error_line(run(tmp_path / "second", s3, "build", path, "--out", "s3://pairs/two"))
+    assert told.startswith(f"s3://pairs/two is in use by process {first.pid} on "), told
+    assert len(server.seen()) == 4
+    assert first.poll() is None
+    first.kill()
+    finished(first)
+
+
+def test_without_a_bucket_or_a_server_nothing_is_asked(tmp_path, server, s3):
+    path = recipe(tmp_path, server, count=3)
+    told = error_line(run(tmp_path / "m", s3, "build", path, "--out", "s3://no-such-bucket/run"))
+    assert told.startswith("cannot write s3://no-such-bucket/run: the bucket is not there"), told
+    told = error_line(run(tmp_path / "m", "http://127.0.0.1:9", "build", path, "--out", "s3://pairs/run", patience=1))
+    assert told.startswith("cannot list s3://pairs/run: it cannot be reached or fails"), told
+    assert server.seen() == []
+
+
+def test_without_permission_nothing_is_asked_and_no_key_is_told(tmp_path, server):
+    path = recipe(tmp_path, server, count=3)
+    with s3_server(INITIAL_NO_AUTH_ACTION_COUNT="1") as (url, _):
+        bucket(url, "pairs")  # the one action that is allowed to all
+        told = error_line(run(tmp_path / "m", url, "build", path, "--out", "s3://pairs/run"))
+    assert "s3://pairs/run: no permission; give the environment credentials that may list" in told, told
+    assert not any(secret in told for secret in KEYS.values())
+    assert server.seen() == []
+
+
+def test_a_server_that_goes_mid_run_ends_it_and_what_was_paid_is_kept(tmp_path, server):
+    path = recipe(tmp_path, server, "wait:0.05")
+    with s3_server() as (url, process):
+        bucket(url, "pairs")
+        running = start(tmp_path / "m", url, "build", path, "--out", "s3://pairs/run", patience=1)
+        wait_for_seen(server, COUNT // 3, running)
+        process.kill()
+        process.wait(10)
+        told = error_line(finished(running))
+    assert "cannot write s3://pairs/run: it cannot be reached or fails" in told, told
+    assert "are kept on this machine, run the same command again on it" in told, told
+    asked = len(server.seen())
+    assert asked < COUNT
+    with s3_server() as (url, _):  # empty: all that is on this machine goes up
+        bucket(url, "pairs")
+        ended = run(tmp_path / "m", url, "build", path, "--out", "s3://pairs/run")
+        assert ended.code == 0, ended
+        assert len(server.seen()) == COUNT
+        assert "s3://pairs/run" in ended.out
