@@ -98,6 +98,31 @@ def test_every_data_recipe_resolves_and_asks_as_many_calls_as_the_page_says(tmp_
     }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clair", "on_policy", "stronger"])
+def test_the_papers_data_recipes_build_on_the_embedded_world(name, tmp_path, monkeypatch):
+    """As they stand, but for where the models are: the tiny model answers, and its server revises and judges."""
+    from recipes.world.running import running
+    from recipes.world.tasks import distinct_tasks
+
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    rows = [json.dumps({"prompt": task.prompt}) + "\n" for task in distinct_tasks("train", 16, 0)]
+    (tmp_path / "prompts.jsonl").write_text("".join(rows), "utf-8")
+    local = {"url": None, "model": None, "path": str(plan.RECIPES / "world" / "model"), "extra": {}, "temperature": 1.0}
+    with running() as server:
+        served = {"reviser": "world-reviser", "judge": "world-judge"}
+        values = yaml.safe_load((plan.RECIPES / "paper" / f"{name}.yaml").read_text("utf-8"))
+        for role in ("target", "stronger", "reviser", "judge"):
+            if role in values:
+                values[role] |= {"url": server.url, "model": served[role]} if role in served else local
+        local_keys = {"prompts": {"path": str(tmp_path / "prompts.jsonl")}, "ledger": str(tmp_path / "ledger.sqlite")}
+        built = build(BuildConfig.model_validate(values | local_keys | {"out": str(tmp_path / name)}))
+    counts = built.manifest["counts"]
+    assert counts["prompts"] == 16
+    assert counts["pairs"] >= 2, built.manifest["drop_reasons"]
+    assert built.failed == 0
+
+
 def test_each_training_recipe_gives_its_four_commands_and_says_what_is_a_guess():
     for file in plan.training_recipes():
         head = file.read_text("utf-8").partition("\nmodel:")[0]
