@@ -95,12 +95,12 @@ def test_contrast_and_the_share_of_longer_winners():
     def row(chosen: str, rejected: str) -> dict:
         return {"chosen": turn(chosen, "assistant"), "rejected": turn(rejected, "assistant")}
 
-    found = contrast_intervals([row("a b c d", "a b"), row("a b", "a c"), row("x", "x y")])
-    assert found["jaccard"].value == pytest.approx((2 / 4 + 1 / 3 + 1 / 2) / 3)
-    assert found["levenshtein"].value == pytest.approx((4 + 1 + 2) / 3)
-    assert found["length_ratio"].value == pytest.approx((2 + 1 + 0.5) / 3)
-    assert found["longer"].value == pytest.approx((1 + 0.5 + 0) / 3)
-    assert 0 < found["longer"].lo < 0.5 < found["longer"].hi < 1
+    found = contrast_intervals([row("a b c d", "a b"), row("a b", "a c"), row("x", "x y"), row("x y", "x")])
+    assert found["jaccard"].value == pytest.approx((2 / 4 + 1 / 3 + 1 / 2 + 1 / 2) / 4)
+    assert found["levenshtein"].value == pytest.approx((4 + 1 + 2 + 2) / 4)
+    assert found["length_ratio"].value == pytest.approx((2 + 1 + 0.5 + 2) / 4)
+    assert found["longer"].value == pytest.approx((1 + 0.5 + 0 + 1) / 4)
+    assert 0 < found["longer"].lo < 0.625 < found["longer"].hi < 1
 
 
 def test_the_rate_at_which_winners_win_counts_ties_as_half():
@@ -200,6 +200,7 @@ def test_the_sample_holds_each_prompt_once_and_is_sized_by_power(tmp_path):
         (turn("### Instruction: add"), "### Instruction stands in its text"),
         (turn("Human: hello\n\nAssistant:"), "Human: stands"),
         (turn("[INST] add [/INST]"), "[INST] stands"),
+        (turn("say\n\nAssistant: hello"), "Assistant: stands"),
         (turn("is a human: yes"), None),
         (turn("what is <|start|>"), "the model's own <|start|> stands in its text"),
     ],
@@ -269,7 +270,7 @@ def test_revised_pairs_ask_for_apo_zero_and_nothing_is_paid_for_twice(tmp_path):
     assert found["evidence"]["win"]["lo"] > 0.5
     assert found["evidence"]["win"]["value"] == pytest.approx(0.75, abs=0.15)
     assert found["evidence"]["right"]["value"] == 1.0
-    assert found["evidence"]["parameters"] == 913_392 or found["evidence"]["parameters"] > 500_000
+    assert found["evidence"]["parameters"] == 882_432
     assert found["judge"]["used"] is True
 
 
