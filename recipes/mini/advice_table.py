@@ -36,6 +36,7 @@ class Measured:
     name: str
     advice: Mapping[str, Any]
     right: Mapping[str, float]
+    seeds: int
 
     @property
     def best(self) -> str:
@@ -48,17 +49,17 @@ class Measured:
 
 
 def measured(lines: Sequence[Mapping[str, Any]]) -> list[Measured]:
-    """The combinations of which all runs are there, in their order."""
+    """The combinations with a whole seed, in their order, by the seeds of which all objectives have run."""
     advised = {line["name"]: line for line in lines if line["kind"] == "advice"}
     runs = {line["name"]: _share(line["right"]) for line in lines if line["kind"] == "run"}
     found = []
     for number, of in enumerate(COMBINATIONS):
         name = of.name(number)
-        of_choice = {o: [runs.get(f"{name}/{o}/{seed}") for seed in SEEDS] for o in OBJECTIVES}
-        whole = {o: [v for v in values if v is not None] for o, values in of_choice.items()}
-        if name in advised and all(len(values) == len(SEEDS) for values in whole.values()):
-            right = {o: math.fsum(values) / len(values) for o, values in whole.items()}
-            found.append(Measured(name, advised[name], {**right, NONE: _share(advised[name]["base"]["right"])}))
+        seeds = [seed for seed in SEEDS if all(f"{name}/{o}/{seed}" in runs for o in OBJECTIVES)]
+        if name in advised and seeds:
+            right = {o: math.fsum(runs[f"{name}/{o}/{seed}"] for seed in seeds) / len(seeds) for o in OBJECTIVES}
+            before = _share(advised[name]["base"]["right"])
+            found.append(Measured(name, advised[name], {**right, NONE: before}, len(seeds)))
     return found
 
 
@@ -170,8 +171,7 @@ def page(lines: Sequence[Mapping[str, Any]]) -> str:
         raise UserError(f"{RESULTS} holds {len(found)} whole combinations; go on with: python -m recipes.mini.advice")
     best = Counter(one.best for one in found)
     told = ", ".join(f"{choice} {count}" for choice, count in best.most_common())
-    runs = sum(line["kind"] == "run" for line in lines)
-    whole = len(COMBINATIONS) * len(OBJECTIVES) * len(SEEDS)
+    runs = sum(one.seeds for one in found) * len(OBJECTIVES)
     return f"""# Advice, measured
 
 Is it worth following `apo advise`? {len(TARGETS)} tiny models and {len(COMBINATIONS)} sets of pairs that did not exist
@@ -179,7 +179,7 @@ before: revised, judged on-policy and off-policy, by a stronger and by a weaker 
 exchanged, small ones; reviser and judge err and lean in different ways. The [rule](objectives.md#choose-an-objective)
 was committed before any of it, and has not been changed since. Each set was trained on with {", ".join(OBJECTIVES)},
 {len(SEEDS)} seeds each, {EPOCHS} epochs, all at the beta and learning rate of the advice; {QUESTIONS} held-out tasks.
-{len(found)} of {len(COMBINATIONS)} combinations and {runs} of {whole} runs are in the tables. `python -m
+{_missing(found, runs)} `python -m
 recipes.mini.advice` makes the results, `python -m recipes.mini.advice_table --write` this page from them.
 
 Regret is how many points of held-out accuracy a choice is below the best of the four, which are the three objectives
@@ -205,6 +205,14 @@ Per cent right before training, and points won by each objective, the best in bo
 judge.
 
 {markdown(combination_rows(found))}"""
+
+
+def _missing(found: Sequence[Measured], runs: int) -> str:
+    whole = len(COMBINATIONS) * len(OBJECTIVES) * len(SEEDS)
+    if runs == whole:
+        return f"All {runs} runs are in the tables."
+    of = f"{len(found)} of {len(COMBINATIONS)} combinations"
+    return f"**Not finished: {runs} of {whole} runs are in the tables, of {of}; a missing seed is left out of a mean.**"
 
 
 def _plain(estimate: Estimate) -> str:

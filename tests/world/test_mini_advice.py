@@ -107,10 +107,13 @@ def test_regret_by_pencil():
     assert told.estimate.clusters == 4
 
 
-def test_a_combination_with_a_run_missing_is_left_out_and_counted():
-    found = measured(FOUR[:-1])
-    assert len(found) == 3
-    assert "3 of 24 combinations and 23 of 144 runs" in page(FOUR[:-1])
+def test_a_seed_that_not_all_objectives_have_is_left_out_and_the_page_says_what_is_missing():
+    assert "**Not finished: 24 of 144 runs are in the tables, of 4 of 24 combinations" in page(FOUR)
+    assert "**Not finished: 21 of 144 runs" in page(FOUR[:-1])
+    first = measured(FOUR[:6])[0]  # of the first combination the last run, dpo's second, is not there
+    assert first.seeds == 1
+    assert first.right == {"apo_zero": 0.8, "apo_down": 0.3, "dpo": 0.6, "none": 0.4}
+    assert measured([FOUR[0], *FOUR[2:3]]) == []
     with pytest.raises(UserError, match="0 whole combinations; go on with"):
         page([])
 
@@ -124,6 +127,7 @@ def test_the_page_says_what_the_advice_comes_to_and_hides_nothing():
     clear = [line for number in range(24) for line in lines(
         number, "apo_zero", 4, {"apo_zero": (8, 8), "apo_down": (3, 3), "dpo": (6, 6 - number % 2)}
     )]  # fmt: skip
+    assert "All 144 runs are in the tables" in page(clear)
     assert "The advice with a judge cannot be told from always apo_zero (+0.0 [+0.0, +0.0]" in page(clear)
     assert "and beats always dpo (-22.5 [" in page(clear)
 
