@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clair.statistics import Estimate, best_of, clustered_mean
-from recipes.mini.cells import Design
+from recipes.mini.cells import Design, last_accuracy
 from recipes.mini.claims import (
     CLAIMS,
     Claim,
@@ -86,6 +86,27 @@ def _maximum(differences: Sequence[Sequence[float]], clusters: Sequence[str]) ->
 
 def _tuned(runs: Runs) -> list[str]:
     return [f"{runs[0]['learning_rate']:g}", f"{runs[0]['beta']:g}"]
+
+
+def rate_rows(runs: Mapping[str, Mapping[str, Any]], rates: Sequence[float]) -> list[list[str]]:
+    """Of the runs that chose the learning rate: per cent right at the end, and what became of the winners, in nats."""
+    tried = {
+        (run["data"], run["objective"], run["learning_rate"]): run
+        for run in runs.values() if run["purpose"] == "learning_rate"
+    }  # fmt: skip
+    rows = [["pairs", "objective", *(f"{rate:g}" for rate in rates)]]
+    for data, objective in dict.fromkeys(key[:2] for key in tried):
+        rows.append([data, objective, *(_tried(tried.get((data, objective, rate))) for rate in rates)])
+    return rows
+
+
+def _tried(run: Mapping[str, Any] | None) -> str:
+    if run is None:
+        return ""
+    if not run["checkpoints"]:
+        return "broke off"
+    moved = run["checkpoints"][-1]["pairs"]["logps/chosen"] - run["start"]["logps/chosen"]
+    return f"{100 * last_accuracy(run):.1f} ({moved:+.1f})"
 
 
 def answer_rows(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> list[list[str]]:

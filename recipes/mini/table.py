@@ -30,6 +30,7 @@ from recipes.mini.rows import (
     markdown,
     pair_rows,
     points,
+    rate_rows,
     verdict_rows,
 )
 from recipes.world.running import ROOT
@@ -81,6 +82,12 @@ a 95 % interval over questions, it is what the chosen checkpoint is expected to 
 on a seed and tasks of their own, by one rule for all ([recipes](recipes.md#recipesmini)).{_edges(cells, design)}
 
 {markdown(gain_rows(cells, world))}
+## Learning rates
+
+Of the runs that chose the rate, at beta {design.betas[0]:g}: per cent right of {design.validation} tasks of their own
+at the end of training, and in brackets what became of the log-likelihood of held-out winners, in nats a response.
+
+{markdown(rate_rows(runs, design.learning_rates))}
 ## Answers
 
 Of the last checkpoint, per cent right by skill; then wording, and the mean length in words.

@@ -24,6 +24,7 @@ from recipes.mini.claims import (
     verdict_of,
 )
 from recipes.mini.grid import KEPT
+from recipes.mini.rows import rate_rows
 
 UP, DOWN = Compared(("a", "dpo"), None), Compared(("a", "sft"), None, above=False)
 
@@ -193,6 +194,16 @@ def test_the_page_is_made_from_the_results_alone(tmp_path):
     assert "3 looks a run" in text
     assert "Before training 50% of the greedy answers are worded plainly" in " ".join(text.split())
     assert "nan" not in text
+
+
+def test_rates_that_were_tried_stand_side_by_side():
+    tried = [run(100, "01", "11"), {**run(100, "11"), "learning_rate": 3e-5, "checkpoints": []}, run(0, "00")]
+    runs = {str(at): {**one, "purpose": "grid" if at == 2 else "learning_rate"} for at, one in enumerate(tried)}
+    found = rate_rows(runs, [1e-5, 3e-5, 9e-5])
+    assert found == [
+        ["pairs", "objective", "1e-05", "3e-05", "9e-05"],
+        ["clair", "apo_zero", "100.0 (+2.0)", "broke off", ""],
+    ]
 
 
 def test_only_a_whole_full_grid_is_written(tmp_path, monkeypatch, capsys):
