@@ -54,9 +54,14 @@ def points(value: float) -> str:
     return f"{100 * value:+.1f}"
 
 
-def with_interval(estimate: Estimate, scale: float = 100.0) -> str:
-    """`+7.1 [+4.0, +10.2]`."""
-    return f"{scale * estimate.mean:+.1f} [{scale * estimate.lo:+.1f}, {scale * estimate.hi:+.1f}]"
+def with_interval(estimate: Estimate) -> str:
+    """Fractions as points: `+7.1 [+4.0, +10.2]`."""
+    return f"{points(estimate.mean)} [{points(estimate.lo)}, {points(estimate.hi)}]"
+
+
+def in_nats(estimate: Estimate) -> str:
+    """`+7.12 [+4.03, +10.21]`."""
+    return f"{estimate.mean:+.2f} [{estimate.lo:+.2f}, {estimate.hi:+.2f}]"
 
 
 def gain_rows(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> list[list[str]]:
@@ -155,7 +160,7 @@ def pair_rows(cells: Mapping[Name, Runs]) -> list[list[str]]:
             kl = _mean([value for one in moved for value in one["chosen_kl"]])
             rows.append(
                 [data, objective, f"{accuracy.mean:.0%} [{accuracy.lo:.0%}, {min(1.0, accuracy.hi):.0%}]",
-                 f"{margin.mean:+.2f} [{margin.lo:+.2f}, {margin.hi:+.2f}]",
+                 in_nats(margin),
                  *_displaced(moved, "chosen"), *_displaced(moved, "rejected"), f"{falls:.0%}", f"{kl:.2f}"]
             )  # fmt: skip
     return rows
@@ -208,7 +213,8 @@ def verdict_rows(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> list[l
     rows = [["claim", "compared", "figure", "by the maxima", "verdict"]]
     for claim, figures, verdict in judged(cells, world):
         for at, (one, estimate) in enumerate(zip(claim.compared, figures, strict=True)):
-            figure = "–" if estimate is None else with_interval(estimate, 100.0 if one.of == "accuracy" else 1.0)
+            told = with_interval if one.of == "accuracy" else in_nats
+            figure = "–" if estimate is None else told(estimate)
             maxima = _maxima(one, cells, world) if estimate is not None and one.of == "accuracy" else "–"
             first = at == 0
             rows.append([claim.text if first else "", _told(one), figure, maxima, verdict if first else ""])
