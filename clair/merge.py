@@ -118,7 +118,9 @@ def _merge(
         hashes = writer.close(keep=finished)
     write_json(target / "recipe.json", recipe)
     if recipe["ledger"] is None:
-        _merge_ledgers(shards, output, account_of(recipe["out"]))
+        ledgers, ledger = [shard / "ledger.sqlite" for shard in shards], target / "ledger.sqlite"
+        join_ledgers(ledgers, ledger, account_of(recipe["out"]))
+        output.ledger(ledger, all_new=True).close()
     manifest = _manifest(manifests, recipe, writer, hashes)
     write_json(target / "manifest.json", manifest)
     write_atomically(target / "README.md", card(manifest))
@@ -182,18 +184,16 @@ _CALLS = (
 )
 
 
-def _merge_ledgers(shards: Sequence[Path], output: Output, payer: str) -> None:
-    """All calls of the shards in the ledger of the whole, so that building it again asks nothing twice."""
-    ledger = output.folder / "ledger.sqlite"
-    Ledger(ledger).close()
-    with closing(sqlite3.connect(ledger, isolation_level=None)) as connection:
+def join_ledgers(sources: Sequence[Path], target: Path, payer: str) -> None:
+    """All calls of several ledgers in one more, on one account; so that what they hold is never asked for again."""
+    Ledger(target).close()
+    with closing(sqlite3.connect(target, isolation_level=None)) as connection:
         for state in ("= 'done'", "!= 'done'"):  # of equal requests, an answered one goes first
-            for shard in shards:
-                connection.execute("ATTACH ? AS shard", (str(shard / "ledger.sqlite"),))
+            for source in sources:
+                connection.execute("ATTACH ? AS shard", (str(source),))
                 connection.execute(
                     f"INSERT OR IGNORE INTO main.calls ({_CALLS}, payer) SELECT {_CALLS}, ? FROM shard.calls "  # noqa: S608 (our columns)
                     f"WHERE state {state}",
                     (payer,),
                 )
                 connection.execute("DETACH shard")
-    output.ledger(ledger, all_new=True).close()

@@ -23,6 +23,10 @@ MARKS = ("recipe.json", "manifest.json")
 _LEDGER = "ledger.sqlite"
 
 
+class InUse(UserError):
+    """Another process of this machine holds the folder."""
+
+
 @dataclass(frozen=True)
 class Output:
     """A folder held by this process, and the store that it is the copy of, if it is one."""
@@ -63,7 +67,7 @@ class Output:
 
 @contextmanager
 def locked(out: str | Path, patience: float = 0.0) -> Iterator[Output]:
-    """Hold an output for this process. Raises UserError naming the process that holds it already.
+    """Hold an output for this process. Raises InUse naming the process that holds it already.
 
     `patience`: the seconds to wait for that one first, where it is known to be ending.
     What tells of earlier runs (recipe, manifest, ledger) is brought from a URL into the folder.
@@ -93,7 +97,7 @@ def _locked_here(folder: Path, told: str, patience: float) -> Iterator[None]:
         if not _flocked(file, patience):
             file.seek(0)
             owner = file.read().strip() or "unknown"
-            raise UserError(f"{told} is in use by process {owner}; wait for it, or choose another --out")
+            raise InUse(f"{told} is in use by process {owner}; wait for it, or choose another --out")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

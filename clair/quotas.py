@@ -129,13 +129,14 @@ class Quotas:
         self._shards: dict[str, _Shard] = {}
         self._stop: str | None = None
 
-    def begin(self, shard: str, attempt: str | None, spent: Decimal) -> None:
+    def begin(self, shard: str, attempt: str | None, spent: Decimal | None) -> None:
         """A shard is about to be built by this attempt (None: by nobody); `spent` is what its ledger says.
 
-        Whatever an earlier attempt held is free again.
+        Whatever an earlier attempt held is free again; its money only where `spent` is known.
         """
         old = self._shards.get(shard, _Shard())
-        self._shards[shard] = _Shard(attempt, self._clock(), spent=spent, leased=spent, done=old.done)
+        spent, leased = (old.spent, old.leased) if spent is None else (spent, spent)
+        self._shards[shard] = _Shard(attempt, self._clock(), spent=spent, leased=leased, done=old.done)
 
     def stop(self, reason: str) -> None:
         """Let every shard end: nothing new is sent, what is in flight is kept."""

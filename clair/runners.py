@@ -14,23 +14,25 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from clair.budget import Budget, prices_of
-from clair.build import DYING, Built, Care, locked, same_recipe
+from clair.build import DYING, Built, Care, same_recipe
 from clair.config import BuildConfig, lasting, public
 from clair.dataset import read_manifest
 from clair.leases import LOST
 from clair.ledger import Ledger
 from clair.merge import merge
 from clair.models.local import weights_identity
+from clair.output import InUse, locked
 from clair.quotas import GONE, Lease, Quotas, Report, RoleLimits
 from clair.recipe import UserError, changed_keys
 from clair.shards import Shard, read_shard, sharded, shards_folder, shares_money
 from clair.sources import Scan
-from clair.storage import is_url, public_path
+from clair.storage import account_of, is_url, public_path
 from clair.urls import environment_names
 from clair.worker import Done, Order, Worker
 
@@ -40,6 +42,9 @@ _STORE_BYTES = 80 * 2**20  # nothing of a job lies in the object store, and less
 _STRIKES = 2
 """Deaths of a shard without any new reply after which its rows are built one by one, to find the one it dies of."""
 _HOPELESS = 6
+_PATIENCE = 60.0
+"""Seconds for workers of a driver that died to end, before the first shard."""
+_A_MOMENT = 2.0
 Tell = Callable[[int, str], None]
 
 
@@ -71,7 +76,7 @@ def build_on_ray(
         with locked(Path(config.out)):
             _check_fresh(config, folder)
             same_recipe(config, Path(config.out), update=update)
-        with _connected(address) as ray:
+        with connected(address) as ray:
             job = _Job(ray, config, found, of or shards or _room(ray, config), update, tell or (lambda *_: None))
             stopped = job.run()
         if stopped:
@@ -105,7 +110,7 @@ def _check_fresh(config: BuildConfig, folder: Path) -> None:
 
 
 @contextmanager
-def _connected(address: str | None) -> Iterator[Any]:
+def connected(address: str | None) -> Iterator[Any]:
     """Ray, connected for the length of a `with` block. Raises UserError, naming both versions where they differ."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -210,7 +215,7 @@ class _Job:
         )
         self.quotas = ray.remote(num_cpus=0, scheduling_strategy=here)(_Keeper).remote(*self._limits())
         for name in self.shards:
-            self.quotas.begin.remote(name, None, self._spent(name))
+            self.quotas.begin.remote(name, None, self._look(name, _PATIENCE)[0])
         self.lost = False
         while self.running or (self.todo and not self._ending()):
             while self.todo and not self._ending() and len(self.running) < self._most():
@@ -236,15 +241,21 @@ class _Job:
         shared = config.budget if shares_money(config) else None
         return roles, Budget(shared, prices_of(config.models), {}) if shared else None
 
-    def _spent(self, name: str) -> Any:
-        """What a shard has spent by its ledger, calls without a known end included."""
+    def _look(self, name: str, patience: float = 0.0) -> tuple[Decimal | None, int | None]:
+        """(what a shard has spent, open calls included, and how many replies it has) by its ledger.
+
+        None where another process has the shard still: a ledger may be open on one machine at a time.
+        """
         config = self.configs[name]
-        budget = Budget(config.budget, prices_of(config.models), {})
-        if config.budget and config.ledger_path.is_file():
-            with Ledger(config.ledger_path) as ledger:
-                spent = ledger.spent(str(Path(config.out).resolve()))
-            budget = Budget(config.budget, prices_of(config.models), spent)
-        return budget.spent
+        if not config.ledger_path.is_file():
+            return Decimal(0), 0
+        try:
+            with locked(Path(config.out), patience), Ledger(config.ledger_path) as ledger:
+                spent = ledger.spent(account_of(config.out))
+                replies = ledger.counts().get("done", 0)
+        except InUse:
+            return None, None
+        return Budget(config.budget, prices_of(config.models), spent).spent, replies
 
     def _ending(self) -> bool:
         return bool(self.error or self.stopped or self.lost)
@@ -255,7 +266,7 @@ class _Job:
     def _start(self, name: str) -> None:
         worker = self.idle.pop() if self.idle else self._hire()
         attempt = uuid.uuid4().hex[:12]
-        self.quotas.begin.remote(name, attempt, self._spent(name))
+        self.quotas.begin.remote(name, attempt, self._look(name)[0])
         order = Order(
             config=self.config,
             shard=self.shards[name],
@@ -312,12 +323,12 @@ class _Job:
     def _died(self, name: str, told: str) -> None:
         """Build the shard again; where it keeps dying without coming any further, find the row it dies of."""
         self.todo.append(name)
-        self.quotas.begin.remote(name, None, self._spent(name))
+        spent, replies = self._look(name, _A_MOMENT)
+        self.quotas.begin.remote(name, None, spent)
         config, care = self.configs[name], self.care[name]
-        with Ledger(config.ledger_path) as ledger:
-            replies = ledger.counts().get("done", 0)
-        self.strikes[name] = self.strikes[name] + 1 if self.replies.get(name) == replies else 1
-        self.replies[name] = replies
+        if replies is not None:
+            self.strikes[name] = self.strikes[name] + 1 if self.replies.get(name) == replies else 1
+            self.replies[name] = replies
         noted = Path(config.out) / DYING
         row = noted.read_text("utf-8") if care.note and noted.is_file() else None
         if row and row == self.suspects.get(name):

@@ -60,7 +60,7 @@ class Worker:
     def build(self, order: Order, quotas: Any) -> Done:
         """Build one shard within the leases of `quotas`, the handle of an actor."""
         try:
-            _settle_in(order)
+            settle_in(order.folder, order.version, order.environment)
             built = self._build(order, lambda report: quotas.report.remote(report))
         except UserError as error:
             return Done(error=str(error), code=error.exit_code)
@@ -91,18 +91,18 @@ class Worker:
         )
 
 
-def _settle_in(order: Order) -> None:
+def settle_in(folder: str, theirs: str, environment: Mapping[str, str]) -> None:
     """Stand where the driver stands, with its secrets. Raises UserError for another version or a missing folder."""
     own = version("clair-apo")
-    if own != order.version:
-        raise UserError(f"a node has clair-apo {own} and the driver {order.version}; install the same on all nodes")
-    for name, value in order.environment.items():
+    if own != theirs:
+        raise UserError(f"a node has clair-apo {own} and the driver {theirs}; install the same on all nodes")
+    for name, value in environment.items():
         os.environ.setdefault(name, value)
     try:
-        os.chdir(order.folder)
+        os.chdir(folder)
     except OSError as error:
         raise UserError(
-            f"a node cannot enter {order.folder} ({error.strerror}); start from a folder that all nodes share"
+            f"a node cannot enter {folder} ({error.strerror}); start from a folder that all nodes share"
         ) from error
 
 

@@ -30,7 +30,8 @@ def mixeval(
     data: Annotated[Path, typer.Option(help="The benchmark's data folder; `apo eval fetch-mixeval` gets it.")],
     out: Annotated[Path, typer.Option(help="The result folder.")],
     model: Annotated[
-        str | None, typer.Option(help="Who answers: a model or adapter folder, or an endpoint's URL.")
+        list[str] | None,
+        typer.Option(help="Who answers: a model or adapter folder, or an endpoint's URL. Several folders: repeat it."),
     ] = None,
     model_name: Annotated[str | None, typer.Option(help="The name the endpoint serves it under.")] = None,
     responses: Annotated[Path | None, typer.Option(help="Score the answers in this folder instead.")] = None,
@@ -77,16 +78,23 @@ def mixeval(
     ] = False,
     estimate: Annotated[bool, typer.Option("--estimate", help="Tell what it will cost; ask nothing.")] = False,
     probe: Annotated[int, typer.Option(help="With --estimate: items to run and pay for first; they are kept.")] = 0,
+    runner: Annotated[str | None, typer.Option(help="ray: the models answer on a Ray cluster.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="The cluster's head, such as node-1:6379, or auto; for --runner ray.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all and print the settings; write nothing.")
     ] = False,
 ) -> None:
-    """Score a model on MixEval-Hard. Run it again to go on where it stopped; nothing is paid for twice."""
+    """Score models on MixEval-Hard. Run it again to go on where it stopped; nothing is paid for twice."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
+    from apo.evaluate.mixeval_command import print_settings, run_many, run_one
     from apo.evaluate.settings import MixEvalConfig, check
     from clair.recipe import resolve
 
-    who = _model(model, model_name, model_key_env, model_id, model_price, temperature, batch_tokens)
+    options = (model_name, model_key_env, model_id, model_price, temperature, batch_tokens)
+    several = [_model(one, *options) for one in model or [None]]
+    who = several[0]
     values: dict[str, Any] = {
         "data": str(data),
         "out": str(out),
@@ -107,11 +115,17 @@ def mixeval(
         "upstream_files": upstream_files,
     }
     config = resolve(MixEvalConfig, values, "options")
+    _check_runner(runner, address)
+    if runner or len(several) > 1:
+        if estimate or probe:
+            raise UserError("--estimate is for one model in this process; leave out --runner and all --model but one")
+        run_many(config, several, runner, address, dry_run=dry_run)
+        return
     checked = check(config)
     for note in checked.benchmark.notes:
         _tell(f"note: {note}")
     if dry_run:
-        _print_settings(config, checked)
+        print_settings(config, checked)
     elif estimate or probe:
         from apo.evaluate.estimate import estimate as estimated
         from clair.terminal import cost_table
@@ -119,7 +133,14 @@ def mixeval(
 
         print_(cost_table(estimated(config, probe, checked)))
     else:
-        _run(config, checked)
+        run_one(config, checked)
+
+
+def _check_runner(runner: str | None, address: str | None) -> None:
+    if runner not in (None, "ray"):
+        raise UserError(f"unknown runner {runner!r}; allowed: ray, or none for this process")
+    if address and not runner:
+        raise UserError("--address is for --runner ray; add it, or leave that out")
 
 
 def _model(
@@ -187,48 +208,6 @@ def budget_of(money: str | None, tokens: int | None) -> dict[str, Any] | None:
     if money is not None and tokens is not None:
         raise UserError("--budget and --budget-tokens: give one of them")
     return {"money": money} if money is not None else {"tokens": tokens} if tokens is not None else None
-
-
-def _print_settings(config: Any, checked: Any) -> None:
-    import yaml
-
-    from apo.evaluate.run import work_of
-    from apo.evaluate.settings import public
-
-    print(yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True), end="")
-    rows = checked.benchmark.all_rows
-    questions = len({row.question for row in rows})
-    print(f"# {len(rows):,} rows, {questions:,} different questions, {len(work_of(config, checked)):,} answers")
-
-
-def _run(config: Any, checked: Any) -> None:
-    from apo.evaluate.results import read_results
-    from apo.evaluate.run import evaluate, work_of
-    from apo.evaluate.tables import evaluation_bar, score_table
-    from clair.terminal import show as print_
-
-    with evaluation_bar(len(work_of(config, checked))) as tell:
-        done = evaluate(config, checked=checked, on_progress=tell)
-    if done.stopped:
-        _tell(f"{done.stopped}: every reply so far is kept; run the same command again to go on")
-        raise typer.Exit(EXIT_INTERRUPTED if done.stopped == "interrupted" else EXIT_BUDGET)
-    if done.score is None:
-        _tell(
-            f"{done.failed} items got no reply ({done.first_failure}), so there is no score; everything else is kept, "
-            f"run the same command again"
-        )
-        raise typer.Exit(EXIT_SOME_FAILED)
-    results = read_results(config.out)
-    print_(score_table(results))
-    if done.requests:
-        told = "equal requests share a reply" if done.score.shared_judgements else "each asked for by itself"
-        print_(f"{len(results.items):,} judgements from {done.requests:,} requests; {told}")
-    if done.score.fallbacks:
-        print_(f"{done.score.fallbacks} items have a RANDOM score, as upstream gives where there is no verdict")
-
-
-def _tell(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 @app.command()
@@ -383,3 +362,7 @@ def show(
 
     for folder in results:
         print_(score_table(read_results(folder)))
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -25,7 +25,7 @@ from clair.models.asking import Asker, Stop, Stopped
 from clair.models.local import LocalModel
 from clair.recipe import UserError, provenance
 from clair.records import Dropped
-from clair.session import ctrl_c, in_order, open_askers
+from clair.session import Means, ctrl_c, in_order, open_askers
 
 _HOPELESS = 20
 """Refusals before the first answer after which a model is taken to refuse everything."""
@@ -49,24 +49,31 @@ Progress = Callable[[int, Mapping[str, Asker]], None]
 
 
 def evaluate(
-    config: MixEvalConfig, *, checked: Checked | None = None, on_progress: Progress | None = None
+    config: MixEvalConfig,
+    *,
+    checked: Checked | None = None,
+    on_progress: Progress | None = None,
+    means: Means | None = None,
 ) -> Evaluated:
     """Run an evaluation, going on from whatever its ledger holds, and write the result folder.
 
-    `checked` is what `check` returned, where the caller has looked already. Raises UserError for the user's mistakes
+    `checked` is what `check` returned, where the caller has looked already. `means`: other models than the run's own,
+    as `clair.session` has it. Raises UserError for the user's mistakes
     before any work, and for a model or a judge that refuses everything.
     """
     checked = checked or check(config)
     out = Path(config.out)
     with locked(out), Ledger(config.ledger_path) as ledger:
         same_settings(config, out, ledger)
-        return asyncio.run(_evaluate(config, checked, ledger, on_progress or (lambda *_: None)))
+        return asyncio.run(_evaluate(config, checked, ledger, on_progress or (lambda *_: None), means))
 
 
-async def _evaluate(config: MixEvalConfig, checked: Checked, ledger: Ledger, on_progress: Progress) -> Evaluated:
+async def _evaluate(
+    config: MixEvalConfig, checked: Checked, ledger: Ledger, on_progress: Progress, means: Means | None
+) -> Evaluated:
     started = time.monotonic()
     stop = Stop()
-    askers = open_askers(config, ledger, stop)
+    askers = open_askers(config, ledger, stop, means=means)
     try:
         run = Run(config, checked, askers, stop)
         with ctrl_c(stop):

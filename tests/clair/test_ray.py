@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import shutil
 import signal
-import time
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.clair.building import (
@@ -28,61 +23,20 @@ from tests.clair.building import (
     write_prompts,
     write_recipe,
 )
-
-CONCURRENCY = 8
-STORE = 80 * 2**20
-
-
-@dataclass
-class Nodes:
-    """A cluster: a head without workers, and nodes of one worker each."""
-
-    cluster: object
-
-    @property
-    def address(self) -> str:
-        return self.cluster.address
-
-    def add(self) -> object:
-        return self.cluster.add_node(num_cpus=1, object_store_memory=STORE)
-
-    def kill(self, node: object) -> None:
-        self.cluster.remove_node(node, allow_graceful=False)
-
-    def workers(self) -> list[psutil.Process]:
-        """The processes that build shards now."""
-        found = []
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if "Worker.build" in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+from tests.clair.ray_nodes import CONCURRENCY, cluster, paid_twice, wait_until, write_all_fates
 
 
 @pytest.fixture(scope="module")
 def nodes():
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    from ray.cluster_utils import Cluster
-
-    head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
-    before = set(psutil.Process().children(recursive=True))
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    started = set(psutil.Process().children(recursive=True)) - before
-    yield Nodes(cluster)
-    cluster.shutdown()
-    _, alive = psutil.wait_procs(started, timeout=20)
-    assert not alive
+    with cluster() as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, scripted_server):
     """The folder of a recipe with its prompts, and in `one` the build of a single process: 150 rows, of all fates."""
-    folder, draw = tmp_path_factory.mktemp("plain"), random.Random(0)
-    scripts = [draw.choice(["wait:0.3", "ok", "wait:0.2", "429:0.1 ok", "500 ok", "400"]) for _ in range(150)]
-    write_prompts(folder / "prompts.jsonl", scripted_rows(scripts))
-    url = scripted_server.url
-    reviser = {"url": url, "model": "m", "max_tokens": 50, "price": {"input": 1, "output": 1}}
-    path = write_recipe(folder, url, reviser=reviser, concurrency=CONCURRENCY, budget={"money": 1})
+    folder = tmp_path_factory.mktemp("plain")
+    path = write_all_fates(folder, scripted_server.url, rows=150)
     assert clair("build", path, "--out", folder / "one").code == 3
     return folder
 
@@ -100,20 +54,6 @@ def start(recipe, nodes, *more, out="all"):
     return start_clair("build", recipe, *arguments)
 
 
-def wait_until(what, seconds=90):
-    give_up = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < give_up, "it never came"
-        time.sleep(0.05)
-
-
-def paid_twice(server) -> int:
-    """Requests that were answered well more often than once."""
-    answered = (r for r in server.seen() if r["step"].startswith(("ok", "wait")))
-    asked = Counter(str(r["body"]["messages"]) for r in answered)
-    return sum(count - 1 for count in asked.values())
-
-
 def assert_same(recipe, ended, server, deaths):
     folder = recipe.parent
     assert ended.code == 3, ended
@@ -125,18 +65,30 @@ def assert_same(recipe, ended, server, deaths):
 
 
 @pytest.mark.slow
-def test_a_node_and_then_a_worker_die_and_the_dataset_is_that_of_one_machine(recipe, nodes, server):
-    first, second = nodes.add(), nodes.add()
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_node_dies_at_a_random_moment_and_the_dataset_is_that_of_one_machine(recipe, nodes, server, seed):
+    dying, living = nodes.add(), nodes.add()
     build = start(recipe, nodes, "--shards", "3")
+    moment = random.Random(seed).randrange(1, 100)
+    wait_until(lambda: len(server.seen()) > moment)
+    nodes.kill(dying)
+    assert_same(recipe, finished(build), server, deaths=1)
+    nodes.kill(living)
+
+
+@pytest.mark.slow
+def test_the_keeper_of_limits_and_then_a_worker_are_killed_and_the_dataset_is_that_of_one_machine(
+    recipe, nodes, server
+):
+    node = nodes.add()
+    build = start(recipe, nodes, "--shards", "2")
     wait_until(lambda: len(server.seen()) > 20)
-    nodes.kill(first)
-    before = len(server.seen())
-    wait_until(lambda: len(server.seen()) > before + 20)
-    victim = nodes.workers()[0]
-    os.kill(victim.pid, signal.SIGKILL)
-    ended = finished(build)
-    assert_same(recipe, ended, server, deaths=2)
-    nodes.kill(second)
+    os.kill(nodes.processes("_Keeper")[0].pid, signal.SIGKILL)
+    before = len(server.seen()) + CONCURRENCY
+    wait_until(lambda: len(server.seen()) > before)
+    os.kill(nodes.processes("Worker.build")[0].pid, signal.SIGKILL)
+    assert_same(recipe, finished(build), server, deaths=1)
+    nodes.kill(node)
 
 
 @pytest.mark.slow

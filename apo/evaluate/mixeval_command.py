@@ -1,0 +1,91 @@
+"""What `apo eval mixeval` does with its settings, for one model or several, and what it prints."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+
+from apo.evaluate.many import apart, evaluate_each
+from apo.evaluate.results import read_results
+from apo.evaluate.run import Evaluated, evaluate, work_of
+from apo.evaluate.settings import Checked, MixEvalConfig, check, public
+from apo.evaluate.tables import evaluation_bar, score_table
+from clair.recipe import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED
+from clair.terminal import show as print_
+
+
+def run_one(config: MixEvalConfig, checked: Checked) -> None:
+    """Evaluate one model, and print its score."""
+    with evaluation_bar(len(work_of(config, checked))) as tell:
+        done = evaluate(config, checked=checked, on_progress=tell)
+    _end_early(done)
+    _print_score(config, done)
+
+
+def run_many(
+    config: MixEvalConfig, models: list[Any], runner: str | None, address: str | None, *, dry_run: bool
+) -> None:
+    """Evaluate several models, here or on a cluster, and print their scores in the order they were named."""
+    work = [(one, check(one)) for one in apart(config, [model or {} for model in models])]
+    for note in work[0][1].benchmark.notes:
+        tell(f"note: {note}")
+    if dry_run:
+        for number, one in enumerate(work):
+            print("---\n" * bool(number), end="")
+            print_settings(*one)
+        return
+    rows = {one.out: len(work_of(one, checked)) for one, checked in work}
+    finished: dict[str, Evaluated] = {}
+    with evaluation_bar(sum(rows.values())) as bar:
+        evaluations = evaluate_each(
+            work,
+            ray=runner == "ray",
+            address=address,
+            on_progress=lambda done, askers: bar(sum(rows[out] for out in finished) + done, askers),
+        )
+        for one, done in evaluations:
+            _end_early(done)
+            finished[one.out] = done
+    for one, _ in work:
+        _print_score(one, finished[one.out])
+    if len(rows) > 1:
+        print_(f"are they better than the first? apo compare {' '.join(rows)}")
+
+
+def print_settings(config: MixEvalConfig, checked: Checked) -> None:
+    """The settings as a dry run shows them."""
+    import yaml
+
+    print(yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True), end="")
+    rows = checked.benchmark.all_rows
+    questions = len({row.question for row in rows})
+    print(f"# {len(rows):,} rows, {questions:,} different questions, {len(work_of(config, checked)):,} answers")
+
+
+def _end_early(done: Evaluated) -> None:
+    if done.stopped:
+        tell(f"{done.stopped}: every reply so far is kept; run the same command again to go on")
+        raise typer.Exit(EXIT_INTERRUPTED if done.stopped == "interrupted" else EXIT_BUDGET)
+    if done.score is None:
+        tell(
+            f"{done.failed} items got no reply ({done.first_failure}), so there is no score; everything else is kept, "
+            f"run the same command again"
+        )
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def _print_score(config: MixEvalConfig, done: Evaluated) -> None:
+    results = read_results(config.out)
+    print_(score_table(results))
+    if done.requests:
+        told = "equal requests share a reply" if done.score.shared_judgements else "each asked for by itself"
+        print_(f"{len(results.items):,} judgements from {done.requests:,} requests; {told}")
+    if done.score.fallbacks:
+        print_(f"{done.score.fallbacks} items have a RANDOM score, as upstream gives where there is no verdict")
+
+
+def tell(message: str) -> None:
+    """Words beside the result."""
+    print(message, file=sys.stderr, flush=True)

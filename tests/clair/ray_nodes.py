@@ -1,0 +1,89 @@
+"""A Ray cluster of several nodes on this machine, and a build on it that takes some seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.clair.building import ScriptedServer, scripted_rows, write_prompts, write_recipe
+
+CONCURRENCY = 8
+STORE = 80 * 2**20
+FATES = ("wait:0.3", "ok", "wait:0.2", "429:0.1 ok", "500 ok", "400")
+
+
+@dataclass
+class Nodes:
+    """A cluster: a head without workers, and nodes of one worker each."""
+
+    cluster: Any
+
+    @property
+    def address(self) -> str:
+        return self.cluster.address
+
+    def add(self) -> Any:
+        return self.cluster.add_node(num_cpus=1, object_store_memory=STORE)
+
+    def kill(self, node: Any) -> None:
+        """As if its machine lost power: nothing of it ends by itself."""
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def processes(self, doing: str) -> list[psutil.Process]:
+        """The processes of actors that call themselves so."""
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if doing in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[Nodes]:
+    """A head for the length of a `with` block; of all that was started, nothing is left behind it."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
+    before = set(psutil.Process().children(recursive=True))
+    made = Cluster(initialize_head=True, head_node_args=head)
+    started = set(psutil.Process().children(recursive=True)) - before
+    try:
+        yield Nodes(made)
+    finally:
+        made.shutdown()
+        _, alive = psutil.wait_procs(started, timeout=20)
+        assert not alive, alive
+
+
+def write_all_fates(folder: Path, url: str, rows: int) -> Path:
+    """A recipe whose rows are answered, late, refused, failing or dropped; its prompts lie beside it."""
+    draw = random.Random(0)
+    write_prompts(folder / "prompts.jsonl", scripted_rows([draw.choice(FATES) for _ in range(rows)]))
+    reviser = {"url": url, "model": "m", "max_tokens": 50, "price": {"input": 1, "output": 1}}
+    return write_recipe(folder, url, reviser=reviser, concurrency=CONCURRENCY, budget={"money": 1})
+
+
+def wait_until(what: Callable[[], bool], seconds: float = 90) -> None:
+    """Until it is so; an AssertionError where it takes longer."""
+    give_up = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < give_up, "it never came"
+        time.sleep(0.05)
+
+
+def paid_twice(server: ScriptedServer) -> int:
+    """Requests that were answered well more often than once."""
+    answered = (r for r in server.seen() if r["step"].startswith(("ok", "wait")))
+    asked = Counter(str(r["body"]["messages"]) for r in answered)
+    return sum(count - 1 for count in asked.values())
