@@ -6,7 +6,6 @@ actor, a worker or a node that dies costs at most the requests it had in flight.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import uuid
@@ -21,6 +20,7 @@ from typing import Any
 
 from clair.budget import Budget, prices_of
 from clair.build import DYING, Built, Care, same_recipe
+from clair.cluster import Keeper, connected, one_line
 from clair.config import BuildConfig, lasting, public
 from clair.dataset import read_manifest
 from clair.leases import LOST
@@ -28,7 +28,7 @@ from clair.ledger import Ledger
 from clair.merge import merge
 from clair.models.local import weights_identity
 from clair.output import InUse, locked
-from clair.quotas import GONE, Lease, Quotas, Report, RoleLimits
+from clair.quotas import GONE, RoleLimits
 from clair.recipe import UserError, changed_keys
 from clair.shards import Shard, read_shard, sharded, shards_folder, shares_money
 from clair.sources import Scan
@@ -38,7 +38,6 @@ from clair.worker import Done, Order, Worker
 
 _LOOK = 0.3
 """Seconds between two looks at the workers."""
-_STORE_BYTES = 80 * 2**20  # nothing of a job lies in the object store, and less than this Ray does not take
 _STRIKES = 2
 """Deaths of a shard without any new reply after which its rows are built one by one, to find the one it dies of."""
 _HOPELESS = 6
@@ -107,32 +106,6 @@ def _check_fresh(config: BuildConfig, folder: Path) -> None:
         raise UserError(
             f"{config.out} holds the replies of a run without shards; go on without --runner, or choose another --out"
         )
-
-
-@contextmanager
-def connected(address: str | None) -> Iterator[Any]:
-    """Ray, connected for the length of a `with` block. Raises UserError, naming both versions where they differ."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("--runner ray needs Ray, which is not installed: pip install 'clair-apo[ray]'") from error
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    if "://" in address:
-        raise UserError(f"--address {address}: Ray's client is not supported; start on a node of it, --address auto")
-    own = {"include_dashboard": False, "object_store_memory": _STORE_BYTES} if address == "local" else {}
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise UserError(f"--address {address}: {_line(str(error))}") from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def _line(told: str) -> str:
-    return " ".join(told.split())[:400]
 
 
 def _local(config: BuildConfig) -> bool:
@@ -213,7 +186,7 @@ class _Job:
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             node_id=ray.get_runtime_context().get_node_id(), soft=False
         )
-        self.quotas = ray.remote(num_cpus=0, scheduling_strategy=here)(_Keeper).remote(*self._limits())
+        self.quotas = ray.remote(num_cpus=0, scheduling_strategy=here)(Keeper).remote(*self._limits())
         for name in self.shards:
             self.quotas.begin.remote(name, None, self._look(name, _PATIENCE)[0])
         self.lost = False
@@ -335,7 +308,7 @@ class _Job:
             self.care[name] = Care(care.killers | {row})
             self.strikes[name] = 0
         elif self.strikes[name] >= _HOPELESS:
-            self._failed(UserError(f"shard {name} died {_HOPELESS} times before it came to any row: {_line(told)}"))
+            self._failed(UserError(f"shard {name} died {_HOPELESS} times before it came to any row: {one_line(told)}"))
         elif self.strikes[name] >= _STRIKES:
             self.care[name] = Care(care.killers, note=True)
         self.suspects[name] = row or ""
@@ -368,35 +341,6 @@ class _Running:
     worker: Any
     name: str
     here: Any
-
-
-class _Keeper(Quotas):
-    """The quotas of a job, in an actor; what shards report also goes to Ray's metrics."""
-
-    def __init__(self, *limits: Any) -> None:
-        super().__init__(*limits)
-        from ray.util.metrics import Counter as Metric
-
-        self._metrics = {name: Metric(f"clair_{name}", told) for name, told in _METRICS.items()}
-        self._told: dict[tuple[str, str], float] = {}
-
-    def report(self, report: Report) -> Lease:
-        """Take a shard's report, and lease it what is its part."""
-        for name, value in report.done.items():
-            before = self._told.get((report.shard, name), 0.0)
-            if value > before:  # a shard that is built again counts from nothing
-                self._metrics[name].inc(value - before)
-                self._told[report.shard, name] = value
-        return super().report(report)
-
-
-_METRICS = {
-    "pairs": "Pairs built",
-    "dropped": "Prompts that gave no pair",
-    "calls": "Calls of models, without those that the ledger answered",
-    "tokens": "Tokens in and out, of all replies that the rows needed",
-    "spent": "What counts against the budget: money by the recipe's prices, or tokens",
-}
 
 
 @contextmanager

@@ -15,12 +15,12 @@ from typing import Any
 
 from apo.evaluate.run import Evaluated, Progress, evaluate
 from apo.evaluate.settings import Checked, MixEvalConfig
+from clair.cluster import connected
 from clair.config import ModelConfig
 from clair.merge import join_ledgers
 from clair.models import Model, Refused
 from clair.models.local import weights_identity
 from clair.recipe import EXIT_USER_ERROR, UserError
-from clair.runners import connected
 from clair.session import Means
 from clair.worker import settle_in
 

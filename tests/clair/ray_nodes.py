@@ -32,7 +32,17 @@ class Nodes:
         return self.cluster.address
 
     def add(self) -> Any:
-        return self.cluster.add_node(num_cpus=1, object_store_memory=STORE)
+        """One more node; tried again where a busy machine takes longer to start it than Ray waits for it."""
+        for tries_left in (2, 1, 0):
+            before = set(psutil.Process().children(recursive=True))
+            try:
+                return self.cluster.add_node(num_cpus=1, object_store_memory=STORE)
+            except Exception as error:
+                if "timed out during startup" not in str(error) or not tries_left:
+                    raise
+                for process in set(psutil.Process().children(recursive=True)) - before:
+                    process.kill()
+        raise AssertionError
 
     def kill(self, node: Any) -> None:
         """As if its machine lost power: nothing of it ends by itself."""

@@ -258,6 +258,14 @@ def test_a_shard_whose_keeper_is_gone_stops_and_keeps_what_it_has(tmp_path, monk
     assert len(model.asked) == 80, "what was answered before is not asked again"
 
 
+def test_a_shard_has_a_part_of_the_budget_only_where_batches_keep_it_from_being_shared(tmp_path):
+    budget = {"budget": {"tokens": 900}, "pipeline": "revised"}
+    live = recipe(tmp_path / "live", rows(1), reviser=endpoint(), **budget)
+    batch = recipe(tmp_path / "batch", rows(1), reviser=endpoint(batch=True), **budget)
+    parts = [sharded(config, Shard(1, 3), shared=True).budget.tokens for config in (live, batch)]
+    assert parts == [900, 300]
+
+
 @pytest.mark.parametrize("given", [{"requests_per_minute": 3000}, {"tokens_per_minute": 600_000}])
 def test_shards_on_one_rate_build_all_rows(tmp_path, monkeypatch, given):
     install(monkeypatch, reviser=Scripted("reviser", revision))
