@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apo import cache
-from apo.pairs import check_there
+from apo.pairs import check_there, split_names
 from clair.recipe import UserError, content_hash
 from clair.records import LABELS
 
@@ -191,7 +191,7 @@ def labelled_rows(rows: list[dict[str, Any]], model: str, tell: Callable[[str], 
 
 
 def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """All pairs of some datasets as plain rows, both splits of a folder made by `clair build`.
+    """All pairs of some datasets as plain rows, train and test split of a folder; `split` says which.
 
     `id` is the content's hash where there is none; `source` the pipeline that built the folder, or the path's last
     part, where the row names none. Labels are text or None.
@@ -204,10 +204,11 @@ def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
         check_there(path)
         folder = Path(path)
         if (folder / "manifest.json").is_file():
-            source, found = read_manifest(folder)["pipeline"], read_folder(folder, SPLITS)
+            source, parts = read_manifest(folder)["pipeline"], [(s, read_folder(folder, [s])) for s in SPLITS]
         else:
-            source, found = folder.stem, iter(load_pairs(path))
-        for row in found:
+            splits = [s for s in SPLITS if s in split_names(path)] if folder.is_dir() else ["train"]
+            source, parts = folder.stem, [(s, load_pairs(path, s)) for s in splits]
+        for split, row in ((split, row) for split, part in parts for row in part):
             content = [row["prompt"], row["chosen"], row["rejected"]]
             labels = {name: None if row.get(name) is None else str(row[name]) for name in LABELS}
             labels["source"] = labels["source"] or source
@@ -218,6 +219,7 @@ def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
                     **dict(zip(("prompt", "chosen", "rejected"), content, strict=True)),
                     **labels,
                     **kept,
+                    "split": split,
                 }
             )
     if not rows:

@@ -79,8 +79,7 @@ def fit(
     from apo.console import tell
     from apo.rewards.folder import Reward, comparisons_of
     from apo.rewards.scorer import accuracy, nll, split
-    from apo.rewards.scorer import fit as fit_scorer
-    from apo.rewards.select import KINDS, new_scorer
+    from apo.rewards.select import KINDS, fitted
     from clair.recipe import near_miss
 
     if kind not in KINDS:
@@ -93,8 +92,7 @@ def fit(
     if kind != "bradley_terry" and len(data.users) < 2:
         raise UserError(f"all comparisons are of one user, {data.users[0]!r}: there is one taste; take bradley_terry")
     training, held_out = split(data, (0.9, 0.1), seed)
-    scorer = new_scorer(kind, data, prototypes=prototypes, by_prompt=by_prompt, beta=beta, seed=seed)
-    fit_scorer(scorer, training, held_out, seed=seed)
+    scorer = fitted(kind, data, training, held_out, prototypes=prototypes, by_prompt=by_prompt, beta=beta, seed=seed)
     measured: dict[str, Any] = {"comparisons": len(data), "held_out": len(held_out)}
     if len(held_out):
         measured |= {"accuracy": accuracy(scorer, held_out), "nll": float(nll(scorer, held_out).mean())}
@@ -116,7 +114,7 @@ def fit(
 def score(
     datasets: Datasets,
     reward: Annotated[Path, typer.Option(help="A folder of `apo reward fit`.")],
-    out: Annotated[Path, typer.Option(help="The JSONL file to write: the pairs with their scores.")],
+    out: Annotated[Path, typer.Option(help="A .jsonl file to write, or a folder that keeps train and test apart.")],
     user: Annotated[str | None, typer.Option(help="Score for this user or group, not for each pair's own.")] = None,
     pad: Annotated[str | None, typer.Option(help="Also score chosen with this text behind it: score_padded.")] = None,
     by_group: Annotated[
@@ -136,8 +134,9 @@ def score(
     from apo.rewards.judge import by_group as turned
     from apo.rewards.judge import padded, scored, worst_off
     from clair.dataset import read_manifest
-    from clair.recipe import write_atomically, write_json
+    from clair.recipe import write_json
 
+    _check_out(out)
     if decisions and (len(datasets) != 1 or by_group):
         raise UserError("--decisions is about one dataset folder as it is; give one, without --by-group")
     manifest = read_manifest(datasets[0]) if decisions else None
@@ -152,7 +151,9 @@ def score(
             row["score_padded"] = value
     if by_group:
         rows = turned(rows, sure)
-    write_atomically(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if not rows:
+        raise UserError(f"no group prefers either answer of a pair with a probability of {sure:g}; lower --sure")
+    _write_scored(rows, out)
     tell(f"{len(rows):,} rows in {out}")
     if decisions and manifest is not None:
         kept = worst_off(rows, least)
@@ -195,6 +196,35 @@ def adapt(
             raise typer.Exit(EXIT_INTERRUPTED) from stop
     named = judge.groups()[user]
     tell(f"{user} was added to {reward}" + (f", {named}" if len(judge.scorer.groups()) > 1 else ""))
+
+
+_FILE = (".jsonl", ".json")
+
+
+def _check_out(out: Path) -> None:
+    """Raises UserError where `out` is a folder named like a file, or the other way round, or holds other files."""
+    is_file = out.suffix in _FILE
+    if out.exists() and out.is_dir() == is_file:
+        raise UserError(f"--out {out} is {'a folder' if is_file else 'a file'}; name a .jsonl file, or a folder")
+    if not is_file and out.exists():
+        strangers = sorted(file.name for file in out.iterdir() if file.name not in ("train.jsonl", "test.jsonl"))
+        if strangers:
+            raise UserError(f"--out {out} holds other files ({', '.join(strangers[:3])}); choose another folder")
+
+
+def _write_scored(rows: list[dict[str, Any]], out: Path) -> None:
+    """Write rows to a file, or into a folder as one file a split."""
+    from clair.recipe import write_atomically
+
+    files = {out: rows} if out.suffix in _FILE else {
+        out / f"{split}.jsonl": [row for row in rows if row["split"] == split] for split in ("train", "test")
+    }  # fmt: skip
+    for file, some in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if some:
+            write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some))
+        else:
+            file.unlink(missing_ok=True)  # of a former run
 
 
 def _labelled(datasets: list[str], model: str) -> Labelled:

@@ -1,6 +1,7 @@
 """Whether people differ: one reward or several tastes, decided on comparisons that nothing was fitted on.
 
-Each user's comparisons are parted: 3 in 5 fit, 1 in 5 chooses K (and when to stop), 1 in 5 judges. Several tastes are
+Each user's comparisons are parted: 3 in 5 fit, 1 in 5 chooses K (and when to stop), 1 in 5 judges. K is the fewest
+prototypes that the best number is not better than with 95 % confidence. Several tastes are
 recommended only where they predict the judging part better than the better of two models of one taste (Bradley-Terry,
 PAL with K = 1), by more than `LEAST_GAIN` nats a comparison with 95 % confidence, users being the clusters. On real
 data one reward often wins: docs/neighbours.md says where.
@@ -24,6 +25,8 @@ from clair.statistics import Estimate, clustered_mean
 LEAST_GAIN = 0.01
 """Nats a comparison: a smaller gain is not worth a second taste."""
 KINDS = ("bradley_terry", "pal", "vpl")
+STARTS = 3
+"""Fits of PAL with several prototypes, from different draws: one in five may end with two tastes in one prototype."""
 
 
 def new_scorer(
@@ -39,6 +42,19 @@ def new_scorer(
     if kind == "vpl":
         return VPL(sizes, beta=beta)
     raise UserError(f"unknown kind {kind!r}{near_miss(kind, KINDS)}; allowed: {', '.join(KINDS)}")
+
+
+def fitted(
+    kind: str, data: Comparisons, training: Comparisons, valid: Comparisons, *, prototypes: int = 2,
+    by_prompt: bool = False, beta: float = 1e-3, seed: int = 0,
+) -> Scorer:  # fmt: skip
+    """A scorer for the users of `data`, fitted on `training`: of several starts the one that explains it best."""
+    starts = STARTS if kind == "pal" and prototypes > 1 else 1
+    found = []
+    for start in (seed + 1000 * number for number in range(starts)):
+        scorer = new_scorer(kind, data, prototypes=prototypes, by_prompt=by_prompt, beta=beta, seed=start)
+        found.append(fit(scorer, training, valid, seed=start))
+    return min(found, key=lambda scorer: float(nll(scorer, training).mean()))
 
 
 @dataclass(frozen=True)
@@ -80,16 +96,20 @@ def select(data: Comparisons, *, most: int = 4, by_prompt: bool = False, seed: i
             f"out; whether tastes differ needs two such users at least, so take bradley_terry"
         )
     found: dict[str, tuple[Candidate, Tensor]] = {}
+    missed: dict[int, Tensor] = {}
     for name, tastes in [("bradley_terry", 1), *((f"pal {k}", k) for k in range(1, most + 1))]:
         kind = name.split()[0]
-        scorer = new_scorer(kind, data, prototypes=tastes, by_prompt=by_prompt and kind == "pal", seed=seed)
-        fit(scorer, fitting, choosing, seed=seed)
-        by_user = clustered_mean(nll(scorer, choosing).tolist(), choosing.user.tolist())
+        scorer = fitted(
+            kind, data, fitting, choosing, prototypes=tastes, by_prompt=by_prompt and kind == "pal", seed=seed
+        )
+        missed[tastes] = nll(scorer, choosing)
+        by_user = clustered_mean(missed[tastes].tolist(), choosing.user.tolist())
         judged = nll(scorer, judging)
         found[name] = Candidate(name, tastes, by_user.mean, by_user.se, float(judged.mean())), judged
     one = min((name for name in found if found[name][0].tastes == 1), key=lambda name: found[name][0].choosing)
-    several = _fewest([candidate for candidate, _ in found.values() if candidate.tastes > 1])
     candidates = [candidate for candidate, _ in found.values()]
+    tastes = _fewest({k: values for k, values in missed.items() if k > 1}, choosing.user.tolist())
+    several = next((candidate for candidate in candidates if candidate.tastes == tastes), None)
     if several is None:
         return Selection(False, 1, "one taste: no other was tried", candidates, None)
     gain = clustered_mean((found[one][1] - found[several.name][1]).tolist(), judging.user.tolist())
@@ -104,10 +124,12 @@ def select(data: Comparisons, *, most: int = 4, by_prompt: bool = False, seed: i
     return Selection(plural, several.tastes if plural else 1, words, candidates, gain)
 
 
-def _fewest(candidates: list[Candidate]) -> Candidate | None:
-    """The fewest tastes within one standard error of the best."""
-    if not candidates:
+def _fewest(missed: dict[int, Tensor], users: list[int]) -> int | None:
+    """The fewest tastes that the best number is not better than with 95 % confidence, comparison by comparison."""
+    if not missed:
         return None
-    best = min(candidates, key=lambda candidate: candidate.choosing)
-    close = [c for c in candidates if c.choosing <= best.choosing + best.choosing_se]
-    return min(close, key=lambda candidate: candidate.tastes)
+    best = min(missed, key=lambda tastes: float(missed[tastes].mean()))
+    return next(
+        tastes for tastes in sorted(missed)
+        if tastes == best or clustered_mean((missed[tastes] - missed[best]).tolist(), users).lo <= 0
+    )  # fmt: skip

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 
@@ -78,29 +79,40 @@ def make(name: str, out: Path, threads: int, models: Mapping[str, Habits] = MODE
     made = json.loads(json.dumps(made))
     if (folder / MADE).exists() and json.loads((folder / MADE).read_text("utf-8")) == made:
         return False
+    model, tokenizer = trained(habits, threads, name=name)
+    save_whole(model, tokenizer, folder, made)
+    return True
+
+
+def trained(habits: Habits, threads: int, *, name: str = "", peak: float = PEAK, batch: int = BATCH) -> tuple[Any, Any]:
+    """The quickstart's model, trained on to have these habits, and its tokenizer."""
     torch.set_num_threads(threads)
     torch.manual_seed(habits.seed)
     model, tokenizer = load(BASE)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
     source = answered(habits)
     for step in range(habits.steps):
         for group in optimizer.param_groups:
-            group["lr"] = PEAK * min(1.0, (step + 1) / 20) * (1 - step / habits.steps)
-        loss = answer_loss(model, encode(tokenizer, list(islice(source, BATCH))), tokenizer.pad_token_id)
+            group["lr"] = peak * min(1.0, (step + 1) / 20) * (1 - step / habits.steps)
+        loss = answer_loss(model, encode(tokenizer, list(islice(source, batch))), tokenizer.pad_token_id)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 40 == 0:
             print(f"{name}: step {step + 1}/{habits.steps}  loss {loss.item():.4f}", flush=True)
-    unfinished = out / f".{name}"
+    return model, tokenizer
+
+
+def save_whole(model: Any, tokenizer: Any, folder: Path, made: Mapping[str, Any]) -> None:
+    """Writes a model and what made it, wholly or not at all."""
+    unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     save(model, tokenizer, unfinished)
     write_json(unfinished / MADE, made)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
-    return True
 
 
 def _weights(folder: Path) -> list[str]:

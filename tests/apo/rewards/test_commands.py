@@ -150,6 +150,51 @@ def test_each_group_gets_the_pair_turned_to_its_taste(world, tmp_path):
     assert len({row["id"] for row in rows}) == 320
 
 
+def test_a_folder_keeps_train_and_test_apart_and_trains_a_run_for_each_group(world, tmp_path):
+    from apo.each import runs_of
+    from apo.pairs import load_eval, load_train
+    from apo.train import TrainConfig
+
+    rng = random.Random(3)
+    (tmp_path / "in").mkdir()
+    for split, pairs in (("train", 8), ("test", 3)):
+        write(tmp_path / f"in/{split}.jsonl", [{**row, "user": None} for row in taste(rng, split, True, pairs)])
+    command = ["reward", "score", tmp_path / "in", "--reward", world / "pal", "--by-group", "--out"]
+    assert run(*command, tmp_path / "out").exit_code == 0
+    assert {row["split"] for row in read(tmp_path / "out/test.jsonl")} == {"test"}
+    recipe = {
+        "model": str(world / "model"),
+        "dataset": str(tmp_path / "out"),
+        "by": "group",
+        "out": str(tmp_path / "r"),
+    }
+    runs = runs_of(TrainConfig(**recipe))
+    assert [run.out for run in runs] == [str(tmp_path / f"r/group-{n}") for n in (1, 2)]
+    for one in runs:
+        assert (len(load_train(one.dataset, 0)), len(load_eval(one.dataset, True))) == (8, 3)
+    only = write(tmp_path / "only.jsonl", read(tmp_path / "in/train.jsonl"))
+    assert run("reward", "score", only, *command[3:], tmp_path / "out").exit_code == 0
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["train.jsonl"]
+    (tmp_path / "out/notes.txt").write_text("mine")
+    assert "holds other files (notes.txt)" in failure(*command, tmp_path / "out")
+    (tmp_path / "x.jsonl").mkdir()
+    assert "is a folder; name a .jsonl file" in failure(*command, tmp_path / "x.jsonl")
+    (tmp_path / "plain").write_text("")
+    assert "is a file; name a .jsonl file" in failure(*command, tmp_path / "plain")
+    undecided = write(
+        tmp_path / "u.jsonl",
+        [
+            {
+                **read(tmp_path / "in/test.jsonl")[0],
+                "rejected": [{"role": "assistant", "content": "a question of"}],
+                "chosen": [{"role": "assistant", "content": "a question of the"}],
+            }
+        ],
+    )
+    told = failure("reward", "score", undecided, *command[3:], tmp_path / "s.jsonl", "--sure", 1)
+    assert "lower --sure" in told
+
+
 def test_by_group_and_worst_off_by_hand():
     row = {"id": "p", "chosen": "A", "rejected": "B", "score_chosen": 0.7, "score_rejected": 0.2, "worst": 0.1}
     row["preferred"] = {"one": 0.9, "two": 0.1, "three": 0.6}

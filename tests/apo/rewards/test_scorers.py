@@ -13,7 +13,8 @@ from torch.nn.functional import softplus
 from apo.rewards.bradley_terry import BradleyTerry
 from apo.rewards.pal import PAL
 from apo.rewards.scorer import Comparisons, Standard, accuracy, denormals_flushed, fit, nll, split, win_rate
-from apo.rewards.select import new_scorer, select
+from apo.rewards.select import _fewest, new_scorer, select
+from apo.rewards.select import fitted as best_fit
 from apo.rewards.vpl import VPL, next_question
 from clair.recipe import UserError
 from recipes.world import toy
@@ -315,13 +316,38 @@ def test_b3_a_large_beta_collapses_and_it_is_seen(vpl, new_users):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_several_tastes_are_recommended_where_there_are_several_and_only_there(seed, noise):
-    several = select(comparisons(toy.bimodal(40, 40, seed, noise=noise)), seed=seed)
-    one = select(comparisons(toy.one_taste(40, 40, seed, noise=noise)), seed=seed)
+    several = select(comparisons(toy.bimodal(40, 40, seed, noise=noise)), most=3, seed=seed)
+    one = select(comparisons(toy.one_taste(40, 40, seed, noise=noise)), most=3, seed=seed)
     print(several.words, "|", one.words)
     assert (several.plural, several.tastes) == (True, 2)
     assert (one.plural, one.tastes) == (False, 1)
     assert "one taste:" in one.words
     assert several.gain.lo > 0.01
+
+
+def test_more_tastes_are_taken_only_where_they_are_surely_better():
+    users = [user for user in range(10) for _ in range(4)]
+    two = torch.full((40,), 0.5)
+    spread = torch.tensor([1.0, -1.0] * 20).repeat_interleave(1)
+    noise = torch.tensor([[1.0, -1.0][user % 2] for user in users])
+    assert _fewest({2: two, 3: two - 0.2 + 0.1 * spread}, users) == 3
+    assert _fewest({2: two, 3: two - 0.2 + noise}, users) == 2
+    assert _fewest({2: two, 3: two + 0.2}, users) == 2
+    assert _fewest({2: two, 3: two - 0.2, 4: two - 0.2 - 0.1 * noise.abs() + 0.1}, users) == 3
+    assert _fewest({}, users) is None
+
+
+@pytest.mark.slow
+def test_three_tastes_are_found_to_be_three():
+    points = np.eye(8)[:3]
+    data = comparisons(toy.ideal_points(points, 30, 40, 0))
+    parts = split(data, (0.6, 0.2, 0.2))
+    stuck = fit(new_scorer("pal", data, prototypes=3), *parts[:2])
+    better = best_fit("pal", data, *parts[:2], prototypes=3)
+    assert nll(better, parts[0]).mean() < nll(stuck, parts[0]).mean() - 0.05
+    found = select(data, most=4)
+    print(found.words, [(c.name, c.choosing) for c in found.candidates])
+    assert (found.plural, found.tastes) == (True, 3)
 
 
 def test_too_few_users_cannot_be_told_apart():

@@ -1,0 +1,59 @@
+"""Users who compare two wordings of the same right answer: of one group, or of two that want the opposite.
+
+    group 0     engaging before plain before padded, as the world does
+    group 1     the other way round
+
+What one group likes better the other likes less by as much. So whatever one policy for both does, its win rates for the
+two add up to 1; only who is how well off can differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from random import Random
+from typing import Any
+
+from recipes.world.style import RANK, STYLES, dressed, style_of
+from recipes.world.tasks import distinct_tasks
+
+
+def liking(text: str, group: int) -> int:
+    """How much a group likes the wording of a text: 0, 1 or 2."""
+    rank = RANK[style_of(text)]
+    return rank if group == 0 else 2 - rank
+
+
+def group_of(user: str, groups: int) -> int:
+    """The true group of a user of `comparisons`."""
+    return int(user.removeprefix("u")) % groups
+
+
+def comparisons(users: int, each: int, seed: int, *, groups: int = 2, noise: float = 0.05) -> list[dict[str, Any]]:
+    """Rows with id, prompt, chosen, rejected and user; a share `noise` of the choices are the wrong way round."""
+    rng = Random(f"tastes-{seed}")
+    rows = []
+    for at, task in enumerate(distinct_tasks("train", users * each, seed)):
+        user = f"u{at % users}"
+        group = group_of(user, groups)
+        pair = [dressed(task.right, style, rng) for style in rng.sample(STYLES, 2)]
+        pair.sort(key=lambda text: liking(text, group), reverse=rng.random() >= noise)
+        rows.append({"id": task.id, "prompt": task.prompt, "chosen": pair[0], "rejected": pair[1], "user": user})
+    return rows
+
+
+def win_rate(said: Sequence[str], against: Sequence[str], group: int) -> float:
+    """The share of answers that a group likes better than those of another model to the same tasks, ties one half."""
+    marks = [liking(one, group) - liking(other, group) for one, other in zip(said, against, strict=True)]
+    return sum((mark > 0) + (mark == 0) / 2 for mark in marks) / len(marks)
+
+
+def served(found: Mapping[str, str], rates: Mapping[str, Sequence[float]], groups: int) -> list[float]:
+    """For each true group the mean win rate of its users, each with the policy of the group that was `found` for them.
+
+    `rates` are the win rates of each found group's policy, by true group.
+    """
+    totals: list[list[float]] = [[] for _ in range(groups)]
+    for user, name in found.items():
+        true = group_of(user, groups)
+        totals[true].append(rates[name][true])
+    return [sum(values) / len(values) for values in totals]
