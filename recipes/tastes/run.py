@@ -18,6 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from clair.recipe import EXIT_INTERRUPTED
 from recipes.mini.answers import answers
 from recipes.mini.models import Habits, save_whole, trained
 from recipes.tastes.users import comparisons, group_of, served, win_rate
@@ -26,14 +29,14 @@ from recipes.world.tasks import distinct_tasks
 RECIPE = Path(__file__).with_name("apo_zero.yaml")
 HABITS = Habits(right=0.5, wording=(0.2, 0.6, 0.2), steps=100, seed=7)
 """The base words plainly what it answers greedily, and knows the other wordings."""
-USERS, EACH, HELDOUT = 20, 50, 200
+USERS, EACH, HELDOUT = 20, 50, 100
 
 
-def make_base(folder: Path, threads: int = 1) -> None:
+def make_base(folder: Path) -> None:
     """Makes the base model, unless it is there."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        model, tokenizer = trained(HABITS, threads, name="base", peak=2e-3, batch=32)
+        model, tokenizer = trained(HABITS, torch.get_num_threads(), name="base", peak=2e-3, batch=32)
         save_whole(model, tokenizer, folder, {"habits": asdict(HABITS)})
 
 
@@ -41,7 +44,10 @@ def apo(*words: object) -> None:
     """One command of `apo`, in this process."""
     from apo.cli import app
 
-    if code := app([str(word) for word in words], standalone_mode=False):
+    code = app([str(word) for word in words], standalone_mode=False)
+    if code == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt
+    if code:
         raise SystemExit(code)
 
 
@@ -56,11 +62,10 @@ def gate(base: Path, out: Path, seed: int, groups: int) -> dict[str, Any]:
     return {"plural": found["plural"], "tastes": found["tastes"], "gain": found["gain"]}
 
 
-def way(base: Path, out: Path, seed: int) -> dict[str, Any]:
-    """The whole way for two groups; see the top of this file."""
-    found = gate(base, out, seed, groups=2)
+def policies(base: Path, out: Path, seed: int, tastes: int) -> dict[str, Any]:
+    """On the comparisons that `gate` wrote for two groups: finds so many, trains, and says who is how well served."""
     apo("reward", "fit", out / "pairs.jsonl", "--model", base, "--kind", "pal",
-        "--prototypes", found["tastes"], "--seed", seed, "--out", out / "taste")  # fmt: skip
+        "--prototypes", tastes, "--seed", seed, "--out", out / "taste")  # fmt: skip
     apo("reward", "score", out / "pairs.jsonl", "--reward", out / "taste", "--out", out / "grouped.jsonl")
     given = ["--set", f"model={base}", "--set", f"dataset={out / 'grouped.jsonl'}", "--set", f"seed={seed}"]
     apo("train", RECIPE, *given, "--out", out / "policies")
@@ -78,7 +83,13 @@ def way(base: Path, out: Path, seed: int) -> dict[str, Any]:
     true = {name: [group_of(user, 2) for user in groups if groups[user] == name] for name in folders}
     by_group = served(groups, {name: rates(folder) for name, folder in folders.items()}, 2)
     majority = sum(max(members.count(0), members.count(1)) for members in true.values())
-    return {**found, "purity": majority / len(groups), "pooled": rates(out / "pooled"), "by_group": by_group}
+    return {"purity": majority / len(groups), "pooled": rates(out / "pooled"), "by_group": by_group}
+
+
+def way(base: Path, out: Path, seed: int) -> dict[str, Any]:
+    """The whole way for two groups; see the top of this file."""
+    found = gate(base, out, seed, groups=2)
+    return {**found, **policies(base, out, seed, found["tastes"])}
 
 
 def main() -> None:

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/run.py tastes
 
-For each seed a world of two groups with opposite tastes goes the whole way of recipes/tastes/run.py, and of a world of
-one group the gate is asked. `SEEDS` (10) sets how many. `pooled` and `by_group` are win rates against the base, for
-each of the two groups; the mean of the two `pooled` ones is 0.5 whatever is trained, since the groups are opposites.
+For each seed the gate is asked of a world of two groups with opposite tastes and of a world of one group; then the
+policies of recipes/tastes/run.py are trained. `SEEDS` (10) sets how many; Ctrl-C ends with what is done. `pooled` and
+`by_group` are win rates against the base, for each of the two groups; the two `pooled` ones add up to 1 whatever is
+trained, since the groups are opposites.
 """
 
 from __future__ import annotations
@@ -20,39 +21,51 @@ ROOT = Path(__file__).parents[2]
 
 
 def measure() -> dict[str, Any]:
-    """By world and seed what recipes/tastes/run.py finds, and the least, mean and greatest of it over the seeds."""
+    """What recipes/tastes/run.py finds for each seed, and the least, mean and greatest of it over the seeds."""
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from recipes.tastes.run import EACH, HELDOUT, USERS, gate, make_base, way
+    from recipes.tastes.run import EACH, HELDOUT, USERS, gate, make_base, policies
 
-    seeds = range(int(os.environ.get("SEEDS", "10")))
+    two: list[dict[str, Any]] = []
+    one: list[dict[str, Any]] = []
+    served: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         os.environ["CLAIR_CACHE"] = f"{place}/cache"
-        base = Path(place) / "base"
+        base, seeds = Path(place) / "base", range(int(os.environ.get("SEEDS", "10")))
         make_base(base)
-        two, one = [], []
-        for seed in seeds:
-            two.append(way(base, Path(place) / f"two-{seed}", seed))
-            one.append(gate(base, Path(place) / f"one-{seed}", seed, groups=1))
-            print(f"seed {seed}: {json.dumps([two[-1], one[-1]])}", file=sys.stderr, flush=True)
-    worst = {name: [min(found[name]) for found in two] for name in ("pooled", "by_group")}
+        try:
+            for seed in seeds:
+                _add(two, gate(base, Path(place) / f"two-{seed}", seed, groups=2))
+                _add(one, gate(base, Path(place) / f"one-{seed}", seed, groups=1))
+            for seed, found in zip(seeds, two, strict=True):
+                _add(served, policies(base, Path(place) / f"two-{seed}", seed, found["tastes"]))
+        except KeyboardInterrupt:
+            print("stopped: what is done is written", file=sys.stderr)
     return {
         "users": USERS,
         "comparisons_each": EACH,
         "heldout_tasks": HELDOUT,
-        "seeds": len(seeds),
-        "plural_of_two": sum(found["plural"] for found in two),
-        "two_tastes_of_two": sum(found["tastes"] == 2 for found in two),
-        "plural_of_one": sum(found["plural"] for found in one),
-        "pooled": _spread([rate for found in two for rate in found["pooled"]]),
-        "pooled_worst_off": _spread(worst["pooled"]),
-        "by_group": _spread([rate for found in two for rate in found["by_group"]]),
-        "by_group_worst_off": _spread(worst["by_group"]),
-        "two_groups": two,
-        "one_group": one,
+        "two_groups": len(two),
+        "two_groups_plural": sum(found["plural"] for found in two),
+        "two_groups_two_tastes": sum(found["tastes"] == 2 for found in two),
+        "one_group": len(one),
+        "one_group_plural": sum(found["plural"] for found in one),
+        "policies": len(served),
+        "pooled": _spread([rate for found in served for rate in found["pooled"]]),
+        "pooled_worst_off": _spread([min(found["pooled"]) for found in served]),
+        "by_group": _spread([rate for found in served for rate in found["by_group"]]),
+        "by_group_worst_off": _spread([min(found["by_group"]) for found in served]),
+        "by_seed": {"two_groups": two, "one_group": one, "policies": served},
     }
 
 
+def _add(found: list[dict[str, Any]], one: dict[str, Any]) -> None:
+    found.append(one)
+    print(f"{len(found)}: {json.dumps(one)}", file=sys.stderr, flush=True)
+
+
 def _spread(values: list[float]) -> dict[str, float]:
+    if not values:
+        return {}
     mean = sum(values) / len(values)
     return {name: round(value, 4) for name, value in (("least", min(values)), ("mean", mean), ("most", max(values)))}
