@@ -71,7 +71,7 @@ def calibrate(
     import numpy as np
 
     known = {row["id"]: row for row in pairs}
-    refuse_overlap([row["id"] for row in audit], trained_on)
+    refuse_overlap([known.get(row["id"], row) for row in audit], trained_on)
     units = one_a_prompt([{**known.get(row["id"], {}), **row} for row in audit])
     bad, gap = np.array([_is_bad(row) for row in units]), np.array([_gap(row) for row in units])
     audited = {row["id"] for row in audit}
@@ -123,7 +123,7 @@ def certify(
     """
     import numpy as np
 
-    refuse_overlap([row["id"] for row in rows], trained_on)
+    refuse_overlap(rows, trained_on)
     units = one_a_prompt(rows)
     first = np.array([number(row, of) for row in units])
     second = np.array([number(row, than) for row in units]) if kind in ("rises", "same") else np.full(len(first), bound)
@@ -146,9 +146,13 @@ def one_a_prompt(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list(chosen.values())
 
 
-def refuse_overlap(ids: Sequence[str], trained_on: Iterable[str]) -> None:
-    """Raises UserError where ids are among those that the judge was trained on, naming some."""
+def refuse_overlap(rows: Sequence[Mapping[str, Any]], trained_on: Iterable[str]) -> None:
+    """Raises UserError where rows are among those that the judge was trained on, naming some.
+
+    A row that was made of another for a group (`apo reward score --by-group`) is that other: its `pair` says which.
+    """
     seen = set(trained_on)
+    ids = [str(row.get("pair") or row["id"]) for row in rows]
     both = [id for id in dict.fromkeys(ids) if id in seen]
     if both:
         more = f" and {len(both) - _NAMED} more" if len(both) > _NAMED else ""

@@ -54,7 +54,7 @@ def by_group(rows: Sequence[Mapping[str, Any]], sure: float = 0.5) -> list[dict[
             scores = {
                 f"score_{to}": row[f"score_{side}"] for to, side in zip(("chosen", "rejected"), sides, strict=True)
             }
-            made.append({**row, **turned, **scores, "group": name, "id": f"{row['id']} {name}"})
+            made.append({**row, **turned, **scores, "group": name, "id": f"{row['id']} {name}", "pair": row["id"]})
     return made
 
 

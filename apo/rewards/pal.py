@@ -12,8 +12,6 @@ logistic, -log sigmoid(margin). A new user is located by fitting v alone. K = 1 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, softplus
@@ -39,7 +37,9 @@ class PAL(Scorer):
         if by_prompt:
             inputs = self.prompts.basis.shape[1]
             self.g = nn.ModuleList(Linearly(inputs, width) for _ in range(prototypes))
-            nn.init.constant_(self.scale, math.log(1 / 0.07))
+            # K functions are much to learn from little. With less decay, or a scale of 1 / 0.07 to begin with, f and g
+            # learn the comparisons by heart; and they come out well only when the rate has fallen.
+            self.decay, self.patience = 10.0, 1.0
         else:
             self.prototypes = nn.Parameter(torch.randn(prototypes, width) / width**0.5)
 

@@ -77,10 +77,12 @@ class Scorer(nn.Module):
     """A reward of answers for a user's state. Subclasses say `reward`, `adapt`, `user_states` and `loss`."""
 
     kind: ClassVar[str]
-    decay: ClassVar[float] = 1.0
+    decay: float = 1.0
     rate: ClassVar[float] = 1e-2
     epochs: ClassVar[int] = 60
-    """How it is fitted: AdamW's weight decay and learning rate, passes over the comparisons."""
+    patience: float = 0.5
+    """How it is fitted: AdamW's weight decay and learning rate, passes over the comparisons, and the share of these
+    without a gain on held-out ones after which fitting ends."""
     per_user: ClassVar[frozenset[str]] = frozenset()
     """Parameters of users, which see a comparison where the shared ones see all: they learn faster."""
 
@@ -229,7 +231,7 @@ def fit(
             seen = float(nll(scorer, valid).mean())
             if best is None or seen < best[0]:
                 best = seen, epoch, copy.deepcopy(scorer.state_dict()), scorer.states
-            elif epoch - best[1] >= epochs // 2:
+            elif epoch - best[1] >= epochs * scorer.patience:
                 break
     scorer.eval()
     if best is not None:

@@ -148,6 +148,9 @@ def test_each_group_gets_the_pair_turned_to_its_taste(world, tmp_path):
         in_numbers = row["chosen"][0]["content"].split()[0] in NUMBERS
         assert in_numbers == (row["group"] == of_u0)
     assert len({row["id"] for row in rows}) == 320
+    audit = write(tmp_path / "a.jsonl", [{"id": row["id"], "bad": False} for row in rows[:40]])
+    told = failure("calibrate", tmp_path / "g.jsonl", "--audit", audit, "--trained-on", world / "pal")
+    assert told.startswith(f"the judge was trained on '{rows[0]['pair']}'")
 
 
 def test_a_folder_keeps_train_and_test_apart_and_trains_a_run_for_each_group(world, tmp_path):
