@@ -115,7 +115,7 @@ def stage(page: str, place: Path, made: Path, url: str) -> None:
 TRAINED = {"max_steps": 2, "per_device_train_batch_size": 4}
 BY_GROUP = {
     "model": "model",
-    "dataset": "data/by-group.jsonl",
+    "dataset": "data/by-group",
     "by": "group",
     "trainer": TRAINED,
     "out": "runs/by-group",

@@ -72,6 +72,10 @@ def test_pal_a_is_nearer_to_the_ideal_point():
     assert pal.margin(prompt, one, other, torch.tensor([[1.0, 0.0]])).item() == pytest.approx(1.0)
     assert pal.margin(prompt, one, other, torch.tensor([[0.0, 1.0]])).item() == pytest.approx(-1.0)
     assert pal.margin(prompt, one, other, torch.tensor([[0.5, 0.5]])).item() == pytest.approx(0.0)
+    with torch.no_grad():
+        pal.f[-1].bias.copy_(torch.tensor([3.0, 0.0]))
+    # Answers and prototypes go through the same f: moved together, they are as far apart as before.
+    assert pal.margin(prompt, one, other, torch.tensor([[1.0, 0.0]])).item() == pytest.approx(1.0)
 
 
 def test_pal_b_points_where_the_prompt_says():
@@ -162,6 +166,9 @@ def test_every_reward_learns_one_taste_and_says_so_through_one_interface(kind):
     assert scorer.state_rows(torch.tensor([-1])).shape == (1, states.shape[1])
     located = scorer.adapt(data.of(0))
     assert located.shape == states[0].shape
+    if kind == "pal":  # weights of prototypes
+        assert located.sum() == pytest.approx(1.0)
+        assert (located >= 0).all()
     rates = win_rate(scorer, data.prompt[:5], data.chosen[:5], states[:5], data.rejected[:9])
     assert ((rates >= 0) & (rates <= 1)).all()
 
