@@ -59,6 +59,11 @@ CLAIMS = (
     Claim("Under APO-zero winners of CLAIR become more likely", (Compared(CLAIRS, None, of="likelihood"),)),
 )
 
+AFTERWARDS = tuple(
+    Compared((data, "sft"), (data, "apo_zero")) for data in ("clair", "on_policy", "off_policy", "stronger")
+)
+"""What struck the eye when the grid was seen: no claim of the paper, and no verdict."""
+
 
 def verdict_of(claim: Claim, found: Sequence[Estimate | None]) -> Verdict:
     """reproduced: every interval lies on the expected side of 0; not reproduced: one lies on the other side; undecided:

@@ -63,7 +63,7 @@ def draw(cells: Mapping[Name, Runs], path: Path, *, reward: bool) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     sets, objectives = (list(dict.fromkeys(name[at] for name in cells)) for at in (0, 1))
     figure = Figure(figsize=(2.3 * len(objectives) + 0.6, 1.85 * len(sets) + 0.75), dpi=130, layout="constrained")
@@ -74,6 +74,7 @@ def draw(cells: Mapping[Name, Runs], path: Path, *, reward: bool) -> None:
             runs = cells.get((data, objective), [])
             axes.set_yscale("symlog", linthresh=1.0 if reward else 50.0)
             axes.yaxis.set_major_locator(FixedLocator(REWARDS if reward else NATS))
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter("{x:g}")
             if reward:
                 axes.axhline(0, color=QUIET, linewidth=0.8, linestyle=(0, (2, 3)))

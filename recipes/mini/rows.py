@@ -10,6 +10,7 @@ from typing import Any
 from clair.statistics import Estimate, best_of, clustered_mean
 from recipes.mini.cells import Design, last_accuracy
 from recipes.mini.claims import (
+    AFTERWARDS,
     CLAIMS,
     Claim,
     Compared,
@@ -206,6 +207,15 @@ def judged(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> list[Judged]
         figures = [compare(one, cells, base_of(world), world["templates"]) for one in claim.compared]
         found.append((claim, figures, verdict_of(claim, figures)))
     return found
+
+
+def afterwards_rows(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> list[list[str]]:
+    """Comparisons that were thought of when the results were there."""
+    rows = [["pairs", "SFT − APO-zero, points", "by the maxima"]]
+    for one in AFTERWARDS:
+        if estimate := compare(one, cells, base_of(world), world["templates"]):
+            rows.append([one.left[0], with_interval(estimate), _maxima(one, cells, world)])
+    return rows
 
 
 def verdict_rows(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> list[list[str]]:

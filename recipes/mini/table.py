@@ -20,6 +20,7 @@ from recipes.mini.claims import BETTER, Name, Verdict, better_apo
 from recipes.mini.data import run_folder
 from recipes.mini.rows import (
     Runs,
+    afterwards_rows,
     answer_rows,
     base_of,
     cells_of,
@@ -68,6 +69,9 @@ task templates); of log-likelihoods over seeds. Accuracies are means over checkp
 compares: the best checkpoint of each side, as seen, means over seeds; the verdict does not look at it.
 
 {markdown(verdict_rows(cells, world))}
+Seen afterwards, and so without a verdict: SFT on the winners against APO-zero on the same pairs.
+
+{markdown(afterwards_rows(cells, world))}
 ## Data sets
 
 From the same prompts, cut to the same number of response tokens. Jaccard: words that both answers have, of all of
@@ -95,7 +99,8 @@ Of the last checkpoint, per cent right by skill; then wording, and the mean leng
 {markdown(answer_rows(cells, world))}
 ## Dynamics
 
-Held-out pairs of each data set while it is trained on, {_looks(cells)} looks a run, on one scale for each data set.
+Held-out pairs of each data set while it is trained on, {_looks(cells)} looks a run, on one scale for each data set. SFT
+knows no beta; its rewards are drawn with 0.1.
 
 ![Rewards of held-out winners and losers over training, by data set and objective](images/paper-rewards.png)
 

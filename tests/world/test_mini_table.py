@@ -192,6 +192,7 @@ def test_the_page_is_made_from_the_results_alone(tmp_path):
     assert "**8 claims: 1 reproduced, 1 not reproduced, 6 undecided.**" in text
     assert "CLAIR with the better of APO-zero and APO-down (APO-zero) gains" in text
     assert "3 looks a run" in text
+    assert "| off_policy | +0.0 [+0.0, +0.0] | +0.0 |" in text  # SFT and APO-zero
     assert "Before training 50% of the greedy answers are worded plainly" in " ".join(text.split())
     assert "nan" not in text
 
