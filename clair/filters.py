@@ -137,11 +137,11 @@ _SAME_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}  # Japanese writes with al
 
 def _script(text: str) -> str | None:
     """The script of most letters (LATIN, CYRILLIC, CJK ...) where there are enough of them to tell; else None."""
+    if text.isascii():
+        return "LATIN" if sum(map(str.isalpha, text[:4000])) >= 20 else None
     letters = [c for c in text[:4000] if c.isalpha()]
     if len(letters) < 20:
         return None
-    if text.isascii():
-        return "LATIN"
     names = Counter(_SAME_SCRIPT.get(name, name) for name in (unicodedata.name(c, "?").split()[0] for c in letters))
     script, count = names.most_common(1)[0]
     return script if count > 0.6 * len(letters) else None

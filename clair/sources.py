@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import Field
 
-from clair.overlap import Benchmark, NearDuplicates
+from clair.overlap import Benchmark, NearDuplicates, Seen
 from clair.prompts import task_text
 from clair.recipe import Recipe, UserError, content_hash, near_miss
 from clair.records import LABELS, Message, Messages, Prompt, content_id
@@ -84,21 +84,17 @@ def each_prompt(source: PromptSource, limit: int | None = None) -> Iterator[tupl
     Raises UserError where one id stands for two prompts.
     """
     # 8 bytes of each hash: what a million prompts may take of memory; a clash among 10^6 has odds of 3 in 10^8.
-    contents: set[int] = set()
-    ids: set[int] = set()
+    contents, ids = Seen(), Seen()
     near = NearDuplicates(source.near_duplicates) if source.near_duplicates else None
     benchmark = _benchmark(source.not_in) if source.not_in else None
     for number, prompt in enumerate(read_prompts(source, limit), 1):
-        content = int(prompt.content_id, 16)
-        if content in contents:
+        content = prompt.content_id
+        if not contents.add(int(content, 16)):
             yield prompt, "duplicate"
             continue
-        contents.add(content)
-        if prompt.id != prompt.content_id:
-            own = int(content_hash(prompt.id)[:16], 16)
-            if own in ids:
-                raise UserError(f"{source.path}, row {number}: the id {prompt.id!r} stands for two different prompts")
-            ids.add(own)
+        if prompt.id != content and not ids.add(int(content_hash(prompt.id)[:16], 16)):
+            told = public_path(source.path)
+            raise UserError(f"{told}, row {number}: the id {prompt.id!r} stands for two different prompts")
         text = task_text(prompt.messages) if near or benchmark else ""
         if benchmark and benchmark.asks(text):
             yield prompt, "in_benchmark"

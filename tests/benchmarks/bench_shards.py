@@ -1,8 +1,9 @@
-"""A build in shards against the same build in one process: rows a second, memory of each part, and the merge.
+"""A build in shards against the same build in one process, at several sizes: rows a second, memory, ledger, merge.
 
     python tests/benchmarks/run.py shards
 
-The reviser answers by a script in each process, so that all is the build's own work. ROWS=200000 and SHARDS=2 choose.
+The reviser answers by a script in each process, so that all is the build's own work. ROWS=10000,100000,1000000 and
+SHARDS=2 choose. What a size of 10^8 rows would take is told from a line through the two largest sizes.
 """
 
 from __future__ import annotations
@@ -18,38 +19,77 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-ROWS = int(os.environ.get("ROWS", "200000"))
+SIZES = [int(rows) for rows in os.environ.get("ROWS", "10000,100000,200000").split(",")]
 SHARDS = int(os.environ.get("SHARDS", "2"))
+PLANNED = 10**8
 
 
 def measure() -> dict[str, Any]:
-    """Seconds and rows a second of one process and of all shards at once, their peak MB, and the merge."""
+    """For each size: seconds, CPU seconds and rows a second of one process, of all shards at once, and of the merge;
+    the largest peak of a process in MB, bytes of the ledgers a row, and the load of the machine before."""
+    sizes = [_size(rows) for rows in SIZES]
+    measured: dict[str, Any] = {"shards": SHARDS, "sizes": sizes}
+    if len(sizes) > 1:
+        measured["planned"] = {"rows": PLANNED, **_planned(*sorted(sizes, key=lambda size: size["rows"])[-2:])}
+    return measured
+
+
+def _size(rows: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with open(folder / "prompts.jsonl", "w", encoding="utf-8") as file:
-            for i in range(ROWS):
+            for i in range(rows):
                 file.write(json.dumps({"prompt": f"question {i} " * 8, "answer": f"a bad answer to {i} " * 10}) + "\n")
-        one = _timed(folder, [["build", "one"]])
-        parts = _timed(folder, [["build", "all", f"{index}/{SHARDS}"] for index in range(1, SHARDS + 1)])
-        merged = _timed(folder, [["merge", "all"]])
+        load = os.getloadavg()[0]
+        one = _timed(rows, folder, [["build", "one"]])
+        parts = _timed(rows, folder, [["build", "all", f"{index}/{SHARDS}"] for index in range(1, SHARDS + 1)])
+        merged = _timed(rows, folder, [["merge", "all"]])
         same = all((folder / "one" / file).read_bytes() == (folder / "all" / file).read_bytes() for file in _FILES)
-    faster = one["seconds"] / parts["seconds"]
-    return {"rows": ROWS, "one": one, "shards": parts, "faster": round(faster, 2), "merge": merged, "same_bytes": same}
+        ledger = sum(file.stat().st_size for file in folder.glob("all-shards/*/ledger.sqlite"))
+    return {
+        "rows": rows,
+        "load": round(load, 1),
+        "one": one,
+        "shards": parts,
+        "faster": round(one["seconds"] / parts["seconds"], 2),
+        "merge": merged,
+        "ledger_bytes_per_row": round(ledger / rows),
+        "same_bytes": same,
+    }
+
+
+def _planned(small: dict[str, Any], large: dict[str, Any]) -> dict[str, Any]:
+    """A line through both sizes, at the planned one: what a row more costs, and what that comes to."""
+
+    def line(part: str, key: str) -> tuple[float, float]:
+        slope = (large[part][key] - small[part][key]) / (large["rows"] - small["rows"])
+        return slope, large[part][key] + slope * (PLANNED - large["rows"])
+
+    told = {}
+    for part, key in (("shards", "peak_mb"), ("merge", "peak_mb"), ("merge", "cpu_seconds"), ("one", "cpu_seconds")):
+        slope, at = line(part, key)
+        told[f"{part}_{key}"] = {"a_million_rows": round(slope * 1e6, 2), "planned": round(at, 1)}
+    return told | {"ledger_gb": round(large["ledger_bytes_per_row"] * PLANNED / 1e9, 1)}
 
 
 _FILES = ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet", "dropped.jsonl", "README.md")
 
 
-def _timed(folder: Path, commands: list[list[str]]) -> dict[str, Any]:
-    """All commands at once, from start to the end of the last, and the largest of their peaks."""
+def _timed(rows: int, folder: Path, commands: list[list[str]]) -> dict[str, Any]:
+    """All commands at once, from start to the end of the last, the largest of their peaks, and the CPU's part."""
     started = time.perf_counter()
     running = [
         subprocess.Popen([sys.executable, __file__, str(folder), *command], stdout=subprocess.PIPE, text=True, cwd=ROOT)
         for command in commands
     ]
-    peaks = [float(process.communicate()[0].splitlines()[-1]) for process in running]
+    told = [[float(number) for number in process.communicate()[0].split()] for process in running]
     seconds = time.perf_counter() - started
-    return {"seconds": round(seconds, 1), "rows_per_second": round(ROWS / seconds), "peak_mb": round(max(peaks), 1)}
+    return {
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(sum(cpu for _, cpu in told), 1),
+        "rows_per_second": round(rows / seconds),
+        "peak_mb": round(max(peak for peak, _ in told), 1),
+    }
 
 
 def _main(folder: Path, verb: str, name: str, part: str | None = None) -> None:
@@ -79,7 +119,8 @@ def _main(folder: Path, verb: str, name: str, part: str | None = None) -> None:
         config = resolve(BuildConfig, values | {"out": str(folder / name)})
         built = build(config, shard=read_shard(part) if part else None)
         assert built.stopped is None
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print(used.ru_maxrss / 1024, used.ru_utime + used.ru_stime)
 
 
 if __name__ == "__main__":
