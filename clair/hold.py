@@ -105,7 +105,8 @@ def _taken(store: Store, mine: Path) -> tuple[int, dict[str, Any]]:
         raise StorageError(
             f"{store.name} was taken by another run just now; wait for it, or choose another --out"
         ) from None
-    store.delete([_name(number) for number in numbers])
+    with suppress(StorageError):  # lower numbers do not count
+        store.delete([_name(number) for number in numbers])
     return highest + 1, told
 
 

@@ -202,8 +202,9 @@ class Segments:
         segments = [segment for segment, _ in self._tail]
         name = _name(segments[0].first, segments[-1].last)
         self.store.put(name, b"".join(data for _, data in self._tail))
-        self.store.delete([segment.name for segment in segments])
         self._tail = []
+        with suppress(StorageError):  # what stays counts no more
+            self.store.delete([segment.name for segment in segments])
 
 
 def _put(connection: sqlite3.Connection, kind: str, key: str, row: dict[str, Any] | None) -> None:

@@ -201,7 +201,7 @@ class Store:
         if isinstance(error, FileNotFoundError):
             what = "nothing is there" if verb == "read" else "the bucket is not there"
         elif isinstance(error, PermissionError) or "credentials" in str(error).lower():
-            what = "no permission; give the environment credentials that may list, read, write and delete there"
+            what = "no permission; give the environment credentials that may list, read and write there"
         elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(str(error)):
             what = "no room is left there"
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 
-from clair.overlap import Benchmark, NearDuplicates
+from clair.overlap import Benchmark, NearDuplicates, Seen
 from clair.sources import PromptSource, each_prompt
 
 WORDS = [f"w{i}" for i in range(500)]
@@ -44,3 +44,14 @@ def test_prompts_are_left_out_by_reason_and_the_first_stays(tmp_path):
     other.write_text(json.dumps({"prompt": "Asked by the benchmark?"}))
     source = PromptSource(path=str(file), near_duplicates=0.9, not_in=str(other))
     assert [why for _, why in each_prompt(source)] == [None, "near_duplicate", "in_benchmark", None, "duplicate"]
+
+
+def test_numbers_seen_before_are_known_however_many_there_are():
+    draw = random.Random(0)
+    numbers = [draw.choice([0, 1, 2**64 - 1, draw.getrandbits(64), draw.getrandbits(12)]) for _ in range(20_000)]
+    numbers = [number or 1 for number in numbers]  # 0 counts as 1, which for a hash is a clash of 2 in 2**64
+    seen, known = Seen(), set()
+    for number in numbers:
+        assert seen.add(number) == (number not in known)
+        known.add(number)
+    assert len(known) > 5_000

@@ -182,7 +182,9 @@ def test_without_permission_nothing_is_asked_and_no_key_is_told(tmp_path, server
     with s3_server(INITIAL_NO_AUTH_ACTION_COUNT="1") as (url, _):
         bucket(url, "pairs")  # the one action that is allowed to all
         told = error_line(run(tmp_path / "m", url, "build", path, "--out", "s3://pairs/run"))
-    assert "s3://pairs/run: no permission; give the environment credentials that may list" in told, told
+    assert (
+        "s3://pairs/run: no permission; give the environment credentials that may list, read and write there" in told
+    ), told
     assert not any(secret in told for secret in KEYS.values())
     assert server.seen() == []
 

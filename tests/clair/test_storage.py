@@ -112,7 +112,8 @@ def test_shards_at_a_url_are_merged_on_a_machine_that_built_none_of_them(tmp_pat
 
 
 def test_the_budget_counts_what_another_machine_spent(tmp_path, monkeypatch, url):
-    install(monkeypatch, reviser=Scripted("reviser", revision))
+    model = Scripted("reviser", revision)
+    install(monkeypatch, reviser=model)
     config = at(settings(tmp_path / "here", reviser=endpoint(max_tokens=50)), url)
     few = config.model_copy(update={"limit": 20})
     build(few)
@@ -121,6 +122,7 @@ def test_the_budget_counts_what_another_machine_spent(tmp_path, monkeypatch, url
     budget = {"budget": {"tokens": spent + 1}}
     checked = type(config).model_validate({**config.model_dump(), **budget})
     assert "budget reached" in build(checked).stopped
+    assert len(model.asked) == 20
 
 
 def test_a_store_that_fails_ends_the_run_and_what_was_paid_is_kept_here(tmp_path, monkeypatch, url):
@@ -196,6 +198,21 @@ def test_a_ledger_made_up_from_its_segments_is_the_ledger_at_every_point(tmp_pat
     assert dump(older) == dump(tmp_path / "l.sqlite")
 
 
+def test_small_segments_that_could_not_be_deleted_count_no_more(tmp_path, url, monkeypatch):
+    def refuse(self, names):
+        raise StorageError("may not delete")
+
+    monkeypatch.setattr(segments, "_SEGMENTS_TOGETHER", 5)
+    monkeypatch.setattr(Store, "delete", refuse)
+    for number in range(2):
+        with Ledger(tmp_path / "l.sqlite", log_of(url)) as ledger:
+            asyncio.run(some_writes(ledger, Random(number), 12))
+    names = Store(url).names("ledger/")
+    assert sum(name.count("000001-") for name in names) == 2  # the first, alone and with others
+    Ledger(tmp_path / "copy.sqlite", log_of(url)).close()
+    assert dump(tmp_path / "copy.sqlite") == dump(tmp_path / "l.sqlite")
+
+
 def test_every_reply_is_in_the_store_before_anyone_has_it(tmp_path, url):
     async def pay(ledger, key):
         await ledger.claim(key, CLAIM)
@@ -240,6 +257,34 @@ def test_what_two_machines_wrote_apart_is_put_together_and_the_bill_is_never_too
     assert dump(second) == dump(first)
 
 
+def test_a_segment_that_arrived_though_its_answer_was_lost_costs_nothing_twice(tmp_path, url, monkeypatch):
+    create = Store.create
+
+    def lost(self, name, data):
+        create(self, name, data)
+        raise StorageError("no answer")
+
+    with Ledger(tmp_path / "l.sqlite", log_of(url)) as ledger:
+        asyncio.run(ledger.claim("first", CLAIM))
+        monkeypatch.setattr(Store, "create", lost)
+        with pytest.raises(LedgerError, match="no answer"):
+            asyncio.run(ledger.claim("second", CLAIM))
+        monkeypatch.setattr(Store, "create", create)
+        with pytest.raises(LedgerError, match="no answer"):  # it stops, and what was under way is still written here
+            asyncio.run(settle(ledger, "first", "reply"))
+        asyncio.run(refused(ledger, "second"))
+    with Ledger(tmp_path / "l.sqlite", log_of(url)) as ledger:
+        assert ledger.find("first").raw == "reply"
+        assert ledger.spent("/out") == {"reviser": Tokens(7, 70)}
+    Ledger(tmp_path / "copy.sqlite", log_of(url)).close()
+    assert dump(tmp_path / "copy.sqlite") == dump(tmp_path / "l.sqlite")
+
+
+async def refused(ledger, key):
+    with pytest.raises(LedgerError):
+        await ledger.fail(key, "not sent", CLAIM.most)
+
+
 def test_a_url_that_was_emptied_gets_all_that_is_here(tmp_path, url):
     with Ledger(tmp_path / "l.sqlite", log_of(url)) as ledger:
         asyncio.run(some_writes(ledger, Random(1), 30))
@@ -248,6 +293,16 @@ def test_a_url_that_was_emptied_gets_all_that_is_here(tmp_path, url):
     Ledger(tmp_path / "l.sqlite", log_of(url)).close()
     Ledger(tmp_path / "copy.sqlite", log_of(url)).close()
     assert dump(tmp_path / "copy.sqlite") == dump(tmp_path / "l.sqlite")
+
+
+def test_a_url_that_was_emptied_takes_any_recipe(tmp_path, monkeypatch, url):
+    install(monkeypatch, reviser=Scripted("reviser", revision))
+    config = at(settings(tmp_path / "here"), url)
+    build(config)
+    store = Store(url)
+    store.delete(store.names())
+    build(config.model_copy(update={"seed": 1}))
+    assert json.loads(store.get("manifest.json"))["seed"] == 1
 
 
 def test_a_damaged_or_missing_segment_is_told(tmp_path, url, monkeypatch):
