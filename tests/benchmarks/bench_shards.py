@@ -3,7 +3,8 @@
     python tests/benchmarks/run.py shards
 
 The reviser answers by a script in each process, so that all is the build's own work. ROWS=10000,100000,1000000 and
-SHARDS=2 choose. What a size of 10^8 rows would take is told from a line through the two largest sizes.
+SHARDS=2 choose. One shard of 10,000 rows is built of plans of more and more rows too, since each shard reads them all.
+What 10^8 rows would take is told from a line through the two largest sizes.
 """
 
 from __future__ import annotations
@@ -21,25 +22,40 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 SIZES = [int(rows) for rows in os.environ.get("ROWS", "10000,100000,200000").split(",")]
 SHARDS = int(os.environ.get("SHARDS", "2"))
-PLANNED = 10**8
+PLANS, ROWS_OF_A_SHARD, PLANNED = (10**4, 10**5, 10**6), 10_000, 10**8
 
 
 def measure() -> dict[str, Any]:
     """For each size: seconds, CPU seconds and rows a second of one process, of all shards at once, and of the merge;
     the largest peak of a process in MB, bytes of the ledgers a row, and the load of the machine before."""
+    plans = [_plan(rows) for rows in PLANS]
     sizes = [_size(rows) for rows in SIZES]
-    measured: dict[str, Any] = {"shards": SHARDS, "sizes": sizes}
+    planned = {f"a_shard_{key}": _line(plans, key) for key in ("peak_mb", "cpu_seconds")}
     if len(sizes) > 1:
-        measured["planned"] = {"rows": PLANNED, **_planned(*sorted(sizes, key=lambda size: size["rows"])[-2:])}
-    return measured
+        merges = [{"rows": size["rows"], **size["merge"]} for size in sizes]
+        planned |= {f"merge_{key}": _line(merges, key) for key in ("peak_mb", "cpu_seconds")}
+    ledger = {"ledger_gb": round(sizes[-1]["ledger_bytes_per_row"] * PLANNED / 1e9, 1)}
+    return {"shards": SHARDS, "sizes": sizes, "plans": plans, "planned": {"rows": PLANNED, **planned, **ledger}}
+
+
+def _plan(rows: int) -> dict[str, Any]:
+    """One shard of a plan of so many rows: MB at its peak, CPU seconds."""
+    with tempfile.TemporaryDirectory() as name:
+        _write(Path(name), rows)
+        shard = f"1/{rows // ROWS_OF_A_SHARD}"
+        return {"rows": rows, "shard": shard, **_timed(ROWS_OF_A_SHARD, Path(name), [["build", "all", shard]])}
+
+
+def _write(folder: Path, rows: int) -> None:
+    with open(folder / "prompts.jsonl", "w", encoding="utf-8") as file:
+        for i in range(rows):
+            file.write(json.dumps({"prompt": f"question {i} " * 8, "answer": f"a bad answer to {i} " * 10}) + "\n")
 
 
 def _size(rows: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with open(folder / "prompts.jsonl", "w", encoding="utf-8") as file:
-            for i in range(rows):
-                file.write(json.dumps({"prompt": f"question {i} " * 8, "answer": f"a bad answer to {i} " * 10}) + "\n")
+        _write(folder, rows)
         load = os.getloadavg()[0]
         one = _timed(rows, folder, [["build", "one"]])
         parts = _timed(rows, folder, [["build", "all", f"{index}/{SHARDS}"] for index in range(1, SHARDS + 1)])
@@ -58,18 +74,12 @@ def _size(rows: int) -> dict[str, Any]:
     }
 
 
-def _planned(small: dict[str, Any], large: dict[str, Any]) -> dict[str, Any]:
-    """A line through both sizes, at the planned one: what a row more costs, and what that comes to."""
-
-    def line(part: str, key: str) -> tuple[float, float]:
-        slope = (large[part][key] - small[part][key]) / (large["rows"] - small["rows"])
-        return slope, large[part][key] + slope * (PLANNED - large["rows"])
-
-    told = {}
-    for part, key in (("shards", "peak_mb"), ("merge", "peak_mb"), ("merge", "cpu_seconds"), ("one", "cpu_seconds")):
-        slope, at = line(part, key)
-        told[f"{part}_{key}"] = {"a_million_rows": round(slope * 1e6, 2), "planned": round(at, 1)}
-    return told | {"ledger_gb": round(large["ledger_bytes_per_row"] * PLANNED / 1e9, 1)}
+def _line(measured: list[dict[str, Any]], key: str) -> dict[str, float]:
+    """A line through the two largest sizes: what a million rows more take, and what the planned number takes."""
+    small, large = sorted(measured, key=lambda size: size["rows"])[-2:]
+    slope = (large[key] - small[key]) / (large["rows"] - small["rows"])
+    at = large[key] + slope * (PLANNED - large["rows"])
+    return {"a_million_rows": round(slope * 1e6, 2), "planned": round(at, 1)}
 
 
 _FILES = ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet", "dropped.jsonl", "README.md")
