@@ -44,6 +44,7 @@ _HOPELESS = 6
 _PATIENCE = 60.0
 """Seconds for workers of a driver that died to end, before the first shard."""
 _A_MOMENT = 2.0
+_ANSWERED = "SELECT total(prompt_tokens) + total(completion_tokens) FROM calls WHERE payer = ?"
 Tell = Callable[[int, str], None]
 
 
@@ -138,7 +139,7 @@ class _Job:
         self.configs = {name: sharded(config, shard, shared=True) for name, shard in self.shards.items()}
         self.care: dict[str, Care] = dict.fromkeys(self.shards, Care())
         self.strikes: Counter[str] = Counter()
-        self.replies: dict[str, int] = {}
+        self.answered: dict[str, int] = {}
         self.suspects: dict[str, str] = {}
         self.running: dict[Any, _Running] = {}
         self.idle: list[Any] = []
@@ -188,17 +189,14 @@ class _Job:
         )
         self.quotas = ray.remote(num_cpus=0, scheduling_strategy=here)(Keeper).remote(*self._limits())
         for name in self.shards:
-            self.quotas.begin.remote(name, None, self._look(name, _PATIENCE)[0])
+            self.quotas.begin.remote(name, None, self._spent(name, _PATIENCE))
         self.lost = False
         while self.running or (self.todo and not self._ending()):
             while self.todo and not self._ending() and len(self.running) < self._most():
                 self._start(self.todo.popleft())
             for ref in ray.wait(list(self.running), timeout=_LOOK)[0]:
                 self._ended(ref, self.running.pop(ref))
-            if self._ending():
-                self._take_back(len(self.running))
-            elif not self.todo:
-                self._take_back(len(self.idle))
+            self._take_back(len(self.running if self._ending() else self.idle))
             self._show()
         ray.kill(self.quotas)
         for worker in self.idle:
@@ -214,21 +212,26 @@ class _Job:
         shared = config.budget if shares_money(config) else None
         return roles, Budget(shared, prices_of(config.models), {}) if shared else None
 
-    def _look(self, name: str, patience: float = 0.0) -> tuple[Decimal | None, int | None]:
-        """(what a shard has spent, open calls included, and how many replies it has) by its ledger.
+    def _spent(self, name: str, patience: float = 0.0) -> Decimal | None:
+        """What a shard has spent of the job's budget, where there is one; None where that cannot be known now."""
+        return self._look(name, patience)[0] if self.config.budget else Decimal(0)
+
+    def _look(self, name: str, patience: float) -> tuple[Decimal | None, int | None]:
+        """(what a shard has spent, open calls included, and how many tokens its replies have) by its ledger.
 
         None where another process has the shard still: a ledger may be open on one machine at a time.
         """
         config = self.configs[name]
         if not config.ledger_path.is_file():
             return Decimal(0), 0
+        account = account_of(config.out)
         try:
             with locked(Path(config.out), patience), Ledger(config.ledger_path) as ledger:
-                spent = ledger.spent(account_of(config.out))
-                replies = ledger.counts().get("done", 0)
+                spent = ledger.spent(account)
+                ((tokens,),) = ledger.read(_ANSWERED, account)
         except InUse:
             return None, None
-        return Budget(config.budget, prices_of(config.models), spent).spent, replies
+        return Budget(config.budget, prices_of(config.models), spent).spent, int(tokens)
 
     def _ending(self) -> bool:
         return bool(self.error or self.stopped or self.lost)
@@ -239,7 +242,7 @@ class _Job:
     def _start(self, name: str) -> None:
         worker = self.idle.pop() if self.idle else self._hire()
         attempt = uuid.uuid4().hex[:12]
-        self.quotas.begin.remote(name, attempt, self._look(name)[0])
+        self.quotas.begin.remote(name, attempt, self._spent(name))
         order = Order(
             config=self.config,
             shard=self.shards[name],
@@ -296,12 +299,12 @@ class _Job:
     def _died(self, name: str, told: str) -> None:
         """Build the shard again; where it keeps dying without coming any further, find the row it dies of."""
         self.todo.append(name)
-        spent, replies = self._look(name, _A_MOMENT)
+        spent, answered = self._look(name, _A_MOMENT)
         self.quotas.begin.remote(name, None, spent)
         config, care = self.configs[name], self.care[name]
-        if replies is not None:
-            self.strikes[name] = self.strikes[name] + 1 if self.replies.get(name) == replies else 1
-            self.replies[name] = replies
+        if answered is not None:
+            self.strikes[name] = self.strikes[name] + 1 if self.answered.get(name) == answered else 1
+            self.answered[name] = answered
         noted = Path(config.out) / DYING
         row = noted.read_text("utf-8") if care.note and noted.is_file() else None
         if row and row == self.suspects.get(name):

@@ -71,7 +71,7 @@ def assert_same(recipe, ended, server, deaths):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_node_dies_at_a_random_moment_and_the_dataset_is_that_of_one_machine(recipe, nodes, server, seed):
     dying, living = nodes.add(), nodes.add()
-    build = start(recipe, nodes, "--shards", "3")
+    build = start(recipe, nodes, "--shards", "5")
     moment = random.Random(seed).randrange(1, 100)
     wait_until(lambda: len(server.seen()) > moment)
     nodes.kill(dying)
