@@ -97,6 +97,7 @@ def test_the_folder_says_what_it_is_and_reads_back_as_it_was(world):
     assert json.loads((world / "bradley_terry/reward.json").read_text())["measured"]["accuracy"] < 0.8
     vpl = json.loads((world / "vpl/reward.json").read_text())
     assert vpl["measured"]["active_units"] > 0
+    assert vpl["measured"]["swap"] < 0  # a taste turned round is another place in the latent
     assert vpl["warnings"] == []
     one, other = (Reward.load(world / "vpl") for _ in range(2))
     assert all(

@@ -118,6 +118,40 @@ def test_vpls_kl_and_answers_by_hand():
     assert vpl.loss(data, step=0).item() == pytest.approx(np.log(2))
 
 
+def test_what_vpl_is_told_is_not_what_it_must_predict():
+    vpl = VPL((1, 2), latent=2, beta=0.0)
+    with torch.no_grad():
+        vpl.mean.weight.zero_()  # the context says nothing, so it must not matter
+        vpl.log_variance.weight.zero_()
+    points = torch.arange(8.0).view(2, 2, 2)
+
+    def loss(shift):
+        torch.manual_seed(0)
+        user = torch.zeros(2, dtype=torch.long)
+        return vpl.loss(Comparisons(torch.ones(2, 1), points[0] + shift, points[1], user, ("a",)), 0).item()
+
+    first, second = torch.tensor([[3.0, 1.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [3.0, 1.0]])
+    assert loss(first) == pytest.approx(loss(0.0), rel=1e-6)
+    assert loss(second) != pytest.approx(loss(0.0), rel=1e-3)
+
+
+def test_the_next_question_is_one_that_tastes_differ_on_and_not_one_that_nobody_cares_for():
+    class Two(VPL):
+        def sampled(self, given, samples, random):
+            return torch.tensor([[1.0], [-1.0]]).repeat(samples // 2, 1)
+
+        def reward(self, prompt, answer, state):
+            return 3 * answer[:, 0] * state[:, 0]
+
+    # Everybody is undecided about the first: p is 1/2 for both tastes. About the second each is sure, of the opposite.
+    pool = Comparisons(torch.zeros(2, 1), torch.tensor([[0.0], [1.0]]), torch.zeros(2, 1), torch.tensor([-1, -1]), ())
+    place, gain = next_question(Two((1, 1), latent=1), pool, pool.select([]))
+    sure = 1 / (1 + np.exp(-3))
+    assert place == 1
+    assert gain == pytest.approx(np.log(2) + sure * np.log(sure) + (1 - sure) * np.log(1 - sure), abs=1e-4)
+    assert next_question(Two((1, 1), latent=1), pool, pool.select([]), asked={1})[0] == 0
+
+
 def test_the_order_of_a_context_does_not_matter_and_its_orientation_does():
     vpl = VPL((1, 8))
     data = comparisons(toy.four_types(1, 8))
