@@ -18,12 +18,13 @@ from typing import Any
 from clair.recipe import UserError, write_atomically
 from clair.statistics import Difference, Estimate, clustered_mean, paired_difference
 from recipes.mini import results
-from recipes.mini.advice import COMBINATIONS, EPOCHS, OBJECTIVES, QUESTIONS, RESULTS, SEEDS, TARGETS, world
+from recipes.mini.advice import COMBINATIONS, EPOCHS, QUESTIONS, RATES, RESULTS, SEEDS, TARGETS, counts, world
 from recipes.mini.rows import markdown, points, with_interval
 from recipes.world.running import ROOT
 
 PAGE = Path("docs/advice.md")
 NONE = "none"
+OBJECTIVES = tuple(RATES)
 NAMES = {"advice": "the advice, with a judge", "alone": "the advice, without"}
 
 
@@ -51,7 +52,7 @@ class Measured:
 def measured(lines: Sequence[Mapping[str, Any]]) -> list[Measured]:
     """The combinations with a whole seed, in their order, by the seeds of which all objectives have run."""
     advised = {line["name"]: line for line in lines if line["kind"] == "advice"}
-    runs = {line["name"]: _share(line["right"]) for line in lines if line["kind"] == "run"}
+    runs = {line["name"]: _share(line["right"]) for line in lines if counts(line)}
     found = []
     for number, of in enumerate(COMBINATIONS):
         name = of.name(number)
@@ -156,31 +157,51 @@ def sure_rows(found: Sequence[Measured]) -> list[list[str]]:
 
 def verdict(found: Sequence[Measured]) -> str:
     """Whether the advice beats both constant rules, in words."""
-    ways, told = policies(), []
+    ways, told, words = policies(), [], []
     for other in ("always apo_zero", "always dpo"):
         estimate = against(found, ways[NAMES["advice"]], ways[other]).estimate
-        word = "beats" if estimate.hi < 0 else "is beaten by" if estimate.lo > 0 else "cannot be told from"
-        told.append(f"{word} {other} ({with_interval(estimate)} points of regret)")
-    return f"The advice with a judge {' and '.join(told)}."
+        words.append("beats" if estimate.hi < 0 else "is beaten by" if estimate.lo > 0 else "cannot be told from")
+        told.append(f"{words[-1]} {other} ({with_interval(estimate)} points of regret)")
+    both = (
+        "beats both constant rules" if words == ["beats", "beats"] else "does not beat both constant rules for certain"
+    )
+    return f"The advice with a judge {both}: it {' and '.join(told)}."
+
+
+def said() -> str:
+    """The verdict, from the committed results; nothing where there are none."""
+    found = measured(_committed())
+    return verdict(found) if len(set(targets(found))) > 1 else ""
+
+
+def _committed() -> list[dict[str, Any]]:
+    return [line for line in results.read(ROOT / RESULTS) if line["world"] == world()]
 
 
 def page(lines: Sequence[Mapping[str, Any]]) -> str:
     """All tables, with what has to be known to read them. Raises UserError where no combination is complete."""
     found = measured(lines)
-    if len(found) < 2:
-        raise UserError(f"{RESULTS} holds {len(found)} whole combinations; go on with: python -m recipes.mini.advice")
+    if len(set(targets(found))) < 2:
+        raise UserError(
+            f"{RESULTS} holds {len(found)} whole combinations, of {len(set(targets(found)))} targets; go on with: "
+            "python -m recipes.mini.advice"
+        )
     best = Counter(one.best for one in found)
     told = ", ".join(f"{choice} {count}" for choice, count in best.most_common())
+    rates = ", ".join(f"{rate:g} ({objective})" for objective, rate in RATES.items())
     runs = sum(one.seeds for one in found) * len(OBJECTIVES)
     return f"""# Advice, measured
 
 Is it worth following `apo advise`? {len(TARGETS)} tiny models and {len(COMBINATIONS)} sets of pairs that did not exist
 before: revised, judged on-policy and off-policy, by a stronger and by a weaker writer, with labels drawn by lot or
 exchanged, small ones; reviser and judge err and lean in different ways. The [rule](objectives.md#choose-an-objective)
-was committed before any of it, and has not been changed since. Each set was trained on with {", ".join(OBJECTIVES)},
-{len(SEEDS)} seeds each, {EPOCHS} epochs, all at the beta and learning rate of the advice; {QUESTIONS} held-out tasks.
-{_missing(found, runs)} `python -m
-recipes.mini.advice` makes the results, `python -m recipes.mini.advice_table --write` this page from them.
+was committed before any of it, and has not been changed since. Each set was trained on with three objectives and
+{len(SEEDS)} seeds, {EPOCHS} epochs, at the beta of the advice; {QUESTIONS} held-out tasks. The learning rates are
+{rates}: the medians of what the mini grid tuned for each objective on data sets
+of its own. {_first(lines)}
+
+{_missing(found, runs)} `python -m recipes.mini.advice` makes the results, `python -m recipes.mini.advice_table --write`
+this page from them.
 
 Regret is how many points of held-out accuracy a choice is below the best of the four, which are the three objectives
 and not training at all ("none"). The best was {told}. It is the best by the same runs, so that every regret is rather
@@ -207,6 +228,21 @@ judge.
 {markdown(combination_rows(found))}"""
 
 
+def _first(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What came of the runs that were tried first, at the advice's own rate."""
+    base = {line["name"]: _share(line["base"]["right"]) for line in lines if line["kind"] == "advice"}
+    tried = [line for line in lines if line["kind"] == "run" and not counts(line)]
+    if not tried:
+        return ""
+    moved = [abs(_share(line["right"]) - base[line["name"].split("/")[0]]) for line in tried]
+    rates = sorted({line["learning_rate"] for line in tried})
+    return (
+        f"The advice's own rate, {' or '.join(f'{rate:g}' for rate in rates)} for all three, was tried first and given "
+        f"up after {len(tried)} runs: they moved the accuracy by {100 * math.fsum(moved) / len(moved):.1f} points on "
+        f"average, {100 * max(moved):.1f} at most, too little to tell objectives apart."
+    )
+
+
 def _missing(found: Sequence[Measured], runs: int) -> str:
     whole = len(COMBINATIONS) * len(OBJECTIVES) * len(SEEDS)
     if runs == whole:
@@ -225,7 +261,7 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(ROOT)
     try:
-        made = page([line for line in results.read(RESULTS) if line["world"] == world()])
+        made = page(_committed())
     except UserError as error:
         raise SystemExit(f"advice: {error}") from None
     if args.write:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from clair.recipe import UserError, write_atomically
-from recipes.mini import plots, results
+from recipes.mini import advice_table, plots, results
 from recipes.mini.cells import Design, due
 from recipes.mini.claims import BETTER, Name, Verdict, better_apo
 from recipes.mini.data import run_folder
@@ -114,6 +114,11 @@ log-likelihood in nats a response, of all its tokens, of those that the other ha
 rest.
 
 {markdown(pair_rows(cells))}
+## Advice
+
+Whether what the paper teaches can be told from pairs and model beforehand, by [`apo advise`](choosing.md), was measured
+[on other models and data sets](advice.md). {advice_table.said()}
+
 ## How far to trust it
 
 - An interval adds the variance of seeds to that of questions, which holds a part of it already: it is rather too wide,

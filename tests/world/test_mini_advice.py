@@ -14,8 +14,9 @@ from clair.dataset import DatasetWriter, load_pairs
 from clair.recipe import UserError
 from clair.records import Pair
 from recipes.mini import advice as design
-from recipes.mini.advice import COMBINATIONS, OBJECTIVES, QUESTIONS, TARGETS, orders, prepare, relabelled, train_one
-from recipes.mini.advice_table import against, mean_regret, measured, page, policies, regrets
+from recipes.mini import results
+from recipes.mini.advice import COMBINATIONS, QUESTIONS, RATES, TARGETS, orders, prepare, relabelled, train_one
+from recipes.mini.advice_table import PAGE, against, mean_regret, measured, page, policies, regrets
 from recipes.mini.models import MODELS
 from recipes.world.running import ROOT
 from recipes.world.tasks import distinct_tasks
@@ -35,13 +36,14 @@ def advised(objective: str, **more: object) -> dict:
     return {"advice": told, "alone": {**told, "objective": "dpo", "sure": "low"}, "distrust": None, "pairs": 9, **more}
 
 
-def test_runs_go_seed_by_seed_with_the_advice_s_own_settings():
+def test_runs_go_seed_by_seed_with_the_advice_s_beta_and_each_objective_s_rate():
     names = [of.name(number) for number, of in enumerate(COMBINATIONS)]
     done = {names[0]: advised("apo_zero", dataset="a"), names[5]: advised("none", dataset="b")}
     found = list(orders(done, Path("run")))
     assert [order.seed for order in found] == [0] * 6 + [1] * 6
-    assert [order.objective for order in found[:3]] == list(OBJECTIVES)
-    assert {(o.dataset, o.beta, o.learning_rate) for o in found} == {("a", 0.05, 2e-5), ("b", *design.FALLBACK)}
+    assert [order.objective for order in found[:3]] == list(RATES)
+    assert {(o.dataset, o.beta) for o in found} == {("a", 0.05), ("b", design.BETA)}
+    assert {(o.objective, o.learning_rate) for o in found} == set(RATES.items())
     assert len({order.out for order in found}) == len({order.name for order in found}) == 12
 
 
@@ -74,11 +76,21 @@ def lines(number: int, objective: str, base: int, right: dict[str, tuple[int, in
     name = COMBINATIONS[number].name(number)
     told = {"kind": "advice", "name": name, **advised(objective, base={"right": ones(base)}), **more}
     runs = [
-        {"kind": "run", "name": f"{name}/{of}/{seed}", "right": ones(count)}
+        {
+            "kind": "run",
+            "name": f"{name}/{of}/{seed}",
+            "objective": of,
+            "learning_rate": RATES[of],
+            "right": ones(count),
+        }
         for of, counts in right.items()
         for seed, count in enumerate(counts)
     ]
     return [told, *runs]
+
+
+def at_rate(objective: str) -> dict:
+    return {"objective": objective, "learning_rate": RATES[objective]}
 
 
 def ones(count: int) -> str:
@@ -114,8 +126,18 @@ def test_a_seed_that_not_all_objectives_have_is_left_out_and_the_page_says_what_
     assert first.seeds == 1
     assert first.right == {"apo_zero": 0.8, "apo_down": 0.3, "dpo": 0.6, "none": 0.4}
     assert measured([FOUR[0], *FOUR[2:3]]) == []
-    with pytest.raises(UserError, match="0 whole combinations; go on with"):
-        page([])
+    with pytest.raises(UserError, match="1 whole combinations, of 1 targets; go on with"):
+        page(FOUR[:7])
+
+
+def test_runs_at_another_rate_are_told_and_not_counted():
+    name = COMBINATIONS[0].name(0)
+    tried = {"kind": "run", "name": f"{name}/dpo/0", "objective": "dpo", "learning_rate": 1.5e-5, "right": ones(6)}
+    told = page([*FOUR, tried])
+    assert "1.5e-05 for all three, was tried first" in " ".join(told.split())
+    assert "after 1 runs: they moved the accuracy by 20.0 points on average, 20.0 at most" in told
+    assert measured([*FOUR, tried])[0].right == measured(FOUR)[0].right
+    assert "tried first" not in page(FOUR)
 
 
 def test_the_page_says_what_the_advice_comes_to_and_hides_nothing():
@@ -128,8 +150,16 @@ def test_the_page_says_what_the_advice_comes_to_and_hides_nothing():
         number, "apo_zero", 4, {"apo_zero": (8, 8), "apo_down": (3, 3), "dpo": (6, 6 - number % 2)}
     )]  # fmt: skip
     assert "All 144 runs are in the tables" in page(clear)
-    assert "The advice with a judge cannot be told from always apo_zero (+0.0 [+0.0, +0.0]" in page(clear)
+    assert "does not beat both constant rules for certain: it cannot be told from always apo_zero (+0.0 [" in page(
+        clear
+    )
     assert "and beats always dpo (-22.5 [" in page(clear)
+
+
+def test_the_committed_page_is_made_of_the_committed_results():
+    lines = [line for line in results.read(ROOT / design.RESULTS) if line["world"] == design.world()]
+    assert sum(map(design.counts, lines)) == 144
+    assert (ROOT / PAGE).read_text("utf-8") == page(lines)
 
 
 # ---- one combination, for real
