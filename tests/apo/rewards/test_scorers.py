@@ -125,14 +125,15 @@ def test_what_vpl_is_told_is_not_what_it_must_predict():
         vpl.log_variance.weight.zero_()
     points = torch.arange(8.0).view(2, 2, 2)
 
-    def loss(shift):
-        torch.manual_seed(0)
+    def loss(shift, seed=0):
+        torch.manual_seed(seed)
         user = torch.zeros(2, dtype=torch.long)
         return vpl.loss(Comparisons(torch.ones(2, 1), points[0] + shift, points[1], user, ("a",)), 0).item()
 
     first, second = torch.tensor([[3.0, 1.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [3.0, 1.0]])
     assert loss(first) == pytest.approx(loss(0.0), rel=1e-6)
     assert loss(second) != pytest.approx(loss(0.0), rel=1e-3)
+    assert loss(0.0, seed=1) != pytest.approx(loss(0.0), rel=1e-6)  # z is drawn
 
 
 def test_the_next_question_is_one_that_tastes_differ_on_and_not_one_that_nobody_cares_for():
@@ -186,6 +187,13 @@ def test_fitting_again_gives_the_same_numbers():
     made = toy.bimodal(6, 10)
     one, other = (fitted("pal", made) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_with_held_out_comparisons_the_epoch_that_predicts_them_best_is_kept():
+    data = comparisons(toy.one_taste(4, 20, noise=0.3))
+    training, held_out = split(data, (0.6, 0.4))
+    kept, last = (fit(new_scorer("bradley_terry", data), training, part) for part in (held_out, None))
+    assert nll(kept, held_out).mean() < nll(last, held_out).mean() - 0.05
 
 
 @pytest.mark.parametrize("kind", ["bradley_terry", "pal", "vpl"])
@@ -380,6 +388,29 @@ def test_more_tastes_are_taken_only_where_they_are_surely_better():
     assert _fewest({2: two, 3: two + 0.2}, users) == 2
     assert _fewest({2: two, 3: two - 0.2, 4: two - 0.2 - 0.1 * noise.abs() + 0.1}, users) == 3
     assert _fewest({}, users) is None
+
+
+@pytest.mark.parametrize(
+    ("gains", "plural"),
+    [([0.3, 0.31, 0.29, 0.3, 0.3, 0.3], True), ([3.0, 0, 0, 0, 0, 0], False), ([0.0] * 6, False), ([0.005] * 6, False)],
+)
+def test_the_gate_goes_by_the_part_that_nothing_was_chosen_on_and_by_its_interval(monkeypatch, gains, plural):
+    """Several tastes fit and choose better always; what they gain on the judging part, by user, is given."""
+
+    def seen(scorer, part):
+        tastes, others = scorer
+        if any(part is other for other in others):
+            return torch.full((len(part),), 1.0 / tastes)
+        return 1.0 - (tastes > 1) * torch.tensor(gains)[part.user]
+
+    def found(kind, data, training, valid, *, prototypes, **_):
+        return prototypes, (training, valid)
+
+    monkeypatch.setattr("apo.rewards.select.fitted", found)
+    monkeypatch.setattr("apo.rewards.select.nll", seen)
+    selection = select(comparisons(toy.bimodal(6, 20)), most=2)
+    assert selection.plural == plural
+    assert selection.gain.mean == pytest.approx(np.mean(gains), abs=1e-6)
 
 
 @pytest.mark.slow
