@@ -287,6 +287,7 @@ class Ledger:
             raise self._broken
         loop = asyncio.get_running_loop()
         future = loop.create_future()
+        future.add_done_callback(lambda done: done.exception())  # whoever waited may be gone; asyncio would complain
         self._queue.put(_Write(work, loop, future))
         # A cancelled caller must not cancel the write: what was paid for is written whatever happens to the caller.
         return await asyncio.shield(future)

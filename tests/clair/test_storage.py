@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import shutil
 import sqlite3
@@ -283,6 +284,25 @@ def test_a_segment_that_arrived_though_its_answer_was_lost_costs_nothing_twice(t
 async def refused(ledger, key):
     with pytest.raises(LedgerError):
         await ledger.fail(key, "not sent", CLAIM.most)
+
+
+def test_a_failed_write_whose_caller_is_gone_is_told_to_nobody(tmp_path, url, caplog):
+    def check():
+        raise StorageError("unreachable")
+
+    async def leave(ledger):
+        waiting = asyncio.ensure_future(ledger.claim("first", CLAIM))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        with pytest.raises(LedgerError, match="unreachable"):  # written after the first
+            await ledger.claim("second", CLAIM)
+
+    with Ledger(tmp_path / "l.sqlite", log_of(url, check)) as ledger:
+        asyncio.run(leave(ledger))
+        gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_a_url_that_was_emptied_gets_all_that_is_here(tmp_path, url):
