@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from apo.arguments import APOConfig
+    from apo.config import TrainConfig
     from apo.objectives import (
         OBJECTIVES,
         apo_down,
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
         sft,
         simpo,
     )
-    from apo.train import TrainConfig
     from apo.trainer import APOTrainer
 
 __all__ = [
@@ -48,7 +48,7 @@ _HOME = {
     **dict.fromkeys(("dpo", "ipo", "kto", "robust", "sft", "simpo"), "objectives"),
     "APOConfig": "arguments",
     "APOTrainer": "trainer",
-    "TrainConfig": "train",
+    "TrainConfig": "config",
 }
 
 

@@ -49,7 +49,7 @@ def train(
     # Idle OpenMP threads sleep instead of spinning: on a busy machine small models train up to 100 times faster.
     # Read when torch is loaded, so this comes first.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from apo.train import TrainConfig
+    from apo.config import TrainConfig
     from clair.recipe import UserError, load_recipe
 
     if processes and not dry_run:
@@ -152,8 +152,8 @@ def _print_plan(config: Any, processes: int | None) -> None:
     import yaml
 
     from apo.model import why_not_quantized
+    from apo.plan import plan
     from apo.run import size_told, status_of
-    from apo.train import plan
     from clair.recipe import resolved
 
     status = status_of(Path(config.out), resolved(config))
@@ -177,7 +177,7 @@ def _print_plan(config: Any, processes: int | None) -> None:
 
 def _print_estimate(planned: Any) -> None:
     from apo import fit
-    from apo.train import estimate
+    from apo.plan import estimate
 
     costs = estimate(planned)
     if isinstance(costs, str):

@@ -12,7 +12,7 @@ from apo.run import RUN
 from clair.recipe import UserError
 
 if TYPE_CHECKING:
-    from apo.train import TrainConfig
+    from apo.config import TrainConfig
 
 _LONGEST = 80
 

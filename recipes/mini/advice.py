@@ -257,8 +257,9 @@ def orders(done: Mapping[str, Mapping[str, Any]], run: Path) -> Iterator[Order]:
 
 def train_one(order: Order) -> dict[str, Any]:
     """Train, and ask the held-out tasks: a line. A run that training gives up has no right answer."""
+    from apo.config import TrainConfig
     from apo.faults import Stopped
-    from apo.train import TrainConfig, train
+    from apo.train import train
     from recipes.mini.answers import answers, scored
 
     started, out = time.monotonic(), Path(order.out)

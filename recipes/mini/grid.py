@@ -73,7 +73,7 @@ def rhythm(pairs: int) -> tuple[int, int]:
 
 def train_config(cell: Cell, place: Place, out: Path) -> Any:
     """The training recipe of a cell."""
-    from apo.train import TrainConfig
+    from apo.config import TrainConfig
 
     folder = place.run / "pairs" / cell.data
     batch, every = rhythm(sum(1 for _ in read_rows(folder, ["train"])))

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import apo
 from apo import cli
+from apo.config import TrainConfig
 from apo.merge import merge
-from apo.train import TrainConfig, train
+from apo.train import train
 from clair.recipe import UserError
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 

@@ -10,10 +10,11 @@ import pytest
 from matplotlib.image import imread
 
 from apo import cli
+from apo.config import TrainConfig
 from apo.diagnose import FEWEST, RULES, judge, log_of, verdicts
 from apo.plots import _PANELS
 from apo.report import diagnosis
-from apo.train import TrainConfig, train
+from apo.train import train
 from clair.recipe import UserError
 from tests.apo.conftest import make_pairs
 

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from apo import train as training
 from apo.cli import app
+from apo.config import TrainConfig
 from apo.each import folder_of, runs_of
 from apo.pairs import Source, load_eval, load_train
-from apo.train import TrainConfig, train
+from apo.train import train
 from clair.recipe import UserError
 from tests.apo.conftest import make_pairs
 

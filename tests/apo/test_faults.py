@@ -14,8 +14,9 @@ from transformers import TrainerCallback
 
 from apo import cli
 from apo.checkpoints import checkpoints, problem_of
+from apo.config import TrainConfig
 from apo.faults import NAMED, LossWatch, Stopped, _some, is_out_of_memory, memory_changes, names_of
-from apo.train import TrainConfig, train
+from apo.train import train
 from tests.apo.conftest import make_model, make_pairs
 from tests.apo.test_trainer import apo_trainer, lora
 

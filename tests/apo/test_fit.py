@@ -17,9 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apo import fit
+from apo.config import TrainConfig
 from apo.fit import Device, Job, Row, rows_of
+from apo.plan import estimate, plan
 from apo.prefix import lay_out, packed_logps, share_prefixes
-from apo.train import TrainConfig, estimate, plan, train
+from apo.train import train
 from clair.recipe import UserError
 from tests.apo.conftest import make_model
 from tests.apo.test_cli import call

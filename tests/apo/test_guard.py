@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from apo import cli, guard
 from apo.checkpoints import checkpoints, problem_of
+from apo.config import TrainConfig
 from apo.faults import Stopped
 from apo.guard import Guard, Look, compare, crossed, load_rails, look
 from apo.logps import response_logps
-from apo.train import TrainConfig, build_trainer, plan, train
+from apo.plan import plan
+from apo.train import build_trainer, train
 from clair.recipe import UserError
 from tests.apo.conftest import WORDS, make_pairs, make_tokenizer
 

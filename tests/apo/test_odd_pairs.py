@@ -10,9 +10,10 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 
+from apo.config import LoRA, TrainConfig
 from apo.logps import plain_logps
 from apo.prefix import shared_prefix_logps
-from apo.train import LoRA, TrainConfig, train
+from apo.train import train
 from clair.recipe import UserError
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 from tests.apo.test_trainer import apo_trainer, lora

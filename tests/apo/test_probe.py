@@ -10,8 +10,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from apo.config import TrainConfig
+from apo.plan import plan
 from apo.probe import METRICS, POSITIONS, Probe, View, compare, probe_of, shared_tokens
-from apo.train import TrainConfig, build_trainer, plan, train
+from apo.train import build_trainer, train
 from tests.apo.conftest import make_model, make_pairs
 from tests.apo.test_trainer import apo_trainer, lora
 

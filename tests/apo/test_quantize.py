@@ -10,7 +10,9 @@ import transformers
 
 from apo import fit
 from apo import model as models
-from apo.train import TrainConfig, build_trainer, estimate, plan, train
+from apo.config import TrainConfig
+from apo.plan import estimate, plan
+from apo.train import build_trainer, train
 from clair.recipe import UserError, resolve
 from tests.apo.conftest import make_model
 from tests.apo.test_fit import LLAMA_3_8B, job, llama, lora

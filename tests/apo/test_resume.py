@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from apo import checkpoints
-from apo.train import TrainConfig, train
+from apo.config import TrainConfig
+from apo.train import train
 from tests.apo.conftest import make_pairs
 
 STEPS, EVERY = 18, 4

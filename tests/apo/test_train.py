@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apo import cli
 from apo import run as runs
+from apo.config import LoRA, TrainConfig
 from apo.pairs import Source, fingerprint, load_eval, load_train
-from apo.train import LoRA, TrainConfig, plan, train
+from apo.plan import plan
+from apo.train import train
 from clair.recipe import UserError, load_recipe, resolved
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 

@@ -15,13 +15,15 @@ from trl import KTOConfig, KTOTrainer
 
 from apo.arguments import APOConfig
 from apo.checks import check_before_training
+from apo.config import TrainConfig
 from apo.fit import run_flops
 from apo.logps import plain_logps, stacked_logps
 from apo.mixture import mixture_of
 from apo.objectives import OBJECTIVES
+from apo.plan import estimate, plan
 from apo.prefix import shared_prefix_logps
 from apo.tokens import count_unpaired, end_ids, tokenize
-from apo.train import TrainConfig, estimate, plan, train
+from apo.train import train
 from apo.trainer import APOTrainer
 from clair.recipe import UserError
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer

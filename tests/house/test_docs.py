@@ -26,7 +26,7 @@ from tests.house.pages import ROOT, blocks, commands, pages, tables
 
 def configs() -> dict[str, type[BaseModel]]:
     """Every recipe and every part of one, by class name."""
-    from apo.train import TrainConfig
+    from apo.config import TrainConfig
     from clair.config import BuildConfig
 
     found: dict[str, type[BaseModel]] = {}
@@ -154,7 +154,7 @@ def recipes() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("where", "text"), recipes(), ids=lambda value: value if "\n" not in value else "")
 def test_recipes_are_recipes(where, text):
     """A whole recipe is accepted as it stands; of a part of one, every key exists."""
-    from apo.train import TrainConfig
+    from apo.config import TrainConfig
     from clair.config import BuildConfig
     from clair.recipe import parse_yaml, resolve
 

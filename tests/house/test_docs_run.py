@@ -57,7 +57,8 @@ def program_of(text: str) -> str:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """What pages find made by others: pairs, scored pairs, a full run, an adapter, results of evaluations."""
-    from apo.train import TrainConfig, train
+    from apo.config import TrainConfig
+    from apo.train import train
     from clair.build import build
     from clair.config import BuildConfig
     from recipes.world.running import running

@@ -155,9 +155,9 @@ def test_each_group_gets_the_pair_turned_to_its_taste(world, tmp_path):
 
 
 def test_a_folder_keeps_train_and_test_apart_and_trains_a_run_for_each_group(world, tmp_path):
+    from apo.config import TrainConfig
     from apo.each import runs_of
     from apo.pairs import load_eval, load_train
-    from apo.train import TrainConfig
 
     rng = random.Random(3)
     (tmp_path / "in").mkdir()

@@ -1,0 +1,153 @@
+"""A recipe checked, with everything known that can be known without loading a weight: pairs, steps, costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from apo import model as models
+from apo.config import TrainConfig, lora_of, trainer_options
+from apo.guard import load_rails
+from apo.processes import asks_for_deepspeed, asks_for_fsdp, check_devices
+from clair.recipe import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from apo import fit
+    from apo.arguments import APOConfig
+    from apo.guard import Rails
+    from apo.tokens import Tokenized
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything checked and nothing trained: what a dry run tells."""
+
+    config: TrainConfig
+    name: models.ModelName
+    tokenizer: Any
+    args: APOConfig
+    train: Tokenized
+    eval: Tokenized | None
+    steps: int
+    rails: Rails | None = None
+    processes: int = 1
+
+    @property
+    def pairs_per_step(self) -> int:
+        """Pairs in an optimizer step, over all processes."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.processes
+
+    def counts(self) -> dict[str, Any]:
+        """Pairs (or unpaired rows, and how many are desirable) and drops of both splits, for run.json."""
+        splits = {"train": self.train, "eval": self.eval}
+        return {name: {**split.size(name), "dropped": split.dropped} for name, split in splits.items() if split}
+
+
+def plan(config: TrainConfig, processes: int | None = None) -> Plan:
+    """Check recipe, model folder, tokenizer and every pair, without loading a weight or writing a file.
+
+    `processes` plans a run of so many, which this need not be.
+    """
+    from apo.pairs import load_eval, load_train
+    from apo.processes import check_launch
+
+    launched = check_launch()
+    count = launched if processes is None else processes
+
+    name = models.find(config.model, config.trust_remote_code)
+    if name.is_adapter and config.lora:
+        raise UserError(f"model {config.model} is an adapter and is trained on as it is; leave `lora` out, or merge it")
+    tokenizer = models.load_tokenizer(name)
+    train_pairs = load_train(config.dataset, config.seed, config.weights)
+    eval_pairs = load_eval(config.dataset, config.eval, config.weights)
+    args = trainer_options(config, has_eval=eval_pairs is not None, processes=count)
+    if count == launched:
+        check_devices(args)
+    if config.quantize and (asks_for_fsdp(args) or asks_for_deepspeed(args)):
+        raise UserError("quantize: 4-bit weights are whole in every process; leave FSDP and DeepSpeed out")
+    if config.quantize and "quantization_config" in (args.model_init_kwargs or {}):
+        raise UserError("trainer.model_init_kwargs.quantization_config: the recipe's `quantize` says it; leave one out")
+    if eval_pairs is None and args.eval_strategy != "no":
+        raise UserError("trainer.eval_strategy is set but there are no held-out pairs; set `eval`, or leave it out")
+    ends = models.load_generation_config(name)
+    train = _tokenize(train_pairs, "train", tokenizer, ends, args)
+    evaluated = _tokenize(eval_pairs, "eval", tokenizer, ends, args) if eval_pairs is not None else None
+    if len(train.dataset) < 2:
+        raise UserError(
+            f"{len(train.dataset)} row(s) are left to train on: {train.dropped.get('too_long', 0):,} are longer than "
+            f"max_length {args.max_length}; raise trainer.max_length"
+        )
+    rails = load_rails(config.guard, tokenizer, ends, models.context_of(name)) if config.guard else None
+    steps = _steps(args, len(train.dataset), count)
+    return Plan(config, name, tokenizer, args, train, evaluated, steps, rails, count)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a checked plan will cost: as it runs on a GPU (True) and on a CPU (False)."""
+
+    jobs: dict[bool, fit.Job]
+    machine: fit.Device
+
+    @property
+    def here(self) -> fit.Job:
+        """The run on the machine it starts on."""
+        return self.jobs[self.machine.is_gpu]
+
+
+def estimate(planned: Plan) -> Estimate | str:
+    """The costs of a plan (fit.py), or why they cannot be told."""
+    from apo import fit
+    from apo.mixture import mixture_of
+
+    config, args = planned.config, planned.args
+    machine = fit.this_machine()
+    if args.use_cpu and machine.is_gpu:
+        return "the run leaves the GPU unused"
+    if asks_for_deepspeed(args):
+        return "the formulas do not know what DeepSpeed shares out"
+    try:
+        sizes = fit.sizes_of(planned.name, lora_of(config))
+    except (ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        return str(error)
+    reference = ("cached" if args.precompute_ref_log_probs else "online") if (
+        mixture_of(config.objective).needs_reference
+    ) else None  # fmt: skip
+    asked = config.trainer.get("gradient_checkpointing", config.trainer.get("activation_checkpointing"))
+    dtype = str((args.model_init_kwargs or {}).get("dtype", "float32"))
+    jobs = {
+        on_gpu: fit.job_of(
+            sizes, planned.train.dataset, args, planned.steps, reference=reference, dtype=dtype,
+            mixed=config.trainer.get("bf16", on_gpu) or args.fp16,
+            checkpointing=on_gpu if asked is None else asked, on_gpu=on_gpu,
+            mismatched=mixture_of(config.objective).needs_divergence, processes=planned.processes,
+            sharded=asks_for_fsdp(args), quantized=config.quantize is not None,
+        )
+        for on_gpu in (True, False)
+    }  # fmt: skip
+    return Estimate(jobs, machine)
+
+
+def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args: APOConfig) -> Tokenized:
+    from apo.mixture import mixture_of
+    from apo.pairs import check_weights
+    from apo.tokens import end_ids, tokenize
+
+    if args.weights is not None:
+        check_weights(pairs, args.weights, split)
+    ends, objective = end_ids(tokenizer, generation), mixture_of(args.objective)
+    return tokenize(pairs, tokenizer, args.max_length, ends, split, args.dataset_num_proc, objective)
+
+
+def _steps(args: APOConfig, pairs: int, processes: int) -> int:
+    """Optimizer steps of the run, as the trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = pairs / (args.per_device_train_batch_size * processes)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
