@@ -35,7 +35,7 @@ class Order:
     care: Care
     folder: str
     version: str
-    environment: Mapping[str, str]
+    environment: Mapping[str, str] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
