@@ -224,8 +224,11 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a file so that at any instant it is wholly the old one or wholly the new one, also after a power cut."""
+def write_atomically(path: str | Path, content: str | bytes, *, new: bool = False) -> None:
+    """Write a file so that at any instant it is wholly the old one or wholly the new one, also after a power cut.
+
+    `new`: raises FileExistsError where there is one; of several that create it at once, one does.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
@@ -233,20 +236,27 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        publish(temporary, target)
+        publish(temporary, target, new=new)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
-def publish(temporary: str | Path, target: str | Path) -> None:
-    """Put a finished temporary file in its place: flushed to disk first, then renamed."""
+def publish(temporary: str | Path, target: str | Path, *, new: bool = False) -> None:
+    """Put a finished temporary file in its place: flushed to disk first, then renamed.
+
+    `new`: raises FileExistsError where there is a file already.
+    """
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(temporary, 0o666 & ~umask)
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
-    os.replace(temporary, target)
+    if new:
+        os.link(temporary, target)
+        os.unlink(temporary)
+    else:
+        os.replace(temporary, target)
     directory = os.open(Path(target).parent, os.O_RDONLY)
     try:
         os.fsync(directory)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
-from clair.recipe import UserError, content_hash
+from clair.recipe import UserError, content_hash, write_atomically
 from clair.urls import public_url
 
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
@@ -91,6 +91,7 @@ class Store:
         except ValueError as error:
             raise StorageError(str(error)) from None
         self._secrets = tuple(value for _, value in parse_qsl(urlsplit(url).query))
+        self._is_local = url.partition("://")[0] in _LOCAL
         self._fs, self._root = self._opened(url)
 
     def _opened(self, url: str) -> tuple[Any, str]:
@@ -98,7 +99,7 @@ class Store:
 
         protocol = url.partition("://")[0]
         try:
-            options = {"auto_mkdir": True} if protocol in _LOCAL else {}
+            options = {"auto_mkdir": True} if self._is_local else {}
             fs, root = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
         except ImportError as error:
             if protocol in _EXTRAS:
@@ -116,7 +117,8 @@ class Store:
         """The names of the objects below `prefix`, sorted; none where nothing is there."""
         where = f"{self._root}/{prefix}".rstrip("/")
         found = self._tried("list", lambda: self._found(where))
-        return sorted(name.removeprefix(f"{self._root}/") for name in found)
+        unfinished = re.compile(r"/\.[^/]+\.tmp$")  # local ones that a killed run left
+        return sorted(name.removeprefix(f"{self._root}/") for name in found if not unfinished.search(name))
 
     def _found(self, where: str) -> list[str]:
         try:
@@ -154,20 +156,26 @@ class Store:
 
     def put(self, name: str, data: bytes) -> None:
         """Write an object, wholly or not at all."""
-        self._tried("write", lambda: self._fs.pipe_file(self._path(name), data))
+        self._tried("write", lambda: self._write(name, data))
 
     def create(self, name: str, data: bytes) -> None:
         """Write an object that is not there yet. Raises Taken where it is, and holds something else."""
 
         def write() -> None:
             try:
-                self._fs.pipe_file(self._path(name), data, mode="create")
+                self._write(name, data, new=True)
             except FileExistsError:
                 # Our own try before this one may have arrived, and only its answer got lost.
                 if self._fs.cat_file(self._path(name)) != data:
                     raise Taken(name) from None
 
         self._tried("write", write)
+
+    def _write(self, name: str, data: bytes, *, new: bool = False) -> None:
+        if self._is_local:  # fsspec writes these in place, and looks before it creates
+            write_atomically(self._path(name), data, new=new)
+        else:
+            self._fs.pipe_file(self._path(name), data, mode="create" if new else "overwrite")
 
     def upload(self, name: str, file: Path) -> None:
         """Write a file of this machine as an object."""

@@ -10,7 +10,7 @@ import sqlite3
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from random import Random
 
@@ -396,7 +396,8 @@ def test_a_dead_run_of_this_machine_is_followed_at_once(tmp_path, url, monkeypat
             pass
 
 
-def test_of_runs_that_begin_at_once_one_gets_the_url(tmp_path, url):
+def test_of_runs_that_begin_at_once_one_gets_the_url(tmp_path):
+    url = f"file://{tmp_path}/bucket/run"
     won, lost = [], []
     start = threading.Barrier(4)
 
@@ -502,7 +503,7 @@ def test_what_a_store_says_is_told_without_the_secrets_of_the_environment(monkey
     def refuse(*_, **__):
         raise PermissionError("for verysecret with abc123 at ftp://me:hunter22@host/x: no")
 
-    monkeypatch.setattr(store._fs, "pipe_file", refuse)
+    monkeypatch.setattr(storage, "write_atomically", refuse)
     with pytest.raises(StorageError, match="no permission; give the environment credentials") as told:
         store.put("a", b"")
     assert not any(secret in str(told.value) for secret in ("verysecret", "abc123", "hunter22"))
@@ -523,6 +524,31 @@ def test_an_object_is_created_once_and_a_try_whose_answer_was_lost_counts(url):
     with pytest.raises(Taken):
         store.create("a", b"2")
     assert store.get("a") == b"1"
+
+
+def test_of_several_that_create_an_object_at_once_one_does(tmp_path):
+    url = f"file://{tmp_path}/bucket/run"
+    together, made = threading.Barrier(4), []
+
+    def create(number: int) -> None:
+        store = Store(url)
+        for round in range(100):
+            together.wait(30)
+            with suppress(Taken):
+                store.create(f"objects/{round}", str(number).encode())
+                made.append(round)
+
+    threads = [threading.Thread(target=create, args=(n,)) for n in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert sorted(made) == list(range(100))
+
+
+def test_what_a_killed_run_left_half_written_is_no_object(tmp_path):
+    store = Store(f"file://{tmp_path}")
+    store.put("hold/000001.json", b"{}")
+    (tmp_path / "hold" / ".000002.json.abc.tmp").write_bytes(b"{")
+    assert store.names("hold/") == ["hold/000001.json"]
 
 
 def test_copies_of_this_machine_may_be_deleted_at_any_time(tmp_path, monkeypatch, url):
