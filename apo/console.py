@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import sys
 
+from clair.recipe import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED
+
 
 def tell(message: str) -> None:
     """One line to a person, on stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+def end_early(stopped: str | None, failed: str | None) -> None:
+    """End a command whose work was stopped, or (`failed`: what to say) came to no result; go on where neither is."""
+    import typer
+
+    if stopped:
+        tell(f"{stopped}: every reply so far is kept; run the same command again to go on")
+        raise typer.Exit(EXIT_INTERRUPTED if stopped == "interrupted" else EXIT_BUDGET)
+    if failed:
+        tell(failed)
+        raise typer.Exit(EXIT_SOME_FAILED)
 
 
 def quieten() -> None:

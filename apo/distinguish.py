@@ -119,7 +119,7 @@ def distinguish(
     u = found.features.chosen_mean - found.features.rejected_mean
     order = sorted(set(names))
     members = [torch.tensor([place for place, name in enumerate(names) if name == one]) for one in order]
-    drawn = [_resampled(len(places), draws, seed + number) for number, places in enumerate(members)]
+    drawn = [resampled(len(places), draws, seed + number) for number, places in enumerate(members)]
     speeds = _speeds([steps[places] for places in members], drawn)
     centres = torch.stack([u[places].mean(0) for places in members])
     cosines = torch.nn.functional.cosine_similarity(centres[:, None], centres[None], dim=-1)
@@ -345,7 +345,7 @@ def _speeds(steps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Interval
     return [_interval(value, spread) for value, spread in zip(values, resampled, strict=True)]
 
 
-def _resampled(n: int, draws: int, seed: int) -> Tensor:
+def resampled(n: int, draws: int, seed: int) -> Tensor:
     """The weights of n pairs in each of `draws` samples with replacement, [draws, n], each adding up to 1."""
     import torch
 

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -20,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from clair.recipe import UserError, content_hash, publish, read_json
+from clair.recipe import UserError, content_hash, file_sha256, publish, read_json
 from clair.records import LABELS, Dropped, Pair
 from clair.sources import load_split
 
@@ -191,8 +190,7 @@ class DatasetWriter:
             self._order.close()
         hashes = {}
         for name, file in written.items():
-            with open(file, "rb") as content:
-                hashes[name] = hashlib.file_digest(content, "sha256").hexdigest()
+            hashes[name] = file_sha256(file)
             publish(file, self.folder / name)
         return hashes
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clair.dataset import CONTRAST, SPLITS, card, read_manifest, schema, split_file
-from clair.recipe import UserError, content_hash, publish, write_atomically, write_json
+from clair.recipe import UserError, content_hash, file_sha256, publish, write_atomically, write_json
 from clair.records import Dropped
 
 FORMAT = 1
@@ -147,12 +147,12 @@ def _write(source: Path, target: Path, manifest: Mapping[str, Any], decisions: D
     """
     (target / "data").mkdir(parents=True, exist_ok=True)
     _write_dropped(source, target, decisions)
-    files = {"dropped.jsonl": _sha256(target / "dropped.jsonl")}
+    files = {"dropped.jsonl": file_sha256(target / "dropped.jsonl")}
     counts: Counter[str] = Counter()
     values: dict[str, list[float]] = {name: [] for name in CONTRAST}
     for split in SPLITS:
         counts[split] = _write_split(source, target, split, decisions.dropped, values)
-        files[split_file(split)] = _sha256(target / split_file(split))
+        files[split_file(split)] = file_sha256(target / split_file(split))
     new = _reviewed(manifest, decisions, counts, values)
     new["files"] = {name: files.get(name, old) for name, old in manifest["files"].items()}
     write_atomically(target / "README.md", card(new))
@@ -232,8 +232,3 @@ def _reviewed(
         "contrast": contrast if marked else manifest["contrast"],
         "review": [*manifest.get("review", []), review],
     }
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ from typing import TextIO
 
 from clair.hold import Hold, held
 from clair.ledger import Ledger
-from clair.recipe import UserError
+from clair.recipe import UserError, file_sha256
 from clair.segments import Segments
 from clair.storage import Store, folder_of, is_url
 
@@ -61,7 +60,7 @@ class Output:
         """Bring files by name from the store, where there is one and those here have not these SHA-256."""
         for name, sha256 in hashes.items() if self.store else ():
             file = self.folder / name
-            if not file.is_file() or _sha256(file) != sha256:
+            if not file.is_file() or file_sha256(file) != sha256:
                 self.store.fetch(name, file)
 
 
@@ -130,8 +129,3 @@ def check_output(out: str | Path) -> None:
     strange = sorted(name for name in names if not name.startswith(own))
     if strange and not set(MARKS) & set(names):
         raise UserError(f"{told} is no dataset folder and not empty (it holds {strange[0]}); choose another --out")
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -224,6 +224,12 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def write_atomically(path: str | Path, content: str | bytes, *, new: bool = False) -> None:
     """Write a file so that at any instant it is wholly the old one or wholly the new one, also after a power cut.
 

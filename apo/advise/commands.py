@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from apo.evaluate.commands import budget_of, price_of
-from clair.recipe import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED, UserError
+from clair.recipe import UserError
 
 
 def advise(
@@ -45,7 +45,7 @@ def advise(
     from apo.advise.run import run
     from apo.advise.settings import AdviseConfig, check
     from apo.advise.tables import advice_words, evidence_table
-    from apo.console import quieten, tell
+    from apo.console import end_early, quieten, tell
     from apo.evaluate.answers import batch_tokens_here
     from clair.recipe import resolve
     from clair.terminal import show
@@ -69,14 +69,8 @@ def advise(
         _print_plan(config, checked)
         return
     done = run(config, checked=checked, tell=tell)
-    if done.stopped:
-        tell(f"{done.stopped}: every reply so far is kept; run the same command again to go on")
-        raise typer.Exit(EXIT_INTERRUPTED if done.stopped == "interrupted" else EXIT_BUDGET)
-    if done.result is None:
-        tell(
-            f"{done.failed} requests got no reply ({done.first_failure}); the rest is kept, run the same command again"
-        )
-        raise typer.Exit(EXIT_SOME_FAILED)
+    failed = f"{done.failed} requests got no reply ({done.first_failure}); the rest is kept, run the same command again"
+    end_early(done.stopped, failed if done.result is None else None)
     show(evidence_table(done.result, dataset))
     for line in advice_words(done.result):
         print(line)

@@ -69,14 +69,14 @@ def first_step(winners: Tensor, losers: Tensor, *, seed: int = 0, draws: int = D
     """
     import torch
 
-    from apo.distinguish import _resampled
+    from apo.distinguish import resampled
 
     steps = (winners - losers).double()
     rise, fall = (side.double() @ steps.T for side in (winners, losers))
     squares = (steps**2).sum(1)
     for products in (rise, fall):
         products.fill_diagonal_(0)
-    n, weights = len(steps), _resampled(len(steps), draws, seed).double()
+    n, weights = len(steps), resampled(len(steps), draws, seed).double()
 
     def ratios(weight: Tensor) -> tuple[Tensor, Tensor]:
         """Coherence and displacement of samples with these weights, [draws, n] each row adding up to 1."""

@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,12 @@ from apo.advise.settings import RESULT, AdviseConfig, Checked, check
 from apo.distinguish import Interval
 from apo.evaluate.settings import public, same_settings
 from apo.evaluate.verdicts import Compared, key_of, summary
+from apo.evaluate.winrate import Outcome
 from clair.build import locked, position_bias
 from clair.contrast import contrast_of
 from clair.ledger import Ledger
 from clair.recipe import UserError, provenance, write_json
 from clair.statistics import clustered_mean, wilson
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What it came to. Without a result it ended early: `stopped` tells why, or `failed` how often nobody answered."""
-
-    out: Path
-    result: Mapping[str, Any] | None
-    failed: int = 0
-    first_failure: str = ""
-    stopped: str | None = None
 
 
 def run(

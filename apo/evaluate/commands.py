@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from clair.recipe import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED, UserError
+from apo.console import end_early, tell
+from clair.recipe import UserError
 
 app = typer.Typer(
     help="Measure a model: how good it is, and how sure that is.",
@@ -123,7 +123,7 @@ def mixeval(
         return
     checked = check(config)
     for note in checked.benchmark.notes:
-        _tell(f"note: {note}")
+        tell(f"note: {note}")
     if dry_run:
         print_settings(config, checked)
     elif estimate or probe:
@@ -224,7 +224,7 @@ def fetch_mixeval(
     from apo.evaluate.mixeval import VERSIONS
 
     written = fetch(out, version or VERSIONS, ("hard", "full") if full else ("hard",), from_ or BASE)
-    _tell(f"wrote {len(written)} files into {out}: {', '.join(written)}")
+    tell(f"wrote {len(written)} files into {out}: {', '.join(written)}")
 
 
 @app.command()
@@ -311,17 +311,13 @@ def _run_winrate(config: Any, checked: Any) -> None:
     from apo.evaluate.winrate import compare
     from clair.terminal import show as print_
 
-    with evaluation_bar(len(checked.prompts) * config.samples) as tell:
-        done = compare(config, checked=checked, on_progress=tell)
-    if done.stopped:
-        _tell(f"{done.stopped}: every reply so far is kept; run the same command again to go on")
-        raise typer.Exit(EXIT_INTERRUPTED if done.stopped == "interrupted" else EXIT_BUDGET)
-    if done.result is None:
-        _tell(
-            f"{done.failed} pairs got no reply ({done.first_failure}), so there is no win rate; everything else is "
-            f"kept, run the same command again"
-        )
-        raise typer.Exit(EXIT_SOME_FAILED)
+    with evaluation_bar(len(checked.prompts) * config.samples) as on_progress:
+        done = compare(config, checked=checked, on_progress=on_progress)
+    failed = (
+        f"{done.failed} pairs got no reply ({done.first_failure}), so there is no win rate; everything else is "
+        f"kept, run the same command again"
+    )
+    end_early(done.stopped, failed if done.result is None else None)
     print_(winrate_table(done.result))
 
 
@@ -348,7 +344,7 @@ def pairs(
 
     given = {"dataset": dataset, "reference": reference, "split": split, "beta": beta, "limit": limit}
     more = {"max_length": max_length, "dtype": dtype, "batch_tokens": batch_tokens, "out": str(out)}
-    print_(pairs_table(evaluate(config_of(model, **given, **more), tell=_tell)))
+    print_(pairs_table(evaluate(config_of(model, **given, **more), tell=tell)))
 
 
 @app.command()
@@ -362,7 +358,3 @@ def show(
 
     for folder in results:
         print_(score_table(read_results(folder)))
-
-
-def _tell(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-import typer
-
+from apo.console import end_early, tell
 from apo.evaluate.many import apart, evaluate_each
 from apo.evaluate.results import read_results
 from apo.evaluate.run import Evaluated, evaluate, work_of
 from apo.evaluate.settings import Checked, MixEvalConfig, check, public
 from apo.evaluate.tables import evaluation_bar, score_table
-from clair.recipe import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED
 from clair.terminal import show as print_
 
 
 def run_one(config: MixEvalConfig, checked: Checked) -> None:
     """Evaluate one model, and print its score."""
-    with evaluation_bar(len(work_of(config, checked))) as tell:
-        done = evaluate(config, checked=checked, on_progress=tell)
+    with evaluation_bar(len(work_of(config, checked))) as on_progress:
+        done = evaluate(config, checked=checked, on_progress=on_progress)
     _end_early(done)
     _print_score(config, done)
 
@@ -65,15 +62,11 @@ def print_settings(config: MixEvalConfig, checked: Checked) -> None:
 
 
 def _end_early(done: Evaluated) -> None:
-    if done.stopped:
-        tell(f"{done.stopped}: every reply so far is kept; run the same command again to go on")
-        raise typer.Exit(EXIT_INTERRUPTED if done.stopped == "interrupted" else EXIT_BUDGET)
-    if done.score is None:
-        tell(
-            f"{done.failed} items got no reply ({done.first_failure}), so there is no score; everything else is kept, "
-            f"run the same command again"
-        )
-        raise typer.Exit(EXIT_SOME_FAILED)
+    failed = (
+        f"{done.failed} items got no reply ({done.first_failure}), so there is no score; everything else is kept, "
+        f"run the same command again"
+    )
+    end_early(done.stopped, failed if done.score is None else None)
 
 
 def _print_score(config: MixEvalConfig, done: Evaluated) -> None:
@@ -84,8 +77,3 @@ def _print_score(config: MixEvalConfig, done: Evaluated) -> None:
         print_(f"{len(results.items):,} judgements from {done.requests:,} requests; {told}")
     if done.score.fallbacks:
         print_(f"{done.score.fallbacks} items have a RANDOM score, as upstream gives where there is no verdict")
-
-
-def tell(message: str) -> None:
-    """Words beside the result."""
-    print(message, file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from clair.models import RequestFailed, Unreachable, as_completion
-from clair.recipe import UserError, content_hash, near_miss
+from clair.recipe import UserError, content_hash, file_sha256, near_miss
 
 _UNDERSTOOD = ("messages", "max_tokens", "temperature", "top_p", "top_k", "seed")
 _DEFAULT_MAX_TOKENS = 1024
@@ -37,8 +37,7 @@ def weights_identity(path: str | Path) -> str:
     """
     digest = hashlib.sha256()
     for file in sorted(file for file in Path(path).iterdir() if _ANSWERS_DEPEND_ON.match(file.name)):
-        with open(file, "rb") as content:
-            digest.update(f"{file.name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{file.name}\0{file_sha256(file)}\n".encode())
     base = adapter_base(path)
     if base is not None:
         digest.update((weights_identity(base) if Path(base).is_dir() else f"hub:{base}").encode())

@@ -16,7 +16,6 @@ from apo.distinguish import (
     Interval,
     Literal,
     _pair_level,
-    _resampled,
     _sketch,
     clusters_of,
     distinguish,
@@ -25,6 +24,7 @@ from apo.distinguish import (
     kmeans,
     of_the_same_prompts,
     pulls,
+    resampled,
     warnings_of,
 )
 from apo.features import Features, Labelled, encode
@@ -183,7 +183,7 @@ def test_predicted_speed_is_what_the_other_pairs_gradients_do_to_a_pairs_loss():
 def test_pair_level_numbers_by_hand():
     # u = (3, 0), (1, 0), (2, 3): products of different ones 3, 6 and 2, mean 11/3; mean square (9 + 1 + 13) / 3.
     u = torch.tensor([[3.0, 0.0], [1.0, 0.0], [2.0, 3.0]])
-    delta, scaled, coherence = _pair_level(u, _resampled(3, 10, 0))
+    delta, scaled, coherence = _pair_level(u, resampled(3, 10, 0))
     assert delta.value == pytest.approx((11 / 3) ** 0.5)
     assert coherence.value == pytest.approx(11 / 23)
     assert scaled == pytest.approx((11 / 12) ** 0.5)
@@ -378,7 +378,7 @@ def test_intervals_hold_the_truth_where_it_is_known():
     m[0] = 1.0
     for seed in range(200):
         u = m + torch.randn(200, 16, generator=torch.Generator().manual_seed(seed))
-        delta, _, coherence = _pair_level(u, _resampled(200, 300, seed))
+        delta, _, coherence = _pair_level(u, resampled(200, 300, seed))
         held[0] += delta.lo <= 1.0 <= delta.hi
         held[1] += coherence.lo <= 1 / 17 <= coherence.hi
     print(f"held {held} of 200")
