@@ -63,7 +63,7 @@ class Layout:
     @property
     def pairs(self) -> int:
         """How many pairs stand in the row."""
-        return len(self.spans)
+        return len(self.lengths)
 
     def kept(self, name: Any, make: Callable[[], Any]) -> Any:
         """What `make` makes, once."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apo.matmul import speeds
 from apo.prefix import _HEAD_CHUNK, bins_of, common_prefix, keeps_logits
 from clair.recipe import UserError
 
@@ -33,7 +33,7 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4: 4 bits, a constant of 8 bits for 64 weights, one of 32 bits for 256 constants."""
 HOLES = 2
 """MEASURED, not derived: layers' activations that glibc's allocator keeps in holes on a CPU (tests/apo/test_fit.py)."""
-CPU_SHARE = 0.6
+CPU_SHARE = 0.5
 """ASSUMPTION: the share of a large matrix product's speed, measured for a moment, that training reaches on a CPU."""
 
 
@@ -349,12 +349,13 @@ def _head_bytes(job: Job, row: Row) -> float:
     """The head's buffers in backward: logits in float32, kept of all labels or made of a chunk, hidden states and their
     gradient; below float32 also the chunk rounded.
 
-    Where the head is trained, also its gradient in float32; below float32 with one product on its way into it.
+    Where the head is trained, also its gradient in float32, and of several chunks one product on its way into it.
     """
     sizes = job.sizes
     chunk, rounded = min(row.labels, _HEAD_CHUNK), job.compute if job.compute < 4 else 0
     logits = 4 * (row.labels if keeps_logits(row.labels, sizes.vocabulary) else chunk) + rounded * chunk
-    trained = 0 if job.is_adapter else (4 + rounded) * sizes.hidden
+    coming = job.compute if row.labels > _HEAD_CHUNK else rounded
+    trained = 0 if job.is_adapter else (4 + coming) * sizes.hidden
     return sizes.vocabulary * (logits + trained) + 2 * row.labels * sizes.hidden * job.compute
 
 
@@ -417,22 +418,7 @@ def this_machine() -> Device:
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text("utf-8").strip()).isdigit():
         memory = min(memory, int(text))
-    return Device("this machine: CPU", memory, _matrix_speed() * CPU_SHARE, is_gpu=False, reserved=0.8 * GIB)
-
-
-def _matrix_speed() -> float:
-    import torch
-
-    one = torch.ones(1024, 1024)
-    one @ one
-    best = min(_seconds(lambda: one @ one) for _ in range(3))
-    return 2 * 1024**3 / best
-
-
-def _seconds(do: Any) -> float:
-    start = time.perf_counter()
-    do()
-    return time.perf_counter() - start
+    return Device("this machine: CPU", memory, max(speeds()) * CPU_SHARE, is_gpu=False, reserved=0.8 * GIB)
 
 
 def needed(job: Job, device: Device) -> float:

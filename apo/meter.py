@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 
 from apo import fit
 from apo.dynamics import COLUMNS
+from apo.matmul import speeds
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -124,14 +124,9 @@ def scale_of(model: nn.Module, device: torch.device) -> Scale | str:
 
 def peak_of(device: torch.device) -> float | None:
     """FLOPs a second at most: a GPU's dense bf16 figure as its maker gives it (None where fit.py has none); on a CPU
-    the speed of a float32 matrix product of 1024, measured once a process.
+    the speed of a float32 matrix product of 1024, by the faster of its libraries.
     """
     if device.type == "cpu":
-        return _measured_peak()
+        return max(speeds())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((gpu.flops / fit.MFU for gpu in fit.GPUS if gpu.name.split(" ")[-2] in name), None)
-
-
-@functools.cache
-def _measured_peak() -> float:
-    return fit._matrix_speed()

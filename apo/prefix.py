@@ -18,6 +18,7 @@ import torch
 
 from apo.attention import BEFORE, NAME, Layout, Span, fastest
 from apo.logps import Batch, PairLogps, examples_of, stacked_logps
+from apo.matmul import product, quicken, rows_multiple, unquicken
 
 _HEAD_CHUNK = 1024
 """Rows of the LM head at once: logits of this many positions are in memory at a time."""
@@ -39,9 +40,10 @@ def tokens_of(example: dict[str, list[int]]) -> int:
     return len(prompt) + len(chosen) + len(rejected) - common_prefix(chosen, rejected)
 
 
-def lay_out(examples: Sequence[dict[str, list[int]]], device: torch.device | str = "cpu") -> Layout:
+def lay_out(examples: Sequence[dict[str, list[int]]], device: torch.device | str = "cpu", multiple: int = 1) -> Layout:
     """Pack pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`) into one row, in their order.
 
+    The row is filled up to a `multiple` of tokens, and of predicting states, by some that nobody reads or predicts.
     Of an unpaired row one response is empty; the other stands in the shared part, with no branches after it.
     Raises ValueError for a pair with an empty prompt or no response: nothing would predict its first token.
     """
@@ -71,6 +73,11 @@ def lay_out(examples: Sequence[dict[str, list[int]]], device: torch.device | str
                 rows += [last, *range(first, first + len(rest) - 1)]
                 labels += rest
                 owner += [3 * pair + which] * len(rest)
+    if short := -len(ids) % multiple:
+        spans.append(Span(len(ids), short, 0, 0))
+        ids += [0] * short
+        positions += range(short)
+    rows += [0] * (-len(rows) % multiple)
     lengths = [[len(example["chosen_ids"]), len(example["rejected_ids"])] for example in examples]
     tensors = [torch.tensor(values, device=device) for values in (ids, positions, rows, labels, owner, lengths)]
     return Layout(tensors[0][None], tensors[1][None], spans, *tensors[2:])
@@ -103,16 +110,16 @@ class _HeadLogps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Any, weight: Any, bias: Any, labels: Any, scale: float, softcap: float | None, keep: bool
     ) -> Any:
-        kept = hidden.new_empty((len(hidden), len(weight)), dtype=torch.float32) if keep else None
-        logps, tops, totals = [], [], []
+        logps, tops, totals, kept = [], [], [], []
         for start in range(0, len(hidden), _HEAD_CHUNK):
             part = slice(start, start + _HEAD_CHUNK)
-            logits = _logits(hidden[part], weight, bias, scale, softcap, None if kept is None else kept[part])
+            logits = _logits(hidden[part], weight, bias, scale, softcap)
             picked, top = logits.gather(-1, labels[part, None]), logits.amax(-1, keepdim=True)
             total = logits.sub_(top).exp_().sum(-1, keepdim=True)
             logps.append((picked - top - total.log()).squeeze(-1))
             tops.append(top)
             totals.append(total)
+            kept += [logits] if keep else []
         ctx.save_for_backward(hidden, weight, bias, labels, torch.cat(tops), torch.cat(totals))
         ctx.scale, ctx.softcap, ctx.kept = scale, softcap, kept
         return torch.cat(logps)
@@ -120,45 +127,39 @@ class _HeadLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         hidden, weight, bias, labels, tops, totals = ctx.saved_tensors
-        kept, ctx.kept = ctx.kept, None  # overwritten below; a second backward makes it anew
+        kept, ctx.kept = ctx.kept, []  # overwritten below; a second backward makes it anew
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_hidden, grad_weight = [], None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
         grad = (grad.float() * ctx.scale)[:, None]
         for start in range(0, len(hidden), _HEAD_CHUNK):
-            part = slice(start, start + _HEAD_CHUNK)
-            flatness = None
-            if kept is None:
+            part, flatness = slice(start, start + _HEAD_CHUNK), None
+            if not kept:
                 logits = _logits(hidden[part], weight, bias, ctx.scale, ctx.softcap)
                 flatness = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square()
                 exps = logits.sub_(tops[part]).exp_()
             else:
-                exps = kept[part]
+                exps = kept.pop(0)
             slope = exps.mul_(-grad[part] / totals[part]).scatter_add_(-1, labels[part, None], grad[part])
             if flatness is not None:
                 slope.mul_(flatness)
             slope = slope.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(slope, weight, out=grad_hidden[part])
-            if grad_weight is not None and slope.dtype == torch.float32:
-                torch.addmm(grad_weight, slope.T, hidden[part], out=grad_weight)
-            elif grad_weight is not None:
-                grad_weight += slope.T @ hidden[part]
+            if needs_hidden:
+                grad_hidden.append(product(slope, weight.T, len(slope)))
+            if needs_weight:
+                mine = product(hidden[part].T, slope.T, len(slope))
+                grad_weight = mine.float() if grad_weight is None else grad_weight.add_(mine)
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
+        grad_weight = None if grad_weight is None else grad_weight.T
         cast = (None if g is None else g.to(t.dtype) for g, t in ((grad_weight, weight), (grad_bias, bias)))
-        return grad_hidden, *cast, None, None, None, None
+        return torch.cat(grad_hidden) if needs_hidden else None, *cast, None, None, None, None
 
 
-def _logits(rows: Any, weight: Any, bias: Any, scale: float, softcap: float | None, out: Any = None) -> Any:
-    """Logits in float32, written to `out` where it is given."""
-    if out is not None and rows.dtype == torch.float32:
-        logits = torch.mm(rows, weight.T, out=out)
-        logits = logits if bias is None else logits.add_(bias)
-    else:
-        logits = torch.nn.functional.linear(rows, weight, bias).float()
-        logits = logits if out is None else out.copy_(logits)
+def _logits(rows: Any, weight: Any, bias: Any, scale: float, softcap: float | None) -> Any:
+    """Logits in float32."""
+    plain = product(rows, weight, len(rows)) if bias is None else torch.nn.functional.linear(rows, weight, bias)
+    logits = plain.float()
     logits = logits if scale == 1.0 else logits.mul_(scale)
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
@@ -169,7 +170,7 @@ def keeps_logits(labels: int, vocabulary: int) -> bool:
 
 
 def head_logps(model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Log-probs of `labels` [M] predicted by `hidden` [M, h], in nats, float32."""
+    """Log-probs of `labels` [M] predicted by the first M of `hidden`, [N, h], in nats, float32."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     softcap = getattr(config, "final_logit_softcapping", None)
 
@@ -177,8 +178,10 @@ def head_logps(model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tenso
         weight, bias = head.weight, head.bias
         if hasattr(weight, "full_tensor"):  # its gradient would stay that of this process
             raise RuntimeError("its LM head is sharded and not gathered when it is called")
-        keep = torch.is_grad_enabled() and softcap is None and keeps_logits(len(labels), len(weight))
-        return _HeadLogps.apply(hidden.to(weight.dtype), weight, bias, labels, _logit_scale(config), softcap, keep)
+        keep = torch.is_grad_enabled() and softcap is None and keeps_logits(len(hidden), len(weight))
+        filled = torch.nn.functional.pad(labels, (0, len(hidden) - len(labels)))
+        scale = _logit_scale(config)
+        return _HeadLogps.apply(hidden.to(weight.dtype), weight, bias, filled, scale, softcap, keep)[: len(labels)]
 
     before = vars(head).get("forward")
     head.forward = forward
@@ -233,6 +236,7 @@ def share_prefixes(model: torch.nn.Module, way: str = "split") -> None:
         hidden = backbone(*args, shared_prefix=shared_prefix, **options).last_hidden_state
         return head_logps(self, hidden[0, shared_prefix.rows], shared_prefix.labels)
 
+    quicken(base)
     base._plain_forward = plain
     base.forward = types.MethodType(forward, base)
     configs = {id(module.config): module.config for module in base.modules() if hasattr(module, "config")}
@@ -248,6 +252,7 @@ def unshare_prefixes(model: torch.nn.Module) -> None:
     base = _base_of(model)
     if "_plain_forward" in vars(base):
         base.forward = vars(base).pop("_plain_forward")
+        unquicken(base)
         for module in base.modules():
             if BEFORE in vars(module):
                 module.config._attn_implementation = vars(module).pop(BEFORE)
@@ -272,12 +277,14 @@ def share_if_exact(
     layout = lay_out(examples_of(batch), batch["input_ids"].device)
     best, told = fastest(_base_of(models[0]).config.get_text_config(), layout, dtype)
     notes = [told] if told else []
+    with torch.no_grad(), autocast():
+        plain = stacked_logps(models[0], pairs)
     for way in dict.fromkeys((best, "split")):
         for model in models:
             share_prefixes(model, way)
         try:
             with autocast():
-                reason = None if agrees(models[0], pairs) else "its log-probs differ in packed rows"
+                reason = None if agrees(models[0], pairs, plain) else "its log-probs differ in packed rows"
         except (RuntimeError, TypeError, ValueError) as error:
             if fatal(error):
                 raise
@@ -290,14 +297,14 @@ def share_if_exact(
     return reason, notes if reason is None else []
 
 
-def agrees(model: torch.nn.Module, batch: Batch) -> bool:
-    """Whether packed rows give what TRL's stacked batch gives, up to the rounding of the model's numbers."""
+def agrees(model: torch.nn.Module, batch: Batch, plain: PairLogps) -> bool:
+    """Whether packed rows give what TRL's stacked batch gave, up to the rounding of the model's numbers."""
     with torch.no_grad():
-        ours, theirs = shared_prefix_logps(model, batch), stacked_logps(model, batch)
+        packed = shared_prefix_logps(model, batch)
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
     return all(
         torch.allclose(mine.float(), other.float(), rtol=tolerance, atol=20 * tolerance)
-        for mine, other in zip(ours[:2], theirs[:2], strict=True)
+        for mine, other in zip(packed[:2], plain[:2], strict=True)
     )
 
 
@@ -320,4 +327,5 @@ def shared_prefix_logps(model: torch.nn.Module, batch: Batch, **options: Any) ->
     """`PairLogps` of a stacked batch by packing it into one row: the fast twin of `stacked_logps`."""
     if options:
         raise ValueError(f"{', '.join(options)} cannot be asked for with shared prefixes")
-    return packed_logps(model, lay_out(examples_of(batch), batch["input_ids"].device))
+    device = batch["input_ids"].device
+    return packed_logps(model, lay_out(examples_of(batch), device, rows_multiple(device)))

@@ -143,7 +143,7 @@ SWEEP = (
 """Prompt, response, pairs a batch; the two responses are alike in length, which is where padding costs TRL nothing."""
 
 
-def sweep(repeats: int = 5) -> dict[str, Any]:
+def sweep(repeats: int = 3) -> dict[str, Any]:
     """Per shape: stacked tokens, and the ratio of TRL's step (forward and backward) to ours with its spread."""
     import torch
 
