@@ -23,6 +23,7 @@ from apo.conformal import (
 from apo.pairs import check_there
 from apo.properties import Certificate, certify_pairs
 from clair.recipe import UserError, content_hash, near_miss
+from clair.storage import is_url, read_here
 
 Guarantee = Literal["joint", "precision"]
 SCORES = ("score_chosen", "score_rejected")
@@ -196,13 +197,15 @@ def read_audit(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_scored(path: str | Path) -> list[dict[str, Any]]:
-    """All rows of a dataset folder, or of a file: plain values, `id` the content's hash where there is none."""
+    """All rows of a dataset folder, or of a file, here or at a URL: plain values, `id` the content's hash where there
+    is none.
+    """
     from clair.dataset import load_pairs, read_rows
 
     check_there(str(path))
-    folder = Path(path)
-    if (folder / "manifest.json").is_file():
-        return list(read_rows(folder))
+    with read_here(str(path)) as folder:
+        if (folder / "manifest.json").is_file():
+            return list(read_rows(folder))
     return [{**row, "id": str(row.get("id") or content_hash(row)[:16])} for row in load_pairs(path)]
 
 
@@ -211,8 +214,8 @@ def read_ids(path: str | Path) -> list[str]:
     folder = Path(path)
     if (folder / "reward.json").is_file():
         return list(json.loads((folder / "reward.json").read_text("utf-8"))["trained_on"])
-    if folder.is_dir():
-        return [row["id"] for row in read_scored(folder)]
+    if folder.is_dir() or is_url(str(path)):
+        return [row["id"] for row in read_scored(path)]
     return [row["id"] for row in _jsonl(path, "file of ids")]
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from apo.distinguish import Report
 
 Trained = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Option("--trained-on", help="What the scorer was trained on: a reward, a dataset, JSONL ids; repeatable."),
 ]
 Decisions = Annotated[Path | None, typer.Option(help="A decisions file to write, for `clair keep`.")]
@@ -67,7 +67,7 @@ def distinguish(
 
 
 def calibrate(
-    dataset: Annotated[Path, typer.Argument(help="A dataset with score_chosen and score_rejected.")],
+    dataset: Annotated[str, typer.Argument(help="A dataset with score_chosen and score_rejected.")],
     audit: Annotated[Path, typer.Option(help="JSONL rows with id and bad (true or false).")],
     alpha: Annotated[float, typer.Option(help="The risk that is promised.")] = 0.1,
     guarantee: Annotated[str, typer.Option(help="joint: kept and bad; precision: bad among the kept.")] = "joint",
@@ -91,7 +91,7 @@ def calibrate(
 
 
 def certify(
-    dataset: Annotated[Path, typer.Argument(help="A dataset or JSONL file with columns of scores.")],
+    dataset: Annotated[str, typer.Argument(help="A dataset or JSONL file with columns of scores.")],
     kind: Annotated[str, typer.Option("--property", help="rises, same, floor or ceiling.")] = "rises",
     alpha: Annotated[float, typer.Option(help="The risk that is promised.")] = 0.1,
     of: Annotated[str, typer.Option(help="The column that should rise, stay the same or keep to the bound.")] = (
@@ -149,14 +149,14 @@ def _allowed(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UserError(f"unknown {name} {value!r}{near_miss(value, allowed)}; allowed: {', '.join(allowed)}")
 
 
-def _manifest(dataset: Path, decisions: Path | None) -> dict[str, Any] | None:
+def _manifest(dataset: str, decisions: Path | None) -> dict[str, Any] | None:
     """The manifest that a decisions file is about, looked up before any work."""
     from clair.dataset import read_manifest
 
     return read_manifest(dataset) if decisions else None
 
 
-def _decide(found: Filter, dataset: Path, manifest: dict[str, Any] | None, decisions: Path | None) -> None:
+def _decide(found: Filter, dataset: str, manifest: dict[str, Any] | None, decisions: Path | None) -> None:
     from clair.recipe import write_json
 
     if decisions and manifest is not None:

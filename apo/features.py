@@ -17,6 +17,7 @@ from apo import cache
 from apo.pairs import check_there, split_names
 from clair.recipe import UserError, content_hash
 from clair.records import LABELS
+from clair.storage import read_here
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -202,12 +203,12 @@ def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for path in paths:
         check_there(path)
-        folder = Path(path)
-        if (folder / "manifest.json").is_file():
-            source, parts = read_manifest(folder)["pipeline"], [(s, read_folder(folder, [s])) for s in SPLITS]
-        else:
-            splits = [s for s in SPLITS if s in split_names(path)] if folder.is_dir() else ["train"]
-            source, parts = folder.stem, [(s, load_pairs(path, s)) for s in splits]
+        with read_here(path) as folder:
+            if (folder / "manifest.json").is_file():
+                source, parts = read_manifest(folder)["pipeline"], [(s, read_folder(folder, [s])) for s in SPLITS]
+            else:
+                splits = [s for s in SPLITS if s in split_names(path)] if folder.is_dir() else ["train"]
+                source, parts = Path(path).stem, [(s, load_pairs(path, s)) for s in splits]
         for split, row in ((split, row) for split, part in parts for row in part):
             content = [row["prompt"], row["chosen"], row["rejected"]]
             labels = {name: None if row.get(name) is None else str(row[name]) for name in LABELS}

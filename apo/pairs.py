@@ -11,11 +11,13 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
 from apo.tokens import COLUMNS, ID_COLUMNS, UNPAIRED_COLUMNS, columns_of
 from clair.recipe import Recipe, UserError, near_miss
+from clair.storage import is_url, public_path, read_here
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +30,8 @@ class Source(Recipe):
     """One dataset of a training recipe."""
 
     path: str
-    """A folder made by `clair build`, a .jsonl, .parquet or .csv file, a `datasets` folder, or a name on the hub."""
+    """A folder made by `clair build` or a .jsonl, .parquet or .csv file, here or at a URL (s3://...), a `datasets`
+    folder, or a name on the hub."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often each row is seen in an epoch: 2 is twice, 0.5 is a random half, the same in every epoch."""
     split: str = "train"
@@ -83,10 +86,11 @@ def split_names(path: str) -> list[str]:
     """The splits of a source. A single file is one split, `train`."""
     import datasets
 
-    if Path(path).is_file():
-        return ["train"]
     try:
-        return list(datasets.get_dataset_split_names(path))
+        with read_here(path) as here:
+            return ["train"] if here.is_file() else list(datasets.get_dataset_split_names(str(here)))
+    except UserError:
+        raise
     except Exception as error:  # a name that is not there, no network: told with the library's words
         raise UserError(f"dataset {path!r}: {' '.join(str(error).split())[:300]}") from error
 
@@ -204,8 +208,15 @@ def _check_columns(pairs: Dataset, path: str) -> None:
 
 
 def check_there(path: str) -> None:
-    """Raises UserError for a path that is neither there nor a name on the hub."""
-    if _looks_local(path) and not Path(path).exists():
+    """Raises UserError for a path that is neither there nor a name on the hub, and for a URL that holds a secret."""
+    if is_url(path):
+        parts = urlsplit(path)
+        if parts.username or parts.password or parts.query:
+            raise UserError(
+                f"dataset {public_path(path)}: its URL holds a password or a query, and is written down with what is "
+                "made of it; leave that out and give credentials by the environment"
+            )
+    elif _looks_local(path) and not Path(path).exists():
         raise UserError(f"dataset {path} does not exist; give a folder made by `clair build`, a file, or a hub name")
 
 

@@ -79,9 +79,10 @@ def build(
     print_(summary([built.out]))
     if part:
         print_(f"shard {part.index} of {part.of}; when all are built: clair merge {shards_out(config.out)}")
-    if is_url(config.out):
-        print_(f"it is at {public_path(config.out)}; {built.out} is a copy, which may be deleted")
-    print_(f"{built.out}/README.md tells what it holds; look at the pairs with: clair report {built.out}")
+    place = sharded(config, part).out if part else config.out
+    if is_url(place):
+        print_(f"it is at {public_path(place)}; {built.out} is a copy, which may be deleted")
+    print_(f"{built.out}/README.md tells what it holds; look at the pairs with: clair report {public_path(place)}")
     if built.failed:
         print(f"{built.failed} rows failed (see dropped.jsonl); run it again to try them again", file=sys.stderr)
         raise typer.Exit(EXIT_SOME_FAILED)
@@ -137,7 +138,7 @@ def estimate(
 
 
 @app.command()
-def stats(folders: Annotated[list[Path], typer.Argument(help="Dataset folders.")]) -> None:
+def stats(folders: Annotated[list[str], typer.Argument(help="Dataset folders or URLs.")]) -> None:
     """Counts, drop reasons, contrast and tokens of dataset folders, side by side."""
     from clair.terminal import show as print_
     from clair.terminal import summary
@@ -147,7 +148,7 @@ def stats(folders: Annotated[list[Path], typer.Argument(help="Dataset folders.")
 
 @app.command()
 def show(
-    folder: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    folder: Annotated[str, typer.Argument(help="A dataset folder or URL.")],
     n: Annotated[int, typer.Option("-n", min=1, help="How many pairs.")] = 5,
     split: Annotated[str, typer.Option(help="train or test.")] = "train",
 ) -> None:
@@ -168,7 +169,7 @@ def show(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    folder: Annotated[str, typer.Argument(help="A dataset folder or URL.")],
     out: Annotated[Path | None, typer.Option(help="Where the page goes, instead of DIR/report.html.")] = None,
     filter_: Annotated[
         list[str] | None, typer.Option("--filter", help="Whose full text it holds: 'kept<0.5', split=test; repeatable.")
@@ -176,36 +177,33 @@ def report(
 ) -> None:
     """One HTML page to look at a dataset: funnel, contrast, lengths, and the pairs to search, sort and mark."""
     from clair.report import report as write_report
+    from clair.storage import is_url, read_here
     from clair.terminal import show as print_
 
-    page = write_report(folder, out, filter_ or [])
+    with read_here(folder) as here:
+        page = write_report(here, out or (Path(f"{here.name}-report.html") if is_url(folder) else None), filter_ or [])
     print_(f"{page} ({page.stat().st_size / 1e6:.1f} MB): open it in a browser, mark pairs and save the decisions;")
     print_(f"apply them with: clair keep {folder} decisions.json")
 
 
 @app.command()
 def keep(
-    folder: Annotated[Path, typer.Argument(help="The dataset folder whose report you marked.")],
+    folder: Annotated[str, typer.Argument(help="The dataset folder or URL whose report you marked.")],
     decisions: Annotated[Path, typer.Argument(help="The decisions file that the page saved.")],
-    out: Annotated[Path | None, typer.Option(help="A new dataset folder, instead of changing this one.")] = None,
+    out: Annotated[str | None, typer.Option(help="A new dataset folder, instead of changing this one.")] = None,
 ) -> None:
     """Drop the pairs that were marked drop in the page of `clair report`; they move to dropped.jsonl."""
-    from clair.keep import check, read_decisions
-    from clair.keep import keep as apply
-    from clair.output import locked
+    from clair.keep import keep_held, read_decisions
     from clair.terminal import show as print_
     from clair.terminal import summary
 
-    decided = read_decisions(decisions)
-    check(folder, decided, out)
-    with locked(out or folder):
-        apply(folder, decided, out)
+    keep_held(folder, read_decisions(decisions), out)
     print_(summary([out or folder]))
 
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    folder: Annotated[str, typer.Argument(help="A dataset folder or URL.")],
     out: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
     as_: Annotated[str, typer.Option("--as", help="preference, unpaired or text.")] = "preference",
     split: Annotated[str, typer.Option(help="train or test.")] = "train",
@@ -225,7 +223,7 @@ def export(
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    folder: Annotated[str, typer.Argument(help="A dataset folder or URL.")],
     name: Annotated[str, typer.Argument(help="org/name on the hub.")],
     yes: Annotated[bool, typer.Option("--yes", help="Really send it.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a private dataset.")] = False,
@@ -233,15 +231,17 @@ def push(
     """Send a dataset to the hub with its card. Without --yes it only shows what would be sent."""
     from clair.sharing import files_to_push
     from clair.sharing import push as send
+    from clair.storage import read_here
     from clair.terminal import show as print_
 
-    files = files_to_push(folder)
-    if yes:
-        print_(send(folder, name, private=private))
-        return
-    for file in files:
-        print_(f"{file.relative_to(folder)}  {file.stat().st_size:,} bytes")
-    print_((folder / "README.md").read_text("utf-8"))
+    with read_here(folder) as here:
+        files = files_to_push(here)
+        if yes:
+            print_(send(here, name, private=private))
+            return
+        for file in files:
+            print_(f"{file.relative_to(here)}  {file.stat().st_size:,} bytes")
+        print_((here / "README.md").read_text("utf-8"))
     print_(f"nothing was sent; add --yes to send these {len(files)} files to {name}")
 
 
@@ -282,13 +282,15 @@ def check_endpoint(
 
 @app.command("next")
 def next_(
-    folder: Annotated[Path, typer.Argument(help="The dataset folder of the round before.")],
+    folder: Annotated[str, typer.Argument(help="The dataset folder or URL of the round before.")],
     model: Annotated[str, typer.Option(help="The tuned model's folder: the new target.")],
     out: Annotated[Path, typer.Option(help="The dataset folder of the new round.")],
 ) -> None:
     """Prepare a further round: the tuned model answers what it got wrong before, and what was not seen yet."""
     from clair.sharing import next_round
+    from clair.storage import read_here
     from clair.terminal import show as print_
 
-    recipe, again, fresh = next_round(folder, model, out)
+    with read_here(folder) as here:
+        recipe, again, fresh = next_round(here, model, out)
     print_(f"{again} prompts that gave a pair and {fresh} not seen yet; build them with: clair build {recipe}")

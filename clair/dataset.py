@@ -22,6 +22,7 @@ from typing import Any
 from clair.recipe import UserError, content_hash, file_sha256, publish, read_json
 from clair.records import LABELS, Dropped, Pair
 from clair.sources import load_split
+from clair.storage import joined, manifest_here, read_here, told_as
 
 SPLITS = ("train", "test")
 CONTRAST = ("jaccard", "levenshtein", "kept", "prefix", "length_ratio")
@@ -235,24 +236,25 @@ def _position_lines(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a dataset folder. Raises UserError where there is none."""
-    file = Path(folder) / "manifest.json"
-    if not file.is_file():
-        raise UserError(f"{folder} holds no finished dataset (no manifest.json); give a folder made by `clair build`")
-    return read_json(file)
+    """The manifest of a dataset folder, here or at a URL. Raises UserError where there is none."""
+    file = manifest_here(str(folder))
+    with told_as(file, joined(str(folder), "manifest.json")):
+        return read_json(file)
 
 
 def read_rows(folder: str | Path, splits: Sequence[str] = SPLITS) -> Iterator[dict[str, Any]]:
-    """The pairs of a dataset folder as plain rows, split by split."""
+    """The pairs of a dataset folder, here or at a URL, as plain rows, split by split."""
     import pyarrow.parquet as pq
 
-    for split in splits:
-        for batch in pq.ParquetFile(Path(folder) / split_file(split)).iter_batches(batch_size=_ROWS_PER_GROUP):
-            yield from batch.to_pylist()
+    with read_here(str(folder)) as here:
+        for split in splits:
+            for batch in pq.ParquetFile(here / split_file(split)).iter_batches(batch_size=_ROWS_PER_GROUP):
+                yield from batch.to_pylist()
 
 
 def load_pairs(path: str | Path, split: str = "train", **options: Any) -> Any:
-    """A `datasets.Dataset` with prompt, chosen and rejected as message lists, from a folder, a file or a hub name.
+    """A `datasets.Dataset` with prompt, chosen and rejected as message lists, from a folder or file, here or at a URL,
+    or from a hub name.
 
     Reads our own folders, TRL's preference formats (explicit or implicit prompt, messages or text) and the published
     CLAIR sets (string prompt, whole conversations as chosen and rejected, `rational` for the reasoning). Other
@@ -296,12 +298,14 @@ def _check_columns(dataset: Any, path: str | Path, wanted: set[str]) -> None:
 def _load(path: str, split: str, **options: Any) -> Any:
     import datasets
 
-    file = Path(path)
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     try:
-        if file.is_file() and file.suffix in kinds:
-            return datasets.load_dataset(kinds[file.suffix], data_files=str(file), split="train", **options)
-        return load_split(path, split, **options)
+        with read_here(path) as file:
+            if file.is_file() and file.suffix in kinds:
+                return datasets.load_dataset(kinds[file.suffix], data_files=str(file), split="train", **options)
+            return load_split(str(file), split, **options)
+    except UserError:
+        raise
     except Exception as error:  # a name that is not there, no network, no such split: told with the library's words
         raise UserError(f"dataset {path!r}, split {split!r}: {' '.join(str(error).split())[:300]}") from error
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from clair.dataset import CONTRAST, SPLITS, card, read_manifest, schema, split_file
+from clair.output import locked
 from clair.recipe import UserError, content_hash, file_sha256, publish, write_atomically, write_json
 from clair.records import Dropped
+from clair.storage import folder_of, is_url, public_path, read_here, told_as
 
 FORMAT = 1
 DECISIONS = ("keep", "drop")
@@ -77,6 +79,30 @@ def keep(folder: str | Path, decisions: Decisions, out: str | Path | None = None
     if out is None and _applied(manifest, decisions):
         return manifest
     return _write(source, source if out is None else Path(out), manifest, decisions)
+
+
+def keep_held(folder: str, decisions: Decisions, out: str | None = None) -> None:
+    """`keep`, while no other run has the folder that is written; of a URL the copy here is changed and put back.
+
+    Raises UserError as `keep` does, and for a URL as `out`.
+    """
+    if out is not None:
+        if is_url(out):
+            raise UserError(f"--out {public_path(out)} is a URL; give a folder, or leave --out away to change in place")
+        with read_here(folder) as source:
+            check(source, decisions, out)
+            with locked(out):
+                keep(source, decisions, out)
+        return
+    here = folder_of(folder)
+    if is_url(folder):
+        read_manifest(folder)
+    else:
+        check(folder, decisions)
+    with told_as(here, public_path(folder) if is_url(folder) else str(here)), locked(folder) as output:
+        output.fetch(read_manifest(output.folder)["files"])
+        keep(output.folder, decisions)
+        output.publish()
 
 
 def check(folder: str | Path, decisions: Decisions, out: str | Path | None = None) -> dict[str, Any]:

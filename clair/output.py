@@ -47,13 +47,15 @@ class Output:
             self.store.upload(name, self.folder / name)
 
     def publish(self) -> None:
-        """Put all files of the folder but the ledger into the store, where there is one; the manifest last."""
+        """Put all files of the folder but the ledger into the store, where there is one; the manifest last, and what
+        was dropped before the pairs, as `clair keep` needs it to go on.
+        """
         if self.store is None:
             return
         files = [file for file in self.folder.rglob("*") if file.is_file()]
         names = [str(file.relative_to(self.folder)) for file in files]
         wanted = [name for name in names if not name.startswith((".", _LEDGER, "data/."))]
-        for name in sorted(wanted, key=lambda name: (name == "manifest.json", name)):
+        for name in sorted(wanted, key=lambda name: (name == "manifest.json", name.startswith("data/"), name)):
             self.upload(name)
 
     def fetch(self, hashes: Mapping[str, str]) -> None:

@@ -212,7 +212,7 @@ def _rows(source: PromptSource) -> Iterator[tuple[str, Any]]:
     """(where it stands, row) of every row."""
     with read_here(source.path) as path:
         if path.suffix not in _READERS and not path.is_file():
-            yield from _dataset(source)
+            yield from _dataset(source, str(path))
             return
         told = public_path(source.path)
         for where, row in _file_rows(path):
@@ -293,9 +293,9 @@ def load_split(path: str, split: str, **options: Any) -> Any:
     return datasets.load_dataset(path, split=split, **options)
 
 
-def _dataset(source: PromptSource) -> Iterator[tuple[str, Any]]:
+def _dataset(source: PromptSource, path: str) -> Iterator[tuple[str, Any]]:
     try:
-        rows = load_split(source.path, source.split)
+        rows = load_split(path, source.split)
     except Exception as error:  # a name that is not there, no network, an unknown split: told with the library's words
         words = " ".join(str(error).split())[:300]
         raise UserError(f"prompts {source.path!r}: no such file, and load_dataset says: {words}") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
-from clair.recipe import UserError, content_hash, write_atomically
+from clair.recipe import UserError, content_hash, file_sha256, read_json, write_atomically
 from clair.urls import public_url
 
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
@@ -146,6 +147,10 @@ class Store:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def is_folder(self) -> bool:
+        """Whether objects lie below the URL, and none at it."""
+        return bool(self._tried("read", lambda: self._fs.info(self._root))["type"] == "directory")
+
     def mark(self, name: str = "") -> str:
         """What changes when an object does: its size and version, as far as the store tells them."""
         info = self._tried("read", lambda: self._fs.info(self._path(name)))
@@ -236,7 +241,8 @@ def _final(error: Exception) -> bool:
 
 @contextmanager
 def read_here(path: str) -> Iterator[Path]:
-    """The file of this machine that holds what is at a path or URL; a URL's is fetched where it has changed.
+    """The file or dataset folder of this machine that holds what is at a path or URL; a URL's is fetched where it has
+    changed, of a dataset all but its ledger.
 
     Raises UserError; what is said of the copy inside the block is said of the URL.
     """
@@ -244,13 +250,70 @@ def read_here(path: str) -> Iterator[Path]:
         yield Path(path)
         return
     store = Store(path)
-    folder = copy_of(path, "files")
-    copy = folder / f"{store.mark()[:16]}{Path(urlsplit(path).path).suffix}"
+    copy = _dataset_here(store, path) if store.is_folder() else _file_here(store, path)
+    with told_as(copy, store.name):
+        yield copy
+
+
+def _file_here(store: Store, url: str) -> Path:
+    folder = copy_of(url, "files")
+    copy = folder / f"{store.mark()[:16]}{Path(urlsplit(url).path).suffix}"
     if not copy.is_file():
-        for old in folder.glob("*") if folder.is_dir() else ():
+        for old in folder.glob("*"):
             old.unlink(missing_ok=True)
         store.fetch("", copy)
+    return copy
+
+
+def manifest_here(folder: str) -> Path:
+    """The file of this machine that holds the manifest of a dataset folder or URL. Raises UserError where none is."""
+    file = Path(folder) / "manifest.json"
+    if is_url(folder):
+        url = joined(folder, file.name)
+        store = Store(url)
+        file = _file_here(store, url) if store.names() else file
+    if not file.is_file():
+        told = public_path(folder)
+        raise UserError(f"{told} holds no finished dataset (no manifest.json); give a folder made by `clair build`")
+    return file
+
+
+def _dataset_here(store: Store, url: str) -> Path:
+    """The copy of what the manifest tells of. Its own manifest is copied last: with it, the copy is whole."""
+    manifest = manifest_here(url)
+    files = read_json(manifest).get("files")
+    if not isinstance(files, dict) or not all(map(_is_below, files)):
+        raise UserError(f"{store.name}: its manifest.json is none of `clair build`; give a folder that it made")
+    copies = copy_of(url, "datasets")
+    folder = copies / manifest.stem / copies.name[17:]  # ends as the URL does: the report is named after it
+    if (folder / "manifest.json").is_file():
+        return folder
+    for old in copies.glob("*"):
+        if old.name != manifest.stem:
+            shutil.rmtree(old, ignore_errors=True)
+    for name, sha256 in files.items():
+        store.fetch(name, folder / name)
+        if file_sha256(folder / name) != sha256:
+            raise UserError(
+                f"{store.name}: {name} is not the one that its manifest.json tells of; a run is writing there or was "
+                f"cut off: let it end, or run it again"
+            )
+    store.fetch("README.md", folder / "README.md")
+    write_atomically(folder / "manifest.json", manifest.read_bytes())
+    return folder
+
+
+def _is_below(name: str) -> bool:
+    """Whether a file of this name lies inside the folder that it is put into."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+@contextmanager
+def told_as(copy: Path, name: str) -> Iterator[None]:
+    """What UserErrors say of a copy inside the block is said of the URL of this name."""
     try:
-        yield copy
+        yield
     except UserError as error:
-        raise UserError(str(error).replace(str(copy), store.name)) from error
+        if str(copy) not in str(error):
+            raise
+        raise UserError(str(error).replace(str(copy), name)) from error

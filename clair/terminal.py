@@ -19,15 +19,16 @@ from clair.dataset import read_manifest
 from clair.endpoint import Check
 from clair.estimate import Range, RoleEstimate, total_cost
 from clair.prompts import task_text
+from clair.storage import public_path
 
 _SIGNS = {True: "ok", False: "WRONG", None: "?"}
 _STYLES = {"same": "", "gone": "red strike", "new": "green"}
 
 
-def summary(folders: list[Path]) -> Table:
-    """Counts, drop reasons, contrast and tokens of dataset folders, a column each."""
+def summary(folders: Sequence[str | Path]) -> Table:
+    """Counts, drop reasons, contrast and tokens of dataset folders or URLs, a column each."""
     manifests = [read_manifest(folder) for folder in folders]
-    table = Table("", *(escape(str(folder)) for folder in folders))
+    table = Table("", *(escape(public_path(str(folder))) for folder in folders))
     lines = [dict(_summary_lines(manifest)) for manifest in manifests]
     for name in dict.fromkeys(name for line in lines for name in line):
         table.add_row(name, *(line.get(name, "") for line in lines))

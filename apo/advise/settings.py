@@ -18,6 +18,7 @@ from clair.prompts import JUDGE_NEEDS, load_template
 from clair.recipe import UserError, content_hash
 from clair.records import Prompt
 from clair.session import check_models
+from clair.storage import read_here
 
 RESULT = "advice.json"
 _MARKS = re.compile(
@@ -108,12 +109,13 @@ def authors(config: AdviseConfig) -> tuple[float | None, float | None]:
     from clair.dataset import read_manifest, read_rows
     from clair.models.local import weights_identity
 
-    if not (Path(config.dataset) / "manifest.json").is_file():
-        return None, None
-    identity = weights_identity(config.model.path or "")
-    made = {told["model"] for told in read_manifest(config.dataset)["models"].values() if told["identity"] == identity}
-    if not made:
-        return None, None
-    rows = [row["models"] or {} for row in read_rows(config.dataset)]
+    with read_here(config.dataset) as folder:
+        if not (folder / "manifest.json").is_file():
+            return None, None
+        identity = weights_identity(config.model.path or "")
+        made = {told["model"] for told in read_manifest(folder)["models"].values() if told["identity"] == identity}
+        if not made:
+            return None, None
+        rows = [row["models"] or {} for row in read_rows(folder)]
     winners, losers = (sum(row.get(side) in made for row in rows) / len(rows) for side in ("chosen", "rejected"))
     return winners, losers

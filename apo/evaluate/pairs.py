@@ -20,6 +20,7 @@ from pydantic import Field
 
 from clair.recipe import Recipe, UserError, content_hash, provenance, resolved, write_atomically, write_json
 from clair.statistics import Estimate, clustered_mean, clustered_score, paired_difference
+from clair.storage import is_url
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -314,7 +315,8 @@ def _row(pair: Measured, beta: float) -> dict[str, Any]:
 def _load(config: PairsConfig) -> Any:
     from apo.pairs import Source, load_eval, split_names
 
-    names = split_names(config.dataset) if Path(config.dataset).exists() else [config.split]
+    known = is_url(config.dataset) or Path(config.dataset).exists()
+    names = split_names(config.dataset) if known else [config.split]
     if config.split not in names:
         raise UserError(f"dataset {config.dataset} has no split {config.split!r}; found: {', '.join(names)}")
     pairs = load_eval([Source(path=config.dataset)], config.split)

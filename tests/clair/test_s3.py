@@ -16,6 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from clair.dataset import read_manifest, read_rows
+from clair.keep import fingerprint
+from clair.recipe import write_json
+from tests.browser.synthetic import synthetic_pairs, write_dataset
 from tests.clair.building import (
     ROOT,
     SPLIT_FILES,
@@ -208,3 +212,21 @@ def test_a_server_that_goes_mid_run_ends_it_and_what_was_paid_is_kept(tmp_path, 
         assert ended.code == 0, ended
         assert len(server.seen()) == COUNT
         assert "s3://pairs/run" in ended.out
+
+
+def test_a_dataset_in_a_bucket_is_reviewed_there(tmp_path, s3):
+    folder = write_dataset(tmp_path / "pairs", synthetic_pairs(20, characters=60), 3)
+    out, names = "s3://pairs/reviewed", [str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()]
+    in_s3(
+        s3, f"from clair.storage import Store\n[Store({out!r}).upload(n, {str(folder)!r} + '/' + n) for n in {names!r}]"
+    )
+    told = {"format": 1, "dataset": fingerprint(read_manifest(folder))}
+    write_json(tmp_path / "d.json", {**told, "decisions": {next(read_rows(folder))["id"]: "drop"}})
+    ended = run(tmp_path / "first", s3, "keep", out, tmp_path / "d.json")
+    assert ended.code == 0, ended
+    assert clair("keep", folder, tmp_path / "d.json").code == 0
+    assert fetched(s3, out) == {name: (folder / name).read_bytes() for name in FILES}
+    ended = run(tmp_path / "second", s3, "export", out, tmp_path / "there.jsonl")
+    assert ended.code == 0, ended
+    assert clair("export", folder, tmp_path / "here.jsonl").code == 0
+    assert (tmp_path / "there.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()

@@ -1,0 +1,57 @@
+"""Pairs to train on, to score and to look at, at a URL: the rows of the folder or file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from apo.calibrate import read_ids, read_scored
+from apo.features import read_rows
+from apo.pairs import Source, load_eval, load_train, split_names
+from clair.recipe import UserError
+from tests.apo.conftest import make_pairs
+from tests.browser.synthetic import synthetic_pairs, write_dataset
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("pairs") / "pairs", synthetic_pairs(40, characters=60), 3)
+
+
+@pytest.fixture
+def folder(original, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
+    return shutil.copytree(original, tmp_path / "bucket" / "pairs")
+
+
+def test_a_folder_at_a_url_gives_the_pairs_of_the_folder(folder):
+    here, there = ([Source(path=path)] for path in (str(folder), f"file://{folder}"))
+    assert load_train(there, 0).to_list() == load_train(here, 0).to_list()
+    assert load_eval(there, True).to_list() == load_eval(here, True).to_list()
+    assert split_names(there[0].path) == split_names(here[0].path) == ["train", "test"]
+    assert read_rows([there[0].path]) == read_rows([here[0].path])
+    assert read_scored(there[0].path) == read_scored(here[0].path)
+    assert read_ids(there[0].path) == read_ids(here[0].path)
+    assert len(read_ids(here[0].path)) == 40
+
+
+def test_a_file_at_a_url_gives_the_pairs_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(6)))
+    here, there = ([Source(path=path)] for path in (str(file), f"file://{file}"))
+    assert load_train(there, 0).to_list() == load_train(here, 0).to_list()
+    assert load_eval(there, True) is None
+    assert read_rows([there[0].path]) == read_rows([here[0].path])
+
+
+def test_a_url_that_holds_a_secret_or_nothing_is_told_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
+    for url in ("s3://me:hunter22@bucket/pairs", "https://host/pairs.jsonl?X-Amz-Signature=hunter22"):
+        with pytest.raises(UserError, match="its URL holds a password or a query") as told:
+            load_train([Source(path=url)], 0)
+        assert "hunter22" not in str(told.value)
+    with pytest.raises(UserError, match=r"cannot read .*: nothing is there"):
+        load_train([Source(path=f"file://{tmp_path}/none")], 0)

@@ -1,0 +1,162 @@
+"""Commands that read a dataset, given its URL: what they do is what they do with the folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from clair import hold, storage
+from clair.dataset import load_pairs, read_manifest, read_rows, split_file
+from clair.keep import fingerprint
+from clair.recipe import UserError, write_json
+from clair.storage import StorageError, Store, copy_of, read_here
+from tests.browser.synthetic import synthetic_pairs, write_dataset
+from tests.clair.building import clair, error_line
+
+PAIRS = 30
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("reading") / "pairs", synthetic_pairs(PAIRS, characters=60), 3)
+
+
+@pytest.fixture
+def folder(original, tmp_path, monkeypatch) -> Path:
+    """The dataset as the bucket has it. What is fetched from there lies elsewhere."""
+    monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hold, "LEASE", 1.0)
+    monkeypatch.setattr(hold, "BEAT", 0.1)
+    monkeypatch.setattr(storage, "_PATIENCE", 0.2)
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(original, tmp_path / "bucket" / "pairs")
+
+
+@pytest.fixture
+def url(folder) -> str:
+    return f"file://{folder}"
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    names = ("manifest.json", "README.md", "dropped.jsonl", split_file("train"), split_file("test"))
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def mark(folder: Path, decisions: Path, count: int = 5) -> Path:
+    ids = [row["id"] for row in read_rows(folder)][:count]
+    told = {"format": 1, "dataset": fingerprint(read_manifest(folder)), "decisions": dict.fromkeys(ids, "drop")}
+    write_json(decisions, told)
+    return decisions
+
+
+def _words(told: str) -> list[str]:
+    """What is printed, without the frames of tables."""
+    return re.sub("[━─┏┓┡┩└┘┳╇┴]", "", told).split()
+
+
+@pytest.mark.parametrize(
+    "command", [["stats"], ["show", "-n", "2"], ["show", "--split", "test"], ["push", "org/name"]], ids=" ".join
+)
+def test_a_url_is_read_as_the_folder_is(folder, url, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    here, there = (clair(command[0], place, *command[1:]) for place in (folder, url))
+    assert (here.code, there.code) == (0, 0), there
+    assert _words(there.out.replace(url, str(folder))) == _words(here.out)
+    assert str(PAIRS) in here.out or command[0] == "show"
+
+
+def test_the_page_and_the_rows_of_a_url_are_those_of_the_folder(folder, url, tmp_path):
+    told = clair("report", url)
+    assert told.code == 0, told
+    assert f"clair keep {url} decisions.json" in told.out
+    assert clair("report", folder).code == 0
+    assert (tmp_path / "pairs-report.html").read_bytes() == (folder / "report.html").read_bytes()
+    for place, file in ((folder, "here.jsonl"), (url, "there.jsonl")):
+        assert clair("export", place, tmp_path / file).code == 0
+    assert (tmp_path / "there.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
+    assert (tmp_path / "there.jsonl").stat().st_size > 1000
+
+
+def test_a_dataset_is_fetched_once_and_anew_where_it_has_changed(folder, url, tmp_path, monkeypatch):
+    fetched = []
+    fetch = Store.fetch
+    monkeypatch.setattr(Store, "fetch", lambda self, name, file: (fetched.append(name), fetch(self, name, file)))
+    before = list(read_rows(url))
+    assert before == list(read_rows(folder))
+    assert load_pairs(url).to_list() == load_pairs(folder).to_list()
+    assert sorted(fetched) == ["", "README.md", "dropped.jsonl", split_file("test"), split_file("train")]
+    assert clair("keep", folder, mark(folder, tmp_path / "d.json")).code == 0
+    assert list(read_rows(url)) == list(read_rows(folder)) == before[5:]
+    assert len(list(copy_of(url, "datasets").iterdir())) == 1
+
+
+def test_a_review_at_a_url_is_that_of_the_folder(folder, url, tmp_path):
+    here = shutil.copytree(folder, tmp_path / "here")
+    decided = mark(here, tmp_path / "d.json")
+    before = bytes_of(here)
+    aside = clair("keep", url, decided, "--out", tmp_path / "aside")
+    assert aside.code == 0, aside
+    assert bytes_of(folder) == before
+    assert clair("keep", here, decided).code == 0
+    told = clair("keep", url, decided)
+    assert told.code == 0, told
+    assert bytes_of(folder) == bytes_of(here) == bytes_of(tmp_path / "aside") != before
+    assert f"{PAIRS - 5} (" in told.out
+    assert clair("keep", url, decided).code == 0
+    assert bytes_of(folder) == bytes_of(here)
+
+
+@pytest.mark.parametrize("uploads", range(5))
+def test_a_review_at_a_url_that_was_cut_off_is_finished_by_the_same_command(
+    folder, url, tmp_path, monkeypatch, uploads
+):
+    here = shutil.copytree(folder, tmp_path / "here")
+    decided = mark(here, tmp_path / "d.json")
+    assert clair("keep", here, decided).code == 0
+    upload, left = Store.upload, [uploads]
+
+    def ends(self, name, file):
+        if not left[0]:
+            raise StorageError(f"cannot write {self.name}")
+        left[0] -= 1
+        upload(self, name, file)
+
+    monkeypatch.setattr(Store, "upload", ends)
+    assert error_line(clair("keep", url, decided)) == f"cannot write {url}"
+    assert bytes_of(folder) != bytes_of(here)
+    monkeypatch.setattr(Store, "upload", upload)
+    if uploads % 2:  # on another machine
+        shutil.rmtree(tmp_path / "cache")
+    assert clair("keep", url, decided).code == 0
+    assert bytes_of(folder) == bytes_of(here)
+
+
+def test_what_cannot_be_read_or_reviewed_at_a_url_is_told_in_one_line(folder, url, tmp_path):
+    decided = mark(folder, tmp_path / "d.json")
+    refused = error_line(clair("keep", url, decided, "--out", "s3://bucket/other"))
+    assert refused == "--out s3://bucket/other is a URL; give a folder, or leave --out away to change in place"
+    told = json.loads(decided.read_text())
+    write_json(decided, told | {"decisions": {"nobody": "drop"}})
+    assert error_line(clair("keep", url, decided)).startswith(f"{url} has no pair 'nobody'")
+    (folder / "dropped.jsonl").write_text("")
+    assert f"{url}: dropped.jsonl is not the one that its manifest.json tells of" in error_line(clair("report", url))
+    (folder / "manifest.json").write_text("[]")
+    assert error_line(clair("stats", url)).startswith(f"{url}/manifest.json is damaged (list)")
+    (folder / "manifest.json").unlink()
+    for command in (["stats"], ["show"], ["report"], ["keep", decided], ["next", "--model", "m", "--out", "o"]):
+        words = error_line(clair(command[0], url, *command[1:]))
+        assert words == f"{url} holds no finished dataset (no manifest.json); give a folder made by `clair build`"
+
+
+@pytest.mark.parametrize("name", ["../../../outside.txt", "/{tmp}/outside.txt"])
+def test_a_manifest_cannot_have_files_put_elsewhere(folder, url, tmp_path, name):
+    name = name.replace("/{tmp}", str(tmp_path))
+    manifest = read_manifest(folder)
+    write_json(folder / "manifest.json", {**manifest, "files": {**manifest["files"], name: "0" * 64}})
+    with pytest.raises(UserError, match=r"its manifest\.json is none of `clair build`"), read_here(url):
+        pass
+    assert not list(tmp_path.rglob("outside.txt*"))
