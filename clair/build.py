@@ -55,12 +55,15 @@ DYING = ".row"
 Progress = Callable[[DatasetWriter, Mapping[str, Asker]], None]
 
 
-def check(config: BuildConfig) -> Scan:
-    """Everything that can be wrong before a request is sent. Raises UserError; spends nothing, writes nothing."""
+def check(config: BuildConfig, shard: Shard | None = None) -> Scan:
+    """Everything that can be wrong before a request is sent. Raises UserError; spends nothing, writes nothing.
+
+    `shard`: the part of the rows that the result counts as `held`.
+    """
     check_output(config.out)
     templates(config)
     check_models(config.models, config.budget, config.seed)
-    found = scan(config.prompts, config.limit)
+    found = scan(config.prompts, config.limit, shard.holds) if shard else scan(config.prompts, config.limit)
     given = found.compared if config.pipeline == "judged" else found.answered
     if config.target is None and given < found.unique:
         column = "answers column" if config.pipeline == "judged" else "answer column"

@@ -58,7 +58,7 @@ def build(
     config = load_recipe(BuildConfig, recipe, overrides)
     part = read_shard(shard) if shard else None
     _check_runner(runner, shard=shard, address=address, shards=shards)
-    found = check(sharded(config, part) if part else config)
+    found = check(sharded(config, part) if part else config, part)
     if dry_run:
         import yaml
 
@@ -71,7 +71,7 @@ def build(
         with shards_bar(found.rows) as tell_all:
             built = build_on_ray(config, found, address=address, shards=shards, update=update, tell=tell_all)
     else:
-        with progress_bar(found.rows // part.of if part else found.rows) as tell:
+        with progress_bar(found.held) as tell:
             built = build_dataset(config, found=found, update=update, on_progress=tell, shard=part)
     if built.stopped:
         print(f"{built.stopped}: every reply so far is kept; run the same command again to go on", file=sys.stderr)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -50,6 +50,8 @@ class Scan:
     """What a look through the whole source found."""
 
     rows: int
+    held: int
+    """Rows of the part that was asked about; all, where none was."""
     unique: int
     answered: int
     """Different prompts with a ready answer."""
@@ -60,14 +62,18 @@ class Scan:
     sha256: str
 
 
-def scan(source: PromptSource, limit: int | None = None) -> Scan:
-    """Read every row once. Raises UserError for the first that cannot be used, with its number."""
+def scan(source: PromptSource, limit: int | None = None, holds: Callable[[str], bool] = lambda _: True) -> Scan:
+    """Read every row once. Raises UserError for the first that cannot be used, with its number.
+
+    `holds`: whether a row of this id is in the part of them that is asked about.
+    """
     digest = hashlib.sha256()
-    rows = unique = answered = compared = scored = 0
+    rows = held = unique = answered = compared = scored = 0
     for prompt, left_out in each_prompt(source, limit):
         labels = f"\0{content_hash(dict(prompt.labels))}" if prompt.labels else ""
         digest.update(f"{prompt.id}\0{prompt.content_id}{labels}\n".encode())
         rows += 1
+        held += holds(prompt.id)
         if left_out is None:
             unique += 1
             answered += prompt.answer is not None
@@ -75,7 +81,7 @@ def scan(source: PromptSource, limit: int | None = None) -> Scan:
             scored += bool(prompt.scores)
     if rows == 0:
         raise UserError(f"{source.path} has no rows; give at least one prompt")
-    return Scan(rows, unique, answered, compared, scored, digest.hexdigest())
+    return Scan(rows, held, unique, answered, compared, scored, digest.hexdigest())
 
 
 def each_prompt(source: PromptSource, limit: int | None = None) -> Iterator[tuple[Prompt, str | None]]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 
 from clair.build import build
+from clair.config import public
 from clair.merge import merge
 from clair.recipe import UserError
 from clair.shards import Shard, read_shard, sharded
@@ -120,6 +123,20 @@ def test_each_shard_may_spend_its_part():
     assert part.budget.money * 4 == 10
     assert (part.reviser.requests_per_minute, part.reviser.tokens_per_minute) == (1, 250)
     assert part.out == "o-shards/2-of-4"
+
+
+def test_the_bar_of_a_shard_comes_to_its_total(tmp_path, monkeypatch):
+    install(monkeypatch, reviser=Scripted("reviser", revision))
+    config = settings(tmp_path / "all", rows(60))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(public(config)))
+    ends = []
+    for index in (1, 2, 3):
+        built = clair("build", tmp_path / "recipe.yaml", "--shard", f"{index}/3")
+        assert built.code == 0, built
+        ends.append(tuple(map(int, re.findall(r"(\d+)/(\d+)", built.err)[-1])))
+    assert all(done == total for done, total in ends), ends
+    assert sum(done for done, _ in ends) == len(Path(config.prompts.path).read_text().splitlines())
+    assert len(set(ends)) > 1
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/", "-1/4"])
