@@ -20,6 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from clair.recipe import one_line
+
 NAME = "shared_prefix"
 BEFORE = "_attention_before_shared_prefix"
 """Attribute of an attention module: the name of the attention it had."""
@@ -277,7 +279,7 @@ def _measured(config: Any, layout: Layout, dtype: torch.dtype, repeats: int) -> 
             told.append(f"{name} {1000 * seconds[name]:.2f} ms")
         except Exception as error:  # whatever a kernel, a compiler or a driver raises: the way is not for this machine
             seconds.pop(name, None)
-            told.append(f"{name} cannot ({' '.join(str(error).split())[:80]})")
+            told.append(f"{name} cannot ({one_line(error, 80)})")
     best = min(seconds, key=seconds.__getitem__, default="split")
     return best, f"attention of packed rows, a layer: {', '.join(told)}; taken: {best}"
 

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, f
 
 from apo.guard import Guard
 from apo.pairs import Source
-from clair.recipe import Recipe, UserError, near_miss
+from clair.recipe import Recipe, UserError, near_miss, one_line
 
 if TYPE_CHECKING:
     from apo.arguments import APOConfig
@@ -136,7 +136,7 @@ def trainer_options(config: TrainConfig, *, has_eval: bool, processes: int = 1) 
     except UserError:
         raise
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        raise UserError(f"trainer: {one_line(error)}") from error
 
 
 def _step_of(config: TrainConfig, processes: int) -> dict[str, int]:

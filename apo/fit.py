@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from apo.matmul import speeds
 from apo.prefix import _HEAD_CHUNK, bins_of, common_prefix, keeps_logits
-from clair.recipe import UserError
+from clair.recipe import UserError, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -152,7 +152,7 @@ def sizes_of(name: ModelName, lora: Any = None) -> Sizes:
     try:
         config = AutoConfig.from_pretrained(name.base, trust_remote_code=name.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model {name.base} has no config to read: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"model {name.base} has no config to read: {one_line(error)}") from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=name.trust_remote_code)
     if lora is None and name.is_adapter:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clair.recipe import UserError
+from clair.recipe import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -65,7 +65,7 @@ def load_tokenizer(name: ModelName) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=name.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"model {where}: no tokenizer can be loaded: {_first_words(error)}") from error
+        raise UserError(f"model {where}: no tokenizer can be loaded: {one_line(error)}") from error
     if not tokenizer.chat_template:
         raise UserError(f"model {where} has no chat template; add chat_template.jinja, or train an instruct model")
     if tokenizer.eos_token_id is None:
@@ -106,7 +106,7 @@ def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(name.base, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model {name.base} cannot be loaded: {_first_words(error)}") from error
+        raise UserError(f"model {name.base} cannot be loaded: {one_line(error)}") from error
     if not name.is_adapter:
         return model
     from peft import PeftModel
@@ -114,7 +114,7 @@ def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
     try:
         return PeftModel.from_pretrained(model, name.path, is_trainable=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"adapter {name.path} does not fit {name.base}: {_first_words(error)}") from error
+        raise UserError(f"adapter {name.path} does not fit {name.base}: {one_line(error)}") from error
 
 
 def why_not_quantized(*, cpu: bool) -> str | None:
@@ -144,7 +144,3 @@ def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, path: str) 
     rows, highest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise UserError(f"model {path} has {rows:,} embeddings but its tokenizer has ids up to {highest:,}")
-
-
-def _first_words(error: BaseException) -> str:
-    return " ".join(str(error).split())[:250]

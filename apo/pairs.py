@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from apo.tokens import COLUMNS, ID_COLUMNS, UNPAIRED_COLUMNS, columns_of
-from clair.recipe import Recipe, UserError, near_miss
+from clair.recipe import Recipe, UserError, near_miss, one_line
 from clair.storage import is_url, public_path, read_here
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def load_train(sources: Sequence[Source], seed: int, weights: str | None = None)
     try:
         pairs = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
     except ValueError as error:
-        raise UserError(f"the datasets cannot be put together: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"the datasets cannot be put together: {one_line(error)}") from error
     if len(pairs) < 2:
         told = ", ".join(source.path + (f" where {source.where}" if source.where else "") for source in sources)
         raise UserError(f"dataset {told} has {len(pairs)} row(s) to train on; at least 2 are needed")
@@ -92,7 +92,7 @@ def split_names(path: str) -> list[str]:
     except UserError:
         raise
     except Exception as error:  # a name that is not there, no network: told with the library's words
-        raise UserError(f"dataset {path!r}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"dataset {path!r}: {one_line(error)}") from error
 
 
 def fingerprint(dataset: Dataset, weights: str | None = None) -> str:
@@ -166,7 +166,7 @@ def _read(path: str, split: str) -> Dataset:
     except UserError:
         raise
     except Exception as error:  # a row the reader cannot make messages of
-        raise UserError(f"dataset {path}, split {split!r}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"dataset {path}, split {split!r}: {one_line(error)}") from error
 
 
 def _load(source: Source, split: str, weights: str | None = None) -> Dataset:

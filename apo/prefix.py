@@ -19,6 +19,7 @@ import torch
 from apo.attention import BEFORE, NAME, Layout, Span, fastest
 from apo.logps import Batch, PairLogps, examples_of, stacked_logps
 from apo.matmul import product, quicken, rows_multiple, unquicken
+from clair.recipe import one_line
 
 _HEAD_CHUNK = 1024
 """Rows of the LM head at once: logits of this many positions are in memory at a time."""
@@ -288,7 +289,7 @@ def share_if_exact(
         except (RuntimeError, TypeError, ValueError) as error:
             if fatal(error):
                 raise
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
         if reason is None:
             break
         notes.append(f"attention of packed rows: {way} is not taken, {reason}")

@@ -13,7 +13,7 @@ from apo import run as runs
 from apo.config import TrainConfig, lora_of
 from apo.plan import Plan, estimate, plan
 from apo.processes import Group, check_deepspeed, joined
-from clair.recipe import UserError, resolved, write_json
+from clair.recipe import UserError, one_line, resolved, write_json
 
 if TYPE_CHECKING:
     from apo.trainer import APOTrainer
@@ -135,7 +135,7 @@ def build_trainer(planned: Plan, group: Group | None = None, tell: Callable[[str
             callbacks=[Interrupt(group), watch, Recorder(Path(config.out)), Bar(), Warner(plain, tell)],
         )  # fmt: skip
     except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(" ".join(str(error).split())) from error
+        raise error if isinstance(error, UserError) else UserError(one_line(error)) from error
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
     if config.lora and config.lora.dropout:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from clair.quotas import Lease, Quotas, Report
-from clair.recipe import UserError
+from clair.recipe import UserError, one_line
 
 _STORE_BYTES = 80 * 2**20  # nothing of a job lies in the object store, and less than this Ray does not take
 
@@ -29,16 +29,11 @@ def connected(address: str | None) -> Iterator[Any]:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except Exception as error:  # Ray raises whatever it likes, plain ones too
-        raise UserError(f"--address {address}: {one_line(str(error))}") from error
+        raise UserError(f"--address {address}: {one_line(error)}") from error
     try:
         yield ray
     finally:
         ray.shutdown()
-
-
-def one_line(told: str) -> str:
-    """Words of Ray as a part of one line."""
-    return " ".join(told.split())[:400]
 
 
 class Keeper(Quotas):

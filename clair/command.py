@@ -6,7 +6,7 @@ import errno
 import sys
 from collections.abc import Callable
 
-from clair.recipe import EXIT_USER_ERROR, UserError
+from clair.recipe import EXIT_USER_ERROR, UserError, one_line
 
 # What a disk or a folder does to the user; any other OSError is a mistake of ours, and its traceback is wanted.
 _OF_THE_SYSTEM = {
@@ -43,4 +43,4 @@ def of_the_system(error: OSError) -> str | None:
     """What a disk or a folder did to the user, and what to do, in one line; None where it is a mistake of ours."""
     if error.errno not in _OF_THE_SYSTEM:
         return None
-    return f"{' '.join(str(error).split())}; make room or permissions, then run the same command again"
+    return f"{one_line(error)}; make room or permissions, then run the same command again"

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from clair.recipe import UserError, content_hash, file_sha256, publish, read_json
+from clair.recipe import UserError, content_hash, file_sha256, one_line, publish, read_json
 from clair.records import LABELS, Dropped, Pair
 from clair.sources import load_split
 from clair.storage import joined, manifest_here, read_here, told_as
@@ -307,7 +307,7 @@ def _load(path: str, split: str, **options: Any) -> Any:
     except UserError:
         raise
     except Exception as error:  # a name that is not there, no network, no such split: told with the library's words
-        raise UserError(f"dataset {path!r}, split {split!r}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"dataset {path!r}, split {split!r}: {one_line(error)}") from error
 
 
 def _is_explicit(row: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from clair.models import RequestFailed, TooMany, Unreachable
 from clair.models.openai import NotListed, OpenAIModel
-from clair.recipe import UserError
+from clair.recipe import UserError, one_line
 from clair.urls import api_key, endpoint_of
 
 _CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
@@ -59,7 +59,7 @@ def _load(path: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
-        words = " ".join(str(error).split())[:200]
+        words = one_line(error)
         raise UserError(f"--tokenizer {path}: no tokenizer can be loaded from it ({words})") from error
     if not tokenizer.chat_template:
         raise UserError(f"--tokenizer {path} has no chat template; give the tokenizer of the chat model that is served")

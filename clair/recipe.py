@@ -105,7 +105,12 @@ def _yaml_words(error: Exception) -> str:
     """What is wrong and in which line, without the line itself, which may hold a password."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"line {error.problem_mark.line + 1}: {error.problem}"
-    return " ".join(str(error).split())
+    return one_line(error)
+
+
+def one_line(told: object, most: int = 400) -> str:
+    """What an error, a library or a server says, on one line of at most so many characters."""
+    return " ".join(str(told).split())[:most]
 
 
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

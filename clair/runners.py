@@ -20,7 +20,7 @@ from typing import Any
 
 from clair.budget import Budget, prices_of
 from clair.build import DYING, Built, Care, same_recipe
-from clair.cluster import Keeper, connected, one_line
+from clair.cluster import Keeper, connected
 from clair.config import BuildConfig, lasting, public
 from clair.dataset import read_manifest
 from clair.leases import LOST
@@ -29,7 +29,7 @@ from clair.merge import merge
 from clair.models.local import weights_identity
 from clair.output import InUse, locked
 from clair.quotas import GONE, RoleLimits
-from clair.recipe import UserError, changed_keys
+from clair.recipe import UserError, changed_keys, one_line
 from clair.shards import Shard, read_shard, sharded, shards_folder, shares_money
 from clair.sources import Scan
 from clair.storage import account_of, is_url, public_path

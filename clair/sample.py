@@ -13,7 +13,7 @@ from typing import Any
 from clair.contrast import words
 from clair.dataset import CONTRAST
 from clair.page import json_text
-from clair.recipe import UserError, content_hash, near_miss
+from clair.recipe import UserError, content_hash, near_miss, one_line
 
 _OPENING = 110
 _LEAST_OPENING = 40  # bytes of JSON; less tells nothing
@@ -66,7 +66,7 @@ def _rounded(value: float | None) -> float:
 def opening(messages: Sequence[Mapping[str, str]]) -> str:
     """The first words of the last user turn, or of the last turn where no user speaks, on one line."""
     turns = [m for m in messages if m["role"] == "user"] or list(messages)
-    return " ".join(turns[-1]["content"][: 4 * _OPENING].split())[:_OPENING] if turns else ""
+    return one_line(turns[-1]["content"][: 4 * _OPENING], _OPENING) if turns else ""
 
 
 _FILTER = re.compile(r"\s*(\w+)\s*(<=|>=|=|<|>|~)\s*(.*?)\s*", re.DOTALL)

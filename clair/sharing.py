@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from clair.config import BuildConfig
 from clair.dataset import SPLITS, read_manifest, read_rows
-from clair.recipe import UserError, resolve, write_atomically
+from clair.recipe import UserError, one_line, resolve, write_atomically
 from clair.sources import each_prompt
 
 Form = Literal["preference", "unpaired", "text"]
@@ -72,7 +72,7 @@ def push(folder: str | Path, name: str, *, private: bool) -> str:
     except UserError:
         raise
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise UserError(f"cannot push to {name}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"cannot push to {name}: {one_line(error)}") from error
     return str(url)
 
 

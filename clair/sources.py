@@ -19,7 +19,7 @@ from pydantic import Field
 
 from clair.overlap import Benchmark, NearDuplicates, Seen
 from clair.prompts import task_text
-from clair.recipe import Recipe, UserError, content_hash, near_miss
+from clair.recipe import Recipe, UserError, content_hash, near_miss, one_line
 from clair.records import LABELS, Message, Messages, Prompt, content_id
 from clair.storage import public_path, read_here
 
@@ -279,7 +279,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         batches = pq.ParquetFile(path).iter_batches(batch_size=1000)
         yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
     except pa.ArrowException as error:
-        raise UserError(f"{path}: not Parquet ({' '.join(str(error).split())})") from error
+        raise UserError(f"{path}: not Parquet ({one_line(error)})") from error
 
 
 def load_split(path: str, split: str, **options: Any) -> Any:
@@ -303,6 +303,6 @@ def _dataset(source: PromptSource, path: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = load_split(path, source.split)
     except Exception as error:  # a name that is not there, no network, an unknown split: told with the library's words
-        words = " ".join(str(error).split())[:300]
+        words = one_line(error)
         raise UserError(f"prompts {source.path!r}: no such file, and load_dataset says: {words}") from error
     yield from _numbered(Path(source.path), rows)

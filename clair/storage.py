@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
-from clair.recipe import UserError, content_hash, file_sha256, read_json, write_atomically
+from clair.recipe import UserError, content_hash, file_sha256, one_line, read_json, write_atomically
 from clair.urls import public_url
 
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
@@ -224,11 +224,11 @@ class Store:
 
     def words(self, error: Exception) -> str:
         """What an error says, in one line and without secrets."""
-        told = " ".join(str(error).split())
+        told = str(error)
         named = [value for name, value in os.environ.items() if _SECRET.search(name) and len(value) > 5]
         for secret in sorted((*named, *self._secrets), key=len, reverse=True):
             told = told.replace(secret, "***") if secret else told
-        return re.sub(r"://[^/@\s'\"]*:[^/@\s'\"]*@", "://***@", told)[:300]
+        return one_line(re.sub(r"://[^/@\s'\"]*:[^/@\s'\"]*@", "://***@", told), 300)
 
 
 def _final(error: Exception) -> bool:

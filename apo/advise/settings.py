@@ -15,7 +15,7 @@ from apo.advise.rule import COARSE, FINE, sample_size
 from apo.evaluate.settings import Evaluation, check_folder
 from clair.config import JudgeConfig, ModelConfig
 from clair.prompts import JUDGE_NEEDS, load_template
-from clair.recipe import UserError, content_hash
+from clair.recipe import UserError, content_hash, one_line
 from clair.records import Prompt
 from clair.session import check_models
 from clair.storage import read_here
@@ -99,7 +99,7 @@ def strangeness(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> str | 
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
-        return f"the model's template refuses it: {' '.join(str(error).split())[:80]}"
+        return f"the model's template refuses it: {one_line(error, 80)}"
     out = next((turn["role"] for turn in messages if turn["content"].strip() not in text), None)
     return f"the model's template leaves its {out} turn out" if out else None
 

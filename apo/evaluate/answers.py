@@ -13,7 +13,7 @@ from apo.evaluate.mixeval import Benchmark, Row
 from apo.evaluate.results import SPLITS, Split
 from clair.models.asking import Asker
 from clair.models.local import adapter_base
-from clair.recipe import UserError
+from clair.recipe import UserError, one_line
 from clair.records import Dropped, Message
 
 MAX_NEW_TOKENS = 512
@@ -101,7 +101,7 @@ def check_system_prompt(path: str, system: str) -> None:
     try:
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
-        told = " ".join(str(error).split())
+        told = one_line(error)
         raise UserError(f"the chat template of {path} refuses a system prompt ({told}); leave out --system") from error
     if system.strip() not in text:
         raise UserError(f"the chat template of {path} leaves a system prompt out; leave out --system")

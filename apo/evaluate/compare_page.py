@@ -12,7 +12,7 @@ from typing import Any
 from apo.evaluate.compare import flip_kind, flips
 from apo.evaluate.results import Item, Results
 from clair.page import clip, diff, html_page, json_text
-from clair.recipe import write_atomically
+from clair.recipe import one_line, write_atomically
 
 MAX_BYTES = 20_000_000
 """Room for the changed answers of a page; where they are more, the smallest changes are left out and counted."""
@@ -50,7 +50,7 @@ def _change(place: int, before: Item, after: Item) -> dict[str, Any]:
         "row": after.row,
         "sample": after.sample,
         "benchmark": after.benchmark,
-        "opening": " ".join(after.prompt.removeprefix("Question: ")[: 4 * _OPENING].split())[:_OPENING],
+        "opening": one_line(after.prompt.removeprefix("Question: ")[: 4 * _OPENING], _OPENING),
         "prompt": clip(after.prompt, _LONGEST),
         "target": [clip(target, _LONGEST) for target in after.target],
         "scores": [item.score for item in both],

@@ -31,7 +31,7 @@ from clair.limits import Limiter
 from clair.models.asking import Asker, Stop, Stopped
 from clair.models.local import LocalModel
 from clair.prompts import JUDGE_NEEDS, load_template, task_text
-from clair.recipe import UserError, provenance, write_atomically, write_json
+from clair.recipe import UserError, one_line, provenance, write_atomically, write_json
 from clair.records import Dropped, Prompt
 from clair.session import check_models, ctrl_c, in_order, open_askers
 from clair.sources import PromptSource, each_prompt, read_prompts
@@ -105,7 +105,7 @@ def _answers(side: str, file: str, prompts: Mapping[str, Prompt], samples: int) 
             found[key_of(row)].append(row.answer)
     missing = [prompt for key, prompt in prompts.items() if len(found[key]) != samples]
     if missing:
-        count, opening = len(found[key_of(missing[0])]), " ".join(task_text(missing[0].messages).split())[:60]
+        count, opening = len(found[key_of(missing[0])]), one_line(task_text(missing[0].messages), 60)
         raise UserError(
             f"{side}: {file} has not {samples} answer(s) to {len(missing)} of {len(prompts)} prompts; first: {count} "
             f"to {opening!r}; give a row with `prompt` and `answer` for each, and --samples as they are"

@@ -21,7 +21,7 @@ from apo.rewards.bradley_terry import BradleyTerry
 from apo.rewards.pal import PAL
 from apo.rewards.scorer import Comparisons, Scorer, win_rate
 from apo.rewards.vpl import VPL
-from clair.recipe import UserError, content_hash, near_miss, provenance, publish, read_json, write_json
+from clair.recipe import UserError, content_hash, near_miss, one_line, provenance, publish, read_json, write_json
 
 SCORERS: dict[str, type[Scorer]] = {cls.kind: cls for cls in (BradleyTerry, PAL, VPL)}
 REFERENCES = 64
@@ -127,7 +127,7 @@ class Reward:
                     scorer.spread = torch.ones_like(tensors[name]) if name in tensors else buffer
             scorer.load_state_dict(tensors)
         except (OSError, SafetensorError, KeyError, RuntimeError, TypeError) as error:
-            raise UserError(f"{folder} cannot be read ({' '.join(str(error).split())[:200]}); fit it again") from error
+            raise UserError(f"{folder} cannot be read ({one_line(error)}); fit it again") from error
         scorer.states = states
         scorer.eval()
         made = cls(scorer, references, facts, dict(zip(facts["users"], states, strict=True)), folder)

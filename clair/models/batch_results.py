@@ -9,6 +9,7 @@ from typing import Any
 from clair.ledger import Tokens
 from clair.models import RequestFailed, encodable, reply_of
 from clair.models.batch_queue import NOTHING, Outcome
+from clair.recipe import one_line
 
 _NOT_RUN = ("batch_expired", "batch_cancelled")
 _ANOTHER_TRY = (408, 409, 425, 429)
@@ -50,7 +51,7 @@ def _answered(key: str, raw: str) -> Outcome:
 def _why(error: Any) -> tuple[str | None, str]:
     """(code, words) of an error object, or of whatever a server put in its place."""
     if not isinstance(error, Mapping):
-        return None, encodable(str(error or "no reply"))[:300]
+        return None, encodable(one_line(error or "no reply", 300))
     code = error.get("code")
-    words = " ".join(str(error.get("message") or code or "no reply").split())
-    return code if isinstance(code, str) else None, encodable(words)[:300]
+    words = one_line(error.get("message") or code or "no reply", 300)
+    return code if isinstance(code, str) else None, encodable(words)

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from clair.models import Refused, RequestFailed, TooMany, Unreachable, encodable
+from clair.recipe import one_line
 from clair.urls import endpoint_of, environment_headers, header_secrets, public_url
 
 T = TypeVar("T")
@@ -135,7 +136,7 @@ class OpenAIModel:
         """What the server said, in one line and without our secrets."""
         body = error.body if isinstance(error.body, dict) else {}
         message = body.get("message") or error.message or ""
-        return encodable(self.redacted(" ".join(str(message).split()))[:300])
+        return encodable(one_line(self.redacted(str(message)), 300))
 
     def redacted(self, text: str) -> str:
         """The text without our secrets, which a careless server may repeat."""

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clair.recipe import UserError, content_hash, write_atomically
+from clair.recipe import UserError, content_hash, one_line, write_atomically
 
 COUNT = 32_000
 
@@ -52,7 +52,7 @@ def prompt_rows(source: str, count: int, seed: int) -> list[dict[str, Any]]:
         else:
             rows = load_dataset(source, split="train")
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{source} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{source} cannot be read: {one_line(error)}") from error
     if len(rows) < count:
         raise UserError(f"{source} has {len(rows):,} rows and {count:,} are asked for; give --count")
     return [row_of(rows[place]) for place in sorted(random.Random(seed).sample(range(len(rows)), count))]

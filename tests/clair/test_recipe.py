@@ -22,6 +22,7 @@ from clair.recipe import (
     content_hash,
     load_recipe,
     near_miss,
+    one_line,
     parse_yaml,
     provenance,
     resolve,
@@ -278,3 +279,12 @@ def test_paths_in_errors_are_the_users_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^recipe nope\.yaml does not exist"):
         load_recipe(Outer, Path("nope.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("told", "line"),
+    [("a\n\tb  c\r\n", "a b c"), (OSError(28, "No\nroom"), "[Errno 28] No room"), ("x " * 400, ("x " * 400)[:400])],
+)
+def test_what_an_error_says_becomes_one_line(told, line):
+    assert one_line(told) == line
+    assert one_line(told, 3) == line[:3]

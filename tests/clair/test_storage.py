@@ -509,6 +509,12 @@ def test_what_a_store_says_is_told_without_the_secrets_of_the_environment(monkey
     assert not any(secret in str(told.value) for secret in ("verysecret", "abc123", "hunter22"))
 
 
+def test_a_secret_of_several_lines_is_not_told_either(monkeypatch, tmp_path):
+    monkeypatch.setenv("PRIVATE_KEY", "BEGIN\n  verysecret\nEND")
+    store = Store(f"file://{tmp_path}")
+    assert store.words(OSError("no\nroom for BEGIN\n  verysecret\nEND " + "x" * 400)) == "no room for *** " + "x" * 284
+
+
 def test_a_signed_url_of_prompts_is_written_down_without_its_signature(tmp_path, monkeypatch):
     from clair.config import public
 
