@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -21,7 +21,7 @@ def score_table(results: Results) -> Table:
     score = results.score
     judge = score.judge.model or "rule parser"
     title = f"{score.model.name}: MixEval-{score.split.capitalize()} {score.version}, {score.profile}, judge {judge}"
-    table = Table("", "score", "95 % interval", "items", "questions", "unresolved", title=escape(title))
+    table = Table("", "score", "95 % interval", "items", "questions", "unresolved", title=title)
     table.add_row("overall", *_row(score.overall, score.intervals["overall"], score.unresolved), end_section=True)
     for part, split in _SPLITS:
         parts = score.by_benchmark.get(split, {})
@@ -29,7 +29,7 @@ def score_table(results: Results) -> Table:
         table.add_row(split, *_row(getattr(score, part), score.intervals[part], unresolved))
         for name, benchmark in parts.items():
             row = (f"{100 * benchmark.score:.1f}", "", str(benchmark.n), "", str(benchmark.unresolved))
-            table.add_row(f"  {escape(name)}", *row)
+            table.add_row(f"  {name}", *row)
         table.add_section()
     return table
 
@@ -44,25 +44,28 @@ def _told(interval: Interval) -> str:
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> Table:
-    """The differences of a comparison in points: for all rows and each split, of every tuned model."""
+    """The differences of a comparison in points, of every tuned model: over all rows, and below it of each split.
+
+    At 80 columns no word or number of it is cut; a name too long for its column goes on in the next line.
+    """
     base = comparison["base"]["name"]
     title = f"Tuned minus {base}, points; {comparison['rows']:,} rows of {comparison['questions']:,} questions"
-    heads = ("", "", "score", "difference", "95 % interval", "p", "corrected", "better", "worse")
-    table = Table(*heads, title=escape(title))
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False)
+    widest = {"95 % interval": len("+10.0 to +12.5")}  # why there is none may be longer
+    for head in ("", "score", "delta", "95 % interval", "p", "corrected", "better,\nworse"):
+        table.add_column(head, overflow="fold", max_width=widest.get(head))
     for place, model in enumerate(comparison["tuned"]):
         for part in comparison["parts"]:
             if part["level"] == "benchmark":
                 continue
             one = part["tuned"][place]
-            overall = part["level"] == "overall"
             table.add_row(
-                escape(model["name"]) if overall else "",
-                part["split"] or "overall",
+                model["name"] if part["level"] == "overall" else f"  {part['split']}",
                 f"{100 * one['score']:.1f}",
                 f"{100 * one['delta']:+.1f}",
                 _points(one["delta_ci95"]) or one["no_interval"],
                 *(_chance(one[p]) for p in ("p", "p_holm")),
-                *(str(one[count]) for count in ("better", "worse")),
+                f"{one['better']}, {one['worse']}",
             )
         table.add_section()
     return table
@@ -89,11 +92,11 @@ def winrate_table(result: Mapping[str, Any]) -> Table:
     """The numbers of `apo eval winrate`, each with its 95 % interval."""
     names = (result["tuned"]["name"], result["base"]["name"], result["judge"]["name"])
     title = "{} against {}, judge {}; {:,} comparisons".format(*names, result["comparisons"])
-    table = Table("", "mean", "95 % interval", title=escape(title))
+    table = Table("", "mean", "95 % interval", title=title)
     table.add_row("win rate, %", *_share(result["win_rate"]))
     controlled = result["length_controlled"]
     if controlled["rate"] is None:
-        table.add_row("  at equal lengths, %", "", escape(controlled["why"]))
+        table.add_row("  at equal lengths, %", "", controlled["why"])
     else:
         table.add_row("  at equal lengths, %", *_share({"mean": controlled["rate"], "ci95": controlled["ci95"]}))
     table.add_row("won, tied, lost", f"{result['won']:,}, {result['tied']:,}, {result['lost']:,}", "")

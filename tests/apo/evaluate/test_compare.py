@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -341,6 +342,30 @@ def test_the_command_writes_numbers_and_a_page_and_prints_both(tmp_path):
     assert found["power"][0]["difference"] == 0.05
     assert (tmp_path / "compare" / "compare.html").stat().st_size > 20_000
     assert read_results(paths[0]).score.overall == pytest.approx(found["base"]["overall"])
+
+
+def test_at_80_columns_nothing_of_the_table_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    long = "Llama-3-8B-Instruct-apo-zero-[clair]-seed-3"
+    paths = [write_folder(tmp_path / "base", make_items(0.4), "base")]
+    names = ((1, long), (2, "t2"))
+    paths += [write_folder(tmp_path / name, make_items(0.4, seed=seed, shift=0.3), name) for seed, name in names]
+    done = CliRunner().invoke(app, ["compare", *map(str, paths)], catch_exceptions=False)
+    assert done.exit_code == 0
+    table = done.output.partition("The best of 2")[0].splitlines()
+    assert "…" not in done.output
+    assert max(map(len, table)) <= 80
+    for head in ("score", "delta", "95 % interval", "corrected", "better,", "worse"):
+        assert any(head in line for line in table[:4]), head
+    beside = re.compile(r"\s{2,}")
+    first = "".join(beside.split(line)[0] for line in table)
+    assert long in first
+    for part in json.loads((tmp_path / "compare" / "compare.json").read_text("utf-8"))["parts"]:
+        for one in part["tuned"] if part["level"] != "benchmark" else ():
+            low, high = (f"{100 * end:+.1f}" for end in one["delta_ci95"])
+            told = [f"{100 * one['score']:.1f}", f"{100 * one['delta']:+.1f}", f"{low} to {high}"]
+            cells = [*told, f"{one['better']}, {one['worse']}"]
+            assert any(set(cells) <= set(beside.split(line.strip())) for line in table), cells
 
 
 def test_the_command_refuses_in_one_line_before_it_writes(tmp_path):
