@@ -126,18 +126,17 @@ def certify(
 
 def _cluster_table(report: Report) -> Any:
     from rich.box import SIMPLE
-    from rich.markup import escape
     from rich.table import Table
 
     columns = ["pairs", "speed %", "95 %", "delta", "coherence", "overlap", "conflict"]
     literal = any(cluster.literal for cluster in report.clusters)
     table = Table("", *columns, *(["literal"] if literal else []), box=SIMPLE)
-    table.title = f"{escape(report.objective)}, beta {report.beta:g}: speed in % of the fastest"
+    table.title = f"{report.objective}, beta {report.beta:g}: speed in % of the fastest"
     fastest = max(abs(c.speed.value) for c in report.clusters)
     for c in report.clusters:
         speed, lo, hi = (100 * value / fastest for value in (c.speed.value, c.speed.lo, c.speed.hi))
         table.add_row(
-            escape(c.name), str(c.n), f"{speed:.0f}", f"{lo:.0f} to {hi:.0f}", f"{c.delta.value:.3g}",
+            c.name, str(c.n), f"{speed:.0f}", f"{lo:.0f} to {hi:.0f}", f"{c.delta.value:.3g}",
             f"{c.coherence.value:.2f}", f"{c.overlap:.2f}", f"{c.conflict:.2f}" if c.conflict_with else "",
             *([f"{c.literal.delta:.3g}" if c.literal else ""] if literal else []),
         )  # fmt: skip

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
-from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -28,7 +27,7 @@ _STYLES = {"same": "", "gone": "red strike", "new": "green"}
 def summary(folders: Sequence[str | Path]) -> Table:
     """Counts, drop reasons, contrast and tokens of dataset folders or URLs, a column each."""
     manifests = [read_manifest(folder) for folder in folders]
-    table = Table("", *(escape(public_path(str(folder))) for folder in folders))
+    table = Table("", *(public_path(str(folder)) for folder in folders))
     lines = [dict(_summary_lines(manifest)) for manifest in manifests]
     for name in dict.fromkeys(name for line in lines for name in line):
         table.add_row(name, *(line.get(name, "") for line in lines))
@@ -86,7 +85,7 @@ def checks_table(checks: Mapping[str, Sequence[Check]]) -> Table:
     table = Table("endpoint", "check", "", "found")
     for url, found in checks.items():
         for check in found:
-            table.add_row(escape(url), check.name, _SIGNS[check.ok], escape(check.told))
+            table.add_row(url, check.name, _SIGNS[check.ok], check.told)
     return table
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 _LIKELIHOOD = {
@@ -27,7 +26,7 @@ _STEP = {
 def evidence_table(result: Mapping[str, Any], dataset: str) -> Table:
     """All evidence with 95 % intervals."""
     sample = result["sample"]
-    title = f"{escape(dataset)}: {sample['rows']:,} of {sample['prompts']:,} prompts, {sample['pairs']:,} pairs"
+    title = f"{dataset}: {sample['rows']:,} of {sample['prompts']:,} prompts, {sample['pairs']:,} pairs"
     table = Table("", "value", "95 % interval", title=title)
     for name, told in (("win", "winner against own answer, wins %"), ("right", "winner against loser, wins %")):
         found = result["evidence"][name]
