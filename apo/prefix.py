@@ -41,6 +41,14 @@ def tokens_of(example: dict[str, list[int]]) -> int:
     return len(prompt) + len(chosen) + len(rejected) - common_prefix(chosen, rejected)
 
 
+def around_the_parting(example: dict[str, Any], most: int = 128) -> dict[str, Any]:
+    """A pair cut to at most `most` tokens before and `most` after a place shortly before its answers part."""
+    prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
+    start = max(0, common_prefix(chosen, rejected) - most // 4)
+    cut = {"prompt_ids": [*prompt, *chosen[:start]][-most:], "chosen_ids": chosen[start : start + most]}
+    return {**example, **cut, "rejected_ids": rejected[start : start + most]}
+
+
 def lay_out(examples: Sequence[dict[str, list[int]]], device: torch.device | str = "cpu", multiple: int = 1) -> Layout:
     """Pack pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`) into one row, in their order.
 

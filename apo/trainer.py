@@ -41,6 +41,7 @@ from apo.meter import Meter, scale_of
 from apo.mixture import mixture_of
 from apo.pairs import check_weights
 from apo.prefix import (
+    around_the_parting,
     bins_of,
     share_if_exact,
     shared_prefix_logps,
@@ -159,10 +160,14 @@ class APOTrainer(DPOTrainer):
             self.notes.append(f"prompts are run twice and batches padded, as in TRL: the model cannot share, {reason}")
 
     def _shortest_pairs(self) -> list[dict[str, Any]]:
-        """Two pairs to compare packed rows with TRL's batch on: long enough to be real, no longer than they must be."""
+        """Two pairs to compare packed rows with TRL's batch on: no longer than they must be.
+
+        Long ones are cut to what lies around the place where their answers part, unless the model has windows.
+        """
         pairs = [self.train_dataset[place] for place in range(min(64, len(self.train_dataset)))]
-        windowed = getattr(self.model.config.get_text_config(), "sliding_window", None)
-        return sorted(pairs, key=tokens_of, reverse=bool(windowed))[:2]
+        if getattr(self.model.config.get_text_config(), "sliding_window", None):
+            return sorted(pairs, key=tokens_of, reverse=True)[:2]
+        return [around_the_parting(pair) for pair in sorted(pairs, key=tokens_of)[:2]]
 
     # The data
 

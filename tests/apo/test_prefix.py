@@ -18,7 +18,15 @@ from transformers import (
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from apo.logps import plain_logps
-from apo.prefix import bins_of, lay_out, packed_logps, share_prefixes, shared_prefix_logps, tokens_of
+from apo.prefix import (
+    around_the_parting,
+    bins_of,
+    lay_out,
+    packed_logps,
+    share_prefixes,
+    shared_prefix_logps,
+    tokens_of,
+)
 
 VOCABULARY = 97
 FAMILIES = {
@@ -188,3 +196,13 @@ def test_bins_hold_every_place_once_and_no_more_than_allowed(sizes, most):
 def test_tokens_of_counts_a_packed_row():
     for example in pairs(*SHAPES):
         assert tokens_of(example) == lay_out([example]).input_ids.shape[1]
+
+
+def test_a_long_pair_is_cut_around_the_place_where_its_answers_part():
+    (long,) = pairs((300, 200, 150, 40))
+    cut = around_the_parting(long, most=64)
+    assert cut["prompt_ids"] == [*long["prompt_ids"], *long["chosen_ids"]][300 + 184 - 64 : 300 + 184]
+    assert cut["chosen_ids"] == long["chosen_ids"][184:248]
+    assert cut["rejected_ids"] == long["rejected_ids"][184:]
+    (short,) = pairs((7, 3, 9, 14))
+    assert around_the_parting(short) == short
