@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from clair.budget import prices_of, share_left, table_version
+from clair.care import Care
 from clair.config import BuildConfig, lasting, public
 from clair.dataset import DatasetWriter, card, read_manifest
 from clair.ledger import Ledger, Tokens
 from clair.models.asking import Asker, Tally
 from clair.models.batch_service import Pending
-from clair.output import check_output, locked
+from clair.output import DYING, Output, check_output, locked
 from clair.recipe import UserError, changed_keys, provenance, read_json, write_atomically, write_json
 from clair.records import Pair, Prompt
 from clair.session import KILLER, Means, Session, check_models, session, templates
 from clair.shards import Shard, sharded
 from clair.sources import Scan, each_prompt, scan
 from clair.statistics import wilson
-from clair.storage import account_of, folder_of, public_path
+from clair.storage import account_of, public_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +42,6 @@ class Built:
     stopped: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Care:
-    """How to build a shard that keeps killing its process: which rows it dies of, and where to note each before it."""
-
-    killers: frozenset[str] = frozenset()
-    """Ids of rows that are left out, and counted as failed."""
-    note: bool = False
-    """Build row by row, and write the id of each into the folder (`DYING`) before it is begun."""
-
-
-DYING = ".row"
 Progress = Callable[[DatasetWriter, Mapping[str, Asker]], None]
 
 
@@ -107,10 +97,10 @@ def build(
         output.upload("recipe.json")
         with output.ledger(config.ledger_path) as ledger:
             telling = on_progress or (lambda *_: None)
-            built = asyncio.run(_build(config, found, ledger, telling, shard, means, care or Care()))
+            built = asyncio.run(_build(config, found, output, ledger, telling, shard, means, care or Care()))
         if built.stopped:
             return built
-        (out / DYING).unlink(missing_ok=True)
+        output.remove(DYING)
         manifest = {**built.manifest, "recipe": public(whole)}
         if shard:
             manifest["shard"] = {"index": shard.index, "of": shard.of}
@@ -123,6 +113,7 @@ def build(
 async def _build(
     config: BuildConfig,
     found: Scan,
+    output: Output,
     ledger: Ledger,
     on_progress: Progress,
     shard: Shard | None,
@@ -130,14 +121,14 @@ async def _build(
     care: Care,
 ) -> Built:
     started = time.monotonic()
-    out = folder_of(config.out)
+    out = output.folder
     async with session(config, ledger, means=means) as run:
         while True:
             options = {"seed": config.seed, "test_fraction": config.test_fraction}
             writer = DatasetWriter(out, **options, order=shard is not None)
             finished = False
             try:
-                finished = await _fill(run, writer, on_progress, shard, care)
+                finished = await _fill(run, writer, on_progress, shard, care, output)
             finally:
                 hashes = writer.close(keep=finished)
             if finished or not await run.wait(partial(on_progress, writer, run.askers)):
@@ -150,7 +141,9 @@ async def _build(
     return Built(out, manifest, writer.failed)
 
 
-async def _fill(run: Session, writer: DatasetWriter, on_progress: Progress, shard: Shard | None, care: Care) -> bool:
+async def _fill(
+    run: Session, writer: DatasetWriter, on_progress: Progress, shard: Shard | None, care: Care, output: Output
+) -> bool:
     """Write the outcome of every prompt, in the order of the prompts; whether that came to its end."""
     config, pending = run.config, 0
     places: deque[int] = deque()
@@ -162,7 +155,8 @@ async def _fill(run: Session, writer: DatasetWriter, on_progress: Progress, shar
             if shard is None or shard.holds(prompt.id):
                 places.append(place)
                 if care.note:
-                    (writer.folder / DYING).write_text(prompt.id, "utf-8")
+                    (output.folder / DYING).write_text(prompt.id, "utf-8")
+                    output.upload(DYING)
                 yield prompt, KILLER if prompt.id in care.killers else left_out
 
     async with aclosing(run.outcomes(prompts(), one_by_one=care.note)) as outcomes:

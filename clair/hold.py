@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from clair.recipe import read_json, write_json
-from clair.storage import StorageError, Store, Taken
+from clair.storage import InUse, StorageError, Store, Taken
 
 LEASE = 60.0
 """Seconds without a sign of life after which a run counts as dead."""
@@ -79,39 +79,38 @@ class Hold:
 
 
 @contextmanager
-def held(store: Store, folder: Path) -> Iterator[Hold]:
+def held(store: Store, folder: Path, patience: float = 0.0) -> Iterator[Hold]:
     """Hold the URL of `store` for this run; `folder`, where its copy lies, is held by this process already.
 
-    Raises StorageError, naming who it is, where another run holds it and lives.
+    Raises InUse, naming who it is, where another run holds it and lives, or lives still after `patience` seconds.
     """
     mine = folder / ".hold.json"
-    hold = Hold(store, *_taken(store, mine))
+    hold = Hold(store, *_taken(store, mine, patience))
     try:
         yield hold
     finally:
         hold.release()
 
 
-def _taken(store: Store, mine: Path) -> tuple[int, dict[str, Any]]:
+def _taken(store: Store, mine: Path, patience: float) -> tuple[int, dict[str, Any]]:
     told = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
     numbers = _numbers(store)
     highest = max(numbers, default=0)
     if highest:
-        _wait(store, highest, mine)
+        _wait(store, highest, mine, patience)
     write_json(mine, told)  # before it is taken: what is found of it later is known to be this machine's
     try:
         store.create(_name(highest + 1), _content(told))
     except Taken:
-        raise StorageError(
-            f"{store.name} was taken by another run just now; wait for it, or choose another --out"
-        ) from None
+        raise InUse(f"{store.name} was taken by another run just now; wait for it, or choose another --out") from None
     with suppress(StorageError):  # lower numbers do not count
         store.delete([_name(number) for number in numbers])
     return highest + 1, told
 
 
-def _wait(store: Store, number: int, mine: Path) -> None:
-    """Until the run of a hold is known to be over. Raises StorageError where it gives a sign of life."""
+def _wait(store: Store, number: int, mine: Path, patience: float) -> None:
+    """Until the run of a hold is known to be over. Raises InUse where it gives a sign of life after `patience`."""
+    give_up = time.monotonic() + patience
     first = store.get(_name(number))
     owner = json.loads(first)
     ours = mine.is_file() and read_json(mine)["owner"] == owner["owner"]  # it had the folder that we hold now
@@ -123,8 +122,10 @@ def _wait(store: Store, number: int, mine: Path) -> None:
         content = store.get(_name(number))
         if json.loads(content).get("released"):
             return
-        if content != first:
-            raise StorageError(
+        if content != first and time.monotonic() < give_up:
+            first, until = content, time.monotonic() + LEASE
+        elif content != first:
+            raise InUse(
                 f"{store.name} is in use by {_owner(owner)}; wait for it, or choose another --out. A run that gives no "
                 f"sign of life for {LEASE:.0f} s is taken over"
             )

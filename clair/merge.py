@@ -22,8 +22,8 @@ from clair.dataset import DatasetWriter, card, read_manifest, read_order, split_
 from clair.ledger import Ledger
 from clair.output import Output, check_output, locked
 from clair.recipe import UserError, changed_keys, read_json, write_atomically, write_json
-from clair.shards import Shard, read_shard
-from clair.storage import Store, account_of, is_url, joined, public_path
+from clair.shards import Shard, lying
+from clair.storage import account_of, joined, public_path
 
 _ROWS_AT_ONCE = 100
 Row = tuple[int, str, dict[str, Any]]
@@ -41,16 +41,17 @@ def merge(folder: str | Path, out: str | Path | None = None) -> dict[str, Any]:
         _check_alike(shards, manifests)
         for output, manifest in zip(outputs, manifests, strict=True):
             output.fetch(manifest["files"])
-        recipe = {**manifests[0]["recipe"], "out": str(out or manifests[0]["recipe"]["out"])}
-        check_output(recipe["out"])
-        target = stack.enter_context(locked(recipe["out"]))
+        where = str(out or manifests[0]["recipe"]["out"])
+        recipe = {**manifests[0]["recipe"], "out": public_path(where)}
+        check_output(where)
+        target = stack.enter_context(locked(where))
         _check_target(target.folder, recipe)
         return _merge(shards, manifests, target, recipe)
 
 
 def _found(folder: str) -> list[str]:
     """The folders or URLs of all shards, in order. Raises UserError naming what is missing."""
-    shards, finished = _names(folder)
+    shards, finished = lying(folder)
     told = public_path(folder)
     if not shards:
         raise UserError(f"{told} holds no shards (folders such as 1-of-4); give the folder that --shard made")
@@ -62,20 +63,6 @@ def _found(folder: str) -> list[str]:
     if missing:
         raise UserError(f"{told} lacks shard {', '.join(missing[:10])}; run clair build --shard {missing[0]} first")
     return [joined(folder, Shard(index, of).name) for index in range(1, of + 1)]
-
-
-def _names(folder: str) -> tuple[set[Shard], set[Shard]]:
-    """The shards that are there, and those of them that are finished."""
-    if is_url(folder):
-        names = [name.split("/") for name in Store(folder).names()]
-        there = {parts[0] for parts in names if len(parts) > 1}
-        finished = {parts[0] for parts in names if parts[1:] == ["manifest.json"]}
-    else:
-        entries = [entry for entry in Path(folder).iterdir() if entry.is_dir()] if Path(folder).is_dir() else []
-        there = {entry.name for entry in entries}
-        finished = {entry.name for entry in entries if (entry / "manifest.json").is_file()}
-    shards = {read_shard(name) for name in there if "-of-" in name}
-    return shards, {shard for shard in shards if shard.name in finished}
 
 
 def _check_alike(shards: Sequence[Path], manifests: Sequence[Mapping[str, Any]]) -> None:

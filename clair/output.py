@@ -15,15 +15,13 @@ from clair.hold import Hold, held
 from clair.ledger import Ledger
 from clair.recipe import UserError, file_sha256
 from clair.segments import Segments
-from clair.storage import Store, folder_of, is_url
+from clair.storage import InUse, Store, folder_of, is_url
 
 MARKS = ("recipe.json", "manifest.json")
 """What a dataset folder is known by."""
+DYING = ".row"
+"""The row that a shard was at, where it kept killing its process."""
 _LEDGER = "ledger.sqlite"
-
-
-class InUse(UserError):
-    """Another process of this machine holds the folder."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,12 @@ class Output:
         if self.store and self.hold:
             self.hold.check()
             self.store.upload(name, self.folder / name)
+
+    def remove(self, name: str) -> None:
+        """Take a file away that may be there, from the store too."""
+        (self.folder / name).unlink(missing_ok=True)
+        if self.store and self.store.names(name):
+            self.store.delete([name])
 
     def publish(self) -> None:
         """Put all files of the folder but the ledger into the store, where there is one; the manifest last, and what
@@ -71,7 +75,7 @@ def locked(out: str | Path, patience: float = 0.0) -> Iterator[Output]:
     """Hold an output for this process. Raises InUse naming the process that holds it already.
 
     `patience`: the seconds to wait for that one first, where it is known to be ending.
-    What tells of earlier runs (recipe, manifest, ledger) is brought from a URL into the folder.
+    What tells of earlier runs (recipe, manifest, ledger, last row) is brought from a URL into the folder.
     """
     folder = folder_of(out)
     with ExitStack() as stack:
@@ -80,9 +84,9 @@ def locked(out: str | Path, patience: float = 0.0) -> Iterator[Output]:
             yield Output(folder)
             return
         store = Store(str(out))
-        output = Output(folder, store, stack.enter_context(held(store, folder)))
+        output = Output(folder, store, stack.enter_context(held(store, folder, patience)))
         there = store.names()
-        for name in MARKS:
+        for name in (*MARKS, DYING):
             if name in there:
                 store.fetch(name, folder / name)
             else:

@@ -9,41 +9,41 @@ from __future__ import annotations
 import os
 import signal
 import uuid
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Set
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from clair.budget import Budget, prices_of
-from clair.build import DYING, Built, Care, same_recipe
+from clair.build import Built, same_recipe
+from clair.care import HOPELESS, Deaths
 from clair.cluster import Keeper, connected
 from clair.config import BuildConfig, lasting, public
 from clair.dataset import read_manifest
 from clair.leases import LOST
-from clair.ledger import Ledger
 from clair.merge import merge
 from clair.models.local import weights_identity
-from clair.output import InUse, locked
+from clair.output import DYING, locked
 from clair.quotas import GONE, RoleLimits
 from clair.recipe import UserError, changed_keys, one_line
-from clair.shards import Shard, read_shard, sharded, shards_folder, shares_money
+from clair.shards import Shard, lying, sharded, shards_out, shares_money
 from clair.sources import Scan
-from clair.storage import account_of, is_url, public_path
+from clair.storage import InUse, Store, account_of, is_url, public_path
 from clair.urls import environment_names
 from clair.worker import Done, Order, Worker
 
 _LOOK = 0.3
 """Seconds between two looks at the workers."""
-_STRIKES = 2
-"""Deaths of a shard without any new reply after which its rows are built one by one, to find the one it dies of."""
-_HOPELESS = 6
 _PATIENCE = 60.0
 """Seconds for workers of a driver that died to end, before the first shard."""
 _A_MOMENT = 2.0
+_LOOKS = 32
+"""Shards looked at at the same time: one at a URL may have to be watched for a minute, by clair.hold."""
 _ANSWERED = "SELECT total(prompt_tokens) + total(completion_tokens) FROM calls WHERE payer = ?"
 Tell = Callable[[int, str], None]
 
@@ -65,47 +65,46 @@ def build_on_ray(
     Raises UserError before any work where Ray, the cluster or the shards that lie there do not fit.
     """
     sharded(config, Shard(1, 1), shared=True)
-    if is_url(config.out):
-        raise UserError(
-            f"out {public_path(config.out)}: --runner ray needs a folder that all nodes see; choose another --out, or "
-            f"build with --shard"
-        )
-    folder = shards_folder(config.out)
+    folder = shards_out(config.out)
     with locked(folder):
-        of = _number(folder, shards)
-        with locked(Path(config.out)):
-            _check_fresh(config, folder)
-            same_recipe(config, Path(config.out), update=update)
-        with connected(address) as ray:
-            job = _Job(ray, config, found, of or shards or _room(ray, config), update, tell or (lambda *_: None))
-            stopped = job.run()
+        there, _ = lying(folder)
+        of = _number(folder, there, shards)
+        with locked(config.out) as output:
+            if not there:
+                _check_fresh(config)
+            same_recipe(config, output.folder, update=update)
+            output.upload("recipe.json")
+        with connected(address) as ray, ThreadPoolExecutor(_LOOKS) as pool:
+            of = of or shards or _room(ray, config)
+            stopped = _Job(ray, pool, config, found, of, there, update, tell or (lambda *_: None)).run()
         if stopped:
-            return Built(Path(config.out), {}, 0, stopped)
+            return Built(output.folder, {}, 0, stopped)
     manifest = merge(folder, config.out)
-    return Built(Path(config.out), manifest, manifest["failed"])
+    return Built(output.folder, manifest, manifest["failed"])
 
 
 # ---- before any work
 
 
-def _number(folder: Path, wanted: int | None) -> int | None:
+def _number(folder: str, there: Set[Shard], wanted: int | None) -> int | None:
     """How many shards lie there, if any. Raises UserError where another number is wanted, or several numbers lie."""
-    lying = {read_shard(entry.name).of for entry in folder.iterdir() if entry.is_dir() and "-of-" in entry.name}
-    if len(lying) > 1:
-        numbers = ", ".join(map(str, sorted(lying)))
-        raise UserError(f"{folder} holds shards of several numbers ({numbers}); move those away that do not belong")
-    of = next(iter(lying), None)
+    told, numbers = public_path(folder), {shard.of for shard in there}
+    if len(numbers) > 1:
+        several = ", ".join(map(str, sorted(numbers)))
+        raise UserError(f"{told} holds shards of several numbers ({several}); move those away that do not belong")
+    of = next(iter(numbers), None)
     if of and wanted and of != wanted:
-        raise UserError(f"{folder} holds shards of {of}; go on with --shards {of}, or move them away")
+        raise UserError(f"{told} holds shards of {of}; go on with --shards {of}, or move them away")
     return of
 
 
-def _check_fresh(config: BuildConfig, folder: Path) -> None:
+def _check_fresh(config: BuildConfig) -> None:
     """Replies of a run without shards would be paid for again. Raises UserError."""
-    begun = any(entry.is_dir() for entry in folder.iterdir())
-    if config.ledger is None and config.ledger_path.is_file() and not begun:
+    url = is_url(config.out)
+    if config.ledger is None and (Store(config.out).names("ledger") if url else config.ledger_path.is_file()):
         raise UserError(
-            f"{config.out} holds the replies of a run without shards; go on without --runner, or choose another --out"
+            f"{public_path(config.out)} holds the replies of a run without shards; go on without --runner, or choose "
+            f"another --out"
         )
 
 
@@ -133,21 +132,30 @@ def _secrets(config: BuildConfig) -> dict[str, str]:
 class _Job:
     """Shards waiting, shards being built, and what became of them."""
 
-    def __init__(self, ray: Any, config: BuildConfig, found: Scan, of: int, update: bool, tell: Tell) -> None:
-        self.ray, self.config, self.found, self.update, self.tell = ray, config, found, update, tell
+    def __init__(
+        self,
+        ray: Any,
+        pool: Executor,
+        config: BuildConfig,
+        found: Scan,
+        of: int,
+        there: Set[Shard],
+        update: bool,
+        tell: Tell,
+    ) -> None:
+        self.ray, self.pool, self.config, self.found = ray, pool, config, found
+        self.update, self.tell = update, tell
         self.shards = {shard.name: shard for shard in (Shard(index, of) for index in range(1, of + 1))}
         self.configs = {name: sharded(config, shard, shared=True) for name, shard in self.shards.items()}
-        self.care: dict[str, Care] = dict.fromkeys(self.shards, Care())
-        self.strikes: Counter[str] = Counter()
-        self.answered: dict[str, int] = {}
-        self.suspects: dict[str, str] = {}
+        self.deaths = {name: Deaths() for name in self.shards}
         self.running: dict[Any, _Running] = {}
+        self.dead: dict[Future[_Look], tuple[str, str]] = {}
         self.idle: list[Any] = []
         self.lost = False
         self.stopped: str | None = None
         self.error: Exception | None = None
         self.rows: dict[str, int] = {}
-        self.todo = deque(self._unfinished())
+        self.todo = deque(self._unfinished(there))
 
     def run(self) -> str | None:
         """Why it stopped early, if it did. Raises UserError as a shard did."""
@@ -158,23 +166,25 @@ class _Job:
             raise self.error
         return self.stopped
 
-    def _unfinished(self) -> Iterator[str]:
+    def _unfinished(self, there: Set[Shard]) -> Iterator[str]:
         local = {role: model for role, model in self.config.models.items() if model.path is not None}
         identities = {role: weights_identity(model.path) for role, model in local.items() if model.path}
+        begun = [name for name, shard in self.shards.items() if shard in there]
+        finished = dict(zip(begun, self.pool.map(partial(self._finished, identities), begun), strict=True))
         for name in self.shards:
-            if rows := self._finished(name, identities):
+            if rows := finished.get(name):
                 self.rows[name] = rows
             else:
                 yield name
 
-    def _finished(self, name: str, identities: Mapping[str, str]) -> int | None:
+    def _finished(self, identities: Mapping[str, str], name: str) -> int | None:
         """The rows of a shard that is built as it would be now; None where there is something to do."""
-        folder = Path(self.configs[name].out)
-        if folder.is_dir():
-            same_recipe(self.configs[name], folder, update=self.update)
-        if not (folder / "manifest.json").is_file():
-            return None
-        manifest = read_manifest(folder)
+        config = self.configs[name]
+        with locked(config.out, _PATIENCE) as output:
+            same_recipe(config, output.folder, update=self.update)
+            if not (output.folder / "manifest.json").is_file():
+                return None
+            manifest = read_manifest(output.folder)
         same = not changed_keys(lasting(manifest["recipe"]), lasting(public(self.config)))
         same &= manifest["prompts_sha256"] == self.found.sha256 and not manifest["failed"]
         same &= all(manifest["models"].get(role, {}).get("identity") == known for role, known in identities.items())
@@ -188,14 +198,16 @@ class _Job:
             node_id=ray.get_runtime_context().get_node_id(), soft=False
         )
         self.quotas = ray.remote(num_cpus=0, scheduling_strategy=here)(Keeper).remote(*self._limits())
-        for name in self.shards:
-            self.quotas.begin.remote(name, None, self._spent(name, _PATIENCE))
+        for name, spent in zip(self.shards, self.pool.map(self._spent, self.shards), strict=True):
+            self.quotas.begin.remote(name, None, spent)
         self.lost = False
-        while self.running or (self.todo and not self._ending()):
+        while self.running or self.dead or (self.todo and not self._ending()):
             while self.todo and not self._ending() and len(self.running) < self._most():
                 self._start(self.todo.popleft())
-            for ref in ray.wait(list(self.running), timeout=_LOOK)[0]:
+            for ref in ray.wait(list(self.running), timeout=_LOOK)[0] if self.running else ():
                 self._ended(ref, self.running.pop(ref))
+            for look in wait(self.dead, timeout=0 if self.running else _LOOK).done:
+                self._died(*self.dead.pop(look), look)
             self._take_back(len(self.running if self._ending() else self.idle))
             self._show()
         ray.kill(self.quotas)
@@ -212,26 +224,25 @@ class _Job:
         shared = config.budget if shares_money(config) else None
         return roles, Budget(shared, prices_of(config.models), {}) if shared else None
 
-    def _spent(self, name: str, patience: float = 0.0) -> Decimal | None:
+    def _spent(self, name: str) -> Decimal | None:
         """What a shard has spent of the job's budget, where there is one; None where that cannot be known now."""
-        return self._look(name, patience)[0] if self.config.budget else Decimal(0)
+        return self._look(name, _PATIENCE).spent if self.config.budget else Decimal(0)
 
-    def _look(self, name: str, patience: float) -> tuple[Decimal | None, int | None]:
-        """(what a shard has spent, open calls included, and how many tokens its replies have) by its ledger.
-
-        None where another process has the shard still: a ledger may be open on one machine at a time.
-        """
+    def _look(self, name: str, patience: float) -> _Look:
+        """What a shard has come to, by its ledger, which may be open on one machine at a time."""
         config = self.configs[name]
-        if not config.ledger_path.is_file():
-            return Decimal(0), 0
+        if not is_url(config.out) and not config.ledger_path.is_file():
+            return _Look(Decimal(0), 0)
         account = account_of(config.out)
         try:
-            with locked(Path(config.out), patience), Ledger(config.ledger_path) as ledger:
+            with locked(config.out, patience) as output, output.ledger(config.ledger_path) as ledger:
                 spent = ledger.spent(account)
                 ((tokens,),) = ledger.read(_ANSWERED, account)
+                noted = output.folder / DYING
+                row = noted.read_text("utf-8") if noted.is_file() else None
         except InUse:
-            return None, None
-        return Budget(config.budget, prices_of(config.models), spent).spent, int(tokens)
+            return _Look()
+        return _Look(Budget(config.budget, prices_of(config.models), spent).spent, int(tokens), row)
 
     def _ending(self) -> bool:
         return bool(self.error or self.stopped or self.lost)
@@ -242,13 +253,13 @@ class _Job:
     def _start(self, name: str) -> None:
         worker = self.idle.pop() if self.idle else self._hire()
         attempt = uuid.uuid4().hex[:12]
-        self.quotas.begin.remote(name, attempt, self._spent(name))
+        self.quotas.begin.remote(name, attempt, None)
         order = Order(
             config=self.config,
             shard=self.shards[name],
             attempt=attempt,
             update=self.update,
-            care=self.care[name],
+            care=self.deaths[name].care,
             folder=os.getcwd(),
             version=version("clair-apo"),
             environment=_secrets(self.config),
@@ -280,7 +291,7 @@ class _Job:
             return
         except ray.exceptions.RayError as error:
             ray.kill(worker)
-            self._died(name, str(error))
+            self.dead[self.pool.submit(self._look, name, _A_MOMENT)] = name, str(error)
             return
         self.idle.append(worker)
         if done.error:
@@ -296,25 +307,17 @@ class _Job:
         self.error = self.error or error
         self.quotas.stop.remote("another shard failed")
 
-    def _died(self, name: str, told: str) -> None:
+    def _died(self, name: str, told: str, looked: Future[_Look]) -> None:
         """Build the shard again; where it keeps dying without coming any further, find the row it dies of."""
         self.todo.append(name)
-        spent, answered = self._look(name, _A_MOMENT)
-        self.quotas.begin.remote(name, None, spent)
-        config, care = self.configs[name], self.care[name]
-        if answered is not None:
-            self.strikes[name] = self.strikes[name] + 1 if self.answered.get(name) == answered else 1
-            self.answered[name] = answered
-        noted = Path(config.out) / DYING
-        row = noted.read_text("utf-8") if care.note and noted.is_file() else None
-        if row and row == self.suspects.get(name):
-            self.care[name] = Care(care.killers | {row})
-            self.strikes[name] = 0
-        elif self.strikes[name] >= _HOPELESS:
-            self._failed(UserError(f"shard {name} died {_HOPELESS} times before it came to any row: {one_line(told)}"))
-        elif self.strikes[name] >= _STRIKES:
-            self.care[name] = Care(care.killers, note=True)
-        self.suspects[name] = row or ""
+        try:
+            look = looked.result()
+        except Exception as error:
+            self._failed(error)
+            return
+        self.quotas.begin.remote(name, None, look.spent)
+        if not self.deaths[name].one_more(look.answered, look.row):
+            self._failed(UserError(f"shard {name} died {HOPELESS} times before it came to any row: {one_line(told)}"))
 
     def _interrupted(self) -> None:
         self.stopped = self.stopped or "interrupted"
@@ -335,6 +338,18 @@ class _Job:
         waiting = f", {len(self.todo)} waiting" if self.todo else ""
         words = f"{len(self.running)} shards of {len(self.shards)} at work{waiting}, {flying} in flight"
         self.tell(sum(self.rows.values()), words)
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What a ledger tells of a shard; None where another process has it still."""
+
+    spent: Decimal | None = None
+    """Open calls included."""
+    answered: int | None = None
+    """How many tokens its replies have."""
+    row: str | None = None
+    """The one it was at, where it takes care."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from clair.config import BuildConfig
 from clair.recipe import UserError, content_hash
-from clair.storage import folder_of, is_url, joined
+from clair.storage import Store, is_url, joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,18 @@ def shards_out(out: str | Path) -> str:
     return f"{str(out).rstrip('/')}-shards" if is_url(str(out)) else f"{Path(out)}-shards"
 
 
-def shards_folder(out: str | Path) -> Path:
-    """Where the shards of a build lie on this machine."""
-    return folder_of(shards_out(out))
+def lying(folder: str) -> tuple[set[Shard], set[Shard]]:
+    """The shards that are in a folder or at a URL, and those of them that are finished."""
+    if is_url(folder):
+        names = [name.split("/") for name in Store(folder).names()]
+        there = {parts[0] for parts in names if len(parts) > 1}
+        finished = {parts[0] for parts in names if parts[1:] == ["manifest.json"]}
+    else:
+        entries = [entry for entry in Path(folder).iterdir() if entry.is_dir()] if Path(folder).is_dir() else []
+        there = {entry.name for entry in entries}
+        finished = {entry.name for entry in entries if (entry / "manifest.json").is_file()}
+    shards = {read_shard(name) for name in there if "-of-" in name}
+    return shards, {shard for shard in shards if shard.name in finished}
 
 
 def sharded(config: BuildConfig, shard: Shard, *, shared: bool = False) -> BuildConfig:

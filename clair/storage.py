@@ -35,6 +35,10 @@ class StorageError(UserError):
     """An object store cannot be used; what was paid for is kept, in it or on this machine."""
 
 
+class InUse(StorageError):
+    """Another run holds a folder or URL."""
+
+
 class Taken(Exception):
     """The object that was to be created exists already."""
 
@@ -259,9 +263,9 @@ def _file_here(store: Store, url: str) -> Path:
     folder = copy_of(url, "files")
     copy = folder / f"{store.mark()[:16]}{Path(urlsplit(url).path).suffix}"
     if not copy.is_file():
-        for old in folder.glob("*"):
-            old.unlink(missing_ok=True)
         store.fetch("", copy)
+        for old in set(folder.glob("[!.]*")) - {copy}:  # what starts with a dot another process is fetching
+            old.unlink(missing_ok=True)
     return copy
 
 

@@ -6,10 +6,12 @@ import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from socket import gethostname
 from typing import Any
 
 from clair.budget import Budget
-from clair.build import Care, build
+from clair.build import build
+from clair.care import Care
 from clair.command import of_the_system
 from clair.config import BuildConfig, ModelConfig
 from clair.leases import Leases
@@ -19,6 +21,7 @@ from clair.quotas import Lease, Report
 from clair.recipe import EXIT_USER_ERROR, UserError
 from clair.session import open_model
 from clair.shards import Shard, shares_money
+from clair.storage import StorageError
 
 _PATIENCE = 120.0
 """Seconds for the process of an earlier attempt to end and let the folder go."""
@@ -63,7 +66,8 @@ class Worker:
             settle_in(order.folder, order.version, order.environment)
             built = self._build(order, lambda report: quotas.report.remote(report))
         except UserError as error:
-            return Done(error=str(error), code=error.exit_code)
+            where = f"on {gethostname()}: " if isinstance(error, StorageError) else ""  # its keys are not the driver's
+            return Done(error=f"{where}{error}", code=error.exit_code)
         except OSError as error:
             if (told := of_the_system(error)) is None:
                 raise

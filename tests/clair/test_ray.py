@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import random
 import shutil
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from clair.shards import Shard
+from clair.storage import Store
 from tests.clair.building import (
     ROOT,
     clair,
@@ -24,6 +27,7 @@ from tests.clair.building import (
     write_recipe,
 )
 from tests.clair.ray_nodes import CONCURRENCY, cluster, paid_twice, wait_until, write_all_fates
+from tests.clair.s3_server import ENVIRONMENT, FILES, KEYS, bucket, fetched, in_s3, s3_server
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +56,9 @@ def recipe(plain, server):
 SECONDS = 400  # far more than it takes, on a machine that is far too busy
 
 
-def start(recipe, nodes, *more, out="all"):
-    arguments = ["--out", recipe.parent / out, "--runner", "ray", "--address", nodes.address, *more]
-    return start_clair("build", recipe, *arguments)
+def start(recipe, nodes, *more, out=None, **options):
+    arguments = ["--out", out or recipe.parent / "all", "--runner", "ray", "--address", nodes.address, *more]
+    return start_clair("build", recipe, *arguments, **options)
 
 
 def assert_same(recipe, ended, server, deaths):
@@ -126,6 +130,52 @@ def test_ctrl_c_keeps_what_is_in_flight_and_the_same_command_goes_on(recipe, nod
     nodes.kill(node)
 
 
+SHORT = "from clair import hold; hold.LEASE, hold.BEAT = 5.0, 0.5"
+
+
+@pytest.mark.slow
+def test_at_a_url_the_machines_of_driver_and_worker_are_lost_and_others_go_on_and_a_second_driver_is_refused(
+    tmp_path, nodes, server, monkeypatch
+):
+    pytest.importorskip("s3fs", reason="clair-apo[s3] is not installed")
+    pytest.importorskip("moto", reason="moto, the S3 server of this test, is not installed")
+    out = "s3://pairs/all"
+    late = [n for n in range(40) if Shard(1, 2).holds(f"row-{n}")][-6:]  # in flight when the machines are lost
+    scripts = ["wait:600 ok" if n in late else "ok" for n in range(40)]
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(scripts))
+    reviser = {"url": server.url, "model": "m", "max_tokens": 50, "price": {"input": 1, "output": 1}}
+    path = write_recipe(tmp_path, server.url, reviser=reviser, concurrency=CONCURRENCY, budget={"money": 1})
+    (tmp_path / "sitecustomize.py").write_text(SHORT)
+    with s3_server() as (url, _):
+        bucket(url, "pairs")
+        everywhere = {**ENVIRONMENT, "AWS_ENDPOINT_URL": url, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+        for name, value in {**everywhere, "CLAIR_CACHE": str(tmp_path / "first")}.items():
+            monkeypatch.setenv(name, value)
+        node = nodes.add()
+        build = start(path, nodes, "--shards", "2", out=out)
+        wait_until(lambda: server.steps().count("wait:600") == len(late))
+        told = error_line(finished(start(path, nodes, out=out, environment={"CLAIR_CACHE": str(tmp_path / "other")})))
+        assert told.startswith(f"{out}-shards is in use by process {build.pid} on "), told
+        assert build.poll() is None
+        build.kill()
+        finished(build)
+        nodes.kill(node)
+        shutil.rmtree(tmp_path / "first")
+        monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "second"))
+        node = nodes.add()
+        ended = finished(start(path, nodes, out=out), SECONDS)
+        assert ended.code == 0, ended
+        assert f"it is at {out}" in ended.out
+        nodes.kill(node)
+        assert paid_twice(server) == len(late)
+        assert clair("build", path).code == 0
+        assert fetched(url, out) == {name: (tmp_path / "out" / name).read_bytes() for name in FILES}
+        code = "from clair.storage import Store\ns = Store('s3://pairs')\nprint(s.names(), s.get_all(s.names()))"
+        everything = in_s3(url, code)
+        assert "'all-shards/2-of-2/ledger/" in everything
+        assert not any(secret in everything + ended.out + ended.err for secret in KEYS.values())
+
+
 KILLER = """
 import os, jinja2
 render = jinja2.Template.render
@@ -139,17 +189,19 @@ jinja2.Template.render = deadly
 
 
 @pytest.mark.slow
-def test_on_a_ray_of_its_own_one_row_that_kills_its_process_is_dropped_and_the_rest_is_built(tmp_path, server):
+@pytest.mark.parametrize("at_url", [False, True])
+def test_on_a_ray_of_its_own_one_row_that_kills_its_process_is_dropped_and_the_rest_is_built(tmp_path, server, at_url):
     (tmp_path / "sitecustomize.py").write_text(KILLER)
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 20))
-    path = write_recipe(tmp_path, server.url)
-    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "RAY_ADDRESS": ""}
+    path = write_recipe(tmp_path, server.url, out=f"{'file://' if at_url else ''}{tmp_path / 'out'}")
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "RAY_ADDRESS": "", "CLAIR_CACHE": str(tmp_path / "c")}
     ended = finished(start_clair("build", path, "--runner", "ray", "--shards", "1", environment=environment), SECONDS)
     assert ended.code == 3, ended
     built = outcomes(tmp_path / "out")
     assert built.pop("row-7") == "!prompts.killed_worker"
     assert built == {f"row-{n}": f"good answer {n}" for n in range(20) if n != 7}
     assert paid_twice(server) == 0
+    assert not (tmp_path / "out-shards" / "1-of-1" / ".row").exists()
 
 
 @pytest.mark.slow
@@ -193,6 +245,13 @@ def test_what_cannot_run_on_a_cluster_is_told_before_any_work(tmp_path, monkeypa
     (tmp_path / "out" / "ledger.sqlite").touch()
     assert "holds the replies of a run without shards" in told("--runner", "ray")
     (tmp_path / "out" / "ledger.sqlite").unlink()
+    url = f"file://{tmp_path}/far"
+    Store(f"{url}-shards/1-of-3").put("recipe.json", b"{}")
+    assert f"{url}-shards holds shards of 3; go on with" in told("--runner", "ray", "--shards", "2", "--out", url)
+    Store(f"{url}-shards/1-of-3").delete(["recipe.json"])
+    Store(url).put("recipe.json", b"{}")
+    Store(url).put("ledger/000000000001-000000000001.jsonl.gz", gzip.compress(b'{"log": "l", "number": 1}\n'))
+    assert f"{url} holds the replies of a run without shards" in told("--runner", "ray", "--out", url)
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     assert "pip install 'clair-apo[ray]'" in told("--runner", "ray")
     assert not Path(tmp_path / "out" / "manifest.json").exists()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +19,6 @@ from clair.recipe import write_json
 from tests.browser.synthetic import synthetic_pairs, write_dataset
 from tests.clair.building import (
     ROOT,
-    SPLIT_FILES,
     Ended,
     clair,
     error_line,
@@ -31,6 +27,7 @@ from tests.clair.building import (
     write_prompts,
     write_recipe,
 )
+from tests.clair.s3_server import ENVIRONMENT, FILES, KEYS, bucket, fetched, in_s3, s3_server
 
 pytest.importorskip("s3fs", reason="clair-apo[s3] is not installed")
 pytest.importorskip("moto", reason="moto, the S3 server of these tests, is not installed")
@@ -38,37 +35,6 @@ pytest.importorskip("flask", reason="flask, which moto's server needs, is not in
 pytestmark = pytest.mark.slow
 
 COUNT, CONCURRENCY = 60, 4
-FILES = (*SPLIT_FILES, "dropped.jsonl", "README.md")
-KEYS = {"AWS_ACCESS_KEY_ID": "an-access-key-id", "AWS_SECRET_ACCESS_KEY": "a-very-secret-key"}
-ENVIRONMENT = {**KEYS, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
-
-
-@contextlib.contextmanager
-def s3_server(port: int = 0, **environment: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """moto's server for the length of a `with` block: its URL and process."""
-    if not port:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-    code = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", code],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, **environment},
-    )
-    try:
-        until = time.monotonic() + 60
-        while True:
-            assert process.poll() is None, "moto's server did not start"
-            assert time.monotonic() < until, "moto's server does not answer"
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}", process
-    finally:
-        process.kill()
-        process.wait(10)
 
 
 @pytest.fixture(scope="module")
@@ -76,23 +42,6 @@ def s3() -> Iterator[str]:
     with s3_server() as (url, _):
         bucket(url, "pairs")
         yield url
-
-
-def bucket(url: str, name: str) -> None:
-    in_s3(url, f"import boto3; boto3.client('s3').create_bucket(Bucket={name!r})")
-
-
-def in_s3(url: str, code: str) -> str:
-    """What Python code prints that speaks to the server, in a process of its own, whose environment names it."""
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={**os.environ, **ENVIRONMENT, "AWS_ENDPOINT_URL": url},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    ).stdout
 
 
 def start(machine: Path, url: str, *arguments: str | Path, patience: float = 30) -> subprocess.Popen[str]:
@@ -119,14 +68,6 @@ def run(machine: Path, url: str, *arguments: str | Path, **options: float) -> En
 def recipe(tmp_path: Path, server, script: str = "ok", count: int = COUNT) -> Path:
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows([script] * count))
     return write_recipe(tmp_path, server.url, concurrency=CONCURRENCY)
-
-
-def fetched(url: str, out: str) -> dict[str, bytes]:
-    code = (
-        "from clair.storage import Store\nimport json\n"
-        f"print(json.dumps([data.hex() for data in Store({out!r}).get_all({list(FILES)!r})]))"
-    )
-    return dict(zip(FILES, map(bytes.fromhex, json.loads(in_s3(url, code))), strict=True))
 
 
 def wait_for_seen(server, count: int, process: subprocess.Popen[str]) -> None:

@@ -26,7 +26,7 @@ from clair.output import locked
 from clair.recipe import UserError
 from clair.segments import Segments
 from clair.shards import Shard
-from clair.storage import StorageError, Store, Taken, folder_of
+from clair.storage import StorageError, Store, Taken, folder_of, read_here
 from tests.clair.building import SPLIT_FILES, clair, error_line, final_bytes, write_prompts
 from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
 
@@ -355,6 +355,17 @@ def test_a_url_in_use_is_told_with_its_owner_and_free_again_after(tmp_path, monk
         pass
 
 
+def test_a_run_that_is_known_to_be_ending_is_waited_for(tmp_path, url):
+    (tmp_path / "second").mkdir()
+    first = held(Store(url), tmp_path)
+    first.__enter__()
+    ending = threading.Timer(2 * hold.LEASE, first.__exit__, (None, None, None))
+    ending.start()
+    with held(Store(url), tmp_path / "second", patience=60):
+        assert not ending.is_alive()
+    ending.join()
+
+
 def check_for_a_while(hold) -> None:
     until = time.monotonic() + 30
     while time.monotonic() < until:
@@ -456,6 +467,19 @@ def test_prompts_at_a_url_are_read_and_their_mistakes_are_told_with_it(tmp_path,
     store.delete(["run.jsonl"])
     with pytest.raises(UserError, match="nothing is there"):
         build(there)
+
+
+def test_prompts_that_another_process_is_fetching_are_left_to_it_and_older_ones_are_not_kept(tmp_path, url):
+    store = Store(url)
+    store.put("p.jsonl", b"one")
+    with read_here(f"{url}/p.jsonl") as first:
+        assert first.read_bytes() == b"one"
+    fetching = first.with_name(".another.1234.tmp")
+    fetching.touch()
+    store.put("p.jsonl", b"three")
+    with read_here(f"{url}/p.jsonl") as second:
+        assert second.read_bytes() == b"three"
+    assert set(first.parent.iterdir()) == {second, fetching}
 
 
 # ---- what is refused, and what is never told

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from decimal import Decimal
 from importlib.metadata import version
+from socket import gethostname
 from types import SimpleNamespace
 
 import pytest
 
-from clair.build import Care, build
+from clair.build import build
+from clair.care import Care
 from clair.merge import merge
 from clair.models.local import LocalModel
 from clair.quotas import Quotas, RoleLimits
@@ -79,6 +81,18 @@ def test_a_worker_takes_secrets_from_the_driver_and_refuses_another_version_or_f
     secrets = {"CLAIR_TEST_KEY": "secret", "CLAIR_TEST_OWN": "theirs"}
     assert built(worker, handle, order(config, 1, 1, environment=secrets)) == Done()
     assert (os.environ.pop("CLAIR_TEST_KEY"), os.environ["CLAIR_TEST_OWN"]) == ("secret", "mine")
+
+
+def test_a_worker_whose_node_may_not_write_at_the_url_tells_which_node_it_is(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError("no")
+
+    monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("clair.storage.write_atomically", refuse)
+    url = f"file://{tmp_path}/bucket/all"
+    made = recipe(tmp_path / "all", [{"prompt": "q", "answer": "bad"}], pipeline="revised", reviser=endpoint())
+    told = built(Worker(), Handle("reviser"), order(made.model_copy(update={"out": url}), 1, 1)).error
+    assert told.startswith(f"on {gethostname()}: cannot write {url}-shards/1-of-1: no permission"), told
 
 
 def test_rows_are_built_one_by_one_and_noted_where_care_is_taken_and_killers_are_left_out(tmp_path, monkeypatch):
