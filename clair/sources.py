@@ -31,8 +31,8 @@ class PromptSource(Recipe):
     """`prompts:` of a data recipe."""
 
     path: str
-    """A .jsonl, .json, .csv or .parquet file, here or at a URL that fsspec reads (s3://...), a folder
-    `datasets.load_dataset` reads, or a dataset name on the hub."""
+    """A .jsonl, .json, .csv or .parquet file or a dataset that clair built, here or at a URL that fsspec reads
+    (s3://...), a folder `datasets.load_dataset` reads, or a dataset name on the hub."""
     split: str = "train"
     """The split, where `path` is a folder or a name."""
     columns: Mapping[str, str] = {}

@@ -8,8 +8,10 @@ import shutil
 import pytest
 
 from apo.calibrate import read_ids, read_scored
+from apo.config import TrainConfig
 from apo.features import read_rows
 from apo.pairs import Source, load_eval, load_train, split_names
+from apo.train import train
 from clair.recipe import UserError
 from tests.apo.conftest import make_pairs
 from tests.browser.synthetic import synthetic_pairs, write_dataset
@@ -55,3 +57,19 @@ def test_a_url_that_holds_a_secret_or_nothing_is_told_before_any_work(tmp_path, 
         assert "hunter22" not in str(told.value)
     with pytest.raises(UserError, match=r"cannot read .*: nothing is there"):
         load_train([Source(path=f"file://{tmp_path}/none")], 0)
+
+
+@pytest.mark.slow
+def test_a_run_on_pairs_at_a_url_is_the_run_on_the_file_and_is_known_again(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(6)))
+    trainer = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": "none"}
+    runs = {}
+    for name, path in (("here", str(file)), ("there", f"file://{file}")):
+        config = TrainConfig(model=str(model_dir), dataset=path, out=str(tmp_path / name), trainer=trainer, probe=0)
+        runs[name] = train(config)
+        assert runs[name]["recipe"]["dataset"][0]["path"] == path
+        assert train(config) == runs[name]
+    assert runs["there"]["data"] == runs["here"]["data"]
+    assert runs["there"]["metrics"]["loss"] == runs["here"]["metrics"]["loss"]

@@ -13,6 +13,7 @@ from clair import hold, storage
 from clair.dataset import load_pairs, read_manifest, read_rows, split_file
 from clair.keep import fingerprint
 from clair.recipe import UserError, write_json
+from clair.sources import PromptSource, read_prompts
 from clair.storage import StorageError, Store, copy_of, read_here
 from tests.browser.synthetic import synthetic_pairs, write_dataset
 from tests.clair.building import clair, error_line
@@ -92,6 +93,12 @@ def test_a_dataset_is_fetched_once_and_anew_where_it_has_changed(folder, url, tm
     assert clair("keep", folder, mark(folder, tmp_path / "d.json")).code == 0
     assert list(read_rows(url)) == list(read_rows(folder)) == before[5:]
     assert len(list(copy_of(url, "datasets").iterdir())) == 1
+
+
+def test_the_prompts_of_a_dataset_are_read_by_its_url_too(folder, url):
+    here, there = (list(read_prompts(PromptSource(path=path))) for path in (str(folder), url))
+    assert here == there
+    assert len(here) > 20
 
 
 def test_a_review_at_a_url_is_that_of_the_folder(folder, url, tmp_path):
