@@ -128,7 +128,7 @@ async def _build(
             writer = DatasetWriter(out, **options, order=shard is not None)
             finished = False
             try:
-                finished = await _fill(run, writer, on_progress, shard, care, output)
+                finished = await _fill(run, found, writer, on_progress, shard, care, output)
             finally:
                 hashes = writer.close(keep=finished)
             if finished or not await run.wait(partial(on_progress, writer, run.askers)):
@@ -142,14 +142,20 @@ async def _build(
 
 
 async def _fill(
-    run: Session, writer: DatasetWriter, on_progress: Progress, shard: Shard | None, care: Care, output: Output
+    run: Session,
+    found: Scan,
+    writer: DatasetWriter,
+    on_progress: Progress,
+    shard: Shard | None,
+    care: Care,
+    output: Output,
 ) -> bool:
     """Write the outcome of every prompt, in the order of the prompts; whether that came to its end."""
     config, pending = run.config, 0
     places: deque[int] = deque()
 
     def prompts() -> Iterator[tuple[Prompt, str | None]]:
-        for place, (prompt, left_out) in enumerate(each_prompt(config.prompts, config.limit)):
+        for place, (prompt, left_out) in enumerate(each_prompt(config.prompts, config.limit, found)):
             if config.accept and writer.pairs + pending >= config.accept:  # every one that waits may become a pair
                 return
             if shard is None or shard.holds(prompt.id):

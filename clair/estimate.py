@@ -23,7 +23,7 @@ from clair.ledger import Ledger, Tokens
 from clair.output import locked
 from clair.records import Prompt
 from clair.session import session
-from clair.sources import each_prompt
+from clair.sources import Scan, each_prompt
 from clair.statistics import t_quantile
 
 _COMMON = 1000
@@ -56,22 +56,22 @@ def estimate(config: BuildConfig, probe: int = 0) -> dict[str, RoleEstimate]:
 
     Raises UserError as a build does. With fewer than 3 rows there is no interval, so probe is 0 or at least 3.
     """
-    check(config)
-    prompts = each_prompt(config.prompts, config.limit)
+    found = check(config)
+    prompts = each_prompt(config.prompts, config.limit, found)
     sizes = array("q", (_size(prompt) for prompt, left_out in prompts if left_out is None))
     calls = {role: len(sizes) * _calls_per_row(config, role) for role in config.models}
     if not probe:
         return {role: RoleEstimate(calls[role], None, None, None) for role in config.models}
     chosen = spread_over(sizes, max(3, probe))
-    paid = _run(config, chosen)
+    paid = _run(config, found, chosen)
     prices = {role: _discounted(price, config.models[role]) for role, price in prices_of(config.models).items()}
     return {role: role_estimate(prices.get(role), calls[role], sizes, chosen, paid[role]) for role in config.models}
 
 
-def _run(config: BuildConfig, chosen: Sequence[int]) -> dict[str, list[Tokens]]:
+def _run(config: BuildConfig, found: Scan, chosen: Sequence[int]) -> dict[str, list[Tokens]]:
     """Run the rows at the chosen places, and tell what each cost by role."""
     wanted = set(chosen)
-    unique = (p for p, left_out in each_prompt(config.prompts, config.limit) if left_out is None)
+    unique = (p for p, left_out in each_prompt(config.prompts, config.limit, found) if left_out is None)
     prompts = [prompt for place, prompt in enumerate(unique) if place in wanted]
     with locked(config.out) as output:
         same_recipe(config, output.folder, update=False)

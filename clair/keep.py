@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clair.dataset import CONTRAST, SPLITS, card, read_manifest, schema, split_file
+from clair.dataset import CONTRAST, ROWS_PER_GROUP, SPLITS, card, read_manifest, schema, split_file
 from clair.output import locked
 from clair.recipe import UserError, content_hash, file_sha256, publish, write_atomically, write_json
 from clair.records import Dropped
@@ -24,7 +24,6 @@ from clair.storage import folder_of, is_url, public_path, read_here, told_as
 FORMAT = 1
 DECISIONS = ("keep", "drop")
 STAGE, REASON = "review", "marked"
-_ROWS_PER_GROUP = 1000
 _NAMED = 5
 
 
@@ -208,14 +207,14 @@ def _write_split(source: Path, target: Path, split: str, gone: frozenset[str], v
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    old = pq.ParquetFile(source / split_file(split))
+    old = pq.ParquetFile(source / split_file(split), pre_buffer=False)
     temporary = (target / split_file(split)).with_name(f".{split}.tmp")
     ids = pa.array(sorted(gone), pa.string())
     kept = 0
     layout = pa.schema([schema().field(name) for name in old.schema_arrow.names])  # an older build has fewer columns
     with old, pq.ParquetWriter(temporary, layout, compression="zstd") as writer:
         waiting = layout.empty_table()
-        for batch in old.iter_batches(batch_size=_ROWS_PER_GROUP):
+        for batch in old.iter_batches(batch_size=ROWS_PER_GROUP):
             table = pa.Table.from_batches([batch])
             table = table.filter(pc.invert(pc.is_in(table["id"], value_set=ids)))
             kept += len(table)
@@ -224,9 +223,9 @@ def _write_split(source: Path, target: Path, split: str, gone: frozenset[str], v
                     if row[name] is not None:
                         values[name].append(row[name])
             waiting = pa.concat_tables([waiting, table])
-            while len(waiting) >= _ROWS_PER_GROUP:
-                writer.write_table(waiting.slice(0, _ROWS_PER_GROUP).combine_chunks())
-                waiting = waiting.slice(_ROWS_PER_GROUP)
+            while len(waiting) >= ROWS_PER_GROUP:
+                writer.write_table(waiting.slice(0, ROWS_PER_GROUP).combine_chunks())
+                waiting = waiting.slice(ROWS_PER_GROUP)
         if len(waiting):
             writer.write_table(waiting.combine_chunks())
     publish(temporary, target / split_file(split))

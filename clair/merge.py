@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import resource
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,14 +19,16 @@ from typing import Any
 
 from clair.build import position_bias
 from clair.config import lasting
-from clair.dataset import DatasetWriter, card, read_manifest, read_order, split_file
+from clair.dataset import SPLITS, DatasetWriter, card, read_manifest, read_order, split_file
 from clair.ledger import Ledger
 from clair.output import Output, check_output, locked
 from clair.recipe import UserError, changed_keys, read_json, write_atomically, write_json
 from clair.shards import Shard, lying
+from clair.sources import parquet_rows
 from clair.storage import account_of, joined, public_path
 
 _ROWS_AT_ONCE = 100
+_FILES_OF_A_SHARD, _OTHER_FILES = 5, 100  # a lock, two splits, the order, what was dropped; ours and the libraries'
 Row = tuple[int, str, dict[str, Any]]
 
 
@@ -35,7 +38,9 @@ def merge(folder: str | Path, out: str | Path | None = None) -> dict[str, Any]:
     Raises UserError for a shard that is missing, unfinished, in use, or of another recipe or other prompts.
     """
     with ExitStack() as stack:
-        outputs = [stack.enter_context(locked(shard)) for shard in _found(str(folder))]
+        found = _found(str(folder))
+        _allow_files(_FILES_OF_A_SHARD * len(found) + _OTHER_FILES)
+        outputs = [stack.enter_context(locked(shard)) for shard in found]
         shards = [output.folder for output in outputs]
         manifests = [read_manifest(shard) for shard in shards]
         _check_alike(shards, manifests)
@@ -47,6 +52,18 @@ def merge(folder: str | Path, out: str | Path | None = None) -> dict[str, Any]:
         target = stack.enter_context(locked(where))
         _check_target(target.folder, recipe)
         return _merge(shards, manifests, target, recipe)
+
+
+def _allow_files(count: int) -> None:
+    """Let this process have so many files open. Raises UserError where the system does not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"the shards have {count} files to open at once, and this system allows {hard}; raise it (ulimit -Hn)"
+            ) from error
 
 
 def _found(folder: str) -> list[str]:
@@ -118,21 +135,13 @@ def _merge(
 def _rows(shard: Path) -> Iterator[Row]:
     """(place among all prompts, kind, row) of a shard, in order."""
     with open(shard / "dropped.jsonl", "rb") as lines:
-        streams: dict[str, Iterator[dict[str, Any]]] = {split: _pairs(shard, split) for split in ("train", "test")}
+        streams = {split: parquet_rows(shard / split_file(split), _ROWS_AT_ONCE) for split in SPLITS}
         streams["dropped"] = map(json.loads, lines)
         for place, kind in read_order(shard):
             row = next(streams[kind], None)
             if row is None:
                 raise UserError(f"{shard} is damaged ({kind} ends early); build it again")
             yield place, kind, row
-
-
-def _pairs(shard: Path, split: str) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(shard / split_file(split)) as file:
-        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-            yield from batch.to_pylist()
 
 
 def _manifest(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import heapq
 import re
-from array import array
+import struct
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
+from tempfile import SpooledTemporaryFile
+from typing import Any
 
-_FIRST_SLOTS = 1024
+_BUCKETS, _SPOOLED = 64, 1 << 14
+_KEYED = struct.Struct("<QQ")
 _WORD = re.compile(r"\w+")
 _SHINGLE = 5
 _SKETCH = 32
@@ -24,37 +27,36 @@ def _hashes(text: str, n: int) -> set[int]:
     return {int.from_bytes(blake2b(run.encode("utf-8", "replace"), digest_size=8).digest()) for run in runs}
 
 
-class Seen:
-    """Which 64-bit hashes came before: 11 to 21 bytes each, a fifth of what a set of them takes."""
+class Repeats:
+    """Which rows hold a 64-bit key that an earlier row holds too.
+
+    Keys wait in temporary files, 16 bytes each, and are compared bucket by bucket: in memory is a 64th of them at most.
+    """
 
     def __init__(self) -> None:
-        self._slots = array("Q", bytes(8 * _FIRST_SLOTS))  # a table of open addresses; 0 is a free one
-        self._count = 0
+        self._buckets = [SpooledTemporaryFile(max_size=_SPOOLED) for _ in range(_BUCKETS)]  # noqa: SIM115 (by close)
 
-    def add(self, number: int) -> bool:
-        """Remember a number; whether it is new."""
-        number = number or 1
-        slots, mask = self._slots, len(self._slots) - 1
-        place = number & mask
-        while found := slots[place]:
-            if found == number:
-                return False
-            place = (place + 1) & mask
-        slots[place] = number
-        self._count += 1
-        if 4 * self._count > 3 * len(slots):
-            self._grow()
-        return True
+    def add(self, key: int, row: int) -> None:
+        """One more row, later than all before; it may carry bits of its own, below its number."""
+        self._buckets[key % _BUCKETS].write(_KEYED.pack(key, row))
 
-    def _grow(self) -> None:
-        slots = array("Q", bytes(16 * len(self._slots)))
-        mask = len(slots) - 1
-        for number in filter(None, self._slots):
-            place = number & mask
-            while slots[place]:
-                place = (place + 1) & mask
-            slots[place] = number
-        self._slots = slots
+    def found(self, wanted: Callable[[Any], Any] | None = None) -> Iterator[Any]:
+        """Rows whose key came before, as arrays. `wanted` says of an array of rows which of them count at all."""
+        import numpy as np
+
+        for file in self._buckets:
+            file.seek(0)
+            keyed = np.frombuffer(file.read(), dtype=[("key", "<u8"), ("row", "<i8")])
+            if wanted is not None:
+                keyed = keyed[wanted(keyed["row"])]
+            order = np.argsort(keyed["key"], kind="stable")
+            keys = keyed["key"][order]
+            yield keyed["row"][order[1:][keys[1:] == keys[:-1]]]
+
+    def close(self) -> None:
+        """The files go."""
+        for file in self._buckets:
+            file.close()
 
 
 class NearDuplicates:

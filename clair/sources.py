@@ -10,19 +10,21 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from clair.overlap import Benchmark, NearDuplicates, Seen
+from clair.overlap import Benchmark, NearDuplicates, Repeats
 from clair.prompts import task_text
 from clair.recipe import Recipe, UserError, content_hash, near_miss, one_line
 from clair.records import LABELS, Message, Messages, Prompt, content_id
 from clair.storage import public_path, read_here
 
+Holds = Callable[[str], bool]
 _READERS = (".jsonl", ".json", ".csv", ".parquet")
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -60,52 +62,83 @@ class Scan:
     scored: int
     """Different prompts whose answers have scores."""
     sha256: str
+    repeated: bytes = field(default=b"", repr=False)
+    """A bit for each row, set where an earlier row is equal; empty without any."""
+
+    def repeats(self, row: int) -> bool:
+        """Whether a row, counted from 0, is equal to an earlier one."""
+        return row >> 3 < len(self.repeated) and bool(self.repeated[row >> 3] >> (row & 7) & 1)
 
 
-def scan(source: PromptSource, limit: int | None = None, holds: Callable[[str], bool] = lambda _: True) -> Scan:
+def scan(source: PromptSource, limit: int | None = None, holds: Holds = lambda _: True) -> Scan:
     """Read every row once. Raises UserError for the first that cannot be used, with its number.
 
-    `holds`: whether a row of this id is in the part of them that is asked about.
+    And where one id stands for two prompts. `holds`: whether a row of this id is in the part of them that is asked
+    about.
     """
-    digest = hashlib.sha256()
-    rows = held = unique = answered = compared = scored = 0
-    for prompt, left_out in each_prompt(source, limit):
+    with closing(Repeats()) as contents, closing(Repeats()) as ids:
+        return _scanned(source, limit, holds, contents, ids)
+
+
+def _scanned(source: PromptSource, limit: int | None, holds: Holds, contents: Repeats, ids: Repeats) -> Scan:
+    import numpy as np
+
+    digest, like, held = hashlib.sha256(), _like(source), 0
+    # 8 bytes of each hash: a clash among 10^6 has odds of 3 in 10^8.
+    counts, row = [0] * 4, -1  # different prompts, and of these those with an answer, with answers, with scores
+    for row, prompt in enumerate(read_prompts(source, limit)):
+        content = prompt.content_id
         labels = f"\0{content_hash(dict(prompt.labels))}" if prompt.labels else ""
-        digest.update(f"{prompt.id}\0{prompt.content_id}{labels}\n".encode())
-        rows += 1
+        digest.update(f"{prompt.id}\0{content}{labels}\n".encode())
         held += holds(prompt.id)
-        if left_out is None:
-            unique += 1
-            answered += prompt.answer is not None
-            compared += bool(prompt.answers)
-            scored += bool(prompt.scores)
-    if rows == 0:
+        own = [like(prompt) is None, prompt.answer is not None, bool(prompt.answers), bool(prompt.scores)]
+        counted = [own[0] and one for one in own]
+        counts = [count + one for count, one in zip(counts, counted, strict=True)]
+        contents.add(int(content, 16), row << 4 | sum(one << bit for bit, one in enumerate(counted)))
+        if prompt.id != content:
+            ids.add(int(content_hash(prompt.id)[:16], 16), row)
+    if row < 0:
         raise UserError(f"{source.path} has no rows; give at least one prompt")
-    return Scan(rows, held, unique, answered, compared, scored, digest.hexdigest())
+    repeated = np.zeros(row // 8 + 1, dtype=np.uint8)
+    for found in contents.found():
+        counts = [count - int((found >> bit & 1).sum()) for bit, count in enumerate(counts)]
+        np.bitwise_or.at(repeated, found >> 7, np.uint8(1) << (found >> 4 & 7).astype(np.uint8))
+    clashes = ids.found(lambda rows: repeated[rows >> 3] >> (rows & 7).astype(np.uint8) & 1 == 0)
+    if clash := min((int(rows.min()) for rows in clashes if len(rows)), default=None):
+        told = next(islice(read_prompts(source, limit), clash, None)).id
+        raise UserError(
+            f"{public_path(source.path)}, row {clash + 1}: the id {told!r} stands for two different prompts"
+        )
+    return Scan(row + 1, held, *counts, digest.hexdigest(), repeated.tobytes() if repeated.any() else b"")
 
 
-def each_prompt(source: PromptSource, limit: int | None = None) -> Iterator[tuple[Prompt, str | None]]:
+def each_prompt(
+    source: PromptSource, limit: int | None = None, found: Scan | None = None
+) -> Iterator[tuple[Prompt, str | None]]:
     """Every prompt, and why it is left out: `duplicate`, `near_duplicate`, `in_benchmark`, or None for those that stay.
 
-    Raises UserError where one id stands for two prompts.
+    `found` is what `scan` returned, where the caller has looked already. Raises UserError as `scan` does.
     """
-    # 8 bytes of each hash: what a million prompts may take of memory; a clash among 10^6 has odds of 3 in 10^8.
-    contents, ids = Seen(), Seen()
+    found, like = found or scan(source, limit), _like(source)
+    for row, prompt in enumerate(read_prompts(source, limit)):
+        yield prompt, "duplicate" if found.repeats(row) else like(prompt)
+
+
+def _like(source: PromptSource) -> Callable[[Prompt], str | None]:
+    """Tells of one prompt after another what else it is like, equal ones apart: a benchmark's question, or one before.
+
+    An equal one may be told to it or not: nothing is remembered of what is like another.
+    """
     near = NearDuplicates(source.near_duplicates) if source.near_duplicates else None
     benchmark = _benchmark(source.not_in) if source.not_in else None
-    for number, prompt in enumerate(read_prompts(source, limit), 1):
-        content = prompt.content_id
-        if not contents.add(int(content, 16)):
-            yield prompt, "duplicate"
-            continue
-        if prompt.id != content and not ids.add(int(content_hash(prompt.id)[:16], 16)):
-            told = public_path(source.path)
-            raise UserError(f"{told}, row {number}: the id {prompt.id!r} stands for two different prompts")
+
+    def like(prompt: Prompt) -> str | None:
         text = task_text(prompt.messages) if near or benchmark else ""
         if benchmark and benchmark.asks(text):
-            yield prompt, "in_benchmark"
-        else:
-            yield prompt, "near_duplicate" if near and near.seen(text) else None
+            return "in_benchmark"
+        return "near_duplicate" if near and near.seen(text) else None
+
+    return like
 
 
 def _benchmark(path: str) -> Benchmark:
@@ -273,13 +306,20 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        batches = pq.ParquetFile(path).iter_batches(batch_size=1000)
-        yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
+        yield from _numbered(path, parquet_rows(path, 1000))
     except pa.ArrowException as error:
         raise UserError(f"{path}: not Parquet ({one_line(error)})") from error
+
+
+def parquet_rows(path: Path, at_once: int) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, `at_once` in memory; by its default pyarrow keeps whole files."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 14) as file:
+        for batch in file.iter_batches(batch_size=at_once):
+            yield from batch.to_pylist()
 
 
 def load_split(path: str, split: str, **options: Any) -> Any:

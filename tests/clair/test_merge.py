@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from clair.build import build
 from clair.config import public
-from clair.merge import merge
+from clair.merge import _allow_files, merge
 from clair.recipe import UserError
 from clair.shards import Shard, read_shard, sharded
 from tests.clair.building import clair, drops, final_bytes, manifest, pairs
@@ -167,3 +168,17 @@ def test_shards_that_do_not_fit_are_refused_by_name(tmp_path, monkeypatch):
     ended = clair("merge", tmp_path / "all-shards")
     assert ended.code == 0, ended
     assert len(pairs(tmp_path / "all")) == manifest(tmp_path / "all")["counts"]["pairs"]
+
+
+def test_a_merge_may_open_the_files_of_all_shards_or_says_what_to_raise():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+        _allow_files(150)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 200
+        _allow_files(before[0])
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == before[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    with pytest.raises(UserError, match=rf"{2**62} files to open at once, .* raise it \(ulimit -Hn\)"):
+        _allow_files(2**62)

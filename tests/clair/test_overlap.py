@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 
-from clair.overlap import Benchmark, NearDuplicates, Seen
+from clair.overlap import Benchmark, NearDuplicates, Repeats
 from clair.sources import PromptSource, each_prompt
 
 WORDS = [f"w{i}" for i in range(500)]
@@ -46,12 +46,22 @@ def test_prompts_are_left_out_by_reason_and_the_first_stays(tmp_path):
     assert [why for _, why in each_prompt(source)] == [None, "near_duplicate", "in_benchmark", None, "duplicate"]
 
 
-def test_numbers_seen_before_are_known_however_many_there_are():
+def test_rows_whose_key_came_before_are_found_however_many_there_are():
     draw = random.Random(0)
-    numbers = [draw.choice([0, 1, 2**64 - 1, draw.getrandbits(64), draw.getrandbits(12)]) for _ in range(20_000)]
-    numbers = [number or 1 for number in numbers]  # 0 counts as 1, which for a hash is a clash of 2 in 2**64
-    seen, known = Seen(), set()
-    for number in numbers:
-        assert seen.add(number) == (number not in known)
-        known.add(number)
-    assert len(known) > 5_000
+    keys = [draw.choice([0, 2**64 - 1, draw.getrandbits(64), draw.getrandbits(14)]) for _ in range(40_000)]
+    repeats, known, again = Repeats(), set(), []
+    for row, key in enumerate(keys):
+        repeats.add(key, row)
+        again += [row] if key in known else []
+        known.add(key)
+    assert any(bucket._rolled for bucket in repeats._buckets)  # onto disk
+    assert sorted(row for rows in repeats.found() for row in rows.tolist()) == again
+    repeats.close()
+
+
+def test_rows_that_do_not_count_are_no_earlier_rows_either():
+    repeats = Repeats()
+    for row, key in enumerate([7, 7, 7, 9]):
+        repeats.add(key, row)
+    assert [row for rows in repeats.found(lambda rows: rows > 0) for row in rows.tolist()] == [2]
+    repeats.close()

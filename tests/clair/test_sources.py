@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -275,12 +276,19 @@ def test_bytes_that_are_no_utf_8_become_replacement_characters(tmp_path):
     assert prompts(path)[0].messages[0]["content"] == "caf\ufffd"
 
 
-def test_a_million_rows_are_not_in_memory(tmp_path):
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_million_rows_are_not_in_memory(tmp_path, kind):
     """Reading 40,000 rows of 2.5 kB (100 MB) takes far less memory than they have."""
-    path = tmp_path / "p.jsonl"
-    with open(path, "w") as file:
-        for n in range(40_000):
-            file.write(json.dumps({"prompt": f"{n} " + "x" * 2500}) + "\n")
+    path = tmp_path / f"p.{kind}"
+    if kind == "jsonl":
+        with open(path, "w") as file:
+            for n in range(40_000):
+                file.write(json.dumps({"prompt": f"{n} " + "x" * 2500}) + "\n")
+    else:
+        draw = random.Random(0)
+        with pq.ParquetWriter(path, pa.schema([("prompt", pa.string())])) as file:
+            for _ in range(40):
+                file.write_table(pa.table({"prompt": [draw.randbytes(1250).hex() for _ in range(1000)]}))
     code = (
         "import resource, sys\n"
         "from clair.sources import PromptSource, scan\n"
