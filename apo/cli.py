@@ -170,7 +170,7 @@ def _print_plan(config: Any, processes: int | None) -> None:
         print(f"# guard: {planned.rails.told(planned.steps)}")
     for note in planned.train.notes:
         print(f"# note: {note}")
-    if config.quantize and (reason := why_not_quantized(cpu=planned.args.use_cpu)):
+    if config.quantize and (reason := why_not_quantized()):
         print(f"# note: not here: {reason}")
     _print_estimate(planned)
 

@@ -104,7 +104,7 @@ class Job:
 
     `rows`, `pairs`, `seen` (in training) and `padded_tokens` (of TRL's batch, an epoch) are of the pairs looked at,
     each of which `stands_for` so many. `mismatched`: each is also run with its neighbour's response, for KTO's kl.
-    `quantized`: linear layers below an adapter are in NF4, and the adapter in 2 bytes, as TRL puts it.
+    `quantized`: linear layers below an adapter are in NF4.
     Of several `processes` all costs are those of one; `sharded` ones share weights, gradients and states (FSDP2).
     """
 
@@ -129,8 +129,8 @@ class Job:
 
     @property
     def trained_weight(self) -> int:
-        """Bytes of a trained parameter, of its gradient and of each of its optimizer's states."""
-        return 2 if self.quantized else self.weight
+        """Bytes of a trained parameter, its gradient and each of its optimizer's states; an adapter is in float32."""
+        return 4 if self.is_adapter else self.weight
 
     @property
     def is_adapter(self) -> bool:

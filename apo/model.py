@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+NF4_BLOCK = 64
+"""Weights that share a constant in NF4."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
         model = AutoModelForCausalLM.from_pretrained(name.base, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {name.base} cannot be loaded: {one_line(error)}") from error
+    _mend_on_cpu(model)
     if not name.is_adapter:
         return model
     from peft import PeftModel
@@ -117,12 +120,10 @@ def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
         raise UserError(f"adapter {name.path} does not fit {name.base}: {one_line(error)}") from error
 
 
-def why_not_quantized(*, cpu: bool) -> str | None:
+def why_not_quantized() -> str | None:
     """Why a model cannot be loaded in 4 bits here, or None."""
     if find_spec("bitsandbytes") is None:
         return "quantize: nf4 needs bitsandbytes, which is not installed: pip install 'clair-apo[quantize]'"
-    if cpu:
-        return "quantize: nf4 needs a GPU, and this run would use the CPU; start it on a GPU, or leave quantize out"
     return None
 
 
@@ -137,6 +138,25 @@ def four_bits(compute: str) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
     )
+
+
+def _mend_on_cpu(model: PreTrainedModel) -> None:
+    """Make 4-bit weights on a CPU compute what they hold.
+
+    On processors with AVX512-BF16 bitsandbytes (0.50) lays them out anew when they are first asked without a gradient,
+    and multiplies in bfloat16 and without a backward from then on: after one look at the reference an adapter would be
+    trained on wrong gradients. So the layout is kept. Rows that are no whole number of blocks it reads back wrongly:
+    raises UserError for these.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        if module.weight.device.type == "cpu" and module.in_features % NF4_BLOCK:
+            raise UserError(
+                f"quantize: {name} has rows of {module.in_features} weights, and on a CPU bitsandbytes reads back "
+                f"wrong numbers where they are no multiple of {NF4_BLOCK}; start it on a GPU, or leave quantize out"
+            )
 
 
 def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, path: str) -> None:

@@ -29,7 +29,7 @@ def train(config: TrainConfig, *, tell: Callable[[str], None] = print) -> dict[s
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     options = config.trainer
     check_deepspeed(bool(options.get("deepspeed")))
-    if config.quantize and (reason := models.why_not_quantized(cpu=_on_cpu(config))):
+    if config.quantize and (reason := models.why_not_quantized()):
         raise UserError(reason)
     with joined(cpu=_on_cpu(config), seconds=float(options.get("ddp_timeout", 1800))) as group:
         told = tell if group.is_main else _silent
@@ -125,6 +125,8 @@ def build_trainer(planned: Plan, group: Group | None = None, tell: Callable[[str
     if config.quantize:
         compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(options.get("dtype", "float32"))
         options["quantization_config"] = models.four_bits(compute)
+        if args.device.type == "cpu":
+            options["device_map"] = {"": "cpu"}  # transformers would take a GPU that the recipe leaves unused
     with group.together():
         model = models.load_model(planned.name, **options)
         models.check_vocabulary(model, planned.tokenizer, planned.name.base)

@@ -108,6 +108,9 @@ class APOTrainer(DPOTrainer):
         uses_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
         self.is_fsdp_enabled = self._shards
+        if getattr(model, "is_loaded_in_4bit", False):  # TRL has put the adapter into bfloat16, which drops small steps
+            for weight in self.model.parameters():
+                weight.data = weight.data.float() if weight.requires_grad else weight.data
         args.precompute_ref_log_probs = self.precompute_ref_logps = asked
         if args.weights is not None and not isinstance(self.data_collator, WeightedCollator):
             self.data_collator = WeightedCollator(self.data_collator, args.weights)
