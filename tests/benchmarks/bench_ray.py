@@ -1,9 +1,10 @@
 """Two nodes on this machine, one killed at a random moment of the build: the bytes of one process, what is paid twice.
 
-    python tests/benchmarks/run.py ray
+    python tests/benchmarks/run.py ray ray_url
 
 REPEATS=10 and ROWS=150 choose. The moment is when so many requests have come, drawn evenly from those that an
-undisturbed build on two nodes sends: before the first one there is nothing to lose.
+undisturbed build on two nodes sends: before the first one there is nothing to lose. `ray_url` does the same with all of
+it in an object store, each node and the driver with a disk of its own, and the dead node's disk lost with it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +23,49 @@ REPEATS = int(os.environ.get("REPEATS", "10"))
 ROWS = int(os.environ.get("ROWS", "150"))
 
 
-def measure() -> dict[str, Any]:
+def measure(*, at_url: bool = False) -> dict[str, Any]:
     """Of each repeat: when the node died, seconds in all, whether the bytes are the same, and what was paid twice."""
     from tests.clair.building import final_bytes, finished, scripted, start_clair
     from tests.clair.ray_nodes import CONCURRENCY, cluster, paid_twice, wait_until, write_all_fates
+    from tests.clair.s3_server import SHORT, fetched, machines_at, s3_server
 
     draw = random.Random(7)
-    with tempfile.TemporaryDirectory() as name, scripted() as server, cluster() as nodes:
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        server, nodes = stack.enter_context(scripted()), stack.enter_context(cluster())
         folder = Path(name)
         recipe = write_all_fates(folder, server.url, ROWS)
         assert finished(start_clair("build", recipe, "--out", folder / "one")).code == 3
         expected = final_bytes(folder / "one")
+        store = stack.enter_context(s3_server())[0] if at_url else ""
+        if at_url:
+            (folder / "sitecustomize.py").write_text(SHORT)
+            os.environ |= machines_at(store, folder)
 
-        def run(kill_at: int | None) -> dict[str, Any]:
-            for left in ("all", "all-shards"):
+        def node(machine: str) -> Any:
+            os.environ["CLAIR_CACHE"] = str(folder / machine)
+            return nodes.add()
+
+        def run(number: int, kill_at: int | None) -> dict[str, Any]:
+            for left in ("all", "all-shards", "first", "second", "third"):
                 shutil.rmtree(folder / left, ignore_errors=True)
             server.forget()
-            dying, living = nodes.add(), nodes.add()
+            dying, living = node("first"), node("second")
+            os.environ["CLAIR_CACHE"] = str(folder / "third")
             started = time.monotonic()
-            arguments = ["--out", folder / "all", "--runner", "ray", "--address", nodes.address, "--shards", "4"]
-            build = start_clair("build", recipe, *arguments)
+            out = f"s3://pairs/{number}" if at_url else str(folder / "all")
+            build = start_clair(
+                "build", recipe, "--out", out, "--runner", "ray", "--address", nodes.address, "--shards", "4"
+            )
             if kill_at is not None:
                 wait_until(lambda: len(server.seen()) >= kill_at, 400)
                 asked = len(server.seen())
                 nodes.kill(dying)
+                shutil.rmtree(folder / "first", ignore_errors=True)
             code = finished(build, 400).code
             told: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1), "code": code}
-            told |= {"same_bytes": final_bytes(folder / "all") == expected, "paid_twice": paid_twice(server)}
-            told |= {"requests": len(server.seen())}
+            built = fetched(store, out) if at_url else final_bytes(folder / "all")
+            told |= {"same_bytes": {name: built[name] for name in expected} == expected}
+            told |= {"paid_twice": paid_twice(server), "requests": len(server.seen())}
             if kill_at is None:
                 nodes.kill(dying)
             else:
@@ -56,8 +73,8 @@ def measure() -> dict[str, Any]:
             nodes.kill(living)
             return told
 
-        undisturbed = run(None)
-        killed = [run(draw.randint(1, undisturbed["requests"])) for _ in range(REPEATS)]
+        undisturbed = run(0, None)
+        killed = [run(number, draw.randint(1, undisturbed["requests"])) for number in range(1, REPEATS + 1)]
     return {"rows": ROWS, "in_flight_at_most": CONCURRENCY, "undisturbed": undisturbed, "killed": killed}
 
 

@@ -10,12 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from tests.clair.building import ROOT, SPLIT_FILES
 
 FILES = (*SPLIT_FILES, "dropped.jsonl", "README.md")
 KEYS = {"AWS_ACCESS_KEY_ID": "an-access-key-id", "AWS_SECRET_ACCESS_KEY": "a-very-secret-key"}
 ENVIRONMENT = {**KEYS, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+SHORT = "from clair import hold; hold.LEASE, hold.BEAT = 5.0, 0.5"
+"""As a sitecustomize.py: runs on URLs are taken for dead after a test's time."""
 
 
 @contextlib.contextmanager
@@ -44,6 +47,12 @@ def s3_server(port: int = 0, **environment: str) -> Iterator[tuple[str, subproce
     finally:
         process.kill()
         process.wait(10)
+
+
+def machines_at(url: str, customized: Path) -> dict[str, str]:
+    """The environment of machines that use a bucket `pairs` of the server, and Python as the folder customizes it."""
+    bucket(url, "pairs")
+    return {**ENVIRONMENT, "AWS_ENDPOINT_URL": url, "PYTHONPATH": f"{customized}{os.pathsep}{ROOT}"}
 
 
 def bucket(url: str, name: str) -> None:

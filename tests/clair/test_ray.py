@@ -27,7 +27,7 @@ from tests.clair.building import (
     write_recipe,
 )
 from tests.clair.ray_nodes import CONCURRENCY, cluster, paid_twice, wait_until, write_all_fates
-from tests.clair.s3_server import ENVIRONMENT, FILES, KEYS, bucket, fetched, in_s3, s3_server
+from tests.clair.s3_server import FILES, KEYS, SHORT, fetched, in_s3, machines_at, s3_server
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +130,6 @@ def test_ctrl_c_keeps_what_is_in_flight_and_the_same_command_goes_on(recipe, nod
     nodes.kill(node)
 
 
-SHORT = "from clair import hold; hold.LEASE, hold.BEAT = 5.0, 0.5"
-
-
 @pytest.mark.slow
 def test_at_a_url_the_machines_of_driver_and_worker_are_lost_and_others_go_on_and_a_second_driver_is_refused(
     tmp_path, nodes, server, monkeypatch
@@ -147,9 +144,7 @@ def test_at_a_url_the_machines_of_driver_and_worker_are_lost_and_others_go_on_an
     path = write_recipe(tmp_path, server.url, reviser=reviser, concurrency=CONCURRENCY, budget={"money": 1})
     (tmp_path / "sitecustomize.py").write_text(SHORT)
     with s3_server() as (url, _):
-        bucket(url, "pairs")
-        everywhere = {**ENVIRONMENT, "AWS_ENDPOINT_URL": url, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-        for name, value in {**everywhere, "CLAIR_CACHE": str(tmp_path / "first")}.items():
+        for name, value in {**machines_at(url, tmp_path), "CLAIR_CACHE": str(tmp_path / "first")}.items():
             monkeypatch.setenv(name, value)
         node = nodes.add()
         build = start(path, nodes, "--shards", "2", out=out)
