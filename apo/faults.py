@@ -14,6 +14,7 @@ from apo import checkpoints
 from apo.dynamics import work_of
 from apo.logps import Batch, examples_of
 from apo.tokens import ID_COLUMNS
+from apo.zero import own_part
 from clair.recipe import EXIT_STOPPED, UserError
 
 if TYPE_CHECKING:
@@ -83,8 +84,7 @@ def check_gradient(trainer: APOTrainer, norm: float | None) -> None:
 
 def check_weights_finite(trainer: APOTrainer) -> None:
     """Raises Stopped where a trained weight is not finite, so that no such checkpoint or model is ever written."""
-    weights = [weight.detach() for weight in trainer.model.parameters() if weight.requires_grad]
-    mine = [weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights]
+    mine = [own_part(weight) for weight in trainer.model.parameters() if weight.requires_grad]
     if not torch.stack([weight.isfinite().all() for weight in mine]).all():
         raise Stopped(
             f"step {trainer.state.global_step}: trained weights are not finite, so nothing is saved; lower "

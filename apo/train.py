@@ -13,6 +13,7 @@ from apo import run as runs
 from apo.config import TrainConfig, lora_of
 from apo.plan import Plan, estimate, plan
 from apo.processes import Group, check_deepspeed, joined
+from apo.zero import whole
 from clair.recipe import UserError, one_line, resolved, write_json
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def build_trainer(planned: Plan, group: Group | None = None, tell: Callable[[str
         options["quantization_config"] = models.four_bits(compute)
         if args.device.type == "cpu":
             options["device_map"] = {"": "cpu"}  # transformers would take a GPU that the recipe leaves unused
-    with group.together():
+    with group.together(), whole():
         model = models.load_model(planned.name, **options)
         models.check_vocabulary(model, planned.tokenizer, planned.name.base)
     try:

@@ -50,6 +50,7 @@ from apo.prefix import (
 from apo.processes import asks_for_fsdp, check_devices
 from apo.reference import with_reference
 from apo.tokens import end_ids, tokenize
+from apo.zero import check_zero, get_ready, hush, tell
 from clair.recipe import UserError
 
 SMALLEST_WEIGHT = 1e-30
@@ -82,6 +83,9 @@ class APOTrainer(DPOTrainer):
         if kwargs.get("compute_metrics") is not None:
             raise UserError("compute_metrics would be ignored: the batch's logits are never built; leave it out")
         check_devices(args)
+        check_zero(args)
+        if isinstance(model, torch.nn.Module):
+            get_ready(model, args)
         self.objective = mixture_of(args.objective)
         self.pair_logps = pair_logps or stacked_logps
         self._may_share = pair_logps is None and args.shared_prefix
@@ -108,6 +112,8 @@ class APOTrainer(DPOTrainer):
         uses_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
         self.is_fsdp_enabled = self._shards
+        if self.is_deepspeed_enabled:
+            self.model.to(args.device)  # transformers leaves that to DeepSpeed, and the model is asked before
         if getattr(model, "is_loaded_in_4bit", False):  # TRL has put the adapter into bfloat16, which drops small steps
             for weight in self.model.parameters():
                 weight.data = weight.data.float() if weight.requires_grad else weight.data
@@ -133,13 +139,14 @@ class APOTrainer(DPOTrainer):
         return self.pair_logps is shared_prefix_logps
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The accelerator; of FSDP, TRL is told when it is built.
+        """The accelerator; of FSDP, TRL is told when it is built, and of ZeRO-3 transformers when training starts.
 
-        The model is whole until training starts, and so the reference's log-probs are computed by it. TRL would load a
-        second model for them.
+        The model is whole until then, and so the reference's log-probs are computed by it. TRL would load a second
+        model for them.
         """
         super().create_accelerator_and_postprocess()
         self._shards, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+        self._deepspeed_config = hush() if self.is_deepspeed_enabled else None
 
     def _share_prefixes(self) -> None:
         """Ask in packed rows from now on, if the model can be and agrees with TRL's batch on two pairs."""
@@ -161,6 +168,10 @@ class APOTrainer(DPOTrainer):
             self.pair_logps = shared_prefix_logps
         else:
             self.notes.append(f"prompts are run twice and batches padded, as in TRL: the model cannot share, {reason}")
+
+    def _prepare_input(self, data: Any) -> Any:
+        """On the device, in its own type: under DeepSpeed transformers rounds log-probs to that of the weights."""
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
     def _shortest_pairs(self) -> list[dict[str, Any]]:
         """Two pairs to compare packed rows with TRL's batch on: no longer than they must be.
@@ -228,6 +239,7 @@ class APOTrainer(DPOTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's training. Raises `faults.Stopped` where the memory is used up or a loss is not finite."""
+        tell(self._deepspeed_config)
         with memory_watched(self, "training"):
             return super().train(*args, **kwargs)
 
@@ -491,4 +503,4 @@ def _can_be_copied(model: Any, args: APOConfig, peft_config: Any) -> bool:
     """Whether the reference can be a copy in memory; where it cannot, TRL loads the model's folder a second time."""
     if isinstance(model, str) or peft_config is not None or is_peft_model(model):
         return False
-    return not (args.deepspeed or args.fsdp or getattr(model, "hf_device_map", None))
+    return not (args.fsdp or getattr(model, "hf_device_map", None))

@@ -1,5 +1,5 @@
-"""One process, two with DDP, two that shard the model by accelerate's FSDP2, and two by torch's own `fully_shard`: the
-same pairs at every step, the same numbers, the same model.
+"""One process, two with DDP, two that shard the model by accelerate's FSDP2, by torch's own `fully_shard`, and by
+DeepSpeed's ZeRO, if it is there: the same pairs at every step, the same numbers, the same model.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import statistics
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,30 +21,42 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
+ZERO = tuple(way for way in OF if way.startswith("zero"))
+INSTALLED = ("one", "ddp", "fsdp", "raw", *(ZERO if find_spec("deepspeed") else ()))
+WITHOUT = pytest.mark.skipif("zero2" not in INSTALLED, reason="DeepSpeed is not installed: the extra `deepspeed`")
+
+
+def launcher(way):
+    """What starts the processes: torchrun, or accelerate with the config that comes with the project, on two CPUs."""
+    if way not in ZERO:
+        return ["torch.distributed.run", "--standalone", "--nproc_per_node", 1 if way == "one" else 2]
+    config = ROOT / "recipes" / "accelerate" / f"{way}.yaml"
+    changes = ["--num_processes", 2, "--main_process_port", 0, "--mixed_precision", "no"]
+    return ["accelerate.commands.launch", "--config_file", config, *changes]
+
+
 @pytest.fixture(scope="module")
 def arms(tmp_path_factory):
     """What train_together.py found, by way."""
     folder = tmp_path_factory.mktemp("processes")
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf"),
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf"), "TORCH_CPP_LOG_LEVEL": "ERROR", "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
-    for way, processes in (("one", 1), ("ddp", 2), ("fsdp", 2), ("raw", 2)):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    for way in INSTALLED:
         asked = ["ddp" if way == "one" else way, *([folder / "one"] if way == "raw" else [])]
-        command = [sys.executable, *torchrun, "-m", "tests.apo.train_together", folder / way, *asked]
+        command = [sys.executable, "-m", *launcher(way), "-m", "tests.apo.train_together", folder / way, *asked]
         done = subprocess.run(
             list(map(str, command)), env=environment, cwd=folder, capture_output=True, text=True, check=False,
             timeout=240,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-    return {
-        way: (folder / way, json.loads((folder / way / "steps.json").read_text()))
-        for way in ("one", "ddp", "fsdp", "raw")
-    }
+    return {way: (folder / way, json.loads((folder / way / "steps.json").read_text())) for way in INSTALLED}
 
 
-WAYS = [(way, case) for way, cases in OF.items() for case in cases]
+WAYS = [
+    pytest.param(way, case, marks=WITHOUT if way in ZERO else ()) for way, cases in OF.items() for case in cases
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("way", "case"), WAYS)
@@ -71,7 +84,7 @@ def test_the_model_is_that_of_one_process(way, case, arms):
     assert apart <= 1e-5 * sum(float(tensor.norm() ** 2) for tensor in one.values()) ** 0.5
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp", *(pytest.param(way, marks=WITHOUT) for way in ZERO)])
 def test_every_step_has_the_pairs_of_one_process_in_their_order(way, arms):
     for case in OF[way]:
         assert arms[way][1][case]["pairs"] == arms["one"][1][case]["pairs"]

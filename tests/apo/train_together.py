@@ -1,7 +1,8 @@
 """Run by torchrun, as `train_together.py OUT WAY`: trains every case below and writes what each step was.
 
-The way is "ddp" (or one process), "fsdp" (accelerate's FSDP2, on CPUs that accelerate is told are GPUs) or "raw", a
-loop of its own over torch's `fully_shard` that is given the pairs of each step by an earlier run, as `raw OTHER_OUT`.
+The way is "ddp" (or one process), "fsdp" (accelerate's FSDP2, on CPUs that accelerate is told are GPUs), "zero2" or
+"zero3" (DeepSpeed, likewise, as accelerate's launcher asked for it) or "raw", a loop of its own over torch's
+`fully_shard` that is given the pairs of each step by an earlier run, as `raw OTHER_OUT`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from datasets import Dataset
 
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
+from tests.apo.deepspeed_on_cpus import let_cpus_share_out
 from tests.apo.test_unpaired import make_rows
 
 STEPS = 20
@@ -30,8 +32,9 @@ CASES = {
     "unpaired": {"lora": True, "objective": "kto", "unpaired": True},
     "weights": {"weights": "weight", "shared_prefix": False},
 }
-OF = {"ddp": tuple(CASES), "fsdp": tuple(name for name in CASES if name != "online"), "raw": ("llama", "tied")}
-"""Cases by way. A second whole model beside a sharded one is refused."""
+OF = {"ddp": tuple(CASES), "fsdp": tuple(name for name in CASES if name != "online"), "raw": ("llama", "tied"),
+      "zero2": tuple(CASES), "zero3": tuple(CASES)}  # fmt: skip
+"""Cases by way. Under FSDP a second whole model beside a sharded one is refused."""
 LEARNING_RATE = 1e-4
 
 
@@ -101,7 +104,8 @@ def train(name, out, way):
         peft_config=lora,
     )  # fmt: skip
     assert trainer.is_fsdp_enabled == (way == "fsdp")
-    assert trainer.packs == case.get("shared_prefix", True), trainer.notes
+    assert trainer.is_deepspeed_enabled == way.startswith("zero")
+    assert trainer.packs == (case.get("shared_prefix", True) and not trainer.is_deepspeed_enabled), trainer.notes
     trainer.train()
     trainer.save_model(str(out / name))
     if trainer.is_world_process_zero():
@@ -166,6 +170,8 @@ def main():
     else:
         if way == "fsdp":
             let_cpus_shard()
+        elif way.startswith("zero"):
+            let_cpus_share_out()
         for name in OF[way]:
             found[name] = train(name, out, way)
     if int(os.environ.get("RANK", "0")) == 0:

@@ -1,0 +1,85 @@
+"""What ZeRO changes about the weights, looked at without DeepSpeed; test_deepspeed.py runs it where it is installed."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.integrations import deepspeed as theirs
+
+from apo import zero
+from apo.arguments import APOConfig
+from apo.trainer import APOTrainer
+from clair.recipe import UserError
+from tests.apo.conftest import make_model
+
+
+class Stage3:
+    def is_zero3(self):
+        return True
+
+
+def plugin(stage=3, save=True, **config):
+    return SimpleNamespace(
+        deepspeed_plugin=SimpleNamespace(zero_stage=stage, zero3_save_16bit_model=save, deepspeed_config=config)
+    )
+
+
+def test_a_model_loaded_inside_whole_is_not_shared_out():
+    config = Stage3()  # transformers holds it by a weak reference
+    theirs.set_hf_deepspeed_config(config)
+    try:
+        with contextlib.suppress(KeyError), zero.whole():
+            assert not theirs.is_deepspeed_zero3_enabled()
+            raise KeyError
+        assert theirs.is_deepspeed_zero3_enabled(), "training needs to know"
+    finally:
+        theirs.unset_hf_deepspeed_config()
+    with zero.whole():
+        pass
+    assert not theirs.is_deepspeed_zero3_enabled()
+
+
+def test_zero_3_that_saves_no_weights_is_refused():
+    with pytest.raises(UserError, match="set zero3_save_16bit_model: true"):
+        zero.check_zero(plugin(save=False))
+    zero.check_zero(plugin())
+    zero.check_zero(plugin(stage=2, save=False))
+    zero.check_zero(SimpleNamespace(deepspeed_plugin=None))
+
+
+def test_weights_that_are_already_shared_out_are_refused(tmp_path, pairs, tokenizer):
+    model = make_model()
+    model.lm_head.weight.ds_id = 0
+    with pytest.raises(UserError, match=r"shared out by ZeRO-3 when the model was loaded.* apo.zero.whole\(\)"):
+        APOTrainer(model, args=APOConfig(output_dir=str(tmp_path)), train_dataset=pairs, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_weights_come_into_the_type_that_deepspeed_trains_and_buffers_do_not(name, dtype):
+    model = make_model()
+    zero.get_ready(model, plugin(bf16={"enabled": False}))
+    assert model.dtype == torch.float32
+    zero.get_ready(model, plugin(**{name: {"enabled": True}}))
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32, "positions need its digits"
+
+
+def test_log_probs_in_a_batch_keep_their_type_under_deepspeed(tmp_path, pairs, tokenizer):
+    args = APOConfig(output_dir=str(tmp_path))
+    trainer = APOTrainer(make_model(), args=args, train_dataset=pairs, processing_class=tokenizer)
+    trainer.is_deepspeed_enabled = True  # transformers then asks DeepSpeed's config for a type
+    given = {"ref_chosen_logps": torch.tensor([-1234.5678], dtype=torch.float64), "ids": [torch.tensor([3])]}
+    found = trainer._prepare_inputs(given)
+    assert found["ref_chosen_logps"].dtype == torch.float64
+    assert found["ref_chosen_logps"].item() == -1234.5678
+    assert found["ids"][0].tolist() == [3]
+
+
+def test_the_part_of_a_weight_that_is_here_is_what_is_looked_at():
+    weight = torch.nn.Parameter(torch.ones(2))
+    assert zero.own_part(weight).tolist() == [1, 1]
+    weight.ds_tensor = torch.tensor([float("nan")])
+    assert zero.own_part(weight).isnan().all()
