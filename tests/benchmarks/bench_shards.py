@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-SIZES = [int(rows) for rows in os.environ.get("ROWS", "10000,100000,200000").split(",")]
+SIZES = [int(rows) for rows in os.environ.get("ROWS", "10000,100000,1000000").split(",")]
 SHARDS = int(os.environ.get("SHARDS", "2"))
 PLANS, ROWS_OF_A_SHARD, PLANNED = (10**4, 10**5, 10**6), 10_000, 10**8
 
