@@ -293,7 +293,7 @@ def share_if_exact(
             share_prefixes(model, way)
         try:
             with autocast():
-                reason = None if agrees(models[0], pairs, plain) else "its log-probs differ in packed rows"
+                reason = None if agrees(models[0], pairs, plain, dtype) else "its log-probs differ in packed rows"
         except (RuntimeError, TypeError, ValueError) as error:
             if fatal(error):
                 raise
@@ -306,11 +306,11 @@ def share_if_exact(
     return reason, notes if reason is None else []
 
 
-def agrees(model: torch.nn.Module, batch: Batch, plain: PairLogps) -> bool:
-    """Whether packed rows give what TRL's stacked batch gave, up to the rounding of the model's numbers."""
+def agrees(model: torch.nn.Module, batch: Batch, plain: PairLogps, dtype: torch.dtype) -> bool:
+    """Whether packed rows give what TRL's stacked batch gave, up to the rounding of products in `dtype`."""
     with torch.no_grad():
         packed = shared_prefix_logps(model, batch)
-    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     return all(
         torch.allclose(mine.float(), other.float(), rtol=tolerance, atol=20 * tolerance)
         for mine, other in zip(packed[:2], plain[:2], strict=True)

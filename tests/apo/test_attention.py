@@ -89,3 +89,13 @@ def test_a_way_that_disagrees_is_not_taken(monkeypatch):
     layout = lay_out(pairs(*SHAPES))
     packed_logps(model, layout)
     assert layout.way == "split"
+
+
+def test_how_near_packed_rows_must_come_is_a_matter_of_what_products_are_in(monkeypatch):
+    plain = prefix.PairLogps(*(torch.tensor([-1000.0]) for _ in range(2)), *(torch.tensor([500]) for _ in range(2)))
+    near = plain._replace(chosen=plain.chosen * 1.001)
+    monkeypatch.setattr(prefix, "shared_prefix_logps", lambda *_: near)
+    model = tiny()
+    assert model.dtype == torch.float32, "as the weights of mixed precision are"
+    assert prefix.agrees(model, {}, plain, torch.bfloat16)
+    assert not prefix.agrees(model, {}, plain, torch.float32)

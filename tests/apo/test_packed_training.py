@@ -94,3 +94,20 @@ def test_selecting_pairs_keeps_both_halves_together():
     chosen = select(batch, [2, 0])
     assert chosen["input_ids"].flatten().tolist() == [2, 0, 5, 3]
     assert chosen["ref_chosen_logps"].tolist() == [2.0, 0.0]
+
+
+def test_rounding_of_mixed_precision_is_no_reason_to_pad(tmp_path, tokenizer, pairs):
+    """Weights in float32 and products in bfloat16: what a GPU trains by default."""
+
+    def longer(turns):
+        return [{**turn, "content": " ".join([turn["content"]] * 8)} for turn in turns]
+
+    pairs = pairs.select(range(8)).map(lambda pair: {name: longer(pair[name]) for name in ("prompt", "chosen", "rejected")})
+    packs = []
+    for seed in range(8):
+        args = APOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True, per_device_train_batch_size=4)
+        model = make_model(seed, hidden_size=128, intermediate_size=256, initializer_range=0.2)
+        trainer = APOTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer)
+        assert next(trainer.model.parameters()).dtype == torch.float32
+        packs.append(trainer.packs)
+    assert packs == [True] * 8
