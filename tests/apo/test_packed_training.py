@@ -102,7 +102,8 @@ def test_rounding_of_mixed_precision_is_no_reason_to_pad(tmp_path, tokenizer, pa
     def longer(turns):
         return [{**turn, "content": " ".join([turn["content"]] * 8)} for turn in turns]
 
-    pairs = pairs.select(range(8)).map(lambda pair: {name: longer(pair[name]) for name in ("prompt", "chosen", "rejected")})
+    names = ("prompt", "chosen", "rejected")
+    pairs = pairs.select(range(8)).map(lambda pair: {name: longer(pair[name]) for name in names})
     packs = []
     for seed in range(8):
         args = APOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True, per_device_train_batch_size=4)
