@@ -34,6 +34,8 @@ MEANS_OF_RATIOS = (
 )  # fmt: skip
 """Means over pairs, of unpaired rows over those that have the response. `rewards/accuracies` counts a tie one half;
 `chosen_falls` is the share of chosen responses that have become less likely than under the reference."""
+ROUNDING = 1e-6
+"""Nats a token by which float32 log-probs of equal weights differ at most where other pairs stand beside them."""
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 """Logged of both rewards, as `rewards/chosen_p10` and so on."""
 SHARES = ("saturation", "padding", "shared")
@@ -99,12 +101,14 @@ def measure(rows: Tensor, objective: Mixture, beta: float) -> dict[str, float]:
     if objective.needs_reference:
         reference = of["chosen_ref"], of["rejected_ref"]
         chosen, rejected = policy.chosen - reference[0], policy.rejected - reference[1]
-        ties = (chosen == rejected).double()
+        noise = ROUNDING * policy.chosen_len, ROUNDING * policy.rejected_len
+        ties = ((chosen - rejected).abs() <= noise[0] + noise[1]).double()
+        better = (chosen > rejected) * (1 - ties)
         columns |= {
             "rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected,
-            "rewards/margins": beta * (chosen - rejected), "rewards/accuracies": (chosen > rejected) + ties / 2,
+            "rewards/margins": beta * (chosen - rejected), "rewards/accuracies": better + ties / 2,
             "rewards/ties": ties, "logratios/chosen": chosen, "logratios/rejected": rejected,
-            "chosen_falls": (chosen < 0).double(),
+            "chosen_falls": (chosen < -noise[0]).double(),
         }  # fmt: skip
     columns = {name: column[_rows_with(name, has)] for name, column in columns.items()}
     for name in ("rewards/chosen", "rewards/rejected"):

@@ -140,8 +140,11 @@ def summary(logs: dict[str, Any]) -> str:
         return "  ".join(form.format(logs[key]) for key, form in _LOOKS.items() if key in logs)
     prefix = "eval_" if "eval_loss" in logs else ""
     words = [f"held-out loss {logs['eval_loss']:.4f}" if prefix else f"loss {logs.get('loss', float('nan')):.4f}"]
-    forms = {"chosen": "chosen {:+.3f}", "rejected": "rejected {:+.3f}", "accuracies": "accuracy {:.0%}"}
-    words += [form.format(logs[key]) for name, form in forms.items() if (key := f"{prefix}rewards/{name}") in logs]
+    for side in ("chosen", "rejected"):
+        if (key := f"{prefix}rewards/{side}") in logs:
+            words.append(f"{side} {round(logs[key], 3) + 0.0:+.3f}")  # no minus before zeros
+    if (key := f"{prefix}rewards/accuracies") in logs:
+        words.append(f"accuracy {logs[key]:.0%}")
     if "pairs_per_second" in logs:
         words.append(f"{logs['pairs_per_second']:.3g} pairs/s")
     return "  ".join(words)

@@ -368,6 +368,16 @@ def test_metrics_by_hand():
     })  # fmt: skip
 
 
+def test_what_rounding_tells_apart_is_a_tie_and_no_fall():
+    lengths = torch.tensor([[20, 20], [10, 10]])
+    policy = PairLogps(*torch.tensor([[-4.0, -4.0], [-5.0, -5.0]]), *lengths)
+    reference = torch.tensor([-3.99999, -3.9999]), torch.tensor([-5.00001, -5.0])
+    rows = pair_rows(torch.ones(2), policy, reference, torch.ones(2), (0.0, 0.0), torch.ones(2, 5))
+    means = measure(rows, mixture_of("dpo"), beta=0.5)
+    told = [means[key] for key in ("rewards/ties", "rewards/accuracies", "chosen_falls")]
+    assert told == [0.5, 0.25, 0.5]
+
+
 def test_unpaired_rows_count_where_they_have_a_response():
     logps = torch.tensor([[-4.0, 0.0, -2.0], [0.0, -9.0, 0.0]])
     policy = PairLogps(*logps, *torch.tensor([[2, 0, 4], [0, 3, 0]]))
