@@ -122,3 +122,10 @@ def pairs():
 @pytest.fixture
 def tokenizer():
     return make_tokenizer()
+
+
+def apart(one, other):
+    """How far two sets of weights of the same names are apart, of the norm of one."""
+    assert set(one) == set(other)
+    distance = sum(float((one[name].float() - other[name].float()).norm() ** 2) for name in one) ** 0.5
+    return distance / sum(float(weight.float().norm() ** 2) for weight in one.values()) ** 0.5

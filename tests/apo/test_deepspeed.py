@@ -10,23 +10,16 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.apo.conftest import make_pairs
+from tests.apo.conftest import apart, make_pairs
+from tests.apo.test_torchrun import PAIRS, ROOT, TRAINER, ended, launched
 
-ROOT = Path(__file__).parents[2]
-PAIRS = 22
-TRAINER = {
-    "learning_rate": 1e-2, "num_train_epochs": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
-    "logging_steps": 1, "save_steps": 4, "lr_scheduler_type": "cosine",
-}  # fmt: skip
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed: the extra `deepspeed`"),
@@ -45,39 +38,19 @@ def start(stage, folder, out, model_dir, data, precision="no", lora=False, **tra
     recipe = out.with_suffix(".yaml")
     keys = {"model": str(model_dir), "dataset": str(data), "trainer": {**TRAINER, **trainer}, "out": str(out)}
     recipe.write_text(yaml.safe_dump(keys | ({"lora": {"r": 4}} if lora else {})))
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf"), "CLAIR_CACHE": str(folder / "cache"),
-        "DS_ACCELERATOR": "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }  # fmt: skip
     config = ROOT / "recipes" / "accelerate" / f"zero{stage}.yaml"
     launch = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2]
     launch += ["--main_process_port", 0, "--mixed_precision", precision, "-m", "tests.apo.deepspeed_on_cpus"]
-    return subprocess.Popen(
-        [sys.executable, *map(str, launch), "train", str(recipe)],
-        env=environment, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+    here = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return launched(folder, *launch, "train", recipe, PYTHONPATH=here, DS_ACCELERATOR="cpu")
 
 
 def run(*asked, **options):
-    process = start(*asked, **options)
-    try:
-        _, told = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    return process.returncode, told
+    return ended(start(*asked, **options))
 
 
 def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def apart(one, other):
-    """How far two runs' weights are apart, of the norm of one's."""
-    a, b = (load_file(next(out.glob("*model.safetensors"))) for out in (one, other))
-    assert set(a) == set(b)
-    distance = sum(float((a[name].float() - b[name].float()).norm() ** 2) for name in a) ** 0.5
-    return distance / sum(float(tensor.float().norm() ** 2) for tensor in a.values()) ** 0.5
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -90,8 +63,8 @@ def test_a_run_killed_and_started_again_ends_as_one_that_was_not(stage, model_di
     trained, base = load_file(whole / "model.safetensors"), load_file(model_dir / "model.safetensors")
     assert {name: tensor.shape for name, tensor in trained.items()} == {name: t.shape for name, t in base.items()}
     process = start(stage, tmp_path, stopped, model_dir, data)
-    ended = time.monotonic() + 240
-    while not (stopped / "checkpoint-4" / "complete.json").exists() and time.monotonic() < ended:
+    give_up = time.monotonic() + 240
+    while not (stopped / "checkpoint-4" / "complete.json").exists() and time.monotonic() < give_up:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
@@ -102,7 +75,7 @@ def test_a_run_killed_and_started_again_ends_as_one_that_was_not(stage, model_di
     code, told = run(stage, tmp_path, stopped, model_dir, data)
     assert code == 0, told
     assert re.search(r"going on from step [48] of 9", told), told
-    assert apart(whole, stopped) < 1e-5
+    assert apart(*(load_file(out / "model.safetensors") for out in (whole, stopped))) < 1e-5
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -17,7 +17,8 @@ from apo.merge import merge
 from apo.plan import plan
 from apo.train import build_trainer, train
 from clair.recipe import UserError
-from tests.apo.conftest import make_model, make_tokenizer
+from tests.apo.conftest import apart, make_model, make_tokenizer
+from tests.apo.test_resume import Crash, crash_in
 from tests.apo.test_train import folder, recipe  # noqa: F401
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: the extra `quantize`")
@@ -48,12 +49,6 @@ def trained(recipe, steps=STEPS, **changes):  # noqa: F811
 
 def adapter_of(model):
     return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def apart(one, other):
-    """How far two sets of weights are apart, of the norm of one."""
-    distance = sum(float((one[name] - other[name]).float().norm() ** 2) for name in one) ** 0.5
-    return distance / sum(float(weight.float().norm() ** 2) for weight in one.values()) ** 0.5
 
 
 def linears(model):
@@ -121,22 +116,11 @@ def test_rows_that_bitsandbytes_reads_back_wrongly_are_refused(tmp_path):
         models.load_model(models.find(str(tmp_path)), quantization_config=models.four_bits("float32"))
 
 
-class Crash(BaseException):
-    """Stands for the end of the process: nothing of ours may catch it."""
-
-
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(recipe, tmp_path, monkeypatch):  # noqa: F811
     options = {**recipe["trainer"], "max_steps": 8, "save_steps": 3, "logging_steps": 1}
     runs = [{**recipe, **QLORA, "trainer": options, "out": str(tmp_path / name)} for name in ("whole", "stopped")]
     train(TrainConfig(**runs[0]), tell=lambda _: None)
-    finish = checkpoints.finish
-
-    def crash(where, final, **options):
-        finish(where, final, **options)
-        if final.name == "checkpoint-3":
-            raise Crash
-
-    monkeypatch.setattr(checkpoints, "finish", crash)
+    crash_in((checkpoints, "finish", True), 3, monkeypatch)
     with pytest.raises(Crash):
         train(TrainConfig(**runs[1]), tell=lambda _: None)
     monkeypatch.undo()
