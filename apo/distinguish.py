@@ -341,8 +341,8 @@ def _speeds(steps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Interval
     drawn = torch.stack([weight @ part for weight, part in zip(weights, steps, strict=True)])  # [K, draws, m]
     own = torch.stack([(part**2).sum(1).mean() for part in steps])
     values = (total * means @ (shares @ means) - own) / (total - 1)
-    resampled = (drawn * torch.einsum("k,kdm->dm", shares, drawn)).sum(-1)
-    return [_interval(value, spread) for value, spread in zip(values, resampled, strict=True)]
+    spreads = (drawn * torch.einsum("k,kdm->dm", shares, drawn)).sum(-1)
+    return [_interval(value, spread) for value, spread in zip(values, spreads, strict=True)]
 
 
 def resampled(n: int, draws: int, seed: int) -> Tensor:
