@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -155,13 +155,16 @@ def test_a_score_with_a_cluster_for_each_row_is_nearly_wilsons():
 
 
 @given(st.lists(st.tuples(st.sampled_from([0, 0.1, 0.5, 1]), st.integers(0, 5)), min_size=2, max_size=60))
-def test_a_score_and_its_interval_stay_inside(rows):
+@example([(0, 1), (0.1, 0), (0.1, 0), (0.1, 2), (0.1, 2), (0.5, 0), (0.5, 1), (0.5, 2)])
+def test_a_score_and_its_interval_stay_inside_and_are_never_a_point(rows):
     clusters = [c for _, c in rows]
     if len(set(clusters)) > 1:
         found = clustered_score([v for v, _ in rows], clusters)
         assert 0 <= found.lo <= found.mean + 1e-12
         assert found.mean - 1e-12 <= found.hi <= 1
-        assert found.hi - found.lo > 0.05
+        # Clusters whose means nearly agree by chance give a narrow t interval: its 95 % are over all draws, and the
+        # example's is 0.041 wide. Only where nothing at all varies is there a width to ask for.
+        assert found.hi - found.lo > (0.05 if found.se == 0 else 0)
 
 
 def test_all_wrong_is_not_certain():
