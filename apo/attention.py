@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +20,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from apo.transfer import to_device
 from clair.recipe import one_line
 
 NAME = "shared_prefix"
+BLOCK = 128
+"""Queries, and keys, of a block of FlexAttention: its default."""
 BEFORE = "_attention_before_shared_prefix"
 """Attribute of an attention module: the name of the attention it had."""
 
@@ -92,6 +95,7 @@ def packed_attention(
         given = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
         return _as_before(module, query, key, value, attention_mask, **given, **options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key = query.to(value.dtype), key.to(value.dtype)  # in mixed precision rotating puts them into float32
     way = WAYS[shared_prefix.way]
     return way(query, key, value, shared_prefix, scale, dropout, sliding_window, softcap).transpose(1, 2), None
 
@@ -195,9 +199,9 @@ def _sequences(layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
             places += [*range(start, middle), *range(end, last)]
             queries.append(span.rejected)
             keys.append(span.shared + span.rejected)
+    begins = [torch.tensor([0, *n]).cumsum(0).to(torch.int32) for n in (queries, keys)]
     device = layout.input_ids.device
-    begins = [torch.tensor([0, *n], device=device).cumsum(0).to(torch.int32) for n in (queries, keys)]
-    return torch.tensor(places, device=device), *begins, (max(queries), max(keys))
+    return *(to_device(t, device) for t in (torch.tensor(places), *begins)), (max(queries), max(keys))
 
 
 def _flex(
@@ -214,27 +218,73 @@ def _flex(
     if dropout:
         raise ValueError("FlexAttention has no dropout")
     mask = layout.kept(("flex", window), lambda: _block_mask(layout, window))
-    score = None if softcap is None else (lambda score, *_: torch.tanh(score / softcap) * softcap)
+    score = None if softcap is None else layout.kept(("cap", softcap), lambda: _score(softcap, query.device))
     attend = _flex_attention(query.device.type)
     return attend(query, key, value, score, mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
 
 
+def _score(softcap: float, device: torch.device) -> Callable[..., torch.Tensor]:
+    cap = torch.full((), softcap, device=device)  # as a number it is a shape to the compiler, which then fails
+    return lambda score, *_: torch.tanh(score / cap) * cap
+
+
 def _block_mask(layout: Layout, window: int | None) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+    """What FlexAttention computes and what it leaves out, laid down span by span.
+
+    `create_block_mask` would make the mask of all queries with all keys first, some bytes for each of tokens^2.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
 
     device, tokens = layout.input_ids.device, layout.input_ids.shape[1]
-    pair, branch = (torch.empty(tokens, dtype=torch.int64) for _ in range(2))
+    blocks = max(2, -(-tokens // BLOCK))  # a dimension of 1 would be compiled anew
+    facts = torch.full((3, blocks * BLOCK), -1)  # as long as the blocks, whose last may reach past the row
     for number, span in enumerate(layout.spans):
         start, middle, end, last = span.branches
-        pair[start:last] = number
-        branch[start:middle], branch[middle:end], branch[end:last] = 0, 1, 2
-    pair, branch, position = pair.to(device), branch.to(device), layout.position_ids[0]
+        facts[0, start:last] = number
+        facts[1, start:middle], facts[1, middle:end], facts[1, end:last] = 0, 1, 2
+        facts[2, start:last] = torch.arange(last - start)
+        facts[2, end:last] -= span.chosen
+    pair, branch, position = to_device(facts, device)
+    far = None if window is None else torch.full((), window, device=device)
 
     def seen(_: Any, __: Any, query: Any, key: Any) -> Any:
         same = (pair[query] == pair[key]) & (key <= query) & ((branch[key] == 0) | (branch[key] == branch[query]))
-        return same if window is None else same & (position[query] - position[key] < window)
+        return same if far is None else same & (position[query] - position[key] < far)
 
-    return create_block_mask(seen, None, None, tokens, tokens, device=device)
+    some, whole = _blocks(layout.spans, blocks, window)
+    ordered = [part for kind in (some & ~whole, whole) for part in _ordered(kind, device)]
+    return BlockMask.from_kv_blocks(*ordered, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(tokens, tokens))
+
+
+def _blocks(spans: Sequence[Span], blocks: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which blocks of keys [queries, keys] each block of queries sees something of, and which of these wholly."""
+    some, whole = (torch.zeros(blocks, blocks, dtype=torch.bool) for _ in range(2))
+    ahead = torch.arange(blocks)[:, None] - torch.arange(blocks)[None]
+    for span in spans:
+        start, middle, end, last = span.branches
+        # Queries from, to; keys from, to; how much farther apart they stand in the row than in their sequence.
+        for q, q_end, k, k_end, apart in (
+            (start, end, start, end, 0), (end, last, start, middle, span.chosen), (end, last, end, last, 0),
+        ):  # fmt: skip
+            if q == q_end:
+                continue
+            part = slice(q // BLOCK, -(-q_end // BLOCK)), slice(k // BLOCK, -(-k_end // BLOCK))
+            near = ahead[part] >= 0
+            if window is not None:
+                near &= ahead[part] * BLOCK - (BLOCK - 1) - apart < window
+            some[part] |= near
+            part = slice(-(-q // BLOCK), q_end // BLOCK), slice(-(-k // BLOCK), k_end // BLOCK)
+            inside = ahead[part] > 0
+            if window is not None:
+                inside &= ahead[part] * BLOCK + (BLOCK - 1) - apart < window
+            whole[part] |= inside
+    return some, whole
+
+
+def _ordered(kind: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many blocks of keys each block of queries has, [1, 1, Q], and which, these first, [1, 1, Q, K]."""
+    places = kind.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    return tuple(to_device(part.to(torch.int32)[None, None], device) for part in (kind.sum(1), places))
 
 
 @functools.cache
@@ -272,7 +322,8 @@ def _measured(config: Any, layout: Layout, dtype: torch.dtype, repeats: int) -> 
             for repeat in range(repeats + 1):
                 torch.accelerator.synchronize(device)
                 started = time.perf_counter()
-                way(q, k, v, layout, width**-0.5, 0.0, window, softcap).sum().backward()
+                out = way(q, k, v, layout, width**-0.5, 0.0, window, softcap)
+                out.backward(torch.ones_like(out))
                 torch.accelerator.synchronize(device)
                 if repeat:  # the first compiles
                     seconds[name] = min(seconds.get(name, float("inf")), time.perf_counter() - started)

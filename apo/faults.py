@@ -14,6 +14,7 @@ from apo import checkpoints
 from apo.dynamics import work_of
 from apo.logps import Batch, examples_of
 from apo.tokens import ID_COLUMNS
+from apo.transfer import Fetched
 from apo.zero import own_part
 from clair.recipe import EXIT_STOPPED, UserError
 
@@ -37,24 +38,24 @@ class Stopped(UserError):
 class LossWatch:
     """Stops training at a loss that is not finite, naming the pairs, before such a step is saved.
 
-    On a CPU it looks at every micro-batch at once. Elsewhere a look waits for the device, so it looks at the one before
-    the last, whose losses are there; before anything is logged or saved it looks at all.
+    On a CPU it looks at every micro-batch at once. Elsewhere losses take their time to arrive, so it looks at the one
+    before the last; before anything is logged or saved it looks at all.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._lag = 0 if device.type == "cpu" else 2
-        self._seen: deque[tuple[int, Tensor, Batch]] = deque()
+        self._seen: deque[tuple[int, Fetched, Batch]] = deque()
 
     def look(self, trainer: APOTrainer, losses: Tensor, batch: Batch) -> None:
         """Take note of a micro-batch, [B] losses. Raises Stopped where one that can be looked at is not finite."""
-        self._seen.append((trainer.state.global_step + 1, ~losses.detach().isfinite(), batch))
+        self._seen.append((trainer.state.global_step + 1, Fetched(~losses.detach().isfinite()), batch))
         self.settle(trainer, self._lag)
 
     def settle(self, trainer: APOTrainer, left: int = 0) -> None:
         """Look at all micro-batches but the `left` last."""
         while len(self._seen) > left:
-            step, lost, batch = self._seen.popleft()
-            if lost.any():
+            step, fetched, batch = self._seen.popleft()
+            if (lost := fetched.value()).any():
                 raise Stopped(_loss_words(trainer, step, lost.tolist(), batch))
 
 

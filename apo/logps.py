@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 Batch = Mapping[str, Any]
@@ -71,6 +72,8 @@ PAIR_WEIGHT = "pair_weight"
 """What each pair of a batch weighs, [B], where a dataset column says so."""
 IDLE = "idle"
 """In a batch whose pairs another process has: it is run only because processes run together, and counts for nothing."""
+IDS = ("input_ids", "attention_mask", "completion_mask")
+"""What a stacked batch says of its tokens, each [2B, L]."""
 _NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", PAIR_WEIGHT, IDLE})
 
 
@@ -157,8 +160,11 @@ def weights_of(batch: Batch) -> Tensor:
     import torch
 
     if IDLE in batch:
-        return torch.zeros(1, device=batch["input_ids"].device)
+        return torch.zeros(1, device=device_of(batch))
     given = batch.get(PAIR_WEIGHT)
-    return (
-        torch.ones(len(batch["input_ids"]) // 2, device=batch["input_ids"].device) if given is None else given.float()
-    )
+    return torch.ones(len(batch["input_ids"]) // 2, device=device_of(batch)) if given is None else given.float()
+
+
+def device_of(batch: Batch) -> torch.device:
+    """Where the log-probs of a stacked batch are wanted. The ids of one for packed rows stay on the host."""
+    return batch.get(PAIR_WEIGHT, batch["input_ids"]).device

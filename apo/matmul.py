@@ -82,7 +82,7 @@ class _Linear(torch.autograd.Function):
 
 def _linear(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     rows = x.numel() // max(x.shape[-1], 1)
-    if torch.is_autocast_enabled(x.device.type) or not _quick(rows, x, self.weight):
+    if not _quick(rows, x, self.weight) or torch.is_autocast_enabled(x.device.type):
         return functional.linear(x, self.weight, self.bias)
     return _Linear.apply(x, self.weight, self.bias)
 

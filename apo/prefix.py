@@ -12,13 +12,15 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
 
 from apo.attention import BEFORE, NAME, Layout, Span, fastest
-from apo.logps import Batch, PairLogps, examples_of, stacked_logps
+from apo.logps import Batch, PairLogps, device_of, examples_of, stacked_logps
 from apo.matmul import product, quicken, rows_multiple, unquicken
+from apo.transfer import to_device
 from clair.recipe import one_line
 
 _HEAD_CHUNK = 1024
@@ -87,9 +89,10 @@ def lay_out(examples: Sequence[dict[str, list[int]]], device: torch.device | str
         ids += [0] * short
         positions += range(short)
     rows += [0] * (-len(rows) % multiple)
-    lengths = [[len(example["chosen_ids"]), len(example["rejected_ids"])] for example in examples]
-    tensors = [torch.tensor(values, device=device) for values in (ids, positions, rows, labels, owner, lengths)]
-    return Layout(tensors[0][None], tensors[1][None], spans, *tensors[2:])
+    lengths = [len(example[f"{name}_ids"]) for example in examples for name in ("chosen", "rejected")]
+    parts = (ids, positions, rows, labels, owner, lengths)
+    sent = to_device(torch.tensor([*chain(*parts)]), torch.device(device)).split([len(part) for part in parts])
+    return Layout(sent[0][None], sent[1][None], spans, *sent[2:5], sent[5].view(-1, 2))
 
 
 def bins_of(sizes: Sequence[int], most: int) -> list[list[int]]:
@@ -336,5 +339,5 @@ def shared_prefix_logps(model: torch.nn.Module, batch: Batch, **options: Any) ->
     """`PairLogps` of a stacked batch by packing it into one row: the fast twin of `stacked_logps`."""
     if options:
         raise ValueError(f"{', '.join(options)} cannot be asked for with shared prefixes")
-    device = batch["input_ids"].device
+    device = device_of(batch)
     return packed_logps(model, lay_out(examples_of(batch), device, rows_multiple(device)))

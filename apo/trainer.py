@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from apo.dynamics import measure, pair_rows, work_of
 from apo.faults import LossWatch, check_gradient, check_weights_finite, is_out_of_memory, memory_watched
 from apo.logps import (
     IDLE,
+    IDS,
+    PAIR_WEIGHT,
     Batch,
     PairLogpsFunction,
     WeightedCollator,
@@ -50,6 +52,7 @@ from apo.prefix import (
 from apo.processes import asks_for_fsdp, check_devices
 from apo.reference import with_reference
 from apo.tokens import end_ids, tokenize
+from apo.transfer import to_device
 from apo.zero import check_zero, get_ready, hush, tell
 from clair.recipe import UserError
 
@@ -169,9 +172,25 @@ class APOTrainer(DPOTrainer):
         else:
             self.notes.append(f"prompts are run twice and batches padded, as in TRL: the model cannot share, {reason}")
 
+    def get_train_dataloader(self) -> Any:
+        """Its batches stay on the host: what of them goes to the device, `_prepare_input` sends."""
+        return _on_host(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As the one of training."""
+        return _on_host(super().get_eval_dataloader(*args, **kwargs))
+
     def _prepare_input(self, data: Any) -> Any:
-        """On the device, in its own type: under DeepSpeed transformers rounds log-probs to that of the weights."""
-        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
+        """On the device, in its own type: under DeepSpeed transformers rounds log-probs to that of the weights.
+
+        Ids that are packed first stay here; weights there say where the row goes.
+        """
+        if isinstance(data, Mapping) and "input_ids" in data and self.packs:
+            here = {key: data[key] for key in IDS}
+            there = {key: value for key, value in data.items() if key not in IDS}
+            ones = torch.ones(len(data["input_ids"]) // 2, device=self.args.device)
+            return here | super()._prepare_input({PAIR_WEIGHT: ones} | there)
+        return to_device(data, self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
     def _shortest_pairs(self) -> list[dict[str, Any]]:
         """Two pairs to compare packed rows with TRL's batch on: no longer than they must be.
@@ -214,7 +233,7 @@ class APOTrainer(DPOTrainer):
         if self.objective.needs_divergence:
             self._kl = self._divergence(batches)
         weight = sum((weights_of(batch).sum() for batch in batches), torch.zeros(()))
-        return batches, self._over_processes(weight.to(device))
+        return batches, self._over_processes(to_device(weight, device))
 
     def _without_repeats(self, batch: Batch, size: int) -> Batch:
         """A batch of a dataloader without the pairs that it repeats, at its end, to give processes equally many.
@@ -260,7 +279,7 @@ class APOTrainer(DPOTrainer):
         places = bins_of([tokens_of(example) for example in examples_of(inputs)], self._most_tokens)
         parts = [inputs] if len(places) == 1 else [select(inputs, bin) for bin in places]
         if self.is_fsdp_enabled:  # each pass gathers the weights from all processes, so all make equally many
-            passes = torch.tensor([len(parts)], device=inputs["input_ids"].device)
+            passes = torch.tensor([len(parts)], device=self.args.device)
             parts += [idle(inputs)] * (int(self.accelerator.gather(passes).max()) - len(parts))
         return parts
 
@@ -292,7 +311,7 @@ class APOTrainer(DPOTrainer):
         weights = weights_of(inputs).to(losses.device)
         if mode == "train":
             self._losses.look(self, losses, inputs)
-        work = work_of(inputs, packed=self.packs)
+        work = to_device(work_of(inputs, packed=self.packs), losses.device)
         rows = pair_rows(losses, policy, reference, weights, self._kl, work)
         self.meter.add(mode, rows[:0] if IDLE in inputs else rows)
         whole = weights.sum() if num_items_in_batch is None else num_items_in_batch
@@ -497,6 +516,11 @@ class APOTrainer(DPOTrainer):
 
     def _send_telemetry(self) -> None:
         """Nothing: what is trained here is nobody else's business."""
+
+
+def _on_host(loader: Any) -> Any:
+    loader.device = None  # accelerate's: where it sends batches, and waits for them to arrive
+    return loader
 
 
 def _can_be_copied(model: Any, args: APOConfig, peft_config: Any) -> bool:

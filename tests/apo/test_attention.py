@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import types
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.attention import flex_attention, varlen
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -18,6 +21,7 @@ from tests.apo.test_prefix import FAMILIES, SHAPES, gradients, pairs, stacked, t
 def causal_from_the_end(query, key, value, begins, ends, longest_query, longest_key, *, scale, window_size, enable_gqa):
     """What `varlen_attn` computes, sequence by sequence: the kernel itself runs on a GPU only."""
     assert begins.dtype == ends.dtype == torch.int32
+    assert query.dtype == key.dtype == value.dtype
     lengths = [(b - a).tolist() for a, b in ((begins[:-1], begins[1:]), (ends[:-1], ends[1:]))]
     assert (longest_query, longest_key) == (max(lengths[0]), max(lengths[1]))
     parts = []
@@ -54,6 +58,82 @@ def test_every_way_gives_the_plain_log_probs_and_gradients(way, family):
     assert layout.way == way
     torch.testing.assert_close(found[:2], plain[:2], rtol=1e-5, atol=1e-4)
     assert (gradients(model, found) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("way", ["flex", "varlen"])
+def test_in_mixed_precision_too_every_way_is_taken(way):
+    # Rotated queries and keys come in float32, values in bfloat16: only SDPA mends that by itself.
+    found = {}
+    for taken in (way, "split"):
+        model = tiny("qwen3")
+        share_prefixes(model, taken)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logps = packed_logps(model, lay_out(pairs(*SHAPES)))
+        found[taken] = torch.stack(logps[:2])
+    torch.testing.assert_close(found[way], found["split"], rtol=2e-2, atol=0.1)
+
+
+spans = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=6)
+
+
+def laid(shapes):
+    """A layout of nothing but spans (shared, chosen and rejected tokens)."""
+    made, start = [], 0
+    for shared, chosen, rejected in shapes:
+        made.append(attention.Span(start, shared, chosen, rejected))
+        start += shared + chosen + rejected
+    unused = torch.zeros(0)
+    return attention.Layout(torch.zeros(1, start), unused, made, *[unused] * 4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(spans, st.none() | st.integers(1, 500))
+def test_blocks_hold_all_that_is_seen_and_whole_ones_nothing_else(shapes, window):
+    layout = laid(shapes)
+    mask, tokens = attention._block_mask(layout, window), layout.input_ids.shape[1]
+    dense = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for span in layout.spans:  # by the sequences themselves
+        start, middle, end, last = span.branches
+        for branch in ([*range(start, end)], [*range(start, middle), *range(end, last)]):
+            behind = torch.arange(len(branch))[:, None] - torch.arange(len(branch))
+            seen = (behind >= 0) & (behind < (window or tokens))
+            dense[torch.tensor(branch)[:, None], torch.tensor(branch)] |= seen
+    places = torch.arange(tokens)
+    assert torch.equal(mask.mask_mod(None, None, places[:, None], places), dense)
+    whole, some = (
+        flex_attention._ordered_to_dense(number, which, mask.kv_indices.shape[-1])[0, 0].bool()
+        for number, which in (
+            (mask.full_kv_num_blocks, mask.full_kv_indices), (mask.kv_num_blocks, mask.kv_indices)
+        )
+    )  # fmt: skip
+    assert not (whole & some).any()
+    over = whole.shape[0] * attention.BLOCK - tokens
+    counts = torch.nn.functional.pad(dense, (0, over, 0, over)).view(*(whole.shape[0], attention.BLOCK) * 2).sum((1, 3))
+    assert (counts[whole] == attention.BLOCK**2).all()
+    assert ((counts > 0) <= (whole | some)).all()
+    if window is None:
+        assert torch.equal(counts > 0, whole | some), "and no block more"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention is compiled by g++ on a CPU")
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (100, 20.0)])
+def test_compiled_once_flexattention_is_split_on_rows_of_any_length(window, softcap):
+    # Its forward pass, by the blocks: a compiled backward needs a GPU.
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True), pytest.MonkeyPatch.context() as patch:
+        compiled = torch.compile(flex_attention.flex_attention, dynamic=True)
+        patch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", False)
+        patch.setattr(attention, "_flex_attention", lambda _: compiled)
+        for shapes in ([(130, 200, 300), (90, 0, 70)], [(20, 10, 10)], [(300, 120, 10), (200, 150, 260), (5, 9, 0)]):
+            layout = laid(shapes)
+            q, k, v = (torch.randn(1, heads, layout.input_ids.shape[1], 16) for heads in (4, 2, 2))
+            found, wanted = (
+                way(q, k, v, layout, 0.25, 0.0, window, softcap) for way in (attention._flex, attention._split)
+            )
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_the_fastest_way_that_works_is_taken_and_the_others_are_told(monkeypatch):

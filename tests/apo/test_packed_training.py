@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 
+from apo import faults, prefix
 from apo.arguments import APOConfig
 from apo.logps import select, stacked_logps
 from apo.prefix import shared_prefix_logps
@@ -112,3 +115,23 @@ def test_rounding_of_mixed_precision_is_no_reason_to_pad(tmp_path, tokenizer, pa
         assert next(trainer.model.parameters()).dtype == torch.float32
         packs.append(trainer.packs)
     assert packs == [True] * 8
+
+
+@pytest.mark.parametrize("way", ["split", "varlen"])
+def test_a_pass_of_a_step_asks_the_device_for_no_number(tmp_path, tokenizer, pairs, monkeypatch, way):
+    # The meta device has none to give. So everything a pass needs to know of its batch is known on the host.
+    options = {"weights": "weight", "pack_tokens": 64, "precompute_ref_log_probs": True, "report_to": "none"}
+    pairs = pairs.add_column("weight", [1.0 + (row % 2) for row in range(len(pairs))])
+    args = APOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, **options)
+    trainer = APOTrainer(make_model(), args=args, train_dataset=pairs, processing_class=tokenizer)
+    assert trainer.packs
+    prefix.unshare_prefixes(trainer.model)
+    prefix.share_prefixes(trainer.model.to("meta"), way)
+    monkeypatch.setattr(type(args), "device", property(lambda _: torch.device("meta")))
+    monkeypatch.setattr(faults, "Fetched", lambda _: types.SimpleNamespace(value=lambda: torch.zeros(1)))
+    trainer._losses = faults.LossWatch(args.device)
+    batches, weight = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, args.device)
+    loss = trainer.training_step(trainer.model, batches[0], weight)
+    assert len(trainer._parts(batches[0])) > 1
+    assert (loss.device.type, weight.device.type) == ("meta", "meta")
+    assert all(p.grad.device.type == "meta" for p in trainer.model.parameters())

@@ -1,0 +1,30 @@
+"""Numbers on their way to an accelerator and back, without anybody waiting for it.
+
+A plain `.to(device)` waits until the device has done all it was told before. From pinned memory it does not.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`; from the host to a CUDA device without waiting."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Fetched:
+    """A tensor on its way to the host: `value` waits for it, and for nothing that the device was told afterwards."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._here = tensor.to("cpu", non_blocking=True)
+        on_host = tensor.device.type in ("cpu", "meta")
+        self._done = None if on_host else torch.accelerator.current_stream(tensor.device).record_event()
+
+    def value(self) -> torch.Tensor:
+        """The tensor on the host."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._here
