@@ -113,7 +113,7 @@ def bins_of(sizes: Sequence[int], most: int) -> list[list[int]]:
 
 
 class _HeadLogps(torch.autograd.Function):
-    """log softmax(scale * hidden @ weight.T + bias)[label], [M], chunk by chunk.
+    """log softmax(scale * hidden @ weight.T + bias)[label], [M], chunk by chunk; products in the type of `hidden`.
 
     Backward needs exp(logits - their maximum): `keep` says whether they stay in memory or are made anew.
     """
@@ -123,9 +123,10 @@ class _HeadLogps(torch.autograd.Function):
         ctx: Any, hidden: Any, weight: Any, bias: Any, labels: Any, scale: float, softcap: float | None, keep: bool
     ) -> Any:
         logps, tops, totals, kept = [], [], [], []
+        factor = weight.to(hidden.dtype)
         for start in range(0, len(hidden), _HEAD_CHUNK):
             part = slice(start, start + _HEAD_CHUNK)
-            logits = _logits(hidden[part], weight, bias, scale, softcap)
+            logits = _logits(hidden[part], factor, bias, scale, softcap)
             picked, top = logits.gather(-1, labels[part, None]), logits.amax(-1, keepdim=True)
             total = logits.sub_(top).exp_().sum(-1, keepdim=True)
             logps.append((picked - top - total.log()).squeeze(-1))
@@ -143,11 +144,11 @@ class _HeadLogps(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden, grad_weight = [], None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
-        grad = (grad.float() * ctx.scale)[:, None]
+        grad, factor = (grad.float() * ctx.scale)[:, None], weight.to(hidden.dtype)
         for start in range(0, len(hidden), _HEAD_CHUNK):
             part, flatness = slice(start, start + _HEAD_CHUNK), None
             if not kept:
-                logits = _logits(hidden[part], weight, bias, ctx.scale, ctx.softcap)
+                logits = _logits(hidden[part], factor, bias, ctx.scale, ctx.softcap)
                 flatness = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square()
                 exps = logits.sub_(tops[part]).exp_()
             else:
@@ -157,7 +158,7 @@ class _HeadLogps(torch.autograd.Function):
                 slope.mul_(flatness)
             slope = slope.to(hidden.dtype)
             if needs_hidden:
-                grad_hidden.append(product(slope, weight.T, len(slope)))
+                grad_hidden.append(product(slope, factor.T, len(slope)))
             if needs_weight:
                 mine = product(hidden[part].T, slope.T, len(slope))
                 grad_weight = mine.float() if grad_weight is None else grad_weight.add_(mine)
@@ -170,8 +171,10 @@ class _HeadLogps(torch.autograd.Function):
 
 def _logits(rows: Any, weight: Any, bias: Any, scale: float, softcap: float | None) -> Any:
     """Logits in float32."""
-    plain = product(rows, weight, len(rows)) if bias is None else torch.nn.functional.linear(rows, weight, bias)
-    logits = plain.float()
+    if bias is None:
+        logits = product(rows, weight, len(rows)).float()
+    else:
+        logits = torch.nn.functional.linear(rows, weight, bias.to(rows.dtype)).float()
     logits = logits if scale == 1.0 else logits.mul_(scale)
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
@@ -192,8 +195,11 @@ def head_logps(model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tenso
             raise RuntimeError("its LM head is sharded and not gathered when it is called")
         keep = torch.is_grad_enabled() and softcap is None and keeps_logits(len(hidden), len(weight))
         filled = torch.nn.functional.pad(labels, (0, len(hidden) - len(labels)))
-        scale = _logit_scale(config)
-        return _HeadLogps.apply(hidden.to(weight.dtype), weight, bias, filled, scale, softcap, keep)[: len(labels)]
+        device, dtype = hidden.device.type, weight.dtype
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)  # said here, since backward runs outside of it
+        found = _HeadLogps.apply(hidden.to(dtype), weight, bias, filled, _logit_scale(config), softcap, keep)
+        return found[: len(labels)]
 
     before = vars(head).get("forward")
     head.forward = forward

@@ -17,6 +17,7 @@ from transformers import (
 )
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from apo import prefix
 from apo.logps import plain_logps
 from apo.prefix import (
     around_the_parting,
@@ -126,6 +127,31 @@ def test_a_saved_model_does_not_know_that_it_shared_prefixes(tmp_path):
     model.save_pretrained(tmp_path)
     assert "shared_prefix" not in (tmp_path / "config.json").read_text()
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("most", [0, 10**9], ids=["logits made anew", "logits kept"])
+def test_in_mixed_precision_the_head_has_the_gradients_of_a_plain_one(monkeypatch, most):
+    # Products of backward too are in bfloat16, which a GPU does some 15 times as fast, by its maker's figures.
+    monkeypatch.setattr(prefix, "_HEAD_KEEPS", most)
+    monkeypatch.setattr(prefix, "_HEAD_CHUNK", 64)
+    generator = torch.Generator().manual_seed(0)
+    model, hidden = tiny(), torch.randn(40, 32, generator=generator)
+    labels, weights = torch.randint(VOCABULARY, (40,), generator=generator), torch.randn(40, generator=generator)
+
+    def plain(_, hidden, labels):
+        return model.lm_head(hidden).float().log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+
+    found = []
+    for logps in (prefix.head_logps, plain):
+        given = hidden.clone().requires_grad_()
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = logps(model, given, labels)
+        (out * weights).sum().backward()
+        found.append((out.detach(), given.grad, model.lm_head.weight.grad))
+    for mine, other in zip(*found, strict=True):
+        assert mine.dtype == other.dtype == torch.float32
+        assert (mine - other).norm() < 1e-5 * other.norm()
 
 
 def test_gradient_checkpointing_changes_no_gradient():
