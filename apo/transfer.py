@@ -16,12 +16,12 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class Fetched:
-    """A tensor on its way to the host: `value` waits for it, and for nothing that the device was told afterwards."""
+    """A tensor on its way to the host: `value` waits for it, and for nothing that a CUDA device was told afterwards."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._here = tensor.to("cpu", non_blocking=True)
-        on_host = tensor.device.type in ("cpu", "meta")
-        self._done = None if on_host else torch.accelerator.current_stream(tensor.device).record_event()
+        cuda = tensor.device.type == "cuda"
+        self._here = tensor.to("cpu", non_blocking=cuda)
+        self._done = torch.cuda.current_stream(tensor.device).record_event() if cuda else None
 
     def value(self) -> torch.Tensor:
         """The tensor on the host."""
