@@ -6,6 +6,7 @@ bytes, and the last rename wins. A file that cannot be read is as good as none.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -52,22 +53,31 @@ def store(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> str | None:
     except OSError as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
-        return f"{target.parent} cannot be written ({error.strerror or error}); going on without keeping it"
+        return f"{folder} cannot be written ({error.strerror or error}); going on without keeping it"
     return None
 
 
-def hash_weights(model: nn.Module, *, adapter: bool = False) -> str:
-    """SHA-256 over names, types, shapes and bytes of the weights that a reference is made of.
+_NO_NUMBER = {"architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "transformers_version",
+              "use_cache"}  # fmt: skip
+"""Keys of a model's config that change no log-prob of given ids; nor do those that begin with `_`."""
+
+
+def hash_model(model: nn.Module, *, adapter: bool = False) -> str:
+    """SHA-256 over all that the numbers of a reference are made of: its config, which says what is done with the
+    weights, and their names, types, shapes and bytes.
 
     Of a model with a new adapter that is the model below it, by the names it has without one; of a model that goes on
-    with an adapter, also the frozen copy named "ref". With `adapter`, of the whole model as it computes.
+    with an adapter, also the frozen copy named "ref", and what it is scaled by. With `adapter`, of the whole model as
+    it computes.
     """
     import hashlib
 
     import torch
 
-    digest = hashlib.sha256()
     adapters = getattr(model, "peft_config", {})
+    config = (model.get_base_model() if adapters else model).config.to_dict()
+    config = {key: value for key, value in config.items() if key not in _NO_NUMBER and not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".") if adapters else name
         if adapters and "lora_" in plain and ".ref." not in plain and not adapter:
@@ -75,4 +85,8 @@ def hash_weights(model: nn.Module, *, adapter: bool = False) -> str:
         digest.update(f"{plain} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    for name, module in model.named_modules():
+        of_adapters = scaling if isinstance(scaling := getattr(module, "scaling", None), dict) else {}
+        scaled = {key: by for key, by in of_adapters.items() if adapter or key == "ref"}
+        digest.update(f"{name} {scaled}\n".encode() if scaled else b"")
     return digest.hexdigest()

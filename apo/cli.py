@@ -15,6 +15,7 @@ from apo.evaluate.commands import app as evaluate
 from apo.rewards.commands import app as reward
 from clair.command import run
 from clair.recipe import EXIT_INTERRUPTED
+from clair.storage import local
 
 app = typer.Typer(
     name="apo",
@@ -69,7 +70,8 @@ def train(
     try:
         done = run(config, tell=tell)
     except KeyboardInterrupt as stop:  # caught here: typer would end without a word
-        tell(f"{str(stop) or 'interrupted'}; the same command goes on from the last checkpoint")
+        on = "goes on from the last checkpoint" if str(stop) else "goes on from the last checkpoint, if there is one"
+        tell(f"{str(stop) or 'interrupted'}; the same command {on}")
         raise typer.Exit(EXIT_INTERRUPTED) from stop
     if is_main():
         for folder, one in (done if config.by else {config.out: done}).items():
@@ -79,7 +81,7 @@ def train(
 @app.command()
 def diagnose(
     run: Annotated[Path, typer.Argument(help="The folder of a run: finished, stopped or under way.")],
-    out: Annotated[Path | None, typer.Option(help="Where to draw; default: RUN/diagnosis.png.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=local, help="Where to draw; default: RUN/diagnosis.png.")] = None,
 ) -> None:
     """Draw what a run logged, and tell in words what is wrong with it and what helps."""
     from apo.report import diagnosis
@@ -90,7 +92,7 @@ def diagnose(
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="The folder of a LoRA adapter, such as a run's `out`.")],
-    out: Annotated[Path, typer.Option(help="Where to write the merged model.")],
+    out: Annotated[Path, typer.Option(callback=local, help="Where to write the merged model.")],
     base: Annotated[str | None, typer.Option(help="The base model, where it is not where the adapter says.")] = None,
 ) -> None:
     """Fold an adapter into its base model, for serving."""
@@ -111,7 +113,8 @@ def compare(
     base: Annotated[Path, typer.Argument(help="The result folder of the base model, by `apo eval mixeval`.")],
     tuned: Annotated[list[Path], typer.Argument(help="The result folders of tuned models.")],
     out: Annotated[
-        Path | None, typer.Option(help="Where compare.json and compare.html go; `compare` beside BASE by default.")
+        Path | None,
+        typer.Option(callback=local, help="Where compare.json and compare.html go; `compare` beside BASE by default."),
     ] = None,
     difference: Annotated[
         float, typer.Option(min=0.01, max=100, help="The difference, in points, whose power is told.")
@@ -153,18 +156,15 @@ def _print_plan(config: Any, processes: int | None) -> None:
 
     from apo.model import why_not_quantized
     from apo.plan import plan
-    from apo.run import size_told, status_of
+    from apo.run import counted, status_of
     from clair.recipe import resolved
 
     status = status_of(Path(config.out), resolved(config))
     planned = plan(config, processes)
     print(yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True), end="")
     for split, count in planned.counts().items():
-        left_out = "".join(f", {n:,} left out ({why.replace('_', ' ')})" for why, n in count["dropped"].items())
-        print(f"# {split}: {size_told(count)}{left_out}")
-    of = "pairs" if "pairs" in planned.counts()["train"] else "rows"
-    on = f" on {planned.processes} processes" if planned.processes > 1 else ""
-    print(f"# steps: {planned.steps:,} of {planned.pairs_per_step} {of}{on}")
+        print(f"# {split}: {counted(count)}")
+    print(f"# steps: {planned.steps_told}")
     print(f"# out: {config.out} ({status})")
     if planned.rails is not None:
         print(f"# guard: {planned.rails.told(planned.steps)}")

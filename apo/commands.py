@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clair.recipe import UserError, near_miss
+from clair.storage import local
 
 if TYPE_CHECKING:
     from apo.calibrate import Filter
@@ -27,7 +28,9 @@ def distinguish(
     by: Annotated[str, typer.Option(help="user, group, behaviour, source or kmeans:K.")] = "kmeans:8",
     objective: Annotated[str, typer.Option(help="The objective that will be trained.")] = "apo_zero",
     beta: Annotated[float, typer.Option(help="Its beta.")] = 0.1,
-    out: Annotated[Path | None, typer.Option(help="A folder for distinguish.json and distinguish.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=local, help="A folder for distinguish.json and distinguish.png.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="What random draws start from.")] = 0,
 ) -> None:
     """What training will learn first, neglect or hurt: one look at the pairs, before a step is taken."""

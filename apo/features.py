@@ -65,7 +65,7 @@ def features_of(
     import torch
 
     folder = cache.default_folder() if folder is None else folder
-    weights = cache.hash_weights(model, adapter=True)
+    weights = cache.hash_model(model, adapter=True)
     width = model.get_output_embeddings().in_features
     identity = [weights, str(model.dtype), getattr(model.config, "_attn_implementation", None)]
     found: list[Mapping[str, Tensor]] = []

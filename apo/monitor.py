@@ -9,10 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from apo.console import bar, tell
 from apo.diagnose import judge, log_of
 from apo.processes import Group
 from apo.run import append_metrics
@@ -72,26 +71,41 @@ class Warner(TrainerCallback):
 
 
 class Bar(TrainerCallback):
-    """A progress bar on stderr with the numbers that matter; plain lines where stderr is no terminal."""
+    """The numbers that matter, a line a log, on stderr; below them in a terminal a bar of steps, and of evaluation."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True)
-        self.progress: Progress | None = None
-        self.task: Any = None
+        self.progress: Any = None
+        self.task = self.held_out = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Show the bar, from the step that is gone on from."""
-        if not state.is_world_process_zero or not self.console.is_terminal:
+        progress = bar()
+        if not state.is_world_process_zero or not progress.console.is_terminal:
             return
-        columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self.progress = Progress(*columns, TextColumn("{task.fields[told]}"), console=self.console)
-        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, told="")
-        self.progress.start()
+        self.progress = progress
+        self.task = progress.add_task("training", total=state.max_steps, completed=state.global_step)
+        progress.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Move on."""
         if self.progress is not None:
             self.progress.update(self.task, completed=state.global_step)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, eval_dataloader: Any, **_: Any
+    ) -> None:
+        """Show how far an evaluation is, in batches."""
+        if self.progress is None:
+            return
+        if self.held_out is None:
+            self.held_out = self.progress.add_task("held out", total=len(eval_dataloader))
+        self.progress.advance(self.held_out)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take the bar of the evaluation away."""
+        if self.held_out is not None:
+            self.progress.remove_task(self.held_out)
+            self.held_out = None
 
     def on_log(
         self,
@@ -101,14 +115,11 @@ class Bar(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Tell loss, rewards and speed."""
+        """Tell loss, rewards and speed, and what a look at the run found. Rich puts what is printed above its bar."""
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        told = summary(logs)
-        if self.progress is not None:
-            self.progress.update(self.task, told=told)
-        else:
-            print(f"step {state.global_step}/{state.max_steps}  {told}", file=sys.stderr, flush=True)
+        for told in (*looks(logs), *([summary(logs)] if "loss" in logs or "eval_loss" in logs else ())):
+            tell(f"step {state.global_step}/{state.max_steps}  {told}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave the bar as it stands."""
@@ -121,23 +132,24 @@ class Bar(TrainerCallback):
             self.progress = None
 
 
-_LOOKS = {
-    "guard/text_loss": "guard: loss on the text {:.4f}",
-    "guard/text_loss_rise": "({:+.4f}",
-    "guard/text_loss_rise_noise": "+- {:.4f})",
-    "guard/accuracy": "guard: tasks right {:.1%}",
-    "guard/accuracy_drop": "({:.1%} lost",
-    "guard/accuracy_drop_noise": "+- {:.1%})",
-    "probe/kl": "probe: KL {:.2g} nats a token",
-    "probe/edited_chosen": "chosen tokens: edited {:+.3f}",
-    "probe/shared_chosen": "shared {:+.3f}",
-}
+_LOOKS = (
+    (("guard/text_loss", "guard: loss on the text {:.4f}"), ("guard/text_loss_rise", " ({:+.4f}"),
+     ("guard/text_loss_rise_noise", " +- {:.4f})")),
+    (("guard/accuracy", "guard: tasks right {:.1%}"), ("guard/accuracy_drop", " ({:.1%} lost"),
+     ("guard/accuracy_drop_noise", " +- {:.1%})")),
+    (("probe/kl", "probe: KL {:.2g} nats a token"), ("probe/edited_chosen", ", chosen edited {:+.3f}"),
+     ("probe/shared_chosen", ", shared {:+.3f}")),
+)  # fmt: skip
+
+
+def looks(logs: dict[str, Any]) -> list[str]:
+    """What guard rails and probe found, a line each; none of a log of training or evaluation."""
+    lines = ("".join(form.format(logs[key]) for key, form in forms if key in logs) for forms in _LOOKS)
+    return [line for line in lines if line]
 
 
 def summary(logs: dict[str, Any]) -> str:
-    """One line of a log: loss, both rewards, accuracy, pairs a second."""
-    if any(key.startswith(("guard/", "probe/")) for key in logs):
-        return "  ".join(form.format(logs[key]) for key, form in _LOOKS.items() if key in logs)
+    """One line of a log: loss, both rewards, accuracy, speed."""
     prefix = "eval_" if "eval_loss" in logs else ""
     words = [f"held-out loss {logs['eval_loss']:.4f}" if prefix else f"loss {logs.get('loss', float('nan')):.4f}"]
     for side in ("chosen", "rejected"):
@@ -145,8 +157,9 @@ def summary(logs: dict[str, Any]) -> str:
             words.append(f"{side} {round(logs[key], 3) + 0.0:+.3f}")  # no minus before zeros
     if (key := f"{prefix}rewards/accuracies") in logs:
         words.append(f"accuracy {logs[key]:.0%}")
-    if "pairs_per_second" in logs:
-        words.append(f"{logs['pairs_per_second']:.3g} pairs/s")
+    if speed := logs.get("pairs_per_second"):
+        rows = "rows" if any(f"{start}rows/chosen" in logs for start in ("", "eval_")) else "pairs"
+        words.append(f"{speed:,.0f} {rows}/s" if speed >= 100 else f"{speed:.3g} {rows}/s")
     return "  ".join(words)
 
 

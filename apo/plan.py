@@ -40,6 +40,13 @@ class Plan:
         """Pairs in an optimizer step, over all processes."""
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.processes
 
+    @property
+    def steps_told(self) -> str:
+        """How many steps there will be, in words."""
+        of = "pairs" if "pairs" in self.train.size() else "rows"
+        on = f" on {self.processes} processes" if self.processes > 1 else ""
+        return f"{self.steps:,} of {self.pairs_per_step} {of}{on}"
+
     def counts(self) -> dict[str, Any]:
         """Pairs (or unpaired rows, and how many are desirable) and drops of both splits, for run.json."""
         splits = {"train": self.train, "eval": self.eval}
@@ -72,15 +79,22 @@ def plan(config: TrainConfig, processes: int | None = None) -> Plan:
         raise UserError("trainer.model_init_kwargs.quantization_config: the recipe's `quantize` says it; leave one out")
     if eval_pairs is None and args.eval_strategy != "no":
         raise UserError("trainer.eval_strategy is set but there are no held-out pairs; set `eval`, or leave it out")
-    ends = models.load_generation_config(name)
+    ends, context = models.load_generation_config(name), models.context_of(name)
+    bound, change = "trainer.max_length", "; raise trainer.max_length"
+    if context and context < (args.max_length or math.inf):
+        args.max_length, bound, change = context, "all that the model takes", ""
     train = _tokenize(train_pairs, "train", tokenizer, ends, args)
     evaluated = _tokenize(eval_pairs, "eval", tokenizer, ends, args) if eval_pairs is not None else None
     if len(train.dataset) < 2:
         raise UserError(
             f"{len(train.dataset)} row(s) are left to train on: {train.dropped.get('too_long', 0):,} are longer than "
-            f"max_length {args.max_length}; raise trainer.max_length"
+            f"{args.max_length:,} tokens, {bound}{change}"
         )
-    rails = load_rails(config.guard, tokenizer, ends, models.context_of(name)) if config.guard else None
+    if any(split.dropped for split in (train, evaluated) if split):
+        train.notes.append(f"too long is more than {args.max_length:,} tokens, {bound}")
+    if args.shared_prefix and args.pack_tokens:
+        train.notes.extend(_over_budget(train.dataset, args.pack_tokens))
+    rails = load_rails(config.guard, tokenizer, ends, context) if config.guard else None
     steps = _steps(args, len(train.dataset), count)
     return Plan(config, name, tokenizer, args, train, evaluated, steps, rails, count)
 
@@ -142,6 +156,24 @@ def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args:
         check_weights(pairs, args.weights, split)
     ends, objective = end_ids(tokenizer, generation), mixture_of(args.objective)
     return tokenize(pairs, tokenizer, args.max_length, ends, split, args.dataset_num_proc, objective)
+
+
+def _over_budget(pairs: Dataset, most: int) -> list[str]:
+    """What to tell of pairs that a packed row of `most` tokens cannot hold."""
+    from apo.prefix import tokens_of
+    from apo.tokens import ID_COLUMNS
+
+    rows = pairs.select_columns(list(ID_COLUMNS))
+    lengths = [0] * len(rows)
+    for name in ID_COLUMNS:
+        column = rows.with_format("arrow")[name][:].combine_chunks().value_lengths().to_pylist()
+        lengths = [one + other for one, other in zip(lengths, column, strict=True)]
+    long = [place for place, length in enumerate(lengths) if length > most]  # both sequences, but the prompt once
+    sizes = [size for row in rows.select(long) if (size := tokens_of(row)) > most]
+    if not sizes:
+        return []
+    return [f"{len(sizes):,} rows are longer than trainer.pack_tokens {most:,}, up to {max(sizes):,} tokens: each is a pass "
+            "of its own"]  # fmt: skip
 
 
 def _steps(args: APOConfig, pairs: int, processes: int) -> int:

@@ -8,6 +8,7 @@ in it. Kept in parts of `PART` pairs, so that a killed run loses one part at mos
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 PART = 256
 """Pairs in one file, and in one piece of work where processes share it out."""
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-Compute = Callable[[Sequence[dict[str, Any]]], "tuple[Tensor, Tensor]"]
+Advance = Callable[[int], None]
+Compute = Callable[[Sequence[dict[str, Any]], Advance], "tuple[Tensor, Tensor]"]
 """Log-probs of both responses of some pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`), [n] each."""
+Watched = Callable[[int], AbstractContextManager[Advance]]
 
 
 def part_key(identity: Sequence[Any], pairs: Sequence[dict[str, Any]]) -> str:
@@ -41,28 +44,44 @@ def with_reference(
     rank: int = 0,
     processes: int = 1,
     exchange: Callable[[Any], list[Any]] = lambda mine: [mine],
+    watched: Watched = lambda missing: nullcontext(lambda count: None),
 ) -> tuple[Dataset, int]:
     """`dataset` with the reference's log-probs as two columns, and how many pairs this process had to compute.
 
     Processes share the parts out and `exchange` what they found, so that each part is computed and written once, also
-    where they have no file system in common. Without a `folder` nothing is kept.
+    where they have no file system in common. Without a `folder` nothing is kept. `watched` is told how many pairs
+    this process has to compute, and what it gives is handed to `compute`, to be called with every few that are done.
     """
     import torch
 
+    def pairs_from(start: int) -> list[dict[str, Any]]:
+        return [dict(row) for row in dataset.select(range(start, min(start + PART, len(dataset))))]
+
     found: dict[int, dict[str, Tensor]] = {}
-    computed = 0
+    missing: dict[int, str] = {}
+    damaged = []
     for start in range(rank * PART, len(dataset), processes * PART):
-        pairs = [dict(row) for row in dataset.select(range(start, min(start + PART, len(dataset))))]
+        pairs = pairs_from(start)
         key = part_key(identity, pairs) if folder else ""
         kept = cache.load(folder, key, dict.fromkeys(COLUMNS, (len(pairs),))) if folder else None
-        if kept is None:
-            if folder and (file := cache.file_of(folder, key)).exists():
-                tell(f"reference log-probs: {file} is damaged, computed anew")
-            kept = dict(zip(COLUMNS, (part.to(torch.float64).cpu() for part in compute(pairs)), strict=True))
-            computed += len(pairs)
-            if folder and (note := cache.store(folder, key, kept)):
+        if kept is not None:
+            found[start] = kept
+            continue
+        missing[start] = key
+        if folder and (file := cache.file_of(folder, key)).exists():
+            damaged.append(file)
+    if damaged:
+        others = f" and {len(damaged) - 1:,} more" if damaged[1:] else ""
+        tell(f"reference log-probs: damaged and computed anew: {damaged[0]}{others}")
+    computed = sum(min(PART, len(dataset) - start) for start in missing)
+    unwritten = None
+    with watched(computed) as advance:
+        for start, key in missing.items():
+            values = (column.to(torch.float64).cpu() for column in compute(pairs_from(start), advance))
+            found[start] = dict(zip(COLUMNS, values, strict=True))
+            if folder and (note := cache.store(folder, key, found[start])) and note != unwritten:
+                unwritten = note
                 tell(f"reference log-probs: {note}")
-        found[start] = kept
     whole = {start: part for theirs in exchange(found) for start, part in theirs.items()}
     for column in COLUMNS:
         values = torch.cat([whole[start][column] for start in sorted(whole)]).tolist()

@@ -56,7 +56,7 @@ def _numbers(rows: list[dict[str, Any]]) -> list[str]:
 
 def _told(found: list[Verdict], count: int) -> list[str]:
     if count < FEWEST:
-        return [f"too early to judge: {count} log lines, {FEWEST} are needed"]
+        return [f"too early to judge: the log has {count} of the {FEWEST} lines that are needed"]
     if not found:
         return ["nothing wrong was found"]
     lines = []

@@ -23,6 +23,7 @@ import yaml
 from apo.dynamics import read_metrics
 from apo.mixture import title_of
 from clair.recipe import UserError, changed_keys, provenance, write_atomically, write_json
+from clair.storage import local
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
@@ -41,6 +42,7 @@ def status_of(out: Path, recipe: Mapping[str, Any]) -> Status:
 
     Raises UserError where `out` holds something else: another recipe's run, or files that are no run at all.
     """
+    local(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"out: {out} is a file; give a folder")
     if not (out / RUN).exists():
@@ -62,6 +64,8 @@ def status_of(out: Path, recipe: Mapping[str, Any]) -> Status:
 
 def read_run(out: Path) -> dict[str, Any]:
     """The run.json of a folder. Raises UserError where it cannot be read."""
+    if not (out / RUN).is_file():
+        raise UserError(f"{out} holds no run of `apo train` (no {RUN}); give the folder that a recipe's `out` names")
     try:
         run = json.loads((out / RUN).read_text("utf-8"))
         run["recipe"]
@@ -122,6 +126,12 @@ def size_told(count: Mapping[str, Any]) -> str:
     if "pairs" in count:
         return f"{count['pairs']:,} pairs"
     return f"{count['rows']:,} unpaired rows ({count['desirable']:,} desirable)"
+
+
+def counted(count: Mapping[str, Any]) -> str:
+    """The same with what was left out, and why: `14 pairs, 2 left out (too long)`."""
+    left_out = "".join(f", {n:,} left out ({why.replace('_', ' ')})" for why, n in count["dropped"].items())
+    return size_told(count) + left_out
 
 
 def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:

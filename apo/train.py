@@ -77,6 +77,9 @@ def _train(config: TrainConfig, group: Group, tell: Callable[[str], None]) -> di
         tell(f"{out} is finished; nothing to do")
         return runs.read_run(out)
     planned = _plan_of_all(config, group)
+    for split, count in planned.counts().items():
+        tell(f"{split}: {runs.counted(count)}")
+    tell(f"steps: {planned.steps_told}")
     for note in planned.train.notes:
         tell(f"note: {note}")
     with group.together():
@@ -88,6 +91,11 @@ def _train(config: TrainConfig, group: Group, tell: Callable[[str], None]) -> di
     trainer = build_trainer(planned, group, tell)
     for note in dict.fromkeys(note for notes in group.gather(trainer.notes) for note in notes):
         tell(f"note: {note}")
+    if trainer.reference_computed:
+        pairs = sum(len(split.dataset) for split in (planned.train, planned.eval) if split)
+        computed = sum(sum(one.values()) for one in group.gather(trainer.reference_computed))
+        kept = f", {pairs - computed:,} kept from an earlier run" if computed < pairs else ""
+        tell(f"reference log-probs: {computed:,} computed{kept}")
     found = group.by_main(lambda: _resume(out, planned, status, tell))
     started = time.perf_counter()
     _run(trainer, group, found, out)

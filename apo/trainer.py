@@ -22,7 +22,8 @@ from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from apo import checkpoints
 from apo.arguments import APOConfig
-from apo.cache import hash_weights
+from apo.cache import hash_model
+from apo.console import pace
 from apo.dynamics import measure, pair_rows, work_of
 from apo.faults import LossWatch, check_gradient, check_weights_finite, is_out_of_memory, memory_watched
 from apo.logps import (
@@ -50,7 +51,7 @@ from apo.prefix import (
     tokens_of,
 )
 from apo.processes import asks_for_fsdp, check_devices
-from apo.reference import with_reference
+from apo.reference import Advance, with_reference
 from apo.tokens import end_ids, tokenize
 from apo.transfer import to_device
 from apo.zero import check_zero, get_ready, hush, tell
@@ -345,12 +346,13 @@ class APOTrainer(DPOTrainer):
         model = self.ref_model or self.model
         model.to(self.args.device)
 
-        def compute(pairs: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+        def compute(pairs: Sequence[dict[str, Any]], advance: Advance) -> tuple[torch.Tensor, torch.Tensor]:
             found, bins = [], self._passes(pairs, batch_size)
             for places in bins:
                 batch = self._prepare_inputs(self.data_collator([pairs[place] for place in places]))
                 self.current_batch = batch
                 found.append(torch.stack(self.compute_ref_log_probs(model, batch)).double())
+                advance(len(places))
             order = [place for places in bins for place in places]
             return tuple(torch.cat(found, 1)[:, torch.tensor(order).argsort()])
 
@@ -361,6 +363,7 @@ class APOTrainer(DPOTrainer):
                 dataset, identity, compute, folder, self.notes.append,
                 rank=self.args.process_index, processes=self.args.world_size,
                 exchange=lambda mine: gather_object([mine]),
+                watched=lambda missing: pace(f"reference log-probs, {name}", missing, shown=self.args.process_index == 0),
             )  # fmt: skip
         self.reference_computed[name] = computed
         return dataset
@@ -396,7 +399,7 @@ class APOTrainer(DPOTrainer):
 
     def _hash_of_reference(self, model: torch.nn.Module) -> str:
         if self._weights_hash is None:
-            self._weights_hash = hash_weights(model)
+            self._weights_hash = hash_model(model)
         return self._weights_hash
 
     def _numbers_of_reference(self, model: torch.nn.Module) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import typer
 
 from clair.command import run
 from clair.recipe import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED, UserError, text_override
+from clair.storage import local
 
 app = typer.Typer(
     help="Build contrastive preference pairs: a model answers, a stronger one minimally revises.",
@@ -170,7 +171,9 @@ def show(
 @app.command()
 def report(
     folder: Annotated[str, typer.Argument(help="A dataset folder or URL.")],
-    out: Annotated[Path | None, typer.Option(help="Where the page goes, instead of DIR/report.html.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=local, help="Where the page goes, instead of DIR/report.html.")
+    ] = None,
     filter_: Annotated[
         list[str] | None, typer.Option("--filter", help="Whose full text it holds: 'kept<0.5', split=test; repeatable.")
     ] = None,
@@ -204,7 +207,7 @@ def keep(
 @app.command()
 def export(
     folder: Annotated[str, typer.Argument(help="A dataset folder or URL.")],
-    out: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
+    out: Annotated[Path, typer.Argument(callback=local, help="The JSONL file to write.")],
     as_: Annotated[str, typer.Option("--as", help="preference, unpaired or text.")] = "preference",
     split: Annotated[str, typer.Option(help="train or test.")] = "train",
 ) -> None:
@@ -284,7 +287,7 @@ def check_endpoint(
 def next_(
     folder: Annotated[str, typer.Argument(help="The dataset folder or URL of the round before.")],
     model: Annotated[str, typer.Option(help="The tuned model's folder: the new target.")],
-    out: Annotated[Path, typer.Option(help="The dataset folder of the new round.")],
+    out: Annotated[Path, typer.Option(callback=local, help="The dataset folder of the new round.")],
 ) -> None:
     """Prepare a further round: the tuned model answers what it got wrong before, and what was not seen yet."""
     from clair.sharing import next_round

@@ -10,6 +10,7 @@ import typer
 
 from apo.evaluate.commands import budget_of, price_of
 from clair.recipe import UserError
+from clair.storage import local
 
 
 def advise(
@@ -19,7 +20,9 @@ def advise(
         list[str] | None, typer.Option(help="A judge's URL; repeat it where several serve it.")
     ] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge's name.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The result folder; absent: runs/advice/DATASET-MODEL.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=local, help="The result folder; absent: runs/advice/DATASET-MODEL.")
+    ] = None,
     difference: Annotated[
         float,
         typer.Option(min=0.01, max=0.49, help="The difference from one half to be seen; sizes the sample."),

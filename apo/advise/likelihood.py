@@ -169,7 +169,7 @@ def _gradients(model: Any, pairs: Sequence[Mapping[str, Any]], tell: Callable[[s
     from clair.recipe import content_hash
 
     ids = [[pair[f"{part}_ids"] for part in ("prompt", "chosen", "rejected")] for pair in pairs]
-    key = content_hash(["advice 1", cache.hash_weights(model, adapter=True), SKETCH, ids])
+    key = content_hash(["advice 1", cache.hash_model(model, adapter=True), SKETCH, ids])
     n, m = len(pairs), min(SKETCH, model.get_output_embeddings().weight.numel())
     shapes = {"chosen": (n, m), "rejected": (n, m), "chosen_logps": (n, 2), "rejected_logps": (n, 2)}
     folder = cache.default_folder()

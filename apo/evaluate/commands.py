@@ -10,6 +10,7 @@ import typer
 
 from apo.console import end_early, tell
 from clair.recipe import UserError
+from clair.storage import local
 
 app = typer.Typer(
     help="Measure a model: how good it is, and how sure that is.",
@@ -28,7 +29,7 @@ def _eval() -> None:
 @app.command()
 def mixeval(
     data: Annotated[Path, typer.Option(help="The benchmark's data folder; `apo eval fetch-mixeval` gets it.")],
-    out: Annotated[Path, typer.Option(help="The result folder.")],
+    out: Annotated[Path, typer.Option(callback=local, help="The result folder.")],
     model: Annotated[
         list[str] | None,
         typer.Option(help="Who answers: a model or adapter folder, or an endpoint's URL. Several folders: repeat it."),
@@ -212,7 +213,7 @@ def budget_of(money: str | None, tokens: int | None) -> dict[str, Any] | None:
 
 @app.command()
 def fetch_mixeval(
-    out: Annotated[Path, typer.Argument(help="The data folder to write.")],
+    out: Annotated[Path, typer.Argument(callback=local, help="The data folder to write.")],
     version: Annotated[list[str] | None, typer.Option(help="A release of the questions; repeatable.")] = None,
     full: Annotated[bool, typer.Option("--full", help="The full benchmark too, not only Hard.")] = False,
     from_: Annotated[
@@ -234,7 +235,7 @@ def winrate(
     tuned: Annotated[str, typer.Option(help="The tuned model, likewise.")],
     judge_base_url: Annotated[list[str], typer.Option(help="The judge's URL; repeat it where several serve it.")],
     judge_model: Annotated[str, typer.Option(help="The judge's name.")],
-    out: Annotated[Path, typer.Option(help="The result folder.")],
+    out: Annotated[Path, typer.Option(callback=local, help="The result folder.")],
     base_name: Annotated[str | None, typer.Option(help="The name an endpoint serves the base under.")] = None,
     tuned_name: Annotated[str | None, typer.Option(help="The same for the tuned model.")] = None,
     base_key_env: Annotated[str | None, typer.Option(help="Environment variable with that endpoint's key.")] = None,
@@ -324,7 +325,7 @@ def _run_winrate(config: Any, checked: Any) -> None:
 @app.command()
 def pairs(
     model: Annotated[Path, typer.Option(help="The trained model or adapter, such as the folder of a run.")],
-    out: Annotated[Path, typer.Option(help="Where pairs.json and pairs.jsonl go.")],
+    out: Annotated[Path, typer.Option(callback=local, help="Where pairs.json and pairs.jsonl go.")],
     dataset: Annotated[str | None, typer.Option(help="The pairs; absent: those of the run.")] = None,
     reference: Annotated[str | None, typer.Option(help="What training started from; absent: the run's model.")] = None,
     split: Annotated[str, typer.Option(help="The split that was held out.")] = "test",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clair.recipe import EXIT_INTERRUPTED, UserError
+from clair.storage import local
 
 if TYPE_CHECKING:
     from apo.features import Labelled
@@ -41,7 +42,7 @@ def select(
     model: Model,
     most: Annotated[int, typer.Option(min=1, help="The most prototypes to try.")] = 4,
     by_prompt: Annotated[bool, typer.Option("--by-prompt", help="PAL-B: tastes that depend on the prompt.")] = False,
-    out: Annotated[Path | None, typer.Option(help="A JSON file for the evidence.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=local, help="A JSON file for the evidence.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Tell whether users' tastes differ enough for more than one reward, on held-out comparisons."""
@@ -68,7 +69,7 @@ def select(
 def fit(
     datasets: Datasets,
     model: Model,
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    out: Annotated[Path, typer.Option(callback=local, help="The folder to write.")],
     kind: Annotated[str, typer.Option(help="bradley_terry, pal or vpl.")] = "bradley_terry",
     prototypes: Annotated[int, typer.Option(min=1, help="pal: how many tastes.")] = 2,
     by_prompt: Annotated[bool, typer.Option("--by-prompt", help="pal: PAL-B, tastes depend on the prompt.")] = False,
@@ -114,7 +115,9 @@ def fit(
 def score(
     datasets: Datasets,
     reward: Annotated[Path, typer.Option(help="A folder of `apo reward fit`.")],
-    out: Annotated[Path, typer.Option(help="A .jsonl file to write, or a folder that keeps train and test apart.")],
+    out: Annotated[
+        Path, typer.Option(callback=local, help="A .jsonl file to write, or a folder that keeps train and test apart.")
+    ],
     user: Annotated[str | None, typer.Option(help="Score for this user or group, not for each pair's own.")] = None,
     pad: Annotated[str | None, typer.Option(help="Also score chosen with this text behind it: score_padded.")] = None,
     by_group: Annotated[

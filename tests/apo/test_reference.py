@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from apo import cache, reference
 from apo.arguments import APOConfig
-from apo.cache import hash_weights
+from apo.cache import hash_model
 from apo.reference import COLUMNS, part_key, with_reference
 from apo.trainer import APOTrainer
 from tests.apo.conftest import make_model, make_pairs
@@ -78,20 +78,20 @@ def _eager():
 def test_a_new_adapter_has_the_reference_of_the_model_below_and_its_training_changes_nothing():
     from peft import LoraConfig, get_peft_model
 
-    plain = hash_weights(make_model())
+    plain = hash_model(make_model())
     adapted = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    assert hash_weights(adapted) == plain
+    assert hash_model(adapted) == plain
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.fill_(1.0)
-    assert hash_weights(adapted) == plain
+    assert hash_model(adapted) == plain
 
 
 def tiny_dataset(n=10):
     return Dataset.from_list([{"prompt_ids": [1, i], "chosen_ids": [3], "rejected_ids": [4, i]} for i in range(n)])
 
 
-def lengths(pairs):
+def lengths(pairs, advance):
     return tuple(torch.tensor([float(p["prompt_ids"][1] + shift) for p in pairs]) for shift in (0, 100))
 
 
@@ -99,11 +99,11 @@ def test_a_killed_pass_keeps_its_finished_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "PART", 4)
     asked = []
 
-    def dies(pairs):
+    def dies(pairs, advance):
         asked.append(len(pairs))
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return lengths(pairs)
+        return lengths(pairs, advance)
 
     with pytest.raises(KeyboardInterrupt):
         with_reference(tiny_dataset(), ["m"], dies, tmp_path, print)
@@ -156,7 +156,7 @@ def test_a_damaged_file_is_computed_anew_and_said(tmp_path, harm):
     again, computed = with_reference(tiny_dataset(), ["m"], lengths, tmp_path, told.append)
     assert computed == 10
     assert again[COLUMNS[0]] == done[COLUMNS[0]]
-    assert "is damaged, computed anew" in told[0]
+    assert "damaged and computed anew" in told[0]
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_keeping(tmp_path):
