@@ -172,8 +172,8 @@ def _over_budget(pairs: Dataset, most: int) -> list[str]:
     sizes = [size for row in rows.select(long) if (size := tokens_of(row)) > most]
     if not sizes:
         return []
-    return [f"{len(sizes):,} rows are longer than trainer.pack_tokens {most:,}, up to {max(sizes):,} tokens: each is a pass "
-            "of its own"]  # fmt: skip
+    told = f"{len(sizes):,} rows are longer than trainer.pack_tokens {most:,}, up to {max(sizes):,} tokens"
+    return [f"{told}: each is a pass of its own"]
 
 
 def _steps(args: APOConfig, pairs: int, processes: int) -> int:

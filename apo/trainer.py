@@ -363,7 +363,7 @@ class APOTrainer(DPOTrainer):
                 dataset, identity, compute, folder, self.notes.append,
                 rank=self.args.process_index, processes=self.args.world_size,
                 exchange=lambda mine: gather_object([mine]),
-                watched=lambda missing: pace(f"reference log-probs, {name}", missing, shown=self.args.process_index == 0),
+                watched=lambda count: pace(f"reference log-probs, {name}", count, shown=self.args.process_index == 0),
             )  # fmt: skip
         self.reference_computed[name] = computed
         return dataset

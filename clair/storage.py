@@ -52,9 +52,7 @@ def local(path: Path | None) -> Path | None:
     """A path that is written on this machine only, as it is; also a callback of typer. Raises UserError for a URL."""
     if path is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # a Path has one slash left of two
         url = public_path(str(path).replace(":/", "://", 1))
-        raise UserError(
-            f"{url} is a URL, and this is written on this machine only; give a path here, and copy it there"
-        )
+        raise UserError(f"{url} is a URL, and this is written to local files only; give a path, and copy it there")
     return path
 
 

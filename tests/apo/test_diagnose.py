@@ -175,7 +175,7 @@ def test_the_command_draws_and_tells_also_while_a_run_is_under_way(model_dir, da
 
 
 def test_no_run_is_told(tmp_path):
-    with pytest.raises(UserError, match=r"no run\.json that can be read"):
+    with pytest.raises(UserError, match=r"holds no run of `apo train`"):
         diagnosis(tmp_path)
 
 

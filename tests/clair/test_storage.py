@@ -574,6 +574,17 @@ def test_of_several_that_create_an_object_at_once_one_does(tmp_path):
     assert sorted(made) == list(range(100))
 
 
+def test_a_url_where_a_local_path_is_written_is_told_without_its_secrets():
+    """Typer has made a Path of it, whose two slashes are one."""
+    for url in ("s3://bucket/a", "gs://bucket/a/b.png", "file:///a", "s3://me:secret@bucket/a?signature=secret"):
+        with pytest.raises(UserError, match=r"is a URL, and this is written to local files only; give a path") as error:
+            storage.local(Path(url))
+        assert "secret" not in str(error.value)
+        assert str(error.value).startswith(url[:4])
+    for path in (Path("a"), Path("/a/b"), Path("../a:b/c"), Path("C:/a"), None):
+        assert storage.local(path) is path
+
+
 def test_what_a_killed_run_left_half_written_is_no_object(tmp_path):
     store = Store(f"file://{tmp_path}")
     store.put("hold/000001.json", b"{}")

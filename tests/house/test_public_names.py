@@ -7,9 +7,12 @@ import inspect
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import pytest
+
+from clair.storage import local
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -47,6 +50,30 @@ def test_importing_a_package_takes_under_300_ms_and_nothing_heavy(package):
         return float(took)
 
     assert best_of(seconds, limit=0.3) < 0.3
+
+
+@pytest.mark.parametrize("command", PACKAGES)
+def test_every_output_of_a_command_that_is_a_local_path_refuses_a_url(command, tmp_path):
+    """What takes a folder or URL is declared as text; a Path of a URL would be made here, as a folder `s3:`."""
+
+    def commands(app):
+        for group in app.registered_groups:
+            yield from commands(group.typer_instance)
+        yield from (one.callback for one in app.registered_commands)
+
+    declared = [
+        typing.get_type_hints(one, include_extras=True).get("out")
+        for one in commands(importlib.import_module(f"{command}.cli").app)
+    ]
+    paths = [hint for hint in declared if hint and Path in (hint.__origin__, *typing.get_args(hint.__origin__))]
+    assert len(paths) >= {"clair": 3, "apo": 12}[command]
+    assert [hint for hint in paths if hint.__metadata__[0].callback is not local] == []
+    asked = {"clair": ["report", "nowhere"], "apo": ["merge", "nowhere"]}[command]
+    done = subprocess.run(
+        [BIN / command, *asked, "--out", "s3://bucket/a"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr.count("\n"), list(tmp_path.iterdir())) == (2, 1, [])
+    assert done.stderr.startswith("error: s3://bucket/a is a URL")
 
 
 @pytest.mark.parametrize("command", PACKAGES)
