@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -50,13 +52,19 @@ def test_cached_log_probs_are_the_online_ones(tmp_path, tokenizer, pairs):
 
 
 def test_every_ingredient_of_the_key_makes_a_new_one(tmp_path, tokenizer, pairs):
-    """Weights, ids, order, type, attention, way of laying out: 6 ingredients, each changed alone."""
+    """Weights, what is done with them, ids, their order and number, types, attention, way of laying out: each changed
+    alone.
+    """
     prepared(tmp_path, tokenizer, pairs)
     other = make_model()
     with torch.no_grad():
         other.model.norm.weight[0] += 1e-3
     changed = {
         "weights": {"model": other},
+        "positions": {"model": make_model(rope_parameters={"rope_type": "default", "rope_theta": 5e5})},
+        "what a layer computes": {"model": make_model(hidden_act="gelu")},
+        "order": {"pairs": pairs.select([1, 0, *range(2, len(pairs))])},
+        "products": {"bf16": True},
         "ids": {"pairs": Dataset.from_list(make_pairs(seed=9))},
         "fewer": {"pairs": pairs.select(range(20))},
         "type": {"model": make_model().to(torch.bfloat16)},
@@ -85,6 +93,40 @@ def test_a_new_adapter_has_the_reference_of_the_model_below_and_its_training_cha
         if "lora_B" in name:
             parameter.data.fill_(1.0)
     assert hash_model(adapted) == plain
+
+
+def test_an_adapter_that_is_gone_on_with_has_a_reference_of_its_own_weights_and_scale(tmp_path, tokenizer, pairs):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def adapter(alpha, weight):
+        lora = LoraConfig(r=4, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        torch.manual_seed(0)
+        made = get_peft_model(make_model(), lora)
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                parameter.data.fill_(weight)
+        made.save_pretrained(tmp_path / f"{alpha} {weight}")
+        return PeftModel.from_pretrained(make_model(), tmp_path / f"{alpha} {weight}", is_trainable=True)
+
+    computed = [
+        prepared(tmp_path, tokenizer, pairs, adapter(*made)).reference_computed["train"]
+        for made in ((8, 0.01), (8, 0.02), (16, 0.01), (8, 0.01))
+    ]
+    assert computed == [24, 24, 24, 0]
+
+
+def test_another_kind_of_device_has_other_numbers(tmp_path, tokenizer, pairs):
+    trainer = prepared(tmp_path, tokenizer, pairs)
+    here = trainer._numbers_of_reference(trainer.model)
+    assert trainer.args.device.type in here
+    trainer.args = SimpleNamespace(device=torch.device("meta"))
+    assert trainer._numbers_of_reference(trainer.model) != here
+
+
+def test_what_says_nothing_of_a_models_numbers_is_in_no_key():
+    plain, named = make_model(), make_model()
+    named.config.use_cache, named.config._name_or_path, named.config.pad_token_id = False, "elsewhere", 3
+    assert hash_model(named) == hash_model(plain)
 
 
 def tiny_dataset(n=10):

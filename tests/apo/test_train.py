@@ -10,13 +10,14 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from apo import cli
 from apo import run as runs
 from apo.config import LoRA, TrainConfig
 from apo.pairs import Source, fingerprint, load_eval, load_train
 from apo.plan import plan
+from apo.prefix import tokens_of
 from apo.train import train
 from clair.recipe import UserError, load_recipe, resolved
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
@@ -130,11 +131,55 @@ def test_a_users_function_trains_from_python(recipe):
 
 
 def test_pairs_too_long_are_counted_in_the_outputs(recipe):
-    found, _ = run(recipe, trainer={**TRAINER, "max_length": 22})
+    found, told = run(recipe, trainer={**TRAINER, "max_length": 22})
     dropped = found["data"]["train"]["dropped"]["too_long"]
     assert 0 < dropped < 24
     assert found["data"]["train"]["pairs"] == 24 - dropped
     assert f"{dropped} too long" in (Path(recipe["out"]) / "README.md").read_text()
+    assert told[0] == f"train: {24 - dropped} pairs, {dropped} left out (too long)"
+    assert "note: too long is more than 22 tokens, trainer.max_length" in told
+
+
+@pytest.mark.slow
+def test_a_run_says_what_it_trains_on_and_what_it_need_not_compute_again(recipe, tmp_path):
+    """Another rate, beta or objective: nothing of the reference is computed."""
+    _, told = run(recipe)
+    first = ["train: 24 pairs", "eval: 6 pairs", "steps: 6 of 4 pairs", "reference log-probs: 30 computed"]
+    assert told == first
+    changed = {"trainer": {**TRAINER, "learning_rate": 1e-3}}, {"beta": 0.5}, {"objective": "dpo"}
+    for number, changes in enumerate(changed):
+        _, told = run(recipe, out=str(tmp_path / str(number)), **changes)
+        assert told == [*first[:3], "reference log-probs: 0 computed, 30 kept from an earlier run"]
+
+
+def test_pairs_that_no_packed_row_holds_are_counted_with_the_longest(recipe):
+    planned = plan(TrainConfig(**{**recipe, "trainer": {**TRAINER, "pack_tokens": 25}}))
+    sizes = [tokens_of(pair) for pair in planned.train.dataset]
+    over = [size for size in sizes if size > 25]
+    assert 0 < len(over) < 24
+    told = (
+        f"{len(over)} rows are longer than trainer.pack_tokens 25, up to {max(over)} tokens: each is a pass of its own"
+    )
+    assert planned.train.notes == [told]
+    assert plan(TrainConfig(**{**recipe, "trainer": {**TRAINER, "pack_tokens": max(sizes)}})).train.notes == []
+
+
+@pytest.mark.slow
+def test_pairs_longer_than_the_model_takes_are_left_out(recipe, tmp_path):
+    """GPT-2 has no embedding for a later position, and others were never trained there."""
+    config = GPT2Config(
+        vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=24, bos_token_id=1, eos_token_id=3, pad_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "m")
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    found, told = run(recipe, model=str(tmp_path / "m"))
+    dropped = found["data"]["train"]["dropped"]["too_long"]
+    assert 0 < dropped < 24
+    assert told[0] == f"train: {24 - dropped} pairs, {dropped} left out (too long)"
+    assert "note: too long is more than 24 tokens, all that the model takes" in told
+    long = write_jsonl(tmp_path / "long.jsonl", [{**pair, "prompt": "one " * 30} for pair in make_pairs(4)])
+    with pytest.raises(UserError, match=r"4 are longer than 24 tokens, all that the model takes$"):
+        plan(TrainConfig(**{**recipe, "model": str(tmp_path / "m"), "dataset": str(long)}))
 
 
 def test_a_dry_run_tells_the_plan_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):

@@ -1,0 +1,67 @@
+"""What a run says on the way: how far it is, in lines that fit a terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from apo import console
+from apo.config import TrainConfig
+from apo.console import pace
+from apo.monitor import looks, summary
+from apo.train import train
+from tests.apo.test_train import folder, recipe  # noqa: F401
+
+SPEED = {"loss": 1.0, "pairs_per_second": 1117.3}
+
+
+def test_work_that_lasts_says_how_far_it_is_and_other_work_nothing(monkeypatch, capsys):
+    with pace("reading", 3) as advance:
+        [advance(1) for _ in range(3)]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(console, "EVERY", 0.0)
+    with pace("reading", 3000) as advance:
+        [advance(1000) for _ in range(3)]
+    assert capsys.readouterr().err == "reading: 1,000 of 3,000\nreading: 2,000 of 3,000\n"
+    with pace("reading", 3000, shown=False) as advance:
+        advance(1000)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_the_references_pass_says_how_far_it_is(recipe, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(console, "EVERY", 0.0)
+    train(TrainConfig(**{**recipe, "trainer": {**recipe["trainer"], "pack_tokens": 120}}), tell=lambda _: None)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("reference log-probs, train: ")]
+    assert len(told) > 2
+    assert told[-1].endswith(" of 24")
+
+
+@pytest.mark.slow
+def test_in_a_terminal_of_80_columns_the_bar_and_every_number_can_be_read(recipe, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    train(TrainConfig(**recipe), tell=lambda _: None)
+    told = capsys.readouterr().err
+    assert "training" in told
+    assert "6/6" in told  # the steps, beside the bar
+    assert "━" * 20 in told
+    assert "step 6/6  loss " in told  # and the numbers above it, where they stay
+
+
+@pytest.mark.parametrize(
+    ("speed", "told"), [(1117.3, "1,117 pairs/s"), (99.96, "100 pairs/s"), (2.494, "2.49 pairs/s"), (0.0317, "0.0317")]
+)
+def test_speed_is_a_number_that_one_can_read(speed, told):
+    assert told in summary({**SPEED, "pairs_per_second": speed})
+    assert "rows/s" in summary({**SPEED, "rows/chosen": 4})
+
+
+def test_each_look_is_a_line_and_a_log_of_training_none():
+    logs = {"guard/text_loss": 3.7, "guard/text_loss_rise": 0.01, "guard/text_loss_rise_noise": 0.005,
+            "probe/kl": 0.0069, "probe/edited_chosen": 0.146, "probe/shared_chosen": 0.11}  # fmt: skip
+    assert looks(logs) == [
+        "guard: loss on the text 3.7000 (+0.0100 +- 0.0050)",
+        "probe: KL 0.0069 nats a token, chosen edited +0.146, shared +0.110",
+    ]
+    assert looks(SPEED) == []
