@@ -1,10 +1,11 @@
-"""LoRA on 4-bit weights, computed by bitsandbytes on a CPU, where it is installed. No GPU has run this."""
+"""LoRA on 4-bit weights, computed by bitsandbytes on a CPU. No GPU has run this."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -21,7 +22,6 @@ from tests.apo.conftest import apart, make_model, make_tokenizer
 from tests.apo.test_resume import Crash, crash_in
 from tests.apo.test_train import folder, recipe  # noqa: F401
 
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: the extra `quantize`")
 pytestmark = pytest.mark.slow
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
 QLORA = {"lora": {"r": 4, "alpha": 8}, "quantize": "nf4", "eval": False}
