@@ -54,7 +54,7 @@ from apo.processes import asks_for_fsdp, check_devices
 from apo.reference import Advance, with_reference
 from apo.tokens import end_ids, tokenize
 from apo.transfer import to_device
-from apo.zero import check_zero, get_ready, hush, tell
+from apo.zero import check_zero, get_ready, hush, tell, unfinished
 from clair.recipe import UserError
 
 SMALLEST_WEIGHT = 1e-30
@@ -116,8 +116,6 @@ class APOTrainer(DPOTrainer):
         uses_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
         self.is_fsdp_enabled = self._shards
-        if self.is_deepspeed_enabled:
-            self.model.to(args.device)  # transformers leaves that to DeepSpeed, and the model is asked before
         if getattr(model, "is_loaded_in_4bit", False):  # TRL has put the adapter into bfloat16, which drops small steps
             for weight in self.model.parameters():
                 weight.data = weight.data.float() if weight.requires_grad else weight.data
@@ -154,19 +152,19 @@ class APOTrainer(DPOTrainer):
 
     def _share_prefixes(self) -> None:
         """Ask in packed rows from now on, if the model can be and agrees with TRL's batch on two pairs."""
+        if self.is_deepspeed_enabled:
+            self.model.to(self.args.device)  # transformers leaves that to DeepSpeed, and the model is asked before
         if not self._may_share:
             return
         self._may_share = False
-        if self.is_deepspeed_enabled:
-            reason, notes = "DeepSpeed holds its parameters, which nobody has shown to be exact", []
-        else:
-            asked = [model for model in (self.model, self.ref_model) if model is not None]
-            size = min(self.args.per_device_train_batch_size, len(self.train_dataset))
-            first = self._prepare_inputs(self.data_collator([self.train_dataset[place] for place in range(size)]))
-            short = self._prepare_inputs(self.data_collator(self._shortest_pairs()))
-            computed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
-            told = {"autocast": self.accelerator.autocast, "fatal": is_out_of_memory}
-            reason, notes = share_if_exact(asked, short, first, computed, **told)
+        # A reference of its own may be DeepSpeed's already; what is asked is the model inside.
+        asked = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
+        size = min(self.args.per_device_train_batch_size, len(self.train_dataset))
+        first = self._prepare_inputs(self.data_collator([self.train_dataset[place] for place in range(size)]))
+        short = self._prepare_inputs(self.data_collator(self._shortest_pairs()))
+        computed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
+        told = {"autocast": self.accelerator.autocast, "fatal": is_out_of_memory}
+        reason, notes = share_if_exact(asked, short, first, computed, **told)
         self.notes += notes
         if reason is None:
             self.pair_logps = shared_prefix_logps
@@ -268,18 +266,24 @@ class APOTrainer(DPOTrainer):
         parts = self._parts(inputs)
         loss = 0.0
         for part in parts[:-1]:
-            # DDP: processes may have different numbers of parts, and meet at the last. FSDP adds up what is sharded.
-            apart = contextlib.nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
-            with apart:
+            with self._apart(model):
                 loss = loss + super().training_step(model, part, num_items_in_batch)
         return loss + super().training_step(model, parts[-1], num_items_in_batch)
+
+    def _apart(self, model: Any) -> contextlib.AbstractContextManager[None]:
+        """Passes that are not the last of their micro-batch: gradients are added up, and nothing else happens."""
+        if self.is_deepspeed_enabled:
+            return unfinished(self.accelerator)
+        # DDP: processes may have different numbers of parts, and meet at the last. FSDP adds up what is sharded.
+        return contextlib.nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
 
     def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         if self._most_tokens is None:
             return [inputs]
         places = bins_of([tokens_of(example) for example in examples_of(inputs)], self._most_tokens)
         parts = [inputs] if len(places) == 1 else [select(inputs, bin) for bin in places]
-        if self.is_fsdp_enabled:  # each pass gathers the weights from all processes, so all make equally many
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # Each pass gathers the weights or reduces the gradients of all processes, so all make equally many.
             passes = torch.tensor([len(parts)], device=self.args.device)
             parts += [idle(inputs)] * (int(self.accelerator.gather(passes).max()) - len(parts))
         return parts

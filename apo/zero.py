@@ -76,6 +76,19 @@ def get_ready(model: nn.Module, args: Any) -> None:
                     weight.data = weight.data.to(getattr(torch, dtype))
 
 
+@contextlib.contextmanager
+def unfinished(accelerator: Any) -> Iterator[None]:
+    """Backward passes meanwhile are parts of a micro-batch whose last is yet to come.
+
+    DeepSpeed then adds up their gradients; accelerate tells it to take its step where gradients are in sync.
+    """
+    before, accelerator.sync_gradients = accelerator.sync_gradients, False
+    try:
+        yield
+    finally:
+        accelerator.sync_gradients = before
+
+
 def own_part(weight: Tensor) -> Tensor:
     """What this process holds of a weight that may be shared out by FSDP or ZeRO-3."""
     if hasattr(weight, "to_local"):

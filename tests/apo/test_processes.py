@@ -92,6 +92,13 @@ def test_every_step_has_the_pairs_of_one_process_in_their_order(way, arms):
         assert sizes[:6] == [SIZE, SIZE, 6, SIZE, SIZE, 6]
 
 
+@pytest.mark.parametrize("way", ["ddp", "fsdp", *(pytest.param(way, marks=WITHOUT) for way in ZERO)])
+def test_a_micro_batch_is_cut_into_more_passes_by_one_process_than_by_the_other(way, arms):
+    passes = list(zip(*arms[way][1]["tied"]["passes"], strict=True))
+    assert {2, 1} in map(set, passes)
+    assert len(passes) == 2 * STEPS
+
+
 def test_the_references_parts_are_shared_out(arms):
     counts = {way: arms[way][1]["llama"]["computed"] for way in ("one", "ddp", "fsdp")}
     assert counts == {"one": 22, "ddp": 12, "fsdp": 12}  # the first process has parts 0, 2 and 4, of 4 pairs each

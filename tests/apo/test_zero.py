@@ -78,6 +78,20 @@ def test_log_probs_in_a_batch_keep_their_type_under_deepspeed(tmp_path, pairs, t
     assert found["ids"][0].tolist() == [3]
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["more to come", "the step's last"])
+def test_the_passes_of_a_micro_batch_are_one_to_deepspeed(last, tmp_path, pairs, tokenizer, monkeypatch):
+    """accelerate tells DeepSpeed to take its step after a backward pass whose gradients are in sync."""
+    args = APOConfig(output_dir=str(tmp_path), use_cpu=True, pack_tokens=1)
+    trainer = APOTrainer(make_model(), args=args, train_dataset=pairs, processing_class=tokenizer)
+    trainer.is_deepspeed_enabled, trainer.accelerator.sync_gradients = True, last
+    told = []
+    monkeypatch.setattr(trainer.accelerator, "backward", lambda _: told.append(trainer.accelerator.sync_gradients))
+    batch = trainer.data_collator([trainer.train_dataset[place] for place in range(3)])
+    trainer.training_step(trainer.model, batch, torch.tensor(3))
+    assert told == [False, False, last]
+    assert trainer.accelerator.sync_gradients == last
+
+
 def test_the_part_of_a_weight_that_is_here_is_what_is_looked_at():
     weight = torch.nn.Parameter(torch.ones(2))
     assert zero.own_part(weight).tolist() == [1, 1]
