@@ -1,22 +1,19 @@
-"""Pairs and models at the edge: what trains as it should, and what is refused in one line."""
+"""Pairs at the edge, which train as they should."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
-from peft import get_peft_model
 
-from apo.config import LoRA, TrainConfig
 from apo.logps import plain_logps
 from apo.prefix import shared_prefix_logps
-from apo.train import train
-from clair.recipe import UserError
-from tests.apo.conftest import make_model, make_pairs, make_tokenizer
-from tests.apo.test_trainer import apo_trainer, lora
+from tests.apo.conftest import make_model
+from tests.apo.test_cli import call
+from tests.apo.test_trainer import apo_trainer
 
 
 def pair(chosen, rejected, number=0):
@@ -50,43 +47,13 @@ def test_odd_pairs_train_packed_as_plain(which, tmp_path, tokenizer):
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def write(path: Path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def recipe(tmp_path, model, **more):
-    trainer = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no"}
-    data = write(tmp_path / "pairs.jsonl", make_pairs(8))
-    return TrainConfig(model=str(model), dataset=data, out=str(tmp_path / "run"), trainer=trainer, **more)
-
-
-def test_an_adapter_of_a_model_of_another_shape_is_refused(tmp_path, model_dir):
-    wide = make_model(hidden_size=64)
-    get_peft_model(wide, lora()).save_pretrained(tmp_path / "adapter")
-    about = tmp_path / "adapter" / "adapter_config.json"
-    about.write_text(json.dumps({**json.loads(about.read_text()), "base_model_name_or_path": str(model_dir)}))
-    with pytest.raises(UserError, match=r"adapter .* does not fit .*size mismatch"):
-        train(recipe(tmp_path, tmp_path / "adapter"), tell=lambda _: None)
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_adapter_whose_tokenizer_has_more_words_than_its_base_is_refused(tmp_path):
-    small = make_model(vocab_size=20)
-    small.save_pretrained(tmp_path / "base")
-    get_peft_model(small, lora()).save_pretrained(tmp_path / "adapter")
-    make_tokenizer().save_pretrained(tmp_path / "adapter")
-    about = tmp_path / "adapter" / "adapter_config.json"
-    about.write_text(json.dumps({**json.loads(about.read_text()), "base_model_name_or_path": str(tmp_path / "base")}))
-    with pytest.raises(UserError, match=r"has 20 embeddings but its tokenizer has ids up to"):
-        train(recipe(tmp_path, tmp_path / "adapter"), tell=lambda _: None)
-
-
-def test_a_checkpoint_of_another_objective_is_not_gone_on_from(tmp_path, model_dir):
-    train(recipe(tmp_path, model_dir, lora=LoRA(r=2)), tell=lambda _: None)
-    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
-    with pytest.raises(
-        UserError, match=r"holds the run of another recipe \(changed: objective\); choose another folder"
-    ):
-        train(recipe(tmp_path, model_dir, lora=LoRA(r=2), objective="dpo"), tell=lambda _: None)
-    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+@pytest.mark.slow
+def test_odd_pairs_train_from_the_command_line(tmp_path, model_dir, monkeypatch, capsys):
+    rows = [row for rows in ODD.values() for row in rows]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"model": str(model_dir), "dataset": str(tmp_path / "odd.jsonl"), "out": str(tmp_path / "run")}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**keys, "trainer": {"max_steps": 2}}))
+    assert call(monkeypatch, "train", tmp_path / "r.yaml") == 0
+    told = capsys.readouterr().err.splitlines()
+    assert told[:2] == ["train: 8 pairs", "steps: 2 of 8 pairs"]
+    assert not [line for line in told if line.startswith(("note", "error", "warning"))]

@@ -177,6 +177,24 @@ def test_no_token_of_one_response_changes_the_other_or_another_pair(changed):
         assert same.tolist() == [not (pair == 1 and changed.startswith(name)) for pair in range(len(examples))]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_gradient_of_one_response_comes_from_a_token_of_the_other_or_of_another_pair(family):
+    model, layout = tiny(family), lay_out(pairs(*SHAPES))
+    share_prefixes(model)
+    embedded = []
+    model.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(call[2]) or call[2].retain_grad())
+    logps = packed_logps(model, layout)
+    for pair, span in enumerate(layout.spans):
+        start, middle, end, last = span.branches
+        for name, own in (("chosen", range(start, end)), ("rejected", [*range(start, middle), *range(end, last)])):
+            embedded[0].grad = None
+            getattr(logps, name)[pair].backward(retain_graph=True)
+            reached = embedded[0].grad[0].abs().sum(-1).nonzero().flatten().tolist()
+            assert reached  # the response's own tokens: all but its last, and those that no window has left behind
+            assert set(reached) <= set(own)
+            assert own[-1] not in reached  # which is predicted and predicts nothing
+
+
 def test_any_order_of_pairs_gives_each_pair_its_own_log_probs():
     model, examples = tiny(), pairs(*SHAPES)
     share_prefixes(model)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from apo import cli
@@ -315,6 +316,25 @@ def pickled_adapter(tmp_path, recipe):
     recipe["model"] = str(tmp_path / "a")
 
 
+def adapter_on(base, tmp_path, model):
+    """An adapter that was trained on `model` and says that its base is the folder `base`."""
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(model, lora).save_pretrained(tmp_path / "a")
+    about = tmp_path / "a" / "adapter_config.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "base_model_name_or_path": str(base)}))
+    return str(tmp_path / "a")
+
+
+def adapter_of_another_shape(tmp_path, recipe):
+    recipe["model"] = adapter_on(recipe["model"], tmp_path, make_model(hidden_size=64))
+
+
+def adapter_of_more_words(tmp_path, recipe):
+    make_model(vocab_size=20).save_pretrained(tmp_path / "m")
+    recipe["model"] = adapter_on(tmp_path / "m", tmp_path, make_model(vocab_size=20))
+    make_tokenizer().save_pretrained(tmp_path / "a")
+
+
 def rows_are(change):
     def apply(tmp_path, recipe):
         recipe["dataset"] = str(write_jsonl(tmp_path / "pairs.jsonl", change(make_pairs(4))))
@@ -332,6 +352,11 @@ def keys_are(**changes):
 def another_run(tmp_path, recipe):
     train(TrainConfig(**recipe), tell=lambda _: None)
     recipe["beta"] = 0.3
+
+
+def another_objectives_run(tmp_path, recipe):
+    train(TrainConfig(**recipe), tell=lambda _: None)
+    recipe["objective"] = "dpo"
 
 
 def stranger(tmp_path, recipe):
@@ -379,6 +404,8 @@ BAD_INPUT = {
     "damaged weights": (damaged_weights, "cannot be loaded"),
     "pickled adapter": (pickled_adapter, "only safetensors are read"),
     "vocabulary too large": (vocabulary_too_large, "has 20 embeddings but its tokenizer has ids up to"),
+    "adapter of another shape": (adapter_of_another_shape, "size mismatch"),
+    "adapter of more words than its base": (adapter_of_more_words, "has 20 embeddings but its tokenizer has ids up to"),
     "dataset not there": (keys_are(dataset="./nowhere.jsonl"), "dataset ./nowhere.jsonl does not exist"),
     "hub dataset without network": (keys_are(dataset="nobody/nothing"), "dataset 'nobody/nothing'"),
     "no such split": (keys_are(dataset={"path": "PAIRS", "split": "dev"}), "split 'dev'"),
@@ -390,6 +417,7 @@ BAD_INPUT = {
     "everything too long": (keys_are(trainer={"max_length": 5}), "0 row(s) are left to train on: 24 are longer than"),
     "weight 0": (keys_are(dataset=[{"path": "PAIRS", "weight": 0}]), "weight: Input should be greater than 0"),
     "another recipe's run": (another_run, "holds the run of another recipe (changed: beta)"),
+    "another objective's run": (another_objectives_run, "run of another recipe (changed: objective); choose another"),
     "a folder of something else": (stranger, "holds files but no run of `apo train` (thesis.tex)"),
 }
 

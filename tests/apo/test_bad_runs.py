@@ -1,0 +1,102 @@
+"""What goes wrong in the middle of a run, as the user of the command sees it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import yaml
+
+from apo import checkpoints
+from tests.apo.test_cli import call
+from tests.apo.test_train import folder, recipe  # noqa: F401
+
+
+@pytest.fixture
+def apo(recipe, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Runs `apo train` on the recipe with changes. Gives its exit code and the lines on stderr."""
+
+    def run(out="run", **trainer):
+        keys = {**recipe, "out": str(tmp_path / out), "trainer": {**recipe["trainer"], **trainer}}
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(keys))
+        code = call(monkeypatch, "train", tmp_path / "r.yaml")
+        return code, capsys.readouterr().err.splitlines()
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_lost_loss_ends_the_command_with_the_pairs_ids_and_the_last_good_checkpoint(apo, tmp_path, monkeypatch):
+    from apo import trainer as module
+
+    plain, calls = module.shared_prefix_logps, []
+
+    def loses_one(model, batch, **options):
+        found = plain(model, batch, **options)
+        calls.append(model.training)
+        lost = torch.tensor([1.0, torch.nan, 1.0, 1.0]) if sum(calls) == 4 and calls[-1] else 1.0
+        return found._replace(chosen=found.chosen * lost)
+
+    monkeypatch.setattr(module, "shared_prefix_logps", loses_one)
+    code, told = apo(save_steps=1)
+    assert code == 5
+    assert re.fullmatch(
+        r"error: step 4: the loss is not finite for 1 of 4 pairs of its batch \(p\d+; beside them p\d+, p\d+, p\d+\); "
+        r"look at these pairs and take them out, or lower .*; the last good checkpoint is .*/checkpoint-3",
+        told[-1],
+    )
+    assert checkpoints.problem_of(tmp_path / "run" / "checkpoint-3") is None
+    assert [line for line in told if line.startswith("error")] == told[-1:]
+    code, told = apo(save_steps=1)  # the cause is gone
+    assert (code, "going on from step 3 of 6" in told) == (0, True)
+
+
+@pytest.mark.slow
+def test_a_damaged_cache_and_one_that_cannot_be_written_are_each_said_once(apo, tmp_path):
+    _, told = apo("first")
+    assert "reference log-probs: 30 computed" in told
+    files = list((tmp_path / "cache").rglob("*.safetensors"))
+    assert len(files) == 2  # of train and of eval
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-8])
+    code, told = apo("second")
+    assert code == 0
+    assert len([line for line in told if re.match(r"note: .* damaged and computed anew: .*\.safetensors", line)]) == 2
+    assert "reference log-probs: 30 computed" in told
+    _, told = apo("third")
+    assert "reference log-probs: 0 computed, 30 kept from an earlier run" in told
+    (tmp_path / "cache").rename(tmp_path / "kept")
+    (tmp_path / "cache").write_text("no folder")
+    code, told = apo("fourth")
+    assert code == 0
+    assert [line for line in told if "cannot be written" in line] == [
+        f"note: reference log-probs: {tmp_path / 'cache'} cannot be written (Not a directory); "
+        "going on without keeping it"
+    ]
+
+
+@pytest.mark.slow
+def test_a_model_whose_attention_cannot_be_exchanged_trains_and_says_so_once(apo, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    plain = LlamaAttention.forward
+
+    def forgetful(self, *args, shared_prefix=None, **options):
+        return plain(self, *args, **options)
+
+    monkeypatch.setattr(LlamaAttention, "forward", forgetful)
+    code, told = apo()
+    assert code == 0
+    assert [line for line in told if line.startswith("note: ")] == [
+        "note: prompts are run twice and batches padded, as in TRL: the model cannot share, the model does not hand "
+        "its options on to its attention"
+    ]
+
+
+def test_a_run_that_is_interrupted_before_any_step_promises_no_checkpoint(apo, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("apo.train.train", interrupted)
+    assert apo() == (130, ["interrupted; the same command goes on from the last checkpoint, if there is one"])
