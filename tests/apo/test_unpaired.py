@@ -28,6 +28,7 @@ from apo.trainer import APOTrainer
 from clair.recipe import UserError
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 from tests.apo.test_cli import call
+from tests.apo.test_resume import CRASHES, Crash, crash_in
 
 CLASSES = {"desirable_weight": 0.5, "undesirable_weight": 1.5}
 
@@ -428,23 +429,15 @@ def test_a_dry_run_tells_rows_and_an_estimate_of_one_response_each(recipe, tmp_p
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(recipe, tmp_path, monkeypatch):
-    from apo import checkpoints
-
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(recipe, tmp_path):
     recipe["objective"] = {"kto": 1.0, "sft": 0.1}
     recipe["trainer"] |= {"save_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     whole = train(TrainConfig(**recipe), tell=lambda _: None)
-    finish, recipe["out"] = checkpoints.finish, str(tmp_path / "stopped")
-
-    def die(folder, final, **options):
-        finish(folder, final, **options)
-        if final.name == "checkpoint-4":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoints, "finish", die)
-    with pytest.raises(KeyboardInterrupt):
-        train(TrainConfig(**recipe), tell=lambda _: None)
-    monkeypatch.setattr(checkpoints, "finish", finish)
+    recipe["out"] = str(tmp_path / "stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        crash_in(CRASHES["after the checkpoint is in place"], 4, patch)
+        with pytest.raises(Crash):
+            train(TrainConfig(**recipe), tell=lambda _: None)
     resumed = train(TrainConfig(**recipe), tell=lambda _: None)
     assert resumed["resumed_from"] == [4]
     for key, value in whole["metrics"].items():
