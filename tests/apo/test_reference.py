@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -209,3 +215,63 @@ def test_a_folder_that_cannot_be_written_costs_only_the_keeping(tmp_path):
     assert computed == 10
     assert done[COLUMNS[0]][3] == 3.0
     assert "cannot be written" in told[0]
+
+
+# The real thing, in processes of their own
+
+
+KEEPS = """
+import sys
+import torch
+from datasets import Dataset
+from pathlib import Path
+from apo import reference
+
+rank, folder, rounds = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+reference.PART = 4
+rows = Dataset.from_list([{"prompt_ids": [1, i], "chosen_ids": [3], "rejected_ids": [4, i]} for i in range(40)])
+
+def compute(pairs, advance):
+    return tuple(torch.tensor([float(p["prompt_ids"][1] + shift) for p in pairs]) for shift in (0, 100))
+
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(rounds):
+    done, computed = reference.with_reference(rows, [number], compute, folder, print)
+    assert done[reference.COLUMNS[1]] == [float(i + 100) for i in range(40)]
+    print(number, computed, flush=True)
+"""
+
+
+def keeper(rank, folder, rounds):
+    process = subprocess.Popen(
+        [sys.executable, "-c", KEEPS, str(rank), str(folder), str(rounds)], cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.slow
+def test_runs_at_once_and_one_killed_leave_a_cache_that_every_run_can_read(tmp_path):
+    """Two processes keep the same parts at the same time, and one of them dies of kill -9 amid it."""
+    folder, rounds = tmp_path / "cache", 40
+    both = [keeper(rank, folder, rounds) for rank in range(2)]
+    try:
+        for process in both:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        for _ in range(random.Random(time.time_ns()).randrange(3, 20)):
+            assert both[1].stdout.readline()
+        both[1].send_signal(signal.SIGKILL)
+        told, _ = both[0].communicate(timeout=120)
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+    assert both[0].returncode == 0
+    lines = told.splitlines()
+    assert [line.split()[0] for line in lines] == [str(number) for number in range(rounds)], "and no word of damage"
+    again = keeper(0, folder, rounds)
+    told, _ = again.communicate("go\n", timeout=120)
+    assert told.splitlines() == [f"{number} 0" for number in range(rounds)]
