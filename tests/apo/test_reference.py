@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -223,55 +221,36 @@ def test_a_folder_that_cannot_be_written_costs_only_the_keeping(tmp_path):
 KEEPS = """
 import sys
 import torch
-from datasets import Dataset
 from pathlib import Path
-from apo import reference
+from apo import cache
 
-rank, folder, rounds = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-reference.PART = 4
-rows = Dataset.from_list([{"prompt_ids": [1, i], "chosen_ids": [3], "rejected_ids": [4, i]} for i in range(40)])
-
-def compute(pairs, advance):
-    return tuple(torch.tensor([float(p["prompt_ids"][1] + shift) for p in pairs]) for shift in (0, 100))
-
-print("ready", flush=True)
-sys.stdin.readline()
-for number in range(rounds):
-    done, computed = reference.with_reference(rows, [number], compute, folder, print)
-    assert done[reference.COLUMNS[1]] == [float(i + 100) for i in range(40)]
-    print(number, computed, flush=True)
+numbers = dict.fromkeys(("a", "b"), torch.arange(1000, dtype=torch.float64))
+while True:
+    assert cache.store(Path(sys.argv[1]), sys.argv[2], numbers) is None
 """
 
 
-def keeper(rank, folder, rounds):
-    process = subprocess.Popen(
-        [sys.executable, "-c", KEEPS, str(rank), str(folder), str(rounds)], cwd=Path(__file__).parents[2],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout.readline() == "ready\n"
-    return process
-
-
 @pytest.mark.slow
-def test_runs_at_once_and_one_killed_leave_a_cache_that_every_run_can_read(tmp_path):
-    """Two processes keep the same parts at the same time, and one of them dies of kill -9 amid it."""
-    folder, rounds = tmp_path / "cache", 40
-    both = [keeper(rank, folder, rounds) for rank in range(2)]
+def test_what_is_kept_is_whole_at_any_moment_also_when_two_keep_it_and_are_killed(tmp_path):
+    key, shapes = "ab" * 32, {"a": (1000,), "b": (1000,)}
+    both = [
+        subprocess.Popen([sys.executable, "-c", KEEPS, str(tmp_path), key], cwd=Path(__file__).parents[2])
+        for _ in range(2)
+    ]
     try:
+        end = time.monotonic() + 120
+        while not cache.file_of(tmp_path, key).exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
         for process in both:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        for _ in range(random.Random(time.time_ns()).randrange(3, 20)):
-            assert both[1].stdout.readline()
-        both[1].send_signal(signal.SIGKILL)
-        told, _ = both[0].communicate(timeout=120)
-    finally:
-        for process in both:
+            for _ in range(500):
+                assert cache.load(tmp_path, key, shapes) is not None
+            assert process.poll() is None
             process.kill()
-            process.communicate()
-    assert both[0].returncode == 0
-    lines = told.splitlines()
-    assert [line.split()[0] for line in lines] == [str(number) for number in range(rounds)], "and no word of damage"
-    again = keeper(0, folder, rounds)
-    told, _ = again.communicate("go\n", timeout=120)
-    assert told.splitlines() == [f"{number} 0" for number in range(rounds)]
+            process.wait()
+    finally:
+        [process.kill() for process in both]
+        [process.wait() for process in both]
+    kept = cache.load(tmp_path, key, shapes)
+    assert kept is not None
+    assert kept["b"].tolist() == list(range(1000))
