@@ -8,34 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import rotate_checkpoints
-from trl import DPOTrainer
-from trl.trainer.utils import add_fused_lm_head, use_adapter
+from trl.trainer.utils import add_fused_lm_head
 
 from apo import checkpoints
 from apo.arguments import APOConfig
-from apo.cache import hash_model
-from apo.console import pace
+from apo.asking import AskingTrainer
 from apo.dynamics import measure, pair_rows, work_of
-from apo.faults import LossWatch, check_gradient, check_weights_finite, is_out_of_memory, memory_watched
+from apo.faults import LossWatch, check_gradient, check_weights_finite, memory_watched
 from apo.logps import (
     IDLE,
-    IDS,
-    PAIR_WEIGHT,
     Batch,
     PairLogpsFunction,
     WeightedCollator,
     examples_of,
     idle,
-    mismatched,
     select,
     stacked_logps,
     weights_of,
@@ -44,14 +39,10 @@ from apo.meter import Meter, scale_of
 from apo.mixture import mixture_of
 from apo.pairs import check_weights
 from apo.prefix import (
-    around_the_parting,
     bins_of,
-    share_if_exact,
-    shared_prefix_logps,
     tokens_of,
 )
 from apo.processes import asks_for_fsdp, check_devices
-from apo.reference import Advance, with_reference
 from apo.tokens import end_ids, tokenize
 from apo.transfer import to_device
 from apo.zero import check_zero, get_ready, hush, tell, unfinished
@@ -61,7 +52,7 @@ SMALLEST_WEIGHT = 1e-30
 """What a step is divided by at least, so that one whose pairs all weigh 0 has loss 0 and not NaN."""
 
 
-class APOTrainer(DPOTrainer):
+class APOTrainer(AskingTrainer):
     """DPOTrainer for any objective on pairs.
 
     The reference is what `model` is at the start: for full fine-tuning a frozen copy, for a new LoRA adapter the model
@@ -135,11 +126,6 @@ class APOTrainer(DPOTrainer):
                 "per_device_train_batch_size x gradient_accumulation_steps x processes must be at least 2"
             )
 
-    @property
-    def packs(self) -> bool:
-        """Whether pairs are asked for in packed rows, without padding, each prompt once."""
-        return self.pair_logps is shared_prefix_logps
-
     def create_accelerator_and_postprocess(self) -> None:
         """The accelerator; of FSDP, TRL is told when it is built, and of ZeRO-3 transformers when training starts.
 
@@ -149,57 +135,6 @@ class APOTrainer(DPOTrainer):
         super().create_accelerator_and_postprocess()
         self._shards, self.is_fsdp_enabled = self.is_fsdp_enabled, False
         self._deepspeed_config = hush() if self.is_deepspeed_enabled else None
-
-    def _share_prefixes(self) -> None:
-        """Ask in packed rows from now on, if the model can be and agrees with TRL's batch on two pairs."""
-        if self.is_deepspeed_enabled:
-            self.model.to(self.args.device)  # transformers leaves that to DeepSpeed, and the model is asked before
-        if not self._may_share:
-            return
-        self._may_share = False
-        # A reference of its own may be DeepSpeed's already; what is asked is the model inside.
-        asked = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
-        size = min(self.args.per_device_train_batch_size, len(self.train_dataset))
-        first = self._prepare_inputs(self.data_collator([self.train_dataset[place] for place in range(size)]))
-        short = self._prepare_inputs(self.data_collator(self._shortest_pairs()))
-        computed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
-        told = {"autocast": self.accelerator.autocast, "fatal": is_out_of_memory}
-        reason, notes = share_if_exact(asked, short, first, computed, **told)
-        self.notes += notes
-        if reason is None:
-            self.pair_logps = shared_prefix_logps
-        else:
-            self.notes.append(f"prompts are run twice and batches padded, as in TRL: the model cannot share, {reason}")
-
-    def get_train_dataloader(self) -> Any:
-        """Its batches stay on the host: what of them goes to the device, `_prepare_input` sends."""
-        return _on_host(super().get_train_dataloader())
-
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """As the one of training."""
-        return _on_host(super().get_eval_dataloader(*args, **kwargs))
-
-    def _prepare_input(self, data: Any) -> Any:
-        """On the device, in its own type: under DeepSpeed transformers rounds log-probs to that of the weights.
-
-        Ids that are packed first stay here; weights there say where the row goes.
-        """
-        if isinstance(data, Mapping) and "input_ids" in data and self.packs:
-            here = {key: data[key] for key in IDS}
-            there = {key: value for key, value in data.items() if key not in IDS}
-            ones = torch.ones(len(data["input_ids"]) // 2, device=self.args.device)
-            return here | super()._prepare_input({PAIR_WEIGHT: ones} | there)
-        return to_device(data, self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
-
-    def _shortest_pairs(self) -> list[dict[str, Any]]:
-        """Two pairs to compare packed rows with TRL's batch on: no longer than they must be.
-
-        Long ones are cut to what lies around the place where their answers part, unless the model has windows.
-        """
-        pairs = [self.train_dataset[place] for place in range(min(64, len(self.train_dataset)))]
-        if getattr(self.model.config.get_text_config(), "sliding_window", None):
-            return sorted(pairs, key=tokens_of, reverse=True)[:2]
-        return [around_the_parting(pair) for pair in sorted(pairs, key=tokens_of)[:2]]
 
     # The data
 
@@ -220,6 +155,14 @@ class APOTrainer(DPOTrainer):
             limit = args.max_length
             raise UserError(f"every row of the {dataset_name} dataset is longer than max_length {limit}; raise it")
         return done.dataset
+
+    def get_train_dataloader(self) -> Any:
+        """Its batches stay on the host: what of them goes to the device, `_prepare_input` sends."""
+        return _on_host(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As the one of training."""
+        return _on_host(super().get_eval_dataloader(*args, **kwargs))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -288,11 +231,6 @@ class APOTrainer(DPOTrainer):
             parts += [idle(inputs)] * (int(self.accelerator.gather(passes).max()) - len(parts))
         return parts
 
-    @property
-    def _most_tokens(self) -> int | None:
-        """Tokens that a forward pass may have, where anything bounds them."""
-        return self.args.pack_tokens if self.packs else None
-
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -327,117 +265,6 @@ class APOTrainer(DPOTrainer):
         processes = self.accelerator.num_processes if num_items_in_batch is not None else 1
         return total * processes / torch.as_tensor(whole, device=total.device).clamp(min=SMALLEST_WEIGHT)
 
-    def _reference_logps(self, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        if "ref_chosen_logps" in inputs:
-            return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        return self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-
-    def compute_ref_log_probs(self, model: torch.nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs of both responses under the reference, [B] each, without gradient."""
-        adapter = contextlib.nullcontext()
-        if self.ref_model is None and is_peft_model(self.model):
-            unwrapped = self.accelerator.unwrap_model(self.model)
-            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-        with torch.no_grad(), adapter, self.accelerator.autocast():
-            logps = self.pair_logps(model, inputs)
-        return logps.chosen, logps.rejected
-
-    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """`dataset` with the reference's log-probs as two columns, from the cache where it has them (reference.py)."""
-        if not self.objective.needs_reference:
-            return dataset
-        self._share_prefixes()
-        model = self.ref_model or self.model
-        model.to(self.args.device)
-
-        def compute(pairs: Sequence[dict[str, Any]], advance: Advance) -> tuple[torch.Tensor, torch.Tensor]:
-            found, bins = [], self._passes(pairs, batch_size)
-            for places in bins:
-                batch = self._prepare_inputs(self.data_collator([pairs[place] for place in places]))
-                self.current_batch = batch
-                found.append(torch.stack(self.compute_ref_log_probs(model, batch)).double())
-                advance(len(places))
-            order = [place for places in bins for place in places]
-            return tuple(torch.cat(found, 1)[:, torch.tensor(order).argsort()])
-
-        folder = Path(self.args.reference_cache) if self.args.reference_cache else None
-        identity = (self._hash_of_reference(model), *self._numbers_of_reference(model)) if folder else ()
-        with memory_watched(self, "the reference's log-probs"):
-            dataset, computed = with_reference(
-                dataset, identity, compute, folder, self.notes.append,
-                rank=self.args.process_index, processes=self.args.world_size,
-                exchange=lambda mine: gather_object([mine]),
-                watched=lambda count: pace(f"reference log-probs, {name}", count, shown=self.args.process_index == 0),
-            )  # fmt: skip
-        self.reference_computed[name] = computed
-        return dataset
-
-    def _passes(self, pairs: Sequence[dict[str, Any]], batch_size: int) -> list[list[int]]:
-        """Which pairs are asked for together, where there is no gradient: their places."""
-        sizes = [tokens_of(pair) for pair in pairs]
-        if self._most_tokens is not None:
-            return bins_of(sizes, self._most_tokens)
-        alike = sorted(range(len(pairs)), key=sizes.__getitem__)  # like lengths, little padding
-        return [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
-
-    def response_logps(self, examples: Sequence[dict[str, Any]]) -> list[float]:
-        """Log-prob of the chosen response of each example (id columns, no rejected one) by the model as it is.
-
-        Shared out over the processes, each of which has to ask, and gets all. Draws no random number.
-        """
-        bins = self._passes(examples, self.args.per_device_eval_batch_size)
-        rank, count = self.accelerator.process_index, self.accelerator.num_processes
-        collate = getattr(self.data_collator, "collate", self.data_collator)
-        found = torch.zeros(len(examples), dtype=torch.float64, device=self.accelerator.device)
-        training = self.model.training
-        self.model.eval()
-        for start in range(0, len(bins), count):
-            mine = bins[start + rank] if start + rank < len(bins) else bins[0]  # so that all run equally many passes
-            batch = self._prepare_inputs(collate([examples[place] for place in mine]))
-            with torch.no_grad(), self.compute_loss_context_manager():
-                logps = self.pair_logps(self.model, batch).chosen
-            if start + rank < len(bins):
-                found[mine] = logps.to(found.dtype)
-        self.model.train(training)
-        return self._over_processes(found).tolist()
-
-    def _hash_of_reference(self, model: torch.nn.Module) -> str:
-        if self._weights_hash is None:
-            self._weights_hash = hash_model(model)
-        return self._weights_hash
-
-    def _numbers_of_reference(self, model: torch.nn.Module) -> tuple[str, ...]:
-        """What else than weights and ids the log-probs depend on: numeric types, attention, device, how batches lie."""
-        attention = getattr(model.config, "_attn_implementation", "")
-        way = getattr(self.pair_logps, "__name__", "")
-        mixed = self.accelerator.mixed_precision
-        return str(next(model.parameters()).dtype), str(mixed), str(attention), way, self.args.device.type
-
-    def _divergence(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """KTO's kl: the mean log-ratio, in nats, of each prompt with the next pair's responses, summed over their
-        tokens and as the mean over them, [2]. 0 for one pair. Every response counts alike, whatever its pair weighs.
-
-        The rotation runs over the whole optimizer step of all processes, so that it depends neither on the size of a
-        micro-batch nor on how many processes there are.
-        """
-        total = torch.zeros(3, device=self.accelerator.device)
-        training = self.model.training
-        self.model.eval()
-        weighted = isinstance(self.data_collator, WeightedCollator)
-        collate = self.data_collator.collate if weighted else self.data_collator
-        for batch in mismatched(batches, collate, gather_object, self.accelerator.process_index):
-            batch = self._prepare_inputs(batch)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                policy = self.pair_logps(self.model, batch)
-            reference = self._reference_logps(batch)
-            ratios = torch.cat([policy.chosen - reference[0], policy.rejected - reference[1]]).float()
-            lengths = torch.cat([policy.chosen_len, policy.rejected_len])
-            if IDLE not in batch:  # which is run all the same: sharded processes run equally many
-                total += torch.stack([ratios.sum(), (ratios / lengths.clamp(min=1)).sum(), (lengths > 0).sum()])
-        self.model.train(training)
-        total = self._over_processes(total)
-        return total[:2] / total[2].clamp(min=1)
-
     # The logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -453,9 +280,6 @@ class APOTrainer(DPOTrainer):
             if mode == "train":
                 logs.update(self.meter.speed(rows))
         super().log(logs, start_time)
-
-    def _over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.accelerator.num_processes == 1 else self.accelerator.reduce(tensor, "sum")
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """TRL's evaluation; its time does not count into pairs a second."""

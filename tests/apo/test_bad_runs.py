@@ -28,7 +28,7 @@ def apo(recipe, tmp_path, monkeypatch, capsys):  # noqa: F811
 
 @pytest.mark.slow
 def test_a_lost_loss_ends_the_command_with_the_pairs_ids_and_the_last_good_checkpoint(apo, tmp_path, monkeypatch):
-    from apo import trainer as module
+    from apo import asking as module
 
     plain, calls = module.shared_prefix_logps, []
 

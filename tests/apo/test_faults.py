@@ -175,7 +175,7 @@ def test_used_up_memory_is_told_with_the_settings_to_change(error, tmp_path, tok
 
 
 def test_used_up_memory_in_the_references_pass_is_told_too(tmp_path, tokenizer, pairs, monkeypatch):
-    from apo import trainer as module
+    from apo import asking as module
 
     monkeypatch.setattr(module, "shared_prefix_logps", raising(MemoryError(), at_call=1))
     with pytest.raises(Stopped, match=r"out of memory in the reference's log-probs with 24 pairs of .*; or "):
@@ -217,7 +217,7 @@ def test_the_exit_code_tells_and_the_same_command_goes_on_with_other_settings(tm
     trainer = {**SAVING, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
     recipe = {"model": str(model_dir), "dataset": str(tmp_path / "p.jsonl"), "out": str(tmp_path / "run")}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({**recipe, "trainer": trainer}))
-    from apo import trainer as module
+    from apo import asking as module
 
     whole = module.shared_prefix_logps
     calls, failing = [], 6  # one of the reference, one of the anchor, then training
