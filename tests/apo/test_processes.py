@@ -48,7 +48,7 @@ def arms(tmp_path_factory):
         command = [sys.executable, "-m", *launcher(way), "-m", "tests.apo.train_together", folder / way, *asked]
         done = subprocess.run(
             list(map(str, command)), env=environment, cwd=folder, capture_output=True, text=True, check=False,
-            timeout=240,
+            timeout=600,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     return {way: (folder / way, json.loads((folder / way / "steps.json").read_text())) for way in INSTALLED}

@@ -26,7 +26,7 @@ SIZE = 8
 CASES = {
     "llama": {},
     "tied": {"tied": True, "objective": {"dpo": 1.0, "sft": 0.1}, "pack_tokens": 60, "checkpointing": True},
-    "lora": {"lora": True, "objective": "apo_down"},
+    "lora": {"lora": True, "objective": "apo_down", "weights": "weight"},
     "kto": {"lora": True, "objective": "kto"},
     "online": {"objective": "kto"},
     "unpaired": {"lora": True, "objective": "kto", "unpaired": True},
