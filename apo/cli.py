@@ -176,7 +176,7 @@ def _print_plan(config: Any, processes: int | None) -> None:
 
 
 def _print_estimate(planned: Any) -> None:
-    from apo import fit
+    from apo import fit, shapes
     from apo.plan import estimate
 
     costs = estimate(planned)
@@ -188,9 +188,12 @@ def _print_estimate(planned: Any) -> None:
     print(f"# parameters: {sizes.parameters:,}, trained {sizes.trained:,}")
     each = f", in each of {planned.processes} processes" if planned.processes > 1 else ""
     print(f"# work: {flops:.3g} FLOPs{each}, {reference / flops:.0%} of it the reference's")
-    for line in fit.table(costs.jobs, [costs.machine, *fit.GPUS]):
+    for line in fit.table(costs.jobs, [costs.machine, *shapes.GPUS]):
         print(f"# {line}")
-    print(f"# times assume {fit.MFU:.0%} of a GPU's peak, {fit.CPU_SHARE:.0%} of a CPU's matrix products; not measured")
+    print(
+        f"# times assume {shapes.MFU:.0%} of a GPU's peak, {shapes.CPU_SHARE:.0%} of a CPU's matrix products; "
+        "not measured"
+    )
     fit.check_fits(costs.here, costs.machine)
 
 

@@ -1,101 +1,33 @@
 """Whether a run fits, what it computes and how long that takes: from the config and the pairs, before any weight.
 
-Parameters are counted on the meta device. FLOPs and bytes are formulas in the docstrings below, for decoders of the
-Llama kind in packed rows (prefix.py) or in TRL's padded batch. Speeds are ASSUMPTIONS, marked as such where they are.
+FLOPs and bytes are formulas in the docstrings below, for decoders of the Llama kind in packed rows (prefix.py) or in
+TRL's padded batch. What they are fed with is counted in shapes.py.
 """
 
 from __future__ import annotations
 
-import os
-import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apo.matmul import speeds
-from apo.prefix import _HEAD_CHUNK, bins_of, common_prefix, keeps_logits
-from clair.recipe import UserError, one_line
+from apo.prefix import _HEAD_CHUNK, keeps_logits
+from apo.shapes import GIB, Device, Row, Sizes, rows_of
+from clair.recipe import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from apo.model import ModelName
-
-GIB = 2**30
 LOOKED_AT = 2048
 """Pairs whose lengths are looked at; of a longer dataset every n-th."""
 STATES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0}
 """Numbers an optimizer keeps per trained parameter, by the beginning of its name; others are taken for AdamW."""
-MFU = 0.4
-"""ASSUMPTION: the share of a GPU's bf16 peak that training reaches."""
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4: 4 bits, a constant of 8 bits for 64 weights, one of 32 bits for 256 constants."""
 HOLES = 2
 """MEASURED, not derived: layers' activations that glibc's allocator keeps in holes on a CPU (tests/apo/test_fit.py)."""
-CPU_SHARE = 0.5
-"""ASSUMPTION: the share of a large matrix product's speed, measured for a moment, that training reaches on a CPU."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """A machine to run on: bytes of memory, floating-point operations a second reached in training."""
-
-    name: str
-    memory: float
-    flops: float
-    is_gpu: bool = True
-    reserved: float = 1.0 * GIB
-    """Bytes that are taken before the first tensor: the CUDA context, or Python with its libraries."""
-
-
-GPUS = (
-    Device("A100 80GB", 80 * GIB, 312e12 * MFU),
-    Device("H100 80GB", 80 * GIB, 989e12 * MFU),
-    Device("H200 141GB", 140 * GIB, 989e12 * MFU),
-    Device("RTX 4090 24GB", 24 * GIB, 165e12 * MFU),
-)
-"""Dense bf16 peaks as the manufacturer gives them, times `MFU`."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What of a model decides its costs. `linear` counts the weights of its linear layers but the LM head."""
-
-    parameters: int
-    linear: int
-    adapter: int
-    layers: int
-    hidden: int
-    inner: int
-    heads: int
-    vocabulary: int
-    tied: bool
-
-    @property
-    def trained(self) -> int:
-        """How many parameters have a gradient."""
-        return self.adapter or self.parameters
-
-
-@dataclass(frozen=True)
-class Row:
-    """One forward pass: tokens, positions with a label, query-key products, and what the second branches copy.
-
-    `keys` are the keys and values put together anew for rejected branches, `masked` their query-key products.
-    """
-
-    tokens: int
-    labels: int
-    products: int
-    keys: int = 0
-    masked: int = 0
-
-    def __add__(self, other: Row) -> Row:
-        return Row(*(a + b for a, b in zip(self._all(), other._all(), strict=True)))
-
-    def _all(self) -> tuple[int, ...]:
-        return self.tokens, self.labels, self.products, self.keys, self.masked
+ADAPTER_HOLES = (4, 0.8)
+"""MEASURED, with an adapter, whose results are freed between what is kept: so many layers' activations, or this share
+of all that is kept, whichever is more. Without holes, the formulas were 0.94 to 0.97 of five measured peaks."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +36,7 @@ class Job:
 
     `rows`, `pairs`, `seen` (in training) and `padded_tokens` (of TRL's batch, an epoch) are of the pairs looked at,
     each of which `stands_for` so many. `mismatched`: each is also run with its neighbour's response, for KTO's kl.
-    `quantized`: linear layers below an adapter are in NF4.
+    `quantized`: linear layers below an adapter are in NF4. `mixed`: under autocast.
     Of several `processes` all costs are those of one; `sharded` ones share weights, gradients and states (FSDP2).
     """
 
@@ -126,6 +58,7 @@ class Job:
     processes: int = 1
     sharded: bool = False
     quantized: bool = False
+    mixed: bool = False
 
     @property
     def trained_weight(self) -> int:
@@ -136,104 +69,6 @@ class Job:
     def is_adapter(self) -> bool:
         """Whether only an adapter is trained."""
         return self.sizes.adapter > 0
-
-
-# ---- the model
-
-
-def sizes_of(name: ModelName, lora: Any = None) -> Sizes:
-    """Count a model's parameters on the meta device. `lora` is a PEFT config, or None.
-
-    Raises UserError for a config that cannot be read, ValueError for a model that the formulas do not describe.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(name.base, trust_remote_code=name.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model {name.base} has no config to read: {one_line(error)}") from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=name.trust_remote_code)
-    if lora is None and name.is_adapter:
-        from peft import PeftConfig
-
-        lora = PeftConfig.from_pretrained(name.path)
-    return sizes_of_model(model, lora)
-
-
-def sizes_of_model(model: Any, lora: Any = None) -> Sizes:
-    """The same of a model on any device, which a `lora` changes in place."""
-    import torch
-
-    config = model.config.get_text_config()
-    wanted = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    if missing := [key for key in wanted if not isinstance(getattr(config, key, None), int)]:
-        raise ValueError(f"its config gives no single {missing[0]}")
-    if any(getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-        raise ValueError("it is a mixture of experts")
-    head = model.get_output_embeddings()
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
-    parameters = sum(p.numel() for p in model.parameters())
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    tied = head.weight is model.get_input_embeddings().weight
-    adapter = 0
-    if lora is not None:
-        from peft import get_peft_model
-
-        with torch.device("meta"):
-            adapter = sum(p.numel() for p in get_peft_model(model, lora).parameters() if p.requires_grad)
-    return Sizes(
-        parameters, linear, adapter, config.num_hidden_layers, config.hidden_size, config.intermediate_size,
-        config.num_attention_heads * width, config.vocab_size, tied,
-    )  # fmt: skip
-
-
-# ---- the pairs
-
-
-def row_of(prompt: int, both: int, chosen: int, rejected: int) -> Row:
-    """A pair in a packed row: lengths of prompt, of the responses' common beginning, and of either whole response.
-
-    tokens = prompt + chosen + rejected - both; the first branch is prompt + chosen squared, the second the rest of
-    rejected times all it sees, both counted as whole rectangles, as kernels that are not told about causality compute.
-    """
-    first, rest = prompt + chosen, rejected - both
-    seen = prompt + both + rest
-    second = rest * seen
-    return Row(first + rest, chosen + rest, first * first + second, seen if rest else 0, second)
-
-
-def rows_of(
-    examples: Sequence[dict[str, list[int]]], batch: int, most: int | None, shared: bool, seed: int
-) -> list[Row]:
-    """The forward passes of one epoch, in an order drawn by `seed`: pairs in batches, cut at `most` tokens."""
-    pairs = []
-    for example in examples:
-        prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
-        if not (chosen and rejected):  # an unpaired row: one branch, whichever response it is
-            chosen, rejected = chosen or rejected, []
-        pairs.append((len(prompt), common_prefix(chosen, rejected), len(chosen), len(rejected)))
-    random.Random(seed).shuffle(pairs)
-    rows = []
-    for start in range(0, len(pairs), batch):
-        part = pairs[start : start + batch]
-        if not shared:
-            longest = max(prompt + max(chosen, rejected) for prompt, _, chosen, rejected in part)
-            sequences = sum(2 if rejected else 1 for *_, rejected in part)
-            rows.append(Row(*[sequences * n for n in (longest, longest, longest**2)]))
-            continue
-        packed = [row_of(*pair) for pair in part]
-        places = [list(range(len(packed)))] if most is None else bins_of([row.tokens for row in packed], most)
-        rows += [_sum(packed[place] for place in bin) for bin in places]
-    return rows
-
-
-def _sum(rows: Iterable[Row]) -> Row:
-    total = Row(0, 0, 0)
-    for row in rows:
-        total = total + row
-    return total
 
 
 # ---- the costs
@@ -286,7 +121,8 @@ def memory_of(job: Job) -> dict[str, float]:
     activations  `row_bytes` of the largest row
     At the start of backward: activations, the head's buffers and, where gradients accumulate, all gradients.
     At its end: all gradients and one layer's activations.
-    On a CPU, `HOLES` layers' activations more; a GPU's allocator is taken to waste nothing.
+    On a CPU, `HOLES` more; a GPU's allocator is taken to waste nothing. A file of numbers of another
+    type lies there beside the weights made of it while it is read.
     Sharded, a process stores its part of weights, gradients and states, and `_gathered_bytes` come and go in the type
     of the matrix products. Before, it holds the whole model, for the reference: counted where that is the peak.
     DDP's buckets are a second copy of the gradients.
@@ -308,8 +144,11 @@ def memory_of(job: Job) -> dict[str, float]:
         moment = {"gradients": gradients if job.accumulates else 0, "activations": start - gradients * job.accumulates}
     else:
         moment = {"gradients": gradients, "activations": end - gradients}
-    holes = 0 if job.on_gpu else HOLES * max(_layer_bytes(job, row) for row in job.rows)
+    holes = 0 if job.on_gpu else max(_hole_bytes(job, row) for row in job.rows)
     found = {**parts, **moment, "allocator": holes}
+    if not (job.on_gpu or job.quantized) and sizes.stored not in (None, job.weight):
+        read = sizes.parameters * (sizes.stored + job.weight)
+        found["file while it is read"] = max(0, read - sum(found.values()))
     if shares > 1:
         return found | {"whole model before it is sharded": max(0, stored + cast - sum(found.values()))}
     return found | ({"buckets": gradients} if job.processes > 1 else {})
@@ -326,10 +165,12 @@ def _gathered_bytes(job: Job) -> float:
 def row_bytes(job: Job, row: Row) -> float:
     """What forward keeps for backward, in bytes, of all layers; with checkpointing each layer's input and one layer.
 
-    Per token and layer, h hidden, a = heads x head width, i inner: both norms keep their input in float32 and their
-    output, and (where their weight is trained) the normed input: h (4 + c + c) each. Attention keeps queries, keys and
-    values (repeated to all heads), its output and the output as the next matrix reads it: 5 a c. The gated MLP keeps
-    4 i c. Rejected branches keep their own keys and values, 2 a c each, and a float mask, c per query-key product.
+    Per token and layer, h hidden, a = heads x head width, i inner: both norms keep their input in float32 and (where
+    their weight is trained) the normed input in the type of the weights: h (4 + w) each. Attention keeps queries, keys
+    and values (repeated to all heads) and its output: 4 a c. The gated MLP keeps 3 i c. Matrices keep what they read:
+    (2 h + a + i) c; where that is brought into another type, each its own, as queries, keys and values read the same:
+    (5 h + a + i) c under autocast, and 4 bytes for c where the adapter is in float32 and the weights are not. Rejected
+    branches keep their own keys and values, 2 a c each, and a float mask, c per query-key product.
     """
     layer = _layer_bytes(job, row)
     if job.checkpointing:
@@ -340,9 +181,16 @@ def row_bytes(job: Job, row: Row) -> float:
 
 def _layer_bytes(job: Job, row: Row) -> float:
     sizes, c = job.sizes, job.compute
-    norms = 2 * sizes.hidden * (4 + c * (1 if job.is_adapter else 2))
-    token = norms + 5 * sizes.heads * c + 4 * sizes.inner * c
-    return token * row.tokens + 2 * sizes.heads * c * row.keys + c * row.masked
+    norms = 2 * sizes.hidden * (4 + (0 if job.is_adapter else job.weight))
+    brought = job.mixed or (job.is_adapter and c < 4)
+    read = ((5 if brought else 2) * sizes.hidden + sizes.heads + sizes.inner) * (c if job.mixed or not brought else 4)
+    gated = 3 * sizes.inner * (job.weight if job.quantized else c)  # bitsandbytes gives back the type it was given
+    return (norms + read + 4 * sizes.heads * c + gated) * row.tokens + 2 * sizes.heads * c * row.keys + c * row.masked
+
+
+def _hole_bytes(job: Job, row: Row) -> float:
+    layers, share = ADAPTER_HOLES if job.is_adapter else (HOLES, 0)
+    return max(layers * _layer_bytes(job, row), share * row_bytes(job, row))
 
 
 def _head_bytes(job: Job, row: Row) -> float:
@@ -398,27 +246,8 @@ def job_of(
         apart, weight, 2 if mixed else weight, states, checkpointing=checkpointing, reference=reference,
         accumulates=args.gradient_accumulation_steps > 1 or cut_up,
         copies=reference == "online" and not sizes.adapter, on_gpu=on_gpu, mismatched=mismatched,
-        processes=processes, sharded=sharded, quantized=quantized,
+        processes=processes, sharded=sharded, quantized=quantized, mixed=mixed,
     )  # fmt: skip
-
-
-def this_machine() -> Device:
-    """The machine that this runs on, its memory as the operating system or a container's limit gives it.
-
-    A CPU's speed is that of a matrix product of 1024, measured, times `CPU_SHARE`; a GPU's is taken from `GPUS` by its
-    name, else from the A100.
-    """
-    import torch
-
-    if torch.cuda.is_available():
-        name, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
-        like = next((gpu for gpu in GPUS if gpu.name.split(" ")[-2] in name), GPUS[0])
-        return Device(f"this machine: {name}", memory, like.flops)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text("utf-8").strip()).isdigit():
-        memory = min(memory, int(text))
-    return Device("this machine: CPU", memory, max(speeds()) * CPU_SHARE, is_gpu=False, reserved=0.8 * GIB)
 
 
 def needed(job: Job, device: Device) -> float:

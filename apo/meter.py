@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from apo import fit
+from apo import shapes
 from apo.dynamics import COLUMNS
 from apo.matmul import speeds
 
@@ -123,10 +123,10 @@ def scale_of(model: nn.Module, device: torch.device) -> Scale | str:
 
 
 def peak_of(device: torch.device) -> float | None:
-    """FLOPs a second at most: a GPU's dense bf16 figure as its maker gives it (None where fit.py has none); on a CPU
+    """FLOPs a second at most: a GPU's dense bf16 figure as its maker gives it (None where shapes.py has none); on a CPU
     the speed of a float32 matrix product of 1024, by the faster of its libraries.
     """
     if device.type == "cpu":
         return max(speeds())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((gpu.flops / fit.MFU for gpu in fit.GPUS if gpu.name.split(" ")[-2] in name), None)
+    return next((gpu.flops / shapes.MFU for gpu in shapes.GPUS if gpu.name.split(" ")[-2] in name), None)

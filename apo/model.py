@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,8 +107,10 @@ def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
     dtype = options.pop("dtype", "float32")
     dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     options = {"use_safetensors": True, "trust_remote_code": name.trust_remote_code, **options}
+    reading = _unmapped() if "quantization_config" in options else contextlib.nullcontext()
     try:
-        model = AutoModelForCausalLM.from_pretrained(name.base, dtype=dtype, **options)
+        with reading:
+            model = AutoModelForCausalLM.from_pretrained(name.base, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {name.base} cannot be loaded: {one_line(error)}") from error
     _mend_on_cpu(model)
@@ -138,6 +142,30 @@ def four_bits(compute: str) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
     )
+
+
+@contextlib.contextmanager
+def _unmapped() -> Iterator[None]:
+    """Models that are loaded meanwhile are read from their files, as transformers does on Windows, and not mapped.
+
+    On a CPU the weights that are not quantised would stay views into the mapped file, and with them in memory what of
+    it was read to quantise the others. On a GPU nothing is kept of either.
+    """
+    import functools
+
+    from transformers import modeling_utils
+
+    mapped = modeling_utils.safe_open
+
+    @functools.wraps(mapped)
+    def read(*args: Any, **more: Any) -> Any:
+        return mapped(*args, **more | {"backend": "pread"})
+
+    modeling_utils.safe_open = read
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = mapped
 
 
 def _mend_on_cpu(model: PreTrainedModel) -> None:

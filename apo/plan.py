@@ -15,7 +15,7 @@ from clair.recipe import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from apo import fit
+    from apo import fit, shapes
     from apo.arguments import APOConfig
     from apo.guard import Rails
     from apo.tokens import Tokenized
@@ -104,7 +104,7 @@ class Estimate:
     """What a checked plan will cost: as it runs on a GPU (True) and on a CPU (False)."""
 
     jobs: dict[bool, fit.Job]
-    machine: fit.Device
+    machine: shapes.Device
 
     @property
     def here(self) -> fit.Job:
@@ -114,17 +114,17 @@ class Estimate:
 
 def estimate(planned: Plan) -> Estimate | str:
     """The costs of a plan (fit.py), or why they cannot be told."""
-    from apo import fit
+    from apo import fit, shapes
     from apo.mixture import mixture_of
 
     config, args = planned.config, planned.args
-    machine = fit.this_machine()
+    machine = shapes.this_machine()
     if args.use_cpu and machine.is_gpu:
         return "the run leaves the GPU unused"
     if asks_for_deepspeed(args):
         return "the formulas do not know what DeepSpeed shares out"
     try:
-        sizes = fit.sizes_of(planned.name, lora_of(config))
+        sizes = shapes.sizes_of(planned.name, lora_of(config))
     except (ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise

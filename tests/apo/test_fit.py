@@ -16,11 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apo import fit
+from apo import fit, shapes
 from apo.config import TrainConfig
-from apo.fit import Device, Job, Row, rows_of
+from apo.fit import Job
 from apo.plan import estimate, plan
 from apo.prefix import lay_out, packed_logps, share_prefixes
+from apo.shapes import Device, Row, rows_of
 from apo.train import train
 from clair.recipe import UserError
 from tests.apo.conftest import make_model
@@ -63,7 +64,7 @@ def job(sizes, rows, **more):
 
 
 def test_llama_3_8b_has_the_parameters_that_its_card_says():
-    sizes = fit.sizes_of_model(llama(**LLAMA_3_8B))
+    sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B))
     assert sizes.parameters == 8_030_261_248
     # by hand, a layer: q and o 4096^2, k and v 4096 x 1024, three of 4096 x 14336
     assert sizes.linear == 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
@@ -71,7 +72,7 @@ def test_llama_3_8b_has_the_parameters_that_its_card_says():
 
 
 def test_an_adapters_parameters_by_hand():
-    sizes = fit.sizes_of_model(llama(**LLAMA_3_8B), lora(r=16))
+    sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B), lora(r=16))
     per_layer = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
     assert sizes.adapter == sizes.trained == 32 * 16 * per_layer
     assert sizes.parameters == 8_030_261_248
@@ -79,9 +80,9 @@ def test_an_adapters_parameters_by_hand():
 
 def test_a_row_by_hand():
     # 4 of prompt, 2 shared, then 3 and 1: chosen is 5 long, rejected 3.
-    assert fit.row_of(4, 2, 5, 3) == Row(tokens=10, labels=6, products=9 * 9 + 1 * 7, keys=7, masked=7)
+    assert shapes.row_of(4, 2, 5, 3) == Row(tokens=10, labels=6, products=9 * 9 + 1 * 7, keys=7, masked=7)
     pair = {"prompt_ids": [1, 2], "chosen_ids": [5, 6, 7], "rejected_ids": [5, 8]}
-    assert rows_of([pair], 1, None, True, 0) == [fit.row_of(2, 1, 3, 2)]
+    assert rows_of([pair], 1, None, True, 0) == [shapes.row_of(2, 1, 3, 2)]
     assert rows_of([pair], 1, None, False, 0) == [Row(10, 10, 50)]
     assert len(rows_of([pair] * 6, 3, None, True, 0)) == 2
     assert [row.tokens for row in rows_of([pair] * 6, 3, 12, True, 0)] == [12, 6, 12, 6]
@@ -90,7 +91,7 @@ def test_a_row_by_hand():
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_flops_are_those_that_torch_counts(adapter):
     pairs, model = examples(), make_model()
-    sizes = fit.sizes_of_model(make_model(), lora() if adapter else None)
+    sizes = shapes.sizes_of_model(make_model(), lora() if adapter else None)
     if adapter:
         model = get_peft_model(model, lora())
     share_prefixes(model)
@@ -112,31 +113,42 @@ def test_flops_are_those_that_torch_counts(adapter):
     assert backward.get_total_flops() == ours - first
 
 
-def test_what_is_kept_for_backward_is_what_autograd_saves():
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(("dtype", "mixed"), [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_what_is_kept_for_backward_is_what_autograd_saves(dtype, mixed, adapter):
     sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64))
+    config = LlamaConfig(**sizes, vocab_size=64)
+    counted = shapes.sizes_of_model(LlamaForCausalLM(config), lora() if adapter else None)
+    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    if adapter:
+        model = get_peft_model(model, lora())
     share_prefixes(model)
     pairs, stored = examples(4, prompt=60), {}
+    (row,) = rows_of(pairs, 4, None, True, 0)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = []
 
     def pack(tensor):
         kept.append(tensor)  # so that no address is used twice
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        cast = mixed and tensor.dim() == 2 and row.tokens not in tensor.shape  # a weight's, which is counted elsewhere
+        if storage.data_ptr() not in weights and not cast:
             stored[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=mixed),
+    ):
         packed_logps(model, lay_out(pairs))
-    (row,) = rows_of(pairs, 4, None, True, 0)
-    expected = fit.row_bytes(job(fit.sizes_of_model(model), [row]), row)
+    weight = 4 if dtype == "float32" else 2
+    expected = fit.row_bytes(job(counted, [row], weight=weight, compute=2 if mixed else weight, mixed=mixed), row)
     assert sum(stored.values()) == pytest.approx(expected, rel=0.08)
 
 
 def test_memory_by_hand_and_what_lowers_it():
-    sizes = fit.sizes_of_model(llama(**LLAMA_3_8B))
-    row = fit.row_of(500, 0, 500, 500)
+    sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B))
+    row = shapes.row_of(500, 0, 500, 500)
     full = job(sizes, [row] * 2, weight=2, compute=2, on_gpu=True)
     parts = fit.memory_of(full)
     assert parts["weights"] == 2 * sizes.parameters
@@ -147,7 +159,8 @@ def test_memory_by_hand_and_what_lowers_it():
     checkpointed = replace(full, checkpointing=True)
     assert fit.row_bytes(checkpointed, row) < fit.row_bytes(full, row) / 10
     adapter = replace(checkpointed, sizes=replace(sizes, adapter=42_000_000))
-    assert fit.needed(adapter, fit.GPUS[0]) < fit.GPUS[0].memory < fit.needed(replace(full, weight=4), fit.GPUS[0])
+    gpu = shapes.GPUS[0]
+    assert fit.needed(adapter, gpu) < gpu.memory < fit.needed(replace(full, weight=4), gpu)
 
 
 def test_an_unpaired_row_is_one_branch():
@@ -158,8 +171,8 @@ def test_an_unpaired_row_is_one_branch():
 
 
 def test_the_reference_is_counted_once_or_at_every_step():
-    sizes = fit.sizes_of_model(make_model())
-    row = fit.row_of(9, 0, 5, 5)
+    sizes = shapes.sizes_of_model(make_model())
+    row = shapes.row_of(9, 0, 5, 5)
     forward = fit.forward_flops(sizes, row)
     run = job(sizes, [row] * 4, pairs=4, seen=12)
     bare = fit.run_flops(run)[0]
@@ -174,8 +187,8 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help(recipe, monkeypat
     assert costs.here.sizes.parameters == make_model().num_parameters()
     fit.check_fits(costs.here, costs.machine)
     small = Device("this machine: CPU", 1000, 1e9, is_gpu=False, reserved=0)
-    monkeypatch.setattr(fit, "this_machine", lambda: small)
-    with pytest.raises(UserError, match=r"the run needs about .* GiB and this machine: CPU has .*; set .*lora"):
+    monkeypatch.setattr(shapes, "this_machine", lambda: small)
+    with pytest.raises(UserError, match=r"the run needs about .* GiB and this machine: CPU has .*; set .*checkpoint"):
         train(TrainConfig(**recipe), tell=print)
     assert not list(tmp_path.glob("run/*"))
     path = tmp_path / "recipe.yaml"
@@ -185,18 +198,18 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help(recipe, monkeypat
 
 
 def test_one_change_that_is_enough_is_named_alone():
-    sizes = fit.sizes_of_model(llama(**LLAMA_3_8B), lora(16))
-    run = job(sizes, [fit.row_of(500, 0, 500, 500)] * 2, weight=2, compute=2, on_gpu=True)
+    sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B), lora(16))
+    run = job(sizes, [shapes.row_of(500, 0, 500, 500)] * 2, weight=2, compute=2, on_gpu=True)
     between = Device(
-        "D", (fit.needed(run, fit.GPUS[0]) + sum(fit.memory_of(replace(run, checkpointing=True)).values())) / 2, 1
+        "D", (fit.needed(run, shapes.GPUS[0]) + sum(fit.memory_of(replace(run, checkpointing=True)).values())) / 2, 1
     )
     with pytest.raises(UserError, match=r"set trainer.gradient_checkpointing: true$"):
         fit.check_fits(run, between)
 
 
 def test_memory_of_one_of_eight_processes_by_hand():
-    sizes = fit.sizes_of_model(llama(**LLAMA_3_8B))
-    row = fit.row_of(500, 0, 500, 500)
+    sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B))
+    row = shapes.row_of(500, 0, 500, 500)
     alone = job(sizes, [row], compute=2, on_gpu=True, checkpointing=True, accumulates=True)
     sharded = fit.memory_of(replace(alone, processes=8, sharded=True))
     layer, outside = sizes.linear / 32, sizes.parameters - sizes.linear
@@ -217,9 +230,11 @@ def test_memory_of_one_of_eight_processes_by_hand():
 
 
 def test_sharding_is_named_where_it_is_what_helps():
-    run = job(fit.sizes_of_model(llama(**LLAMA_3_8B)), [fit.row_of(50, 0, 50, 50)], compute=2, on_gpu=True, processes=8)
+    run = job(
+        shapes.sizes_of_model(llama(**LLAMA_3_8B)), [shapes.row_of(50, 0, 50, 50)], compute=2, on_gpu=True, processes=8
+    )
     with pytest.raises(UserError, match=r"set trainer\.fsdp: true or lora"):
-        fit.check_fits(run, fit.GPUS[0])
+        fit.check_fits(run, shapes.GPUS[0])
 
 
 def test_a_dry_run_tells_costs(recipe, monkeypatch, tmp_path, capsys):  # noqa: F811
@@ -244,14 +259,15 @@ def test_a_mixture_of_experts_has_no_estimate():
     model = make_model()
     model.config.num_local_experts = 8
     with pytest.raises(ValueError, match="mixture of experts"):
-        fit.sizes_of_model(model)
+        shapes.sizes_of_model(model)
 
 
 MEASURE = """
 import json, os, random, sys, datasets, torch
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
-from apo import fit
+from apo import fit, shapes
+from apo import model as models
 from apo.arguments import APOConfig
 from apo.trainer import APOTrainer
 from tests.apo.conftest import make_tokenizer
@@ -261,42 +277,47 @@ out = sys.argv[2]
 torch.set_num_threads(1)
 rng = random.Random(0)
 ids = lambda n: [rng.randrange(10, 60) for _ in range(n)] + [3] if n else []
-lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if case["lora"] else None
+lora = lambda: LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if case["lora"] else None
+options = {"dtype": case["dtype"]}
+if case["quantize"]:
+    options["quantization_config"] = models.four_bits(case["dtype"])
 
-def run(lengths, **sizes):
+def run(folder, lengths):
     rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(ids, lengths))) for _ in range(8)]
     rows = datasets.Dataset.from_list(rows)
     args = APOConfig(output_dir=out, report_to="none", max_steps=3, save_strategy="no", disable_tqdm=True,
                      max_length=None, precompute_ref_log_probs=True, **case["args"])
-    config = LlamaConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=3)
-    APOTrainer(LlamaForCausalLM(config), args=args, train_dataset=rows, processing_class=make_tokenizer(),
-               peft_config=lora).train()
-    with torch.device("meta"):
-        sizes = fit.sizes_of_model(LlamaForCausalLM(config), lora)
-    return fit.job_of(sizes, rows, args, 3, reference="cached", checkpointing=bool(args.gradient_checkpointing))
+    name = models.find(folder)
+    APOTrainer(models.load_model(name, **options), args=args, train_dataset=rows, processing_class=make_tokenizer(),
+               peft_config=lora()).train()
+    return fit.job_of(shapes.sizes_of(name, lora()), rows, args, 3, reference="cached", dtype=case["dtype"],
+                      checkpointing=bool(args.gradient_checkpointing), quantized=case["quantize"])
 
-run([9, 9, 5], hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=64)
+run(case["first"], [9, 9, 5])
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")  # the high-water mark begins anew
 base = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-job = run(case["lengths"], **case["sizes"])
+job = run(case["model"], case["lengths"])
 (peak,) = (int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps([sum(fit.memory_of(job).values()), peak - base]))
 """
 MIDDLE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8,
           "vocab_size": 8000}  # fmt: skip
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 64}
+WHOLE_BLOCKS = MIDDLE | {"intermediate_size": 1408, "vocab_size": 32000}
 CASES = {
-    "full": (MIDDLE, [200, 300, 300], False, {}),
-    "lora": (MIDDLE, [200, 300, 300], True, {}),
-    "accumulation": (MIDDLE, [200, 300, 300], False, {"gradient_accumulation_steps": 2}),
-    "checkpointing": (MIDDLE, [300, 500, 500], False, {"gradient_checkpointing": True}),
+    "full": (MIDDLE, [200, 300, 300], {}),
+    "lora": (MIDDLE, [200, 300, 300], {"lora": True}),
+    "lora on bfloat16": (MIDDLE, [200, 300, 300], {"lora": True, "dtype": "bfloat16"}),
+    "lora on 4 bits": (WHOLE_BLOCKS, [150, 250, 250], {"lora": True, "quantize": True}),
+    "accumulation": (MIDDLE, [200, 300, 300], {"args": {"gradient_accumulation_steps": 2}}),
+    "checkpointing": (MIDDLE, [300, 500, 500], {"args": {"gradient_checkpointing": True}}),
     "unpaired": (
         MIDDLE,
         [200, 0, 300],
-        False,
-        {"objective": "apo_zero_unpaired", "per_device_train_batch_size": 3},
+        {"args": {"objective": "apo_zero_unpaired", "per_device_train_batch_size": 3}},
     ),
-    "large vocabulary": (MIDDLE | {"num_hidden_layers": 4, "vocab_size": 32000}, [100, 300, 300], False, {}),
+    "large vocabulary": (MIDDLE | {"num_hidden_layers": 4, "vocab_size": 32000}, [100, 300, 300], {}),
 }
 
 
@@ -304,8 +325,13 @@ CASES = {
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak is read where Linux tells it")
 @pytest.mark.parametrize("name", CASES)
 def test_the_estimate_is_within_a_fifth_of_the_measured_peak(name, tmp_path):
-    sizes, lengths, adapter, args = CASES[name]
-    case = {"sizes": sizes, "lengths": lengths, "lora": adapter, "args": {"per_device_train_batch_size": 2, **args}}
+    sizes, lengths, special = CASES[name]
+    case = {"lora": False, "quantize": False, "dtype": "float32", "lengths": lengths, **special}
+    case["args"] = {"per_device_train_batch_size": 2, **special.get("args", {})}
+    for key, which in (("first", SMALL), ("model", sizes)):
+        case[key] = str(tmp_path / key)
+        config = LlamaConfig(**which, pad_token_id=0, bos_token_id=1, eos_token_id=3)
+        LlamaForCausalLM(config).save_pretrained(case[key])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", MEASURE, json.dumps(case), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
@@ -322,7 +348,9 @@ def test_a_dry_run_plans_for_other_machines_and_refuses_this_one_in_a_line(recip
     assert "FSDP was asked for, and on one process" in capsys.readouterr().err
     assert call(monkeypatch, "train", path, "--processes", "8") == 2
     assert "--processes 8 plans a run and needs --dry-run; torchrun --nproc_per_node 8" in capsys.readouterr().err
-    monkeypatch.setattr(fit, "this_machine", lambda: Device("this machine: CPU", 1000, 1e9, is_gpu=False, reserved=0))
+    monkeypatch.setattr(
+        shapes, "this_machine", lambda: Device("this machine: CPU", 1000, 1e9, is_gpu=False, reserved=0)
+    )
     assert call(monkeypatch, "train", path, "--dry-run", "--processes", "8") == 2
     told, refused = capsys.readouterr()
     for part in (

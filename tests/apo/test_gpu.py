@@ -16,6 +16,7 @@ from datasets import Dataset
 from apo import attention, fit
 from apo import prefix as prefixes
 from apo.arguments import APOConfig
+from apo.shapes import sizes_of_model
 from apo.trainer import APOTrainer
 from tests.apo.conftest import make_model, make_pairs
 from tests.apo.test_attention import laid
@@ -115,7 +116,7 @@ def test_the_memory_estimate_of_a_gpu_is_within_a_fifth(tmp_path, tokenizer, che
         output_dir=str(tmp_path), report_to="none", max_steps=3, save_strategy="no", disable_tqdm=True, bf16=True,
         per_device_train_batch_size=8, precompute_ref_log_probs=True, gradient_checkpointing=checkpointing,
     )  # fmt: skip
-    sizes = fit.sizes_of_model(model)
+    sizes = sizes_of_model(model)
     trainer = APOTrainer(model, args=args, train_dataset=Dataset.from_list(make_pairs(16)), processing_class=tokenizer)
     job = fit.job_of(
         sizes, trainer.train_dataset, args, 3, reference="cached", dtype="float32", mixed=True,

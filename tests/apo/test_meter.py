@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from apo import fit
+from apo import fit, shapes
 from apo.dynamics import COLUMNS, work_of
 from apo.meter import Meter, Scale, scale_of
 from apo.prefix import lay_out
@@ -82,7 +82,7 @@ def test_model_flops_are_those_that_torch_counts(adapter):
 
 def test_what_the_estimate_counts_and_the_utilisation_does_not_is_computed_anew():
     model = make_model()
-    scale, sizes = scale_of(model, CPU), fit.sizes_of_model(model)
+    scale, sizes = scale_of(model, CPU), shapes.sizes_of_model(model)
     for labels in (60, 4_000_000):  # of the many, logits are not kept for backward
         row = fit.Row(100, labels, 5000)
         job = fit.Job(sizes, (row,), 0, 1, 1, 1, 4, 4, 2, False, False, False, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from apo import fit
+from apo import fit, shapes
 from clair.build import build
 from clair.config import BuildConfig
 from clair.recipe import load_recipe
@@ -42,8 +42,8 @@ def planned(file: Path, place: Path, pairs: Path, monkeypatch, capsys) -> str:
 
 @pytest.fixture
 def tiny_machine(monkeypatch):
-    tiny = fit.Device("this machine: CPU", fit.GIB, 1e9, is_gpu=False)
-    monkeypatch.setattr(fit, "this_machine", lambda: tiny)
+    tiny = fit.Device("this machine: CPU", shapes.GIB, 1e9, is_gpu=False)
+    monkeypatch.setattr(shapes, "this_machine", lambda: tiny)
 
 
 def test_every_training_recipe_resolves_and_fits_the_hardware_that_it_names(

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from apo import fit
+from apo import fit, shapes
 from apo import model as models
 from apo.config import TrainConfig
 from apo.plan import estimate, plan
@@ -68,8 +68,8 @@ def test_transformers_is_asked_for_nf4_with_double_quantisation(recipe, monkeypa
 
 
 def test_the_estimate_of_4_bit_weights_by_hand(recipe):  # noqa: F811
-    sizes = fit.sizes_of_model(llama(**LLAMA_3_8B), lora(16))
-    plain = job(sizes, [fit.row_of(50, 0, 50, 50)], weight=2, compute=2, on_gpu=True, checkpointing=True)
+    sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B), lora(16))
+    plain = job(sizes, [shapes.row_of(50, 0, 50, 50)], weight=2, compute=2, on_gpu=True, checkpointing=True)
     parts = fit.memory_of(replace(plain, quantized=True))
     outside = 2 * (sizes.parameters - sizes.linear)  # embeddings, head and norms in bfloat16
     constants = sizes.linear / 64 + 4 * sizes.linear / 64 / 256
