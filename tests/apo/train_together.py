@@ -18,6 +18,7 @@ from datasets import Dataset
 
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 from tests.apo.deepspeed_on_cpus import let_cpus_share_out
+from tests.apo.test_trajectory import tiny
 from tests.apo.test_unpaired import make_rows
 
 STEPS = 20
@@ -25,15 +26,18 @@ SIZE = 8
 """Pairs a step. 22 pairs make steps of 8, 8 and 6."""
 CASES = {
     "llama": {},
-    "tied": {"tied": True, "objective": {"dpo": 1.0, "sft": 0.1}, "pack_tokens": 60, "checkpointing": True},
-    "lora": {"lora": True, "objective": "apo_down", "weights": "weight"},
+    "tied": {"family": "qwen3", "objective": {"dpo": 1.0, "sft": 0.1}, "pack_tokens": 60, "checkpointing": True},
+    "lora": {"family": "mistral, window of 12", "lora": True, "objective": "apo_down", "weights": "weight"},
     "kto": {"lora": True, "objective": "kto"},
     "online": {"objective": "kto"},
-    "unpaired": {"lora": True, "objective": "kto", "unpaired": True},
+    "unpaired": {
+        "family": "gemma2, soft caps, window of 12", "lora": True, "objective": "kto", "unpaired": True,
+    },
     "weights": {"weights": "weight", "shared_prefix": False},
-}
-OF = {"ddp": tuple(CASES), "fsdp": tuple(name for name in CASES if name != "online"), "raw": ("llama", "tied"),
-      "zero2": tuple(CASES), "zero3": tuple(CASES)}  # fmt: skip
+    "windows": {"family": "gemma2, soft caps, window of 12"},
+}  # fmt: skip
+OF = {"ddp": tuple(CASES), "fsdp": tuple(name for name in CASES if name != "online"),
+      "raw": ("llama", "tied", "windows"), "zero2": tuple(CASES), "zero3": tuple(CASES)}  # fmt: skip
 """Cases by way. Under FSDP a second whole model beside a sharded one is refused."""
 LEARNING_RATE = 1e-4
 WHOLE = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
@@ -42,7 +46,7 @@ WHOLE = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "st
 
 def model_of(case):
     torch.manual_seed(0)
-    return make_model(tie_word_embeddings=case.get("tied", False))
+    return tiny(case["family"]) if "family" in case else make_model()
 
 
 def rows_of(case):
