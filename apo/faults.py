@@ -150,7 +150,7 @@ def _memory_words(trainer: APOTrainer, doing: str) -> str:
         work = work_of(batch, packed=trainer.packs)
         size = f" with {len(work)} pairs of {int(work[:, 1].sum()):,} tokens in one pass"
     changes = "; or ".join(memory_changes(trainer, batch))
-    return f"out of memory in {where}{size}: set {changes}. {kept_words(trainer).capitalize()}"
+    return f"out of memory in {where}{size}: set {changes}; {kept_words(trainer)}"
 
 
 def memory_changes(trainer: APOTrainer, batch: Batch | None = None) -> list[str]:

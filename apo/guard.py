@@ -223,12 +223,13 @@ def _difference(name: str, estimate: Any) -> dict[str, float]:
 def crossed(guard: Guard, found: dict[str, float]) -> str | None:
     """Which rail the metrics of a look are beyond, by more than their noise, in words; None where none is."""
     rails = (
-        ("text_loss_rise", guard.most_loss_rise, "the loss on the guard's text rose by {:.3g} nats per token"),
-        ("accuracy_drop", guard.most_accuracy_drop, "the accuracy on the guard's tasks fell by {:.3g}"),
+        ("text_loss_rise", "most_loss_rise", "the loss on the guard's text rose by {:.3g} nats per token"),
+        ("accuracy_drop", "most_accuracy_drop", "the accuracy on the guard's tasks fell by {:.3g}"),
     )
     told = []
-    for name, most, words in rails:
+    for name, limit, words in rails:
+        most = getattr(guard, limit)
         value, noise = (found.get(f"guard/{name}{end}", 0.0) for end in ("", "_noise"))
         if value - noise > most or not math.isfinite(value):
-            told.append(f"{words.format(value)} (+- {noise:.2g}; {most:g} is allowed)")
+            told.append(f"{words.format(value)} (+- {noise:.2g}; guard.{limit} allows {most:g})")
     return " and ".join(told) or None

@@ -221,7 +221,8 @@ def _run(trainer: APOTrainer, group: Group, checkpoint: Path | None, out: Path) 
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         with group.together():
             if watch.crossed:
-                raise Stopped(f"step {trainer.state.global_step}: {watch.crossed}; {kept_words(trainer)}")
+                change = "lower trainer.learning_rate, or allow more and run the same command again"
+                raise Stopped(f"step {trainer.state.global_step}: {watch.crossed}; {change}; {kept_words(trainer)}")
             check_weights_finite(trainer)
     except Stopped as stop:
         runs.note_stop(out, trainer.state.global_step, str(stop))

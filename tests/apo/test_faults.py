@@ -157,6 +157,7 @@ ERRORS = [
 
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "cublas", "python"])
 def test_used_up_memory_is_told_with_the_settings_to_change(error, tmp_path, tokenizer, pairs):
+    tmp_path = tmp_path / "Of Ann"
     trainer = apo_trainer(tmp_path, tokenizer, pairs, gradient_accumulation_steps=2, **SAVING)
     trainer.pair_logps = raising(error, at_call=10)
     with pytest.raises(Stopped) as stop:
@@ -170,7 +171,7 @@ def test_used_up_memory_is_told_with_the_settings_to_change(error, tmp_path, tok
     )
     assert "trainer.gradient_checkpointing: true" in told
     assert "reference: cached" in told
-    assert "checkpoint-2" in told
+    assert told.endswith(f"; the last good checkpoint is {tmp_path / 'checkpoint-2'}")
     assert "\n" not in told
 
 

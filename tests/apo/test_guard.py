@@ -91,9 +91,12 @@ def test_a_rail_is_crossed_beyond_its_noise_only():
     assert words(0.3, 0.25, 0.4, 0.25) is None
     assert (
         words(0.3, 0.15, 0.4, 0.25)
-        == "the loss on the guard's text rose by 0.3 nats per token (+- 0.15; 0.1 is allowed)"
+        == "the loss on the guard's text rose by 0.3 nats per token (+- 0.15; guard.most_loss_rise allows 0.1)"
     )
-    assert words(-0.3, 0.01, 0.4, 0.15) == "the accuracy on the guard's tasks fell by 0.4 (+- 0.15; 0.2 is allowed)"
+    assert (
+        words(-0.3, 0.01, 0.4, 0.15)
+        == "the accuracy on the guard's tasks fell by 0.4 (+- 0.15; guard.most_accuracy_drop allows 0.2)"
+    )
     assert " and the accuracy" in words(0.3, 0.1, 0.4, 0.1)
     assert "rose by nan" in words(math.nan, math.nan, 0, 0)
 
@@ -165,6 +168,7 @@ def test_a_crossed_rail_stops_the_run_and_leaves_the_last_good_checkpoint(recipe
         assert 2 < last["step"] < 20
         good = Path(recipe["out"]) / f"checkpoint-{last['step'] - 2}"
         assert f"error: step {last['step']}: the loss on the guard's text rose by" in told
+        assert "; guard.most_loss_rise allows 0.3); lower trainer.learning_rate, or allow more and run the same" in told
         assert f"the last good checkpoint is {good}" in told
         assert checkpoints(Path(recipe["out"]))[-1] == good
         assert problem_of(good) is None
@@ -185,7 +189,7 @@ def test_accuracy_alone_can_stop_a_run(recipe):
     write(Path(recipe["guard"]["tasks"]), [row for row, right in zip(rows, before.right, strict=True) if right])
     recipe["guard"] = {"tasks": recipe["guard"]["tasks"]}
     recipe["trainer"] |= {"learning_rate": 0.05}
-    with pytest.raises(Stopped, match=r"the accuracy on the guard's tasks fell by 0\.\d+ \(\+- 0.*; 0.05 is"):
+    with pytest.raises(Stopped, match=r"the accuracy on the guard's tasks fell by 0\.\d+ \(\+- 0.*drop allows 0.05\)"):
         run(recipe)
 
 
