@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,8 @@ app.add_typer(reward, name="reward")
 @app.callback()
 def _apo() -> None:
     """Preference pairs to a better model: anchored preference optimization."""
+    # PEFT loads bitsandbytes where it is there, which then advises on kernels that nothing here asks for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @app.command()

@@ -122,12 +122,14 @@ def trainer_options(config: TrainConfig, *, has_eval: bool, processes: int = 1) 
             near = near_miss(key, allowed) or "; see TRL's DPOConfig and transformers' TrainingArguments"
             raise UserError(f"trainer.{key}: no such option{near}")
     _check_types(config.trainer)
+    _check_ranges(config.trainer)
     defaults: dict[str, Any] = {"eval_strategy": "epoch"} if has_eval else {}
     defaults |= {"save_total_limit": 2} if config.guard else {}
     defaults |= _step_of(config, processes)
     objective = mixture_of(config.objective)
     if config.reference == "cached" and objective.needs_reference and not objective.needs_divergence:
         defaults |= {"precompute_ref_log_probs": True, "reference_cache": str(default_folder())}
+    _check_trackers(config.trainer.get("report_to"))
     try:
         return APOConfig(
             **{**defaults, **config.trainer}, output_dir=config.out, seed=config.seed, beta=config.beta,
@@ -176,6 +178,34 @@ def _check_types(options: dict[str, Any]) -> None:
             raise UserError(f"trainer.{key}: {error.errors()[0]['msg']}, found {value!r}") from error
         except PydanticUserError:  # a type only TRL can judge
             continue
+
+
+_ABOVE_0 = ("gradient_accumulation_steps", "learning_rate", "num_train_epochs", "per_device_eval_batch_size",
+            "per_device_train_batch_size")  # fmt: skip
+
+
+def _check_ranges(options: dict[str, Any]) -> None:
+    """What neither TRL nor transformers looks at, and torch or a division would fail on later, or train nothing."""
+    for key in _ABOVE_0:
+        if key in options and not float(options[key]) > 0:
+            raise UserError(f"trainer.{key} is {options[key]!r}; it must be above 0")
+    if (steps := options.get("max_steps", -1)) != -1 and not int(steps) > 0:
+        raise UserError(f"trainer.max_steps is {steps!r}; give 1 or more, or leave it out and train num_train_epochs")
+
+
+def _check_trackers(asked: str | list[str] | None) -> None:
+    """transformers takes any name, and fails on those that are not there after the model is loaded."""
+    from transformers.integrations import INTEGRATION_TO_CALLBACK as KNOWN
+    from transformers.integrations import get_available_reporting_integrations
+
+    there = {"all", "none", "flyte", *get_available_reporting_integrations()}  # which does not look for flyte
+    for name in [asked] if isinstance(asked, str) else asked or []:
+        if name not in (*there, *KNOWN):
+            raise UserError(
+                f"trainer.report_to: no tracker {name!r}{near_miss(name, KNOWN)}; allowed: {', '.join(KNOWN)}"
+            )
+        if name not in there:
+            raise UserError(f"trainer.report_to: {name} is not installed here; install its package, or leave it out")
 
 
 def lora_of(config: TrainConfig) -> Any:

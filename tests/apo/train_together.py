@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 
+from apo.zero import whole
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 from tests.apo.deepspeed_on_cpus import let_cpus_share_out
 from tests.apo.test_trajectory import tiny
@@ -46,7 +47,8 @@ WHOLE = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "st
 
 def model_of(case):
     torch.manual_seed(0)
-    return tiny(case["family"]) if "family" in case else make_model()
+    with whole():
+        return tiny(case["family"]) if "family" in case else make_model()
 
 
 def rows_of(case):
