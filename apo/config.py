@@ -180,8 +180,12 @@ def _check_types(options: dict[str, Any]) -> None:
             continue
 
 
-_ABOVE_0 = ("gradient_accumulation_steps", "learning_rate", "num_train_epochs", "per_device_eval_batch_size",
-            "per_device_train_batch_size")  # fmt: skip
+_ABOVE_0 = (
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "per_device_eval_batch_size",
+    "per_device_train_batch_size",
+)
 
 
 def _check_ranges(options: dict[str, Any]) -> None:
@@ -189,6 +193,8 @@ def _check_ranges(options: dict[str, Any]) -> None:
     for key in _ABOVE_0:
         if key in options and not float(options[key]) > 0:
             raise UserError(f"trainer.{key} is {options[key]!r}; it must be above 0")
+    if (rate := options.get("learning_rate", 0)) and not float(rate) > 0:
+        raise UserError(f"trainer.learning_rate is {rate!r}; it must be 0 or above")
     if (steps := options.get("max_steps", -1)) != -1 and not int(steps) > 0:
         raise UserError(f"trainer.max_steps is {steps!r}; give 1 or more, or leave it out and train num_train_epochs")
 

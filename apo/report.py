@@ -29,6 +29,7 @@ def diagnosis(run: Path, picture: Path | None = None) -> list[str]:
     recipe = about["recipe"]
     title = f"{title_of(recipe['objective'])}, beta {recipe['beta']}, {recipe['model']}"
     target = picture or run / PICTURE
+    target.parent.mkdir(parents=True, exist_ok=True)
     draw_diagnosis(rows, target, title)
     found = verdicts(rows, recipe["objective"])
     lines = [title, _state(about, rows), "", *_numbers(rows), "", *_told(found, len(series(rows, "loss")[0]))]

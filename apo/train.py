@@ -63,6 +63,7 @@ def _train_each(config: TrainConfig, group: Group, tell: Callable[[str], None]) 
             _plan_of_all(one, group)
     done = {}
     for one in wanted:
+        tell(f"run: {one.out}")
         done[one.out] = _train(one, group, tell)
         gc.collect()  # a trainer and its callbacks hold one another, and the model with them
     return done

@@ -164,11 +164,11 @@ def test_the_command_draws_and_tells_also_while_a_run_is_under_way(model_dir, da
     (out / "run.json").write_text(json.dumps({**about, "stopped": [{"step": 9, "why": "because"}]}))
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 17, "lo')
-    code, told = diagnose("--out", str(tmp_path / "other.png"))
+    code, told = diagnose("--out", str(tmp_path / "drawn" / "other.png"))
     assert code == 0
     assert "step 16 of 16; not finished: under way, or stopped" in told
     assert "stopped at step 9: because" in told
-    assert (tmp_path / "other.png").exists()
+    assert (tmp_path / "drawn" / "other.png").exists()
     (out / "metrics.jsonl").write_text("")
     code, told = diagnose()
     assert (code, "has logged nothing yet" in told) == (2, True)

@@ -63,8 +63,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_each_group_gets_the_run_that_its_own_pairs_alone_give(recipe, tmp_path):
-    done = train(config(recipe))
+    told: list[str] = []
+    done = train(config(recipe), tell=told.append)
     out = Path(recipe["out"])
+    assert [line for line in told if line.startswith("run: ")] == [f"run: {out / 'few'}", f"run: {out / 'the-many'}"]
     assert list(done) == [str(out / "few"), str(out / "the-many")]
     assert sorted(file.name for file in out.iterdir()) == ["few", "the-many"]
     for name, group, pairs in (("few", "../few", 8), ("the-many", "the many", 16)):
