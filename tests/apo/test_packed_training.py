@@ -135,3 +135,20 @@ def test_a_pass_of_a_step_asks_the_device_for_no_number(tmp_path, tokenizer, pai
     assert len(trainer._parts(batches[0])) > 1
     assert (loss.device.type, weight.device.type) == ("meta", "meta")
     assert all(p.grad.device.type == "meta" for p in trainer.model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_in_bfloat16_packed_training_is_padded_training_to_its_rounding(tmp_path, tokenizer, pairs, adapter):
+    ways = {"packed": {"bf16": True}, "padded": {"bf16": True, "shared_prefix": False}, "float32": {}}
+    runs = {
+        name: trained(tmp_path / name, tokenizer, pairs, adapter=adapter, use_cpu=True, **how)
+        for name, how in ways.items()
+    }
+    assert [runs[name][0].packs for name in ways] == [True, False, True]
+    for mine, other in zip(runs["packed"][1], runs["padded"][1], strict=True):
+        for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected"):
+            assert mine[name] == pytest.approx(other[name], rel=4e-3)  # half of the distance of two bfloat16 numbers
+    packed, padded, exact = (run[2] for run in runs.values())
+    off, rounding = (packed - padded).norm(), (padded - exact).norm()
+    assert 0 < off < 2 * rounding

@@ -201,3 +201,15 @@ def test_a_run_goes_on_with_another_number_of_processes(before, after, alone, mo
     assert any(line.startswith("going on from step") for line in ours(told))
     assert json.loads(run_file.read_text())["processes"] == after
     assert_same_result(tmp_path / "run", alone)
+
+
+def test_processes_that_a_launcher_did_not_start_are_missed_in_a_line(model_dir, data, tmp_path):
+    """`accelerate launch --cpu` starts one process whatever it is asked for."""
+    path = recipe(model_dir, data, tmp_path / "run")
+    asked = ["launch", "--cpu", "--num_processes", 2, "-m", "apo.cli", "train", path]
+    code, told = ended(launched(tmp_path, "-m", "accelerate.commands.accelerate_cli", *asked))
+    assert code != 0
+    (error,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: accelerate launch was asked for several processes and started one")
+    assert "torchrun" in error
+    assert not (tmp_path / "run").exists()
