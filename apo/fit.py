@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from apo.prefix import _HEAD_CHUNK, keeps_logits
 from apo.shapes import GIB, Device, Row, Sizes, rows_of
+from apo.shares import Zero, held
 from clair.recipe import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Job:
     `rows`, `pairs`, `seen` (in training) and `padded_tokens` (of TRL's batch, an epoch) are of the pairs looked at,
     each of which `stands_for` so many. `mismatched`: each is also run with its neighbour's response, for KTO's kl.
     `quantized`: linear layers below an adapter are in NF4. `mixed`: under autocast.
-    Of several `processes` all costs are those of one; `sharded` ones share weights, gradients and states (FSDP2).
+    Of several `processes` all costs are those of one; `sharded` ones share weights, gradients and states (FSDP2), those
+    with a `zero` what it says.
     """
 
     sizes: Sizes
@@ -59,6 +61,7 @@ class Job:
     sharded: bool = False
     quantized: bool = False
     mixed: bool = False
+    zero: Zero | None = None
 
     @property
     def trained_weight(self) -> int:
@@ -125,7 +128,7 @@ def memory_of(job: Job) -> dict[str, float]:
     type lies there beside the weights made of it while it is read.
     Sharded, a process stores its part of weights, gradients and states, and `_gathered_bytes` come and go in the type
     of the matrix products. Before, it holds the whole model, for the reference: counted where that is the peak.
-    DDP's buckets are a second copy of the gradients.
+    DDP's buckets are a second copy of the gradients. Under ZeRO all this is as shares.py says.
     """
     sizes, shares = job.sizes, job.processes if job.sharded else 1
     stored = sizes.parameters * job.weight * (2 if job.copies else 1) + sizes.adapter * job.trained_weight
@@ -133,25 +136,29 @@ def memory_of(job: Job) -> dict[str, float]:
     if job.quantized:  # one matrix at a time is put back into the type of the products
         stored, cast = stored - sizes.linear * (job.weight - NF4), sizes.hidden * sizes.inner * job.compute
     weights = stored / shares + (_gathered_bytes(job) if shares > 1 else cast)
+    optimizer = job.states * sizes.trained * job.trained_weight / shares
     gradients = sizes.trained * job.trained_weight / shares
+    early = gradients if job.accumulates else 0
+    if job.zero:
+        zero = held(sizes, job.zero, job.states, job.processes, on_gpu=job.on_gpu, accumulates=job.accumulates)
+        weights, optimizer, early, gradients = zero.weights, zero.optimizer, zero.begin, zero.end
     activations = max(row_bytes(job, row) for row in job.rows)
     head = max(_head_bytes(job, row) for row in job.rows)
     working = max(_working_bytes(job, row) for row in job.rows)
-    start = activations + max(head, working) + (gradients if job.accumulates else 0)
-    end = gradients + working + activations / sizes.layers
-    parts = {"weights": weights, "optimizer": job.states * sizes.trained * job.trained_weight / shares}
-    if start >= end:
-        moment = {"gradients": gradients if job.accumulates else 0, "activations": start - gradients * job.accumulates}
-    else:
-        moment = {"gradients": gradients, "activations": end - gradients}
+    start, end = activations + max(head, working), working + activations / sizes.layers
+    ends = early + start < gradients + end
+    moment = {"gradients": gradients if ends else early, "activations": end if ends else start}
     holes = 0 if job.on_gpu else max(_hole_bytes(job, row) for row in job.rows)
-    found = {**parts, **moment, "allocator": holes}
-    if not (job.on_gpu or job.quantized) and sizes.stored not in (None, job.weight):
+    found = {"weights": weights, "optimizer": optimizer, **moment, "allocator": holes}
+    if not (job.on_gpu or job.quantized or job.zero) and sizes.stored not in (None, job.weight):
         read = sizes.parameters * (sizes.stored + job.weight)
         found["file while it is read"] = max(0, read - sum(found.values()))
     if shares > 1:
         return found | {"whole model before it is sharded": max(0, stored + cast - sum(found.values()))}
-    return found | ({"buckets": gradients} if job.processes > 1 else {})
+    if job.zero and job.zero.stage == 3:
+        whole = (sizes.parameters + sizes.adapter) * (2 if job.zero.half else 4)
+        return found | {"whole model before it is sharded": max(0, whole - sum(found.values()))}
+    return found | ({"buckets": gradients} if job.processes > 1 and not job.zero else {})
 
 
 def _gathered_bytes(job: Job) -> float:
@@ -182,7 +189,7 @@ def row_bytes(job: Job, row: Row) -> float:
 def _layer_bytes(job: Job, row: Row) -> float:
     sizes, c = job.sizes, job.compute
     norms = 2 * sizes.hidden * (4 + (0 if job.is_adapter else job.weight))
-    brought = job.mixed or (job.is_adapter and c < 4)
+    brought = job.mixed or (job.is_adapter and c < 4 and not job.zero)  # DeepSpeed rounds the adapter too
     read = ((5 if brought else 2) * sizes.hidden + sizes.heads + sizes.inner) * (c if job.mixed or not brought else 4)
     gated = 3 * sizes.inner * (job.weight if job.quantized else c)  # bitsandbytes gives back the type it was given
     return (norms + read + 4 * sizes.heads * c + gated) * row.tokens + 2 * sizes.heads * c * row.keys + c * row.masked
@@ -230,6 +237,7 @@ def job_of(
     processes: int = 1,
     sharded: bool = False,
     quantized: bool = False,
+    zero: Zero | None = None,
 ) -> Job:
     """What the trainer's options and the tokenised pairs come to. `reference` is "cached", "online" or None."""
     apart = -(-len(dataset) // LOOKED_AT)
@@ -238,6 +246,8 @@ def job_of(
     rows = rows_of(examples, batch, args.pack_tokens, args.shared_prefix, args.seed)
     padded = sum(row.tokens for row in rows_of(examples, batch, None, False, args.seed))
     weight = {"float32": 4, "float64": 8}.get(str(dtype).removeprefix("torch."), 2)
+    if zero:  # which trains in one type, without autocast
+        weight, mixed = 2 if zero.half else 4, False
     optimizer = str(getattr(args.optim, "value", args.optim))
     states = next((n for start, n in STATES.items() if optimizer.startswith(start)), 2)
     cut_up = len(rows) > -(-len(examples) // batch)
@@ -247,6 +257,7 @@ def job_of(
         accumulates=args.gradient_accumulation_steps > 1 or cut_up,
         copies=reference == "online" and not sizes.adapter, on_gpu=on_gpu, mismatched=mismatched,
         processes=processes, sharded=sharded, quantized=quantized, mixed=mixed,
+        zero=zero,
     )  # fmt: skip
 
 
@@ -285,7 +296,7 @@ def check_fits(job: Job, device: Device) -> None:
         "trainer.pack_tokens (a row of a few thousand tokens at most)": smallest,
         "trainer.gradient_checkpointing: true": replace(job, checkpointing=True),
         "reference: cached": replace(job, copies=False),
-        "trainer.fsdp: true": replace(job, sharded=job.processes > 1),
+        "trainer.fsdp: true": replace(job, sharded=job.processes > 1 and not job.zero),
         "lora: {r: 16}": replace(job, copies=False, sizes=replace(job.sizes, adapter=max(1, job.sizes.linear // 200))),
         "trainer.model_init_kwargs: {dtype: bfloat16}": replace(job, weight=2, compute=2),
     }

@@ -116,15 +116,15 @@ def estimate(planned: Plan) -> Estimate | str:
     """The costs of a plan (fit.py), or why they cannot be told."""
     from apo import fit, shapes
     from apo.mixture import mixture_of
+    from apo.shares import zero_of
 
     config, args = planned.config, planned.args
     machine = shapes.this_machine()
     if args.use_cpu and machine.is_gpu:
         return "the run leaves the GPU unused"
-    if asks_for_deepspeed(args):
-        return "the formulas do not know what DeepSpeed shares out"
     try:
         sizes = shapes.sizes_of(planned.name, lora_of(config))
+        zero = zero_of(args.deepspeed_plugin.deepspeed_config, sizes.hidden) if asks_for_deepspeed(args) else None
     except (ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -140,7 +140,7 @@ def estimate(planned: Plan) -> Estimate | str:
             mixed=config.trainer.get("bf16", on_gpu) or args.fp16,
             checkpointing=on_gpu if asked is None else asked, on_gpu=on_gpu,
             mismatched=mixture_of(config.objective).needs_divergence, processes=planned.processes,
-            sharded=asks_for_fsdp(args), quantized=config.quantize is not None,
+            sharded=asks_for_fsdp(args), quantized=config.quantize is not None, zero=zero,
         )
         for on_gpu in (True, False)
     }  # fmt: skip

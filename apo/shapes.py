@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from apo.matmul import speeds
 from apo.prefix import bins_of, common_prefix
+from apo.zero import whole
 from clair.recipe import UserError, one_line
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def sizes_of(name: ModelName, lora: Any = None) -> Sizes:
         config = AutoConfig.from_pretrained(name.base, trust_remote_code=name.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model {name.base} has no config to read: {one_line(error)}") from error
-    with torch.device("meta"):
+    with whole(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=name.trust_remote_code)
     if lora is None and name.is_adapter:
         from peft import PeftConfig

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from apo.fit import Job
 from apo.plan import estimate, plan
 from apo.prefix import lay_out, packed_logps, share_prefixes
 from apo.shapes import Device, Row, rows_of
+from apo.shares import Zero, held, zero_of
 from apo.train import train
 from clair.recipe import UserError
 from tests.apo.conftest import make_model
@@ -227,6 +229,82 @@ def test_memory_of_one_of_eight_processes_by_hand():
     )
     run = replace(alone, reference="cached", pairs=8, seen=8)
     assert fit.run_flops(run)[1] == 8 * fit.run_flops(replace(run, processes=8))[1]
+
+
+def test_what_a_deepspeed_config_asks_for():
+    assert zero_of({}, 8) is None
+    assert zero_of({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, 8) is None
+    assert zero_of({"zero_optimization": {"stage": 2}}, 8) == Zero(2, 500_000_000, 1, 1_000_000_000, False, False)
+    asked = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "cpu"}}
+    found = zero_of({"zero_optimization": asked, "bf16": {"enabled": True}, "fp16": {"enabled": "auto"}}, 8)
+    assert found == Zero(2, bucket=64, buckets=2, half=True, offload=True)
+    asked = {"stage": 3, "overlap_comm": True, "stage3_max_live_parameters": 5e7, "offload_param": {"device": "none"}}
+    assert zero_of({"zero_optimization": asked, "fp16": {"enabled": True}}, 8) == Zero(3, live=50_000_000, half=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("offload_optimizer", {"device": "nvme"}, "offload_optimizer to nvme"),
+        ("offload_param", {"device": "cpu"}, "offload_param"),
+        ("offload_optimizer", {"device": "cpu", "ratio": 0.5}, "offload_optimizer.ratio"),
+        ("zero_quantized_weights", True, "zero_quantized_weights"),
+        ("zero_hpz_partition_size", 8, "zero_hpz_partition_size"),
+    ],
+)
+def test_what_the_formulas_do_not_describe_is_refused_by_name(key, value, named):
+    with pytest.raises(ValueError, match=f"do not describe DeepSpeed's {named}$"):
+        zero_of({"zero_optimization": {"stage": 3, key: value}}, 8)
+
+
+def test_memory_under_zero_by_hand():
+    sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B))
+    p, on = sizes.parameters, {"processes": 8, "on_gpu": True, "accumulates": False}
+    bucket = 2 * 500_000_000
+    one, two, three = (held(sizes, Zero(stage, half=True), 2, **on) for stage in (1, 2, 3))
+    # bfloat16 weights and gradients; the copy in float32 and AdamW's two states are shared out by all stages
+    assert {each.optimizer for each in (one, two, three)} == {(4 + 8) * p / 8}
+    assert one.weights == two.weights == 2 * p
+    assert three.weights == 2 * p / 8 + 2 * 1_000_000_000
+    assert (one.begin, one.end) == (bucket, 2 * p + 2 * bucket)
+    assert (two.begin, two.end) == (bucket, 2 * p / 8 + 2 * bucket)
+    assert (three.begin, three.end) == (2 * p / 8 + bucket, (2 + 4) * p / 8 + 2 * bucket)
+    adds_up = {**on, "accumulates": True}
+    assert held(sizes, Zero(2, half=True), 2, **adds_up).begin == 2 * p / 8 + bucket
+    assert held(sizes, Zero(1, half=True), 2, **adds_up).begin == 2 * p + bucket
+    away = held(sizes, Zero(2, half=True, offload=True), 2, **on)
+    assert (away.optimizer, away.weights, away.end) == (0, 2 * p, 2 * bucket)
+    assert held(sizes, Zero(2), 2, **on).optimizer == (4 + 8) * p / 8, "stage 2 copies weights in float32 too"
+    assert held(sizes, Zero(3), 2, **on).optimizer == 8 * p / 8
+    small = held(sizes, Zero(2, bucket=1000, half=True), 2, **on | {"on_gpu": False})
+    assert (small.begin, small.end) == (0, 2 * p / 8 + 2 * 2000)
+
+
+def test_a_job_under_zero_is_that_of_its_config():
+    sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B), lora(r=16))
+    row = shapes.row_of(50, 0, 50, 50)
+    alone = job(sizes, [row], weight=2, compute=2, on_gpu=True, processes=8)
+    parts = fit.memory_of(replace(alone, zero=Zero(3, half=True)))
+    assert parts["weights"] == 2 * (sizes.parameters + sizes.adapter) / 8 + 2e9
+    assert parts["optimizer"] == 12 * sizes.adapter / 8
+    assert "buckets" not in parts
+    # for the reference's pass the model is whole once
+    assert sum(parts.values()) == pytest.approx(2 * (sizes.parameters + sizes.adapter))
+    # DeepSpeed rounds the adapter as well, so its inputs are in the type of the weights
+    assert fit.row_bytes(replace(alone, zero=Zero(2, half=True)), row) < fit.row_bytes(alone, row)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_dry_run_tells_the_costs_under_the_launchers_zero(stage, recipe, monkeypatch):  # noqa: F811
+    planned = plan(TrainConfig(**recipe), processes=2)
+    config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+    planned.args.deepspeed_plugin = SimpleNamespace(deepspeed_config=config, zero_stage=stage)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    costs = estimate(planned)
+    assert {found.zero for found in costs.jobs.values()} == {Zero(stage, half=True)}
+    assert {(found.weight, found.compute, found.mixed) for found in costs.jobs.values()} == {(2, 2, False)}
+    config["zero_optimization"]["offload_param"] = {"device": "nvme"}
+    assert estimate(planned) == "the formulas do not describe DeepSpeed's offload_param"
 
 
 def test_sharding_is_named_where_it_is_what_helps():
