@@ -453,6 +453,16 @@ def snapshot(out: Path):
     return {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in out.rglob("*") if file.is_file()}
 
 
+def test_no_memory_to_load_a_model_is_told(recipe, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(UserError, match=r"^model .* cannot be loaded: Cannot allocate memory"):
+        run(recipe)
+    assert not Path(recipe["out"]).exists()
+
+
 def test_the_anchor_is_checked_before_anything_is_written(recipe, monkeypatch):
     from apo.trainer import APOTrainer
 
