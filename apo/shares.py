@@ -12,8 +12,8 @@ from typing import Any
 
 from apo.shapes import Sizes
 
-_BUCKET, _LIVE = 500_000_000, 1_000_000_000
-"""DeepSpeed's defaults of reduce_bucket_size and stage3_max_live_parameters."""
+_BUCKET, _LIVE, _AHEAD = 500_000_000, 1_000_000_000, 50_000_000
+"""DeepSpeed's defaults of reduce_bucket_size, stage3_max_live_parameters and stage3_prefetch_bucket_size."""
 _UNKNOWN = (
     "zero_hpz_partition_size",
     "zero_quantized_weights",
@@ -27,7 +27,8 @@ _UNKNOWN = (
 class Zero:
     """A DeepSpeed config as far as memory goes. `half`: weights, gradients and adapter are in 2 bytes, else in 4.
 
-    `bucket` is how many numbers a bucket of gradients takes, `live` how many weights stage 3 keeps whole at once.
+    `bucket` is how many numbers a bucket of gradients takes; `live` how many weights stage 3 keeps whole at once, and
+    `ahead` how many it fetches ahead.
     `offload`: the optimizer, its copy of the weights and its gradients lie in the memory of the CPU.
     """
 
@@ -35,6 +36,7 @@ class Zero:
     bucket: int = _BUCKET
     buckets: int = 1
     live: int = _LIVE
+    ahead: int = _AHEAD
     half: bool = False
     offload: bool = False
 
@@ -67,11 +69,13 @@ def zero_of(config: Mapping[str, Any], hidden: int) -> Zero | None:
     if unknown:
         raise ValueError(f"the formulas do not describe DeepSpeed's {unknown[0]}")
     bucket, live = asked.get("reduce_bucket_size", _BUCKET), asked.get("stage3_max_live_parameters", _LIVE)
+    ahead = asked.get("stage3_prefetch_bucket_size", _AHEAD)
     return Zero(
         stage,
         bucket=hidden**2 if bucket == "auto" else int(bucket),
         buckets=2 if stage < 3 and asked.get("overlap_comm") else 1,
         live=_LIVE if live == "auto" else int(live),
+        ahead=int(0.9 * hidden**2) if ahead == "auto" else int(ahead),
         half=any((config.get(name) or {}).get("enabled") is True for name in ("bf16", "fp16")),
         offload=optimizer.get("device") == "cpu",
     )
@@ -82,7 +86,8 @@ def held(sizes: Sizes, zero: Zero, states: int, processes: int, *, on_gpu: bool,
 
     weights    all; at stage 3 its part, and at most `live` put together from all parts
     optimizer  its part of the states, and of the copy in float32 where there is one
-    begin      the gradients of earlier passes (its part; all of them at stage 1), and a GPU's buckets, allocated whole
+    begin      the gradients of earlier passes (its part; all of them at stage 1), and a GPU's buckets, allocated whole;
+               at stage 3 the parts of weights fetched ahead, which lie there until they are put together
     end        these gradients, the bucket as far as it is filled, and once more as it is sent; at stage 3 its part also
                in float32, and on a CPU a further copy, which gloo makes
     """
@@ -97,5 +102,6 @@ def held(sizes: Sizes, zero: Zero, states: int, processes: int, *, on_gpu: bool,
         optimizer, own, part = 0, 0 if zero.stage > 1 else own, 0
     if zero.stage == 3:  # the buffers for its part and for the bucket are there from the start
         sent += 4 * part + (0 if on_gpu else filled)
-        return Held(weights, optimizer, own + bucket, own + bucket + sent)
+        fetched = number * min(zero.ahead, whole)
+        return Held(weights, optimizer, own + bucket + fetched, own + bucket + sent)
     return Held(weights, optimizer, own * accumulates + bucket * on_gpu, own + bucket + sent)

@@ -234,12 +234,20 @@ def test_memory_of_one_of_eight_processes_by_hand():
 def test_what_a_deepspeed_config_asks_for():
     assert zero_of({}, 8) is None
     assert zero_of({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, 8) is None
-    assert zero_of({"zero_optimization": {"stage": 2}}, 8) == Zero(2, 500_000_000, 1, 1_000_000_000, False, False)
+    assert zero_of({"zero_optimization": {"stage": 2}}, 8) == Zero(2, 500_000_000, 1, 1_000_000_000, 50_000_000)
     asked = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "cpu"}}
     found = zero_of({"zero_optimization": asked, "bf16": {"enabled": True}, "fp16": {"enabled": "auto"}}, 8)
     assert found == Zero(2, bucket=64, buckets=2, half=True, offload=True)
-    asked = {"stage": 3, "overlap_comm": True, "stage3_max_live_parameters": 5e7, "offload_param": {"device": "none"}}
-    assert zero_of({"zero_optimization": asked, "fp16": {"enabled": True}}, 8) == Zero(3, live=50_000_000, half=True)
+    asked = {
+        "stage": 3,
+        "overlap_comm": True,
+        "stage3_max_live_parameters": 5e7,
+        "stage3_prefetch_bucket_size": "auto",
+        "offload_param": {"device": "none"},
+    }
+    assert zero_of({"zero_optimization": asked, "fp16": {"enabled": True}}, 8) == Zero(
+        3, live=50_000_000, ahead=57, half=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,7 +276,7 @@ def test_memory_under_zero_by_hand():
     assert three.weights == 2 * p / 8 + 2 * 1_000_000_000
     assert (one.begin, one.end) == (bucket, 2 * p + 2 * bucket)
     assert (two.begin, two.end) == (bucket, 2 * p / 8 + 2 * bucket)
-    assert (three.begin, three.end) == (2 * p / 8 + bucket, (2 + 4) * p / 8 + 2 * bucket)
+    assert (three.begin, three.end) == (2 * p / 8 + bucket + 2 * 50_000_000, (2 + 4) * p / 8 + 2 * bucket)
     adds_up = {**on, "accumulates": True}
     assert held(sizes, Zero(2, half=True), 2, **adds_up).begin == 2 * p / 8 + bucket
     assert held(sizes, Zero(1, half=True), 2, **adds_up).begin == 2 * p + bucket
