@@ -74,6 +74,14 @@ def test_a_4_bit_layer_multiplies_by_its_rounded_weights_also_after_it_was_asked
         assert torch.allclose(torch.autograd.grad(out, x, seed)[0], seed @ rounded, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what is mapped is read where Linux tells it")
+def test_the_file_of_the_weights_is_not_kept_in_memory(tmp_path):
+    make_model(**SIZES).save_pretrained(tmp_path)
+    model = models.load_model(models.find(str(tmp_path)), quantization_config=models.four_bits("float32"))
+    assert len(linears(model)) == 14
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
 def test_packed_rows_train_as_trls_batch_does_on_the_same_4_bit_weights(recipe, tmp_path):  # noqa: F811
     packed, rows = trained(recipe)
     assert packed.packs, packed.notes
