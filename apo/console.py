@@ -33,11 +33,14 @@ def end_early(stopped: str | None, failed: str | None) -> None:
 
 def quieten() -> None:
     """One bar is enough: transformers and datasets keep theirs, and their advice, to themselves."""
+    import logging as plain
     import warnings
 
     import datasets
     from transformers.utils import logging
 
+    # bitsandbytes 0.50 looks for a faster kernel when peft imports it, and says that there is none.
+    plain.getLogger("bitsandbytes.backends.cpu.ops").setLevel(plain.ERROR)
     # peft 0.21 and TRL 1.16 still use the old name, and nobody who trains can change that.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     logging.disable_progress_bar()
