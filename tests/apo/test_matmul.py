@@ -126,3 +126,13 @@ def test_a_torch_without_onednn_has_no_speed_of_it(monkeypatch):
     own, other = matmul.speeds.__wrapped__()
     assert own > 0
     assert other == 0
+
+
+def test_a_compiled_layer_is_left_to_the_compiler(quick):
+    one, x = layer(bias=True), torch.randn(64, 48)
+    plain, made = run(one, x), len(quick)
+    compiled = torch.compile(one, backend="eager")
+    found = run(compiled, x)
+    assert len(quick) == made == 3
+    for mine, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)

@@ -152,3 +152,13 @@ def test_in_bfloat16_packed_training_is_padded_training_to_its_rounding(tmp_path
     packed, padded, exact = (run[2] for run in runs.values())
     off, rounding = (packed - padded).norm(), (padded - exact).norm()
     assert 0 < off < 2 * rounding
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_a_compiled_model_trains_the_same_in_packed_rows(tmp_path, tokenizer, pairs):
+    plain = trained(tmp_path / "plain", tokenizer, pairs)
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}  # traced as for any other, and not generated
+    compiled = trained(tmp_path / "compiled", tokenizer, pairs, **options)
+    assert compiled[0].packs
+    same(plain, compiled)
