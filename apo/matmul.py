@@ -53,6 +53,8 @@ def rows_multiple(device: torch.device) -> int:
 
 def _quick(rows: int, *factors: torch.Tensor) -> bool:
     plain = all(one.device.type == "cpu" and one.dtype == torch.float32 for one in factors)
+    if torch.compiler.is_compiling():  # `torch_compile`: it cannot read oneDNN's products, and makes its own
+        return False
     return plain and rows % ROWS == 0 and rows_multiple(factors[0].device) == ROWS
 
 
