@@ -24,6 +24,9 @@ STATES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0
 """Numbers an optimizer keeps per trained parameter, by the beginning of its name; others are taken for AdamW."""
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4: 4 bits, a constant of 8 bits for 64 weights, one of 32 bits for 256 constants."""
+TRL_TILE, TRL_SLOPE = (4096, 32_768), 29
+"""Positions and vocabulary of a tile of TRL 1.16's head, and bytes a logit's slope takes on its way on a CPU: seven
+numbers in float32 and a flag."""
 HOLES = 2
 """MEASURED, not derived: layers' activations that glibc's allocator keeps in holes on a CPU (tests/apo/test_fit.py)."""
 ADAPTER_HOLES = (4, 0.8)
@@ -37,7 +40,7 @@ class Job:
 
     `rows`, `pairs`, `seen` (in training) and `padded_tokens` (of TRL's batch, an epoch) are of the pairs looked at,
     each of which `stands_for` so many. `mismatched`: each is also run with its neighbour's response, for KTO's kl.
-    `quantized`: linear layers below an adapter are in NF4. `mixed`: under autocast.
+    `quantized`: linear layers below an adapter are in NF4. `mixed`: under autocast. Not `packed`: TRL's batch.
     Of several `processes` all costs are those of one; `sharded` ones share weights, gradients and states (FSDP2), those
     with a `zero` what it says.
     """
@@ -62,6 +65,7 @@ class Job:
     quantized: bool = False
     mixed: bool = False
     zero: Zero | None = None
+    packed: bool = True
 
     @property
     def trained_weight(self) -> int:
@@ -96,7 +100,7 @@ def step_flops(job: Job, row: Row) -> float:
     sizes = job.sizes
     attention = 4 * sizes.layers * sizes.heads * row.products
     matrices = sizes.linear * (1 if job.is_adapter else 2) + 2 * sizes.adapter
-    times = (1 if job.is_adapter else 2) + (not keeps_logits(row.labels, sizes.vocabulary))
+    times = (1 if job.is_adapter else 2) + (not (job.packed and keeps_logits(row.labels, sizes.vocabulary)))
     head = 2 * sizes.hidden * sizes.vocabulary * row.labels * times
     again = _body_flops(sizes, row) if job.checkpointing else 0
     return forward_flops(sizes, row) + 2 * matrices * row.tokens + 2.5 * attention + head + again
@@ -205,8 +209,13 @@ def _head_bytes(job: Job, row: Row) -> float:
     gradient; below float32 also the chunk rounded.
 
     Where the head is trained, also its gradient in float32, and of several chunks one product on its way into it.
+    In TRL's padded batch a tile of logits, on a CPU with what its slope is made of, and both gradients in float32.
     """
     sizes = job.sizes
+    if not job.packed:
+        tile = min(row.labels, TRL_TILE[0]) * min(sizes.vocabulary, TRL_TILE[1])
+        gradients = 4 * sizes.hidden * (row.labels + (0 if job.is_adapter else sizes.vocabulary))
+        return tile * (job.compute + (0 if job.on_gpu else TRL_SLOPE)) + gradients
     chunk, rounded = min(row.labels, _HEAD_CHUNK), job.compute if job.compute < 4 else 0
     logits = 4 * (row.labels if keeps_logits(row.labels, sizes.vocabulary) else chunk) + rounded * chunk
     coming = job.compute if row.labels > _HEAD_CHUNK else rounded
@@ -257,7 +266,7 @@ def job_of(
         accumulates=args.gradient_accumulation_steps > 1 or cut_up,
         copies=reference == "online" and not sizes.adapter, on_gpu=on_gpu, mismatched=mismatched,
         processes=processes, sharded=sharded, quantized=quantized, mixed=mixed,
-        zero=zero,
+        zero=zero, packed=args.shared_prefix,
     )  # fmt: skip
 
 

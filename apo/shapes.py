@@ -153,7 +153,8 @@ def rows_of(
         if not shared:
             longest = max(prompt + max(chosen, rejected) for prompt, _, chosen, rejected in part)
             sequences = sum(2 if rejected else 1 for *_, rejected in part)
-            rows.append(Row(*[sequences * n for n in (longest, longest, longest**2)]))
+            products = sequences * longest**2
+            rows.append(Row(sequences * longest, sequences * longest, products, masked=products))
             continue
         packed = [row_of(*pair) for pair in part]
         places = [list(range(len(packed)))] if most is None else bins_of([row.tokens for row in packed], most)

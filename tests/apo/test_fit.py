@@ -85,7 +85,7 @@ def test_a_row_by_hand():
     assert shapes.row_of(4, 2, 5, 3) == Row(tokens=10, labels=6, products=9 * 9 + 1 * 7, keys=7, masked=7)
     pair = {"prompt_ids": [1, 2], "chosen_ids": [5, 6, 7], "rejected_ids": [5, 8]}
     assert rows_of([pair], 1, None, True, 0) == [shapes.row_of(2, 1, 3, 2)]
-    assert rows_of([pair], 1, None, False, 0) == [Row(10, 10, 50)]
+    assert rows_of([pair], 1, None, False, 0) == [Row(10, 10, 50, masked=50)]
     assert len(rows_of([pair] * 6, 3, None, True, 0)) == 2
     assert [row.tokens for row in rows_of([pair] * 6, 3, 12, True, 0)] == [12, 6, 12, 6]
 
@@ -169,7 +169,7 @@ def test_an_unpaired_row_is_one_branch():
     rows = [{"prompt_ids": [1, 2], "chosen_ids": [5, 6, 7], "rejected_ids": []}]
     rows.append({"prompt_ids": [1, 2], "chosen_ids": [], "rejected_ids": [5, 6, 7]})
     assert rows_of(rows, 1, None, True, 0) == [Row(tokens=5, labels=3, products=25)] * 2
-    assert rows_of(rows, 2, None, False, 0) == [Row(10, 10, 50)]
+    assert rows_of(rows, 2, None, False, 0) == [Row(10, 10, 50, masked=50)]
 
 
 def test_the_reference_is_counted_once_or_at_every_step():
@@ -403,6 +403,7 @@ CASES = {
         [200, 0, 300],
         {"args": {"objective": "apo_zero_unpaired", "per_device_train_batch_size": 3}},
     ),
+    "padded": (MIDDLE, [200, 300, 180], {"args": {"shared_prefix": False}}),
     "large vocabulary": (MIDDLE | {"num_hidden_layers": 4, "vocab_size": 32000}, [100, 300, 300], {}),
 }
 
