@@ -64,6 +64,10 @@ def make_model(seed: int = 0, **options):
     return LlamaForCausalLM(config)
 
 
+TRAINER = {"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 2}
+"""What the recipe of `recipe` says of training."""
+
+
 def make_pairs(n: int = 24, seed: int = 0) -> list[dict]:
     """Pairs of differing lengths whose winners count and whose losers do not."""
     rng = random.Random(seed)
@@ -122,6 +126,24 @@ def pairs():
 @pytest.fixture
 def tokenizer():
     return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A dataset folder of 24 pairs with 6 held out, as `clair build` lays it out."""
+    from datasets import Dataset
+
+    out = tmp_path_factory.mktemp("pairs")
+    (out / "data").mkdir()
+    for split, rows in (("train", make_pairs(24)), ("test", make_pairs(6, seed=5))):
+        Dataset.from_list(rows).to_parquet(out / "data" / f"{split}-00000-of-00001.parquet")
+    return out
+
+
+@pytest.fixture
+def recipe(tmp_path, model_dir, folder):
+    """A recipe's keys, to be changed by a test."""
+    return {"model": str(model_dir), "dataset": str(folder), "trainer": dict(TRAINER), "out": str(tmp_path / "run")}
 
 
 def apart(one, other):

@@ -10,11 +10,10 @@ import yaml
 
 from apo import checkpoints
 from tests.apo.test_cli import call
-from tests.apo.test_train import folder, recipe  # noqa: F401
 
 
 @pytest.fixture
-def apo(recipe, tmp_path, monkeypatch, capsys):  # noqa: F811
+def apo(recipe, tmp_path, monkeypatch, capsys):
     """Runs `apo train` on the recipe with changes. Gives its exit code and the lines on stderr."""
 
     def run(out="run", **trainer):

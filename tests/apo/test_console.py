@@ -9,7 +9,6 @@ from apo.config import TrainConfig
 from apo.console import pace
 from apo.monitor import looks, summary
 from apo.train import train
-from tests.apo.test_train import folder, recipe  # noqa: F401
 
 SPEED = {"loss": 1.0, "pairs_per_second": 1117.3}
 
@@ -28,7 +27,7 @@ def test_work_that_lasts_says_how_far_it_is_and_other_work_nothing(monkeypatch, 
 
 
 @pytest.mark.slow
-def test_the_references_pass_says_how_far_it_is(recipe, monkeypatch, capsys):  # noqa: F811
+def test_the_references_pass_says_how_far_it_is(recipe, monkeypatch, capsys):
     monkeypatch.setattr(console, "EVERY", 0.0)
     train(TrainConfig(**{**recipe, "trainer": {**recipe["trainer"], "pack_tokens": 120}}), tell=lambda _: None)
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("reference log-probs, train: ")]
@@ -37,7 +36,7 @@ def test_the_references_pass_says_how_far_it_is(recipe, monkeypatch, capsys):  #
 
 
 @pytest.mark.slow
-def test_in_a_terminal_of_80_columns_the_bar_and_every_number_can_be_read(recipe, monkeypatch, capsys):  # noqa: F811
+def test_in_a_terminal_of_80_columns_the_bar_and_every_number_can_be_read(recipe, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")

@@ -28,7 +28,6 @@ from apo.train import train
 from clair.recipe import UserError
 from tests.apo.conftest import make_model
 from tests.apo.test_cli import call
-from tests.apo.test_train import folder, recipe  # noqa: F401
 
 LLAMA_3_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -183,7 +182,7 @@ def test_the_reference_is_counted_once_or_at_every_step():
     assert fit.run_flops(replace(run, reference="online"))[1] == pytest.approx(12 * forward)
 
 
-def test_a_run_that_cannot_fit_is_refused_with_what_would_help(recipe, monkeypatch, tmp_path, capsys):  # noqa: F811
+def test_a_run_that_cannot_fit_is_refused_with_what_would_help(recipe, monkeypatch, tmp_path, capsys):
     planned = plan(TrainConfig(**recipe))
     costs = estimate(planned)
     assert costs.here.sizes.parameters == make_model().num_parameters()
@@ -303,7 +302,7 @@ def test_a_job_under_zero_is_that_of_its_config():
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_dry_run_tells_the_costs_under_the_launchers_zero(stage, recipe, monkeypatch):  # noqa: F811
+def test_a_dry_run_tells_the_costs_under_the_launchers_zero(stage, recipe, monkeypatch):
     planned = plan(TrainConfig(**recipe), processes=2)
     config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
     planned.args.deepspeed_plugin = SimpleNamespace(deepspeed_config=config, zero_stage=stage)
@@ -323,7 +322,7 @@ def test_sharding_is_named_where_it_is_what_helps():
         fit.check_fits(run, shapes.GPUS[0])
 
 
-def test_a_dry_run_tells_costs(recipe, monkeypatch, tmp_path, capsys):  # noqa: F811
+def test_a_dry_run_tells_costs(recipe, monkeypatch, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe))
     assert call(monkeypatch, "train", path, "--dry-run") == 0
@@ -428,7 +427,7 @@ def test_the_estimate_is_within_a_fifth_of_the_measured_peak(name, tmp_path):
     assert estimated == pytest.approx(measured, rel=0.2)
 
 
-def test_a_dry_run_plans_for_other_machines_and_refuses_this_one_in_a_line(recipe, monkeypatch, tmp_path, capsys):  # noqa: F811
+def test_a_dry_run_plans_for_other_machines_and_refuses_this_one_in_a_line(recipe, monkeypatch, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe | {"trainer": recipe["trainer"] | {"fsdp": True}}))
     assert call(monkeypatch, "train", path, "--dry-run") == 2

@@ -20,7 +20,6 @@ from apo.train import build_trainer, train
 from clair.recipe import UserError
 from tests.apo.conftest import apart, make_model, make_tokenizer
 from tests.apo.test_resume import Crash, crash_in
-from tests.apo.test_train import folder, recipe  # noqa: F401
 
 pytestmark = pytest.mark.slow
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
@@ -31,13 +30,13 @@ STEPS = 20
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     """A model whose rows are whole blocks of 64 weights."""
-    folder = tmp_path_factory.mktemp("wide")  # noqa: F811
+    folder = tmp_path_factory.mktemp("wide")
     make_model(**SIZES).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
 
-def trained(recipe, steps=STEPS, **changes):  # noqa: F811
+def trained(recipe, steps=STEPS, **changes):
     """A trainer after its run, and its log, a row a step."""
     options = {**recipe["trainer"], "max_steps": steps, "logging_steps": 1, **changes.pop("trainer", {})}
     config = TrainConfig(**{**recipe, **QLORA, "trainer": options, **changes})
@@ -82,7 +81,7 @@ def test_the_file_of_the_weights_is_not_kept_in_memory(tmp_path):
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
-def test_packed_rows_train_as_trls_batch_does_on_the_same_4_bit_weights(recipe, tmp_path):  # noqa: F811
+def test_packed_rows_train_as_trls_batch_does_on_the_same_4_bit_weights(recipe, tmp_path):
     packed, rows = trained(recipe)
     assert packed.packs, packed.notes
     for layer in linears(packed.model).values():
@@ -96,7 +95,7 @@ def test_packed_rows_train_as_trls_batch_does_on_the_same_4_bit_weights(recipe, 
     assert apart(adapter_of(packed.model), adapter_of(stacked.model)) <= 1e-5
 
 
-def test_it_learns_as_an_adapter_on_weights_that_are_not_rounded(recipe, tmp_path):  # noqa: F811
+def test_it_learns_as_an_adapter_on_weights_that_are_not_rounded(recipe, tmp_path):
     rounded, rows = trained(recipe)
     before = {name: layer.weight.data.clone() for name, layer in linears(rounded.model).items()}
     assert len(before) == 14
@@ -109,7 +108,7 @@ def test_it_learns_as_an_adapter_on_weights_that_are_not_rounded(recipe, tmp_pat
     assert fallen[0] == pytest.approx(fallen[1], rel=0.1)
 
 
-def test_small_steps_are_not_rounded_away(recipe, tmp_path):  # noqa: F811
+def test_small_steps_are_not_rounded_away(recipe, tmp_path):
     trainer, _ = trained(recipe, steps=4, trainer={"learning_rate": 1e-5, "lr_scheduler_type": "constant"})
     start = build_trainer(plan(TrainConfig(**{**recipe, **QLORA, "out": str(tmp_path / "start")})))
     before, after = adapter_of(start.model), adapter_of(trainer.model)
@@ -124,7 +123,7 @@ def test_rows_that_bitsandbytes_reads_back_wrongly_are_refused(tmp_path):
         models.load_model(models.find(str(tmp_path)), quantization_config=models.four_bits("float32"))
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(recipe, tmp_path, monkeypatch):  # noqa: F811
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(recipe, tmp_path, monkeypatch):
     options = {**recipe["trainer"], "max_steps": 8, "save_steps": 3, "logging_steps": 1}
     runs = [{**recipe, **QLORA, "trainer": options, "out": str(tmp_path / name)} for name in ("whole", "stopped")]
     train(TrainConfig(**runs[0]), tell=lambda _: None)
@@ -148,7 +147,7 @@ def load(out):
 
 
 def test_what_is_left_is_an_adapter_for_the_base_rounded_or_not_and_merging_adds_it_to_the_latter(
-    recipe,  # noqa: F811
+    recipe,
     model_dir,
     tmp_path,
 ):

@@ -16,12 +16,11 @@ from apo.train import build_trainer, train
 from clair.recipe import UserError, resolve
 from tests.apo.conftest import make_model
 from tests.apo.test_fit import LLAMA_3_8B, job, llama, lora
-from tests.apo.test_train import folder, recipe  # noqa: F401
 
 QLORA = {"lora": {"r": 4}, "quantize": "nf4"}
 
 
-def test_four_bits_are_for_adapters_only(recipe):  # noqa: F811
+def test_four_bits_are_for_adapters_only(recipe):
     with pytest.raises(UserError, match=r"quantize.*nf4 weights cannot be trained, an adapter on them can: set `lora"):
         resolve(TrainConfig, {**recipe, "quantize": "nf4"}, "here")
     with pytest.raises(UserError, match="quantize"):
@@ -29,7 +28,7 @@ def test_four_bits_are_for_adapters_only(recipe):  # noqa: F811
     assert resolve(TrainConfig, {**recipe, **QLORA}, "here").quantize == "nf4"
 
 
-def test_without_bitsandbytes_a_run_is_refused_before_any_work(recipe, tmp_path, monkeypatch):  # noqa: F811
+def test_without_bitsandbytes_a_run_is_refused_before_any_work(recipe, tmp_path, monkeypatch):
     config = TrainConfig(**recipe, **QLORA)
     monkeypatch.setattr(models, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"not installed: pip install 'clair-apo\[quantize\]'$"):
@@ -39,7 +38,7 @@ def test_without_bitsandbytes_a_run_is_refused_before_any_work(recipe, tmp_path,
     assert models.why_not_quantized() is None
 
 
-def test_what_would_contradict_it_is_refused(recipe, monkeypatch):  # noqa: F811
+def test_what_would_contradict_it_is_refused(recipe, monkeypatch):
     given = {"model_init_kwargs": {"quantization_config": {"load_in_8bit": True}}}
     with pytest.raises(UserError, match=r"quantization_config: the recipe's `quantize` says it"):
         plan(TrainConfig(**{**recipe, **QLORA, "trainer": recipe["trainer"] | given}))
@@ -47,7 +46,7 @@ def test_what_would_contradict_it_is_refused(recipe, monkeypatch):  # noqa: F811
         plan(TrainConfig(**{**recipe, **QLORA, "trainer": recipe["trainer"] | {"fsdp": True}}), processes=2)
 
 
-def test_transformers_is_asked_for_nf4_with_double_quantisation(recipe, monkeypatch):  # noqa: F811
+def test_transformers_is_asked_for_nf4_with_double_quantisation(recipe, monkeypatch):
     asked = {}
 
     def from_pretrained(path, **options):
@@ -67,7 +66,7 @@ def test_transformers_is_asked_for_nf4_with_double_quantisation(recipe, monkeypa
     assert "quantization_config" not in asked
 
 
-def test_the_estimate_of_4_bit_weights_by_hand(recipe):  # noqa: F811
+def test_the_estimate_of_4_bit_weights_by_hand(recipe):
     sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B), lora(16))
     plain = job(sizes, [shapes.row_of(50, 0, 50, 50)], weight=2, compute=2, on_gpu=True, checkpointing=True)
     parts = fit.memory_of(replace(plain, quantized=True))

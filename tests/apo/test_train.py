@@ -21,30 +21,12 @@ from apo.plan import plan
 from apo.prefix import tokens_of
 from apo.train import train
 from clair.recipe import UserError, load_recipe, resolved
-from tests.apo.conftest import make_model, make_pairs, make_tokenizer
-
-TRAINER = {"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 2}
+from tests.apo.conftest import TRAINER, make_model, make_pairs, make_tokenizer
 
 
 def write_jsonl(path: Path, rows) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """A dataset folder of 24 pairs with 6 held out, as `clair build` lays it out."""
-    out = tmp_path_factory.mktemp("pairs")
-    (out / "data").mkdir()
-    for split, rows in (("train", make_pairs(24)), ("test", make_pairs(6, seed=5))):
-        Dataset.from_list(rows).to_parquet(out / "data" / f"{split}-00000-of-00001.parquet")
-    return out
-
-
-@pytest.fixture
-def recipe(tmp_path, model_dir, folder):
-    """A recipe's keys, to be changed by a test."""
-    return {"model": str(model_dir), "dataset": str(folder), "trainer": dict(TRAINER), "out": str(tmp_path / "run")}
 
 
 def run(recipe, **changes):
