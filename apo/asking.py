@@ -115,10 +115,14 @@ class AskingTrainer(DPOTrainer):
 
     # The reference
 
+    @property
+    def _reference(self) -> torch.nn.Module:
+        return self.model if self.ref_model is None else self.ref_model
+
     def _reference_logps(self, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         if "ref_chosen_logps" in inputs:
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        return self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, inputs)
+        return self.compute_ref_log_probs(self._reference, inputs)
 
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of both responses under the reference, [B] each, without gradient."""
@@ -135,7 +139,7 @@ class AskingTrainer(DPOTrainer):
         if not self.objective.needs_reference:
             return dataset
         self._share_prefixes()
-        model = self.model if self.ref_model is None else self.ref_model
+        model = self._reference
         model.to(self.args.device)
 
         def compute(pairs: Sequence[dict[str, Any]], advance: Advance) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ attention goes through it works: grouped queries, sliding windows and soft caps 
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -260,6 +261,7 @@ def _blocks(spans: Sequence[Span], blocks: int, window: int | None) -> tuple[tor
     """Which blocks of keys [queries, keys] each block of queries sees something of, and which of these wholly."""
     some, whole = (torch.zeros(blocks, blocks, dtype=torch.bool) for _ in range(2))
     ahead = torch.arange(blocks)[:, None] - torch.arange(blocks)[None]
+    far = math.inf if window is None else window
     for span in spans:
         start, middle, end, last = span.branches
         # Queries from, to; keys from, to; how much farther apart they stand in the row than in their sequence.
@@ -269,15 +271,9 @@ def _blocks(spans: Sequence[Span], blocks: int, window: int | None) -> tuple[tor
             if q == q_end:
                 continue
             part = slice(q // BLOCK, -(-q_end // BLOCK)), slice(k // BLOCK, -(-k_end // BLOCK))
-            near = ahead[part] >= 0
-            if window is not None:
-                near &= ahead[part] * BLOCK - (BLOCK - 1) - apart < window
-            some[part] |= near
+            some[part] |= (ahead[part] >= 0) & (ahead[part] * BLOCK - (BLOCK - 1) - apart < far)
             part = slice(-(-q // BLOCK), q_end // BLOCK), slice(-(-k // BLOCK), k_end // BLOCK)
-            inside = ahead[part] > 0
-            if window is not None:
-                inside &= ahead[part] * BLOCK + (BLOCK - 1) - apart < window
-            whole[part] |= inside
+            whole[part] |= (ahead[part] > 0) & (ahead[part] * BLOCK + (BLOCK - 1) - apart < far)
     return some, whole
 
 

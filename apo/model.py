@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -151,8 +152,6 @@ def _unmapped() -> Iterator[None]:
     On a CPU the weights that are not quantised would stay views into the mapped file, and with them in memory what of
     it was read to quantise the others. On a GPU nothing is kept of either.
     """
-    import functools
-
     from transformers import modeling_utils
 
     mapped = modeling_utils.safe_open

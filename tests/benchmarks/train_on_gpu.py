@@ -91,10 +91,10 @@ def run(mode: str, tune: str, model: Any, lengths: list[tuple[int, int, int]], b
 
     from apo.logps import examples_of
     from apo.meter import scale_of
-    from apo.prefix import tokens_of
+    from apo.prefix import common_prefix
+    from apo.shapes import row_of
 
     device, times, needed = model.device, [], {"flops": 0.0, "tokens": 0}
-    scale = scale_of(model, device)
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -114,15 +114,14 @@ def run(mode: str, tune: str, model: Any, lengths: list[tuple[int, int, int]], b
         scale = scale_of(trainer.model, device)
         for batch_ in trainer.get_train_dataloader():
             for pair in examples_of(batch_):
-                prompt, chosen, rejected = (len(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
-                tokens, rest = tokens_of(pair), tokens_of(pair) - prompt - chosen
-                products = (prompt + chosen) ** 2 + rest * (prompt + rejected)
-                needed["tokens"] += 2 * prompt + chosen + rejected
-                needed["flops"] += scale.flops(tokens, chosen + rest, products) if not isinstance(scale, str) else 0
+                prompt, chosen, rejected = (pair[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
+                row = row_of(len(prompt), common_prefix(chosen, rejected), len(chosen), len(rejected))
+                needed["tokens"] += 2 * len(prompt) + len(chosen) + len(rejected)
+                needed["flops"] += 0 if isinstance(scale, str) else scale.flops(row.tokens, row.labels, row.products)
     pairs = len(lengths)
     steady = (pairs - 2 * batch) / (times[-1] - times[1]) if len(times) > 3 else None
     peak = None if isinstance(scale, str) else scale.peak
-    found = {
+    return {
         "seconds": round(seconds, 2),
         "pairs_per_second": round(pairs / seconds, 3),
         "steady_pairs_per_second": steady and round(steady, 3),
@@ -132,7 +131,6 @@ def run(mode: str, tune: str, model: Any, lengths: list[tuple[int, int, int]], b
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "notes": getattr(trainer, "notes", []),
     }
-    return found
 
 
 def measure_on(
@@ -165,7 +163,7 @@ def measure_on(
                     told = {key: value for key, value in one.items() if key != "losses"}
                     print(tune, name, mode, told, file=sys.stderr, flush=True)
             found[f"{tune}, {name}"] = {"runs": runs, "ratios": _ratios(runs), "apart": _apart(runs)}
-    return {"device": _name(device), "versions": _versions(), "repeats": repeats, "sizes": sizes, "cases": found}
+    return {"device": _name(device), "repeats": repeats, "sizes": sizes, "cases": found}
 
 
 def _ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -199,12 +197,6 @@ def _name(device: str) -> str:
     import torch
 
     return device if device == "cpu" else torch.cuda.get_device_name(device)
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate")}
 
 
 def measure() -> dict[str, Any] | None:
