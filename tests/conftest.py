@@ -35,3 +35,16 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"no shared reference data: {named or '../shared'} has no folder data (set CLAIR_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """A folder with SmolLM2-135M-Instruct, named by CLAIR_REAL_MODEL, default ~/.cache/clair-apo/smollm2-135m.
+
+    Skips where it is absent.
+    """
+    named = os.environ.get("CLAIR_REAL_MODEL")
+    folder = Path(named) if named else Path.home() / ".cache" / "clair-apo" / "smollm2-135m"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"no real model: {named or '~/.cache/clair-apo/smollm2-135m'} has none (set CLAIR_REAL_MODEL)")
+    return folder
