@@ -27,6 +27,8 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export MPLBACKEND := Agg
 export NO_MKDOCS_2_WARNING := 1
+# Tests run in as many processes as there are cores: one thread each, and no spinning between products.
+test: export OMP_NUM_THREADS := 1
 
 .PHONY: help install quickstart paper-mini test test-slow test-all lint format docs cli-docs bench clean
 
@@ -53,7 +55,7 @@ paper-mini: $(STAMP)
 	@$(BIN)/python -m recipes.mini.table $(if $(SMALL),--small,--write)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist worksteal --durations 20
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -33,7 +33,10 @@ def shared() -> Path:
     named = os.environ.get("CLAIR_SHARED")
     folder = Path(named) if named else ROOT.parent / "shared"
     if not (folder / "data").is_dir():
-        pytest.skip(f"no shared reference data: {named or '../shared'} has no folder data (set CLAIR_SHARED)")
+        pytest.skip(
+            f"no real input in {named or '../shared'}: recorded GPT-4 revisions, MixEval-Hard with a model's answers, "
+            "IFEval with GPT-4's; docs/contributing.md says what these tests show and where the data is to be had"
+        )
     return folder
 
 
@@ -46,5 +49,8 @@ def real_model() -> Path:
     named = os.environ.get("CLAIR_REAL_MODEL")
     folder = Path(named) if named else Path.home() / ".cache" / "clair-apo" / "smollm2-135m"
     if not (folder / "model.safetensors").is_file():
-        pytest.skip(f"no real model: {named or '~/.cache/clair-apo/smollm2-135m'} has none (set CLAIR_REAL_MODEL)")
+        pytest.skip(
+            f"no real model in {named or '~/.cache/clair-apo/smollm2-135m'}: SmolLM2-135M-Instruct; "
+            "docs/contributing.md says what these tests show and where it is to be had"
+        )
     return folder

@@ -129,7 +129,7 @@ function powerOf(p) {
     : count > p.samples ? `${told(count)} answers to each row would see ${wanted} points.` : null;
   return [el("p", { class: "lead" }, `A true difference of ${points(p.detectable)} points is found in 8 of 10 such evaluations (two-sided, 5 %), one of ${wanted} in ${(10 * p.power).toFixed(1)} of 10. `,
     `To see ${wanted} points takes about ${told(p.questions_needed)} distinct questions, each asked once; here are ${told(C.questions)}. `, more),
-  designs.length || splits.length ? table(["design", "questions", "standard error", "sees, 8 times of 10"], [...designs, ...splits]) : null];
+  designs.length || splits.length ? el("div", { class: "scroll" }, table(["design", "questions", "standard error", "sees, 8 times of 10"], [...designs, ...splits])) : null];
 }
 
 function facts() {

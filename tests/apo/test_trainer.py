@@ -120,7 +120,8 @@ def margin_loss(chosen, rejected, *, beta):
 
 START = {"apo_zero": 1, "apo_down": 1, "apo_zero_unpaired": 0.5, "kto": 0.5, "dpo": math.log(2), margin_loss: 1}
 MIXED = {"apo_hinge_zero": {"length_normalised": True, "weight": 2}, "simpo": {"gamma": 0.1}, "kto": 0.5}
-OBJECTIVES = ["apo_zero", "apo_down", "apo_zero_unpaired", "dpo", "kto", "sft", "ipo", MIXED, margin_loss]
+NAMED = ["apo_zero", "apo_down", "apo_zero_unpaired", "dpo", "kto", "sft", "ipo"]
+OBJECTIVES = [*NAMED, pytest.param(MIXED, id="mixed"), pytest.param(margin_loss, id="margin_loss")]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)

@@ -79,6 +79,22 @@ def tab(chromium):
     assert not wrong
 
 
+FONTS = ("", "monospace", "1.25rem monospace")
+"""What a page's own fonts are replaced by: machines have other ones, wider than those a page was made with."""
+
+
+def too_wide(page, width: int) -> dict[str, int]:
+    """By font, how many pixels the page is wider than a window of `width`; empty where none is."""
+    page.set_viewport_size({"width": width, "height": 800})
+    measure = """font => {
+      document.documentElement.style.font = font.includes("rem") ? font : "";
+      document.documentElement.style.fontFamily = font.split(" ").pop();
+      return document.documentElement.scrollWidth - innerWidth;
+    }"""
+    excess = {font: page.evaluate(measure, font) for font in FONTS}
+    return {font: pixels for font, pixels in excess.items() if pixels > 0}
+
+
 def visit(page, where: str) -> None:
     """Go to a part of the page by its link."""
     page.click(f"nav a[href='#{where}']")

@@ -10,7 +10,7 @@ import pytest
 from apo.evaluate.compare import comparison, flip_kind, flips, read_all
 from apo.evaluate.compare_page import write_page
 from tests.apo.evaluate.made_results import TEXTS, make_items, write_folder
-from tests.browser.conftest import visit
+from tests.browser.conftest import too_wide, visit
 from tests.browser.synthetic import INJECTIONS
 from tests.browser.test_report_looks import CONTRASTS
 
@@ -172,8 +172,7 @@ def test_nothing_is_wider_than_the_window(tab, file):
     for where in ("overview", "changes"):
         visit(page, where)
         for width in (1400, 700, 400):
-            page.set_viewport_size({"width": width, "height": 800})
-            assert page.evaluate("() => document.documentElement.scrollWidth - innerWidth") <= 0, (width, where)
+            assert not too_wide(page, width), (width, where)
 
 
 def test_one_model_without_any_change_has_a_page(tab, tmp_path):

