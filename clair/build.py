@@ -281,4 +281,4 @@ def _told(tally: Tally) -> dict[str, int]:
         "calls": tally.calls,
         "reused": tally.reused,
         "retries": tally.retries,
-    }
+    } | ({"without_finish_reason": tally.without_reason} if tally.without_reason else {})

@@ -84,6 +84,9 @@ def build(
     if is_url(place):
         print_(f"it is at {public_path(place)}; {built.out} is a copy, which may be deleted")
     print_(f"{built.out}/README.md tells what it holds; look at the pairs with: clair report {public_path(place)}")
+    for role, tokens in built.manifest["tokens"].items():
+        if unknown := tokens.get("without_finish_reason"):
+            print_(f"{role}: {unknown} replies came without a finish_reason; none of them is known to be whole")
     if built.failed:
         print(f"{built.failed} rows failed (see dropped.jsonl); run it again to try them again", file=sys.stderr)
         raise typer.Exit(EXIT_SOME_FAILED)

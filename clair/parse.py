@@ -14,11 +14,15 @@ import re
 from bisect import bisect_right
 from typing import NamedTuple
 
-from clair.records import Judgement, Revision
+from clair.records import Judgement, Revision, incomplete_reason
 
 FAILURES = {
     "empty_reply": "the reply has no text",
     "truncated": "the reply was cut off before its end",
+    "content_filter": "the server's content filter stopped the reply",
+    "incomplete": "the reply did not end well",
+    "tool_call": "the reply calls a tool",
+    "server_error": "the server broke the reply off",
     "refusal": "the reply refuses the task",
     "no_label": "{identifier} does not stand at the start of a line",
     "label_twice": "{identifier} stands at the start of more than one line",
@@ -40,9 +44,10 @@ FAILURES = {
 class ParseFailure(Exception):
     """A reply that cannot be read with certainty; `name` is a key of FAILURES, `told` says it to the model."""
 
-    def __init__(self, name: str, identifier: str = "{corrected_student_solution}") -> None:
+    def __init__(self, name: str, identifier: str = "{corrected_student_solution}", words: str = "") -> None:
+        """`words`: what the model or the server said about it."""
         self.name = name
-        self.told = FAILURES[name].replace("{identifier}", identifier)
+        self.told = FAILURES[name].replace("{identifier}", identifier) + (f": {words}" if words else "")
         super().__init__(self.told)
 
 
@@ -117,7 +122,7 @@ def is_refusal(text: str) -> bool:
 def parse_revision(text: str, finish_reason: str | None = "stop") -> Revision:
     """The reasoning and the revised answer of a reviser's reply. Raises ParseFailure with the name of what is wrong.
 
-    `finish_reason` is the server's; a reply that ran into its token limit is never taken, however whole it looks.
+    `finish_reason` is the server's; a reply without a good ending is never taken, however whole it looks.
     """
     return Revision(*two_parts("solution", text, finish_reason))
 
@@ -140,8 +145,8 @@ def two_parts(kind: str, text: str, finish_reason: str | None) -> tuple[str, str
     Raises ParseFailure. Everything that is read from a model's reply comes through here.
     """
     identifier = IDENTIFIERS[kind]
-    if finish_reason == "length":
-        raise ParseFailure("truncated")
+    if reason := incomplete_reason(finish_reason):
+        raise ParseFailure(reason)
     body = _without_outer_fence(kind, text.replace("\r\n", "\n").strip())
     if not body:
         raise ParseFailure("empty_reply")

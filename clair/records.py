@@ -54,8 +54,9 @@ def content_id(
 class Reply:
     """What a model said to one request, hidden reasoning kept apart from the answer.
 
-    `finish_reason` is the server's ("stop", "length", ...), None where it gave none. `usage` counts tokens
-    (prompt_tokens, completion_tokens), empty where the server did not tell.
+    `finish_reason` is the server's ("stop", "length", ...), None where it gave none, and "refusal" where there is no
+    text but a refusal in a field of its own, whose words are `refusal`. `usage` counts tokens (prompt_tokens,
+    completion_tokens), empty where the server did not tell.
     """
 
     text: str
@@ -63,6 +64,57 @@ class Reply:
     finish_reason: str | None = None
     usage: Mapping[str, int] = field(default_factory=dict)
     model: str = ""
+    refusal: str = ""
+
+    def incomplete(self, *, tools: bool = False) -> str | None:
+        """Why the text is not a whole answer, as `incomplete_reason` says it; None for a whole one."""
+        return incomplete_reason(self.finish_reason, tools=tools)
+
+
+_GOOD_ENDINGS = {"", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"}
+_TOOL_ENDINGS = {"tool_calls", "tool_call", "tool_use", "function_call"}
+_BAD_ENDINGS = {
+    "truncated": {"length", "max_tokens", "max_output_tokens", "max_completion_tokens", "model_length", "max_length"},
+    "content_filter": {
+        "content_filter",
+        "content_filtered",
+        "content_blocked",
+        "safety",
+        "recitation",
+        "blocklist",
+        "prohibited_content",
+        "spii",
+        "sensitive",
+        "guardrail_intervened",
+        "guardrails",
+    },
+    "refusal": {"refusal"},
+    "tool_call": _TOOL_ENDINGS,
+    "server_error": {
+        "error",
+        "abort",
+        "aborted",
+        "cancelled",
+        "canceled",
+        "timeout",
+        "network_error",
+        "server_error",
+        "insufficient_system_resource",
+    },
+}
+
+
+def incomplete_reason(finish_reason: str | None, *, tools: bool = False) -> str | None:
+    """Why a reply with this finish reason is not a whole answer; None for a good ending, or where there is no reason.
+
+    One of `truncated`, `content_filter`, `refusal`, `tool_call`, `server_error` (worth another try), and `incomplete`
+    for a reason that nobody knows: only known endings are good. `tools`: the request has tools, and calling one ends
+    an answer well.
+    """
+    ending = (finish_reason or "").lower()
+    if ending in _GOOD_ENDINGS or (tools and ending in _TOOL_ENDINGS):
+        return None
+    return next((reason for reason, endings in _BAD_ENDINGS.items() if ending in endings), "incomplete")
 
 
 @dataclass(frozen=True, slots=True)

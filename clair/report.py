@@ -145,6 +145,7 @@ _REASONS = {
     "prompts.duplicate": "the same prompt came before",
     "target.no_answer": "the row has no answer and the recipe has no target",
     "target.truncated": "the answer ran into max_tokens",
+    "stronger.truncated": "the answer ran into max_tokens",
     "target.identical_samples": "all sampled answers are the same",
     "scores.tie": "all answers have the same score",
     "judge.tie": "the judge finds neither better",

@@ -18,14 +18,14 @@ from clair.edits import parse_edits
 from clair.filters import Filters, first_reason
 from clair.models.asking import Asker
 from clair.models.batch_service import Pending
-from clair.parse import ParseFailure, parse_judgement, parse_revision
+from clair.parse import FAILURES, ParseFailure, parse_judgement, parse_revision
 from clair.prompts import ask_again, request
 from clair.recipe import content_hash
-from clair.records import Dropped, Judgement, Message, Pair, Prompt, Revision
+from clair.records import Dropped, Judgement, Message, Pair, Prompt, Reply, Revision
 
 Read = TypeVar("Read")
 Step = TypeVar("Step")
-_POINTLESS_AGAIN = ("truncated", "refusal")
+_POINTLESS_AGAIN = ("truncated", "refusal", "content_filter", "tool_call", "incomplete")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Judge:
 
 
 async def generate(prompt: Prompt, model: Asker | None, sample: int = 0) -> str:
-    """The model's answer, or the ready one. Drops an answer that was cut off: its winner would merely finish it."""
+    """The model's answer, or the ready one. Drops one without a good ending: its winner would merely finish it."""
     if prompt.answer is not None:
         return prompt.answer
     if model is None:
@@ -63,11 +63,17 @@ async def generate(prompt: Prompt, model: Asker | None, sample: int = 0) -> str:
 async def answer_of(prompt: Prompt, model: Asker, sample: int = 0) -> str:
     """A model's answer to the prompt; the `sample`-th of several."""
     reply = await model.ask(list(prompt.messages), row=prompt.id, sample=sample)
-    if reply.finish_reason == "length":
-        raise Dropped(model.role, "truncated", f"the answer ran into max_tokens; raise {model.role}.max_tokens")
+    if reason := reply.incomplete():
+        raise Dropped(model.role, reason, _why_incomplete(reason, reply, model.role))
     if not reply.text.strip():
         raise Dropped(model.role, "empty_reply", f"the {model.role} said nothing")
     return reply.text.strip()
+
+
+def _why_incomplete(reason: str, reply: Reply, role: str) -> str:
+    if reason == "truncated":
+        return f"the answer ran into max_tokens; raise {role}.max_tokens"
+    return reply.refusal or f"{FAILURES[reason]} (finish_reason {reply.finish_reason!r})"
 
 
 async def revise(prompt: Prompt, answer: str, reviser: Reviser) -> Revision:
@@ -134,6 +140,8 @@ async def _ask_and_read(
     """Ask and read the reply; where it cannot be read, ask once more and say why. Raises ParseFailure."""
     reply = await asker.ask(asked, row=row)
     try:
+        if reply.refusal:
+            raise ParseFailure("refusal", words=reply.refusal)
         return read(reply.text, reply.finish_reason)
     except ParseFailure as failure:
         if not again or failure.name in _POINTLESS_AGAIN or not reply.text.strip():

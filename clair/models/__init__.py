@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from clair.recipe import UserError
-from clair.records import Reply
+from clair.records import Reply, incomplete_reason
 
 
 class Model(Protocol):
@@ -82,10 +82,16 @@ def reply_of(raw: str) -> Reply:
         raise RequestFailed("tool_call", "the reply calls a tool and says nothing", raw)
     hidden = message.get("reasoning_content") or message.get("reasoning") or ""
     thinking, text = split_thinking(content if isinstance(content, str) else "")
+    finish = None if finish is None else str(finish)
+    if incomplete_reason(finish) == "server_error":
+        raise RequestFailed("server_error", f"the server broke off: finish_reason {finish!r}", raw)
+    refusal = message.get("refusal")
+    refusal = encodable(refusal) if isinstance(refusal, str) and not text.strip() else ""
     return Reply(
         text=encodable(text),
         thinking=encodable(thinking or (hidden if isinstance(hidden, str) else "")),
-        finish_reason=finish if isinstance(finish, str) else None,
+        finish_reason="refusal" if refusal else finish,
+        refusal=refusal,
         usage=_usage(body.get("usage")),
         model=str(body.get("model") or ""),
     )

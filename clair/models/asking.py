@@ -60,6 +60,8 @@ class Tally:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     batched: Tokens = NOTHING
+    without_reason: int = 0
+    """Replies without a finish reason: whether they were cut off cannot be known."""
 
     def add(self, reply: Reply, *, reused: bool, batch: bool = False) -> None:
         """Count a reply: as a call, or as reused where the ledger had it or an equal request was being asked."""
@@ -68,6 +70,7 @@ class Tally:
         self.calls += not reused
         self.prompt_tokens += tokens.prompt
         self.completion_tokens += tokens.completion
+        self.without_reason += not reply.finish_reason
         if batch:
             self.batched = Tokens(self.batched.prompt + tokens.prompt, self.batched.completion + tokens.completion)
 
@@ -124,6 +127,9 @@ class Asker:
         shared = key in self._asking
         if self.failed and key in self.failed and not stored:
             raise Dropped(self.role, *self.failed[key], failed=True)
+        if stored and _is_broken(stored.raw):  # an earlier version took it for a reply
+            await self.ledger.fail(key, "the server broke off", NOTHING, stored.raw)
+            stored = None
         try:
             found = stored or await self._ask(key, request, sample, row)
             reply = reply_of(found if isinstance(found, str) else found.raw)
@@ -329,6 +335,14 @@ def _usage(reply: Reply, most: Tokens) -> Tokens:
     """What a reply was billed for; the most it can have been, where the server does not tell."""
     usage = reply.usage
     return Tokens(usage.get("prompt_tokens", most.prompt), usage.get("completion_tokens", most.completion))
+
+
+def _is_broken(raw: str) -> bool:
+    try:
+        reply_of(raw)
+    except RequestFailed:
+        return True
+    return False
 
 
 def _may_be_billed(error: Exception) -> bool:

@@ -13,7 +13,8 @@ from clair.config import BuildConfig
 from clair.models import TooMany, Unreachable, as_completion
 from clair.recipe import resolve
 
-Script = Callable[[list[dict[str, str]], int], str]
+Script = Callable[[list[dict[str, str]], int], str | dict[str, Any]]
+"""What a model says; a mapping is the choice of a chat completion as it stands."""
 
 
 class Scripted:
@@ -38,7 +39,7 @@ class Scripted:
         self.asked.append(request)
         text = self.script(request["messages"], sample)
         prompt = len(json.dumps(request["messages"])) // 5
-        completion = min(len(text) // 4 + 1, request.get("max_tokens", 10**6))
+        completion = min(len(str(text)) // 4 + 1, request.get("max_tokens", 10**6))
         if self._random.random() < self._trouble:
             kind = self._random.choice(["refused", "error", "lost"])
             if kind == "refused":
@@ -47,7 +48,14 @@ class Scripted:
                 self.billed += prompt + completion
             raise Unreachable(kind, billed=kind == "lost")
         self.billed += prompt + completion
+        if isinstance(text, dict):
+            return json.dumps({"choices": [text], "usage": {"prompt_tokens": prompt, "completion_tokens": completion}})
         return as_completion(text, "stop", self.name, prompt, completion)
+
+
+def choice(content: Any, finish_reason: str | None = "stop", **message: Any) -> dict[str, Any]:
+    """The choice of a chat completion."""
+    return {"message": {"role": "assistant", "content": content, **message}, "finish_reason": finish_reason}
 
 
 def install(monkeypatch: Any, **models: Any) -> None:

@@ -1,0 +1,118 @@
+"""How a reply ends: only known good endings are answers; all others are dropped by a name of their own."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+
+import pytest
+
+from clair.build import build
+from clair.ledger import digest_of
+from clair.models import RequestFailed, reply_of
+from clair.records import incomplete_reason
+from tests.clair.building import clair, manifest, outcomes, scripted_rows, write_prompts, write_recipe
+from tests.clair.scripted import Scripted, choice, endpoint, install, recipe, revision
+
+NAMED = {
+    "length": "truncated",
+    "max_tokens": "truncated",
+    "model_length": "truncated",
+    "MAX_TOKENS": "truncated",
+    "content_filter": "content_filter",
+    "SAFETY": "content_filter",
+    "refusal": "refusal",
+    "tool_calls": "tool_call",
+    "function_call": "tool_call",
+    "error": "server_error",
+    "abort": "server_error",
+    "insufficient_system_resource": "server_error",
+    "of_a_new_kind": "incomplete",
+}
+GOOD = ["stop", "STOP", "eos", "eos_token", "end_turn", "stop_sequence", "", None]
+
+
+def test_only_known_endings_are_good_and_every_other_has_a_name():
+    assert {ending: incomplete_reason(ending) for ending in NAMED} == NAMED
+    assert [incomplete_reason(ending) for ending in GOOD] == [None] * len(GOOD)
+    assert [incomplete_reason(ending, tools=True) for ending in ("tool_calls", "tool_use")] == [None, None]
+    assert incomplete_reason("length", tools=True) == "truncated"
+
+
+def built(tmp_path, monkeypatch, said, rows, **models):
+    """A build whose target and reviser say `said(role, prompt)` where it is not None."""
+
+    def target(messages, sample):
+        return said("target", messages[-1]["content"]) or f"a bad answer to {messages[-1]['content']}"
+
+    def reviser(messages, sample):
+        prompt = messages[0]["content"].split("<task>\n")[1].split("\n")[0]
+        return said("reviser", prompt) or revision(messages)
+
+    install(monkeypatch, target=Scripted("t", target), reviser=Scripted("m", reviser))
+    keys = {"pipeline": "revised", "target": endpoint(), "reviser": endpoint(), **models}
+    build(recipe(tmp_path / "out", [{"id": row, "prompt": row} for row in rows], **keys))
+    return outcomes(tmp_path / "out")
+
+
+@pytest.mark.parametrize("role", ["target", "reviser"])
+def test_half_answers_and_half_revisions_are_dropped_by_how_they_ended(tmp_path, monkeypatch, role):
+    def said(asked, prompt):
+        if asked != role:
+            return None
+        text = "a bad beginning" if role == "target" else "{teacher_reasoning}\nr\n{corrected_student_solution}\na good"
+        return choice(text, None if prompt == "None" else prompt)
+
+    rows = [*NAMED, "stop", "end_turn", "None"]
+    found = built(tmp_path, monkeypatch, said, rows)
+    expected = {row: f"{'!' * (name == 'server_error')}{role}.{name}" for row, name in NAMED.items()}
+    assert {row: found[row] for row in NAMED} == expected
+    assert all(found[row].startswith("a good") for row in ("stop", "end_turn", "None"))
+    assert manifest(tmp_path / "out")["tokens"][role]["without_finish_reason"] == 1
+
+
+def test_a_refusal_in_a_field_of_its_own_and_a_filtered_reply_are_told_by_name(tmp_path, monkeypatch):
+    def said(role, prompt):
+        if role not in prompt:
+            return None
+        return choice(None, "content_filter") if "filter" in prompt else choice(None, refusal="I would rather not.")
+
+    rows = ["target", "reviser", "target filter", "reviser filter"]
+    found = built(tmp_path, monkeypatch, said, rows)
+    assert found == {
+        "target": "target.refusal",
+        "reviser": "reviser.refusal",
+        "target filter": "target.content_filter",
+        "reviser filter": "reviser.content_filter",
+    }
+    details = [json.loads(line)["detail"] for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    assert all("I would rather not." in detail for detail in details[:2])
+
+
+def test_an_answer_beside_an_empty_refusal_field_is_an_answer():
+    for refusal in (None, "", "I would rather not."):
+        reply = reply_of(json.dumps({"choices": [choice("Yes.", refusal=refusal)]}))
+        assert (reply.text, reply.refusal, reply.finish_reason) == ("Yes.", "", "stop")
+
+
+def test_a_reply_that_the_server_broke_off_is_asked_again_also_where_an_older_ledger_holds_it(tmp_path, server):
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
+    file = write_recipe(tmp_path, server.url)
+    assert clair("build", file).code == 0
+    broken = json.dumps({"choices": [choice("half an", "error")]})
+    with pytest.raises(RequestFailed):
+        reply_of(broken)
+    with sqlite3.connect(tmp_path / "out" / "ledger.sqlite") as ledger:
+        ((key,),) = ledger.execute("SELECT key FROM calls")
+        ledger.execute("UPDATE calls SET reply = ?, digest = ?", (broken, digest_of(key, broken)))
+    ended = clair("build", file)
+    assert (ended.code, len(server.seen())) == (0, 2)
+    assert outcomes(tmp_path / "out") == {"row-0": "good answer 0"}
+
+
+def test_a_server_without_finish_reasons_is_told_once(tmp_path, server):
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["nofinish", "nofinish", "ok"]))
+    ended = clair("build", write_recipe(tmp_path, server.url))
+    assert ended.code == 0
+    assert ended.out.count("finish_reason") == 1
+    assert "reviser: 2 replies came without a finish_reason" in ended.out
