@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from apo.console import end_early, tell
-from clair.recipe import UserError
+from clair.recipe import EXIT_SOME_FAILED, UserError
 from clair.storage import local
 
 app = typer.Typer(
@@ -320,6 +320,12 @@ def _run_winrate(config: Any, checked: Any) -> None:
     )
     end_early(done.stopped, failed if done.result is None else None)
     print_(winrate_table(done.result))
+    if done.refused:
+        tell(
+            f"{done.result['unanswered']} comparisons were refused ({done.refused}), so there is no win rate, only its "
+            f"bracket: all of them lost, all won; run the same command again to ask for them again"
+        )
+        raise typer.Exit(EXIT_SOME_FAILED)
 
 
 @app.command()

@@ -29,6 +29,9 @@ _LETTERS = (re.compile(r"\[\[([A-Z])\]\]"), re.compile(r"\[([A-Z])\]"))
 _LOWER_CASE = re.compile(r"\[[a-z]\]")
 _OCTAL = re.compile(r"0\d*[1-9]\d*")  # no number in Python, so that upstream's parser ends at it
 
+_ABOUT_THE_ROW = {"http_400", "http_403", "http_413", "http_422", "http_451", "prompt_too_long", "tool_call"}
+"""Why a request fails that would fail again: too long, moderated, malformed for this server; or a tool is called."""
+
 REASONS = {
     "empty": "the judge said nothing",
     "cut_off": "its reply ended at the limit of tokens, before a verdict",
@@ -38,8 +41,9 @@ REASONS = {
     "out_of_range": "a number that is not between 0 and 1",
     "past_options": "a letter that no option has (strict only; faithful counts it as wrong)",
     "no_option": "the rule parser found no option in the response",
-    "judge_*": "the judge refused this request for good, such as judge_http_400",
-    "answer_*": "the model gave no answer, such as answer_prompt_too_long or answer_http_400",
+    "judge_http_*": "the judge's server refused this request, such as judge_http_400: no score, only its bracket",
+    "answer_http_*": "the model's server refused this question, such as answer_http_400: no score, only its bracket",
+    "answer_*": "the model gave no answer, such as answer_prompt_too_long: counts as wrong",
 }
 """Why an item is unresolved, by name."""
 
@@ -115,6 +119,8 @@ class Judge:
     profile: Profile
     independent: str | None = None
     answered_by: set[str] = field(default_factory=set)
+    refusals: list[str] = field(default_factory=list)
+    """What the server said to requests that it refused for good."""
     distinct: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Tokens of each different request that was answered."""
 
@@ -129,6 +135,7 @@ class Judge:
             except Dropped as dropped:
                 if is_passing(dropped):
                     raise
+                self.refusals.append(f"judge: {dropped.detail}")
                 return replace(judged, verdict=Verdict(None, unresolved=f"judge_{dropped.reason}"), rounds=round_ + 1)
             tokens = (reply.usage.get("prompt_tokens", 0), reply.usage.get("completion_tokens", 0))
             self.distinct[content_hash([messages, sample])] = tokens
@@ -152,8 +159,11 @@ class Judge:
 
 
 def is_passing(dropped: Dropped) -> bool:
-    """Whether a request that failed is worth another run: nobody answered, or generation broke down."""
-    return dropped.failed and dropped.reason in ("unreachable", "generation_failed")
+    """True if a failed request says nothing about its row: nobody answered, no money, a reply that is no completion.
+
+    Another run may get its answer, so that it must not become a verdict.
+    """
+    return dropped.failed and dropped.reason not in _ABOUT_THE_ROW
 
 
 def item_of(answer: Answer, judged: Judged) -> Item:
@@ -185,14 +195,13 @@ def with_fallbacks(items: Iterable[Item], rows: Mapping[tuple[str, int], Row], s
     """Upstream's random scores for what has no verdict, marked as such; draws go through `items` in their order.
 
     One decimal for a free-form answer, any of its letters for a multiple-choice one. An item without an answer stays
-    wrong: there was nothing to judge. So does a free-form answer that the judge refuses to look at (400), as upstream.
+    wrong: there was nothing to judge. What a server refused (`Item.unanswered`) is nobody's verdict.
     """
     random = Random(seed)
     drawn = []
     for item in items:
         row = rows[item.split, item.row]
-        blocked = item.unresolved == "judge_http_400" and not row.options
-        if item.unresolved is None or item.unresolved.startswith("answer_") or blocked:
+        if item.unresolved is None or item.unresolved.startswith("answer_") or item.unanswered:
             drawn.append(item)
             continue
         value = random.choice(row.letters) if row.options else round(random.random(), 1)

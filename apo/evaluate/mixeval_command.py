@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import typer
 
 from apo.console import end_early, tell
 from apo.evaluate.many import apart, evaluate_each
@@ -10,6 +13,7 @@ from apo.evaluate.results import read_results
 from apo.evaluate.run import Evaluated, evaluate, work_of
 from apo.evaluate.settings import Checked, MixEvalConfig, check, public
 from apo.evaluate.tables import evaluation_bar, score_table
+from clair.recipe import EXIT_SOME_FAILED
 from clair.terminal import show as print_
 
 
@@ -19,6 +23,7 @@ def run_one(config: MixEvalConfig, checked: Checked) -> None:
         done = evaluate(config, checked=checked, on_progress=on_progress)
     _end_early(done)
     _print_score(config, done)
+    _end_unanswered([done])
 
 
 def run_many(
@@ -47,6 +52,7 @@ def run_many(
             finished[one.out] = done
     for one, _ in work:
         _print_score(one, finished[one.out])
+    _end_unanswered(list(finished.values()))
     if len(rows) > 1:
         print_(f"are they better than the first? apo compare {' '.join(rows)}")
 
@@ -67,6 +73,18 @@ def _end_early(done: Evaluated) -> None:
         f"run the same command again"
     )
     end_early(done.stopped, failed if done.score is None else None)
+
+
+def _end_unanswered(evaluated: Sequence[Evaluated]) -> None:
+    """End the command where a server refused items for good: code 3, after everything else is told."""
+    refused = [(done, done.score.unanswered) for done in evaluated if done.score and done.score.unanswered]
+    for done, count in refused:
+        tell(
+            f"{done.out}: {count} items were refused ({done.refused}), so there is no score, only its bracket: all of "
+            f"them wrong, all right; run the same command again to ask for them again"
+        )
+    if refused:
+        raise typer.Exit(EXIT_SOME_FAILED)
 
 
 def _print_score(config: MixEvalConfig, done: Evaluated) -> None:

@@ -64,6 +64,11 @@ class Item(Recipe):
         """What pairs this item with the same item of another run."""
         return self.split, self.row, self.sample
 
+    @property
+    def unanswered(self) -> bool:
+        """A server refused the request, the model's or the judge's: its score is unknown, not 0."""
+        return self.unresolved is not None and self.unresolved.startswith(("answer_http_", "judge_http_"))
+
     @model_validator(mode="after")
     def _consistent(self) -> Item:
         if self.fallback and self.unresolved is None:
@@ -72,9 +77,12 @@ class Item(Recipe):
 
 
 class Interval(Recipe):
-    """How sure a mean over items is. Shares, not per cent; `score` of the part may be rounded, `mean` is not."""
+    """How sure a mean over items is. Shares, not per cent; `score` of the part may be rounded, `mean` is not.
 
-    mean: float
+    Where an item is `unanswered`, only `bracket` is known and the rest None.
+    """
+
+    mean: float | None
     n: int
     """Items."""
     questions: int
@@ -85,16 +93,16 @@ class Interval(Recipe):
     """Items of one question may be correlated in any way. None for fewer than two questions."""
     ci95: tuple[float, float] | None
     """The 95 % interval by the clustered standard error."""
-    unique_mean: float
+    unique_mean: float | None
     """Mean over distinct questions of the mean of their items."""
     bracket: tuple[float, float]
     """The mean if all unresolved items were wrong, and if all were right."""
 
 
 class Part(Recipe):
-    """The items of one underlying benchmark in one split."""
+    """The items of one underlying benchmark in one split; no score where one of them is `unanswered`."""
 
-    score: float
+    score: float | None
     n: int
     right: float
     """Sum of the items' scores."""
@@ -148,13 +156,16 @@ class Score(Recipe):
     limit: int | None = None
     """Only the first so many rows of each split were asked."""
     seed: int = 0
-    overall: float
-    free_form: float
-    multiple_choice: float
+    overall: float | None
+    """None where an item is `unanswered`, here and of each part: only the bracket is known then."""
+    free_form: float | None
+    multiple_choice: float | None
     by_benchmark: Mapping[Split, Mapping[str, Part]]
     intervals: Mapping[Literal["overall", "free_form", "multiple_choice"], Interval]
     unresolved: int
     unresolved_reasons: Mapping[str, int] = {}
+    unanswered: int = 0
+    """How many of them a server refused."""
     fallbacks: int
     truncated: int
     shared_judgements: bool

@@ -21,9 +21,10 @@ from clair.budget import prices_of
 from clair.build import locked
 from clair.ledger import Ledger, Tokens
 from clair.limits import Limiter
+from clair.models import Refused
 from clair.models.asking import Asker, Stop, Stopped
 from clair.models.local import LocalModel
-from clair.recipe import UserError, provenance
+from clair.recipe import EXIT_SOME_FAILED, UserError, provenance
 from clair.records import Dropped
 from clair.session import Means, ctrl_c, in_order, open_askers
 
@@ -33,8 +34,9 @@ _HOPELESS = 20
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """What an evaluation came to. It has no score where it ended early: `stopped` tells why, or `failed` how often
-    nobody answered, with the first reason."""
+    """What an evaluation came to. It has no score where it ended early: `stopped` tells why, or `failed` how many
+    items got no reply, with the first reason. `refused`: the first words of a server about an item that it refused.
+    """
 
     out: Path
     score: Score | None
@@ -43,6 +45,7 @@ class Evaluated:
     failed: int = 0
     first_failure: str = ""
     stopped: str | None = None
+    refused: str = ""
 
 
 Progress = Callable[[int, Mapping[str, Asker]], None]
@@ -82,12 +85,21 @@ async def _evaluate(
         for asker in askers.values():
             await asker.model.close()
     if stop.error:
-        raise stop.error
+        raise may_go_on(stop.error, askers)
     if stop.reason or run.failures:
         first = run.failures[0] if run.failures else ""
         return Evaluated(Path(config.out), None, 0, len(run.failures), first, stop.reason)
     score = run.write(items, time.monotonic() - started)
-    return Evaluated(Path(config.out), score, len(run.judge.distinct) if run.judge else 0)
+    refused = [*run.refusals, *(run.judge.refusals if run.judge else ())]
+    requests = len(run.judge.distinct) if run.judge else 0
+    return Evaluated(Path(config.out), score, requests, refused=refused[0] if score.unanswered else "")
+
+
+def may_go_on(error: Exception, askers: Mapping[str, Asker]) -> Exception:
+    """The error of a run. A server that answered before it refused everything (no money left) ends it with code 3."""
+    if isinstance(error, Refused) and any(asker.tally.calls or asker.tally.reused for asker in askers.values()):
+        error.exit_code = EXIT_SOME_FAILED
+    return error
 
 
 def work_of(config: MixEvalConfig, checked: Checked) -> list[tuple[int, Answer | Wanted]]:
@@ -122,8 +134,9 @@ class Run:
     judge: Judge | None = field(init=False, default=None)
     answer_tokens: dict[tuple[str, int], Tokens] = field(default_factory=dict)
     """Tokens of each different answer that was asked for."""
+    refusals: list[str] = field(default_factory=list)
+    """What the model's server said to questions that it refused for good."""
     _answered: int = 0
-    _refusals: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.checked.words is not None:
@@ -153,7 +166,7 @@ class Run:
                     found.append((place, outcome))
                 on_progress(len(found), self.askers)
         if found and not self.stop.reason and all(_no_answer(item) for _, item in found):
-            raise UserError(f"the model answered nothing: {self._refusals[0]}")
+            raise UserError(f"the model answered nothing: {self.refusals[0]}")
         return [item for _, item in sorted(found, key=lambda placed: placed[0])]
 
     async def _placed(self, placed: tuple[int, Answer | Wanted]) -> tuple[int, Item | Dropped | Stopped]:
@@ -179,10 +192,10 @@ class Run:
         except Dropped as dropped:
             if is_passing(dropped):
                 raise
-            self._refusals.append(f"{dropped.reason}: {dropped.detail}")
+            self.refusals.append(f"{dropped.reason}: {dropped.detail}")
             by_server = dropped.reason.startswith("http_")
-            if by_server and not self._answered and len(self._refusals) >= _HOPELESS:
-                told = f"the model refused the first {len(self._refusals)} questions: {self._refusals[0]}"
+            if by_server and not self._answered and len(self.refusals) >= _HOPELESS:
+                told = f"the model refused the first {len(self.refusals)} questions: {self.refusals[0]}"
                 self.stop.now(told, UserError(told))
             return no_answer(want, dropped)
         self._answered += 1

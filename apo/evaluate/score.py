@@ -18,14 +18,16 @@ def aggregate(items: Sequence[Item], profile: Profile) -> dict[str, Any]:
     """The fields of a Score that follow from its items.
 
     *faithful*: the mean of each split, duplicates included, rounded to 3 decimals, and the mean of both weighted by
-    their rows. *strict*: the mean over all items, unrounded.
+    their rows. *strict*: the mean over all items, unrounded. None for a part with an item that is `unanswered`.
     """
     by_split = {split: [item for item in items if item.split == split] for split in SPLITS}
-    means = {split: _shown(_mean(part), profile) for split, part in by_split.items()}
-    overall = sum(len(part) * means[split] for split, part in by_split.items()) / len(items)
+    means = {split: _shown(part, profile) for split, part in by_split.items()}
+    overall = _shown(items, "strict")
+    if profile == "faithful" and overall is not None:
+        overall = sum(len(part) * (means[split] or 0.0) for split, part in by_split.items()) / len(items)
+        overall = round(overall, 12)  # what adding floats leaves behind is no part of a score
     return {
-        # Twelve decimals: what adding floats leaves behind is no part of a score.
-        "overall": round(overall, 12) if profile == "faithful" else _mean(items),
+        "overall": overall,
         "free_form": means["free-form"],
         "multiple_choice": means["multiple-choice"],
         "by_benchmark": {split: _by_benchmark(part, profile) for split, part in by_split.items()},
@@ -36,28 +38,30 @@ def aggregate(items: Sequence[Item], profile: Profile) -> dict[str, Any]:
         },
         "unresolved": sum(item.unresolved is not None for item in items),
         "unresolved_reasons": dict(sorted(Counter(i.unresolved for i in items if i.unresolved).items())),
+        "unanswered": sum(item.unanswered for item in items),
         "fallbacks": sum(item.fallback for item in items),
         "truncated": sum(item.truncated for item in items),
     }
 
 
 def interval(items: Sequence[Item]) -> Interval:
-    """How sure the mean of items is. None for what too few of them cannot tell."""
+    """How sure the mean of items is. None for what too few of them cannot tell, or one that is `unanswered`."""
     scores, questions = [item.score for item in items], [item.question for item in items]
-    clustered = clustered_score(scores, questions) if len(set(questions)) > 1 else None
+    known = not any(item.unanswered for item in items)
+    clustered = clustered_score(scores, questions) if known and len(set(questions)) > 1 else None
     by_question: dict[str, list[float]] = defaultdict(list)
     for item in items:
         by_question[item.question].append(item.score)
     settled = [item for item in items if item.unresolved is None]
     right = math.fsum(item.score for item in settled)
     return Interval(
-        mean=_mean(items),
+        mean=_mean(items) if known else None,
         n=len(items),
         questions=len(by_question),
-        se_naive=math.sqrt(variance(scores) / len(scores)) if len(scores) > 1 else None,
+        se_naive=math.sqrt(variance(scores) / len(scores)) if known and len(scores) > 1 else None,
         se_clustered=clustered.se if clustered else None,
         ci95=(clustered.lo, clustered.hi) if clustered else None,
-        unique_mean=fmean(fmean(scores) for scores in by_question.values()),
+        unique_mean=fmean(fmean(scores) for scores in by_question.values()) if known else None,
         bracket=(right / len(items), (right + len(items) - len(settled)) / len(items)),
     )
 
@@ -68,7 +72,7 @@ def _by_benchmark(items: Sequence[Item], profile: Profile) -> dict[str, Part]:
         parts[item.benchmark].append(item)
     return {
         name: Part(
-            score=_shown(_mean(part), profile),
+            score=_shown(part, profile),
             n=len(part),
             right=round(math.fsum(item.score for item in part), 12),
             unresolved=sum(item.unresolved is not None for item in part),
@@ -81,5 +85,7 @@ def _mean(items: Sequence[Item]) -> float:
     return math.fsum(item.score for item in items) / len(items)
 
 
-def _shown(mean: float, profile: Profile) -> float:
-    return round(mean, _DECIMALS) if profile == "faithful" else mean
+def _shown(items: Sequence[Item], profile: Profile) -> float | None:
+    if any(item.unanswered for item in items):
+        return None
+    return round(_mean(items), _DECIMALS) if profile == "faithful" else _mean(items)

@@ -28,19 +28,25 @@ def score_table(results: Results) -> Table:
         unresolved = sum(benchmark.unresolved for benchmark in parts.values())
         table.add_row(split, *_row(getattr(score, part), score.intervals[part], unresolved))
         for name, benchmark in parts.items():
-            row = (f"{100 * benchmark.score:.1f}", "", str(benchmark.n), "", str(benchmark.unresolved))
+            row = (_percent(benchmark.score), "", str(benchmark.n), "", str(benchmark.unresolved))
             table.add_row(f"  {name}", *row)
         table.add_section()
     return table
 
 
-def _row(value: float, interval: Interval, unresolved: int) -> tuple[str, ...]:
+def _row(value: float | None, interval: Interval, unresolved: int) -> tuple[str, ...]:
     counts = (str(interval.n), str(interval.questions), str(unresolved))
-    return (f"{100 * value:.1f}", _told(interval), *counts)
+    if value is None:
+        return ("bracket", _range(interval.bracket), *counts)
+    return (_percent(value), _range(interval.ci95), *counts)
 
 
-def _told(interval: Interval) -> str:
-    return f"{100 * interval.ci95[0]:.1f} to {100 * interval.ci95[1]:.1f}" if interval.ci95 else ""
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _range(interval: Sequence[float] | None) -> str:
+    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> Table:
@@ -93,7 +99,10 @@ def winrate_table(result: Mapping[str, Any]) -> Table:
     names = (result["tuned"]["name"], result["base"]["name"], result["judge"]["name"])
     title = "{} against {}, judge {}; {:,} comparisons".format(*names, result["comparisons"])
     table = Table("", "mean", "95 % interval", title=title)
-    table.add_row("win rate, %", *_share(result["win_rate"]))
+    if result["win_rate"] is None:
+        table.add_row("win rate, %", "bracket", _range(result["bracket"]))
+    else:
+        table.add_row("win rate, %", *_share(result["win_rate"]))
     controlled = result["length_controlled"]
     if controlled["rate"] is None:
         table.add_row("  at equal lengths, %", "", controlled["why"])
@@ -102,8 +111,8 @@ def winrate_table(result: Mapping[str, Any]) -> Table:
     table.add_row("won, tied, lost", f"{result['won']:,}, {result['tied']:,}, {result['lost']:,}", "")
     if result["resolved"] < result["comparisons"]:
         told = ", ".join(f"{count} {reason}" for reason, count in result["unresolved"].items())
-        bracket = " to ".join(f"{100 * end:.1f}" for end in result["bracket"])
-        table.add_row("unresolved", f"{result['comparisons'] - result['resolved']:,}", f"{told}; rate {bracket}")
+        unresolved = f"{result['comparisons'] - result['resolved']:,}"
+        table.add_row("unresolved", unresolved, f"{told}; rate {_range(result['bracket'])}")
     table.add_section()
     table.add_row("length ratio, tuned / base", f"{result['length']['ratio'] or 0:.2f}", "")
     if result["consistency"]:
@@ -135,8 +144,7 @@ def pairs_table(result: Mapping[str, Any]) -> Table:
 
 
 def _share(told: Mapping[str, Any]) -> tuple[str, str]:
-    interval = told["ci95"]
-    return f"{100 * told['mean']:.1f}", f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
+    return _percent(told["mean"]), _range(told["ci95"])
 
 
 def _number(told: Mapping[str, Any]) -> tuple[str, str]:

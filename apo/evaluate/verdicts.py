@@ -51,6 +51,11 @@ class Compared:
         return sum({"tuned": 0.5, "tie": 0.25}.get(verdict or "", 0.0) for verdict in self.verdicts)
 
     @property
+    def unanswered(self) -> bool:
+        """A server refused a request of it: who wins is unknown."""
+        return self.unresolved is not None and self.unresolved.startswith(("answer_http_", "judge_http_"))
+
+    @property
     def identical(self) -> bool:
         """Both models said the same: a tie for which no judge is asked."""
         return self.base.text == self.tuned.text
@@ -85,6 +90,7 @@ def summary(compared: Sequence[Compared]) -> dict[str, Any]:
         "resolved": len(settled),
         "prompts": len(set(prompts)),
         "unresolved": reasons(compared),
+        "unanswered": sum(one.unanswered for one in compared),
         "identical": sum(one.identical for one in settled),
         "won": sum(value > 0.5 for value in values),
         "tied": sum(value == 0.5 for value in values),

@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from apo.evaluate.judging import is_passing
+from apo.evaluate.run import may_go_on
 from apo.evaluate.settings import Evaluation, check_folder, public, same_settings
 from apo.evaluate.verdicts import SIDES, Answer, Compared, key_of, reasons, summary
 from clair.budget import prices_of
@@ -130,6 +131,8 @@ class Run:
     judge: Judge = field(init=False)
     failures: list[str] = field(default_factory=list)
     """Why pairs got no reply that another run may get."""
+    refusals: list[str] = field(default_factory=list)
+    """What a server said to requests that it refused for good."""
 
     def __post_init__(self) -> None:
         own = self.config.judge
@@ -171,6 +174,7 @@ class Run:
         except Dropped as dropped:
             if is_passing(dropped):
                 raise
+            self.refusals += [f"{dropped.stage}: {dropped.detail}"] * dropped.failed
             nothing = Answer("")
             return Compared(prompt, sample, nothing, nothing, (None, None), ("", ""), f"answer_{dropped.reason}")
         made = Compared(prompt, sample, base, tuned, ("tie", "tie"))
@@ -182,7 +186,9 @@ class Run:
         except Dropped as dropped:
             if is_passing(dropped):
                 raise
-            return Compared(prompt, sample, base, tuned, (None, None), ("", ""), dropped.reason)
+            reason = f"judge_{dropped.reason}" if dropped.failed else dropped.reason
+            self.refusals += [f"judge: {dropped.detail}"] * dropped.failed
+            return Compared(prompt, sample, base, tuned, (None, None), ("", ""), reason)
         one, other = verdicts
         winners = _WINNERS[one.better], _WINNERS[other.better]
         return Compared(prompt, sample, base, tuned, winners, (one.reasoning, other.reasoning))
@@ -216,8 +222,8 @@ async def _both(first: Any, second: Any) -> list[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a comparison came to. Without a result it ended early: `stopped` tells why, or `failed` how often nobody
-    answered, with the first reason.
+    """What a comparison came to. Without a result it ended early: `stopped` tells why, or `failed` how many requests
+    got no reply, with the first reason. `refused`: the first words of a server about a request that it refused.
     """
 
     out: Path
@@ -225,6 +231,7 @@ class Outcome:
     failed: int = 0
     first_failure: str = ""
     stopped: str | None = None
+    refused: str = ""
 
 
 def compare(
@@ -257,7 +264,7 @@ async def _compare(
         for asker in askers.values():
             await asker.model.close()
     if stop.error:
-        raise stop.error
+        raise may_go_on(stop.error, askers)
     if stop.reason or run.failures:
         return Outcome(out, None, len(run.failures), run.failures[0] if run.failures else "", stop.reason)
     if not any(one.value is not None for one in compared):
@@ -265,9 +272,13 @@ async def _compare(
         raise UserError(f"no comparison has a verdict: {told}; look at one request by hand, or take another judge")
     lines = "".join(json.dumps(one.row(), ensure_ascii=False) + "\n" for one in compared)
     write_atomically(out / ITEMS, lines.encode("utf-8", "backslashreplace"))
+    numbers = summary(compared)
+    if numbers["unanswered"]:
+        why = f"{numbers['unanswered']} comparisons were refused"
+        numbers |= {"win_rate": None, "length_controlled": {"rate": None, "ci95": None, "why": why}}
     result = {
         "format": 1,
-        **summary(compared),
+        **numbers,
         "position": position_bias(run.judge.seen) if run.judge.seen else None,
         "left_out": dict(checked.left_out),
         **{role: _model(config, role, askers) for role in (*SIDES, "judge")},
@@ -277,7 +288,7 @@ async def _compare(
         "seconds": round(time.monotonic() - started, 1),
     }
     write_json(out / RESULT, result)
-    return Outcome(out, result)
+    return Outcome(out, result, refused=run.refusals[0] if numbers["unanswered"] else "")
 
 
 def _model(config: WinrateConfig, role: str, askers: Mapping[str, Asker]) -> dict[str, Any]:

@@ -4,8 +4,9 @@
 
 prints its URL and ends with its parent or after twenty minutes. What it says stands in the text it is asked about:
 `<<[[0.7]]>>` is the reply, `<<a|b>>` one reply for each time that the same body comes, the last one ever after.
-`LENGTH:text` ends at a limit of tokens, `HTTP400` is that status. Without such a script a judge (model `j`) gives a
-verdict that follows from a hash of the request, a model (any other name) an answer that does.
+`LENGTH:text` ends at a limit of tokens, `HTTP400` is that status, `BODY429` an error of that code in the body of a
+200. Without such a script a judge (model `j`) gives a verdict that follows from a hash of the request, a model (any
+other name) an answer that does.
 GET /seen lists the bodies of all requests; GET /paid their number; GET /forget forgets them.
 """
 
@@ -70,6 +71,8 @@ class Server:
         finish = "length" if said.startswith("LENGTH:") else "stop"
         if said.startswith("HTTP"):
             return web.json_response({"error": {"message": "System role not supported"}}, status=int(said[4:]))
+        if said.startswith("BODY"):
+            return web.json_response({"error": {"message": "Rate limit exceeded", "code": int(said[4:])}})
         message = {"role": "assistant", "content": said.removeprefix("LENGTH:")}
         choice = {"index": 0, "message": message, "finish_reason": finish}
         usage = {"prompt_tokens": len(text) // 4, "completion_tokens": len(said) // 4 + 1}

@@ -9,9 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apo.evaluate.answers import Answer
-from apo.evaluate.judging import REASONS, Judged, Verdict, item_of, read_verdict, request_options, with_fallbacks
+from apo.evaluate.judging import (
+    REASONS,
+    Judged,
+    Verdict,
+    is_passing,
+    item_of,
+    read_verdict,
+    request_options,
+    with_fallbacks,
+)
 from apo.evaluate.mixeval import Row
-from clair.records import Reply
+from clair.records import Dropped, Reply
 from tests.house.pages import tables
 
 FREE = Row("free-form", 0, "DROP", None, "How many?", (), ("3",))
@@ -143,10 +152,21 @@ def test_what_was_never_answered_gets_no_random_score():
     assert (item.score, item.fallback) == (0.0, False)
 
 
-def test_what_the_judge_refuses_to_look_at_is_wrong_if_free_form_and_drawn_if_multiple_choice():
+def test_what_the_judge_refuses_to_look_at_gets_no_random_score():
     rows = {(row.split, row.row): row for row in (FREE, CHOICE)}
-    free, choice = with_fallbacks([an_item(row, "judge_http_400") for row in (FREE, CHOICE)], rows, 42)
-    assert (free.score, free.fallback, choice.fallback) == (0.0, False, True)
+    items = [an_item(row, "judge_http_400") for row in (FREE, CHOICE)]
+    assert [item.unanswered for item in items] == [True, True]
+    assert with_fallbacks(items, rows, 42) == items
+
+
+@pytest.mark.parametrize(
+    ("reason", "passing"),
+    [(f"http_{status}", status not in (400, 403, 413, 422, 451)) for status in (*range(400, 430), 451, 499)]
+    + [("unreachable", True), ("generation_failed", True), ("malformed_reply", True), ("prompt_too_long", False)],
+)
+def test_only_what_a_server_says_about_the_row_itself_is_worth_no_other_run(reason, passing):
+    assert is_passing(Dropped("judge", reason, failed=True)) is passing
+    assert not is_passing(Dropped("judge", reason))
 
 
 def test_every_reason_is_on_the_page():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,52 @@ def test_a_judge_that_is_gone_gives_no_score_and_a_rerun_goes_on(data, tmp_path,
     assert server.paid() == 7
     evaluated(data, tmp_path / "out", responses=str(folder), judge=judge, attempts=1)
     assert server.paid() == 8
+
+
+API_ERRORS = [("HTTP402", "402"), ("HTTP413", "413"), ("BODY429", "Rate limit exceeded"), ("HTTP400", "400")]
+
+
+@pytest.mark.parametrize("profile", ["faithful", "strict"])
+@pytest.mark.parametrize(("error", "words"), API_ERRORS)
+def test_an_error_of_the_judges_server_is_no_score_and_the_command_goes_on(
+    data, tmp_path, server, profile, error, words
+):
+    # A try more than the asker makes of a reply that cannot be read.
+    later = f"{error}|{error}|[[1]]" if error == "BODY429" else f"{error}|[[1]]"
+    folder = scripted(data, tmp_path / "r", ff0=later, ff1="[[0]]")
+    arguments = ["eval", "mixeval", "--data", data, "--responses", folder, "--out", tmp_path / "out"]
+    arguments += ["--judge-base-url", server.url, "--judge-model", "j", "--profile", profile]
+    first = apo(*arguments)
+    assert first.code == 3
+    assert words in first.err
+    assert "there is no score" in first.err
+    score = tmp_path / "out" / "score.json"
+    assert not score.exists() or json.loads(score.read_text("utf-8"))["overall"] is None
+    again = apo(*arguments)
+    assert (again.code, json.loads(score.read_text("utf-8"))["free_form"]) == (0, 0.75), again.err
+
+
+@pytest.mark.parametrize(("error", "words"), API_ERRORS)
+def test_an_error_of_the_models_server_is_no_wrong_answer(tmp_path, monkeypatch, server, error, words):
+    from tests.apo.evaluate.questions import FREE_FORM, MULTIPLE_CHOICE, accept, write_data
+
+    free_form = [{**FREE_FORM[0], "prompt": f"<<{error}>>"}, *FREE_FORM[1:]]
+    data = write_data(tmp_path / "data", {"free-form": free_form, "multiple-choice": MULTIPLE_CHOICE})
+    accept(monkeypatch, data)
+    arguments = ["eval", "mixeval", "--data", data, "--model", server.url, "--model-name", "t", "--judge", "rule"]
+    done = apo(*arguments, "--out", tmp_path / "out")
+    assert done.code == 3
+    assert words in done.err
+    score = tmp_path / "out" / "score.json"
+    if error in ("HTTP400", "HTTP413"):  # about this very question: another run would end so again
+        found = json.loads(score.read_text("utf-8"))
+        assert (found["overall"], found["unanswered"]) == (None, 1)
+        low, high = found["intervals"]["free_form"]["bracket"]
+        assert high - low == pytest.approx(0.25)
+        assert re.search(f"free-form +│ bracket │ {100 * low:.1f} to {100 * high:.1f} ", done.out)
+        assert apo("eval", "show", tmp_path / "out").code == 0
+    else:
+        assert not score.exists()
 
 
 # ---- the command

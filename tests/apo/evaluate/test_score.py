@@ -60,6 +60,18 @@ def test_what_is_unresolved_is_bracketed_and_counted():
     assert (counted["unresolved"], counted["unresolved_reasons"]) == (2, {"empty": 2})
 
 
+def test_what_a_server_refused_leaves_a_bracket_and_no_score():
+    some = [*items("free-form", [1, 0], "ab"), *items("free-form", [0], "c", unresolved="judge_http_400")]
+    for profile in ("faithful", "strict"):
+        found = aggregate([*some, *CHOICE], profile)
+        assert (found["overall"], found["free_form"], found["unanswered"]) == (None, None, 1)
+        assert found["multiple_choice"] == pytest.approx(1 / 3, abs=1e-3)
+        interval_ = found["intervals"]["free_form"]
+        assert (interval_.mean, interval_.ci95, interval_.unique_mean, interval_.se_naive) == (None,) * 4
+        assert interval_.bracket == (1 / 3, 2 / 3)
+        assert found["by_benchmark"]["free-form"]["DROP"].score is None
+
+
 def test_one_item_has_no_interval():
     found = interval(FREE[:1])
     assert (found.se_naive, found.se_clustered, found.ci95) == (None, None, None)

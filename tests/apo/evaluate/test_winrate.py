@@ -17,7 +17,7 @@ from recipes.world.reviser import Misbehaviour
 from recipes.world.running import Running, running
 from recipes.world.server import ServerOptions
 from recipes.world.tasks import Task, distinct_tasks
-from tests.apo.evaluate.evaluating import apo
+from tests.apo.evaluate.evaluating import apo, judging
 
 ROOT = Path(__file__).parents[3]
 TASKS = distinct_tasks("heldout", 40, seed=0)
@@ -223,6 +223,35 @@ def test_an_endpoint_that_is_not_there_gives_no_rate_and_says_so(scripted_server
     done = compare(settings(tmp_path, scripted_server.url, tuned=failing, attempts=2, judge={**failing}))
     assert (done.result, done.failed) == (None, 1)
     assert "500" in done.first_failure
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [("HTTP402", "402"), ("HTTP413", "413"), ("BODY429", "Rate limit exceeded"), ("HTTP400", "400")],
+)
+def test_an_error_of_the_judges_server_is_no_win_rate_and_the_command_goes_on(tmp_path, error, words):
+    won = "{teacher_reasoning}\nlonger\n\n{best_student_solution}\n[2]"
+    script = f"<<{error}|{error}|{won}>>" if error == "BODY429" else f"<<{error}|{won}>>"
+    rows = [{"prompt": f"Question {n}?", "answer": f"answer {n}"} for n in range(4)]
+    base, tuned = tmp_path / "base.jsonl", tmp_path / "tuned.jsonl"
+    base.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    said = [{**row, "answer": script if n == 2 else f"<<{won}>> {n}"} for n, row in enumerate(rows)]
+    tuned.write_text("".join(json.dumps(row) + "\n" for row in said), "utf-8")
+    result = tmp_path / "out" / "winrate.json"
+    with judging() as server:
+        arguments = ["eval", "winrate", "--prompts", base, "--base", base, "--tuned", tuned, "--out", tmp_path / "out"]
+        arguments += ["--judge-base-url", server.url, "--judge-model", "j"]
+        first = apo(*arguments)
+        assert first.code == 3
+        assert words in first.err
+        assert "there is no win rate" in first.err
+        if result.exists():
+            found = json.loads(result.read_text("utf-8"))
+            assert (found["win_rate"], found["length_controlled"]["rate"]) == (None, None)
+            assert found["bracket"] == [3 * 0.5 / 4, 3 * 0.5 / 4 + 0.25]
+        again = apo(*arguments)
+    assert again.code == 0, again.err
+    assert json.loads(result.read_text("utf-8"))["win_rate"]["mean"] == 0.5
 
 
 # ---- refused
