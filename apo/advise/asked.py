@@ -95,7 +95,9 @@ async def _own_answers(
         except Exception as error:  # a ledger that cannot be written, a bug of ours: nothing else may go on spending
             stop.now(str(error), error)
             raise
-        return key_of(prompt), Answer(reply.text.strip(), reply.finish_reason == "length")
+        incomplete = reply.incomplete()
+        answered = incomplete in (None, "truncated")
+        return key_of(prompt), Answer(reply.text.strip(), incomplete == "truncated") if answered else None
 
     async def drain() -> None:
         stop.now("no more answers are wanted")

@@ -23,7 +23,7 @@ _ALIKE = 10_000  # more than any benchmark has rows of one question
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer to one row. `unresolved` says by name why there is none."""
+    """One answer to one row. `unresolved` says by name why there is none, or none that ended as an answer does."""
 
     row: Row
     text: str
@@ -77,11 +77,17 @@ def messages_of(row: Row, system: str | None) -> list[Message]:
 
 
 async def answer(asker: Asker, want: Wanted, system: str | None) -> Answer:
-    """The model's answer, from the ledger or asked for now. Raises Dropped where it gave none."""
+    """The model's answer, from the ledger or asked for now. Raises Dropped where it gave none.
+
+    One that a limit of tokens cut off is an answer; one that was filtered, refused or broken off is unresolved.
+    """
     name = f"{want.row.split}:{want.row.row}"
     reply = await asker.ask(list(messages_of(want.row, system)), row=name, sample=want.draw)
     tokens = (reply.usage.get(key) for key in ("prompt_tokens", "completion_tokens"))
-    return Answer(want.row, reply.text, want.sample, reply.finish_reason == "length", *tokens)
+    incomplete = reply.incomplete()
+    cut_off = incomplete == "truncated"
+    unresolved = f"answer_{incomplete}" if incomplete and not cut_off else None
+    return Answer(want.row, reply.text or reply.refusal, want.sample, cut_off, *tokens, unresolved)
 
 
 def no_answer(want: Wanted, dropped: Dropped) -> Answer:

@@ -2,8 +2,8 @@
 
 Two profiles, which are never mixed. *faithful* is upstream: no temperature and no seed, a reply that cannot be read is
 asked for again up to ten rounds, then a random score stands in (seeded here, counted and marked); a letter past the
-options is wrong. *strict* is temperature 0 with a seed, asked once; what cannot be read is unresolved and counts as
-wrong, a letter past the options too.
+options is wrong. *strict* is temperature 0 with a seed, asked once; a verdict is the only one in double brackets of a
+reply that ended by itself. What cannot be read is unresolved and counts as wrong, a letter past the options too.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from clair.records import Dropped, Reply
 
 MAX_TOKENS = 999
 ROUNDS: Mapping[Profile, int] = {"faithful": 10, "strict": 1}
-_NUMBERS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
+_NUMBERS = (re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]"), re.compile(r"\[(\d+(?:\.\d*)?)\]"))
 _LETTERS = (re.compile(r"\[\[([A-Z])\]\]"), re.compile(r"\[([A-Z])\]"))
 _LOWER_CASE = re.compile(r"\[[a-z]\]")
-_OCTAL = re.compile(r"0\d*[1-9]\d*")  # no number in Python, so that upstream's parser ends at it
+_OCTAL = re.compile(r"0+[1-9]\d*")  # no number in Python, so that upstream's parser ends at it
 
 _ABOUT_THE_ROW = {"http_400", "http_403", "http_413", "http_422", "http_451", "prompt_too_long", "tool_call"}
 """Why a request fails that would fail again: too long, moderated, malformed for this server; or a tool is called."""
 
 REASONS = {
     "empty": "the judge said nothing",
-    "cut_off": "its reply ended at the limit of tokens, before a verdict",
-    "no_brackets": "nothing in brackets that could be a verdict: a refusal, HTML, another format",
+    "cut_off": "its reply ended at the limit of tokens, before a verdict (strict: at all)",
+    "not_ended": "its reply was filtered, or its ending is none that is known (strict only)",
+    "no_brackets": "nothing in brackets (strict: double ones) that could be a verdict: a refusal, HTML, another format",
+    "two_verdicts": "two different verdicts in double brackets (strict only; faithful takes the first)",
     "lower_case": "a lower-case letter in brackets",
     "malformed_number": "digits in brackets that are no number, such as [[05]]",
     "out_of_range": "a number that is not between 0 and 1",
@@ -43,7 +45,7 @@ REASONS = {
     "no_option": "the rule parser found no option in the response",
     "judge_http_*": "the judge's server refused this request, such as judge_http_400: no score, only its bracket",
     "answer_http_*": "the model's server refused this question, such as answer_http_400: no score, only its bracket",
-    "answer_*": "the model gave no answer, such as answer_prompt_too_long: counts as wrong",
+    "answer_*": "the model gave no answer, such as answer_prompt_too_long or answer_content_filter: counts as wrong",
 }
 """Why an item is unresolved, by name."""
 
@@ -75,35 +77,49 @@ def request_options(profile: Profile, seed: int) -> dict[str, Any]:
 
 
 def read_verdict(reply: Reply, row: Row, profile: Profile) -> Verdict:
-    """What a judge's reply says about a row's answer: the first thing in double brackets, else in single ones."""
-    found = next(
-        (match[1] for pattern in (_LETTERS if row.options else _NUMBERS) if (match := pattern.search(reply.text))), None
-    )
-    if found is None:
-        return Verdict(None, unresolved=_nothing_read(reply, row))
+    """What a judge's reply says about a row's answer.
+
+    faithful: the first thing in double brackets, else in single ones. strict: the only one in double brackets of a
+    reply with a good ending; two that say the same are one.
+    """
+    double, single = _LETTERS if row.options else _NUMBERS
+    if profile == "faithful":
+        match = double.search(reply.text) or single.search(reply.text)
+        return _verdict(match[1], row) if match else Verdict(None, unresolved=_nothing_read(reply, row))
+    if incomplete := reply.incomplete():
+        return Verdict(None, unresolved="cut_off" if incomplete == "truncated" else "not_ended")
+    verdicts = {(found.score, found.unresolved, found.value if row.options else None): found
+                for found in (_verdict(text, row) for text in double.findall(reply.text))}  # fmt: skip
+    if len(verdicts) != 1:
+        return Verdict(None, unresolved="two_verdicts" if verdicts else _nothing_read(reply, row))
+    (verdict,) = verdicts.values()
+    past = row.options and verdict.value not in row.letters
+    return replace(verdict, unresolved="past_options") if past else verdict
+
+
+def _verdict(text: str, row: Row) -> Verdict:
+    """What stands in brackets, as a verdict."""
     if row.options:
-        if found not in row.letters and profile == "strict":
-            return Verdict(found, unresolved="past_options")
-        return Verdict(found, float(found in row.right))
-    if not found.isascii() or _OCTAL.fullmatch(found):
+        return Verdict(text, float(text in row.right))
+    if not text.isascii() or _OCTAL.fullmatch(text):
         return Verdict(None, unresolved="malformed_number")
-    score = float(found)
-    return Verdict(found, score) if score <= 1 else Verdict(found, unresolved="out_of_range")
+    score = float(text)
+    return Verdict(text, score) if score <= 1 else Verdict(text, unresolved="out_of_range")
 
 
 def _nothing_read(reply: Reply, row: Row) -> str:
-    if reply.finish_reason == "length":
+    if reply.incomplete() == "truncated":
         return "cut_off"
     if not reply.text.strip():
         return "empty"
     return "lower_case" if row.options and _LOWER_CASE.search(reply.text) else "no_brackets"
 
 
-def by_rule(answer: Answer) -> Judged:
-    """The verdict of the benchmark's rule parser."""
+def by_rule(answer: Answer, profile: Profile) -> Judged:
+    """The verdict of the benchmark's rule parser; `strict` finds numbers where the benchmark finds none."""
     row = answer.row
     if not row.options:
-        return Judged(Verdict(None, float(is_right(answer.text, row.right))))
+        return Judged(Verdict(None, float(is_right(answer.text, row.right, faithful=profile == "faithful"))))
     letter = chosen_letter(answer.text, row.options)
     if letter is None:
         return Judged(Verdict(None, unresolved="no_option"))

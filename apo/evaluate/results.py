@@ -96,7 +96,7 @@ class Interval(Recipe):
     unique_mean: float | None
     """Mean over distinct questions of the mean of their items."""
     bracket: tuple[float, float]
-    """The mean if all unresolved items were wrong, and if all were right."""
+    """The mean if all unresolved items were wrong, and if all were right; under *strict* cut off answers likewise."""
 
 
 class Part(Recipe):

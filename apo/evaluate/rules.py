@@ -16,7 +16,13 @@ _LETTER_FORMS = (
 )
 _WORDS_BEFORE_OPTION_TEXTS = 5
 _CUES = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[+-]?\d+)?|-?\.\d+(?:e[+-]?\d+)?")
+_OUR_NUMBERS = (re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[+-]?\d+)?|-?\.\d+(?:e[+-]?\d+)?"),)
+_BENCHMARKS_NUMBERS = (
+    re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
+    re.compile(r"-?(?<!\d)\d+(?:\.\d+)?e[+-]?\d+"),
+    re.compile(r"-?(?:(?<!\d)\d+(?:\.\d+|(?!\w))|\.\d+)(?!\d|,|e[+-]?\d)"),
+)
+"""Numbers as the benchmark finds them: none in "5kg" and "10th", and 1234 and 234.5 in "1,234.50"."""
 
 
 def chosen_letter(response: str, options: Sequence[str]) -> str | None:
@@ -43,14 +49,17 @@ def _places(part: str, text: str) -> Iterator[int]:
         place = text.find(part, place + 1)
 
 
-def is_right(response: str, answers: Sequence[str]) -> bool:
+def is_right(response: str, answers: Sequence[str], *, faithful: bool = False) -> bool:
     """Whether a free-form response gives one of the golden answers: contains its text, or equals its number.
 
     Only what follows the last cue word ("is ", "answer " ...) of each line counts, or all of it where there is none.
-    An empty golden answer is in every text, so it counts for nothing.
+    An empty golden answer is in every text, so it counts for nothing. `faithful`: numbers are found where the benchmark
+    finds them, which misses "5kg"; else wherever they stand.
     """
+    numbers = _BENCHMARKS_NUMBERS if faithful else _OUR_NUMBERS
     said = _said(response)
-    found = {value for text in said for part in (text, *_NUMBER.findall(text)) for value in _normalised(part)}
+    parts = [part for text in said for part in (text, *(n for pattern in numbers for n in pattern.findall(text)))]
+    found = {value for part in parts for value in _normalised(part)}
     gold = {value for answer in answers if answer.strip() for value in _normalised(answer)}
     texts = [value for value in found if isinstance(value, str)]
     return any(answer in text for answer in gold if isinstance(answer, str) for text in texts) or not gold.isdisjoint(

@@ -183,7 +183,7 @@ class Run:
         given = what if isinstance(what, Answer) else await self._answer(what)
         if given.unresolved is not None:
             return item_of(given, Judged(Verdict(None, unresolved=given.unresolved)))
-        return item_of(given, await self.judge.judge(given) if self.judge else by_rule(given))
+        return item_of(given, await self.judge.judge(given) if self.judge else by_rule(given, self.config.profile))
 
     async def _answer(self, want: Wanted) -> Answer:
         """The model's answer, or what stands for one it refuses. Ends the run where it refuses from the start."""
@@ -198,6 +198,8 @@ class Run:
                 told = f"the model refused the first {len(self.refusals)} questions: {self.refusals[0]}"
                 self.stop.now(told, UserError(told))
             return no_answer(want, dropped)
+        if made.unresolved is not None:
+            self.refusals.append(f"{made.unresolved.removeprefix('answer_')}: {made.text or 'no text'}")
         self._answered += 1
         self.answer_tokens[want.row.text, want.draw] = Tokens(made.prompt_tokens or 0, made.completion_tokens or 0)
         return made

@@ -32,9 +32,9 @@ def aggregate(items: Sequence[Item], profile: Profile) -> dict[str, Any]:
         "multiple_choice": means["multiple-choice"],
         "by_benchmark": {split: _by_benchmark(part, profile) for split, part in by_split.items()},
         "intervals": {
-            "overall": interval(items),
-            "free_form": interval(by_split["free-form"]),
-            "multiple_choice": interval(by_split["multiple-choice"]),
+            "overall": interval(items, profile),
+            "free_form": interval(by_split["free-form"], profile),
+            "multiple_choice": interval(by_split["multiple-choice"], profile),
         },
         "unresolved": sum(item.unresolved is not None for item in items),
         "unresolved_reasons": dict(sorted(Counter(i.unresolved for i in items if i.unresolved).items())),
@@ -44,15 +44,18 @@ def aggregate(items: Sequence[Item], profile: Profile) -> dict[str, Any]:
     }
 
 
-def interval(items: Sequence[Item]) -> Interval:
-    """How sure the mean of items is. None for what too few of them cannot tell, or one that is `unanswered`."""
+def interval(items: Sequence[Item], profile: Profile = "faithful") -> Interval:
+    """How sure the mean of items is. None for what too few of them cannot tell, or one that is `unanswered`.
+
+    The bracket is over what is unresolved; under *strict* over answers that were cut off too.
+    """
     scores, questions = [item.score for item in items], [item.question for item in items]
     known = not any(item.unanswered for item in items)
     clustered = clustered_score(scores, questions) if known and len(set(questions)) > 1 else None
     by_question: dict[str, list[float]] = defaultdict(list)
     for item in items:
         by_question[item.question].append(item.score)
-    settled = [item for item in items if item.unresolved is None]
+    settled = [i for i in items if i.unresolved is None and not (i.truncated and profile == "strict")]
     right = math.fsum(item.score for item in settled)
     return Interval(
         mean=_mean(items) if known else None,

@@ -109,6 +109,8 @@ def winrate_table(result: Mapping[str, Any]) -> Table:
     else:
         table.add_row("  at equal lengths, %", *_share({"mean": controlled["rate"], "ci95": controlled["ci95"]}))
     table.add_row("won, tied, lost", f"{result['won']:,}, {result['tied']:,}, {result['lost']:,}", "")
+    if cut_off := sum(result["truncated"].values()):
+        table.add_row("answers cut off", f"{cut_off:,}", f"rate {_range(result['bracket'])}")
     if result["resolved"] < result["comparisons"]:
         told = ", ".join(f"{count} {reason}" for reason, count in result["unresolved"].items())
         unresolved = f"{result['comparisons'] - result['resolved']:,}"

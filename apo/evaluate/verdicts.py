@@ -72,7 +72,8 @@ class Compared:
 
 
 def summary(compared: Sequence[Compared]) -> dict[str, Any]:
-    """The numbers of winrate.json. Unresolved comparisons are left out, counted, and bracketed.
+    """The numbers of winrate.json. Unresolved comparisons are left out, counted, and bracketed; so is in the bracket,
+    but not in the rate, what was judged of an answer that was cut off.
 
     `win_rate` is a mean over comparisons, clustered by prompt; lengths are in characters.
     """
@@ -83,7 +84,8 @@ def summary(compared: Sequence[Compared]) -> dict[str, Any]:
     lengths = [(len(one.base.text), len(one.tuned.text)) for one in settled]
     agree = [float(one.verdicts[0] == one.verdicts[1]) for one in settled if not one.identical]
     asked = [key_of(one.prompt) for one in settled if not one.identical]
-    bracket = [(math.fsum(values) + extra) / len(compared) for extra in (0, len(compared) - len(settled))]
+    whole = [one.value or 0.0 for one in settled if not (one.base.truncated or one.tuned.truncated)]
+    bracket = [(math.fsum(whole) + extra) / len(compared) for extra in (0, len(compared) - len(whole))]
     ratios = [tuned / base for base, tuned in lengths if base]
     return {
         "comparisons": len(compared),

@@ -194,11 +194,17 @@ class Run:
         return Compared(prompt, sample, base, tuned, winners, (one.reasoning, other.reasoning))
 
     async def _answer(self, side: str, prompt: Prompt, sample: int) -> Answer:
-        """What a side says. Cut off or empty, it is judged as it is: that is what the model says."""
+        """What a side says. Cut off or empty, it is judged as it is: that is what the model says.
+
+        Raises Dropped where there is none, or one that was filtered, refused or broken off.
+        """
         if side in self.checked.given:
             return Answer(self.checked.given[side][key_of(prompt)][sample].strip())
         reply = await self.askers[side].ask(list(prompt.messages), row=prompt.id, sample=sample)
-        return Answer(reply.text.strip(), reply.finish_reason == "length")
+        incomplete = reply.incomplete()
+        if incomplete and incomplete != "truncated":
+            raise Dropped(side, incomplete, reply.refusal)
+        return Answer(reply.text.strip(), incomplete == "truncated")
 
     async def _drain(self) -> None:
         """Let what is paid for, or being generated, come to its end."""
@@ -269,6 +275,7 @@ async def _compare(
         return Outcome(out, None, len(run.failures), run.failures[0] if run.failures else "", stop.reason)
     if not any(one.value is not None for one in compared):
         told = ", ".join(f"{count} {reason}" for reason, count in reasons(compared).items())
+        told += "".join(f" ({words})" for words in run.refusals[:1])
         raise UserError(f"no comparison has a verdict: {told}; look at one request by hand, or take another judge")
     lines = "".join(json.dumps(one.row(), ensure_ascii=False) + "\n" for one in compared)
     write_atomically(out / ITEMS, lines.encode("utf-8", "backslashreplace"))

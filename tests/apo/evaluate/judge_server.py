@@ -4,9 +4,9 @@
 
 prints its URL and ends with its parent or after twenty minutes. What it says stands in the text it is asked about:
 `<<[[0.7]]>>` is the reply, `<<a|b>>` one reply for each time that the same body comes, the last one ever after.
-`LENGTH:text` ends at a limit of tokens, `HTTP400` is that status, `BODY429` an error of that code in the body of a
-200. Without such a script a judge (model `j`) gives a verdict that follows from a hash of the request, a model (any
-other name) an answer that does.
+`LENGTH:text` ends at a limit of tokens, `FILTER:text` in a content filter, `HTTP400` is that status, `BODY429` an error
+of that code in the body of a 200. Without such a script a judge (model `j`) gives a verdict that follows from a hash of
+the request, a model (any other name) an answer that does.
 GET /seen lists the bodies of all requests; GET /paid their number; GET /forget forgets them.
 """
 
@@ -68,12 +68,13 @@ class Server:
         text = body["messages"][-1]["content"]
         await asyncio.sleep(self.latency)
         said = self.said(body, text)
-        finish = "length" if said.startswith("LENGTH:") else "stop"
+        ending, _, cut = said.partition(":")
+        finish = {"LENGTH": "length", "FILTER": "content_filter"}.get(ending, "stop")
         if said.startswith("HTTP"):
             return web.json_response({"error": {"message": "System role not supported"}}, status=int(said[4:]))
         if said.startswith("BODY"):
             return web.json_response({"error": {"message": "Rate limit exceeded", "code": int(said[4:])}})
-        message = {"role": "assistant", "content": said.removeprefix("LENGTH:")}
+        message = {"role": "assistant", "content": said if finish == "stop" else cut}
         choice = {"index": 0, "message": message, "finish_reason": finish}
         usage = {"prompt_tokens": len(text) // 4, "completion_tokens": len(said) // 4 + 1}
         model = f"{body['model']}-0125"

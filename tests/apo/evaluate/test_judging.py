@@ -99,7 +99,42 @@ def test_a_reply_that_ends_at_the_limit_is_named_unless_its_verdict_stands():
 )
 def test_letters_that_can_be_read(text, letter, score):
     assert read(text, CHOICE) == Verdict(letter, score)
-    assert read(text, CHOICE, "strict") == Verdict(letter, score)
+
+
+@pytest.mark.parametrize(
+    ("text", "row", "verdict"),
+    [
+        ("As the passage [1] states, the answer is", FREE, Verdict(None, 0.0, "no_brackets")),
+        ("Wrong. Score: 0.0. See [1].", FREE, Verdict(None, 0.0, "no_brackets")),
+        ("Footnote [1]: the score is [[0]].", FREE, Verdict("0", 0.0)),
+        ("Score: [[0.5]]. To repeat, [[0.50]].", FREE, Verdict("0.50", 0.5)),
+        ("[[0]] would be harsh, so [[1]]", FREE, Verdict(None, 0.0, "two_verdicts")),
+        ("Between [[0]] and [[5]]", FREE, Verdict(None, 0.0, "two_verdicts")),
+        ("[[5]]", FREE, Verdict("5", 0.0, "out_of_range")),
+        ("[[05]]", FREE, Verdict(None, 0.0, "malformed_number")),
+        ("[A] is not, [[B]] is", CHOICE, Verdict("B", 1.0)),
+        ("[[B]], that is [[B]]", CHOICE, Verdict("B", 1.0)),
+        ("[[A]] or [[C]]", CHOICE, Verdict(None, 0.0, "two_verdicts")),  # both wrong, and still two
+        ("only [B]", CHOICE, Verdict(None, 0.0, "no_brackets")),
+    ],
+)
+def test_strict_reads_one_verdict_in_double_brackets(text, row, verdict):
+    assert read(text, row, "strict") == verdict
+
+
+@pytest.mark.parametrize(
+    ("finish", "reason"),
+    [("length", "cut_off"), ("content_filter", "not_ended"), ("whatever", "not_ended"), ("stop", None), (None, None)],
+)
+def test_strict_reads_only_a_reply_that_ended(finish, reason):
+    assert read("[[1]] because", profile="strict", finish=finish).unresolved == reason
+    assert read("[[1]] because", finish=finish).score == 1
+
+
+def test_a_reply_of_digits_is_read_in_linear_time():
+    many = "8" * 300_000  # squared, that is a quarter of an hour
+    assert [read(f"[[{many}", FREE, profile).unresolved for profile in ("faithful", "strict")] == ["no_brackets"] * 2
+    assert read(f"[[0{many}.5]]").unresolved == "out_of_range"
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,32 @@ def test_free_form_answers_by_hand(response, answers, right):
     assert is_right(response, answers) is right
 
 
+@pytest.mark.parametrize(
+    ("response", "answer", "ours", "faithful"),
+    [
+        ("It weighs 5kg", "5", True, False),
+        ("It came 10th", "10", True, False),
+        ("It is 1,234.50 dollars", "1234.5", True, False),
+        ("It is 1,234.50 dollars", "234.5", False, True),
+        ("It is 1,234.50 dollars", "1234", False, True),
+        ("It is 1,234 dollars", "1234", True, True),
+        ("It is -3.5 degrees", "-3.5", True, True),
+        ("It is .5 m", "0.5", True, True),
+        ("It is 2e3 m", "2000", True, True),
+        ("It is 12 m", "2", False, False),
+        ("It was 3, then 4", "3", True, False),  # no number before a comma
+    ],
+)
+def test_numbers_are_found_as_the_benchmark_does_where_faithful(response, answer, ours, faithful):
+    assert (is_right(response, [answer]), is_right(response, [answer], faithful=True)) == (ours, faithful)
+
+
+def test_a_response_of_digits_is_read_in_linear_time():
+    for text in ("1" * 300_000 + "k", "1," * 100_000, "-" * 300_000, "1" * 300_000 + "e"):
+        for faithful in (False, True):
+            assert not is_right(text, ["7"], faithful=faithful)
+
+
 FREE_FORM = {"AGIEval": 0, "BBH": 2, "DROP": 58, "GSM8k": 4, "MATH": 0, "TriviaQA": 38}
 MULTIPLE_CHOICE = {
     "AGIEval": 16, "ARC": 0, "BoolQ": 22, "CommonsenseQA": 18, "GPQA": 0, "HellaSwag": 12, "MBPP": 2, "MMLU": 80,
@@ -86,15 +112,16 @@ MULTIPLE_CHOICE = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("faithful", [True, False])
 @pytest.mark.parametrize(("split", "expected"), [("free-form", FREE_FORM), ("multiple-choice", MULTIPLE_CHOICE)])
-def test_right_answers_of_the_published_gemma_by_benchmark(real, split, expected):
+def test_right_answers_of_the_published_gemma_by_benchmark(real, split, expected, faithful):
     rows = load(real, "2024-06-01").rows[split]
     right, without = Counter(), 0
     for line in (real / f"responses/gemma-1.1-7b-it/{split}.jsonl").read_text("utf-8").splitlines():
         answer = json.loads(line)
         row = rows[int(answer["id"])]
         if split == "free-form":
-            right[row.benchmark] += is_right(answer["response"], row.target)
+            right[row.benchmark] += is_right(answer["response"], row.target, faithful=faithful)
         else:
             found = chosen_letter(answer["response"], row.options)
             right[row.benchmark] += found in row.right

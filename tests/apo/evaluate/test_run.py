@@ -196,15 +196,24 @@ def test_an_endpoint_that_truncates_or_refuses_gives_named_items(tmp_path, monke
     from tests.apo.evaluate.questions import FREE_FORM as ff
     from tests.apo.evaluate.questions import MULTIPLE_CHOICE, accept, write_data
 
-    free_form = [{**ff[0], "prompt": "<<LENGTH:Goe>>"}, {**ff[1], "prompt": "<<HTTP400>>"}, ff[2], ff[3]]
+    scripts = ("<<LENGTH:Goe>>", "<<HTTP400>>", "<<FILTER:Four, of>>")
+    free_form = [*({**row, "prompt": script} for row, script in zip(ff, scripts, strict=False)), ff[3]]
     data = write_data(tmp_path / "data", {"free-form": free_form, "multiple-choice": MULTIPLE_CHOICE})
     accept(monkeypatch, data)
     score = evaluated(data, tmp_path / "out", model={"url": server.url, "model": "t"}, profile="strict").score
     items = {(item.split, item.row): item for item in read_results(tmp_path / "out").items}
     assert (items["free-form", 0].truncated, items["free-form", 0].response) == (True, "Goe")
     assert items["free-form", 1].unresolved == "answer_http_400"
+    assert items["free-form", 2].unresolved == "answer_content_filter"
+    assert items["free-form", 2].response == "Four, of"
     assert score.truncated == 1
-    assert score.unresolved_reasons["answer_http_400"] == 1
+    assert score.unresolved_reasons["answer_http_400"] == score.unresolved_reasons["answer_content_filter"] == 1
+    # What was cut off is judged, and is in the bracket of strict only.
+    right = items["free-form", 3].score
+    assert score.intervals["free_form"].bracket == (right / 4, (right + 3) / 4)
+    faithful = evaluated(data, tmp_path / "faithful", model={"url": server.url, "model": "t"}).score
+    low, high = faithful.intervals["free_form"].bracket
+    assert high - low == pytest.approx(2 / 4)
 
 
 def test_a_model_that_refuses_every_question_is_told_with_its_words(tmp_path, monkeypatch, server):

@@ -204,6 +204,20 @@ def test_an_answer_that_was_cut_off_is_judged_and_counted(scripted_server, world
     found = compare(settings(tmp_path, world.url, tuned=cut)).result
     assert found["truncated"] == {"base": 0, "tuned": 3}
     assert found["resolved"] == 3
+    assert found["bracket"] == [0, 1]
+
+
+def test_an_answer_that_was_filtered_is_named_and_bracketed(tmp_path):
+    won = "{teacher_reasoning}\nfirst\n\n{best_student_solution}\n[1]"
+    rows = [{"prompt": f"{n} <<{said}>>", "answer": "mine"} for n, said in enumerate(("FILTER:no", won, won))]
+    base = tmp_path / "base.jsonl"
+    base.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    with judging() as server:
+        judge, tuned = {"url": server.url, "model": "j"}, {"url": server.url, "model": "t"}
+        found = compare(settings(tmp_path, server.url, judge=judge, tuned=tuned)).result
+    assert (found["unresolved"], found["unanswered"]) == ({"answer_content_filter": 1}, 0)
+    assert found["bracket"] == [pytest.approx(1 / 3), pytest.approx(2 / 3)]
+    assert found["win_rate"]["mean"] == 0.5
 
 
 @pytest.fixture(scope="module")
