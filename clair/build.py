@@ -14,19 +14,28 @@ from typing import Any
 
 from clair.budget import prices_of, share_left, table_version
 from clair.care import Care
-from clair.config import BuildConfig, lasting, public
+from clair.config import BuildConfig, differences, public
 from clair.dataset import DatasetWriter, card, read_manifest
 from clair.ledger import Ledger, Tokens
 from clair.models.asking import Asker, Tally
 from clair.models.batch_service import Pending
 from clair.output import DYING, Output, check_output, locked
-from clair.recipe import UserError, changed_keys, provenance, read_json, write_atomically, write_json
+from clair.recipe import (
+    UserError,
+    content_hash,
+    file_sha256,
+    provenance,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from clair.records import Pair, Prompt
 from clair.session import KILLER, Means, Session, check_models, session, templates
 from clair.shards import Shard, sharded
 from clair.sources import Scan, each_prompt, scan
 from clair.statistics import wilson
-from clair.storage import account_of, public_path
+from clair.storage import account_of, public_path, read_here
+from clair.urls import without_secrets
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +110,7 @@ def build(
         if built.stopped:
             return built
         output.remove(DYING)
-        manifest = {**built.manifest, "recipe": public(whole)}
+        manifest = {**built.manifest, "recipe": recorded(whole)}
         if shard:
             manifest["shard"] = {"index": shard.index, "of": shard.of}
         write_json(out / "manifest.json", manifest)
@@ -190,12 +199,26 @@ def _begun(config: BuildConfig, out: Path) -> bool:
         return any(sum(tokens) for tokens in ledger.spent(account_of(config.out)).values())
 
 
+def recorded(config: BuildConfig) -> dict[str, Any]:
+    """The recipe as outputs keep it: without secrets, with hashes of the words and files that it names by path."""
+    recipe, words = public(config), templates(config)
+    if config.reviser:
+        texts = [words[name] for name in ("reviser", "edits") if name in words]
+        recipe["reviser"]["template_sha256"] = content_hash(texts)
+    if config.judge:
+        recipe["judge"]["template_sha256"] = content_hash([words["judge"]])
+    if config.prompts.not_in:
+        with read_here(config.prompts.not_in) as file:
+            recipe["prompts"]["not_in_sha256"] = file_sha256(file) if file.is_file() else None
+    return recipe
+
+
 def same_recipe(config: BuildConfig, out: Path, *, update: bool) -> None:
     """The folder remembers its recipe from before the first call. Raises UserError where this is another one."""
     file, told = out / "recipe.json", public_path(config.out)
-    recipe = public(config)
+    recipe = recorded(config)
     if file.is_file() and not update and _begun(config, out):
-        changed = changed_keys(lasting(read_json(file)), lasting(recipe))
+        changed = differences(read_json(file), recipe)
         if changed:
             raise UserError(
                 f"{told} holds the run of another recipe (it differs in {', '.join(changed)}); choose another --out, "
@@ -228,14 +251,13 @@ def _manifest(
         "failed": writer.failed,
         "contrast": writer.contrast_means(),
         "models": {role: {"model": a.model.name, "identity": a.model.identity} for role, a in askers.items()},
-        "sampling": {role: models[role].options(config.seed) for role in askers},
+        "sampling": {role: without_secrets(models[role].options(config.seed)) for role in askers},
         **position,
         **_cost(run),
         "tokens": {role: _told(asker.told) for role, asker in askers.items()},
         "prompts_sha256": found.sha256,
         "files": dict(hashes),
         "seed": config.seed,
-        "recipe": public(config),
         **provenance(),
         "seconds": round(seconds, 1),
     }

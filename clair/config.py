@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 from clair.budget import BudgetConfig, Price
 from clair.filters import make_filters
 from clair.models.batch import BatchConfig
-from clair.recipe import Recipe, resolved
+from clair.recipe import Recipe, changed_keys, resolved
 from clair.sources import PromptSource
 from clair.storage import check_url, folder_of, is_url, public_path
-from clair.urls import endpoint_of, public_url
+from clair.urls import endpoint_of, without_secrets
 
 _OWNED = ("model", "messages", "n", "stream")
 
@@ -186,15 +186,47 @@ ROLE_PASSING = {
 
 
 def public(config: BuildConfig) -> dict[str, Any]:
-    """The resolved recipe as it may be written down: without what a URL can carry of a password."""
+    """The resolved recipe as it may be written down: without secrets."""
     recipe = resolved(config)
     recipe["out"] = public_path(config.out)
     for key in ("path", "not_in"):
         recipe["prompts"][key] = recipe["prompts"][key] and public_path(recipe["prompts"][key])
-    for role in config.models:
-        public = [public_url(url) for url in config.models[role].urls]
-        recipe[role]["url"] = public if len(public) > 1 else public[0] if public else None
+    for role, model in config.models.items():
+        recipe[role] = public_model(model, recipe[role])
     return recipe
+
+
+def public_model(model: ModelConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The `settings` of a model as they may be written down: without secrets."""
+    urls = [endpoint_of(url).public for url in model.urls]
+    url = urls if len(urls) > 1 else urls[0] if urls else None
+    return {**settings, "url": url, "extra": without_secrets(settings["extra"])}
+
+
+HASHES = ("template_sha256", "not_in_sha256")
+"""Keys that an output's recipe has beside those of the recipe: hashes of the files that it names by their path."""
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The dotted keys in which two recipes of outputs differ and that decide about the dataset.
+
+    A hash that one of them lacks was not noted when it was written, and is no difference.
+    """
+    keys = changed_keys(lasting(old), lasting(new))
+    return [key for key in keys if not key.endswith(HASHES) or all(_value_at(one, key) for one in (old, new))]
+
+
+def without_hashes(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe that an output's recipe was made of."""
+    return {
+        name: {key: inner for key, inner in value.items() if key not in HASHES} if isinstance(value, Mapping) else value
+        for name, value in recipe.items()
+    }
+
+
+def _value_at(recipe: Mapping[str, Any], key: str) -> Any:
+    part, _, name = key.partition(".")
+    return (recipe.get(part) or {}).get(name)
 
 
 def lasting(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,4 +237,5 @@ def lasting(recipe: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(kept.get(role), Mapping):
             drop = ROLE_PASSING | ({"url"} if kept[role].get("id") else set())
             kept[role] = {k: v for k, v in kept[role].items() if k not in drop}
+            kept[role]["extra"] = without_secrets(kept[role].get("extra", {}))
     return kept

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from clair.build import position_bias
-from clair.config import lasting
+from clair.config import differences
 from clair.dataset import SPLITS, DatasetWriter, card, read_manifest, read_order, split_file
 from clair.ledger import Ledger
 from clair.output import Output, check_output, locked
-from clair.recipe import UserError, changed_keys, read_json, write_atomically, write_json
+from clair.recipe import UserError, read_json, write_atomically, write_json
 from clair.shards import Shard, lying
 from clair.sources import parquet_rows
 from clair.storage import account_of, joined, public_path
@@ -85,7 +85,7 @@ def _found(folder: str) -> list[str]:
 def _check_alike(shards: Sequence[Path], manifests: Sequence[Mapping[str, Any]]) -> None:
     first = manifests[0]
     for shard, manifest in zip(shards, manifests, strict=True):
-        changed = changed_keys(lasting(first["recipe"]), lasting(manifest["recipe"]))
+        changed = differences(first["recipe"], manifest["recipe"])
         changed += [key for key in ("models", "prompts_sha256", "format") if first[key] != manifest[key]]
         if changed:
             raise UserError(
@@ -96,7 +96,7 @@ def _check_alike(shards: Sequence[Path], manifests: Sequence[Mapping[str, Any]])
 
 def _check_target(target: Path, recipe: Mapping[str, Any]) -> None:
     file = target / "recipe.json"
-    if file.is_file() and (changed := changed_keys(lasting(read_json(file)), lasting(recipe))):
+    if file.is_file() and (changed := differences(read_json(file), recipe)):
         raise UserError(
             f"{public_path(recipe['out'])} holds another recipe's run (it differs in {', '.join(changed)}); choose "
             f"another --out"

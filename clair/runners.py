@@ -20,17 +20,17 @@ from importlib.metadata import version
 from typing import Any
 
 from clair.budget import Budget, prices_of
-from clair.build import Built, same_recipe
+from clair.build import Built, recorded, same_recipe
 from clair.care import HOPELESS, Deaths
 from clair.cluster import Keeper, connected
-from clair.config import BuildConfig, lasting, public
+from clair.config import BuildConfig, differences
 from clair.dataset import read_manifest
 from clair.leases import LOST
 from clair.merge import merge
 from clair.models.local import weights_identity
 from clair.output import DYING, locked
 from clair.quotas import GONE, RoleLimits
-from clair.recipe import UserError, changed_keys, one_line
+from clair.recipe import UserError, one_line
 from clair.shards import Shard, lying, sharded, shards_out, shares_money
 from clair.sources import Scan
 from clair.storage import InUse, Store, account_of, is_url, public_path
@@ -122,7 +122,7 @@ def _secrets(config: BuildConfig) -> dict[str, str]:
     """The environment variables that the recipe names, as far as they are set."""
     names = [model.api_key_env for model in config.models.values() if model.api_key_env]
     for model in config.models.values():
-        names += environment_names(model.extra.get("headers", {}))
+        names += environment_names(model.extra) + environment_names(model.urls)
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
@@ -185,7 +185,7 @@ class _Job:
             if not (output.folder / "manifest.json").is_file():
                 return None
             manifest = read_manifest(output.folder)
-        same = not changed_keys(lasting(manifest["recipe"]), lasting(public(self.config)))
+        same = not differences(manifest["recipe"], recorded(self.config))
         same &= manifest["prompts_sha256"] == self.found.sha256 and not manifest["failed"]
         same &= all(manifest["models"].get(role, {}).get("identity") == known for role, known in identities.items())
         return int(manifest["counts"]["prompts"]) if same else None

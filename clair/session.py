@@ -33,7 +33,7 @@ from clair.prompts import JUDGE_NEEDS, REVISER_NEEDS, load_template
 from clair.records import Dropped, Pair, Prompt
 from clair.steps import Judge, Reviser
 from clair.storage import account_of
-from clair.urls import api_key, environment_headers
+from clair.urls import api_key, endpoint_of, environment_headers, environment_values, filled, without_secrets
 
 _AHEAD_PER_PLACE = 16
 _AHEAD_AT_LEAST = 256
@@ -187,6 +187,9 @@ def check_models(models: Mapping[str, ModelConfig], budget: BudgetConfig | None,
     for role, model in models.items():
         api_key(model.api_key_env, role)
         environment_headers(model.extra.get("headers", {}))
+        filled(model.extra, f"{role}.extra")
+        for url in model.urls:
+            filled(endpoint_of(url).query, f"{role}.url")
         if model.path is not None:
             check_model_folder(model.path, role)
             check_options(model.options(seed), role)
@@ -359,11 +362,17 @@ def open_model(role: str, config: ModelConfig) -> Model:
             trust_remote_code=config.trust_remote_code,
         )
     assert config.model is not None
-    key, headers = api_key(config.api_key_env, role), config.extra.get("headers")
-    endpoints = [
-        OpenAIModel(url, config.model, key=key, headers=headers, id=config.id, timeout=config.timeout, role=role)
-        for url in config.urls
-    ]
+    secrets = environment_values(config.extra)
+    without_secrets(config.extra, secrets)
+    options: dict[str, Any] = {
+        "key": api_key(config.api_key_env, role),
+        "headers": config.extra.get("headers"),
+        "secrets": secrets,
+        "id": config.id,
+        "timeout": config.timeout,
+        "role": role,
+    }
+    endpoints = [OpenAIModel(url, config.model, **options) for url in config.urls]
     return endpoints[0] if len(endpoints) == 1 else Pool(endpoints)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from clair.config import BuildConfig
+from clair.config import BuildConfig, without_hashes
 from clair.dataset import SPLITS, read_manifest, read_rows
 from clair.recipe import UserError, one_line, resolve, write_atomically
 from clair.sources import each_prompt
@@ -89,7 +89,7 @@ def next_round(folder: str | Path, model: str, out: str | Path) -> tuple[Path, i
     for file in (recipe, prompts):
         if file.exists():
             raise UserError(f"{file} exists already; choose another --out")
-    config = resolve(BuildConfig, manifest["recipe"], source=f"{folder}/manifest.json")
+    config = resolve(BuildConfig, without_hashes(manifest["recipe"]), source=f"{folder}/manifest.json")
     again = [{"id": row["id"], "prompt": row["prompt"]} for row in read_rows(folder, SPLITS)]
     seen = {row["id"] for row in again} | _dropped(folder)
     everything = (prompt for prompt, left_out in each_prompt(config.prompts) if left_out is None)

@@ -83,13 +83,11 @@ def scan(source: PromptSource, limit: int | None = None, holds: Holds = lambda _
 def _scanned(source: PromptSource, limit: int | None, holds: Holds, contents: Repeats, ids: Repeats) -> Scan:
     import numpy as np
 
-    digest, like, held = hashlib.sha256(), _like(source), 0
+    digest, like, held = _Digest(), _like(source), 0
     # 8 bytes of each hash: a clash among 10^6 has odds of 3 in 10^8.
     counts, row = [0] * 4, -1  # different prompts, and of these those with an answer, with answers, with scores
     for row, prompt in enumerate(read_prompts(source, limit)):
-        content = prompt.content_id
-        labels = f"\0{content_hash(dict(prompt.labels))}" if prompt.labels else ""
-        digest.update(f"{prompt.id}\0{content}{labels}\n".encode())
+        content = digest.add(prompt)
         held += holds(prompt.id)
         own = [like(prompt) is None, prompt.answer is not None, bool(prompt.answers), bool(prompt.scores)]
         counted = [own[0] and one for one in own]
@@ -112,16 +110,41 @@ def _scanned(source: PromptSource, limit: int | None, holds: Holds, contents: Re
     return Scan(row + 1, held, *counts, digest.hexdigest(), repeated.tobytes() if repeated.any() else b"")
 
 
+class _Digest:
+    """A hash over ids and contents of all prompts, in order."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+
+    def add(self, prompt: Prompt) -> str:
+        """One more prompt. Returns its `content_id`."""
+        content = prompt.content_id
+        labels = f"\0{content_hash(dict(prompt.labels))}" if prompt.labels else ""
+        self._sha256.update(f"{prompt.id}\0{content}{labels}\n".encode())
+        return content
+
+    def hexdigest(self) -> str:
+        """The hash of what came so far."""
+        return self._sha256.hexdigest()
+
+
 def each_prompt(
     source: PromptSource, limit: int | None = None, found: Scan | None = None
 ) -> Iterator[tuple[Prompt, str | None]]:
     """Every prompt, and why it is left out: `duplicate`, `near_duplicate`, `in_benchmark`, or None for those that stay.
 
-    `found` is what `scan` returned, where the caller has looked already. Raises UserError as `scan` does.
+    `found` is what `scan` returned, where the caller has looked already. Raises UserError as `scan` does, and at the
+    end where the prompts are no longer those that were looked at.
     """
-    found, like = found or scan(source, limit), _like(source)
+    found, like, digest = found or scan(source, limit), _like(source), _Digest()
     for row, prompt in enumerate(read_prompts(source, limit)):
+        digest.add(prompt)
         yield prompt, "duplicate" if found.repeats(row) else like(prompt)
+    if digest.hexdigest() != found.sha256:
+        raise UserError(
+            f"{public_path(source.path)} was changed during the run; what came of it is not written, every reply is "
+            f"kept: run the same command again, and leave the file alone until it ends"
+        )
 
 
 def _like(source: PromptSource) -> Callable[[Prompt], str | None]:

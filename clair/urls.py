@@ -1,4 +1,8 @@
-"""Endpoints and their secrets: what comes from the environment, and what may be written down."""
+"""Endpoints and their secrets: what comes from the environment, and what may be written down.
+
+A secret is the value of `${NAME}`, a value under a secret's name (`api_key`, `Authorization`, `password`), or one that
+looks like a key wherever it stands (`sk-...`, `Bearer ...`). Everything else, a URL's `api-version` too, is no secret.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,28 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 from clair.recipe import UserError
 
 _ENVIRONMENT = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _SECRET_HEADER = re.compile(r"authorization|key|token|secret|cookie", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"(?:auth|authorization|key|token|secret|passw(?:or)?d|passphrase|credentials?|cookie|signature|sig|bearer)s?$",
+    re.IGNORECASE,
+)
+# Of a model or of a cache, not of a user.
+_OPEN_NAME = re.compile(
+    r"(?:eos|bos|pad|unk|stop|end|start|special|cache|sort|max|min)[_-]?(?:token|key)s?$", re.IGNORECASE
+)
+_KEY = re.compile(
+    r"\bsk[-_][\w-]{6,}"
+    r"|\b(?:pk|rk|gsk|gh[opusr]|github_pat|hf|xox[abprs]|glpat|nvapi|r8|pplx|xai|csk|lsv2|npm|pypi)[-_][\w-]{16,}"
+    r"|\bAKIA[0-9A-Z]{12,}|\bAIza[\w-]{20,}|\beyJ[\w-]{10,}(?:\.[\w-]+)*"
+    r"|\b(?:Bearer|Basic)\s+[\w.~+/=-]{8,}"
+    r"|\b(?=[A-Za-z]*[0-9])(?=[0-9]*[A-Za-z])[A-Za-z0-9]{32,}\b"
+)
+SECRET = "[secret]"  # noqa: S105 (what is written in the place of one)
 
 
 def public_url(url: str) -> str:
@@ -26,6 +46,8 @@ class Endpoint(NamedTuple):
     """What a URL says: where to ask, and what is not written down."""
 
     base: str
+    public: str
+    """The base with what of the query is no secret: it may be written down, and tells one deployment from another."""
     authorization: str | None
     """The header that the URL's user name and password make."""
     query: dict[str, str]
@@ -40,44 +62,92 @@ def endpoint_of(url: str) -> Endpoint:
         raise ValueError(f"url {public_url(url)!r} is no http(s) URL, such as http://127.0.0.1:8000/v1")
     if not parts.hostname or parts.port == 0:
         raise ValueError(f"url {public_url(url)!r} has no host, such as http://127.0.0.1:8000/v1")
-    query = dict(parse_qsl(parts.query))
+    base, query = public_url(url), dict(parse_qsl(parts.query))
+    hidden: list[str] = []
+    shown = {name: value for name, value in query.items() if without_secrets({name: value}, hidden)[name] == value}
+    public = f"{base}?{urlencode(sorted(shown.items()), safe='${}')}" if shown else base
+    hidden += environment_values(query)
     user, password = parts.username or "", parts.password or ""
     if not (user or password):
-        return Endpoint(public_url(url), None, query, tuple(query.values()))
+        return Endpoint(base, public, None, query, tuple(hidden))
     basic = base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()
-    hidden = password or user  # a lone user name is somebody's key
-    return Endpoint(public_url(url), f"Basic {basic}", query, (basic, hidden, unquote(hidden), *query.values()))
+    secret = password or user  # a lone user name is somebody's key
+    return Endpoint(base, public, f"Basic {basic}", query, (basic, secret, unquote(secret), *hidden))
+
+
+def without_secrets(value: Any, found: list[str] | None = None, *, secret: bool = False) -> Any:
+    """A copy of `value` with `[secret]` in the place of each secret; `${NAME}` stays, which is none.
+
+    `found` gets what was taken out. `secret`: all of its texts are secrets.
+    """
+    if isinstance(value, Mapping):
+        return {
+            name: without_secrets(inner, found, secret=secret or _is_secret_name(str(name)))
+            for name, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [without_secrets(inner, found, secret=secret) for inner in value]
+    if not isinstance(value, str):
+        return value
+    secrets = [value] if secret and value and not _ENVIRONMENT.search(value) else _KEY.findall(value)
+    if found is not None:
+        found += secrets
+    for one in secrets:
+        value = value.replace(one, SECRET)
+    return value
+
+
+def _is_secret_name(name: str) -> bool:
+    return bool(_SECRET_NAME.search(name)) and not _OPEN_NAME.search(name)
+
+
+def filled(value: Any, where: str) -> Any:
+    """`value` with each `${NAME}` in its texts filled in from the environment. Raises UserError for an unset name.
+
+    And for `[secret]`, which an output has in the place of what it does not tell.
+    """
+    if isinstance(value, Mapping):
+        return {name: filled(inner, f"{where}.{name}") for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [filled(inner, where) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if value == SECRET:
+        raise UserError(f"{where} is {SECRET}, which stands for a secret that was not written down; put it in again")
+    missing = [name for name in _ENVIRONMENT.findall(value) if name not in os.environ]
+    if missing:
+        raise UserError(f"{where} needs the environment variable {missing[0]}, which is not set")
+    return _ENVIRONMENT.sub(lambda match: os.environ[match[1]].strip(), value)
+
+
+def environment_names(value: Any) -> list[str]:
+    """The environment variables that the texts of a value name."""
+    if isinstance(value, Mapping | list | tuple):
+        inner = value.values() if isinstance(value, Mapping) else value
+        return [name for one in inner for name in environment_names(one)]
+    return _ENVIRONMENT.findall(value) if isinstance(value, str) else []
+
+
+def environment_values(value: Any) -> list[str]:
+    """What the texts of a value take from the environment."""
+    return [os.environ.get(name, "").strip() for name in environment_names(value)]
 
 
 def environment_headers(headers: Mapping[str, Any]) -> dict[str, str]:
     """Headers with `${NAME}` filled in from the environment. Raises UserError for an unset name or a bare secret."""
-    filled = {}
     for header, value in headers.items():
         if not isinstance(value, str):
             raise UserError(f"extra.headers.{header} is {type(value).__name__}, not text; put it into quotes")
-        names = _ENVIRONMENT.findall(value)
-        if not names and _SECRET_HEADER.search(header):
+        if not _ENVIRONMENT.search(value) and _SECRET_HEADER.search(header):
             raise UserError(
                 f"extra.headers.{header} looks like a secret written into the recipe; put it into an environment "
                 f"variable and write ${{NAME}}"
             )
-        missing = [name for name in names if name not in os.environ]
-        if missing:
-            raise UserError(f"extra.headers.{header} needs the environment variable {missing[0]}, which is not set")
-        filled[header] = _ENVIRONMENT.sub(lambda match: os.environ[match[1]].strip(), value)
-        if not _sendable(filled[header]):
+    sent = filled(headers, "extra.headers")
+    for header, value in sent.items():
+        if not _sendable(value):
             raise UserError(f"extra.headers.{header} holds characters that no header can: only printable ASCII is sent")
-    return filled
-
-
-def header_secrets(headers: Mapping[str, str]) -> tuple[str, ...]:
-    """What `environment_headers` takes from the environment."""
-    return tuple(os.environ.get(name, "").strip() for value in headers.values() for name in _ENVIRONMENT.findall(value))
-
-
-def environment_names(headers: Mapping[str, Any]) -> list[str]:
-    """The environment variables that headers name."""
-    return [name for value in headers.values() if isinstance(value, str) for name in _ENVIRONMENT.findall(value)]
+    return sent
 
 
 def _sendable(text: str) -> bool:
@@ -88,6 +158,10 @@ def api_key(variable: str | None, role: str) -> str | None:
     """The key in an environment variable; None where the recipe names none. Raises UserError where it is not set."""
     if variable is None:
         return None
+    if without_secrets(variable) != variable:
+        raise UserError(
+            f"{role}.api_key_env is the name of an environment variable, and what stands there looks like a key"
+        )
     key = os.environ.get(variable, "").strip()
     if not key:
         raise UserError(f"{role} needs the environment variable {variable}, which is not set; export it and run again")

@@ -15,11 +15,10 @@ from apo.evaluate.judging import request_options
 from apo.evaluate.mixeval import Benchmark, JudgeWords
 from apo.evaluate.results import ITEMS, SCORE, Profile
 from clair.budget import BudgetConfig
-from clair.config import ROLE_PASSING, ModelConfig
+from clair.config import ROLE_PASSING, ModelConfig, public_model
 from clair.ledger import Ledger
 from clair.recipe import Recipe, UserError, changed_keys, read_json, resolved, write_json
 from clair.session import check_models
-from clair.urls import public_url
 
 SETTINGS = "settings.json"
 _PASSING = ("concurrency", "attempts", "out", "ledger", "limit", "budget", "upstream_files")
@@ -142,11 +141,10 @@ def payer(config: Evaluation) -> str:
 
 
 def public(config: Evaluation) -> dict[str, Any]:
-    """The settings as they may be written down: without what a URL can carry of a password."""
+    """The settings as they may be written down: without secrets."""
     settings = resolved(config)
     for role, model in config.models.items():
-        urls = [public_url(url) for url in model.urls]
-        settings[role]["url"] = urls if len(urls) > 1 else urls[0] if urls else None
+        settings[role] = public_model(model, settings[role])
     return settings
 
 

@@ -134,7 +134,7 @@ class Batches:
         return int(self.config.megabytes * 10**6)
 
     def _line(self, key: str, request: Mapping[str, Any]) -> bytes:
-        body = {"model": self.service.model.name, **{k: v for k, v in request.items() if k != "headers"}}
+        body = {"model": self.service.model.name, **self.service.model.body(request)}
         line = {"custom_id": key, "method": "POST", "url": PATH, "body": body}
         return json.dumps(line).encode() + b"\n"  # ASCII: some servers take U+2028 for the end of a line
 
@@ -288,12 +288,13 @@ class Batches:
             await self.service.download(file, kept)
             kept.seek(0)
             while lines := list(islice(kept, _LINES_AT_ONCE)):
-                texts = (self.service.model.redacted(line.decode("utf-8", "replace")) for line in lines)
-                outcomes = [outcome for text in texts if (outcome := outcome_of(text))]
+                texts = (line.decode("utf-8", "replace") for line in lines)
+                redacted = self.service.model.redacted
+                outcomes = [outcome for text in texts if (outcome := outcome_of(text, redacted))]
                 settled += await self._settle(batch, outcomes)
                 listed |= {outcome.key for outcome in outcomes if outcome.listed}
                 last = lines[-1]
-        whole = last.endswith(b"\n") or outcome_of(last.decode("utf-8", "replace")) is not None
+        whole = last.endswith(b"\n") or outcome_of(last.decode("utf-8", "replace"), str) is not None
         return _Found(settled, len(listed), whole)
 
     async def _settle(self, batch: Batch, outcomes: list[Outcome]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from clair.ledger import Tokens
@@ -15,8 +15,11 @@ _NOT_RUN = ("batch_expired", "batch_cancelled")
 _ANOTHER_TRY = (408, 409, 425, 429)
 
 
-def outcome_of(line: str) -> Outcome | None:
-    """The outcome that a line of the output or the error file tells; None where it cannot be read."""
+def outcome_of(line: str, redacted: Callable[[str], str]) -> Outcome | None:
+    """The outcome that a line of the output or the error file tells; None where it cannot be read.
+
+    What is said of an error is `redacted`; a model's words stay as they are.
+    """
     try:
         result = json.loads(line)
         key, response, error = result["custom_id"], result.get("response") or {}, result.get("error")
@@ -26,8 +29,9 @@ def outcome_of(line: str) -> Outcome | None:
     if not isinstance(key, str):
         return None
     if not error and isinstance(status, int) and 200 <= status < 300:
-        return _answered(key, encodable(json.dumps(body, ensure_ascii=False)))
+        return _answered(key, encodable(json.dumps(body, ensure_ascii=False)), redacted)
     code, words = _why(error or (body.get("error") if isinstance(body, Mapping) else None))
+    words = redacted(words)
     if code in _NOT_RUN or not isinstance(status, int) or status >= 500 or status in _ANOTHER_TRY:
         return again(key, words, NOTHING, listed=code in _NOT_RUN)
     return Outcome(key, None, NOTHING, f"http_{status}: {status}: {words}")
@@ -38,11 +42,11 @@ def again(key: str, why: str, billed: Tokens | None, *, listed: bool = False) ->
     return Outcome(key, None, billed, f"again: {why}", listed)
 
 
-def _answered(key: str, raw: str) -> Outcome:
+def _answered(key: str, raw: str, redacted: Callable[[str], str]) -> Outcome:
     try:
         usage = reply_of(raw).usage
     except RequestFailed as error:
-        return Outcome(key, raw, None, f"{error.reason}: {error.detail}")
+        return Outcome(key, redacted(raw), None, redacted(f"{error.reason}: {error.detail}"))
     if "prompt_tokens" in usage and "completion_tokens" in usage:
         return Outcome(key, raw, Tokens(usage["prompt_tokens"], usage["completion_tokens"]))
     return Outcome(key, raw, None)

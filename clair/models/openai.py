@@ -6,17 +6,18 @@ import email.utils
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from clair.models import Refused, RequestFailed, TooMany, Unreachable, encodable
+from clair.models import Refused, RequestFailed, TooMany, Unreachable, encodable, reply_of
 from clair.recipe import one_line
-from clair.urls import endpoint_of, environment_headers, header_secrets, public_url
+from clair.urls import endpoint_of, environment_headers, environment_values, filled, public_url
 
 T = TypeVar("T")
 _CONNECT_SECONDS = 15.0
 _LONGEST_WAIT = 86_400.0
-_SHORTEST_SECRET = 4  # what is shorter stands in ordinary words
+_SHORTEST_SECRET = 8  # what is shorter stands in ordinary words
+_OURS = ("messages", "tools")  # what the rows say: `${NAME}` in them is text
 
 
 class OpenAIModel:
@@ -30,6 +31,7 @@ class OpenAIModel:
         key: str | None = None,
         headers: Mapping[str, str] | None = None,
         id: str | None = None,
+        secrets: Iterable[str] = (),
         timeout: float = 600.0,
         role: str = "model",
     ) -> None:
@@ -39,9 +41,9 @@ class OpenAIModel:
         endpoint = endpoint_of(url)
         self.name = name
         self.role = role
-        self.url = endpoint.base
+        self.url = endpoint.public
         self.identity = id or f"{name}@{self.url}"
-        secrets = (key or "", *endpoint.secrets, *header_secrets(headers or {}))
+        secrets = (key or "", *endpoint.secrets, *environment_values(headers or {}), *secrets)
         self._secrets = {secret for secret in secrets if len(secret) >= _SHORTEST_SECRET}
         authorization = {"Authorization": endpoint.authorization} if endpoint.authorization else {}
         limit = Timeout(timeout, connect=_CONNECT_SECONDS)
@@ -49,7 +51,7 @@ class OpenAIModel:
             base_url=endpoint.base,
             api_key=key or "none",
             default_headers=authorization | environment_headers(headers or {}),
-            default_query=endpoint.query,
+            default_query=filled(endpoint.query, f"the query of {self.url}"),
             max_retries=0,
             timeout=limit,
             http_client=DefaultAioHttpClient(timeout=limit, limits=_no_limits()),
@@ -122,7 +124,7 @@ class OpenAIModel:
         import httpx2
 
         # Headers belong to all requests of the endpoint, the first look at its models included.
-        sent = None if body is None else {k: v for k, v in body.items() if k != "headers"}
+        sent = None if body is None else self.body(body)
 
         async def ask(client: Any) -> Any:
             if method == "GET":
@@ -130,7 +132,22 @@ class OpenAIModel:
             return await client.post(path, cast_to=httpx2.Response, body=sent)
 
         response = await self.call(ask)
-        return self.redacted(response.content.decode("utf-8", "replace"))
+        return self.as_said(response.content.decode("utf-8", "replace"))
+
+    def body(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """What is sent of a request: without the headers, and `${NAME}` filled in where it is not a row's text."""
+        sent = {name: value for name, value in request.items() if name != "headers"}
+        return sent | filled({name: value for name, value in sent.items() if name not in _OURS}, "extra")
+
+    def as_said(self, text: str) -> str:
+        """What came with status 200: a model's words as they are; what is no completion, without our secrets."""
+        if not any(secret in text for secret in self._secrets):
+            return text
+        try:
+            reply_of(text)
+        except RequestFailed:
+            return self.redacted(text)
+        return text
 
     def _words(self, error: Any) -> str:
         """What the server said, in one line and without our secrets."""

@@ -90,3 +90,10 @@ def revision(messages: list[dict[str, str]], sample: int = 0) -> str:
 def verdict(choice: str) -> str:
     """A judge's reply."""
     return "{teacher_reasoning}\nbecause\n\n{best_student_solution}\n" + choice
+
+
+def oracle_verdict(messages: list[dict[str, str]], sample: int = 0) -> str:
+    """Prefers the answer that says `good`."""
+    shown = [between(messages[0]["content"], f"student_solution_{n}") for n in (1, 2)]
+    good = ["good" in answer for answer in shown]
+    return verdict("[1]" if good == [True, False] else "[2]" if good == [False, True] else "[tie]")

@@ -507,7 +507,7 @@ def test_a_request_larger_than_a_file_fails_alone(tmp_path, service):
     ],
 )
 def test_a_result_line_tells_one_thing_or_nothing(line, told):
-    outcome = outcome_of(line)
+    outcome = outcome_of(line, str)
     if told is None:
         assert outcome is None
     else:
@@ -521,7 +521,7 @@ def test_a_good_line_gives_the_reply_as_it_came_and_its_usage():
         '{"choices": [{"message": {"content": "caf\\u00e9 \\ud83d"}}], '
         '"usage": {"prompt_tokens": 3, "completion_tokens": 5}}}}'
     )
-    outcome = outcome_of(line)
+    outcome = outcome_of(line, str)
     assert outcome.error is None
     assert outcome.billed == (3, 5)
     assert "café \ufffd" in outcome.raw

@@ -9,7 +9,7 @@ import pytest
 from clair.build import build
 from clair.dataset import read_rows
 from clair.recipe import UserError
-from tests.clair.scripted import Scripted, between, endpoint, install, recipe, revision, verdict
+from tests.clair.scripted import Scripted, between, endpoint, install, oracle_verdict, recipe, revision, verdict
 
 
 def drops(out):
@@ -24,13 +24,6 @@ def text(row, side):
     return row[side][0]["content"]
 
 
-def oracle(messages, sample=0):
-    """Prefers the answer that says `good`."""
-    shown = [between(messages[0]["content"], f"student_solution_{n}") for n in (1, 2)]
-    good = ["good" in answer for answer in shown]
-    return verdict("[1]" if good == [True, False] else "[2]" if good == [False, True] else "[tie]")
-
-
 def answers(n, start=0):
     """Rows whose good answer stands now first, now second."""
     rows = []
@@ -42,7 +35,7 @@ def answers(n, start=0):
 
 @pytest.mark.parametrize("order", ["both", "random"])
 def test_an_oracle_judge_is_followed_in_every_pair_and_shows_no_position_bias(tmp_path, monkeypatch, order):
-    install(monkeypatch, judge=Scripted("oracle", oracle))
+    install(monkeypatch, judge=Scripted("oracle", oracle_verdict))
     built = build(recipe(tmp_path / "out", answers(200), pipeline="judged", judge=endpoint(order=order)))
     rows = pairs(tmp_path / "out")
     assert len(rows) == 200
@@ -70,7 +63,7 @@ def test_ties_are_dropped_by_reason(tmp_path, monkeypatch):
 
 def test_on_policy_samples_differ_and_are_each_asked_once(tmp_path, monkeypatch):
     target = Scripted("target", lambda m, n: f"{'good' if n == 1 else 'bad'} sample {n}: {m[0]['content']}")
-    judge = Scripted("oracle", oracle)
+    judge = Scripted("oracle", oracle_verdict)
     install(monkeypatch, target=target, judge=judge)
     rows = [{"prompt": f"question {i}"} for i in range(10)]
     config = recipe(tmp_path / "out", rows, pipeline="judged", samples=3, target=endpoint(), judge=endpoint())

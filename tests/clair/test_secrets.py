@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from clair.keep import fingerprint
-from tests.clair.building import Ended, clair, drops, scripted_rows, write_prompts, write_recipe
+from tests.clair.building import Ended, clair, drops, pairs, scripted_rows, write_prompts, write_recipe
 
 KEY = "sk-planted-key-4f5e6d"
 PASSWORD = "planted/pass word-77"
@@ -148,3 +148,105 @@ def test_a_short_secret_is_not_looked_for_in_every_word(tmp_path, server, monkey
     reviser = {"url": server.url, "model": "m", "api_key_env": "PLANTED_KEY"}
     assert clair("build", write_recipe(tmp_path, server.url, reviser=reviser)).code == 3
     assert "This prompt is too long." in (tmp_path / "out" / "dropped.jsonl").read_text()
+
+
+HIDDEN = {
+    "api_key": "planted-one-11",
+    "extra_headers": {"Authorization": "Token planted-two-22", "X-Note": "Bearer planted-three-33"},
+    "headers": {"X-Auth": "planted-four-44"},
+    "metadata": {"auth": {"user": "planted-five-55"}, "note": "with sk-planted6 in it", "list": ["sk-planted-seven"]},
+    "client_secret": "short8",
+}
+OPEN = {"eos_token": "<|end|>", "prompt_cache_key": "cache-of-mine", "stop": ["Basic sums"], "seed": 7}
+
+
+def test_secrets_under_other_names_are_in_nothing_that_is_written(tmp_path, server):
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok", "400"]))
+    reviser = {"url": server.url + "?api-version=2024-06-01&code=a&token=planted-eight", "model": "m"}
+    file = write_recipe(tmp_path, server.url, reviser=reviser | {"extra": HIDDEN | OPEN})
+    ends = [clair("build", file, "--dry-run"), clair("build", file), clair("push", tmp_path / "out", "org/name")]
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.suffix != ".sqlite"]
+    assert len(written) >= 6
+    told = [end.out + end.err for end in ends] + [path.read_bytes().decode("utf-8", "replace") for path in written]
+    for secret in ("planted", "short8"):
+        assert not [text for text in told if secret in text]
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())["reviser"]
+    assert {name: recipe["extra"][name] for name in OPEN} == OPEN
+    assert recipe["extra"]["metadata"]["note"] == "with [secret] in it"
+    assert recipe["url"] == server.url + "?api-version=2024-06-01&code=a"
+    sent = server.seen()[0]
+    assert {name: sent["body"][name] for name in HIDDEN if name != "headers"} == {
+        name: value for name, value in HIDDEN.items() if name != "headers"
+    }
+    assert {name.lower(): value for name, value in sent["headers"].items()}["x-auth"] == "planted-four-44"
+    assert "token=planted-eight" in sent["query"]
+
+
+def test_what_is_put_into_extra_and_a_query_from_the_environment_is_sent_and_written_nowhere(tmp_path, server, secrets):
+    write_prompts(tmp_path / "prompts.jsonl", [{"prompt": "What is ${PLANTED_KEY}? [[ok echo400]]", "answer": "bad"}])
+    url = server.url + "?pass=${PLANTED_KEY}"
+    extra = {"user": "${PLANTED_HEADER}", "metadata": {"who": ["me ${PLANTED_HEADER}"]}}
+    ended = clair("build", write_recipe(tmp_path, server.url, reviser={"url": url, "model": "m", "extra": extra}))
+    assert ended.code == 0
+    assert_nowhere(tmp_path, ended)
+    (sent,) = server.seen()
+    assert sent["query"] == f"pass={KEY}"
+    assert (sent["body"]["user"], sent["body"]["metadata"]) == (HEADER, {"who": [f"me {HEADER}"]})
+    assert "What is ${PLANTED_KEY}?" in sent["body"]["messages"][0]["content"]
+
+
+@pytest.mark.parametrize("extra", [{"user": "${NO_SUCH_NAME}"}, {"api_key": "[secret]"}])
+def test_a_name_that_is_not_set_and_a_secret_that_was_taken_out_are_told_before_anything_is_asked(
+    tmp_path, server, extra
+):
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
+    ended = clair(
+        "build", write_recipe(tmp_path, server.url, reviser={"url": server.url, "model": "m", "extra": extra})
+    )
+    assert (ended.code, server.seen()) == (2, [])
+    assert f"reviser.extra.{next(iter(extra))}" in ended.err
+
+
+def test_a_key_in_the_place_of_its_variables_name_is_not_repeated(tmp_path, server):
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
+    reviser = {"url": server.url, "model": "m", "api_key_env": "sk-planted-nine"}
+    ended = clair("build", write_recipe(tmp_path, server.url, reviser=reviser))
+    assert ended.code == 2
+    assert "api_key_env" in ended.err
+    assert "planted" not in ended.err
+
+
+def test_an_answer_is_kept_as_it_was_sent_whatever_the_secrets_are(tmp_path, server, monkeypatch):
+    """Keys that are words, short or long, values of headers, of a query: none of them is cut out of a reply."""
+    monkeypatch.setenv("PLANTED_KEY", "answers-of-mine")
+    monkeypatch.setenv("PLANTED_HEADER", "test")
+    text = "a bad test of answers-of-mine on 2024-06-01"
+    write_prompts(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "Say it", "answer": text}])
+    extra = {"headers": {"X-Team": "${PLANTED_HEADER}"}}
+    url = server.url + "?api-version=2024-06-01"
+    reviser = {"url": url, "model": "m", "api_key_env": "PLANTED_KEY", "extra": extra}
+    assert clair("build", write_recipe(tmp_path, server.url, reviser=reviser)).code == 0
+    (pair,) = pairs(tmp_path / "out")
+    assert pair["rejected"][0]["content"] == text
+    assert pair["chosen"][0]["content"] == text.replace("bad", "good")
+
+
+def test_a_body_of_status_200_that_is_no_completion_is_told_without_secrets(tmp_path, server, secrets):
+    ended = clair("build", recipe(tmp_path, server.url, ["m echo200"]))
+    assert ended.code == 3
+    assert "[secret]" in drops(tmp_path / "out")[0]["detail"]
+    assert_nowhere(tmp_path, ended)
+
+
+def test_replies_of_one_deployment_are_not_those_of_another_at_the_same_url(tmp_path, server):
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
+    for query, code, asked in [("deployment=a&key=one", 0, 1), ("deployment=a&key=two", 0, 1), ("deployment=b", 2, 1)]:
+        reviser = {"url": f"{server.url}?{query}", "model": "m"}
+        ended = clair("build", write_recipe(tmp_path, server.url, reviser=reviser))
+        assert (ended.code, len(server.seen())) == (code, asked), query
+    assert "differs in reviser.url" in ended.err
+    assert clair("build", tmp_path / "recipe.yaml", "--update").code == 0
+    assert len(server.seen()) == 2
+    made = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert made["recipe"]["reviser"]["url"] == made["models"]["reviser"]["identity"].partition("@")[2]
+    assert made["recipe"]["reviser"]["url"].endswith("?deployment=b")
