@@ -17,12 +17,12 @@ from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
 
 from apo.cache import hash_model
-from apo.console import pace
 from apo.faults import is_out_of_memory, memory_watched
 from apo.logps import IDLE, IDS, PAIR_WEIGHT, Batch, WeightedCollator, mismatched
 from apo.prefix import around_the_parting, bins_of, share_if_exact, shared_prefix_logps, tokens_of
 from apo.reference import Advance, with_reference
 from apo.transfer import to_device
+from clair.progress import progress
 
 
 class AskingTrainer(DPOTrainer):
@@ -159,7 +159,9 @@ class AskingTrainer(DPOTrainer):
                 dataset, identity, compute, folder, self.notes.append,
                 rank=self.args.process_index, processes=self.args.world_size,
                 exchange=lambda mine: gather_object([mine]),
-                watched=lambda count: pace(f"reference log-probs, {name}", count, shown=self.args.process_index == 0),
+                watched=lambda missing: progress(
+                    f"reference log-probs, {name}", missing, shown=self.args.process_index == 0
+                ),
             )  # fmt: skip
         self.reference_computed[name] = computed
         return dataset

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from apo.prefix import _HEAD_CHUNK, keeps_logits
 from apo.shapes import GIB, Device, Row, Sizes, rows_of
 from apo.shares import Zero, held
+from clair.progress import duration
 from clair.recipe import UserError
 
 if TYPE_CHECKING:
@@ -315,13 +316,6 @@ def check_fits(job: Job, device: Device) -> None:
     raise UserError(
         f"the run needs about {_gib(needed(job, device))} GiB and {device.name} has {_gib(device.memory)}; set {change}"
     )
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: `40 s`, `12 min`, `3.5 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _gib(size: float) -> str:

@@ -6,15 +6,16 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from apo.console import bar, tell
 from apo.diagnose import judge, log_of
 from apo.processes import Group
 from apo.run import append_metrics
+from clair.progress import EVERY, Progress, progress, tell
 
 
 class Recorder(TrainerCallback):
@@ -71,41 +72,38 @@ class Warner(TrainerCallback):
 
 
 class Bar(TrainerCallback):
-    """The numbers that matter, a line a log, on stderr; below them in a terminal a bar of steps, and of evaluation."""
+    """The numbers that matter, a line a log, on stderr; below them how far training is, and an evaluation."""
 
     def __init__(self) -> None:
-        self.progress: Any = None
-        self.task = self.held_out = None
+        self._shown = ExitStack()
+        self._work: Progress | None = None
+        self._held_out, self._batches = 0, 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Show the bar, from the step that is gone on from."""
-        progress = bar()
-        if not state.is_world_process_zero or not progress.console.is_terminal:
-            return
-        self.progress = progress
-        self.task = progress.add_task("training", total=state.max_steps, completed=state.global_step)
-        progress.start()
+        """Show how far it is, from the step that is gone on from. Lines of the log are enough for a first look."""
+        shown = progress(
+            "training", state.max_steps, details=self._evaluation, first=EVERY, shown=state.is_world_process_zero,
+            begun=state.global_step,
+        )  # fmt: skip
+        self._work = self._shown.enter_context(shown)
+
+    def _evaluation(self) -> list[str]:
+        return [f"held out: {self._held_out:,}/{self._batches:,} batches"] if self._held_out else []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Move on."""
-        if self.progress is not None:
-            self.progress.update(self.task, completed=state.global_step)
+        if self._work is not None:
+            self._work.update(state.global_step)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, eval_dataloader: Any, **_: Any
     ) -> None:
-        """Show how far an evaluation is, in batches."""
-        if self.progress is None:
-            return
-        if self.held_out is None:
-            self.held_out = self.progress.add_task("held out", total=len(eval_dataloader))
-        self.progress.advance(self.held_out)
+        """Count the batches of an evaluation."""
+        self._held_out, self._batches = self._held_out + 1, len(eval_dataloader)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Take the bar of the evaluation away."""
-        if self.held_out is not None:
-            self.progress.remove_task(self.held_out)
-            self.held_out = None
+        """The evaluation is over."""
+        self._held_out = 0
 
     def on_log(
         self,
@@ -122,14 +120,13 @@ class Bar(TrainerCallback):
             tell(f"step {state.global_step}/{state.max_steps}  {told}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave the bar as it stands."""
+        """Take the display away."""
         self.close()
 
     def close(self) -> None:
         """Give the terminal back, also after an error."""
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+        self._shown.close()
+        self._work = None
 
 
 _LOOKS = (

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apo import cache
+from clair.progress import Progress
 from clair.recipe import content_hash
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 Advance = Callable[[int], None]
 Compute = Callable[[Sequence[dict[str, Any]], Advance], "tuple[Tensor, Tensor]"]
 """Log-probs of both responses of some pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`), [n] each."""
-Watched = Callable[[int], AbstractContextManager[Advance]]
+Watched = Callable[[int], AbstractContextManager[Progress]]
 
 
 def part_key(identity: Sequence[Any], pairs: Sequence[dict[str, Any]]) -> str:
@@ -44,13 +45,13 @@ def with_reference(
     rank: int = 0,
     processes: int = 1,
     exchange: Callable[[Any], list[Any]] = lambda mine: [mine],
-    watched: Watched = lambda missing: nullcontext(lambda count: None),
+    watched: Watched = lambda missing: nullcontext(Progress("")),
 ) -> tuple[Dataset, int]:
     """`dataset` with the reference's log-probs as two columns, and how many pairs this process had to compute.
 
     Processes share the parts out and `exchange` what they found, so that each part is computed and written once, also
     where they have no file system in common. Without a `folder` nothing is kept. `watched` is told how many pairs
-    this process has to compute, and what it gives is handed to `compute`, to be called with every few that are done.
+    this process has to compute; `compute` is handed what to call with every few that are done.
     """
     import torch
 
@@ -75,9 +76,9 @@ def with_reference(
         tell(f"reference log-probs: damaged and computed anew: {damaged[0]}{others}")
     computed = sum(min(PART, len(dataset) - start) for start in missing)
     unwritten = None
-    with watched(computed) as advance:
+    with watched(computed) as work:
         for start, key in missing.items():
-            values = (column.to(torch.float64).cpu() for column in compute(pairs_from(start), advance))
+            values = (column.to(torch.float64).cpu() for column in compute(pairs_from(start), work.advance))
             found[start] = dict(zip(COLUMNS, values, strict=True))
             if folder and (note := cache.store(folder, key, found[start])) and note != unwritten:
                 unwritten = note

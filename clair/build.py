@@ -163,6 +163,10 @@ async def _fill(
     config, pending = run.config, 0
     places: deque[int] = deque()
 
+    def ended() -> None:
+        writer.ahead += 1
+        on_progress(writer, run.askers)
+
     def prompts() -> Iterator[tuple[Prompt, str | None]]:
         for place, (prompt, left_out) in enumerate(each_prompt(config.prompts, config.limit, found)):
             if config.accept and writer.pairs + pending >= config.accept:  # every one that waits may become a pair
@@ -174,8 +178,10 @@ async def _fill(
                     output.upload(DYING)
                 yield prompt, KILLER if prompt.id in care.killers else left_out
 
-    async with aclosing(run.outcomes(prompts(), one_by_one=care.note)) as outcomes:
+    on_progress(writer, run.askers)
+    async with aclosing(run.outcomes(prompts(), one_by_one=care.note, on_end=ended)) as outcomes:
         async for id, outcome in outcomes:
+            writer.ahead -= 1
             writer.place = places.popleft()
             if isinstance(outcome, Pending):
                 pending += 1

@@ -49,17 +49,20 @@ def build(
     from clair.build import build as build_dataset
     from clair.build import check
     from clair.config import BuildConfig, public
+    from clair.estimate import replies
+    from clair.progress import progress
     from clair.recipe import load_recipe
     from clair.shards import read_shard, sharded, shards_out
     from clair.storage import is_url, public_path
-    from clair.terminal import progress_bar, shards_bar, summary
+    from clair.terminal import build_progress, shards_progress, summary
     from clair.terminal import show as print_
 
     overrides = [*(set_ or []), *([text_override("out", out)] if out else []), *([f"limit={limit}"] if limit else [])]
     config = load_recipe(BuildConfig, recipe, overrides)
     part = read_shard(shard) if shard else None
     _check_runner(runner, shard=shard, address=address, shards=shards)
-    found = check(sharded(config, part) if part else config, part)
+    with progress("checking recipe and prompts"):
+        found = check(sharded(config, part) if part else config, part)
     if dry_run:
         import yaml
 
@@ -69,10 +72,10 @@ def build(
     if runner:
         from clair.runners import build_on_ray
 
-        with shards_bar(found.rows) as tell_all:
+        with shards_progress(found.rows) as tell_all:
             built = build_on_ray(config, found, address=address, shards=shards, update=update, tell=tell_all)
     else:
-        with progress_bar(found.held) as tell:
+        with build_progress(found.held, replies(config, found)) as tell:
             built = build_dataset(config, found=found, update=update, on_progress=tell, shard=part)
     if built.stopped:
         print(f"{built.stopped}: every reply so far is kept; run the same command again to go on", file=sys.stderr)

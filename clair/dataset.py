@@ -110,6 +110,8 @@ class DatasetWriter:
         self._dropped_file = self._temporary("dropped.jsonl")
         self._dropped = open(self._dropped_file, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self.place = 0
+        self.ahead = 0
+        """Rows that have come to their end and wait for one before them."""
         self._order_file = self._temporary(ORDER) if order else None
         self._order = open(self._order_file, "wb") if self._order_file else None  # noqa: SIM115 (closed by close)
 
@@ -156,6 +158,11 @@ class DatasetWriter:
     def pairs(self) -> int:
         """How many pairs so far."""
         return sum(self.counts[split] for split in SPLITS)
+
+    @property
+    def done(self) -> int:
+        """Rows that have come to their end, written or not."""
+        return self.pairs + self.counts["dropped"] + self.ahead
 
     def contrast_means(self) -> dict[str, float]:
         """The mean of each contrast number over all pairs; empty without pairs."""

@@ -158,14 +158,30 @@ def _size(prompt: Prompt) -> int:
 
 def _calls_per_row(config: BuildConfig, role: str) -> int:
     """The most calls of a role for one prompt, one re-ask of each included."""
+    calls = _replies_per_row(config, role)
+    if config.judge and role == "judge":
+        return calls * (1 + config.judge.ask_again)
+    if config.reviser and role == "reviser":
+        return calls * (1 + (config.reviser.mode == "edits")) * (1 + config.reviser.ask_again)
+    return calls
+
+
+def _replies_per_row(config: BuildConfig, role: str) -> int:
+    """Calls of a role for one prompt where every reply can be read."""
     if role == "target":
         return config.samples if config.pipeline == "judged" else 1
     if config.judge and role == "judge":
         comparisons = config.samples * (config.samples - 1) // 2
-        return comparisons * (2 if config.judge.order == "both" else 1) * (1 + config.judge.ask_again)
-    if config.reviser and role == "reviser":
-        return (1 + (config.reviser.mode == "edits")) * (1 + config.reviser.ask_again)
+        return comparisons * (2 if config.judge.order == "both" else 1)
     return 1
+
+
+def replies(config: BuildConfig, found: Scan) -> dict[str, int]:
+    """Replies by role that a build of what `found` holds comes to, about: each can be read, and no row is dropped."""
+    given = found.compared if config.pipeline == "judged" else found.answered
+    rows = found.held * found.unique / max(1, found.rows)
+    asked = {"target": rows * (1 - given / max(1, found.unique))}
+    return {role: math.ceil(asked.get(role, rows) * _replies_per_row(config, role)) for role in config.models}
 
 
 def total_cost(roles: Mapping[str, RoleEstimate]) -> Range | None:

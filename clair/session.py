@@ -29,6 +29,7 @@ from clair.models.local import LocalModel, check_model_folder, check_options
 from clair.models.openai import OpenAIModel
 from clair.models.pool import Pool
 from clair.pipelines import judged, revised, stronger
+from clair.progress import duration, tell
 from clair.prompts import JUDGE_NEEDS, REVISER_NEEDS, load_template
 from clair.records import Dropped, Pair, Prompt
 from clair.steps import Judge, Reviser
@@ -57,17 +58,29 @@ class Session:
     judge: Judge | None
 
     async def outcomes(
-        self, prompts: Iterable[tuple[Prompt, str | None]], *, one_by_one: bool = False
+        self,
+        prompts: Iterable[tuple[Prompt, str | None]],
+        *,
+        one_by_one: bool = False,
+        on_end: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[tuple[str, Pair | Dropped | Pending]]:
         """(prompt id, pair or reason) of each prompt, in the order of the prompts; ends early where the run stops.
 
-        Pending in the place of an outcome that needs a reply which comes with a batch: see `wait`.
+        Pending in the place of an outcome that needs a reply which comes with a batch: see `wait`. `on_end` is called
+        where a row comes to its end, which may be long before its turn.
         """
         ahead = _AHEAD_AT_LEAST + _AHEAD_PER_PLACE * self.config.concurrency
         if self.config.accept:  # what is begun beyond the last pair wanted is paid for and not used: begin little
             ahead = 2 * self.config.concurrency
         ahead = 1 if one_by_one else ahead
-        async with aclosing(in_order(self._row, prompts, ahead, self.stop.happened, self._drain)) as results:
+
+        async def row(item: tuple[Prompt, str | None]) -> tuple[str, Pair | Dropped | Pending | Stopped]:
+            outcome = await self._row(item)
+            if not isinstance(outcome[1], Stopped):
+                on_end()
+            return outcome
+
+        async with aclosing(in_order(row, prompts, ahead, self.stop.happened, self._drain)) as results:
             async for id, outcome in results:
                 if isinstance(outcome, Stopped):
                     return
@@ -153,7 +166,7 @@ async def session(
     askers = open_askers(config, ledger, stop, live=live, means=means)
     batches = [asker.batch for asker in askers.values() if asker.batch]
     try:
-        with ctrl_c(stop):
+        with ctrl_c(stop, askers):
             async with means.held(stop):
                 yield _assembled(config, askers, stop)
             for batch in batches:
@@ -377,15 +390,25 @@ def open_model(role: str, config: ModelConfig) -> Model:
 
 
 @contextmanager
-def ctrl_c(stop: Stop) -> Iterator[None]:
-    """Ctrl-C once: send nothing more, keep what is in flight. Twice: leave at once."""
+def ctrl_c(stop: Stop, askers: Mapping[str, Asker]) -> Iterator[None]:
+    """Ctrl-C once: send nothing more, keep what is in flight. Twice: leave at once. Both say so when it is pressed."""
     loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
 
     def interrupt(number: signal.Signals) -> None:
         stop.now("interrupted")
-        loop.remove_signal_handler(number)
+        tell(f"interrupted: {_waited_for(askers)}")
+        loop.add_signal_handler(number, leave, number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    def leave(number: signal.Signals) -> None:
+        for each in numbers:
+            loop.remove_signal_handler(each)
+        tell(f"leaving at once: {_lost(askers)}")
+        for asker in askers.values():
+            if isinstance(asker.model, LocalModel):
+                asker.model.halt()
+        raise KeyboardInterrupt
+
     for number in numbers:
         try:
             loop.add_signal_handler(number, interrupt, number)
@@ -396,3 +419,24 @@ def ctrl_c(stop: Stop) -> Iterator[None]:
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
+
+
+def _waited_for(askers: Mapping[str, Asker]) -> str:
+    """What is in flight, how long that can take, and what to type, after the first Ctrl-C."""
+    flying = {role: asker for role, asker in askers.items() if asker.limiter.in_flight}
+    if not flying:
+        return "nothing is in flight, and every reply so far is kept"
+    counts = ", ".join(f"{role} {asker.limiter.in_flight}" for role, asker in flying.items())
+    longest = max((getattr(asker.model, "timeout", 0.0) for asker in flying.values()), default=0.0)
+    most = f", at most {duration(longest)} more" if longest else ""
+    return (
+        f"waiting for the replies in flight ({counts}){most}; every reply so far is kept. Ctrl-C again leaves without "
+        f"them; the same command goes on"
+    )
+
+
+def _lost(askers: Mapping[str, Asker]) -> str:
+    """What is lost by the second Ctrl-C."""
+    count = sum(asker.limiter.in_flight for asker in askers.values())
+    lost = f"the {count} replies in flight are not kept, and will be asked for again; " if count else ""
+    return f"{lost}every reply before is kept; the same command goes on from there"

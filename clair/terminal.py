@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,14 +10,15 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from clair.contrast import word_diff
-from clair.dataset import read_manifest
+from clair.dataset import DatasetWriter, read_manifest
 from clair.endpoint import Check
 from clair.estimate import Range, RoleEstimate, total_cost
+from clair.models.asking import Asker
+from clair.progress import Rate, duration, pace_of, progress
 from clair.prompts import task_text
 from clair.storage import public_path
 
@@ -95,25 +97,91 @@ def show(what: Any) -> None:
 
 
 @contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[Any, Mapping[str, Any]], None]]:
-    """A bar on stderr; yields the function that a build calls after every row."""
-    with shards_bar(total) as tell_rows:
+def asking_progress(
+    what: str, total: int, calls: Mapping[str, int], *, shown: bool = True
+) -> Iterator[Callable[[int, Mapping[str, Asker], str], None]]:
+    """How far work is that asks models: rows done, and for each role replies, requests in flight and time left.
 
-        def tell(writer: Any, askers: Mapping[str, Any]) -> None:
-            flying = sum(asker.limiter.in_flight for asker in askers.values())
-            told = f"{writer.pairs} pairs, {writer.counts['dropped']} dropped, {flying} in flight"
-            batched = sum(asker.batch.in_batches for asker in askers.values() if asker.batch)
-            told += f", {batched} in batches" if batched else ""
-            # A build that waits for batches goes through its prompts again, and the bar with it.
-            tell_rows(writer.pairs + writer.counts["dropped"], told)
+    `calls` are the replies of each role that all rows need, about. Yields the function that takes the rows done, the
+    askers, and more words; it is called where one of them changes.
+    """
+    asking = _Asking(total, calls)
+    with progress(what, total, details=asking.lines, left=asking.left, shown=shown) as work:
 
-        yield tell
+        def update(done: int, askers: Mapping[str, Asker], words: str = "") -> None:
+            asking.done, asking.askers, asking.words = done, askers, words
+            work.update(done)
+
+        yield update
+
+
+class _Asking:
+    """What askers are at, in lines: looked at whenever a line is wanted, from another thread than theirs."""
+
+    def __init__(self, total: int, calls: Mapping[str, int], clock: Callable[[], float] = time.monotonic) -> None:
+        self.total, self.calls, self._clock = total, calls, clock
+        self.done, self.words = 0, ""
+        self.askers: Mapping[str, Asker] = {}
+        self._rates: dict[str, Rate] = {}
+
+    def lines(self) -> list[str]:
+        """The words there are, and a line for each role."""
+        return [*([self.words] if self.words else ()), *(self._line(role) for role in self.askers)]
+
+    def left(self) -> float | None:
+        """Seconds until the slowest role is through; None while one of them has not begun."""
+        each = [self._left(role) for role in self.askers]
+        return max((left for left in each if left is not None), default=None) if None not in each else None
+
+    def _line(self, role: str) -> str:
+        asker, left = self.askers[role], self._left(role)
+        tally, rate = asker.told, self._rate(role)
+        parts = [f"{tally.calls + tally.reused:,}/{max(self.calls[role], tally.calls + tally.reused):,} replies"]
+        parts += [f"{tally.reused:,} of them reused"] if tally.reused else []
+        parts += [f"{asker.limiter.in_flight:,} in flight"] if not asker.batch else []
+        parts += [f"{asker.batch.in_batches:,} in batches"] if asker.batch else []
+        parts += [words] if (words := pace_of(rate.a_second(self._clock()))) else []
+        parts += [f"about {duration(left)} left"] if left else []
+        parts += [words] if (words := asker.waiting_for) else []
+        return f"{role}: {', '.join(parts)}"
+
+    def _rate(self, role: str) -> Rate:
+        now = self._clock()
+        rate = self._rates.setdefault(role, Rate(now))
+        rate.add(now, self.askers[role].told.calls)
+        return rate
+
+    def _left(self, role: str) -> float | None:
+        """A row that is done needs no more replies, whatever was expected of it."""
+        tally, calls = self.askers[role].told, self.calls[role]
+        rows_left = max(0, self.total - self.done)
+        remaining = min(calls - tally.calls - tally.reused, rows_left * -(-calls // max(1, self.total)))
+        return self._rate(role).left(self._clock(), remaining)
 
 
 @contextmanager
-def shards_bar(total: int) -> Iterator[Callable[[int, str], None]]:
-    """The same for a build in shards; the function takes the rows that are done, and words."""
-    numbers = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[told]}"))
-    with Progress(TextColumn("building"), *numbers, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total, told="")
-        yield lambda rows, told: progress.update(task, completed=rows, told=told)
+def build_progress(
+    total: int, calls: Mapping[str, int]
+) -> Iterator[Callable[[DatasetWriter, Mapping[str, Asker]], None]]:
+    """The same of a build; yields what it calls with every row."""
+    with asking_progress("building", total, calls) as update:
+        # A build that waits for batches goes through its prompts again, and what is done with it.
+        yield lambda writer, askers: update(writer.done, askers, _rows(writer))
+
+
+def _rows(writer: DatasetWriter) -> str:
+    waiting = f", {writer.ahead:,} done before their turn" if writer.ahead else ""
+    return f"{writer.pairs:,} pairs, {writer.counts['dropped']:,} dropped{waiting}"
+
+
+@contextmanager
+def shards_progress(total: int) -> Iterator[Callable[[int, str], None]]:
+    """The same of a build in shards; the function takes the rows that are done, and words."""
+    words: list[str] = []
+    with progress("building", total, details=lambda: words) as work:
+
+        def update(rows: int, told: str) -> None:
+            words[:] = [told]
+            work.update(rows)
+
+        yield update

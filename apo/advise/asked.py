@@ -60,7 +60,7 @@ async def ask(config: AdviseConfig, checked: Checked, ledger: Ledger, tell: Tell
     stop, found = Stop(), Asked()
     askers = open_askers(config, ledger, stop)
     try:
-        with ctrl_c(stop):
+        with ctrl_c(stop, askers):
             found.own = await _own_answers(askers["model"], checked, stop, found.failures, tell)
             if judge and not (stop.reason or found.failures):
                 await _judged(config, checked, askers["judge"], stop, found, tell)

@@ -308,11 +308,14 @@ def _print_winrate(config: Any, checked: Any) -> None:
 
 
 def _run_winrate(config: Any, checked: Any) -> None:
-    from apo.evaluate.tables import evaluation_bar, winrate_table
+    from apo.evaluate.tables import winrate_table
     from apo.evaluate.winrate import compare
+    from clair.terminal import asking_progress
     from clair.terminal import show as print_
 
-    with evaluation_bar(len(checked.prompts) * config.samples) as on_progress:
+    total = len(checked.prompts) * config.samples
+    calls = {role: total * (2 if role == "judge" else 1) for role in config.models}
+    with asking_progress("comparing", total, calls) as on_progress:
         done = compare(config, checked=checked, on_progress=on_progress)
     failed = (
         f"{done.failed} pairs got no reply ({done.first_failure}), so there is no win rate; everything else is "

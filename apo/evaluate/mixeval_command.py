@@ -12,14 +12,16 @@ from apo.evaluate.many import apart, evaluate_each
 from apo.evaluate.results import read_results
 from apo.evaluate.run import Evaluated, evaluate, work_of
 from apo.evaluate.settings import Checked, MixEvalConfig, check, public
-from apo.evaluate.tables import evaluation_bar, score_table
+from apo.evaluate.tables import score_table
 from clair.recipe import EXIT_SOME_FAILED
+from clair.terminal import asking_progress
 from clair.terminal import show as print_
 
 
 def run_one(config: MixEvalConfig, checked: Checked) -> None:
     """Evaluate one model, and print its score."""
-    with evaluation_bar(len(work_of(config, checked))) as on_progress:
+    total = len(work_of(config, checked))
+    with asking_progress("evaluating", total, dict.fromkeys(config.models, total)) as on_progress:
         done = evaluate(config, checked=checked, on_progress=on_progress)
     _end_early(done)
     _print_score(config, done)
@@ -40,7 +42,8 @@ def run_many(
         return
     rows = {one.out: len(work_of(one, checked)) for one, checked in work}
     finished: dict[str, Evaluated] = {}
-    with evaluation_bar(sum(rows.values())) as bar:
+    calls = dict.fromkeys(work[0][0].models, max(rows.values()))
+    with asking_progress("evaluating", sum(rows.values()), calls) as bar:
         evaluations = evaluate_each(
             work,
             ray=runner == "ray",

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ async def _evaluate(
     askers = open_askers(config, ledger, stop, means=means)
     try:
         run = Run(config, checked, askers, stop)
-        with ctrl_c(stop):
+        with ctrl_c(stop, askers):
             items = await run.items(run.work(), on_progress)
     finally:
         for asker in askers.values():
@@ -155,7 +156,16 @@ class Run:
     async def items(self, work: Sequence[tuple[int, Answer | Wanted]], on_progress: Progress) -> list[Item]:
         """The items of this work, in the order of their places; only some where the run stops or requests fail."""
         found: list[tuple[int, Item]] = []
-        results = in_order(self._placed, work, len(work) + 1, self.stop.happened, self._drain)
+        done = count()
+
+        async def placed(what: tuple[int, Answer | Wanted]) -> tuple[int, Item | Dropped | Stopped]:
+            result = await self._placed(what)
+            if not isinstance(result[1], Dropped | Stopped):
+                on_progress(next(done), self.askers)
+            return result
+
+        on_progress(next(done), self.askers)
+        results = in_order(placed, work, len(work) + 1, self.stop.happened, self._drain)
         async with aclosing(results) as outcomes:
             async for place, outcome in outcomes:
                 if isinstance(outcome, Stopped):
@@ -164,7 +174,6 @@ class Run:
                     self.failures.append(f"{outcome.stage}: {outcome.detail}")
                 else:
                     found.append((place, outcome))
-                on_progress(len(found), self.askers)
         if found and not self.stop.reason and all(_no_answer(item) for _, item in found):
             raise UserError(f"the model answered nothing: {self.refusals[0]}")
         return [item for _, item in sorted(found, key=lambda placed: placed[0])]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from apo.evaluate.results import Interval, Results, Split
@@ -160,19 +157,3 @@ def _points(interval: Sequence[float] | None) -> str:
 
 def _chance(p: float | None) -> str:
     return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-@contextmanager
-def evaluation_bar(total: int) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
-    """A bar on stderr; yields the function that an evaluation calls after every item."""
-    numbers = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[told]}"))
-    with Progress(TextColumn("evaluating"), *numbers, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total, told="")
-
-        def tell(done: int, askers: Mapping[str, Any]) -> None:
-            told = ", ".join(
-                f"{role}: {asker.tally.calls} asked, {asker.tally.reused} reused" for role, asker in askers.items()
-            )
-            progress.update(task, completed=done, told=told)
-
-        yield tell

@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +148,16 @@ class Run:
 
     async def outcomes(self, on_progress: Callable[[int, Mapping[str, Asker]], None]) -> list[Compared]:
         """All comparisons, in the order of the prompts; only some where the run stops or requests fail."""
-        work, found = self.work(), []
-        async with aclosing(in_order(self._one, work, len(work) + 1, self.stop.happened, self._drain)) as outcomes:
+        work, found, done = self.work(), [], count()
+
+        async def one(item: tuple[Prompt, int]) -> Compared | Dropped | Stopped:
+            result = await self._one(item)
+            if not isinstance(result, Dropped | Stopped):
+                on_progress(next(done), self.askers)
+            return result
+
+        on_progress(next(done), self.askers)
+        async with aclosing(in_order(one, work, len(work) + 1, self.stop.happened, self._drain)) as outcomes:
             async for outcome in outcomes:
                 if isinstance(outcome, Stopped):
                     break
@@ -156,7 +165,6 @@ class Run:
                     self.failures.append(f"{outcome.stage}: {outcome.detail}")
                 else:
                     found.append(outcome)
-                on_progress(len(found), self.askers)
         return found
 
     async def _one(self, item: tuple[Prompt, int]) -> Compared | Dropped | Stopped:
@@ -264,7 +272,7 @@ async def _compare(
     askers = open_askers(config, ledger, stop)
     try:
         run = Run(config, checked, askers, stop)
-        with ctrl_c(stop):
+        with ctrl_c(stop, askers):
             compared = await run.outcomes(on_progress)
     finally:
         for asker in askers.values():

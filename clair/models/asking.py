@@ -15,6 +15,7 @@ from clair.limits import Limiter, Rate
 from clair.models import Model, Refused, RequestFailed, TooMany, Unreachable, reply_of
 from clair.models.batch import Batches
 from clair.models.batch_service import Pending
+from clair.models.local import LocalModel
 from clair.records import Dropped, Reply
 
 NOTHING = Tokens(0, 0)
@@ -153,6 +154,16 @@ class Asker:
         """The tally of the whole run, of however many passes: what an earlier pass asked for is a call, not reused."""
         asked = self.asked + (self.batch.asked if self.batch else 0)
         return replace(self.tally, calls=self.tally.calls + asked, reused=max(0, self.tally.reused - asked))
+
+    @property
+    def waiting_for(self) -> str:
+        """What a local model is at, or why an endpoint is asked less than the recipe allows; else nothing."""
+        if isinstance(self.model, LocalModel):
+            return self.model.doing
+        limiter = self.limiter
+        if (pause := limiter.pause) >= 1:
+            return f"paused for {pause:.0f} s as the server asks"
+        return f"the server takes {int(limiter.limit)} at once" if int(limiter.limit) < limiter.most else ""
 
     async def drain(self) -> None:
         """Wait for the requests in flight, which are paid for, until their replies are on disk."""

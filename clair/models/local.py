@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +147,9 @@ class LocalModel:
         self._loaded: Any = None
         self.kept = False
         """Whether a further run in this process asks it again."""
+        self.doing = ""
+        """What its thread is at, in words."""
+        self._halted = False
 
     async def check(self) -> None:
         """Load the weights."""
@@ -178,6 +181,10 @@ class LocalModel:
             if not waiting.future.done():
                 waiting.future.set_exception(Unreachable("not begun"))
         self._waiting = []
+
+    def halt(self) -> None:
+        """Give up all requests at the next token, also of the batch that is being generated."""
+        self._halted = True
 
     async def _work(self) -> None:
         await asyncio.sleep(_GATHER_SECONDS)
@@ -229,6 +236,7 @@ class LocalModel:
             from transformers import AutoModelForCausalLM, AutoTokenizer
             from transformers.utils import logging
 
+            self.doing = "loading the weights"
             logging.disable_progress_bar()  # a build has its own
             device = "cuda" if torch.cuda.is_available() else "cpu"
             base = adapter_base(self.path)
@@ -245,6 +253,7 @@ class LocalModel:
                     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
                     model = PeftModel.from_pretrained(model, str(self.path))
             self._loaded = tokenizer, model.to(device).eval()
+            self.doing = ""
         return self._loaded
 
     def _tokenize(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -317,8 +326,23 @@ class LocalModel:
                 attention_mask=mask.to(model.device),
                 generation_config=_greedy_config(model, most, _ends(tokenizer, model), pad),
                 logits_processor=_samplers(model, batch, most),
+                stopping_criteria=[self._watch(longest, most)],
             )
+        self.doing = ""
+        if self._halted:
+            raise Unreachable("given up")
         return made[:, longest:].tolist()
+
+    def _watch(self, prompt_tokens: int, most: int) -> Callable[..., Any]:
+        """What generation asks after each token: whether to end. Nothing but `halt` ends it."""
+        import torch
+
+        def ended(ids: Any, scores: Any, **_: Any) -> Any:
+            made = ids.shape[1] - prompt_tokens
+            self.doing = f"a batch of {len(ids)} is at token {made:,} of at most {most:,}"
+            return torch.full((len(ids),), self._halted, device=ids.device)
+
+        return ended
 
     def _reply(self, prompt_tokens: int, row: list[int]) -> str:
         tokenizer, model = self._load()

@@ -43,6 +43,7 @@ class OpenAIModel:
         self.role = role
         self.url = endpoint.public
         self.identity = id or f"{name}@{self.url}"
+        self.timeout = timeout
         secrets = (key or "", *endpoint.secrets, *environment_values(headers or {}), *secrets)
         self._secrets = {secret for secret in secrets if len(secret) >= _SHORTEST_SECRET}
         authorization = {"Authorization": endpoint.authorization} if endpoint.authorization else {}

@@ -29,6 +29,7 @@ class Pool:
         self._places = [_Place(model) for model in models]
         self.name = models[0].name
         self.identity = models[0].identity
+        self.timeout = max(getattr(model, "timeout", 0.0) for model in models)
 
     async def check(self) -> None:
         """At least one endpoint must be there; others may come later. Raises Refused as the last one did."""

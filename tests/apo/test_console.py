@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from apo import console
 from apo.config import TrainConfig
-from apo.console import pace
 from apo.monitor import looks, summary
 from apo.train import train
+from clair.progress import Progress
 
 SPEED = {"loss": 1.0, "pairs_per_second": 1117.3}
 
 
-def test_work_that_lasts_says_how_far_it_is_and_other_work_nothing(monkeypatch, capsys):
-    with pace("reading", 3) as advance:
-        [advance(1) for _ in range(3)]
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(console, "EVERY", 0.0)
-    with pace("reading", 3000) as advance:
-        [advance(1000) for _ in range(3)]
-    assert capsys.readouterr().err == "reading: 1,000 of 3,000\nreading: 2,000 of 3,000\n"
-    with pace("reading", 3000, shown=False) as advance:
-        advance(1000)
-    assert capsys.readouterr().err == ""
-
-
 @pytest.mark.slow
-def test_the_references_pass_says_how_far_it_is(recipe, monkeypatch, capsys):
-    monkeypatch.setattr(console, "EVERY", 0.0)
+def test_the_references_pass_says_how_far_it_is(recipe, monkeypatch):
+    counts = []
+    monkeypatch.setattr(Progress, "advance", lambda self, count: counts.append((self.what, self.total, count)))
     train(TrainConfig(**{**recipe, "trainer": {**recipe["trainer"], "pack_tokens": 120}}), tell=lambda _: None)
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("reference log-probs, train: ")]
-    assert len(told) > 2
-    assert told[-1].endswith(" of 24")
+    counts = [count for what, total, count in counts if (what, total) == ("reference log-probs, train", 24)]
+    assert len(counts) > 2
+    assert sum(counts) == 24
 
 
 @pytest.mark.slow

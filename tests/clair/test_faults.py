@@ -245,6 +245,10 @@ def test_interrupted_twice_it_leaves_at_once(tmp_path, server):
     ended = finished(process)  # which waits for less time than an answer takes
     assert ended.code == 130, ended
     assert "Traceback" not in ended.err
+    first, second = (line for line in ended.err.splitlines() if "in flight" in line and "building" not in line)
+    assert first.startswith("interrupted: waiting for the replies in flight (reviser 10), at most 10 min more; ")
+    assert "Ctrl-C again leaves without them; the same command goes on" in first
+    assert second.startswith("leaving at once: the 10 replies in flight are not kept, and will be asked for again; ")
 
 
 def test_interrupted_before_the_first_request_it_says_so(tmp_path):

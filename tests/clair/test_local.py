@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import warnings
 from itertools import pairwise
@@ -467,3 +468,19 @@ def test_the_worlds_own_model_answers_its_tasks_and_stops(tmp_path):
     assert answered >= 55
     sampled = [{"messages": messages(t.prompt), "max_tokens": 64, "temperature": 1.0, "seed": 0} for t in tasks]
     assert ask(folder, sampled, batch_size=64) == ask(folder, sampled, batch_size=9)
+
+
+def test_what_is_being_generated_says_how_far_it_is_and_can_be_given_up(folder):
+    async def given_up():
+        model = LocalModel(folder)
+        asked = asyncio.ensure_future(model.complete({"messages": messages("red"), "max_tokens": 1000}))
+        while "token" not in model.doing:  # noqa: ASYNC110 (set by the model's thread)
+            await asyncio.sleep(0.001)
+        told = model.doing
+        model.halt()
+        with pytest.raises(RequestFailed, match="given up"):
+            await asked
+        await model.close()
+        return told
+
+    assert re.fullmatch(r"a batch of 1 is at token \d+ of at most \d+", asyncio.run(given_up()))
