@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 
 from clair.filters import Filters
@@ -31,13 +32,13 @@ async def stronger(prompt: Prompt, *, target: Asker | None, stronger: Asker, fil
 async def judged(prompt: Prompt, *, target: Asker | None, judge: Judge | None, samples: int, filters: Filters) -> Pair:
     """Judge: of several answers, the target's own samples (on-policy) or given ones (off-policy), best against worst.
 
-    Given scores decide where there are any. Two answers are compared once; of more, each with each, and the most and
-    the fewest wins decide.
+    Given scores decide where there are any; where one is missing, the judge does, or the row is dropped. Two answers
+    are compared once; of more, each with each, and the most and the fewest wins decide.
     """
     author = "prompt file" if prompt.answers else _author(prompt, target)
     answers = prompt.answers or tuple(await together(*(generate(prompt, target, sample) for sample in range(samples))))
     models, labels = {"rejected": author, "chosen": author}, {"source": "judged", **prompt.labels}
-    if prompt.scores:
+    if prompt.scores and (judge is None or not any(map(math.isnan, prompt.scores))):
         best, worst = best_and_worst(prompt.scores)
         scores = (prompt.scores[best], prompt.scores[worst])
         chosen, rejected = answers[best], answers[worst]

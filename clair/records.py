@@ -32,7 +32,7 @@ class Prompt:
     messages: Messages
     answer: str | None = None
     answers: tuple[str, ...] = ()
-    """Answers of other models, to be judged or with `scores`, one each."""
+    """Answers of other models, to be judged or with `scores`, one each; NaN for an answer that has none."""
     scores: tuple[float, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
     """What the row says under the names of `LABELS`; handed on to its pair."""

@@ -148,6 +148,7 @@ _REASONS = {
     "stronger.truncated": "the answer ran into max_tokens",
     "target.identical_samples": "all sampled answers are the same",
     "scores.tie": "all answers have the same score",
+    "scores.missing": "an answer has no score",
     "judge.tie": "the judge finds neither better",
     "judge.contradiction": "the verdict changes with the order of the answers",
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -244,7 +245,10 @@ _SCORE_NAMES = ("score", "overall_score", "rating")
 
 
 def _answers(row: Mapping[str, Any], names: Mapping[str, str], where: str) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Several ready answers and their scores: two lists, or UltraFeedback's `completions` (response, overall_score)."""
+    """Several ready answers and their scores: two lists, or UltraFeedback's `completions` (response, overall_score).
+
+    A score that is missing (null, NaN, infinite) is NaN; where all are, the answers have none.
+    """
     entries = row.get(names["answers"]) or row.get("completions") or []
     scores = row.get(names["scores"])
     if not isinstance(entries, list | tuple) or (scores is not None and not isinstance(scores, list | tuple)):
@@ -252,7 +256,6 @@ def _answers(row: Mapping[str, Any], names: Mapping[str, str], where: str) -> tu
     if entries and isinstance(entries[0], Mapping):
         scores = [next((e[n] for n in _SCORE_NAMES if e.get(n) is not None), None) for e in entries]
         entries = [entry.get("response", entry.get("content", entry.get("text"))) for entry in entries]
-        scores = None if None in scores else scores
     if any(not isinstance(entry, str) for entry in entries):
         raise UserError(f"{where}: an entry of answers is not text")
     if len(entries) == 1:
@@ -260,9 +263,11 @@ def _answers(row: Mapping[str, Any], names: Mapping[str, str], where: str) -> tu
     if scores is not None and len(scores) != len(entries):
         raise UserError(f"{where}: {len(entries)} answers but {len(scores)} scores; give one score an answer")
     try:
-        return tuple(map(_clean, entries)), tuple(float(score) for score in scores or ())
+        numbers = [math.nan if score is None else float(score) for score in scores or ()]
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: a score is not a number ({error})") from error
+    known = [number if math.isfinite(number) else math.nan for number in numbers]
+    return tuple(map(_clean, entries)), () if all(map(math.isnan, known)) else tuple(known)
 
 
 def _clean(text: str) -> str:

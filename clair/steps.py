@@ -7,6 +7,7 @@ limiter of each role to decide. A step returns what it made or raises Dropped wi
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
@@ -162,7 +163,12 @@ def keep(pair: Pair, filters: Filters) -> Pair:
 
 
 def best_and_worst(scores: Sequence[float]) -> tuple[int, int]:
-    """Where the highest and the lowest score stand. Drops a tie of both: the same answer would win and lose."""
+    """Where the highest and the lowest score stand. Drops a tie of both: the same answer would win and lose.
+
+    Drops scores of which one is missing (NaN) too: that answer may be the best or the worst.
+    """
+    if missing := sum(map(math.isnan, scores)):
+        raise Dropped("scores", "missing", f"{missing} of {len(scores)} answers have no score")
     best, worst = max(scores), min(scores)
     if best == worst:
         raise Dropped("scores", "tie", f"all {len(scores)} answers have the score {best}")

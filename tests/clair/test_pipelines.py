@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 
 import pytest
 
@@ -75,6 +77,24 @@ def test_on_policy_samples_differ_and_are_each_asked_once(tmp_path, monkeypatch)
     assert len(target.asked) == 30
     # Three comparisons in both orders; the two bad samples tie in either.
     assert len(judge.asked) == 10 * 3 * 2
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, math.inf])
+def test_a_score_that_is_missing_ends_the_row_in_whatever_order_it_comes(tmp_path, missing):
+    orders = list(itertools.permutations([1, missing, 3]))
+    rows = [
+        {"id": f"list {n}", "prompt": f"a{n}", "answers": ["x", "y", "z"], "scores": s} for n, s in enumerate(orders)
+    ]
+    rows += [
+        {"id": f"entries {n}", "prompt": f"b{n}", "completions": [
+            {"response": text, "overall_score": score} for text, score in zip("xyz", scores, strict=True)]}
+        for n, scores in enumerate(orders)
+    ]  # fmt: skip
+    rows.append({"id": "whole", "prompt": "c", "answers": ["low", "high"], "scores": [1, 2]})
+    build(recipe(tmp_path / "out", rows, pipeline="judged"))
+    assert list(pairs(tmp_path / "out")) == ["whole"]
+    assert {(d["stage"], d["reason"]) for d in drops(tmp_path / "out")} == {("scores", "missing")}
+    assert len(drops(tmp_path / "out")) == 12
 
 
 def test_given_scores_decide_without_a_judge_and_ties_never_become_a_pair(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 import subprocess
 import sys
@@ -115,6 +116,12 @@ def test_several_answers_with_scores_and_ultrafeedbacks_completions(tmp_path):
         (("x", "y"), ()),
         (("x", "y"), (3.0, 9.0)),
     ]
+
+
+def test_scores_that_are_all_missing_are_none(tmp_path):
+    rows = [{"prompt": "a", "answers": ["x", "y"], "scores": scores} for scores in ([None, None], [math.nan, None])]
+    rows += [{"prompt": "b", "completions": [{"response": "x"}, {"response": "y", "overall_score": None}]}]
+    assert [p.scores for p in prompts(write(tmp_path / "p.jsonl", rows))] == [(), (), ()]
 
 
 def test_the_bom_of_a_windows_editor_is_no_part_of_a_file(tmp_path):
