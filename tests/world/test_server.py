@@ -232,7 +232,7 @@ def test_a_request_answered_twice_shows_in_the_stats_whatever_the_order_of_its_k
 
 
 def test_more_requests_in_flight_than_the_cap_are_refused() -> None:
-    with running(ServerOptions(cap=2, latency=0.5, max_seconds=60)) as server, ThreadPoolExecutor(6) as pool:
+    with running(ServerOptions(cap=2, latency=3.0, max_seconds=60)) as server, ThreadPoolExecutor(6) as pool:
         heard = list(pool.map(lambda task: ask(server.url, bare(task)).status, TASKS[:6]))
         stats = server.stats()
     assert Counter(heard) == {200: 2, 429: 4}

@@ -17,7 +17,7 @@ from tests.clair.building import Ended, finished
 ROWS = 40
 CONCURRENCY = 8
 LATENCY = 0.05
-SECONDS = 2 * ROWS * LATENCY / CONCURRENCY
+REQUESTS = 4 * ROWS
 
 
 def many(folder: Path) -> Path:
@@ -46,15 +46,14 @@ def arguments(real, tmp_path, slow_server) -> list:
     return ["eval", "mixeval", "--data", data, "--split", "full", *model, *judge, "--concurrency", CONCURRENCY]
 
 
-def run_and(sent: signal.Signals, server: JudgeServer, arguments: list, after: float) -> Ended:
-    """The command, sent a signal some seconds after its first request."""
+def run_and(sent: signal.Signals, server: JudgeServer, arguments: list, requests: int) -> Ended:
+    """Run the command and send it a signal after more than so many of its requests."""
     before = server.paid()
     process = start_apo(*arguments)
     until = time.monotonic() + 60
-    while server.paid() <= before and process.poll() is None:
+    while server.paid() <= before + requests and process.poll() is None:
         assert time.monotonic() < until, "the evaluation asks nothing"
         time.sleep(0.01)
-    time.sleep(after)
     process.send_signal(sent)
     return finished(process)
 
@@ -63,8 +62,8 @@ def assert_survives(server: JudgeServer, arguments: list, tmp_path: Path, sent: 
     assert apo(*arguments, "--out", tmp_path / "undisturbed").code == 0
     server.forget()
     stopped = 0
-    for after in moments:
-        ended = run_and(sent, server, [*arguments, "--out", tmp_path / "out"], after)
+    for share in moments:
+        ended = run_and(sent, server, [*arguments, "--out", tmp_path / "out"], int(share * REQUESTS / 2))
         assert ended.code in (0, -signal.SIGKILL if sent == signal.SIGKILL else 130), ended
         stopped += ended.code != 0
         assert ended.code == 0 or not (tmp_path / "out" / "score.json").exists()
@@ -79,18 +78,18 @@ def assert_survives(server: JudgeServer, arguments: list, tmp_path: Path, sent: 
 
 
 def test_killed_at_a_random_moment_the_score_is_the_same(tmp_path, slow_server, arguments):
-    assert_survives(slow_server, arguments, tmp_path, signal.SIGKILL, [SECONDS / 2 * Random(5).random()])
+    assert_survives(slow_server, arguments, tmp_path, signal.SIGKILL, [Random(5).random()])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_killed_at_any_moment_the_score_is_the_same(tmp_path, slow_server, arguments, seed):
-    assert_survives(slow_server, arguments, tmp_path, signal.SIGKILL, [SECONDS * Random(seed).random()])
+    assert_survives(slow_server, arguments, tmp_path, signal.SIGKILL, [Random(seed).random()])
 
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_is_in_flight_and_pays_nothing_twice(tmp_path, slow_server, arguments):
-    assert_survives(slow_server, arguments, tmp_path, signal.SIGINT, [SECONDS / 3])
+    assert_survives(slow_server, arguments, tmp_path, signal.SIGINT, [1 / 3])
 
 
 @pytest.mark.slow
