@@ -1,4 +1,5 @@
-# Everything a developer or a newcomer runs. Each target makes .venv first where it is missing or out of date.
+# Everything a developer or a newcomer runs. Each target makes .venv first where it is missing or out of date: quickstart installs
+# what running needs, the others what developing needs as well.
 #
 #   make quickstart   the main job on the embedded world: prompts, pairs, training, accuracy before and after
 #   make paper-mini   the paper's grid in small, going on from where it was stopped; SMALL=1 for a quick look
@@ -6,7 +7,7 @@
 #   make lint         ruff, floors, generated pages           make docs       the site, into site/
 #   make bench        measure, and write tests/benchmarks/results
 #
-# PYTHON=python3.12 chooses the interpreter. pip's own variables work: PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS ...
+# PYTHON=python3.12 chooses the interpreter. pip's own variables work: PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, PIP_VERBOSE ...
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -14,8 +15,9 @@ SHELL := bash
 
 VENV := .venv
 BIN := $(VENV)/bin
+RUNNING := $(VENV)/.running
 STAMP := $(VENV)/.installed
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(if $(CI),--quiet)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 # The first interpreter that is new enough and can make an environment; 3.11 is what constraints.txt was resolved on.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
@@ -38,17 +40,24 @@ help:
 install: $(STAMP)
 
 # torch first and by itself, so that the one package with several builds is chosen before anything can pull another.
-$(STAMP): pyproject.toml constraints.txt
+$(RUNNING): pyproject.toml constraints.txt
 	@test -n '$(PYTHON)' || { echo 'make: no Python 3.11 or newer with venv found; install one, or name it: make PYTHON=...' >&2; exit 1; }
-	@test -x $(BIN)/python || { echo 'Making $(VENV) with $(PYTHON) (once, a few minutes)'; $(PYTHON) -m venv $(VENV); }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'Installing clair-apo and what it runs with into $(VENV), once: torch (1 of 2)'
 	@$(PIP) $$(grep '^torch==' constraints.txt)
+	@echo 'Installing clair-apo and what it runs with into $(VENV), once: the rest (2 of 2)'
+	@$(PIP) -e .
+	@touch $@
+
+$(STAMP): $(RUNNING)
+	@echo 'Installing what tests, docs and linters need into $(VENV), once'
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
-quickstart: $(STAMP)
+quickstart: $(RUNNING)
 	@$(BIN)/python -m recipes.world.quickstart
 
-paper-mini: $(STAMP)
+paper-mini: $(RUNNING)
 	@$(BIN)/python -m recipes.mini.models
 	@$(BIN)/python -m recipes.mini.data $(if $(SMALL),--small)
 	@$(BIN)/python -m recipes.mini.grid $(if $(SMALL),--small)
