@@ -178,7 +178,7 @@ def labelled_rows(rows: list[dict[str, Any]], model: str, tell: Callable[[str], 
     found = tokenize(Dataset.from_list(columns), tokenizer, models.context_of(name), ends, "given")
     for note in found.notes:
         tell(f"note: {note}")
-    if found.dropped:
+    if "too_long" in found.dropped:
         tell(f"{found.dropped['too_long']:,} pairs are longer than the model's context and left out")
     if not len(found.dataset):
         raise UserError(f"none of {len(rows):,} pairs fits the context of model {model}")

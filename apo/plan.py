@@ -85,12 +85,15 @@ def plan(config: TrainConfig, processes: int | None = None) -> Plan:
         args.max_length, bound, change = context, "all that the model takes", ""
     train = _tokenize(train_pairs, "train", tokenizer, ends, args)
     evaluated = _tokenize(eval_pairs, "eval", tokenizer, ends, args) if eval_pairs is not None else None
+    train.notes.extend(evaluated.notes if evaluated else [])
     if len(train.dataset) < 2:
-        raise UserError(
-            f"{len(train.dataset)} row(s) are left to train on: {train.dropped.get('too_long', 0):,} are longer than "
-            f"{args.max_length:,} tokens, {bound}{change}"
-        )
-    if any(split.dropped for split in (train, evaluated) if split):
+        why = []
+        if count_equal := train.dropped.get("equal"):
+            why.append(f"{count_equal:,} have equal answers")
+        if too_long := train.dropped.get("too_long"):
+            why.append(f"{too_long:,} are longer than {args.max_length:,} tokens, {bound}{change}")
+        raise UserError(f"{len(train.dataset)} row(s) are left to train on: {'; '.join(why)}")
+    if any("too_long" in split.dropped for split in (train, evaluated) if split):
         train.notes.append(f"too long is more than {args.max_length:,} tokens, {bound}")
     if args.shared_prefix and args.pack_tokens:
         train.notes.extend(_over_budget(train.dataset, args.pack_tokens))

@@ -3,8 +3,10 @@
 A pair becomes `prompt_ids`, `chosen_ids` and `rejected_ids`, the columns that TRL's collator reads. An unpaired row is
 a pair without the other response: `rejected_ids` is empty where it is desirable, `chosen_ids` where not. A response
 starts where prompt and prompt-with-answer part, and ends with the end of turn: what a template writes after it
-(ChatML's line break) is not said by the model and not trained. A row longer than `max_length` on either side is dropped
-and counted.
+(ChatML's line break) is not said by the model and not trained (rendering.py). Where an answer has turns of users or
+tools in it, `chosen_mask` and `rejected_mask` have a 1 for each token that is trained; a mask that is empty, or not
+there, means all. A pair whose answers are equal, or a row longer than `max_length` on either side, is dropped and
+counted.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from apo.rendering import NOTES, RowFault, control_tokens, render, without_end
 from clair.recipe import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 COLUMNS = ("prompt", "chosen", "rejected")
 UNPAIRED_COLUMNS = ("prompt", "completion", "label")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+MASK_COLUMNS = ("chosen_mask", "rejected_mask")
+DROPPED = ("too_long", "equal")
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,12 @@ def tokenize(
     num_proc: int | None = None,
     objective: Mixture | None = None,
 ) -> Tokenized:
-    """`dataset` with the three id columns, rows longer than `max_length` left out.
+    """`dataset` with the three id columns, and the masks if an answer has inner turns. Rows longer than `max_length`
+    and pairs with equal answers are left out.
 
-    Raises UserError, in one line with the first row at fault, for a missing column, chosen equal to rejected, an answer
-    that does not end with the end of turn or ends twice, a prompt that begins twice, a label that is not true or
-    false, and unpaired rows under an `objective` that needs pairs.
+    Raises UserError, in one line with the first row at fault, for a missing column, a row that cannot be rendered
+    (rendering.py), an answer that ends twice, a prompt that begins twice, a label that is not true or false, pairs that
+    are all equal, and unpaired rows under an `objective` that needs pairs.
     """
     if set(ID_COLUMNS) <= set(dataset.column_names):
         _refuse_unpaired(objective, name, count_unpaired(dataset, name) is not None)
@@ -74,28 +80,23 @@ def tokenize(
     _refuse_unpaired(objective, name, wanted == UNPAIRED_COLUMNS)
     _check_labels(dataset, name)
     arguments = {"tokenizer": tokenizer, "ends": sorted(ends), "max_length": max_length}
+    arguments["control"] = control_tokens(tokenizer, ends)
     # Said, not inferred: the other responses of unpaired rows are empty, and an empty list has no type.
     features = Features({
-        **dataset.features, **dict.fromkeys(ID_COLUMNS, List(Value("int64"))), "_verdict": Value("string"),
-        "_prompt_parts": Value("bool"),
+        **dataset.features, **dict.fromkeys(ID_COLUMNS, List(Value("int64"))),
+        **dict.fromkeys(MASK_COLUMNS, List(Value("int8"))),
+        "_verdict": Value("string"), "_notes": List(Value("string")),
     })  # fmt: skip
-    encoded = dataset.map(_encode, fn_kwargs=arguments, num_proc=num_proc, features=features, desc=f"Tokenizing {name}")
-    verdicts = encoded["_verdict"][:]
-    at_fault = [row for row, verdict in enumerate(verdicts) if verdict in _FAULTS]
-    if at_fault:
-        row = at_fault[0]
-        which = f"row {row}" + (f" (id {encoded[row]['id']})" if "id" in encoded.column_names else "")
-        count = f"{len(at_fault):,} of {len(verdicts):,} rows; first " if len(at_fault) > 1 else ""
-        raise UserError(f"{name} dataset, {count}{which}: {_FAULTS[verdicts[row]].format(eos=tokenizer.eos_token)}")
-    notes = []
-    if parted := sum(encoded["_prompt_parts"][:]):
-        notes.append(
-            f"{name}: the chat template renders the prompt alone otherwise than before an answer in {parted:,} of "
-            f"{len(verdicts):,} rows; the answer is trained from where the two part"
-        )
+    encoded = dataset.map(encode, fn_kwargs=arguments, num_proc=num_proc, features=features, desc=f"Tokenizing {name}")
+    verdicts, noted = encoded["_verdict"][:], encoded["_notes"][:]
+    _refuse_faults(encoded, verdicts, name)
     kept = [row for row, verdict in enumerate(verdicts) if not verdict]
-    encoded = encoded.remove_columns(["_verdict", "_prompt_parts"])
-    dropped = {"too_long": len(verdicts) - len(kept)} if len(kept) < len(verdicts) else {}
+    dropped = {reason: count for reason in DROPPED if (count := verdicts.count(reason))}
+    notes = _notes(noted, name) + _equal_notes(verdicts, noted, name)
+    if not kept and "equal" in dropped:
+        raise UserError(f"{name} dataset: no pair is left to train on: " + "; ".join(notes))
+    unmasked = () if any(_has_content(encoded, column) for column in MASK_COLUMNS) else MASK_COLUMNS
+    encoded = encoded.remove_columns(["_verdict", "_notes", *unmasked])
     encoded = encoded.select(kept) if dropped else encoded
     if objective is not None and name == "train":
         notes += _balance(count_unpaired(encoded, name), objective)
@@ -162,79 +163,84 @@ def _balance(counts: tuple[int, int] | None, objective: Mixture) -> list[str]:
     ]
 
 
-_FAULTS = {
-    "equal": "chosen is equal to rejected, so there is nothing to prefer; remove such rows",
-    "double_start": "the prompt begins with the beginning-of-sequence token twice; let the chat template or the text "
-    "write it, not both",
-    "no_end": "an answer does not end with the end of turn, so the model would never learn to stop; make the chat "
-    "template end an answer with eos_token ({eos}) or name its end in generation_config.eos_token_id",
-    "double_end": "an answer ends with the end of turn twice; take it out of the text, the chat template writes it",
-}
+def _has_content(dataset: Dataset, column: str) -> bool:
+    """Whether any row has more than an empty list in a column."""
+    batches = dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000)
+    return any(len(batch[column].combine_chunks().flatten()) for batch in batches)
 
 
-def _encode(
-    example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ends: list[int], max_length: int | None
+def _refuse_faults(encoded: Dataset, verdicts: list[str], name: str) -> None:
+    """Raise UserError for the first row at fault, with how many there are."""
+    at_fault = [row for row, verdict in enumerate(verdicts) if verdict and verdict not in DROPPED]
+    if at_fault:
+        row = at_fault[0]
+        which = f"row {row}" + (f" (id {encoded[row]['id']})" if "id" in encoded.column_names else "")
+        count = f"{len(at_fault):,} of {len(verdicts):,} rows; first " if len(at_fault) > 1 else ""
+        raise UserError(f"{name} dataset, {count}{which}: {verdicts[row]}")
+
+
+def _notes(noted: list[list[str]], name: str) -> list[str]:
+    """What the rows' notes come to: each with how many rows have it, and the first of them."""
+    notes = []
+    for key, words in NOTES.items():
+        if rows := [row for row, keys in enumerate(noted) if key in keys]:
+            count = f"{len(rows):,} of {len(noted):,} rows (first: row {rows[0]})"
+            notes.append(f"{name}: " + words.format(rows=count))
+    return notes
+
+
+def _equal_notes(verdicts: list[str], noted: list[list[str]], name: str) -> list[str]:
+    rows = [row for row, verdict in enumerate(verdicts) if verdict == "equal"]
+    if not rows:
+        return []
+    lost = sum(bool({"thoughts", "text"} & set(noted[row])) for row in rows)
+    why = f", in {lost:,} of them once the chat template has left out text" if lost else ""
+    equal = f"chosen is equal to rejected in {len(rows):,} of {len(verdicts):,} pairs (first: row {rows[0]}){why}"
+    return [f"{name}: {equal}; nothing is preferred there, so they are left out"]
+
+
+def encode(
+    example: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: list[int],
+    max_length: int | None,
+    control: list[str] | None = None,
 ) -> dict[str, Any]:
-    prompt, *whole = _render(example, tokenizer)
-    start = min(_common_prefix(prompt, ids) for ids in whole)
-    responses = [_until_end(ids[start:], set(ends), tokenizer) for ids in whole]
-    chosen, rejected = (*responses, []) if len(responses) == 1 else responses
-    if len(responses) == 1 and not example["label"]:
-        chosen, rejected = rejected, chosen
+    """The ids and masks of one row, what is wrong with it (`_verdict`), and what to note (`_notes`, keys of
+    rendering.py's). A verdict is one of `DROPPED`, or the words of a refusal, or nothing.
+    """
+    control = control_tokens(tokenizer, frozenset(ends)) if control is None else control
+    try:
+        rendered = render(example, tokenizer, set(ends), control)
+    except RowFault as fault:
+        return {**{key: [] for key in (*ID_COLUMNS, *MASK_COLUMNS, "_notes")}, "_verdict": str(fault)}
+    responses, masks = rendered.answers, rendered.masks or [[] for _ in rendered.answers]
+    sides = list(zip(responses, masks, strict=True))
+    if len(sides) == 1:
+        sides = [*sides, ([], [])] if example["label"] else [([], []), *sides]
     return {
-        "prompt_ids": prompt[:start],
-        "chosen_ids": chosen,
-        "rejected_ids": rejected,
-        "_verdict": _verdict(prompt[:start], responses, set(ends), tokenizer.bos_token_id, max_length),
-        "_prompt_parts": start < len(prompt),
+        "prompt_ids": rendered.prompt,
+        **{column: ids for column, (ids, _) in zip(ID_COLUMNS[1:], sides, strict=True)},
+        **{column: mask for column, (_, mask) in zip(MASK_COLUMNS, sides, strict=True)},
+        "_verdict": _verdict(rendered.prompt, responses, set(ends), tokenizer, max_length),
+        "_notes": sorted(rendered.notes),
     }
 
 
-def _render(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], ...]:
-    """Ids of the prompt alone and of the prompt with each answer."""
-    prompt = example["prompt"]
-    answers = [example[column] for column in (("chosen", "rejected") if "chosen" in example else ("completion",))]
-    if isinstance(prompt, str):
-        end = tokenizer.eos_token
-        whole = [prompt + (answer if answer.endswith(end) else answer + end) for answer in answers]
-        return tuple(tokenizer(text)["input_ids"] for text in (prompt, *whole))
-    options = {**(example.get("chat_template_kwargs") or {}), "tools": example.get("tools")}
-
-    def ids(messages: list[dict[str, Any]], **more: Any) -> list[int]:
-        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **more, **options)["input_ids"]
-
-    return ids(prompt, add_generation_prompt=True), *(ids(prompt + answer) for answer in answers)
-
-
-def _until_end(ids: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`ids` up to their last end of turn, where only white space follows it; `ids` as they are otherwise."""
-    last = max((place for place, token in enumerate(ids) if token in ends), default=None)
-    if last is None or last == len(ids) - 1 or tokenizer.decode(ids[last + 1 :]).strip():
-        return ids
-    return ids[: last + 1]
-
-
 def _verdict(
-    prompt: list[int], responses: list[list[int]], ends: set[int], bos: int | None, max_length: int | None
+    prompt: list[int], responses: list[list[int]], ends: set[int], tokenizer: PreTrainedTokenizerBase, most: int | None
 ) -> str:
-    """What is wrong with a tokenised row: a key of `_FAULTS`, "too_long", or nothing."""
+    """What is wrong with a tokenised row: one of `DROPPED`, the words of a refusal, or nothing."""
     if len(responses) == 2 and responses[0] == responses[1]:
         return "equal"
+    bos = tokenizer.bos_token_id
     if bos is not None and prompt[:2] == [bos, bos]:
-        return "double_start"
+        return ("the prompt begins with the beginning-of-sequence token twice; let the chat template or the text write "
+                "it, not both")  # fmt: skip
     if any(not ids or ids[-1] not in ends for ids in responses):
-        return "no_end"
+        return without_end(tokenizer)
     if any(len(ids) > 1 and ids[-2] in ends for ids in responses):
-        return "double_end"
-    if max_length is not None and len(prompt) + max(map(len, responses)) > max_length:
+        return "an answer ends with the end of turn twice; take it out of the text"
+    if most is not None and len(prompt) + max(map(len, responses)) > most:
         return "too_long"
     return ""
-
-
-def _common_prefix(one: list[int], other: list[int]) -> int:
-    length = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length

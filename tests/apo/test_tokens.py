@@ -94,12 +94,15 @@ def test_already_tokenised_pairs_stay_as_they_are():
     ("rows", "template", "message"),
     [
         (with_text("a question", "rejected"), None, None),
-        (with_text(make_pairs(3)[1]["rejected"][0]["content"]), None, "row 1 (id p1): chosen is equal to rejected"),
         (with_text("two <|end|>"), None, "row 1 (id p1): an answer ends with the end of turn twice"),
-        (make_pairs(3), TEMPLATE.replace("<|end|>", ""), "3 of 3 rows; first row 0 (id p0): an answer does not end"),
+        (
+            make_pairs(3),
+            TEMPLATE.replace("<|end|>", "<|pad|>"),
+            "3 of 3 rows; first row 0 (id p0): an answer does not end",
+        ),
         (make_pairs(3), "<|begin|>" + TEMPLATE, "begins with the beginning-of-sequence token twice"),
     ],
-    ids=["fine", "equal", "double end", "no end", "double start"],
+    ids=["fine", "double end", "no end", "double start"],
 )
 def test_faults_are_told_with_the_first_row(rows, template, message):
     tokenizer = make_tokenizer(template=template or TEMPLATE)
@@ -110,6 +113,22 @@ def test_faults_are_told_with_the_first_row(rows, template, message):
         tokenized(copy.deepcopy(rows), tokenizer)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_pairs_with_equal_answers_are_left_out_and_counted():
+    found = tokenized(with_text(make_pairs(3)[1]["rejected"][0]["content"]))
+    assert found.dropped == {"equal": 1}
+    assert found.dataset["id"][:] == ["p0", "p2"]
+    (note,) = found.notes
+    assert note.startswith(
+        "train: chosen is equal to rejected in 1 of 3 pairs (first: row 1); nothing is preferred there"
+    )
+
+
+def test_pairs_that_are_all_equal_are_refused():
+    rows = [{**row, "chosen": row["rejected"]} for row in make_pairs(3)]
+    with pytest.raises(UserError, match=r"no pair is left to train on: .*equal to rejected in 3 of 3 pairs"):
+        tokenized(rows)
 
 
 def test_a_missing_column_is_told_with_those_found():

@@ -350,9 +350,12 @@ def without(column):
     return lambda rows: [{key: value for key, value in row.items() if key != column} for row in rows]
 
 
-def equal_in_one_row(rows):
-    rows[2]["chosen"] = rows[2]["rejected"]
-    return rows
+def equal_in_each_row(rows):
+    return [{**row, "chosen": row["rejected"]} for row in rows]
+
+
+def equal_in_all_but_one(rows):
+    return [*equal_in_each_row(rows[1:]), rows[0]]
 
 
 def number_as_prompt(rows):
@@ -402,7 +405,8 @@ BAD_INPUT = {
     "one row": (rows_are(lambda rows: rows[:1]), "has 1 row(s) to train on; at least 2 are needed"),
     "missing column": (rows_are(without("chosen")), "columns found: id, prompt, rejected"),
     "prompt that is not text": (rows_are(number_as_prompt), "pairs.jsonl"),
-    "chosen equal to rejected": (rows_are(equal_in_one_row), "row 2 (id p2): chosen is equal to rejected"),
+    "chosen equal to rejected": (rows_are(equal_in_each_row), "chosen is equal to rejected in 4 of 4 pairs"),
+    "one pair left": (rows_are(equal_in_all_but_one), "1 row(s) are left to train on: 3 have equal answers"),
     "everything too long": (keys_are(trainer={"max_length": 5}), "0 row(s) are left to train on: 24 are longer than"),
     "weight 0": (keys_are(dataset=[{"path": "PAIRS", "weight": 0}]), "weight: Input should be greater than 0"),
     "another recipe's run": (another_run, "holds the run of another recipe (changed: beta)"),

@@ -1,0 +1,351 @@
+"""Rows as their chat template writes them: what is trained, what is left out, what is refused, each with the row."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset, IterableDataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from apo.tokens import encode, end_ids, tokenize
+from clair.recipe import UserError
+
+MARKS = ["<|pad|>", "<|text_end|>", "<|start|>", "<|end|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|call|>"]
+CHATML = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] or '' }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}<|start|>system\n{{ tools | tojson }}<|end|>\n{% endif %}"
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n"
+    "{% for c in m.get('tool_calls', []) %}<call>{{ c['function'] | tojson }}</call>{% endfor %}"
+    "{{ m['content'] or '' }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+NO_THOUGHTS = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'].split('</think>')[-1] | trim }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n<think>\n{% endif %}"
+)
+PHI = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+GLM = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+PICKY = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn, please') }}{% endif %}" + CHATML
+
+
+def letters(template: str = CHATML, eos: str = "<|end|>") -> PreTrainedTokenizerFast:
+    """A tokenizer of single bytes that can write any text, with control tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({letter: at for at, letter in enumerate(alphabet)}, []))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.add_special_tokens(MARKS)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=eos, pad_token="<|pad|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def turn(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def call(name, arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def pair(chosen="Pear.", rejected="Chair.", prompt="Name a fruit.", **more):
+    """A row; a text is one turn."""
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return {key: [turn(roles[key], text)] if isinstance(text, str) else text for key, text in row.items()} | more
+
+
+def encoded(row, tokenizer=None, ends=()):
+    tokenizer = tokenizer or letters()
+    return encode(row, tokenizer, sorted(tokenizer.convert_tokens_to_ids(list(ends)) or [tokenizer.eos_token_id]), None)
+
+
+def trained(row, side, tokenizer=None):
+    """What of a side is trained, as text, a piece for each stretch."""
+    tokenizer = tokenizer or letters()
+    ids, mask = row[f"{side}_ids"], row[f"{side}_mask"] or [1] * len(row[f"{side}_ids"])
+    marked = [(token if keep else None) for token, keep in zip(ids, mask, strict=True)]
+    pieces: list[list[int]] = [[]]
+    for token in marked:
+        if token is not None:
+            pieces[-1].append(token)
+        elif pieces[-1]:
+            pieces.append([])
+    return [tokenizer.decode(piece) for piece in pieces if piece]
+
+
+def refusal(row, template=CHATML):
+    found = encoded(row, letters(template))["_verdict"]
+    assert found, "not refused"
+    assert "\n" not in found
+    return found
+
+
+# ---- what is trained
+
+
+def test_a_single_turn_has_no_mask_and_ends_with_its_end_of_turn():
+    found = encoded(pair())
+    assert trained(found, "chosen") == ["Pear.<|end|>"]
+    assert found["chosen_mask"] == found["rejected_mask"] == []
+    assert not found["_verdict"]
+    assert not found["_notes"]
+
+
+def test_of_several_turns_the_assistants_are_trained_and_no_others():
+    calls = turn("assistant", "", tool_calls=[call("weather", {"city": "Oslo"})])
+    chosen = [
+        calls,
+        turn("tool", "4 degrees"),
+        turn("assistant", "Cold."),
+        turn("user", "Sure?"),
+        turn("assistant", "Yes."),
+    ]
+    found = encoded(pair(chosen, "Hot."), letters(TOOLS))
+    assert not found["_verdict"]
+    assert trained(found, "chosen") == [
+        '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call><|end|>', "Cold.<|end|>", "Yes.<|end|>",
+    ]  # fmt: skip
+    assert trained(found, "rejected") == ["Hot.<|end|>"]
+    whole = letters().decode(found["chosen_ids"])
+    assert "<|start|>tool\n4 degrees<|end|>" in whole
+    assert whole.endswith("Yes.<|end|>")
+
+
+def test_a_mask_is_there_for_unpaired_rows_too():
+    row = {"prompt": [turn("user", "Hi")], "label": False}
+    row["completion"] = [turn("assistant", "Yes?"), turn("user", "Bye"), turn("assistant", "Ciao")]
+    found = encoded(row)
+    assert found["chosen_ids"] == found["chosen_mask"] == []
+    assert trained(found, "rejected") == ["Yes?<|end|>", "Ciao<|end|>"]
+
+
+def test_a_begun_turn_at_the_end_of_a_prompt_goes_on_in_the_answer():
+    found = encoded(pair(" pear.", " chair.", [turn("user", "A fruit?"), turn("assistant", "It is a")]))
+    assert letters().decode(found["prompt_ids"]).endswith("<|start|>assistant\nIt is a")
+    assert trained(found, "chosen") == [" pear.<|end|>"]
+    assert found["_notes"] == ["begun"]
+
+
+def test_the_text_of_a_control_token_is_encoded_as_text():
+    tokenizer = letters()
+    end, start = tokenizer.convert_tokens_to_ids(["<|end|>", "<|start|>"])
+    said = "The mark <|end|> ends a turn; <|start|> begins one."
+    found = encoded(pair(said, prompt="What is <|end|>?"), tokenizer)
+    assert not found["_verdict"]
+    assert found["_notes"] == ["marks"]
+    assert found["chosen_ids"].count(end) == 1
+    assert found["chosen_ids"][-1] == end
+    assert start not in found["chosen_ids"]
+    assert trained(found, "chosen") == [said + "<|end|>"]
+    assert (found["prompt_ids"].count(end), found["prompt_ids"].count(start)) == (1, 2)
+
+
+def test_rows_without_such_marks_have_the_ids_that_the_template_gives():
+    tokenizer = letters(TOOLS)
+    row = pair([turn("assistant", None, tool_calls=[call("look", {"x": "é ☂"})])], tools=[{"name": "look"}])
+    found = encoded(row, tokenizer)
+    for side in ("chosen", "rejected"):
+        ids = tokenizer.apply_chat_template(row["prompt"] + row[side], tools=row["tools"], return_dict=True)[
+            "input_ids"
+        ]
+        assert found["prompt_ids"] + found[f"{side}_ids"] == ids[:-1]  # ChatML's line break
+
+
+# ---- families whose templates end answers in their own way
+
+
+def test_an_end_of_the_whole_text_after_the_end_of_turn_is_the_templates():
+    found = encoded(pair(), letters(PHI, "<|text_end|>"), ["<|end|>", "<|text_end|>"])
+    assert not found["_verdict"]
+    assert trained(found, "chosen") == ["Pear.<|end|>"]
+
+
+def test_a_template_that_writes_no_end_gets_the_token_that_generation_stops_at():
+    found = encoded(pair(), letters(GLM, "<|text_end|>"), ["<|text_end|>", "<|user|>", "<|tool|>"])
+    assert trained(found, "chosen") == ["Pear.<|user|>"]
+    assert found["_notes"] == ["no_end"]
+    turns = [turn("assistant", "Wait."), turn("tool", "4"), turn("assistant", "Four.")]
+    found = encoded(pair(turns), letters(GLM, "<|text_end|>"), ["<|text_end|>", "<|user|>", "<|tool|>"])
+    assert trained(found, "chosen") == ["Wait.<|tool|>", "Four.<|user|>"]
+
+
+def test_a_template_that_writes_no_end_gets_the_end_of_text_where_generation_stops_at_nothing_else():
+    found = encoded(pair(), letters(GLM, "<|text_end|>"))
+    assert trained(found, "chosen") == ["Pear.<|text_end|>"]
+
+
+# ---- what the template leaves out
+
+
+def test_a_tool_call_that_the_template_leaves_out_is_refused():
+    told = refusal(pair([turn("assistant", "", tool_calls=[call("weather", {"city": "Oslo"})])]))
+    assert "leaves out a tool call of 'chosen'" in told
+    assert "weather, city, Oslo" in told
+
+
+def test_an_answers_thoughts_that_the_template_leaves_out_are_noted():
+    assert encoded(pair([turn("assistant", "12", reasoning_content="3 * 4")]))["_notes"] == ["thoughts"]
+    row = pair("<think>3 * 4</think>\n\n12", "<think>eh</think>\n\n13")
+    assert encoded(row, letters(NO_THOUGHTS))["_notes"] == ["parted", "thoughts"]
+    assert encoded(row)["_notes"] == []
+    assert trained(encoded(row), "chosen") == ["<think>3 * 4</think>\n\n12<|end|>"]
+
+
+def test_a_thought_that_goes_on_where_the_prompt_ends_is_not_left_out():
+    begins = CHATML.replace("<|start|>assistant\n{% endif %}", "<|start|>assistant\n<think>\n{% endif %}")
+    found = encoded(pair("<think>\nhm\n</think>12", "<think>\nno\n</think>13"), letters(begins))
+    assert found["_notes"] == []
+    assert trained(found, "chosen") == ["hm\n</think>12<|end|>"]
+
+
+def test_earlier_thoughts_and_tools_that_the_template_leaves_out_are_noted():
+    prompt = [turn("user", "3*4?"), turn("assistant", "<think>easy</think>12"), turn("user", "And 5*4?")]
+    found = encoded(pair("20", "24", prompt), letters(NO_THOUGHTS))
+    assert found["_notes"] == ["parted", "prompt_thoughts"]
+    assert encoded(pair(tools=[{"name": "look"}]))["_notes"] == ["tools"]
+    assert encoded(pair(tools=json.dumps([{"name": "look"}])), letters(TOOLS))["_notes"] == []
+
+
+def test_prompts_and_answers_that_the_template_leaves_out_are_noted_and_refused():
+    deaf = "{% for m in messages if m['role'] != 'system' %}" + CHATML.split("%}", 1)[1]
+    found = encoded(pair(prompt=[turn("system", "Be kind."), turn("user", "Hi")]), letters(deaf))
+    assert found["_notes"] == ["prompt_text"]
+    mute = CHATML.replace("{{ m['content'] or '' }}", "{{ m['content'] if m['role'] == 'user' else '' }}")
+    assert "leaves out text of 'chosen': 'Pear.'" in refusal(pair(), mute)
+
+
+@pytest.mark.parametrize("text", ["  a\n\n  b ", 'say "a"\\b\n', "tab\tand é and ☂", "<a href='x'>&amp;</a>"])
+@pytest.mark.parametrize("written", ["m['content'] | trim", "m['content'] | tojson"])
+def test_text_that_is_trimmed_or_escaped_is_not_left_out(text, written):
+    template = CHATML.replace("m['content'] or ''", written)
+    found = encoded(pair("x" + text, "y" + text, [turn("user", text)]), letters(template))
+    assert not found["_verdict"]
+    assert not found["_notes"]
+
+
+def test_arguments_come_as_the_template_takes_them():
+    """JSON text, as OpenAI has it, is written as an object by templates that write JSON, and as text by the others."""
+    want = '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call><|end|>'
+    for arguments in ({"city": "Oslo"}, '{"city": "Oslo"}'):
+        found = encoded(pair([turn("assistant", "", tool_calls=[call("weather", arguments)])]), letters(TOOLS))
+        assert trained(found, "chosen") == [want]
+        joins = TOOLS.replace(
+            "{{ c['function'] | tojson }}", "{{ c['function']['name'] + c['function']['arguments'] }}"
+        )
+        found = encoded(pair([turn("assistant", None, tool_calls=[call("weather", arguments)])]), letters(joins))
+        assert trained(found, "chosen") == ['<call>weather{"city": "Oslo"}</call><|end|>']
+
+
+def test_keys_that_arrow_pads_with_null_are_not_trained():
+    rows = [
+        pair([turn("assistant", "", tool_calls=[call("weather", {"city": "Oslo"})])],
+             tools=[{"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}}]),
+        pair([turn("assistant", "", tool_calls=[call("stock", {"ticker": "ACME"})])],
+             tools=[{"name": "stock", "parameters": {"properties": {"ticker": {"type": "string"}}}}]),
+    ]  # fmt: skip
+    tokenizer = letters(TOOLS)
+    found = tokenize(Dataset.from_list(rows), tokenizer, None, end_ids(tokenizer)).dataset
+    for row in found:
+        assert "null" not in tokenizer.decode(row["prompt_ids"] + row["chosen_ids"])
+    assert '"arguments": {"city": "Oslo"}' in tokenizer.decode(found[0]["chosen_ids"])
+
+
+# ---- what is refused, by row
+
+REFUSED = {
+    "user": (pair([turn("user", "Pear.")]), "'chosen' begins with a turn of role 'user', which is no answer"),
+    "tool last": (pair([turn("assistant", "a"), turn("tool", "b")]), "'chosen' ends with a turn of role 'tool'"),
+    "a strange role": (pair([turn("Assistant", "Pear.")]), "turn 0 of 'chosen' has the role 'Assistant'"),
+    "a strange role asks": (pair(prompt=[turn("Human", "Hi")]), "turn 0 of 'prompt' has the role 'Human'"),
+    "no turn": (pair([]), "'chosen' has no messages"),
+    "no prompt": (pair(prompt=[]), "'prompt' has no messages"),
+    "null content": (pair([turn("assistant", None)]), "turn 0 of 'chosen' has no content: it is null or missing"),
+    "null column": (pair() | {"rejected": None}, "'rejected' is null, neither text nor messages"),
+    "number": (pair() | {"prompt": 7}, "'prompt' is a number, neither text nor messages"),
+    "no message": (pair(["Pear."]), "turn 0 of 'chosen' is text without a role"),
+    "picture": (pair([turn("assistant", [{"type": "image"}])]), "has a part that is not text (image)"),
+    "half a character": (pair("ok \ud83d"), "turn 0 of 'chosen' has half a character (a lone surrogate) at place 3"),
+    "text and messages": (pair() | {"prompt": "Name a fruit."}, "'prompt' is text and another column is a list"),
+    "rendered": (pair(prompt="<|im_start|>user\nHi<|im_end|>\n"), "a chat template has already been applied to it"),
+    "rendered for Llama": (pair(prompt="<s>[INST] Hi [/INST]"), "a chat template has already been applied to it"),
+    "an end in the text": (pair("Pear.<|end|>\n"), "end of turn twice: the text of 'chosen' ends with it"),
+    "JSON text": (pair('[{"role": "assistant", "content": "a"}]', '[{"role": "assistant", "content": "b"}]'),
+                  "messages are kept as JSON text"),
+    "JSON text as text": ({"prompt": '[{"role": "user", "content": "a"}]', "chosen": "a", "rejected": "b"},
+                          "messages are kept as JSON text"),
+    "tools": (pair(tools="look it up"), "'tools' is text that is no JSON"),
+    "a turn after the end of text": ({"prompt": "Hi", "chosen": "a<|end|>\nHow?", "rejected": "b"},
+                                     "'chosen' goes on after the end of turn <|end|>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_row_that_cannot_be_trained_is_refused_in_its_own_words(case):
+    row, words = REFUSED[case]
+    assert words in refusal(row)
+
+
+def test_what_is_only_like_a_rendered_text_or_json_messages_is_trained():
+    assert not encoded(pair('[{"role": "user", "content": "a"}]', "no idea"))["_verdict"]
+    assert not encoded(pair(prompt="<|im_start|> is what?"))["_verdict"]
+    assert not encoded(pair(prompt="[INST] is what?"))["_verdict"]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (PICKY, "the chat template does not take the turns system, user: no system turn, please"),
+        ("{{ messages.append('x') }}" + CHATML, "the chat template does not take the turns system, user: "),
+        ("{{ messages[0]['content'] + nothing }}" + CHATML, "'nothing' is undefined"),
+        ("{% if %}" + CHATML, "the chat template does not take"),
+    ],
+    ids=["its own", "sandbox", "undefined", "syntax"],
+)
+def test_what_a_template_raises_is_one_line_with_the_row(template, words):
+    row = pair(prompt=[turn("system", "Be kind."), turn("user", "Hi")])
+    tokenizer = letters(template)
+    with pytest.raises(UserError) as error:
+        tokenize(Dataset.from_list([row] * 2), tokenizer, None, end_ids(tokenizer))
+    assert words in str(error.value)
+    assert str(error.value).startswith("train dataset, 2 of 2 rows; first row 0: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_stream_of_rows_is_encoded_as_a_dataset_is():
+    tokenizer, rows = (
+        letters(),
+        [pair(), pair("Plum.", [turn("assistant", "a"), turn("user", "b"), turn("assistant", "c")])],
+    )
+    arguments = {"tokenizer": tokenizer, "ends": [tokenizer.eos_token_id], "max_length": None}
+    stream = list(IterableDataset.from_generator(lambda: iter(rows)).map(encode, fn_kwargs=arguments))
+    whole = tokenize(Dataset.from_list(rows), tokenizer, None, end_ids(tokenizer)).dataset
+    for column in ("prompt_ids", "chosen_ids", "rejected_ids", "rejected_mask"):
+        assert [row[column] for row in stream] == whole[column][:]
+
+
+def test_notes_say_how_many_rows_they_are_about_and_which_is_the_first():
+    rows = [pair(), pair([turn("assistant", "12", reasoning_content="3 * 4")]), pair("<|start|>")]
+    tokenizer = letters()
+    assert tokenize(Dataset.from_list(rows), tokenizer, None, end_ids(tokenizer)).notes == [
+        "train: the chat template leaves out thoughts of an answer in 1 of 3 rows (first: row 1); they are not trained",
+        "train: 1 of 3 rows (first: row 2) hold the text of a control token, which is encoded as text",
+    ]
+
+
+def test_what_differs_only_in_what_the_template_leaves_out_is_told():
+    rows = [pair("<think>a</think>12", "<think>b</think>12")] * 2
+    tokenizer = letters(NO_THOUGHTS)
+    with pytest.raises(UserError, match=r"in 2 of 2 pairs .*in 2 of them once the chat template has left out text"):
+        tokenize(Dataset.from_list(rows), tokenizer, None, end_ids(tokenizer))
