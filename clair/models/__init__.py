@@ -55,12 +55,15 @@ class TooMany(Exception):
 class Unreachable(Exception):
     """A server error, a timeout or a broken connection: worth another try.
 
-    `billed`: the request may have been answered and paid for, only the reply did not arrive.
+    `billed`: the request may have been answered and paid for, only the reply did not arrive. `timeout`: the server
+    took too long. `waiting`: it took no connection while it answered other requests, which is no failure.
     """
 
-    def __init__(self, told: str, *, billed: bool = False) -> None:
+    def __init__(self, told: str, *, billed: bool = False, timeout: bool = False, waiting: bool = False) -> None:
         super().__init__(told)
         self.billed = billed
+        self.timeout = timeout
+        self.waiting = waiting
 
 
 def reply_of(raw: str) -> Reply:

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from clair.models import Refused, RequestFailed, TooMany, Unreachable, encodable, reply_of
+from clair.models.turns import turns_at
 from clair.recipe import one_line
 from clair.urls import endpoint_of, environment_headers, environment_values, filled, public_url
 
@@ -35,7 +36,9 @@ class OpenAIModel:
         timeout: float = 600.0,
         role: str = "model",
     ) -> None:
-        from openai import AsyncOpenAI, DefaultAioHttpClient, Timeout
+        from openai import AsyncOpenAI, Timeout
+
+        from clair.models.wire import GuardedClient, origin_of
 
         logging.getLogger("httpx2").addFilter(_WITHOUT_QUERIES)
         endpoint = endpoint_of(url)
@@ -47,7 +50,10 @@ class OpenAIModel:
         secrets = (key or "", *endpoint.secrets, *environment_values(headers or {}), *secrets)
         self._secrets = {secret for secret in secrets if len(secret) >= _SHORTEST_SECRET}
         authorization = {"Authorization": endpoint.authorization} if endpoint.authorization else {}
+        self._turns = turns_at(origin_of(endpoint.base))
+        self._answered = False
         limit = Timeout(timeout, connect=_CONNECT_SECONDS)
+        self._without_limit = Timeout(None, connect=_CONNECT_SECONDS)
         self._client = AsyncOpenAI(
             base_url=endpoint.base,
             api_key=key or "none",
@@ -55,7 +61,7 @@ class OpenAIModel:
             default_query=filled(endpoint.query, f"the query of {self.url}"),
             max_retries=0,
             timeout=limit,
-            http_client=DefaultAioHttpClient(timeout=limit, limits=_no_limits()),
+            http_client=GuardedClient(endpoint.base, timeout=limit, limits=_no_limits()),
         )
 
     async def close(self) -> None:
@@ -67,7 +73,7 @@ class OpenAIModel:
         try:
             response = await self._request("GET", "/models", None)
             names = [entry["id"] for entry in json.loads(response)["data"]]
-        except (RequestFailed, TooMany, NotListed, Unreachable, ValueError, KeyError, TypeError):
+        except (RequestFailed, TooMany, NotListed, Elsewhere, Unreachable, ValueError, KeyError, TypeError):
             names = []  # many servers list nothing, or fail at it (`transformers serve` without a hub answers 500)
         if self.name in names:
             return
@@ -85,20 +91,36 @@ class OpenAIModel:
     async def complete(self, request: Mapping[str, Any], sample: int = 0) -> str:
         """The raw JSON text of one chat completion."""
         try:
-            return await self._request("POST", "/chat/completions", {"model": self.name, **request})
+            raw = await self._request("POST", "/chat/completions", {"model": self.name, **request})
+        except Elsewhere as error:
+            if self._answered:  # it answers others: this one is sent to a page for logging in, or the like
+                raise RequestFailed("redirected", f"{self.url} {error}; it was not followed") from error
+            raise Refused(
+                f"{self.role}: {self.url} {error}; headers and prompts were not sent there: if that is right, put its "
+                f"address into the recipe as url"
+            ) from error
         except NotListed as error:
             raise Refused(
                 f"{self.role}: {self.url} has no model {self.name!r}, or is not the base URL of an OpenAI-compatible "
                 f"API (404: {error}); check model and url"
             ) from error
+        self._answered = True
+        return raw
 
     async def call(self, ask: Callable[[Any], Awaitable[T]]) -> T:
         """What `ask` gets from the openai client, its errors as ours: Refused, RequestFailed, NotListed ..."""
         import httpx2
         import openai
 
+        from clair.models.wire import Redirected, TooLarge, without_queries
+
         try:
             return await ask(self._client)
+        except Redirected as error:
+            raise Elsewhere(str(error)) from error
+        except TooLarge as error:
+            beginning = self.redacted(error.beginning.decode("utf-8", "replace"))
+            raise RequestFailed("malformed_reply", str(error), beginning) from error
         except openai.RateLimitError as error:
             if error.code == "insufficient_quota":
                 raise Refused(f"{self.role}: {self.url} has no quota left: {self._words(error)}") from error
@@ -113,8 +135,8 @@ class OpenAIModel:
         except openai.APIConnectionError as error:  # timeouts are of this kind too
             cause = error.__cause__ or error
             timed_out = isinstance(cause, httpx2.ReadTimeout | httpx2.WriteTimeout | TimeoutError)
-            words = "timeout" if timed_out else encodable(self.redacted(str(cause))[:200])
-            raise Unreachable(words, billed=not _never_sent(error)) from error
+            words = "timeout" if timed_out else encodable(self.redacted(without_queries(str(cause)))[:200])
+            raise Unreachable(words, billed=not _never_sent(error), timeout=timed_out) from error
         except openai.APIStatusError as error:
             words = f"{error.status_code}: {self._words(error)}"
             if error.status_code >= 500 or error.status_code in (408, 409, 425):
@@ -124,15 +146,27 @@ class OpenAIModel:
     async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> str:
         import httpx2
 
+        from clair.models.wire import without_queries
+
         # Headers belong to all requests of the endpoint, the first look at its models included.
         sent = None if body is None else self.body(body)
 
         async def ask(client: Any) -> Any:
+            options = {"timeout": self._without_limit}  # that is ours: the client's would begin anew with each read
             if method == "GET":
-                return await client.get(path, cast_to=httpx2.Response)
-            return await client.post(path, cast_to=httpx2.Response, body=sent)
+                return await client.get(path, cast_to=httpx2.Response, options=options)
+            return await client.post(path, cast_to=httpx2.Response, body=sent, options=options)
 
-        response = await self.call(ask)
+        try:
+            async with self._turns.within(self.timeout):
+                response = await self.call(ask)
+        except TimeoutError as error:
+            raise Unreachable("timeout", billed=True, timeout=True) from error
+        except (Refused, RequestFailed, TooMany, NotListed, Elsewhere, Unreachable):
+            raise
+        except Exception as error:  # what a library does with an answer that nobody foresaw
+            words = encodable(self.redacted(one_line(without_queries(str(error)), 200)))
+            raise Unreachable(f"no HTTP answer: {type(error).__name__}: {words}", billed=True) from error
         return self.as_said(response.content.decode("utf-8", "replace"))
 
     def body(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,6 +225,10 @@ _WITHOUT_QUERIES = _WithoutQueries()
 
 class NotListed(Exception):
     """404."""
+
+
+class Elsewhere(Exception):
+    """A redirect to another server."""
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

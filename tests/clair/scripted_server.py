@@ -236,6 +236,18 @@ class Scripted:
             assert request.transport is not None
             request.transport.close()
             return response
+        if name == "garbled":
+            assert request.transport is not None
+            request.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n{}")
+            request.transport.close()
+            return web.Response()
+        if name == "trickle":  # an empty line now and then, for as long as somebody listens
+            response = web.StreamResponse()
+            await response.prepare(request)
+            while request.transport is not None and not request.transport.is_closing():
+                await response.write(b"\n")
+                await asyncio.sleep(0.2)
+            return response
         if name == "redirect":
             return web.Response(status=307, headers={"Location": "/elsewhere"})
         return REPLIES[name](text)

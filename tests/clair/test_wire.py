@@ -1,0 +1,219 @@
+"""What servers put on the wire: no answer ends a run, holds a try for ever or fills the memory, and none leads away."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from clair.models import Refused, RequestFailed, Unreachable, wire
+from clair.models.turns import Turns
+from tests.clair.raw_server import GOOD, Answer, http, model_at, serving, writes
+from tests.clair.virtual_time import now, run
+
+ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
+
+
+async def asked(*answers: Answer, query: str = "", timeout: float = 20.0) -> str:
+    """What becomes of one request."""
+    async with serving(*answers) as url, model_at(url + query, timeout=timeout) as model:
+        return await asyncio.wait_for(model.complete(ASKED), 60)
+
+
+# ---- garbled answers
+
+GARBLED = {
+    "a length below nothing": http(b"{}", length=-5),
+    "a length that is no number": b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n{}",
+    "a header without end": http(GOOD, "X-Long: " + "a" * 200_000),
+    "many headers": http(GOOD, *(f"X-{n}: a" for n in range(5000))),
+    "a header that is none": b"HTTP/1.1 200 OK\r\nno header\r\n\r\n{}",
+    "another protocol": b"SSH-2.0-OpenSSH_9\r\n",
+    "a broken chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
+    "half an answer": http(GOOD[:20], length=len(GOOD)),
+    "nothing": b"",
+    "an encoding that it is not in": http(GOOD, "Content-Encoding: gzip"),
+}
+
+
+@pytest.mark.parametrize("name", GARBLED)
+def test_a_garbled_answer_is_a_failure_of_its_request_and_no_query_is_told(name):
+    with pytest.raises(Unreachable) as caught:
+        asyncio.run(asked(writes(GARBLED[name]), query="?api-key=sk-secret-1"))
+    assert "sk-secret-1" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.billed
+
+
+def test_what_no_library_foresaw_is_a_failure_too(monkeypatch):
+    async def odd(*_: Any) -> None:
+        raise ZeroDivisionError("at http://me:word@h/v1/chat?api-key=sk-secret-1 in the parser")
+
+    monkeypatch.setattr(wire.GuardedTransport, "handle_async_request", odd)
+    with pytest.raises(Unreachable, match="ZeroDivisionError: at http://h/v1/chat in the parser"):
+        asyncio.run(asked(writes(http(GOOD))))
+
+
+# ---- answers that do not end
+
+
+async def trickle(writer: asyncio.StreamWriter) -> None:
+    writer.write(http(b"", length=1000))
+    while not writer.is_closing():
+        writer.write(b" ")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+
+
+def test_the_timeout_is_that_of_the_whole_try():
+    with pytest.raises(Unreachable, match="timeout") as caught:
+        asyncio.run(asked(trickle, timeout=0.5))
+    assert caught.value.timeout
+    assert caught.value.billed
+
+
+def test_a_reply_without_end_is_not_read_to_its_end(monkeypatch):
+    monkeypatch.setattr(wire, "MOST_BYTES", 2**20)
+    sent = 0
+
+    async def endless(writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while not writer.is_closing():
+            writer.write(b"10000\r\n" + b"a" * 65536 + b"\r\n")
+            sent += 65536
+            await writer.drain()
+
+    with pytest.raises(RequestFailed, match="the reply is larger than 1 MB") as caught:
+        asyncio.run(asked(endless))
+    assert caught.value.reason == "malformed_reply"
+    assert caught.value.raw == "a" * 2000
+    assert sent < 50 * 2**20  # what the system's buffers hold
+
+
+@pytest.mark.parametrize("status", ["200 OK", "400 Bad Request", "500 Internal Server Error"])
+def test_a_small_reply_that_unpacks_to_a_large_one_is_not_unpacked_to_its_end(monkeypatch, status):
+    monkeypatch.setattr(wire, "MOST_BYTES", 2**20)
+    packed = gzip.compress(b"a" * 2**24)
+    with pytest.raises(RequestFailed, match="larger than 1 MB"):
+        asyncio.run(asked(writes(http(packed, "Content-Encoding: gzip", status=status))))
+
+
+def test_a_packed_reply_is_read():
+    assert asyncio.run(asked(writes(http(gzip.compress(GOOD), "Content-Encoding: gzip")))) == GOOD.decode()
+
+
+# ---- redirects
+
+
+def redirect(to: str) -> Answer:
+    return writes(http(b"", f"Location: {to}", status="307 Temporary Redirect"))
+
+
+@pytest.mark.parametrize(
+    "to", ["http://localhost:{port}/v1", "http://127.0.0.1:{other}/v1", "https://127.0.0.1:{port}/v1"]
+)
+def test_no_redirect_to_another_server_is_followed_and_it_is_told(to):
+    async def ask() -> list[str]:
+        seen: list[str] = []
+        async with serving(writes(http(GOOD)), path=seen) as other:
+            place = to.format(port="{port}", other=other.split(":")[2].split("/")[0])
+
+            async def lead_away(writer: asyncio.StreamWriter) -> None:
+                port = writer.get_extra_info("sockname")[1]
+                await redirect(place.format(port=port))(writer)
+
+            async with serving(lead_away) as url, model_at(url) as model:
+                with pytest.raises(Refused) as caught:
+                    await model.check()
+                origin = place.format(port=url.split(":")[2].split("/")[0]).removesuffix("/v1")
+                assert f"{url} redirects to {origin}, which is another server" in str(caught.value)
+                assert "put its address into the recipe" in str(caught.value)
+        return seen
+
+    assert asyncio.run(ask()) == []
+
+
+def test_a_redirect_of_one_request_among_answered_ones_is_a_failure_of_that_one():
+    async def ask() -> None:
+        async with (
+            serving(writes(http(GOOD)), redirect("http://127.0.0.2:9/login")) as url,
+            model_at(url) as model,
+        ):
+            assert await model.complete(ASKED) == GOOD.decode()
+            with pytest.raises(RequestFailed, match=r"redirects to http://127\.0\.0\.2:9") as caught:
+                await model.complete(ASKED)
+            assert caught.value.reason == "redirected"
+
+    asyncio.run(ask())
+
+
+def test_a_redirect_within_the_server_is_followed():
+    seen: list[str] = []
+
+    async def ask() -> str:
+        answers = redirect("/v2/chat"), writes(http(GOOD))
+        async with serving(*answers, path=seen) as url, model_at(url) as model:
+            return await model.complete(ASKED)
+
+    assert asyncio.run(ask()) == GOOD.decode()
+    assert seen == ["POST /v1/chat/completions HTTP/1.1", "POST /v2/chat HTTP/1.1"]
+
+
+# ---- turns at a server that answers few at once
+
+
+async def all_at_once(slots: int, seconds: Callable[[int], float], requests: int, timeout: float) -> list[float | None]:
+    """When each of some requests, sent at once, is answered; None where its time was over."""
+    turns, server = Turns(), asyncio.Semaphore(slots)
+
+    async def send(number: int) -> float | None:
+        try:
+            async with turns.within(timeout), server:
+                await asyncio.sleep(seconds(number))
+        except TimeoutError:
+            return None
+        return now()
+
+    return await asyncio.gather(*(send(number) for number in range(requests)))
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_waiting_for_a_slot_at_the_server_is_no_failure(slots):
+    ends, _ = run(all_at_once(slots, lambda _: 1.0, 60, timeout=2.5))
+    assert ends == pytest.approx([1 + number // slots for number in range(60)], abs=0.001)
+
+
+def test_a_request_whose_turn_has_come_has_its_timeout_and_no_more():
+    ends, seconds = run(all_at_once(1, lambda number: 1.0 if number < 5 else 1e6, 6, timeout=2.5))
+    assert ends[5] is None
+    assert ends[:5] == pytest.approx([1, 2, 3, 4, 5], abs=0.001)
+    assert seconds == pytest.approx(7.5, abs=0.001)
+
+
+def test_answers_to_later_requests_do_not_prolong_the_time_of_an_earlier_one():
+    ends, _ = run(all_at_once(100, lambda number: 1e6 if number == 0 else 0.5 * number, 20, timeout=3.0))
+    assert ends[0] is None
+    assert ends[1:7] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.5, 3.0], abs=0.001)
+
+
+def test_a_server_that_answers_nobody_is_given_up_after_one_timeout():
+    ends, seconds = run(all_at_once(1, lambda _: 1e6, 50, timeout=3.0))
+    assert ends == [None] * 50
+    assert seconds == pytest.approx(3.0, abs=0.001)
+
+
+def test_what_is_remembered_of_answers_does_not_grow():
+    async def work() -> int:
+        turns, most = Turns(), 0
+        for number in range(2000):
+            async with turns.within(1.0):
+                await asyncio.sleep(0.001)
+            most = max(most, len(turns._answers))
+            assert turns._passed(number + 1) == pytest.approx(now(), abs=0.0001)
+        return most
+
+    assert run(work())[0] < 50
