@@ -6,7 +6,7 @@ Of the policy, of the reference (from its cache, or on the way), of mismatched p
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,22 @@ class AskingTrainer(DPOTrainer):
     def packs(self) -> bool:
         """Whether pairs are asked for in packed rows, without padding, each prompt once."""
         return self.pair_logps is shared_prefix_logps
+
+    @contextlib.contextmanager
+    def as_in_training(self) -> Iterator[None]:
+        """The precision of a training step, without gradient and with the policy in eval mode: for every question to
+        the policy or the reference outside of one, so that both answer alike while they are one model.
+
+        accelerate puts autocast around the model's own `forward` only when training starts, and transformers'
+        `compute_loss_context_manager` does nothing. (Under DeepSpeed the weights are in the type of training already.)
+        """
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                yield
+        finally:
+            self.model.train(training)
 
     def _share_prefixes(self) -> None:
         """Ask in packed rows from now on, if the model can be and agrees with TRL's batch on two pairs."""
@@ -101,16 +117,13 @@ class AskingTrainer(DPOTrainer):
         rank, count = self.accelerator.process_index, self.accelerator.num_processes
         collate = getattr(self.data_collator, "collate", self.data_collator)
         found = torch.zeros(len(examples), dtype=torch.float64, device=self.accelerator.device)
-        training = self.model.training
-        self.model.eval()
-        for start in range(0, len(bins), count):
-            mine = bins[start + rank] if start + rank < len(bins) else bins[0]  # so that all run equally many passes
-            batch = self._prepare_inputs(collate([examples[place] for place in mine]))
-            with torch.no_grad(), self.compute_loss_context_manager():
+        with self.as_in_training():
+            for start in range(0, len(bins), count):
+                mine = bins[start + rank] if start + rank < len(bins) else bins[0]  # all run equally many passes
+                batch = self._prepare_inputs(collate([examples[place] for place in mine]))
                 logps = self.pair_logps(self.model, batch).chosen
-            if start + rank < len(bins):
-                found[mine] = logps.to(found.dtype)
-        self.model.train(training)
+                if start + rank < len(bins):
+                    found[mine] = logps.to(found.dtype)
         return self._over_processes(found).tolist()
 
     # The reference
@@ -186,19 +199,15 @@ class AskingTrainer(DPOTrainer):
         micro-batch nor on how many processes there are.
         """
         total = torch.zeros(3, device=self.accelerator.device)
-        training = self.model.training
-        self.model.eval()
         weighted = isinstance(self.data_collator, WeightedCollator)
         collate = self.data_collator.collate if weighted else self.data_collator
         for batch in mismatched(batches, collate, gather_object, self.accelerator.process_index):
             batch = self._prepare_inputs(batch)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                policy = self.pair_logps(self.model, batch)
-            reference = self._reference_logps(batch)
+            with self.as_in_training():
+                policy, reference = self.pair_logps(self.model, batch), self._reference_logps(batch)
             ratios = torch.cat([policy.chosen - reference[0], policy.rejected - reference[1]]).float()
             lengths = torch.cat([policy.chosen_len, policy.rejected_len])
             if IDLE not in batch:  # which is run all the same: sharded processes run equally many
                 total += torch.stack([ratios.sum(), (ratios / lengths.clamp(min=1)).sum(), (lengths > 0).sum()])
-        self.model.train(training)
         total = self._over_processes(total)
         return total[:2] / total[2].clamp(min=1)

@@ -51,8 +51,6 @@ class Probe:
     def view(self, trainer: APOTrainer) -> View:
         """See the pairs by the model as it is. Every process sees all of them."""
         model, device = trainer.model, trainer.accelerator.device
-        training = model.training
-        model.eval()
         tokens, positions, place = [], [], 0
         for pair in self.pairs:
             for side in SIDES:
@@ -61,7 +59,7 @@ class Probe:
                     tokens.append(torch.zeros(0))
                     continue
                 ids = torch.tensor([pair["prompt_ids"] + response], device=device)
-                with torch.no_grad(), trainer.compute_loss_context_manager():
+                with trainer.as_in_training():
                     seen = model(
                         input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False,
                         logits_to_keep=len(response) + 1,
@@ -70,7 +68,6 @@ class Probe:
                 tokens.append(logps.gather(-1, ids[0, -len(response) :, None]).squeeze(-1).cpu())
                 positions.append(logps[self._kept[place : place + len(response)].to(device)].cpu())
                 place += len(response)
-        model.train(training)
         return View(tokens, torch.cat(positions))
 
     def measure(self, trainer: APOTrainer) -> dict[str, float]:

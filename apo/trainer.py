@@ -289,9 +289,10 @@ class APOTrainer(AskingTrainer):
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
-        """The loss alone: logits are never built."""
+        """The loss alone: logits are never built. In the precision of training, also where there was none yet."""
         inputs = self._without_repeats(inputs, self.args.eval_batch_size)
-        return super().prediction_step(model, inputs, True, ignore_keys)
+        with self.accelerator.autocast():
+            return super().prediction_step(model, inputs, True, ignore_keys)
 
     # What is kept
 
