@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
@@ -21,6 +21,8 @@ from clair.storage import is_url, public_path, read_here
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from clair.preferences import Preferences
 
 _NAMED = 5
 _KEPT = (*dict.fromkeys([*COLUMNS, *UNPAIRED_COLUMNS]), "id", "tools", "chat_template_kwargs")
@@ -39,15 +41,19 @@ class Source(Recipe):
     """Only the rows with these values in these columns, held-out ones too: `{group: ann}`. Absent: all."""
 
 
-def load_train(sources: Sequence[Source], seed: int, weights: str | None = None) -> Dataset:
+def load_train(
+    sources: Sequence[Source], seed: int, weights: str | None = None, note: Callable[[str], None] | None = None
+) -> Dataset:
     """The training pairs, or unpaired rows, of all sources, weighted. Raises UserError where they are fewer than two,
     and for pairs in one source and unpaired rows in another.
+
+    `note` is given each line on what was repaired in them.
     """
     from datasets import concatenate_datasets
 
     parts = []
     for number, source in enumerate(sources):
-        part = _load(source, source.split, weights)
+        part = _load(source, source.split, weights, note)
         if not len(part) and source.where:
             raise UserError(_no_such_rows(source))
         parts.append(part.select(_weighted(len(part), source.weight, seed + number)) if source.weight != 1 else part)
@@ -67,7 +73,12 @@ def load_train(sources: Sequence[Source], seed: int, weights: str | None = None)
     return pairs
 
 
-def load_eval(sources: Sequence[Source], which: bool | str, weights: str | None = None) -> Dataset | None:
+def load_eval(
+    sources: Sequence[Source],
+    which: bool | str,
+    weights: str | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Dataset | None:
     """The held-out pairs: of the split named `which`, or (True) of `test` wherever there is one. False: none."""
     from datasets import concatenate_datasets
 
@@ -78,7 +89,9 @@ def load_eval(sources: Sequence[Source], which: bool | str, weights: str | None 
     if not found and which is not True:
         names = ", ".join(split_names(sources[0].path))
         raise UserError(f"eval: no dataset has a split {split!r}; found: {names}; eval: false trains without")
-    parts = [part for part in (_load_unless_empty(source, split, weights) for source in found) if part is not None]
+    parts = [
+        part for part in (_load_unless_empty(source, split, weights, note) for source in found) if part is not None
+    ]
     return concatenate_datasets(parts) if parts else None
 
 
@@ -117,7 +130,7 @@ def values_of(sources: Sequence[Source], column: str) -> tuple[list[str | int | 
     found: dict[tuple[str, str | int | bool], None] = {}
     missing = 0
     for source in sources:
-        rows = _where(_read(source.path, source.split), source)
+        rows = _where(_read(source.path, source.split).dataset, source)
         for value in _column(rows, column, source):
             if value is None:
                 missing += 1
@@ -151,13 +164,13 @@ def _no_such_rows(source: Source) -> str:
     """What to say where `where` leaves no row: which values there are instead."""
     found = []
     for column in source.where or {}:
-        values = list(dict.fromkeys(_read(source.path, source.split)[column][:]))
+        values = list(dict.fromkeys(_read(source.path, source.split).dataset[column][:]))
         more = f" and {len(values) - _NAMED} more" if len(values) > _NAMED else ""
         found.append(f"{column}: {', '.join(map(repr, values[:_NAMED]))}{more}")
     return f"dataset {source.path} has no row where {source.where}; found: {'; '.join(found)}"
 
 
-def _read(path: str, split: str) -> Dataset:
+def _read(path: str, split: str) -> Preferences:
     from clair.dataset import load_preferences
 
     check_there(path)
@@ -169,10 +182,12 @@ def _read(path: str, split: str) -> Dataset:
         raise UserError(f"dataset {path}, split {split!r}: {one_line(error)}") from error
 
 
-def _load(source: Source, split: str, weights: str | None = None) -> Dataset:
+def _load(source: Source, split: str, weights: str | None = None, note: Callable[[str], None] | None = None) -> Dataset:
     path = source.path
-    pairs = _where(_read(path, split), source)
-    _check_columns(pairs, path)
+    read = _read(path, split)
+    for line in read.notes if note else ():
+        note(line)
+    pairs = _where(read.dataset, source)
     if weights is not None and weights not in pairs.column_names:
         near, found = near_miss(weights, pairs.column_names), ", ".join(pairs.column_names)
         raise UserError(f"weights: dataset {path}, split {split!r}, has no column {weights!r}{near}; found: {found}")
@@ -180,31 +195,16 @@ def _load(source: Source, split: str, weights: str | None = None) -> Dataset:
     return pairs.select_columns([column for column in kept if column in pairs.column_names])
 
 
-def _load_unless_empty(source: Source, split: str, weights: str | None) -> Dataset | None:
+def _load_unless_empty(
+    source: Source, split: str, weights: str | None, note: Callable[[str], None] | None
+) -> Dataset | None:
     try:
-        pairs = _load(source, split, weights)
+        pairs = _load(source, split, weights, note)
     except UserError as error:
         if "corresponds to no data" in str(error):  # what `datasets` says of a Parquet split without rows
             return None
         raise
     return pairs if len(pairs) else None
-
-
-def _check_columns(pairs: Dataset, path: str) -> None:
-    wanted = columns_of(pairs)
-    if missing := [column for column in wanted if column not in pairs.column_names]:
-        found = ", ".join(pairs.column_names) or "none"
-        raise UserError(f"dataset {path} has no column {missing[0]!r}; found: {found}; needed: {', '.join(wanted)}")
-    if not len(pairs):
-        return
-    for column in (column for column in wanted if column != "label"):
-        turns = pairs[0][column]
-        whole = isinstance(turns, list) and turns and all(isinstance(t, dict) and t.get("role") for t in turns)
-        if not whole or not all(isinstance(turn.get("content"), str) for turn in turns):
-            raise UserError(f"dataset {path}: {column!r} of row 0 is neither text nor messages with role and content")
-        if column == "completion" and turns[0]["role"] != "assistant":
-            role = turns[0]["role"]
-            raise UserError(f"dataset {path}: 'completion' of row 0 begins with a {role} turn, which is the prompt's")
 
 
 def check_there(path: str) -> None:

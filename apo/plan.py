@@ -68,8 +68,9 @@ def plan(config: TrainConfig, processes: int | None = None) -> Plan:
     if name.is_adapter and config.lora:
         raise UserError(f"model {config.model} is an adapter and is trained on as it is; leave `lora` out, or merge it")
     tokenizer = models.load_tokenizer(name)
-    train_pairs = load_train(config.dataset, config.seed, config.weights)
-    eval_pairs = load_eval(config.dataset, config.eval, config.weights)
+    notes: list[str] = []
+    train_pairs = load_train(config.dataset, config.seed, config.weights, notes.append)
+    eval_pairs = load_eval(config.dataset, config.eval, config.weights, notes.append)
     args = trainer_options(config, has_eval=eval_pairs is not None, processes=count)
     if count == launched:
         check_devices(args)
@@ -86,6 +87,7 @@ def plan(config: TrainConfig, processes: int | None = None) -> Plan:
     train = _tokenize(train_pairs, "train", tokenizer, ends, args)
     evaluated = _tokenize(eval_pairs, "eval", tokenizer, ends, args) if eval_pairs is not None else None
     train.notes.extend(evaluated.notes if evaluated else [])
+    train.notes[:0] = notes
     if len(train.dataset) < 2:
         why = []
         if count_equal := train.dropped.get("equal"):

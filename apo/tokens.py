@@ -15,7 +15,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from apo.rendering import NOTES, RowFault, control_tokens, render, without_end
+from apo.rendering import NOTES, control_tokens, render, without_end
+from clair.preferences import COLUMNS, UNPAIRED_COLUMNS, check_columns, read_dataset, read_row
 from clair.recipe import UserError
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
     from apo.mixture import Mixture
 
-COLUMNS = ("prompt", "chosen", "rejected")
-UNPAIRED_COLUMNS = ("prompt", "completion", "label")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 MASK_COLUMNS = ("chosen_mask", "rejected_mask")
 DROPPED = ("too_long", "equal")
@@ -73,12 +72,11 @@ def tokenize(
         return Tokenized(dataset)
     from datasets import Features, List, Value
 
-    wanted = columns_of(dataset)
-    if missing := [column for column in wanted if column not in dataset.column_names]:
-        found = ", ".join(dataset.column_names) or "none"
-        raise UserError(f"{name} dataset has no column {missing[0]!r}; found: {found}; needed: {', '.join(wanted)}")
-    _refuse_unpaired(objective, name, wanted == UNPAIRED_COLUMNS)
+    check_columns(dataset.column_names, f"{name} dataset")
+    _refuse_unpaired(objective, name, columns_of(dataset) == UNPAIRED_COLUMNS)
     _check_labels(dataset, name)
+    read = read_dataset(dataset, f"{name} dataset", name, keep_text=True, num_proc=num_proc)
+    dataset, notes = read.dataset, list(read.notes)
     arguments = {"tokenizer": tokenizer, "ends": sorted(ends), "max_length": max_length}
     arguments["control"] = control_tokens(tokenizer, ends)
     # Said, not inferred: the other responses of unpaired rows are empty, and an empty list has no type.
@@ -92,7 +90,7 @@ def tokenize(
     _refuse_faults(encoded, verdicts, name)
     kept = [row for row, verdict in enumerate(verdicts) if not verdict]
     dropped = {reason: count for reason in DROPPED if (count := verdicts.count(reason))}
-    notes = _notes(noted, name) + _equal_notes(verdicts, noted, name)
+    notes += _notes(noted, name) + _equal_notes(verdicts, noted, name)
     if not kept and "equal" in dropped:
         raise UserError(f"{name} dataset: no pair is left to train on: " + "; ".join(notes))
     unmasked = () if any(_has_content(encoded, column) for column in MASK_COLUMNS) else MASK_COLUMNS
@@ -211,8 +209,9 @@ def encode(
     """
     control = control_tokens(tokenizer, frozenset(ends)) if control is None else control
     try:
+        example, _ = read_row(example, keep_text=True)
         rendered = render(example, tokenizer, set(ends), control)
-    except RowFault as fault:
+    except UserError as fault:
         return {**{key: [] for key in (*ID_COLUMNS, *MASK_COLUMNS, "_notes")}, "_verdict": str(fault)}
     responses, masks = rendered.answers, rendered.masks or [[] for _ in rendered.answers]
     sides = list(zip(responses, masks, strict=True))

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from clair.preferences import Preferences, check_columns, read_dataset
 from clair.recipe import UserError, content_hash, file_sha256, one_line, publish, read_json
 from clair.records import LABELS, Dropped, Pair
 from clair.sources import load_split, parquet_rows
@@ -261,43 +263,36 @@ def load_pairs(path: str | Path, split: str = "train", **options: Any) -> Any:
     """A `datasets.Dataset` with prompt, chosen and rejected as message lists, from a folder or file, here or at a URL,
     or from a hub name.
 
-    Reads our own folders, TRL's preference formats (explicit or implicit prompt, messages or text) and the published
-    CLAIR sets (string prompt, whole conversations as chosen and rejected, `rational` for the reasoning). Other
-    columns stay. Raises UserError for a missing column (naming those found) or a source that is not there.
+    Reads the formats of docs/format.md, each row by itself. Text with an implicit prompt stays text. Other columns
+    stay. What had to be repaired is counted in a warning of the logger `clair`. Raises UserError for a missing column
+    (naming those found), a row that cannot be read (with its number), and a source that is not there.
     """
-    return _as_pairs(_load(str(path), split, **options), path)
+    read = read_pairs(_load(str(path), split, **options), path)
+    for note in read.notes:
+        logging.getLogger("clair").warning("%s: %s", path, note)
+    return read.dataset
 
 
-def load_preferences(path: str | Path, split: str = "train", **options: Any) -> Any:
-    """The pairs of a source as `load_pairs` gives them; or its unpaired rows, where it has completions and no chosen.
+def load_preferences(path: str | Path, split: str = "train", **options: Any) -> Preferences:
+    """The pairs of a source as `load_pairs` reads them; or its unpaired rows, where it has completions and no chosen.
 
     Unpaired rows are TRL's: prompt and completion (text or messages, here message lists) and a label. Their other
-    columns stay, and raises are the same.
+    columns stay, and raises are the same. With them comes what was repaired.
     """
     dataset = _load(str(path), split, **options)
     if "completion" not in dataset.column_names or {"chosen", "rejected"} & set(dataset.column_names):
-        return _as_pairs(dataset, path)
-    _check_columns(dataset, path, {"prompt", "label"})
-    turns = [dataset[0][name] for name in ("prompt", "completion")] if len(dataset) else []
-    return dataset if all(isinstance(turn, list) for turn in turns) else dataset.map(as_messages, desc="Reading rows")
+        return read_pairs(dataset, path, split)
+    check_columns(dataset.column_names, f"dataset {path}")
+    return read_dataset(dataset, f"dataset {path}", split)
 
 
-def _as_pairs(dataset: Any, path: str | Path) -> Any:
-    _check_columns(dataset, path, {"chosen", "rejected"})
+def read_pairs(dataset: Any, path: str | Path, name: str = "") -> Preferences:
+    """The pairs of a loaded dataset. Raises UserError as `load_pairs` does."""
+    check_columns(dataset.column_names, f"dataset {path}", pairs=True)
     columns = dataset.column_names
     if "rational" in columns and "reasoning" not in columns:
         dataset = dataset.rename_column("rational", "reasoning")
-    if len(dataset) == 0 or _is_explicit(dataset[0]):
-        return dataset
-    return dataset.map(as_explicit, desc="Reading pairs")
-
-
-def _check_columns(dataset: Any, path: str | Path, wanted: set[str]) -> None:
-    columns = set(dataset.column_names)
-    if missing := wanted - columns:
-        raise UserError(
-            f"dataset {path}: no column {' or '.join(sorted(missing))}; columns found: {', '.join(sorted(columns))}"
-        )
+    return read_dataset(dataset, f"dataset {path}", name)
 
 
 def _load(path: str, split: str, **options: Any) -> Any:
@@ -313,29 +308,3 @@ def _load(path: str, split: str, **options: Any) -> Any:
         raise
     except Exception as error:  # a name that is not there, no network, no such split: told with the library's words
         raise UserError(f"dataset {path!r}, split {split!r}: {one_line(error)}") from error
-
-
-def _is_explicit(row: Mapping[str, Any]) -> bool:
-    turns = [row.get(name) for name in ("prompt", "chosen", "rejected")]
-    return all(isinstance(t, list) for t in turns) and all(t[0]["role"] == "assistant" for t in turns[1:] if t)
-
-
-def as_explicit(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A preference row of any known format with prompt, chosen and rejected as message lists."""
-    chosen, rejected = (_turns(row[name], "assistant") for name in ("chosen", "rejected"))
-    prompt = _turns(row["prompt"], "user") if row.get("prompt") else []
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    if shared and (not prompt or chosen[:shared][-1]["content"] == prompt[-1]["content"]):
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def as_messages(row: Mapping[str, Any]) -> dict[str, Any]:
-    """An unpaired row with prompt and completion as message lists."""
-    return {**row, "prompt": _turns(row["prompt"], "user"), "completion": _turns(row["completion"], "assistant")}
-
-
-def _turns(value: Any, role: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else [dict(turn) for turn in value]

@@ -388,10 +388,10 @@ def test_text_and_conversations_of_several_sources_are_put_together(recipe, tmp_
     ("rows", "changes", "message"),
     [
         (make_rows(4), {"objective": "dpo"}, "dpo needs pairs, and the train dataset has unpaired rows"),
-        ([{k: v for k, v in row.items() if k != "label"} for row in make_rows(4)], {}, "no column label; columns"),
+        ([{k: v for k, v in row.items() if k != "label"} for row in make_rows(4)], {}, "no column 'label'; found"),
         ([{**row, "label": 1} for row in make_rows(4)], {}, "label of row 0 of the train dataset is 1; true"),
-        ([{**row, "completion": row["prompt"]} for row in make_rows(4)], {}, "of row 0 begins with a user turn"),
-        ([{**row, "completion": [{"content": "a"}]} for row in make_rows(4)], {}, "'completion' of row 0 is neither"),
+        ([{**row, "completion": row["prompt"]} for row in make_rows(4)], {}, "'completion' begins with a user turn"),
+        ([{**row, "completion": [{"content": "a"}]} for row in make_rows(4)], {}, "of 'completion' has no role"),
         (make_rows(1), {}, "has 1 row(s) to train on"),
         (make_rows(4), {"weights": "w"}, "has no column 'w'"),
     ],

@@ -1,0 +1,262 @@
+"""One reader for preference rows: each row by itself, every format into one, and what is repaired is counted."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pytest
+from datasets import Dataset
+
+from clair.preferences import note_of, read_dataset, read_row
+from clair.recipe import UserError
+
+
+def user(text, **more):
+    return {"role": "user", "content": text, **more}
+
+
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+ASKED = {"prompt": [user("Who sews?")], "chosen": [assistant("A tailor.")], "rejected": [assistant("A miller.")]}
+WHOLE = {side: ASKED["prompt"] + ASKED[side] for side in ("chosen", "rejected")}
+LONG = [user("Who sews?"), assistant("A tailor."), user("And mends shoes?")]
+FLAT = {"prompt": "Who sews?", "chosen": "A tailor.", "rejected": "A miller."}
+CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "CET"}}}
+TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def sharegpt(*texts):
+    return [{"from": who, "value": text} for who, text in zip(("human", "gpt") * 2, texts, strict=False)]
+
+
+# name: (row, what it is read as, what was repaired)
+READ = {
+    "messages": (ASKED, ASKED, []),
+    "text": (FLAT, ASKED, []),
+    "implicit": (WHOLE, ASKED, []),
+    "a prompt column that repeats the first turn": (
+        {"prompt": "Who sews?", "chosen": [*LONG, assistant("A cobbler.")], "rejected": [*LONG, assistant("Nobody.")]},
+        {"prompt": LONG, "chosen": [assistant("A cobbler.")], "rejected": [assistant("Nobody.")]}, ["repeated"],
+    ),
+    "a prompt column that repeats the last question": (
+        {"prompt": "And mends shoes?", "chosen": [*LONG, assistant("A")], "rejected": [*LONG, assistant("B")]},
+        {"prompt": LONG, "chosen": [assistant("A")], "rejected": [assistant("B")]}, ["repeated"],
+    ),
+    "a prompt column with a system turn more": (
+        {"prompt": [system("Be brief."), user("Who sews?")], **WHOLE},
+        {**ASKED, "prompt": [system("Be brief."), user("Who sews?")]}, ["repeated"],
+    ),
+    "a prompt column that differs by blanks": ({"prompt": " Who sews?\n", **WHOLE}, ASKED, ["blanks"]),
+    "copies of the question that differ by blanks": (
+        {"chosen": WHOLE["chosen"], "rejected": [user("Who sews? "), assistant("A miller.")]}, ASKED, ["blanks"],
+    ),
+    "one answer that repeats the prompt": ({**ASKED, "chosen": WHOLE["chosen"]}, ASKED, ["repeated"]),
+    "texts that repeat the prompt": (
+        {"prompt": "Who sews?", "chosen": "Who sews? A tailor.", "rejected": "Who sews?\nA miller."}, ASKED,
+        ["repeated"],
+    ),
+    "a transcript": (
+        {"chosen": "\n\nHuman: Who sews?\n\nAssistant: A tailor.",
+         "rejected": "\n\nHuman: Who sews?\n\nAssistant: A miller."}, ASKED, ["transcript"],
+    ),
+    "a transcript as the prompt": (
+        {"prompt": "\n\nHuman: Who sews?\n\nAssistant:", "chosen": " A tailor.", "rejected": " A miller."}, ASKED,
+        ["transcript"],
+    ),
+    "question": ({"question": "Who sews?", "chosen": "A tailor.", "rejected": "A miller."}, ASKED, []),
+    "question and system": (
+        {"system": "Be brief.", "question": "Who sews?", "chosen": "A tailor.", "rejected": "A miller."},
+        {**ASKED, "prompt": [system("Be brief."), user("Who sews?")]}, ["system"],
+    ),
+    "an empty system column": ({**FLAT, "system": ""}, ASKED, []),
+    "a system column that is in the messages": (
+        {**ASKED, "prompt": [system("Be brief."), user("Who sews?")], "system": "Be brief."},
+        {**ASKED, "prompt": [system("Be brief."), user("Who sews?")]}, [],
+    ),
+    "a system column beside another system turn": (
+        {**ASKED, "prompt": [system("Be brief."), user("Who sews?")], "system": "Be loud."},
+        {**ASKED, "prompt": [system("Be brief."), user("Who sews?")]}, ["unread:system"],
+    ),
+    "instruction and input": (
+        {"instruction": "Double it.", "input": "4", "chosen": "8", "rejected": "9"},
+        {"prompt": [user("Double it.\n\n4")], "chosen": [assistant("8")], "rejected": [assistant("9")]}, ["input"],
+    ),
+    "input alone": ({"input": "Who sews?", "chosen": "A tailor.", "rejected": "A miller."}, ASKED, []),
+    "history": (
+        {"instruction": "And mends shoes?", "history": [["Who sews?", "A tailor."]], "chosen": "A", "rejected": "B"},
+        {"prompt": LONG, "chosen": [assistant("A")], "rejected": [assistant("B")]}, ["history"],
+    ),
+    "another question beside the prompt": ({**FLAT, "question": "What is this?"}, ASKED, ["unread:question"]),
+    "sharegpt": (
+        {"conversations": sharegpt("Who sews?"), "chosen": sharegpt("", "A tailor.")[1],
+         "rejected": sharegpt("", "A miller.")[1]}, ASKED, [],
+    ),
+    "sharegpt, whole": (
+        {"chosen": sharegpt("Who sews?", "A tailor."), "rejected": sharegpt("Who sews?", "A miller.")}, ASKED, [],
+    ),
+    "messages beside answers as text": (
+        {"messages": [user("Who sews?"), assistant("A tailor.")], "chosen": "A tailor.", "rejected": "A miller."},
+        ASKED, [],
+    ),
+    "messages of the chosen answer beside the prompt": ({**FLAT, "messages": WHOLE["chosen"]}, ASKED, []),
+    "a single message": ({"prompt": ASKED["prompt"][0], "chosen": ASKED["chosen"][0], "rejected": "A miller."},
+                         ASKED, []),
+    "JSON text": ({name: json.dumps(turns) for name, turns in ASKED.items()}, ASKED, []),
+    "Python's own text": ({name: repr(turns) for name, turns in ASKED.items()}, ASKED, []),
+    "an answer that is JSON": (
+        {**FLAT, "chosen": '{"role": "tailor", "name": "Ann"}', "rejected": "[1, 2]"},
+        {**ASKED, "chosen": [assistant('{"role": "tailor", "name": "Ann"}')], "rejected": [assistant("[1, 2]")]}, [],
+    ),
+    "content in parts": (
+        {**ASKED, "prompt": [user([{"type": "text", "text": "Who "}, {"type": "text", "text": "sews?"}])]}, ASKED, [],
+    ),
+    "role names": (
+        {"chosen": [{"role": "Human", "content": "Who sews?"}, {"role": "Bot", "content": "A tailor."}],
+         "rejected": [{"role": "human", "content": "Who sews?"}, {"role": "AI", "content": "A miller."}]},
+        ASKED, ["roles"],
+    ),
+    "columns of other names": (
+        {"prompt": "Who sews?", "chosen_response": "A tailor.", "rejected_response": "A miller."}, ASKED, [],
+    ),
+    "no content beside tool calls": (
+        {**ASKED, "chosen": [{"role": "assistant", "tool_calls": [CALL]}]},
+        {**ASKED, "chosen": [assistant("", tool_calls=[CALL])]}, [],
+    ),
+    "null content beside tool calls": (
+        {**ASKED, "chosen": [assistant(None, tool_calls=[CALL], name=None)]},
+        {**ASKED, "chosen": [assistant("", tool_calls=[CALL])]}, [],
+    ),
+    "arguments and calls as JSON text": (
+        {**ASKED, "chosen": [assistant("", tool_calls=json.dumps(
+            [{"type": "function", "function": {"name": "clock", "arguments": '{"zone": "CET"}'}}]))]},
+        {**ASKED, "chosen": [assistant("", tool_calls=[CALL])]}, [],
+    ),
+    "tools as JSON text": ({**ASKED, "tools": json.dumps(TOOLS)}, {**ASKED, "tools": TOOLS}, []),
+    "no tools": ({**ASKED, "tools": []}, ASKED, []),
+    "an answer of several turns": (
+        {**ASKED, "chosen": [assistant("", tool_calls=[CALL]), {"role": "tool", "content": "9", "name": "clock"},
+                             assistant("Nine.")]},) * 2 + ([],),
+    "text that nothing asks for": (
+        {"chosen": "Wool is warm.", "rejected": "Wool is cold."},
+        {"prompt": "Wool is", "chosen": " warm.", "rejected": " cold."}, [],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", READ)
+def test_a_row_of_this_form_is_read(case):
+    row, expected, repairs = READ[case]
+    assert read_row({"id": 7, **row}, exact=True) == ({"id": 7, **expected}, repairs)
+    for repair in repairs:
+        assert note_of(repair)
+
+
+@pytest.mark.parametrize("case", READ)
+def test_what_was_read_reads_as_itself_from_a_dataset_too(case):
+    row, expected, repairs = READ[case]
+    read = read_dataset(Dataset.from_list([{"id": 7, **row}]), "dataset d", "train")
+    assert [note.split("rows ")[1] for note in read.notes] == [note_of(repair) for repair in repairs]
+    again = read_dataset(read.dataset, "dataset d", keep_text=True)
+    assert again.notes == []
+    assert again.dataset.to_list() == read.dataset.to_list()
+    assert read_row(again.dataset[0], keep_text=True) == ({"id": 7, **expected}, [])
+
+
+def test_unpaired_rows_are_read():
+    row = {"prompt": "Who sews?", "completion": json.dumps([{"from": "gpt", "value": "A tailor."}]), "label": True}
+    read = {"prompt": [user("Who sews?")], "completion": [assistant("A tailor.")], "label": True}
+    assert read_row(row) == (read, [])
+
+
+def test_plain_text_stays_text_where_that_is_asked_for_and_all_of_it_is():
+    assert read_row(FLAT, keep_text=True) == (FLAT, [])
+    asked = {**FLAT, "system": "Be brief."}
+    assert read_row(asked, keep_text=True)[0]["prompt"] == [system("Be brief."), user("Who sews?")]
+    both = Dataset.from_list([{**FLAT, "system": text} for text in ("", "Be brief.")])
+    assert [len(row["prompt"]) for row in read_dataset(both, "d", keep_text=True).dataset] == [1, 2]
+
+
+# name: (row, the words of the error)
+REFUSED = {
+    "an empty answer": ({**FLAT, "chosen": None}, "'chosen' is empty"),
+    "an empty prompt": ({**ASKED, "prompt": []}, "'prompt' is an empty list"),
+    "a blank prompt": ({**FLAT, "prompt": " "}, "'prompt' is empty"),
+    "no prompt": ({name: ASKED[name] for name in ("chosen", "rejected")}, "there is no prompt: no column 'prompt'"),
+    "nothing shared": ({"chosen": "Red", "rejected": "Blue"}, "share no beginning"),
+    "no turn shared": (
+        {side: [system(side), *WHOLE[side]] for side in ("chosen", "rejected")},
+        "'chosen' begins with the system turn 'chosen' and 'rejected' with the system turn 'rejected'",
+    ),
+    "another prompt": ({"prompt": "Who bakes?", **WHOLE}, "the prompt ends with the user turn 'Who bakes?'"),
+    "a user turn as an answer": ({**ASKED, "rejected": [user("No.")]}, "'rejected' begins with a user turn"),
+    "an answer that ends with a user turn": (
+        {**ASKED, "chosen": [assistant("A"), user("B")]}, "'chosen' ends with a user turn",
+    ),
+    "a role of another kind": ({**ASKED, "chosen": [{"role": "bard", "content": "A"}]}, "has the role 'bard'"),
+    "no role": ({**ASKED, "chosen": [{"text": "A"}]}, "message 1 of 'chosen' has no role; keys found: text"),
+    "no content": ({**ASKED, "chosen": [assistant(None)]}, "message 1 of 'chosen' has no content"),
+    "content that is a number": ({**ASKED, "chosen": [assistant(7)]}, "has content 7"),
+    "an image": ({**ASKED, "prompt": [user([{"type": "image", "text": None}])]}, "content part of type 'image'"),
+    "a part without text": ({**ASKED, "prompt": [user([{"type": "text", "text": None}])]}, "whose text is None"),
+    "several answers": ({**FLAT, "rejected": ["A miller.", "A baker."]}, "'rejected' is a list of 2 texts"),
+    "a number": ({**FLAT, "rejected": 4}, "'rejected' is 4"),
+    "half of a surrogate pair": ({**FLAT, "chosen": "ok \ud83d"}, "'chosen' holds half of a surrogate pair"),
+    "messages that are no JSON": ({**FLAT, "chosen": '[{"role": "assistant", "content": A}]'}, "but is not JSON"),
+    "tools that are no JSON": ({**ASKED, "tools": "[{"}, "'tools' is not JSON"),
+    "a call without a name": (
+        {**ASKED, "chosen": [assistant("", tool_calls=[{"type": "function"}])]}, "a call without the name",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("keep_text", [False, True])
+def test_a_row_that_cannot_be_read_says_why(case, keep_text):
+    row, words = REFUSED[case]
+    with pytest.raises(UserError) as error:
+        read_row(row, keep_text=keep_text)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_each_row_is_read_by_itself_and_the_first_at_fault_is_named():
+    rows = [{"id": f"r{number}", **row} for number, row in enumerate([ASKED, {**ASKED, **WHOLE}, ASKED])]
+    read = read_dataset(Dataset.from_list(rows), "dataset d", "train")
+    assert read.notes == [f"train: 1 of 3 rows {note_of('repeated')}"]
+    assert [row["chosen"] for row in read.dataset] == [ASKED["chosen"]] * 3
+    rows[2] = {**rows[2], "rejected": [user("No.")]}
+    with pytest.raises(UserError, match=r"^dataset d, row 2 \(id r2\): 'rejected' begins with a user turn"):
+        read_dataset(Dataset.from_list(rows), "dataset d")
+
+
+def test_what_arrow_adds_is_not_read():
+    """In a table each object has the keys of all, null where it has none."""
+    other = {"type": "function", "function": {"name": "map", "arguments": {"town": "Rome", "zoom": 3}}}
+    tools = [[{"type": "function", "function": {"name": name, "parameters": {"properties": {key: {"type": "string"}}}}}]
+             for name, key in (("clock", "zone"), ("map", "town"))]  # fmt: skip
+    rows = [{**ASKED, "chosen": [assistant("", tool_calls=[call])], "tools": some}
+            for call, some in zip((CALL, other), tools, strict=True)]  # fmt: skip
+    table = Dataset(pa.Table.from_pylist(rows))
+    assert table[0]["chosen"][0]["tool_calls"][0]["function"]["arguments"] == {
+        "zone": "CET",
+        "town": None,
+        "zoom": None,
+    }
+    read = read_dataset(table, "dataset d").dataset
+    assert [read_row(row)[0] for row in read] == rows
+    assert [read_row(row)[0] for row in table] == rows
+
+
+def test_clean_pairs_are_taken_as_they_are():
+    pairs = Dataset.from_list([ASKED] * 3)
+    assert read_dataset(pairs, "d").dataset is pairs
+    assert read_dataset(pairs.select([2, 0]), "d").notes == []
+    for spoilt in ({**ASKED, **WHOLE}, {**ASKED, "prompt": [*ASKED["prompt"], {"role": "Human", "content": "a"}]}):
+        assert read_dataset(Dataset.from_list([ASKED, spoilt]), "d").notes
