@@ -18,7 +18,7 @@ from trl.trainer.utils import use_adapter
 
 from apo.cache import hash_model
 from apo.faults import is_out_of_memory, memory_watched
-from apo.logps import IDLE, IDS, PAIR_WEIGHT, Batch, WeightedCollator, mismatched
+from apo.logps import IDLE, IDS, PAIR_WEIGHT, Batch, TurnCollator, WeightedCollator, mismatched
 from apo.prefix import around_the_parting, bins_of, share_if_exact, shared_prefix_logps, tokens_of
 from apo.reference import Advance, with_reference
 from apo.transfer import to_device
@@ -27,6 +27,16 @@ from clair.progress import progress
 
 class AskingTrainer(DPOTrainer):
     """DPOTrainer's asking half; `APOTrainer` sets its attributes and learns."""
+
+    @property
+    def data_collator(self) -> Any:
+        """The collator of the batches. Whichever is set, it leaves out turns that are not the model's."""
+        return self._data_collator
+
+    @data_collator.setter
+    def data_collator(self, collate: Any) -> None:
+        ready = isinstance(collate, TurnCollator | WeightedCollator)
+        self._data_collator = collate if ready else TurnCollator(collate)
 
     @property
     def packs(self) -> bool:

@@ -287,7 +287,7 @@ def head_gradients(
     import torch
 
     from apo.features import last_hidden
-    from apo.logps import PairLogps
+    from apo.logps import PairLogps, trained_tokens
 
     head = model.get_output_embeddings()
     sketch = _sketch(*head.weight.shape, dimensions, seed)
@@ -298,10 +298,10 @@ def head_gradients(
         for pair in tokenized:
             rows = [pair["prompt_ids"] + pair[f"{side}_ids"] for side in found]
             for side, states, row in zip(found, last_hidden(model, rows), rows, strict=True):
-                start = len(pair["prompt_ids"])
-                before = states[start - 1 : len(row) - 1]
+                start, kept = len(pair["prompt_ids"]), torch.tensor(trained_tokens(pair, side), dtype=torch.bool)
+                before = states[start - 1 : len(row) - 1][kept]
                 logps = head(before.to(head.weight)).float().cpu().log_softmax(-1)
-                picked = torch.tensor(row[start:])[:, None]
+                picked = torch.tensor(row[start:])[kept][:, None]
                 sums[side].append(float(logps.gather(1, picked).sum()))
                 lengths[side].append(len(picked))
                 residual = (-logps.exp()).scatter_add(1, picked, torch.ones(len(picked), 1))

@@ -77,10 +77,11 @@ def work_of(batch: Batch, *, packed: bool) -> Tensor:
     if not packed:
         computed = longest * (has[0] + has[1])
         return torch.stack([first + second, computed, first + second, chosen + rejected, first**2 + second**2], 1)
-    same = (ids[:pairs] == ids[pairs:]) & attended[:pairs] & attended[pairs:]
+    trained = batch["completion_mask"]
+    same = (ids[:pairs] == ids[pairs:]) & attended[:pairs] & attended[pairs:] & (trained[:pairs] == trained[pairs:])
     common = same.long().cumprod(1).sum(1) * has[0] * has[1]
     rest = second - common
-    scored = chosen + rest.minimum(rejected)
+    scored = chosen + (trained[pairs:] * (torch.arange(longest, device=ids.device) >= common[:, None])).sum(1)
     return torch.stack([first + second, first + rest, first + rest, scored, first**2 + rest * second], 1)
 
 

@@ -1,9 +1,10 @@
 """Log-probability of a response: the plain reference that every fast path is tested against, and TRL's stacked batch.
 
 A batch is what TRL's collator makes of B pairs: `input_ids`, `attention_mask` and `completion_mask`, each [2B, L], the
-B chosen sequences first, prompts included. An unpaired row is a pair whose other response is empty: a prompt alone,
-with log-prob 0 and length 0. `pair_logps(model, batch)` is a plug point of the trainer: any function
-that takes a batch and gives `PairLogps`. `stacked_logps` is the default.
+B chosen sequences first, prompts included. Where an answer has turns in it that are not the model's, `completion_mask`
+is 0 on them. An unpaired row is a pair whose other response is empty: a prompt alone, with log-prob 0 and length 0.
+`pair_logps(model, batch)` is a plug point of the trainer: any function that takes a batch and gives `PairLogps`.
+`stacked_logps` is the default.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Batch = Mapping[str, Any]
 
 
 class PairLogps(NamedTuple):
-    """Summed log-probs of both responses of B pairs in nats, and how many tokens they have. All [B]."""
+    """Summed log-probs of both responses of B pairs in nats, and how many trained tokens they have. All [B]."""
 
     chosen: Tensor
     rejected: Tensor
@@ -77,6 +78,30 @@ IDS = ("input_ids", "attention_mask", "completion_mask")
 _NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", PAIR_WEIGHT, IDLE})
 
 
+SIDES = ("chosen", "rejected")
+
+
+def trained_tokens(example: Mapping[str, Any], side: str) -> list[int]:
+    """1 for each token of a response that is trained, 0 for those of turns within it that are not the model's."""
+    return example.get(f"{side}_mask") or [1] * len(example[f"{side}_ids"])
+
+
+@dataclass(frozen=True)
+class TurnCollator:
+    """A collator of pairs that takes what `chosen_mask` and `rejected_mask` leave out, out of `completion_mask`."""
+
+    pad: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The stacked batch."""
+        batch = self.pad(examples)
+        for row, (side, example) in enumerate((side, example) for side in SIDES for example in examples):
+            if mask := example.get(f"{side}_mask"):
+                start, trained = len(example["prompt_ids"]), batch["completion_mask"][row]
+                trained[start : start + len(mask)] *= trained.new_tensor(mask)
+        return batch
+
+
 @dataclass(frozen=True)
 class WeightedCollator:
     """A collator of pairs that also hands on what they weigh, from a column of the dataset."""
@@ -124,19 +149,27 @@ def mismatched(
 
 
 def examples_of(batch: Batch) -> list[dict[str, list[int]]]:
-    """The token ids that a stacked batch was collated from: `prompt_ids`, `chosen_ids` and `rejected_ids` per pair."""
+    """The token ids that a stacked batch was collated from: `prompt_ids`, `chosen_ids` and `rejected_ids` per pair, and
+    a mask for each response that is not trained whole."""
     rows = []
-    for ids, attended, response in zip(
+    for ids, attended, trained in zip(
         batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["completion_mask"].tolist(), strict=True
     ):
-        ids = ids[: sum(attended)]
-        start = len(ids) - sum(response)
-        rows.append((ids[:start], ids[start:]))
+        length = sum(attended)
+        start = trained.index(1) if 1 in trained else length
+        rows.append((ids[:length], trained[:length], start))
     half = len(rows) // 2
-    return [
-        {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-        for (prompt, chosen), (_, rejected) in zip(rows[:half], rows[half:], strict=True)
-    ]
+    return [_example(*pair) for pair in zip(rows[:half], rows[half:], strict=True)]
+
+
+def _example(*rows: tuple[list[int], list[int], int]) -> dict[str, list[int]]:
+    start = min(first for *_, first in rows)
+    example = {"prompt_ids": rows[0][0][:start]}
+    for side, (ids, trained, _) in zip(SIDES, rows, strict=True):
+        example[f"{side}_ids"] = ids[start:]
+        if 0 in trained[start:]:
+            example[f"{side}_mask"] = trained[start:]
+    return example
 
 
 def select(batch: Batch, places: Sequence[int]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from apo.tokens import COLUMNS, ID_COLUMNS, UNPAIRED_COLUMNS, columns_of
+from apo.tokens import COLUMNS, ID_COLUMNS, MASK_COLUMNS, UNPAIRED_COLUMNS, columns_of
 from clair.recipe import Recipe, UserError, near_miss, one_line
 from clair.storage import is_url, public_path, read_here
 
@@ -109,12 +109,13 @@ def split_names(path: str) -> list[str]:
 
 
 def fingerprint(dataset: Dataset, weights: str | None = None) -> str:
-    """SHA-256 over the token ids (and weights) of all rows in order: what a resumed run compares."""
+    """SHA-256 over the token ids (and masks, and weights) of all rows in order: what a resumed run compares."""
     digest = hashlib.sha256()
     if weights is not None:
         digest.update(repr([float(value) for value in dataset[weights][:]]).encode())
-    for batch in dataset.select_columns(list(ID_COLUMNS)).with_format("arrow").iter(batch_size=1000):
-        for name in ID_COLUMNS:
+    names = [name for name in (*ID_COLUMNS, *MASK_COLUMNS) if name in dataset.column_names]
+    for batch in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
+        for name in names:
             column = batch[name].combine_chunks()
             digest.update(column.value_lengths().to_numpy(zero_copy_only=False).astype("<i8").tobytes())
             digest.update(column.flatten().to_numpy(zero_copy_only=False).astype("<i8").tobytes())

@@ -3,8 +3,8 @@
 A pair becomes `shared, chosen rest, rejected rest`: `shared` is the longest common prefix of both sequences, prompt and
 any common beginning of the responses. Positions of the rejected rest go on from the shared part, and it attends to the
 shared part and to itself, never to the chosen rest (attention.py). Pairs stand one behind the other in a single row and
-do not see each other. The LM head is applied to response positions only; the log-prob of a shared response token counts
-for both.
+do not see each other. The LM head is applied to trained positions only: those of a response, without the turns in it
+that are not the model's. The log-prob of a shared response token counts for both.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
+from itertools import chain, compress
 from typing import Any
 
 import torch
 
 from apo.attention import BEFORE, NAME, Layout, Span, fastest
-from apo.logps import Batch, PairLogps, device_of, examples_of, stacked_logps
+from apo.logps import SIDES, Batch, PairLogps, device_of, examples_of, stacked_logps, trained_tokens
 from apo.matmul import product, quicken, rows_multiple, unquicken
+from apo.rendering import common_prefix
 from apo.transfer import to_device
 from clair.recipe import one_line
 
@@ -29,26 +30,28 @@ _HEAD_KEEPS = 512 * 2**20
 """Bytes of exponentiated logits that may wait for backward; above, they are made anew there, chunk by chunk."""
 
 
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
-    for place, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return place
-    return min(len(first), len(second))
+def shared_response(example: dict[str, list[int]]) -> int:
+    """How many tokens the responses of a pair begin with in common, trained in both or in neither."""
+    both = common_prefix(example["chosen_ids"], example["rejected_ids"])
+    if example.get("chosen_mask") or example.get("rejected_mask"):
+        return common_prefix(*(trained_tokens(example, side)[:both] for side in SIDES))
+    return both
 
 
 def tokens_of(example: dict[str, list[int]]) -> int:
     """How many tokens a pair takes in a packed row."""
-    prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
-    return len(prompt) + len(chosen) + len(rejected) - common_prefix(chosen, rejected)
+    prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", *SIDES))
+    return len(prompt) + len(chosen) + len(rejected) - shared_response(example)
 
 
 def around_the_parting(example: dict[str, Any], most: int = 128) -> dict[str, Any]:
     """A pair cut to at most `most` tokens before and `most` after a place shortly before its answers part."""
-    prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
-    start = max(0, common_prefix(chosen, rejected) - most // 4)
-    cut = {"prompt_ids": [*prompt, *chosen[:start]][-most:], "chosen_ids": chosen[start : start + most]}
-    return {**example, **cut, "rejected_ids": rejected[start : start + most]}
+    prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", *SIDES))
+    start = max(0, shared_response(example) - most // 4)
+    part = slice(start, start + most)
+    cut = {"prompt_ids": [*prompt, *chosen[:start]][-most:], "chosen_ids": chosen[part], "rejected_ids": rejected[part]}
+    masks = {f"{side}_mask": trained_tokens(example, side)[part] for side in SIDES if example.get(f"{side}_mask")}
+    return {**example, **cut, **{name: [1, *mask[1:]][: len(mask)] for name, mask in masks.items()}}
 
 
 def lay_out(examples: Sequence[dict[str, list[int]]], device: torch.device | str = "cpu", multiple: int = 1) -> Layout:
@@ -64,32 +67,37 @@ def lay_out(examples: Sequence[dict[str, list[int]]], device: torch.device | str
     rows: list[int] = []
     labels: list[int] = []
     owner: list[int] = []
+    lengths: list[int] = []
     for pair, example in enumerate(examples):
-        prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
+        prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", *SIDES))
         if not (prompt and (chosen or rejected)):
             raise ValueError("a pair with an empty prompt or no response cannot be packed")
         paired = bool(chosen and rejected)
-        both = common_prefix(chosen, rejected) if paired else len(chosen or rejected)
+        both = shared_response(example) if paired else len(chosen or rejected)
+        trained, others = (trained_tokens(example, side) for side in SIDES)
+        lengths += [sum(trained), sum(others)]
         shared, start = len(prompt) + both, len(ids)
         span = Span(start, shared, len(chosen[both:]), len(rejected[both:]))
         spans.append(span)
         ids += [*prompt, *(chosen or rejected), *rejected[both:]]
         positions += [*range(shared + span.chosen), *range(shared, shared + span.rejected)]
         last = start + shared - 1
-        rows += range(start + len(prompt) - 1, last)
-        labels += (chosen or rejected)[:both]
-        owner += [3 * pair + (0 if paired else 1 if chosen else 2)] * both
-        for which, rest, first in ((1, chosen[both:], last + 1), (2, rejected[both:], last + 1 + span.chosen)):
-            if rest:
-                rows += [last, *range(first, first + len(rest) - 1)]
-                labels += rest
-                owner += [3 * pair + which] * len(rest)
+        middle, end = last + span.chosen, last + span.chosen + span.rejected
+        predicted = (
+            (0 if paired else 1 if chosen else 2, (chosen or rejected)[:both], (trained or others)[:both],
+             range(start + len(prompt) - 1, last)),
+            (1, chosen[both:], trained[both:], chain([last], range(last + 1, middle))),
+            (2, rejected[both:], others[both:], chain([last], range(middle + 1, end))),
+        )  # fmt: skip
+        for which, tokens, mask, before in predicted:
+            rows += compress(before, mask)
+            labels += compress(tokens, mask)
+            owner += [3 * pair + which] * sum(mask)
     if short := -len(ids) % multiple:
         spans.append(Span(len(ids), short, 0, 0))
         ids += [0] * short
         positions += range(short)
     rows += [0] * (-len(rows) % multiple)
-    lengths = [len(example[f"{name}_ids"]) for example in examples for name in ("chosen", "rejected")]
     parts = (ids, positions, rows, labels, owner, lengths)
     sent = to_device(torch.tensor([*chain(*parts)]), torch.device(device)).split([len(part) for part in parts])
     return Layout(sent[0][None], sent[1][None], spans, *sent[2:5], sent[5].view(-1, 2))

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from apo.logps import SIDES, trained_tokens
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -25,7 +27,6 @@ PAIRS = 16
 TRAINED_FOR_ONE = 100
 POSITIONS = 128
 """Of whose next token the whole distribution is kept: so many times the vocabulary in float32, on the host."""
-SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class Probe:
 
     def __init__(self, trainer: APOTrainer, pairs: Sequence[dict[str, Any]]) -> None:
         self.pairs = [{f"{name}_ids": list(pair[f"{name}_ids"]) for name in ("prompt", *SIDES)} for pair in pairs]
-        self.shared = [mark for pair in self.pairs for mark in shared_tokens(pair["chosen_ids"], pair["rejected_ids"])]
+        self._trained = [torch.tensor(trained_tokens(pair, side), dtype=torch.bool) for pair in pairs for side in SIDES]
+        shared = [mark for pair in self.pairs for mark in shared_tokens(pair["chosen_ids"], pair["rejected_ids"])]
+        self.shared = [mark[trained] for mark, trained in zip(shared, self._trained, strict=True)]
         total = sum(len(mark) for mark in self.shared)
         apart = -(-total // POSITIONS)
         self._kept = torch.arange(total) % apart == 0
@@ -52,8 +55,8 @@ class Probe:
         """See the pairs by the model as it is. Every process sees all of them."""
         model, device = trainer.model, trainer.accelerator.device
         tokens, positions, place = [], [], 0
-        for pair in self.pairs:
-            for side in SIDES:
+        for number, pair in enumerate(self.pairs):
+            for side, trained in zip(SIDES, self._trained[2 * number : 2 * number + 2], strict=True):
                 response = pair[f"{side}_ids"]
                 if not response:
                     tokens.append(torch.zeros(0))
@@ -64,10 +67,11 @@ class Probe:
                         input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False,
                         logits_to_keep=len(response) + 1,
                     )  # fmt: skip
-                logps = seen.logits[0, :-1].float().log_softmax(-1)
-                tokens.append(logps.gather(-1, ids[0, -len(response) :, None]).squeeze(-1).cpu())
-                positions.append(logps[self._kept[place : place + len(response)].to(device)].cpu())
-                place += len(response)
+                trained = trained.to(device)
+                logps = seen.logits[0, :-1][trained].float().log_softmax(-1)
+                tokens.append(logps.gather(-1, ids[0, -len(response) :][trained, None]).squeeze(-1).cpu())
+                positions.append(logps[self._kept[place : place + len(logps)].to(device)].cpu())
+                place += len(logps)
         return View(tokens, torch.cat(positions))
 
     def measure(self, trainer: APOTrainer) -> dict[str, float]:

@@ -25,14 +25,16 @@ PART = 256
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 Advance = Callable[[int], None]
 Compute = Callable[[Sequence[dict[str, Any]], Advance], "tuple[Tensor, Tensor]"]
-"""Log-probs of both responses of some pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`), [n] each."""
+"""Log-probs of both responses of some pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`, and masks), [n] each."""
 Watched = Callable[[int], AbstractContextManager[Progress]]
 
 
 def part_key(identity: Sequence[Any], pairs: Sequence[dict[str, Any]]) -> str:
     """The key of a part: what computes (`identity`: weights, type, attention) and the ids it is computed on."""
     ids = [[pair[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")] for pair in pairs]
-    return content_hash(["reference log-probs 1", list(identity), ids])
+    masks = [[pair.get(f"{name}_mask") or [] for name in ("chosen", "rejected")] for pair in pairs]
+    masked = [masks] if any(mask for both in masks for mask in both) else []
+    return content_hash(["reference log-probs 1", list(identity), ids, *masked])
 
 
 def with_reference(

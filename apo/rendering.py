@@ -298,6 +298,8 @@ class _Conversation:
         first = len(whole) - turns
         later = [index for index in range(first + 1, len(whole)) if whole[index]["role"] == "assistant"]
         starts = [start]
+        if later and not self.begun:
+            self._start_of_turn(whole, first, ids, -1)
         for index in later:
             starts.append(self._start_of_turn(whole, index, ids, starts[-1]))
         spans = []
@@ -320,21 +322,23 @@ class _Conversation:
         start = common_prefix(prompted, ids)
         if start <= after or start < common_prefix(prompted, alone):
             raise RowFault(
-                f"the chat template writes the turns before turn {index} otherwise when more follow, so it cannot be "
-                "told which tokens are the model's; give a row for each assistant turn"
+                f"the chat template writes what is before turn {index} of the conversation otherwise when more follow, "
+                "so it cannot be told which tokens are the model's; give a row for each assistant turn"
             )
         return start
 
     def _final_end(self, whole: Messages, ids: list[int], start: int) -> tuple[list[int], int]:
         """The ids, and where the last turn ends in them, its end of turn included."""
-        end = next((at for at in range(start, len(ids)) if ids[at] in self.ends), None)
+        end = last = None
+        for index in range(len(ids) - 1, start - 1, -1):
+            if ids[index] in self.ends:
+                end = index  # the first of several: Phi's template writes the end of the text after the end of turn
+            elif self.tokenizer.decode(ids[index]).strip():
+                last = ids[index]
+                break
         if end is not None:
-            rest = [token for token in ids[end + 1 :] if token not in self.ends]
-            if self.tokenizer.decode(rest).strip():
-                raise RowFault(without_end(self.tokenizer))
             return ids, end + 1
-        last = next((at for at in range(len(ids) - 1, start - 1, -1) if self.tokenizer.decode(ids[at]).strip()), None)
-        if last is None or ids[last] in self.tokenizer.added_tokens_decoder:
+        if last is None or last in self.tokenizer.added_tokens_decoder:
             raise RowFault(without_end(self.tokenizer))
         self.notes.add("no_end")
         return [*ids, self._next_token(whole, ids)], len(ids) + 1

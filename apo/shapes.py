@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apo.matmul import speeds
-from apo.prefix import bins_of, common_prefix
+from apo.prefix import bins_of, shared_response
 from apo.zero import whole
 from clair.recipe import UserError, one_line
 
@@ -142,10 +142,11 @@ def rows_of(
     """The forward passes of one epoch, in an order drawn by `seed`: pairs in batches, cut at `most` tokens."""
     pairs = []
     for example in examples:
-        prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
+        prompt, chosen, rejected = (len(example[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
+        both = shared_response(example)
         if not (chosen and rejected):  # an unpaired row: one branch, whichever response it is
-            chosen, rejected = chosen or rejected, []
-        pairs.append((len(prompt), common_prefix(chosen, rejected), len(chosen), len(rejected)))
+            chosen, rejected = chosen or rejected, 0
+        pairs.append((prompt, both, chosen, rejected))
     random.Random(seed).shuffle(pairs)
     rows = []
     for start in range(0, len(pairs), batch):

@@ -43,7 +43,7 @@ from apo.prefix import (
     tokens_of,
 )
 from apo.processes import asks_for_fsdp, check_devices
-from apo.tokens import end_ids, tokenize
+from apo.tokens import MASK_COLUMNS, end_ids, tokenize
 from apo.transfer import to_device
 from apo.zero import check_zero, get_ready, hush, tell, unfinished
 from clair.recipe import UserError
@@ -193,8 +193,8 @@ class APOTrainer(AskingTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self.args.weights is not None and self.args.weights not in self._signature_columns:
-            self._signature_columns.append(self.args.weights)
+        more = [*MASK_COLUMNS, *([] if self.args.weights is None else [self.args.weights])]
+        self._signature_columns += [column for column in more if column not in self._signature_columns]
 
     # The loss
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +131,8 @@ def compare_models(
     """
     import torch
 
+    from apo.logps import SIDES, trained_tokens
+
     sizes = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
     order = sorted(range(len(pairs)), key=lambda place: (-sizes[place], place))
     with torch.inference_mode():
@@ -142,7 +145,11 @@ def compare_models(
             for at, place in enumerate(places):
                 both = found[at], found[len(places) + at]
                 marks = shared_tokens(pairs[place]["chosen_ids"], pairs[place]["rejected_ids"])
-                responses = [_response(*three, mark) for three, mark in zip(both, marks, strict=True)]
+                responses = []
+                for side, three, mark in zip(SIDES, both, marks, strict=True):
+                    trained = trained_tokens(pairs[place], side)
+                    parts = (part[torch.tensor(trained, dtype=torch.bool)] for part in three)
+                    responses.append(_response(*parts, [*compress(mark, trained)]))
                 prompt = content_hash(list(pairs[place]["prompt_ids"]))[:16]
                 yield place, Measured(str(pairs[place].get("id", place)), prompt, *responses)
 

@@ -18,7 +18,7 @@ from transformers import (
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from apo import prefix
-from apo.logps import plain_logps
+from apo.logps import TurnCollator, examples_of, plain_logps
 from apo.prefix import (
     around_the_parting,
     bins_of,
@@ -110,6 +110,58 @@ def test_unpaired_rows_among_pairs_give_the_plain_log_probs_and_gradients(family
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-5)
     assert (gradients(model, packed) - wanted).norm() < 1e-5 * wanted.norm()
     assert lay_out(examples).input_ids.shape[1] == sum(tokens_of(example) for example in examples)
+
+
+def with_turns(examples, seed=7):
+    """Responses of which some tokens are not trained: of one, of both, and also where they are still the same."""
+    generator = torch.Generator().manual_seed(seed)
+    for number, example in enumerate(examples):
+        shared = torch.randint(0, 2, (8,), generator=generator).tolist()
+        for side in ("chosen", "rejected")[: 1 + number % 2]:
+            length = len(example[f"{side}_ids"])
+            mask = [*shared, *torch.randint(0, 2, (length,), generator=generator).tolist()]
+            example[f"{side}_mask"] = [1, *mask[1 : length - 1], 1][:length]
+    return examples
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral, sliding window", "gemma2, soft caps and window"])
+@pytest.mark.parametrize("unpaired", [False, True])
+def test_turns_that_are_not_trained_are_left_out_of_packed_rows_as_of_the_plain_batch(family, unpaired):
+    examples = with_turns(pairs(*SHAPES))
+    for place, side in ((0, "rejected"), (1, "chosen")) if unpaired else ():
+        examples[place][f"{side}_ids"] = examples[place][f"{side}_mask"] = []
+    model, batch = tiny(family), TurnCollator(stacked)(examples)
+    assert batch["completion_mask"].sum() < stacked(examples)["completion_mask"].sum()
+    plain = plain_logps(model, batch)
+    wanted = gradients(model, plain)
+    share_prefixes(model)
+    packed = shared_prefix_logps(model, batch)
+    for ours, theirs in zip(packed[:4], plain[:4], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-5)
+    assert (gradients(model, packed) - wanted).norm() < 1e-5 * wanted.norm()
+    assert lay_out(examples).input_ids.shape[1] == sum(tokens_of(example) for example in examples)
+    assert len(lay_out(examples).labels) <= batch["completion_mask"].sum()
+
+
+def test_where_only_one_response_trains_a_token_the_other_has_a_copy_of_its_own():
+    example = {
+        "prompt_ids": [1, 2],
+        "chosen_ids": [5, 6, 7, 3],
+        "rejected_ids": [5, 6, 8, 3],
+        "chosen_mask": [1, 0, 1, 1],
+    }
+    layout = lay_out([example])
+    assert layout.input_ids.tolist() == [[1, 2, 5, 6, 7, 3, 6, 8, 3]]
+    assert layout.labels.tolist() == [5, 7, 3, 6, 8, 3]
+    assert layout.lengths.tolist() == [[3, 4]]
+
+
+def test_a_pair_with_turns_is_cut_together_with_its_masks():
+    long = with_turns(pairs((300, 184, 200, 30)))[0]
+    cut = around_the_parting(long)
+    for side in ("chosen", "rejected"):
+        assert len(cut.get(f"{side}_mask", cut[f"{side}_ids"])) == len(cut[f"{side}_ids"])
+    assert examples_of(TurnCollator(stacked)([cut])) == [cut]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2, soft caps and window"])
