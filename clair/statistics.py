@@ -102,16 +102,30 @@ def _wilson(p: float, n: float, z: float) -> tuple[float, float]:
 # ---- two means, and many
 
 
-class Difference(NamedTuple):
-    """The mean of paired differences, its two-sided p-value, and how many rows came out better and worse.
+FEW = 10
+"""Clusters that differ, from which on a t-test of a difference is believed by itself."""
 
-    `p` is 1 where no row differs, and NaN where all clusters differ by the same amount and no error can be estimated.
+
+class Difference(NamedTuple):
+    """The mean of paired differences, its two-sided p-value by t, and how many rows came out better and worse.
+
+    Where all clusters differ by the same amount no error can be estimated: its error and interval are NaN, and so is
+    `p`, or 1 where no row differs. `p_sign` is the exact sign test's: of `differing` clusters, how many for the better.
     """
 
     estimate: Estimate
     p: float
     better: int
     worse: int
+    differing: int
+    p_sign: float
+
+    @property
+    def cautious_p(self) -> float:
+        """The p-value to go by: with fewer than `FEW` differing clusters none that only t finds, nor without a t."""
+        if math.isnan(self.p):
+            return self.p_sign
+        return max(self.p, self.p_sign) if self.differing < FEW else self.p
 
 
 def paired_difference(base: Sequence[float], tuned: Sequence[float], clusters: Sequence[Hashable]) -> Difference:
@@ -121,20 +135,33 @@ def paired_difference(base: Sequence[float], tuned: Sequence[float], clusters: S
     differences = [after - before for before, after in zip(base, tuned, strict=True)]
     found = clustered_mean(differences, clusters)
     better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    sums: dict[Hashable, float] = defaultdict(float)
+    for difference, cluster in zip(differences, clusters, strict=True):
+        sums[cluster] += difference
+    up, down = (sum(sign * total > 1e-12 for total in sums.values()) for sign in (1, -1))
+    counts = (better, worse, up + down, sign_test(up, down))
     if found.se == 0:
-        return Difference(found, 1.0 if better == worse == 0 else math.nan, better, worse)
-    return Difference(found, t_two_sided(found.mean / found.se, found.df), better, worse)
+        unknown = found._replace(se=math.nan, lo=math.nan, hi=math.nan)
+        return Difference(unknown, 1.0 if better == worse == 0 else math.nan, *counts)
+    return Difference(found, t_two_sided(found.mean / found.se, found.df), *counts)
+
+
+def sign_test(better: int, worse: int) -> float:
+    """Two-sided p-value of the exact sign test (McNemar's, where scores are 0 and 1): 1 where nothing differs."""
+    n = better + worse
+    return min(1.0, 2 * math.fsum(math.comb(n, k) for k in range(min(better, worse) + 1)) / 2**n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for their number, step down (Holm 1979): all those under 0.05 hold together at 5 %.
 
-    The i-th smallest of m becomes max over j <= i of min(1, (m - j + 1) p_j). A NaN stays one and does not count.
+    The i-th smallest of m becomes max over j <= i of min(1, (m - j + 1) p_j). A NaN stays one, and counts among the m:
+    what was looked at and has no p-value was looked at all the same.
     """
     order = sorted((place for place, p in enumerate(p_values) if not math.isnan(p)), key=lambda place: p_values[place])
     adjusted, highest = list(p_values), 0.0
     for rank, place in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - rank) * p_values[place]))
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
         adjusted[place] = highest
     return adjusted
 
@@ -269,17 +296,46 @@ def design_se(parts: Components, sizes: Iterable[int], samples: int | float = 1)
 
 
 def detectable(se: float, df: float = math.inf, power: float = 0.8, alpha: float = 0.05) -> float:
-    """The smallest true difference that a two-sided test at `alpha` finds with this power: (t_1-a/2 + t_power) se.
+    """The smallest true difference that a two-sided test at `alpha` finds with this power. Inverse of `power_of`."""
+    return _noncentrality(df, power, alpha) * se
 
-    Bloom 1995; from 5 degrees on within 1 % of the noncentral t's answer.
-    """
-    return (t_quantile(1 - alpha / 2, df) + t_quantile(power, df)) * se
+
+@lru_cache(maxsize=256)
+def _noncentrality(df: float, power: float, alpha: float) -> float:
+    lo, hi = 0.0, 1.0
+    while power_of(hi, 1.0, df, alpha) < power:
+        lo, hi = hi, 2 * hi
+    while hi - lo > 1e-9 * hi:
+        middle = (lo + hi) / 2
+        lo, hi = (middle, hi) if power_of(middle, 1.0, df, alpha) < power else (lo, middle)
+    return (lo + hi) / 2
 
 
 def power_of(difference: float, se: float, df: float = math.inf, alpha: float = 0.05) -> float:
-    """With which probability a two-sided test at `alpha` finds a true difference: the inverse of `detectable`."""
-    critical = t_quantile(1 - alpha / 2, df)
-    return t_cdf(abs(difference) / se - critical, df) + t_cdf(-abs(difference) / se - critical, df)
+    """With which probability a two-sided t-test at `alpha` finds a true difference: P(|T| > t) of the noncentral t.
+
+    The mean of Phi(d - t s) + Phi(-d - t s) over s = sqrt(chi2 / df), d the difference in standard errors, by Simpson's
+    rule over log s.
+    """
+    critical, effect = t_quantile(1 - alpha / 2, df), abs(difference) / se
+    if df > 1e6:
+        return _normal_cdf(effect - critical) + _normal_cdf(-effect - critical)
+    # Density of u = log s: 2 (df/2)^(df/2) / Gamma(df/2) exp(df u - df exp(2 u) / 2), with its peak at 0.
+    scale = math.log(2) + df / 2 * math.log(df / 2) - math.lgamma(df / 2)
+    lowest, highest = -21 / df - 6 / math.sqrt(df), 0.5 * math.log1p(80 / df + 18 / math.sqrt(df))
+    steps = 2000
+    width, parts = (highest - lowest) / steps, []
+    for step in range(steps + 1):
+        u = lowest + step * width
+        s = math.exp(u)
+        found = _normal_cdf(effect - critical * s) + _normal_cdf(-effect - critical * s)
+        weight = 1 if step in (0, steps) else 4 if step % 2 else 2
+        parts.append(weight * found * math.exp(scale + df * u - df * s * s / 2))
+    return min(1.0, math.fsum(parts) * width / 3)
+
+
+def _normal_cdf(z: float) -> float:
+    return math.erfc(-z / math.sqrt(2)) / 2
 
 
 # ---- Student's t

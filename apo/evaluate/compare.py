@@ -1,8 +1,10 @@
 """Is the tuned model better than the base, and could we have seen it? Two result folders or more, row by row.
 
-Rows are paired, questions are the clusters: MixEval-Hard asks 446 questions in 1,000 rows, and two models meet the same
-questions. A difference is told with its interval and p-value, for all rows, each split and each underlying benchmark;
-p-values are corrected (Holm) for the number of tuned models, and those of splits and benchmarks for their number too.
+Rows are paired, since two models meet the same questions. Clusters are passages, and questions without one:
+MixEval-Hard 2024-06-01 asks 446 questions about 430 of them in 1,000 rows. A difference is told with its interval and
+p-value, for all rows, each split and each underlying benchmark; p-values are corrected (Holm) for the number of tuned
+models, and those of splits and benchmarks for their number too. Where fewer than ten clusters differ, an exact sign
+test has to find the difference as well. What is unresolved is bracketed: all of it wrong, all right.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from apo.evaluate.mixeval import FOLDERS, VERSIONS, load
 from apo.evaluate.results import SPLITS, Item, Results, read_results
 from clair.recipe import UserError, provenance
 from clair.statistics import (
-    Components,
+    FEW,
     best_of,
     clustered_score,
     components,
@@ -41,12 +43,20 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of the benchmark as every model answered it: scores are means over samples, the base's first."""
+    """One row of the benchmark as every model answered it: scores are means over samples, the base's first.
+
+    `lowest` and `highest` are the scores with everything unresolved wrong and right. A row that a server refused to one
+    of the models is not `answered`: its scores are unknown.
+    """
 
     split: str
     benchmark: str
     question: str
+    cluster: str
     scores: tuple[float, ...]
+    lowest: tuple[float, ...]
+    highest: tuple[float, ...]
+    answered: bool
 
 
 def read_all(base: str | Path, tuned: Sequence[str | Path]) -> list[Results]:
@@ -104,10 +114,28 @@ def rows_of(results: Sequence[Results]) -> list[Row]:
         for key, items in own.items():
             if items[0].question != first[key][0].question:
                 raise UserError(f"{found.folder} and {base.folder}: {key[0]} {key[1]} asks different questions")
-    return [
-        Row(key[0], items[0].benchmark, items[0].question, tuple(_mean(own[key]) for own in answered))
-        for key, items in first.items()
-    ]
+    strict = base.score.profile == "strict"
+    return [_row(items[0], [own[key] for own in answered], strict) for key, items in first.items()]
+
+
+def _row(first: Item, answers: Sequence[Sequence[Item]], strict: bool) -> Row:
+    bounds = [[_bounds(item, strict) for item in items] for items in answers]
+    return Row(
+        first.split,
+        first.benchmark,
+        first.question,
+        first.cluster,
+        tuple(_mean([item.score for item in items]) for items in answers),
+        tuple(_mean([low for low, _ in own]) for own in bounds),
+        tuple(_mean([high for _, high in own]) for own in bounds),
+        not any(item.unanswered for items in answers for item in items),
+    )
+
+
+def _bounds(item: Item, strict: bool) -> tuple[float, float]:
+    """The item's score, or 0 and 1 where it is unresolved; under *strict* where its answer was cut off too."""
+    settled = item.unresolved is None and not (item.truncated and strict)
+    return (item.score, item.score) if settled else (0.0, 1.0)
 
 
 def _by_row(results: Results) -> dict[Key, list[Item]]:
@@ -117,8 +145,8 @@ def _by_row(results: Results) -> dict[Key, list[Item]]:
     return found
 
 
-def _mean(items: Sequence[Item]) -> float:
-    return math.fsum(item.score for item in items) / len(items)
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
@@ -137,22 +165,30 @@ def comparison(
     """What compare.json holds (docs/evaluation.md) of the base's results and the tuned models' behind them.
 
     `difference` is the one that the power is told for, a share; `others` are other splits to foretell, by name, with
-    the number of rows of each of their questions.
+    the number of rows of each of their clusters.
     """
-    rows = rows_of(results)
+    every = rows_of(results)
+    rows = [row for row in every if row.answered]
+    if not rows:
+        raise UserError("no row was answered by all models; run the same `apo eval mixeval` again")
     names = names_of([found.folder for found in results])
-    parts = [_part(level, split, benchmark, chosen) for level, split, benchmark, chosen in _parts(rows)]
+    parts = [_part(level, split, benchmark, chosen) for level, split, benchmark, chosen in _parts(every)]
     _correct(parts)
     differences = [[row.scores[k] - row.scores[0] for row in rows] for k in range(1, len(results))]
     return {
         "format": FORMAT,
         "compared": results[0].score.comparable(),
         "base": _model(names[0], results[0]),
-        "tuned": [_model(name, found) for name, found in zip(names[1:], results[1:], strict=True)],
+        "tuned": [
+            {**_model(name, found), "same_answers": _same_answers(results[0], found)}
+            for name, found in zip(names[1:], results[1:], strict=True)
+        ],
         "rows": len(rows),
+        "left_out": len(every) - len(rows),
         "questions": len({row.question for row in rows}),
+        "clusters": len({row.cluster for row in rows}),
         "parts": parts,
-        "best": _best(differences, [row.question for row in rows], names[1:]),
+        "best": _best(differences, [row.cluster for row in rows], names[1:]),
         "power": [
             _power(results[0], found, part, rows, difference, others or {})
             for found, part in zip(results[1:], parts[0]["tuned"], strict=True)
@@ -169,40 +205,67 @@ def _model(name: str, results: Results) -> dict[str, Any]:
     return {"name": name, "folder": str(results.folder), **model, **told, **counts}
 
 
+def _same_answers(base: Results, tuned: Results) -> bool:
+    """Every answer is word for word the base's."""
+    texts = {item.key: item.response for item in base.items}
+    return all(texts.get(item.key) == item.response for item in tuned.items)
+
+
 def _parts(rows: Sequence[Row]) -> Iterator[tuple[str, str | None, str | None, list[Row]]]:
-    """(level, split, benchmark, rows) of all rows, and of each split with the benchmarks in it behind it."""
+    """(level, split, benchmark, rows) of all rows, and of each split with the benchmarks in it behind it.
+
+    A part without any row that all models answered is left out.
+    """
     yield "overall", None, None, list(rows)
     for split in SPLITS:
         inside = [row for row in rows if row.split == split]
-        if inside:
+        known = {row.benchmark for row in inside if row.answered}
+        if known:
             yield "split", split, None, inside
-        for benchmark in sorted({row.benchmark for row in inside}):
+        for benchmark in sorted(known):
             yield "benchmark", split, benchmark, [row for row in inside if row.benchmark == benchmark]
 
 
 def _part(level: str, split: str | None, benchmark: str | None, rows: Sequence[Row]) -> dict[str, Any]:
-    questions = [row.question for row in rows]
-    columns = list(zip(*(row.scores for row in rows), strict=True))
-    base = columns[0]
+    known = [row for row in rows if row.answered]
+    clusters = [row.cluster for row in known]
+    columns = list(zip(*(row.scores for row in known), strict=True))
+    ends = [
+        (_mean(low), _mean(high)) for low, high in zip(_columns(rows, "lowest"), _columns(rows, "highest"), strict=True)
+    ]
     return {
         "level": level,
         "split": split,
         "benchmark": benchmark,
-        "rows": len(rows),
-        "questions": len(set(questions)),
-        "base": _score(base, questions),
-        "tuned": [{**_score(column, questions), **_delta(base, column, questions)} for column in columns[1:]],
+        "rows": len(known),
+        "questions": len({row.question for row in known}),
+        "clusters": len(set(clusters)),
+        "base": {**_score(columns[0], clusters), "bracket": list(ends[0])},
+        "tuned": [
+            {
+                **_score(column, clusters),
+                "bracket": [low, high],
+                **_delta(columns[0], column, clusters),
+                "delta_bracket": [low - ends[0][1], high - ends[0][0]],
+            }
+            for column, (low, high) in zip(columns[1:], ends[1:], strict=True)
+        ],
     }
 
 
-def _score(scores: Sequence[float], questions: Sequence[str]) -> dict[str, Any]:
-    if len(set(questions)) < 2:
-        return {"score": math.fsum(scores) / len(scores), "se": None, "ci95": None}
-    found = clustered_score(scores, questions)
+def _columns(rows: Sequence[Row], name: str) -> list[tuple[float, ...]]:
+    """What rows hold under a name, by model."""
+    return list(zip(*(getattr(row, name) for row in rows), strict=True))
+
+
+def _score(scores: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]:
+    if len(set(clusters)) < 2:
+        return {"score": _mean(scores), "se": None, "ci95": None}
+    found = clustered_score(scores, clusters)
     return {"score": found.mean, "se": found.se, "ci95": [found.lo, found.hi]}
 
 
-def _delta(base: Sequence[float], tuned: Sequence[float], questions: Sequence[str]) -> dict[str, Any]:
+def _delta(base: Sequence[float], tuned: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]:
     """The difference with its interval; without one, and why, where no error can be estimated."""
     flips = Counter((one >= RIGHT, other >= RIGHT) for one, other in zip(base, tuned, strict=True))
     counts = {
@@ -212,13 +275,22 @@ def _delta(base: Sequence[float], tuned: Sequence[float], questions: Sequence[st
         "right_to_wrong": flips[True, False],
     }
     told = {"delta": (math.fsum(tuned) - math.fsum(base)) / len(base), "delta_se": None, "delta_ci95": None, "p": None}
-    if len(set(questions)) < 2:
+    if len(set(clusters)) < 2:
         return {**told, **counts, "no_interval": "a single question"}
-    found = paired_difference(base, tuned, questions)
-    if found.estimate.se == 0:
+    found = paired_difference(base, tuned, clusters)
+    if not found.differing:
+        why = "no score differs" if counts["better"] == counts["worse"] == 0 else "no question differs"
+        return {**told, **counts, "no_interval": why}
+    few = found.differing < FEW
+    told |= {"p": found.cautious_p, "p_sign": found.p_sign if few else None, "differing": found.differing}
+    estimate = found.estimate
+    if math.isnan(estimate.se):
         return {**told, **counts, "no_interval": "every question differs by the same amount"}
-    told |= {"delta_se": found.estimate.se, "delta_ci95": [found.estimate.lo, found.estimate.hi], "p": found.p}
-    return {**told, **counts, "df": found.estimate.df}
+    told |= {"delta_se": estimate.se, "df": estimate.df}
+    if few and found.p < 0.05 <= found.p_sign:  # an interval by t would call it a difference
+        only = f"only {found.differing} questions differ" if found.differing > 1 else "only one question differs"
+        return {**told, **counts, "no_interval": only}
+    return {**told, **counts, "delta_ci95": [max(-1.0, estimate.lo), min(1.0, estimate.hi)]}
 
 
 def _correct(parts: Sequence[dict[str, Any]]) -> None:
@@ -230,13 +302,13 @@ def _correct(parts: Sequence[dict[str, Any]]) -> None:
             test["p_holm"] = None if math.isnan(p) else p
 
 
-def _best(differences: Sequence[Sequence[float]], questions: Sequence[str], names: Sequence[str]) -> Any:
-    """The best of several tuned models, and what of its lead the choosing made."""
-    if len(differences) < 2 or len(set(questions)) < 2:
+def _best(differences: Sequence[Sequence[float]], clusters: Sequence[str], names: Sequence[str]) -> Any:
+    """The best of several tuned models, and what of its lead the choosing made; None where no score differs."""
+    if len(differences) < 2 or len(set(clusters)) < 2 or not any(map(any, differences)):
         return None
-    found = best_of(differences, questions)
+    found = best_of(differences, clusters)
     told = {"name": names[found.place], "of": len(names), "delta": found.seen, "selection_bias": found.bias}
-    return {**told, "corrected": found.corrected, "ci95": [found.lo, found.hi]}
+    return {**told, "corrected": found.corrected, "ci95": [max(-1.0, found.lo), min(1.0, found.hi)]}
 
 
 # ---- power
@@ -253,13 +325,20 @@ def _power(
     """What this design could have seen, and which one would see `difference`; None where no error can be estimated."""
     if part["delta_se"] is None:
         return None
-    sizes = list(Counter(row.question for row in rows).values())
-    samples = min(base.score.samples, tuned.score.samples)
-    draws, clusters = _draws(base, tuned)
-    parts, df = components(draws, clusters), part["df"]
+    samples, df = min(base.score.samples, tuned.score.samples), part["df"]
+    common = _common(base, tuned)
+    draws = [after.score - before.score for before, after in common]
+    parts = components(draws, [item.question for item, _ in common])  # within a question: sampling and judging
+    of_clusters = components(draws, [item.cluster for item, _ in common])
+    noise = parts.within / len(rows)  # of the squared error with one answer to each row
     needed = difference / detectable(1.0, df)  # the standard error that sees it
-    designs = [_design(parts, sizes, count) for count in sorted({*_SAMPLES, samples})]
-    if math.isnan(parts.within):
+    # What a design with other samples would have: the error that was found, its noise exchanged.
+    floor = max(0.0, part["delta_se"] ** 2 - noise / samples)
+    size = {"rows": len(rows), "questions": len({row.question for row in rows})}
+    designs = [
+        {"samples": count, **size, **_errors(floor + noise / count, df)} for count in sorted({*_SAMPLES, samples})
+    ]
+    if math.isnan(noise):
         designs = []
     return {
         "difference": difference,
@@ -269,43 +348,37 @@ def _power(
         "variance_between": parts.between,
         "variance_within": None if math.isnan(parts.within) else parts.within,
         "by_samples": designs,
-        "samples_needed": _samples_needed(parts, sizes, needed),
+        "samples_needed": _samples_needed(noise, floor, needed),
         "questions_needed": math.ceil((parts.between + (0 if math.isnan(parts.within) else parts.within)) / needed**2),
-        "splits": [{"name": name, **_design(parts, counts, 1)} for name, counts in others.items()],
-    }
+        "splits": [
+            {"name": name, "samples": 1, "rows": sum(sizes), "questions": len(sizes),
+             **_errors(design_se(of_clusters, sizes) ** 2, satterthwaite(sizes))}
+            for name, sizes in others.items()
+        ],
+    }  # fmt: skip
 
 
-def _draws(base: Results, tuned: Results) -> tuple[list[float], list[str]]:
-    """Differences of single answers, as many to each row as both have, and their questions."""
-    after = {item.key: item.score for item in tuned.items}
-    common = [item for item in base.items if item.key in after]
-    return [after[item.key] - item.score for item in common], [item.question for item in common]
+def _common(base: Results, tuned: Results) -> list[tuple[Item, Item]]:
+    """Single answers of both, as many to each row as both have, without what a server refused."""
+    after = {item.key: item for item in tuned.items if not item.unanswered}
+    return [(item, after[item.key]) for item in base.items if item.key in after and not item.unanswered]
 
 
-def _design(parts: Components, sizes: Sequence[int], samples: int) -> dict[str, Any]:
-    se = design_se(parts, sizes, samples)
-    return {
-        "samples": samples,
-        "rows": sum(sizes),
-        "questions": len(sizes),
-        "se": se,
-        "detectable": detectable(se, satterthwaite(sizes)),
-    }
+def _errors(variance: float, df: float) -> dict[str, float]:
+    se = math.sqrt(variance)
+    return {"se": se, "detectable": detectable(se, df)}
 
 
-def _samples_needed(parts: Components, sizes: Sequence[int], se: float) -> int | None:
+def _samples_needed(noise: float, floor: float, se: float) -> int | None:
     """How many answers to each row bring the standard error to `se`; None where no number does or none is known."""
-    if math.isnan(parts.within):
+    left = se**2 - floor
+    if math.isnan(noise) or left <= 0:
         return None
-    n = sum(sizes)
-    left = se**2 - sum(size**2 for size in sizes) * parts.between / n**2
-    if left <= 0:
-        return None
-    return max(1, math.ceil(parts.within / n / left))
+    return max(1, math.ceil(noise / left))
 
 
 def other_splits(data: str | Path, compared: Mapping[str, Any]) -> dict[str, list[int]]:
-    """How often each question is asked, by name of split, in every version of MixEval in a data folder but that one.
+    """How many rows each cluster has, by name of split, in every version of MixEval in a data folder but that one.
 
     Raises UserError where the folder holds none, or one that was altered.
     """
@@ -317,7 +390,7 @@ def other_splits(data: str | Path, compared: Mapping[str, Any]) -> dict[str, lis
                 compared["split"],
             ):
                 rows = load(data, version, split).all_rows
-                found[f"{split} {version}"] = list(Counter(row.question for row in rows).values())
+                found[f"{split} {version}"] = list(Counter(row.cluster for row in rows).values())
     if not found:
         raise UserError(
             f"--data {data} holds no split of MixEval but the compared one; leave --data out, or fetch more"

@@ -58,7 +58,7 @@ async def _probed(config: MixEvalConfig, checked: Checked, ledger: Ledger, probe
         units = _units(config, checked, run.work())
         role = "judge" if "judge" in askers else "model"
         chosen = sorted(spread_over([unit.sizes[role] for unit in units], max(LEAST_PROBE, probe)))
-        with ctrl_c(stop):
+        with ctrl_c(stop, askers):
             items = await run.items([(place, units[place].what) for place in chosen], lambda *_: None)
     finally:
         for asker in askers.values():

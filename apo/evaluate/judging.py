@@ -190,6 +190,7 @@ def item_of(answer: Answer, judged: Judged) -> Item:
         row=row.row,
         sample=answer.sample,
         question=row.question,
+        passage=row.passage,
         benchmark=row.benchmark,
         prompt=row.text,
         target=row.right,

@@ -78,6 +78,21 @@ class Row:
         return content_hash([self.split, self.context, self.prompt, self.options])[:16]
 
     @property
+    def has_context(self) -> bool:
+        """A passage stands before the question."""
+        return self.context is not None and self.context.strip().lower() not in _NO_CONTEXT
+
+    @property
+    def passage(self) -> str | None:
+        """16 hex digits of the hash of the split and the passage, which several questions may share; None for none."""
+        return content_hash([self.split, self.context])[:16] if self.has_context else None
+
+    @property
+    def cluster(self) -> str:
+        """What is drawn independently: the passage, or the question where there is none."""
+        return self.passage or self.question
+
+    @property
     def letters(self) -> tuple[str, ...]:
         """The letters of the options."""
         return tuple(letter(n) for n in range(len(self.options)))
@@ -95,8 +110,7 @@ class Row:
     @property
     def text(self) -> str:
         """What the model is asked, as a user turn."""
-        has_context = self.context is not None and self.context.strip().lower() not in _NO_CONTEXT
-        question = f"{self.context}\n{self.prompt}" if has_context else self.prompt
+        question = f"{self.context}\n{self.prompt}" if self.has_context else self.prompt
         if self.options:
             return f"{question}\n{self.lettered}\n{_ANSWER_WITH_A_LETTER}"
         how = _ANSWER_STEP_BY_STEP if self.benchmark in _STEP_BY_STEP else _ANSWER_SHORTLY

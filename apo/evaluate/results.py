@@ -34,7 +34,9 @@ class Item(Recipe):
     sample: int = Field(0, ge=0)
     """Which of several answers to the same row."""
     question: str = Field(min_length=1)
-    """Hash of the question's content. Rows that repeat a question share it: the cluster."""
+    """Hash of the question's content. Rows that repeat a question share it."""
+    passage: str | None = None
+    """Hash of the passage that the question is about, shared by all questions about it; None for none."""
     benchmark: str
     prompt: str
     """What the model was sent, as a user turn."""
@@ -65,6 +67,11 @@ class Item(Recipe):
         return self.split, self.row, self.sample
 
     @property
+    def cluster(self) -> str:
+        """What is drawn independently: the passage, or the question where there is none."""
+        return self.passage or self.question
+
+    @property
     def unanswered(self) -> bool:
         """A server refused the request, the model's or the judge's: its score is unknown, not 0."""
         return self.unresolved is not None and self.unresolved.startswith(("answer_http_", "judge_http_"))
@@ -86,11 +93,13 @@ class Interval(Recipe):
     n: int
     """Items."""
     questions: int
-    """Distinct questions: the clusters."""
+    """Distinct questions."""
+    clusters: int | None = None
+    """Distinct passages, and questions without one: what is drawn independently."""
     se_naive: float | None
     """As if all items were independent: sqrt(variance / n). None for fewer than two items."""
     se_clustered: float | None
-    """Items of one question may be correlated in any way. None for fewer than two questions."""
+    """Items of one cluster may be correlated in any way. None for fewer than two clusters."""
     ci95: tuple[float, float] | None
     """The 95 % interval by the clustered standard error."""
     unique_mean: float | None

@@ -1,4 +1,4 @@
-"""From items to a score: means as upstream rounds them, intervals that know which items ask the same question."""
+"""From items to a score: means as upstream rounds them, intervals that know which items share question or passage."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def interval(items: Sequence[Item], profile: Profile = "faithful") -> Interval:
 
     The bracket is over what is unresolved; under *strict* over answers that were cut off too.
     """
-    scores, questions = [item.score for item in items], [item.question for item in items]
+    scores, clusters = [item.score for item in items], [item.cluster for item in items]
     known = not any(item.unanswered for item in items)
-    clustered = clustered_score(scores, questions) if known and len(set(questions)) > 1 else None
+    clustered = clustered_score(scores, clusters) if known and len(set(clusters)) > 1 else None
     by_question: dict[str, list[float]] = defaultdict(list)
     for item in items:
         by_question[item.question].append(item.score)
@@ -61,6 +61,7 @@ def interval(items: Sequence[Item], profile: Profile = "faithful") -> Interval:
         mean=_mean(items) if known else None,
         n=len(items),
         questions=len(by_question),
+        clusters=len(set(clusters)),
         se_naive=math.sqrt(variance(scores) / len(scores)) if known and len(scores) > 1 else None,
         se_clustered=clustered.se if clustered else None,
         ci95=(clustered.lo, clustered.hi) if clustered else None,

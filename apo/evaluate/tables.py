@@ -18,24 +18,24 @@ def score_table(results: Results) -> Table:
     score = results.score
     judge = score.judge.model or "rule parser"
     title = f"{score.model.name}: MixEval-{score.split.capitalize()} {score.version}, {score.profile}, judge {judge}"
-    table = Table("", "score", "95 % interval", "items", "questions", "unresolved", title=title)
+    table = Table("", "score", "95 % interval", "items,\nquestions,\nclusters", "unresolved", title=title)
     table.add_row("overall", *_row(score.overall, score.intervals["overall"], score.unresolved), end_section=True)
     for part, split in _SPLITS:
         parts = score.by_benchmark.get(split, {})
         unresolved = sum(benchmark.unresolved for benchmark in parts.values())
         table.add_row(split, *_row(getattr(score, part), score.intervals[part], unresolved))
         for name, benchmark in parts.items():
-            row = (_percent(benchmark.score), "", str(benchmark.n), "", str(benchmark.unresolved))
+            row = (_percent(benchmark.score), "", str(benchmark.n), str(benchmark.unresolved))
             table.add_row(f"  {name}", *row)
         table.add_section()
     return table
 
 
 def _row(value: float | None, interval: Interval, unresolved: int) -> tuple[str, ...]:
-    counts = (str(interval.n), str(interval.questions), str(unresolved))
+    of = f"{interval.n}, {interval.questions}, {interval.clusters or interval.questions}"
     if value is None:
-        return ("bracket", _range(interval.bracket), *counts)
-    return (_percent(value), _range(interval.ci95), *counts)
+        return ("bracket", _range(interval.bracket), of, str(unresolved))
+    return (_percent(value), _range(interval.ci95), of, str(unresolved))
 
 
 def _percent(value: float | None) -> str:
@@ -52,7 +52,10 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
     At 80 columns no word or number of it is cut; a name too long for its column goes on in the next line.
     """
     base = comparison["base"]["name"]
-    title = f"Tuned minus {base}, points; {comparison['rows']:,} rows of {comparison['questions']:,} questions"
+    title = (
+        f"Tuned minus {base}, points; {comparison['rows']:,} rows of {comparison['questions']:,} questions, "
+        f"{comparison['clusters']:,} clusters"
+    )
     table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False)
     widest = {"95 % interval": len("+10.0 to +12.5")}  # why there is none may be longer
     for head in ("", "score", "delta", "95 % interval", "p", "corrected", "better,\nworse"):
@@ -75,7 +78,28 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
 
 
 def comparison_words(comparison: Mapping[str, Any]) -> Iterator[str]:
-    """What beside the table has to be said: the bias of choosing the best, and what could have been seen."""
+    """What beside the table has to be said: what is unresolved, the bias of choosing the best, what could be seen."""
+    base, overall = comparison["base"], comparison["parts"][0]
+    if comparison["left_out"]:
+        yield f"{comparison['left_out']} rows were refused by a server: they are in the brackets only."
+    for model, one in zip(comparison["tuned"], overall["tuned"], strict=True):
+        if model["same_answers"]:
+            yield f"{model['name']} gives the same answers as {base['name']}, word for word: is it the same model?"
+        elif not one["better"] and not one["worse"]:
+            yield f"{model['name']}: no score differs from {base['name']}'s, so there is nothing to compare."
+        if one.get("p_sign") is not None:
+            yield (
+                f"{model['name']}: {one['differing']} questions or passages differ, too few for a t-test alone; p is "
+                f"the larger of its own and that of the exact sign test, {_chance(one['p_sign'])}."
+            )
+        low, high = one["delta_bracket"]
+        if high - low > 1e-12:
+            flips = one["p_holm"] is not None and one["p_holm"] < 0.05 and low <= 0 <= high
+            yield (
+                f"{model['name']}: {base['unresolved']} items of {base['name']} and {model['unresolved']} of its own "
+                f"are unresolved; were they wrong or right, delta would be anything from {_points((low, high))}"
+                f"{': they decide whether there is a difference' if flips else ''}."
+            )
     if best := comparison["best"]:
         delta, bias, left = (f"{100 * best[key]:.1f}" for key in ("delta", "selection_bias", "corrected"))
         yield (

@@ -20,9 +20,9 @@ function drawOverview() {
   byId("overview-page").replaceChildren(...present([
     el("div", { class: "verdicts" }, C.tuned.map(verdict)),
     C.best ? el("p", { class: "notice" }, bestWords()) : null,
-    card("Scores", "Per cent of rows, with the 95 % interval. Rows that repeat a question count as one draw.", el("div", { class: "scroll" }, scores())),
+    card("Scores", "Per cent of rows, with the 95 % interval. Rows about the same passage, or of the same question, count as one draw.", el("div", { class: "scroll" }, scores())),
     C.tuned.length > 1 ? card("Difference to the base", "Tuned minus base, paired by row, in points.", el("div", { class: "scroll" }, forest(C.tuned.map((model, at) => line(model.name, OVERALL.tuned[at], OVERALL, "head"))))) : null,
-    card("Where it changed", "Tuned minus base, paired by row, in points, with 95 % intervals clustered by question. Of many benchmarks one shows a difference by chance: coloured are those whose corrected p is below 0.05.", ...byPart()),
+    card("Where it changed", "Tuned minus base, paired by row, in points, with 95 % intervals clustered by passage, or question without one. Of many benchmarks one shows a difference by chance: coloured are those whose corrected p is below 0.05.", ...byPart()),
     card("What this could have seen", null, ...power()),
     card("What was compared", null, facts()),
   ]));
@@ -37,6 +37,8 @@ function verdict(model, at) {
     el("h2", null, el("bdi", null, model.name), ` ${said} `, el("bdi", null, C.base.name)),
     el("p", { class: "points" }, el("b", null, signed(one.delta)), el("small", null, ` points, 95 % interval ${span(one.delta_ci95)}`)),
     el("p", null, one.p == null ? `No error can be estimated: ${one.no_interval}.` : `p ${chance(one.p)}${many}. ${plural(one.better, "row")} better, ${told(one.worse)} worse, of ${told(OVERALL.rows)}.`),
+    one.p_sign == null ? null : el("p", { class: "soft" }, `Few questions or passages differ, ${told(one.differing)}: p is the larger of its own and that of the exact sign test, ${chance(one.p_sign)}.`),
+    open(one.delta_bracket) ? el("p", { class: "soft" }, `Were all that is unresolved wrong or right, it would be anything from ${span(one.delta_bracket)}.`) : null,
     kind === "open" && C.power[at] ? el("p", { class: "soft" }, `A true difference under ${points(C.power[at].detectable)} points would mostly be missed here.`) : null);
 }
 
@@ -48,13 +50,22 @@ function bestWords() {
 
 function scores() {
   const parts = C.parts.filter((part) => part.level !== "benchmark");
-  const cell = (one) => el("span", null, points(one.score), el("small", null, one.ci95 ? span(one.ci95, points) : "one question"));
+  const cell = (one) => el("span", null, points(one.score), el("small", null, one.ci95 ? span(one.ci95, points) : "one question"),
+    open(one.bracket) ? el("small", null, `bracket ${span(one.bracket, points)}`) : null);
   const row = (model, pick, more) => [el("bdi", null, model.name), ...parts.map((part) => cell(pick(part))), more(model)];
   const left = (model) => el("span", null, told(model.unresolved), model.fallbacks ? el("small", null, `${told(model.fallbacks)} drawn at random`) : null);
   const made = table(["", ...parts.map(partName), "unresolved"], [
     row(C.base, (part) => part.base, left), ...C.tuned.map((model, at) => row(model, (part) => part.tuned[at], left))]);
   made.classList.add("scores");
   return made;
+}
+
+/* Why a difference has no interval, in short. */
+const NONE = { "a single question": "one question", "no score differs": "none differs", "no question differs": "none differs", "every question differs by the same amount": "no spread" };
+
+/* Whether something unresolved leaves a bracket open. */
+function open(bracket) {
+  return bracket[1] - bracket[0] > 1e-12;
 }
 
 /* A plot of differences with their intervals. */
@@ -90,7 +101,7 @@ function forestLine({ name, one, rows, questions, look }, y, x, reach, width) {
     ci && ci[1] > reach ? svg("text", { class: "told", x: x(reach) + 3, y: y + 4 }, "›") : null,
     svg("circle", { class: "dot", cx: x(one.delta), cy: y, r: size }),
     svg("text", { x: width - 212, y: y + 4 }, signed(one.delta)),
-    svg("text", { class: "told", x: width - 162, y: y + 4 }, ci ? span(ci) : one.no_interval === "a single question" ? "one question" : "no spread"),
+    svg("text", { class: "told", x: width - 162, y: y + 4 }, ci ? span(ci) : NONE[one.no_interval] ?? "few differ"),
     svg("text", { class: "told", x: width - 6, y: y + 4, "text-anchor": "end" }, one.p_holm == null ? "" : `p ${chance(one.p_holm)}`));
 }
 
@@ -135,7 +146,7 @@ function powerOf(p) {
 function facts() {
   const none = (value) => value === null || (typeof value === "object" && !Object.keys(value).length);
   const flat = Object.entries(C.compared).map(([name, value]) => [words(name), none(value) ? "none" : typeof value === "string" ? value : JSON.stringify(value)]);
-  const all = [["rows", told(C.rows)], ["distinct questions", told(C.questions)], ...flat,
+  const all = [["rows", told(C.rows)], ["distinct questions", told(C.questions)], ["clusters", told(C.clusters)], ...flat,
     ...[C.base, ...C.tuned].map((model) => [model.name, `${model.model} (${model.identity.slice(0, 24)}), ${model.folder}`])];
   return [el("dl", { class: "facts" }, all.map(([name, value]) => [el("dt", null, el("bdi", null, name)), el("dd", null, value)]))];
 }

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from apo.cli import app
 from apo.evaluate.compare import comparison, flip_kind, flips, names_of, other_splits, read_all, rows_of
 from apo.evaluate.results import Item, JudgeUsed, read_results
+from apo.evaluate.tables import comparison_words
 from clair.recipe import UserError
 from clair.statistics import paired_difference
 from tests.apo.evaluate.evaluating import evaluated
@@ -27,7 +29,7 @@ def item(row: int, question: str, score: float, **changes: object) -> Item:
     return Item(**{**values, "row": row, "question": question, "score": score, **changes})
 
 
-def folders(tmp_path: Path, *scores: list[float], questions: str = "aabbc") -> list[Path]:
+def folders(tmp_path: Path, *scores: list[float], questions: Sequence[str] = "aabbc") -> list[Path]:
     """A result folder for each list of scores, one row each."""
     made = []
     for number, own in enumerate(scores):
@@ -102,6 +104,86 @@ def test_no_spread_gives_no_interval_instead_of_a_certain_one(tmp_path):
     assert (same["parts"][0]["tuned"][0]["delta"], same["parts"][0]["tuned"][0]["p"]) == (0, None)
 
 
+def test_questions_about_one_passage_are_one_cluster(tmp_path):
+    scores = [[0, 0, 0, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 1, 1, 1]]
+    made = []
+    for number, own in enumerate(scores):
+        items = [item(r, f"q{r}", s, passage="p" if r < 3 else None) for r, s in enumerate(own)]
+        made.append(write_folder(tmp_path / f"m{number}", items, f"m{number}"))
+    found = compared(made)
+    wanted = paired_difference(*scores, ["p", "p", "p", 3, 4, 5, 6, 7])
+    one = found["parts"][0]["tuned"][0]
+    assert (found["questions"], found["clusters"]) == (8, 6)
+    assert (one["delta_se"], one["differing"]) == (wanted.estimate.se, wanted.differing)
+    assert one["p"] == wanted.cautious_p == wanted.p_sign == 1.0  # one passage and a question better, one worse
+
+
+def test_what_only_t_finds_is_no_difference(tmp_path):
+    paths = folders(tmp_path, [0.0] * 100, [1.0] * 4 + [0.0] * 96, questions=[f"q{n}" for n in range(100)])
+    found = compared(paths)
+    one = found["parts"][0]["tuned"][0]
+    assert (one["p"], one["p_holm"], one["p_sign"], one["delta"]) == (0.125, 0.125, 0.125, 0.04)
+    assert (one["delta_ci95"], one["no_interval"]) == (None, "only 4 questions differ")
+    assert found["power"][0]["detectable"] > 0.04
+    shown = CliRunner().invoke(app, ["compare", *map(str, paths)], catch_exceptions=False).output
+    assert "4 questions or passages differ, too few for a t-test alone" in " ".join(shown.split())
+
+
+def test_no_interval_reaches_beyond_100_points(tmp_path):
+    found = compared(folders(tmp_path, [0, 0, 0, 1], [1, 1, 1, 0], questions="abcd"))["parts"][0]["tuned"][0]
+    assert found["delta_ci95"] == [-1.0, 1.0]
+
+
+def unresolved(scores: list[float | None], name: str = "no_brackets") -> list[Item]:
+    """Items with these scores, None for one without a verdict."""
+    return [
+        item(row, f"q{row}", score or 0.0, unresolved=None if score is not None else name)
+        for row, score in enumerate(scores)
+    ]
+
+
+def test_a_difference_carries_the_bracket_of_what_is_unresolved(tmp_path):
+    base = write_folder(tmp_path / "b", unresolved([1, 0, 0, None, 0]), "b")
+    tuned = write_folder(tmp_path / "t", unresolved([1, 1, None, None, 0]), "t")
+    found = compared([base, tuned])
+    overall = found["parts"][0]
+    assert overall["base"]["bracket"] == [0.2, 0.4]
+    one = overall["tuned"][0]
+    assert one["bracket"] == [0.4, 0.8]
+    assert one["delta_bracket"] == pytest.approx([0.0, 0.6])
+    assert one["delta"] == pytest.approx(0.2)
+    shown = CliRunner().invoke(app, ["compare", str(base), str(tuned)], catch_exceptions=False).output
+    assert "1 items of b and 2 of its own are unresolved" in " ".join(shown.split())
+    assert "+0.0 to +60.0" in " ".join(shown.split())
+
+
+def test_a_row_that_a_server_refused_is_in_the_bracket_only(tmp_path):
+    base = write_folder(tmp_path / "b", unresolved([1, 0, 0, 1, 0]), "b")
+    tuned = write_folder(tmp_path / "t", unresolved([1, 1, 1, 0, None], "judge_http_400"), "t")
+    found = compared([base, tuned])
+    assert (found["rows"], found["left_out"]) == (4, 1)
+    one = found["parts"][0]["tuned"][0]
+    assert one["delta"] == pytest.approx(1 / 4)
+    assert one["delta_bracket"] == pytest.approx([1 / 5, 2 / 5])
+    none = write_folder(tmp_path / "n", unresolved([None] * 5, "judge_http_400"), "n")
+    with pytest.raises(UserError, match="no row was answered by all models"):
+        compared([base, none])
+
+
+def test_equal_answers_and_equal_scores_are_told_as_what_they_are(tmp_path):
+    items = unresolved([1, 0, 1, 0])
+    base, same = (write_folder(tmp_path / name, items, name) for name in "bs")
+    other = [one.model_copy(update={"response": "other words"}) for one in items]
+    found = compared([base, same, write_folder(tmp_path / "o", other, "o")])
+    assert [one["no_interval"] for one in found["parts"][0]["tuned"]] == ["no score differs"] * 2
+    assert [model["same_answers"] for model in found["tuned"]] == [True, False]
+    words = list(comparison_words(found))
+    assert words == [
+        "s gives the same answers as b, word for word: is it the same model?",
+        "o: no score differs from b's, so there is nothing to compare.",
+    ]
+
+
 def test_a_single_question_has_a_difference_and_no_interval(tmp_path):
     found = compared(folders(tmp_path, [0, 1, 0], [1, 1, 1], [0, 0, 0], questions="aaa"))
     one = found["parts"][0]["tuned"][0]
@@ -146,10 +228,10 @@ def test_real_questions_are_paired_and_clustered(real, tmp_path):
     for name, responses in {"base": source, "tuned": changed}.items():
         evaluated(real, tmp_path / name, profile="strict", responses=str(responses))
     found = compared([tmp_path / "base", tmp_path / "tuned"])
-    assert (found["rows"], found["questions"]) == (1000, 446)
+    assert (found["rows"], found["questions"], found["clusters"]) == (1000, 446, 430)
     overall = found["parts"][0]
     assert overall["base"]["score"] == pytest.approx(0.268)
-    assert overall["base"]["se"] == pytest.approx(0.0236, abs=5e-5)  # naive: 0.0140
+    assert overall["base"]["se"] == pytest.approx(0.0245, abs=5e-5)  # naive: 0.0140
     one = overall["tuned"][0]
     assert one["worse"] == 0 < one["better"] == one["wrong_to_right"]
     assert one["delta_ci95"][0] < one["delta"] < one["delta_ci95"][1]
@@ -212,7 +294,7 @@ def test_other_splits_are_counted_from_the_data_folder(shared, tmp_path):
     data = shared / "data" / "mixeval"
     sizes = other_splits(data, {"version": "2024-08-11", "split": "hard"})
     assert list(sizes) == ["hard 2024-06-01"]
-    assert (len(sizes["hard 2024-06-01"]), sum(sizes["hard 2024-06-01"])) == (446, 1000)
+    assert (len(sizes["hard 2024-06-01"]), sum(sizes["hard 2024-06-01"])) == (430, 1000)
     for folder in (data, tmp_path):
         with pytest.raises(UserError, match="holds no split of MixEval but the compared one"):
             other_splits(folder, {"version": "2024-06-01", "split": "hard"})
