@@ -1,9 +1,9 @@
 """Checkpoints that are whole or are not there: how they are finished, found again and, where damaged, set aside.
 
-A checkpoint is written under `.unfinished/`, then given a list of its files and their sizes (`complete.json`), flushed
-to disk, and only then renamed to `checkpoint-STEP`. A process killed at any instant leaves either the finished
-checkpoint or something under `.unfinished/`. The list also catches what a rename cannot: a copy that stopped half way,
-a deletion that stopped half way, a full disk.
+A checkpoint is written under `.unfinished/`, then given a list of its files with their sizes and SHA-256
+(`complete.json`), flushed to disk, and only then renamed to `checkpoint-STEP`. A process killed at any instant leaves
+either the finished checkpoint or something under `.unfinished/`. The list also catches what a rename cannot: a copy or
+a deletion that stopped half way, a page that a power cut left empty, bytes that a disk gives back wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clair.recipe import write_json
+from clair.recipe import file_sha256, write_json
 
 UNFINISHED = ".unfinished"
 MARKER = "complete.json"
@@ -31,11 +31,13 @@ class Search:
 
 def finish(folder: Path, final: Path, *, resumable: bool) -> None:
     """Declare the checkpoint in `folder` complete and put it in its place, in one rename."""
-    files = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
-    for name in files:
-        with open(folder / name, "rb") as file:
+    files, hashes = {}, {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        with open(path, "rb") as file:
             os.fsync(file.fileno())
-    write_json(folder / MARKER, {"resumable": resumable, "files": files})
+        files[name], hashes[name] = path.stat().st_size, file_sha256(path)
+    write_json(folder / MARKER, {"resumable": resumable, "files": files, "sha256": hashes})
     if final.exists():
         if problem_of(final) is None:  # the same step saved twice, as when Ctrl-C and an epoch's end meet
             shutil.rmtree(folder.parent)
@@ -59,10 +61,10 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def problem_of(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be gone on from, or None."""
+    """Why a checkpoint cannot be gone on from, or None. Reads all its files."""
     try:
         marker = json.loads((checkpoint / MARKER).read_text("utf-8"))
-        files = dict(marker["files"])
+        files, hashes = dict(marker["files"]), dict(marker["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"it has no readable {MARKER}"
     for name, size in files.items():
@@ -71,6 +73,11 @@ def problem_of(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size:,} bytes instead of {size:,}"
+        try:
+            if file_sha256(file) != hashes.get(name):
+                return f"{name} is damaged: its content is not what was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None if marker.get("resumable") else "it holds the model only (save_only_model)"
 
 

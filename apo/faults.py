@@ -1,14 +1,20 @@
-"""What ends a run before its time: a loss that is no number, memory that is used up. One line says what to change."""
+"""What ends a run before its time: a loss that is no number, memory that is used up, a full disk. One line says what
+to change.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 
 from apo import checkpoints
 from apo.dynamics import work_of
@@ -16,6 +22,7 @@ from apo.logps import Batch, examples_of
 from apo.tokens import ID_COLUMNS
 from apo.transfer import Fetched
 from apo.zero import own_part
+from clair.command import OF_THE_SYSTEM
 from clair.recipe import EXIT_STOPPED, UserError
 
 if TYPE_CHECKING:
@@ -117,9 +124,39 @@ def _some(names: Sequence[str]) -> str:
 
 def kept_words(trainer: APOTrainer) -> str:
     """Which checkpoint is left to go on from."""
-    whole = [folder for folder in checkpoints.checkpoints(Path(trainer.args.output_dir))
-             if checkpoints.problem_of(folder) is None]  # fmt: skip
-    return f"the last good checkpoint is {whole[-1]}" if whole else "no checkpoint had been saved"
+    saved = reversed(checkpoints.checkpoints(Path(trainer.args.output_dir)))
+    whole = next((folder for folder in saved if checkpoints.problem_of(folder) is None), None)
+    return f"the last good checkpoint is {whole}" if whole else "no checkpoint had been saved"
+
+
+# ---- the disk
+
+
+@contextlib.contextmanager
+def disk_watched(trainer: APOTrainer, doing: str) -> Iterator[None]:
+    """Turns the error of a disk that is full or refuses into Stopped, without what was half written; others pass."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (reason := _reason_of_disk(error)) is None:
+            raise
+        shutil.rmtree(Path(trainer.args.output_dir) / checkpoints.UNFINISHED, ignore_errors=True)
+        raise Stopped(
+            f"step {trainer.state.global_step}: {doing} cannot be written to {trainer.args.output_dir} ({reason}); "
+            f"make room or permissions, then run the same command again; {kept_words(trainer)}"
+        ) from error
+
+
+def _reason_of_disk(error: BaseException) -> str | None:
+    """What the system says of a write that failed, also through safetensors and torch, which keep it in their text."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])
+    if number in OF_THE_SYSTEM:
+        return os.strerror(number)
+    if "inline_container" in str(error):  # torch.save: the file's end is not where it wrote it
+        return "torch could not write all of a file; is the disk full?"
+    return None
 
 
 # ---- memory

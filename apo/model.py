@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clair.models.local import adapter_base, fit_vocabulary, weights_identity
 from clair.recipe import UserError, one_line
 
 if TYPE_CHECKING:
@@ -45,20 +46,23 @@ def find(path: str, trust_remote_code: bool = False) -> ModelName:
     if (folder / ADAPTER_CONFIG).is_file():
         if not (folder / ADAPTER_WEIGHTS).is_file():
             raise UserError(f"adapter {path} has no {ADAPTER_WEIGHTS}; only safetensors are read")
-        base = _base_of(folder)
-        return ModelName(str(folder), find(base).path, trust_remote_code)
+        return ModelName(str(folder), find(str(adapter_base(folder))).path, trust_remote_code)
     if not (folder / "config.json").is_file():
         raise UserError(f"model folder {path} has no config.json; give a folder written by save_pretrained")
     return ModelName(str(folder), str(folder), trust_remote_code)
 
 
-def _base_of(adapter: Path) -> str:
-    import json
+def fingerprint(name: ModelName) -> str:
+    """SHA-256 of a model's files: weights, configs, tokenizer, of an adapter and of its base. Reads them all.
 
-    base = json.loads((adapter / ADAPTER_CONFIG).read_text("utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"adapter {adapter} names no base_model_name_or_path; write it into {ADAPTER_CONFIG}")
-    return str(base)
+    Of a hub name those of the copy in the hub's cache.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name.path).is_dir():
+        return weights_identity(name.path)
+    cached = try_to_load_from_cache(name.path, "config.json")
+    return weights_identity(Path(cached).parent) if isinstance(cached, str) else f"hub:{name.path}"
 
 
 def load_tokenizer(name: ModelName) -> PreTrainedTokenizerBase:
@@ -120,6 +124,7 @@ def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
     from peft import PeftModel
 
     try:
+        fit_vocabulary(model, Path(name.path) / ADAPTER_WEIGHTS)
         return PeftModel.from_pretrained(model, name.path, is_trainable=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"adapter {name.path} does not fit {name.base}: {one_line(error)}") from error

@@ -48,7 +48,7 @@ def draw_dynamics(rows: Rows, path: str | Path, title: str = "") -> None:
         logged = {name: settled_logps(rows, name) for name in COLORS}
     _draw(panels[0], logged, _both(rows, "eval_logps"))
     if title:
-        figure.suptitle(title, x=0.012, ha="left", fontsize=9.5, color=QUIET)
+        figure.suptitle(_plain(title), x=0.012, ha="left", fontsize=9.5, color=QUIET)
     figure.savefig(path, format="png")
 
 
@@ -60,12 +60,13 @@ def draw_clusters(report: Mapping[str, Any], path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     clusters = report["clusters"]
-    names = [f"{cluster['name'][:28]} ({cluster['n']})" for cluster in clusters]
+    names = [_plain(f"{cluster['name'][:28]} ({cluster['n']})") for cluster in clusters]
     places = range(len(clusters))
     figure = Figure(figsize=(10.5, 1.6 + 0.36 * len(clusters)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1.5, 1]})
-    _dress(left, "Predicted speed", f"fall of the loss per unit of learning rate at the start, {report['objective']}")
+    unit = f"fall of the loss per unit of learning rate at the start, {report['objective']}"
+    _dress(left, "Predicted speed", _plain(unit))
     left.set_xlabel("")
     left.axvline(0, color=QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
     for place, cluster in zip(places, clusters, strict=True):
@@ -86,6 +87,11 @@ def draw_clusters(report: Mapping[str, Any], path: str | Path) -> None:
             right.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7,
                        color="white" if abs(value) > 0.6 else QUIET)  # fmt: skip
     figure.savefig(path, format="png")
+
+
+def _plain(text: str) -> str:
+    """The user's text for a picture: two `$` in a path or a name would be read as mathematics between them."""
+    return text.replace("$", r"\$")
 
 
 def _both(rows: Rows, key: str) -> dict[str, Line]:
@@ -160,7 +166,7 @@ def draw_diagnosis(rows: Rows, path: str | Path, title: str = "") -> None:
     for axes, panel in zip(places, found, strict=False):
         panel.draw(axes, rows)
     if title:
-        figure.suptitle(title, x=0.012, ha="left", fontsize=10, color=QUIET)
+        figure.suptitle(_plain(title), x=0.012, ha="left", fontsize=10, color=QUIET)
     figure.savefig(path, format="png")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from apo.config import TrainConfig, lora_of
 from apo.plan import Plan, estimate, plan
 from apo.processes import Group, check_deepspeed, joined
 from apo.zero import whole
+from clair.output import LOCK, locked
 from clair.recipe import UserError, one_line, resolved, write_json
 
 if TYPE_CHECKING:
@@ -71,13 +73,44 @@ def _train_each(config: TrainConfig, group: Group, tell: Callable[[str], None]) 
 
 def _train(config: TrainConfig, group: Group, tell: Callable[[str], None]) -> dict[str, Any]:
     out = Path(config.out)
-    with group.together():
-        status = runs.status_of(out, resolved(config))
-    group.same(**{f"the run in {out}": status})
-    if status == "finished":
+    if _status(config, group) == "finished":
         tell(f"{out} is finished; nothing to do")
         return runs.read_run(out)
     planned = _plan_of_all(config, group)
+    with ExitStack() as stack:
+        with group.together():
+            if group.is_main:
+                stack.enter_context(_held(out))
+        status = _status(config, group)  # another process may have ended the run meanwhile
+        if status == "finished":
+            tell(f"{out} was finished by another process just now; nothing to do")
+            return runs.read_run(out)
+        return _train_planned(planned, status, group, tell)
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """The run's folder, for this process alone; gone again where nothing was begun in it."""
+    with locked(out):
+        try:
+            yield
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
+            if not any(out.iterdir()):
+                out.rmdir()
+
+
+def _status(config: TrainConfig, group: Group) -> runs.Status:
+    with group.together():
+        status = runs.status_of(Path(config.out), resolved(config))
+    group.same(**{f"the run in {config.out}": status})
+    return status
+
+
+def _train_planned(planned: Plan, status: runs.Status, group: Group, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Train in a folder that this process holds."""
+    out = Path(planned.config.out)
+    facts = group.by_main(lambda: _facts(planned, status))
     for split, count in planned.counts().items():
         tell(f"{split}: {runs.counted(count)}")
     tell(f"steps: {planned.steps_told}")
@@ -97,7 +130,7 @@ def _train(config: TrainConfig, group: Group, tell: Callable[[str], None]) -> di
         computed = sum(sum(one.values()) for one in group.gather(trainer.reference_computed))
         kept = f", {pairs - computed:,} kept from an earlier run" if computed < pairs else ""
         tell(f"reference log-probs: {computed:,} computed{kept}")
-    found = group.by_main(lambda: _resume(out, planned, status, tell))
+    found = group.by_main(lambda: _resume(planned, facts, status, tell))
     started = time.perf_counter()
     _run(trainer, group, found, out)
     return _finish(trainer, group, out, time.perf_counter() - started)
@@ -165,20 +198,39 @@ def _set_adapter_dropout(model: Any, p: float) -> None:
             module.p = p
 
 
-def _resume(out: Path, planned: Plan, status: runs.Status, tell: Callable[[str], None]) -> Path | None:
-    """Begin the run's folder, or find what to go on from in it."""
-    from apo.checkpoints import find_newest, step_of
+def _facts(planned: Plan, status: runs.Status) -> dict[str, Any]:
+    """What run.json says of a run's pairs, steps and model. Raises UserError where it is not that of the begun run."""
     from apo.pairs import fingerprint
 
-    data = {**planned.counts(), "sha256": fingerprint(planned.train.dataset, planned.config.weights)}
-    facts = {"steps": planned.steps, "pairs_per_step": planned.pairs_per_step, "processes": planned.processes}
+    out = Path(planned.config.out)
+    facts = {
+        "data": {**planned.counts(), "sha256": fingerprint(planned.train.dataset, planned.config.weights)},
+        "model_sha256": models.fingerprint(planned.name),
+        "steps": planned.steps, "pairs_per_step": planned.pairs_per_step, "processes": planned.processes,
+    }  # fmt: skip
     if status == "new":
-        runs.begin(out, resolved(planned.config), data=data, **facts, resumed_from=[])
-        return None
+        return facts
     run = runs.read_run(out)
     _check_same_steps(run, planned, out)
-    if run["data"]["sha256"] != data["sha256"]:
+    if run["data"]["sha256"] != facts["data"]["sha256"]:
         raise UserError(f"out: {out} holds a run on other pairs: the dataset has changed since; choose another folder")
+    if run.get("model_sha256", facts["model_sha256"]) != facts["model_sha256"]:
+        raise UserError(
+            f"out: {out} holds a run on another model: the files of {planned.config.model} have changed since; bring "
+            "the old ones back, or choose another folder"
+        )
+    return facts
+
+
+def _resume(planned: Plan, facts: dict[str, Any], status: runs.Status, tell: Callable[[str], None]) -> Path | None:
+    """Begin the run's folder, or find what to go on from in it."""
+    from apo.checkpoints import find_newest, step_of
+
+    out = Path(planned.config.out)
+    if status == "new":
+        runs.begin(out, resolved(planned.config), **facts, resumed_from=[])
+        return None
+    run = runs.read_run(out)
     search = find_newest(out)
     for note in search.notes:
         tell(note)
@@ -239,7 +291,10 @@ def _run(trainer: APOTrainer, group: Group, checkpoint: Path | None, out: Path) 
 
 def _finish(trainer: APOTrainer, group: Group, out: Path, seconds: float) -> dict[str, Any]:
     """Save the model, by all; then its picture, card and finished run.json, by the first process."""
-    trainer.save_model(str(out / _FINAL))
+    from apo.faults import disk_watched
+
+    with disk_watched(trainer, "the trained model"):
+        trainer.save_model(str(out / _FINAL))
     return group.by_main(lambda: _write_results(out, seconds))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from apo import checkpoints
 from apo.arguments import APOConfig
 from apo.asking import AskingTrainer
 from apo.dynamics import measure, pair_rows, work_of
-from apo.faults import LossWatch, check_gradient, check_weights_finite, memory_watched
+from apo.faults import LossWatch, check_gradient, check_weights_finite, disk_watched, memory_watched
 from apo.logps import (
     IDLE,
     Batch,
@@ -303,12 +304,14 @@ class APOTrainer(AskingTrainer):
         with self.meter.pause():
             self._saving = True
             try:
-                super()._save_checkpoint(model, trial)
+                with disk_watched(self, "the checkpoint"):
+                    super()._save_checkpoint(model, trial)
             finally:
                 self._saving = False
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self._put_checkpoint_in_place()
+                with disk_watched(self, "the checkpoint"):
+                    self._put_checkpoint_in_place()
             self.accelerator.wait_for_everyone()
 
     def _put_checkpoint_in_place(self) -> None:
@@ -339,7 +342,9 @@ class APOTrainer(AskingTrainer):
             twice = getattr(unwrapped, "all_tied_weights_keys", None) or {}
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in twice}
         while_training, unwrapped.config.use_cache = unwrapped.config.use_cache, self._uses_cache
-        unwrapped.save_pretrained(where, state_dict=state_dict, **only)
+        with warnings.catch_warnings():  # PEFT tells that it keeps embeddings whose number was changed
+            warnings.filterwarnings("ignore", "Setting `save_embedding_layers` to `True`", UserWarning)
+            unwrapped.save_pretrained(where, state_dict=state_dict, **only)
         unwrapped.config.use_cache = while_training
         self.processing_class.save_pretrained(where)
 

@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 from clair.recipe import EXIT_USER_ERROR, UserError, one_line
 
-# What a disk or a folder does to the user; any other OSError is a mistake of ours, and its traceback is wanted.
-_OF_THE_SYSTEM = {
+OF_THE_SYSTEM = {
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
@@ -23,6 +22,7 @@ _OF_THE_SYSTEM = {
     errno.ENAMETOOLONG,
     errno.EMFILE,
 }
+"""What a disk or a folder does to the user; any other OSError is a mistake of ours, and its traceback is wanted."""
 
 
 def run(application: Callable[[], None]) -> None:
@@ -41,6 +41,6 @@ def run(application: Callable[[], None]) -> None:
 
 def of_the_system(error: OSError) -> str | None:
     """What a disk or a folder did to the user, and what to do, in one line; None where it is a mistake of ours."""
-    if error.errno not in _OF_THE_SYSTEM:
+    if error.errno not in OF_THE_SYSTEM:
         return None
     return f"{one_line(error)}; make room or permissions, then run the same command again"

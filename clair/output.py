@@ -21,6 +21,8 @@ MARKS = ("recipe.json", "manifest.json")
 """What a dataset folder is known by."""
 DYING = ".row"
 """The row that a shard was at, where it kept killing its process."""
+LOCK = ".lock"
+"""The file that the process which holds a folder has locked, and written its number into."""
 _LEDGER = "ledger.sqlite"
 
 
@@ -98,11 +100,13 @@ def locked(out: str | Path, patience: float = 0.0) -> Iterator[Output]:
 @contextmanager
 def _locked_here(folder: Path, told: str, patience: float) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="ascii") as file:
+    with open(folder / LOCK, "a+", encoding="ascii") as file:
         if not _flocked(file, patience):
             file.seek(0)
             owner = file.read().strip() or "unknown"
             raise InUse(f"{told} is in use by process {owner}; wait for it, or choose another --out")
+        if not os.fstat(file.fileno()).st_nlink:  # taken away by the process that had it locked
+            raise InUse(f"{told} was let go by another process just now; run the same command again")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -131,7 +135,7 @@ def check_output(out: str | Path) -> None:
         if path.exists() and not path.is_dir():
             raise UserError(f"out {out} is a file, not a folder; choose another --out")
         names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
-    own = (".lock", _LEDGER, "ledger/", "hold/")
+    own = (LOCK, _LEDGER, "ledger/", "hold/")
     strange = sorted(name for name in names if not name.startswith(own))
     if strange and not set(MARKS) & set(names):
         raise UserError(f"{told} is no dataset folder and not empty (it holds {strange[0]}); choose another --out")

@@ -47,7 +47,7 @@ def weights_identity(path: str | Path) -> str:
 def adapter_base(path: str | Path) -> str | None:
     """The folder or hub name of the base model where `path` holds an adapter; None for a whole model.
 
-    Raises UserError where the adapter does not name its base.
+    Raises UserError where the adapter does not name its base, or names an adapter: itself, or another one.
     """
     config = Path(path) / "adapter_config.json"
     if not config.is_file():
@@ -55,7 +55,38 @@ def adapter_base(path: str | Path) -> str | None:
     base = _json(config, "the adapter").get("base_model_name_or_path")
     if not base:
         raise UserError(f"the adapter in {path} names no base_model_name_or_path; write it into {config.name}")
+    if (Path(base) / config.name).is_file():
+        which = "itself" if Path(base).samefile(path) else f"another adapter, {base},"
+        raise UserError(
+            f"the adapter in {path} names {which} as its base; write the model's folder into {config.name}, or fold "
+            "the lower adapter into its base first (apo merge)"
+        )
     return str(base)
+
+
+def fit_vocabulary(model: Any, adapter: Path) -> None:
+    """Give a base as many embeddings as the adapter in this file has, which was trained with tokens added or cut off.
+
+    New rows are the mean of the old ones, the same every time: with the adapter on its own rows take their place.
+    """
+    import torch
+    from safetensors import safe_open
+
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = tuple(f"base_model.model.{name}." for name, module in model.named_modules() if module in (embeddings, head))
+    rows = set()
+    with safe_open(adapter, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 (it is no mapping)
+            if key.startswith(names) and key.endswith(".weight") and ".lora_" not in key:
+                rows.add(file.get_slice(key).get_shape()[0])
+    before = embeddings.weight.shape[0]
+    if len(rows) != 1 or (wanted := rows.pop()) == before:
+        return
+    model.resize_token_embeddings(wanted, mean_resizing=False)
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if module is not None and wanted > before:
+                module.weight[before:] = module.weight[:before].mean(0)
 
 
 def check_model_folder(path: str | Path, role: str = "target") -> None:
@@ -251,6 +282,7 @@ class LocalModel:
 
                 with warnings.catch_warnings():  # peft 0.21 uses a name that transformers 5.23 gave up
                     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                    fit_vocabulary(model, self.path / "adapter_model.safetensors")
                     model = PeftModel.from_pretrained(model, str(self.path))
             self._loaded = tokenizer, model.to(device).eval()
             self.doing = ""

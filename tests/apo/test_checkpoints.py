@@ -39,6 +39,21 @@ def grown(folder):
     (folder / "model.safetensors").write_bytes(b"weights" * 99)
 
 
+def flipped(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 0xFF]) + file.read_bytes()[1:])
+
+
+def zeroed(folder):
+    (folder / "sub" / "optimizer.pt").write_bytes(bytes(len(b"state")))
+
+
+def exchanged(folder):
+    marker = json.loads((folder / MARKER).read_text())
+    marker["sha256"] = {"model.safetensors": "0" * 64}
+    (folder / MARKER).write_text(json.dumps(marker))
+
+
 def lost(folder):
     (folder / "sub" / "optimizer.pt").unlink()
 
@@ -55,7 +70,10 @@ def marker_of_another_kind(folder):
     (folder / MARKER).write_text(json.dumps(["model.safetensors"]))
 
 
-@pytest.mark.parametrize("damage", [truncated, grown, lost, unmarked, marker_torn, marker_of_another_kind])
+DAMAGES = [truncated, grown, flipped, zeroed, exchanged, lost, unmarked, marker_torn, marker_of_another_kind]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_set_aside_and_said_and_the_one_before_it_taken(tmp_path, damage):
     older, newer = write(tmp_path, 5), write(tmp_path, 10)
     damage(newer)

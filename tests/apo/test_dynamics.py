@@ -70,7 +70,7 @@ PICTURES = {
 
 @pytest.mark.parametrize("which", PICTURES)
 def test_every_run_has_a_picture(which, tmp_path):
-    draw_dynamics(PICTURES[which], tmp_path / "dynamics.png", title="apo_zero")
+    draw_dynamics(PICTURES[which], tmp_path / "dynamics.png", title="apo_zero, /models/$HOME/{x_$/^2")
     image = imread(tmp_path / "dynamics.png")
     assert image.shape[1] > (1200 if "reference" not in which and which != "nothing" else 700)
     if which == "a usual run":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 from apo import checkpoints
 from apo.config import TrainConfig
+from apo.faults import Stopped
 from apo.train import train
+from clair.output import locked
+from clair.recipe import UserError
+from clair.storage import InUse
 from tests.apo.conftest import make_pairs, make_tokenizer
 from tests.apo.test_trajectory import tiny
 
@@ -126,6 +133,97 @@ def test_a_truncated_newest_checkpoint_is_set_aside(uninterrupted, model_dir, da
     assert train(config, tell=told.append)["resumed_from"] == [4]
     assert any(line.startswith("set aside checkpoint-8 as incomplete-checkpoint-8: optimizer.pt has") for line in told)
     assert_same_result(config.out, whole)
+
+
+@pytest.fixture
+def stopped_at_8(request, model_dir, data, tmp_path):
+    """The recipe of a run whose process ended after its checkpoint of step 8; there is one of step 4."""
+    lora = request.getfixturevalue("uninterrupted")[1] if "uninterrupted" in request.fixturenames else False
+    config = TrainConfig(**recipe(model_dir, data, tmp_path / "run", lora))
+    with pytest.MonkeyPatch.context() as patch:
+        crash_in(CRASHES["after the checkpoint is in place"], 8, patch)
+        with pytest.raises(Crash):
+            train(config, tell=lambda _: None)
+    return config
+
+
+@pytest.mark.parametrize("name", ["*model.safetensors", "optimizer.pt"])
+def test_a_checkpoint_of_its_old_size_and_other_content_is_set_aside(name, uninterrupted, stopped_at_8):
+    (file,) = (Path(stopped_at_8.out) / "checkpoint-8").glob(name)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x01
+    file.write_bytes(content)
+    told: list[str] = []
+    assert train(stopped_at_8, tell=told.append)["resumed_from"] == [4]
+    words = f"set aside checkpoint-8 as incomplete-checkpoint-8: {file.name} is damaged: its content is not what was "
+    assert f"{words}written" in told
+    assert_same_result(stopped_at_8.out, uninterrupted[0])
+
+
+def test_a_model_that_changed_between_stop_and_resume_is_refused_before_it_is_loaded(stopped_at_8, model_dir, tmp_path):
+    moved = tmp_path / "model"
+    shutil.copytree(model_dir, moved)
+    config = stopped_at_8.model_copy(update={"model": str(moved)})
+    run = Path(config.out) / "run.json"
+    run.write_text(run.read_text().replace(str(model_dir), str(moved)))
+    weights = load_file(moved / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, moved / "model.safetensors", {"format": "pt"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("apo.model.load_model", lambda *_, **__: pytest.fail("loaded"))
+        with pytest.raises(UserError, match=r"holds a run on another model: the files of .* have changed since"):
+            train(config, tell=lambda _: None)
+    shutil.copy(model_dir / "model.safetensors", moved)
+    assert train(config, tell=lambda _: None)["resumed_from"] == [8]
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_loses_nothing(stopped_at_8):
+    before = sorted(Path(stopped_at_8.out).rglob("*"))
+    with locked(stopped_at_8.out), pytest.raises(InUse, match=rf"is in use by process {os.getpid()}; wait for it"):
+        train(stopped_at_8, tell=lambda _: None)
+    assert sorted(Path(stopped_at_8.out).rglob("*")) == before
+    assert train(stopped_at_8, tell=lambda _: None)["resumed_from"] == [8]
+
+
+def test_a_run_that_another_process_ended_meanwhile_is_not_begun_again(model_dir, data, tmp_path):
+    config, told = TrainConfig(**recipe(model_dir, data, tmp_path / "run", lora=False)), []
+    config.trainer.update(num_train_epochs=1)
+    with pytest.MonkeyPatch.context() as patch:
+
+        @contextlib.contextmanager
+        def late(out):
+            patch.undo()
+            train(config, tell=lambda _: None)
+            with locked(out):
+                yield
+
+        patch.setattr("apo.train.locked", late)
+        assert train(config, tell=told.append)["resumed_from"] == []
+    assert told == [f"{config.out} was finished by another process just now; nothing to do"]
+
+
+@contextlib.contextmanager
+def no_file_above(size):
+    """A disk that takes no larger file: what a full one does, without one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("size", "written"), [(20_000, "torch or safetensors"), (100_000, "torch")])
+def test_a_disk_that_takes_no_more_ends_the_run_in_a_line_and_it_goes_on(size, written, uninterrupted, stopped_at_8):
+    """Below the size of the weights their writer fails, below that of the optimizer's states torch does."""
+    if uninterrupted[1] and written == "torch":
+        pytest.skip("an adapter's states are smaller")
+    end = "make room or permissions, then run the same command again; the last good checkpoint is .*/checkpoint-8$"
+    with no_file_above(size), pytest.raises(Stopped, match=f"step 12: the checkpoint cannot be written to .*; {end}"):
+        train(stopped_at_8, tell=lambda _: None)
+    assert not (Path(stopped_at_8.out) / checkpoints.UNFINISHED).exists()
+    assert train(stopped_at_8, tell=lambda _: None)["resumed_from"] == [8, 8]
+    assert_same_result(stopped_at_8.out, uninterrupted[0])
 
 
 def test_without_any_checkpoint_the_run_starts_over(uninterrupted, model_dir, data, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 import yaml
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from apo import cli
 from apo import run as runs
 from apo.config import LoRA, TrainConfig
+from apo.model import find, load_model
 from apo.pairs import Source, fingerprint, load_eval, load_train
 from apo.plan import plan
 from apo.prefix import tokens_of
@@ -317,6 +320,16 @@ def adapter_of_more_words(tmp_path, recipe):
     make_tokenizer().save_pretrained(tmp_path / "a")
 
 
+def adapter_of_itself(tmp_path, recipe):
+    recipe["model"] = adapter_on(tmp_path / "a", tmp_path, make_model())
+
+
+def adapter_of_an_adapter(tmp_path, recipe):
+    lower = adapter_on(recipe["model"], tmp_path, make_model())
+    (tmp_path / "upper").mkdir()
+    recipe["model"] = adapter_on(lower, tmp_path / "upper", make_model())
+
+
 def rows_are(change):
     def apply(tmp_path, recipe):
         recipe["dataset"] = str(write_jsonl(tmp_path / "pairs.jsonl", change(make_pairs(4))))
@@ -396,6 +409,8 @@ BAD_INPUT = {
     "damaged weights": (damaged_weights, "cannot be loaded"),
     "pickled adapter": (pickled_adapter, "only safetensors are read"),
     "vocabulary too large": (vocabulary_too_large, "has 20 embeddings but its tokenizer has ids up to"),
+    "adapter of itself": (adapter_of_itself, "names itself as its base; write the model's folder into adapter_config"),
+    "adapter of an adapter": (adapter_of_an_adapter, "or fold the lower adapter into its base first (apo merge)"),
     "adapter of another shape": (adapter_of_another_shape, "size mismatch"),
     "adapter of more words than its base": (adapter_of_more_words, "has 20 embeddings but its tokenizer has ids up to"),
     "dataset not there": (keys_are(dataset="./nowhere.jsonl"), "dataset ./nowhere.jsonl does not exist"),
@@ -592,3 +607,41 @@ def test_fsdp_is_asked_for_with_true(recipe):
     recipe["trainer"]["fsdp"] = True
     with pytest.raises(UserError, match="FSDP was asked for, and on one process accelerate would train without it"):
         run(recipe)
+
+
+def adapter_of_a_resized_base(base, out, rows, modules_to_save):
+    """An adapter trained on `base` with another number of embeddings, which it brings along."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(1)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=modules_to_save)
+    lora.task_type = "CAUSAL_LM"
+    adapted = get_peft_model(model, lora)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)
+        adapted.save_pretrained(out)
+    make_tokenizer().save_pretrained(out)
+    return adapted.eval()
+
+
+@pytest.mark.parametrize(
+    ("rows", "modules_to_save"), [(42, ["embed_tokens", "lm_head"]), (42, None), (35, None)],
+    ids=["grown, saved as modules", "grown, saved beside", "cut off"],
+)  # fmt: skip
+def test_an_adapter_trained_with_tokens_added_or_cut_off_is_put_on_a_resized_base(
+    rows, modules_to_save, recipe, model_dir, tmp_path
+):
+    """It computes what it computed when it was made, trains from its own start, and can be trained on again."""
+    made = adapter_of_a_resized_base(model_dir, tmp_path / "a", rows, modules_to_save)
+    ids = torch.tensor([[1, 5, 9, 30, 3]])
+    loaded = load_model(find(str(tmp_path / "a"))).eval()
+    torch.testing.assert_close(loaded(ids).logits, made(ids).logits)
+    for out in ("one", "two"):
+        recipe["trainer"]["max_steps"] = 2
+        found, _ = run(recipe, model=str(tmp_path / "a"), out=str(tmp_path / out))
+        assert found["metrics"]["loss"] != 1
+        first = json.loads((tmp_path / out / "metrics.jsonl").read_text().splitlines()[0])
+        assert (first["rewards/chosen"], first["rewards/rejected"]) == (0, 0)
+    one, two = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    run(recipe, model=str(tmp_path / "one"), out=str(tmp_path / "three"))
