@@ -157,13 +157,17 @@ def _print_plans(config: Any, processes: int | None) -> None:
 def _print_plan(config: Any, processes: int | None) -> None:
     import yaml
 
-    from apo.model import why_not_quantized
-    from apo.plan import plan
-    from apo.run import counted, status_of
+    from clair.progress import progress
     from clair.recipe import resolved
 
-    status = status_of(Path(config.out), resolved(config))
-    planned = plan(config, processes)
+    with progress("checking recipe, model and pairs"):
+        from apo.model import why_not_quantized
+        from apo.plan import estimate, plan
+        from apo.run import counted, status_of
+
+        status = status_of(Path(config.out), resolved(config))
+        planned = plan(config, processes)
+        costs = estimate(planned)
     print(yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True), end="")
     for split, count in planned.counts().items():
         print(f"# {split}: {counted(count)}")
@@ -175,14 +179,13 @@ def _print_plan(config: Any, processes: int | None) -> None:
         print(f"# note: {note}")
     if config.quantize and (reason := why_not_quantized()):
         print(f"# note: not here: {reason}")
-    _print_estimate(planned)
+    _print_estimate(planned, costs)
 
 
-def _print_estimate(planned: Any) -> None:
+def _print_estimate(planned: Any, costs: Any) -> None:
     from apo import fit, shapes
-    from apo.plan import estimate
+    from apo.matmul import REPEATS
 
-    costs = estimate(planned)
     if isinstance(costs, str):
         print(f"# no estimate: {costs}")
         return
@@ -194,8 +197,8 @@ def _print_estimate(planned: Any) -> None:
     for line in fit.table(costs.jobs, [costs.machine, *shapes.GPUS]):
         print(f"# {line}")
     print(
-        f"# times assume {shapes.MFU:.0%} of a GPU's peak, {shapes.CPU_SHARE:.0%} of a CPU's matrix products; "
-        "not measured"
+        f"# times assume {shapes.MFU:.0%} of a GPU's peak, {shapes.CPU_SHARE:.0%} of a CPU's matrix products (the best "
+        f"of {REPEATS} just now); no step was measured"
     )
     fit.check_fits(costs.here, costs.machine)
 

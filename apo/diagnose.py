@@ -16,8 +16,8 @@ from apo.dynamics import series
 
 LINES = 5
 """Log lines that a mean is taken over."""
-FEWEST = 8
-"""Log lines of training before anything is said."""
+FEWEST = LINES + 1
+"""Log lines of training before anything is said: that mean, and where the run began."""
 _PREFIXES = 200
 _DIFFERENCES = {"dpo", "robust", "ipo"}
 """Objectives that see the margin alone, so that both rewards may fall."""

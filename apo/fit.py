@@ -285,15 +285,22 @@ def tokens_told(job: Job) -> str:
 
 
 def table(jobs: dict[bool, Job], devices: Sequence[Device]) -> list[str]:
-    """A line per device: memory, whether it fits, time. `jobs` are those on a GPU (True) and on a CPU (False)."""
+    """A line per device: memory, whether it fits, time. `jobs` are those on a GPU (True) and on a CPU (False).
+
+    Memory is the sum of the parts as they are shown.
+    """
     lines = []
     for device in devices:
         job = jobs[device.is_gpu]
         memory = needed(job, device)
         fits = "fits" if memory <= device.memory else "does NOT fit"
-        parts = ", ".join(f"{name} {_gib(size)}" for name, size in memory_of(job).items() if size)
+        sizes = {**memory_of(job), "libraries": device.reserved}
+        shown = {name: round(size / GIB, 2) for name, size in sizes.items() if round(size / GIB, 2)}
+        parts = ", ".join(f"{name} {size:.2f}" for name, size in shown.items())
         spent = f"about {duration(run_flops(job)[0] / device.flops)}" if memory <= device.memory else "-"
-        lines.append(f"{device.name}: {_gib(memory)} of {_gib(device.memory)} GiB, {fits}, {spent} ({parts})")
+        lines.append(
+            f"{device.name}: {_gib(sum(shown.values()) * GIB)} of {_gib(device.memory)} GiB, {fits}, {spent} ({parts})"
+        )
     return lines
 
 

@@ -77,18 +77,19 @@ class Bar(TrainerCallback):
     def __init__(self) -> None:
         self._shown = ExitStack()
         self._work: Progress | None = None
-        self._held_out, self._batches = 0, 0
+        self._held_out, self._batches, self._speed = 0, 0, ""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Show how far it is, from the step that is gone on from. Lines of the log are enough for a first look."""
         shown = progress(
-            "training", state.max_steps, details=self._evaluation, first=EVERY, shown=state.is_world_process_zero,
+            "training", state.max_steps, details=self._details, first=EVERY, shown=state.is_world_process_zero,
             begun=state.global_step,
         )  # fmt: skip
         self._work = self._shown.enter_context(shown)
 
-    def _evaluation(self) -> list[str]:
-        return [f"held out: {self._held_out:,}/{self._batches:,} batches"] if self._held_out else []
+    def _details(self) -> list[str]:
+        held_out = [f"held out: {self._held_out:,}/{self._batches:,} batches"] if self._held_out else []
+        return [*([self._speed] if self._speed else ()), *held_out]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Move on."""
@@ -113,10 +114,17 @@ class Bar(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Tell loss, rewards and speed, and what a look at the run found. Rich puts what is printed above its bar."""
+        """Tell loss, rewards and speed, and what a look at the run found.
+
+        In a terminal the speed stands in the display below, since a line with it is wider than 80 columns.
+        """
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        for told in (*looks(logs), *([summary(logs)] if "loss" in logs or "eval_loss" in logs else ())):
+        self._speed = speed(logs) or self._speed
+        words = summary(logs)
+        if self._work is not None and self._work.in_terminal:
+            words = words.removesuffix(f"  {speed(logs)}")
+        for told in (*looks(logs), *([words] if "loss" in logs or "eval_loss" in logs else ())):
             tell(f"step {state.global_step}/{state.max_steps}  {told}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -154,10 +162,15 @@ def summary(logs: dict[str, Any]) -> str:
             words.append(f"{side} {round(logs[key], 3) + 0.0:+.3f}")  # no minus before zeros
     if (key := f"{prefix}rewards/accuracies") in logs:
         words.append(f"accuracy {logs[key]:.0%}")
-    if speed := logs.get("pairs_per_second"):
-        rows = "rows" if any(f"{start}rows/chosen" in logs for start in ("", "eval_")) else "pairs"
-        words.append(f"{speed:,.0f} {rows}/s" if speed >= 100 else f"{speed:.3g} {rows}/s")
-    return "  ".join(words)
+    return "  ".join([*words, *([speed(logs)] if speed(logs) else ())])
+
+
+def speed(logs: dict[str, Any]) -> str:
+    """Pairs or unpaired rows a second, in words; nothing where a log has none."""
+    if not (found := logs.get("pairs_per_second")):
+        return ""
+    rows = "rows" if any(f"{start}rows/chosen" in logs for start in ("", "eval_")) else "pairs"
+    return f"{found:,.0f} {rows}/s" if found >= 100 else f"{found:.3g} {rows}/s"
 
 
 class Interrupt(TrainerCallback):

@@ -61,7 +61,7 @@ def build(
     config = load_recipe(BuildConfig, recipe, overrides)
     part = read_shard(shard) if shard else None
     _check_runner(runner, shard=shard, address=address, shards=shards)
-    with progress("checking recipe and prompts"):
+    with progress("building", details=lambda: ["checking recipe and prompts"]):
         found = check(sharded(config, part) if part else config, part)
     if dry_run:
         import yaml
@@ -133,13 +133,17 @@ def estimate(
 ) -> None:
     """What a build will cost: calls, and with --probe tokens and money with a 95 % interval."""
     from clair.config import BuildConfig
+    from clair.estimate import LEAST_PROBE
     from clair.estimate import estimate as estimate_build
     from clair.recipe import load_recipe
-    from clair.terminal import cost_table
+    from clair.terminal import asking_progress, cost_table
     from clair.terminal import show as print_
 
     config = load_recipe(BuildConfig, recipe, [*(set_ or []), *([text_override("out", out)] if out else [])])
-    print_(cost_table(estimate_build(config, probe)))
+    rows = max(LEAST_PROBE, probe)
+    with asking_progress("probing" if probe else "counting", rows, dict.fromkeys(config.models, rows)) as on_progress:
+        roles = estimate_build(config, probe, on_progress)
+    print_(cost_table(roles))
     if not probe:
         print_("tokens and cost need a look at real replies: add --probe 5 (they are paid for once and kept)")
 
@@ -277,10 +281,17 @@ def check_endpoint(
 ) -> None:
     """See that endpoints serve what you think: template, end of turn, truncation, logprobs, speed."""
     from clair.endpoint import check_endpoints
+    from clair.progress import progress
     from clair.terminal import checks_table
     from clair.terminal import show as print_
 
-    checks = check_endpoints(urls, tokenizer, model=model, key_env=api_key_env)
+    step: list[str] = []
+
+    def on_step(words: str) -> None:
+        step[:] = [words]
+
+    with progress("checking", details=lambda: step):
+        checks = check_endpoints(urls, tokenizer, model=model, key_env=api_key_env, on_step=on_step)
     print_(checks_table(checks))
     wrong = [
         f"{url}: {check.name} ({check.told})" for url, found in checks.items() for check in found if check.ok is False

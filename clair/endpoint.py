@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,17 @@ class Check:
 
 
 def check_endpoints(
-    urls: Sequence[str], tokenizer: str | Path | None = None, *, model: str | None = None, key_env: str | None = None
+    urls: Sequence[str],
+    tokenizer: str | Path | None = None,
+    *,
+    model: str | None = None,
+    key_env: str | None = None,
+    on_step: Callable[[str], None] = lambda _: None,
 ) -> dict[str, list[Check]]:
-    """The checks of each endpoint, by URL. Raises UserError where one cannot be asked at all."""
+    """The checks of each endpoint, by URL. Raises UserError where one cannot be asked at all.
+
+    `on_step` gets what is looked at next, in words.
+    """
     for url in urls:
         try:
             endpoint_of(url)
@@ -50,7 +59,7 @@ def check_endpoints(
             raise UserError(str(error)) from error
     loaded = _load(tokenizer) if tokenizer else None
     key = api_key(key_env, "check-endpoint")
-    return asyncio.run(_check_all(list(dict.fromkeys(urls)), loaded, model, key))
+    return asyncio.run(_check_all(list(dict.fromkeys(urls)), loaded, model, key, on_step))
 
 
 def _load(path: str | Path) -> Any:
@@ -66,23 +75,31 @@ def _load(path: str | Path) -> Any:
     return tokenizer
 
 
-async def _check_all(urls: Sequence[str], tokenizer: Any, model: str | None, key: str | None) -> dict[str, list[Check]]:
-    return {endpoint_of(url).base: await _check(url, tokenizer, model, key) for url in urls}
+async def _check_all(
+    urls: Sequence[str], tokenizer: Any, model: str | None, key: str | None, on_step: Callable[[str], None]
+) -> dict[str, list[Check]]:
+    return {endpoint_of(url).base: await _check(url, tokenizer, model, key, on_step) for url in urls}
 
 
-async def _check(url: str, tokenizer: Any, model: str | None, key: str | None) -> list[Check]:
+async def _check(
+    url: str, tokenizer: Any, model: str | None, key: str | None, on_step: Callable[[str], None]
+) -> list[Check]:
     asked = OpenAIModel(url, model or "", key=key, timeout=120.0, role="check-endpoint")
     try:
+        on_step(f"{asked.url}: which model is served")
         asked.name = model or await _only_model(asked)
         await asked.check()
-        return [
-            Check("model", True, asked.name),
-            await _template(asked, tokenizer),
-            await _end_of_turn(asked, tokenizer),
-            await _truncation(asked),
-            await _logprobs(asked),
-            await _speed(asked),
-        ]
+        checks = [Check("model", True, asked.name)]
+        for name, check in (
+            ("chat template", partial(_template, asked, tokenizer)),
+            ("end of turn", partial(_end_of_turn, asked, tokenizer)),
+            ("truncation", partial(_truncation, asked)),
+            ("logprobs", partial(_logprobs, asked)),
+            (f"speed, {_AT_ONCE} requests at once", partial(_speed, asked)),
+        ):
+            on_step(f"{asked.url}: {name}")
+            checks.append(await check())
+        return checks
     finally:
         await asked.close()
 

@@ -11,21 +11,24 @@ from __future__ import annotations
 import asyncio
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 
 from clair.budget import Price, most_tokens, prices_of, share_left
 from clair.build import check, same_recipe
 from clair.config import BuildConfig, ModelConfig
 from clair.ledger import Ledger, Tokens
+from clair.models.asking import Asker
 from clair.output import locked
 from clair.records import Prompt
 from clair.session import session
 from clair.sources import Scan, each_prompt
 from clair.statistics import t_quantile
 
+LEAST_PROBE = 3
+"""Rows that an interval needs."""
 _COMMON = 1000
 """Bytes that every row has beside its own text, about: the words we send, and a little reasoning."""
 
@@ -49,7 +52,9 @@ class RoleEstimate:
     cost: Range | None
 
 
-def estimate(config: BuildConfig, probe: int = 0) -> dict[str, RoleEstimate]:
+def estimate(
+    config: BuildConfig, probe: int = 0, on_progress: Callable[[int, Mapping[str, Asker]], None] = lambda *_: None
+) -> dict[str, RoleEstimate]:
     """The cost of the whole build by role, prompts already paid for included; runs and pays for `probe` rows first.
 
     The probe is asked live; what goes through a Batch API later is told at the price of that.
@@ -62,13 +67,15 @@ def estimate(config: BuildConfig, probe: int = 0) -> dict[str, RoleEstimate]:
     calls = {role: len(sizes) * _calls_per_row(config, role) for role in config.models}
     if not probe:
         return {role: RoleEstimate(calls[role], None, None, None) for role in config.models}
-    chosen = spread_over(sizes, max(3, probe))
-    paid = _run(config, found, chosen)
+    chosen = spread_over(sizes, max(LEAST_PROBE, probe))
+    paid = _run(config, found, chosen, on_progress)
     prices = {role: _discounted(price, config.models[role]) for role, price in prices_of(config.models).items()}
     return {role: role_estimate(prices.get(role), calls[role], sizes, chosen, paid[role]) for role in config.models}
 
 
-def _run(config: BuildConfig, found: Scan, chosen: Sequence[int]) -> dict[str, list[Tokens]]:
+def _run(
+    config: BuildConfig, found: Scan, chosen: Sequence[int], on_progress: Callable[..., None]
+) -> dict[str, list[Tokens]]:
     """Run the rows at the chosen places, and tell what each cost by role."""
     wanted = set(chosen)
     unique = (p for p, left_out in each_prompt(config.prompts, config.limit, found) if left_out is None)
@@ -77,17 +84,23 @@ def _run(config: BuildConfig, found: Scan, chosen: Sequence[int]) -> dict[str, l
         same_recipe(config, output.folder, update=False)
         output.upload("recipe.json")
         with output.ledger(config.ledger_path) as ledger:
-            asyncio.run(_ask(config, ledger, prompts))
+            asyncio.run(_ask(config, ledger, prompts, on_progress))
             return {role: [ledger.paid(role, prompt.id) for prompt in prompts] for role in config.models}
 
 
-async def _ask(config: BuildConfig, ledger: Ledger, prompts: Sequence[Prompt]) -> None:
-    async with (
-        session(config, ledger, live=True) as run,
-        aclosing(run.outcomes((p, None) for p in prompts)) as outcomes,
-    ):
-        async for _ in outcomes:
-            pass
+async def _ask(
+    config: BuildConfig, ledger: Ledger, prompts: Sequence[Prompt], on_progress: Callable[..., None]
+) -> None:
+    async with session(config, ledger, live=True) as run:
+        ended = count()
+
+        def on_end() -> None:
+            on_progress(next(ended), run.askers)
+
+        on_end()
+        async with aclosing(run.outcomes(((p, None) for p in prompts), on_end=on_end)) as outcomes:
+            async for _ in outcomes:
+                pass
     if run.stop.error:
         raise run.stop.error
 

@@ -98,6 +98,8 @@ class Progress:
         self._left, self._clock, self._started = left, clock, clock()
         self._rate = Rate(self._started, begun)
         self.done = begun
+        self.in_terminal = False
+        """Whether it is drawn in a terminal, and not written as lines."""
 
     def update(self, done: int) -> None:
         """So many are done, all told. It can be fewer than before: a build may go through its rows once more."""
@@ -157,24 +159,28 @@ def progress(
     details: Callable[[], Sequence[str]] = tuple,
     left: Callable[[], float | None] | None = None,
     begun: int = 0,
-    first: float = FIRST,
+    first: float | None = None,
     shown: bool = True,
 ) -> Iterator[Progress]:
     """Show how far a piece of work is while it lasts: in a terminal a display that goes at the end, elsewhere lines.
 
-    The first line comes after `first` seconds. Nothing is shown where there is nothing to do, and unless `shown`, as of
-    all processes but the first. What else is written to stderr stands above the display. The rest as `Progress` has it.
+    The first line comes after `first` seconds (absent: `FIRST`). Nothing is shown where there is nothing to do, and
+    unless `shown`, as of all processes but the first. What else is written to stderr stands above the display. The rest
+    as `Progress` has it.
     """
     from rich.console import Console
     from rich.live import Live
 
     work, console = Progress(what, total, details, left, begun), Console(stderr=True)
     if shown and total != 0 and console.is_terminal:
+        work.in_terminal = True
         with Live(work, console=console, refresh_per_second=1, transient=True, redirect_stdout=False):
             yield work
     elif shown and total != 0:
         ended = threading.Event()
-        thread = threading.Thread(target=work.lines, args=(first, ended.wait), name="progress", daemon=True)
+        thread = threading.Thread(
+            target=work.lines, args=(FIRST if first is None else first, ended.wait), name="progress", daemon=True
+        )
         thread.start()
         try:
             yield work

@@ -23,6 +23,7 @@ from clair.models.local import LocalModel
 from clair.records import Dropped, Prompt
 from clair.session import ctrl_c, in_order, open_askers
 from clair.statistics import wilson
+from clair.terminal import asking_progress
 
 PLANTS = 64
 """Pairs whose better side is known, shown to the judge first: winners and losers in turn, against those of another
@@ -109,12 +110,15 @@ async def _own_answers(
     asker.limiter = Limiter(len(prompts))  # it makes its own batches, the fuller the better
     tell(f"{len(prompts)} answers of the model's own")
     found: dict[str, Answer] = {}
-    async with aclosing(in_order(one, prompts, len(prompts) + 1, stop.happened, drain)) as answers:
-        async for answer in answers:
-            if isinstance(answer, Stopped):
-                break
-            if answer[1] is not None:
-                found[answer[0]] = answer[1]
+    with asking_progress("answering", len(prompts), {asker.role: len(prompts)}) as on_progress:
+        on_progress(0, {asker.role: asker})
+        async with aclosing(in_order(one, prompts, len(prompts) + 1, stop.happened, drain)) as answers:
+            async for answer in answers:
+                if isinstance(answer, Stopped):
+                    break
+                if answer[1] is not None:
+                    found[answer[0]] = answer[1]
+                on_progress(len(found), {asker.role: asker})
     return found
 
 
@@ -134,7 +138,8 @@ async def _judged(config: AdviseConfig, checked: Checked, judge: Asker, stop: St
         tell(f"the judge compares {len(rows)} {what}, in both orders")
         given = {side: {key: [text] for key, text in of.items()} for side, of in (("base", base), ("tuned", tuned))}
         run = winrate.Run(_settings(config), winrate.Checked(rows, {}, given, checked.template), {"judge": judge}, stop)
-        compared = await run.outcomes(lambda *_: None)
+        with asking_progress("judging", len(rows), {"judge": 2 * len(rows)}) as on_progress:
+            compared = await run.outcomes(on_progress)
         found.failures += run.failures
         found.seen += run.judge.seen
         return compared

@@ -50,6 +50,7 @@ def advise(
     from apo.advise.tables import advice_words, evidence_table
     from apo.console import end_early, quieten, tell
     from apo.evaluate.answers import batch_tokens_here
+    from clair.progress import progress
     from clair.recipe import resolve
     from clair.terminal import show
 
@@ -67,7 +68,8 @@ def advise(
     }
     quieten()
     config = resolve(AdviseConfig, values, "options")
-    checked = check(config)
+    with progress("checking the pairs"):
+        checked = check(config)
     if dry_run:
         _print_plan(config, checked)
         return

@@ -7,10 +7,11 @@ pairs have a direction in common, and whether winners will rise with it or fall.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from apo.distinguish import DRAWS, Interval
+from clair.progress import progress
 from clair.statistics import Estimate, clustered_mean, wilson
 
 if TYPE_CHECKING:
@@ -123,10 +124,10 @@ def look(
     model = models.load_model(name)
     models.check_vocabulary(model, tokenizer, name.base)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False).eval()
-    tell(f"log-probs and gradients of {len(pairs)} pairs")
-    kept = _gradients(model, pairs, tell)
+    with progress(f"log-probs and gradients of {len(pairs)} pairs", len(pairs) + len(ours)) as work:
+        kept = _gradients(model, pairs, tell, work.advance)
+        said = dict(zip((row["_place"] for row in ours), _logps(model, ours, work.advance), strict=True))
     sums = {side: [Scored(*one) for one in kept[f"{side}_logps"].tolist()] for side in ("chosen", "rejected")}
-    said = dict(zip((row["_place"] for row in ours), _logps(model, ours), strict=True))
     matched = [said.get(row["_place"]) for row in pairs]
     intervals = gaps(sums["chosen"], sums["rejected"], matched) | first_step(
         kept["chosen"], kept["rejected"], seed=seed
@@ -160,7 +161,9 @@ def _tokenized(name: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], own
     return found
 
 
-def _gradients(model: Any, pairs: Sequence[Mapping[str, Any]], tell: Callable[[str], None]) -> dict[str, Tensor]:
+def _gradients(
+    model: Any, pairs: Sequence[Mapping[str, Any]], tell: Callable[[str], None], advance: Callable[[int], None]
+) -> dict[str, Tensor]:
     """Both sides' gradients [n, m] and log-probs with lengths [n, 2], from the cache where they are."""
     import torch
 
@@ -175,7 +178,13 @@ def _gradients(model: Any, pairs: Sequence[Mapping[str, Any]], tell: Callable[[s
     folder = cache.default_folder()
     if (kept := cache.load(folder, key, shapes)) is not None:
         return kept
-    chosen, rejected, logps = head_gradients(model, pairs)
+
+    def counted() -> Iterator[Mapping[str, Any]]:
+        for pair in pairs:
+            yield pair
+            advance(1)
+
+    chosen, rejected, logps = head_gradients(model, counted())
     both = [
         torch.stack([part.double(), count.double()], 1)
         for part, count in ((logps.chosen, logps.chosen_len), (logps.rejected, logps.rejected_len))
@@ -186,7 +195,7 @@ def _gradients(model: Any, pairs: Sequence[Mapping[str, Any]], tell: Callable[[s
     return made
 
 
-def _logps(model: Any, rows: Sequence[Mapping[str, Any]]) -> list[Scored]:
+def _logps(model: Any, rows: Sequence[Mapping[str, Any]], advance: Callable[[int], None]) -> list[Scored]:
     """The log-prob of each row's answer, as many rows at once as fit."""
     import torch
 
@@ -205,4 +214,5 @@ def _logps(model: Any, rows: Sequence[Mapping[str, Any]]) -> list[Scored]:
                 mask[at, :end], answers[at, len(prompt) : end] = 1, 1
             sums = response_logps(model, *(tensor.to(model.device) for tensor in (ids, mask, answers)))
             found += [Scored(value, len(answer)) for value, (_, answer) in zip(sums.tolist(), part, strict=True)]
+            advance(len(part))
     return found

@@ -128,11 +128,15 @@ def mixeval(
     if dry_run:
         print_settings(config, checked)
     elif estimate or probe:
+        from apo.evaluate.estimate import LEAST_PROBE
         from apo.evaluate.estimate import estimate as estimated
-        from clair.terminal import cost_table
+        from clair.terminal import asking_progress, cost_table
         from clair.terminal import show as print_
 
-        print_(cost_table(estimated(config, probe, checked)))
+        rows = max(LEAST_PROBE, probe)
+        with asking_progress("evaluating", rows, dict.fromkeys(config.models, rows), shown=probe > 0) as on_progress:
+            roles = estimated(config, probe, checked, on_progress)
+        print_(cost_table(roles))
     else:
         run_one(config, checked)
 
@@ -315,7 +319,7 @@ def _run_winrate(config: Any, checked: Any) -> None:
 
     total = len(checked.prompts) * config.samples
     calls = {role: total * (2 if role == "judge" else 1) for role in config.models}
-    with asking_progress("comparing", total, calls) as on_progress:
+    with asking_progress("evaluating", total, calls) as on_progress:
         done = compare(config, checked=checked, on_progress=on_progress)
     failed = (
         f"{done.failed} pairs got no reply ({done.first_failure}), so there is no win rate; everything else is "
@@ -337,7 +341,9 @@ def pairs(
     out: Annotated[Path, typer.Option(callback=local, help="Where pairs.json and pairs.jsonl go.")],
     dataset: Annotated[str | None, typer.Option(help="The pairs; absent: those of the run.")] = None,
     reference: Annotated[str | None, typer.Option(help="What training started from; absent: the run's model.")] = None,
-    split: Annotated[str, typer.Option(help="The split that was held out.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="The split that was held out; absent: all of a single file, else test.")
+    ] = None,
     beta: Annotated[float | None, typer.Option(help="Beta of the rewards; absent: the run's, else 0.1.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N pairs.")] = None,
     max_length: Annotated[
@@ -348,12 +354,14 @@ def pairs(
 ) -> None:
     """Held-out pairs: reward accuracy, margins, displacement, length and KL to the reference, with intervals."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
+    from apo.console import quieten
     from apo.evaluate.pairs import config_of, evaluate
     from apo.evaluate.tables import pairs_table
     from clair.terminal import show as print_
 
     given = {"dataset": dataset, "reference": reference, "split": split, "beta": beta, "limit": limit}
     more = {"max_length": max_length, "dtype": dtype, "batch_tokens": batch_tokens, "out": str(out)}
+    quieten()
     print_(pairs_table(evaluate(config_of(model, **given, **more), tell=tell)))
 
 

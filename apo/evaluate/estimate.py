@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apo.evaluate.answers import Answer, Wanted, messages_of
-from apo.evaluate.run import Run, work_of
+from apo.evaluate.run import Progress, Run, work_of
 from apo.evaluate.settings import Checked, MixEvalConfig, check, same_settings
 from clair.budget import most_tokens, prices_of
 from clair.build import locked
@@ -30,7 +30,12 @@ class _Unit:
     sizes: dict[str, int]
 
 
-def estimate(config: MixEvalConfig, probe: int = 0, checked: Checked | None = None) -> dict[str, RoleEstimate]:
+def estimate(
+    config: MixEvalConfig,
+    probe: int = 0,
+    checked: Checked | None = None,
+    on_progress: Progress = lambda *_: None,
+) -> dict[str, RoleEstimate]:
     """The cost of the whole evaluation by role, paid parts included; runs and pays for `probe` items first.
 
     Equal requests are counted once where they share a reply. Answers that do not exist yet are taken to differ. Every
@@ -47,10 +52,12 @@ def estimate(config: MixEvalConfig, probe: int = 0, checked: Checked | None = No
     out = Path(config.out)
     with locked(out), Ledger(config.ledger_path) as ledger:
         same_settings(config, out, ledger)
-        return asyncio.run(_probed(config, checked, ledger, probe))
+        return asyncio.run(_probed(config, checked, ledger, probe, on_progress))
 
 
-async def _probed(config: MixEvalConfig, checked: Checked, ledger: Ledger, probe: int) -> dict[str, RoleEstimate]:
+async def _probed(
+    config: MixEvalConfig, checked: Checked, ledger: Ledger, probe: int, on_progress: Progress
+) -> dict[str, RoleEstimate]:
     stop = Stop()
     askers = open_askers(config, ledger, stop)
     try:
@@ -59,7 +66,7 @@ async def _probed(config: MixEvalConfig, checked: Checked, ledger: Ledger, probe
         role = "judge" if "judge" in askers else "model"
         chosen = sorted(spread_over([unit.sizes[role] for unit in units], max(LEAST_PROBE, probe)))
         with ctrl_c(stop, askers):
-            items = await run.items([(place, units[place].what) for place in chosen], lambda *_: None)
+            items = await run.items([(place, units[place].what) for place in chosen], on_progress)
     finally:
         for asker in askers.values():
             await asker.model.close()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from clair.progress import progress
 from clair.recipe import Recipe, UserError, content_hash, provenance, resolved, write_atomically, write_json
 from clair.statistics import Estimate, clustered_mean, clustered_score, paired_difference
 from clair.storage import is_url
@@ -66,10 +67,16 @@ def config_of(model: str | Path, **given: Any) -> PairsConfig:
         if isinstance(sources, str) or len(sources) == 1:
             found["dataset"] = sources if isinstance(sources, str) else sources[0]["path"]
     found |= {"model": str(model), **{key: value for key, value in given.items() if value is not None}}
+    if given.get("dataset") and _is_file(str(given["dataset"])):
+        found.setdefault("split", "train")  # what a single file is: somebody has held it out
     for key in ("reference", "dataset"):
         if key not in found:
             raise UserError(f"--{key} is missing: {model} is no folder of `apo train` that says which one it was")
     return PairsConfig(**found)
+
+
+def _is_file(dataset: str) -> bool:
+    return Path(dataset).is_file() or (is_url(dataset) and bool(Path(dataset).suffix))
 
 
 # ---- one pair
@@ -291,10 +298,10 @@ def evaluate(config: PairsConfig, tell: Callable[[str], None] = lambda _: None) 
     policy, reference = _models(config, name, reference_name, tokenizer)
     tell(f"{len(rows):,} pairs of {config.dataset}, split {config.split}")
     found: dict[int, Measured] = {}
-    for place, measured in compare_models(policy, reference, rows, config.batch_tokens):
-        found[place] = measured
-        if len(found) % 100 == 0:
-            tell(f"{len(found):,} of {len(rows):,} pairs")
+    with progress("held-out pairs", len(rows)) as work:
+        for place, measured in compare_models(policy, reference, rows, config.batch_tokens):
+            found[place] = measured
+            work.advance()
     ordered = [found[place] for place in range(len(rows))]
     result = {
         "format": 1,

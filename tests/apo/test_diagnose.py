@@ -90,6 +90,11 @@ def test_a_lone_noisy_line_is_no_reason_and_few_lines_are_none():
     assert judge(log_of(rows(count=FEWEST - 1, **metrics), objective)) == {}
 
 
+def test_a_small_run_of_six_lines_is_judged():
+    objective, metrics = PROVOKED["saturated"]
+    assert "saturated" in judge(log_of(rows(count=6, **metrics), objective))
+
+
 def test_lost_numbers_and_missing_metrics_are_borne():
     log = rows(loss=lambda t: None if t > 0.5 else 1.0)
     assert isinstance(judge(log_of(log, "apo_zero")), dict)
@@ -155,7 +160,7 @@ def test_the_command_draws_and_tells_also_while_a_run_is_under_way(model_dir, da
     code, told = diagnose()
     assert code == 0
     assert "finished: 16 steps" in told
-    assert "! since step 8: the loss is stuck at its start" in told
+    assert f"! since step {FEWEST}: the loss is stuck at its start" in told
     assert re.search(r"probe/kl +0 +0 +0", told)
     picture = imread(out / "diagnosis.png")
     assert picture.shape[1] > 1500

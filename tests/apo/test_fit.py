@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apo import fit, shapes
+from apo import fit, matmul, shapes
 from apo.config import TrainConfig
 from apo.fit import Job
 from apo.plan import estimate, plan
@@ -196,6 +198,33 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help(recipe, monkeypat
     path.write_text(json.dumps(recipe))
     assert call(monkeypatch, "train", path, "--dry-run") == 2
     assert "does NOT fit" in capsys.readouterr().out
+
+
+def test_the_parts_of_the_memory_add_up_to_its_total():
+    sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B), lora(16))
+    for tokens in (100, 333, 500, 1777):
+        run = job(sizes, [shapes.row_of(tokens, 0, tokens, tokens)] * 2, weight=2, compute=2, on_gpu=True)
+        (line,) = fit.table({True: run}, shapes.GPUS[:1])
+        total, parts = re.fullmatch(r"A100 80GB: ([\d.]+) of .* \((.*)\)", line).groups()
+        assert "libraries 1.00" in parts
+        assert float(total) == round(sum(float(part.split()[-1]) for part in parts.split(", ")), 1)
+
+
+def test_a_processor_that_others_use_too_is_as_fast_as_ever(monkeypatch):
+    clock = {"perf_counter": 0.0, "process_time": 0.0}
+
+    def passed(which: str, seconds: float) -> float:
+        clock[which] += seconds
+        return clock[which]
+
+    def product(a, b):
+        passed("perf_counter", 5.0)  # of which it had the processor for one second a thread
+        passed("process_time", 1.0 * torch.get_num_threads())
+
+    timer = SimpleNamespace(**{name: partial(passed, name, 1e-6) for name in clock})
+    monkeypatch.setattr(matmul, "time", timer)
+    monkeypatch.setattr(matmul, "_onednn", product)
+    assert matmul.speeds.__wrapped__()[1] == pytest.approx(2 * 1024**3, rel=1e-3)
 
 
 def test_one_change_that_is_enough_is_named_alone():

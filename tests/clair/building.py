@@ -121,7 +121,7 @@ def finished(process: subprocess.Popen[str], seconds: float = 120) -> Ended:
 
 def error_line(ended: Ended) -> str:
     """The one line that a user's mistake is told in."""
-    bars = ("building", "evaluating")
+    bars = ("building", "evaluating", "checking", "probing", "counting")
     lines = [line for line in ended.err.splitlines() if line.strip() and not line.lstrip().startswith(bars)]
     assert ended.code == 2, ended
     assert len(lines) == 1, ended.err

@@ -65,3 +65,11 @@ def test_what_cannot_be_asked_is_told_in_one_line(server, urls, model, told):
 def test_a_tokenizer_that_is_none_is_told(server, tmp_path):
     with pytest.raises(UserError, match="no tokenizer can be loaded"):
         check_endpoints([server.url], tmp_path, model="m")
+
+
+def test_what_is_looked_at_is_said_before_it_is(server):
+    steps: list[str] = []
+    check_endpoints([server.url], model="m", on_step=steps.append)
+    assert [step.removeprefix(f"{server.url}: ") for step in steps] == [
+        "which model is served", "chat template", "end of turn", "truncation", "logprobs", "speed, 8 requests at once",
+    ]  # fmt: skip

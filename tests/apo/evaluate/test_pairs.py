@@ -220,6 +220,16 @@ def test_the_folder_of_a_run_says_the_rest(dataset, model_dir, tmp_path):
     assert (other.beta, other.reference) == (0.7, str(model_dir))
 
 
+def test_a_single_file_is_held_out_whole_unless_it_is_what_the_run_trained_on(model_dir, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("{}\n")
+    assert config_of(model_dir, reference="r", dataset=str(file), out="x").split == "train"
+    assert config_of(model_dir, reference="r", dataset=str(file), split="test", out="x").split == "test"
+    assert config_of(model_dir, reference="r", dataset=str(tmp_path), out="x").split == "test"
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": {"dataset": str(file), "model": "m", "beta": 0.1}}))
+    assert config_of(tmp_path, out="x").split == "test"
+
+
 # ---- refused
 
 
