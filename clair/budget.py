@@ -89,7 +89,9 @@ class BudgetReached(Exception):
 def most_tokens(request: Mapping[str, Any]) -> Tokens:
     """The most tokens a request can be billed for. Where no tokenizer is known, a token is at least one UTF-8 byte."""
     messages = request["messages"]
-    text = sum(len(str(m["content"]).encode("utf-8", "replace")) for m in messages)
+    text = sum(len(str(m["content"] or "").encode("utf-8", "replace")) for m in messages)
+    more = [{key: value for key, value in m.items() if key not in ("role", "content")} for m in messages]
+    text += sum(len(canonical_json(extra)) for extra in more if extra)
     tools = sum(len(canonical_json(request[key])) for key in ("tools", "response_format") if key in request)
     most = request.get("max_completion_tokens") or request.get("max_tokens") or 0
     return Tokens(text + tools + _TOKENS_PER_MESSAGE * (len(messages) + 1), int(most))

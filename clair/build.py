@@ -134,7 +134,7 @@ async def _build(
     async with session(config, ledger, means=means) as run:
         while True:
             options = {"seed": config.seed, "test_fraction": config.test_fraction}
-            writer = DatasetWriter(out, **options, order=shard is not None)
+            writer = DatasetWriter(out, **options, order=shard is not None, tools=found.tools)
             finished = False
             try:
                 finished = await _fill(run, found, writer, on_progress, shard, care, output)

@@ -23,7 +23,7 @@ from typing import Any
 from clair.preferences import Preferences, check_columns, read_dataset
 from clair.recipe import UserError, content_hash, file_sha256, one_line, publish, read_json
 from clair.records import LABELS, Dropped, Pair
-from clair.sources import load_split, parquet_rows
+from clair.sources import is_json, load_split, parquet_rows
 from clair.storage import joined, manifest_here, read_here, told_as
 
 SPLITS = ("train", "test")
@@ -32,11 +32,15 @@ ROWS_PER_GROUP = 5000
 """Rows of a Parquet row group: a writer keeps 18 kB of each group until the file ends."""
 
 
-def schema() -> Any:
-    """The Arrow schema of a pair."""
+def schema(*, tools: bool = False) -> Any:
+    """The Arrow schema of a pair. `tools`: of a dataset in which turns have more than role and content.
+
+    Their turns and tools are JSON values: Arrow's structs would give each the keys of all the others, filled with null.
+    """
     import pyarrow as pa
 
-    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    turn = pa.json_() if tools else pa.struct([("role", pa.string()), ("content", pa.string())])
+    messages = pa.list_(turn)
     return pa.schema(
         [
             ("id", pa.string()),
@@ -49,8 +53,26 @@ def schema() -> Any:
             ("score_chosen", pa.float64()),
             ("score_rejected", pa.float64()),
             *((name, pa.string()) for name in LABELS),
+            *([("tools", messages)] if tools else []),
         ]
     )
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], schema: Any) -> Any:
+    """Rows of the dataset as an Arrow table of this schema."""
+    import pyarrow as pa
+
+    columns = []
+    for one in schema:
+        values = [row.get(one.name) for row in rows]
+        if is_json(one.type):
+            texts = [None if v is None else [json.dumps(inner, ensure_ascii=False) for inner in v] for v in values]
+            lists = pa.array(texts, pa.list_(pa.string()))
+            inner = pa.ExtensionArray.from_storage(pa.json_(), lists.flatten())
+            columns.append(pa.ListArray.from_arrays(lists.offsets, inner, type=one.type, mask=lists.is_null()))
+        else:
+            columns.append(pa.array(values, one.type))
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def split_of(id: str, seed: int, test_fraction: float) -> str:
@@ -90,10 +112,16 @@ class DatasetWriter:
     Equal pairs in equal order give equal bytes.
     """
 
-    def __init__(self, folder: Path, *, seed: int, test_fraction: float, order: bool = False) -> None:
-        """`order`: also write where each row stands among all prompts, which `place` tells; for one shard of many."""
+    def __init__(
+        self, folder: Path, *, seed: int, test_fraction: float, order: bool = False, tools: bool = False
+    ) -> None:
+        """`order`: also write where each row stands among all prompts, which `place` tells; for one shard of many.
+
+        `tools`: turns may have more than role and content.
+        """
         import pyarrow.parquet as pq
 
+        self._schema = schema(tools=tools)
         self.folder = folder
         self.seed = seed
         self.test_fraction = test_fraction
@@ -107,7 +135,7 @@ class DatasetWriter:
         self._rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         self._files = {split: self._temporary(split_file(split)) for split in SPLITS}
         self._parquet = {
-            split: pq.ParquetWriter(file, schema(), compression="zstd") for split, file in self._files.items()
+            split: pq.ParquetWriter(file, self._schema, compression="zstd") for split, file in self._files.items()
         }
         self._dropped_file = self._temporary("dropped.jsonl")
         self._dropped = open(self._dropped_file, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
@@ -171,10 +199,8 @@ class DatasetWriter:
         return {name: self.sums[name] / self.pairs for name in CONTRAST} if self.pairs else {}
 
     def _flush(self, split: str) -> None:
-        import pyarrow as pa
-
         rows, self._rows[split] = self._rows[split], []
-        self._parquet[split].write_table(pa.Table.from_pylist(rows, schema=schema()), row_group_size=ROWS_PER_GROUP)
+        self._parquet[split].write_table(table_of(rows, self._schema), row_group_size=ROWS_PER_GROUP)
 
     def close(self, *, keep: bool) -> dict[str, str]:
         """Put the files in place (`keep`), or take the temporary ones away. Returns the SHA-256 of each by name."""

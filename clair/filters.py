@@ -16,7 +16,7 @@ from typing import Any
 
 from clair.parse import is_refusal
 from clair.recipe import UserError, near_miss
-from clair.records import Pair
+from clair.records import Pair, message_text
 
 Filters = Sequence[tuple[str, Callable[[Pair], str | None]]]
 """Filters by name in the order in which they are asked; each returns what to tell about the drop, or None."""
@@ -129,7 +129,7 @@ def gap(pair: Pair, above: float = 0.0) -> str | None:
 
 
 def _asked(pair: Pair, pattern: re.Pattern[str]) -> bool:
-    return any(pattern.search(message["content"]) for message in pair.messages)
+    return any(pattern.search(message_text(message)) for message in pair.messages)
 
 
 _SAME_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}  # Japanese writes with all three, in any proportion

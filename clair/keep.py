@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clair.dataset import CONTRAST, ROWS_PER_GROUP, SPLITS, card, read_manifest, schema, split_file
+from clair.dataset import CONTRAST, ROWS_PER_GROUP, SPLITS, card, read_manifest, schema, split_file, table_of
 from clair.output import locked
 from clair.recipe import UserError, content_hash, file_sha256, publish, write_atomically, write_json
 from clair.records import Dropped
@@ -211,9 +211,10 @@ def _write_split(source: Path, target: Path, split: str, gone: frozenset[str], v
     temporary = (target / split_file(split)).with_name(f".{split}.tmp")
     ids = pa.array(sorted(gone), pa.string())
     kept = 0
-    layout = pa.schema([schema().field(name) for name in old.schema_arrow.names])  # an older build has fewer columns
+    names = old.schema_arrow.names  # an older build has fewer columns
+    layout = pa.schema([schema(tools="tools" in names).field(name) for name in names])
     with old, pq.ParquetWriter(temporary, layout, compression="zstd") as writer:
-        waiting = layout.empty_table()
+        waiting = table_of([], layout)
         for batch in old.iter_batches(batch_size=ROWS_PER_GROUP):
             table = pa.Table.from_batches([batch])
             table = table.filter(pc.invert(pc.is_in(table["id"], value_set=ids)))

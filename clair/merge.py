@@ -106,8 +106,11 @@ def _check_target(target: Path, recipe: Mapping[str, Any]) -> None:
 def _merge(
     shards: Sequence[Path], manifests: Sequence[dict[str, Any]], output: Output, recipe: dict[str, Any]
 ) -> dict[str, Any]:
+    import pyarrow.parquet as pq
+
     target = output.folder
-    writer = DatasetWriter(target, seed=recipe["seed"], test_fraction=recipe["test_fraction"])
+    tools = "tools" in pq.read_schema(shards[0] / split_file(SPLITS[0])).names
+    writer = DatasetWriter(target, seed=recipe["seed"], test_fraction=recipe["test_fraction"], tools=tools)
     finished = False
     try:
         for expected, (place, kind, row) in enumerate(heapq.merge(*map(_rows, shards), key=lambda row: row[0])):

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import combinations
 
 from clair.filters import Filters
 from clair.models.asking import Asker
-from clair.records import Dropped, Judgement, Pair, Prompt
+from clair.records import Answer, Dropped, Judgement, Pair, Prompt, message_text
 from clair.steps import Judge, Reviser, answer_of, best_and_worst, generate, judge_pair, keep, revise, together
 
 
 async def revised(prompt: Prompt, *, target: Asker | None, reviser: Reviser, filters: Filters) -> Pair:
     """CLAIR: rejected is the target's own answer, chosen is its minimal revision."""
     answer = await generate(prompt, target)
-    revision = await revise(prompt, answer, reviser)
+    if not answer.text.strip():
+        raise Dropped("target", "tool_call", "the answer only calls a tool: there is no text to revise")
+    revision = await revise(prompt, answer.text, reviser)
     models = {"rejected": _author(prompt, target), "chosen": reviser.asker.model.name}
     labels = {"source": "revised", **prompt.labels}
-    pair = Pair(prompt.id, prompt.messages, revision.answer, answer, revision.reasoning, models, labels=labels)
-    return keep(pair, filters)
+    revised = Answer(revision.answer, answer.tool_calls)
+    return keep(_pair(prompt, revised, answer, models, labels, revision.reasoning), filters)
 
 
 async def stronger(prompt: Prompt, *, target: Asker | None, stronger: Asker, filters: Filters) -> Pair:
@@ -26,7 +29,7 @@ async def stronger(prompt: Prompt, *, target: Asker | None, stronger: Asker, fil
     answer, better = await together(generate(prompt, target), answer_of(prompt, stronger))
     models = {"rejected": _author(prompt, target), "chosen": stronger.model.name}
     labels = {"source": "stronger", **prompt.labels}
-    return keep(Pair(prompt.id, prompt.messages, better, answer, "", models, labels=labels), filters)
+    return keep(_pair(prompt, better, answer, models, labels), filters)
 
 
 async def judged(prompt: Prompt, *, target: Asker | None, judge: Judge | None, samples: int, filters: Filters) -> Pair:
@@ -36,15 +39,18 @@ async def judged(prompt: Prompt, *, target: Asker | None, judge: Judge | None, s
     are compared once; of more, each with each, and the most and the fewest wins decide.
     """
     author = "prompt file" if prompt.answers else _author(prompt, target)
-    answers = prompt.answers or tuple(await together(*(generate(prompt, target, sample) for sample in range(samples))))
+    answers = [Answer(text) for text in prompt.answers] or await together(
+        *(generate(prompt, target, sample) for sample in range(samples))
+    )
     models, labels = {"rejected": author, "chosen": author}, {"source": "judged", **prompt.labels}
     if prompt.scores and (judge is None or not any(map(math.isnan, prompt.scores))):
         best, worst = best_and_worst(prompt.scores)
         scores = (prompt.scores[best], prompt.scores[worst])
-        chosen, rejected = answers[best], answers[worst]
-        pair = Pair(prompt.id, prompt.messages, chosen, rejected, "", models, labels=labels, scores=scores)
-        return keep(pair, filters)
-    distinct = list(dict.fromkeys(answer.strip() for answer in answers))
+        return keep(_pair(prompt, answers[best], answers[worst], models, labels, scores=scores), filters)
+    first: dict[str, Answer] = {}
+    for answer in answers:
+        first.setdefault(_shown(answer), answer)
+    shown, distinct = list(first), list(first.values())
     if len(distinct) < 2:
         raise Dropped("target", "identical_samples", f"all {len(answers)} answers are the same")
     if judge is None:
@@ -53,7 +59,7 @@ async def judged(prompt: Prompt, *, target: Asker | None, judge: Judge | None, s
     reasoning = ""
     matches = list(combinations(range(len(distinct)), 2))
     judgements = await together(
-        *(_match(prompt, distinct[i], distinct[j], judge, draw=len(distinct) > 2) for i, j in matches)
+        *(_match(prompt, shown[i], shown[j], judge, draw=len(distinct) > 2) for i, j in matches)
     )
     for match, judgement in zip(matches, judgements, strict=True):
         if judgement is None:
@@ -63,8 +69,26 @@ async def judged(prompt: Prompt, *, target: Asker | None, judge: Judge | None, s
             wins[match[judgement.better - 1]] += 1
             reasoning = judgement.reasoning
     best, worst = best_and_worst(wins)
-    pair = Pair(prompt.id, prompt.messages, distinct[best], distinct[worst], reasoning, models, labels=labels)
-    return keep(pair, filters)
+    return keep(_pair(prompt, distinct[best], distinct[worst], models, labels, reasoning), filters)
+
+
+def _shown(answer: Answer) -> str:
+    """What a judge sees of an answer."""
+    return message_text(answer.message()).strip()
+
+
+def _pair(
+    prompt: Prompt,
+    chosen: Answer,
+    rejected: Answer,
+    models: Mapping[str, str],
+    labels: Mapping[str, str],
+    reasoning: str = "",
+    scores: tuple[float, float] | None = None,
+) -> Pair:
+    more = {"tools": prompt.tools, "tool_calls": (chosen.tool_calls, rejected.tool_calls)}
+    texts = (chosen.text, rejected.text)
+    return Pair(prompt.id, prompt.messages, *texts, reasoning, models, labels=labels, scores=scores, **more)
 
 
 async def _match(prompt: Prompt, first: str, second: str, judge: Judge, *, draw: bool) -> Judgement | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
 from clair.recipe import UserError
-from clair.records import Message, Messages
+from clair.records import Message, Messages, Tools, message_text
 
 REVISER_NEEDS = ("task", "answer")
 JUDGE_NEEDS = ("task", "first", "second")
@@ -64,16 +65,29 @@ def render(template: str, **values: str) -> str:
         raise UserError(f"the template cannot be filled ({type(error).__name__}: {error})") from error
 
 
-def task_text(messages: Messages) -> str:
-    """A conversation as one task: the bare text of a lone user turn, else the turns under their roles."""
-    if len(messages) == 1 and messages[0]["role"] == "user":
-        return messages[0]["content"]
-    return "\n\n".join(f"{m['role'].capitalize()}:\n{m['content']}" for m in messages)
+def task_text(messages: Messages, tools: Tools = ()) -> str:
+    """A conversation as one task: the bare text of a lone user turn, else the turns under their roles.
+
+    Whatever else it has is told too: the tools, names, tool calls and hidden reasoning.
+    """
+    if len(messages) == 1 and messages[0]["role"] == "user" and not tools:
+        return message_text(messages[0])
+    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    return "\n\n".join([*([f"Tools:\n{listed}"] if tools else []), *map(_turn_text, messages)])
 
 
-def request(template: str, messages: Messages, system: str | None = None, **values: str) -> list[Message]:
+def _turn_text(message: Message) -> str:
+    names = ", ".join(str(message[key]) for key in ("name", "tool_call_id") if message.get(key))
+    reasoning = message.get("reasoning_content")
+    hidden = f"Reasoning:\n{reasoning}\n\n" if reasoning else ""
+    return f"{message['role'].capitalize()}{f' ({names})' if names else ''}:\n{hidden}{message_text(message)}"
+
+
+def request(
+    template: str, messages: Messages, system: str | None = None, tools: Tools = (), **values: str
+) -> list[Message]:
     """The messages of one call: a filled template as the only user message, after a system message if there is one."""
-    user: Message = {"role": "user", "content": render(template, task=task_text(messages), **values)}
+    user: Message = {"role": "user", "content": render(template, task=task_text(messages, tools), **values)}
     return [user] if system is None else [{"role": "system", "content": system}, user]
 
 

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from clair.recipe import content_hash
 
 
 class Message(TypedDict):
-    """One turn of a conversation."""
+    """One turn of a conversation. Only a turn with tool calls may have None for its content."""
 
     role: str
-    content: str
+    content: str | None
+    name: NotRequired[str]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    reasoning_content: NotRequired[str]
 
 
 Messages = tuple[Message, ...]
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """All that a turn says, as text: its content, then its tool calls as JSON."""
+    content, calls = message.get("content") or "", message.get("tool_calls")
+    if not calls:
+        return content
+    listed = "\n".join(json.dumps(call, ensure_ascii=False) for call in calls)
+    return f"{content}\n\nTool calls:\n{listed}".lstrip("\n")
+
+
+Tools = tuple[Mapping[str, Any], ...]
+"""Definitions of tools, as OpenAI's API takes them."""
 LABELS = ("user", "group", "behaviour", "source")
 """Optional columns of a pair: whose preference it is, of which group they are, what it is about, how it was made."""
 
@@ -36,18 +54,30 @@ class Prompt:
     scores: tuple[float, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
     """What the row says under the names of `LABELS`; handed on to its pair."""
+    tools: Tools = ()
+    """The tools that the model may call."""
 
     @property
     def content_id(self) -> str:
-        """Hash of the messages and all ready answers: 16 hex digits, the same on every machine."""
-        return content_id(self.messages, self.answer, self.answers, self.scores)
+        """Hash of the messages, all ready answers and the tools: 16 hex digits, the same on every machine."""
+        return content_id(self.messages, self.answer, self.answers, self.scores, self.tools)
+
+    @property
+    def plain(self) -> bool:
+        """Whether its turns are only role and text, and there are no tools."""
+        return not self.tools and all(len(m) == 2 and isinstance(m["content"], str) for m in self.messages)
 
 
 def content_id(
-    messages: Messages, answer: str | None, answers: tuple[str, ...] = (), scores: tuple[float, ...] = ()
+    messages: Messages,
+    answer: str | None,
+    answers: tuple[str, ...] = (),
+    scores: tuple[float, ...] = (),
+    tools: Tools = (),
 ) -> str:
-    """The first 16 hex digits of the hash of a conversation and its ready answers."""
-    return content_hash([list(messages), answer, *([answers, scores] if answers else [])])[:16]
+    """The first 16 hex digits of the hash of a conversation, its ready answers and its tools."""
+    ready = [answers, scores] if answers else []
+    return content_hash([list(messages), answer, *ready, *([{"tools": tools}] if tools else [])])[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +95,7 @@ class Reply:
     usage: Mapping[str, int] = field(default_factory=dict)
     model: str = ""
     refusal: str = ""
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
 
     def incomplete(self, *, tools: bool = False) -> str | None:
         """Why the text is not a whole answer, as `incomplete_reason` says it; None for a whole one."""
@@ -118,6 +149,19 @@ def incomplete_reason(finish_reason: str | None, *, tools: bool = False) -> str 
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer to a prompt: its text, and the tools that it calls."""
+
+    text: str
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+
+    def message(self) -> dict[str, Any]:
+        """The answer as a turn of the conversation."""
+        calls = {"tool_calls": [dict(call) for call in self.tool_calls]} if self.tool_calls else {}
+        return {"role": "assistant", "content": self.text, **calls}
+
+
+@dataclass(frozen=True, slots=True)
 class Revision:
     """A parsed revision: the reviser's reasoning and the improved answer."""
 
@@ -147,20 +191,24 @@ class Pair:
     labels: Mapping[str, str] = field(default_factory=dict)
     scores: tuple[float, float] | None = None
     """A judge's or reward model's scores of chosen and rejected, where there are any."""
+    tools: Tools = ()
+    tool_calls: tuple[tuple[Mapping[str, Any], ...], tuple[Mapping[str, Any], ...]] = ((), ())
+    """The tools that chosen and rejected call."""
 
     def row(self) -> dict[str, Any]:
         """The pair as a row of the dataset: TRL's explicit-prompt conversational preference format."""
         return {
             "id": self.id,
             "prompt": [dict(m) for m in self.messages],
-            "chosen": [{"role": "assistant", "content": self.chosen}],
-            "rejected": [{"role": "assistant", "content": self.rejected}],
+            "chosen": [Answer(self.chosen, self.tool_calls[0]).message()],
+            "rejected": [Answer(self.rejected, self.tool_calls[1]).message()],
             "reasoning": self.reasoning,
             "models": dict(self.models),
             "contrast": dict(self.contrast),
             "score_chosen": self.scores and self.scores[0],
             "score_rejected": self.scores and self.scores[1],
             **{name: self.labels.get(name) for name in LABELS},
+            **({"tools": [dict(tool) for tool in self.tools]} if self.tools else {}),
         }
 
 

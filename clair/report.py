@@ -20,6 +20,7 @@ from clair.keep import FORMAT, REASON, STAGE, fingerprint
 from clair.page import clip, diff, histogram, html_page, json_text, round_edges
 from clair.parse import FAILURES
 from clair.recipe import UserError, write_atomically
+from clair.records import message_text
 from clair.sample import METRICS, Rows, fit, read_filters, short, stratified
 
 MAX_BYTES = 25_000_000
@@ -106,7 +107,7 @@ def full_text(row: Mapping[str, Any], limit: int) -> dict[str, Any]:
     chosen, rejected = (clip(row[side][-1]["content"], limit) for side in ("chosen", "rejected"))
     models = row.get("models") or {}
     return {
-        "prompt": [[turn["role"], clip(turn["content"], limit)] for turn in row["prompt"]],
+        "prompt": [[turn["role"], clip(message_text(turn), limit)] for turn in row["prompt"]],
         "diff": diff(rejected, chosen),
         "reasoning": clip(row.get("reasoning") or "", limit),
         "models": {side: models.get(side) or "" for side in ("chosen", "rejected")},

@@ -14,6 +14,7 @@ from clair.contrast import words
 from clair.dataset import CONTRAST
 from clair.page import json_text
 from clair.recipe import UserError, content_hash, near_miss, one_line
+from clair.records import message_text
 
 _OPENING = 110
 _LEAST_OPENING = 40  # bytes of JSON; less tells nothing
@@ -56,7 +57,7 @@ class Rows:
         self.ids.append(row["id"])
         self.test.append(split == "test")
         self.openings.append(opening(row["prompt"]))
-        self.characters.append(len(chosen) + len(rejected) + sum(len(turn["content"]) for turn in row["prompt"]))
+        self.characters.append(len(chosen) + len(rejected) + sum(len(message_text(turn)) for turn in row["prompt"]))
 
 
 def _rounded(value: float | None) -> float:
@@ -66,7 +67,7 @@ def _rounded(value: float | None) -> float:
 def opening(messages: Sequence[Mapping[str, str]]) -> str:
     """The first words of the last user turn, or of the last turn where no user speaks, on one line."""
     turns = [m for m in messages if m["role"] == "user"] or list(messages)
-    return one_line(turns[-1]["content"][: 4 * _OPENING], _OPENING) if turns else ""
+    return one_line(message_text(turns[-1])[: 4 * _OPENING], _OPENING) if turns else ""
 
 
 _FILTER = re.compile(r"\s*(\w+)\s*(<=|>=|=|<|>|~)\s*(.*?)\s*", re.DOTALL)
@@ -112,7 +113,7 @@ def _test(text: str) -> Callable[[Mapping[str, Any]], bool]:
 
 
 def _searched(row: Mapping[str, Any]) -> str:
-    turns = [turn["content"] for side in ("prompt", "chosen", "rejected") for turn in row[side]]
+    turns = [message_text(turn) for side in ("prompt", "chosen", "rejected") for turn in row[side]]
     return "\n".join([*turns, row.get("reasoning") or ""]).casefold()
 
 

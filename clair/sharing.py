@@ -28,14 +28,16 @@ def rows_as(form: Form, folder: str | Path, split: str) -> Iterator[dict[str, An
     read_manifest(folder)
     for row in read_rows(folder, [split]):
         prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+        tools = {"tools": row["tools"]} if row.get("tools") else {}
         if form == "preference":
-            yield {"id": row["id"], "prompt": prompt, "chosen": chosen, "rejected": rejected}
+            yield {"id": row["id"], "prompt": prompt, "chosen": chosen, "rejected": rejected, **tools}
         elif form == "unpaired":
-            yield {"id": row["id"], "prompt": prompt, "completion": chosen, "label": True}
-            yield {"id": row["id"], "prompt": prompt, "completion": rejected, "label": False}
+            yield {"id": row["id"], "prompt": prompt, "completion": chosen, "label": True, **tools}
+            yield {"id": row["id"], "prompt": prompt, "completion": rejected, "label": False, **tools}
         else:
-            if len(prompt) != 1:
-                raise UserError(f"pair {row['id']} has {len(prompt)} turns before the answer; use --as preference")
+            if len(prompt) != 1 or row.get("tools"):
+                more = f"{len(prompt)} turns before the answer" if len(prompt) != 1 else "tools"
+                raise UserError(f"pair {row['id']} has {more}; use --as preference")
             yield {"id": row["id"], **{k: row[k][-1]["content"] for k in ("prompt", "chosen", "rejected")}}
 
 
@@ -90,10 +92,10 @@ def next_round(folder: str | Path, model: str, out: str | Path) -> tuple[Path, i
         if file.exists():
             raise UserError(f"{file} exists already; choose another --out")
     config = resolve(BuildConfig, without_hashes(manifest["recipe"]), source=f"{folder}/manifest.json")
-    again = [{"id": row["id"], "prompt": row["prompt"]} for row in read_rows(folder, SPLITS)]
+    again = [_prompt_row(row["id"], row["prompt"], row.get("tools")) for row in read_rows(folder, SPLITS)]
     seen = {row["id"] for row in again} | _dropped(folder)
     everything = (prompt for prompt, left_out in each_prompt(config.prompts) if left_out is None)
-    fresh = [{"id": p.id, "prompt": list(p.messages)} for p in everything if p.id not in seen]
+    fresh = [_prompt_row(p.id, list(p.messages), p.tools) for p in everything if p.id not in seen]
     old = config.target
     sampling = {"temperature": old.temperature, "max_tokens": old.max_tokens} if old else {}
     changed = {"limit", "accept", "prompts", "target", "out"}
@@ -109,6 +111,10 @@ def next_round(folder: str | Path, model: str, out: str | Path) -> tuple[Path, i
     write_atomically(prompts, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in again + fresh))
     write_atomically(recipe, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
     return recipe, len(again), len(fresh)
+
+
+def _prompt_row(id: str, messages: Any, tools: Any) -> dict[str, Any]:
+    return {"id": id, "prompt": messages, **({"tools": list(tools)} if tools else {})}
 
 
 def _dropped(folder: str | Path) -> set[str]:

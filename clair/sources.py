@@ -22,7 +22,7 @@ from pydantic import Field
 from clair.overlap import Benchmark, NearDuplicates, Repeats
 from clair.prompts import task_text
 from clair.recipe import Recipe, UserError, content_hash, near_miss, one_line
-from clair.records import LABELS, Message, Messages, Prompt, content_id
+from clair.records import LABELS, Message, Messages, Prompt, Tools, content_id
 from clair.storage import public_path, read_here
 
 Holds = Callable[[str], bool]
@@ -39,8 +39,8 @@ class PromptSource(Recipe):
     split: str = "train"
     """The split, where `path` is a folder or a name."""
     columns: Mapping[str, str] = {}
-    """What the columns are called where not prompt, answer, id, answers, scores, user, group, behaviour and source:
-    {prompt: instruction}."""
+    """What the columns are called where not prompt, answer, id, answers, scores, tools, user, group, behaviour and
+    source: {prompt: instruction}."""
     near_duplicates: float | None = Field(None, gt=0, le=1)
     """Leave out prompts that share at least this much of their 5-word runs with an earlier one. Off by default: it
     judges by words alone, and tasks made from a template differ in few."""
@@ -63,6 +63,8 @@ class Scan:
     scored: int
     """Different prompts whose answers have scores."""
     sha256: str
+    tools: bool = False
+    """Whether any row has tools, or turns with more than role and content."""
     repeated: bytes = field(default=b"", repr=False)
     """A bit for each row, set where an earlier row is equal; empty without any."""
 
@@ -84,12 +86,13 @@ def scan(source: PromptSource, limit: int | None = None, holds: Holds = lambda _
 def _scanned(source: PromptSource, limit: int | None, holds: Holds, contents: Repeats, ids: Repeats) -> Scan:
     import numpy as np
 
-    digest, like, held = _Digest(), _like(source), 0
+    digest, like, held, tools = _Digest(), _like(source), 0, False
     # 8 bytes of each hash: a clash among 10^6 has odds of 3 in 10^8.
     counts, row = [0] * 4, -1  # different prompts, and of these those with an answer, with answers, with scores
     for row, prompt in enumerate(read_prompts(source, limit)):
         content = digest.add(prompt)
         held += holds(prompt.id)
+        tools |= not prompt.plain
         own = [like(prompt) is None, prompt.answer is not None, bool(prompt.answers), bool(prompt.scores)]
         counted = [own[0] and one for one in own]
         counts = [count + one for count, one in zip(counts, counted, strict=True)]
@@ -108,7 +111,7 @@ def _scanned(source: PromptSource, limit: int | None, holds: Holds, contents: Re
         raise UserError(
             f"{public_path(source.path)}, row {clash + 1}: the id {told!r} stands for two different prompts"
         )
-    return Scan(row + 1, held, *counts, digest.hexdigest(), repeated.tobytes() if repeated.any() else b"")
+    return Scan(row + 1, held, *counts, digest.hexdigest(), tools, repeated.tobytes() if repeated.any() else b"")
 
 
 class _Digest:
@@ -171,7 +174,7 @@ def _benchmark(path: str) -> Benchmark:
 
 def read_prompts(source: PromptSource, limit: int | None = None) -> Iterator[Prompt]:
     """The rows of the source as prompts, in order. Raises UserError with the row's number where one is unusable."""
-    names = {name: name for name in ("prompt", "answer", "id", "answers", "scores", *LABELS)}
+    names = {name: name for name in ("prompt", "answer", "id", "answers", "scores", "tools", *LABELS)}
     for key in source.columns:
         if key not in names:
             allowed = ", ".join(names)
@@ -193,9 +196,24 @@ def _prompt(row: Any, names: Mapping[str, str], where: str) -> Prompt:
     answer = _answer(row.get(names["answer"]), where)
     answers, scores = _answers(row, names, where)
     own = row.get(names["id"])
-    id = content_id(messages, answer, answers, scores) if own in (None, "") else _clean(str(own))
+    tools = _tools(row.get(names["tools"]), names["tools"], where)
+    id = content_id(messages, answer, answers, scores, tools) if own in (None, "") else _clean(str(own))
     labels = {name: _label(row[names[name]], names[name], where) for name in LABELS if row.get(names[name]) is not None}
-    return Prompt(id, messages, answer, answers, scores, labels)
+    return Prompt(id, messages, answer, answers, scores, labels, tools)
+
+
+def _tools(value: Any, name: str, where: str) -> Tools:
+    """Definitions of tools: a list of them, or that list as JSON text."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: {name} is text that is no JSON ({error}); give a list of tools") from error
+    if value is None or value == "" or value == []:
+        return ()
+    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
+        raise UserError(f"{where}: {name} is {type(value).__name__}, not a list of tool definitions")
+    return tuple(_cleaned(tool) for tool in value)
 
 
 def _label(value: Any, name: str, where: str) -> str:
@@ -223,12 +241,45 @@ def _messages(value: Any, where: str) -> Messages:
 
 def _message(turn: Any, where: str) -> Message:
     role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
-    if role not in _ROLES or not isinstance(content, str):
+    content = _joined_parts(content)
+    calls = role in _ROLES and isinstance(turn.get("tool_calls"), list) and turn["tool_calls"]
+    if role not in _ROLES or not (isinstance(content, str) or (content is None and calls)):
         raise UserError(
             f"{where}: a message of the prompt is not {{role, content}} with text content and a role of "
             f"{', '.join(_ROLES)}"
         )
-    return {"role": role, "content": _clean(content)}
+    more = {key: value for key, value in turn.items() if key not in ("role", "content") and value not in (None, "", [])}
+    for key, value in more.items():
+        kind = _MESSAGE_KEYS.get(key)
+        if kind is None:
+            allowed = ", ".join(("role", "content", *_MESSAGE_KEYS))
+            raise UserError(
+                f"{where}: a message of the prompt has the key {key!r}, which no model is sent; remove it "
+                f"(allowed: {allowed})"
+            )
+        if not isinstance(value, kind):
+            raise UserError(f"{where}: {key} of a message is {type(value).__name__}, not {kind.__name__}")
+    return {"role": role, "content": content if content is None else _clean(content), **_cleaned(more)}
+
+
+_MESSAGE_KEYS = {"name": str, "tool_calls": list, "tool_call_id": str, "reasoning_content": str}
+"""What a message may have beside role and content."""
+
+
+def _joined_parts(content: Any) -> Any:
+    """Content in parts as one text, where all of them are text; any other content as it is."""
+    parts = list(content) if isinstance(content, list | tuple) else []
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    return "".join(texts) if parts and len(texts) == len(parts) and all(isinstance(t, str) for t in texts) else content
+
+
+def _cleaned(value: Any) -> Any:
+    """`_clean` for every text in a value."""
+    if isinstance(value, Mapping):
+        return {key: _cleaned(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_cleaned(inner) for inner in value]
+    return _clean(value) if isinstance(value, str) else value
 
 
 def _answer(value: Any, where: str) -> str | None:
@@ -237,7 +288,9 @@ def _answer(value: Any, where: str) -> str | None:
     if isinstance(value, str):
         return _clean(value)
     if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], Mapping):
-        return _answer(value[0].get("content"), where)  # one assistant message
+        if value[0].get("tool_calls"):
+            raise UserError(f"{where}: the answer calls a tool; only text can be compared or revised")
+        return _answer(_joined_parts(value[0].get("content")), where)  # one assistant message
     raise UserError(f"{where}: the answer is {type(value).__name__}, not text")
 
 
@@ -336,18 +389,40 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
 
     try:
-        yield from _numbered(path, parquet_rows(path, 1000))
+        yield from _numbered(path, parquet_rows(path, 1000, padded=False))
     except pa.ArrowException as error:
         raise UserError(f"{path}: not Parquet ({one_line(error)})") from error
 
 
-def parquet_rows(path: Path, at_once: int) -> Iterator[dict[str, Any]]:
-    """The rows of a Parquet file, `at_once` in memory; by its default pyarrow keeps whole files."""
+def parquet_rows(path: Path, at_once: int, *, padded: bool = True) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, `at_once` in memory; by its default pyarrow keeps whole files.
+
+    `padded`: with the nulls that Arrow fills structs up with.
+    """
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 14) as file:
+        json_columns = [one.name for one in file.schema_arrow if is_json(one.type)]
         for batch in file.iter_batches(batch_size=at_once):
-            yield from batch.to_pylist()
+            for row in batch.to_pylist():
+                row = row if padded else {name: unpadded(value) for name, value in row.items()}
+                yield row | {
+                    name: [json.loads(text) for text in row[name]] for name in json_columns if row[name] is not None
+                }
+
+
+def is_json(type: Any) -> bool:
+    """Whether an Arrow type is a list of JSON values."""
+    import pyarrow as pa
+
+    return pa.types.is_list(type) and isinstance(type.value_type, pa.JsonType)
+
+
+def unpadded(value: Any) -> Any:
+    """A value of Arrow without the nulls that its structs were filled up with."""
+    if isinstance(value, Mapping):
+        return {key: unpadded(inner) for key, inner in value.items() if inner is not None}
+    return [unpadded(inner) for inner in value] if isinstance(value, list) else value
 
 
 def load_split(path: str, split: str, **options: Any) -> Any:
@@ -370,7 +445,9 @@ def load_split(path: str, split: str, **options: Any) -> Any:
 def _dataset(source: PromptSource, path: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = load_split(path, source.split)
+        kinds = {name: "Json(" in str(kind) for name, kind in rows.features.items()}
     except Exception as error:  # a name that is not there, no network, an unknown split: told with the library's words
         words = one_line(error)
         raise UserError(f"prompts {source.path!r}: no such file, and load_dataset says: {words}") from error
-    yield from _numbered(Path(source.path), rows)
+    read = ({name: value if kinds[name] else unpadded(value) for name, value in row.items()} for row in rows)
+    yield from _numbered(Path(source.path), read)

@@ -22,7 +22,7 @@ from clair.models.batch_service import Pending
 from clair.parse import FAILURES, ParseFailure, parse_judgement, parse_revision
 from clair.prompts import ask_again, request
 from clair.recipe import content_hash
-from clair.records import Dropped, Judgement, Message, Pair, Prompt, Reply, Revision
+from clair.records import Answer, Dropped, Judgement, Message, Pair, Prompt, Reply, Revision
 
 Read = TypeVar("Read")
 Step = TypeVar("Step")
@@ -52,23 +52,24 @@ class Judge:
     seen: Counter[int] = field(default_factory=Counter)
 
 
-async def generate(prompt: Prompt, model: Asker | None, sample: int = 0) -> str:
+async def generate(prompt: Prompt, model: Asker | None, sample: int = 0) -> Answer:
     """The model's answer, or the ready one. Drops one without a good ending: its winner would merely finish it."""
     if prompt.answer is not None:
-        return prompt.answer
+        return Answer(prompt.answer)
     if model is None:
         raise Dropped("target", "no_answer", "the row has no answer and the recipe has no target")
     return await answer_of(prompt, model, sample)
 
 
-async def answer_of(prompt: Prompt, model: Asker, sample: int = 0) -> str:
+async def answer_of(prompt: Prompt, model: Asker, sample: int = 0) -> Answer:
     """A model's answer to the prompt; the `sample`-th of several."""
-    reply = await model.ask(list(prompt.messages), row=prompt.id, sample=sample)
-    if reason := reply.incomplete():
+    reply = await model.ask(list(prompt.messages), row=prompt.id, sample=sample, tools=prompt.tools)
+    if reason := reply.incomplete(tools=bool(prompt.tools)):
         raise Dropped(model.role, reason, _why_incomplete(reason, reply, model.role))
-    if not reply.text.strip():
+    calls = reply.tool_calls if prompt.tools else ()
+    if not (reply.text.strip() or calls):
         raise Dropped(model.role, "empty_reply", f"the {model.role} said nothing")
-    return reply.text.strip()
+    return Answer(reply.text.strip(), calls)
 
 
 def _why_incomplete(reason: str, reply: Reply, role: str) -> str:
@@ -79,16 +80,17 @@ def _why_incomplete(reason: str, reply: Reply, role: str) -> str:
 
 async def revise(prompt: Prompt, answer: str, reviser: Reviser) -> Revision:
     """The reviser's minimal improvement of an answer, as edits first where the recipe says so, else rewritten whole."""
+    given = {"system": reviser.system, "tools": prompt.tools, "answer": answer}
     ask = partial(_ask_and_read, reviser.asker, again=reviser.ask_again, row=prompt.id)
     if reviser.edits is not None:
-        asked = request(reviser.edits, prompt.messages, reviser.system, answer=answer)
+        asked = request(reviser.edits, prompt.messages, **given)
         try:
             return await ask(asked, read=partial(parse_edits, answer=answer))
         except ParseFailure as failure:
             if failure.name in _POINTLESS_AGAIN:
                 raise Dropped("reviser", failure.name, failure.told) from failure
     try:
-        return await ask(request(reviser.template, prompt.messages, reviser.system, answer=answer), read=parse_revision)
+        return await ask(request(reviser.template, prompt.messages, **given), read=parse_revision)
     except ParseFailure as failure:
         raise Dropped("reviser", failure.name, failure.told) from failure
 
@@ -126,7 +128,7 @@ async def judge_pair(prompt: Prompt, first: str, second: str, judge: Judge) -> J
 async def judge_once(prompt: Prompt, first: str, second: str, judge: Judge, swapped: bool) -> Judgement:
     """One verdict, `second` shown before `first` where `swapped`. Drops a reply without a readable verdict."""
     shown = (second, first) if swapped else (first, second)
-    asked = request(judge.template, prompt.messages, judge.system, first=shown[0], second=shown[1])
+    asked = request(judge.template, prompt.messages, judge.system, prompt.tools, first=shown[0], second=shown[1])
     try:
         seen = await _ask_and_read(judge.asker, asked, again=judge.ask_again, row=prompt.id, read=parse_judgement)
     except ParseFailure as failure:

@@ -66,9 +66,10 @@ class Unreachable(Exception):
         self.waiting = waiting
 
 
-def reply_of(raw: str) -> Reply:
+def reply_of(raw: str, *, tools: bool = False) -> Reply:
     """The reply in the raw JSON text of a chat completion. Raises RequestFailed where there is none.
 
+    `tools`: the request has tools, so that a reply may call one.
     Hidden reasoning (`reasoning_content`, `reasoning`, or a leading `<think>` part) is kept apart from the answer.
     """
     try:
@@ -81,7 +82,9 @@ def reply_of(raw: str) -> Reply:
         raise RequestFailed("malformed_reply", f"the reply is no chat completion: {raw[:200]!r}", raw) from error
     if isinstance(content, list):  # content parts, as some servers send them
         content = "".join(str(p.get("text", "")) for p in content if isinstance(p, dict) and p.get("type") == "text")
-    if message.get("tool_calls") and not content:
+    calls = message.get("tool_calls")
+    calls = tuple(calls) if isinstance(calls, list) and all(isinstance(call, dict) for call in calls) else ()
+    if message.get("tool_calls") and not (content or (tools and calls)):
         raise RequestFailed("tool_call", "the reply calls a tool and says nothing", raw)
     hidden = message.get("reasoning_content") or message.get("reasoning") or ""
     thinking, text = split_thinking(content if isinstance(content, str) else "")
@@ -95,6 +98,7 @@ def reply_of(raw: str) -> Reply:
         thinking=encodable(thinking or (hidden if isinstance(hidden, str) else "")),
         finish_reason="refusal" if refusal else finish,
         refusal=refusal,
+        tool_calls=calls,
         usage=_usage(body.get("usage")),
         model=str(body.get("model") or ""),
     )

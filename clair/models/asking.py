@@ -16,7 +16,7 @@ from clair.models import Model, Refused, RequestFailed, TooMany, Unreachable, re
 from clair.models.batch import Batches
 from clair.models.batch_service import Pending
 from clair.models.local import LocalModel
-from clair.records import Dropped, Reply
+from clair.records import Dropped, Reply, Tools
 
 NOTHING = Tokens(0, 0)
 _FIRST_BACKOFF = 0.5
@@ -116,13 +116,13 @@ class Asker:
     _calls: set[asyncio.Task[Any]] = field(default_factory=set)
     _last_answer: float = field(default_factory=time.monotonic)
 
-    async def ask(self, messages: list[Any], *, row: str, sample: int = 0) -> Reply:
+    async def ask(self, messages: list[Any], *, row: str, sample: int = 0, tools: Tools = ()) -> Reply:
         """The model's reply to `messages`, from the ledger or from the model; paid for at most once.
 
         Raises Dropped where this request failed for good, Stopped where the run is ending, Pending where the reply
         comes with a batch, Refused where no request can succeed.
         """
-        request = {"messages": messages, **self.options}
+        request = {"messages": messages, **self.options, **({"tools": list(tools)} if tools else {})}
         key = call_key(self.model.identity, request, sample)
         stored = self.ledger.find(key)
         shared = key in self._asking
@@ -133,7 +133,7 @@ class Asker:
             stored = None
         try:
             found = stored or await self._ask(key, request, sample, row)
-            reply = reply_of(found if isinstance(found, str) else found.raw)
+            reply = reply_of(found if isinstance(found, str) else found.raw, tools="tools" in request)
         except RequestFailed as error:
             if self.failed is not None:
                 self.failed[key] = (error.reason, error.detail)
@@ -289,7 +289,7 @@ class Asker:
         try:
             raw = await self.model.complete(call.request, call.sample)
             billed = call.most  # until the reply tells its usage
-            reply = reply_of(raw)
+            reply = reply_of(raw, tools="tools" in call.request)
             billed = _usage(reply, call.most)
             self._last_answer = time.monotonic()
             self.limiter.succeeded()
@@ -351,8 +351,8 @@ def _usage(reply: Reply, most: Tokens) -> Tokens:
 def _is_broken(raw: str) -> bool:
     try:
         reply_of(raw)
-    except RequestFailed:
-        return True
+    except RequestFailed as error:
+        return error.reason == "server_error"
     return False
 
 

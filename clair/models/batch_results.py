@@ -44,7 +44,7 @@ def again(key: str, why: str, billed: Tokens | None, *, listed: bool = False) ->
 
 def _answered(key: str, raw: str, redacted: Callable[[str], str]) -> Outcome:
     try:
-        usage = reply_of(raw).usage
+        usage = reply_of(raw, tools=True).usage  # whether the request has tools is known where the reply is read
     except RequestFailed as error:
         return Outcome(key, redacted(raw), None, redacted(f"{error.reason}: {error.detail}"))
     if "prompt_tokens" in usage and "completion_tokens" in usage:

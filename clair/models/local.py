@@ -19,8 +19,9 @@ from typing import Any
 
 from clair.models import RequestFailed, Unreachable, as_completion
 from clair.recipe import UserError, content_hash, file_sha256, near_miss
+from clair.records import message_text
 
-_UNDERSTOOD = ("messages", "max_tokens", "temperature", "top_p", "top_k", "seed")
+_UNDERSTOOD = ("messages", "max_tokens", "temperature", "top_p", "top_k", "seed", "tools")
 _DEFAULT_MAX_TOKENS = 1024
 _GATHER_SECONDS = 0.005
 _CHARACTERS_PER_TOKEN = 3.0  # until the first batch is tokenised
@@ -199,7 +200,7 @@ class LocalModel:
     async def complete(self, request: Mapping[str, Any], sample: int = 0) -> str:
         """The raw JSON text of a chat completion. Raises UserError for an option a local model does not understand."""
         check_options(request)
-        size = sum(len(message["content"]) for message in request["messages"])
+        size = sum(len(message_text(message)) for message in request["messages"])
         waiting = _Waiting(request, sample, size, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         if self._worker is None or self._worker.done():
@@ -288,15 +289,21 @@ class LocalModel:
             self.doing = ""
         return self._loaded
 
-    def _tokenize(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def _tokenize(self, request: Mapping[str, Any]) -> list[int]:
         tokenizer, _ = self._load()
         # The template writes the BOS where there is one; the tokenizer must not add a second.
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        given = {"tools": request["tools"]} if "tools" in request else {}
+        turns = list(request["messages"])
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **given)
+        calls = [call for turn in turns for call in turn.get("tool_calls", [])]
+        names = [one.get("function", one).get("name") for one in [*calls, *given.get("tools", [])]]
+        if lost := [name for name in names if name and name not in text]:
+            raise ValueError(f"the model's chat template leaves the tool {lost[0]} out; use a model that knows tools")
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # its length is checked later
 
     def _generate(self, batch: Sequence[_Waiting]) -> list[str | RequestFailed]:
         """A reply to each request. Those with less room for an answer go by themselves: a batch cuts nobody short."""
-        prompts = [self._tokenize(waiting.request["messages"]) for waiting in batch]
+        prompts = [self._tokenize(waiting.request) for waiting in batch]
         self._characters_per_token = max(0.5, sum(w.size for w in batch) / max(1, sum(map(len, prompts))))
         room = [self._room(waiting.request, len(prompt)) for waiting, prompt in zip(batch, prompts, strict=True)]
         replies: list[str | RequestFailed] = [
@@ -387,7 +394,8 @@ class LocalModel:
 
 
 def _sampling(request: Mapping[str, Any]) -> str:
-    return json.dumps({k: v for k, v in request.items() if k != "messages"}, sort_keys=True)
+    given = {k: v for k, v in request.items() if k not in ("messages", "tools")}
+    return json.dumps([given, "tools" in request], sort_keys=True)
 
 
 def _ends(tokenizer: Any, model: Any) -> list[int]:

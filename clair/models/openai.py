@@ -179,7 +179,7 @@ class OpenAIModel:
         if not any(secret in text for secret in self._secrets):
             return text
         try:
-            reply_of(text)
+            reply_of(text, tools=True)
         except RequestFailed:
             return self.redacted(text)
         return text

@@ -1,0 +1,170 @@
+"""Conversations with tools: whatever a turn says goes whole to the models that are asked and into the dataset."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clair.build import build
+from clair.dataset import load_pairs, read_rows, schema, split_file
+from clair.keep import fingerprint
+from clair.merge import merge
+from clair.models import reply_of
+from clair.prompts import task_text
+from clair.recipe import UserError
+from clair.shards import Shard, shards_out
+from clair.sources import PromptSource, read_prompts
+from tests.clair.building import clair, drops, manifest, write_prompts
+from tests.clair.scripted import Scripted, choice, endpoint, install, oracle_verdict, recipe, revision
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "tide", "arguments": {"port": "Brest", "at": None}}}
+OTHER = {"id": "c2", "type": "function", "function": {"name": "moon", "arguments": '{"day": 3}'}}
+TURNS = [
+    {"role": "user", "content": "When is high water?", "name": "Anna"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL, OTHER], "reasoning_content": "I must look."},
+    {"role": "tool", "tool_call_id": "c1", "content": "at noon"},
+]
+TOOLS = [
+    {"type": "function", "function": {"name": "tide", "parameters": {"properties": {"port": {"type": "string"}}}}},
+    {"type": "function", "function": {"name": "moon", "parameters": {"properties": {"day": {"type": "integer"}}}}},
+]
+ROWS = [
+    {"id": "tools", "prompt": TURNS, "tools": TOOLS},
+    {"id": "text", "prompt": "Hello?"},
+    {"id": "json", "prompt": "And the moon?", "tools": json.dumps(TOOLS[1:])},
+]
+
+
+def built(tmp_path, monkeypatch, target, rows=ROWS, name="out", **keys):
+    """The pairs by id of a build whose target says `target(messages, sample)`, and the models that were asked."""
+    models = {
+        "target": Scripted("t", target),
+        "reviser": Scripted("m", revision),
+        "judge": Scripted("j", oracle_verdict),
+    }
+    install(monkeypatch, **models)
+    keys = {"pipeline": "revised", "reviser": endpoint()} | keys
+    build(recipe(tmp_path / name, rows, target=endpoint(), **keys))
+    return {row["id"]: row for row in read_rows(tmp_path / name)}, models
+
+
+def test_tool_calls_their_results_and_the_tools_reach_every_model_and_the_dataset_whole(tmp_path, monkeypatch):
+    found, models = built(tmp_path, monkeypatch, lambda messages, sample: "a bad answer")
+    sent = {request["messages"][0]["content"]: request for request in models["target"].asked}
+    assert (sent[TURNS[0]["content"]]["messages"], sent[TURNS[0]["content"]]["tools"]) == (TURNS, TOOLS)
+    assert "tools" not in sent["Hello?"]
+    revisers = [request["messages"][0]["content"] for request in models["reviser"].asked]
+    assert all("tools" not in request for request in models["reviser"].asked)
+    (task,) = [text for text in revisers if "high water" in text]
+    for words in ("Anna", "tide", "Brest", "moon", '\\"day\\": 3', "c1", "at noon", "I must look.", '"port": {"type"'):
+        assert words in task, words
+    assert (found["tools"]["prompt"], found["tools"]["tools"]) == (TURNS, TOOLS)
+    assert (found["json"]["tools"], found["text"]["tools"]) == (TOOLS[1:], None)
+    assert found["text"]["prompt"] == [{"role": "user", "content": "Hello?"}]
+    read = {row["id"]: row for row in load_pairs(tmp_path / "out")}
+    assert {id: (row["prompt"], row["tools"], row["chosen"]) for id, row in read.items()} == {
+        id: (row["prompt"], row["tools"], row["chosen"]) for id, row in found.items()
+    }
+
+
+def test_rows_without_tools_are_written_as_ever(tmp_path, monkeypatch):
+    built(tmp_path, monkeypatch, lambda messages, sample: "a bad answer", ROWS[1:2])
+    for split in ("train", "test"):
+        assert pq.read_schema(tmp_path / "out" / split_file(split)).equals(schema())
+    assert task_text(({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"})) == (
+        "System:\nBe brief.\n\nUser:\nHi"
+    )
+
+
+def test_calling_a_tool_ends_an_answer_well_only_where_the_row_has_tools(tmp_path, monkeypatch):
+    def target(messages, sample):
+        text = messages[-1]["content"]
+        return choice(None if "moon" in text else "a bad answer", "tool_calls", tool_calls=[CALL])
+
+    found, _ = built(tmp_path, monkeypatch, target)
+    assert found["tools"]["rejected"] == [{"role": "assistant", "content": "a bad answer", "tool_calls": [CALL]}]
+    assert found["tools"]["chosen"] == [{"role": "assistant", "content": "a good answer", "tool_calls": [CALL]}]
+    assert {row["id"]: (row["stage"], row["reason"]) for row in drops(tmp_path / "out")} == {
+        "text": ("target", "tool_call"),
+        "json": ("target", "tool_call"),
+    }
+
+
+def test_a_judge_sees_the_calls_of_answers_and_the_pair_has_them(tmp_path, monkeypatch):
+    calls = [{**OTHER, "id": "bad"}, {**OTHER, "id": "good"}]
+
+    def target(messages, sample):
+        return choice("", "tool_calls", tool_calls=[calls[sample]])
+
+    found, _ = built(tmp_path, monkeypatch, target, ROWS[:1], pipeline="judged", reviser=None, judge=endpoint(),
+                     filters={"empty": False, "identical": False, "length": False})  # fmt: skip
+    assert found["tools"]["chosen"][0]["tool_calls"] == calls[1:]
+    assert found["tools"]["rejected"][0]["tool_calls"] == calls[:1]
+
+
+def test_prompts_of_parquet_come_without_the_nulls_that_arrow_fills_in(tmp_path):
+    table = pa.Table.from_pylist([{"prompt": [TURNS[0], {**TURNS[1], "tool_calls": [CALL]}, TURNS[2]], "tools": TOOLS}])
+    pq.write_table(table, tmp_path / "p.parquet")
+    (prompt,) = read_prompts(PromptSource(path=str(tmp_path / "p.parquet")))
+    assert [sorted(turn) for turn in prompt.messages] == [sorted(turn) for turn in TURNS]
+    assert list(prompt.tools) == TOOLS
+
+
+def test_the_prompts_of_a_dataset_with_tools_are_read_back_whole(tmp_path, monkeypatch):
+    built(tmp_path, monkeypatch, lambda messages, sample: "a bad answer")
+    for path in (tmp_path / "out", tmp_path / "out" / split_file("train")):
+        found = {prompt.id: prompt for prompt in read_prompts(PromptSource(path=str(path)))}
+        assert (list(found["tools"].messages), list(found["tools"].tools)) == (TURNS, TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("turn", "words"),
+    [
+        ({"role": "user", "content": "Hi", "weight": 0.5}, "'weight'"),
+        ({"role": "assistant", "content": None}, "content"),
+        ({"role": "user", "content": "Hi", "tool_calls": "none"}, "tool_calls"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "content"),
+    ],
+)
+def test_what_cannot_be_sent_of_a_turn_is_refused_by_name_before_anything_is_asked(tmp_path, turn, words):
+    file = write_prompts(
+        tmp_path / "p.jsonl", [{"prompt": "fine"}, {"prompt": [turn, {"role": "user", "content": "?"}]}]
+    )
+    with pytest.raises(UserError, match=f"line 2: .*{words}"):
+        list(read_prompts(PromptSource(path=str(file))))
+
+
+def test_turns_in_parts_of_text_are_text(tmp_path):
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "this?"}]
+    file = write_prompts(tmp_path / "p.jsonl", [{"prompt": [{"role": "user", "content": parts}]}])
+    (prompt,) = read_prompts(PromptSource(path=str(file)))
+    assert prompt.messages == ({"role": "user", "content": "What is this?"},)
+
+
+def test_a_dataset_with_tools_is_shown_reviewed_exported_and_merged(tmp_path, monkeypatch):
+    found, _ = built(tmp_path, monkeypatch, lambda messages, sample: "a bad answer")
+    out = tmp_path / "out"
+    ends = [clair("show", out), clair("report", out), clair("export", out, tmp_path / "x.jsonl"), clair("stats", out)]
+    assert [end.code for end in ends] == [0] * 4, ends
+    exported = {row["id"]: row for row in map(json.loads, (tmp_path / "x.jsonl").read_text().splitlines())}
+    assert (exported["tools"]["tools"], exported["tools"]["prompt"]) == (TOOLS, TURNS)
+    marks = {"format": 1, "dataset": fingerprint(manifest(out)), "decisions": {"text": "drop"}}
+    (tmp_path / "d.json").write_text(json.dumps(marks))
+    assert clair("keep", out, tmp_path / "d.json", "--out", tmp_path / "kept").code == 0
+    assert {row["id"]: row for row in read_rows(tmp_path / "kept")} == {id: found[id] for id in ("tools", "json")}
+    whole = recipe(tmp_path / "merged", ROWS, pipeline="revised", reviser=endpoint(), target=endpoint())
+    for index in (1, 2):
+        build(whole, shard=Shard(index, 2))
+    merge(shards_out(whole.out))
+    assert (tmp_path / "merged" / split_file("train")).read_bytes() == (out / split_file("train")).read_bytes()
+    assert clair("next", out, "--model", "runs/x", "--out", tmp_path / "next").code == 0
+    again = {prompt.id: prompt for prompt in read_prompts(PromptSource(path=str(tmp_path / "next-prompts.jsonl")))}
+    assert (list(again["tools"].messages), list(again["tools"].tools)) == (TURNS, TOOLS)
+
+
+def test_a_reply_with_text_keeps_its_calls(tmp_path):
+    reply = reply_of(json.dumps({"choices": [choice("Yes.", "tool_calls", tool_calls=[CALL])]}), tools=True)
+    assert (reply.text, reply.tool_calls) == ("Yes.", (CALL,))
