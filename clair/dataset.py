@@ -17,6 +17,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +33,31 @@ ROWS_PER_GROUP = 5000
 """Rows of a Parquet row group: a writer keeps 18 kB of each group until the file ends."""
 
 
-def schema(*, tools: bool = False) -> Any:
-    """The Arrow schema of a pair. `tools`: of a dataset in which turns have more than role and content.
+def schema(*, tools: bool = False, calls: bool = False) -> Any:
+    """The Arrow schema of a pair. `tools`: of a dataset whose prompts have tools, or turns with more than role and
+    content; `calls`: one whose answers call tools.
 
-    Their turns and tools are JSON values: Arrow's structs would give each the keys of all the others, filled with null.
+    Such turns, and the tools, are JSON values: Arrow's structs would give each the keys of all the others, filled with
+    null.
     """
     import pyarrow as pa
 
-    turn = pa.json_() if tools else pa.struct([("role", pa.string()), ("content", pa.string())])
-    messages = pa.list_(turn)
+    values = pa.list_(pa.json_())
+    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    answer = values if calls else messages
     return pa.schema(
         [
             ("id", pa.string()),
-            ("prompt", messages),
-            ("chosen", messages),
-            ("rejected", messages),
+            ("prompt", values if tools else messages),
+            ("chosen", answer),
+            ("rejected", answer),
             ("reasoning", pa.string()),
             ("models", pa.struct([("chosen", pa.string()), ("rejected", pa.string())])),
             ("contrast", pa.struct([(name, pa.float64()) for name in CONTRAST])),
             ("score_chosen", pa.float64()),
             ("score_rejected", pa.float64()),
             *((name, pa.string()) for name in LABELS),
-            *([("tools", messages)] if tools else []),
+            *([("tools", values)] if tools else []),
         ]
     )
 
@@ -119,9 +123,7 @@ class DatasetWriter:
 
         `tools`: turns may have more than role and content.
         """
-        import pyarrow.parquet as pq
-
-        self._schema = schema(tools=tools)
+        self.tools, self.calls = tools, False
         self.folder = folder
         self.seed = seed
         self.test_fraction = test_fraction
@@ -134,9 +136,7 @@ class DatasetWriter:
             left_behind.unlink()
         self._rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         self._files = {split: self._temporary(split_file(split)) for split in SPLITS}
-        self._parquet = {
-            split: pq.ParquetWriter(file, self._schema, compression="zstd") for split, file in self._files.items()
-        }
+        self._parquet = {split: self._opened(split) for split in SPLITS}
         self._dropped_file = self._temporary("dropped.jsonl")
         self._dropped = open(self._dropped_file, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self.place = 0
@@ -144,6 +144,25 @@ class DatasetWriter:
         """Rows that have come to their end and wait for one before them."""
         self._order_file = self._temporary(ORDER) if order else None
         self._order = open(self._order_file, "wb") if self._order_file else None  # noqa: SIM115 (closed by close)
+
+    def _opened(self, split: str) -> Any:
+        import pyarrow.parquet as pq
+
+        self._schema = schema(tools=self.tools, calls=self.calls)
+        return pq.ParquetWriter(self._files[split], self._schema, compression="zstd")
+
+    def _write_calls(self) -> None:
+        """From now on answers call tools: what is written already is written anew, in the schema that has them."""
+        self.calls = True
+        for split in SPLITS:
+            self._parquet[split].close()
+            before = self._files[split].with_suffix(".before.tmp")
+            self._files[split].rename(before)
+            self._parquet[split] = self._opened(split)
+            rows = parquet_rows(before, ROWS_PER_GROUP)
+            while group := list(islice(rows, ROWS_PER_GROUP)):
+                self._write(split, group)
+            before.unlink()
 
     def _temporary(self, name: str) -> Path:
         target = self.folder / name
@@ -159,6 +178,8 @@ class DatasetWriter:
         self.counts[split] += 1
         self.sums.update({name: value for name, value in row["contrast"].items() if value is not None})
         self._rows[split].append(row)
+        if not self.calls and any(turn.get("tool_calls") for side in ("chosen", "rejected") for turn in row[side]):
+            self._write_calls()
         self._note(split)
         if len(self._rows[split]) == ROWS_PER_GROUP:
             self._flush(split)
@@ -200,6 +221,9 @@ class DatasetWriter:
 
     def _flush(self, split: str) -> None:
         rows, self._rows[split] = self._rows[split], []
+        self._write(split, rows)
+
+    def _write(self, split: str, rows: Sequence[Mapping[str, Any]]) -> None:
         self._parquet[split].write_table(table_of(rows, self._schema), row_group_size=ROWS_PER_GROUP)
 
     def close(self, *, keep: bool) -> dict[str, str]:

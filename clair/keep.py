@@ -19,6 +19,7 @@ from clair.dataset import CONTRAST, ROWS_PER_GROUP, SPLITS, card, read_manifest,
 from clair.output import locked
 from clair.recipe import UserError, content_hash, file_sha256, publish, write_atomically, write_json
 from clair.records import Dropped
+from clair.sources import is_json
 from clair.storage import folder_of, is_url, public_path, read_here, told_as
 
 FORMAT = 1
@@ -212,7 +213,8 @@ def _write_split(source: Path, target: Path, split: str, gone: frozenset[str], v
     ids = pa.array(sorted(gone), pa.string())
     kept = 0
     names = old.schema_arrow.names  # an older build has fewer columns
-    layout = pa.schema([schema(tools="tools" in names).field(name) for name in names])
+    whole = schema(tools="tools" in names, calls=is_json(old.schema_arrow.field("chosen").type))
+    layout = pa.schema([whole.field(name) for name in names])
     with old, pq.ParquetWriter(temporary, layout, compression="zstd") as writer:
         waiting = table_of([], layout)
         for batch in old.iter_batches(batch_size=ROWS_PER_GROUP):

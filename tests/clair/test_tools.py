@@ -16,7 +16,7 @@ from clair.models import reply_of
 from clair.prompts import task_text
 from clair.recipe import UserError
 from clair.shards import Shard, shards_out
-from clair.sources import PromptSource, read_prompts
+from clair.sources import PromptSource, load_split, read_prompts
 from tests.clair.building import clair, drops, manifest, write_prompts
 from tests.clair.scripted import Scripted, choice, endpoint, install, oracle_verdict, recipe, revision
 
@@ -64,10 +64,13 @@ def test_tool_calls_their_results_and_the_tools_reach_every_model_and_the_datase
     assert (found["tools"]["prompt"], found["tools"]["tools"]) == (TURNS, TOOLS)
     assert (found["json"]["tools"], found["text"]["tools"]) == (TOOLS[1:], None)
     assert found["text"]["prompt"] == [{"role": "user", "content": "Hello?"}]
-    read = {row["id"]: row for row in load_pairs(tmp_path / "out")}
-    assert {id: (row["prompt"], row["tools"], row["chosen"]) for id, row in read.items()} == {
-        id: (row["prompt"], row["tools"], row["chosen"]) for id, row in found.items()
-    }
+    read = {row["id"]: row for row in load_split(str(tmp_path / "out"), "train")}  # as any reader gets them
+    assert read == found
+    trained = {row["id"]: row for row in load_pairs(tmp_path / "out")}
+    assert json.loads(trained["tools"]["tools"]) == TOOLS
+    calls = json.loads(trained["tools"]["prompt"][1]["tool_calls"])
+    assert calls[0] == CALL
+    assert "at noon" in str(trained["tools"]["prompt"][2])
 
 
 def test_rows_without_tools_are_written_as_ever(tmp_path, monkeypatch):
@@ -87,10 +90,32 @@ def test_calling_a_tool_ends_an_answer_well_only_where_the_row_has_tools(tmp_pat
     found, _ = built(tmp_path, monkeypatch, target)
     assert found["tools"]["rejected"] == [{"role": "assistant", "content": "a bad answer", "tool_calls": [CALL]}]
     assert found["tools"]["chosen"] == [{"role": "assistant", "content": "a good answer", "tool_calls": [CALL]}]
+    assert load_split(str(tmp_path / "out"), "train")[0] == found["tools"]
     assert {row["id"]: (row["stage"], row["reason"]) for row in drops(tmp_path / "out")} == {
         "text": ("target", "tool_call"),
         "json": ("target", "tool_call"),
     }
+
+
+def test_the_first_answer_that_calls_a_tool_may_come_late_and_shards_give_the_same_bytes(tmp_path, monkeypatch):
+    def target(messages, sample):
+        calls = {"tool_calls": [CALL]} if messages[-1]["content"] == "task 7" else {}
+        return choice("a bad answer", "tool_calls" if calls else "stop", **calls)
+
+    monkeypatch.setattr("clair.dataset.ROWS_PER_GROUP", 3)
+    rows = [{"id": f"r{n}", "prompt": f"task {n}", "tools": TOOLS} for n in range(10)]
+    found, _ = built(tmp_path, monkeypatch, target, rows)
+    assert {id for id, row in found.items() if "tool_calls" in row["chosen"][0]} == {"r7"}
+    assert [row["id"] for row in load_split(str(tmp_path / "out"), "train")] == [row["id"] for row in rows]
+    config = recipe(tmp_path / "parts", rows, pipeline="revised", reviser=endpoint(), target=endpoint())
+    for index in (1, 2, 3):
+        build(config, shard=Shard(index, 3))
+    merge(shards_out(config.out))
+    names = [split_file(split) for split in ("train", "test")]
+    assert [(tmp_path / "parts" / n).read_bytes() for n in names] == [
+        (tmp_path / "out" / n).read_bytes() for n in names
+    ]
+    assert not list((tmp_path / "out" / "data").glob(".*"))
 
 
 def test_a_judge_sees_the_calls_of_answers_and_the_pair_has_them(tmp_path, monkeypatch):
