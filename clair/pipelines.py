@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from itertools import combinations
 
 from clair.filters import Filters
+from clair.models import visible
 from clair.models.asking import Asker
 from clair.records import Answer, Dropped, Judgement, Pair, Prompt, message_text
 from clair.steps import Judge, Reviser, answer_of, best_and_worst, generate, judge_pair, keep, revise, together
@@ -39,7 +40,7 @@ async def judged(prompt: Prompt, *, target: Asker | None, judge: Judge | None, s
     are compared once; of more, each with each, and the most and the fewest wins decide.
     """
     author = "prompt file" if prompt.answers else _author(prompt, target)
-    answers = [Answer(text) for text in prompt.answers] or await together(
+    answers = [Answer(visible(text)) for text in prompt.answers] or await together(
         *(generate(prompt, target, sample) for sample in range(samples))
     )
     models, labels = {"rejected": author, "chosen": author}, {"source": "judged", **prompt.labels}

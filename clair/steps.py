@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from clair.contrast import contrast_of
 from clair.edits import parse_edits
 from clair.filters import Filters, first_reason
+from clair.models import visible
 from clair.models.asking import Asker
 from clair.models.batch_service import Pending
 from clair.parse import FAILURES, ParseFailure, parse_judgement, parse_revision
@@ -55,10 +56,18 @@ class Judge:
 async def generate(prompt: Prompt, model: Asker | None, sample: int = 0) -> Answer:
     """The model's answer, or the ready one. Drops one without a good ending: its winner would merely finish it."""
     if prompt.answer is not None:
-        return Answer(prompt.answer)
+        return ready(prompt.answer)
     if model is None:
         raise Dropped("target", "no_answer", "the row has no answer and the recipe has no target")
     return await answer_of(prompt, model, sample)
+
+
+def ready(answer: str) -> Answer:
+    """An answer that came with the prompt, without what a model thought before it. Drops one that says nothing."""
+    text = visible(answer)
+    if not text.strip():
+        raise Dropped("target", "empty_reply", "the row's answer is blank, or only hidden reasoning")
+    return Answer(text)
 
 
 async def answer_of(prompt: Prompt, model: Asker, sample: int = 0) -> Answer:

@@ -11,6 +11,7 @@ from typing import Any
 
 from apo.evaluate.mixeval import Benchmark, Row
 from apo.evaluate.results import SPLITS, Split
+from clair.models import visible
 from clair.models.asking import Asker
 from clair.models.local import adapter_base
 from clair.recipe import UserError, one_line
@@ -135,7 +136,7 @@ def read_responses(folder: str | Path, benchmark: Benchmark) -> list[Answer]:
                 raise UserError(f"{file}, line {number}: row {name} stands in line {lines[name]} already; keep one")
             lines[name] = number
             if name in rows:
-                answers.append(Answer(_same(rows[name], value, file, number, benchmark), value["response"]))
+                answers.append(Answer(_same(rows[name], value, file, number, benchmark), visible(value["response"])))
         missing = [name for name in rows if name not in lines]
         if missing:
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -70,7 +71,8 @@ def reply_of(raw: str, *, tools: bool = False) -> Reply:
     """The reply in the raw JSON text of a chat completion. Raises RequestFailed where there is none.
 
     `tools`: the request has tools, so that a reply may call one.
-    Hidden reasoning (`reasoning_content`, `reasoning`, or a leading `<think>` part) is kept apart from the answer.
+    Hidden reasoning is kept apart from the answer, as the server does it (`reasoning_content`, `reasoning`), or else by
+    `split_thinking`.
     """
     try:
         body = json.loads(raw)
@@ -80,22 +82,27 @@ def reply_of(raw: str, *, tools: bool = False) -> Reply:
         finish = choice.get("finish_reason")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise RequestFailed("malformed_reply", f"the reply is no chat completion: {raw[:200]!r}", raw) from error
-    if isinstance(content, list):  # content parts, as some servers send them
-        content = "".join(str(p.get("text", "")) for p in content if isinstance(p, dict) and p.get("type") == "text")
+    content, thought = _joined(content)
     calls = message.get("tool_calls")
     calls = tuple(calls) if isinstance(calls, list) and all(isinstance(call, dict) for call in calls) else ()
     if message.get("tool_calls") and not (content or (tools and calls)):
         raise RequestFailed("tool_call", "the reply calls a tool and says nothing", raw)
-    hidden = message.get("reasoning_content") or message.get("reasoning") or ""
-    thinking, text = split_thinking(content if isinstance(content, str) else "")
+    hidden = next((h for name in _HIDDEN if isinstance(h := message.get(name), str) and h.strip()), thought)
+    text = content if isinstance(content, str) else ""
+    if not hidden:  # else the server has split the two already, and the content is the answer, word for word
+        hidden, text = split_thinking(text)
+    text = _without_end_marks(text)
     finish = None if finish is None else str(finish)
     if incomplete_reason(finish) == "server_error":
         raise RequestFailed("server_error", f"the server broke off: finish_reason {finish!r}", raw)
+    half = encodable(text) != text or text.rstrip().endswith("\ufffd")
+    if half and incomplete_reason(finish, tools=tools) is None:
+        raise RequestFailed("malformed_reply", "the reply holds half a character, such as half of an emoji", raw)
     refusal = message.get("refusal")
     refusal = encodable(refusal) if isinstance(refusal, str) and not text.strip() else ""
     return Reply(
         text=encodable(text),
-        thinking=encodable(thinking or (hidden if isinstance(hidden, str) else "")),
+        thinking=encodable(hidden),
         finish_reason="refusal" if refusal else finish,
         refusal=refusal,
         tool_calls=calls,
@@ -104,16 +111,94 @@ def reply_of(raw: str, *, tools: bool = False) -> Reply:
     )
 
 
+_HIDDEN = ("reasoning_content", "reasoning")
+_OPENINGS = {
+    "<think>": "</think>",
+    "<thinking>": "</thinking>",
+    "<thought>": "</thought>",
+    "<seed:think>": "</seed:think>",
+    "[THINK]": "[/THINK]",
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+    "◁think▷": "◁/think▷",
+}
+_HARMONY = re.compile(
+    r"<\|channel\|>\s*(\w+).*?<\|message\|>(.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)", re.DOTALL
+)
+_BARE_HARMONY = re.compile(r"analysis(.*?)assistantfinal(.*)", re.DOTALL)
+"""What is left of the channels where a server takes the marks out."""
+_END_MARKS = re.compile(
+    r"(?:\s*(?:<\|(?:im_end|eot_id|eom_id|end|return|endoftext|end_of_text|end_of_turn|im_start)\|>|<end_of_turn>|<eos>|"
+    r"<｜end▁of▁sentence｜>|</s>))+\s*\Z"
+)
+
+
+def _joined(content: Any) -> tuple[Any, str]:
+    """(text, hidden reasoning) of content in parts, as some servers send it; other content as it is."""
+    if not isinstance(content, list):
+        return content, ""
+    parts = [part for part in content if isinstance(part, dict)]
+    texts = [part.get("text") for part in parts if part.get("type") in ("text", "output_text")]
+    thoughts = [part["thinking"] for part in parts if part.get("type") == "thinking" and part.get("thinking")]
+    hidden = "".join(str(_joined(thought)[0]) for thought in thoughts)
+    whole = "".join(text for text in texts if isinstance(text, str))
+    return whole.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass"), hidden  # an emoji cut in two
+
+
 def split_thinking(text: str) -> tuple[str, str]:
-    """(hidden reasoning, answer) of a text that may begin with `<think> ... </think>`; never closed: all hidden."""
+    """(hidden reasoning, answer) of a text that may begin with `<think> ... </think>`; never closed: all hidden.
+
+    Also in the marks of other models, in the channels of gpt-oss, and where the template has opened it for the model,
+    so that only the end stands there. A tag in code or in a line of prose is a mention of it, and stays.
+    """
     start = text.lstrip()
-    if start.startswith("<think>"):
-        thinking, _, answer = start.removeprefix("<think>").partition("</think>")
-        return thinking.strip(), answer.lstrip()
-    if "</think>" in text and "<think>" not in text:  # the template opened it for the model
-        thinking, _, answer = text.partition("</think>")
-        return thinking.strip(), answer.lstrip()
+    if start.startswith(("<|channel|>", "<|start|>")) and (channels := _HARMONY.findall(start)):
+        said = [part for name, part in channels if name == "final"]
+        return "\n".join(part for name, part in channels if name != "final").strip(), _behind("".join(said))
+    if bare := _BARE_HARMONY.fullmatch(start):
+        return bare[1].strip(), _behind(bare[2])
+    for opening, closing in _OPENINGS.items():
+        opened = start.startswith(opening)
+        if not opened and opening in text:
+            continue
+        inside = start.removeprefix(opening) if opened else text
+        ends = (end for end in re.finditer(re.escape(closing), inside) if not _is_mention(inside, end, opened))
+        if end := next(ends, None):
+            return inside[: end.start()].strip(), _behind(inside[end.end() :])
+        if opened and not re.match(r" +[a-z`]", inside):
+            return inside.strip(), ""
     return "", text
+
+
+def _behind(text: str) -> str:
+    """What stands behind hidden reasoning: without blank lines before it, but as far to the right as it was."""
+    blank = re.match(r"(?:[ \t]*\r?\n)+", text)
+    return text[blank.end() :] if blank else text.lstrip(" ")
+
+
+def _is_mention(text: str, tag: re.Match[str], opened: bool) -> bool:
+    """Whether the end of hidden reasoning is only spoken of: in code, or inside a line of prose."""
+    before, after = text[: tag.start()], text[tag.end() :].partition("\n")[0]
+    if before.endswith(("`", '"', "'", "“")) or after.startswith(("`", '"', "'", "”")):
+        return True
+    if not opened and len(re.findall(r"^[ \t]*(?:```|~~~)", before, re.MULTILINE)) % 2:
+        return True
+    line = before.rpartition("\n")[2]
+    if not (line.strip() and line.endswith((" ", "(")) and after.strip()):
+        return False
+    return not opened or bool(re.match(r"[ \t]+[a-z]|[.,;:!?)]", after))
+
+
+def _without_end_marks(text: str) -> str:
+    """The text without the marks of an ended turn behind it, which a server should have taken for its end."""
+    found = _END_MARKS.search(text)
+    if not found or ("</s>" in found[0] and "<s>" in text):
+        return text
+    return text[: found.start()]
+
+
+def visible(answer: str) -> str:
+    """A ready answer without what a model thought before it, and without marks of an ended turn."""
+    return _without_end_marks(split_thinking(answer)[1])
 
 
 def encodable(text: str) -> str:

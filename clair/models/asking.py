@@ -129,7 +129,7 @@ class Asker:
         if self.failed and key in self.failed and not stored:
             raise Dropped(self.role, *self.failed[key], failed=True)
         if stored and _is_broken(stored.raw):  # an earlier version took it for a reply
-            await self.ledger.fail(key, "the server broke off", NOTHING, stored.raw)
+            await self.ledger.fail(key, "no whole reply", NOTHING, stored.raw)
             stored = None
         try:
             found = stored or await self._ask(key, request, sample, row)
@@ -352,7 +352,7 @@ def _is_broken(raw: str) -> bool:
     try:
         reply_of(raw)
     except RequestFailed as error:
-        return error.reason == "server_error"
+        return error.reason in ("server_error", "malformed_reply")
     return False
 
 

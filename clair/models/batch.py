@@ -288,7 +288,7 @@ class Batches:
             await self.service.download(file, kept)
             kept.seek(0)
             while lines := list(islice(kept, _LINES_AT_ONCE)):
-                texts = (line.decode("utf-8", "replace") for line in lines)
+                texts = (line.decode("utf-8", "surrogateescape") for line in lines)
                 redacted = self.service.model.redacted
                 outcomes = [outcome for text in texts if (outcome := outcome_of(text, redacted))]
                 settled += await self._settle(batch, outcomes)

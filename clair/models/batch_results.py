@@ -29,7 +29,8 @@ def outcome_of(line: str, redacted: Callable[[str], str]) -> Outcome | None:
     if not isinstance(key, str):
         return None
     if not error and isinstance(status, int) and 200 <= status < 300:
-        return _answered(key, encodable(json.dumps(body, ensure_ascii=False)), redacted)
+        raw = json.dumps(body, ensure_ascii=False)
+        return _answered(key, raw if raw == encodable(raw) else json.dumps(body), redacted)
     code, words = _why(error or (body.get("error") if isinstance(body, Mapping) else None))
     words = redacted(words)
     if code in _NOT_RUN or not isinstance(status, int) or status >= 500 or status in _ANOTHER_TRY:

@@ -289,21 +289,20 @@ class LocalModel:
             self.doing = ""
         return self._loaded
 
-    def _tokenize(self, request: Mapping[str, Any]) -> list[int]:
+    def _tokenize(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> list[int]:
         tokenizer, _ = self._load()
         # The template writes the BOS where there is one; the tokenizer must not add a second.
-        given = {"tools": request["tools"]} if "tools" in request else {}
-        turns = list(request["messages"])
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **given)
-        calls = [call for turn in turns for call in turn.get("tool_calls", [])]
-        names = [one.get("function", one).get("name") for one in [*calls, *given.get("tools", [])]]
+        given = {"tools": list(tools)} if tools else {}
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False, **given)
+        calls = [call for turn in messages for call in turn.get("tool_calls", [])]
+        names = [one.get("function", one).get("name") for one in [*calls, *tools]]
         if lost := [name for name in names if name and name not in text]:
             raise ValueError(f"the model's chat template leaves the tool {lost[0]} out; use a model that knows tools")
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # its length is checked later
 
     def _generate(self, batch: Sequence[_Waiting]) -> list[str | RequestFailed]:
         """A reply to each request. Those with less room for an answer go by themselves: a batch cuts nobody short."""
-        prompts = [self._tokenize(waiting.request) for waiting in batch]
+        prompts = [self._tokenize(waiting.request["messages"], waiting.request.get("tools", ())) for waiting in batch]
         self._characters_per_token = max(0.5, sum(w.size for w in batch) / max(1, sum(map(len, prompts))))
         room = [self._room(waiting.request, len(prompt)) for waiting, prompt in zip(batch, prompts, strict=True)]
         replies: list[str | RequestFailed] = [

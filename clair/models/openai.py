@@ -167,7 +167,12 @@ class OpenAIModel:
         except Exception as error:  # what a library does with an answer that nobody foresaw
             words = encodable(self.redacted(one_line(without_queries(str(error)), 200)))
             raise Unreachable(f"no HTTP answer: {type(error).__name__}: {words}", billed=True) from error
-        return self.as_said(response.content.decode("utf-8", "replace"))
+        try:
+            text = response.content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raw = self.redacted(response.content.decode("utf-8", "replace"))
+            raise RequestFailed("malformed_reply", f"the reply is not UTF-8: {raw[:200]!r}", raw) from error
+        return self.as_said(text)
 
     def body(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """What is sent of a request: without the headers, and `${NAME}` filled in where it is not a row's text."""

@@ -36,6 +36,13 @@ def test_answers_go_to_their_rows_whatever_their_order(data, responses):
     assert [answer.row.row for answer in found] == [3, 2, 1, 0, 2, 1, 0]  # the order of the files
 
 
+def test_what_a_model_thought_before_its_answer_is_not_judged(data, responses):
+    file = responses / "free-form.jsonl"
+    write(file, [{**row, "response": f"<think>\nIs it 7?\n</think>\n\n{row['response']}"} for row in lines(file)])
+    found = read_responses(responses, load(data, "2024-06-01"))
+    assert [answer.text for answer in found] == [f"{a.row.split} {a.row.row}" for a in found]
+
+
 def test_upstreams_file_names_are_known(data, responses):
     (responses / "free-form.jsonl").rename(responses / "gemma_close_freeform_hard.jsonl")
     (responses / "multiple-choice.jsonl").rename(responses / "gemma_close_multichoice_hard.jsonl")

@@ -1,0 +1,117 @@
+"""What of a completion is the answer: hidden reasoning apart, in whatever marks, and nothing else taken away."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from clair.build import build
+from clair.models import RequestFailed, reply_of, split_thinking, visible
+from tests.clair.building import outcomes, pairs
+from tests.clair.scripted import Scripted, choice, endpoint, install, recipe, revision
+
+SPLIT = {
+    "<think>\nhm\n</think>\n\nIt is 4.": ("hm", "It is 4."),
+    "<think>hm</think>It is 4.": ("hm", "It is 4."),
+    "<think>hm</think>it is 4.": ("hm", "it is 4."),
+    "<think> I add. </think> It is 4.": ("I add.", "It is 4."),
+    "<think>\n\n</think>\n\nIt is 4.": ("", "It is 4."),
+    "<think>\nnever closed": ("never closed", ""),
+    "<think>\nThe tag `</think>` ends it.\n</think>\n\nIt does.": ("The tag `</think>` ends it.", "It does."),
+    "hm, so 4.\n</think>\n\nIt is 4.": ("hm, so 4.", "It is 4."),
+    "hm, so 4.</think>It is 4.": ("hm, so 4.", "It is 4."),
+    "<think>\nhm\n</think>\n\n    return 4": ("hm", "    return 4"),
+    "[THINK]hm[/THINK]It is 4.": ("hm", "It is 4."),
+    "<thinking>\nhm\n</thinking>\nIt is 4.": ("hm", "It is 4."),
+    "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>It is 4.<|return|>": (
+        "hm",
+        "It is 4.",
+    ),
+    "<|channel|>analysis<|message|>never ended": ("never ended", ""),
+    "analysisWe add.assistantfinalIt is 4.": ("We add.", "It is 4."),
+}
+MENTIONS = [
+    "Write `</think>` where it ends, and `<think>` where it begins.",
+    "In these templates `</think>` comes last.",
+    "The mark is </think> and it stands alone.",
+    "<think> is what begins it.",
+    "<think> begins it and </think> ends it.",
+    "A template:\n```\nfoo\n</think>\n\nbar\n```\nand so on",
+    "The channels are called <|channel|>analysis and <|channel|>final.",
+    "[THINK] is how it begins there, and [/THINK] how it ends",
+    "analysis of the assistant",
+]
+
+
+def text_of(content, finish="stop", **message):
+    return reply_of(json.dumps({"choices": [choice(content, finish, **message)]})).text
+
+
+@pytest.mark.parametrize("text", SPLIT, ids=range(len(SPLIT)))
+def test_reasoning_is_split_off_in_every_known_mark(text):
+    assert split_thinking(text) == SPLIT[text]
+    assert text_of(text) == visible(text) == SPLIT[text][1]
+
+
+@pytest.mark.parametrize("text", MENTIONS, ids=range(len(MENTIONS)))
+def test_a_tag_that_is_spoken_of_stays_in_the_answer(text):
+    assert split_thinking(text) == ("", text)
+    assert text_of(text) == visible(text) == text
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("text", [*SPLIT, *MENTIONS], ids=range(len(SPLIT) + len(MENTIONS)))
+def test_what_the_server_has_split_is_not_split_again(field, text):
+    said = text_of(text, **{field: "They ask."})
+    assert said == text.removesuffix("<|return|>")
+    assert text_of(text, **{field: None}) == text_of(text)
+
+
+@pytest.mark.parametrize("mark", ["<|im_end|>", "<|eot_id|>\n", "</s>", "<|end|><|endoftext|>", "<end_of_turn>\n\n"])
+def test_marks_of_an_ended_turn_are_no_part_of_it(mark):
+    assert text_of(f"It is 4.{mark}") == visible(f"It is 4.{mark}") == "It is 4."
+    for text in ("It ends by `<|im_end|>`.", f"{mark} ends it.", "<s>old</s>"):
+        assert text_of(text) == text
+
+
+def test_parts_of_content_are_joined_whatever_lies_between_them():
+    empty = [{"type": "text", "text": None}, {"type": "text"}, {"type": "image"}, None]
+    halves = [{"type": "text", "text": half} for half in ("It is \ud83d", "\ude00.")]
+    assert text_of([halves[0], *empty, halves[1]]) == "It is \U0001f600."
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+    reply = reply_of(json.dumps({"choices": [choice([thought, {"type": "text", "text": "`</think>`"}])]}))
+    assert (reply.thinking, reply.text) == ("hm", "`</think>`")
+
+
+@pytest.mark.parametrize("text", ["fine \ud83d", "fine \ud83d and more", "fine \ufffd\n"])
+def test_half_an_emoji_is_no_answer(text):
+    with pytest.raises(RequestFailed, match="half a character") as failed:
+        text_of(text)
+    assert failed.value.reason == "malformed_reply"
+    assert "fine" in text_of(text, "length")
+    assert text_of("The sign \ufffd stands for it.") == "The sign \ufffd stands for it."
+
+
+def test_ready_answers_lose_what_was_thought_and_a_blank_one_buys_nothing(tmp_path, monkeypatch):
+    reviser = Scripted("m", revision)
+    install(monkeypatch, reviser=reviser)
+    ready = {"think": "<think>\nhm, bad\n</think>\n\na bad answer", "blank": " \n", "only": "<think>\nhm\n</think>\n"}
+    rows = [{"id": id, "prompt": f"task {id}", "answer": text} for id, text in ready.items()]
+    build(recipe(tmp_path / "out", rows, pipeline="revised", reviser=endpoint()))
+    assert outcomes(tmp_path / "out") == {
+        "think": "a good answer",
+        "blank": "target.empty_reply",
+        "only": "target.empty_reply",
+    }
+    assert pairs(tmp_path / "out")[0]["rejected"][0]["content"] == "a bad answer"
+    assert len(reviser.asked) == 1
+
+
+def test_ready_answers_that_are_compared_lose_what_was_thought(tmp_path, monkeypatch):
+    install(monkeypatch)
+    rows = [{"id": "r", "prompt": "task", "answers": ["<think>\nx\n</think>\nfirst one", "[THINK]y[/THINK]second one"],
+             "scores": [2, 1]}]  # fmt: skip
+    build(recipe(tmp_path / "out", rows, pipeline="judged"))
+    (pair,) = pairs(tmp_path / "out")
+    assert [pair[side][0]["content"] for side in ("chosen", "rejected")] == ["first one", "second one"]
