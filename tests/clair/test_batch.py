@@ -518,10 +518,13 @@ def test_a_result_line_tells_one_thing_or_nothing(line, told):
 def test_a_good_line_gives_the_reply_as_it_came_and_its_usage():
     line = (
         '{"id": "l", "custom_id": "k", "error": null, "response": {"status_code": 200, "request_id": "r", "body": '
-        '{"choices": [{"message": {"content": "caf\\u00e9 \\ud83d"}}], '
+        '{"choices": [{"message": {"content": "caf\\u00e9 \\ud83d\\ude00"}}], '
         '"usage": {"prompt_tokens": 3, "completion_tokens": 5}}}}'
     )
     outcome = outcome_of(line, str)
     assert outcome.error is None
     assert outcome.billed == (3, 5)
-    assert "café \ufffd" in outcome.raw
+    assert "café \U0001f600" in outcome.raw
+    half = outcome_of(line.replace("\\ude00", ""), str)
+    assert half.error.startswith("malformed_reply")
+    assert half.raw.isascii()
