@@ -3,6 +3,8 @@
 Only assistant turns are trained. A turn starts where the prompt before it and the whole conversation part, and ends
 with its end of turn; turns of users and tools within an answer are context. Texts are encoded as text: `<|im_end|>`
 inside a message is no control token. Every text of a row must be in what was rendered, or it is reported.
+
+Rows come as clair's `read_row` gives them: all text, or messages with content and standard roles.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -19,8 +22,6 @@ from clair.recipe import UserError, one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-"""Roles that any template may be given. Others must be in the template's own text, such as Llama's `ipython`."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message under which its thoughts come."""
 NOTES = {
@@ -32,6 +33,8 @@ NOTES = {
     "prompt_thoughts": "the chat template leaves out thoughts of the prompt's turns in {rows}",
     "text": "the chat template leaves out text beside tool calls of an answer in {rows}; it is not trained",
     "thoughts": "the chat template leaves out thoughts of an answer in {rows}; they are not trained",
+    "inner_end": "the chat template ends turns within an answer otherwise than the last one in {rows}; those ends are "
+    "not trained",
     "no_end": "the chat template writes no end of turn after an answer in {rows}; the token that ends it is added",
     "marks": "{rows} hold the text of a control token, which is encoded as text",
     "begun": "the prompt ends in an assistant turn in {rows}; the answer goes on with that turn",
@@ -77,18 +80,12 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> 
 def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, ends: set[int], control: list[str]) -> Rendered:
     """The ids of a row's prompt and of its one or two answers.
 
-    Raises RowFault for turns that are no answer, roles and fields that cannot be read, tool calls and answers that the
+    Raises RowFault for turns that are no answer, texts that are rendered already, tool calls and answers that the
     template leaves out, and whatever the template or the tokenizer raises.
     """
     columns = ("chosen", "rejected") if "chosen" in row else ("completion",)
-    for column in ("prompt", *columns):
-        if not isinstance(row[column], str | list | tuple):
-            raise RowFault(f"{column!r} is {_kind(row[column])}, neither text nor messages with role and content")
-    texts = [column for column in ("prompt", *columns) if isinstance(row[column], str)]
-    if len(texts) == 1 + len(columns):
+    if isinstance(row["prompt"], str):
         return _render_text(row, columns, tokenizer, ends)
-    if texts:
-        raise RowFault(f"{texts[0]!r} is text and another column is a list; give all as text or all as messages")
     return _Conversation(row, columns, tokenizer, ends, control).rendered()
 
 
@@ -118,9 +115,6 @@ def _render_text(
 ) -> Rendered:
     """A row of plain text, which gets the end of sequence and no template."""
     prompt, answers = row["prompt"], [row[column] for column in columns]
-    for column in ("prompt", *columns):
-        _check_whole(row[column], f"{column!r}")
-    _check_no_json(prompt, answers)
     marks = tuple(mark for end in sorted(ends) if (mark := tokenizer.decode([end])))
     whole = [prompt + (text if text.rstrip().endswith(marks) else text + tokenizer.eos_token) for text in answers]
     first, *ids = (_encode_text(tokenizer, text) for text in (prompt, *whole))
@@ -155,16 +149,10 @@ class _Conversation:
         self, row: Mapping[str, Any], columns: Sequence[str], tokenizer: Any, ends: set[int], control: Sequence[str]
     ) -> None:
         self.tokenizer, self.ends, self.columns, self.notes = tokenizer, ends, columns, set()
-        self.template = str(tokenizer.chat_template)
-        self.options = without_nulls(row.get("chat_template_kwargs") or {})
-        self.tools = _tools(row.get("tools"))
-        self.prompt, *self.answers = (self._messages(row[column], column) for column in ("prompt", *columns))
-        if not self.prompt:
-            raise RowFault("'prompt' has no messages; give at least one turn before the answer")
+        self.tools, self.options = row.get("tools"), row.get("chat_template_kwargs") or {}
+        self.prompt, *self.answers = (row[column] for column in ("prompt", *columns))
         for column, answer in zip(columns, self.answers, strict=True):
             _check_answer(answer, column)
-        alone = [answer[0].get("content") if len(answer) == 1 else None for answer in self.answers]
-        _check_no_json(self.prompt[0].get("content") if len(self.prompt) == 1 else None, alone)
         self._check_not_rendered()
         self.begun = self.prompt[-1]["role"] == "assistant" and not self.prompt[-1].get("tool_calls")
         if self.begun:
@@ -177,33 +165,13 @@ class _Conversation:
         if any(message.get("tool_calls") for part in (self.prompt, *self.answers) for message in part):
             self._settle_calls()
 
-    def _messages(self, messages: Sequence[Any], column: str) -> Messages:
-        return [self._message(message, f"turn {number} of {column!r}") for number, message in enumerate(messages)]
-
-    def _message(self, message: Any, where: str) -> dict[str, Any]:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RowFault(f"{where} is {_kind(message)} without a role; messages with role and content are needed")
-        message, role = without_nulls(message), message["role"]
-        if role not in ROLES and not re.search(rf"['\"]{re.escape(role)}['\"]", self.template):
-            raise RowFault(f"{where} has the role {role!r}, which is none of {', '.join(ROLES)}, nor of the template's")
-        content = message.get("content")
-        if isinstance(content, list | tuple):
-            content = message["content"] = _joined_parts(content, where)
-        if content is None and not message.get("tool_calls"):
-            raise RowFault(f"{where} has no content: it is null or missing; take the row out")
-        if content is not None and not isinstance(content, str):
-            raise RowFault(f"the content of {where} is {_kind(content)}; text is needed")
-        for text in _texts(message):
-            _check_whole(text, where)
-        return message
-
     def _check_not_rendered(self) -> None:
         """Raise RowFault for a text that has a template's marks around it: the template would write them again."""
         tokens = (self.tokenizer.convert_ids_to_tokens(end) for end in sorted(self.ends))
         ends = tuple(token for token in tokens if token)
         for column, messages in zip(("prompt", *self.columns), (self.prompt, *self.answers), strict=True):
             for number, message in enumerate(messages):
-                if mark := _RENDERED.match(message.get("content") or ""):
+                if mark := _RENDERED.match(message["content"]):
                     raise RowFault(
                         f"turn {number} of {column!r} begins with {mark.group().strip()!r}: a chat template has "
                         "already been applied to it; give messages, or the text alone"
@@ -215,26 +183,16 @@ class _Conversation:
                 )
 
     def _settle_calls(self) -> None:
-        """Give tool calls the form that the template takes.
-
-        Arguments are JSON text in OpenAI's form and objects in transformers'; a template that takes objects writes JSON
-        text as a string within JSON. Some templates need the content that is null beside tool calls.
-        """
-        given = self.prompt, *self.answers
-        why = None
-        for toggled, filled in ((False, False), (True, False), (False, True), (True, True)):
-            self.prompt, *self.answers = ([_call_form(m, toggled, filled) for m in part] for part in given)
+        """Give arguments of tool calls as objects, or as JSON text where the template takes no objects (DeepSeek)."""
+        objects = self.prompt, *self.answers
+        try:
+            self._render(self.wholes[0])
+        except RowFault as fault:
+            self.prompt, *self.answers = ([_with_json_arguments(message) for message in part] for part in objects)
             try:
-                texts = [self._render(whole)[0] for whole in self.wholes]
-            except RowFault as fault:
-                why = why or fault
-                continue
-            arguments = [text for part in (self.prompt, *self.answers) for text in _argument_texts(part)]
-            if all(any(argument in text for text in texts) for argument in arguments):
-                return
-        self.prompt, *self.answers = given
-        if why is not None:
-            raise why
+                self._render(self.wholes[0])
+            except RowFault:
+                raise fault from None
 
     @property
     def wholes(self) -> list[Messages]:
@@ -242,7 +200,7 @@ class _Conversation:
         if not self.begun:
             return [[*self.prompt, *answer] for answer in self.answers]
         *before, begun = self.prompt
-        joined = [{**begun, **first, "content": _content(begun) + _content(first)} for first, *_ in self.answers]
+        joined = [{**begun, **first, "content": begun["content"] + first["content"]} for first, *_ in self.answers]
         return [[*before, turn, *answer[1:]] for turn, answer in zip(joined, self.answers, strict=True)]
 
     # rendering
@@ -296,18 +254,15 @@ class _Conversation:
     def _answer(self, whole: Messages, ids: list[int], turns: int, start: int) -> tuple[list[int], list[int]]:
         """The ids of an answer of so many turns, and its mask, which is empty where all of it is trained."""
         first = len(whole) - turns
-        later = [index for index in range(first + 1, len(whole)) if whole[index]["role"] == "assistant"]
+        said = [index for index in range(first, len(whole)) if whole[index]["role"] == "assistant"]
         starts = [start]
-        if later and not self.begun:
+        if said[1:] and not self.begun:
             self._start_of_turn(whole, first, ids, -1)
-        for index in later:
+        for index in said[1:]:
             starts.append(self._start_of_turn(whole, index, ids, starts[-1]))
         spans = []
-        for begin, after in pairwise(starts):
-            end = next((place for place in range(begin, after) if ids[place] in self.ends), None)
-            if end is None:
-                raise RowFault(without_end(self.tokenizer))
-            spans.append((begin, end + 1))
+        for index, (begin, after) in zip(said, pairwise(starts), strict=False):  # the last one's end is another matter
+            spans.append((begin, self._inner_end(whole, index, ids, begin, after)))
         ids, end = self._final_end(whole, ids, starts[-1])
         if not spans:
             return ids[start:end], []
@@ -327,28 +282,46 @@ class _Conversation:
             )
         return start
 
+    def _inner_end(self, whole: Messages, index: int, ids: list[int], start: int, after: int) -> int:
+        """Where a turn that others follow ends: with its end of turn, or before what the template writes instead."""
+        following = whole[index + 1]
+        if following["role"] != "assistant":  # no end of that turn is this one's: look before its text
+            other = {**following, "content": "," if following["content"].startswith(".") else "."}
+            after = min(after, common_prefix(self._render([*whole[: index + 1], other])[1], ids))
+        end = next((place for place in range(start, after) if ids[place] in self.ends), None)
+        if end is not None:
+            return end + 1
+        end = min(after, common_prefix(self._render(whole[: index + 1])[1], ids))
+        if end <= start:
+            raise RowFault(without_end(self.tokenizer))
+        self.notes.add("inner_end")
+        return end
+
     def _final_end(self, whole: Messages, ids: list[int], start: int) -> tuple[list[int], int]:
         """The ids, and where the last turn ends in them, its end of turn included."""
-        end = last = None
+        end, last = None, None
         for index in range(len(ids) - 1, start - 1, -1):
             if ids[index] in self.ends:
                 end = index  # the first of several: Phi's template writes the end of the text after the end of turn
             elif self.tokenizer.decode(ids[index]).strip():
-                last = ids[index]
+                last = self.tokenizer.added_tokens_decoder.get(ids[index])
                 break
         if end is not None:
             return ids, end + 1
-        if last is None or last in self.tokenizer.added_tokens_decoder:
+        if last is not None and last.special:
             raise RowFault(without_end(self.tokenizer))
         self.notes.add("no_end")
-        return [*ids, self._next_token(whole, ids)], len(ids) + 1
+        return [*ids, self._next_token(whole[-1])], len(ids) + 1
 
-    def _next_token(self, whole: Messages, ids: list[int]) -> int:
+    def _next_token(self, turn: Mapping[str, Any]) -> int:
         """What ends a turn that has no end: the beginning of the next one, if generation stops there."""
-        followed = self._render([*whole, {"role": "user", "content": "."}])[1]
-        same = common_prefix(ids, followed)
-        if same == len(ids) < len(followed) and followed[same] in self.ends:
-            return followed[same]
+        calls = {"tool_calls": turn["tool_calls"]} if "tool_calls" in turn else {}
+        before = [{"role": "user", "content": "."}, {"role": "assistant", "content": ".", **calls}]
+        followed = [*before, {"role": "tool" if calls else "user", "content": "."}]
+        ids, more = (self._render(messages)[1] for messages in (before, followed))
+        same = common_prefix(ids, more)
+        if same == len(ids) < len(more) and more[same] in self.ends:
+            return more[same]
         return self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else min(self.ends)
 
     # what was left out
@@ -385,34 +358,6 @@ class _Conversation:
             self.notes.add("thoughts")
 
 
-def without_nulls(value: Any) -> Any:
-    """The same without the keys that are null: Arrow gives each row the keys of all."""
-    if isinstance(value, Mapping):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _tools(tools: Any) -> list[Any] | None:
-    """Tools as a list; TRL takes them as JSON text too."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError as error:
-            raise RowFault(f"'tools' is text that is no JSON: {one_line(error)}") from error
-    if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(tool, Mapping) for tool in tools)):
-        raise RowFault(f"'tools' is {_kind(tools)}; a list of JSON schemas is needed, or that as JSON text")
-    return without_nulls(tools) or None
-
-
-def _joined_parts(parts: Sequence[Any], where: str) -> str:
-    """The text of content that comes in parts."""
-    for part in parts:
-        if not isinstance(part, str) and not (isinstance(part, Mapping) and isinstance(part.get("text"), str)):
-            kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
-            raise RowFault(f"the content of {where} has a part that is not text ({kind}); only text can be trained")
-    return "".join(part if isinstance(part, str) else part["text"] for part in parts)
-
-
 def _check_answer(answer: list[dict[str, Any]], column: str) -> None:
     if not answer:
         raise RowFault(f"{column!r} has no messages; an assistant turn is needed")
@@ -422,42 +367,6 @@ def _check_answer(answer: list[dict[str, Any]], column: str) -> None:
                 f"{column!r} {which} with a turn of role {turn['role']!r}, which is no answer; an answer begins and "
                 "ends with an assistant turn"
             )
-
-
-def _check_whole(text: str, where: str) -> None:
-    """Raise RowFault for half a character."""
-    if text.isascii():
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RowFault(f"{where} has half a character (a lone surrogate) at place {error.start}") from error
-
-
-def _check_no_json(prompt: str | None, answers: Sequence[str | None]) -> None:
-    """Raise RowFault for messages that are kept as JSON text."""
-    if _is_messages(prompt) or all(map(_is_messages, answers)):
-        raise RowFault("messages are kept as JSON text, which would be trained as it is; read it with json.loads")
-
-
-def _is_messages(text: str | None) -> bool:
-    if not text or not text.lstrip().startswith("["):
-        return False
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return False
-    keys = ({"role", "content"}, {"from", "value"})
-    return bool(value) and all(isinstance(turn, dict) and any(k <= set(turn) for k in keys) for turn in value)
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", dict: "an object", list: "a list", str: "text", int: "a number", float: "a number"}
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-def _content(message: Mapping[str, Any]) -> str:
-    return message.get("content") or ""
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -487,36 +396,19 @@ def _functions(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [call.get("function", call) for call in calls if isinstance(call, Mapping)]
 
 
-def _call_form(message: dict[str, Any], toggled: bool, filled: bool) -> dict[str, Any]:
-    """A message whose tool calls' arguments are objects instead of JSON text, or the reverse, and whose content is ''
-    instead of missing."""
-    if not message.get("tool_calls"):
-        return message
-    message = {**message, "content": _content(message)} if filled else message
-    if not toggled:
-        return message
-    calls = message["tool_calls"]
-    return {**message, "tool_calls": [
-        {**call, "function": _toggled(call["function"])} if "function" in call else _toggled(call) for call in calls
-    ]}  # fmt: skip
+def _with_json_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose tool calls have their arguments as JSON text."""
 
+    def written(function: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = function.get("arguments")
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return {**function, "arguments": text}
 
-def _toggled(function: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            return dict(function)
-    elif arguments is not None:
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return {**function, "arguments": arguments}
-
-
-def _argument_texts(messages: Messages) -> list[str]:
-    """Arguments that are JSON text."""
-    arguments = [function.get("arguments") for message in messages for function in _functions(message)]
-    return [argument for argument in arguments if isinstance(argument, str)]
+    calls = [
+        {**call, "function": written(call["function"])} if "function" in call else written(call)
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _calls(message: Mapping[str, Any]) -> list[str]:
@@ -524,8 +416,9 @@ def _calls(message: Mapping[str, Any]) -> list[str]:
     found = []
     for function in _functions(message):
         arguments = function.get("arguments")
-        arguments = _toggled(function)["arguments"] if isinstance(arguments, str) else arguments
-        found += [str(function.get("name", "")), *_values(arguments)]
+        with suppress(ValueError):  # text that is no JSON is looked for as it is
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        found += [function["name"], *_values(arguments)]
     return found
 
 
@@ -541,7 +434,7 @@ def _values(value: Any) -> list[str]:
 def _split_thoughts(message: Mapping[str, Any]) -> tuple[list[str], str]:
     """The thoughts of a message, under keys of their own or in its text, and the rest of its text."""
     thoughts = [message[key] for key in THOUGHTS if isinstance(message.get(key), str)]
-    content = message.get("content") or ""
+    content = message["content"]
     if message["role"] == "assistant" and (marks := [*_END_THOUGHT.finditer(content)]):
         thoughts.append(_START_THOUGHT.sub("", content[: marks[-1].start()]))
         content = content[marks[-1].end() :]

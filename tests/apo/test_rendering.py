@@ -181,6 +181,27 @@ def test_a_template_that_writes_no_end_gets_the_token_that_generation_stops_at()
     assert trained(found, "chosen") == ["Wait.<|tool|>", "Four.<|user|>"]
 
 
+def test_what_follows_a_tool_call_ends_it_and_thoughts_that_a_later_turn_takes_away_do_not_matter():
+    ends = ["<|text_end|>", "<|user|>", "<|tool|>"]
+    written = "{% for c in m.get('tool_calls', []) %}{{ c['function'] | tojson }}{% endfor %}{% endfor %}{% if"
+    calls = GLM.replace("{% endfor %}{% if", written)
+    found = encoded(
+        pair([turn("assistant", "", tool_calls=[call("look", {"x": 1})])]), letters(calls, "<|text_end|>"), ends
+    )
+    assert trained(found, "chosen") == ['{"name": "look", "arguments": {"x": 1}}<|tool|>']
+    last_only = GLM.replace("m['content'] }}", "m['content'] if loop.last else m['content'].split('</think>')[-1] }}")
+    found = encoded(pair("<think>hm</think>Pear."), letters(last_only, "<|text_end|>"), ends)
+    assert trained(found, "chosen") == ["<think>hm</think>Pear.<|user|>"]
+
+
+def test_a_turn_within_an_answer_that_ends_otherwise_than_the_last_is_trained_without_its_end():
+    harmony = CHATML.replace("<|end|>", "{{ '<|end|>' if loop.last or m.role != 'assistant' else '<|call|>' }}")
+    turns = [turn("assistant", "Where?"), turn("user", "Oslo"), turn("assistant", "Cold.")]
+    found = encoded(pair(turns), letters(harmony))
+    assert trained(found, "chosen") == ["Where?", "Cold.<|end|>"]
+    assert found["_notes"] == ["inner_end"]
+
+
 def test_a_template_that_writes_no_end_gets_the_end_of_text_where_generation_stops_at_nothing_else():
     found = encoded(pair(), letters(GLM, "<|text_end|>"))
     assert trained(found, "chosen") == ["Pear.<|text_end|>"]
@@ -280,8 +301,6 @@ REFUSED = {
     "rendered": (pair(prompt="<|im_start|>user\nHi<|im_end|>\n"), "a chat template has already been applied to it"),
     "rendered for Llama": (pair(prompt="<s>[INST] Hi [/INST]"), "a chat template has already been applied to it"),
     "an end in the text": (pair("Pear.<|end|>\n"), "end of turn twice: the text of 'chosen' ends with it"),
-    "JSON text": (pair('[{"role": "assistant", "content": "a"}]', '[{"role": "assistant", "content": "b"}]'),
-                  "messages are kept as JSON text"),
     "tools": (pair(tools="look it up"), "'tools' is not JSON"),
     "a turn after the end of text": ({"prompt": "Hi", "chosen": "a<|end|>\nHow?", "rejected": "b"},
                                      "'chosen' goes on after the end of turn <|end|>"),
