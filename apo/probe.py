@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apo.logps import SIDES, trained_tokens
+from clair.contrast import shared_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,8 @@ class Probe:
         self.pairs = [{f"{name}_ids": list(pair[f"{name}_ids"]) for name in ("prompt", *SIDES)} for pair in pairs]
         self._trained = [torch.tensor(trained_tokens(pair, side), dtype=torch.bool) for pair in pairs for side in SIDES]
         shared = [mark for pair in self.pairs for mark in shared_tokens(pair["chosen_ids"], pair["rejected_ids"])]
-        self.shared = [mark[trained] for mark, trained in zip(shared, self._trained, strict=True)]
+        marks = [torch.tensor(mark, dtype=torch.bool) for mark in shared]
+        self.shared = [mark[trained] for mark, trained in zip(marks, self._trained, strict=True)]
         total = sum(len(mark) for mark in self.shared)
         apart = -(-total // POSITIONS)
         self._kept = torch.arange(total) % apart == 0
@@ -100,20 +102,8 @@ def probe_of(trainer: APOTrainer, asked: int | None) -> Probe | None:
     return Probe(trainer, [dataset[row] for row in range(0, len(dataset), apart)][:count])
 
 
-def shared_tokens(chosen: Sequence[int], rejected: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Which tokens of either response belong to their longest common subsequence, bool, of the responses' lengths."""
-    from rapidfuzz.distance import LCSseq
-
-    marks = torch.zeros(len(chosen), dtype=torch.bool), torch.zeros(len(rejected), dtype=torch.bool)
-    for block in LCSseq.opcodes(list(chosen), list(rejected)):
-        if block.tag == "equal":
-            marks[0][block.src_start : block.src_end] = True
-            marks[1][block.dest_start : block.dest_end] = True
-    return marks
-
-
 def compare(before: View, now: View, shared: Sequence[Tensor]) -> dict[str, float]:
-    """The metrics of two views of one probe; `shared` as `shared_tokens`, a pair after the other."""
+    """The metrics of two views of one probe; `shared` the marks of `shared_tokens`, a pair after the other."""
     policy, reference = now.positions.double(), before.positions.double()
     found = {"probe/kl": (policy.exp() * (policy - reference)).sum(-1).mean().item()}
     ratios = [(after - then).double() for after, then in zip(now.tokens, before.tokens, strict=True)]

@@ -7,6 +7,7 @@ each character is a word, with the marks that belong to it.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _UNSPACED = (
@@ -53,6 +54,21 @@ def words(text: str) -> list[str]:
 def pieces(text: str) -> list[str]:
     """The words of a text, each with the white space before it: put together they are the text."""
     return _PIECES.findall(text)
+
+
+def shared_tokens(chosen: Sequence[int], rejected: Sequence[int]) -> tuple[list[bool], list[bool]]:
+    """Which tokens of each answer the other has too, in order: those of their longest common subsequence.
+
+    Where there are several, the one that rapidfuzz takes to turn rejected into chosen.
+    """
+    from rapidfuzz.distance import LCSseq
+
+    marks = [False] * len(chosen), [False] * len(rejected)
+    for step in LCSseq.opcodes(list(rejected), list(chosen)):
+        if step.tag == "equal":
+            count = step.src_end - step.src_start
+            marks[0][step.dest_start : step.dest_end] = marks[1][step.src_start : step.src_end] = [True] * count
+    return marks
 
 
 def contrast_of(chosen: str, rejected: str) -> Contrast:

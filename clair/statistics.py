@@ -127,6 +127,16 @@ class Difference(NamedTuple):
             return self.p_sign
         return max(self.p, self.p_sign) if self.differing < FEW else self.p
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of a difference of scores in [0, 1].
+
+        None where no error can be estimated, or where it would call a difference what the sign test does not.
+        """
+        if math.isnan(self.estimate.se) or self.p < 0.05 <= self.cautious_p:
+            return None
+        return max(-1.0, self.estimate.lo), min(1.0, self.estimate.hi)
+
 
 def paired_difference(base: Sequence[float], tuned: Sequence[float], clusters: Sequence[Hashable]) -> Difference:
     """tuned minus base, row by row, by `clustered_mean`. Raises ValueError as that does, and for unequal lengths."""

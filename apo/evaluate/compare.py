@@ -287,10 +287,10 @@ def _delta(base: Sequence[float], tuned: Sequence[float], clusters: Sequence[str
     if math.isnan(estimate.se):
         return {**told, **counts, "no_interval": "every question differs by the same amount"}
     told |= {"delta_se": estimate.se, "df": estimate.df}
-    if few and found.p < 0.05 <= found.p_sign:  # an interval by t would call it a difference
+    if found.interval is None:
         only = f"only {found.differing} questions differ" if found.differing > 1 else "only one question differs"
         return {**told, **counts, "no_interval": only}
-    return {**told, **counts, "delta_ci95": [max(-1.0, estimate.lo), min(1.0, estimate.hi)]}
+    return {**told, **counts, "delta_ci95": list(found.interval)}
 
 
 def _correct(parts: Sequence[dict[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from clair.contrast import shared_tokens
 from clair.progress import progress
 from clair.recipe import Recipe, UserError, content_hash, provenance, resolved, write_atomically, write_json
 from clair.statistics import Estimate, clustered_mean, clustered_score, paired_difference
@@ -110,21 +111,6 @@ class Measured:
     prompt: str
     chosen: Response
     rejected: Response
-
-
-def shared_tokens(chosen: Sequence[int], rejected: Sequence[int]) -> tuple[list[bool], list[bool]]:
-    """Which tokens of each response the other has too, in order: their longest common subsequence."""
-    from rapidfuzz.distance import LCSseq
-
-    marks = [False] * len(rejected), [False] * len(chosen)
-    for step in LCSseq.opcodes(rejected, chosen):
-        if step.tag == "equal":
-            for mark, start, end in (
-                (marks[0], step.src_start, step.src_end),
-                (marks[1], step.dest_start, step.dest_end),
-            ):
-                mark[start:end] = [True] * (end - start)
-    return marks[1], marks[0]
 
 
 def compare_models(
@@ -273,9 +259,12 @@ def _told(values: Sequence[float], prompts: Sequence[str], how: Callable[..., Es
 
 
 def _difference(base: Sequence[float], tuned: Sequence[float], prompts: Sequence[str]) -> dict[str, Any]:
-    told = _told([b - a for a, b in zip(base, tuned, strict=True)], prompts, clustered_mean)
-    p = paired_difference(base, tuned, prompts).p if told["se"] else None
-    return {**told, "p": p}
+    """The mean of tuned minus base, shares both, with its interval and p, as `apo compare` has them."""
+    told = {"mean": math.fsum(b - a for a, b in zip(base, tuned, strict=True)) / len(base)}
+    found = paired_difference(base, tuned, prompts) if len(set(prompts)) > 1 else None
+    if found is None or not found.interval:
+        return {**told, "se": None, "ci95": None, "p": found.cautious_p if found and found.differing else None}
+    return {**told, "se": found.estimate.se, "ci95": list(found.interval), "p": found.cautious_p}
 
 
 # ---- a whole measurement

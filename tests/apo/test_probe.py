@@ -10,20 +10,27 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+import apo.evaluate.pairs
+import apo.probe
 from apo.config import TrainConfig
 from apo.plan import plan
-from apo.probe import METRICS, POSITIONS, Probe, View, compare, probe_of, shared_tokens
+from apo.probe import METRICS, POSITIONS, Probe, View, compare, probe_of
 from apo.train import build_trainer, train
+from clair.contrast import shared_tokens
 from tests.apo.conftest import make_model, make_pairs
 from tests.apo.test_trainer import apo_trainer, lora
 
 
 def test_shared_tokens_are_the_longest_common_subsequence():
     chosen, rejected = shared_tokens([7, 8, 9, 10, 3], [7, 9, 11, 10, 10, 3])
-    assert chosen.tolist() == [True, False, True, True, True]
-    assert rejected.sum() == 4
-    assert rejected.tolist()[:3] == [True, True, False]
-    assert [mark.tolist() for mark in shared_tokens([1, 2], [3])] == [[False, False], [False]]
+    assert chosen == [True, False, True, True, True]
+    assert sum(rejected) == 4
+    assert rejected[:3] == [True, True, False]
+    assert shared_tokens([1, 2], [3]) == ([False, False], [False])
+
+
+def test_training_and_evaluation_mark_the_same_tokens():
+    assert apo.evaluate.pairs.shared_tokens is apo.probe.shared_tokens is shared_tokens
 
 
 def test_a_comparison_by_hand():

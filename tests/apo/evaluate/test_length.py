@@ -76,6 +76,22 @@ def test_95_of_100_intervals_hold_the_rate_where_samples_of_a_prompt_are_alike()
     assert 0.92 <= held / 400 <= 0.98
 
 
+@pytest.mark.parametrize("prompts", [4, 5, 8])
+def test_95_of_100_intervals_hold_the_rate_of_few_prompts(prompts):
+    rng, held, fitted = np.random.default_rng(2), 0, 0
+    while fitted < 400:
+        differences = rng.normal(100, 200, prompts)
+        chance = 1 / (1 + np.exp(-(0.4 + np.tanh(differences / differences.std()))))
+        values = (rng.random((2, prompts)) < chance).mean(0)  # both orders
+        try:
+            found = length_controlled(values.tolist(), differences.tolist(), range(prompts))
+        except ValueError:
+            continue
+        fitted += 1
+        held += found.lo <= 1 / (1 + math.exp(-0.4)) <= found.hi
+    assert 0.92 <= held / 400 <= 0.98
+
+
 @pytest.mark.parametrize(
     ("values", "differences", "told"),
     [
@@ -84,6 +100,7 @@ def test_95_of_100_intervals_hold_the_rate_where_samples_of_a_prompt_are_alike()
         ([1, 1, 0, 0], [3, 2, -1, -3], "wherever the lengths say so"),
         ([1, 0, 1, 0], [5, 5, 5, 5], "the same length"),
         ([1, 0], [5, 1], "too few"),
+        ([1, 0, 1], [5, 1, 2], "3 prompt"),
     ],
 )
 def test_what_cannot_be_told_is_refused(values, differences, told):

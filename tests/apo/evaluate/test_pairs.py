@@ -16,10 +16,10 @@ from apo.evaluate.pairs import (
     compare_models,
     config_of,
     evaluate,
-    shared_tokens,
     summary,
 )
 from apo.logps import response_logps
+from clair.contrast import shared_tokens
 from clair.recipe import UserError
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 from tests.apo.evaluate.evaluating import apo

@@ -100,7 +100,7 @@ def test_a_rate_that_length_explains_falls_to_one_half_at_equal_lengths():
     assert lo < 0.5 < hi
     assert found["length_controlled"]["rate"] == pytest.approx(0.5, abs=0.03)
     assert found["length_controlled"]["length"] > 1
-    everywhere = summary(longer[1:4])["length_controlled"]
+    everywhere = summary([*longer[1:4], longer[5]])["length_controlled"]
     assert everywhere["rate"] is None
     assert "everywhere" in everywhere["why"]
 
