@@ -66,7 +66,8 @@ class TrainConfig(Recipe):
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Options of TRL's DPOConfig and transformers' TrainingArguments, passed on untouched."""
     eval: bool | str = True
-    """Held-out pairs: true is the split `test` where there is one, a name that split, false none."""
+    """Held-out pairs: true is the split `test` where there is one, a name that split, a path a file or folder of its
+    own, false none."""
     reference: Literal["cached", "online"] = "cached"
     """`cached`: the reference's log-probs are computed before the first step, once per model and pairs for all runs;
     `online`: at every step, by a second copy of the model."""

@@ -8,16 +8,18 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import Field
 
 from apo.tokens import COLUMNS, ID_COLUMNS, MASK_COLUMNS, UNPAIRED_COLUMNS, columns_of
+from clair.loading import load_preferences, split_names
 from clair.recipe import Recipe, UserError, near_miss, one_line
-from clair.storage import is_url, public_path, read_here
+from clair.sources import kind_of
+from clair.storage import is_url, public_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,11 +34,16 @@ class Source(Recipe):
     """One dataset of a training recipe."""
 
     path: str
-    """A folder made by `clair build` or a .jsonl, .parquet or .csv file, here or at a URL (s3://...), a `datasets`
-    folder, or a name on the hub."""
+    """A folder made by `clair build` or a .jsonl, .ndjson, .json, .csv, .tsv (these also as .gz) or .parquet file, here
+    or at a URL (s3://...), a `datasets` folder, one of `save_to_disk`, or a name on the hub."""
+    name: str | None = None
+    """The configuration of a data set that has several."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often each row is seen in an epoch: 2 is twice, 0.5 is a random half, the same in every epoch."""
     split: str = "train"
+    columns: Mapping[str, str] = {}
+    """What its columns are called where not prompt, chosen, rejected, completion, label, system and so on:
+    {chosen: better}."""
     where: dict[str, str | int | bool] | None = None
     """Only the rows with these values in these columns, held-out ones too: `{group: ann}`. Absent: all."""
 
@@ -49,7 +56,6 @@ def load_train(
 
     `note` is given each line on what was repaired in them.
     """
-    from datasets import concatenate_datasets
 
     parts = []
     for number, source in enumerate(sources):
@@ -63,10 +69,7 @@ def load_train(
             f"dataset {kinds[COLUMNS]} holds pairs and {kinds[UNPAIRED_COLUMNS]} unpaired rows; `clair export --as "
             "unpaired` makes rows of a folder's pairs"
         )
-    try:
-        pairs = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
-    except ValueError as error:
-        raise UserError(f"the datasets cannot be put together: {one_line(error)}") from error
+    pairs = _joined(parts, sources)
     if len(pairs) < 2:
         told = ", ".join(source.path + (f" where {source.where}" if source.where else "") for source in sources)
         raise UserError(f"dataset {told} has {len(pairs)} row(s) to train on; at least 2 are needed")
@@ -79,33 +82,82 @@ def load_eval(
     weights: str | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Dataset | None:
-    """The held-out pairs: of the split named `which`, or (True) of `test` wherever there is one. False: none."""
-    from datasets import concatenate_datasets
+    """The held-out pairs: of the split named `which`, of a file or folder of that name, or (True) of `test` wherever
+    there is one. False: none."""
 
     if which is False:
         return None
     split = "test" if which is True else which
-    found = [source for source in sources if split in split_names(source.path)]
+    found = [source for source in sources if split in split_names(source.path, source.name)]
     if not found and which is not True:
-        names = ", ".join(split_names(sources[0].path))
-        raise UserError(f"eval: no dataset has a split {split!r}; found: {names}; eval: false trains without")
-    parts = [
-        part for part in (_load_unless_empty(source, split, weights, note) for source in found) if part is not None
-    ]
-    return concatenate_datasets(parts) if parts else None
+        if not _is_path(which):
+            names = ", ".join(split_names(sources[0].path, sources[0].name))
+            raise UserError(
+                f"eval: no dataset has a split {split!r}; found: {names}; no file is called so either; eval: false "
+                "trains without"
+            )
+        found, split = [_eval_source(which, sources)], ""
+    loaded = [(source, _load_unless_empty(source, split or source.split, weights, note)) for source in found]
+    parts = [(source, part) for source, part in loaded if part is not None]
+    return _joined([part for _, part in parts], [source for source, _ in parts]) if parts else None
 
 
-def split_names(path: str) -> list[str]:
-    """The splits of a source. A single file is one split, `train`."""
-    import datasets
+def _is_path(text: str) -> bool:
+    return is_url(text) or _looks_local(text) or Path(text).exists()
 
+
+def _eval_source(path: str, sources: Sequence[Source]) -> Source:
+    """A file or folder of held-out rows as a source, with the `where` and `columns` that all the others have."""
+    check_there(path)
+    names = split_names(path)
+    where = dict(sources[0].where or {})
+    where = {
+        column: value for column, value in where.items() if all((s.where or {}).get(column) == value for s in sources)
+    }
+    columns = dict(sources[0].columns) if all(source.columns == sources[0].columns for source in sources) else {}
+    return Source(path=path, split="test" if "test" in names else names[0], where=where or None, columns=columns)
+
+
+def _joined(parts: Sequence[Dataset], sources: Sequence[Source]) -> Dataset:
+    """Datasets one behind the other. An id may be text in one and a number in another, and messages may have more keys
+    in one."""
+    from datasets import Features, Value, concatenate_datasets
+
+    if len(parts) == 1:
+        return parts[0]
+    features: dict[str, Any] = {}
+    for part, source in zip(parts, sources, strict=True):
+        for column, feature in part.features.items():
+            try:
+                features[column] = _common(features.get(column, feature), feature)
+            except TypeError as error:
+                raise UserError(
+                    f"the datasets cannot be put together: {column!r} of {source.path} is {feature}, and of those "
+                    f"before {features[column]}; give all as text or all as messages"
+                ) from error
+    if "id" in features and any(part.features.get("id", features["id"]) != features["id"] for part in parts):
+        features["id"] = Value("string")
+    parts = [part.cast(Features({column: features[column] for column in part.column_names})) for part in parts]
     try:
-        with read_here(path) as here:
-            return ["train"] if here.is_file() else list(datasets.get_dataset_split_names(str(here)))
-    except UserError:
-        raise
-    except Exception as error:  # a name that is not there, no network: told with the library's words
-        raise UserError(f"dataset {path!r}: {one_line(error)}") from error
+        return concatenate_datasets(parts)
+    except ValueError as error:
+        raise UserError(f"the datasets cannot be put together: {one_line(error)}") from error
+
+
+def _common(one: Any, other: Any) -> Any:
+    """The feature that two others can be cast to. Raises TypeError for text and messages."""
+    from datasets import List, Value
+
+    if one == other:
+        return one
+    if isinstance(one, List) and isinstance(other, List):
+        return List(_common(one.feature, other.feature))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {key: _common(one.get(key, other.get(key)), other.get(key, one.get(key))) for key in {**one, **other}}
+    if isinstance(one, Value) and isinstance(other, Value):
+        numbers = all("int" in value.dtype or "float" in value.dtype for value in (one, other))
+        return Value("float64") if numbers else Value("string")
+    raise TypeError
 
 
 def fingerprint(dataset: Dataset, weights: str | None = None) -> str:
@@ -131,7 +183,7 @@ def values_of(sources: Sequence[Source], column: str) -> tuple[list[str | int | 
     found: dict[tuple[str, str | int | bool], None] = {}
     missing = 0
     for source in sources:
-        rows = _where(_read(source.path, source.split).dataset, source)
+        rows = _where(_read(source, source.split).dataset, source)
         for value in _column(rows, column, source):
             if value is None:
                 missing += 1
@@ -165,27 +217,20 @@ def _no_such_rows(source: Source) -> str:
     """What to say where `where` leaves no row: which values there are instead."""
     found = []
     for column in source.where or {}:
-        values = list(dict.fromkeys(_read(source.path, source.split).dataset[column][:]))
+        values = list(dict.fromkeys(_read(source, source.split).dataset[column][:]))
         more = f" and {len(values) - _NAMED} more" if len(values) > _NAMED else ""
         found.append(f"{column}: {', '.join(map(repr, values[:_NAMED]))}{more}")
     return f"dataset {source.path} has no row where {source.where}; found: {'; '.join(found)}"
 
 
-def _read(path: str, split: str) -> Preferences:
-    from clair.dataset import load_preferences
-
-    check_there(path)
-    try:
-        return load_preferences(path, split)
-    except UserError:
-        raise
-    except Exception as error:  # a row the reader cannot make messages of
-        raise UserError(f"dataset {path}, split {split!r}: {one_line(error)}") from error
+def _read(source: Source, split: str) -> Preferences:
+    check_there(source.path)
+    return load_preferences(source.path, split, name=source.name, columns=source.columns)
 
 
 def _load(source: Source, split: str, weights: str | None = None, note: Callable[[str], None] | None = None) -> Dataset:
     path = source.path
-    read = _read(path, split)
+    read = _read(source, split)
     for line in read.notes if note else ():
         note(line)
     pairs = _where(read.dataset, source)
@@ -202,7 +247,9 @@ def _load_unless_empty(
     try:
         pairs = _load(source, split, weights, note)
     except UserError as error:
-        if "corresponds to no data" in str(error):  # what `datasets` says of a Parquet split without rows
+        if "corresponds to no data" in str(error) or "has no rows" in str(
+            error
+        ):  # what `datasets` says of a Parquet split without rows
             return None
         raise
     return pairs if len(pairs) else None
@@ -222,8 +269,7 @@ def check_there(path: str) -> None:
 
 
 def _looks_local(path: str) -> bool:
-    files = (".jsonl", ".json", ".parquet", ".csv")
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in files
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or kind_of(Path(path)) is not None
 
 
 def _weighted(rows: int, weight: float, seed: int) -> list[int]:

@@ -21,10 +21,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from clair.preferences import Preferences, check_columns, read_dataset
-from clair.recipe import UserError, content_hash, file_sha256, one_line, publish, read_json
+from clair.loading import load_preferences
+from clair.recipe import content_hash, file_sha256, publish, read_json
 from clair.records import LABELS, Dropped, Pair
-from clair.sources import is_json, load_split, parquet_rows
+from clair.sources import is_json, parquet_rows
 from clair.storage import joined, manifest_here, read_here, told_as
 
 SPLITS = ("train", "test")
@@ -259,6 +259,8 @@ class DatasetWriter:
 def card(manifest: Mapping[str, Any]) -> str:
     """The dataset card: what `datasets` and the hub need in front, what a reader wants behind."""
     counts, contrast = manifest["counts"], manifest["contrast"]
+    # A split without rows would make `datasets.load_dataset` fail for the other one too.
+    splits = [split for split in SPLITS if counts[split]] or ["train"]
     lines = [
         "---",
         "configs:",
@@ -266,7 +268,7 @@ def card(manifest: Mapping[str, Any]) -> str:
         # `datasets` keys its cache by this text, not by the data: without the hash a rebuilt folder reads as it was.
         f"  description: files {content_hash(manifest['files'])[:16]}",
         "  data_files:",
-        *(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in ("train", "test")),
+        *(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in splits),
         "task_categories:\n- text-generation",
         "tags:\n- preference\n- clair\n- dpo",
         "---",
@@ -314,47 +316,11 @@ def load_pairs(path: str | Path, split: str = "train", **options: Any) -> Any:
     or from a hub name.
 
     Reads the formats of docs/format.md, each row by itself. Text with an implicit prompt stays text. Other columns
-    stay. What had to be repaired is counted in a warning of the logger `clair`. Raises UserError for a missing column
-    (naming those found), a row that cannot be read (with its number), and a source that is not there.
+    stay. `name` and `columns` are those of `loading.load_preferences`. What had to be repaired is counted in a warning
+    of the logger `clair`. Raises UserError for a missing column (naming those found), a row that cannot be read (with
+    its number), and a source that is not there.
     """
-    read = read_pairs(_load(str(path), split, **options), path)
+    read = load_preferences(path, split, pairs=True, **options)
     for note in read.notes:
         logging.getLogger("clair").warning("%s: %s", path, note)
     return read.dataset
-
-
-def load_preferences(path: str | Path, split: str = "train", **options: Any) -> Preferences:
-    """The pairs of a source as `load_pairs` reads them; or its unpaired rows, where it has completions and no chosen.
-
-    Unpaired rows are TRL's: prompt and completion (text or messages, here message lists) and a label. Their other
-    columns stay, and raises are the same. With them comes what was repaired.
-    """
-    dataset = _load(str(path), split, **options)
-    if "completion" not in dataset.column_names or {"chosen", "rejected"} & set(dataset.column_names):
-        return read_pairs(dataset, path, split)
-    check_columns(dataset.column_names, f"dataset {path}")
-    return read_dataset(dataset, f"dataset {path}", split)
-
-
-def read_pairs(dataset: Any, path: str | Path, name: str = "") -> Preferences:
-    """The pairs of a loaded dataset. Raises UserError as `load_pairs` does."""
-    check_columns(dataset.column_names, f"dataset {path}", pairs=True)
-    columns = dataset.column_names
-    if "rational" in columns and "reasoning" not in columns:
-        dataset = dataset.rename_column("rational", "reasoning")
-    return read_dataset(dataset, f"dataset {path}", name)
-
-
-def _load(path: str, split: str, **options: Any) -> Any:
-    import datasets
-
-    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-    try:
-        with read_here(path) as file:
-            if file.is_file() and file.suffix in kinds:
-                return datasets.load_dataset(kinds[file.suffix], data_files=str(file), split="train", **options)
-            return load_split(str(file), split, **options)
-    except UserError:
-        raise
-    except Exception as error:  # a name that is not there, no network, no such split: told with the library's words
-        raise UserError(f"dataset {path!r}, split {split!r}: {one_line(error)}") from error

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from clair.recipe import UserError, file_sha256, one_line
+from clair.sources import unpadded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -162,7 +163,7 @@ class _RowReader:
             raise UserError(f"{where} is {_shown(turn)}; an object with role and content needed")
         message = {str(key): value for key, value in turn.items() if value is not None}
         if not self.exact:
-            message = _unpadded(message)
+            message = unpadded(message)
         sharegpt = "role" not in message and "from" in message
         role = message.pop("from" if sharegpt else "role", None)
         content = message.pop("content", None)
@@ -214,12 +215,8 @@ class _RowReader:
         return [{"type": "function", "function": call} for call in calls]
 
     def _calls(self, value: Any, where: str) -> list[dict[str, Any]]:
-        told = f"tool_calls of {where}"
-        calls = self._json(value, told)
-        calls = [self._json(call, told) for call in (calls if isinstance(calls, list | tuple) else [calls])]
-        if not all(isinstance(call, Mapping) for call in calls):
-            raise UserError(f"{told}: {_shown(calls)}; a list of objects needed")
-        return [self._call(dict(call), told) for call in calls]
+        where = f"tool_calls of {where}"
+        return [self._call(call, where) for call in self._objects(value, where)]
 
     def _call(self, call: dict[str, Any], where: str) -> dict[str, Any]:
         holder = call.get("function") if isinstance(call.get("function"), Mapping) else call
@@ -237,21 +234,26 @@ class _RowReader:
     def _json(self, value: Any, where: str) -> Any:
         """A value that may be kept as JSON text; nulls that Arrow added are left out."""
         if not isinstance(value, str):
-            return value if self.exact else _unpadded(value)
+            return value if self.exact else unpadded(value)
         try:
             return json.loads(value)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where} is not JSON: {_shown(value)}") from error
 
+    def _objects(self, value: Any, where: str) -> list[dict[str, Any]]:
+        """A list of objects, where it or each of them may be JSON text."""
+        values = self._json(value, where)
+        values = values if isinstance(values, list | tuple) else [values]
+        values = [self._json(one, where) if isinstance(one, str) else one for one in values]
+        if not all(isinstance(one, Mapping) for one in values):
+            raise UserError(f"{where} is {_shown(value)}; a list of objects, or its JSON text, needed")
+        return [dict(one) for one in values]
+
     def _tools(self) -> list[dict[str, Any]] | None:
         value = self.row.get("tools")
         if value is None or value == "":
             return None
-        tools = self._json(value, "'tools'")
-        tools = [self._json(tool, "'tools'") for tool in (tools if isinstance(tools, list | tuple) else [tools])]
-        if not all(isinstance(tool, Mapping) for tool in tools):
-            raise UserError(f"'tools' is {_shown(value)}; a list of objects, or its JSON text, needed")
-        return tools or None
+        return self._objects(value, "'tools'") or None
 
     def _options(self) -> dict[str, Any] | None:
         value = self.row.get("chat_template_kwargs")
@@ -540,13 +542,6 @@ def _without_answer(prompt: Messages, turns: Mapping[str, Messages]) -> Messages
     """The prompt without its last turn where that is one of the answers."""
     repeated = len(prompt) > 1 and any(_same(prompt[-1:], answer) for answer in turns.values())
     return prompt[:-1] if repeated else prompt
-
-
-def _unpadded(value: Any) -> Any:
-    """A value without the keys that are null, at any depth."""
-    if isinstance(value, Mapping):
-        return {key: _unpadded(inner) for key, inner in value.items() if inner is not None}
-    return [_unpadded(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 # ---- whole datasets

@@ -113,6 +113,17 @@ def one_line(told: object, most: int = 400) -> str:
     return " ".join(str(told).split())[:most]
 
 
+def words_of(error: BaseException) -> str:
+    """What an error says and what caused it, on one line: a library's own error may say that there was one, no more."""
+    words: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        if (text := one_line(cause)) and not any(text in before for before in words):
+            words.append(text)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return one_line(": ".join(words) or type(error).__name__)
+
+
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """A copy of `values` with each `a.b=value` put in place; the value is read as YAML."""
     result: dict[str, Any] = json.loads(json.dumps(values))

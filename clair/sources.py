@@ -7,9 +7,11 @@ after an hour of spending; a million rows are never in memory.
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -21,12 +23,11 @@ from pydantic import Field
 
 from clair.overlap import Benchmark, NearDuplicates, Repeats
 from clair.prompts import task_text
-from clair.recipe import Recipe, UserError, content_hash, near_miss, one_line
+from clair.recipe import Recipe, UserError, content_hash, near_miss, one_line, words_of
 from clair.records import LABELS, Message, Messages, Prompt, Tools, content_id
 from clair.storage import public_path, read_here
 
 Holds = Callable[[str], bool]
-_READERS = (".jsonl", ".json", ".csv", ".parquet")
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
@@ -34,8 +35,8 @@ class PromptSource(Recipe):
     """`prompts:` of a data recipe."""
 
     path: str
-    """A .jsonl, .json, .csv or .parquet file or a dataset that clair built, here or at a URL that fsspec reads
-    (s3://...), a folder `datasets.load_dataset` reads, or a dataset name on the hub."""
+    """A .jsonl, .ndjson, .json, .csv, .tsv or .parquet file (text also as .gz) or a dataset that clair built, here or
+    at a URL that fsspec reads (s3://...), a folder `datasets.load_dataset` reads, or a dataset name on the hub."""
     split: str = "train"
     """The split, where `path` is a folder or a name."""
     columns: Mapping[str, str] = {}
@@ -331,22 +332,44 @@ def _clean(text: str) -> str:
 def _rows(source: PromptSource) -> Iterator[tuple[str, Any]]:
     """(where it stands, row) of every row."""
     with read_here(source.path) as path:
-        if path.suffix not in _READERS and not path.is_file():
+        if kind_of(path) is None and not path.is_file():
             yield from _dataset(source, str(path))
             return
         told = public_path(source.path)
-        for where, row in _file_rows(path):
+        for where, row in file_rows(path, "prompt file"):
             yield where.replace(str(path), told, 1), row
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix not in _READERS:
-        raise UserError(f"prompt file {path} is of no kind that is read: {', '.join(_READERS)}")
+def kind_of(path: Path) -> str | None:
+    """The suffix of a file that is read row by row, the `.gz` of a packed one left out; None for any other."""
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    return suffix if suffix in _READERS and (suffix != ".parquet" or path.suffix != ".gz") else None
+
+
+def file_rows(path: Path, what: str = "file") -> Iterator[tuple[str, Any]]:
+    """(where it stands, value) of every row of a file. Raises UserError for what cannot be read, with its place."""
+    kind = kind_of(path)
+    if kind is None:
+        raise UserError(f"{what} {path} is of no kind that is read: {', '.join(_READERS)}, and text packed as .gz")
     if not path.is_file():
-        raise UserError(f"prompt file {path} does not exist")
+        raise UserError(f"{what} {path} does not exist")
     if path.stat().st_size == 0:
-        raise UserError(f"prompt file {path} is empty; give at least one prompt")
-    yield from {".jsonl": read_jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[path.suffix](path)
+        raise UserError(f"{what} {path} is empty; give at least one row")
+    try:
+        yield from _READERS[kind](path)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is no whole .gz file ({one_line(error)}); pack it again") from error
+
+
+def _open(path: Path) -> Any:
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+
+
+def _decoded(line: bytes, where: str, encoding: str = "utf-8") -> str:
+    try:
+        return line.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 (byte 0x{line[error.start]:02x}); save the file as UTF-8") from error
 
 
 def _numbered(path: Path, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
@@ -355,21 +378,27 @@ def _numbered(path: Path, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     """(where it stands, value) of every line that is not blank. Raises UserError for a line that is not JSON."""
-    with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as lines:
+    with _open(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
+            text = _decoded(line, where, "utf-8-sig" if number == 1 else "utf-8")
             try:
-                yield where, json.loads(line)
+                yield where, json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: not JSON ({error}); mend or remove the line") from error
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    with _open(path) as file:
+        text = _decoded(file.read(), str(path), "utf-8-sig")
     try:
-        rows = json.loads(path.read_text("utf-8-sig", "replace"))
+        rows = json.loads(text)
     except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("{") and "\n" in text.strip():  # JSON Lines under another name
+            yield from read_jsonl(path)
+            return
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(rows, list):
         raise UserError(f"{path} holds {type(rows).__name__}, not a list of rows; use a list, or JSONL")
@@ -378,9 +407,14 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(1 << 30)
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+    separator = "\t" if kind_of(path) == ".tsv" else ","
+    with _open(path) as file:
+        lines = (
+            _decoded(line, f"{path}, line {number}", "utf-8-sig" if number == 1 else "utf-8")
+            for number, line in enumerate(file, 1)
+        )
         try:
-            yield from _numbered(path, csv.DictReader(file))
+            yield from _numbered(path, csv.DictReader(lines, delimiter=separator))
         except csv.Error as error:
             raise UserError(f"{path}: not CSV ({error})") from error
 
@@ -425,6 +459,11 @@ def unpadded(value: Any) -> Any:
     return [unpadded(inner) for inner in value] if isinstance(value, list) else value
 
 
+_READERS = {
+    ".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet
+}  # fmt: skip
+
+
 def load_split(path: str, split: str, **options: Any) -> Any:
     """`datasets.load_dataset`, never answered from its cache with what a folder held before.
 
@@ -447,7 +486,7 @@ def _dataset(source: PromptSource, path: str) -> Iterator[tuple[str, Any]]:
         rows = load_split(path, source.split)
         kinds = {name: "Json(" in str(kind) for name, kind in rows.features.items()}
     except Exception as error:  # a name that is not there, no network, an unknown split: told with the library's words
-        words = one_line(error)
-        raise UserError(f"prompts {source.path!r}: no such file, and load_dataset says: {words}") from error
+        why = "" if Path(path).exists() else "no such file, and "
+        raise UserError(f"prompts {source.path!r}: {why}load_dataset says: {words_of(error)}") from error
     read = ({name: value if kinds[name] else unpadded(value) for name, value in row.items()} for row in rows)
     yield from _numbered(Path(source.path), read)

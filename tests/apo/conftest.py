@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from pathlib import Path
@@ -151,3 +152,8 @@ def apart(one, other):
     assert set(one) == set(other)
     distance = sum(float((one[name].float() - other[name].float()).norm() ** 2) for name in one) ** 0.5
     return distance / sum(float(weight.float().norm() ** 2) for weight in one.values()) ** 0.5
+
+
+def write_jsonl(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

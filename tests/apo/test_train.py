@@ -24,12 +24,7 @@ from apo.plan import plan
 from apo.prefix import tokens_of
 from apo.train import train
 from clair.recipe import UserError, load_recipe, resolved
-from tests.apo.conftest import TRAINER, make_model, make_pairs, make_tokenizer
-
-
-def write_jsonl(path: Path, rows) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+from tests.apo.conftest import TRAINER, make_model, make_pairs, make_tokenizer, write_jsonl
 
 
 def run(recipe, **changes):
@@ -418,7 +413,7 @@ BAD_INPUT = {
     "no such split": (keys_are(dataset={"path": "PAIRS", "split": "dev"}), "split 'dev'"),
     "empty file": (rows_are(lambda rows: []), "pairs.jsonl"),
     "one row": (rows_are(lambda rows: rows[:1]), "has 1 row(s) to train on; at least 2 are needed"),
-    "missing column": (rows_are(without("chosen")), "found: prompt, rejected, id; needed: prompt, chosen, rejected"),
+    "missing column": (rows_are(without("chosen")), "found: id, prompt, rejected; needed: prompt, chosen, rejected"),
     "prompt that is not text": (rows_are(number_as_prompt), "pairs.jsonl"),
     "chosen equal to rejected": (rows_are(equal_in_each_row), "chosen is equal to rejected in 4 of 4 pairs"),
     "one pair left": (rows_are(equal_in_all_but_one), "1 row(s) are left to train on: 3 have equal answers"),

@@ -107,9 +107,9 @@ DROPS = (
 )
 
 
-def write_dataset(folder: Path, pairs: Sequence[Pair], drops: int = 0) -> Path:
+def write_dataset(folder: Path, pairs: Sequence[Pair], drops: int = 0, test_fraction: float = 0.05) -> Path:
     """A dataset folder as `clair build` leaves it, without its ledger: these pairs, and so many dropped rows."""
-    writer = DatasetWriter(folder, seed=0, test_fraction=0.05)
+    writer = DatasetWriter(folder, seed=0, test_fraction=test_fraction)
     for pair in pairs:
         writer.add(pair)
     for number in range(drops):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import math
 import random
@@ -238,7 +239,7 @@ def test_one_id_for_two_different_prompts_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("p.jsonl", b"", "is empty; give at least one prompt"),
+        ("p.jsonl", b"", "is empty; give at least one row"),
         ("p.jsonl", b"\n\n", "has no rows"),
         ("p.json", b"[]", "has no rows"),
         ("p.json", b'{"prompt": "a"}', "holds dict, not a list of rows"),
@@ -247,7 +248,7 @@ def test_one_id_for_two_different_prompts_is_refused(tmp_path):
         ("p.csv", b"text\nhello\n", "row 1: no column 'prompt'; columns found: text"),
         ("p.csv", b"prompt,id\na,1\n,2\n", "row 2: the prompt is empty"),
         ("p.parquet", b"no parquet", "not Parquet"),
-        ("p.txt", b"hello", "is of no kind that is read: .jsonl, .json, .csv, .parquet"),
+        ("p.txt", b"hello", "is of no kind that is read: .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
         ("p.xlsx", b"hello", "is of no kind that is read"),
     ],
 )
@@ -277,10 +278,50 @@ def test_labels_are_read_and_change_what_is_known_of_the_source(tmp_path):
     assert prompts(odd, columns={"source": "origin"})[0].labels == {}
 
 
-def test_bytes_that_are_no_utf_8_become_replacement_characters(tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_bytes(b'{"prompt": "caf\xe9"}\n')
-    assert prompts(path)[0].messages[0]["content"] == "caf\ufffd"
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n', ", line 2: not UTF-8 (byte 0xe9)"),
+        ("p.csv", b"prompt\na\ncaf\xe9\n", ", line 3: not UTF-8 (byte 0xe9)"),
+        ("p.csv", "prompt\na\n".encode("utf-16"), ", line 1: not UTF-8 (byte 0xff)"),
+        ("p.json", b'[{"prompt": "caf\xe9"}]', ": not UTF-8 (byte 0xe9)"),
+    ],
+)
+def test_a_file_that_is_not_utf_8_is_told_with_its_line(tmp_path, name, content, where):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        prompts(path)
+    assert str(error.value) == f"{path}{where}; save the file as UTF-8"
+
+
+@pytest.mark.parametrize("name", ["p.jsonl.gz", "p.ndjson", "p.ndjson.gz", "p.tsv", "p.csv.gz", "p.json.gz"])
+def test_these_files_hold_prompts_too(tmp_path, name):
+    kind = name.split(".")[1]
+    separator = "\t" if kind == "tsv" else ","
+    text = {"jsonl": '{"id": "a", "prompt": "say, this"}\n', "json": '[{"id": "a", "prompt": "say, this"}]'}
+    text |= {"ndjson": text["jsonl"]} | dict.fromkeys(("csv", "tsv"), f'id{separator}prompt\na{separator}"say, this"\n')
+    content = text[kind].encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (prompt,) = prompts(tmp_path / name)
+    assert (prompt.id, prompt.messages[0]["content"]) == ("a", "say, this")
+
+
+def test_a_packed_file_that_is_cut_off_is_told(tmp_path):
+    path = tmp_path / "p.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 100)[:-9])
+    with pytest.raises(UserError, match=r"p\.jsonl\.gz is no whole \.gz file"):
+        prompts(path)
+
+
+def test_a_folder_of_shards_with_two_types_in_a_column_says_so(tmp_path):
+    for number, value in enumerate(([1, 2], ["one"])):
+        table = pa.table({"prompt": ["a"] * len(value), "n": value})
+        pq.write_table(table, tmp_path / f"train-{number:05d}-of-00002.parquet")
+    with pytest.raises(UserError) as error:
+        prompts(tmp_path)
+    assert "no such file" not in str(error.value)
+    assert "int64" in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

@@ -102,3 +102,14 @@ def test_exported_unpaired_rows_are_the_pairs_cut_in_two(folder, tmp_path):
     assert rows["prompt"][::2] == rows["prompt"][1::2] == pairs["prompt"][:]
     assert (rows["completion"][::2], rows["completion"][1::2]) == (pairs["chosen"][:], pairs["rejected"][:])
     assert rows["label"][:] == [True, False] * len(pairs)
+
+
+def test_every_format_that_the_page_lists_is_read_as_the_same_row():
+    from clair.preferences import read_row
+
+    ((page, _, (_, *rows)),) = tables("read")
+    turns = {"prompt": ("user", "2 + 2?"), "chosen": ("assistant", "4"), "rejected": ("assistant", "5")}
+    same = {name: [{"role": role, "content": text}] for name, (role, text) in turns.items()}
+    for name, example in rows:
+        assert read_row(json.loads(example.strip("`")))[0] == same, f"{page}: {name}"
+    assert len(rows) > 8
