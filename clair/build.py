@@ -70,6 +70,11 @@ def check(config: BuildConfig, shard: Shard | None = None) -> Scan:
             f"{found.unique - given} of {found.unique} prompts have no answer and the recipe has no target; "
             f"add target: or an {column}"
         )
+    if config.pipeline == "stronger" and config.stronger is None and found.preferred < found.unique:
+        raise UserError(
+            f"{found.unique - found.preferred} of {found.unique} prompts have no stronger answer and the recipe has no "
+            f"stronger model; add stronger:, or fill the column that prompts.columns.stronger names"
+        )
     if config.pipeline == "judged" and config.judge is None and found.scored < found.unique:
         raise UserError(
             f"{found.unique - found.scored} of {found.unique} prompts have no scores and the recipe has no judge; add "

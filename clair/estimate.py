@@ -193,7 +193,8 @@ def replies(config: BuildConfig, found: Scan) -> dict[str, int]:
     """Replies by role that a build of what `found` holds comes to, about: each can be read, and no row is dropped."""
     given = found.compared if config.pipeline == "judged" else found.answered
     rows = found.held * found.unique / max(1, found.rows)
-    asked = {"target": rows * (1 - given / max(1, found.unique))}
+    ready = {"target": given, "stronger": found.preferred}
+    asked = {role: rows * (1 - count / max(1, found.unique)) for role, count in ready.items()}
     return {role: math.ceil(asked.get(role, rows) * _replies_per_row(config, role)) for role in config.models}
 
 

@@ -153,17 +153,24 @@ FILTERS: dict[str, Callable[..., str | None]] = {f.__name__: f for f in _FILTERS
 OFF = frozenset({"kept", "gap"})
 """Filters that a recipe must turn on. Real minimal revisions keep as little as a tenth of the words, so a kept-words
 band is a choice about the data, not a matter of soundness; and only scored pairs have a gap."""
+OF_REVISIONS = frozenset({"length"})
+"""Filters that a recipe must turn on where the winner is no revision of the loser: a right answer of ten words to a
+wrong one of a hundred is what such pairs are for."""
 
 
-def make_filters(settings: Mapping[str, bool | Mapping[str, Any]]) -> Filters:
-    """The filters that a recipe asks for. Raises UserError for an unknown filter or option, naming the near miss."""
+def make_filters(settings: Mapping[str, bool | Mapping[str, Any]], *, revisions: bool = True) -> Filters:
+    """The filters that a recipe asks for. Raises UserError for an unknown filter or option, naming the near miss.
+
+    `revisions`: the winner is made from the loser, by as few changes as it takes.
+    """
+    off = OFF if revisions else OFF | OF_REVISIONS
     for name in settings:
         if name not in FILTERS:
             raise UserError(f"unknown filter {name!r}{near_miss(name, FILTERS)}; allowed: {', '.join(FILTERS)}")
     return [
-        (name, _with_options(name, settings.get(name, name not in OFF)))
+        (name, _with_options(name, settings.get(name, name not in off)))
         for name in FILTERS
-        if settings.get(name, name not in OFF) is not False
+        if settings.get(name, name not in off) is not False
     ]
 
 

@@ -25,12 +25,24 @@ async def revised(prompt: Prompt, *, target: Asker | None, reviser: Reviser, fil
     return keep(_pair(prompt, revised, answer, models, labels, revision.reasoning), filters)
 
 
-async def stronger(prompt: Prompt, *, target: Asker | None, stronger: Asker, filters: Filters) -> Pair:
-    """Stronger preferred: rejected is the target's own answer, chosen is a stronger model's, unseen by any judge."""
-    answer, better = await together(generate(prompt, target), answer_of(prompt, stronger))
-    models = {"rejected": _author(prompt, target), "chosen": stronger.model.name}
+async def stronger(prompt: Prompt, *, target: Asker | None, stronger: Asker | None, filters: Filters) -> Pair:
+    """Stronger preferred: rejected is the target's own answer, chosen is a stronger model's, unseen by any judge.
+
+    Either is the ready one where the row has it.
+    """
+    answer, better = await together(generate(prompt, target), _better(prompt, stronger))
+    by = stronger.model.name if stronger and prompt.stronger is None else "prompt file"
+    models = {"rejected": _author(prompt, target), "chosen": by}
     labels = {"source": "stronger", **prompt.labels}
     return keep(_pair(prompt, better, answer, models, labels), filters)
+
+
+async def _better(prompt: Prompt, stronger: Asker | None) -> Answer:
+    if prompt.stronger is not None:
+        return Answer(visible(prompt.stronger))
+    if stronger is None:
+        raise Dropped("stronger", "no_answer", "the row has no stronger answer and the recipe has no stronger model")
+    return await answer_of(prompt, stronger)
 
 
 async def judged(prompt: Prompt, *, target: Asker | None, judge: Judge | None, samples: int, filters: Filters) -> Pair:

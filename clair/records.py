@@ -56,11 +56,13 @@ class Prompt:
     """What the row says under the names of `LABELS`; handed on to its pair."""
     tools: Tools = ()
     """The tools that the model may call."""
+    stronger: str | None = None
+    """A stronger model's ready answer."""
 
     @property
     def content_id(self) -> str:
         """Hash of the messages, all ready answers and the tools: 16 hex digits, the same on every machine."""
-        return content_id(self.messages, self.answer, self.answers, self.scores, self.tools)
+        return content_id(self.messages, self.answer, self.answers, self.scores, self.tools, self.stronger)
 
     @property
     def plain(self) -> bool:
@@ -74,10 +76,12 @@ def content_id(
     answers: tuple[str, ...] = (),
     scores: tuple[float, ...] = (),
     tools: Tools = (),
+    stronger: str | None = None,
 ) -> str:
     """The first 16 hex digits of the hash of a conversation, its ready answers and its tools."""
     ready = [answers, scores] if answers else []
-    return content_hash([list(messages), answer, *ready, *([{"tools": tools}] if tools else [])])[:16]
+    more = {name: value for name, value in (("tools", tools), ("stronger", stronger)) if value}
+    return content_hash([list(messages), answer, *ready, *([more] if more else [])])[:16]
 
 
 @dataclass(frozen=True, slots=True)

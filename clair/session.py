@@ -179,14 +179,15 @@ async def session(
 
 
 def _assembled(config: BuildConfig, askers: Mapping[str, Asker], stop: Stop) -> Session:
-    words, filters, target = templates(config), make_filters(config.filters), askers.get("target")
+    words, target = templates(config), askers.get("target")
+    filters = make_filters(config.filters, revisions=config.pipeline == "revised")
     made = partial(Session, config, askers, stop)
     if config.reviser:
         own = config.reviser
         reviser = Reviser(askers["reviser"], words["reviser"], words.get("edits"), own.system, own.ask_again)
         return made(partial(revised, target=target, reviser=reviser, filters=filters), None)
-    if config.stronger:
-        return made(partial(stronger, target=target, stronger=askers["stronger"], filters=filters), None)
+    if config.pipeline == "stronger":
+        return made(partial(stronger, target=target, stronger=askers.get("stronger"), filters=filters), None)
     judge = None
     if config.judge:
         judge = Judge(askers["judge"], words["judge"], config.judge.order, config.judge.system, config.judge.ask_again)

@@ -41,7 +41,7 @@ class PromptSource(Recipe):
     """The split, where `path` is a folder or a name."""
     columns: Mapping[str, str] = {}
     """What the columns are called where not prompt, answer, id, answers, scores, tools, user, group, behaviour and
-    source: {prompt: instruction}."""
+    source: {prompt: instruction}; and `stronger`, a stronger model's answers, read only where their column is named."""
     near_duplicates: float | None = Field(None, gt=0, le=1)
     """Leave out prompts that share at least this much of their 5-word runs with an earlier one. Off by default: it
     judges by words alone, and tasks made from a template differ in few."""
@@ -63,6 +63,8 @@ class Scan:
     """Different prompts with several ready answers."""
     scored: int
     """Different prompts whose answers have scores."""
+    preferred: int
+    """Different prompts with a stronger model's ready answer."""
     sha256: str
     tools: bool = False
     """Whether any row has tools, or turns with more than role and content."""
@@ -89,15 +91,16 @@ def _scanned(source: PromptSource, limit: int | None, holds: Holds, contents: Re
 
     digest, like, held, tools = _Digest(), _like(source), 0, False
     # 8 bytes of each hash: a clash among 10^6 has odds of 3 in 10^8.
-    counts, row = [0] * 4, -1  # different prompts, and of these those with an answer, with answers, with scores
+    counts, row = [0] * 5, -1  # different prompts, and of these those with an answer, answers, scores, a stronger one
     for row, prompt in enumerate(read_prompts(source, limit)):
         content = digest.add(prompt)
         held += holds(prompt.id)
         tools |= not prompt.plain
         own = [like(prompt) is None, prompt.answer is not None, bool(prompt.answers), bool(prompt.scores)]
+        own.append(prompt.stronger is not None)
         counted = [own[0] and one for one in own]
         counts = [count + one for count, one in zip(counts, counted, strict=True)]
-        contents.add(int(content, 16), row << 4 | sum(one << bit for bit, one in enumerate(counted)))
+        contents.add(int(content, 16), row << 5 | sum(one << bit for bit, one in enumerate(counted)))
         if prompt.id != content:
             ids.add(int(content_hash(prompt.id)[:16], 16), row)
     if row < 0:
@@ -105,7 +108,7 @@ def _scanned(source: PromptSource, limit: int | None, holds: Holds, contents: Re
     repeated = np.zeros(row // 8 + 1, dtype=np.uint8)
     for found in contents.found():
         counts = [count - int((found >> bit & 1).sum()) for bit, count in enumerate(counts)]
-        np.bitwise_or.at(repeated, found >> 7, np.uint8(1) << (found >> 4 & 7).astype(np.uint8))
+        np.bitwise_or.at(repeated, found >> 8, np.uint8(1) << (found >> 5 & 7).astype(np.uint8))
     clashes = ids.found(lambda rows: repeated[rows >> 3] >> (rows & 7).astype(np.uint8) & 1 == 0)
     if clash := min((int(rows.min()) for rows in clashes if len(rows)), default=None):
         told = next(islice(read_prompts(source, limit), clash, None)).id
@@ -177,9 +180,9 @@ def read_prompts(source: PromptSource, limit: int | None = None) -> Iterator[Pro
     """The rows of the source as prompts, in order. Raises UserError with the row's number where one is unusable."""
     names = {name: name for name in ("prompt", "answer", "id", "answers", "scores", "tools", *LABELS)}
     for key in source.columns:
-        if key not in names:
-            allowed = ", ".join(names)
-            raise UserError(f"prompts.columns: unknown name {key!r}{near_miss(key, names)}; allowed: {allowed}")
+        if key not in (known := (*names, "stronger")):
+            allowed = ", ".join(known)
+            raise UserError(f"prompts.columns: unknown name {key!r}{near_miss(key, known)}; allowed: {allowed}")
     names |= source.columns
     for where, row in islice(_rows(source), limit):
         yield _prompt(row, names, where)
@@ -196,11 +199,12 @@ def _prompt(row: Any, names: Mapping[str, str], where: str) -> Prompt:
     messages = _messages(row[names["prompt"]], where)
     answer = _answer(row.get(names["answer"]), where)
     answers, scores = _answers(row, names, where)
+    stronger = _answer(row.get(names["stronger"]), where) if "stronger" in names else None
     own = row.get(names["id"])
     tools = _tools(row.get(names["tools"]), names["tools"], where)
-    id = content_id(messages, answer, answers, scores, tools) if own in (None, "") else _clean(str(own))
+    id = content_id(messages, answer, answers, scores, tools, stronger) if own in (None, "") else _clean(str(own))
     labels = {name: _label(row[names[name]], names[name], where) for name in LABELS if row.get(names[name]) is not None}
-    return Prompt(id, messages, answer, answers, scores, labels, tools)
+    return Prompt(id, messages, answer, answers, scores, labels, tools, stronger)
 
 
 def _tools(value: Any, name: str, where: str) -> Tools:

@@ -9,8 +9,9 @@ import math
 import pytest
 
 from clair.build import build
+from clair.config import BuildConfig
 from clair.dataset import read_rows
-from clair.recipe import UserError
+from clair.recipe import UserError, resolve
 from tests.clair.scripted import Scripted, between, endpoint, install, oracle_verdict, recipe, revision, verdict
 
 
@@ -221,6 +222,29 @@ def test_accept_gives_exactly_the_first_pairs_in_the_order_of_the_prompts(tmp_pa
 def test_roles_that_are_missing_or_would_be_ignored_are_refused(tmp_path, keys, told):
     with pytest.raises(UserError, match=told):
         recipe(tmp_path / "out", given(1), **keys)
+
+
+def test_a_stronger_answer_can_come_from_a_column_and_its_length_is_no_fault(tmp_path):
+    rows = [{"id": "r", "prompt": "q", "answer": "a wrong answer of very many words " * 4, "gold": "Right."}]
+    config = {
+        "pipeline": "stronger",
+        "prompts": {"path": str(tmp_path / "rows.jsonl"), "columns": {"stronger": "gold"}},
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    built = build(resolve(BuildConfig, config | {"out": str(tmp_path / "out")}))
+    (row,) = pairs(tmp_path / "out").values()
+    assert text(row, "chosen") == "Right."
+    assert built.manifest["models"] == {}
+    bounded = config | {"out": str(tmp_path / "bounded"), "filters": {"length": True}}
+    assert build(resolve(BuildConfig, bounded)).manifest["drop_reasons"] == {"filter.length": 1}
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**rows[0], "gold": None}) + "\n")
+    with pytest.raises(UserError, match="1 of 1 prompts have no stronger answer and the recipe has no stronger model"):
+        build(resolve(BuildConfig, config | {"out": str(tmp_path / "none")}))
+
+
+def test_a_right_answer_among_given_ones_may_be_much_shorter(tmp_path):
+    rows = [{"id": "r", "prompt": "q", "answers": ["It is 4.", "a wrong answer of many words " * 9], "scores": [1, 0]}]
+    assert build(recipe(tmp_path / "out", rows, pipeline="judged")).manifest["counts"]["pairs"] == 1
 
 
 def test_a_judged_recipe_without_answers_or_judge_says_what_is_missing(tmp_path):
