@@ -197,7 +197,11 @@ async def _fill(
             on_progress(writer, run.askers)
             if writer.pairs == config.accept and not pending:
                 return True
-    return not pending and run.stop.reason is None
+    finished = not pending and run.stop.reason is None
+    if finished:
+        for asker in run.askers.values():
+            asker.check_refusals()
+    return finished
 
 
 def _begun(config: BuildConfig, out: Path) -> bool:

@@ -38,6 +38,9 @@ class ModelConfig(Recipe):
     requests_per_minute: int | None = Field(None, ge=1)
     tokens_per_minute: int | None = Field(None, ge=1)
     timeout: float = Field(600.0, gt=0)
+    """Seconds for one try, from its turn at the server to the last byte."""
+    patience: float = Field(300.0, gt=0)
+    """Seconds without any answer, while requests are refused or fail, after which the run ends; all so far is kept."""
     batch: bool | BatchConfig = False
     """Ask through the service's Batch API: within a day, at half the price. true, or a mapping with its options."""
     batch_size: int = Field(16, ge=1)
@@ -179,6 +182,7 @@ def _paths(config: BuildConfig) -> dict[str, str]:
 
 ROLE_PASSING = {
     "timeout",
+    "patience",
     "batch",
     "batch_size",
     "batch_tokens",

@@ -88,7 +88,10 @@ async def _check(
     try:
         on_step(f"{asked.url}: which model is served")
         asked.name = model or await _only_model(asked)
-        await asked.check()
+        try:
+            await asked.check()
+        except Unreachable as error:
+            raise UserError(f"{asked.url} is not ready ({error}); try again when it is") from error
         checks = [Check("model", True, asked.name)]
         for name, check in (
             ("chat template", partial(_template, asked, tokenizer)),

@@ -27,7 +27,8 @@ EXIT_USER_ERROR = 2
 EXIT_SOME_FAILED = 3
 """Some rows failed (their reasons are in dropped.jsonl) and the rest is complete."""
 EXIT_BUDGET = 4
-"""The budget is used up: everything paid for is kept; run the same command with a larger one to go on."""
+"""The budget, or a limit of a server, is used up: everything paid for is kept; run the same command with a larger one,
+or later, to go on."""
 EXIT_STOPPED = 5
 """Training was stopped by what it found: a guard rail, a loss that is no number, no memory left. The last good
 checkpoint is kept; the message says what to change."""

@@ -309,7 +309,7 @@ def open_askers(
     async def check_all() -> None:
         # Weights last: an endpoint that is not there is told in a second, not after minutes of loading.
         for asker in sorted(askers.values(), key=lambda asker: isinstance(asker.model, LocalModel)):
-            await asker.model.check()
+            await asker.check()
 
     async def ready() -> None:
         nonlocal checked
@@ -362,6 +362,7 @@ def open_askers(
             stop=stop,
             ready=ready,
             attempts=config.attempts,
+            patience=model.patience,
         )
     return askers
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from clair.recipe import UserError
+from clair.recipe import EXIT_BUDGET, UserError
 from clair.records import Reply, incomplete_reason
 
 
@@ -19,7 +19,10 @@ class Model(Protocol):
     """What a reply belongs to: weights hash, `id:` of the recipe, or model name and base URL."""
 
     async def check(self) -> None:
-        """See that the model is there and may be asked, before anything is spent. Raises Refused."""
+        """See that the model is there and may be asked, before anything is spent.
+
+        Raises Refused, and Unreachable with `starting` where it may be there a little later.
+        """
 
     async def complete(self, request: Mapping[str, Any], sample: int = 0) -> str:
         """The raw JSON text of a chat completion. Raises Refused, RequestFailed, TooMany or Unreachable.
@@ -35,36 +38,50 @@ class Refused(UserError):
     """The endpoint refuses every request: wrong key, unknown model, no quota left. The run stops at once."""
 
 
-class RequestFailed(Exception):
-    """The endpoint refuses this one request, for good; the others may go on."""
+class LimitReached(Refused):
+    """The endpoint takes no more for now: a rate or a quota is used up. The run ends, and goes on at another time."""
 
-    def __init__(self, reason: str, detail: str, raw: str | None = None) -> None:
+    exit_code = EXIT_BUDGET
+
+
+class RequestFailed(Exception):
+    """The endpoint refuses this one request, for good; the others may go on.
+
+    `moderated`: for what its prompt says, so that it tells nothing about the others.
+    """
+
+    def __init__(self, reason: str, detail: str, raw: str | None = None, *, moderated: bool = False) -> None:
         super().__init__(detail)
         self.reason = reason
         self.detail = detail
         self.raw = raw
+        self.moderated = moderated
 
 
 class TooMany(Exception):
-    """429: asked too often or too much at once. `retry_after` is in seconds, None where the server gave none."""
+    """429: asked too often or too much at once. `retry_after` is in seconds, None where the server gave none.
 
-    def __init__(self, retry_after: float | None) -> None:
-        super().__init__("429")
+    `in_body`: the status was 200, so that asking goes on as after any error of a server.
+    """
+
+    def __init__(self, retry_after: float | None, words: str = "", *, in_body: bool = False) -> None:
+        super().__init__(f"429: {words}" if words else "429")
         self.retry_after = retry_after
+        self.in_body = in_body
 
 
 class Unreachable(Exception):
     """A server error, a timeout or a broken connection: worth another try.
 
     `billed`: the request may have been answered and paid for, only the reply did not arrive. `timeout`: the server
-    took too long. `waiting`: it took no connection while it answered other requests, which is no failure.
+    took too long. `starting`: it is there, and says that it is not ready.
     """
 
-    def __init__(self, told: str, *, billed: bool = False, timeout: bool = False, waiting: bool = False) -> None:
+    def __init__(self, told: str, *, billed: bool = False, timeout: bool = False, starting: bool = False) -> None:
         super().__init__(told)
         self.billed = billed
         self.timeout = timeout
-        self.waiting = waiting
+        self.starting = starting
 
 
 def reply_of(raw: str, *, tools: bool = False) -> Reply:

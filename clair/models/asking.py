@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,16 +13,19 @@ from typing import Any
 from clair.budget import Budget, BudgetReached, most_tokens
 from clair.ledger import IN_BATCH, MINE, Claim, Ledger, Stored, Tokens, call_key
 from clair.limits import Limiter, Rate
-from clair.models import Model, Refused, RequestFailed, TooMany, Unreachable, reply_of
+from clair.models import LimitReached, Model, Refused, RequestFailed, TooMany, Unreachable, reply_of
 from clair.models.batch import Batches
 from clair.models.batch_service import Pending
 from clair.models.local import LocalModel
+from clair.progress import duration, tell
 from clair.records import Dropped, Reply, Tools
 
 NOTHING = Tokens(0, 0)
 _FIRST_BACKOFF = 0.5
 _LONGEST_BACKOFF = 60.0
 _LOOK_AGAIN = 0.2
+_SAME_REFUSALS = 5  # the first requests of a role, after which all others would be refused too
+_MOST_WORDS = 5  # different words of a server that are told at once; a bar shows the last ones
 _TRIES_OF_MALFORMED = 2  # a reply that cannot be read may have been paid for: one more try, not many
 
 
@@ -107,14 +111,20 @@ class Asker:
     failed: dict[str, tuple[str, str]] | None = None
     """Requests that failed for good, where the build goes through its prompts more than once: reason and detail."""
     attempts: int = 6
-    patience: float = 120.0
-    """Seconds without any answer, while requests fail to get through, after which the endpoint counts as dead."""
+    patience: float = 300.0
+    """Seconds without any answer, while requests fail to get through, after which the endpoint counts as dead; also the
+    most that it may ask to wait."""
     tally: Tally = field(default_factory=Tally)
     asked: int = 0
     """Calls of earlier passes."""
+    words: str = ""
+    """What the server said when it last asked us to wait; nothing once it has answered again."""
+    _answered: bool = False
+    _refusals: dict[str, list[RequestFailed]] = field(default_factory=dict)
+    _told_words: set[str] = field(default_factory=set)
+    _failing_since: float | None = None
     _asking: dict[str, asyncio.Future[str | Stored]] = field(default_factory=dict)
     _calls: set[asyncio.Task[Any]] = field(default_factory=set)
-    _last_answer: float = field(default_factory=time.monotonic)
 
     async def ask(self, messages: list[Any], *, row: str, sample: int = 0, tools: Tools = ()) -> Reply:
         """The model's reply to `messages`, from the ledger or from the model; paid for at most once.
@@ -139,6 +149,7 @@ class Asker:
                 self.failed[key] = (error.reason, error.detail)
             raise Dropped(self.role, error.reason, error.detail, failed=True) from error
         known = isinstance(found, Stored)
+        self._answered = True
         self.tally.add(reply, reused=shared or known, batch=known and found.batch)
         return reply
 
@@ -161,9 +172,34 @@ class Asker:
         if isinstance(self.model, LocalModel):
             return self.model.doing
         limiter = self.limiter
+        said = f"the server says {self.words}" if self.words else ""
         if (pause := limiter.pause) >= 1:
-            return f"paused for {pause:.0f} s as the server asks"
+            return f"paused for {duration(pause)} as the server asks{said and ': ' + said}"
+        if said:
+            return said
         return f"the server takes {int(limiter.limit)} at once" if int(limiter.limit) < limiter.most else ""
+
+    async def check(self) -> None:
+        """See that the model is there; wait for one that is starting. Raises Refused."""
+        attempt = 0
+        while True:
+            try:
+                await self.model.check()
+                self._failing_since, self.words = None, ""
+                return
+            except Unreachable as error:
+                self._hear(error, time.monotonic())
+                if (silent := self._silent()) > self.patience:
+                    raise self._gone(silent, error) from error
+            attempt += 1
+            await asyncio.sleep(_backoff(attempt))
+
+    def check_refusals(self) -> None:
+        """At the end of a run: where all requests were refused in the same words, none is to blame. Raises Refused."""
+        for failures in self._refusals.values():
+            of_the_key = failures[0].reason == "http_403"
+            if not self._answered and len(self._refusals) == 1 and len(failures) >= (1 if of_the_key else 2):
+                raise self._refuses_all(failures)
 
     async def drain(self) -> None:
         """Wait for the requests in flight, which are paid for, until their replies are on disk."""
@@ -247,7 +283,7 @@ class Asker:
 
     async def _call(self, call: _Call) -> str:
         """Send the request until it is answered or refused for good; the caller holds a place in flight for it."""
-        attempt = 0
+        attempt = waits = 0
         while True:
             if self.stop.reason:  # it came while the ledger was written: drain() may be over, nothing may go out
                 self._leave(call, NOTHING)
@@ -259,15 +295,17 @@ class Asker:
             try:
                 # A cancelled row leaves its call to drain(): what is paid for is written down.
                 return await asyncio.shield(sent)
-            except TooMany as error:
+            except (TooMany, Unreachable, RequestFailed, Refused) as error:
                 last: Exception = error
-                wait = error.retry_after or 0.0
-            except (Unreachable, RequestFailed, Refused) as error:
-                last = error
-                attempt += 1
-                if attempt >= self._tries(error):
-                    await self._give_up(call, error)
-                wait = random.uniform(0.5, 1.0) * min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2 ** (attempt - 1))
+                if self._is_wait(error):
+                    waits += 1
+                    await self._end_if_too_long(call, error)
+                else:
+                    attempt += 1
+                    if attempt >= self._tries(error):
+                        await self._give_up(call, error)
+                # A server that is asked too often is spared by the limiter, too.
+                wait = error.retry_after or 0.0 if isinstance(error, TooMany) else _backoff(attempt + waits)
             self.tally.retries += 1
             await asyncio.sleep(wait)
             try:
@@ -291,40 +329,105 @@ class Asker:
             billed = call.most  # until the reply tells its usage
             reply = reply_of(raw, tools="tools" in call.request)
             billed = _usage(reply, call.most)
-            self._last_answer = time.monotonic()
+            self._failing_since, self.words, self._answered = None, "", True
+            seconds = time.monotonic() - started
             self.limiter.succeeded()
         except TooMany as error:
             self.limiter.refused(error.retry_after)
+            self._hear(error, started)
             raise
         except Unreachable as error:
             billed = call.most if error.billed else NOTHING
+            self._failing_since = self._failing_since or started
             raise
         finally:
             self._leave(call, billed)
-        await self.ledger.settle(call.key, raw, billed, call.most, self._last_answer - started)
+        await self.ledger.settle(call.key, raw, billed, call.most, seconds)
         return raw
 
+    # ---- tries that came to nothing
+
+    def _hear(self, error: Exception, started: float) -> None:
+        """The server asks to wait: what it says is told at once, and once."""
+        self._failing_since = self._failing_since or started
+        self.words = str(error)
+        alike = re.sub(r"[\d.]+", "#", self.words)  # `try again in 1.2 s`
+        if alike not in self._told_words and len(self._told_words) < _MOST_WORDS:
+            self._told_words.add(alike)
+            after = getattr(error, "retry_after", None)
+            tell(f"{self.role}: the server says {self.words}" + (f"; wait for {duration(after)}" if after else ""))
+
+    def _silent(self) -> float:
+        """Seconds since requests began to fail, of which none was answered since."""
+        return time.monotonic() - (self._failing_since or time.monotonic())
+
+    def _is_wait(self, error: Exception) -> bool:
+        """Whether a request waits for its turn, which is no try: within the limits, or until the server is up."""
+        if isinstance(error, TooMany):
+            return not error.in_body
+        return isinstance(error, Unreachable) and error.starting and not self._answered
+
+    async def _end_if_too_long(self, call: _Call, error: Exception) -> None:
+        """End the run where the server asks for more patience than there is. Raises Refused."""
+        after, silent = getattr(error, "retry_after", None) or 0.0, self._silent()
+        if after <= self.patience and (silent <= self.patience or self.limiter.in_flight):
+            return
+        over = self._over(error, after, silent) if isinstance(error, TooMany) else self._gone(silent, error)
+        self.stop.now(str(over), over)
+        await self.ledger.fail(call.key, str(error), call.most)
+        raise over from error
+
+    def _over(self, error: TooMany, after: float, silent: float) -> Refused:
+        asks = f"asks to wait for {duration(after)}" if after > self.patience else f"refuses since {duration(silent)}"
+        at = time.strftime("after %Y-%m-%d %H:%M", time.localtime(time.time() + after))
+        return LimitReached(
+            f"{self.role}: the server {asks} ({error}), and {self.role}.patience is {self.patience:g} s; every reply "
+            f"so far is kept: run the same command again {at if after else 'when the limit is over'}"
+        )
+
+    def _gone(self, silent: float, error: Exception) -> Refused:
+        return Refused(
+            f"{self.role}: no answer for {silent:.0f} s ({error}); everything paid for is kept, run the same command "
+            f"again when the endpoint is back"
+        )
+
+    def _refuses_all(self, failures: list[RequestFailed]) -> Refused:
+        key = failures[0].reason == "http_403"
+        what = "refuses the key" if key else f"refuses every request ({len(failures)} of {len(failures)})"
+        to_do = (
+            "check api_key_env and the variable it names" if key else "correct the recipe; nothing of it was answered"
+        )
+        return Refused(
+            f"{self.role}: {getattr(self.model, 'url', self.model.name)} {what} ({failures[0].detail}); {to_do}"
+        )
+
     def _tries(self, error: Exception) -> int:
-        if isinstance(error, Unreachable):
+        if isinstance(error, Unreachable | TooMany):
             return self.attempts
         return _TRIES_OF_MALFORMED if getattr(error, "raw", None) is not None else 1
 
     async def _give_up(self, call: _Call, error: Exception) -> None:
+        if isinstance(error, RequestFailed) and self._is_refused_by_all(error):
+            error = self._refuses_all(next(iter(self._refusals.values())))
         if isinstance(error, Refused):
             self.stop.now(str(error), error)
         unbilled = NOTHING if _may_be_billed(error) else call.most
         await self.ledger.fail(call.key, str(error), unbilled, getattr(error, "raw", None))
         if isinstance(error, RequestFailed | Refused):
             raise error
-        silent = time.monotonic() - self._last_answer
-        if silent > self.patience:
-            gone = Refused(
-                f"{self.role}: no answer for {silent:.0f} s ({error}); everything paid for is kept, run the same "
-                f"command again when the endpoint is back"
-            )
+        if (silent := self._silent()) > self.patience:
+            gone = self._gone(silent, error)
             self.stop.now(str(gone), gone)
             raise gone from error
         raise RequestFailed("unreachable", f"no answer after {self.attempts} tries: {error}") from error
+
+    def _is_refused_by_all(self, error: RequestFailed) -> bool:
+        """Count a refusal before any answer; whether the first ones were all in the same words."""
+        if self._answered or error.moderated or not error.reason.startswith("http_"):
+            return False
+        alike = self._refusals.setdefault(re.sub(r"\d+", "#", error.detail), [])
+        alike.append(error)
+        return len(self._refusals) == 1 and len(alike) >= _SAME_REFUSALS
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,6 +437,11 @@ class _Call:
     sample: int
     row: str
     most: Tokens
+
+
+def _backoff(attempt: int) -> float:
+    """Seconds to wait after so many tries."""
+    return random.uniform(0.5, 1.0) * min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2 ** max(0, attempt - 1))
 
 
 def _seen(task: asyncio.Future[Any]) -> None:

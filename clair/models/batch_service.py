@@ -87,7 +87,7 @@ class BatchService:
 
     async def look(self, id: str) -> Any:
         """The batch as it is. Raises NotListed, and TooMany or Unreachable at once."""
-        return await self.model.call(lambda client: client.batches.retrieve(id))
+        return await self._shown(lambda client: client.batches.retrieve(id))
 
     async def download(self, file: str, kept: IO[bytes]) -> None:
         """Write a file's content to `kept`. Raises NotListed, and TooMany or Unreachable at once."""
@@ -99,9 +99,18 @@ class BatchService:
                     kept.write(part)
 
         try:
-            await self.model.call(fetch)
+            await self._shown(fetch)
         except httpx2.HTTPError as error:  # it broke off
             raise Unreachable(str(error)) from error
+
+    async def _shown(self, ask: Callable[[Any], Awaitable[T]]) -> T:
+        try:
+            return await self.model.call(ask)
+        except RequestFailed as error:
+            raise Refused(
+                f"{self.role}: {self.url} does not show its batches ({error.detail}); check api_key_env and the "
+                f"variable it names"
+            ) from error
 
     async def _told(self, step: Callable[[], Awaitable[T]], what: str) -> T:
         try:

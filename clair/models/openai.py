@@ -5,16 +5,20 @@ from __future__ import annotations
 import email.utils
 import json
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from clair.models import Refused, RequestFailed, TooMany, Unreachable, encodable, reply_of
+from clair.models import Refused, RequestFailed, TooMany, Unreachable, as_completion, encodable, reply_of
 from clair.models.turns import turns_at
 from clair.recipe import one_line
 from clair.urls import endpoint_of, environment_headers, environment_values, filled, public_url
 
 T = TypeVar("T")
+_STARTING = (502, 503, 504, 529)
+_FILTERED = ("content_filter", "content_policy_violation", "data_inspection_failed")
+_MODERATED = re.compile(r"flagged|moderat|content.?(?:policy|filter)|usage polic|safety|\"reasons\"", re.IGNORECASE)
 _CONNECT_SECONDS = 15.0
 _LONGEST_WAIT = 86_400.0
 _SHORTEST_SECRET = 8  # what is shorter stands in ordinary words
@@ -69,7 +73,10 @@ class OpenAIModel:
         await self._client.close()
 
     async def check(self) -> None:
-        """List the models; where that does not show ours, ask for a single token. Raises Refused."""
+        """List the models; where that does not show ours, ask for a single token.
+
+        Raises Refused, and Unreachable with `starting` where the server is there and not ready.
+        """
         try:
             response = await self._request("GET", "/models", None)
             names = [entry["id"] for entry in json.loads(response)["data"]]
@@ -84,6 +91,8 @@ class OpenAIModel:
             except (RequestFailed, TooMany):
                 return  # it understood who was asked: that is all we wanted to know
             except Unreachable as error:
+                if error.starting:
+                    raise
                 if last:
                     told = f"{self.role}: cannot reach {self.url} ({error}); check the url in the recipe"
                     raise Refused(told) from error
@@ -93,12 +102,9 @@ class OpenAIModel:
         try:
             raw = await self._request("POST", "/chat/completions", {"model": self.name, **request})
         except Elsewhere as error:
-            if self._answered:  # it answers others: this one is sent to a page for logging in, or the like
-                raise RequestFailed("redirected", f"{self.url} {error}; it was not followed") from error
-            raise Refused(
-                f"{self.role}: {self.url} {error}; headers and prompts were not sent there: if that is right, put its "
-                f"address into the recipe as url"
-            ) from error
+            if not self._answered:
+                raise
+            raise RequestFailed("redirected", str(error)) from error  # to a page for logging in, or the like
         except NotListed as error:
             raise Refused(
                 f"{self.role}: {self.url} has no model {self.name!r}, or is not the base URL of an OpenAI-compatible "
@@ -117,31 +123,43 @@ class OpenAIModel:
         try:
             return await ask(self._client)
         except Redirected as error:
-            raise Elsewhere(str(error)) from error
+            raise Elsewhere(
+                f"{self.role}: {self.url} {error}; headers and prompts were not sent there: if that is right, put its "
+                f"address into the recipe as url"
+            ) from error
         except TooLarge as error:
             beginning = self.redacted(error.beginning.decode("utf-8", "replace"))
             raise RequestFailed("malformed_reply", str(error), beginning) from error
-        except openai.RateLimitError as error:
-            if error.code == "insufficient_quota":
-                raise Refused(f"{self.role}: {self.url} has no quota left: {self._words(error)}") from error
-            raise TooMany(retry_after(error.response.headers)) from error
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise Refused(
-                f"{self.role}: {self.url} refuses the key ({error.status_code}: {self._words(error)}); "
-                f"check api_key_env and the variable it names"
-            ) from error
-        except openai.NotFoundError as error:
-            raise NotListed(self._words(error)) from error
         except openai.APIConnectionError as error:  # timeouts are of this kind too
             cause = error.__cause__ or error
             timed_out = isinstance(cause, httpx2.ReadTimeout | httpx2.WriteTimeout | TimeoutError)
             words = "timeout" if timed_out else encodable(self.redacted(without_queries(str(cause)))[:200])
             raise Unreachable(words, billed=not _never_sent(error), timeout=timed_out) from error
         except openai.APIStatusError as error:
-            words = f"{error.status_code}: {self._words(error)}"
-            if error.status_code >= 500 or error.status_code in (408, 409, 425):
-                raise Unreachable(words) from error
-            raise RequestFailed(f"http_{error.status_code}", words) from error
+            body = error.body if isinstance(error.body, dict) else {}
+            raise self._failure(error.status_code, body, error.message, error.response.headers) from error
+
+    def _failure(self, status: int, body: Mapping[str, Any], text: str, headers: Mapping[str, str]) -> Exception:
+        """What an error of a server means. `body` is its `error` object, `text` what there is where that is silent."""
+        words = encodable(one_line(self.redacted(str(body.get("message") or text or "")), 300))
+        code, told = str(body.get("code") or ""), f"{status}: {words}"
+        if status == 429 and code == "insufficient_quota":
+            return Refused(f"{self.role}: {self.url} has no quota left: {words}")
+        if status == 429:
+            return TooMany(retry_after(headers), words)
+        if status == 401:
+            return Refused(
+                f"{self.role}: {self.url} refuses the key ({told}); check api_key_env and the variable it names"
+            )
+        if status == 402:
+            return Refused(f"{self.role}: {self.url} wants to be paid ({told}); every reply so far is kept")
+        if status == 404:
+            return NotListed(words)
+        if status >= 500 or status in (408, 409, 425):
+            return Unreachable(told, starting=status in _STARTING)
+        if status == 400 and (code in _FILTERED or "content_filter" in json.dumps(body)):
+            return Filtered("content_filter", told)
+        return RequestFailed(f"http_{status}", told, moderated=bool(_MODERATED.search(json.dumps(body) + text)))
 
     async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> str:
         import httpx2
@@ -160,9 +178,11 @@ class OpenAIModel:
         try:
             async with self._turns.within(self.timeout):
                 response = await self.call(ask)
+        except Filtered:
+            return as_completion("", "content_filter", self.name, 0, 0)
         except TimeoutError as error:
             raise Unreachable("timeout", billed=True, timeout=True) from error
-        except (Refused, RequestFailed, TooMany, NotListed, Elsewhere, Unreachable):
+        except (Refused, RequestFailed, TooMany, NotListed, Unreachable):
             raise
         except Exception as error:  # what a library does with an answer that nobody foresaw
             words = encodable(self.redacted(one_line(without_queries(str(error)), 200)))
@@ -172,7 +192,22 @@ class OpenAIModel:
         except UnicodeDecodeError as error:
             raw = self.redacted(response.content.decode("utf-8", "replace"))
             raise RequestFailed("malformed_reply", f"the reply is not UTF-8: {raw[:200]!r}", raw) from error
+        if '"error"' in text and '"choices"' not in text:
+            self._raise_error(text, response.headers)
         return self.as_said(text)
+
+    def _raise_error(self, raw: str, headers: Mapping[str, str]) -> None:
+        """Raise the error that came with status 200, where it says which status it would be."""
+        try:
+            error = json.loads(raw)["error"]
+            status = int(error["code"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return
+        failure = self._failure(status, error, "", headers)
+        if isinstance(failure, TooMany):
+            raise TooMany(failure.retry_after, str(failure).removeprefix("429: "), in_body=True)
+        if isinstance(failure, Refused | Unreachable):
+            raise failure
 
     def body(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """What is sent of a request: without the headers, and `${NAME}` filled in where it is not a row's text."""
@@ -188,12 +223,6 @@ class OpenAIModel:
         except RequestFailed:
             return self.redacted(text)
         return text
-
-    def _words(self, error: Any) -> str:
-        """What the server said, in one line and without our secrets."""
-        body = error.body if isinstance(error.body, dict) else {}
-        message = body.get("message") or error.message or ""
-        return encodable(one_line(self.redacted(str(message)), 300))
 
     def redacted(self, text: str) -> str:
         """The text without our secrets, which a careless server may repeat."""
@@ -232,7 +261,11 @@ class NotListed(Exception):
     """404."""
 
 
-class Elsewhere(Exception):
+class Filtered(RequestFailed):
+    """The prompt is refused by a content filter, today and at every other time: that is the outcome of its row."""
+
+
+class Elsewhere(Refused):
     """A redirect to another server."""
 
 

@@ -32,16 +32,16 @@ class Pool:
         self.timeout = max(getattr(model, "timeout", 0.0) for model in models)
 
     async def check(self) -> None:
-        """At least one endpoint must be there; others may come later. Raises Refused as the last one did."""
+        """At least one endpoint must be there; others may come later. Raises as the last one did."""
         results = await asyncio.gather(*(place.model.check() for place in self._places), return_exceptions=True)
         for place, result in zip(self._places, results, strict=True):
-            if isinstance(result, Refused):
+            if isinstance(result, Refused | Unreachable):
                 self._set_aside(place)
             elif isinstance(result, BaseException):
                 raise result
-        refused = [result for result in results if isinstance(result, Refused)]
-        if len(refused) == len(self._places):
-            raise refused[-1]
+        failed = [result for result in results if isinstance(result, Refused | Unreachable)]
+        if len(failed) == len(self._places):
+            raise next((error for error in failed if isinstance(error, Unreachable)), failed[-1])
 
     async def complete(self, request: Mapping[str, Any], sample: int = 0) -> str:
         """As the least loaded living endpoint answers."""

@@ -89,6 +89,14 @@ def stream(text: str) -> web.Response:
 
 HTML = b"<!DOCTYPE html><html><body><h1>502 Bad Gateway</h1></body></html>"
 
+FILTERED = {"code": "content_filter", "innererror": {"code": "ResponsibleAIPolicyViolation"}, "message": "Filtered."}
+FLAGGED = {"code": 403, "message": "Your input was flagged", "metadata": {"reasons": ["violence"]}}
+
+
+def failed(error: dict[str, Any], status: int = 200) -> Callable[[str], web.Response]:
+    return lambda text: web.json_response({"error": error}, status=status)
+
+
 REPLIES: dict[str, Callable[[str], web.Response]] = {
     "ok": said,
     "nousage": lambda text: said(text, usage=None),
@@ -131,6 +139,14 @@ REPLIES: dict[str, Callable[[str], web.Response]] = {
     "400surrogate": lambda text: refused(400, "Cannot read '\ud83d"),
     "400big": lambda text: refused(400, "no " * 1_000_000),
     "400text": lambda text: raw(b"no\nway", "text/plain", 400),
+    "400filter": failed(FILTERED, 400),
+    "402": lambda text: refused(402, "Insufficient credits."),
+    "403flagged": failed(FLAGGED, 403),
+    "403html": lambda text: raw(HTML, "text/html", 403),
+    "body402": failed({"code": 402, "message": "Insufficient credits."}),
+    "body429": failed({"code": 429, "message": "Rate limit exceeded."}),
+    "body503": failed({"code": "503", "message": "Overloaded."}),
+    "bodyerror": failed({"code": "odd", "message": "Something."}),
     "401": lambda text: refused(401, "Incorrect API key provided."),
     "403": lambda text: refused(403, "You may not use this model."),
     "404": lambda text: refused(404, "The model `m` does not exist.", "model_not_found"),
@@ -158,6 +174,7 @@ class Scripted:
         self.tries: Counter[str] = Counter()
         self.seen: list[dict[str, Any]] = []
         self.looked_at: list[dict[str, str]] = []
+        self.looks = 0
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=64 * 2**20)
@@ -167,6 +184,8 @@ class Scripted:
                 web.post("/v1/chat/completions", self.chat),
                 web.get("/broken/v1/models", self.broken_models),
                 web.post("/broken/v1/chat/completions", self.chat),
+                web.get("/loading/v1/models", self.loading),
+                web.post("/loading/v1/chat/completions", self.loading),
                 web.get("/seen", self.tell),
                 web.get("/forget", self.forget),
                 web.get("/looked-at", self.tell_looks),
@@ -181,6 +200,13 @@ class Scripted:
     async def broken_models(self, request: web.Request) -> web.Response:
         return raw(HTML, "text/html", 500, Connection="close")
 
+    async def loading(self, request: web.Request) -> web.StreamResponse:
+        """Not ready for the first looks."""
+        self.looks += 1
+        if self.looks <= 5:
+            return refused(503, "Loading model")
+        return await (self.chat if request.method == "POST" else self.models)(request)
+
     async def tell(self, _: web.Request) -> web.Response:
         return web.json_response(self.seen)
 
@@ -191,6 +217,7 @@ class Scripted:
         self.tries.clear()
         self.seen.clear()
         self.looked_at.clear()
+        self.looks = 0
         return web.Response()
 
     async def chat(self, request: web.Request) -> web.StreamResponse:

@@ -31,8 +31,12 @@ OUTCOMES = {
     "400surrogate": FAILED + "http_400",
     "400big": FAILED + "http_400",
     "400text": FAILED + "http_400",
+    "403": FAILED + "http_403",
+    "403flagged": FAILED + "http_403",
+    "403html": FAILED + "http_403",
     "413": FAILED + "http_413",
     "422": FAILED + "http_422",
+    "400filter": "reviser.content_filter",
     # too many: asked again until it is answered
     "429 ok": GOOD,
     "429 429 429 429 429 429 429 ok": GOOD,
@@ -64,6 +68,12 @@ OUTCOMES = {
     "gzip": FAILED + "unreachable",
     "garbled": FAILED + "unreachable",
     "trickle": FAILED + "unreachable",
+    # 200, and an error of the server inside
+    "body429 ok": GOOD,
+    "body503 ok": GOOD,
+    "body429": FAILED + "unreachable",
+    "body503": FAILED + "unreachable",
+    "bodyerror": FAILED + "malformed_reply",
     # 200, but no chat completion: asked once more
     "html ok": GOOD,
     "html": FAILED + "malformed_reply",
@@ -174,7 +184,8 @@ def test_other_rows_go_on_while_one_is_refused_for_its_own_sake(tmp_path, server
     ("step", "told"),
     [
         ("401", "refuses the key (401: Incorrect API key provided.); check api_key_env"),
-        ("403", "refuses the key (403: You may not use this model.)"),
+        ("402", "wants to be paid (402: Insufficient credits.)"),
+        ("body402", "wants to be paid (402: Insufficient credits.)"),
         ("404", "has no model 'm'"),
         ("404html", "is not the base URL of an OpenAI-compatible API (404"),
         ("quota", "has no quota left: You exceeded your current quota."),

@@ -11,14 +11,12 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from random import Random
 
 import pytest
 
 from clair.build import build
-from clair.models.asking import Asker
 from recipes.world.running import Running, running
 from recipes.world.server import ServerOptions
 from recipes.world.tasks import distinct_tasks, write_prompts
@@ -367,10 +365,10 @@ def test_an_endpoint_that_stays_away_gives_failed_rows_and_a_rerun_mends_them(tm
     assert final_bytes(tmp_path / "out") == undisturbed
 
 
-def test_an_endpoint_that_is_gone_for_long_ends_the_run_and_keeps_what_was_paid(tmp_path, server, monkeypatch):
-    monkeypatch.setattr("clair.session.Asker", partial(Asker, patience=0.2))
+def test_an_endpoint_that_is_gone_for_long_ends_the_run_and_keeps_what_was_paid(tmp_path, server):
+    reviser = {"url": server.url, "model": "m", "patience": 0.2}
     write_rows(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 4 + ["drop"] * 200))
-    told = error_line(clair("build", write_recipe(tmp_path, server.url, concurrency=4, attempts=2)))
+    told = error_line(clair("build", write_recipe(tmp_path, server.url, reviser=reviser, concurrency=4, attempts=2)))
     assert "no answer for" in told
     assert "run the same command again" in told
     assert len(server.seen()) < 4 + 2 * 200

@@ -1,0 +1,168 @@
+"""Servers that refuse: what holds for one row is a row's failure, what holds for all ends the run in their words."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from clair.build import build
+from clair.models import LimitReached, Refused
+from tests.clair.building import (
+    clair,
+    config_for,
+    drops,
+    manifest,
+    outcomes,
+    pairs,
+    scripted_rows,
+    write_prompts,
+    write_recipe,
+)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr("clair.models.asking._FIRST_BACKOFF", 0.01)
+    monkeypatch.setattr("clair.limits.PAUSE", 0.05)
+
+
+def built(tmp_path, server, scripts: list[str], **keys: Any):
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(scripts))
+    reviser = {"url": server.url, "model": "m", **keys.pop("reviser", {})}
+    return build(config_for(tmp_path, server.url, reviser=reviser, **keys))
+
+
+# ---- a refusal of one row, and of all
+
+
+@pytest.mark.parametrize("refusal", ["403", "403flagged", "403html"])
+@pytest.mark.parametrize("place", [0, 2])
+def test_one_forbidden_row_among_answered_ones_is_a_row(tmp_path, server, refusal, place):
+    scripts = ["ok"] * 5
+    scripts[place] = refusal
+    assert built(tmp_path, server, scripts, concurrency=1).failed == 1
+    assert len(pairs(tmp_path / "out")) == 4
+    assert [(row["id"], row["reason"]) for row in drops(tmp_path / "out")] == [(f"row-{place}", "http_403")]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 200])
+def test_a_403_to_everything_is_the_keys(tmp_path, server, rows):
+    with pytest.raises(Refused) as caught:
+        built(tmp_path, server, ["403"] * rows, concurrency=4)
+    assert f"reviser: {server.url} refuses the key (403: You may not use this model.)" in str(caught.value)
+    assert "check api_key_env" in str(caught.value)
+    assert len(server.seen()) <= 5 + 4
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("rows", [2, 200])
+def test_the_same_refusal_of_the_first_rows_ends_the_run_in_its_words(tmp_path, server, rows):
+    with pytest.raises(Refused, match=r"refuses every request .*\(400: This prompt is too long\.\)"):
+        built(tmp_path, server, ["400"] * rows, concurrency=4)
+    assert len(server.seen()) <= 5 + 4
+
+
+@pytest.mark.parametrize("scripts", [["400"], ["400"] * 4 + ["422"] + ["400"] * 4, ["ok"] + ["400"] * 20])
+def test_other_refusals_are_those_of_their_rows(tmp_path, server, scripts):
+    assert built(tmp_path, server, scripts, concurrency=1).failed == sum(script != "ok" for script in scripts)
+
+
+def test_rows_that_are_moderated_one_after_the_other_end_no_run(tmp_path, server):
+    assert built(tmp_path, server, ["403flagged"] * 8 + ["ok"], concurrency=1).failed == 8
+    assert len(pairs(tmp_path / "out")) == 1
+
+
+def test_rows_that_stay_refused_do_not_end_a_run_whose_other_rows_were_answered_before(tmp_path, server):
+    scripts = ["ok", *["400"] * 6]
+    for _ in range(2):
+        assert built(tmp_path, server, scripts, concurrency=1).failed == 6
+    assert server.steps().count("ok") == 1
+
+
+def test_what_a_content_filter_refuses_is_an_outcome_and_not_asked_again(tmp_path, server):
+    for _ in range(2):
+        assert built(tmp_path, server, ["ok", "400filter"]).failed == 0
+    assert outcomes(tmp_path / "out") == {"row-0": "good answer 0", "row-1": "reviser.content_filter"}
+    assert sorted(server.steps()) == ["400filter", "ok"]
+    assert manifest(tmp_path / "out")["tokens"]["reviser"]["completion"] == 20  # a refusal costs nothing
+
+
+# ---- limits
+
+
+def test_a_server_that_refuses_for_ever_ends_the_run_in_its_words_and_what_there_is_is_kept(tmp_path, server):
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 3 + ["429"] * 5))
+    reviser = {"url": server.url, "model": "m", "patience": 0.5}
+    ended = clair("build", write_recipe(tmp_path, server.url, reviser=reviser))
+    first, *_, last = ended.err.splitlines()
+    assert ended.code == 4
+    assert first == "reviser: the server says 429: Slow down."
+    assert last.startswith("error: reviser: the server refuses since ")
+    assert "(429: Slow down.), and reviser.patience is 0.5 s; every reply so far is kept" in last
+    assert "run the same command again" in last
+    assert "Traceback" not in ended.err
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 3))
+    assert clair("build", tmp_path / "recipe.yaml").code == 0
+    assert server.steps().count("ok") == 3
+
+
+def test_a_wait_that_is_longer_than_our_patience_ends_the_run_at_once_and_says_when_to_come_back(tmp_path, server):
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["429:40000"] * 100))
+    ended = clair("build", write_recipe(tmp_path, server.url, concurrency=4))
+    assert ended.code == 4
+    assert "reviser: the server says 429: Slow down.; wait for 11.1 h" in ended.err
+    assert "asks to wait for 11.1 h (429: Slow down.), and reviser.patience is 300 s; every reply" in ended.err
+    assert "run the same command again after 20" in ended.err
+    assert len(server.seen()) <= 4
+
+
+def test_a_longer_patience_waits(tmp_path, server):
+    assert built(tmp_path, server, ["429:1.5 ok"], reviser={"patience": 2}).failed == 0
+    with pytest.raises(LimitReached):
+        built(tmp_path, server, ["429:1.5 429:1.5 429 ok", "other"], reviser={"patience": 1})
+
+
+def test_no_patience_is_lost_while_the_server_works_on_another_request(tmp_path, server):
+    scripts = [*["wait:0.3"] * 20, "wait:3", "429:0.4 429:0.4 429:0.4 429:0.4 429:0.4 ok"]
+    assert built(tmp_path, server, scripts, reviser={"patience": 1.0}).failed == 0
+
+
+def test_words_of_a_server_are_told_once_however_often_it_says_them(tmp_path, server, capsys):
+    built(tmp_path, server, ["429:0.05 429:0.06 ok"] * 10)
+    assert capsys.readouterr().err.count("the server says") <= 1
+
+
+def test_an_error_429_in_a_reply_of_status_200_slows_down_and_is_asked_again_as_any_error(tmp_path, server):
+    held = []
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["body429 body429 body429 ok"] * 3))
+    build(config_for(tmp_path, server.url), on_progress=lambda _, askers: held.append(askers["reviser"].limiter))
+    assert held[-1].refusals == 9
+    assert len(pairs(tmp_path / "out")) == 3
+
+
+# ---- starting
+
+
+def test_a_server_that_loads_its_model_is_waited_for_at_the_first_look(tmp_path, server, capsys):
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 3))
+    build(config_for(tmp_path, server.url.replace("/v1", "/loading/v1"), attempts=1))
+    assert len(pairs(tmp_path / "out")) == 3
+    assert capsys.readouterr().err.count("reviser: the server says 503: Loading model") == 1
+
+
+def test_a_server_that_lists_its_models_while_it_loads_is_waited_for_too(tmp_path, server):
+    assert built(tmp_path, server, ["503 503 503 ok"] * 3, attempts=1).failed == 0
+
+
+def test_a_server_that_loads_for_ever_ends_the_run(tmp_path, server):
+    with pytest.raises(Refused, match=r"no answer for .* s \(503: Overloaded\.\)"):
+        built(tmp_path, server, ["503"] * 3, attempts=1, reviser={"patience": 0.3})
+
+
+def test_each_role_has_its_own_patience_and_it_is_no_part_of_the_dataset(tmp_path, server):
+    built(tmp_path, server, ["ok"], reviser={"patience": 10})
+    built(tmp_path, server, ["ok"], reviser={"patience": 20})
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text("utf-8"))
+    assert recipe["reviser"]["patience"] == 20
