@@ -243,9 +243,11 @@ def test_an_endpoint_that_is_not_there_gives_no_rate_and_says_so(scripted_server
     ("error", "words"),
     [("HTTP402", "402"), ("HTTP413", "413"), ("BODY429", "Rate limit exceeded"), ("HTTP400", "400")],
 )
-def test_an_error_of_the_judges_server_is_no_win_rate_and_the_command_goes_on(tmp_path, error, words):
+def test_an_error_of_the_judges_server_is_no_win_rate_and_the_command_goes_on(tmp_path, monkeypatch, error, words):
+    monkeypatch.setattr("clair.models.asking._FIRST_BACKOFF", 0.001)
+    monkeypatch.setattr("clair.limits.PAUSE", 0.001)
     won = "{teacher_reasoning}\nlonger\n\n{best_student_solution}\n[2]"
-    script = f"<<{error}|{error}|{won}>>" if error == "BODY429" else f"<<{error}|{won}>>"
+    script = f"<<{'|'.join([error] * (6 if error == 'BODY429' else 1))}|{won}>>"
     rows = [{"prompt": f"Question {n}?", "answer": f"answer {n}"} for n in range(4)]
     base, tuned = tmp_path / "base.jsonl", tmp_path / "tuned.jsonl"
     base.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
@@ -258,7 +260,7 @@ def test_an_error_of_the_judges_server_is_no_win_rate_and_the_command_goes_on(tm
         first = apo(*arguments)
         assert first.code == 3
         assert words in first.err
-        assert "there is no win rate" in first.err
+        assert error == "HTTP402" or "there is no win rate" in first.err
         if result.exists():
             found = json.loads(result.read_text("utf-8"))
             assert (found["win_rate"], found["length_controlled"]["rate"]) == (None, None)
