@@ -17,7 +17,6 @@ from clair.models.local import adapter_base
 from clair.recipe import UserError, one_line
 from clair.records import Dropped, Message
 
-MAX_NEW_TOKENS = 512
 _UPSTREAM_NAMES: Mapping[Split, str] = {"free-form": "close_freeform", "multiple-choice": "close_multichoice"}
 _ALIKE = 10_000  # more than any benchmark has rows of one question
 

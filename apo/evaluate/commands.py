@@ -52,6 +52,7 @@ def mixeval(
     temperature: Annotated[
         float | None, typer.Option(help="Instead of what the model's generation config says.")
     ] = None,
+    max_tokens: Annotated[int, typer.Option(help="The longest answer; 512 as upstream.")] = 512,
     seed: Annotated[int, typer.Option(help="What random draws start from; 42 as upstream.")] = 42,
     independent_judgements: Annotated[
         bool,
@@ -93,7 +94,7 @@ def mixeval(
     from apo.evaluate.settings import MixEvalConfig, check
     from clair.recipe import resolve
 
-    options = (model_name, model_key_env, model_id, model_price, temperature, batch_tokens)
+    options = (model_name, model_key_env, model_id, model_price, temperature, max_tokens, batch_tokens)
     several = [_model(one, *options) for one in model or [None]]
     who = several[0]
     values: dict[str, Any] = {
@@ -155,9 +156,11 @@ def _model(
     id_: str | None,
     price: str | None,
     temperature: float | None,
+    max_tokens: int,
     batch_tokens: int | None,
 ) -> dict[str, Any] | None:
-    from apo.evaluate.answers import MAX_NEW_TOKENS, batch_tokens_here
+    from apo.evaluate.answers import batch_tokens_here
+    from apo.evaluate.results import MAX_NEW_TOKENS
 
     if batch_tokens is not None and (model is None or model.startswith(("http://", "https://"))):
         raise UserError("--batch-tokens is for a model in a folder; leave it out")
@@ -167,10 +170,11 @@ def _model(
     if given and not is_endpoint:
         raise UserError(f"{given[0]} is for an endpoint; give its URL as --model, or leave it out")
     if model is None:
-        if temperature is not None:
-            raise UserError("--temperature is for a model that answers; give --model, or leave it out")
+        if temperature is not None or max_tokens != MAX_NEW_TOKENS:
+            option = "--temperature" if temperature is not None else "--max-tokens"
+            raise UserError(f"{option} is for a model that answers; give --model, or leave it out")
         return None
-    common = {"temperature": temperature, "max_tokens": MAX_NEW_TOKENS}
+    common = {"temperature": temperature, "max_tokens": max_tokens}
     if not is_endpoint:
         return {"path": model, "batch_tokens": batch_tokens or batch_tokens_here(), **common}
     if name is None:
@@ -327,6 +331,8 @@ def _run_winrate(config: Any, checked: Any) -> None:
     )
     end_early(done.stopped, failed if done.result is None else None)
     print_(winrate_table(done.result))
+    if done.result["distrust"]:
+        print_(done.result["distrust"])
     if done.refused:
         tell(
             f"{done.result['unanswered']} comparisons were refused ({done.refused}), so there is no win rate, only its "

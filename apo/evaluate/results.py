@@ -20,6 +20,9 @@ SCORE = "score.json"
 ITEMS = "items.jsonl"
 FORMAT = 1
 
+MAX_NEW_TOKENS = 512
+"""The benchmark's own limit of an answer."""
+
 Split = Literal["free-form", "multiple-choice"]
 SPLITS: tuple[Split, ...] = ("free-form", "multiple-choice")
 Profile = Literal["faithful", "strict"]
@@ -198,6 +201,7 @@ class Score(Recipe):
             "limit": self.limit,
             "profile": self.profile,
             "system": self.system,
+            "max_tokens": self.model.options.get("max_tokens", MAX_NEW_TOKENS),
             "judge.kind": self.judge.kind,
             "judge.model": self.judge.model,
             "judge.options": dict(self.judge.options),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,7 @@ def summary(compared: Sequence[Compared]) -> dict[str, Any]:
     whole = [one.value or 0.0 for one in settled if not (one.base.truncated or one.tuned.truncated)]
     bracket = [(math.fsum(whole) + extra) / len(compared) for extra in (0, len(compared) - len(whole))]
     ratios = [tuned / base for base, tuned in lengths if base]
+    consistency = _told(agree, asked, clustered_score) if agree else None
     return {
         "comparisons": len(compared),
         "resolved": len(settled),
@@ -104,9 +105,20 @@ def summary(compared: Sequence[Compared]) -> dict[str, Any]:
             **{side: math.fsum(pair[at] for pair in lengths) / len(lengths) for at, side in enumerate(SIDES)},
             "ratio": math.fsum(ratios) / len(ratios) if ratios else None,
         },
-        "consistency": _told(agree, asked, clustered_score) if agree else None,
+        "consistency": consistency,
+        "distrust": distrust(consistency),
         "truncated": {side: sum(getattr(one, side).truncated for one in settled) for side in SIDES},
     }
+
+
+def distrust(consistency: Mapping[str, Any] | None) -> str | None:
+    """Why a judge's verdicts are not worth more than a coin's, or None: they hang on the order of the answers."""
+    if consistency is None or consistency["ci95"] is None or consistency["ci95"][0] > 0.5:
+        return None
+    told = f"the judge agrees with itself in {100 * consistency['mean']:.0f} % of the comparisons shown in both orders"
+    if consistency["mean"] <= 0.5:
+        return f"{told}, no more than a coin does: it is no judge, and this rate says nothing about the models"
+    return f"{told}, which by chance a coin does too: too few to know whether it is a judge"
 
 
 def reasons(compared: Sequence[Compared]) -> dict[str, int]:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluate.answers import MAX_NEW_TOKENS
 from apo.evaluate.many import apart, names_of
-from apo.evaluate.results import read_results
+from apo.evaluate.results import MAX_NEW_TOKENS, read_results
 from clair.models.local import LocalModel
 from clair.recipe import UserError
 from tests.apo.evaluate.evaluating import apo, config_for, evaluated, final

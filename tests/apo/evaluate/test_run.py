@@ -185,6 +185,17 @@ def test_an_endpoints_answers_are_made_once_and_judged(data, tmp_path, server):
     assert len([body for body in server.seen() if body["model"] == "t"]) == 5
 
 
+def test_the_longest_answer_is_an_option_and_part_of_what_is_compared(data, tmp_path, server):
+    arguments = ["eval", "mixeval", "--data", data, "--model", server.url, "--model-name", "t", "--judge", "rule"]
+    for name, options in (("usual", []), ("short", ["--max-tokens", "9"])):
+        done = apo(*arguments, *options, "--out", tmp_path / name)
+        assert done.code == 0, done.err
+    assert {body["max_tokens"] for body in server.seen()} == {512, 9}
+    told = apo("compare", tmp_path / "usual", tmp_path / "short")
+    assert told.code == 2
+    assert "max_tokens is 9 in one and 512 in the other" in told.err
+
+
 def test_a_system_prompt_is_sent_and_recorded(data, tmp_path, server):
     model = {"url": server.url, "model": "t", "max_tokens": 512}
     score = evaluated(data, tmp_path / "out", model=model, system="Be brief.").score
@@ -325,6 +336,7 @@ def test_the_command_scores_tells_and_resumes(data, responses, tmp_path, server)
         (["--judge", "rule", "--profile", "loose"], "profile"),
         (["--judge", "rule", "--samples", "2"], "samples are for a model that answers"),
         (["--judge", "rule", "--temperature", "0"], "--temperature is for a model"),
+        (["--judge", "rule", "--max-tokens", "99"], "--max-tokens is for a model"),
         (["--judge", "rule", "--model-name", "m"], "--model-name is for an endpoint"),
         (["--judge", "rule", "--model", "somewhere"], "either a model that answers or a folder of responses"),
         (["--judge", "rule", "--independent-judgements"], "independent judgements are for a judge"),

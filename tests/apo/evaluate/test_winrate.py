@@ -82,6 +82,18 @@ def test_the_summary_by_pencil():
     assert found["unresolved"] == {"no_verdict": 1}
 
 
+@pytest.mark.parametrize(
+    ("agreeing", "of", "words"),
+    [(2, 10, "in 20 % of the comparisons shown in both orders, no more than a coin does: it is no judge"),
+     (100, 500, "it is no judge"), (5, 10, "it is no judge"), (6, 10, "too few to know"), (10, 10, None),
+     (60, 80, None)],
+)  # fmt: skip
+def test_a_judge_that_contradicts_itself_is_told_to_be_none(agreeing, of, words):
+    rows = [compared(str(n), ("tuned", "tuned" if n < agreeing else "base")) for n in range(of)]
+    said = summary(rows)["distrust"]
+    assert said is None if words is None else words in said
+
+
 def test_samples_of_one_prompt_are_one_cluster():
     values = [("tuned", "tuned"), ("base", "base")]
     apart = summary([compared(str(n), values[n // 2 % 2]) for n in range(40)])["win_rate"]
@@ -142,6 +154,7 @@ def test_a_judge_who_prefers_what_is_first_moves_nothing_and_is_told(tmp_path):
         found = compare(settings(tmp_path, biased.url)).result
     assert found["win_rate"]["mean"] == 0.5
     assert found["consistency"]["mean"] == 0
+    assert "agrees with itself in 0 %" in found["distrust"]
     assert found["position"]["share_first"] == 1
     assert found["position"]["biased"]
 
