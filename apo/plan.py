@@ -94,6 +94,7 @@ def plan(config: TrainConfig, processes: int | None = None) -> Plan:
             why.append(f"{count_equal:,} have equal answers")
         if too_long := train.dropped.get("too_long"):
             why.append(f"{too_long:,} are longer than {args.max_length:,} tokens, {bound}{change}")
+        why += [note for note in train.notes if note.startswith("train: ")]
         raise UserError(f"{len(train.dataset)} row(s) are left to train on: {'; '.join(why)}")
     if any("too_long" in split.dropped for split in (train, evaluated) if split):
         train.notes.append(f"too long is more than {args.max_length:,} tokens, {bound}")

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +51,6 @@ _RENDERED = re.compile(
     re.DOTALL,
 )
 """How a text begins that ChatML, Llama, Gemma, Harmony, Mistral or Phi has already been applied to."""
-_TAIL = 200
-"""Letters at the end of a rendered prompt in which an answer may begin."""
 _BLANKS = re.compile(r"\s+|\\[nrt]|\\(?=[\"'\\/])")
 
 
@@ -151,8 +150,6 @@ class _Conversation:
         self.tokenizer, self.ends, self.columns, self.notes = tokenizer, ends, columns, set()
         self.tools, self.options = row.get("tools"), row.get("chat_template_kwargs") or {}
         self.prompt, *self.answers = (row[column] for column in ("prompt", *columns))
-        for column, answer in zip(columns, self.answers, strict=True):
-            _check_answer(answer, column)
         self._check_not_rendered()
         self.begun = self.prompt[-1]["role"] == "assistant" and not self.prompt[-1].get("tool_calls")
         if self.begun:
@@ -336,37 +333,34 @@ class _Conversation:
                 if not _are_in(texts[0], pieces):
                     self.notes.add(f"prompt_{key}")
         for column, answer, text in zip(self.columns, self.answers, texts, strict=True):
-            # The generation prompt may hold the beginning of an answer, such as <think>.
-            trained = text[common_prefix(prompt_text, text) :]
-            parts = trained, prompt_text[-_TAIL:] + trained
             for message in answer:
-                self._check_lost_of(message, column, parts)
+                self._check_lost_of(message, column, prompt_text, text)
 
-    def _check_lost_of(self, message: Mapping[str, Any], column: str, parts: Sequence[str]) -> None:
+    def _check_lost_of(self, message: Mapping[str, Any], column: str, prompt_text: str, text: str) -> None:
+        def is_written(pieces: Sequence[str]) -> bool:
+            # The generation prompt may hold the beginning of an answer, such as <think>, or a letter of it.
+            return _are_in(text[common_prefix(prompt_text, text) :], pieces) or _are_in(
+                text[common_prefix(self._prompt_alone, text) :], pieces
+            )
+
         thoughts, said = _split_thoughts(message)
         calls = _calls(message)
-        if not _are_in(parts[0], calls):
+        if not is_written(calls):
             raise RowFault(
                 f"the chat template leaves out a tool call of {column!r}, or a part of it ({', '.join(calls)}), so "
                 "another answer would be trained; take a template that writes tool calls, or take the row out"
             )
-        if not any(_are_in(part, [said]) for part in parts):
+        if not is_written([said]):
             if not calls:
                 raise RowFault(f"the chat template leaves out text of {column!r}: {one_line(said, 60)!r}")
             self.notes.add("text")
-        if not any(_are_in(part, thoughts) for part in parts):
+        if not is_written(thoughts):
             self.notes.add("thoughts")
 
-
-def _check_answer(answer: list[dict[str, Any]], column: str) -> None:
-    if not answer:
-        raise RowFault(f"{column!r} has no messages; an assistant turn is needed")
-    for which, turn in (("begins", answer[0]), ("ends", answer[-1])):
-        if turn["role"] != "assistant":
-            raise RowFault(
-                f"{column!r} {which} with a turn of role {turn['role']!r}, which is no answer; an answer begins and "
-                "ends with an assistant turn"
-            )
+    @cached_property
+    def _prompt_alone(self) -> str:
+        """The prompt without the beginning of an answer."""
+        return self._render(self.prompt)[0]
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -229,6 +229,8 @@ def test_a_thought_that_goes_on_where_the_prompt_ends_is_not_left_out():
     found = encoded(pair("<think>\nhm\n</think>12", "<think>\nno\n</think>13"), letters(begins))
     assert found["_notes"] == []
     assert trained(found, "chosen") == ["hm\n</think>12<|end|>"]
+    found = encoded(pair("<b>12</b>", "13"), letters(NO_THOUGHTS))
+    assert (found["_verdict"], found["_notes"]) == ("", ["parted"])
 
 
 def test_earlier_thoughts_and_tools_that_the_template_leaves_out_are_noted():

@@ -8,6 +8,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from apo.checks import check_before_training
 from apo.distinguish import head_gradients
@@ -18,8 +21,9 @@ from apo.pairs import fingerprint
 from apo.prefix import lay_out
 from apo.probe import Probe
 from apo.reference import part_key
+from apo.tokens import end_ids, tokenize
 from tests.apo.conftest import NUMBERS, WORDS, make_model, make_pairs
-from tests.apo.test_trainer import apo_trainer, assert_same_run, trained
+from tests.apo.test_trainer import apo_trainer, assert_same_run, lora, options, trained
 
 
 def conversations(n: int = 12, seed: int = 1) -> list[dict]:
@@ -51,6 +55,58 @@ def test_the_models_own_tokens_are_trained_and_no_others(tmp_path, tokenizer, ta
         {key: row[key] for key in row if key.endswith("_ids") or (key.endswith("_mask") and row[key])}
         for row in ({key: row[key] for key in sorted(row)} for row in rows)
     ]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("apo_zero", "apo_zero"), ("sigmoid", "dpo")])
+def test_a_run_is_trls_on_the_same_completion_mask(tmp_path, tokenizer, talks, model_dir, theirs, ours):
+    class Masked(DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):
+            return dataset
+
+    done = tokenize(talks, tokenizer, None, end_ids(tokenizer)).dataset
+    stock = Masked(
+        model=str(model_dir), train_dataset=done, processing_class=tokenizer,
+        data_collator=TurnCollator(DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)),
+        args=DPOConfig(
+            **options(tmp_path), loss_type=theirs, use_cpu=True, bf16=False, gradient_checkpointing=False,
+            activation_checkpointing=False, remove_unused_columns=False,
+        ),
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    assert_same_run(trained(apo_trainer(tmp_path, tokenizer, talks, model, objective=ours)), trained(stock))
+
+
+@pytest.mark.slow
+def test_a_real_model_trains_its_own_turns_packed_as_padded(tmp_path, real_model):
+    tokenizer = AutoTokenizer.from_pretrained(real_model)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"How warm is it in {city}?"}],
+            "chosen": [
+                {"role": "assistant", "content": f"I look it up: weather({city})"},
+                {"role": "tool", "content": f"{degrees} degrees <|im_end|>"},
+                {"role": "assistant", "content": f"It is {degrees} degrees in {city} today."},
+            ],
+            "rejected": [{"role": "assistant", "content": "Warm enough, I should think."}],
+        }
+        for city, degrees in (("Oslo", 4), ("Rome", 24))
+    ]
+    runs = []
+    for shared in (True, False):
+        model = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32)
+        trainer = apo_trainer(tmp_path, tokenizer, Dataset.from_list(rows), model, lora(), shared_prefix=shared,
+                              max_steps=2, learning_rate=2e-3, per_device_train_batch_size=2)  # fmt: skip
+        check_before_training(trainer)
+        row = trainer.train_dataset[0]
+        said = tokenizer.decode(
+            [token for token, kept in zip(row["chosen_ids"], row["chosen_mask"], strict=True) if kept]
+        )
+        assert said == "I look it up: weather(Oslo)<|im_end|>It is 4 degrees in Oslo today.<|im_end|>"
+        assert "<|im_start|>tool\n4 degrees <|im_end|><|im_end|>" in tokenizer.decode(row["chosen_ids"])
+        runs.append(trained(trainer))
+    assert runs[0][0][0] - runs[0][0][-1] > 0.02
+    torch.testing.assert_close(torch.tensor(runs[0][0]), torch.tensor(runs[1][0]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(runs[0][1]), torch.tensor(runs[1][1]), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("reference", ["cached", "online"])
