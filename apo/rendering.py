@@ -51,7 +51,16 @@ _RENDERED = re.compile(
     re.DOTALL,
 )
 """How a text begins that ChatML, Llama, Gemma, Harmony, Mistral or Phi has already been applied to."""
+_HEAD = 60
+"""Letters at the beginning of a text in which a template's marks would stand."""
 _BLANKS = re.compile(r"\s+|\\[nrt]|\\(?=[\"'\\/])")
+
+
+def _rendered_already(number: int, column: str, mark: str) -> str:
+    return (
+        f"message {number} of {column!r} begins with {mark.strip()!r}: a chat template has already been applied to it; "
+        "give messages, or the text alone"
+    )
 
 
 class RowFault(UserError):
@@ -167,17 +176,25 @@ class _Conversation:
         tokens = (self.tokenizer.convert_ids_to_tokens(end) for end in sorted(self.ends))
         ends = tuple(token for token in tokens if token)
         for column, messages in zip(("prompt", *self.columns), (self.prompt, *self.answers), strict=True):
-            for number, message in enumerate(messages):
+            for number, message in enumerate(messages, 1):
                 if mark := _RENDERED.match(message["content"]):
-                    raise RowFault(
-                        f"turn {number} of {column!r} begins with {mark.group().strip()!r}: a chat template has "
-                        "already been applied to it; give messages, or the text alone"
-                    )
-            if column != "prompt" and (messages[-1].get("content") or "").rstrip().endswith(ends):
+                    raise RowFault(_rendered_already(number, column, mark.group()))
+            if column != "prompt" and messages[-1]["content"].rstrip().endswith(ends):
                 raise RowFault(
                     f"an answer ends with the end of turn twice: the text of {column!r} ends with it; take it out of "
                     "the text, the chat template writes it"
                 )
+
+    def _check_own_marks(self, texts: Sequence[str]) -> None:
+        """Raise RowFault for a text that begins as this template itself begins a turn."""
+        columns = ("prompt", *self.columns)
+        for column, messages, text in zip(columns, (self.prompt, *self.answers), (texts[0], *texts), strict=True):
+            for number, message in enumerate(messages, 1):
+                head = message["content"].strip()[:_HEAD]
+                before = text.partition(head)[0].rstrip()
+                for part in (head[:length].rstrip() for length in range(len(head), 0, -1)):
+                    if before.endswith(part) and self.marks.search(part):
+                        raise RowFault(_rendered_already(number, column, part))
 
     def _settle_calls(self) -> None:
         """Give arguments of tool calls as objects, or as JSON text where the template takes no objects (DeepSeek)."""
@@ -237,6 +254,8 @@ class _Conversation:
         asked = {"continue_final_message": True} if self.begun else {"add_generation_prompt": True}
         prompt_text, prompt = self._render(self.prompt, **asked)
         texts, wholes = zip(*(self._render(whole) for whole in self.wholes), strict=True)
+        if self.marks:
+            self._check_own_marks(texts)
         start = min(common_prefix(prompt, ids) for ids in wholes)
         if start < len(prompt):
             self.notes.add("parted")

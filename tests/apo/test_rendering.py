@@ -302,6 +302,9 @@ REFUSED = {
     "half a character": (pair("ok \ud83d"), "message 1 of 'chosen' holds half of a surrogate pair"),
     "rendered": (pair(prompt="<|im_start|>user\nHi<|im_end|>\n"), "a chat template has already been applied to it"),
     "rendered for Llama": (pair(prompt="<s>[INST] Hi [/INST]"), "a chat template has already been applied to it"),
+    "rendered by this template": (pair(prompt="<|start|>user\nHi<|end|>\n<|start|>assistant\n"),
+                                  "message 1 of 'prompt' begins with '<|start|>user': a chat template has already"),
+    "an answer that is rendered": (pair("<|start|>assistant\nPear."), "message 1 of 'chosen' begins with '<|start|>a"),
     "an end in the text": (pair("Pear.<|end|>\n"), "end of turn twice: the text of 'chosen' ends with it"),
     "tools": (pair(tools="look it up"), "'tools' is not JSON"),
     "a turn after the end of text": ({"prompt": "Hi", "chosen": "a<|end|>\nHow?", "rejected": "b"},
@@ -319,6 +322,13 @@ def test_what_is_only_like_a_rendered_text_or_json_messages_is_trained():
     assert not encoded(pair('[{"role": "user", "content": "a"}]', "no idea"))["_verdict"]
     assert not encoded(pair(prompt="<|im_start|> is what?"))["_verdict"]
     assert not encoded(pair(prompt="[INST] is what?"))["_verdict"]
+    assert not encoded(pair("<|end|> ends a turn.", prompt="<|start|> or <|end|>?"))["_verdict"]
+
+
+def test_a_text_that_this_template_has_been_applied_to_is_refused_in_any_family():
+    granite = CHATML.replace("<|start|>", "<|call|>").replace("\n{{", "<|tool|>{{")
+    told = refusal(pair(prompt="<|call|>user<|tool|>Hi<|end|>\n<|call|>assistant<|tool|>"), granite)
+    assert "message 1 of 'prompt' begins with '<|call|>user<|tool|>': a chat template has already" in told
 
 
 @pytest.mark.parametrize(
