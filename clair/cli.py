@@ -49,9 +49,11 @@ def build(
     from clair.build import build as build_dataset
     from clair.build import check
     from clair.config import BuildConfig, public
+    from clair.dataset import doubts
     from clair.estimate import replies
-    from clair.progress import progress
+    from clair.progress import duration, progress, tell
     from clair.recipe import load_recipe
+    from clair.session import template_notes
     from clair.shards import read_shard, sharded, shards_out
     from clair.storage import is_url, public_path
     from clair.terminal import build_progress, shards_progress, summary
@@ -63,6 +65,8 @@ def build(
     _check_runner(runner, shard=shard, address=address, shards=shards)
     with progress("building", details=lambda: ["checking recipe and prompts"]):
         found = check(sharded(config, part) if part else config, part)
+    for note in template_notes(config):
+        tell(f"note: {note}")
     if dry_run:
         import yaml
 
@@ -75,12 +79,16 @@ def build(
         with shards_progress(found.rows) as tell_all:
             built = build_on_ray(config, found, address=address, shards=shards, update=update, tell=tell_all)
     else:
-        with build_progress(found.held, replies(config, found)) as tell:
-            built = build_dataset(config, found=found, update=update, on_progress=tell, shard=part)
+        with build_progress(found.held, replies(config, found)) as on_progress:
+            built = build_dataset(config, found=found, update=update, on_progress=on_progress, shard=part)
     if built.stopped:
         print(f"{built.stopped}: every reply so far is kept; run the same command again to go on", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED if built.stopped == "interrupted" else EXIT_BUDGET)
     print_(summary([built.out]))
+    rows, seconds = built.manifest["counts"]["prompts"], built.manifest["seconds"]
+    print_(f"{rows:,} rows in {duration(seconds)}, {seconds / max(1, rows):.2g} s a row")
+    for doubt in doubts(built.manifest):
+        tell(f"note: {doubt}")
     if part:
         print_(f"shard {part.index} of {part.of}; when all are built: clair merge {shards_out(config.out)}")
     place = sharded(config, part).out if part else config.out
@@ -112,13 +120,17 @@ def merge(
     out: Annotated[str | None, typer.Option(help="The dataset folder or URL, instead of the recipe's out.")] = None,
 ) -> None:
     """Join the shards of a build: the same dataset, byte for byte, as one run makes."""
+    from clair.dataset import doubts
     from clair.merge import merge as merge_shards
+    from clair.progress import tell
     from clair.storage import folder_of
     from clair.terminal import show as print_
     from clair.terminal import summary
 
     manifest = merge_shards(folder, out)
     print_(summary([folder_of(manifest["recipe"]["out"])]))
+    for doubt in doubts(manifest):
+        tell(f"note: {doubt}")
     if manifest["failed"]:
         print(f"{manifest['failed']} rows failed (see dropped.jsonl); build their shards again", file=sys.stderr)
         raise typer.Exit(EXIT_SOME_FAILED)

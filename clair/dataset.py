@@ -297,6 +297,40 @@ def _position_lines(manifest: Mapping[str, Any]) -> list[str]:
     return [f"- the judge preferred what was shown first in {position['share_first']:.1%} of its verdicts{told}"]
 
 
+MISSED, ALLUDED = 0.2, 0.2
+"""Shares of a reviser's first replies that cannot be read, and of its revisions that speak of themselves, from which
+on its work is doubtful: of recorded GPT-4 revisions all can be read and 3 of 20 allude."""
+HELD_OUT = 5
+"""Held-out pairs below which a split is called too small to measure anything on."""
+
+
+def doubts(manifest: Mapping[str, Any]) -> list[str]:
+    """What a person should know before training on a dataset, in sentences with their numbers; often nothing."""
+    told, counts, test = [], manifest["counts"], manifest["recipe"]["test_fraction"]
+    if test and counts["pairs"] and counts["test"] < HELD_OUT:
+        told.append(
+            f"{counts['test']} of {counts['pairs']} pairs are held out (test_fraction {test:g}), too few to measure "
+            f"on; a larger one, such as 0.2, with --update pays for no reply again"
+        )
+    return [*told, *_doubtful_reviser(manifest)]
+
+
+def _doubtful_reviser(manifest: Mapping[str, Any]) -> Iterator[str]:
+    first, pairs = manifest.get("first_replies", {}), manifest["counts"]["pairs"]
+    asked, read = sum(first.values()), first.get("read", 0)
+    filtered = {r.removeprefix("filter."): n for r, n in manifest["drop_reasons"].items() if r.startswith("filter.")}
+    revisions, alluded = pairs + sum(filtered.values()), filtered.get("allusion", 0) + filtered.get("comment", 0)
+    if asked - read <= MISSED * asked and alluded <= ALLUDED * revisions:
+        return
+    why = ", ".join(f"{name} {count}" for name, count in first.items() if name != "read")
+    missed = f"{asked - read} of {asked} first replies could not be read" + (f" ({why})" if why else "")
+    yield (
+        f"the reviser's work is doubtful: {missed}; of {revisions} revisions {alluded} speak of the correction and "
+        f"{filtered.get('identical', 0)} change nothing. Nobody has judged whether the {pairs} winners are better: "
+        f"look at them, or let a judge compare them (apo advise), before you train"
+    )
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a dataset folder, here or at a URL. Raises UserError where there is none."""
     file = manifest_here(str(folder))

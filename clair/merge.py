@@ -162,6 +162,8 @@ def _manifest(
         for role, money in manifest.get("cost", {}).items():
             cost[role] += Decimal(money)  # type: ignore[assignment]
     position = {"position": position_bias(seen)} if sum(seen.values()) else {}
+    counts = [manifest["first_replies"] for manifest in manifests if "first_replies" in manifest]
+    first = {"first_replies": dict(sorted(sum(map(Counter, counts), Counter()).items()))} if counts else {}
     merged = {
         **{key: value for key, value in manifests[0].items() if key != "shard"},
         "counts": writer.all_counts(),
@@ -169,6 +171,7 @@ def _manifest(
         "failed": writer.failed,
         "contrast": writer.contrast_means(),
         **position,
+        **first,
         "tokens": {role: dict(counted) for role, counted in tokens.items()},
         "files": dict(hashes),
         "recipe": recipe,

@@ -76,6 +76,13 @@ IDENTIFIERS = {
     "edits": "{minimal_edits}",
 }
 """What the templates call the part after the reasoning."""
+
+
+def asks_for(kind: str, words: str) -> bool:
+    """Whether words that a model is sent name the part (a key of IDENTIFIERS) that is read from its reply."""
+    return bool(re.search(_KINDS[kind], words, re.IGNORECASE))
+
+
 _OPEN = r"(?P<mark>\*{1,3}|_{1,3})?(?P<code>`)?"
 _CLOSE = r"(?(code)`)(?(mark)(?P=mark))"
 _COLON = r"(?:[:：]|[ \t]+[:：](?![^\s*_`]))"

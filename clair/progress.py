@@ -161,12 +161,13 @@ def progress(
     begun: int = 0,
     first: float | None = None,
     shown: bool = True,
+    closing: bool = False,
 ) -> Iterator[Progress]:
     """Show how far a piece of work is while it lasts: in a terminal a display that goes at the end, elsewhere lines.
 
-    The first line comes after `first` seconds (absent: `FIRST`). Nothing is shown where there is nothing to do, and
-    unless `shown`, as of all processes but the first. What else is written to stderr stands above the display. The rest
-    as `Progress` has it.
+    The first line comes after `first` seconds (absent: `FIRST`); `closing` writes one at the end, however short it was.
+    Nothing is shown where there is nothing to do, and unless `shown`, as of all processes but the first. What else is
+    written to stderr stands above the display. The rest as `Progress` has it.
     """
     from rich.console import Console
     from rich.live import Live
@@ -187,5 +188,7 @@ def progress(
         finally:
             ended.set()
             thread.join()
+            if closing:
+                tell(f"{what}: {', '.join(work.parts())}")
     else:
         yield work

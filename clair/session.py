@@ -13,10 +13,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from clair.budget import Budget, BudgetConfig, BudgetReached, Price, check_budget, prices_of
-from clair.config import BuildConfig, ModelConfig
+from clair.config import BuildConfig, JudgeConfig, ModelConfig, ReviserConfig
 from clair.filters import make_filters
 from clair.ledger import Ledger
 from clair.limits import Limiter, Rate
@@ -28,6 +29,7 @@ from clair.models.batch_service import BatchService, Pending
 from clair.models.local import LocalModel, check_model_folder, check_options
 from clair.models.openai import OpenAIModel
 from clair.models.pool import Pool
+from clair.parse import IDENTIFIERS, asks_for
 from clair.pipelines import judged, revised, stronger
 from clair.progress import duration, tell
 from clair.prompts import JUDGE_NEEDS, REVISER_NEEDS, load_template
@@ -49,13 +51,14 @@ KILLER = "killed_worker"
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """An assembled pipeline with the askers of its roles, and the judge whose verdicts it counts, if there is one."""
+    """An assembled pipeline with the askers of its roles, and what counts verdicts or first replies, if it has them."""
 
     config: BuildConfig
     askers: Mapping[str, Asker]
     stop: Stop
     run: Callable[[Prompt], Awaitable[Pair]]
-    judge: Judge | None
+    judge: Judge | None = None
+    reviser: Reviser | None = None
 
     async def outcomes(
         self,
@@ -122,6 +125,8 @@ class Session:
             return False
         for asker in self.askers.values():
             asker.next_pass()
+        if self.reviser:
+            self.reviser.first.clear()
         return True
 
     async def _drain(self) -> None:
@@ -185,9 +190,9 @@ def _assembled(config: BuildConfig, askers: Mapping[str, Asker], stop: Stop) -> 
     if config.reviser:
         own = config.reviser
         reviser = Reviser(askers["reviser"], words["reviser"], words.get("edits"), own.system, own.ask_again)
-        return made(partial(revised, target=target, reviser=reviser, filters=filters), None)
+        return made(partial(revised, target=target, reviser=reviser, filters=filters), reviser=reviser)
     if config.pipeline == "stronger":
-        return made(partial(stronger, target=target, stronger=askers.get("stronger"), filters=filters), None)
+        return made(partial(stronger, target=target, stronger=askers.get("stronger"), filters=filters))
     judge = None
     if config.judge:
         judge = Judge(askers["judge"], words["judge"], config.judge.order, config.judge.system, config.judge.ask_again)
@@ -220,6 +225,25 @@ def templates(config: BuildConfig) -> dict[str, str]:
     if config.judge:
         words["judge"] = load_template(config.judge.template, "judge.j2", JUDGE_NEEDS)
     return words
+
+
+def template_notes(config: BuildConfig) -> list[str]:
+    """What is amiss with templates of the user's own: they never ask for the part that is read from each reply."""
+    notes = []
+    kinds = {
+        "reviser": "edits" if config.reviser and config.reviser.mode == "edits" else "solution",
+        "judge": "verdict",
+    }
+    for role, kind in kinds.items():
+        model: ReviserConfig | JudgeConfig | None = getattr(config, role)
+        if model is None or model.template is None:
+            continue
+        if not asks_for(kind, Path(model.template).read_text("utf-8") + (model.system or "")):
+            notes.append(
+                f"{role}.template {model.template} never names {IDENTIFIERS[kind]}, under which the part that is used "
+                f"is looked for; replies without it are dropped (docs/data.md#words-of-your-own)"
+            )
+    return notes
 
 
 Item = TypeVar("Item")

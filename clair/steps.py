@@ -27,18 +27,24 @@ from clair.records import Answer, Dropped, Judgement, Message, Pair, Prompt, Rep
 
 Read = TypeVar("Read")
 Step = TypeVar("Step")
+_WARMER = 0.5
+"""Added to the temperature of the second request: at the same one, small models say the same again, word for word."""
 _POINTLESS_AGAIN = ("truncated", "refusal", "content_filter", "tool_call", "incomplete")
 
 
 @dataclass(frozen=True, slots=True)
 class Reviser:
-    """The stronger model with the words it is asked in. `edits` is the template of the edit mode, None without it."""
+    """The stronger model with the words it is asked in. `edits` is the template of the edit mode, None without it.
+
+    `first` counts what became of its first replies: `read`, or the name of why they could not be.
+    """
 
     asker: Asker
     template: str
     edits: str | None = None
     system: str | None = None
     ask_again: bool = True
+    first: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,7 @@ def _why_incomplete(reason: str, reply: Reply, role: str) -> str:
 async def revise(prompt: Prompt, answer: str, reviser: Reviser) -> Revision:
     """The reviser's minimal improvement of an answer, as edits first where the recipe says so, else rewritten whole."""
     given = {"system": reviser.system, "tools": prompt.tools, "answer": answer}
-    ask = partial(_ask_and_read, reviser.asker, again=reviser.ask_again, row=prompt.id)
+    ask = partial(_ask_and_read, reviser.asker, again=reviser.ask_again, row=prompt.id, first=reviser.first)
     if reviser.edits is not None:
         asked = request(reviser.edits, prompt.messages, **given)
         try:
@@ -147,19 +153,32 @@ async def judge_once(prompt: Prompt, first: str, second: str, judge: Judge, swap
 
 
 async def _ask_and_read(
-    asker: Asker, asked: list[Message], *, again: bool, row: str, read: Callable[[str, str | None], Read]
+    asker: Asker,
+    asked: list[Message],
+    *,
+    again: bool,
+    row: str,
+    read: Callable[[str, str | None], Read],
+    first: Counter[str] | None = None,
 ) -> Read:
-    """Ask and read the reply; where it cannot be read, ask once more and say why. Raises ParseFailure."""
+    """Ask and read the reply; where it cannot be read, ask once more and say why. Raises ParseFailure.
+
+    `first` counts what became of the first reply.
+    """
+    first = Counter() if first is None else first
     reply = await asker.ask(asked, row=row)
     try:
         if reply.refusal:
             raise ParseFailure("refusal", words=reply.refusal)
-        return read(reply.text, reply.finish_reason)
+        found = read(reply.text, reply.finish_reason)
+        first["read"] += 1
+        return found
     except ParseFailure as failure:
+        first[failure.name] += 1
         if not again or failure.name in _POINTLESS_AGAIN or not reply.text.strip():
             raise
         told = failure.told
-    reply = await asker.ask(ask_again(asked, reply.text, told), row=row)
+    reply = await asker.ask(ask_again(asked, reply.text, told), row=row, warmer=_WARMER)
     return read(reply.text, reply.finish_reason)
 
 

@@ -98,7 +98,7 @@ def show(what: Any) -> None:
 
 @contextmanager
 def asking_progress(
-    what: str, total: int, calls: Mapping[str, int], *, shown: bool = True
+    what: str, total: int, calls: Mapping[str, int], *, shown: bool = True, closing: bool = False
 ) -> Iterator[Callable[[int, Mapping[str, Asker], str], None]]:
     """How far work is that asks models: rows done, and for each role replies, requests in flight and time left.
 
@@ -106,7 +106,7 @@ def asking_progress(
     askers, and more words; it is called where one of them changes.
     """
     asking = _Asking(total, calls)
-    with progress(what, total, details=asking.lines, left=asking.left, shown=shown) as work:
+    with progress(what, total, details=asking.lines, left=asking.left, shown=shown, closing=closing) as work:
 
         def update(done: int, askers: Mapping[str, Asker], words: str = "") -> None:
             asking.done, asking.askers, asking.words = done, askers, words
@@ -164,7 +164,7 @@ def build_progress(
     total: int, calls: Mapping[str, int]
 ) -> Iterator[Callable[[DatasetWriter, Mapping[str, Asker]], None]]:
     """The same of a build; yields what it calls with every row."""
-    with asking_progress("building", total, calls) as update:
+    with asking_progress("building", total, calls, closing=True) as update:
         # A build that waits for batches goes through its prompts again, and what is done with it.
         yield lambda writer, askers: update(writer.done, askers, _rows(writer))
 
@@ -178,7 +178,7 @@ def _rows(writer: DatasetWriter) -> str:
 def shards_progress(total: int) -> Iterator[Callable[[int, str], None]]:
     """The same of a build in shards; the function takes the rows that are done, and words."""
     words: list[str] = []
-    with progress("building", total, details=lambda: words) as work:
+    with progress("building", total, details=lambda: words, closing=True) as work:
 
         def update(rows: int, told: str) -> None:
             words[:] = [told]

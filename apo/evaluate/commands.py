@@ -323,7 +323,7 @@ def _run_winrate(config: Any, checked: Any) -> None:
 
     total = len(checked.prompts) * config.samples
     calls = {role: total * (2 if role == "judge" else 1) for role in config.models}
-    with asking_progress("evaluating", total, calls) as on_progress:
+    with asking_progress("evaluating", total, calls, closing=True) as on_progress:
         done = compare(config, checked=checked, on_progress=on_progress)
     failed = (
         f"{done.failed} pairs got no reply ({done.first_failure}), so there is no win rate; everything else is "

@@ -21,7 +21,7 @@ from clair.terminal import show as print_
 def run_one(config: MixEvalConfig, checked: Checked) -> None:
     """Evaluate one model, and print its score."""
     total = len(work_of(config, checked))
-    with asking_progress("evaluating", total, dict.fromkeys(config.models, total)) as on_progress:
+    with asking_progress("evaluating", total, dict.fromkeys(config.models, total), closing=True) as on_progress:
         done = evaluate(config, checked=checked, on_progress=on_progress)
     _end_early(done)
     _print_score(config, done)
@@ -43,7 +43,7 @@ def run_many(
     rows = {one.out: len(work_of(one, checked)) for one, checked in work}
     finished: dict[str, Evaluated] = {}
     calls = dict.fromkeys(work[0][0].models, max(rows.values()))
-    with asking_progress("evaluating", sum(rows.values()), calls) as bar:
+    with asking_progress("evaluating", sum(rows.values()), calls, closing=True) as bar:
         evaluations = evaluate_each(
             work,
             ray=runner == "ray",

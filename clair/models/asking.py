@@ -126,13 +126,19 @@ class Asker:
     _asking: dict[str, asyncio.Future[str | Stored]] = field(default_factory=dict)
     _calls: set[asyncio.Task[Any]] = field(default_factory=set)
 
-    async def ask(self, messages: list[Any], *, row: str, sample: int = 0, tools: Tools = ()) -> Reply:
+    async def ask(
+        self, messages: list[Any], *, row: str, sample: int = 0, tools: Tools = (), warmer: float = 0.0
+    ) -> Reply:
         """The model's reply to `messages`, from the ledger or from the model; paid for at most once.
+
+        `warmer` is added to the temperature, where the recipe sets one, as far as 1: a further reply shall differ.
 
         Raises Dropped where this request failed for good, Stopped where the run is ending, Pending where the reply
         comes with a batch, Refused where no request can succeed.
         """
         request = {"messages": messages, **self.options, **({"tools": list(tools)} if tools else {})}
+        if warmer and (temperature := request.get("temperature")) is not None:
+            request["temperature"] = max(temperature, min(1.0, temperature + warmer))
         key = call_key(self.model.identity, request, sample)
         stored = self.ledger.find(key)
         shared = key in self._asking
