@@ -95,11 +95,11 @@ def first_step(winners: Tensor, losers: Tensor, *, seed: int = 0, draws: int = D
 
 
 class Seen(NamedTuple):
-    """What the model says: its parameters, the intervals of `gaps` and `first_step`, and pairs left out as too long."""
+    """What the model says: its parameters, the intervals of `gaps` and `first_step`, and pairs left out by reason."""
 
     parameters: int
     intervals: dict[str, Interval]
-    too_long: int
+    left_out: dict[str, int]
     own: int
     """Own answers that were compared with."""
 
@@ -120,7 +120,7 @@ def look(
 
     name = models.find(path, trust_remote_code)
     tokenizer = models.load_tokenizer(name)
-    pairs, ours = _tokenized(name, tokenizer, rows, own)
+    (pairs, ours), left_out = _tokenized(name, tokenizer, rows, own)
     model = models.load_model(name)
     models.check_vocabulary(model, tokenizer, name.base)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False).eval()
@@ -133,11 +133,12 @@ def look(
         kept["chosen"], kept["rejected"], seed=seed
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Seen(parameters, intervals, len(rows) - len(pairs), sum(one is not None for one in matched))
+    return Seen(parameters, intervals, left_out, sum(one is not None for one in matched))
 
 
 def _tokenized(name: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], own: Sequence[str | None]) -> Any:
-    """The pairs, and the own answers, as token ids with their `_place` among the rows. Raises UserError for none."""
+    """The pairs, and the own answers, as token ids with their `_place` among the rows; and how many pairs were left
+    out, by reason. Raises UserError for none."""
     from datasets import Dataset
 
     from apo import model as models
@@ -152,13 +153,11 @@ def _tokenized(name: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], own
         for at, (row, text) in enumerate(zip(rows, own, strict=True))
         if text is not None
     ]
-    found = [
-        [dict(row) for row in tokenize(Dataset.from_list(part), tokenizer, most, ends, "given").dataset]
-        for part in (paired, single)
-    ]
+    done = [tokenize(Dataset.from_list(part), tokenizer, most, ends, "given") for part in (paired, single)]
+    found = [[dict(row) for row in part.dataset] for part in done]
     if min(map(len, found)) < 2:
         raise UserError(f"{len(found[0])} pairs and {len(found[1])} own answers fit the context of {name.path}")
-    return found
+    return found, done[0].dropped
 
 
 def _gradients(

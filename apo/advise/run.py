@@ -69,8 +69,7 @@ def _result(checked: Checked, asked: Asked, seen: Seen) -> dict[str, Any]:
     if checked.strange:
         told = "; ".join(f"{count}: {what}" for what, count in checked.strange.items())
         notes.append(f"{sum(checked.strange.values())} of {len(checked.rows)} prompts are not in its template ({told})")
-    if seen.too_long:
-        notes.append(f"{seen.too_long} pairs are longer than the model's context and left out")
+    notes += [f"{count} pairs are left out ({reason.replace('_', ' ')})" for reason, count in seen.left_out.items()]
     return {
         "format": 1,
         "advice": asdict(advice),
