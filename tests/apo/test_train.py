@@ -413,7 +413,7 @@ BAD_INPUT = {
     "no such split": (keys_are(dataset={"path": "PAIRS", "split": "dev"}), "split 'dev'"),
     "empty file": (rows_are(lambda rows: []), "pairs.jsonl"),
     "one row": (rows_are(lambda rows: rows[:1]), "has 1 row(s) to train on; at least 2 are needed"),
-    "missing column": (rows_are(without("chosen")), "found: id, prompt, rejected; needed: prompt, chosen, rejected"),
+    "missing column": (rows_are(without("chosen")), "has no column 'chosen'; found: "),
     "prompt that is not text": (rows_are(number_as_prompt), "pairs.jsonl"),
     "chosen equal to rejected": (rows_are(equal_in_each_row), "chosen is equal to rejected in 4 of 4 pairs"),
     "one pair left": (rows_are(equal_in_all_but_one), "1 row(s) are left to train on: 3 have equal answers"),
