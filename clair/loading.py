@@ -26,7 +26,7 @@ from clair.preferences import (
     read_dataset,
 )
 from clair.recipe import UserError, file_sha256, near_miss, words_of
-from clair.sources import file_rows, kind_of, load_split
+from clair.sources import file_rows, is_saved, kind_of, load_split
 from clair.storage import public_path, read_here
 
 if TYPE_CHECKING:
@@ -98,11 +98,6 @@ def split_names(path: str, name: str | None = None) -> list[str]:
         raise UserError(f"dataset {public_path(path)!r}: {words_of(error)}") from error
 
 
-def is_saved(folder: Path) -> bool:
-    """True for a folder of `save_to_disk`."""
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-
-
 def _check_configuration(folder: Path, name: str | None) -> None:
     """Raises UserError where a data set has several configurations and none is named, or one that it has not."""
     import datasets
@@ -142,14 +137,7 @@ def _loaded(here: Path, split: str, name: str | None, options: Mapping[str, Any]
     if here.is_file():
         kind = (kind_of(here) or here.suffix).removeprefix(".").replace("jsonl", "json").replace("ndjson", "json")
         return datasets.load_dataset(kind, data_files=str(here), split="train", **options)
-    if not is_saved(here):
-        return load_split(str(here), split, **({"name": name} if name else {}), **options)
-    saved = datasets.load_from_disk(str(here))
-    if not isinstance(saved, dict):
-        return saved
-    if split not in saved:
-        raise UserError(f"dataset {here} has no split {split!r}; found: {', '.join(saved)}")
-    return saved[split]
+    return load_split(str(here), split, **({"name": name} if name else {}), **options)
 
 
 def _read(dataset: Dataset, where: str, split: str, pairs: bool) -> Preferences:
@@ -199,10 +187,13 @@ def _read_files(
 
 def _rows(files: Sequence[str], path: str, where: str, columns: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
     """(where it stands, row) of every row, with the columns' names in place."""
+    index = -1
     for file in files:
         kind = kind_of(Path(file))
         for stands, row in file_rows(Path(file)):
-            place = stands.replace(path, where, 1)
+            index += 1
+            named, line = stands.replace(path, where, 1).rsplit(", ", 1)
+            place = f"{named}, row {index}" + (f" ({line})" if line.startswith("line") else "")
             if not isinstance(row, Mapping):
                 raise UserError(f"{place}: {type(row).__name__}, not an object with columns")
             if kind in (".csv", ".tsv"):

@@ -38,7 +38,9 @@ _CONVERSATIONS = ("conversations", "conversation", "messages", "context")
 _ALIASES = {"chosen": ("chosen_response",), "rejected": ("rejected_response",), "system": ("system_prompt",)}
 READ = (*COLUMNS, "completion", *_TEXTS_OF_PROMPT, *_CONVERSATIONS, "input", "system", "history", "tools",
          "chat_template_kwargs", *(alias for aliases in _ALIASES.values() for alias in aliases))  # fmt: skip
-_COMPARED = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
+_ROLE_KEYS = ("role", "from", "speaker")
+_CONTENT_KEYS = ("content", "value", "text")
+_COMPARED = ("role", "tool_calls", "tool_call_id", "name", "reasoning_content")
 
 _NOTES = {
     "repeated": "repeated the prompt in their answers; read once",
@@ -164,18 +166,16 @@ class _RowReader:
         message = {str(key): value for key, value in turn.items() if value is not None}
         if not self.exact:
             message = unpadded(message)
-        sharegpt = "role" not in message and "from" in message
-        role = message.pop("from" if sharegpt else "role", None)
-        content = message.pop("content", None)
-        if content is None and sharegpt:
-            content = message.pop("value", None)
+        key = next((key for key in _ROLE_KEYS if key in message), "role")
+        role = message.pop(key, None)
+        content = message.pop(next((key for key in _CONTENT_KEYS if key in message), "content"), None)
         if role is None:
             keys = ", ".join(map(str, turn)) or "none"
             raise UserError(f"{where} has no role; keys found: {keys}; needed: role and content")
         name = _ROLE_NAMES.get(str(role).strip().lower())
         if name is None:
             raise UserError(f"{where} has the role {role!r}; allowed: {', '.join(ROLES)}, human, gpt and the like")
-        if name != role and not sharegpt:
+        if name != role and key == "role":
             self.repairs.append("roles")
         if str(role).strip().lower() == "function_call":  # ShareGPT's: the call is the turn's text
             content, message["tool_calls"] = "", self._called(content, where)
@@ -188,6 +188,7 @@ class _RowReader:
         return {"role": name, "content": self._content(content, message, where), **message}
 
     def _content(self, content: Any, message: Mapping[str, Any], where: str) -> str:
+        content = None if content == [] else content
         if content is None and ("tool_calls" in message or message.get("reasoning_content")):
             return ""
         if content is None:
@@ -310,6 +311,7 @@ class _RowReader:
             prompt, turns["chosen"], turns["rejected"] = self._implicit(prompt, turns["chosen"], turns["rejected"])
         prompt = self._with_system(_without_answer(prompt, turns))
         self._check(prompt, turns)
+        self._note_unread([*prompt, *(turn for answer in turns.values() for turn in answer)])
         return {"prompt": prompt, **turns}
 
     def _turns(self, side: str, answer: str | Messages, prompt: Messages, answers: Mapping[str, Any]) -> Messages:
@@ -343,6 +345,15 @@ class _RowReader:
             messages = self._history(history) + messages
             self.repairs.append("history")
         return messages
+
+    def _note_unread(self, turns: Messages) -> None:
+        """Note the conversation columns with a text that is in no turn."""
+        said = "\n".join(turn["content"] for turn in turns)
+        for name in _CONVERSATIONS:
+            value = self.row.get(name)
+            value = _literal(value) or value if isinstance(value, str) and _MESSAGES.search(value) else value
+            if any(text.strip() not in said for text in _texts_of(value)):
+                self.repairs.append(f"unread:{name}")
 
     def _beside(self, messages: Messages, name: str, is_text: bool) -> Messages:
         """The prompt with the text of another column: `input` stands under the question, others are told of."""
@@ -425,6 +436,8 @@ class _RowReader:
         if not prompt:
             found = ", ".join(map(str, self.row))
             raise UserError(f"there is no prompt: no column 'prompt' or 'question'; columns found: {found}")
+        if not any(turn["content"].strip() for turn in prompt):
+            raise UserError("'prompt' is empty: no turn of it has text")
         for side, turns in answers.items():
             for turn, which in ((turns[0], "begins"), (turns[-1], "ends")):
                 if turn["role"] != "assistant":
@@ -435,6 +448,15 @@ class _RowReader:
                     )
             if wrong := next((turn for turn in turns if turn["role"] in ("system", "developer")), None):
                 raise UserError(f"{side!r} has a {wrong['role']} turn after the prompt: {_shown(wrong['content'])}")
+
+
+def _texts_of(value: Any) -> list[str]:
+    """A text, or the texts in a list of messages: none of their keys but those of what was said."""
+    if isinstance(value, str):
+        return [value]
+    turns = value if isinstance(value, list | tuple) else [value]
+    keys = (*_CONTENT_KEYS, "input", "output")
+    return [turn[key] for turn in turns if isinstance(turn, Mapping) for key in keys if isinstance(turn.get(key), str)]
 
 
 def _shown(value: Any, most: int = 60) -> str:
@@ -461,9 +483,7 @@ def _checked(text: str, where: str) -> str:
 
 
 _MESSAGES = re.compile(r"""['"](?:role|from)['"]\s*:""")
-_FIRST_KEY = re.compile(
-    r"""\s*\[?\s*\{\s*['"](?:role|from)['"]\s*:\s*['"]\w+['"]\s*[,\s]\s*['"](?:content|value)['"]"""
-)
+_FIRST_KEY = re.compile(r"""\s*\[\s*\{\s*['"](?:role|from|content|value)['"]\s*:\s*['"]""")
 
 
 def _literal(text: str) -> Any:
@@ -485,19 +505,23 @@ def _is_message(turn: Any) -> bool:
     )
 
 
-_SPEAKER = re.compile(r"(?:^|\n\n)\s*(Human|Assistant|System):[ \t]?")
+_SPEAKERS = r"(human|user|assistant|system)[ \t]*:[ \t]?"
+_FIRST_SPEAKER = re.compile(r"\s*(###[ \t]*)?(?:human|user|system)[ \t]*:", re.IGNORECASE)
+_SPEAKER = re.compile(rf"(?:\A\s*|\n\n\s*){_SPEAKERS}", re.IGNORECASE)
+_HEADED_SPEAKER = re.compile(rf"(?:\A|\n)\s*###[ \t]*{_SPEAKERS}", re.IGNORECASE)
 
 
 def _transcript(text: str) -> Messages:
-    """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ...", Anthropic's form; none where the text is not one.
+    """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ...", Anthropic's form, or of "### Human: ..."; none where the
+    text is no transcript.
 
     A transcript that ends with "Assistant:" is a prompt.
     """
-    if not re.match(r"\s*(?:Human|System):", text):
+    first = _FIRST_SPEAKER.match(text)
+    if not first:
         return []
-    marks = list(_SPEAKER.finditer(text if text.startswith("\n\n") else "\n\n" + text.lstrip()))
-    text = text if text.startswith("\n\n") else "\n\n" + text.lstrip()
-    if not any(mark[1] == "Assistant" for mark in marks):
+    marks = list((_HEADED_SPEAKER if first[1] else _SPEAKER).finditer(text))
+    if not any(mark[1].lower() == "assistant" for mark in marks):
         return []
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     turns = [
@@ -515,14 +539,12 @@ def _is_whole(turns: Messages) -> bool:
 
 
 def _key(message: Mapping[str, Any], exactly: bool) -> tuple[Any, ...]:
-    content = message["content"]
-    role = message["role"]
-    kept = content if exactly or role == "assistant" else content.strip()
-    return (role, kept, *(message.get(name) for name in _COMPARED[2:]))
+    content = message["content"] if exactly else message["content"].strip()
+    return (content, *(message.get(name) for name in _COMPARED))
 
 
 def _same(turns: Messages, others: Messages, *, exactly: bool = False) -> bool:
-    """True if turns are equal, but for white space at the ends of those that no model said."""
+    """True if turns are equal, but for white space at their ends."""
     return [_key(turn, exactly) for turn in turns] == [_key(turn, exactly) for turn in others]
 
 
@@ -752,7 +774,8 @@ def _is_clean_prompt(column: Any) -> bool:
     if not _are_messages(turns, ROLES):
         return False
     last = turns.values.field("role").take(pc.subtract(turns.offsets[1:], 1))
-    return not pc.any(pc.equal(last, pa.scalar("assistant"))).as_py()
+    said = pc.utf8_trim_whitespace(turns.values.field("content").take(pc.subtract(turns.offsets[1:], 1)))
+    return not pc.any(pc.or_(pc.equal(last, pa.scalar("assistant")), pc.equal(said, pa.scalar("")))).as_py()
 
 
 def _is_one_answer(column: Any) -> bool:

@@ -468,8 +468,14 @@ _READERS = {
 }  # fmt: skip
 
 
+def is_saved(folder: Path) -> bool:
+    """True for a folder of `save_to_disk`."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
 def load_split(path: str, split: str, **options: Any) -> Any:
-    """`datasets.load_dataset`, never answered from its cache with what a folder held before.
+    """A split of a folder of `save_to_disk`, or of `datasets.load_dataset`, which is never answered from its cache with
+    what a folder held before.
 
     The library files a local folder that has a card under the folder's bare name and the card, whatever the data files
     hold: the folder rebuilt, or another one of its name, would come back with the old rows. So what its files are now
@@ -478,6 +484,13 @@ def load_split(path: str, split: str, **options: Any) -> Any:
     import datasets
 
     folder = Path(path)
+    if is_saved(folder):
+        saved = datasets.load_from_disk(path)
+        if not isinstance(saved, dict):
+            return saved
+        if split not in saved:
+            raise UserError(f"dataset {path} has no split {split!r}; found: {', '.join(saved)}")
+        return saved[split]
     if folder.is_dir():
         files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
         state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -489,6 +502,8 @@ def _dataset(source: PromptSource, path: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = load_split(path, source.split)
         kinds = {name: "Json(" in str(kind) for name, kind in rows.features.items()}
+    except UserError:
+        raise
     except Exception as error:  # a name that is not there, no network, an unknown split: told with the library's words
         why = "" if Path(path).exists() else "no such file, and "
         raise UserError(f"prompts {source.path!r}: {why}load_dataset says: {words_of(error)}") from error

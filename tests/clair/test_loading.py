@@ -118,11 +118,11 @@ def test_other_columns_keep_their_values_and_those_of_several_types_become_text(
 # name: (file, its text, the words of the error)
 BAD = {
     "no JSON": ("p.jsonl", LINES + '{"prompt": \n', "line 3: not JSON"),
-    "no object": ("p.jsonl", LINES + "[1]\n", "line 3: list, not an object with columns"),
+    "no object": ("p.jsonl", LINES + "[1]\n", "row 2 (line 3): list, not an object with columns"),
     "half a pair": ("p.jsonl", LINES + json.dumps({**ROWS[0], "id": "x", "chosen": "a \ud83d"}),
-                    "p.jsonl, line 3 (id x): 'chosen' holds half of a surrogate pair"),
-    "an empty cell": ("p.csv", as_table(",") + "c,Name a fish.,,Boot.\n", "p.csv, row 3 (id c): 'chosen' is empty"),
-    "a cell too many": ("p.csv", as_table(",") + "c,Name, a fish.,Eel.,Boot.\n", "row 3 has more cells than"),
+                    "p.jsonl, row 2 (line 3) (id x): 'chosen' holds half of a surrogate pair"),
+    "an empty cell": ("p.csv", as_table(",") + "c,Name a fish.,,Boot.\n", "p.csv, row 2 (id c): 'chosen' is empty"),
+    "a cell too many": ("p.csv", as_table(",") + "c,Name, a fish.,Eel.,Boot.\n", "row 2 has more cells than"),
     "no column": ("p.jsonl", '{"ask": "a", "chosen": "b"}\n', "has no column 'rejected'; found: ask, chosen; needed"),
     "no rows": ("p.csv", "prompt,chosen,rejected\n", "has no rows"),
     "empty": ("p.jsonl", "", "is empty"),

@@ -70,6 +70,24 @@ READ = {
         {"prompt": "\n\nHuman: Who sews?\n\nAssistant:", "chosen": " A tailor.", "rejected": " A miller."}, ASKED,
         ["transcript"],
     ),
+    "a transcript with headings": (
+        {"chosen": "### Human: Who sews?\n### Assistant: A tailor.",
+         "rejected": "### Human: Who sews?\n### Assistant: A miller."}, ASKED, ["transcript"],
+    ),
+    "earlier answers that differ by blanks": (
+        {"chosen": [*LONG, assistant("A")], "rejected": [LONG[0], assistant("A tailor.\n"), LONG[2], assistant("B")]},
+        {"prompt": LONG, "chosen": [assistant("A")], "rejected": [assistant("B")]}, ["blanks"],
+    ),
+    "speaker and text": (
+        {"chosen": [{"speaker": "user", "text": "Who sews?"}, {"speaker": "bot", "text": "A tailor."}],
+         "rejected": [{"speaker": "user", "text": "Who sews?"}, {"speaker": "bot", "text": "A miller."}]}, ASKED, [],
+    ),
+    "a context beside the question": (
+        {**FLAT, "context": "It was in Rome."}, ASKED, ["unread:context"],
+    ),
+    "another conversation beside the prompt": (
+        {**FLAT, "messages": [user("Who bakes?"), assistant("A baker.")]}, ASKED, ["unread:messages"],
+    ),
     "question": ({"question": "Who sews?", "chosen": "A tailor.", "rejected": "A miller."}, ASKED, []),
     "question and system": (
         {"system": "Be brief.", "question": "Who sews?", "chosen": "A tailor.", "rejected": "A miller."},
@@ -187,6 +205,8 @@ def test_plain_text_stays_text_where_that_is_asked_for_and_all_of_it_is():
 REFUSED = {
     "an empty answer": ({**FLAT, "chosen": None}, "'chosen' is empty"),
     "an empty prompt": ({**ASKED, "prompt": []}, "'prompt' is an empty list"),
+    "a blank turn": ({**ASKED, "prompt": [user(" ")]}, "'prompt' is empty"),
+    "a turn without parts": ({**ASKED, "prompt": [user([])]}, "message 1 of 'prompt' has no content"),
     "a blank prompt": ({**FLAT, "prompt": " "}, "'prompt' is empty"),
     "no prompt": ({name: ASKED[name] for name in ("chosen", "rejected")}, "there is no prompt: no column 'prompt'"),
     "nothing shared": ({"chosen": "Red", "rejected": "Blue"}, "share no beginning"),
@@ -256,6 +276,8 @@ def test_what_arrow_adds_is_not_read():
 
 def test_clean_pairs_are_taken_as_they_are():
     pairs = Dataset.from_list([ASKED] * 3)
+    with pytest.raises(UserError, match="row 1: 'prompt' is empty"):
+        read_dataset(Dataset.from_list([ASKED, {**ASKED, "prompt": [user("")]}]), "d")
     assert read_dataset(pairs, "d").dataset is pairs
     assert read_dataset(pairs.select([2, 0]), "d").notes == []
     for spoilt in ({**ASKED, **WHOLE}, {**ASKED, "prompt": [*ASKED["prompt"], {"role": "Human", "content": "a"}]}):

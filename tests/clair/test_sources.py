@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
 from clair.recipe import UserError
 from clair.records import content_id
@@ -305,6 +306,11 @@ def test_these_files_hold_prompts_too(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     (prompt,) = prompts(tmp_path / name)
     assert (prompt.id, prompt.messages[0]["content"]) == ("a", "say, this")
+
+
+def test_a_folder_of_save_to_disk_holds_prompts_too(tmp_path):
+    Dataset.from_list([{"id": "a", "prompt": "say"}]).save_to_disk(tmp_path / "saved")
+    assert [prompt.id for prompt in prompts(tmp_path / "saved")] == ["a"]
 
 
 def test_a_packed_file_that_is_cut_off_is_told(tmp_path):
