@@ -42,9 +42,15 @@ class LeasedLimiter(Limiter):
             self._tell()
         await super().enter(again=again)
 
-    def succeeded(self) -> None:
+    def succeeded(self, sent: float | None = None) -> None:
         """A request was answered."""
         self._answered += 1
+
+    def timed_out(self, sent: float) -> None:
+        """The server answered neither a request in its time nor any that came after it; `sent`: when."""
+        if sent > self._lowered_at:
+            self._lowered_at = self._clock()
+            self.refused(0.0)
 
     def refused(self, retry_after: float | None) -> None:
         """A request was refused: nothing more goes out before the job's limits are heard."""

@@ -3,11 +3,15 @@
 Two things make a server refuse (429). It has too many of our requests at once: then the number it is still working
 on is what it takes, and the limit falls to that. Or we ask too often: then it refuses well below what it took
 before, and asking pauses for as long as it says (Retry-After).
+
+A server may also take all of them and answer few at a time (llama.cpp, Ollama). Then answers come in the order in which
+the requests were sent, one every so many seconds: twice what it works on are enough to keep it busy.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +21,12 @@ PAUSE = 1.0
 # A server can refuse at a number in flight that it took before, since some that we count are answered already and the
 # answer is under way: only well below what it took is a refusal about how often we ask.
 _WELL_BELOW = 0.8
+# Answers that are looked at together, and the most that a server works on at once for it to show in so few: by chance,
+# answers of different lengths come in the order of their requests in one of 300,000 windows at the most.
+_WINDOW = 16
+_FEW_SLOTS = 4
+_LONG = 2.0
+"""Seconds that a request waits at the least where it is worth to ask less."""
 
 
 class Limiter:
@@ -33,7 +43,12 @@ class Limiter:
         self.limit = float(most)
         self.in_flight = 0
         self.refusals = 0
+        self.slots: int | None = None
+        """How many the server works on at once, where it turned out to be few."""
         self._proven = 0
+        self._lowered_at = -math.inf
+        self._shortest = math.inf
+        self._answers: list[tuple[float, float]] = []
         self._clock = clock
         self._closed_until = 0.0
         self._waiters: deque[asyncio.Future[None]] = deque()
@@ -59,10 +74,31 @@ class Limiter:
         self.in_flight -= 1
         self._let_in()
 
-    def succeeded(self) -> None:
-        """A request was answered: the server takes as many as are in flight, and perhaps one more."""
+    def succeeded(self, sent: float | None = None) -> None:
+        """A request was answered: the server takes as many as are in flight, and perhaps one more. `sent`: when."""
         self._proven = max(self._proven, self.in_flight)
         self.limit = min(float(self.most), self.limit + 1 / self.limit)
+        if sent is not None:
+            self._answers.append((sent, self._clock()))
+            self._shortest = min(self._shortest, self._clock() - sent)
+        if len(self._answers) >= _WINDOW:
+            self._learn_slots()
+            self._answers = []
+
+    def _learn_slots(self) -> None:
+        """Little's law: a server works on (answers a second) x (seconds that one takes) requests at once."""
+        sent, ended = zip(*self._answers, strict=True)
+        slots = max(1, round((len(ended) - 1) * self._shortest / max(ended[-1] - ended[0], 1e-9)))
+        in_turn = all(earlier < later for earlier, later in zip(sent, sent[slots:], strict=False))
+        if slots <= _FEW_SLOTS and in_turn and ended[-1] - sent[-1] >= _LONG and self.in_flight > 2 * slots:
+            self.slots = slots
+            self.limit = min(self.limit, 2.0 * slots)
+
+    def timed_out(self, sent: float) -> None:
+        """The server answered neither a request in its time nor any that came after it; `sent`: when."""
+        if sent > self._lowered_at:  # one decrease for all that were under way
+            self.limit = max(1.0, min(self.limit, self.in_flight) / 2)
+            self._lowered_at = self._clock()
 
     def refused(self, retry_after: float | None) -> None:
         """A request was refused, with the seconds to wait where the server told."""

@@ -73,14 +73,16 @@ class TooMany(Exception):
 class Unreachable(Exception):
     """A server error, a timeout or a broken connection: worth another try.
 
-    `billed`: the request may have been answered and paid for, only the reply did not arrive. `timeout`: the server
-    took too long. `starting`: it is there, and says that it is not ready.
+    `billed`: the request may have been answered and paid for, only the reply did not arrive. `busy`: the server
+    took too long, and may have too much to do. `waiting`: it took no connection while it answered others, which is no
+    failure. `starting`: it is there, and says that it is not ready.
     """
 
-    def __init__(self, told: str, *, billed: bool = False, timeout: bool = False, starting: bool = False) -> None:
+    def __init__(self, told: str, *, billed: bool = False, busy: bool = False, starting: bool = False) -> None:
         super().__init__(told)
         self.billed = billed
-        self.timeout = timeout
+        self.busy = busy
+        self.waiting = False
         self.starting = starting
 
 

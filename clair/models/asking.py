@@ -122,6 +122,7 @@ class Asker:
     _answered: bool = False
     _refusals: dict[str, list[RequestFailed]] = field(default_factory=dict)
     _told_words: set[str] = field(default_factory=set)
+    _told_slots: bool = False
     _failing_since: float | None = None
     _asking: dict[str, asyncio.Future[str | Stored]] = field(default_factory=dict)
     _calls: set[asyncio.Task[Any]] = field(default_factory=set)
@@ -337,7 +338,8 @@ class Asker:
             billed = _usage(reply, call.most)
             self._failing_since, self.words, self._answered = None, "", True
             seconds = time.monotonic() - started
-            self.limiter.succeeded()
+            self.limiter.succeeded(None if isinstance(self.model, LocalModel) else started)
+            self._tell_slots()
         except TooMany as error:
             self.limiter.refused(error.retry_after)
             self._hear(error, started)
@@ -345,6 +347,8 @@ class Asker:
         except Unreachable as error:
             billed = call.most if error.billed else NOTHING
             self._failing_since = self._failing_since or started
+            if error.busy:
+                self.limiter.timed_out(started)
             raise
         finally:
             self._leave(call, billed)
@@ -363,15 +367,24 @@ class Asker:
             after = getattr(error, "retry_after", None)
             tell(f"{self.role}: the server says {self.words}" + (f"; wait for {duration(after)}" if after else ""))
 
+    def _tell_slots(self) -> None:
+        if self.limiter.slots and not self._told_slots:
+            self._told_slots = True
+            slots = f"{self.limiter.slots} requests at a time" if self.limiter.slots > 1 else "one request at a time"
+            tell(
+                f"{self.role}: the server answers {slots}, so that more than {2 * self.limiter.slots} would only wait "
+                f"there; fewer than {self.limiter.most} are in flight from now on"
+            )
+
     def _silent(self) -> float:
         """Seconds since requests began to fail, of which none was answered since."""
         return time.monotonic() - (self._failing_since or time.monotonic())
 
     def _is_wait(self, error: Exception) -> bool:
-        """Whether a request waits for its turn, which is no try: within the limits, or until the server is up."""
+        """Whether a request waits, which is no try: within the limits, for a place at the server, or until it is up."""
         if isinstance(error, TooMany):
             return not error.in_body
-        return isinstance(error, Unreachable) and error.starting and not self._answered
+        return isinstance(error, Unreachable) and (error.waiting or (error.starting and not self._answered))
 
     async def _end_if_too_long(self, call: _Call, error: Exception) -> None:
         """End the run where the server asks for more patience than there is. Raises Refused."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
 import json
 import logging
@@ -11,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from clair.models import Refused, RequestFailed, TooMany, Unreachable, as_completion, encodable, reply_of
-from clair.models.turns import turns_at
+from clair.models.turns import Overtaken, turns_at
 from clair.recipe import one_line
 from clair.urls import endpoint_of, environment_headers, environment_values, filled, public_url
 
@@ -115,6 +116,7 @@ class OpenAIModel:
 
     async def call(self, ask: Callable[[Any], Awaitable[T]]) -> T:
         """What `ask` gets from the openai client, its errors as ours: Refused, RequestFailed, NotListed ..."""
+        import aiohttp
         import httpx2
         import openai
 
@@ -132,9 +134,11 @@ class OpenAIModel:
             raise RequestFailed("malformed_reply", str(error), beginning) from error
         except openai.APIConnectionError as error:  # timeouts are of this kind too
             cause = error.__cause__ or error
-            timed_out = isinstance(cause, httpx2.ReadTimeout | httpx2.WriteTimeout | TimeoutError)
+            unconnected = _caused_by(error, aiohttp.ConnectionTimeoutError)
+            timed_out = unconnected or isinstance(cause, httpx2.ReadTimeout | httpx2.WriteTimeout | TimeoutError)
             words = "timeout" if timed_out else encodable(self.redacted(without_queries(str(cause)))[:200])
-            raise Unreachable(words, billed=not _never_sent(error), timeout=timed_out) from error
+            never_sent = unconnected or _caused_by(error, aiohttp.ClientConnectorError)
+            raise Unreachable(words, billed=not never_sent, busy=timed_out) from error
         except openai.APIStatusError as error:
             body = error.body if isinstance(error.body, dict) else {}
             raise self._failure(error.status_code, body, error.message, error.response.headers) from error
@@ -175,14 +179,18 @@ class OpenAIModel:
                 return await client.get(path, cast_to=httpx2.Response, options=options)
             return await client.post(path, cast_to=httpx2.Response, body=sent, options=options)
 
+        sent_at = asyncio.get_running_loop().time()
         try:
             async with self._turns.within(self.timeout):
                 response = await self.call(ask)
         except Filtered:
             return as_completion("", "content_filter", self.name, 0, 0)
         except TimeoutError as error:
-            raise Unreachable("timeout", billed=True, timeout=True) from error
-        except (Refused, RequestFailed, TooMany, NotListed, Unreachable):
+            raise Unreachable("timeout", billed=True, busy=not isinstance(error, Overtaken)) from error
+        except Unreachable as error:
+            error.waiting = error.busy and not error.billed and self._turns.last_answer > sent_at
+            raise
+        except (Refused, RequestFailed, TooMany, NotListed):
             raise
         except Exception as error:  # what a library does with an answer that nobody foresaw
             words = encodable(self.redacted(one_line(without_queries(str(error)), 200)))
@@ -231,18 +239,11 @@ class OpenAIModel:
         return text
 
 
-def _never_sent(error: BaseException | None) -> bool:
-    """Whether a request failed before it left: no connection was made. A reset one may have carried it there.
-
-    Asked of aiohttp's own errors, because the layer above calls a reset a connect timeout too.
-    """
-    import aiohttp
-
-    while error is not None:
-        if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
-            return True
+def _caused_by(error: BaseException | None, kind: type[Exception]) -> bool:
+    """Whether an error of aiohttp's own is behind this one; the layer between calls a reset a connect timeout too."""
+    while error is not None and not isinstance(error, kind):
         error = error.__cause__
-    return False
+    return error is not None
 
 
 class _WithoutQueries(logging.Filter):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from bisect import bisect_left
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from weakref import WeakValueDictionary
+
+
+class Overtaken(TimeoutError):
+    """The time of one request is over while the server answers others: it is not the server that is busy."""
 
 
 class Turns:
@@ -22,10 +27,16 @@ class Turns:
         # (number of the request, when it was answered), both rising: an answer to an earlier request counts for all
         # later ones, so that what it outdates is left out.
         self._answers: list[tuple[int, float]] = []
+        self._latest = -1
+        self.last_answer = -math.inf
+        """When the server answered last, by the loop's clock."""
 
     @asynccontextmanager
     async def within(self, seconds: float) -> AsyncIterator[None]:
-        """Send one request inside of this. Raises TimeoutError after so many seconds, which begin with its turn."""
+        """Send one request inside of this. Raises TimeoutError after so many seconds, which begin with its turn.
+
+        Raises Overtaken for one that was not answered though one was that was sent after it.
+        """
         loop = asyncio.get_running_loop()
         number, sent = self._sent, loop.time()
         self._sent += 1
@@ -47,6 +58,10 @@ class Turns:
                 finally:
                     timer.cancel()
             self._answered(number, loop.time())
+        except TimeoutError as error:
+            if self._latest > number:
+                raise Overtaken from error
+            raise
         finally:
             del self._waiting[number]
 
@@ -56,6 +71,7 @@ class Turns:
         return self._answers[index - 1][1] if index else 0.0
 
     def _answered(self, number: int, at: float) -> None:
+        self._latest, self.last_answer = max(self._latest, number), at
         while self._answers and self._answers[-1][0] >= number:
             self._answers.pop()
         self._answers.append((number, at))

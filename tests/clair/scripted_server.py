@@ -175,6 +175,7 @@ class Scripted:
         self.seen: list[dict[str, Any]] = []
         self.looked_at: list[dict[str, str]] = []
         self.looks = 0
+        self.slot = asyncio.Lock()
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=64 * 2**20)
@@ -186,6 +187,8 @@ class Scripted:
                 web.post("/broken/v1/chat/completions", self.chat),
                 web.get("/loading/v1/models", self.loading),
                 web.post("/loading/v1/chat/completions", self.loading),
+                web.get("/one/v1/models", self.models),
+                web.post("/one/v1/chat/completions", self.one_at_a_time),
                 web.get("/seen", self.tell),
                 web.get("/forget", self.forget),
                 web.get("/looked-at", self.tell_looks),
@@ -199,6 +202,13 @@ class Scripted:
 
     async def broken_models(self, request: web.Request) -> web.Response:
         return raw(HTML, "text/html", 500, Connection="close")
+
+    async def one_at_a_time(self, request: web.Request) -> web.StreamResponse:
+        """Answer in the order in which the requests came, whether anybody still waits or not."""
+        body = await request.read()  # kept by aiohttp, for chat
+        assert body
+        async with self.slot:
+            return await self.chat(request)
 
     async def loading(self, request: web.Request) -> web.StreamResponse:
         """Not ready for the first looks."""

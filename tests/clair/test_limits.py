@@ -179,6 +179,29 @@ def test_a_limit_of_nothing_is_refused():
         Limiter(0)
 
 
+def test_a_timeout_halves_the_limit_once_for_all_that_were_under_way():
+    async def work():
+        limiter = Limiter(64, now)
+        await entered(limiter, 64)
+        await asyncio.sleep(10)
+        for _ in range(20):
+            limiter.timed_out(0.0)
+            limiter.leave()
+        assert limiter.limit == 32
+        for _ in range(20):
+            limiter.leave()
+        await asyncio.sleep(10)
+        limiter.timed_out(15.0)  # sent since, with 24 in flight
+        assert limiter.limit == 12
+        for _ in range(23):
+            limiter.leave()
+        await asyncio.sleep(10)
+        limiter.timed_out(25.0)
+        assert limiter.limit == 1
+
+    run(work())
+
+
 # ---- rates
 
 
@@ -331,6 +354,51 @@ def test_a_server_whose_cap_falls_and_rises_is_followed():
     ideal = 25 + (3000 - 5 * 120 - 20 * 20) / 120
     print(f"{seconds:.1f} s of {ideal:.1f} s, {server.refusals} refusals, limit {limiter.limit:.0f}")
     assert seconds <= 1.5 * ideal
+
+
+# ---- servers that answer few at a time, and refuse none
+
+
+async def ask_slots(slots: int, latency: Callable[[], float], rows: int, wanted: int) -> tuple[Limiter, list[int]]:
+    """The limiter after that, and how many were in flight at each answer."""
+    limiter, free, flying = Limiter(wanted, now), asyncio.Semaphore(slots), []
+
+    async def row(number: int) -> None:
+        await limiter.enter()
+        await asyncio.sleep(1e-6 * number)  # one after the other, as on a real clock
+        sent = now()
+        async with free:
+            await asyncio.sleep(latency())
+        limiter.succeeded(sent)
+        flying.append(limiter.in_flight)
+        limiter.leave()
+
+    await asyncio.gather(*(row(number) for number in range(rows)))
+    return limiter, flying
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_a_server_that_answers_few_at_a_time_is_found_by_its_first_answers_and_kept_busy(slots):
+    random = Random(slots)
+    work = ask_slots(slots, lambda: random.uniform(0.8, 1.2), 200, 64)
+    (limiter, flying), seconds = run(work)
+    assert max(1, slots - 1) <= limiter.slots <= slots
+    assert seconds <= 1.05 * 200 / slots
+    assert max(flying[100:-10]) <= 6 * slots
+    assert min(flying[100:-10]) >= slots
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("kind", ["equal", "exponential", "with many lengths"])
+def test_a_server_that_answers_all_at_once_is_never_held_back(kind, seed):
+    random = Random(seed)
+    latency = {
+        "equal": lambda: 5.0,
+        "exponential": lambda: 2.0 + random.expovariate(0.2),
+        "with many lengths": lambda: random.lognormvariate(2.0, 1.5),
+    }[kind]
+    (limiter, _), _ = run(ask_slots(10_000, latency, 2000, 64))
+    assert (limiter.slots, limiter.limit) == (None, 64)
 
 
 @pytest.mark.slow

@@ -142,6 +142,33 @@ def test_an_error_429_in_a_reply_of_status_200_slows_down_and_is_asked_again_as_
     assert len(pairs(tmp_path / "out")) == 3
 
 
+# ---- a server that answers one at a time
+
+
+def test_no_row_is_lost_to_a_server_that_answers_one_at_a_time(tmp_path, server):
+    """All of them are sent at once, the last waits for three timeouts there, and none has a second try."""
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["wait:0.1"] * 45))
+    reviser = {"url": server.url.replace("/v1", "/one/v1"), "model": "m", "timeout": 1.5}
+    assert build(config_for(tmp_path, server.url, reviser=reviser, attempts=1)).failed == 0
+    assert len(server.seen()) == 45
+
+
+def test_target_and_reviser_wait_for_each_other_at_a_server_that_answers_one_at_a_time(tmp_path, server):
+    rows = [{"id": n, "prompt": f"bad {n} [[wait:0.1]]"} for n in range(20)]
+    write_prompts(tmp_path / "prompts.jsonl", rows)
+    one = {"url": server.url.replace("/v1", "/one/v1"), "model": "m", "timeout": 1.5}
+    assert build(config_for(tmp_path, server.url, target={**one, "model": "t"}, reviser=one, attempts=1)).failed == 0
+    assert len(server.seen()) == 40
+
+
+@pytest.mark.slow
+def test_a_server_that_answers_one_at_a_time_is_told_and_asked_less(tmp_path, server):
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["wait:0.3"] * 60))
+    ended = clair("build", write_recipe(tmp_path, server.url.replace("/v1", "/one/v1")))
+    assert ended.code == 0
+    assert "reviser: the server answers one request at a time, so that more than 2 would only wait there" in ended.err
+
+
 # ---- starting
 
 

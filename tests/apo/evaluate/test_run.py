@@ -240,7 +240,7 @@ def test_a_model_that_refuses_every_question_is_told_with_its_words(tmp_path, mo
     assert server.paid() < 60
     few = write_data(tmp_path / "few", {"free-form": rows[:2], "multiple-choice": rows_of(mc)})
     accept(monkeypatch, few)
-    with pytest.raises(UserError, match="answered nothing: http_400"):
+    with pytest.raises(UserError, match="refuses every request"):
         evaluated(few, tmp_path / "out2", model={"url": server.url, "model": "t"}, system="Hi")
     assert not (tmp_path / "out2" / "score.json").exists()
 
