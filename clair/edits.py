@@ -6,7 +6,7 @@ import re
 from itertools import pairwise
 
 from clair.parse import IDENTIFIERS, ParseFailure, two_parts
-from clair.records import Revision
+from clair.records import Revision, written_like
 
 _FIND = re.compile(r"<{5,9} ?FIND[ \t]*")
 _MIDDLE = re.compile(r"={5,9}[ \t]*")
@@ -28,7 +28,14 @@ def parse_edits(text: str, finish_reason: str | None, answer: str) -> Revision:
         return Revision(reasoning, answer)
     if not blocks or rest or not all(find.strip() for find, _ in blocks):
         raise ParseFailure("no_edits", IDENTIFIERS["edits"])
-    return Revision(reasoning, apply_edits(answer, blocks))
+    return Revision(reasoning, _applied(answer, blocks))
+
+
+def _applied(answer: str, blocks: list[tuple[str, str]]) -> str:
+    """The edited answer. Replies have the line ends `\\n`; the answer keeps its own."""
+    if "\r\n" not in answer:
+        return apply_edits(answer, blocks)
+    return written_like(apply_edits(answer.replace("\r\n", "\n"), blocks), answer)
 
 
 def _blocks(part: str) -> tuple[list[tuple[str, str]], str]:

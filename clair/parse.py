@@ -14,7 +14,7 @@ import re
 from bisect import bisect_right
 from typing import NamedTuple
 
-from clair.records import Judgement, Revision, incomplete_reason
+from clair.records import Judgement, Revision, incomplete_reason, trimmed, written_like
 
 FAILURES = {
     "empty_reply": "the reply has no text",
@@ -126,12 +126,14 @@ def is_refusal(text: str) -> bool:
     return bool(_REFUSAL.match(text))
 
 
-def parse_revision(text: str, finish_reason: str | None = "stop") -> Revision:
+def parse_revision(text: str, finish_reason: str | None = "stop", answer: str = "") -> Revision:
     """The reasoning and the revised answer of a reviser's reply. Raises ParseFailure with the name of what is wrong.
 
+    `answer` is what was revised; the revision has its line ends, and its first line's indentation where that has any.
     `finish_reason` is the server's; a reply without a good ending is never taken, however whole it looks.
     """
-    return Revision(*two_parts("solution", text, finish_reason))
+    reasoning, part = two_parts("solution", text, finish_reason)
+    return Revision(reasoning, written_like(part, answer))
 
 
 def parse_judgement(text: str, finish_reason: str | None = "stop") -> Judgement:
@@ -171,7 +173,8 @@ def two_parts(kind: str, text: str, finish_reason: str | None) -> tuple[str, str
     (label,) = wanted
     if any(other.kind != kind and other.start > label.start for other in outside):
         raise ParseFailure("labels_out_of_order", identifier)
-    part = body[label.end :].strip()
+    part = body[label.end :]
+    part = trimmed(part.lstrip(" \t") if part.partition("\n")[0].strip() else part)
     if not part:
         raise ParseFailure("empty_answer", identifier)
     if _MENTION.search(part) or any(_is_like_a_label(match) for match in _LIKE_A_LABEL.finditer(part)):

@@ -9,7 +9,7 @@ from itertools import combinations
 from clair.filters import Filters
 from clair.models import visible
 from clair.models.asking import Asker
-from clair.records import Answer, Dropped, Judgement, Pair, Prompt, message_text
+from clair.records import Answer, Dropped, Judgement, Pair, Prompt, message_text, trimmed
 from clair.steps import Judge, Reviser, answer_of, best_and_worst, generate, judge_pair, keep, revise, together
 
 
@@ -100,7 +100,7 @@ def _pair(
     scores: tuple[float, float] | None = None,
 ) -> Pair:
     more = {"tools": prompt.tools, "tool_calls": (chosen.tool_calls, rejected.tool_calls)}
-    texts = (chosen.text, rejected.text)
+    texts = (trimmed(chosen.text), trimmed(rejected.text))
     return Pair(prompt.id, prompt.messages, *texts, reasoning, models, labels=labels, scores=scores, **more)
 
 

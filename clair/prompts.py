@@ -7,7 +7,7 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-from clair.recipe import UserError
+from clair.recipe import UserError, read_text
 from clair.records import Message, Messages, Tools, message_text
 
 REVISER_NEEDS = ("task", "answer")
@@ -39,7 +39,7 @@ def load_template(path: str | None, built_in: str, needs: tuple[str, ...]) -> st
     file = Path(path)
     if not file.is_file():
         raise UserError(f"template {file} does not exist; leave the key out to use the built-in {built_in}")
-    source = file.read_text("utf-8")
+    source = read_text(file)
     try:
         used = meta.find_undeclared_variables(ImmutableSandboxedEnvironment().parse(source))
     except TemplateError as error:

@@ -287,6 +287,16 @@ def publish(temporary: str | Path, target: str | Path, *, new: bool = False) -> 
         os.close(directory)
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a file in UTF-8, a byte order mark left out. Raises UserError naming the line that is none."""
+    data = Path(path).read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = data[: error.start].count(10) + 1, data[error.start]
+        raise UserError(f"{path}, line {line}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from error
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

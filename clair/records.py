@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from typing import Any, NotRequired, TypedDict
 
 from clair.recipe import content_hash
@@ -150,6 +152,34 @@ def incomplete_reason(finish_reason: str | None, *, tools: bool = False) -> str 
     if ending in _GOOD_ENDINGS or (tools and ending in _TOOL_ENDINGS):
         return None
     return next((reason for reason, endings in _BAD_ENDINGS.items() if ending in endings), "incomplete")
+
+
+def trimmed(text: str) -> str:
+    """An answer without blank lines before it and white space behind it. Its first line stays as far to the right.
+
+    One space before it goes: tokenizers put it there.
+    """
+    text = re.sub(r"\A(?:[^\S\n]*\n)+", "", text.rstrip())
+    return text[1:] if re.match(r" \S", text) else text
+
+
+def written_like(text: str, answer: str) -> str:
+    """A revision with the form of the answer that no reviser means to change: its line ends, its first indentation.
+
+    `text` has the line ends `\\n`. A line that stands in both keeps its own line end, another gets the usual one.
+    """
+    text = trimmed(text) if trimmed(answer)[:1].isspace() else text.strip()
+    ends = re.findall(r"\r?\n", answer)
+    if "\r\n" not in ends:
+        return text
+    usual = "\r\n" if 2 * ends.count("\r\n") >= len(ends) else "\n"
+    lines = text.split("\n")
+    found = [usual] * len(lines)
+    if len(set(ends)) > 1:
+        old = re.split(r"\r?\n", answer)
+        for start, at, size in SequenceMatcher(None, old, lines, autojunk=False).get_matching_blocks():
+            found[at : at + size] = [*ends, usual][start : start + size]
+    return "".join(line + end for line, end in zip(lines, [*found[: len(lines) - 1], ""], strict=True))
 
 
 @dataclass(frozen=True, slots=True)

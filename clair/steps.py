@@ -23,7 +23,7 @@ from clair.models.batch_service import Pending
 from clair.parse import FAILURES, ParseFailure, parse_judgement, parse_revision
 from clair.prompts import ask_again, request
 from clair.recipe import content_hash
-from clair.records import Answer, Dropped, Judgement, Message, Pair, Prompt, Reply, Revision
+from clair.records import Answer, Dropped, Judgement, Message, Pair, Prompt, Reply, Revision, trimmed
 
 Read = TypeVar("Read")
 Step = TypeVar("Step")
@@ -84,7 +84,7 @@ async def answer_of(prompt: Prompt, model: Asker, sample: int = 0) -> Answer:
     calls = reply.tool_calls if prompt.tools else ()
     if not (reply.text.strip() or calls):
         raise Dropped(model.role, "empty_reply", f"the {model.role} said nothing")
-    return Answer(reply.text.strip(), calls)
+    return Answer(trimmed(reply.text), calls)
 
 
 def _why_incomplete(reason: str, reply: Reply, role: str) -> str:
@@ -105,7 +105,8 @@ async def revise(prompt: Prompt, answer: str, reviser: Reviser) -> Revision:
             if failure.name in _POINTLESS_AGAIN:
                 raise Dropped("reviser", failure.name, failure.told) from failure
     try:
-        return await ask(request(reviser.template, prompt.messages, **given), read=parse_revision)
+        read = partial(parse_revision, answer=answer)
+        return await ask(request(reviser.template, prompt.messages, **given), read=read)
     except ParseFailure as failure:
         raise Dropped("reviser", failure.name, failure.told) from failure
 

@@ -14,7 +14,7 @@ from apo.evaluate.results import SPLITS, Split
 from clair.models import visible
 from clair.models.asking import Asker
 from clair.models.local import adapter_base
-from clair.recipe import UserError, one_line
+from clair.recipe import UserError, one_line, read_text
 from clair.records import Dropped, Message
 
 _UPSTREAM_NAMES: Mapping[Split, str] = {"free-form": "close_freeform", "multiple-choice": "close_multichoice"}
@@ -126,7 +126,7 @@ def read_responses(folder: str | Path, benchmark: Benchmark) -> list[Answer]:
         file = _response_file(Path(folder), split, benchmark)
         rows = {str(row.row): row for row in benchmark.rows[split]}
         lines: dict[str, int] = {}
-        for number, line in enumerate(file.read_text("utf-8").split("\n"), 1):
+        for number, line in enumerate(read_text(file).split("\n"), 1):
             if not line.strip():
                 continue
             value = _value(line, file, number)
