@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
-from clair.parse import IDENTIFIERS, ParseFailure, two_parts
+from clair.parse import IDENTIFIERS, ParseFailure, check_own_words, two_parts
 from clair.records import Revision, written_like
 
 _FIND = re.compile(r"<{5,9} ?FIND[ \t]*")
@@ -15,13 +15,14 @@ _NOTHING = re.compile(r"[\[(*_`]*(?:none|no edits?)[\])*_`]*\.?", re.IGNORECASE)
 _FENCE_LINE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})\w*[ \t]*$", re.MULTILINE)
 
 
-def parse_edits(text: str, finish_reason: str | None, answer: str) -> Revision:
+def parse_edits(text: str, finish_reason: str | None, answer: str, template: str = "") -> Revision:
     """The answer with a reply's find/replace blocks applied to it. Raises ParseFailure by name.
 
     Each text to find must stand in the answer exactly once, and no two may overlap: what could be applied in two
-    ways is not applied. A reply of "none" leaves the answer as it is.
+    ways is not applied. A reply of "none" leaves the answer as it is. Words of the `template` are no edit.
     """
-    reasoning, part = two_parts("edits", text, finish_reason)
+    reasoning, part = two_parts("edits", text, finish_reason, answer)
+    check_own_words("edits", part, answer, template)
     blocks, outside = _blocks(part)
     rest = _FENCE_LINE.sub("", outside).strip()
     if not blocks and _NOTHING.fullmatch(rest):

@@ -32,6 +32,9 @@ FAILURES = {
     "wrong_label": "the reply gives a worsened solution, not a corrected one",
     "empty_answer": "nothing follows {identifier}",
     "label_in_answer": "an identifier stands inside what follows {identifier}",
+    "stray_fence": "the code fence around the reply cannot be told from those inside it",
+    "answer_in_fence": "all that follows {identifier} stands in a code fence, which may or may not belong to it",
+    "template_words": "what follows {identifier} repeats the words of the request",
     "no_verdict": "what follows {identifier} is not exactly one of [1], [2] and [tie]",
     "no_edits": "what follows {identifier} is not a list of find/replace blocks",
     "edit_unmatched": "the text to find in an edit does not stand in the student's solution",
@@ -91,8 +94,17 @@ _LABELS = {
     kind: re.compile(
         # At the start of a line: a heading or a number, emphasis, the words in braces or bare, then a colon or the end
         # of the line. What opens before the words must close behind them: else it belongs to the text.
-        rf"^[ \t]*(?:\#{{1,6}}[ \t]*)?(?:\d[.)][ \t]*)?{_OPEN}[{{\[<]{{0,2}}(?:{words})[}}\]>]{{0,2}}"
+        rf"^[ \t]*(?:\#{{1,6}}[ \t]*)?(?:\d[.)][ \t]*)?"
+        rf"{_OPEN}(?P<open>[{{\[<]{{1,2}})?(?:{words})(?(open)[}}\]>]{{1,2}})"
         rf"(?:{_COLON}[ \t]*{_CLOSE}|{_CLOSE}{_COLON}|{_CLOSE}[ \t]*$)",
+        re.IGNORECASE | re.MULTILINE,
+    )
+    for kind, words in _KINDS.items()
+}
+# A label as it should not stand: behind a bullet or a quote's mark, or with its bracket closed behind the text.
+_LOOSE = {
+    kind: re.compile(
+        rf"^(?:[^\w\n]|_){{0,16}}(?:\d+[.)])?(?:[^\w\n]|_){{0,8}}(?:{words})(?:[^\w\n:：]|_){{0,8}}(?:[:：]|$)",
         re.IGNORECASE | re.MULTILINE,
     )
     for kind, words in _KINDS.items()
@@ -126,14 +138,62 @@ def is_refusal(text: str) -> bool:
     return bool(_REFUSAL.match(text))
 
 
-def parse_revision(text: str, finish_reason: str | None = "stop", answer: str = "") -> Revision:
+def parse_revision(
+    text: str, finish_reason: str | None = "stop", answer: str | None = None, template: str = ""
+) -> Revision:
     """The reasoning and the revised answer of a reviser's reply. Raises ParseFailure with the name of what is wrong.
 
-    `answer` is what was revised; the revision has its line ends, and its first line's indentation where that has any.
     `finish_reason` is the server's; a reply without a good ending is never taken, however whole it looks.
+    `answer` is what was revised: the revision has its line ends, and its first line's indentation where that has any;
+    what stands in it (braces, words of the `template`) may stand in the revision too.
     """
-    reasoning, part = two_parts("solution", text, finish_reason)
-    return Revision(reasoning, written_like(part, answer))
+    reasoning, part = two_parts("solution", text, finish_reason, answer or "")
+    check_own_words("solution", part, answer or "", template)
+    return Revision(reasoning, written_like(_without_own_fence(part, answer), answer or ""))
+
+
+def _without_own_fence(part: str, answer: str | None) -> str:
+    """The inside of a part that stands whole in one fence without a language, where what was revised has none."""
+    lines = part.split("\n")
+    opening = _PLAIN_FENCE.fullmatch(lines[0])
+    if not (opening and len(lines) > 2 and lines[-1].strip() == opening[1]):
+        return part
+    spans = _fenced_spans(part)
+    last = len(part) - len(lines[-1].lstrip())
+    if len(spans) > 1 and spans[-1][0] < last:
+        return part  # blocks with text between them
+    if answer is None or len(spans) > 1:
+        raise ParseFailure("answer_in_fence")
+    return part if _FENCE.match(trimmed(answer)) else "\n".join(lines[1:-1])
+
+
+_PLAIN_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*(?:text|txt|plaintext|markdown|md)?[ \t]*")
+
+
+def check_own_words(kind: str, part: str, answer: str, template: str) -> None:
+    """See that a part does not repeat the request: its tags, or a sentence of it. Raises ParseFailure.
+
+    What stands in the answer that was revised is the answer's.
+    """
+    said, known = _plain_words(part), _plain_words(answer)
+    sentences = re.split(r"(?<=[.:!?])\s+|\n|\{\{.*?\}\}", template)
+    examples = [line for example in _EXAMPLE.findall(template) for line in example]
+    phrases = {words for words in map(_plain_words, sentences) if words.count(" ") >= 4}
+    phrases |= {words for words in map(_plain_words, examples) if words}
+    tags = set(re.findall(r"^</?\w+>$", template, re.MULTILINE))
+    if any(tag in part and tag not in answer for tag in tags) or any(
+        f" {phrase} " in f" {said} " and phrase not in known for phrase in phrases
+    ):
+        raise ParseFailure("template_words", IDENTIFIERS[kind])
+
+
+_EXAMPLE = re.compile(r"<{5,9} ?FIND\n(.*?)\n={5,9}\n(.*?)\n>{5,9} ?REPLACE", re.DOTALL)
+"""What the template of the edits shows in the place of an edit."""
+
+
+def _plain_words(text: str) -> str:
+    """The words of a text, in lower case, with one space between them."""
+    return " ".join(re.findall(r"[\w']+", text.lower()))
 
 
 def parse_judgement(text: str, finish_reason: str | None = "stop") -> Judgement:
@@ -148,10 +208,11 @@ def parse_judgement(text: str, finish_reason: str | None = "stop") -> Judgement:
 _VERDICT = re.compile(r"\[?(?:solution |student )?(1|2|tie)\]?", re.IGNORECASE)
 
 
-def two_parts(kind: str, text: str, finish_reason: str | None) -> tuple[str, str]:
+def two_parts(kind: str, text: str, finish_reason: str | None, answer: str = "") -> tuple[str, str]:
     """What stands under {teacher_reasoning} and under the identifier of the part we want (a key of IDENTIFIERS).
 
-    Raises ParseFailure. Everything that is read from a model's reply comes through here.
+    Raises ParseFailure. Everything that is read from a model's reply comes through here. What stands in braces in the
+    `answer` that was revised is no label.
     """
     identifier = IDENTIFIERS[kind]
     if reason := incomplete_reason(finish_reason):
@@ -161,7 +222,7 @@ def two_parts(kind: str, text: str, finish_reason: str | None) -> tuple[str, str
         raise ParseFailure("empty_reply")
     found, bare = _all_labels(kind, body)
     fences = _fenced_spans(_blanked(body, [*found, *bare]))
-    outside = [label for label in found if not _inside(label.start, fences)]
+    outside = _joined(body, [label for label in found if not _inside(label.start, fences)])
     bare = [label for label in bare if not _inside(label.start, fences)]
     wanted = [label for label in outside if label.kind == kind]
     if not wanted and _only_bare(kind, body, bare):
@@ -171,16 +232,52 @@ def two_parts(kind: str, text: str, finish_reason: str | None) -> tuple[str, str
     if len(wanted) != 1:
         raise ParseFailure(_why_not_one(kind, body, found, outside, wanted), identifier)
     (label,) = wanted
+    if _is_another(kind, body, label, fences):
+        raise ParseFailure("label_twice", identifier)
     if any(other.kind != kind and other.start > label.start for other in outside):
         raise ParseFailure("labels_out_of_order", identifier)
     part = body[label.end :]
     part = trimmed(part.lstrip(" \t") if part.partition("\n")[0].strip() else part)
     if not part:
         raise ParseFailure("empty_answer", identifier)
-    if _MENTION.search(part) or any(_is_like_a_label(match) for match in _LIKE_A_LABEL.finditer(part)):
+    if _MENTION.search(part) or any(_is_like_a_label(match, answer) for match in _LIKE_A_LABEL.finditer(part)):
         raise ParseFailure("label_in_answer", identifier)
     first = next((other for other in outside if other.kind == "reasoning"), None)
     return body[first.end if first else 0 : label.start].strip(), part
+
+
+def _joined(body: str, labels: list[_Label]) -> list[_Label]:
+    """The labels, of which those of one kind with nothing between them are one: a heading and the identifier below."""
+    joined: list[_Label] = []
+    for label in labels:
+        if (
+            joined
+            and joined[-1].kind == label.kind
+            and not body[joined[-1].end : label.start].strip()
+            and not any(_is_weak(body, one) for one in (joined[-1], label))
+        ):
+            joined[-1] = _Label(label.kind, joined[-1].start, label.end)
+        else:
+            joined.append(label)
+    return joined
+
+
+def _is_weak(body: str, label: _Label) -> bool:
+    """Whether a label's words lack "student", so that they may be a line of the answer."""
+    return label.kind == "solution" and not re.search("student|studnet", body[label.start : label.end], re.IGNORECASE)
+
+
+def _is_another(kind: str, body: str, label: _Label, fences: list[tuple[int, int]]) -> bool:
+    """Whether the label that we want stands elsewhere too, in a form that is none, so that the one read may be text.
+
+    One whose words lack "student" may be text sooner: then the identifier may stand nowhere else, in no fence either.
+    """
+    weak = _is_weak(body, label)
+    for other in _LOOSE[kind].finditer(body):
+        start = other.end() - len(other[0].lstrip())
+        if not label.start <= start < label.end and (weak or not _inside(other.start(), fences)):
+            return not _LEADS_IN.search(body, max(0, other.start() - 40), other.start())
+    return False
 
 
 def _all_labels(kind: str, body: str) -> tuple[list[_Label], list[_Label]]:
@@ -212,11 +309,18 @@ def _only_bare(kind: str, body: str, bare: list[_Label]) -> bool:
     return [label.kind for label in bare] == ["reasoning", kind] and len(_MENTION.findall(body)) == 2
 
 
-def _is_like_a_label(match: re.Match[str]) -> bool:
+# What identifiers are about. Other words in braces are placeholders of the text: `{first_name}:`.
+_ABOUT = re.compile(
+    r"student|teacher|solution|answer|response|reason|explanation|feedback|correct|revis|improv|worsen|edit|final|original"
+)
+
+
+def _is_like_a_label(match: re.Match[str], answer: str) -> bool:
     from rapidfuzz.fuzz import ratio
 
     words = re.sub(r"[^a-z]", "", match["words"].lower())
     in_braces = "{" in match["open"] and match["end"] != " " and re.search(r"[ _\-]", match["words"])
+    in_braces = in_braces and _ABOUT.search(words) and f"{{{match['words']}}}" not in answer
     names = ("correctedstudentsolution", "beststudentsolution", "teacherreasoning", "worsenedstudentsolution")
     return bool(in_braces or _OWN_WORDS.fullmatch(words) or any(ratio(words, name) >= 80 for name in names))
 
@@ -251,9 +355,11 @@ def _without_outer_fence(kind: str, body: str) -> str:
         return body
     inside = "\n".join(lines[1:-1])
     found, bare = _all_labels(kind, inside)
-    # Where the fences inside do not pair up, the first and the last fence belong to different blocks.
-    whole = len(_FENCE.findall(_blanked(inside, [*found, *bare]))) % 2 == 0
-    return inside.strip() if whole and any(label.kind == kind for label in [*found, *bare]) else body
+    if not any(label.kind == kind for label in [*found, *bare]):
+        return body
+    if len(_FENCE.findall(_blanked(inside, [*found, *bare]))) % 2:
+        raise ParseFailure("stray_fence")  # the first and the last fence may belong to different blocks
+    return inside.strip()
 
 
 def _fenced_spans(body: str) -> list[tuple[int, int]]:

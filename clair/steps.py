@@ -100,12 +100,12 @@ async def revise(prompt: Prompt, answer: str, reviser: Reviser) -> Revision:
     if reviser.edits is not None:
         asked = request(reviser.edits, prompt.messages, **given)
         try:
-            return await ask(asked, read=partial(parse_edits, answer=answer))
+            return await ask(asked, read=partial(parse_edits, answer=answer, template=reviser.edits))
         except ParseFailure as failure:
             if failure.name in _POINTLESS_AGAIN:
                 raise Dropped("reviser", failure.name, failure.told) from failure
     try:
-        read = partial(parse_revision, answer=answer)
+        read = partial(parse_revision, answer=answer, template=reviser.template)
         return await ask(request(reviser.template, prompt.messages, **given), read=read)
     except ParseFailure as failure:
         raise Dropped("reviser", failure.name, failure.told) from failure

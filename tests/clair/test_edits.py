@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from clair.edits import apply_edits, parse_edits
 from clair.parse import ParseFailure
+from clair.prompts import load_template
 from clair.records import Revision
 from tests.growth import growth
 
@@ -121,3 +122,15 @@ def test_several_edits_touch_nothing_else(words, data):
 )
 def test_the_time_grows_linearly_with_the_reply(unit):
     assert growth(lambda text: failure(reply(text)), unit) < 24
+
+
+@pytest.mark.parametrize("words", ["what takes its place", "  What takes its place.  ", "So: what takes its place!"])
+def test_the_templates_own_example_is_never_applied(words):
+    template = load_template(None, "reviser_edits.j2", ("task", "answer"))
+    assert "what takes its place" in template
+    text = reply(block("72", "82"), block("45", words))
+    with pytest.raises(ParseFailure) as failed:
+        parse_edits(text, "stop", ANSWER, template)
+    assert failed.value.name == "template_words"
+    said = ANSWER + " This is what takes its place."
+    assert parse_edits(text, "stop", said, template).answer.startswith("Ada has 37")

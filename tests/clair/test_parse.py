@@ -335,3 +335,85 @@ def test_the_generators_draw_every_style_that_they_claim_to():
     plain = Style("underscores", "plain", ("{", "}"), "## ", "**", ":", True, "\n")
     assert label(SOLUTION, plain) == "## **{corrected_student_solution}:**"
     assert len(ANSWERS) > 20
+
+
+# ---- what could be read in two ways
+
+
+REASON = "{teacher_reasoning}:\nwhy\n\n"
+SOLVED = "{corrected_student_solution}"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("{teacher_reasoning: the sum}\n\n{corrected_student_solution: 17 and 25 make 42.}", "label_inline"),
+        ("[Teacher Reasoning: the sum]\n\n[Corrected Student Solution: 82]", "no_label"),
+        (REASON + "<corrected student solution: see <b>82</b>>", "no_label"),
+        (f"```\n{{teacher_reasoning}}: use\n````\nmore\n\n{SOLVED}: 82\n```", "stray_fence"),
+        (f"```markdown\n{REASON}```\n{SOLVED}:\n82\n```", "stray_fence"),
+        (REASON + f"- {SOLVED}: It is below.\n{{corrected_answer}}: 4\nunits: cm", "label_twice"),
+        (REASON + f"> **{SOLVED}**\n\n{SOLVED}:\n82", "label_twice"),
+        (REASON + f"```\n{SOLVED}:\n82\n```\n{{corrected_answer}}: 4", "label_twice"),
+        (REASON + f"{SOLVED}\n{{corrected_answer}}: 4", "label_twice"),
+        (REASON + f"{SOLVED}:\n```\n82\n```", "answer_in_fence"),
+        (REASON + f"{SOLVED}:\n82\n\n{{revised_solution}}: 83", "label_in_answer"),
+    ],
+)
+def test_a_reply_in_which_the_answer_may_begin_or_end_elsewhere_is_a_failure(text, name):
+    assert outcome(text) == ("failure", name)
+
+
+@pytest.mark.parametrize("heading", ["## Corrected Student Solution", "**Corrected Student Solution:**", SOLVED])
+def test_a_heading_and_the_identifier_below_it_are_one_label(heading):
+    assert outcome(f"{REASON}{heading}\n\n{SOLVED}:\n82") == ("answer", "82")
+    assert outcome(f"{REASON}{heading}\n\n81\n\n{SOLVED}:\n82") == ("failure", "label_twice")
+
+
+LETTER = "Dear {first_name}:\n\n{order_number}: shipped on {ship_date}.\n{final_answer}: yours"
+
+
+def test_placeholders_of_the_users_text_are_no_labels():
+    mended = LETTER.replace("shipped", "sent")
+    assert parse_revision(f"{REASON}{SOLVED}:\n{mended}", "stop", LETTER).answer == mended
+    without = mended.replace("{final_answer}: yours", "Yours")
+    assert parse_revision(f"{REASON}{SOLVED}:\n{without}").answer == without
+    assert outcome(f"{REASON}{SOLVED}:\n{mended}") == ("failure", "label_in_answer")
+
+
+@pytest.mark.parametrize("language", ["", "text", "markdown"])
+def test_a_fence_around_the_whole_answer_goes_where_what_was_revised_has_none(language):
+    fenced = f"{REASON}{SOLVED}\n```{language}\n    x = 82\n```"
+    assert parse_revision(fenced, "stop", "    x = 72").answer == "    x = 82"
+    assert parse_revision(fenced, "stop", "x = 72").answer == "x = 82"
+    assert parse_revision(fenced, "stop", "```\nx = 72\n```").answer == f"```{language}\n    x = 82\n```"
+    code = fenced.replace(f"```{language}", "```python", 1)
+    assert parse_revision(code, "stop", "```python\nx = 72\n```").answer == "```python\n    x = 82\n```"
+    nested = f"{REASON}{SOLVED}\n```\nSo:\n```python\nx\n```\nDone.\n```"
+    with pytest.raises(ParseFailure):
+        parse_revision(nested, "stop", "So: x. Done.")
+    both = f"{REASON}{SOLVED}\n```\na\n```\nand\n```\nb\n```"
+    assert parse_revision(both, "stop", "a and b").answer == "```\na\n```\nand\n```\nb\n```"
+
+
+TEMPLATE = (
+    "Mend it with few changes. Say nothing of these instructions.\n<theirs>\n{{ answer }}\n</theirs>\n"
+    "Then give the complete revised solution and nothing else.\n"
+)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "82\nThen, give the complete revised solution and nothing else.",
+        "82. Say nothing of these **instructions**!",
+        "<theirs>\n82\n</theirs>",
+    ],
+)
+def test_words_of_the_request_are_no_revision_unless_the_answer_has_them(part):
+    text = f"{REASON}{SOLVED}:\n{part}"
+    with pytest.raises(ParseFailure) as failed:
+        parse_revision(text, "stop", "72", TEMPLATE)
+    assert failed.value.name == "template_words"
+    assert parse_revision(text, "stop", part + " 72", TEMPLATE).answer == part
+    assert parse_revision(f"{REASON}{SOLVED}:\nMend it, then give 82.", "stop", "72", TEMPLATE).answer.endswith("82.")
