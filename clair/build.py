@@ -257,11 +257,7 @@ def _manifest(
     seconds: float,
 ) -> dict[str, Any]:
     models, askers = config.models, run.askers
-    counted: dict[str, Any] = {}
-    if run.judge and run.judge.seen:
-        counted["position"] = position_bias(run.judge.seen)
-    if run.reviser:
-        counted["first_replies"] = dict(sorted(run.reviser.first.items()))
+    position = {"position": position_bias(run.judge.seen)} if run.judge and run.judge.seen else {}
     return {
         "format": 1,
         "pipeline": config.pipeline,
@@ -271,7 +267,8 @@ def _manifest(
         "contrast": writer.contrast_means(),
         "models": {role: {"model": a.model.name, "identity": a.model.identity} for role, a in askers.items()},
         "sampling": {role: without_secrets(models[role].options(config.seed)) for role in askers},
-        **counted,
+        "first_replies": dict(sorted(run.reviser.first.items())) if run.reviser else {},
+        **position,
         **_cost(run),
         "tokens": {role: _told(asker.told) for role, asker in askers.items()},
         "prompts_sha256": found.sha256,

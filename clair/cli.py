@@ -143,9 +143,9 @@ def estimate(
     out: Annotated[str | None, typer.Option(help="The dataset folder or URL, instead of the recipe's out.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value put into the recipe; repeatable.")] = None,
 ) -> None:
-    """What a build will cost: calls, and with --probe tokens and money with a 95 % interval."""
+    """What a build will cost: calls, and with --probe tokens and money with a 95 % interval, and time."""
     from clair.config import BuildConfig
-    from clair.estimate import LEAST_PROBE
+    from clair.estimate import LEAST_PROBE, total_time
     from clair.estimate import estimate as estimate_build
     from clair.recipe import load_recipe
     from clair.terminal import asking_progress, cost_table
@@ -157,7 +157,12 @@ def estimate(
         roles = estimate_build(config, probe, on_progress)
     print_(cost_table(roles))
     if not probe:
-        print_("tokens and cost need a look at real replies: add --probe 5 (they are paid for once and kept)")
+        print_("tokens, cost and time need a look at real replies: add --probe 5 (they are paid for once and kept)")
+    elif total_time(roles):
+        print_(
+            f"time: the shorter where the servers take {config.concurrency} requests at once as fast as those of the "
+            f"probe, the longer at the pace of the probe, such as of a server that answers one at a time"
+        )
 
 
 @app.command()

@@ -316,7 +316,7 @@ def doubts(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _doubtful_reviser(manifest: Mapping[str, Any]) -> Iterator[str]:
-    first, pairs = manifest.get("first_replies", {}), manifest["counts"]["pairs"]
+    first, pairs = manifest["first_replies"], manifest["counts"]["pairs"]
     asked, read = sum(first.values()), first.get("read", 0)
     filtered = {r.removeprefix("filter."): n for r, n in manifest["drop_reasons"].items() if r.startswith("filter.")}
     revisions, alluded = pairs + sum(filtered.values()), filtered.get("allusion", 0) + filtered.get("comment", 0)

@@ -13,7 +13,7 @@ import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 
 from clair.budget import Price, most_tokens, prices_of, share_left
@@ -50,6 +50,8 @@ class RoleEstimate:
     prompt: Range | None
     completion: Range | None
     cost: Range | None
+    time: tuple[float, float] | None = None
+    """Seconds: where the server takes as many requests at once as the recipe allows, and at the probe's own pace."""
 
 
 def estimate(
@@ -68,15 +70,43 @@ def estimate(
     if not probe:
         return {role: RoleEstimate(calls[role], None, None, None) for role in config.models}
     chosen = spread_over(sizes, max(LEAST_PROBE, probe))
-    paid = _run(config, found, chosen, on_progress)
+    paid, seconds = _run(config, found, chosen, on_progress)
     prices = {role: _discounted(price, config.models[role]) for role, price in prices_of(config.models).items()}
-    return {role: role_estimate(prices.get(role), calls[role], sizes, chosen, paid[role]) for role in config.models}
+    expected = replies(config, found)
+    return {
+        role: replace(
+            role_estimate(prices.get(role), calls[role], sizes, chosen, paid[role]),
+            time=time_of(model, expected[role], seconds[role], config.concurrency),
+        )
+        for role, model in config.models.items()
+    }
+
+
+def time_of(model: ModelConfig, calls: int, seconds: Sequence[float], concurrency: int) -> tuple[float, float] | None:
+    """Seconds that so many calls will take, from those of a few that were asked at once; None where nobody knows.
+
+    The shorter: every reply takes what it took in the probe, with as many in flight as may be. The longer: the server
+    answers as many in a time as it did in the probe. A server that takes one at a time keeps to the longer.
+    """
+    if not seconds or model.batching:
+        return None
+    at_once = min(model.batch_size if model.path is not None else concurrency, max(1, calls))
+    limited = 60 * calls / model.requests_per_minute if model.requests_per_minute else 0.0
+    slow = max(limited, calls * max(seconds) / len(seconds))
+    fast = max(limited, calls * sum(seconds) / len(seconds) / at_once)
+    return min(fast, slow), slow
+
+
+def total_time(roles: Mapping[str, RoleEstimate]) -> tuple[float, float] | None:
+    """The time of all roles: the slowest where they go on side by side, and one after the other."""
+    times = [role.time for role in roles.values() if role.time]
+    return (max(fast for fast, _ in times), sum(slow for _, slow in times)) if times else None
 
 
 def _run(
     config: BuildConfig, found: Scan, chosen: Sequence[int], on_progress: Callable[..., None]
-) -> dict[str, list[Tokens]]:
-    """Run the rows at the chosen places, and tell what each cost by role."""
+) -> tuple[dict[str, list[Tokens]], dict[str, list[float]]]:
+    """Run the rows at the chosen places, and tell what each cost by role, and how long each of its replies took."""
     wanted = set(chosen)
     unique = (p for p, left_out in each_prompt(config.prompts, config.limit, found) if left_out is None)
     prompts = [prompt for place, prompt in enumerate(unique) if place in wanted]
@@ -85,7 +115,9 @@ def _run(
         output.upload("recipe.json")
         with output.ledger(config.ledger_path) as ledger:
             asyncio.run(_ask(config, ledger, prompts, on_progress))
-            return {role: [ledger.paid(role, prompt.id) for prompt in prompts] for role in config.models}
+            paid = {role: [ledger.paid(role, prompt.id) for prompt in prompts] for role in config.models}
+            seconds = {role: [s for p in prompts for s in ledger.seconds(role, p.id)] for role in config.models}
+            return paid, seconds
 
 
 async def _ask(

@@ -220,6 +220,11 @@ class Ledger:
         ((prompt, completion),) = self.read(query, role, row)
         return Tokens(int(prompt), int(completion))
 
+    def seconds(self, role: str, row: str) -> list[float]:
+        """How long the answered calls of a role for one prompt took, each from being sent to its whole reply."""
+        query = "SELECT seconds FROM calls WHERE role = ? AND row = ? AND state = 'done' AND seconds IS NOT NULL"
+        return [seconds for (seconds,) in self.read(query, role, row)]
+
     def counts(self) -> dict[str, int]:
         """How many requests are in each state."""
         return dict(self.read("SELECT state, count(*) FROM calls GROUP BY state"))

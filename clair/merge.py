@@ -162,8 +162,7 @@ def _manifest(
         for role, money in manifest.get("cost", {}).items():
             cost[role] += Decimal(money)  # type: ignore[assignment]
     position = {"position": position_bias(seen)} if sum(seen.values()) else {}
-    counts = [manifest["first_replies"] for manifest in manifests if "first_replies" in manifest]
-    first = {"first_replies": dict(sorted(sum(map(Counter, counts), Counter()).items()))} if counts else {}
+    first = sum((Counter(manifest["first_replies"]) for manifest in manifests), Counter())
     merged = {
         **{key: value for key, value in manifests[0].items() if key != "shard"},
         "counts": writer.all_counts(),
@@ -171,7 +170,7 @@ def _manifest(
         "failed": writer.failed,
         "contrast": writer.contrast_means(),
         **position,
-        **first,
+        "first_replies": dict(sorted(first.items())),
         "tokens": {role: dict(counted) for role, counted in tokens.items()},
         "files": dict(hashes),
         "recipe": recipe,

@@ -16,7 +16,7 @@ from rich.text import Text
 from clair.contrast import word_diff
 from clair.dataset import DatasetWriter, read_manifest
 from clair.endpoint import Check
-from clair.estimate import Range, RoleEstimate, total_cost
+from clair.estimate import Range, RoleEstimate, total_cost, total_time
 from clair.models.asking import Asker
 from clair.progress import Rate, duration, pace_of, progress
 from clair.prompts import task_text
@@ -65,14 +65,22 @@ def pair_panel(row: Mapping[str, Any]) -> Panel:
 
 
 def cost_table(roles: Mapping[str, RoleEstimate]) -> Table:
-    """Calls, tokens and money of a build by role, each with its 95 % interval."""
-    table = Table("role", "calls at most", "tokens in", "tokens out", "cost")
+    """Calls, tokens and money of a build by role, each with its 95 % interval; and time, from the least to the most."""
+    cost, time = total_cost(roles), total_time(roles)
+    table = Table("role", "calls at most", "tokens in", "tokens out", "cost", *(["time"] if time else []))
     for role, told in roles.items():
-        table.add_row(role, str(told.most_calls), *(_range(part) for part in (told.prompt, told.completion, told.cost)))
-    total = total_cost(roles)
-    if total:
-        table.add_row("all", "", "", "", _range(total))
+        ranges = (_range(part) for part in (told.prompt, told.completion, told.cost))
+        table.add_row(role, str(told.most_calls), *ranges, *([_times(told.time)] if time else []))
+    if cost or time:
+        table.add_row("all", "", "", "", _range(cost) if cost else "", *([_times(time)] if time else []))
     return table
+
+
+def _times(part: tuple[float, float] | None) -> str:
+    if part is None:
+        return "?"
+    shortest, longest = map(duration, part)
+    return shortest if shortest == longest else f"{shortest} to {longest}"
 
 
 def _range(part: Range | None) -> str:

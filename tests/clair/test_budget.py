@@ -9,9 +9,11 @@ import pytest
 
 from clair.budget import Budget, BudgetConfig, BudgetReached, Price, most_tokens
 from clair.build import build
-from clair.estimate import Range, _total, estimate, spread_over, total_cost
+from clair.config import ModelConfig
+from clair.estimate import Range, RoleEstimate, _total, estimate, spread_over, time_of, total_cost, total_time
 from clair.ledger import Ledger, Tokens
 from clair.recipe import UserError
+from tests.clair.building import clair, scripted_rows, write_prompts, write_recipe
 from tests.clair.scripted import Scripted, between, endpoint, install, recipe, revision
 
 
@@ -180,6 +182,34 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(probe):
     print(f"{held} of 300 intervals hold the truth, {near} of 300 estimates are within 15 %")
     assert held >= 0.92 * 300
     assert near >= (0.7 if probe == 5 else 0.95) * 300
+
+
+def test_the_time_lies_between_all_at_once_and_the_probes_own_pace():
+    model = ModelConfig(url="http://127.0.0.1:9/v1", model="m")
+    one_at_a_time = [1.0, 2.0, 3.0, 4.0, 5.0]  # each waits for those before it
+    assert time_of(model, 1000, one_at_a_time, 64) == pytest.approx((1000 * 3 / 64, 1000.0))
+    assert time_of(model, 1000, [2.0] * 5, 50) == pytest.approx((40.0, 400.0))
+    limited = model.model_copy(update={"requests_per_minute": 60})
+    assert time_of(limited, 1000, [2.0] * 5, 50) == pytest.approx((1000.0, 1000.0))
+    assert time_of(model, 1000, [], 50) is None
+    assert time_of(model.model_copy(update={"batch": True}), 1000, [2.0], 50) is None
+    both = {
+        "target": RoleEstimate(9, None, None, None, (10, 60)),
+        "reviser": RoleEstimate(9, None, None, None, (30, 90)),
+    }
+    assert total_time(both) == (30, 150)
+
+
+def test_an_estimate_with_a_probe_tells_the_time(tmp_path, server):
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["wait:0.2 ok"] * 12))
+    ended = clair("estimate", write_recipe(tmp_path, server.url), "--probe", "3")
+    assert ended.code == 0, ended
+    assert "time: the shorter where the servers take 64 requests at once" in ended.out
+    assert time_of_the_table(ended.out) != "?"
+
+
+def time_of_the_table(out):
+    return next(line for line in out.splitlines() if "reviser" in line).split("│")[-2].strip()
 
 
 def test_an_estimate_without_a_probe_asks_nothing_and_tells_the_most_calls(tmp_path, monkeypatch):
