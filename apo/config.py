@@ -105,8 +105,9 @@ def trainer_options(config: TrainConfig, *, has_eval: bool, processes: int = 1) 
     """The trainer's configuration. Raises UserError for an option TRL does not have, or that the recipe says."""
     import dataclasses
 
-    from apo.arguments import IGNORED, APOConfig
+    from apo.arguments import IGNORED, APOConfig, why_ignored
     from apo.cache import default_folder
+    from apo.dynamics import check_best_metric
     from apo.mixture import mixture_of
 
     allowed = {field.name for field in dataclasses.fields(APOConfig)} - set(OWN_KEYS) - set(IGNORED) - set(NOT_OFFERED)
@@ -114,9 +115,7 @@ def trainer_options(config: TrainConfig, *, has_eval: bool, processes: int = 1) 
         if key in OWN_KEYS:
             raise UserError(f"trainer.{key}: the recipe says it at its top, as {OWN_KEYS[key]!r}; move it there")
         if key in IGNORED:
-            raise UserError(
-                f"trainer.{key} would be ignored beside objective {mixture_of(config.objective).name!r}; leave it out"
-            )
+            raise UserError(f"trainer.{why_ignored(key, config.trainer[key], mixture_of(config.objective).name)}")
         if key in NOT_OFFERED:
             raise UserError(f"trainer.{key} is not offered by `apo train`; leave it out")
         if key not in allowed:
@@ -131,6 +130,7 @@ def trainer_options(config: TrainConfig, *, has_eval: bool, processes: int = 1) 
     if config.reference == "cached" and objective.needs_reference and not objective.needs_divergence:
         defaults |= {"precompute_ref_log_probs": True, "reference_cache": str(default_folder())}
     _check_trackers(config.trainer.get("report_to"))
+    check_best_metric(config.trainer.get("metric_for_best_model"), objective)
     try:
         return APOConfig(
             **{**defaults, **config.trainer}, output_dir=config.out, seed=config.seed, beta=config.beta,

@@ -13,6 +13,7 @@ import torch
 
 from apo.logps import PairLogps
 from apo.saturation import saturated
+from clair.recipe import UserError, near_miss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +42,16 @@ QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 SHARES = ("saturation", "padding", "shared")
 OF_SOME = ("rows/chosen", "rows/rejected", "kl/mismatched")
 """Logged of unpaired rows, desirable and undesirable, and under objectives that ask for KTO's kl."""
+
+
+def check_best_metric(name: str | None, objective: Mixture) -> None:
+    """Raises UserError where a held-out metric of this name (transformers' `metric_for_best_model`) is never logged."""
+    ratios = MEANS_OF_RATIOS if objective.needs_reference else ()
+    points = [f"rewards/{side}_{point}" for side in ("chosen", "rejected") for point in QUANTILES if ratios]
+    known = [*MEANS_OF_LOGPS, *ratios, *points, *SHARES, *OF_SOME, "runtime", "samples_per_second", "steps_per_second"]
+    if name is not None and not name.removeprefix("eval_").endswith(tuple(known)):  # `eval_SET_loss` of one of several
+        near = near_miss(name.removeprefix("eval_"), known)
+        raise UserError(f"metric_for_best_model: no held-out metric {name!r}{near}; logged are {', '.join(known[:-3])}")
 
 
 def pair_rows(

@@ -61,7 +61,8 @@ def stacked_logps(model: nn.Module, batch: Batch, **options: Any) -> PairLogps:
     mask = batch["completion_mask"]
     there = mask.any(1).nonzero().squeeze(1)
     labels = batch["input_ids"].masked_fill(mask == 0, -100)[there]
-    inputs = {key: value[there] for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
+    whole = len(there) == len(mask)  # of pairs, whose images need not have a row for each sequence
+    inputs = {key: value if whole else value[there] for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
     outputs = model(**inputs, **options, labels=labels, use_cache=False, fused_lm_head=True)
     # Prompt tuning prepends virtual tokens to the outputs; the real ones are the last.
     found = outputs.log_probs[:, -(mask.shape[1] - 1) :].sum(-1)

@@ -61,9 +61,8 @@ def apo_zero_unpaired(
 def apo_hinge_zero(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
     """max(0, 1 - r_w) + max(0, 1 + r_l): APO-zero with hinges, the full pull until a response is 1 past the anchor.
 
-    The name is that of arXiv 2508.08466, whose abstract says that APO-hinge-zero joins hinge-induced mining of hard
-    examples with APO-zero's focus on the chosen. Its formula could not be read: this is the natural hinge form of
-    Eq. 7, NOT VERIFIED to be that paper's. Starts at 2.
+    APO-hinge-zero of arXiv 2508.08466, recovered from the authors' report (margin 1, beta 0.1), one ambiguity: its
+    eq. 10 writes beta into r too, its stopping rule counts it once, as here. Starts at 2.
     """
     return (1 - beta * chosen).relu() + (1 + beta * rejected).relu()
 

@@ -58,8 +58,11 @@ def plan(config: TrainConfig, processes: int | None = None) -> Plan:
 
     `processes` plans a run of so many, which this need not be.
     """
+    from apo.mixture import mixture_of
     from apo.pairs import load_eval, load_train
     from apo.processes import check_launch
+    from apo.saturation import notes_at_start
+    from apo.tokens import lengths_of
 
     launched = check_launch()
     count = launched if processes is None else processes
@@ -88,6 +91,7 @@ def plan(config: TrainConfig, processes: int | None = None) -> Plan:
     evaluated = _tokenize(eval_pairs, "eval", tokenizer, ends, args) if eval_pairs is not None else None
     train.notes.extend(evaluated.notes if evaluated else [])
     train.notes[:0] = notes
+    args.check_dataset(train.dataset.column_names, train.dropped.get("too_long", 0))
     if len(train.dataset) < 2:
         why = []
         if count_equal := train.dropped.get("equal"):
@@ -96,6 +100,7 @@ def plan(config: TrainConfig, processes: int | None = None) -> Plan:
             why.append(f"{too_long:,} are longer than {args.max_length:,} tokens, {bound}{change}")
         why += [note for note in train.notes if note.startswith("train: ")]
         raise UserError(f"{len(train.dataset)} row(s) are left to train on: {'; '.join(why)}")
+    train.notes.extend(notes_at_start(mixture_of(args.objective), args.beta, lengths_of(train.dataset)))
     if any("too_long" in split.dropped for split in (train, evaluated) if split):
         train.notes.append(f"too long is more than {args.max_length:,} tokens, {bound}")
     if args.shared_prefix and args.pack_tokens:

@@ -38,6 +38,8 @@ NOTES = {
     "not trained",
     "no_end": "the chat template writes no end of turn after an answer in {rows}; the token that ends it is added",
     "marks": "{rows} hold the text of a control token, which is encoded as text",
+    "after_end": "the chat template goes on after the end of turn in {rows}, as with a line break; the model does not "
+    "say that, and it is not trained (TRL trains it too)",
     "begun": "the prompt ends in an assistant turn in {rows}; the answer goes on with that turn",
 }
 """What the user should know of rows, by the keys of `Rendered.notes`."""
@@ -323,6 +325,8 @@ class _Conversation:
                 last = self.tokenizer.added_tokens_decoder.get(ids[index])
                 break
         if end is not None:
+            if end + 1 < len(ids):
+                self.notes.add("after_end")
             return ids, end + 1
         if last is not None and last.special:
             raise RowFault(without_end(self.tokenizer))

@@ -18,12 +18,16 @@ from apo.logps import PairLogps
 from apo.mixture import Mixture
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from apo.objectives import Objective
 
 SATURATED = 0.05
 """Of the maximum: below this a pull is taken for none."""
+FAR = 1.0
+"""Nats a token: an objective that lets go of a pair only where its winner leads by more never does so in a sane run."""
 _REACH = 20.0
 """Rewards up to which a maximum is looked for."""
 
@@ -86,3 +90,59 @@ def greatest_pull(term: Objective, beta: float) -> float | None:
     near = pulls[(chosen.abs() <= _REACH / 2) & (rejected.abs() <= _REACH / 2)]
     most = pulls.max() if pulls.max() <= 1.01 * near.max() else pulls[(chosen == 0) & (rejected == 0)].squeeze()
     return most.item() if pulls.min() < SATURATED * most else None
+
+
+def notes_at_start(objective: Mixture, beta: float, lengths: Sequence[tuple[int, int]]) -> list[str]:
+    """What beta and weights come to on answers of these lengths (chosen, rejected; 0 where there is none).
+
+    The terms of a mixture beside its first, by their pull on a nat at the start; a term that looks at mean log-probs
+    and keeps pushing pairs that lie `FAR` apart.
+    """
+    there = torch.tensor(lengths, dtype=torch.float64)
+    longest = there.amax(1).sort().values
+    points = longest[[int(share * (len(longest) - 1)) for share in (0.5, 0.1, 0.9)]]
+    paired = bool((there.amin(1) > 0).any())
+    notes = []
+    if len(objective.terms) > 1:
+        first, *others = ((term.name, weight * _slope(term, beta, points, paired)) for weight, term in objective.terms)
+        for name, slope in others:
+            middle, low, high = (f"{share:.2g}" for share in (100 * slope / first[1]).tolist())
+            notes.append(
+                f"objective: at the start {name} pulls at answers of {points[0]:.0f} tokens (the median) with "
+                f"{middle} % of the force of {first[0]}, at those of {points[1]:.0f} with {low} %, of {points[2]:.0f} "
+                f"with {high} %"
+            )
+    for term in (term for _, term in objective.terms if _looks_at_means(term)):
+        lead = _lead_at_half(term, beta)
+        if lead > FAR:
+            notes.append(
+                f"objective: {term.name} at beta {beta:g} pushes a pair with over half of its first force until the "
+                f"winner leads by {lead:.3g} nats a token, {lead * points[0]:,.0f} in all at the median of "
+                f"{points[0]:.0f} tokens; it hardly ever lets go: a larger beta is usual, {_USUAL.get(term.name, 5)}"
+            )
+    return notes
+
+
+_USUAL = {"ipo": "1", "simpo": "2 to 10"}
+
+
+def _looks_at_means(term: Objective) -> bool:
+    return term.length_normalised or (term.name in _USUAL)
+
+
+def _slope(term: Objective, beta: float, lengths: Tensor, paired: bool) -> Tensor:
+    """The larger derivative of the loss by the log-prob of an answer of these lengths, at the anchor."""
+    other = lengths if paired else torch.zeros_like(lengths)
+    policy = PairLogps(-lengths, -other, lengths, other)
+    pull = pull_of(term, policy, (policy.chosen, policy.rejected), beta=beta, kl=(other * 0, other * 0))
+    return pull / lengths if term.length_normalised or "chosen_len" in term.asks_for else pull
+
+
+def _lead_at_half(term: Objective, beta: float) -> float:
+    """Nats a token by which the winner leads where the pull is half of that at the start; infinity above 100."""
+    lead = torch.linspace(0, 100, 10_001, dtype=torch.float64)
+    one, zero = torch.ones_like(lead), torch.zeros_like(lead)
+    policy = PairLogps(lead / 2, -lead / 2, one, one)
+    pulls = pull_of(term, policy, (zero, zero), beta=beta, kl=(zero, zero))
+    below = (pulls <= pulls[0] / 2).nonzero()
+    return lead[below[0, 0]].item() if len(below) else float("inf")

@@ -125,6 +125,14 @@ def count_unpaired(dataset: Dataset, name: str = "train") -> tuple[int, int] | N
     return (desirable, undesirable) if desirable + undesirable else None
 
 
+def lengths_of(dataset: Dataset) -> list[tuple[int, int]]:
+    """How many tokens the chosen and the rejected answer of each row have."""
+    sides = (
+        dataset.with_format("arrow")[name][:].combine_chunks().value_lengths().to_pylist() for name in ID_COLUMNS[1:]
+    )
+    return list(zip(*sides, strict=True))
+
+
 def _refuse_unpaired(objective: Mixture | None, name: str, unpaired: bool) -> None:
     if unpaired and objective is not None and (why := objective.needs_pairs):
         raise UserError(
@@ -181,6 +189,8 @@ def _notes(noted: list[list[str]], name: str) -> list[str]:
     """What the rows' notes come to: each with how many rows have it, and the first of them."""
     notes = []
     for key, words in NOTES.items():
+        if key == "after_end" and name != "train":
+            continue  # said once
         if rows := [row for row, keys in enumerate(noted) if key in keys]:
             count = f"{len(rows):,} of {len(noted):,} rows (first: row {rows[0]})"
             notes.append(f"{name}: " + words.format(rows=count))

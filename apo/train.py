@@ -177,7 +177,7 @@ def build_trainer(planned: Plan, group: Group | None = None, tell: Callable[[str
         trainer = APOTrainer(
             model=model, args=args, train_dataset=planned.train.dataset, peft_config=lora_of(config),
             eval_dataset=planned.eval.dataset if planned.eval else None, processing_class=planned.tokenizer,
-            callbacks=[Interrupt(group), watch, Recorder(Path(config.out)), Bar(), Warner(plain, tell)],
+            tell=_silent, callbacks=[Interrupt(group), watch, Recorder(Path(config.out)), Bar(), Warner(plain, tell)],
         )  # fmt: skip
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(one_line(error)) from error

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+from transformers.utils.hub import PushInProgress, hf_api
 from trl.trainer.utils import add_fused_lm_head
 
 from apo import checkpoints
 from apo.arguments import APOConfig
 from apo.asking import AskingTrainer
-from apo.dynamics import measure, pair_rows, work_of
+from apo.dynamics import check_best_metric, measure, pair_rows, work_of
 from apo.faults import LossWatch, check_gradient, check_weights_finite, disk_watched, memory_watched
 from apo.logps import (
     IDLE,
@@ -44,11 +46,18 @@ from apo.prefix import (
     tokens_of,
 )
 from apo.processes import asks_for_fsdp, check_devices
-from apo.tokens import MASK_COLUMNS, end_ids, tokenize
+from apo.saturation import notes_at_start
+from apo.tokens import MASK_COLUMNS, end_ids, lengths_of, tokenize
 from apo.transfer import to_device
 from apo.zero import check_zero, get_ready, hush, tell, unfinished
-from clair.recipe import UserError
+from clair.recipe import UserError, one_line
 
+_LOG = logging.getLogger(__name__)
+_PUBLIC = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "*.png")
+_PRIVATE = ("*/*", ".*", "trainer_state.json", checkpoints.MARKER)
+"""What of a run's folder, or of a checkpoint, goes to the hub, and what of that does not."""
+_SAMPLE = 65_536
+"""Numbers of a weight that are looked at to tell how many a step changes."""
 SMALLEST_WEIGHT = 1e-30
 """What a step is divided by at least, so that one whose pairs all weigh 0 has loss 0 and not NaN."""
 
@@ -58,7 +67,8 @@ class APOTrainer(AskingTrainer):
 
     The reference is what `model` is at the start: for full fine-tuning a frozen copy, for a new LoRA adapter the model
     with the adapter off, for an existing adapter TRL's frozen "ref" copy of it. `dropped` counts the pairs left out of
-    each dataset, by reason; `reference_computed` the pairs whose reference log-probs were not in the cache.
+    each dataset, by reason; `reference_computed` the pairs whose reference log-probs were not in the cache. `notes` are
+    what the user should know of data, model and options; `tell` gets each, by default a warning in Python's log.
     """
 
     _tag_names = ("apo",)
@@ -71,6 +81,7 @@ class APOTrainer(AskingTrainer):
         ref_model: Any = None,
         args: APOConfig | None = None,
         pair_logps: PairLogpsFunction | None = None,
+        tell: Callable[[str], None] = _LOG.warning,
         **kwargs: Any,
     ) -> None:
         args = APOConfig() if args is None else args
@@ -78,11 +89,13 @@ class APOTrainer(AskingTrainer):
             raise UserError(f"args is a {type(args).__name__}; APOTrainer takes an APOConfig")
         if kwargs.get("compute_metrics") is not None:
             raise UserError("compute_metrics would be ignored: the batch's logits are never built; leave it out")
+        self.objective = mixture_of(args.objective)
+        check_best_metric(args.metric_for_best_model, self.objective)
+        _check_no_images(kwargs.get("train_dataset"), packed=pair_logps is None and args.shared_prefix)
         check_devices(args)
         check_zero(args)
         if isinstance(model, torch.nn.Module):
             get_ready(model, args)
-        self.objective = mixture_of(args.objective)
         self.pair_logps = pair_logps or stacked_logps
         self._may_share = pair_logps is None and args.shared_prefix
         self.dropped: dict[str, dict[str, int]] = {}
@@ -126,6 +139,33 @@ class APOTrainer(AskingTrainer):
                 f"objective {self.objective.name} compares each prompt with another one's answers: "
                 "per_device_train_batch_size x gradient_accumulation_steps x processes must be at least 2"
             )
+        self.notes += [*self._void_options(), *self._lost_steps()]
+        for note in dict.fromkeys(self.notes) if args.process_index == 0 else ():
+            tell(note)
+
+    def _void_options(self) -> list[str]:
+        """What to tell of options of TRL's batch that packed rows have no use for."""
+        void = {"pad_to_multiple_of": "they are not padded"} if self.packs else {}
+        if self._most_tokens is not None and self.precompute_ref_logps:
+            void["precompute_ref_batch_size"] = "the reference is asked in rows of pack_tokens"
+        there = {name: why for name, why in void.items() if getattr(self.args, name) is not None}
+        return [f"{name} has no effect on packed rows: {why}; shared_prefix: false brings TRL's batch" for name, why
+                in there.items()]  # fmt: skip
+
+    def _lost_steps(self) -> list[str]:
+        """What to tell of trained weights in half precision that a step of the learning rate would not change."""
+        rate, sizes, moved = self.args.learning_rate, 0, 0
+        half = [weight for weight in self.model.parameters() if weight.requires_grad and weight.dtype.itemsize == 2]
+        for weight in half if rate and not self.is_deepspeed_enabled else ():  # DeepSpeed keeps them in float32 too
+            some = weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLE)]
+            sizes, moved = sizes + weight.numel(), moved + (some + rate != some).float().mean().item() * weight.numel()
+        if not sizes or moved > sizes / 2:
+            return []
+        return [
+            f"a step of the learning rate, {rate:g}, changes {moved / sizes:.2%} of the trained weights: they are in "
+            f"{str(half[0].dtype).removeprefix('torch.')}, in which the rest is rounded back; train them in "
+            "float32 (model_init_kwargs: {dtype: float32}; bf16: true computes in bfloat16 all the same), or an adapter"
+        ]
 
     def create_accelerator_and_postprocess(self) -> None:
         """The accelerator; of FSDP, TRL is told when it is built, and of ZeRO-3 transformers when training starts.
@@ -152,6 +192,13 @@ class APOTrainer(AskingTrainer):
         )
         self.dropped[dataset_name] = done.dropped
         self.notes += done.notes
+        too_long = done.dropped.get("too_long", 0)
+        args.check_dataset(done.dataset.column_names, too_long)
+        if too_long:
+            rows = f"{too_long:,} of {len(dataset):,} rows are longer than max_length {args.max_length:,}"
+            self.notes.append(f"{dataset_name}: {rows} and left out; TRL would cut them")
+        if dataset_name == "train" and done.dataset is not dataset and len(done.dataset):
+            self.notes += notes_at_start(self.objective, args.beta, lengths_of(done.dataset))
         if not len(done.dataset):
             limit = args.max_length
             raise UserError(f"every row of the {dataset_name} dataset is longer than max_length {limit}; raise it")
@@ -202,8 +249,30 @@ class APOTrainer(AskingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's training. Raises `faults.Stopped` where the memory is used up or a loss is not finite."""
         tell(self._deepspeed_config)
-        with memory_watched(self, "training"):
+        with memory_watched(self, "training"), self._noise():
             return super().train(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _noise(self) -> Iterator[None]:
+        """NEFTune's noise by TRL's scale, that of a sequence as long as the longest of the micro-batch: transformers
+        would take a packed row for one sequence."""
+        alpha, self.neftune_noise_alpha = self.neftune_noise_alpha, None
+        if alpha is None:
+            yield
+            return
+
+        def add(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+            if not module.training:
+                return output
+            scale = alpha / (self.current_batch["input_ids"].shape[1] * output.shape[-1]) ** 0.5
+            return output + torch.empty_like(output).uniform_(-scale, scale)
+
+        handle = self.accelerator.unwrap_model(self.model).get_input_embeddings().register_forward_hook(add)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self.neftune_noise_alpha = alpha
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a micro-batch, in as many passes as `pack_tokens` asks for."""
@@ -255,13 +324,13 @@ class APOTrainer(AskingTrainer):
         weights = weights_of(inputs).to(losses.device)
         if mode == "train":
             self._losses.look(self, losses, inputs)
+        if policy.aux_loss is not None:
+            losses = losses + self.router_aux_loss_coef * policy.aux_loss
         work = to_device(work_of(inputs, packed=self.packs), losses.device)
         rows = pair_rows(losses, policy, reference, weights, self._kl, work)
         self.meter.add(mode, rows[:0] if IDLE in inputs else rows)
         whole = weights.sum() if num_items_in_batch is None else num_items_in_batch
         total = (weights * losses).sum()
-        if policy.aux_loss is not None:
-            total = total + self.router_aux_loss_coef * policy.aux_loss * weights.sum()
         # Gradients are averaged over processes afterwards; `whole` is the weight of the pairs of all of them.
         processes = self.accelerator.num_processes if num_items_in_batch is not None else 1
         return total * processes / torch.as_tensor(whole, device=total.device).clamp(min=SMALLEST_WEIGHT)
@@ -322,7 +391,38 @@ class APOTrainer(AskingTrainer):
             self.state.best_model_checkpoint = str(out / name)
             self.state.save_to_json(str(folder / "trainer_state.json"))
         checkpoints.finish(folder, out / name, resumable=not self.args.save_only_model)
+        if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+            self._upload(out / name, f"Training in progress, step {self.state.global_step}")
         rotate_checkpoints(str(out), self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: it is not in its place yet, and TRL's would upload all that lies in the run's folder."""
+
+    def push_to_hub(
+        self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None,
+        revision: str | None = None, private: bool | None = None, **_: Any,
+    ) -> Any:  # fmt: skip
+        """Upload model, configs, tokenizer, card and numbers: no checkpoint, optimizer's state or pickle."""
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token or self.args.hub_token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        job = self._upload(Path(self.args.output_dir), commit_message, token=token, revision=revision)
+        return job.result() if blocking else job
+
+    def _upload(self, folder: Path, message: str | None, token: str | None = None, revision: str | None = None) -> Any:
+        """Upload a model's files in the background, after those before; what fails is told. Returns a future."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._finish_current_push()
+        job = hf_api().upload_folder(
+            repo_id=self.hub_model_id, folder_path=folder, commit_message=message, token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision, run_as_future=True, allow_patterns=list(_PUBLIC),
+            ignore_patterns=list(_PRIVATE),
+        )  # fmt: skip
+        job.add_done_callback(_tell_failure)
+        self.push_in_progress = PushInProgress([job])
+        return job
 
     def _get_output_dir(self, trial: Any) -> str:
         where = super()._get_output_dir(trial)
@@ -353,6 +453,20 @@ class APOTrainer(AskingTrainer):
 
     def _send_telemetry(self) -> None:
         """Nothing: what is trained here is nobody else's business."""
+
+
+def _tell_failure(job: Any) -> None:
+    if error := job.exception():
+        _LOG.warning("upload to the hub failed: %s", one_line(error))
+
+
+def _check_no_images(dataset: Any, *, packed: bool) -> None:
+    """Raises UserError for a dataset of images, which packed rows have no place for."""
+    if packed and (images := {"image", "images"} & set(getattr(dataset, "column_names", None) or ())):
+        raise UserError(
+            f"the train dataset has a column {min(images)!r}, and packed rows hold text only; set shared_prefix=False, "
+            "which trains it in TRL's batch"
+        )
 
 
 def _on_host(loader: Any) -> Any:

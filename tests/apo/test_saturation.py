@@ -10,7 +10,7 @@ import torch
 from apo.logps import PairLogps
 from apo.mixture import mixture_of
 from apo.objectives import OBJECTIVES
-from apo.saturation import greatest_pull, pull_of, saturated
+from apo.saturation import greatest_pull, notes_at_start, pull_of, saturated
 
 LINE = torch.linspace(-8, 8, 65, dtype=torch.float64)
 NOTHING = (torch.zeros(1, dtype=torch.float64),) * 2
@@ -114,3 +114,35 @@ def test_an_unpaired_row_is_judged_by_its_one_response():
         rewards = [4.5, 4.0]
         chosen, rejected = (rewards, [0.0, 0.0]) if missing == "rejected_len" else ([0.0, 0.0], [-4.5, -4.0])
         assert saturation("apo_zero_unpaired", chosen, rejected, **{missing: 0.0}) == [True, False]
+
+
+def test_what_a_mixture_comes_to_at_these_lengths_is_told():
+    """By hand: APO-zero pulls at a nat with beta / 4 = 0.025, 0.1 sft with 0.1 / length."""
+    lengths = [(10, 5)] + [(17, 9)] * 8 + [(300, 20)] * 2
+    (note,) = notes_at_start(mixture_of({"apo_zero": 1.0, "sft": 0.1}), 0.1, lengths)
+    assert "sft pulls at answers of 17 tokens (the median) with 24 % of the force of apo_zero" in note
+    assert note.endswith("at those of 17 with 24 %, of 300 with 1.3 %")
+
+
+def test_a_mixture_on_unpaired_rows_is_told_by_the_row():
+    """A row is one example: KTO pulls at it with beta / 4, twice as hard as at half of a pair."""
+    (note,) = notes_at_start(mixture_of({"kto": 1.0, "sft": 0.1}), 0.1, [(20, 0), (0, 20), (20, 0)])
+    assert "with 20 % of the force of kto" in note
+
+
+@pytest.mark.parametrize(
+    ("objective", "beta", "lead"),
+    [("ipo", 0.1, "2.5"), ("simpo", 0.1, "13"), ({"dpo": {"length_normalised": True}}, 0.1, "11")],
+)
+def test_an_objective_that_hardly_lets_go_at_this_beta_is_told_in_nats_a_token(objective, beta, lead):
+    """By hand: IPO's slope halves at half its margin of 1 / (2 beta); sigmoid(-beta d) at beta d = log 3."""
+    (note,) = notes_at_start(mixture_of(objective), beta, [(40, 40)] * 3)
+    assert f"until the winner leads by {lead}" in note
+
+
+@pytest.mark.parametrize(
+    ("objective", "beta"),
+    [("ipo", 1.0), ("simpo", 2.0), ({"dpo": {"length_normalised": True}}, 5.0), ("apo_zero", 0.1), ("sft", 0.1)],
+)
+def test_nothing_is_told_of_a_usual_beta(objective, beta):
+    assert notes_at_start(mixture_of(objective), beta, [(4, 3)] * 3) == []

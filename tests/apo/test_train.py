@@ -385,8 +385,14 @@ BAD_INPUT = {
     "key of the top under trainer": (keys_are(trainer={"beta": 1}), "trainer.beta: the recipe says it at its top"),
     "output_dir": (keys_are(trainer={"output_dir": "x"}), "the recipe says it at its top, as 'out'"),
     "push_to_hub": (keys_are(trainer={"push_to_hub": True}), "trainer.push_to_hub is not offered"),
-    "loss_type beside objective": (keys_are(trainer={"loss_type": "sigmoid"}), "trainer.loss_type would be ignored"),
-    "label_smoothing": (keys_are(trainer={"label_smoothing": 0.0}), "trainer.label_smoothing would be ignored"),
+    "loss_type beside objective": (
+        keys_are(trainer={"loss_type": "sigmoid"}),
+        "trainer.loss_type 'sigmoid' is said by the objective here: set objective: dpo",
+    ),
+    "label_smoothing": (
+        keys_are(trainer={"label_smoothing": 0.0}),
+        "trainer.label_smoothing is an option of the objective: set",
+    ),
     "unknown objective": (keys_are(objective="apo_zer"), "unknown objective 'apo_zer' (did you mean 'apo_zero'?)"),
     "beta 0": (keys_are(beta=0), "beta: Input should be greater than 0"),
     "beta below 0": (keys_are(beta=-0.1), "beta: Input should be greater than 0"),

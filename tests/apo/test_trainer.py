@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import Future
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
-from trl import DPOConfig, DPOTrainer
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from trl import DPOConfig, DPOTrainer, TrlParser
 
 from apo.arguments import IGNORED, APOConfig
+from apo.checkpoints import UNFINISHED
 from apo.checks import check_before_training
-from apo.dynamics import measure, pair_rows
+from apo.dynamics import check_best_metric, measure, pair_rows
 from apo.logps import PairLogps, plain_logps
 from apo.mixture import mixture_of
 from apo.trainer import APOTrainer
 from clair.recipe import UserError
-from tests.apo.conftest import make_model, make_pairs
+from tests.apo.conftest import TEMPLATE, make_model, make_pairs, make_tokenizer
 
 
 def lora():
@@ -451,10 +457,221 @@ IGNORED_VALUES = {
 }  # fmt: skip
 
 
+SAID = {
+    "loss_type": "'sigmoid' is said by the objective here: set objective: dpo, and leave it out",
+    "label_smoothing": r"is an option of the objective: set objective: \{dpo: \{label_smoothing: 0\.1\}\}",
+    "truncation_mode": "'keep_end' would be ignored: rows longer than max_length are left out; leave it out",
+}
+
+
 @pytest.mark.parametrize("option", IGNORED)
 def test_an_option_that_would_be_ignored_is_refused(option):
-    with pytest.raises(UserError, match=f"^{option} would be ignored beside objective 'dpo'; leave it out$"):
+    words = SAID.get(option, "would be ignored beside objective 'dpo'; leave it out")
+    with pytest.raises(UserError, match=f"^{option} {words}$"):
         APOConfig(objective="dpo", **{option: IGNORED_VALUES[option]})
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "words"),
+    [
+        ("apo_down", "set objective: apo_down"),
+        ("sigmoid_norm", r"set objective: \{dpo: \{length_normalised: true\}\}"),
+        (["sigmoid", "sft"], r"say it there \(objective: dpo, objective: sft\)"),
+        ("hinge", r"say it there \(docs/objectives\.md has those there are\)"),
+    ],
+)
+def test_a_loss_type_is_refused_by_the_objective_that_says_it(loss_type, words):
+    with pytest.raises(UserError, match=words):
+        APOConfig(loss_type=loss_type)
+
+
+def test_a_command_line_can_say_every_option():
+    def parse(*words):
+        return TrlParser((APOConfig,)).parse_args_and_config(["--output_dir", "x", *words])[0]
+
+    assert (parse().objective, parse().truncation_mode) == ("apo_zero", "keep_start")
+    assert parse("--objective", "apo_down").objective == "apo_down"
+    assert parse("--objective", '{"apo_zero": 1, "sft": 0.1}').to_dict()["objective"] == "apo_zero + 0.1 sft"
+    with pytest.raises(UserError, match="is neither a name nor JSON"):
+        parse("--objective", "{apo_zero: 1}")
+
+
+# What is told, once, before the first step
+
+
+def test_who_makes_a_trainer_is_told_of_rows_that_are_left_out(tmp_path, tokenizer, pairs, caplog):
+    trainer = apo_trainer(tmp_path, tokenizer, pairs, max_length=20)
+    left = len(trainer.train_dataset)
+    note = f"train: {24 - left} of 24 rows are longer than max_length 20 and left out; TRL would cut them"
+    assert 0 < left < 24
+    assert note in trainer.notes
+    assert [record.getMessage() for record in caplog.records if record.name == "apo.trainer"].count(note) == 1
+
+
+def test_truncation_is_refused_only_where_a_row_would_be_cut(tmp_path, tokenizer, pairs):
+    apo_trainer(tmp_path, tokenizer, pairs, truncation_mode="keep_start")
+    with pytest.raises(
+        UserError, match=r"rows are longer than max_length 20: truncation_mode 'keep_start' would be ign"
+    ):
+        apo_trainer(tmp_path, tokenizer, pairs, truncation_mode="keep_start", max_length=20)
+
+
+@pytest.mark.parametrize(("packed", "told"), [(True, 2), (False, 0)])
+def test_options_of_trls_batch_are_told_where_rows_are_packed(packed, told, tmp_path, tokenizer, pairs):
+    more = {"pad_to_multiple_of": 8, "precompute_ref_batch_size": 2, "precompute_ref_log_probs": True}
+    trainer = apo_trainer(tmp_path, tokenizer, pairs, shared_prefix=packed, **more)
+    assert len([note for note in trainer.notes if "has no effect on packed rows" in note]) == told
+    assert trainer.data_collator.pad.pad_to_multiple_of == 8
+
+
+def test_what_a_template_writes_after_the_end_of_turn_is_told_once(tmp_path, pairs):
+    tokenizer = make_tokenizer(TEMPLATE.replace("<|end|>", "<|end|>\n"))
+    trainer = apo_trainer(tmp_path, tokenizer, pairs, eval_dataset=pairs.select(range(4)))
+    told = [note for note in trainer.notes if "after the end of turn" in note]
+    assert len(told) == 1
+    assert "in 24 of 24 rows (first: row 0), as with a line break;" in told[0]
+    assert "TRL trains it too" in told[0]
+    assert not [note for note in apo_trainer(tmp_path, make_tokenizer(), pairs).notes if "after the end" in note]
+
+
+def test_half_precision_weights_that_a_step_would_not_move_are_told_in_numbers(tmp_path, tokenizer, pairs):
+    def told(**more):
+        dtype = more.pop("dtype", torch.bfloat16)
+        return [n for n in apo_trainer(tmp_path, tokenizer, pairs, make_model().to(dtype), **more).notes if "step" in n]
+
+    (note,) = told(learning_rate=1e-6)
+    assert note.startswith("a step of the learning rate, 1e-06, changes ")
+    assert 0 < float(note.split("changes ")[1].split("%")[0]) < 5
+    assert "they are in bfloat16" in note
+    assert told(learning_rate=1e-6, dtype=torch.float32) == told(learning_rate=1e-2) == told(learning_rate=0.0) == []
+    assert told(learning_rate=1e-6, peft_config=lora()) == []
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_neftunes_noise_has_trls_scale(packed, tmp_path, tokenizer, pairs):
+    """alpha / sqrt(L h), L the longest sequence of the micro-batch: reached by uniform noise and never passed."""
+    trainer = apo_trainer(tmp_path, tokenizer, pairs, neftune_noise_alpha=5.0, max_steps=2, shared_prefix=packed)
+    model, seen = trainer.model, []
+
+    def look(layer, inputs, options):
+        if model.training:
+            ids = trainer.seen_ids
+            noise = (inputs[0] - model.get_input_embeddings().weight[ids]).detach()
+            seen.append(float(noise.abs().max()) * (trainer.current_batch["input_ids"].shape[1] * 32) ** 0.5)
+
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: setattr(trainer, "seen_ids", ids[0]))
+    model.model.layers[0].register_forward_pre_hook(look, with_kwargs=True)
+    trainer.train()
+    assert trainer.packs == packed
+    assert len(seen) == 2
+    assert all(4.95 < scale <= 5.0001 for scale in seen)
+    model.train()
+    ids = torch.tensor([[1, 5]])
+    assert torch.equal(model.get_input_embeddings()(ids), model.get_input_embeddings().weight[ids])  # gone again
+
+
+def test_the_loss_of_a_mixture_of_experts_is_trls_with_its_auxiliary_part(tmp_path, tokenizer, pairs):
+    def made():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        experts = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.1}
+        config = MixtralConfig(**sizes, **experts, vocab_size=40, num_key_value_heads=2, pad_token_id=0)
+        return MixtralForCausalLM(config)
+
+    shared = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2}
+    stock = DPOTrainer(
+        model=made(), ref_model=made(),
+        args=DPOConfig(
+            **options(tmp_path, **shared), loss_type="apo_zero", use_cpu=True, bf16=False,
+            gradient_checkpointing=False, activation_checkpointing=False,
+        ),
+        train_dataset=pairs, processing_class=tokenizer,
+    )  # fmt: skip
+    mine = trained(apo_trainer(tmp_path, tokenizer, pairs, made(), **shared))
+    assert mine[0][0] > 1.05
+    assert_same_run(mine, trained(stock))
+
+
+# The hub
+
+
+class Uploads:
+    """Stands for the hub's API: keeps which files each upload would take."""
+
+    def __init__(self):
+        self.taken = []
+
+    def create_repo(self, name, **_):
+        return SimpleNamespace(repo_id=name)
+
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns=None, ignore_patterns=None, **_):
+        files = [str(f.relative_to(folder_path)) for f in Path(folder_path).rglob("*") if f.is_file()]
+        kept = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        self.taken.append((Path(folder_path).name, sorted(kept)))
+        done = Future()
+        done.set_result(repo_id)
+        return done
+
+
+def test_a_push_takes_the_model_and_never_states_pickles_or_what_is_half_written(
+    tmp_path, tokenizer, pairs, monkeypatch
+):
+    hub = Uploads()
+    for module in ("transformers.trainer", "apo.trainer"):
+        monkeypatch.setattr(f"{module}.hf_api", lambda: hub)
+    more = {"push_to_hub": True, "hub_model_id": "me/model", "save_strategy": "steps", "save_steps": 2}
+    trainer = apo_trainer(tmp_path / "run", tokenizer, pairs, save_total_limit=1, **more)
+    trainer.train()
+    (tmp_path / "run" / "training_args.bin").write_bytes(b"pickle")
+    (tmp_path / "run" / UNFINISHED / "checkpoint-9").mkdir(parents=True)
+    (tmp_path / "run" / UNFINISHED / "checkpoint-9" / "model.safetensors").write_bytes(b"half")
+    assert trainer.push_to_hub() == "me/model"
+    assert [folder for folder, _ in hub.taken] == ["checkpoint-2", "checkpoint-4", "run"]
+    model = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    assert all(files == [*model, "tokenizer_config.json"] for _, files in hub.taken)
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_pushing_whole_checkpoints_is_refused(strategy):
+    with pytest.raises(UserError, match=f"^hub_strategy '{strategy}' would upload the optimizer's states"):
+        APOConfig(push_to_hub=True, hub_strategy=strategy)
+
+
+# What would fail late
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"max_length": 0}, "max_length is 0; it must be 1 or above"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0"),
+        ({"use_liger_kernel": True}, "use_liger_kernel: liger-kernel is not installed"),
+        ({"metric_for_best_model": "eval_acuracy"}, "no held-out metric 'eval_acuracy'"),
+        (
+            {"metric_for_best_model": "rewards/acuracies"},
+            r"did you mean 'rewards/accuracies'\?\); logged are loss, logps/",
+        ),
+        ({"metric_for_best_model": "rewards/margins", "objective": "sft"}, "no held-out metric 'rewards/margins'"),
+        ({"train_sampling_strategy": "group_by_length"}, "group_by_length needs a column 'length' of lengths"),
+    ],
+)
+def test_what_would_fail_after_training_has_begun_is_refused_before(more, message, tmp_path, tokenizer, pairs):
+    if find_spec("liger_kernel") and "use_liger_kernel" in more:
+        pytest.skip("liger-kernel is installed")
+    with pytest.raises(UserError, match=message):
+        apo_trainer(tmp_path, tokenizer, pairs, **more)
+
+
+@pytest.mark.parametrize("name", ["loss", "eval_loss", "eval_rewards/accuracies", "eval_two_rewards/chosen_p50"])
+def test_every_metric_that_is_logged_may_choose_the_best_model(name):
+    check_best_metric(name, mixture_of("apo_zero"))
+
+
+def test_images_are_refused_in_packed_rows_with_the_way_out(tmp_path, tokenizer, pairs):
+    with pytest.raises(
+        UserError, match=r"has a column 'images', and packed rows hold text only; set shared_prefix=False"
+    ):
+        apo_trainer(tmp_path, tokenizer, pairs.add_column("images", [[]] * len(pairs)))
 
 
 @pytest.mark.parametrize(
