@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -117,7 +118,7 @@ def asking_progress(
     with progress(what, total, details=asking.lines, left=asking.left, shown=shown, closing=closing) as work:
 
         def update(done: int, askers: Mapping[str, Asker], words: str = "") -> None:
-            asking.done, asking.askers, asking.words = done, askers, words
+            asking.update(done, askers, words)
             work.update(done)
 
         yield update
@@ -131,6 +132,14 @@ class _Asking:
         self.done, self.words = 0, ""
         self.askers: Mapping[str, Asker] = {}
         self._rates: dict[str, Rate] = {}
+        self._lock = threading.Lock()
+
+    def update(self, done: int, askers: Mapping[str, Asker], words: str = "") -> None:
+        """Rows done, and who is asked; the clock of each role's rate starts where it is first seen."""
+        self.done, self.words = done, words
+        for role in askers:
+            self._rate(role, askers[role])
+        self.askers = askers
 
     def lines(self) -> list[str]:
         """The words there are, and a line for each role."""
@@ -143,7 +152,7 @@ class _Asking:
 
     def _line(self, role: str) -> str:
         asker, left = self.askers[role], self._left(role)
-        tally, rate = asker.told, self._rate(role)
+        tally, rate = asker.told, self._rate(role, asker)
         parts = [f"{tally.calls + tally.reused:,}/{max(self.calls[role], tally.calls + tally.reused):,} replies"]
         parts += [f"{tally.reused:,} of them reused"] if tally.reused else []
         parts += [f"{asker.limiter.in_flight:,} in flight"] if not asker.batch else []
@@ -153,18 +162,19 @@ class _Asking:
         parts += [words] if (words := asker.waiting_for) else []
         return f"{role}: {', '.join(parts)}"
 
-    def _rate(self, role: str) -> Rate:
-        now = self._clock()
-        rate = self._rates.setdefault(role, Rate(now))
-        rate.add(now, self.askers[role].told.calls)
-        return rate
+    def _rate(self, role: str, asker: Asker) -> Rate:
+        with self._lock:
+            now = self._clock()
+            rate = self._rates.setdefault(role, Rate(now, asker.told.calls))
+            rate.add(now, asker.told.calls)
+            return rate
 
     def _left(self, role: str) -> float | None:
         """A row that is done needs no more replies, whatever was expected of it."""
         tally, calls = self.askers[role].told, self.calls[role]
         rows_left = max(0, self.total - self.done)
         remaining = min(calls - tally.calls - tally.reused, rows_left * -(-calls // max(1, self.total)))
-        return self._rate(role).left(self._clock(), remaining)
+        return self._rate(role, self.askers[role]).left(self._clock(), remaining)
 
 
 @contextmanager
