@@ -59,7 +59,7 @@ def load_train(
 
     parts = []
     for number, source in enumerate(sources):
-        part = _load(source, source.split, weights, note)
+        part = _load(source, source.split, weights, _noted(source, sources, note))
         if not len(part) and source.where:
             raise UserError(_no_such_rows(source))
         parts.append(part.select(_weighted(len(part), source.weight, seed + number)) if source.weight != 1 else part)
@@ -97,9 +97,19 @@ def load_eval(
                 "trains without"
             )
         found, split = [_eval_source(which, sources)], ""
-    loaded = [(source, _load_unless_empty(source, split or source.split, weights, note)) for source in found]
+    loaded = [
+        (source, _load_unless_empty(source, split or source.split, weights, _noted(source, found, note)))
+        for source in found
+    ]
     parts = [(source, part) for source, part in loaded if part is not None]
     return _joined([part for _, part in parts], [source for source, _ in parts]) if parts else None
+
+
+def _noted(
+    source: Source, sources: Sequence[Source], note: Callable[[str], None] | None
+) -> Callable[[str], None] | None:
+    """`note`, which names the source where there are several."""
+    return note if note is None or len(sources) == 1 else lambda line: note(f"{source.path}: {line}")
 
 
 def _is_path(text: str) -> bool:

@@ -72,8 +72,8 @@ def plan(config: TrainConfig, processes: int | None = None) -> Plan:
         raise UserError(f"model {config.model} is an adapter and is trained on as it is; leave `lora` out, or merge it")
     tokenizer = models.load_tokenizer(name)
     notes: list[str] = []
-    train_pairs = load_train(config.dataset, config.seed, config.weights, notes.append)
-    eval_pairs = load_eval(config.dataset, config.eval, config.weights, notes.append)
+    train_pairs = load_train(config.dataset, config.seed, config.weights, lambda line: notes.append(f"train: {line}"))
+    eval_pairs = load_eval(config.dataset, config.eval, config.weights, lambda line: notes.append(f"eval: {line}"))
     args = trainer_options(config, has_eval=eval_pairs is not None, processes=count)
     if count == launched:
         check_devices(args)

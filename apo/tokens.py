@@ -75,8 +75,8 @@ def tokenize(
     check_columns(dataset.column_names, f"{name} dataset")
     _refuse_unpaired(objective, name, columns_of(dataset) == UNPAIRED_COLUMNS)
     _check_labels(dataset, name)
-    read = read_dataset(dataset, f"{name} dataset", name, keep_text=True, num_proc=num_proc)
-    dataset, notes = read.dataset, list(read.notes)
+    read = read_dataset(dataset, f"{name} dataset", keep_text=True, num_proc=num_proc)
+    dataset, notes = read.dataset, [f"{name}: {note}" for note in read.notes]
     arguments = {"tokenizer": tokenizer, "ends": sorted(ends), "max_length": max_length}
     arguments["control"] = control_tokens(tokenizer, ends)
     # Said, not inferred: the other responses of unpaired rows are empty, and an empty list has no type.

@@ -69,8 +69,8 @@ def load_preferences(
         with read_here(str(path)) as here:
             files = [] if options else _files(here, split, name)
             if files:
-                return _read_files(files, str(here), where, split, columns, pairs)
-            return _read(_renamed(_loaded(here, split, name, options), columns, where), where, split, pairs)
+                return _read_files(files, str(here), where, columns, pairs)
+            return _read(_renamed(_loaded(here, split, name, options), columns, where), where, pairs)
     except UserError:
         raise
     except Exception as error:  # a name that is not there, no network, no such split: told with the library's words
@@ -140,11 +140,11 @@ def _loaded(here: Path, split: str, name: str | None, options: Mapping[str, Any]
     return load_split(str(here), split, **({"name": name} if name else {}), **options)
 
 
-def _read(dataset: Dataset, where: str, split: str, pairs: bool) -> Preferences:
+def _read(dataset: Dataset, where: str, pairs: bool) -> Preferences:
     check_columns(dataset.column_names, where, pairs=pairs)
     if "rational" in dataset.column_names and "reasoning" not in dataset.column_names:
         dataset = dataset.rename_column("rational", "reasoning")  # the published CLAIR sets
-    return read_dataset(dataset, where, split)
+    return read_dataset(dataset, where)
 
 
 def _renamed(dataset: Dataset, columns: Mapping[str, str], where: str) -> Dataset:
@@ -164,9 +164,7 @@ def _check_named(columns: Mapping[str, str], found: Sequence[str], where: str) -
 # ---- JSON and CSV files
 
 
-def _read_files(
-    files: Sequence[Path], path: str, where: str, split: str, columns: Mapping[str, str], pairs: bool
-) -> Preferences:
+def _read_files(files: Sequence[Path], path: str, where: str, columns: Mapping[str, str], pairs: bool) -> Preferences:
     from datasets import Dataset
 
     arguments = {"files": tuple(map(str, files)), "path": path, "where": where, "columns": dict(columns)}
@@ -182,7 +180,7 @@ def _read_files(
         gen_kwargs={**arguments, "texts": texts, "others": {name: str(type) for name, type in types.items() if type},
                     "key": json.dumps([state, _CODE])},
     )  # fmt: skip
-    return decode(encoded, where, split)
+    return decode(encoded, where)
 
 
 def _rows(files: Sequence[str], path: str, where: str, columns: Mapping[str, str]) -> Iterator[tuple[str, Any]]:

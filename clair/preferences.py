@@ -583,17 +583,15 @@ CODE = file_sha256(__file__)
 _OBJECTS = ("tools", "chat_template_kwargs")
 
 
-def read_dataset(
-    dataset: Dataset, where: str, name: str = "", *, keep_text: bool = False, num_proc: int | None = None
-) -> Preferences:
+def read_dataset(dataset: Dataset, where: str, *, keep_text: bool = False, num_proc: int | None = None) -> Preferences:
     """A dataset with each row as `read_row` reads it: `prompt`, `chosen` and `rejected`, or completion and label.
 
     Messages are structs of role and content; where messages have more, of text, with objects such as `tool_calls` as
     JSON text, so that Arrow adds nothing to them. `tools` and `chat_template_kwargs` are JSON text, as TRL takes them.
     `read_row` turns each of its rows into what was read. Other columns stay.
 
-    `where` names the dataset in errors, `name` the split in notes. With `keep_text`, a set that is all plain text stays
-    text. Raises UserError with the number of the first row that cannot be read.
+    `where` names the dataset in errors. With `keep_text`, a set that is all plain text stays text. Raises UserError
+    with the number of the first row that cannot be read.
     """
     if _is_clean(dataset):
         return Preferences(dataset)
@@ -605,8 +603,8 @@ def read_dataset(
         features=encoded_features(rest),
     )  # fmt: skip
     if keep_text and is_mixed(count_found(encoded)):
-        return read_dataset(dataset, where, name, num_proc=num_proc)
-    return decode(encoded, where, name, num_proc=num_proc)
+        return read_dataset(dataset, where, num_proc=num_proc)
+    return decode(encoded, where, num_proc=num_proc)
 
 
 def check_columns(columns: Sequence[str], where: str, *, pairs: bool = False) -> None:
@@ -672,7 +670,7 @@ def _type_name(value: Any) -> str:
     return _TYPES.get(type(value), "json")
 
 
-def decode(encoded: Dataset, where: str, name: str = "", *, num_proc: int | None = None) -> Preferences:
+def decode(encoded: Dataset, where: str, *, num_proc: int | None = None) -> Preferences:
     """Encoded rows as columns, and the notes of them. Raises UserError where some rows are text and others messages."""
     from datasets import Features, List, Value
 
@@ -702,7 +700,7 @@ def decode(encoded: Dataset, where: str, name: str = "", *, num_proc: int | None
         fn_kwargs={"names": names, "json_keys": sorted(key for key, kind in types.items() if kind == "json"),
                    "code": CODE},
     )  # fmt: skip
-    return Preferences(decoded, _notes(counts, len(encoded), name))
+    return Preferences(decoded, _notes(counts, len(encoded)))
 
 
 def count_found(encoded: Dataset) -> Counter[str]:
@@ -735,10 +733,9 @@ def _decode_rows(rows: list[str], names: Sequence[str], json_keys: Sequence[str]
     return columns
 
 
-def _notes(counts: Mapping[str, int], rows: int, name: str) -> list[str]:
+def _notes(counts: Mapping[str, int], rows: int) -> list[str]:
     repairs = sorted((key.removeprefix("repair:"), count) for key, count in counts.items() if key.startswith("repair:"))
-    start = f"{name}: " if name else ""
-    return [f"{start}{count:,} of {rows:,} rows {note_of(repair)}" for repair, count in repairs]
+    return [f"{count:,} of {rows:,} rows {note_of(repair)}" for repair, count in repairs]
 
 
 def _unpadded_by(value: Any, feature: Any) -> Any:

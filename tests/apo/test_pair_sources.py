@@ -80,7 +80,12 @@ def test_what_was_repaired_is_told_before_training(tmp_path, model_dir):
         "out": str(tmp_path / "r"),
     }
     planned = plan(TrainConfig(**keys))
-    assert planned.train.notes == ["train: 1 of 8 rows repeated the prompt in their answers; read once"]
+    note = "1 of 8 rows repeated the prompt in their answers; read once"
+    assert planned.train.notes == [f"train: {note}"]
+    two = [{"path": keys["dataset"]}, {"path": str(write_jsonl(tmp_path / "o.jsonl", make_pairs(8, seed=1)))}]
+    assert plan(TrainConfig(**{**keys, "dataset": two, "eval": keys["dataset"]})).train.notes == [
+        f"train: {keys['dataset']}: {note}", f"eval: {note}"
+    ]  # fmt: skip
     keys["dataset"] = str(write_jsonl(tmp_path / "q.jsonl", make_pairs(8)))
     clean = plan(TrainConfig(**keys))
     for column in ("prompt_ids", "chosen_ids", "rejected_ids"):

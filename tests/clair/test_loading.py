@@ -166,7 +166,7 @@ def test_repairs_are_logged_where_nobody_else_tells_them(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "clair"):
         assert load_pairs(tmp_path / "p.jsonl")[0]["prompt"][0] == {"role": "system", "content": "Brief."}
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / 'p.jsonl'}: train: 1 of 1 rows have a column of system texts; read as the system turn"
+        f"{tmp_path / 'p.jsonl'}: 1 of 1 rows have a column of system texts; read as the system turn"
     ]
 
 

@@ -179,7 +179,7 @@ def test_a_row_of_this_form_is_read(case):
 @pytest.mark.parametrize("case", READ)
 def test_what_was_read_reads_as_itself_from_a_dataset_too(case):
     row, expected, repairs = READ[case]
-    read = read_dataset(Dataset.from_list([{"id": 7, **row}]), "dataset d", "train")
+    read = read_dataset(Dataset.from_list([{"id": 7, **row}]), "dataset d")
     assert [note.split("rows ")[1] for note in read.notes] == [note_of(repair) for repair in repairs]
     again = read_dataset(read.dataset, "dataset d", keep_text=True)
     assert again.notes == []
@@ -248,8 +248,8 @@ def test_a_row_that_cannot_be_read_says_why(case, keep_text):
 
 def test_each_row_is_read_by_itself_and_the_first_at_fault_is_named():
     rows = [{"id": f"r{number}", **row} for number, row in enumerate([ASKED, {**ASKED, **WHOLE}, ASKED])]
-    read = read_dataset(Dataset.from_list(rows), "dataset d", "train")
-    assert read.notes == [f"train: 1 of 3 rows {note_of('repeated')}"]
+    read = read_dataset(Dataset.from_list(rows), "dataset d")
+    assert read.notes == [f"1 of 3 rows {note_of('repeated')}"]
     assert [row["chosen"] for row in read.dataset] == [ASKED["chosen"]] * 3
     rows[2] = {**rows[2], "rejected": [user("No.")]}
     with pytest.raises(UserError, match=r"^dataset d, row 2 \(id r2\): 'rejected' begins with a user turn"):
