@@ -34,8 +34,12 @@ _ROLE_NAMES = {
     **dict.fromkeys(("function", "ipython", "observation", "tool_response", "function_response"), "tool"),
 }
 _TEXTS_OF_PROMPT = ("question", "instruction", "query")
-_CONVERSATIONS = ("conversations", "conversation", "messages", "context")
-_ALIASES = {"chosen": ("chosen_response",), "rejected": ("rejected_response",), "system": ("system_prompt",)}
+_CONVERSATIONS = ("conversations", "conversation", "messages", "context", "trajectory", "dialogue", "dialog")
+_ALIASES = {
+    "chosen": ("chosen_response", "preferred_output"),
+    "rejected": ("rejected_response", "non_preferred_output"),
+    "system": ("system_prompt",),
+}
 READ = (*COLUMNS, "completion", *_TEXTS_OF_PROMPT, *_CONVERSATIONS, "input", "system", "history", "tools",
          "chat_template_kwargs", *(alias for aliases in _ALIASES.values() for alias in aliases))  # fmt: skip
 _ROLE_KEYS = ("role", "from", "speaker")
@@ -88,6 +92,7 @@ class _RowReader:
         self.row = row
         self.exact = exact
         self.repairs: list[str] = []
+        self.prompt_column: str | None = None
 
     def read(self, keep_text: bool) -> dict[str, Any]:
         row = self.row
@@ -95,6 +100,11 @@ class _RowReader:
             alias = next((alias for alias in aliases if row.get(name) is None and row.get(alias) is not None), None)
             if alias:
                 row[name] = row.pop(alias)
+        if (
+            isinstance(request := row.get("input"), Mapping) and "messages" in request
+        ):  # OpenAI's format for preferences
+            row |= {"input": None, "messages": request["messages"]}
+            row.setdefault("tools", request.get("tools"))
         unpaired = row.get("chosen") is None and row.get("completion") is not None
         sides = ("completion",) if unpaired else ("chosen", "rejected")
         answers = [self._value(side) for side in sides]
@@ -150,7 +160,7 @@ class _RowReader:
             turns = [value] if isinstance(value, Mapping) else value
             if isinstance(turns, list) and turns and all(map(_is_message, turns)):
                 return turns
-        if turns := _transcript(text):
+        if turns := _transcript(text, is_prompt=column == "prompt"):
             self.repairs.append("transcript")
             return turns
         return text
@@ -331,10 +341,13 @@ class _RowReader:
         row = self.row
         text_columns = ("prompt", *_TEXTS_OF_PROMPT)
         column = next((name for name in text_columns if row.get(name) is not None), None)
+        if whole and column and (not row[column] or (isinstance(row[column], str) and not row[column].strip())):
+            column = None
         if column is None and not whole:
             column = next((name for name in (*_CONVERSATIONS, "input") if row.get(name) is not None), None)
         if column is None:
             return []
+        self.prompt_column = column
         value = self._value(column)
         if isinstance(value, str) and not value.strip():
             raise UserError(f"{column!r} is empty; text or messages needed")
@@ -350,7 +363,7 @@ class _RowReader:
         """Note the conversation columns with a text that is in no turn."""
         said = "\n".join(turn["content"] for turn in turns)
         for name in _CONVERSATIONS:
-            value = self.row.get(name)
+            value = self.row.get(name) if name != self.prompt_column else None
             value = _literal(value) or value if isinstance(value, str) and _MESSAGES.search(value) else value
             if any(text.strip() not in said for text in _texts_of(value)):
                 self.repairs.append(f"unread:{name}")
@@ -370,6 +383,8 @@ class _RowReader:
 
     def _history(self, history: Any) -> Messages:
         rounds = self._json(history, "'history'")
+        if all(isinstance(turn, Mapping) for turn in rounds):
+            return [self._message(turn, f"message {number} of 'history'") for number, turn in enumerate(rounds, 1)]
         if not all(isinstance(turns, list | tuple) and len(turns) == 2 for turns in rounds) or not all(
             isinstance(text, str) for turns in rounds for text in turns
         ):
@@ -511,11 +526,11 @@ _SPEAKER = re.compile(rf"(?:\A\s*|\n\n\s*){_SPEAKERS}", re.IGNORECASE)
 _HEADED_SPEAKER = re.compile(rf"(?:\A|\n)\s*###[ \t]*{_SPEAKERS}", re.IGNORECASE)
 
 
-def _transcript(text: str) -> Messages:
+def _transcript(text: str, *, is_prompt: bool) -> Messages:
     """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ...", Anthropic's form, or of "### Human: ..."; none where the
     text is no transcript.
 
-    A transcript that ends with "Assistant:" is a prompt.
+    A prompt may end with "Assistant:"; an answer that does is empty.
     """
     first = _FIRST_SPEAKER.match(text)
     if not first:
@@ -528,7 +543,7 @@ def _transcript(text: str) -> Messages:
         {"role": _ROLE_NAMES[mark[1].lower()], "content": text[mark.end() : end]}
         for mark, end in zip(marks, ends, strict=True)
     ]
-    if len(turns) > 1 and turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip():
+    if is_prompt and turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip():
         turns.pop()
     return turns
 

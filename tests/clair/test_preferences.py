@@ -66,6 +66,22 @@ READ = {
         {"chosen": "\n\nHuman: Who sews?\n\nAssistant: A tailor.",
          "rejected": "\n\nHuman: Who sews?\n\nAssistant: A miller."}, ASKED, ["transcript"],
     ),
+    "a transcript with an empty answer": (
+        {"chosen": "\n\nHuman: Who sews?\n\nAssistant: A tailor.", "rejected": "\n\nHuman: Who sews?\n\nAssistant:"},
+        {**ASKED, "rejected": [assistant("")]}, ["transcript"],
+    ),
+    "an empty prompt column beside whole conversations": ({"prompt": "", **WHOLE}, ASKED, []),
+    "a call of ShareGPT": (
+        {"conversations": [{"from": "human", "value": "Who sews?"}, {"from": "observation", "value": "nine"},
+                           {"from": "function_call", "value": '{"name": "clock", "arguments": {"zone": "CET"}}'},
+                           {"from": "observation", "value": "nine"}], "chosen": "A tailor.", "rejected": "A miller."},
+        {**ASKED, "prompt": [user("Who sews?"), {"role": "tool", "content": "nine"}, assistant("", tool_calls=[CALL]),
+                             {"role": "tool", "content": "nine"}]}, [],
+    ),
+    "OpenAI's preference format": (
+        {"input": {"messages": ASKED["prompt"], "tools": TOOLS}, "preferred_output": ASKED["chosen"],
+         "non_preferred_output": ASKED["rejected"]}, {**ASKED, "tools": TOOLS}, [],
+    ),
     "a transcript as the prompt": (
         {"prompt": "\n\nHuman: Who sews?\n\nAssistant:", "chosen": " A tailor.", "rejected": " A miller."}, ASKED,
         ["transcript"],
@@ -109,6 +125,10 @@ READ = {
     "input alone": ({"input": "Who sews?", "chosen": "A tailor.", "rejected": "A miller."}, ASKED, []),
     "history": (
         {"instruction": "And mends shoes?", "history": [["Who sews?", "A tailor."]], "chosen": "A", "rejected": "B"},
+        {"prompt": LONG, "chosen": [assistant("A")], "rejected": [assistant("B")]}, ["history"],
+    ),
+    "history as messages": (
+        {"question": "And mends shoes?", "history": LONG[:2], "chosen": "A", "rejected": "B"},
         {"prompt": LONG, "chosen": [assistant("A")], "rejected": [assistant("B")]}, ["history"],
     ),
     "another question beside the prompt": ({**FLAT, "question": "What is this?"}, ASKED, ["unread:question"]),
