@@ -27,7 +27,10 @@ def advise(
         float,
         typer.Option(min=0.01, max=0.49, help="The difference from one half to be seen; sizes the sample."),
     ] = 0.1,
-    temperature: Annotated[float, typer.Option(help="Of the model's own answers.")] = 1.0,
+    temperature: Annotated[
+        float,
+        typer.Option(help="Of its own answers; at 1 those of a small model are less likely to it than any clean text."),
+    ] = 0.3,
     max_tokens: Annotated[int, typer.Option(help="The longest of them.")] = 1024,
     batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens in a batch of the model, answers included; absent: by the device.")

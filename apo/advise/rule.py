@@ -36,7 +36,7 @@ class Evidence:
     right: Interval | None
     """How often it prefers the winner to the loser."""
     winner_gap: Interval
-    """Log-prob per token: the winner's minus that of the model's own sample."""
+    """Log-prob per token: the winner's minus that of the model's own answer."""
     loser_gap: Interval
     winner_total: Interval
     """The same as `winner_gap`, summed over the answer."""
@@ -80,7 +80,11 @@ def advise(e: Evidence) -> Advice:
     beware = []
     if both_own(e):
         sure = SURE[max(0, SURE.index(sure) - 1)]
-        beware.append("both sides are such as the model says itself: pairs choose among what it knows, and age")
+        beware.append(
+            "both sides are such as the model says itself: pairs choose among what it knows, and age"
+            if authors_known(e)
+            else "both sides are as likely to the model as its own answers: pairs may choose what it knows, and age"
+        )
     if e.displacement.hi < 0 and objective != "apo_down":
         beware.append("winners are expected to become less likely: lower the learning rate, or add sft with weight 0.1")
     if not 0.3 <= e.longer.value <= 0.7 and not e.longer.lo <= 0.5 <= e.longer.hi:
@@ -96,22 +100,39 @@ def standing_of(e: Evidence) -> tuple[Literal["better", "worse", "even"], Sure, 
             return "better", "high", told
         return ("worse", "high", told) if e.win.hi < 0.5 else ("even", "fair", f"{told}: neither is better for certain")
     winners, losers = _own(e.winners_own, e.winner_gap), _own(e.losers_own, e.loser_gap)
-    known: Sure = "low" if e.losers_own is None or e.winners_own is None else "fair"
+    if not authors_known(e):
+        return _by_likelihood(winners, losers)
     if losers and not winners:
-        return "better", known, "the losers are the model's own answers, and the winners are preferred to them"
+        return "better", "fair", "the losers are the model's own answers, and the winners are preferred to them"
     if winners and not losers:
-        return "worse", known, "the winners are such as the model says itself, and the losers are not"
+        return "worse", "fair", "the winners are such as the model says itself, and the losers are not"
     told = "both sides are" if winners else "neither side is"
     return "even", "low", f"{told} such as the model says itself, so without a judge nobody knows which is better"
 
 
+def _by_likelihood(winners: bool, losers: bool) -> tuple[Literal["better", "worse", "even"], Sure, str]:
+    """The standing where the dataset does not say who made both sides: how likely they are is a hint, and no more."""
+    unknown = "who wrote them is not known, and which is better cannot be told without a judge"
+    if losers and not winners:
+        return "better", "low", f"losers are as likely to the model as its own answers and winners are not; {unknown}"
+    if winners and not losers:
+        return "worse", "low", f"winners are as likely to the model as its own answers and losers are not; {unknown}"
+    told = "both sides are as" if winners else "neither side is as"
+    return "even", "low", f"{told} likely to the model as its own answers; {unknown}"
+
+
+def authors_known(e: Evidence) -> bool:
+    """Whether the dataset says who made both sides."""
+    return e.winners_own is not None and e.losers_own is not None
+
+
 def both_own(e: Evidence) -> bool:
-    """Whether the model itself seems to have made both sides."""
+    """Whether the model itself made both sides, or may have: both are as likely to it as its own answers."""
     return _own(e.winners_own, e.winner_gap) and _own(e.losers_own, e.loser_gap)
 
 
 def _own(share: float | None, gap: Interval) -> bool:
-    """As the dataset says; else what is no less likely than the model's own samples passes for its own."""
+    """As the dataset says; else whether it is no less likely than the model's own answers."""
     return gap.hi >= 0 if share is None else share > 0.5
 
 

@@ -63,7 +63,10 @@ def _result(checked: Checked, asked: Asked, seen: Seen) -> dict[str, Any]:
     advice = advise(evidence)
     notes = [f"the judge is not used: {asked.distrust}"] if asked.distrust else []
     if evidence.win is None and not asked.distrust:
-        notes.append("no judge was asked, so nobody knows how good the answers are: this is worth less than with one")
+        notes.append(
+            "no judge was asked: nobody knows whether winners are better than losers, or than what the model says "
+            "itself; this is worth less than with one"
+        )
     if len(checked.rows) < sample_size(0.1):
         notes.append(f"{len(checked.rows)} prompts; {sample_size(0.1)} are needed to see winners that win 3 times of 5")
     if checked.strange:

@@ -23,6 +23,8 @@ from clair.records import message_text
 
 _UNDERSTOOD = ("messages", "max_tokens", "temperature", "top_p", "top_k", "seed", "tools")
 _DEFAULT_MAX_TOKENS = 1024
+_LOOK_AFTER = 64
+"""Tokens after which the rows that have ended leave their batch, for the first time."""
 _GATHER_SECONDS = 0.005
 _CHARACTERS_PER_TOKEN = 3.0  # until the first batch is tokenised
 _ANSWERS_DEPEND_ON = re.compile(
@@ -351,25 +353,42 @@ class LocalModel:
         return [row for part in (first, second) for row in self._generate_rows(batch[part], prompts[part], most)]
 
     def _generated(self, batch: Sequence[_Waiting], prompts: Sequence[list[int]], most: int) -> list[list[int]]:
+        """The tokens of each reply. After 64 tokens, 128, 256 ... the rows that have ended leave the batch."""
         import torch
 
         tokenizer, model = self._load()
+        ends, rows = _ends(tokenizer, model), [[] for _ in batch]
         longest = max(map(len, prompts))
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        with torch.inference_mode():
-            made = model.generate(
-                ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=_greedy_config(model, most, _ends(tokenizer, model), pad),
-                logits_processor=_samplers(model, batch, most),
-                stopping_criteria=[self._watch(longest, most)],
-            )
-        self.doing = ""
-        if self._halted:
-            raise Unreachable("given up")
-        return made[:, longest:].tolist()
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+        going, cache, made = list(range(len(batch))), None, 0
+        while going and made < most:
+            with torch.inference_mode():
+                found = model.generate(
+                    ids,
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    generation_config=_greedy_config(model, min(max(made, _LOOK_AFTER), most - made), ends, pad),
+                    logits_processor=_samplers(model, [batch[place] for place in going], most, made),
+                    stopping_criteria=[self._watch(longest, most)],
+                    return_dict_in_generate=True,
+                )
+            self.doing = ""
+            if self._halted:
+                raise Unreachable("given up")
+            new = found.sequences[:, ids.shape[1] :].tolist()
+            for place, tokens in zip(going, new, strict=True):
+                rows[place] += tokens
+            made += len(new[0])
+            left = [at for at, tokens in enumerate(new) if not set(ends).intersection(tokens)]
+            chosen = torch.tensor(left, dtype=torch.long, device=model.device)
+            cache = found.past_key_values
+            if cache is not None and len(left) < len(going):
+                cache.reorder_cache(chosen)  # every kind of layer has it
+            mask = torch.nn.functional.pad(mask[chosen], (0, len(new[0])), value=1)
+            ids, going = found.sequences[chosen], [going[at] for at in left]
+        return rows
 
     def _watch(self, prompt_tokens: int, most: int) -> Callable[..., Any]:
         """What generation asks after each token: whether to end. Nothing but `halt` ends it."""
@@ -419,7 +438,7 @@ def _greedy_config(model: Any, most: int, ends: list[int], pad: int) -> Any:
     )
 
 
-def _samplers(model: Any, batch: Sequence[_Waiting], most: int) -> Any:
+def _samplers(model: Any, batch: Sequence[_Waiting], most: int, made: int) -> Any:
     """The warpers that the request, or else the model's own generation config, asks for; none for greedy decoding."""
     from transformers import (
         LogitsProcessorList,
@@ -438,18 +457,18 @@ def _samplers(model: Any, batch: Sequence[_Waiting], most: int) -> Any:
     warpers = [TemperatureLogitsWarper(float(temperature))]
     warpers += [TopKLogitsWarper(int(top_k))] if top_k else []
     warpers += [TopPLogitsWarper(float(top_p))] if top_p and top_p < 1 else []
-    return LogitsProcessorList([*warpers, _OneDraw(batch, most)])
+    return LogitsProcessorList([*warpers, _OneDraw(batch, most, made)])
 
 
 class _OneDraw:
     """Leaves one token a row: the one that the row's own uniform number picks from the warped distribution."""
 
-    def __init__(self, batch: Sequence[_Waiting], most: int) -> None:
+    def __init__(self, batch: Sequence[_Waiting], most: int, made: int) -> None:
         import torch
 
         seeds = [int(content_hash([dict(w.request), w.sample])[:15], 16) for w in batch]
         self._draws = torch.stack([torch.rand(most, generator=torch.Generator().manual_seed(s)) for s in seeds])
-        self._step = 0
+        self._step = made
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         import torch

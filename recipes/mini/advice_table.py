@@ -195,7 +195,8 @@ def page(lines: Sequence[Mapping[str, Any]]) -> str:
 Is it worth following `apo advise`? {len(TARGETS)} tiny models and {len(COMBINATIONS)} sets of pairs that did not exist
 before: revised, judged on-policy and off-policy, by a stronger and by a weaker writer, with labels drawn by lot or
 exchanged, small ones; reviser and judge err and lean in different ways. The [rule](objectives.md#choose-an-objective)
-was committed before any of it, and has not been changed since. Each set was trained on with three objectives and
+was committed before any of it, and has not been changed since. The models' own answers were drawn at temperature 1,
+where `apo advise` takes 0.3 today. Each set was trained on with three objectives and
 {len(SEEDS)} seeds, {EPOCHS} epochs, at the beta of the advice; {QUESTIONS} held-out tasks. The learning rates are
 {rates}: the medians of what the mini grid tuned for each objective on data sets
 of its own. {_first(lines)}

@@ -56,7 +56,9 @@ def points(value: float) -> str:
 
 
 def with_interval(estimate: Estimate) -> str:
-    """Fractions as points: `+7.1 [+4.0, +10.2]`."""
+    """Fractions as points: `+7.1 [+4.0, +10.2]`; `+7.1 [no interval]` where no error can be estimated."""
+    if math.isnan(estimate.se):
+        return f"{points(estimate.mean)} [no interval]"
     return f"{points(estimate.mean)} [{points(estimate.lo)}, {points(estimate.hi)}]"
 
 

@@ -77,12 +77,22 @@ def test_each_case_has_its_advice(given, objective, sure):
         ({"longer": interval(0.9)}, "90% of the winners are longer"),
         ({"longer": interval(0.1)}, "10% of the winners are longer"),
         ({"winners_own": 1.0, "losers_own": 1.0}, "both sides are such as"),
+        ({"winner_gap": LEVEL}, "both sides are as likely to the model as its own answers"),
     ],
 )
 def test_what_to_watch_is_told_and_nothing_else(given, words):
     assert advise(PLAIN).beware == []
     (told,) = advise(replace(PLAIN, **given)).beware
     assert words in told
+
+
+@pytest.mark.parametrize("winner", [BELOW, LEVEL])
+@pytest.mark.parametrize("loser", [BELOW, LEVEL])
+def test_likelihood_alone_never_says_who_wrote_an_answer(winner, loser):
+    told = advise(replace(PLAIN, **ALONE, winner_gap=winner, loser_gap=loser))
+    assert "such as the model says itself" not in " ".join([told.because, *told.beware])
+    assert "who wrote them is not known, and which is better cannot be told without a judge" in told.because
+    assert told.sure == "low"
 
 
 def test_apo_down_is_meant_to_lower_winners_and_says_nothing_of_it():

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from clair.build import build
 from clair.models import RequestFailed, Unreachable, reply_of
@@ -93,6 +93,26 @@ def test_a_sampled_reply_is_the_same_whatever_the_batch(folder, options):
     assert [shuffled[order.index(n)] for n in range(16)] == together
     assert [ask(folder, [request])[0] for request in requests[::5]] == together[::5]
     assert len({reply.text for reply in together}) > 12
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3}])
+def test_rows_that_have_ended_leave_the_batch_and_change_no_reply(folder, monkeypatch, options):
+    requests = [{"messages": messages(t), "max_tokens": 60, "seed": 0, **options} for t in texts(16, 20)]
+    together = ask(folder, requests, batch_size=16)
+    monkeypatch.setattr("clair.models.local._LOOK_AFTER", 3)
+    positions, forward = [], LlamaForCausalLM.forward
+
+    def counted(self: Any, input_ids: Any, **more: Any) -> Any:
+        positions.append(input_ids.numel())
+        return forward(self, input_ids, **more)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", counted)
+    assert ask(folder, requests, batch_size=16) == together
+    lengths = [reply.usage["completion_tokens"] for reply in together]
+    assert max(lengths) == 60 > min(lengths)
+    # The prompts are read once; then a row is asked for at most twice the tokens of its reply, instead of for 60.
+    assert sum(positions[1:]) <= sum(min(60, max(3, 2 * length)) for length in lengths) < 0.95 * 16 * 60
+    assert positions[0] == max(positions)
 
 
 def test_another_seed_sample_or_prompt_draws_anew(folder):
