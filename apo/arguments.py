@@ -95,9 +95,8 @@ class APOConfig(DPOConfig):
                 f"hub_strategy {getattr(self.hub_strategy, 'value', self.hub_strategy)!r} would upload the optimizer's "
                 "states, which are pickled; take 'every_save' (each model saved) or 'end'"
             )
-        if self.precompute_ref_log_probs and (not objective.needs_reference or objective.needs_divergence):
-            why = "has no reference" if not objective.needs_reference else "needs it for responses made on the way"
-            raise UserError(f"precompute_ref_log_probs: objective {objective.name} {why}; leave it out")
+        if self.precompute_ref_log_probs and not objective.needs_reference:
+            raise UserError(f"precompute_ref_log_probs: objective {objective.name} has no reference; leave it out")
         if self.pack_tokens is not None and not self.shared_prefix:
             raise UserError("pack_tokens would be ignored without shared_prefix; leave it out")
         self._choose_by_hardware()

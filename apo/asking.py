@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
 
@@ -21,8 +21,15 @@ from apo.faults import is_out_of_memory, memory_watched
 from apo.logps import IDLE, IDS, PAIR_WEIGHT, Batch, TurnCollator, WeightedCollator, mismatched
 from apo.prefix import around_the_parting, bins_of, share_if_exact, shared_prefix_logps, tokens_of
 from apo.reference import Advance, with_reference
+from apo.tokens import first_rows
 from apo.transfer import to_device
 from clair.progress import progress
+from clair.recipe import UserError
+
+PRECOMPUTES_NO_STREAM = (
+    "precompute_ref_log_probs=True is not supported with IterableDataset, whose rows are not known before; "
+    "leave it out, or give a datasets.Dataset"
+)
 
 
 class AskingTrainer(DPOTrainer):
@@ -68,8 +75,8 @@ class AskingTrainer(DPOTrainer):
         self._may_share = False
         # A reference of its own may be DeepSpeed's already; what is asked is the model inside.
         asked = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
-        size = min(self.args.per_device_train_batch_size, len(self.train_dataset))
-        first = self._prepare_inputs(self.data_collator([self.train_dataset[place] for place in range(size)]))
+        batch = first_rows(self.train_dataset, self.args.per_device_train_batch_size)
+        first = self._prepare_inputs(self.data_collator(batch))
         short = self._prepare_inputs(self.data_collator(self._shortest_pairs()))
         computed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
         told = {"autocast": self.accelerator.autocast, "fatal": is_out_of_memory}
@@ -85,7 +92,7 @@ class AskingTrainer(DPOTrainer):
 
         Long ones are cut to what lies around the place where their answers part, unless the model has windows.
         """
-        pairs = [self.train_dataset[place] for place in range(min(64, len(self.train_dataset)))]
+        pairs = first_rows(self.train_dataset, 64)
         if getattr(self.model.config.get_text_config(), "sliding_window", None):
             return sorted(pairs, key=tokens_of, reverse=True)[:2]
         return [around_the_parting(pair) for pair in sorted(pairs, key=tokens_of)[:2]]
@@ -161,6 +168,8 @@ class AskingTrainer(DPOTrainer):
         """`dataset` with the reference's log-probs as two columns, from the cache where it has them (reference.py)."""
         if not self.objective.needs_reference:
             return dataset
+        if isinstance(dataset, IterableDataset):
+            raise UserError(PRECOMPUTES_NO_STREAM)
         self._share_prefixes()
         model = self._reference
         model.to(self.args.device)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from apo.tokens import end_ids
+from apo.tokens import end_ids, first_rows
 from clair.recipe import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def check_before_training(trainer: APOTrainer, rows: int = 8) -> dict[str, float
     """
     dataset = trainer.train_dataset
     columns = set(trainer._signature_columns or ()) or None
-    examples = [dataset[row] for row in range(min(rows, len(dataset)))]
+    examples = first_rows(dataset, rows)
     if columns:
         examples = [{key: value for key, value in example.items() if key in columns} for example in examples]
     batch = trainer._prepare_inputs(trainer.data_collator(examples))

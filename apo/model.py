@@ -65,17 +65,19 @@ def fingerprint(name: ModelName) -> str:
     return weights_identity(Path(cached).parent) if isinstance(cached, str) else f"hub:{name.path}"
 
 
-def load_tokenizer(name: ModelName) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises UserError where it has no chat template or no end of sequence."""
+def load_tokenizer(name: ModelName, revision: str | None = None, for_chats: bool = True) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises UserError where it has no end of sequence or, `for_chats`, no chat template."""
     from transformers import AutoTokenizer
 
     own = (Path(name.path) / "tokenizer_config.json").is_file()
     where = name.path if own or not name.is_adapter else name.base
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=name.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            where, trust_remote_code=name.trust_remote_code, **({} if revision is None else {"revision": revision})
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"model {where}: no tokenizer can be loaded: {one_line(error)}") from error
-    if not tokenizer.chat_template:
+    if for_chats and not tokenizer.chat_template:
         raise UserError(f"model {where} has no chat template; add chat_template.jinja, or train an instruct model")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {where} has no eos_token, so an answer could not end; set the end of turn")

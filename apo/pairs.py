@@ -6,7 +6,6 @@ A source may be the rows only that have a certain value in a column (`where`); `
 from __future__ import annotations
 
 import hashlib
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from apo.tokens import COLUMNS, ID_COLUMNS, MASK_COLUMNS, UNPAIRED_COLUMNS, columns_of
+from apo.tokens import COLUMNS, ID_COLUMNS, MASK_COLUMNS, UNPAIRED_COLUMNS, check_weight, columns_of
 from clair.loading import load_preferences, split_names
 from clair.recipe import Recipe, UserError, near_miss, one_line
 from clair.sources import kind_of
@@ -297,10 +296,6 @@ def check_weights(dataset: Dataset, column: str, name: str) -> None:
         raise UserError(f"weights: the {name} dataset has no column {column!r}{near}; found: {found}")
     values = dataset[column][:]
     for row, value in enumerate(values):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and math.isfinite(value) and value >= 0):
-            raise UserError(
-                f"weights: {column!r} of row {row} of the {name} dataset is {value!r}; finite and >= 0 needed"
-            )
+        check_weight(value, f"{column!r} of row {row} of the {name} dataset")
     if values and not any(values):
         raise UserError(f"weights: every {column!r} of the {name} dataset is 0, so nothing would be learned")

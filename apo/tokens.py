@@ -11,6 +11,7 @@ counted.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from clair.preferences import COLUMNS, UNPAIRED_COLUMNS, check_columns, read_dat
 from clair.recipe import UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from apo.mixture import Mixture
@@ -99,6 +100,70 @@ def tokenize(
     if objective is not None and name == "train":
         notes += _balance(count_unpaired(encoded, name), objective)
     return Tokenized(encoded, dropped, notes)
+
+
+def tokenize_stream(
+    stream: IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    ends: frozenset[int],
+    name: str,
+    objective: Mixture,
+    weights: str | None = None,
+) -> tuple[IterableDataset, dict[str, int]]:
+    """A stream of rows with the columns that `tokenize` adds, each tokenised when it comes; and how many were left out
+    so far, by reason. A row that comes again, in another epoch, is counted once.
+
+    Raises UserError for the first row at once, and for a later one at fault when it comes: see `tokenize`.
+    """
+    first = first_row(stream, name)
+    dropped: dict[str, int] = {}
+    if set(ID_COLUMNS) <= set(first):
+        return stream, dropped
+    unpaired = first.get("chosen") is None and first.get("completion") is not None
+    _refuse_unpaired(objective, name, unpaired)
+    control, left_out = control_tokens(tokenizer, ends), {reason: set() for reason in DROPPED}
+
+    def read(row: dict[str, Any], place: int) -> dict[str, Any]:
+        where = f"{name} dataset, row {place}"
+        if (row.get("chosen") is None and row.get("completion") is not None) != unpaired:
+            raise UserError(f"{where}: pairs and unpaired rows are in one dataset; give either")
+        if unpaired and not isinstance(row.get("label"), bool):
+            raise UserError(f"{where}: label is {row.get('label')!r}; true (desirable) or false needed")
+        if weights is not None:
+            check_weight(row.get(weights), f"{weights!r} of row {place} of the {name} dataset")
+        ids = encode(row, tokenizer, sorted(ends), max_length, control)
+        verdict, _ = ids.pop("_verdict"), ids.pop("_notes")
+        if verdict and verdict not in DROPPED:
+            raise UserError(f"{where}: {verdict}")
+        if verdict:
+            left_out[verdict].add(place)
+            dropped[verdict] = len(left_out[verdict])
+        return {**ids, **({} if weights is None else {weights: row[weights]}), "_dropped": bool(verdict)}
+
+    read(first, 0)
+    tokenised = stream.map(read, with_indices=True, remove_columns=[key for key in first if key != weights])
+    return tokenised.filter(lambda row: not row["_dropped"]).remove_columns(["_dropped"]), dropped
+
+
+def first_rows(dataset: Dataset | IterableDataset, count: int) -> list[dict[str, Any]]:
+    """The first `count` rows of a dataset or a stream, which starts anew when it is read; all if there are fewer."""
+    return list(dataset.take(min(count, len(dataset)) if hasattr(dataset, "__len__") else count))
+
+
+def first_row(stream: IterableDataset, name: str) -> dict[str, Any]:
+    """The first row of a stream. Raises UserError where there is none."""
+    rows = first_rows(stream, 1)
+    if not rows:
+        raise UserError(f"the {name} dataset has no rows")
+    return rows[0]
+
+
+def check_weight(value: Any, where: str) -> None:
+    """Raises UserError for a weight that is missing, not a finite number or negative."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and value >= 0):
+        raise UserError(f"weights: {where} is {value!r}; finite and >= 0 needed")
 
 
 def columns_of(dataset: Dataset) -> tuple[str, str, str]:

@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import HubStrategy, rotate_checkpoints, set_seed
 from transformers.utils.hub import PushInProgress, hf_api
 from trl.trainer.utils import add_fused_lm_head
 
 from apo import checkpoints
+from apo import model as models
 from apo.arguments import APOConfig
-from apo.asking import AskingTrainer
-from apo.dynamics import check_best_metric, measure, pair_rows, work_of
+from apo.asking import PRECOMPUTES_NO_STREAM, AskingTrainer
+from apo.dynamics import COLUMNS, check_best_metric, measure, pair_rows, work_of
 from apo.faults import LossWatch, check_gradient, check_weights_finite, disk_watched, memory_watched
 from apo.logps import (
     IDLE,
@@ -47,9 +48,9 @@ from apo.prefix import (
 )
 from apo.processes import asks_for_fsdp, check_devices
 from apo.saturation import notes_at_start
-from apo.tokens import MASK_COLUMNS, end_ids, lengths_of, tokenize
+from apo.tokens import MASK_COLUMNS, end_ids, first_row, lengths_of, tokenize, tokenize_stream
 from apo.transfer import to_device
-from apo.zero import check_zero, get_ready, hush, tell, unfinished
+from apo.zero import check_zero, get_ready, hush, tell, unfinished, whole
 from clair.recipe import UserError, one_line
 
 _LOG = logging.getLogger(__name__)
@@ -65,13 +66,14 @@ SMALLEST_WEIGHT = 1e-30
 class APOTrainer(AskingTrainer):
     """DPOTrainer for any objective on pairs.
 
-    The reference is what `model` is at the start: for full fine-tuning a frozen copy, for a new LoRA adapter the model
-    with the adapter off, for an existing adapter TRL's frozen "ref" copy of it. `dropped` counts the pairs left out of
+    `model` is a model, a folder or a hub name; such a name is loaded with `args.model_init_kwargs`, in float32 unless
+    they say otherwise, an adapter on its base. The reference is what `model` is at the start: for full fine-tuning a
+    frozen copy, for a new LoRA adapter the model with the adapter off, for an existing adapter TRL's frozen "ref" copy
+    of it. Datasets may be streams (IterableDataset), tokenised as they come. `dropped` counts the pairs left out of
     each dataset, by reason; `reference_computed` the pairs whose reference log-probs were not in the cache. `notes` are
     what the user should know of data, model and options; `tell` gets each, by default a warning in Python's log.
     """
 
-    _tag_names = ("apo",)
     # compute_loss divides by the pairs of the whole accumulation window, so the loop must not divide again.
     loss_is_scaled_for_ga = True
 
@@ -84,7 +86,8 @@ class APOTrainer(AskingTrainer):
         tell: Callable[[str], None] = _LOG.warning,
         **kwargs: Any,
     ) -> None:
-        args = APOConfig() if args is None else args
+        if args is None:
+            args = APOConfig(f"{Path(_name_of(model)).name}-APO")
         if not isinstance(args, APOConfig):
             raise UserError(f"args is a {type(args).__name__}; APOTrainer takes an APOConfig")
         if kwargs.get("compute_metrics") is not None:
@@ -94,8 +97,14 @@ class APOTrainer(AskingTrainer):
         _check_no_images(kwargs.get("train_dataset"), packed=pair_logps is None and args.shared_prefix)
         check_devices(args)
         check_zero(args)
+        _check_streams(args, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+        by_name = isinstance(model, str)
+        if by_name:
+            model = _load(model, args, kwargs)
         if isinstance(model, torch.nn.Module):
             get_ready(model, args)
+        # TRL's own tags, of the trainer that this one is for such rows, and ours.
+        self._tag_names = ["trl", "kto" if self.objective.needs_pairs is None else "dpo", "apo"]
         self.pair_logps = pair_logps or stacked_logps
         self._may_share = pair_logps is None and args.shared_prefix
         self.dropped: dict[str, dict[str, int]] = {}
@@ -106,9 +115,12 @@ class APOTrainer(AskingTrainer):
         self._ends_of_model = getattr(model, "generation_config", None)
         self._kl: torch.Tensor | tuple[float, float] = (0.0, 0.0)
         self._saving = False
+        self._aux_losses: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
         asked = args.precompute_ref_log_probs
         adapts = kwargs.get("peft_config") is not None or is_peft_model(model)
-        if asks_for_fsdp(args) and self.objective.needs_reference and not asked and not adapts:
+        # The cache has what pairs need. KTO's divergence asks the reference on the way besides.
+        asks_on_the_way = self.objective.needs_reference and (not asked or self.objective.needs_divergence)
+        if asks_for_fsdp(args) and asks_on_the_way and not adapts:
             raise UserError(
                 "under FSDP the reference of full fine-tuning would be a second model, whole in every process; set "
                 "reference: cached (precompute_ref_log_probs), or train an adapter"
@@ -116,10 +128,14 @@ class APOTrainer(AskingTrainer):
         if not self.objective.needs_reference:
             # The one switch that keeps TRL from loading a second model; `_precompute_ref_logps` then does nothing.
             args.precompute_ref_log_probs = True
-        elif ref_model is None and not asked and _can_be_copied(model, args, kwargs.get("peft_config")):
+        elif ref_model is None and asks_on_the_way and _can_be_copied(model, args, kwargs.get("peft_config")):
             ref_model = copy.deepcopy(model).eval().requires_grad_(False)
         uses_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        options = args.model_init_kwargs
+        if by_name and (ref_model is not None or adapts or not asks_on_the_way):
+            args.model_init_kwargs = None  # else TRL would say of them that they are ignored
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
+        args.model_init_kwargs = options
         self.is_fsdp_enabled = self._shards
         if getattr(model, "is_loaded_in_4bit", False):  # TRL has put the adapter into bfloat16, which drops small steps
             for weight in self.model.parameters():
@@ -179,12 +195,21 @@ class APOTrainer(AskingTrainer):
 
     # The data
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
-        if not isinstance(dataset, Dataset):
-            raise UserError(f"{dataset_name} dataset is a {type(dataset).__name__}; give a datasets.Dataset")
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Dataset | IterableDataset:
+        if not isinstance(dataset, Dataset | IterableDataset):
+            raise UserError(
+                f"{dataset_name} dataset is a {type(dataset).__name__}; give a datasets.Dataset or IterableDataset"
+            )
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             raise UserError(f"a {type(processing_class).__name__} is no tokenizer; only text models can be trained")
         ends = end_ids(processing_class, self._ends_of_model)
+        if isinstance(dataset, IterableDataset):
+            stream, self.dropped[dataset_name] = tokenize_stream(
+                dataset, processing_class, args.max_length, ends, dataset_name, self.objective, args.weights
+            )
+            return stream
         if args.weights is not None:
             check_weights(dataset, args.weights, dataset_name)
         done = tokenize(
@@ -325,6 +350,8 @@ class APOTrainer(AskingTrainer):
         if mode == "train":
             self._losses.look(self, losses, inputs)
         if policy.aux_loss is not None:
+            if IDLE not in inputs:
+                self._aux_losses[mode].append(policy.aux_loss.detach())
             losses = losses + self.router_aux_loss_coef * policy.aux_loss
         work = to_device(work_of(inputs, packed=self.packs), losses.device)
         rows = pair_rows(losses, policy, reference, weights, self._kl, work)
@@ -338,7 +365,11 @@ class APOTrainer(AskingTrainer):
     # The logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what dynamics.py measures on the pairs since the last log, gathered at logging steps only."""
+        """Add what dynamics.py measures on the pairs since the last log, gathered at logging steps only.
+
+        And what TRL logs besides: `num_tokens` trained on so far, both sequences of a pair with their prompts, and a
+        mixture of experts' `aux_loss`, its mean over the batches since the last log.
+        """
         mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
         if self.meter.has(mode) and ("loss" in logs or mode == "eval"):
             prefix = "" if mode == "train" else next(key for key in logs if key.endswith("_loss")).removesuffix("loss")
@@ -347,9 +378,22 @@ class APOTrainer(AskingTrainer):
                 check_gradient(self, logs.get("grad_norm"))
             rows = self.meter.take(mode)
             logs.update({prefix + name: value for name, value in measure(rows, self.objective, self.beta).items()})
+            logs.update(self._aux_loss(mode, prefix))
             if mode == "train":
                 logs.update(self.meter.speed(rows))
+                before = (row["num_tokens"] for row in reversed(self.state.log_history) if "num_tokens" in row)
+                logs["num_tokens"] = next(before, 0) + int(rows[:, COLUMNS.index("tokens")].sum())
+        elif "train_loss" in logs:  # the run's last line
+            logs.update(self._aux_loss(mode, ""))
         super().log(logs, start_time)
+
+    def _aux_loss(self, mode: str, prefix: str) -> dict[str, float]:
+        """The mean over the batches of all processes since it was last asked for, each process counting its own."""
+        if not self._aux_losses[mode]:
+            return {}
+        mean = torch.stack(self._aux_losses[mode]).float().mean()
+        self._aux_losses[mode].clear()
+        return {f"{prefix}aux_loss": self.accelerator.gather(mean).mean().item()}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """TRL's evaluation; its time does not count into pairs a second."""
@@ -474,8 +518,48 @@ def _on_host(loader: Any) -> Any:
     return loader
 
 
+def _name_of(model: Any) -> str:
+    """What a model is called: its name or folder, or what its config says it was loaded from; else `model`."""
+    return model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "") or "model"
+
+
+def _load(path: str, args: APOConfig, options: dict[str, Any]) -> torch.nn.Module:
+    """The model at `path`, and in `options`, those of the trainer, its tokenizer unless they name one.
+
+    Takes the trainer's `quantization_config` out of them. Seeded, because weights that are not in the file are random.
+    """
+    more, quantized = dict(args.model_init_kwargs or {}), options.pop("quantization_config", None)
+    if quantized is not None:
+        if "quantization_config" in more:
+            raise UserError("quantization_config is said twice, the other in args.model_init_kwargs; leave one out")
+        more["quantization_config"] = quantized
+    name = models.find(path, more.pop("trust_remote_code", args.trust_remote_code))
+    set_seed(args.seed)
+    with whole():
+        model = models.load_model(name, **more)
+    if options.get("processing_class") is None:
+        options["processing_class"] = models.load_tokenizer(name, revision=more.get("revision"), for_chats=False)
+    return model
+
+
+def _check_streams(args: APOConfig, train: Any, evaluated: Any) -> None:
+    """Raises UserError for an IterableDataset where rows have to be known before the first step."""
+    held_out = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+    if not any(isinstance(dataset, IterableDataset) for dataset in (train, *held_out)):
+        return
+    if args.precompute_ref_log_probs:
+        raise UserError(PRECOMPUTES_NO_STREAM)
+    if args.world_size > 1:
+        raise UserError(
+            f"an IterableDataset cannot be shared out exactly over {args.world_size} processes, because its length is "
+            "not known: train it on one, or make a datasets.Dataset of it (Dataset.from_generator keeps it on disk)"
+        )
+    if isinstance(train, IterableDataset):
+        first_row(train, "train")
+
+
 def _can_be_copied(model: Any, args: APOConfig, peft_config: Any) -> bool:
     """Whether the reference can be a copy in memory; where it cannot, TRL loads the model's folder a second time."""
-    if isinstance(model, str) or peft_config is not None or is_peft_model(model):
+    if peft_config is not None or is_peft_model(model):
         return False
     return not (args.fsdp or getattr(model, "hf_device_map", None))

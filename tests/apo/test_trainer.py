@@ -682,7 +682,6 @@ def test_images_are_refused_in_packed_rows_with_the_way_out(tmp_path, tokenizer,
         ({"beta": float("nan")}, "beta is nan"),
         ({"objective": "dbo"}, r"unknown objective 'dbo' \(did you mean 'dpo'\?\)"),
         ({"objective": "sft", "precompute_ref_log_probs": True}, "objective sft has no reference"),
-        ({"objective": "kto", "precompute_ref_log_probs": True}, "objective kto needs it for responses made"),
     ],
 )
 def test_a_configuration_that_cannot_be_meant_is_refused(more, message):

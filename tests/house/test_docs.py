@@ -267,3 +267,12 @@ def test_relative_links_of_pages_outside_of_the_site_lead_somewhere():
             assert (ROOT / target).exists(), f"{page}: {target}"
             looked_at += 1
     assert looked_at >= 5
+
+
+def test_every_option_of_trl_that_is_refused_has_its_line():
+    from apo.arguments import IGNORED
+
+    page = (ROOT / "docs/trl.md").read_text("utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    refused = {name for row in rows if row[1].startswith("refused") for name in re.findall(r"`(\w+)`", row[0])}
+    assert set(IGNORED) <= refused
