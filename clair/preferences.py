@@ -100,9 +100,8 @@ class _RowReader:
             alias = next((alias for alias in aliases if row.get(name) is None and row.get(alias) is not None), None)
             if alias:
                 row[name] = row.pop(alias)
-        if (
-            isinstance(request := row.get("input"), Mapping) and "messages" in request
-        ):  # OpenAI's format for preferences
+        request = row.get("input")
+        if isinstance(request, Mapping) and "messages" in request:  # OpenAI's format for preferences
             row |= {"input": None, "messages": request["messages"]}
             row.setdefault("tools", request.get("tools"))
         unpaired = row.get("chosen") is None and row.get("completion") is not None
@@ -113,7 +112,7 @@ class _RowReader:
         if texts and not unpaired and not self._has_prompt():
             read = self._implicit_text(*answers)
         elif texts and keep_text and isinstance(prompt := self._value("prompt", None), str) and not self._context():
-            read = dict(zip(("prompt", *sides), self._text(prompt, answers), strict=True))
+            read = dict(zip(("prompt", *sides), self._text(sides, prompt, answers), strict=True))
         else:
             read = self._conversation(dict(zip(sides, answers, strict=True)))
         rest = {name: value for name, value in row.items() if name not in READ}
@@ -290,6 +289,7 @@ class _RowReader:
         """TRL's rule: the shared beginning is the prompt, without a space at its end."""
         if self._context():
             self.repairs += [f"unread:{name}" for name in ("system", "history") if self.row.get(name)]
+        chosen, rejected = _checked(chosen, "'chosen'"), _checked(rejected, "'rejected'")
         shared = 0
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
             shared += 1
@@ -302,11 +302,11 @@ class _RowReader:
             )
         return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
-    def _text(self, prompt: str, answers: Sequence[str]) -> tuple[str, ...]:
+    def _text(self, sides: Sequence[str], prompt: str, answers: Sequence[str]) -> tuple[str, ...]:
         """Prompt and answers as text, without the prompt where every answer begins with it."""
         if not prompt.strip():
             raise UserError("'prompt' is empty; text needed")
-        for column, text in zip(("prompt", "chosen", "rejected"), (prompt, *answers), strict=False):
+        for column, text in zip(("prompt", *sides), (prompt, *answers), strict=True):
             _checked(text, repr(column))
         if all(answer.startswith(prompt) and _repeats(answer, prompt) for answer in answers):
             self.repairs.append("repeated")
@@ -674,7 +674,8 @@ def encode_row(row: Mapping[str, Any], where: str, *, keep_text: bool = False) -
             found |= {f"key:{key}:{_type_name(turn[key])}": None for key in turn if key not in ("role", "content")}
     objects = {name: read[name] for name in _OBJECTS if name in read}
     found |= {f"column:{name}": None for name in objects}
-    return json.dumps({**sides, **objects}, ensure_ascii=False), list(found)
+    text = json.dumps({**sides, **objects}, ensure_ascii=False)
+    return _checked(text, f"{where}: a tool or a key of a message"), list(found)
 
 
 _SIDES = ("prompt", "chosen", "rejected", "completion")

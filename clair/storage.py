@@ -268,8 +268,9 @@ def read_here(path: str) -> Iterator[Path]:
 
 
 def _file_here(store: Store, url: str) -> Path:
-    folder = copy_of(url, "files")
-    copy = folder / f"{store.mark()[:16]}{Path(urlsplit(url).path).suffix}"
+    folder, name = copy_of(url, "files"), Path(urlsplit(url).path)
+    suffix = name.with_suffix("").suffix + name.suffix if name.suffix == ".gz" else name.suffix
+    copy = folder / f"{store.mark()[:16]}{suffix}"
     if not copy.is_file():
         store.fetch("", copy)
         for old in set(folder.glob("[!.]*")) - {copy}:  # what starts with a dot another process is fetching

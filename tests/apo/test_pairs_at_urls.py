@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 
@@ -39,10 +40,12 @@ def test_a_folder_at_a_url_gives_the_pairs_of_the_folder(folder):
     assert len(read_ids(here[0].path)) == 40
 
 
-def test_a_file_at_a_url_gives_the_pairs_of_the_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
+def test_a_file_at_a_url_gives_the_pairs_of_the_file(tmp_path, monkeypatch, name):
     monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(6)))
+    file = tmp_path / name
+    content = "".join(json.dumps(row) + "\n" for row in make_pairs(6)).encode()
+    file.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     here, there = ([Source(path=path)] for path in (str(file), f"file://{file}"))
     assert load_train(there, 0).to_list() == load_train(here, 0).to_list()
     assert load_eval(there, True) is None

@@ -121,6 +121,8 @@ BAD = {
     "no object": ("p.jsonl", LINES + "[1]\n", "row 2 (line 3): list, not an object with columns"),
     "half a pair": ("p.jsonl", LINES + json.dumps({**ROWS[0], "id": "x", "chosen": "a \ud83d"}),
                     "p.jsonl, row 2 (line 3) (id x): 'chosen' holds half of a surrogate pair"),
+    "half a pair in a tool": ("p.jsonl", json.dumps({**ROWS[0], "tools": [{"name": "a \ud83d"}]}),
+                              "p.jsonl, row 0 (line 1): a tool or a key of a message holds half of a surrogate pair"),
     "an empty cell": ("p.csv", as_table(",") + "c,Name a fish.,,Boot.\n", "p.csv, row 2 (id c): 'chosen' is empty"),
     "a cell too many": ("p.csv", as_table(",") + "c,Name, a fish.,Eel.,Boot.\n", "row 2 has more cells than"),
     "no column": ("p.jsonl", '{"ask": "a", "chosen": "b"}\n', "has no column 'rejected'; found: ask, chosen; needed"),
