@@ -62,6 +62,14 @@ def checkpoints(out: Path) -> list[Path]:
 
 def problem_of(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be gone on from, or None. Reads all its files."""
+    if damage := damage_of(checkpoint):
+        return damage
+    marker = json.loads((checkpoint / MARKER).read_text("utf-8"))
+    return None if marker.get("resumable") else "it holds the model only (save_only_model)"
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """What of a checkpoint is not as it was written, or None. Reads all its files."""
     try:
         marker = json.loads((checkpoint / MARKER).read_text("utf-8"))
         files, hashes = dict(marker["files"]), dict(marker["sha256"])
@@ -78,7 +86,7 @@ def problem_of(checkpoint: Path) -> str | None:
                 return f"{name} is damaged: its content is not what was written"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-    return None if marker.get("resumable") else "it holds the model only (save_only_model)"
+    return None
 
 
 def find_newest(out: Path) -> Search:

@@ -27,7 +27,15 @@ from apo import model as models
 from apo.arguments import APOConfig
 from apo.asking import PRECOMPUTES_NO_STREAM, AskingTrainer
 from apo.dynamics import COLUMNS, check_best_metric, measure, pair_rows, work_of
-from apo.faults import LossWatch, check_gradient, check_weights_finite, disk_watched, memory_watched
+from apo.faults import (
+    LossWatch,
+    Stopped,
+    check_gradient,
+    check_weights_finite,
+    disk_watched,
+    kept_words,
+    memory_watched,
+)
 from apo.logps import (
     IDLE,
     Batch,
@@ -271,11 +279,29 @@ class APOTrainer(AskingTrainer):
 
     # The loss
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's training. Raises `faults.Stopped` where the memory is used up or a loss is not finite."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """TRL's training. Raises `faults.Stopped` where the memory is used up or a loss is not finite.
+
+        With `resume_from_checkpoint` True it goes on from the newest checkpoint of `output_dir` that is whole; raises
+        UserError for a checkpoint of another path that is damaged.
+        """
+        resume_from_checkpoint = self._checked(resume_from_checkpoint)
         tell(self._deepspeed_config)
         with memory_watched(self, "training"), self._noise():
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _checked(self, checkpoint: str | bool | None) -> str | None:
+        if checkpoint is True:
+            search = checkpoints.find_newest(Path(self.args.output_dir))
+            for note in search.notes:
+                _LOG.warning(note)
+            if search.newest is None:
+                raise UserError(f"{self.args.output_dir} holds no whole checkpoint; leave resume_from_checkpoint out")
+            return str(search.newest)
+        ours = checkpoint and (Path(checkpoint) / checkpoints.MARKER).exists()
+        if ours and (damage := checkpoints.damage_of(Path(checkpoint))):
+            raise UserError(f"{checkpoint} is damaged: {damage}; go on from another checkpoint")
+        return checkpoint or None
 
     @contextlib.contextmanager
     def _noise(self) -> Iterator[None]:
@@ -438,6 +464,13 @@ class APOTrainer(AskingTrainer):
         if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
             self._upload(out / name, f"Training in progress, step {self.state.global_step}")
         rotate_checkpoints(str(out), self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """The best checkpoint's weights, as they were written. Raises `faults.Stopped` where they are not."""
+        best = Path(self.state.best_model_checkpoint)
+        if damage := checkpoints.damage_of(best):
+            raise Stopped(f"the best model, {best}, is damaged: {damage}; {kept_words(self)}")
+        super()._load_best_model()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: it is not in its place yet, and TRL's would upload all that lies in the run's folder."""

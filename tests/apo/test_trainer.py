@@ -21,6 +21,7 @@ from apo.arguments import IGNORED, APOConfig
 from apo.checkpoints import UNFINISHED
 from apo.checks import check_before_training
 from apo.dynamics import check_best_metric, measure, pair_rows
+from apo.faults import Stopped
 from apo.logps import PairLogps, plain_logps
 from apo.mixture import mixture_of
 from apo.trainer import APOTrainer
@@ -635,6 +636,50 @@ def test_a_push_takes_the_model_and_never_states_pickles_or_what_is_half_written
 def test_pushing_whole_checkpoints_is_refused(strategy):
     with pytest.raises(UserError, match=f"^hub_strategy '{strategy}' would upload the optimizer's states"):
         APOConfig(push_to_hub=True, hub_strategy=strategy)
+
+
+# Checkpoints that changed since they were written
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x01
+    file.write_bytes(content)
+
+
+def test_a_trainer_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path, tokenizer, pairs, caplog):
+    more = {"save_strategy": "steps", "save_steps": 2}
+    apo_trainer(tmp_path, tokenizer, pairs, **more).train()
+    flip(tmp_path / "checkpoint-4" / "model.safetensors")
+    trainer = apo_trainer(tmp_path, tokenizer, pairs, **more)
+    with pytest.raises(UserError, match=r"checkpoint-4 is damaged: model\.safetensors is damaged: its content is not"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    trainer.train(resume_from_checkpoint=True)
+    assert "set aside checkpoint-4 as incomplete-checkpoint-4: model.safetensors is damaged" in caplog.text
+    assert [row["step"] for row in trainer.state.log_history if "grad_norm" in row] == [1, 2, 3, 4]
+    assert trainer.state.global_step == 4
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        apo_trainer(tmp_path / "new", tokenizer, pairs).train(resume_from_checkpoint=True)
+
+
+def test_a_damaged_best_model_is_not_loaded(tmp_path, tokenizer, pairs):
+    saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = apo_trainer(
+        tmp_path, tokenizer, pairs, eval_dataset=pairs.select(range(4)), load_best_model_at_end=True,
+        metric_for_best_model="rewards/margins", **saving,
+    )  # fmt: skip
+    place = trainer._put_checkpoint_in_place
+
+    def then_damage():
+        place()
+        if trainer.state.best_global_step == trainer.state.global_step == 4:
+            flip(tmp_path / "checkpoint-4" / "model.safetensors")
+
+    trainer._put_checkpoint_in_place = then_damage
+    with pytest.raises(
+        Stopped, match=r"^the best model, .*/checkpoint-4, is damaged: model\.safetensors .*checkpoint-2$"
+    ):
+        trainer.train()
 
 
 # What would fail late
