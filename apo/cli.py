@@ -15,6 +15,7 @@ from apo.console import quieten, tell
 from apo.evaluate.commands import app as evaluate
 from apo.rewards.commands import app as reward
 from clair.command import run
+from clair.progress import printable
 from clair.recipe import EXIT_INTERRUPTED
 from clair.storage import local
 
@@ -89,7 +90,7 @@ def diagnose(
     """Draw what a run logged, and tell in words what is wrong with it and what helps."""
     from apo.report import diagnosis
 
-    print("\n".join(diagnosis(run, out)))
+    print(printable("\n".join(diagnosis(run, out))))
 
 
 @app.command()
@@ -141,7 +142,7 @@ def compare(
     page = write_page(folder / "compare.html", results, found)
     show(comparison_table(found))
     for line in comparison_words(found):
-        print(line)
+        print(printable(line))
     print(f"every changed answer: {page}")
 
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clair.models.local import adapter_base, fit_vocabulary, weights_identity
+from clair.models.local import adapter_base, check_code, fit_vocabulary, weights_identity
 from clair.recipe import UserError, one_line
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def find(path: str, trust_remote_code: bool = False) -> ModelName:
         return ModelName(str(folder), find(str(adapter_base(folder))).path, trust_remote_code)
     if not (folder / "config.json").is_file():
         raise UserError(f"model folder {path} has no config.json; give a folder written by save_pretrained")
+    if not trust_remote_code:
+        check_code(folder, "model")
     return ModelName(str(folder), str(folder), trust_remote_code)
 
 

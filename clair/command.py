@@ -6,6 +6,7 @@ import errno
 import sys
 from collections.abc import Callable
 
+from clair.progress import printable
 from clair.recipe import EXIT_USER_ERROR, UserError, one_line
 
 OF_THE_SYSTEM = {
@@ -30,12 +31,12 @@ def run(application: Callable[[], None]) -> None:
     try:
         application()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         if (told := of_the_system(error)) is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {printable(told)}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
 

@@ -505,6 +505,8 @@ def _told(path: Path, error: Exception) -> str:
     message = str(error)
     if any(words in message for words in _FULL):
         return f"ledger {path} cannot be written ({message}): make room or permissions, then run the same command again"
+    if isinstance(error, sqlite3.Error) and message.startswith("Could not decode"):  # what follows is the text itself
+        return _damaged(path, "a text in it is not UTF-8")
     if isinstance(error, sqlite3.DatabaseError) and ("malformed" in message or "not a database" in message):
         return _damaged(path, message)
     return f"ledger {path}: {message}"

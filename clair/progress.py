@@ -1,5 +1,7 @@
 """How far a long piece of work is, on stderr: a display in a terminal, elsewhere a line now and then.
 
+Whatever is printed of what models and servers say goes through `printable`.
+
 The display stays within the terminal's width and is drawn anew every second from what is true then, so that it goes
 on while nothing is reported. Rates and times come from what is done, in whatever order it is done.
 """
@@ -22,9 +24,22 @@ _FEWEST = 10
 _SHORTEST = 5.0
 
 
+_SIGNS = {code: code + 0x2400 for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_SIGNS |= dict.fromkeys((*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
+
+
+def printable(text: str) -> str:
+    """The text with a sign in the place of each control character: a model or a server must not steer a terminal.
+
+    All of C0 but line feed and tab (an escape sequence begins with one), all of C1, and marks that turn the direction
+    of writing.
+    """
+    return text.translate(_SIGNS)
+
+
 def tell(message: str) -> None:
     """One line to a person, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -148,7 +163,7 @@ class Progress:
         else:
             yield Text(words, no_wrap=True, overflow="ellipsis")
         for line in self.details():
-            yield Text(line, style="dim", no_wrap=True, overflow="ellipsis")
+            yield Text(printable(line), style="dim", no_wrap=True, overflow="ellipsis")
 
 
 @contextmanager

@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from clair.progress import printable
+
 EXIT_USER_ERROR = 2
 """The user's mistake: found before any work, told in one line; nothing already made is harmed."""
 EXIT_SOME_FAILED = 3
@@ -76,8 +78,36 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text. Raises yaml.YAMLError where it is none."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader with YAML 1.2 numbers)
+    """The value of a YAML text. Raises yaml.YAMLError where it is none, or where its aliases make too much of it."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_size(node)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+_MOST_VALUES = 100_000
+
+
+def _check_size(node: yaml.Node) -> None:
+    """An alias repeats what it stands for, and aliases of aliases grow without end. Raises yaml.MarkedYAMLError."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = _MOST_VALUES  # where it holds itself
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in pairs for part in pair]
+            sizes[id(node)] = 1 + sum(size(part) for part in parts)
+        return sizes[id(node)]
+
+    if size(node) > _MOST_VALUES:
+        told = f"it has more than {_MOST_VALUES:,} values, its aliases written out"
+        raise yaml.MarkedYAMLError(problem=told, problem_mark=node.start_mark)
 
 
 def load_recipe(model: type[R], path: str | Path, overrides: Iterable[str] = ()) -> R:
@@ -110,8 +140,8 @@ def _yaml_words(error: Exception) -> str:
 
 
 def one_line(told: object, most: int = 400) -> str:
-    """What an error, a library or a server says, on one line of at most so many characters."""
-    return " ".join(str(told).split())[:most]
+    """What an error, a library or a server says, on one line of at most so many characters, fit for a terminal."""
+    return printable(" ".join(str(told).split())[:most])
 
 
 def words_of(error: BaseException) -> str:

@@ -26,7 +26,7 @@ from clair.models.asking import Asker, Spending, Stop, Stopped
 from clair.models.batch import Batches, results
 from clair.models.batch_queue import BatchQueue
 from clair.models.batch_service import BatchService, Pending
-from clair.models.local import LocalModel, check_model_folder, check_options
+from clair.models.local import LocalModel, check_code, check_model_folder, check_options
 from clair.models.openai import OpenAIModel
 from clair.models.pool import Pool
 from clair.parse import IDENTIFIERS, asks_for
@@ -211,6 +211,8 @@ def check_models(models: Mapping[str, ModelConfig], budget: BudgetConfig | None,
             filled(endpoint_of(url).query, f"{role}.url")
         if model.path is not None:
             check_model_folder(model.path, role)
+            if not model.trust_remote_code:
+                check_code(model.path, role)
             check_options(model.options(seed), role)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +20,7 @@ from clair.dataset import DatasetWriter, read_manifest
 from clair.endpoint import Check
 from clair.estimate import Range, RoleEstimate, total_cost, total_time
 from clair.models.asking import Asker
-from clair.progress import Rate, duration, pace_of, progress
+from clair.progress import Rate, duration, pace_of, printable, progress
 from clair.prompts import task_text
 from clair.storage import public_path
 
@@ -100,9 +101,18 @@ def checks_table(checks: Mapping[str, Sequence[Check]]) -> Table:
     return table
 
 
+class _Console(Console):
+    """Prints what texts say, whatever they hold: rich writes its own styles, and no control character of theirs."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        """The segments of a renderable."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
 def show(what: Any) -> None:
-    """Print text or a table; brackets in text stay brackets."""
-    Console(markup=False, highlight=False, soft_wrap=isinstance(what, str)).print(what)
+    """Print text or a table; brackets in text stay brackets, and no text steers the terminal."""
+    _Console(markup=False, highlight=False, soft_wrap=isinstance(what, str)).print(what)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from apo.evaluate.commands import budget_of, price_of
+from clair.progress import printable
 from clair.recipe import UserError
 from clair.storage import local
 
@@ -81,7 +82,7 @@ def advise(
     end_early(done.stopped, failed if done.result is None else None)
     show(evidence_table(done.result, dataset))
     for line in advice_words(done.result):
-        print(line)
+        print(printable(line))
     tell(f"wrote {done.out}/advice.json")
 
 

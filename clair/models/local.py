@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clair.models import RequestFailed, Unreachable, as_completion
-from clair.recipe import UserError, content_hash, file_sha256, near_miss
+from clair.models import Refused, RequestFailed, Unreachable, as_completion
+from clair.recipe import UserError, content_hash, file_sha256, near_miss, one_line
 from clair.records import message_text
 
 _UNDERSTOOD = ("messages", "max_tokens", "temperature", "top_p", "top_k", "seed", "tools")
@@ -115,6 +115,21 @@ def check_model_folder(path: str | Path, role: str = "target") -> None:
         _check_chat(folder, role)
 
 
+def check_code(folder: str | Path, role: str) -> None:
+    """See that a folder needs none of its own code to be loaded (`auto_map`). Raises UserError; runs nothing of it."""
+    file = Path(adapter_base(Path(folder)) or folder) / "config.json"
+    config = _json(file, role) if file.is_file() else {}
+    if "auto_map" not in config:
+        return
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if config.get("model_type") not in CONFIG_MAPPING_NAMES:
+        raise UserError(
+            f"{role}: {folder} needs code of its own to be loaded ({config.get('model_type')!r} is no model type of "
+            f"transformers), and it is not run; set trust_remote_code: true if you have read it"
+        )
+
+
 def _check_chat(folder: Path, role: str) -> None:
     settings = folder / "tokenizer_config.json"
     config = _json(settings, f"{role}: the tokenizer") if settings.is_file() else {}
@@ -186,8 +201,11 @@ class LocalModel:
         self._halted = False
 
     async def check(self) -> None:
-        """Load the weights."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
+        """Load the weights. Raises Refused."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise Refused(f"model {self.path} cannot be loaded: {one_line(error)}") from error
 
     async def close(self) -> None:
         """Let the weights go, unless they are `kept`; a batch that is being generated ends first."""

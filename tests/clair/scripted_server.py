@@ -89,6 +89,7 @@ def stream(text: str) -> web.Response:
 
 HTML = b"<!DOCTYPE html><html><body><h1>502 Bad Gateway</h1></body></html>"
 
+STEER = "no \x1b]52;c;cHduZWQ=\x07\x1b[2J\x9b31m\u202e way"
 FILTERED = {"code": "content_filter", "innererror": {"code": "ResponsibleAIPolicyViolation"}, "message": "Filtered."}
 FLAGGED = {"code": 403, "message": "Your input was flagged", "metadata": {"reasons": ["violence"]}}
 
@@ -138,6 +139,10 @@ REPLIES: dict[str, Callable[[str], web.Response]] = {
     "400": lambda text: refused(400, "This prompt is too long."),
     "400surrogate": lambda text: refused(400, "Cannot read '\ud83d"),
     "400big": lambda text: refused(400, "no " * 1_000_000),
+    "400steer": lambda text: refused(400, STEER),
+    "401steer": lambda text: refused(401, STEER),
+    "429steer": lambda text: refused(429, STEER),
+    "steer": lambda text: reply({"content": revision(text) + STEER}),
     "400text": lambda text: raw(b"no\nway", "text/plain", 400),
     "400filter": failed(FILTERED, 400),
     "402": lambda text: refused(402, "Insufficient credits."),

@@ -347,3 +347,27 @@ def test_a_build_with_a_damaged_ledger_names_the_command_and_pays_only_for_what_
     assert clair("build", recipe).code == 0
     assert final_bytes(tmp_path / "out") == undisturbed
     assert len(server.seen()) == asked + (asked - int(count))
+
+
+def test_a_reply_that_is_not_utf8_is_told_like_any_other_damage(damaged):
+    path, paid = damaged
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE calls SET reply = CAST(x'7bff7d' AS TEXT) WHERE key = ?", (key_of(0),))
+    connection.commit()
+    connection.close()
+    with Ledger(path) as ledger, pytest.raises(LedgerError) as caught:
+        ledger.find(key_of(0))
+    told = str(caught.value)
+    assert told.startswith(f"ledger {path} is damaged (a text in it is not UTF-8): {len(paid) - 1} paid replies can be")
+    assert "`clair salvage " in told
+    assert salvage(path).replies == len(paid) - 1 == saved(path, paid)
+
+
+def test_a_claimed_reply_that_is_not_utf8_is_told_too(damaged):
+    path, _ = damaged
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE calls SET reply = CAST(x'7bff7d' AS TEXT) WHERE key = ?", (key_of(0),))
+    connection.commit()
+    connection.close()
+    with Ledger(path) as ledger, pytest.raises(LedgerError, match="`clair salvage "):
+        asyncio.run(ledger.claim(key_of(0), CLAIM))
