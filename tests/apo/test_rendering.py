@@ -71,6 +71,11 @@ def encoded(row, tokenizer=None, ends=()):
     return encode(row, tokenizer, sorted(tokenizer.convert_tokens_to_ids(list(ends)) or [tokenizer.eos_token_id]), None)
 
 
+def noted(row):
+    """What is noted of a row, but for the line break that ChatML writes after each end of turn."""
+    return [note for note in row["_notes"] if note != "after_end"]
+
+
 def trained(row, side, tokenizer=None):
     """What of a side is trained, as text, a piece for each stretch."""
     tokenizer = tokenizer or letters()
@@ -100,7 +105,7 @@ def test_a_single_turn_has_no_mask_and_ends_with_its_end_of_turn():
     assert trained(found, "chosen") == ["Pear.<|end|>"]
     assert found["chosen_mask"] == found["rejected_mask"] == []
     assert not found["_verdict"]
-    assert not found["_notes"]
+    assert not noted(found)
 
 
 def test_of_several_turns_the_assistants_are_trained_and_no_others():
@@ -135,7 +140,7 @@ def test_a_begun_turn_at_the_end_of_a_prompt_goes_on_in_the_answer():
     found = encoded(pair(" pear.", " chair.", [turn("user", "A fruit?"), turn("assistant", "It is a")]))
     assert letters().decode(found["prompt_ids"]).endswith("<|start|>assistant\nIt is a")
     assert trained(found, "chosen") == [" pear.<|end|>"]
-    assert found["_notes"] == ["begun"]
+    assert noted(found) == ["begun"]
 
 
 def test_the_text_of_a_control_token_is_encoded_as_text():
@@ -144,7 +149,7 @@ def test_the_text_of_a_control_token_is_encoded_as_text():
     said = "The mark <|end|> ends a turn; <|start|> begins one."
     found = encoded(pair(said, prompt="What is <|end|>?"), tokenizer)
     assert not found["_verdict"]
-    assert found["_notes"] == ["marks"]
+    assert noted(found) == ["marks"]
     assert found["chosen_ids"].count(end) == 1
     assert found["chosen_ids"][-1] == end
     assert start not in found["chosen_ids"]
@@ -175,7 +180,7 @@ def test_an_end_of_the_whole_text_after_the_end_of_turn_is_the_templates():
 def test_a_template_that_writes_no_end_gets_the_token_that_generation_stops_at():
     found = encoded(pair(), letters(GLM, "<|text_end|>"), ["<|text_end|>", "<|user|>", "<|tool|>"])
     assert trained(found, "chosen") == ["Pear.<|user|>"]
-    assert found["_notes"] == ["no_end"]
+    assert noted(found) == ["no_end"]
     turns = [turn("assistant", "Wait."), turn("tool", "4"), turn("assistant", "Four.")]
     found = encoded(pair(turns), letters(GLM, "<|text_end|>"), ["<|text_end|>", "<|user|>", "<|tool|>"])
     assert trained(found, "chosen") == ["Wait.<|tool|>", "Four.<|user|>"]
@@ -199,7 +204,7 @@ def test_a_turn_within_an_answer_that_ends_otherwise_than_the_last_is_trained_wi
     turns = [turn("assistant", "Where?"), turn("user", "Oslo"), turn("assistant", "Cold.")]
     found = encoded(pair(turns), letters(harmony))
     assert trained(found, "chosen") == ["Where?", "Cold.<|end|>"]
-    assert found["_notes"] == ["inner_end"]
+    assert noted(found) == ["inner_end"]
 
 
 def test_a_template_that_writes_no_end_gets_the_end_of_text_where_generation_stops_at_nothing_else():
@@ -217,34 +222,34 @@ def test_a_tool_call_that_the_template_leaves_out_is_refused():
 
 
 def test_an_answers_thoughts_that_the_template_leaves_out_are_noted():
-    assert encoded(pair([turn("assistant", "12", reasoning_content="3 * 4")]))["_notes"] == ["thoughts"]
+    assert noted(encoded(pair([turn("assistant", "12", reasoning_content="3 * 4")]))) == ["thoughts"]
     row = pair("<think>3 * 4</think>\n\n12", "<think>eh</think>\n\n13")
-    assert encoded(row, letters(NO_THOUGHTS))["_notes"] == ["parted", "thoughts"]
-    assert encoded(row)["_notes"] == []
+    assert noted(encoded(row, letters(NO_THOUGHTS))) == ["parted", "thoughts"]
+    assert noted(encoded(row)) == []
     assert trained(encoded(row), "chosen") == ["<think>3 * 4</think>\n\n12<|end|>"]
 
 
 def test_a_thought_that_goes_on_where_the_prompt_ends_is_not_left_out():
     begins = CHATML.replace("<|start|>assistant\n{% endif %}", "<|start|>assistant\n<think>\n{% endif %}")
     found = encoded(pair("<think>\nhm\n</think>12", "<think>\nno\n</think>13"), letters(begins))
-    assert found["_notes"] == []
+    assert noted(found) == []
     assert trained(found, "chosen") == ["hm\n</think>12<|end|>"]
     found = encoded(pair("<b>12</b>", "13"), letters(NO_THOUGHTS))
-    assert (found["_verdict"], found["_notes"]) == ("", ["parted"])
+    assert (found["_verdict"], noted(found)) == ("", ["parted"])
 
 
 def test_earlier_thoughts_and_tools_that_the_template_leaves_out_are_noted():
     prompt = [turn("user", "3*4?"), turn("assistant", "<think>easy</think>12"), turn("user", "And 5*4?")]
     found = encoded(pair("20", "24", prompt), letters(NO_THOUGHTS))
-    assert found["_notes"] == ["parted", "prompt_thoughts"]
-    assert encoded(pair(tools=[{"name": "look"}]))["_notes"] == ["tools"]
-    assert encoded(pair(tools=json.dumps([{"name": "look"}])), letters(TOOLS))["_notes"] == []
+    assert noted(found) == ["parted", "prompt_thoughts"]
+    assert noted(encoded(pair(tools=[{"name": "look"}]))) == ["tools"]
+    assert noted(encoded(pair(tools=json.dumps([{"name": "look"}])), letters(TOOLS))) == []
 
 
 def test_prompts_and_answers_that_the_template_leaves_out_are_noted_and_refused():
     deaf = "{% for m in messages if m['role'] != 'system' %}" + CHATML.split("%}", 1)[1]
     found = encoded(pair(prompt=[turn("system", "Be kind."), turn("user", "Hi")]), letters(deaf))
-    assert found["_notes"] == ["prompt_text"]
+    assert noted(found) == ["prompt_text"]
     mute = CHATML.replace("{{ m['content'] or '' }}", "{{ m['content'] if m['role'] == 'user' else '' }}")
     assert "leaves out text of 'chosen': 'Pear.'" in refusal(pair(), mute)
 
@@ -255,7 +260,7 @@ def test_text_that_is_trimmed_or_escaped_is_not_left_out(text, written):
     template = CHATML.replace("m['content'] or ''", written)
     found = encoded(pair("x" + text, "y" + text, [turn("user", text)]), letters(template))
     assert not found["_verdict"]
-    assert not found["_notes"]
+    assert not noted(found)
 
 
 def test_arguments_come_as_the_template_takes_them():
@@ -365,7 +370,7 @@ def test_a_stream_of_rows_is_encoded_as_a_dataset_is():
 
 def test_notes_say_how_many_rows_they_are_about_and_which_is_the_first():
     rows = [pair(), pair([turn("assistant", "12", reasoning_content="3 * 4")]), pair("<|start|>")]
-    tokenizer = letters()
+    tokenizer = letters(CHATML.replace("<|end|>\n", "<|end|>"))
     assert tokenize(Dataset.from_list(rows), tokenizer, None, end_ids(tokenizer)).notes == [
         "train: the chat template leaves out thoughts of an answer in 1 of 3 rows (first: row 1); they are not trained",
         "train: 1 of 3 rows (first: row 2) hold the text of a control token, which is encoded as text",
