@@ -62,6 +62,9 @@ def mixeval(
         Path | None, typer.Option(help="A ledger to share between runs; absent: OUT/ledger.sqlite.")
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Requests in flight for each role.")] = 100,
+    patience: Annotated[
+        float, typer.Option(min=1, help="Seconds without any answer of a server, after which the command ends.")
+    ] = 120.0,
     budget: Annotated[str | None, typer.Option(help="The most that may be spent; needs prices.")] = None,
     budget_tokens: Annotated[int | None, typer.Option(help="The same in tokens, of both roles.")] = None,
     judge_price: Annotated[
@@ -116,7 +119,7 @@ def mixeval(
         **{"seed": seed, "independent_judgements": independent_judgements, "concurrency": concurrency},
         "upstream_files": upstream_files,
     }
-    config = resolve(MixEvalConfig, values, "options")
+    config = resolve(MixEvalConfig, _patient(values, patience), "options")
     _check_runner(runner, address)
     if runner or len(several) > 1:
         if estimate or probe:
@@ -140,6 +143,12 @@ def mixeval(
         print_(cost_table(roles))
     else:
         run_one(config, checked)
+
+
+def _patient(values: dict[str, Any], patience: float) -> dict[str, Any]:
+    """The values, with the patience of every role that is behind a URL."""
+    roles = {name: role for name, role in values.items() if isinstance(role, dict) and "url" in role}
+    return values | {name: role | {"patience": patience} for name, role in roles.items()}
 
 
 def _check_runner(runner: str | None, address: str | None) -> None:
@@ -259,6 +268,9 @@ def winrate(
     seed: Annotated[int, typer.Option(help="What local models sample from.")] = 0,
     ledger: Annotated[Path | None, typer.Option(help="A ledger to share; absent: OUT/ledger.sqlite.")] = None,
     concurrency: Annotated[int, typer.Option(help="Requests in flight for each role.")] = 100,
+    patience: Annotated[
+        float, typer.Option(min=1, help="Seconds without any answer of a server, after which the command ends.")
+    ] = 120.0,
     budget: Annotated[str | None, typer.Option(help="The most that may be spent; needs prices.")] = None,
     budget_tokens: Annotated[int | None, typer.Option(help="The same in tokens, of all roles.")] = None,
     judge_price: Annotated[str | None, typer.Option(help="For a million tokens in,out: `0.5,1.5`; `table`.")] = None,
@@ -283,7 +295,7 @@ def winrate(
         "ledger": str(ledger) if ledger else None,
         "budget": budget_of(budget, budget_tokens),
     }
-    config = resolve(WinrateConfig, values, "options")
+    config = resolve(WinrateConfig, _patient(values, patience), "options")
     checked = check(config)
     if dry_run:
         _print_winrate(config, checked)

@@ -35,7 +35,7 @@ _ABOUT_THE_ROW = {"http_400", "http_403", "http_413", "http_422", "http_451", "p
 REASONS = {
     "empty": "the judge said nothing",
     "cut_off": "its reply ended at the limit of tokens, before a verdict (strict: at all)",
-    "not_ended": "its reply was filtered, or its ending is none that is known (strict only)",
+    "not_ended": "its reply did not end by itself: a refusal, or an ending that nobody knows (strict only)",
     "no_brackets": "nothing in brackets (strict: double ones) that could be a verdict: a refusal, HTML, another format",
     "two_verdicts": "two different verdicts in double brackets (strict only; faithful takes the first)",
     "lower_case": "a lower-case letter in brackets",
@@ -44,6 +44,7 @@ REASONS = {
     "past_options": "a letter that no option has (strict only; faithful counts it as wrong)",
     "no_option": "the rule parser found no option in the response",
     "judge_http_*": "the judge's server refused this request, such as judge_http_400: no score, only its bracket",
+    "judge_content_filter": "a filter before the judge took its reply: no score, only its bracket",
     "answer_http_*": "the model's server refused this question, such as answer_http_400: no score, only its bracket",
     "answer_*": "the model gave no answer, such as answer_prompt_too_long or answer_content_filter: counts as wrong",
 }
@@ -163,6 +164,9 @@ class Judge:
                 judged.prompt_tokens + tokens[0],
                 judged.completion_tokens + tokens[1],
             )
+            if reply.incomplete() == "content_filter":  # so would the next round be, and no verdict is the judge's
+                self.refusals.append("judge: content_filter")
+                return replace(judged, verdict=Verdict(None, unresolved="judge_content_filter"))
             if judged.verdict.unresolved is None:
                 break
         return judged

@@ -77,7 +77,8 @@ class Item(Recipe):
     @property
     def unanswered(self) -> bool:
         """A server refused the request, the model's or the judge's: its score is unknown, not 0."""
-        return self.unresolved is not None and self.unresolved.startswith(("answer_http_", "judge_http_"))
+        refused = ("answer_http_", "judge_http_", "judge_content_filter")
+        return self.unresolved is not None and self.unresolved.startswith(refused)
 
     @model_validator(mode="after")
     def _consistent(self) -> Item:

@@ -22,7 +22,7 @@ from clair.budget import prices_of
 from clair.build import locked
 from clair.ledger import Ledger, Tokens
 from clair.limits import Limiter
-from clair.models import Refused
+from clair.models import LimitReached, Refused, Unpaid
 from clair.models.asking import Asker, Stop, Stopped
 from clair.models.local import LocalModel
 from clair.recipe import EXIT_SOME_FAILED, UserError, provenance
@@ -82,11 +82,15 @@ async def _evaluate(
         run = Run(config, checked, askers, stop)
         with ctrl_c(stop, askers):
             items = await run.items(run.work(), on_progress)
+    except Refused as error:
+        goes_on(error, askers)
+        raise
     finally:
         for asker in askers.values():
             await asker.model.close()
     if stop.error:
-        raise may_go_on(stop.error, askers)
+        goes_on(stop.error, askers)
+        raise stop.error
     if stop.reason or run.failures:
         first = run.failures[0] if run.failures else ""
         return Evaluated(Path(config.out), None, 0, len(run.failures), first, stop.reason)
@@ -96,11 +100,11 @@ async def _evaluate(
     return Evaluated(Path(config.out), score, requests, refused=refused[0] if score.unanswered else "")
 
 
-def may_go_on(error: Exception, askers: Mapping[str, Asker]) -> Exception:
-    """The error of a run. A server that answered before it refused everything (no money left) ends it with code 3."""
-    if isinstance(error, Refused) and any(asker.tally.calls or asker.tally.reused for asker in askers.values()):
+def goes_on(error: Exception, askers: Mapping[str, Asker]) -> None:
+    """Give the error of a run code 3 where the same command can go on: replies came before it, or money is wanted."""
+    replies = any(asker.tally.calls or asker.tally.reused for asker in askers.values())
+    if isinstance(error, LimitReached | Unpaid) or (isinstance(error, Refused) and replies):
         error.exit_code = EXIT_SOME_FAILED
-    return error
 
 
 def work_of(config: MixEvalConfig, checked: Checked) -> list[tuple[int, Answer | Wanted]]:

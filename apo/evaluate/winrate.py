@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from apo.evaluate.judging import is_passing
-from apo.evaluate.run import may_go_on
+from apo.evaluate.run import goes_on
 from apo.evaluate.settings import Evaluation, check_folder, public, same_settings
 from apo.evaluate.verdicts import SIDES, Answer, Compared, key_of, reasons, summary
 from clair.budget import prices_of
@@ -30,6 +30,7 @@ from clair.build import locked, position_bias
 from clair.config import JudgeConfig, ModelConfig
 from clair.ledger import Ledger, Tokens
 from clair.limits import Limiter
+from clair.models import Refused
 from clair.models.asking import Asker, Stop, Stopped
 from clair.models.local import LocalModel
 from clair.prompts import JUDGE_NEEDS, load_template, task_text
@@ -274,11 +275,15 @@ async def _compare(
         run = Run(config, checked, askers, stop)
         with ctrl_c(stop, askers):
             compared = await run.outcomes(on_progress)
+    except Refused as error:
+        goes_on(error, askers)
+        raise
     finally:
         for asker in askers.values():
             await asker.model.close()
     if stop.error:
-        raise may_go_on(stop.error, askers)
+        goes_on(stop.error, askers)
+        raise stop.error
     if stop.reason or run.failures:
         return Outcome(out, None, len(run.failures), run.failures[0] if run.failures else "", stop.reason)
     if not any(one.value is not None for one in compared):

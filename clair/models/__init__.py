@@ -38,6 +38,10 @@ class Refused(UserError):
     """The endpoint refuses every request: wrong key, unknown model, no quota left. The run stops at once."""
 
 
+class Unpaid(Refused):
+    """The endpoint wants money. The run stops, and goes on when there is some."""
+
+
 class LimitReached(Refused):
     """The endpoint takes no more for now: a rate or a quota is used up. The run ends, and goes on at another time."""
 

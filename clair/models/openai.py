@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from clair.models import Refused, RequestFailed, TooMany, Unreachable, as_completion, encodable, reply_of
+from clair.models import Refused, RequestFailed, TooMany, Unpaid, Unreachable, as_completion, encodable, reply_of
 from clair.models.turns import Overtaken, turns_at
 from clair.recipe import one_line
 from clair.urls import endpoint_of, environment_headers, environment_values, filled, public_url
@@ -148,7 +148,7 @@ class OpenAIModel:
         words = encodable(one_line(self.redacted(str(body.get("message") or text or "")), 300))
         code, told = str(body.get("code") or ""), f"{status}: {words}"
         if status == 429 and code == "insufficient_quota":
-            return Refused(f"{self.role}: {self.url} has no quota left: {words}")
+            return Unpaid(f"{self.role}: {self.url} has no quota left: {words}")
         if status == 429:
             return TooMany(retry_after(headers), words)
         if status == 401:
@@ -156,7 +156,7 @@ class OpenAIModel:
                 f"{self.role}: {self.url} refuses the key ({told}); check api_key_env and the variable it names"
             )
         if status == 402:
-            return Refused(f"{self.role}: {self.url} wants to be paid ({told}); every reply so far is kept")
+            return Unpaid(f"{self.role}: {self.url} wants to be paid ({told}); every reply so far is kept")
         if status == 404:
             return NotListed(words)
         if status >= 500 or status in (408, 409, 425):

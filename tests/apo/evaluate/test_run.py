@@ -285,6 +285,33 @@ def test_an_error_of_the_judges_server_is_no_score_and_the_command_goes_on(
     assert (again.code, json.loads(score.read_text("utf-8"))["free_form"]) == (0, 0.75), again.err
 
 
+@pytest.mark.parametrize("profile", ["faithful", "strict"])
+def test_a_judgement_that_a_filter_took_is_asked_for_once_and_is_no_score(data, tmp_path, server, profile):
+    folder = scripted(data, tmp_path / "r", ff0="FILTER:")
+    judge = {"url": server.url, "model": "j"}
+    score = evaluated(data, tmp_path / "out", responses=str(folder), judge=judge, profile=profile).score
+    assert (score.overall, score.free_form, score.multiple_choice) == (None, None, pytest.approx(1 / 3, abs=1e-3))
+    assert score.unresolved_reasons == {"judge_content_filter": 1}
+    assert (score.fallbacks, server.paid()) == (0, 7)
+
+
+def test_a_server_without_money_from_the_first_request_on_ends_with_code_3(data, tmp_path, server):
+    folder = responses_of(data, tmp_path / "r", lambda row: f"<<HTTP402>> {row.split} {row.row}")
+    arguments = ["eval", "mixeval", "--data", data, "--responses", folder, "--out", tmp_path / "out"]
+    done = apo(*arguments, "--judge-base-url", server.url, "--judge-model", "j")
+    assert done.code == 3, done.err
+    assert "402" in done.err
+
+
+def test_a_server_that_is_only_busy_ends_the_command_after_its_patience(data, tmp_path, server):
+    folder = scripted(data, tmp_path / "r", ff0="BODY429")
+    arguments = ["eval", "mixeval", "--data", data, "--responses", folder, "--out", tmp_path / "out"]
+    done = apo(*arguments, "--judge-base-url", server.url, "--judge-model", "j", "--patience", "1")
+    assert done.code == 3, done.err
+    assert "Rate limit exceeded" in done.err
+    assert not (tmp_path / "out" / "score.json").exists()
+
+
 @pytest.mark.parametrize(("error", "words"), API_ERRORS)
 def test_an_error_of_the_models_server_is_no_wrong_answer(tmp_path, monkeypatch, server, error, words):
     monkeypatch.setattr("clair.models.asking._FIRST_BACKOFF", 0.001)
