@@ -160,7 +160,8 @@ HIDDEN = {
 OPEN = {"eos_token": "<|end|>", "prompt_cache_key": "cache-of-mine", "stop": ["Basic sums"], "seed": 7}
 
 
-def test_secrets_under_other_names_are_in_nothing_that_is_written(tmp_path, server):
+def test_secrets_under_other_names_are_in_nothing_that_is_written(tmp_path, server, caplog):
+    caplog.set_level(logging.DEBUG)
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok", "400"]))
     reviser = {"url": server.url + "?api-version=2024-06-01&code=a&token=planted-eight", "model": "m"}
     file = write_recipe(tmp_path, server.url, reviser=reviser | {"extra": HIDDEN | OPEN})
@@ -170,6 +171,7 @@ def test_secrets_under_other_names_are_in_nothing_that_is_written(tmp_path, serv
     told = [end.out + end.err for end in ends] + [path.read_bytes().decode("utf-8", "replace") for path in written]
     for secret in ("planted", "short8"):
         assert not [text for text in told if secret in text]
+    assert "planted" not in caplog.text
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())["reviser"]
     assert {name: recipe["extra"][name] for name in OPEN} == OPEN
     assert recipe["extra"]["metadata"]["note"] == "with [secret] in it"
