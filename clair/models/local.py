@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -313,7 +314,8 @@ class LocalModel:
         tokenizer, _ = self._load()
         # The template writes the BOS where there is one; the tokenizer must not add a second.
         given = {"tools": list(tools)} if tools else {}
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False, **given)
+        turns = [_with_objects(message) for message in messages]
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **given)
         calls = [call for turn in messages for call in turn.get("tool_calls", [])]
         names = [one.get("function", one).get("name") for one in [*calls, *tools]]
         if lost := [name for name in names if name and name not in text]:
@@ -322,12 +324,23 @@ class LocalModel:
 
     def _generate(self, batch: Sequence[_Waiting]) -> list[str | RequestFailed]:
         """A reply to each request. Those with less room for an answer go by themselves: a batch cuts nobody short."""
-        prompts = [self._tokenize(waiting.request["messages"], waiting.request.get("tools", ())) for waiting in batch]
+        prompts: list[list[int]] = []
+        faults: dict[int, RequestFailed] = {}  # a row that the template refuses takes no other one with it
+        for place, waiting in enumerate(batch):
+            try:
+                prompts.append(self._tokenize(waiting.request["messages"], waiting.request.get("tools", ())))
+            except Exception as error:  # whatever a template can raise
+                prompts.append([])
+                faults[place] = RequestFailed("generation_failed", f"{type(error).__name__}: {error}")
         self._characters_per_token = max(0.5, sum(w.size for w in batch) / max(1, sum(map(len, prompts))))
-        room = [self._room(waiting.request, len(prompt)) for waiting, prompt in zip(batch, prompts, strict=True)]
+        room = [
+            0 if place in faults else self._room(waiting.request, len(prompts[place]))
+            for place, waiting in enumerate(batch)
+        ]
         replies: list[str | RequestFailed] = [
-            RequestFailed("prompt_too_long", f"the prompt has {len(prompt)} tokens, more than the model takes")
-            for prompt in prompts
+            faults.get(place)
+            or RequestFailed("prompt_too_long", f"the prompt has {len(prompt)} tokens, more than the model takes")
+            for place, prompt in enumerate(prompts)
         ]
         for most in sorted({most for most in room if most > 0}):
             alike = [place for place, own in enumerate(room) if own == most]
@@ -427,6 +440,19 @@ class LocalModel:
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         finish_reason = "length" if end is None else "stop"
         return as_completion(text, finish_reason, self.name, prompt_tokens, len(tokens) + (end is not None))
+
+
+def _with_objects(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn whose tool calls have objects for their arguments, as chat templates expect; the API has JSON text."""
+    if not message.get("tool_calls"):
+        return dict(message)
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function") or {}
+        with suppress(TypeError, ValueError):
+            function = {**function, "arguments": json.loads(function.get("arguments"))}
+        calls.append({**call, "function": function})
+    return {**message, "tool_calls": calls}
 
 
 def _sampling(request: Mapping[str, Any]) -> str:

@@ -207,6 +207,30 @@ def test_the_prompt_begins_with_one_bos_and_ends_where_the_assistant_begins(fold
 # ---- room
 
 
+def test_a_turn_that_the_template_cannot_write_is_told_and_the_others_are_answered(folder):
+    call = {"function": {"name": "tide", "arguments": '{"port": 3}'}}
+    odd = [*messages("what is one"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    requests = [{"messages": turns, "max_tokens": 2} for turns in (messages("one"), odd, messages("two"))]
+    replies = ask(folder, [*requests, {**requests[0], "tools": [call]}])
+    assert [isinstance(reply, RequestFailed) for reply in replies] == [False, True, False, True]
+    assert "leaves the tool tide out" in replies[3].detail
+
+
+def test_tools_and_calls_reach_the_template_with_objects_for_arguments(folder, tmp_path):
+    template = (
+        "{{ bos_token }}{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{% for m in messages %}"
+        "{{ m.content or '' }} {% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments.port }} "
+        "{% endfor %}{% endfor %}"
+    )
+    own = tiny_model.save(tmp_path / "own")
+    tiny_model.make_tokenizer(chat_template=template).save_pretrained(own)
+    call = {"function": {"name": "two", "arguments": '{"port": "three"}'}}
+    turns = [*messages("what"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    tokens = LocalModel(own)._tokenize(turns, [{"function": {"name": "one"}}])
+    words = AutoTokenizer.from_pretrained(own).convert_ids_to_tokens(tokens)
+    assert words == ["<|begin|>", "one", "what", "two", "three"]
+
+
 def test_a_long_prompt_cuts_nobody_else_short(folder):
     short = {"messages": messages("what"), "max_tokens": 60, "temperature": 0}
     long = {"messages": messages(" ".join(["one"] * 110)), "max_tokens": 60, "temperature": 0}
