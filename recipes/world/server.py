@@ -44,7 +44,7 @@ class ServerOptions:
     cap: int | None = None  # more chat requests than this in flight are answered 429
     retry_after: float = 1.0
     slow_seconds: float = 2.0
-    max_seconds: float = 600.0
+    max_seconds: float = 3600.0
     leanings: Leanings = field(default_factory=Leanings)
     polish: bool = False  # the reviser also mends the wording
     reviser_error: float = 0.0  # share of revisions that overlook a wrong value

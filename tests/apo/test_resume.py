@@ -178,10 +178,11 @@ def test_a_model_that_changed_between_stop_and_resume_is_refused_before_it_is_lo
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_the_first_loses_nothing(stopped_at_8):
-    before = sorted(Path(stopped_at_8.out).rglob("*"))
-    with locked(stopped_at_8.out), pytest.raises(InUse, match=rf"is in use by process {os.getpid()}; wait for it"):
-        train(stopped_at_8, tell=lambda _: None)
-    assert sorted(Path(stopped_at_8.out).rglob("*")) == before
+    with locked(stopped_at_8.out):
+        before = sorted(Path(stopped_at_8.out).rglob("*"))
+        with pytest.raises(InUse, match=rf"is in use by process {os.getpid()}; wait for it"):
+            train(stopped_at_8, tell=lambda _: None)
+        assert sorted(Path(stopped_at_8.out).rglob("*")) == before
     assert train(stopped_at_8, tell=lambda _: None)["resumed_from"] == [8]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from aiohttp import web
 
 TOKEN = "right-token"
-SECONDS_TO_LIVE = 600
+SECONDS_TO_LIVE = 4 * 3600
 
 
 class Hub:

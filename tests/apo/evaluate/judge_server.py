@@ -24,7 +24,7 @@ from typing import Any
 
 from aiohttp import web
 
-SECONDS_TO_LIVE = 1200
+SECONDS_TO_LIVE = 4 * 3600
 
 
 class Server:
