@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 MASK_COLUMNS = ("chosen_mask", "rejected_mask")
 DROPPED = ("too_long", "equal")
+LOOKED_AT = 64
+"""Rows at the beginning of a stream that notes are about; the others are looked at when they come."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +112,16 @@ def tokenize_stream(
     name: str,
     objective: Mixture,
     weights: str | None = None,
-) -> tuple[IterableDataset, dict[str, int]]:
-    """A stream of rows with the columns that `tokenize` adds, each tokenised when it comes; and how many were left out
-    so far, by reason. A row that comes again, in another epoch, is counted once.
+) -> tuple[IterableDataset, dict[str, int], list[str]]:
+    """A stream of rows with the columns that `tokenize` adds, each tokenised when it comes; how many were left out so
+    far, by reason; and notes on its first `LOOKED_AT` rows. A row that comes again, in another epoch, is counted once.
 
     Raises UserError for the first row at once, and for a later one at fault when it comes: see `tokenize`.
     """
     first = first_row(stream, name)
     dropped: dict[str, int] = {}
     if set(ID_COLUMNS) <= set(first):
-        return stream, dropped
+        return stream, dropped, []
     unpaired = first.get("chosen") is None and first.get("completion") is not None
     _refuse_unpaired(objective, name, unpaired)
     control, left_out = control_tokens(tokenizer, ends), {reason: set() for reason in DROPPED}
@@ -142,8 +144,12 @@ def tokenize_stream(
         return {**ids, **({} if weights is None else {weights: row[weights]}), "_dropped": bool(verdict)}
 
     read(first, 0)
+    noted = [
+        encode(row, tokenizer, sorted(ends), max_length, control)["_notes"] for row in first_rows(stream, LOOKED_AT)
+    ]
+    notes = [f"{note}, of those that come first" for note in _notes(noted, name)]
     tokenised = stream.map(read, with_indices=True, remove_columns=[key for key in first if key != weights])
-    return tokenised.filter(lambda row: not row["_dropped"]).remove_columns(["_dropped"]), dropped
+    return tokenised.filter(lambda row: not row["_dropped"]).remove_columns(["_dropped"]), dropped, notes
 
 
 def first_rows(dataset: Dataset | IterableDataset, count: int) -> list[dict[str, Any]]:

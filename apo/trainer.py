@@ -214,9 +214,10 @@ class APOTrainer(AskingTrainer):
             raise UserError(f"a {type(processing_class).__name__} is no tokenizer; only text models can be trained")
         ends = end_ids(processing_class, self._ends_of_model)
         if isinstance(dataset, IterableDataset):
-            stream, self.dropped[dataset_name] = tokenize_stream(
+            stream, self.dropped[dataset_name], notes = tokenize_stream(
                 dataset, processing_class, args.max_length, ends, dataset_name, self.objective, args.weights
             )
+            self.notes += notes
             return stream
         if args.weights is not None:
             check_weights(dataset, args.weights, dataset_name)

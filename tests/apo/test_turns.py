@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -206,3 +206,15 @@ def test_what_is_measured_of_pairs_is_measured_of_trained_tokens(tmp_path, token
     *_, sums = head_gradients(model, [PAIR])
     assert sums.chosen.item() == pytest.approx(kept.sum().item(), abs=1e-4)
     assert sums.chosen_len.tolist() == [6]
+
+
+def test_a_stream_of_conversations_trains_as_the_same_rows_in_a_dataset_and_is_noted(tmp_path, tokenizer, talks):
+    rows = conversations()
+    rows[2]["chosen"] = [{**rows[2]["chosen"][0], "reasoning_content": "one plus one"}]
+    runs = []
+    for data in (IterableDataset.from_generator(lambda: iter(rows)), Dataset.from_list(rows)):
+        trainer = apo_trainer(tmp_path, tokenizer, data, max_steps=3, train_sampling_strategy="sequential")
+        note = "the chat template leaves out thoughts of an answer in 1 of 12 rows (first: row 2); they are not trained"
+        assert [line for line in trainer.notes if note in line]
+        runs.append(trained(trainer))
+    assert_same_run(*runs)
