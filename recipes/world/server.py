@@ -271,7 +271,7 @@ def options_from(arguments: list[str] | None = None) -> ServerOptions:
     leanings = [leaning.name for leaning in fields(Leanings)]
     for leaning in leanings[:-1]:
         parser.add_argument(f"--{leaning.replace('_', '-')}", type=float, default=0.0, help="share of judgements")
-    parser.add_argument("--max-seconds", type=float, default=600.0, help="the server ends by itself after this")
+    parser.add_argument("--max-seconds", type=float, default=3600.0, help="the server ends by itself after this")
     rates = [rate.name for rate in fields(Misbehaviour)]
     for rate in rates:
         parser.add_argument(f"--{rate.replace('_', '-')}", type=float, default=0.0, help="share of distinct requests")
