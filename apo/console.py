@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from clair.progress import tell
+from clair.progress import progress, tell
 from clair.recipe import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED
 
 
@@ -23,10 +23,12 @@ def end_early(stopped: str | None, failed: str | None) -> None:
 def quieten() -> None:
     """One bar is enough: transformers and datasets keep theirs, and their advice, to themselves."""
     import logging as plain
+    import os
     import warnings
 
-    import datasets
-    from transformers.utils import logging
+    with progress("loading", shown=os.environ.get("RANK", "0") == "0"):  # seconds, and before anything else is said
+        import datasets
+        from transformers.utils import logging
 
     # bitsandbytes 0.50 looks for a faster kernel when peft imports it, and says that there is none.
     plain.getLogger("bitsandbytes.backends.cpu.ops").setLevel(plain.ERROR)
