@@ -95,7 +95,7 @@ def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, ends: set
     """
     columns = ("chosen", "rejected") if "chosen" in row else ("completion",)
     if isinstance(row["prompt"], str):
-        return _render_text(row, columns, tokenizer, ends)
+        return _render_text(row, columns, tokenizer, ends, control)
     return _Conversation(row, columns, tokenizer, ends, control).rendered()
 
 
@@ -121,23 +121,56 @@ def without_end(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _render_text(
-    row: Mapping[str, Any], columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, ends: set[int]
-) -> Rendered:
-    """A row of plain text, which gets the end of sequence and no template."""
+    row: Mapping[str, Any], columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, ends: set[int],
+    control: Sequence[str],
+) -> Rendered:  # fmt: skip
+    """A row of plain text, which gets the end of sequence and no template.
+
+    Control tokens are taken as such where the prompt has some, since a template has then been applied to the row; else
+    they are text, but for an end of turn at an answer's end.
+    """
     prompt, answers = row["prompt"], [row[column] for column in columns]
-    marks = tuple(mark for end in sorted(ends) if (mark := tokenizer.decode([end])))
-    whole = [prompt + (text if text.rstrip().endswith(marks) else text + tokenizer.eos_token) for text in answers]
-    first, *ids = (_encode_text(tokenizer, text) for text in (prompt, *whole))
+    endings = [mark for end in sorted(ends) if (mark := tokenizer.decode([end]))]
+    parts = []
+    for column, text in zip(columns, answers, strict=True):
+        ending = next((mark for mark in endings if text.rstrip().endswith(mark)), None)
+        body = text if ending is None else text.rstrip().removesuffix(ending)
+        if body.rstrip().endswith(tuple(endings)):
+            raise RowFault(f"an answer ends with the end of turn twice: {column!r}; take one out")
+        parts.append((body, ending or tokenizer.eos_token))
+    has_marks = any(mark in body for body, _ in parts for mark in control) and not any(
+        mark in prompt for mark in control
+    )
+    if has_marks:
+        from transformers.utils.chat_template_utils import mark_control_tokens
+
+        parts = [(mark_control_tokens(body, _any_of(control)), ending) for body, ending in parts]
+    texts = [prompt, *(prompt + body + ending for body, ending in parts)]
+    first, *ids = ((_encode_marked if has_marks else _encode_text)(tokenizer, text) for text in texts)
     start = min(common_prefix(first, one) for one in ids)
-    responses = []
-    for column, one in zip(columns, ids, strict=True):
-        response = one[start:]
-        places = [place for place, token in enumerate(response) if token in ends]
-        if places and tokenizer.decode([token for token in response[places[0] :] if token not in ends]).strip():
-            mark = tokenizer.decode([response[places[0]]])
+    responses = [one[start:] for one in ids]
+    for column, response in zip(columns, responses, strict=True):
+        inner = next((token for token in response[:-1] if token in ends), None)
+        if inner is not None:
+            mark = tokenizer.decode([inner])
             raise RowFault(f"{column!r} goes on after the end of turn {mark}; take the mark out, or give messages")
-        responses.append(response[: places[-1] + 1] if places else response)
-    return Rendered(first[:start], responses, [], {"parted"} if start < len(first) else set())
+    notes = {"parted"} if start < len(first) else set()
+    return Rendered(first[:start], responses, [], notes | ({"marks"} if has_marks else set()))
+
+
+def _any_of(control: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
+
+
+def _encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
+    """Ids of a text in which transformers' `mark_control_tokens` has marked what is no control token."""
+    from transformers.utils.chat_template_utils import encode_marked_chat
+
+    begin = [] if options else [token for token in _encode_text(tokenizer, "") if token == tokenizer.bos_token_id]
+    try:
+        return begin + encode_marked_chat(tokenizer, text)
+    except Exception as error:
+        raise RowFault(f"the text of a control token cannot be encoded as text: {one_line(error)}") from error
 
 
 def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
@@ -168,7 +201,7 @@ class _Conversation:
         texts = [*_texts(self.tools), *_texts(self.prompt), *(text for one in self.answers for text in _texts(one))]
         self.marks = None
         if any(mark in text for text in texts for mark in control):
-            self.marks = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
+            self.marks = _any_of(control)
             self.notes.add("marks")
         if any(message.get("tool_calls") for part in (self.prompt, *self.answers) for message in part):
             self._settle_calls()
@@ -244,10 +277,7 @@ class _Conversation:
             ) from error
         if not self.marks:
             return text, _encode_text(self.tokenizer, text, add_special_tokens=False)
-        try:
-            ids = theirs.encode_marked_chat(self.tokenizer, text)
-        except Exception as error:
-            raise RowFault(f"the text of a control token cannot be encoded as text: {one_line(error)}") from error
+        ids = _encode_marked(self.tokenizer, text, add_special_tokens=False)
         marked = theirs.mark_control_tokens(".", re.compile(r"\."))
         return text.replace(marked[0], "").replace(marked[-1], ""), ids
 

@@ -157,6 +157,23 @@ def test_the_text_of_a_control_token_is_encoded_as_text():
     assert (found["prompt_ids"].count(end), found["prompt_ids"].count(start)) == (1, 2)
 
 
+def test_in_rows_of_plain_text_a_mark_is_text_unless_the_prompt_has_been_rendered():
+    tokenizer = letters()
+    (end,) = tokenizer.convert_tokens_to_ids(["<|end|>"])
+    found = encoded({"prompt": "Ends? ", "chosen": "<|end|> and <|start|> ", "rejected": "None.<|end|>\n"}, tokenizer)
+    assert trained(found, "chosen") == ["<|end|> and <|start|> <|end|>"]
+    assert (found["chosen_ids"].count(end), found["chosen_ids"][-1], noted(found)) == (1, end, ["marks"])
+    assert trained(found, "rejected") == ["None.<|end|>"]
+    assert found["rejected_ids"].count(end) == 1
+    prompt = "<|start|>user\nHi<|end|>\n<|start|>assistant\n"
+    found = encoded({"prompt": prompt, "chosen": "Yes<|end|>\n", "rejected": "No"}, tokenizer)
+    assert found["prompt_ids"].count(end) == 1
+    assert [trained(found, side) for side in ("chosen", "rejected")] == [["Yes<|end|>"], ["No<|end|>"]]
+    assert "ends with the end of turn twice" in refusal(
+        {"prompt": "Hi ", "chosen": "a<|end|> <|end|>", "rejected": "b"}
+    )
+
+
 def test_rows_without_such_marks_have_the_ids_that_the_template_gives():
     tokenizer = letters(TOOLS)
     row = pair([turn("assistant", None, tool_calls=[call("look", {"x": "é ☂"})])], tools=[{"name": "look"}])
@@ -312,7 +329,7 @@ REFUSED = {
     "an answer that is rendered": (pair("<|start|>assistant\nPear."), "message 1 of 'chosen' begins with '<|start|>a"),
     "an end in the text": (pair("Pear.<|end|>\n"), "end of turn twice: the text of 'chosen' ends with it"),
     "tools": (pair(tools="look it up"), "'tools' is not JSON"),
-    "a turn after the end of text": ({"prompt": "Hi", "chosen": "a<|end|>\nHow?", "rejected": "b"},
+    "a turn after the end of text": ({"prompt": "<|start|>user\nHi<|end|>\n", "chosen": "a<|end|>\nHow?", "rejected": "b"},
                                      "'chosen' goes on after the end of turn <|end|>"),
 }  # fmt: skip
 
