@@ -329,7 +329,7 @@ REFUSED = {
     "an answer that is rendered": (pair("<|start|>assistant\nPear."), "message 1 of 'chosen' begins with '<|start|>a"),
     "an end in the text": (pair("Pear.<|end|>\n"), "end of turn twice: the text of 'chosen' ends with it"),
     "tools": (pair(tools="look it up"), "'tools' is not JSON"),
-    "a turn after the end of text": ({"prompt": "<|start|>user\nHi<|end|>\n", "chosen": "a<|end|>\nHow?", "rejected": "b"},
+    "a turn after the end of text": ({"prompt": "<|start|>user\nHi<|end|>\n", "chosen": "a<|end|>b", "rejected": "c"},
                                      "'chosen' goes on after the end of turn <|end|>"),
 }  # fmt: skip
 
