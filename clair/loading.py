@@ -26,7 +26,7 @@ from clair.preferences import (
     read_dataset,
 )
 from clair.recipe import UserError, file_sha256, near_miss, words_of
-from clair.sources import file_rows, is_saved, kind_of, load_split
+from clair.sources import KINDS, file_rows, is_saved, kind_of, load_split
 from clair.storage import public_path, read_here
 
 if TYPE_CHECKING:
@@ -116,8 +116,12 @@ def _files(here: Path, split: str, name: str | None) -> list[Path]:
     """The JSON and CSV files that hold a split; none where it is held otherwise."""
     import datasets
 
+    if here.is_file() and kind_of(here) is None:
+        raise UserError(f"dataset {here} is of no kind that is read: {', '.join(KINDS)}, and text packed as .gz")
     if here.is_file():
-        return [here] if kind_of(here) and kind_of(here) != ".parquet" else []
+        return [here] if kind_of(here) != ".parquet" else []
+    if kind_of(here) and not here.exists():
+        raise UserError(f"dataset {here} does not exist")
     if not here.is_dir() or is_saved(here):
         return []
     _check_configuration(here, name)
@@ -135,8 +139,9 @@ def _loaded(here: Path, split: str, name: str | None, options: Mapping[str, Any]
     import datasets
 
     if here.is_file():
-        kind = (kind_of(here) or here.suffix).removeprefix(".").replace("jsonl", "json").replace("ndjson", "json")
-        return datasets.load_dataset(kind, data_files=str(here), split="train", **options)
+        builder = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}.get(kind_of(here) or "", "json")
+        separator = {"sep": "\t"} if kind_of(here) == ".tsv" else {}
+        return datasets.load_dataset(builder, data_files=str(here), split="train", **{**separator, **options})
     return load_split(str(here), split, **({"name": name} if name else {}), **options)
 
 
@@ -150,7 +155,8 @@ def _read(dataset: Dataset, where: str, pairs: bool) -> Preferences:
 def _renamed(dataset: Dataset, columns: Mapping[str, str], where: str) -> Dataset:
     _check_named(columns, dataset.column_names, where)
     columns = {name: column for name, column in columns.items() if name != column}
-    dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
+    taken = [name for name in columns if name in dataset.column_names and name not in columns.values()]
+    dataset = dataset.remove_columns(taken)
     return dataset.rename_columns({column: name for name, column in columns.items()})
 
 

@@ -347,20 +347,20 @@ def _rows(source: PromptSource) -> Iterator[tuple[str, Any]]:
 def kind_of(path: Path) -> str | None:
     """The suffix of a file that is read row by row, the `.gz` of a packed one left out; None for any other."""
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    return suffix if suffix in _READERS and (suffix != ".parquet" or path.suffix != ".gz") else None
+    return suffix if suffix in KINDS and (suffix != ".parquet" or path.suffix != ".gz") else None
 
 
 def file_rows(path: Path, what: str = "file") -> Iterator[tuple[str, Any]]:
     """(where it stands, value) of every row of a file. Raises UserError for what cannot be read, with its place."""
     kind = kind_of(path)
     if kind is None:
-        raise UserError(f"{what} {path} is of no kind that is read: {', '.join(_READERS)}, and text packed as .gz")
+        raise UserError(f"{what} {path} is of no kind that is read: {', '.join(KINDS)}, and text packed as .gz")
     if not path.is_file():
         raise UserError(f"{what} {path} does not exist")
     if path.stat().st_size == 0:
         raise UserError(f"{what} {path} is empty; give at least one row")
     try:
-        yield from _READERS[kind](path)
+        yield from KINDS[kind](path)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is no whole .gz file ({one_line(error)}); pack it again") from error
 
@@ -463,7 +463,7 @@ def unpadded(value: Any) -> Any:
     return [unpadded(inner) for inner in value] if isinstance(value, list) else value
 
 
-_READERS = {
+KINDS = {
     ".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet
 }  # fmt: skip
 

@@ -87,6 +87,29 @@ def test_columns_are_called_as_the_source_says(tmp_path):
         load_preferences(tmp_path / "p.csv", columns={"choosen": "good"})
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
+def test_two_columns_may_change_their_names(tmp_path, name):
+    if name == "p.jsonl":
+        (tmp_path / name).write_text(LINES)
+    else:
+        Dataset.from_list(ROWS).to_parquet(tmp_path / name)
+    read = load_preferences(tmp_path / name, columns={"chosen": "rejected", "rejected": "chosen"}).dataset
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in ROWS]
+    assert read.to_list() == swapped
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("p.xlsx", "is of no kind that is read: .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
+     ("gone.jsonl", "does not exist"), ("gone.csv.gz", "does not exist")],
+)  # fmt: skip
+def test_a_file_that_is_not_there_or_of_another_kind_is_told(tmp_path, name, words):
+    (tmp_path / "p.xlsx").write_bytes(b"PK")
+    with pytest.raises(UserError) as error:
+        load_pairs(tmp_path / name)
+    assert str(error.value).startswith(f"dataset {tmp_path / name} {words}")
+
+
 @pytest.mark.parametrize("late", [1, 1500])
 def test_a_key_that_one_row_has_is_in_no_other(tmp_path, late):
     """Whatever batch it stands in: nothing is guessed from the rows before it."""
