@@ -164,12 +164,12 @@ def _print_plan(config: Any, processes: int | None) -> None:
     with progress("checking recipe, model and pairs"):
         from apo.model import why_not_quantized
         from apo.plan import estimate, plan
-        from apo.run import counted, status_of
+        from apo.run import counted, recorded, status_of
 
         status = status_of(Path(config.out), resolved(config))
         planned = plan(config, processes)
         costs = estimate(planned)
-    print(yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True), end="")
+    print(yaml.safe_dump(recorded(resolved(config)), sort_keys=False, allow_unicode=True), end="")
     for split, count in planned.counts().items():
         print(f"# {split}: {counted(count)}")
     print(f"# steps: {planned.steps_told}")

@@ -24,6 +24,7 @@ from apo.dynamics import read_metrics
 from apo.mixture import title_of
 from clair.recipe import UserError, changed_keys, provenance, write_atomically, write_json
 from clair.storage import local
+from clair.urls import without_secrets
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
@@ -53,7 +54,8 @@ def status_of(out: Path, recipe: Mapping[str, Any]) -> Status:
         return "new"
     run = read_run(out)
     free = (*MAY_CHANGE, *(_LAYOUT if "pairs_per_step" in run else ()))
-    changed = [key for key in changed_keys(run["recipe"], recipe) if not key.startswith(free)]
+    keys = changed_keys(recorded(run["recipe"]), recorded(recipe))
+    changed = [key for key in keys if not key.startswith(free)]
     if changed:
         raise UserError(
             f"out: {out} holds the run of another recipe (changed: {', '.join(changed)}); choose another folder with "
@@ -76,9 +78,14 @@ def read_run(out: Path) -> dict[str, Any]:
 
 def begin(out: Path, recipe: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
     """Write the run.json of a run that starts now."""
-    run = {"recipe": dict(recipe), "provenance": provenance(), "started": now(), **facts}
+    run = {"recipe": recorded(recipe), "provenance": provenance(), "started": now(), **facts}
     write_json(out / RUN, run)
     return run
+
+
+def recorded(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe as it may be written down: without tokens and keys that trainer options can hold."""
+    return {**recipe, "trainer": without_secrets(recipe.get("trainer") or {})}
 
 
 def now() -> str:

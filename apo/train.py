@@ -237,7 +237,7 @@ def _resume(planned: Plan, facts: dict[str, Any], status: runs.Status, tell: Cal
     step = step_of(search.newest) or 0 if search.newest else 0
     tell(f"going on from step {step} of {planned.steps}" if step else "starting over: there is no complete checkpoint")
     runs.drop_metrics_after(out, step if step else -1)
-    now = {"recipe": resolved(planned.config), **facts, "resumed_from": [*run["resumed_from"], step]}
+    now = {"recipe": runs.recorded(resolved(planned.config)), **facts, "resumed_from": [*run["resumed_from"], step]}
     write_json(out / runs.RUN, {**run, **now})
     return search.newest
 

@@ -18,6 +18,7 @@ from typing import Any
 from clair.models import RequestFailed, TooMany, Unreachable
 from clair.models.openai import NotListed, OpenAIModel
 from clair.recipe import UserError, one_line
+from clair.records import incomplete_reason
 from clair.urls import api_key, endpoint_of
 
 _CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
@@ -170,7 +171,8 @@ async def _end_of_turn(asked: OpenAIModel, tokenizer: Any) -> Check:
     special = sorted(token for token in getattr(tokenizer, "all_special_tokens", ()) if token in text)
     if special:
         return Check(name, False, f"{special[0]} stands in the answer: it is no stop token at the server")
-    if body["choices"][0].get("finish_reason") != "stop":
+    finish = body["choices"][0].get("finish_reason")
+    if finish is None or incomplete_reason(str(finish)):
         return Check(name, None, f"the answer to 'Hello' did not end within {_TURN_TOKENS} tokens")
     return Check(name, True, "the answer ends by itself, without a special token in it")
 
@@ -181,8 +183,8 @@ async def _truncation(asked: OpenAIModel) -> Check:
     if "error" in body:
         return Check("truncation", False, str(body["error"])[:200])
     finish, tokens = body["choices"][0].get("finish_reason"), _usage(body, "completion_tokens")
-    if finish == "length":
-        return Check("truncation", True, "told as finish_reason length")
+    if incomplete_reason(finish and str(finish)) == "truncated":
+        return Check("truncation", True, f"told as finish_reason {finish}")
     if tokens is not None and tokens < 2:
         return Check("truncation", None, f"the answer ended after {tokens} tokens")
     return Check("truncation", False, f"max_tokens 2, and finish_reason {finish!r} after {tokens} tokens")

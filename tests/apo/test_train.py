@@ -595,6 +595,15 @@ def test_a_run_that_would_go_on_as_another_is_refused(recipe, begun, now, told):
         run(recipe)
 
 
+def test_a_token_among_the_trainers_options_is_not_written_down(recipe):
+    out = Path(recipe["out"])
+    given = resolved(TrainConfig(**{**recipe, "trainer": {**recipe["trainer"], "hub_token": "hf_planted"}}))
+    runs.begin(out, given, data={}, steps=6, pairs_per_step=4, resumed_from=[])
+    assert not [file for file in out.rglob("*") if file.is_file() and b"planted" in file.read_bytes()]
+    assert runs.read_run(out)["recipe"]["trainer"]["hub_token"] == "[secret]"
+    assert runs.status_of(out, given) == "unfinished"
+
+
 def test_micro_batches_may_change_within_a_run_and_nothing_else(recipe):
     out = Path(recipe["out"])
     runs.begin(out, resolved(TrainConfig(**recipe)), data={}, steps=6, pairs_per_step=4, resumed_from=[])
