@@ -93,12 +93,9 @@ def plan(config: TrainConfig, processes: int | None = None) -> Plan:
     train.notes[:0] = notes
     args.check_dataset(train.dataset.column_names, train.dropped.get("too_long", 0))
     if len(train.dataset) < 2:
-        why = []
-        if count_equal := train.dropped.get("equal"):
-            why.append(f"{count_equal:,} have equal answers")
+        why = [note for note in train.notes if "chosen is equal" in note]
         if too_long := train.dropped.get("too_long"):
             why.append(f"{too_long:,} are longer than {args.max_length:,} tokens, {bound}{change}")
-        why += [note for note in train.notes if note.startswith("train: ")]
         raise UserError(f"{len(train.dataset)} row(s) are left to train on: {'; '.join(why)}")
     train.notes.extend(notes_at_start(mixture_of(args.objective), args.beta, lengths_of(train.dataset)))
     if any("too_long" in split.dropped for split in (train, evaluated) if split):

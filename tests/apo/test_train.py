@@ -422,7 +422,10 @@ BAD_INPUT = {
     "missing column": (rows_are(without("chosen")), "has no column 'chosen'; found: "),
     "prompt that is not text": (rows_are(number_as_prompt), "pairs.jsonl"),
     "chosen equal to rejected": (rows_are(equal_in_each_row), "chosen is equal to rejected in 4 of 4 pairs"),
-    "one pair left": (rows_are(equal_in_all_but_one), "1 row(s) are left to train on: 3 have equal answers"),
+    "one pair left": (
+        rows_are(equal_in_all_but_one),
+        "1 row(s) are left to train on: train: chosen is equal to rejected in 3 of 4",
+    ),
     "everything too long": (keys_are(trainer={"max_length": 5}), "0 row(s) are left to train on: 24 are longer than"),
     "weight 0": (keys_are(dataset=[{"path": "PAIRS", "weight": 0}]), "weight: Input should be greater than 0"),
     "another recipe's run": (another_run, "holds the run of another recipe (changed: beta)"),
