@@ -403,7 +403,6 @@ class LocalModel:
                     generation_config=_greedy_config(model, min(max(made, _LOOK_AFTER), most - made), ends, pad),
                     logits_processor=_samplers(model, [batch[place] for place in going], most, made),
                     stopping_criteria=[self._watch(longest, most)],
-                    return_dict_in_generate=True,
                 )
             self.doing = ""
             if self._halted:
@@ -474,6 +473,7 @@ def _greedy_config(model: Any, most: int, ends: list[int], pad: int) -> Any:
     kept = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens")
     own = {name: getattr(model.generation_config, name, None) for name in kept}
     return GenerationConfig(
+        return_dict_in_generate=True,
         max_new_tokens=most,
         do_sample=False,
         eos_token_id=ends,

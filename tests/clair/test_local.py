@@ -6,6 +6,8 @@ import asyncio
 import json
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -528,3 +530,18 @@ def test_what_is_being_generated_says_how_far_it_is_and_can_be_given_up(folder):
         return told
 
     assert re.fullmatch(r"a batch of 1 is at token \d+ of at most \d+", asyncio.run(given_up()))
+
+
+def test_a_local_model_answers_without_advice_from_transformers(folder):
+    code = (
+        "import asyncio, sys; from clair.models.local import LocalModel\n"
+        "async def main():\n"
+        "    model = LocalModel(sys.argv[1])\n"
+        "    await model.complete({'messages': [{'role': 'user', 'content': 'red'}], 'max_tokens': 3})\n"
+        "    await model.close()\n"
+        "asyncio.run(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stderr == ""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from apo.evaluate.results import read_results
+from apo.evaluate.run import Run
+from clair.models.asking import Stop
 from clair.recipe import UserError
 from tests.apo.evaluate.evaluating import apo, evaluated, final, judging
 from tests.apo.evaluate.questions import JUDGE, responses_of
@@ -432,3 +436,27 @@ def test_upstreams_own_files_are_written_where_asked_for(data, tmp_path, server)
     # What it writes, it reads.
     again = evaluated(data, tmp_path / "again", responses=str(own), judge=judge)
     assert again.score.overall == score.overall
+
+
+def test_items_count_where_they_are_done_and_not_at_their_turn():
+    class Uneven(Run):
+        def __post_init__(self) -> None:
+            self.reported = asyncio.Event()
+
+        async def _placed(self, placed):
+            if placed[0] == 0:  # the first one ends after all others were reported
+                await asyncio.wait_for(self.reported.wait(), 60)
+            return placed[0], SimpleNamespace(unresolved=None)
+
+    async def counted() -> list[int]:
+        run, seen = Uneven(None, None, {}, Stop()), []
+
+        def on_progress(done: int, _: object) -> None:
+            seen.append(done)
+            if done == 3:
+                run.reported.set()
+
+        await run.items([(place, None) for place in range(4)], on_progress)
+        return seen
+
+    assert asyncio.run(counted()) == [0, 1, 2, 3, 4]
