@@ -247,6 +247,12 @@ def _load(source: Source, split: str, weights: str | None = None, note: Callable
         near, found = near_miss(weights, pairs.column_names), ", ".join(pairs.column_names)
         raise UserError(f"weights: dataset {path}, split {split!r}, has no column {weights!r}{near}; found: {found}")
     kept = [*_KEPT, weights] if weights is not None and weights not in _KEPT else _KEPT
+    for column in {"image", "images"} & set(pairs.column_names):
+        if any(pairs[column]):
+            raise UserError(
+                f"dataset {path}: the column {column!r} holds images, and `apo train` trains text only; take it out or "
+                "train with APOTrainer and shared_prefix=False"
+            )
     return pairs.select_columns([column for column in kept if column in pairs.column_names])
 
 

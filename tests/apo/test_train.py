@@ -410,6 +410,10 @@ BAD_INPUT = {
     "damaged weights": (damaged_weights, "cannot be loaded"),
     "pickled adapter": (pickled_adapter, "only safetensors are read"),
     "vocabulary too large": (vocabulary_too_large, "has 20 embeddings but its tokenizer has ids up to"),
+    "images": (
+        rows_are(lambda rows: [{**row, "images": ["a.png"]} for row in rows]),
+        "the column 'images' holds images",
+    ),
     "adapter of itself": (adapter_of_itself, "names itself as its base; write the model's folder into adapter_config"),
     "adapter of an adapter": (adapter_of_an_adapter, "or fold the lower adapter into its base first (apo merge)"),
     "adapter of another shape": (adapter_of_another_shape, "size mismatch"),
