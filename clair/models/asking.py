@@ -24,6 +24,7 @@ NOTHING = Tokens(0, 0)
 _FIRST_BACKOFF = 0.5
 _LONGEST_BACKOFF = 60.0
 _LOOK_AGAIN = 0.2
+_MOST_WAITS = 5  # by so many the pauses grow of a request that waits for its turn: 4 to 8 seconds in the end
 _SAME_REFUSALS = 5  # the first requests of a role, after which all others would be refused too
 _MOST_WORDS = 5  # different words of a server that are told at once; a bar shows the last ones
 _TRIES_OF_MALFORMED = 2  # a reply that cannot be read may have been paid for: one more try, not many
@@ -312,7 +313,11 @@ class Asker:
                     if attempt >= self._tries(error):
                         await self._give_up(call, error)
                 # A server that is asked too often is spared by the limiter, too.
-                wait = error.retry_after or 0.0 if isinstance(error, TooMany) else _backoff(attempt + waits)
+                wait = (
+                    error.retry_after or 0.0
+                    if isinstance(error, TooMany)
+                    else _backoff(attempt + min(waits, _MOST_WAITS))
+                )
             self.tally.retries += 1
             await asyncio.sleep(wait)
             try:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from clair.build import build
-from clair.models import LimitReached, Refused
+from clair.models import LimitReached, Refused, Unreachable
 from tests.clair.building import (
     clair,
     config_for,
@@ -20,6 +20,7 @@ from tests.clair.building import (
     write_prompts,
     write_recipe,
 )
+from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +160,33 @@ def test_target_and_reviser_wait_for_each_other_at_a_server_that_answers_one_at_
     one = {"url": server.url.replace("/v1", "/one/v1"), "model": "m", "timeout": 1.5}
     assert build(config_for(tmp_path, server.url, target={**one, "model": "t"}, reviser=one, attempts=1)).failed == 0
     assert len(server.seen()) == 40
+
+
+class Busy(Scripted):
+    """Takes no connection at first, while it answers others; has too much to do."""
+
+    def __init__(self, waiting: int) -> None:
+        super().__init__("busy", revision)
+        self.left = waiting
+
+    async def complete(self, request: Any, sample: int = 0) -> str:
+        if self.left and "Task 1" in request["messages"][0]["content"]:
+            self.left -= 1
+            error = Unreachable("timeout", busy=True)
+            error.waiting = True
+            raise error
+        return await super().complete(request, sample)
+
+
+def test_a_connection_that_is_not_taken_while_others_are_answered_is_no_try(tmp_path, monkeypatch):
+    model = Busy(8)
+    install(monkeypatch, reviser=model)
+    rows = [{"id": n, "prompt": f"Task {n}", "answer": f"bad {n}"} for n in range(3)]
+    limits = []
+    config = recipe(tmp_path / "out", rows, pipeline="revised", reviser=endpoint(), attempts=1)
+    result = build(config, on_progress=lambda _, askers: limits.append(askers["reviser"].limiter.limit))
+    assert (result.failed, model.left) == (0, 0)
+    assert limits[-1] < 64
 
 
 @pytest.mark.slow
