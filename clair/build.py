@@ -198,7 +198,7 @@ async def _fill(
             if writer.pairs == config.accept and not pending:
                 return True
     finished = not pending and run.stop.reason is None
-    if finished:
+    if finished and shard is None:  # a shard does not see what became of the others' requests
         for asker in run.askers.values():
             asker.check_refusals()
     return finished
