@@ -41,6 +41,7 @@ class ServerOptions:
     seed: int = 0
     api_key: str | None = None  # absent = no key is asked for
     latency: float = 0.0  # added to every answer
+    answers_after: int = 0  # no answer before so many chat requests have been in flight at once
     cap: int | None = None  # more chat requests than this in flight are answered 429
     retry_after: float = 1.0
     slow_seconds: float = 2.0
@@ -115,6 +116,7 @@ class World:
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
         self.tally = Tally()
+        self.crowded = asyncio.Event()
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=16 * 2**20)
@@ -143,6 +145,8 @@ class World:
         tally.requests += 1
         tally.in_flight += 1
         tally.max_in_flight = max(tally.max_in_flight, tally.in_flight)
+        if tally.max_in_flight >= self.options.answers_after:
+            self.crowded.set()
         try:
             response = await self.completion(request)
         except Refused as refused:
@@ -163,6 +167,7 @@ class World:
         body_id = body_hash(body)
         planned = plan(options.seed, body_id, options.misbehaviour)
         self.fail_as_planned(body_id, planned)
+        await self.crowded.wait()
         if delay := options.latency + options.slow_seconds * planned.slow:
             await asyncio.sleep(delay)
         if planned.slow:
@@ -262,6 +267,7 @@ def options_from(arguments: list[str] | None = None) -> ServerOptions:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--api-key")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds added to every answer")
+    parser.add_argument("--answers-after", type=int, default=0, help="chat requests in flight before the first answer")
     parser.add_argument("--cap", type=int, help="chat requests in flight; more are answered 429")
     parser.add_argument("--retry-after", type=float, default=1.0, help="seconds, sent with a 429")
     parser.add_argument("--slow-seconds", type=float, default=2.0)

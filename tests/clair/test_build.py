@@ -363,7 +363,7 @@ def test_accept_gives_exactly_the_first_pairs_in_prompt_order(tmp_path, world):
 
 def test_as_many_requests_are_in_flight_as_the_recipe_says(tmp_path):
     write_tasks(tmp_path, 300, answers=True)
-    with running(ServerOptions(latency=1.5)) as server:
+    with running(ServerOptions(answers_after=300)) as server:
         build(world_config(tmp_path, server.url, target=None, concurrency=300))
         assert server.stats()["max_in_flight"] == 300
 

@@ -252,7 +252,7 @@ def test_interrupted_twice_it_leaves_at_once(tmp_path, server):
 def test_interrupted_before_the_first_request_it_says_so(tmp_path):
     write_rows(tmp_path / "prompts.jsonl", ({"prompt": f"Task {n}", "answer": "a"} for n in range(400_000)))
     process = start_clair("build", write_recipe(tmp_path, "http://127.0.0.1:9/v1"))
-    time.sleep(2.0)
+    assert "checking recipe and prompts" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     ended = finished(process)
     assert ended.code == 130, ended
