@@ -65,7 +65,7 @@ class APOConfig(DPOConfig):
     )
     loss_type: list[str] = field(default_factory=list, metadata={"help": "Refused: `objective` says it."})
     truncation_mode: str | None = field(
-        default=None, metadata={"help": "Refused where a row is longer than max_length: it is left out, never cut."}
+        default=None, metadata={"help": "keep_start or none: a row over max_length is left out, not cut."}
     )
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Default: on, except on a CPU."})
     logging_first_step: bool = field(default=True, metadata={"help": "Whether to log the first step."})
@@ -100,7 +100,6 @@ class APOConfig(DPOConfig):
         if self.pack_tokens is not None and not self.shared_prefix:
             raise UserError("pack_tokens would be ignored without shared_prefix; leave it out")
         self._choose_by_hardware()
-        self.truncation_is_said = self.truncation_mode is not None
         self.truncation_mode = "keep_start"  # TRL's collator wants one, and never has a row to cut
         super().__post_init__()
 
@@ -119,19 +118,14 @@ class APOConfig(DPOConfig):
         if self.activation_checkpointing_kwargs is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
 
-    def check_dataset(self, columns: Collection[str], too_long: int) -> None:
-        """Raises UserError for an option that the columns, or rows longer than `max_length`, would make void."""
+    def check_dataset(self, columns: Collection[str]) -> None:
+        """Raises UserError for an option that the columns of a dataset would make void."""
         length = self.length_column_name
         strategy = self.train_sampling_strategy
         if strategy in ("group_by_length", "batch_rebalance") and length not in columns:
             raise UserError(
                 f"train_sampling_strategy {strategy} needs a column {length!r} of lengths, and the dataset has none; "
                 "leave it out: packed rows have no padding to save"
-            )
-        if too_long and self.truncation_is_said:
-            raise UserError(
-                f"{too_long:,} rows are longer than max_length {self.max_length:,}: "
-                + why_ignored("truncation_mode", self.truncation_mode, "")
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def plan(config: TrainConfig, processes: int | None = None) -> Plan:
     evaluated = _tokenize(eval_pairs, "eval", tokenizer, ends, args) if eval_pairs is not None else None
     train.notes.extend(evaluated.notes if evaluated else [])
     train.notes[:0] = notes
-    args.check_dataset(train.dataset.column_names, train.dropped.get("too_long", 0))
+    args.check_dataset(train.dataset.column_names)
     if len(train.dataset) < 2:
         why = [note for note in train.notes if "chosen is equal" in note]
         if too_long := train.dropped.get("too_long"):

@@ -226,11 +226,10 @@ class APOTrainer(AskingTrainer):
         )
         self.dropped[dataset_name] = done.dropped
         self.notes += done.notes
-        too_long = done.dropped.get("too_long", 0)
-        args.check_dataset(done.dataset.column_names, too_long)
-        if too_long:
+        args.check_dataset(done.dataset.column_names)
+        if too_long := done.dropped.get("too_long"):
             rows = f"{too_long:,} of {len(dataset):,} rows are longer than max_length {args.max_length:,}"
-            self.notes.append(f"{dataset_name}: {rows} and left out; TRL would cut them")
+            self.notes.append(f"{dataset_name}: {rows} and left out; TRL would cut them (truncation_mode)")
         if dataset_name == "train" and done.dataset is not dataset and len(done.dataset):
             self.notes += notes_at_start(self.objective, args.beta, lengths_of(done.dataset))
         if not len(done.dataset):

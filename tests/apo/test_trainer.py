@@ -503,18 +503,16 @@ def test_a_command_line_can_say_every_option():
 def test_who_makes_a_trainer_is_told_of_rows_that_are_left_out(tmp_path, tokenizer, pairs, caplog):
     trainer = apo_trainer(tmp_path, tokenizer, pairs, max_length=20)
     left = len(trainer.train_dataset)
-    note = f"train: {24 - left} of 24 rows are longer than max_length 20 and left out; TRL would cut them"
+    rows = f"{24 - left} of 24 rows are longer than max_length 20"
+    note = f"train: {rows} and left out; TRL would cut them (truncation_mode)"
     assert 0 < left < 24
     assert note in trainer.notes
     assert [record.getMessage() for record in caplog.records if record.name == "apo.trainer"].count(note) == 1
 
 
-def test_truncation_is_refused_only_where_a_row_would_be_cut(tmp_path, tokenizer, pairs):
-    apo_trainer(tmp_path, tokenizer, pairs, truncation_mode="keep_start")
-    with pytest.raises(
-        UserError, match=r"rows are longer than max_length 20: truncation_mode 'keep_start' would be ign"
-    ):
-        apo_trainer(tmp_path, tokenizer, pairs, truncation_mode="keep_start", max_length=20)
+def test_trls_truncation_mode_is_accepted_and_the_note_on_long_rows_names_it(tmp_path, tokenizer, pairs):
+    trainer = apo_trainer(tmp_path, tokenizer, pairs, truncation_mode="keep_start", max_length=20)
+    assert any("left out; TRL would cut them (truncation_mode)" in note for note in trainer.notes)
 
 
 @pytest.mark.parametrize(("packed", "told"), [(True, 2), (False, 0)])
