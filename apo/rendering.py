@@ -34,6 +34,8 @@ NOTES = {
     "prompt_thoughts": "the chat template leaves out thoughts of the prompt's turns in {rows}",
     "text": "the chat template leaves out text beside tool calls of an answer in {rows}; it is not trained",
     "thoughts": "the chat template leaves out thoughts of an answer in {rows}; they are not trained",
+    "keys": "the chat template leaves out other keys of messages, with text, in {rows}: {names}",
+    "empty": "an answer has no text in {rows}; the end of turn alone is trained",
     "inner_end": "the chat template ends turns within an answer otherwise than the last one in {rows}; those ends are "
     "not trained",
     "no_end": "the chat template writes no end of turn after an answer in {rows}; the token that ends it is added",
@@ -42,8 +44,10 @@ NOTES = {
     "say that, and it is not trained (TRL trains it too)",
     "begun": "the prompt ends in an assistant turn in {rows}; the answer goes on with that turn",
 }
-"""What the user should know of rows, by the keys of `Rendered.notes`."""
+"""What the user should know of rows, by the keys of `Rendered.notes`. `keys` comes once for each key: `keys:name`."""
 
+_LOOKED_AT = ("role", "content", "tool_calls", *THOUGHTS)
+_OF_THE_ROW = ("score", "rating", "rationale")
 _END_THOUGHT = re.compile(r"</think>|\[/THINK\]")
 _START_THOUGHT = re.compile(r"<think>|\[THINK\]")
 _RENDERED = re.compile(
@@ -53,6 +57,8 @@ _RENDERED = re.compile(
     re.DOTALL,
 )
 """How a text begins that ChatML, Llama, Gemma, Harmony, Mistral or Phi has already been applied to."""
+_TRIES = 3
+"""How often a row is rendered whose template writes another time when it is asked again."""
 _HEAD = 60
 """Letters at the beginning of a text in which a template's marks would stand."""
 _BLANKS = re.compile(r"\s+|\\[nrt]|\\(?=[\"'\\/])")
@@ -67,6 +73,10 @@ def _rendered_already(number: int, column: str, mark: str) -> str:
 
 class RowFault(UserError):
     """What is wrong with one row, without its number."""
+
+
+class _Ticked(Exception):
+    """The template's clock has ticked while a row was rendered, so that its prompt is another one each time."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,10 @@ def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, ends: set
     columns = ("chosen", "rejected") if "chosen" in row else ("completion",)
     if isinstance(row["prompt"], str):
         return _render_text(row, columns, tokenizer, ends, control)
-    return _Conversation(row, columns, tokenizer, ends, control).rendered()
+    for _ in range(_TRIES):
+        with suppress(_Ticked):
+            return _Conversation(row, columns, tokenizer, ends, control).rendered()
+    raise RowFault("the chat template writes the time, and another one each time; take a template that writes the day")
 
 
 def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -154,7 +167,13 @@ def _render_text(
         if inner is not None:
             mark = tokenizer.decode([inner])
             raise RowFault(f"{column!r} goes on after the end of turn {mark}; take the mark out, or give messages")
+    if not start:
+        raise RowFault(
+            "no token of the prompt is left, since the tokenizer writes its end and the beginning of an answer as one "
+            f"({tokenizer.decode(ids[0][:1])!r}); begin the answers with a space or a line break, or give messages"
+        )
     notes = {"parted"} if start < len(first) else set()
+    notes |= {"empty"} if not all(body.strip() for body, _ in parts) else set()
     return Rendered(first[:start], responses, [], notes | ({"marks"} if has_marks else set()))
 
 
@@ -259,6 +278,8 @@ class _Conversation:
         from transformers import PreTrainedTokenizerBase
         from transformers.utils import chat_template_utils as theirs
 
+        if getattr(self.tokenizer, "chat_template", "") is None:
+            raise RowFault("messages need a chat template, and the tokenizer has none; give it one, or rows of text")
         tools, options = self.tools, {**self.options, **more}
         if self.marks:
             messages, tools = (theirs.mark_control_tokens(part, self.marks) for part in (messages, tools))
@@ -286,6 +307,8 @@ class _Conversation:
         asked = {"continue_final_message": True} if self.begun else {"add_generation_prompt": True}
         prompt_text, prompt = self._render(self.prompt, **asked)
         texts, wholes = zip(*(self._render(whole) for whole in self.wholes), strict=True)
+        if "strftime_now" in str(self.tokenizer.chat_template) and self._render(self.prompt, **asked)[0] != prompt_text:
+            raise _Ticked
         if self.marks:
             self._check_own_marks(texts)
         start = min(common_prefix(prompt, ids) for ids in wholes)
@@ -380,12 +403,17 @@ class _Conversation:
         """Note, or raise RowFault for, texts of the row that are not in what was rendered."""
         if not _are_in(texts[0], _tool_texts(self.tools)):
             self.notes.add("tools")
+        for messages, text in zip((self.prompt, *self.answers), (texts[0], *texts), strict=True):
+            others = ((key, value) for message in messages for key, value in message.items() if _is_said(key))
+            self.notes |= {f"keys:{key}" for key, value in others if not _are_in(text, [*_texts(value)])}
         for message in self.prompt:
             thoughts, said = _split_thoughts(message)
             for key, pieces in (("thoughts", thoughts), ("text", [said]), ("calls", _calls(message))):
                 if not _are_in(texts[0], pieces):
                     self.notes.add(f"prompt_{key}")
         for column, answer, text in zip(self.columns, self.answers, texts, strict=True):
+            if not any(message["content"].strip() or message.get("tool_calls") for message in answer):
+                self.notes.add("empty")
             for message in answer:
                 self._check_lost_of(message, column, prompt_text, text)
 
@@ -405,7 +433,10 @@ class _Conversation:
             )
         if not is_written([said]):
             if not calls:
-                raise RowFault(f"the chat template leaves out text of {column!r}: {one_line(said, 60)!r}")
+                raise RowFault(
+                    f"the chat template leaves out text of {column!r}: {one_line(said, 60)!r} is not in the text; "
+                    "change the template, or take the row out"
+                )
             self.notes.add("text")
         if not is_written(thoughts):
             self.notes.add("thoughts")
@@ -423,6 +454,11 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping | list | tuple):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _texts(item)
+
+
+def _is_said(key: str) -> bool:
+    """True for a key of a message that is none of those looked at by themselves, and no id or score of it."""
+    return key not in _LOOKED_AT and not key.endswith("id") and not any(word in key for word in _OF_THE_ROW)
 
 
 def _tool_texts(value: Any) -> list[str]:

@@ -93,9 +93,12 @@ def tokenize(
     _refuse_faults(encoded, verdicts, name)
     kept = [row for row, verdict in enumerate(verdicts) if not verdict]
     dropped = {reason: count for reason in DROPPED if (count := verdicts.count(reason))}
-    notes += _notes(noted, name) + _equal_notes(verdicts, noted, name)
-    if not kept and "equal" in dropped:
-        raise UserError(f"{name} dataset: no pair is left to train on: " + "; ".join(notes))
+    equal = _equal_notes(verdicts, noted, name)
+    if not kept and equal:
+        why = [[key for key in keys if key != "after_end"] for keys in noted]
+        told = "; ".join(notes + _notes(why, name) + equal)
+        raise UserError(f"{name} dataset: no pair is left to train on: {told}")
+    notes += _notes(noted, name) + equal
     unmasked = () if any(_has_content(encoded, column) for column in MASK_COLUMNS) else MASK_COLUMNS
     encoded = encoded.remove_columns(["_verdict", "_notes", *unmasked])
     encoded = encoded.select(kept) if dropped else encoded
@@ -262,9 +265,10 @@ def _notes(noted: list[list[str]], name: str) -> list[str]:
     for key, words in NOTES.items():
         if key == "after_end" and name != "train":
             continue  # said once
-        if rows := [row for row, keys in enumerate(noted) if key in keys]:
+        if rows := [row for row, keys in enumerate(noted) if any(one.partition(":")[0] == key for one in keys)]:
             count = f"{len(rows):,} of {len(noted):,} rows (first: row {rows[0]})"
-            notes.append(f"{name}: " + words.format(rows=count))
+            names = sorted({one.partition(":")[2] for row in rows for one in noted[row] if one.startswith(f"{key}:")})
+            notes.append(f"{name}: " + words.format(rows=count, names=", ".join(names)))
     return notes
 
 

@@ -106,6 +106,8 @@ class APOTrainer(AskingTrainer):
         check_devices(args)
         check_zero(args)
         _check_streams(args, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+        if isinstance(kwargs.get("train_dataset"), Dataset | IterableDataset):
+            first_row(kwargs["train_dataset"], "train")
         by_name = isinstance(model, str)
         if by_name:
             model = _load(model, args, kwargs)
@@ -587,8 +589,6 @@ def _check_streams(args: APOConfig, train: Any, evaluated: Any) -> None:
             f"an IterableDataset cannot be shared out exactly over {args.world_size} processes, because its length is "
             "not known: train it on one, or make a datasets.Dataset of it (Dataset.from_generator keeps it on disk)"
         )
-    if isinstance(train, IterableDataset):
-        first_row(train, "train")
 
 
 def _can_be_copied(model: Any, args: APOConfig, peft_config: Any) -> bool:

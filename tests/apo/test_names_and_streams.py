@@ -133,8 +133,9 @@ def test_a_fault_in_a_stream_names_its_row(tmp_path, model_dir):
     for before in (0, 1):
         with pytest.raises(UserError, match=f"train dataset, row {before}: 'rejected' is empty"):
             APOTrainer(str(model_dir), args=config(tmp_path), train_dataset=stream(rows[70 - before :]))
-    with pytest.raises(UserError, match="the train dataset has no rows"):
-        APOTrainer(str(model_dir), args=config(tmp_path), train_dataset=stream([]))
+    for none in (stream([]), Dataset.from_list([])):
+        with pytest.raises(UserError, match="the train dataset has no rows"):
+            APOTrainer(str(model_dir), args=config(tmp_path), train_dataset=none)
 
 
 def test_a_stream_has_no_cached_reference(tmp_path, model_dir, pairs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from datasets import Dataset, IterableDataset
@@ -39,10 +40,11 @@ GLM = (
 PICKY = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn, please') }}{% endif %}" + CHATML
 
 
-def letters(template: str = CHATML, eos: str = "<|end|>") -> PreTrainedTokenizerFast:
-    """A tokenizer of single bytes that can write any text, with control tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE({letter: at for at, letter in enumerate(alphabet)}, []))
+def letters(template: str | None = CHATML, eos: str = "<|end|>", merged: str = "") -> PreTrainedTokenizerFast:
+    """A tokenizer of single bytes, and of two letters merged, that can write any text, with control tokens."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *([merged] if merged else [])]
+    merges = [(merged[0], merged[1])] if merged else []
+    raw = Tokenizer(models.BPE({token: at for at, token in enumerate(tokens)}, merges))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     raw.add_special_tokens(MARKS)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=eos, pad_token="<|pad|>")
@@ -134,6 +136,30 @@ def test_a_mask_is_there_for_unpaired_rows_too():
     found = encoded(row)
     assert found["chosen_ids"] == found["chosen_mask"] == []
     assert trained(found, "rejected") == ["Yes?<|end|>", "Ciao<|end|>"]
+
+
+def test_a_row_is_rendered_again_where_the_templates_clock_has_ticked(monkeypatch):
+    times = iter(["11:59", "12:00", *["12:01"] * 20])
+    clock = "<|start|>system\n{{ strftime_now('%H:%M') }}<|end|>\n" + CHATML
+    tokenizer, apply = letters(clock), PreTrainedTokenizerFast.apply_chat_template
+
+    def at_that_time(self, *args, **options):
+        return re.sub(r"\d\d:\d\d", next(times), apply(self, *args, **options))
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.apply_chat_template", at_that_time)
+    row = encoded(pair(), tokenizer)
+    assert trained(row, "chosen", tokenizer) == ["Pear.<|end|>"]
+    assert "12:01" in tokenizer.decode(row["prompt_ids"])
+
+
+def test_a_template_that_writes_another_time_each_time_is_refused():
+    clock = "<|start|>system\n{{ strftime_now('%f') }}<|end|>\n" + CHATML
+    assert "the chat template writes the time, and another one each time" in refusal(pair(), clock)
+
+
+def test_an_answer_without_text_is_noted():
+    assert noted(encoded(pair("", " "))) == ["empty"]
+    assert noted(encoded({"prompt": "Name a fruit:", "chosen": " pear", "rejected": ""})) == ["empty"]
 
 
 def test_a_begun_turn_at_the_end_of_a_prompt_goes_on_in_the_answer():
@@ -263,6 +289,18 @@ def test_earlier_thoughts_and_tools_that_the_template_leaves_out_are_noted():
     assert noted(encoded(pair(tools=json.dumps([{"name": "look"}])), letters(TOOLS))) == []
 
 
+def test_other_keys_of_messages_that_the_template_leaves_out_are_noted_by_their_names():
+    prompt = [turn("system", "Help.", functions='[{"name": "look"}]'), turn("user", "Hi", name="Ann", turn_id="7")]
+    rows = [pair(prompt=prompt), pair([turn("assistant", "Pear.", plan={"steps": ["think"]}, score="9")])]
+    tokenizer = letters(CHATML.replace("<|end|>\n", "<|end|>"))
+    assert tokenize(Dataset.from_list(rows), tokenizer, None, end_ids(tokenizer)).notes == [
+        "train: the chat template leaves out other keys of messages, with text, in 2 of 2 rows (first: row 0): "
+        "functions, name, plan"
+    ]
+    named = letters(CHATML.replace("m['role']", "m['role'] + (m['name'] or '')"))
+    assert noted(encoded(pair(prompt=[turn("user", "Hi", name="Ann")]), named)) == []
+
+
 def test_prompts_and_answers_that_the_template_leaves_out_are_noted_and_refused():
     deaf = "{% for m in messages if m['role'] != 'system' %}" + CHATML.split("%}", 1)[1]
     found = encoded(pair(prompt=[turn("system", "Be kind."), turn("user", "Hi")]), letters(deaf))
@@ -340,6 +378,20 @@ def test_a_row_that_cannot_be_trained_is_refused_in_its_own_words(case):
     assert words in refusal(row)
 
 
+def test_a_text_prompt_of_which_no_token_is_left_is_refused():
+    row = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+    words = r"row 1: no token of the prompt is left, .* \('QA'\); begin the answers with a space or a line break"
+    tokenizer = letters(merged="QA")
+    with pytest.raises(UserError, match=words):
+        tokenize(Dataset.from_list([row | {"prompt": "P"}, row]), tokenizer, None, end_ids(tokenizer))
+
+
+def test_messages_without_a_chat_template_are_refused_in_plain_words():
+    assert refusal(pair(), None) == (
+        "messages need a chat template, and the tokenizer has none; give it one, or rows of text"
+    )
+
+
 def test_what_is_only_like_a_rendered_text_or_json_messages_is_trained():
     assert not encoded(pair('[{"role": "user", "content": "a"}]', "no idea"))["_verdict"]
     assert not encoded(pair(prompt="<|im_start|> is what?"))["_verdict"]
@@ -399,3 +451,8 @@ def test_what_differs_only_in_what_the_template_leaves_out_is_told():
     tokenizer = letters(NO_THOUGHTS)
     with pytest.raises(UserError, match=r"in 2 of 2 pairs .*in 2 of them once the chat template has left out text"):
         tokenize(Dataset.from_list(rows), tokenizer, None, end_ids(tokenizer))
+
+
+def test_where_all_answers_are_equal_nothing_else_is_told():
+    with pytest.raises(UserError, match="train dataset: no pair is left to train on: train: chosen is equal"):
+        tokenize(Dataset.from_list([pair("Pear.", "Pear.")] * 2), letters(), None, end_ids(letters()))
