@@ -108,37 +108,22 @@ class Reply:
         return incomplete_reason(self.finish_reason, tools=tools)
 
 
-_GOOD_ENDINGS = {"", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"}
+_GOOD_ENDINGS = {"", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_token", "complete", "completed"}
 _TOOL_ENDINGS = {"tool_calls", "tool_call", "tool_use", "function_call"}
 _BAD_ENDINGS = {
-    "truncated": {"length", "max_tokens", "max_output_tokens", "max_completion_tokens", "model_length", "max_length"},
-    "content_filter": {
-        "content_filter",
-        "content_filtered",
-        "content_blocked",
-        "safety",
-        "recitation",
-        "blocklist",
-        "prohibited_content",
-        "spii",
-        "sensitive",
-        "guardrail_intervened",
-        "guardrails",
-    },
-    "refusal": {"refusal"},
-    "tool_call": _TOOL_ENDINGS,
-    "server_error": {
-        "error",
-        "abort",
-        "aborted",
-        "cancelled",
-        "canceled",
-        "timeout",
-        "network_error",
-        "server_error",
-        "insufficient_system_resource",
-    },
+    "tool_call": re.compile("|".join(_TOOL_ENDINGS)),
+    "refusal": re.compile("refusal"),
+    "content_filter": re.compile(
+        "content_?filter|content_blocked|moderat|safety|recitation|blocklist|prohibited|spii|sensitive|guardrail|policy|toxic"
+    ),
+    "truncated": re.compile(
+        "length|max_(?:new_|output_|completion_)?tokens?|token_limit|(?:error|context|tokens?)_limit|context_window|truncated"
+    ),
+    "server_error": re.compile(
+        "error|abort|cancel|time_?out|overload|insufficient_system_resource|unavailable|preempt"
+    ),
 }
+"""Patterns of bad endings, by the reason to tell, the first that is found."""
 
 
 def incomplete_reason(finish_reason: str | None, *, tools: bool = False) -> str | None:
@@ -148,10 +133,11 @@ def incomplete_reason(finish_reason: str | None, *, tools: bool = False) -> str 
     for a reason that nobody knows: only known endings are good. `tools`: the request has tools, and calling one ends
     an answer well.
     """
-    ending = (finish_reason or "").lower()
+    words = re.sub(r"([a-z])([A-Z])", r"\1_\2", (finish_reason or "").strip())  # `maxTokens`
+    ending = re.sub(r"[\W_]+", "_", words).lower().removeprefix("finish_reason_")
     if ending in _GOOD_ENDINGS or (tools and ending in _TOOL_ENDINGS):
         return None
-    return next((reason for reason, endings in _BAD_ENDINGS.items() if ending in endings), "incomplete")
+    return next((reason for reason, pattern in _BAD_ENDINGS.items() if pattern.search(ending)), "incomplete")
 
 
 def trimmed(text: str) -> str:

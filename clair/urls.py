@@ -7,9 +7,10 @@ looks like a key wherever it stands (`sk-...`, `Bearer ...`). Everything else, a
 from __future__ import annotations
 
 import base64
+import html
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
@@ -95,6 +96,26 @@ def without_secrets(value: Any, found: list[str] | None = None, *, secret: bool 
     for one in secrets:
         value = value.replace(one, SECRET)
     return value
+
+
+def secrets_pattern(secrets: Iterable[str]) -> re.Pattern[str]:
+    """What finds secrets in a text, as they are and as URLs, JSON and HTML write them."""
+    longest_first = sorted(set(secrets), key=len, reverse=True)
+    return re.compile("|".join("".join(map(_as_written, secret)) for secret in longest_first) or r"(?!)")
+
+
+def _as_written(character: str) -> str:
+    if character.isalnum() and character.isascii():
+        return character
+    code = ord(character)
+    in_url = "".join(f"%{byte:02x}" for byte in character.encode("utf-8", "surrogatepass"))
+    in_html = html.escape(character)
+    forms = [re.escape(character), f"(?i:{in_url}|u{code:04x}|&#0*{code};|&#x0*{code:x};)"]
+    if in_html != character:
+        forms.append(re.escape(in_html))
+    if character == " ":
+        forms.append(r"\+")
+    return rf"(?:\\*(?:{'|'.join(forms)}))"
 
 
 def _is_secret_name(name: str) -> bool:

@@ -114,7 +114,7 @@ def reply_of(raw: str, *, tools: bool = False) -> Reply:
     text = content if isinstance(content, str) else ""
     if not hidden:  # else the server has split the two already, and the content is the answer, word for word
         hidden, text = split_thinking(text)
-    text = _without_end_marks(text)
+    text = _without_marks(text)
     finish = None if finish is None else str(finish)
     if incomplete_reason(finish) == "server_error":
         raise RequestFailed("server_error", f"the server broke off: finish_reason {finish!r}", raw)
@@ -135,24 +135,38 @@ def reply_of(raw: str, *, tools: bool = False) -> Reply:
 
 
 _HIDDEN = ("reasoning_content", "reasoning")
-_OPENINGS = {
-    "<think>": "</think>",
-    "<thinking>": "</thinking>",
-    "<thought>": "</thought>",
-    "<seed:think>": "</seed:think>",
-    "[THINK]": "[/THINK]",
-    "<|begin_of_thought|>": "<|end_of_thought|>",
-    "◁think▷": "◁/think▷",
-}
+_MARKS = tuple(
+    (re.compile(opening, re.IGNORECASE), re.compile(closing, re.IGNORECASE))
+    for opening, closing in (
+        *((rf"<{name} ?>", rf"</{name} ?>") for name in ("think", "thinking", "thought", "seed:think")),
+        (r"\[THINK\]", r"\[/THINK\]"),
+        (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
+        (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),  # Cohere's
+        (r"<\|channel>thought\b", r"<channel\|>"),  # Gemma 4's
+        (r"<unused94>thought\b", r"<unused95>"),  # MedGemma's
+        ("◁think▷", "◁/think▷"),
+    )
+)
+"""How models open and close their hidden reasoning."""
+_UNSEEN = "\ufeff\u200b\u200c\u200d\u2060 \t\r\n\v\f\xa0"
 _HARMONY = re.compile(
     r"<\|channel\|>\s*(\w+).*?<\|message\|>(.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)", re.DOTALL
 )
 _BARE_HARMONY = re.compile(r"analysis(.*?)assistantfinal(.*)", re.DOTALL)
 """What is left of the channels where a server takes the marks out."""
 _END_MARKS = re.compile(
-    r"(?:\s*(?:<\|(?:im_end|eot_id|eom_id|end|return|endoftext|end_of_text|end_of_turn|im_start)\|>|<end_of_turn>|<eos>|"
-    r"<｜end▁of▁sentence｜>|</s>))+\s*\Z"
+    r"(?:\s*(?:<\|(?:im_end|eot_id|eom_id|eot|end|return|endoftext|endofresponse|end_of_text|end_of_turn|end_of_role|"
+    r"end_of_turn_token|end_response|end_of_solution|im_start|user|observation)\|>|"
+    r"<\|start_header_id\|>(?:assistant|user)?<\|end_header_id\|>|<\|im_start\|>(?:assistant|user)|<end_of_turn>|<turn\|>|"
+    r"<end_of_utterance>|<eos>|\[EOS\]|<｜end▁of▁sentence｜>|</s>))+\s*\Z",
+    re.IGNORECASE,
 )
+_BEGIN_MARK = re.compile(
+    r"\A\s*(?:<\|im_start\|>assistant\n|<\|start_header_id\|>assistant<\|end_header_id\|>\n*|<start_of_turn>model\n|"
+    r"<\|start_response\|>|<\|begin_of_solution\|>\n*|<\|assistant\|>\n)",
+    re.IGNORECASE,
+)
+"""What a template writes before an answer, which some servers repeat."""
 
 
 def _joined(content: Any) -> tuple[Any, str]:
@@ -173,21 +187,21 @@ def split_thinking(text: str) -> tuple[str, str]:
     Also in the marks of other models, in the channels of gpt-oss, and where the template has opened it for the model,
     so that only the end stands there. A tag in code or in a line of prose is a mention of it, and stays.
     """
-    start = text.lstrip()
+    start = _BEGIN_MARK.sub("", text.lstrip(_UNSEEN)).lstrip(_UNSEEN)
     if start.startswith(("<|channel|>", "<|start|>")) and (channels := _HARMONY.findall(start)):
         said = [part for name, part in channels if name == "final"]
         return "\n".join(part for name, part in channels if name != "final").strip(), _behind("".join(said))
     if bare := _BARE_HARMONY.fullmatch(start):
         return bare[1].strip(), _behind(bare[2])
-    for opening, closing in _OPENINGS.items():
-        opened = start.startswith(opening)
-        if not opened and opening in text:
+    for opening, closing in _MARKS:
+        opened = opening.match(start)
+        if not opened and opening.search(text):
             continue
-        inside = start.removeprefix(opening) if opened else text
-        ends = (end for end in re.finditer(re.escape(closing), inside) if not _is_mention(inside, end, opened))
+        inside = start[opened.end() :] if opened else text
+        ends = (end for end in closing.finditer(inside) if not _is_mention(inside, end, bool(opened)))
         if end := next(ends, None):
             return inside[: end.start()].strip(), _behind(inside[end.end() :])
-        if opened and not re.match(r" +[a-z`]", inside):
+        if opened and not re.match(r" +[a-z`]|-[a-z]", inside):
             return inside.strip(), ""
     return "", text
 
@@ -211,8 +225,9 @@ def _is_mention(text: str, tag: re.Match[str], opened: bool) -> bool:
     return not opened or bool(re.match(r"[ \t]+[a-z]|[.,;:!?)]", after))
 
 
-def _without_end_marks(text: str) -> str:
-    """The text without the marks of an ended turn behind it, which a server should have taken for its end."""
+def _without_marks(text: str) -> str:
+    """The text without the marks of a turn around it, which a server should have taken for its beginning and end."""
+    text = _BEGIN_MARK.sub("", text)
     found = _END_MARKS.search(text)
     if not found or ("</s>" in found[0] and "<s>" in text):
         return text
@@ -221,7 +236,7 @@ def _without_end_marks(text: str) -> str:
 
 def visible(answer: str) -> str:
     """A ready answer without what a model thought before it, and without marks of an ended turn."""
-    return _without_end_marks(split_thinking(answer)[1])
+    return _without_marks(split_thinking(answer)[1])
 
 
 def encodable(text: str) -> str:

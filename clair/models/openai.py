@@ -14,12 +14,31 @@ from typing import Any, TypeVar
 from clair.models import Refused, RequestFailed, TooMany, Unpaid, Unreachable, as_completion, encodable, reply_of
 from clair.models.turns import Overtaken, turns_at
 from clair.recipe import one_line
-from clair.urls import endpoint_of, environment_headers, environment_values, filled, public_url
+from clair.urls import (
+    SECRET,
+    endpoint_of,
+    environment_headers,
+    environment_values,
+    filled,
+    public_url,
+    secrets_pattern,
+)
 
 T = TypeVar("T")
 _STARTING = (502, 503, 504, 529)
-_FILTERED = ("content_filter", "content_policy_violation", "data_inspection_failed")
-_MODERATED = re.compile(r"flagged|moderat|content.?(?:policy|filter)|usage polic|safety|\"reasons\"", re.IGNORECASE)
+_STATUS_NAMES = {"insufficient_quota": 402, "rate_limit_exceeded": 429, "invalid_api_key": 401}
+_FILTERED = re.compile(  # the codes and the words of a content filter, of which no other refusal speaks
+    r"content.?(?:filter|policy|moderation|exists risk)|responsible.?ai.?policy|data.?inspection|prohibited.?content"
+    r"|(?:flagged|blocked|rejected)\b.{0,60}(?:polic|safety|risk|moderation|guardrail)|(?:usage|safety) polic"
+    r"|inappropriate content|guardrail.{0,20}(?:interven|block)|敏感内容|sensitive (?:content|words)",
+    re.IGNORECASE,
+)
+_MESSAGES = ("message", "msg", "detail", "error", "errors", "error_description", "title")
+_MODERATED = re.compile(r"flagged|moderat|safety|\"reasons\"", re.IGNORECASE)
+_OF_A_PARAMETER = re.compile(
+    r"(?:unsupported|unknown|unrecogni[sz]ed|unexpected|invalid|extra)[ _-](?:\w+ )?(?:para|field|arg|key|input)",
+    re.IGNORECASE,
+)
 _CONNECT_SECONDS = 15.0
 _LONGEST_WAIT = 86_400.0
 _SHORTEST_SECRET = 8  # what is shorter stands in ordinary words
@@ -53,7 +72,7 @@ class OpenAIModel:
         self.identity = id or f"{name}@{self.url}"
         self.timeout = timeout
         secrets = (key or "", *endpoint.secrets, *environment_values(headers or {}), *secrets)
-        self._secrets = {secret for secret in secrets if len(secret) >= _SHORTEST_SECRET}
+        self._secrets = secrets_pattern(secret for secret in secrets if len(secret) >= _SHORTEST_SECRET)
         authorization = {"Authorization": endpoint.authorization} if endpoint.authorization else {}
         self._turns = turns_at(origin_of(endpoint.base))
         self._answered = False
@@ -140,14 +159,14 @@ class OpenAIModel:
             never_sent = unconnected or _caused_by(error, aiohttp.ClientConnectorError)
             raise Unreachable(words, billed=not never_sent, busy=timed_out) from error
         except openai.APIStatusError as error:
-            body = error.body if isinstance(error.body, dict) else {}
-            raise self._failure(error.status_code, body, error.message, error.response.headers) from error
+            raise self._failure(error.status_code, error.body, error.response.headers) from error
 
-    def _failure(self, status: int, body: Mapping[str, Any], text: str, headers: Mapping[str, str]) -> Exception:
-        """What an error of a server means. `body` is its `error` object, `text` what there is where that is silent."""
-        words = encodable(one_line(self.redacted(str(body.get("message") or text or "")), 300))
-        code, told = str(body.get("code") or ""), f"{status}: {words}"
-        if status == 429 and code == "insufficient_quota":
+    def _failure(self, status: int, body: Any, headers: Mapping[str, str]) -> Exception:
+        """What an error of a server means. `body` is its `error` object, or else all that it sent."""
+        words = encodable(one_line(self.redacted(_words_of(body, self.redacted)), 300))
+        whole = json.dumps(body, ensure_ascii=False)
+        told = f"{status}: {words}" if words else str(status)
+        if status == 429 and "insufficient_quota" in whole:
             return Unpaid(f"{self.role}: {self.url} has no quota left: {words}")
         if status == 429:
             return TooMany(retry_after(headers), words)
@@ -161,9 +180,12 @@ class OpenAIModel:
             return NotListed(words)
         if status >= 500 or status in (408, 409, 425):
             return Unreachable(told, starting=status in _STARTING)
-        if status == 400 and (code in _FILTERED or "content_filter" in json.dumps(body)):
+        of_a_parameter = bool(_OF_A_PARAMETER.search(words))
+        filtered = not of_a_parameter and bool(_FILTERED.search(whole))
+        if filtered and status in (400, 422, 451):
             return Filtered("content_filter", told)
-        return RequestFailed(f"http_{status}", told, moderated=bool(_MODERATED.search(json.dumps(body) + text)))
+        moderated = filtered or (not of_a_parameter and bool(_MODERATED.search(whole)))
+        return RequestFailed(f"http_{status}", told, moderated=moderated)
 
     async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> str:
         import httpx2
@@ -196,22 +218,25 @@ class OpenAIModel:
             words = encodable(self.redacted(one_line(without_queries(str(error)), 200)))
             raise Unreachable(f"no HTTP answer: {type(error).__name__}: {words}", billed=True) from error
         try:
-            text = response.content.decode("utf-8")
+            text = response.content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raw = self.redacted(response.content.decode("utf-8", "replace"))
             raise RequestFailed("malformed_reply", f"the reply is not UTF-8: {raw[:200]!r}", raw) from error
-        if '"error"' in text and '"choices"' not in text:
+        if '"error"' in text:
             self._raise_error(text, response.headers)
         return self.as_said(text)
 
     def _raise_error(self, raw: str, headers: Mapping[str, str]) -> None:
         """Raise the error that came with status 200, where it says which status it would be."""
         try:
-            error = json.loads(raw)["error"]
-            status = int(error["code"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+            body = json.loads(raw)
+            error = body["error"]
+            if body.get("choices"):
+                return
+            status = _STATUS_NAMES.get(error["code"]) or int(error["code"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return
-        failure = self._failure(status, error, "", headers)
+        failure = self._failure(status, error, headers)
         if isinstance(failure, TooMany):
             raise TooMany(failure.retry_after, str(failure).removeprefix("429: "), in_body=True)
         if isinstance(failure, Refused | Unreachable):
@@ -224,7 +249,7 @@ class OpenAIModel:
 
     def as_said(self, text: str) -> str:
         """What came with status 200: a model's words as they are; what is no completion, without our secrets."""
-        if not any(secret in text for secret in self._secrets):
+        if not self._secrets.search(text):
             return text
         try:
             reply_of(text, tools=True)
@@ -234,9 +259,21 @@ class OpenAIModel:
 
     def redacted(self, text: str) -> str:
         """The text without our secrets, which a careless server may repeat."""
-        for secret in self._secrets:
-            text = text.replace(secret, "[secret]")
-        return text
+        return self._secrets.sub(SECRET, text)
+
+
+def _words_of(body: Any, redacted: Callable[[str], str]) -> str:
+    """What an error says: its message, under whatever name; a text without the tags of HTML."""
+    if isinstance(body, Mapping):
+        named = (body.get(name) for name in _MESSAGES)
+        return _words_of(
+            next((value for value in named if value), None) or (json.dumps(body) if body else ""), redacted
+        )
+    if isinstance(body, list):  # FastAPI lists what it refuses, with the whole request in it
+        return "; ".join(words for inner in body if (words := _words_of(inner, redacted)))
+    if isinstance(body, str):  # a secret may look like a tag
+        return re.sub(r"(?s)<(style|script|head)\b.*?</\1>|</?[a-zA-Z!][^>]*>", " ", redacted(body))
+    return "" if body is None else str(body)
 
 
 def _caused_by(error: BaseException | None, kind: type[Exception]) -> bool:

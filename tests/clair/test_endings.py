@@ -27,9 +27,31 @@ NAMED = {
     "error": "server_error",
     "abort": "server_error",
     "insufficient_system_resource": "server_error",
+    "max-tokens": "truncated",
+    "maxNewTokens": "truncated",
+    "context_length_exceeded": "truncated",
+    "FinishReason.MAX_TOKENS": "truncated",
+    "contentFilter": "content_filter",
+    "IMAGE_SAFETY": "content_filter",
+    "upstream_error": "server_error",
+    "user_cancel": "server_error",
+    "tool-calls": "tool_call",
     "of_a_new_kind": "incomplete",
+    "unknown": "incomplete",
 }
-GOOD = ["stop", "STOP", "eos", "eos_token", "end_turn", "stop_sequence", "", None]
+GOOD = [
+    "stop",
+    "STOP",
+    "eos",
+    "eos_token",
+    "end_turn",
+    "stop_sequence",
+    "stop ",
+    "FINISH_REASON_STOP",
+    "FinishReason.STOP",
+    "",
+    None,
+]
 
 
 def test_only_known_endings_are_good_and_every_other_has_a_name():

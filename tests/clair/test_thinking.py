@@ -29,13 +29,16 @@ SPLIT = {
         "It is 4.",
     ),
     "<|channel|>analysis<|message|>never ended": ("never ended", ""),
-    "analysisWe add.assistantfinalIt is 4.": ("We add.", "It is 4."),
+    "<Think>\nhm\n</THINK>\nIt is 4.": ("hm", "It is 4."),
+    "\ufeff\u200b<think>hm</think>It is 4.": ("hm", "It is 4."),
 }
 MENTIONS = [
     "Write `</think>` where it ends, and `<think>` where it begins.",
     "In these templates `</think>` comes last.",
     "The mark is </think> and it stands alone.",
     "<think> is what begins it.",
+    "<think>-tags begin it.",
+    "<|assistant|> is a mark, and so is `<|user|>`.",
     "<think> begins it and </think> ends it.",
     "A template:\n```\nfoo\n</think>\n\nbar\n```\nand so on",
     "The channels are called <|channel|>analysis and <|channel|>final.",
@@ -68,11 +71,27 @@ def test_what_the_server_has_split_is_not_split_again(field, text):
     assert text_of(text, **{field: None}) == text_of(text)
 
 
-@pytest.mark.parametrize("mark", ["<|im_end|>", "<|eot_id|>\n", "</s>", "<|end|><|endoftext|>", "<end_of_turn>\n\n"])
+@pytest.mark.parametrize(
+    "mark", ["<|im_end|>", "<|eot_id|>\n", "</s>", "<|end|><|endoftext|>", "<end_of_turn>\n\n", "<|eot|>", "<|user|>"]
+)
 def test_marks_of_an_ended_turn_are_no_part_of_it(mark):
     assert text_of(f"It is 4.{mark}") == visible(f"It is 4.{mark}") == "It is 4."
     for text in ("It ends by `<|im_end|>`.", f"{mark} ends it.", "<s>old</s>"):
         assert text_of(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|START_THINKING|>hm<|END_THINKING|><|START_RESPONSE|>It is 4.<|END_RESPONSE|>",
+        "<|channel>thought\nhm<channel|>It is 4.<turn|>",
+        "<|begin_of_thought|>hm<|end_of_thought|>\n<|begin_of_solution|>It is 4.<|end_of_solution|>",
+        "<|im_start|>assistant\n<think>hm</think>\nIt is 4.<|im_end|>\n<|im_start|>assistant\n",
+        "<|start_header_id|>assistant<|end_header_id|>\n\nIt is 4.<|eot_id|>",
+    ],
+)
+def test_marks_of_a_turn_and_of_what_was_thought_in_it_go_together(text):
+    assert text_of(text) == visible(text) == "It is 4."
 
 
 def test_parts_of_content_are_joined_whatever_lies_between_them():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import html
+import json
+import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from clair.models import Refused, RequestFailed, Unreachable, wire
+from clair.models import Refused, RequestFailed, TooMany, Unreachable, wire
 from clair.models.turns import Turns
 from tests.clair.raw_server import GOOD, Answer, http, model_at, serving, writes
 from tests.clair.virtual_time import now, run
@@ -46,6 +49,74 @@ def test_a_garbled_answer_is_a_failure_of_its_request_and_no_query_is_told(name)
     assert "sk-secret-1" not in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.billed
+
+
+WORDED = {
+    b'{"error": "model is not loaded"}': "model is not loaded",
+    b'{"detail": "model is not loaded"}': "model is not loaded",
+    b'{"detail": [{"loc": ["body"], "msg": "model is not loaded", "input": "sk-1"}]}': "model is not loaded",
+    b'{"message": "model is not loaded", "code": 7}': "model is not loaded",
+    b'{"object": "model is not loaded"}': '{"object": "model is not loaded"}',
+    b"model is not loaded": "model is not loaded",
+    b"<html><head><title>x</title></head><body>model is <b>not</b> loaded</body></html>": "model is not loaded",
+}
+
+
+@pytest.mark.parametrize("body", WORDED)
+@pytest.mark.parametrize("status", ["400 X", "402 X", "503 X"])
+def test_the_words_of_an_error_are_told_in_whatever_form_they_come(body, status):
+    with pytest.raises((RequestFailed, Refused, Unreachable), match="model is") as caught:
+        asyncio.run(asked(writes(http(body, status=status))))
+    assert f"{status[:3]}: {WORDED[body]}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"choices": null, "error": {"code": %s}}', b'{"choices": [], "error": {"code": %s}}']
+)
+@pytest.mark.parametrize(("code", "kind"), [(b"402", Refused), (b'"insufficient_quota"', Refused), (b"429", TooMany)])
+def test_an_error_in_a_reply_of_status_200_means_what_its_code_says(body, code, kind):
+    with pytest.raises(kind):
+        asyncio.run(asked(writes(http(body % code))))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"error": {"message": "Content Exists Risk", "code": "invalid_request_error"}}',
+        b'{"error": {"message": "no", "innererror": {"code": "ResponsibleAIPolicyViolation"}}}',
+        b'{"code": "DataInspectionFailed", "message": "no"}',
+        b'{"error": {"message": "Your prompt was flagged as violating our usage policy", "code": "invalid_prompt"}}',
+        b'{"error": {"message": "The prompt is blocked due to safety", "status": "INVALID_ARGUMENT"}}',
+        b'{"error": {"message": "no", "type": "content_filter"}}',
+    ],
+)
+def test_a_content_filter_is_known_by_its_code_or_its_words(body):
+    assert b"content_filter" in asyncio.run(asked(writes(http(body, status="400 Bad")))).encode()
+
+
+def test_a_parameter_that_is_refused_is_no_content_filter():
+    words = b'{"error": {"message": "Unsupported parameter: content_filter and safety_identifier"}}'
+    with pytest.raises(RequestFailed) as caught:
+        asyncio.run(asked(writes(http(words, status="400 Bad"))))
+    assert (caught.value.reason, caught.value.moderated) == ("http_400", False)
+
+
+SECRET = 'a+b/"se<ret>\\77'
+
+
+@pytest.mark.parametrize(
+    "form",
+    [str, urllib.parse.quote, urllib.parse.quote_plus, html.escape, json.dumps, lambda s: json.dumps(json.dumps(s))],
+)
+def test_a_secret_is_redacted_in_each_form_in_which_a_server_may_repeat_it(form):
+    async def told() -> str:
+        echo = writes(http(f"<p>{form(SECRET)}</p>".encode(), status="500 X"))
+        async with serving(echo) as url, model_at(url, secrets=[SECRET]) as model:
+            with pytest.raises(Unreachable) as caught:
+                await model.complete(ASKED)
+            return str(caught.value)
+
+    assert asyncio.run(told()).replace('"', "").replace("\\", "").replace(" ", "") == "500:[secret]"
 
 
 def test_what_no_library_foresaw_is_a_failure_too(monkeypatch):
@@ -100,6 +171,10 @@ def test_a_small_reply_that_unpacks_to_a_large_one_is_not_unpacked_to_its_end(mo
     packed = gzip.compress(b"a" * 2**24)
     with pytest.raises(RequestFailed, match="larger than 1 MB"):
         asyncio.run(asked(writes(http(packed, "Content-Encoding: gzip", status=status))))
+
+
+def test_a_reply_may_begin_with_a_byte_order_mark():
+    assert json.loads(asyncio.run(asked(writes(http(b"\xef\xbb\xbf" + GOOD)))))
 
 
 def test_a_packed_reply_is_read():
