@@ -38,9 +38,10 @@ _CONVERSATIONS = ("conversations", "conversation", "messages", "context", "traje
 _ALIASES = {
     "chosen": ("chosen_response", "preferred_output"),
     "rejected": ("rejected_response", "non_preferred_output"),
-    "system": ("system_prompt",),
+    "system": ("system_prompt", "system_message", "system_instruction"),
 }
-READ = (*COLUMNS, "completion", *_TEXTS_OF_PROMPT, *_CONVERSATIONS, "input", "system", "history", "tools",
+_UNREAD = ("documents", "functions")
+READ = (*COLUMNS, "completion", *_TEXTS_OF_PROMPT, *_CONVERSATIONS, *_UNREAD, "input", "system", "history", "tools",
          "chat_template_kwargs", *(alias for aliases in _ALIASES.values() for alias in aliases))  # fmt: skip
 _ROLE_KEYS = ("role", "from", "speaker")
 _CONTENT_KEYS = ("content", "value", "text")
@@ -146,12 +147,21 @@ class _RowReader:
             raise UserError(
                 f"{column!r} is a list of {len(value)} texts; one text or a list of messages needed: make a row of each"
             )
+        if all(isinstance(turn, list | tuple) for turn in value):
+            raise UserError(
+                f"{column!r} is a list of {len(value)} conversations; one list of messages needed: make a row of each"
+            )
         return [self._message(turn, f"message {number} of {column!r}") for number, turn in enumerate(value, 1)]
 
     def _parsed(self, text: str, column: str) -> str | list[Any] | Mapping[str, Any]:
         """Messages that are kept as JSON text or are a transcript; else the text itself."""
-        if text.lstrip()[:1] in ("[", "{") and _MESSAGES.search(text):
+        if text.lstrip().startswith(("[", "{", '"', "array(")) and _MESSAGES.search(text):
             value = _literal(text)
+            if isinstance(value, str):  # JSON text of JSON text
+                inner = self._parsed(value, column)
+                return text if isinstance(inner, str) else inner
+            if isinstance(value, list):
+                value = [_literal(turn) if isinstance(turn, str) else turn for turn in value]
             if value is None and _FIRST_KEY.match(text):
                 raise UserError(
                     f"{column!r} looks like messages, but is not JSON: {_shown(text)}; write it by json.dumps"
@@ -232,7 +242,9 @@ class _RowReader:
         holder = call.get("function") if isinstance(call.get("function"), Mapping) else call
         if not isinstance(holder.get("name"), str):
             raise UserError(f"{where}: a call without the name of its function: {_shown(call)}")
-        if isinstance(holder.get("arguments"), str):  # OpenAI's form; templates print objects
+        if holder.get("arguments") in (None, ""):  # of a function that takes none
+            holder = {**holder, "arguments": {}}
+        if isinstance(holder["arguments"], str):  # OpenAI's form; templates print objects
             try:
                 arguments = json.loads(holder["arguments"])
             except (ValueError, RecursionError):
@@ -360,13 +372,19 @@ class _RowReader:
         return messages
 
     def _note_unread(self, turns: Messages) -> None:
-        """Note the conversation columns with a text that is in no turn."""
+        """Note the columns of conversations with a text that is in no turn, and those of documents and the like."""
         said = "\n".join(turn["content"] for turn in turns)
         for name in _CONVERSATIONS:
             value = self.row.get(name) if name != self.prompt_column else None
-            value = _literal(value) or value if isinstance(value, str) and _MESSAGES.search(value) else value
+            value = _literal(value) or value if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
             if any(text.strip() not in said for text in _texts_of(value)):
                 self.repairs.append(f"unread:{name}")
+        values = ((name, self.row.get(name)) for name in _UNREAD)
+        self.repairs += [
+            f"unread:{name}"
+            for name, value in values
+            if value and not (isinstance(value, str) and value.strip() in said)
+        ]
 
     def _beside(self, messages: Messages, name: str, is_text: bool) -> Messages:
         """The prompt with the text of another column: `input` stands under the question, others are told of."""
@@ -497,8 +515,8 @@ def _checked(text: str, where: str) -> str:
     return text
 
 
-_MESSAGES = re.compile(r"""['"](?:role|from)['"]\s*:""")
-_FIRST_KEY = re.compile(r"""\s*\[\s*\{\s*['"](?:role|from|content|value)['"]\s*:\s*['"]""")
+_MESSAGES = re.compile(r"""['"](?:role|from)\\*['"]\s*:""")
+_FIRST_KEY = re.compile(r"""\s*(?:array\()?\[\s*\{\s*['"](?:role|from|content|value)['"]\s*:\s*['"]""")
 
 
 def _literal(text: str) -> Any:
@@ -522,8 +540,8 @@ def _is_message(turn: Any) -> bool:
 
 _SPEAKERS = r"(human|user|assistant|system)[ \t]*:[ \t]?"
 _FIRST_SPEAKER = re.compile(r"\s*(###[ \t]*)?(?:human|user|system)[ \t]*:", re.IGNORECASE)
-_SPEAKER = re.compile(rf"(?:\A\s*|\n\n\s*){_SPEAKERS}", re.IGNORECASE)
-_HEADED_SPEAKER = re.compile(rf"(?:\A|\n)\s*###[ \t]*{_SPEAKERS}", re.IGNORECASE)
+_SPEAKER = re.compile(rf"(?:\A\s*|\r?\n\r?\n\s*){_SPEAKERS}", re.IGNORECASE)
+_HEADED_SPEAKER = re.compile(rf"(?:\A|\r?\n)\s*###[ \t]*{_SPEAKERS}", re.IGNORECASE)
 
 
 def _transcript(text: str, *, is_prompt: bool) -> Messages:

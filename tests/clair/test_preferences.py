@@ -66,6 +66,10 @@ READ = {
         {"chosen": "\n\nHuman: Who sews?\n\nAssistant: A tailor.",
          "rejected": "\n\nHuman: Who sews?\n\nAssistant: A miller."}, ASKED, ["transcript"],
     ),
+    "a transcript of Windows": (
+        {side: f"\r\n\r\nHuman: Who sews?\r\n\r\nAssistant: {ASKED[side][0]['content']}"
+         for side in ("chosen", "rejected")}, ASKED, ["transcript"],
+    ),
     "a transcript with an empty answer": (
         {"chosen": "\n\nHuman: Who sews?\n\nAssistant: A tailor.", "rejected": "\n\nHuman: Who sews?\n\nAssistant:"},
         {**ASKED, "rejected": [assistant("")]}, ["transcript"],
@@ -109,6 +113,19 @@ READ = {
         {"system": "Be brief.", "question": "Who sews?", "chosen": "A tailor.", "rejected": "A miller."},
         {**ASKED, "prompt": [system("Be brief."), user("Who sews?")]}, ["system"],
     ),
+    "a system_message column": (
+        {**FLAT, "system_message": "Be brief."}, {**ASKED, "prompt": [system("Be brief."), *ASKED["prompt"]]},
+        ["system"],
+    ),
+    "documents beside the prompt": (
+        {**ASKED, "documents": [{"title": "Trades"}]}, ASKED, ["unread:documents"],
+    ),
+    "functions that the prompt has": (
+        {**FLAT, "functions": "sews"}, ASKED, [],
+    ),
+    "a conversation as Python writes it that the prompt has": (
+        {**ASKED, "conversation": "[{'input': 'Who sews?', 'output': 'A tailor.'}]"}, ASKED, [],
+    ),
     "an empty system column": ({**FLAT, "system": ""}, ASKED, []),
     "a system column that is in the messages": (
         {**ASKED, "prompt": [system("Be brief."), user("Who sews?")], "system": "Be brief."},
@@ -147,6 +164,13 @@ READ = {
     "a single message": ({"prompt": ASKED["prompt"][0], "chosen": ASKED["chosen"][0], "rejected": "A miller."},
                          ASKED, []),
     "JSON text": ({name: json.dumps(turns) for name, turns in ASKED.items()}, ASKED, []),
+    "JSON text of JSON text": ({name: json.dumps(json.dumps(turns)) for name, turns in ASKED.items()}, ASKED, []),
+    "JSON text of messages as JSON text": (
+        {name: json.dumps([json.dumps(turn) for turn in turns]) for name, turns in ASKED.items()}, ASKED, [],
+    ),
+    "an answer in quotes": (
+        {**FLAT, "chosen": '"A \'role\': tailor."'}, {**ASKED, "chosen": [assistant('"A \'role\': tailor."')]}, [],
+    ),
     "Python's own text": ({name: repr(turns) for name, turns in ASKED.items()}, ASKED, []),
     "an answer that is JSON": (
         {**FLAT, "chosen": '{"role": "tailor", "name": "Ann"}', "rejected": "[1, 2]"},
@@ -248,6 +272,12 @@ REFUSED = {
     "several answers": ({**FLAT, "rejected": ["A miller.", "A baker."]}, "'rejected' is a list of 2 texts"),
     "a number": ({**FLAT, "rejected": 4}, "'rejected' is 4"),
     "half of a surrogate pair": ({**FLAT, "chosen": "ok \ud83d"}, "'chosen' holds half of a surrogate pair"),
+    "several answers as conversations": (
+        {**ASKED, "rejected": [ASKED["rejected"]] * 2}, "'rejected' is a list of 2 conversations; one list of messages",
+    ),
+    "an array as numpy writes it": (
+        {**FLAT, "chosen": "array([{'role': 'assistant', 'content': 'A'}], dtype=object)"}, "looks like messages, but",
+    ),
     "messages that are no JSON": ({**FLAT, "chosen": '[{"role": "assistant", "content": A}]'}, "but is not JSON"),
     "tools that are no JSON": ({**ASKED, "tools": "[{"}, "'tools' is not JSON"),
     "a call without a name": (
@@ -264,6 +294,17 @@ def test_a_row_that_cannot_be_read_says_why(case, keep_text):
         read_row(row, keep_text=keep_text)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"arguments": None}, {"arguments": ""}, {"arguments": "{}"}])
+def test_a_call_without_arguments_has_none(arguments):
+    row = {**ASKED, "chosen": [assistant("", tool_calls=[{"function": {"name": "clock", **arguments}}])]}
+    assert read_row(row)[0]["chosen"][0]["tool_calls"] == [{"function": {"name": "clock", "arguments": {}}}]
+
+
+def test_documents_beside_clean_pairs_are_noted():
+    rows = [{**ASKED, "documents": text} for text in ("Trades.", None)]
+    assert read_dataset(Dataset.from_list(rows), "d").notes == [f"1 of 2 rows {note_of('unread:documents')}"]
 
 
 def test_each_row_is_read_by_itself_and_the_first_at_fault_is_named():
