@@ -33,7 +33,8 @@ FAILURES = {
     "empty_answer": "nothing follows {identifier}",
     "label_in_answer": "an identifier stands inside what follows {identifier}",
     "stray_fence": "the code fence around the reply cannot be told from those inside it",
-    "answer_in_fence": "all that follows {identifier} stands in a code fence, which may or may not belong to it",
+    "answer_in_fence": "all that follows {identifier} is in a code fence or quotes, which may or may not belong to it",
+    "unopened": "what follows {identifier} ends with a bracket or tag that opens before it",
     "template_words": "what follows {identifier} repeats the words of the request",
     "no_verdict": "what follows {identifier} is not exactly one of [1], [2] and [tie]",
     "no_edits": "what follows {identifier} is not a list of find/replace blocks",
@@ -120,7 +121,7 @@ _LEADS_IN = re.compile(
 )
 # What may be an identifier that we do not know, at the start of a line: misspelt, or in the reviser's own words.
 _LIKE_A_LABEL = re.compile(
-    r"^(?P<open>[ \t>#*_`{\[<\-]{0,24})(?P<words>[a-z][a-z '’_\-]{7,48}[a-z])[}\]>]{0,2}[*_`]{0,4}"
+    r"^(?P<open>[ \t>#*_`{\[<\-]{0,24})(?P<words>[^\W\d_](?:[^\W\d_]|[ '’_\-]){2,48}[^\W\d_])[}\]>]{0,2}[*_`]{0,4}"
     r"(?P<end>[ \t]{0,4}[:：]|[ \t]{0,4}[*_`]{0,4}$|(?<=\})[ \t])",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -155,6 +156,8 @@ def parse_revision(
 def _without_own_fence(part: str, answer: str | None) -> str:
     """The inside of a part that stands whole in one fence without a language, where what was revised has none."""
     lines = part.split("\n")
+    if _BLOCK.match(part) and not (answer and _BLOCK.match(answer)):
+        raise ParseFailure("answer_in_fence")
     opening = _PLAIN_FENCE.fullmatch(lines[0])
     if not (opening and len(lines) > 2 and lines[-1].strip() == opening[1]):
         return part
@@ -167,6 +170,8 @@ def _without_own_fence(part: str, answer: str | None) -> str:
     return part if _FENCE.match(trimmed(answer)) else "\n".join(lines[1:-1])
 
 
+_BLOCK = re.compile(r"\A(?:[|>][+-]?[ \t]*\n|(\"{3}|'{3})(?s:.*)\1\Z)")
+"""How YAML and Python begin a text of several lines."""
 _PLAIN_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*(?:text|txt|plaintext|markdown|md)?[ \t]*")
 
 
@@ -180,6 +185,8 @@ def check_own_words(kind: str, part: str, answer: str, template: str) -> None:
     examples = [line for example in _EXAMPLE.findall(template) for line in example]
     phrases = {words for words in map(_plain_words, sentences) if words.count(" ") >= 4}
     phrases |= {words for words in map(_plain_words, examples) if words}
+    if _STAND_IN.fullmatch(part) and part not in answer:
+        raise ParseFailure("template_words", IDENTIFIERS[kind])
     tags = set(re.findall(r"^</?\w+>$", template, re.MULTILINE))
     if any(tag in part and tag not in answer for tag in tags) or any(
         f" {phrase} " in f" {said} " and phrase not in known for phrase in phrases
@@ -187,6 +194,11 @@ def check_own_words(kind: str, part: str, answer: str, template: str) -> None:
         raise ParseFailure("template_words", IDENTIFIERS[kind])
 
 
+_STAND_IN = re.compile(
+    r"\.{3}|…|[<\[({][^<>\[\](){}\n]{0,60}\b(?:solution|answer|response|text|same|unchanged|above|here)\b[^<>\[\](){}\n]{0,40}[>\])}]",
+    re.IGNORECASE,
+)
+"""What says that the answer would stand here: `[your answer here]`, `(same as above)`."""
 _EXAMPLE = re.compile(r"<{5,9} ?FIND\n(.*?)\n={5,9}\n(.*?)\n>{5,9} ?REPLACE", re.DOTALL)
 """What the template of the edits shows in the place of an edit."""
 
@@ -240,10 +252,27 @@ def two_parts(kind: str, text: str, finish_reason: str | None, answer: str = "")
     part = trimmed(part.lstrip(" \t") if part.partition("\n")[0].strip() else part)
     if not part:
         raise ParseFailure("empty_answer", identifier)
+    if _closes_more(body[: label.end], part, answer):
+        raise ParseFailure("unopened", identifier)
     if _MENTION.search(part) or any(_is_like_a_label(match, answer) for match in _LIKE_A_LABEL.finditer(part)):
         raise ParseFailure("label_in_answer", identifier)
     first = next((other for other in outside if other.kind == "reasoning"), None)
     return body[first.end if first else 0 : label.start].strip(), part
+
+
+def _closes_more(before: str, part: str, answer: str) -> bool:
+    """Whether the part's end closes what was opened before it: a bracket or a tag around the reply, or the label."""
+    line = part.rpartition("\n")[2].strip()
+    if tag := re.fullmatch(r"</(\w[\w.-]*)>", line):
+        return f"<{tag[1]}" not in part and line not in answer
+    if line[-1] in _BRACKETS:
+        opening, closing = _BRACKETS[line[-1]], line[-1]
+        more = part.count(closing) - part.count(opening)
+        return more > max(0, answer.count(closing) - answer.count(opening)) and before.lstrip().startswith(opening)
+    return False
+
+
+_BRACKETS = {"}": "{", "]": "[", ")": "(", "”": "“", "»": "«"}
 
 
 def _joined(body: str, labels: list[_Label]) -> list[_Label]:
@@ -311,15 +340,18 @@ def _only_bare(kind: str, body: str, bare: list[_Label]) -> bool:
 
 # What identifiers are about. Other words in braces are placeholders of the text: `{first_name}:`.
 _ABOUT = re.compile(
-    r"student|teacher|solution|answer|response|reason|explanation|feedback|correct|revis|improv|worsen|edit|final|original"
+    r"student|teacher|solution|answer|response|reason|expla|feedback|correct|correg|corrig|korrig|revis|improv|worsen|edit|"
+    r"final|original|soluci|soluca|solu[cç]|losung|l[oö]sung|antwort|respuesta|resposta|reponse|r[eé]ponse|begr[uü]ndung|schuler|sch[uü]ler|"
+    r"eleve|él[eè]ve|estudiante|alumno|raisonnement|razonamiento|学生|教师|教師|老师|先生|答案|解答|回答|修正|更正|改正|理由|推理"
 )
 
 
 def _is_like_a_label(match: re.Match[str], answer: str) -> bool:
     from rapidfuzz.fuzz import ratio
 
-    words = re.sub(r"[^a-z]", "", match["words"].lower())
-    in_braces = "{" in match["open"] and match["end"] != " " and re.search(r"[ _\-]", match["words"])
+    words = re.sub(r"[\W\d_]", "", match["words"].lower())
+    in_braces = "{" in match["open"] and match["end"] != " "
+    in_braces = in_braces and (re.search(r"[ _\-]", match["words"]) or not match["words"].isascii())
     in_braces = in_braces and _ABOUT.search(words) and f"{{{match['words']}}}" not in answer
     names = ("correctedstudentsolution", "beststudentsolution", "teacherreasoning", "worsenedstudentsolution")
     return bool(in_braces or _OWN_WORDS.fullmatch(words) or any(ratio(words, name) >= 80 for name in names))

@@ -417,3 +417,33 @@ def test_words_of_the_request_are_no_revision_unless_the_answer_has_them(part):
     assert failed.value.name == "template_words"
     assert parse_revision(text, "stop", part + " 72", TEMPLATE).answer == part
     assert parse_revision(f"{REASON}{SOLVED}:\nMend it, then give 82.", "stop", "72", TEMPLATE).answer.endswith("82.")
+
+
+_REASONED = "{teacher_reasoning}: The sum is wrong.\n\n"
+_ODD = {
+    "<output>\n" + _REASONED + "{corrected_student_solution}: 82\n</output>": "unopened",
+    "{\n" + _REASONED + "{corrected_student_solution}: 82\n}": "unopened",
+    _REASONED + "<corrected_student_solution>: 82\n</corrected>": "unopened",
+    _REASONED + "{corrected_student_solution}: |\n  82\n  83": "answer_in_fence",
+    _REASONED + '{corrected_student_solution}: """\n82\n"""': "answer_in_fence",
+    _REASONED + "{corrected_student_solution}: [your answer here]": "template_words",
+    _REASONED + "{corrected_student_solution}: (same as above)": "template_words",
+    _REASONED + "{corrected_student_solution}: ...": "template_words",
+    _REASONED + "{corrected_student_solution}: 82\n\n{solution_corrigée_de_l_élève}: 83": "label_in_answer",
+    _REASONED + "{corrected_student_solution}: 82\n\n{respuesta_final}: 83": "label_in_answer",
+    _REASONED + "{corrected_student_solution}: 82\n\n{修正理由}: 83": "label_in_answer",
+}
+
+
+@pytest.mark.parametrize("reply", _ODD)
+def test_what_stands_around_an_answer_or_in_its_place_is_no_part_of_it(reply):
+    with pytest.raises(ParseFailure) as caught:
+        parse_revision(reply, "stop", "81")
+    assert caught.value.name == _ODD[reply]
+
+
+@pytest.mark.parametrize(
+    "answer", ["f() {\n}", "<p class='a'>x\n</p>", "[82]", '"""\nx\n"""', "Dear {first_name}:\n82", "(82)"]
+)
+def test_brackets_and_quotes_of_an_answer_stay(answer):
+    assert parse_revision(_REASONED + "{corrected_student_solution}: " + answer, "stop", answer).answer == answer
