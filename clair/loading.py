@@ -20,6 +20,7 @@ from clair.preferences import (
     ROW,
     Preferences,
     check_columns,
+    checked,
     decode,
     encode_row,
     encoded_features,
@@ -41,6 +42,7 @@ NAMES = (
 
 _CODE = CODE + file_sha256(__file__)
 _SCANNED = 1000
+_NAMED = "say by `columns` what yours are called"
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9][0-9]*)((?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)")
 
 
@@ -68,9 +70,10 @@ def load_preferences(
     try:
         with read_here(str(path)) as here:
             files = [] if options else _files(here, split, name)
-            if files:
-                return _read_files(files, str(here), where, columns, pairs)
-            return _read(_renamed(_loaded(here, split, name, options), columns, where), where, pairs)
+            if not files:
+                return _read(_renamed(_loaded(here, split, name, options), columns, where), where, pairs)
+            read = _read_files(files, str(here), where, columns, pairs)
+            return Preferences(read.dataset, [*_left_out(here, files), *read.notes])
     except UserError:
         raise
     except Exception as error:  # a name that is not there, no network, no such split: told with the library's words
@@ -135,6 +138,18 @@ def _files(here: Path, split: str, name: str | None) -> list[Path]:
     return files if all(file.is_file() and kind_of(file) not in (None, ".parquet") for file in files) else []
 
 
+def _left_out(here: Path, files: Sequence[Path]) -> list[str]:
+    """What to tell of files beside `files` that hold rows too: `datasets` reads one kind of them, the most frequent."""
+    kinds, folders = {kind_of(file) for file in files}, {file.parent for file in files}
+    others = {file.name for folder in folders for file in folder.iterdir() if kind_of(file) not in {None, *kinds}}
+    if not here.is_dir() or not others:
+        return []
+    read = ", ".join(sorted(map(str, kinds)))
+    return [
+        f"{', '.join(sorted(others))} is not read: of a folder one kind of file is, here {read}; name it as a source"
+    ]
+
+
 def _loaded(here: Path, split: str, name: str | None, options: Mapping[str, Any]) -> Dataset:
     import datasets
 
@@ -146,7 +161,7 @@ def _loaded(here: Path, split: str, name: str | None, options: Mapping[str, Any]
 
 
 def _read(dataset: Dataset, where: str, pairs: bool) -> Preferences:
-    check_columns(dataset.column_names, where, pairs=pairs)
+    check_columns(dataset.column_names, where, pairs=pairs, change=_NAMED)
     if "rational" in dataset.column_names and "reasoning" not in dataset.column_names:
         dataset = dataset.rename_column("rational", "reasoning")  # the published CLAIR sets
     return read_dataset(dataset, where)
@@ -175,10 +190,9 @@ def _read_files(files: Sequence[Path], path: str, where: str, columns: Mapping[s
 
     arguments = {"files": tuple(map(str, files)), "path": path, "where": where, "columns": dict(columns)}
     types, found = _scan(**arguments)
-    if missing := next((name for name in columns if name not in found), None):
-        near, names = near_miss(columns[missing], found), ", ".join(found)
-        raise UserError(f"columns.{missing}: {where} has no column {columns[missing]!r}{near}; found: {names}")
-    check_columns(found, where, pairs=pairs)
+    if any(name not in found for name in columns):
+        _check_named(columns, _scan(**{**arguments, "columns": {}})[1], where)
+    check_columns(found, where, pairs=pairs, change=_NAMED)
     state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     texts = tuple(name for name, type in types.items() if type is None)
     encoded = Dataset.from_generator(
@@ -199,7 +213,11 @@ def _rows(files: Sequence[str], path: str, where: str, columns: Mapping[str, str
             named, line = stands.replace(path, where, 1).rsplit(", ", 1)
             place = f"{named}, row {index}" + (f" ({line})" if line.startswith("line") else "")
             if not isinstance(row, Mapping):
-                raise UserError(f"{place}: {type(row).__name__}, not an object with columns")
+                raise UserError(
+                    f"{place}: {type(row).__name__}, not an object with columns; a list of rows is a .json file"
+                )
+            for name in row:
+                checked(str(name), f"{place}: the name of a column")
             if kind in (".csv", ".tsv"):
                 if None in row:
                     raise UserError(f"{place} has more cells than the header; put texts with the separator in quotes")

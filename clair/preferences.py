@@ -213,20 +213,20 @@ class _RowReader:
         if content is None:
             raise UserError(f"{where} has no content; text needed, unless the message has tool_calls")
         if isinstance(content, str):
-            return _checked(content, where)
+            return checked(content, where)
         if isinstance(content, list | tuple):
             return "".join(self._part(part, where) for part in content)
         raise UserError(f"{where} has content {_shown(content)}; text needed")
 
     def _part(self, part: Any, where: str) -> str:
         if isinstance(part, str):
-            return _checked(part, where)
+            return checked(part, where)
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
         if kind not in ("text", "input_text", "output_text"):
             raise UserError(f"{where} has a content part of type {kind!r}; only parts of type 'text' are read")
         if not isinstance(part.get("text"), str):
             raise UserError(f"{where} has a content part whose text is {_shown(part.get('text'))}; text needed")
-        return _checked(part["text"], where)
+        return checked(part["text"], where)
 
     def _called(self, value: Any, where: str) -> list[Any]:
         """The calls of a turn in ShareGPT's `function_call`, or in OpenAI's key of that name."""
@@ -301,7 +301,7 @@ class _RowReader:
         """TRL's rule: the shared beginning is the prompt, without a space at its end."""
         if self._context():
             self.repairs += [f"unread:{name}" for name in ("system", "history") if self.row.get(name)]
-        chosen, rejected = _checked(chosen, "'chosen'"), _checked(rejected, "'rejected'")
+        chosen, rejected = checked(chosen, "'chosen'"), checked(rejected, "'rejected'")
         shared = 0
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
             shared += 1
@@ -319,7 +319,7 @@ class _RowReader:
         if not prompt.strip():
             raise UserError("'prompt' is empty; text needed")
         for column, text in zip(("prompt", *sides), (prompt, *answers), strict=True):
-            _checked(text, repr(column))
+            checked(text, repr(column))
         if all(answer.startswith(prompt) and _repeats(answer, prompt) for answer in answers):
             self.repairs.append("repeated")
             return prompt, *(answer[len(prompt) :] for answer in answers)
@@ -346,7 +346,7 @@ class _RowReader:
             answer = answer[len(question.strip()) :].lstrip()
         elif "transcript" in self.repairs:  # its texts stand after "Assistant:", with a space
             answer = answer.removeprefix(" ")
-        return [{"role": "assistant", "content": _checked(answer, repr(side))}]
+        return [{"role": "assistant", "content": checked(answer, repr(side))}]
 
     def _prompt(self, whole: bool) -> Messages:
         """The row's own prompt as messages, with the texts beside it; none where `whole` answers hold it."""
@@ -363,7 +363,7 @@ class _RowReader:
         value = self._value(column)
         if isinstance(value, str) and not value.strip():
             raise UserError(f"{column!r} is empty; text or messages needed")
-        messages = [{"role": "user", "content": _checked(value, repr(column))}] if isinstance(value, str) else value
+        messages = [{"role": "user", "content": checked(value, repr(column))}] if isinstance(value, str) else value
         for name in (*(name for name in text_columns if name != column), *(("input",) if column != "input" else ())):
             messages = self._beside(messages, name, isinstance(value, str))
         if history := row.get("history"):
@@ -397,7 +397,7 @@ class _RowReader:
             self.repairs.append(f"unread:{name}")
             return messages
         self.repairs.append("input")
-        return [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']}\n\n{_checked(text, 'input')}"}]
+        return [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']}\n\n{checked(text, 'input')}"}]
 
     def _history(self, history: Any) -> Messages:
         rounds = self._json(history, "'history'")
@@ -423,7 +423,7 @@ class _RowReader:
                 self.repairs.append("unread:system")
             return prompt
         self.repairs.append("system")
-        return [{"role": "system", "content": _checked(text, "'system'")}, *prompt]
+        return [{"role": "system", "content": checked(text, "'system'")}, *prompt]
 
     def _implicit(self, prompt: Messages, chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
         """Prompt and answers of whole conversations; the prompt column is one with their shared beginning."""
@@ -502,7 +502,7 @@ def _turn(message: Mapping[str, Any]) -> str:
     return f"the {message['role']} turn {_shown(message['content'])}"
 
 
-def _checked(text: str, where: str) -> str:
+def checked(text: str, where: str) -> str:
     """`text`, which UTF-8 can hold."""
     if not text.isascii():
         try:
@@ -640,17 +640,17 @@ def read_dataset(dataset: Dataset, where: str, *, keep_text: bool = False, num_p
     return decode(encoded, where, num_proc=num_proc)
 
 
-def check_columns(columns: Sequence[str], where: str, *, pairs: bool = False) -> None:
+def check_columns(columns: Sequence[str], where: str, *, pairs: bool = False, change: str = "rename yours") -> None:
     """Raises UserError where the columns of a dataset are neither those of pairs nor those of unpaired rows.
 
-    `pairs`: unpaired rows are none that will do.
+    `pairs`: unpaired rows are none that will do. `change` is what the user can do.
     """
     unpaired = not pairs and "completion" in columns and "chosen" not in columns
     needed = UNPAIRED_COLUMNS[1:] if unpaired else COLUMNS[1:]
     if missing := [name for name in needed if not {name, *_ALIASES.get(name, ())} & set(columns)]:
         found = ", ".join(columns) or "none"
         needed = ", ".join(UNPAIRED_COLUMNS if unpaired else COLUMNS)
-        raise UserError(f"{where} has no column {missing[0]!r}; found: {found}; needed: {needed}")
+        raise UserError(f"{where} has no column {missing[0]!r}; found: {found}; needed: {needed}; {change}")
 
 
 def encoded_features(rest: Mapping[str, Any]) -> Any:
@@ -693,7 +693,7 @@ def encode_row(row: Mapping[str, Any], where: str, *, keep_text: bool = False) -
     objects = {name: read[name] for name in _OBJECTS if name in read}
     found |= {f"column:{name}": None for name in objects}
     text = json.dumps({**sides, **objects}, ensure_ascii=False)
-    return _checked(text, f"{where}: a tool or a key of a message"), list(found)
+    return checked(text, f"{where}: a tool or a key of a message"), list(found)
 
 
 _SIDES = ("prompt", "chosen", "rejected", "completion")

@@ -403,10 +403,16 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
         if text.lstrip().startswith("{") and "\n" in text.strip():  # JSON Lines under another name
             yield from read_jsonl(path)
             return
-        raise UserError(f"{path}: not JSON ({error})") from error
+        raise UserError(f"{path}: not JSON ({error}); mend that place") from error
     if not isinstance(rows, list):
         raise UserError(f"{path} holds {type(rows).__name__}, not a list of rows; use a list, or JSONL")
     yield from _numbered(path, rows)
+
+
+_CSV_FAULTS = {
+    "unexpected end": "a quote opens a cell and none closes it",
+    "expected after": "text follows a cell in quotes",
+}
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
@@ -417,10 +423,18 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
             _decoded(line, f"{path}, line {number}", "utf-8-sig" if number == 1 else "utf-8")
             for number, line in enumerate(file, 1)
         )
+        rows = csv.DictReader(lines, delimiter=separator, strict=True)
         try:
-            yield from _numbered(path, csv.DictReader(lines, delimiter=separator))
+            header = rows.fieldnames or ()
+            if twice := next((name for number, name in enumerate(header) if name and name in header[:number]), None):
+                raise UserError(f"{path}, line 1: two columns are called {twice!r}; rename one of them")
+            yield from _numbered(path, rows)
         except csv.Error as error:
-            raise UserError(f"{path}: not CSV ({error})") from error
+            words = next((words for part, words in _CSV_FAULTS.items() if part in str(error)), error)
+            raise UserError(
+                f"{path}, line {rows.line_num + 1}: not CSV ({words}); put a cell that has quotes in quotes, and write "
+                "those within it twice"
+            ) from error
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:

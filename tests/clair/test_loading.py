@@ -138,6 +138,29 @@ def test_other_columns_keep_their_values_and_those_of_several_types_become_text(
     assert (read["label"][:], read["score"][:], read["id"][:]) == ([True, False], [1.0, 2.5], ["01", "x"])
 
 
+def test_a_wrong_name_of_a_column_is_told_with_the_names_of_the_file(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"ask": "a", "good": "b", "bad": "c"}\n')
+    with pytest.raises(UserError, match=r"no column 'goood' \(did you mean 'good'\?\); found: ask, good, bad"):
+        load_preferences(tmp_path / "p.jsonl", columns={"prompt": "ask", "chosen": "goood", "rejected": "bad"})
+
+
+def test_files_of_a_folder_that_are_not_read_are_noted(tmp_path):
+    for name, text in (("a.jsonl", LINES), ("b.jsonl", LINES), ("c.csv", as_table(",")), ("README.md", "# Pairs")):
+        (tmp_path / name).write_text(text)
+    read = load_preferences(tmp_path)
+    assert len(read.dataset) == 2 * len(ROWS)
+    assert [note for note in read.notes if "c.csv" in note] == [
+        "c.csv is not read: of a folder one kind of file is, here .jsonl; name it as a source"
+    ]
+    (tmp_path / "c.csv").unlink()
+    assert not any("is not read" in note for note in load_preferences(tmp_path).notes)
+
+
+def test_a_table_with_separators_at_the_ends_of_its_lines_is_read(tmp_path):
+    (tmp_path / "p.csv").write_text("".join(f"{line},,\n" for line in as_table(",").splitlines()))
+    assert load_preferences(tmp_path / "p.csv").dataset["chosen"][:] == [row["chosen"] for row in ROWS]
+
+
 # name: (file, its text, the words of the error)
 BAD = {
     "no JSON": ("p.jsonl", LINES + '{"prompt": \n', "line 3: not JSON"),
@@ -148,7 +171,19 @@ BAD = {
                               "p.jsonl, row 0 (line 1): a tool or a key of a message holds half of a surrogate pair"),
     "an empty cell": ("p.csv", as_table(",") + "c,Name a fish.,,Boot.\n", "p.csv, row 2 (id c): 'chosen' is empty"),
     "a cell too many": ("p.csv", as_table(",") + "c,Name, a fish.,Eel.,Boot.\n", "row 2 has more cells than"),
-    "no column": ("p.jsonl", '{"ask": "a", "chosen": "b"}\n', "has no column 'rejected'; found: ask, chosen; needed"),
+    "no column": (
+        "p.jsonl", '{"ask": "a", "chosen": "b"}\n',
+        "has no column 'rejected'; found: ask, chosen; needed: prompt, chosen, rejected; say by `columns` what",
+    ),
+    "a list of rows": ("p.jsonl", json.dumps(ROWS), "list, not an object with columns; a list of rows is a .json"),
+    "half a pair in a name": (
+        "p.jsonl", json.dumps({**ROWS[0], "a \ud83d": 1}), "row 0 (line 1): the name of a column holds half of a",
+    ),
+    "a quote that is not closed": ("p.csv", as_table(",") + 'c,Name a fish.,"Eel.,Boot.\nd,e,f,g\n',
+                                   "p.csv, line 4: not CSV (a quote opens a cell and none closes it)"),
+    "a quote within a cell": ("p.csv", as_table(",") + 'c,"Name a "fish".",Eel.,Boot.\n',
+                              "p.csv, line 4: not CSV (text follows a cell in quotes)"),
+    "a name twice": ("p.csv", "prompt,chosen,rejected,chosen\na,b,c,d\n", "line 1: two columns are called 'chosen'"),
     "no rows": ("p.csv", "prompt,chosen,rejected\n", "has no rows"),
     "empty": ("p.jsonl", "", "is empty"),
 }  # fmt: skip
