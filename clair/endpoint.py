@@ -122,12 +122,14 @@ async def _only_model(asked: OpenAIModel) -> str:
 async def _ask(asked: OpenAIModel, messages: Sequence[Mapping[str, str]], **options: Any) -> dict[str, Any]:
     """The body of a chat completion, or `{"error": words}`."""
     try:
-        body = json.loads(await asked.complete({"messages": list(messages), "temperature": 0.0, **options}))
-        body["choices"][0]["message"]
+        raw = await asked.complete({"messages": list(messages), "temperature": 0.0, **options})
     except (RequestFailed, TooMany, Unreachable) as error:
         return {"error": str(error)}
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        return {"error": f"no chat completion ({error})"}
+    try:
+        body = json.loads(raw)
+        body["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        return {"error": f"no chat completion: {raw[:80]!r}"}
     return dict(body)
 
 

@@ -22,16 +22,25 @@ _SECRET_NAME = re.compile(
     r"(?:auth|authorization|key|token|secret|passw(?:or)?d|passphrase|credentials?|cookie|signature|sig|bearer)s?$",
     re.IGNORECASE,
 )
+_SECRET_WORDS = re.compile(
+    "(?:auth|authorization|secrets?|passwords?|passwd|passphrase|pass|pwd|credentials?|cookies?|signature|sig|"
+    "bearer|jwt|hmac|otp|apikey)",
+    re.IGNORECASE,
+)
+"""Words that make a name a secret's wherever they stand in it: `X-Auth-Value`, `clientSecret2`."""
+_SECRET_PAIR = re.compile(r"(?:api|access|private|secret|subscription)[_-]?keys?(?![a-z])", re.IGNORECASE)
 # Of a model or of a cache, not of a user.
 _OPEN_NAME = re.compile(
     r"(?:eos|bos|pad|unk|stop|end|start|special|cache|sort|max|min)[_-]?(?:token|key)s?$", re.IGNORECASE
 )
 _KEY = re.compile(
     r"\bsk[-_][\w-]{6,}"
-    r"|\b(?:pk|rk|gsk|gh[opusr]|github_pat|hf|xox[abprs]|glpat|nvapi|r8|pplx|xai|csk|lsv2|npm|pypi)[-_][\w-]{16,}"
-    r"|\bAKIA[0-9A-Z]{12,}|\bAIza[\w-]{20,}|\beyJ[\w-]{10,}(?:\.[\w-]+)*"
-    r"|\b(?:Bearer|Basic)\s+[\w.~+/=-]{8,}"
-    r"|\b(?=[A-Za-z]*[0-9])(?=[0-9]*[A-Za-z])[A-Za-z0-9]{32,}\b"
+    r"|\b(?:pk|rk|gsk|gh[opusr]|github_pat|hf|xox[abprs]|glpat|nvapi|r8|pplx|xai|csk|lsv2|npm|pypi|fw|tgp)[-_][\w-]{16,}"
+    r"|\bAKIA[0-9A-Z]{12,}|\bAIza[\w-]{20,}|\beyJ[\w-]{10,}(?:\.[\w-]+)*|\bya29\.[\w-]{10,}|\bSG\.[\w-]{10,}\.[\w-]{10,}"
+    r"|\b(?:Bearer|Basic)\s+[\w.~+/=-]{8,}|\b(?i:token|api-?key)\s+(?=\S*\d)[\w.~+/=-]{8,}"
+    r"|(?<=://)[^\s/@]+(?=@)|(?<=[?&])(?i:[\w-]*(?:key|token|secret|password|sig|signature))=[^\s&#]{6,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*)"
+    r"|\b(?=[A-Za-z]*[0-9])(?=[0-9]*[A-Za-z])[A-Za-z0-9]{32,}\b=*"
 )
 SECRET = "[secret]"  # noqa: S105 (what is written in the place of one)
 
@@ -119,7 +128,9 @@ def _as_written(character: str) -> str:
 
 
 def _is_secret_name(name: str) -> bool:
-    return bool(_SECRET_NAME.search(name)) and not _OPEN_NAME.search(name)
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
+    secret = _SECRET_NAME.search(name) or _SECRET_PAIR.search(name) or any(map(_SECRET_WORDS.fullmatch, words))
+    return bool(secret) and not _OPEN_NAME.search(name)
 
 
 def filled(value: Any, where: str) -> Any:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from clair.endpoint import check_endpoints
+from clair.models import Refused
 from clair.recipe import UserError
 from tests.clair import tiny_model
 from tests.clair.building import clair
+from tests.clair.raw_server import http, serving, writes
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +77,19 @@ def test_what_is_looked_at_is_said_before_it_is(server):
     assert [step.removeprefix(f"{server.url}: ") for step in steps] == [
         "which model is served", "chat template", "end of turn", "truncation", "logprobs", "speed, 8 requests at once",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [("401 X", "refuses the key .401: no such user"), ("402 X", "wants to be paid")]
+)
+def test_a_server_that_refuses_everything_is_asked_once_and_told_so(status, words):
+    async def handle(path: list[str]) -> None:
+        models = writes(http(b'{"data": [{"id": "m"}]}'))
+        refusal = writes(http(b'{"detail": "no such user"}', status=status))
+        async with serving(models, refusal, path=path) as url:
+            await asyncio.to_thread(check_endpoints, [url], model="m")
+
+    path: list[str] = []
+    with pytest.raises(Refused, match=words):
+        asyncio.run(handle(path))
+    assert len(path) == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from clair.keep import fingerprint
+from clair.urls import without_secrets
 from tests.clair.building import Ended, clair, drops, pairs, scripted_rows, write_prompts, write_recipe
 
 KEY = "sk-planted-key-4f5e6d"
@@ -252,3 +253,46 @@ def test_replies_of_one_deployment_are_not_those_of_another_at_the_same_url(tmp_
     made = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert made["recipe"]["reviser"]["url"] == made["models"]["reviser"]["identity"].partition("@")[2]
     assert made["recipe"]["reviser"]["url"].endswith("?deployment=b")
+
+
+NAMES = [
+    "X-Auth-Value",
+    "auth_header",
+    "api_key_2",
+    "clientSecret2",
+    "private_key_pem",
+    "PASSWORD1",
+    "db_pass",
+    "credentials_json",
+]
+OPEN_NAMES = [
+    "max_tokens",
+    "author",
+    "keyboard",
+    "passage",
+    "tokenizer",
+    "prompt_cache_key",
+    "stop_token_ids",
+    "keyword",
+]
+
+
+def test_a_name_is_a_secrets_wherever_it_says_so():
+    told = without_secrets(dict.fromkeys([*NAMES, *OPEN_NAMES], "planted"))
+    assert told == dict.fromkeys(NAMES, "[secret]") | dict.fromkeys(OPEN_NAMES, "planted")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Token planted12345",
+        "ya29.planted-abcdef12",
+        "https://who:planted@host/v1",
+        "https://host/v1?api_key=planted1",
+        "-----BEGIN RSA PRIVATE KEY-----\nplanted\nplanted",
+    ],
+)
+def test_what_looks_like_a_key_is_one_wherever_it_stands(text):
+    assert "planted" not in without_secrets({"note": [text]})["note"][0]
+    for plain in ("Token generated", "https://host/v1?page=planted1", "BEGIN", "who: planted@host"):
+        assert without_secrets(plain) == plain
