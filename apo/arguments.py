@@ -86,6 +86,10 @@ class APOConfig(DPOConfig):
         for name in _ABOVE_0:
             if isinstance(value := getattr(self, name), int) and value < 1:
                 raise UserError(f"{name} is {value}; it must be 1 or above, or leave it out")
+        if self.neftune_noise_alpha is not None and self.neftune_noise_alpha < 0:
+            raise UserError(
+                f"neftune_noise_alpha is {self.neftune_noise_alpha}; it must be 0 or above, or leave it out"
+            )
         if self.use_liger_kernel and find_spec("liger_kernel") is None:
             raise UserError(
                 "use_liger_kernel: liger-kernel is not installed; pip install liger-kernel, or leave it out"
@@ -102,6 +106,9 @@ class APOConfig(DPOConfig):
         self._choose_by_hardware()
         self.truncation_mode = "keep_start"  # TRL's collator wants one, and never has a row to cut
         super().__post_init__()
+        dtype = (self.model_init_kwargs or {}).get("dtype")
+        if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise UserError(f"model_init_kwargs: no dtype {dtype!r}; give float32, bfloat16 or float16")
 
     def _choose_by_hardware(self) -> None:
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()

@@ -120,7 +120,7 @@ def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
     try:
         with reading:
             model = AutoModelForCausalLM.from_pretrained(name.base, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         raise UserError(f"model {name.base} cannot be loaded: {one_line(error)}") from error
     _mend_on_cpu(model)
     if not name.is_adapter:

@@ -56,6 +56,12 @@ def test_a_model_by_its_name_takes_the_options_of_loading_and_says_nothing_untru
     assert "ignored" not in caplog.text
 
 
+def test_an_option_of_loading_that_a_model_does_not_take_is_told_in_one_line(tmp_path, model_dir, pairs):
+    args = config(tmp_path, model_init_kwargs={"layers": 2})
+    with pytest.raises(UserError, match=r"cannot be loaded: .*unexpected keyword argument 'layers'"):
+        APOTrainer(str(model_dir), args=args, train_dataset=pairs)
+
+
 def test_an_adapter_by_its_folder_is_trained_on(tmp_path, model_dir, pairs):
     from peft import LoraConfig
 

@@ -688,6 +688,8 @@ def test_a_damaged_best_model_is_not_loaded(tmp_path, tokenizer, pairs):
     [
         ({"max_length": 0}, "max_length is 0; it must be 1 or above"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0"),
+        ({"neftune_noise_alpha": -1}, "neftune_noise_alpha is -1; it must be 0 or above"),
+        ({"model_init_kwargs": {"dtype": "bf17"}}, "no dtype 'bf17'; give float32"),
         ({"use_liger_kernel": True}, "use_liger_kernel: liger-kernel is not installed"),
         ({"metric_for_best_model": "eval_acuracy"}, "no held-out metric 'eval_acuracy'"),
         (
@@ -703,6 +705,18 @@ def test_what_would_fail_after_training_has_begun_is_refused_before(more, messag
         pytest.skip("liger-kernel is installed")
     with pytest.raises(UserError, match=message):
         apo_trainer(tmp_path, tokenizer, pairs, **more)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"adam_beta1": 2}, "optim adamw_torch.* cannot be set up: Invalid beta"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"waves": 1}}, "cosine cannot be set up: .*'waves'"),
+    ],
+)
+def test_options_that_an_optimizer_or_schedule_does_not_take_are_told(more, message, tmp_path, tokenizer, pairs):
+    with pytest.raises(UserError, match=message):
+        apo_trainer(tmp_path, tokenizer, pairs, **more).train()
 
 
 @pytest.mark.parametrize("name", ["loss", "eval_loss", "eval_rewards/accuracies", "eval_two_rewards/chosen_p50"])
