@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 from array import array
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from clair.config import BuildConfig, ModelConfig
 from clair.ledger import Ledger, Tokens
 from clair.models.asking import Asker
 from clair.output import locked
-from clair.records import Prompt
+from clair.progress import tell
+from clair.records import Dropped, Prompt
 from clair.session import session
 from clair.sources import Scan, each_prompt
 from clair.statistics import t_quantile
@@ -131,10 +133,21 @@ async def _ask(
 
         on_end()
         async with aclosing(run.outcomes(((p, None) for p in prompts), on_end=on_end)) as outcomes:
-            async for _ in outcomes:
-                pass
+            ended_early = Counter(
+                [
+                    f"{outcome.stage}.{outcome.reason}"
+                    async for _, outcome in outcomes
+                    if isinstance(outcome, Dropped) and (outcome.failed or outcome.stage in ("target", "stronger"))
+                ]
+            )
     if run.stop.error:
         raise run.stop.error
+    if ended_early:
+        why = ", ".join(f"{number} {reason}" for reason, number in ended_early.items())
+        tell(
+            f"note: {ended_early.total()} of the probe's {len(prompts)} rows ended before every role had answered "
+            f"({why}); if that is not so of all rows, this is too low"
+        )
 
 
 def role_estimate(

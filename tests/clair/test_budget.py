@@ -205,7 +205,16 @@ def test_an_estimate_with_a_probe_tells_the_time(tmp_path, server):
     ended = clair("estimate", write_recipe(tmp_path, server.url), "--probe", "3")
     assert ended.code == 0, ended
     assert "time: the shorter where the servers take 64 requests at once" in ended.out
+    assert "note: " not in ended.err
     assert time_of_the_table(ended.out) != "?"
+
+
+def test_an_estimate_says_where_rows_of_the_probe_ended_before_every_role_was_asked(tmp_path, server):
+    write_prompts(tmp_path / "prompts.jsonl", [{"prompt": f"Task {n} [[400filter]]"} for n in range(4)])
+    target = {"url": server.url, "model": "t"}
+    ended = clair("estimate", write_recipe(tmp_path, server.url, target=target), "--probe", "3")
+    assert ended.code == 0, ended
+    assert "3 of the probe's 3 rows ended before every role had answered (3 target.content_filter)" in ended.err
 
 
 def time_of_the_table(out):
