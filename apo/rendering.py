@@ -53,10 +53,13 @@ _START_THOUGHT = re.compile(r"<think>|\[THINK\]")
 _RENDERED = re.compile(
     r"\s*(<s>\s*|<bos>\s*|<\|begin_of_text\|>\s*)?(<\|im_start\|>\s*(system|user|assistant)\b"
     r"|<\|start_header_id\|>\s*(system|user|assistant)\b|<start_of_turn>\s*(user|model)\b"
-    r"|<\|start\|>\s*(system|developer|user|assistant)\b|\[INST\](?=.*\[/INST\])|<\|(system|user|assistant)\|>)",
+    r"|<\|start\|>\s*(system|developer|user|assistant)\b|\[INST\](?=.*\[/INST\])|<\|(system|user|assistant)\|>"
+    r"|<｜(begin▁of▁sentence|User|Assistant)｜>|<\|start_of_role\|>|<\|START_OF_TURN_TOKEN\|>|<\|header_start\|>"
+    r"|\[gMASK\]|<extra_id_[01]>\s*(System|User|Assistant)\b)",
     re.DOTALL,
 )
-"""How a text begins that ChatML, Llama, Gemma, Harmony, Mistral or Phi has already been applied to."""
+"""How a text begins that a template of ChatML, Llama, Gemma, Harmony, Mistral, Phi, DeepSeek, Granite, Command, GLM or
+Nemotron has already been applied to."""
 _TRIES = 3
 """How often a row is rendered whose template writes another time when it is asked again."""
 _HEAD = 60

@@ -254,13 +254,13 @@ class _RowReader:
         return {**call, "function": dict(holder)} if "function" in call else dict(holder)
 
     def _json(self, value: Any, where: str) -> Any:
-        """A value that may be kept as JSON text; nulls that Arrow added are left out."""
+        """A value that may be kept as JSON text, or Python's own; nulls that Arrow added are left out."""
         if not isinstance(value, str):
             return value if self.exact else unpadded(value)
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON: {_shown(value)}") from error
+        read = _literal(value)
+        if read is None and value.strip() != "null":
+            raise UserError(f"{where} is not JSON: {_shown(value)}; write it by json.dumps")
+        return read
 
     def _objects(self, value: Any, where: str) -> list[dict[str, Any]]:
         """A list of objects, where it or each of them may be JSON text."""
@@ -484,12 +484,13 @@ class _RowReader:
 
 
 def _texts_of(value: Any) -> list[str]:
-    """A text, or the texts in a list of messages: none of their keys but those of what was said."""
+    """A text, or the texts in a list of texts or messages: none of their keys but those of what was said."""
     if isinstance(value, str):
         return [value]
     turns = value if isinstance(value, list | tuple) else [value]
     keys = (*_CONTENT_KEYS, "input", "output")
-    return [turn[key] for turn in turns if isinstance(turn, Mapping) for key in keys if isinstance(turn.get(key), str)]
+    said = [turn.get(key) for turn in turns if isinstance(turn, Mapping) for key in keys]
+    return [text for text in (*said, *turns) if isinstance(text, str)]
 
 
 def _shown(value: Any, most: int = 60) -> str:
@@ -515,7 +516,7 @@ def checked(text: str, where: str) -> str:
     return text
 
 
-_MESSAGES = re.compile(r"""['"](?:role|from)\\*['"]\s*:""")
+_MESSAGES = re.compile(r"""['"](?:role|from|speaker)\\*['"]\s*:""")
 _FIRST_KEY = re.compile(r"""\s*(?:array\()?\[\s*\{\s*['"](?:role|from|content|value)['"]\s*:\s*['"]""")
 
 
@@ -535,6 +536,10 @@ def _is_message(turn: Any) -> bool:
     return isinstance(turn, Mapping) and (
         ("role" in turn and ("content" in turn or "tool_calls" in turn))
         or ("from" in turn and isinstance(turn.get("value"), str))
+        or (
+            isinstance(turn.get("text"), str)
+            and any(str(turn.get(key)).lower() in _ROLE_NAMES for key in ("role", "speaker"))
+        )
     )
 
 

@@ -406,6 +406,17 @@ def test_a_text_that_this_template_has_been_applied_to_is_refused_in_any_family(
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>", "<｜User｜>Hi", "<|start_of_role|>user<|end_of_role|>Hi",
+     "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi", "<|begin_of_text|><|header_start|>user<|header_end|>\n\nHi",
+     "[gMASK]<sop><|user|>\nHi", "<extra_id_0>System\nBe kind.\n<extra_id_1>User\nHi"],
+)  # fmt: skip
+def test_a_text_that_another_familys_template_has_been_applied_to_is_refused(text):
+    assert "a chat template has already been applied to it" in refusal(pair(prompt=text))
+    assert not encoded(pair(prompt=f"What is {text}?"))["_verdict"]
+
+
+@pytest.mark.parametrize(
     ("template", "words"),
     [
         (PICKY, "the chat template does not take the turns system, user: no system turn, please"),

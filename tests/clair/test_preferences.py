@@ -168,6 +168,16 @@ READ = {
     "JSON text of messages as JSON text": (
         {name: json.dumps([json.dumps(turn) for turn in turns]) for name, turns in ASKED.items()}, ASKED, [],
     ),
+    "messages with text as Python's own text": (
+        {**FLAT, "prompt": "[{'role': 'prompter', 'text': 'Who sews?'}]"}, ASKED, ["roles"],
+    ),
+    "a speaker as JSON text": ({**FLAT, "prompt": '[{"speaker": "user", "text": "Who sews?"}]'}, ASKED, []),
+    "an answer with a role and a text": (
+        {**FLAT, "chosen": '{"role": "tailor", "text": "Hm."}'},
+        {**ASKED, "chosen": [assistant('{"role": "tailor", "text": "Hm."}')]}, [],
+    ),
+    "texts around the question": ({**FLAT, "context": ["Tailors sew.", "Who"]}, ASKED, ["unread:context"]),
+    "texts that the question has": ({**FLAT, "context": ["Who", "sews?"]}, ASKED, []),
     "an answer in quotes": (
         {**FLAT, "chosen": '"A \'role\': tailor."'}, {**ASKED, "chosen": [assistant('"A \'role\': tailor."')]}, [],
     ),
@@ -200,6 +210,7 @@ READ = {
             [{"type": "function", "function": {"name": "clock", "arguments": '{"zone": "CET"}'}}]))]},
         {**ASKED, "chosen": [assistant("", tool_calls=[CALL])]}, [],
     ),
+    "tools as Python's own text": ({**ASKED, "tools": repr(TOOLS)}, {**ASKED, "tools": TOOLS}, []),
     "tools as JSON text": ({**ASKED, "tools": json.dumps(TOOLS)}, {**ASKED, "tools": TOOLS}, []),
     "no tools": ({**ASKED, "tools": []}, ASKED, []),
     "an answer of several turns": (
