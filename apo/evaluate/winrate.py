@@ -30,7 +30,7 @@ from clair.build import locked, position_bias
 from clair.config import JudgeConfig, ModelConfig
 from clair.ledger import Ledger, Tokens
 from clair.limits import Limiter
-from clair.models import Refused
+from clair.models import Refused, visible
 from clair.models.asking import Asker, Stop, Stopped
 from clair.models.local import LocalModel
 from clair.prompts import JUDGE_NEEDS, load_template, task_text
@@ -208,7 +208,7 @@ class Run:
         Raises Dropped where there is none, or one that was filtered, refused or broken off.
         """
         if side in self.checked.given:
-            return Answer(self.checked.given[side][key_of(prompt)][sample].strip())
+            return Answer(visible(self.checked.given[side][key_of(prompt)][sample]).strip())
         reply = await self.askers[side].ask(list(prompt.messages), row=prompt.id, sample=sample)
         incomplete = reply.incomplete()
         if incomplete and incomplete != "truncated":

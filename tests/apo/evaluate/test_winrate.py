@@ -147,6 +147,15 @@ def test_answers_are_matched_by_prompt_and_not_by_place(world, tmp_path):
     assert compare(settings(tmp_path, world.url)).result["won"] == 15
 
 
+def test_a_ready_answer_is_compared_without_what_a_model_thought_before_it(world, tmp_path):
+    file = answers(tmp_path, "base", range(20))
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    thought = [row | {"answer": f"<think>\nLet me see.\n</think>\n\n{row['answer']}<|im_end|>"} for row in rows]
+    (tmp_path / "tuned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in thought), "utf-8")
+    found = compare(settings(tmp_path, world.url)).result
+    assert (found["identical"], found["usage"]["judge"]["calls"]) == (40, 0)
+
+
 def test_a_judge_who_prefers_what_is_first_moves_nothing_and_is_told(tmp_path):
     answers(tmp_path, "base", range(20))
     answers(tmp_path, "tuned", range(20, 40))
