@@ -248,7 +248,7 @@ class _Conversation:
         for column, messages, text in zip(columns, (self.prompt, *self.answers), (texts[0], *texts), strict=True):
             for number, message in enumerate(messages, 1):
                 head = message["content"].strip()[:_HEAD]
-                before = text.partition(head)[0].rstrip()
+                before = text.partition(head)[0].rstrip() if head else ""
                 for part in (head[:length].rstrip() for length in range(len(head), 0, -1)):
                     if before.endswith(part) and self.marks.search(part):
                         raise RowFault(_rendered_already(number, column, part))

@@ -401,6 +401,7 @@ class _RowReader:
 
     def _history(self, history: Any) -> Messages:
         rounds = self._json(history, "'history'")
+        rounds = rounds if isinstance(rounds, list | tuple) else [rounds]
         if all(isinstance(turn, Mapping) for turn in rounds):
             return [self._message(turn, f"message {number} of 'history'") for number, turn in enumerate(rounds, 1)]
         if not all(isinstance(turns, list | tuple) and len(turns) == 2 for turns in rounds) or not all(

@@ -160,6 +160,7 @@ def test_a_template_that_writes_another_time_each_time_is_refused():
 def test_an_answer_without_text_is_noted():
     assert noted(encoded(pair("", " "))) == ["empty"]
     assert noted(encoded({"prompt": "Name a fruit:", "chosen": " pear", "rejected": ""})) == ["empty"]
+    assert noted(encoded(pair("", prompt="What is <|end|>?"))) == ["empty", "marks"]
 
 
 def test_a_begun_turn_at_the_end_of_a_prompt_goes_on_in_the_answer():

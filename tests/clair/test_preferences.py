@@ -290,6 +290,7 @@ REFUSED = {
         {**FLAT, "chosen": "array([{'role': 'assistant', 'content': 'A'}], dtype=object)"}, "looks like messages, but",
     ),
     "messages that are no JSON": ({**FLAT, "chosen": '[{"role": "assistant", "content": A}]'}, "but is not JSON"),
+    "history that is no list": ({**FLAT, "history": 5}, "'history' is 5; a list of [question, answer] needed"),
     "tools that are no JSON": ({**ASKED, "tools": "[{"}, "'tools' is not JSON"),
     "a call without a name": (
         {**ASKED, "chosen": [assistant("", tool_calls=[{"type": "function"}])]}, "a call without the name",
