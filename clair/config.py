@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +65,12 @@ class ModelConfig(Recipe):
         owned = [key for key in self.extra if key in _OWNED]
         if owned:
             raise ValueError(f"extra.{owned[0]} would break the request; it is set by the pipeline")
+        for name, value in self.extra.items():
+            try:
+                json.dumps({name: value}, allow_nan=False, ensure_ascii=False, default=str).encode()
+            except ValueError as error:
+                what = "NaN, infinity or half a character"
+                raise ValueError(f"extra.{name} holds {what}, which no request can; change it") from error
         return self
 
     @property

@@ -17,6 +17,8 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 from clair.recipe import UserError
 
 _ENVIRONMENT = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_HEADER_SIGNS = "!#$%&'*+-.^_`|~"
+_HEADER_NAME = re.compile(rf"[A-Za-z0-9{re.escape(_HEADER_SIGNS)}]+")
 _SECRET_HEADER = re.compile(r"authorization|key|token|secret|cookie", re.IGNORECASE)
 _SECRET_NAME = re.compile(
     r"(?:auth|authorization|key|token|secret|passw(?:or)?d|passphrase|credentials?|cookie|signature|sig|bearer)s?$",
@@ -168,6 +170,8 @@ def environment_values(value: Any) -> list[str]:
 def environment_headers(headers: Mapping[str, Any]) -> dict[str, str]:
     """Headers with `${NAME}` filled in from the environment. Raises UserError for an unset name or a bare secret."""
     for header, value in headers.items():
+        if not _HEADER_NAME.fullmatch(header):
+            raise UserError(f"extra.headers has the name {header!r}; allowed are letters, digits and {_HEADER_SIGNS}")
         if not isinstance(value, str):
             raise UserError(f"extra.headers.{header} is {type(value).__name__}, not text; put it into quotes")
         if not _ENVIRONMENT.search(value) and _SECRET_HEADER.search(header):

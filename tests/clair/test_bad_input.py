@@ -133,6 +133,9 @@ WRONG_RECIPES: list[tuple[Mapping[str, Any], str]] = [
     ({"reviser": {**M, "extra": {"headers": {"X-A": "é"}}}}, "extra.headers.X-A holds characters that no header"),
     ({"reviser": {**M, "extra": {"messages": []}}}, "reviser: extra.messages would break the request"),
     ({"reviser": {**M, "extra": {"n": 2}}}, "reviser: extra.n would break the request"),
+    ({"reviser": {**M, "extra": {"top_p": float("nan")}}}, "reviser: extra.top_p holds NaN, infinity or half"),
+    ({"reviser": {**M, "extra": {"a": {"b": "\ud83d"}}}}, "reviser: extra.a holds .* which no request can"),
+    ({"reviser": {**M, "extra": {"headers": {"X-A\n": "a"}}}}, r"extra.headers has the name 'X-A.n'; allowed are"),
     ({"reviser": {**M, "extra": {"stream": True}}}, "reviser: extra.stream would break the request"),
     # secrets
     ({"reviser": {**M, "api_key_env": "NO_SUCH_KEY"}}, "reviser needs the environment variable NO_SUCH_KEY"),
