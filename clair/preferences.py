@@ -114,6 +114,7 @@ class _RowReader:
             read = self._implicit_text(*answers)
         elif texts and keep_text and isinstance(prompt := self._value("prompt", None), str) and not self._context():
             read = dict(zip(("prompt", *sides), self._text(sides, prompt, answers), strict=True))
+            self._note_unread(list(read.values()))
         else:
             read = self._conversation(dict(zip(sides, answers, strict=True)))
         rest = {name: value for name, value in row.items() if name not in READ}
@@ -333,7 +334,7 @@ class _RowReader:
             prompt, turns["chosen"], turns["rejected"] = self._implicit(prompt, turns["chosen"], turns["rejected"])
         prompt = self._with_system(_without_answer(prompt, turns))
         self._check(prompt, turns)
-        self._note_unread([*prompt, *(turn for answer in turns.values() for turn in answer)])
+        self._note_unread([turn["content"] for part in (prompt, *turns.values()) for turn in part])
         return {"prompt": prompt, **turns}
 
     def _turns(self, side: str, answer: str | Messages, prompt: Messages, answers: Mapping[str, Any]) -> Messages:
@@ -371,9 +372,9 @@ class _RowReader:
             self.repairs.append("history")
         return messages
 
-    def _note_unread(self, turns: Messages) -> None:
-        """Note the columns of conversations with a text that is in no turn, and those of documents and the like."""
-        said = "\n".join(turn["content"] for turn in turns)
+    def _note_unread(self, texts: Sequence[str]) -> None:
+        """Note the columns of conversations that have a text which is in none of `texts`, and those of documents."""
+        said = "\n".join(texts)
         for name in _CONVERSATIONS:
             value = self.row.get(name) if name != self.prompt_column else None
             value = _literal(value) or value if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value

@@ -250,6 +250,8 @@ def test_unpaired_rows_are_read():
 
 def test_plain_text_stays_text_where_that_is_asked_for_and_all_of_it_is():
     assert read_row(FLAT, keep_text=True) == (FLAT, [])
+    assert read_row({**FLAT, "context": "Trades."}, keep_text=True) == (FLAT, ["unread:context"])
+    assert read_row({**FLAT, "documents": ["Trades."]}, keep_text=True) == (FLAT, ["unread:documents"])
     asked = {**FLAT, "system": "Be brief."}
     assert read_row(asked, keep_text=True)[0]["prompt"] == [system("Be brief."), user("Who sews?")]
     both = Dataset.from_list([{**FLAT, "system": text} for text in ("", "Be brief.")])
