@@ -249,7 +249,12 @@ def two_parts(kind: str, text: str, finish_reason: str | None, answer: str = "")
     if any(other.kind != kind and other.start > label.start for other in outside):
         raise ParseFailure("labels_out_of_order", identifier)
     part = body[label.end :]
-    part = trimmed(part.lstrip(" \t") if part.partition("\n")[0].strip() else part)
+    if part.partition("\n")[0].strip():  # on the label's line: what indents the answer too is the answer's
+        text, before = part.lstrip(" \t"), body[: label.end]
+        space = before[len(before.rstrip(" \t")) :] + part[: len(part) - len(text)]
+        indentation = trimmed(answer)[: len(trimmed(answer)) - len(trimmed(answer).lstrip(" \t"))]
+        part = (indentation if space in (indentation, f" {indentation}") else "") + text
+    part = trimmed(part)
     if not part:
         raise ParseFailure("empty_answer", identifier)
     if _closes_more(body[: label.end], part, answer):

@@ -447,3 +447,11 @@ def test_what_stands_around_an_answer_or_in_its_place_is_no_part_of_it(reply):
 )
 def test_brackets_and_quotes_of_an_answer_stay(answer):
     assert parse_revision(_REASONED + "{corrected_student_solution}: " + answer, "stop", answer).answer == answer
+
+
+@pytest.mark.parametrize("indentation", ["\t", "    ", "  "])
+def test_an_answers_indentation_stays_on_the_line_of_the_label_too(indentation):
+    answer = f"{indentation}return 4\n{indentation}pass"
+    reply = _REASONED + "{corrected_student_solution}: " + answer.replace("4", "5")
+    assert parse_revision(reply, "stop", answer).answer == answer.replace("4", "5")
+    assert parse_revision(reply, "stop", "return 4").answer.startswith("return 5")
