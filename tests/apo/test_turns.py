@@ -29,7 +29,10 @@ from tests.apo.test_trainer import apo_trainer, assert_same_run, lora, options, 
 def conversations(n: int = 12, seed: int = 1) -> list[dict]:
     """Pairs of which two in three have turns of tools and users in an answer."""
     rng = random.Random(seed)
-    words = lambda: " ".join(rng.choices(WORDS, k=rng.randint(1, 5)))  # noqa: E731
+
+    def words() -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, 5)))
+
     rows = make_pairs(n, seed)
     for number, row in enumerate(rows):
         for side in (("chosen",), ("chosen", "rejected"), ())[number % 3]:
