@@ -302,7 +302,7 @@ def test_a_model_that_does_not_end_its_answers_is_refused_with_both_reasons(tmp_
 @pytest.mark.slow
 def test_exchanged_columns_and_another_template_are_not_trained_on_and_the_command_says_so(tmp_path):
     swapped = write_rows(tmp_path / "swapped.jsonl", 40, swap=True)
-    marked = write_rows(tmp_path / "marked.jsonl", 40, prompt="<|im_start|>user {}<|im_end|>")
+    marked = write_rows(tmp_path / "marked.jsonl", 40, prompt="### Instruction: {}")
     with running() as server:
 
         def advise(dataset: Path) -> tuple[str, dict]:
@@ -320,5 +320,5 @@ def test_exchanged_columns_and_another_template_are_not_trained_on_and_the_comma
         paid = server.stats()["paid_total"]
         said, found = advise(marked)
         assert "100% of the prompts are not in this model's template" in said
-        assert "<|im_start|> stands in its text" in said
+        assert "### Instruction stands in its text" in said
         assert server.stats()["paid_total"] == paid  # no judge is paid for what is refused
