@@ -69,8 +69,7 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
-test-all: $(STAMP)
-	$(BIN)/python -m pytest
+test-all: test test-slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
