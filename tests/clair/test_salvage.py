@@ -349,12 +349,17 @@ def test_a_build_with_a_damaged_ledger_names_the_command_and_pays_only_for_what_
     assert len(server.seen()) == asked + (asked - int(count))
 
 
-def test_a_reply_that_is_not_utf8_is_told_like_any_other_damage(damaged):
-    path, paid = damaged
+def spoil_text(path: Path) -> None:
+    """Make the first reply of a ledger a text that is not UTF-8."""
     connection = sqlite3.connect(path)
     connection.execute("UPDATE calls SET reply = CAST(x'7bff7d' AS TEXT) WHERE key = ?", (key_of(0),))
     connection.commit()
     connection.close()
+
+
+def test_a_reply_that_is_not_utf8_is_told_like_any_other_damage(damaged):
+    path, paid = damaged
+    spoil_text(path)
     with Ledger(path) as ledger, pytest.raises(LedgerError) as caught:
         ledger.find(key_of(0))
     told = str(caught.value)
@@ -365,9 +370,6 @@ def test_a_reply_that_is_not_utf8_is_told_like_any_other_damage(damaged):
 
 def test_a_claimed_reply_that_is_not_utf8_is_told_too(damaged):
     path, _ = damaged
-    connection = sqlite3.connect(path)
-    connection.execute("UPDATE calls SET reply = CAST(x'7bff7d' AS TEXT) WHERE key = ?", (key_of(0),))
-    connection.commit()
-    connection.close()
+    spoil_text(path)
     with Ledger(path) as ledger, pytest.raises(LedgerError, match="`clair salvage "):
         asyncio.run(ledger.claim(key_of(0), CLAIM))
