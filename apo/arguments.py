@@ -14,7 +14,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
 
 from apo.mixture import mixture_of
-from clair.recipe import UserError
+from clair.core.errors import UserError
 
 IGNORED = (
     "loss_type", "loss_weights", "label_smoothing", "label_smoothing_factor", "f_divergence_type",

@@ -23,8 +23,8 @@ from apo.prefix import around_the_parting, bins_of, share_if_exact, shared_prefi
 from apo.reference import Advance, with_reference
 from apo.tokens import first_rows
 from apo.transfer import to_device
-from clair.progress import progress
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.core.progress import progress
 
 PRECOMPUTES_NO_STREAM = (
     "precompute_ref_log_probs=True is not supported with IterableDataset, whose rows are not known before; "

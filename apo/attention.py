@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from apo.transfer import to_device
-from clair.recipe import one_line
+from clair.core.errors import one_line
 
 NAME = "shared_prefix"
 BLOCK = 128

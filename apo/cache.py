@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clair.recipe import publish
-from clair.storage import default_folder as default_folder
+from clair.core.files import publish
+from clair.storage.object_store import default_folder as default_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -22,8 +22,9 @@ from apo.conformal import (
 )
 from apo.pairs import check_there
 from apo.properties import Certificate, certify_pairs
-from clair.recipe import UserError, content_hash, near_miss
-from clair.storage import is_url, read_here
+from clair.core.errors import UserError, near_miss
+from clair.core.files import content_hash
+from clair.storage.object_store import is_url, read_here
 
 Guarantee = Literal["joint", "precision"]
 SCORES = ("score_chosen", "score_rejected")
@@ -45,7 +46,7 @@ class Filter:
 
     def decisions(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
         """The content of a decisions file for `clair keep`, about the dataset of this manifest."""
-        from clair.keep import FORMAT, fingerprint
+        from clair.reporting.review import FORMAT, fingerprint
 
         marks = {**dict.fromkeys(self.kept, "keep"), **dict.fromkeys(self.dropped, "drop")}
         return {"format": FORMAT, "dataset": fingerprint(manifest), "decisions": marks}
@@ -200,7 +201,7 @@ def read_scored(path: str | Path) -> list[dict[str, Any]]:
     """All rows of a dataset folder, or of a file, here or at a URL: plain values, `id` the content's hash where there
     is none.
     """
-    from clair.dataset import load_pairs, read_rows
+    from clair.data.dataset import load_pairs, read_rows
 
     check_there(str(path))
     with read_here(str(path)) as folder:

@@ -15,7 +15,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clair.recipe import file_sha256, write_json
+from clair.core.files import file_sha256, write_json
 
 UNFINISHED = ".unfinished"
 MARKER = "complete.json"

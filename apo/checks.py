@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from apo.tokens import end_ids, first_rows
-from clair.recipe import UserError
+from clair.core.errors import UserError
 
 if TYPE_CHECKING:
     from apo.trainer import APOTrainer

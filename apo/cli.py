@@ -14,10 +14,10 @@ from apo.commands import calibrate, certify, distinguish
 from apo.console import quieten, tell
 from apo.evaluate.commands import app as evaluate
 from apo.rewards.commands import app as reward
-from clair.command import run
-from clair.progress import printable
-from clair.recipe import EXIT_INTERRUPTED
-from clair.storage import local
+from clair.core.errors import EXIT_INTERRUPTED
+from clair.core.exit_codes import run
+from clair.core.progress import printable
+from clair.storage.object_store import local
 
 app = typer.Typer(
     name="apo",
@@ -55,7 +55,8 @@ def train(
     # Read when torch is loaded, so this comes first.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from apo.config import TrainConfig
-    from clair.recipe import UserError, load_recipe
+    from clair.core.errors import UserError
+    from clair.core.recipe import load_recipe
 
     if processes and not dry_run:
         raise UserError(
@@ -131,8 +132,8 @@ def compare(
     from apo.evaluate.compare import comparison, other_splits, read_all
     from apo.evaluate.compare_page import write_page
     from apo.evaluate.tables import comparison_table, comparison_words
-    from clair.recipe import write_json
-    from clair.terminal import show
+    from clair.core.console import show
+    from clair.core.files import write_json
 
     results = read_all(base, tuned)
     others = other_splits(data, results[0].score.comparable()) if data else {}
@@ -158,8 +159,8 @@ def _print_plans(config: Any, processes: int | None) -> None:
 def _print_plan(config: Any, processes: int | None) -> None:
     import yaml
 
-    from clair.progress import progress
-    from clair.recipe import resolved
+    from clair.core.progress import progress
+    from clair.core.recipe import resolved
 
     with progress("checking recipe, model and pairs"):
         from apo.model import why_not_quantized

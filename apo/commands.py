@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clair.recipe import UserError, near_miss
-from clair.storage import local
+from clair.core.errors import UserError, near_miss
+from clair.storage.object_store import local
 
 if TYPE_CHECKING:
     from apo.calibrate import Filter
@@ -44,8 +44,8 @@ def distinguish(
     from apo.distinguish import distinguish as look
     from apo.distinguish import of_the_same_prompts
     from apo.features import labelled
-    from clair.recipe import write_json
-    from clair.terminal import show as print_
+    from clair.core.console import show as print_
+    from clair.core.files import write_json
 
     quieten()
     found = labelled(datasets, model, tell)
@@ -153,13 +153,13 @@ def _allowed(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def _manifest(dataset: str, decisions: Path | None) -> dict[str, Any] | None:
     """The manifest that a decisions file is about, looked up before any work."""
-    from clair.dataset import read_manifest
+    from clair.data.dataset import read_manifest
 
     return read_manifest(dataset) if decisions else None
 
 
 def _decide(found: Filter, dataset: str, manifest: dict[str, Any] | None, decisions: Path | None) -> None:
-    from clair.recipe import write_json
+    from clair.core.files import write_json
 
     if decisions and manifest is not None:
         write_json(decisions, found.decisions(manifest))

@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, f
 
 from apo.guard import Guard
 from apo.pairs import Source
-from clair.recipe import Recipe, UserError, near_miss, one_line
+from clair.core.errors import UserError, near_miss, one_line
+from clair.core.recipe import Recipe
 
 if TYPE_CHECKING:
     from apo.arguments import APOConfig

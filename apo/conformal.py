@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from clair.recipe import UserError
+from clair.core.errors import UserError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

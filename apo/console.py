@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from clair.progress import progress, tell
-from clair.recipe import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED
+from clair.core.errors import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED
+from clair.core.progress import progress, tell
 
 
 def end_early(stopped: str | None, failed: str | None) -> None:

@@ -22,8 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from clair.recipe import UserError, near_miss
-from clair.records import LABELS
+from clair.core.errors import UserError, near_miss
+from clair.data.records import LABELS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,7 +174,7 @@ def _labels(rows: Sequence[Mapping[str, Any]], by: str) -> list[str]:
 
 def of_the_same_prompts(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     """The places of the pairs whose prompt every source has, so that sources are compared on equal prompts."""
-    from clair.recipe import content_hash
+    from clair.core.files import content_hash
 
     sources = {row["source"] for row in rows}
     prompts = [content_hash(row["prompt"]) for row in rows]
@@ -253,7 +253,7 @@ def _pair_level(u: Tensor, weights: Tensor) -> tuple[Interval, float, Interval]:
 
 
 def _overlap(rows: Sequence[Mapping[str, Any]]) -> float:
-    from clair.contrast import contrast_of
+    from clair.data.contrast import contrast_of
 
     pairs = [[row[side][-1]["content"] for side in ("chosen", "rejected")] for row in rows]
     return sum(contrast_of(*pair).jaccard for pair in pairs) / len(pairs)

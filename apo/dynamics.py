@@ -13,7 +13,7 @@ import torch
 
 from apo.logps import PairLogps
 from apo.saturation import saturated
-from clair.recipe import UserError, near_miss
+from clair.core.errors import UserError, near_miss
 
 if TYPE_CHECKING:
     from torch import Tensor

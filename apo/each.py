@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from apo.pairs import values_of
 from apo.run import RUN
-from clair.recipe import UserError
+from clair.core.errors import UserError
 
 if TYPE_CHECKING:
     from apo.config import TrainConfig

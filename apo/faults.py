@@ -22,8 +22,8 @@ from apo.logps import Batch, examples_of
 from apo.tokens import ID_COLUMNS
 from apo.transfer import Fetched
 from apo.zero import own_part
-from clair.command import OF_THE_SYSTEM
-from clair.recipe import EXIT_STOPPED, UserError
+from clair.core.errors import EXIT_STOPPED, UserError
+from clair.core.exit_codes import OF_THE_SYSTEM
 
 if TYPE_CHECKING:
     from datasets import Dataset

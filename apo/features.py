@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from apo import cache
 from apo.pairs import check_there, split_names
-from clair.recipe import UserError, content_hash
-from clair.records import LABELS
-from clair.storage import read_here
+from clair.core.errors import UserError
+from clair.core.files import content_hash
+from clair.data.records import LABELS
+from clair.storage.object_store import read_here
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -197,8 +198,8 @@ def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
     `id` is the content's hash where there is none; `source` the pipeline that built the folder, or the path's last
     part, where the row names none. Labels are text or None.
     """
-    from clair.dataset import SPLITS, load_pairs, read_manifest
-    from clair.dataset import read_rows as read_folder
+    from clair.data.dataset import SPLITS, load_pairs, read_manifest
+    from clair.data.dataset import read_rows as read_folder
 
     rows: list[dict[str, Any]] = []
     for path in paths:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from apo.prefix import _HEAD_CHUNK, keeps_logits
 from apo.shapes import GIB, Device, Row, Sizes, rows_of
 from apo.shares import Zero, held
-from clair.progress import duration
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.core.progress import duration
 
 if TYPE_CHECKING:
     from datasets import Dataset

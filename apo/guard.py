@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
-from clair.recipe import Recipe, UserError, near_miss
-from clair.sources import read_jsonl
-from clair.statistics import clustered_mean
+from clair.core.errors import UserError, near_miss
+from clair.core.recipe import Recipe
+from clair.core.statistics import clustered_mean
+from clair.data.prompt_sources import read_jsonl
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from apo.model import ADAPTER_CONFIG, ModelName, find, load_model, load_tokenizer
-from clair.recipe import UserError
+from clair.core.errors import UserError
 
 
 def merge(adapter: str | Path, out: str | Path, *, base: str | None = None) -> Path:

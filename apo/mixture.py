@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apo.objectives import Objective, objective_of
-from clair.recipe import UserError, near_miss
+from clair.core.errors import UserError, near_miss
 
 if TYPE_CHECKING:
     from torch import Tensor

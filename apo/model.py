@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clair.models.local import adapter_base, check_code, fit_vocabulary, weights_identity
-from clair.recipe import UserError, one_line
+from clair.core.errors import UserError, one_line
+from clair.inference.local import adapter_base, check_code, fit_vocabulary, weights_identity
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from apo.diagnose import judge, log_of
 from apo.processes import Group
 from apo.run import append_metrics
-from clair.progress import EVERY, Progress, progress, tell
+from clair.core.progress import EVERY, Progress, progress, tell
 
 
 class Recorder(TrainerCallback):

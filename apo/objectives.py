@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.nn.functional import logsigmoid
 
-from clair.recipe import UserError, near_miss
+from clair.core.errors import UserError, near_miss
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,15 +15,16 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from apo.tokens import COLUMNS, ID_COLUMNS, MASK_COLUMNS, UNPAIRED_COLUMNS, check_weight, columns_of
-from clair.loading import load_preferences, split_names
-from clair.recipe import Recipe, UserError, near_miss, one_line
-from clair.sources import kind_of
-from clair.storage import is_url, public_path
+from clair.core.errors import UserError, near_miss, one_line
+from clair.core.recipe import Recipe
+from clair.data.preference_sources import load_preferences, split_names
+from clair.data.prompt_sources import kind_of
+from clair.storage.object_store import is_url, public_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from clair.preferences import Preferences
+    from clair.data.preferences import Preferences
 
 _NAMED = 5
 _KEPT = (*dict.fromkeys([*COLUMNS, *UNPAIRED_COLUMNS]), "id", "tools", "chat_template_kwargs")

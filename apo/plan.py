@@ -10,7 +10,7 @@ from apo import model as models
 from apo.config import TrainConfig, lora_of, trainer_options
 from apo.guard import load_rails
 from apo.processes import asks_for_deepspeed, asks_for_fsdp, check_devices
-from clair.recipe import UserError
+from clair.core.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset

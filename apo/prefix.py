@@ -22,7 +22,7 @@ from apo.logps import SIDES, Batch, PairLogps, device_of, examples_of, stacked_l
 from apo.matmul import product, quicken, rows_multiple, unquicken
 from apo.rendering import common_prefix
 from apo.transfer import to_device
-from clair.recipe import one_line
+from clair.core.errors import one_line
 
 _HEAD_CHUNK = 1024
 """Rows of the LM head at once: logits of this many positions are in memory at a time."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apo.logps import SIDES, trained_tokens
-from clair.contrast import shared_tokens
+from clair.data.contrast import shared_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor

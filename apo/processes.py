@@ -16,7 +16,7 @@ from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-from clair.recipe import EXIT_INTERRUPTED, UserError
+from clair.core.errors import EXIT_INTERRUPTED, UserError
 
 T = TypeVar("T")
 _SILENT = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from apo.conformal import Band, band, crc_threshold, fewest
-from clair.recipe import UserError
-from clair.statistics import Estimate, wilson
+from clair.core.errors import UserError
+from clair.core.statistics import Estimate, wilson
 
 if TYPE_CHECKING:
     from numpy.random import Generator

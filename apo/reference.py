@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apo import cache
-from clair.progress import Progress
-from clair.recipe import content_hash
+from clair.core.files import content_hash
+from clair.core.progress import Progress
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,7 +10,7 @@ from apo.diagnose import FEWEST, Verdict, verdicts
 from apo.dynamics import read_metrics, series
 from apo.mixture import title_of
 from apo.plots import draw_diagnosis
-from clair.recipe import UserError
+from clair.core.errors import UserError
 
 PICTURE = "diagnosis.png"
 NUMBERS = (

@@ -22,9 +22,12 @@ import yaml
 
 from apo.dynamics import read_metrics
 from apo.mixture import title_of
-from clair.recipe import UserError, changed_keys, provenance, write_atomically, write_json
-from clair.storage import local
-from clair.urls import without_secrets
+from clair.core.errors import UserError
+from clair.core.files import write_atomically, write_json
+from clair.core.provenance import provenance
+from clair.core.recipe import changed_keys
+from clair.core.urls import without_secrets
+from clair.storage.object_store import local
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from apo.matmul import speeds
 from apo.prefix import bins_of, shared_response
 from apo.zero import whole
-from clair.recipe import UserError, one_line
+from clair.core.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from apo.model import ModelName

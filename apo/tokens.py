@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from apo.rendering import NOTES, control_tokens, render, without_end
-from clair.preferences import COLUMNS, UNPAIRED_COLUMNS, check_columns, read_dataset, read_row
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.data.preferences import COLUMNS, UNPAIRED_COLUMNS, check_columns, read_dataset, read_row
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -15,8 +15,10 @@ from apo.config import TrainConfig, lora_of
 from apo.plan import Plan, estimate, plan
 from apo.processes import Group, check_deepspeed, joined
 from apo.zero import whole
-from clair.output import LOCK, locked
-from clair.recipe import UserError, one_line, resolved, write_json
+from clair.core.errors import UserError, one_line
+from clair.core.files import write_json
+from clair.core.recipe import resolved
+from clair.pipeline.output_dir import LOCK, locked
 
 if TYPE_CHECKING:
     from apo.trainer import APOTrainer

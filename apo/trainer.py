@@ -59,7 +59,7 @@ from apo.saturation import notes_at_start
 from apo.tokens import MASK_COLUMNS, end_ids, first_row, lengths_of, tokenize, tokenize_stream
 from apo.transfer import to_device
 from apo.zero import check_zero, get_ready, hush, tell, unfinished, whole
-from clair.recipe import UserError, one_line
+from clair.core.errors import UserError, one_line
 
 _LOG = logging.getLogger(__name__)
 _PUBLIC = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "*.png")

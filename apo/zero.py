@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from clair.recipe import UserError
+from clair.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib
 
 _HOMES = {
-    "BuildConfig": "clair.config",
-    "Contrast": "clair.contrast",
-    "Dropped": "clair.records",
-    "Pair": "clair.records",
-    "Prompt": "clair.records",
-    "UserError": "clair.recipe",
-    "contrast_of": "clair.contrast",
-    "load_pairs": "clair.dataset",
-    "load_recipe": "clair.recipe",
-    "parse_revision": "clair.parse",
-    "revised": "clair.pipelines",
+    "BuildConfig": "clair.pipeline.config",
+    "Contrast": "clair.data.contrast",
+    "Dropped": "clair.data.records",
+    "Pair": "clair.data.records",
+    "Prompt": "clair.data.records",
+    "UserError": "clair.core.recipe",
+    "contrast_of": "clair.data.contrast",
+    "load_pairs": "clair.data.dataset",
+    "load_recipe": "clair.core.recipe",
+    "parse_revision": "clair.prompting.parse",
+    "revised": "clair.pipeline.pipelines",
 }
 
 __all__ = sorted(_HOMES)

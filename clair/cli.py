@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from clair.command import run
-from clair.recipe import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED, UserError, text_override
-from clair.storage import local
+from clair.core.errors import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED, UserError
+from clair.core.exit_codes import run
+from clair.core.recipe import text_override
+from clair.storage.object_store import local
 
 app = typer.Typer(
     help="Build contrastive preference pairs: a model answers, a stronger one minimally revises.",
@@ -46,18 +47,18 @@ def build(
     shards: Annotated[int | None, typer.Option(min=1, help="How many shards; for --runner ray.")] = None,
 ) -> None:
     """Turn prompts into a dataset folder of preference pairs. Run it again to go on where it stopped."""
-    from clair.build import build as build_dataset
-    from clair.build import check
-    from clair.config import BuildConfig, public
-    from clair.dataset import doubts
-    from clair.estimate import replies
-    from clair.progress import duration, progress, tell
-    from clair.recipe import load_recipe
-    from clair.session import template_notes
-    from clair.shards import read_shard, sharded, shards_out
-    from clair.storage import is_url, public_path
+    from clair.core.console import show as print_
+    from clair.core.progress import duration, progress, tell
+    from clair.core.recipe import load_recipe
+    from clair.data.dataset import doubts
+    from clair.pipeline.build import build as build_dataset
+    from clair.pipeline.build import check
+    from clair.pipeline.config import BuildConfig, public
+    from clair.pipeline.estimate import replies
+    from clair.pipeline.runner import template_notes
+    from clair.pipeline.shards import read_shard, sharded, shards_out
+    from clair.storage.object_store import is_url, public_path
     from clair.terminal import build_progress, shards_progress, summary
-    from clair.terminal import show as print_
 
     overrides = [*(set_ or []), *([text_override("out", out)] if out else []), *([f"limit={limit}"] if limit else [])]
     config = load_recipe(BuildConfig, recipe, overrides)
@@ -74,7 +75,7 @@ def build(
         print(f"# {found.rows} rows, {found.unique} different prompts, {found.answered} of them with an answer")
         return
     if runner:
-        from clair.runners import build_on_ray
+        from clair.cluster.driver import build_on_ray
 
         with shards_progress(found.rows) as tell_all:
             built = build_on_ray(config, found, address=address, shards=shards, update=update, tell=tell_all)
@@ -120,11 +121,11 @@ def merge(
     out: Annotated[str | None, typer.Option(help="The dataset folder or URL, instead of the recipe's out.")] = None,
 ) -> None:
     """Join the shards of a build: the same dataset, byte for byte, as one run makes."""
-    from clair.dataset import doubts
-    from clair.merge import merge as merge_shards
-    from clair.progress import tell
-    from clair.storage import folder_of
-    from clair.terminal import show as print_
+    from clair.cluster.merge import merge as merge_shards
+    from clair.core.console import show as print_
+    from clair.core.progress import tell
+    from clair.data.dataset import doubts
+    from clair.storage.object_store import folder_of
     from clair.terminal import summary
 
     manifest = merge_shards(folder, out)
@@ -144,12 +145,12 @@ def estimate(
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value put into the recipe; repeatable.")] = None,
 ) -> None:
     """What a build will cost: calls, and with --probe tokens and money with a 95 % interval, and time."""
-    from clair.config import BuildConfig
-    from clair.estimate import LEAST_PROBE, total_time
-    from clair.estimate import estimate as estimate_build
-    from clair.recipe import load_recipe
+    from clair.core.console import show as print_
+    from clair.core.recipe import load_recipe
+    from clair.pipeline.config import BuildConfig
+    from clair.pipeline.estimate import LEAST_PROBE, total_time
+    from clair.pipeline.estimate import estimate as estimate_build
     from clair.terminal import asking_progress, cost_table
-    from clair.terminal import show as print_
 
     config = load_recipe(BuildConfig, recipe, [*(set_ or []), *([text_override("out", out)] if out else [])])
     rows = max(LEAST_PROBE, probe)
@@ -168,7 +169,7 @@ def estimate(
 @app.command()
 def stats(folders: Annotated[list[str], typer.Argument(help="Dataset folders or URLs.")]) -> None:
     """Counts, drop reasons, contrast and tokens of dataset folders, side by side."""
-    from clair.terminal import show as print_
+    from clair.core.console import show as print_
     from clair.terminal import summary
 
     print_(summary(folders))
@@ -183,10 +184,10 @@ def show(
     """Pairs as word-level diffs: what the winner left out of the loser, and what it put in."""
     from itertools import islice
 
-    from clair.dataset import SPLITS, read_manifest, read_rows
-    from clair.recipe import near_miss
+    from clair.core.console import show as print_
+    from clair.core.errors import near_miss
+    from clair.data.dataset import SPLITS, read_manifest, read_rows
     from clair.terminal import pair_panel
-    from clair.terminal import show as print_
 
     read_manifest(folder)
     if split not in SPLITS:
@@ -206,9 +207,9 @@ def report(
     ] = None,
 ) -> None:
     """One HTML page to look at a dataset: funnel, contrast, lengths, and the pairs to search, sort and mark."""
-    from clair.report import report as write_report
-    from clair.storage import is_url, read_here
-    from clair.terminal import show as print_
+    from clair.core.console import show as print_
+    from clair.reporting.dataset_report import report as write_report
+    from clair.storage.object_store import is_url, read_here
 
     with read_here(folder) as here:
         page = write_report(here, out or (Path(f"{here.name}-report.html") if is_url(folder) else None), filter_ or [])
@@ -223,8 +224,8 @@ def keep(
     out: Annotated[str | None, typer.Option(help="A new dataset folder, instead of changing this one.")] = None,
 ) -> None:
     """Drop the pairs that were marked drop in the page of `clair report`; they move to dropped.jsonl."""
-    from clair.keep import keep_held, read_decisions
-    from clair.terminal import show as print_
+    from clair.core.console import show as print_
+    from clair.reporting.review import keep_held, read_decisions
     from clair.terminal import summary
 
     keep_held(folder, read_decisions(decisions), out)
@@ -239,11 +240,11 @@ def export(
     split: Annotated[str, typer.Option(help="train or test.")] = "train",
 ) -> None:
     """Write the pairs as JSONL rows: preference (TRL), unpaired (KTO), or plain text."""
-    from clair.dataset import SPLITS
-    from clair.recipe import near_miss
-    from clair.sharing import FORMS
-    from clair.sharing import export as write
-    from clair.terminal import show as print_
+    from clair.core.console import show as print_
+    from clair.core.errors import near_miss
+    from clair.data.dataset import SPLITS
+    from clair.pipeline.export import FORMS
+    from clair.pipeline.export import export as write
 
     for name, value, allowed in (("form", as_, FORMS), ("split", split, SPLITS)):
         if value not in allowed:
@@ -259,10 +260,10 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make a private dataset.")] = False,
 ) -> None:
     """Send a dataset to the hub with its card. Without --yes it only shows what would be sent."""
-    from clair.sharing import files_to_push
-    from clair.sharing import push as send
-    from clair.storage import read_here
-    from clair.terminal import show as print_
+    from clair.core.console import show as print_
+    from clair.pipeline.export import files_to_push
+    from clair.pipeline.export import push as send
+    from clair.storage.object_store import read_here
 
     with read_here(folder) as here:
         files = files_to_push(here)
@@ -280,8 +281,8 @@ def salvage(
     ledger: Annotated[Path, typer.Argument(help="The ledger file that an error called damaged.")],
 ) -> None:
     """Put what can be read of a damaged ledger into a fresh one in its place. The damaged file is kept."""
-    from clair.salvage import salvage as save
-    from clair.terminal import show as print_
+    from clair.core.console import show as print_
+    from clair.ledger.recovery import salvage as save
 
     saved = save(ledger)
     print_(f"{saved.replies} paid replies and {saved.others} calls without one are in {ledger}, ready for use;")
@@ -297,10 +298,10 @@ def check_endpoint(
     api_key_env: Annotated[str | None, typer.Option(help="The environment variable that holds the key.")] = None,
 ) -> None:
     """See that endpoints serve what you think: template, end of turn, truncation, logprobs, speed."""
-    from clair.endpoint import check_endpoints
-    from clair.progress import progress
+    from clair.core.console import show as print_
+    from clair.core.progress import progress
+    from clair.inference.endpoint_check import check_endpoints
     from clair.terminal import checks_table
-    from clair.terminal import show as print_
 
     step: list[str] = []
 
@@ -324,9 +325,9 @@ def next_(
     out: Annotated[Path, typer.Option(callback=local, help="The dataset folder of the new round.")],
 ) -> None:
     """Prepare a further round: the tuned model answers what it got wrong before, and what was not seen yet."""
-    from clair.sharing import next_round
-    from clair.storage import read_here
-    from clair.terminal import show as print_
+    from clair.core.console import show as print_
+    from clair.pipeline.export import next_round
+    from clair.storage.object_store import read_here
 
     with read_here(folder) as here:
         recipe, again, fresh = next_round(here, model, out)

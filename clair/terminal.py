@@ -9,20 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.panel import Panel
-from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from clair.contrast import word_diff
-from clair.dataset import DatasetWriter, read_manifest
-from clair.endpoint import Check
-from clair.estimate import Range, RoleEstimate, total_cost, total_time
-from clair.models.asking import Asker
-from clair.progress import Rate, duration, pace_of, printable, progress
-from clair.prompts import task_text
-from clair.storage import public_path
+from clair.core.progress import Rate, duration, pace_of, progress
+from clair.data.contrast import word_diff
+from clair.data.dataset import DatasetWriter, read_manifest
+from clair.data.records import task_text
+from clair.inference.client import Asker
+from clair.inference.endpoint_check import Check
+from clair.pipeline.estimate import Range, RoleEstimate, total_cost, total_time
+from clair.storage.object_store import public_path
 
 _SIGNS = {True: "ok", False: "WRONG", None: "?"}
 _STYLES = {"same": "", "gone": "red strike", "new": "green"}
@@ -99,20 +98,6 @@ def checks_table(checks: Mapping[str, Sequence[Check]]) -> Table:
         for check in found:
             table.add_row(url, check.name, _SIGNS[check.ok], check.told)
     return table
-
-
-class _Console(Console):
-    """Prints what texts say, whatever they hold: rich writes its own styles, and no control character of theirs."""
-
-    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
-        """The segments of a renderable."""
-        for text, style, control in super().render(renderable, options):
-            yield Segment(text if control else printable(text), style, control)
-
-
-def show(what: Any) -> None:
-    """Print text or a table; brackets in text stay brackets, and no text steers the terminal."""
-    _Console(markup=False, highlight=False, soft_wrap=isinstance(what, str)).print(what)
 
 
 @contextmanager

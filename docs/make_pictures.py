@@ -15,7 +15,7 @@ from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME
 
-from clair.dataset import read_rows
+from clair.data.dataset import read_rows
 from clair.terminal import pair_panel
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,8 +18,8 @@ import datasets
 import pytest
 import torch
 
-from clair.build import build
-from clair.contrast import contrast_of
+from clair.data.contrast import contrast_of
+from clair.pipeline.build import build
 from recipes.world.replay import recorded, replay
 from tests.clair import tiny_model
 from tests.clair.building import config_for, drops, manifest, pairs, write_prompts
@@ -229,7 +229,7 @@ def test_a_target_behind_transformers_serve_gives_pairs(transformers_serve, tmp_
 
 @pytest.mark.slow
 def test_check_endpoint_finds_transformers_serve_to_be_what_it_is(transformers_serve):
-    from clair.endpoint import check_endpoints
+    from clair.inference.endpoint_check import check_endpoints
 
     url, model = transformers_serve
     checks = {check.name: check for check in check_endpoints([url], model, model=str(model))[url]}

@@ -15,14 +15,14 @@ from apo.advise.settings import AdviseConfig, Checked
 from apo.evaluate import winrate
 from apo.evaluate.judging import is_passing
 from apo.evaluate.verdicts import Answer, Compared, key_of
-from clair.build import position_bias
-from clair.ledger import Ledger
-from clair.limits import Limiter
-from clair.models.asking import Asker, Stop, Stopped
-from clair.models.local import LocalModel
-from clair.records import Dropped, Prompt
-from clair.session import ctrl_c, in_order, open_askers
-from clair.statistics import wilson
+from clair.core.statistics import wilson
+from clair.data.records import Dropped, Prompt
+from clair.inference.client import Asker, Stop, Stopped
+from clair.inference.local import LocalModel
+from clair.inference.open import ctrl_c, in_order, open_askers
+from clair.inference.rate_limit import Limiter
+from clair.ledger.ledger import Ledger
+from clair.pipeline.steps import position_bias
 from clair.terminal import asking_progress
 
 PLANTS = 64

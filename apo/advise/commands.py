@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from apo.evaluate.commands import budget_of, price_of
-from clair.progress import printable
-from clair.recipe import UserError
-from clair.storage import local
+from clair.core.errors import UserError
+from clair.core.progress import printable
+from clair.storage.object_store import local
 
 
 def advise(
@@ -54,9 +54,9 @@ def advise(
     from apo.advise.tables import advice_words, evidence_table
     from apo.console import end_early, quieten, tell
     from apo.evaluate.answers import batch_tokens_here
-    from clair.progress import progress
-    from clair.recipe import resolve
-    from clair.terminal import show
+    from clair.core.console import show
+    from clair.core.progress import progress
+    from clair.core.recipe import resolve
 
     of_judge: dict[str, Any] = {"api_key_env": judge_key_env, "id": judge_id, "price": price_of(judge_price)}
     of_judge["template"] = str(judge_template) if judge_template else None

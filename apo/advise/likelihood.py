@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from apo.distinguish import DRAWS, Interval
-from clair.progress import progress
-from clair.statistics import Estimate, clustered_mean, wilson
+from clair.core.progress import progress
+from clair.core.statistics import Estimate, clustered_mean, wilson
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,7 +143,7 @@ def _tokenized(name: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], own
 
     from apo import model as models
     from apo.tokens import end_ids, tokenize
-    from clair.recipe import UserError
+    from clair.core.errors import UserError
 
     ends, most = end_ids(tokenizer, models.load_generation_config(name)), models.context_of(name)
     columns = ("prompt", "chosen", "rejected")
@@ -168,7 +168,7 @@ def _gradients(
 
     from apo import cache
     from apo.distinguish import SKETCH, head_gradients
-    from clair.recipe import content_hash
+    from clair.core.files import content_hash
 
     ids = [[pair[f"{part}_ids"] for part in ("prompt", "chosen", "rejected")] for pair in pairs]
     key = content_hash(["advice 1", cache.hash_model(model, adapter=True), SKETCH, ids])

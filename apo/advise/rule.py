@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from apo.distinguish import Interval
-from clair.statistics import detectable
+from clair.core.statistics import detectable
 
 Objective = Literal["apo_zero", "apo_down", "dpo", "none"]
 Sure = Literal["low", "fair", "high"]

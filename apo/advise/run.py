@@ -18,11 +18,14 @@ from apo.distinguish import Interval
 from apo.evaluate.settings import public, same_settings
 from apo.evaluate.verdicts import Compared, key_of, summary
 from apo.evaluate.winrate import Outcome
-from clair.build import locked, position_bias
-from clair.contrast import contrast_of
-from clair.ledger import Ledger
-from clair.recipe import UserError, provenance, write_json
-from clair.statistics import clustered_mean, wilson
+from clair.core.errors import UserError
+from clair.core.files import write_json
+from clair.core.provenance import provenance
+from clair.core.statistics import clustered_mean, wilson
+from clair.data.contrast import contrast_of
+from clair.ledger.ledger import Ledger
+from clair.pipeline.build import locked
+from clair.pipeline.steps import position_bias
 
 
 def run(

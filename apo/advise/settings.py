@@ -13,12 +13,13 @@ from pydantic import Field
 
 from apo.advise.rule import COARSE, FINE, sample_size
 from apo.evaluate.settings import Evaluation, check_folder
-from clair.config import JudgeConfig, ModelConfig
-from clair.prompts import JUDGE_NEEDS, load_template
-from clair.recipe import UserError, content_hash, one_line
-from clair.records import Prompt
-from clair.session import check_models
-from clair.storage import read_here
+from clair.core.errors import UserError, one_line
+from clair.core.files import content_hash
+from clair.data.records import Prompt
+from clair.inference.config import JudgeConfig, ModelConfig
+from clair.inference.open import check_models
+from clair.prompting.templates import JUDGE_NEEDS, load_template
+from clair.storage.object_store import read_here
 
 RESULT = "advice.json"
 _MARKS = re.compile(
@@ -106,8 +107,8 @@ def strangeness(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> str | 
 
 def authors(config: AdviseConfig) -> tuple[float | None, float | None]:
     """The shares of winners and losers that a folder of `clair build` says this very model made; None if it cannot."""
-    from clair.dataset import read_manifest, read_rows
-    from clair.models.local import weights_identity
+    from clair.data.dataset import read_manifest, read_rows
+    from clair.inference.local import weights_identity
 
     with read_here(config.dataset) as folder:
         if not (folder / "manifest.json").is_file():

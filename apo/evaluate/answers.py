@@ -11,11 +11,12 @@ from typing import Any
 
 from apo.evaluate.mixeval import Benchmark, Row
 from apo.evaluate.results import SPLITS, Split
-from clair.models import visible
-from clair.models.asking import Asker
-from clair.models.local import adapter_base
-from clair.recipe import UserError, one_line, read_text
-from clair.records import Dropped, Message
+from clair.core.errors import UserError, one_line
+from clair.core.files import read_text
+from clair.data.records import Dropped, Message
+from clair.inference.client import Asker
+from clair.inference.local import adapter_base
+from clair.inference.model import visible
 
 _UPSTREAM_NAMES: Mapping[Split, str] = {"free-form": "close_freeform", "multiple-choice": "close_multichoice"}
 _ALIKE = 10_000  # more than any benchmark has rows of one question

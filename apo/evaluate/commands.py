@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from apo.console import end_early, tell
-from clair.recipe import EXIT_SOME_FAILED, UserError
-from clair.storage import local
+from clair.core.errors import EXIT_SOME_FAILED, UserError
+from clair.storage.object_store import local
 
 app = typer.Typer(
     help="Measure a model: how good it is, and how sure that is.",
@@ -95,7 +95,7 @@ def mixeval(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
     from apo.evaluate.mixeval_command import print_settings, run_many, run_one
     from apo.evaluate.settings import MixEvalConfig, check
-    from clair.recipe import resolve
+    from clair.core.recipe import resolve
 
     options = (model_name, model_key_env, model_id, model_price, temperature, max_tokens, batch_tokens)
     several = [_model(one, *options) for one in model or [None]]
@@ -134,8 +134,8 @@ def mixeval(
     elif estimate or probe:
         from apo.evaluate.estimate import LEAST_PROBE
         from apo.evaluate.estimate import estimate as estimated
+        from clair.core.console import show as print_
         from clair.terminal import asking_progress, cost_table
-        from clair.terminal import show as print_
 
         rows = max(LEAST_PROBE, probe)
         with asking_progress("evaluating", rows, dict.fromkeys(config.models, rows), shown=probe > 0) as on_progress:
@@ -281,7 +281,7 @@ def winrate(
     """Which of two models a judge prefers, asked in both orders; raw and at equal lengths, with intervals."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
     from apo.evaluate.winrate import WinrateConfig, check
-    from clair.recipe import resolve
+    from clair.core.recipe import resolve
 
     answers = {"temperature": temperature, "max_tokens": max_tokens}
     judge = {"url": tuple(judge_base_url), "model": judge_model, "api_key_env": judge_key_env}
@@ -330,8 +330,8 @@ def _print_winrate(config: Any, checked: Any) -> None:
 def _run_winrate(config: Any, checked: Any) -> None:
     from apo.evaluate.tables import winrate_table
     from apo.evaluate.winrate import compare
+    from clair.core.console import show as print_
     from clair.terminal import asking_progress
-    from clair.terminal import show as print_
 
     total = len(checked.prompts) * config.samples
     calls = {role: total * (2 if role == "judge" else 1) for role in config.models}
@@ -375,7 +375,7 @@ def pairs(
     from apo.console import quieten
     from apo.evaluate.pairs import config_of, evaluate
     from apo.evaluate.tables import pairs_table
-    from clair.terminal import show as print_
+    from clair.core.console import show as print_
 
     given = {"dataset": dataset, "reference": reference, "split": split, "beta": beta, "limit": limit}
     more = {"max_length": max_length, "dtype": dtype, "batch_tokens": batch_tokens, "out": str(out)}
@@ -390,7 +390,7 @@ def show(
     """Print the scores of result folders, with intervals and what is unresolved."""
     from apo.evaluate.results import read_results
     from apo.evaluate.tables import score_table
-    from clair.terminal import show as print_
+    from clair.core.console import show as print_
 
     for folder in results:
         print_(score_table(read_results(folder)))

@@ -19,8 +19,9 @@ from typing import Any
 
 from apo.evaluate.mixeval import FOLDERS, VERSIONS, load
 from apo.evaluate.results import SPLITS, Item, Results, read_results
-from clair.recipe import UserError, provenance
-from clair.statistics import (
+from clair.core.errors import UserError
+from clair.core.provenance import provenance
+from clair.core.statistics import (
     FEW,
     best_of,
     clustered_score,

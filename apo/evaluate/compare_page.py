@@ -1,6 +1,7 @@
 """compare.html: the scores, the differences with their intervals, and every answer that changed, in one file.
 
-Built of the parts that all pages share (clair/page.py): what it shows travels as JSON and reaches the document as text.
+Built of the parts that all pages share (clair/reporting/html_page.py): what it shows travels as
+JSON and reaches the document as text.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any
 
 from apo.evaluate.compare import flip_kind, flips
 from apo.evaluate.results import Item, Results
-from clair.page import clip, diff, html_page, json_text
-from clair.recipe import one_line, write_atomically
+from clair.core.errors import one_line
+from clair.core.files import write_atomically
+from clair.reporting.html_page import clip, diff, html_page, json_text
 
 MAX_BYTES = 20_000_000
 """Room for the changed answers of a page; where they are more, the smallest changes are left out and counted."""

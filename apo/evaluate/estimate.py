@@ -10,13 +10,14 @@ from pathlib import Path
 from apo.evaluate.answers import Answer, Wanted, messages_of
 from apo.evaluate.run import Progress, Run, work_of
 from apo.evaluate.settings import Checked, MixEvalConfig, check, same_settings
-from clair.budget import most_tokens, prices_of
-from clair.build import locked
-from clair.estimate import RoleEstimate, role_estimate, spread_over
-from clair.ledger import Ledger, Tokens
-from clair.models.asking import Stop
-from clair.recipe import UserError, content_hash
-from clair.session import ctrl_c, open_askers
+from clair.core.errors import UserError
+from clair.core.files import content_hash
+from clair.inference.budget import most_tokens, prices_of
+from clair.inference.client import Stop
+from clair.inference.open import ctrl_c, open_askers
+from clair.ledger.ledger import Ledger, Tokens
+from clair.pipeline.build import locked
+from clair.pipeline.estimate import RoleEstimate, role_estimate, spread_over
 
 LEAST_PROBE = 3
 

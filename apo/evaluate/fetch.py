@@ -25,7 +25,8 @@ from apo.evaluate.mixeval import (
     HardOrFull,
 )
 from apo.evaluate.results import SPLITS, Split
-from clair.recipe import UserError, near_miss, write_atomically, write_json
+from clair.core.errors import UserError, near_miss
+from clair.core.files import write_atomically, write_json
 
 BASE = f"https://raw.githubusercontent.com/{UPSTREAM}/{COMMIT}"
 _DATA = "mix_eval/data/mixeval-{version}/{folder}/{split}.json"

@@ -18,9 +18,9 @@ from apo.evaluate.answers import Answer
 from apo.evaluate.mixeval import JudgeWords, Row
 from apo.evaluate.results import Item, Profile
 from apo.evaluate.rules import chosen_letter, is_right
-from clair.models.asking import Asker
-from clair.recipe import content_hash
-from clair.records import Dropped, Reply
+from clair.core.files import content_hash
+from clair.data.records import Dropped, Reply
+from clair.inference.client import Asker
 
 MAX_TOKENS = 999
 ROUNDS: Mapping[Profile, int] = {"faithful": 10, "strict": 1}

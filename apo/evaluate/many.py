@@ -15,14 +15,14 @@ from typing import Any
 
 from apo.evaluate.run import Evaluated, Progress, evaluate
 from apo.evaluate.settings import Checked, MixEvalConfig
-from clair.cluster import connected
-from clair.config import ModelConfig
-from clair.merge import join_ledgers
-from clair.models import Model, Refused
-from clair.models.local import weights_identity
-from clair.recipe import EXIT_USER_ERROR, UserError
-from clair.session import Means
-from clair.worker import settle_in
+from clair.cluster.ray_session import connected
+from clair.cluster.worker import settle_in
+from clair.core.errors import EXIT_USER_ERROR, UserError
+from clair.inference.config import ModelConfig
+from clair.inference.local import weights_identity
+from clair.inference.model import Model, Refused
+from clair.inference.open import Means
+from clair.ledger.ledger import join_ledgers
 
 LEDGER = "ledger.sqlite"
 _BY_RULE = "answers"

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from apo.evaluate.results import SPLITS, Split
-from clair.recipe import UserError, content_hash, near_miss
+from clair.core.errors import UserError, near_miss
+from clair.core.files import content_hash
 
 UPSTREAM = "Psycoy/MixEval"
 COMMIT = "7c52b41929d461df7733573528bdfb08774b0c53"

@@ -13,9 +13,9 @@ from apo.evaluate.results import read_results
 from apo.evaluate.run import Evaluated, evaluate, work_of
 from apo.evaluate.settings import Checked, MixEvalConfig, check, public
 from apo.evaluate.tables import score_table
-from clair.recipe import EXIT_SOME_FAILED
+from clair.core.console import show as print_
+from clair.core.errors import EXIT_SOME_FAILED
 from clair.terminal import asking_progress
-from clair.terminal import show as print_
 
 
 def run_one(config: MixEvalConfig, checked: Checked) -> None:

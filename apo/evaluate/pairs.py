@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from clair.contrast import shared_tokens
-from clair.progress import progress
-from clair.recipe import Recipe, UserError, content_hash, provenance, resolved, write_atomically, write_json
-from clair.statistics import Estimate, clustered_mean, clustered_score, paired_difference
-from clair.storage import is_url
+from clair.core.errors import UserError
+from clair.core.files import content_hash, write_atomically, write_json
+from clair.core.progress import progress
+from clair.core.provenance import provenance
+from clair.core.recipe import Recipe, resolved
+from clair.core.statistics import Estimate, clustered_mean, clustered_score, paired_difference
+from clair.data.contrast import shared_tokens
+from clair.storage.object_store import is_url
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
-from clair.recipe import Recipe, UserError, read_json, write_atomically, write_json
+from clair.core.errors import UserError
+from clair.core.files import read_json, write_atomically, write_json
+from clair.core.recipe import Recipe
 
 SCORE = "score.json"
 ITEMS = "items.jsonl"

@@ -18,16 +18,17 @@ from apo.evaluate.results import Item, JudgeUsed, ModelUsed, Score, Usage, write
 from apo.evaluate.score import aggregate
 from apo.evaluate.settings import Checked, MixEvalConfig, check, same_settings
 from apo.evaluate.upstream import write_upstream_files
-from clair.budget import prices_of
-from clair.build import locked
-from clair.ledger import Ledger, Tokens
-from clair.limits import Limiter
-from clair.models import LimitReached, Refused, Unpaid
-from clair.models.asking import Asker, Stop, Stopped
-from clair.models.local import LocalModel
-from clair.recipe import EXIT_SOME_FAILED, UserError, provenance
-from clair.records import Dropped
-from clair.session import Means, ctrl_c, in_order, open_askers
+from clair.core.errors import EXIT_SOME_FAILED, UserError
+from clair.core.provenance import provenance
+from clair.data.records import Dropped
+from clair.inference.budget import prices_of
+from clair.inference.client import Asker, Stop, Stopped
+from clair.inference.local import LocalModel
+from clair.inference.model import LimitReached, Refused, Unpaid
+from clair.inference.open import Means, ctrl_c, in_order, open_askers
+from clair.inference.rate_limit import Limiter
+from clair.ledger.ledger import Ledger, Tokens
+from clair.pipeline.build import locked
 
 _HOPELESS = 20
 """Refusals before the first answer after which a model is taken to refuse everything."""
@@ -62,7 +63,7 @@ def evaluate(
     """Run an evaluation, going on from whatever its ledger holds, and write the result folder.
 
     `checked` is what `check` returned, where the caller has looked already. `means`: other models than the run's own,
-    as `clair.session` has it. Raises UserError for the user's mistakes
+    as `clair.pipeline.runner` has it. Raises UserError for the user's mistakes
     before any work, and for a model or a judge that refuses everything.
     """
     checked = checked or check(config)

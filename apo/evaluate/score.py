@@ -9,7 +9,7 @@ from statistics import fmean, variance
 from typing import Any
 
 from apo.evaluate.results import SPLITS, Interval, Item, Part, Profile
-from clair.statistics import clustered_score
+from clair.core.statistics import clustered_score
 
 _DECIMALS = 3
 

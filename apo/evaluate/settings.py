@@ -14,11 +14,13 @@ from apo.evaluate.answers import Answer, check_system_prompt, read_responses
 from apo.evaluate.judging import request_options
 from apo.evaluate.mixeval import Benchmark, JudgeWords
 from apo.evaluate.results import ITEMS, SCORE, Profile
-from clair.budget import BudgetConfig
-from clair.config import ROLE_PASSING, ModelConfig, public_model
-from clair.ledger import Ledger
-from clair.recipe import Recipe, UserError, changed_keys, read_json, resolved, write_json
-from clair.session import check_models
+from clair.core.errors import UserError
+from clair.core.files import read_json, write_json
+from clair.core.recipe import Recipe, changed_keys, resolved
+from clair.inference.budget import BudgetConfig
+from clair.inference.config import ROLE_PASSING, ModelConfig, public_model
+from clair.inference.open import check_models
+from clair.ledger.ledger import Ledger
 
 SETTINGS = "settings.json"
 _PASSING = ("concurrency", "attempts", "out", "ledger", "limit", "budget", "upstream_files")

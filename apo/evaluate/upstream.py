@@ -15,7 +15,7 @@ from typing import Any
 
 from apo.evaluate.mixeval import Benchmark
 from apo.evaluate.results import SPLITS, Item, Score, Split
-from clair.recipe import write_atomically
+from clair.core.files import write_atomically
 
 _KINDS: Mapping[Split, tuple[str, str]] = {
     "free-form": ("close_freeform", "ff"),

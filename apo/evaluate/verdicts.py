@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from apo.evaluate.length import length_controlled
-from clair.records import Prompt, content_id
-from clair.statistics import Estimate, clustered_score
+from clair.core.statistics import Estimate, clustered_score
+from clair.data.records import Prompt, content_id
 
 SIDES = ("base", "tuned")
 

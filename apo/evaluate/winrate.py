@@ -25,20 +25,22 @@ from apo.evaluate.judging import is_passing
 from apo.evaluate.run import goes_on
 from apo.evaluate.settings import Evaluation, check_folder, public, same_settings
 from apo.evaluate.verdicts import SIDES, Answer, Compared, key_of, reasons, summary
-from clair.budget import prices_of
-from clair.build import locked, position_bias
-from clair.config import JudgeConfig, ModelConfig
-from clair.ledger import Ledger, Tokens
-from clair.limits import Limiter
-from clair.models import Refused, visible
-from clair.models.asking import Asker, Stop, Stopped
-from clair.models.local import LocalModel
-from clair.prompts import JUDGE_NEEDS, load_template, task_text
-from clair.recipe import UserError, one_line, provenance, write_atomically, write_json
-from clair.records import Dropped, Prompt
-from clair.session import check_models, ctrl_c, in_order, open_askers
-from clair.sources import PromptSource, each_prompt, read_prompts
-from clair.steps import Judge, judge_once
+from clair.core.errors import UserError, one_line
+from clair.core.files import write_atomically, write_json
+from clair.core.provenance import provenance
+from clair.data.prompt_sources import PromptSource, each_prompt, read_prompts
+from clair.data.records import Dropped, Prompt, task_text
+from clair.inference.budget import prices_of
+from clair.inference.client import Asker, Stop, Stopped
+from clair.inference.config import JudgeConfig, ModelConfig
+from clair.inference.local import LocalModel
+from clair.inference.model import Refused, visible
+from clair.inference.open import check_models, ctrl_c, in_order, open_askers
+from clair.inference.rate_limit import Limiter
+from clair.ledger.ledger import Ledger, Tokens
+from clair.pipeline.build import locked
+from clair.pipeline.steps import Judge, judge_once, position_bias
+from clair.prompting.templates import JUDGE_NEEDS, load_template
 
 RESULT = "winrate.json"
 ITEMS = "winrate.jsonl"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clair.recipe import EXIT_INTERRUPTED, UserError
-from clair.storage import local
+from clair.core.errors import EXIT_INTERRUPTED, UserError
+from clair.storage.object_store import local
 
 if TYPE_CHECKING:
     from apo.features import Labelled
@@ -50,8 +50,8 @@ def select(
 
     from apo.rewards.folder import comparisons_of
     from apo.rewards.select import select as choose
-    from clair.recipe import write_json
-    from clair.terminal import show as print_
+    from clair.core.console import show as print_
+    from clair.core.files import write_json
 
     found = _labelled(datasets, model)
     data = comparisons_of(_with_users(found))
@@ -81,7 +81,7 @@ def fit(
     from apo.rewards.folder import Reward, comparisons_of
     from apo.rewards.scorer import accuracy, nll, split
     from apo.rewards.select import KINDS, fitted
-    from clair.recipe import near_miss
+    from clair.core.errors import near_miss
 
     if kind not in KINDS:
         raise UserError(f"unknown kind {kind!r}{near_miss(kind, KINDS)}; allowed: {', '.join(KINDS)}")
@@ -136,8 +136,8 @@ def score(
     from apo.rewards.folder import Reward
     from apo.rewards.judge import by_group as turned
     from apo.rewards.judge import padded, scored, worst_off
-    from clair.dataset import read_manifest
-    from clair.recipe import write_json
+    from clair.core.files import write_json
+    from clair.data.dataset import read_manifest
 
     _check_out(out)
     if decisions and (len(datasets) != 1 or by_group):
@@ -217,7 +217,7 @@ def _check_out(out: Path) -> None:
 
 def _write_scored(rows: list[dict[str, Any]], out: Path) -> None:
     """Write rows to a file, or into a folder as one file a split."""
-    from clair.recipe import write_atomically
+    from clair.core.files import write_atomically
 
     files = {out: rows} if out.suffix in _FILE else {
         out / f"{split}.jsonl": [row for row in rows if row["split"] == split] for split in ("train", "test")

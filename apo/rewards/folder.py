@@ -21,7 +21,9 @@ from apo.rewards.bradley_terry import BradleyTerry
 from apo.rewards.pal import PAL
 from apo.rewards.scorer import Comparisons, Scorer, win_rate
 from apo.rewards.vpl import VPL
-from clair.recipe import UserError, content_hash, near_miss, one_line, provenance, publish, read_json, write_json
+from clair.core.errors import UserError, near_miss, one_line
+from clair.core.files import content_hash, publish, read_json, write_json
+from clair.core.provenance import provenance
 
 SCORERS: dict[str, type[Scorer]] = {cls.kind: cls for cls in (BradleyTerry, PAL, VPL)}
 REFERENCES = 64

@@ -10,7 +10,8 @@ import torch
 from apo.rewards.folder import Reward, read_answers, save_user
 from apo.rewards.scorer import Comparisons
 from apo.rewards.vpl import VPL, next_question
-from clair.recipe import UserError, content_hash
+from clair.core.errors import UserError
+from clair.core.files import content_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +25,7 @@ def ask(reward: Reward, user: str, found: Labelled, pool: Comparisons, questions
     Answers given before count. Raises UserError where the reward cannot choose questions, or the input ends.
     """
     from apo.console import tell
-    from clair.prompts import task_text
+    from clair.data.records import task_text
 
     scorer = reward.scorer
     if not isinstance(scorer, VPL):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, softplus
 
 from apo.rewards.scorer import Comparisons, Linearly, Scorer, mlp
-from clair.recipe import UserError
+from clair.core.errors import UserError
 
 
 class PAL(Scorer):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from clair.recipe import UserError
+from clair.core.errors import UserError
 
 WIDTH = 64
 """Directions that are looked at, and units of a hidden layer."""

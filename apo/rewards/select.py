@@ -19,8 +19,8 @@ from apo.rewards.bradley_terry import BradleyTerry
 from apo.rewards.pal import PAL
 from apo.rewards.scorer import Comparisons, Scorer, fit, nll, split
 from apo.rewards.vpl import VPL
-from clair.recipe import UserError, near_miss
-from clair.statistics import Estimate, clustered_mean
+from clair.core.errors import UserError, near_miss
+from clair.core.statistics import Estimate, clustered_mean
 
 LEAST_GAIN = 0.01
 """Nats a comparison: a smaller gain is not worth a second taste."""

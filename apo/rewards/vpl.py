@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, softplus
 
 from apo.rewards.scorer import WIDTH, Comparisons, Scorer
-from clair.recipe import UserError
+from clair.core.errors import UserError
 
 CONTEXT = 8
 """The most comparisons that stand for a user in training."""

@@ -26,8 +26,11 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from clair.build import locked
-from clair.recipe import UserError, content_hash, provenance, resolve
+from clair.core.errors import UserError
+from clair.core.files import content_hash
+from clair.core.provenance import provenance
+from clair.core.recipe import resolve
+from clair.pipeline.build import locked
 from recipes.mini import results
 from recipes.mini.grid import end_with
 from recipes.mini.models import Habits, make
@@ -145,8 +148,8 @@ def build_pairs(of: Combination, number: int, target: Path, folder: Path, url: s
     """`clair build` of a combination, as a user would. Returns where its pairs are, exchanged where they are to be."""
     import json
 
-    from clair.build import build
-    from clair.config import BuildConfig
+    from clair.pipeline.build import build
+    from clair.pipeline.config import BuildConfig
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = prompt_rows(of, number, target)
@@ -175,7 +178,7 @@ def relabelled(source: Path, out: Path, seed: int, *, half: bool) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from clair.dataset import read_rows, schema, split_file
+    from clair.data.dataset import read_rows, schema, split_file
     from recipes.world.swapped import swapped
 
     rows = list(read_rows(source))

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clair.recipe import UserError, write_atomically
-from clair.statistics import Difference, Estimate, clustered_mean, paired_difference
+from clair.core.errors import UserError
+from clair.core.files import write_atomically
+from clair.core.statistics import Difference, Estimate, clustered_mean, paired_difference
 from recipes.mini import results
 from recipes.mini.advice import COMBINATIONS, EPOCHS, QUESTIONS, RATES, RESULTS, SEEDS, TARGETS, counts, world
 from recipes.mini.rows import markdown, points, with_interval

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from clair.recipe import content_hash
+from clair.core.files import content_hash
 from recipes.mini.data import DATA
 
 OBJECTIVES = ("sft", "dpo", "kto", "apo_zero", "apo_down")

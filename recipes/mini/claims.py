@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from clair.statistics import Best, Estimate, best_of, clustered_mean, t_quantile
+from clair.core.statistics import Best, Estimate, best_of, clustered_mean, t_quantile
 
 Verdict = Literal["reproduced", "not reproduced", "undecided", "not measured"]
 Name = tuple[str, str]
@@ -103,8 +103,8 @@ def over_checkpoints(runs: Sequence[Mapping[str, Any]]) -> dict[int, list[float]
 def interval(by_seed: Sequence[Sequence[float]], clusters: Sequence[str]) -> Estimate:
     """Mean of values by seed and question with a 95 % interval over both.
 
-    se^2 = se_questions^2 + se_seeds^2: of the means over seeds, clustered (clair.statistics), and of the seeds' own
-    means. The first holds a part of the second already, so the interval is rather too wide. Degrees of freedom by
+    se^2 = se_questions^2 + se_seeds^2: of the means over seeds, clustered (clair.core.statistics), and of the seeds'
+    own means. The first holds a part of the second already, so the interval is rather too wide. Degrees of freedom by
     Welch-Satterthwaite. With one seed it is over questions alone.
     """
     questions = clustered_mean(mean_of(by_seed), clusters)

@@ -21,8 +21,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clair.dataset import CONTRAST, SPLITS, read_manifest, read_rows, schema, split_file
-from clair.recipe import UserError, read_json, write_atomically, write_json
+from clair.core.errors import UserError
+from clair.core.files import read_json, write_atomically, write_json
+from clair.data.dataset import CONTRAST, SPLITS, read_manifest, read_rows, schema, split_file
 from recipes.world.judge import Leanings
 from recipes.world.quickstart import SOME_ROWS_FAILED, command
 from recipes.world.running import ROOT, running
@@ -50,7 +51,7 @@ def write_prompt_files(run: Path, models: Path, tasks: Sequence[Task]) -> None:
     """The prompts alone, and with the two other models' answers; these are sampled once and kept."""
     run.mkdir(parents=True, exist_ok=True)
     write_prompts(run / "prompts.jsonl", list(tasks))
-    from clair.models.local import weights_identity
+    from clair.inference.local import weights_identity
     from recipes.mini.answers import answers
 
     sampled, asked = run / "sampled.json", {name: weights_identity(models / name) for name in OTHERS}

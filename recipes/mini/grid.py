@@ -25,9 +25,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from clair.build import locked
-from clair.dataset import read_rows
-from clair.recipe import UserError, content_hash, provenance, read_json
+from clair.core.errors import UserError
+from clair.core.files import content_hash, read_json
+from clair.core.provenance import provenance
+from clair.data.dataset import read_rows
+from clair.pipeline.build import locked
 from recipes.mini import results
 from recipes.mini.cells import SMALL, Cell, Design, cells, due, last_accuracy
 from recipes.mini.data import MODELS, run_folder
@@ -237,7 +239,7 @@ class Pool:
 
 def world_line(place: Place, design: Design) -> dict[str, Any]:
     """What all runs of this grid have in common. Its id changes with the models, the pairs, and the questions."""
-    from clair.models.local import weights_identity
+    from clair.inference.local import weights_identity
 
     file = place.run / "data.json"
     if not file.exists():

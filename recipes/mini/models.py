@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from clair.recipe import content_hash, write_json
+from clair.core.files import content_hash, write_json
 from recipes.world.evaluate import load
 from recipes.world.make_model import answer_loss, encode, save
 from recipes.world.style import STYLES, dressed

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clair.recipe import UserError
+from clair.core.errors import UserError
 
 COMMITTED = Path("recipes/mini/results/runs.jsonl")
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clair.statistics import Estimate, best_of, clustered_mean
+from clair.core.statistics import Estimate, best_of, clustered_mean
 from recipes.mini.cells import Design, last_accuracy
 from recipes.mini.claims import (
     AFTERWARDS,

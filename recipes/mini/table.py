@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from clair.recipe import UserError, write_atomically
+from clair.core.errors import UserError
+from clair.core.files import write_atomically
 from recipes.mini import advice_table, plots, results
 from recipes.mini.cells import Design, due
 from recipes.mini.claims import BETTER, Name, Verdict, better_apo

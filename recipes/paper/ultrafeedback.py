@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clair.recipe import UserError, content_hash, one_line, write_atomically
+from clair.core.errors import UserError, one_line
+from clair.core.files import content_hash, write_atomically
 
 COUNT = 32_000
 

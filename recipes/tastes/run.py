@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from clair.recipe import EXIT_INTERRUPTED
+from clair.core.errors import EXIT_INTERRUPTED
 from recipes.mini.answers import answers
 from recipes.mini.models import Habits, save_whole, trained
 from recipes.tastes.users import comparisons, group_of, served, win_rate

@@ -126,7 +126,7 @@ def train_all() -> None:
 
 def answers_of(name: str, tasks: list[Task]) -> list[str]:
     """The greedy answers of one of the models, read back where these weights have answered these tasks before."""
-    from clair.models.local import weights_identity
+    from clair.inference.local import weights_identity
     from recipes.world.evaluate import greedy_answers
 
     file = RUN / "answers" / f"{name}.json"
@@ -156,7 +156,7 @@ def accuracies(tasks: list[Task], scored: dict[str, list[float]]) -> dict[str, d
 
 def summarize(tasks: list[Task], scored: dict[str, list[float]]) -> dict[str, Any]:
     """The content of summary.json; see the top of this file."""
-    from clair.statistics import clustered_mean
+    from clair.core.statistics import clustered_mean
 
     differences = [after - before for before, after in zip(scored["base"], scored["tuned"], strict=True)]
     gain = clustered_mean(differences, [task.template for task in tasks])

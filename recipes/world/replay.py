@@ -22,9 +22,11 @@ from typing import Any
 
 from aiohttp import web
 
-from clair.build import Built, build
-from clair.config import BuildConfig
-from clair.recipe import UserError, resolve, write_atomically
+from clair.core.errors import UserError
+from clair.core.files import write_atomically
+from clair.core.recipe import resolve
+from clair.pipeline.build import Built, build
+from clair.pipeline.config import BuildConfig
 from recipes.world.reviser import read_request
 
 Row = Mapping[str, Any]
@@ -118,7 +120,8 @@ def main() -> None:
     parser.add_argument("--shared", help="the folder that holds data/clair_gpt4, instead of $CLAIR_SHARED or ../shared")
     parser.add_argument("--out", default="runs/replay", help="the dataset folder")
     given = parser.parse_args()
-    from clair.terminal import show, summary
+    from clair.core.console import show
+    from clair.terminal import summary
 
     try:
         rows = recorded(given.shared)

@@ -16,10 +16,12 @@ from apo.advise.run import contrast_intervals, rate, run
 from apo.advise.settings import AdviseConfig, authors, check, strangeness
 from apo.cli import app
 from apo.evaluate.verdicts import Answer, Compared
-from clair.dataset import DatasetWriter
-from clair.models.local import weights_identity
-from clair.recipe import UserError, resolve, write_json
-from clair.records import Pair, Prompt
+from clair.core.errors import UserError
+from clair.core.files import write_json
+from clair.core.recipe import resolve
+from clair.data.dataset import DatasetWriter
+from clair.data.records import Pair, Prompt
+from clair.inference.local import weights_identity
 from recipes.world.judge import Leanings
 from recipes.world.running import ROOT, running
 from recipes.world.server import ServerOptions

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from apo.calibrate import calibrate, certify, filter_at, one_a_prompt, read_audit, read_ids
 from apo.cli import app
-from clair.build import build
-from clair.config import BuildConfig
-from clair.dataset import read_rows
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.data.dataset import read_rows
+from clair.pipeline.build import build
+from clair.pipeline.config import BuildConfig
 from recipes.world.tasks import distinct_tasks
 
 
@@ -86,7 +86,7 @@ def test_the_command_sets_a_filter_says_its_promise_and_clair_keep_applies_it(fo
 
 def test_the_printed_filter_is_one_that_a_recipe_takes(folder, tmp_path):
     output = run("calibrate", folder, "--audit", tmp_path / "audit.jsonl", "--alpha", 0.1).output
-    from clair.recipe import parse_yaml
+    from clair.core.recipe import parse_yaml
 
     filters = parse_yaml(output[output.index("filters:") :])["filters"]
     recipe = {

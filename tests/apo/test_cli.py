@@ -17,7 +17,7 @@ from apo import cli
 from apo.config import TrainConfig
 from apo.merge import merge
 from apo.train import train
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 
 APO = [sys.executable, "-m", "apo.cli"]

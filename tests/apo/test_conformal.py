@@ -36,7 +36,7 @@ from apo.properties import (
     longest_monotone,
     monotone,
 )
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from recipes.world import toy
 
 # ---- by hand

@@ -7,7 +7,7 @@ import pytest
 from apo.config import TrainConfig
 from apo.monitor import looks, summary
 from apo.train import train
-from clair.progress import Progress
+from clair.core.progress import Progress
 
 SPEED = {"loss": 1.0, "pairs_per_second": 1117.3}
 

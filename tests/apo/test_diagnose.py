@@ -15,7 +15,7 @@ from apo.diagnose import FEWEST, RULES, judge, log_of, verdicts
 from apo.plots import _PANELS
 from apo.report import diagnosis
 from apo.train import train
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.conftest import make_pairs
 
 

@@ -32,7 +32,7 @@ from apo.logps import PairLogps
 from apo.mixture import mixture_of
 from apo.objectives import apo_down, apo_zero, dpo
 from apo.rewards.scorer import denormals_flushed
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from recipes.world import toy
 from tests.apo.conftest import make_model, make_pairs
 

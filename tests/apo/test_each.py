@@ -18,7 +18,7 @@ from apo.config import TrainConfig
 from apo.each import folder_of, runs_of
 from apo.pairs import Source, load_eval, load_train
 from apo.train import train
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.conftest import make_pairs
 
 TRAINER = {"learning_rate": 1e-2, "max_steps": 2, "per_device_train_batch_size": 4, "report_to": "none"}

@@ -10,7 +10,7 @@ import torch
 from apo import cache, features
 from apo.features import NAMES, Features, features_of, labelled, last_hidden, read_rows, same_model
 from apo.tokens import end_ids, tokenize
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 
 

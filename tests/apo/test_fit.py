@@ -27,7 +27,7 @@ from apo.prefix import lay_out, packed_logps, share_prefixes
 from apo.shapes import Device, Row, rows_of
 from apo.shares import Zero, held, zero_of
 from apo.train import train
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.conftest import make_model
 from tests.apo.test_cli import call
 

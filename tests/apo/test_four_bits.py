@@ -17,7 +17,7 @@ from apo.config import TrainConfig
 from apo.merge import merge
 from apo.plan import plan
 from apo.train import build_trainer, train
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.conftest import apart, make_model, make_tokenizer
 from tests.apo.test_resume import Crash, crash_in
 

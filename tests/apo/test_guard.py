@@ -20,7 +20,7 @@ from apo.guard import Guard, Look, compare, crossed, load_rails, look
 from apo.logps import response_logps
 from apo.plan import plan
 from apo.train import build_trainer, train
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.conftest import WORDS, make_pairs, make_tokenizer
 
 

@@ -17,7 +17,7 @@ from apo.faults import Stopped
 from apo.logps import IDLE, weights_of
 from apo.processes import Group, check_devices, check_launch
 from apo.trainer import APOTrainer
-from clair.recipe import UserError
+from clair.core.errors import UserError
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 # What `accelerate launch --cpu --num_processes 2` (1.15) leaves in the environment of the one process it starts.

@@ -12,7 +12,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from apo import processes
 from apo.processes import check_launch
-from clair.recipe import UserError
+from clair.core.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))

@@ -10,7 +10,7 @@ import torch
 from apo.logps import PairLogps
 from apo.mixture import _options_of, mixture_of, title_of
 from apo.objectives import OBJECTIVES, objective_of
-from clair.recipe import UserError
+from clair.core.errors import UserError
 
 # Two pairs: log-ratios (4, -6) and (-2, 3) nats, lengths (4, 3) and (2, 1).
 POLICY = PairLogps(torch.tensor([-6.0, -12.0]), torch.tensor([-16.0, -2.0]), torch.tensor([4, 2]), torch.tensor([3, 1]))

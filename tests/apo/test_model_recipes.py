@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from apo import fit, shapes
-from clair.build import build
-from clair.config import BuildConfig
-from clair.recipe import load_recipe
+from clair.core.recipe import load_recipe
+from clair.pipeline.build import build
+from clair.pipeline.config import BuildConfig
 from recipes.models import plan
 from tests.apo.test_cli import call
 
@@ -74,7 +74,7 @@ def test_the_table_of_the_page_is_what_dry_runs_say(tiny_machine, tmp_path, monk
 
 
 def test_every_data_recipe_resolves_and_asks_as_many_calls_as_the_page_says(tmp_path, monkeypatch, capsys):
-    from clair.estimate import estimate
+    from clair.pipeline.estimate import estimate
 
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     row = {"answers": ["one", "two"], "scores": [1.0, 2.0]}

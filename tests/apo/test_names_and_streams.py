@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from apo.arguments import APOConfig
 from apo.checks import check_before_training
 from apo.trainer import APOTrainer
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.conftest import make_pairs
 
 

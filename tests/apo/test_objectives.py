@@ -25,7 +25,7 @@ from apo.objectives import (
     sft,
     simpo,
 )
-from clair.recipe import UserError
+from clair.core.errors import UserError
 
 # (r_w, r_l): gradients of zero, down and dpo with respect to (r_w, r_l), from the paper's derivation, by hand.
 GRADIENTS = {

@@ -12,7 +12,7 @@ from apo.arguments import APOConfig
 from apo.logps import select, stacked_logps
 from apo.prefix import shared_prefix_logps
 from apo.trainer import APOTrainer
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.conftest import make_model
 
 

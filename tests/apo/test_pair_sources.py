@@ -10,8 +10,8 @@ import pytest
 from apo.config import TrainConfig
 from apo.pairs import Source, load_eval, load_train
 from apo.plan import plan
-from clair.preferences import read_row
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.data.preferences import read_row
 from tests.apo.conftest import make_pairs, write_jsonl
 
 

@@ -13,7 +13,7 @@ from apo.config import TrainConfig
 from apo.features import read_rows
 from apo.pairs import Source, load_eval, load_train, split_names
 from apo.train import train
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.conftest import make_pairs
 from tests.browser.synthetic import synthetic_pairs, write_dataset
 

@@ -19,7 +19,7 @@ from apo.arguments import APOConfig
 from apo.checks import check_before_training
 from apo.probe import Probe
 from apo.trainer import APOTrainer
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.conftest import WORDS, make_model
 
 

@@ -16,7 +16,7 @@ from apo.config import TrainConfig
 from apo.plan import plan
 from apo.probe import METRICS, POSITIONS, Probe, View, compare, probe_of
 from apo.train import build_trainer, train
-from clair.contrast import shared_tokens
+from clair.data.contrast import shared_tokens
 from tests.apo.conftest import make_model, make_pairs
 from tests.apo.test_trainer import apo_trainer, lora
 

@@ -13,7 +13,8 @@ from apo import model as models
 from apo.config import TrainConfig
 from apo.plan import estimate, plan
 from apo.train import build_trainer, train
-from clair.recipe import UserError, resolve
+from clair.core.errors import UserError
+from clair.core.recipe import resolve
 from tests.apo.conftest import make_model
 from tests.apo.test_fit import LLAMA_3_8B, job, llama, lora
 

@@ -14,7 +14,7 @@ from apo.arguments import APOConfig
 from apo.config import TrainConfig
 from apo.train import train
 from apo.trainer import APOTrainer
-from clair.recipe import write_json
+from clair.core.files import write_json
 
 pytestmark = pytest.mark.slow
 

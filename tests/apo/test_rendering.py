@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from apo.tokens import encode, end_ids, tokenize
-from clair.recipe import UserError
+from clair.core.errors import UserError
 
 MARKS = ["<|pad|>", "<|text_end|>", "<|start|>", "<|end|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|call|>"]
 CHATML = (

@@ -24,9 +24,9 @@ from apo import checkpoints
 from apo.config import TrainConfig
 from apo.faults import Stopped
 from apo.train import train
-from clair.output import locked
-from clair.recipe import UserError
-from clair.storage import InUse
+from clair.core.errors import UserError
+from clair.pipeline.output_dir import locked
+from clair.storage.object_store import InUse
 from tests.apo.conftest import make_pairs, make_tokenizer
 from tests.apo.test_trajectory import tiny
 

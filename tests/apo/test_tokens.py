@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl import DPOTrainer
 
 from apo.tokens import end_ids, tokenize
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.conftest import TEMPLATE, make_pairs, make_tokenizer
 
 CHATML = (

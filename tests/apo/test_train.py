@@ -23,7 +23,8 @@ from apo.pairs import Source, fingerprint, load_eval, load_train
 from apo.plan import plan
 from apo.prefix import tokens_of
 from apo.train import train
-from clair.recipe import UserError, load_recipe, resolved
+from clair.core.errors import UserError
+from clair.core.recipe import load_recipe, resolved
 from tests.apo.conftest import TRAINER, make_model, make_pairs, make_tokenizer, write_jsonl
 
 

@@ -25,7 +25,7 @@ from apo.faults import Stopped
 from apo.logps import PairLogps, plain_logps
 from apo.mixture import mixture_of
 from apo.trainer import APOTrainer
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.conftest import TEMPLATE, make_model, make_pairs, make_tokenizer
 
 

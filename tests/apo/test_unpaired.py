@@ -25,7 +25,7 @@ from apo.prefix import shared_prefix_logps
 from apo.tokens import count_unpaired, end_ids, tokenize
 from apo.train import train
 from apo.trainer import APOTrainer
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 from tests.apo.test_cli import call
 from tests.apo.test_resume import CRASHES, Crash, crash_in

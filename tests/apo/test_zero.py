@@ -12,7 +12,7 @@ from transformers.integrations import deepspeed as theirs
 from apo import zero
 from apo.arguments import APOConfig
 from apo.trainer import APOTrainer
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.conftest import make_model
 
 

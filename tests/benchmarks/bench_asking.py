@@ -71,8 +71,8 @@ def _against(ideal: float, seconds: Any) -> dict[str, Any]:
 
 
 def _build(folder: str, rows: list[dict[str, Any]], concurrency: int, **roles: Any) -> dict[str, Any]:
-    from clair.build import build
-    from clair.config import BuildConfig
+    from clair.pipeline.build import build
+    from clair.pipeline.config import BuildConfig
 
     prompts = Path(folder) / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

@@ -18,8 +18,8 @@ ROWS, ROUNDS, CONCURRENCY = 1500, 3, 64
 
 def measure() -> dict[str, Any]:
     """Pairs a second of each round, and a second run of the last that finds all replies in the ledger."""
-    from clair.build import build
-    from clair.config import BuildConfig
+    from clair.pipeline.build import build
+    from clair.pipeline.config import BuildConfig
     from recipes.world.running import running
     from recipes.world.tasks import distinct_tasks
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 def measure() -> dict[str, Any]:
     """By mode: pairs, output tokens a call, contrast, held-out accuracy; and the paired difference of accuracy."""
     sys.path.insert(0, str(ROOT))
-    from clair.statistics import clustered_mean
+    from clair.core.statistics import clustered_mean
     from recipes.world.evaluate import greedy_answers, scores
     from recipes.world.reviser import Misbehaviour
     from recipes.world.running import running

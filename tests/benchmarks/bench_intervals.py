@@ -1,4 +1,4 @@
-"""How often the intervals of clair/statistics.py hold the truth, over simulated evaluations.
+"""How often the intervals of clair/core/statistics.py hold the truth, over simulated evaluations.
 
     python tests/benchmarks/run.py intervals
 
@@ -47,7 +47,7 @@ def _sizes(counts: dict[int, int]) -> list[int]:
 def _coverage(accuracy: float, sizes: Any, evaluations: int) -> dict[str, float | None]:
     import numpy as np
 
-    from clair.statistics import clustered_mean, clustered_score, paired_difference
+    from clair.core.statistics import clustered_mean, clustered_score, paired_difference
 
     rng, clusters = np.random.default_rng(0), np.repeat(np.arange(len(sizes)), sizes).tolist()
     held, told = np.zeros(4), np.zeros(4)
@@ -83,7 +83,7 @@ def _best(evaluations: int) -> dict[str, Any]:
     """
     import numpy as np
 
-    from clair.statistics import best_of
+    from clair.core.statistics import best_of
 
     found = {}
     for count in (2, 5, 10):

@@ -36,8 +36,8 @@ def measure() -> dict[str, Any]:
 
 def _main(rows: int) -> None:
     sys.path.insert(0, str(ROOT))
-    from clair import session
-    from clair.build import build
+    from clair.pipeline import runner as session
+    from clair.pipeline.build import build
     from tests.clair.scripted import Scripted, endpoint, recipe, revision
 
     class Silent(Scripted):

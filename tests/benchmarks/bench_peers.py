@@ -256,10 +256,10 @@ def clair_job(job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     import pyarrow.parquet  # noqa: F401
     import rapidfuzz  # noqa: F401
 
-    from clair.build import build
-    from clair.config import BuildConfig
-    from clair.dataset import read_rows
-    from clair.filters import FILTERS
+    from clair.data.dataset import read_rows
+    from clair.pipeline.build import build
+    from clair.pipeline.config import BuildConfig
+    from clair.pipeline.filters import FILTERS
 
     folder = Path(job["folder"])
     rows = [{"id": id, "prompt": text, "answer": "ready"} for id, text in job["rows"].items()]

@@ -104,12 +104,12 @@ def _timed(rows: int, folder: Path, commands: list[list[str]]) -> dict[str, Any]
 
 def _main(folder: Path, verb: str, name: str, part: str | None = None) -> None:
     sys.path.insert(0, str(ROOT))
-    from clair import session
-    from clair.build import build
-    from clair.config import BuildConfig
-    from clair.merge import merge
-    from clair.recipe import resolve
-    from clair.shards import read_shard
+    from clair.cluster.merge import merge
+    from clair.core.recipe import resolve
+    from clair.pipeline import runner as session
+    from clair.pipeline.build import build
+    from clair.pipeline.config import BuildConfig
+    from clair.pipeline.shards import read_shard
     from tests.clair.scripted import Scripted, endpoint, revision
 
     class Silent(Scripted):

@@ -29,7 +29,8 @@ def machine() -> dict[str, object]:
 def main() -> None:
     """Each NAME.py or bench_NAME.py has a `measure()` that returns plain values, None where it cannot run."""
     sys.path.insert(0, str(ROOT))
-    from clair.recipe import provenance, write_json
+    from clair.core.files import write_json
+    from clair.core.provenance import provenance
 
     wanted = sys.argv[1:]
     for file in sorted(set(HERE.glob("*.py")) - {Path(__file__)}):

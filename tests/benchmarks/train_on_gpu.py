@@ -140,7 +140,7 @@ def measure_on(
     import torch
 
     from apo.faults import is_out_of_memory
-    from clair.recipe import UserError
+    from clair.core.errors import UserError
 
     found = {}
     for tune in tunes:

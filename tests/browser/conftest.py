@@ -50,7 +50,7 @@ def folder(tmp_path_factory, pairs) -> Path:
 @pytest.fixture(scope="module")
 def file(folder) -> Path:
     """The page of `folder`."""
-    from clair.report import report
+    from clair.reporting.dataset_report import report
 
     return report(folder)
 

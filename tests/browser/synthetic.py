@@ -8,10 +8,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from clair.contrast import contrast_of
-from clair.dataset import DatasetWriter, card
-from clair.recipe import content_hash, write_atomically, write_json
-from clair.records import Dropped, Pair
+from clair.core.files import content_hash, write_atomically, write_json
+from clair.data.contrast import contrast_of
+from clair.data.dataset import DatasetWriter, card
+from clair.data.records import Dropped, Pair
 
 _VOCABULARY = """
 the of and to in a is that for it as was with be by on not he this are or his from at which but have an had they you

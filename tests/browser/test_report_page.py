@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from clair.dataset import read_rows
-from clair.keep import keep, read_decisions
-from clair.report import report
-from clair.sample import METRICS, Rows
+from clair.data.dataset import read_rows
+from clair.reporting.dataset_report import report
+from clair.reporting.review import keep, read_decisions
+from clair.reporting.sampling import METRICS, Rows
 from tests.browser.conftest import DROPS, PAIRS, visit
 from tests.browser.synthetic import DROPS as DROPPED
 from tests.browser.synthetic import INJECTIONS, OTHER_TEXTS, synthetic_pairs, write_dataset

@@ -20,8 +20,8 @@ import pytest
 import yaml
 
 from clair import cli
-from clair.config import BuildConfig
-from clair.recipe import resolve
+from clair.core.recipe import resolve
+from clair.pipeline.config import BuildConfig
 
 ROOT = Path(__file__).parents[2]
 SPLIT_FILES = ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet")

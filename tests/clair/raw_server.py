@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from clair.models import as_completion
-from clair.models.openai import OpenAIModel
+from clair.inference.model import as_completion
+from clair.inference.openai import OpenAIModel
 
 GOOD = as_completion("fine", "stop", "m", 1, 1).encode()
 Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]

@@ -17,7 +17,7 @@ from tests.clair.building import ROOT, SPLIT_FILES
 FILES = (*SPLIT_FILES, "dropped.jsonl", "README.md")
 KEYS = {"AWS_ACCESS_KEY_ID": "an-access-key-id", "AWS_SECRET_ACCESS_KEY": "a-very-secret-key"}
 ENVIRONMENT = {**KEYS, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
-SHORT = "from clair import hold; hold.LEASE, hold.BEAT = 5.0, 0.5"
+SHORT = "from clair.storage import url_lock; url_lock.LEASE, url_lock.BEAT = 5.0, 0.5"
 """As a sitecustomize.py: runs on URLs are taken for dead after a test's time."""
 
 
@@ -74,7 +74,7 @@ def in_s3(url: str, code: str) -> str:
 
 def fetched(url: str, out: str) -> dict[str, bytes]:
     code = (
-        "from clair.storage import Store\nimport json\n"
+        "from clair.storage.object_store import Store\nimport json\n"
         f"print(json.dumps([data.hex() for data in Store({out!r}).get_all({list(FILES)!r})]))"
     )
     return dict(zip(FILES, map(bytes.fromhex, json.loads(in_s3(url, code))), strict=True))

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clair.config import BuildConfig
-from clair.models import TooMany, Unreachable, as_completion
-from clair.recipe import resolve
+from clair.core.recipe import resolve
+from clair.inference.model import TooMany, Unreachable, as_completion
+from clair.pipeline.config import BuildConfig
 
 Script = Callable[[list[dict[str, str]], int], str | dict[str, Any]]
 """What a model says; a mapping is the choice of a chat completion as it stands."""
@@ -60,8 +60,8 @@ def choice(content: Any, finish_reason: str | None = "stop", **message: Any) -> 
 
 def install(monkeypatch: Any, **models: Any) -> None:
     """Let builds ask these models, by role."""
-    monkeypatch.setattr("clair.session.open_model", lambda role, config: models[role])
-    monkeypatch.setattr("clair.models.asking._FIRST_BACKOFF", 0.001)
+    monkeypatch.setattr("clair.inference.open.open_model", lambda role, config: models[role])
+    monkeypatch.setattr("clair.inference.client._FIRST_BACKOFF", 0.001)
 
 
 def recipe(out: Path, rows: list[dict[str, Any]], **keys: Any) -> BuildConfig:

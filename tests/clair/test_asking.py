@@ -7,9 +7,9 @@ import sqlite3
 
 import pytest
 
-from clair.build import build
-from clair.models.openai import retry_after
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.inference.openai import retry_after
+from clair.pipeline.build import build
 from tests.clair.building import (
     config_for,
     drops,
@@ -314,8 +314,8 @@ def test_no_server_makes_us_wait_for_ever(value):
 def test_a_request_that_may_have_arrived_may_be_billed_and_one_without_a_connection_not(ends, billed):
     import asyncio
 
-    from clair.models import Unreachable
-    from clair.models.openai import OpenAIModel
+    from clair.inference.model import Unreachable
+    from clair.inference.openai import OpenAIModel
 
     async def answer(reader, writer):
         await reader.read(100)

@@ -14,11 +14,11 @@ from decimal import Decimal
 
 import pytest
 
-from clair.build import build
-from clair.estimate import estimate
-from clair.ledger import Ledger
-from clair.models.batch_results import outcome_of
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.inference.batch_results import outcome_of
+from clair.ledger.ledger import Ledger
+from clair.pipeline.build import build
+from clair.pipeline.estimate import estimate
 from tests.clair.building import (
     BatchService,
     batch_service,

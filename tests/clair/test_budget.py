@@ -7,12 +7,12 @@ from decimal import Decimal
 
 import pytest
 
-from clair.budget import Budget, BudgetConfig, BudgetReached, Price, most_tokens
-from clair.build import build
-from clair.config import ModelConfig
-from clair.estimate import Range, RoleEstimate, _total, estimate, spread_over, time_of, total_cost, total_time
-from clair.ledger import Ledger, Tokens
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.inference.budget import Budget, BudgetConfig, BudgetReached, Price, most_tokens
+from clair.inference.config import ModelConfig
+from clair.ledger.ledger import Ledger, Tokens
+from clair.pipeline.build import build
+from clair.pipeline.estimate import Range, RoleEstimate, _total, estimate, spread_over, time_of, total_cost, total_time
 from tests.clair.building import clair, scripted_rows, write_prompts, write_recipe
 from tests.clair.scripted import Scripted, between, endpoint, install, recipe, revision
 
@@ -230,7 +230,7 @@ def test_an_estimate_without_a_probe_asks_nothing_and_tells_the_most_calls(tmp_p
 
 
 def test_prices_come_from_the_table_where_the_recipe_says_so(tmp_path):
-    from clair.budget import prices_of
+    from clair.inference.budget import prices_of
 
     pytest.importorskip("genai_prices", reason="pip install 'clair-apo[prices]'")
     known = endpoint(url="https://api.openai.com/v1", model="gpt-4o", price="table")

@@ -12,9 +12,9 @@ import datasets
 import pytest
 import yaml
 
-from clair.build import build
-from clair.dataset import read_rows, split_of
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.data.dataset import read_rows, split_of
+from clair.pipeline.build import build
 from recipes.world.reviser import ALLUSION, Misbehaviour
 from recipes.world.running import Running, running
 from recipes.world.server import ServerOptions

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from clair.care import HOPELESS, Care, Deaths
+from clair.cluster.crash_isolation import HOPELESS, Deaths
+from clair.pipeline.shards import Care
 
 
 def test_a_row_that_a_shard_dies_of_twice_is_left_out_and_the_next_one_is_found_too():

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clair import contrast
-from clair.contrast import contrast_of, pieces, word_diff, words
+from clair.data import contrast
+from clair.data.contrast import contrast_of, pieces, word_diff, words
 
 TEXTS = st.text(alphabet="ab \n.é\U0001f600光合を\u3000\u0e01\u0e31", max_size=40)
 

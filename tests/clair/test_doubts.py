@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from clair.build import build
-from clair.dataset import doubts
-from clair.merge import merge
-from clair.shards import Shard
+from clair.cluster.merge import merge
+from clair.data.dataset import doubts
+from clair.pipeline.build import build
+from clair.pipeline.shards import Shard
 from tests.clair.building import clair, scripted_rows, write_prompts, write_recipe
 from tests.clair.scripted import Scripted, between, endpoint, install, recipe, revision
 

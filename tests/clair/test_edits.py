@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clair.edits import apply_edits, parse_edits
-from clair.parse import ParseFailure
-from clair.prompts import load_template
-from clair.records import Revision
+from clair.data.records import Revision
+from clair.prompting.edits import apply_edits, parse_edits
+from clair.prompting.parse import ParseFailure
+from clair.prompting.templates import load_template
 from tests.growth import growth
 
 ANSWER = "Ada has 37 apples.\nShe gets 45 more.\n\nThe answer is 72."

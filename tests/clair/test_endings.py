@@ -7,10 +7,10 @@ import sqlite3
 
 import pytest
 
-from clair.build import build
-from clair.ledger import digest_of
-from clair.models import RequestFailed, reply_of
-from clair.records import incomplete_reason
+from clair.data.records import incomplete_reason
+from clair.inference.model import RequestFailed, reply_of
+from clair.ledger.ledger import digest_of
+from clair.pipeline.build import build
 from tests.clair.building import clair, manifest, outcomes, scripted_rows, write_prompts, write_recipe
 from tests.clair.scripted import Scripted, choice, endpoint, install, recipe, revision
 

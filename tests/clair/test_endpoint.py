@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from clair.endpoint import check_endpoints
-from clair.models import Refused
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.inference.endpoint_check import check_endpoints
+from clair.inference.model import Refused
 from tests.clair import tiny_model
 from tests.clair.building import clair
 from tests.clair.raw_server import http, serving, writes

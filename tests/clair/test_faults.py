@@ -16,7 +16,7 @@ from random import Random
 
 import pytest
 
-from clair.build import build
+from clair.pipeline.build import build
 from recipes.world.running import Running, running
 from recipes.world.server import ServerOptions
 from recipes.world.tasks import distinct_tasks, write_prompts
@@ -315,7 +315,7 @@ def test_files_that_cannot_be_written_are_one_line_and_the_old_ones_stay(tmp_pat
     def fail(*_):
         raise OSError(code, os.strerror(code), str(tmp_path / "out" / "data"))
 
-    monkeypatch.setattr("clair.dataset.publish", fail)
+    monkeypatch.setattr("clair.data.dataset.publish", fail)
     told = error_line(clair("build", recipe))
     assert os.strerror(code) in told
     assert final_bytes(tmp_path / "out") == before

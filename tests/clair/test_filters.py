@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from clair.contrast import contrast_of
-from clair.filters import FILTERS, OFF, first_reason, make_filters
-from clair.parse import parse_revision
-from clair.recipe import UserError
-from clair.records import Pair
+from clair.core.errors import UserError
+from clair.data.contrast import contrast_of
+from clair.data.records import Pair
+from clair.pipeline.filters import FILTERS, OFF, first_reason, make_filters
+from clair.prompting.parse import parse_revision
 
 CODE = "Here:\n```python\nx = 1\n```\ndone"
 LONG = "A sentence that goes on. " * 20

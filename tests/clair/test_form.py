@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from clair.build import build
-from clair.prompts import load_template
-from clair.recipe import UserError
-from clair.records import trimmed, written_like
+from clair.core.errors import UserError
+from clair.data.records import trimmed, written_like
+from clair.pipeline.build import build
+from clair.prompting.templates import load_template
 from tests.clair.building import clair, error_line, pairs, write_recipe
 from tests.clair.scripted import Scripted, between, choice, endpoint, install, recipe
 

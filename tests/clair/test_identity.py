@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from clair.build import build
-from clair.recipe import UserError, read_json, write_json
+from clair.core.errors import UserError
+from clair.core.files import read_json, write_json
+from clair.pipeline.build import build
 from tests.clair.building import manifest, pairs
 from tests.clair.scripted import Scripted, endpoint, install, oracle_verdict, recipe, revision
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from clair.ledger import ELSEWHERE, MINE, Claim, Ledger, LedgerError, Stored, Tokens, call_key
+from clair.ledger.ledger import ELSEWHERE, MINE, Claim, Ledger, LedgerError, Stored, Tokens, call_key
 
 ROOT = Path(__file__).parents[2]
 REQUEST = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0.5, "extra": {"a": [1]}}
@@ -179,7 +179,7 @@ def test_closing_writes_what_is_queued(tmp_path):
 
 HOLDER = """
 import asyncio, sys, time
-from clair.ledger import Claim, Ledger, Tokens
+from clair.ledger.ledger import Claim, Ledger, Tokens
 ledger = Ledger(sys.argv[1])
 async def take():
     for key in sys.argv[2:]:
@@ -255,7 +255,7 @@ def test_a_run_that_is_stopped_but_alive_keeps_its_rows(tmp_path, holder):
 
 TOGETHER = """
 import multiprocessing, sys
-from clair.ledger import Ledger
+from clair.ledger.ledger import Ledger
 context = multiprocessing.get_context("fork")
 def begin(together, names):
     for name in names:
@@ -293,7 +293,7 @@ async def pay_after_taking_over(ledger: Ledger) -> None:
 
 WRITER = """
 import asyncio, sys
-from clair.ledger import Claim, Ledger, Tokens
+from clair.ledger.ledger import Claim, Ledger, Tokens
 most = Tokens(10, 100)
 async def one(ledger, n):
     key = f"k{n}"
@@ -451,7 +451,7 @@ def test_a_full_disk_is_one_line_loses_nothing_and_goes_on_when_there_is_room(sm
 
 LIMITED = """
 import asyncio, resource, signal, sys
-from clair.ledger import Claim, Ledger, LedgerError, Tokens
+from clair.ledger.ledger import Claim, Ledger, LedgerError, Tokens
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
 most = Tokens(10, 100)

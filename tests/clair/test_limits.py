@@ -9,8 +9,8 @@ from random import Random
 
 import pytest
 
-from clair.build import build
-from clair.limits import PAUSE, Limiter, Rate
+from clair.inference.rate_limit import PAUSE, Limiter, Rate
+from clair.pipeline.build import build
 from recipes.world.running import running
 from recipes.world.server import ServerOptions
 from recipes.world.tasks import distinct_tasks, write_prompts

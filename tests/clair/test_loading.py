@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from clair.dataset import load_pairs
-from clair.loading import load_preferences, split_names
-from clair.preferences import read_row
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.data.dataset import load_pairs
+from clair.data.preference_sources import load_preferences, split_names
+from clair.data.preferences import read_row
 from tests.browser.synthetic import synthetic_pairs, write_dataset
 
 

@@ -18,10 +18,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from clair.build import build
-from clair.models import RequestFailed, Unreachable, reply_of
-from clair.models.local import LocalModel, weights_identity
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.inference.local import LocalModel, weights_identity
+from clair.inference.model import RequestFailed, Unreachable, reply_of
+from clair.pipeline.build import build
 from tests.clair import tiny_model
 from tests.clair.building import config_for, drops, manifest, pairs, write_prompts
 
@@ -101,7 +101,7 @@ def test_a_sampled_reply_is_the_same_whatever_the_batch(folder, options):
 def test_rows_that_have_ended_leave_the_batch_and_change_no_reply(folder, monkeypatch, options):
     requests = [{"messages": messages(t), "max_tokens": 60, "seed": 0, **options} for t in texts(16, 20)]
     together = ask(folder, requests, batch_size=16)
-    monkeypatch.setattr("clair.models.local._LOOK_AFTER", 3)
+    monkeypatch.setattr("clair.inference.local._LOOK_AFTER", 3)
     positions, forward = [], LlamaForCausalLM.forward
 
     def counted(self: Any, input_ids: Any, **more: Any) -> Any:
@@ -534,7 +534,7 @@ def test_what_is_being_generated_says_how_far_it_is_and_can_be_given_up(folder):
 
 def test_a_local_model_answers_without_advice_from_transformers(folder):
     code = (
-        "import asyncio, sys; from clair.models.local import LocalModel\n"
+        "import asyncio, sys; from clair.inference.local import LocalModel\n"
         "async def main():\n"
         "    model = LocalModel(sys.argv[1])\n"
         "    await model.complete({'messages': [{'role': 'user', 'content': 'red'}], 'max_tokens': 3})\n"

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from clair.build import build
-from clair.config import public
-from clair.merge import _allow_files, merge
-from clair.recipe import UserError
-from clair.shards import Shard, read_shard, sharded
+from clair.cluster.merge import _allow_files, merge
+from clair.core.errors import UserError
+from clair.pipeline.build import build
+from clair.pipeline.config import public
+from clair.pipeline.shards import Shard, read_shard, sharded
 from tests.clair.building import clair, drops, final_bytes, manifest, pairs
 from tests.clair.scripted import Scripted, endpoint, install, recipe, revision, verdict
 
@@ -115,8 +115,8 @@ def test_the_position_bias_of_all_shards_is_counted_together(tmp_path, monkeypat
 
 
 def test_each_shard_may_spend_its_part():
-    from clair.config import BuildConfig
-    from clair.recipe import resolve
+    from clair.core.recipe import resolve
+    from clair.pipeline.config import BuildConfig
 
     reviser = endpoint(price=PRICE, requests_per_minute=3, tokens_per_minute=1000)
     values = {"pipeline": "revised", "prompts": {"path": "p"}, "reviser": reviser, "out": "o", "budget": {"money": 10}}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import random
 
-from clair.overlap import Benchmark, NearDuplicates, Repeats
-from clair.sources import PromptSource, each_prompt
+from clair.data.deduplication import Benchmark, NearDuplicates, Repeats
+from clair.data.prompt_sources import PromptSource, each_prompt
 
 WORDS = [f"w{i}" for i in range(500)]
 

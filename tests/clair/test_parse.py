@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clair.parse import FAILURES, ParseFailure, is_refusal, parse_judgement, parse_revision
-from clair.records import Revision
+from clair.data.records import Revision
+from clair.prompting.parse import FAILURES, ParseFailure, is_refusal, parse_judgement, parse_revision
 from tests.clair.replies import (
     ANSWERS,
     REASONING,

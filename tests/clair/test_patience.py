@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from clair.build import build
-from clair.models import LimitReached, Refused, Unreachable
+from clair.inference.model import LimitReached, Refused, Unreachable
+from clair.pipeline.build import build
 from tests.clair.building import (
     clair,
     config_for,
@@ -25,8 +25,8 @@ from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr("clair.models.asking._FIRST_BACKOFF", 0.01)
-    monkeypatch.setattr("clair.limits.PAUSE", 0.05)
+    monkeypatch.setattr("clair.inference.client._FIRST_BACKOFF", 0.01)
+    monkeypatch.setattr("clair.inference.rate_limit.PAUSE", 0.05)
 
 
 def built(tmp_path, server, scripts: list[str], **keys: Any):

@@ -8,10 +8,11 @@ import math
 
 import pytest
 
-from clair.build import build
-from clair.config import BuildConfig
-from clair.dataset import read_rows
-from clair.recipe import UserError, resolve
+from clair.core.errors import UserError
+from clair.core.recipe import resolve
+from clair.data.dataset import read_rows
+from clair.pipeline.build import build
+from clair.pipeline.config import BuildConfig
 from tests.clair.scripted import Scripted, between, endpoint, install, oracle_verdict, recipe, revision, verdict
 
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from clair.build import build
-from clair.models import Refused, Unreachable
-from clair.models.pool import Pool
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.inference.model import Refused, Unreachable
+from clair.inference.pool import Pool
+from clair.pipeline.build import build
 from tests.clair.building import config_for, outcomes, scripted, scripted_rows, write_prompts
 
 
@@ -43,7 +43,7 @@ class Place:
 def clock(monkeypatch):
     """Seconds that pass only when a test says so."""
     now = SimpleNamespace(seconds=1000.0)
-    monkeypatch.setattr("clair.models.pool.time", SimpleNamespace(monotonic=lambda: now.seconds))
+    monkeypatch.setattr("clair.inference.pool.time", SimpleNamespace(monotonic=lambda: now.seconds))
     return now
 
 

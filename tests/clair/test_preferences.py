@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 
-from clair.preferences import note_of, read_dataset, read_row
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.data.preferences import note_of, read_dataset, read_row
 
 
 def user(text, **more):

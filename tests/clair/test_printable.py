@@ -10,11 +10,12 @@ import pytest
 import yaml
 
 from apo import model as models
-from clair.config import BuildConfig
-from clair.models.local import check_code
-from clair.progress import printable, tell
-from clair.recipe import UserError, load_recipe, one_line, parse_yaml
-from clair.terminal import show
+from clair.core.console import show
+from clair.core.errors import UserError, one_line
+from clair.core.progress import printable, tell
+from clair.core.recipe import load_recipe, parse_yaml
+from clair.inference.local import check_code
+from clair.pipeline.config import BuildConfig
 from tests.clair.building import clair, pairs, scripted_rows, write_prompts, write_recipe
 from tests.clair.scripted_server import STEER
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from clair import progress as module
-from clair.build import build
-from clair.models.asking import Tally
-from clair.progress import EVERY, FIRST, Progress, Rate, progress
+from clair.core import progress as module
+from clair.core.progress import EVERY, FIRST, Progress, Rate, progress
+from clair.inference.client import Tally
+from clair.pipeline.build import build
 from clair.terminal import _Asking
 from tests.clair.building import config_for, scripted_rows, write_prompts
 

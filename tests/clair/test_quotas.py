@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 
-from clair.budget import Budget, BudgetConfig
-from clair.build import build
-from clair.leases import Leases
-from clair.ledger import Ledger
-from clair.merge import merge
-from clair.quotas import GONE, Quotas, Report, RoleLimits, RoleReport
-from clair.shards import Shard, sharded
+from clair.cluster.leased_limits import Leases
+from clair.cluster.merge import merge
+from clair.cluster.shared_limits import GONE, Quotas, Report, RoleLimits, RoleReport
+from clair.inference.budget import Budget, BudgetConfig
+from clair.ledger.ledger import Ledger
+from clair.pipeline.build import build
+from clair.pipeline.shards import Shard, sharded
 from tests.clair.building import final_bytes, manifest
 from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from clair.shards import Shard
-from clair.storage import Store
+from clair.pipeline.shards import Shard
+from clair.storage.object_store import Store
 from tests.clair.building import (
     ROOT,
     clair,
@@ -165,7 +165,10 @@ def test_at_a_url_the_machines_of_driver_and_worker_are_lost_and_others_go_on_an
         assert paid_twice(server) == len(late)
         assert clair("build", path).code == 0
         assert fetched(url, out) == {name: (tmp_path / "out" / name).read_bytes() for name in FILES}
-        code = "from clair.storage import Store\ns = Store('s3://pairs')\nprint(s.names(), s.get_all(s.names()))"
+        code = (
+            "from clair.storage.object_store import Store\n"
+            "s = Store('s3://pairs')\nprint(s.names(), s.get_all(s.names()))"
+        )
         everything = in_s3(url, code)
         assert "'all-shards/2-of-2/ledger/" in everything
         assert not any(secret in everything + ended.out + ended.err for secret in KEYS.values())

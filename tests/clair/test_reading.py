@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from clair import hold, storage
-from clair.dataset import load_pairs, read_manifest, read_rows, split_file
-from clair.keep import fingerprint
-from clair.recipe import UserError, write_json
-from clair.sources import PromptSource, read_prompts
-from clair.storage import StorageError, Store, copy_of, read_here
+from clair.core.errors import UserError
+from clair.core.files import write_json
+from clair.data.dataset import load_pairs, read_manifest, read_rows, split_file
+from clair.data.prompt_sources import PromptSource, read_prompts
+from clair.reporting.review import fingerprint
+from clair.storage import object_store as storage
+from clair.storage import url_lock as hold
+from clair.storage.object_store import StorageError, Store, copy_of, read_here
 from tests.browser.synthetic import synthetic_pairs, write_dataset
 from tests.clair.building import clair, error_line
 

@@ -13,23 +13,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clair.recipe import (
-    Recipe,
-    UserError,
-    apply_overrides,
-    canonical_json,
-    changed_keys,
-    content_hash,
-    load_recipe,
-    near_miss,
-    one_line,
-    parse_yaml,
-    provenance,
-    resolve,
-    resolved,
-    write_atomically,
-    write_json,
-)
+from clair.core.errors import UserError, near_miss, one_line
+from clair.core.files import canonical_json, content_hash, write_atomically, write_json
+from clair.core.provenance import provenance
+from clair.core.recipe import Recipe, apply_overrides, changed_keys, load_recipe, parse_yaml, resolve, resolved
 
 
 class Inner(Recipe):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from clair.records import Dropped, Pair, Prompt, content_id
+from clair.data.records import Dropped, Pair, Prompt, content_id
 
 USER = ({"role": "user", "content": "Say é"},)
 
@@ -41,7 +41,7 @@ def test_the_users_own_id_changes_nothing_about_the_content_id():
 
 
 def test_another_process_with_another_hash_seed_gives_the_same_id():
-    code = "from clair.records import content_id; print(content_id(({'role': 'user', 'content': 'Say é'},), None))"
+    code = "from clair.data.records import content_id; print(content_id(({'role': 'user', 'content': 'Say é'},), None))"
     told = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-import clair.report as module
+import clair.reporting.dataset_report as module
 from clair.cli import app
-from clair.contrast import words
-from clair.dataset import read_manifest, read_rows
-from clair.keep import fingerprint
-from clair.page import json_text
-from clair.recipe import UserError
-from clair.report import explain, full_text, report
-from clair.sample import METRICS, Rows, cut, fit, opening, read_filters, stratified
+from clair.core.errors import UserError
+from clair.data.contrast import words
+from clair.data.dataset import read_manifest, read_rows
+from clair.reporting.dataset_report import explain, full_text, report
+from clair.reporting.html_page import json_text
+from clair.reporting.review import fingerprint
+from clair.reporting.sampling import METRICS, Rows, cut, fit, opening, read_filters, stratified
 from tests.browser.synthetic import DROPS, INJECTIONS, synthetic_pairs, write_dataset
 
 PAIRS = 150

@@ -10,11 +10,11 @@ from random import Random
 import pytest
 from typer.testing import CliRunner
 
-import clair.keep as module
+import clair.reporting.review as module
 from clair.cli import app
-from clair.dataset import CONTRAST, read_manifest, read_rows, split_file
-from clair.keep import Decisions, fingerprint, keep, read_decisions
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.data.dataset import CONTRAST, read_manifest, read_rows, split_file
+from clair.reporting.review import Decisions, fingerprint, keep, read_decisions
 from tests.browser.synthetic import synthetic_pairs, write_dataset
 
 PAIRS, DROPS = 2300, 12  # more than two row groups
@@ -256,8 +256,8 @@ def test_the_command_applies_a_file(folder, pairs, tmp_path):
 
 
 def test_a_reviewed_folder_loads_with_datasets(folder, pairs, tmp_path):
-    from clair.dataset import load_pairs
-    from clair.report import report
+    from clair.data.dataset import load_pairs
+    from clair.reporting.dataset_report import report
 
     keep(folder, decisions(folder, {pairs[0].id: "drop"}), tmp_path / "new")
     report(tmp_path / "new")
@@ -267,7 +267,7 @@ def test_a_reviewed_folder_loads_with_datasets(folder, pairs, tmp_path):
 
 
 def test_a_build_does_not_undo_a_review_unless_it_is_told_to(tmp_path, monkeypatch):
-    from clair.build import build
+    from clair.pipeline.build import build
     from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
 
     install(monkeypatch, reviser=Scripted("reviser", revision))

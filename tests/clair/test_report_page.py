@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clair.contrast import word_diff
-from clair.page import clip, diff, histogram, html_page, json_text, round_edges, template
+from clair.data.contrast import word_diff
+from clair.reporting.html_page import clip, diff, histogram, html_page, json_text, round_edges, template
 
 PARTS = ("report.html", "report.css", "overview.js", "report.js")
 # Any text at all: lone surrogates, control characters, and the tricks that close or open a script element.

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from clair.dataset import read_manifest, read_rows
-from clair.keep import fingerprint
-from clair.recipe import write_json
+from clair.core.files import write_json
+from clair.data.dataset import read_manifest, read_rows
+from clair.reporting.review import fingerprint
 from tests.browser.synthetic import synthetic_pairs, write_dataset
 from tests.clair.building import (
     ROOT,
@@ -47,8 +47,8 @@ def s3() -> Iterator[str]:
 def start(machine: Path, url: str, *arguments: str | Path, patience: float = 30) -> subprocess.Popen[str]:
     """The `clair` command on a machine of its own, that is with a cache of its own, and a lease of 3 s."""
     code = (
-        "from clair import hold, storage\n"
-        f"storage._PATIENCE, hold.LEASE, hold.BEAT = {patience}, 3.0, 0.5\n"
+        "from clair.storage import object_store, url_lock\n"
+        f"object_store._PATIENCE, url_lock.LEASE, url_lock.BEAT = {patience}, 3.0, 0.5\n"
         "from clair.cli import main\nmain()"
     )
     return subprocess.Popen(
@@ -96,7 +96,7 @@ def test_a_machine_lost_mid_run_costs_at_most_what_was_in_flight(tmp_path, serve
     assert 0 <= twice <= CONCURRENCY
     assert fetched(s3, out) == {name: (tmp_path / "out" / name).read_bytes() for name in FILES}
     everything = in_s3(
-        s3, f"from clair.storage import Store\ns = Store({out!r})\nprint(b''.join(s.get_all(s.names())))"
+        s3, f"from clair.storage.object_store import Store\ns = Store({out!r})\nprint(b''.join(s.get_all(s.names())))"
     )
     assert not any(secret in everything + ended.out + ended.err for secret in KEYS.values())
 
@@ -159,7 +159,9 @@ def test_a_dataset_in_a_bucket_is_reviewed_there(tmp_path, s3):
     folder = write_dataset(tmp_path / "pairs", synthetic_pairs(20, characters=60), 3)
     out, names = "s3://pairs/reviewed", [str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()]
     in_s3(
-        s3, f"from clair.storage import Store\n[Store({out!r}).upload(n, {str(folder)!r} + '/' + n) for n in {names!r}]"
+        s3,
+        "from clair.storage.object_store import Store\n"
+        f"[Store({out!r}).upload(n, {str(folder)!r} + '/' + n) for n in {names!r}]",
     )
     told = {"format": 1, "dataset": fingerprint(read_manifest(folder))}
     write_json(tmp_path / "d.json", {**told, "decisions": {next(read_rows(folder))["id"]: "drop"}})

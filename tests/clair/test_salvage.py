@@ -13,9 +13,9 @@ from random import Random
 
 import pytest
 
-from clair.ledger import MINE, Claim, Ledger, LedgerError, Stored, Tokens, call_key
-from clair.recipe import UserError
-from clair.salvage import readable, salvage
+from clair.core.errors import UserError
+from clair.ledger.ledger import MINE, Claim, Ledger, LedgerError, Stored, Tokens, call_key
+from clair.ledger.recovery import readable, salvage
 from tests.clair.building import clair, error_line, final_bytes, scripted_rows, write_prompts, write_recipe
 
 PAGE = 4096
@@ -284,7 +284,7 @@ def test_a_salvage_that_was_cut_off_is_done_by_running_it_again(damaged, monkeyp
     def cut_off(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clair.salvage.publish", cut_off)
+    monkeypatch.setattr("clair.ledger.recovery.publish", cut_off)
     with pytest.raises(KeyboardInterrupt):
         salvage(path)
     monkeypatch.undo()

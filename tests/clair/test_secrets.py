@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from clair.keep import fingerprint
-from clair.urls import without_secrets
+from clair.core.urls import without_secrets
+from clair.reporting.review import fingerprint
 from tests.clair.building import Ended, clair, drops, pairs, scripted_rows, write_prompts, write_recipe
 
 KEY = "sk-planted-key-4f5e6d"

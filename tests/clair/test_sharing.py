@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from clair.build import build
-from clair.config import BuildConfig
-from clair.recipe import UserError, load_recipe
-from clair.sharing import export, files_to_push, next_round, push
+from clair.core.errors import UserError
+from clair.core.recipe import load_recipe
+from clair.pipeline.build import build
+from clair.pipeline.config import BuildConfig
+from clair.pipeline.export import export, files_to_push, next_round, push
 from tests.clair.building import finished, start_clair
 from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
 

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from clair.recipe import UserError
-from clair.records import content_id
-from clair.sources import PromptSource, each_prompt, read_prompts, scan
+from clair.core.errors import UserError
+from clair.data.prompt_sources import PromptSource, each_prompt, read_prompts, scan
+from clair.data.records import content_id
 
 USER = {"role": "user", "content": "Hi"}
 ROWS = [
@@ -345,7 +345,7 @@ def test_a_million_rows_are_not_in_memory(tmp_path, kind):
                 file.write_table(pa.table({"prompt": [draw.randbytes(1250).hex() for _ in range(1000)]}))
     code = (
         "import resource, sys\n"
-        "from clair.sources import PromptSource, scan\n"
+        "from clair.data.prompt_sources import PromptSource, scan\n"
         "scan(PromptSource(path=sys.argv[1]), 1000)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "print(scan(PromptSource(path=sys.argv[1])).unique)\n"

@@ -7,9 +7,9 @@ import json
 import datasets
 import pytest
 
-from clair.dataset import DatasetWriter, card, load_pairs
-from clair.records import Pair
-from clair.sources import PromptSource, read_prompts
+from clair.data.dataset import DatasetWriter, card, load_pairs
+from clair.data.prompt_sources import PromptSource, read_prompts
+from clair.data.records import Pair
 
 CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: rows.jsonl\n---\n"
 

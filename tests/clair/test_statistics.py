@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from clair.statistics import (
+from clair.core.statistics import (
     best_of,
     cluster_bootstrap,
     clustered_mean,

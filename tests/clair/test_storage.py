@@ -16,17 +16,19 @@ from random import Random
 
 import pytest
 
-from clair import hold, segments, storage
-from clair.build import build
-from clair.hold import held
-from clair.ledger import Claim, Ledger, LedgerError, Tokens
-from clair.merge import merge
-from clair.models.batch_queue import BatchQueue, Outcome
-from clair.output import locked
-from clair.recipe import UserError
-from clair.segments import Segments
-from clair.shards import Shard
-from clair.storage import StorageError, Store, Taken, folder_of, read_here
+from clair.cluster.merge import merge
+from clair.core.errors import UserError
+from clair.inference.batch_queue import BatchQueue, Outcome
+from clair.ledger import replication as segments
+from clair.ledger.ledger import Claim, Ledger, LedgerError, Tokens
+from clair.ledger.replication import Segments
+from clair.pipeline.build import build
+from clair.pipeline.output_dir import locked
+from clair.pipeline.shards import Shard
+from clair.storage import object_store as storage
+from clair.storage import url_lock as hold
+from clair.storage.object_store import StorageError, Store, Taken, folder_of, read_here
+from clair.storage.url_lock import held
 from tests.clair.building import SPLIT_FILES, clair, error_line, final_bytes, write_prompts
 from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
 
@@ -540,7 +542,7 @@ def test_a_secret_of_several_lines_is_not_told_either(monkeypatch, tmp_path):
 
 
 def test_a_signed_url_of_prompts_is_written_down_without_its_signature(tmp_path, monkeypatch):
-    from clair.config import public
+    from clair.pipeline.config import public
 
     config = settings(tmp_path / "out")
     signed = config.prompts.model_copy(update={"path": "https://host/p.jsonl?X-Amz-Signature=abc"})

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from clair.build import build
-from clair.models import RequestFailed, reply_of, split_thinking, visible
+from clair.inference.model import RequestFailed, reply_of, split_thinking, visible
+from clair.pipeline.build import build
 from tests.clair.building import outcomes, pairs
 from tests.clair.scripted import Scripted, choice, endpoint, install, recipe, revision
 

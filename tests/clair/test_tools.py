@@ -8,15 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clair.build import build
-from clair.dataset import load_pairs, read_rows, schema, split_file
-from clair.keep import fingerprint
-from clair.merge import merge
-from clair.models import reply_of
-from clair.prompts import task_text
-from clair.recipe import UserError
-from clair.shards import Shard, shards_out
-from clair.sources import PromptSource, load_split, read_prompts
+from clair.cluster.merge import merge
+from clair.core.errors import UserError
+from clair.data.dataset import load_pairs, read_rows, schema, split_file
+from clair.data.prompt_sources import PromptSource, load_split, read_prompts
+from clair.data.records import task_text
+from clair.inference.model import reply_of
+from clair.pipeline.build import build
+from clair.pipeline.shards import Shard, shards_out
+from clair.reporting.review import fingerprint
 from tests.clair.building import clair, drops, manifest, write_prompts
 from tests.clair.scripted import Scripted, choice, endpoint, install, oracle_verdict, recipe, revision
 
@@ -102,7 +102,7 @@ def test_the_first_answer_that_calls_a_tool_may_come_late_and_shards_give_the_sa
         calls = {"tool_calls": [CALL]} if messages[-1]["content"] == "task 7" else {}
         return choice("a bad answer", "tool_calls" if calls else "stop", **calls)
 
-    monkeypatch.setattr("clair.dataset.ROWS_PER_GROUP", 3)
+    monkeypatch.setattr("clair.data.dataset.ROWS_PER_GROUP", 3)
     rows = [{"id": f"r{n}", "prompt": f"task {n}", "tools": TOOLS} for n in range(10)]
     found, _ = built(tmp_path, monkeypatch, target, rows)
     assert {id for id, row in found.items() if "tool_calls" in row["chosen"][0]} == {"r7"}

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from clair.models import Refused, RequestFailed, TooMany, Unreachable, wire
-from clair.models.turns import Turns
+from clair.inference import http as wire
+from clair.inference.model import Refused, RequestFailed, TooMany, Unreachable
+from clair.inference.server_queue import Turns
 from tests.clair.raw_server import GOOD, Answer, http, model_at, serving, writes
 from tests.clair.virtual_time import now, run
 

@@ -10,14 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from clair.build import build
-from clair.care import Care
-from clair.merge import merge
-from clair.models.local import LocalModel
-from clair.quotas import Quotas, RoleLimits
-from clair.session import open_model
-from clair.shards import Shard
-from clair.worker import Done, Order, Worker
+from clair.cluster.merge import merge
+from clair.cluster.shared_limits import Quotas, RoleLimits
+from clair.cluster.worker import Done, Order, Worker
+from clair.inference.local import LocalModel
+from clair.inference.open import open_model
+from clair.pipeline.build import build
+from clair.pipeline.shards import Care, Shard
 from tests.clair import tiny_model
 from tests.clair.building import drops, final_bytes, manifest
 from tests.clair.scripted import Scripted, endpoint, recipe, revision
@@ -51,7 +50,7 @@ def test_a_local_model_is_loaded_once_for_all_shards_of_a_worker(tmp_path, monke
     opened = lambda role, config: open_model(role, config) if config.path else reviser  # noqa: E731 (stands in for it)
     really = LocalModel._load
     monkeypatch.setattr(LocalModel, "_load", lambda self: (loads.append(self._loaded is None), really(self))[1])
-    monkeypatch.setattr("clair.worker.open_model", opened)
+    monkeypatch.setattr("clair.cluster.worker.open_model", opened)
     target = {"path": str(folder), "max_tokens": 8, "temperature": 0.7}
     keys = {"pipeline": "revised", "target": target, "reviser": endpoint()}
     config = recipe(tmp_path / "all", [{"prompt": f"question {n}"} for n in range(12)], **keys)
@@ -60,7 +59,7 @@ def test_a_local_model_is_loaded_once_for_all_shards_of_a_worker(tmp_path, monke
         assert built(worker, handle, order(config, index, 2)) == Done()
     assert loads.count(True) == 1
     merge(tmp_path / "all-shards")
-    monkeypatch.setattr("clair.session.open_model", opened)
+    monkeypatch.setattr("clair.inference.open.open_model", opened)
     build(config.model_copy(update={"out": str(tmp_path / "one")}))
     assert loads.count(True) == 2
     assert final_bytes(tmp_path / "all") == final_bytes(tmp_path / "one")
@@ -68,7 +67,7 @@ def test_a_local_model_is_loaded_once_for_all_shards_of_a_worker(tmp_path, monke
 
 
 def test_a_worker_takes_secrets_from_the_driver_and_refuses_another_version_or_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("clair.worker.open_model", lambda role, config: Scripted("reviser", revision))
+    monkeypatch.setattr("clair.cluster.worker.open_model", lambda role, config: Scripted("reviser", revision))
     config = recipe(tmp_path / "all", [{"prompt": "q", "answer": "bad"}], pipeline="revised", reviser=endpoint())
     worker, handle = Worker(), Handle("reviser")
     told = built(worker, handle, order(config, 1, 1, version="0.0.9")).error
@@ -88,7 +87,7 @@ def test_a_worker_whose_node_may_not_write_at_the_url_tells_which_node_it_is(tmp
         raise PermissionError("no")
 
     monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("clair.storage.write_atomically", refuse)
+    monkeypatch.setattr("clair.storage.object_store.write_atomically", refuse)
     url = f"file://{tmp_path}/bucket/all"
     made = recipe(tmp_path / "all", [{"prompt": "q", "answer": "bad"}], pipeline="revised", reviser=endpoint())
     told = built(Worker(), Handle("reviser"), order(made.model_copy(update={"out": url}), 1, 1)).error
@@ -103,7 +102,7 @@ def test_rows_are_built_one_by_one_and_noted_where_care_is_taken_and_killers_are
         seen.append(noted.read_text())
         return revision(messages, sample)
 
-    monkeypatch.setattr("clair.worker.open_model", lambda role, config: Scripted("reviser", script))
+    monkeypatch.setattr("clair.cluster.worker.open_model", lambda role, config: Scripted("reviser", script))
     made = [{"id": f"row-{n}", "prompt": f"q {n}", "answer": f"bad {n}"} for n in range(5)]
     config = recipe(tmp_path / "all", made, pipeline="revised", reviser=endpoint())
     care = Care(killers=frozenset({"row-3"}), note=True)

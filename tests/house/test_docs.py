@@ -27,7 +27,7 @@ from tests.house.pages import ROOT, blocks, commands, pages, tables
 def configs() -> dict[str, type[BaseModel]]:
     """Every recipe and every part of one, by class name."""
     from apo.config import TrainConfig
-    from clair.config import BuildConfig
+    from clair.pipeline.config import BuildConfig
 
     found: dict[str, type[BaseModel]] = {}
     todo: list[type[BaseModel]] = [BuildConfig, TrainConfig]
@@ -77,7 +77,7 @@ def test_every_key_of_every_recipe_is_documented_with_its_default():
 
 
 def test_every_filter_is_documented_with_its_options():
-    from clair.filters import FILTERS, OFF
+    from clair.pipeline.filters import FILTERS, OFF
 
     ((page, _, (_, *rows)),) = tables("filters")
     expected = []
@@ -90,9 +90,9 @@ def test_every_filter_is_documented_with_its_options():
 
 
 def test_every_reason_for_a_drop_is_documented():
-    from clair.filters import FILTERS
-    from clair.parse import FAILURES
-    from clair.session import _LEFT_OUT
+    from clair.inference.open import _LEFT_OUT
+    from clair.pipeline.filters import FILTERS
+    from clair.prompting.parse import FAILURES
 
     rows = [row for _, _, (_, *rows) in tables("reasons") for row in rows]
     told = {reason.strip("` ") for row in rows for reason in row[1].split(",")}
@@ -111,7 +111,7 @@ def test_every_reason_for_a_drop_is_documented():
 
 
 def test_exit_codes_are_the_ones_of_the_code():
-    from clair import recipe
+    from clair.core import recipe
 
     expected = {0, *(value for name, value in vars(recipe).items() if name.startswith("EXIT_"))}
     ((_, _, (_, *rows)),) = tables("exit codes")
@@ -155,8 +155,8 @@ def recipes() -> list[tuple[str, str]]:
 def test_recipes_are_recipes(where, text):
     """A whole recipe is accepted as it stands; of a part of one, every key exists."""
     from apo.config import TrainConfig
-    from clair.config import BuildConfig
-    from clair.recipe import parse_yaml, resolve
+    from clair.core.recipe import parse_yaml, resolve
+    from clair.pipeline.config import BuildConfig
 
     values = parse_yaml(text)
     if "pipeline" in values:

@@ -59,8 +59,8 @@ def made(tmp_path_factory):
     """What pages find made by others: pairs, scored pairs, a full run, an adapter, results of evaluations."""
     from apo.config import TrainConfig
     from apo.train import train
-    from clair.build import build
-    from clair.config import BuildConfig
+    from clair.pipeline.build import build
+    from clair.pipeline.config import BuildConfig
     from recipes.world.running import running
     from recipes.world.tasks import distinct_tasks
     from tests.apo.evaluate.made_results import make_items, write_folder
@@ -149,8 +149,8 @@ def write_recipes(page: str, place: Path, url: str) -> None:
 
 def write_rows(place: Path, made: Path) -> None:
     """Rows and answers of small formats: decisions, an audit, comparisons of users, answers of two models."""
-    from clair.dataset import read_manifest, read_rows
-    from clair.keep import fingerprint
+    from clair.data.dataset import read_manifest, read_rows
+    from clair.reporting.review import fingerprint
 
     scored = list(read_rows(made / "scored", ["train"]))
     marked = fingerprint(read_manifest(made / "scored"))

@@ -15,8 +15,8 @@ ROWS = 24
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A dataset folder built over HTTP from prompts with wrong answers, the last row twice and one reply a refusal."""
-    from clair.build import build
-    from clair.config import BuildConfig
+    from clair.pipeline.build import build
+    from clair.pipeline.config import BuildConfig
     from recipes.world.running import running
     from recipes.world.tasks import distinct_tasks
 
@@ -49,7 +49,7 @@ def test_the_schema_is_the_one_of_the_page(folder):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from clair.dataset import CONTRAST, schema, split_file
+    from clair.data.dataset import CONTRAST, schema, split_file
 
     def kind(type: pa.DataType) -> str:
         if pa.types.is_list(type):
@@ -94,7 +94,7 @@ def test_datasets_reads_it_as_it_is(folder, tmp_path):
 
 def test_exported_unpaired_rows_are_the_pairs_cut_in_two(folder, tmp_path):
     from apo.pairs import Source, load_train
-    from clair.sharing import export
+    from clair.pipeline.export import export
 
     count = export("unpaired", folder, "train", tmp_path / "rows.jsonl")
     pairs, rows = (load_train([Source(path=str(path))], 0) for path in (folder, tmp_path / "rows.jsonl"))
@@ -105,7 +105,7 @@ def test_exported_unpaired_rows_are_the_pairs_cut_in_two(folder, tmp_path):
 
 
 def test_every_format_that_the_page_lists_is_read_as_the_same_row():
-    from clair.preferences import read_row
+    from clair.data.preferences import read_row
 
     ((page, _, (_, *rows)),) = tables("read")
     turns = {"prompt": ("user", "2 + 2?"), "chosen": ("assistant", "4"), "rejected": ("assistant", "5")}

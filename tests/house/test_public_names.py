@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from clair.storage import local
+from clair.storage.object_store import local
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -10,9 +10,9 @@ from random import Random
 
 import pytest
 
-from clair.dataset import DatasetWriter, load_pairs
-from clair.recipe import UserError
-from clair.records import Pair
+from clair.core.errors import UserError
+from clair.data.dataset import DatasetWriter, load_pairs
+from clair.data.records import Pair
 from recipes.mini import advice as design
 from recipes.mini import results
 from recipes.mini.advice import COMBINATIONS, QUESTIONS, RATES, TARGETS, orders, prepare, relabelled, train_one

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clair.config import BuildConfig
-from clair.contrast import contrast_of
-from clair.dataset import DatasetWriter, read_rows
-from clair.recipe import UserError, read_json, write_json
-from clair.records import Message, Pair
+from clair.core.errors import UserError
+from clair.core.files import read_json, write_json
+from clair.data.contrast import contrast_of
+from clair.data.dataset import DatasetWriter, read_rows
+from clair.data.records import Message, Pair
+from clair.pipeline.config import BuildConfig
 from recipes.mini import data
 from recipes.mini.answers import scored
 from recipes.world.running import ROOT

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from clair.contrast import contrast_of
-from clair.dataset import DatasetWriter
-from clair.recipe import UserError, write_json
-from clair.records import Message, Pair
+from clair.core.errors import UserError
+from clair.core.files import write_json
+from clair.data.contrast import contrast_of
+from clair.data.dataset import DatasetWriter
+from clair.data.records import Message, Pair
 from recipes.mini import results
 from recipes.mini.cells import Design, chosen, climbed, due
 from recipes.mini.grid import MOVED, Place, grid, rhythm

@@ -8,8 +8,8 @@ from dataclasses import asdict
 
 import pytest
 
-from clair.recipe import UserError
-from clair.statistics import Estimate, t_quantile
+from clair.core.errors import UserError
+from clair.core.statistics import Estimate, t_quantile
 from recipes.mini import plots, results, table
 from recipes.mini.cells import Cell, Design
 from recipes.mini.claims import (

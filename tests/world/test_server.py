@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from clair.edits import parse_edits
-from clair.records import Revision
+from clair.data.records import Revision
+from clair.prompting.edits import parse_edits
 from recipes.world.judge import Leanings
 from recipes.world.reviser import REFUSAL, SOLUTION, STYLES, Misbehaviour, corrected
 from recipes.world.running import ROOT, Running, running

@@ -20,7 +20,7 @@ import pytest
 from apo import cli
 from apo.evaluate.run import Evaluated, evaluate
 from apo.evaluate.settings import MixEvalConfig
-from clair.recipe import resolve
+from clair.core.recipe import resolve
 from tests.clair.building import Ended
 
 ROOT = Path(__file__).parents[3]

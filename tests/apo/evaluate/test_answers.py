@@ -9,7 +9,7 @@ import pytest
 
 from apo.evaluate.answers import messages_of, read_responses, wanted
 from apo.evaluate.mixeval import load
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.evaluate.questions import responses_of
 
 

@@ -17,8 +17,8 @@ from apo.cli import app
 from apo.evaluate.compare import comparison, flip_kind, flips, names_of, other_splits, read_all, rows_of
 from apo.evaluate.results import Item, JudgeUsed, read_results
 from apo.evaluate.tables import comparison_words
-from clair.recipe import UserError
-from clair.statistics import paired_difference
+from clair.core.errors import UserError
+from clair.core.statistics import paired_difference
 from tests.apo.evaluate.evaluating import evaluated
 from tests.apo.evaluate.made_results import make_items, write_folder
 from tests.house.pages import ROOT, tables

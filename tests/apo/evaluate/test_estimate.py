@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from apo.evaluate.estimate import estimate
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.evaluate.evaluating import apo, config_for, evaluated
 from tests.apo.evaluate.questions import responses_of
 

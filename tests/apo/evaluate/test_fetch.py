@@ -15,7 +15,7 @@ from apo.evaluate import fetch as fetching
 from apo.evaluate import mixeval
 from apo.evaluate.fetch import fetch, judge_words
 from apo.evaluate.mixeval import load, load_judge_words
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.evaluate.evaluating import apo
 from tests.apo.evaluate.questions import JUDGE
 from tests.clair.building import error_line

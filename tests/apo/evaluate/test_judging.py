@@ -20,7 +20,7 @@ from apo.evaluate.judging import (
     with_fallbacks,
 )
 from apo.evaluate.mixeval import Row
-from clair.records import Dropped, Reply
+from clair.data.records import Dropped, Reply
 from tests.house.pages import tables
 
 FREE = Row("free-form", 0, "DROP", None, "How many?", (), ("3",))

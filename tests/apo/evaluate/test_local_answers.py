@@ -12,9 +12,9 @@ import pytest
 
 from apo.evaluate.results import read_results
 from apo.evaluate.run import evaluate
-from clair.ledger import Ledger
-from clair.models.local import LocalModel
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.inference.local import LocalModel
+from clair.ledger.ledger import Ledger
 from tests.apo.evaluate.evaluating import config_for, evaluated, final
 from tests.clair import tiny_model
 

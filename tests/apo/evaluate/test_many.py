@@ -10,8 +10,8 @@ import pytest
 
 from apo.evaluate.many import apart, names_of
 from apo.evaluate.results import MAX_NEW_TOKENS, read_results
-from clair.models.local import LocalModel
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.inference.local import LocalModel
 from tests.apo.evaluate.evaluating import apo, config_for, evaluated, final
 from tests.clair import tiny_model
 

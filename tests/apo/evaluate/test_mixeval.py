@@ -9,7 +9,7 @@ import pytest
 
 from apo.evaluate import mixeval
 from apo.evaluate.mixeval import JudgeWords, Row, load, load_judge_words, prompts_sha256
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.evaluate.questions import accept, write_data
 
 

@@ -19,8 +19,8 @@ from apo.evaluate.pairs import (
     summary,
 )
 from apo.logps import response_logps
-from clair.contrast import shared_tokens
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.data.contrast import shared_tokens
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 from tests.apo.evaluate.evaluating import apo
 

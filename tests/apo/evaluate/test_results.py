@@ -18,7 +18,7 @@ from apo.evaluate.results import (
     read_results,
     write_results,
 )
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.house.pages import tables
 
 

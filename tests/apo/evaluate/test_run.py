@@ -12,8 +12,8 @@ import pytest
 
 from apo.evaluate.results import read_results
 from apo.evaluate.run import Run
-from clair.models.asking import Stop
-from clair.recipe import UserError
+from clair.core.errors import UserError
+from clair.inference.client import Stop
 from tests.apo.evaluate.evaluating import apo, evaluated, final, judging
 from tests.apo.evaluate.questions import JUDGE, responses_of
 from tests.clair.building import error_line
@@ -273,8 +273,8 @@ API_ERRORS = [("HTTP402", "402"), ("HTTP413", "413"), ("BODY429", "Rate limit ex
 def test_an_error_of_the_judges_server_is_no_score_and_the_command_goes_on(
     data, tmp_path, server, profile, error, words, monkeypatch
 ):
-    monkeypatch.setattr("clair.models.asking._FIRST_BACKOFF", 0.001)
-    monkeypatch.setattr("clair.limits.PAUSE", 0.001)
+    monkeypatch.setattr("clair.inference.client._FIRST_BACKOFF", 0.001)
+    monkeypatch.setattr("clair.inference.rate_limit.PAUSE", 0.001)
     later = "|".join([error] * (6 if error == "BODY429" else 1) + ["[[1]]"])  # as often as it is asked by default
     folder = scripted(data, tmp_path / "r", ff0=later, ff1="[[0]]")
     arguments = ["eval", "mixeval", "--data", data, "--responses", folder, "--out", tmp_path / "out"]
@@ -318,8 +318,8 @@ def test_a_server_that_is_only_busy_ends_the_command_after_its_patience(data, tm
 
 @pytest.mark.parametrize(("error", "words"), API_ERRORS)
 def test_an_error_of_the_models_server_is_no_wrong_answer(tmp_path, monkeypatch, server, error, words):
-    monkeypatch.setattr("clair.models.asking._FIRST_BACKOFF", 0.001)
-    monkeypatch.setattr("clair.limits.PAUSE", 0.001)
+    monkeypatch.setattr("clair.inference.client._FIRST_BACKOFF", 0.001)
+    monkeypatch.setattr("clair.inference.rate_limit.PAUSE", 0.001)
     from tests.apo.evaluate.questions import FREE_FORM, MULTIPLE_CHOICE, accept, write_data
 
     free_form = [{**FREE_FORM[0], "prompt": f"<<{error}>>"}, *FREE_FORM[1:]]

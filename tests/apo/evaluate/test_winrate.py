@@ -10,8 +10,9 @@ import pytest
 
 from apo.evaluate.verdicts import Answer, Compared, summary
 from apo.evaluate.winrate import WinrateConfig, check, compare
-from clair.recipe import UserError, resolve
-from clair.records import Prompt
+from clair.core.errors import UserError
+from clair.core.recipe import resolve
+from clair.data.records import Prompt
 from recipes.world.judge import Leanings
 from recipes.world.reviser import Misbehaviour
 from recipes.world.running import Running, running
@@ -266,8 +267,8 @@ def test_an_endpoint_that_is_not_there_gives_no_rate_and_says_so(scripted_server
     [("HTTP402", "402"), ("HTTP413", "413"), ("BODY429", "Rate limit exceeded"), ("HTTP400", "400")],
 )
 def test_an_error_of_the_judges_server_is_no_win_rate_and_the_command_goes_on(tmp_path, monkeypatch, error, words):
-    monkeypatch.setattr("clair.models.asking._FIRST_BACKOFF", 0.001)
-    monkeypatch.setattr("clair.limits.PAUSE", 0.001)
+    monkeypatch.setattr("clair.inference.client._FIRST_BACKOFF", 0.001)
+    monkeypatch.setattr("clair.inference.rate_limit.PAUSE", 0.001)
     won = "{teacher_reasoning}\nlonger\n\n{best_student_solution}\n[2]"
     script = f"<<{'|'.join([error] * (6 if error == 'BODY429' else 1))}|{won}>>"
     rows = [{"prompt": f"Question {n}?", "answer": f"answer {n}"} for n in range(4)]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from apo.cli import app
 from apo.rewards.folder import Reward, notes_on, save_user, user_file
 from apo.rewards.judge import by_group, padded, worst_off
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from tests.apo.conftest import NUMBERS, make_model, make_tokenizer
 
 USERS = 8
@@ -211,10 +211,10 @@ def test_by_group_and_worst_off_by_hand():
 
 
 def test_a_judge_for_the_worst_off_writes_decisions_that_clair_keep_takes(world, tmp_path):
-    from clair.build import build
     from clair.cli import app as clair
-    from clair.config import BuildConfig
-    from clair.dataset import read_rows
+    from clair.data.dataset import read_rows
+    from clair.pipeline.build import build
+    from clair.pipeline.config import BuildConfig
 
     prompts = [
         {"prompt": "what is one", "id": "agreed", "answers": ["one two three", "two one three"], "scores": [2, 1]},
@@ -263,7 +263,7 @@ def test_a_new_user_is_asked_what_says_most_and_every_answer_is_kept(world, tmp_
     assert "'../ann'" not in str(Reward.load(tmp_path / "vpl").states)
     # Go on: always what is in numbers, which stands first or second by hash.
     rows = {row["id"]: row for row in read(tmp_path / "pool.jsonl")}
-    from clair.recipe import content_hash
+    from clair.core.files import content_hash
 
     def first_is_chosen(id: str) -> bool:
         return int(content_hash(["../ann", id])[0], 16) % 2 == 0

@@ -16,7 +16,7 @@ from apo.rewards.scorer import Comparisons, Standard, accuracy, denormals_flushe
 from apo.rewards.select import _fewest, new_scorer, select
 from apo.rewards.select import fitted as best_fit
 from apo.rewards.vpl import VPL, next_question
-from clair.recipe import UserError
+from clair.core.errors import UserError
 from recipes.world import toy
 
 

@@ -1,0 +1,179 @@
+"""The shards of a build as one dataset: the same bytes as of the build that was never sharded.
+
+Every shard has written its rows in the order of the prompts, and where each stands among all. So they are merged as
+sorted streams (k-way): a few rows of each shard are in memory at a time, however many there are.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import resource
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from clair.core.errors import UserError
+from clair.core.files import read_json, write_atomically, write_json
+from clair.data.dataset import SPLITS, DatasetWriter, card, read_manifest, read_order, split_file
+from clair.data.prompt_sources import parquet_rows
+from clair.ledger.ledger import join_ledgers
+from clair.pipeline.config import differences
+from clair.pipeline.output_dir import Output, check_output, locked
+from clair.pipeline.shards import Shard, lying
+from clair.pipeline.steps import position_bias
+from clair.storage.object_store import account_of, joined, public_path
+
+_ROWS_AT_ONCE = 100
+_FILES_OF_A_SHARD, _OTHER_FILES = 5, 100  # a lock, two splits, the order, what was dropped; ours and the libraries'
+Row = tuple[int, str, dict[str, Any]]
+
+
+def merge(folder: str | Path, out: str | Path | None = None) -> dict[str, Any]:
+    """Join the shards in `folder` into the dataset folder `out`, by default the recipe's; its manifest.
+
+    Raises UserError for a shard that is missing, unfinished, in use, or of another recipe or other prompts.
+    """
+    with ExitStack() as stack:
+        found = _found(str(folder))
+        _allow_files(_FILES_OF_A_SHARD * len(found) + _OTHER_FILES)
+        outputs = [stack.enter_context(locked(shard)) for shard in found]
+        shards = [output.folder for output in outputs]
+        manifests = [read_manifest(shard) for shard in shards]
+        _check_alike(shards, manifests)
+        for output, manifest in zip(outputs, manifests, strict=True):
+            output.fetch(manifest["files"])
+        where = str(out or manifests[0]["recipe"]["out"])
+        recipe = {**manifests[0]["recipe"], "out": public_path(where)}
+        check_output(where)
+        target = stack.enter_context(locked(where))
+        _check_target(target.folder, recipe)
+        return _merge(shards, manifests, target, recipe)
+
+
+def _allow_files(count: int) -> None:
+    """Let this process have so many files open. Raises UserError where the system does not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"the shards have {count} files to open at once, and this system allows {hard}; raise it (ulimit -Hn)"
+            ) from error
+
+
+def _found(folder: str) -> list[str]:
+    """The folders or URLs of all shards, in order. Raises UserError naming what is missing."""
+    shards, finished = lying(folder)
+    told = public_path(folder)
+    if not shards:
+        raise UserError(f"{told} holds no shards (folders such as 1-of-4); give the folder that --shard made")
+    of = max(shard.of for shard in shards)
+    strange = [shard.name for shard in sorted(shards, key=lambda shard: shard.index) if shard.of != of]
+    if strange:
+        raise UserError(f"{told} holds shards of {of} and others ({strange[0]}); move those away that do not belong")
+    missing = [f"{index}/{of}" for index in range(1, of + 1) if Shard(index, of) not in finished]
+    if missing:
+        raise UserError(f"{told} lacks shard {', '.join(missing[:10])}; run clair build --shard {missing[0]} first")
+    return [joined(folder, Shard(index, of).name) for index in range(1, of + 1)]
+
+
+def _check_alike(shards: Sequence[Path], manifests: Sequence[Mapping[str, Any]]) -> None:
+    first = manifests[0]
+    for shard, manifest in zip(shards, manifests, strict=True):
+        changed = differences(first["recipe"], manifest["recipe"])
+        changed += [key for key in ("models", "prompts_sha256", "format") if first[key] != manifest[key]]
+        if changed:
+            raise UserError(
+                f"{shard} was not built as {shards[0]} was (it differs in {', '.join(changed)}); build it again with "
+                f"the same recipe, prompts and models"
+            )
+
+
+def _check_target(target: Path, recipe: Mapping[str, Any]) -> None:
+    file = target / "recipe.json"
+    if file.is_file() and (changed := differences(read_json(file), recipe)):
+        raise UserError(
+            f"{public_path(recipe['out'])} holds another recipe's run (it differs in {', '.join(changed)}); choose "
+            f"another --out"
+        )
+
+
+def _merge(
+    shards: Sequence[Path], manifests: Sequence[dict[str, Any]], output: Output, recipe: dict[str, Any]
+) -> dict[str, Any]:
+    import pyarrow.parquet as pq
+
+    target = output.folder
+    tools = "tools" in pq.read_schema(shards[0] / split_file(SPLITS[0])).names
+    writer = DatasetWriter(target, seed=recipe["seed"], test_fraction=recipe["test_fraction"], tools=tools)
+    finished = False
+    try:
+        for expected, (place, kind, row) in enumerate(heapq.merge(*map(_rows, shards), key=lambda row: row[0])):
+            if place != expected:
+                raise UserError(f"the shards in {shards[0].parent} lack row {expected + 1}; build them again")
+            if kind == "dropped":
+                writer.drop_row(row)
+            else:
+                writer.add_row(row)
+        finished = True
+    finally:
+        hashes = writer.close(keep=finished)
+    write_json(target / "recipe.json", recipe)
+    if recipe["ledger"] is None:
+        ledgers, ledger = [shard / "ledger.sqlite" for shard in shards], target / "ledger.sqlite"
+        join_ledgers(ledgers, ledger, account_of(recipe["out"]))
+        output.ledger(ledger, all_new=True).close()
+    manifest = _manifest(manifests, recipe, writer, hashes)
+    write_json(target / "manifest.json", manifest)
+    write_atomically(target / "README.md", card(manifest))
+    output.publish()
+    return manifest
+
+
+def _rows(shard: Path) -> Iterator[Row]:
+    """(place among all prompts, kind, row) of a shard, in order."""
+    with open(shard / "dropped.jsonl", "rb") as lines:
+        streams = {split: parquet_rows(shard / split_file(split), _ROWS_AT_ONCE) for split in SPLITS}
+        streams["dropped"] = map(json.loads, lines)
+        for place, kind in read_order(shard):
+            row = next(streams[kind], None)
+            if row is None:
+                raise UserError(f"{shard} is damaged ({kind} ends early); build it again")
+            yield place, kind, row
+
+
+def _manifest(
+    manifests: Sequence[dict[str, Any]], recipe: dict[str, Any], writer: DatasetWriter, hashes: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the manifest of one run would say; `seconds` are those of all shards together."""
+    seen: Counter[int] = Counter()
+    cost: Counter[str] = Counter()
+    tokens: dict[str, Counter[str]] = {role: Counter() for role in manifests[0]["tokens"]}
+    for manifest in manifests:
+        for role, counted in manifest["tokens"].items():
+            tokens[role].update(counted)
+        for choice, name in enumerate(("ties", "first", "second")):
+            seen[choice] += manifest.get("position", {}).get(name, 0)
+        for role, money in manifest.get("cost", {}).items():
+            cost[role] += Decimal(money)  # type: ignore[assignment]
+    position = {"position": position_bias(seen)} if sum(seen.values()) else {}
+    first = sum((Counter(manifest["first_replies"]) for manifest in manifests), Counter())
+    merged = {
+        **{key: value for key, value in manifests[0].items() if key != "shard"},
+        "counts": writer.all_counts(),
+        "drop_reasons": dict(sorted(writer.reasons.items())),
+        "failed": writer.failed,
+        "contrast": writer.contrast_means(),
+        **position,
+        "first_replies": dict(sorted(first.items())),
+        "tokens": {role: dict(counted) for role, counted in tokens.items()},
+        "files": dict(hashes),
+        "recipe": recipe,
+        "seconds": round(sum(manifest["seconds"] for manifest in manifests), 1),
+    }
+    return merged | ({"cost": {role: f"{Decimal(m).normalize():f}" for role, m in cost.items()}} if cost else {})

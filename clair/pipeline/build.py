@@ -1,0 +1,299 @@
+"""One recipe in, one dataset folder out: resumable, and the same bytes however often it was interrupted."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from clair.core.errors import UserError
+from clair.core.files import content_hash, file_sha256, read_json, write_atomically, write_json
+from clair.core.provenance import provenance
+from clair.core.urls import without_secrets
+from clair.data.dataset import DatasetWriter, card, read_manifest
+from clair.data.prompt_sources import Scan, each_prompt, scan
+from clair.data.records import Pair, Prompt
+from clair.inference.batch_service import Pending
+from clair.inference.budget import prices_of, share_left, table_version
+from clair.inference.client import Asker, Tally
+from clair.inference.open import Means, check_models
+from clair.ledger.ledger import Ledger, Tokens
+from clair.pipeline.config import BuildConfig, differences, public
+from clair.pipeline.output_dir import DYING, Output, check_output, locked
+from clair.pipeline.runner import KILLER, Session, session, templates
+from clair.pipeline.shards import Care, Shard, sharded
+from clair.pipeline.steps import position_bias
+from clair.storage.object_store import account_of, public_path, read_here
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What a build did. `stopped` tells why it ended early; the folder then still holds what it held before.
+
+    `out` is on this machine: of a URL, where the copy of it lies.
+    """
+
+    out: Path
+    manifest: Mapping[str, Any]
+    failed: int
+    stopped: str | None = None
+
+
+Progress = Callable[[DatasetWriter, Mapping[str, Asker]], None]
+
+
+def check(config: BuildConfig, shard: Shard | None = None) -> Scan:
+    """Everything that can be wrong before a request is sent. Raises UserError; spends nothing, writes nothing.
+
+    `shard`: the part of the rows that the result counts as `held`.
+    """
+    check_output(config.out)
+    templates(config)
+    check_models(config.models, config.budget, config.seed)
+    found = scan(config.prompts, config.limit, shard.holds) if shard else scan(config.prompts, config.limit)
+    given = found.compared if config.pipeline == "judged" else found.answered
+    if config.target is None and given < found.unique:
+        column = "answers column" if config.pipeline == "judged" else "answer column"
+        raise UserError(
+            f"{found.unique - given} of {found.unique} prompts have no answer and the recipe has no target; "
+            f"add target: or an {column}"
+        )
+    if config.pipeline == "stronger" and config.stronger is None and found.preferred < found.unique:
+        raise UserError(
+            f"{found.unique - found.preferred} of {found.unique} prompts have no stronger answer and the recipe has no "
+            f"stronger model; add stronger:, or fill the column that prompts.columns.stronger names"
+        )
+    if config.pipeline == "judged" and config.judge is None and found.scored < found.unique:
+        raise UserError(
+            f"{found.unique - found.scored} of {found.unique} prompts have no scores and the recipe has no judge; add "
+            f"judge: or a scores column"
+        )
+    return found
+
+
+def build(
+    config: BuildConfig,
+    *,
+    found: Scan | None = None,
+    update: bool = False,
+    on_progress: Progress | None = None,
+    shard: Shard | None = None,
+    means: Means | None = None,
+    care: Care | None = None,
+    patience: float = 0.0,
+) -> Built:
+    """Build the dataset folder `config.out`, going on from whatever its ledger holds; or one shard of it, beside it.
+
+    `found` is what `check` returned, where the caller has looked already. `means`: limits and money that all shards
+    share, where the shard has no part of its own. `care`: what its process died of before. `patience`: seconds to wait
+    for a folder that is in use.
+    Raises UserError for the user's mistakes (docs/data.md lists them) before any work, and for a refusing endpoint.
+    """
+    whole = config
+    if shard:
+        config = sharded(config, shard, shared=means is not None)
+    found = found or check(config)
+    with locked(config.out, patience) as output:
+        out = output.folder
+        same_recipe(config, out, update=update)
+        output.upload("recipe.json")
+        with output.ledger(config.ledger_path) as ledger:
+            telling = on_progress or (lambda *_: None)
+            built = asyncio.run(_build(config, found, output, ledger, telling, shard, means, care or Care()))
+        if built.stopped:
+            return built
+        output.remove(DYING)
+        manifest = {**built.manifest, "recipe": recorded(whole)}
+        if shard:
+            manifest["shard"] = {"index": shard.index, "of": shard.of}
+        write_json(out / "manifest.json", manifest)
+        write_atomically(out / "README.md", card(manifest))
+        output.publish()
+        return Built(out, manifest, built.failed)
+
+
+async def _build(
+    config: BuildConfig,
+    found: Scan,
+    output: Output,
+    ledger: Ledger,
+    on_progress: Progress,
+    shard: Shard | None,
+    means: Means | None,
+    care: Care,
+) -> Built:
+    started = time.monotonic()
+    out = output.folder
+    async with session(config, ledger, means=means) as run:
+        while True:
+            options = {"seed": config.seed, "test_fraction": config.test_fraction}
+            writer = DatasetWriter(out, **options, order=shard is not None, tools=found.tools)
+            finished = False
+            try:
+                finished = await _fill(run, found, writer, on_progress, shard, care, output)
+            finally:
+                hashes = writer.close(keep=finished)
+            if finished or not await run.wait(partial(on_progress, writer, run.askers)):
+                break
+    if not finished:
+        if run.stop.error:
+            raise run.stop.error
+        return Built(out, {}, writer.failed, run.stop.reason)
+    manifest = _manifest(config, found, writer, run, hashes, time.monotonic() - started)
+    return Built(out, manifest, writer.failed)
+
+
+async def _fill(
+    run: Session,
+    found: Scan,
+    writer: DatasetWriter,
+    on_progress: Progress,
+    shard: Shard | None,
+    care: Care,
+    output: Output,
+) -> bool:
+    """Write the outcome of every prompt, in the order of the prompts; whether that came to its end."""
+    config, pending = run.config, 0
+    places: deque[int] = deque()
+
+    def ended() -> None:
+        writer.ahead += 1
+        on_progress(writer, run.askers)
+
+    def prompts() -> Iterator[tuple[Prompt, str | None]]:
+        for place, (prompt, left_out) in enumerate(each_prompt(config.prompts, config.limit, found)):
+            if config.accept and writer.pairs + pending >= config.accept:  # every one that waits may become a pair
+                return
+            if shard is None or shard.holds(prompt.id):
+                places.append(place)
+                if care.note:
+                    (output.folder / DYING).write_text(prompt.id, "utf-8")
+                    output.upload(DYING)
+                yield prompt, KILLER if prompt.id in care.killers else left_out
+
+    on_progress(writer, run.askers)
+    async with aclosing(run.outcomes(prompts(), one_by_one=care.note, on_end=ended)) as outcomes:
+        async for id, outcome in outcomes:
+            writer.ahead -= 1
+            writer.place = places.popleft()
+            if isinstance(outcome, Pending):
+                pending += 1
+            elif isinstance(outcome, Pair):
+                writer.add(outcome)
+            else:
+                writer.drop(id, outcome)
+            on_progress(writer, run.askers)
+            if writer.pairs == config.accept and not pending:
+                return True
+    finished = not pending and run.stop.reason is None
+    if finished and shard is None:  # a shard does not see what became of the others' requests
+        for asker in run.askers.values():
+            asker.check_refusals()
+    return finished
+
+
+def _begun(config: BuildConfig, out: Path) -> bool:
+    """Whether a run of this folder came to anything; one that ended at a wrong key or URL leaves its recipe free."""
+    if (out / "manifest.json").is_file():
+        return True
+    if not config.ledger_path.is_file():
+        return False
+    with Ledger(config.ledger_path) as ledger:
+        return any(sum(tokens) for tokens in ledger.spent(account_of(config.out)).values())
+
+
+def recorded(config: BuildConfig) -> dict[str, Any]:
+    """The recipe as outputs keep it: without secrets, with hashes of the words and files that it names by path."""
+    recipe, words = public(config), templates(config)
+    if config.reviser:
+        texts = [words[name] for name in ("reviser", "edits") if name in words]
+        recipe["reviser"]["template_sha256"] = content_hash(texts)
+    if config.judge:
+        recipe["judge"]["template_sha256"] = content_hash([words["judge"]])
+    if config.prompts.not_in:
+        with read_here(config.prompts.not_in) as file:
+            recipe["prompts"]["not_in_sha256"] = file_sha256(file) if file.is_file() else None
+    return recipe
+
+
+def same_recipe(config: BuildConfig, out: Path, *, update: bool) -> None:
+    """The folder remembers its recipe from before the first call. Raises UserError where this is another one."""
+    file, told = out / "recipe.json", public_path(config.out)
+    recipe = recorded(config)
+    if file.is_file() and not update and _begun(config, out):
+        changed = differences(read_json(file), recipe)
+        if changed:
+            raise UserError(
+                f"{told} holds the run of another recipe (it differs in {', '.join(changed)}); choose another --out, "
+                f"or add --update to rebuild it with this one: replies that still fit are reused, only the rest is "
+                f"asked"
+            )
+        if (out / "manifest.json").is_file() and read_manifest(out).get("review"):
+            raise UserError(
+                f"{told} was reviewed (`clair keep`), and building it again would bring the dropped pairs back; choose "
+                f"another --out, or add --update to do just that"
+            )
+    write_json(file, recipe)
+
+
+def _manifest(
+    config: BuildConfig,
+    found: Scan,
+    writer: DatasetWriter,
+    run: Session,
+    hashes: Mapping[str, str],
+    seconds: float,
+) -> dict[str, Any]:
+    models, askers = config.models, run.askers
+    position = {"position": position_bias(run.judge.seen)} if run.judge and run.judge.seen else {}
+    return {
+        "format": 1,
+        "pipeline": config.pipeline,
+        "counts": writer.all_counts(),
+        "drop_reasons": dict(sorted(writer.reasons.items())),
+        "failed": writer.failed,
+        "contrast": writer.contrast_means(),
+        "models": {role: {"model": a.model.name, "identity": a.model.identity} for role, a in askers.items()},
+        "sampling": {role: without_secrets(models[role].options(config.seed)) for role in askers},
+        "first_replies": dict(sorted(run.reviser.first.items())) if run.reviser else {},
+        **position,
+        **_cost(run),
+        "tokens": {role: _told(asker.told) for role, asker in askers.items()},
+        "prompts_sha256": found.sha256,
+        "files": dict(hashes),
+        "seed": config.seed,
+        **provenance(),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _cost(run: Session) -> dict[str, Any]:
+    """Money by role, where prices are known: what the dataset's replies cost, reused ones included."""
+    prices, models = prices_of(run.config.models), run.config.models
+    cost = {}
+    for role, price in prices.items():
+        tally, batching = run.askers[role].tally, models[role].batching
+        cost[role] = price.of(Tokens(tally.prompt_tokens, tally.completion_tokens))
+        if batching:
+            cost[role] -= (1 - share_left(batching.discount)) * price.of(tally.batched)
+    if not cost:
+        return {}
+    told = {"cost": {role: f"{money.normalize():f}" for role, money in cost.items()}}
+    looked_up = any(model.price == "table" for model in models.values())
+    return told | ({"prices_from": table_version()} if looked_up else {})
+
+
+def _told(tally: Tally) -> dict[str, int]:
+    return {
+        "prompt": tally.prompt_tokens,
+        "completion": tally.completion_tokens,
+        "calls": tally.calls,
+        "reused": tally.reused,
+        "retries": tally.retries,
+    } | ({"without_finish_reason": tally.without_reason} if tally.without_reason else {})

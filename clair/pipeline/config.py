@@ -1,0 +1,134 @@
+"""The data recipe: every key, what it may be, and which of them decide about the dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from clair.core.recipe import Recipe, changed_keys, resolved
+from clair.core.urls import without_secrets
+from clair.data.prompt_sources import PromptSource
+from clair.inference.budget import BudgetConfig
+from clair.inference.config import ROLE_PASSING, JudgeConfig, ModelConfig, ReviserConfig, public_model
+from clair.pipeline.filters import make_filters
+from clair.storage.object_store import check_url, folder_of, is_url, public_path
+
+_ROLES = ("target", "reviser", "judge", "stronger")
+_PIPELINES = {"revised": ("target", "reviser"), "judged": ("target", "judge"), "stronger": ("target", "stronger")}
+
+
+class BuildConfig(Recipe):
+    """A data recipe. Every key, with its default, is in docs/data.md."""
+
+    pipeline: Literal["revised", "judged", "stronger"]
+    prompts: PromptSource
+    target: ModelConfig | None = None
+    reviser: ReviserConfig | None = None
+    judge: JudgeConfig | None = None
+    stronger: ModelConfig | None = None
+    samples: int = Field(2, ge=2)
+    """`judged`: how many answers the target gives to each prompt."""
+    filters: Mapping[str, bool | Mapping[str, Any]] = {}
+    budget: BudgetConfig | None = None
+    """The most that may be spent, resumed runs and retries included: {money: 20} or {tokens: 5000000}."""
+    accept: int | None = Field(None, ge=1)
+    """Stop at exactly this many pairs: the first in the order of the prompts."""
+    concurrency: int = Field(64, ge=1)
+    attempts: int = Field(6, ge=1)
+    """Tries of a request that gets no answer (server errors, timeouts, broken connections)."""
+    seed: int = 0
+    limit: int | None = Field(None, ge=1)
+    test_fraction: float = Field(0.05, ge=0, lt=1)
+    ledger: str | None = None
+    out: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _roles_fit(self) -> BuildConfig:
+        make_filters(self.filters)
+        for key, path in _paths(self).items():
+            check_url(key, path)
+        if self.ledger and (is_url(self.ledger) or is_url(self.out)):
+            raise ValueError("ledger is a file of this machine, and cannot go with URLs; remove it: out has its own")
+        used = _PIPELINES[self.pipeline]
+        if self.filters.get("gap") and self.pipeline != "judged":
+            raise ValueError(f"filter gap needs scores, and the pipeline {self.pipeline!r} has none; remove it")
+        for role in _ROLES:
+            if getattr(self, role) is not None and role not in used:
+                raise ValueError(f"{role} is not used by the pipeline {self.pipeline!r}; remove it")
+        needed = used[1]
+        if needed == "stronger" and self.stronger is None and "stronger" not in self.prompts.columns:
+            raise ValueError(
+                "the pipeline 'stronger' needs stronger, a model; or its answers: prompts.columns.stronger"
+            )
+        if needed == "reviser" and self.reviser is None:
+            raise ValueError(f"the pipeline {self.pipeline!r} needs {needed}")
+        if self.pipeline != "judged" and self.samples != type(self).model_fields["samples"].default:
+            raise ValueError("samples is not used by this pipeline; remove it")
+        return self
+
+    @property
+    def models(self) -> dict[str, ModelConfig]:
+        """The models by role."""
+        return {role: getattr(self, role) for role in _ROLES if getattr(self, role) is not None}
+
+    @property
+    def ledger_path(self) -> Path:
+        """The ledger: the recipe's, or the output folder's own."""
+        return Path(self.ledger) if self.ledger else folder_of(self.out) / "ledger.sqlite"
+
+
+def _paths(config: BuildConfig) -> dict[str, str]:
+    paths = {"out": config.out, "prompts.path": config.prompts.path, "prompts.not_in": config.prompts.not_in}
+    return {key: path for key, path in paths.items() if path}
+
+
+def public(config: BuildConfig) -> dict[str, Any]:
+    """The resolved recipe as it may be written down: without secrets."""
+    recipe = resolved(config)
+    recipe["out"] = public_path(config.out)
+    for key in ("path", "not_in"):
+        recipe["prompts"][key] = recipe["prompts"][key] and public_path(recipe["prompts"][key])
+    for role, model in config.models.items():
+        recipe[role] = public_model(model, recipe[role])
+    return recipe
+
+
+HASHES = ("template_sha256", "not_in_sha256")
+"""Keys that an output's recipe has beside those of the recipe: hashes of the files that it names by their path."""
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The dotted keys in which two recipes of outputs differ and that decide about the dataset.
+
+    A hash that one of them lacks was not noted when it was written, and is no difference.
+    """
+    keys = changed_keys(lasting(old), lasting(new))
+    return [key for key in keys if not key.endswith(HASHES) or all(_value_at(one, key) for one in (old, new))]
+
+
+def without_hashes(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe that an output's recipe was made of."""
+    return {
+        name: {key: inner for key, inner in value.items() if key not in HASHES} if isinstance(value, Mapping) else value
+        for name, value in recipe.items()
+    }
+
+
+def _value_at(recipe: Mapping[str, Any], key: str) -> Any:
+    part, _, name = key.partition(".")
+    return (recipe.get(part) or {}).get(name)
+
+
+def lasting(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a resolved recipe decides about the dataset: not how fast it is asked, nor where a named model lives."""
+    passing = {"concurrency", "attempts", "out", "ledger", "limit", "accept", "budget"}
+    kept = {k: v for k, v in recipe.items() if k not in passing}
+    for role in _ROLES:
+        if isinstance(kept.get(role), Mapping):
+            drop = ROLE_PASSING | ({"url"} if kept[role].get("id") else set())
+            kept[role] = {k: v for k, v in kept[role].items() if k not in drop}
+            kept[role]["extra"] = without_secrets(kept[role].get("extra", {}))
+    return kept

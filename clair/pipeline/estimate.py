@@ -1,0 +1,250 @@
+"""What a build will cost: calls for certain, tokens and money with an interval from a few rows that are really run.
+
+The probe's rows are taken at even steps through the bytes of all rows, so that each stands for an equal share of what
+is sent, and their replies stay in the ledger. Per role, tokens of a row are fitted to its length by a line, weighted
+because long rows vary more; the interval is that of the line's prediction for the sum over all rows (Cochran, Sampling
+Techniques, 7.4 and 9A; Royall 1970).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from array import array
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from itertools import count, islice
+
+from clair.core.progress import tell
+from clair.core.statistics import t_quantile
+from clair.data.prompt_sources import Scan, each_prompt
+from clair.data.records import Dropped, Prompt
+from clair.inference.budget import Price, most_tokens, prices_of, share_left
+from clair.inference.client import Asker
+from clair.inference.config import ModelConfig
+from clair.ledger.ledger import Ledger, Tokens
+from clair.pipeline.build import check, same_recipe
+from clair.pipeline.config import BuildConfig
+from clair.pipeline.output_dir import locked
+from clair.pipeline.runner import session
+
+LEAST_PROBE = 3
+"""Rows that an interval needs."""
+_COMMON = 1000
+"""Bytes that every row has beside its own text, about: the words we send, and a little reasoning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """An estimated total with its 95 % interval, in tokens or money."""
+
+    value: float
+    lo: float
+    hi: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoleEstimate:
+    """What one role will come to over all prompts. Without a probe only `most_calls` is known, and the rest None."""
+
+    most_calls: int
+    prompt: Range | None
+    completion: Range | None
+    cost: Range | None
+    time: tuple[float, float] | None = None
+    """Seconds: where the server takes as many requests at once as the recipe allows, and at the probe's own pace."""
+
+
+def estimate(
+    config: BuildConfig, probe: int = 0, on_progress: Callable[[int, Mapping[str, Asker]], None] = lambda *_: None
+) -> dict[str, RoleEstimate]:
+    """The cost of the whole build by role, prompts already paid for included; runs and pays for `probe` rows first.
+
+    The probe is asked live; what goes through a Batch API later is told at the price of that.
+
+    Raises UserError as a build does. With fewer than 3 rows there is no interval, so probe is 0 or at least 3.
+    """
+    found = check(config)
+    prompts = each_prompt(config.prompts, config.limit, found)
+    sizes = array("q", (_size(prompt) for prompt, left_out in prompts if left_out is None))
+    calls = {role: len(sizes) * _calls_per_row(config, role) for role in config.models}
+    if not probe:
+        return {role: RoleEstimate(calls[role], None, None, None) for role in config.models}
+    chosen = spread_over(sizes, max(LEAST_PROBE, probe))
+    paid, seconds = _run(config, found, chosen, on_progress)
+    prices = {role: _discounted(price, config.models[role]) for role, price in prices_of(config.models).items()}
+    expected = replies(config, found)
+    return {
+        role: replace(
+            role_estimate(prices.get(role), calls[role], sizes, chosen, paid[role]),
+            time=time_of(model, expected[role], seconds[role], config.concurrency),
+        )
+        for role, model in config.models.items()
+    }
+
+
+def time_of(model: ModelConfig, calls: int, seconds: Sequence[float], concurrency: int) -> tuple[float, float] | None:
+    """Seconds that so many calls will take, from those of a few that were asked at once; None where nobody knows.
+
+    The shorter: every reply takes what it took in the probe, with as many in flight as may be. The longer: the server
+    answers as many in a time as it did in the probe. A server that takes one at a time keeps to the longer.
+    """
+    if not seconds or model.batching:
+        return None
+    at_once = min(model.batch_size if model.path is not None else concurrency, max(1, calls))
+    limited = 60 * calls / model.requests_per_minute if model.requests_per_minute else 0.0
+    slow = max(limited, calls * max(seconds) / len(seconds))
+    fast = max(limited, calls * sum(seconds) / len(seconds) / at_once)
+    return min(fast, slow), slow
+
+
+def total_time(roles: Mapping[str, RoleEstimate]) -> tuple[float, float] | None:
+    """The time of all roles: the slowest where they go on side by side, and one after the other."""
+    times = [role.time for role in roles.values() if role.time]
+    return (max(fast for fast, _ in times), sum(slow for _, slow in times)) if times else None
+
+
+def _run(
+    config: BuildConfig, found: Scan, chosen: Sequence[int], on_progress: Callable[..., None]
+) -> tuple[dict[str, list[Tokens]], dict[str, list[float]]]:
+    """Run the rows at the chosen places, and tell what each cost by role, and how long each of its replies took."""
+    wanted = set(chosen)
+    unique = (p for p, left_out in each_prompt(config.prompts, config.limit, found) if left_out is None)
+    prompts = [prompt for place, prompt in enumerate(unique) if place in wanted]
+    with locked(config.out) as output:
+        same_recipe(config, output.folder, update=False)
+        output.upload("recipe.json")
+        with output.ledger(config.ledger_path) as ledger:
+            asyncio.run(_ask(config, ledger, prompts, on_progress))
+            paid = {role: [ledger.paid(role, prompt.id) for prompt in prompts] for role in config.models}
+            seconds = {role: [s for p in prompts for s in ledger.seconds(role, p.id)] for role in config.models}
+            return paid, seconds
+
+
+async def _ask(
+    config: BuildConfig, ledger: Ledger, prompts: Sequence[Prompt], on_progress: Callable[..., None]
+) -> None:
+    async with session(config, ledger, live=True) as run:
+        ended = count()
+
+        def on_end() -> None:
+            on_progress(next(ended), run.askers)
+
+        on_end()
+        async with aclosing(run.outcomes(((p, None) for p in prompts), on_end=on_end)) as outcomes:
+            ended_early = Counter(
+                [
+                    f"{outcome.stage}.{outcome.reason}"
+                    async for _, outcome in outcomes
+                    if isinstance(outcome, Dropped) and (outcome.failed or outcome.stage in ("target", "stronger"))
+                ]
+            )
+    if run.stop.error:
+        raise run.stop.error
+    if ended_early:
+        why = ", ".join(f"{number} {reason}" for reason, number in ended_early.items())
+        tell(
+            f"note: {ended_early.total()} of the probe's {len(prompts)} rows ended before every role had answered "
+            f"({why}); if that is not so of all rows, this is too low"
+        )
+
+
+def role_estimate(
+    price: Price | None, calls: int, sizes: Sequence[int], chosen: Sequence[int], paid: Sequence[Tokens]
+) -> RoleEstimate:
+    """A role's total over rows of these sizes, from what the chosen ones (places, in any order) cost, at least 3.
+
+    `paid` is in the order of the places.
+    """
+    x = [sizes[place] for place in sorted(chosen)]
+    cost = None
+    if price:
+        cost = _total(sizes, x, [float(price.of(tokens)) for tokens in paid])
+    prompt, completion = (_total(sizes, x, [float(tokens[i]) for tokens in paid]) for i in (0, 1))
+    return RoleEstimate(calls, prompt, completion, cost)
+
+
+def _discounted(price: Price, model: ModelConfig) -> Price:
+    share = share_left(model.batching.discount if model.batching else 0.0)
+    return Price(input=price.input * share, output=price.output * share)
+
+
+def _total(sizes: Sequence[int], x: Sequence[float], y: Sequence[float]) -> Range:
+    """The sum of y over all rows by least squares on their sizes, with a t interval on len(x) - 2 degrees.
+
+    The deviation of a row is taken to grow with its size, and weighs accordingly.
+    """
+    n, k = len(sizes), len(x)
+    if n == k:
+        return Range(sum(y), sum(y), sum(y))
+    weights = [(size + _COMMON) ** -2 for size in x]
+    weight = sum(weights)
+    mean_x, mean_y = (sum(w * v for w, v in zip(weights, values, strict=True)) / weight for values in (x, y))
+    spread = sum(w * (a - mean_x) ** 2 for w, a in zip(weights, x, strict=True))
+    joint = sum(w * (a - mean_x) * (b - mean_y) for w, a, b in zip(weights, x, y, strict=True))
+    slope = joint / spread if spread else 0.0
+    away = sum(sizes) / n - mean_x
+    value = n * (mean_y + slope * away)
+    left = sum(w * (b - mean_y - slope * (a - mean_x)) ** 2 for w, a, b in zip(weights, x, y, strict=True))
+    of_the_line = n * n * (1 / weight + (away**2 / spread if spread else 0.0))
+    of_the_rows = sum((size + _COMMON) ** 2 for size in sizes)
+    half = t_quantile(0.975, k - 2) * math.sqrt(left / (k - 2) * (of_the_line + of_the_rows))
+    return Range(value, max(0.0, value - half), value + half)
+
+
+def spread_over(sizes: Sequence[int], probe: int) -> list[int]:
+    """The places of `probe` rows at even steps through the bytes of all, shortest row first; each row once."""
+    order = sorted(range(len(sizes)), key=lambda place: (sizes[place], place))
+    k = min(probe, len(order))
+    step = (sum(sizes) + _COMMON * len(sizes)) / k
+    chosen: list[int] = []
+    passed = 0
+    for place in order:
+        passed += sizes[place] + _COMMON
+        if passed >= (len(chosen) + 0.5) * step and len(chosen) < k:
+            chosen.append(place)
+    # A row as large as several steps was passed once for all of them: the next largest take their places.
+    others = (place for place in reversed(order) if place not in set(chosen))
+    return [*chosen, *islice(others, k - len(chosen))]
+
+
+def _size(prompt: Prompt) -> int:
+    given = "".join((prompt.answer or "", *prompt.answers))
+    return most_tokens({"messages": prompt.messages}).prompt + len(given.encode("utf-8", "replace"))
+
+
+def _calls_per_row(config: BuildConfig, role: str) -> int:
+    """The most calls of a role for one prompt, one re-ask of each included."""
+    calls = _replies_per_row(config, role)
+    if config.judge and role == "judge":
+        return calls * (1 + config.judge.ask_again)
+    if config.reviser and role == "reviser":
+        return calls * (1 + (config.reviser.mode == "edits")) * (1 + config.reviser.ask_again)
+    return calls
+
+
+def _replies_per_row(config: BuildConfig, role: str) -> int:
+    """Calls of a role for one prompt where every reply can be read."""
+    if role == "target":
+        return config.samples if config.pipeline == "judged" else 1
+    if config.judge and role == "judge":
+        comparisons = config.samples * (config.samples - 1) // 2
+        return comparisons * (2 if config.judge.order == "both" else 1)
+    return 1
+
+
+def replies(config: BuildConfig, found: Scan) -> dict[str, int]:
+    """Replies by role that a build of what `found` holds comes to, about: each can be read, and no row is dropped."""
+    given = found.compared if config.pipeline == "judged" else found.answered
+    rows = found.held * found.unique / max(1, found.rows)
+    ready = {"target": given, "stronger": found.preferred}
+    asked = {role: rows * (1 - count / max(1, found.unique)) for role, count in ready.items()}
+    return {role: math.ceil(asked.get(role, rows) * _replies_per_row(config, role)) for role in config.models}
+
+
+def total_cost(roles: Mapping[str, RoleEstimate]) -> Range | None:
+    """The cost of all roles that have a price; None where none has. Intervals add up as if roles erred together."""
+    costs = [role.cost for role in roles.values() if role.cost]
+    return Range(*(sum(getattr(c, n) for c in costs) for n in ("value", "lo", "hi"))) if costs else None

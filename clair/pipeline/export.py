@@ -1,0 +1,124 @@
+"""A dataset folder handed on: as rows for other tools, to the hub, or into a further round."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from clair.core.errors import UserError, one_line
+from clair.core.files import write_atomically
+from clair.core.recipe import resolve
+from clair.data.dataset import SPLITS, read_manifest, read_rows
+from clair.data.prompt_sources import each_prompt
+from clair.pipeline.config import BuildConfig, without_hashes
+
+Form = Literal["preference", "unpaired", "text"]
+FORMS: tuple[Form, ...] = ("preference", "unpaired", "text")
+PUSHED = ("README.md", "manifest.json", "dropped.jsonl", "data/*.parquet")
+"""What `clair push` sends. The ledger stays: it holds raw replies."""
+
+
+def rows_as(form: Form, folder: str | Path, split: str) -> Iterator[dict[str, Any]]:
+    """The pairs of a split in a form that other trainers read.
+
+    preference  prompt, chosen, rejected as message lists (TRL's explicit prompt)
+    unpaired    prompt, completion, label: each pair as two rows (TRL's KTO)
+    text        prompt, chosen, rejected as plain text, of single-turn prompts only (raises UserError for others)
+    """
+    read_manifest(folder)
+    for row in read_rows(folder, [split]):
+        prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+        tools = {"tools": row["tools"]} if row.get("tools") else {}
+        if form == "preference":
+            yield {"id": row["id"], "prompt": prompt, "chosen": chosen, "rejected": rejected, **tools}
+        elif form == "unpaired":
+            yield {"id": row["id"], "prompt": prompt, "completion": chosen, "label": True, **tools}
+            yield {"id": row["id"], "prompt": prompt, "completion": rejected, "label": False, **tools}
+        else:
+            if len(prompt) != 1 or row.get("tools"):
+                more = f"{len(prompt)} turns before the answer" if len(prompt) != 1 else "tools"
+                raise UserError(f"pair {row['id']} has {more}; use --as preference")
+            yield {"id": row["id"], **{k: row[k][-1]["content"] for k in ("prompt", "chosen", "rejected")}}
+
+
+def export(form: Form, folder: str | Path, split: str, out: str | Path) -> int:
+    """Write a split as JSONL to `out`, atomically. Returns how many rows."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows_as(form, folder, split)]
+    write_atomically(out, "".join(line + "\n" for line in lines))
+    return len(lines)
+
+
+def files_to_push(folder: str | Path) -> list[Path]:
+    """What of a finished dataset folder would be sent to the hub."""
+    read_manifest(folder)
+    return [file for pattern in PUSHED for file in sorted(Path(folder).glob(pattern))]
+
+
+def push(folder: str | Path, name: str, *, private: bool) -> str:
+    """Send a dataset folder to the hub as `org/name`; the token is the hub library's own. Returns the URL.
+
+    Raises UserError where the hub refuses it, and where `private` is wanted of a dataset that is public already.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        url = api.create_repo(name, repo_type="dataset", private=private, exist_ok=True)
+        if private and not api.dataset_info(name).private:
+            raise UserError(f"{name} exists already and is public; choose another name, or make it private on the hub")
+        api.upload_folder(
+            repo_id=name, repo_type="dataset", folder_path=folder, allow_patterns=list(PUSHED),
+            commit_message="Preference pairs built by clair-apo",
+        )  # fmt: skip
+    except UserError:
+        raise
+    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise UserError(f"cannot push to {name}: {one_line(error)}") from error
+    return str(url)
+
+
+def next_round(folder: str | Path, model: str, out: str | Path) -> tuple[Path, int, int]:
+    """A recipe and a prompt file for a further round, with the tuned `model` folder as the target.
+
+    Its prompts are those that gave a pair (the model before got them wrong, so they come first) and those not seen
+    yet, because of `limit` or `accept`. Prompts whose answer the reviser left as it was are done with. Ready answers
+    are another model's, and left out. Returns the recipe's path and how many prompts of each kind there are.
+    """
+    manifest, target = read_manifest(folder), Path(out)
+    recipe = target.with_name(f"{target.name}.yaml")
+    prompts = target.with_name(f"{target.name}-prompts.jsonl")
+    for file in (recipe, prompts):
+        if file.exists():
+            raise UserError(f"{file} exists already; choose another --out")
+    config = resolve(BuildConfig, without_hashes(manifest["recipe"]), source=f"{folder}/manifest.json")
+    again = [_prompt_row(row["id"], row["prompt"], row.get("tools")) for row in read_rows(folder, SPLITS)]
+    seen = {row["id"] for row in again} | _dropped(folder)
+    everything = (prompt for prompt, left_out in each_prompt(config.prompts) if left_out is None)
+    fresh = [_prompt_row(p.id, list(p.messages), p.tools) for p in everything if p.id not in seen]
+    old = config.target
+    sampling = {"temperature": old.temperature, "max_tokens": old.max_tokens} if old else {}
+    changed = {"limit", "accept", "prompts", "target", "out"}
+    values: Mapping[str, Any] = {
+        **config.model_dump(mode="json", exclude_defaults=True, exclude=changed),
+        "prompts": {"path": str(prompts)},
+        "target": {"path": model, **sampling},
+        "out": str(target),
+    }
+    resolve(BuildConfig, values)
+    import yaml
+
+    write_atomically(prompts, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in again + fresh))
+    write_atomically(recipe, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+    return recipe, len(again), len(fresh)
+
+
+def _prompt_row(id: str, messages: Any, tools: Any) -> dict[str, Any]:
+    return {"id": id, "prompt": messages, **({"tools": list(tools)} if tools else {})}
+
+
+def _dropped(folder: str | Path) -> set[str]:
+    with open(Path(folder) / "dropped.jsonl", encoding="utf-8") as lines:
+        return {row["id"] for row in map(json.loads, lines) if not row["failed"]}

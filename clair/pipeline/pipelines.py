@@ -1,0 +1,118 @@
+"""The ways to make a pair, each a few lines that compose steps: the four data sets of arXiv 2408.06266."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import combinations
+
+from clair.data.records import Answer, Dropped, Judgement, Pair, Prompt, message_text, trimmed
+from clair.inference.client import Asker
+from clair.inference.model import visible
+from clair.pipeline.filters import Filters
+from clair.pipeline.steps import Judge, Reviser, answer_of, best_and_worst, generate, judge_pair, keep, revise, together
+
+
+async def revised(prompt: Prompt, *, target: Asker | None, reviser: Reviser, filters: Filters) -> Pair:
+    """CLAIR: rejected is the target's own answer, chosen is its minimal revision."""
+    answer = await generate(prompt, target)
+    if not answer.text.strip():
+        raise Dropped("target", "tool_call", "the answer only calls a tool: there is no text to revise")
+    revision = await revise(prompt, answer.text, reviser)
+    models = {"rejected": _author(prompt, target), "chosen": reviser.asker.model.name}
+    labels = {"source": "revised", **prompt.labels}
+    revised = Answer(revision.answer, answer.tool_calls)
+    return keep(_pair(prompt, revised, answer, models, labels, revision.reasoning), filters)
+
+
+async def stronger(prompt: Prompt, *, target: Asker | None, stronger: Asker | None, filters: Filters) -> Pair:
+    """Stronger preferred: rejected is the target's own answer, chosen is a stronger model's, unseen by any judge.
+
+    Either is the ready one where the row has it.
+    """
+    answer, better = await together(generate(prompt, target), _better(prompt, stronger))
+    by = stronger.model.name if stronger and prompt.stronger is None else "prompt file"
+    models = {"rejected": _author(prompt, target), "chosen": by}
+    labels = {"source": "stronger", **prompt.labels}
+    return keep(_pair(prompt, better, answer, models, labels), filters)
+
+
+async def _better(prompt: Prompt, stronger: Asker | None) -> Answer:
+    if prompt.stronger is not None:
+        return Answer(visible(prompt.stronger))
+    if stronger is None:
+        raise Dropped("stronger", "no_answer", "the row has no stronger answer and the recipe has no stronger model")
+    return await answer_of(prompt, stronger)
+
+
+async def judged(prompt: Prompt, *, target: Asker | None, judge: Judge | None, samples: int, filters: Filters) -> Pair:
+    """Judge: of several answers, the target's own samples (on-policy) or given ones (off-policy), best against worst.
+
+    Given scores decide where there are any; where one is missing, the judge does, or the row is dropped. Two answers
+    are compared once; of more, each with each, and the most and the fewest wins decide.
+    """
+    author = "prompt file" if prompt.answers else _author(prompt, target)
+    answers = [Answer(visible(text)) for text in prompt.answers] or await together(
+        *(generate(prompt, target, sample) for sample in range(samples))
+    )
+    models, labels = {"rejected": author, "chosen": author}, {"source": "judged", **prompt.labels}
+    if prompt.scores and (judge is None or not any(map(math.isnan, prompt.scores))):
+        best, worst = best_and_worst(prompt.scores)
+        scores = (prompt.scores[best], prompt.scores[worst])
+        return keep(_pair(prompt, answers[best], answers[worst], models, labels, scores=scores), filters)
+    first: dict[str, Answer] = {}
+    for answer in answers:
+        first.setdefault(_shown(answer), answer)
+    shown, distinct = list(first), list(first.values())
+    if len(distinct) < 2:
+        raise Dropped("target", "identical_samples", f"all {len(answers)} answers are the same")
+    if judge is None:
+        raise Dropped("judge", "no_judge", "the row has no scores and the recipe has no judge")
+    wins = [0.0] * len(distinct)
+    reasoning = ""
+    matches = list(combinations(range(len(distinct)), 2))
+    judgements = await together(
+        *(_match(prompt, shown[i], shown[j], judge, draw=len(distinct) > 2) for i, j in matches)
+    )
+    for match, judgement in zip(matches, judgements, strict=True):
+        if judgement is None:
+            for place in match:
+                wins[place] += 0.5
+        else:
+            wins[match[judgement.better - 1]] += 1
+            reasoning = judgement.reasoning
+    best, worst = best_and_worst(wins)
+    return keep(_pair(prompt, distinct[best], distinct[worst], models, labels, reasoning), filters)
+
+
+def _shown(answer: Answer) -> str:
+    """What a judge sees of an answer."""
+    return message_text(answer.message()).strip()
+
+
+def _pair(
+    prompt: Prompt,
+    chosen: Answer,
+    rejected: Answer,
+    models: Mapping[str, str],
+    labels: Mapping[str, str],
+    reasoning: str = "",
+    scores: tuple[float, float] | None = None,
+) -> Pair:
+    more = {"tools": prompt.tools, "tool_calls": (chosen.tool_calls, rejected.tool_calls)}
+    texts = (trimmed(chosen.text), trimmed(rejected.text))
+    return Pair(prompt.id, prompt.messages, *texts, reasoning, models, labels=labels, scores=scores, **more)
+
+
+async def _match(prompt: Prompt, first: str, second: str, judge: Judge, *, draw: bool) -> Judgement | None:
+    """One comparison; None for a draw where draws are allowed."""
+    try:
+        return await judge_pair(prompt, first, second, judge)
+    except Dropped as drawn:
+        if draw and drawn.reason in ("tie", "contradiction"):
+            return None
+        raise
+
+
+def _author(prompt: Prompt, target: Asker | None) -> str:
+    return target.model.name if target and prompt.answer is None else "prompt file"

@@ -1,0 +1,198 @@
+"""One run's way through a pipeline: its models open, its ledger at hand, rows in and outcomes out.
+
+A build runs all prompts through a session, an estimate a few. However a session ends, what is in flight is waited for
+and written down before its models are closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from clair.data.records import Dropped, Pair, Prompt
+from clair.inference.batch_client import results
+from clair.inference.batch_service import Pending
+from clair.inference.budget import BudgetReached
+from clair.inference.client import Asker, Stop, Stopped
+from clair.inference.config import JudgeConfig, ReviserConfig
+from clair.inference.open import Means, ctrl_c, in_order, open_askers
+from clair.ledger.ledger import Ledger
+from clair.pipeline.config import BuildConfig
+from clair.pipeline.filters import make_filters
+from clair.pipeline.pipelines import judged, revised, stronger
+from clair.pipeline.steps import Judge, Reviser
+from clair.prompting.parse import IDENTIFIERS, asks_for
+from clair.prompting.templates import JUDGE_NEEDS, REVISER_NEEDS, load_template
+
+_AHEAD_PER_PLACE = 16
+_AHEAD_AT_LEAST = 256
+KILLER = "killed_worker"
+"""Why a row is left out whose process died of it before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """An assembled pipeline with the askers of its roles, and what counts verdicts or first replies, if it has them."""
+
+    config: BuildConfig
+    askers: Mapping[str, Asker]
+    stop: Stop
+    run: Callable[[Prompt], Awaitable[Pair]]
+    judge: Judge | None = None
+    reviser: Reviser | None = None
+
+    async def outcomes(
+        self,
+        prompts: Iterable[tuple[Prompt, str | None]],
+        *,
+        one_by_one: bool = False,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> AsyncGenerator[tuple[str, Pair | Dropped | Pending]]:
+        """(prompt id, pair or reason) of each prompt, in the order of the prompts; ends early where the run stops.
+
+        Pending in the place of an outcome that needs a reply which comes with a batch: see `wait`. `on_end` is called
+        where a row comes to its end, which may be long before its turn.
+        """
+        ahead = _AHEAD_AT_LEAST + _AHEAD_PER_PLACE * self.config.concurrency
+        if self.config.accept:  # what is begun beyond the last pair wanted is paid for and not used: begin little
+            ahead = 2 * self.config.concurrency
+        ahead = 1 if one_by_one else ahead
+
+        async def row(item: tuple[Prompt, str | None]) -> tuple[str, Pair | Dropped | Pending | Stopped]:
+            outcome = await self._row(item)
+            if not isinstance(outcome[1], Stopped):
+                on_end()
+            return outcome
+
+        async with aclosing(in_order(row, prompts, ahead, self.stop.happened, self._drain)) as results:
+            async for id, outcome in results:
+                if isinstance(outcome, Stopped):
+                    return
+                yield id, outcome
+
+    async def _row(self, item: tuple[Prompt, str | None]) -> tuple[str, Pair | Dropped | Pending | Stopped]:
+        prompt, left_out = item
+        if left_out == KILLER:
+            return prompt.id, Dropped(
+                "prompts", KILLER, "the process that built this row died of it, twice", failed=True
+            )
+        if left_out:
+            return prompt.id, Dropped("prompts", left_out, _LEFT_OUT[left_out])
+        try:
+            return prompt.id, await self.run(prompt)
+        except (Dropped, Pending, Stopped) as outcome:
+            return prompt.id, outcome
+        except Exception as error:  # a ledger that cannot be written, a bug of ours: no other row may go on spending
+            self.stop.now(str(error), error)
+            raise
+
+    async def wait(self, tell: Callable[[], None]) -> bool:
+        """After a pass with Pending rows: send what they wait for, and return once another pass is worth it.
+
+        False where the run ends instead; `stop` says why. `tell` is called at every look at the batches.
+        """
+        batches = [asker.batch for asker in self.askers.values() if asker.batch]
+        if self.stop.reason and not (self.stop.short and any(batch.open() for batch in batches)):
+            return False
+        self.stop.clear()
+        try:
+            live = sum([await batch.end_pass() for batch in batches])
+            if not live:
+                await results(batches, self.stop.happened, tell)
+        except Pending:
+            return False
+        except BudgetReached as reached:
+            self.stop.now(str(reached))
+            return False
+        for asker in self.askers.values():
+            asker.next_pass()
+        if self.reviser:
+            self.reviser.first.clear()
+        return True
+
+    async def _drain(self) -> None:
+        self.stop.now("no more rows are wanted")
+        await asyncio.gather(*(asker.drain() for asker in self.askers.values()))
+
+
+@asynccontextmanager
+async def session(
+    config: BuildConfig, ledger: Ledger, *, live: bool = False, means: Means | None = None
+) -> AsyncIterator[Session]:
+    """Open the recipe's models for one run; Ctrl-C inside it stops the sending and keeps what is in flight.
+
+    `live`: nothing goes into batches, whatever the recipe says.
+    """
+    stop, means = Stop(), means or Means()
+    askers = open_askers(config, ledger, stop, live=live, means=means)
+    batches = [asker.batch for asker in askers.values() if asker.batch]
+    try:
+        with ctrl_c(stop, askers):
+            async with means.held(stop):
+                yield _assembled(config, askers, stop)
+            for batch in batches:
+                await batch.close()
+    finally:
+        for batch in batches:
+            batch.abandon()
+        for asker in askers.values():
+            await asker.model.close()
+
+
+def _assembled(config: BuildConfig, askers: Mapping[str, Asker], stop: Stop) -> Session:
+    words, target = templates(config), askers.get("target")
+    filters = make_filters(config.filters, revisions=config.pipeline == "revised")
+    made = partial(Session, config, askers, stop)
+    if config.reviser:
+        own = config.reviser
+        reviser = Reviser(askers["reviser"], words["reviser"], words.get("edits"), own.system, own.ask_again)
+        return made(partial(revised, target=target, reviser=reviser, filters=filters), reviser=reviser)
+    if config.pipeline == "stronger":
+        return made(partial(stronger, target=target, stronger=askers.get("stronger"), filters=filters))
+    judge = None
+    if config.judge:
+        judge = Judge(askers["judge"], words["judge"], config.judge.order, config.judge.system, config.judge.ask_again)
+    return made(partial(judged, target=target, judge=judge, samples=config.samples, filters=filters), judge)
+
+
+def templates(config: BuildConfig) -> dict[str, str]:
+    """The words for each role that has any: the recipe's own file or the built-in ones."""
+    words = {}
+    if config.reviser:
+        own, edits = config.reviser.template, config.reviser.mode == "edits"
+        words["reviser"] = load_template(None if edits else own, "reviser.j2", REVISER_NEEDS)
+        if edits:
+            words["edits"] = load_template(own, "reviser_edits.j2", REVISER_NEEDS)
+    if config.judge:
+        words["judge"] = load_template(config.judge.template, "judge.j2", JUDGE_NEEDS)
+    return words
+
+
+def template_notes(config: BuildConfig) -> list[str]:
+    """What is amiss with templates of the user's own: they never ask for the part that is read from each reply."""
+    notes = []
+    kinds = {
+        "reviser": "edits" if config.reviser and config.reviser.mode == "edits" else "solution",
+        "judge": "verdict",
+    }
+    for role, kind in kinds.items():
+        model: ReviserConfig | JudgeConfig | None = getattr(config, role)
+        if model is None or model.template is None:
+            continue
+        if not asks_for(kind, Path(model.template).read_text("utf-8") + (model.system or "")):
+            notes.append(
+                f"{role}.template {model.template} never names {IDENTIFIERS[kind]}, under which the part that is used "
+                f"is looked for; replies without it are dropped (docs/data.md#words-of-your-own)"
+            )
+    return notes
+
+
+_LEFT_OUT = {
+    "duplicate": "the same prompt came before",
+    "near_duplicate": "nearly the same prompt came before",
+    "in_benchmark": "the benchmark of prompts.not_in asks this",
+}

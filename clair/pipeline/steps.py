@@ -1,0 +1,224 @@
+"""What happens to one row: its answer is generated, revised or judged, and kept or dropped. Each step is a coroutine.
+
+A row runs through its steps by itself, so that a slow one holds up no other; how many are in flight is for the
+limiter of each role to decide. A step returns what it made or raises Dropped with the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+from clair.core.files import content_hash
+from clair.core.statistics import wilson
+from clair.data.contrast import contrast_of
+from clair.data.records import Answer, Dropped, Judgement, Message, Pair, Prompt, Reply, Revision, trimmed
+from clair.inference.batch_service import Pending
+from clair.inference.client import Asker
+from clair.inference.model import visible
+from clair.pipeline.filters import Filters, first_reason
+from clair.prompting.edits import parse_edits
+from clair.prompting.parse import FAILURES, ParseFailure, parse_judgement, parse_revision
+from clair.prompting.templates import ask_again, request
+
+Read = TypeVar("Read")
+Step = TypeVar("Step")
+_WARMER = 0.5
+"""Added to the temperature of the second request: at the same one, small models say the same again, word for word."""
+_POINTLESS_AGAIN = ("truncated", "refusal", "content_filter", "tool_call", "incomplete")
+
+
+@dataclass(frozen=True, slots=True)
+class Reviser:
+    """The stronger model with the words it is asked in. `edits` is the template of the edit mode, None without it.
+
+    `first` counts what became of its first replies: `read`, or the name of why they could not be.
+    """
+
+    asker: Asker
+    template: str
+    edits: str | None = None
+    system: str | None = None
+    ask_again: bool = True
+    first: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """The model that compares. `seen` counts its verdicts by position, which is how a position bias shows."""
+
+    asker: Asker
+    template: str
+    order: Literal["both", "random"] = "both"
+    system: str | None = None
+    ask_again: bool = True
+    seen: Counter[int] = field(default_factory=Counter)
+
+
+async def generate(prompt: Prompt, model: Asker | None, sample: int = 0) -> Answer:
+    """The model's answer, or the ready one. Drops one without a good ending: its winner would merely finish it."""
+    if prompt.answer is not None:
+        return ready(prompt.answer)
+    if model is None:
+        raise Dropped("target", "no_answer", "the row has no answer and the recipe has no target")
+    return await answer_of(prompt, model, sample)
+
+
+def ready(answer: str) -> Answer:
+    """An answer that came with the prompt, without what a model thought before it. Drops one that says nothing."""
+    text = visible(answer)
+    if not text.strip():
+        raise Dropped("target", "empty_reply", "the row's answer is blank, or only hidden reasoning")
+    return Answer(text)
+
+
+async def answer_of(prompt: Prompt, model: Asker, sample: int = 0) -> Answer:
+    """A model's answer to the prompt; the `sample`-th of several."""
+    reply = await model.ask(list(prompt.messages), row=prompt.id, sample=sample, tools=prompt.tools)
+    if reason := reply.incomplete(tools=bool(prompt.tools)):
+        raise Dropped(model.role, reason, _why_incomplete(reason, reply, model.role))
+    calls = reply.tool_calls if prompt.tools else ()
+    if not (reply.text.strip() or calls):
+        raise Dropped(model.role, "empty_reply", f"the {model.role} said nothing")
+    return Answer(trimmed(reply.text), calls)
+
+
+def _why_incomplete(reason: str, reply: Reply, role: str) -> str:
+    if reason == "truncated":
+        return f"the answer ran into max_tokens; raise {role}.max_tokens"
+    return reply.refusal or f"{FAILURES[reason]} (finish_reason {reply.finish_reason!r})"
+
+
+async def revise(prompt: Prompt, answer: str, reviser: Reviser) -> Revision:
+    """The reviser's minimal improvement of an answer, as edits first where the recipe says so, else rewritten whole."""
+    given = {"system": reviser.system, "tools": prompt.tools, "answer": answer}
+    ask = partial(_ask_and_read, reviser.asker, again=reviser.ask_again, row=prompt.id, first=reviser.first)
+    if reviser.edits is not None:
+        asked = request(reviser.edits, prompt.messages, **given)
+        try:
+            return await ask(asked, read=partial(parse_edits, answer=answer, template=reviser.edits))
+        except ParseFailure as failure:
+            if failure.name in _POINTLESS_AGAIN:
+                raise Dropped("reviser", failure.name, failure.told) from failure
+    try:
+        read = partial(parse_revision, answer=answer, template=reviser.template)
+        return await ask(request(reviser.template, prompt.messages, **given), read=read)
+    except ParseFailure as failure:
+        raise Dropped("reviser", failure.name, failure.told) from failure
+
+
+async def together(*steps: Coroutine[Any, Any, Step]) -> list[Step]:
+    """The results of steps that run at once. Where some raise, the first of them in order does, once all have ended.
+
+    So no step of a dropped row goes on unseen, and which drop is told does not depend on which came first. What
+    comes with a batch may turn out to be an earlier drop: Pending goes before all others.
+    """
+    ended = await asyncio.gather(*steps, return_exceptions=True)
+    raised = [result for result in ended if isinstance(result, BaseException)]
+    for error in sorted(raised, key=lambda error: not isinstance(error, Pending)):
+        raise error
+    return [result for result in ended if not isinstance(result, BaseException)]
+
+
+async def judge_pair(prompt: Prompt, first: str, second: str, judge: Judge) -> Judgement:
+    """Which of two answers is better, asked in both orders or in one chosen by hash. Drops ties and contradictions."""
+    if judge.order == "random":
+        swapped = int(content_hash([prompt.id, first, second])[0], 16) % 2 == 1
+        judgement = await judge_once(prompt, first, second, judge, swapped)
+    else:
+        asked = (judge_once(prompt, first, second, judge, swapped) for swapped in (False, True))
+        judgement, other = await together(*asked)
+        if {judgement.better, other.better} == {1, 2}:
+            raise Dropped("judge", "contradiction", "the verdict changes with the order of the answers")
+        if judgement.better != other.better:
+            raise Dropped("judge", "tie", "a tie in one of the two orders")
+    if judgement.better == 0:
+        raise Dropped("judge", "tie", "the judge finds neither better")
+    return judgement
+
+
+async def judge_once(prompt: Prompt, first: str, second: str, judge: Judge, swapped: bool) -> Judgement:
+    """One verdict, `second` shown before `first` where `swapped`. Drops a reply without a readable verdict."""
+    shown = (second, first) if swapped else (first, second)
+    asked = request(judge.template, prompt.messages, judge.system, prompt.tools, first=shown[0], second=shown[1])
+    try:
+        seen = await _ask_and_read(judge.asker, asked, again=judge.ask_again, row=prompt.id, read=parse_judgement)
+    except ParseFailure as failure:
+        raise Dropped("judge", failure.name, failure.told) from failure
+    judge.seen[seen.better] += 1
+    return Judgement(seen.reasoning, 3 - seen.better if swapped and seen.better else seen.better)
+
+
+async def _ask_and_read(
+    asker: Asker,
+    asked: list[Message],
+    *,
+    again: bool,
+    row: str,
+    read: Callable[[str, str | None], Read],
+    first: Counter[str] | None = None,
+) -> Read:
+    """Ask and read the reply; where it cannot be read, ask once more and say why. Raises ParseFailure.
+
+    `first` counts what became of the first reply.
+    """
+    first = Counter() if first is None else first
+    reply = await asker.ask(asked, row=row)
+    try:
+        if reply.refusal:
+            raise ParseFailure("refusal", words=reply.refusal)
+        found = read(reply.text, reply.finish_reason)
+        first["read"] += 1
+        return found
+    except ParseFailure as failure:
+        first[failure.name] += 1
+        if not again or failure.name in _POINTLESS_AGAIN or not reply.text.strip():
+            raise
+        told = failure.told
+    reply = await asker.ask(ask_again(asked, reply.text, told), row=row, warmer=_WARMER)
+    return read(reply.text, reply.finish_reason)
+
+
+def keep(pair: Pair, filters: Filters) -> Pair:
+    """The pair with its contrast numbers, or Dropped with the first filter's reason."""
+    contrast = contrast_of(pair.chosen, pair.rejected)._asdict()
+    measured = replace(pair, contrast=contrast)
+    reason = first_reason(measured, filters)
+    if reason:
+        raise Dropped("filter", *reason)
+    return measured
+
+
+def best_and_worst(scores: Sequence[float]) -> tuple[int, int]:
+    """Where the highest and the lowest score stand. Drops a tie of both: the same answer would win and lose.
+
+    Drops scores of which one is missing (NaN) too: that answer may be the best or the worst.
+    """
+    if missing := sum(map(math.isnan, scores)):
+        raise Dropped("scores", "missing", f"{missing} of {len(scores)} answers have no score")
+    best, worst = max(scores), min(scores)
+    if best == worst:
+        raise Dropped("scores", "tie", f"all {len(scores)} answers have the score {best}")
+    return list(scores).index(best), list(scores).index(worst)
+
+
+def position_bias(seen: Mapping[int, int]) -> dict[str, Any]:
+    """How often the judge preferred what was shown first, of its verdicts for either; biased where 1/2 is not in it.
+
+    Every pair is shown in both orders or in one drawn by hash, so that an unbiased judge comes to one half.
+    """
+    first, second = seen.get(1, 0), seen.get(2, 0)
+    interval = wilson(first, first + second)
+    return {
+        "first": first,
+        "second": second,
+        "ties": seen.get(0, 0),
+        "share_first": interval.mean,
+        "ci95": [interval.lo, interval.hi],
+        "biased": not interval.lo <= 0.5 <= interval.hi,
+    }

@@ -1,0 +1,263 @@
+"""What a person decided about the pairs of a dataset, put into effect: `clair keep DIR decisions.json`.
+
+The decisions come from the page that `clair report` writes. Pairs marked drop leave the Parquet files and stand in
+dropped.jsonl with stage "review" and reason "marked", so that the counts still add up. Equal input gives equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clair.core.errors import UserError
+from clair.core.files import content_hash, file_sha256, publish, write_atomically, write_json
+from clair.data.dataset import CONTRAST, ROWS_PER_GROUP, SPLITS, card, read_manifest, schema, split_file, table_of
+from clair.data.prompt_sources import is_json
+from clair.data.records import Dropped
+from clair.pipeline.output_dir import locked
+from clair.storage.object_store import folder_of, is_url, public_path, read_here, told_as
+
+FORMAT = 1
+DECISIONS = ("keep", "drop")
+STAGE, REASON = "review", "marked"
+_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """A decisions file: which dataset it is about (`fingerprint`), what was decided by pair id, and its own hash."""
+
+    dataset: str
+    by_id: Mapping[str, str]
+    sha256: str
+
+    @property
+    def dropped(self) -> frozenset[str]:
+        """The ids marked drop."""
+        return frozenset(id for id, decision in self.by_id.items() if decision == "drop")
+
+
+def fingerprint(manifest: Mapping[str, Any]) -> str:
+    """What tells one state of a dataset's files from every other: 16 hex digits."""
+    return content_hash(manifest["files"])[:16]
+
+
+def read_decisions(file: str | Path) -> Decisions:
+    """A decisions file, checked. Raises UserError where it is missing or is none."""
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"decisions file {path} does not exist; give the file that the page of `clair report` saved")
+    content = path.read_bytes()
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"decisions file {path} is not JSON: {error}") from error
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        found = f"format {value.get('format')!r}" if isinstance(value, dict) else type(value).__name__
+        raise UserError(f'decisions file {path}: found {found}; this version reads {{"format": {FORMAT}, ...}}')
+    if not isinstance(value.get("dataset"), str) or not isinstance(value.get("decisions"), dict):
+        raise UserError(f"decisions file {path} needs dataset (text) and decisions (keep or drop by pair id)")
+    for id, decision in value["decisions"].items():
+        if decision not in DECISIONS:
+            raise UserError(f"decisions file {path}, {id}: found {decision!r}; allowed: {', '.join(DECISIONS)}")
+    return Decisions(value["dataset"], value["decisions"], hashlib.sha256(content).hexdigest())
+
+
+def keep(folder: str | Path, decisions: Decisions, out: str | Path | None = None) -> dict[str, Any]:
+    """Apply decisions to the dataset `folder`, in place or into the new folder `out`; returns the new manifest.
+
+    Applying the same decisions in place a second time changes nothing, and a run that was cut off is finished by
+    running it again. Raises UserError as `check` does, before anything is written.
+    """
+    source = Path(folder)
+    manifest = check(source, decisions, out)
+    if out is None and _applied(manifest, decisions):
+        return manifest
+    return _write(source, source if out is None else Path(out), manifest, decisions)
+
+
+def keep_held(folder: str, decisions: Decisions, out: str | None = None) -> None:
+    """`keep`, while no other run has the folder that is written; of a URL the copy here is changed and put back.
+
+    Raises UserError as `keep` does, and for a URL as `out`.
+    """
+    if out is not None:
+        if is_url(out):
+            raise UserError(f"--out {public_path(out)} is a URL; give a folder, or leave --out away to change in place")
+        with read_here(folder) as source:
+            check(source, decisions, out)
+            with locked(out):
+                keep(source, decisions, out)
+        return
+    here = folder_of(folder)
+    if is_url(folder):
+        read_manifest(folder)
+    else:
+        check(folder, decisions)
+    with told_as(here, public_path(folder) if is_url(folder) else str(here)), locked(folder) as output:
+        output.fetch(read_manifest(output.folder)["files"])
+        keep(output.folder, decisions)
+        output.publish()
+
+
+def check(folder: str | Path, decisions: Decisions, out: str | Path | None = None) -> dict[str, Any]:
+    """The manifest of `folder`, where the decisions can be applied to it. Raises UserError where they are about another
+    state of the dataset or name pairs that it does not hold, and where `out` holds something else. Writes nothing.
+    """
+    source = Path(folder)
+    manifest = read_manifest(source)
+    if out is None and _applied(manifest, decisions):
+        return manifest
+    if out is not None:
+        _check_target(source, Path(out), manifest)
+    _check_fits(source, manifest, decisions)
+    return manifest
+
+
+def _applied(manifest: Mapping[str, Any], decisions: Decisions) -> bool:
+    return any(review["decisions_sha256"] == decisions.sha256 for review in manifest.get("review", []))
+
+
+def _check_target(source: Path, target: Path, manifest: Mapping[str, Any]) -> None:
+    if target.resolve() == source.resolve():
+        raise UserError(f"{target} is the dataset itself; leave --out away to change it in place")
+    if not target.exists() or (target.is_dir() and all(entry.name == ".lock" for entry in target.iterdir())):
+        return
+    old = read_manifest(target) if (target / "manifest.json").is_file() else {}
+    reviews = old.get("review", [])
+    if not reviews or reviews[-1]["dataset"] != fingerprint(manifest):
+        raise UserError(f"{target} is not empty and no finished review of this dataset; choose another --out")
+
+
+def _check_fits(source: Path, manifest: Mapping[str, Any], decisions: Decisions) -> None:
+    here = fingerprint(manifest)
+    if decisions.dataset != here:
+        raise UserError(
+            f"the decisions are about dataset {decisions.dataset}, and {source} is {here}: it was built or reviewed "
+            f"since; make the page again with `clair report {source}` and open the decisions file in it"
+        )
+    known = {id for split in SPLITS for id in _ids(source, split)}
+    known |= {row["id"] for row in map(json.loads, _dropped_lines(source)) if _is_mark(row)}
+    unknown = sorted(decisions.by_id.keys() - known)
+    if unknown:
+        more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
+        raise UserError(
+            f"{source} has no pair {', '.join(map(repr, unknown[:_NAMED]))}{more}; decisions may name only its pairs"
+        )
+
+
+def _is_mark(row: Mapping[str, Any]) -> bool:
+    return (row["stage"], row["reason"]) == (STAGE, REASON)
+
+
+def _ids(folder: Path, split: str) -> list[str]:
+    import pyarrow.parquet as pq
+
+    ids: list[str] = pq.read_table(folder / split_file(split), columns=["id"])["id"].to_pylist()
+    return ids
+
+
+def _dropped_lines(folder: Path) -> Iterator[bytes]:
+    with open(folder / "dropped.jsonl", "rb") as lines:
+        yield from lines
+
+
+def _write(source: Path, target: Path, manifest: Mapping[str, Any], decisions: Decisions) -> dict[str, Any]:
+    """Write the reviewed folder. dropped.jsonl goes first and the manifest last: whenever it is cut off, the same
+    decisions still fit the folder and finish it.
+    """
+    (target / "data").mkdir(parents=True, exist_ok=True)
+    _write_dropped(source, target, decisions)
+    files = {"dropped.jsonl": file_sha256(target / "dropped.jsonl")}
+    counts: Counter[str] = Counter()
+    values: dict[str, list[float]] = {name: [] for name in CONTRAST}
+    for split in SPLITS:
+        counts[split] = _write_split(source, target, split, decisions.dropped, values)
+        files[split_file(split)] = file_sha256(target / split_file(split))
+    new = _reviewed(manifest, decisions, counts, values)
+    new["files"] = {name: files.get(name, old) for name, old in manifest["files"].items()}
+    write_atomically(target / "README.md", card(new))
+    write_json(target / "manifest.json", new)
+    return new
+
+
+def _write_dropped(source: Path, target: Path, decisions: Decisions) -> None:
+    """The old drops, then the pairs marked drop in the order of the Parquet files.
+
+    Where an earlier run of the same decisions was cut off, those it wrote stand there already, in that order.
+    """
+    marked = decisions.dropped
+    why = Dropped(STAGE, REASON, f"marked drop in the decisions file {decisions.sha256[:12]}")
+    known = {row["id"] for row in map(json.loads, _dropped_lines(source)) if row == why.row(row["id"])}
+    here = [id for split in SPLITS for id in _ids(source, split) if id in marked and id not in known]
+    temporary = target / ".dropped.jsonl.tmp"
+    with open(temporary, "wb") as file:
+        file.writelines(_dropped_lines(source))
+        file.writelines((json.dumps(why.row(id), ensure_ascii=False) + "\n").encode() for id in here)
+    publish(temporary, target / "dropped.jsonl")
+
+
+def _write_split(source: Path, target: Path, split: str, gone: frozenset[str], values: dict[str, list[float]]) -> int:
+    """Copy one Parquet file without the pairs in `gone`, group by group; collects contrast, returns the rows kept."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    old = pq.ParquetFile(source / split_file(split), pre_buffer=False)
+    temporary = (target / split_file(split)).with_name(f".{split}.tmp")
+    ids = pa.array(sorted(gone), pa.string())
+    kept = 0
+    names = old.schema_arrow.names  # an older build has fewer columns
+    whole = schema(tools="tools" in names, calls=is_json(old.schema_arrow.field("chosen").type))
+    layout = pa.schema([whole.field(name) for name in names])
+    with old, pq.ParquetWriter(temporary, layout, compression="zstd") as writer:
+        waiting = table_of([], layout)
+        for batch in old.iter_batches(batch_size=ROWS_PER_GROUP):
+            table = pa.Table.from_batches([batch])
+            table = table.filter(pc.invert(pc.is_in(table["id"], value_set=ids)))
+            kept += len(table)
+            for row in table["contrast"].to_pylist():
+                for name in CONTRAST:
+                    if row[name] is not None:
+                        values[name].append(row[name])
+            waiting = pa.concat_tables([waiting, table])
+            while len(waiting) >= ROWS_PER_GROUP:
+                writer.write_table(waiting.slice(0, ROWS_PER_GROUP).combine_chunks())
+                waiting = waiting.slice(ROWS_PER_GROUP)
+        if len(waiting):
+            writer.write_table(waiting.combine_chunks())
+    publish(temporary, target / split_file(split))
+    return kept
+
+
+def _reviewed(
+    manifest: Mapping[str, Any], decisions: Decisions, counts: Mapping[str, int], values: Mapping[str, list[float]]
+) -> dict[str, Any]:
+    """The manifest after the review; its counts add up."""
+    old = manifest["counts"]
+    pairs = sum(counts[split] for split in SPLITS)
+    marked = old["pairs"] - pairs
+    new = {**old, "pairs": pairs, **{split: counts[split] for split in SPLITS}, "dropped": old["dropped"] + marked}
+    reasons = Counter(manifest["drop_reasons"])
+    if marked:
+        reasons[f"{STAGE}.{REASON}"] += marked
+    contrast = {name: math.fsum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
+    review = {
+        "decisions_sha256": decisions.sha256,
+        "dataset": decisions.dataset,
+        "kept": sum(decision == "keep" for decision in decisions.by_id.values()),
+        "dropped": marked,
+    }
+    return {
+        **manifest,
+        "counts": new,
+        "drop_reasons": dict(sorted(reasons.items())),
+        "contrast": contrast if marked else manifest["contrast"],
+        "review": [*manifest.get("review", []), review],
+    }
