@@ -9,9 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from apo.arguments import APOConfig
-    from apo.config import TrainConfig
-    from apo.objectives import (
+    from apo.losses.objectives import (
         OBJECTIVES,
         apo_down,
         apo_hinge_zero,
@@ -24,7 +22,9 @@ if TYPE_CHECKING:
         sft,
         simpo,
     )
-    from apo.trainer import APOTrainer
+    from apo.training.config import TrainConfig
+    from apo.training.trainer import APOTrainer
+    from apo.training.trainer_config import APOConfig
 
 __all__ = [
     "OBJECTIVES",
@@ -44,11 +44,11 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("OBJECTIVES", "apo_down", "apo_hinge_zero", "apo_zero", "apo_zero_unpaired"), "objectives"),
-    **dict.fromkeys(("dpo", "ipo", "kto", "robust", "sft", "simpo"), "objectives"),
-    "APOConfig": "arguments",
-    "APOTrainer": "trainer",
-    "TrainConfig": "config",
+    **dict.fromkeys(("OBJECTIVES", "apo_down", "apo_hinge_zero", "apo_zero", "apo_zero_unpaired"), "losses.objectives"),
+    **dict.fromkeys(("dpo", "ipo", "kto", "robust", "sft", "simpo"), "losses.objectives"),
+    "APOConfig": "training.trainer_config",
+    "APOTrainer": "training.trainer",
+    "TrainConfig": "training.config",
 }
 
 

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from apo.advise.commands import advise
-from apo.commands import calibrate, certify, distinguish
+from apo.advice.cli import advise
+from apo.cli_analysis import calibrate, certify, distinguish
+from apo.cli_evaluation import app as evaluate
 from apo.console import quieten, tell
-from apo.evaluate.commands import app as evaluate
-from apo.rewards.commands import app as reward
+from apo.rewards.cli import app as reward
 from clair.core.errors import EXIT_INTERRUPTED
 from clair.core.exit_codes import run
 from clair.core.progress import printable
@@ -54,7 +54,7 @@ def train(
     # Idle OpenMP threads sleep instead of spinning: on a busy machine small models train up to 100 times faster.
     # Read when torch is loaded, so this comes first.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from apo.config import TrainConfig
+    from apo.training.config import TrainConfig
     from clair.core.errors import UserError
     from clair.core.recipe import load_recipe
 
@@ -69,8 +69,8 @@ def train(
     if dry_run:
         _print_plans(config, processes)
         return
-    from apo.processes import is_main
-    from apo.train import train as run
+    from apo.distributed.launch import is_main
+    from apo.training.train import train as run
 
     try:
         done = run(config, tell=tell)
@@ -89,7 +89,7 @@ def diagnose(
     out: Annotated[Path | None, typer.Option(callback=local, help="Where to draw; default: RUN/diagnosis.png.")] = None,
 ) -> None:
     """Draw what a run logged, and tell in words what is wrong with it and what helps."""
-    from apo.report import diagnosis
+    from apo.monitoring.diagnosis_report import diagnosis
 
     print(printable("\n".join(diagnosis(run, out))))
 
@@ -102,7 +102,7 @@ def merge(
 ) -> None:
     """Fold an adapter into its base model, for serving."""
     quieten()
-    from apo.merge import merge as fold
+    from apo.models.merge_adapter import merge as fold
 
     tell(f"wrote {fold(adapter, out, base=base)}")
 
@@ -129,9 +129,9 @@ def compare(
     ] = None,
 ) -> None:
     """Tell whether tuned models are better than their base, with intervals, and show every answer that changed."""
-    from apo.evaluate.compare import comparison, other_splits, read_all
-    from apo.evaluate.compare_page import write_page
-    from apo.evaluate.tables import comparison_table, comparison_words
+    from apo.evaluation.compare.compare import comparison, other_splits, read_all
+    from apo.evaluation.compare.html import write_page
+    from apo.evaluation.tables import comparison_table, comparison_words
     from clair.core.console import show
     from clair.core.files import write_json
 
@@ -148,7 +148,7 @@ def compare(
 
 
 def _print_plans(config: Any, processes: int | None) -> None:
-    from apo.each import runs_of
+    from apo.training.by_group import runs_of
 
     for number, one in enumerate(runs_of(config, lambda note: print(f"# {note}"))):
         if number:
@@ -163,9 +163,9 @@ def _print_plan(config: Any, processes: int | None) -> None:
     from clair.core.recipe import resolved
 
     with progress("checking recipe, model and pairs"):
-        from apo.model import why_not_quantized
-        from apo.plan import estimate, plan
-        from apo.run import counted, recorded, status_of
+        from apo.models.load import why_not_quantized
+        from apo.run_dir.files import counted, recorded, status_of
+        from apo.training.plan import estimate, plan
 
         status = status_of(Path(config.out), resolved(config))
         planned = plan(config, processes)
@@ -185,8 +185,9 @@ def _print_plan(config: Any, processes: int | None) -> None:
 
 
 def _print_estimate(planned: Any, costs: Any) -> None:
-    from apo import fit, shapes
-    from apo.matmul import REPEATS
+    from apo.cost import memory as fit
+    from apo.cost import sizes as shapes
+    from apo.packing.onednn import REPEATS
 
     if isinstance(costs, str):
         print(f"# no estimate: {costs}")
@@ -206,8 +207,8 @@ def _print_estimate(planned: Any, costs: Any) -> None:
 
 
 def _closing(out: str, run: dict[str, Any]) -> str:
-    from apo.monitor import summary
-    from apo.run import size_told
+    from apo.monitoring.callbacks import summary
+    from apo.run_dir.files import size_told
 
     size, seconds = size_told(run["data"]["train"]), f"{run['seconds']:.0f} s"
     lines = [f"{size}, {run['steps']:,} steps, {seconds}: {summary(run['metrics'])}"]
@@ -226,7 +227,7 @@ def main() -> None:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         run(app)
         return
-    from apo.processes import leave_after
+    from apo.distributed.launch import leave_after
 
     leave_after(lambda: run(app))
 

@@ -15,7 +15,7 @@ import numpy as np
 from sklearn.datasets import load_diabetes
 from sklearn.ensemble import HistGradientBoostingRegressor
 
-from apo.properties import SearchTester, adjusted
+from apo.guarantees.properties import SearchTester, adjusted
 
 BMI = 2
 TRAIN, CALIBRATE = 200, 140

@@ -12,7 +12,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from apo.objectives import apo_down, apo_zero, dpo
+from apo.losses.objectives import apo_down, apo_zero, dpo
 
 PANELS = {
     apo_zero: "winners up, losers down,\nslower the farther from the anchor",

@@ -122,8 +122,8 @@ def real_text_model(folder: Path, texts: list[str]) -> Path:
 
 
 def test_a_tiny_model_trains_on_the_real_pairs(replayed, tmp_path):
-    from apo.config import TrainConfig
-    from apo.train import train
+    from apo.training.config import TrainConfig
+    from apo.training.train import train
 
     found = pairs(replayed)
     texts = [pair[side][0]["content"] for pair in found for side in ("prompt", "chosen", "rejected")]

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from apo.calibrate import Filter
-from apo.features import Labelled
-from apo.rewards.folder import Reward
+from apo.analysis.features import Labelled
+from apo.guarantees.calibrate import Filter
+from apo.rewards.reward_dir import Reward
 
 
 def scored(reward: Reward, found: Labelled, states: Tensor) -> list[dict[str, Any]]:

@@ -194,10 +194,10 @@ def relabelled(source: Path, out: Path, seed: int, *, half: bool) -> Path:
 
 def prepare(of: Combination, number: int, run: Path) -> dict[str, Any]:
     """Pairs, the advice about them with and without the judge, and how the target does before training: a line."""
-    from apo.advise.rule import Evidence, advise
-    from apo.advise.run import run as ask
-    from apo.advise.settings import AdviseConfig
-    from apo.distinguish import Interval
+    from apo.advice.config import AdviseConfig
+    from apo.advice.rule import Evidence, advise
+    from apo.advice.run import run as ask
+    from apo.analysis.distinguishability import Interval
     from recipes.mini.answers import answers, scored
 
     started, folder, target = time.monotonic(), run / of.name(number), run / "models" / of.target
@@ -260,9 +260,9 @@ def orders(done: Mapping[str, Mapping[str, Any]], run: Path) -> Iterator[Order]:
 
 def train_one(order: Order) -> dict[str, Any]:
     """Train, and ask the held-out tasks: a line. A run that training gives up has no right answer."""
-    from apo.config import TrainConfig
-    from apo.faults import Stopped
-    from apo.train import train
+    from apo.monitoring.failures import Stopped
+    from apo.training.config import TrainConfig
+    from apo.training.train import train
     from recipes.mini.answers import answers, scored
 
     started, out = time.monotonic(), Path(order.out)

@@ -75,7 +75,7 @@ def rhythm(pairs: int) -> tuple[int, int]:
 
 def train_config(cell: Cell, place: Place, out: Path) -> Any:
     """The training recipe of a cell."""
-    from apo.config import TrainConfig
+    from apo.training.config import TrainConfig
 
     folder = place.run / "pairs" / cell.data
     batch, every = rhythm(sum(1 for _ in read_rows(folder, ["train"])))
@@ -97,10 +97,10 @@ def run_cell(cell: Cell, place: Place, tasks: list[Task], out: Path) -> dict[str
 
     A run that training itself gives up (a loss that is no number) is a result too: no checkpoints, and why.
     """
-    from apo.checkpoints import checkpoints, step_of
-    from apo.dynamics import read_metrics
-    from apo.faults import Stopped
-    from apo.train import train
+    from apo.monitoring.failures import Stopped
+    from apo.run_dir.checkpoints import checkpoints, step_of
+    from apo.run_dir.files import read_metrics
+    from apo.training.train import train
     from recipes.mini.answers import answers, scored
 
     shutil.rmtree(out, ignore_errors=True)
@@ -131,7 +131,7 @@ def moved(cell: Cell, place: Place, folder: Path) -> dict[str, list[float]]:
     """What a checkpoint did to each held-out pair, in nats: the log-ratio of winner and loser, of all tokens and of
     those that both have, and the KL. The same for every objective, SFT too, which has no rewards while it trains.
     """
-    from apo.evaluate.pairs import ROWS, PairsConfig, evaluate
+    from apo.evaluation.pairs import ROWS, PairsConfig, evaluate
 
     found = folder.parent / "moved"
     about = {"model": str(folder), "reference": str(place.target), "dataset": str(place.run / "pairs" / cell.data)}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apo.plots import COLORS, FAINT, QUIET
+from apo.monitoring.plots import COLORS, FAINT, QUIET
 from recipes.mini.claims import Name, mean_of
 
 Runs = Sequence[Mapping[str, Any]]

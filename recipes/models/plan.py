@@ -4,7 +4,8 @@
     python -m recipes.models.plan --write      # into the table of docs/recipes.md
 
 Nothing is downloaded: a model is a folder with its config and a word-level tokenizer, and pairs are words in the token
-lengths of 20 real CLAIR pairs, over and over. Memory and time are arithmetic (apo/fit.py); no GPU has confirmed them.
+lengths of 20 real CLAIR pairs, over and over. Memory and time are arithmetic (apo/cost/memory.py); no GPU has
+confirmed them.
 """
 
 from __future__ import annotations

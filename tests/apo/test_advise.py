@@ -10,12 +10,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from apo.advise.asked import distrust
-from apo.advise.likelihood import Scored, first_step, gaps
-from apo.advise.run import contrast_intervals, rate, run
-from apo.advise.settings import AdviseConfig, authors, check, strangeness
+from apo.advice.config import AdviseConfig, authors, check, strangeness
+from apo.advice.judge_evidence import distrust
+from apo.advice.likelihood import Scored, first_step, gaps
+from apo.advice.run import contrast_intervals, rate, run
 from apo.cli import app
-from apo.evaluate.verdicts import Answer, Compared
+from apo.evaluation.winrate.verdicts import Answer, Compared
 from clair.core.errors import UserError
 from clair.core.files import write_json
 from clair.core.recipe import resolve

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from apo.advise.rule import Evidence, advise, beta_of, learning_rate_of, sample_size
-from apo.distinguish import Interval
+from apo.advice.rule import Evidence, advise, beta_of, learning_rate_of, sample_size
+from apo.analysis.distinguishability import Interval
 
 
 def interval(value: float, half: float = 0.05) -> Interval:

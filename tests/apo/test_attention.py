@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch.nn.attention import flex_attention, varlen
 from torch.nn.functional import scaled_dot_product_attention
 
-from apo import attention, prefix
-from apo.logps import plain_logps
-from apo.prefix import lay_out, packed_logps, share_prefixes
+from apo.packing import attention
+from apo.packing import packed_model as prefix
+from apo.packing.logps import plain_logps
+from apo.packing.packed_model import lay_out, packed_logps, share_prefixes
 from tests.apo.test_prefix import FAMILIES, SHAPES, gradients, pairs, stacked, tiny
 
 

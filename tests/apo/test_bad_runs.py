@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from apo import checkpoints
+from apo.run_dir import checkpoints
 from tests.apo.test_cli import call
 
 
@@ -27,7 +27,7 @@ def apo(recipe, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_lost_loss_ends_the_command_with_the_pairs_ids_and_the_last_good_checkpoint(apo, tmp_path, monkeypatch):
-    from apo import asking as module
+    from apo.training import logprobs as module
 
     plain, calls = module.shared_prefix_logps, []
 
@@ -97,5 +97,5 @@ def test_a_run_that_is_interrupted_before_any_step_promises_no_checkpoint(apo, m
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("apo.train.train", interrupted)
+    monkeypatch.setattr("apo.training.train.train", interrupted)
     assert apo() == (130, ["interrupted; the same command goes on from the last checkpoint, if there is one"])

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from apo.calibrate import calibrate, certify, filter_at, one_a_prompt, read_audit, read_ids
 from apo.cli import app
+from apo.guarantees.calibrate import calibrate, certify, filter_at, one_a_prompt, read_audit, read_ids
 from clair.core.errors import UserError
 from clair.data.dataset import read_rows
 from clair.pipeline.build import build

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from apo.checkpoints import MARKER, UNFINISHED, checkpoints, find_newest, finish, problem_of
+from apo.run_dir.checkpoints import MARKER, UNFINISHED, checkpoints, find_newest, finish, problem_of
 
 
 def write(out, step, resumable=True):

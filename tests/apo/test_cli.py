@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import apo
 from apo import cli
-from apo.config import TrainConfig
-from apo.merge import merge
-from apo.train import train
+from apo.models.merge_adapter import merge
+from apo.training.config import TrainConfig
+from apo.training.train import train
 from clair.core.errors import UserError
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apo.conformal import (
+from apo.guarantees.conformal import (
     Band,
     band,
     binomial_tail,
@@ -22,7 +22,7 @@ from apo.conformal import (
     precision_threshold,
     precision_words,
 )
-from apo.properties import (
+from apo.guarantees.properties import (
     SearchTester,
     adjusted,
     ceiling,

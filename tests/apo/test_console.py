@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from apo.config import TrainConfig
-from apo.monitor import looks, summary
-from apo.train import train
+from apo.monitoring.callbacks import looks, summary
+from apo.training.config import TrainConfig
+from apo.training.train import train
 from clair.core.progress import Progress
 
 SPEED = {"loss": 1.0, "pairs_per_second": 1117.3}

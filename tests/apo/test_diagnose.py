@@ -10,11 +10,11 @@ import pytest
 from matplotlib.image import imread
 
 from apo import cli
-from apo.config import TrainConfig
-from apo.diagnose import FEWEST, RULES, judge, log_of, verdicts
-from apo.plots import _PANELS
-from apo.report import diagnosis
-from apo.train import train
+from apo.monitoring.diagnosis import FEWEST, RULES, judge, log_of, verdicts
+from apo.monitoring.diagnosis_report import diagnosis
+from apo.monitoring.plots import _PANELS
+from apo.training.config import TrainConfig
+from apo.training.train import train
 from clair.core.errors import UserError
 from tests.apo.conftest import make_pairs
 
@@ -185,7 +185,7 @@ def test_no_run_is_told(tmp_path):
 
 
 def test_every_panel_draws_what_the_log_may_hold(tmp_path):
-    from apo.plots import draw_diagnosis
+    from apo.monitoring.plots import draw_diagnosis
 
     keys = [key for panel in _PANELS for key in panel.lines]
     assert len(set(keys)) == len(keys) > 20

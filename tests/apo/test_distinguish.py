@@ -10,8 +10,7 @@ import torch
 from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
-from apo.cli import app
-from apo.distinguish import (
+from apo.analysis.distinguishability import (
     Cluster,
     Interval,
     Literal,
@@ -27,10 +26,11 @@ from apo.distinguish import (
     resampled,
     warnings_of,
 )
-from apo.features import Features, Labelled, encode
-from apo.logps import PairLogps
-from apo.mixture import mixture_of
-from apo.objectives import apo_down, apo_zero, dpo
+from apo.analysis.features import Features, Labelled, encode
+from apo.cli import app
+from apo.losses.mixture import mixture_of
+from apo.losses.objectives import apo_down, apo_zero, dpo
+from apo.packing.logps import PairLogps
 from apo.rewards.scorer import denormals_flushed
 from clair.core.errors import UserError
 from recipes.world import toy
@@ -138,8 +138,8 @@ def small_llama(seed: int):
 
 
 def test_head_gradients_are_autograds_and_their_sketch_keeps_inner_products(pairs, tokenizer):
-    from apo.logps import response_logps
-    from apo.tokens import end_ids, tokenize
+    from apo.data.tokenize import end_ids, tokenize
+    from apo.packing.logps import response_logps
 
     tokenized = tokenize(pairs, tokenizer, None, end_ids(tokenizer)).dataset
     model = make_model(tie_word_embeddings=False)

@@ -8,9 +8,9 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from apo.dynamics import read_metrics, series, settled_logps
-from apo.plots import COLORS, draw_dynamics
-from apo.run import append_metrics, drop_metrics_after
+from apo.monitoring.metrics import series, settled_logps
+from apo.monitoring.plots import COLORS, draw_dynamics
+from apo.run_dir.files import append_metrics, drop_metrics_after, read_metrics
 
 
 def row(step, chosen=0.0, rejected=0.0, length=1.0):

@@ -12,12 +12,12 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from apo import train as training
 from apo.cli import app
-from apo.config import TrainConfig
-from apo.each import folder_of, runs_of
-from apo.pairs import Source, load_eval, load_train
-from apo.train import train
+from apo.data.sources import Source, load_eval, load_train
+from apo.training import train as training
+from apo.training.by_group import folder_of, runs_of
+from apo.training.config import TrainConfig
+from apo.training.train import train
 from clair.core.errors import UserError
 from tests.apo.conftest import make_pairs
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from apo import cli
-from apo.checkpoints import checkpoints, problem_of
-from apo.config import TrainConfig
-from apo.faults import NAMED, LossWatch, Stopped, _some, is_out_of_memory, memory_changes, names_of
-from apo.train import train
+from apo.monitoring.failures import NAMED, LossWatch, Stopped, _some, is_out_of_memory, memory_changes, names_of
+from apo.run_dir.checkpoints import checkpoints, problem_of
+from apo.training.config import TrainConfig
+from apo.training.train import train
 from tests.apo.conftest import make_model, make_pairs
 from tests.apo.test_trainer import apo_trainer, lora
 
@@ -134,7 +134,7 @@ def test_pairs_are_named_by_id_or_row_and_long_lists_are_cut(tokenizer, tmp_path
 
 
 def raising(error, at_call):
-    from apo.logps import stacked_logps
+    from apo.packing.logps import stacked_logps
 
     calls = []
 
@@ -176,7 +176,7 @@ def test_used_up_memory_is_told_with_the_settings_to_change(error, tmp_path, tok
 
 
 def test_used_up_memory_in_the_references_pass_is_told_too(tmp_path, tokenizer, pairs, monkeypatch):
-    from apo import asking as module
+    from apo.training import logprobs as module
 
     monkeypatch.setattr(module, "shared_prefix_logps", raising(MemoryError(), at_call=1))
     with pytest.raises(Stopped, match=r"out of memory in the reference's log-probs with 24 pairs of .*; or "):
@@ -218,7 +218,7 @@ def test_the_exit_code_tells_and_the_same_command_goes_on_with_other_settings(tm
     trainer = {**SAVING, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
     recipe = {"model": str(model_dir), "dataset": str(tmp_path / "p.jsonl"), "out": str(tmp_path / "run")}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({**recipe, "trainer": trainer}))
-    from apo import asking as module
+    from apo.training import logprobs as module
 
     whole = module.shared_prefix_logps
     calls, failing = [], 6  # one of the reference, one of the anchor, then training

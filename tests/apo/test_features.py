@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
-from apo import cache, features
-from apo.features import NAMES, Features, features_of, labelled, last_hidden, read_rows, same_model
-from apo.tokens import end_ids, tokenize
+from apo.analysis import features
+from apo.analysis.features import NAMES, Features, features_of, labelled, last_hidden, read_rows, same_model
+from apo.data.tokenize import end_ids, tokenize
+from apo.models import tensor_cache as cache
 from clair.core.errors import UserError
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 

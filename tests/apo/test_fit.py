@@ -19,14 +19,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apo import fit, matmul, shapes
-from apo.config import TrainConfig
-from apo.fit import Job
-from apo.plan import estimate, plan
-from apo.prefix import lay_out, packed_logps, share_prefixes
-from apo.shapes import Device, Row, rows_of
-from apo.shares import Zero, held, zero_of
-from apo.train import train
+from apo.cost import memory as fit
+from apo.cost import sizes as shapes
+from apo.cost.deepspeed_memory import Zero, held, zero_of
+from apo.cost.memory import Job
+from apo.cost.sizes import Device, Row, rows_of
+from apo.packing import onednn as matmul
+from apo.packing.packed_model import lay_out, packed_logps, share_prefixes
+from apo.training.config import TrainConfig
+from apo.training.plan import estimate, plan
+from apo.training.train import train
 from clair.core.errors import UserError
 from tests.apo.conftest import make_model
 from tests.apo.test_cli import call
@@ -380,10 +382,11 @@ MEASURE = """
 import json, os, random, sys, datasets, torch
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
-from apo import fit, shapes
-from apo import model as models
-from apo.arguments import APOConfig
-from apo.trainer import APOTrainer
+from apo.cost import memory as fit
+from apo.cost import sizes as shapes
+from apo.models import load as models
+from apo.training.trainer_config import APOConfig
+from apo.training.trainer import APOTrainer
 from tests.apo.conftest import make_tokenizer
 
 case = json.loads(sys.argv[1])

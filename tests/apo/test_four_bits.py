@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import set_seed
 
-from apo import checkpoints
-from apo import model as models
-from apo.config import TrainConfig
-from apo.merge import merge
-from apo.plan import plan
-from apo.train import build_trainer, train
+from apo.models import load as models
+from apo.models.merge_adapter import merge
+from apo.run_dir import checkpoints
+from apo.training.config import TrainConfig
+from apo.training.plan import plan
+from apo.training.train import build_trainer, train
 from clair.core.errors import UserError
 from tests.apo.conftest import apart, make_model, make_tokenizer
 from tests.apo.test_resume import Crash, crash_in

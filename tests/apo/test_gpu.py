@@ -13,11 +13,12 @@ import pytest
 import torch
 from datasets import Dataset
 
-from apo import attention, fit
-from apo import prefix as prefixes
-from apo.arguments import APOConfig
-from apo.shapes import sizes_of_model
-from apo.trainer import APOTrainer
+from apo.cost import memory as fit
+from apo.cost.sizes import sizes_of_model
+from apo.packing import attention
+from apo.packing import packed_model as prefixes
+from apo.training.trainer import APOTrainer
+from apo.training.trainer_config import APOConfig
 from tests.apo.conftest import make_model, make_pairs
 from tests.apo.test_attention import laid
 

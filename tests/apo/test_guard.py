@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from apo import cli, guard
-from apo.checkpoints import checkpoints, problem_of
-from apo.config import TrainConfig
-from apo.faults import Stopped
-from apo.guard import Guard, Look, compare, crossed, load_rails, look
-from apo.logps import response_logps
-from apo.plan import plan
-from apo.train import build_trainer, train
+from apo import cli
+from apo.monitoring import guard
+from apo.monitoring.failures import Stopped
+from apo.monitoring.guard import Guard, Look, compare, crossed, load_rails, look
+from apo.packing.logps import response_logps
+from apo.run_dir.checkpoints import checkpoints, problem_of
+from apo.training.config import TrainConfig
+from apo.training.plan import plan
+from apo.training.train import build_trainer, train
 from clair.core.errors import UserError
 from tests.apo.conftest import WORDS, make_pairs, make_tokenizer
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from apo import processes
-from apo.arguments import APOConfig
-from apo.faults import Stopped
-from apo.logps import IDLE, weights_of
-from apo.processes import Group, check_devices, check_launch
-from apo.trainer import APOTrainer
+from apo.distributed import launch as processes
+from apo.distributed.launch import Group, check_devices, check_launch
+from apo.monitoring.failures import Stopped
+from apo.packing.logps import IDLE, weights_of
+from apo.training.trainer import APOTrainer
+from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

@@ -10,8 +10,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from apo import processes
-from apo.processes import check_launch
+from apo.distributed import launch as processes
+from apo.distributed.launch import check_launch
 from clair.core.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
@@ -59,7 +59,7 @@ def test_what_the_launcher_tells_the_processes_is_what_the_file_is_named_after(f
     assert check_launch(environ) == 8
     if file.stem == "fsdp2":
         assert environ["FSDP_VERSION"] == "2"
-        assert environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"  # apo.processes.check_devices refuses it
+        assert environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"  # apo.distributed.launch.check_devices refuses it
     if file.stem.startswith("zero"):
         assert environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == file.stem[-1]
         assert environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "auto"  # a number must match the recipe's

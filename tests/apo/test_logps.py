@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
-from apo.logps import IDLE, examples_of, idle, mismatched, plain_logps, response_logps, stacked_logps
+from apo.packing.logps import IDLE, examples_of, idle, mismatched, plain_logps, response_logps, stacked_logps
 from tests.apo.conftest import make_model
 
 collate = DataCollatorForPreference(pad_token_id=0)

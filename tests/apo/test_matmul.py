@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apo import matmul
-from apo.logps import plain_logps
-from apo.prefix import lay_out, packed_logps, share_prefixes, shared_prefix_logps, unshare_prefixes
+from apo.packing import onednn as matmul
+from apo.packing.logps import plain_logps
+from apo.packing.packed_model import lay_out, packed_logps, share_prefixes, shared_prefix_logps, unshare_prefixes
 from tests.apo.test_prefix import FAMILIES, SHAPES, gradients, pairs, stacked, tiny
 
 

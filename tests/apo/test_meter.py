@@ -14,10 +14,11 @@ import torch
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from apo import fit, shapes
-from apo.dynamics import COLUMNS, work_of
-from apo.meter import Meter, Scale, scale_of
-from apo.prefix import lay_out
+from apo.cost import memory as fit
+from apo.cost import sizes as shapes
+from apo.monitoring.metrics import COLUMNS, work_of
+from apo.monitoring.throughput import Meter, Scale, scale_of
+from apo.packing.packed_model import lay_out
 from tests.apo.conftest import make_model, make_pairs
 from tests.apo.test_trainer import apo_trainer, lora
 
@@ -147,8 +148,8 @@ import json, os, sys
 import torch.distributed as dist
 from datasets import Dataset
 from transformers import TrainerCallback
-from apo.arguments import APOConfig
-from apo.trainer import APOTrainer
+from apo.training.trainer_config import APOConfig
+from apo.training.trainer import APOTrainer
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 
 calls, steps = [], []

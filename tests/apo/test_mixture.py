@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from apo.logps import PairLogps
-from apo.mixture import _options_of, mixture_of, title_of
-from apo.objectives import OBJECTIVES, objective_of
+from apo.losses.mixture import _options_of, mixture_of, title_of
+from apo.losses.objectives import OBJECTIVES, objective_of
+from apo.packing.logps import PairLogps
 from clair.core.errors import UserError
 
 # Two pairs: log-ratios (4, -6) and (-2, 3) nats, lengths (4, 3) and (2, 1).

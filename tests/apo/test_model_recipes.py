@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from apo import fit, shapes
+from apo.cost import memory as fit
+from apo.cost import sizes as shapes
 from clair.core.recipe import load_recipe
 from clair.pipeline.build import build
 from clair.pipeline.config import BuildConfig

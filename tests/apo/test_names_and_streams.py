@@ -9,9 +9,9 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from apo.arguments import APOConfig
-from apo.checks import check_before_training
-from apo.trainer import APOTrainer
+from apo.training.preflight import check_before_training
+from apo.training.trainer import APOTrainer
+from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError
 from tests.apo.conftest import make_pairs
 

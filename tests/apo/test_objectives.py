@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apo import objectives
-from apo.objectives import (
+from apo.losses import objectives
+from apo.losses.objectives import (
     OBJECTIVES,
     apo_down,
     apo_hinge_zero,

@@ -9,8 +9,8 @@ import torch
 import yaml
 from datasets import Dataset
 
-from apo.logps import plain_logps
-from apo.prefix import shared_prefix_logps
+from apo.packing.logps import plain_logps
+from apo.packing.packed_model import shared_prefix_logps
 from tests.apo.conftest import make_model
 from tests.apo.test_cli import call
 from tests.apo.test_trainer import apo_trainer

@@ -7,11 +7,12 @@ import types
 import pytest
 import torch
 
-from apo import faults, prefix
-from apo.arguments import APOConfig
-from apo.logps import select, stacked_logps
-from apo.prefix import shared_prefix_logps
-from apo.trainer import APOTrainer
+from apo.monitoring import failures as faults
+from apo.packing import packed_model as prefix
+from apo.packing.logps import select, stacked_logps
+from apo.packing.packed_model import shared_prefix_logps
+from apo.training.trainer import APOTrainer
+from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError
 from tests.apo.conftest import make_model
 

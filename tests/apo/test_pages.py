@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from apo.diagnose import RULES
-from apo.dynamics import MEANS_OF_LOGPS, MEANS_OF_RATIOS, OF_SOME, QUANTILES, SHARES
-from apo.guard import Look, compare
-from apo.objectives import _FIRST_TWO, _MAY_ASK_FOR, OBJECTIVES, apo_down, apo_zero, dpo, objective_of
-from apo.probe import METRICS as PROBED
+from apo.losses.objectives import _FIRST_TWO, _MAY_ASK_FOR, OBJECTIVES, apo_down, apo_zero, dpo, objective_of
+from apo.monitoring.diagnosis import RULES
+from apo.monitoring.guard import Look, compare
+from apo.monitoring.metrics import MEANS_OF_LOGPS, MEANS_OF_RATIOS, OF_SOME, QUANTILES, SHARES
+from apo.monitoring.token_diagnostics import METRICS as PROBED
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 from tests.apo.test_objectives import gradients
 from tests.house.pages import blocks, pages, tables

@@ -8,11 +8,11 @@ import shutil
 
 import pytest
 
-from apo.calibrate import read_ids, read_scored
-from apo.config import TrainConfig
-from apo.features import read_rows
-from apo.pairs import Source, load_eval, load_train, split_names
-from apo.train import train
+from apo.analysis.features import read_rows
+from apo.data.sources import Source, load_eval, load_train, split_names
+from apo.guarantees.calibrate import read_ids, read_scored
+from apo.training.config import TrainConfig
+from apo.training.train import train
 from clair.core.errors import UserError
 from tests.apo.conftest import make_pairs
 from tests.browser.synthetic import synthetic_pairs, write_dataset

@@ -15,10 +15,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from apo.arguments import APOConfig
-from apo.checks import check_before_training
-from apo.probe import Probe
-from apo.trainer import APOTrainer
+from apo.monitoring.token_diagnostics import Probe
+from apo.training.preflight import check_before_training
+from apo.training.trainer import APOTrainer
+from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError
 from tests.apo.conftest import WORDS, make_model
 

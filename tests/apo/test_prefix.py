@@ -17,9 +17,9 @@ from transformers import (
 )
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from apo import prefix
-from apo.logps import TurnCollator, examples_of, plain_logps
-from apo.prefix import (
+from apo.packing import packed_model as prefix
+from apo.packing.logps import TurnCollator, examples_of, plain_logps
+from apo.packing.packed_model import (
     around_the_parting,
     bins_of,
     lay_out,

@@ -10,12 +10,12 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-import apo.evaluate.pairs
-import apo.probe
-from apo.config import TrainConfig
-from apo.plan import plan
-from apo.probe import METRICS, POSITIONS, Probe, View, compare, probe_of
-from apo.train import build_trainer, train
+import apo.evaluation.pairs
+import apo.monitoring.token_diagnostics
+from apo.monitoring.token_diagnostics import METRICS, POSITIONS, Probe, View, compare, probe_of
+from apo.training.config import TrainConfig
+from apo.training.plan import plan
+from apo.training.train import build_trainer, train
 from clair.data.contrast import shared_tokens
 from tests.apo.conftest import make_model, make_pairs
 from tests.apo.test_trainer import apo_trainer, lora
@@ -30,7 +30,7 @@ def test_shared_tokens_are_the_longest_common_subsequence():
 
 
 def test_training_and_evaluation_mark_the_same_tokens():
-    assert apo.evaluate.pairs.shared_tokens is apo.probe.shared_tokens is shared_tokens
+    assert apo.evaluation.pairs.shared_tokens is apo.monitoring.token_diagnostics.shared_tokens is shared_tokens
 
 
 def test_a_comparison_by_hand():

@@ -8,11 +8,12 @@ import pytest
 import torch
 import transformers
 
-from apo import fit, shapes
-from apo import model as models
-from apo.config import TrainConfig
-from apo.plan import estimate, plan
-from apo.train import build_trainer, train
+from apo.cost import memory as fit
+from apo.cost import sizes as shapes
+from apo.models import load as models
+from apo.training.config import TrainConfig
+from apo.training.plan import estimate, plan
+from apo.training.train import build_trainer, train
 from clair.core.errors import UserError
 from clair.core.recipe import resolve
 from tests.apo.conftest import make_model

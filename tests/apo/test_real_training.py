@@ -10,10 +10,10 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from apo.arguments import APOConfig
-from apo.config import TrainConfig
-from apo.train import train
-from apo.trainer import APOTrainer
+from apo.training.config import TrainConfig
+from apo.training.train import train
+from apo.training.trainer import APOTrainer
+from apo.training.trainer_config import APOConfig
 from clair.core.files import write_json
 
 pytestmark = pytest.mark.slow

@@ -12,11 +12,12 @@ import pytest
 import torch
 from datasets import Dataset
 
-from apo import cache, reference
-from apo.arguments import APOConfig
-from apo.cache import hash_model
-from apo.reference import COLUMNS, part_key, with_reference
-from apo.trainer import APOTrainer
+from apo.models import tensor_cache as cache
+from apo.models.tensor_cache import hash_model
+from apo.training import reference
+from apo.training.reference import COLUMNS, part_key, with_reference
+from apo.training.trainer import APOTrainer
+from apo.training.trainer_config import APOConfig
 from tests.apo.conftest import make_model, make_pairs
 
 
@@ -222,7 +223,7 @@ KEEPS = """
 import sys
 import torch
 from pathlib import Path
-from apo import cache
+from apo.models import tensor_cache as cache
 
 numbers = dict.fromkeys(("a", "b"), torch.arange(1000, dtype=torch.float64))
 while True:

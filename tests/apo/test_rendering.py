@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from apo.tokens import encode, end_ids, tokenize
+from apo.data.tokenize import encode, end_ids, tokenize
 from clair.core.errors import UserError
 
 MARKS = ["<|pad|>", "<|text_end|>", "<|start|>", "<|end|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|call|>"]

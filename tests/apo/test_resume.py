@@ -20,10 +20,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
-from apo import checkpoints
-from apo.config import TrainConfig
-from apo.faults import Stopped
-from apo.train import train
+from apo.monitoring.failures import Stopped
+from apo.run_dir import checkpoints
+from apo.training.config import TrainConfig
+from apo.training.train import train
 from clair.core.errors import UserError
 from clair.pipeline.output_dir import locked
 from clair.storage.object_store import InUse
@@ -170,7 +170,7 @@ def test_a_model_that_changed_between_stop_and_resume_is_refused_before_it_is_lo
     weights["model.norm.weight"][0] += 1e-3
     save_file(weights, moved / "model.safetensors", {"format": "pt"})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apo.model.load_model", lambda *_, **__: pytest.fail("loaded"))
+        patch.setattr("apo.models.load.load_model", lambda *_, **__: pytest.fail("loaded"))
         with pytest.raises(UserError, match=r"holds a run on another model: the files of .* have changed since"):
             train(config, tell=lambda _: None)
     shutil.copy(model_dir / "model.safetensors", moved)
@@ -198,7 +198,7 @@ def test_a_run_that_another_process_ended_meanwhile_is_not_begun_again(model_dir
             with locked(out):
                 yield
 
-        patch.setattr("apo.train.locked", late)
+        patch.setattr("apo.training.train.locked", late)
         assert train(config, tell=told.append)["resumed_from"] == []
     assert told == [f"{config.out} was finished by another process just now; nothing to do"]
 
@@ -244,7 +244,7 @@ def test_a_crash_after_training_and_before_the_end_trains_nothing_again(uninterr
     whole, lora = uninterrupted
     config = TrainConfig(**recipe(model_dir, data, tmp_path / "run", lora))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apo.plots.draw_dynamics", lambda *_: (_ for _ in ()).throw(Crash))
+        patch.setattr("apo.monitoring.plots.draw_dynamics", lambda *_: (_ for _ in ()).throw(Crash))
         with pytest.raises(Crash):
             train(config, tell=lambda _: None)
     found = train(config, tell=lambda _: None)

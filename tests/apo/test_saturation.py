@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from apo.logps import PairLogps
-from apo.mixture import mixture_of
-from apo.objectives import OBJECTIVES
-from apo.saturation import greatest_pull, notes_at_start, pull_of, saturated
+from apo.losses.mixture import mixture_of
+from apo.losses.objectives import OBJECTIVES
+from apo.losses.saturation import greatest_pull, notes_at_start, pull_of, saturated
+from apo.packing.logps import PairLogps
 
 LINE = torch.linspace(-8, 8, 65, dtype=torch.float64)
 NOTHING = (torch.zeros(1, dtype=torch.float64),) * 2

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from trl import DPOTrainer
 
-from apo.tokens import end_ids, tokenize
+from apo.data.tokenize import end_ids, tokenize
 from clair.core.errors import UserError
 from tests.apo.conftest import TEMPLATE, make_pairs, make_tokenizer
 

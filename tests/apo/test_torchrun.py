@@ -15,7 +15,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from apo import checkpoints
+from apo.run_dir import checkpoints
 from tests.apo.conftest import apart, make_pairs
 
 ROOT = Path(__file__).parents[2]

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from apo import cli
-from apo import run as runs
-from apo.config import LoRA, TrainConfig
-from apo.model import find, load_model
-from apo.pairs import Source, fingerprint, load_eval, load_train
-from apo.plan import plan
-from apo.prefix import tokens_of
-from apo.train import train
+from apo.data.sources import Source, fingerprint, load_eval, load_train
+from apo.models.load import find, load_model
+from apo.packing.packed_model import tokens_of
+from apo.run_dir import files as runs
+from apo.training.config import LoRA, TrainConfig
+from apo.training.plan import plan
+from apo.training.train import train
 from clair.core.errors import UserError
 from clair.core.recipe import load_recipe, resolved
 from tests.apo.conftest import TRAINER, make_model, make_pairs, make_tokenizer, write_jsonl
@@ -90,7 +90,7 @@ def test_lora_leaves_an_adapter_that_can_be_trained_on(recipe, tmp_path):
 
 
 def test_lora_dropout_is_not_lost(recipe):
-    from apo.train import build_trainer
+    from apo.training.train import build_trainer
 
     trainer = build_trainer(plan(TrainConfig(**recipe, lora={"dropout": 0.25})))
     found = {m.p for name, m in trainer.model.named_modules() if "lora_dropout.default" in name}
@@ -474,7 +474,7 @@ def test_no_memory_to_load_a_model_is_told(recipe, monkeypatch):
 
 
 def test_the_anchor_is_checked_before_anything_is_written(recipe, monkeypatch):
-    from apo.trainer import APOTrainer
+    from apo.training.trainer import APOTrainer
 
     right = APOTrainer._reference_logps
     wrong = lambda *args: tuple(logps - 0.5 for logps in right(*args))  # noqa: E731

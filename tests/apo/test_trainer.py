@@ -17,14 +17,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer, TrlParser
 
-from apo.arguments import IGNORED, APOConfig
-from apo.checkpoints import UNFINISHED
-from apo.checks import check_before_training
-from apo.dynamics import check_best_metric, measure, pair_rows
-from apo.faults import Stopped
-from apo.logps import PairLogps, plain_logps
-from apo.mixture import mixture_of
-from apo.trainer import APOTrainer
+from apo.losses.mixture import mixture_of
+from apo.monitoring.failures import Stopped
+from apo.monitoring.metrics import check_best_metric, measure, pair_rows
+from apo.packing.logps import PairLogps, plain_logps
+from apo.run_dir.checkpoints import UNFINISHED
+from apo.training.preflight import check_before_training
+from apo.training.trainer import APOTrainer
+from apo.training.trainer_config import IGNORED, APOConfig
 from clair.core.errors import UserError
 from tests.apo.conftest import TEMPLATE, make_model, make_pairs, make_tokenizer
 
@@ -507,7 +507,7 @@ def test_who_makes_a_trainer_is_told_of_rows_that_are_left_out(tmp_path, tokeniz
     note = f"train: {rows} and left out; TRL would cut them (truncation_mode)"
     assert 0 < left < 24
     assert note in trainer.notes
-    assert [record.getMessage() for record in caplog.records if record.name == "apo.trainer"].count(note) == 1
+    assert [record.getMessage() for record in caplog.records if record.name == "apo.training.trainer"].count(note) == 1
 
 
 def test_trls_truncation_mode_is_accepted_and_the_note_on_long_rows_names_it(tmp_path, tokenizer, pairs):
@@ -616,7 +616,7 @@ def test_a_push_takes_the_model_and_never_states_pickles_or_what_is_half_written
     tmp_path, tokenizer, pairs, monkeypatch
 ):
     hub = Uploads()
-    for module in ("transformers.trainer", "apo.trainer"):
+    for module in ("transformers.trainer", "apo.training.trainer"):
         monkeypatch.setattr(f"{module}.hf_api", lambda: hub)
     more = {"push_to_hub": True, "hub_model_id": "me/model", "save_strategy": "steps", "save_steps": 2}
     trainer = apo_trainer(tmp_path / "run", tokenizer, pairs, save_total_limit=1, **more)
@@ -752,7 +752,7 @@ def test_kto_with_one_pair_a_step_is_refused(tmp_path, tokenizer, pairs):
 
 
 def test_a_second_whole_model_beside_a_sharded_one_is_refused(tmp_path, tokenizer, pairs, monkeypatch):
-    monkeypatch.setattr("apo.trainer.check_devices", lambda args: None)
+    monkeypatch.setattr("apo.training.trainer.check_devices", lambda args: None)
     with pytest.raises(UserError, match=r"under FSDP the reference .* reference: cached"):
         apo_trainer(tmp_path, tokenizer, pairs, fsdp=True)
 

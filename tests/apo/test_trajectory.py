@@ -10,10 +10,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 from trl import DPOConfig, DPOTrainer
 
-from apo.arguments import APOConfig
-from apo.logps import PairLogps, plain_logps, select
-from apo.prefix import shared_prefix_logps
-from apo.trainer import APOTrainer
+from apo.packing.logps import PairLogps, plain_logps, select
+from apo.packing.packed_model import shared_prefix_logps
+from apo.training.trainer import APOTrainer
+from apo.training.trainer_config import APOConfig
 from tests.apo.conftest import make_pairs
 
 STEPS, BATCH = 20, 8

@@ -12,16 +12,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from apo.checks import check_before_training
-from apo.distinguish import head_gradients
-from apo.dynamics import work_of
-from apo.evaluate.pairs import compare_models
-from apo.logps import TurnCollator, examples_of, plain_logps
-from apo.pairs import fingerprint
-from apo.prefix import lay_out
-from apo.probe import Probe
-from apo.reference import part_key
-from apo.tokens import end_ids, tokenize
+from apo.analysis.distinguishability import head_gradients
+from apo.data.sources import fingerprint
+from apo.data.tokenize import end_ids, tokenize
+from apo.evaluation.pairs import compare_models
+from apo.monitoring.metrics import work_of
+from apo.monitoring.token_diagnostics import Probe
+from apo.packing.logps import TurnCollator, examples_of, plain_logps
+from apo.packing.packed_model import lay_out
+from apo.training.preflight import check_before_training
+from apo.training.reference import part_key
 from tests.apo.conftest import NUMBERS, WORDS, make_model, make_pairs
 from tests.apo.test_trainer import apo_trainer, assert_same_run, lora, options, trained
 

@@ -13,18 +13,18 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import KTOConfig, KTOTrainer
 
-from apo.arguments import APOConfig
-from apo.checks import check_before_training
-from apo.config import TrainConfig
-from apo.fit import run_flops
-from apo.logps import plain_logps, stacked_logps
-from apo.mixture import mixture_of
-from apo.objectives import OBJECTIVES
-from apo.plan import estimate, plan
-from apo.prefix import shared_prefix_logps
-from apo.tokens import count_unpaired, end_ids, tokenize
-from apo.train import train
-from apo.trainer import APOTrainer
+from apo.cost.memory import run_flops
+from apo.data.tokenize import count_unpaired, end_ids, tokenize
+from apo.losses.mixture import mixture_of
+from apo.losses.objectives import OBJECTIVES
+from apo.packing.logps import plain_logps, stacked_logps
+from apo.packing.packed_model import shared_prefix_logps
+from apo.training.config import TrainConfig
+from apo.training.plan import estimate, plan
+from apo.training.preflight import check_before_training
+from apo.training.train import train
+from apo.training.trainer import APOTrainer
+from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 from tests.apo.test_cli import call

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers.integrations import deepspeed as theirs
 
-from apo import zero
-from apo.arguments import APOConfig
-from apo.trainer import APOTrainer
+from apo.distributed import deepspeed as zero
+from apo.training.trainer import APOTrainer
+from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError
 from tests.apo.conftest import make_model
 
@@ -53,7 +53,9 @@ def test_zero_3_that_saves_no_weights_is_refused():
 def test_weights_that_are_already_shared_out_are_refused(tmp_path, pairs, tokenizer):
     model = make_model()
     model.lm_head.weight.ds_id = 0
-    with pytest.raises(UserError, match=r"shared out by ZeRO-3 when the model was loaded.* apo.zero.whole\(\)"):
+    with pytest.raises(
+        UserError, match=r"shared out by ZeRO-3 when the model was loaded.* apo.distributed.deepspeed.whole\(\)"
+    ):
         APOTrainer(model, args=APOConfig(output_dir=str(tmp_path)), train_dataset=pairs, processing_class=tokenizer)
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 
-from apo.zero import whole
+from apo.distributed.deepspeed import whole
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 from tests.apo.deepspeed_on_cpus import let_cpus_share_out
 from tests.apo.test_trajectory import tiny
@@ -76,10 +76,10 @@ def train(name, out, way):
     """The trainer's run of a case: what it logs, the prompts of each step in the order of one process, the model."""
     from accelerate.utils import gather_object
 
-    from apo import reference
-    from apo.arguments import APOConfig
-    from apo.logps import IDLE, examples_of
-    from apo.trainer import APOTrainer
+    from apo.packing.logps import IDLE, examples_of
+    from apo.training import reference
+    from apo.training.trainer import APOTrainer
+    from apo.training.trainer_config import APOConfig
 
     reference.PART = 4
     case = CASES[name]
@@ -136,8 +136,8 @@ def shard(name, other):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    from apo.mixture import mixture_of
-    from apo.prefix import lay_out, packed_logps, share_prefixes
+    from apo.losses.mixture import mixture_of
+    from apo.packing.packed_model import lay_out, packed_logps, share_prefixes
 
     rank, count = dist.get_rank(), dist.get_world_size()
     model, anchor = model_of(CASES[name]), model_of(CASES[name])

@@ -47,7 +47,7 @@ def _made_up(folder: Path) -> Path:
     """A data folder with a full benchmark of our own, whose judge messages are taken for the right ones."""
     import hashlib
 
-    from apo.evaluate import mixeval
+    from apo.evaluation.mixeval import benchmark as mixeval
     from tests.apo.evaluate.questions import JUDGE
 
     random = Random(0)
@@ -69,7 +69,7 @@ def _made_up(folder: Path) -> Path:
 
 
 def _judgements(folder: Path, data: Path) -> dict[str, Any]:
-    from apo.evaluate import mixeval
+    from apo.evaluation.mixeval import benchmark as mixeval
     from tests.apo.evaluate.evaluating import evaluated, judging
 
     benchmark = mixeval.load(data, "2024-06-01", "full")
@@ -99,7 +99,7 @@ def _judgements(folder: Path, data: Path) -> dict[str, Any]:
 
 
 def _local(folder: Path, made_up: Path) -> dict[str, Any]:
-    from apo.evaluate.answers import batch_tokens_here
+    from apo.evaluation.mixeval.answers import batch_tokens_here
     from tests.apo.evaluate.evaluating import evaluated
 
     named = os.environ.get("CLAIR_SHARED")

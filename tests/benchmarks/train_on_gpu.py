@@ -6,9 +6,9 @@
 Random weights in bfloat16, made anew from one seed for each run; AdamW; LoRA of rank 16 on all linear layers, and full
 fine-tuning. Time goes from the constructor to the end of training: tokenisation, reference and compilation included,
 making the model not. `steady_*` leaves out the first two steps, and with them what is done once. MFU is the same
-arithmetic for every run, the least that the pairs need (apo/meter.py), over the device's bf16 peak. All runs of a
-repeat follow each other in one process. A run that does not fit is told as such. The loss curves must agree as far as
-bfloat16 lets them.
+arithmetic for every run, the least that the pairs need (apo/monitoring/throughput.py), over the device's bf16 peak.
+All runs of a repeat follow each other in one process. A run that does not fit is told as such. The loss curves must
+agree as far as bfloat16 lets them.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def make_trainer(mode: str, tune: str, model: Any, lengths: list[tuple[int, int,
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
-    from apo import prefix
-    from apo.arguments import APOConfig
-    from apo.trainer import APOTrainer
+    from apo.packing import packed_model as prefix
+    from apo.training.trainer import APOTrainer
+    from apo.training.trainer_config import APOConfig
 
     on_gpu = model.device.type != "cpu"
     same = {
@@ -89,10 +89,10 @@ def run(mode: str, tune: str, model: Any, lengths: list[tuple[int, int, int]], b
     import torch
     from transformers import TrainerCallback
 
-    from apo.logps import examples_of
-    from apo.meter import scale_of
-    from apo.prefix import common_prefix
-    from apo.shapes import row_of
+    from apo.cost.sizes import row_of
+    from apo.monitoring.throughput import scale_of
+    from apo.packing.logps import examples_of
+    from apo.packing.packed_model import common_prefix
 
     device, times, needed = model.device, [], {"flops": 0.0, "tokens": 0}
 
@@ -139,7 +139,7 @@ def measure_on(
     """Per case and kind of tuning: what each run of each mode took, and by how much ours is faster than TRL's."""
     import torch
 
-    from apo.faults import is_out_of_memory
+    from apo.monitoring.failures import is_out_of_memory
     from clair.core.errors import UserError
 
     found = {}

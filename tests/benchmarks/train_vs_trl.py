@@ -97,8 +97,8 @@ def make_trainer(mode: str, lengths: list[tuple[int, int, int]], batch: int, out
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
-    from apo.arguments import APOConfig
-    from apo.trainer import APOTrainer
+    from apo.training.trainer import APOTrainer
+    from apo.training.trainer_config import APOConfig
 
     same = {
         "output_dir": f"{out}/run", "per_device_train_batch_size": batch, "learning_rate": 1e-4, "use_cpu": True,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluate.compare import comparison, flip_kind, flips, read_all
-from apo.evaluate.compare_page import write_page
+from apo.evaluation.compare.compare import comparison, flip_kind, flips, read_all
+from apo.evaluation.compare.html import write_page
 from tests.apo.evaluate.made_results import TEXTS, make_items, write_folder
 from tests.browser.conftest import too_wide, visit
 from tests.browser.synthetic import INJECTIONS

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import yaml
 
-from apo import model as models
+from apo.models import load as models
 from clair.core.console import show
 from clair.core.errors import UserError, one_line
 from clair.core.progress import printable, tell

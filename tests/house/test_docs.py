@@ -26,7 +26,7 @@ from tests.house.pages import ROOT, blocks, commands, pages, tables
 
 def configs() -> dict[str, type[BaseModel]]:
     """Every recipe and every part of one, by class name."""
-    from apo.config import TrainConfig
+    from apo.training.config import TrainConfig
     from clair.pipeline.config import BuildConfig
 
     found: dict[str, type[BaseModel]] = {}
@@ -154,7 +154,7 @@ def recipes() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("where", "text"), recipes(), ids=lambda value: value if "\n" not in value else "")
 def test_recipes_are_recipes(where, text):
     """A whole recipe is accepted as it stands; of a part of one, every key exists."""
-    from apo.config import TrainConfig
+    from apo.training.config import TrainConfig
     from clair.core.recipe import parse_yaml, resolve
     from clair.pipeline.config import BuildConfig
 
@@ -270,7 +270,7 @@ def test_relative_links_of_pages_outside_of_the_site_lead_somewhere():
 
 
 def test_every_option_of_trl_that_is_refused_has_its_line():
-    from apo.arguments import IGNORED
+    from apo.training.trainer_config import IGNORED
 
     page = (ROOT / "docs/trl.md").read_text("utf-8")
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]

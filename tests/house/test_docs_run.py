@@ -57,8 +57,8 @@ def program_of(text: str) -> str:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """What pages find made by others: pairs, scored pairs, a full run, an adapter, results of evaluations."""
-    from apo.config import TrainConfig
-    from apo.train import train
+    from apo.training.config import TrainConfig
+    from apo.training.train import train
     from clair.pipeline.build import build
     from clair.pipeline.config import BuildConfig
     from recipes.world.running import running

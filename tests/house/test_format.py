@@ -93,7 +93,7 @@ def test_datasets_reads_it_as_it_is(folder, tmp_path):
 
 
 def test_exported_unpaired_rows_are_the_pairs_cut_in_two(folder, tmp_path):
-    from apo.pairs import Source, load_train
+    from apo.data.sources import Source, load_train
     from clair.pipeline.export import export
 
     count = export("unpaired", folder, "train", tmp_path / "rows.jsonl")

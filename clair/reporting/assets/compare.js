@@ -1,5 +1,5 @@
 
-// The comparison of a base and its tuned models. `D` is what apo/evaluate/compare_page.py wrote.
+// The comparison of a base and its tuned models. `D` is what apo/evaluation/compare/html.py wrote.
 const D = read("data");
 const C = D.comparison;
 const byId = (id) => document.getElementById(id);

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from apo import cli
-from apo.evaluate.run import Evaluated, evaluate
-from apo.evaluate.settings import MixEvalConfig
+from apo.evaluation.mixeval.config import MixEvalConfig
+from apo.evaluation.mixeval.run import Evaluated, evaluate
 from clair.core.recipe import resolve
 from tests.clair.building import Ended
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
-from apo.evaluate.results import (
+from apo.evaluation.results import (
     SPLITS,
     Interval,
     Item,

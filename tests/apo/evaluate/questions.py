@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from apo.evaluate import mixeval
-from apo.evaluate.mixeval import letter
+from apo.evaluation.mixeval import benchmark as mixeval
+from apo.evaluation.mixeval.benchmark import letter
 
 FREE_FORM = [
     {"context": None, "prompt": "Who wrote Faust?", "target": ["Goethe", "J. W. Goethe"], "benchmark_name": "TriviaQA"},

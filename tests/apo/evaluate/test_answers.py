@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluate.answers import messages_of, read_responses, wanted
-from apo.evaluate.mixeval import load
+from apo.evaluation.mixeval.answers import messages_of, read_responses, wanted
+from apo.evaluation.mixeval.benchmark import load
 from clair.core.errors import UserError
 from tests.apo.evaluate.questions import responses_of
 

@@ -14,9 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from apo.cli import app
-from apo.evaluate.compare import comparison, flip_kind, flips, names_of, other_splits, read_all, rows_of
-from apo.evaluate.results import Item, JudgeUsed, read_results
-from apo.evaluate.tables import comparison_words
+from apo.evaluation.compare.compare import comparison, flip_kind, flips, names_of, other_splits, read_all, rows_of
+from apo.evaluation.results import Item, JudgeUsed, read_results
+from apo.evaluation.tables import comparison_words
 from clair.core.errors import UserError
 from clair.core.statistics import paired_difference
 from tests.apo.evaluate.evaluating import evaluated

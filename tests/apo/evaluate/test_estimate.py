@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from apo.evaluate.estimate import estimate
+from apo.evaluation.mixeval.estimate import estimate
 from clair.core.errors import UserError
 from tests.apo.evaluate.evaluating import apo, config_for, evaluated
 from tests.apo.evaluate.questions import responses_of

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluate import fetch as fetching
-from apo.evaluate import mixeval
-from apo.evaluate.fetch import fetch, judge_words
-from apo.evaluate.mixeval import load, load_judge_words
+from apo.evaluation.mixeval import benchmark as mixeval
+from apo.evaluation.mixeval import fetch as fetching
+from apo.evaluation.mixeval.benchmark import load, load_judge_words
+from apo.evaluation.mixeval.fetch import fetch, judge_words
 from clair.core.errors import UserError
 from tests.apo.evaluate.evaluating import apo
 from tests.apo.evaluate.questions import JUDGE

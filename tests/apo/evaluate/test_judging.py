@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apo.evaluate.answers import Answer
-from apo.evaluate.judging import (
+from apo.evaluation.config import is_passing
+from apo.evaluation.mixeval.answers import Answer
+from apo.evaluation.mixeval.benchmark import Row
+from apo.evaluation.mixeval.judging import (
     REASONS,
     Judged,
     Verdict,
-    is_passing,
     item_of,
     read_verdict,
     request_options,
     with_fallbacks,
 )
-from apo.evaluate.mixeval import Row
 from clair.data.records import Dropped, Reply
 from tests.house.pages import tables
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apo.evaluate.length import length_controlled
+from apo.evaluation.winrate.length_control import length_controlled
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluate.results import read_results
-from apo.evaluate.run import evaluate
+from apo.evaluation.mixeval.run import evaluate
+from apo.evaluation.results import read_results
 from clair.core.errors import UserError
 from clair.inference.local import LocalModel
 from clair.ledger.ledger import Ledger

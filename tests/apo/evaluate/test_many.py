@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluate.many import apart, names_of
-from apo.evaluate.results import MAX_NEW_TOKENS, read_results
+from apo.evaluation.mixeval.checkpoints import apart, names_of
+from apo.evaluation.results import MAX_NEW_TOKENS, read_results
 from clair.core.errors import UserError
 from clair.inference.local import LocalModel
 from tests.apo.evaluate.evaluating import apo, config_for, evaluated, final

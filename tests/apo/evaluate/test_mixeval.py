@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from apo.evaluate import mixeval
-from apo.evaluate.mixeval import JudgeWords, Row, load, load_judge_words, prompts_sha256
+from apo.evaluation.mixeval import benchmark as mixeval
+from apo.evaluation.mixeval.benchmark import JudgeWords, Row, load, load_judge_words, prompts_sha256
 from clair.core.errors import UserError
 from tests.apo.evaluate.questions import accept, write_data
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluate.pairs import (
+from apo.evaluation.pairs import (
     Measured,
     PairsConfig,
     Response,
@@ -18,7 +18,7 @@ from apo.evaluate.pairs import (
     evaluate,
     summary,
 )
-from apo.logps import response_logps
+from apo.packing.logps import response_logps
 from clair.core.errors import UserError
 from clair.data.contrast import shared_tokens
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer

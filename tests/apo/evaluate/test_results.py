@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluate.results import (
+from apo.evaluation.results import (
     Interval,
     Item,
     JudgeUsed,

@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from apo.evaluate.mixeval import load
-from apo.evaluate.rules import chosen_letter, is_right
+from apo.evaluation.mixeval.benchmark import load
+from apo.evaluation.mixeval.rules import chosen_letter, is_right
 
 OPTIONS = ("ice", "fire", "the sun")
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from apo.evaluate.results import read_results
-from apo.evaluate.run import Run
+from apo.evaluation.mixeval.run import Run
+from apo.evaluation.results import read_results
 from clair.core.errors import UserError
 from clair.inference.client import Stop
 from tests.apo.evaluate.evaluating import apo, evaluated, final, judging

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from apo.evaluate.results import Item
-from apo.evaluate.score import aggregate, interval
+from apo.evaluation.mixeval.score import aggregate, interval
+from apo.evaluation.results import Item
 
 
 def items(split: str, scores: list[float], questions: str, **changes) -> list[Item]:

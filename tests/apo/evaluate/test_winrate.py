@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluate.verdicts import Answer, Compared, summary
-from apo.evaluate.winrate import WinrateConfig, check, compare
+from apo.evaluation.winrate.run import WinrateConfig, check, compare
+from apo.evaluation.winrate.verdicts import Answer, Compared, summary
 from clair.core.errors import UserError
 from clair.core.recipe import resolve
 from clair.data.records import Prompt

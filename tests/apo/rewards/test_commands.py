@@ -11,8 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from apo.cli import app
-from apo.rewards.folder import Reward, notes_on, save_user, user_file
 from apo.rewards.judge import by_group, padded, worst_off
+from apo.rewards.reward_dir import Reward, notes_on, save_user, user_file
 from clair.core.errors import UserError
 from tests.apo.conftest import NUMBERS, make_model, make_tokenizer
 
@@ -155,9 +155,9 @@ def test_each_group_gets_the_pair_turned_to_its_taste(world, tmp_path):
 
 
 def test_a_folder_keeps_train_and_test_apart_and_trains_a_run_for_each_group(world, tmp_path):
-    from apo.config import TrainConfig
-    from apo.each import runs_of
-    from apo.pairs import load_eval, load_train
+    from apo.data.sources import load_eval, load_train
+    from apo.training.by_group import runs_of
+    from apo.training.config import TrainConfig
 
     rng = random.Random(3)
     (tmp_path / "in").mkdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apo.objectives import apo_zero
+from apo.losses.objectives import apo_zero
 from recipes.tastes import run
 from recipes.tastes.users import comparisons, group_of, liking, served, win_rate
 from recipes.world import toy

@@ -11,10 +11,10 @@ import torch
 from torch.nn.functional import softplus
 
 from apo.rewards.bradley_terry import BradleyTerry
+from apo.rewards.model_selection import _fewest, new_scorer, select
+from apo.rewards.model_selection import fitted as best_fit
 from apo.rewards.pal import PAL
 from apo.rewards.scorer import Comparisons, Standard, accuracy, denormals_flushed, fit, nll, split, win_rate
-from apo.rewards.select import _fewest, new_scorer, select
-from apo.rewards.select import fitted as best_fit
 from apo.rewards.vpl import VPL, next_question
 from clair.core.errors import UserError
 from recipes.world import toy
@@ -406,8 +406,8 @@ def test_the_gate_goes_by_the_part_that_nothing_was_chosen_on_and_by_its_interva
     def found(kind, data, training, valid, *, prototypes, **_):
         return prototypes, (training, valid)
 
-    monkeypatch.setattr("apo.rewards.select.fitted", found)
-    monkeypatch.setattr("apo.rewards.select.nll", seen)
+    monkeypatch.setattr("apo.rewards.model_selection.fitted", found)
+    monkeypatch.setattr("apo.rewards.model_selection.nll", seen)
     selection = select(comparisons(toy.bimodal(6, 20)), most=2)
     assert selection.plural == plural
     assert selection.gain.mean == pytest.approx(np.mean(gains), abs=1e-6)

@@ -1,0 +1,401 @@
+"""What an objective will learn first, neglect or hurt, before it is trained: preference distinguishability.
+
+After Im & Li, "Understanding the Learning Dynamics of Alignment with Human Feedback" (arXiv 2403.18742). Three looks
+at each cluster of pairs, a statement about the first steps all of them:
+
+    literal     answers are one of two texts: delta = |mean phi(x) where one is preferred - mean where the other is|
+    pair-level  u = mean hidden state of chosen - of rejected: delta = |mean u|, coherence = |mean u|^2 / mean |u|^2,
+                cosines between the clusters' mean u; ours, an extension to free text
+    gradient    v = the objective's step on a pair with respect to the LM head; speed of a cluster = the mean of
+                <v of its pair, v of all others>, so that a negative one is hurt by the mixture at first
+
+What a pair gives to itself is left out of means of products: it is memory, and in small clusters would be most of it.
+
+The distance delta orders speeds only where chosen and rejected are pulled alike (DPO, APO-zero). APO-down pulls at the
+rejected alone at first: go by the gradient there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from clair.core.errors import UserError, near_miss
+from clair.data.records import LABELS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from apo.analysis.features import Labelled
+    from apo.losses.mixture import Mixture
+    from apo.packing.logps import PairLogps
+
+SKETCH = 4096
+"""Dimensions of a gradient: of a larger LM head by TensorSketch, whose inner products err by about 3 % of the norms."""
+NEGLECTED = 0.1
+"""A cluster is told neglected below this share of the fastest one's predicted speed."""
+DRAWS = 500
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with its 95 % bootstrap interval over pairs."""
+
+    value: float
+    lo: float
+    hi: float
+
+
+@dataclass(frozen=True)
+class Literal:
+    """`delta` between the prompts of two fixed answers; `scaled` = delta / sqrt(trace), `concentration` and `trace` the
+    larger of both classes' covariance norms (spectral, trace); `positive` the share of the first class.
+    """
+
+    delta: float
+    scaled: float
+    concentration: float
+    trace: float
+    positive: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What is known of one cluster. A speed is how fast the loss of a pair falls by training on the others, at the
+    start, per unit of learning rate.
+    """
+
+    name: str
+    n: int
+    delta: Interval
+    scaled: float
+    coherence: Interval
+    overlap: float
+    """Mean Jaccard overlap of the words of chosen and rejected."""
+    speed: Interval
+    relative: float
+    """Of the fastest cluster's speed."""
+    conflict: float
+    """The lowest cosine of its mean u with another cluster's; NaN where it is alone."""
+    conflict_with: str
+    literal: Literal | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The clusters, fastest first, how the objective pulls at chosen and rejected at first, and what to beware of."""
+
+    objective: str
+    beta: float
+    pull: tuple[float, float]
+    """Mean derivative of the loss by the log-prob of chosen and of rejected, at the reference."""
+    clusters: list[Cluster]
+    cosines: list[list[float]]
+    warnings: list[str]
+
+    def plain(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return asdict(self)
+
+
+def distinguish(
+    found: Labelled, by: str, objective: Any = "apo_zero", beta: float = 0.1, *, seed: int = 0, draws: int = DRAWS
+) -> Report:
+    """The report on pairs clustered by a label or by k-means of their prompts (`kmeans:K`).
+
+    Raises UserError for a label that not all pairs have, and for clusters of fewer than two pairs.
+    """
+    import torch
+
+    from apo.losses.mixture import mixture_of
+
+    mixture = mixture_of(objective)
+    names = clusters_of(found.rows, by, found.features.prompt, seed)
+    chosen, rejected, logps = head_gradients(found.model, found.tokenized, seed=seed)
+    a_chosen, a_rejected = pulls(mixture, beta, logps)
+    steps = -(a_chosen[:, None] * chosen + a_rejected[:, None] * rejected)
+    u = found.features.chosen_mean - found.features.rejected_mean
+    order = sorted(set(names))
+    members = [torch.tensor([place for place, name in enumerate(names) if name == one]) for one in order]
+    drawn = [resampled(len(places), draws, seed + number) for number, places in enumerate(members)]
+    speeds = _speeds([steps[places] for places in members], drawn)
+    centres = torch.stack([u[places].mean(0) for places in members])
+    cosines = torch.nn.functional.cosine_similarity(centres[:, None], centres[None], dim=-1)
+    fastest = max(speed.value for speed in speeds)
+    made = []
+    for number, (name, places) in enumerate(zip(order, members, strict=True)):
+        delta, scaled, coherence = _pair_level(u[places], drawn[number])
+        others = [(float(cosines[number, other]), order[other]) for other in range(len(order)) if other != number]
+        conflict, conflict_with = min(others, default=(float("nan"), ""))
+        rows = [found.rows[place] for place in places.tolist()]
+        made.append(
+            Cluster(
+                name, len(places), delta, scaled, coherence, _overlap(rows), speeds[number],
+                speeds[number].value / fastest if fastest > 0 else float("nan"), conflict, conflict_with,
+                literal_of(rows, found.features.prompt[places]),
+            )
+        )  # fmt: skip
+    ranked = sorted(range(len(made)), key=lambda number: -made[number].speed.value)
+    pull = float(a_chosen.mean()), float(a_rejected.mean())
+    clusters = [made[number] for number in ranked]
+    table = [[float(cosines[one, other]) for other in ranked] for one in ranked]
+    return Report(mixture.name, beta, pull, clusters, table, warnings_of(mixture.name, beta, pull, clusters))
+
+
+# ---- clusters
+
+
+def clusters_of(rows: Sequence[Mapping[str, Any]], by: str, prompts: Tensor, seed: int = 0) -> list[str]:
+    """The cluster of each pair: a label, or the nearest of K centres of the prompts' features."""
+    if matched := re.fullmatch(r"kmeans:(\d+)", by):
+        places = kmeans(prompts, int(matched[1]), seed)
+        names = [f"cluster {place + 1}" for place in places]
+    else:
+        names = _labels(rows, by)
+    small = [name for name in dict.fromkeys(names) if names.count(name) < 2]
+    if small:
+        raise UserError(f"cluster {small[0]!r} has one pair; nothing can be told of it: take it out, or choose another")
+    return names
+
+
+def _labels(rows: Sequence[Mapping[str, Any]], by: str) -> list[str]:
+    if by not in LABELS:
+        allowed = ", ".join([*LABELS, "kmeans:K"])
+        raise UserError(f"unknown --by {by!r}{near_miss(by, [*LABELS, 'kmeans:8'])}; allowed: {allowed}")
+    without = sum(row.get(by) is None for row in rows)
+    if without:
+        there = [name for name in LABELS if all(row.get(name) is not None for row in rows)]
+        told = ", ".join(there) or "none"
+        raise UserError(f"{without:,} of {len(rows):,} pairs have no {by!r}; all have: {told}; or take kmeans:8")
+    return [str(row[by]) for row in rows]
+
+
+def of_the_same_prompts(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The places of the pairs whose prompt every source has, so that sources are compared on equal prompts."""
+    from clair.core.files import content_hash
+
+    sources = {row["source"] for row in rows}
+    prompts = [content_hash(row["prompt"]) for row in rows]
+    have: dict[str, set[str]] = {}
+    for row, prompt in zip(rows, prompts, strict=True):
+        have.setdefault(prompt, set()).add(row["source"])
+    return [place for place, prompt in enumerate(prompts) if have[prompt] == sources]
+
+
+def kmeans(points: Tensor, k: int, seed: int = 0, *, rounds: int = 50, starts: int = 5) -> list[int]:
+    """The cluster of each point [n, D], 0 to k - 1: Lloyd's algorithm from k-means++ seeds, the best of some starts."""
+    import torch
+
+    if not 1 <= k <= len(points) // 2:
+        raise UserError(f"kmeans:{k} of {len(points)} pairs; K is at least 1 and leaves two pairs a cluster")
+    random = torch.Generator().manual_seed(seed)
+    best: tuple[float, Tensor] | None = None
+    for _ in range(starts):
+        centres = points[torch.randint(len(points), (1,), generator=random)]
+        while len(centres) < k:
+            distance = torch.cdist(points, centres).min(1).values ** 2 + 1e-12
+            centres = torch.cat([centres, points[torch.multinomial(distance, 1, generator=random)]])
+        for _ in range(rounds):
+            nearest = torch.cdist(points, centres).argmin(1)
+            moved = torch.stack(
+                [points[nearest == c].mean(0) if (nearest == c).any() else centres[c] for c in range(k)]
+            )
+            if torch.equal(moved, centres):
+                break
+            centres = moved
+        spread = float((torch.cdist(points, centres).min(1).values ** 2).sum())
+        if best is None or spread < best[0]:
+            best = spread, nearest
+    assert best is not None
+    return [int(place) for place in best[1]]
+
+
+# ---- distances
+
+
+def literal_of(rows: Sequence[Mapping[str, Any]], hidden: Tensor) -> Literal | None:
+    """The literal distinguishability, where all answers of a cluster are one of two texts, each preferred at least
+    twice; `hidden` [n, D] is at the last token of the prompts.
+    """
+    chosen, rejected = ([row[side][-1]["content"] for row in rows] for side in ("chosen", "rejected"))
+    answers = sorted({*chosen, *rejected})
+    if len(answers) != 2:
+        return None
+    positive = [answer == answers[1] for answer in chosen]
+    return distinguishability(hidden, positive) if 2 <= sum(positive) <= len(rows) - 2 else None
+
+
+def distinguishability(hidden: Tensor, positive: Sequence[bool]) -> Literal:
+    """delta = |mean of hidden [n, D] over the positive - over the negative prompts|, and how spread they are."""
+    import torch
+
+    mask = torch.tensor(positive)
+    parts = [hidden[mask], hidden[~mask]]
+    covariances = [torch.cov(part.T, correction=0).reshape(hidden.shape[1], -1) for part in parts]
+    delta = float((parts[0].mean(0) - parts[1].mean(0)).norm())
+    concentration = max(float(torch.linalg.matrix_norm(c, 2)) for c in covariances)
+    trace = max(float(c.trace()) for c in covariances)
+    return Literal(delta, delta / trace**0.5, concentration, trace, float(mask.float().mean()))
+
+
+def _pair_level(u: Tensor, weights: Tensor) -> tuple[Interval, float, Interval]:
+    """|mean u| and |mean u|^2 / mean |u|^2 with intervals, and the first over sqrt(trace of the covariance of u)."""
+    n, squares = len(u), (u**2).sum(1)
+    product = ((u.sum(0) ** 2).sum() - squares.sum()) / (n * (n - 1))  # the mean of <u_i, u_j>, i != j
+    drawn = ((weights @ u) ** 2).sum(1)
+    square = _interval(product, drawn)
+    delta = Interval(*(max(0.0, value) ** 0.5 for value in (square.value, square.lo, square.hi)))
+    trace = (squares.mean() - product).clamp(min=1e-30)
+    coherence = _interval(product / squares.mean(), drawn / (weights @ squares))
+    return delta, delta.value / float(trace.sqrt()), coherence
+
+
+def _overlap(rows: Sequence[Mapping[str, Any]]) -> float:
+    from clair.data.contrast import contrast_of
+
+    pairs = [[row[side][-1]["content"] for side in ("chosen", "rejected")] for row in rows]
+    return sum(contrast_of(*pair).jaccard for pair in pairs) / len(pairs)
+
+
+# ---- gradients
+
+
+def pulls(mixture: Mixture, beta: float, logps: PairLogps) -> tuple[Tensor, Tensor]:
+    """dL/d log pi(chosen) and dL/d log pi(rejected) of each pair's loss at the reference, [n] each.
+
+    DPO -beta/2 and +beta/2, APO-zero -beta/4 and +beta/4, APO-down 0 and +beta/4.
+    """
+    import torch
+
+    chosen, rejected = (part.detach().clone().requires_grad_() for part in (logps.chosen, logps.rejected))
+    policy = logps._replace(chosen=chosen, rejected=rejected)
+    losses = mixture.losses(policy, (logps.chosen, logps.rejected), beta=beta)
+    found = torch.autograd.grad(losses.sum(), (chosen, rejected), allow_unused=True)
+    return tuple(torch.zeros_like(chosen) if part is None else part for part in found)  # type: ignore[return-value]
+
+
+def head_gradients(
+    model: Any, tokenized: Any, *, dimensions: int = SKETCH, seed: int = 0
+) -> tuple[Tensor, Tensor, PairLogps]:
+    """The gradients of both responses' log-probs by the LM head, [n, m] each, and the log-probs themselves.
+
+    grad log pi(y|x) = sum over response tokens t of (onehot(y_t) - softmax) h_t^T, [V, D]: flat where that has no more
+    than `dimensions` entries, else its TensorSketch (Pham & Pagh 2013), which keeps inner products on average.
+    """
+    import torch
+
+    from apo.analysis.features import last_hidden
+    from apo.packing.logps import PairLogps, trained_tokens
+
+    head = model.get_output_embeddings()
+    sketch = _sketch(*head.weight.shape, dimensions, seed)
+    found: dict[str, list[Tensor]] = {"chosen": [], "rejected": []}
+    sums: dict[str, list[float]] = {"chosen": [], "rejected": []}
+    lengths: dict[str, list[int]] = {"chosen": [], "rejected": []}
+    with torch.no_grad():
+        for pair in tokenized:
+            rows = [pair["prompt_ids"] + pair[f"{side}_ids"] for side in found]
+            for side, states, row in zip(found, last_hidden(model, rows), rows, strict=True):
+                start, kept = len(pair["prompt_ids"]), torch.tensor(trained_tokens(pair, side), dtype=torch.bool)
+                before = states[start - 1 : len(row) - 1][kept]
+                logps = head(before.to(head.weight)).float().cpu().log_softmax(-1)
+                picked = torch.tensor(row[start:])[kept][:, None]
+                sums[side].append(float(logps.gather(1, picked).sum()))
+                lengths[side].append(len(picked))
+                residual = (-logps.exp()).scatter_add(1, picked, torch.ones(len(picked), 1))
+                found[side].append(sketch(residual, before))
+    numbers = [torch.tensor(values) for values in (sums["chosen"], sums["rejected"])]
+    counts = [torch.tensor(values) for values in (lengths["chosen"], lengths["rejected"])]
+    return torch.stack(found["chosen"]), torch.stack(found["rejected"]), PairLogps(*numbers, *counts)
+
+
+def _sketch(rows: int, columns: int, dimensions: int, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of a [T, rows] and b [T, columns] that gives sum_t a_t b_t^T, flat or sketched."""
+    import torch
+
+    if rows * columns <= dimensions:
+        return lambda a, b: (a.T @ b).flatten()
+    random = torch.Generator().manual_seed(seed)
+    bins = [torch.randint(dimensions, (size,), generator=random) for size in (rows, columns)]
+    signs = [torch.randint(2, (size,), generator=random) * 2.0 - 1 for size in (rows, columns)]
+
+    def counted(values: Tensor, which: int) -> Tensor:
+        return torch.zeros(len(values), dimensions).index_add_(1, bins[which], values * signs[which])
+
+    def sketched(a: Tensor, b: Tensor) -> Tensor:
+        product = torch.fft.rfft(counted(a, 0)) * torch.fft.rfft(counted(b, 1))
+        return torch.fft.irfft(product.sum(0), n=dimensions)
+
+    return sketched
+
+
+def _speeds(steps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Interval]:
+    """The mean of <v_i, mean of v over all other pairs> over each cluster's pairs, from their steps [n_c, m]."""
+    import torch
+
+    sizes = torch.tensor([float(len(part)) for part in steps])
+    shares, total = sizes / sizes.sum(), float(sizes.sum())
+    means = torch.stack([part.mean(0) for part in steps])
+    drawn = torch.stack([weight @ part for weight, part in zip(weights, steps, strict=True)])  # [K, draws, m]
+    own = torch.stack([(part**2).sum(1).mean() for part in steps])
+    values = (total * means @ (shares @ means) - own) / (total - 1)
+    spreads = (drawn * torch.einsum("k,kdm->dm", shares, drawn)).sum(-1)
+    return [_interval(value, spread) for value, spread in zip(values, spreads, strict=True)]
+
+
+def resampled(n: int, draws: int, seed: int) -> Tensor:
+    """The weights of n pairs in each of `draws` samples with replacement, [draws, n], each adding up to 1."""
+    import torch
+
+    random = torch.Generator().manual_seed(seed)
+    places = torch.randint(n, (draws, n), generator=random)
+    return torch.zeros(draws, n).scatter_add_(1, places, torch.full((draws, n), 1 / n))
+
+
+def _interval(value: Tensor, drawn: Tensor) -> Interval:
+    """`value` less the quantiles of how the samples' values deviate from their mean (a sample has pairs twice, so that
+    products come out too large in all of them).
+    """
+    import torch
+
+    low, high = torch.quantile(drawn - drawn.mean(), torch.tensor([0.025, 0.975], dtype=drawn.dtype))
+    return Interval(float(value), float(value - high), float(value - low))
+
+
+# ---- words
+
+
+def warnings_of(objective: str, beta: float, pull: tuple[float, float], clusters: Sequence[Cluster]) -> list[str]:
+    """What to beware of, in words."""
+    told = []
+    chosen, rejected = pull
+    if abs(chosen) < 0.01 * abs(rejected):
+        told.append(
+            f"{objective} pulls at the rejected alone at first: distinguishability does not order its speeds, go by "
+            f"the predicted speed"
+        )
+    elif abs(chosen + rejected) <= 0.01 * abs(chosen) and abs(chosen) < 0.99 * beta / 2:
+        told.append(
+            f"{objective} at beta {beta:g} starts at {abs(chosen) / (beta / 2):.2g} of DPO's speed; beta "
+            f"{beta * (beta / 2) / abs(chosen):.3g} starts as fast as DPO at {beta:g}"
+        )
+    conflicts: set[frozenset[str]] = set()
+    for cluster in clusters:
+        if cluster.speed.hi < 0:
+            told.append(f"{cluster.name} is hurt at first: its loss rises (predicted speed {cluster.speed.value:.3g})")
+        elif cluster.speed.value < 0:
+            told.append(f"{cluster.name} may be hurt at first: its predicted speed is below 0, its interval is not")
+        elif cluster.relative < NEGLECTED:
+            told.append(f"{cluster.name} gets {cluster.relative:.1%} of the fastest one's speed: it will be neglected")
+        pair = frozenset((cluster.name, cluster.conflict_with))
+        if cluster.conflict < -0.1 and pair not in conflicts:
+            conflicts.add(pair)
+            told.append(f"{cluster.name} and {cluster.conflict_with} conflict (cosine {cluster.conflict:.2f})")
+        if cluster.literal and not 0.4 <= cluster.literal.positive <= 0.6:
+            told.append(
+                f"{cluster.name} prefers one answer in {cluster.literal.positive:.0%} of its prompts: an unbalanced "
+                f"behaviour is learned along its base rate too, not along delta alone; balance it to compare"
+            )
+    return told

@@ -1,0 +1,229 @@
+"""phi(prompt, response): what a frozen model's last layer says of a pair, in one pass, kept by content.
+
+The last layer's output is after the final norm already (lm_head(phi) are the logits; a test holds it), so nothing is
+normalised again. Five vectors a pair: the last token of the prompt, of prompt and chosen, of prompt and rejected
+(the end of turn, never padding), and the means over the tokens of each response. Kept like the reference's log-probs:
+a file for each `PART` pairs under a key of weights, type, attention and token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apo.data.sources import check_there, split_names
+from apo.models import tensor_cache as cache
+from clair.core.errors import UserError
+from clair.core.files import content_hash
+from clair.data.records import LABELS
+from clair.storage.object_store import read_here
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+PART = 512
+"""Pairs in one file: what a killed run computes again at most."""
+NAMES = ("prompt", "chosen", "rejected", "chosen_mean", "rejected_mean")
+BATCH_TOKENS = 8192
+SCORES = ("score_chosen", "score_rejected")
+
+
+@dataclass(frozen=True)
+class Features:
+    """The vectors of n pairs, each [n, D] in float32, and the identity of the model that gave them."""
+
+    model: str
+    prompt: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    chosen_mean: Tensor
+    rejected_mean: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def select(self, places: Sequence[int]) -> Features:
+        """The features of some pairs, in this order."""
+        return Features(self.model, *(getattr(self, name)[list(places)] for name in NAMES))
+
+
+def same_model(wanted: str, found: str, what: str) -> None:
+    """Raises UserError where features were given by another model than `what` was fitted on."""
+    if wanted != found:
+        raise UserError(
+            f"{what} was fitted on features of model {wanted[:12]}, and these are of model {found[:12]}: their spaces "
+            f"have nothing in common; give the model it was fitted on, or fit again"
+        )
+
+
+def features_of(
+    dataset: Dataset, model: Any, folder: Path | None = None, tell: Callable[[str], None] = lambda _: None
+) -> Features:
+    """The features of tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`), from the cache where they are."""
+    import torch
+
+    folder = cache.default_folder() if folder is None else folder
+    weights = cache.hash_model(model, adapter=True)
+    width = model.get_output_embeddings().in_features
+    identity = [weights, str(model.dtype), getattr(model.config, "_attn_implementation", None)]
+    found: list[Mapping[str, Tensor]] = []
+    for start in range(0, len(dataset), PART):
+        pairs = [dict(row) for row in dataset.select(range(start, min(start + PART, len(dataset))))]
+        ids = [[pair[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")] for pair in pairs]
+        key = content_hash(["features 1", identity, ids])
+        kept = cache.load(folder, key, dict.fromkeys(NAMES, (len(pairs), width)))
+        if kept is None:
+            kept = dict(zip(NAMES, encode(model, pairs), strict=True))
+            note = cache.store(folder, key, kept)
+            tell(f"features: {start + len(pairs):,} of {len(dataset):,} pairs" + (f"; {note}" if note else ""))
+        found.append(kept)
+    columns = (torch.cat([part[name] for part in found]) for name in NAMES)
+    return Features(content_hash(identity), *columns)
+
+
+def encode(model: Any, pairs: Sequence[Mapping[str, Any]]) -> tuple[Tensor, ...]:
+    """The five features of some pairs, as `NAMES` has them, each [n, D] in float32 on the host."""
+    import torch
+
+    rows = [(pair["prompt_ids"], pair[f"{name}_ids"]) for name in ("chosen", "rejected") for pair in pairs]
+    order = sorted(range(len(rows)), key=lambda place: sum(map(len, rows[place])))
+    out: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in _batches(order, [sum(map(len, row)) for row in rows]):
+                hidden = last_hidden(model, [rows[place][0] + rows[place][1] for place in batch])
+                for place, states in zip(batch, hidden, strict=True):
+                    start, end = len(rows[place][0]), sum(map(len, rows[place]))
+                    out[place] = (states[start - 1], states[end - 1], states[start:end].mean(0))
+    finally:
+        model.train(was_training)
+    n = len(pairs)
+    prompt, chosen, chosen_mean = (torch.stack([out[place][at] for place in range(n)]) for at in range(3))
+    rejected, rejected_mean = (torch.stack([out[place][at] for place in range(n, 2 * n)]) for at in (1, 2))
+    return prompt, chosen, rejected, chosen_mean, rejected_mean
+
+
+def last_hidden(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    """The last layer's output for token ids of any lengths, [N, L, D] in float32 on the host; behind a row's end is
+    padding.
+    """
+    import torch
+
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for at, row in enumerate(rows):
+        ids[at, : len(row)] = torch.tensor(row)
+        mask[at, : len(row)] = 1
+    whole = model.get_base_model() if hasattr(model, "peft_config") else model
+    decoder = whole.get_decoder()
+    states = decoder(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+    hidden: Tensor = states.last_hidden_state.float().cpu()
+    return hidden
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Places in this order, as many together as fit `BATCH_TOKENS` when padded."""
+    batches: list[list[int]] = []
+    for place in order:
+        if batches and (len(batches[-1]) + 1) * lengths[place] <= BATCH_TOKENS:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Pairs with their features: rows of plain values (id, prompt, chosen, rejected as messages, `LABELS`, scores),
+    the features in the same order, the tokenised pairs, and the model that gave them.
+    """
+
+    rows: list[dict[str, Any]]
+    features: Features
+    tokenized: Dataset
+    model: Any
+
+    def select(self, places: Sequence[int]) -> Labelled:
+        """Some of the pairs, in this order."""
+        rows = [self.rows[place] for place in places]
+        return Labelled(rows, self.features.select(places), self.tokenized.select(places), self.model)
+
+
+def labelled(paths: Sequence[str], model: str, tell: Callable[[str], None] = lambda _: None) -> Labelled:
+    """The pairs of some datasets with the features that the model at `model` gives them.
+
+    Raises UserError for a dataset or model that cannot be read, before anything is computed. Pairs that do not fit the
+    model's context are left out, and told.
+    """
+    return labelled_rows(read_rows(paths), model, tell)
+
+
+def labelled_rows(rows: list[dict[str, Any]], model: str, tell: Callable[[str], None] = lambda _: None) -> Labelled:
+    """The same for rows that were read already."""
+    from datasets import Dataset
+
+    from apo.data.tokenize import end_ids, tokenize
+    from apo.models import load as models
+
+    name = models.find(model)
+    tokenizer = models.load_tokenizer(name)
+    ends = end_ids(tokenizer, models.load_generation_config(name))
+    columns = [{key: row[key] for key in ("prompt", "chosen", "rejected", "id")} for row in rows]
+    columns = [{**row, "_place": place} for place, row in enumerate(columns)]
+    found = tokenize(Dataset.from_list(columns), tokenizer, models.context_of(name), ends, "given")
+    for note in found.notes:
+        tell(f"note: {note}")
+    if "too_long" in found.dropped:
+        tell(f"{found.dropped['too_long']:,} pairs are longer than the model's context and left out")
+    if not len(found.dataset):
+        raise UserError(f"none of {len(rows):,} pairs fits the context of model {model}")
+    loaded = models.load_model(name)
+    models.check_vocabulary(loaded, tokenizer, name.base)
+    loaded.requires_grad_(False).eval()
+    places = found.dataset["_place"][:]
+    return Labelled(
+        [rows[place] for place in places], features_of(found.dataset, loaded, tell=tell), found.dataset, loaded
+    )
+
+
+def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """All pairs of some datasets as plain rows, train and test split of a folder; `split` says which.
+
+    `id` is the content's hash where there is none; `source` the pipeline that built the folder, or the path's last
+    part, where the row names none. Labels are text or None.
+    """
+    from clair.data.dataset import SPLITS, load_pairs, read_manifest
+    from clair.data.dataset import read_rows as read_folder
+
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        check_there(path)
+        with read_here(path) as folder:
+            if (folder / "manifest.json").is_file():
+                source, parts = read_manifest(folder)["pipeline"], [(s, read_folder(folder, [s])) for s in SPLITS]
+            else:
+                splits = [s for s in SPLITS if s in split_names(path)] if folder.is_dir() else ["train"]
+                source, parts = Path(path).stem, [(s, load_pairs(path, s)) for s in splits]
+        for split, row in ((split, row) for split, part in parts for row in part):
+            content = [row["prompt"], row["chosen"], row["rejected"]]
+            labels = {name: None if row.get(name) is None else str(row[name]) for name in LABELS}
+            labels["source"] = labels["source"] or source
+            kept = {name: row[name] for name in SCORES if row.get(name) is not None}
+            rows.append(
+                {
+                    "id": str(row.get("id") or content_hash(content)[:16]),
+                    **dict(zip(("prompt", "chosen", "rejected"), content, strict=True)),
+                    **labels,
+                    **kept,
+                    "split": split,
+                }
+            )
+    if not rows:
+        raise UserError(f"{', '.join(paths)} hold no pairs")
+    return rows

@@ -1,0 +1,166 @@
+"""apo distinguish, calibrate, certify: what is typed. Heavy imports stay inside the commands."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clair.core.errors import UserError, near_miss
+from clair.storage.object_store import local
+
+if TYPE_CHECKING:
+    from apo.analysis.distinguishability import Report
+    from apo.guarantees.calibrate import Filter
+
+Trained = Annotated[
+    list[str] | None,
+    typer.Option("--trained-on", help="What the scorer was trained on: a reward, a dataset, JSONL ids; repeatable."),
+]
+Decisions = Annotated[Path | None, typer.Option(help="A decisions file to write, for `clair keep`.")]
+
+
+def distinguish(
+    datasets: Annotated[list[str], typer.Argument(help="Pairs: a dataset folder, a file or a hub name; repeatable.")],
+    model: Annotated[str, typer.Option(help="The model that will be trained.")],
+    by: Annotated[str, typer.Option(help="user, group, behaviour, source or kmeans:K.")] = "kmeans:8",
+    objective: Annotated[str, typer.Option(help="The objective that will be trained.")] = "apo_zero",
+    beta: Annotated[float, typer.Option(help="Its beta.")] = 0.1,
+    out: Annotated[
+        Path | None, typer.Option(callback=local, help="A folder for distinguish.json and distinguish.png.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="What random draws start from.")] = 0,
+) -> None:
+    """What training will learn first, neglect or hurt: one look at the pairs, before a step is taken."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from apo.losses.mixture import mixture_of
+
+    mixture_of(objective)
+    if beta <= 0:
+        raise UserError(f"beta is {beta:g}; it must be above 0")
+    from apo.analysis.distinguishability import distinguish as look
+    from apo.analysis.distinguishability import of_the_same_prompts
+    from apo.analysis.features import labelled
+    from apo.console import quieten, tell
+    from clair.core.console import show as print_
+    from clair.core.files import write_json
+
+    quieten()
+    found = labelled(datasets, model, tell)
+    if by == "source":
+        same = of_the_same_prompts(found.rows)
+        if same:
+            tell(f"comparing sources on {len(same):,} of {len(found.rows):,} pairs, whose prompts all of them have")
+            found = found.select(same)
+        else:
+            tell("no prompt is in all sources: what differs may be the prompts")
+    report = look(found, by, objective, beta, seed=seed)
+    print_(_cluster_table(report))
+    for warning in report.warnings:
+        print_(f"! {warning}")
+    if out:
+        from apo.monitoring.plots import draw_clusters
+
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "distinguish.json", report.plain())
+        draw_clusters(report.plain(), out / "distinguish.png")
+        tell(f"wrote {out}/distinguish.json and distinguish.png")
+
+
+def calibrate(
+    dataset: Annotated[str, typer.Argument(help="A dataset with score_chosen and score_rejected.")],
+    audit: Annotated[Path, typer.Option(help="JSONL rows with id and bad (true or false).")],
+    alpha: Annotated[float, typer.Option(help="The risk that is promised.")] = 0.1,
+    guarantee: Annotated[str, typer.Option(help="joint: kept and bad; precision: bad among the kept.")] = "joint",
+    delta: Annotated[float, typer.Option(help="precision: the chance that the promise fails.")] = 0.1,
+    trained_on: Trained = None,
+    decisions: Decisions = None,
+) -> None:
+    """A filter threshold on the score gap with a guarantee, from pairs that somebody audited."""
+    from apo.guarantees.calibrate import calibrate as find
+    from apo.guarantees.calibrate import read_audit, read_ids, read_scored
+
+    _allowed("guarantee", guarantee, ("joint", "precision"))
+    manifest = _manifest(dataset, decisions)
+    seen = [id for path in trained_on or [] for id in read_ids(path)]
+    found = find(read_scored(dataset), read_audit(audit), alpha, guarantee, delta=delta, trained_on=seen)  # type: ignore[arg-type]
+    print(f"{found.words}.")
+    total = len(found.kept) + len(found.dropped)
+    print(f"It keeps {len(found.kept):,} of {total:,} pairs of {dataset}. In a clair recipe whose rows have scores:\n")
+    print(found.recipe() or "# no filter: every pair may be kept", end="")
+    _decide(found, dataset, manifest, decisions)
+
+
+def certify(
+    dataset: Annotated[str, typer.Argument(help="A dataset or JSONL file with columns of scores.")],
+    kind: Annotated[str, typer.Option("--property", help="rises, same, floor or ceiling.")] = "rises",
+    alpha: Annotated[float, typer.Option(help="The risk that is promised.")] = 0.1,
+    of: Annotated[str, typer.Option(help="The column that should rise, stay the same or keep to the bound.")] = (
+        "score_chosen"
+    ),
+    than: Annotated[str, typer.Option(help="rises, same: the column it is held against.")] = "score_rejected",
+    bound: Annotated[float, typer.Option(help="floor, ceiling: the bound.")] = 0.0,
+    trained_on: Trained = None,
+    decisions: Decisions = None,
+) -> None:
+    """How far a score is from a property, with a guarantee; differences inside the band decide nothing."""
+    from apo.guarantees.calibrate import KINDS, filter_at, read_ids, read_scored
+    from apo.guarantees.calibrate import certify as find
+
+    _allowed("property", kind, KINDS)
+    manifest = _manifest(dataset, decisions)
+    seen = [id for path in trained_on or [] for id in read_ids(path)]
+    rows = read_scored(dataset)
+    found = find(rows, alpha, kind, of=of, than=than, bound=bound, trained_on=seen)  # type: ignore[arg-type]
+    print(f"{found.told()}.")
+    if found.band.width == float("inf"):
+        raise UserError(f"no finite band: alpha {alpha:g} needs more prompts than {found.n}; give more, or raise alpha")
+    if kind in ("floor", "ceiling"):
+        if decisions:
+            raise UserError(f"--decisions goes with rises and same: {kind} compares no two answers, so no gap decides")
+        return
+    undecided = filter_at(rows, found.band.width, found.words)
+    print(f"{len(undecided.dropped):,} of {len(rows):,} pairs are undecided. To leave them out of a clair build:\n")
+    print(undecided.recipe(), end="")
+    _decide(undecided, dataset, manifest, decisions)
+
+
+def _cluster_table(report: Report) -> Any:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    columns = ["pairs", "speed %", "95 %", "delta", "coherence", "overlap", "conflict"]
+    literal = any(cluster.literal for cluster in report.clusters)
+    table = Table("", *columns, *(["literal"] if literal else []), box=SIMPLE)
+    table.title = f"{report.objective}, beta {report.beta:g}: speed in % of the fastest"
+    fastest = max(abs(c.speed.value) for c in report.clusters)
+    for c in report.clusters:
+        speed, lo, hi = (100 * value / fastest for value in (c.speed.value, c.speed.lo, c.speed.hi))
+        table.add_row(
+            c.name, str(c.n), f"{speed:.0f}", f"{lo:.0f} to {hi:.0f}", f"{c.delta.value:.3g}",
+            f"{c.coherence.value:.2f}", f"{c.overlap:.2f}", f"{c.conflict:.2f}" if c.conflict_with else "",
+            *([f"{c.literal.delta:.3g}" if c.literal else ""] if literal else []),
+        )  # fmt: skip
+    return table
+
+
+def _allowed(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"unknown {name} {value!r}{near_miss(value, allowed)}; allowed: {', '.join(allowed)}")
+
+
+def _manifest(dataset: str, decisions: Path | None) -> dict[str, Any] | None:
+    """The manifest that a decisions file is about, looked up before any work."""
+    from clair.data.dataset import read_manifest
+
+    return read_manifest(dataset) if decisions else None
+
+
+def _decide(found: Filter, dataset: str, manifest: dict[str, Any] | None, decisions: Path | None) -> None:
+    from clair.core.files import write_json
+
+    if decisions and manifest is not None:
+        write_json(decisions, found.decisions(manifest))
+        print(f"\nOr put into effect on this dataset with: clair keep {dataset} {decisions}")

@@ -1,0 +1,213 @@
+"""What decides the costs of a run, before any weight is read: the model's sizes, the rows of the pairs, the machine.
+
+Parameters are counted on the meta device. Speeds are ASSUMPTIONS, marked as such where they are.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apo.distributed.deepspeed import whole
+from apo.packing.onednn import speeds
+from apo.packing.packed_model import bins_of, shared_response
+from clair.core.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from apo.models.load import ModelName
+
+GIB = 2**30
+MFU = 0.4
+"""ASSUMPTION: the share of a GPU's bf16 peak that training reaches."""
+CPU_SHARE = 0.5
+"""ASSUMPTION: the share of a large matrix product's speed, measured for a moment, that training reaches on a CPU."""
+
+
+# ---- the model
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a model decides its costs. `linear` counts the weights of its linear layers but the LM head."""
+
+    parameters: int
+    linear: int
+    adapter: int
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    vocabulary: int
+    tied: bool
+    stored: int | None = None
+    """Bytes of a number in the model's file, as its config says it."""
+
+    @property
+    def trained(self) -> int:
+        """How many parameters have a gradient."""
+        return self.adapter or self.parameters
+
+
+def sizes_of(name: ModelName, lora: Any = None) -> Sizes:
+    """Count a model's parameters on the meta device. `lora` is a PEFT config, or None.
+
+    Raises UserError for a config that cannot be read, ValueError for a model that the formulas do not describe.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(name.base, trust_remote_code=name.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model {name.base} has no config to read: {one_line(error)}") from error
+    with whole(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=name.trust_remote_code)
+    if lora is None and name.is_adapter:
+        from peft import PeftConfig
+
+        lora = PeftConfig.from_pretrained(name.path)
+    return sizes_of_model(model, lora)
+
+
+def sizes_of_model(model: Any, lora: Any = None) -> Sizes:
+    """The same of a model on any device, which a `lora` changes in place."""
+    import torch
+
+    config = model.config.get_text_config()
+    wanted = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    if missing := [key for key in wanted if not isinstance(getattr(config, key, None), int)]:
+        raise ValueError(f"its config gives no single {missing[0]}")
+    if any(getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise ValueError("it is a mixture of experts")
+    head = model.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    parameters = sum(p.numel() for p in model.parameters())
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    tied = head.weight is model.get_input_embeddings().weight
+    stored = getattr(config, "dtype", None)
+    adapter = 0
+    if lora is not None:
+        from peft import get_peft_model
+
+        with torch.device("meta"):
+            adapter = sum(p.numel() for p in get_peft_model(model, lora).parameters() if p.requires_grad)
+    return Sizes(
+        parameters, linear, adapter, config.num_hidden_layers, config.hidden_size, config.intermediate_size,
+        config.num_attention_heads * width, config.vocab_size, tied, getattr(stored, "itemsize", None),
+    )  # fmt: skip
+
+
+# ---- the pairs
+
+
+@dataclass(frozen=True)
+class Row:
+    """One forward pass: tokens, positions with a label, query-key products, and what the second branches copy.
+
+    `keys` are the keys and values put together anew for rejected branches, `masked` their query-key products.
+    """
+
+    tokens: int
+    labels: int
+    products: int
+    keys: int = 0
+    masked: int = 0
+
+    def __add__(self, other: Row) -> Row:
+        return Row(*(a + b for a, b in zip(self._all(), other._all(), strict=True)))
+
+    def _all(self) -> tuple[int, ...]:
+        return self.tokens, self.labels, self.products, self.keys, self.masked
+
+
+def row_of(prompt: int, both: int, chosen: int, rejected: int) -> Row:
+    """A pair in a packed row: lengths of prompt, of the responses' common beginning, and of either whole response.
+
+    tokens = prompt + chosen + rejected - both; the first branch is prompt + chosen squared, the second the rest of
+    rejected times all it sees, both counted as whole rectangles, as kernels that are not told about causality compute.
+    """
+    first, rest = prompt + chosen, rejected - both
+    seen = prompt + both + rest
+    second = rest * seen
+    return Row(first + rest, chosen + rest, first * first + second, seen if rest else 0, second)
+
+
+def rows_of(
+    examples: Sequence[dict[str, list[int]]], batch: int, most: int | None, shared: bool, seed: int
+) -> list[Row]:
+    """The forward passes of one epoch, in an order drawn by `seed`: pairs in batches, cut at `most` tokens."""
+    pairs = []
+    for example in examples:
+        prompt, chosen, rejected = (len(example[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
+        both = shared_response(example)
+        if not (chosen and rejected):  # an unpaired row: one branch, whichever response it is
+            chosen, rejected = chosen or rejected, 0
+        pairs.append((prompt, both, chosen, rejected))
+    random.Random(seed).shuffle(pairs)
+    rows = []
+    for start in range(0, len(pairs), batch):
+        part = pairs[start : start + batch]
+        if not shared:
+            longest = max(prompt + max(chosen, rejected) for prompt, _, chosen, rejected in part)
+            sequences = sum(2 if rejected else 1 for *_, rejected in part)
+            products = sequences * longest**2
+            rows.append(Row(sequences * longest, sequences * longest, products, masked=products))
+            continue
+        packed = [row_of(*pair) for pair in part]
+        places = [list(range(len(packed)))] if most is None else bins_of([row.tokens for row in packed], most)
+        rows += [_sum(packed[place] for place in bin) for bin in places]
+    return rows
+
+
+def _sum(rows: Iterable[Row]) -> Row:
+    total = Row(0, 0, 0)
+    for row in rows:
+        total = total + row
+    return total
+
+
+# ---- the machine
+
+
+@dataclass(frozen=True)
+class Device:
+    """A machine to run on: bytes of memory, floating-point operations a second reached in training."""
+
+    name: str
+    memory: float
+    flops: float
+    is_gpu: bool = True
+    reserved: float = 1.0 * GIB
+    """Bytes that are taken before the first tensor: the CUDA context, or Python with its libraries."""
+
+
+GPUS = (
+    Device("A100 80GB", 80 * GIB, 312e12 * MFU),
+    Device("H100 80GB", 80 * GIB, 989e12 * MFU),
+    Device("H200 141GB", 140 * GIB, 989e12 * MFU),
+    Device("RTX 4090 24GB", 24 * GIB, 165e12 * MFU),
+)
+"""Dense bf16 peaks as the manufacturer gives them, times `MFU`."""
+
+
+def this_machine() -> Device:
+    """The machine that this runs on, its memory as the operating system or a container's limit gives it.
+
+    A CPU's speed is that of a matrix product of 1024, measured, times `CPU_SHARE`; a GPU's is taken from `GPUS` by its
+    name, else from the A100.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        name, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
+        like = next((gpu for gpu in GPUS if gpu.name.split(" ")[-2] in name), GPUS[0])
+        return Device(f"this machine: {name}", memory, like.flops)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text("utf-8").strip()).isdigit():
+        memory = min(memory, int(text))
+    return Device("this machine: CPU", memory, max(speeds()) * CPU_SHARE, is_gpu=False, reserved=0.8 * GIB)

@@ -1,0 +1,4 @@
+"""Preference pairs as token ids: sources, chat templates, tokenization.
+
+Imports `console`.
+"""

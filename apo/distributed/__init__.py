@@ -1,0 +1,4 @@
+"""Several processes as one run: launch, broadcast, and DeepSpeed's sharded weights.
+
+Imports `console`.
+"""

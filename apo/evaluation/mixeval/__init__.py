@@ -1,0 +1,4 @@
+"""MixEval-Hard: questions, answers, judging, scores with intervals.
+
+Imports `evaluation`.
+"""

@@ -1,0 +1,4 @@
+"""Win rates by a judge: both orders, verdicts, length control.
+
+Imports `evaluation`.
+"""

@@ -1,0 +1,238 @@
+"""From scored pairs and an audit to a filter: `apo calibrate`, and to a certificate of the score: `apo certify`.
+
+The unit of every promise is the prompt: of several rows of one prompt, one is drawn by hash. Scores come with the pairs
+(`score_chosen`, `score_rejected`); an audit says by id which pairs are bad, as a person or a better judge sees them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from apo.data.sources import check_there
+from apo.guarantees.conformal import (
+    candidates_of,
+    crc_threshold,
+    joint_words,
+    precision_threshold,
+    precision_words,
+)
+from apo.guarantees.properties import Certificate, certify_pairs
+from clair.core.errors import UserError, near_miss
+from clair.core.files import content_hash
+from clair.storage.object_store import is_url, read_here
+
+Guarantee = Literal["joint", "precision"]
+SCORES = ("score_chosen", "score_rejected")
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Keep a pair only if its gap is above `above`; what is promised then, in words; the ids it keeps and drops."""
+
+    above: float
+    words: str
+    kept: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+    def recipe(self) -> str:
+        """The filter as a clair recipe says it; nothing where all may be kept."""
+        return "" if self.above == -math.inf else f"filters:\n  gap: {{above: {self.above!r}}}\n"
+
+    def decisions(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of a decisions file for `clair keep`, about the dataset of this manifest."""
+        from clair.reporting.review import FORMAT, fingerprint
+
+        marks = {**dict.fromkeys(self.kept, "keep"), **dict.fromkeys(self.dropped, "drop")}
+        return {"format": FORMAT, "dataset": fingerprint(manifest), "decisions": marks}
+
+
+def calibrate(
+    pairs: Sequence[Mapping[str, Any]],
+    audit: Sequence[Mapping[str, Any]],
+    alpha: float,
+    guarantee: Guarantee = "joint",
+    *,
+    delta: float = 0.1,
+    trained_on: Iterable[str] = (),
+) -> Filter:
+    """The filter on the score gap with the wanted promise.
+
+    joint       P(a new pair is kept and bad) <= alpha, on average over draws of the audit
+    precision   P(share of bad among the kept > alpha) <= delta
+
+    `pairs` have id, prompt and scores. `audit` rows have id and bad (true or false), and scores of their own where
+    they are none of the pairs. Raises UserError where no threshold exists, and for an audit of pairs that the judge
+    was trained on (`trained_on`, ids): its scores are too good there, and nothing would be promised.
+    """
+    import numpy as np
+
+    known = {row["id"]: row for row in pairs}
+    refuse_overlap([known.get(row["id"], row) for row in audit], trained_on)
+    units = one_a_prompt([{**known.get(row["id"], {}), **row} for row in audit])
+    bad, gap = np.array([_is_bad(row) for row in units]), np.array([_gap(row) for row in units])
+    audited = {row["id"] for row in audit}
+    if guarantee == "joint":
+        above = crc_threshold(np.where(bad, gap, -math.inf), alpha, lowest=-math.inf)
+        words = joint_words(above, alpha, len(units))
+    else:
+        others = [_gap(row) for row in pairs if row["id"] not in audited]
+        if not others:
+            raise UserError("every pair is in the audit; precision needs others, from whose scores the thresholds come")
+        candidates = candidates_of(np.array(others), len(units), alpha, delta)
+        above = precision_threshold(gap, bad, alpha, delta, candidates)
+        words = precision_words(above, alpha, delta, len(units))
+    if above == math.inf:
+        raise UserError(words)
+    return filter_at(pairs, above, words)
+
+
+def filter_at(pairs: Sequence[Mapping[str, Any]], above: float, words: str) -> Filter:
+    """The filter that keeps the pairs whose gap is strictly above `above`."""
+    kept = {row["id"]: _gap(row) > above for row in pairs}
+    return Filter(
+        above, words, tuple(id for id, is_kept in kept.items() if is_kept),
+        tuple(id for id, is_kept in kept.items() if not is_kept),
+    )  # fmt: skip
+
+
+Kind = Literal["rises", "same", "floor", "ceiling"]
+KINDS: tuple[Kind, ...] = ("rises", "same", "floor", "ceiling")
+
+
+def certify(
+    rows: Sequence[Mapping[str, Any]],
+    alpha: float,
+    kind: Kind = "rises",
+    *,
+    of: str = SCORES[0],
+    than: str = SCORES[1],
+    bound: float = 0.0,
+    trained_on: Iterable[str] = (),
+) -> Certificate:
+    """The certificate that columns of scores keep a property up to a band, one row a prompt.
+
+    rises     `of` is never below `than`: a revision never scores lower than what it revises
+    same      `of` equals `than`: length padding does not change the score
+    floor     `of` is at least `bound`            ceiling   at most `bound`
+
+    Raises UserError for a column that is not there, and for rows that the scorer was trained on.
+    """
+    import numpy as np
+
+    refuse_overlap(rows, trained_on)
+    units = one_a_prompt(rows)
+    first = np.array([number(row, of) for row in units])
+    second = np.array([number(row, than) for row in units]) if kind in ("rises", "same") else np.full(len(first), bound)
+    widths = {"rises": second - first, "same": abs(first - second), "floor": second - first, "ceiling": first - second}
+    words = {
+        "rises": f"{of} is never below {than}",
+        "same": f"{of} equals {than}",
+        "floor": f"{of} is at least {bound:g}",
+        "ceiling": f"{of} is at most {bound:g}",
+    }
+    return certify_pairs(np.maximum(widths[kind], 0.0), alpha, words[kind])
+
+
+def one_a_prompt(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """One row of each prompt, drawn by the hash of its id; a row without a prompt is its own."""
+    chosen: dict[str, Mapping[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: content_hash(row["id"])):
+        unit = content_hash(row["prompt"]) if row.get("prompt") else f"id {row['id']}"
+        chosen.setdefault(unit, row)
+    return list(chosen.values())
+
+
+def refuse_overlap(rows: Sequence[Mapping[str, Any]], trained_on: Iterable[str]) -> None:
+    """Raises UserError where rows are among those that the judge was trained on, naming some.
+
+    A row that was made of another for a group (`apo reward score --by-group`) is that other: its `pair` says which.
+    """
+    seen = set(trained_on)
+    ids = [str(row.get("pair") or row["id"]) for row in rows]
+    both = [id for id in dict.fromkeys(ids) if id in seen]
+    if both:
+        more = f" and {len(both) - _NAMED} more" if len(both) > _NAMED else ""
+        raise UserError(
+            f"the judge was trained on {', '.join(map(repr, both[:_NAMED]))}{more}: its scores are too good there to "
+            f"calibrate on; take these {len(both)} of {len(set(ids))} rows out, or audit others"
+        )
+
+
+def number(row: Mapping[str, Any], column: str) -> float:
+    """A finite number out of a row. Raises UserError naming row and column."""
+    value = row.get(column)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        found = f"column {column!r} is {value!r}" if column in row else f"no column {column!r}{near_miss(column, row)}"
+        raise UserError(f"row {row['id']!r}: {found}; it must be a finite number, such as `apo reward score` writes")
+    return float(value)
+
+
+def _gap(row: Mapping[str, Any]) -> float:
+    return number(row, SCORES[0]) - number(row, SCORES[1])
+
+
+def _is_bad(row: Mapping[str, Any]) -> bool:
+    if not isinstance(row.get("bad"), bool):
+        raise UserError(f"audit row {row['id']!r}: bad is {row.get('bad')!r}; it is true or false")
+    return bool(row["bad"])
+
+
+def read_audit(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of an audit file, JSONL with `id` and `bad`. Raises UserError for the first that is none, and for one
+    id that is said to be good and bad.
+    """
+    rows = _jsonl(path, "audit")
+    said: dict[str, Any] = {}
+    for row in rows:
+        if said.setdefault(row["id"], row.get("bad")) != row.get("bad"):
+            raise UserError(f"audit {path}: {row['id']!r} is said to be good and bad; decide, one row an id")
+    if not rows:
+        raise UserError(f"audit {path} is empty; give rows with id and bad")
+    return list({row["id"]: row for row in rows}.values())
+
+
+def read_scored(path: str | Path) -> list[dict[str, Any]]:
+    """All rows of a dataset folder, or of a file, here or at a URL: plain values, `id` the content's hash where there
+    is none.
+    """
+    from clair.data.dataset import load_pairs, read_rows
+
+    check_there(str(path))
+    with read_here(str(path)) as folder:
+        if (folder / "manifest.json").is_file():
+            return list(read_rows(folder))
+    return [{**row, "id": str(row.get("id") or content_hash(row)[:16])} for row in load_pairs(path)]
+
+
+def read_ids(path: str | Path) -> list[str]:
+    """Ids of what a judge was trained on: a reward's folder, a dataset folder, or JSONL rows with `id`."""
+    folder = Path(path)
+    if (folder / "reward.json").is_file():
+        return list(json.loads((folder / "reward.json").read_text("utf-8"))["trained_on"])
+    if folder.is_dir() or is_url(str(path)):
+        return [row["id"] for row in read_scored(path)]
+    return [row["id"] for row in _jsonl(path, "file of ids")]
+
+
+def _jsonl(path: str | Path, what: str) -> list[dict[str, Any]]:
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{what} {file} does not exist; give JSONL, a row a line with an id")
+    rows = []
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{what} {file}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or not isinstance(row.get("id"), str | int):
+            raise UserError(f"{what} {file}, line {number}: no id; each row names its pair")
+        rows.append({**row, "id": str(row["id"])})
+    return rows

@@ -1,0 +1,43 @@
+"""Folding an adapter into its base, so that any server can load the result as an ordinary model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from apo.models.load import ADAPTER_CONFIG, ModelName, find, load_model, load_tokenizer
+from clair.core.errors import UserError
+
+
+def merge(adapter: str | Path, out: str | Path, *, base: str | None = None) -> Path:
+    """Write base plus adapter to `out` as one model, with tokenizer, chat template and generation config.
+
+    Added up in float32 and saved in the type of the base's weights. `base` replaces the place that the adapter
+    remembers. Raises UserError for a folder that is no adapter, and an `out` that is not empty.
+    """
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"out: {target} is not empty; choose another folder")
+    if not (Path(adapter) / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{adapter} has no {ADAPTER_CONFIG}; give the folder of an adapter, such as a LoRA run's out")
+    name = ModelName(str(adapter), find(base).path) if base else find(str(adapter))
+    tokenizer = load_tokenizer(name)
+    merged = load_model(name).merge_and_unload(safe_merge=True)
+    merged = merged.to(_dtype_of(name.base))
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    merged.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    if target.exists():
+        target.rmdir()
+    os.rename(unfinished, target)
+    return target
+
+
+def _dtype_of(base: str) -> object:
+    import torch
+    from transformers import AutoConfig
+
+    dtype = AutoConfig.from_pretrained(base).dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32

@@ -1,0 +1,250 @@
+"""The pictures of a run: drawn off screen, without pyplot's global state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apo.monitoring.metrics import series, settled_logps
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORS = {"chosen": "#1b7f79", "rejected": "#c8553d"}
+QUIET, FAINT = "#6b7280", "#e5e7eb"
+
+Rows = Sequence[Mapping[str, Any]]
+Line = tuple[list[int], list[float]]
+
+
+def draw_dynamics(rows: Rows, path: str | Path, title: str = "") -> None:
+    """Chosen and rejected over training: rewards on the left (from the anchor 0), log-probs on the right.
+
+    Thin lines are what was logged, over other pairs each time; bold log-prob lines are settled on the average pair
+    (`settled_logps`). Hollow dots are the held-out pairs. Without a reference there are no rewards, and one panel.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    has_rewards = bool(series(rows, "rewards/chosen")[0])
+    count = 2 if has_rewards else 1
+    figure = Figure(figsize=(5.7 * count, 3.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.05)
+    panels = list(figure.subplots(1, count, squeeze=False)[0])
+    if has_rewards:
+        rewards = panels.pop(0)
+        _dress(rewards, "Reward", "beta x log-ratio to the reference; 0 is the anchor")
+        rewards.axhline(0, color=QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
+        _draw(rewards, _both(rows, "rewards"), _both(rows, "eval_rewards"))
+    logged = _both(rows, "logps")
+    _dress(panels[0], "Log-probability", "nats per response" + (", bold: of the average pair" if has_rewards else ""))
+    if has_rewards:
+        for name, line in logged.items():
+            panels[0].plot(*line, color=COLORS[name], linewidth=0.8, alpha=0.35)
+        logged = {name: settled_logps(rows, name) for name in COLORS}
+    _draw(panels[0], logged, _both(rows, "eval_logps"))
+    if title:
+        figure.suptitle(_plain(title), x=0.012, ha="left", fontsize=9.5, color=QUIET)
+    figure.savefig(path, format="png")
+
+
+def draw_clusters(report: Mapping[str, Any], path: str | Path) -> None:
+    """A report of `apo distinguish`: predicted speeds with their intervals on the left, fastest first; on the right the
+    cosines of the directions, red where two clusters pull apart.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    clusters = report["clusters"]
+    names = [_plain(f"{cluster['name'][:28]} ({cluster['n']})") for cluster in clusters]
+    places = range(len(clusters))
+    figure = Figure(figsize=(10.5, 1.6 + 0.36 * len(clusters)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1.5, 1]})
+    unit = f"fall of the loss per unit of learning rate at the start, {report['objective']}"
+    _dress(left, "Predicted speed", _plain(unit))
+    left.set_xlabel("")
+    left.axvline(0, color=QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
+    for place, cluster in zip(places, clusters, strict=True):
+        speed = cluster["speed"]
+        color = COLORS["rejected"] if speed["value"] < 0 else COLORS["chosen"]
+        left.plot([speed["lo"], speed["hi"]], [place, place], color=color, linewidth=1.9, solid_capstyle="round")
+        left.plot(speed["value"], place, "o", color=color, markersize=5)
+    left.set_yticks(list(places), names)
+    left.set_ylim(len(clusters) - 0.5, -0.5)
+    right.imshow(report["cosines"], cmap="RdBu", vmin=-1, vmax=1)
+    right.set_title("Agreement", loc="left", fontsize=11, fontweight="bold", pad=18)
+    right.text(0, 1.025, "cosine of chosen - rejected", transform=right.transAxes, fontsize=8.5, color=QUIET)
+    right.set_xticks([])
+    right.set_yticks([])
+    for row in places:
+        for column in places:
+            value = report["cosines"][row][column]
+            right.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7,
+                       color="white" if abs(value) > 0.6 else QUIET)  # fmt: skip
+    figure.savefig(path, format="png")
+
+
+def _plain(text: str) -> str:
+    """The user's text for a picture: two `$` in a path or a name would be read as mathematics between them."""
+    return text.replace("$", r"\$")
+
+
+def _both(rows: Rows, key: str) -> dict[str, Line]:
+    return {name: series(rows, f"{key}/{name}") for name in COLORS}
+
+
+def _dress(axes: Axes, name: str, unit: str) -> None:
+    """Title, unit and a quiet frame."""
+    axes.set_title(name, loc="left", fontsize=11, fontweight="bold", pad=18)
+    axes.text(0, 1.025, unit, transform=axes.transAxes, fontsize=8.5, color=QUIET)
+    axes.set_xlabel("step", fontsize=9, color=QUIET)
+    axes.tick_params(labelsize=8.5, colors=QUIET, length=0)
+    axes.grid(axis="y", color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#d1d5db")
+
+
+def _draw(axes: Axes, lines: Mapping[str, Line], held_out: Mapping[str, Line]) -> None:
+    at = {name: dict(zip(*line, strict=True)) for name, line in lines.items()}
+    steps = sorted(at["chosen"].keys() & at["rejected"].keys())  # a log of unpaired rows may hold one side only
+    chosen, rejected = ([at[name][step] for step in steps] for name in COLORS)
+    ahead = [one >= other for one, other in zip(chosen, rejected, strict=True)]
+    axes.fill_between(steps, chosen, rejected, where=ahead, color=COLORS["chosen"], alpha=0.07, linewidth=0)
+    for name, color in COLORS.items():
+        alone = "o" if len(lines[name][0]) == 1 else None
+        axes.plot(*lines[name], color=color, linewidth=1.9, marker=alone, markersize=4, solid_capstyle="round")
+        axes.plot(*held_out[name], "o", markersize=4.5, markerfacecolor="white", markeredgecolor=color, zorder=3)
+    _name_ends(axes, lines)
+
+
+def _name_ends(axes: Axes, lines: Mapping[str, Line]) -> None:
+    """Write each line's name beside its end, apart where the ends meet: no legend to look up."""
+    ends = {name: values[-1] for name, (_, values) in lines.items() if values}
+    if not ends:
+        return
+    last = max(steps[-1] for steps, _ in lines.values() if steps)
+    low, high = axes.get_ylim()
+    apart = 0.07 * (high - low)
+    push = max(0.0, (apart - abs(ends["chosen"] - ends["rejected"])) / 2) if len(ends) == 2 else 0.0
+    higher = max(ends, key=lambda name: ends[name])
+    for name, end in ends.items():
+        at = end + (push if name == higher else -push)
+        beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        axes.annotate(name, (last, at), color=COLORS[name], fontsize=9, fontweight="bold", **beside)
+
+
+# ---- a whole run at a glance
+
+
+BLUE, GOLD, PLUM = "#33658a", "#c9962b", "#7b4b94"
+
+
+def draw_diagnosis(rows: Rows, path: str | Path, title: str = "") -> None:
+    """Everything a log holds, a panel each, over the steps; what it does not hold has no panel.
+
+    Lines are training, hollow dots held-out pairs; bands reach from a tenth to nine tenths of the pairs.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = [panel for panel in _PANELS if any(series(rows, key)[0] for key in panel.lines)]
+    across = min(3, max(1, len(found)))
+    down = -(-len(found) // across) or 1
+    figure = Figure(figsize=(4.7 * across, 3.15 * down + (0.5 if title else 0)), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.14, h_pad=0.1, wspace=0.06, hspace=0.07)
+    places = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in places[len(found) :]:
+        axes.axis("off")
+    for axes, panel in zip(places, found, strict=False):
+        panel.draw(axes, rows)
+    if title:
+        figure.suptitle(_plain(title), x=0.012, ha="left", fontsize=10, color=QUIET)
+    figure.savefig(path, format="png")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A panel of the diagnosis: metrics by their names in the picture, and how the axis is told."""
+
+    name: str
+    unit: str
+    lines: dict[str, tuple[str, str]]
+    """Metric to (word in the picture, color)."""
+    share: bool = False
+    zero: bool = False
+
+    def draw(self, axes: Axes, rows: Rows) -> None:
+        """Lines with their names beside their ends, held-out dots, bands of quantiles."""
+        from matplotlib.ticker import PercentFormatter
+
+        _dress(axes, self.name, self.unit)
+        if self.zero:
+            axes.axhline(0, color=QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
+        ends = []
+        for key, (word, color) in self.lines.items():
+            steps, values = series(rows, key)
+            if not steps:
+                continue
+            low, high = (series(rows, f"{key}_{point}") for point in ("p10", "p90"))
+            if low[0] and low[0] == high[0]:
+                axes.fill_between(low[0], low[1], high[1], color=color, alpha=0.11, linewidth=0)
+            alone = "o" if len(steps) == 1 else None
+            axes.plot(steps, values, color=color, linewidth=1.7, marker=alone, markersize=4, solid_capstyle="round")
+            axes.plot(*series(rows, f"eval_{key}"), "o", markersize=4, markerfacecolor="white", markeredgecolor=color)
+            noise = series(rows, f"{key}_noise")[1]
+            if len(noise) == len(values):
+                edges = [[v + sign * n for v, n in zip(values, noise, strict=True)] for sign in (-1, 1)]
+                axes.fill_between(steps, *edges, color=color, alpha=0.13, linewidth=0)
+            if not math.isnan(values[-1]):
+                ends.append((values[-1], steps[-1], word, color))
+        if self.share:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.margins(x=0.02)
+        _name_lines(axes, ends)
+
+
+def _name_lines(axes: Axes, ends: list[tuple[float, int, str, str]]) -> None:
+    """Write each line's name beside its end, pushed up where it would lie on the one below."""
+    low, high = axes.get_ylim()
+    apart, at = 0.085 * (high - low), -math.inf
+    last = max((step for _, step, _, _ in ends), default=0)
+    for value, _, word, color in sorted(ends):
+        at = max(value, at + apart)
+        beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        axes.annotate(word, (last, at), color=color, fontsize=8.5, fontweight="bold", **beside)
+
+
+_SIDES = {"chosen": COLORS["chosen"], "rejected": COLORS["rejected"]}
+_PANELS = (
+    Panel("Reward", "beta x log-ratio; band: a tenth to nine tenths of pairs",
+          {f"rewards/{side}": (side, color) for side, color in _SIDES.items()}, zero=True),
+    Panel("Loss", "the objective, mean of pairs", {"loss": ("loss", BLUE)}),
+    Panel("Pairs", "share of all",
+          {"rewards/accuracies": ("right order", BLUE), "chosen_falls": ("chosen falls", COLORS["rejected"]),
+           "saturation": ("saturated", GOLD)}, share=True),
+    Panel("Log-probability", "nats a response, of the pairs of each log",
+          {f"logps/{side}": (side, color) for side, color in _SIDES.items()}),
+    Panel("Where chosen and rejected move", "probe: log-ratio, nats a token",
+          {"probe/edited_chosen": ("chosen, edited", COLORS["chosen"]), "probe/shared_chosen": ("chosen, shared", PLUM),
+           "probe/edited_rejected": ("rejected, edited", COLORS["rejected"])}, zero=True),
+    Panel("Distance to the reference", "probe: KL of the next token, nats", {"probe/kl": ("KL", BLUE)}, zero=True),
+    Panel("Guard: text", "rise of the loss, nats a token; band: its noise",
+          {"guard/text_loss_rise": ("rise", PLUM)}, zero=True),
+    Panel("Guard: tasks", "accuracy lost; band: its noise", {"guard/accuracy_drop": ("lost", PLUM)},
+          share=True, zero=True),
+    Panel("Length", "tokens a response, of the pairs of each log",
+          {f"lengths/{side}": (side, color) for side, color in _SIDES.items()}),
+    Panel("Gradient", "norm before clipping", {"grad_norm": ("norm", BLUE)}),
+    Panel("Speed", "pairs a second", {"pairs_per_second": ("pairs/s", BLUE)}),
+    Panel("What is computed", "share of tokens, and of the device's peak",
+          {"mfu": ("MFU", BLUE), "padding": ("padding", COLORS["rejected"]), "shared": ("shared", COLORS["chosen"])},
+          share=True),
+)  # fmt: skip

@@ -1,0 +1,4 @@
+"""The folder of a training run: its files and its checkpoints.
+
+Imports `distributed`.
+"""

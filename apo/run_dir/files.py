@@ -1,0 +1,191 @@
+"""A training run's folder: what is in it, whether it is ours to go on with, and how each file is written.
+
+model.safetensors or adapter_model.safetensors, config, generation config, tokenizer     the trained model
+run.json          resolved recipe, versions, counts with drops, final metrics, seconds
+metrics.jsonl     one line per logging step
+dynamics.png      chosen and rejected, reward and log-prob, over training
+README.md         the model card
+checkpoint-STEP/  what a stopped run goes on from
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from apo.losses.mixture import title_of
+from clair.core.errors import UserError
+from clair.core.files import write_atomically, write_json
+from clair.core.provenance import provenance
+from clair.core.recipe import changed_keys
+from clair.core.urls import without_secrets
+from clair.storage.object_store import local
+
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+PICTURE = "dynamics.png"
+CARD = "README.md"
+
+_LAYOUT = ("pairs_per_step", "trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
+"""Keys that may change within a run as long as a step holds as many pairs, which train.py checks."""
+Status = Literal["new", "unfinished", "finished"]
+MAY_CHANGE = ("out", "reference", "guard", "probe", "trainer.pack_tokens", "trainer.gradient_checkpointing")
+"""Keys of a recipe (and under them) that change nothing that is trained: a stopped run goes on with other values."""
+
+
+def status_of(out: Path, recipe: Mapping[str, Any]) -> Status:
+    """How far the run of this `recipe` (resolved) is in `out`.
+
+    Raises UserError where `out` holds something else: another recipe's run, or files that are no run at all.
+    """
+    local(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out: {out} is a file; give a folder")
+    if not (out / RUN).exists():
+        strangers = sorted(f.name for f in out.glob("*") if not f.name.startswith(".")) if out.exists() else []
+        if strangers:
+            found = ", ".join(strangers[:3])
+            raise UserError(f"out: {out} holds files but no run of `apo train` ({found}); choose another folder")
+        return "new"
+    run = read_run(out)
+    free = (*MAY_CHANGE, *(_LAYOUT if "pairs_per_step" in run else ()))
+    keys = changed_keys(recorded(run["recipe"]), recorded(recipe))
+    changed = [key for key in keys if not key.startswith(free)]
+    if changed:
+        raise UserError(
+            f"out: {out} holds the run of another recipe (changed: {', '.join(changed)}); choose another folder with "
+            "--out, or delete this one"
+        )
+    return "finished" if run.get("finished") else "unfinished"
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """The run.json of a folder. Raises UserError where it cannot be read."""
+    if not (out / RUN).is_file():
+        raise UserError(f"{out} holds no run of `apo train` (no {RUN}); give the folder that a recipe's `out` names")
+    try:
+        run = json.loads((out / RUN).read_text("utf-8"))
+        run["recipe"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{out / RUN} is no run.json that can be read; choose another folder") from error
+    return run
+
+
+def begin(out: Path, recipe: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+    """Write the run.json of a run that starts now."""
+    run = {"recipe": recorded(recipe), "provenance": provenance(), "started": now(), **facts}
+    write_json(out / RUN, run)
+    return run
+
+
+def recorded(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe as it may be written down: without tokens and keys that trainer options can hold."""
+    return {**recipe, "trainer": without_secrets(recipe.get("trainer") or {})}
+
+
+def now() -> str:
+    """This moment in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def note_stop(out: Path, step: int, why: str) -> None:
+    """Keep in run.json why training ended before its time."""
+    if (out / RUN).exists():
+        run = read_run(out)
+        write_json(out / RUN, {**run, "stopped": [*run.get("stopped", []), {"step": step, "why": why, "at": now()}]})
+
+
+def append_metrics(out: Path, row: Mapping[str, Any]) -> None:
+    """Add one line, in one write, so that a killed process leaves at most its last line torn."""
+    line = json.dumps({key: _finite(value) for key, value in row.items()}) + "\n"
+    handle = os.open(out / METRICS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(handle, line.encode())
+    finally:
+        os.close(handle)
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity are no JSON."""
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def drop_metrics_after(out: Path, step: int) -> None:
+    """Take back the lines of steps that are about to be trained again."""
+    kept = [row for row in read_metrics(out / METRICS) if row["step"] <= step]
+    write_atomically(out / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def put_in_place(folder: Path, out: Path) -> None:
+    """Move every finished file of `folder` into `out`, one rename each, and take the folder away."""
+    for file in sorted(folder.iterdir()):
+        os.replace(file, out / file.name)
+    shutil.rmtree(folder)
+
+
+def size_told(count: Mapping[str, Any]) -> str:
+    """How much a split of run.json holds, in words: `24 pairs`, `24 unpaired rows (16 desirable)`."""
+    if "pairs" in count:
+        return f"{count['pairs']:,} pairs"
+    return f"{count['rows']:,} unpaired rows ({count['desirable']:,} desirable)"
+
+
+def counted(count: Mapping[str, Any]) -> str:
+    """The same with what was left out, and why: `14 pairs, 2 left out (too long)`."""
+    left_out = "".join(f", {n:,} left out ({why.replace('_', ' ')})" for why, n in count["dropped"].items())
+    return size_told(count) + left_out
+
+
+def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:
+    """The model card: what was trained from what, with which numbers, and how to load it."""
+    recipe, metrics = run["recipe"], run["metrics"]
+    name = out.resolve().name
+    objective = recipe["objective"]
+    names = [objective] if isinstance(objective, str) else list(objective)
+    head = {
+        "library_name": "peft" if adapter else "transformers",
+        "base_model": recipe["model"],
+        "pipeline_tag": "text-generation",
+        "tags": ["apo", "preference-optimization", *names],
+    }
+    rows = [f"| {key} | {value:.4g} |" for key, value in metrics.items() if isinstance(value, int | float)]
+    dropped = run["data"]["train"]["dropped"]
+    left_out = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.items()) or "none"
+    load = (
+        f'AutoPeftModelForCausalLM.from_pretrained("{name}")'
+        if adapter
+        else f'AutoModelForCausalLM.from_pretrained("{name}")'
+    )
+    package = "peft" if adapter else "transformers"
+    text = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
+        f"# {name}\n",
+        f"{recipe['model']} trained with {title_of(objective)} (beta {recipe['beta']}) on "
+        f"{size_told(run['data']['train'])} for {run['steps']:,} steps. Left out: {left_out}.\n",
+        f"![Chosen and rejected over training]({PICTURE})\n",
+        "At the last step:\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n",
+        f"```python\nfrom {package} import {load.split('.')[0]}\nmodel = {load}\n```\n",
+        "## Recipe\n\n```yaml\n" + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) + "```\n",
+        "Versions, counts and all metrics: `run.json` and `metrics.jsonl`. Made with clair-apo and TRL.\n",
+    ]
+    write_atomically(out / CARD, "\n".join(text))
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl. A last line torn by a killed process is left out."""
+    file = Path(path)
+    lines = file.read_text("utf-8").splitlines() if file.exists() else []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

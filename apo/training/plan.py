@@ -1,0 +1,195 @@
+"""A recipe checked, with everything known that can be known without loading a weight: pairs, steps, costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from apo.distributed.launch import asks_for_deepspeed, asks_for_fsdp, check_devices
+from apo.models import load as models
+from apo.monitoring.guard import load_rails
+from apo.training.config import TrainConfig, lora_of, trainer_options
+from clair.core.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from apo.cost import memory as fit
+    from apo.cost import sizes as shapes
+    from apo.data.tokenize import Tokenized
+    from apo.monitoring.guard import Rails
+    from apo.training.trainer_config import APOConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything checked and nothing trained: what a dry run tells."""
+
+    config: TrainConfig
+    name: models.ModelName
+    tokenizer: Any
+    args: APOConfig
+    train: Tokenized
+    eval: Tokenized | None
+    steps: int
+    rails: Rails | None = None
+    processes: int = 1
+
+    @property
+    def pairs_per_step(self) -> int:
+        """Pairs in an optimizer step, over all processes."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.processes
+
+    @property
+    def steps_told(self) -> str:
+        """How many steps there will be, in words."""
+        of = "pairs" if "pairs" in self.train.size() else "rows"
+        on = f" on {self.processes} processes" if self.processes > 1 else ""
+        return f"{self.steps:,} of {self.pairs_per_step} {of}{on}"
+
+    def counts(self) -> dict[str, Any]:
+        """Pairs (or unpaired rows, and how many are desirable) and drops of both splits, for run.json."""
+        splits = {"train": self.train, "eval": self.eval}
+        return {name: {**split.size(name), "dropped": split.dropped} for name, split in splits.items() if split}
+
+
+def plan(config: TrainConfig, processes: int | None = None) -> Plan:
+    """Check recipe, model folder, tokenizer and every pair, without loading a weight or writing a file.
+
+    `processes` plans a run of so many, which this need not be.
+    """
+    from apo.data.sources import load_eval, load_train
+    from apo.data.tokenize import lengths_of
+    from apo.distributed.launch import check_launch
+    from apo.losses.mixture import mixture_of
+    from apo.losses.saturation import notes_at_start
+
+    launched = check_launch()
+    count = launched if processes is None else processes
+
+    name = models.find(config.model, config.trust_remote_code)
+    if name.is_adapter and config.lora:
+        raise UserError(f"model {config.model} is an adapter and is trained on as it is; leave `lora` out, or merge it")
+    tokenizer = models.load_tokenizer(name)
+    notes: list[str] = []
+    train_pairs = load_train(config.dataset, config.seed, config.weights, lambda line: notes.append(f"train: {line}"))
+    eval_pairs = load_eval(config.dataset, config.eval, config.weights, lambda line: notes.append(f"eval: {line}"))
+    args = trainer_options(config, has_eval=eval_pairs is not None, processes=count)
+    if count == launched:
+        check_devices(args)
+    if config.quantize and (asks_for_fsdp(args) or asks_for_deepspeed(args)):
+        raise UserError("quantize: 4-bit weights are whole in every process; leave FSDP and DeepSpeed out")
+    if config.quantize and "quantization_config" in (args.model_init_kwargs or {}):
+        raise UserError("trainer.model_init_kwargs.quantization_config: the recipe's `quantize` says it; leave one out")
+    if eval_pairs is None and args.eval_strategy != "no":
+        raise UserError("trainer.eval_strategy is set but there are no held-out pairs; set `eval`, or leave it out")
+    ends, context = models.load_generation_config(name), models.context_of(name)
+    bound, change = "trainer.max_length", "; raise trainer.max_length"
+    if context and context < (args.max_length or math.inf):
+        args.max_length, bound, change = context, "all that the model takes", ""
+    train = _tokenize(train_pairs, "train", tokenizer, ends, args)
+    evaluated = _tokenize(eval_pairs, "eval", tokenizer, ends, args) if eval_pairs is not None else None
+    train.notes.extend(evaluated.notes if evaluated else [])
+    train.notes[:0] = notes
+    args.check_dataset(train.dataset.column_names)
+    if len(train.dataset) < 2:
+        why = [note for note in train.notes if "chosen is equal" in note]
+        if too_long := train.dropped.get("too_long"):
+            why.append(f"{too_long:,} are longer than {args.max_length:,} tokens, {bound}{change}")
+        raise UserError(f"{len(train.dataset)} row(s) are left to train on: {'; '.join(why)}")
+    train.notes.extend(notes_at_start(mixture_of(args.objective), args.beta, lengths_of(train.dataset)))
+    if any("too_long" in split.dropped for split in (train, evaluated) if split):
+        train.notes.append(f"too long is more than {args.max_length:,} tokens, {bound}")
+    if args.shared_prefix and args.pack_tokens:
+        train.notes.extend(_over_budget(train.dataset, args.pack_tokens))
+    rails = load_rails(config.guard, tokenizer, ends, context) if config.guard else None
+    steps = _steps(args, len(train.dataset), count)
+    return Plan(config, name, tokenizer, args, train, evaluated, steps, rails, count)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a checked plan will cost: as it runs on a GPU (True) and on a CPU (False)."""
+
+    jobs: dict[bool, fit.Job]
+    machine: shapes.Device
+
+    @property
+    def here(self) -> fit.Job:
+        """The run on the machine it starts on."""
+        return self.jobs[self.machine.is_gpu]
+
+
+def estimate(planned: Plan) -> Estimate | str:
+    """The costs of a plan (fit.py), or why they cannot be told."""
+    from apo.cost import memory as fit
+    from apo.cost import sizes as shapes
+    from apo.cost.deepspeed_memory import zero_of
+    from apo.losses.mixture import mixture_of
+
+    config, args = planned.config, planned.args
+    machine = shapes.this_machine()
+    if args.use_cpu and machine.is_gpu:
+        return "the run leaves the GPU unused"
+    try:
+        sizes = shapes.sizes_of(planned.name, lora_of(config))
+        zero = zero_of(args.deepspeed_plugin.deepspeed_config, sizes.hidden) if asks_for_deepspeed(args) else None
+    except (ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        return str(error)
+    reference = ("cached" if args.precompute_ref_log_probs else "online") if (
+        mixture_of(config.objective).needs_reference
+    ) else None  # fmt: skip
+    asked = config.trainer.get("gradient_checkpointing", config.trainer.get("activation_checkpointing"))
+    dtype = str((args.model_init_kwargs or {}).get("dtype", "float32"))
+    jobs = {
+        on_gpu: fit.job_of(
+            sizes, planned.train.dataset, args, planned.steps, reference=reference, dtype=dtype,
+            mixed=config.trainer.get("bf16", on_gpu) or args.fp16,
+            checkpointing=on_gpu if asked is None else asked, on_gpu=on_gpu,
+            mismatched=mixture_of(config.objective).needs_divergence, processes=planned.processes,
+            sharded=asks_for_fsdp(args), quantized=config.quantize is not None, zero=zero,
+        )
+        for on_gpu in (True, False)
+    }  # fmt: skip
+    return Estimate(jobs, machine)
+
+
+def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args: APOConfig) -> Tokenized:
+    from apo.data.sources import check_weights
+    from apo.data.tokenize import end_ids, tokenize
+    from apo.losses.mixture import mixture_of
+
+    if args.weights is not None:
+        check_weights(pairs, args.weights, split)
+    ends, objective = end_ids(tokenizer, generation), mixture_of(args.objective)
+    return tokenize(pairs, tokenizer, args.max_length, ends, split, args.dataset_num_proc, objective)
+
+
+def _over_budget(pairs: Dataset, most: int) -> list[str]:
+    """What to tell of pairs that a packed row of `most` tokens cannot hold."""
+    from apo.data.tokenize import ID_COLUMNS
+    from apo.packing.packed_model import tokens_of
+
+    rows = pairs.select_columns(list(ID_COLUMNS))
+    lengths = [0] * len(rows)
+    for name in ID_COLUMNS:
+        column = rows.with_format("arrow")[name][:].combine_chunks().value_lengths().to_pylist()
+        lengths = [one + other for one, other in zip(lengths, column, strict=True)]
+    long = [place for place, length in enumerate(lengths) if length > most]  # both sequences, but the prompt once
+    sizes = [size for row in rows.select(long) if (size := tokens_of(row)) > most]
+    if not sizes:
+        return []
+    told = f"{len(sizes):,} rows are longer than trainer.pack_tokens {most:,}, up to {max(sizes):,} tokens"
+    return [f"{told}: each is a pass of its own"]
+
+
+def _steps(args: APOConfig, pairs: int, processes: int) -> int:
+    """Optimizer steps of the run, as the trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = pairs / (args.per_device_train_batch_size * processes)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))

@@ -1,0 +1,332 @@
+"""train(): one recipe in, one trained model out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apo.distributed.deepspeed import whole
+from apo.distributed.launch import Group, check_deepspeed, joined
+from apo.models import load as models
+from apo.run_dir import files as runs
+from apo.training.config import TrainConfig, lora_of
+from apo.training.plan import Plan, estimate, plan
+from clair.core.errors import UserError, one_line
+from clair.core.files import write_json
+from clair.core.recipe import resolved
+from clair.pipeline.output_dir import LOCK, locked
+
+if TYPE_CHECKING:
+    from apo.training.trainer import APOTrainer
+
+
+def train(config: TrainConfig, *, tell: Callable[[str], None] = print) -> dict[str, Any]:
+    """Train what `config` says, or go on from the newest complete checkpoint. Returns the content of run.json; with
+    `by`, that of each run, by its folder.
+
+    Under a launcher (torchrun) each process calls this, and the first one writes and tells. Raises UserError before any
+    work for everything that is the user's to mend; KeyboardInterrupt after a first Ctrl-C, with a checkpoint saved.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    options = config.trainer
+    check_deepspeed(bool(options.get("deepspeed")))
+    if config.quantize and (reason := models.why_not_quantized()):
+        raise UserError(reason)
+    with joined(cpu=_on_cpu(config), seconds=float(options.get("ddp_timeout", 1800))) as group:
+        told = tell if group.is_main else _silent
+        return _train(config, group, told) if config.by is None else _train_each(config, group, told)
+
+
+def _on_cpu(config: TrainConfig) -> bool:
+    import torch
+
+    return bool(config.trainer.get("use_cpu")) or not torch.accelerator.is_available()
+
+
+def _silent(_: str) -> None:
+    """What the processes after the first say."""
+
+
+def _train_each(config: TrainConfig, group: Group, tell: Callable[[str], None]) -> dict[str, Any]:
+    """One run after the other, all checked before the first."""
+    import gc
+
+    from apo.training.by_group import runs_of
+
+    with group.together():
+        wanted = runs_of(config, tell)
+    group.same(runs=[one.out for one in wanted])
+    for one in wanted:
+        with group.together():
+            status = runs.status_of(Path(one.out), resolved(one))
+        if status != "finished":
+            _plan_of_all(one, group)
+    done = {}
+    for one in wanted:
+        tell(f"run: {one.out}")
+        done[one.out] = _train(one, group, tell)
+        gc.collect()  # a trainer and its callbacks hold one another, and the model with them
+    return done
+
+
+def _train(config: TrainConfig, group: Group, tell: Callable[[str], None]) -> dict[str, Any]:
+    out = Path(config.out)
+    if _status(config, group) == "finished":
+        tell(f"{out} is finished; nothing to do")
+        return runs.read_run(out)
+    planned = _plan_of_all(config, group)
+    with ExitStack() as stack:
+        with group.together():
+            if group.is_main:
+                stack.enter_context(_held(out))
+        status = _status(config, group)  # another process may have ended the run meanwhile
+        if status == "finished":
+            tell(f"{out} was finished by another process just now; nothing to do")
+            return runs.read_run(out)
+        return _train_planned(planned, status, group, tell)
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """The run's folder, for this process alone; gone again where nothing was begun in it."""
+    with locked(out):
+        try:
+            yield
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
+            if not any(out.iterdir()):
+                out.rmdir()
+
+
+def _status(config: TrainConfig, group: Group) -> runs.Status:
+    with group.together():
+        status = runs.status_of(Path(config.out), resolved(config))
+    group.same(**{f"the run in {config.out}": status})
+    return status
+
+
+def _train_planned(planned: Plan, status: runs.Status, group: Group, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Train in a folder that this process holds."""
+    out = Path(planned.config.out)
+    facts = group.by_main(lambda: _facts(planned, status))
+    for split, count in planned.counts().items():
+        tell(f"{split}: {runs.counted(count)}")
+    tell(f"steps: {planned.steps_told}")
+    for note in planned.train.notes:
+        tell(f"note: {note}")
+    with group.together():
+        costs = estimate(planned)
+        if not isinstance(costs, str):
+            from apo.cost.memory import check_fits
+
+            check_fits(costs.here, costs.machine)
+    trainer = build_trainer(planned, group, tell)
+    for note in dict.fromkeys(note for notes in group.gather(trainer.notes) for note in notes):
+        tell(f"note: {note}")
+    if trainer.reference_computed:
+        pairs = sum(len(split.dataset) for split in (planned.train, planned.eval) if split)
+        computed = sum(sum(one.values()) for one in group.gather(trainer.reference_computed))
+        kept = f", {pairs - computed:,} kept from an earlier run" if computed < pairs else ""
+        tell(f"reference log-probs: {computed:,} computed{kept}")
+    found = group.by_main(lambda: _resume(planned, facts, status, tell))
+    started = time.perf_counter()
+    _run(trainer, group, found, out)
+    return _finish(trainer, group, out, time.perf_counter() - started)
+
+
+def _plan_of_all(config: TrainConfig, group: Group) -> Plan:
+    """Every process plans; the first before the others, so that these find its tokenised pairs in `datasets`' cache."""
+    from apo.data.sources import fingerprint
+
+    planned = None
+    with group.together():
+        if group.is_main:
+            planned = plan(config)
+    with group.together():
+        planned = planned or plan(config)
+    group.same(pairs=fingerprint(planned.train.dataset, config.weights), steps=planned.steps)
+    return planned
+
+
+def build_trainer(planned: Plan, group: Group | None = None, tell: Callable[[str], None] = print) -> APOTrainer:
+    """The trainer of a checked plan, model loaded, with the checks before the first step done."""
+    group = group or Group()
+    from transformers import PrinterCallback, ProgressCallback
+
+    from apo.losses.mixture import mixture_of
+    from apo.monitoring.callbacks import Bar, Interrupt, Recorder, Warner
+    from apo.monitoring.inspection_callback import Watch
+    from apo.monitoring.token_diagnostics import probe_of
+    from apo.training.preflight import check_before_training
+    from apo.training.trainer import APOTrainer
+
+    config, args, watch = planned.config, planned.args, Watch(planned.rails)
+    plain = mixture_of(config.objective).plain
+    options, args.model_init_kwargs = dict(args.model_init_kwargs or {}), None
+    if config.quantize:
+        compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(options.get("dtype", "float32"))
+        options["quantization_config"] = models.four_bits(compute)
+        if args.device.type == "cpu":
+            options["device_map"] = {"": "cpu"}  # transformers would take a GPU that the recipe leaves unused
+    with group.together(), whole():
+        model = models.load_model(planned.name, **options)
+        models.check_vocabulary(model, planned.tokenizer, planned.name.base)
+    try:
+        trainer = APOTrainer(
+            model=model, args=args, train_dataset=planned.train.dataset, peft_config=lora_of(config),
+            eval_dataset=planned.eval.dataset if planned.eval else None, processing_class=planned.tokenizer,
+            tell=_silent, callbacks=[Interrupt(group), watch, Recorder(Path(config.out)), Bar(), Warner(plain, tell)],
+        )  # fmt: skip
+    except ValueError as error:
+        raise error if isinstance(error, UserError) else UserError(one_line(error)) from error
+    for theirs in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(theirs)
+    if config.lora and config.lora.dropout:
+        _set_adapter_dropout(trainer.model, config.lora.dropout)
+    with group.together():
+        check_before_training(trainer)
+    watch.begin(trainer, probe_of(trainer, config.probe))
+    return trainer
+
+
+def _set_adapter_dropout(model: Any, p: float) -> None:
+    """TRL turns off every dropout (`disable_dropout`), and the adapter's with it; the recipe asks for it."""
+    for name, module in model.named_modules():
+        if "lora_dropout" in name and hasattr(module, "p"):
+            module.p = p
+
+
+def _facts(planned: Plan, status: runs.Status) -> dict[str, Any]:
+    """What run.json says of a run's pairs, steps and model. Raises UserError where it is not that of the begun run."""
+    from apo.data.sources import fingerprint
+
+    out = Path(planned.config.out)
+    facts = {
+        "data": {**planned.counts(), "sha256": fingerprint(planned.train.dataset, planned.config.weights)},
+        "model_sha256": models.fingerprint(planned.name),
+        "steps": planned.steps, "pairs_per_step": planned.pairs_per_step, "processes": planned.processes,
+    }  # fmt: skip
+    if status == "new":
+        return facts
+    run = runs.read_run(out)
+    _check_same_steps(run, planned, out)
+    if run["data"]["sha256"] != facts["data"]["sha256"]:
+        raise UserError(f"out: {out} holds a run on other pairs: the dataset has changed since; choose another folder")
+    if run.get("model_sha256", facts["model_sha256"]) != facts["model_sha256"]:
+        raise UserError(
+            f"out: {out} holds a run on another model: the files of {planned.config.model} have changed since; bring "
+            "the old ones back, or choose another folder"
+        )
+    return facts
+
+
+def _resume(planned: Plan, facts: dict[str, Any], status: runs.Status, tell: Callable[[str], None]) -> Path | None:
+    """Begin the run's folder, or find what to go on from in it."""
+    from apo.run_dir.checkpoints import find_newest, step_of
+
+    out = Path(planned.config.out)
+    if status == "new":
+        runs.begin(out, resolved(planned.config), **facts, resumed_from=[])
+        return None
+    run = runs.read_run(out)
+    search = find_newest(out)
+    for note in search.notes:
+        tell(note)
+    step = step_of(search.newest) or 0 if search.newest else 0
+    tell(f"going on from step {step} of {planned.steps}" if step else "starting over: there is no complete checkpoint")
+    runs.drop_metrics_after(out, step if step else -1)
+    now = {"recipe": runs.recorded(resolved(planned.config)), **facts, "resumed_from": [*run["resumed_from"], step]}
+    write_json(out / runs.RUN, {**run, **now})
+    return search.newest
+
+
+def _check_same_steps(run: dict[str, Any], planned: Plan, out: Path) -> None:
+    """Raises UserError where other processes or micro-batches would make another run of the one that was begun."""
+    pairs, processes = run.get("pairs_per_step", planned.pairs_per_step), run.get("processes", planned.processes)
+    if pairs != planned.pairs_per_step:
+        raise UserError(
+            f"out: {out} holds a run of {pairs} pairs a step ({processes} process(es)), and this one would take "
+            f"{planned.pairs_per_step} ({planned.processes}); set pairs_per_step: {pairs} and leave "
+            "trainer.gradient_accumulation_steps out, or choose another folder"
+        )
+    if run["steps"] != planned.steps:
+        raise UserError(
+            f"out: {out} holds a run of {run['steps']} steps and this one would take {planned.steps}: "
+            f"trainer.dataloader_drop_last leaves out other pairs on other processes; go on with {processes}"
+        )
+    random = (planned.config.lora and planned.config.lora.dropout) or not planned.args.disable_dropout
+    if processes != planned.processes and random:
+        raise UserError(
+            f"out: {out} holds a run of {processes} process(es), whose dropout draws other numbers on "
+            f"{planned.processes}; go on with {processes}, or begin anew in another folder"
+        )
+
+
+def _run(trainer: APOTrainer, group: Group, checkpoint: Path | None, out: Path) -> None:
+    from apo.monitoring.callbacks import Bar, Interrupt
+    from apo.monitoring.failures import Stopped, check_weights_finite, kept_words
+    from apo.monitoring.inspection_callback import Watch
+
+    (watch,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Watch))
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with group.together():
+            if watch.crossed:
+                change = "lower trainer.learning_rate, or allow more and run the same command again"
+                raise Stopped(f"step {trainer.state.global_step}: {watch.crossed}; {change}; {kept_words(trainer)}")
+            check_weights_finite(trainer)
+    except Stopped as stop:
+        runs.note_stop(out, trainer.state.global_step, str(stop))
+        raise
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Bar | Interrupt):
+                callback.close()
+    stopped = any(isinstance(c, Interrupt) and c.stopping for c in trainer.callback_handler.callbacks)
+    if stopped and trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
+
+
+def _finish(trainer: APOTrainer, group: Group, out: Path, seconds: float) -> dict[str, Any]:
+    """Save the model, by all; then its picture, card and finished run.json, by the first process."""
+    from apo.monitoring.failures import disk_watched
+
+    with disk_watched(trainer, "the trained model"):
+        trainer.save_model(str(out / _FINAL))
+    return group.by_main(lambda: _write_results(out, seconds))
+
+
+_FINAL = ".final"
+
+
+def _write_results(out: Path, seconds: float) -> dict[str, Any]:
+    """Put model, picture, card and the finished run.json in place, in this order: only the last ends the run."""
+    from apo.losses.mixture import title_of
+    from apo.monitoring.plots import draw_dynamics
+    from apo.run_dir.files import read_metrics
+
+    final = out / _FINAL
+    (final / runs.CARD).unlink(missing_ok=True)  # PEFT's; ours follows
+    adapter = (final / models.ADAPTER_CONFIG).exists()
+    runs.put_in_place(final, out)
+    rows = read_metrics(out / runs.METRICS)
+    run = runs.read_run(out)
+    recipe = run["recipe"]
+    draw_dynamics(
+        rows, out / runs.PICTURE, f"{title_of(recipe['objective'])}, beta {recipe['beta']}, {recipe['model']}"
+    )
+    run |= {"metrics": last_metrics(rows), "seconds": round(seconds, 2), "finished": runs.now()}
+    runs.write_card(out, run, adapter=adapter)
+    write_json(out / runs.RUN, run)
+    return run
+
+
+def last_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last training line and the last held-out line in one."""
+    lines = {prefix: [row for row in rows if f"{prefix}loss" in row] for prefix in ("", "eval_")}
+    metrics = {key: value for line in lines.values() if line for key, value in line[-1].items()}
+    return {key: value for key, value in metrics.items() if key not in ("step", "epoch")}
