@@ -4,7 +4,7 @@
 #   make quickstart   the main job on the embedded world: prompts, pairs, training, accuracy before and after
 #   make paper-mini   the paper's grid in small, going on from where it was stopped; SMALL=1 for a quick look
 #   make test         the tests, without the slow ones        make test-all   all of them
-#   make lint         ruff, floors, generated pages           make docs       the site, into site/
+#   make lint         ruff, layers, generated pages           make docs       the site, into site/
 #   make bench        measure, and write tests/benchmarks/results
 #
 # PYTHON=python3.12 chooses the interpreter. pip's own variables work: PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, PIP_VERBOSE ...

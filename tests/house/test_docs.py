@@ -90,7 +90,7 @@ def test_every_filter_is_documented_with_its_options():
 
 
 def test_every_reason_for_a_drop_is_documented():
-    from clair.inference.open import _LEFT_OUT
+    from clair.pipeline.runner import _LEFT_OUT
     from clair.pipeline.filters import FILTERS
     from clair.prompting.parse import FAILURES
 
@@ -111,9 +111,9 @@ def test_every_reason_for_a_drop_is_documented():
 
 
 def test_exit_codes_are_the_ones_of_the_code():
-    from clair.core import recipe
+    from clair.core import errors
 
-    expected = {0, *(value for name, value in vars(recipe).items() if name.startswith("EXIT_"))}
+    expected = {0, *(value for name, value in vars(errors).items() if name.startswith("EXIT_"))}
     ((_, _, (_, *rows)),) = tables("exit codes")
     assert {int(row[0]) for row in rows} == expected
 

@@ -1,4 +1,4 @@
-"""What is in git: no paths of anybody's machine, nothing nameless, and a README that names every top-level thing."""
+"""What is in git: no paths of anybody's machine, nothing nameless, and an architecture page that names every folder."""
 
 from __future__ import annotations
 
@@ -43,31 +43,31 @@ def test_no_module_is_called_by_what_it_is_not(tracked):
     assert not [name for name in tracked if Path(name).name in NAMELESS]
 
 
-def test_the_readme_tree_names_every_top_level_thing_and_every_module(tracked):
-    there = set()
+def test_the_tree_names_every_top_level_thing_and_every_folder_of_recipes(tracked):
+    names = set()
     for name in tracked:
         first, *rest = name.split("/")
-        there.add(name if first == ".ci" else first)
-        if rest and first in ("clair", "apo", "recipes") and rest[0] != "__init__.py":
-            there.add(f"{first}/{rest[0]}")
-    there -= {".gitignore"}
-    named = readme_tree()
-    print(f"looked at {len(there)} entries")
-    assert len(there) >= 40
-    assert not sorted(there - named), "not in the tree of README.md"
-    assert not sorted(name for name in named if not (ROOT / name).exists()), "in the tree of README.md, but not there"
+        names.add(name if first == ".ci" else first)
+        if len(rest) > 1 and first == "recipes":
+            names.add(f"{first}/{rest[0]}")
+    names -= {".gitignore"}
+    listed = tree()
+    print(f"looked at {len(names)} entries")
+    assert len(names) >= 20
+    assert not sorted(names - listed), "not in the tree of docs/architecture.md"
+    assert not sorted(name for name in listed if not (ROOT / name).exists()), "in the tree, but not there"
 
 
-def readme_tree() -> set[str]:
-    """The paths that the tree of the README names: entries indented under a folder belong to it."""
-    block = re.search(r"<!-- tree -->\n+```text\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    assert block, "README.md has no tree: a ```text block after <!-- tree -->"
-    named, folder = set(), ""
+def tree() -> set[str]:
+    """The paths that the tree of the architecture page names: entries indented under a folder belong to it."""
+    block = re.search(r"<!-- tree -->\n+```text\n(.*?)```", (ROOT / "docs/architecture.md").read_text("utf-8"), re.DOTALL)
+    assert block, "docs/architecture.md has no tree: a ```text block after <!-- tree -->"
+    paths, folder = set(), ""
     for line in block[1].splitlines():
         name = line.split()[0]
         if line.startswith(" "):
-            named.add(f"{folder}/{name.rstrip('/')}")
+            paths.add(f"{folder}/{name.rstrip('/')}")
         else:
             folder = name.rstrip("/")
-            named.add(folder)
-    return named
+            paths.add(folder)
+    return paths
