@@ -58,10 +58,10 @@ quickstart: $(RUNNING)
 	@$(BIN)/python -m recipes.world.quickstart
 
 paper-mini: $(RUNNING)
-	@$(BIN)/python -m recipes.mini.models
-	@$(BIN)/python -m recipes.mini.data $(if $(SMALL),--small)
-	@$(BIN)/python -m recipes.mini.grid $(if $(SMALL),--small)
-	@$(BIN)/python -m recipes.mini.table $(if $(SMALL),--small,--write)
+	@$(BIN)/python -m recipes.experiments.paper_mini.models
+	@$(BIN)/python -m recipes.experiments.paper_mini.data $(if $(SMALL),--small)
+	@$(BIN)/python -m recipes.experiments.paper_mini.grid $(if $(SMALL),--small)
+	@$(BIN)/python -m recipes.experiments.paper_mini.table $(if $(SMALL),--small,--write)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist worksteal --durations 20

@@ -29,7 +29,7 @@ TRL_TILE, TRL_SLOPE = (4096, 32_768), 29
 """Positions and vocabulary of a tile of TRL 1.16's head, and bytes a logit's slope takes on its way on a CPU: seven
 numbers in float32 and a flag."""
 HOLES = 2
-"""MEASURED, not derived: layers' activations that glibc's allocator keeps in holes on a CPU (tests/apo/test_fit.py)."""
+"""MEASURED, not derived: layers' activations that glibc's allocator keeps in holes on a CPU (test_memory.py)."""
 ADAPTER_HOLES = (4, 0.8)
 """MEASURED, with an adapter, whose results are freed between what is kept: so many layers' activations, or this share
 of all that is kept, whichever is more. Without holes, the formulas were 0.94 to 0.97 of five measured peaks."""

@@ -48,7 +48,7 @@ def _made_up(folder: Path) -> Path:
     import hashlib
 
     from apo.evaluation.mixeval import benchmark as mixeval
-    from tests.apo.evaluate.questions import JUDGE
+    from tests.apo.evaluation.questions import JUDGE
 
     random = Random(0)
     target = folder / "2024-06-01" / "mixeval"
@@ -70,7 +70,7 @@ def _made_up(folder: Path) -> Path:
 
 def _judgements(folder: Path, data: Path) -> dict[str, Any]:
     from apo.evaluation.mixeval import benchmark as mixeval
-    from tests.apo.evaluate.evaluating import evaluated, judging
+    from tests.apo.evaluation.evaluating import evaluated, judging
 
     benchmark = mixeval.load(data, "2024-06-01", "full")
     responses = folder / "responses"
@@ -100,7 +100,7 @@ def _judgements(folder: Path, data: Path) -> dict[str, Any]:
 
 def _local(folder: Path, made_up: Path) -> dict[str, Any]:
     from apo.evaluation.mixeval.answers import batch_tokens_here
-    from tests.apo.evaluate.evaluating import evaluated
+    from tests.apo.evaluation.evaluating import evaluated
 
     named = os.environ.get("CLAIR_SHARED")
     shared = (Path(named) if named else ROOT.parent / "shared") / "data" / "mixeval"

@@ -3,9 +3,9 @@
     python tests/benchmarks/run.py tastes
 
 For each seed the gate is asked of a world of two groups with opposite tastes and of a world of one group; then the
-policies of recipes/tastes/run.py are trained. `SEEDS` (10) sets how many; Ctrl-C ends with what is done. `pooled` and
-`by_group` are win rates against the base, for each of the two groups; the two `pooled` ones add up to 1 whatever is
-trained, since the groups are opposites.
+policies of recipes/experiments/tastes/run.py are trained. `SEEDS` (10) sets how many; Ctrl-C ends with what is done.
+`pooled` and `by_group` are win rates against the base, for each of the two groups; the two `pooled` ones
+add up to 1 whatever is trained, since the groups are opposites.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def measure() -> dict[str, Any]:
-    """What recipes/tastes/run.py finds for each seed, and the least, mean and greatest of it over the seeds."""
+    """What the recipe finds for each seed, and the least, mean and greatest of it over the seeds."""
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from recipes.tastes.run import EACH, HELDOUT, USERS, gate, make_base, policies
+    from recipes.experiments.tastes.run import EACH, HELDOUT, USERS, gate, make_base, policies
 
     two: list[dict[str, Any]] = []
     one: list[dict[str, Any]] = []

@@ -9,7 +9,7 @@ import pytest
 
 from apo.evaluation.compare.compare import comparison, flip_kind, flips, read_all
 from apo.evaluation.compare.html import write_page
-from tests.apo.evaluate.made_results import TEXTS, make_items, write_folder
+from tests.apo.evaluation.made_results import TEXTS, make_items, write_folder
 from tests.browser.conftest import too_wide, visit
 from tests.browser.synthetic import INJECTIONS
 from tests.browser.test_report_looks import CONTRASTS

@@ -90,8 +90,8 @@ def test_every_filter_is_documented_with_its_options():
 
 
 def test_every_reason_for_a_drop_is_documented():
-    from clair.pipeline.runner import _LEFT_OUT
     from clair.pipeline.filters import FILTERS
+    from clair.pipeline.runner import _LEFT_OUT
     from clair.prompting.parse import FAILURES
 
     rows = [row for _, _, (_, *rows) in tables("reasons") for row in rows]
@@ -144,7 +144,7 @@ def test_python_in_the_docs_runs(page, tmp_path, monkeypatch):
 def recipes() -> list[tuple[str, str]]:
     """(where, YAML text) of every recipe in the docs and under recipes/.
 
-    What lies in recipes/accelerate is accelerate's, and tests/apo/test_launch_configs.py reads it.
+    What lies in recipes/accelerate is accelerate's, and tests/apo/distributed/test_launch_configs.py reads it.
     """
     shown = [(b.where, b.code) for b in blocks("yaml")]
     files = [file for file in sorted((ROOT / "recipes").rglob("*.yaml")) if file.parent.name != "accelerate"]

@@ -63,7 +63,7 @@ def made(tmp_path_factory):
     from clair.pipeline.config import BuildConfig
     from recipes.world.running import running
     from recipes.world.tasks import distinct_tasks
-    from tests.apo.evaluate.made_results import make_items, write_folder
+    from tests.apo.evaluation.made_results import make_items, write_folder
 
     place = tmp_path_factory.mktemp("made")
     tasks = distinct_tasks("train", 40, 0)

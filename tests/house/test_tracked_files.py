@@ -60,7 +60,9 @@ def test_the_tree_names_every_top_level_thing_and_every_folder_of_recipes(tracke
 
 def tree() -> set[str]:
     """The paths that the tree of the architecture page names: entries indented under a folder belong to it."""
-    block = re.search(r"<!-- tree -->\n+```text\n(.*?)```", (ROOT / "docs/architecture.md").read_text("utf-8"), re.DOTALL)
+    block = re.search(
+        r"<!-- tree -->\n+```text\n(.*?)```", (ROOT / "docs/architecture.md").read_text("utf-8"), re.DOTALL
+    )
     assert block, "docs/architecture.md has no tree: a ```text block after <!-- tree -->"
     paths, folder = set(), ""
     for line in block[1].splitlines():

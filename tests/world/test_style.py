@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from recipes.mini.models import MODELS, SPREAD, answered
+from recipes.experiments.paper_mini.models import MODELS, SPREAD, answered
 from recipes.world.judge import Leanings, judge
 from recipes.world.reviser import Misbehaviour, corrected, plan, read_request, revise
 from recipes.world.style import AFTER, BEFORE, STYLES, dressed, polished, style_of, undressed

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from apo.losses.objectives import apo_zero
-from recipes.tastes import run
-from recipes.tastes.users import comparisons, group_of, liking, served, win_rate
+from recipes.experiments.tastes import run
+from recipes.experiments.tastes.users import comparisons, group_of, liking, served, win_rate
 from recipes.world import toy
 from tests.apo.rewards import test_scorers as scorers
 

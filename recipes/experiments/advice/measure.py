@@ -1,0 +1,373 @@
+"""Is the advice of `apo advise` worth following? Measured on 24 models and data sets that were made for it.
+
+    python -m recipes.experiments.advice.measure [--workers N]          # about 45 minutes on two quiet cores
+    python -m recipes.experiments.advice.table --write          # docs/advice.md, from the results alone
+
+Six new targets, four data sets each: revised, judged, by a stronger writer and by a weaker one, with labels exchanged,
+small ones, each with a judge that errs or leans in its own way. First `apo advise` is asked about each. Then each is
+trained on with three objectives and two seeds, at the beta of the advice and the objective's own rate, and the models
+are asked 240 held-out tasks. Every advice and every run is one line in
+recipes/experiments/advice/results/advice.jsonl; stopped in any way and started again, only what is missing is done.
+The rule was committed before any of this, and is not tuned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+from clair.core.errors import UserError
+from clair.core.files import content_hash
+from clair.core.provenance import provenance
+from clair.core.recipe import resolve
+from clair.pipeline.build import locked
+from recipes.experiments.paper_mini import results
+from recipes.experiments.paper_mini.grid import end_with
+from recipes.experiments.paper_mini.models import Habits, make
+from recipes.world.judge import Leanings
+from recipes.world.running import ROOT, running
+from recipes.world.server import ServerOptions
+from recipes.world.style import STYLES, dressed
+from recipes.world.tasks import Task, distinct_tasks
+
+RUN = Path("runs/advice-mini")
+RESULTS = Path("recipes/experiments/advice/results/advice.jsonl")
+SEEDS = (0, 1)
+QUESTIONS, EPOCHS, BATCH = 240, 2, 8
+PAIRS, SMALL = 128, 40
+BETA = 0.1
+"""Of the runs where the advice is not to train."""
+RATES = {"apo_zero": 2.7e-4, "apo_down": 8.7e-6, "dpo": 5e-5}
+"""Of each objective the median, on a log scale, of the rates that the mini grid tuned for it on its four data sets."""
+
+Kind = Literal["revised", "on_policy", "off_policy", "stronger", "swapped", "exchanged"]
+Writer = tuple[float, tuple[float, float, float]]
+"""Share of right answers, and of each wording (engaging, plain, padded)."""
+STRONG: Writer = (0.97, (0.8, 0.15, 0.05))
+GOOD: Writer = (0.85, (0.1, 0.3, 0.6))
+POOR: Writer = (0.35, (0.05, 0.9, 0.05))
+BAD: Writer = (0.10, (0.1, 0.3, 0.6))
+
+TARGETS: Mapping[str, Habits] = {
+    "weak": Habits(right=0.30, wording=(0.10, 0.60, 0.30), steps=100, seed=11),
+    "middling": Habits(right=0.45, wording=(0.10, 0.30, 0.60), steps=60, seed=12),
+    "fair": Habits(right=0.60, wording=(0.30, 0.50, 0.20), steps=80, seed=13),
+    "able": Habits(right=0.75, wording=(0.20, 0.60, 0.20), steps=80, seed=14),
+    "strong": Habits(right=0.88, wording=(0.50, 0.40, 0.10), steps=100, seed=15),
+    "raw": Habits(right=0.55, wording=(0.05, 0.25, 0.70), steps=30, seed=16),
+}
+FINE = Leanings(style=True, judge_error=0.05, length_bias=0.1)
+ERRING = Leanings(style=True, judge_error=0.2, length_bias=0.1)
+LONG = Leanings(style=True, judge_error=0.05, length_bias=0.4)
+FIRST = Leanings(style=True, position_bias=0.6)
+CHANCE = Leanings(judge_error=0.5)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A target and the pairs it is to be trained on. `judge` makes the pairs of a judged set, and is `apo advise`'s."""
+
+    target: str
+    kind: Kind
+    judge: Leanings = FINE
+    pairs: int = PAIRS
+    reviser_error: float = 0.0
+    polish: bool = False
+    writers: tuple[Writer, ...] = ()
+
+    def name(self, number: int) -> str:
+        """How it is called: its place in the list, its target and kind."""
+        return f"{number:02d}-{self.target}-{self.kind}"
+
+
+COMBINATIONS: tuple[Combination, ...] = (
+    Combination("weak", "revised"),
+    Combination("weak", "on_policy", LONG),
+    Combination("weak", "off_policy", writers=(GOOD, POOR)),
+    Combination("weak", "stronger", writers=(STRONG,)),
+    Combination("middling", "revised", ERRING, reviser_error=0.5, polish=True),
+    Combination("middling", "on_policy", FINE),
+    Combination("middling", "off_policy", ERRING, writers=(POOR, BAD)),
+    Combination("middling", "swapped"),
+    Combination("fair", "revised", pairs=SMALL),
+    Combination("fair", "on_policy", ERRING, pairs=SMALL),
+    Combination("fair", "off_policy", writers=(STRONG, POOR)),
+    Combination("fair", "stronger", CHANCE, writers=(POOR,)),
+    Combination("able", "revised", FIRST),
+    Combination("able", "off_policy", writers=(POOR, BAD)),
+    Combination("able", "stronger", writers=(POOR,)),
+    Combination("able", "exchanged"),
+    Combination("strong", "revised", polish=True),
+    Combination("strong", "off_policy", LONG, writers=(GOOD, POOR)),
+    Combination("strong", "stronger", writers=(GOOD,)),
+    Combination("strong", "on_policy", FINE),
+    Combination("raw", "revised", CHANCE, reviser_error=0.3),
+    Combination("raw", "off_policy", writers=(BAD, BAD), pairs=SMALL),
+    Combination("raw", "stronger", ERRING, writers=(STRONG,), pairs=SMALL),
+    Combination("raw", "swapped", FIRST),
+)
+
+
+# ---- models and pairs
+
+
+def written(writer: Writer, task: Task, rng: Random) -> str:
+    """What a writer of these habits says to a task."""
+    sentence = task.right if rng.random() < writer[0] else task.wrong
+    return dressed(sentence, rng.choices(STYLES, writer[1])[0], rng)
+
+
+def prompt_rows(of: Combination, number: int, target: Path) -> list[dict[str, Any]]:
+    """The prompts, three times as many as pairs are wanted, with ready answers where the kind has any."""
+    from recipes.experiments.paper_mini.answers import answers
+
+    tasks, rng = distinct_tasks("train", 3 * of.pairs, seed=100 + number), Random(f"writers-{number}")
+    rows: list[dict[str, Any]] = [{"id": task.id, "prompt": task.prompt} for task in tasks]
+    if of.kind == "off_policy":
+        return [
+            {**row, "answers": [written(w, t, rng) for w in of.writers]} for row, t in zip(rows, tasks, strict=True)
+        ]
+    if of.kind == "stronger":
+        own = answers(target, tasks, temperature=1.0, seed=number)
+        said = [[mine, written(of.writers[0], task, rng)] for mine, task in zip(own, tasks, strict=True)]
+        return [{**row, "answers": two, "scores": [0, 1]} for row, two in zip(rows, said, strict=True)]
+    return rows
+
+
+def build_pairs(of: Combination, number: int, target: Path, folder: Path, url: str) -> Path:
+    """`clair build` of a combination, as a user would. Returns where its pairs are, exchanged where they are to be."""
+    import json
+
+    from clair.pipeline.build import build
+    from clair.pipeline.config import BuildConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = prompt_rows(of, number, target)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    own = {"path": str(target), "temperature": 1.0, "max_tokens": 96, "batch_size": 64}
+    judge = {"url": url, "model": "world-judge", "id": f"judge-{number}", "order": "random"}
+    given: dict[str, Any] = {
+        "pipeline": "judged", "prompts": {"path": str(folder / "prompts.jsonl")}, "accept": of.pairs,
+        "test_fraction": 0.0, "concurrency": 32, "out": str(folder / "built"),
+    }  # fmt: skip
+    if of.kind in ("revised", "swapped", "exchanged"):
+        reviser = {"url": url, "model": "world-reviser", "id": f"reviser-{number}"}
+        given |= {"pipeline": "revised", "target": own, "reviser": reviser}
+    elif of.kind == "on_policy":
+        given |= {"target": own, "judge": judge}
+    elif of.kind == "off_policy":
+        given |= {"judge": judge}
+    build(resolve(BuildConfig, given))
+    if of.kind in ("swapped", "exchanged"):
+        return relabelled(folder / "built", folder / of.kind, number, half=of.kind == "swapped")
+    return folder / "built"
+
+
+def relabelled(source: Path, out: Path, seed: int, *, half: bool) -> Path:
+    """The pairs with winner and loser exchanged, in half of them or in all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from clair.data.dataset import read_rows, schema, split_file
+    from recipes.world.swapped import swapped
+
+    rows = list(read_rows(source))
+    changed = swapped(rows, seed) if half else [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} for r in rows]
+    file = out / split_file("train")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(changed, schema=schema()), file)
+    return out
+
+
+# ---- advice and runs
+
+
+def prepare(of: Combination, number: int, run: Path) -> dict[str, Any]:
+    """Pairs, the advice about them with and without the judge, and how the target does before training: a line."""
+    from apo.advice.config import AdviseConfig
+    from apo.advice.rule import Evidence, advise
+    from apo.advice.run import run as ask
+    from apo.analysis.distinguishability import Interval
+    from recipes.experiments.paper_mini.answers import answers, scored
+
+    started, folder, target = time.monotonic(), run / of.name(number), run / "models" / of.target
+    shutil.rmtree(folder, ignore_errors=True)
+    options = ServerOptions(
+        max_seconds=900, seed=number, leanings=of.judge, reviser_error=of.reviser_error, polish=of.polish
+    )
+    with running(options, start_seconds=120) as server:
+        pairs = build_pairs(of, number, target, folder, server.url)
+        judge = {"url": server.url, "model": "world-judge", "id": f"advice-{number}"}
+        asked = {"path": str(target), "temperature": 1.0, "max_tokens": 96, "batch_size": 64}
+        given = {"dataset": str(pairs), "model": asked, "judge": judge, "out": str(folder / "advice")}
+        found = ask(resolve(AdviseConfig, given)).result
+    assert found is not None, f"{of.name(number)}: the judge did not answer"
+    told = {key: Interval(**value) if isinstance(value, Mapping) else value for key, value in found["evidence"].items()}
+    alone = advise(replace(Evidence(**told), win=None, right=None))
+    tasks = distinct_tasks("heldout", QUESTIONS, seed=7)
+    return {
+        "pairs": found["sample"]["pairs"],
+        "advice": found["advice"],
+        "alone": asdict(alone),
+        "distrust": (found["judge"] or {}).get("distrust"),
+        "evidence": found["evidence"],
+        "contrast": found["contrast"],
+        "base": scored(tasks, answers(target, tasks)),
+        "dataset": str(pairs),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+@dataclass(frozen=True)
+class Order:
+    """One training run: of which combination, with what."""
+
+    name: str
+    dataset: str
+    target: str
+    objective: str
+    beta: float
+    learning_rate: float
+    seed: int
+    out: str
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+
+
+def orders(done: Mapping[str, Mapping[str, Any]], run: Path) -> Iterator[Order]:
+    """All runs of the combinations that have an advice: the first seed of all comes first."""
+    for seed in SEEDS:
+        for number, of in enumerate(COMBINATIONS):
+            line = done.get(of.name(number))
+            if line is None:
+                continue
+            beta = line["advice"]["beta"] or BETA
+            for objective, rate in RATES.items():
+                name = f"{of.name(number)}/{objective}/{seed}"
+                target = str(run / "models" / of.target)
+                out = str(run / "work" / name.replace("/", "-"))
+                yield Order(name, line["dataset"], target, objective, beta, rate, seed, out)
+
+
+def train_one(order: Order) -> dict[str, Any]:
+    """Train, and ask the held-out tasks: a line. A run that training gives up has no right answer."""
+    from apo.monitoring.failures import Stopped
+    from apo.training.config import TrainConfig
+    from apo.training.train import train
+    from recipes.experiments.paper_mini.answers import answers, scored
+
+    started, out = time.monotonic(), Path(order.out)
+    shutil.rmtree(out, ignore_errors=True)
+    trainer = {
+        "learning_rate": order.learning_rate, "num_train_epochs": EPOCHS, "per_device_train_batch_size": BATCH,
+        "logging_steps": 20, "save_strategy": "no", "use_cpu": True,
+    }  # fmt: skip
+    config = TrainConfig.model_validate({
+        "model": order.target, "dataset": order.dataset, "objective": order.objective, "beta": order.beta,
+        "seed": order.seed, "probe": 0, "eval": False, "trainer": trainer, "out": order.out,
+    })  # fmt: skip
+    told: dict[str, Any] = {"right": "0" * QUESTIONS}
+    try:
+        train(config, tell=lambda _: None)
+        tasks = distinct_tasks("heldout", QUESTIONS, seed=7)
+        told = scored(tasks, answers(out, tasks))
+    except Stopped as stop:
+        told["broke_off"] = str(stop)
+    shutil.rmtree(out, ignore_errors=True)
+    plan = {"objective": order.objective, "beta": order.beta, "learning_rate": order.learning_rate, "seed": order.seed}
+    return {**plan, **told, "seconds": round(time.monotonic() - started, 1)}
+
+
+# ---- the whole
+
+
+def world() -> str:
+    """The id of this design: results of another one are another measurement."""
+    size = [QUESTIONS, EPOCHS, BATCH, tuple(RATES), SEEDS]
+    return content_hash([[asdict(c) for c in COMBINATIONS], {k: asdict(v) for k, v in TARGETS.items()}, size])[:16]
+
+
+def counts(line: Mapping[str, Any]) -> bool:
+    """Whether a line is a run at its objective's rate; those tried first, at that of the advice, are not counted."""
+    return line["kind"] == "run" and line["learning_rate"] == RATES[line["objective"]]
+
+
+def measure(run: Path, file: Path, workers: int, tell: Callable[[str], None]) -> None:
+    """Do what is missing, appending each line to `file` as it is done."""
+    with locked(run), _pool(workers) as pool:
+        for name in TARGETS:
+            tell(f"target {name}: {'made' if make(name, run / 'models', 1, TARGETS) else 'there already'}")
+        lines = [line for line in results.read(file) if line["world"] == world()]
+        advised = {line["name"]: line for line in lines if line["kind"] == "advice"}
+        again = {name for name, line in advised.items() if not Path(line["dataset"]).exists()}
+        missing = {of.name(n): (of, n, run) for n, of in enumerate(COMBINATIONS)}
+        wanted = {name: job for name, job in missing.items() if name not in advised or name in again}
+        for name, found in _done(pool, prepare, wanted):
+            if name not in again:
+                advised[name] = {"kind": "advice", "world": world(), "name": name, **found, **provenance()}
+                results.append(file, advised[name])
+            tell(f"{name}: {found['advice']['objective']} ({found['advice']['sure']}), {found['seconds']:.0f} s")
+        ran = {line["name"] for line in lines if counts(line)}
+        left = {order.name: (order,) for order in orders(advised, run) if order.name not in ran}
+        tell(f"{len(ran)} runs are done, {len(left)} are not")
+        for name, found in _done(pool, train_one, left):
+            results.append(file, {"kind": "run", "world": world(), "name": name, **found})
+            right = found["right"].count("1") / len(found["right"])
+            tell(f"{name}: {right:.1%} right, {found['seconds']:.0f} s")
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Processes of one thread each, which end with this one, whatever ends it."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(os.getpid(),))
+
+
+def _begin(parent: int) -> None:
+    import torch
+
+    os.setpgid(0, 0)  # Ctrl-C is the parent's to answer
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(1)
+
+
+def _done(
+    pool: ProcessPoolExecutor, work: Callable[..., dict[str, Any]], jobs: Mapping[str, tuple[Any, ...]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each job's name and line as it ends. Where one fails, or the caller stops, nothing more is begun."""
+    waiting = {pool.submit(work, *job): name for name, job in jobs.items()}
+    try:
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the advice; what is done is not done again.")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
+    try:
+        measure(RUN, RESULTS, args.workers, lambda text: print(text, flush=True))
+    except UserError as error:
+        raise SystemExit(f"advice: {error}") from None
+    except KeyboardInterrupt:
+        print("\nadvice: stopped; start it again to go on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

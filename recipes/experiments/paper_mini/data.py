@@ -1,0 +1,173 @@
+"""The four data sets of the mini grid from the same prompts, cut to the same number of response tokens.
+
+    python -m recipes.experiments.paper_mini.data [--small]       # after its module models
+
+Each is built by `clair build` as a user would, against the embedded server, whose judge is wrong now and then and likes
+long answers. Then pairs are taken from each in the order of the prompts until the smallest set's tokens are reached, or
+`MOST_TOKENS`.
+
+    runs/mini/built/NAME     the dataset folder as `clair build` left it
+    runs/mini/pairs/NAME     the pairs that are trained on (train) and held out (test), within the budget
+    runs/mini/data.json      per set: pairs, response tokens, contrast, and the SHA-256 of its files
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clair.core.errors import UserError
+from clair.core.files import read_json, write_atomically, write_json
+from clair.data.dataset import CONTRAST, SPLITS, read_manifest, read_rows, schema, split_file
+from recipes.world.judge import Leanings
+from recipes.world.quickstart import SOME_ROWS_FAILED, command
+from recipes.world.running import ROOT, running
+from recipes.world.server import ServerOptions
+from recipes.world.tasks import Task, distinct_tasks, write_prompts
+
+DATA = ("clair", "on_policy", "off_policy", "stronger")
+RECIPES = Path("recipes/experiments/paper_mini")
+MODELS = Path("runs/mini/models")
+OTHERS = ("wordy", "terse")
+PROMPTS, SMALL_PROMPTS = 900, 320
+MOST_TOKENS = 20_000
+"""Response tokens to train on, at most: what a grid of this many runs gets through in an hour."""
+SERVER = ServerOptions(max_seconds=1800, polish=True, leanings=Leanings(style=True, judge_error=0.05, length_bias=0.10))
+"""The reviser mends the wording too; the judge weighs right before wording, errs in 1 of 20, and falls for length in 1
+of 10."""
+
+
+def run_folder(small: bool) -> Path:
+    """Where everything of a full or a small grid lands."""
+    return Path("runs/mini-small" if small else "runs/mini")
+
+
+def write_prompt_files(run: Path, models: Path, tasks: Sequence[Task]) -> None:
+    """The prompts alone, and with the two other models' answers; these are sampled once and kept."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_prompts(run / "prompts.jsonl", list(tasks))
+    from clair.inference.local import weights_identity
+    from recipes.experiments.paper_mini.answers import answers
+
+    sampled, asked = run / "sampled.json", {name: weights_identity(models / name) for name in OTHERS}
+    asked |= {"tasks": hashlib.sha256("".join(task.id for task in tasks).encode()).hexdigest()}
+    if not sampled.exists() or read_json(sampled)["asked"] != asked:
+        said = {name: answers(models / name, tasks, temperature=1.0, seed=at) for at, name in enumerate(OTHERS)}
+        write_json(sampled, {"asked": asked, "said": said})
+    said = read_json(sampled)["said"]
+    rows = [
+        {"id": task.id, "prompt": task.prompt, "answers": [said[name][at] for name in OTHERS]}
+        for at, task in enumerate(tasks)
+    ]
+    write_atomically(run / "answered.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def settings(name: str, run: Path, models: Path, url: str) -> dict[str, str]:
+    """What of a recipe differs in this run: folders, and the server's address."""
+    own: dict[str, str] = {"ledger": str(run / "ledger.sqlite"), "out": str(run / "built" / name)}
+    own["prompts.path"] = str(run / ("answered.jsonl" if name == "off_policy" else "prompts.jsonl"))
+    if name != "off_policy":
+        own["target.path"] = str(models / "target")
+    if name == "stronger":
+        own["stronger.path"] = str(models / "stronger")
+    else:
+        own[f"{'reviser' if name == 'clair' else 'judge'}.url"] = url
+    return own
+
+
+def build_all(run: Path, models: Path) -> None:
+    """`clair build` for each of the four; what is built already costs no request."""
+    with running(SERVER) as server:
+        for name in DATA:
+            words = [f"--set={key}={value}" for key, value in settings(name, run, models, server.url).items()]
+            command("clair", "build", RECIPES / f"{name}.yaml", *words, allowed=(0, SOME_ROWS_FAILED))
+
+
+# ---- the same budget
+
+
+def response_tokens(row: Mapping[str, Any], tokenizer: Any) -> int:
+    """Tokens of both answers, each with its end of turn."""
+    texts = [row[side][-1]["content"] for side in ("chosen", "rejected")]
+    return sum(len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+
+def within(counts: Sequence[int], budget: int) -> int:
+    """How many of the first pairs stay within a budget of tokens, given the tokens of each."""
+    spent = 0
+    for taken, count in enumerate(counts):
+        spent += count
+        if spent > budget:
+            return taken
+    return len(counts)
+
+
+def cut_all(run: Path, models: Path) -> dict[str, Any]:
+    """Cut each split of the four to the tokens of the smallest. UserError where one is empty. Returns data.json."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models / "target")
+    rows = {name: {s: list(read_rows(run / "built" / name, [s])) for s in SPLITS} for name in DATA}
+    counts = {n: {s: [response_tokens(row, tokenizer) for row in rows[n][s]] for s in SPLITS} for n in DATA}
+    budget = {split: min(sum(counts[name][split]) for name in DATA) for split in SPLITS}
+    budget["train"] = min(budget["train"], MOST_TOKENS)
+    told: dict[str, Any] = {}
+    for name in DATA:
+        told[name] = {"built": read_manifest(run / "built" / name)["counts"], "sha256": {}}
+        for split in SPLITS:
+            count = within(counts[name][split], budget[split])
+            if count < 2:
+                raise UserError(
+                    f"{run / 'built' / name}: {count} {split} pairs are within the budget of {budget[split]} tokens "
+                    "that the smallest set gives; ask for more prompts"
+                )
+            kept, file = rows[name][split][:count], run / "pairs" / name / split_file(split)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(kept, schema=schema()), file)
+            told[name] |= {split: count, f"{split}_tokens": sum(counts[name][split][:count])}
+            told[name]["sha256"][split] = hashlib.sha256(file.read_bytes()).hexdigest()
+        kept = rows[name]["train"][: told[name]["train"]]
+        told[name]["contrast"] = {of: sum(row["contrast"][of] for row in kept) / len(kept) for of in CONTRAST}
+    write_json(run / "data.json", told)
+    return told
+
+
+def prepare(run: Path, models: Path, prompts: int) -> dict[str, Any]:
+    """Prompts, the four data sets and their cut. UserError where a model is not there."""
+    for name in ("target", "stronger", *OTHERS):
+        if not (models / name / "config.json").exists():
+            command = f"python -m recipes.experiments.paper_mini.models --out {models}"
+            raise UserError(f"{models / name} is not there; make it with: {command}")
+    write_prompt_files(run, models, distinct_tasks("train", prompts, seed=0))
+    build_all(run, models)
+    return cut_all(run, models)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build the mini grid's four data sets.")
+    parser.add_argument("--small", action="store_true", help=f"{SMALL_PROMPTS} prompts, into runs/mini-small")
+    parser.add_argument("--models", type=Path, default=MODELS)
+    parser.add_argument("--out", type=Path, help="runs/mini, or runs/mini-small")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    try:
+        told = prepare(args.out or run_folder(args.small), args.models, SMALL_PROMPTS if args.small else PROMPTS)
+    except UserError as error:
+        raise SystemExit(f"mini: {error}") from None
+    for name, of in told.items():
+        contrast = of["contrast"]
+        print(
+            f"{name}: {of['train']} + {of['test']} pairs, {of['train_tokens']} response tokens to train on, "
+            f"Jaccard {contrast['jaccard']:.2f}, Levenshtein {contrast['levenshtein']:.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

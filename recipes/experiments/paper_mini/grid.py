@@ -1,0 +1,339 @@
+"""Runs the paper's grid in small: four data sets, five objectives, several seeds, a checkpoint each epoch.
+
+    python -m recipes.experiments.paper_mini.grid [--small] [--workers N]    # after its modules models and data
+
+Each worker is a process with one thread that trains and evaluates one run after the other. Every finished run is
+one line in recipes/experiments/paper_mini/results/runs.jsonl (with --small: runs/mini-small/runs.jsonl). Stopped in
+any way and started again, it does only what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from clair.core.errors import UserError
+from clair.core.files import content_hash, read_json
+from clair.core.provenance import provenance
+from clair.data.dataset import read_rows
+from clair.pipeline.build import locked
+from recipes.experiments.paper_mini import results
+from recipes.experiments.paper_mini.cells import SMALL, Cell, Design, cells, due, last_accuracy
+from recipes.experiments.paper_mini.data import MODELS, run_folder
+from recipes.world.running import ROOT
+from recipes.world.tasks import Task, distinct_tasks
+
+STEPS = 32
+"""Optimizer steps an epoch, of every data set: with the same tokens in all, so many in a step too."""
+LOOKS = 4
+"""Looks at the held-out pairs an epoch, the last at the checkpoint."""
+KEPT = (
+    "loss", "logps/chosen", "logps/rejected", "rewards/accuracies", "rewards/ties", "rewards/margins",
+    "rewards/chosen", "rewards/rejected", "chosen_falls",
+)  # fmt: skip
+"""What is kept of each look at the held-out pairs."""
+
+
+MOVED = tuple(f"{side}_{of}" for side in ("chosen", "rejected") for of in ("logratio", "logratio_shared", "kl"))
+"""What is kept of each held-out pair at the last checkpoint."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a grid finds and puts things."""
+
+    run: Path
+    target: Path
+    results: Path
+
+
+# ---- one run
+
+
+def rhythm(pairs: int) -> tuple[int, int]:
+    """Pairs in a step, and steps from one look at the held-out pairs to the next, so that each epoch ends with one.
+
+    Some numbers of pairs come to a few steps less than `STEPS` an epoch, and to fewer looks.
+    """
+    batch = math.ceil(pairs / STEPS)
+    steps = math.ceil(pairs / batch)
+    return batch, steps // next(looks for looks in range(LOOKS, 0, -1) if steps % looks == 0)
+
+
+def train_config(cell: Cell, place: Place, out: Path) -> Any:
+    """The training recipe of a cell."""
+    from apo.training.config import TrainConfig
+
+    folder = place.run / "pairs" / cell.data
+    batch, every = rhythm(sum(1 for _ in read_rows(folder, ["train"])))
+    trainer = {
+        "learning_rate": cell.learning_rate, "num_train_epochs": cell.epochs, "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": 64,
+        "logging_steps": 10, "save_strategy": "epoch", "save_only_model": True, "use_cpu": True,
+        "eval_on_start": True, "eval_strategy": "steps", "eval_steps": every,
+    }  # fmt: skip
+    given = {
+        "model": str(place.target), "dataset": str(folder), "objective": cell.objective,
+        "beta": cell.beta, "seed": cell.seed, "probe": 0, "trainer": trainer, "out": str(out),
+    }  # fmt: skip
+    return TrainConfig.model_validate(given)
+
+
+def run_cell(cell: Cell, place: Place, tasks: list[Task], out: Path) -> dict[str, Any]:
+    """Train one cell and evaluate its checkpoints; `out` is empty before and gone afterwards.
+
+    A run that training itself gives up (a loss that is no number) is a result too: no checkpoints, and why.
+    """
+    from apo.monitoring.failures import Stopped
+    from apo.run_dir.checkpoints import checkpoints, step_of
+    from apo.run_dir.files import read_metrics
+    from apo.training.train import train
+    from recipes.experiments.paper_mini.answers import answers, scored
+
+    shutil.rmtree(out, ignore_errors=True)
+    started = time.monotonic()
+    line: dict[str, Any] = {**asdict(cell), "checkpoints": []}
+    try:
+        train(train_config(cell, place, out), tell=lambda _: None)
+    except Stopped as stop:
+        shutil.rmtree(out, ignore_errors=True)
+        return {**line, "broke_off": str(stop), "seconds": round(time.monotonic() - started, 1)}
+    trained = time.monotonic() - started
+    looks = {row["step"]: _kept(row) for row in read_metrics(out / "metrics.jsonl") if "eval_loss" in row}
+    folders = checkpoints(out)
+    assert len(folders) == cell.epochs, f"{len(folders)} checkpoints of {cell.epochs} epochs"
+    for at, folder in enumerate(folders):
+        if cell.purpose == "grid" or folder == folders[-1]:
+            told = scored(tasks, answers(folder, tasks))
+            line["checkpoints"].append({"epoch": at + 1, **told, "pairs": looks[step_of(folder)]})
+    line["start"] = looks[0]
+    line["looks"] = {"step": list(looks), **{name: [look.get(name) for look in looks.values()] for name in looks[0]}}
+    if cell.purpose == "grid":
+        line["moved"] = moved(cell, place, folders[-1])
+    shutil.rmtree(out)
+    return {**line, "train_seconds": round(trained, 1), "seconds": round(time.monotonic() - started, 1)}
+
+
+def moved(cell: Cell, place: Place, folder: Path) -> dict[str, list[float]]:
+    """What a checkpoint did to each held-out pair, in nats: the log-ratio of winner and loser, of all tokens and of
+    those that both have, and the KL. The same for every objective, SFT too, which has no rewards while it trains.
+    """
+    from apo.evaluation.pairs import ROWS, PairsConfig, evaluate
+
+    found = folder.parent / "moved"
+    about = {"model": str(folder), "reference": str(place.target), "dataset": str(place.run / "pairs" / cell.data)}
+    evaluate(PairsConfig.model_validate({**about, "beta": cell.beta, "out": str(found)}))
+    rows = [json.loads(text) for text in (found / ROWS).read_text("utf-8").splitlines()]
+    return {name: [float(f"{row[name]:.4g}") for row in rows] for name in MOVED}
+
+
+def _kept(row: Mapping[str, Any]) -> dict[str, float]:
+    found = {name: row[f"eval_{name}"] for name in KEPT if row.get(f"eval_{name}") is not None}
+    return {name: float(f"{value:.5g}") for name, value in found.items()}
+
+
+# ---- workers
+
+
+def work(orders: Connection, place: Place, design: Design, number: int, parent: int) -> None:
+    """A worker's life: a cell in, its line or the text of an error out. Ends with its parent, at once."""
+    os.setsid()  # Ctrl-C is the parent's to answer; and Linux shares a busy machine out by sessions
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    folder = place.run / "work"
+    folder.mkdir(parents=True, exist_ok=True)
+    log = os.open(folder / f"worker-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    import torch
+
+    torch.set_num_threads(1)
+    tasks = {
+        "grid": distinct_tasks("heldout", design.heldout, seed=0),
+        "tuning": distinct_tasks("validation", design.validation, seed=0),
+    }
+    while True:
+        try:
+            cell = orders.recv()
+        except EOFError:
+            return
+        try:
+            done = run_cell(cell, place, tasks["grid" if cell.purpose == "grid" else "tuning"], folder / str(number))
+            orders.send((done, None))
+        except Exception:
+            orders.send((None, traceback.format_exc()))
+
+
+def end_with(parent: int) -> None:
+    """Leave at once when the parent is gone; for a thread of its own."""
+    while os.getppid() == parent:
+        time.sleep(0.3)
+    os._exit(1)
+
+
+class Pool:
+    """Worker processes, each with one cell at a time; leaving the `with` block ends them, whatever they are at."""
+
+    def __init__(self, place: Place, design: Design, workers: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.busy: dict[Connection, Cell] = {}
+        self.free: list[Connection] = []
+        self.processes = []
+        for number in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=work, args=(theirs, place, design, number, os.getpid()), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.free.append(ours)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        for connection in (*self.busy, *self.free):
+            connection.close()
+        for process in self.processes:
+            if error is None:
+                process.join(10)  # with its orders closed, an idle worker goes by itself
+            process.kill()
+            process.join()
+
+    def start(self, cell: Cell) -> None:
+        """Give a cell to a free worker."""
+        connection = self.free.pop()
+        connection.send(cell)
+        self.busy[connection] = cell
+
+    def finished(self) -> list[tuple[Cell, dict[str, Any] | None, str | None]]:
+        """Wait for one or more to finish: cell, line or None, error or None. UserError where a worker died."""
+        ended = []
+        for connection in wait(list(self.busy)):
+            assert isinstance(connection, Connection)
+            try:
+                line, error = connection.recv()
+            except EOFError:
+                raise UserError(
+                    "a worker was killed, perhaps for want of memory; start again, with fewer --workers: what is "
+                    "finished is kept"
+                ) from None
+            ended.append((self.busy.pop(connection), line, error))
+            self.free.append(connection)
+        return ended
+
+
+# ---- the grid
+
+
+def world_line(place: Place, design: Design) -> dict[str, Any]:
+    """What all runs of this grid have in common. Its id changes with the models, the pairs, and the questions."""
+    from clair.inference.local import weights_identity
+
+    file = place.run / "data.json"
+    if not file.exists():
+        raise UserError(f"{file} is not there; make the data sets with: python -m recipes.experiments.paper_mini.data")
+    data = read_json(file)
+    tasks = distinct_tasks("heldout", design.heldout, seed=0)
+    about = {
+        "target": weights_identity(place.target),
+        "data": {name: data[name]["sha256"] for name in design.data},
+        "questions": content_hash([task.id for task in tasks]),
+        "design": asdict(design),
+        "steps": STEPS,
+    }
+    return {
+        "kind": "world",
+        "world": content_hash(about)[:16],
+        **about,
+        "data": data,
+        "skills": [task.skill for task in tasks],
+        "templates": [task.template for task in tasks],
+        **provenance(),
+    }
+
+
+def grid(place: Place, design: Design, workers: int, tell: Callable[[str], None] = print) -> int:
+    """Do what is missing; returns how many cells failed by an error of ours, which are not filed."""
+    with locked(place.run):
+        shutil.rmtree(place.run / "work", ignore_errors=True)
+        world = world_line(place, design)
+        lines = results.read(place.results)
+        if not any(line["kind"] == "world" and line["world"] == world["world"] for line in lines):
+            from recipes.experiments.paper_mini.answers import answers, scored
+
+            tasks = distinct_tasks("heldout", design.heldout, seed=0)
+            results.append(place.results, {**world, "base": scored(tasks, answers(place.target, tasks))})
+        runs = results.runs_of(lines, world["world"])
+        if not due(design, runs, world["world"]):
+            tell(f"all {len(runs)} runs are in {place.results}; nothing to do")
+            return 0
+        with Pool(place, design, workers) as pool:
+            return _fill(pool, place, design, world["world"], runs, tell)
+
+
+def _fill(
+    pool: Pool,
+    place: Place,
+    design: Design,
+    world: str,
+    runs: dict[str, dict[str, Any]],
+    tell: Callable[[str], None],
+) -> int:
+    failed: set[Cell] = set()
+    while True:
+        waiting = [c for c in due(design, runs, world) if c not in failed and c not in pool.busy.values()]
+        for cell in waiting[: len(pool.free)]:
+            pool.start(cell)
+        if not pool.busy:
+            return len(failed)
+        for cell, line, error in pool.finished():
+            name = f"{cell.data} {cell.objective} lr {cell.learning_rate:g} beta {cell.beta:g} seed {cell.seed}"
+            if line is None:
+                failed.add(cell)
+                tell(f"{name} failed:\n{error}")
+                continue
+            key = cell.key(world)
+            runs[key] = {"kind": "run", "world": world, "key": key, **line}
+            results.append(place.results, runs[key])
+            told = f"broke off ({line['broke_off']})" if "broke_off" in line else f"{last_accuracy(line):.1%} right"
+            done = f"{len(runs)}/{len(cells(design, runs, world))}"
+            tell(f"{done} {name} ({cell.purpose}): {told}, {line['seconds']:.0f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run the mini grid; what is done is not done again.")
+    parser.add_argument("--small", action="store_true", help="one seed, one epoch, no tuning, on the small data sets")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
+    parser.add_argument("--models", type=Path, default=MODELS)
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
+    # A worker that is ended in the middle leaves its progress bars' semaphore to Python's tracker, which removes it.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore:resource_tracker"}
+    run = run_folder(args.small)
+    place = Place(run, args.models / "target", run / "runs.jsonl" if args.small else results.COMMITTED)
+    try:
+        failed = grid(place, SMALL if args.small else Design(), args.workers, lambda text: print(text, flush=True))
+    except UserError as error:
+        raise SystemExit(f"mini: {error}") from None
+    except KeyboardInterrupt:
+        print("\nmini: stopped; start it again to go on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    if failed:
+        raise SystemExit(f"mini: {failed} runs failed; what they said stands above")
+
+
+if __name__ == "__main__":
+    main()

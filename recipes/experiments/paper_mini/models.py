@@ -1,0 +1,136 @@
+"""Makes the four models of the mini world from the quickstart's: same network, other habits.
+
+    python -m recipes.experiments.paper_mini.models --out runs/mini/models        # a few minutes on two quiet cores
+
+The quickstart's model can answer right and by the wrong rule and does either by a fair coin. Trained on for a little
+while on answers of a certain mix, it becomes a model that is right in some skills more often than in others and words
+its answers in some way: a weak target, a stronger model, and two others of differing quality. A folder that was made by
+the same script is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from clair.core.files import content_hash, write_json
+from recipes.world.evaluate import load
+from recipes.world.make_model import answer_loss, encode, save
+from recipes.world.style import STYLES, dressed
+from recipes.world.tasks import Task, draw_tasks
+
+BASE = Path("recipes/world/model")
+MADE = "made.json"
+SPREAD = {"sums": 0.10, "order": 0.15, "convert": 0.0, "lookup": -0.10, "edit": -0.15}
+"""How much easier or harder a skill is: added to the share of right answers, where there is room for it."""
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What a model is trained to say: its share of right answers, and how often it words them how (of `STYLES`)."""
+
+    right: float
+    wording: tuple[float, float, float]
+    steps: int
+    seed: int
+
+    def right_in(self, skill: str) -> float:
+        """The share of right answers in one skill; less spread near 0 and 1."""
+        room = min(self.right, 1 - self.right) / 0.5
+        return self.right + SPREAD[skill] * room
+
+
+MODELS: Mapping[str, Habits] = {
+    "target": Habits(right=0.50, wording=(0.15, 0.50, 0.35), steps=240, seed=1),
+    "stronger": Habits(right=0.97, wording=(0.80, 0.15, 0.05), steps=400, seed=2),
+    "wordy": Habits(right=0.80, wording=(0.10, 0.20, 0.70), steps=300, seed=3),
+    "terse": Habits(right=0.35, wording=(0.05, 0.90, 0.05), steps=240, seed=4),
+}
+PEAK, BATCH = 5e-4, 64
+
+
+def answered(habits: Habits) -> Iterator[tuple[Task, str]]:
+    """Tasks of the pretraining split with answers of this mix, without end."""
+    coin = Random(f"habits-{habits.seed}")
+    for task in draw_tasks("pretrain", 1000 + habits.seed):
+        sentence = task.right if coin.random() < habits.right_in(task.skill) else task.wrong
+        yield task, dressed(sentence, coin.choices(STYLES, habits.wording)[0], coin)
+
+
+def make(name: str, out: Path, threads: int, models: Mapping[str, Habits] = MODELS) -> bool:
+    """Makes one of the models into `out`/NAME, wholly or not at all. False where it was there."""
+    habits, folder = models[name], out / name
+    made = {
+        "habits": asdict(habits),
+        "spread": SPREAD,
+        "peak": PEAK,
+        "batch": BATCH,
+        "base": content_hash(_weights(BASE)),
+    }
+    made = json.loads(json.dumps(made))
+    if (folder / MADE).exists() and json.loads((folder / MADE).read_text("utf-8")) == made:
+        return False
+    model, tokenizer = trained(habits, threads, name=name)
+    save_whole(model, tokenizer, folder, made)
+    return True
+
+
+def trained(habits: Habits, threads: int, *, name: str = "", peak: float = PEAK, batch: int = BATCH) -> tuple[Any, Any]:
+    """The quickstart's model, trained on to have these habits, and its tokenizer."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(habits.seed)
+    model, tokenizer = load(BASE)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
+    source = answered(habits)
+    for step in range(habits.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = peak * min(1.0, (step + 1) / 20) * (1 - step / habits.steps)
+        loss = answer_loss(model, encode(tokenizer, list(islice(source, batch))), tokenizer.pad_token_id)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 40 == 0:
+            print(f"{name}: step {step + 1}/{habits.steps}  loss {loss.item():.4f}", flush=True)
+    return model, tokenizer
+
+
+def save_whole(model: Any, tokenizer: Any, folder: Path, made: Mapping[str, Any]) -> None:
+    """Writes a model and what made it, wholly or not at all."""
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save(model, tokenizer, unfinished)
+    write_json(unfinished / MADE, made)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def _weights(folder: Path) -> list[str]:
+    import hashlib
+
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the mini world's four models.")
+    parser.add_argument("--out", type=Path, default=Path("runs/mini/models"))
+    parser.add_argument("--only", choices=list(MODELS))
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in [args.only] if args.only else MODELS:
+        print(f"{name}: {'made' if make(name, args.out, args.threads) else 'there already'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The mini grid's dynamics: a panel for each data set and objective, winners and losers of the held-out pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apo.monitoring.plots import COLORS, FAINT, QUIET
+from recipes.experiments.paper_mini.claims import Name, mean_of
+
+Runs = Sequence[Mapping[str, Any]]
+DASHES: Mapping[str, Any] = {"chosen": "solid", "rejected": (0, (3.5, 1.6))}
+"""Told apart by more than colour."""
+REWARDS = [sign * value for sign in (-1, 1) for value in (0, 1, 3, 10, 30, 100, 300)]
+NATS = [-value for value in (0, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)]
+"""Where an axis is marked."""
+IN_WORDS = {
+    "clair": "CLAIR",
+    "on_policy": "on-policy judge",
+    "off_policy": "off-policy judge",
+    "stronger": "stronger preferred",
+    "sft": "SFT",
+    "dpo": "DPO",
+    "kto": "KTO",
+    "apo_zero": "APO-zero",
+    "apo_down": "APO-down",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One side's mean over seeds at each look, and the lowest and highest seed; `epochs` are where the looks were."""
+
+    epochs: list[float]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+def curve(runs: Runs, side: str, *, reward: bool) -> Curve | None:
+    """Log-likelihood of one side of the held-out pairs in nats a response, or its reward: beta times what training
+    added to it. None where no run reached its end. What is no number is drawn as a gap.
+    """
+    whole = [run for run in runs if run["checkpoints"]]
+    if not whole:
+        return None
+    by_seed = []
+    for run in whole:
+        values = [math.nan if value is None else value for value in run["looks"][f"logps/{side}"]]
+        by_seed.append([run["beta"] * (value - values[0]) for value in values] if reward else values)
+    steps, columns = whole[0]["looks"]["step"], list(zip(*by_seed, strict=True))
+    epochs = [step * whole[0]["epochs"] / steps[-1] for step in steps]
+    return Curve(epochs, mean_of(by_seed), [min(c) for c in columns], [max(c) for c in columns])
+
+
+def draw(cells: Mapping[Name, Runs], path: Path, *, reward: bool) -> None:
+    """The data sets from top to bottom, the objectives from left to right; the axes of a row are the same.
+
+    Rewards are drawn on a scale that is linear up to 1 and logarithmic beyond, log-likelihoods likewise up to 50 nats.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    sets, objectives = (list(dict.fromkeys(name[at] for name in cells)) for at in (0, 1))
+    figure = Figure(figsize=(2.3 * len(objectives) + 0.6, 1.85 * len(sets) + 0.75), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    places = figure.subplots(len(sets), len(objectives), squeeze=False, sharex=True, sharey="row")
+    for row, data in zip(places, sets, strict=True):
+        for axes, objective in zip(row, objectives, strict=True):
+            runs = cells.get((data, objective), [])
+            axes.set_yscale("symlog", linthresh=1.0 if reward else 50.0)
+            axes.yaxis.set_major_locator(FixedLocator(REWARDS if reward else NATS))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter("{x:g}")
+            if reward:
+                axes.axhline(0, color=QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
+            for side, color in COLORS.items():
+                if found := curve(runs, side, reward=reward):
+                    axes.fill_between(found.epochs, found.low, found.high, color=color, alpha=0.16, linewidth=0)
+                    axes.plot(found.epochs, found.mean, color=color, linewidth=1.7, linestyle=DASHES[side])
+            _dress(axes, runs)
+    for axes, objective in zip(places[0], objectives, strict=True):
+        axes.annotate(IN_WORDS[objective], (0.5, 1), xytext=(0, 19), xycoords="axes fraction",
+                      textcoords="offset points", ha="center", fontsize=11, fontweight="bold")  # fmt: skip
+    for axes, data in zip(places[:, 0], sets, strict=True):
+        axes.set_ylabel(IN_WORDS[data], fontsize=10, fontweight="bold")
+    from matplotlib.lines import Line2D
+
+    words = {"chosen": "winners", "rejected": "losers"}
+    lines = [Line2D([], [], color=c, linewidth=1.7, linestyle=DASHES[s], label=words[s]) for s, c in COLORS.items()]
+    of = "Reward: beta x log-ratio to the model before training" if reward else "Log-likelihood, nats a response"
+    figure.legend(handles=lines, loc="outside upper right", ncols=2, frameon=False, fontsize=10)
+    figure.suptitle(f"{of}. Held-out pairs; band: all seeds", x=0.01, ha="left", fontsize=10.5, color=QUIET)
+    figure.supxlabel("epoch", fontsize=9.5, color=QUIET)
+    figure.savefig(path, format="png")
+
+
+def _dress(axes: Any, runs: Runs) -> None:
+    axes.set_title(
+        f"lr {runs[0]['learning_rate']:g}, beta {runs[0]['beta']:g}" if runs else "", fontsize=8, color=QUIET
+    )
+    axes.tick_params(labelsize=8, colors=QUIET, length=0)
+    axes.grid(axis="y", color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#d1d5db")

@@ -1,0 +1,55 @@
+"""The file of results: one JSON line for a world and for each finished run, appended whole and flushed to disk.
+
+world   what the runs of this id have in common: the questions, the target model's own answers, the four data sets
+run     one training run: what was trained, and for each of its checkpoints what it answers and how pairs fare
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clair.core.errors import UserError
+
+COMMITTED = Path("recipes/experiments/paper_mini/results/runs.jsonl")
+
+
+def append(file: Path, line: Mapping[str, Any]) -> None:
+    """Append one line, on disk before this returns; what a killed run left half written at the end is cut off first."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a+b") as out:
+        out.seek(0)
+        content = out.read()
+        out.truncate(content.rfind(b"\n") + 1)
+        out.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """All whole lines. UserError with the line's number where one is damaged."""
+    lines = []
+    for number, text in enumerate(file.read_bytes().split(b"\n")[:-1] if file.exists() else [], 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            raise UserError(
+                f"{file}: line {number} is damaged; delete that line, and the grid makes its run again"
+            ) from None
+    return lines
+
+
+def world_of(lines: list[dict[str, Any]], file: Path) -> dict[str, Any]:
+    """The newest world. UserError where there is none."""
+    worlds = [line for line in lines if line["kind"] == "world"]
+    if not worlds:
+        raise UserError(f"{file} holds no results; make them with: python -m recipes.experiments.paper_mini.grid")
+    return worlds[-1]
+
+
+def runs_of(lines: list[dict[str, Any]], world: str) -> dict[str, dict[str, Any]]:
+    """The runs of one world by their key."""
+    return {line["key"]: line for line in lines if line["kind"] == "run" and line["world"] == world}

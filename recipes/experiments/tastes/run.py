@@ -1,0 +1,105 @@
+"""The whole way with users who disagree: gate, groups, one policy for all and one for each, and who is how well served.
+
+    python -m recipes.experiments.tastes.run --out runs/tastes      # a minute on two quiet cores
+
+The commands are those that a user types; `way` runs them for one seed and says what came of it:
+
+    plural, tastes, gain     what `apo reward select` recommends, and its gain in nats a comparison
+    purity                   the share of users who are with the majority of their found group
+    pooled, by_group         for each true group the win rate against the base on held-out tasks, greedy, ties one half:
+                             of one policy for all, and of the policies for the groups that were found
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clair.core.errors import EXIT_INTERRUPTED
+from recipes.experiments.paper_mini.answers import answers
+from recipes.experiments.paper_mini.models import Habits, save_whole, trained
+from recipes.experiments.tastes.users import comparisons, group_of, served, win_rate
+from recipes.world.tasks import distinct_tasks
+
+RECIPE = Path(__file__).parents[2] / "tastes" / "apo_zero.yaml"
+HABITS = Habits(right=0.5, wording=(0.2, 0.6, 0.2), steps=100, seed=7)
+"""The base words plainly what it answers greedily, and knows the other wordings."""
+USERS, EACH, HELDOUT = 20, 50, 100
+
+
+def make_base(folder: Path) -> None:
+    """Makes the base model, unless it is there."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        model, tokenizer = trained(HABITS, torch.get_num_threads(), name="base", peak=2e-3, batch=32)
+        save_whole(model, tokenizer, folder, {"habits": asdict(HABITS)})
+
+
+def apo(*words: object) -> None:
+    """One command of `apo`, in this process."""
+    from apo.cli import app
+
+    code = app([str(word) for word in words], standalone_mode=False)
+    if code == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt
+    if code:
+        raise SystemExit(code)
+
+
+def gate(base: Path, out: Path, seed: int, groups: int) -> dict[str, Any]:
+    """Writes the comparisons of users of so many groups, and asks whether tastes differ."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = comparisons(USERS, EACH, seed, groups=groups)
+    (out / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    apo("reward", "select", out / "pairs.jsonl", "--model", base, "--most", 3, "--seed", seed,
+        "--out", out / "select.json")  # fmt: skip
+    found = json.loads((out / "select.json").read_text("utf-8"))
+    return {"plural": found["plural"], "tastes": found["tastes"], "gain": found["gain"]}
+
+
+def policies(base: Path, out: Path, seed: int, tastes: int) -> dict[str, Any]:
+    """On the comparisons that `gate` wrote for two groups: finds so many, trains, and says who is how well served."""
+    apo("reward", "fit", out / "pairs.jsonl", "--model", base, "--kind", "pal",
+        "--prototypes", tastes, "--seed", seed, "--out", out / "taste")  # fmt: skip
+    apo("reward", "score", out / "pairs.jsonl", "--reward", out / "taste", "--out", out / "grouped.jsonl")
+    given = ["--set", f"model={base}", "--set", f"dataset={out / 'grouped.jsonl'}", "--set", f"seed={seed}"]
+    apo("train", RECIPE, *given, "--out", out / "policies")
+    apo("train", RECIPE, *given, "--set", "by=null", "--out", out / "pooled")
+
+    tasks = distinct_tasks("heldout", HELDOUT, seed)
+    before = answers(base, tasks)
+
+    def rates(folder: Path) -> list[float]:
+        said = answers(folder, tasks)
+        return [win_rate(said, before, group) for group in (0, 1)]
+
+    groups = json.loads((out / "taste/reward.json").read_text("utf-8"))["groups"]
+    folders = {name: out / "policies" / name.replace(" ", "-") for name in set(groups.values())}
+    true = {name: [group_of(user, 2) for user in groups if groups[user] == name] for name in folders}
+    by_group = served(groups, {name: rates(folder) for name, folder in folders.items()}, 2)
+    majority = sum(max(members.count(0), members.count(1)) for members in true.values())
+    return {"purity": majority / len(groups), "pooled": rates(out / "pooled"), "by_group": by_group}
+
+
+def way(base: Path, out: Path, seed: int) -> dict[str, Any]:
+    """The whole way for two groups; see the top of this file."""
+    found = gate(base, out, seed, groups=2)
+    return {**found, **policies(base, out, seed, found["tastes"])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Gate, groups and policies for users who disagree.")
+    parser.add_argument("--out", type=Path, default=Path("runs/tastes"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    make_base(args.out / "base")
+    print(json.dumps(way(args.out / "base", args.out, args.seed), indent=2))
+
+
+if __name__ == "__main__":
+    main()

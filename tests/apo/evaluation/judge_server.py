@@ -1,0 +1,112 @@
+"""A judge and a model behind one OpenAI-compatible URL, in a process of their own.
+
+    python tests/apo/evaluation/judge_server.py [--latency 0.05]
+
+prints its URL and ends with its parent or after twenty minutes. What it says stands in the text it is asked about:
+`<<[[0.7]]>>` is the reply, `<<a|b>>` one reply for each time that the same body comes, the last one ever after.
+`LENGTH:text` ends at a limit of tokens, `FILTER:text` in a content filter, `HTTP400` is that status, `BODY429` an error
+of that code in the body of a 200. Without such a script a judge (model `j`) gives a verdict that follows from a hash of
+the request, a model (any other name) an answer that does.
+GET /seen lists the bodies of all requests; GET /paid their number; GET /forget forgets them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import os
+import re
+import time
+from collections import Counter
+from typing import Any
+
+from aiohttp import web
+
+SECONDS_TO_LIVE = 4 * 3600
+
+
+class Server:
+    """Follows the scripts in what it is asked about, and counts what it answered."""
+
+    def __init__(self, latency: float) -> None:
+        self.latency = latency
+        self.seen: list[dict[str, Any]] = []
+        self.tries: Counter[str] = Counter()
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=64 * 2**20)
+        app.add_routes(
+            [
+                web.get("/v1/models", self.models),
+                web.post("/v1/chat/completions", self.chat),
+                web.get("/seen", self.tell),
+                web.get("/paid", self.count),
+                web.get("/forget", self.forget),
+            ]
+        )
+        return app
+
+    async def models(self, _: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "j"}, {"id": "t"}]})
+
+    async def tell(self, _: web.Request) -> web.Response:
+        return web.json_response(self.seen)
+
+    async def count(self, _: web.Request) -> web.Response:
+        return web.json_response(len(self.seen))
+
+    async def forget(self, _: web.Request) -> web.Response:
+        self.seen.clear()
+        self.tries.clear()
+        return web.Response()
+
+    async def chat(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.seen.append(body)
+        text = body["messages"][-1]["content"]
+        await asyncio.sleep(self.latency)
+        said = self.said(body, text)
+        ending, _, cut = said.partition(":")
+        finish = {"LENGTH": "length", "FILTER": "content_filter"}.get(ending, "stop")
+        if said.startswith("HTTP"):
+            return web.json_response({"error": {"message": "System role not supported"}}, status=int(said[4:]))
+        if said.startswith("BODY"):
+            return web.json_response({"error": {"message": "Rate limit exceeded", "code": int(said[4:])}})
+        message = {"role": "assistant", "content": said if finish == "stop" else cut}
+        choice = {"index": 0, "message": message, "finish_reason": finish}
+        usage = {"prompt_tokens": len(text) // 4, "completion_tokens": len(said) // 4 + 1}
+        model = f"{body['model']}-0125"
+        return web.json_response({"object": "chat.completion", "model": model, "choices": [choice], "usage": usage})
+
+    def said(self, body: dict[str, Any], text: str) -> str:
+        script = re.search(r"<<(.*?)>>", text, re.DOTALL)
+        key = json.dumps(body, sort_keys=True)
+        self.tries[key] += 1
+        if script:
+            steps = script[1].split("|")
+            return steps[min(self.tries[key], len(steps)) - 1]
+        number = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+        if body["model"] != "j":
+            return f"It is {number % 7}."
+        if "xtract" in body["messages"][0]["content"]:
+            return f"The option chosen by the model: [[{'AB'[number % 2]}]]."
+        return f"The correctness score: [[{number % 11 / 10}]]."
+
+
+async def serve(latency: float) -> None:
+    runner = web.AppRunner(Server(latency).app(), access_log=None, shutdown_timeout=0.5)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
+    print(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", flush=True)
+    parent, until = os.getppid(), time.monotonic() + SECONDS_TO_LIVE
+    while os.getppid() == parent and time.monotonic() < until:  # noqa: ASYNC110 (there is no event for a parent's end)
+        await asyncio.sleep(0.3)
+    await runner.cleanup()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--latency", type=float, default=0.0)
+    asyncio.run(serve(parser.parse_args().latency))

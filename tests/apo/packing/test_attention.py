@@ -1,0 +1,182 @@
+"""The three ways a packed row attends are one: same values, same gradients."""
+
+from __future__ import annotations
+
+import shutil
+import types
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import flex_attention, varlen
+from torch.nn.functional import scaled_dot_product_attention
+
+from apo.packing import attention
+from apo.packing import packed_model as prefix
+from apo.packing.logps import plain_logps
+from apo.packing.packed_model import lay_out, packed_logps, share_prefixes
+from tests.apo.packing.test_packed_model import FAMILIES, SHAPES, gradients, pairs, stacked, tiny
+
+
+def causal_from_the_end(query, key, value, begins, ends, longest_query, longest_key, *, scale, window_size, enable_gqa):
+    """What `varlen_attn` computes, sequence by sequence: the kernel itself runs on a GPU only."""
+    assert begins.dtype == ends.dtype == torch.int32
+    assert query.dtype == key.dtype == value.dtype
+    lengths = [(b - a).tolist() for a, b in ((begins[:-1], begins[1:]), (ends[:-1], ends[1:]))]
+    assert (longest_query, longest_key) == (max(lengths[0]), max(lengths[1]))
+    parts = []
+    for number, (queries, keys) in enumerate(zip(*lengths, strict=True)):
+        q = query[begins[number] :][:queries].transpose(0, 1)
+        k, v = (t[ends[number] :][:keys].transpose(0, 1) for t in (key, value))
+        behind = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)
+        seen = (behind >= 0) & ((behind <= window_size[0]) if window_size[0] >= 0 else True)
+        done = scaled_dot_product_attention(q[None], k[None], v[None], seen, scale=scale, enable_gqa=enable_gqa)
+        parts.append(done[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(monkeypatch):
+    # FlexAttention computes gradients on a CPU when it is not compiled, but refuses to be asked.
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(varlen, "varlen_attn", causal_from_the_end)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    ("way", "family"),
+    [("flex", family) for family in FAMILIES] + [("varlen", f) for f in FAMILIES if "soft cap" not in f],
+)
+def test_every_way_gives_the_plain_log_probs_and_gradients(way, family):
+    model, batch = tiny(family), stacked(pairs(*SHAPES))
+    plain = plain_logps(model, batch)
+    expected = gradients(model, plain)
+    share_prefixes(model, way)
+    layout = lay_out(pairs(*SHAPES))
+    found = packed_logps(model, layout)
+    assert layout.way == way
+    torch.testing.assert_close(found[:2], plain[:2], rtol=1e-5, atol=1e-4)
+    assert (gradients(model, found) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("way", ["flex", "varlen"])
+def test_in_mixed_precision_too_every_way_is_taken(way):
+    # Rotated queries and keys come in float32, values in bfloat16: only SDPA mends that by itself.
+    found = {}
+    for taken in (way, "split"):
+        model = tiny("qwen3")
+        share_prefixes(model, taken)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logps = packed_logps(model, lay_out(pairs(*SHAPES)))
+        found[taken] = torch.stack(logps[:2])
+    torch.testing.assert_close(found[way], found["split"], rtol=2e-2, atol=0.1)
+
+
+spans = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=6)
+
+
+def laid(shapes):
+    """A layout of nothing but spans (shared, chosen and rejected tokens)."""
+    made, start = [], 0
+    for shared, chosen, rejected in shapes:
+        made.append(attention.Span(start, shared, chosen, rejected))
+        start += shared + chosen + rejected
+    unused = torch.zeros(0)
+    return attention.Layout(torch.zeros(1, start), unused, made, *[unused] * 4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(spans, st.none() | st.integers(1, 500))
+def test_blocks_hold_all_that_is_seen_and_whole_ones_nothing_else(shapes, window):
+    layout = laid(shapes)
+    mask, tokens = attention._block_mask(layout, window), layout.input_ids.shape[1]
+    dense = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for span in layout.spans:  # by the sequences themselves
+        start, middle, end, last = span.branches
+        for branch in ([*range(start, end)], [*range(start, middle), *range(end, last)]):
+            behind = torch.arange(len(branch))[:, None] - torch.arange(len(branch))
+            seen = (behind >= 0) & (behind < (window or tokens))
+            dense[torch.tensor(branch)[:, None], torch.tensor(branch)] |= seen
+    places = torch.arange(tokens)
+    assert torch.equal(mask.mask_mod(None, None, places[:, None], places), dense)
+    whole, some = (
+        flex_attention._ordered_to_dense(number, which, mask.kv_indices.shape[-1])[0, 0].bool()
+        for number, which in (
+            (mask.full_kv_num_blocks, mask.full_kv_indices), (mask.kv_num_blocks, mask.kv_indices)
+        )
+    )  # fmt: skip
+    assert not (whole & some).any()
+    over = whole.shape[0] * attention.BLOCK - tokens
+    counts = torch.nn.functional.pad(dense, (0, over, 0, over)).view(*(whole.shape[0], attention.BLOCK) * 2).sum((1, 3))
+    assert (counts[whole] == attention.BLOCK**2).all()
+    assert ((counts > 0) <= (whole | some)).all()
+    if window is None:
+        assert torch.equal(counts > 0, whole | some), "and no block more"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention is compiled by g++ on a CPU")
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (100, 20.0)])
+def test_compiled_once_flexattention_is_split_on_rows_of_any_length(window, softcap):
+    # Its forward pass, by the blocks: a compiled backward needs a GPU.
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True), pytest.MonkeyPatch.context() as patch:
+        compiled = torch.compile(flex_attention.flex_attention, dynamic=True)
+        patch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", False)
+        patch.setattr(attention, "_flex_attention", lambda _: compiled)
+        for shapes in ([(130, 200, 300), (90, 0, 70)], [(20, 10, 10)], [(300, 120, 10), (200, 150, 260), (5, 9, 0)]):
+            layout = laid(shapes)
+            q, k, v = (torch.randn(1, heads, layout.input_ids.shape[1], 16) for heads in (4, 2, 2))
+            found, wanted = (
+                way(q, k, v, layout, 0.25, 0.0, window, softcap) for way in (attention._flex, attention._split)
+            )
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_fastest_way_that_works_is_taken_and_the_others_are_told(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: None)
+    config = types.SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
+    layout = lay_out(pairs(*SHAPES))
+    assert attention.fastest(config, layout, torch.float32) == ("split", "")  # on a CPU nothing is measured
+
+    def broken(*_):
+        raise RuntimeError("no kernel image\nis available")
+
+    def slow(*given):
+        return sum(attention._split(*given) for _ in range(20))
+
+    monkeypatch.setattr(attention, "WAYS", {"varlen": broken, "flex": slow, "split": attention._split})
+    best, told = attention._measured(config, layout, torch.float32, 3)
+    assert best == "split"
+    assert "varlen cannot (no kernel image is available)" in told
+    assert told.endswith("taken: split")
+
+
+def test_a_way_that_disagrees_is_not_taken(monkeypatch):
+    model, batch = tiny(), stacked(pairs(*SHAPES))
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model)
+    wrong = lambda *given: attention._split(*given) * 1.1  # noqa: E731
+    monkeypatch.setitem(attention.WAYS, "flex", wrong)
+    monkeypatch.setattr(prefix, "fastest", lambda *_: ("flex", "flex 1 ms; taken: flex"))
+    reason, notes = prefix.share_if_exact([model], batch, batch, torch.float32)
+    assert reason is None
+    assert notes[-1] == "attention of packed rows: flex is not taken, its log-probs differ in packed rows"
+    layout = lay_out(pairs(*SHAPES))
+    packed_logps(model, layout)
+    assert layout.way == "split"
+
+
+def test_how_near_packed_rows_must_come_is_a_matter_of_what_products_are_in(monkeypatch):
+    plain = prefix.PairLogps(*(torch.tensor([-1000.0]) for _ in range(2)), *(torch.tensor([500]) for _ in range(2)))
+    near = plain._replace(chosen=plain.chosen * 1.001)
+    monkeypatch.setattr(prefix, "shared_prefix_logps", lambda *_: near)
+    model = tiny()
+    assert model.dtype == torch.float32, "as the weights of mixed precision are"
+    assert prefix.agrees(model, {}, plain, torch.bfloat16)
+    assert not prefix.agrees(model, {}, plain, torch.float32)

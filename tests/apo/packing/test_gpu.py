@@ -1,0 +1,152 @@
+"""What only a CUDA device can show; skipped without one. The benchmark for one is tried in small on a CPU.
+
+Tolerances: float32 on a GPU adds up in another order than on a CPU; bfloat16 has 8 bits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from apo.cost import memory as fit
+from apo.cost.sizes import sizes_of_model
+from apo.packing import attention
+from apo.packing import packed_model as prefixes
+from apo.training.trainer import APOTrainer
+from apo.training.trainer_config import APOConfig
+from tests.apo.conftest import make_model, make_pairs
+from tests.apo.packing.test_attention import laid
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+SHAPES = ([(130, 200, 300), (90, 0, 70)], [(20, 10, 10)], [(300, 120, 10), (200, 150, 260), (5, 9, 0)])
+WIDE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512}
+
+
+def attended(way, layout, device, dtype, window, softcap, width=64):
+    """Values and gradients of one way on the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = layout.input_ids.shape[1]
+    q, k, v = (torch.randn(1, heads, tokens, width, generator=generator) for heads in (4, 2, 2))
+    q, k, v = (t.to(device, dtype).requires_grad_() for t in (q, k, v))
+    out = attention.WAYS[way](q, k, v, layout, width**-0.5, 0.0, window, softcap)
+    out.backward(torch.ones_like(out))
+    return [t.float().cpu() for t in (out.detach(), q.grad, k.grad, v.grad)]
+
+
+def on(layout, device):
+    return attention.Layout(layout.input_ids.to(device), *list(vars(layout).values())[1:7])
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("way", "window", "softcap"),
+    [("varlen", None, None), ("varlen", 100, None), ("flex", None, None), ("flex", 100, None), ("flex", 100, 20.0)],
+)
+def test_the_kernels_of_a_gpu_give_what_split_gives_in_float32_on_a_cpu(way, window, softcap):
+    with torch._dynamo.config.patch(error_on_recompile=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler
+        torch._dynamo.reset()
+        attention._flex_attention.cache_clear()
+        for shapes in SHAPES:
+            found = attended(way, on(laid(shapes), "cuda"), "cuda", torch.bfloat16, window, softcap)
+            wanted = attended("split", laid(shapes), "cpu", torch.float32, window, softcap)
+            for mine, other in zip(found, wanted, strict=True):
+                assert (mine - other).norm() < 1e-2 * other.norm()
+
+
+def trainer_on_gpu(tmp_path, tokenizer, dtype=torch.float32, **options):
+    args = APOConfig(
+        output_dir=str(tmp_path), report_to="none", logging_steps=1, learning_rate=1e-2, optim="sgd", max_steps=6,
+        save_strategy="no", disable_tqdm=True, per_device_train_batch_size=8, **options,
+    )  # fmt: skip
+    pairs = Dataset.from_list([row | {"weight": 1.0 + place % 2} for place, row in enumerate(make_pairs(16))])
+    return APOTrainer(make_model(**WIDE).to(dtype), args=args, train_dataset=pairs, processing_class=tokenizer)
+
+
+@gpu
+def test_packed_rows_train_as_trls_batch_and_as_a_cpu_in_float32(tmp_path, tokenizer):
+    curves = {}
+    for name, more in {
+        "packed": {}, "padded": {"shared_prefix": False}, "cpu": {"use_cpu": True, "gradient_checkpointing": True},
+    }.items():  # fmt: skip
+        trainer = trainer_on_gpu(tmp_path / name, tokenizer, bf16=False, **more)
+        assert trainer.packs == (name != "padded"), trainer.notes
+        trainer.train()
+        rows = [row for row in trainer.state.log_history if "grad_norm" in row]
+        curves[name] = torch.tensor([[row["loss"], row["grad_norm"], row["logps/chosen"]] for row in rows])
+    for name in ("padded", "cpu"):
+        torch.testing.assert_close(curves["packed"], curves[name], rtol=1e-4, atol=1e-4)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["mixed", "bfloat16"])
+def test_in_bfloat16_all_three_ways_are_measured_and_the_fastest_is_taken(tmp_path, tokenizer, dtype):
+    trainer = trainer_on_gpu(tmp_path, tokenizer, dtype, bf16=True)
+    assert trainer.packs, trainer.notes
+    (told,) = [note for note in trainer.notes if "attention of packed rows" in note]
+    assert told.count(" ms") == 3, told
+    assert not [note for note in trainer.notes if "is not taken" in note]
+
+
+@gpu
+@pytest.mark.parametrize("way", ["split", "varlen", "flex"])
+def test_a_pass_waits_for_nothing(tmp_path, tokenizer, monkeypatch, way):
+    monkeypatch.setattr(prefixes, "fastest", lambda *_: (way, ""))
+    trainer = trainer_on_gpu(tmp_path, tokenizer, bf16=True, precompute_ref_log_probs=True, weights="weight")
+    batches, weight = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, trainer.args.device)
+    trainer.training_step(trainer.model, batches[0], weight)  # compiles, and makes buffers
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.training_step(trainer.model, batches[1], weight)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "computed anew"])
+def test_the_memory_estimate_of_a_gpu_is_within_a_fifth(tmp_path, tokenizer, checkpointing):
+    big = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 2816}
+    model = make_model(**big, num_hidden_layers=8)
+    args = APOConfig(
+        output_dir=str(tmp_path), report_to="none", max_steps=3, save_strategy="no", disable_tqdm=True, bf16=True,
+        per_device_train_batch_size=8, precompute_ref_log_probs=True, gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    sizes = sizes_of_model(model)
+    trainer = APOTrainer(model, args=args, train_dataset=Dataset.from_list(make_pairs(16)), processing_class=tokenizer)
+    job = fit.job_of(
+        sizes, trainer.train_dataset, args, 3, reference="cached", dtype="float32", mixed=True,
+        checkpointing=checkpointing, on_gpu=True,
+    )  # fmt: skip
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    assert sum(fit.memory_of(job).values()) == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.2)
+
+
+@pytest.mark.slow
+def test_the_benchmark_for_a_gpu_runs_on_a_cpu_in_small(monkeypatch):
+    file = Path(__file__).parents[2] / "benchmarks" / "train_on_gpu.py"
+    spec = importlib.util.spec_from_file_location("train_on_gpu", file)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    monkeypatch.setattr(bench.cpu, "VOCABULARY", 200)
+    monkeypatch.setattr(bench, "OURS", ("split",))
+    monkeypatch.setattr(bench, "MODES", ("split", "trl defaults", "trl best"))
+    monkeypatch.setattr(prefixes, "fastest", prefixes.fastest)  # which the benchmark replaces
+    sizes = bench.LLAMA3_8B | {"vocab_size": 200, "num_hidden_layers": 2, "max_position_embeddings": 128, **WIDE}
+    case = {"small": (lambda: [(8, 12, 9), (5, 14, 20)] * 8, 4)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL's own
+        found = bench.measure_on("cpu", sizes, torch.float32, case, ["lora", "full"], 1)["cases"]
+    assert list(found) == ["lora, small", "full, small"]
+    for case in found.values():
+        assert case["apart"] < 1e-5
+        assert all(low > 0 for low, _ in case["ratios"].values())
+        for (one,) in case["runs"].values():
+            assert (len(one["losses"]), 0 < one["steady_mfu"] < 1) == (4, True)

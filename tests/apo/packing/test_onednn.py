@@ -1,0 +1,138 @@
+"""Products by oneDNN: as near to the truth as torch's own, asked for multiples of rows alone, undone without trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from apo.packing import onednn as matmul
+from apo.packing.logps import plain_logps
+from apo.packing.packed_model import lay_out, packed_logps, share_prefixes, shared_prefix_logps, unshare_prefixes
+from tests.apo.packing.test_packed_model import FAMILIES, SHAPES, gradients, pairs, stacked, tiny
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A machine where oneDNN is the faster; the products that it made are counted."""
+    if matmul.speeds()[1] == 0:
+        pytest.skip("this torch has no oneDNN for this processor")
+    monkeypatch.setattr(matmul, "speeds", lambda: (1.0, 2.0))
+    made = []
+    real = matmul._onednn
+    monkeypatch.setattr(matmul, "_onednn", lambda a, b: made.append(a.shape) or real(a, b))
+    return made
+
+
+def layer(bias):
+    torch.manual_seed(2)
+    one = torch.nn.Linear(48, 80, bias=bias)
+    matmul.quicken(one)
+    return one
+
+
+def run(one, x):
+    x = x.clone().requires_grad_()
+    out = one(x)
+    (out * torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype)).square().sum().backward()
+    found = [out.detach(), x.grad, one.weight.grad.clone(), *([one.bias.grad.clone()] if one.bias is not None else [])]
+    one.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(64, 48), (2, 32, 48)])
+def test_a_quick_layer_is_as_near_to_float64_as_torchs_own(quick, bias, shape):
+    one, x = layer(bias), torch.randn(*shape)
+    ours = run(one, x)
+    assert len(quick) == 3  # forward, and backward to its input and to its weight
+    matmul.unquicken(one)
+    own = run(one, x)
+    true = run(one.double(), x.double())
+    for mine, theirs, exact in zip(ours, own, true, strict=True):
+        assert (mine - exact).norm() <= 4 * (theirs - exact).norm() + 1e-7 * exact.norm()
+
+
+def test_other_rows_types_and_autocast_are_left_to_torch(quick):
+    one = layer(bias=True)
+    rows = torch.randn(33, 48)
+    assert torch.equal(one(rows), torch.nn.functional.linear(rows, one.weight, one.bias))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert one(rows[:32]).dtype == torch.bfloat16
+    one.bfloat16()(rows[:32].bfloat16())
+    assert quick == []
+
+
+def test_only_plain_linear_layers_are_quickened_and_nothing_of_it_stays():
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 3), Scaled(3, 3), torch.nn.LayerNorm(3))
+    matmul.quicken(layers)
+    assert ["forward" in vars(one) for one in layers] == [True, False, False]
+    matmul.unquicken(layers)
+    assert not any("forward" in vars(one) for one in layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quick_packed_rows_give_the_plain_log_probs_and_gradients(family, quick):
+    model, batch = tiny(family), stacked(pairs(*SHAPES))
+    plain = plain_logps(model, batch)
+    wanted = gradients(model, plain)
+    assert quick == []
+    share_prefixes(model)
+    packed = shared_prefix_logps(model, batch)
+    for ours, theirs in zip(packed[:4], plain[:4], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-5)
+    assert (gradients(model, packed) - wanted).norm() < 1e-5 * wanted.norm()
+    assert len(quick) > 3 * 2 * 7  # forward and backward of every matrix of two layers
+    unshare_prefixes(model)
+    quick.clear()
+    plain_logps(model, batch)
+    assert quick == []
+
+
+def test_what_fills_a_row_up_changes_nothing(quick):
+    model, examples = tiny(), pairs(*SHAPES)
+    share_prefixes(model)
+    filled = lay_out(examples, multiple=matmul.ROWS)
+    assert filled.input_ids.shape[1] % matmul.ROWS == len(filled.rows) % matmul.ROWS == 0
+    bare = lay_out(examples)
+    assert bare.input_ids.shape[1] % matmul.ROWS
+    assert len(bare.rows) % matmul.ROWS
+    assert (filled.pairs, len(filled.labels)) == (bare.pairs, len(bare.labels))
+    ours, theirs = packed_logps(model, filled), packed_logps(model, bare)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-5)
+    wanted = gradients(model, packed_logps(model, bare))
+    assert (gradients(model, packed_logps(model, filled)) - wanted).norm() < 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("found", [(1.0, 0.0), (1.0, 1.1)])
+def test_where_torchs_own_is_as_fast_nothing_is_filled_or_exchanged(found, quick, monkeypatch):
+    monkeypatch.setattr(matmul, "speeds", lambda: found)
+    model, batch = tiny(), stacked(pairs(*SHAPES))
+    share_prefixes(model)
+    shared_prefix_logps(model, batch)
+    assert matmul.rows_multiple(torch.device("cpu")) == 1
+    assert quick == []
+
+
+def test_a_torch_without_onednn_has_no_speed_of_it(monkeypatch):
+    def missing(a, b):
+        raise RuntimeError("could not create a primitive descriptor")
+
+    monkeypatch.setattr(matmul, "_onednn", missing)
+    own, other = matmul.speeds.__wrapped__()
+    assert own > 0
+    assert other == 0
+
+
+def test_a_compiled_layer_is_left_to_the_compiler(quick):
+    one, x = layer(bias=True), torch.randn(64, 48)
+    plain, made = run(one, x), len(quick)
+    compiled = torch.compile(one, backend="eager")
+    found = run(compiled, x)
+    assert len(quick) == made == 3
+    for mine, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)

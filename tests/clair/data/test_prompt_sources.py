@@ -1,0 +1,364 @@
+"""Prompts from every kind of file, read the same; and every row that cannot be used, told with its number."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+
+from clair.core.errors import UserError
+from clair.data.prompt_sources import PromptSource, each_prompt, read_prompts, scan
+from clair.data.records import content_id
+
+USER = {"role": "user", "content": "Hi"}
+ROWS = [
+    {"id": "a", "prompt": "What is 1 + 1?", "answer": "3"},
+    {"id": "b", "prompt": "Sag: „é“\nund 😀", "answer": "مرحبا"},
+    {"id": "c", "prompt": "{braces} {{ jinja }} {% x %} ${HOME} %s", "answer": ""},
+]
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    """Rows in the form that the file's name asks for."""
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
+    elif path.suffix == ".csv":
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def prompts(path: Path, **options) -> list:
+    return list(read_prompts(PromptSource(path=str(path), **options)))
+
+
+def told(path: Path, **options) -> str:
+    with pytest.raises(UserError) as error:
+        scan(PromptSource(path=str(path), **options))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv", "p.parquet"])
+def test_every_kind_of_file_gives_the_same_prompts(tmp_path, name):
+    found = prompts(write(tmp_path / name, ROWS))
+    assert [(p.id, p.messages, p.answer) for p in found] == [
+        (row["id"], ({"role": "user", "content": row["prompt"]},), row["answer"] or None) for row in ROWS
+    ]
+
+
+def test_a_folder_that_datasets_reads_and_its_split(tmp_path):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train-0.parquet", ROWS)
+    write(tmp_path / "data" / "test-0.parquet", ROWS[:1])
+    assert [p.id for p in prompts(tmp_path)] == ["a", "b", "c"]
+    assert [p.id for p in prompts(tmp_path, split="test")] == ["a"]
+    assert "load_dataset says" in told(tmp_path, split="dev")
+
+
+def test_a_name_that_is_no_file_and_no_dataset_is_told_with_the_librarys_words(tmp_path):
+    assert told(tmp_path / "nobody" / "nothing").startswith(f"prompts '{tmp_path}/nobody/nothing': no such file")
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.parquet"])
+def test_a_conversation_keeps_its_system_prompt_and_its_earlier_turns(tmp_path, name):
+    messages = [{"role": "system", "content": "Be brief."}, USER, {"role": "assistant", "content": "Hello"}, USER]
+    (found,) = prompts(write(tmp_path / name, [{"prompt": messages}]))
+    assert list(found.messages) == messages
+    assert found.answer is None
+    assert found.id == content_id(tuple(messages), None)
+
+
+def test_a_system_prompt_only_is_a_prompt(tmp_path):
+    (found,) = prompts(write(tmp_path / "p.jsonl", [{"prompt": [{"role": "system", "content": "Say hi."}]}]))
+    assert found.messages[0]["role"] == "system"
+
+
+def test_an_answer_may_be_one_assistant_message(tmp_path):
+    row = {"prompt": "Hi", "answer": [{"role": "assistant", "content": "Hello"}]}
+    assert prompts(write(tmp_path / "p.jsonl", [row]))[0].answer == "Hello"
+
+
+def test_columns_may_have_other_names(tmp_path):
+    path = write(tmp_path / "p.csv", [{"instruction": "Hi", "output": "Hello", "nr": "7"}])
+    (found,) = prompts(path, columns={"prompt": "instruction", "answer": "output", "id": "nr"})
+    assert (found.messages[0]["content"], found.answer, found.id) == ("Hi", "Hello", "7")
+
+
+def test_several_answers_with_scores_and_ultrafeedbacks_completions(tmp_path):
+    path = write(
+        tmp_path / "p.jsonl",
+        [
+            {"prompt": "a", "answers": ["x", "y"], "scores": [1, 2.5]},
+            {"prompt": "b", "answers": ["x", "y"]},
+            {
+                "prompt": "c",
+                "completions": [{"response": "x", "overall_score": 3}, {"response": "y", "overall_score": 9}],
+            },
+        ],
+    )
+    assert [(p.answers, p.scores) for p in prompts(path)] == [
+        (("x", "y"), (1.0, 2.5)),
+        (("x", "y"), ()),
+        (("x", "y"), (3.0, 9.0)),
+    ]
+
+
+def test_scores_that_are_all_missing_are_none(tmp_path):
+    rows = [{"prompt": "a", "answers": ["x", "y"], "scores": scores} for scores in ([None, None], [math.nan, None])]
+    rows += [{"prompt": "b", "completions": [{"response": "x"}, {"response": "y", "overall_score": None}]}]
+    assert [p.scores for p in prompts(write(tmp_path / "p.jsonl", rows))] == [(), (), ()]
+
+
+def test_the_bom_of_a_windows_editor_is_no_part_of_a_file(tmp_path):
+    for name in ("p.jsonl", "p.json", "p.csv"):
+        path = write(tmp_path / name, ROWS)
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert [p.id for p in prompts(path)] == ["a", "b", "c"]
+
+
+def test_blank_lines_and_line_separators_inside_text_are_no_rows(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('\n{"prompt": "a\u2028b\x85c"}\r\n\n   \n{"prompt": "d"}', "utf-8")
+    assert [p.messages[0]["content"] for p in prompts(path)] == ["a\u2028b\x85c", "d"]
+
+
+def test_half_a_surrogate_pair_becomes_the_replacement_character(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a\\ud83d", "answer": "b\\ude00", "id": "c\\ud83d"}\n')
+    (found,) = prompts(path)
+    assert (found.messages[0]["content"], found.answer, found.id) == ("a\ufffd", "b\ufffd", "c\ufffd")
+
+
+def test_a_prompt_of_a_megabyte_is_a_prompt(tmp_path):
+    (found,) = prompts(write(tmp_path / "p.csv", [{"prompt": "x" * 1_000_000}]))
+    assert len(found.messages[0]["content"]) == 1_000_000
+
+
+def test_limit_reads_no_further_than_it_says(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\nbroken')
+    assert [p.messages[0]["content"] for p in read_prompts(PromptSource(path=str(path)), 2)] == ["a", "b"]
+
+
+def test_a_scan_counts_rows_different_prompts_and_ready_answers(tmp_path):
+    rows = [
+        {"prompt": "a"},
+        {"prompt": "b", "answer": "x"},
+        {"prompt": "a"},
+        {"prompt": "b", "answer": "x"},
+        {"prompt": "b", "answer": "y"},
+    ]
+    found = scan(PromptSource(path=str(write(tmp_path / "p.jsonl", rows))))
+    assert (found.rows, found.unique, found.answered) == (5, 3, 2)
+
+
+def test_the_first_of_equal_prompts_is_kept(tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a", "id": n} for n in range(3)])
+    left_out = [(p.id, why) for p, why in each_prompt(PromptSource(path=str(path)))]
+    assert left_out == [("0", None), ("1", "duplicate"), ("2", "duplicate")]
+
+
+def test_near_duplicates_are_left_out_only_where_asked_for(tmp_path):
+    text = "Write a short poem about the sea in the voice of an old sailor who never learned to swim at all"
+    rows = [{"prompt": text}, {"prompt": text + " please"}, {"prompt": "Something else entirely, about a mountain"}]
+    path = write(tmp_path / "p.jsonl", rows)
+    assert [why for _, why in each_prompt(PromptSource(path=str(path)))] == [None, None, None]
+    near = PromptSource(path=str(path), near_duplicates=0.8)
+    assert [why for _, why in each_prompt(near)] == [None, "near_duplicate", None]
+
+
+def test_what_a_benchmark_asks_is_left_out(tmp_path):
+    question = "Which of the following planets in our solar system has the largest number of confirmed moons today"
+    benchmark = write(tmp_path / "bench.jsonl", [{"prompt": question}, {"prompt": "What is 2 + 2?"}])
+    rows = [{"prompt": f"Please answer: {question}?"}, {"prompt": "what is 2 2"}, {"prompt": "What is 2 + 3?"}]
+    source = PromptSource(path=str(write(tmp_path / "p.jsonl", rows)), not_in=str(benchmark))
+    assert [why for _, why in each_prompt(source)] == ["in_benchmark", "in_benchmark", None]
+
+
+# ---- rows that cannot be used
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt": "b"', "line 3: not JSON"),
+        ("[1, 2]", "line 3: list, not an object with a 'prompt' field"),
+        ("7", "line 3: int, not an object"),
+        ('"text"', "line 3: str, not an object"),
+        ("[" * 5000, "line 3: not JSON"),
+        ("1" * 5000, "line 3: not JSON"),
+        ('{"question": "b", "x": 1}', "line 3: no column 'prompt'; columns found: question, x"),
+        ("{}", "line 3: no column 'prompt'; columns found: none"),
+        ('{"prompt": 7}', "line 3: the prompt is int, not text"),
+        ('{"prompt": null}', "line 3: the prompt is NoneType, not text"),
+        ('{"prompt": {"role": "user", "content": "a"}}', "line 3: the prompt is dict, not text"),
+        ('{"prompt": ""}', "line 3: the prompt is empty"),
+        ('{"prompt": "  "}', "line 3: the prompt is empty"),
+        ('{"prompt": []}', "line 3: the prompt is list"),
+        ('{"prompt": ["text"]}', "line 3: a message of the prompt is not {role, content}"),
+        ('{"prompt": [{"role": "robot", "content": "a"}]}', "line 3: a message of the prompt"),
+        ('{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}', "line 3: a message of the prompt"),
+        ('{"prompt": [{"role": "user", "content": null}]}', "line 3: a message of the prompt"),
+        ('{"prompt": [{"role": "assistant", "content": "a"}]}', "line 3: the prompt ends with an assistant turn"),
+        ('{"prompt": "b", "answer": 7}', "line 3: the answer is int, not text"),
+        ('{"prompt": "b", "answers": ["x"]}', "line 3: only one entry in answers"),
+        ('{"prompt": "b", "answers": ["x", 7]}', "line 3: an entry of answers is not text"),
+        ('{"prompt": "b", "answers": ["x", "y"], "scores": [1]}', "line 3: 2 answers but 1 scores"),
+        ('{"prompt": "b", "answers": ["x", "y"], "scores": ["high", 1]}', "line 3: a score is not a number"),
+        ('{"prompt": "b", "answers": "x", "scores": [1]}', "line 3: answers and scores must be lists"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_told_with_its_line(tmp_path, line, words):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n\n' + line + "\n")
+    assert words in told(path)
+    assert str(path) in told(path)
+
+
+def test_one_id_for_two_different_prompts_is_refused(tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a", "id": 1}, {"prompt": "b", "id": "1"}])
+    assert "row 2: the id '1' stands for two different prompts" in told(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.jsonl", b"", "is empty; give at least one row"),
+        ("p.jsonl", b"\n\n", "has no rows"),
+        ("p.json", b"[]", "has no rows"),
+        ("p.json", b'{"prompt": "a"}', "holds dict, not a list of rows"),
+        ("p.json", b"[{", "not JSON"),
+        ("p.csv", b"prompt\n", "has no rows"),
+        ("p.csv", b"text\nhello\n", "row 1: no column 'prompt'; columns found: text"),
+        ("p.csv", b"prompt,id\na,1\n,2\n", "row 2: the prompt is empty"),
+        ("p.parquet", b"no parquet", "not Parquet"),
+        ("p.txt", b"hello", "is of no kind that is read: .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
+        ("p.xlsx", b"hello", "is of no kind that is read"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_told_in_one_line(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert words in told(path)
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv", "p.parquet"])
+def test_a_file_that_is_not_there_is_named(tmp_path, name):
+    assert told(tmp_path / name) == f"prompt file {tmp_path / name} does not exist"
+
+
+def test_a_wrong_name_under_columns_is_told_with_the_near_miss(tmp_path):
+    path = write(tmp_path / "p.jsonl", ROWS)
+    assert "unknown name 'promt' (did you mean 'prompt'?)" in told(path, columns={"promt": "prompt"})
+
+
+def test_labels_are_read_and_change_what_is_known_of_the_source(tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a", "user": 7, "source": "hand"}])
+    assert prompts(path)[0].labels == {"user": "7", "source": "hand"}
+    other = write(tmp_path / "q.jsonl", [{"prompt": "a", "user": 8, "source": "hand"}])
+    assert scan(PromptSource(path=str(path))).sha256 != scan(PromptSource(path=str(other))).sha256
+    odd = write(tmp_path / "r.jsonl", [{"prompt": "a", "source": {"name": "hand"}}])
+    assert "source is {'name': 'hand'}, not text or a whole number" in told(odd)
+    assert prompts(odd, columns={"source": "origin"})[0].labels == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n', ", line 2: not UTF-8 (byte 0xe9)"),
+        ("p.csv", b"prompt\na\ncaf\xe9\n", ", line 3: not UTF-8 (byte 0xe9)"),
+        ("p.csv", "prompt\na\n".encode("utf-16"), ", line 1: not UTF-8 (byte 0xff)"),
+        ("p.json", b'[{"prompt": "caf\xe9"}]', ": not UTF-8 (byte 0xe9)"),
+    ],
+)
+def test_a_file_that_is_not_utf_8_is_told_with_its_line(tmp_path, name, content, where):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        prompts(path)
+    assert str(error.value) == f"{path}{where}; save the file as UTF-8"
+
+
+@pytest.mark.parametrize("name", ["p.jsonl.gz", "p.ndjson", "p.ndjson.gz", "p.tsv", "p.csv.gz", "p.json.gz"])
+def test_these_files_hold_prompts_too(tmp_path, name):
+    kind = name.split(".")[1]
+    separator = "\t" if kind == "tsv" else ","
+    text = {"jsonl": '{"id": "a", "prompt": "say, this"}\n', "json": '[{"id": "a", "prompt": "say, this"}]'}
+    text |= {"ndjson": text["jsonl"]} | dict.fromkeys(("csv", "tsv"), f'id{separator}prompt\na{separator}"say, this"\n')
+    content = text[kind].encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (prompt,) = prompts(tmp_path / name)
+    assert (prompt.id, prompt.messages[0]["content"]) == ("a", "say, this")
+
+
+def test_a_folder_of_save_to_disk_holds_prompts_too(tmp_path):
+    Dataset.from_list([{"id": "a", "prompt": "say"}]).save_to_disk(tmp_path / "saved")
+    assert [prompt.id for prompt in prompts(tmp_path / "saved")] == ["a"]
+
+
+def test_a_packed_file_that_is_cut_off_is_told(tmp_path):
+    path = tmp_path / "p.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 100)[:-9])
+    with pytest.raises(UserError, match=r"p\.jsonl\.gz is no whole \.gz file"):
+        prompts(path)
+
+
+def test_a_folder_of_shards_with_two_types_in_a_column_says_so(tmp_path):
+    for number, value in enumerate(([1, 2], ["one"])):
+        table = pa.table({"prompt": ["a"] * len(value), "n": value})
+        pq.write_table(table, tmp_path / f"train-{number:05d}-of-00002.parquet")
+    with pytest.raises(UserError) as error:
+        prompts(tmp_path)
+    assert "no such file" not in str(error.value)
+    assert "int64" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_million_rows_are_not_in_memory(tmp_path, kind):
+    """Reading 40,000 rows of 2.5 kB (100 MB) takes far less memory than they have."""
+    path = tmp_path / f"p.{kind}"
+    if kind == "jsonl":
+        with open(path, "w") as file:
+            for n in range(40_000):
+                file.write(json.dumps({"prompt": f"{n} " + "x" * 2500}) + "\n")
+    else:
+        draw = random.Random(0)
+        with pq.ParquetWriter(path, pa.schema([("prompt", pa.string())])) as file:
+            for _ in range(40):
+                file.write_table(pa.table({"prompt": [draw.randbytes(1250).hex() for _ in range(1000)]}))
+    code = (
+        "import resource, sys\n"
+        "from clair.data.prompt_sources import PromptSource, scan\n"
+        "scan(PromptSource(path=sys.argv[1]), 1000)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(scan(PromptSource(path=sys.argv[1])).unique)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        cwd=Path(__file__).parents[3],
+    )
+    unique, more = map(int, run.stdout.split())
+    assert unique == 40_000
+    assert more < 20_000  # kilobytes

@@ -1,0 +1,547 @@
+"""A model in this process: its reply is what transformers would say, and the same whatever else is in the batch."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from clair.core.errors import UserError
+from clair.inference.local import LocalModel, weights_identity
+from clair.inference.model import RequestFailed, Unreachable, reply_of
+from clair.pipeline.build import build
+from tests.clair import tiny_model
+from tests.clair.building import config_for, drops, manifest, pairs, write_prompts
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_model.save(tmp_path_factory.mktemp("model"))
+
+
+def messages(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def texts(count: int, longest: int = 40, seed: int = 0) -> list[str]:
+    """Prompts of one word to many."""
+    random = Random(seed)
+    return [" ".join(random.choices(tiny_model.WORDS, k=1 + n * (longest - 1) // (count - 1))) for n in range(count)]
+
+
+def ask(folder: Path, requests: list[dict[str, Any]], samples: list[int] | None = None, **options: Any) -> list[Any]:
+    """The replies to requests that are asked at once; an exception stands for itself."""
+
+    async def all_at_once():
+        model = LocalModel(folder, **options)
+        calls = (model.complete(r, s) for r, s in zip(requests, samples or [0] * len(requests), strict=True))
+        try:
+            return await asyncio.gather(*calls, return_exceptions=True)
+        finally:
+            await model.close()
+
+    replies = asyncio.run(all_at_once())
+    return [reply if isinstance(reply, BaseException) else reply_of(reply) for reply in replies]
+
+
+def greedily(folder: Path, text: str, most: int) -> list[int]:
+    """What transformers itself generates, one prompt at a time and without padding."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(
+        messages(text), add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False)
+    return made[0, ids.shape[1] :].tolist()
+
+
+# ---- what is said
+
+
+def test_greedy_is_what_transformers_generates_from_each_prompt_alone(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    asked = texts(12)
+    replies = ask(folder, [{"messages": messages(t), "temperature": 0, "max_tokens": 20} for t in asked])
+    for text, reply in zip(asked, replies, strict=True):
+        wanted = greedily(folder, text, 20)
+        assert reply.text == tokenizer.decode(wanted, skip_special_tokens=True)
+        assert reply.usage["completion_tokens"] == len(wanted)
+    assert len({reply.text for reply in replies}) > 1
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9, "top_k": 20}])
+def test_a_sampled_reply_is_the_same_whatever_the_batch(folder, options):
+    requests = [{"messages": messages(t), "max_tokens": 24, "seed": 0, **options} for t in texts(16)]
+    together = ask(folder, requests, batch_size=16)
+    assert ask(folder, requests, batch_size=1) == together
+    assert ask(folder, requests, batch_size=5) == together
+    order = list(range(16))
+    Random(3).shuffle(order)
+    shuffled = ask(folder, [requests[n] for n in order], batch_size=7)
+    assert [shuffled[order.index(n)] for n in range(16)] == together
+    assert [ask(folder, [request])[0] for request in requests[::5]] == together[::5]
+    assert len({reply.text for reply in together}) > 12
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3}])
+def test_rows_that_have_ended_leave_the_batch_and_change_no_reply(folder, monkeypatch, options):
+    requests = [{"messages": messages(t), "max_tokens": 60, "seed": 0, **options} for t in texts(16, 20)]
+    together = ask(folder, requests, batch_size=16)
+    monkeypatch.setattr("clair.inference.local._LOOK_AFTER", 3)
+    positions, forward = [], LlamaForCausalLM.forward
+
+    def counted(self: Any, input_ids: Any, **more: Any) -> Any:
+        positions.append(input_ids.numel())
+        return forward(self, input_ids, **more)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", counted)
+    assert ask(folder, requests, batch_size=16) == together
+    lengths = [reply.usage["completion_tokens"] for reply in together]
+    assert max(lengths) == 60 > min(lengths)
+    # The prompts are read once; then a row is asked for at most twice the tokens of its reply, instead of for 60.
+    assert sum(positions[1:]) <= sum(min(60, max(3, 2 * length)) for length in lengths) < 0.95 * 16 * 60
+    assert positions[0] == max(positions)
+
+
+def test_another_seed_sample_or_prompt_draws_anew(folder):
+    base = {"messages": messages("what is one"), "max_tokens": 24, "temperature": 1.0, "seed": 0}
+    requests = [base, base, base | {"seed": 1}, base | {"messages": messages("what is two")}, base]
+    replies = ask(folder, requests, samples=[0, 1, 0, 0, 0])
+    assert replies[0] == replies[4]
+    assert len({reply.text for reply in replies}) == 4
+
+
+def test_samples_follow_the_models_distribution(folder):
+    """3,000 first tokens against the probabilities of the model itself."""
+    request = {"messages": messages("tell me"), "max_tokens": 1, "temperature": 1.0}
+    replies = ask(folder, [request] * 3000, samples=list(range(3000)), batch_size=500)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(
+        messages("tell me"), add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    with torch.inference_mode():
+        wanted = torch.softmax(model(ids).logits[0, -1], -1)
+    words = {word: tokenizer.convert_tokens_to_ids(word) for word in tiny_model.WORDS}
+    for word, token in words.items():
+        share = sum(reply.text == word for reply in replies) / 3000
+        assert share == pytest.approx(float(wanted[token]), abs=0.035), word
+    assert max(float(wanted[token]) for token in words.values()) > 0.1
+
+
+def test_every_token_is_drawn_anew(tmp_path):
+    model = tiny_model.make_model()
+    torch.nn.init.zeros_(model.lm_head.weight)  # all tokens are equally likely at every step
+    model.save_pretrained(tmp_path)
+    tiny_model.make_tokenizer().save_pretrained(tmp_path)
+    requests = [{"messages": messages(t), "max_tokens": 40, "temperature": 1.0} for t in texts(20, 20)]
+    words = [word for reply in ask(tmp_path, requests) for word in reply.text.split()]
+    repeats = sum(a == b for a, b in pairwise(words)) / len(words)
+    assert repeats < 0.15
+    assert set(words) >= set(tiny_model.WORDS)
+
+
+def test_it_stops_at_the_end_of_the_turn_and_says_so(folder):
+    requests = [{"messages": messages(t), "max_tokens": 60, "temperature": 1.5, "seed": 0} for t in texts(20, 20)]
+    replies = ask(folder, requests)
+    stopped = [reply for reply in replies if reply.finish_reason == "stop"]
+    assert len(stopped) > 3
+    for reply in replies:
+        words = reply.text.split()
+        assert "<|end|>" not in words
+        if reply.finish_reason == "stop":
+            assert len(words) < reply.usage["completion_tokens"] <= 60
+        else:
+            assert (reply.finish_reason, reply.usage["completion_tokens"]) == ("length", 60)
+
+
+def test_every_end_that_the_generation_config_names_is_an_end(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [3, *range(8, 28)]}))
+    replies = ask(other, [{"messages": messages(t), "max_tokens": 60, "temperature": 1.0} for t in texts(10)])
+    assert all(reply.finish_reason == "stop" and reply.usage["completion_tokens"] < 60 for reply in replies)
+    assert all(not set(reply.text.split()) & set(tiny_model.WORDS) for reply in replies)
+
+
+def test_an_answer_that_is_cut_off_says_so(folder):
+    (reply,) = ask(folder, [{"messages": messages("what"), "max_tokens": 2, "temperature": 0}])
+    assert (reply.finish_reason, reply.usage["completion_tokens"]) == ("length", 2)
+
+
+def test_the_prompt_begins_with_one_bos_and_ends_where_the_assistant_begins(folder):
+    tokens = LocalModel(folder)._tokenize([{"role": "system", "content": "please"}, *messages("what is one")])
+    assert tokens.count(1) == 1
+    assert tokens[0] == 1
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.convert_ids_to_tokens(tokens) == [
+        "<|begin|>",
+        "<|start|>",
+        "system",
+        "please",
+        "<|end|>",
+        "<|start|>",
+        "user",
+        "what",
+        "is",
+        "one",
+        "<|end|>",
+        "<|start|>",
+        "assistant",
+    ]
+    (reply,) = ask(folder, [{"messages": messages("what is one"), "max_tokens": 1}])
+    assert reply.usage["prompt_tokens"] == 9
+
+
+# ---- room
+
+
+def test_a_turn_that_the_template_cannot_write_is_told_and_the_others_are_answered(folder):
+    call = {"function": {"name": "tide", "arguments": '{"port": 3}'}}
+    odd = [*messages("what is one"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    requests = [{"messages": turns, "max_tokens": 2} for turns in (messages("one"), odd, messages("two"))]
+    replies = ask(folder, [*requests, {**requests[0], "tools": [call]}])
+    assert [isinstance(reply, RequestFailed) for reply in replies] == [False, True, False, True]
+    assert "leaves the tool tide out" in replies[3].detail
+
+
+def test_tools_and_calls_reach_the_template_with_objects_for_arguments(folder, tmp_path):
+    template = (
+        "{{ bos_token }}{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{% for m in messages %}"
+        "{{ m.content or '' }} {% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments.port }} "
+        "{% endfor %}{% endfor %}"
+    )
+    own = tiny_model.save(tmp_path / "own")
+    tiny_model.make_tokenizer(chat_template=template).save_pretrained(own)
+    call = {"function": {"name": "two", "arguments": '{"port": "three"}'}}
+    turns = [*messages("what"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    tokens = LocalModel(own)._tokenize(turns, [{"function": {"name": "one"}}])
+    words = AutoTokenizer.from_pretrained(own).convert_ids_to_tokens(tokens)
+    assert words == ["<|begin|>", "one", "what", "two", "three"]
+
+
+def test_a_long_prompt_cuts_nobody_else_short(folder):
+    short = {"messages": messages("what"), "max_tokens": 60, "temperature": 0}
+    long = {"messages": messages(" ".join(["one"] * 110)), "max_tokens": 60, "temperature": 0}
+    (alone,) = ask(folder, [short])
+    beside, near_the_end = ask(folder, [short, long])
+    assert beside == alone
+    assert near_the_end.usage["completion_tokens"] <= 128 - near_the_end.usage["prompt_tokens"]
+
+
+def test_a_prompt_that_does_not_fit_is_told_and_the_others_are_answered(folder):
+    short = {"messages": messages("what"), "max_tokens": 8, "temperature": 0}
+    long = {"messages": messages(" ".join(["one"] * 500)), "max_tokens": 8, "temperature": 0}
+    replies = ask(folder, [short, long, short])
+    assert isinstance(replies[1], RequestFailed)
+    assert replies[1].reason == "prompt_too_long"
+    assert replies[0] == replies[2] == ask(folder, [short])[0]
+
+
+# ---- batches
+
+
+def test_requests_gather_into_batches_of_one_kind(folder, monkeypatch):
+    batches = []
+    really = LocalModel._generate
+
+    def watched(self, batch):
+        batches.append([waiting.request for waiting in batch])
+        return really(self, batch)
+
+    monkeypatch.setattr(LocalModel, "_generate", watched)
+    requests = [{"messages": messages(t), "max_tokens": 4, "temperature": n % 2} for n, t in enumerate(texts(40))]
+    ask(folder, requests, batch_size=8)
+    assert sorted(map(len, batches)) == [4, 4, 8, 8, 8, 8]
+    assert all(len({request["temperature"] for request in batch}) == 1 for batch in batches)
+
+
+def test_a_batch_is_sized_by_tokens_with_padding_and_room_for_answers(folder, monkeypatch):
+    sizes = []
+    really = LocalModel._generated
+
+    def watched(self, batch, prompts, most):
+        sizes.append((len(prompts), max(map(len, prompts)) + most))
+        return really(self, batch, prompts, most)
+
+    monkeypatch.setattr(LocalModel, "_generated", watched)
+    requests = [{"messages": messages(t), "max_tokens": 10, "temperature": 0} for t in texts(60, longest=80)]
+    replies = ask(folder, requests, batch_tokens=300)
+    assert all(count * each <= 300 for count, each in sizes)
+    assert sum(count for count, _ in sizes) == 60
+    assert 3 < len(sizes) < 25
+    assert replies == ask(folder, requests, batch_size=1)
+    sizes.clear()
+    ask(folder, requests[-3:], batch_tokens=5)  # less than one: by themselves
+    assert [count for count, _ in sizes] == [1, 1, 1]
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(folder, monkeypatch):
+    really, sizes = LocalModel._generated, []
+
+    def small_memory(self, batch, prompts, most):
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return really(self, batch, prompts, most)
+
+    monkeypatch.setattr(LocalModel, "_generated", small_memory)
+    requests = [{"messages": messages(t), "max_tokens": 10, "temperature": 0} for t in texts(8)]
+    replies = ask(folder, requests, batch_size=8)
+    assert sizes == [8, 4, 2, 2, 4, 2, 2]
+    sizes.clear()
+    sampled = {"messages": messages("what is one"), "max_tokens": 10, "temperature": 1.0}
+    ask(folder, [sampled] * 60, samples=list(range(60)), batch_tokens=160)
+    assert sizes[0] > 3
+    assert sum(size > 3 for size in sizes) <= 3  # batches are smaller from then on
+    monkeypatch.undo()
+    assert replies == ask(folder, requests, batch_size=8)
+
+
+def test_what_no_batch_has_begun_can_be_abandoned(folder):
+    async def work():
+        model = LocalModel(folder, batch_size=4)
+        request = {"messages": messages("what"), "max_tokens": 100, "temperature": 1.0}
+        asking = [asyncio.ensure_future(model.complete(request, n)) for n in range(400)]
+        await asking[0]
+        model.abandon()
+        told = await asyncio.gather(*asking, return_exceptions=True)
+        await model.close()
+        return told
+
+    told = asyncio.run(work())
+    answered = [reply for reply in told if isinstance(reply, str)]
+    assert 4 <= len(answered) < 100
+    assert all(isinstance(reply, Unreachable) and not reply.billed for reply in told if not isinstance(reply, str))
+
+
+def test_the_event_loop_stays_awake_while_the_model_works(folder):
+    async def work():
+        model = LocalModel(folder)
+        await model.check()
+        request = {"messages": messages("what"), "max_tokens": 100, "temperature": 1.0}
+        asking = [asyncio.ensure_future(model.complete(request, n)) for n in range(16)]
+        turns = 0
+        while not all(task.done() for task in asking):
+            await asyncio.sleep(0.001)
+            turns += 1
+        await model.close()
+        return turns
+
+    assert asyncio.run(work()) >= 10  # one or two, if the model were asked in the loop's thread
+
+
+def test_a_failing_batch_is_told_to_its_rows_and_the_next_goes_on(folder, monkeypatch):
+    really, failed = LocalModel._generate, []
+
+    def fail_once(self, batch):
+        if not failed:
+            failed.append(1)
+            raise RuntimeError("out of memory")
+        return really(self, batch)
+
+    monkeypatch.setattr(LocalModel, "_generate", fail_once)
+    request = {"messages": messages("what"), "max_tokens": 4, "temperature": 1.0}
+    replies = ask(folder, [request] * 8, samples=list(range(8)), batch_size=4)
+    wrong = [reply for reply in replies if isinstance(reply, RequestFailed)]
+    assert [(w.reason, w.detail) for w in wrong] == [("generation_failed", "RuntimeError: out of memory")] * 4
+    assert len(replies) - len(wrong) == 4
+
+
+def test_closing_lets_a_batch_end(folder):
+    async def work():
+        model = LocalModel(folder)
+        asking = asyncio.ensure_future(model.complete({"messages": messages("what"), "max_tokens": 30}))
+        await asyncio.sleep(0.05)
+        await model.close()
+        return asking.done()
+
+    assert asyncio.run(work())
+
+
+def test_an_option_that_is_not_understood_is_refused(folder):
+    (told,) = ask(folder, [{"messages": messages("what"), "presence_penalty": 1}])
+    assert isinstance(told, UserError)
+    assert "does not understand the option 'presence_penalty'" in str(told)
+
+
+# ---- identity
+
+
+def test_the_identity_is_that_of_weights_configs_tokenizer_and_template(folder, tmp_path):
+    identity = weights_identity(folder)
+    assert weights_identity(shutil.copytree(folder, tmp_path / "copy")) == identity
+    (tmp_path / "copy" / "README.md").write_text("hello")
+    (tmp_path / "copy" / "optimizer.bin").write_text("x")
+    assert weights_identity(tmp_path / "copy") == identity
+    assert weights_identity(tiny_model.save(tmp_path / "other", seed=1)) != identity
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "model.safetensors",
+    ):
+        changed = shutil.copytree(folder, tmp_path / f"changed-{name}")
+        with open(changed / name, "ab") as file:
+            file.write(b" ")
+        assert weights_identity(changed) != identity, name
+
+
+# ---- adapters
+
+
+def save_adapter(base: Path, out: Path, seed: int = 0) -> Path:
+    """A LoRA adapter that changes what its base says."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(out)
+    return out
+
+
+def test_an_adapter_answers_as_its_merged_model_does(folder, tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    adapter = save_adapter(folder, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        merged = AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    tiny_model.make_tokenizer().save_pretrained(tmp_path / "merged")
+    requests = [{"messages": messages(t), "max_tokens": 12, "temperature": 0} for t in texts(12)]
+    replies = ask(adapter, requests)
+    assert replies != ask(folder, requests)
+    assert [r.text for r in replies] == [r.text for r in ask(tmp_path / "merged", requests)]
+
+
+def test_the_identity_of_an_adapter_is_its_own_and_its_bases(folder, tmp_path):
+    base = Path(shutil.copytree(folder, tmp_path / "base"))
+    adapter = save_adapter(base, tmp_path / "adapter")
+    identity = weights_identity(adapter)
+    assert identity != weights_identity(base)
+    assert weights_identity(save_adapter(base, tmp_path / "other", seed=1)) != identity
+    tiny_model.save(base, seed=1)
+    assert weights_identity(adapter) != identity
+
+
+def test_an_adapter_without_weights_or_base_is_told_before_it_is_asked(folder, tmp_path):
+    adapter = save_adapter(folder, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for changes, told in [
+        ({"base_model_name_or_path": None}, "names no base_model_name_or_path"),
+        ({"base_model_name_or_path": str(tmp_path / "gone")}, "does not exist"),
+    ]:
+        (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(UserError, match=told):
+            LocalModel(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
+        LocalModel(adapter)
+
+
+# ---- a build
+
+
+def test_a_build_with_a_local_target_is_repeatable_and_asks_the_model_once(tmp_path, folder, server, monkeypatch):
+    write_prompts(tmp_path / "prompts.jsonl", [{"prompt": text} for text in texts(30)])
+    target = {"path": str(folder), "temperature": 1.0, "max_tokens": 100, "batch_size": 7}
+    filters = {"identical": False}
+    build(config_for(tmp_path, server.url, target=target, filters=filters))
+    first = pairs(tmp_path / "out")
+    assert len(first) + len(drops(tmp_path / "out")) == 30
+    assert {row["reason"] for row in drops(tmp_path / "out")} <= {"truncated", "empty_reply"}
+    assert manifest(tmp_path / "out")["models"]["target"]["identity"] == weights_identity(folder)
+    assert manifest(tmp_path / "out")["sampling"]["target"] == {"temperature": 1.0, "max_tokens": 100, "seed": 0}
+
+    other = config_for(
+        tmp_path, server.url, target=target | {"batch_size": 3}, filters=filters, out=str(tmp_path / "again")
+    )
+    build(other)
+    assert pairs(tmp_path / "again") == first
+
+    def never(*_):
+        raise AssertionError("the model was asked again")
+
+    monkeypatch.setattr(LocalModel, "_load", never)
+    build(config_for(tmp_path, server.url, target=target, filters=filters))
+    assert pairs(tmp_path / "out") == first
+
+
+def test_other_weights_in_the_same_folder_are_asked_anew(tmp_path, server):
+    model = tiny_model.save(tmp_path / "model")
+    write_prompts(tmp_path / "prompts.jsonl", [{"prompt": text} for text in texts(8)])
+    target = {"path": str(model), "temperature": 1.0, "max_tokens": 100}
+    config = config_for(tmp_path, server.url, target=target, filters={"identical": False})
+    build(config)
+    tiny_model.save(model, seed=1)
+    assert build(config).manifest["tokens"]["target"]["reused"] == 0
+
+
+# ---- the model of the embedded world
+
+
+def test_the_worlds_own_model_answers_its_tasks_and_stops(tmp_path):
+    folder = ROOT / "recipes" / "world" / "model"
+    if not list(folder.glob("*.safetensors")):
+        pytest.skip("recipes/world/model is not there yet; recipes/world/make_model.py makes it")
+    from recipes.world.tasks import answer_value, distinct_tasks
+
+    tasks = distinct_tasks("train", 60, 5)
+    replies = ask(folder, [{"messages": messages(t.prompt), "max_tokens": 64, "temperature": 0} for t in tasks])
+    assert all(reply.finish_reason == "stop" for reply in replies)
+    answered = sum(answer_value(t.skill, r.text) is not None for t, r in zip(tasks, replies, strict=True))
+    assert answered >= 55
+    sampled = [{"messages": messages(t.prompt), "max_tokens": 64, "temperature": 1.0, "seed": 0} for t in tasks]
+    assert ask(folder, sampled, batch_size=64) == ask(folder, sampled, batch_size=9)
+
+
+def test_what_is_being_generated_says_how_far_it_is_and_can_be_given_up(folder):
+    async def given_up():
+        model = LocalModel(folder)
+        asked = asyncio.ensure_future(model.complete({"messages": messages("red"), "max_tokens": 1000}))
+        while "token" not in model.doing:  # noqa: ASYNC110 (set by the model's thread)
+            await asyncio.sleep(0.001)
+        told = model.doing
+        model.halt()
+        with pytest.raises(RequestFailed, match="given up"):
+            await asked
+        await model.close()
+        return told
+
+    assert re.fullmatch(r"a batch of 1 is at token \d+ of at most \d+", asyncio.run(given_up()))
+
+
+def test_a_local_model_answers_without_advice_from_transformers(folder):
+    code = (
+        "import asyncio, sys; from clair.inference.local import LocalModel\n"
+        "async def main():\n"
+        "    model = LocalModel(sys.argv[1])\n"
+        "    await model.complete({'messages': [{'role': 'user', 'content': 'red'}], 'max_tokens': 3})\n"
+        "    await model.close()\n"
+        "asyncio.run(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stderr == ""

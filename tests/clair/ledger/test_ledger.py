@@ -1,0 +1,505 @@
+"""The ledger: asked once, written before it is used, found again; whatever dies, however it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from clair.ledger.ledger import ELSEWHERE, MINE, Claim, Ledger, LedgerError, Stored, Tokens, call_key
+
+ROOT = Path(__file__).parents[3]
+REQUEST = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0.5, "extra": {"a": [1]}}
+CLAIM = Claim("reviser", "m", "row", "/out", Tokens(10, 100))
+FREE = Tokens(0, 0)
+
+
+def do(work: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(work)
+
+
+async def pay(ledger: Ledger, key: str, raw: str = "reply") -> None:
+    assert await ledger.claim(key, CLAIM) is MINE
+    await ledger.settle(key, raw, Tokens(7, 70), CLAIM.most, 0.1)
+
+
+# ---- keys
+
+
+@pytest.mark.parametrize(
+    ("identity", "request_", "sample"),
+    [
+        ("n", REQUEST, 0),
+        ("m", REQUEST | {"temperature": 0.6}, 0),
+        ("m", REQUEST | {"messages": [{"role": "user", "content": "Hi "}]}, 0),
+        ("m", REQUEST | {"messages": [{"role": "system", "content": "Hi"}]}, 0),
+        ("m", REQUEST | {"messages": REQUEST["messages"] * 2}, 0),
+        ("m", REQUEST | {"extra": {"a": [1, 2]}}, 0),
+        ("m", REQUEST | {"max_tokens": 5}, 0),
+        ("m", {k: v for k, v in REQUEST.items() if k != "extra"}, 0),
+        ("m", REQUEST, 1),
+    ],
+)
+def test_anything_different_in_a_request_is_another_key(identity, request_, sample):
+    assert call_key(identity, request_, sample) != call_key("m", REQUEST)
+
+
+def test_the_order_of_options_is_no_difference():
+    assert call_key("m", dict(reversed(REQUEST.items()))) == call_key("m", REQUEST)
+
+
+# ---- one run
+
+
+def test_a_reply_is_found_again(tmp_path):
+    raw = '{"text": "é \\ud83d \\u0000"}\x00end'
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        do(pay(ledger, "k", raw))
+        assert ledger.find("k") == Stored(raw)
+        assert ledger.find("other") is None
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        assert ledger.find("k") == Stored(raw)
+        assert do(ledger.claim("k", CLAIM)) == Stored(raw)
+        assert ledger.counts() == {"done": 1}
+
+
+def test_an_unanswered_request_of_this_run_may_be_asked_again(tmp_path):
+    async def twice(ledger):
+        assert await ledger.claim("k", CLAIM) is MINE
+        assert await ledger.claim("k", CLAIM) is MINE
+
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        do(twice(ledger))
+        assert ledger.find("k") is None
+        assert ledger.counts() == {"asked": 1}
+
+
+def test_a_failed_request_keeps_its_error_and_may_be_asked_again(tmp_path):
+    async def fail(ledger):
+        await ledger.claim("k", CLAIM)
+        await ledger.fail("k", "http_400: too long" + "x" * 5000, CLAIM.most, "<html>")
+        return await ledger.claim("k", CLAIM)
+
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        assert do(fail(ledger)) is MINE
+        error, reply, attempts = row_of(ledger.path, "k", "error, reply, attempts")
+        assert error.startswith("http_400: too long")
+        assert len(error) <= 2000
+        assert (reply, attempts) == ("<html>", 2)
+
+
+def row_of(path: Path, key: str, columns: str) -> tuple:
+    connection = sqlite3.connect(path)
+    try:
+        return connection.execute(f"SELECT {columns} FROM calls WHERE key = ?", (key,)).fetchone()
+    finally:
+        connection.close()
+
+
+def test_the_bill_counts_what_was_answered_and_the_worst_of_what_was_not(tmp_path):
+    async def bill(ledger):
+        await pay(ledger, "answered")
+        await ledger.claim("in flight", CLAIM)
+        await ledger.claim("refused", CLAIM)
+        await ledger.fail("refused", "429", CLAIM.most)
+        await ledger.claim("timeout, then answered", CLAIM)
+        await ledger.reopen("timeout, then answered", CLAIM.most)
+        await ledger.settle("timeout, then answered", "reply", Tokens(7, 70), CLAIM.most, 1.0)
+        return ledger.spent("/out")
+
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        assert do(bill(ledger)) == {"reviser": Tokens(7 + 10 + 0 + 7 + 10, 70 + 100 + 0 + 70 + 100)}
+        assert ledger.spent("/another") == {}
+        assert ledger.paid("reviser", "row") == Tokens(14, 140)
+        assert ledger.paid("target", "row") == Tokens(0, 0)
+
+
+def test_writes_that_gather_are_committed_together(tmp_path, monkeypatch):
+    commits = []
+    really = Ledger._commit
+
+    def slowly(self, connection, batch):
+        commits.append(len(batch))
+        time.sleep(0.05)
+        return really(self, connection, batch)
+
+    async def all_at_once(ledger):
+        await asyncio.gather(*(pay(ledger, f"k{n}") for n in range(200)))
+
+    monkeypatch.setattr(Ledger, "_commit", slowly)
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        do(all_at_once(ledger))
+        assert ledger.counts() == {"done": 200}
+    assert sum(commits) == 400
+    assert len(commits) <= 10
+
+
+def test_a_cancelled_row_does_not_cancel_the_writing_of_what_it_paid_for(tmp_path):
+    async def cancel(ledger):
+        await ledger.claim("k", CLAIM)
+        writing = asyncio.ensure_future(ledger.settle("k", "reply", FREE, CLAIM.most, 1.0))
+        await asyncio.sleep(0)
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        do(cancel(ledger))
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        assert ledger.find("k") == Stored("reply")
+
+
+def test_closing_writes_what_is_queued(tmp_path):
+    async def queue(ledger):
+        await ledger.claim("k", CLAIM)
+        writing = asyncio.ensure_future(ledger.settle("k", "reply", FREE, CLAIM.most, 1.0))
+        await asyncio.sleep(0)
+        writing.cancel()
+
+    ledger = Ledger(tmp_path / "l.sqlite")
+    do(queue(ledger))
+    ledger.close()
+    assert [f.name for f in tmp_path.iterdir()] == ["l.sqlite"]  # no lock, no log left
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        assert ledger.find("k") == Stored("reply")
+
+
+# ---- several runs
+
+HOLDER = """
+import asyncio, sys, time
+from clair.ledger.ledger import Claim, Ledger, Tokens
+ledger = Ledger(sys.argv[1])
+async def take():
+    for key in sys.argv[2:]:
+        print(type(await ledger.claim(key, Claim("reviser", "m", "row", "/theirs", Tokens(10, 100)))).__name__)
+asyncio.run(take())
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def start(code: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", code, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT, bufsize=1
+    )
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another living process that has claimed `k` and is asking."""
+    process = start(HOLDER, str(tmp_path / "l.sqlite"), "k")
+    assert process.stdout.readline() == "Mine\n"
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.wait(10)
+    process.stdout.close()
+
+
+def test_a_second_living_run_waits_and_a_dead_runs_row_is_taken_over(tmp_path, holder):
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        assert do(ledger.claim("k", CLAIM)) is ELSEWHERE
+        assert do(ledger.claim("mine", CLAIM)) is MINE
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait(10)
+        assert do(ledger.claim("k", CLAIM)) is MINE
+        assert row_of(ledger.path, "k", "attempts, payer") == (2, "/out")
+        assert list(tmp_path.glob("*.run-*")) == [ledger._lock_path(ledger.run)]  # the dead run's lock is gone
+
+
+def test_a_new_run_tidies_up_after_dead_ones_and_leaves_living_ones_alone(tmp_path, holder):
+    (tmp_path / "l.sqlite.run-dead").touch()
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        left = {path.name for path in tmp_path.glob("*.run-*")}
+        assert "l.sqlite.run-dead" not in left
+        assert len(left) == 2  # the holder's and ours
+        assert do(ledger.claim("k", CLAIM)) is ELSEWHERE
+
+
+def test_a_lock_that_was_taken_for_a_dead_runs_is_taken_again(tmp_path, monkeypatch):
+    really, stolen = fcntl.flock, []
+
+    def steal(handle, how):
+        if how == fcntl.LOCK_EX and not stolen:  # between the making of the file and its locking
+            (path,) = tmp_path.glob("*.run-*")
+            path.unlink()
+            stolen.append(path)
+        really(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", steal)
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        assert stolen
+        assert ledger._lock_path(ledger.run).exists()
+
+
+def test_a_run_that_is_stopped_but_alive_keeps_its_rows(tmp_path, holder):
+    os.kill(holder.pid, signal.SIGSTOP)
+    try:
+        with Ledger(tmp_path / "l.sqlite") as ledger:
+            assert do(ledger.claim("k", CLAIM)) is ELSEWHERE
+    finally:
+        os.kill(holder.pid, signal.SIGCONT)
+
+
+TOGETHER = """
+import multiprocessing, sys
+from clair.ledger.ledger import Ledger
+context = multiprocessing.get_context("fork")
+def begin(together, names):
+    for name in names:
+        together.wait(10)
+        Ledger(name).close()
+together = context.Barrier(4)
+runs = [context.Process(target=begin, args=(together, sys.argv[1:])) for _ in range(4)]
+for run in runs:
+    run.start()
+for run in runs:
+    run.join()
+sys.exit(sum(run.exitcode for run in runs))
+"""
+
+
+def test_runs_that_begin_a_ledger_at_the_same_moment_all_get_it(tmp_path):
+    process = start(TOGETHER, *(str(tmp_path / f"{n}.sqlite") for n in range(100)))
+    assert process.wait(60) == 0
+    process.stdout.close()
+
+
+def test_what_the_dead_run_may_owe_stays_on_the_bill(tmp_path, holder):
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait(10)
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        do(pay_after_taking_over(ledger))
+        assert ledger.spent("/out")["reviser"].prompt == 7 + 10  # our call, and the one that nobody saw the end of
+
+
+async def pay_after_taking_over(ledger: Ledger) -> None:
+    await pay(ledger, "k")
+
+
+# ---- kill -9
+
+WRITER = """
+import asyncio, sys
+from clair.ledger.ledger import Claim, Ledger, Tokens
+most = Tokens(10, 100)
+async def one(ledger, n):
+    key = f"k{n}"
+    await ledger.claim(key, Claim("reviser", "m", key, "/out", most))
+    await ledger.settle(key, key + "x" * 3000, Tokens(1, 1), most, 0.1)
+    print(key, flush=True)
+async def main():
+    with Ledger(sys.argv[1]) as ledger:
+        for first in range(0, 100_000, 8):
+            await asyncio.gather(*(one(ledger, n) for n in range(first, first + 8)))
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_was_told_to_be_written_is_there_after_kill_9(tmp_path, seed):
+    process = start(WRITER, str(tmp_path / "l.sqlite"))
+    told = [process.stdout.readline().strip() for _ in range(8)]
+    time.sleep(0.5 * Random(seed).random())
+    os.kill(process.pid, signal.SIGKILL)
+    told += [line.strip() for line in process.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
+    process.wait(10)
+    process.stdout.close()
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        assert all(ledger.find(key) == Stored(key + "x" * 3000) for key in told)
+        assert ledger.counts()["done"] <= len(told) + 8
+    assert integrity(tmp_path / "l.sqlite") == "ok"
+
+
+def integrity(path: Path) -> str:
+    connection = sqlite3.connect(path)
+    try:
+        return connection.execute("PRAGMA integrity_check").fetchone()[0]
+    finally:
+        connection.close()
+
+
+# ---- damage
+
+
+def filled(path: Path, rows: int = 400) -> None:
+    async def fill(ledger):
+        await asyncio.gather(*(pay(ledger, f"k{n}", "x" * 500) for n in range(rows)))
+
+    with Ledger(path) as ledger:
+        do(fill(ledger))
+
+
+def one_line(error: BaseException) -> str:
+    assert isinstance(error, LedgerError)
+    message = str(error)
+    assert "\n" not in message
+    return message
+
+
+def test_a_file_that_is_no_ledger_is_one_line_and_stays_as_it_was(tmp_path):
+    path = tmp_path / "l.sqlite"
+    path.write_bytes(b"not a database, but 4 kB of something else entirely" * 100)
+    before = path.read_bytes()
+    with pytest.raises(LedgerError) as error:
+        Ledger(path)
+    assert "is damaged" in one_line(error.value)
+    assert "no reply can be read in it; put a copy of it in its place" in one_line(error.value)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("where", ["schema", "page"])
+def test_a_damaged_ledger_is_one_line_and_tells_what_saves_the_rest(tmp_path, where):
+    path = tmp_path / "l.sqlite"
+    filled(path)
+    with open(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        for at in [100] if where == "schema" else range(4096, size, 4096):
+            file.seek(at)
+            file.write(b"\xff" * 600)
+    before = path.read_bytes()
+
+    async def ask(ledger):
+        ledger.find("k17")
+        await ledger.claim("k17", CLAIM)
+
+    with pytest.raises(LedgerError) as error, Ledger(path) as ledger:
+        do(ask(ledger))
+    assert "is damaged" in one_line(error.value)
+    assert path.read_bytes() == before
+
+
+def test_a_ledger_of_a_later_format_is_refused(tmp_path):
+    path = tmp_path / "l.sqlite"
+    filled(path, 1)
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(LedgerError, match="has format 99"):
+        Ledger(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_ledger_that_may_not_be_written_is_one_line(tmp_path):
+    path = tmp_path / "l.sqlite"
+    filled(path, 1)
+    path.chmod(0o444)
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(LedgerError) as error:
+            Ledger(path)
+        assert "cannot be written" in one_line(error.value)
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_a_ledger_in_a_place_that_is_no_folder_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LedgerError) as error:
+        Ledger(tmp_path / "file" / "l.sqlite")
+    assert str(tmp_path / "file") in one_line(error.value)
+
+
+# ---- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+async def pay_until_it_ends(ledger: Ledger, told: list[str]) -> None:
+    for n in range(10_000):
+        await pay(ledger, f"k{n}", "x" * 5000)
+        told.append(f"k{n}")
+
+
+def test_a_full_disk_is_one_line_loses_nothing_and_goes_on_when_there_is_room(small_disk):
+    told: list[str] = []
+    with pytest.raises(LedgerError) as error, Ledger(small_disk / "l.sqlite") as ledger:
+        do(pay_until_it_ends(ledger, told))
+    assert "make room" in one_line(error.value)
+    assert len(told) > 20
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    with Ledger(small_disk / "l.sqlite") as ledger:
+        assert all(ledger.find(key) for key in told)
+        do(pay(ledger, "new"))
+        assert ledger.find("new")
+    assert integrity(small_disk / "l.sqlite") == "ok"
+
+
+LIMITED = """
+import asyncio, resource, signal, sys
+from clair.ledger.ledger import Claim, Ledger, LedgerError, Tokens
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+most = Tokens(10, 100)
+async def main():
+    with Ledger(sys.argv[1]) as ledger:
+        for n in range(10_000):
+            await ledger.claim(f"k{n}", Claim("reviser", "m", "row", "/out", most))
+            await ledger.settle(f"k{n}", "x" * 5000, Tokens(1, 1), most, 0.1)
+            print(f"k{n}")
+try:
+    asyncio.run(main())
+except LedgerError as error:
+    print("told:", error)
+"""
+
+
+def test_a_file_that_may_not_grow_is_one_line_and_loses_nothing(tmp_path):
+    path = tmp_path / "l.sqlite"
+    run = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(path)], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
+    )
+    *told, last = run.stdout.splitlines()
+    assert last.startswith("told: ledger ")
+    assert "make room" in last
+    assert run.stderr == ""
+    assert len(told) > 5
+    with Ledger(path) as ledger:
+        assert all(ledger.find(key) for key in told)
+
+
+def test_an_error_while_writing_is_told_to_every_row_that_waits(tmp_path, monkeypatch):
+    async def many(ledger):
+        await asyncio.gather(*(ledger.claim(f"k{n}", CLAIM) for n in range(20)))
+        really = Ledger._commit
+
+        def broken(self, connection, batch):
+            batch[0].work = lambda _: (_ for _ in ()).throw(sqlite3.OperationalError("database or disk is full"))
+            return really(self, connection, batch)
+
+        monkeypatch.setattr(Ledger, "_commit", broken)
+        writes = (ledger.settle(f"k{n}", "reply", FREE, CLAIM.most, 1.0) for n in range(20))
+        return await asyncio.gather(*writes, return_exceptions=True)
+
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        results = do(many(ledger))
+        assert all(isinstance(result, LedgerError) for result in results)
+        assert "make room" in one_line(results[0])
+    monkeypatch.undo()
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        assert ledger.counts() == {"asked": 20}
+        assert json.dumps(ledger.counts())

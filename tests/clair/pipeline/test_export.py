@@ -1,0 +1,142 @@
+"""A dataset handed on: rows for others, the hub (a stand-in of it), a further round."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from clair.core.errors import UserError
+from clair.core.recipe import load_recipe
+from clair.pipeline.build import build
+from clair.pipeline.config import BuildConfig
+from clair.pipeline.export import export, files_to_push, next_round, push
+from tests.clair.building import finished, start_clair
+from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    install(monkeypatch, reviser=Scripted("reviser", revision))
+    answers = ["a bad answer"] * 4 + ["a fine answer"] * 2 + ["another bad one"] * 3
+    rows = [{"id": f"r{i}", "prompt": f"question {i}", "answer": text} for i, text in enumerate(answers)]
+    config = recipe(tmp_path / "round-1", rows, pipeline="revised", reviser=endpoint(), limit=6, test_fraction=0)
+    build(config)
+    return tmp_path / "round-1"
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def test_rows_for_other_trainers_by_form(folder, tmp_path):
+    assert export("preference", folder, "train", tmp_path / "p.jsonl") == 4
+    assert lines(tmp_path / "p.jsonl")[0] == {
+        "id": "r0",
+        "prompt": [{"role": "user", "content": "question 0"}],
+        "chosen": [{"role": "assistant", "content": "a good answer"}],
+        "rejected": [{"role": "assistant", "content": "a bad answer"}],
+    }
+    assert export("unpaired", folder, "train", tmp_path / "u.jsonl") == 8
+    assert [row["label"] for row in lines(tmp_path / "u.jsonl")] == [True, False] * 4
+    export("text", folder, "train", tmp_path / "t.jsonl")
+    assert lines(tmp_path / "t.jsonl")[0] == {
+        "id": "r0", "prompt": "question 0", "chosen": "a good answer", "rejected": "a bad answer",
+    }  # fmt: skip
+
+
+def test_a_push_would_send_the_pairs_and_their_papers_but_never_the_ledger(folder):
+    names = [file.name for file in files_to_push(folder)]
+    assert names == ["README.md", "manifest.json", "dropped.jsonl", "test-00000-of-00001.parquet",
+                     "train-00000-of-00001.parquet"]  # fmt: skip
+    assert (folder / "ledger.sqlite").exists()
+
+
+@pytest.fixture(scope="module")
+def hub():
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).parents[1] / "hub_server.py")], stdout=subprocess.PIPE, text=True
+    )
+    yield process.stdout.readline().strip()
+    process.kill()
+    process.wait(10)
+    process.stdout.close()
+
+
+def pushed(hub):
+    with urllib.request.urlopen(f"{hub}/pushed", timeout=30) as response:
+        return json.load(response)
+
+
+def clair_push(hub, folder, name, *options, token="right-token"):
+    """`clair push` as a user runs it, but that the hub is the stand-in; Xet, which has its own protocol, is off."""
+    online = {"HF_ENDPOINT": hub, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    return finished(start_clair("push", folder, name, *options, environment=online))
+
+
+def test_a_push_sends_just_what_it_showed_byte_for_byte(folder, hub):
+    before = len(pushed(hub)["seen"])
+    shown = clair_push(hub, folder, "org/pairs")
+    assert shown.code == 0, shown
+    assert "nothing was sent; add --yes to send these 5 files to org/pairs" in shown.out
+    assert pushed(hub)["seen"][before:] == ["GET /pushed"]  # and nobody else asked for anything
+    sent = clair_push(hub, folder, "org/pairs", "--yes", "--private")
+    assert sent.code == 0, sent
+    assert f"{hub}/datasets/org/pairs" in sent.out
+    repository = pushed(hub)["repositories"]["org/pairs"]
+    assert (repository["visibility"], repository["type"]) == ("private", "dataset")
+    there = {path: base64.b64decode(content) for path, content in repository["files"].items()}
+    assert there == {str(f.relative_to(folder)): f.read_bytes() for f in files_to_push(folder)}
+    assert all(f"{path}  {len(content):,} bytes" in shown.out for path, content in there.items())
+    again = clair_push(hub, folder, "org/pairs", "--yes", "--private")
+    assert again.code == 0, again
+
+
+def test_what_is_to_be_private_is_not_sent_to_a_dataset_that_is_public(folder, hub):
+    assert clair_push(hub, folder, "org/public", "--yes").code == 0
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "secret")
+    ended = clair_push(hub, folder, "org/public", "--yes", "--private")
+    assert ended.code == 2
+    assert "error: org/public exists already and is public" in ended.err
+    assert b"secret" not in base64.b64decode(pushed(hub)["repositories"]["org/public"]["files"]["README.md"])
+
+
+def test_a_push_with_a_wrong_token_is_one_line_and_does_not_tell_it(folder, hub):
+    ended = clair_push(hub, folder, "org/other", "--yes", token="hf_plantedtoken")
+    assert ended.code == 2
+    assert "error: cannot push to org/other: " in ended.err
+    assert "401" in ended.err
+    assert "hf_plantedtoken" not in ended.out + ended.err
+    assert "org/other" not in pushed(hub)["repositories"]
+
+
+def test_a_push_to_a_name_that_is_none_is_one_line(folder, hub):
+    ended = clair_push(hub, folder, "org/na me", "--yes")
+    assert ended.code == 2
+    assert "error: cannot push to org/na me: " in ended.err
+
+
+def test_a_push_that_cannot_be_made_is_one_line(folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="cannot push to org/name"):
+        push(folder, "org/name", private=True)
+
+
+def test_a_further_round_asks_the_tuned_model_what_it_got_wrong_and_what_it_has_not_seen(folder, tmp_path):
+    made, again, fresh = next_round(folder, "runs/tuned", tmp_path / "round-2")
+    assert (again, fresh) == (4, 3)
+    config = load_recipe(BuildConfig, made)
+    assert config.target.path == "runs/tuned"
+    assert config.reviser.model == "scripted"
+    assert config.limit is None
+    rows = lines(tmp_path / "round-2-prompts.jsonl")
+    assert [row["id"] for row in rows] == ["r0", "r1", "r2", "r3", "r6", "r7", "r8"]
+    assert not any("answer" in row for row in rows)
+    with pytest.raises(UserError, match="exists already"):
+        next_round(folder, "runs/tuned", tmp_path / "round-2")
