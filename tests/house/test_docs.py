@@ -252,7 +252,7 @@ def test_the_readmes_gains_are_those_of_the_papers_page():
             )
     assert len(head) == 6
     told = " ".join(pages()["README.md"].split())
-    before = re.search(r"gets ([\d.]+)% of", page)[1]
+    before = re.search(r"gets\s+([\d.]+)% of", page)[1]
     assert f"{before} % right before" in told
     claims, good, bad, open_ = re.search(
         r"(\d+) claims: (\d+) reproduced, (\d+) not reproduced, (\d+) undecided", page
