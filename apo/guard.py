@@ -94,13 +94,16 @@ def load_rails(
     tokenizer: PreTrainedTokenizerBase,
     generation: GenerationConfig | None,
     longest: int | None,
+    day: str | None = None,
 ) -> Rails:
     """Read and tokenise a guard's files; `longest` is how many tokens the model takes, or None.
+
+    `day` is the date (YYYY-MM-DD) that a chat template writes as today's; None is the date of the clock.
 
     Raises UserError, with file and line, for what cannot be meant.
     """
     pieces, texts = _read_text(Path(guard.text), tokenizer, min(PIECE, longest or PIECE)) if guard.text else ([], [])
-    options, tasks = _read_tasks(Path(guard.tasks), tokenizer, generation, longest) if guard.tasks else ([], [])
+    options, tasks = _read_tasks(Path(guard.tasks), tokenizer, generation, longest, day) if guard.tasks else ([], [])
     return Rails(guard, pieces, texts, options, tasks)
 
 
@@ -132,8 +135,9 @@ def _read_text(path: Path, tokenizer: PreTrainedTokenizerBase, most: int) -> tup
 
 
 def _read_tasks(
-    path: Path, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, longest: int | None
-) -> tuple[Examples, list[tuple[int, int, int]]]:
+    path: Path, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, longest: int | None,
+    day: str | None,
+) -> tuple[Examples, list[tuple[int, int, int]]]:  # fmt: skip
     from datasets import Dataset
 
     from apo.tokens import end_ids, tokenize
@@ -151,7 +155,8 @@ def _read_tasks(
         ]
     if len(tasks) < 2:
         raise UserError(f"guard.tasks: {path} holds {len(tasks)} task(s); give at least 2")
-    done = tokenize(Dataset.from_list(rows), tokenizer, longest, end_ids(tokenizer, generation), "guard.tasks")
+    ends = end_ids(tokenizer, generation)
+    done = tokenize(Dataset.from_list(rows), tokenizer, longest, ends, "guard.tasks", day=day)
     if done.dropped:
         raise UserError(f"guard.tasks: {done.dropped['too_long']:,} answers are longer than the {longest:,} tokens "
                         "that the model takes; take their tasks out")  # fmt: skip

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apo import model as models
+from apo import run as runs
 from apo.config import TrainConfig, lora_of, trainer_options
 from apo.guard import load_rails
 from apo.processes import asks_for_deepspeed, asks_for_fsdp, check_devices
@@ -32,6 +34,7 @@ class Plan:
     train: Tokenized
     eval: Tokenized | None
     steps: int
+    day: str
     rails: Rails | None = None
     processes: int = 1
 
@@ -53,10 +56,11 @@ class Plan:
         return {name: {**split.size(name), "dropped": split.dropped} for name, split in splits.items() if split}
 
 
-def plan(config: TrainConfig, processes: int | None = None) -> Plan:
+def plan(config: TrainConfig, processes: int | None = None, day: str | None = None) -> Plan:
     """Check recipe, model folder, tokenizer and every pair, without loading a weight or writing a file.
 
-    `processes` plans a run of so many, which this need not be.
+    `processes` plans a run of so many, which this need not be. `day` is the date (YYYY-MM-DD) that a chat template
+    writes as today's, by default that of the run in `config.out` (`runs.day_of`).
     """
     from apo.mixture import mixture_of
     from apo.pairs import load_eval, load_train
@@ -71,6 +75,7 @@ def plan(config: TrainConfig, processes: int | None = None) -> Plan:
     if name.is_adapter and config.lora:
         raise UserError(f"model {config.model} is an adapter and is trained on as it is; leave `lora` out, or merge it")
     tokenizer = models.load_tokenizer(name)
+    day = day or runs.day_of(Path(config.out))
     notes: list[str] = []
     train_pairs = load_train(config.dataset, config.seed, config.weights, lambda line: notes.append(f"train: {line}"))
     eval_pairs = load_eval(config.dataset, config.eval, config.weights, lambda line: notes.append(f"eval: {line}"))
@@ -87,8 +92,8 @@ def plan(config: TrainConfig, processes: int | None = None) -> Plan:
     bound, change = "trainer.max_length", "; raise trainer.max_length"
     if context and context < (args.max_length or math.inf):
         args.max_length, bound, change = context, "all that the model takes", ""
-    train = _tokenize(train_pairs, "train", tokenizer, ends, args)
-    evaluated = _tokenize(eval_pairs, "eval", tokenizer, ends, args) if eval_pairs is not None else None
+    train = _tokenize(train_pairs, "train", tokenizer, ends, args, day)
+    evaluated = _tokenize(eval_pairs, "eval", tokenizer, ends, args, day) if eval_pairs is not None else None
     train.notes.extend(evaluated.notes if evaluated else [])
     train.notes[:0] = notes
     args.check_dataset(train.dataset.column_names)
@@ -102,9 +107,9 @@ def plan(config: TrainConfig, processes: int | None = None) -> Plan:
         train.notes.append(f"too long is more than {args.max_length:,} tokens, {bound}")
     if args.shared_prefix and args.pack_tokens:
         train.notes.extend(_over_budget(train.dataset, args.pack_tokens))
-    rails = load_rails(config.guard, tokenizer, ends, context) if config.guard else None
+    rails = load_rails(config.guard, tokenizer, ends, context, day) if config.guard else None
     steps = _steps(args, len(train.dataset), count)
-    return Plan(config, name, tokenizer, args, train, evaluated, steps, rails, count)
+    return Plan(config, name, tokenizer, args, train, evaluated, steps, day, rails, count)
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ def estimate(planned: Plan) -> Estimate | str:
     return Estimate(jobs, machine)
 
 
-def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args: APOConfig) -> Tokenized:
+def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args: APOConfig, day: str) -> Tokenized:
     from apo.mixture import mixture_of
     from apo.pairs import check_weights
     from apo.tokens import end_ids, tokenize
@@ -163,7 +168,7 @@ def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args:
     if args.weights is not None:
         check_weights(pairs, args.weights, split)
     ends, objective = end_ids(tokenizer, generation), mixture_of(args.objective)
-    return tokenize(pairs, tokenizer, args.max_length, ends, split, args.dataset_num_proc, objective)
+    return tokenize(pairs, tokenizer, args.max_length, ends, split, args.dataset_num_proc, objective, day)
 
 
 def _over_budget(pairs: Dataset, most: int) -> list[str]:

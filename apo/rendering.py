@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from datetime import date, datetime, time
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -100,8 +101,18 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> 
     return [text for text in texts if text.strip() and "think" not in text.lower()]
 
 
-def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, ends: set[int], control: list[str]) -> Rendered:
+def writes_time(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True if the chat template can write the date or the time (`strftime_now`)."""
+    return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+
+
+def render(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, ends: set[int], control: list[str],
+    day: str | None = None,
+) -> Rendered:  # fmt: skip
     """The ids of a row's prompt and of its one or two answers.
+
+    `day` is the date (YYYY-MM-DD) that a chat template writes as today's; None is the date of the clock.
 
     Raises RowFault for turns that are no answer, texts that are rendered already, tool calls and answers that the
     template leaves out, and whatever the template or the tokenizer raises.
@@ -111,7 +122,7 @@ def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, ends: set
         return _render_text(row, columns, tokenizer, ends, control)
     for _ in range(_TRIES):
         with suppress(_Ticked):
-            return _Conversation(row, columns, tokenizer, ends, control).rendered()
+            return _Conversation(row, columns, tokenizer, ends, control, day).rendered()
     raise RowFault("the chat template writes the time, and another one each time; take a template that writes the day")
 
 
@@ -211,10 +222,12 @@ class _Conversation:
     """A row of messages."""
 
     def __init__(
-        self, row: Mapping[str, Any], columns: Sequence[str], tokenizer: Any, ends: set[int], control: Sequence[str]
-    ) -> None:
+        self, row: Mapping[str, Any], columns: Sequence[str], tokenizer: Any, ends: set[int], control: Sequence[str],
+        day: str | None,
+    ) -> None:  # fmt: skip
         self.tokenizer, self.ends, self.columns, self.notes = tokenizer, ends, columns, set()
         self.tools, self.options = row.get("tools"), row.get("chat_template_kwargs") or {}
+        self.day = date.fromisoformat(day) if day and writes_time(tokenizer) else None
         self.prompt, *self.answers = (row[column] for column in ("prompt", *columns))
         self._check_not_rendered()
         self.begun = self.prompt[-1]["role"] == "assistant" and not self.prompt[-1].get("tool_calls")
@@ -292,7 +305,8 @@ class _Conversation:
                 # A tokenizer that is no Jinja template, such as Mistral's own, writes control tokens as ids alone.
                 ids = apply(messages, tokenize=True, return_dict=True, tools=tools, **options)["input_ids"]
                 return self.tokenizer.decode(ids), ids
-            text = apply(messages, tokenize=False, tools=tools, **options)
+            with _dated(self.tokenizer.get_chat_template(tools=tools), self.day) if self.day else nullcontext():
+                text = apply(messages, tokenize=False, tools=tools, **options)
         except Exception as error:  # of the template or its sandbox: whatever it is, the row's number belongs to it
             turns = ", ".join(message["role"] for message in messages)
             words = one_line(error) if str(error) else type(error).__name__
@@ -310,7 +324,7 @@ class _Conversation:
         asked = {"continue_final_message": True} if self.begun else {"add_generation_prompt": True}
         prompt_text, prompt = self._render(self.prompt, **asked)
         texts, wholes = zip(*(self._render(whole) for whole in self.wholes), strict=True)
-        if "strftime_now" in str(self.tokenizer.chat_template) and self._render(self.prompt, **asked)[0] != prompt_text:
+        if writes_time(self.tokenizer) and self._render(self.prompt, **asked)[0] != prompt_text:
             raise _Ticked
         if self.marks:
             self._check_own_marks(texts)
@@ -448,6 +462,30 @@ class _Conversation:
     def _prompt_alone(self) -> str:
         """The prompt without the beginning of an answer."""
         return self._render(self.prompt)[0]
+
+
+@contextmanager
+def _dated(template: str, day: date) -> Iterator[None]:
+    """Let a chat template's `strftime_now` write `day`.
+
+    It is a global function of the compiled template, which transformers caches; no variable can shadow it, since
+    transformers passes functions on as text.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    names = _compile_jinja_template(template).globals
+    names["strftime_now"] = partial(_strftime_on, day)
+    try:
+        yield
+    finally:
+        del names["strftime_now"]
+
+
+def _strftime_on(day: date, format: str) -> str:
+    """What a template's `strftime_now(format)` writes on `day`. A format with a time of day takes that of the clock."""
+    midnight, later = (datetime.combine(day, moment) for moment in (time.min, time(13, 14, 15, 161718)))
+    text = midnight.strftime(format)
+    return text if later.strftime(format) == text else datetime.now().strftime(format)
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +76,21 @@ def read_run(out: Path) -> dict[str, Any]:
     return run
 
 
+def day_of(out: Path) -> str:
+    """The date (YYYY-MM-DD) that chat templates write as today's: that of the first start of the run in `out`, and
+    today if none has started. So a run that goes on another day has the same token ids.
+
+    Raises UserError if the run.json cannot be read.
+    """
+    day = read_run(out).get("day") if (out / RUN).exists() else None
+    if day is None:
+        return today()
+    try:
+        return date.fromisoformat(day).isoformat()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{out / RUN}: day is {day!r}; a date as YYYY-MM-DD needed") from error
+
+
 def begin(out: Path, recipe: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
     """Write the run.json of a run that starts now."""
     run = {"recipe": recorded(recipe), "provenance": provenance(), "started": now(), **facts}
@@ -91,6 +106,11 @@ def recorded(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def now() -> str:
     """This moment in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def today() -> str:
+    """The date by this machine's clock, as transformers' chat templates take it."""
+    return datetime.now().date().isoformat()
 
 
 def note_stop(out: Path, step: int, why: str) -> None:

@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from apo.rendering import NOTES, control_tokens, render, without_end
+from apo.rendering import NOTES, control_tokens, render, without_end, writes_time
 from clair.preferences import COLUMNS, UNPAIRED_COLUMNS, check_columns, read_dataset, read_row
 from clair.recipe import UserError
 
@@ -62,9 +62,12 @@ def tokenize(
     name: str = "train",
     num_proc: int | None = None,
     objective: Mixture | None = None,
+    day: str | None = None,
 ) -> Tokenized:
     """`dataset` with the three id columns, and the masks if an answer has inner turns. Rows longer than `max_length`
     and pairs with equal answers are left out.
+
+    `day` is the date (YYYY-MM-DD) that a chat template writes as today's; None is the date of the clock.
 
     Raises UserError, in one line with the first row at fault, for a missing column, a row that cannot be rendered
     (rendering.py), an answer that ends twice, a prompt that begins twice, a label that is not true or false, pairs that
@@ -82,6 +85,8 @@ def tokenize(
     dataset, notes = read.dataset, [f"{name}: {note}" for note in read.notes]
     arguments = {"tokenizer": tokenizer, "ends": sorted(ends), "max_length": max_length}
     arguments["control"] = control_tokens(tokenizer, ends)
+    # Part of the key in `datasets`' cache, and so only where the ids depend on it.
+    arguments["day"] = day if writes_time(tokenizer) else None
     # Said, not inferred: the other responses of unpaired rows are empty, and an empty list has no type.
     features = Features({
         **dataset.features, **dict.fromkeys(ID_COLUMNS, List(Value("int64"))),
@@ -288,14 +293,15 @@ def encode(
     ends: list[int],
     max_length: int | None,
     control: list[str] | None = None,
+    day: str | None = None,
 ) -> dict[str, Any]:
     """The ids and masks of one row, what is wrong with it (`_verdict`), and what to note (`_notes`, keys of
-    rendering.py's). A verdict is one of `DROPPED`, or the words of a refusal, or nothing.
+    rendering.py's). A verdict is one of `DROPPED`, or the words of a refusal, or nothing. `day` is as in `render`.
     """
     control = control_tokens(tokenizer, frozenset(ends)) if control is None else control
     try:
         example, _ = read_row(example, keep_text=True)
-        rendered = render(example, tokenizer, set(ends), control)
+        rendered = render(example, tokenizer, set(ends), control, day)
     except UserError as fault:
         return {**{key: [] for key in (*ID_COLUMNS, *MASK_COLUMNS, "_notes")}, "_verdict": str(fault)}
     responses, masks = rendered.answers, rendered.masks or [[] for _ in rendered.answers]

@@ -141,11 +141,12 @@ def _plan_of_all(config: TrainConfig, group: Group) -> Plan:
     from apo.pairs import fingerprint
 
     planned = None
+    day = group.by_main(lambda: runs.day_of(Path(config.out)))  # midnight may come between two processes
     with group.together():
         if group.is_main:
-            planned = plan(config)
+            planned = plan(config, day=day)
     with group.together():
-        planned = planned or plan(config)
+        planned = planned or plan(config, day=day)
     group.same(pairs=fingerprint(planned.train.dataset, config.weights), steps=planned.steps)
     return planned
 
@@ -207,6 +208,7 @@ def _facts(planned: Plan, status: runs.Status) -> dict[str, Any]:
         "data": {**planned.counts(), "sha256": fingerprint(planned.train.dataset, planned.config.weights)},
         "model_sha256": models.fingerprint(planned.name),
         "steps": planned.steps, "pairs_per_step": planned.pairs_per_step, "processes": planned.processes,
+        "day": planned.day,
     }  # fmt: skip
     if status == "new":
         return facts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, IterableDataset
@@ -468,3 +469,57 @@ def test_what_differs_only_in_what_the_template_leaves_out_is_told():
 def test_where_all_answers_are_equal_nothing_else_is_told():
     with pytest.raises(UserError, match="train dataset: no pair is left to train on: train: chosen is equal"):
         tokenize(Dataset.from_list([pair("Pear.", "Pear.")] * 2), letters(), None, end_ids(letters()))
+
+
+DATED = "<|start|>system\n{{ strftime_now('%d %b %Y') }}<|end|>\n" + CHATML
+
+
+@pytest.mark.parametrize("template", [DATED, DATED.replace("{% for", "{{ bos_token or '' }}{% for")])
+def test_a_template_writes_the_day_that_it_is_given(template):
+    tokenizer = letters(template)
+    ids = encode(pair(), tokenizer, [tokenizer.eos_token_id], None, day="2024-02-29")
+    assert tokenizer.decode(ids["prompt_ids"]).startswith("<|start|>system\n29 Feb 2024<|end|>\n")
+    assert trained(ids, "chosen", tokenizer) == ["Pear.<|end|>"]
+
+
+def test_a_day_is_no_time_of_day():
+    ticking = letters(DATED.replace("%d %b %Y", "%f"))
+    row = encode(pair(), ticking, [ticking.eos_token_id], None, day="2024-02-29")
+    assert "the chat template writes the time, and another one each time" in row["_verdict"]
+    hourly = letters(DATED.replace("%d %b %Y", "%Y %Hh"))
+    row = encode(pair(), hourly, [hourly.eos_token_id], None, day="1999-02-28")
+    assert "1999" not in hourly.decode(row["prompt_ids"])
+
+
+@pytest.mark.parametrize("name", ["llama3_2", "gptoss"])
+def test_templates_of_model_families_write_the_day_that_they_are_given(name):
+    import trl
+
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text("utf-8")
+    tokenizer = letters(template)
+    tokenizer.bos_token = "<|call|>"
+    written = {}
+    for day in ("2024-02-29", "2024-03-01"):
+        row = encode(pair(), tokenizer, [tokenizer.eos_token_id], None, day=day)
+        written[day] = tokenizer.decode(row["prompt_ids"] + row["chosen_ids"])
+    assert ("29 Feb 2024" if name == "llama3_2" else "2024-02-29") in written["2024-02-29"]
+    assert ("01 Mar 2024" if name == "llama3_2" else "2024-03-01") in written["2024-03-01"]
+
+
+def test_a_row_may_bring_its_own_date():
+    tokenizer = letters("{{ date_string or strftime_now('%Y') }}" + CHATML)
+    row = pair(chat_template_kwargs={"date_string": "26 Jul 2024"})
+    ids = encode(row, tokenizer, [tokenizer.eos_token_id], None, day="1999-01-01")
+    assert tokenizer.decode(ids["prompt_ids"]).startswith("26 Jul 2024")
+
+
+def test_only_a_template_that_writes_a_date_is_tokenised_again_for_another_day():
+    def cached(template, day):
+        tokenizer = letters(template)
+        return tokenize(Dataset.from_list([pair()] * 2), tokenizer, None, end_ids(tokenizer), day=day).dataset
+
+    one, other = (cached(CHATML, day)._fingerprint for day in ("2024-02-29", "2024-03-01"))
+    assert one == other
+    one, other = (cached(DATED, day) for day in ("2024-02-29", "2024-03-01"))
+    assert one._fingerprint != other._fingerprint
+    assert one["prompt_ids"][:] != other["prompt_ids"][:]

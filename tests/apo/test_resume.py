@@ -21,13 +21,15 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 from apo import checkpoints
+from apo import run as runs
 from apo.config import TrainConfig
 from apo.faults import Stopped
+from apo.plan import plan
 from apo.train import train
 from clair.output import locked
 from clair.recipe import UserError
 from clair.storage import InUse
-from tests.apo.conftest import make_pairs, make_tokenizer
+from tests.apo.conftest import TEMPLATE, make_pairs, make_tokenizer
 from tests.apo.test_trajectory import tiny
 
 STEPS, EVERY = 18, 4
@@ -68,7 +70,8 @@ def weights(out):
 
 def metrics(out):
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if "per_second" not in key and key != "mfu"} for row in rows]
+    measured = ("per_second", "mfu", "runtime")
+    return [{key: row[key] for key in row if not any(word in key for word in measured)} for row in rows]
 
 
 def assert_same_result(out, whole):
@@ -319,3 +322,38 @@ def test_kill_9_while_saving_then_ctrl_c_change_nothing(data, tmp_path):
     keys["out"], keys["trainer"]["save_strategy"] = str(tmp_path / "whole"), "no"
     train(TrainConfig(**keys), tell=lambda _: None)
     assert_same_result(out, tmp_path / "whole")
+
+
+def test_a_run_goes_on_the_next_day_with_the_date_of_its_first(model_dir, data, tmp_path, monkeypatch):
+    dated = shutil.copytree(model_dir, tmp_path / "dated")
+    word = "{{ ['one', 'two', 'three'][strftime_now('%d') | int % 3] }}"
+    template = TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}<|start|>system\n" + word + "<|end|>")
+    make_tokenizer(template).save_pretrained(dated)
+    tasks = tmp_path / "tasks.jsonl"
+    task = {"prompt": "what is one", "options": ["one", "two"], "answer": "one"}
+    tasks.write_text(f"{json.dumps(task)}\n{json.dumps(task)}\n")
+
+    def config(name):
+        more = {"eval": str(data), "guard": {"tasks": str(tasks)}}
+        trainer = TRAINER | {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 4}
+        return TrainConfig(**recipe(dated, data, tmp_path / name, False) | more | {"trainer": trainer})
+
+    def begin_day(day):
+        monkeypatch.setattr(runs, "today", lambda: day)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / f"cache of {day}")
+
+    begin_day("2026-11-30")
+    whole = train(config("whole"), tell=lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        crash_in(CRASHES["after the checkpoint is in place"], 4, patch)
+        with pytest.raises(Crash):
+            train(config("stopped"), tell=lambda _: None)
+    begin_day("2026-12-01")
+    done = train(config("stopped"), tell=lambda _: None)
+    assert done["resumed_from"] == [4]
+    assert done["day"] == whole["day"] == "2026-11-30"
+    assert_same_result(tmp_path / "stopped", tmp_path / "whole")
+    one, other = (plan(config(name)) for name in ("whole", "another"))  # what starts anew writes today's date
+    assert one.train.dataset["prompt_ids"][:] != other.train.dataset["prompt_ids"][:]
+    assert one.eval.dataset["prompt_ids"][:] != other.eval.dataset["prompt_ids"][:]
+    assert one.rails.options != other.rails.options
