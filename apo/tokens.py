@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from apo.rendering import NOTES, control_tokens, render, without_end, writes_time
-from clair.preferences import COLUMNS, UNPAIRED_COLUMNS, check_columns, read_dataset, read_row
+from clair.preferences import COLUMNS, UNPAIRED_COLUMNS, check_columns, read_dataset, read_row, restored_row
 from clair.recipe import UserError
 
 if TYPE_CHECKING:
@@ -93,7 +93,9 @@ def tokenize(
         **dict.fromkeys(MASK_COLUMNS, List(Value("int8"))),
         "_verdict": Value("string"), "_notes": List(Value("string")),
     })  # fmt: skip
-    encoded = dataset.map(encode, fn_kwargs=arguments, num_proc=num_proc, features=features, desc=f"Tokenizing {name}")
+    encoded = dataset.map(
+        _encode_read, fn_kwargs=arguments, num_proc=num_proc, features=features, desc=f"Tokenizing {name}"
+    )
     verdicts, noted = encoded["_verdict"][:], encoded["_notes"][:]
     _refuse_faults(encoded, verdicts, name)
     kept = [row for row, verdict in enumerate(verdicts) if not verdict]
@@ -300,14 +302,38 @@ def encode(
     """
     control = control_tokens(tokenizer, frozenset(ends)) if control is None else control
     try:
-        example, _ = read_row(example, keep_text=True)
-        rendered = render(example, tokenizer, set(ends), control, day)
+        row, _ = read_row(example, keep_text=True)
     except UserError as fault:
-        return {**{key: [] for key in (*ID_COLUMNS, *MASK_COLUMNS, "_notes")}, "_verdict": str(fault)}
+        return _refused(fault)
+    return _encode(row, tokenizer, ends, max_length, control, day)
+
+
+def _encode_read(example: dict[str, Any], **arguments: Any) -> dict[str, Any]:
+    """`encode` of a row of `read_dataset`."""
+    return _encode(restored_row(example), **arguments)
+
+
+def _refused(fault: UserError) -> dict[str, Any]:
+    return {**{key: [] for key in (*ID_COLUMNS, *MASK_COLUMNS, "_notes")}, "_verdict": str(fault)}
+
+
+def _encode(
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: list[int],
+    max_length: int | None,
+    control: list[str],
+    day: str | None,
+) -> dict[str, Any]:
+    """`encode` of a row that was read."""
+    try:
+        rendered = render(row, tokenizer, set(ends), control, day)
+    except UserError as fault:
+        return _refused(fault)
     responses, masks = rendered.answers, rendered.masks or [[] for _ in rendered.answers]
     sides = list(zip(responses, masks, strict=True))
     if len(sides) == 1:
-        sides = [*sides, ([], [])] if example["label"] else [([], []), *sides]
+        sides = [*sides, ([], [])] if row["label"] else [([], []), *sides]
     return {
         "prompt_ids": rendered.prompt,
         **{column: ids for column, (ids, _) in zip(ID_COLUMNS[1:], sides, strict=True)},

@@ -628,7 +628,7 @@ def read_dataset(dataset: Dataset, where: str, *, keep_text: bool = False, num_p
 
     Messages are structs of role and content; where messages have more, of text, with objects such as `tool_calls` as
     JSON text, so that Arrow adds nothing to them. `tools` and `chat_template_kwargs` are JSON text, as TRL takes them.
-    `read_row` turns each of its rows into what was read. Other columns stay.
+    `restored_row` turns each of its rows into what `read_row` read. Other columns stay.
 
     `where` names the dataset in errors. With `keep_text`, a set that is all plain text stays text. Raises UserError
     with the number of the first row that cannot be read.
@@ -772,6 +772,21 @@ def _decode_rows(rows: list[str], names: Sequence[str], json_keys: Sequence[str]
                 value = json.dumps(value, ensure_ascii=False)
             columns[name].append(value)
     return columns
+
+
+def restored_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What `read_row` gave for a row of a dataset of `read_dataset`: without the nulls that Arrow added, and with the
+    objects that are kept as JSON text. Nothing is read or checked again."""
+    restored = {name: value for name, value in row.items() if value is not None or name not in READ}
+    for name in _SIDES:
+        if isinstance(restored.get(name), list):
+            restored[name] = [_restored_turn(turn) for turn in restored[name]]
+    return restored | {name: json.loads(restored[name]) for name in _OBJECTS if name in restored}
+
+
+def _restored_turn(turn: Mapping[str, Any]) -> dict[str, Any]:
+    restored = {key: value for key, value in turn.items() if value is not None}
+    return restored | ({"tool_calls": json.loads(turn["tool_calls"])} if "tool_calls" in restored else {})
 
 
 def _notes(counts: Mapping[str, int], rows: int) -> list[str]:

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from apo.tokens import encode, end_ids, tokenize
+from apo.tokens import ID_COLUMNS, encode, end_ids, tokenize
 from clair.recipe import UserError
 
 MARKS = ["<|pad|>", "<|text_end|>", "<|start|>", "<|end|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|call|>"]
@@ -523,3 +523,31 @@ def test_only_a_template_that_writes_a_date_is_tokenised_again_for_another_day()
     one, other = (cached(DATED, day) for day in ("2024-02-29", "2024-03-01"))
     assert one._fingerprint != other._fingerprint
     assert one["prompt_ids"][:] != other["prompt_ids"][:]
+
+
+def test_a_row_alone_and_in_a_dataset_has_the_same_ids():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    rows = [
+        {"question": "what is one", "chosen": "one", "rejected": "two", "system": "a"},
+        {"conversations": [{"from": "human", "value": "one plus one"}], "chosen": "two", "rejected": "a",
+         "tools": json.dumps([{"type": "function", "function": {"name": "add", "description": "plus"}}])},
+        {"prompt": [{"role": "user", "content": "one plus one"}], "rejected": "one", "chosen": [
+            {"role": "assistant", "content": None, "tool_calls": [call], "name": "a"},
+            {"role": "tool", "content": "two"}, {"role": "assistant", "content": "is two"}]},
+    ]  # fmt: skip
+    template = (
+        "{{ tools | tojson if tools else '' }}{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['name'] or '' }}"
+        "{% for c in m['tool_calls'] or [] %}{{ c | tojson }}{% endfor %}{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    tokenizer = letters(template)
+    texts = [
+        {key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()} for row in rows
+    ]
+    texts = [dict.fromkeys(key for row in rows for key in row) | row for row in texts]
+    done = tokenize(Dataset.from_list(texts), tokenizer, None, end_ids(tokenizer)).dataset
+    for row, ids in zip(rows, done, strict=True):
+        alone = encode(row, tokenizer, sorted(end_ids(tokenizer)), None)
+        assert not alone["_verdict"]
+        for name in (*ID_COLUMNS, "chosen_mask", "rejected_mask"):
+            assert ids[name] == alone[name]

@@ -9,6 +9,7 @@ from datasets import Dataset
 from trl import DPOTrainer
 
 from apo.tokens import end_ids, tokenize
+from clair import preferences
 from clair.recipe import UserError
 from tests.apo.conftest import TEMPLATE, make_pairs, make_tokenizer
 
@@ -141,3 +142,11 @@ def test_a_template_that_renders_the_prompt_otherwise_alone_is_noted():
     thinking = TEMPLATE.replace("<|start|>assistant\n{% endif %}", "<|start|>assistant\none {% endif %}")
     found = tokenized(make_pairs(3), make_tokenizer(template=thinking))
     assert "renders the prompt alone otherwise" in found.notes[0]
+
+
+def test_each_row_is_read_once(monkeypatch):
+    rows = [{**row, "system": "count"} for row in make_pairs(5)]
+    count, read = [], preferences._RowReader.read
+    monkeypatch.setattr(preferences._RowReader, "read", lambda *args: count.append(1) or read(*args))
+    done = tokenize(Dataset.from_list(rows), make_tokenizer(), None, frozenset({3}))
+    assert len(count) == len(done.dataset) == 5

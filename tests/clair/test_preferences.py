@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 
-from clair.preferences import note_of, read_dataset, read_row
+from clair.preferences import note_of, read_dataset, read_row, restored_row
 from clair.recipe import UserError
 
 
@@ -236,6 +236,7 @@ def test_what_was_read_reads_as_itself_from_a_dataset_too(case):
     row, expected, repairs = READ[case]
     read = read_dataset(Dataset.from_list([{"id": 7, **row}]), "dataset d")
     assert [note.split("rows ")[1] for note in read.notes] == [note_of(repair) for repair in repairs]
+    assert restored_row(read.dataset[0]) == {"id": 7, **expected}
     again = read_dataset(read.dataset, "dataset d", keep_text=True)
     assert again.notes == []
     assert again.dataset.to_list() == read.dataset.to_list()
@@ -345,7 +346,7 @@ def test_what_arrow_adds_is_not_read():
         "zoom": None,
     }
     read = read_dataset(table, "dataset d").dataset
-    assert [read_row(row)[0] for row in read] == rows
+    assert [read_row(row)[0] for row in read] == [restored_row(row) for row in read] == rows
     assert [read_row(row)[0] for row in table] == rows
 
 
