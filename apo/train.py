@@ -272,6 +272,7 @@ def _run(trainer: APOTrainer, group: Group, checkpoint: Path | None, out: Path) 
     from apo.watch import Watch
 
     (watch,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Watch))
+    trainer.verified_checkpoint = checkpoint
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         with group.together():

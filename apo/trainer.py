@@ -80,6 +80,7 @@ class APOTrainer(AskingTrainer):
     of it. Datasets may be streams (IterableDataset), tokenised as they come. `dropped` counts the pairs left out of
     each dataset, by reason; `reference_computed` the pairs whose reference log-probs were not in the cache. `notes` are
     what the user should know of data, model and options; `tell` gets each, by default a warning in Python's log.
+    `verified_checkpoint` is one whose files have just been hashed: `train` goes on from it without reading them twice.
     """
 
     # compute_loss divides by the pairs of the whole accumulation window, so the loop must not divide again.
@@ -120,6 +121,7 @@ class APOTrainer(AskingTrainer):
         self.dropped: dict[str, dict[str, int]] = {}
         self.reference_computed: dict[str, int] = {}
         self.current_batch: Batch | None = None
+        self.verified_checkpoint: Path | None = None
         self._weights_hash: str | None = None
         self.notes: list[str] = []
         self._ends_of_model = getattr(model, "generation_config", None)
@@ -311,10 +313,12 @@ class APOTrainer(AskingTrainer):
             if search.newest is None:
                 raise UserError(f"{self.args.output_dir} holds no whole checkpoint; leave resume_from_checkpoint out")
             return str(search.newest)
-        ours = checkpoint and (Path(checkpoint) / checkpoints.MARKER).exists()
+        if not checkpoint or Path(checkpoint) == self.verified_checkpoint:
+            return checkpoint or None
+        ours = (Path(checkpoint) / checkpoints.MARKER).exists()
         if ours and (damage := checkpoints.damage_of(Path(checkpoint))):
             raise UserError(f"{checkpoint} is damaged: {damage}; go on from another checkpoint")
-        return checkpoint or None
+        return checkpoint
 
     @contextlib.contextmanager
     def _noise(self) -> Iterator[None]:

@@ -357,3 +357,16 @@ def test_a_run_goes_on_the_next_day_with_the_date_of_its_first(model_dir, data, 
     assert one.train.dataset["prompt_ids"][:] != other.train.dataset["prompt_ids"][:]
     assert one.eval.dataset["prompt_ids"][:] != other.eval.dataset["prompt_ids"][:]
     assert one.rails.options != other.rails.options
+
+
+def test_a_run_that_goes_on_reads_each_file_of_its_checkpoint_once_to_check_it(model_dir, data, tmp_path, monkeypatch):
+    config = TrainConfig(**recipe(model_dir, data, tmp_path / "run", False))
+    with pytest.MonkeyPatch.context() as patch:
+        crash_in(CRASHES["after the checkpoint is in place"], 16, patch)
+        with pytest.raises(Crash):
+            train(config, tell=lambda _: None)
+    hashed, sha256 = [], checkpoints.file_sha256
+    monkeypatch.setattr(checkpoints, "file_sha256", lambda path: hashed.append(path) or sha256(path))
+    assert train(config, tell=lambda _: None)["resumed_from"] == [16]
+    marker = json.loads((tmp_path / "run" / "checkpoint-16" / checkpoints.MARKER).read_text())
+    assert sorted(path.name for path in hashed if "checkpoint-16" in path.parts) == sorted(marker["files"])
