@@ -2,6 +2,7 @@
 
 A secret is the value of `${NAME}`, a value under a secret's name (`api_key`, `Authorization`, `password`), or one that
 looks like a key wherever it stands (`sk-...`, `Bearer ...`). Everything else, a URL's `api-version` too, is no secret.
+A long value of letters and digits looks like a key too, but not in a URL's query, where deployments have such names.
 """
 
 from __future__ import annotations
@@ -35,15 +36,18 @@ _SECRET_PAIR = re.compile(r"(?:api|access|private|secret|subscription)[_-]?keys?
 _OPEN_NAME = re.compile(
     r"(?:eos|bos|pad|unk|stop|end|start|special|cache|sort|max|min)[_-]?(?:token|key)s?$", re.IGNORECASE
 )
-_KEY = re.compile(
+_KEY_FORMATS = (
     r"\bsk[-_][\w-]{6,}"
     r"|\b(?:pk|rk|gsk|gh[opusr]|github_pat|hf|xox[abprs]|glpat|nvapi|r8|pplx|xai|csk|lsv2|npm|pypi|fw|tgp)[-_][\w-]{16,}"
     r"|\bAKIA[0-9A-Z]{12,}|\bAIza[\w-]{20,}|\beyJ[\w-]{10,}(?:\.[\w-]+)*|\bya29\.[\w-]{10,}|\bSG\.[\w-]{10,}\.[\w-]{10,}"
     r"|\b(?:Bearer|Basic)\s+[\w.~+/=-]{8,}|\b(?i:token|api-?key)\s+(?=\S*\d)[\w.~+/=-]{8,}"
     r"|(?<=://)[^\s/@]+(?=@)|(?<=[?&])(?i:[\w-]*(?:key|token|secret|password|sig|signature))=[^\s&#]{6,}"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*)"
-    r"|\b(?=[A-Za-z]*[0-9])(?=[0-9]*[A-Za-z])[A-Za-z0-9]{32,}\b=*"
 )
+_KEY_OF_KNOWN_FORMAT = re.compile(_KEY_FORMATS)
+_KEY = re.compile(_KEY_FORMATS + r"|\b(?=[A-Za-z]*[0-9])(?=[0-9]*[A-Za-z])[A-Za-z0-9]{32,}\b=*")
+_CODE = "code"
+"""The query parameter of a function key at Azure, and of other things elsewhere."""
 SECRET = "[secret]"  # noqa: S105 (what is written in the place of one)
 
 
@@ -75,16 +79,23 @@ def endpoint_of(url: str) -> Endpoint:
     if not parts.hostname or parts.port == 0:
         raise ValueError(f"url {public_url(url)!r} has no host, such as http://127.0.0.1:8000/v1")
     base, query = public_url(url), dict(parse_qsl(parts.query))
-    hidden: list[str] = []
-    shown = {name: value for name, value in query.items() if without_secrets({name: value}, hidden)[name] == value}
+    secrets = {name: _secrets_of_parameter(name, value) for name, value in query.items()}
+    shown = {name: value for name, value in query.items() if not secrets[name]}
     public = f"{base}?{urlencode(sorted(shown.items()), safe='${}')}" if shown else base
-    hidden += environment_values(query)
+    hidden = [*(secret for values in secrets.values() for secret in values), *environment_values(query)]
     user, password = parts.username or "", parts.password or ""
     if not (user or password):
         return Endpoint(base, public, None, query, tuple(hidden))
     basic = base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()
     secret = password or user  # a lone user name is somebody's key
     return Endpoint(base, public, f"Basic {basic}", query, (basic, secret, unquote(secret), *hidden))
+
+
+def _secrets_of_parameter(name: str, value: str) -> list[str]:
+    """What is secret in the value of a URL's query, but for `${NAME}`."""
+    if _is_secret_name(name):
+        return [value] if value and not _ENVIRONMENT.search(value) else []
+    return (_KEY if name.lower() == _CODE else _KEY_OF_KNOWN_FORMAT).findall(value)
 
 
 def without_secrets(value: Any, found: list[str] | None = None, *, secret: bool = False) -> Any:

@@ -16,6 +16,8 @@ from clair.recipe import one_line
 
 MOST_BYTES = 32 * 2**20
 """The most that is read of a reply. One with the log-probs of 20 tokens for each of 16,000 has about as many."""
+_TURNING_INTO_GET = (301, 302, 303)
+"""Redirects after which the client above would send GET, without the prompt; 307 keeps method and body."""
 _IN_URL = re.compile(r"(https?://)(?:[^\s/@'\"]*@)?([^\s?'\"]*)(?:\?[^\s'\")]*)?")
 
 
@@ -71,11 +73,12 @@ class GuardedTransport(httpx2.AsyncBaseTransport):
             raise httpx2.RemoteProtocolError(_garbled(error)) from error
         if "/files/" in request.url.path:
             return response
+        status = response.status_code
+        if status in _TURNING_INTO_GET and "location" in response.headers:
+            status = 307
         encoding = (b"content-encoding", b"content-length")
         headers = [(name, value) for name, value in response.headers.raw if name.lower() not in encoding]
-        return httpx2.Response(
-            response.status_code, headers=headers, stream=_Limited(response), extensions=response.extensions
-        )
+        return httpx2.Response(status, headers=headers, stream=_Limited(response), extensions=response.extensions)
 
     async def aclose(self) -> None:
         """Close the connections."""

@@ -33,10 +33,12 @@ def writes(*parts: bytes) -> Answer:
 
 
 @asynccontextmanager
-async def serving(*answers: Answer, path: list[str] | None = None) -> AsyncIterator[str]:
+async def serving(
+    *answers: Answer, path: list[str] | None = None, bodies: list[bytes] | None = None
+) -> AsyncIterator[str]:
     """The base URL of a server that gives the answers in turn, the last of them for ever, a connection each.
 
-    `path`: where the first line of each request is put.
+    `path` and `bodies`: where the first line and the body of each request are put.
     """
     left, running = list(answers), set()
 
@@ -45,9 +47,11 @@ async def serving(*answers: Answer, path: list[str] | None = None) -> AsyncItera
         with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             length = re.search(r"(?i)content-length: (\d+)", head)
-            await reader.readexactly(int(length[1]) if length else 0)
+            body = await reader.readexactly(int(length[1]) if length else 0)
             if path is not None:
                 path.append(head.split("\r\n")[0])
+            if bodies is not None:
+                bodies.append(body)
             await (left.pop(0) if len(left) > 1 else left[0])(writer)
         writer.close()
         with suppress(ConnectionError):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from clair.keep import fingerprint
-from clair.urls import without_secrets
+from clair.urls import endpoint_of, without_secrets
 from tests.clair.building import Ended, clair, drops, pairs, scripted_rows, write_prompts, write_recipe
 
 KEY = "sk-planted-key-4f5e6d"
@@ -253,6 +253,44 @@ def test_replies_of_one_deployment_are_not_those_of_another_at_the_same_url(tmp_
     made = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert made["recipe"]["reviser"]["url"] == made["models"]["reviser"]["identity"].partition("@")[2]
     assert made["recipe"]["reviser"]["url"].endswith("?deployment=b")
+
+
+DEPLOYMENT = "0123456789abcdef0123456789abcdef"
+
+
+def test_deployments_with_names_of_hex_digits_are_told_apart_and_written_down(tmp_path, server):
+    write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
+    for name, code, asked in [(DEPLOYMENT, 0, 1), (DEPLOYMENT[::-1], 2, 1)]:
+        reviser = {"url": f"{server.url}?deployment={name}", "model": "m"}
+        ended = clair("build", write_recipe(tmp_path, server.url, reviser=reviser))
+        assert (ended.code, len(server.seen())) == (code, asked), name
+    assert "differs in reviser.url" in ended.err
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())["reviser"]
+    assert recipe["url"] == f"{server.url}?deployment={DEPLOYMENT}"
+
+
+@pytest.mark.parametrize(
+    "query",
+    [f"deployment={DEPLOYMENT}", "api-version=2024-06-01", "model=sketch-1", f"route={DEPLOYMENT.upper()}x9",
+     "deployment=${NAME}", "api_key=${NAME}", "code=a", "max_tokens=9"],
+)  # fmt: skip
+def test_a_value_of_a_query_is_no_secret(query):
+    endpoint = endpoint_of(f"https://host/v1?{query}")
+    assert endpoint.public == f"https://host/v1?{query}"
+    assert not any(endpoint.secrets)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, "planted") for name in ("key", "api-key", "apikey", "api_key", "token", "access_token", "sig", "signature",
+                                    "X-Amz-Signature", "subscription-key", "client_secret", "password", "auth")]
+    + [("code", DEPLOYMENT), ("user", "sk-planted1"), ("id", "AKIA0123456789ABCDEF")],
+)  # fmt: skip
+def test_a_value_of_a_query_is_a_secret_by_its_name_or_as_a_key_of_a_known_form(name, value):
+    endpoint = endpoint_of(f"https://host/v1?deployment=a&{name}={value}")
+    assert endpoint.public == "https://host/v1?deployment=a"
+    assert endpoint.secrets == (value,)
+    assert endpoint.query[name] == value
 
 
 NAMES = [

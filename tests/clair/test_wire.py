@@ -184,14 +184,15 @@ def test_a_packed_reply_is_read():
 # ---- redirects
 
 
-def redirect(to: str) -> Answer:
-    return writes(http(b"", f"Location: {to}", status="307 Temporary Redirect"))
+def redirect(to: str, status: int = 307) -> Answer:
+    return writes(http(b"", f"Location: {to}", status=f"{status} Elsewhere"))
 
 
+@pytest.mark.parametrize("status", [301, 307])
 @pytest.mark.parametrize(
     "to", ["http://localhost:{port}/v1", "http://127.0.0.1:{other}/v1", "https://127.0.0.1:{port}/v1"]
 )
-def test_no_redirect_to_another_server_is_followed_and_it_is_told(to):
+def test_no_redirect_to_another_server_is_followed_and_it_is_told(to, status):
     async def ask() -> list[str]:
         seen: list[str] = []
         async with serving(writes(http(GOOD)), path=seen) as other:
@@ -199,7 +200,7 @@ def test_no_redirect_to_another_server_is_followed_and_it_is_told(to):
 
             async def lead_away(writer: asyncio.StreamWriter) -> None:
                 port = writer.get_extra_info("sockname")[1]
-                await redirect(place.format(port=port))(writer)
+                await redirect(place.format(port=port), status)(writer)
 
             async with serving(lead_away) as url, model_at(url) as model:
                 with pytest.raises(Refused) as caught:
@@ -226,16 +227,20 @@ def test_a_redirect_of_one_request_among_answered_ones_is_a_failure_of_that_one(
     asyncio.run(ask())
 
 
-def test_a_redirect_within_the_server_is_followed():
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_within_the_server_is_followed_with_the_prompt(status):
     seen: list[str] = []
+    bodies: list[bytes] = []
 
     async def ask() -> str:
-        answers = redirect("/v2/chat"), writes(http(GOOD))
-        async with serving(*answers, path=seen) as url, model_at(url) as model:
+        answers = redirect("/v2/chat", status), writes(http(GOOD))
+        async with serving(*answers, path=seen, bodies=bodies) as url, model_at(url) as model:
             return await model.complete(ASKED)
 
     assert asyncio.run(ask()) == GOOD.decode()
     assert seen == ["POST /v1/chat/completions HTTP/1.1", "POST /v2/chat HTTP/1.1"]
+    assert bodies[0] == bodies[1]
+    assert json.loads(bodies[1])["messages"] == ASKED["messages"]
 
 
 # ---- turns at a server that answers few at once
