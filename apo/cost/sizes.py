@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ MFU = 0.4
 """ASSUMPTION: the share of a GPU's bf16 peak that training reaches."""
 CPU_SHARE = 0.5
 """ASSUMPTION: the share of a large matrix product's speed, measured for a moment, that training reaches on a CPU."""
+_SHOWN_LAYERS = 12
+"""How many names of layers an error lists at most."""
 
 
 # ---- the model
@@ -57,6 +60,52 @@ def sizes_of(name: ModelName, lora: Any = None) -> Sizes:
 
     Raises UserError for a config that cannot be read, ValueError for a model that the formulas do not describe.
     """
+    model = _without_weights(name)
+    if lora is None and name.is_adapter:
+        from peft import PeftConfig
+
+        lora = PeftConfig.from_pretrained(name.path)
+    return sizes_of_model(model, lora)
+
+
+def check_adapter(name: ModelName, lora: Any) -> list[str]:
+    """Put an adapter, a PEFT config, on a model without weights. Returns what the user should know of its modules.
+
+    Raises UserError if it fits no module of the model, or the LM head, which is not trained through an adapter.
+    """
+    import torch
+    from peft import get_peft_model
+
+    try:
+        model = _without_weights(name)
+    except (ValueError, AttributeError):  # of a model that only its own code can describe: loading it says why
+        return []
+    head = model.get_output_embeddings()
+    names = {module: path for path, module in model.named_modules()}
+    linear = sorted({path.rpartition(".")[2] for module, path in names.items()
+                     if isinstance(module, torch.nn.Linear) and module is not head})  # fmt: skip
+    allowed = f"linear layers of the model: {', '.join(linear[:_SHOWN_LAYERS])}"
+    asked = lora.target_modules
+    shown = asked if isinstance(asked, str) else ", ".join(sorted(asked))
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT gives them again for the model that is trained
+            targets = get_peft_model(model, lora).base_model.targeted_module_names
+    except ValueError as error:
+        raise UserError(f"lora.target_modules: {shown} cannot be trained: {one_line(error, 150)}; {allowed}") from error
+    if head is not None and names[head] in targets:
+        raise UserError(
+            f"lora.target_modules: {shown} means {names[head]}, and an adapter to the LM head is not supported; "
+            f"{allowed}"
+        )
+    unmatched = [] if isinstance(asked, str) else [
+        name for name in sorted(asked) if not any(f".{path}".endswith(f".{name}") for path in targets)
+    ]  # fmt: skip
+    return [f"lora.target_modules: no module is called {', '.join(unmatched)}; {allowed}"] if unmatched else []
+
+
+def _without_weights(name: ModelName) -> Any:
+    """The model on the meta device. Raises UserError for a config that cannot be read."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -65,12 +114,7 @@ def sizes_of(name: ModelName, lora: Any = None) -> Sizes:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model {name.base} has no config to read: {one_line(error)}") from error
     with whole(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=name.trust_remote_code)
-    if lora is None and name.is_adapter:
-        from peft import PeftConfig
-
-        lora = PeftConfig.from_pretrained(name.path)
-    return sizes_of_model(model, lora)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=name.trust_remote_code)
 
 
 def sizes_of_model(model: Any, lora: Any = None) -> Sizes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, field_validator
@@ -214,6 +216,100 @@ def _check_trackers(asked: str | list[str] | None) -> None:
             )
         if name not in there:
             raise UserError(f"trainer.report_to: {name} is not installed here; install its package, or leave it out")
+
+
+class _ReadOptions(dict[str, str]):
+    """Options of an optimizer, with the names of those that are looked up."""
+
+    def __init__(self, options: dict[str, str]) -> None:
+        super().__init__(options)
+        self.known: set[str] = set()
+
+    def __contains__(self, name: object) -> bool:
+        self.known.add(str(name))
+        return super().__contains__(name)
+
+    def __getitem__(self, name: str) -> str:
+        self.known.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.known.add(name)
+        return super().get(name, default)
+
+    def pop(self, name: str, default: Any = None) -> Any:
+        self.known.add(name)
+        return super().get(name, default)
+
+    def __iter__(self) -> Iterator[str]:
+        self.known.update(super().keys())
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        self.known.update(super().keys())
+        return super().keys()
+
+
+class _NeedsModel(Exception):
+    """An optimizer looks at the model that it trains."""
+
+
+class _UnloadedModel:
+    def named_modules(self) -> Any:
+        raise _NeedsModel
+
+
+def check_optimizer(args: APOConfig, steps: int) -> None:
+    """Set up the optimizer of a single weight, and its learning rate over `steps`, as training will.
+
+    Raises UserError for what cannot be set up, and for `optim_args` that the optimizer does not read: transformers
+    passes over them.
+    """
+    import torch
+    from transformers.optimization import get_scheduler
+    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext, _parse_optim_args
+
+    name = getattr(args.optim, "value", args.optim)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    with setup_errors(f"trainer.optim {name}", "optim, optim_args and adam_"):
+        handler = _OPTIMIZER_HANDLERS.get(args.optim)
+        if handler is None:
+            raise ValueError("transformers has no such optimizer")
+        try:
+            given = _parse_optim_args(args.optim_args)
+        except ValueError as error:
+            raise UserError(f"trainer.optim_args is {args.optim_args!r}; write name=value, ...") from error
+        adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        options = _ReadOptions(given)
+        context = OptimizerContext(args, _UnloadedModel(), {"lr": args.learning_rate}, adam, options)
+        with suppress(_NeedsModel):
+            optimizer, arguments = handler(context)
+            if optimizer.__module__.startswith("torch.optim"):
+                optimizer([weight], **arguments)
+            elif not {"model", "params"} & set(arguments):
+                inspect.signature(optimizer).bind([weight], **arguments)
+    if unread := next((option for option in given if option not in options.known), None):
+        known = ", ".join(sorted(options.known)) or "none"
+        raise UserError(
+            f"trainer.optim_args: {name} has no option {unread!r}{near_miss(unread, options.known)}; options: {known}"
+        )
+    kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    with setup_errors(f"trainer.lr_scheduler_type {kind}", "lr_scheduler_kwargs"):
+        get_scheduler(
+            args.lr_scheduler_type, torch.optim.SGD([weight], lr=args.learning_rate), args.get_warmup_steps(steps),
+            steps, args.lr_scheduler_kwargs,
+        )  # fmt: skip
+
+
+@contextmanager
+def setup_errors(what: str, options: str) -> Iterator[None]:
+    """Raise UserError for what transformers or torch raise of an option's value."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ImportError, TypeError, ValueError) as error:
+        raise UserError(f"{what} cannot be set up: {one_line(error)}; change it, or its options ({options})") from error
 
 
 def lora_of(config: TrainConfig) -> Any:

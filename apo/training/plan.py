@@ -11,7 +11,7 @@ from apo.distributed.launch import asks_for_deepspeed, asks_for_fsdp, check_devi
 from apo.models import load as models
 from apo.monitoring.guard import load_rails
 from apo.run_dir import files as runs
-from apo.training.config import TrainConfig, lora_of, trainer_options
+from apo.training.config import TrainConfig, check_optimizer, lora_of, trainer_options
 from clair.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
     `processes` plans a run of so many, which this need not be. `day` is the date (YYYY-MM-DD) that a chat template
     writes as today's, by default that of the run in `config.out` (`runs.day_of`).
     """
+    from apo.cost import sizes as shapes
     from apo.data.sources import load_eval, load_train
     from apo.data.tokenize import lengths_of
     from apo.distributed.launch import check_launch
@@ -89,6 +90,8 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
         raise UserError("trainer.model_init_kwargs.quantization_config: the recipe's `quantize` says it; leave one out")
     if eval_pairs is None and args.eval_strategy != "no":
         raise UserError("trainer.eval_strategy is set but there are no held-out pairs; set `eval`, or leave it out")
+    if config.lora:
+        notes += shapes.check_adapter(name, lora_of(config))
     ends, context = models.load_generation_config(name), models.context_of(name)
     bound, change = "trainer.max_length", "; raise trainer.max_length"
     if context and context < (args.max_length or math.inf):
@@ -110,6 +113,7 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
         train.notes.extend(_over_budget(train.dataset, args.pack_tokens))
     rails = load_rails(config.guard, tokenizer, ends, context, day) if config.guard else None
     steps = _steps(args, len(train.dataset), count)
+    check_optimizer(args, steps)
     return Plan(config, name, tokenizer, args, train, evaluated, steps, day, rails, count)
 
 

@@ -57,6 +57,7 @@ from apo.packing.packed_model import (
     tokens_of,
 )
 from apo.run_dir import checkpoints
+from apo.training.config import setup_errors
 from apo.training.logprobs import PRECOMPUTES_NO_STREAM, AskingTrainer
 from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError, one_line
@@ -173,13 +174,13 @@ class APOTrainer(AskingTrainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """TRL's. Raises UserError for options that it does not take, and a package that is not there."""
-        with _told(f"optim {getattr(self.args.optim, 'value', self.args.optim)}", "optim, optim_args and adam_"):
+        with setup_errors(f"optim {getattr(self.args.optim, 'value', self.args.optim)}", "optim, optim_args and adam_"):
             return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's. Raises UserError for options that it does not take."""
         kind = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
-        with _told(f"lr_scheduler_type {kind}", "lr_scheduler_kwargs"):
+        with setup_errors(f"lr_scheduler_type {kind}", "lr_scheduler_kwargs"):
             return super().create_scheduler(*args, **kwargs)
 
     def _void_options(self) -> list[str]:
@@ -561,15 +562,6 @@ def _check_no_images(dataset: Any, *, packed: bool) -> None:
             f"the train dataset has a column {min(images)!r}, and packed rows hold text only; set shared_prefix=False, "
             "which trains it in TRL's batch"
         )
-
-
-@contextlib.contextmanager
-def _told(what: str, options: str) -> Iterator[None]:
-    """Raise UserError for what transformers or torch raise of an option's value."""
-    try:
-        yield
-    except (ImportError, TypeError, ValueError) as error:
-        raise UserError(f"{what} cannot be set up: {one_line(error)}; change it, or its options ({options})") from error
 
 
 def _on_host(loader: Any) -> Any:

@@ -398,8 +398,37 @@ BAD_INPUT = {
     "beta 0": (keys_are(beta=0), "beta: Input should be greater than 0"),
     "beta below 0": (keys_are(beta=-0.1), "beta: Input should be greater than 0"),
     "lora rank 0": (keys_are(lora={"r": 0}), "lora.r: Input should be greater than 0"),
-    "lora on nothing": (keys_are(lora={"target_modules": ["nope"]}), "Target modules {'nope'} not found"),
-    "lora on the head": (keys_are(lora={"target_modules": ["lm_head"]}), "adapter to `lm_head` is not supported"),
+    "lora on nothing": (keys_are(lora={"target_modules": ["nope"]}), "lora.target_modules: nope cannot be trained: "),
+    "lora on a pattern of nothing": (
+        keys_are(lora={"target_modules": "q_prj"}),
+        "layers of the model: down_proj, gate",
+    ),
+    "lora on the head": (keys_are(lora={"target_modules": ["lm_head"]}), "an adapter to the LM head is not supported"),
+    "misspelt option of the optimizer": (
+        keys_are(trainer={"optim": "sgd", "optim_args": "momentun=0.9"}),
+        "trainer.optim_args: sgd has no option 'momentun' (did you mean 'momentum'?); options: dampening, momentum, ",
+    ),
+    "option of another optimizer": (
+        keys_are(trainer={"optim": "adamw_torch", "optim_args": "momentum=0.9"}),
+        "trainer.optim_args: adamw_torch has no option 'momentum'; options: none",
+    ),
+    "option of the optimizer without a value": (
+        keys_are(trainer={"optim": "sgd", "optim_args": "nesterov"}),
+        "trainer.optim_args is 'nesterov'; write name=value, ...",
+    ),
+    "option of the optimizer that is no number": (
+        keys_are(trainer={"optim": "sgd", "optim_args": "momentum=much"}),
+        "trainer.optim sgd cannot be set up: could not convert string to float: 'much'",
+    ),
+    "beta of the optimizer out of range": (keys_are(trainer={"adam_beta1": 1.5}), "Invalid beta parameter at index 0"),
+    "optimizer that is not installed": (
+        keys_are(trainer={"optim": "galore_adamw", "optim_target_modules": ["q_proj"]}),
+        "trainer.optim galore_adamw cannot be set up: You need to install",
+    ),
+    "misspelt option of the schedule": (
+        keys_are(trainer={"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycle": 2}}),
+        "trainer.lr_scheduler_type cosine cannot be set up: ",
+    ),
     "eval without held-out pairs": (keys_are(eval=False, trainer={"eval_strategy": "epoch"}), "no held-out pairs"),
     "eval of no split": (keys_are(eval="dev"), "no dataset has a split 'dev'; found: train, test"),
     "model not there": (keys_are(model="./nowhere"), "model folder ./nowhere does not exist"),
@@ -437,6 +466,36 @@ BAD_INPUT = {
     "another objective's run": (another_objectives_run, "run of another recipe (changed: objective); choose another"),
     "a folder of something else": (stranger, "holds files but no run of `apo train` (thesis.tex)"),
 }
+
+
+TOLD_BY_A_DRY_RUN = [
+    case for case in BAD_INPUT if case.startswith(("lora on", "misspelt option", "option", "optimizer"))
+]
+
+
+@pytest.mark.parametrize("case", TOLD_BY_A_DRY_RUN)
+def test_a_dry_run_tells_modules_and_options_that_are_not_there(case, tmp_path, recipe):
+    spoil, message = BAD_INPUT[case]
+    spoil(tmp_path, recipe)
+    with pytest.raises(UserError) as told:
+        plan(TrainConfig(**recipe))
+    assert message in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_a_name_among_others_that_no_module_has_is_noted(recipe):
+    planned = plan(TrainConfig(**recipe, lora={"target_modules": ["q_proj", "qkv_proj"]}))
+    assert any("lora.target_modules: no module is called qkv_proj; linear" in note for note in planned.train.notes)
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [{"optim": "sgd", "optim_args": "momentum=0.9, nesterov=true"}, {"optim": "adafactor"}, {"optim": "adagrad"},
+     {"optim": "rmsprop", "optim_args": "alpha=0.9"}, {"lr_scheduler_type": "constant"}, {"learning_rate": 0.0},
+     {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-7}, "warmup_steps": 2}],
+)  # fmt: skip
+def test_options_of_optimizers_and_schedules_that_are_there_pass(trainer, recipe):
+    assert plan(TrainConfig(**{**recipe, "trainer": TRAINER | trainer})).steps
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
