@@ -18,7 +18,7 @@ from clair.core.progress import Rate, duration, pace_of, progress
 from clair.data.contrast import word_diff
 from clair.data.dataset import DatasetWriter, read_manifest
 from clair.data.records import task_text
-from clair.inference.client import Asker
+from clair.inference.client import ModelClient
 from clair.inference.endpoint_check import Check
 from clair.pipeline.estimate import Range, RoleEstimate, total_cost, total_time
 from clair.storage.object_store import public_path
@@ -103,7 +103,7 @@ def checks_table(checks: Mapping[str, Sequence[Check]]) -> Table:
 @contextmanager
 def asking_progress(
     what: str, total: int, calls: Mapping[str, int], *, shown: bool = True, closing: bool = False
-) -> Iterator[Callable[[int, Mapping[str, Asker], str], None]]:
+) -> Iterator[Callable[[int, Mapping[str, ModelClient], str], None]]:
     """How far work is that asks models: rows done, and for each role replies, requests in flight and time left.
 
     `calls` are the replies of each role that all rows need, about. Yields the function that takes the rows done, the
@@ -112,8 +112,8 @@ def asking_progress(
     asking = _Asking(total, calls)
     with progress(what, total, details=asking.lines, left=asking.left, shown=shown, closing=closing) as work:
 
-        def update(done: int, askers: Mapping[str, Asker], words: str = "") -> None:
-            asking.update(done, askers, words)
+        def update(done: int, clients: Mapping[str, ModelClient], words: str = "") -> None:
+            asking.update(done, clients, words)
             work.update(done)
 
         yield update
@@ -125,28 +125,28 @@ class _Asking:
     def __init__(self, total: int, calls: Mapping[str, int], clock: Callable[[], float] = time.monotonic) -> None:
         self.total, self.calls, self._clock = total, calls, clock
         self.done, self.words = 0, ""
-        self.askers: Mapping[str, Asker] = {}
+        self.clients: Mapping[str, ModelClient] = {}
         self._rates: dict[str, Rate] = {}
         self._lock = threading.Lock()
 
-    def update(self, done: int, askers: Mapping[str, Asker], words: str = "") -> None:
+    def update(self, done: int, clients: Mapping[str, ModelClient], words: str = "") -> None:
         """Rows done, and who is asked; the clock of each role's rate starts where it is first seen."""
         self.done, self.words = done, words
-        for role in askers:
-            self._rate(role, askers[role])
-        self.askers = askers
+        for role in clients:
+            self._rate(role, clients[role])
+        self.clients = clients
 
     def lines(self) -> list[str]:
         """The words there are, and a line for each role."""
-        return [*([self.words] if self.words else ()), *(self._line(role) for role in self.askers)]
+        return [*([self.words] if self.words else ()), *(self._line(role) for role in self.clients)]
 
     def left(self) -> float | None:
         """Seconds until the slowest role is through; None while one of them has not begun."""
-        each = [self._left(role) for role in self.askers]
+        each = [self._left(role) for role in self.clients]
         return max((left for left in each if left is not None), default=None) if None not in each else None
 
     def _line(self, role: str) -> str:
-        asker, left = self.askers[role], self._left(role)
+        asker, left = self.clients[role], self._left(role)
         tally, rate = asker.told, self._rate(role, asker)
         parts = [f"{tally.calls + tally.reused:,}/{max(self.calls[role], tally.calls + tally.reused):,} replies"]
         parts += [f"{tally.reused:,} of them reused"] if tally.reused else []
@@ -157,7 +157,7 @@ class _Asking:
         parts += [words] if (words := asker.waiting_for) else []
         return f"{role}: {', '.join(parts)}"
 
-    def _rate(self, role: str, asker: Asker) -> Rate:
+    def _rate(self, role: str, asker: ModelClient) -> Rate:
         with self._lock:
             now = self._clock()
             rate = self._rates.setdefault(role, Rate(now, asker.told.calls))
@@ -166,20 +166,20 @@ class _Asking:
 
     def _left(self, role: str) -> float | None:
         """A row that is done needs no more replies, whatever was expected of it."""
-        tally, calls = self.askers[role].told, self.calls[role]
+        tally, calls = self.clients[role].told, self.calls[role]
         rows_left = max(0, self.total - self.done)
         remaining = min(calls - tally.calls - tally.reused, rows_left * -(-calls // max(1, self.total)))
-        return self._rate(role, self.askers[role]).left(self._clock(), remaining)
+        return self._rate(role, self.clients[role]).left(self._clock(), remaining)
 
 
 @contextmanager
 def build_progress(
     total: int, calls: Mapping[str, int]
-) -> Iterator[Callable[[DatasetWriter, Mapping[str, Asker]], None]]:
+) -> Iterator[Callable[[DatasetWriter, Mapping[str, ModelClient]], None]]:
     """The same of a build; yields what it calls with every row."""
     with asking_progress("building", total, calls, closing=True) as update:
         # A build that waits for batches goes through its prompts again, and what is done with it.
-        yield lambda writer, askers: update(writer.done, askers, _rows(writer))
+        yield lambda writer, clients: update(writer.done, clients, _rows(writer))
 
 
 def _rows(writer: DatasetWriter) -> str:

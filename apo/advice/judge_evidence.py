@@ -17,9 +17,9 @@ from apo.evaluation.winrate import run as winrate
 from apo.evaluation.winrate.verdicts import Answer, Compared, key_of
 from clair.core.statistics import wilson
 from clair.data.records import Dropped, Prompt
-from clair.inference.client import Asker, Stop, Stopped
+from clair.inference.client import ModelClient, Stop, Stopped
 from clair.inference.local import LocalModel
-from clair.inference.open import ctrl_c, in_order, open_askers
+from clair.inference.open import ctrl_c, map_ordered, open_clients
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger
 from clair.pipeline.steps import position_bias
@@ -59,14 +59,14 @@ class Asked:
 async def ask(config: AdviseConfig, checked: Checked, ledger: Ledger, tell: Tell, *, judge: bool) -> Asked:
     """Everything that is asked, going on from what the ledger holds; ends early where it stops or nobody answers."""
     stop, found = Stop(), Asked()
-    askers = open_askers(config, ledger, stop)
+    clients = open_clients(config, ledger, stop)
     try:
-        with ctrl_c(stop, askers):
-            found.own = await _own_answers(askers["model"], checked, stop, found.failures, tell)
+        with ctrl_c(stop, clients):
+            found.own = await _own_answers(clients["model"], checked, stop, found.failures, tell)
             if judge and not (stop.reason or found.failures):
-                await _judged(config, checked, askers["judge"], stop, found, tell)
+                await _judged(config, checked, clients["judge"], stop, found, tell)
     finally:
-        for asker in askers.values():
+        for asker in clients.values():
             await asker.model.close()
     if stop.error:
         raise stop.error
@@ -74,13 +74,13 @@ async def ask(config: AdviseConfig, checked: Checked, ledger: Ledger, tell: Tell
     found.usage = {
         role: {"calls": asker.tally.calls, "reused": asker.tally.reused, "prompt": asker.tally.prompt_tokens,
                "completion": asker.tally.completion_tokens}
-        for role, asker in askers.items()
+        for role, asker in clients.items()
     }  # fmt: skip
     return found
 
 
 async def _own_answers(
-    asker: Asker, checked: Checked, stop: Stop, failures: list[str], tell: Tell
+    asker: ModelClient, checked: Checked, stop: Stop, failures: list[str], tell: Tell
 ) -> dict[str, Answer]:
     """What the model says to each prompt, by `key_of`. A prompt that it cannot answer has none."""
 
@@ -112,7 +112,7 @@ async def _own_answers(
     found: dict[str, Answer] = {}
     with asking_progress("answering", len(prompts), {asker.role: len(prompts)}) as on_progress:
         on_progress(0, {asker.role: asker})
-        async with aclosing(in_order(one, prompts, len(prompts) + 1, stop.happened, drain)) as answers:
+        async with aclosing(map_ordered(one, prompts, len(prompts) + 1, stop.happened, drain)) as answers:
             async for answer in answers:
                 if isinstance(answer, Stopped):
                     break
@@ -122,7 +122,9 @@ async def _own_answers(
     return found
 
 
-async def _judged(config: AdviseConfig, checked: Checked, judge: Asker, stop: Stop, found: Asked, tell: Tell) -> None:
+async def _judged(
+    config: AdviseConfig, checked: Checked, judge: ModelClient, stop: Stop, found: Asked, tell: Tell
+) -> None:
     """The plants first; the pairs only where the judge has stood that test."""
     winners = {key_of(checked.prompt(row)): row["chosen"][-1]["content"].strip() for row in checked.rows}
     losers = {key_of(checked.prompt(row)): row["rejected"][-1]["content"].strip() for row in checked.rows}

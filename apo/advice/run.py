@@ -24,7 +24,7 @@ from clair.core.provenance import provenance
 from clair.core.statistics import clustered_mean, wilson
 from clair.data.contrast import contrast_of
 from clair.ledger.ledger import Ledger
-from clair.pipeline.build import locked
+from clair.pipeline.build import lock_output
 from clair.pipeline.steps import position_bias
 
 
@@ -35,7 +35,7 @@ def run(
     checked = checked or check(config)
     out, started = Path(config.out), time.monotonic()
     known = sum(checked.strange.values()) <= STRANGE * len(checked.rows)  # else no judge is paid for what is refused
-    with locked(out), Ledger(config.ledger_path) as ledger:
+    with lock_output(out), Ledger(config.ledger_path) as ledger:
         same_settings(config, out, ledger, RESULT)
         asked = asyncio.run(ask(config, checked, ledger, tell, judge=config.judge is not None and known))
     if asked.stopped or asked.failures:

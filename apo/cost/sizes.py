@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from apo.distributed.deepspeed import whole
 from apo.packing.onednn import speeds
-from apo.packing.packed_model import bins_of, shared_response
+from apo.packing.packed_model import pack_bins, shared_response
 from clair.core.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def rows_of(
             rows.append(Row(sequences * longest, sequences * longest, products, masked=products))
             continue
         packed = [row_of(*pair) for pair in part]
-        places = [list(range(len(packed)))] if most is None else bins_of([row.tokens for row in packed], most)
+        places = [list(range(len(packed)))] if most is None else pack_bins([row.tokens for row in packed], most)
         rows += [_sum(packed[place] for place in bin) for bin in places]
     return rows
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _TYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
-def hush() -> Any:
+def unregister_zero3() -> Any:
     """Let transformers forget the DeepSpeed config it was told of. Returns it for `tell`, or None."""
     from transformers.integrations import deepspeed
 
@@ -29,7 +29,7 @@ def hush() -> Any:
 
 
 def tell(config: Any) -> None:
-    """Let transformers know a config that `hush` returned."""
+    """Let transformers know a config that `unregister_zero3` returned."""
     from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
     if config is not None:
@@ -39,7 +39,7 @@ def tell(config: Any) -> None:
 @contextlib.contextmanager
 def whole() -> Iterator[None]:
     """Models that are loaded meanwhile are whole in every process."""
-    config = hush()
+    config = unregister_zero3()
     try:
         yield
     finally:

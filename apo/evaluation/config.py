@@ -14,7 +14,7 @@ from clair.core.files import read_json, write_json
 from clair.core.recipe import Recipe, changed_keys, resolved
 from clair.data.records import Dropped
 from clair.inference.budget import BudgetConfig
-from clair.inference.client import Asker
+from clair.inference.client import ModelClient
 from clair.inference.config import ROLE_PASSING, ModelConfig, public_model
 from clair.inference.model import LimitReached, Refused, Unpaid
 from clair.ledger.ledger import Ledger
@@ -105,8 +105,8 @@ def is_passing(dropped: Dropped) -> bool:
     return dropped.failed and dropped.reason not in _ABOUT_THE_ROW
 
 
-def goes_on(error: Exception, askers: Mapping[str, Asker]) -> None:
+def goes_on(error: Exception, clients: Mapping[str, ModelClient]) -> None:
     """Give the error of a run code 3 where the same command can go on: replies came before it, or money is wanted."""
-    replies = any(asker.tally.calls or asker.tally.reused for asker in askers.values())
+    replies = any(asker.tally.calls or asker.tally.reused for asker in clients.values())
     if isinstance(error, LimitReached | Unpaid) or (isinstance(error, Refused) and replies):
         error.exit_code = EXIT_SOME_FAILED

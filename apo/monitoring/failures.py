@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from apo.data.tokenize import ID_COLUMNS
 from apo.distributed.deepspeed import own_part
-from apo.monitoring.metrics import work_of
+from apo.monitoring.metrics import token_counts
 from apo.packing.async_copy import Fetched
 from apo.packing.logps import Batch, examples_of
 from apo.run_dir import checkpoints
@@ -42,7 +42,7 @@ class Stopped(UserError):
     exit_code = EXIT_STOPPED
 
 
-class LossWatch:
+class NonFiniteLossCheck:
     """Stops training at a loss that is not finite, naming the pairs, before such a step is saved.
 
     On a CPU it looks at every micro-batch at once. Elsewhere losses take their time to arrive, so it looks at the one
@@ -184,7 +184,7 @@ def _memory_words(trainer: APOTrainer, doing: str) -> str:
     where = f"{doing}, after step {trainer.state.global_step}" if trainer.state.global_step else doing
     size = ""
     if batch is not None:
-        work = work_of(batch, packed=trainer.packs)
+        work = token_counts(batch, packed=trainer.packs)
         size = f" with {len(work)} pairs of {int(work[:, 1].sum()):,} tokens in one pass"
     changes = "; or ".join(memory_changes(trainer, batch))
     return f"out of memory in {where}{size}: set {changes}; {kept_words(trainer)}"
@@ -196,7 +196,7 @@ def memory_changes(trainer: APOTrainer, batch: Batch | None = None) -> list[str]
     pairs = args.per_device_train_batch_size
     changes = []
     if trainer.packs:
-        computed = work_of(batch, packed=True)[:, 1] if batch is not None else None
+        computed = token_counts(batch, packed=True)[:, 1] if batch is not None else None
         most = int(computed.sum()) if computed is not None else args.pack_tokens
         if most and (computed is None or len(computed) > 1):
             changes.append(f"trainer.pack_tokens: {max(most // 2, 1)} (more passes, the same result)")

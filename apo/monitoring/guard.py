@@ -57,7 +57,7 @@ class Guard(Recipe):
 
 
 @dataclass(frozen=True)
-class Rails:
+class GuardSet:
     """A guard's files as token ids, read and checked.
 
     A piece of text is an example whose prompt is its first token; `texts` says which text each is of. A task is as
@@ -96,7 +96,7 @@ def load_rails(
     generation: GenerationConfig | None,
     longest: int | None,
     day: str | None = None,
-) -> Rails:
+) -> GuardSet:
     """Read and tokenise a guard's files; `longest` is how many tokens the model takes, or None.
 
     `day` is the date (YYYY-MM-DD) that a chat template writes as today's; None is the date of the clock.
@@ -105,7 +105,7 @@ def load_rails(
     """
     pieces, texts = _read_text(Path(guard.text), tokenizer, min(PIECE, longest or PIECE)) if guard.text else ([], [])
     options, tasks = _read_tasks(Path(guard.tasks), tokenizer, generation, longest, day) if guard.tasks else ([], [])
-    return Rails(guard, pieces, texts, options, tasks)
+    return GuardSet(guard, pieces, texts, options, tasks)
 
 
 def _read_text(path: Path, tokenizer: PreTrainedTokenizerBase, most: int) -> tuple[Examples, list[int]]:
@@ -187,7 +187,7 @@ def _task(row: Any, where: str) -> tuple[list[dict[str, str]], list[str], int]:
 # ---- looking
 
 
-def look(trainer: APOTrainer, rails: Rails) -> Look:
+def look(trainer: APOTrainer, rails: GuardSet) -> Look:
     """Measure the model as it is; every process has to ask."""
     logps = trainer.response_logps([*rails.pieces, *rails.options])
     losses = [0.0] * (max(rails.texts, default=-1) + 1)

@@ -20,7 +20,7 @@ class Watch(TrainerCallback):
     so the newest checkpoint is always the last good one. Comes before the Recorder, which logs what is saved.
     """
 
-    def __init__(self, rails: guard.Rails | None) -> None:
+    def __init__(self, rails: guard.GuardSet | None) -> None:
         self.rails = rails
         self.probe: Probe | None = None
         self.crossed: str | None = None

@@ -52,7 +52,7 @@ def check_best_metric(name: str | None, objective: Mixture) -> None:
         raise UserError(f"metric_for_best_model: no held-out metric {name!r}{near}; logged are {', '.join(known[:-3])}")
 
 
-def pair_rows(
+def per_pair_metrics(
     losses: Tensor,
     policy: PairLogps,
     reference: tuple[Tensor, Tensor] | None,
@@ -61,7 +61,7 @@ def pair_rows(
     work: Tensor,
 ) -> Tensor:
     """The `COLUMNS` of the B pairs of a batch, [B, C] float32; without a reference its two are NaN, and nothing reads
-    them. `kl` is KTO's, summed and per token; `work` is `work_of` the batch. No gradient, no transfer to the host.
+    them. `kl` is KTO's, summed and per token; `work` is `token_counts` the batch. No gradient, no transfer to the host.
     """
     ones = torch.ones_like(losses)
     reference = (ones * math.nan, ones * math.nan) if reference is None else reference
@@ -70,7 +70,7 @@ def pair_rows(
     return torch.cat([torch.stack([column.detach().float() for column in columns], 1), work.float()], 1)
 
 
-def work_of(batch: Batch, *, packed: bool) -> Tensor:
+def token_counts(batch: Batch, *, packed: bool) -> Tensor:
     """What the pairs of a stacked batch cost, [B, 5], from its masks and ids alone: no transfer to the host.
 
     `tokens` of both sequences; `computed` by the model, padding included; `useful`, those without padding; `labels`

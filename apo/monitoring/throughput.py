@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Meter:
-    """Rows of pairs (`dynamics.pair_rows`) since the last log, of training and of evaluation apart, and a clock."""
+    """Metrics per pair since the last log, for training and for evaluation, and a clock."""
 
     def __init__(self, accelerator: Accelerator, scale: Scale | str) -> None:
         self.accelerator = accelerator

@@ -32,7 +32,7 @@ BEFORE = "_attention_before_shared_prefix"
 
 
 @dataclass(frozen=True)
-class Span:
+class PairSpan:
     """Where one pair stands in the row: `shared` tokens from `start`, then `chosen` and `rejected` more."""
 
     start: int
@@ -48,7 +48,7 @@ class Span:
 
 
 @dataclass
-class Layout:
+class PackedRow:
     """A packed row. `rows` and `labels` say which hidden states predict which tokens, [M]; `owner` whose they are.
 
     `owner` is 3 * pair + (0 for a response token both share, 1 for chosen, 2 for rejected).
@@ -56,7 +56,7 @@ class Layout:
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    spans: list[Span]
+    spans: list[PairSpan]
     rows: torch.Tensor
     labels: torch.Tensor
     owner: torch.Tensor
@@ -88,7 +88,7 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    shared_prefix: Layout | None = None,
+    shared_prefix: PackedRow | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of a packed row, or transformers' own for any other input. [1, heads, T, d] -> [1, T, heads, d]."""
@@ -105,7 +105,7 @@ def _split(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    layout: Layout,
+    layout: PackedRow,
     scale: float,
     dropout: float,
     window: int | None,
@@ -135,7 +135,7 @@ def _split(
     return torch.cat(parts, dim=2)
 
 
-def _mask(layout: Layout, span: Span, branch: str, window: int | None) -> torch.Tensor:
+def _mask(layout: PackedRow, span: PairSpan, branch: str, window: int | None) -> torch.Tensor:
     """Which keys each query of a branch sees, [queries, keys]."""
 
     def make() -> torch.Tensor:
@@ -166,7 +166,7 @@ def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    layout: Layout,
+    layout: PackedRow,
     scale: float,
     dropout: float,
     window: int | None,
@@ -187,7 +187,7 @@ def _varlen(
     return out.transpose(0, 1)[None]
 
 
-def _sequences(layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, int]]:
+def _sequences(layout: PackedRow) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, int]]:
     """Which keys stand where, where queries and keys of each sequence begin, and the longest of both."""
     places: list[int] = []
     queries, keys = [], []
@@ -209,7 +209,7 @@ def _flex(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    layout: Layout,
+    layout: PackedRow,
     scale: float,
     dropout: float,
     window: int | None,
@@ -229,7 +229,7 @@ def _score(softcap: float, device: torch.device) -> Callable[..., torch.Tensor]:
     return lambda score, *_: torch.tanh(score / cap) * cap
 
 
-def _block_mask(layout: Layout, window: int | None) -> Any:
+def _block_mask(layout: PackedRow, window: int | None) -> Any:
     """What FlexAttention computes and what it leaves out, laid down span by span.
 
     `create_block_mask` would make the mask of all queries with all keys first, some bytes for each of tokens^2.
@@ -257,7 +257,7 @@ def _block_mask(layout: Layout, window: int | None) -> Any:
     return BlockMask.from_kv_blocks(*ordered, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(tokens, tokens))
 
 
-def _blocks(spans: Sequence[Span], blocks: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _blocks(spans: Sequence[PairSpan], blocks: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Which blocks of keys [queries, keys] each block of queries sees something of, and which of these wholly."""
     some, whole = (torch.zeros(blocks, blocks, dtype=torch.bool) for _ in range(2))
     ahead = torch.arange(blocks)[:, None] - torch.arange(blocks)[None]
@@ -294,7 +294,7 @@ def _flex_attention(device: str) -> Callable[..., torch.Tensor]:
 WAYS: dict[str, Callable[..., torch.Tensor]] = {"split": _split, "varlen": _varlen, "flex": _flex}
 
 
-def fastest(config: Any, layout: Layout, dtype: torch.dtype, repeats: int = 3) -> tuple[str, str]:
+def fastest(config: Any, layout: PackedRow, dtype: torch.dtype, repeats: int = 3) -> tuple[str, str]:
     """The way that is fastest for a row like `layout`, forward and backward, and what was measured, in words.
 
     On a CPU it is `split`, unmeasured: there the others have no backward. A way that raises is left out and said.
@@ -302,7 +302,7 @@ def fastest(config: Any, layout: Layout, dtype: torch.dtype, repeats: int = 3) -
     return ("split", "") if layout.input_ids.device.type == "cpu" else _measured(config, layout, dtype, repeats)
 
 
-def _measured(config: Any, layout: Layout, dtype: torch.dtype, repeats: int) -> tuple[str, str]:
+def _measured(config: Any, layout: PackedRow, dtype: torch.dtype, repeats: int) -> tuple[str, str]:
     device = layout.input_ids.device
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -332,7 +332,7 @@ def _measured(config: Any, layout: Layout, dtype: torch.dtype, repeats: int) -> 
 
 
 def _as_before(module: torch.nn.Module, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-    """The attention that the model had before `share_prefixes`, for input that is not packed."""
+    """The attention that the model had before `enable_packing`, for input that is not packed."""
     if mask is not None and mask.numel() == 1:
         raise RuntimeError("the model does not hand its options on to its attention")
     if getattr(module, BEFORE) != "eager":

@@ -4,7 +4,7 @@ A batch is what TRL's collator makes of B pairs: `input_ids`, `attention_mask` a
 B chosen sequences first, prompts included. Where an answer has turns in it that are not the model's, `completion_mask`
 is 0 on them. An unpaired row is a pair whose other response is empty: a prompt alone, with log-prob 0 and length 0.
 `pair_logps(model, batch)` is a plug point of the trainer: any function that takes a batch and gives `PairLogps`.
-`stacked_logps` is the default.
+`padded_logps` is the default.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def plain_logps(model: nn.Module, batch: Batch) -> PairLogps:
     return _of_stack(logps, batch["completion_mask"])
 
 
-def stacked_logps(model: nn.Module, batch: Batch, **options: Any) -> PairLogps:
+def padded_logps(model: nn.Module, batch: Batch, **options: Any) -> PairLogps:
     """`PairLogps` of a stacked batch through TRL's fused LM head, which `DPOTrainer` puts on the model.
 
     `options` go to the model, for example `output_router_logits=True`. Of unpaired rows only the response that is there

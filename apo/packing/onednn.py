@@ -96,15 +96,15 @@ def _linear(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return _Linear.apply(x, self.weight, self.bias)
 
 
-def quicken(model: torch.nn.Module) -> None:
+def use_onednn(model: torch.nn.Module) -> None:
     """Let the plain linear layers of a model multiply by the faster library, where that is not torch's own."""
     for module in model.modules():
         if type(module).forward is torch.nn.Linear.forward and "forward" not in vars(module):
             module.forward = types.MethodType(_linear, module)
 
 
-def unquicken(model: torch.nn.Module) -> None:
-    """Undo `quicken`."""
+def restore_linear(model: torch.nn.Module) -> None:
+    """Undo `use_onednn`."""
     for module in model.modules():
         if getattr(vars(module).get("forward"), "__func__", None) is _linear:
             del module.forward

@@ -19,9 +19,9 @@ import torch
 
 from apo.data.rendering import common_prefix
 from apo.packing.async_copy import to_device
-from apo.packing.attention import BEFORE, NAME, Layout, Span, fastest
-from apo.packing.logps import SIDES, Batch, PairLogps, device_of, examples_of, stacked_logps, trained_tokens
-from apo.packing.onednn import product, quicken, rows_multiple, unquicken
+from apo.packing.attention import BEFORE, NAME, PackedRow, PairSpan, fastest
+from apo.packing.logps import SIDES, Batch, PairLogps, device_of, examples_of, padded_logps, trained_tokens
+from apo.packing.onednn import product, restore_linear, rows_multiple, use_onednn
 from clair.core.errors import one_line
 
 _HEAD_CHUNK = 1024
@@ -44,7 +44,7 @@ def tokens_of(example: dict[str, list[int]]) -> int:
     return len(prompt) + len(chosen) + len(rejected) - shared_response(example)
 
 
-def around_the_parting(example: dict[str, Any], most: int = 128) -> dict[str, Any]:
+def crop_around_divergence(example: dict[str, Any], most: int = 128) -> dict[str, Any]:
     """A pair cut to at most `most` tokens before and `most` after a place shortly before its answers part."""
     prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", *SIDES))
     start = max(0, shared_response(example) - most // 4)
@@ -54,7 +54,9 @@ def around_the_parting(example: dict[str, Any], most: int = 128) -> dict[str, An
     return {**example, **cut, **{name: [1, *mask[1:]][: len(mask)] for name, mask in masks.items()}}
 
 
-def lay_out(examples: Sequence[dict[str, list[int]]], device: torch.device | str = "cpu", multiple: int = 1) -> Layout:
+def pack_pairs(
+    examples: Sequence[dict[str, list[int]]], device: torch.device | str = "cpu", multiple: int = 1
+) -> PackedRow:
     """Pack pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`) into one row, in their order.
 
     The row is filled up to a `multiple` of tokens, and of predicting states, by some that nobody reads or predicts.
@@ -63,7 +65,7 @@ def lay_out(examples: Sequence[dict[str, list[int]]], device: torch.device | str
     """
     ids: list[int] = []
     positions: list[int] = []
-    spans: list[Span] = []
+    spans: list[PairSpan] = []
     rows: list[int] = []
     labels: list[int] = []
     owner: list[int] = []
@@ -77,7 +79,7 @@ def lay_out(examples: Sequence[dict[str, list[int]]], device: torch.device | str
         trained, others = (trained_tokens(example, side) for side in SIDES)
         lengths += [sum(trained), sum(others)]
         shared, start = len(prompt) + both, len(ids)
-        span = Span(start, shared, len(chosen[both:]), len(rejected[both:]))
+        span = PairSpan(start, shared, len(chosen[both:]), len(rejected[both:]))
         spans.append(span)
         ids += [*prompt, *(chosen or rejected), *rejected[both:]]
         positions += [*range(shared + span.chosen), *range(shared, shared + span.rejected)]
@@ -94,16 +96,16 @@ def lay_out(examples: Sequence[dict[str, list[int]]], device: torch.device | str
             labels += compress(tokens, mask)
             owner += [3 * pair + which] * sum(mask)
     if short := -len(ids) % multiple:
-        spans.append(Span(len(ids), short, 0, 0))
+        spans.append(PairSpan(len(ids), short, 0, 0))
         ids += [0] * short
         positions += range(short)
     rows += [0] * (-len(rows) % multiple)
     parts = (ids, positions, rows, labels, owner, lengths)
     sent = to_device(torch.tensor([*chain(*parts)]), torch.device(device)).split([len(part) for part in parts])
-    return Layout(sent[0][None], sent[1][None], spans, *sent[2:5], sent[5].view(-1, 2))
+    return PackedRow(sent[0][None], sent[1][None], spans, *sent[2:5], sent[5].view(-1, 2))
 
 
-def bins_of(sizes: Sequence[int], most: int) -> list[list[int]]:
+def pack_bins(sizes: Sequence[int], most: int) -> list[list[int]]:
     """Places of `sizes` in few bins of at most `most`, by first-fit decreasing; a larger one has a bin of its own."""
     bins: list[tuple[int, list[int]]] = []
     for place in sorted(range(len(sizes)), key=lambda p: (-sizes[p], p)):
@@ -244,7 +246,7 @@ def why_not(model: torch.nn.Module) -> str | None:
     return None
 
 
-def share_prefixes(model: torch.nn.Module, way: str = "split") -> None:
+def enable_packing(model: torch.nn.Module, way: str = "split") -> None:
     """Let a causal model, not yet wrapped by DDP or FSDP, be asked with `shared_prefix=layout`; nothing else changes.
 
     Asked so, it returns the log-probs [M] of the layout's labels. `way` is one of attention.py's.
@@ -254,7 +256,7 @@ def share_prefixes(model: torch.nn.Module, way: str = "split") -> None:
         return
     plain = base.forward
 
-    def forward(self: Any, *args: Any, shared_prefix: Layout | None = None, **options: Any) -> Any:
+    def forward(self: Any, *args: Any, shared_prefix: PackedRow | None = None, **options: Any) -> Any:
         if shared_prefix is None:
             return plain(*args, **options)
         shared_prefix.way = way
@@ -262,7 +264,7 @@ def share_prefixes(model: torch.nn.Module, way: str = "split") -> None:
         hidden = backbone(*args, shared_prefix=shared_prefix, **options).last_hidden_state
         return head_logps(self, hidden[0, shared_prefix.rows], shared_prefix.labels)
 
-    quicken(base)
+    use_onednn(base)
     base._plain_forward = plain
     base.forward = types.MethodType(forward, base)
     configs = {id(module.config): module.config for module in base.modules() if hasattr(module, "config")}
@@ -274,17 +276,17 @@ def share_prefixes(model: torch.nn.Module, way: str = "split") -> None:
 
 
 def unshare_prefixes(model: torch.nn.Module) -> None:
-    """Undo `share_prefixes`."""
+    """Undo `enable_packing`."""
     base = _base_of(model)
     if "_plain_forward" in vars(base):
         base.forward = vars(base).pop("_plain_forward")
-        unquicken(base)
+        restore_linear(base)
         for module in base.modules():
             if BEFORE in vars(module):
                 module.config._attn_implementation = vars(module).pop(BEFORE)
 
 
-def share_if_exact(
+def enable_packing_if_exact(
     models: Sequence[torch.nn.Module],
     pairs: Batch,
     batch: Batch,
@@ -300,14 +302,14 @@ def share_if_exact(
     reason = next((why for model in models if (why := why_not(model))), None)
     if reason is not None:
         return reason, []
-    layout = lay_out(examples_of(batch), batch["input_ids"].device)
+    layout = pack_pairs(examples_of(batch), batch["input_ids"].device)
     best, told = fastest(_base_of(models[0]).config.get_text_config(), layout, dtype)
     notes = [told] if told else []
     with torch.no_grad(), autocast():
-        plain = stacked_logps(models[0], pairs)
+        plain = padded_logps(models[0], pairs)
     for way in dict.fromkeys((best, "split")):
         for model in models:
-            share_prefixes(model, way)
+            enable_packing(model, way)
         try:
             with autocast():
                 reason = None if agrees(models[0], pairs, plain, dtype) else "its log-probs differ in packed rows"
@@ -338,7 +340,7 @@ def _base_of(model: torch.nn.Module) -> torch.nn.Module:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def packed_logps(model: torch.nn.Module, layout: Layout) -> PairLogps:
+def packed_logps(model: torch.nn.Module, layout: PackedRow) -> PairLogps:
     """`PairLogps` of the pairs in a packed row, by a model that shares prefixes."""
     unused = torch.ones(1, 1, 1, 1, device=layout.input_ids.device)  # a mask of 4 dimensions is handed on untouched
     logps = model(
@@ -350,8 +352,8 @@ def packed_logps(model: torch.nn.Module, layout: Layout) -> PairLogps:
 
 
 def shared_prefix_logps(model: torch.nn.Module, batch: Batch, **options: Any) -> PairLogps:
-    """`PairLogps` of a stacked batch by packing it into one row: the fast twin of `stacked_logps`."""
+    """`PairLogps` of a stacked batch by packing it into one row: the fast twin of `padded_logps`."""
     if options:
         raise ValueError(f"{', '.join(options)} cannot be asked for with shared prefixes")
     device = device_of(batch)
-    return packed_logps(model, lay_out(examples_of(batch), device, rows_multiple(device)))
+    return packed_logps(model, pack_pairs(examples_of(batch), device, rows_multiple(device)))

@@ -21,7 +21,13 @@ from apo.models.tensor_cache import hash_model
 from apo.monitoring.failures import is_out_of_memory, memory_watched
 from apo.packing.async_copy import to_device
 from apo.packing.logps import IDLE, IDS, PAIR_WEIGHT, Batch, TurnCollator, WeightedCollator, mismatched
-from apo.packing.packed_model import around_the_parting, bins_of, share_if_exact, shared_prefix_logps, tokens_of
+from apo.packing.packed_model import (
+    crop_around_divergence,
+    enable_packing_if_exact,
+    pack_bins,
+    shared_prefix_logps,
+    tokens_of,
+)
 from apo.training.reference import Advance, with_reference
 from clair.core.errors import UserError
 from clair.core.progress import progress
@@ -32,7 +38,7 @@ PRECOMPUTES_NO_STREAM = (
 )
 
 
-class AskingTrainer(DPOTrainer):
+class LogprobTrainer(DPOTrainer):
     """DPOTrainer's asking half; `APOTrainer` sets its attributes and learns."""
 
     @property
@@ -80,7 +86,7 @@ class AskingTrainer(DPOTrainer):
         short = self._prepare_inputs(self.data_collator(self._shortest_pairs()))
         computed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
         told = {"autocast": self.accelerator.autocast, "fatal": is_out_of_memory}
-        reason, notes = share_if_exact(asked, short, first, computed, **told)
+        reason, notes = enable_packing_if_exact(asked, short, first, computed, **told)
         self.notes += notes
         if reason is None:
             self.pair_logps = shared_prefix_logps
@@ -95,7 +101,7 @@ class AskingTrainer(DPOTrainer):
         pairs = first_rows(self.train_dataset, 64)
         if getattr(self.model.config.get_text_config(), "sliding_window", None):
             return sorted(pairs, key=tokens_of, reverse=True)[:2]
-        return [around_the_parting(pair) for pair in sorted(pairs, key=tokens_of)[:2]]
+        return [crop_around_divergence(pair) for pair in sorted(pairs, key=tokens_of)[:2]]
 
     def _prepare_input(self, data: Any) -> Any:
         """On the device, in its own type: under DeepSpeed transformers rounds log-probs to that of the weights.
@@ -118,7 +124,7 @@ class AskingTrainer(DPOTrainer):
         """Which pairs are asked for together, where there is no gradient: their places."""
         sizes = [tokens_of(pair) for pair in pairs]
         if self._most_tokens is not None:
-            return bins_of(sizes, self._most_tokens)
+            return pack_bins(sizes, self._most_tokens)
         alike = sorted(range(len(pairs)), key=sizes.__getitem__)  # like lengths, little padding
         return [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from apo.cost import memory as fit
     from apo.cost import sizes as shapes
     from apo.data.tokenize import Tokenized
-    from apo.monitoring.guard import Rails
+    from apo.monitoring.guard import GuardSet
     from apo.training.trainer_config import APOConfig
 
 
@@ -36,7 +36,7 @@ class Plan:
     eval: Tokenized | None
     steps: int
     day: str
-    rails: Rails | None = None
+    rails: GuardSet | None = None
     processes: int = 1
 
     @property

@@ -18,7 +18,7 @@ from apo.training.plan import Plan, estimate, plan
 from clair.core.errors import UserError, one_line
 from clair.core.files import write_json
 from clair.core.recipe import resolved
-from clair.pipeline.output_dir import LOCK, locked
+from clair.pipeline.output_dir import LOCK, lock_output
 
 if TYPE_CHECKING:
     from apo.training.trainer import APOTrainer
@@ -93,7 +93,7 @@ def _train(config: TrainConfig, group: Group, tell: Callable[[str], None]) -> di
 @contextmanager
 def _held(out: Path) -> Iterator[None]:
     """The run's folder, for this process alone; gone again where nothing was begun in it."""
-    with locked(out):
+    with lock_output(out):
         try:
             yield
         finally:

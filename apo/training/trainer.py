@@ -24,13 +24,13 @@ from trl.trainer.utils import add_fused_lm_head
 
 from apo.data.sources import check_weights
 from apo.data.tokenize import MASK_COLUMNS, end_ids, first_row, lengths_of, tokenize, tokenize_stream
-from apo.distributed.deepspeed import check_zero, get_ready, hush, tell, unfinished, whole
+from apo.distributed.deepspeed import check_zero, get_ready, tell, unfinished, unregister_zero3, whole
 from apo.distributed.launch import asks_for_fsdp, check_devices
 from apo.losses.mixture import mixture_of
 from apo.losses.saturation import notes_at_start
 from apo.models import load as models
 from apo.monitoring.failures import (
-    LossWatch,
+    NonFiniteLossCheck,
     Stopped,
     check_gradient,
     check_weights_finite,
@@ -38,7 +38,7 @@ from apo.monitoring.failures import (
     kept_words,
     memory_watched,
 )
-from apo.monitoring.metrics import COLUMNS, check_best_metric, measure, pair_rows, work_of
+from apo.monitoring.metrics import COLUMNS, check_best_metric, measure, per_pair_metrics, token_counts
 from apo.monitoring.throughput import Meter, scale_of
 from apo.packing.async_copy import to_device
 from apo.packing.logps import (
@@ -48,17 +48,17 @@ from apo.packing.logps import (
     WeightedCollator,
     examples_of,
     idle,
+    padded_logps,
     select,
-    stacked_logps,
     weights_of,
 )
 from apo.packing.packed_model import (
-    bins_of,
+    pack_bins,
     tokens_of,
 )
 from apo.run_dir import checkpoints
 from apo.training.config import setup_errors
-from apo.training.logprobs import PRECOMPUTES_NO_STREAM, AskingTrainer
+from apo.training.logprobs import PRECOMPUTES_NO_STREAM, LogprobTrainer
 from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError, one_line
 
@@ -72,7 +72,7 @@ SMALLEST_WEIGHT = 1e-30
 """What a step is divided by at least, so that one whose pairs all weigh 0 has loss 0 and not NaN."""
 
 
-class APOTrainer(AskingTrainer):
+class APOTrainer(LogprobTrainer):
     """DPOTrainer for any objective on pairs.
 
     `model` is a model, a folder or a hub name; such a name is loaded with `args.model_init_kwargs`, in float32 unless
@@ -117,7 +117,7 @@ class APOTrainer(AskingTrainer):
             get_ready(model, args)
         # TRL's own tags, of the trainer that this one is for such rows, and ours.
         self._tag_names = ["trl", "kto" if self.objective.needs_pairs is None else "dpo", "apo"]
-        self.pair_logps = pair_logps or stacked_logps
+        self.pair_logps = pair_logps or padded_logps
         self._may_share = pair_logps is None and args.shared_prefix
         self.dropped: dict[str, dict[str, int]] = {}
         self.reference_computed: dict[str, int] = {}
@@ -161,7 +161,7 @@ class APOTrainer(AskingTrainer):
         add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         self._share_prefixes()
         self.meter = Meter(self.accelerator, scale_of(self.model, self.args.device))
-        self._losses = LossWatch(self.args.device)
+        self._losses = NonFiniteLossCheck(self.args.device)
         window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if self.objective.needs_divergence and window < 2:
             raise UserError(
@@ -215,7 +215,7 @@ class APOTrainer(AskingTrainer):
         """
         super().create_accelerator_and_postprocess()
         self._shards, self.is_fsdp_enabled = self.is_fsdp_enabled, False
-        self._deepspeed_config = hush() if self.is_deepspeed_enabled else None
+        self._deepspeed_config = unregister_zero3() if self.is_deepspeed_enabled else None
 
     # The data
 
@@ -362,7 +362,7 @@ class APOTrainer(AskingTrainer):
     def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         if self._most_tokens is None:
             return [inputs]
-        places = bins_of([tokens_of(example) for example in examples_of(inputs)], self._most_tokens)
+        places = pack_bins([tokens_of(example) for example in examples_of(inputs)], self._most_tokens)
         parts = [inputs] if len(places) == 1 else [select(inputs, bin) for bin in places]
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             # Each pass gathers the weights or reduces the gradients of all processes, so all make equally many.
@@ -397,8 +397,8 @@ class APOTrainer(AskingTrainer):
             if IDLE not in inputs:
                 self._aux_losses[mode].append(policy.aux_loss.detach())
             losses = losses + self.router_aux_loss_coef * policy.aux_loss
-        work = to_device(work_of(inputs, packed=self.packs), losses.device)
-        rows = pair_rows(losses, policy, reference, weights, self._kl, work)
+        work = to_device(token_counts(inputs, packed=self.packs), losses.device)
+        rows = per_pair_metrics(losses, policy, reference, weights, self._kl, work)
         self.meter.add(mode, rows[:0] if IDLE in inputs else rows)
         whole = weights.sum() if num_items_in_batch is None else num_items_in_batch
         total = (weights * losses).sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from clair.pipeline.shards import Care
+from clair.pipeline.shards import CrashPolicy
 
 HOPELESS = 6
 """Deaths without any new reply that no care has helped against."""
@@ -13,10 +13,10 @@ _STRIKES = 2
 
 
 @dataclass(slots=True)
-class Deaths:
+class CrashHistory:
     """How often one shard died without coming any further, and the care that it needs."""
 
-    care: Care = field(default_factory=Care)
+    care: CrashPolicy = field(default_factory=CrashPolicy)
     _strikes: int = 0
     _answered: int | None = None
     _suspect: str | None = None
@@ -28,11 +28,11 @@ class Deaths:
             self._answered = answered
         row = row if self.care.note else None
         if row and row == self._suspect:
-            self.care = Care(self.care.killers | {row})
+            self.care = CrashPolicy(self.care.poison_rows | {row})
             self._strikes = 0
         elif self._strikes >= HOPELESS:
             return False
         elif self._strikes >= _STRIKES:
-            self.care = Care(self.care.killers, note=True)
+            self.care = CrashPolicy(self.care.poison_rows, note=True)
         self._suspect = row
         return True

@@ -19,10 +19,10 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from clair.cluster.crash_isolation import HOPELESS, Deaths
+from clair.cluster.crash_isolation import HOPELESS, CrashHistory
 from clair.cluster.leased_limits import LOST
 from clair.cluster.merge import merge
-from clair.cluster.ray_session import Keeper, connected
+from clair.cluster.ray_session import LimitsActor, connected
 from clair.cluster.shared_limits import GONE, RoleLimits
 from clair.cluster.worker import Done, Order, Worker
 from clair.core.errors import UserError, one_line
@@ -33,8 +33,8 @@ from clair.inference.budget import Budget, prices_of
 from clair.inference.local import weights_identity
 from clair.pipeline.build import Built, recorded, same_recipe
 from clair.pipeline.config import BuildConfig, differences
-from clair.pipeline.output_dir import DYING, locked
-from clair.pipeline.shards import Shard, lying, sharded, shards_out, shares_money
+from clair.pipeline.output_dir import DYING, lock_output
+from clair.pipeline.shards import Shard, list_shards, sharded, shards_out, shares_money
 from clair.storage.object_store import InUse, Store, account_of, is_url, public_path
 
 _LOOK = 0.3
@@ -66,10 +66,10 @@ def build_on_ray(
     """
     sharded(config, Shard(1, 1), shared=True)
     folder = shards_out(config.out)
-    with locked(folder):
-        there, _ = lying(folder)
+    with lock_output(folder):
+        there, _ = list_shards(folder)
         of = _number(folder, there, shards)
-        with locked(config.out) as output:
+        with lock_output(config.out) as output:
             if not there:
                 _check_fresh(config)
             same_recipe(config, output.folder, update=update)
@@ -147,7 +147,7 @@ class _Job:
         self.update, self.tell = update, tell
         self.shards = {shard.name: shard for shard in (Shard(index, of) for index in range(1, of + 1))}
         self.configs = {name: sharded(config, shard, shared=True) for name, shard in self.shards.items()}
-        self.deaths = {name: Deaths() for name in self.shards}
+        self.deaths = {name: CrashHistory() for name in self.shards}
         self.running: dict[Any, _Running] = {}
         self.dead: dict[Future[_Look], tuple[str, str]] = {}
         self.idle: list[Any] = []
@@ -180,7 +180,7 @@ class _Job:
     def _finished(self, identities: Mapping[str, str], name: str) -> int | None:
         """The rows of a shard that is built as it would be now; None where there is something to do."""
         config = self.configs[name]
-        with locked(config.out, _PATIENCE) as output:
+        with lock_output(config.out, _PATIENCE) as output:
             same_recipe(config, output.folder, update=self.update)
             if not (output.folder / "manifest.json").is_file():
                 return None
@@ -197,7 +197,7 @@ class _Job:
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             node_id=ray.get_runtime_context().get_node_id(), soft=False
         )
-        self.quotas = ray.remote(num_cpus=0, scheduling_strategy=here)(Keeper).remote(*self._limits())
+        self.quotas = ray.remote(num_cpus=0, scheduling_strategy=here)(LimitsActor).remote(*self._limits())
         for name, spent in zip(self.shards, self.pool.map(self._spent, self.shards), strict=True):
             self.quotas.begin.remote(name, None, spent)
         self.lost = False
@@ -235,7 +235,7 @@ class _Job:
             return _Look(Decimal(0), 0)
         account = account_of(config.out)
         try:
-            with locked(config.out, patience) as output, output.ledger(config.ledger_path) as ledger:
+            with lock_output(config.out, patience) as output, output.ledger(config.ledger_path) as ledger:
                 spent = ledger.spent(account)
                 ((tokens,),) = ledger.read(_ANSWERED, account)
                 noted = output.folder / DYING

@@ -1,7 +1,7 @@
 """A shard's side of the limits that a job shares: it asks within its lease, and reports what came of it.
 
-`Leases` takes the place of a run's own limits (`clair.inference.open.Means`). How a report travels to the job's
-`Quotas` is the caller's: a function that takes one and gives the lease.
+`LeasedResources` takes the place of a run's own limits (`clair.inference.open.Resources`). How a report travels
+to the job's `Quotas` is the caller's: a function that takes one and gives the lease.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from clair.cluster.shared_limits import NOTHING, Lease, Report, RoleLease, RoleReport
 from clair.inference.budget import Budget, BudgetConfig, BudgetReached, Price
 from clair.inference.client import Stop
-from clair.inference.open import Means
+from clair.inference.open import Resources
 from clair.inference.rate_limit import Limiter, Rate
 from clair.ledger.ledger import Tokens
 
@@ -194,7 +194,7 @@ Exchange = Callable[[Report], Awaitable[Lease]]
 
 
 @dataclass
-class Leases(Means):
+class LeasedResources(Resources):
     """The means of one shard's run: models as `open_model` gives them, limits and money by lease.
 
     `exchange` carries a report to the job's Quotas. `done` gives the numbers to show. Where an exchange fails, the

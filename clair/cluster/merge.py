@@ -22,8 +22,8 @@ from clair.data.dataset import SPLITS, DatasetWriter, card, read_manifest, read_
 from clair.data.prompt_sources import parquet_rows
 from clair.ledger.ledger import join_ledgers
 from clair.pipeline.config import differences
-from clair.pipeline.output_dir import Output, check_output, locked
-from clair.pipeline.shards import Shard, lying
+from clair.pipeline.output_dir import Output, check_output, lock_output
+from clair.pipeline.shards import Shard, list_shards
 from clair.pipeline.steps import position_bias
 from clair.storage.object_store import account_of, joined, public_path
 
@@ -40,7 +40,7 @@ def merge(folder: str | Path, out: str | Path | None = None) -> dict[str, Any]:
     with ExitStack() as stack:
         found = _found(str(folder))
         _allow_files(_FILES_OF_A_SHARD * len(found) + _OTHER_FILES)
-        outputs = [stack.enter_context(locked(shard)) for shard in found]
+        outputs = [stack.enter_context(lock_output(shard)) for shard in found]
         shards = [output.folder for output in outputs]
         manifests = [read_manifest(shard) for shard in shards]
         _check_alike(shards, manifests)
@@ -49,7 +49,7 @@ def merge(folder: str | Path, out: str | Path | None = None) -> dict[str, Any]:
         where = str(out or manifests[0]["recipe"]["out"])
         recipe = {**manifests[0]["recipe"], "out": public_path(where)}
         check_output(where)
-        target = stack.enter_context(locked(where))
+        target = stack.enter_context(lock_output(where))
         _check_target(target.folder, recipe)
         return _merge(shards, manifests, target, recipe)
 
@@ -68,7 +68,7 @@ def _allow_files(count: int) -> None:
 
 def _found(folder: str) -> list[str]:
     """The folders or URLs of all shards, in order. Raises UserError naming what is missing."""
-    shards, finished = lying(folder)
+    shards, finished = list_shards(folder)
     told = public_path(folder)
     if not shards:
         raise UserError(f"{told} holds no shards (folders such as 1-of-4); give the folder that --shard made")

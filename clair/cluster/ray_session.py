@@ -36,7 +36,7 @@ def connected(address: str | None) -> Iterator[Any]:
         ray.shutdown()
 
 
-class Keeper(Quotas):
+class LimitsActor(Quotas):
     """The quotas of a job, in an actor; what shards report also goes to Ray's metrics."""
 
     def __init__(self, *limits: Any) -> None:

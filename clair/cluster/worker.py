@@ -9,7 +9,7 @@ from importlib.metadata import version
 from socket import gethostname
 from typing import Any
 
-from clair.cluster.leased_limits import Leases
+from clair.cluster.leased_limits import LeasedResources
 from clair.cluster.shared_limits import Lease, Report
 from clair.core.errors import EXIT_USER_ERROR, UserError
 from clair.core.exit_codes import of_the_system
@@ -20,7 +20,7 @@ from clair.inference.model import Model
 from clair.inference.open import open_model
 from clair.pipeline.build import build
 from clair.pipeline.config import BuildConfig
-from clair.pipeline.shards import Care, Shard, shares_money
+from clair.pipeline.shards import CrashPolicy, Shard, shares_money
 from clair.storage.object_store import StorageError
 
 _PATIENCE = 120.0
@@ -35,7 +35,7 @@ class Order:
     shard: Shard
     attempt: str
     update: bool
-    care: Care
+    care: CrashPolicy
     folder: str
     version: str
     environment: Mapping[str, str] = field(repr=False)
@@ -91,7 +91,7 @@ class Worker:
             means=means,
             care=order.care,
             patience=_PATIENCE,
-            on_progress=lambda writer, askers: seen.update(writer=writer, askers=askers),
+            on_progress=lambda writer, clients: seen.update(writer=writer, clients=clients),
         )
 
 
@@ -111,7 +111,7 @@ def settle_in(folder: str, theirs: str, environment: Mapping[str, str]) -> None:
 
 
 @dataclass
-class _ShardMeans(Leases):
+class _ShardMeans(LeasedResources):
     """Leases, and local models that outlive the run."""
 
     kept: dict[tuple[str, str], LocalModel] = field(default_factory=dict)
@@ -129,11 +129,11 @@ class _ShardMeans(Leases):
         return self.kept[key]
 
 
-def _numbers(writer: Any, askers: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(writer: Any, clients: Mapping[str, Any]) -> dict[str, float]:
     """What the bar and the metrics show of a shard."""
-    tallies = {role: asker.told for role, asker in askers.items()}
+    tallies = {role: asker.told for role, asker in clients.items()}
     tokens = sum(tally.prompt_tokens + tally.completion_tokens for tally in tallies.values())
-    budget: Budget | None = next((asker.spending.budget for asker in askers.values()), None)
+    budget: Budget | None = next((asker.spending.budget for asker in clients.values()), None)
     return {
         "pairs": writer.pairs,
         "dropped": writer.counts["dropped"],

@@ -92,7 +92,7 @@ class Spending:
 
 
 @dataclass
-class Asker:
+class ModelClient:
     """One role (target, reviser, judge): a model with its request options, limits and a tally.
 
     `ready` is awaited before the first request that the ledger cannot answer, so that a run which finds everything

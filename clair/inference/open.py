@@ -15,7 +15,7 @@ from clair.inference.batch_client import Batches
 from clair.inference.batch_queue import BatchQueue
 from clair.inference.batch_service import BatchService
 from clair.inference.budget import Budget, BudgetConfig, Price, check_budget, prices_of
-from clair.inference.client import Asker, Spending, Stop
+from clair.inference.client import ModelClient, Spending, Stop
 from clair.inference.config import ModelConfig
 from clair.inference.local import LocalModel, check_code, check_model_folder, check_options
 from clair.inference.model import Model, Refused
@@ -29,7 +29,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Means:
+class Resources:
     """What a run asks with, all its own here: models, limits and money.
 
     `clair.cluster.leased_limits` has those that a job shares.
@@ -74,7 +74,7 @@ def check_models(models: Mapping[str, ModelConfig], budget: BudgetConfig | None,
             check_options(model.options(seed), role)
 
 
-async def in_order(
+async def map_ordered(
     work: Callable[[Item], Awaitable[Result]],
     items: Iterable[Item],
     ahead: int,
@@ -143,20 +143,20 @@ class Asking(Protocol):
         """The folder on whose account it goes."""
 
 
-def open_askers(
-    config: Asking, ledger: Ledger, stop: Stop, *, live: bool = False, means: Means | None = None
-) -> dict[str, Asker]:
+def open_clients(
+    config: Asking, ledger: Ledger, stop: Stop, *, live: bool = False, means: Resources | None = None
+) -> dict[str, ModelClient]:
     """An asker for each role, its model open; all are checked before the first request. Close their models at the end.
 
     `live`: nothing goes into batches. Needs a running event loop.
     """
-    means = means or Means()
-    askers: dict[str, Asker] = {}
+    means = means or Resources()
+    clients: dict[str, ModelClient] = {}
     checked: asyncio.Future[None] | None = None
 
     async def check_all() -> None:
         # Weights last: an endpoint that is not there is told in a second, not after minutes of loading.
-        for asker in sorted(askers.values(), key=lambda asker: isinstance(asker.model, LocalModel)):
+        for asker in sorted(clients.values(), key=lambda asker: isinstance(asker.model, LocalModel)):
             await asker.check()
 
     async def ready() -> None:
@@ -198,7 +198,7 @@ def open_askers(
                 failed=failed,
                 tell_error=lambda error: stop.now(str(error), error),
             )
-        askers[role] = Asker(
+        clients[role] = ModelClient(
             role=role,
             model=opened,
             batch=batch,
@@ -212,7 +212,7 @@ def open_askers(
             attempts=config.attempts,
             patience=model.patience,
         )
-    return askers
+    return clients
 
 
 def open_model(role: str, config: ModelConfig) -> Model:
@@ -240,21 +240,21 @@ def open_model(role: str, config: ModelConfig) -> Model:
 
 
 @contextmanager
-def ctrl_c(stop: Stop, askers: Mapping[str, Asker]) -> Iterator[None]:
+def ctrl_c(stop: Stop, clients: Mapping[str, ModelClient]) -> Iterator[None]:
     """Ctrl-C once: send nothing more, keep what is in flight. Twice: leave at once. Both say so when it is pressed."""
     loop = asyncio.get_running_loop()
     numbers = (signal.SIGINT, signal.SIGTERM)
 
     def interrupt(number: signal.Signals) -> None:
         stop.now("interrupted")
-        tell(f"interrupted: {_waited_for(askers)}")
+        tell(f"interrupted: {_waited_for(clients)}")
         loop.add_signal_handler(number, leave, number)
 
     def leave(number: signal.Signals) -> None:
         for each in numbers:
             loop.remove_signal_handler(each)
-        tell(f"leaving at once: {_lost(askers)}")
-        for asker in askers.values():
+        tell(f"leaving at once: {_lost(clients)}")
+        for asker in clients.values():
             if isinstance(asker.model, LocalModel):
                 asker.model.halt()
         raise KeyboardInterrupt
@@ -271,9 +271,9 @@ def ctrl_c(stop: Stop, askers: Mapping[str, Asker]) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-def _waited_for(askers: Mapping[str, Asker]) -> str:
+def _waited_for(clients: Mapping[str, ModelClient]) -> str:
     """What is in flight, how long that can take, and what to type, after the first Ctrl-C."""
-    flying = {role: asker for role, asker in askers.items() if asker.limiter.in_flight}
+    flying = {role: asker for role, asker in clients.items() if asker.limiter.in_flight}
     if not flying:
         return "nothing is in flight, and every reply so far is kept"
     counts = ", ".join(f"{role} {asker.limiter.in_flight}" for role, asker in flying.items())
@@ -285,8 +285,8 @@ def _waited_for(askers: Mapping[str, Asker]) -> str:
     )
 
 
-def _lost(askers: Mapping[str, Asker]) -> str:
+def _lost(clients: Mapping[str, ModelClient]) -> str:
     """What is lost by the second Ctrl-C."""
-    count = sum(asker.limiter.in_flight for asker in askers.values())
+    count = sum(asker.limiter.in_flight for asker in clients.values())
     lost = f"the {count} replies in flight are not kept, and will be asked for again; " if count else ""
     return f"{lost}every reply before is kept; the same command goes on from there"

@@ -25,7 +25,7 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from clair.storage.object_store import StorageError, Store, Taken
+from clair.storage.object_store import AlreadyExists, StorageError, Store
 
 _TABLES = {"calls": "key", "batches": "name", "batched": "key"}
 _FOLDER = "ledger/"
@@ -112,7 +112,7 @@ class Segments:
         data = gzip.compress(text.encode(), 1, mtime=0)
         try:
             self.store.create(segment.name, data)
-        except Taken as error:
+        except AlreadyExists as error:
             raise StorageError(f"{self.store.name} is written by another run too; this one stops") from error
         self._log, self._last = lines[0]["log"], number
         connection.execute("BEGIN IMMEDIATE")

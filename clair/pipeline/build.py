@@ -21,13 +21,13 @@ from clair.data.prompt_sources import Scan, each_prompt, scan
 from clair.data.records import Pair, Prompt
 from clair.inference.batch_service import Pending
 from clair.inference.budget import prices_of, share_left, table_version
-from clair.inference.client import Asker, Tally
-from clair.inference.open import Means, check_models
+from clair.inference.client import ModelClient, Tally
+from clair.inference.open import Resources, check_models
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.config import BuildConfig, differences, public
-from clair.pipeline.output_dir import DYING, Output, check_output, locked
+from clair.pipeline.output_dir import DYING, Output, check_output, lock_output
 from clair.pipeline.runner import KILLER, Session, session, templates
-from clair.pipeline.shards import Care, Shard, sharded
+from clair.pipeline.shards import CrashPolicy, Shard, sharded
 from clair.pipeline.steps import position_bias
 from clair.storage.object_store import account_of, public_path, read_here
 
@@ -45,7 +45,7 @@ class Built:
     stopped: str | None = None
 
 
-Progress = Callable[[DatasetWriter, Mapping[str, Asker]], None]
+Progress = Callable[[DatasetWriter, Mapping[str, ModelClient]], None]
 
 
 def check(config: BuildConfig, shard: Shard | None = None) -> Scan:
@@ -84,8 +84,8 @@ def build(
     update: bool = False,
     on_progress: Progress | None = None,
     shard: Shard | None = None,
-    means: Means | None = None,
-    care: Care | None = None,
+    means: Resources | None = None,
+    care: CrashPolicy | None = None,
     patience: float = 0.0,
 ) -> Built:
     """Build the dataset folder `config.out`, going on from whatever its ledger holds; or one shard of it, beside it.
@@ -99,13 +99,13 @@ def build(
     if shard:
         config = sharded(config, shard, shared=means is not None)
     found = found or check(config)
-    with locked(config.out, patience) as output:
+    with lock_output(config.out, patience) as output:
         out = output.folder
         same_recipe(config, out, update=update)
         output.upload("recipe.json")
         with output.ledger(config.ledger_path) as ledger:
             telling = on_progress or (lambda *_: None)
-            built = asyncio.run(_build(config, found, output, ledger, telling, shard, means, care or Care()))
+            built = asyncio.run(_build(config, found, output, ledger, telling, shard, means, care or CrashPolicy()))
         if built.stopped:
             return built
         output.remove(DYING)
@@ -125,8 +125,8 @@ async def _build(
     ledger: Ledger,
     on_progress: Progress,
     shard: Shard | None,
-    means: Means | None,
-    care: Care,
+    means: Resources | None,
+    care: CrashPolicy,
 ) -> Built:
     started = time.monotonic()
     out = output.folder
@@ -139,7 +139,7 @@ async def _build(
                 finished = await _fill(run, found, writer, on_progress, shard, care, output)
             finally:
                 hashes = writer.close(keep=finished)
-            if finished or not await run.wait(partial(on_progress, writer, run.askers)):
+            if finished or not await run.wait(partial(on_progress, writer, run.clients)):
                 break
     if not finished:
         if run.stop.error:
@@ -155,7 +155,7 @@ async def _fill(
     writer: DatasetWriter,
     on_progress: Progress,
     shard: Shard | None,
-    care: Care,
+    care: CrashPolicy,
     output: Output,
 ) -> bool:
     """Write the outcome of every prompt, in the order of the prompts; whether that came to its end."""
@@ -164,7 +164,7 @@ async def _fill(
 
     def ended() -> None:
         writer.ahead += 1
-        on_progress(writer, run.askers)
+        on_progress(writer, run.clients)
 
     def prompts() -> Iterator[tuple[Prompt, str | None]]:
         for place, (prompt, left_out) in enumerate(each_prompt(config.prompts, config.limit, found)):
@@ -175,9 +175,9 @@ async def _fill(
                 if care.note:
                     (output.folder / DYING).write_text(prompt.id, "utf-8")
                     output.upload(DYING)
-                yield prompt, KILLER if prompt.id in care.killers else left_out
+                yield prompt, KILLER if prompt.id in care.poison_rows else left_out
 
-    on_progress(writer, run.askers)
+    on_progress(writer, run.clients)
     async with aclosing(run.outcomes(prompts(), one_by_one=care.note, on_end=ended)) as outcomes:
         async for id, outcome in outcomes:
             writer.ahead -= 1
@@ -188,12 +188,12 @@ async def _fill(
                 writer.add(outcome)
             else:
                 writer.drop(id, outcome)
-            on_progress(writer, run.askers)
+            on_progress(writer, run.clients)
             if writer.pairs == config.accept and not pending:
                 return True
     finished = not pending and run.stop.reason is None
     if finished and shard is None:  # a shard does not see what became of the others' requests
-        for asker in run.askers.values():
+        for asker in run.clients.values():
             asker.check_refusals()
     return finished
 
@@ -250,7 +250,7 @@ def _manifest(
     hashes: Mapping[str, str],
     seconds: float,
 ) -> dict[str, Any]:
-    models, askers = config.models, run.askers
+    models, clients = config.models, run.clients
     position = {"position": position_bias(run.judge.seen)} if run.judge and run.judge.seen else {}
     return {
         "format": 1,
@@ -259,12 +259,12 @@ def _manifest(
         "drop_reasons": dict(sorted(writer.reasons.items())),
         "failed": writer.failed,
         "contrast": writer.contrast_means(),
-        "models": {role: {"model": a.model.name, "identity": a.model.identity} for role, a in askers.items()},
-        "sampling": {role: without_secrets(models[role].options(config.seed)) for role in askers},
+        "models": {role: {"model": a.model.name, "identity": a.model.identity} for role, a in clients.items()},
+        "sampling": {role: without_secrets(models[role].options(config.seed)) for role in clients},
         "first_replies": dict(sorted(run.reviser.first.items())) if run.reviser else {},
         **position,
         **_cost(run),
-        "tokens": {role: _told(asker.told) for role, asker in askers.items()},
+        "tokens": {role: _told(asker.told) for role, asker in clients.items()},
         "prompts_sha256": found.sha256,
         "files": dict(hashes),
         "seed": config.seed,
@@ -278,7 +278,7 @@ def _cost(run: Session) -> dict[str, Any]:
     prices, models = prices_of(run.config.models), run.config.models
     cost = {}
     for role, price in prices.items():
-        tally, batching = run.askers[role].tally, models[role].batching
+        tally, batching = run.clients[role].tally, models[role].batching
         cost[role] = price.of(Tokens(tally.prompt_tokens, tally.completion_tokens))
         if batching:
             cost[role] -= (1 - share_left(batching.discount)) * price.of(tally.batched)

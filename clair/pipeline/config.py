@@ -105,7 +105,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
     A hash that one of them lacks was not noted when it was written, and is no difference.
     """
-    keys = changed_keys(lasting(old), lasting(new))
+    keys = changed_keys(content_recipe(old), content_recipe(new))
     return [key for key in keys if not key.endswith(HASHES) or all(_value_at(one, key) for one in (old, new))]
 
 
@@ -122,7 +122,7 @@ def _value_at(recipe: Mapping[str, Any], key: str) -> Any:
     return (recipe.get(part) or {}).get(name)
 
 
-def lasting(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def content_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What of a resolved recipe decides about the dataset: not how fast it is asked, nor where a named model lives."""
     passing = {"concurrency", "attempts", "out", "ledger", "limit", "accept", "budget"}
     kept = {k: v for k, v in recipe.items() if k not in passing}

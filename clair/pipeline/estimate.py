@@ -22,12 +22,12 @@ from clair.core.statistics import t_quantile
 from clair.data.prompt_sources import Scan, each_prompt
 from clair.data.records import Dropped, Prompt
 from clair.inference.budget import Price, most_tokens, prices_of, share_left
-from clair.inference.client import Asker
+from clair.inference.client import ModelClient
 from clair.inference.config import ModelConfig
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import check, same_recipe
 from clair.pipeline.config import BuildConfig
-from clair.pipeline.output_dir import locked
+from clair.pipeline.output_dir import lock_output
 from clair.pipeline.runner import session
 
 LEAST_PROBE = 3
@@ -58,7 +58,7 @@ class RoleEstimate:
 
 
 def estimate(
-    config: BuildConfig, probe: int = 0, on_progress: Callable[[int, Mapping[str, Asker]], None] = lambda *_: None
+    config: BuildConfig, probe: int = 0, on_progress: Callable[[int, Mapping[str, ModelClient]], None] = lambda *_: None
 ) -> dict[str, RoleEstimate]:
     """The cost of the whole build by role, prompts already paid for included; runs and pays for `probe` rows first.
 
@@ -113,7 +113,7 @@ def _run(
     wanted = set(chosen)
     unique = (p for p, left_out in each_prompt(config.prompts, config.limit, found) if left_out is None)
     prompts = [prompt for place, prompt in enumerate(unique) if place in wanted]
-    with locked(config.out) as output:
+    with lock_output(config.out) as output:
         same_recipe(config, output.folder, update=False)
         output.upload("recipe.json")
         with output.ledger(config.ledger_path) as ledger:
@@ -130,7 +130,7 @@ async def _ask(
         ended = count()
 
         def on_end() -> None:
-            on_progress(next(ended), run.askers)
+            on_progress(next(ended), run.clients)
 
         on_end()
         async with aclosing(run.outcomes(((p, None) for p in prompts), on_end=on_end)) as outcomes:

@@ -16,7 +16,7 @@ from clair.core.files import file_sha256
 from clair.ledger.ledger import Ledger
 from clair.ledger.replication import Segments
 from clair.storage.object_store import InUse, Store, folder_of, is_url
-from clair.storage.url_lock import Hold, held
+from clair.storage.url_lock import UrlLock, held
 
 MARKS = ("recipe.json", "manifest.json")
 """What a dataset folder is known by."""
@@ -33,7 +33,7 @@ class Output:
 
     folder: Path
     store: Store | None = None
-    hold: Hold | None = None
+    hold: UrlLock | None = None
 
     def ledger(self, path: Path, *, all_new: bool = False) -> Ledger:
         """The ledger at `path`; that of an object store's copy writes everything there too."""
@@ -74,7 +74,7 @@ class Output:
 
 
 @contextmanager
-def locked(out: str | Path, patience: float = 0.0) -> Iterator[Output]:
+def lock_output(out: str | Path, patience: float = 0.0) -> Iterator[Output]:
     """Hold an output for this process. Raises InUse naming the process that holds it already.
 
     `patience`: the seconds to wait for that one first, where it is known to be ending.

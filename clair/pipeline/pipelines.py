@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from itertools import combinations
 
 from clair.data.records import Answer, Dropped, Judgement, Pair, Prompt, message_text, trimmed
-from clair.inference.client import Asker
+from clair.inference.client import ModelClient
 from clair.inference.model import visible
 from clair.pipeline.filters import Filters
 from clair.pipeline.steps import Judge, Reviser, answer_of, best_and_worst, generate, judge_pair, keep, revise, together
 
 
-async def revised(prompt: Prompt, *, target: Asker | None, reviser: Reviser, filters: Filters) -> Pair:
+async def revised(prompt: Prompt, *, target: ModelClient | None, reviser: Reviser, filters: Filters) -> Pair:
     """CLAIR: rejected is the target's own answer, chosen is its minimal revision."""
     answer = await generate(prompt, target)
     if not answer.text.strip():
@@ -25,7 +25,9 @@ async def revised(prompt: Prompt, *, target: Asker | None, reviser: Reviser, fil
     return keep(_pair(prompt, revised, answer, models, labels, revision.reasoning), filters)
 
 
-async def stronger(prompt: Prompt, *, target: Asker | None, stronger: Asker | None, filters: Filters) -> Pair:
+async def stronger(
+    prompt: Prompt, *, target: ModelClient | None, stronger: ModelClient | None, filters: Filters
+) -> Pair:
     """Stronger preferred: rejected is the target's own answer, chosen is a stronger model's, unseen by any judge.
 
     Either is the ready one where the row has it.
@@ -37,7 +39,7 @@ async def stronger(prompt: Prompt, *, target: Asker | None, stronger: Asker | No
     return keep(_pair(prompt, better, answer, models, labels), filters)
 
 
-async def _better(prompt: Prompt, stronger: Asker | None) -> Answer:
+async def _better(prompt: Prompt, stronger: ModelClient | None) -> Answer:
     if prompt.stronger is not None:
         return Answer(visible(prompt.stronger))
     if stronger is None:
@@ -45,7 +47,9 @@ async def _better(prompt: Prompt, stronger: Asker | None) -> Answer:
     return await answer_of(prompt, stronger)
 
 
-async def judged(prompt: Prompt, *, target: Asker | None, judge: Judge | None, samples: int, filters: Filters) -> Pair:
+async def judged(
+    prompt: Prompt, *, target: ModelClient | None, judge: Judge | None, samples: int, filters: Filters
+) -> Pair:
     """Judge: of several answers, the target's own samples (on-policy) or given ones (off-policy), best against worst.
 
     Given scores decide where there are any; where one is missing, the judge does, or the row is dropped. Two answers
@@ -114,5 +118,5 @@ async def _match(prompt: Prompt, first: str, second: str, judge: Judge, *, draw:
         raise
 
 
-def _author(prompt: Prompt, target: Asker | None) -> str:
+def _author(prompt: Prompt, target: ModelClient | None) -> str:
     return target.model.name if target and prompt.answer is None else "prompt file"

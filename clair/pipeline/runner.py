@@ -17,9 +17,9 @@ from clair.data.records import Dropped, Pair, Prompt
 from clair.inference.batch_client import results
 from clair.inference.batch_service import Pending
 from clair.inference.budget import BudgetReached
-from clair.inference.client import Asker, Stop, Stopped
+from clair.inference.client import ModelClient, Stop, Stopped
 from clair.inference.config import JudgeConfig, ReviserConfig
-from clair.inference.open import Means, ctrl_c, in_order, open_askers
+from clair.inference.open import Resources, ctrl_c, map_ordered, open_clients
 from clair.ledger.ledger import Ledger
 from clair.pipeline.config import BuildConfig
 from clair.pipeline.filters import make_filters
@@ -39,7 +39,7 @@ class Session:
     """An assembled pipeline with the askers of its roles, and what counts verdicts or first replies, if it has them."""
 
     config: BuildConfig
-    askers: Mapping[str, Asker]
+    clients: Mapping[str, ModelClient]
     stop: Stop
     run: Callable[[Prompt], Awaitable[Pair]]
     judge: Judge | None = None
@@ -68,7 +68,7 @@ class Session:
                 on_end()
             return outcome
 
-        async with aclosing(in_order(row, prompts, ahead, self.stop.happened, self._drain)) as results:
+        async with aclosing(map_ordered(row, prompts, ahead, self.stop.happened, self._drain)) as results:
             async for id, outcome in results:
                 if isinstance(outcome, Stopped):
                     return
@@ -95,7 +95,7 @@ class Session:
 
         False where the run ends instead; `stop` says why. `tell` is called at every look at the batches.
         """
-        batches = [asker.batch for asker in self.askers.values() if asker.batch]
+        batches = [asker.batch for asker in self.clients.values() if asker.batch]
         if self.stop.reason and not (self.stop.short and any(batch.open() for batch in batches)):
             return False
         self.stop.clear()
@@ -108,7 +108,7 @@ class Session:
         except BudgetReached as reached:
             self.stop.now(str(reached))
             return False
-        for asker in self.askers.values():
+        for asker in self.clients.values():
             asker.next_pass()
         if self.reviser:
             self.reviser.first.clear()
@@ -116,46 +116,46 @@ class Session:
 
     async def _drain(self) -> None:
         self.stop.now("no more rows are wanted")
-        await asyncio.gather(*(asker.drain() for asker in self.askers.values()))
+        await asyncio.gather(*(asker.drain() for asker in self.clients.values()))
 
 
 @asynccontextmanager
 async def session(
-    config: BuildConfig, ledger: Ledger, *, live: bool = False, means: Means | None = None
+    config: BuildConfig, ledger: Ledger, *, live: bool = False, means: Resources | None = None
 ) -> AsyncIterator[Session]:
     """Open the recipe's models for one run; Ctrl-C inside it stops the sending and keeps what is in flight.
 
     `live`: nothing goes into batches, whatever the recipe says.
     """
-    stop, means = Stop(), means or Means()
-    askers = open_askers(config, ledger, stop, live=live, means=means)
-    batches = [asker.batch for asker in askers.values() if asker.batch]
+    stop, means = Stop(), means or Resources()
+    clients = open_clients(config, ledger, stop, live=live, means=means)
+    batches = [asker.batch for asker in clients.values() if asker.batch]
     try:
-        with ctrl_c(stop, askers):
+        with ctrl_c(stop, clients):
             async with means.held(stop):
-                yield _assembled(config, askers, stop)
+                yield _assembled(config, clients, stop)
             for batch in batches:
                 await batch.close()
     finally:
         for batch in batches:
             batch.abandon()
-        for asker in askers.values():
+        for asker in clients.values():
             await asker.model.close()
 
 
-def _assembled(config: BuildConfig, askers: Mapping[str, Asker], stop: Stop) -> Session:
-    words, target = templates(config), askers.get("target")
+def _assembled(config: BuildConfig, clients: Mapping[str, ModelClient], stop: Stop) -> Session:
+    words, target = templates(config), clients.get("target")
     filters = make_filters(config.filters, revisions=config.pipeline == "revised")
-    made = partial(Session, config, askers, stop)
+    made = partial(Session, config, clients, stop)
     if config.reviser:
         own = config.reviser
-        reviser = Reviser(askers["reviser"], words["reviser"], words.get("edits"), own.system, own.ask_again)
+        reviser = Reviser(clients["reviser"], words["reviser"], words.get("edits"), own.system, own.ask_again)
         return made(partial(revised, target=target, reviser=reviser, filters=filters), reviser=reviser)
     if config.pipeline == "stronger":
-        return made(partial(stronger, target=target, stronger=askers.get("stronger"), filters=filters))
+        return made(partial(stronger, target=target, stronger=clients.get("stronger"), filters=filters))
     judge = None
     if config.judge:
-        judge = Judge(askers["judge"], words["judge"], config.judge.order, config.judge.system, config.judge.ask_again)
+        judge = Judge(clients["judge"], words["judge"], config.judge.order, config.judge.system, config.judge.ask_again)
     return made(partial(judged, target=target, judge=judge, samples=config.samples, filters=filters), judge)
 
 

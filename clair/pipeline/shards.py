@@ -43,7 +43,7 @@ def shards_out(out: str | Path) -> str:
     return f"{str(out).rstrip('/')}-shards" if is_url(str(out)) else f"{Path(out)}-shards"
 
 
-def lying(folder: str) -> tuple[set[Shard], set[Shard]]:
+def list_shards(folder: str) -> tuple[set[Shard], set[Shard]]:
     """The shards that are in a folder or at a URL, and those of them that are finished."""
     if is_url(folder):
         names = [name.split("/") for name in Store(folder).names()]
@@ -86,10 +86,10 @@ def shares_money(config: BuildConfig) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Care:
+class CrashPolicy:
     """How to build a shard that keeps killing its process: which rows it dies of, and where to note each before it."""
 
-    killers: frozenset[str] = frozenset()
+    poison_rows: frozenset[str] = frozenset()
     """Ids of rows that are left out, and counted as failed."""
     note: bool = False
     """Build row by row, and write the id of each where it builds (`DYING`) before it is begun."""

@@ -19,7 +19,7 @@ from clair.core.statistics import wilson
 from clair.data.contrast import contrast_of
 from clair.data.records import Answer, Dropped, Judgement, Message, Pair, Prompt, Reply, Revision, trimmed
 from clair.inference.batch_service import Pending
-from clair.inference.client import Asker
+from clair.inference.client import ModelClient
 from clair.inference.model import visible
 from clair.pipeline.filters import Filters, first_reason
 from clair.prompting.edits import parse_edits
@@ -40,7 +40,7 @@ class Reviser:
     `first` counts what became of its first replies: `read`, or the name of why they could not be.
     """
 
-    asker: Asker
+    asker: ModelClient
     template: str
     edits: str | None = None
     system: str | None = None
@@ -52,7 +52,7 @@ class Reviser:
 class Judge:
     """The model that compares. `seen` counts its verdicts by position, which is how a position bias shows."""
 
-    asker: Asker
+    asker: ModelClient
     template: str
     order: Literal["both", "random"] = "both"
     system: str | None = None
@@ -60,7 +60,7 @@ class Judge:
     seen: Counter[int] = field(default_factory=Counter)
 
 
-async def generate(prompt: Prompt, model: Asker | None, sample: int = 0) -> Answer:
+async def generate(prompt: Prompt, model: ModelClient | None, sample: int = 0) -> Answer:
     """The model's answer, or the ready one. Drops one without a good ending: its winner would merely finish it."""
     if prompt.answer is not None:
         return ready(prompt.answer)
@@ -77,7 +77,7 @@ def ready(answer: str) -> Answer:
     return Answer(text)
 
 
-async def answer_of(prompt: Prompt, model: Asker, sample: int = 0) -> Answer:
+async def answer_of(prompt: Prompt, model: ModelClient, sample: int = 0) -> Answer:
     """A model's answer to the prompt; the `sample`-th of several."""
     reply = await model.ask(list(prompt.messages), row=prompt.id, sample=sample, tools=prompt.tools)
     if reason := reply.incomplete(tools=bool(prompt.tools)):
@@ -155,7 +155,7 @@ async def judge_once(prompt: Prompt, first: str, second: str, judge: Judge, swap
 
 
 async def _ask_and_read(
-    asker: Asker,
+    asker: ModelClient,
     asked: list[Message],
     *,
     again: bool,

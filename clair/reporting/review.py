@@ -20,7 +20,7 @@ from clair.core.files import content_hash, file_sha256, publish, write_atomicall
 from clair.data.dataset import CONTRAST, ROWS_PER_GROUP, SPLITS, card, read_manifest, schema, split_file, table_of
 from clair.data.prompt_sources import is_json
 from clair.data.records import Dropped
-from clair.pipeline.output_dir import locked
+from clair.pipeline.output_dir import lock_output
 from clair.storage.object_store import folder_of, is_url, public_path, read_here, told_as
 
 FORMAT = 1
@@ -92,7 +92,7 @@ def keep_held(folder: str, decisions: Decisions, out: str | None = None) -> None
             raise UserError(f"--out {public_path(out)} is a URL; give a folder, or leave --out away to change in place")
         with read_here(folder) as source:
             check(source, decisions, out)
-            with locked(out):
+            with lock_output(out):
                 keep(source, decisions, out)
         return
     here = folder_of(folder)
@@ -100,7 +100,7 @@ def keep_held(folder: str, decisions: Decisions, out: str | None = None) -> None
         read_manifest(folder)
     else:
         check(folder, decisions)
-    with told_as(here, public_path(folder) if is_url(folder) else str(here)), locked(folder) as output:
+    with told_as(here, public_path(folder) if is_url(folder) else str(here)), lock_output(folder) as output:
         output.fetch(read_manifest(output.folder)["files"])
         keep(output.folder, decisions)
         output.publish()

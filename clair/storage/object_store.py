@@ -40,7 +40,7 @@ class InUse(StorageError):
     """Another run holds a folder or URL."""
 
 
-class Taken(Exception):
+class AlreadyExists(Exception):
     """The object that was to be created exists already."""
 
 
@@ -185,7 +185,7 @@ class Store:
             except FileExistsError:
                 # Our own try before this one may have arrived, and only its answer got lost.
                 if self._fs.cat_file(self._path(name)) != data:
-                    raise Taken(name) from None
+                    raise AlreadyExists(name) from None
 
         self._tried("write", write)
 
@@ -215,7 +215,7 @@ class Store:
         while True:
             try:
                 return work()
-            except Taken:
+            except AlreadyExists:
                 raise
             except Exception as error:  # implementations raise their libraries' own errors
                 if _final(error) or time.monotonic() + pause > give_up:

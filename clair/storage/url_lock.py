@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from clair.core.files import read_json, write_json
-from clair.storage.object_store import InUse, StorageError, Store, Taken
+from clair.storage.object_store import AlreadyExists, InUse, StorageError, Store
 
 LEASE = 60.0
 """Seconds without a sign of life after which a run counts as dead."""
@@ -30,7 +30,7 @@ BEAT = 10.0
 _FOLDER = "hold/"
 
 
-class Hold:
+class UrlLock:
     """A URL that this run holds. `check` before every use of what it guards."""
 
     def __init__(self, store: Store, number: int, told: dict[str, Any]) -> None:
@@ -79,13 +79,13 @@ class Hold:
 
 
 @contextmanager
-def held(store: Store, folder: Path, patience: float = 0.0) -> Iterator[Hold]:
+def held(store: Store, folder: Path, patience: float = 0.0) -> Iterator[UrlLock]:
     """Hold the URL of `store` for this run; `folder`, where its copy lies, is held by this process already.
 
     Raises InUse, naming who it is, where another run holds it and lives, or lives still after `patience` seconds.
     """
     mine = folder / ".hold.json"
-    hold = Hold(store, *_taken(store, mine, patience))
+    hold = UrlLock(store, *_taken(store, mine, patience))
     try:
         yield hold
     finally:
@@ -101,7 +101,7 @@ def _taken(store: Store, mine: Path, patience: float) -> tuple[int, dict[str, An
     write_json(mine, told)  # before it is taken: what is found of it later is known to be this machine's
     try:
         store.create(_name(highest + 1), _content(told))
-    except Taken:
+    except AlreadyExists:
         raise InUse(f"{store.name} was taken by another run just now; wait for it, or choose another --out") from None
     with suppress(StorageError):  # lower numbers do not count
         store.delete([_name(number) for number in numbers])

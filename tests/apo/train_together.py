@@ -137,12 +137,12 @@ def shard(name, other):
     from torch.distributed.fsdp import fully_shard
 
     from apo.losses.mixture import mixture_of
-    from apo.packing.packed_model import lay_out, packed_logps, share_prefixes
+    from apo.packing.packed_model import enable_packing, pack_pairs, packed_logps
 
     rank, count = dist.get_rank(), dist.get_world_size()
     model, anchor = model_of(CASES[name]), model_of(CASES[name])
     for one in (model, anchor):
-        share_prefixes(one)
+        enable_packing(one)
     mesh = init_device_mesh("cpu", (count,))
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
@@ -151,7 +151,7 @@ def shard(name, other):
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, foreach=False)
     rows = []
     for row, examples in zip(other["rows"], other["pairs"], strict=True):
-        mine = lay_out(examples[rank::count])
+        mine = pack_pairs(examples[rank::count])
         with torch.no_grad():
             anchors = packed_logps(anchor, mine)
         logps = packed_logps(model, mine)

@@ -313,7 +313,7 @@ def curator_job(job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     from bespokelabs import curator
     from datasets import Dataset
 
-    class Asker(curator.LLM):
+    class ModelClient(curator.LLM):
         def prompt(self, input: dict[str, Any]) -> str:
             return input["text"]
 
@@ -323,7 +323,7 @@ def curator_job(job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     rows = Dataset.from_list([{"name": id, "text": text} for id, text in job["rows"].items()])
 
     def work() -> dict[str, Any]:
-        asker = Asker(
+        asker = ModelClient(
             model_name="m", backend="openai",
             backend_params={
                 "base_url": job["url"], "api_key": "none", "max_concurrent_requests": job["concurrency"],

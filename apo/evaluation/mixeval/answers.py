@@ -14,7 +14,7 @@ from apo.evaluation.results import SPLITS, Split
 from clair.core.errors import UserError, one_line
 from clair.core.files import read_text
 from clair.data.records import Dropped, Message
-from clair.inference.client import Asker
+from clair.inference.client import ModelClient
 from clair.inference.local import adapter_base
 from clair.inference.model import visible
 
@@ -77,7 +77,7 @@ def messages_of(row: Row, system: str | None) -> list[Message]:
     return [*first, {"role": "user", "content": row.text}]
 
 
-async def answer(asker: Asker, want: Wanted, system: str | None) -> Answer:
+async def answer(asker: ModelClient, want: Wanted, system: str | None) -> Answer:
     """The model's answer, from the ledger or asked for now. Raises Dropped where it gave none.
 
     One that a limit of tokens cut off is an answer; one that was filtered, refused or broken off is unresolved.

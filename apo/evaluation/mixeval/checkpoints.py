@@ -21,7 +21,7 @@ from clair.core.errors import EXIT_USER_ERROR, UserError
 from clair.inference.config import ModelConfig
 from clair.inference.local import weights_identity
 from clair.inference.model import Model, Refused
-from clair.inference.open import Means
+from clair.inference.open import Resources
 from clair.ledger.ledger import join_ledgers
 
 LEDGER = "ledger.sqlite"
@@ -145,7 +145,7 @@ def _answered(
                 yield waiting.pop(ref)
 
 
-class _Taken(Means):
+class _Taken(Resources):
     """Answers are in the ledger: the weights are looked at, and never loaded."""
 
     def model(self, role: str, config: ModelConfig) -> Model:

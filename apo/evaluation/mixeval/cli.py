@@ -11,7 +11,7 @@ from apo.console import end_early, tell
 from apo.evaluation.config import public
 from apo.evaluation.mixeval.checkpoints import apart, evaluate_each
 from apo.evaluation.mixeval.config import Checked, MixEvalConfig, check
-from apo.evaluation.mixeval.run import Evaluated, evaluate, work_of
+from apo.evaluation.mixeval.run import Evaluated, evaluate, work_items
 from apo.evaluation.results import read_results
 from apo.evaluation.tables import score_table
 from clair.core.console import show as print_
@@ -21,7 +21,7 @@ from clair.terminal import asking_progress
 
 def run_one(config: MixEvalConfig, checked: Checked) -> None:
     """Evaluate one model, and print its score."""
-    total = len(work_of(config, checked))
+    total = len(work_items(config, checked))
     with asking_progress("evaluating", total, dict.fromkeys(config.models, total), closing=True) as on_progress:
         done = evaluate(config, checked=checked, on_progress=on_progress)
     _end_early(done)
@@ -41,7 +41,7 @@ def run_many(
             print("---\n" * bool(number), end="")
             print_settings(*one)
         return
-    rows = {one.out: len(work_of(one, checked)) for one, checked in work}
+    rows = {one.out: len(work_items(one, checked)) for one, checked in work}
     finished: dict[str, Evaluated] = {}
     calls = dict.fromkeys(work[0][0].models, max(rows.values()))
     with asking_progress("evaluating", sum(rows.values()), calls, closing=True) as bar:
@@ -49,7 +49,7 @@ def run_many(
             work,
             ray=runner == "ray",
             address=address,
-            on_progress=lambda done, askers: bar(sum(rows[out] for out in finished) + done, askers),
+            on_progress=lambda done, clients: bar(sum(rows[out] for out in finished) + done, clients),
         )
         for one, done in evaluations:
             _end_early(done)
@@ -68,7 +68,7 @@ def print_settings(config: MixEvalConfig, checked: Checked) -> None:
     print(yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True), end="")
     rows = checked.benchmark.all_rows
     questions = len({row.question for row in rows})
-    print(f"# {len(rows):,} rows, {questions:,} different questions, {len(work_of(config, checked)):,} answers")
+    print(f"# {len(rows):,} rows, {questions:,} different questions, {len(work_items(config, checked)):,} answers")
 
 
 def _end_early(done: Evaluated) -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 from apo.evaluation.config import same_settings
 from apo.evaluation.mixeval.answers import Answer, Wanted, messages_of
 from apo.evaluation.mixeval.config import Checked, MixEvalConfig, check
-from apo.evaluation.mixeval.run import Progress, Run, work_of
+from apo.evaluation.mixeval.run import Progress, Run, work_items
 from clair.core.errors import UserError
 from clair.core.files import content_hash
 from clair.inference.budget import most_tokens, prices_of
 from clair.inference.client import Stop
-from clair.inference.open import ctrl_c, open_askers
+from clair.inference.open import ctrl_c, open_clients
 from clair.ledger.ledger import Ledger, Tokens
-from clair.pipeline.build import locked
+from clair.pipeline.build import lock_output
 from clair.pipeline.estimate import RoleEstimate, role_estimate, spread_over
 
 LEAST_PROBE = 3
@@ -49,10 +49,10 @@ def estimate(
     if not config.models:
         return {}
     if not probe:
-        units = _units(config, checked, work_of(config, checked))
+        units = _units(config, checked, work_items(config, checked))
         return {role: RoleEstimate(len(units), None, None, None) for role in config.models}
     out = Path(config.out)
-    with locked(out), Ledger(config.ledger_path) as ledger:
+    with lock_output(out), Ledger(config.ledger_path) as ledger:
         same_settings(config, out, ledger)
         return asyncio.run(_probed(config, checked, ledger, probe, on_progress))
 
@@ -61,16 +61,16 @@ async def _probed(
     config: MixEvalConfig, checked: Checked, ledger: Ledger, probe: int, on_progress: Progress
 ) -> dict[str, RoleEstimate]:
     stop = Stop()
-    askers = open_askers(config, ledger, stop)
+    clients = open_clients(config, ledger, stop)
     try:
-        run = Run(config, checked, askers, stop)
+        run = Run(config, checked, clients, stop)
         units = _units(config, checked, run.work())
-        role = "judge" if "judge" in askers else "model"
+        role = "judge" if "judge" in clients else "model"
         chosen = sorted(spread_over([unit.sizes[role] for unit in units], max(LEAST_PROBE, probe)))
-        with ctrl_c(stop, askers):
+        with ctrl_c(stop, clients):
             items = await run.items([(place, units[place].what) for place in chosen], on_progress)
     finally:
-        for asker in askers.values():
+        for asker in clients.values():
             await asker.model.close()
     if stop.error or stop.reason or run.failures:
         raise stop.error or UserError(f"the probe ended early: {stop.reason or run.failures[0]}")
@@ -81,7 +81,7 @@ async def _probed(
     prices = prices_of(config.models)
     return {
         role: role_estimate(prices.get(role), len(units), [u.sizes[role] for u in units], chosen, paid[role])
-        for role in askers
+        for role in clients
     }
 
 

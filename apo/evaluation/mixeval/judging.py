@@ -21,7 +21,7 @@ from apo.evaluation.mixeval.rules import chosen_letter, is_right
 from apo.evaluation.results import Item, Profile
 from clair.core.files import content_hash
 from clair.data.records import Dropped, Reply
-from clair.inference.client import Asker
+from clair.inference.client import ModelClient
 
 MAX_TOKENS = 999
 ROUNDS: Mapping[Profile, int] = {"faithful": 10, "strict": 1}
@@ -130,7 +130,7 @@ def by_rule(answer: Answer, profile: Profile) -> Judged:
 class Judge:
     """A model that judges. `independent` names the run whose requests share no reply; None shares all equal ones."""
 
-    asker: Asker
+    asker: ModelClient
     words: JudgeWords
     profile: Profile
     independent: str | None = None

@@ -23,13 +23,13 @@ from clair.core.errors import UserError
 from clair.core.provenance import provenance
 from clair.data.records import Dropped
 from clair.inference.budget import prices_of
-from clair.inference.client import Asker, Stop, Stopped
+from clair.inference.client import ModelClient, Stop, Stopped
 from clair.inference.local import LocalModel
 from clair.inference.model import Refused
-from clair.inference.open import Means, ctrl_c, in_order, open_askers
+from clair.inference.open import Resources, ctrl_c, map_ordered, open_clients
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger, Tokens
-from clair.pipeline.build import locked
+from clair.pipeline.build import lock_output
 
 _HOPELESS = 20
 """Refusals before the first answer after which a model is taken to refuse everything."""
@@ -51,7 +51,7 @@ class Evaluated:
     refused: str = ""
 
 
-Progress = Callable[[int, Mapping[str, Asker]], None]
+Progress = Callable[[int, Mapping[str, ModelClient]], None]
 
 
 def evaluate(
@@ -59,7 +59,7 @@ def evaluate(
     *,
     checked: Checked | None = None,
     on_progress: Progress | None = None,
-    means: Means | None = None,
+    means: Resources | None = None,
 ) -> Evaluated:
     """Run an evaluation, going on from whatever its ledger holds, and write the result folder.
 
@@ -69,29 +69,29 @@ def evaluate(
     """
     checked = checked or check(config)
     out = Path(config.out)
-    with locked(out), Ledger(config.ledger_path) as ledger:
+    with lock_output(out), Ledger(config.ledger_path) as ledger:
         same_settings(config, out, ledger)
         return asyncio.run(_evaluate(config, checked, ledger, on_progress or (lambda *_: None), means))
 
 
 async def _evaluate(
-    config: MixEvalConfig, checked: Checked, ledger: Ledger, on_progress: Progress, means: Means | None
+    config: MixEvalConfig, checked: Checked, ledger: Ledger, on_progress: Progress, means: Resources | None
 ) -> Evaluated:
     started = time.monotonic()
     stop = Stop()
-    askers = open_askers(config, ledger, stop, means=means)
+    clients = open_clients(config, ledger, stop, means=means)
     try:
-        run = Run(config, checked, askers, stop)
-        with ctrl_c(stop, askers):
+        run = Run(config, checked, clients, stop)
+        with ctrl_c(stop, clients):
             items = await run.items(run.work(), on_progress)
     except Refused as error:
-        goes_on(error, askers)
+        goes_on(error, clients)
         raise
     finally:
-        for asker in askers.values():
+        for asker in clients.values():
             await asker.model.close()
     if stop.error:
-        goes_on(stop.error, askers)
+        goes_on(stop.error, clients)
         raise stop.error
     if stop.reason or run.failures:
         first = run.failures[0] if run.failures else ""
@@ -102,7 +102,7 @@ async def _evaluate(
     return Evaluated(Path(config.out), score, requests, refused=refused[0] if score.unanswered else "")
 
 
-def work_of(config: MixEvalConfig, checked: Checked) -> list[tuple[int, Answer | Wanted]]:
+def work_items(config: MixEvalConfig, checked: Checked) -> list[tuple[int, Answer | Wanted]]:
     """What is to be judged, or answered first, each with its place in the result."""
     if checked.given is not None:
         return list(enumerate(checked.given))
@@ -127,7 +127,7 @@ class Run:
 
     config: MixEvalConfig
     checked: Checked
-    askers: Mapping[str, Asker]
+    clients: Mapping[str, ModelClient]
     stop: Stop
     failures: list[str] = field(default_factory=list)
     """Why items got no reply that another run may get."""
@@ -140,15 +140,15 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.checked.words is not None:
-            whose = self.askers["model"].model.identity if "model" in self.askers else self.config.out
+            whose = self.clients["model"].model.identity if "model" in self.clients else self.config.out
             independent = whose if self.config.independent_judgements else None
-            self.judge = Judge(self.askers["judge"], self.checked.words, self.config.profile, independent)
+            self.judge = Judge(self.clients["judge"], self.checked.words, self.config.profile, independent)
 
     def work(self) -> list[tuple[int, Answer | Wanted]]:
         """All work; longest questions first for a local model."""
-        found = work_of(self.config, self.checked)
-        if self.checked.given is None and isinstance(self.askers["model"].model, LocalModel):
-            self.askers["model"].limiter = Limiter(len(found))  # it makes its own batches, the fuller the better
+        found = work_items(self.config, self.checked)
+        if self.checked.given is None and isinstance(self.clients["model"].model, LocalModel):
+            self.clients["model"].limiter = Limiter(len(found))  # it makes its own batches, the fuller the better
             found.sort(key=lambda placed: -len(placed[1].row.text))
         return found
 
@@ -160,11 +160,11 @@ class Run:
         async def placed(what: tuple[int, Answer | Wanted]) -> tuple[int, Item | Dropped | Stopped]:
             result = await self._placed(what)
             if not isinstance(result[1], Dropped | Stopped):
-                on_progress(next(done), self.askers)
+                on_progress(next(done), self.clients)
             return result
 
-        on_progress(next(done), self.askers)
-        results = in_order(placed, work, len(work) + 1, self.stop.happened, self._drain)
+        on_progress(next(done), self.clients)
+        results = map_ordered(placed, work, len(work) + 1, self.stop.happened, self._drain)
         async with aclosing(results) as outcomes:
             async for place, outcome in outcomes:
                 if isinstance(outcome, Stopped):
@@ -196,7 +196,7 @@ class Run:
     async def _answer(self, want: Wanted) -> Answer:
         """The model's answer, or what stands for one it refuses. Ends the run where it refuses from the start."""
         try:
-            made = await answer(self.askers["model"], want, self.config.system)
+            made = await answer(self.clients["model"], want, self.config.system)
         except Dropped as dropped:
             if is_passing(dropped):
                 raise
@@ -215,10 +215,10 @@ class Run:
     async def _drain(self) -> None:
         """Let what is paid for, or being generated, come to its end."""
         self.stop.now("no more rows are wanted")
-        for asker in self.askers.values():
+        for asker in self.clients.values():
             if isinstance(asker.model, LocalModel):
                 asker.model.abandon()
-        await asyncio.gather(*(asker.drain() for asker in self.askers.values()))
+        await asyncio.gather(*(asker.drain() for asker in self.clients.values()))
 
     # ---- the result
 
@@ -270,7 +270,7 @@ class Run:
             texts = "\x1e".join(given.text for given in self.checked.given)
             digest = hashlib.sha256(texts.encode("utf-8", "surrogatepass")).hexdigest()
             return ModelUsed(name=Path(self.config.responses).resolve().name, identity=f"responses:{digest}")
-        asker = self.askers["model"]
+        asker = self.clients["model"]
         return ModelUsed(name=asker.model.name, identity=asker.model.identity, options=_shown(asker.options))
 
     def _usage(self) -> dict[str, Usage]:
@@ -280,7 +280,7 @@ class Run:
         if self.judge:
             tokens["judge"] = self.judge.distinct.values()
         told = {}
-        for role, asker in self.askers.items():
+        for role, asker in self.clients.items():
             total = Tokens(sum(t[0] for t in tokens[role]), sum(t[1] for t in tokens[role]))
             cost = f"{prices[role].of(total).normalize():f}" if role in prices else None
             tally = asker.tally

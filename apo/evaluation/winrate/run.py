@@ -29,14 +29,14 @@ from clair.core.provenance import provenance
 from clair.data.prompt_sources import PromptSource, each_prompt, read_prompts
 from clair.data.records import Dropped, Prompt, task_text
 from clair.inference.budget import prices_of
-from clair.inference.client import Asker, Stop, Stopped
+from clair.inference.client import ModelClient, Stop, Stopped
 from clair.inference.config import JudgeConfig, ModelConfig
 from clair.inference.local import LocalModel
 from clair.inference.model import Refused, visible
-from clair.inference.open import check_models, ctrl_c, in_order, open_askers
+from clair.inference.open import check_models, ctrl_c, map_ordered, open_clients
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger, Tokens
-from clair.pipeline.build import locked
+from clair.pipeline.build import lock_output
 from clair.pipeline.steps import Judge, judge_once, position_bias
 from clair.prompting.templates import JUDGE_NEEDS, load_template
 
@@ -128,7 +128,7 @@ class Run:
 
     config: WinrateConfig
     checked: Checked
-    askers: Mapping[str, Asker]
+    clients: Mapping[str, ModelClient]
     stop: Stop
     judge: Judge = field(init=False)
     failures: list[str] = field(default_factory=list)
@@ -138,27 +138,29 @@ class Run:
 
     def __post_init__(self) -> None:
         own = self.config.judge
-        self.judge = Judge(self.askers["judge"], self.checked.template, "both", own.system, own.ask_again)
+        self.judge = Judge(self.clients["judge"], self.checked.template, "both", own.system, own.ask_again)
         for side in SIDES:
-            if side in self.askers and isinstance(self.askers[side].model, LocalModel):
-                self.askers[side].limiter = Limiter(len(self.work()))  # it makes its own batches, the fuller the better
+            if side in self.clients and isinstance(self.clients[side].model, LocalModel):
+                self.clients[side].limiter = Limiter(
+                    len(self.work())
+                )  # it makes its own batches, the fuller the better
 
     def work(self) -> list[tuple[Prompt, int]]:
         """Every prompt with the number of its sample."""
         return [(prompt, sample) for prompt in self.checked.prompts for sample in range(self.config.samples)]
 
-    async def outcomes(self, on_progress: Callable[[int, Mapping[str, Asker]], None]) -> list[Compared]:
+    async def outcomes(self, on_progress: Callable[[int, Mapping[str, ModelClient]], None]) -> list[Compared]:
         """All comparisons, in the order of the prompts; only some where the run stops or requests fail."""
         work, found, done = self.work(), [], count()
 
         async def one(item: tuple[Prompt, int]) -> Compared | Dropped | Stopped:
             result = await self._one(item)
             if not isinstance(result, Dropped | Stopped):
-                on_progress(next(done), self.askers)
+                on_progress(next(done), self.clients)
             return result
 
-        on_progress(next(done), self.askers)
-        async with aclosing(in_order(one, work, len(work) + 1, self.stop.happened, self._drain)) as outcomes:
+        on_progress(next(done), self.clients)
+        async with aclosing(map_ordered(one, work, len(work) + 1, self.stop.happened, self._drain)) as outcomes:
             async for outcome in outcomes:
                 if isinstance(outcome, Stopped):
                     break
@@ -209,7 +211,7 @@ class Run:
         """
         if side in self.checked.given:
             return Answer(visible(self.checked.given[side][key_of(prompt)][sample]).strip())
-        reply = await self.askers[side].ask(list(prompt.messages), row=prompt.id, sample=sample)
+        reply = await self.clients[side].ask(list(prompt.messages), row=prompt.id, sample=sample)
         incomplete = reply.incomplete()
         if incomplete and incomplete != "truncated":
             raise Dropped(side, incomplete, reply.refusal)
@@ -218,10 +220,10 @@ class Run:
     async def _drain(self) -> None:
         """Let what is paid for, or being generated, come to its end."""
         self.stop.now("no more rows are wanted")
-        for asker in self.askers.values():
+        for asker in self.clients.values():
             if isinstance(asker.model, LocalModel):
                 asker.model.abandon()
-        await asyncio.gather(*(asker.drain() for asker in self.askers.values()))
+        await asyncio.gather(*(asker.drain() for asker in self.clients.values()))
 
 
 async def _both(first: Any, second: Any) -> list[Any]:
@@ -253,7 +255,7 @@ def compare(
     config: WinrateConfig,
     *,
     checked: Checked | None = None,
-    on_progress: Callable[[int, Mapping[str, Asker]], None] = lambda *_: None,
+    on_progress: Callable[[int, Mapping[str, ModelClient]], None] = lambda *_: None,
 ) -> Outcome:
     """Compare two models, going on from whatever the ledger holds, and write winrate.json and winrate.jsonl.
 
@@ -261,7 +263,7 @@ def compare(
     """
     checked = checked or check(config)
     out = Path(config.out)
-    with locked(out), Ledger(config.ledger_path) as ledger:
+    with lock_output(out), Ledger(config.ledger_path) as ledger:
         same_settings(config, out, ledger, ITEMS)
         return asyncio.run(_compare(config, checked, ledger, on_progress))
 
@@ -270,19 +272,19 @@ async def _compare(
     config: WinrateConfig, checked: Checked, ledger: Ledger, on_progress: Callable[..., None]
 ) -> Outcome:
     started, stop, out = time.monotonic(), Stop(), Path(config.out)
-    askers = open_askers(config, ledger, stop)
+    clients = open_clients(config, ledger, stop)
     try:
-        run = Run(config, checked, askers, stop)
-        with ctrl_c(stop, askers):
+        run = Run(config, checked, clients, stop)
+        with ctrl_c(stop, clients):
             compared = await run.outcomes(on_progress)
     except Refused as error:
-        goes_on(error, askers)
+        goes_on(error, clients)
         raise
     finally:
-        for asker in askers.values():
+        for asker in clients.values():
             await asker.model.close()
     if stop.error:
-        goes_on(stop.error, askers)
+        goes_on(stop.error, clients)
         raise stop.error
     if stop.reason or run.failures:
         return Outcome(out, None, len(run.failures), run.failures[0] if run.failures else "", stop.reason)
@@ -301,8 +303,8 @@ async def _compare(
         **numbers,
         "position": position_bias(run.judge.seen) if run.judge.seen else None,
         "left_out": dict(checked.left_out),
-        **{role: _model(config, role, askers) for role in (*SIDES, "judge")},
-        "usage": _usage(config, askers),
+        **{role: _model(config, role, clients) for role in (*SIDES, "judge")},
+        "usage": _usage(config, clients),
         "settings": public(config),
         **provenance(),
         "seconds": round(time.monotonic() - started, 1),
@@ -311,19 +313,19 @@ async def _compare(
     return Outcome(out, result, refused=run.refusals[0] if numbers["unanswered"] else "")
 
 
-def _model(config: WinrateConfig, role: str, askers: Mapping[str, Asker]) -> dict[str, Any]:
-    if role not in askers:
+def _model(config: WinrateConfig, role: str, clients: Mapping[str, ModelClient]) -> dict[str, Any]:
+    if role not in clients:
         file = Path(getattr(config, role))
         return {"name": file.name, "identity": f"answers:{hashlib.sha256(file.read_bytes()).hexdigest()}"}
-    asker = askers[role]
+    asker = clients[role]
     options = {key: value for key, value in asker.options.items() if key != "headers"}
     return {"name": asker.model.name, "identity": asker.model.identity, "options": options}
 
 
-def _usage(config: WinrateConfig, askers: Mapping[str, Asker]) -> dict[str, Any]:
+def _usage(config: WinrateConfig, clients: Mapping[str, ModelClient]) -> dict[str, Any]:
     """Tokens of all replies that the result rests on, and what they cost where prices are known."""
     prices, told = prices_of(config.models), {}
-    for role, asker in askers.items():
+    for role, asker in clients.items():
         tally = asker.tally
         counts = {"calls": tally.calls, "reused": tally.reused}
         tokens = Tokens(tally.prompt_tokens, tally.completion_tokens)

@@ -31,7 +31,7 @@ from clair.core.errors import UserError
 from clair.core.files import content_hash
 from clair.core.provenance import provenance
 from clair.core.recipe import resolve
-from clair.pipeline.build import locked
+from clair.pipeline.build import lock_output
 from recipes.experiments.paper_mini import results
 from recipes.experiments.paper_mini.grid import end_with
 from recipes.experiments.paper_mini.models import Habits, make
@@ -304,7 +304,7 @@ def counts(line: Mapping[str, Any]) -> bool:
 
 def measure(run: Path, file: Path, workers: int, tell: Callable[[str], None]) -> None:
     """Do what is missing, appending each line to `file` as it is done."""
-    with locked(run), _pool(workers) as pool:
+    with lock_output(run), _pool(workers) as pool:
         for name in TARGETS:
             tell(f"target {name}: {'made' if make(name, run / 'models', 1, TARGETS) else 'there already'}")
         lines = [line for line in results.read(file) if line["world"] == world()]

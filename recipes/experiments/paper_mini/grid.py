@@ -29,7 +29,7 @@ from clair.core.errors import UserError
 from clair.core.files import content_hash, read_json
 from clair.core.provenance import provenance
 from clair.data.dataset import read_rows
-from clair.pipeline.build import locked
+from clair.pipeline.build import lock_output
 from recipes.experiments.paper_mini import results
 from recipes.experiments.paper_mini.cells import SMALL, Cell, Design, cells, due, last_accuracy
 from recipes.experiments.paper_mini.data import MODELS, run_folder
@@ -266,7 +266,7 @@ def world_line(place: Place, design: Design) -> dict[str, Any]:
 
 def grid(place: Place, design: Design, workers: int, tell: Callable[[str], None] = print) -> int:
     """Do what is missing; returns how many cells failed by an error of ours, which are not filed."""
-    with locked(place.run):
+    with lock_output(place.run):
         shutil.rmtree(place.run / "work", ignore_errors=True)
         world = world_line(place, design)
         lines = results.read(place.results)

@@ -137,7 +137,7 @@ def _answers(told: Sequence[Mapping[str, Any]], of: Sequence[str], skills: Seque
     return [*(f"{100 * sum(v) / len(v):.1f}" for v in by_skill), *(f"{share:.0%}" for share in shares), f"{words:.1f}"]
 
 
-def pair_rows(cells: Mapping[Name, Runs]) -> list[list[str]]:
+def per_pair_metrics(cells: Mapping[Name, Runs]) -> list[list[str]]:
     """Of held-out pairs at the last checkpoint: reward accuracy and margin with intervals over seeds and pairs, and
     displacement: what became of winners and losers, of the tokens both have and of the others, and the KL.
     """

@@ -31,7 +31,7 @@ from recipes.experiments.paper_mini.rows import (
     gain_rows,
     judged,
     markdown,
-    pair_rows,
+    per_pair_metrics,
     points,
     rate_rows,
     verdict_rows,
@@ -117,7 +117,7 @@ can be told of SFT too, which knows no rewards; margins are beta times the diffe
 log-likelihood in nats a response, of all its tokens, of those that the other has too in the same order, and of the
 rest.
 
-{markdown(pair_rows(cells))}
+{markdown(per_pair_metrics(cells))}
 ## Advice
 
 Whether what the paper teaches can be told from pairs and model beforehand, by [`apo advise`](choosing.md), was measured

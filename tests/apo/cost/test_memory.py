@@ -25,7 +25,7 @@ from apo.cost.deepspeed_memory import Zero, held, zero_of
 from apo.cost.memory import Job
 from apo.cost.sizes import Device, Row, rows_of
 from apo.packing import onednn as matmul
-from apo.packing.packed_model import lay_out, packed_logps, share_prefixes
+from apo.packing.packed_model import enable_packing, pack_pairs, packed_logps
 from apo.training.config import TrainConfig
 from apo.training.plan import estimate, plan
 from apo.training.train import train
@@ -99,8 +99,8 @@ def test_flops_are_those_that_torch_counts(adapter):
     sizes = shapes.sizes_of_model(make_model(), lora() if adapter else None)
     if adapter:
         model = get_peft_model(model, lora())
-    share_prefixes(model)
-    layout = lay_out(pairs)
+    enable_packing(model)
+    layout = pack_pairs(pairs)
     (row,) = rows_of(pairs, len(pairs), None, True, 0)
     assert row.tokens == layout.input_ids.numel()
     assert row.labels == len(layout.labels)
@@ -127,7 +127,7 @@ def test_what_is_kept_for_backward_is_what_autograd_saves(dtype, mixed, adapter)
     model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     if adapter:
         model = get_peft_model(model, lora())
-    share_prefixes(model)
+    enable_packing(model)
     pairs, stored = examples(4, prompt=60), {}
     (row,) = rows_of(pairs, 4, None, True, 0)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -145,7 +145,7 @@ def test_what_is_kept_for_backward_is_what_autograd_saves(dtype, mixed, adapter)
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=mixed),
     ):
-        packed_logps(model, lay_out(pairs))
+        packed_logps(model, pack_pairs(pairs))
     weight = 4 if dtype == "float32" else 2
     expected = fit.row_bytes(job(counted, [row], weight=weight, compute=2 if mixed else weight, mixed=mixed), row)
     assert sum(stored.values()) == pytest.approx(expected, rel=0.08)

@@ -16,10 +16,10 @@ from apo.analysis.distinguishability import head_gradients
 from apo.data.sources import fingerprint
 from apo.data.tokenize import end_ids, tokenize
 from apo.evaluation.pairs import compare_models
-from apo.monitoring.metrics import work_of
+from apo.monitoring.metrics import token_counts
 from apo.monitoring.token_diagnostics import Probe
 from apo.packing.logps import TurnCollator, examples_of, plain_logps
-from apo.packing.packed_model import lay_out
+from apo.packing.packed_model import pack_pairs
 from apo.training.preflight import check_before_training
 from apo.training.reference import part_key
 from tests.apo.conftest import NUMBERS, WORDS, make_model, make_pairs
@@ -186,8 +186,8 @@ def test_a_mask_is_part_of_what_is_cached_and_of_what_a_resumed_run_compares():
 def test_what_is_counted_of_a_batch_is_what_its_packed_row_holds(tmp_path, tokenizer, talks):
     trainer = apo_trainer(tmp_path, tokenizer, talks)
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(12)])
-    layout = lay_out(examples_of(batch))
-    useful, labels, _ = work_of(batch, packed=True)[:, 2:].sum(0).tolist()
+    layout = pack_pairs(examples_of(batch))
+    useful, labels, _ = token_counts(batch, packed=True)[:, 2:].sum(0).tolist()
     assert useful == layout.input_ids.numel()
     assert labels == len(layout.labels)
 

@@ -13,7 +13,15 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from apo import cli
-from apo.monitoring.failures import NAMED, LossWatch, Stopped, _some, is_out_of_memory, memory_changes, names_of
+from apo.monitoring.failures import (
+    NAMED,
+    NonFiniteLossCheck,
+    Stopped,
+    _some,
+    is_out_of_memory,
+    memory_changes,
+    names_of,
+)
 from apo.run_dir.checkpoints import checkpoints, problem_of
 from apo.training.config import TrainConfig
 from apo.training.train import train
@@ -93,7 +101,7 @@ def test_where_the_device_is_waited_for_a_lost_loss_is_found_before_it_is_logged
     for more, step in (({"logging_steps": 100, "logging_first_step": False}, 4), ({"logging_steps": 1}, 2)):
         options = {**SAVING, "save_steps": 100, **more}
         trainer = apo_trainer(tmp_path / str(step), tokenizer, pairs, objective=losing(at_step=2), **options)
-        trainer._losses = LossWatch(torch.device("meta"))
+        trainer._losses = NonFiniteLossCheck(torch.device("meta"))
         with pytest.raises(Stopped, match=r"^step 2: the loss is not finite for 1 of 4"):
             trainer.train()
         assert trainer.state.global_step == step - (step == 4)  # two micro-batches later, or when step 2 is logged
@@ -134,7 +142,7 @@ def test_pairs_are_named_by_id_or_row_and_long_lists_are_cut(tokenizer, tmp_path
 
 
 def raising(error, at_call):
-    from apo.packing.logps import stacked_logps
+    from apo.packing.logps import padded_logps
 
     calls = []
 
@@ -142,7 +150,7 @@ def raising(error, at_call):
         calls.append(1)
         if len(calls) == at_call:
             raise error
-        return stacked_logps(model, batch, **options)
+        return padded_logps(model, batch, **options)
 
     return pair_logps
 

@@ -282,6 +282,6 @@ def test_a_dry_run_tells_what_will_be_looked_at(recipe):
 
 
 def test_how_often_to_look():
-    rails = guard.Rails(Guard(text="a"), [], [], [], [])
+    rails = guard.GuardSet(Guard(text="a"), [], [], [], [])
     assert [rails.every(steps) for steps in (3, 10, 15, 1000)] == [1, 1, 2, 100]
-    assert guard.Rails(Guard(text="a", every=7), [], [], [], []).every(1000) == 7
+    assert guard.GuardSet(Guard(text="a", every=7), [], [], [], []).every(1000) == 7

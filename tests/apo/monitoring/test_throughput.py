@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apo.cost import memory as fit
 from apo.cost import sizes as shapes
-from apo.monitoring.metrics import COLUMNS, work_of
+from apo.monitoring.metrics import COLUMNS, token_counts
 from apo.monitoring.throughput import Meter, Scale, scale_of
-from apo.packing.packed_model import lay_out
+from apo.packing.packed_model import pack_pairs
 from tests.apo.conftest import make_model, make_pairs
 from tests.apo.training.test_trainer import apo_trainer, lora
 
@@ -45,21 +45,21 @@ EXAMPLES = [
 
 def test_work_by_hand():
     # First pair: sequences of 6 and 7 with 4 tokens in common; second: 4 and 3 with 2.
-    found = work_of(stacked(EXAMPLES), packed=True)
+    found = token_counts(stacked(EXAMPLES), packed=True)
     assert found.tolist() == [[13, 9, 9, 3 + 3, 36 + 3 * 7], [7, 5, 5, 2 + 1, 16 + 1 * 3]]
     # Unpaired rows: one sequence of 5 with a chosen and one of 4 with a rejected response.
     alone = [{**EXAMPLES[0], "chosen_ids": [7, 3], "rejected_ids": []}, {**EXAMPLES[1], "chosen_ids": []}]
     alone[1]["rejected_ids"] = [9, 3]
-    assert work_of(stacked(alone), packed=True).tolist() == [[5, 5, 5, 2, 25], [4, 4, 4, 2, 16]]
-    assert work_of(stacked(alone), packed=False).tolist() == [[5, 5, 5, 2, 25], [4, 5, 4, 2, 16]]
-    found = work_of(stacked(EXAMPLES), packed=False)
+    assert token_counts(stacked(alone), packed=True).tolist() == [[5, 5, 5, 2, 25], [4, 4, 4, 2, 16]]
+    assert token_counts(stacked(alone), packed=False).tolist() == [[5, 5, 5, 2, 25], [4, 5, 4, 2, 16]]
+    found = token_counts(stacked(EXAMPLES), packed=False)
     assert found.tolist() == [[13, 14, 13, 7, 36 + 49], [7, 14, 7, 3, 16 + 9]]
 
 
 def test_work_in_packed_rows_is_that_of_the_layout_and_of_the_estimate():
-    layout = lay_out(EXAMPLES)
+    layout = pack_pairs(EXAMPLES)
     rows = fit.rows_of(EXAMPLES, 2, None, True, seed=0)
-    useful, labels, products = work_of(stacked(EXAMPLES), packed=True)[:, 2:].sum(0).tolist()
+    useful, labels, products = token_counts(stacked(EXAMPLES), packed=True)[:, 2:].sum(0).tolist()
     assert useful == layout.input_ids.numel() == sum(row.tokens for row in rows)
     assert labels == len(layout.labels) == sum(row.labels for row in rows)
     assert products == sum(row.products for row in rows)
@@ -119,7 +119,7 @@ def test_padding_and_shared_tokens_are_logged_as_the_batches_were(tmp_path, toke
     longest = max(len(row["prompt_ids"]) + len(row[side]) for row in rows for side in ("chosen_ids", "rejected_ids"))
     (found,) = logged(packed)
     assert found["padding"] == 0
-    assert found["shared"] == pytest.approx(1 - lay_out(rows).input_ids.numel() / one)
+    assert found["shared"] == pytest.approx(1 - pack_pairs(rows).input_ids.numel() / one)
     (found,) = logged(apo_trainer(tmp_path, tokenizer, pairs, shared_prefix=False, **more))
     assert found["padding"] == pytest.approx(1 - one / (16 * longest))
     assert found["shared"] == 0

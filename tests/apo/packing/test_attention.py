@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from apo.packing import attention
 from apo.packing import packed_model as prefix
 from apo.packing.logps import plain_logps
-from apo.packing.packed_model import lay_out, packed_logps, share_prefixes
+from apo.packing.packed_model import enable_packing, pack_pairs, packed_logps
 from tests.apo.packing.test_packed_model import FAMILIES, SHAPES, gradients, pairs, stacked, tiny
 
 
@@ -53,8 +53,8 @@ def test_every_way_gives_the_plain_log_probs_and_gradients(way, family):
     model, batch = tiny(family), stacked(pairs(*SHAPES))
     plain = plain_logps(model, batch)
     expected = gradients(model, plain)
-    share_prefixes(model, way)
-    layout = lay_out(pairs(*SHAPES))
+    enable_packing(model, way)
+    layout = pack_pairs(pairs(*SHAPES))
     found = packed_logps(model, layout)
     assert layout.way == way
     torch.testing.assert_close(found[:2], plain[:2], rtol=1e-5, atol=1e-4)
@@ -68,9 +68,9 @@ def test_in_mixed_precision_too_every_way_is_taken(way):
     found = {}
     for taken in (way, "split"):
         model = tiny("qwen3")
-        share_prefixes(model, taken)
+        enable_packing(model, taken)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logps = packed_logps(model, lay_out(pairs(*SHAPES)))
+            logps = packed_logps(model, pack_pairs(pairs(*SHAPES)))
         found[taken] = torch.stack(logps[:2])
     torch.testing.assert_close(found[way], found["split"], rtol=2e-2, atol=0.1)
 
@@ -82,10 +82,10 @@ def laid(shapes):
     """A layout of nothing but spans (shared, chosen and rejected tokens)."""
     made, start = [], 0
     for shared, chosen, rejected in shapes:
-        made.append(attention.Span(start, shared, chosen, rejected))
+        made.append(attention.PairSpan(start, shared, chosen, rejected))
         start += shared + chosen + rejected
     unused = torch.zeros(0)
-    return attention.Layout(torch.zeros(1, start), unused, made, *[unused] * 4)
+    return attention.PackedRow(torch.zeros(1, start), unused, made, *[unused] * 4)
 
 
 @settings(max_examples=30, deadline=None)
@@ -140,7 +140,7 @@ def test_compiled_once_flexattention_is_split_on_rows_of_any_length(window, soft
 def test_the_fastest_way_that_works_is_taken_and_the_others_are_told(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: None)
     config = types.SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
-    layout = lay_out(pairs(*SHAPES))
+    layout = pack_pairs(pairs(*SHAPES))
     assert attention.fastest(config, layout, torch.float32) == ("split", "")  # on a CPU nothing is measured
 
     def broken(*_):
@@ -164,10 +164,10 @@ def test_a_way_that_disagrees_is_not_taken(monkeypatch):
     wrong = lambda *given: attention._split(*given) * 1.1  # noqa: E731
     monkeypatch.setitem(attention.WAYS, "flex", wrong)
     monkeypatch.setattr(prefix, "fastest", lambda *_: ("flex", "flex 1 ms; taken: flex"))
-    reason, notes = prefix.share_if_exact([model], batch, batch, torch.float32)
+    reason, notes = prefix.enable_packing_if_exact([model], batch, batch, torch.float32)
     assert reason is None
     assert notes[-1] == "attention of packed rows: flex is not taken, its log-probs differ in packed rows"
-    layout = lay_out(pairs(*SHAPES))
+    layout = pack_pairs(pairs(*SHAPES))
     packed_logps(model, layout)
     assert layout.way == "split"
 

@@ -39,7 +39,7 @@ def attended(way, layout, device, dtype, window, softcap, width=64):
 
 
 def on(layout, device):
-    return attention.Layout(layout.input_ids.to(device), *list(vars(layout).values())[1:7])
+    return attention.PackedRow(layout.input_ids.to(device), *list(vars(layout).values())[1:7])
 
 
 @gpu

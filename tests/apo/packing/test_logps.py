@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
-from apo.packing.logps import IDLE, examples_of, idle, mismatched, plain_logps, response_logps, stacked_logps
+from apo.packing.logps import IDLE, examples_of, idle, mismatched, padded_logps, plain_logps, response_logps
 from tests.apo.conftest import make_model
 
 collate = DataCollatorForPreference(pad_token_id=0)
@@ -39,7 +39,7 @@ def test_the_fused_batch_agrees_with_the_plain_reference(examples):
     batch = collate(examples)
     plain = plain_logps(model, batch)
     add_fused_lm_head(model)
-    fused = stacked_logps(model, batch)
+    fused = padded_logps(model, batch)
     for one, other in zip(fused[:4], plain[:4], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     assert plain.chosen_len.tolist() == [len(example["chosen_ids"]) for example in examples]
@@ -51,7 +51,7 @@ def test_gradients_of_the_fused_batch_agree_with_the_plain_reference():
     plain, fused = make_model(), make_model()
     add_fused_lm_head(fused)
     plain_logps(plain, batch).chosen.sum().backward()
-    stacked_logps(fused, batch).chosen.sum().backward()
+    padded_logps(fused, batch).chosen.sum().backward()
     for one, other in zip(fused.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
 

@@ -7,7 +7,7 @@ import torch
 
 from apo.packing import onednn as matmul
 from apo.packing.logps import plain_logps
-from apo.packing.packed_model import lay_out, packed_logps, share_prefixes, shared_prefix_logps, unshare_prefixes
+from apo.packing.packed_model import enable_packing, pack_pairs, packed_logps, shared_prefix_logps, unshare_prefixes
 from tests.apo.packing.test_packed_model import FAMILIES, SHAPES, gradients, pairs, stacked, tiny
 
 
@@ -26,7 +26,7 @@ def quick(monkeypatch):
 def layer(bias):
     torch.manual_seed(2)
     one = torch.nn.Linear(48, 80, bias=bias)
-    matmul.quicken(one)
+    matmul.use_onednn(one)
     return one
 
 
@@ -45,7 +45,7 @@ def test_a_quick_layer_is_as_near_to_float64_as_torchs_own(quick, bias, shape):
     one, x = layer(bias), torch.randn(*shape)
     ours = run(one, x)
     assert len(quick) == 3  # forward, and backward to its input and to its weight
-    matmul.unquicken(one)
+    matmul.restore_linear(one)
     own = run(one, x)
     true = run(one.double(), x.double())
     for mine, theirs, exact in zip(ours, own, true, strict=True):
@@ -68,9 +68,9 @@ def test_only_plain_linear_layers_are_quickened_and_nothing_of_it_stays():
             return 2 * super().forward(x)
 
     layers = torch.nn.Sequential(torch.nn.Linear(3, 3), Scaled(3, 3), torch.nn.LayerNorm(3))
-    matmul.quicken(layers)
+    matmul.use_onednn(layers)
     assert ["forward" in vars(one) for one in layers] == [True, False, False]
-    matmul.unquicken(layers)
+    matmul.restore_linear(layers)
     assert not any("forward" in vars(one) for one in layers)
 
 
@@ -80,7 +80,7 @@ def test_quick_packed_rows_give_the_plain_log_probs_and_gradients(family, quick)
     plain = plain_logps(model, batch)
     wanted = gradients(model, plain)
     assert quick == []
-    share_prefixes(model)
+    enable_packing(model)
     packed = shared_prefix_logps(model, batch)
     for ours, theirs in zip(packed[:4], plain[:4], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-5)
@@ -94,10 +94,10 @@ def test_quick_packed_rows_give_the_plain_log_probs_and_gradients(family, quick)
 
 def test_what_fills_a_row_up_changes_nothing(quick):
     model, examples = tiny(), pairs(*SHAPES)
-    share_prefixes(model)
-    filled = lay_out(examples, multiple=matmul.ROWS)
+    enable_packing(model)
+    filled = pack_pairs(examples, multiple=matmul.ROWS)
     assert filled.input_ids.shape[1] % matmul.ROWS == len(filled.rows) % matmul.ROWS == 0
-    bare = lay_out(examples)
+    bare = pack_pairs(examples)
     assert bare.input_ids.shape[1] % matmul.ROWS
     assert len(bare.rows) % matmul.ROWS
     assert (filled.pairs, len(filled.labels)) == (bare.pairs, len(bare.labels))
@@ -112,7 +112,7 @@ def test_what_fills_a_row_up_changes_nothing(quick):
 def test_where_torchs_own_is_as_fast_nothing_is_filled_or_exchanged(found, quick, monkeypatch):
     monkeypatch.setattr(matmul, "speeds", lambda: found)
     model, batch = tiny(), stacked(pairs(*SHAPES))
-    share_prefixes(model)
+    enable_packing(model)
     shared_prefix_logps(model, batch)
     assert matmul.rows_multiple(torch.device("cpu")) == 1
     assert quick == []

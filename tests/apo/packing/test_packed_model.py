@@ -20,11 +20,11 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from apo.packing import packed_model as prefix
 from apo.packing.logps import TurnCollator, examples_of, plain_logps
 from apo.packing.packed_model import (
-    around_the_parting,
-    bins_of,
-    lay_out,
+    crop_around_divergence,
+    enable_packing,
+    pack_bins,
+    pack_pairs,
     packed_logps,
-    share_prefixes,
     shared_prefix_logps,
     tokens_of,
 )
@@ -87,7 +87,7 @@ def assert_packed_is_plain(model, batch):
     """Log-probs, lengths and gradients of packed rows are those of the padded batch."""
     plain = plain_logps(model, batch)
     wanted = gradients(model, plain)
-    share_prefixes(model)
+    enable_packing(model)
     packed = shared_prefix_logps(model, batch)
     for ours, theirs in zip(packed[:4], plain[:4], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-5)
@@ -108,13 +108,13 @@ def test_unpaired_rows_among_pairs_give_the_plain_log_probs_and_gradients(family
     model, batch = tiny(family), stacked(examples)
     plain = plain_logps(model, batch)
     wanted = gradients(model, plain)
-    share_prefixes(model)
+    enable_packing(model)
     packed = shared_prefix_logps(model, batch)
     assert (plain.rejected[0], plain.chosen[1]) == (0, 0)
     for ours, theirs in zip(packed[:4], plain[:4], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-5)
     assert (gradients(model, packed) - wanted).norm() < 1e-5 * wanted.norm()
-    assert lay_out(examples).input_ids.shape[1] == sum(tokens_of(example) for example in examples)
+    assert pack_pairs(examples).input_ids.shape[1] == sum(tokens_of(example) for example in examples)
 
 
 def with_turns(examples, seed=7):
@@ -138,8 +138,8 @@ def test_turns_that_are_not_trained_are_left_out_of_packed_rows_as_of_the_plain_
     model, batch = tiny(family), TurnCollator(stacked)(examples)
     assert batch["completion_mask"].sum() < stacked(examples)["completion_mask"].sum()
     assert_packed_is_plain(model, batch)
-    assert lay_out(examples).input_ids.shape[1] == sum(tokens_of(example) for example in examples)
-    assert len(lay_out(examples).labels) <= batch["completion_mask"].sum()
+    assert pack_pairs(examples).input_ids.shape[1] == sum(tokens_of(example) for example in examples)
+    assert len(pack_pairs(examples).labels) <= batch["completion_mask"].sum()
 
 
 def test_where_only_one_response_trains_a_token_the_other_has_a_copy_of_its_own():
@@ -149,7 +149,7 @@ def test_where_only_one_response_trains_a_token_the_other_has_a_copy_of_its_own(
         "rejected_ids": [5, 6, 8, 3],
         "chosen_mask": [1, 0, 1, 1],
     }
-    layout = lay_out([example])
+    layout = pack_pairs([example])
     assert layout.input_ids.tolist() == [[1, 2, 5, 6, 7, 3, 6, 8, 3]]
     assert layout.labels.tolist() == [5, 7, 3, 6, 8, 3]
     assert layout.lengths.tolist() == [[3, 4]]
@@ -157,7 +157,7 @@ def test_where_only_one_response_trains_a_token_the_other_has_a_copy_of_its_own(
 
 def test_a_pair_with_turns_is_cut_together_with_its_masks():
     long = with_turns(pairs((300, 184, 200, 30)))[0]
-    cut = around_the_parting(long)
+    cut = crop_around_divergence(long)
     for side in ("chosen", "rejected"):
         assert len(cut.get(f"{side}_mask", cut[f"{side}_ids"])) == len(cut[f"{side}_ids"])
     assert examples_of(TurnCollator(stacked)([cut])) == [cut]
@@ -167,14 +167,14 @@ def test_a_pair_with_turns_is_cut_together_with_its_masks():
 def test_a_model_that_shares_prefixes_answers_all_other_input_as_before(family):
     model, batch = tiny(family), stacked(pairs(*SHAPES))
     before = plain_logps(model, batch)
-    share_prefixes(model)
+    enable_packing(model)
     after = plain_logps(model, batch)
     torch.testing.assert_close(torch.stack(after[:2]), torch.stack(before[:2]), rtol=0, atol=2e-5)
 
 
 def test_a_saved_model_does_not_know_that_it_shared_prefixes(tmp_path):
     model = tiny()
-    share_prefixes(model)
+    enable_packing(model)
     model.save_pretrained(tmp_path)
     assert "shared_prefix" not in (tmp_path / "config.json").read_text()
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
@@ -207,7 +207,7 @@ def test_in_mixed_precision_the_head_has_the_gradients_of_a_plain_one(monkeypatc
 
 def test_gradient_checkpointing_changes_no_gradient():
     model, batch = tiny(), stacked(pairs(*SHAPES))
-    share_prefixes(model)
+    enable_packing(model)
     wanted = gradients(model, shared_prefix_logps(model, batch))
     model.activation_checkpointing_enable()
     model.train()
@@ -218,11 +218,11 @@ def test_gradient_checkpointing_changes_no_gradient():
 @pytest.mark.parametrize("changed", ["chosen_ids", "rejected_ids"])
 def test_no_token_of_one_response_changes_the_other_or_another_pair(changed):
     model, examples = tiny(), pairs(*SHAPES)
-    share_prefixes(model)
-    before = packed_logps(model, lay_out(examples))
+    enable_packing(model)
+    before = packed_logps(model, pack_pairs(examples))
     # The last token may change without changing what is shared.
     examples[1][changed] = [*examples[1][changed][:-1], examples[1][changed][-1] % 90 + 5]
-    after = packed_logps(model, lay_out(examples))
+    after = packed_logps(model, pack_pairs(examples))
     for name in ("chosen", "rejected"):
         same = torch.isclose(getattr(before, name), getattr(after, name), rtol=0, atol=1e-6)
         assert same.tolist() == [not (pair == 1 and changed.startswith(name)) for pair in range(len(examples))]
@@ -230,8 +230,8 @@ def test_no_token_of_one_response_changes_the_other_or_another_pair(changed):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_gradient_of_one_response_comes_from_a_token_of_the_other_or_of_another_pair(family):
-    model, layout = tiny(family), lay_out(pairs(*SHAPES))
-    share_prefixes(model)
+    model, layout = tiny(family), pack_pairs(pairs(*SHAPES))
+    enable_packing(model)
     embedded = []
     model.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(call[2]) or call[2].retain_grad())
     logps = packed_logps(model, layout)
@@ -248,14 +248,14 @@ def test_no_gradient_of_one_response_comes_from_a_token_of_the_other_or_of_anoth
 
 def test_any_order_of_pairs_gives_each_pair_its_own_log_probs():
     model, examples = tiny(), pairs(*SHAPES)
-    share_prefixes(model)
-    there, back = (packed_logps(model, lay_out(order)) for order in (examples, examples[::-1]))
+    enable_packing(model)
+    there, back = (packed_logps(model, pack_pairs(order)) for order in (examples, examples[::-1]))
     torch.testing.assert_close(there.chosen, back.chosen.flip(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(there.rejected, back.rejected.flip(0), rtol=1e-5, atol=1e-5)
 
 
 def test_a_layout_by_hand():
-    layout = lay_out([{"prompt_ids": [11, 12], "chosen_ids": [13, 14, 2], "rejected_ids": [13, 15, 16, 2]}])
+    layout = pack_pairs([{"prompt_ids": [11, 12], "chosen_ids": [13, 14, 2], "rejected_ids": [13, 15, 16, 2]}])
     assert layout.input_ids.tolist() == [[11, 12, 13, 14, 2, 15, 16, 2]]
     assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5]]
     assert layout.rows.tolist() == [1, 2, 3, 2, 5, 6]
@@ -267,37 +267,37 @@ def test_a_layout_by_hand():
 def test_an_empty_prompt_and_no_response_are_refused():
     for empty in (["prompt_ids"], ["chosen_ids", "rejected_ids"]):
         with pytest.raises(ValueError, match="empty prompt or no response"):
-            lay_out([{"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7], **{key: [] for key in empty}}])
+            pack_pairs([{"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7], **{key: [] for key in empty}}])
 
 
 def test_a_model_that_keeps_its_options_from_its_attention_is_noticed():
     model = tiny()
-    share_prefixes(model)
+    enable_packing(model)
     for layer in model.model.layers:
         inner = layer.self_attn.forward
         layer.self_attn.forward = lambda *a, _inner=inner, shared_prefix=None, **k: _inner(*a, **k)
     with pytest.raises(RuntimeError, match="does not hand its options on"):
-        packed_logps(model, lay_out(pairs(*SHAPES)))
+        packed_logps(model, pack_pairs(pairs(*SHAPES)))
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(20, 100))
 @settings(deadline=None)
 def test_bins_hold_every_place_once_and_no_more_than_allowed(sizes, most):
-    bins = bins_of(sizes, most)
+    bins = pack_bins(sizes, most)
     assert sorted(place for places in bins for place in places) == list(range(len(sizes)))
     assert all(sum(sizes[p] for p in places) <= most or len(places) == 1 for places in bins)
 
 
 def test_tokens_of_counts_a_packed_row():
     for example in pairs(*SHAPES):
-        assert tokens_of(example) == lay_out([example]).input_ids.shape[1]
+        assert tokens_of(example) == pack_pairs([example]).input_ids.shape[1]
 
 
 def test_a_long_pair_is_cut_around_the_place_where_its_answers_part():
     (long,) = pairs((300, 200, 150, 40))
-    cut = around_the_parting(long, most=64)
+    cut = crop_around_divergence(long, most=64)
     assert cut["prompt_ids"] == [*long["prompt_ids"], *long["chosen_ids"]][300 + 184 - 64 : 300 + 184]
     assert cut["chosen_ids"] == long["chosen_ids"][184:248]
     assert cut["rejected_ids"] == long["rejected_ids"][184:]
     (short,) = pairs((7, 3, 9, 14))
-    assert around_the_parting(short) == short
+    assert crop_around_divergence(short) == short

@@ -9,7 +9,7 @@ import torch
 
 from apo.monitoring import failures as faults
 from apo.packing import packed_model as prefix
-from apo.packing.logps import select, stacked_logps
+from apo.packing.logps import padded_logps, select
 from apo.packing.packed_model import shared_prefix_logps
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
@@ -50,7 +50,7 @@ def test_packed_training_is_padded_training(tmp_path, tokenizer, pairs, adapter,
     packed = trained(tmp_path / "a", tokenizer, pairs, **options)
     padded = trained(tmp_path / "b", tokenizer, pairs, **options, shared_prefix=False)
     assert packed[0].pair_logps is shared_prefix_logps
-    assert padded[0].pair_logps is stacked_logps
+    assert padded[0].pair_logps is padded_logps
     same(packed, padded)
 
 
@@ -82,7 +82,7 @@ def test_a_model_that_cannot_share_falls_back_to_trls_batch_and_says_why_once(tm
 
     monkeypatch.setattr(LlamaAttention, "forward", forgetful)
     fallen = trained(tmp_path / "a", tokenizer, pairs)
-    assert fallen[0].pair_logps is stacked_logps
+    assert fallen[0].pair_logps is padded_logps
     assert fallen[0].model.config._attn_implementation == "sdpa"
     assert len([note for note in fallen[0].notes if "does not hand its options on" in note]) == 1
     same(fallen, plain)
@@ -127,10 +127,10 @@ def test_a_pass_of_a_step_asks_the_device_for_no_number(tmp_path, tokenizer, pai
     trainer = APOTrainer(make_model(), args=args, train_dataset=pairs, processing_class=tokenizer)
     assert trainer.packs
     prefix.unshare_prefixes(trainer.model)
-    prefix.share_prefixes(trainer.model.to("meta"), way)
+    prefix.enable_packing(trainer.model.to("meta"), way)
     monkeypatch.setattr(type(args), "device", property(lambda _: torch.device("meta")))
     monkeypatch.setattr(faults, "Fetched", lambda _: types.SimpleNamespace(value=lambda: torch.zeros(1)))
-    trainer._losses = faults.LossWatch(args.device)
+    trainer._losses = faults.NonFiniteLossCheck(args.device)
     batches, weight = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, args.device)
     loss = trainer.training_step(trainer.model, batches[0], weight)
     assert len(trainer._parts(batches[0])) > 1

@@ -27,7 +27,7 @@ from apo.training.config import TrainConfig
 from apo.training.plan import plan
 from apo.training.train import train
 from clair.core.errors import UserError
-from clair.pipeline.output_dir import locked
+from clair.pipeline.output_dir import lock_output
 from clair.storage.object_store import InUse
 from tests.apo.conftest import TEMPLATE, make_pairs, make_tokenizer
 from tests.apo.training.test_trajectory import tiny
@@ -181,7 +181,7 @@ def test_a_model_that_changed_between_stop_and_resume_is_refused_before_it_is_lo
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_the_first_loses_nothing(stopped_at_8):
-    with locked(stopped_at_8.out):
+    with lock_output(stopped_at_8.out):
         before = sorted(Path(stopped_at_8.out).rglob("*"))
         with pytest.raises(InUse, match=rf"is in use by process {os.getpid()}; wait for it"):
             train(stopped_at_8, tell=lambda _: None)
@@ -198,10 +198,10 @@ def test_a_run_that_another_process_ended_meanwhile_is_not_begun_again(model_dir
         def late(out):
             patch.undo()
             train(config, tell=lambda _: None)
-            with locked(out):
+            with lock_output(out):
                 yield
 
-        patch.setattr("apo.training.train.locked", late)
+        patch.setattr("apo.training.train.lock_output", late)
         assert train(config, tell=told.append)["resumed_from"] == []
     assert told == [f"{config.out} was finished by another process just now; nothing to do"]
 

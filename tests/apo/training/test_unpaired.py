@@ -17,7 +17,7 @@ from apo.cost.memory import run_flops
 from apo.data.tokenize import count_unpaired, end_ids, tokenize
 from apo.losses.mixture import mixture_of
 from apo.losses.objectives import OBJECTIVES
-from apo.packing.logps import plain_logps, stacked_logps
+from apo.packing.logps import padded_logps, plain_logps
 from apo.packing.packed_model import shared_prefix_logps
 from apo.training.config import TrainConfig
 from apo.training.plan import estimate, plan
@@ -202,7 +202,7 @@ def test_trls_batch_runs_only_the_response_that_is_there(tmp_path):
     hook = run.model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
     )
-    found = stacked_logps(run.model, batch)
+    found = padded_logps(run.model, batch)
     hook.remove()
     assert [tuple(ids.shape) for ids in seen] == [(6, batch["input_ids"].shape[1])]
     for ours, theirs in zip(found[:4], plain_logps(run.model, batch)[:4], strict=True):

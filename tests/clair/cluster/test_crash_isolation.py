@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from clair.cluster.crash_isolation import HOPELESS, Deaths
-from clair.pipeline.shards import Care
+from clair.cluster.crash_isolation import HOPELESS, CrashHistory
+from clair.pipeline.shards import CrashPolicy
 
 
 def test_a_row_that_a_shard_dies_of_twice_is_left_out_and_the_next_one_is_found_too():
-    deaths = Deaths()
+    deaths = CrashHistory()
     told = []
     for row in (None, None, "a", "a", "b", "b", "b"):
         assert deaths.one_more(30, row)
-        told.append((sorted(deaths.care.killers), deaths.care.note))
+        told.append((sorted(deaths.care.poison_rows), deaths.care.note))
     careless, careful, without_a = ([], False), ([], True), (["a"], False)
     assert told[:4] == [careless, careful, careful, without_a]
     # one by one again only after two more deaths: what is noted before is not looked at
     assert told[4:] == [without_a, (["a"], True), (["a"], True)]
     assert deaths.one_more(30, "b")
-    assert deaths.care == Care(frozenset({"a", "b"}))
+    assert deaths.care == CrashPolicy(frozenset({"a", "b"}))
 
 
 def test_a_shard_that_comes_further_between_its_deaths_is_built_on_as_it_is():
-    deaths = Deaths()
+    deaths = CrashHistory()
     assert all(deaths.one_more(answered, None) for answered in range(20))
-    assert deaths.care == Care()
+    assert deaths.care == CrashPolicy()
 
 
 def test_a_shard_that_dies_before_any_row_is_hopeless_and_one_that_cannot_be_looked_at_is_not_counted():
-    deaths = Deaths()
+    deaths = CrashHistory()
     assert all(deaths.one_more(0, None) for _ in range(HOPELESS - 1))
     assert all(deaths.one_more(None, None) for _ in range(20))
     assert not deaths.one_more(0, None)

@@ -90,7 +90,7 @@ def test_the_keeper_of_limits_and_then_a_worker_are_killed_and_the_dataset_is_th
     node = nodes.add()
     build = start(recipe, nodes, "--shards", "2")
     wait_until(lambda: len(server.seen()) > 20)
-    os.kill(nodes.processes("Keeper")[0].pid, signal.SIGKILL)
+    os.kill(nodes.processes("LimitsActor")[0].pid, signal.SIGKILL)
     before = len(server.seen()) + CONCURRENCY
     wait_until(lambda: len(server.seen()) > before)
     os.kill(nodes.processes("Worker.build")[0].pid, signal.SIGKILL)

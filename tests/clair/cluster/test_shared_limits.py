@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 
-from clair.cluster.leased_limits import Leases
+from clair.cluster.leased_limits import LeasedResources
 from clair.cluster.merge import merge
 from clair.cluster.shared_limits import GONE, Quotas, Report, RoleLimits, RoleReport
 from clair.inference.budget import Budget, BudgetConfig
@@ -193,7 +193,7 @@ def in_shards(config, of, keeper):
     def one(index):
         shard = Shard(index, of)
         keeper.quotas.begin(shard.name, "1", Decimal(0))
-        return build(config, shard=shard, means=Leases(shard.name, "1", keeper.report))
+        return build(config, shard=shard, means=LeasedResources(shard.name, "1", keeper.report))
 
     with ThreadPoolExecutor(of) as threads:
         return list(threads.map(one, range(1, of + 1)))
@@ -249,7 +249,7 @@ def test_a_shard_whose_keeper_is_gone_stops_and_keeps_what_it_has(tmp_path, monk
             raise ConnectionError("gone")
         return await keeper.report(told)
 
-    built = build(config, shard=Shard(1, 1), means=Leases("1-of-1", "1", report))
+    built = build(config, shard=Shard(1, 1), means=LeasedResources("1-of-1", "1", report))
     assert built.stopped == "the keeper of this job's limits is gone"
     asked = len(model.asked)
     assert 0 < asked < 80

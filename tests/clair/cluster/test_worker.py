@@ -16,7 +16,7 @@ from clair.cluster.worker import Done, Order, Worker
 from clair.inference.local import LocalModel
 from clair.inference.open import open_model
 from clair.pipeline.build import build
-from clair.pipeline.shards import Care, Shard
+from clair.pipeline.shards import CrashPolicy, Shard
 from tests.clair import tiny_model
 from tests.clair.building import drops, final_bytes, manifest
 from tests.clair.scripted import Scripted, endpoint, recipe, revision
@@ -34,7 +34,7 @@ class Handle:
 
 
 def order(config, index, of, **changes):
-    told = {"attempt": "1", "update": False, "care": Care(), "folder": os.getcwd(), "environment": {}}
+    told = {"attempt": "1", "update": False, "care": CrashPolicy(), "folder": os.getcwd(), "environment": {}}
     return Order(config=config, shard=Shard(index, of), **{**told, "version": version("clair-apo"), **changes})
 
 
@@ -105,7 +105,7 @@ def test_rows_are_built_one_by_one_and_noted_where_care_is_taken_and_killers_are
     monkeypatch.setattr("clair.cluster.worker.open_model", lambda role, config: Scripted("reviser", script))
     made = [{"id": f"row-{n}", "prompt": f"q {n}", "answer": f"bad {n}"} for n in range(5)]
     config = recipe(tmp_path / "all", made, pipeline="revised", reviser=endpoint())
-    care = Care(killers=frozenset({"row-3"}), note=True)
+    care = CrashPolicy(poison_rows=frozenset({"row-3"}), note=True)
     assert built(Worker(), Handle("reviser"), order(config, 1, 1, care=care)) == Done(failed=1)
     assert seen == ["row-0", "row-1", "row-2", "row-4"]
     (dropped,) = drops(noted.parent)

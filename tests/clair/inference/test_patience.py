@@ -138,7 +138,7 @@ def test_words_of_a_server_are_told_once_however_often_it_says_them(tmp_path, se
 def test_an_error_429_in_a_reply_of_status_200_slows_down_and_is_asked_again_as_any_error(tmp_path, server):
     held = []
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["body429 body429 body429 ok"] * 3))
-    build(config_for(tmp_path, server.url), on_progress=lambda _, askers: held.append(askers["reviser"].limiter))
+    build(config_for(tmp_path, server.url), on_progress=lambda _, clients: held.append(clients["reviser"].limiter))
     assert held[-1].refusals == 9
     assert len(pairs(tmp_path / "out")) == 3
 
@@ -184,7 +184,7 @@ def test_a_connection_that_is_not_taken_while_others_are_answered_is_no_try(tmp_
     rows = [{"id": n, "prompt": f"Task {n}", "answer": f"bad {n}"} for n in range(3)]
     limits = []
     config = recipe(tmp_path / "out", rows, pipeline="revised", reviser=endpoint(), attempts=1)
-    result = build(config, on_progress=lambda _, askers: limits.append(askers["reviser"].limiter.limit))
+    result = build(config, on_progress=lambda _, clients: limits.append(clients["reviser"].limiter.limit))
     assert (result.failed, model.left) == (0, 0)
     assert limits[-1] < 64
 

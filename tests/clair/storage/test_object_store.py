@@ -23,11 +23,11 @@ from clair.ledger import replication as segments
 from clair.ledger.ledger import Claim, Ledger, LedgerError, Tokens
 from clair.ledger.replication import Segments
 from clair.pipeline.build import build
-from clair.pipeline.output_dir import locked
+from clair.pipeline.output_dir import lock_output
 from clair.pipeline.shards import Shard
 from clair.storage import object_store as storage
 from clair.storage import url_lock as hold
-from clair.storage.object_store import StorageError, Store, Taken, folder_of, read_here
+from clair.storage.object_store import AlreadyExists, StorageError, Store, folder_of, read_here
 from clair.storage.url_lock import held
 from tests.clair.building import SPLIT_FILES, clair, error_line, final_bytes, write_prompts
 from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
@@ -346,14 +346,14 @@ def test_a_damaged_or_missing_segment_is_told(tmp_path, url, monkeypatch):
 
 
 def test_a_url_in_use_is_told_with_its_owner_and_free_again_after(tmp_path, monkeypatch, url):
-    with locked(url):
+    with lock_output(url):
         with pytest.raises(UserError, match="is in use by process"):  # the same machine
-            locked(url).__enter__()
+            lock_output(url).__enter__()
         another_machine(monkeypatch, tmp_path, "second")
         with pytest.raises(StorageError, match=r"is in use by process \d+ on .*; wait for it"):
-            locked(url).__enter__()
+            lock_output(url).__enter__()
         monkeypatch.undo()
-    with locked(url):
+    with lock_output(url):
         pass
 
 
@@ -403,9 +403,9 @@ def test_a_run_without_a_sign_of_life_is_taken_over_and_stops_where_it_comes_bac
 
 def test_a_dead_run_of_this_machine_is_followed_at_once(tmp_path, url, monkeypatch):
     monkeypatch.setattr(hold, "LEASE", 3600.0)
-    monkeypatch.setattr(hold.Hold, "release", lambda self: self._over.set())  # as after kill -9
+    monkeypatch.setattr(hold.UrlLock, "release", lambda self: self._over.set())  # as after kill -9
     for _ in range(2):
-        with locked(url):
+        with lock_output(url):
             pass
 
 
@@ -553,7 +553,7 @@ def test_an_object_is_created_once_and_a_try_whose_answer_was_lost_counts(url):
     store = Store(url)
     store.create("a", b"1")
     store.create("a", b"1")
-    with pytest.raises(Taken):
+    with pytest.raises(AlreadyExists):
         store.create("a", b"2")
     assert store.get("a") == b"1"
 
@@ -566,7 +566,7 @@ def test_of_several_that_create_an_object_at_once_one_does(tmp_path):
         store = Store(url)
         for round in range(100):
             together.wait(30)
-            with suppress(Taken):
+            with suppress(AlreadyExists):
                 store.create(f"objects/{round}", str(number).encode())
                 made.append(round)
 
