@@ -81,6 +81,8 @@ class Batches:
     """A request of this pass that did not fit into the budget."""
     live_left: int = 0
     """How many requests of this pass may be asked live."""
+    _secrets: dict[str, Any] = field(default_factory=dict)
+    """Options of the role's requests that hold secrets, as they are sent: the queue on disk has references instead."""
     _tries: Counter[tuple[str, str]] = field(default_factory=Counter)
     _queued: int = 0
     _queued_bytes: int = 0
@@ -106,10 +108,10 @@ class Batches:
     async def put_off(self, key: str, claim: Claim, request: Mapping[str, Any]) -> Stored:
         """Queue a request and raise Pending; the reply, where it is there by now. Raises RequestFailed."""
         await self._find_left_behind()
-        line = self._line(key, request)
-        if len(line) > self._most_bytes:
+        line, size = self._line(key, request)
+        if size > self._most_bytes:
             raise RequestFailed(
-                "prompt_too_long", f"the request has {len(line)} bytes; a batch file takes {self._most_bytes}"
+                "prompt_too_long", f"the request has {size} bytes; a batch file takes {self._most_bytes}"
             )
         if not self.budget.hold(self.role, claim.most):
             self.over_budget = claim.most
@@ -133,10 +135,27 @@ class Batches:
     def _most_bytes(self) -> int:
         return int(self.config.megabytes * 10**6)
 
-    def _line(self, key: str, request: Mapping[str, Any]) -> bytes:
+    def _line(self, key: str, request: Mapping[str, Any]) -> tuple[bytes, int]:
+        """The line of a request for the queue, without secrets, and how many bytes are sent of it.
+
+        The line is at least as long as the one that is sent, so that the sizes of files are right.
+        """
         body = {"model": self.service.model.name, **self.service.model.body(request)}
+        references = self.service.model.references(request)
+        self._secrets |= {name: body[name] for name in references}
         line = {"custom_id": key, "method": "POST", "url": PATH, "body": body}
-        return json.dumps(line).encode() + b"\n"  # ASCII: some servers take U+2028 for the end of a line
+        sent = _encoded(line)
+        if not references:
+            return sent, len(sent)
+        return _encoded(line | {"body": body | references}).rstrip().ljust(len(sent) - 1) + b"\n", len(sent)
+
+    def _with_secrets(self, line: bytes) -> bytes:
+        """A line of the queue as it is sent."""
+        if not self._secrets:
+            return line
+        request = json.loads(line)
+        request["body"] |= {name: value for name, value in self._secrets.items() if name in request["body"]}
+        return _encoded(request)
 
     # ---- files up
 
@@ -214,7 +233,7 @@ class Batches:
         """Upload the file and have it begun, with every id in the ledger before the next step."""
         with tempfile.TemporaryFile(dir=self.queue.ledger.path.parent) as file:
             for line in self.queue.lines(batch):
-                file.write(line)
+                file.write(self._with_secrets(line))
             try:
                 uploaded = await self.service.upload(f"{batch.name}.jsonl", file)
             except Refused:
@@ -405,6 +424,10 @@ def _nothing_under_way(batches: Sequence[Batches]) -> None:
             raise Refused(
                 f"replies are under way in a batch of another endpoint ({service}); go on with that one first"
             )
+
+
+def _encoded(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(line).encode() + b"\n"  # ASCII: some servers take U+2028 for the end of a line
 
 
 def _never_run(info: Any, batch: Batch) -> int:

@@ -16,10 +16,12 @@ from clair.core.urls import (
     SECRET,
     endpoint_of,
     environment_headers,
+    environment_names,
     environment_values,
     filled,
     public_url,
     secrets_pattern,
+    without_secrets,
 )
 from clair.inference.model import (
     Refused,
@@ -255,6 +257,13 @@ class OpenAIModel:
         """What is sent of a request: without the headers, and `${NAME}` filled in where it is not a row's text."""
         sent = {name: value for name, value in request.items() if name != "headers"}
         return sent | filled({name: value for name, value in sent.items() if name not in _OURS}, "extra")
+
+    def references(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a request that hold secrets, as they may be written down: `${NAME}`, or `[secret]`."""
+        options = {name: value for name, value in request.items() if name not in (*_OURS, "headers")}
+        public = without_secrets(options)
+        hidden = (name for name in options if public[name] != options[name] or environment_names(options[name]))
+        return {name: public[name] for name in hidden}
 
     def as_said(self, text: str) -> str:
         """What came with status 200: a model's words as they are; what is no completion, without our secrets."""

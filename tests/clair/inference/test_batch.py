@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ from decimal import Decimal
 import pytest
 
 from clair.core.errors import UserError
+from clair.inference import batch_service as batch_service_module
 from clair.inference.batch_results import outcome_of
 from clair.ledger.ledger import Ledger
 from clair.pipeline.build import build
@@ -95,6 +97,37 @@ def test_a_build_through_batches_is_the_live_build(tmp_path, service):
     assert final_bytes(tmp_path / "live") == bytes_
     assert live.manifest["counts"] == built.manifest["counts"]
     assert outcomes(tmp_path / "out")["row-30"] == "!reviser.http_400"
+
+
+def test_the_queue_on_disk_holds_no_secret_and_the_file_that_is_sent_holds_them_all(tmp_path, service, monkeypatch):
+    monkeypatch.setenv("PLANTED", "planted-one")
+    extra = {"user": "${PLANTED}", "api_key": "planted-two", "metadata": {"token": "planted-three", "note": "open"}}
+    sent, queued, upload = [], [], batch_service_module.BatchService.upload
+
+    async def looked_at(self, name, file):
+        file.seek(0)
+        sent.extend(json.loads(line)["body"] for line in file)
+        queued.append(b"".join(path.read_bytes() for path in (tmp_path / "out").glob("ledger.sqlite*")))
+        return await upload(self, name, file)
+
+    monkeypatch.setattr(batch_service_module.BatchService, "upload", looked_at)
+    reviser = batched(service.url, requests=2) | {"extra": extra}
+    build(settings(tmp_path, service, ["ok"] * 3, reviser=reviser))
+    assert outcomes(tmp_path / "out") == good(3)
+    assert [{name: body[name] for name in extra} for body in sent] == [extra | {"user": "planted-one"}] * 3
+    assert len(queued) == 2
+    for ledger in queued:
+        assert b"${PLANTED}" in ledger
+        assert b"[secret]" in ledger
+        assert b"planted-" not in ledger
+
+
+def test_requests_with_long_secrets_fill_no_file_beyond_its_size(tmp_path, service, monkeypatch):
+    monkeypatch.setenv("PLANTED", "planted" * 400)
+    reviser = batched(service.url, megabytes=0.009) | {"extra": {"user": "${PLANTED}"}}
+    build(settings(tmp_path, service, ["ok"] * 6, reviser=reviser))
+    assert outcomes(tmp_path / "out") == good(6)
+    assert max(service.books()["files"]) <= 2
 
 
 def test_built_again_it_finds_everything_and_needs_no_service(tmp_path, service):
