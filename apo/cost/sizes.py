@@ -85,21 +85,23 @@ def check_adapter(name: ModelName, lora: Any) -> list[str]:
     linear = sorted({path.rpartition(".")[2] for module, path in names.items()
                      if isinstance(module, torch.nn.Linear) and module is not head})  # fmt: skip
     allowed = f"linear layers of the model: {', '.join(linear[:_SHOWN_LAYERS])}"
-    asked = lora.target_modules
-    shown = asked if isinstance(asked, str) else ", ".join(sorted(asked))
+    modules = lora.target_modules
+    listed = modules if isinstance(modules, str) else ", ".join(sorted(modules))
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT gives them again for the model that is trained
             targets = get_peft_model(model, lora).base_model.targeted_module_names
     except ValueError as error:
-        raise UserError(f"lora.target_modules: {shown} cannot be trained: {one_line(error, 150)}; {allowed}") from error
+        raise UserError(
+            f"lora.target_modules: {listed} cannot be trained: {one_line(error, 150)}; {allowed}"
+        ) from error
     if head is not None and names[head] in targets:
         raise UserError(
-            f"lora.target_modules: {shown} means {names[head]}, and an adapter to the LM head is not supported; "
+            f"lora.target_modules: {listed} means {names[head]}, and an adapter to the LM head is not supported; "
             f"{allowed}"
         )
-    unmatched = [] if isinstance(asked, str) else [
-        name for name in sorted(asked) if not any(f".{path}".endswith(f".{name}") for path in targets)
+    unmatched = [] if isinstance(modules, str) else [
+        name for name in sorted(modules) if not any(f".{path}".endswith(f".{name}") for path in targets)
     ]  # fmt: skip
     return [f"lora.target_modules: no module is called {', '.join(unmatched)}; {allowed}"] if unmatched else []
 

@@ -219,34 +219,34 @@ def _check_trackers(asked: str | list[str] | None) -> None:
 
 
 class _ReadOptions(dict[str, str]):
-    """Options of an optimizer, with the names of those that are looked up."""
+    """Options of an optimizer, with the `names` of those that it looks up."""
 
     def __init__(self, options: dict[str, str]) -> None:
         super().__init__(options)
-        self.known: set[str] = set()
+        self.names: set[str] = set()
 
     def __contains__(self, name: object) -> bool:
-        self.known.add(str(name))
+        self.names.add(str(name))
         return super().__contains__(name)
 
     def __getitem__(self, name: str) -> str:
-        self.known.add(name)
+        self.names.add(name)
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        self.known.add(name)
+        self.names.add(name)
         return super().get(name, default)
 
     def pop(self, name: str, default: Any = None) -> Any:
-        self.known.add(name)
+        self.names.add(name)
         return super().get(name, default)
 
     def __iter__(self) -> Iterator[str]:
-        self.known.update(super().keys())
+        self.names.update(super().keys())
         return super().__iter__()
 
     def keys(self) -> Any:
-        self.known.update(super().keys())
+        self.names.update(super().keys())
         return super().keys()
 
 
@@ -276,11 +276,10 @@ def check_optimizer(args: APOConfig, steps: int) -> None:
         if handler is None:
             raise ValueError("transformers has no such optimizer")
         try:
-            given = _parse_optim_args(args.optim_args)
+            options = _ReadOptions(_parse_optim_args(args.optim_args))
         except ValueError as error:
             raise UserError(f"trainer.optim_args is {args.optim_args!r}; write name=value, ...") from error
         adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        options = _ReadOptions(given)
         context = OptimizerContext(args, _UnloadedModel(), {"lr": args.learning_rate}, adam, options)
         with suppress(_NeedsModel):
             optimizer, arguments = handler(context)
@@ -288,10 +287,10 @@ def check_optimizer(args: APOConfig, steps: int) -> None:
                 optimizer([weight], **arguments)
             elif not {"model", "params"} & set(arguments):
                 inspect.signature(optimizer).bind([weight], **arguments)
-    if unread := next((option for option in given if option not in options.known), None):
-        known = ", ".join(sorted(options.known)) or "none"
+    if unread := next((option for option in dict.keys(options) if option not in options.names), None):
+        allowed = ", ".join(sorted(options.names)) or "none"
         raise UserError(
-            f"trainer.optim_args: {name} has no option {unread!r}{near_miss(unread, options.known)}; options: {known}"
+            f"trainer.optim_args: {name} has no option {unread!r}{near_miss(unread, options.names)}; options: {allowed}"
         )
     kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     with setup_errors(f"trainer.lr_scheduler_type {kind}", "lr_scheduler_kwargs"):

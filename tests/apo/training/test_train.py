@@ -468,19 +468,19 @@ BAD_INPUT = {
 }
 
 
-TOLD_BY_A_DRY_RUN = [
+REFUSED_BY_A_DRY_RUN = [
     case for case in BAD_INPUT if case.startswith(("lora on", "misspelt option", "option", "optimizer"))
 ]
 
 
-@pytest.mark.parametrize("case", TOLD_BY_A_DRY_RUN)
-def test_a_dry_run_tells_modules_and_options_that_are_not_there(case, tmp_path, recipe):
+@pytest.mark.parametrize("case", REFUSED_BY_A_DRY_RUN)
+def test_a_dry_run_refuses_modules_and_options_that_do_not_exist(case, tmp_path, recipe):
     spoil, message = BAD_INPUT[case]
     spoil(tmp_path, recipe)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         plan(TrainConfig(**recipe))
-    assert message in str(told.value)
-    assert "\n" not in str(told.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_name_among_others_that_no_module_has_is_noted(recipe):

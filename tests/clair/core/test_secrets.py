@@ -260,11 +260,11 @@ DEPLOYMENT = "0123456789abcdef0123456789abcdef"
 
 def test_deployments_with_names_of_hex_digits_are_told_apart_and_written_down(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
-    for name, code, asked in [(DEPLOYMENT, 0, 1), (DEPLOYMENT[::-1], 2, 1)]:
+    for name, code, requests in [(DEPLOYMENT, 0, 1), (DEPLOYMENT[::-1], 2, 1)]:
         reviser = {"url": f"{server.url}?deployment={name}", "model": "m"}
-        ended = clair("build", write_recipe(tmp_path, server.url, reviser=reviser))
-        assert (ended.code, len(server.seen())) == (code, asked), name
-    assert "differs in reviser.url" in ended.err
+        build = clair("build", write_recipe(tmp_path, server.url, reviser=reviser))
+        assert (build.code, len(server.seen())) == (code, requests), name
+    assert "differs in reviser.url" in build.err
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())["reviser"]
     assert recipe["url"] == f"{server.url}?deployment={DEPLOYMENT}"
 

@@ -104,13 +104,13 @@ def test_the_queue_on_disk_holds_no_secret_and_the_file_that_is_sent_holds_them_
     extra = {"user": "${PLANTED}", "api_key": "planted-two", "metadata": {"token": "planted-three", "note": "open"}}
     sent, queued, upload = [], [], batch_service_module.BatchService.upload
 
-    async def looked_at(self, name, file):
+    async def upload_and_record(self, name, file):
         file.seek(0)
         sent.extend(json.loads(line)["body"] for line in file)
         queued.append(b"".join(path.read_bytes() for path in (tmp_path / "out").glob("ledger.sqlite*")))
         return await upload(self, name, file)
 
-    monkeypatch.setattr(batch_service_module.BatchService, "upload", looked_at)
+    monkeypatch.setattr(batch_service_module.BatchService, "upload", upload_and_record)
     reviser = batched(service.url, requests=2) | {"extra": extra}
     build(settings(tmp_path, service, ["ok"] * 3, reviser=reviser))
     assert outcomes(tmp_path / "out") == good(3)
