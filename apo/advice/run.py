@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from apo.evaluation.config import public, same_settings
 from apo.evaluation.winrate.run import Outcome
 from apo.evaluation.winrate.verdicts import Compared, key_of, summary
 from clair.core.errors import UserError
+from clair.core.event_loop import run_async
 from clair.core.files import write_json
 from clair.core.provenance import provenance
 from clair.core.statistics import clustered_mean, wilson
@@ -37,7 +37,7 @@ def run(
     known = sum(checked.strange.values()) <= STRANGE * len(checked.rows)  # else no judge is paid for what is refused
     with lock_output(out), Ledger(config.ledger_path) as ledger:
         same_settings(config, out, ledger, RESULT)
-        asked = asyncio.run(ask(config, checked, ledger, tell, judge=config.judge is not None and known))
+        asked = run_async(ask(config, checked, ledger, tell, judge=config.judge is not None and known))
     if asked.stopped or asked.failures:
         return Outcome(out, None, len(asked.failures), next(iter(asked.failures), ""), asked.stopped)
     ended = [_ended(asked, checked, row) for row in checked.rows]

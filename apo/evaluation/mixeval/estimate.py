@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from apo.evaluation.mixeval.answers import Answer, Wanted, messages_of
 from apo.evaluation.mixeval.config import Checked, MixEvalConfig, check
 from apo.evaluation.mixeval.run import Progress, Run, work_items
 from clair.core.errors import UserError
+from clair.core.event_loop import run_async
 from clair.core.files import content_hash
 from clair.inference.budget import most_tokens, prices_of
 from clair.inference.client import Stop
@@ -54,7 +54,7 @@ def estimate(
     out = Path(config.out)
     with lock_output(out), Ledger(config.ledger_path) as ledger:
         same_settings(config, out, ledger)
-        return asyncio.run(_probed(config, checked, ledger, probe, on_progress))
+        return run_async(_probed(config, checked, ledger, probe, on_progress))
 
 
 async def _probed(

@@ -20,6 +20,7 @@ from apo.evaluation.mixeval.score import aggregate
 from apo.evaluation.mixeval.upstream import write_upstream_files
 from apo.evaluation.results import Item, JudgeUsed, ModelUsed, Score, Usage, write_results
 from clair.core.errors import UserError
+from clair.core.event_loop import run_async
 from clair.core.provenance import provenance
 from clair.data.records import Dropped
 from clair.inference.budget import prices_of
@@ -71,7 +72,7 @@ def evaluate(
     out = Path(config.out)
     with lock_output(out), Ledger(config.ledger_path) as ledger:
         same_settings(config, out, ledger)
-        return asyncio.run(_evaluate(config, checked, ledger, on_progress or (lambda *_: None), means))
+        return run_async(_evaluate(config, checked, ledger, on_progress or (lambda *_: None), means))
 
 
 async def _evaluate(

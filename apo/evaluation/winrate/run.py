@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from apo.evaluation.config import Evaluation, check_folder, goes_on, is_passing, public, same_settings
 from apo.evaluation.winrate.verdicts import SIDES, Answer, Compared, key_of, reasons, summary
 from clair.core.errors import UserError, one_line
+from clair.core.event_loop import run_async
 from clair.core.files import write_atomically, write_json
 from clair.core.provenance import provenance
 from clair.data.prompt_sources import PromptSource, each_prompt, read_prompts
@@ -265,7 +266,7 @@ def compare(
     out = Path(config.out)
     with lock_output(out), Ledger(config.ledger_path) as ledger:
         same_settings(config, out, ledger, ITEMS)
-        return asyncio.run(_compare(config, checked, ledger, on_progress))
+        return run_async(_compare(config, checked, ledger, on_progress))
 
 
 async def _compare(
