@@ -107,7 +107,7 @@ def asking_progress(
     """How far work is that asks models: rows done, and for each role replies, requests in flight and time left.
 
     `calls` are the replies of each role that all rows need, about. Yields the function that takes the rows done, the
-    askers, and more words; it is called where one of them changes.
+    clients, and more words; it is called where one of them changes.
     """
     asking = _Asking(total, calls)
     with progress(what, total, details=asking.lines, left=asking.left, shown=shown, closing=closing) as work:
@@ -120,7 +120,7 @@ def asking_progress(
 
 
 class _Asking:
-    """What askers are at, in lines: looked at whenever a line is wanted, from another thread than theirs."""
+    """What clients are at, in lines: looked at whenever a line is wanted, from another thread than theirs."""
 
     def __init__(self, total: int, calls: Mapping[str, int], clock: Callable[[], float] = time.monotonic) -> None:
         self.total, self.calls, self._clock = total, calls, clock
@@ -146,22 +146,22 @@ class _Asking:
         return max((left for left in each if left is not None), default=None) if None not in each else None
 
     def _line(self, role: str) -> str:
-        asker, left = self.clients[role], self._left(role)
-        tally, rate = asker.told, self._rate(role, asker)
+        client, left = self.clients[role], self._left(role)
+        tally, rate = client.told, self._rate(role, client)
         parts = [f"{tally.calls + tally.reused:,}/{max(self.calls[role], tally.calls + tally.reused):,} replies"]
         parts += [f"{tally.reused:,} of them reused"] if tally.reused else []
-        parts += [f"{asker.limiter.in_flight:,} in flight"] if not asker.batch else []
-        parts += [f"{asker.batch.in_batches:,} in batches"] if asker.batch else []
+        parts += [f"{client.limiter.in_flight:,} in flight"] if not client.batch else []
+        parts += [f"{client.batch.in_batches:,} in batches"] if client.batch else []
         parts += [words] if (words := pace_of(rate.a_second(self._clock()))) else []
         parts += [f"about {duration(left)} left"] if left else []
-        parts += [words] if (words := asker.waiting_for) else []
+        parts += [words] if (words := client.waiting_for) else []
         return f"{role}: {', '.join(parts)}"
 
-    def _rate(self, role: str, asker: ModelClient) -> Rate:
+    def _rate(self, role: str, client: ModelClient) -> Rate:
         with self._lock:
             now = self._clock()
-            rate = self._rates.setdefault(role, Rate(now, asker.told.calls))
-            rate.add(now, asker.told.calls)
+            rate = self._rates.setdefault(role, Rate(now, client.told.calls))
+            rate.add(now, client.told.calls)
             return rate
 
     def _left(self, role: str) -> float | None:

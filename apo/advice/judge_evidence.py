@@ -66,27 +66,27 @@ async def ask(config: AdviseConfig, checked: Checked, ledger: Ledger, tell: Tell
             if judge and not (stop.reason or found.failures):
                 await _judged(config, checked, clients["judge"], stop, found, tell)
     finally:
-        for asker in clients.values():
-            await asker.model.close()
+        for client in clients.values():
+            await client.model.close()
     if stop.error:
         raise stop.error
     found.stopped = stop.reason
     found.usage = {
-        role: {"calls": asker.tally.calls, "reused": asker.tally.reused, "prompt": asker.tally.prompt_tokens,
-               "completion": asker.tally.completion_tokens}
-        for role, asker in clients.items()
+        role: {"calls": client.tally.calls, "reused": client.tally.reused, "prompt": client.tally.prompt_tokens,
+               "completion": client.tally.completion_tokens}
+        for role, client in clients.items()
     }  # fmt: skip
     return found
 
 
 async def _own_answers(
-    asker: ModelClient, checked: Checked, stop: Stop, failures: list[str], tell: Tell
+    client: ModelClient, checked: Checked, stop: Stop, failures: list[str], tell: Tell
 ) -> dict[str, Answer]:
     """What the model says to each prompt, by `key_of`. A prompt that it cannot answer has none."""
 
     async def one(prompt: Prompt) -> tuple[str, Answer | None] | Stopped:
         try:
-            reply = await asker.ask(list(prompt.messages), row=prompt.id, sample=FRESH)
+            reply = await client.ask(list(prompt.messages), row=prompt.id, sample=FRESH)
         except Dropped as dropped:
             if is_passing(dropped):
                 failures.append(f"model: {dropped.detail}")
@@ -102,23 +102,23 @@ async def _own_answers(
 
     async def drain() -> None:
         stop.now("no more answers are wanted")
-        if isinstance(asker.model, LocalModel):
-            asker.model.abandon()
-        await asker.drain()
+        if isinstance(client.model, LocalModel):
+            client.model.abandon()
+        await client.drain()
 
     prompts = [checked.prompt(row) for row in checked.rows]
-    asker.limiter = Limiter(len(prompts))  # it makes its own batches, the fuller the better
+    client.limiter = Limiter(len(prompts))  # it makes its own batches, the fuller the better
     tell(f"{len(prompts)} answers of the model's own")
     found: dict[str, Answer] = {}
-    with asking_progress("answering", len(prompts), {asker.role: len(prompts)}) as on_progress:
-        on_progress(0, {asker.role: asker})
+    with asking_progress("answering", len(prompts), {client.role: len(prompts)}) as on_progress:
+        on_progress(0, {client.role: client})
         async with aclosing(map_ordered(one, prompts, len(prompts) + 1, stop.happened, drain)) as answers:
             async for answer in answers:
                 if isinstance(answer, Stopped):
                     break
                 if answer[1] is not None:
                     found[answer[0]] = answer[1]
-                on_progress(len(found), {asker.role: asker})
+                on_progress(len(found), {client.role: client})
     return found
 
 

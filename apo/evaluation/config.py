@@ -107,6 +107,6 @@ def is_passing(dropped: Dropped) -> bool:
 
 def goes_on(error: Exception, clients: Mapping[str, ModelClient]) -> None:
     """Give the error of a run code 3 where the same command can go on: replies came before it, or money is wanted."""
-    replies = any(asker.tally.calls or asker.tally.reused for asker in clients.values())
+    replies = any(client.tally.calls or client.tally.reused for client in clients.values())
     if isinstance(error, LimitReached | Unpaid) or (isinstance(error, Refused) and replies):
         error.exit_code = EXIT_SOME_FAILED

@@ -131,9 +131,9 @@ class _ShardMeans(LeasedResources):
 
 def _numbers(writer: Any, clients: Mapping[str, Any]) -> dict[str, float]:
     """What the bar and the metrics show of a shard."""
-    tallies = {role: asker.told for role, asker in clients.items()}
+    tallies = {role: client.told for role, client in clients.items()}
     tokens = sum(tally.prompt_tokens + tally.completion_tokens for tally in tallies.values())
-    budget: Budget | None = next((asker.spending.budget for asker in clients.values()), None)
+    budget: Budget | None = next((client.spending.budget for client in clients.values()), None)
     return {
         "pairs": writer.pairs,
         "dropped": writer.counts["dropped"],

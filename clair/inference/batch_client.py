@@ -70,7 +70,7 @@ class Batches:
     budget: Budget
     attempts: int
     failed: dict[str, tuple[str, str]]
-    """The asker's: requests that failed for good in this run, with reason and detail."""
+    """The client's: requests that failed for good in this run, with reason and detail."""
     tell_error: Callable[[Exception], None]
     """Called with what went wrong in an upload that nobody waits for."""
     in_batches: int = 0

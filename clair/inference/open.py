@@ -146,7 +146,7 @@ class Asking(Protocol):
 def open_clients(
     config: Asking, ledger: Ledger, stop: Stop, *, live: bool = False, means: Resources | None = None
 ) -> dict[str, ModelClient]:
-    """An asker for each role, its model open; all are checked before the first request. Close their models at the end.
+    """A client for each role, its model open; all are checked before the first request. Close their models at the end.
 
     `live`: nothing goes into batches. Needs a running event loop.
     """
@@ -156,8 +156,8 @@ def open_clients(
 
     async def check_all() -> None:
         # Weights last: an endpoint that is not there is told in a second, not after minutes of loading.
-        for asker in sorted(clients.values(), key=lambda asker: isinstance(asker.model, LocalModel)):
-            await asker.check()
+        for client in sorted(clients.values(), key=lambda client: isinstance(client.model, LocalModel)):
+            await client.check()
 
     async def ready() -> None:
         nonlocal checked
@@ -254,9 +254,9 @@ def ctrl_c(stop: Stop, clients: Mapping[str, ModelClient]) -> Iterator[None]:
         for each in numbers:
             loop.remove_signal_handler(each)
         tell(f"leaving at once: {_lost(clients)}")
-        for asker in clients.values():
-            if isinstance(asker.model, LocalModel):
-                asker.model.halt()
+        for client in clients.values():
+            if isinstance(client.model, LocalModel):
+                client.model.halt()
         raise KeyboardInterrupt
 
     for number in numbers:
@@ -273,11 +273,11 @@ def ctrl_c(stop: Stop, clients: Mapping[str, ModelClient]) -> Iterator[None]:
 
 def _waited_for(clients: Mapping[str, ModelClient]) -> str:
     """What is in flight, how long that can take, and what to type, after the first Ctrl-C."""
-    flying = {role: asker for role, asker in clients.items() if asker.limiter.in_flight}
+    flying = {role: client for role, client in clients.items() if client.limiter.in_flight}
     if not flying:
         return "nothing is in flight, and every reply so far is kept"
-    counts = ", ".join(f"{role} {asker.limiter.in_flight}" for role, asker in flying.items())
-    longest = max((getattr(asker.model, "timeout", 0.0) for asker in flying.values()), default=0.0)
+    counts = ", ".join(f"{role} {client.limiter.in_flight}" for role, client in flying.items())
+    longest = max((getattr(client.model, "timeout", 0.0) for client in flying.values()), default=0.0)
     most = f", at most {duration(longest)} more" if longest else ""
     return (
         f"waiting for the replies in flight ({counts}){most}; every reply so far is kept. Ctrl-C again leaves without "
@@ -287,6 +287,6 @@ def _waited_for(clients: Mapping[str, ModelClient]) -> str:
 
 def _lost(clients: Mapping[str, ModelClient]) -> str:
     """What is lost by the second Ctrl-C."""
-    count = sum(asker.limiter.in_flight for asker in clients.values())
+    count = sum(client.limiter.in_flight for client in clients.values())
     lost = f"the {count} replies in flight are not kept, and will be asked for again; " if count else ""
     return f"{lost}every reply before is kept; the same command goes on from there"

@@ -193,8 +193,8 @@ async def _fill(
                 return True
     finished = not pending and run.stop.reason is None
     if finished and shard is None:  # a shard does not see what became of the others' requests
-        for asker in run.clients.values():
-            asker.check_refusals()
+        for client in run.clients.values():
+            client.check_refusals()
     return finished
 
 
@@ -264,7 +264,7 @@ def _manifest(
         "first_replies": dict(sorted(run.reviser.first.items())) if run.reviser else {},
         **position,
         **_cost(run),
-        "tokens": {role: _told(asker.told) for role, asker in clients.items()},
+        "tokens": {role: _told(client.told) for role, client in clients.items()},
         "prompts_sha256": found.sha256,
         "files": dict(hashes),
         "seed": config.seed,

@@ -19,7 +19,7 @@ async def revised(prompt: Prompt, *, target: ModelClient | None, reviser: Revise
     if not answer.text.strip():
         raise Dropped("target", "tool_call", "the answer only calls a tool: there is no text to revise")
     revision = await revise(prompt, answer.text, reviser)
-    models = {"rejected": _author(prompt, target), "chosen": reviser.asker.model.name}
+    models = {"rejected": _author(prompt, target), "chosen": reviser.client.model.name}
     labels = {"source": "revised", **prompt.labels}
     revised = Answer(revision.answer, answer.tool_calls)
     return keep(_pair(prompt, revised, answer, models, labels, revision.reasoning), filters)

@@ -36,7 +36,7 @@ KILLER = "killed_worker"
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """An assembled pipeline with the askers of its roles, and what counts verdicts or first replies, if it has them."""
+    """An assembled pipeline with the clients of its roles, and what counts verdicts or first replies, if it has them."""
 
     config: BuildConfig
     clients: Mapping[str, ModelClient]
@@ -95,7 +95,7 @@ class Session:
 
         False where the run ends instead; `stop` says why. `tell` is called at every look at the batches.
         """
-        batches = [asker.batch for asker in self.clients.values() if asker.batch]
+        batches = [client.batch for client in self.clients.values() if client.batch]
         if self.stop.reason and not (self.stop.short and any(batch.open() for batch in batches)):
             return False
         self.stop.clear()
@@ -108,15 +108,15 @@ class Session:
         except BudgetReached as reached:
             self.stop.now(str(reached))
             return False
-        for asker in self.clients.values():
-            asker.next_pass()
+        for client in self.clients.values():
+            client.next_pass()
         if self.reviser:
             self.reviser.first.clear()
         return True
 
     async def _drain(self) -> None:
         self.stop.now("no more rows are wanted")
-        await asyncio.gather(*(asker.drain() for asker in self.clients.values()))
+        await asyncio.gather(*(client.drain() for client in self.clients.values()))
 
 
 @asynccontextmanager
@@ -129,7 +129,7 @@ async def session(
     """
     stop, means = Stop(), means or Resources()
     clients = open_clients(config, ledger, stop, live=live, means=means)
-    batches = [asker.batch for asker in clients.values() if asker.batch]
+    batches = [client.batch for client in clients.values() if client.batch]
     try:
         with ctrl_c(stop, clients):
             async with means.held(stop):
@@ -139,8 +139,8 @@ async def session(
     finally:
         for batch in batches:
             batch.abandon()
-        for asker in clients.values():
-            await asker.model.close()
+        for client in clients.values():
+            await client.model.close()
 
 
 def _assembled(config: BuildConfig, clients: Mapping[str, ModelClient], stop: Stop) -> Session:

@@ -40,7 +40,7 @@ class Reviser:
     `first` counts what became of its first replies: `read`, or the name of why they could not be.
     """
 
-    asker: ModelClient
+    client: ModelClient
     template: str
     edits: str | None = None
     system: str | None = None
@@ -52,7 +52,7 @@ class Reviser:
 class Judge:
     """The model that compares. `seen` counts its verdicts by position, which is how a position bias shows."""
 
-    asker: ModelClient
+    client: ModelClient
     template: str
     order: Literal["both", "random"] = "both"
     system: str | None = None
@@ -97,7 +97,7 @@ def _why_incomplete(reason: str, reply: Reply, role: str) -> str:
 async def revise(prompt: Prompt, answer: str, reviser: Reviser) -> Revision:
     """The reviser's minimal improvement of an answer, as edits first where the recipe says so, else rewritten whole."""
     given = {"system": reviser.system, "tools": prompt.tools, "answer": answer}
-    ask = partial(_ask_and_read, reviser.asker, again=reviser.ask_again, row=prompt.id, first=reviser.first)
+    ask = partial(_ask_and_read, reviser.client, again=reviser.ask_again, row=prompt.id, first=reviser.first)
     if reviser.edits is not None:
         asked = request(reviser.edits, prompt.messages, **given)
         try:
@@ -147,7 +147,7 @@ async def judge_once(prompt: Prompt, first: str, second: str, judge: Judge, swap
     shown = (second, first) if swapped else (first, second)
     asked = request(judge.template, prompt.messages, judge.system, prompt.tools, first=shown[0], second=shown[1])
     try:
-        seen = await _ask_and_read(judge.asker, asked, again=judge.ask_again, row=prompt.id, read=parse_judgement)
+        seen = await _ask_and_read(judge.client, asked, again=judge.ask_again, row=prompt.id, read=parse_judgement)
     except ParseFailure as failure:
         raise Dropped("judge", failure.name, failure.told) from failure
     judge.seen[seen.better] += 1
@@ -155,7 +155,7 @@ async def judge_once(prompt: Prompt, first: str, second: str, judge: Judge, swap
 
 
 async def _ask_and_read(
-    asker: ModelClient,
+    client: ModelClient,
     asked: list[Message],
     *,
     again: bool,
@@ -168,7 +168,7 @@ async def _ask_and_read(
     `first` counts what became of the first reply.
     """
     first = Counter() if first is None else first
-    reply = await asker.ask(asked, row=row)
+    reply = await client.ask(asked, row=row)
     try:
         if reply.refusal:
             raise ParseFailure("refusal", words=reply.refusal)
@@ -180,7 +180,7 @@ async def _ask_and_read(
         if not again or failure.name in _POINTLESS_AGAIN or not reply.text.strip():
             raise
         told = failure.told
-    reply = await asker.ask(ask_again(asked, reply.text, told), row=row, warmer=_WARMER)
+    reply = await client.ask(ask_again(asked, reply.text, told), row=row, warmer=_WARMER)
     return read(reply.text, reply.finish_reason)
 
 

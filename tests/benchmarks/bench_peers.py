@@ -323,14 +323,14 @@ def curator_job(job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     rows = Dataset.from_list([{"name": id, "text": text} for id, text in job["rows"].items()])
 
     def work() -> dict[str, Any]:
-        asker = ModelClient(
+        client = ModelClient(
             model_name="m", backend="openai",
             backend_params={
                 "base_url": job["url"], "api_key": "none", "max_concurrent_requests": job["concurrency"],
                 "max_requests_per_minute": 10**6, "max_tokens_per_minute": 10**9,
             },
         )  # fmt: skip
-        found = asker(rows).dataset
+        found = client(rows).dataset
         return dict(zip(found["name"], found["reply"]))  # noqa: B905 (two columns of one table)
 
     return work

@@ -77,13 +77,13 @@ def messages_of(row: Row, system: str | None) -> list[Message]:
     return [*first, {"role": "user", "content": row.text}]
 
 
-async def answer(asker: ModelClient, want: Wanted, system: str | None) -> Answer:
+async def answer(client: ModelClient, want: Wanted, system: str | None) -> Answer:
     """The model's answer, from the ledger or asked for now. Raises Dropped where it gave none.
 
     One that a limit of tokens cut off is an answer; one that was filtered, refused or broken off is unresolved.
     """
     name = f"{want.row.split}:{want.row.row}"
-    reply = await asker.ask(list(messages_of(want.row, system)), row=name, sample=want.draw)
+    reply = await client.ask(list(messages_of(want.row, system)), row=name, sample=want.draw)
     tokens = (reply.usage.get(key) for key in ("prompt_tokens", "completion_tokens"))
     incomplete = reply.incomplete()
     cut_off = incomplete == "truncated"

@@ -70,8 +70,8 @@ async def _probed(
         with ctrl_c(stop, clients):
             items = await run.items([(place, units[place].what) for place in chosen], on_progress)
     finally:
-        for asker in clients.values():
-            await asker.model.close()
+        for client in clients.values():
+            await client.model.close()
     if stop.error or stop.reason or run.failures:
         raise stop.error or UserError(f"the probe ended early: {stop.reason or run.failures[0]}")
     paid = {

@@ -130,7 +130,7 @@ def by_rule(answer: Answer, profile: Profile) -> Judged:
 class Judge:
     """A model that judges. `independent` names the run whose requests share no reply; None shares all equal ones."""
 
-    asker: ModelClient
+    client: ModelClient
     words: JudgeWords
     profile: Profile
     independent: str | None = None
@@ -147,7 +147,7 @@ class Judge:
         for round_ in range(ROUNDS[self.profile]):
             sample = self._first_sample(answer) + round_
             try:
-                reply = await self.asker.ask(messages, row=answer.name, sample=sample)
+                reply = await self.client.ask(messages, row=answer.name, sample=sample)
             except Dropped as dropped:
                 if is_passing(dropped):
                     raise

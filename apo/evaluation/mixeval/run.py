@@ -89,8 +89,8 @@ async def _evaluate(
         goes_on(error, clients)
         raise
     finally:
-        for asker in clients.values():
-            await asker.model.close()
+        for client in clients.values():
+            await client.model.close()
     if stop.error:
         goes_on(stop.error, clients)
         raise stop.error
@@ -216,10 +216,10 @@ class Run:
     async def _drain(self) -> None:
         """Let what is paid for, or being generated, come to its end."""
         self.stop.now("no more rows are wanted")
-        for asker in self.clients.values():
-            if isinstance(asker.model, LocalModel):
-                asker.model.abandon()
-        await asyncio.gather(*(asker.drain() for asker in self.clients.values()))
+        for client in self.clients.values():
+            if isinstance(client.model, LocalModel):
+                client.model.abandon()
+        await asyncio.gather(*(client.drain() for client in self.clients.values()))
 
     # ---- the result
 
@@ -255,12 +255,12 @@ class Run:
     def _judge_used(self) -> JudgeUsed:
         if self.judge is None:
             return JudgeUsed(kind="rule")
-        model = self.judge.asker.model
+        model = self.judge.client.model
         return JudgeUsed(
             kind="model",
             model=model.name,
             identity=model.identity,
-            options=_shown(self.judge.asker.options),
+            options=_shown(self.judge.client.options),
             answered_by=tuple(sorted(self.judge.answered_by)),
             prompts_sha256=self.judge.words.sha256,
         )
@@ -271,8 +271,8 @@ class Run:
             texts = "\x1e".join(given.text for given in self.checked.given)
             digest = hashlib.sha256(texts.encode("utf-8", "surrogatepass")).hexdigest()
             return ModelUsed(name=Path(self.config.responses).resolve().name, identity=f"responses:{digest}")
-        asker = self.clients["model"]
-        return ModelUsed(name=asker.model.name, identity=asker.model.identity, options=_shown(asker.options))
+        client = self.clients["model"]
+        return ModelUsed(name=client.model.name, identity=client.model.identity, options=_shown(client.options))
 
     def _usage(self) -> dict[str, Usage]:
         """What the replies took that the score rests on, each counted once."""
@@ -281,10 +281,10 @@ class Run:
         if self.judge:
             tokens["judge"] = self.judge.distinct.values()
         told = {}
-        for role, asker in self.clients.items():
+        for role, client in self.clients.items():
             total = Tokens(sum(t[0] for t in tokens[role]), sum(t[1] for t in tokens[role]))
             cost = f"{prices[role].of(total).normalize():f}" if role in prices else None
-            tally = asker.tally
+            tally = client.tally
             told[role] = Usage(
                 prompt=total.prompt, completion=total.completion, calls=tally.calls, reused=tally.reused, cost=cost
             )

@@ -221,10 +221,10 @@ class Run:
     async def _drain(self) -> None:
         """Let what is paid for, or being generated, come to its end."""
         self.stop.now("no more rows are wanted")
-        for asker in self.clients.values():
-            if isinstance(asker.model, LocalModel):
-                asker.model.abandon()
-        await asyncio.gather(*(asker.drain() for asker in self.clients.values()))
+        for client in self.clients.values():
+            if isinstance(client.model, LocalModel):
+                client.model.abandon()
+        await asyncio.gather(*(client.drain() for client in self.clients.values()))
 
 
 async def _both(first: Any, second: Any) -> list[Any]:
@@ -282,8 +282,8 @@ async def _compare(
         goes_on(error, clients)
         raise
     finally:
-        for asker in clients.values():
-            await asker.model.close()
+        for client in clients.values():
+            await client.model.close()
     if stop.error:
         goes_on(stop.error, clients)
         raise stop.error
@@ -318,16 +318,16 @@ def _model(config: WinrateConfig, role: str, clients: Mapping[str, ModelClient])
     if role not in clients:
         file = Path(getattr(config, role))
         return {"name": file.name, "identity": f"answers:{hashlib.sha256(file.read_bytes()).hexdigest()}"}
-    asker = clients[role]
-    options = {key: value for key, value in asker.options.items() if key != "headers"}
-    return {"name": asker.model.name, "identity": asker.model.identity, "options": options}
+    client = clients[role]
+    options = {key: value for key, value in client.options.items() if key != "headers"}
+    return {"name": client.model.name, "identity": client.model.identity, "options": options}
 
 
 def _usage(config: WinrateConfig, clients: Mapping[str, ModelClient]) -> dict[str, Any]:
     """Tokens of all replies that the result rests on, and what they cost where prices are known."""
     prices, told = prices_of(config.models), {}
-    for role, asker in clients.items():
-        tally = asker.tally
+    for role, client in clients.items():
+        tally = client.tally
         counts = {"calls": tally.calls, "reused": tally.reused}
         tokens = Tokens(tally.prompt_tokens, tally.completion_tokens)
         cost = f"{prices[role].of(tokens).normalize():f}" if role in prices else None

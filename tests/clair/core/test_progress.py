@@ -34,7 +34,7 @@ def drawn(work: Progress, width: int = 80) -> list[str]:
 
 
 def role(calls: int, in_flight: int, *, reused: int = 0, waiting_for: str = "") -> SimpleNamespace:
-    """What is looked at of an asker."""
+    """What is read of a client."""
     limiter = SimpleNamespace(in_flight=in_flight)
     told = Tally(calls=calls, reused=reused)
     return SimpleNamespace(told=told, limiter=limiter, batch=None, waiting_for=waiting_for)

@@ -279,7 +279,7 @@ class Server:
 
 
 async def ask_all(server: Server, rows: int, wanted: int) -> Limiter:
-    """What an asker does with a limiter."""
+    """What a client does with a limiter."""
     limiter = Limiter(wanted, now)
 
     async def row():
