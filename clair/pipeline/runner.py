@@ -36,7 +36,7 @@ KILLER = "killed_worker"
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """An assembled pipeline with the clients of its roles, and what counts verdicts or first replies, if it has them."""
+    """An assembled pipeline, the clients of its roles, and its counters of verdicts and first replies, if any."""
 
     config: BuildConfig
     clients: Mapping[str, ModelClient]
