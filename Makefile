@@ -76,6 +76,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/python docs/make_cli.py --check
+	$(BIN)/python docs/make_diagrams.py --check
 	$(BIN)/python -m pytest -q tests/house/test_tracked_files.py
 
 format: $(STAMP)

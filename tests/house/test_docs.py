@@ -241,25 +241,6 @@ def parses(program: str, words: list[str]) -> None:
     group.make_context(program, words)
 
 
-def test_the_readmes_gains_are_those_of_the_papers_page():
-    page = pages()["docs/paper.md"]
-    ((_, _, (head, *rows)),) = tables("mini")
-    folders = ("clair", "on_policy", "off_policy", "stronger")
-    for folder, row in zip(folders, rows, strict=True):
-        for objective, gain in zip(head[1:], row[1:], strict=True):
-            assert re.search(
-                rf"^\| {folder} \| {objective.strip('`')} \| \d+ \| {re.escape(gain)} \[", page, re.MULTILINE
-            )
-    assert len(head) == 6
-    told = " ".join(pages()["README.md"].split())
-    before = re.search(r"gets\s+([\d.]+)% of", page)[1]
-    assert f"{before} % right before" in told
-    claims, good, bad, open_ = re.search(
-        r"(\d+) claims: (\d+) reproduced, (\d+) not reproduced, (\d+) undecided", page
-    ).groups()
-    assert f"{claims} claims {good} are reproduced, {bad} not reproduced, {open_} undecided" in told
-
-
 def test_relative_links_of_pages_outside_of_the_site_lead_somewhere():
     looked_at = 0
     for page in ("README.md", "CONTRIBUTING.md"):
