@@ -6,6 +6,7 @@
 #   make test         the tests, without the slow ones        make test-all   all of them
 #   make lint         ruff, layers, generated pages           make docs       the site, into site/
 #   make bench        measure, and write tests/benchmarks/results
+#   make release      sdist and wheel, into dist/, tried in an empty environment
 #
 # PYTHON=python3.12 chooses the interpreter. pip's own variables work: PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, PIP_VERBOSE ...
 
@@ -32,7 +33,7 @@ export NO_MKDOCS_2_WARNING := 1
 # Tests run in as many processes as there are cores: one thread each, and no spinning between products.
 test: export OMP_NUM_THREADS := 1
 
-.PHONY: help install quickstart paper-mini test test-slow test-all lint format docs cli-docs bench clean
+.PHONY: help install quickstart paper-mini test test-slow test-all lint format docs cli-docs bench release clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -91,6 +92,11 @@ cli-docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/run.py
+
+release: $(STAMP)
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m pytest -q tests/house/test_release.py
 
 clean:
 	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
