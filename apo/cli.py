@@ -148,9 +148,9 @@ def compare(
 
 
 def _print_plans(config: Any, processes: int | None) -> None:
-    from apo.training.by_group import runs_of
+    from apo.training.by_group import expand_runs
 
-    for number, one in enumerate(runs_of(config, lambda note: print(f"# {note}"))):
+    for number, one in enumerate(expand_runs(config, lambda note: print(f"# {note}"))):
         if number:
             print("---")
         _print_plan(one, processes)
@@ -163,23 +163,23 @@ def _print_plan(config: Any, processes: int | None) -> None:
     from clair.core.recipe import resolved
 
     with progress("checking recipe, model and pairs"):
-        from apo.models.load import why_not_quantized
-        from apo.run_dir.files import counted, recorded, status_of
+        from apo.models.load import quantization_problem
+        from apo.run_dir.files import describe_counts, redacted_recipe, run_status
         from apo.training.plan import estimate, plan
 
-        status = status_of(Path(config.out), resolved(config))
+        status = run_status(Path(config.out), resolved(config))
         planned = plan(config, processes)
         costs = estimate(planned)
-    print(yaml.safe_dump(recorded(resolved(config)), sort_keys=False, allow_unicode=True), end="")
+    print(yaml.safe_dump(redacted_recipe(resolved(config)), sort_keys=False, allow_unicode=True), end="")
     for split, count in planned.counts().items():
-        print(f"# {split}: {counted(count)}")
-    print(f"# steps: {planned.steps_told}")
+        print(f"# {split}: {describe_counts(count)}")
+    print(f"# steps: {planned.describe_steps}")
     print(f"# out: {config.out} ({status})")
     if planned.rails is not None:
         print(f"# guard: {planned.rails.told(planned.steps)}")
     for note in planned.train.notes:
         print(f"# note: {note}")
-    if config.quantize and (reason := why_not_quantized()):
+    if config.quantize and (reason := quantization_problem()):
         print(f"# note: not here: {reason}")
     _print_estimate(planned, costs)
 
@@ -208,9 +208,9 @@ def _print_estimate(planned: Any, costs: Any) -> None:
 
 def _closing(out: str, run: dict[str, Any]) -> str:
     from apo.monitoring.callbacks import summary
-    from apo.run_dir.files import size_told
+    from apo.run_dir.files import describe_size
 
-    size, seconds = size_told(run["data"]["train"]), f"{run['seconds']:.0f} s"
+    size, seconds = describe_size(run["data"]["train"]), f"{run['seconds']:.0f} s"
     lines = [f"{size}, {run['steps']:,} steps, {seconds}: {summary(run['metrics'])}"]
     return "\n".join([*lines, f"model and card in {out}/, the picture in {out}/dynamics.png"])
 
@@ -227,9 +227,9 @@ def main() -> None:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         run(app)
         return
-    from apo.distributed.launch import leave_after
+    from apo.distributed.launch import run_and_exit
 
-    leave_after(lambda: run(app))
+    run_and_exit(lambda: run(app))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def check(config: AdviseConfig) -> Checked:
     template = load_template(config.judge.template if config.judge else None, "judge.j2", JUDGE_NEEDS)
     check_models(config.models, config.budget, config.seed)
     assert config.model.path is not None
-    tokenizer = models.load_tokenizer(models.find(config.model.path, config.model.trust_remote_code))
+    tokenizer = models.load_tokenizer(models.find_model(config.model.path, config.model.trust_remote_code))
     rows = [row for row in read_rows([config.dataset]) if row["chosen"] != row["rejected"]]
     different = {content_hash(row["prompt"]): row for row in reversed(rows)}
     if len(different) < sample_size(COARSE):

@@ -118,7 +118,7 @@ def look(
 
     from apo.models import load as models
 
-    name = models.find(path, trust_remote_code)
+    name = models.find_model(path, trust_remote_code)
     tokenizer = models.load_tokenizer(name)
     (pairs, ours), left_out = _tokenized(name, tokenizer, rows, own)
     model = models.load_model(name)
@@ -141,11 +141,11 @@ def _tokenized(name: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], own
     out, by reason. Raises UserError for none."""
     from datasets import Dataset
 
-    from apo.data.tokenize import end_ids, tokenize
+    from apo.data.tokenize import eos_ids, tokenize
     from apo.models import load as models
     from clair.core.errors import UserError
 
-    ends, most = end_ids(tokenizer, models.load_generation_config(name)), models.context_of(name)
+    ends, most = eos_ids(tokenizer, models.load_generation_config(name)), models.context_length(name)
     columns = ("prompt", "chosen", "rejected")
     paired = [{**{c: row[c] for c in columns}, "_place": at} for at, row in enumerate(rows)]
     single = [

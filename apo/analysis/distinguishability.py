@@ -287,7 +287,7 @@ def head_gradients(
     import torch
 
     from apo.analysis.features import last_hidden
-    from apo.packing.logps import PairLogps, trained_tokens
+    from apo.packing.logps import PairLogps, response_mask
 
     head = model.get_output_embeddings()
     sketch = _sketch(*head.weight.shape, dimensions, seed)
@@ -298,7 +298,7 @@ def head_gradients(
         for pair in tokenized:
             rows = [pair["prompt_ids"] + pair[f"{side}_ids"] for side in found]
             for side, states, row in zip(found, last_hidden(model, rows), rows, strict=True):
-                start, kept = len(pair["prompt_ids"]), torch.tensor(trained_tokens(pair, side), dtype=torch.bool)
+                start, kept = len(pair["prompt_ids"]), torch.tensor(response_mask(pair, side), dtype=torch.bool)
                 before = states[start - 1 : len(row) - 1][kept]
                 logps = head(before.to(head.weight)).float().cpu().log_softmax(-1)
                 picked = torch.tensor(row[start:])[kept][:, None]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apo.data.sources import check_there, split_names
+from apo.data.sources import check_exists, split_names
 from apo.models import tensor_cache as cache
 from clair.core.errors import UserError
 from clair.core.files import content_hash
@@ -168,15 +168,15 @@ def labelled_rows(rows: list[dict[str, Any]], model: str, tell: Callable[[str], 
     """The same for rows that were read already."""
     from datasets import Dataset
 
-    from apo.data.tokenize import end_ids, tokenize
+    from apo.data.tokenize import eos_ids, tokenize
     from apo.models import load as models
 
-    name = models.find(model)
+    name = models.find_model(model)
     tokenizer = models.load_tokenizer(name)
-    ends = end_ids(tokenizer, models.load_generation_config(name))
+    ends = eos_ids(tokenizer, models.load_generation_config(name))
     columns = [{key: row[key] for key in ("prompt", "chosen", "rejected", "id")} for row in rows]
     columns = [{**row, "_place": place} for place, row in enumerate(columns)]
-    found = tokenize(Dataset.from_list(columns), tokenizer, models.context_of(name), ends, "given")
+    found = tokenize(Dataset.from_list(columns), tokenizer, models.context_length(name), ends, "given")
     for note in found.notes:
         tell(f"note: {note}")
     if "too_long" in found.dropped:
@@ -203,7 +203,7 @@ def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     for path in paths:
-        check_there(path)
+        check_exists(path)
         with read_here(path) as folder:
             if (folder / "manifest.json").is_file():
                 source, parts = read_manifest(folder)["pipeline"], [(s, read_folder(folder, [s])) for s in SPLITS]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from apo.cost.deepspeed_memory import Zero, held
 from apo.cost.sizes import GIB, Device, Row, Sizes, rows_of
-from apo.packing.packed_model import _HEAD_CHUNK, keeps_logits
+from apo.packing.packed_model import _HEAD_CHUNK, stores_logits
 from clair.core.errors import UserError
 from clair.core.progress import duration
 
@@ -101,7 +101,7 @@ def step_flops(job: Job, row: Row) -> float:
     sizes = job.sizes
     attention = 4 * sizes.layers * sizes.heads * row.products
     matrices = sizes.linear * (1 if job.is_adapter else 2) + 2 * sizes.adapter
-    times = (1 if job.is_adapter else 2) + (not (job.packed and keeps_logits(row.labels, sizes.vocabulary)))
+    times = (1 if job.is_adapter else 2) + (not (job.packed and stores_logits(row.labels, sizes.vocabulary)))
     head = 2 * sizes.hidden * sizes.vocabulary * row.labels * times
     again = _body_flops(sizes, row) if job.checkpointing else 0
     return forward_flops(sizes, row) + 2 * matrices * row.tokens + 2.5 * attention + head + again
@@ -218,7 +218,7 @@ def _head_bytes(job: Job, row: Row) -> float:
         gradients = 4 * sizes.hidden * (row.labels + (0 if job.is_adapter else sizes.vocabulary))
         return tile * (job.compute + (0 if job.on_gpu else TRL_SLOPE)) + gradients
     chunk, rounded = min(row.labels, _HEAD_CHUNK), job.compute if job.compute < 4 else 0
-    logits = 4 * (row.labels if keeps_logits(row.labels, sizes.vocabulary) else chunk) + rounded * chunk
+    logits = 4 * (row.labels if stores_logits(row.labels, sizes.vocabulary) else chunk) + rounded * chunk
     coming = job.compute if row.labels > _HEAD_CHUNK else rounded
     trained = 0 if job.is_adapter else (4 + coming) * sizes.hidden
     return sizes.vocabulary * (logits + trained) + 2 * row.labels * sizes.hidden * job.compute

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apo.distributed.deepspeed import whole
+from apo.distributed.deepspeed import unsharded_loading
 from apo.packing.onednn import speeds
-from apo.packing.packed_model import pack_bins, shared_response
+from apo.packing.packed_model import pack_bins, shared_response_length
 from clair.core.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _without_weights(name: ModelName) -> Any:
         config = AutoConfig.from_pretrained(name.base, trust_remote_code=name.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model {name.base} has no config to read: {one_line(error)}") from error
-    with whole(), torch.device("meta"):
+    with unsharded_loading(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=name.trust_remote_code)
 
 
@@ -189,7 +189,7 @@ def rows_of(
     pairs = []
     for example in examples:
         prompt, chosen, rejected = (len(example[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
-        both = shared_response(example)
+        both = shared_response_length(example)
         if not (chosen and rejected):  # an unpaired row: one branch, whichever response it is
             chosen, rejected = chosen or rejected, 0
         pairs.append((prompt, both, chosen, rejected))

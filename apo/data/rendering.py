@@ -136,7 +136,7 @@ def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
     return min(len(one), len(other))
 
 
-def without_end(tokenizer: PreTrainedTokenizerBase) -> str:
+def no_end_message(tokenizer: PreTrainedTokenizerBase) -> str:
     """What to say of an answer without an end of turn."""
     return (
         "an answer does not end with the end of turn, so the model would never learn to stop; make the chat template "
@@ -381,7 +381,7 @@ class _Conversation:
             return end + 1
         end = min(after, common_prefix(self._render(whole[: index + 1])[1], ids))
         if end <= start:
-            raise RowFault(without_end(self.tokenizer))
+            raise RowFault(no_end_message(self.tokenizer))
         self.notes.add("inner_end")
         return end
 
@@ -399,7 +399,7 @@ class _Conversation:
                 self.notes.add("after_end")
             return ids, end + 1
         if last is not None and last.special:
-            raise RowFault(without_end(self.tokenizer))
+            raise RowFault(no_end_message(self.tokenizer))
         self.notes.add("no_end")
         return [*ids, self._next_token(whole[-1])], len(ids) + 1
 

@@ -1,6 +1,6 @@
 """Which pairs or unpaired rows are trained on and which are held out: one source or several, weighted, by one seed.
 
-A source may be the rows only that have a certain value in a column (`where`); `values_of` says which values there are.
+A source can be limited to the rows that have a given value in a column (`where`); `column_values` lists those values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from apo.data.tokenize import COLUMNS, ID_COLUMNS, MASK_COLUMNS, UNPAIRED_COLUMNS, check_weight, columns_of
+from apo.data.tokenize import COLUMNS, ID_COLUMNS, MASK_COLUMNS, UNPAIRED_COLUMNS, check_weight, needed_columns
 from clair.core.errors import UserError, near_miss, one_line
 from clair.core.recipe import Recipe
 from clair.data.preference_sources import load_preferences, split_names
@@ -63,7 +63,7 @@ def load_train(
         if not len(part) and source.where:
             raise UserError(_no_such_rows(source))
         parts.append(part.select(_weighted(len(part), source.weight, seed + number)) if source.weight != 1 else part)
-    kinds = {columns_of(part): source.path for part, source in zip(parts, sources, strict=True)}
+    kinds = {needed_columns(part): source.path for part, source in zip(parts, sources, strict=True)}
     if len(kinds) > 1:
         raise UserError(
             f"dataset {kinds[COLUMNS]} holds pairs and {kinds[UNPAIRED_COLUMNS]} unpaired rows; `clair export --as "
@@ -118,7 +118,7 @@ def _is_path(text: str) -> bool:
 
 def _eval_source(path: str, sources: Sequence[Source]) -> Source:
     """A file or folder of held-out rows as a source, with the `where` and `columns` that all the others have."""
-    check_there(path)
+    check_exists(path)
     names = split_names(path)
     where = dict(sources[0].where or {})
     where = {
@@ -170,7 +170,7 @@ def _common(one: Any, other: Any) -> Any:
     raise TypeError
 
 
-def fingerprint(dataset: Dataset, weights: str | None = None) -> str:
+def hash_pairs(dataset: Dataset, weights: str | None = None) -> str:
     """SHA-256 over the token ids (and masks, and weights) of all rows in order: what a resumed run compares."""
     digest = hashlib.sha256()
     if weights is not None:
@@ -184,7 +184,7 @@ def fingerprint(dataset: Dataset, weights: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def values_of(sources: Sequence[Source], column: str) -> tuple[list[str | int | bool], int]:
+def column_values(sources: Sequence[Source], column: str) -> tuple[list[str | int | bool], int]:
     """The values that a column has in the rows to train on, sorted, and how many rows have none.
 
     Raises UserError where a source has no such column, where a value is neither text nor a whole number or a truth
@@ -234,7 +234,7 @@ def _no_such_rows(source: Source) -> str:
 
 
 def _read(source: Source, split: str) -> Preferences:
-    check_there(source.path)
+    check_exists(source.path)
     return load_preferences(source.path, split, name=source.name, columns=source.columns)
 
 
@@ -271,7 +271,7 @@ def _load_unless_empty(
     return pairs if len(pairs) else None
 
 
-def check_there(path: str) -> None:
+def check_exists(path: str) -> None:
     """Raises UserError for a path that is neither there nor a name on the hub, and for a URL that holds a secret."""
     if is_url(path):
         parts = urlsplit(path)

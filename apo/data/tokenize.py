@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from apo.data.rendering import NOTES, control_tokens, render, without_end, writes_time
+from apo.data.rendering import NOTES, control_tokens, no_end_message, render, writes_time
 from clair.core.errors import UserError
 from clair.data.preferences import COLUMNS, UNPAIRED_COLUMNS, check_columns, read_dataset, read_row, restored_row
 
@@ -47,7 +47,7 @@ class Tokenized:
         return {"pairs": len(self.dataset)} if unpaired is None else {"rows": sum(unpaired), "desirable": unpaired[0]}
 
 
-def end_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None = None) -> frozenset[int]:
+def eos_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None = None) -> frozenset[int]:
     """The token ids that end a turn: the tokenizer's end of sequence and those the model generates up to."""
     ends = getattr(generation, "eos_token_id", None)
     ends = ends if isinstance(ends, list | tuple) else [ends]
@@ -79,7 +79,7 @@ def tokenize(
     from datasets import Features, List, Value
 
     check_columns(dataset.column_names, f"{name} dataset")
-    _refuse_unpaired(objective, name, columns_of(dataset) == UNPAIRED_COLUMNS)
+    _refuse_unpaired(objective, name, needed_columns(dataset) == UNPAIRED_COLUMNS)
     _check_labels(dataset, name)
     read = read_dataset(dataset, f"{name} dataset", keep_text=True, num_proc=num_proc)
     dataset, notes = read.dataset, [f"{name}: {note}" for note in read.notes]
@@ -182,7 +182,7 @@ def check_weight(value: Any, where: str) -> None:
         raise UserError(f"weights: {where} is {value!r}; finite and >= 0 needed")
 
 
-def columns_of(dataset: Dataset) -> tuple[str, str, str]:
+def needed_columns(dataset: Dataset) -> tuple[str, str, str]:
     """The columns that rows of this dataset need: those of unpaired rows where there is a completion and no chosen."""
     unpaired = "completion" in dataset.column_names and "chosen" not in dataset.column_names
     return UNPAIRED_COLUMNS if unpaired else COLUMNS
@@ -206,7 +206,7 @@ def count_unpaired(dataset: Dataset, name: str = "train") -> tuple[int, int] | N
     return (desirable, undesirable) if desirable + undesirable else None
 
 
-def lengths_of(dataset: Dataset) -> list[tuple[int, int]]:
+def answer_lengths(dataset: Dataset) -> list[tuple[int, int]]:
     """How many tokens the chosen and the rejected answer of each row have."""
     sides = (
         dataset.with_format("arrow")[name][:].combine_chunks().value_lengths().to_pylist() for name in ID_COLUMNS[1:]
@@ -224,7 +224,7 @@ def _refuse_unpaired(objective: Mixture | None, name: str, unpaired: bool) -> No
 
 def _check_labels(dataset: Dataset, name: str) -> None:
     """Labels are true or false. Not 1 and 0: elsewhere those are scores, or -1 is the other one."""
-    if columns_of(dataset) != UNPAIRED_COLUMNS:
+    if needed_columns(dataset) != UNPAIRED_COLUMNS:
         return
     for row, label in enumerate(dataset["label"][:]):
         if not isinstance(label, bool):
@@ -354,7 +354,7 @@ def _verdict(
         return ("the prompt begins with the beginning-of-sequence token twice; let the chat template or the text write "
                 "it, not both")  # fmt: skip
     if any(not ids or ids[-1] not in ends for ids in responses):
-        return without_end(tokenizer)
+        return no_end_message(tokenizer)
     if any(len(ids) > 1 and ids[-2] in ends for ids in responses):
         return "an answer ends with the end of turn twice; take it out of the text"
     if most is not None and len(prompt) + max(map(len, responses)) > most:

@@ -20,7 +20,7 @@ _TYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def unregister_zero3() -> Any:
-    """Let transformers forget the DeepSpeed config it was told of. Returns it for `tell`, or None."""
+    """Let transformers forget the DeepSpeed config it was told of. Returns it for `register_zero3`, or None."""
     from transformers.integrations import deepspeed
 
     told = deepspeed._hf_deepspeed_config_weak_ref
@@ -28,7 +28,7 @@ def unregister_zero3() -> Any:
     return told() if told is not None else None
 
 
-def tell(config: Any) -> None:
+def register_zero3(config: Any) -> None:
     """Let transformers know a config that `unregister_zero3` returned."""
     from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
@@ -37,16 +37,16 @@ def tell(config: Any) -> None:
 
 
 @contextlib.contextmanager
-def whole() -> Iterator[None]:
+def unsharded_loading() -> Iterator[None]:
     """Models that are loaded meanwhile are whole in every process."""
     config = unregister_zero3()
     try:
         yield
     finally:
-        tell(config)
+        register_zero3(config)
 
 
-def check_zero(args: Any) -> None:
+def check_zero3_saves(args: Any) -> None:
     """Raises UserError for ZeRO-3 that would save no weights."""
     plugin = getattr(args, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model:
@@ -56,7 +56,7 @@ def check_zero(args: Any) -> None:
         )
 
 
-def get_ready(model: nn.Module, args: Any) -> None:
+def cast_for_deepspeed(model: nn.Module, args: Any) -> None:
     """Bring weights, in place, into the type that DeepSpeed will train them in, so that they are their own reference.
 
     Raises UserError where they are no longer whole.
@@ -78,7 +78,7 @@ def get_ready(model: nn.Module, args: Any) -> None:
 
 
 @contextlib.contextmanager
-def unfinished(accelerator: Any) -> Iterator[None]:
+def accumulate_gradients(accelerator: Any) -> Iterator[None]:
     """Backward passes meanwhile are parts of a micro-batch whose last is yet to come.
 
     DeepSpeed then adds up their gradients; accelerate tells it to take its step where gradients are in sync.
@@ -90,7 +90,7 @@ def unfinished(accelerator: Any) -> Iterator[None]:
         accelerator.sync_gradients = before
 
 
-def own_part(weight: Tensor) -> Tensor:
+def local_shard(weight: Tensor) -> Tensor:
     """What this process holds of a weight that may be shared out by FSDP or ZeRO-3."""
     if hasattr(weight, "to_local"):
         return weight.detach().to_local()

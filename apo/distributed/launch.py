@@ -91,8 +91,8 @@ def check_devices(args: Any) -> None:
     if args.world_size != count:
         raise UserError(f"WORLD_SIZE is {count} but this process is one of {args.world_size}; start with torchrun")
     kind = str(getattr(args.distributed_state.distributed_type, "value", args.distributed_state.distributed_type))
-    fsdp = asks_for_fsdp(args)
-    deepspeed = asks_for_deepspeed(args)
+    fsdp = fsdp_requested(args)
+    deepspeed = deepspeed_requested(args)
     for name, asked, plain in (("FSDP", fsdp, ("NO", "MULTI_CPU")), ("DeepSpeed", deepspeed, ("NO", "MULTI_CPU"))):
         if asked and kind in plain:
             told = "on one process" if kind == "NO" else "on CPUs"
@@ -107,12 +107,12 @@ def check_devices(args: Any) -> None:
         )
 
 
-def asks_for_fsdp(args: Any) -> bool:
+def fsdp_requested(args: Any) -> bool:
     """Whether the trainer's options or the launcher ask for a model sharded by FSDP."""
     return bool(args.fsdp) or _true(os.environ, "ACCELERATE_USE_FSDP")
 
 
-def asks_for_deepspeed(args: Any) -> bool:
+def deepspeed_requested(args: Any) -> bool:
     """Whether the trainer's options or the launcher ask for DeepSpeed."""
     return bool(args.deepspeed) or _true(os.environ, "ACCELERATE_USE_DEEPSPEED")
 
@@ -169,7 +169,7 @@ class Group:
         return bool(found)
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_on_all(self) -> Iterator[None]:
         """Let the mistake that one process finds be found by all: every one of them raises the same UserError."""
         found = None
         try:
@@ -179,15 +179,15 @@ class Group:
         if first := next(filter(None, self.gather(found)), None):
             raise first
 
-    def by_main(self, do: Callable[[], T]) -> T:
+    def broadcast_from_main(self, do: Callable[[], T]) -> T:
         """What the first process gets from `do`, everywhere; its mistake is everybody's."""
         value = None
-        with self.together():
+        with self.raise_on_all():
             if self.is_main:
                 value = do()
         return self.gather(value)[0]  # type: ignore[return-value]
 
-    def same(self, **values: Any) -> None:
+    def check_equal(self, **values: Any) -> None:
         """Raises UserError where a value differs between processes, as on machines without a shared file system."""
         for name, found in zip(values, zip(*self.gather(list(values.values())), strict=True), strict=True):
             if other := next((rank for rank, value in enumerate(found) if value != found[0]), 0):
@@ -198,7 +198,7 @@ class Group:
 
 
 @contextlib.contextmanager
-def joined(*, cpu: bool, seconds: float = 1800) -> Iterator[Group]:
+def join_processes(*, cpu: bool, seconds: float = 1800) -> Iterator[Group]:
     """The processes that the launcher started; `seconds` is how long a collective of the training may take.
 
     An error in any of them ends all, with the words and the exit code of the one that failed first: in that process the
@@ -211,14 +211,14 @@ def joined(*, cpu: bool, seconds: float = 1800) -> Iterator[Group]:
     from accelerate import PartialState
 
     patience = timedelta(seconds=seconds)
-    met = {} if _true(os.environ, "ACCELERATE_USE_DEEPSPEED") else _meeting_place(patience)
+    met = {} if _true(os.environ, "ACCELERATE_USE_DEEPSPEED") else _rendezvous(patience)
     state = PartialState(cpu=cpu, timeout=patience, **met)
     group = Group(state.process_index, state.num_processes, dist.new_group(backend="gloo", timeout=_DAY))
     try:
         yield group
         dist.barrier(group.channel)
     except BaseException as error:
-        _step_back(error)
+        _exit_unless_first(error)
         if _is_lost(error):
             raise SystemExit(
                 "error: another process of this run is gone (killed, or out of memory); the same command goes on from "
@@ -230,7 +230,7 @@ def joined(*, cpu: bool, seconds: float = 1800) -> Iterator[Group]:
             dist.destroy_process_group()
 
 
-def _meeting_place(patience: timedelta) -> dict[str, Any]:
+def _rendezvous(patience: timedelta) -> dict[str, Any]:
     """The launcher's store, this attempt's own part of it, and who we are there, for `init_process_group`.
 
     Processes that torchrun starts again would else find the addresses of those that are gone: torch 2.13 keeps the
@@ -243,7 +243,7 @@ def _meeting_place(patience: timedelta) -> dict[str, Any]:
     return {"store": dist.PrefixStore(f"apo/attempt/{attempt}", store), "rank": rank, "world_size": count}
 
 
-def leave_after(command: Callable[[], None]) -> None:
+def run_and_exit(command: Callable[[], None]) -> None:
     """Run the command of one process of several, and end the process with its exit code, at once.
 
     The usual end of an interpreter now and then meets threads of gloo that still run, and is aborted by them.
@@ -264,7 +264,7 @@ def leave_after(command: Callable[[], None]) -> None:
     os._exit(code or 0)
 
 
-def _step_back(error: BaseException) -> None:
+def _exit_unless_first(error: BaseException) -> None:
     """Raises SystemExit, without a word, in every process but the one that failed first."""
     import torch.distributed as dist
 

@@ -127,7 +127,7 @@ def compare_models(
     """
     import torch
 
-    from apo.packing.logps import SIDES, trained_tokens
+    from apo.packing.logps import SIDES, response_mask
 
     sizes = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
     order = sorted(range(len(pairs)), key=lambda place: (-sizes[place], place))
@@ -143,7 +143,7 @@ def compare_models(
                 marks = shared_tokens(pairs[place]["chosen_ids"], pairs[place]["rejected_ids"])
                 responses = []
                 for side, three, mark in zip(SIDES, both, marks, strict=True):
-                    trained = trained_tokens(pairs[place], side)
+                    trained = response_mask(pairs[place], side)
                     parts = (part[torch.tensor(trained, dtype=torch.bool)] for part in three)
                     responses.append(_response(*parts, [*compress(mark, trained)]))
                 prompt = content_hash(list(pairs[place]["prompt_ids"]))[:16]
@@ -279,8 +279,8 @@ def evaluate(config: PairsConfig, tell: Callable[[str], None] = lambda _: None) 
     """
     from apo.models import load as models
 
-    name = models.find(config.model, config.trust_remote_code)
-    reference_name = models.find(config.reference, config.trust_remote_code)
+    name = models.find_model(config.model, config.trust_remote_code)
+    reference_name = models.find_model(config.reference, config.trust_remote_code)
     tokenizer = models.load_tokenizer(name)
     pairs = _load(config)
     tokenized = _tokenize(config, pairs, tokenizer, name)
@@ -332,11 +332,11 @@ def _load(config: PairsConfig) -> Any:
 
 
 def _tokenize(config: PairsConfig, pairs: Any, tokenizer: Any, name: Any) -> Any:
-    from apo.data.tokenize import end_ids, tokenize
+    from apo.data.tokenize import eos_ids, tokenize
     from apo.models import load as models
 
-    most = config.max_length or models.context_of(name)
-    found = tokenize(pairs, tokenizer, most, end_ids(tokenizer, models.load_generation_config(name)), config.split)
+    most = config.max_length or models.context_length(name)
+    found = tokenize(pairs, tokenizer, most, eos_ids(tokenizer, models.load_generation_config(name)), config.split)
     if not len(found.dataset):
         raise UserError(f"all {len(pairs):,} pairs are longer than {most:,} tokens; nothing can be measured")
     return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from apo.data.sources import check_there
+from apo.data.sources import check_exists
 from apo.guarantees.conformal import (
     candidates_of,
     crc_threshold,
@@ -203,7 +203,7 @@ def read_scored(path: str | Path) -> list[dict[str, Any]]:
     """
     from clair.data.dataset import load_pairs, read_rows
 
-    check_there(str(path))
+    check_exists(str(path))
     with read_here(str(path)) as folder:
         if (folder / "manifest.json").is_file():
             return list(read_rows(folder))

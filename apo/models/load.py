@@ -36,7 +36,7 @@ class ModelName:
         return self.base != self.path
 
 
-def find(path: str, trust_remote_code: bool = False) -> ModelName:
+def find_model(path: str, trust_remote_code: bool = False) -> ModelName:
     """Look at what lies at `path`. Raises UserError for a folder that is not there or holds no model."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -46,7 +46,7 @@ def find(path: str, trust_remote_code: bool = False) -> ModelName:
     if (folder / ADAPTER_CONFIG).is_file():
         if not (folder / ADAPTER_WEIGHTS).is_file():
             raise UserError(f"adapter {path} has no {ADAPTER_WEIGHTS}; only safetensors are read")
-        return ModelName(str(folder), find(str(adapter_base(folder))).path, trust_remote_code)
+        return ModelName(str(folder), find_model(str(adapter_base(folder))).path, trust_remote_code)
     if not (folder / "config.json").is_file():
         raise UserError(f"model folder {path} has no config.json; give a folder written by save_pretrained")
     if not trust_remote_code:
@@ -54,7 +54,7 @@ def find(path: str, trust_remote_code: bool = False) -> ModelName:
     return ModelName(str(folder), str(folder), trust_remote_code)
 
 
-def fingerprint(name: ModelName) -> str:
+def hash_model_files(name: ModelName) -> str:
     """SHA-256 of a model's files: weights, configs, tokenizer, of an adapter and of its base. Reads them all.
 
     Of a hub name those of the copy in the hub's cache.
@@ -96,7 +96,7 @@ def load_generation_config(name: ModelName) -> GenerationConfig | None:
         return None
 
 
-def context_of(name: ModelName) -> int | None:
+def context_length(name: ModelName) -> int | None:
     """How many tokens the model takes, or None where its config does not say. Read without the weights."""
     from transformers import AutoConfig
 
@@ -122,7 +122,7 @@ def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
             model = AutoModelForCausalLM.from_pretrained(name.base, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         raise UserError(f"model {name.base} cannot be loaded: {one_line(error)}") from error
-    _mend_on_cpu(model)
+    _fix_4bit_on_cpu(model)
     if not name.is_adapter:
         return model
     from peft import PeftModel
@@ -134,14 +134,14 @@ def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
         raise UserError(f"adapter {name.path} does not fit {name.base}: {one_line(error)}") from error
 
 
-def why_not_quantized() -> str | None:
+def quantization_problem() -> str | None:
     """Why a model cannot be loaded in 4 bits here, or None."""
     if find_spec("bitsandbytes") is None:
         return "quantize: nf4 needs bitsandbytes, which is not installed: pip install 'clair-apo[quantize]'"
     return None
 
 
-def four_bits(compute: str) -> BitsAndBytesConfig:
+def nf4_config(compute: str) -> BitsAndBytesConfig:
     """NF4 with its constants quantised again (QLoRA, arXiv 2305.14314), and products in the type `compute`.
 
     PEFT's prepare_model_for_kbit_training is not called, as TRL does not: it would put embeddings and head into
@@ -176,7 +176,7 @@ def _unmapped() -> Iterator[None]:
         modeling_utils.safe_open = mapped
 
 
-def _mend_on_cpu(model: PreTrainedModel) -> None:
+def _fix_4bit_on_cpu(model: PreTrainedModel) -> None:
     """Make 4-bit weights on a CPU compute what they hold.
 
     On processors with AVX512-BF16 bitsandbytes (0.50) lays them out anew when they are first asked without a gradient,

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from apo.models.load import ADAPTER_CONFIG, ModelName, find, load_model, load_tokenizer
+from apo.models.load import ADAPTER_CONFIG, ModelName, find_model, load_model, load_tokenizer
 from clair.core.errors import UserError
 
 
@@ -21,7 +21,7 @@ def merge(adapter: str | Path, out: str | Path, *, base: str | None = None) -> P
         raise UserError(f"out: {target} is not empty; choose another folder")
     if not (Path(adapter) / ADAPTER_CONFIG).is_file():
         raise UserError(f"{adapter} has no {ADAPTER_CONFIG}; give the folder of an adapter, such as a LoRA run's out")
-    name = ModelName(str(adapter), find(base).path) if base else find(str(adapter))
+    name = ModelName(str(adapter), find_model(base).path) if base else find_model(str(adapter))
     tokenizer = load_tokenizer(name)
     merged = load_model(name).merge_and_unload(safe_merge=True)
     merged = merged.to(_dtype_of(name.base))

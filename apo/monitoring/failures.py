@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError
 
 from apo.data.tokenize import ID_COLUMNS
-from apo.distributed.deepspeed import own_part
+from apo.distributed.deepspeed import local_shard
 from apo.monitoring.metrics import token_counts
-from apo.packing.async_copy import Fetched
-from apo.packing.logps import Batch, examples_of
+from apo.packing.async_copy import HostCopy
+from apo.packing.logps import Batch, uncollate
 from apo.run_dir import checkpoints
 from clair.core.errors import EXIT_STOPPED, UserError
 from clair.core.exit_codes import OF_THE_SYSTEM
@@ -51,11 +51,11 @@ class NonFiniteLossCheck:
 
     def __init__(self, device: torch.device) -> None:
         self._lag = 0 if device.type == "cpu" else 2
-        self._seen: deque[tuple[int, Fetched, Batch]] = deque()
+        self._seen: deque[tuple[int, HostCopy, Batch]] = deque()
 
     def look(self, trainer: APOTrainer, losses: Tensor, batch: Batch) -> None:
         """Take note of a micro-batch, [B] losses. Raises Stopped where one that can be looked at is not finite."""
-        self._seen.append((trainer.state.global_step + 1, Fetched(~losses.detach().isfinite()), batch))
+        self._seen.append((trainer.state.global_step + 1, HostCopy(~losses.detach().isfinite()), batch))
         self.settle(trainer, self._lag)
 
     def settle(self, trainer: APOTrainer, left: int = 0) -> None:
@@ -67,7 +67,7 @@ class NonFiniteLossCheck:
 
 
 def _loss_words(trainer: APOTrainer, step: int, lost: Sequence[bool], batch: Batch) -> str:
-    names = names_of(examples_of(batch), trainer.train_dataset)
+    names = names_of(uncollate(batch), trainer.train_dataset)
     of_lost = [name for name, is_lost in zip(names, lost, strict=True) if is_lost]
     if len(of_lost) == len(names):
         which = f"all {len(names)} pairs of its batch ({_some(names)})"
@@ -92,7 +92,7 @@ def check_gradient(trainer: APOTrainer, norm: float | None) -> None:
 
 def check_weights_finite(trainer: APOTrainer) -> None:
     """Raises Stopped where a trained weight is not finite, so that no such checkpoint or model is ever written."""
-    mine = [own_part(weight) for weight in trainer.model.parameters() if weight.requires_grad]
+    mine = [local_shard(weight) for weight in trainer.model.parameters() if weight.requires_grad]
     if not torch.stack([weight.isfinite().all() for weight in mine]).all():
         raise Stopped(
             f"step {trainer.state.global_step}: trained weights are not finite, so nothing is saved; lower "
@@ -125,7 +125,7 @@ def _some(names: Sequence[str]) -> str:
 def kept_words(trainer: APOTrainer) -> str:
     """Which checkpoint is left to go on from."""
     saved = reversed(checkpoints.checkpoints(Path(trainer.args.output_dir)))
-    whole = next((folder for folder in saved if checkpoints.problem_of(folder) is None), None)
+    whole = next((folder for folder in saved if checkpoints.resume_problem(folder) is None), None)
     return f"the last good checkpoint is {whole}" if whole else "no checkpoint had been saved"
 
 
@@ -184,7 +184,7 @@ def _memory_words(trainer: APOTrainer, doing: str) -> str:
     where = f"{doing}, after step {trainer.state.global_step}" if trainer.state.global_step else doing
     size = ""
     if batch is not None:
-        work = token_counts(batch, packed=trainer.packs)
+        work = token_counts(batch, packed=trainer.is_packed)
         size = f" with {len(work)} pairs of {int(work[:, 1].sum()):,} tokens in one pass"
     changes = "; or ".join(memory_changes(trainer, batch))
     return f"out of memory in {where}{size}: set {changes}; {kept_words(trainer)}"
@@ -195,7 +195,7 @@ def memory_changes(trainer: APOTrainer, batch: Batch | None = None) -> list[str]
     args = trainer.args
     pairs = args.per_device_train_batch_size
     changes = []
-    if trainer.packs:
+    if trainer.is_packed:
         computed = token_counts(batch, packed=True)[:, 1] if batch is not None else None
         most = int(computed.sum()) if computed is not None else args.pack_tokens
         if most and (computed is None or len(computed) > 1):

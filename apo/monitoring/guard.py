@@ -141,7 +141,7 @@ def _read_tasks(
 ) -> tuple[Examples, list[tuple[int, int, int]]]:  # fmt: skip
     from datasets import Dataset
 
-    from apo.data.tokenize import end_ids, tokenize
+    from apo.data.tokenize import eos_ids, tokenize
 
     if not path.is_file():
         raise UserError(f"guard.tasks: {path} does not exist; give a .jsonl file")
@@ -156,7 +156,7 @@ def _read_tasks(
         ]
     if len(tasks) < 2:
         raise UserError(f"guard.tasks: {path} holds {len(tasks)} task(s); give at least 2")
-    ends = end_ids(tokenizer, generation)
+    ends = eos_ids(tokenizer, generation)
     done = tokenize(Dataset.from_list(rows), tokenizer, longest, ends, "guard.tasks", day=day)
     if done.dropped:
         raise UserError(f"guard.tasks: {done.dropped['too_long']:,} answers are longer than the {longest:,} tokens "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from apo.packing.logps import SIDES, trained_tokens
+from apo.packing.logps import SIDES, response_mask
 from clair.data.contrast import shared_tokens
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Probe:
 
     def __init__(self, trainer: APOTrainer, pairs: Sequence[dict[str, Any]]) -> None:
         self.pairs = [{f"{name}_ids": list(pair[f"{name}_ids"]) for name in ("prompt", *SIDES)} for pair in pairs]
-        self._trained = [torch.tensor(trained_tokens(pair, side), dtype=torch.bool) for pair in pairs for side in SIDES]
+        self._trained = [torch.tensor(response_mask(pair, side), dtype=torch.bool) for pair in pairs for side in SIDES]
         shared = [mark for pair in self.pairs for mark in shared_tokens(pair["chosen_ids"], pair["rejected_ids"])]
         marks = [torch.tensor(mark, dtype=torch.bool) for mark in shared]
         self.shared = [mark[trained] for mark, trained in zip(marks, self._trained, strict=True)]
@@ -64,7 +64,7 @@ class Probe:
                     tokens.append(torch.zeros(0))
                     continue
                 ids = torch.tensor([pair["prompt_ids"] + response], device=device)
-                with trainer.as_in_training():
+                with trainer.evaluation_mode():
                     seen = model(
                         input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False,
                         logits_to_keep=len(response) + 1,

@@ -15,7 +15,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-class Fetched:
+class HostCopy:
     """A tensor on its way to the host: `value` waits for it, and for nothing that a CUDA device was told afterwards."""
 
     def __init__(self, tensor: torch.Tensor) -> None:

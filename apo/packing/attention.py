@@ -2,7 +2,7 @@
 
 Three ways of the same: `split` calls SDPA twice a pair and runs everywhere; `varlen` is one call of the flash kernel
 for sequences of unequal lengths; `flex` is FlexAttention with a block mask. The last two need an accelerator, where
-`fastest` measures all three. They are put in through transformers' AttentionInterface, so that any model whose
+`fastest_backend` measures all three. They are put in through transformers' AttentionInterface, so that any model whose
 attention goes through it works: grouped queries, sliding windows and soft caps included.
 """
 
@@ -27,7 +27,7 @@ from clair.core.errors import one_line
 NAME = "shared_prefix"
 BLOCK = 128
 """Queries, and keys, of a block of FlexAttention: its default."""
-BEFORE = "_attention_before_shared_prefix"
+ORIGINAL_ATTENTION = "_attention_before_shared_prefix"
 """Attribute of an attention module: the name of the attention it had."""
 
 
@@ -62,7 +62,7 @@ class PackedRow:
     owner: torch.Tensor
     lengths: torch.Tensor
     way: str = "split"
-    """Which of `WAYS` attends."""
+    """Which of `BACKENDS` attends."""
     made: dict[Any, Any] = field(default_factory=dict)
     """Masks and places, made once a row and used by every layer."""
 
@@ -94,10 +94,10 @@ def packed_attention(
     """Attention of a packed row, or transformers' own for any other input. [1, heads, T, d] -> [1, T, heads, d]."""
     if shared_prefix is None:
         given = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
-        return _as_before(module, query, key, value, attention_mask, **given, **options)
+        return _original_attention(module, query, key, value, attention_mask, **given, **options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key = query.to(value.dtype), key.to(value.dtype)  # in mixed precision rotating puts them into float32
-    way = WAYS[shared_prefix.way]
+    way = BACKENDS[shared_prefix.way]
     return way(query, key, value, shared_prefix, scale, dropout, sliding_window, softcap).transpose(1, 2), None
 
 
@@ -291,10 +291,10 @@ def _flex_attention(device: str) -> Callable[..., torch.Tensor]:
     return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)
 
 
-WAYS: dict[str, Callable[..., torch.Tensor]] = {"split": _split, "varlen": _varlen, "flex": _flex}
+BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"split": _split, "varlen": _varlen, "flex": _flex}
 
 
-def fastest(config: Any, layout: PackedRow, dtype: torch.dtype, repeats: int = 3) -> tuple[str, str]:
+def fastest_backend(config: Any, layout: PackedRow, dtype: torch.dtype, repeats: int = 3) -> tuple[str, str]:
     """The way that is fastest for a row like `layout`, forward and backward, and what was measured, in words.
 
     On a CPU it is `split`, unmeasured: there the others have no backward. A way that raises is left out and said.
@@ -310,7 +310,7 @@ def _measured(config: Any, layout: PackedRow, dtype: torch.dtype, repeats: int) 
     tokens = layout.input_ids.shape[1]
     window, softcap = getattr(config, "sliding_window", None), getattr(config, "attn_logit_softcapping", None)
     seconds, told = {}, []
-    for name, way in WAYS.items():
+    for name, way in BACKENDS.items():
         q, k, v = (
             torch.randn(1, n, tokens, width, device=device, dtype=dtype, requires_grad=True) for n in (heads, few, few)
         )
@@ -331,11 +331,11 @@ def _measured(config: Any, layout: PackedRow, dtype: torch.dtype, repeats: int) 
     return best, f"attention of packed rows, a layer: {', '.join(told)}; taken: {best}"
 
 
-def _as_before(module: torch.nn.Module, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+def _original_attention(module: torch.nn.Module, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
     """The attention that the model had before `enable_packing`, for input that is not packed."""
     if mask is not None and mask.numel() == 1:
         raise RuntimeError("the model does not hand its options on to its attention")
-    if getattr(module, BEFORE) != "eager":
+    if getattr(module, ORIGINAL_ATTENTION) != "eager":
         return AttentionInterface()["sdpa"](module, query, key, value, mask, **options)
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)

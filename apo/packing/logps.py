@@ -72,17 +72,17 @@ def padded_logps(model: nn.Module, batch: Batch, **options: Any) -> PairLogps:
 
 PAIR_WEIGHT = "pair_weight"
 """What each pair of a batch weighs, [B], where a dataset column says so."""
-IDLE = "idle"
+DUMMY = "dummy"
 """In a batch whose pairs another process has: it is run only because processes run together, and counts for nothing."""
 IDS = ("input_ids", "attention_mask", "completion_mask")
 """What a stacked batch says of its tokens, each [2B, L]."""
-_NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", PAIR_WEIGHT, IDLE})
+_NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", PAIR_WEIGHT, DUMMY})
 
 
 SIDES = ("chosen", "rejected")
 
 
-def trained_tokens(example: Mapping[str, Any], side: str) -> list[int]:
+def response_mask(example: Mapping[str, Any], side: str) -> list[int]:
     """1 for each token of a response that is trained, 0 for those of turns within it that are not the model's."""
     return example.get(f"{side}_mask") or [1] * len(example[f"{side}_ids"])
 
@@ -121,7 +121,7 @@ def _of_stack(logps: Tensor, completion_mask: Tensor, aux_loss: Tensor | None = 
     return PairLogps(*logps.chunk(2), *completion_mask[:, 1:].sum(-1).chunk(2), aux_loss)
 
 
-def mismatched(
+def rotate_responses(
     batches: Sequence[Batch],
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
     gather: Callable[[list[Any]], list[Any]] = list,
@@ -133,14 +133,14 @@ def mismatched(
     batches keep their sizes. Over several processes `gather` puts their lists one behind the other, and pairs follow
     each other as they would in one process. A single pair has nobody to swap with: its batch is idle.
     """
-    rows = [examples_of(batch) for batch in batches]
-    heads = gather([[None if IDLE in batch else row[0] for batch, row in zip(batches, rows, strict=True)]])
+    rows = [uncollate(batch) for batch in batches]
+    heads = gather([[None if DUMMY in batch else row[0] for batch, row in zip(batches, rows, strict=True)]])
     order = sorted((step, process) for process, firsts in enumerate(heads) for step, one in enumerate(firsts) if one)
     after = dict(zip(order, order[1:] + order[:1], strict=True))
     swapped = []
     for step, (batch, examples) in enumerate(zip(batches, rows, strict=True)):
-        if IDLE in batch or (len(order) == 1 and len(examples) == 1):
-            swapped.append(idle(batch))
+        if DUMMY in batch or (len(order) == 1 and len(examples) == 1):
+            swapped.append(dummy_batch(batch))
             continue
         then, where = after[step, rank]
         following = [*examples[1:], heads[where][then]]
@@ -149,7 +149,7 @@ def mismatched(
     return swapped
 
 
-def examples_of(batch: Batch) -> list[dict[str, list[int]]]:
+def uncollate(batch: Batch) -> list[dict[str, list[int]]]:
     """The token ids that a stacked batch was collated from: `prompt_ids`, `chosen_ids` and `rejected_ids` per pair, and
     a mask for each response that is not trained whole."""
     rows = []
@@ -173,7 +173,7 @@ def _example(*rows: tuple[list[int], list[int], int]) -> dict[str, list[int]]:
     return example
 
 
-def select(batch: Batch, places: Sequence[int]) -> dict[str, Any]:
+def select_pairs(batch: Batch, places: Sequence[int]) -> dict[str, Any]:
     """The stacked batch of some of its pairs, in this order."""
     pairs = len(batch["input_ids"]) // 2
     rows = [*places, *(place + pairs for place in places)]
@@ -182,23 +182,23 @@ def select(batch: Batch, places: Sequence[int]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def idle(batch: Batch) -> dict[str, Any]:
+def dummy_batch(batch: Batch) -> dict[str, Any]:
     """The first pair of a batch as one that counts for nothing."""
     import torch
 
-    return {**select(batch, [0]), IDLE: torch.ones(1, dtype=torch.bool, device=batch["input_ids"].device)}
+    return {**select_pairs(batch, [0]), DUMMY: torch.ones(1, dtype=torch.bool, device=batch["input_ids"].device)}
 
 
-def weights_of(batch: Batch) -> Tensor:
+def pair_weights(batch: Batch) -> Tensor:
     """What the pairs of a stacked batch weigh, [B], float32: 1 each without a column of weights, 0 of an idle one."""
     import torch
 
-    if IDLE in batch:
-        return torch.zeros(1, device=device_of(batch))
+    if DUMMY in batch:
+        return torch.zeros(1, device=logps_device(batch))
     given = batch.get(PAIR_WEIGHT)
-    return torch.ones(len(batch["input_ids"]) // 2, device=device_of(batch)) if given is None else given.float()
+    return torch.ones(len(batch["input_ids"]) // 2, device=logps_device(batch)) if given is None else given.float()
 
 
-def device_of(batch: Batch) -> torch.device:
+def logps_device(batch: Batch) -> torch.device:
     """Where the log-probs of a stacked batch are wanted. The ids of one for packed rows stay on the host."""
     return batch.get(PAIR_WEIGHT, batch["input_ids"]).device

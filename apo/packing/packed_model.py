@@ -19,8 +19,8 @@ import torch
 
 from apo.data.rendering import common_prefix
 from apo.packing.async_copy import to_device
-from apo.packing.attention import BEFORE, NAME, PackedRow, PairSpan, fastest
-from apo.packing.logps import SIDES, Batch, PairLogps, device_of, examples_of, padded_logps, trained_tokens
+from apo.packing.attention import NAME, ORIGINAL_ATTENTION, PackedRow, PairSpan, fastest_backend
+from apo.packing.logps import SIDES, Batch, PairLogps, logps_device, padded_logps, response_mask, uncollate
 from apo.packing.onednn import product, restore_linear, rows_multiple, use_onednn
 from clair.core.errors import one_line
 
@@ -30,27 +30,27 @@ _HEAD_KEEPS = 512 * 2**20
 """Bytes of exponentiated logits that may wait for backward; above, they are made anew there, chunk by chunk."""
 
 
-def shared_response(example: dict[str, list[int]]) -> int:
+def shared_response_length(example: dict[str, list[int]]) -> int:
     """How many tokens the responses of a pair begin with in common, trained in both or in neither."""
     both = common_prefix(example["chosen_ids"], example["rejected_ids"])
     if example.get("chosen_mask") or example.get("rejected_mask"):
-        return common_prefix(*(trained_tokens(example, side)[:both] for side in SIDES))
+        return common_prefix(*(response_mask(example, side)[:both] for side in SIDES))
     return both
 
 
-def tokens_of(example: dict[str, list[int]]) -> int:
+def packed_length(example: dict[str, list[int]]) -> int:
     """How many tokens a pair takes in a packed row."""
     prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", *SIDES))
-    return len(prompt) + len(chosen) + len(rejected) - shared_response(example)
+    return len(prompt) + len(chosen) + len(rejected) - shared_response_length(example)
 
 
 def crop_around_divergence(example: dict[str, Any], most: int = 128) -> dict[str, Any]:
     """A pair cut to at most `most` tokens before and `most` after a place shortly before its answers part."""
     prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", *SIDES))
-    start = max(0, shared_response(example) - most // 4)
+    start = max(0, shared_response_length(example) - most // 4)
     part = slice(start, start + most)
     cut = {"prompt_ids": [*prompt, *chosen[:start]][-most:], "chosen_ids": chosen[part], "rejected_ids": rejected[part]}
-    masks = {f"{side}_mask": trained_tokens(example, side)[part] for side in SIDES if example.get(f"{side}_mask")}
+    masks = {f"{side}_mask": response_mask(example, side)[part] for side in SIDES if example.get(f"{side}_mask")}
     return {**example, **cut, **{name: [1, *mask[1:]][: len(mask)] for name, mask in masks.items()}}
 
 
@@ -75,8 +75,8 @@ def pack_pairs(
         if not (prompt and (chosen or rejected)):
             raise ValueError("a pair with an empty prompt or no response cannot be packed")
         paired = bool(chosen and rejected)
-        both = shared_response(example) if paired else len(chosen or rejected)
-        trained, others = (trained_tokens(example, side) for side in SIDES)
+        both = shared_response_length(example) if paired else len(chosen or rejected)
+        trained, others = (response_mask(example, side) for side in SIDES)
         lengths += [sum(trained), sum(others)]
         shared, start = len(prompt) + both, len(ids)
         span = PairSpan(start, shared, len(chosen[both:]), len(rejected[both:]))
@@ -189,7 +189,7 @@ def _logits(rows: Any, weight: Any, bias: Any, scale: float, softcap: float | No
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
-def keeps_logits(labels: int, vocabulary: int) -> bool:
+def stores_logits(labels: int, vocabulary: int) -> bool:
     """Whether the head's exponentiated logits stay in memory until backward: at most `_HEAD_KEEPS` bytes of them."""
     return 4 * labels * vocabulary <= _HEAD_KEEPS
 
@@ -203,7 +203,7 @@ def head_logps(model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tenso
         weight, bias = head.weight, head.bias
         if hasattr(weight, "full_tensor"):  # its gradient would stay that of this process
             raise RuntimeError("its LM head is sharded and not gathered when it is called")
-        keep = torch.is_grad_enabled() and softcap is None and keeps_logits(len(hidden), len(weight))
+        keep = torch.is_grad_enabled() and softcap is None and stores_logits(len(hidden), len(weight))
         filled = torch.nn.functional.pad(labels, (0, len(hidden) - len(labels)))
         device, dtype = hidden.device.type, weight.dtype
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -232,9 +232,9 @@ def _logit_scale(config: Any) -> float:
 # ---- the model
 
 
-def why_not(model: torch.nn.Module) -> str | None:
-    """Why a model cannot be asked in packed rows, or None. A last check on real pairs is still due (`agrees`)."""
-    base = _base_of(model)
+def unsupported_reason(model: torch.nn.Module) -> str | None:
+    """Why a model cannot run packed rows, or None. `matches_padded` still has to check it on real pairs."""
+    base = _base_model(model)
     if any(getattr(config, "prompt_learning", False) or getattr(config, "is_prompt_learning", False)
            for config in getattr(model, "peft_config", {}).values()):  # fmt: skip
         return "its adapter puts virtual tokens in front"
@@ -251,7 +251,7 @@ def enable_packing(model: torch.nn.Module, way: str = "split") -> None:
 
     Asked so, it returns the log-probs [M] of the layout's labels. `way` is one of attention.py's.
     """
-    base = _base_of(model)
+    base = _base_model(model)
     if "_plain_forward" in vars(base):
         return
     plain = base.forward
@@ -271,19 +271,19 @@ def enable_packing(model: torch.nn.Module, way: str = "split") -> None:
     before = {place: getattr(config, "_attn_implementation", None) for place, config in configs.items()}
     for module in base.modules():
         if hasattr(module, "config") and before[id(module.config)] in ("sdpa", "eager"):
-            setattr(module, BEFORE, before[id(module.config)])  # not in the config, which is saved
+            setattr(module, ORIGINAL_ATTENTION, before[id(module.config)])  # not in the config, which is saved
             module.config._attn_implementation = NAME
 
 
-def unshare_prefixes(model: torch.nn.Module) -> None:
+def disable_packing(model: torch.nn.Module) -> None:
     """Undo `enable_packing`."""
-    base = _base_of(model)
+    base = _base_model(model)
     if "_plain_forward" in vars(base):
         base.forward = vars(base).pop("_plain_forward")
         restore_linear(base)
         for module in base.modules():
-            if BEFORE in vars(module):
-                module.config._attn_implementation = vars(module).pop(BEFORE)
+            if ORIGINAL_ATTENTION in vars(module):
+                module.config._attn_implementation = vars(module).pop(ORIGINAL_ATTENTION)
 
 
 def enable_packing_if_exact(
@@ -299,11 +299,11 @@ def enable_packing_if_exact(
     Attention goes the way that is fastest on a row like `batch` in `dtype`. Returns None, or why they do not share,
     and what is to be told. An error is a reason, unless it is `fatal`.
     """
-    reason = next((why for model in models if (why := why_not(model))), None)
+    reason = next((why for model in models if (why := unsupported_reason(model))), None)
     if reason is not None:
         return reason, []
-    layout = pack_pairs(examples_of(batch), batch["input_ids"].device)
-    best, told = fastest(_base_of(models[0]).config.get_text_config(), layout, dtype)
+    layout = pack_pairs(uncollate(batch), batch["input_ids"].device)
+    best, told = fastest_backend(_base_model(models[0]).config.get_text_config(), layout, dtype)
     notes = [told] if told else []
     with torch.no_grad(), autocast():
         plain = padded_logps(models[0], pairs)
@@ -312,7 +312,9 @@ def enable_packing_if_exact(
             enable_packing(model, way)
         try:
             with autocast():
-                reason = None if agrees(models[0], pairs, plain, dtype) else "its log-probs differ in packed rows"
+                reason = (
+                    None if matches_padded(models[0], pairs, plain, dtype) else "its log-probs differ in packed rows"
+                )
         except (RuntimeError, TypeError, ValueError) as error:
             if fatal(error):
                 raise
@@ -321,11 +323,11 @@ def enable_packing_if_exact(
             break
         notes.append(f"attention of packed rows: {way} is not taken, {reason}")
         for model in models:
-            unshare_prefixes(model)
+            disable_packing(model)
     return reason, notes if reason is None else []
 
 
-def agrees(model: torch.nn.Module, batch: Batch, plain: PairLogps, dtype: torch.dtype) -> bool:
+def matches_padded(model: torch.nn.Module, batch: Batch, plain: PairLogps, dtype: torch.dtype) -> bool:
     """Whether packed rows give what TRL's stacked batch gave, up to the rounding of products in `dtype`."""
     with torch.no_grad():
         packed = shared_prefix_logps(model, batch)
@@ -336,7 +338,7 @@ def agrees(model: torch.nn.Module, batch: Batch, plain: PairLogps, dtype: torch.
     )
 
 
-def _base_of(model: torch.nn.Module) -> torch.nn.Module:
+def _base_model(model: torch.nn.Module) -> torch.nn.Module:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
@@ -355,5 +357,5 @@ def shared_prefix_logps(model: torch.nn.Module, batch: Batch, **options: Any) ->
     """`PairLogps` of a stacked batch by packing it into one row: the fast twin of `padded_logps`."""
     if options:
         raise ValueError(f"{', '.join(options)} cannot be asked for with shared prefixes")
-    device = device_of(batch)
-    return packed_logps(model, pack_pairs(examples_of(batch), device, rows_multiple(device)))
+    device = logps_device(batch)
+    return packed_logps(model, pack_pairs(uncollate(batch), device, rows_multiple(device)))

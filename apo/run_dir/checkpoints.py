@@ -29,7 +29,7 @@ class Search:
     notes: list[str] = field(default_factory=list)
 
 
-def finish(folder: Path, final: Path, *, resumable: bool) -> None:
+def complete_checkpoint(folder: Path, final: Path, *, resumable: bool) -> None:
     """Declare the checkpoint in `folder` complete and put it in its place, in one rename."""
     files, hashes = {}, {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -39,7 +39,7 @@ def finish(folder: Path, final: Path, *, resumable: bool) -> None:
         files[name], hashes[name] = path.stat().st_size, file_sha256(path)
     write_json(folder / MARKER, {"resumable": resumable, "files": files, "sha256": hashes})
     if final.exists():
-        if problem_of(final) is None:  # the same step saved twice, as when Ctrl-C and an epoch's end meet
+        if resume_problem(final) is None:  # the same step saved twice, as when Ctrl-C and an epoch's end meet
             shutil.rmtree(folder.parent)
             return
         shutil.rmtree(final)
@@ -48,7 +48,7 @@ def finish(folder: Path, final: Path, *, resumable: bool) -> None:
     _flush(final.parent)
 
 
-def step_of(folder: Path) -> int | None:
+def checkpoint_step(folder: Path) -> int | None:
     """The step of `checkpoint-STEP`, or None for any other name."""
     found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
     return int(found[1]) if found else None
@@ -56,19 +56,19 @@ def step_of(folder: Path) -> int | None:
 
 def checkpoints(out: Path) -> list[Path]:
     """The folders named `checkpoint-STEP` in `out`, oldest step first."""
-    found = [(step, folder) for folder in out.glob("checkpoint-*") if (step := step_of(folder)) is not None]
+    found = [(step, folder) for folder in out.glob("checkpoint-*") if (step := checkpoint_step(folder)) is not None]
     return [folder for _, folder in sorted(found) if folder.is_dir()]
 
 
-def problem_of(checkpoint: Path) -> str | None:
+def resume_problem(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be gone on from, or None. Reads all its files."""
-    if damage := damage_of(checkpoint):
+    if damage := find_damage(checkpoint):
         return damage
     marker = json.loads((checkpoint / MARKER).read_text("utf-8"))
     return None if marker.get("resumable") else "it holds the model only (save_only_model)"
 
 
-def damage_of(checkpoint: Path) -> str | None:
+def find_damage(checkpoint: Path) -> str | None:
     """What of a checkpoint is not as it was written, or None. Reads all its files."""
     try:
         marker = json.loads((checkpoint / MARKER).read_text("utf-8"))
@@ -89,14 +89,14 @@ def damage_of(checkpoint: Path) -> str | None:
     return None
 
 
-def find_newest(out: Path) -> Search:
+def find_newest_checkpoint(out: Path) -> Search:
     """The newest complete checkpoint of `out`. What a killed save left is removed; what is damaged is set aside."""
     search = Search()
     for leftover in sorted((out / UNFINISHED).glob("*")):
         search.notes.append(f"removed {leftover.name}, which was being written when the run was stopped")
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     for checkpoint in reversed(checkpoints(out)):
-        problem = problem_of(checkpoint)
+        problem = resume_problem(checkpoint)
         if problem is None:
             search.newest = checkpoint
             break

@@ -40,7 +40,7 @@ MAY_CHANGE = ("out", "reference", "guard", "probe", "trainer.pack_tokens", "trai
 """Keys of a recipe (and under them) that change nothing that is trained: a stopped run goes on with other values."""
 
 
-def status_of(out: Path, recipe: Mapping[str, Any]) -> Status:
+def run_status(out: Path, recipe: Mapping[str, Any]) -> Status:
     """How far the run of this `recipe` (resolved) is in `out`.
 
     Raises UserError where `out` holds something else: another recipe's run, or files that are no run at all.
@@ -56,7 +56,7 @@ def status_of(out: Path, recipe: Mapping[str, Any]) -> Status:
         return "new"
     run = read_run(out)
     free = (*MAY_CHANGE, *(_LAYOUT if "pairs_per_step" in run else ()))
-    keys = changed_keys(recorded(run["recipe"]), recorded(recipe))
+    keys = changed_keys(redacted_recipe(run["recipe"]), redacted_recipe(recipe))
     changed = [key for key in keys if not key.startswith(free)]
     if changed:
         raise UserError(
@@ -78,7 +78,7 @@ def read_run(out: Path) -> dict[str, Any]:
     return run
 
 
-def day_of(out: Path) -> str:
+def template_day(out: Path) -> str:
     """The date (YYYY-MM-DD) that chat templates write as today's: that of the first start of the run in `out`, and
     today if none has started. So a run that goes on another day has the same token ids.
 
@@ -93,14 +93,14 @@ def day_of(out: Path) -> str:
         raise UserError(f"{out / RUN}: day is {day!r}; a date as YYYY-MM-DD needed") from error
 
 
-def begin(out: Path, recipe: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+def write_new_run(out: Path, recipe: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
     """Write the run.json of a run that starts now."""
-    run = {"recipe": recorded(recipe), "provenance": provenance(), "started": now(), **facts}
+    run = {"recipe": redacted_recipe(recipe), "provenance": provenance(), "started": now(), **facts}
     write_json(out / RUN, run)
     return run
 
 
-def recorded(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def redacted_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe as it may be written down: without tokens and keys that trainer options can hold."""
     return {**recipe, "trainer": without_secrets(recipe.get("trainer") or {})}
 
@@ -115,7 +115,7 @@ def today() -> str:
     return datetime.now().date().isoformat()
 
 
-def note_stop(out: Path, step: int, why: str) -> None:
+def record_stop(out: Path, step: int, why: str) -> None:
     """Keep in run.json why training ended before its time."""
     if (out / RUN).exists():
         run = read_run(out)
@@ -143,24 +143,24 @@ def drop_metrics_after(out: Path, step: int) -> None:
     write_atomically(out / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def put_in_place(folder: Path, out: Path) -> None:
+def move_files(folder: Path, out: Path) -> None:
     """Move every finished file of `folder` into `out`, one rename each, and take the folder away."""
     for file in sorted(folder.iterdir()):
         os.replace(file, out / file.name)
     shutil.rmtree(folder)
 
 
-def size_told(count: Mapping[str, Any]) -> str:
+def describe_size(count: Mapping[str, Any]) -> str:
     """How much a split of run.json holds, in words: `24 pairs`, `24 unpaired rows (16 desirable)`."""
     if "pairs" in count:
         return f"{count['pairs']:,} pairs"
     return f"{count['rows']:,} unpaired rows ({count['desirable']:,} desirable)"
 
 
-def counted(count: Mapping[str, Any]) -> str:
+def describe_counts(count: Mapping[str, Any]) -> str:
     """The same with what was left out, and why: `14 pairs, 2 left out (too long)`."""
     left_out = "".join(f", {n:,} left out ({why.replace('_', ' ')})" for why, n in count["dropped"].items())
-    return size_told(count) + left_out
+    return describe_size(count) + left_out
 
 
 def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:
@@ -188,7 +188,7 @@ def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         f"# {name}\n",
         f"{recipe['model']} trained with {title_of(objective)} (beta {recipe['beta']}) on "
-        f"{size_told(run['data']['train'])} for {run['steps']:,} steps. Left out: {left_out}.\n",
+        f"{describe_size(run['data']['train'])} for {run['steps']:,} steps. Left out: {left_out}.\n",
         f"![Chosen and rejected over training]({PICTURE})\n",
         "At the last step:\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n",
         f"```python\nfrom {package} import {load.split('.')[0]}\nmodel = {load}\n```\n",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apo.data.sources import values_of
+from apo.data.sources import column_values
 from apo.run_dir.files import RUN
 from clair.core.errors import UserError
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 _LONGEST = 80
 
 
-def runs_of(config: TrainConfig, tell: Callable[[str], None] = lambda _: None) -> list[TrainConfig]:
+def expand_runs(config: TrainConfig, tell: Callable[[str], None] = lambda _: None) -> list[TrainConfig]:
     """The runs that a recipe asks for: itself, or with `by` one for each value, on its rows, in its folder of `out`.
 
     Raises UserError where two values would share a folder, and where `out` is the folder of one run already.
     """
     if config.by is None:
         return [config]
-    values, missing = values_of(config.dataset, config.by)
+    values, missing = column_values(config.dataset, config.by)
     if missing:
         tell(f"note: {missing:,} rows have no {config.by} and are in no run")
     out = Path(config.out)
@@ -33,7 +33,7 @@ def runs_of(config: TrainConfig, tell: Callable[[str], None] = lambda _: None) -
     folders: dict[str, str | int | bool] = {}
     runs = []
     for value in values:
-        name = folder_of(value)
+        name = value_folder(value)
         if (other := folders.setdefault(name.casefold(), value)) is not value:
             raise UserError(f"by: the values {other!r} and {value!r} would share the folder {out / name}; rename one")
         sources = [s.model_copy(update={"where": {**(s.where or {}), config.by: value}}) for s in config.dataset]
@@ -41,6 +41,6 @@ def runs_of(config: TrainConfig, tell: Callable[[str], None] = lambda _: None) -
     return runs
 
 
-def folder_of(value: str | int | bool) -> str:
+def value_folder(value: str | int | bool) -> str:
     """A value as a folder's name: all but letters, digits, `_`, `.` and `-` as `-`; never hidden, never a way up."""
     return re.sub(r"[^\w.-]+", "-", str(value)).strip(".-")[:_LONGEST] or "-"

@@ -311,7 +311,7 @@ def setup_errors(what: str, options: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be set up: {one_line(error)}; change it, or its options ({options})") from error
 
 
-def lora_of(config: TrainConfig) -> Any:
+def lora_config(config: TrainConfig) -> Any:
     """PEFT's configuration of the recipe's `lora`, or None."""
     if config.lora is None:
         return None

@@ -20,15 +20,15 @@ from apo.data.tokenize import first_rows
 from apo.models.tensor_cache import hash_model
 from apo.monitoring.failures import is_out_of_memory, memory_watched
 from apo.packing.async_copy import to_device
-from apo.packing.logps import IDLE, IDS, PAIR_WEIGHT, Batch, TurnCollator, WeightedCollator, mismatched
+from apo.packing.logps import DUMMY, IDS, PAIR_WEIGHT, Batch, TurnCollator, WeightedCollator, rotate_responses
 from apo.packing.packed_model import (
     crop_around_divergence,
     enable_packing_if_exact,
     pack_bins,
+    packed_length,
     shared_prefix_logps,
-    tokens_of,
 )
-from apo.training.reference import Advance, with_reference
+from apo.training.reference import Advance, add_reference_logps
 from clair.core.errors import UserError
 from clair.core.progress import progress
 
@@ -52,12 +52,12 @@ class LogprobTrainer(DPOTrainer):
         self._data_collator = collate if ready else TurnCollator(collate)
 
     @property
-    def packs(self) -> bool:
+    def is_packed(self) -> bool:
         """Whether pairs are asked for in packed rows, without padding, each prompt once."""
         return self.pair_logps is shared_prefix_logps
 
     @contextlib.contextmanager
-    def as_in_training(self) -> Iterator[None]:
+    def evaluation_mode(self) -> Iterator[None]:
         """The precision of a training step, without gradient and with the policy in eval mode: for every question to
         the policy or the reference outside of one, so that both answer alike while they are one model.
 
@@ -72,13 +72,13 @@ class LogprobTrainer(DPOTrainer):
         finally:
             self.model.train(training)
 
-    def _share_prefixes(self) -> None:
+    def _enable_packing(self) -> None:
         """Ask in packed rows from now on, if the model can be and agrees with TRL's batch on two pairs."""
         if self.is_deepspeed_enabled:
             self.model.to(self.args.device)  # transformers leaves that to DeepSpeed, and the model is asked before
-        if not self._may_share:
+        if not self._may_pack:
             return
-        self._may_share = False
+        self._may_pack = False
         # A reference of its own may be DeepSpeed's already; what is asked is the model inside.
         asked = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         batch = first_rows(self.train_dataset, self.args.per_device_train_batch_size)
@@ -100,15 +100,15 @@ class LogprobTrainer(DPOTrainer):
         """
         pairs = first_rows(self.train_dataset, 64)
         if getattr(self.model.config.get_text_config(), "sliding_window", None):
-            return sorted(pairs, key=tokens_of, reverse=True)[:2]
-        return [crop_around_divergence(pair) for pair in sorted(pairs, key=tokens_of)[:2]]
+            return sorted(pairs, key=packed_length, reverse=True)[:2]
+        return [crop_around_divergence(pair) for pair in sorted(pairs, key=packed_length)[:2]]
 
     def _prepare_input(self, data: Any) -> Any:
         """On the device, in its own type: under DeepSpeed transformers rounds log-probs to that of the weights.
 
         Ids that are packed first stay here; weights there say where the row goes.
         """
-        if isinstance(data, Mapping) and "input_ids" in data and self.packs:
+        if isinstance(data, Mapping) and "input_ids" in data and self.is_packed:
             here = {key: data[key] for key in IDS}
             there = {key: value for key, value in data.items() if key not in IDS}
             ones = torch.ones(len(data["input_ids"]) // 2, device=self.args.device)
@@ -116,15 +116,15 @@ class LogprobTrainer(DPOTrainer):
         return to_device(data, self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
     @property
-    def _most_tokens(self) -> int | None:
+    def _max_tokens(self) -> int | None:
         """Tokens that a forward pass may have, where anything bounds them."""
-        return self.args.pack_tokens if self.packs else None
+        return self.args.pack_tokens if self.is_packed else None
 
     def _passes(self, pairs: Sequence[dict[str, Any]], batch_size: int) -> list[list[int]]:
         """Which pairs are asked for together, where there is no gradient: their places."""
-        sizes = [tokens_of(pair) for pair in pairs]
-        if self._most_tokens is not None:
-            return pack_bins(sizes, self._most_tokens)
+        sizes = [packed_length(pair) for pair in pairs]
+        if self._max_tokens is not None:
+            return pack_bins(sizes, self._max_tokens)
         alike = sorted(range(len(pairs)), key=sizes.__getitem__)  # like lengths, little padding
         return [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
 
@@ -140,7 +140,7 @@ class LogprobTrainer(DPOTrainer):
         rank, count = self.accelerator.process_index, self.accelerator.num_processes
         collate = getattr(self.data_collator, "collate", self.data_collator)
         found = torch.zeros(len(examples), dtype=torch.float64, device=self.accelerator.device)
-        with self.as_in_training():
+        with self.evaluation_mode():
             for start in range(0, len(bins), count):
                 mine = bins[start + rank] if start + rank < len(bins) else bins[0]  # all run equally many passes
                 batch = self._prepare_inputs(collate([examples[place] for place in mine]))
@@ -176,7 +176,7 @@ class LogprobTrainer(DPOTrainer):
             return dataset
         if isinstance(dataset, IterableDataset):
             raise UserError(PRECOMPUTES_NO_STREAM)
-        self._share_prefixes()
+        self._enable_packing()
         model = self._reference
         model.to(self.args.device)
 
@@ -191,9 +191,9 @@ class LogprobTrainer(DPOTrainer):
             return tuple(torch.cat(found, 1)[:, torch.tensor(order).argsort()])
 
         folder = Path(self.args.reference_cache) if self.args.reference_cache else None
-        identity = (self._hash_of_reference(model), *self._numbers_of_reference(model)) if folder else ()
+        identity = (self._reference_hash(model), *self._reference_numerics(model)) if folder else ()
         with memory_watched(self, "the reference's log-probs"):
-            dataset, computed = with_reference(
+            dataset, computed = add_reference_logps(
                 dataset, identity, compute, folder, self.notes.append,
                 rank=self.args.process_index, processes=self.args.world_size,
                 exchange=lambda mine: gather_object([mine]),
@@ -204,12 +204,12 @@ class LogprobTrainer(DPOTrainer):
         self.reference_computed[name] = computed
         return dataset
 
-    def _hash_of_reference(self, model: torch.nn.Module) -> str:
+    def _reference_hash(self, model: torch.nn.Module) -> str:
         if self._weights_hash is None:
             self._weights_hash = hash_model(model)
         return self._weights_hash
 
-    def _numbers_of_reference(self, model: torch.nn.Module) -> tuple[str, ...]:
+    def _reference_numerics(self, model: torch.nn.Module) -> tuple[str, ...]:
         """What else than weights and ids the log-probs depend on: numeric types, attention, device, how batches lie."""
         attention = getattr(model.config, "_attn_implementation", "")
         way = getattr(self.pair_logps, "__name__", "")
@@ -226,13 +226,13 @@ class LogprobTrainer(DPOTrainer):
         total = torch.zeros(3, device=self.accelerator.device)
         weighted = isinstance(self.data_collator, WeightedCollator)
         collate = self.data_collator.collate if weighted else self.data_collator
-        for batch in mismatched(batches, collate, gather_object, self.accelerator.process_index):
+        for batch in rotate_responses(batches, collate, gather_object, self.accelerator.process_index):
             batch = self._prepare_inputs(batch)
-            with self.as_in_training():
+            with self.evaluation_mode():
                 policy, reference = self.pair_logps(self.model, batch), self._reference_logps(batch)
             ratios = torch.cat([policy.chosen - reference[0], policy.rejected - reference[1]]).float()
             lengths = torch.cat([policy.chosen_len, policy.rejected_len])
-            if IDLE not in batch:  # which is run all the same: sharded processes run equally many
+            if DUMMY not in batch:  # which is run all the same: sharded processes run equally many
                 total += torch.stack([ratios.sum(), (ratios / lengths.clamp(min=1)).sum(), (lengths > 0).sum()])
         total = self._over_processes(total)
         return total[:2] / total[2].clamp(min=1)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apo.distributed.launch import asks_for_deepspeed, asks_for_fsdp, check_devices
+from apo.distributed.launch import check_devices, deepspeed_requested, fsdp_requested
 from apo.models import load as models
 from apo.monitoring.guard import load_rails
 from apo.run_dir import files as runs
-from apo.training.config import TrainConfig, check_optimizer, lora_of, trainer_options
+from apo.training.config import TrainConfig, check_optimizer, lora_config, trainer_options
 from clair.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Plan:
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.processes
 
     @property
-    def steps_told(self) -> str:
+    def describe_steps(self) -> str:
         """How many steps there will be, in words."""
         of = "pairs" if "pairs" in self.train.size() else "rows"
         on = f" on {self.processes} processes" if self.processes > 1 else ""
@@ -61,11 +61,11 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
     """Check recipe, model folder, tokenizer and every pair, without loading a weight or writing a file.
 
     `processes` plans a run of so many, which this need not be. `day` is the date (YYYY-MM-DD) that a chat template
-    writes as today's, by default that of the run in `config.out` (`runs.day_of`).
+    writes as today's, by default that of the run in `config.out` (`runs.template_day`).
     """
     from apo.cost import sizes as shapes
     from apo.data.sources import load_eval, load_train
-    from apo.data.tokenize import lengths_of
+    from apo.data.tokenize import answer_lengths
     from apo.distributed.launch import check_launch
     from apo.losses.mixture import mixture_of
     from apo.losses.saturation import notes_at_start
@@ -73,26 +73,26 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
     launched = check_launch()
     count = launched if processes is None else processes
 
-    name = models.find(config.model, config.trust_remote_code)
+    name = models.find_model(config.model, config.trust_remote_code)
     if name.is_adapter and config.lora:
         raise UserError(f"model {config.model} is an adapter and is trained on as it is; leave `lora` out, or merge it")
     tokenizer = models.load_tokenizer(name)
-    day = day or runs.day_of(Path(config.out))
+    day = day or runs.template_day(Path(config.out))
     notes: list[str] = []
     train_pairs = load_train(config.dataset, config.seed, config.weights, lambda line: notes.append(f"train: {line}"))
     eval_pairs = load_eval(config.dataset, config.eval, config.weights, lambda line: notes.append(f"eval: {line}"))
     args = trainer_options(config, has_eval=eval_pairs is not None, processes=count)
     if count == launched:
         check_devices(args)
-    if config.quantize and (asks_for_fsdp(args) or asks_for_deepspeed(args)):
+    if config.quantize and (fsdp_requested(args) or deepspeed_requested(args)):
         raise UserError("quantize: 4-bit weights are whole in every process; leave FSDP and DeepSpeed out")
     if config.quantize and "quantization_config" in (args.model_init_kwargs or {}):
         raise UserError("trainer.model_init_kwargs.quantization_config: the recipe's `quantize` says it; leave one out")
     if eval_pairs is None and args.eval_strategy != "no":
         raise UserError("trainer.eval_strategy is set but there are no held-out pairs; set `eval`, or leave it out")
     if config.lora:
-        notes += shapes.check_adapter(name, lora_of(config))
-    ends, context = models.load_generation_config(name), models.context_of(name)
+        notes += shapes.check_adapter(name, lora_config(config))
+    ends, context = models.load_generation_config(name), models.context_length(name)
     bound, change = "trainer.max_length", "; raise trainer.max_length"
     if context and context < (args.max_length or math.inf):
         args.max_length, bound, change = context, "all that the model takes", ""
@@ -106,7 +106,7 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
         if too_long := train.dropped.get("too_long"):
             why.append(f"{too_long:,} are longer than {args.max_length:,} tokens, {bound}{change}")
         raise UserError(f"{len(train.dataset)} row(s) are left to train on: {'; '.join(why)}")
-    train.notes.extend(notes_at_start(mixture_of(args.objective), args.beta, lengths_of(train.dataset)))
+    train.notes.extend(notes_at_start(mixture_of(args.objective), args.beta, answer_lengths(train.dataset)))
     if any("too_long" in split.dropped for split in (train, evaluated) if split):
         train.notes.append(f"too long is more than {args.max_length:,} tokens, {bound}")
     if args.shared_prefix and args.pack_tokens:
@@ -142,8 +142,8 @@ def estimate(planned: Plan) -> Estimate | str:
     if args.use_cpu and machine.is_gpu:
         return "the run leaves the GPU unused"
     try:
-        sizes = shapes.sizes_of(planned.name, lora_of(config))
-        zero = zero_of(args.deepspeed_plugin.deepspeed_config, sizes.hidden) if asks_for_deepspeed(args) else None
+        sizes = shapes.sizes_of(planned.name, lora_config(config))
+        zero = zero_of(args.deepspeed_plugin.deepspeed_config, sizes.hidden) if deepspeed_requested(args) else None
     except (ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -159,7 +159,7 @@ def estimate(planned: Plan) -> Estimate | str:
             mixed=config.trainer.get("bf16", on_gpu) or args.fp16,
             checkpointing=on_gpu if asked is None else asked, on_gpu=on_gpu,
             mismatched=mixture_of(config.objective).needs_divergence, processes=planned.processes,
-            sharded=asks_for_fsdp(args), quantized=config.quantize is not None, zero=zero,
+            sharded=fsdp_requested(args), quantized=config.quantize is not None, zero=zero,
         )
         for on_gpu in (True, False)
     }  # fmt: skip
@@ -168,19 +168,19 @@ def estimate(planned: Plan) -> Estimate | str:
 
 def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args: APOConfig, day: str) -> Tokenized:
     from apo.data.sources import check_weights
-    from apo.data.tokenize import end_ids, tokenize
+    from apo.data.tokenize import eos_ids, tokenize
     from apo.losses.mixture import mixture_of
 
     if args.weights is not None:
         check_weights(pairs, args.weights, split)
-    ends, objective = end_ids(tokenizer, generation), mixture_of(args.objective)
+    ends, objective = eos_ids(tokenizer, generation), mixture_of(args.objective)
     return tokenize(pairs, tokenizer, args.max_length, ends, split, args.dataset_num_proc, objective, day)
 
 
 def _over_budget(pairs: Dataset, most: int) -> list[str]:
     """What to tell of pairs that a packed row of `most` tokens cannot hold."""
     from apo.data.tokenize import ID_COLUMNS
-    from apo.packing.packed_model import tokens_of
+    from apo.packing.packed_model import packed_length
 
     rows = pairs.select_columns(list(ID_COLUMNS))
     lengths = [0] * len(rows)
@@ -188,7 +188,7 @@ def _over_budget(pairs: Dataset, most: int) -> list[str]:
         column = rows.with_format("arrow")[name][:].combine_chunks().value_lengths().to_pylist()
         lengths = [one + other for one, other in zip(lengths, column, strict=True)]
     long = [place for place, length in enumerate(lengths) if length > most]  # both sequences, but the prompt once
-    sizes = [size for row in rows.select(long) if (size := tokens_of(row)) > most]
+    sizes = [size for row in rows.select(long) if (size := packed_length(row)) > most]
     if not sizes:
         return []
     told = f"{len(sizes):,} rows are longer than trainer.pack_tokens {most:,}, up to {max(sizes):,} tokens"

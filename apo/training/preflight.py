@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from apo.data.tokenize import end_ids, first_rows
+from apo.data.tokenize import eos_ids, first_rows
 from clair.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def _check_ends(trainer: APOTrainer, batch: dict[str, torch.Tensor], rows: torch
     """The last real token of each sequence is an end of turn, and is trained on (pad = eos must not mask it)."""
     rows = rows.to(batch["input_ids"].device)
     last = batch["attention_mask"].sum(1)[rows] - 1
-    ends = end_ids(trainer.processing_class, trainer._ends_of_model)
+    ends = eos_ids(trainer.processing_class, trainer._generation_config)
     tokens = batch["input_ids"][rows, last].tolist()
     if strangers := [token for token in tokens if token not in ends]:
         found = trainer.processing_class.decode([strangers[0]])
@@ -52,7 +52,7 @@ def _check_ends(trainer: APOTrainer, batch: dict[str, torch.Tensor], rows: torch
 
 def _check_anchor(trainer: APOTrainer, batch: dict[str, torch.Tensor]) -> dict[str, float]:
     """Before the first step the policy is its reference: every reward is 0."""
-    with trainer.as_in_training():
+    with trainer.evaluation_mode():
         policy, reference = trainer.pair_logps(trainer.model, batch), trainer._reference_logps(batch)
     exact = policy.chosen.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
     precision = "float32" if exact else "half"

@@ -29,7 +29,7 @@ Compute = Callable[[Sequence[dict[str, Any]], Advance], "tuple[Tensor, Tensor]"]
 Watched = Callable[[int], AbstractContextManager[Progress]]
 
 
-def part_key(identity: Sequence[Any], pairs: Sequence[dict[str, Any]]) -> str:
+def chunk_key(identity: Sequence[Any], pairs: Sequence[dict[str, Any]]) -> str:
     """The key of a part: what computes (`identity`: weights, type, attention) and the ids it is computed on."""
     ids = [[pair[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")] for pair in pairs]
     masks = [[pair.get(f"{name}_mask") or [] for name in ("chosen", "rejected")] for pair in pairs]
@@ -37,7 +37,7 @@ def part_key(identity: Sequence[Any], pairs: Sequence[dict[str, Any]]) -> str:
     return content_hash(["reference log-probs 1", list(identity), ids, *masked])
 
 
-def with_reference(
+def add_reference_logps(
     dataset: Dataset,
     identity: Sequence[Any],
     compute: Compute,
@@ -65,7 +65,7 @@ def with_reference(
     damaged = []
     for start in range(rank * PART, len(dataset), processes * PART):
         pairs = pairs_from(start)
-        key = part_key(identity, pairs) if folder else ""
+        key = chunk_key(identity, pairs) if folder else ""
         kept = cache.load(folder, key, dict.fromkeys(COLUMNS, (len(pairs),))) if folder else None
         if kept is not None:
             found[start] = kept

@@ -9,11 +9,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apo.distributed.deepspeed import whole
-from apo.distributed.launch import Group, check_deepspeed, joined
+from apo.distributed.deepspeed import unsharded_loading
+from apo.distributed.launch import Group, check_deepspeed, join_processes
 from apo.models import load as models
 from apo.run_dir import files as runs
-from apo.training.config import TrainConfig, lora_of
+from apo.training.config import TrainConfig, lora_config
 from apo.training.plan import Plan, estimate, plan
 from clair.core.errors import UserError, one_line
 from clair.core.files import write_json
@@ -34,9 +34,9 @@ def train(config: TrainConfig, *, tell: Callable[[str], None] = print) -> dict[s
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     options = config.trainer
     check_deepspeed(bool(options.get("deepspeed")))
-    if config.quantize and (reason := models.why_not_quantized()):
+    if config.quantize and (reason := models.quantization_problem()):
         raise UserError(reason)
-    with joined(cpu=_on_cpu(config), seconds=float(options.get("ddp_timeout", 1800))) as group:
+    with join_processes(cpu=_on_cpu(config), seconds=float(options.get("ddp_timeout", 1800))) as group:
         told = tell if group.is_main else _silent
         return _train(config, group, told) if config.by is None else _train_each(config, group, told)
 
@@ -55,14 +55,14 @@ def _train_each(config: TrainConfig, group: Group, tell: Callable[[str], None]) 
     """One run after the other, all checked before the first."""
     import gc
 
-    from apo.training.by_group import runs_of
+    from apo.training.by_group import expand_runs
 
-    with group.together():
-        wanted = runs_of(config, tell)
-    group.same(runs=[one.out for one in wanted])
+    with group.raise_on_all():
+        wanted = expand_runs(config, tell)
+    group.check_equal(runs=[one.out for one in wanted])
     for one in wanted:
-        with group.together():
-            status = runs.status_of(Path(one.out), resolved(one))
+        with group.raise_on_all():
+            status = runs.run_status(Path(one.out), resolved(one))
         if status != "finished":
             _plan_of_all(one, group)
     done = {}
@@ -80,7 +80,7 @@ def _train(config: TrainConfig, group: Group, tell: Callable[[str], None]) -> di
         return runs.read_run(out)
     planned = _plan_of_all(config, group)
     with ExitStack() as stack:
-        with group.together():
+        with group.raise_on_all():
             if group.is_main:
                 stack.enter_context(_held(out))
         status = _status(config, group)  # another process may have ended the run meanwhile
@@ -103,22 +103,22 @@ def _held(out: Path) -> Iterator[None]:
 
 
 def _status(config: TrainConfig, group: Group) -> runs.Status:
-    with group.together():
-        status = runs.status_of(Path(config.out), resolved(config))
-    group.same(**{f"the run in {config.out}": status})
+    with group.raise_on_all():
+        status = runs.run_status(Path(config.out), resolved(config))
+    group.check_equal(**{f"the run in {config.out}": status})
     return status
 
 
 def _train_planned(planned: Plan, status: runs.Status, group: Group, tell: Callable[[str], None]) -> dict[str, Any]:
     """Train in a folder that this process holds."""
     out = Path(planned.config.out)
-    facts = group.by_main(lambda: _facts(planned, status))
+    facts = group.broadcast_from_main(lambda: _facts(planned, status))
     for split, count in planned.counts().items():
-        tell(f"{split}: {runs.counted(count)}")
-    tell(f"steps: {planned.steps_told}")
+        tell(f"{split}: {runs.describe_counts(count)}")
+    tell(f"steps: {planned.describe_steps}")
     for note in planned.train.notes:
         tell(f"note: {note}")
-    with group.together():
+    with group.raise_on_all():
         costs = estimate(planned)
         if not isinstance(costs, str):
             from apo.cost.memory import check_fits
@@ -132,7 +132,7 @@ def _train_planned(planned: Plan, status: runs.Status, group: Group, tell: Calla
         computed = sum(sum(one.values()) for one in group.gather(trainer.reference_computed))
         kept = f", {pairs - computed:,} kept from an earlier run" if computed < pairs else ""
         tell(f"reference log-probs: {computed:,} computed{kept}")
-    found = group.by_main(lambda: _resume(planned, facts, status, tell))
+    found = group.broadcast_from_main(lambda: _resume(planned, facts, status, tell))
     started = time.perf_counter()
     _run(trainer, group, found, out)
     return _finish(trainer, group, out, time.perf_counter() - started)
@@ -140,16 +140,17 @@ def _train_planned(planned: Plan, status: runs.Status, group: Group, tell: Calla
 
 def _plan_of_all(config: TrainConfig, group: Group) -> Plan:
     """Every process plans; the first before the others, so that these find its tokenised pairs in `datasets`' cache."""
-    from apo.data.sources import fingerprint
+    from apo.data.sources import hash_pairs
 
     planned = None
-    day = group.by_main(lambda: runs.day_of(Path(config.out)))  # midnight may come between two processes
-    with group.together():
+    # Rank 0 decides: midnight may pass between two processes.
+    day = group.broadcast_from_main(lambda: runs.template_day(Path(config.out)))
+    with group.raise_on_all():
         if group.is_main:
             planned = plan(config, day=day)
-    with group.together():
+    with group.raise_on_all():
         planned = planned or plan(config, day=day)
-    group.same(pairs=fingerprint(planned.train.dataset, config.weights), steps=planned.steps)
+    group.check_equal(pairs=hash_pairs(planned.train.dataset, config.weights), steps=planned.steps)
     return planned
 
 
@@ -170,15 +171,15 @@ def build_trainer(planned: Plan, group: Group | None = None, tell: Callable[[str
     options, args.model_init_kwargs = dict(args.model_init_kwargs or {}), None
     if config.quantize:
         compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(options.get("dtype", "float32"))
-        options["quantization_config"] = models.four_bits(compute)
+        options["quantization_config"] = models.nf4_config(compute)
         if args.device.type == "cpu":
             options["device_map"] = {"": "cpu"}  # transformers would take a GPU that the recipe leaves unused
-    with group.together(), whole():
+    with group.raise_on_all(), unsharded_loading():
         model = models.load_model(planned.name, **options)
         models.check_vocabulary(model, planned.tokenizer, planned.name.base)
     try:
         trainer = APOTrainer(
-            model=model, args=args, train_dataset=planned.train.dataset, peft_config=lora_of(config),
+            model=model, args=args, train_dataset=planned.train.dataset, peft_config=lora_config(config),
             eval_dataset=planned.eval.dataset if planned.eval else None, processing_class=planned.tokenizer,
             tell=_silent, callbacks=[Interrupt(group), watch, Recorder(Path(config.out)), Bar(), Warner(plain, tell)],
         )  # fmt: skip
@@ -188,7 +189,7 @@ def build_trainer(planned: Plan, group: Group | None = None, tell: Callable[[str
         trainer.remove_callback(theirs)
     if config.lora and config.lora.dropout:
         _set_adapter_dropout(trainer.model, config.lora.dropout)
-    with group.together():
+    with group.raise_on_all():
         check_before_training(trainer)
     watch.begin(trainer, probe_of(trainer, config.probe))
     return trainer
@@ -203,12 +204,12 @@ def _set_adapter_dropout(model: Any, p: float) -> None:
 
 def _facts(planned: Plan, status: runs.Status) -> dict[str, Any]:
     """What run.json says of a run's pairs, steps and model. Raises UserError where it is not that of the begun run."""
-    from apo.data.sources import fingerprint
+    from apo.data.sources import hash_pairs
 
     out = Path(planned.config.out)
     facts = {
-        "data": {**planned.counts(), "sha256": fingerprint(planned.train.dataset, planned.config.weights)},
-        "model_sha256": models.fingerprint(planned.name),
+        "data": {**planned.counts(), "sha256": hash_pairs(planned.train.dataset, planned.config.weights)},
+        "model_sha256": models.hash_model_files(planned.name),
         "steps": planned.steps, "pairs_per_step": planned.pairs_per_step, "processes": planned.processes,
         "day": planned.day,
     }  # fmt: skip
@@ -228,20 +229,24 @@ def _facts(planned: Plan, status: runs.Status) -> dict[str, Any]:
 
 def _resume(planned: Plan, facts: dict[str, Any], status: runs.Status, tell: Callable[[str], None]) -> Path | None:
     """Begin the run's folder, or find what to go on from in it."""
-    from apo.run_dir.checkpoints import find_newest, step_of
+    from apo.run_dir.checkpoints import checkpoint_step, find_newest_checkpoint
 
     out = Path(planned.config.out)
     if status == "new":
-        runs.begin(out, resolved(planned.config), **facts, resumed_from=[])
+        runs.write_new_run(out, resolved(planned.config), **facts, resumed_from=[])
         return None
     run = runs.read_run(out)
-    search = find_newest(out)
+    search = find_newest_checkpoint(out)
     for note in search.notes:
         tell(note)
-    step = step_of(search.newest) or 0 if search.newest else 0
+    step = checkpoint_step(search.newest) or 0 if search.newest else 0
     tell(f"going on from step {step} of {planned.steps}" if step else "starting over: there is no complete checkpoint")
     runs.drop_metrics_after(out, step if step else -1)
-    now = {"recipe": runs.recorded(resolved(planned.config)), **facts, "resumed_from": [*run["resumed_from"], step]}
+    now = {
+        "recipe": runs.redacted_recipe(resolved(planned.config)),
+        **facts,
+        "resumed_from": [*run["resumed_from"], step],
+    }
     write_json(out / runs.RUN, {**run, **now})
     return search.newest
 
@@ -277,13 +282,13 @@ def _run(trainer: APOTrainer, group: Group, checkpoint: Path | None, out: Path) 
     trainer.verified_checkpoint = checkpoint
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        with group.together():
+        with group.raise_on_all():
             if watch.crossed:
                 change = "lower trainer.learning_rate, or allow more and run the same command again"
                 raise Stopped(f"step {trainer.state.global_step}: {watch.crossed}; {change}; {kept_words(trainer)}")
             check_weights_finite(trainer)
     except Stopped as stop:
-        runs.note_stop(out, trainer.state.global_step, str(stop))
+        runs.record_stop(out, trainer.state.global_step, str(stop))
         raise
     finally:
         for callback in trainer.callback_handler.callbacks:
@@ -300,7 +305,7 @@ def _finish(trainer: APOTrainer, group: Group, out: Path, seconds: float) -> dic
 
     with disk_watched(trainer, "the trained model"):
         trainer.save_model(str(out / _FINAL))
-    return group.by_main(lambda: _write_results(out, seconds))
+    return group.broadcast_from_main(lambda: _write_results(out, seconds))
 
 
 _FINAL = ".final"
@@ -315,7 +320,7 @@ def _write_results(out: Path, seconds: float) -> dict[str, Any]:
     final = out / _FINAL
     (final / runs.CARD).unlink(missing_ok=True)  # PEFT's; ours follows
     adapter = (final / models.ADAPTER_CONFIG).exists()
-    runs.put_in_place(final, out)
+    runs.move_files(final, out)
     rows = read_metrics(out / runs.METRICS)
     run = runs.read_run(out)
     recipe = run["recipe"]

@@ -23,9 +23,16 @@ from transformers.utils.hub import PushInProgress, hf_api
 from trl.trainer.utils import add_fused_lm_head
 
 from apo.data.sources import check_weights
-from apo.data.tokenize import MASK_COLUMNS, end_ids, first_row, lengths_of, tokenize, tokenize_stream
-from apo.distributed.deepspeed import check_zero, get_ready, tell, unfinished, unregister_zero3, whole
-from apo.distributed.launch import asks_for_fsdp, check_devices
+from apo.data.tokenize import MASK_COLUMNS, answer_lengths, eos_ids, first_row, tokenize, tokenize_stream
+from apo.distributed.deepspeed import (
+    accumulate_gradients,
+    cast_for_deepspeed,
+    check_zero3_saves,
+    register_zero3,
+    unregister_zero3,
+    unsharded_loading,
+)
+from apo.distributed.launch import check_devices, fsdp_requested
 from apo.losses.mixture import mixture_of
 from apo.losses.saturation import notes_at_start
 from apo.models import load as models
@@ -42,19 +49,19 @@ from apo.monitoring.metrics import COLUMNS, check_best_metric, measure, per_pair
 from apo.monitoring.throughput import Meter, scale_of
 from apo.packing.async_copy import to_device
 from apo.packing.logps import (
-    IDLE,
+    DUMMY,
     Batch,
     PairLogpsFunction,
     WeightedCollator,
-    examples_of,
-    idle,
+    dummy_batch,
     padded_logps,
-    select,
-    weights_of,
+    pair_weights,
+    select_pairs,
+    uncollate,
 )
 from apo.packing.packed_model import (
     pack_bins,
-    tokens_of,
+    packed_length,
 )
 from apo.run_dir import checkpoints
 from apo.training.config import setup_errors
@@ -106,7 +113,7 @@ class APOTrainer(LogprobTrainer):
         check_best_metric(args.metric_for_best_model, self.objective)
         _check_no_images(kwargs.get("train_dataset"), packed=pair_logps is None and args.shared_prefix)
         check_devices(args)
-        check_zero(args)
+        check_zero3_saves(args)
         _check_streams(args, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
         if isinstance(kwargs.get("train_dataset"), Dataset | IterableDataset):
             first_row(kwargs["train_dataset"], "train")
@@ -114,18 +121,18 @@ class APOTrainer(LogprobTrainer):
         if by_name:
             model = _load(model, args, kwargs)
         if isinstance(model, torch.nn.Module):
-            get_ready(model, args)
+            cast_for_deepspeed(model, args)
         # TRL's own tags, of the trainer that this one is for such rows, and ours.
         self._tag_names = ["trl", "kto" if self.objective.needs_pairs is None else "dpo", "apo"]
         self.pair_logps = pair_logps or padded_logps
-        self._may_share = pair_logps is None and args.shared_prefix
+        self._may_pack = pair_logps is None and args.shared_prefix
         self.dropped: dict[str, dict[str, int]] = {}
         self.reference_computed: dict[str, int] = {}
         self.current_batch: Batch | None = None
         self.verified_checkpoint: Path | None = None
         self._weights_hash: str | None = None
         self.notes: list[str] = []
-        self._ends_of_model = getattr(model, "generation_config", None)
+        self._generation_config = getattr(model, "generation_config", None)
         self._kl: torch.Tensor | tuple[float, float] = (0.0, 0.0)
         self._saving = False
         self._aux_losses: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
@@ -133,7 +140,7 @@ class APOTrainer(LogprobTrainer):
         adapts = kwargs.get("peft_config") is not None or is_peft_model(model)
         # The cache has what pairs need. KTO's divergence asks the reference on the way besides.
         asks_on_the_way = self.objective.needs_reference and (not asked or self.objective.needs_divergence)
-        if asks_for_fsdp(args) and asks_on_the_way and not adapts:
+        if fsdp_requested(args) and asks_on_the_way and not adapts:
             raise UserError(
                 "under FSDP the reference of full fine-tuning would be a second model, whole in every process; set "
                 "reference: cached (precompute_ref_log_probs), or train an adapter"
@@ -159,7 +166,7 @@ class APOTrainer(LogprobTrainer):
         self._uses_cache = self.model.config.use_cache if uses_cache is None else uses_cache
         # TRL's head also computes entropies and mean logits for its own logs; only the log-probs are wanted here.
         add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
-        self._share_prefixes()
+        self._enable_packing()
         self.meter = Meter(self.accelerator, scale_of(self.model, self.args.device))
         self._losses = NonFiniteLossCheck(self.args.device)
         window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -168,7 +175,7 @@ class APOTrainer(LogprobTrainer):
                 f"objective {self.objective.name} compares each prompt with another one's answers: "
                 "per_device_train_batch_size x gradient_accumulation_steps x processes must be at least 2"
             )
-        self.notes += [*self._void_options(), *self._lost_steps()]
+        self.notes += [*self._ineffective_options(), *self._rounding_notes()]
         for note in dict.fromkeys(self.notes) if args.process_index == 0 else ():
             tell(note)
 
@@ -183,16 +190,16 @@ class APOTrainer(LogprobTrainer):
         with setup_errors(f"lr_scheduler_type {kind}", "lr_scheduler_kwargs"):
             return super().create_scheduler(*args, **kwargs)
 
-    def _void_options(self) -> list[str]:
+    def _ineffective_options(self) -> list[str]:
         """What to tell of options of TRL's batch that packed rows have no use for."""
-        void = {"pad_to_multiple_of": "they are not padded"} if self.packs else {}
-        if self._most_tokens is not None and self.precompute_ref_logps:
+        void = {"pad_to_multiple_of": "they are not padded"} if self.is_packed else {}
+        if self._max_tokens is not None and self.precompute_ref_logps:
             void["precompute_ref_batch_size"] = "the reference is asked in rows of pack_tokens"
         there = {name: why for name, why in void.items() if getattr(self.args, name) is not None}
         return [f"{name} has no effect on packed rows: {why}; shared_prefix: false brings TRL's batch" for name, why
                 in there.items()]  # fmt: skip
 
-    def _lost_steps(self) -> list[str]:
+    def _rounding_notes(self) -> list[str]:
         """What to tell of trained weights in half precision that a step of the learning rate would not change."""
         rate, sizes, moved = self.args.learning_rate, 0, 0
         half = [weight for weight in self.model.parameters() if weight.requires_grad and weight.dtype.itemsize == 2]
@@ -228,7 +235,7 @@ class APOTrainer(LogprobTrainer):
             )
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             raise UserError(f"a {type(processing_class).__name__} is no tokenizer; only text models can be trained")
-        ends = end_ids(processing_class, self._ends_of_model)
+        ends = eos_ids(processing_class, self._generation_config)
         if isinstance(dataset, IterableDataset):
             stream, self.dropped[dataset_name], notes = tokenize_stream(
                 dataset, processing_class, args.max_length, ends, dataset_name, self.objective, args.weights
@@ -247,7 +254,7 @@ class APOTrainer(LogprobTrainer):
             rows = f"{too_long:,} of {len(dataset):,} rows are longer than max_length {args.max_length:,}"
             self.notes.append(f"{dataset_name}: {rows} and left out; TRL would cut them (truncation_mode)")
         if dataset_name == "train" and done.dataset is not dataset and len(done.dataset):
-            self.notes += notes_at_start(self.objective, args.beta, lengths_of(done.dataset))
+            self.notes += notes_at_start(self.objective, args.beta, answer_lengths(done.dataset))
         if not len(done.dataset):
             limit = args.max_length
             raise UserError(f"every row of the {dataset_name} dataset is longer than max_length {limit}; raise it")
@@ -268,13 +275,13 @@ class APOTrainer(LogprobTrainer):
         self.meter.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
-            batches[-1] = self._without_repeats(batches[-1], self._train_batch_size)
+            batches[-1] = self._drop_repeats(batches[-1], self._train_batch_size)
         if self.objective.needs_divergence:
             self._kl = self._divergence(batches)
-        weight = sum((weights_of(batch).sum() for batch in batches), torch.zeros(()))
+        weight = sum((pair_weights(batch).sum() for batch in batches), torch.zeros(()))
         return batches, self._over_processes(to_device(weight, device))
 
-    def _without_repeats(self, batch: Batch, size: int) -> Batch:
+    def _drop_repeats(self, batch: Batch, size: int) -> Batch:
         """A batch of a dataloader without the pairs that it repeats, at its end, to give processes equally many.
 
         A batch of nothing else becomes idle. `size` is the pairs in a full one.
@@ -286,7 +293,7 @@ class APOTrainer(LogprobTrainer):
         mine = min(size, max(0, over - self.accelerator.process_index * size)) if over else size
         if mine == size:
             return batch
-        return select(batch, range(mine)) if mine else idle(batch)
+        return select_pairs(batch, range(mine)) if mine else dummy_batch(batch)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -302,13 +309,13 @@ class APOTrainer(LogprobTrainer):
         UserError for a checkpoint of another path that is damaged.
         """
         resume_from_checkpoint = self._checked(resume_from_checkpoint)
-        tell(self._deepspeed_config)
+        register_zero3(self._deepspeed_config)
         with memory_watched(self, "training"), self._noise():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _checked(self, checkpoint: str | bool | None) -> str | None:
         if checkpoint is True:
-            search = checkpoints.find_newest(Path(self.args.output_dir))
+            search = checkpoints.find_newest_checkpoint(Path(self.args.output_dir))
             for note in search.notes:
                 _LOG.warning(note)
             if search.newest is None:
@@ -317,7 +324,7 @@ class APOTrainer(LogprobTrainer):
         if not checkpoint or Path(checkpoint) == self.verified_checkpoint:
             return checkpoint or None
         ours = (Path(checkpoint) / checkpoints.MARKER).exists()
-        if ours and (damage := checkpoints.damage_of(Path(checkpoint))):
+        if ours and (damage := checkpoints.find_damage(Path(checkpoint))):
             raise UserError(f"{checkpoint} is damaged: {damage}; go on from another checkpoint")
         return checkpoint
 
@@ -355,19 +362,19 @@ class APOTrainer(LogprobTrainer):
     def _apart(self, model: Any) -> contextlib.AbstractContextManager[None]:
         """Passes that are not the last of their micro-batch: gradients are added up, and nothing else happens."""
         if self.is_deepspeed_enabled:
-            return unfinished(self.accelerator)
+            return accumulate_gradients(self.accelerator)
         # DDP: processes may have different numbers of parts, and meet at the last. FSDP adds up what is sharded.
         return contextlib.nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
 
     def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        if self._most_tokens is None:
+        if self._max_tokens is None:
             return [inputs]
-        places = pack_bins([tokens_of(example) for example in examples_of(inputs)], self._most_tokens)
-        parts = [inputs] if len(places) == 1 else [select(inputs, bin) for bin in places]
+        places = pack_bins([packed_length(example) for example in uncollate(inputs)], self._max_tokens)
+        parts = [inputs] if len(places) == 1 else [select_pairs(inputs, bin) for bin in places]
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             # Each pass gathers the weights or reduces the gradients of all processes, so all make equally many.
             passes = torch.tensor([len(parts)], device=self.args.device)
-            parts += [idle(inputs)] * (int(self.accelerator.gather(passes).max()) - len(parts))
+            parts += [dummy_batch(inputs)] * (int(self.accelerator.gather(passes).max()) - len(parts))
         return parts
 
     def compute_loss(
@@ -390,16 +397,16 @@ class APOTrainer(LogprobTrainer):
         if mode == "eval" and self.objective.needs_divergence:
             self._kl = self._divergence([inputs])
         losses = self.objective.losses(policy, reference, beta=self.beta, kl=self._kl)
-        weights = weights_of(inputs).to(losses.device)
+        weights = pair_weights(inputs).to(losses.device)
         if mode == "train":
             self._losses.look(self, losses, inputs)
         if policy.aux_loss is not None:
-            if IDLE not in inputs:
+            if DUMMY not in inputs:
                 self._aux_losses[mode].append(policy.aux_loss.detach())
             losses = losses + self.router_aux_loss_coef * policy.aux_loss
-        work = to_device(token_counts(inputs, packed=self.packs), losses.device)
+        work = to_device(token_counts(inputs, packed=self.is_packed), losses.device)
         rows = per_pair_metrics(losses, policy, reference, weights, self._kl, work)
-        self.meter.add(mode, rows[:0] if IDLE in inputs else rows)
+        self.meter.add(mode, rows[:0] if DUMMY in inputs else rows)
         whole = weights.sum() if num_items_in_batch is None else num_items_in_batch
         total = (weights * losses).sum()
         # Gradients are averaged over processes afterwards; `whole` is the weight of the pairs of all of them.
@@ -448,7 +455,7 @@ class APOTrainer(LogprobTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
         """The loss alone: logits are never built. In the precision of training, also where there was none yet."""
-        inputs = self._without_repeats(inputs, self.args.eval_batch_size)
+        inputs = self._drop_repeats(inputs, self.args.eval_batch_size)
         with self.accelerator.autocast():
             return super().prediction_step(model, inputs, True, ignore_keys)
 
@@ -478,7 +485,7 @@ class APOTrainer(LogprobTrainer):
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(out / name)
             self.state.save_to_json(str(folder / "trainer_state.json"))
-        checkpoints.finish(folder, out / name, resumable=not self.args.save_only_model)
+        checkpoints.complete_checkpoint(folder, out / name, resumable=not self.args.save_only_model)
         if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
             self._upload(out / name, f"Training in progress, step {self.state.global_step}")
         rotate_checkpoints(str(out), self.args.save_total_limit, self.state.best_model_checkpoint)
@@ -486,7 +493,7 @@ class APOTrainer(LogprobTrainer):
     def _load_best_model(self) -> None:
         """The best checkpoint's weights, as they were written. Raises `faults.Stopped` where they are not."""
         best = Path(self.state.best_model_checkpoint)
-        if damage := checkpoints.damage_of(best):
+        if damage := checkpoints.find_damage(best):
             raise Stopped(f"the best model, {best}, is damaged: {damage}; {kept_words(self)}")
         super()._load_best_model()
 
@@ -584,9 +591,9 @@ def _load(path: str, args: APOConfig, options: dict[str, Any]) -> torch.nn.Modul
         if "quantization_config" in more:
             raise UserError("quantization_config is said twice, the other in args.model_init_kwargs; leave one out")
         more["quantization_config"] = quantized
-    name = models.find(path, more.pop("trust_remote_code", args.trust_remote_code))
+    name = models.find_model(path, more.pop("trust_remote_code", args.trust_remote_code))
     set_seed(args.seed)
-    with whole():
+    with unsharded_loading():
         model = models.load_model(name, **more)
     if options.get("processing_class") is None:
         options["processing_class"] = models.load_tokenizer(name, revision=more.get("revision"), for_chats=False)

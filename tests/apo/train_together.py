@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 
-from apo.distributed.deepspeed import whole
+from apo.distributed.deepspeed import unsharded_loading
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 from tests.apo.deepspeed_on_cpus import let_cpus_share_out
 from tests.apo.training.test_trajectory import tiny
@@ -47,7 +47,7 @@ WHOLE = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "st
 
 def model_of(case):
     torch.manual_seed(0)
-    with whole():
+    with unsharded_loading():
         return tiny(case["family"]) if "family" in case else make_model()
 
 
@@ -76,7 +76,7 @@ def train(name, out, way):
     """The trainer's run of a case: what it logs, the prompts of each step in the order of one process, the model."""
     from accelerate.utils import gather_object
 
-    from apo.packing.logps import IDLE, examples_of
+    from apo.packing.logps import DUMMY, uncollate
     from apo.training import reference
     from apo.training.trainer import APOTrainer
     from apo.training.trainer_config import APOConfig
@@ -89,14 +89,14 @@ def train(name, out, way):
     class Watched(APOTrainer):
         def _parts(self, inputs):
             parts = super()._parts(inputs)
-            passes.append(sum(IDLE not in part for part in parts))
+            passes.append(sum(DUMMY not in part for part in parts))
             return parts
 
         def get_batch_samples(self, *args):
             if way == "zero3":  # between steps nothing is here
                 assert all(weight.numel() == 0 for weight in self.model.parameters())
             batches, weight = super().get_batch_samples(*args)
-            mine = [[] if IDLE in batch else examples_of(batch) for batch in batches]
+            mine = [[] if DUMMY in batch else uncollate(batch) for batch in batches]
             everybody = gather_object([mine])
             seen.append([one for nth in zip(*everybody, strict=True) for part in nth for one in part])
             return batches, weight
@@ -122,7 +122,7 @@ def train(name, out, way):
     )  # fmt: skip
     assert trainer.is_fsdp_enabled == (way == "fsdp")
     assert trainer.is_deepspeed_enabled == way.startswith("zero")
-    assert trainer.packs == case.get("shared_prefix", True), trainer.notes
+    assert trainer.is_packed == case.get("shared_prefix", True), trainer.notes
     trainer.train()
     trainer.save_model(str(out / name))
     passes = gather_object([passes])

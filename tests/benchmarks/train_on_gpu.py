@@ -91,7 +91,7 @@ def run(mode: str, tune: str, model: Any, lengths: list[tuple[int, int, int]], b
 
     from apo.cost.sizes import row_of
     from apo.monitoring.throughput import scale_of
-    from apo.packing.logps import examples_of
+    from apo.packing.logps import uncollate
     from apo.packing.packed_model import common_prefix
 
     device, times, needed = model.device, [], {"flops": 0.0, "tokens": 0}
@@ -113,7 +113,7 @@ def run(mode: str, tune: str, model: Any, lengths: list[tuple[int, int, int]], b
         seconds = time.perf_counter() - started
         scale = scale_of(trainer.model, device)
         for batch_ in trainer.get_train_dataloader():
-            for pair in examples_of(batch_):
+            for pair in uncollate(batch_):
                 prompt, chosen, rejected = (pair[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
                 row = row_of(len(prompt), common_prefix(chosen, rejected), len(chosen), len(rejected))
                 needed["tokens"] += 2 * len(prompt) + len(chosen) + len(rejected)

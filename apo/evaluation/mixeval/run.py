@@ -116,9 +116,9 @@ def _greedy(config: MixEvalConfig) -> bool:
     assert model is not None
     if model.temperature is not None or model.path is None:
         return model.temperature == 0
-    from apo.models.load import find, load_generation_config
+    from apo.models.load import find_model, load_generation_config
 
-    own = load_generation_config(find(model.path))
+    own = load_generation_config(find_model(model.path))
     return own is None or not own.do_sample
 
 

@@ -98,7 +98,7 @@ def run_cell(cell: Cell, place: Place, tasks: list[Task], out: Path) -> dict[str
     A run that training itself gives up (a loss that is no number) is a result too: no checkpoints, and why.
     """
     from apo.monitoring.failures import Stopped
-    from apo.run_dir.checkpoints import checkpoints, step_of
+    from apo.run_dir.checkpoints import checkpoint_step, checkpoints
     from apo.run_dir.files import read_metrics
     from apo.training.train import train
     from recipes.experiments.paper_mini.answers import answers, scored
@@ -118,7 +118,7 @@ def run_cell(cell: Cell, place: Place, tasks: list[Task], out: Path) -> dict[str
     for at, folder in enumerate(folders):
         if cell.purpose == "grid" or folder == folders[-1]:
             told = scored(tasks, answers(folder, tasks))
-            line["checkpoints"].append({"epoch": at + 1, **told, "pairs": looks[step_of(folder)]})
+            line["checkpoints"].append({"epoch": at + 1, **told, "pairs": looks[checkpoint_step(folder)]})
     line["start"] = looks[0]
     line["looks"] = {"step": list(looks), **{name: [look.get(name) for look in looks.values()] for name in looks[0]}}
     if cell.purpose == "grid":

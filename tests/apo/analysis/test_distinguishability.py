@@ -138,10 +138,10 @@ def small_llama(seed: int):
 
 
 def test_head_gradients_are_autograds_and_their_sketch_keeps_inner_products(pairs, tokenizer):
-    from apo.data.tokenize import end_ids, tokenize
+    from apo.data.tokenize import eos_ids, tokenize
     from apo.packing.logps import response_logps
 
-    tokenized = tokenize(pairs, tokenizer, None, end_ids(tokenizer)).dataset
+    tokenized = tokenize(pairs, tokenizer, None, eos_ids(tokenizer)).dataset
     model = make_model(tie_word_embeddings=False)
     chosen, rejected, logps = head_gradients(model, tokenized)
     assert chosen.shape == (24, 40 * 32)

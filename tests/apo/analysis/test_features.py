@@ -9,7 +9,7 @@ import torch
 
 from apo.analysis import features
 from apo.analysis.features import NAMES, Features, features_of, labelled, last_hidden, read_rows, same_model
-from apo.data.tokenize import end_ids, tokenize
+from apo.data.tokenize import eos_ids, tokenize
 from apo.models import tensor_cache as cache
 from clair.core.errors import UserError
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
@@ -51,7 +51,7 @@ def test_the_lm_head_of_phi_are_the_logits(family):
 @pytest.fixture
 def tokenized(pairs):
     tokenizer = make_tokenizer()
-    return tokenize(pairs, tokenizer, None, end_ids(tokenizer)).dataset
+    return tokenize(pairs, tokenizer, None, eos_ids(tokenizer)).dataset
 
 
 def test_each_feature_is_that_of_the_pair_alone(tokenized, monkeypatch):

@@ -404,7 +404,7 @@ def run(folder, lengths):
     rows = datasets.Dataset.from_list(rows)
     args = APOConfig(output_dir=out, report_to="none", max_steps=3, save_strategy="no", disable_tqdm=True,
                      max_length=None, precompute_ref_log_probs=True, **case["args"])
-    name = models.find(folder)
+    name = models.find_model(folder)
     APOTrainer(models.load_model(name, **options), args=args, train_dataset=rows, processing_class=make_tokenizer(),
                peft_config=lora()).train()
     return fit.job_of(shapes.sizes_of(name, lora()), rows, args, 3, reference="cached", dtype=case["dtype"],

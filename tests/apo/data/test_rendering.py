@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from apo.data.tokenize import ID_COLUMNS, encode, end_ids, tokenize
+from apo.data.tokenize import ID_COLUMNS, encode, eos_ids, tokenize
 from clair.core.errors import UserError
 
 MARKS = ["<|pad|>", "<|text_end|>", "<|start|>", "<|end|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|call|>"]
@@ -295,7 +295,7 @@ def test_other_keys_of_messages_that_the_template_leaves_out_are_noted_by_their_
     prompt = [turn("system", "Help.", functions='[{"name": "look"}]'), turn("user", "Hi", name="Ann", turn_id="7")]
     rows = [pair(prompt=prompt), pair([turn("assistant", "Pear.", plan={"steps": ["think"]}, score="9")])]
     tokenizer = letters(CHATML.replace("<|end|>\n", "<|end|>"))
-    assert tokenize(Dataset.from_list(rows), tokenizer, None, end_ids(tokenizer)).notes == [
+    assert tokenize(Dataset.from_list(rows), tokenizer, None, eos_ids(tokenizer)).notes == [
         "train: the chat template leaves out other keys of messages, with text, in 2 of 2 rows (first: row 0): "
         "functions, name, plan"
     ]
@@ -341,7 +341,7 @@ def test_keys_that_arrow_pads_with_null_are_not_trained():
              tools=[{"name": "stock", "parameters": {"properties": {"ticker": {"type": "string"}}}}]),
     ]  # fmt: skip
     tokenizer = letters(TOOLS)
-    found = tokenize(Dataset.from_list(rows), tokenizer, None, end_ids(tokenizer)).dataset
+    found = tokenize(Dataset.from_list(rows), tokenizer, None, eos_ids(tokenizer)).dataset
     for row in found:
         assert "null" not in tokenizer.decode(row["prompt_ids"] + row["chosen_ids"])
     assert '"arguments": {"city": "Oslo"}' in tokenizer.decode(found[0]["chosen_ids"])
@@ -385,7 +385,7 @@ def test_a_text_prompt_of_which_no_token_is_left_is_refused():
     words = r"row 1: no token of the prompt is left, .* \('QA'\); begin the answers with a space or a line break"
     tokenizer = letters(merged="QA")
     with pytest.raises(UserError, match=words):
-        tokenize(Dataset.from_list([row | {"prompt": "P"}, row]), tokenizer, None, end_ids(tokenizer))
+        tokenize(Dataset.from_list([row | {"prompt": "P"}, row]), tokenizer, None, eos_ids(tokenizer))
 
 
 def test_messages_without_a_chat_template_are_refused_in_plain_words():
@@ -432,7 +432,7 @@ def test_what_a_template_raises_is_one_line_with_the_row(template, words):
     row = pair(prompt=[turn("system", "Be kind."), turn("user", "Hi")])
     tokenizer = letters(template)
     with pytest.raises(UserError) as error:
-        tokenize(Dataset.from_list([row] * 2), tokenizer, None, end_ids(tokenizer))
+        tokenize(Dataset.from_list([row] * 2), tokenizer, None, eos_ids(tokenizer))
     assert words in str(error.value)
     assert str(error.value).startswith("train dataset, 2 of 2 rows; first row 0: ")
     assert "\n" not in str(error.value)
@@ -445,7 +445,7 @@ def test_a_stream_of_rows_is_encoded_as_a_dataset_is():
     )
     arguments = {"tokenizer": tokenizer, "ends": [tokenizer.eos_token_id], "max_length": None}
     stream = list(IterableDataset.from_generator(lambda: iter(rows)).map(encode, fn_kwargs=arguments))
-    whole = tokenize(Dataset.from_list(rows), tokenizer, None, end_ids(tokenizer)).dataset
+    whole = tokenize(Dataset.from_list(rows), tokenizer, None, eos_ids(tokenizer)).dataset
     for column in ("prompt_ids", "chosen_ids", "rejected_ids", "rejected_mask"):
         assert [row[column] for row in stream] == whole[column][:]
 
@@ -453,7 +453,7 @@ def test_a_stream_of_rows_is_encoded_as_a_dataset_is():
 def test_notes_say_how_many_rows_they_are_about_and_which_is_the_first():
     rows = [pair(), pair([turn("assistant", "12", reasoning_content="3 * 4")]), pair("<|start|>")]
     tokenizer = letters(CHATML.replace("<|end|>\n", "<|end|>"))
-    assert tokenize(Dataset.from_list(rows), tokenizer, None, end_ids(tokenizer)).notes == [
+    assert tokenize(Dataset.from_list(rows), tokenizer, None, eos_ids(tokenizer)).notes == [
         "train: the chat template leaves out thoughts of an answer in 1 of 3 rows (first: row 1); they are not trained",
         "train: 1 of 3 rows (first: row 2) hold the text of a control token, which is encoded as text",
     ]
@@ -463,12 +463,12 @@ def test_what_differs_only_in_what_the_template_leaves_out_is_told():
     rows = [pair("<think>a</think>12", "<think>b</think>12")] * 2
     tokenizer = letters(NO_THOUGHTS)
     with pytest.raises(UserError, match=r"in 2 of 2 pairs .*in 2 of them once the chat template has left out text"):
-        tokenize(Dataset.from_list(rows), tokenizer, None, end_ids(tokenizer))
+        tokenize(Dataset.from_list(rows), tokenizer, None, eos_ids(tokenizer))
 
 
 def test_where_all_answers_are_equal_nothing_else_is_told():
     with pytest.raises(UserError, match="train dataset: no pair is left to train on: train: chosen is equal"):
-        tokenize(Dataset.from_list([pair("Pear.", "Pear.")] * 2), letters(), None, end_ids(letters()))
+        tokenize(Dataset.from_list([pair("Pear.", "Pear.")] * 2), letters(), None, eos_ids(letters()))
 
 
 DATED = "<|start|>system\n{{ strftime_now('%d %b %Y') }}<|end|>\n" + CHATML
@@ -516,7 +516,7 @@ def test_a_row_may_bring_its_own_date():
 def test_only_a_template_that_writes_a_date_is_tokenised_again_for_another_day():
     def cached(template, day):
         tokenizer = letters(template)
-        return tokenize(Dataset.from_list([pair()] * 2), tokenizer, None, end_ids(tokenizer), day=day).dataset
+        return tokenize(Dataset.from_list([pair()] * 2), tokenizer, None, eos_ids(tokenizer), day=day).dataset
 
     one, other = (cached(CHATML, day)._fingerprint for day in ("2024-02-29", "2024-03-01"))
     assert one == other
@@ -545,9 +545,9 @@ def test_a_row_alone_and_in_a_dataset_has_the_same_ids():
         {key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()} for row in rows
     ]
     texts = [dict.fromkeys(key for row in rows for key in row) | row for row in texts]
-    done = tokenize(Dataset.from_list(texts), tokenizer, None, end_ids(tokenizer)).dataset
+    done = tokenize(Dataset.from_list(texts), tokenizer, None, eos_ids(tokenizer)).dataset
     for row, ids in zip(rows, done, strict=True):
-        alone = encode(row, tokenizer, sorted(end_ids(tokenizer)), None)
+        alone = encode(row, tokenizer, sorted(eos_ids(tokenizer)), None)
         assert not alone["_verdict"]
         for name in (*ID_COLUMNS, "chosen_mask", "rejected_mask"):
             assert ids[name] == alone[name]

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from trl import DPOTrainer
 
-from apo.data.tokenize import end_ids, tokenize
+from apo.data.tokenize import eos_ids, tokenize
 from clair.core.errors import UserError
 from clair.data import preferences
 from tests.apo.conftest import TEMPLATE, make_pairs, make_tokenizer
@@ -21,7 +21,7 @@ CHATML = (
 
 def tokenized(rows, tokenizer=None, max_length=None):
     tokenizer = tokenizer or make_tokenizer()
-    return tokenize(Dataset.from_list(rows), tokenizer, max_length, end_ids(tokenizer))
+    return tokenize(Dataset.from_list(rows), tokenizer, max_length, eos_ids(tokenizer))
 
 
 def with_text(text, column="chosen"):

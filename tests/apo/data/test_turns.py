@@ -13,15 +13,15 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from apo.analysis.distinguishability import head_gradients
-from apo.data.sources import fingerprint
-from apo.data.tokenize import end_ids, tokenize
+from apo.data.sources import hash_pairs
+from apo.data.tokenize import eos_ids, tokenize
 from apo.evaluation.pairs import compare_models
 from apo.monitoring.metrics import token_counts
 from apo.monitoring.token_diagnostics import Probe
-from apo.packing.logps import TurnCollator, examples_of, plain_logps
+from apo.packing.logps import TurnCollator, plain_logps, uncollate
 from apo.packing.packed_model import pack_pairs
 from apo.training.preflight import check_before_training
-from apo.training.reference import part_key
+from apo.training.reference import chunk_key
 from tests.apo.conftest import NUMBERS, WORDS, make_model, make_pairs
 from tests.apo.training.test_trainer import apo_trainer, assert_same_run, lora, options, trained
 
@@ -54,7 +54,7 @@ def test_the_models_own_tokens_are_trained_and_no_others(tmp_path, tokenizer, ta
         source = talks[number % 12]["chosen" if number < 12 else "rejected"]
         said = [[*turn["content"].split(), "<|end|>"] for turn in source if turn["role"] == "assistant"]
         assert tokenizer.decode(ids[mask]).split() == [word for words in said for word in words]
-    assert examples_of(batch) == [
+    assert uncollate(batch) == [
         {key: row[key] for key in row if key.endswith("_ids") or (key.endswith("_mask") and row[key])}
         for row in ({key: row[key] for key in sorted(row)} for row in rows)
     ]
@@ -66,7 +66,7 @@ def test_a_run_is_trls_on_the_same_completion_mask(tmp_path, tokenizer, talks, m
         def _prepare_dataset(self, dataset, *_):
             return dataset
 
-    done = tokenize(talks, tokenizer, None, end_ids(tokenizer)).dataset
+    done = tokenize(talks, tokenizer, None, eos_ids(tokenizer)).dataset
     stock = Masked(
         model=str(model_dir), train_dataset=done, processing_class=tokenizer,
         data_collator=TurnCollator(DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)),
@@ -118,8 +118,8 @@ def test_packed_rows_train_as_the_padded_batch(tmp_path, tokenizer, talks, refer
     packed = apo_trainer(tmp_path / "packed", tokenizer, talks, **options)
     padded = apo_trainer(tmp_path / "padded", tokenizer, talks, shared_prefix=False, **options)
     cut = apo_trainer(tmp_path / "cut", tokenizer, talks, pack_tokens=60, **options)
-    assert packed.packs
-    assert not padded.packs
+    assert packed.is_packed
+    assert not padded.is_packed
     check_before_training(packed)
     check_before_training(padded)
     one = trained(packed)
@@ -178,15 +178,15 @@ PAIR = {
 def test_a_mask_is_part_of_what_is_cached_and_of_what_a_resumed_run_compares():
     whole = {**PAIR, "chosen_mask": []}
     bare = {key: value for key, value in PAIR.items() if "mask" not in key}
-    assert part_key([], [whole]) == part_key([], [bare]) != part_key([], [PAIR])
-    prints = [fingerprint(Dataset.from_list([row])) for row in (PAIR, {**PAIR, "chosen_mask": [1] * 8}, bare)]
+    assert chunk_key([], [whole]) == chunk_key([], [bare]) != chunk_key([], [PAIR])
+    prints = [hash_pairs(Dataset.from_list([row])) for row in (PAIR, {**PAIR, "chosen_mask": [1] * 8}, bare)]
     assert len(set(prints)) == 3
 
 
 def test_what_is_counted_of_a_batch_is_what_its_packed_row_holds(tmp_path, tokenizer, talks):
     trainer = apo_trainer(tmp_path, tokenizer, talks)
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(12)])
-    layout = pack_pairs(examples_of(batch))
+    layout = pack_pairs(uncollate(batch))
     useful, labels, _ = token_counts(batch, packed=True)[:, 2:].sum(0).tolist()
     assert useful == layout.input_ids.numel()
     assert labels == len(layout.labels)

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from apo.distributed import launch as processes
 from apo.distributed.launch import Group, check_devices, check_launch
 from apo.monitoring.failures import Stopped
-from apo.packing.logps import IDLE, weights_of
+from apo.packing.logps import DUMMY, pair_weights
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError
@@ -129,25 +129,25 @@ def test_one_process_asks_nobody():
     group = Group()
     assert group.gather(3) == [3]
     assert group.any(True) is True
-    assert group.by_main(lambda: 5) == 5
-    group.same(pairs=1)
-    with pytest.raises(UserError, match="mine"), group.together():
+    assert group.broadcast_from_main(lambda: 5) == 5
+    group.check_equal(pairs=1)
+    with pytest.raises(UserError, match="mine"), group.raise_on_all():
         raise UserError("mine")
 
 
 def test_the_mistake_of_one_is_raised_by_all():
-    with pytest.raises(Stopped, match="theirs"), Both(Stopped("theirs")).together():
+    with pytest.raises(Stopped, match="theirs"), Both(Stopped("theirs")).raise_on_all():
         pass
-    with pytest.raises(UserError, match="mine"), Both(UserError("theirs")).together():
+    with pytest.raises(UserError, match="mine"), Both(UserError("theirs")).raise_on_all():
         raise UserError("mine")
-    with Both(None).together():
+    with Both(None).raise_on_all():
         pass
 
 
 def test_machines_that_see_other_files_are_told():
-    Both(["new", 9]).same(run="new", steps=9)
+    Both(["new", 9]).check_equal(run="new", steps=9)
     with pytest.raises(UserError, match=r"process 0 found steps 9 and process 1 8; .* shared file system"):
-        Both(["new", 8]).same(run="new", steps=9)
+        Both(["new", 8]).check_equal(run="new", steps=9)
 
 
 # ---- the end of an epoch
@@ -169,12 +169,12 @@ def test_processes_see_every_pair_once_an_epoch_in_the_samplers_order(pairs, siz
                 args=SimpleNamespace(dataloader_drop_last=False),
             )
             batch = {"input_ids": torch.tensor([*places, *places])[:, None]}
-            kept = APOTrainer._without_repeats(trainer, batch, size)
+            kept = APOTrainer._drop_repeats(trainer, batch, size)
             assert len(kept["input_ids"])
-            if IDLE in kept:
-                assert weights_of(kept).tolist() == [0.0]
+            if DUMMY in kept:
+                assert pair_weights(kept).tolist() == [0.0]
             else:
                 half = len(kept["input_ids"]) // 2
                 seen[number, rank] = kept["input_ids"][:half, 0].tolist()
-                assert weights_of(kept).tolist() == [1.0] * half
+                assert pair_weights(kept).tolist() == [1.0] * half
     assert [place for key in sorted(seen) for place in seen[key]] == list(range(pairs))

@@ -151,9 +151,9 @@ def test_one_ctrl_c_saves_one_checkpoint_and_the_same_command_goes_on(alone, mod
     _, told = process.communicate(timeout=120)
     saved = checkpoints.checkpoints(out)
     stopped = [line for line in ours(told) if line.startswith("stopped")]
-    step = checkpoints.step_of(saved[-1])
+    step = checkpoints.checkpoint_step(saved[-1])
     assert stopped == [f"stopped at step {step} of 9; the same command goes on from the last checkpoint"], told
-    assert all(checkpoints.problem_of(folder) is None for folder in saved)
+    assert all(checkpoints.resume_problem(folder) is None for folder in saved)
     assert not (out / checkpoints.UNFINISHED).exists()
     assert step < 9
     code, told = run(2, tmp_path, "train", path)

@@ -31,23 +31,23 @@ def test_a_model_loaded_inside_whole_is_not_shared_out():
     config = Stage3()  # transformers holds it by a weak reference
     theirs.set_hf_deepspeed_config(config)
     try:
-        with contextlib.suppress(KeyError), zero.whole():
+        with contextlib.suppress(KeyError), zero.unsharded_loading():
             assert not theirs.is_deepspeed_zero3_enabled()
             raise KeyError
         assert theirs.is_deepspeed_zero3_enabled(), "training needs to know"
     finally:
         theirs.unset_hf_deepspeed_config()
-    with zero.whole():
+    with zero.unsharded_loading():
         pass
     assert not theirs.is_deepspeed_zero3_enabled()
 
 
 def test_zero_3_that_saves_no_weights_is_refused():
     with pytest.raises(UserError, match="set zero3_save_16bit_model: true"):
-        zero.check_zero(plugin(save=False))
-    zero.check_zero(plugin())
-    zero.check_zero(plugin(stage=2, save=False))
-    zero.check_zero(SimpleNamespace(deepspeed_plugin=None))
+        zero.check_zero3_saves(plugin(save=False))
+    zero.check_zero3_saves(plugin())
+    zero.check_zero3_saves(plugin(stage=2, save=False))
+    zero.check_zero3_saves(SimpleNamespace(deepspeed_plugin=None))
 
 
 def test_weights_that_are_already_shared_out_are_refused(tmp_path, pairs, tokenizer):
@@ -62,9 +62,9 @@ def test_weights_that_are_already_shared_out_are_refused(tmp_path, pairs, tokeni
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_weights_come_into_the_type_that_deepspeed_trains_and_buffers_do_not(name, dtype):
     model = make_model()
-    zero.get_ready(model, plugin(bf16={"enabled": False}))
+    zero.cast_for_deepspeed(model, plugin(bf16={"enabled": False}))
     assert model.dtype == torch.float32
-    zero.get_ready(model, plugin(**{name: {"enabled": True}}))
+    zero.cast_for_deepspeed(model, plugin(**{name: {"enabled": True}}))
     assert {weight.dtype for weight in model.parameters()} == {dtype}
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32, "positions need its digits"
 
@@ -96,6 +96,6 @@ def test_the_passes_of_a_micro_batch_are_one_to_deepspeed(last, tmp_path, pairs,
 
 def test_the_part_of_a_weight_that_is_here_is_what_is_looked_at():
     weight = torch.nn.Parameter(torch.ones(2))
-    assert zero.own_part(weight).tolist() == [1, 1]
+    assert zero.local_shard(weight).tolist() == [1, 1]
     weight.ds_tensor = torch.tensor([float("nan")])
-    assert zero.own_part(weight).isnan().all()
+    assert zero.local_shard(weight).isnan().all()

@@ -22,7 +22,7 @@ from apo.monitoring.failures import (
     memory_changes,
     names_of,
 )
-from apo.run_dir.checkpoints import checkpoints, problem_of
+from apo.run_dir.checkpoints import checkpoints, resume_problem
 from apo.training.config import TrainConfig
 from apo.training.train import train
 from tests.apo.conftest import make_model, make_pairs
@@ -32,7 +32,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
 
 def saved(folder):
-    return [(found.name, problem_of(found)) for found in checkpoints(Path(folder))]
+    return [(found.name, resume_problem(found)) for found in checkpoints(Path(folder))]
 
 
 def losing(at_step, lost=(1,)):

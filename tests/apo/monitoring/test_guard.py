@@ -17,7 +17,7 @@ from apo.monitoring import guard
 from apo.monitoring.failures import Stopped
 from apo.monitoring.guard import Guard, Look, compare, crossed, load_rails, look
 from apo.packing.logps import response_logps
-from apo.run_dir.checkpoints import checkpoints, problem_of
+from apo.run_dir.checkpoints import checkpoints, resume_problem
 from apo.training.config import TrainConfig
 from apo.training.plan import plan
 from apo.training.train import build_trainer, train
@@ -172,7 +172,7 @@ def test_a_crossed_rail_stops_the_run_and_leaves_the_last_good_checkpoint(recipe
         assert "; guard.most_loss_rise allows 0.3); lower trainer.learning_rate, or allow more and run the same" in told
         assert f"the last good checkpoint is {good}" in told
         assert checkpoints(Path(recipe["out"]))[-1] == good
-        assert problem_of(good) is None
+        assert resume_problem(good) is None
         AutoModelForCausalLM.from_pretrained(good)
         record = json.loads((Path(recipe["out"]) / "run.json").read_text())
         assert len(record["stopped"]) == time

@@ -141,7 +141,7 @@ def test_the_fastest_way_that_works_is_taken_and_the_others_are_told(monkeypatch
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: None)
     config = types.SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
     layout = pack_pairs(pairs(*SHAPES))
-    assert attention.fastest(config, layout, torch.float32) == ("split", "")  # on a CPU nothing is measured
+    assert attention.fastest_backend(config, layout, torch.float32) == ("split", "")  # on a CPU nothing is measured
 
     def broken(*_):
         raise RuntimeError("no kernel image\nis available")
@@ -149,7 +149,7 @@ def test_the_fastest_way_that_works_is_taken_and_the_others_are_told(monkeypatch
     def slow(*given):
         return sum(attention._split(*given) for _ in range(20))
 
-    monkeypatch.setattr(attention, "WAYS", {"varlen": broken, "flex": slow, "split": attention._split})
+    monkeypatch.setattr(attention, "BACKENDS", {"varlen": broken, "flex": slow, "split": attention._split})
     best, told = attention._measured(config, layout, torch.float32, 3)
     assert best == "split"
     assert "varlen cannot (no kernel image is available)" in told
@@ -162,8 +162,8 @@ def test_a_way_that_disagrees_is_not_taken(monkeypatch):
 
     add_fused_lm_head(model)
     wrong = lambda *given: attention._split(*given) * 1.1  # noqa: E731
-    monkeypatch.setitem(attention.WAYS, "flex", wrong)
-    monkeypatch.setattr(prefix, "fastest", lambda *_: ("flex", "flex 1 ms; taken: flex"))
+    monkeypatch.setitem(attention.BACKENDS, "flex", wrong)
+    monkeypatch.setattr(prefix, "fastest_backend", lambda *_: ("flex", "flex 1 ms; taken: flex"))
     reason, notes = prefix.enable_packing_if_exact([model], batch, batch, torch.float32)
     assert reason is None
     assert notes[-1] == "attention of packed rows: flex is not taken, its log-probs differ in packed rows"
@@ -178,5 +178,5 @@ def test_how_near_packed_rows_must_come_is_a_matter_of_what_products_are_in(monk
     monkeypatch.setattr(prefix, "shared_prefix_logps", lambda *_: near)
     model = tiny()
     assert model.dtype == torch.float32, "as the weights of mixed precision are"
-    assert prefix.agrees(model, {}, plain, torch.bfloat16)
-    assert not prefix.agrees(model, {}, plain, torch.float32)
+    assert prefix.matches_padded(model, {}, plain, torch.bfloat16)
+    assert not prefix.matches_padded(model, {}, plain, torch.float32)

@@ -33,7 +33,7 @@ def attended(way, layout, device, dtype, window, softcap, width=64):
     tokens = layout.input_ids.shape[1]
     q, k, v = (torch.randn(1, heads, tokens, width, generator=generator) for heads in (4, 2, 2))
     q, k, v = (t.to(device, dtype).requires_grad_() for t in (q, k, v))
-    out = attention.WAYS[way](q, k, v, layout, width**-0.5, 0.0, window, softcap)
+    out = attention.BACKENDS[way](q, k, v, layout, width**-0.5, 0.0, window, softcap)
     out.backward(torch.ones_like(out))
     return [t.float().cpu() for t in (out.detach(), q.grad, k.grad, v.grad)]
 
@@ -75,7 +75,7 @@ def test_packed_rows_train_as_trls_batch_and_as_a_cpu_in_float32(tmp_path, token
         "packed": {}, "padded": {"shared_prefix": False}, "cpu": {"use_cpu": True, "gradient_checkpointing": True},
     }.items():  # fmt: skip
         trainer = trainer_on_gpu(tmp_path / name, tokenizer, bf16=False, **more)
-        assert trainer.packs == (name != "padded"), trainer.notes
+        assert trainer.is_packed == (name != "padded"), trainer.notes
         trainer.train()
         rows = [row for row in trainer.state.log_history if "grad_norm" in row]
         curves[name] = torch.tensor([[row["loss"], row["grad_norm"], row["logps/chosen"]] for row in rows])
@@ -87,7 +87,7 @@ def test_packed_rows_train_as_trls_batch_and_as_a_cpu_in_float32(tmp_path, token
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["mixed", "bfloat16"])
 def test_in_bfloat16_all_three_ways_are_measured_and_the_fastest_is_taken(tmp_path, tokenizer, dtype):
     trainer = trainer_on_gpu(tmp_path, tokenizer, dtype, bf16=True)
-    assert trainer.packs, trainer.notes
+    assert trainer.is_packed, trainer.notes
     (told,) = [note for note in trainer.notes if "attention of packed rows" in note]
     assert told.count(" ms") == 3, told
     assert not [note for note in trainer.notes if "is not taken" in note]
@@ -96,7 +96,7 @@ def test_in_bfloat16_all_three_ways_are_measured_and_the_fastest_is_taken(tmp_pa
 @gpu
 @pytest.mark.parametrize("way", ["split", "varlen", "flex"])
 def test_a_pass_waits_for_nothing(tmp_path, tokenizer, monkeypatch, way):
-    monkeypatch.setattr(prefixes, "fastest", lambda *_: (way, ""))
+    monkeypatch.setattr(prefixes, "fastest_backend", lambda *_: (way, ""))
     trainer = trainer_on_gpu(tmp_path, tokenizer, bf16=True, precompute_ref_log_probs=True, weights="weight")
     batches, weight = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, trainer.args.device)
     trainer.training_step(trainer.model, batches[0], weight)  # compiles, and makes buffers
@@ -138,7 +138,7 @@ def test_the_benchmark_for_a_gpu_runs_on_a_cpu_in_small(monkeypatch):
     monkeypatch.setattr(bench.cpu, "VOCABULARY", 200)
     monkeypatch.setattr(bench, "OURS", ("split",))
     monkeypatch.setattr(bench, "MODES", ("split", "trl defaults", "trl best"))
-    monkeypatch.setattr(prefixes, "fastest", prefixes.fastest)  # which the benchmark replaces
+    monkeypatch.setattr(prefixes, "fastest_backend", prefixes.fastest_backend)  # which the benchmark replaces
     sizes = bench.LLAMA3_8B | {"vocab_size": 200, "num_hidden_layers": 2, "max_position_embeddings": 128, **WIDE}
     case = {"small": (lambda: [(8, 12, 9), (5, 14, 20)] * 8, 4)}
     with warnings.catch_warnings():

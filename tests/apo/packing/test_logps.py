@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
-from apo.packing.logps import IDLE, examples_of, idle, mismatched, padded_logps, plain_logps, response_logps
+from apo.packing.logps import DUMMY, dummy_batch, padded_logps, plain_logps, response_logps, rotate_responses, uncollate
 from tests.apo.conftest import make_model
 
 collate = DataCollatorForPreference(pad_token_id=0)
@@ -58,33 +58,33 @@ def test_gradients_of_the_fused_batch_agree_with_the_plain_reference():
 
 @given(examples)
 def test_a_stacked_batch_can_be_taken_apart_again(examples):
-    assert examples_of(collate(examples)) == examples
+    assert uncollate(collate(examples)) == examples
 
 
 def test_mismatching_gives_each_prompt_the_next_pairs_answers_over_all_batches():
     pairs = [{"prompt_ids": [n], "chosen_ids": [10 + n], "rejected_ids": [20 + n]} for n in (1, 2, 3)]
-    batches = mismatched([collate(pairs[:2]), collate(pairs[2:])], collate)
-    swapped = [example for batch in batches for example in examples_of(batch)]
+    batches = rotate_responses([collate(pairs[:2]), collate(pairs[2:])], collate)
+    swapped = [example for batch in batches for example in uncollate(batch)]
     assert swapped == [
         {"prompt_ids": [1], "chosen_ids": [12], "rejected_ids": [22]},
         {"prompt_ids": [2], "chosen_ids": [13], "rejected_ids": [23]},
         {"prompt_ids": [3], "chosen_ids": [11], "rejected_ids": [21]},
     ]
-    (alone,) = mismatched([collate(pairs[:1])], collate)
-    assert IDLE in alone
+    (alone,) = rotate_responses([collate(pairs[:1])], collate)
+    assert DUMMY in alone
 
 
 def test_mismatching_over_two_processes_is_that_of_one():
     pairs = [{"prompt_ids": [n], "chosen_ids": [10 + n], "rejected_ids": [20 + n]} for n in range(1, 8)]
-    (whole,) = mismatched([collate(pairs)], collate)
+    (whole,) = rotate_responses([collate(pairs)], collate)
     # Batches of two are dealt out in turn; the last process has nothing left, and repeats a pair that is idle.
     dealt = [[collate(pairs[:2]), collate(pairs[4:6])], [collate(pairs[2:4]), collate(pairs[6:])]]
-    dealt[0].append(idle(collate(pairs[:1])))
-    dealt[1].append(idle(collate(pairs[:1])))
+    dealt[0].append(dummy_batch(collate(pairs[:1])))
+    dealt[1].append(dummy_batch(collate(pairs[:1])))
     heads = []
     for batches in dealt:
-        mismatched(batches, collate, lambda mine: heads.extend(mine) or [mine[0], mine[0]], 0)
-    found = [mismatched(batches, collate, lambda _: heads, rank) for rank, batches in enumerate(dealt)]
-    assert all(IDLE in batches[2] for batches in found)
-    mixed = [example for step in (0, 1) for rank in (0, 1) for example in examples_of(found[rank][step])]
-    assert mixed == examples_of(whole)
+        rotate_responses(batches, collate, lambda mine: heads.extend(mine) or [mine[0], mine[0]], 0)
+    found = [rotate_responses(batches, collate, lambda _: heads, rank) for rank, batches in enumerate(dealt)]
+    assert all(DUMMY in batches[2] for batches in found)
+    mixed = [example for step in (0, 1) for rank in (0, 1) for example in uncollate(found[rank][step])]
+    assert mixed == uncollate(whole)

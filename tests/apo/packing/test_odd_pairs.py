@@ -37,7 +37,7 @@ def test_odd_pairs_train_packed_as_plain(which, tmp_path, tokenizer):
     rows = [trainer.train_dataset[row] for row in range(2)]
     if which == "an empty response":
         assert rows[0]["chosen_ids"] == rows[1]["rejected_ids"] == [3]  # the end token alone is a response
-    assert trainer.packs
+    assert trainer.is_packed
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
     plain, packed = plain_logps(make_model(), batch), shared_prefix_logps(trainer.model, batch)
     torch.testing.assert_close(packed.chosen, plain.chosen, rtol=1e-4, atol=1e-4)

@@ -7,7 +7,7 @@ import torch
 
 from apo.packing import onednn as matmul
 from apo.packing.logps import plain_logps
-from apo.packing.packed_model import enable_packing, pack_pairs, packed_logps, shared_prefix_logps, unshare_prefixes
+from apo.packing.packed_model import disable_packing, enable_packing, pack_pairs, packed_logps, shared_prefix_logps
 from tests.apo.packing.test_packed_model import FAMILIES, SHAPES, gradients, pairs, stacked, tiny
 
 
@@ -86,7 +86,7 @@ def test_quick_packed_rows_give_the_plain_log_probs_and_gradients(family, quick)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-5)
     assert (gradients(model, packed) - wanted).norm() < 1e-5 * wanted.norm()
     assert len(quick) > 3 * 2 * 7  # forward and backward of every matrix of two layers
-    unshare_prefixes(model)
+    disable_packing(model)
     quick.clear()
     plain_logps(model, batch)
     assert quick == []

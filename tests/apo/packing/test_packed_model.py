@@ -18,15 +18,15 @@ from transformers import (
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from apo.packing import packed_model as prefix
-from apo.packing.logps import TurnCollator, examples_of, plain_logps
+from apo.packing.logps import TurnCollator, plain_logps, uncollate
 from apo.packing.packed_model import (
     crop_around_divergence,
     enable_packing,
     pack_bins,
     pack_pairs,
+    packed_length,
     packed_logps,
     shared_prefix_logps,
-    tokens_of,
 )
 
 VOCABULARY = 97
@@ -114,7 +114,7 @@ def test_unpaired_rows_among_pairs_give_the_plain_log_probs_and_gradients(family
     for ours, theirs in zip(packed[:4], plain[:4], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-5)
     assert (gradients(model, packed) - wanted).norm() < 1e-5 * wanted.norm()
-    assert pack_pairs(examples).input_ids.shape[1] == sum(tokens_of(example) for example in examples)
+    assert pack_pairs(examples).input_ids.shape[1] == sum(packed_length(example) for example in examples)
 
 
 def with_turns(examples, seed=7):
@@ -138,7 +138,7 @@ def test_turns_that_are_not_trained_are_left_out_of_packed_rows_as_of_the_plain_
     model, batch = tiny(family), TurnCollator(stacked)(examples)
     assert batch["completion_mask"].sum() < stacked(examples)["completion_mask"].sum()
     assert_packed_is_plain(model, batch)
-    assert pack_pairs(examples).input_ids.shape[1] == sum(tokens_of(example) for example in examples)
+    assert pack_pairs(examples).input_ids.shape[1] == sum(packed_length(example) for example in examples)
     assert len(pack_pairs(examples).labels) <= batch["completion_mask"].sum()
 
 
@@ -160,7 +160,7 @@ def test_a_pair_with_turns_is_cut_together_with_its_masks():
     cut = crop_around_divergence(long)
     for side in ("chosen", "rejected"):
         assert len(cut.get(f"{side}_mask", cut[f"{side}_ids"])) == len(cut[f"{side}_ids"])
-    assert examples_of(TurnCollator(stacked)([cut])) == [cut]
+    assert uncollate(TurnCollator(stacked)([cut])) == [cut]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2, soft caps and window"])
@@ -290,7 +290,7 @@ def test_bins_hold_every_place_once_and_no_more_than_allowed(sizes, most):
 
 def test_tokens_of_counts_a_packed_row():
     for example in pairs(*SHAPES):
-        assert tokens_of(example) == pack_pairs([example]).input_ids.shape[1]
+        assert packed_length(example) == pack_pairs([example]).input_ids.shape[1]
 
 
 def test_a_long_pair_is_cut_around_the_place_where_its_answers_part():

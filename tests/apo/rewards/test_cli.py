@@ -156,7 +156,7 @@ def test_each_group_gets_the_pair_turned_to_its_taste(world, tmp_path):
 
 def test_a_folder_keeps_train_and_test_apart_and_trains_a_run_for_each_group(world, tmp_path):
     from apo.data.sources import load_eval, load_train
-    from apo.training.by_group import runs_of
+    from apo.training.by_group import expand_runs
     from apo.training.config import TrainConfig
 
     rng = random.Random(3)
@@ -172,7 +172,7 @@ def test_a_folder_keeps_train_and_test_apart_and_trains_a_run_for_each_group(wor
         "by": "group",
         "out": str(tmp_path / "r"),
     }
-    runs = runs_of(TrainConfig(**recipe))
+    runs = expand_runs(TrainConfig(**recipe))
     assert [run.out for run in runs] == [str(tmp_path / f"r/group-{n}") for n in (1, 2)]
     for one in runs:
         assert (len(load_train(one.dataset, 0)), len(load_eval(one.dataset, True))) == (8, 3)

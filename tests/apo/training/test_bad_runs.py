@@ -45,7 +45,7 @@ def test_a_lost_loss_ends_the_command_with_the_pairs_ids_and_the_last_good_check
         r"look at these pairs and take them out, or lower .*; the last good checkpoint is .*/checkpoint-3",
         told[-1],
     )
-    assert checkpoints.problem_of(tmp_path / "run" / "checkpoint-3") is None
+    assert checkpoints.resume_problem(tmp_path / "run" / "checkpoint-3") is None
     assert [line for line in told if line.startswith("error")] == told[-1:]
     code, told = apo(save_steps=1)  # the cause is gone
     assert (code, "going on from step 3 of 6" in told) == (0, True)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from apo.cli import app
 from apo.data.sources import Source, load_eval, load_train
 from apo.training import train as training
-from apo.training.by_group import folder_of, runs_of
+from apo.training.by_group import expand_runs, value_folder
 from apo.training.config import TrainConfig
 from apo.training.train import train
 from clair.core.errors import UserError
@@ -116,7 +116,7 @@ def test_a_dry_run_tells_every_plan_and_writes_nothing(recipe, tmp_path):
 def test_rows_without_a_group_are_in_no_run_and_told(recipe, tmp_path):
     rows = [{**row, "group": None} if at < 3 else row for at, row in enumerate(grouped(24))]
     told: list[str] = []
-    found = runs_of(config(recipe, dataset=write_jsonl(tmp_path / "p.jsonl", rows)), told.append)
+    found = expand_runs(config(recipe, dataset=write_jsonl(tmp_path / "p.jsonl", rows)), told.append)
     assert told == ["note: 3 rows have no group and are in no run"]
     assert [len(load_train(one.dataset, 0)) for one in found] == [7, 14]
 
@@ -157,4 +157,4 @@ def test_where_takes_rows_by_value_and_type_and_says_what_there_is(tmp_path):
     [("group 1", "group-1"), ("../x", "x"), (".ssh", "ssh"), ("/", "-"), (True, "True"), (7, "7"), ("ä/ö", "ä-ö")],
 )
 def test_a_value_is_a_folder_inside_out(value, name):
-    assert folder_of(value) == name
+    assert value_folder(value) == name

@@ -6,7 +6,14 @@ import json
 
 import pytest
 
-from apo.run_dir.checkpoints import MARKER, UNFINISHED, checkpoints, find_newest, finish, problem_of
+from apo.run_dir.checkpoints import (
+    MARKER,
+    UNFINISHED,
+    checkpoints,
+    complete_checkpoint,
+    find_newest_checkpoint,
+    resume_problem,
+)
 
 
 def write(out, step, resumable=True):
@@ -14,7 +21,7 @@ def write(out, step, resumable=True):
     (folder / "sub").mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"weights" * step)
     (folder / "sub" / "optimizer.pt").write_bytes(b"state")
-    finish(folder, out / f"checkpoint-{step}", resumable=resumable)
+    complete_checkpoint(folder, out / f"checkpoint-{step}", resumable=resumable)
     return out / f"checkpoint-{step}"
 
 
@@ -22,13 +29,13 @@ def test_the_newest_is_the_highest_step_not_the_last_in_the_alphabet(tmp_path):
     for step in (9, 100, 20):
         write(tmp_path, step)
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-20", "checkpoint-100"]
-    search = find_newest(tmp_path)
+    search = find_newest_checkpoint(tmp_path)
     assert (search.newest, search.notes) == (tmp_path / "checkpoint-100", [])
     assert not (tmp_path / UNFINISHED).exists()
 
 
 def test_an_empty_folder_has_none(tmp_path):
-    assert find_newest(tmp_path).newest is None
+    assert find_newest_checkpoint(tmp_path).newest is None
 
 
 def truncated(folder):
@@ -77,18 +84,18 @@ DAMAGES = [truncated, grown, flipped, zeroed, exchanged, lost, unmarked, marker_
 def test_a_damaged_checkpoint_is_set_aside_and_said_and_the_one_before_it_taken(tmp_path, damage):
     older, newer = write(tmp_path, 5), write(tmp_path, 10)
     damage(newer)
-    search = find_newest(tmp_path)
+    search = find_newest_checkpoint(tmp_path)
     assert search.newest == older
     assert search.notes[0].startswith("set aside checkpoint-10 as incomplete-checkpoint-10: ")
     assert (tmp_path / "incomplete-checkpoint-10").is_dir()
     assert not newer.exists()
-    assert find_newest(tmp_path).notes == []
+    assert find_newest_checkpoint(tmp_path).notes == []
 
 
 def test_a_second_damaged_one_gets_another_name(tmp_path):
     for _ in range(2):
         truncated(write(tmp_path, 3))
-        assert find_newest(tmp_path).newest is None
+        assert find_newest_checkpoint(tmp_path).newest is None
     assert (tmp_path / "incomplete-checkpoint-3-2").is_dir()
 
 
@@ -96,7 +103,7 @@ def test_what_was_being_written_is_removed_and_said(tmp_path):
     whole = write(tmp_path, 5)
     (tmp_path / UNFINISHED / "checkpoint-10").mkdir(parents=True)
     (tmp_path / UNFINISHED / "checkpoint-10" / "model.safetensors").write_bytes(b"half")
-    search = find_newest(tmp_path)
+    search = find_newest_checkpoint(tmp_path)
     assert search.newest == whole
     assert search.notes == ["removed checkpoint-10, which was being written when the run was stopped"]
     assert not (tmp_path / UNFINISHED).exists()
@@ -105,7 +112,7 @@ def test_what_was_being_written_is_removed_and_said(tmp_path):
 def test_a_model_without_trainer_state_is_not_gone_on_from_and_stays(tmp_path):
     resumable = write(tmp_path, 5)
     model_only = write(tmp_path, 10, resumable=False)
-    search = find_newest(tmp_path)
+    search = find_newest_checkpoint(tmp_path)
     assert search.newest == resumable
     assert search.notes == ["cannot go on from checkpoint-10: it holds the model only (save_only_model)"]
     assert model_only.is_dir()
@@ -118,4 +125,4 @@ def test_a_step_saved_twice_keeps_the_complete_one(tmp_path):
     assert (first / MARKER).stat().st_mtime_ns == before
     truncated(first)
     write(tmp_path, 5)
-    assert problem_of(first) is None
+    assert resume_problem(first) is None

@@ -55,7 +55,7 @@ def linears(model):
 
 
 def test_a_4_bit_layer_multiplies_by_its_rounded_weights_also_after_it_was_asked_without_a_gradient(model_dir):
-    model = models.load_model(models.find(str(model_dir)), quantization_config=models.four_bits("float32"))
+    model = models.load_model(models.find_model(str(model_dir)), quantization_config=models.nf4_config("float32"))
     found = linears(model)
     assert len(found) == 14, "seven in each of two layers"
     plain = AutoModelForCausalLM.from_pretrained(model_dir)
@@ -76,19 +76,19 @@ def test_a_4_bit_layer_multiplies_by_its_rounded_weights_also_after_it_was_asked
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what is mapped is read where Linux tells it")
 def test_the_file_of_the_weights_is_not_kept_in_memory(tmp_path):
     make_model(**SIZES).save_pretrained(tmp_path)
-    model = models.load_model(models.find(str(tmp_path)), quantization_config=models.four_bits("float32"))
+    model = models.load_model(models.find_model(str(tmp_path)), quantization_config=models.nf4_config("float32"))
     assert len(linears(model)) == 14
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def test_packed_rows_train_as_trls_batch_does_on_the_same_4_bit_weights(recipe, tmp_path):
     packed, rows = trained(recipe)
-    assert packed.packs, packed.notes
+    assert packed.is_packed, packed.notes
     for layer in linears(packed.model).values():
         assert type(layer).forward is bnb.nn.Linear4bit.forward
         assert "forward" not in vars(layer), "its products are its own, not those of matmul.py"
     stacked, others = trained(recipe, trainer={"shared_prefix": False}, out=str(tmp_path / "stacked"))
-    assert not stacked.packs
+    assert not stacked.is_packed
     for key in ("loss", "grad_norm", "logps/chosen", "logps/rejected"):
         distance = sum((a[key] - b[key]) ** 2 for a, b in zip(rows, others, strict=True)) ** 0.5
         assert distance <= 1e-5 * sum(row[key] ** 2 for row in rows) ** 0.5, key
@@ -120,7 +120,7 @@ def test_small_steps_are_not_rounded_away(recipe, tmp_path):
 def test_rows_that_bitsandbytes_reads_back_wrongly_are_refused(tmp_path):
     make_model(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"mlp.down_proj has rows of 96 weights.* no multiple of 64; start it on a GPU"):
-        models.load_model(models.find(str(tmp_path)), quantization_config=models.four_bits("float32"))
+        models.load_model(models.find_model(str(tmp_path)), quantization_config=models.nf4_config("float32"))
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(recipe, tmp_path, monkeypatch):
@@ -156,8 +156,8 @@ def test_what_is_left_is_an_adapter_for_the_base_rounded_or_not_and_merging_adds
     run = train(TrainConfig(**{**recipe, **QLORA, "trainer": options, "out": str(out)}), tell=lambda _: None)
     assert run["recipe"]["quantize"] == "nf4"
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model_dir)
-    name = models.find(str(out))
-    model = models.load_model(name, quantization_config=models.four_bits("float32"))
+    name = models.find_model(str(out))
+    model = models.load_model(name, quantization_config=models.nf4_config("float32"))
     assert len(linears(model)) == 14
     assert apart(adapter_of(model), {**adapter_of(models.load_model(name))}) == 0
     merged = AutoModelForCausalLM.from_pretrained(merge(out, tmp_path / "merged"))

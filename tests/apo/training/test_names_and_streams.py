@@ -107,7 +107,7 @@ def test_a_stream_trains_as_the_same_rows_in_a_dataset(tmp_path, model_dir, pack
         for dataset in (stream(rows), Dataset.from_list(rows))
     ]
     assert check_before_training(runs[0]) == {"chosen": 0.0, "rejected": 0.0}
-    assert runs[0].packs == packed
+    assert runs[0].is_packed == packed
     assert_equal(*map(trained, runs))
 
 

@@ -9,7 +9,7 @@ import torch
 
 from apo.monitoring import failures as faults
 from apo.packing import packed_model as prefix
-from apo.packing.logps import padded_logps, select
+from apo.packing.logps import padded_logps, select_pairs
 from apo.packing.packed_model import shared_prefix_logps
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
@@ -95,7 +95,7 @@ def test_pack_tokens_without_packing_is_refused():
 
 def test_selecting_pairs_keeps_both_halves_together():
     batch = {"input_ids": torch.arange(6)[:, None], "ref_chosen_logps": torch.tensor([0.0, 1.0, 2.0])}
-    chosen = select(batch, [2, 0])
+    chosen = select_pairs(batch, [2, 0])
     assert chosen["input_ids"].flatten().tolist() == [2, 0, 5, 3]
     assert chosen["ref_chosen_logps"].tolist() == [2.0, 0.0]
 
@@ -114,7 +114,7 @@ def test_rounding_of_mixed_precision_is_no_reason_to_pad(tmp_path, tokenizer, pa
         model = make_model(seed, hidden_size=128, intermediate_size=256, initializer_range=0.2)
         trainer = APOTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer)
         assert next(trainer.model.parameters()).dtype == torch.float32
-        packs.append(trainer.packs)
+        packs.append(trainer.is_packed)
     assert packs == [True] * 8
 
 
@@ -125,11 +125,11 @@ def test_a_pass_of_a_step_asks_the_device_for_no_number(tmp_path, tokenizer, pai
     pairs = pairs.add_column("weight", [1.0 + (row % 2) for row in range(len(pairs))])
     args = APOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, **options)
     trainer = APOTrainer(make_model(), args=args, train_dataset=pairs, processing_class=tokenizer)
-    assert trainer.packs
-    prefix.unshare_prefixes(trainer.model)
+    assert trainer.is_packed
+    prefix.disable_packing(trainer.model)
     prefix.enable_packing(trainer.model.to("meta"), way)
     monkeypatch.setattr(type(args), "device", property(lambda _: torch.device("meta")))
-    monkeypatch.setattr(faults, "Fetched", lambda _: types.SimpleNamespace(value=lambda: torch.zeros(1)))
+    monkeypatch.setattr(faults, "HostCopy", lambda _: types.SimpleNamespace(value=lambda: torch.zeros(1)))
     trainer._losses = faults.NonFiniteLossCheck(args.device)
     batches, weight = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, args.device)
     loss = trainer.training_step(trainer.model, batches[0], weight)
@@ -146,7 +146,7 @@ def test_in_bfloat16_packed_training_is_padded_training_to_its_rounding(tmp_path
         name: trained(tmp_path / name, tokenizer, pairs, adapter=adapter, use_cpu=True, **how)
         for name, how in ways.items()
     }
-    assert [runs[name][0].packs for name in ways] == [True, False, True]
+    assert [runs[name][0].is_packed for name in ways] == [True, False, True]
     for mine, other in zip(runs["packed"][1], runs["padded"][1], strict=True):
         for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected"):
             assert mine[name] == pytest.approx(other[name], rel=4e-3)  # half of the distance of two bfloat16 numbers
@@ -161,5 +161,5 @@ def test_a_compiled_model_trains_the_same_in_packed_rows(tmp_path, tokenizer, pa
     plain = trained(tmp_path / "plain", tokenizer, pairs)
     options = {"torch_compile": True, "torch_compile_backend": "eager"}  # traced as for any other, and not generated
     compiled = trained(tmp_path / "compiled", tokenizer, pairs, **options)
-    assert compiled[0].packs
+    assert compiled[0].is_packed
     same(plain, compiled)

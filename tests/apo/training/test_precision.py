@@ -72,7 +72,7 @@ ALL = [("bf16", *switches) for switches in itertools.product([False, True], repe
 )  # fmt: skip
 def test_every_reward_is_0_before_and_on_a_rate_of_0(tmp_path, tokenizer, mixed, adapter, cached, packed):
     trainer = trainer_of(tmp_path, tokenizer, adapter, precompute_ref_log_probs=cached, shared_prefix=packed, **mixed)
-    assert trainer.packs == packed
+    assert trainer.is_packed == packed
     near = 1e-2 if cached else 0.0  # asked for in other batches, whose products are rounded otherwise
     assert check_before_training(trainer) == pytest.approx({"chosen": 0.0, "rejected": 0.0}, abs=near)
     before = trainer.evaluate()

@@ -37,7 +37,7 @@ def test_without_bitsandbytes_a_run_is_refused_before_any_work(recipe, tmp_path,
         train(config)
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(models, "find_spec", lambda name: object())
-    assert models.why_not_quantized() is None
+    assert models.quantization_problem() is None
 
 
 def test_what_would_contradict_it_is_refused(recipe, monkeypatch):

@@ -15,7 +15,7 @@ from datasets import Dataset
 from apo.models import tensor_cache as cache
 from apo.models.tensor_cache import hash_model
 from apo.training import reference
-from apo.training.reference import COLUMNS, part_key, with_reference
+from apo.training.reference import COLUMNS, add_reference_logps, chunk_key
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
 from tests.apo.conftest import make_model, make_pairs
@@ -122,10 +122,10 @@ def test_an_adapter_that_is_gone_on_with_has_a_reference_of_its_own_weights_and_
 
 def test_another_kind_of_device_has_other_numbers(tmp_path, tokenizer, pairs):
     trainer = prepared(tmp_path, tokenizer, pairs)
-    here = trainer._numbers_of_reference(trainer.model)
+    here = trainer._reference_numerics(trainer.model)
     assert trainer.args.device.type in here
     trainer.args = SimpleNamespace(device=torch.device("meta"))
-    assert trainer._numbers_of_reference(trainer.model) != here
+    assert trainer._reference_numerics(trainer.model) != here
 
 
 def test_what_says_nothing_of_a_models_numbers_is_in_no_key():
@@ -153,8 +153,8 @@ def test_a_killed_pass_keeps_its_finished_parts(tmp_path, monkeypatch):
         return lengths(pairs, advance)
 
     with pytest.raises(KeyboardInterrupt):
-        with_reference(tiny_dataset(), ["m"], dies, tmp_path, print)
-    done, computed = with_reference(tiny_dataset(), ["m"], lengths, tmp_path, print)
+        add_reference_logps(tiny_dataset(), ["m"], dies, tmp_path, print)
+    done, computed = add_reference_logps(tiny_dataset(), ["m"], lengths, tmp_path, print)
     assert computed == 2
     assert done[COLUMNS[0]] == [float(i) for i in range(10)]
     assert done[COLUMNS[1]] == [float(i + 100) for i in range(10)]
@@ -166,7 +166,7 @@ def test_processes_share_the_parts_out_and_write_each_once(tmp_path, monkeypatch
     mine, handed, computed = {}, [], []
 
     def run(rank, exchange):
-        dataset, count = with_reference(
+        dataset, count = add_reference_logps(
             tiny_dataset(), ["m"], lengths, folders[rank], print, rank=rank, processes=2, exchange=exchange
         )
         computed.append(count)
@@ -190,8 +190,8 @@ def test_processes_share_the_parts_out_and_write_each_once(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("harm", ["cut", "garbage", "not numbers", "other shape"])
 def test_a_damaged_file_is_computed_anew_and_said(tmp_path, harm):
-    done, _ = with_reference(tiny_dataset(), ["m"], lengths, tmp_path, print)
-    file = cache.file_of(tmp_path, part_key(["m"], [dict(row) for row in tiny_dataset()]))
+    done, _ = add_reference_logps(tiny_dataset(), ["m"], lengths, tmp_path, print)
+    file = cache.file_of(tmp_path, chunk_key(["m"], [dict(row) for row in tiny_dataset()]))
     if harm == "cut":
         file.write_bytes(file.read_bytes()[:-9])
     elif harm == "garbage":
@@ -200,7 +200,7 @@ def test_a_damaged_file_is_computed_anew_and_said(tmp_path, harm):
         values = torch.full((10,), torch.nan) if harm == "not numbers" else torch.ones(3)
         cache.store(tmp_path, file.stem, dict.fromkeys(COLUMNS, values.double()))
     told = []
-    again, computed = with_reference(tiny_dataset(), ["m"], lengths, tmp_path, told.append)
+    again, computed = add_reference_logps(tiny_dataset(), ["m"], lengths, tmp_path, told.append)
     assert computed == 10
     assert again[COLUMNS[0]] == done[COLUMNS[0]]
     assert "damaged and computed anew" in told[0]
@@ -210,7 +210,7 @@ def test_a_folder_that_cannot_be_written_costs_only_the_keeping(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     told = []
-    done, computed = with_reference(tiny_dataset(), ["m"], lengths, blocked, told.append)
+    done, computed = add_reference_logps(tiny_dataset(), ["m"], lengths, blocked, told.append)
     assert computed == 10
     assert done[COLUMNS[0]][3] == 3.0
     assert "cannot be written" in told[0]

@@ -86,7 +86,7 @@ def crash_in(where, at_step, monkeypatch):
     original = getattr(owner, name)
 
     def crashing(*args, **kwargs):
-        step = args[0].state.global_step if isinstance(args[0], Trainer) else checkpoints.step_of(args[1])
+        step = args[0].state.global_step if isinstance(args[0], Trainer) else checkpoints.checkpoint_step(args[1])
         result = original(*args, **kwargs) if after or step != at_step else None
         if step == at_step:
             raise Crash
@@ -297,26 +297,26 @@ def test_kill_9_while_saving_then_ctrl_c_change_nothing(data, tmp_path):
 
     process = start(path, tmp_path)
     at = random.Random(time.time_ns()).randrange(3, 20)
-    wait_until(lambda: any(checkpoints.step_of(c) >= at for c in checkpoints.checkpoints(out)), process)
+    wait_until(lambda: any(checkpoints.checkpoint_step(c) >= at for c in checkpoints.checkpoints(out)), process)
     wait_until(lambda: any((out / checkpoints.UNFINISHED).glob("*/*")), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
 
     process = start(path, tmp_path)
     wait_until(lambda: json.loads((out / "run.json").read_text())["resumed_from"], process)
-    wait_until(lambda: any(checkpoints.step_of(c) >= at + 8 for c in checkpoints.checkpoints(out)), process)
+    wait_until(lambda: any(checkpoints.checkpoint_step(c) >= at + 8 for c in checkpoints.checkpoints(out)), process)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130, told
     assert "stopping after this step, with a checkpoint" in told
     assert told.splitlines()[-1].startswith("stopped at step ")
     assert told.splitlines()[-1].endswith("of 72; the same command goes on from the last checkpoint")
-    newest = checkpoints.find_newest(out).newest
-    assert f"stopped at step {checkpoints.step_of(newest)} of 72" in told
+    newest = checkpoints.find_newest_checkpoint(out).newest
+    assert f"stopped at step {checkpoints.checkpoint_step(newest)} of 72" in told
 
     found = train(TrainConfig(**keys), tell=lambda _: None)
     assert found["resumed_from"][0] >= at
-    assert found["resumed_from"][1] == checkpoints.step_of(newest)
+    assert found["resumed_from"][1] == checkpoints.checkpoint_step(newest)
     assert [row["step"] for row in metrics(out) if "loss" in row] == list(range(1, 73))
     assert [row["step"] for row in metrics(out) if "probe/kl" in row] == list(range(8, 73, 8))
     keys["out"], keys["trainer"]["save_strategy"] = str(tmp_path / "whole"), "no"

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from apo import cli
-from apo.data.sources import Source, fingerprint, load_eval, load_train
-from apo.models.load import find, load_model
-from apo.packing.packed_model import tokens_of
+from apo.data.sources import Source, hash_pairs, load_eval, load_train
+from apo.models.load import find_model, load_model
+from apo.packing.packed_model import packed_length
 from apo.run_dir import files as runs
 from apo.training.config import LoRA, TrainConfig
 from apo.training.plan import plan
@@ -136,7 +136,7 @@ def test_a_run_says_what_it_trains_on_and_what_it_need_not_compute_again(recipe,
 
 def test_pairs_that_no_packed_row_holds_are_counted_with_the_longest(recipe):
     planned = plan(TrainConfig(**{**recipe, "trainer": {**TRAINER, "pack_tokens": 25}}))
-    sizes = [tokens_of(pair) for pair in planned.train.dataset]
+    sizes = [packed_length(pair) for pair in planned.train.dataset]
     over = [size for size in sizes if size > 25]
     assert 0 < len(over) < 24
     told = (
@@ -605,14 +605,14 @@ def test_a_weight_that_cannot_be_meant_is_told_before_anything_is_written(recipe
 def test_other_weights_are_other_pairs_for_a_run_that_goes_on():
     ids = {name: [[1, 2]] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
     one, other = (Dataset.from_dict({**ids, "w": [value]}) for value in (1.0, 2.0))
-    assert fingerprint(one) == fingerprint(other)
-    assert fingerprint(one, "w") != fingerprint(other, "w")
+    assert hash_pairs(one) == hash_pairs(other)
+    assert hash_pairs(one, "w") != hash_pairs(other, "w")
 
 
 # ---- the pairs of a step
 
 
-def step_of(recipe, processes=1, **changes):
+def checkpoint_step(recipe, processes=1, **changes):
     planned = plan(TrainConfig(**{**recipe, **changes}), processes)
     args = planned.args
     return args.per_device_train_batch_size, args.gradient_accumulation_steps, planned.pairs_per_step, planned.steps
@@ -621,23 +621,23 @@ def step_of(recipe, processes=1, **changes):
 def test_pairs_per_step_is_kept_on_any_number_of_processes(recipe):
     recipe["trainer"] = {"learning_rate": 1e-2, "num_train_epochs": 2}
     # 24 pairs of 12 a step, twice
-    assert step_of(recipe, pairs_per_step=12) == (6, 2, 12, 4)
-    assert step_of(recipe, 2, pairs_per_step=12) == (6, 1, 12, 4)
-    assert step_of(recipe, 3, pairs_per_step=12) == (4, 1, 12, 4)
+    assert checkpoint_step(recipe, pairs_per_step=12) == (6, 2, 12, 4)
+    assert checkpoint_step(recipe, 2, pairs_per_step=12) == (6, 1, 12, 4)
+    assert checkpoint_step(recipe, 3, pairs_per_step=12) == (4, 1, 12, 4)
     recipe["trainer"]["per_device_train_batch_size"] = 2
-    assert step_of(recipe, 2, pairs_per_step=12) == (2, 3, 12, 4)
-    assert step_of(recipe, 3) == (2, 1, 6, 8)
+    assert checkpoint_step(recipe, 2, pairs_per_step=12) == (2, 3, 12, 4)
+    assert checkpoint_step(recipe, 3) == (2, 1, 6, 8)
 
 
 def test_pairs_per_step_that_cannot_be_shared_out_is_refused(recipe):
     recipe["trainer"] = {"per_device_train_batch_size": 4}
     with pytest.raises(UserError, match="12 cannot be shared out equally to 5 processes"):
-        step_of(recipe, 5, pairs_per_step=12)
+        checkpoint_step(recipe, 5, pairs_per_step=12)
     with pytest.raises(UserError, match=r"12 on 2 process\(es\) is 6 each, no multiple of .*batch_size 4"):
-        step_of(recipe, 2, pairs_per_step=12)
+        checkpoint_step(recipe, 2, pairs_per_step=12)
     recipe["trainer"] = {"gradient_accumulation_steps": 4}
     with pytest.raises(UserError, match="gradient_accumulation_steps follows from pairs_per_step"):
-        step_of(recipe, pairs_per_step=12)
+        checkpoint_step(recipe, pairs_per_step=12)
 
 
 @pytest.mark.parametrize(
@@ -655,9 +655,9 @@ def test_pairs_per_step_that_cannot_be_shared_out_is_refused(recipe):
 def test_a_run_that_would_go_on_as_another_is_refused(recipe, begun, now, told):
     recipe |= now
     planned = plan(TrainConfig(**recipe))
-    data = {**planned.counts(), "sha256": fingerprint(planned.train.dataset)}
+    data = {**planned.counts(), "sha256": hash_pairs(planned.train.dataset)}
     facts = {"steps": 6, "pairs_per_step": 4, "processes": 1, **begun}
-    runs.begin(Path(recipe["out"]), resolved(planned.config), data=data, resumed_from=[], **facts)
+    runs.write_new_run(Path(recipe["out"]), resolved(planned.config), data=data, resumed_from=[], **facts)
     with pytest.raises(UserError, match=told):
         run(recipe)
 
@@ -665,19 +665,19 @@ def test_a_run_that_would_go_on_as_another_is_refused(recipe, begun, now, told):
 def test_a_token_among_the_trainers_options_is_not_written_down(recipe):
     out = Path(recipe["out"])
     given = resolved(TrainConfig(**{**recipe, "trainer": {**recipe["trainer"], "hub_token": "hf_planted"}}))
-    runs.begin(out, given, data={}, steps=6, pairs_per_step=4, resumed_from=[])
+    runs.write_new_run(out, given, data={}, steps=6, pairs_per_step=4, resumed_from=[])
     assert not [file for file in out.rglob("*") if file.is_file() and b"planted" in file.read_bytes()]
     assert runs.read_run(out)["recipe"]["trainer"]["hub_token"] == "[secret]"
-    assert runs.status_of(out, given) == "unfinished"
+    assert runs.run_status(out, given) == "unfinished"
 
 
 def test_micro_batches_may_change_within_a_run_and_nothing_else(recipe):
     out = Path(recipe["out"])
-    runs.begin(out, resolved(TrainConfig(**recipe)), data={}, steps=6, pairs_per_step=4, resumed_from=[])
+    runs.write_new_run(out, resolved(TrainConfig(**recipe)), data={}, steps=6, pairs_per_step=4, resumed_from=[])
     other = {**recipe["trainer"], "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    assert runs.status_of(out, resolved(TrainConfig(**{**recipe, "trainer": other}))) == "unfinished"
+    assert runs.run_status(out, resolved(TrainConfig(**{**recipe, "trainer": other}))) == "unfinished"
     with pytest.raises(UserError, match=r"changed: trainer\.learning_rate"):
-        runs.status_of(out, resolved(TrainConfig(**{**recipe, "trainer": {**other, "learning_rate": 1.0}})))
+        runs.run_status(out, resolved(TrainConfig(**{**recipe, "trainer": {**other, "learning_rate": 1.0}})))
 
 
 def test_fsdp_is_asked_for_with_true(recipe):
@@ -711,7 +711,7 @@ def test_an_adapter_trained_with_tokens_added_or_cut_off_is_put_on_a_resized_bas
     """It computes what it computed when it was made, trains from its own start, and can be trained on again."""
     made = adapter_of_a_resized_base(model_dir, tmp_path / "a", rows, modules_to_save)
     ids = torch.tensor([[1, 5, 9, 30, 3]])
-    loaded = load_model(find(str(tmp_path / "a"))).eval()
+    loaded = load_model(find_model(str(tmp_path / "a"))).eval()
     torch.testing.assert_close(loaded(ids).logits, made(ids).logits)
     for out in ("one", "two"):
         recipe["trainer"]["max_steps"] = 2

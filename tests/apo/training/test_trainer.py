@@ -561,7 +561,7 @@ def test_neftunes_noise_has_trls_scale(packed, tmp_path, tokenizer, pairs):
     model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: setattr(trainer, "seen_ids", ids[0]))
     model.model.layers[0].register_forward_pre_hook(look, with_kwargs=True)
     trainer.train()
-    assert trainer.packs == packed
+    assert trainer.is_packed == packed
     assert len(seen) == 2
     assert all(4.95 < scale <= 5.0001 for scale in seen)
     model.train()

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 from trl import DPOConfig, DPOTrainer
 
-from apo.packing.logps import PairLogps, plain_logps, select
+from apo.packing.logps import PairLogps, plain_logps, select_pairs
 from apo.packing.packed_model import shared_prefix_logps
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
@@ -44,7 +44,7 @@ def one_by_one(model, batch):
     """Each sequence by itself, without padding, through `plain_logps`: padding-free in the plainest way."""
     found = []
     for place in range(len(batch["input_ids"]) // 2):
-        one = select(batch, [place])
+        one = select_pairs(batch, [place])
         halves = []
         for row in (0, 1):
             kept = one["attention_mask"][row].bool()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl import KTOConfig, KTOTrainer
 
 from apo.cost.memory import run_flops
-from apo.data.tokenize import count_unpaired, end_ids, tokenize
+from apo.data.tokenize import count_unpaired, eos_ids, tokenize
 from apo.losses.mixture import mixture_of
 from apo.losses.objectives import OBJECTIVES
 from apo.packing.logps import padded_logps, plain_logps
@@ -241,7 +241,7 @@ def test_before_the_first_step_ends_and_anchor_are_checked(tmp_path):
 
 def tokenized(rows, max_length=None, objective="kto"):
     tokenizer = make_tokenizer()
-    ends = end_ids(tokenizer)
+    ends = eos_ids(tokenizer)
     return tokenize(Dataset.from_list(rows), tokenizer, max_length, ends, objective=mixture_of(objective))
 
 
