@@ -286,7 +286,7 @@ def salvage(
 
     saved = save(ledger)
     print_(f"{saved.replies} paid replies and {saved.others} calls without one are in {ledger}, ready for use;")
-    print_(f"the damaged file is kept as {saved.kept}. Replies that could not be read will be asked for again,")
+    print_(f"the damaged file is kept as {saved.backup}. Replies that could not be read will be asked for again,")
     print_("and what they cost is no longer counted by a budget.")
 
 

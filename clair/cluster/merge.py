@@ -20,7 +20,7 @@ from clair.core.errors import UserError
 from clair.core.files import read_json, write_atomically, write_json
 from clair.data.dataset import SPLITS, DatasetWriter, card, read_manifest, read_order, split_file
 from clair.data.prompt_sources import parquet_rows
-from clair.ledger.ledger import join_ledgers
+from clair.ledger.join import join_ledgers
 from clair.pipeline.config import differences
 from clair.pipeline.output_dir import Output, check_output, lock_output
 from clair.pipeline.shards import Shard, list_shards
@@ -127,7 +127,7 @@ def _merge(
     if recipe["ledger"] is None:
         ledgers, ledger = [shard / "ledger.sqlite" for shard in shards], target / "ledger.sqlite"
         join_ledgers(ledgers, ledger, account_of(recipe["out"]))
-        output.ledger(ledger, all_new=True).close()
+        output.ledger(ledger, send_all=True).close()
     manifest = _manifest(manifests, recipe, writer, hashes)
     write_json(target / "manifest.json", manifest)
     write_atomically(target / "README.md", card(manifest))

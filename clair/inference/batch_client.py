@@ -25,7 +25,7 @@ from clair.inference.batch_service import PATH, BatchService, Pending, happens
 from clair.inference.budget import Budget, BudgetReached
 from clair.inference.model import Refused, RequestFailed, TooMany, Unreachable
 from clair.inference.openai import NotListed
-from clair.ledger.ledger import MINE, Claim, Stored, Tokens
+from clair.ledger.ledger import Claim, ClaimResult, StoredReply, Tokens
 
 _LINES_AT_ONCE = 500
 _TRIES_OF_DOWNLOAD = 3
@@ -105,7 +105,7 @@ class Batches:
             return True
         return False
 
-    async def put_off(self, key: str, claim: Claim, request: Mapping[str, Any]) -> Stored:
+    async def put_off(self, key: str, claim: Claim, request: Mapping[str, Any]) -> StoredReply:
         """Queue a request and raise Pending; the reply, where it is there by now. Raises RequestFailed."""
         await self._find_left_behind()
         line, size = self._line(key, request)
@@ -113,13 +113,13 @@ class Batches:
             raise RequestFailed(
                 "prompt_too_long", f"the request has {size} bytes; a batch file takes {self._most_bytes}"
             )
-        if not self.budget.hold(self.role, claim.most):
-            self.over_budget = claim.most
+        if not self.budget.hold(self.role, claim.max_tokens):
+            self.over_budget = claim.max_tokens
             raise Pending
         claimed = await self.queue.put(key, claim, line)
-        if claimed is not MINE:
-            self.budget.replace(self.role, claim.most, NOTHING)
-            if isinstance(claimed, Stored):
+        if claimed is not ClaimResult.GRANTED:
+            self.budget.replace(self.role, claim.max_tokens, NOTHING)
+            if isinstance(claimed, StoredReply):
                 return claimed
             raise Pending
         self._queued += 1
@@ -420,7 +420,7 @@ def _nothing_under_way(batches: Sequence[Batches]) -> None:
             raise BudgetReached(told)
     own = {batch.queue.service for batch in batches}
     for service, run in batches[0].queue.others():
-        if service not in own and not batches[0].queue.ledger.elsewhere(run):
+        if service not in own and not batches[0].queue.ledger.owned_by_live_run(run):
             raise Refused(
                 f"replies are under way in a batch of another endpoint ({service}); go on with that one first"
             )

@@ -11,19 +11,8 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from clair.ledger.ledger import (
-    ELSEWHERE,
-    IN_BATCH,
-    MINE,
-    Claim,
-    Elsewhere,
-    InBatch,
-    Ledger,
-    Mine,
-    Stored,
-    Tokens,
-    digest_of,
-)
+from clair.ledger.ledger import Claim, ClaimResult, Ledger, StoredReply, Tokens
+from clair.ledger.schema import reply_digest
 
 NOTHING = Tokens(0, 0)
 _AT_ONCE = 500
@@ -86,11 +75,11 @@ class BatchQueue:
         """Whether a request is queued or in a batch, of whatever service."""
         return bool(self.ledger.read("SELECT 1 FROM batched WHERE key = ?", key))
 
-    async def put(self, key: str, claim: Claim, body: bytes) -> Stored | Elsewhere | InBatch | Mine:
+    async def put(self, key: str, claim: Claim, body: bytes) -> StoredReply | ClaimResult:
         """Claim a request for this run and queue it, unless it is answered, in a batch or asked elsewhere."""
         return await self.ledger.write(lambda connection: self._put(connection, key, claim, body))
 
-    def _put(self, connection: sqlite3.Connection, key: str, claim: Claim, body: bytes) -> object:
+    def _put(self, connection: sqlite3.Connection, key: str, claim: Claim, body: bytes) -> StoredReply | ClaimResult:
         run = self.ledger.run
         found = connection.execute(
             "SELECT state, run, reply, digest, batch FROM calls WHERE key = ?", (key,)
@@ -99,23 +88,23 @@ class BatchQueue:
             connection.execute(
                 "INSERT INTO calls (key, state, role, model, row, run, payer, open_prompt, open_completion, batch) "
                 "VALUES (?, 'asked', ?, ?, ?, ?, ?, ?, ?, ?)",
-                (key, claim.role, claim.model, claim.row, run, claim.payer, *claim.most, _QUEUED),
+                (key, claim.role, claim.model, claim.prompt_id, run, claim.account, *claim.max_tokens, _QUEUED),
             )
         elif found[0] == "done":
-            return self.ledger.sound(key, *found[2:])
+            return self.ledger.verify(key, *found[2:])
         elif found[0] == "asked" and self.ledger.in_batch(connection, key):
-            return IN_BATCH
-        elif found[0] == "asked" and self.ledger.elsewhere(found[1]):
-            return ELSEWHERE
+            return ClaimResult.IN_BATCH
+        elif found[0] == "asked" and self.ledger.owned_by_live_run(found[1]):
+            return ClaimResult.IN_OTHER_RUN
         else:
             connection.execute(
                 "UPDATE calls SET state = 'asked', role = ?, run = ?, payer = ?, batch = ?, attempts = attempts + 1, "
                 "open_prompt = open_prompt + ?, open_completion = open_completion + ? WHERE key = ?",
-                (claim.role, run, claim.payer, _QUEUED, *claim.most, key),
+                (claim.role, run, claim.account, _QUEUED, *claim.max_tokens, key),
             )
-        values = (key, self.service, run, _QUEUED, *claim.most, body)
+        values = (key, self.service, run, _QUEUED, *claim.max_tokens, body)
         connection.execute("INSERT INTO batched VALUES (?, ?, ?, ?, ?, ?, ?)", values)
-        return MINE
+        return ClaimResult.GRANTED
 
     async def take_back(self) -> tuple[int, Tokens]:
         """Empty this run's queue: how many requests that were, and what was set aside for them."""
@@ -135,7 +124,7 @@ class BatchQueue:
         freed = [
             await self.ledger.write(lambda connection, b=batch, r=run: self._discard(connection, b, r))
             for batch, run in left_behind
-            if run != self.ledger.run and not self.ledger.elsewhere(run)
+            if run != self.ledger.run and not self.ledger.owned_by_live_run(run)
         ]
         return Tokens(sum(f.prompt for f in freed), sum(f.completion for f in freed))
 
@@ -219,7 +208,9 @@ class BatchQueue:
             "SELECT name, run, requests, file, id FROM batches WHERE service = ? AND file IS NOT NULL AND id IS NULL"
         )
         found = (Batch(*values) for values in self.ledger.read(query, self.service))
-        return [batch for batch in found if batch.run != self.ledger.run and not self.ledger.elsewhere(batch.run)]
+        return [
+            batch for batch in found if batch.run != self.ledger.run and not self.ledger.owned_by_live_run(batch.run)
+        ]
 
     def waiting(self, batch: Batch | None = None) -> int:
         """How many requests are in a batch, or queued by this run, without an outcome."""
@@ -264,7 +255,7 @@ class BatchQueue:
             (
                 "failed" if outcome.error else "done",
                 outcome.raw,
-                digest_of(outcome.key, outcome.raw),
+                reply_digest(outcome.key, outcome.raw),
                 outcome.error,
                 *billed,
                 name,

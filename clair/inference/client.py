@@ -18,7 +18,7 @@ from clair.inference.budget import Budget, BudgetReached, most_tokens
 from clair.inference.local import LocalModel
 from clair.inference.model import LimitReached, Model, Refused, RequestFailed, TooMany, Unreachable, reply_of
 from clair.inference.rate_limit import Limiter, Rate
-from clair.ledger.ledger import IN_BATCH, MINE, Claim, Ledger, Stored, Tokens, call_key
+from clair.ledger.ledger import Claim, ClaimResult, Ledger, StoredReply, Tokens, call_key
 
 NOTHING = Tokens(0, 0)
 _FIRST_BACKOFF = 0.5
@@ -125,7 +125,7 @@ class ModelClient:
     _told_words: set[str] = field(default_factory=set)
     _told_slots: bool = False
     _failing_since: float | None = None
-    _asking: dict[str, asyncio.Future[str | Stored]] = field(default_factory=dict)
+    _asking: dict[str, asyncio.Future[str | StoredReply]] = field(default_factory=dict)
     _calls: set[asyncio.Task[Any]] = field(default_factory=set)
 
     async def ask(
@@ -156,7 +156,7 @@ class ModelClient:
             if self.failed is not None:
                 self.failed[key] = (error.reason, error.detail)
             raise Dropped(self.role, error.reason, error.detail, failed=True) from error
-        known = isinstance(found, Stored)
+        known = isinstance(found, StoredReply)
         self._answered = True
         self.tally.add(reply, reused=shared or known, batch=known and found.batch)
         return reply
@@ -214,7 +214,7 @@ class ModelClient:
         while self._calls:
             await asyncio.wait(set(self._calls))
 
-    async def _ask(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str | Stored:
+    async def _ask(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str | StoredReply:
         if self.batch is None or self.batch.live(key):
             return await self._ask_once(key, request, sample, row)
         self._may_go_on()
@@ -222,8 +222,8 @@ class ModelClient:
         claim = Claim(self.role, self.model.name, row, self.spending.payer, most_tokens(request))
         return await self.batch.put_off(key, claim, request)
 
-    async def _ask_once(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str | Stored:
-        """Equal requests of this run wait for one call. Stored where another run was asking it and has the reply."""
+    async def _ask_once(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str | StoredReply:
+        """Share one call among equal requests of this run. A StoredReply if another run sent it and has the reply."""
         if (asking := self._asking.get(key)) is not None:
             return await asyncio.shield(asking)
         self._may_go_on()
@@ -233,7 +233,7 @@ class ModelClient:
         task.add_done_callback(lambda done: (self._asking.pop(key, None), _seen(done)))
         return await asyncio.shield(task)
 
-    async def _claim_and_call(self, call: _Call) -> str | Stored:
+    async def _claim_and_call(self, call: _Call) -> str | StoredReply:
         await self.ready()
         while True:
             await self._enter(call)
@@ -243,12 +243,12 @@ class ModelClient:
             except BaseException:
                 self._leave(call, NOTHING)
                 raise
-            if claimed is MINE:
+            if claimed is ClaimResult.GRANTED:
                 return await self._call(call)
             self._leave(call, NOTHING)
-            if isinstance(claimed, Stored):
+            if isinstance(claimed, StoredReply):
                 return claimed
-            if claimed is IN_BATCH:
+            if claimed is ClaimResult.IN_BATCH:
                 raise self._in_batch()
             await asyncio.sleep(_LOOK_AGAIN)
 

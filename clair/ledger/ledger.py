@@ -1,112 +1,67 @@
-"""Every paid call in SQLite: asked once, written down before it is used, never lost.
+"""The ledger: every paid request and its reply in SQLite, committed before the pipeline uses the reply.
 
-One row per request, keyed by the hash of model identity, whole request and sample index. A reply is committed and on
-disk before the pipeline sees it, so that a run killed at any instant pays again at most for what was in flight.
-Several runs may share a ledger: a row being asked belongs to the run that asked it, and a run lives as long as it
-holds its lock file, which the kernel lets go of however the process ends.
+`calls` has one row per request, keyed by the hash of model identity, whole request and sample index. A reply is
+committed and on disk before the pipeline sees it. A run that is killed at any instant pays again at most for the
+requests that were in flight. Several runs may share a ledger: an open request belongs to the run that sent it, and a
+run is alive as long as its process holds its lock file (run_locks.py).
 
-What a call may have cost is written down with it: the usage of its reply, and `open_*`, the most that requests without
-a known end may have been billed for. A process that dies leaves its open calls on the bill.
+The ledger also records what a call may have cost: the usage of its reply, and `open_*`, the maximum that requests
+without a known end may have been billed for. The open calls of a dead process stay on the bill.
 
-SQLite notices a page whose structure is broken, not one whose text is: each reply is read against a hash of itself and
-its key, so that a damaged ledger is told and never gives wrong text. `clair.ledger.recovery` saves
-what can be saved of it.
+SQLite detects a page whose structure is broken, but not changed text. Therefore each reply is verified against a digest
+of its key and text: a damaged ledger raises an error and never returns wrong text. recovery.py saves what is intact.
 
-Requests for a Batch API wait in the table `batched` until their replies are in; inference/batch_queue.py writes it.
-
-Writes go through one thread that commits what has gathered meanwhile in one transaction (group commit): a commit
-costs a disk flush, and at hundreds of replies a second there is no time for one each.
+One thread does all writes. It commits all writes that are queued in one transaction (group commit): a commit costs a
+disk flush, and hundreds of replies a second leave no time for one flush each.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import hashlib
 import os
 import queue
 import shlex
 import sqlite3
 import threading
-import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clair.core.errors import UserError
 from clair.core.files import content_hash
+from clair.ledger.recovery import count_readable
+from clair.ledger.run_locks import acquire_lock, count_live_runs, is_locked, lock_path
+from clair.ledger.schema import (
+    BUSY_TIMEOUT,
+    VERSION,
+    enable_write_ahead_log,
+    lost_content,
+    migrate,
+    reply_digest,
+)
 from clair.storage.object_store import StorageError
 
 if TYPE_CHECKING:
-    from clair.ledger.replication import Segments
+    from clair.ledger.replication import LedgerReplica
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS calls (
-    key TEXT PRIMARY KEY,
-    state TEXT NOT NULL CHECK (state IN ('asked', 'done', 'failed')),
-    role TEXT NOT NULL,
-    model TEXT NOT NULL,
-    row TEXT NOT NULL,
-    run TEXT NOT NULL,
-    attempts INTEGER NOT NULL DEFAULT 1,
-    reply TEXT,
-    error TEXT,
-    seconds REAL,
-    payer TEXT NOT NULL,
-    prompt_tokens INTEGER NOT NULL DEFAULT 0,
-    completion_tokens INTEGER NOT NULL DEFAULT 0,
-    open_prompt INTEGER NOT NULL DEFAULT 0,
-    open_completion INTEGER NOT NULL DEFAULT 0,
-    digest TEXT,
-    batch TEXT
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS calls_by_payer ON calls (payer, role, prompt_tokens, completion_tokens, open_prompt,
-    open_completion);
-"""
-# `calls.batch` names the batch that a call is or was in, and so its price; NULL for a live one.
-_BATCHES = """
-CREATE INDEX IF NOT EXISTS calls_in_batches ON calls (payer, role) WHERE batch IS NOT NULL;
-CREATE TABLE IF NOT EXISTS batches (
-    name TEXT PRIMARY KEY,
-    service TEXT NOT NULL,
-    run TEXT NOT NULL,
-    requests INTEGER NOT NULL,
-    file TEXT,
-    id TEXT,
-    over INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS batched (
-    key TEXT PRIMARY KEY,
-    service TEXT NOT NULL,
-    run TEXT NOT NULL,
-    batch TEXT NOT NULL,
-    most_prompt INTEGER NOT NULL,
-    most_completion INTEGER NOT NULL,
-    body BLOB
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS batched_by_batch ON batched (batch, service, run);
-"""
-SCHEMA += _BATCHES
-VERSION = 3
 _SPENT = (
     "SELECT role, sum(prompt_tokens + open_prompt), sum(completion_tokens + open_completion) FROM calls "
     "WHERE payer = ? GROUP BY role"
 )
 _SPENT_IN_BATCHES = _SPENT.replace("GROUP BY", "AND batch IS NOT NULL GROUP BY")
-_MOST_PER_COMMIT = 1000
-_WAIT = 60.0  # seconds, for another process's transaction
-_FULL = ("disk is full", "disk I/O error", "readonly database")
+_MAX_WRITES_PER_COMMIT = 1000
+_CANNOT_WRITE = ("disk is full", "disk I/O error", "readonly database")
 
 
 class LedgerError(UserError):
-    """The ledger cannot be used or cannot be written; nothing that was in it is harmed."""
+    """The ledger cannot be used or written. Its content is unharmed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredReply:
     """A reply in the ledger: the server's raw JSON text, and whether it came through a batch."""
 
     raw: str
@@ -114,7 +69,7 @@ class Stored:
 
 
 class Tokens(NamedTuple):
-    """Tokens in and out."""
+    """Counts of prompt and completion tokens."""
 
     prompt: int
     completion: int
@@ -122,58 +77,52 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Who asks what for whom: the role and model asked, the prompt's id, whose money, and the most it can cost."""
+    """A request to be sent: its role and model, the id of its prompt, the account billed, and its maximal cost."""
 
     role: str
     model: str
-    row: str
-    payer: str
-    most: Tokens
+    prompt_id: str
+    account: str
+    max_tokens: Tokens
 
 
-class Elsewhere:
-    """The request is being asked by another living run: look again a little later."""
+class ClaimResult(Enum):
+    """The state of a claimed request that has no reply yet."""
 
-
-class InBatch:
+    GRANTED = "granted"
+    """This run sends the request."""
+    IN_OTHER_RUN = "in other run"
+    """Another live run has sent the request: claim it again a little later."""
+    IN_BATCH = "in batch"
     """The request waits for a batch, or is in one."""
 
 
-class Mine:
-    """The request is this run's to ask."""
-
-
-ELSEWHERE, IN_BATCH, MINE = Elsewhere(), InBatch(), Mine()
-
-
 def call_key(identity: str, request: Mapping[str, Any], sample: int = 0) -> str:
-    """The key of a request: model identity, the whole request, and which of several equal samples it is."""
+    """The key of a request: the hash of model identity, whole request, and index among equal samples."""
     return content_hash([identity, request, sample])
-
-
-def digest_of(key: str, reply: str | None) -> str | None:
-    """What a stored reply is read against: 16 hex digits of the hash of its key and itself; None without a reply."""
-    if reply is None:
-        return None
-    return hashlib.blake2b(f"{key}\0{reply}".encode(), digest_size=8).hexdigest()
 
 
 class Ledger:
     """A ledger file, open for one run. Use it as a context manager; its coroutines need a running event loop."""
 
-    def __init__(self, path: str | Path, log: Segments | None = None, *, all_new: bool = False) -> None:
-        """`log`: where every write goes too before anyone is told of it; `all_new`: what is here already as well."""
+    def __init__(self, path: str | Path, replica: LedgerReplica | None = None, *, send_all: bool = False) -> None:
+        """Open or create the ledger at `path`.
+
+        `replica` receives every write before its caller continues. `send_all` also sends what the file holds already.
+        """
         self.path = Path(path)
         self.run = uuid.uuid4().hex[:12]
-        self._log = log
+        self._replica = replica
+        self._lock_path = lock_path(self.path, self.run)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._reader, self._writer = self._open(), self._open()
-            self._lock_file = self._take_lock()
-            if log:
-                self._agree(log, all_new)
+            self._reader, self._writer = self._connect(), self._connect()
+            count_live_runs(self.path)  # removes the lock files of dead runs
+            self._lock = acquire_lock(self._lock_path)
+            if replica:
+                self._synchronize(replica, send_all)
         except OSError as error:
-            raise LedgerError(_told(self.path, error)) from error
+            raise LedgerError(_error_message(self.path, error)) from error
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._broken: LedgerError | None = None
         self._thread = threading.Thread(target=self._write_loop, name="ledger", daemon=True)
@@ -186,49 +135,49 @@ class Ledger:
         self.close()
 
     def close(self) -> None:
-        """Write what is queued, and let the ledger go."""
+        """Write what is queued, then close the files and release the lock."""
         self._queue.put(None)
         self._thread.join()
-        if self._log:
-            self._log.close()
-        self._let_go()
+        if self._replica:
+            self._replica.close()
+        self._release()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._reader.close()
         self._writer.close()
-        self._lock_path(self.run).unlink(missing_ok=True)
-        os.close(self._lock_file)
+        self._lock_path.unlink(missing_ok=True)
+        os.close(self._lock)
 
     # ---- reading
 
-    def find(self, key: str) -> Stored | None:
-        """The reply to a request, if it was ever answered."""
+    def find(self, key: str) -> StoredReply | None:
+        """The reply to a request, or None if it has none."""
         query = "SELECT reply, digest, batch FROM calls WHERE key = ? AND state = 'done'"
-        found = self.read(query, key)
-        return self.sound(key, *found[0]) if found else None
+        rows = self.read(query, key)
+        return self.verify(key, *rows[0]) if rows else None
 
-    def spent(self, payer: str, *, in_batches: bool = False) -> dict[str, Tokens]:
-        """The most that a payer's calls can have been billed, in tokens by role; calls without a known end included.
+    def spent(self, account: str, *, in_batches: bool = False) -> dict[str, Tokens]:
+        """The maximum that the calls of an account may have been billed for, as tokens by role.
 
-        `in_batches`: only those that were asked through a Batch API.
+        Calls without a known end count with their maximal cost. `in_batches` counts only those of a Batch API.
         """
         query = _SPENT_IN_BATCHES if in_batches else _SPENT
-        found = self.read(query, payer)
-        return {role: Tokens(prompt, completion) for role, prompt, completion in found}
+        rows = self.read(query, account)
+        return {role: Tokens(prompt, completion) for role, prompt, completion in rows}
 
-    def paid(self, role: str, row: str) -> Tokens:
-        """What the answered calls of a role for one prompt took."""
+    def paid(self, role: str, prompt_id: str) -> Tokens:
+        """The usage of a role's answered calls for one prompt."""
         query = "SELECT total(prompt_tokens), total(completion_tokens) FROM calls WHERE role = ? AND row = ?"
-        ((prompt, completion),) = self.read(query, role, row)
+        ((prompt, completion),) = self.read(query, role, prompt_id)
         return Tokens(int(prompt), int(completion))
 
-    def seconds(self, role: str, row: str) -> list[float]:
-        """How long the answered calls of a role for one prompt took, each from being sent to its whole reply."""
+    def seconds(self, role: str, prompt_id: str) -> list[float]:
+        """The duration of each answered call of a role for one prompt, from sending it to the end of its reply."""
         query = "SELECT seconds FROM calls WHERE role = ? AND row = ? AND state = 'done' AND seconds IS NOT NULL"
-        return [seconds for (seconds,) in self.read(query, role, row)]
+        return [seconds for (seconds,) in self.read(query, role, prompt_id)]
 
     def counts(self) -> dict[str, int]:
-        """How many requests are in each state."""
+        """The number of requests in each state."""
         return dict(self.read("SELECT state, count(*) FROM calls GROUP BY state"))
 
     def read(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
@@ -238,245 +187,168 @@ class Ledger:
         try:
             return self._reader.execute(query, values).fetchall()
         except sqlite3.Error as error:
-            self._broken = LedgerError(_told(self.path, error))
+            self._broken = LedgerError(_error_message(self.path, error))
             raise self._broken from error
 
-    def sound(self, key: str, reply: str, digest: str, batch: str | None) -> Stored:
-        """A reply that is the one that was written. Raises LedgerError for any other."""
-        if digest_of(key, reply) != digest:
-            self._broken = LedgerError(_damaged(self.path, f"the reply to {key[:12]} is not what was written"))
+    def verify(self, key: str, reply: str, digest: str, batch: str | None) -> StoredReply:
+        """The reply, if it equals what was written. Raises LedgerError if it does not."""
+        if reply_digest(key, reply) != digest:
+            self._broken = LedgerError(_damage_message(self.path, f"the reply to {key[:12]} is not what was written"))
             raise self._broken
-        return Stored(reply, batch is not None)
+        return StoredReply(reply, batch is not None)
 
     # ---- writing
 
-    async def claim(self, key: str, claim: Claim) -> Stored | Elsewhere | InBatch | Mine:
-        """Take a request for this run, unless it is answered already, in a batch, or asked by another living run."""
+    async def claim(self, key: str, claim: Claim) -> StoredReply | ClaimResult:
+        """Claim a request for this run, unless it is answered, in a batch, or claimed by another live run."""
         return await self.write(lambda connection: self._claim(connection, key, claim))
 
-    async def settle(self, key: str, raw: str, usage: Tokens, most: Tokens, seconds: float) -> None:
-        """Write a reply down, with what it cost in place of the `most` it might have. On disk when this returns."""
+    async def settle(self, key: str, raw: str, usage: Tokens, max_tokens: Tokens, seconds: float) -> None:
+        """Write a reply and its usage, which replaces the `max_tokens` on the bill. On disk when this returns."""
         await self.write(
             lambda connection: connection.execute(
                 "UPDATE calls SET state = 'done', reply = ?, digest = ?, seconds = ?, error = NULL, prompt_tokens = ?, "
                 "completion_tokens = ?, open_prompt = open_prompt - ?, open_completion = open_completion - ? "
                 "WHERE key = ?",
-                (raw, digest_of(key, raw), seconds, *usage, *most, key),
+                (raw, reply_digest(key, raw), seconds, *usage, *max_tokens, key),
             )
         )
 
-    async def reopen(self, key: str, most: Tokens) -> None:
-        """Another try of a request whose last one may have been billed: its `most` stays on the bill beside the new."""
+    async def reopen(self, key: str, max_tokens: Tokens) -> None:
+        """Record another attempt at a request whose last one may have been billed: the maximum of both is billed."""
         await self.write(
             lambda connection: connection.execute(
                 "UPDATE calls SET attempts = attempts + 1, open_prompt = open_prompt + ?, "
                 "open_completion = open_completion + ? WHERE key = ?",
-                (*most, key),
+                (*max_tokens, key),
             )
         )
 
     async def fail(self, key: str, error: str, unbilled: Tokens, raw: str | None = None) -> None:
-        """Write down that a request got no usable reply, with the raw text of what came if anything did.
+        """Record that a request got no usable reply, with the raw text that came, if any.
 
-        `unbilled` comes off the bill: the most of a last try that was refused.
+        `unbilled` is subtracted from the bill: the maximal cost of a last attempt that was refused.
         """
         await self.write(
             lambda connection: connection.execute(
                 "UPDATE calls SET state = 'failed', error = ?, reply = ?, digest = ?, open_prompt = open_prompt - ?, "
                 "open_completion = open_completion - ? WHERE key = ?",
-                (error[:2000], raw, digest_of(key, raw), *unbilled, key),
+                (error[:2000], raw, reply_digest(key, raw), *unbilled, key),
             )
         )
 
     async def write(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
-        """What `work` returns, done in a transaction of the writing thread; on disk when this returns."""
+        """Run `work` in a transaction of the writing thread. Returns its result once it is on disk."""
         if self._broken:
             raise self._broken
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        future.add_done_callback(lambda done: done.exception())  # whoever waited may be gone; asyncio would complain
+        # The caller may be gone; asyncio would warn of an exception that nobody retrieves.
+        future.add_done_callback(lambda settled: settled.exception())
         self._queue.put(_Write(work, loop, future))
-        # A cancelled caller must not cancel the write: what was paid for is written whatever happens to the caller.
+        # Cancelling the caller must not cancel the write: a paid reply is written in any case.
         return await asyncio.shield(future)
 
-    def _claim(self, connection: sqlite3.Connection, key: str, claim: Claim) -> Any:
+    def _claim(self, connection: sqlite3.Connection, key: str, claim: Claim) -> StoredReply | ClaimResult:
         inserted = connection.execute(
             "INSERT OR IGNORE INTO calls (key, state, role, model, row, run, payer, open_prompt, open_completion) "
             "VALUES (?, 'asked', ?, ?, ?, ?, ?, ?, ?)",
-            (key, claim.role, claim.model, claim.row, self.run, claim.payer, *claim.most),
+            (key, claim.role, claim.model, claim.prompt_id, self.run, claim.account, *claim.max_tokens),
         )
         if inserted.rowcount:
-            return MINE
-        found = connection.execute(
-            "SELECT state, run, reply, digest, batch FROM calls WHERE key = ?", (key,)
-        ).fetchone()
-        state, run, *stored = found
+            return ClaimResult.GRANTED
+        query = "SELECT state, run, reply, digest, batch FROM calls WHERE key = ?"
+        state, run, *stored = connection.execute(query, (key,)).fetchone()
         if state == "done":
-            return self.sound(key, *stored)
+            return self.verify(key, *stored)
         if state == "asked" and self.in_batch(connection, key):
-            return IN_BATCH
-        if state == "asked" and self.elsewhere(run):
-            return ELSEWHERE
+            return ClaimResult.IN_BATCH
+        if state == "asked" and self.owned_by_live_run(run):
+            return ClaimResult.IN_OTHER_RUN
         connection.execute(
             "UPDATE calls SET state = 'asked', run = ?, payer = ?, batch = NULL, attempts = attempts + 1, "
             "open_prompt = open_prompt + ?, open_completion = open_completion + ? WHERE key = ?",
-            (self.run, claim.payer, *claim.most, key),
+            (self.run, claim.account, *claim.max_tokens, key),
         )
-        return MINE
+        return ClaimResult.GRANTED
 
     def in_batch(self, connection: sqlite3.Connection, key: str) -> bool:
-        """Whether a request waits for a batch or is in one. One that a dead run queued and never sent is let go."""
-        found = connection.execute(
+        """True if a request waits for a batch or is in one. Removes a request that a dead run queued but never sent."""
+        queued = connection.execute(
             "SELECT batched.run, file FROM batched LEFT JOIN batches ON name = batch WHERE key = ?", (key,)
         ).fetchone()
-        if found is None or found[1] is not None or found[0] == self.run or self._lives(found[0]):
-            return found is not None
+        if queued is None:
+            return False
+        run, file = queued
+        if file is not None or run == self.run or self.owned_by_live_run(run):
+            return True
         query = "DELETE FROM batched WHERE key = ? RETURNING most_prompt, most_completion"
-        most = connection.execute(query, (key,)).fetchone()
+        max_tokens = connection.execute(query, (key,)).fetchone()
         connection.execute(
             "UPDATE calls SET open_prompt = open_prompt - ?, open_completion = open_completion - ? WHERE key = ?",
-            (*most, key),
+            (*max_tokens, key),
         )
         return False
+
+    def owned_by_live_run(self, run: str) -> bool:
+        """True if `run` is another run than this one and its process is alive."""
+        return run != self.run and is_locked(lock_path(self.path, run))
 
     def _write_loop(self) -> None:
         while (first := self._queue.get()) is not None:
             batch = [first]
             last = False
-            while len(batch) < _MOST_PER_COMMIT and not last and not self._queue.empty():
+            while len(batch) < _MAX_WRITES_PER_COMMIT and not last and not self._queue.empty():
                 following = self._queue.get()
                 last = following is None
                 batch += [following] if following else []
-            _answer(self._commit(self._writer, batch))
+            _resolve_futures(self._commit(self._writer, batch))
             if last:
                 break
-
-    def _agree(self, log: Segments, all_new: bool) -> None:
-        try:
-            log.open(self._writer, all_new=all_new)
-        except sqlite3.Error as error:
-            self._let_go()
-            raise LedgerError(_told(self.path, error)) from error
-        except BaseException:
-            self._let_go()
-            raise
 
     def _commit(self, connection: sqlite3.Connection, batch: list[_Write]) -> list[tuple[_Write, Any]]:
         try:
             connection.execute("BEGIN IMMEDIATE")
             results = [(write, write.work(connection)) for write in batch]
             connection.execute("COMMIT")
-            if self._log:
-                self._log.send(connection)
-        except StorageError as error:  # kept here, and what is still under way will be
+            if self._replica:
+                self._replica.send(connection)
+        except StorageError as error:  # the local ledger has these writes, and will have those in flight
             return [(write, LedgerError(str(error))) for write in batch]
-        except Exception as error:  # whatever it is, the waiting coroutines must be told
+        except Exception as error:  # any error has to reach the coroutines that wait
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
-            self._broken = error if isinstance(error, LedgerError) else LedgerError(_told(self.path, error))
+            self._broken = error if isinstance(error, LedgerError) else LedgerError(_error_message(self.path, error))
             return [(write, self._broken) for write in batch]
         return results
 
-    # ---- opening, and who else is here
+    # ---- opening
 
-    def _open(self) -> sqlite3.Connection:
-        if emptied(self.path):
-            raise LedgerError(_damaged(self.path, "the file is empty"))
+    def _connect(self) -> sqlite3.Connection:
+        if lost_content(self.path):
+            raise LedgerError(_damage_message(self.path, "the file is empty"))
         try:
-            connection = sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
-            _write_ahead(connection)
+            connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+            enable_write_ahead_log(connection)
             connection.execute("PRAGMA synchronous = FULL")
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > VERSION:
                 raise LedgerError(f"ledger {self.path} has format {version}; this version reads {VERSION}")
             if version < VERSION:
-                _migrate(connection)
+                migrate(connection)
         except sqlite3.Error as error:
-            raise LedgerError(_told(self.path, error)) from error
+            raise LedgerError(_error_message(self.path, error)) from error
         return connection
 
-    def _lock_path(self, run: str) -> Path:
-        return self.path.with_name(f"{self.path.name}.run-{run}")
-
-    def _take_lock(self) -> int:
-        living_runs(self.path)
-        while True:
-            handle = os.open(self._lock_path(self.run), os.O_CREAT | os.O_RDWR, 0o644)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), os.stat(self._lock_path(self.run))):
-                    return handle
-            os.close(handle)  # another run saw the file before it was locked, and took it away as a dead run's
-
-    def elsewhere(self, run: str) -> bool:
-        """Whether a run is another one, and lives."""
-        return run != self.run and self._lives(run)
-
-    def _lives(self, run: str) -> bool:
-        return _holds(self._lock_path(run))
-
-
-def living_runs(path: Path) -> int:
-    """How many processes have the ledger open. What dead ones left behind is taken away."""
-    return sum(_holds(lock) for lock in path.parent.glob(f"{path.name}.run-*"))
-
-
-def _holds(lock: Path) -> bool:
-    """Whether the process of a run still holds its lock; asked of the kernel, so clocks do not matter.
-
-    What a dead run left behind is taken away.
-    """
-    try:
-        handle = os.open(lock, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    else:
-        lock.unlink(missing_ok=True)
-        return False
-    finally:
-        os.close(handle)
-
-
-def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Turn the write-ahead log on. SQLite does not wait by itself here for another process that is at it too."""
-    give_up = time.monotonic() + _WAIT
-    while True:
+    def _synchronize(self, replica: LedgerReplica, send_all: bool) -> None:
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
-                raise
-        time.sleep(0.01)
-
-
-def _migrate(connection: sqlite3.Connection) -> None:
-    """Make a new ledger, or bring an older one to this format, in one transaction: another process may be at it too."""
-    connection.create_function("digest_of", 2, digest_of, deterministic=True)
-    connection.execute("BEGIN IMMEDIATE")
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    steps = {
-        0: SCHEMA,
-        1: "ALTER TABLE calls ADD COLUMN digest TEXT;"
-        "UPDATE calls SET digest = digest_of(key, reply) WHERE reply IS NOT NULL",
-        2: f"ALTER TABLE calls ADD COLUMN batch TEXT; {_BATCHES}",
-    }
-    while version < VERSION:
-        for statement in filter(str.strip, steps[version].split(";")):
-            connection.execute(statement)
-        version = version + 1 if version else VERSION
-    connection.execute(f"PRAGMA user_version = {VERSION}")
-    connection.execute("COMMIT")
-
-
-def emptied(path: Path) -> bool:
-    """Whether a ledger lost its content and not its log: SQLite would begin it anew, and throw the log away."""
-    log = path.with_name(f"{path.name}-wal")
-    return path.is_file() and path.stat().st_size == 0 and log.is_file() and log.stat().st_size > 0
+            replica.open(self._writer, send_all=send_all)
+        except sqlite3.Error as error:
+            self._release()
+            raise LedgerError(_error_message(self.path, error)) from error
+        except BaseException:
+            self._release()
+            raise
 
 
 @dataclass(slots=True)
@@ -486,10 +358,10 @@ class _Write:
     future: asyncio.Future[Any]
 
 
-def _answer(results: list[tuple[_Write, Any]]) -> None:
-    """Tell the waiting coroutines, loop by loop, what became of their writes."""
+def _resolve_futures(results: list[tuple[_Write, Any]]) -> None:
+    """Hand the results of one commit to the coroutines that wait for them, in their event loop."""
 
-    def tell() -> None:
+    def resolve() -> None:
         for write, result in results:
             if write.future.done():
                 continue
@@ -500,51 +372,28 @@ def _answer(results: list[tuple[_Write, Any]]) -> None:
 
     loop = results[0][0].loop
     if not loop.is_closed():
-        loop.call_soon_threadsafe(tell)
+        loop.call_soon_threadsafe(resolve)
 
 
-def _told(path: Path, error: Exception) -> str:
+def _error_message(path: Path, error: Exception) -> str:
     message = str(error)
-    if any(words in message for words in _FULL):
+    if any(reason in message for reason in _CANNOT_WRITE):
         return f"ledger {path} cannot be written ({message}): make room or permissions, then run the same command again"
-    if isinstance(error, sqlite3.Error) and message.startswith("Could not decode"):  # what follows is the text itself
-        return _damaged(path, "a text in it is not UTF-8")
+    if isinstance(error, sqlite3.Error) and message.startswith("Could not decode"):  # the rest is the text itself
+        return _damage_message(path, "a text in it is not UTF-8")
     if isinstance(error, sqlite3.DatabaseError) and ("malformed" in message or "not a database" in message):
-        return _damaged(path, message)
+        return _damage_message(path, message)
     return f"ledger {path}: {message}"
 
 
-def _damaged(path: Path, why: str) -> str:
-    from clair.ledger.recovery import readable
-
-    count = readable(path)
+def _damage_message(path: Path, damage: str) -> str:
+    count = count_readable(path)
     if not count:
         return (
-            f"ledger {path} is damaged ({why}) and no reply can be read in it; put a copy of it in its place, or move "
-            f"it away to ask everything anew"
+            f"ledger {path} is damaged ({damage}) and no reply can be read in it; replace it with a copy, or move it "
+            f"away to send every request again"
         )
     return (
-        f"ledger {path} is damaged ({why}): {count} paid replies can be read in it; `clair salvage "
+        f"ledger {path} is damaged ({damage}): {count} paid replies can be read in it; `clair salvage "
         f"{shlex.quote(str(path))}` puts them into a fresh ledger and keeps the damaged file"
     )
-
-
-_CALLS = (
-    "key, state, role, model, row, run, attempts, reply, error, seconds, prompt_tokens, completion_tokens, "
-    "open_prompt, open_completion, digest, batch"
-)
-
-
-def join_ledgers(sources: Sequence[Path], target: Path, payer: str) -> None:
-    """All calls of several ledgers in one more, on one account; so that what they hold is never asked for again."""
-    Ledger(target).close()
-    with closing(sqlite3.connect(target, isolation_level=None)) as connection:
-        for state in ("= 'done'", "!= 'done'"):  # of equal requests, an answered one goes first
-            for source in sources:
-                connection.execute("ATTACH ? AS shard", (str(source),))
-                connection.execute(
-                    f"INSERT OR IGNORE INTO main.calls ({_CALLS}, payer) SELECT {_CALLS}, ? FROM shard.calls "  # noqa: S608 (our columns)
-                    f"WHERE state {state}",
-                    (payer,),
-                )
-                connection.execute("DETACH shard")

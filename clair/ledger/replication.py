@@ -1,14 +1,13 @@
-"""A ledger's rows in an object store: what a reply is not used without, so that a lost machine loses nothing paid.
+"""The replica of a ledger in an object store, as a log of segments: losing the machine loses no paid reply.
 
-SQLite needs a disk of this machine. So the ledger lies in one, and each transaction of its writing thread, once it is
-committed there, goes up as a segment before anyone is told of it: `ledger/000000000007-000000000007.jsonl.gz`, the rows
-that it changed, as they are now. Since a group of writes is one transaction, the way to the store delays replies
-and slows nothing down.
+SQLite needs a local disk. The ledger file is local, and each committed transaction of its writing thread is uploaded as
+a segment before any reply in it is used: `ledger/000000000007-000000000007.jsonl.gz` holds the rows that it changed, in
+their new state. Since a group of writes is one transaction, the upload adds latency and does not lower the throughput.
 
-Triggers note in the table `unsent` which rows a transaction changed, within the transaction: whatever a process dies
-of, what was committed and did not go up is known, and goes up first when the ledger is opened again. A ledger that is
-missing here, or older, is made up from the segments. Every so often small segments are put together, from the first
-one's number to the last one's; a segment whose numbers another one holds too counts no more.
+Triggers record in the table `unsent` which rows a transaction changed, within the transaction. However a process dies,
+committed rows that were not uploaded are known, and are uploaded first when the ledger is opened again. A local ledger
+that is missing or older is rebuilt from the segments. From time to time the small segments are merged in one, which is
+named from the first number to the last; a segment whose numbers lie within another one is ignored.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from clair.storage.object_store import AlreadyExists, StorageError, Store
 
 _TABLES = {"calls": "key", "batches": "name", "batched": "key"}
 _FOLDER = "ledger/"
-_ROWS = 1000
-_SEGMENTS_TOGETHER = 256
-_BYTES_TOGETHER = 16_000_000
-_OWN = """
+_ROWS_PER_SEGMENT = 1000
+_MAX_SMALL_SEGMENTS = 256
+_MAX_SMALL_BYTES = 16_000_000
+_LOCAL_TABLES = """
 CREATE TABLE IF NOT EXISTS unsent (kind TEXT NOT NULL, key TEXT NOT NULL, PRIMARY KEY (kind, key)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS sent (log TEXT NOT NULL, last INTEGER NOT NULL);
 """
@@ -44,26 +43,28 @@ class _Segment(NamedTuple):
     name: str
 
 
-class Segments:
-    """The segments of one ledger. `check` raises where this run may not write any more."""
+class LedgerReplica:
+    """The replica of one ledger in `store`. `check` raises an error once this run may no longer write there."""
 
     def __init__(self, store: Store, check: Callable[[], None]) -> None:
         self.store = store
         self._check = check
         self._log = ""
+        """The id of the log that the local ledger belongs to."""
         self._last = 0
+        """The number of the last segment that the local ledger contains."""
         self._tail: list[tuple[_Segment, bytes]] = []
         self._failed: StorageError | None = None
 
-    def open(self, connection: sqlite3.Connection, *, all_new: bool = False) -> None:
-        """Make a ledger and its segments agree, and note what changes from now on. `all_new`: all of it is to go up."""
-        for statement in filter(str.strip, _OWN.split(";")):
+    def open(self, connection: sqlite3.Connection, *, send_all: bool = False) -> None:
+        """Synchronize the ledger with its segments, and record its changes from now on. `send_all` uploads all rows."""
+        for statement in filter(str.strip, _LOCAL_TABLES.split(";")):
             connection.execute(statement)
         segments = self._segments()
         self._log, self._last = connection.execute("SELECT log, last FROM sent").fetchone() or ("", 0)
         last = segments[-1].last if segments else 0
-        if all_new or self._last > last or (segments and self._log != self._name_of(segments[0])):
-            self._begin_anew(connection, segments)
+        if send_all or self._last > last or (segments and self._log != self._replica_id(segments[0])):
+            self._restart(connection, segments)
         for segment in segments:
             if segment.last > self._last:
                 self._apply(connection, segment)
@@ -77,11 +78,12 @@ class Segments:
         self.send(connection)
 
     def send(self, connection: sqlite3.Connection) -> None:
-        """Put up what was committed and is not there yet. Raises StorageError; after the first one it does no more."""
+        """Upload the committed rows that the store lacks. Raises StorageError; every later call raises it again."""
         if self._failed:
             raise self._failed
         try:
-            while changed := connection.execute("SELECT kind, key FROM unsent LIMIT ?", (_ROWS,)).fetchall():
+            query = "SELECT kind, key FROM unsent LIMIT ?"
+            while changed := connection.execute(query, (_ROWS_PER_SEGMENT,)).fetchall():
                 self._send(connection, changed)
         except StorageError as error:
             (count,) = connection.execute("SELECT count(*) FROM unsent").fetchone()
@@ -92,23 +94,23 @@ class Segments:
             raise self._failed from error
 
     def close(self) -> None:
-        """Put the last small segments together."""
+        """Merge the last small segments."""
         if len(self._tail) > 1 and not self._failed:
-            with suppress(StorageError):  # small ones hold as much
+            with suppress(StorageError):  # the small segments hold the same rows
                 self._check()
-                self._put_together()
+                self._merge_tail()
 
     def _send(self, connection: sqlite3.Connection, changed: list[tuple[str, str]]) -> None:
         self._check()
         number = self._last + 1
         lines: list[Any] = [{"log": self._log or uuid.uuid4().hex, "number": number}]
         for kind, key in changed:
-            found = connection.execute(f"SELECT * FROM {kind} WHERE {_TABLES[kind]} = ?", (key,))  # noqa: S608 (our names)
-            row = found.fetchone()
-            columns = [column[0] for column in found.description]
-            lines.append([kind, key, row and {c: _plain(v) for c, v in zip(columns, row, strict=True)}])
+            cursor = connection.execute(f"SELECT * FROM {kind} WHERE {_TABLES[kind]} = ?", (key,))  # noqa: S608 (our names)
+            row = cursor.fetchone()
+            columns = [column[0] for column in cursor.description]
+            lines.append([kind, key, row and {c: _encode_bytes(v) for c, v in zip(columns, row, strict=True)}])
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        segment = _Segment(number, number, _name(number, number))
+        segment = _Segment(number, number, _segment_name(number, number))
         data = gzip.compress(text.encode(), 1, mtime=0)
         try:
             self.store.create(segment.name, data)
@@ -117,46 +119,46 @@ class Segments:
         self._log, self._last = lines[0]["log"], number
         connection.execute("BEGIN IMMEDIATE")
         connection.executemany("DELETE FROM unsent WHERE kind = ? AND key = ?", changed)
-        self._note(connection)
+        self._save_position(connection)
         connection.execute("COMMIT")
         self._tail.append((segment, data))
         size = sum(len(content) for _, content in self._tail)
-        if len(self._tail) >= _SEGMENTS_TOGETHER or size > _BYTES_TOGETHER:
-            self._put_together()
+        if len(self._tail) >= _MAX_SMALL_SEGMENTS or size > _MAX_SMALL_BYTES:
+            self._merge_tail()
 
-    def _note(self, connection: sqlite3.Connection) -> None:
+    def _save_position(self, connection: sqlite3.Connection) -> None:
         connection.execute("DELETE FROM sent")
         connection.execute("INSERT INTO sent VALUES (?, ?)", (self._log, self._last))
 
-    def _begin_anew(self, connection: sqlite3.Connection, segments: list[_Segment]) -> None:
-        """The ledger here is not what the segments come from: all of it is to go up, and all of them come down."""
-        self._log, self._last = (self._name_of(segments[0]) if segments else ""), 0
+    def _restart(self, connection: sqlite3.Connection, segments: list[_Segment]) -> None:
+        """Mark all local rows as unsent and all segments as unread: the segments come from another ledger."""
+        self._log, self._last = (self._replica_id(segments[0]) if segments else ""), 0
         connection.execute("BEGIN IMMEDIATE")
         for table, key in _TABLES.items():
             connection.execute(f"INSERT OR IGNORE INTO unsent SELECT '{table}', {key} FROM {table}")  # noqa: S608
-        self._note(connection)
+        self._save_position(connection)
         connection.execute("COMMIT")
 
     # ---- from the store
 
     def _segments(self) -> list[_Segment]:
-        """The segments that count, in order. Raises StorageError where one is missing."""
-        found = [_parsed(name) for name in self.store.names(_FOLDER)]
-        counting: list[_Segment] = []
-        for segment in sorted(found, key=lambda segment: (segment.first, -segment.last)):
-            if not counting or segment.last > counting[-1].last:
-                counting.append(segment)
-        for before, after in pairwise([_Segment(0, 0, ""), *counting]):
-            if after.first != before.last + 1:
+        """The current segments, in order. Raises StorageError if one is missing."""
+        stored = [_parse_name(name) for name in self.store.names(_FOLDER)]
+        current: list[_Segment] = []
+        for segment in sorted(stored, key=lambda segment: (segment.first, -segment.last)):
+            if not current or segment.last > current[-1].last:
+                current.append(segment)
+        for previous, following in pairwise([_Segment(0, 0, ""), *current]):
+            if following.first != previous.last + 1:
                 raise StorageError(
-                    f"{self.store.name}/{_FOLDER} lacks segment {before.last + 1}; put a copy of it in its place, or "
-                    f"choose another --out"
+                    f"{self.store.name}/{_FOLDER} lacks segment {previous.last + 1}; restore it from a copy, or choose "
+                    f"another --out"
                 )
-        return counting
+        return current
 
-    def _name_of(self, segment: _Segment) -> str:
-        head = next(self._lines(segment, self.store.get(segment.name)))
-        return head["log"]
+    def _replica_id(self, segment: _Segment) -> str:
+        header = next(self._lines(segment, self.store.get(segment.name)))
+        return header["log"]
 
     def _lines(self, segment: _Segment, data: bytes) -> Iterator[Any]:
         try:
@@ -166,8 +168,8 @@ class Segments:
             raise self._damaged(segment, error) from error
 
     def _damaged(self, segment: _Segment, error: Exception) -> StorageError:
-        where = f"{self.store.name}/{segment.name}"
-        return StorageError(f"{where} is damaged ({error}); put a copy of it in its place, or choose another --out")
+        url = f"{self.store.name}/{segment.name}"
+        return StorageError(f"{url} is damaged ({error}); restore it from a copy, or choose another --out")
 
     def _apply(self, connection: sqlite3.Connection, segment: _Segment) -> None:
         data = self.store.get(segment.name)
@@ -177,9 +179,9 @@ class Segments:
                 if isinstance(line, dict):
                     self._log = line["log"]
                 else:
-                    _put(connection, *line)
+                    _apply_row(connection, *line)
             self._last = segment.last
-            self._note(connection)
+            self._save_position(connection)
             connection.execute("COMMIT")
         except (ValueError, KeyError, TypeError) as error:
             connection.execute("ROLLBACK")
@@ -189,35 +191,35 @@ class Segments:
             raise
 
     def _load_tail(self, segments: list[_Segment]) -> None:
-        single: list[_Segment] = []
+        tail: list[_Segment] = []
         for segment in segments:
-            single = [*single, segment] if segment.first == segment.last else []
-        contents = self.store.get_all([segment.name for segment in single])
-        self._tail = list(zip(single, contents, strict=True))
-        if len(self._tail) >= _SEGMENTS_TOGETHER:
-            self._put_together()
+            tail = [*tail, segment] if segment.first == segment.last else []
+        contents = self.store.get_all([segment.name for segment in tail])
+        self._tail = list(zip(tail, contents, strict=True))
+        if len(self._tail) >= _MAX_SMALL_SEGMENTS:
+            self._merge_tail()
 
-    def _put_together(self) -> None:
-        """One segment of many; gzip's parts one behind the other are one file."""
+    def _merge_tail(self) -> None:
+        """Merge the small segments in one. Concatenated gzip files are one gzip file."""
         segments = [segment for segment, _ in self._tail]
-        name = _name(segments[0].first, segments[-1].last)
+        name = _segment_name(segments[0].first, segments[-1].last)
         self.store.put(name, b"".join(data for _, data in self._tail))
         self._tail = []
-        with suppress(StorageError):  # what stays counts no more
+        with suppress(StorageError):  # a small segment that remains is ignored
             self.store.delete([segment.name for segment in segments])
 
 
-def _put(connection: sqlite3.Connection, kind: str, key: str, row: dict[str, Any] | None) -> None:
-    """A row as a segment has it, unless what is here and did not go up yet is worth more."""
+def _apply_row(connection: sqlite3.Connection, kind: str, key: str, row: dict[str, Any] | None) -> None:
+    """Write the row of a segment to the ledger, unless an unsent local row takes precedence."""
     name = _TABLES[kind]
     unsent = connection.execute("SELECT 1 FROM unsent WHERE kind = ? AND key = ?", (kind, key)).fetchone()
     if unsent and kind == "calls" and row:
-        mine = connection.execute("SELECT run, state, open_prompt, open_completion FROM calls WHERE key = ?", (key,))
-        run, state, *_ = mine.fetchone()
+        local = connection.execute("SELECT run, state, open_prompt, open_completion FROM calls WHERE key = ?", (key,))
+        run, state, *_ = local.fetchone()
         if run == row["run"]:
-            return  # the same run wrote both, and here last
+            return  # the same run wrote both, the local one later
         if state == "done" and row["state"] != "done":
-            # Both asked; the worst case of the other's tries stays on the bill.
+            # Both runs sent the request; the maximal cost of the other run's attempts stays on the bill.
             connection.execute(
                 "UPDATE calls SET open_prompt = ?, open_completion = ? WHERE key = ?",
                 (row["open_prompt"], row["open_completion"], key),
@@ -227,24 +229,24 @@ def _put(connection: sqlite3.Connection, kind: str, key: str, row: dict[str, Any
         connection.execute(f"DELETE FROM {kind} WHERE {name} = ?", (key,))  # noqa: S608 (our names)
         return
     if not row.keys() <= {column[1] for column in connection.execute(f"PRAGMA table_info({kind})")}:
-        raise ValueError("a row has columns that the ledger has not")
-    places = ", ".join(f":{column}" for column in row)
-    values = {column: _bytes(value) for column, value in row.items()}
-    connection.execute(f"INSERT OR REPLACE INTO {kind} ({', '.join(row)}) VALUES ({places})", values)  # noqa: S608
+        raise ValueError("a row has columns that the ledger lacks")
+    placeholders = ", ".join(f":{column}" for column in row)
+    values = {column: _decode_bytes(value) for column, value in row.items()}
+    connection.execute(f"INSERT OR REPLACE INTO {kind} ({', '.join(row)}) VALUES ({placeholders})", values)  # noqa: S608
 
 
-def _plain(value: Any) -> Any:
+def _encode_bytes(value: Any) -> Any:
     return {"base64": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
 
 
-def _bytes(value: Any) -> Any:
+def _decode_bytes(value: Any) -> Any:
     return base64.b64decode(value["base64"]) if isinstance(value, dict) else value
 
 
-def _name(first: int, last: int) -> str:
+def _segment_name(first: int, last: int) -> str:
     return f"{_FOLDER}{first:012}-{last:012}.jsonl.gz"
 
 
-def _parsed(name: str) -> _Segment:
+def _parse_name(name: str) -> _Segment:
     first, _, last = name.removeprefix(_FOLDER).removesuffix(".jsonl.gz").partition("-")
     return _Segment(int(first), int(last), name)

@@ -14,7 +14,7 @@ from typing import TextIO
 from clair.core.errors import UserError
 from clair.core.files import file_sha256
 from clair.ledger.ledger import Ledger
-from clair.ledger.replication import Segments
+from clair.ledger.replication import LedgerReplica
 from clair.storage.object_store import InUse, Store, folder_of, is_url
 from clair.storage.url_lock import UrlLock, held
 
@@ -35,11 +35,11 @@ class Output:
     store: Store | None = None
     hold: UrlLock | None = None
 
-    def ledger(self, path: Path, *, all_new: bool = False) -> Ledger:
+    def ledger(self, path: Path, *, send_all: bool = False) -> Ledger:
         """The ledger at `path`; that of an object store's copy writes everything there too."""
         if self.store is None or self.hold is None:
             return Ledger(path)
-        return Ledger(path, Segments(self.store, self.hold.check), all_new=all_new)
+        return Ledger(path, LedgerReplica(self.store, self.hold.check), send_all=send_all)
 
     def upload(self, name: str) -> None:
         """Put a file of the folder into the store, where there is one."""

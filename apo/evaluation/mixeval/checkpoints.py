@@ -22,7 +22,7 @@ from clair.inference.config import ModelConfig
 from clair.inference.local import weights_identity
 from clair.inference.model import Model, Refused
 from clair.inference.open import Resources
-from clair.ledger.ledger import join_ledgers
+from clair.ledger.join import join_ledgers
 
 LEDGER = "ledger.sqlite"
 _BY_RULE = "answers"

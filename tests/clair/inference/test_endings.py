@@ -9,7 +9,7 @@ import pytest
 
 from clair.data.records import incomplete_reason
 from clair.inference.model import RequestFailed, reply_of
-from clair.ledger.ledger import digest_of
+from clair.ledger.schema import reply_digest
 from clair.pipeline.build import build
 from tests.clair.building import clair, manifest, outcomes, scripted_rows, write_prompts, write_recipe
 from tests.clair.scripted import Scripted, choice, endpoint, install, recipe, revision
@@ -126,7 +126,7 @@ def test_a_reply_that_the_server_broke_off_is_asked_again_also_where_an_older_le
         reply_of(broken)
     with sqlite3.connect(tmp_path / "out" / "ledger.sqlite") as ledger:
         ((key,),) = ledger.execute("SELECT key FROM calls")
-        ledger.execute("UPDATE calls SET reply = ?, digest = ?", (broken, digest_of(key, broken)))
+        ledger.execute("UPDATE calls SET reply = ?, digest = ?", (broken, reply_digest(key, broken)))
     ended = clair("build", file)
     assert (ended.code, len(server.seen())) == (0, 2)
     assert outcomes(tmp_path / "out") == {"row-0": "good answer 0"}

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from clair.ledger.ledger import ELSEWHERE, MINE, Claim, Ledger, LedgerError, Stored, Tokens, call_key
+from clair.ledger.ledger import Claim, ClaimResult, Ledger, LedgerError, StoredReply, Tokens, call_key
 
 ROOT = Path(__file__).parents[3]
 REQUEST = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0.5, "extra": {"a": [1]}}
@@ -31,8 +31,8 @@ def do(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 async def pay(ledger: Ledger, key: str, raw: str = "reply") -> None:
-    assert await ledger.claim(key, CLAIM) is MINE
-    await ledger.settle(key, raw, Tokens(7, 70), CLAIM.most, 0.1)
+    assert await ledger.claim(key, CLAIM) is ClaimResult.GRANTED
+    await ledger.settle(key, raw, Tokens(7, 70), CLAIM.max_tokens, 0.1)
 
 
 # ---- keys
@@ -67,18 +67,18 @@ def test_a_reply_is_found_again(tmp_path):
     raw = '{"text": "é \\ud83d \\u0000"}\x00end'
     with Ledger(tmp_path / "l.sqlite") as ledger:
         do(pay(ledger, "k", raw))
-        assert ledger.find("k") == Stored(raw)
+        assert ledger.find("k") == StoredReply(raw)
         assert ledger.find("other") is None
     with Ledger(tmp_path / "l.sqlite") as ledger:
-        assert ledger.find("k") == Stored(raw)
-        assert do(ledger.claim("k", CLAIM)) == Stored(raw)
+        assert ledger.find("k") == StoredReply(raw)
+        assert do(ledger.claim("k", CLAIM)) == StoredReply(raw)
         assert ledger.counts() == {"done": 1}
 
 
 def test_an_unanswered_request_of_this_run_may_be_asked_again(tmp_path):
     async def twice(ledger):
-        assert await ledger.claim("k", CLAIM) is MINE
-        assert await ledger.claim("k", CLAIM) is MINE
+        assert await ledger.claim("k", CLAIM) is ClaimResult.GRANTED
+        assert await ledger.claim("k", CLAIM) is ClaimResult.GRANTED
 
     with Ledger(tmp_path / "l.sqlite") as ledger:
         do(twice(ledger))
@@ -89,11 +89,11 @@ def test_an_unanswered_request_of_this_run_may_be_asked_again(tmp_path):
 def test_a_failed_request_keeps_its_error_and_may_be_asked_again(tmp_path):
     async def fail(ledger):
         await ledger.claim("k", CLAIM)
-        await ledger.fail("k", "http_400: too long" + "x" * 5000, CLAIM.most, "<html>")
+        await ledger.fail("k", "http_400: too long" + "x" * 5000, CLAIM.max_tokens, "<html>")
         return await ledger.claim("k", CLAIM)
 
     with Ledger(tmp_path / "l.sqlite") as ledger:
-        assert do(fail(ledger)) is MINE
+        assert do(fail(ledger)) is ClaimResult.GRANTED
         error, reply, attempts = row_of(ledger.path, "k", "error, reply, attempts")
         assert error.startswith("http_400: too long")
         assert len(error) <= 2000
@@ -113,10 +113,10 @@ def test_the_bill_counts_what_was_answered_and_the_worst_of_what_was_not(tmp_pat
         await pay(ledger, "answered")
         await ledger.claim("in flight", CLAIM)
         await ledger.claim("refused", CLAIM)
-        await ledger.fail("refused", "429", CLAIM.most)
+        await ledger.fail("refused", "429", CLAIM.max_tokens)
         await ledger.claim("timeout, then answered", CLAIM)
-        await ledger.reopen("timeout, then answered", CLAIM.most)
-        await ledger.settle("timeout, then answered", "reply", Tokens(7, 70), CLAIM.most, 1.0)
+        await ledger.reopen("timeout, then answered", CLAIM.max_tokens)
+        await ledger.settle("timeout, then answered", "reply", Tokens(7, 70), CLAIM.max_tokens, 1.0)
         return ledger.spent("/out")
 
     with Ledger(tmp_path / "l.sqlite") as ledger:
@@ -149,7 +149,7 @@ def test_writes_that_gather_are_committed_together(tmp_path, monkeypatch):
 def test_a_cancelled_row_does_not_cancel_the_writing_of_what_it_paid_for(tmp_path):
     async def cancel(ledger):
         await ledger.claim("k", CLAIM)
-        writing = asyncio.ensure_future(ledger.settle("k", "reply", FREE, CLAIM.most, 1.0))
+        writing = asyncio.ensure_future(ledger.settle("k", "reply", FREE, CLAIM.max_tokens, 1.0))
         await asyncio.sleep(0)
         writing.cancel()
         await asyncio.gather(writing, return_exceptions=True)
@@ -157,13 +157,13 @@ def test_a_cancelled_row_does_not_cancel_the_writing_of_what_it_paid_for(tmp_pat
     with Ledger(tmp_path / "l.sqlite") as ledger:
         do(cancel(ledger))
     with Ledger(tmp_path / "l.sqlite") as ledger:
-        assert ledger.find("k") == Stored("reply")
+        assert ledger.find("k") == StoredReply("reply")
 
 
 def test_closing_writes_what_is_queued(tmp_path):
     async def queue(ledger):
         await ledger.claim("k", CLAIM)
-        writing = asyncio.ensure_future(ledger.settle("k", "reply", FREE, CLAIM.most, 1.0))
+        writing = asyncio.ensure_future(ledger.settle("k", "reply", FREE, CLAIM.max_tokens, 1.0))
         await asyncio.sleep(0)
         writing.cancel()
 
@@ -172,7 +172,7 @@ def test_closing_writes_what_is_queued(tmp_path):
     ledger.close()
     assert [f.name for f in tmp_path.iterdir()] == ["l.sqlite"]  # no lock, no log left
     with Ledger(tmp_path / "l.sqlite") as ledger:
-        assert ledger.find("k") == Stored("reply")
+        assert ledger.find("k") == StoredReply("reply")
 
 
 # ---- several runs
@@ -183,7 +183,7 @@ from clair.ledger.ledger import Claim, Ledger, Tokens
 ledger = Ledger(sys.argv[1])
 async def take():
     for key in sys.argv[2:]:
-        print(type(await ledger.claim(key, Claim("reviser", "m", "row", "/theirs", Tokens(10, 100)))).__name__)
+        print((await ledger.claim(key, Claim("reviser", "m", "row", "/theirs", Tokens(10, 100)))).name)
 asyncio.run(take())
 print("ready", flush=True)
 time.sleep(60)
@@ -200,7 +200,7 @@ def start(code: str, *arguments: str) -> subprocess.Popen[str]:
 def holder(tmp_path):
     """Another living process that has claimed `k` and is asking."""
     process = start(HOLDER, str(tmp_path / "l.sqlite"), "k")
-    assert process.stdout.readline() == "Mine\n"
+    assert process.stdout.readline() == "GRANTED\n"
     assert process.stdout.readline() == "ready\n"
     yield process
     process.kill()
@@ -210,13 +210,13 @@ def holder(tmp_path):
 
 def test_a_second_living_run_waits_and_a_dead_runs_row_is_taken_over(tmp_path, holder):
     with Ledger(tmp_path / "l.sqlite") as ledger:
-        assert do(ledger.claim("k", CLAIM)) is ELSEWHERE
-        assert do(ledger.claim("mine", CLAIM)) is MINE
+        assert do(ledger.claim("k", CLAIM)) is ClaimResult.IN_OTHER_RUN
+        assert do(ledger.claim("mine", CLAIM)) is ClaimResult.GRANTED
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait(10)
-        assert do(ledger.claim("k", CLAIM)) is MINE
+        assert do(ledger.claim("k", CLAIM)) is ClaimResult.GRANTED
         assert row_of(ledger.path, "k", "attempts, payer") == (2, "/out")
-        assert list(tmp_path.glob("*.run-*")) == [ledger._lock_path(ledger.run)]  # the dead run's lock is gone
+        assert list(tmp_path.glob("*.run-*")) == [ledger._lock_path]  # the dead run's lock is gone
 
 
 def test_a_new_run_tidies_up_after_dead_ones_and_leaves_living_ones_alone(tmp_path, holder):
@@ -225,7 +225,7 @@ def test_a_new_run_tidies_up_after_dead_ones_and_leaves_living_ones_alone(tmp_pa
         left = {path.name for path in tmp_path.glob("*.run-*")}
         assert "l.sqlite.run-dead" not in left
         assert len(left) == 2  # the holder's and ours
-        assert do(ledger.claim("k", CLAIM)) is ELSEWHERE
+        assert do(ledger.claim("k", CLAIM)) is ClaimResult.IN_OTHER_RUN
 
 
 def test_a_lock_that_was_taken_for_a_dead_runs_is_taken_again(tmp_path, monkeypatch):
@@ -241,14 +241,14 @@ def test_a_lock_that_was_taken_for_a_dead_runs_is_taken_again(tmp_path, monkeypa
     monkeypatch.setattr(fcntl, "flock", steal)
     with Ledger(tmp_path / "l.sqlite") as ledger:
         assert stolen
-        assert ledger._lock_path(ledger.run).exists()
+        assert ledger._lock_path.exists()
 
 
 def test_a_run_that_is_stopped_but_alive_keeps_its_rows(tmp_path, holder):
     os.kill(holder.pid, signal.SIGSTOP)
     try:
         with Ledger(tmp_path / "l.sqlite") as ledger:
-            assert do(ledger.claim("k", CLAIM)) is ELSEWHERE
+            assert do(ledger.claim("k", CLAIM)) is ClaimResult.IN_OTHER_RUN
     finally:
         os.kill(holder.pid, signal.SIGCONT)
 
@@ -318,7 +318,7 @@ def test_what_was_told_to_be_written_is_there_after_kill_9(tmp_path, seed):
     process.wait(10)
     process.stdout.close()
     with Ledger(tmp_path / "l.sqlite") as ledger:
-        assert all(ledger.find(key) == Stored(key + "x" * 3000) for key in told)
+        assert all(ledger.find(key) == StoredReply(key + "x" * 3000) for key in told)
         assert ledger.counts()["done"] <= len(told) + 8
     assert integrity(tmp_path / "l.sqlite") == "ok"
 
@@ -356,7 +356,7 @@ def test_a_file_that_is_no_ledger_is_one_line_and_stays_as_it_was(tmp_path):
     with pytest.raises(LedgerError) as error:
         Ledger(path)
     assert "is damaged" in one_line(error.value)
-    assert "no reply can be read in it; put a copy of it in its place" in one_line(error.value)
+    assert "no reply can be read in it; replace it with a copy" in one_line(error.value)
     assert path.read_bytes() == before
 
 
@@ -492,7 +492,7 @@ def test_an_error_while_writing_is_told_to_every_row_that_waits(tmp_path, monkey
             return really(self, connection, batch)
 
         monkeypatch.setattr(Ledger, "_commit", broken)
-        writes = (ledger.settle(f"k{n}", "reply", FREE, CLAIM.most, 1.0) for n in range(20))
+        writes = (ledger.settle(f"k{n}", "reply", FREE, CLAIM.max_tokens, 1.0) for n in range(20))
         return await asyncio.gather(*writes, return_exceptions=True)
 
     with Ledger(tmp_path / "l.sqlite") as ledger:

@@ -14,8 +14,8 @@ from random import Random
 import pytest
 
 from clair.core.errors import UserError
-from clair.ledger.ledger import MINE, Claim, Ledger, LedgerError, Stored, Tokens, call_key
-from clair.ledger.recovery import readable, salvage
+from clair.ledger.ledger import Claim, ClaimResult, Ledger, LedgerError, StoredReply, Tokens, call_key
+from clair.ledger.recovery import count_readable, salvage
 from tests.clair.building import clair, error_line, final_bytes, scripted_rows, write_prompts, write_recipe
 
 PAGE = 4096
@@ -36,11 +36,11 @@ def key_of(n: int) -> str:
 async def _fill(ledger: Ledger, count: int) -> None:
     async def one(n: int) -> None:
         key = key_of(n)
-        assert await ledger.claim(key, CLAIM) is MINE
+        assert await ledger.claim(key, CLAIM) is ClaimResult.GRANTED
         if n % 10 == 8:
             await ledger.fail(key, "malformed_reply", Tokens(0, 0), "<html>" * n)
         elif n % 10 != 9:  # those stay asked
-            await ledger.settle(key, reply_to(n), Tokens(7, 70), CLAIM.most, 0.1)
+            await ledger.settle(key, reply_to(n), Tokens(7, 70), CLAIM.max_tokens, 0.1)
 
     for start in range(0, count, 20):
         await asyncio.gather(*(one(n) for n in range(start, min(count, start + 20))))
@@ -70,7 +70,7 @@ def saved(path: Path, paid: dict[str, str]) -> int:
     """How many of the replies stand in a ledger; there is no other, and none is another text than it was."""
     with Ledger(path) as ledger:
         found = {key: ledger.find(key) for key in paid}
-        assert all(stored is None or stored == Stored(paid[key]) for key, stored in found.items())
+        assert all(stored is None or stored == StoredReply(paid[key]) for key, stored in found.items())
         count = sum(stored is not None for stored in found.values())
         assert ledger.counts().get("done", 0) == count
     connection = sqlite3.connect(path)
@@ -90,7 +90,7 @@ def overwrite(path: Path, at: int, content: bytes) -> None:
 
 def test_all_of_a_sound_ledger_can_be_read(original):
     path, paid = original
-    assert readable(path) == len(paid) == 160
+    assert count_readable(path) == len(paid) == 160
 
 
 @pytest.mark.parametrize("size", [16, 100, PAGE, 3 * PAGE])
@@ -112,7 +112,7 @@ def rows_in(path: Path, pages: range) -> int:
     shutil.copy(path, copy)
     for page in pages:
         overwrite(copy, (page - 1) * PAGE, bytes(PAGE))
-    lost = readable(path) - readable(copy)
+    lost = count_readable(path) - count_readable(copy)
     copy.unlink()
     return lost
 
@@ -150,7 +150,7 @@ def test_overwritten_pages_cost_their_own_replies_and_never_give_another_text(da
         size = PAGE // 2 if what.startswith("half") else PAGE
         new = {"ones": b"\xff" * size, "zeros": bytes(size), "noise": random.randbytes(size)}.get(what)
         overwrite(path, (page - 1) * PAGE + PAGE - size, new or content[other : other + size])
-    count = readable(path)
+    count = count_readable(path)
     assert count >= len(paid) - 12 * 40  # a page holds few replies, and a chain belongs to one
     assert salvage(path).replies == count == saved(path, paid)
 
@@ -169,8 +169,8 @@ def test_what_stands_only_in_the_log_is_saved_too(tmp_path):
         living.close()
     overwrite(path, 0, bytes(100))
     overwrite(path.with_name("l.sqlite-wal"), 0, bytes(32))  # else SQLite would find the header in the log
-    assert readable(path) == len(paid) + 1
-    kept = salvage(path).kept
+    assert count_readable(path) == len(paid) + 1
+    kept = salvage(path).backup
     assert saved(path, {**paid, "new": new}) == len(paid) + 1
     assert kept.with_name(f"{kept.name}-wal").is_file()
     assert not path.with_name("l.sqlite-wal").exists()
@@ -178,7 +178,7 @@ def test_what_stands_only_in_the_log_is_saved_too(tmp_path):
 
 async def _settle(ledger: Ledger, key: str, reply: str) -> None:
     await ledger.claim(key, CLAIM)
-    await ledger.settle(key, reply, Tokens(1, 1), CLAIM.most, 0.1)
+    await ledger.settle(key, reply, Tokens(1, 1), CLAIM.max_tokens, 0.1)
 
 
 @pytest.mark.parametrize("damaged_at", [0, 8, 40, 0.5])
@@ -195,7 +195,7 @@ def test_a_damaged_log_costs_the_replies_that_lay_there(tmp_path, damaged_at):
     log = tmp_path / "l.sqlite-wal"
     overwrite(log, int(damaged_at * log.stat().st_size) if damaged_at < 1 else damaged_at, b"\xff" * 24)
     overwrite(tmp_path / "l.sqlite", 0, bytes(100))
-    assert readable(tmp_path / "l.sqlite") >= 29
+    assert count_readable(tmp_path / "l.sqlite") >= 29
 
 
 def test_an_old_state_of_a_call_never_takes_the_place_of_its_reply(tmp_path):
@@ -250,14 +250,14 @@ def test_a_reply_that_was_changed_on_disk_is_told_and_never_used(tmp_path):
     at = path.read_bytes().index(b"the true text")
     overwrite(path, at, b"the false one")
     with Ledger(path) as ledger:
-        assert ledger.find("sound") == Stored("reply")
+        assert ledger.find("sound") == StoredReply("reply")
         with pytest.raises(LedgerError, match=r"the reply to k is not what was written\): 1 paid replies can be read"):
             ledger.find("k")
     with Ledger(path) as ledger, pytest.raises(LedgerError, match="is not what was written"):
         asyncio.run(ledger.claim("k", CLAIM))
     assert salvage(path).replies == 1
     with Ledger(path) as ledger:
-        assert asyncio.run(ledger.claim("k", CLAIM)) is MINE
+        assert asyncio.run(ledger.claim("k", CLAIM)) is ClaimResult.GRANTED
 
 
 # ---- what is left alone
@@ -267,11 +267,11 @@ def test_the_damaged_file_is_kept_as_it_was(damaged):
     path, _ = damaged
     overwrite(path, 0, bytes(100))
     before = path.read_bytes()
-    kept = salvage(path).kept
+    kept = salvage(path).backup
     assert kept.name == "l.sqlite.damaged-1"
     assert kept.read_bytes() == before
     overwrite(path, 0, bytes(100))
-    assert salvage(path).kept.name == "l.sqlite.damaged-2"
+    assert salvage(path).backup.name == "l.sqlite.damaged-2"
     assert sorted(file.name for file in path.parent.iterdir()) == [
         "l.sqlite", "l.sqlite.damaged-1", "l.sqlite.damaged-2",
     ]  # fmt: skip
@@ -288,7 +288,7 @@ def test_a_salvage_that_was_cut_off_is_done_by_running_it_again(damaged, monkeyp
     with pytest.raises(KeyboardInterrupt):
         salvage(path)
     monkeypatch.undo()
-    assert readable(path) == len(paid)
+    assert count_readable(path) == len(paid)
     assert salvage(path).replies == saved(path, paid) == len(paid)
 
 
@@ -323,7 +323,7 @@ def test_a_ledger_of_a_format_before_is_upgraded_with_a_digest_for_each_reply(da
     connection.commit()
     connection.close()
     assert saved(path, paid) == len(paid)
-    assert readable(path) == len(paid)
+    assert count_readable(path) == len(paid)
 
 
 # ---- the way of a user

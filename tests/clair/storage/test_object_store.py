@@ -21,7 +21,7 @@ from clair.core.errors import UserError
 from clair.inference.batch_queue import BatchQueue, Outcome
 from clair.ledger import replication as segments
 from clair.ledger.ledger import Claim, Ledger, LedgerError, Tokens
-from clair.ledger.replication import Segments
+from clair.ledger.replication import LedgerReplica
 from clair.pipeline.build import build
 from clair.pipeline.output_dir import lock_output
 from clair.pipeline.shards import Shard
@@ -155,8 +155,8 @@ def test_a_store_that_fails_ends_the_run_and_what_was_paid_is_kept_here(tmp_path
 # ---- segments
 
 
-def log_of(url, check=lambda: None) -> Segments:
-    return Segments(Store(url), check)
+def log_of(url, check=lambda: None) -> LedgerReplica:
+    return LedgerReplica(Store(url), check)
 
 
 def dump(path) -> dict[str, list[tuple]]:
@@ -172,9 +172,9 @@ async def some_writes(ledger: Ledger, draw: Random, count: int) -> None:
         if what == 0:
             await asyncio.gather(*(ledger.claim(f"key-{draw.randrange(30)}", CLAIM) for _ in range(5)))
         elif what == 1:
-            await ledger.settle(key, f"reply é \x00 {draw.random()}", Tokens(7, 70), CLAIM.most, draw.random())
+            await ledger.settle(key, f"reply é \x00 {draw.random()}", Tokens(7, 70), CLAIM.max_tokens, draw.random())
         elif what == 2:
-            await ledger.fail(key, "broken", CLAIM.most)
+            await ledger.fail(key, "broken", CLAIM.max_tokens)
         elif what == 3 and not queue.holds(key):
             await queue.put(key, CLAIM, bytes(draw.randrange(256) for _ in range(20)))
         elif batch := await queue.gather(3, 1000):
@@ -185,8 +185,8 @@ async def some_writes(ledger: Ledger, draw: Random, count: int) -> None:
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_a_ledger_made_up_from_its_segments_is_the_ledger_at_every_point(tmp_path, url, seed, monkeypatch):
-    monkeypatch.setattr(segments, "_SEGMENTS_TOGETHER", 7)
-    monkeypatch.setattr(segments, "_ROWS", 3)
+    monkeypatch.setattr(segments, "_MAX_SMALL_SEGMENTS", 7)
+    monkeypatch.setattr(segments, "_ROWS_PER_SEGMENT", 3)
     draw = Random(seed)
     for time_ in range(3):
         with Ledger(tmp_path / "l.sqlite", log_of(url)) as ledger:
@@ -205,7 +205,7 @@ def test_small_segments_that_could_not_be_deleted_count_no_more(tmp_path, url, m
     def refuse(self, names):
         raise StorageError("may not delete")
 
-    monkeypatch.setattr(segments, "_SEGMENTS_TOGETHER", 5)
+    monkeypatch.setattr(segments, "_MAX_SMALL_SEGMENTS", 5)
     monkeypatch.setattr(Store, "delete", refuse)
     for number in range(2):
         with Ledger(tmp_path / "l.sqlite", log_of(url)) as ledger:
@@ -219,7 +219,7 @@ def test_small_segments_that_could_not_be_deleted_count_no_more(tmp_path, url, m
 def test_every_reply_is_in_the_store_before_anyone_has_it(tmp_path, url):
     async def pay(ledger, key):
         await ledger.claim(key, CLAIM)
-        await ledger.settle(key, "reply", Tokens(7, 70), CLAIM.most, 0.1)
+        await ledger.settle(key, "reply", Tokens(7, 70), CLAIM.max_tokens, 0.1)
         copy = tmp_path / f"{key}.sqlite"
         with Ledger(copy, log_of(url)) as rebuilt:
             return rebuilt.find(key)
@@ -229,7 +229,7 @@ def test_every_reply_is_in_the_store_before_anyone_has_it(tmp_path, url):
 
 
 async def settle(ledger, key, raw):
-    await ledger.settle(key, raw, Tokens(7, 70), CLAIM.most, 0.1)
+    await ledger.settle(key, raw, Tokens(7, 70), CLAIM.max_tokens, 0.1)
 
 
 def test_what_two_machines_wrote_apart_is_put_together_and_the_bill_is_never_too_low(tmp_path, url, monkeypatch):
@@ -285,7 +285,7 @@ def test_a_segment_that_arrived_though_its_answer_was_lost_costs_nothing_twice(t
 
 async def refused(ledger, key):
     with pytest.raises(LedgerError):
-        await ledger.fail(key, "not sent", CLAIM.most)
+        await ledger.fail(key, "not sent", CLAIM.max_tokens)
 
 
 def test_a_failed_write_whose_caller_is_gone_is_told_to_nobody(tmp_path, url, caplog):

@@ -1,0 +1,30 @@
+"""Join the ledgers of several shards in one."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from clair.ledger.ledger import Ledger
+
+_COLUMNS = (
+    "key, state, role, model, row, run, attempts, reply, error, seconds, prompt_tokens, completion_tokens, "
+    "open_prompt, open_completion, digest, batch"
+)
+
+
+def join_ledgers(sources: Sequence[Path], target: Path, account: str) -> None:
+    """Copy the calls of several ledgers into `target`, billed to one account, so that none is paid for again."""
+    Ledger(target).close()
+    with closing(sqlite3.connect(target, isolation_level=None)) as connection:
+        for state in ("= 'done'", "!= 'done'"):  # of equal requests, an answered one takes precedence
+            for source in sources:
+                connection.execute("ATTACH ? AS shard", (str(source),))
+                connection.execute(
+                    f"INSERT OR IGNORE INTO main.calls ({_COLUMNS}, payer) SELECT {_COLUMNS}, ? FROM shard.calls "  # noqa: S608 (our columns)
+                    f"WHERE state {state}",
+                    (account,),
+                )
+                connection.execute("DETACH shard")
