@@ -132,12 +132,12 @@ def mixeval(
     if dry_run:
         print_settings(config, checked)
     elif estimate or probe:
-        from apo.evaluation.mixeval.estimate import LEAST_PROBE
+        from apo.evaluation.mixeval.estimate import MIN_PROBE
         from apo.evaluation.mixeval.estimate import estimate as estimated
         from clair.core.console import show as print_
         from clair.terminal import asking_progress, cost_table
 
-        rows = max(LEAST_PROBE, probe)
+        rows = max(MIN_PROBE, probe)
         with asking_progress("evaluating", rows, dict.fromkeys(config.models, rows), shown=probe > 0) as on_progress:
             roles = estimated(config, probe, checked, on_progress)
         print_(cost_table(roles))

@@ -53,25 +53,25 @@ def build(
     from clair.data.dataset import doubts
     from clair.pipeline.build import build as build_dataset
     from clair.pipeline.build import check
-    from clair.pipeline.config import BuildConfig, public
-    from clair.pipeline.estimate import replies
-    from clair.pipeline.runner import template_notes
-    from clair.pipeline.shards import read_shard, sharded, shards_out
+    from clair.pipeline.config import BuildConfig, redacted
+    from clair.pipeline.estimate import expected_replies
+    from clair.pipeline.runner import template_warnings
+    from clair.pipeline.shards import parse_shard, shard_config, shards_location
     from clair.storage.object_store import is_url, public_path
     from clair.terminal import build_progress, shards_progress, summary
 
     overrides = [*(set_ or []), *([text_override("out", out)] if out else []), *([f"limit={limit}"] if limit else [])]
     config = load_recipe(BuildConfig, recipe, overrides)
-    part = read_shard(shard) if shard else None
+    part = parse_shard(shard) if shard else None
     _check_runner(runner, shard=shard, address=address, shards=shards)
     with progress("building", details=lambda: ["checking recipe and prompts"]):
-        found = check(sharded(config, part) if part else config, part)
-    for note in template_notes(config):
+        found = check(shard_config(config, part) if part else config, part)
+    for note in template_warnings(config):
         tell(f"note: {note}")
     if dry_run:
         import yaml
 
-        print(yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True), end="")
+        print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
         print(f"# {found.rows} rows, {found.unique} different prompts, {found.answered} of them with an answer")
         return
     if runner:
@@ -80,8 +80,8 @@ def build(
         with shards_progress(found.rows) as tell_all:
             built = build_on_ray(config, found, address=address, shards=shards, update=update, tell=tell_all)
     else:
-        with build_progress(found.held, replies(config, found)) as on_progress:
-            built = build_dataset(config, found=found, update=update, on_progress=on_progress, shard=part)
+        with build_progress(found.held, expected_replies(config, found)) as on_progress:
+            built = build_dataset(config, prompt_scan=found, update=update, on_progress=on_progress, shard=part)
     if built.stopped:
         print(f"{built.stopped}: every reply so far is kept; run the same command again to go on", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED if built.stopped == "interrupted" else EXIT_BUDGET)
@@ -91,8 +91,8 @@ def build(
     for doubt in doubts(built.manifest):
         tell(f"note: {doubt}")
     if part:
-        print_(f"shard {part.index} of {part.of}; when all are built: clair merge {shards_out(config.out)}")
-    place = sharded(config, part).out if part else config.out
+        print_(f"shard {part.index} of {part.count}; when all are built: clair merge {shards_location(config.out)}")
+    place = shard_config(config, part).out if part else config.out
     if is_url(place):
         print_(f"it is at {public_path(place)}; {built.out} is a copy, which may be deleted")
     print_(f"{built.out}/README.md tells what it holds; look at the pairs with: clair report {public_path(place)}")
@@ -148,12 +148,12 @@ def estimate(
     from clair.core.console import show as print_
     from clair.core.recipe import load_recipe
     from clair.pipeline.config import BuildConfig
-    from clair.pipeline.estimate import LEAST_PROBE, total_time
+    from clair.pipeline.estimate import MIN_PROBE, total_time
     from clair.pipeline.estimate import estimate as estimate_build
     from clair.terminal import asking_progress, cost_table
 
     config = load_recipe(BuildConfig, recipe, [*(set_ or []), *([text_override("out", out)] if out else [])])
-    rows = max(LEAST_PROBE, probe)
+    rows = max(MIN_PROBE, probe)
     with asking_progress("probing" if probe else "counting", rows, dict.fromkeys(config.models, rows)) as on_progress:
         roles = estimate_build(config, probe, on_progress)
     print_(cost_table(roles))
@@ -225,10 +225,10 @@ def keep(
 ) -> None:
     """Drop the pairs that were marked drop in the page of `clair report`; they move to dropped.jsonl."""
     from clair.core.console import show as print_
-    from clair.reporting.review import keep_held, read_decisions
+    from clair.reporting.review import apply_decisions_locked, read_decisions
     from clair.terminal import summary
 
-    keep_held(folder, read_decisions(decisions), out)
+    apply_decisions_locked(folder, read_decisions(decisions), out)
     print_(summary([out or folder]))
 
 

@@ -71,7 +71,7 @@ def cost_table(roles: Mapping[str, RoleEstimate]) -> Table:
     table = Table("role", "calls at most", "tokens in", "tokens out", "cost", *(["time"] if time else []))
     for role, told in roles.items():
         ranges = (_range(part) for part in (told.prompt, told.completion, told.cost))
-        table.add_row(role, str(told.most_calls), *ranges, *([_times(told.time)] if time else []))
+        table.add_row(role, str(told.max_calls), *ranges, *([_times(told.time)] if time else []))
     if cost or time:
         table.add_row("all", "", "", "", _range(cost) if cost else "", *([_times(time)] if time else []))
     return table

@@ -143,7 +143,7 @@ async def _judged(
         with asking_progress("judging", len(rows), {"judge": 2 * len(rows)}) as on_progress:
             compared = await run.outcomes(on_progress)
         found.failures += run.failures
-        found.seen += run.judge.seen
+        found.seen += run.judge.verdicts
         return compared
 
     def over() -> bool:

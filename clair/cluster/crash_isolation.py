@@ -26,13 +26,13 @@ class CrashHistory:
         if answered is not None:
             self._strikes = self._strikes + 1 if self._answered == answered else 1
             self._answered = answered
-        row = row if self.care.note else None
+        row = row if self.care.log_rows else None
         if row and row == self._suspect:
             self.care = CrashPolicy(self.care.poison_rows | {row})
             self._strikes = 0
         elif self._strikes >= HOPELESS:
             return False
         elif self._strikes >= _STRIKES:
-            self.care = CrashPolicy(self.care.poison_rows, note=True)
+            self.care = CrashPolicy(self.care.poison_rows, log_rows=True)
         self._suspect = row
         return True

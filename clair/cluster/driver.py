@@ -31,10 +31,10 @@ from clair.data.dataset import read_manifest
 from clair.data.prompt_sources import Scan
 from clair.inference.budget import Budget, prices_of
 from clair.inference.local import weights_identity
-from clair.pipeline.build import Built, recorded, same_recipe
-from clair.pipeline.config import BuildConfig, differences
-from clair.pipeline.output_dir import DYING, lock_output
-from clair.pipeline.shards import Shard, list_shards, sharded, shards_out, shares_money
+from clair.pipeline.build import BuildResult, check_resumable, recorded_recipe
+from clair.pipeline.config import BuildConfig, changed_content_keys
+from clair.pipeline.output_dir import CURRENT_ROW, lock_output
+from clair.pipeline.shards import Shard, can_share_budget, list_shards, shard_config, shards_location
 from clair.storage.object_store import InUse, Store, account_of, is_url, public_path
 
 _LOOK = 0.3
@@ -56,7 +56,7 @@ def build_on_ray(
     shards: int | None = None,
     update: bool = False,
     tell: Tell | None = None,
-) -> Built:
+) -> BuildResult:
     """Build all shards on a cluster and merge them into `config.out`, going on from what is there.
 
     `found` is what `check` returned. `address`: of the cluster's head, `auto` for the one of this machine; else that of
@@ -64,23 +64,23 @@ def build_on_ray(
     workers have room. `tell(rows, words)` is called a few times a second.
     Raises UserError before any work where Ray, the cluster or the shards that lie there do not fit.
     """
-    sharded(config, Shard(1, 1), shared=True)
-    folder = shards_out(config.out)
+    shard_config(config, Shard(1, 1), shared=True)
+    folder = shards_location(config.out)
     with lock_output(folder):
         there, _ = list_shards(folder)
         of = _number(folder, there, shards)
         with lock_output(config.out) as output:
             if not there:
                 _check_fresh(config)
-            same_recipe(config, output.folder, update=update)
+            check_resumable(config, output.folder, update=update)
             output.upload("recipe.json")
         with connected(address) as ray, ThreadPoolExecutor(_LOOKS) as pool:
             of = of or shards or _room(ray, config)
             stopped = _Job(ray, pool, config, found, of, there, update, tell or (lambda *_: None)).run()
         if stopped:
-            return Built(output.folder, {}, 0, stopped)
+            return BuildResult(output.folder, {}, 0, stopped)
     manifest = merge(folder, config.out)
-    return Built(output.folder, manifest, manifest["failed"])
+    return BuildResult(output.folder, manifest, manifest["failed"])
 
 
 # ---- before any work
@@ -88,7 +88,7 @@ def build_on_ray(
 
 def _number(folder: str, there: Set[Shard], wanted: int | None) -> int | None:
     """How many shards lie there, if any. Raises UserError where another number is wanted, or several numbers lie."""
-    told, numbers = public_path(folder), {shard.of for shard in there}
+    told, numbers = public_path(folder), {shard.count for shard in there}
     if len(numbers) > 1:
         several = ", ".join(map(str, sorted(numbers)))
         raise UserError(f"{told} holds shards of several numbers ({several}); move those away that do not belong")
@@ -146,7 +146,7 @@ class _Job:
         self.ray, self.pool, self.config, self.found = ray, pool, config, found
         self.update, self.tell = update, tell
         self.shards = {shard.name: shard for shard in (Shard(index, of) for index in range(1, of + 1))}
-        self.configs = {name: sharded(config, shard, shared=True) for name, shard in self.shards.items()}
+        self.configs = {name: shard_config(config, shard, shared=True) for name, shard in self.shards.items()}
         self.deaths = {name: CrashHistory() for name in self.shards}
         self.running: dict[Any, _Running] = {}
         self.dead: dict[Future[_Look], tuple[str, str]] = {}
@@ -181,11 +181,11 @@ class _Job:
         """The rows of a shard that is built as it would be now; None where there is something to do."""
         config = self.configs[name]
         with lock_output(config.out, _PATIENCE) as output:
-            same_recipe(config, output.folder, update=self.update)
+            check_resumable(config, output.folder, update=self.update)
             if not (output.folder / "manifest.json").is_file():
                 return None
             manifest = read_manifest(output.folder)
-        same = not differences(manifest["recipe"], recorded(self.config))
+        same = not changed_content_keys(manifest["recipe"], recorded_recipe(self.config))
         same &= manifest["prompts_sha256"] == self.found.sha256 and not manifest["failed"]
         same &= all(manifest["models"].get(role, {}).get("identity") == known for role, known in identities.items())
         return int(manifest["counts"]["prompts"]) if same else None
@@ -221,7 +221,7 @@ class _Job:
             role: RoleLimits(config.concurrency, model.requests_per_minute, model.tokens_per_minute)
             for role, model in config.models.items()
         }
-        shared = config.budget if shares_money(config) else None
+        shared = config.budget if can_share_budget(config) else None
         return roles, Budget(shared, prices_of(config.models), {}) if shared else None
 
     def _spent(self, name: str) -> Decimal | None:
@@ -238,7 +238,7 @@ class _Job:
             with lock_output(config.out, patience) as output, output.ledger(config.ledger_path) as ledger:
                 spent = ledger.spent(account)
                 ((tokens,),) = ledger.read(_ANSWERED, account)
-                noted = output.folder / DYING
+                noted = output.folder / CURRENT_ROW
                 row = noted.read_text("utf-8") if noted.is_file() else None
         except InUse:
             return _Look()

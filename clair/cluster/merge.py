@@ -21,7 +21,7 @@ from clair.core.files import read_json, write_atomically, write_json
 from clair.data.dataset import SPLITS, DatasetWriter, card, read_manifest, read_order, split_file
 from clair.data.prompt_sources import parquet_rows
 from clair.ledger.join import join_ledgers
-from clair.pipeline.config import differences
+from clair.pipeline.config import changed_content_keys
 from clair.pipeline.output_dir import Output, check_output, lock_output
 from clair.pipeline.shards import Shard, list_shards
 from clair.pipeline.steps import position_bias
@@ -72,8 +72,8 @@ def _found(folder: str) -> list[str]:
     told = public_path(folder)
     if not shards:
         raise UserError(f"{told} holds no shards (folders such as 1-of-4); give the folder that --shard made")
-    of = max(shard.of for shard in shards)
-    strange = [shard.name for shard in sorted(shards, key=lambda shard: shard.index) if shard.of != of]
+    of = max(shard.count for shard in shards)
+    strange = [shard.name for shard in sorted(shards, key=lambda shard: shard.index) if shard.count != of]
     if strange:
         raise UserError(f"{told} holds shards of {of} and others ({strange[0]}); move those away that do not belong")
     missing = [f"{index}/{of}" for index in range(1, of + 1) if Shard(index, of) not in finished]
@@ -85,7 +85,7 @@ def _found(folder: str) -> list[str]:
 def _check_alike(shards: Sequence[Path], manifests: Sequence[Mapping[str, Any]]) -> None:
     first = manifests[0]
     for shard, manifest in zip(shards, manifests, strict=True):
-        changed = differences(first["recipe"], manifest["recipe"])
+        changed = changed_content_keys(first["recipe"], manifest["recipe"])
         changed += [key for key in ("models", "prompts_sha256", "format") if first[key] != manifest[key]]
         if changed:
             raise UserError(
@@ -96,7 +96,7 @@ def _check_alike(shards: Sequence[Path], manifests: Sequence[Mapping[str, Any]])
 
 def _check_target(target: Path, recipe: Mapping[str, Any]) -> None:
     file = target / "recipe.json"
-    if file.is_file() and (changed := differences(read_json(file), recipe)):
+    if file.is_file() and (changed := changed_content_keys(read_json(file), recipe)):
         raise UserError(
             f"{public_path(recipe['out'])} holds another recipe's run (it differs in {', '.join(changed)}); choose "
             f"another --out"

@@ -20,7 +20,7 @@ from clair.inference.model import Model
 from clair.inference.open import open_model
 from clair.pipeline.build import build
 from clair.pipeline.config import BuildConfig
-from clair.pipeline.shards import CrashPolicy, Shard, shares_money
+from clair.pipeline.shards import CrashPolicy, Shard, can_share_budget
 from clair.storage.object_store import StorageError
 
 _PATIENCE = 120.0
@@ -82,14 +82,14 @@ class Worker:
             exchange=exchange,
             done=lambda: _numbers(**seen) if seen else {},
             kept=self._models,
-            money=shares_money(order.config),
+            money=can_share_budget(order.config),
         )
         return build(
             order.config,
             shard=order.shard,
             update=order.update,
-            means=means,
-            care=order.care,
+            resources=means,
+            crash_policy=order.care,
             patience=_PATIENCE,
             on_progress=lambda writer, clients: seen.update(writer=writer, clients=clients),
         )

@@ -24,16 +24,16 @@ from clair.inference.budget import prices_of, share_left, table_version
 from clair.inference.client import ModelClient, Tally
 from clair.inference.open import Resources, check_models
 from clair.ledger.ledger import Ledger, Tokens
-from clair.pipeline.config import BuildConfig, differences, public
-from clair.pipeline.output_dir import DYING, Output, check_output, lock_output
-from clair.pipeline.runner import KILLER, Session, session, templates
-from clair.pipeline.shards import CrashPolicy, Shard, sharded
+from clair.pipeline.config import BuildConfig, changed_content_keys, redacted
+from clair.pipeline.output_dir import CURRENT_ROW, Output, check_output, lock_output
+from clair.pipeline.runner import KILLED_WORKER, PipelineRun, load_templates, open_run
+from clair.pipeline.shards import CrashPolicy, Shard, shard_config
 from clair.pipeline.steps import position_bias
 from clair.storage.object_store import account_of, public_path, read_here
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
+class BuildResult:
     """What a build did. `stopped` tells why it ended early; the folder then still holds what it held before.
 
     `out` is on this machine: of a URL, where the copy of it lies.
@@ -54,40 +54,41 @@ def check(config: BuildConfig, shard: Shard | None = None) -> Scan:
     `shard`: the part of the rows that the result counts as `held`.
     """
     check_output(config.out)
-    templates(config)
+    load_templates(config)
     check_models(config.models, config.budget, config.seed)
-    found = scan(config.prompts, config.limit, shard.holds) if shard else scan(config.prompts, config.limit)
-    given = found.compared if config.pipeline == "judged" else found.answered
-    if config.target is None and given < found.unique:
+    prompt_scan = scan(config.prompts, config.limit, shard.contains) if shard else scan(config.prompts, config.limit)
+    prompts = prompt_scan.unique
+    provided = prompt_scan.compared if config.pipeline == "judged" else prompt_scan.answered
+    if config.target is None and provided < prompts:
         column = "answers column" if config.pipeline == "judged" else "answer column"
         raise UserError(
-            f"{found.unique - given} of {found.unique} prompts have no answer and the recipe has no target; "
+            f"{prompts - provided} of {prompts} prompts have no answer and the recipe has no target; "
             f"add target: or an {column}"
         )
-    if config.pipeline == "stronger" and config.stronger is None and found.preferred < found.unique:
+    if config.pipeline == "stronger" and config.stronger is None and prompt_scan.preferred < prompts:
         raise UserError(
-            f"{found.unique - found.preferred} of {found.unique} prompts have no stronger answer and the recipe has no "
+            f"{prompts - prompt_scan.preferred} of {prompts} prompts have no stronger answer and the recipe has no "
             f"stronger model; add stronger:, or fill the column that prompts.columns.stronger names"
         )
-    if config.pipeline == "judged" and config.judge is None and found.scored < found.unique:
+    if config.pipeline == "judged" and config.judge is None and prompt_scan.scored < prompts:
         raise UserError(
-            f"{found.unique - found.scored} of {found.unique} prompts have no scores and the recipe has no judge; add "
+            f"{prompts - prompt_scan.scored} of {prompts} prompts have no scores and the recipe has no judge; add "
             f"judge: or a scores column"
         )
-    return found
+    return prompt_scan
 
 
 def build(
     config: BuildConfig,
     *,
-    found: Scan | None = None,
+    prompt_scan: Scan | None = None,
     update: bool = False,
     on_progress: Progress | None = None,
     shard: Shard | None = None,
-    means: Resources | None = None,
-    care: CrashPolicy | None = None,
+    resources: Resources | None = None,
+    crash_policy: CrashPolicy | None = None,
     patience: float = 0.0,
-) -> Built:
+) -> BuildResult:
     """Build the dataset folder `config.out`, going on from whatever its ledger holds; or one shard of it, beside it.
 
     `found` is what `check` returned, where the caller has looked already. `means`: limits and money that all shards
@@ -95,48 +96,59 @@ def build(
     for a folder that is in use.
     Raises UserError for the user's mistakes (docs/data.md lists them) before any work, and for a refusing endpoint.
     """
-    whole = config
+    recipe = config
     if shard:
-        config = sharded(config, shard, shared=means is not None)
-    found = found or check(config)
+        config = shard_config(config, shard, shared=resources is not None)
+    prompt_scan = prompt_scan or check(config)
     with lock_output(config.out, patience) as output:
         out = output.folder
-        same_recipe(config, out, update=update)
+        check_resumable(config, out, update=update)
         output.upload("recipe.json")
         with output.ledger(config.ledger_path) as ledger:
-            telling = on_progress or (lambda *_: None)
-            built = asyncio.run(_build(config, found, output, ledger, telling, shard, means, care or CrashPolicy()))
+            report_progress = on_progress or (lambda *_: None)
+            built = asyncio.run(
+                _build(
+                    config,
+                    prompt_scan,
+                    output,
+                    ledger,
+                    report_progress,
+                    shard,
+                    resources,
+                    crash_policy or CrashPolicy(),
+                )
+            )
         if built.stopped:
             return built
-        output.remove(DYING)
-        manifest = {**built.manifest, "recipe": recorded(whole)}
+        output.remove(CURRENT_ROW)
+        manifest = {**built.manifest, "recipe": recorded_recipe(recipe)}
         if shard:
-            manifest["shard"] = {"index": shard.index, "of": shard.of}
+            manifest["shard"] = {"index": shard.index, "of": shard.count}
         write_json(out / "manifest.json", manifest)
         write_atomically(out / "README.md", card(manifest))
         output.publish()
-        return Built(out, manifest, built.failed)
+        return BuildResult(out, manifest, built.failed)
 
 
 async def _build(
     config: BuildConfig,
-    found: Scan,
+    prompt_scan: Scan,
     output: Output,
     ledger: Ledger,
     on_progress: Progress,
     shard: Shard | None,
-    means: Resources | None,
-    care: CrashPolicy,
-) -> Built:
+    resources: Resources | None,
+    crash_policy: CrashPolicy,
+) -> BuildResult:
     started = time.monotonic()
     out = output.folder
-    async with session(config, ledger, means=means) as run:
+    async with open_run(config, ledger, resources=resources) as run:
         while True:
             options = {"seed": config.seed, "test_fraction": config.test_fraction}
-            writer = DatasetWriter(out, **options, order=shard is not None, tools=found.tools)
+            writer = DatasetWriter(out, **options, order=shard is not None, tools=prompt_scan.tools)
             finished = False
             try:
-                finished = await _fill(run, found, writer, on_progress, shard, care, output)
+                finished = await _fill(run, prompt_scan, writer, on_progress, shard, crash_policy, output)
             finally:
                 hashes = writer.close(keep=finished)
             if finished or not await run.wait(partial(on_progress, writer, run.clients)):
@@ -144,44 +156,44 @@ async def _build(
     if not finished:
         if run.stop.error:
             raise run.stop.error
-        return Built(out, {}, writer.failed, run.stop.reason)
-    manifest = _manifest(config, found, writer, run, hashes, time.monotonic() - started)
-    return Built(out, manifest, writer.failed)
+        return BuildResult(out, {}, writer.failed, run.stop.reason)
+    manifest = _manifest(config, prompt_scan, writer, run, hashes, time.monotonic() - started)
+    return BuildResult(out, manifest, writer.failed)
 
 
 async def _fill(
-    run: Session,
-    found: Scan,
+    run: PipelineRun,
+    prompt_scan: Scan,
     writer: DatasetWriter,
     on_progress: Progress,
     shard: Shard | None,
-    care: CrashPolicy,
+    crash_policy: CrashPolicy,
     output: Output,
 ) -> bool:
     """Write the outcome of every prompt, in the order of the prompts; whether that came to its end."""
     config, pending = run.config, 0
-    places: deque[int] = deque()
+    indices: deque[int] = deque()
 
-    def ended() -> None:
+    def on_row_done() -> None:
         writer.ahead += 1
         on_progress(writer, run.clients)
 
     def prompts() -> Iterator[tuple[Prompt, str | None]]:
-        for place, (prompt, left_out) in enumerate(each_prompt(config.prompts, config.limit, found)):
+        for index, (prompt, skip_reason) in enumerate(each_prompt(config.prompts, config.limit, prompt_scan)):
             if config.accept and writer.pairs + pending >= config.accept:  # every one that waits may become a pair
                 return
-            if shard is None or shard.holds(prompt.id):
-                places.append(place)
-                if care.note:
-                    (output.folder / DYING).write_text(prompt.id, "utf-8")
-                    output.upload(DYING)
-                yield prompt, KILLER if prompt.id in care.poison_rows else left_out
+            if shard is None or shard.contains(prompt.id):
+                indices.append(index)
+                if crash_policy.log_rows:
+                    (output.folder / CURRENT_ROW).write_text(prompt.id, "utf-8")
+                    output.upload(CURRENT_ROW)
+                yield prompt, KILLED_WORKER if prompt.id in crash_policy.poison_rows else skip_reason
 
     on_progress(writer, run.clients)
-    async with aclosing(run.outcomes(prompts(), one_by_one=care.note, on_end=ended)) as outcomes:
+    async with aclosing(run.outcomes(prompts(), one_by_one=crash_policy.log_rows, on_row_done=on_row_done)) as outcomes:
         async for id, outcome in outcomes:
             writer.ahead -= 1
-            writer.place = places.popleft()
+            writer.place = indices.popleft()
             if isinstance(outcome, Pending):
                 pending += 1
             elif isinstance(outcome, Pair):
@@ -208,35 +220,35 @@ def _begun(config: BuildConfig, out: Path) -> bool:
         return any(sum(tokens) for tokens in ledger.spent(account_of(config.out)).values())
 
 
-def recorded(config: BuildConfig) -> dict[str, Any]:
+def recorded_recipe(config: BuildConfig) -> dict[str, Any]:
     """The recipe as outputs keep it: without secrets, with hashes of the words and files that it names by path."""
-    recipe, words = public(config), templates(config)
+    recipe, templates = redacted(config), load_templates(config)
     if config.reviser:
-        texts = [words[name] for name in ("reviser", "edits") if name in words]
+        texts = [templates[name] for name in ("reviser", "edits") if name in templates]
         recipe["reviser"]["template_sha256"] = content_hash(texts)
     if config.judge:
-        recipe["judge"]["template_sha256"] = content_hash([words["judge"]])
+        recipe["judge"]["template_sha256"] = content_hash([templates["judge"]])
     if config.prompts.not_in:
         with read_here(config.prompts.not_in) as file:
             recipe["prompts"]["not_in_sha256"] = file_sha256(file) if file.is_file() else None
     return recipe
 
 
-def same_recipe(config: BuildConfig, out: Path, *, update: bool) -> None:
+def check_resumable(config: BuildConfig, out: Path, *, update: bool) -> None:
     """The folder remembers its recipe from before the first call. Raises UserError where this is another one."""
-    file, told = out / "recipe.json", public_path(config.out)
-    recipe = recorded(config)
+    file, name = out / "recipe.json", public_path(config.out)
+    recipe = recorded_recipe(config)
     if file.is_file() and not update and _begun(config, out):
-        changed = differences(read_json(file), recipe)
+        changed = changed_content_keys(read_json(file), recipe)
         if changed:
             raise UserError(
-                f"{told} holds the run of another recipe (it differs in {', '.join(changed)}); choose another --out, "
+                f"{name} holds the run of another recipe (it differs in {', '.join(changed)}); choose another --out, "
                 f"or add --update to rebuild it with this one: replies that still fit are reused, only the rest is "
                 f"asked"
             )
         if (out / "manifest.json").is_file() and read_manifest(out).get("review"):
             raise UserError(
-                f"{told} was reviewed (`clair keep`), and building it again would bring the dropped pairs back; choose "
+                f"{name} was reviewed (`clair keep`), and building it again would bring the dropped pairs back; choose "
                 f"another --out, or add --update to do just that"
             )
     write_json(file, recipe)
@@ -244,14 +256,14 @@ def same_recipe(config: BuildConfig, out: Path, *, update: bool) -> None:
 
 def _manifest(
     config: BuildConfig,
-    found: Scan,
+    prompt_scan: Scan,
     writer: DatasetWriter,
-    run: Session,
+    run: PipelineRun,
     hashes: Mapping[str, str],
     seconds: float,
 ) -> dict[str, Any]:
     models, clients = config.models, run.clients
-    position = {"position": position_bias(run.judge.seen)} if run.judge and run.judge.seen else {}
+    position = {"position": position_bias(run.judge.verdicts)} if run.judge and run.judge.verdicts else {}
     return {
         "format": 1,
         "pipeline": config.pipeline,
@@ -259,13 +271,15 @@ def _manifest(
         "drop_reasons": dict(sorted(writer.reasons.items())),
         "failed": writer.failed,
         "contrast": writer.contrast_means(),
-        "models": {role: {"model": a.model.name, "identity": a.model.identity} for role, a in clients.items()},
+        "models": {
+            role: {"model": client.model.name, "identity": client.model.identity} for role, client in clients.items()
+        },
         "sampling": {role: without_secrets(models[role].options(config.seed)) for role in clients},
-        "first_replies": dict(sorted(run.reviser.first.items())) if run.reviser else {},
+        "first_replies": dict(sorted(run.reviser.first_replies.items())) if run.reviser else {},
         **position,
         **_cost(run),
-        "tokens": {role: _told(client.told) for role, client in clients.items()},
-        "prompts_sha256": found.sha256,
+        "tokens": {role: _token_counts(client.told) for role, client in clients.items()},
+        "prompts_sha256": prompt_scan.sha256,
         "files": dict(hashes),
         "seed": config.seed,
         **provenance(),
@@ -273,7 +287,7 @@ def _manifest(
     }
 
 
-def _cost(run: Session) -> dict[str, Any]:
+def _cost(run: PipelineRun) -> dict[str, Any]:
     """Money by role, where prices are known: what the dataset's replies cost, reused ones included."""
     prices, models = prices_of(run.config.models), run.config.models
     cost = {}
@@ -284,12 +298,12 @@ def _cost(run: Session) -> dict[str, Any]:
             cost[role] -= (1 - share_left(batching.discount)) * price.of(tally.batched)
     if not cost:
         return {}
-    told = {"cost": {role: f"{money.normalize():f}" for role, money in cost.items()}}
-    looked_up = any(model.price == "table" for model in models.values())
-    return told | ({"prices_from": table_version()} if looked_up else {})
+    result = {"cost": {role: f"{money.normalize():f}" for role, money in cost.items()}}
+    from_table = any(model.price == "table" for model in models.values())
+    return result | ({"prices_from": table_version()} if from_table else {})
 
 
-def _told(tally: Tally) -> dict[str, int]:
+def _token_counts(tally: Tally) -> dict[str, int]:
     return {
         "prompt": tally.prompt_tokens,
         "completion": tally.completion_tokens,

@@ -85,7 +85,7 @@ def _paths(config: BuildConfig) -> dict[str, str]:
     return {key: path for key, path in paths.items() if path}
 
 
-def public(config: BuildConfig) -> dict[str, Any]:
+def redacted(config: BuildConfig) -> dict[str, Any]:
     """The resolved recipe as it may be written down: without secrets."""
     recipe = resolved(config)
     recipe["out"] = public_path(config.out)
@@ -100,16 +100,16 @@ HASHES = ("template_sha256", "not_in_sha256")
 """Keys that an output's recipe has beside those of the recipe: hashes of the files that it names by their path."""
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def changed_content_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The dotted keys in which two recipes of outputs differ and that decide about the dataset.
 
     A hash that one of them lacks was not noted when it was written, and is no difference.
     """
     keys = changed_keys(content_recipe(old), content_recipe(new))
-    return [key for key in keys if not key.endswith(HASHES) or all(_value_at(one, key) for one in (old, new))]
+    return [key for key in keys if not key.endswith(HASHES) or all(_nested_value(recipe, key) for recipe in (old, new))]
 
 
-def without_hashes(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def without_file_hashes(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe that an output's recipe was made of."""
     return {
         name: {key: inner for key, inner in value.items() if key not in HASHES} if isinstance(value, Mapping) else value
@@ -117,18 +117,18 @@ def without_hashes(recipe: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _value_at(recipe: Mapping[str, Any], key: str) -> Any:
-    part, _, name = key.partition(".")
-    return (recipe.get(part) or {}).get(name)
+def _nested_value(recipe: Mapping[str, Any], key: str) -> Any:
+    section, _, name = key.partition(".")
+    return (recipe.get(section) or {}).get(name)
 
 
 def content_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What of a resolved recipe decides about the dataset: not how fast it is asked, nor where a named model lives."""
-    passing = {"concurrency", "attempts", "out", "ledger", "limit", "accept", "budget"}
-    kept = {k: v for k, v in recipe.items() if k not in passing}
+    excluded = {"concurrency", "attempts", "out", "ledger", "limit", "accept", "budget"}
+    content = {k: v for k, v in recipe.items() if k not in excluded}
     for role in _ROLES:
-        if isinstance(kept.get(role), Mapping):
-            drop = ROLE_PASSING | ({"url"} if kept[role].get("id") else set())
-            kept[role] = {k: v for k, v in kept[role].items() if k not in drop}
-            kept[role]["extra"] = without_secrets(kept[role].get("extra", {}))
-    return kept
+        if isinstance(content.get(role), Mapping):
+            excluded_of_role = ROLE_PASSING | ({"url"} if content[role].get("id") else set())
+            content[role] = {k: v for k, v in content[role].items() if k not in excluded_of_role}
+            content[role]["extra"] = without_secrets(content[role].get("extra", {}))
+    return content

@@ -25,12 +25,12 @@ from clair.inference.budget import Price, most_tokens, prices_of, share_left
 from clair.inference.client import ModelClient
 from clair.inference.config import ModelConfig
 from clair.ledger.ledger import Ledger, Tokens
-from clair.pipeline.build import check, same_recipe
+from clair.pipeline.build import check, check_resumable
 from clair.pipeline.config import BuildConfig
 from clair.pipeline.output_dir import lock_output
-from clair.pipeline.runner import session
+from clair.pipeline.runner import open_run
 
-LEAST_PROBE = 3
+MIN_PROBE = 3
 """Rows that an interval needs."""
 _COMMON = 1000
 """Bytes that every row has beside its own text, about: the words we send, and a little reasoning."""
@@ -47,9 +47,9 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class RoleEstimate:
-    """What one role will come to over all prompts. Without a probe only `most_calls` is known, and the rest None."""
+    """What one role will come to over all prompts. Without a probe only `max_calls` is known, and the rest None."""
 
-    most_calls: int
+    max_calls: int
     prompt: Range | None
     completion: Range | None
     cost: Range | None
@@ -66,26 +66,28 @@ def estimate(
 
     Raises UserError as a build does. With fewer than 3 rows there is no interval, so probe is 0 or at least 3.
     """
-    found = check(config)
-    prompts = each_prompt(config.prompts, config.limit, found)
-    sizes = array("q", (_size(prompt) for prompt, left_out in prompts if left_out is None))
+    prompt_scan = check(config)
+    prompts = each_prompt(config.prompts, config.limit, prompt_scan)
+    sizes = array("q", (_size(prompt) for prompt, skip_reason in prompts if skip_reason is None))
     calls = {role: len(sizes) * _calls_per_row(config, role) for role in config.models}
     if not probe:
         return {role: RoleEstimate(calls[role], None, None, None) for role in config.models}
-    chosen = spread_over(sizes, max(LEAST_PROBE, probe))
-    paid, seconds = _run(config, found, chosen, on_progress)
+    chosen = sample_by_size(sizes, max(MIN_PROBE, probe))
+    paid, seconds = _run(config, prompt_scan, chosen, on_progress)
     prices = {role: _discounted(price, config.models[role]) for role, price in prices_of(config.models).items()}
-    expected = replies(config, found)
+    expected = expected_replies(config, prompt_scan)
     return {
         role: replace(
-            role_estimate(prices.get(role), calls[role], sizes, chosen, paid[role]),
-            time=time_of(model, expected[role], seconds[role], config.concurrency),
+            estimate_role(prices.get(role), calls[role], sizes, chosen, paid[role]),
+            time=time_range(model, expected[role], seconds[role], config.concurrency),
         )
         for role, model in config.models.items()
     }
 
 
-def time_of(model: ModelConfig, calls: int, seconds: Sequence[float], concurrency: int) -> tuple[float, float] | None:
+def time_range(
+    model: ModelConfig, calls: int, seconds: Sequence[float], concurrency: int
+) -> tuple[float, float] | None:
     """Seconds that so many calls will take, from those of a few that were asked at once; None where nobody knows.
 
     The shorter: every reply takes what it took in the probe, with as many in flight as may be. The longer: the server
@@ -93,10 +95,10 @@ def time_of(model: ModelConfig, calls: int, seconds: Sequence[float], concurrenc
     """
     if not seconds or model.batching:
         return None
-    at_once = min(model.batch_size if model.path is not None else concurrency, max(1, calls))
+    in_flight = min(model.batch_size if model.path is not None else concurrency, max(1, calls))
     limited = 60 * calls / model.requests_per_minute if model.requests_per_minute else 0.0
     slow = max(limited, calls * max(seconds) / len(seconds))
-    fast = max(limited, calls * sum(seconds) / len(seconds) / at_once)
+    fast = max(limited, calls * sum(seconds) / len(seconds) / in_flight)
     return min(fast, slow), slow
 
 
@@ -107,14 +109,14 @@ def total_time(roles: Mapping[str, RoleEstimate]) -> tuple[float, float] | None:
 
 
 def _run(
-    config: BuildConfig, found: Scan, chosen: Sequence[int], on_progress: Callable[..., None]
+    config: BuildConfig, prompt_scan: Scan, chosen: Sequence[int], on_progress: Callable[..., None]
 ) -> tuple[dict[str, list[Tokens]], dict[str, list[float]]]:
     """Run the rows at the chosen places, and tell what each cost by role, and how long each of its replies took."""
-    wanted = set(chosen)
-    unique = (p for p, left_out in each_prompt(config.prompts, config.limit, found) if left_out is None)
-    prompts = [prompt for place, prompt in enumerate(unique) if place in wanted]
+    indices = set(chosen)
+    unique = (p for p, skip_reason in each_prompt(config.prompts, config.limit, prompt_scan) if skip_reason is None)
+    prompts = [prompt for index, prompt in enumerate(unique) if index in indices]
     with lock_output(config.out) as output:
-        same_recipe(config, output.folder, update=False)
+        check_resumable(config, output.folder, update=False)
         output.upload("recipe.json")
         with output.ledger(config.ledger_path) as ledger:
             asyncio.run(_ask(config, ledger, prompts, on_progress))
@@ -126,15 +128,15 @@ def _run(
 async def _ask(
     config: BuildConfig, ledger: Ledger, prompts: Sequence[Prompt], on_progress: Callable[..., None]
 ) -> None:
-    async with session(config, ledger, live=True) as run:
-        ended = count()
+    async with open_run(config, ledger, live=True) as run:
+        rows_done = count()
 
-        def on_end() -> None:
-            on_progress(next(ended), run.clients)
+        def on_row_done() -> None:
+            on_progress(next(rows_done), run.clients)
 
-        on_end()
-        async with aclosing(run.outcomes(((p, None) for p in prompts), on_end=on_end)) as outcomes:
-            ended_early = Counter(
+        on_row_done()
+        async with aclosing(run.outcomes(((p, None) for p in prompts), on_row_done=on_row_done)) as outcomes:
+            incomplete = Counter(
                 [
                     f"{outcome.stage}.{outcome.reason}"
                     async for _, outcome in outcomes
@@ -143,22 +145,22 @@ async def _ask(
             )
     if run.stop.error:
         raise run.stop.error
-    if ended_early:
-        why = ", ".join(f"{number} {reason}" for reason, number in ended_early.items())
+    if incomplete:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in incomplete.items())
         tell(
-            f"note: {ended_early.total()} of the probe's {len(prompts)} rows ended before every role had answered "
-            f"({why}); if that is not so of all rows, this is too low"
+            f"note: {incomplete.total()} of the probe's {len(prompts)} rows ended before every role had answered "
+            f"({reasons}); if that is not so of all rows, this is too low"
         )
 
 
-def role_estimate(
+def estimate_role(
     price: Price | None, calls: int, sizes: Sequence[int], chosen: Sequence[int], paid: Sequence[Tokens]
 ) -> RoleEstimate:
     """A role's total over rows of these sizes, from what the chosen ones (places, in any order) cost, at least 3.
 
     `paid` is in the order of the places.
     """
-    x = [sizes[place] for place in sorted(chosen)]
+    x = [sizes[index] for index in sorted(chosen)]
     cost = None
     if price:
         cost = _total(sizes, x, [float(price.of(tokens)) for tokens in paid])
@@ -185,34 +187,34 @@ def _total(sizes: Sequence[int], x: Sequence[float], y: Sequence[float]) -> Rang
     spread = sum(w * (a - mean_x) ** 2 for w, a in zip(weights, x, strict=True))
     joint = sum(w * (a - mean_x) * (b - mean_y) for w, a, b in zip(weights, x, y, strict=True))
     slope = joint / spread if spread else 0.0
-    away = sum(sizes) / n - mean_x
-    value = n * (mean_y + slope * away)
-    left = sum(w * (b - mean_y - slope * (a - mean_x)) ** 2 for w, a, b in zip(weights, x, y, strict=True))
-    of_the_line = n * n * (1 / weight + (away**2 / spread if spread else 0.0))
-    of_the_rows = sum((size + _COMMON) ** 2 for size in sizes)
-    half = t_quantile(0.975, k - 2) * math.sqrt(left / (k - 2) * (of_the_line + of_the_rows))
+    distance = sum(sizes) / n - mean_x
+    value = n * (mean_y + slope * distance)
+    residual = sum(w * (b - mean_y - slope * (a - mean_x)) ** 2 for w, a, b in zip(weights, x, y, strict=True))
+    line_variance = n * n * (1 / weight + (distance**2 / spread if spread else 0.0))
+    row_variance = sum((size + _COMMON) ** 2 for size in sizes)
+    half = t_quantile(0.975, k - 2) * math.sqrt(residual / (k - 2) * (line_variance + row_variance))
     return Range(value, max(0.0, value - half), value + half)
 
 
-def spread_over(sizes: Sequence[int], probe: int) -> list[int]:
+def sample_by_size(sizes: Sequence[int], probe: int) -> list[int]:
     """The places of `probe` rows at even steps through the bytes of all, shortest row first; each row once."""
-    order = sorted(range(len(sizes)), key=lambda place: (sizes[place], place))
+    order = sorted(range(len(sizes)), key=lambda index: (sizes[index], index))
     k = min(probe, len(order))
     step = (sum(sizes) + _COMMON * len(sizes)) / k
     chosen: list[int] = []
     passed = 0
-    for place in order:
-        passed += sizes[place] + _COMMON
+    for index in order:
+        passed += sizes[index] + _COMMON
         if passed >= (len(chosen) + 0.5) * step and len(chosen) < k:
-            chosen.append(place)
+            chosen.append(index)
     # A row as large as several steps was passed once for all of them: the next largest take their places.
-    others = (place for place in reversed(order) if place not in set(chosen))
-    return [*chosen, *islice(others, k - len(chosen))]
+    remaining = (index for index in reversed(order) if index not in set(chosen))
+    return [*chosen, *islice(remaining, k - len(chosen))]
 
 
 def _size(prompt: Prompt) -> int:
-    given = "".join((prompt.answer or "", *prompt.answers))
-    return most_tokens({"messages": prompt.messages}).prompt + len(given.encode("utf-8", "replace"))
+    answers = "".join((prompt.answer or "", *prompt.answers))
+    return most_tokens({"messages": prompt.messages}).prompt + len(answers.encode("utf-8", "replace"))
 
 
 def _calls_per_row(config: BuildConfig, role: str) -> int:
@@ -235,13 +237,15 @@ def _replies_per_row(config: BuildConfig, role: str) -> int:
     return 1
 
 
-def replies(config: BuildConfig, found: Scan) -> dict[str, int]:
+def expected_replies(config: BuildConfig, prompt_scan: Scan) -> dict[str, int]:
     """Replies by role that a build of what `found` holds comes to, about: each can be read, and no row is dropped."""
-    given = found.compared if config.pipeline == "judged" else found.answered
-    rows = found.held * found.unique / max(1, found.rows)
-    ready = {"target": given, "stronger": found.preferred}
-    asked = {role: rows * (1 - count / max(1, found.unique)) for role, count in ready.items()}
-    return {role: math.ceil(asked.get(role, rows) * _replies_per_row(config, role)) for role in config.models}
+    provided = prompt_scan.compared if config.pipeline == "judged" else prompt_scan.answered
+    rows = prompt_scan.held * prompt_scan.unique / max(1, prompt_scan.rows)
+    provided_by_role = {"target": provided, "stronger": prompt_scan.preferred}
+    rows_to_request = {
+        role: rows * (1 - count / max(1, prompt_scan.unique)) for role, count in provided_by_role.items()
+    }
+    return {role: math.ceil(rows_to_request.get(role, rows) * _replies_per_row(config, role)) for role in config.models}
 
 
 def total_cost(roles: Mapping[str, RoleEstimate]) -> Range | None:

@@ -12,7 +12,7 @@ from clair.core.files import write_atomically
 from clair.core.recipe import resolve
 from clair.data.dataset import SPLITS, read_manifest, read_rows
 from clair.data.prompt_sources import each_prompt
-from clair.pipeline.config import BuildConfig, without_hashes
+from clair.pipeline.config import BuildConfig, without_file_hashes
 
 Form = Literal["preference", "unpaired", "text"]
 FORMS: tuple[Form, ...] = ("preference", "unpaired", "text")
@@ -20,7 +20,7 @@ PUSHED = ("README.md", "manifest.json", "dropped.jsonl", "data/*.parquet")
 """What `clair push` sends. The ledger stays: it holds raw replies."""
 
 
-def rows_as(form: Form, folder: str | Path, split: str) -> Iterator[dict[str, Any]]:
+def convert_rows(form: Form, folder: str | Path, split: str) -> Iterator[dict[str, Any]]:
     """The pairs of a split in a form that other trainers read.
 
     preference  prompt, chosen, rejected as message lists (TRL's explicit prompt)
@@ -45,7 +45,7 @@ def rows_as(form: Form, folder: str | Path, split: str) -> Iterator[dict[str, An
 
 def export(form: Form, folder: str | Path, split: str, out: str | Path) -> int:
     """Write a split as JSONL to `out`, atomically. Returns how many rows."""
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows_as(form, folder, split)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in convert_rows(form, folder, split)]
     write_atomically(out, "".join(line + "\n" for line in lines))
     return len(lines)
 
@@ -87,32 +87,34 @@ def next_round(folder: str | Path, model: str, out: str | Path) -> tuple[Path, i
     yet, because of `limit` or `accept`. Prompts whose answer the reviser left as it was are done with. Ready answers
     are another model's, and left out. Returns the recipe's path and how many prompts of each kind there are.
     """
-    manifest, target = read_manifest(folder), Path(out)
-    recipe = target.with_name(f"{target.name}.yaml")
-    prompts = target.with_name(f"{target.name}-prompts.jsonl")
+    manifest, new_folder = read_manifest(folder), Path(out)
+    recipe = new_folder.with_name(f"{new_folder.name}.yaml")
+    prompts = new_folder.with_name(f"{new_folder.name}-prompts.jsonl")
     for file in (recipe, prompts):
         if file.exists():
             raise UserError(f"{file} exists already; choose another --out")
-    config = resolve(BuildConfig, without_hashes(manifest["recipe"]), source=f"{folder}/manifest.json")
-    again = [_prompt_row(row["id"], row["prompt"], row.get("tools")) for row in read_rows(folder, SPLITS)]
-    seen = {row["id"] for row in again} | _dropped(folder)
+    config = resolve(BuildConfig, without_file_hashes(manifest["recipe"]), source=f"{folder}/manifest.json")
+    repeated = [_prompt_row(row["id"], row["prompt"], row.get("tools")) for row in read_rows(folder, SPLITS)]
+    known_ids = {row["id"] for row in repeated} | _dropped(folder)
     everything = (prompt for prompt, left_out in each_prompt(config.prompts) if left_out is None)
-    fresh = [_prompt_row(p.id, list(p.messages), p.tools) for p in everything if p.id not in seen]
-    old = config.target
-    sampling = {"temperature": old.temperature, "max_tokens": old.max_tokens} if old else {}
+    unseen = [_prompt_row(p.id, list(p.messages), p.tools) for p in everything if p.id not in known_ids]
+    target_config = config.target
+    sampling = (
+        {"temperature": target_config.temperature, "max_tokens": target_config.max_tokens} if target_config else {}
+    )
     changed = {"limit", "accept", "prompts", "target", "out"}
     values: Mapping[str, Any] = {
         **config.model_dump(mode="json", exclude_defaults=True, exclude=changed),
         "prompts": {"path": str(prompts)},
         "target": {"path": model, **sampling},
-        "out": str(target),
+        "out": str(new_folder),
     }
     resolve(BuildConfig, values)
     import yaml
 
-    write_atomically(prompts, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in again + fresh))
+    write_atomically(prompts, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in repeated + unseen))
     write_atomically(recipe, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
-    return recipe, len(again), len(fresh)
+    return recipe, len(repeated), len(unseen)
 
 
 def _prompt_row(id: str, messages: Any, tools: Any) -> dict[str, Any]:

@@ -58,10 +58,10 @@ _ASKS_FOR_CORRECTION = re.compile(
 
 def allusion(pair: Pair) -> str | None:
     """The winner alludes to the correction ("in this corrected solution ..."), and the task did not ask for one."""
-    found = _ALLUSION.search(pair.chosen)
-    if not found or _ALLUSION.search(pair.rejected) or _asked(pair, _ASKS_FOR_CORRECTION):
+    match = _ALLUSION.search(pair.chosen)
+    if not match or _ALLUSION.search(pair.rejected) or _prompt_matches(pair, _ASKS_FOR_CORRECTION):
         return None
-    return pair.chosen[max(0, found.start() - 40) : found.end() + 40]
+    return pair.chosen[max(0, match.start() - 40) : match.end() + 40]
 
 
 _COMMENT = re.compile(
@@ -74,16 +74,18 @@ _COMMENT = re.compile(
 
 def comment(pair: Pair) -> str | None:
     """The winner talks about the task or the editing, where the loser just answered."""
-    found = _COMMENT.search(pair.chosen)
-    return found.group() if found and not _COMMENT.search(pair.rejected) else None
+    match = _COMMENT.search(pair.chosen)
+    return match.group() if match and not _COMMENT.search(pair.rejected) else None
 
 
 def fence(pair: Pair) -> str | None:
     """The loser has code in fences and the winner has none, or leaves one open: the form of the answer was lost."""
-    opened, kept = (len(re.findall(r"^[ \t]*(?:```|~~~)", text, re.MULTILINE)) for text in (pair.rejected, pair.chosen))
-    if opened >= 2 and kept == 0:
+    rejected_fences, chosen_fences = (
+        len(re.findall(r"^[ \t]*(?:```|~~~)", text, re.MULTILINE)) for text in (pair.rejected, pair.chosen)
+    )
+    if rejected_fences >= 2 and chosen_fences == 0:
         return "the code fences of the rejected answer are gone"
-    return "a code fence is left open" if kept % 2 and not opened % 2 else None
+    return "a code fence is left open" if chosen_fences % 2 and not rejected_fences % 2 else None
 
 
 def language(pair: Pair) -> str | None:
@@ -124,11 +126,11 @@ def gap(pair: Pair, above: float = 0.0) -> str | None:
     """
     if pair.scores is None:
         return "the pair has no scores"
-    apart = pair.scores[0] - pair.scores[1]
-    return None if apart > above else f"score gap {apart:g}"
+    difference = pair.scores[0] - pair.scores[1]
+    return None if difference > above else f"score gap {difference:g}"
 
 
-def _asked(pair: Pair, pattern: re.Pattern[str]) -> bool:
+def _prompt_matches(pair: Pair, pattern: re.Pattern[str]) -> bool:
     return any(pattern.search(message_text(message)) for message in pair.messages)
 
 
@@ -153,7 +155,7 @@ FILTERS: dict[str, Callable[..., str | None]] = {f.__name__: f for f in _FILTERS
 OFF = frozenset({"kept", "gap"})
 """Filters that a recipe must turn on. Real minimal revisions keep as little as a tenth of the words, so a kept-words
 band is a choice about the data, not a matter of soundness; and only scored pairs have a gap."""
-OF_REVISIONS = frozenset({"length"})
+REVISIONS_ONLY = frozenset({"length"})
 """Filters that a recipe must turn on where the winner is no revision of the loser: a right answer of ten words to a
 wrong one of a hundred is what such pairs are for."""
 
@@ -163,32 +165,34 @@ def make_filters(settings: Mapping[str, bool | Mapping[str, Any]], *, revisions:
 
     `revisions`: the winner is made from the loser, by as few changes as it takes.
     """
-    off = OFF if revisions else OFF | OF_REVISIONS
+    off = OFF if revisions else OFF | REVISIONS_ONLY
     for name in settings:
         if name not in FILTERS:
             raise UserError(f"unknown filter {name!r}{near_miss(name, FILTERS)}; allowed: {', '.join(FILTERS)}")
     return [
-        (name, _with_options(name, settings.get(name, name not in off)))
+        (name, _bind_options(name, settings.get(name, name not in off)))
         for name in FILTERS
         if settings.get(name, name not in off) is not False
     ]
 
 
-def _with_options(name: str, options: bool | Mapping[str, Any]) -> Callable[[Pair], str | None]:
+def _bind_options(name: str, options: bool | Mapping[str, Any]) -> Callable[[Pair], str | None]:
     if options is True:
         return FILTERS[name]
     assert isinstance(options, Mapping)
-    known = list(inspect.signature(FILTERS[name]).parameters)[1:]
+    allowed_options = list(inspect.signature(FILTERS[name]).parameters)[1:]
     for option, value in options.items():
-        if option not in known:
-            allowed = ", ".join(known) or "none: it is turned on and off with true and false"
-            raise UserError(f"filter {name}: unknown option {option!r}{near_miss(option, known)}; allowed: {allowed}")
+        if option not in allowed_options:
+            allowed = ", ".join(allowed_options) or "none: it is turned on and off with true and false"
+            raise UserError(
+                f"filter {name}: unknown option {option!r}{near_miss(option, allowed_options)}; allowed: {allowed}"
+            )
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"filter {name}: {option} is {value!r}, not a number")
     return partial(FILTERS[name], **options)
 
 
-def first_reason(pair: Pair, filters: Filters) -> tuple[str, str] | None:
+def first_drop_reason(pair: Pair, filters: Filters) -> tuple[str, str] | None:
     """The name of the first filter that drops the pair, with its detail; None to keep it."""
     for name, function in filters:
         detail = function(pair)

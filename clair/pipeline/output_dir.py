@@ -18,9 +18,9 @@ from clair.ledger.replication import LedgerReplica
 from clair.storage.object_store import InUse, Store, folder_of, is_url
 from clair.storage.url_lock import UrlLock, held
 
-MARKS = ("recipe.json", "manifest.json")
+DATASET_FILES = ("recipe.json", "manifest.json")
 """What a dataset folder is known by."""
-DYING = ".row"
+CURRENT_ROW = ".row"
 """The row that a shard was at, where it kept killing its process."""
 LOCK = ".lock"
 """The file that the process which holds a folder has locked, and written its number into."""
@@ -33,18 +33,18 @@ class Output:
 
     folder: Path
     store: Store | None = None
-    hold: UrlLock | None = None
+    url_lock: UrlLock | None = None
 
     def ledger(self, path: Path, *, send_all: bool = False) -> Ledger:
         """The ledger at `path`; that of an object store's copy writes everything there too."""
-        if self.store is None or self.hold is None:
+        if self.store is None or self.url_lock is None:
             return Ledger(path)
-        return Ledger(path, LedgerReplica(self.store, self.hold.check), send_all=send_all)
+        return Ledger(path, LedgerReplica(self.store, self.url_lock.check), send_all=send_all)
 
     def upload(self, name: str) -> None:
         """Put a file of the folder into the store, where there is one."""
-        if self.store and self.hold:
-            self.hold.check()
+        if self.store and self.url_lock:
+            self.url_lock.check()
             self.store.upload(name, self.folder / name)
 
     def remove(self, name: str) -> None:
@@ -61,8 +61,8 @@ class Output:
             return
         files = [file for file in self.folder.rglob("*") if file.is_file()]
         names = [str(file.relative_to(self.folder)) for file in files]
-        wanted = [name for name in names if not name.startswith((".", _LEDGER, "data/."))]
-        for name in sorted(wanted, key=lambda name: (name == "manifest.json", name.startswith("data/"), name)):
+        names_to_upload = [name for name in names if not name.startswith((".", _LEDGER, "data/."))]
+        for name in sorted(names_to_upload, key=lambda name: (name == "manifest.json", name.startswith("data/"), name)):
             self.upload(name)
 
     def fetch(self, hashes: Mapping[str, str]) -> None:
@@ -82,15 +82,15 @@ def lock_output(out: str | Path, patience: float = 0.0) -> Iterator[Output]:
     """
     folder = folder_of(out)
     with ExitStack() as stack:
-        stack.enter_context(_locked_here(folder, str(out), patience))
+        stack.enter_context(_lock_folder(folder, str(out), patience))
         if not is_url(str(out)):
             yield Output(folder)
             return
         store = Store(str(out))
         output = Output(folder, store, stack.enter_context(held(store, folder, patience)))
-        there = store.names()
-        for name in (*MARKS, DYING):
-            if name in there:
+        names = store.names()
+        for name in (*DATASET_FILES, CURRENT_ROW):
+            if name in names:
                 store.fetch(name, folder / name)
             else:
                 (folder / name).unlink(missing_ok=True)
@@ -99,29 +99,29 @@ def lock_output(out: str | Path, patience: float = 0.0) -> Iterator[Output]:
 
 
 @contextmanager
-def _locked_here(folder: Path, told: str, patience: float) -> Iterator[None]:
+def _lock_folder(folder: Path, name: str, patience: float) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+", encoding="ascii") as file:
-        if not _flocked(file, patience):
+        if not _flock(file, patience):
             file.seek(0)
             owner = file.read().strip() or "unknown"
-            raise InUse(f"{told} is in use by process {owner}; wait for it, or choose another --out")
+            raise InUse(f"{name} is in use by process {owner}; wait for it, or choose another --out")
         if not os.fstat(file.fileno()).st_nlink:  # taken away by the process that had it locked
-            raise InUse(f"{told} was let go by another process just now; run the same command again")
+            raise InUse(f"{name} was let go by another process just now; run the same command again")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
 
 
-def _flocked(file: TextIO, patience: float) -> bool:
-    give_up = time.monotonic() + patience
+def _flock(file: TextIO, patience: float) -> bool:
+    deadline = time.monotonic() + patience
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            if time.monotonic() >= give_up:
+            if time.monotonic() >= deadline:
                 return False
         time.sleep(0.1)
 
@@ -130,13 +130,13 @@ def check_output(out: str | Path) -> None:
     """Raises UserError where `out` is neither empty nor a dataset's, or is a URL that cannot be looked at."""
     if is_url(str(out)):
         store = Store(str(out))
-        names, told = store.names(), store.name
+        names, name = store.names(), store.name
     else:
-        path, told = Path(out), str(out)
+        path, name = Path(out), str(out)
         if path.exists() and not path.is_dir():
             raise UserError(f"out {out} is a file, not a folder; choose another --out")
         names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
-    own = (LOCK, _LEDGER, "ledger/", "hold/")
-    strange = sorted(name for name in names if not name.startswith(own))
-    if strange and not set(MARKS) & set(names):
-        raise UserError(f"{told} is no dataset folder and not empty (it holds {strange[0]}); choose another --out")
+    known_names = (LOCK, _LEDGER, "ledger/", "hold/")
+    unknown = sorted(name for name in names if not name.startswith(known_names))
+    if unknown and not set(DATASET_FILES) & set(names):
+        raise UserError(f"{name} is no dataset folder and not empty (it holds {unknown[0]}); choose another --out")

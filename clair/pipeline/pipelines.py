@@ -10,7 +10,17 @@ from clair.data.records import Answer, Dropped, Judgement, Pair, Prompt, message
 from clair.inference.client import ModelClient
 from clair.inference.model import visible
 from clair.pipeline.filters import Filters
-from clair.pipeline.steps import Judge, Reviser, answer_of, best_and_worst, generate, judge_pair, keep, revise, together
+from clair.pipeline.steps import (
+    Judge,
+    Reviser,
+    answer_of,
+    apply_filters,
+    best_and_worst_index,
+    gather_all,
+    generate,
+    judge_pair,
+    revise,
+)
 
 
 async def revised(prompt: Prompt, *, target: ModelClient | None, reviser: Reviser, filters: Filters) -> Pair:
@@ -22,7 +32,7 @@ async def revised(prompt: Prompt, *, target: ModelClient | None, reviser: Revise
     models = {"rejected": _author(prompt, target), "chosen": reviser.client.model.name}
     labels = {"source": "revised", **prompt.labels}
     revised = Answer(revision.answer, answer.tool_calls)
-    return keep(_pair(prompt, revised, answer, models, labels, revision.reasoning), filters)
+    return apply_filters(_pair(prompt, revised, answer, models, labels, revision.reasoning), filters)
 
 
 async def stronger(
@@ -32,11 +42,11 @@ async def stronger(
 
     Either is the ready one where the row has it.
     """
-    answer, better = await together(generate(prompt, target), _better(prompt, stronger))
+    answer, better = await gather_all(generate(prompt, target), _better(prompt, stronger))
     by = stronger.model.name if stronger and prompt.stronger is None else "prompt file"
     models = {"rejected": _author(prompt, target), "chosen": by}
     labels = {"source": "stronger", **prompt.labels}
-    return keep(_pair(prompt, better, answer, models, labels), filters)
+    return apply_filters(_pair(prompt, better, answer, models, labels), filters)
 
 
 async def _better(prompt: Prompt, stronger: ModelClient | None) -> Answer:
@@ -56,14 +66,14 @@ async def judged(
     are compared once; of more, each with each, and the most and the fewest wins decide.
     """
     author = "prompt file" if prompt.answers else _author(prompt, target)
-    answers = [Answer(visible(text)) for text in prompt.answers] or await together(
+    answers = [Answer(visible(text)) for text in prompt.answers] or await gather_all(
         *(generate(prompt, target, sample) for sample in range(samples))
     )
     models, labels = {"rejected": author, "chosen": author}, {"source": "judged", **prompt.labels}
     if prompt.scores and (judge is None or not any(map(math.isnan, prompt.scores))):
-        best, worst = best_and_worst(prompt.scores)
+        best, worst = best_and_worst_index(prompt.scores)
         scores = (prompt.scores[best], prompt.scores[worst])
-        return keep(_pair(prompt, answers[best], answers[worst], models, labels, scores=scores), filters)
+        return apply_filters(_pair(prompt, answers[best], answers[worst], models, labels, scores=scores), filters)
     first: dict[str, Answer] = {}
     for answer in answers:
         first.setdefault(_shown(answer), answer)
@@ -75,18 +85,18 @@ async def judged(
     wins = [0.0] * len(distinct)
     reasoning = ""
     matches = list(combinations(range(len(distinct)), 2))
-    judgements = await together(
+    judgements = await gather_all(
         *(_match(prompt, shown[i], shown[j], judge, draw=len(distinct) > 2) for i, j in matches)
     )
     for match, judgement in zip(matches, judgements, strict=True):
         if judgement is None:
-            for place in match:
-                wins[place] += 0.5
+            for index in match:
+                wins[index] += 0.5
         else:
             wins[match[judgement.better - 1]] += 1
             reasoning = judgement.reasoning
-    best, worst = best_and_worst(wins)
-    return keep(_pair(prompt, distinct[best], distinct[worst], models, labels, reasoning), filters)
+    best, worst = best_and_worst_index(wins)
+    return apply_filters(_pair(prompt, distinct[best], distinct[worst], models, labels, reasoning), filters)
 
 
 def _shown(answer: Answer) -> str:

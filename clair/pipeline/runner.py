@@ -28,15 +28,15 @@ from clair.pipeline.steps import Judge, Reviser
 from clair.prompting.parse import IDENTIFIERS, asks_for
 from clair.prompting.templates import JUDGE_NEEDS, REVISER_NEEDS, load_template
 
-_AHEAD_PER_PLACE = 16
-_AHEAD_AT_LEAST = 256
-KILLER = "killed_worker"
+_BEGUN_PER_REQUEST = 16
+_MIN_BEGUN = 256
+KILLED_WORKER = "killed_worker"
 """Why a row is left out whose process died of it before."""
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
-    """An assembled pipeline, the clients of its roles, and its counters of verdicts and first replies, if any."""
+class PipelineRun:
+    """One run of a pipeline: its clients by role, its stop signal, and the function that makes a pair of a prompt."""
 
     config: BuildConfig
     clients: Mapping[str, ModelClient]
@@ -50,38 +50,38 @@ class Session:
         prompts: Iterable[tuple[Prompt, str | None]],
         *,
         one_by_one: bool = False,
-        on_end: Callable[[], None] = lambda: None,
+        on_row_done: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[tuple[str, Pair | Dropped | Pending]]:
         """(prompt id, pair or reason) of each prompt, in the order of the prompts; ends early where the run stops.
 
         Pending in the place of an outcome that needs a reply which comes with a batch: see `wait`. `on_end` is called
         where a row comes to its end, which may be long before its turn.
         """
-        ahead = _AHEAD_AT_LEAST + _AHEAD_PER_PLACE * self.config.concurrency
+        max_begun = _MIN_BEGUN + _BEGUN_PER_REQUEST * self.config.concurrency
         if self.config.accept:  # what is begun beyond the last pair wanted is paid for and not used: begin little
-            ahead = 2 * self.config.concurrency
-        ahead = 1 if one_by_one else ahead
+            max_begun = 2 * self.config.concurrency
+        max_begun = 1 if one_by_one else max_begun
 
         async def row(item: tuple[Prompt, str | None]) -> tuple[str, Pair | Dropped | Pending | Stopped]:
             outcome = await self._row(item)
             if not isinstance(outcome[1], Stopped):
-                on_end()
+                on_row_done()
             return outcome
 
-        async with aclosing(map_ordered(row, prompts, ahead, self.stop.happened, self._drain)) as results:
+        async with aclosing(map_ordered(row, prompts, max_begun, self.stop.happened, self._drain)) as results:
             async for id, outcome in results:
                 if isinstance(outcome, Stopped):
                     return
                 yield id, outcome
 
     async def _row(self, item: tuple[Prompt, str | None]) -> tuple[str, Pair | Dropped | Pending | Stopped]:
-        prompt, left_out = item
-        if left_out == KILLER:
+        prompt, skip_reason = item
+        if skip_reason == KILLED_WORKER:
             return prompt.id, Dropped(
-                "prompts", KILLER, "the process that built this row died of it, twice", failed=True
+                "prompts", KILLED_WORKER, "the process that built this row died of it, twice", failed=True
             )
-        if left_out:
-            return prompt.id, Dropped("prompts", left_out, _LEFT_OUT[left_out])
+        if skip_reason:
+            return prompt.id, Dropped("prompts", skip_reason, _SKIP_REASONS[skip_reason])
         try:
             return prompt.id, await self.run(prompt)
         except (Dropped, Pending, Stopped) as outcome:
@@ -111,7 +111,7 @@ class Session:
         for client in self.clients.values():
             client.next_pass()
         if self.reviser:
-            self.reviser.first.clear()
+            self.reviser.first_replies.clear()
         return True
 
     async def _drain(self) -> None:
@@ -120,20 +120,20 @@ class Session:
 
 
 @asynccontextmanager
-async def session(
-    config: BuildConfig, ledger: Ledger, *, live: bool = False, means: Resources | None = None
-) -> AsyncIterator[Session]:
+async def open_run(
+    config: BuildConfig, ledger: Ledger, *, live: bool = False, resources: Resources | None = None
+) -> AsyncIterator[PipelineRun]:
     """Open the recipe's models for one run; Ctrl-C inside it stops the sending and keeps what is in flight.
 
     `live`: nothing goes into batches, whatever the recipe says.
     """
-    stop, means = Stop(), means or Resources()
-    clients = open_clients(config, ledger, stop, live=live, means=means)
+    stop, resources = Stop(), resources or Resources()
+    clients = open_clients(config, ledger, stop, live=live, means=resources)
     batches = [client.batch for client in clients.values() if client.batch]
     try:
         with ctrl_c(stop, clients):
-            async with means.held(stop):
-                yield _assembled(config, clients, stop)
+            async with resources.held(stop):
+                yield _assemble(config, clients, stop)
             for batch in batches:
                 await batch.close()
     finally:
@@ -143,38 +143,46 @@ async def session(
             await client.model.close()
 
 
-def _assembled(config: BuildConfig, clients: Mapping[str, ModelClient], stop: Stop) -> Session:
-    words, target = templates(config), clients.get("target")
+def _assemble(config: BuildConfig, clients: Mapping[str, ModelClient], stop: Stop) -> PipelineRun:
+    templates, target = load_templates(config), clients.get("target")
     filters = make_filters(config.filters, revisions=config.pipeline == "revised")
-    made = partial(Session, config, clients, stop)
+    make_run = partial(PipelineRun, config, clients, stop)
     if config.reviser:
-        own = config.reviser
-        reviser = Reviser(clients["reviser"], words["reviser"], words.get("edits"), own.system, own.ask_again)
-        return made(partial(revised, target=target, reviser=reviser, filters=filters), reviser=reviser)
+        reviser_config = config.reviser
+        reviser = Reviser(
+            clients["reviser"],
+            templates["reviser"],
+            templates.get("edits"),
+            reviser_config.system,
+            reviser_config.ask_again,
+        )
+        return make_run(partial(revised, target=target, reviser=reviser, filters=filters), reviser=reviser)
     if config.pipeline == "stronger":
-        return made(partial(stronger, target=target, stronger=clients.get("stronger"), filters=filters))
+        return make_run(partial(stronger, target=target, stronger=clients.get("stronger"), filters=filters))
     judge = None
     if config.judge:
-        judge = Judge(clients["judge"], words["judge"], config.judge.order, config.judge.system, config.judge.ask_again)
-    return made(partial(judged, target=target, judge=judge, samples=config.samples, filters=filters), judge)
+        judge = Judge(
+            clients["judge"], templates["judge"], config.judge.order, config.judge.system, config.judge.ask_again
+        )
+    return make_run(partial(judged, target=target, judge=judge, samples=config.samples, filters=filters), judge)
 
 
-def templates(config: BuildConfig) -> dict[str, str]:
+def load_templates(config: BuildConfig) -> dict[str, str]:
     """The words for each role that has any: the recipe's own file or the built-in ones."""
-    words = {}
+    templates = {}
     if config.reviser:
-        own, edits = config.reviser.template, config.reviser.mode == "edits"
-        words["reviser"] = load_template(None if edits else own, "reviser.j2", REVISER_NEEDS)
+        path, edits = config.reviser.template, config.reviser.mode == "edits"
+        templates["reviser"] = load_template(None if edits else path, "reviser.j2", REVISER_NEEDS)
         if edits:
-            words["edits"] = load_template(own, "reviser_edits.j2", REVISER_NEEDS)
+            templates["edits"] = load_template(path, "reviser_edits.j2", REVISER_NEEDS)
     if config.judge:
-        words["judge"] = load_template(config.judge.template, "judge.j2", JUDGE_NEEDS)
-    return words
+        templates["judge"] = load_template(config.judge.template, "judge.j2", JUDGE_NEEDS)
+    return templates
 
 
-def template_notes(config: BuildConfig) -> list[str]:
+def template_warnings(config: BuildConfig) -> list[str]:
     """What is amiss with templates of the user's own: they never ask for the part that is read from each reply."""
-    notes = []
+    warnings = []
     kinds = {
         "reviser": "edits" if config.reviser and config.reviser.mode == "edits" else "solution",
         "judge": "verdict",
@@ -184,14 +192,14 @@ def template_notes(config: BuildConfig) -> list[str]:
         if model is None or model.template is None:
             continue
         if not asks_for(kind, Path(model.template).read_text("utf-8") + (model.system or "")):
-            notes.append(
+            warnings.append(
                 f"{role}.template {model.template} never names {IDENTIFIERS[kind]}, under which the part that is used "
                 f"is looked for; replies without it are dropped (docs/data.md#words-of-your-own)"
             )
-    return notes
+    return warnings
 
 
-_LEFT_OUT = {
+_SKIP_REASONS = {
     "duplicate": "the same prompt came before",
     "near_duplicate": "nearly the same prompt came before",
     "in_benchmark": "the benchmark of prompts.not_in asks this",

@@ -18,27 +18,27 @@ class Shard:
     """The `index`-th (from 1) of `of` shards."""
 
     index: int
-    of: int
+    count: int
 
     @property
     def name(self) -> str:
         """The folder of the shard inside the folder of shards."""
-        return f"{self.index}-of-{self.of}"
+        return f"{self.index}-of-{self.count}"
 
-    def holds(self, id: str) -> bool:
+    def contains(self, id: str) -> bool:
         """Whether the row of this id belongs to the shard: by hash, so that no shard needs to know of another."""
-        return int(content_hash(["shard", id])[:13], 16) % self.of == self.index - 1
+        return int(content_hash(["shard", id])[:13], 16) % self.count == self.index - 1
 
 
-def read_shard(text: str) -> Shard:
+def parse_shard(text: str) -> Shard:
     """The shard that `2/4` or the folder name `2-of-4` names. Raises UserError."""
-    found = re.fullmatch(r"(\d{1,6})(?:/|-of-)(\d{1,6})", text)
-    if found and 1 <= int(found[1]) <= int(found[2]):
-        return Shard(int(found[1]), int(found[2]))
+    match = re.fullmatch(r"(\d{1,6})(?:/|-of-)(\d{1,6})", text)
+    if match and 1 <= int(match[1]) <= int(match[2]):
+        return Shard(int(match[1]), int(match[2]))
     raise UserError(f"--shard {text}: give the shard and their number, from --shard 1/4 to --shard 4/4")
 
 
-def shards_out(out: str | Path) -> str:
+def shards_location(out: str | Path) -> str:
     """Where the shards of a build go: a folder or a URL."""
     return f"{str(out).rstrip('/')}-shards" if is_url(str(out)) else f"{Path(out)}-shards"
 
@@ -47,20 +47,20 @@ def list_shards(folder: str) -> tuple[set[Shard], set[Shard]]:
     """The shards that are in a folder or at a URL, and those of them that are finished."""
     if is_url(folder):
         names = [name.split("/") for name in Store(folder).names()]
-        there = {parts[0] for parts in names if len(parts) > 1}
+        shard_names = {parts[0] for parts in names if len(parts) > 1}
         finished = {parts[0] for parts in names if parts[1:] == ["manifest.json"]}
     else:
         entries = [entry for entry in Path(folder).iterdir() if entry.is_dir()] if Path(folder).is_dir() else []
-        there = {entry.name for entry in entries}
+        shard_names = {entry.name for entry in entries}
         finished = {entry.name for entry in entries if (entry / "manifest.json").is_file()}
-    shards = {read_shard(name) for name in there if "-of-" in name}
+    shards = {parse_shard(name) for name in shard_names if "-of-" in name}
     return shards, {shard for shard in shards if shard.name in finished}
 
 
-def sharded(config: BuildConfig, shard: Shard, *, shared: bool = False) -> BuildConfig:
+def shard_config(config: BuildConfig, shard: Shard, *, shared: bool = False) -> BuildConfig:
     """The recipe of one shard: a folder of its own, and its part of the budget and of the rates.
 
-    `shared`: no part, since the shards of the job share them; of the budget only where they can (`shares_money`).
+    `shared`: no part, since the shards of the job share them; of the budget only where they can (`can_share_budget`).
     Raises UserError for `accept`, which counts pairs in the order of all prompts: no shard sees that order.
     """
     if config.accept:
@@ -68,19 +68,19 @@ def sharded(config: BuildConfig, shard: Shard, *, shared: bool = False) -> Build
             f"accept: {config.accept} takes the first pairs in the order of all prompts, which no shard sees; remove "
             f"it, or build without shards"
         )
-    changes: dict[str, Any] = {"out": joined(shards_out(config.out), shard.name)}
-    if config.budget and not (shared and shares_money(config)):
+    changes: dict[str, Any] = {"out": joined(shards_location(config.out), shard.name)}
+    if config.budget and not (shared and can_share_budget(config)):
         money, tokens = config.budget.money, config.budget.tokens
-        part = {"money": money and money / shard.of, "tokens": tokens and tokens // shard.of}
-        changes["budget"] = config.budget.model_copy(update=part)
+        budget_share = {"money": money and money / shard.count, "tokens": tokens and tokens // shard.count}
+        changes["budget"] = config.budget.model_copy(update=budget_share)
     for role, model in () if shared else config.models.items():
         rates = {key: getattr(model, key) for key in ("requests_per_minute", "tokens_per_minute")}
-        parts = {key: max(1, rate // shard.of) for key, rate in rates.items() if rate}
-        changes[role] = model.model_copy(update=parts)
+        rate_shares = {key: max(1, rate // shard.count) for key, rate in rates.items() if rate}
+        changes[role] = model.model_copy(update=rate_shares)
     return config.model_copy(update=changes)
 
 
-def shares_money(config: BuildConfig) -> bool:
+def can_share_budget(config: BuildConfig) -> bool:
     """Whether shards that run together can share the budget: not with batches, which set money aside for days."""
     return not any(model.batching for model in config.models.values())
 
@@ -91,5 +91,5 @@ class CrashPolicy:
 
     poison_rows: frozenset[str] = frozenset()
     """Ids of rows that are left out, and counted as failed."""
-    note: bool = False
-    """Build row by row, and write the id of each where it builds (`DYING`) before it is begun."""
+    log_rows: bool = False
+    """Build row by row, and write the id of each where it builds (`CURRENT_ROW`) before it is begun."""

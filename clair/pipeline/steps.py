@@ -21,7 +21,7 @@ from clair.data.records import Answer, Dropped, Judgement, Message, Pair, Prompt
 from clair.inference.batch_service import Pending
 from clair.inference.client import ModelClient
 from clair.inference.model import visible
-from clair.pipeline.filters import Filters, first_reason
+from clair.pipeline.filters import Filters, first_drop_reason
 from clair.prompting.edits import parse_edits
 from clair.prompting.parse import FAILURES, ParseFailure, parse_judgement, parse_revision
 from clair.prompting.templates import ask_again, request
@@ -45,7 +45,7 @@ class Reviser:
     edits: str | None = None
     system: str | None = None
     ask_again: bool = True
-    first: Counter[str] = field(default_factory=Counter)
+    first_replies: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Judge:
     order: Literal["both", "random"] = "both"
     system: str | None = None
     ask_again: bool = True
-    seen: Counter[int] = field(default_factory=Counter)
+    verdicts: Counter[int] = field(default_factory=Counter)
 
 
 async def generate(prompt: Prompt, model: ModelClient | None, sample: int = 0) -> Answer:
@@ -96,33 +96,35 @@ def _why_incomplete(reason: str, reply: Reply, role: str) -> str:
 
 async def revise(prompt: Prompt, answer: str, reviser: Reviser) -> Revision:
     """The reviser's minimal improvement of an answer, as edits first where the recipe says so, else rewritten whole."""
-    given = {"system": reviser.system, "tools": prompt.tools, "answer": answer}
-    ask = partial(_ask_and_read, reviser.client, again=reviser.ask_again, row=prompt.id, first=reviser.first)
+    template_values = {"system": reviser.system, "tools": prompt.tools, "answer": answer}
+    ask = partial(
+        _ask_and_read, reviser.client, again=reviser.ask_again, row=prompt.id, first_replies=reviser.first_replies
+    )
     if reviser.edits is not None:
-        asked = request(reviser.edits, prompt.messages, **given)
+        messages = request(reviser.edits, prompt.messages, **template_values)
         try:
-            return await ask(asked, read=partial(parse_edits, answer=answer, template=reviser.edits))
+            return await ask(messages, read=partial(parse_edits, answer=answer, template=reviser.edits))
         except ParseFailure as failure:
             if failure.name in _POINTLESS_AGAIN:
                 raise Dropped("reviser", failure.name, failure.told) from failure
     try:
         read = partial(parse_revision, answer=answer, template=reviser.template)
-        return await ask(request(reviser.template, prompt.messages, **given), read=read)
+        return await ask(request(reviser.template, prompt.messages, **template_values), read=read)
     except ParseFailure as failure:
         raise Dropped("reviser", failure.name, failure.told) from failure
 
 
-async def together(*steps: Coroutine[Any, Any, Step]) -> list[Step]:
+async def gather_all(*steps: Coroutine[Any, Any, Step]) -> list[Step]:
     """The results of steps that run at once. Where some raise, the first of them in order does, once all have ended.
 
     So no step of a dropped row goes on unseen, and which drop is told does not depend on which came first. What
     comes with a batch may turn out to be an earlier drop: Pending goes before all others.
     """
-    ended = await asyncio.gather(*steps, return_exceptions=True)
-    raised = [result for result in ended if isinstance(result, BaseException)]
-    for error in sorted(raised, key=lambda error: not isinstance(error, Pending)):
+    results = await asyncio.gather(*steps, return_exceptions=True)
+    errors = [result for result in results if isinstance(result, BaseException)]
+    for error in sorted(errors, key=lambda error: not isinstance(error, Pending)):
         raise error
-    return [result for result in ended if not isinstance(result, BaseException)]
+    return [result for result in results if not isinstance(result, BaseException)]
 
 
 async def judge_pair(prompt: Prompt, first: str, second: str, judge: Judge) -> Judgement:
@@ -131,11 +133,11 @@ async def judge_pair(prompt: Prompt, first: str, second: str, judge: Judge) -> J
         swapped = int(content_hash([prompt.id, first, second])[0], 16) % 2 == 1
         judgement = await judge_once(prompt, first, second, judge, swapped)
     else:
-        asked = (judge_once(prompt, first, second, judge, swapped) for swapped in (False, True))
-        judgement, other = await together(*asked)
-        if {judgement.better, other.better} == {1, 2}:
+        judgements = (judge_once(prompt, first, second, judge, swapped) for swapped in (False, True))
+        judgement, reverse = await gather_all(*judgements)
+        if {judgement.better, reverse.better} == {1, 2}:
             raise Dropped("judge", "contradiction", "the verdict changes with the order of the answers")
-        if judgement.better != other.better:
+        if judgement.better != reverse.better:
             raise Dropped("judge", "tie", "a tie in one of the two orders")
     if judgement.better == 0:
         raise Dropped("judge", "tie", "the judge finds neither better")
@@ -145,56 +147,58 @@ async def judge_pair(prompt: Prompt, first: str, second: str, judge: Judge) -> J
 async def judge_once(prompt: Prompt, first: str, second: str, judge: Judge, swapped: bool) -> Judgement:
     """One verdict, `second` shown before `first` where `swapped`. Drops a reply without a readable verdict."""
     shown = (second, first) if swapped else (first, second)
-    asked = request(judge.template, prompt.messages, judge.system, prompt.tools, first=shown[0], second=shown[1])
+    messages = request(judge.template, prompt.messages, judge.system, prompt.tools, first=shown[0], second=shown[1])
     try:
-        seen = await _ask_and_read(judge.client, asked, again=judge.ask_again, row=prompt.id, read=parse_judgement)
+        judgement = await _ask_and_read(
+            judge.client, messages, again=judge.ask_again, row=prompt.id, read=parse_judgement
+        )
     except ParseFailure as failure:
         raise Dropped("judge", failure.name, failure.told) from failure
-    judge.seen[seen.better] += 1
-    return Judgement(seen.reasoning, 3 - seen.better if swapped and seen.better else seen.better)
+    judge.verdicts[judgement.better] += 1
+    return Judgement(judgement.reasoning, 3 - judgement.better if swapped and judgement.better else judgement.better)
 
 
 async def _ask_and_read(
     client: ModelClient,
-    asked: list[Message],
+    messages: list[Message],
     *,
     again: bool,
     row: str,
     read: Callable[[str, str | None], Read],
-    first: Counter[str] | None = None,
+    first_replies: Counter[str] | None = None,
 ) -> Read:
     """Ask and read the reply; where it cannot be read, ask once more and say why. Raises ParseFailure.
 
     `first` counts what became of the first reply.
     """
-    first = Counter() if first is None else first
-    reply = await client.ask(asked, row=row)
+    first_replies = Counter() if first_replies is None else first_replies
+    reply = await client.ask(messages, row=row)
     try:
         if reply.refusal:
             raise ParseFailure("refusal", words=reply.refusal)
-        found = read(reply.text, reply.finish_reason)
-        first["read"] += 1
-        return found
+        result = read(reply.text, reply.finish_reason)
+        first_replies["read"] += 1
+        return result
     except ParseFailure as failure:
-        first[failure.name] += 1
+        first_replies[failure.name] += 1
         if not again or failure.name in _POINTLESS_AGAIN or not reply.text.strip():
             raise
-        told = failure.told
-    reply = await client.ask(ask_again(asked, reply.text, told), row=row, warmer=_WARMER)
+        problem = failure.told
+    reply = await client.ask(ask_again(messages, reply.text, problem), row=row, warmer=_WARMER)
     return read(reply.text, reply.finish_reason)
 
 
-def keep(pair: Pair, filters: Filters) -> Pair:
+def apply_filters(pair: Pair, filters: Filters) -> Pair:
     """The pair with its contrast numbers, or Dropped with the first filter's reason."""
     contrast = contrast_of(pair.chosen, pair.rejected)._asdict()
     measured = replace(pair, contrast=contrast)
-    reason = first_reason(measured, filters)
+    reason = first_drop_reason(measured, filters)
     if reason:
         raise Dropped("filter", *reason)
     return measured
 
 
-def best_and_worst(scores: Sequence[float]) -> tuple[int, int]:
+def best_and_worst_index(scores: Sequence[float]) -> tuple[int, int]:
     """Where the highest and the lowest score stand. Drops a tie of both: the same answer would win and lose.
 
     Drops scores of which one is missing (NaN) too: that answer may be the best or the worst.
@@ -207,17 +211,17 @@ def best_and_worst(scores: Sequence[float]) -> tuple[int, int]:
     return list(scores).index(best), list(scores).index(worst)
 
 
-def position_bias(seen: Mapping[int, int]) -> dict[str, Any]:
+def position_bias(verdicts: Mapping[int, int]) -> dict[str, Any]:
     """How often the judge preferred what was shown first, of its verdicts for either; biased where 1/2 is not in it.
 
     Every pair is shown in both orders or in one drawn by hash, so that an unbiased judge comes to one half.
     """
-    first, second = seen.get(1, 0), seen.get(2, 0)
+    first, second = verdicts.get(1, 0), verdicts.get(2, 0)
     interval = wilson(first, first + second)
     return {
         "first": first,
         "second": second,
-        "ties": seen.get(0, 0),
+        "ties": verdicts.get(0, 0),
         "share_first": interval.mean,
         "ci95": [interval.lo, interval.hi],
         "biased": not interval.lo <= 0.5 <= interval.hi,

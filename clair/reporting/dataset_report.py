@@ -22,7 +22,7 @@ from clair.pipeline.filters import FILTERS
 from clair.prompting.parse import FAILURES
 from clair.reporting.html_page import clip, diff, histogram, html_page, json_text, round_edges
 from clair.reporting.review import FORMAT, REASON, STAGE, fingerprint
-from clair.reporting.sampling import METRICS, Rows, fit, read_filters, short, stratified
+from clair.reporting.sampling import METRICS, Rows, fit, read_filters, short, stratified_order
 
 MAX_BYTES = 25_000_000
 """A page is never larger: mail, chat and browsers take it, and it opens at once."""
@@ -86,7 +86,7 @@ def _columns(rows: Rows, listed: Sequence[int]) -> dict[str, Any]:
 def _texts(folder: Path, rows: Rows, listed: Sequence[int], room: int) -> dict[int, str]:
     """The full texts that fit into `room` bytes, as JSON members by place in the list."""
     place = {i: at for at, i in enumerate(listed)}
-    order = stratified(rows, [i for i in rows.wanted if i in place])
+    order = stratified_order(rows, [i for i in rows.wanted if i in place])
     characters = accumulate(rows.characters[i] for i in order)
     order = order[: max(FULL_TEXTS, sum(1 for _ in takewhile(lambda total: total <= _SHORT, characters)))]
     limit = min(_MOST_CLIP, max(_LEAST_CLIP, room // (8 * max(1, len(order)))))

@@ -82,7 +82,7 @@ def keep(folder: str | Path, decisions: Decisions, out: str | Path | None = None
     return _write(source, source if out is None else Path(out), manifest, decisions)
 
 
-def keep_held(folder: str, decisions: Decisions, out: str | None = None) -> None:
+def apply_decisions_locked(folder: str, decisions: Decisions, out: str | None = None) -> None:
     """`keep`, while no other run has the folder that is written; of a URL the copy here is changed and put back.
 
     Raises UserError as `keep` does, and for a URL as `out`.

@@ -118,7 +118,7 @@ def _searched(row: Mapping[str, Any]) -> str:
     return "\n".join([*turns, row.get("reasoning") or ""]).casefold()
 
 
-def stratified(rows: Rows, among: Sequence[int]) -> list[int]:
+def stratified_order(rows: Rows, among: Sequence[int]) -> list[int]:
     """`among` in an order whose every beginning is spread evenly over contrast and length.
 
     Strata are the tenths of Jaccard overlap, each by shorter, alike and longer winner; they take turns, and inside
@@ -152,7 +152,7 @@ def fit(rows: Rows, room: int) -> list[int]:
         return list(range(len(bare)))
     others = sorted(set(range(len(bare))) - set(rows.wanted))
     listed = []
-    for i in [*stratified(rows, rows.wanted), *stratified(rows, others)]:
+    for i in [*stratified_order(rows, rows.wanted), *stratified_order(rows, others)]:
         room -= bare[i] + sizes[i]
         if room < 0:
             break

@@ -25,7 +25,7 @@ from aiohttp import web
 from clair.core.errors import UserError
 from clair.core.files import write_atomically
 from clair.core.recipe import resolve
-from clair.pipeline.build import Built, build
+from clair.pipeline.build import BuildResult, build
 from clair.pipeline.config import BuildConfig
 from recipes.world.reviser import read_request
 
@@ -98,7 +98,7 @@ def replaying(rows: Sequence[Row]) -> Iterator[str]:
         thread.join(10)
 
 
-def replay(rows: Sequence[Row], out: str | Path, **changes: Any) -> Built:
+def replay(rows: Sequence[Row], out: str | Path, **changes: Any) -> BuildResult:
     """The dataset of the recorded revisions in `out`, its prompts beside it. `changes` go to the recipe."""
     prompts = Path(f"{out}.prompts.jsonl")
     lines = ({"id": r["id"], "prompt": r["prompt"], "answer": r["rejected"]} for r in rows)

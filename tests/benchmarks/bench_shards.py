@@ -106,10 +106,10 @@ def _main(folder: Path, verb: str, name: str, part: str | None = None) -> None:
     sys.path.insert(0, str(ROOT))
     from clair.cluster.merge import merge
     from clair.core.recipe import resolve
-    from clair.pipeline import runner as session
+    from clair.pipeline import runner
     from clair.pipeline.build import build
     from clair.pipeline.config import BuildConfig
-    from clair.pipeline.shards import read_shard
+    from clair.pipeline.shards import parse_shard
     from tests.clair.scripted import Scripted, endpoint, revision
 
     class Silent(Scripted):
@@ -124,10 +124,10 @@ def _main(folder: Path, verb: str, name: str, part: str | None = None) -> None:
         merge(folder / f"{name}-shards")
     else:
         reviser = Silent("scripted", revision)
-        session.open_model = lambda role, config: reviser  # type: ignore[assignment]
+        runner.open_model = lambda role, config: reviser  # type: ignore[assignment]
         values = {"pipeline": "revised", "prompts": {"path": str(folder / "prompts.jsonl")}, "reviser": endpoint()}
         config = resolve(BuildConfig, values | {"out": str(folder / name)})
-        built = build(config, shard=read_shard(part) if part else None)
+        built = build(config, shard=parse_shard(part) if part else None)
         assert built.stopped is None
     used = resource.getrusage(resource.RUSAGE_SELF)
     print(used.ru_maxrss / 1024, used.ru_utime + used.ru_stime)

@@ -91,12 +91,12 @@ def test_every_filter_is_documented_with_its_options():
 
 def test_every_reason_for_a_drop_is_documented():
     from clair.pipeline.filters import FILTERS
-    from clair.pipeline.runner import _LEFT_OUT
+    from clair.pipeline.runner import _SKIP_REASONS
     from clair.prompting.parse import FAILURES
 
     rows = [row for _, _, (_, *rows) in tables("reasons") for row in rows]
     told = {reason.strip("` ") for row in rows for reason in row[1].split(",")}
-    expected = set(FAILURES) | set(FILTERS) | set(_LEFT_OUT)
+    expected = set(FAILURES) | set(FILTERS) | set(_SKIP_REASONS)
     for file in (ROOT / "clair").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Dropped", "RequestFailed"):

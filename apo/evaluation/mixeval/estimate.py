@@ -18,9 +18,9 @@ from clair.inference.client import Stop
 from clair.inference.open import ctrl_c, open_clients
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import lock_output
-from clair.pipeline.estimate import RoleEstimate, role_estimate, spread_over
+from clair.pipeline.estimate import RoleEstimate, estimate_role, sample_by_size
 
-LEAST_PROBE = 3
+MIN_PROBE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,8 @@ def estimate(
     Equal requests are counted once where they share a reply. Answers that do not exist yet are taken to differ. Every
     verdict is taken to be read in the first round. Raises UserError as an evaluation does.
     """
-    if 0 < probe < LEAST_PROBE:
-        raise UserError(f"--probe {probe}: an interval needs at least {LEAST_PROBE} items")
+    if 0 < probe < MIN_PROBE:
+        raise UserError(f"--probe {probe}: an interval needs at least {MIN_PROBE} items")
     checked = checked or check(config)
     if not config.models:
         return {}
@@ -66,7 +66,7 @@ async def _probed(
         run = Run(config, checked, clients, stop)
         units = _units(config, checked, run.work())
         role = "judge" if "judge" in clients else "model"
-        chosen = sorted(spread_over([unit.sizes[role] for unit in units], max(LEAST_PROBE, probe)))
+        chosen = sorted(sample_by_size([unit.sizes[role] for unit in units], max(MIN_PROBE, probe)))
         with ctrl_c(stop, clients):
             items = await run.items([(place, units[place].what) for place in chosen], on_progress)
     finally:
@@ -80,7 +80,7 @@ async def _probed(
     }
     prices = prices_of(config.models)
     return {
-        role: role_estimate(prices.get(role), len(units), [u.sizes[role] for u in units], chosen, paid[role])
+        role: estimate_role(prices.get(role), len(units), [u.sizes[role] for u in units], chosen, paid[role])
         for role in clients
     }
 

@@ -302,7 +302,7 @@ async def _compare(
     result = {
         "format": 1,
         **numbers,
-        "position": position_bias(run.judge.seen) if run.judge.seen else None,
+        "position": position_bias(run.judge.verdicts) if run.judge.verdicts else None,
         "left_out": dict(checked.left_out),
         **{role: _model(config, role, clients) for role in (*SIDES, "judge")},
         "usage": _usage(config, clients),

@@ -88,7 +88,7 @@ def test_every_data_recipe_resolves_and_asks_as_many_calls_as_the_page_says(tmp_
         overrides = [f"prompts.path={tmp_path / prompts}", f"out={tmp_path / file.stem}"]
         config = load_recipe(BuildConfig, file, overrides)
         assert config.models == {} or config.budget
-        calls[f"{file.parent.name}/{file.stem}"] = {role: of.most_calls for role, of in estimate(config).items()}
+        calls[f"{file.parent.name}/{file.stem}"] = {role: of.max_calls for role, of in estimate(config).items()}
     print(f"looked at {len(DATA)} data recipes")
     assert calls == {
         "models/clair": {"target": 10, "reviser": 20},

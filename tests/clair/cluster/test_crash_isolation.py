@@ -11,7 +11,7 @@ def test_a_row_that_a_shard_dies_of_twice_is_left_out_and_the_next_one_is_found_
     told = []
     for row in (None, None, "a", "a", "b", "b", "b"):
         assert deaths.one_more(30, row)
-        told.append((sorted(deaths.care.poison_rows), deaths.care.note))
+        told.append((sorted(deaths.care.poison_rows), deaths.care.log_rows))
     careless, careful, without_a = ([], False), ([], True), (["a"], False)
     assert told[:4] == [careless, careful, careful, without_a]
     # one by one again only after two more deaths: what is noted before is not looked at

@@ -14,8 +14,8 @@ import pytest
 from clair.cluster.merge import _allow_files, merge
 from clair.core.errors import UserError
 from clair.pipeline.build import build
-from clair.pipeline.config import public
-from clair.pipeline.shards import Shard, read_shard, sharded
+from clair.pipeline.config import redacted
+from clair.pipeline.shards import Shard, parse_shard, shard_config
 from tests.clair.building import clair, drops, final_bytes, manifest, pairs
 from tests.clair.scripted import Scripted, endpoint, install, recipe, revision, verdict
 
@@ -120,7 +120,7 @@ def test_each_shard_may_spend_its_part():
 
     reviser = endpoint(price=PRICE, requests_per_minute=3, tokens_per_minute=1000)
     values = {"pipeline": "revised", "prompts": {"path": "p"}, "reviser": reviser, "out": "o", "budget": {"money": 10}}
-    part = sharded(resolve(BuildConfig, values), Shard(2, 4))
+    part = shard_config(resolve(BuildConfig, values), Shard(2, 4))
     assert part.budget.money * 4 == 10
     assert (part.reviser.requests_per_minute, part.reviser.tokens_per_minute) == (1, 250)
     assert part.out == "o-shards/2-of-4"
@@ -129,7 +129,7 @@ def test_each_shard_may_spend_its_part():
 def test_the_bar_of_a_shard_comes_to_its_total(tmp_path, monkeypatch):
     install(monkeypatch, reviser=Scripted("reviser", revision))
     config = settings(tmp_path / "all", rows(60))
-    (tmp_path / "recipe.yaml").write_text(json.dumps(public(config)))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(redacted(config)))
     ends = []
     for index in (1, 2, 3):
         built = clair("build", tmp_path / "recipe.yaml", "--shard", f"{index}/3")
@@ -143,7 +143,7 @@ def test_the_bar_of_a_shard_comes_to_its_total(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/", "-1/4"])
 def test_a_shard_that_is_none_is_told(text):
     with pytest.raises(UserError, match="give the shard and their number"):
-        read_shard(text)
+        parse_shard(text)
 
 
 def test_shards_that_do_not_fit_are_refused_by_name(tmp_path, monkeypatch):

@@ -174,7 +174,7 @@ def test_at_a_url_the_machines_of_driver_and_worker_are_lost_and_others_go_on_an
         assert not any(secret in everything + ended.out + ended.err for secret in KEYS.values())
 
 
-KILLER = """
+KILLED_WORKER = """
 import os, jinja2
 render = jinja2.Template.render
 def deadly(self, *words, **more):
@@ -189,7 +189,7 @@ jinja2.Template.render = deadly
 @pytest.mark.slow
 @pytest.mark.parametrize("at_url", [False, True])
 def test_on_a_ray_of_its_own_one_row_that_kills_its_process_is_dropped_and_the_rest_is_built(tmp_path, server, at_url):
-    (tmp_path / "sitecustomize.py").write_text(KILLER)
+    (tmp_path / "sitecustomize.py").write_text(KILLED_WORKER)
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 20))
     path = write_recipe(tmp_path, server.url, out=f"{'file://' if at_url else ''}{tmp_path / 'out'}")
     environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "RAY_ADDRESS": "", "CLAIR_CACHE": str(tmp_path / "c")}

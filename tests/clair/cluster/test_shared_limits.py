@@ -17,7 +17,7 @@ from clair.cluster.shared_limits import GONE, Quotas, Report, RoleLimits, RoleRe
 from clair.inference.budget import Budget, BudgetConfig
 from clair.ledger.ledger import Ledger
 from clair.pipeline.build import build
-from clair.pipeline.shards import Shard, sharded
+from clair.pipeline.shards import Shard, shard_config
 from tests.clair.building import final_bytes, manifest
 from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
 
@@ -193,7 +193,7 @@ def in_shards(config, of, keeper):
     def one(index):
         shard = Shard(index, of)
         keeper.quotas.begin(shard.name, "1", Decimal(0))
-        return build(config, shard=shard, means=LeasedResources(shard.name, "1", keeper.report))
+        return build(config, shard=shard, resources=LeasedResources(shard.name, "1", keeper.report))
 
     with ThreadPoolExecutor(of) as threads:
         return list(threads.map(one, range(1, of + 1)))
@@ -230,7 +230,7 @@ def test_shards_on_one_budget_stop_before_it_is_passed_and_use_nearly_all_of_it(
     assert 3_000 <= model.billed <= 6_000
     spent = []
     for index in (1, 2, 3):
-        part = sharded(config, Shard(index, 3), shared=True)
+        part = shard_config(config, Shard(index, 3), shared=True)
         with Ledger(part.ledger_path) as ledger:
             spent.append(sum(ledger.spent(part.out)["reviser"]))
     assert sum(spent) == model.billed
@@ -249,7 +249,7 @@ def test_a_shard_whose_keeper_is_gone_stops_and_keeps_what_it_has(tmp_path, monk
             raise ConnectionError("gone")
         return await keeper.report(told)
 
-    built = build(config, shard=Shard(1, 1), means=LeasedResources("1-of-1", "1", report))
+    built = build(config, shard=Shard(1, 1), resources=LeasedResources("1-of-1", "1", report))
     assert built.stopped == "the keeper of this job's limits is gone"
     asked = len(model.asked)
     assert 0 < asked < 80
@@ -262,7 +262,7 @@ def test_a_shard_has_a_part_of_the_budget_only_where_batches_keep_it_from_being_
     budget = {"budget": {"tokens": 900}, "pipeline": "revised"}
     live = recipe(tmp_path / "live", rows(1), reviser=endpoint(), **budget)
     batch = recipe(tmp_path / "batch", rows(1), reviser=endpoint(batch=True), **budget)
-    parts = [sharded(config, Shard(1, 3), shared=True).budget.tokens for config in (live, batch)]
+    parts = [shard_config(config, Shard(1, 3), shared=True).budget.tokens for config in (live, batch)]
     assert parts == [900, 300]
 
 

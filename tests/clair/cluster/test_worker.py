@@ -105,7 +105,7 @@ def test_rows_are_built_one_by_one_and_noted_where_care_is_taken_and_killers_are
     monkeypatch.setattr("clair.cluster.worker.open_model", lambda role, config: Scripted("reviser", script))
     made = [{"id": f"row-{n}", "prompt": f"q {n}", "answer": f"bad {n}"} for n in range(5)]
     config = recipe(tmp_path / "all", made, pipeline="revised", reviser=endpoint())
-    care = CrashPolicy(poison_rows=frozenset({"row-3"}), note=True)
+    care = CrashPolicy(poison_rows=frozenset({"row-3"}), log_rows=True)
     assert built(Worker(), Handle("reviser"), order(config, 1, 1, care=care)) == Done(failed=1)
     assert seen == ["row-0", "row-1", "row-2", "row-4"]
     (dropped,) = drops(noted.parent)

@@ -12,7 +12,16 @@ from clair.inference.budget import Budget, BudgetConfig, BudgetReached, Price, m
 from clair.inference.config import ModelConfig
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import build
-from clair.pipeline.estimate import Range, RoleEstimate, _total, estimate, spread_over, time_of, total_cost, total_time
+from clair.pipeline.estimate import (
+    Range,
+    RoleEstimate,
+    _total,
+    estimate,
+    sample_by_size,
+    time_range,
+    total_cost,
+    total_time,
+)
 from tests.clair.building import clair, scripted_rows, write_prompts, write_recipe
 from tests.clair.scripted import Scripted, between, endpoint, install, recipe, revision
 
@@ -162,9 +171,9 @@ def test_a_cost_that_is_a_line_of_the_length_is_told_exactly():
 
 def test_the_rows_of_a_probe_stand_for_equal_shares_of_all_bytes():
     # Each row counts 1000 bytes more: 2000, 2000, 4000, 8000 of 16000; the middles of two halves are 4000 and 12000.
-    assert spread_over([1000, 7000, 1000, 3000], 2) == [2, 1]
-    assert sorted(spread_over([5, 10**9, 6, 7], 3)) == [1, 2, 3]  # a giant is taken once
-    assert sorted(spread_over([5, 6], 5)) == [0, 1]
+    assert sample_by_size([1000, 7000, 1000, 3000], 2) == [2, 1]
+    assert sorted(sample_by_size([5, 10**9, 6, 7], 3)) == [1, 2, 3]  # a giant is taken once
+    assert sorted(sample_by_size([5, 6], 5)) == [0, 1]
 
 
 @pytest.mark.parametrize("probe", [5, 20])
@@ -175,7 +184,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(probe):
         draw = random.Random(seed)
         sizes = [int(draw.lognormvariate(6.5, 1.0)) for _ in range(1000)]
         costs = [(500 + size) * draw.lognormvariate(0, 0.3) for size in sizes]
-        chosen = sorted(spread_over(sizes, probe))
+        chosen = sorted(sample_by_size(sizes, probe))
         told = _total(sizes, [sizes[place] for place in chosen], [costs[place] for place in chosen])
         held += told.lo <= sum(costs) <= told.hi
         near += abs(told.value / sum(costs) - 1) < 0.15
@@ -187,12 +196,12 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(probe):
 def test_the_time_lies_between_all_at_once_and_the_probes_own_pace():
     model = ModelConfig(url="http://127.0.0.1:9/v1", model="m")
     one_at_a_time = [1.0, 2.0, 3.0, 4.0, 5.0]  # each waits for those before it
-    assert time_of(model, 1000, one_at_a_time, 64) == pytest.approx((1000 * 3 / 64, 1000.0))
-    assert time_of(model, 1000, [2.0] * 5, 50) == pytest.approx((40.0, 400.0))
+    assert time_range(model, 1000, one_at_a_time, 64) == pytest.approx((1000 * 3 / 64, 1000.0))
+    assert time_range(model, 1000, [2.0] * 5, 50) == pytest.approx((40.0, 400.0))
     limited = model.model_copy(update={"requests_per_minute": 60})
-    assert time_of(limited, 1000, [2.0] * 5, 50) == pytest.approx((1000.0, 1000.0))
-    assert time_of(model, 1000, [], 50) is None
-    assert time_of(model.model_copy(update={"batch": True}), 1000, [2.0], 50) is None
+    assert time_range(limited, 1000, [2.0] * 5, 50) == pytest.approx((1000.0, 1000.0))
+    assert time_range(model, 1000, [], 50) is None
+    assert time_range(model.model_copy(update={"batch": True}), 1000, [2.0], 50) is None
     both = {
         "target": RoleEstimate(9, None, None, None, (10, 60)),
         "reviser": RoleEstimate(9, None, None, None, (30, 90)),
@@ -225,7 +234,7 @@ def test_an_estimate_without_a_probe_asks_nothing_and_tells_the_most_calls(tmp_p
     model = Scripted("reviser", revision)
     install(monkeypatch, reviser=model)
     config = recipe(tmp_path / "out", rows(20), pipeline="revised", reviser=endpoint(mode="edits"))
-    assert estimate(config)["reviser"].most_calls == 20 * 4
+    assert estimate(config)["reviser"].max_calls == 20 * 4
     assert not model.asked
 
 

@@ -45,10 +45,10 @@ def test_a_reviser_that_does_its_work_is_not_doubted_and_counted_over_all_shards
     config = recipe(tmp_path / "out", rows(40), pipeline="revised", reviser=endpoint(), test_fraction=0.5)
     whole = build(config).manifest
     assert doubts(whole) == []
-    sharded = recipe(tmp_path / "parts", rows(40), pipeline="revised", reviser=endpoint(), test_fraction=0.5)
+    shard_config = recipe(tmp_path / "parts", rows(40), pipeline="revised", reviser=endpoint(), test_fraction=0.5)
     for index in (1, 2):
-        build(sharded, shard=Shard(index, 2))
-    merged = merge(f"{sharded.out}-shards")
+        build(shard_config, shard=Shard(index, 2))
+    merged = merge(f"{shard_config.out}-shards")
     assert merged["first_replies"] == whole["first_replies"] == {"read": 40}
 
 

@@ -9,7 +9,7 @@ import pytest
 from clair.core.errors import UserError
 from clair.data.contrast import contrast_of
 from clair.data.records import Pair
-from clair.pipeline.filters import FILTERS, OFF, first_reason, make_filters
+from clair.pipeline.filters import FILTERS, OFF, first_drop_reason, make_filters
 from clair.prompting.parse import parse_revision
 
 CODE = "Here:\n```python\nx = 1\n```\ndone"
@@ -39,7 +39,7 @@ def test_exactly_the_two_recorded_replies_that_allude_to_a_correction_are_flagge
 
 
 def test_no_filter_that_is_on_drops_another_recorded_pair(shared):
-    dropped = {id: reason[0] for id, p in recorded(shared) if (reason := first_reason(p, make_filters({})))}
+    dropped = {id: reason[0] for id, p in recorded(shared) if (reason := first_drop_reason(p, make_filters({})))}
     assert dropped == {"uf-00": "allusion", "uf-09": "allusion"}
 
 
@@ -131,12 +131,12 @@ def test_a_filter_is_turned_off_and_on_by_name():
 
 def test_options_move_the_line():
     found = pair("a " * 30, "b " * 10)
-    assert first_reason(found, make_filters({})) is None
-    assert first_reason(found, make_filters({"length": {"most": 2}}))[0] == "length"
+    assert first_drop_reason(found, make_filters({})) is None
+    assert first_drop_reason(found, make_filters({"length": {"most": 2}}))[0] == "length"
 
 
 def test_the_first_filter_that_drops_gives_the_reason():
-    assert first_reason(pair("", ""), make_filters({})) == ("empty", "the chosen answer is empty")
+    assert first_drop_reason(pair("", ""), make_filters({})) == ("empty", "the chosen answer is empty")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from clair.data.prompt_sources import PromptSource, load_split, read_prompts
 from clair.data.records import task_text
 from clair.inference.model import reply_of
 from clair.pipeline.build import build
-from clair.pipeline.shards import Shard, shards_out
+from clair.pipeline.shards import Shard, shards_location
 from clair.reporting.review import fingerprint
 from tests.clair.building import clair, drops, manifest, write_prompts
 from tests.clair.scripted import Scripted, choice, endpoint, install, oracle_verdict, recipe, revision
@@ -110,7 +110,7 @@ def test_the_first_answer_that_calls_a_tool_may_come_late_and_shards_give_the_sa
     config = recipe(tmp_path / "parts", rows, pipeline="revised", reviser=endpoint(), target=endpoint())
     for index in (1, 2, 3):
         build(config, shard=Shard(index, 3))
-    merge(shards_out(config.out))
+    merge(shards_location(config.out))
     names = [split_file(split) for split in ("train", "test")]
     assert [(tmp_path / "parts" / n).read_bytes() for n in names] == [
         (tmp_path / "out" / n).read_bytes() for n in names
@@ -183,7 +183,7 @@ def test_a_dataset_with_tools_is_shown_reviewed_exported_and_merged(tmp_path, mo
     whole = recipe(tmp_path / "merged", ROWS, pipeline="revised", reviser=endpoint(), target=endpoint())
     for index in (1, 2):
         build(whole, shard=Shard(index, 2))
-    merge(shards_out(whole.out))
+    merge(shards_location(whole.out))
     assert (tmp_path / "merged" / split_file("train")).read_bytes() == (out / split_file("train")).read_bytes()
     assert clair("next", out, "--model", "runs/x", "--out", tmp_path / "next").code == 0
     again = {prompt.id: prompt for prompt in read_prompts(PromptSource(path=str(tmp_path / "next-prompts.jsonl")))}

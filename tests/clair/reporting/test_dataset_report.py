@@ -20,7 +20,7 @@ from clair.data.dataset import read_manifest, read_rows
 from clair.reporting.dataset_report import explain, full_text, report
 from clair.reporting.html_page import json_text
 from clair.reporting.review import fingerprint
-from clair.reporting.sampling import METRICS, Rows, cut, fit, opening, read_filters, stratified
+from clair.reporting.sampling import METRICS, Rows, cut, fit, opening, read_filters, stratified_order
 from tests.browser.synthetic import DROPS, INJECTIONS, synthetic_pairs, write_dataset
 
 PAIRS = 150
@@ -159,7 +159,7 @@ def rows_of(values) -> Rows:
 
 def test_rare_pairs_come_early():
     rows = rows_of([(0.9, 1.0)] * 970 + [(0.9, 0.5)] * 10 + [(0.9, 2.0)] * 10 + [(0.1, 1.0)] * 10)
-    first = stratified(rows, range(1000))[:120]
+    first = stratified_order(rows, range(1000))[:120]
     assert sum(970 <= i < 980 for i in first) >= 4
     assert sum(980 <= i < 990 for i in first) >= 4
     assert sum(i >= 990 for i in first) >= 4
@@ -169,10 +169,10 @@ def test_rare_pairs_come_early():
 def test_the_sample_is_an_order_of_all_and_depends_on_nothing_else(values, random):
     rows = rows_of(values)
     among = list(range(len(values)))
-    order = stratified(rows, among)
+    order = stratified_order(rows, among)
     assert sorted(order) == among
     random.shuffle(among)
-    assert stratified(rows, among) == order
+    assert stratified_order(rows, among) == order
 
 
 def test_where_all_texts_are_short_all_are_there(folder, monkeypatch, tmp_path, pairs):

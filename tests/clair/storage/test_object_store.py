@@ -542,11 +542,11 @@ def test_a_secret_of_several_lines_is_not_told_either(monkeypatch, tmp_path):
 
 
 def test_a_signed_url_of_prompts_is_written_down_without_its_signature(tmp_path, monkeypatch):
-    from clair.pipeline.config import public
+    from clair.pipeline.config import redacted
 
     config = settings(tmp_path / "out")
     signed = config.prompts.model_copy(update={"path": "https://host/p.jsonl?X-Amz-Signature=abc"})
-    assert public(config.model_copy(update={"prompts": signed}))["prompts"]["path"] == "https://host/p.jsonl"
+    assert redacted(config.model_copy(update={"prompts": signed}))["prompts"]["path"] == "https://host/p.jsonl"
 
 
 def test_an_object_is_created_once_and_a_try_whose_answer_was_lost_counts(url):

@@ -14,12 +14,12 @@ def test_requests_are_known_without_asking_and_nothing_is_written(data, tmp_path
     folder = responses_of(data, tmp_path / "responses")
     judge = {"url": server.url, "model": "j"}
     config = config_for(data, tmp_path / "out", responses=str(folder), judge=judge)
-    assert estimate(config)["judge"].most_calls == 5
+    assert estimate(config)["judge"].max_calls == 5
     each = config.model_copy(update={"independent_judgements": True})
-    assert estimate(each)["judge"].most_calls == 7
+    assert estimate(each)["judge"].max_calls == 7
     model = {"url": server.url, "model": "t", "temperature": 0}
     found = estimate(config_for(data, tmp_path / "out", model=model, judge=judge, samples=2))
-    assert {role: told.most_calls for role, told in found.items()} == {"model": 10, "judge": 10}
+    assert {role: told.max_calls for role, told in found.items()} == {"model": 10, "judge": 10}
     assert estimate(config_for(data, tmp_path / "out", responses=str(folder))) == {}
     assert server.paid() == 0
     assert not (tmp_path / "out").exists()
@@ -33,7 +33,7 @@ def test_a_probe_tells_what_the_real_run_then_costs(real, tmp_path, server):
     told = estimate(config_for(real, tmp_path / "out", **options), probe=12)["judge"]
     assert server.paid() == 12
     usage = evaluated(real, tmp_path / "out", **options).score.usage["judge"]
-    assert (told.most_calls, server.paid()) == (451, 451)  # the probe's replies are kept
+    assert (told.max_calls, server.paid()) == (451, 451)  # the probe's replies are kept
     assert told.prompt.lo <= usage.prompt <= told.prompt.hi
     assert told.prompt.value == pytest.approx(usage.prompt, rel=0.1)
     assert told.cost.lo <= float(usage.cost) <= told.cost.hi
