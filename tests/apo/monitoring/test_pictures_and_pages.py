@@ -50,7 +50,7 @@ def test_every_metric_of_the_probe_and_the_guard_is_explained():
     told = {name for row in rows_of("probe") for name in row[0].replace("`", "").split(", ")}
     assert told == set(PROBED)
     looks = compare(Look((1.0, 2.0), (1, 2), (1.0, 0.0)), Look((1.0, 2.0), (1, 2), (1.0, 0.0)))
-    page = pages()["docs/training.md"]
+    page = pages()["docs/training_monitoring.md"]
     assert all(f"`{name}`" in page for name in looks)
 
 
