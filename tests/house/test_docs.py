@@ -257,3 +257,19 @@ def test_every_option_of_trl_that_is_refused_has_its_line():
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
     refused = {name for row in rows if row[1].startswith("refused") for name in re.findall(r"`(\w+)`", row[0])}
     assert set(IGNORED) <= refused
+
+
+def test_every_method_of_trl_that_the_trainer_overrides_has_its_reason():
+    from apo.training.trainer import APOTrainer
+
+    own = [cls for cls in APOTrainer.__mro__ if cls.__module__.startswith("apo.")]
+    foreign = [cls for cls in APOTrainer.__mro__ if cls.__module__.split(".")[0] in ("trl", "transformers")]
+    overridden = {
+        (name, next(cls.__name__ for cls in foreign if name in vars(cls)))
+        for cls in own
+        for name, value in vars(cls).items()
+        if (callable(value) or isinstance(value, property)) and any(name in vars(base) for base in foreign)
+    }
+    ((_, _, (_, *rows)),) = tables("trl overrides")
+    assert {(method.strip("`"), base.strip("`")) for method, base, _, _ in rows} == overridden
+    assert len(rows) == len(overridden)
