@@ -35,9 +35,9 @@ def distinguish(
 ) -> None:
     """What training will learn first, neglect or hurt: one look at the pairs, before a step is taken."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from apo.losses.mixture import mixture_of
+    from apo.losses.mixture import resolve_mixture
 
-    mixture_of(objective)
+    resolve_mixture(objective)
     if beta <= 0:
         raise UserError(f"beta is {beta:g}; it must be above 0")
     from apo.analysis.distinguishability import distinguish as look

@@ -109,9 +109,9 @@ def distinguish(
     """
     import torch
 
-    from apo.losses.mixture import mixture_of
+    from apo.losses.mixture import resolve_mixture
 
-    mixture = mixture_of(objective)
+    mixture = resolve_mixture(objective)
     names = clusters_of(found.rows, by, found.features.prompt, seed)
     chosen, rejected, logps = head_gradients(found.model, found.tokenized, seed=seed)
     a_chosen, a_rejected = pulls(mixture, beta, logps)

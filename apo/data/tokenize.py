@@ -215,7 +215,7 @@ def answer_lengths(dataset: Dataset) -> list[tuple[int, int]]:
 
 
 def _refuse_unpaired(objective: Mixture | None, name: str, unpaired: bool) -> None:
-    if unpaired and objective is not None and (why := objective.needs_pairs):
+    if unpaired and objective is not None and (why := objective.paired_only_reason):
         raise UserError(
             f"objective {objective.name}: {why}, and the {name} dataset has unpaired rows "
             f"({', '.join(UNPAIRED_COLUMNS)}); take kto or apo_zero_unpaired, alone or with sft, or give pairs"

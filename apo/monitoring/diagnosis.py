@@ -238,10 +238,10 @@ RULES: dict[str, Rule] = {
 
 def log_of(rows: Rows, objective: Any) -> Log:
     """The lines of a run whose recipe has this `objective` (plain, as run.json keeps it)."""
-    from apo.losses.mixture import title_of
+    from apo.losses.mixture import objective_title
 
     names = {objective} if isinstance(objective, str) else {str(name) for name in objective}
-    return Log(rows, frozenset(names), title_of(objective))
+    return Log(rows, frozenset(names), objective_title(objective))
 
 
 def judge(log: Log) -> dict[str, tuple[str, str]]:

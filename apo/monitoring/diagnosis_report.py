@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from apo.losses.mixture import title_of
+from apo.losses.mixture import objective_title
 from apo.monitoring.diagnosis import FEWEST, Verdict, verdicts
 from apo.monitoring.metrics import series
 from apo.monitoring.plots import draw_diagnosis
@@ -28,7 +28,7 @@ def diagnosis(run: Path, picture: Path | None = None) -> list[str]:
     if not series(rows, "loss")[0]:
         raise UserError(f"{run} has logged nothing yet; wait for the first log line ({runs.METRICS})")
     recipe = about["recipe"]
-    title = f"{title_of(recipe['objective'])}, beta {recipe['beta']}, {recipe['model']}"
+    title = f"{objective_title(recipe['objective'])}, beta {recipe['beta']}, {recipe['model']}"
     target = picture or run / PICTURE
     target.parent.mkdir(parents=True, exist_ok=True)
     draw_diagnosis(rows, target, title)

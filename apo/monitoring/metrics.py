@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from apo.losses.saturation import saturated
+from apo.losses.saturation import saturation_mask
 from apo.packing.logps import PairLogps
 from clair.core.errors import UserError, near_miss
 
@@ -125,7 +125,7 @@ def measure(rows: Tensor, objective: Mixture, beta: float) -> dict[str, float]:
         if len(column := columns.get(name, ())):
             found = np.quantile(column.numpy(), list(QUANTILES.values())).tolist()
             quantiles |= {f"{name}_{word}": value for word, value in zip(QUANTILES, found, strict=True)}
-    full = saturated(objective, policy, reference, beta=beta, kl=(of["kl"], of["kl_per_token"]))
+    full = saturation_mask(objective, policy, reference, beta=beta, kl=(of["kl"], of["kl_per_token"]))
     columns |= {"saturation": full.double()} if full is not None else {}
     shares = {
         "padding": 1 - of["useful"].sum() / of["computed"].sum(),

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import yaml
 
-from apo.losses.mixture import title_of
+from apo.losses.mixture import objective_title
 from clair.core.errors import UserError
 from clair.core.files import write_atomically, write_json
 from clair.core.provenance import provenance
@@ -187,7 +187,7 @@ def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:
     text = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         f"# {name}\n",
-        f"{recipe['model']} trained with {title_of(objective)} (beta {recipe['beta']}) on "
+        f"{recipe['model']} trained with {objective_title(objective)} (beta {recipe['beta']}) on "
         f"{describe_size(run['data']['train'])} for {run['steps']:,} steps. Left out: {left_out}.\n",
         f"![Chosen and rejected over training]({PICTURE})\n",
         "At the last step:\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n",

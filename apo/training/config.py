@@ -92,23 +92,23 @@ class TrainConfig(Recipe):
     @field_validator("objective")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        from apo.losses.mixture import mixture_of
+        from apo.losses.mixture import resolve_mixture
 
-        mixture_of(value)
+        resolve_mixture(value)
         return value
 
     @field_serializer("objective")
     def _by_name(self, value: Any) -> str | dict[str, Any]:
-        from apo.losses.mixture import mixture_of
+        from apo.losses.mixture import resolve_mixture
 
-        return mixture_of(value).plain
+        return resolve_mixture(value).spec
 
 
 def trainer_options(config: TrainConfig, *, has_eval: bool, processes: int = 1) -> APOConfig:
     """The trainer's configuration. Raises UserError for an option TRL does not have, or that the recipe says."""
     import dataclasses
 
-    from apo.losses.mixture import mixture_of
+    from apo.losses.mixture import resolve_mixture
     from apo.models.tensor_cache import default_folder
     from apo.monitoring.metrics import check_best_metric
     from apo.training.trainer_config import IGNORED, APOConfig, why_ignored
@@ -118,7 +118,7 @@ def trainer_options(config: TrainConfig, *, has_eval: bool, processes: int = 1) 
         if key in OWN_KEYS:
             raise UserError(f"trainer.{key}: the recipe says it at its top, as {OWN_KEYS[key]!r}; move it there")
         if key in IGNORED:
-            raise UserError(f"trainer.{why_ignored(key, config.trainer[key], mixture_of(config.objective).name)}")
+            raise UserError(f"trainer.{why_ignored(key, config.trainer[key], resolve_mixture(config.objective).name)}")
         if key in NOT_OFFERED:
             raise UserError(f"trainer.{key} is not offered by `apo train`; leave it out")
         if key not in allowed:
@@ -129,7 +129,7 @@ def trainer_options(config: TrainConfig, *, has_eval: bool, processes: int = 1) 
     defaults: dict[str, Any] = {"eval_strategy": "epoch"} if has_eval else {}
     defaults |= {"save_total_limit": 2} if config.guard else {}
     defaults |= _step_of(config, processes)
-    objective = mixture_of(config.objective)
+    objective = resolve_mixture(config.objective)
     if config.reference == "cached" and objective.needs_reference and not objective.needs_divergence:
         defaults |= {"precompute_ref_log_probs": True, "reference_cache": str(default_folder())}
     _check_trackers(config.trainer.get("report_to"))

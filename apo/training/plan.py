@@ -67,8 +67,8 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
     from apo.data.sources import load_eval, load_train
     from apo.data.tokenize import answer_lengths
     from apo.distributed.launch import check_launch
-    from apo.losses.mixture import mixture_of
-    from apo.losses.saturation import notes_at_start
+    from apo.losses.mixture import resolve_mixture
+    from apo.losses.saturation import objective_notes
 
     launched = check_launch()
     count = launched if processes is None else processes
@@ -106,7 +106,7 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
         if too_long := train.dropped.get("too_long"):
             why.append(f"{too_long:,} are longer than {args.max_length:,} tokens, {bound}{change}")
         raise UserError(f"{len(train.dataset)} row(s) are left to train on: {'; '.join(why)}")
-    train.notes.extend(notes_at_start(mixture_of(args.objective), args.beta, answer_lengths(train.dataset)))
+    train.notes.extend(objective_notes(resolve_mixture(args.objective), args.beta, answer_lengths(train.dataset)))
     if any("too_long" in split.dropped for split in (train, evaluated) if split):
         train.notes.append(f"too long is more than {args.max_length:,} tokens, {bound}")
     if args.shared_prefix and args.pack_tokens:
@@ -135,7 +135,7 @@ def estimate(planned: Plan) -> Estimate | str:
     from apo.cost import memory as fit
     from apo.cost import sizes as shapes
     from apo.cost.deepspeed_memory import zero_of
-    from apo.losses.mixture import mixture_of
+    from apo.losses.mixture import resolve_mixture
 
     config, args = planned.config, planned.args
     machine = shapes.this_machine()
@@ -149,7 +149,7 @@ def estimate(planned: Plan) -> Estimate | str:
             raise
         return str(error)
     reference = ("cached" if args.precompute_ref_log_probs else "online") if (
-        mixture_of(config.objective).needs_reference
+        resolve_mixture(config.objective).needs_reference
     ) else None  # fmt: skip
     asked = config.trainer.get("gradient_checkpointing", config.trainer.get("activation_checkpointing"))
     dtype = str((args.model_init_kwargs or {}).get("dtype", "float32"))
@@ -158,7 +158,7 @@ def estimate(planned: Plan) -> Estimate | str:
             sizes, planned.train.dataset, args, planned.steps, reference=reference, dtype=dtype,
             mixed=config.trainer.get("bf16", on_gpu) or args.fp16,
             checkpointing=on_gpu if asked is None else asked, on_gpu=on_gpu,
-            mismatched=mixture_of(config.objective).needs_divergence, processes=planned.processes,
+            mismatched=resolve_mixture(config.objective).needs_divergence, processes=planned.processes,
             sharded=fsdp_requested(args), quantized=config.quantize is not None, zero=zero,
         )
         for on_gpu in (True, False)
@@ -169,11 +169,11 @@ def estimate(planned: Plan) -> Estimate | str:
 def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args: APOConfig, day: str) -> Tokenized:
     from apo.data.sources import check_weights
     from apo.data.tokenize import eos_ids, tokenize
-    from apo.losses.mixture import mixture_of
+    from apo.losses.mixture import resolve_mixture
 
     if args.weights is not None:
         check_weights(pairs, args.weights, split)
-    ends, objective = eos_ids(tokenizer, generation), mixture_of(args.objective)
+    ends, objective = eos_ids(tokenizer, generation), resolve_mixture(args.objective)
     return tokenize(pairs, tokenizer, args.max_length, ends, split, args.dataset_num_proc, objective, day)
 
 

@@ -159,7 +159,7 @@ def build_trainer(planned: Plan, group: Group | None = None, tell: Callable[[str
     group = group or Group()
     from transformers import PrinterCallback, ProgressCallback
 
-    from apo.losses.mixture import mixture_of
+    from apo.losses.mixture import resolve_mixture
     from apo.monitoring.callbacks import Bar, Interrupt, Recorder, Warner
     from apo.monitoring.inspection_callback import Watch
     from apo.monitoring.token_diagnostics import probe_of
@@ -167,7 +167,7 @@ def build_trainer(planned: Plan, group: Group | None = None, tell: Callable[[str
     from apo.training.trainer import APOTrainer
 
     config, args, watch = planned.config, planned.args, Watch(planned.rails)
-    plain = mixture_of(config.objective).plain
+    plain = resolve_mixture(config.objective).spec
     options, args.model_init_kwargs = dict(args.model_init_kwargs or {}), None
     if config.quantize:
         compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(options.get("dtype", "float32"))
@@ -313,7 +313,7 @@ _FINAL = ".final"
 
 def _write_results(out: Path, seconds: float) -> dict[str, Any]:
     """Put model, picture, card and the finished run.json in place, in this order: only the last ends the run."""
-    from apo.losses.mixture import title_of
+    from apo.losses.mixture import objective_title
     from apo.monitoring.plots import draw_dynamics
     from apo.run_dir.files import read_metrics
 
@@ -325,7 +325,7 @@ def _write_results(out: Path, seconds: float) -> dict[str, Any]:
     run = runs.read_run(out)
     recipe = run["recipe"]
     draw_dynamics(
-        rows, out / runs.PICTURE, f"{title_of(recipe['objective'])}, beta {recipe['beta']}, {recipe['model']}"
+        rows, out / runs.PICTURE, f"{objective_title(recipe['objective'])}, beta {recipe['beta']}, {recipe['model']}"
     )
     run |= {"metrics": last_metrics(rows), "seconds": round(seconds, 2), "finished": runs.now()}
     runs.write_card(out, run, adapter=adapter)

@@ -33,8 +33,8 @@ from apo.distributed.deepspeed import (
     unsharded_loading,
 )
 from apo.distributed.launch import check_devices, fsdp_requested
-from apo.losses.mixture import mixture_of
-from apo.losses.saturation import notes_at_start
+from apo.losses.mixture import resolve_mixture
+from apo.losses.saturation import objective_notes
 from apo.models import load as models
 from apo.monitoring.failures import (
     NonFiniteLossCheck,
@@ -109,7 +109,7 @@ class APOTrainer(LogprobTrainer):
             raise UserError(f"args is a {type(args).__name__}; APOTrainer takes an APOConfig")
         if kwargs.get("compute_metrics") is not None:
             raise UserError("compute_metrics would be ignored: the batch's logits are never built; leave it out")
-        self.objective = mixture_of(args.objective)
+        self.objective = resolve_mixture(args.objective)
         check_best_metric(args.metric_for_best_model, self.objective)
         _check_no_images(kwargs.get("train_dataset"), packed=pair_logps is None and args.shared_prefix)
         check_devices(args)
@@ -123,7 +123,7 @@ class APOTrainer(LogprobTrainer):
         if isinstance(model, torch.nn.Module):
             cast_for_deepspeed(model, args)
         # TRL's own tags, of the trainer that this one is for such rows, and ours.
-        self._tag_names = ["trl", "kto" if self.objective.needs_pairs is None else "dpo", "apo"]
+        self._tag_names = ["trl", "kto" if self.objective.paired_only_reason is None else "dpo", "apo"]
         self.pair_logps = pair_logps or padded_logps
         self._may_pack = pair_logps is None and args.shared_prefix
         self.dropped: dict[str, dict[str, int]] = {}
@@ -254,7 +254,7 @@ class APOTrainer(LogprobTrainer):
             rows = f"{too_long:,} of {len(dataset):,} rows are longer than max_length {args.max_length:,}"
             self.notes.append(f"{dataset_name}: {rows} and left out; TRL would cut them (truncation_mode)")
         if dataset_name == "train" and done.dataset is not dataset and len(done.dataset):
-            self.notes += notes_at_start(self.objective, args.beta, answer_lengths(done.dataset))
+            self.notes += objective_notes(self.objective, args.beta, answer_lengths(done.dataset))
         if not len(done.dataset):
             limit = args.max_length
             raise UserError(f"every row of the {dataset_name} dataset is longer than max_length {limit}; raise it")

@@ -13,7 +13,7 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
 
-from apo.losses.mixture import mixture_of
+from apo.losses.mixture import resolve_mixture
 from clair.core.errors import UserError
 
 IGNORED = (
@@ -75,7 +75,7 @@ class APOConfig(DPOConfig):
     def __post_init__(self) -> None:
         if isinstance(self.objective, str) and self.objective.lstrip().startswith("{"):
             self.objective = _from_json(self.objective)
-        objective = mixture_of(self.objective)
+        objective = resolve_mixture(self.objective)
         if not self.beta > 0:
             raise UserError(f"beta is {self.beta}; it must be above 0 (0.1 is usual)")
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
@@ -137,7 +137,7 @@ class APOConfig(DPOConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the objective by its name."""
-        return {**super().to_dict(), "objective": mixture_of(self.objective).name}
+        return {**super().to_dict(), "objective": resolve_mixture(self.objective).name}
 
 
 def why_ignored(name: str, value: Any, objective: str) -> str:

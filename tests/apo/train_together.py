@@ -136,7 +136,7 @@ def shard(name, other):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    from apo.losses.mixture import mixture_of
+    from apo.losses.mixture import resolve_mixture
     from apo.packing.packed_model import enable_packing, pack_pairs, packed_logps
 
     rank, count = dist.get_rank(), dist.get_world_size()
@@ -147,7 +147,7 @@ def shard(name, other):
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    objective = mixture_of(CASES[name].get("objective", "apo_zero"))
+    objective = resolve_mixture(CASES[name].get("objective", "apo_zero"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, foreach=False)
     rows = []
     for row, examples in zip(other["rows"], other["pairs"], strict=True):

@@ -28,7 +28,7 @@ from apo.analysis.distinguishability import (
 )
 from apo.analysis.features import Features, Labelled, encode
 from apo.cli import app
-from apo.losses.mixture import mixture_of
+from apo.losses.mixture import resolve_mixture
 from apo.losses.objectives import apo_down, apo_zero, dpo
 from apo.packing.logps import PairLogps
 from apo.rewards.scorer import denormals_flushed
@@ -49,13 +49,13 @@ YES, NO = 1, 2
 def test_c1_how_an_objective_pulls_at_first(objective, expected):
     sums, lengths = ([-4.0, -9.0], [-2.0, -1.0]), ([3, 3], [1, 2])
     logps = PairLogps(*map(torch.tensor, (*sums, *lengths)))
-    found = pulls(mixture_of(objective), 0.1, logps)
+    found = pulls(resolve_mixture(objective), 0.1, logps)
     assert [part.tolist() for part in found] == [pytest.approx([value] * 2, abs=1e-8) for value in expected]
 
 
 def test_c1_dpo_starts_twice_as_fast_as_apo_zero_exactly():
     logps = PairLogps(*torch.randn(2, 5), *torch.ones(2, 5))
-    fast, slow = (pulls(mixture_of(name), 0.3, logps) for name in ("dpo", "apo_zero"))
+    fast, slow = (pulls(resolve_mixture(name), 0.3, logps) for name in ("dpo", "apo_zero"))
     assert all(torch.equal(one, 2 * other) for one, other in zip(fast, slow, strict=True))
 
 

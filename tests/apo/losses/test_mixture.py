@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from apo.losses.mixture import _options_of, mixture_of, title_of
-from apo.losses.objectives import OBJECTIVES, objective_of
+from apo.losses.mixture import _option_names, objective_title, resolve_mixture
+from apo.losses.objectives import OBJECTIVES, resolve_objective
 from apo.packing.logps import PairLogps
 from clair.core.errors import UserError
 
@@ -18,7 +18,7 @@ REFERENCE = torch.tensor([-10.0, -10.0]), torch.tensor([-10.0, -5.0])
 
 
 def losses(spec, beta=1.0, **more):
-    return mixture_of(spec).losses(POLICY, REFERENCE, beta=beta, **more).tolist()
+    return resolve_mixture(spec).losses(POLICY, REFERENCE, beta=beta, **more).tolist()
 
 
 def sigmoid(x):
@@ -64,17 +64,16 @@ def test_a_function_of_yours_mixes_with_names():
     def hinge(chosen, rejected, *, beta, margin=1.0):
         return (margin - beta * (chosen - rejected)).relu()
 
-    spec = mixture_of({hinge: {"margin": 12}, "sft": 1})
-    assert spec.losses(POLICY, REFERENCE, beta=1.0).tolist() == pytest.approx([2 + 1.5, 17 + 6])
-    assert spec.plain == {"hinge": {"margin": 12}, "sft": 1}
+    mixture = resolve_mixture({hinge: {"margin": 12}, "sft": 1})
+    assert mixture.losses(POLICY, REFERENCE, beta=1.0).tolist() == pytest.approx([2 + 1.5, 17 + 6])
+    assert mixture.spec == {"hinge": {"margin": 12}, "sft": 1}
 
 
 def test_what_a_sum_needs_is_what_its_terms_need():
-    assert [mixture_of(spec).needs_reference for spec in ("sft", {"sft": 1, "simpo": 1}, {"sft": 1, "dpo": 1})] == [
-        False, False, True,
-    ]  # fmt: skip
-    assert mixture_of({"sft": 1, "kto": 0.1}).needs_divergence
-    assert not mixture_of({"sft": 1, "apo_zero_unpaired": 0.1}).needs_divergence
+    specs = ("sft", {"sft": 1, "simpo": 1}, {"sft": 1, "dpo": 1})
+    assert [resolve_mixture(spec).needs_reference for spec in specs] == [False, False, True]
+    assert resolve_mixture({"sft": 1, "kto": 0.1}).needs_divergence
+    assert not resolve_mixture({"sft": 1, "apo_zero_unpaired": 0.1}).needs_divergence
 
 
 # Every objective with every option it has, away from its default, in sums too, and where it is on log-ratios also on
@@ -95,24 +94,24 @@ SPECS = [
 
 def test_every_option_of_every_objective_is_tried_out():
     for name in OBJECTIVES:
-        options = set(_options_of(objective_of(name)))
+        options = set(_option_names(resolve_objective(name)))
         assert options == set(OPTIONS.get(name, {}))
         if name in ON_RATIOS:
-            assert mixture_of({name: {"length_normalised": True}}).terms[0][1].length_normalised
+            assert resolve_mixture({name: {"length_normalised": True}}).terms[0][1].length_normalised
         else:
             with pytest.raises(UserError, match="length_normalised would be ignored"):
-                mixture_of({name: {"length_normalised": True}})
+                resolve_mixture({name: {"length_normalised": True}})
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: title_of(spec)[:60])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: objective_title(spec)[:60])
 def test_derivatives_agree_with_finite_differences_in_float64(spec):
     """Of pairs and, where the objective takes them, of unpaired rows; lengths differ."""
-    mixture = mixture_of(spec)
+    mixture = resolve_mixture(spec)
     line = torch.linspace(-3, 3, 5, dtype=torch.float64)
     lengths = torch.tensor([[1, 2, 3, 4, 5], [2, 3, 1, 6, 4]])
     reference = torch.stack([-line.flip(0) / 3, line.square() / 7])
     for there in (torch.ones(2, 5), torch.tensor([[1, 0, 1, 1, 0], [0, 1, 0, 0, 1]])):
-        if not there.all() and mixture.needs_pairs:
+        if not there.all() and mixture.paired_only_reason:
             continue
         there = there.double()
         kept = (lengths * there).long()
@@ -125,14 +124,14 @@ def test_derivatives_agree_with_finite_differences_in_float64(spec):
         assert torch.autograd.gradcheck(loss, inputs)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: title_of(spec)[:60])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: objective_title(spec)[:60])
 @pytest.mark.parametrize("size", [20.0, 1e4])
 def test_losses_and_gradients_are_finite_at_extremes_in_float32(spec, size):
     ends = torch.tensor([[size, -size, size, -size], [-size, size, size, -size]])
     leaves = [end.clone().requires_grad_() for end in ends]
     for length in (1, 1000):
         policy = PairLogps(*leaves, torch.full((4,), length), torch.full((4,), length))
-        found = mixture_of(spec).losses(policy, (torch.zeros(4), torch.zeros(4)), beta=1.0, kl=(size, size))
+        found = resolve_mixture(spec).losses(policy, (torch.zeros(4), torch.zeros(4)), beta=1.0, kl=(size, size))
         slopes = torch.autograd.grad(found.sum(), leaves, allow_unused=True, materialize_grads=True)
         assert found.isfinite().all()
         assert torch.stack(slopes).isfinite().all()
@@ -141,7 +140,7 @@ def test_losses_and_gradients_are_finite_at_extremes_in_float32(spec, size):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_can_be_one_term(name):
     assert losses({name: 3.0}) == pytest.approx([3 * loss for loss in losses(name)])
-    assert mixture_of(name).plain == name
+    assert resolve_mixture(name).spec == name
 
 
 def test_length_normalisation_is_offered_to_those_on_log_ratios_that_do_not_see_to_it():
@@ -149,16 +148,16 @@ def test_length_normalisation_is_offered_to_those_on_log_ratios_that_do_not_see_
         spec = {name: {"length_normalised": True}}
         if name in ("ipo", "sft", "simpo"):
             with pytest.raises(UserError, match="would be ignored"):
-                mixture_of(spec)
+                resolve_mixture(spec)
         else:
-            assert mixture_of(spec).terms[0][1].length_normalised
+            assert resolve_mixture(spec).terms[0][1].length_normalised
 
 
 def test_titles_are_short():
-    assert title_of("dpo") == "dpo"
-    assert title_of({"apo_zero": 1.0, "sft": 0.1}) == "apo_zero + 0.1 sft"
-    assert title_of({"dpo": {"label_smoothing": 0.1, "weight": 2}}) == "2 dpo(label_smoothing=0.1)"
-    assert mixture_of(objective_of("dpo")).name == "dpo"
+    assert objective_title("dpo") == "dpo"
+    assert objective_title({"apo_zero": 1.0, "sft": 0.1}) == "apo_zero + 0.1 sft"
+    assert objective_title({"dpo": {"label_smoothing": 0.1, "weight": 2}}) == "2 dpo(label_smoothing=0.1)"
+    assert resolve_mixture(resolve_objective("dpo")).name == "dpo"
 
 
 @pytest.mark.parametrize(
@@ -180,13 +179,13 @@ def test_titles_are_short():
         ({"robust": {"label_smoothing": -0.1}}, "objective robust: label_smoothing is -0.1"),
         ({"simpo": {"gamma": -1}}, "objective simpo: gamma is -1; it must be 0 or above"),
         ({"simpo": {"gamma": None}}, "gamma is None; it is a finite number"),
-        ({"dpo": {"beta": 0.1}}, "beta stands at the recipe's top"),
+        ({"dpo": {"beta": 0.1}}, "beta is a key of the recipe's top level"),
         ({"dpo": {"length_normalised": 1}}, "length_normalised is 1; it is true or false"),
         ({"sft": 1, OBJECTIVES["sft"]: 2}, "names sft twice"),
     ],
 )
 def test_what_cannot_be_meant_is_told_in_one_line(spec, message):
     with pytest.raises(UserError) as error:
-        mixture_of(spec)
+        resolve_mixture(spec)
     assert message in str(error.value)
     assert "\n" not in str(error.value)

@@ -20,7 +20,7 @@ from apo.losses.objectives import (
     dpo,
     ipo,
     kto,
-    objective_of,
+    resolve_objective,
     robust,
     sft,
     simpo,
@@ -183,7 +183,7 @@ def test_the_order_of_pairs_changes_nothing(first, second, order):
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=list(OBJECTIVES))
 @pytest.mark.parametrize("size", [20.0, 1e4])
 def test_losses_and_gradients_are_finite_at_extremes_in_float32(objective, size):
-    described = objective_of(objective)
+    described = resolve_objective(objective)
     first = torch.tensor([size, -size, size, -size], requires_grad=True)
     second = torch.tensor([-size, size, size, -size])
     second = second > 0 if described.kind == "unpaired" else second
@@ -205,7 +205,7 @@ def test_the_gradient_survives_where_one_minus_sigmoid_loses_it():
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=list(OBJECTIVES))
 def test_derivatives_agree_with_finite_differences_in_float64(objective):
-    described = objective_of(objective)
+    described = resolve_objective(objective)
     first = torch.linspace(-3, 3, 5, dtype=torch.float64, requires_grad=True)
     if described.kind == "unpaired":
         second = torch.tensor([True, False, True, False, True])
@@ -228,12 +228,12 @@ def test_a_users_function_is_an_objective_of_the_kind_its_parameters_say():
     def hinge(chosen, rejected, *, beta, margin=1.0):
         return (margin - beta * (chosen - rejected)).relu()
 
-    described = objective_of(hinge)
-    assert (described.name, described.kind, described.asks_for) == ("hinge", "paired", {"beta"})
+    described = resolve_objective(hinge)
+    assert (described.name, described.kind, described.inputs) == ("hinge", "paired", {"beta"})
     assert described(torch.tensor([4.0]), torch.tensor([0.0]), beta=0.1, kl=0.0).tolist() == pytest.approx([0.6])
-    wide = objective_of(functools.partial(hinge, margin=2.0))
+    wide = resolve_objective(functools.partial(hinge, margin=2.0))
     assert (wide.name, wide.kind) == ("hinge", "paired")
-    assert not objective_of(lambda chosen_logp, rejected_logp: -chosen_logp).needs_reference
+    assert not resolve_objective(lambda chosen_logp, rejected_logp: -chosen_logp).needs_reference
 
 
 @pytest.mark.parametrize(
@@ -245,17 +245,17 @@ def test_a_users_function_is_an_objective_of_the_kind_its_parameters_say():
         ),
         (7, "objective is int, not a name or a function"),
         (lambda a, b: a, "takes (a, b, ...); name its first two parameters (chosen, rejected, ...)"),
-        (lambda chosen, rejected, kl: chosen, "asks for 'kl', which a paired objective is not offered"),
+        (lambda chosen, rejected, kl: chosen, "requires 'kl', which a paired objective is not given"),
     ],
 )
 def test_what_is_no_objective_is_told_in_one_line(spec, message):
     with pytest.raises(UserError) as error:
-        objective_of(spec)
+        resolve_objective(spec)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_reduced_loss_is_refused():
-    reduced = objective_of(lambda chosen, rejected: (chosen - rejected).mean())
+    reduced = resolve_objective(lambda chosen, rejected: (chosen - rejected).mean())
     with pytest.raises(UserError, match="one loss each, unreduced"):
         reduced(torch.zeros(3), torch.zeros(3))

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from apo.losses.mixture import mixture_of
+from apo.losses.mixture import resolve_mixture
 from apo.losses.objectives import OBJECTIVES
-from apo.losses.saturation import greatest_pull, notes_at_start, pull_of, saturated
+from apo.losses.saturation import gradient_size, max_gradient_size, objective_notes, saturation_mask
 from apo.packing.logps import PairLogps
 
 LINE = torch.linspace(-8, 8, 65, dtype=torch.float64)
@@ -27,7 +27,7 @@ def pairs_at(chosen, rejected, beta=1.0, chosen_len=3.0, rejected_len=5.0):
 def saturation(objective, chosen, rejected, beta=1.0, **more):
     policy, reference = pairs_at(chosen, rejected, beta, **more)
     zero = torch.zeros_like(policy.chosen)
-    found = saturated(mixture_of(objective), policy, reference, beta=beta, kl=(zero, zero))
+    found = saturation_mask(resolve_mixture(objective), policy, reference, beta=beta, kl=(zero, zero))
     return None if found is None else found.tolist()
 
 
@@ -61,13 +61,13 @@ def bell(x):
 @pytest.mark.parametrize("name", CLOSED)
 def test_the_pull_is_its_closed_form(name, beta):
     formula, greatest = CLOSED[name]
-    ((_, term),) = mixture_of(name).terms
+    ((_, term),) = resolve_mixture(name).terms
     chosen, rejected = (side.flatten() + 0.01 for side in torch.meshgrid(LINE, LINE, indexing="ij"))
     policy, reference = pairs_at(chosen, rejected, beta)
     kl = (torch.zeros_like(chosen),) * 2
-    found = pull_of(term, policy, reference, beta=beta, kl=kl)
+    found = gradient_size(term, policy, reference, beta=beta, kl=kl)
     torch.testing.assert_close(found, beta * formula(chosen, rejected), rtol=1e-9, atol=1e-12)
-    assert greatest_pull(term, beta) == pytest.approx(beta * greatest, rel=1e-6)
+    assert max_gradient_size(term, beta) == pytest.approx(beta * greatest, rel=1e-6)
 
 
 def test_lengths_do_not_decide_where_the_objective_divides_by_them():
@@ -83,8 +83,8 @@ def test_lengths_do_not_decide_where_the_objective_divides_by_them():
 def test_ktos_divergence_moves_the_middle():
     policy, reference = pairs_at([6.0, 6.0], [-6.0, 6.0])
     far = torch.full_like(policy.chosen, 6.0)
-    still = saturated(mixture_of("kto"), policy, reference, beta=1.0, kl=(far * 0, far * 0))
-    moved = saturated(mixture_of("kto"), policy, reference, beta=1.0, kl=(far, far))
+    still = saturation_mask(resolve_mixture("kto"), policy, reference, beta=1.0, kl=(far * 0, far * 0))
+    moved = saturation_mask(resolve_mixture("kto"), policy, reference, beta=1.0, kl=(far, far))
     assert (still.tolist(), moved.tolist()) == ([True, True], [False, False])
 
 
@@ -119,15 +119,15 @@ def test_an_unpaired_row_is_judged_by_its_one_response():
 def test_what_a_mixture_comes_to_at_these_lengths_is_told():
     """By hand: APO-zero pulls at a nat with beta / 4 = 0.025, 0.1 sft with 0.1 / length."""
     lengths = [(10, 5)] + [(17, 9)] * 8 + [(300, 20)] * 2
-    (note,) = notes_at_start(mixture_of({"apo_zero": 1.0, "sft": 0.1}), 0.1, lengths)
-    assert "sft pulls at answers of 17 tokens (the median) with 24 % of the force of apo_zero" in note
-    assert note.endswith("at those of 17 with 24 %, of 300 with 1.3 %")
+    (note,) = objective_notes(resolve_mixture({"apo_zero": 1.0, "sft": 0.1}), 0.1, lengths)
+    assert "the gradient of sft is 24 % of that of apo_zero on responses of 17 tokens (the median)" in note
+    assert note.endswith("24 % on responses of 17, and 1.3 % on responses of 300")
 
 
 def test_a_mixture_on_unpaired_rows_is_told_by_the_row():
     """A row is one example: KTO pulls at it with beta / 4, twice as hard as at half of a pair."""
-    (note,) = notes_at_start(mixture_of({"kto": 1.0, "sft": 0.1}), 0.1, [(20, 0), (0, 20), (20, 0)])
-    assert "with 20 % of the force of kto" in note
+    (note,) = objective_notes(resolve_mixture({"kto": 1.0, "sft": 0.1}), 0.1, [(20, 0), (0, 20), (20, 0)])
+    assert "is 20 % of that of kto" in note
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ def test_a_mixture_on_unpaired_rows_is_told_by_the_row():
 )
 def test_an_objective_that_hardly_lets_go_at_this_beta_is_told_in_nats_a_token(objective, beta, lead):
     """By hand: IPO's slope halves at half its margin of 1 / (2 beta); sigmoid(-beta d) at beta d = log 3."""
-    (note,) = notes_at_start(mixture_of(objective), beta, [(40, 40)] * 3)
-    assert f"until the winner leads by {lead}" in note
+    (note,) = objective_notes(resolve_mixture(objective), beta, [(40, 40)] * 3)
+    assert f"until the chosen response leads by {lead}" in note
 
 
 @pytest.mark.parametrize(
@@ -145,4 +145,4 @@ def test_an_objective_that_hardly_lets_go_at_this_beta_is_told_in_nats_a_token(o
     [("ipo", 1.0), ("simpo", 2.0), ({"dpo": {"length_normalised": True}}, 5.0), ("apo_zero", 0.1), ("sft", 0.1)],
 )
 def test_nothing_is_told_of_a_usual_beta(objective, beta):
-    assert notes_at_start(mixture_of(objective), beta, [(4, 3)] * 3) == []
+    assert objective_notes(resolve_mixture(objective), beta, [(4, 3)] * 3) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from apo.losses.objectives import _FIRST_TWO, _MAY_ASK_FOR, OBJECTIVES, apo_down, apo_zero, dpo, objective_of
+from apo.losses.objectives import _FIRST_TWO, _MAY_ASK_FOR, OBJECTIVES, apo_down, apo_zero, dpo, resolve_objective
 from apo.monitoring.diagnosis import RULES
 from apo.monitoring.guard import Look, compare
 from apo.monitoring.metrics import MEANS_OF_LOGPS, MEANS_OF_RATIOS, OF_SOME, QUANTILES, SHARES
@@ -22,7 +22,7 @@ def rows_of(kind):
 
 def test_every_objective_has_a_row_with_its_kind():
     found = {row[0].strip("`"): row[1] for row in rows_of("objectives")}
-    assert found == {name: objective_of(name).kind for name in OBJECTIVES}
+    assert found == {name: resolve_objective(name).kind for name in OBJECTIVES}
 
 
 def test_the_table_of_gradients_is_what_autograd_says():

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer, TrlParser
 
-from apo.losses.mixture import mixture_of
+from apo.losses.mixture import resolve_mixture
 from apo.monitoring.failures import Stopped
 from apo.monitoring.metrics import check_best_metric, measure, per_pair_metrics
 from apo.packing.logps import PairLogps, plain_logps
@@ -364,7 +364,9 @@ def test_metrics_by_hand():
     reference = torch.tensor([-5.0, -8.0, -2.0]), torch.tensor([-3.0, -8.0, -1.0])
     losses, weights = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2.0, 1.0, 1.0])
     work = torch.tensor([[30.0, 20, 20, 9, 200], [10, 10, 10, 4, 50], [20, 20, 15, 7, 90]])
-    means = measure(per_pair_metrics(losses, policy, reference, weights, (0.0, 0.0), work), mixture_of("dpo"), beta=0.5)
+    means = measure(
+        per_pair_metrics(losses, policy, reference, weights, (0.0, 0.0), work), resolve_mixture("dpo"), beta=0.5
+    )
     assert means == pytest.approx({
         "loss": 2.0, "logps/chosen": -5.0, "logps/rejected": -5.0, "lengths/chosen": 2.0, "lengths/rejected": 3.0,
         "rewards/chosen": 0.0, "rewards/rejected": -0.5, "rewards/margins": 0.5,
@@ -381,7 +383,7 @@ def test_what_rounding_tells_apart_is_a_tie_and_no_fall():
     policy = PairLogps(*torch.tensor([[-4.0, -4.0], [-5.0, -5.0]]), *lengths)
     reference = torch.tensor([-3.99999, -3.9999]), torch.tensor([-5.00001, -5.0])
     rows = per_pair_metrics(torch.ones(2), policy, reference, torch.ones(2), (0.0, 0.0), torch.ones(2, 5))
-    means = measure(rows, mixture_of("dpo"), beta=0.5)
+    means = measure(rows, resolve_mixture("dpo"), beta=0.5)
     told = [means[key] for key in ("rewards/ties", "rewards/accuracies", "chosen_falls")]
     assert told == [0.5, 0.25, 0.5]
 
@@ -391,7 +393,7 @@ def test_unpaired_rows_count_where_they_have_a_response():
     policy = PairLogps(*logps, *torch.tensor([[2, 0, 4], [0, 3, 0]]))
     reference = torch.tensor([-5.0, 0.0, -1.0]), torch.tensor([0.0, -7.0, 0.0])
     rows = per_pair_metrics(torch.ones(3), policy, reference, torch.ones(3), (0.0, 0.0), torch.ones(3, 5))
-    means = measure(rows, mixture_of("kto"), beta=0.5)
+    means = measure(rows, resolve_mixture("kto"), beta=0.5)
     told = {key: means[key] for key in ("rewards/chosen", "rewards/rejected", "lengths/chosen", "chosen_falls")}
     assert told == {"rewards/chosen": 0.0, "rewards/rejected": -1.0, "lengths/chosen": 3.0, "chosen_falls": 0.5}
     assert not {"rewards/accuracies", "rewards/ties"} & set(means)
@@ -721,7 +723,7 @@ def test_options_that_an_optimizer_or_schedule_does_not_take_are_told(more, mess
 
 @pytest.mark.parametrize("name", ["loss", "eval_loss", "eval_rewards/accuracies", "eval_two_rewards/chosen_p50"])
 def test_every_metric_that_is_logged_may_choose_the_best_model(name):
-    check_best_metric(name, mixture_of("apo_zero"))
+    check_best_metric(name, resolve_mixture("apo_zero"))
 
 
 def test_images_are_refused_in_packed_rows_with_the_way_out(tmp_path, tokenizer, pairs):

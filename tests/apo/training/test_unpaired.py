@@ -15,7 +15,7 @@ from trl import KTOConfig, KTOTrainer
 
 from apo.cost.memory import run_flops
 from apo.data.tokenize import count_unpaired, eos_ids, tokenize
-from apo.losses.mixture import mixture_of
+from apo.losses.mixture import resolve_mixture
 from apo.losses.objectives import OBJECTIVES
 from apo.packing.logps import padded_logps, plain_logps
 from apo.packing.packed_model import shared_prefix_logps
@@ -242,7 +242,7 @@ def test_before_the_first_step_ends_and_anchor_are_checked(tmp_path):
 def tokenized(rows, max_length=None, objective="kto"):
     tokenizer = make_tokenizer()
     ends = eos_ids(tokenizer)
-    return tokenize(Dataset.from_list(rows), tokenizer, max_length, ends, objective=mixture_of(objective))
+    return tokenize(Dataset.from_list(rows), tokenizer, max_length, ends, objective=resolve_mixture(objective))
 
 
 def test_rows_have_the_ids_of_the_pairs_they_come_from():
@@ -337,7 +337,7 @@ def test_pairs_and_unpaired_rows_in_one_dataset_are_refused(tmp_path):
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_class_that_weighs_nothing_is_refused(option, value):
     with pytest.raises(UserError, match=f"objective kto: {option} is {value}; it must be above 0"):
-        mixture_of({"kto": {option: value}})
+        resolve_mixture({"kto": {option: value}})
 
 
 # From a recipe
