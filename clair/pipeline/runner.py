@@ -194,7 +194,7 @@ def template_warnings(config: BuildConfig) -> list[str]:
         if not asks_for(kind, Path(model.template).read_text("utf-8") + (model.system or "")):
             warnings.append(
                 f"{role}.template {model.template} never names {IDENTIFIERS[kind]}, under which the part that is used "
-                f"is looked for; replies without it are dropped (docs/data.md#words-of-your-own)"
+                f"is looked for; replies without it are dropped (docs/data.md#your-own-templates)"
             )
     return warnings
 
