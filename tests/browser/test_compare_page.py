@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluation.compare.compare import comparison, flip_kind, flips, read_all
+from apo.evaluation.compare.compare import change_kind, changed_answers, comparison, read_all
 from apo.evaluation.compare.html import write_page
 from tests.apo.evaluation.made_results import TEXTS, make_items, write_folder
 from tests.browser.conftest import too_wide, visit
@@ -118,9 +118,9 @@ def test_the_plot_shows_every_part_with_its_interval(tab, file, numbers):
 
 def test_flips_are_listed_with_both_answers(tab, file, results):
     page = tab(file, "#changes")
-    changed = [(b, a) for place, b, a in flips(results) if place == 0]
+    changed = [(b, a) for place, b, a in changed_answers(results) if place == 0]
     for kind in ("right to wrong", "wrong to right"):
-        wanted = [(b, a) for b, a in changed if flip_kind(b.score, a.score) == kind]
+        wanted = [(b, a) for b, a in changed if change_kind(b.score, a.score) == kind]
         page.click(f"#kinds button:has-text('{kind}')")
         assert listed(page) == len(wanted) > 3
         page.focus("#list")
@@ -141,7 +141,7 @@ def test_the_list_is_narrowed_by_model_benchmark_and_search(tab, file, results):
     page.click("#kinds button >> nth=0")
     for place in (0, 1, 2):
         page.select_option("#model", str(place))
-        own = [after for model, _, after in flips(results) if model == place]
+        own = [after for model, _, after in changed_answers(results) if model == place]
         assert listed(page) == len(own)
     page.select_option("#benchmark", "free-form DROP")
     wanted = [one for one in own if (one.split, one.benchmark) == ("free-form", "DROP")]
@@ -190,4 +190,4 @@ def test_a_page_that_would_be_too_large_leaves_the_smallest_changes_out(tab, res
     page = tab(write_page(tmp_path / "small.html", results, numbers, max_bytes=20_000), "#changes")
     left = int(re.search(r"([\d,]+) smaller changes are not in this page", page.text_content("#told"))[1])
     assert left > 0
-    assert page.text_content("#count-changes") == str(len(flips(results)))
+    assert page.text_content("#count-changes") == str(len(changed_answers(results)))

@@ -14,9 +14,17 @@ import pytest
 from typer.testing import CliRunner
 
 from apo.cli import app
-from apo.evaluation.compare.compare import comparison, flip_kind, flips, names_of, other_splits, read_all, rows_of
+from apo.evaluation.compare.compare import (
+    change_kind,
+    changed_answers,
+    comparison,
+    model_names,
+    other_splits,
+    pair_rows,
+    read_all,
+)
 from apo.evaluation.results import Item, JudgeUsed, read_results
-from apo.evaluation.tables import comparison_words
+from apo.evaluation.tables import comparison_notes
 from clair.core.errors import UserError
 from clair.core.statistics import paired_difference
 from tests.apo.evaluation.evaluating import evaluated
@@ -177,7 +185,7 @@ def test_equal_answers_and_equal_scores_are_told_as_what_they_are(tmp_path):
     found = compared([base, same, write_folder(tmp_path / "o", other, "o")])
     assert [one["no_interval"] for one in found["parts"][0]["tuned"]] == ["no score differs"] * 2
     assert [model["same_answers"] for model in found["tuned"]] == [True, False]
-    words = list(comparison_words(found))
+    words = list(comparison_notes(found))
     assert words == [
         "s gives the same answers as b, word for word: is it the same model?",
         "o: no score differs from b's, so there is nothing to compare.",
@@ -196,7 +204,7 @@ def test_several_answers_to_a_row_are_averaged(tmp_path):
     base = [item(r, q, s, sample=k) for r, q in enumerate(questions) for k, s in enumerate((0, 1))]
     tuned = [item(r, q, s, sample=k) for r, q in enumerate(questions) for k, s in enumerate((1, 1, 0, 1))]
     paths = [write_folder(tmp_path / "b", base), write_folder(tmp_path / "t", tuned, "t")]
-    rows = rows_of(read_all(paths[0], paths[1:]))
+    rows = pair_rows(read_all(paths[0], paths[1:]))
     assert [row.scores for row in rows] == [(0.5, 0.75)] * 3
 
 
@@ -306,15 +314,16 @@ def test_other_splits_are_counted_from_the_data_folder(shared, tmp_path):
 def test_flips_are_the_answers_whose_score_changed(tmp_path):
     paths = folders(tmp_path, [0, 1, 0.3, 0.6, 1], [1, 0, 0.4, 0.6, 0.8])
     found = [
-        (after.row, flip_kind(before.score, after.score)) for _, before, after in flips(read_all(*paths[:1], paths[1:]))
+        (after.row, change_kind(before.score, after.score))
+        for _, before, after in changed_answers(read_all(*paths[:1], paths[1:]))
     ]
     assert found == [(0, "wrong to right"), (1, "right to wrong"), (4, "worse"), (2, "better")]
 
 
 def test_names_tell_folders_apart(tmp_path):
-    assert names_of([tmp_path / "base", tmp_path / "tuned"]) == ["base", "tuned"]
+    assert model_names([tmp_path / "base", tmp_path / "tuned"]) == ["base", "tuned"]
     deep = [tmp_path / "one" / "eval", tmp_path / "two" / "eval"]
-    assert names_of(deep) == ["one/eval", "two/eval"]
+    assert model_names(deep) == ["one/eval", "two/eval"]
 
 
 # ---- refused
@@ -358,12 +367,12 @@ def test_different_rows_are_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"different rows: 3 only in one of them, first multiple-choice 5, only in .*b;"
     ):
-        rows_of(read_all(base, [less]))
+        pair_rows(read_all(base, [less]))
     with pytest.raises(UserError, match=r"3 only in one of them, first multiple-choice 5, only in .*b;"):
-        rows_of(read_all(less, [base]))
+        pair_rows(read_all(less, [base]))
     other = [one.model_copy(update={"question": "new"}) if one.row == 2 else one for one in items]
     with pytest.raises(UserError, match="free-form 2 asks different questions"):
-        rows_of(read_all(base, [write_folder(tmp_path / "u", other, "u")]))
+        pair_rows(read_all(base, [write_folder(tmp_path / "u", other, "u")]))
 
 
 def test_the_same_folder_twice_and_a_copy_are_refused(tmp_path):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from apo.evaluation.mixeval.run import Run
+from apo.evaluation.mixeval.run import MixEvalRun
 from apo.evaluation.results import read_results
 from clair.core.errors import UserError
 from clair.inference.client import Stop
@@ -439,7 +439,7 @@ def test_upstreams_own_files_are_written_where_asked_for(data, tmp_path, server)
 
 
 def test_items_count_where_they_are_done_and_not_at_their_turn():
-    class Uneven(Run):
+    class Uneven(MixEvalRun):
         def __post_init__(self) -> None:
             self.reported = asyncio.Event()
 
