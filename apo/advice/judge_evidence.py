@@ -17,9 +17,9 @@ from apo.evaluation.winrate import run as winrate
 from apo.evaluation.winrate.verdicts import AnswerText, Comparison, prompt_key
 from clair.core.statistics import wilson
 from clair.data.records import Dropped, Prompt
-from clair.inference.client import ModelClient, Stop, Stopped
+from clair.inference.client import ModelClient, Stopped, StopSignal
 from clair.inference.local import LocalModel
-from clair.inference.open import ctrl_c, map_ordered, open_clients
+from clair.inference.open import map_ordered, open_clients, stop_on_interrupt
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger
 from clair.pipeline.steps import position_bias
@@ -60,10 +60,10 @@ async def collect_replies(
     config: AdviseConfig, inputs: AdviceInputs, ledger: Ledger, log: Log, *, judge: bool
 ) -> CollectedReplies:
     """Everything that is asked, going on from what the ledger holds; ends early where it stops or nobody answers."""
-    stop, replies = Stop(), CollectedReplies()
+    stop, replies = StopSignal(), CollectedReplies()
     clients = open_clients(config, ledger, stop)
     try:
-        with ctrl_c(stop, clients):
+        with stop_on_interrupt(stop, clients):
             replies.own_answers = await _generate_own_answers(clients["model"], inputs, stop, replies.failures, log)
             if judge and not (stop.reason or replies.failures):
                 await _compare_by_judge(config, inputs, clients["judge"], stop, replies, log)
@@ -82,7 +82,7 @@ async def collect_replies(
 
 
 async def _generate_own_answers(
-    client: ModelClient, inputs: AdviceInputs, stop: Stop, failures: list[str], log: Log
+    client: ModelClient, inputs: AdviceInputs, stop: StopSignal, failures: list[str], log: Log
 ) -> dict[str, AnswerText]:
     """What the model says to each prompt, by `prompt_key`. A prompt that it cannot answer has none."""
 
@@ -96,14 +96,14 @@ async def _generate_own_answers(
         except Stopped as stopped:
             return stopped
         except Exception as error:  # a ledger that cannot be written, a bug of ours: nothing else may go on spending
-            stop.now(str(error), error)
+            stop.request(str(error), error)
             raise
         incomplete = reply.incomplete()
         answered = incomplete in (None, "truncated")
         return prompt_key(prompt), AnswerText(reply.text.strip(), incomplete == "truncated") if answered else None
 
     async def drain() -> None:
-        stop.now("no more answers are wanted")
+        stop.request("no more answers are wanted")
         if isinstance(client.model, LocalModel):
             client.model.abandon()
         await client.drain()
@@ -114,7 +114,7 @@ async def _generate_own_answers(
     answers: dict[str, AnswerText] = {}
     with asking_progress("answering", len(prompts), {client.role: len(prompts)}) as on_progress:
         on_progress(0, {client.role: client})
-        async with aclosing(map_ordered(answer_prompt, prompts, len(prompts) + 1, stop.happened, drain)) as outcomes:
+        async with aclosing(map_ordered(answer_prompt, prompts, len(prompts) + 1, stop.requested, drain)) as outcomes:
             async for outcome in outcomes:
                 if isinstance(outcome, Stopped):
                     break
@@ -125,7 +125,12 @@ async def _generate_own_answers(
 
 
 async def _compare_by_judge(
-    config: AdviseConfig, inputs: AdviceInputs, judge: ModelClient, stop: Stop, replies: CollectedReplies, log: Log
+    config: AdviseConfig,
+    inputs: AdviceInputs,
+    judge: ModelClient,
+    stop: StopSignal,
+    replies: CollectedReplies,
+    log: Log,
 ) -> None:
     """The plants first; the pairs only where the judge has stood that test."""
     winners = {prompt_key(inputs.prompt(row)): row["chosen"][-1]["content"].strip() for row in inputs.rows}

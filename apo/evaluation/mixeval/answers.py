@@ -16,7 +16,7 @@ from clair.core.files import read_text
 from clair.data.records import Dropped, Message
 from clair.inference.client import ModelClient
 from clair.inference.local import adapter_base
-from clair.inference.model import visible
+from clair.inference.model import visible_answer
 
 _UPSTREAM_NAMES: Mapping[Split, str] = {"free-form": "close_freeform", "multiple-choice": "close_multichoice"}
 _MAX_REPEATS = 10_000  # more than any benchmark has rows of one question
@@ -139,7 +139,7 @@ def read_responses(folder: str | Path, benchmark: Benchmark) -> list[Answer]:
             lines[name] = number
             if name in rows:
                 answers.append(
-                    Answer(_check_row(rows[name], value, file, number, benchmark), visible(value["response"]))
+                    Answer(_check_row(rows[name], value, file, number, benchmark), visible_answer(value["response"]))
                 )
         missing = [name for name in rows if name not in lines]
         if missing:

@@ -16,7 +16,7 @@ from typing import Any
 from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs
 from apo.evaluation.mixeval.run import EvaluationOutcome, Progress, evaluate
 from clair.cluster.ray_session import connected
-from clair.cluster.worker import settle_in
+from clair.cluster.worker import enter_driver_environment
 from clair.core.errors import EXIT_USER_ERROR, UserError
 from clair.inference.config import ModelConfig
 from clair.inference.local import weights_identity
@@ -113,7 +113,7 @@ def _answers_config(config: MixEvalConfig) -> MixEvalConfig:
 def answer(task: _AnswerTask) -> _AnswerStatus:
     """Make the answers of one checkpoint, in a process of the cluster."""
     try:
-        settle_in(task.folder, task.version, {})
+        enter_driver_environment(task.folder, task.version, {})
         outcome = evaluate(task.config, inputs=task.inputs)
     except UserError as error:
         return _AnswerStatus(str(error), error.exit_code)

@@ -13,9 +13,9 @@ from apo.evaluation.mixeval.run import MixEvalRun, Progress, work_items
 from clair.core.errors import UserError
 from clair.core.event_loop import run_async
 from clair.core.files import content_hash
-from clair.inference.budget import most_tokens, prices_of
-from clair.inference.client import Stop
-from clair.inference.open import ctrl_c, open_clients
+from clair.inference.budget import max_billed_tokens, role_prices
+from clair.inference.client import StopSignal
+from clair.inference.open import open_clients, stop_on_interrupt
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import lock_output
 from clair.pipeline.estimate import RoleEstimate, estimate_role, sample_by_size
@@ -60,14 +60,14 @@ def estimate(
 async def _probed(
     config: MixEvalConfig, inputs: MixEvalInputs, ledger: Ledger, probe: int, on_progress: Progress
 ) -> dict[str, RoleEstimate]:
-    stop = Stop()
+    stop = StopSignal()
     clients = open_clients(config, ledger, stop)
     try:
         run = MixEvalRun(config, inputs, clients, stop)
         units = _units(config, inputs, run.work())
         role = "judge" if "judge" in clients else "model"
         chosen = sorted(sample_by_size([unit.sizes[role] for unit in units], max(MIN_PROBE, probe)))
-        with ctrl_c(stop, clients):
+        with stop_on_interrupt(stop, clients):
             items = await run.items([(index, units[index].item) for index in chosen], on_progress)
     finally:
         for client in clients.values():
@@ -78,7 +78,7 @@ async def _probed(
         "model": [Tokens(item.prompt_tokens or 0, item.completion_tokens or 0) for item in items],
         "judge": [Tokens(item.judge_prompt_tokens, item.judge_completion_tokens) for item in items],
     }
-    prices = prices_of(config.models)
+    prices = role_prices(config.models)
     return {
         role: estimate_role(prices.get(role), len(units), [u.sizes[role] for u in units], chosen, paid[role])
         for role in clients
@@ -92,11 +92,11 @@ def _units(
     units: dict[str, _Request] = {}
     for index, item in work:
         text = item.text if isinstance(item, Answer) else ""
-        sizes = {"model": most_tokens({"messages": messages_for(item.row, config.system)}).prompt}
+        sizes = {"model": max_billed_tokens({"messages": messages_for(item.row, config.system)}).prompt}
         name: list[object] = [item.row.text, item.draw] if isinstance(item, AnswerRequest) else []
         if inputs.judge_prompts is not None:
             messages = inputs.judge_prompts.messages(item.row, text)
-            sizes["judge"] = most_tokens({"messages": messages}).prompt
+            sizes["judge"] = max_billed_tokens({"messages": messages}).prompt
             name = name or [messages]
         if config.independent_judgements:
             name = [index]

@@ -23,11 +23,11 @@ from clair.core.errors import UserError
 from clair.core.event_loop import run_async
 from clair.core.provenance import provenance
 from clair.data.records import Dropped
-from clair.inference.budget import prices_of
-from clair.inference.client import ModelClient, Stop, Stopped
+from clair.inference.budget import role_prices
+from clair.inference.client import ModelClient, Stopped, StopSignal
 from clair.inference.local import LocalModel
 from clair.inference.model import Refused
-from clair.inference.open import Resources, ctrl_c, map_ordered, open_clients
+from clair.inference.open import Resources, map_ordered, open_clients, stop_on_interrupt
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import lock_output
@@ -64,7 +64,7 @@ def evaluate(
 ) -> EvaluationOutcome:
     """Run an evaluation, going on from whatever its ledger holds, and write the result folder.
 
-    `inputs` is the result of `load_inputs`, if the caller has it already. `resources` opens the models and shares their
+    `checked` is what `check` returned, if the caller has called it. `resources`: other models than the run's own,
     limits (absent: the run's own). Raises UserError for the user's mistakes before any work, and if the model or the
     judge refuses everything.
     """
@@ -79,11 +79,11 @@ async def _evaluate(
     config: MixEvalConfig, inputs: MixEvalInputs, ledger: Ledger, on_progress: Progress, resources: Resources | None
 ) -> EvaluationOutcome:
     started = time.monotonic()
-    stop = Stop()
-    clients = open_clients(config, ledger, stop, means=resources)
+    stop = StopSignal()
+    clients = open_clients(config, ledger, stop, resources=resources)
     try:
         run = MixEvalRun(config, inputs, clients, stop)
-        with ctrl_c(stop, clients):
+        with stop_on_interrupt(stop, clients):
             items = await run.items(run.work(), on_progress)
     except Refused as error:
         mark_resumable(error, clients)
@@ -129,7 +129,7 @@ class MixEvalRun:
     config: MixEvalConfig
     inputs: MixEvalInputs
     clients: Mapping[str, ModelClient]
-    stop: Stop
+    stop: StopSignal
     failures: list[str] = field(default_factory=list)
     """Why items got no reply that another run may get."""
     judge: Judge | None = field(init=False, default=None)
@@ -165,7 +165,7 @@ class MixEvalRun:
             return result
 
         on_progress(next(counter), self.clients)
-        results = map_ordered(placed, work, len(work) + 1, self.stop.happened, self._drain)
+        results = map_ordered(placed, work, len(work) + 1, self.stop.requested, self._drain)
         async with aclosing(results) as outcomes:
             async for index, outcome in outcomes:
                 if isinstance(outcome, Stopped):
@@ -185,7 +185,7 @@ class MixEvalRun:
         except (Dropped, Stopped) as outcome:
             return index, outcome
         except Exception as error:  # a ledger that cannot be written, a bug of ours: nothing else may go on spending
-            self.stop.now(str(error), error)
+            self.stop.request(str(error), error)
             raise
 
     async def _item(self, work: Answer | AnswerRequest) -> Item:
@@ -207,7 +207,7 @@ class MixEvalRun:
             by_server = dropped.reason.startswith("http_")
             if by_server and not self._answered and len(self.refusals) >= _MAX_REFUSALS:
                 message = f"the model refused the first {len(self.refusals)} questions: {self.refusals[0]}"
-                self.stop.now(message, UserError(message))
+                self.stop.request(message, UserError(message))
             return refused_answer(request, dropped)
         if response.unresolved is not None:
             self.refusals.append(f"{response.unresolved.removeprefix('answer_')}: {response.text or 'no text'}")
@@ -219,7 +219,7 @@ class MixEvalRun:
 
     async def _drain(self) -> None:
         """Let what is paid for, or being generated, come to its end."""
-        self.stop.now("no more rows are wanted")
+        self.stop.request("no more rows are wanted")
         for client in self.clients.values():
             if isinstance(client.model, LocalModel):
                 client.model.abandon()
@@ -282,7 +282,7 @@ class MixEvalRun:
 
     def _usage(self) -> dict[str, Usage]:
         """What the replies took that the score rests on, each counted once."""
-        prices = prices_of(self.config.models)
+        prices = role_prices(self.config.models)
         tokens = {"model": self.answer_tokens.values()}
         if self.judge:
             tokens["judge"] = self.judge.distinct.values()

@@ -36,12 +36,12 @@ from clair.core.files import write_atomically, write_json
 from clair.core.provenance import provenance
 from clair.data.prompt_sources import PromptSource, each_prompt, read_prompts
 from clair.data.records import Dropped, Prompt, task_text
-from clair.inference.budget import prices_of
-from clair.inference.client import ModelClient, Stop, Stopped
+from clair.inference.budget import role_prices
+from clair.inference.client import ModelClient, Stopped, StopSignal
 from clair.inference.config import JudgeConfig, ModelConfig
 from clair.inference.local import LocalModel
-from clair.inference.model import Refused, visible
-from clair.inference.open import check_models, ctrl_c, map_ordered, open_clients
+from clair.inference.model import Refused, visible_answer
+from clair.inference.open import check_models, map_ordered, open_clients, stop_on_interrupt
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import lock_output
@@ -137,7 +137,7 @@ class WinrateRun:
     config: WinrateConfig
     inputs: WinrateInputs
     clients: Mapping[str, ModelClient]
-    stop: Stop
+    stop: StopSignal
     judge: Judge = field(init=False)
     failures: list[str] = field(default_factory=list)
     """Why pairs got no reply that another run may get."""
@@ -168,7 +168,9 @@ class WinrateRun:
             return result
 
         on_progress(next(counter), self.clients)
-        async with aclosing(map_ordered(compare_one, work, len(work) + 1, self.stop.happened, self._drain)) as outcomes:
+        async with aclosing(
+            map_ordered(compare_one, work, len(work) + 1, self.stop.requested, self._drain)
+        ) as outcomes:
             async for outcome in outcomes:
                 if isinstance(outcome, Stopped):
                     break
@@ -184,7 +186,7 @@ class WinrateRun:
         except (Dropped, Stopped) as outcome:
             return outcome
         except Exception as error:  # a ledger that cannot be written, a bug of ours: nothing else may go on spending
-            self.stop.now(str(error), error)
+            self.stop.request(str(error), error)
             raise
 
     async def _compare(self, prompt: Prompt, sample: int) -> Comparison:
@@ -218,7 +220,7 @@ class WinrateRun:
         Raises Dropped where there is none, or one that was filtered, refused or broken off.
         """
         if side in self.inputs.ready_answers:
-            return AnswerText(visible(self.inputs.ready_answers[side][prompt_key(prompt)][sample]).strip())
+            return AnswerText(visible_answer(self.inputs.ready_answers[side][prompt_key(prompt)][sample]).strip())
         reply = await self.clients[side].ask(list(prompt.messages), row=prompt.id, sample=sample)
         incomplete = reply.incomplete()
         if incomplete and incomplete != "truncated":
@@ -227,7 +229,7 @@ class WinrateRun:
 
     async def _drain(self) -> None:
         """Let what is paid for, or being generated, come to its end."""
-        self.stop.now("no more rows are wanted")
+        self.stop.request("no more rows are wanted")
         for client in self.clients.values():
             if isinstance(client.model, LocalModel):
                 client.model.abandon()
@@ -279,11 +281,11 @@ def measure_win_rate(
 async def _run(
     config: WinrateConfig, inputs: WinrateInputs, ledger: Ledger, on_progress: Callable[..., None]
 ) -> Outcome:
-    started, stop, out = time.monotonic(), Stop(), Path(config.out)
+    started, stop, out = time.monotonic(), StopSignal(), Path(config.out)
     clients = open_clients(config, ledger, stop)
     try:
         run = WinrateRun(config, inputs, clients, stop)
-        with ctrl_c(stop, clients):
+        with stop_on_interrupt(stop, clients):
             compared = await run.outcomes(on_progress)
     except Refused as error:
         mark_resumable(error, clients)
@@ -332,7 +334,7 @@ def _model(config: WinrateConfig, role: str, clients: Mapping[str, ModelClient])
 
 def _usage(config: WinrateConfig, clients: Mapping[str, ModelClient]) -> dict[str, Any]:
     """Tokens of all replies that the result rests on, and what they cost where prices are known."""
-    prices, usage = prices_of(config.models), {}
+    prices, usage = role_prices(config.models), {}
     for role, client in clients.items():
         tally = client.tally
         counts = {"calls": tally.calls, "reused": tally.reused}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from clair.cluster.leased_limits import LeasedResources
 from clair.cluster.merge import merge
-from clair.cluster.shared_limits import GONE, Quotas, Report, RoleLimits, RoleReport
+from clair.cluster.shared_limits import GONE, Report, RoleLimits, RoleReport, SharedLimits
 from clair.inference.budget import Budget, BudgetConfig
 from clair.ledger.ledger import Ledger
 from clair.pipeline.build import build
@@ -33,7 +33,7 @@ class Clock:
 
 def quotas(concurrency=10, *, tokens=None, clock=None, shards="ab", **rates):
     budget = Budget(BudgetConfig(tokens=tokens), {}, {}) if tokens else None
-    made = Quotas({"role": RoleLimits(concurrency, **rates)}, budget, clock or Clock())
+    made = SharedLimits({"role": RoleLimits(concurrency, **rates)}, budget, clock or Clock())
     for name in shards:
         made.begin(name, "1", Decimal(0))
     return made
@@ -180,7 +180,7 @@ class Shared:
     """Quotas that threads may report to, as an actor takes one report after the other."""
 
     def __init__(self, *limits):
-        self.quotas, self.lock = Quotas(*limits), threading.Lock()
+        self.quotas, self.lock = SharedLimits(*limits), threading.Lock()
 
     async def report(self, report):
         with self.lock:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from clair.core.errors import UserError
 from clair.inference.local import LocalModel, weights_identity
-from clair.inference.model import RequestFailed, Unreachable, reply_of
+from clair.inference.model import RequestFailed, Unreachable, parse_reply
 from clair.pipeline.build import build
 from tests.clair import tiny_model
 from tests.clair.building import config_for, drops, manifest, pairs, write_prompts
@@ -55,7 +55,7 @@ def ask(folder: Path, requests: list[dict[str, Any]], samples: list[int] | None 
             await model.close()
 
     replies = asyncio.run(all_at_once())
-    return [reply if isinstance(reply, BaseException) else reply_of(reply) for reply in replies]
+    return [reply if isinstance(reply, BaseException) else parse_reply(reply) for reply in replies]
 
 
 def greedily(folder: Path, text: str, most: int) -> list[int]:

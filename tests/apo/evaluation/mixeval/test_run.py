@@ -13,7 +13,7 @@ import pytest
 from apo.evaluation.mixeval.run import MixEvalRun
 from apo.evaluation.results import read_results
 from clair.core.errors import UserError
-from clair.inference.client import Stop
+from clair.inference.client import StopSignal
 from tests.apo.evaluation.evaluating import apo, evaluated, final, judging
 from tests.apo.evaluation.questions import JUDGE, responses_of
 from tests.clair.building import error_line
@@ -449,7 +449,7 @@ def test_items_count_where_they_are_done_and_not_at_their_turn():
             return placed[0], SimpleNamespace(unresolved=None)
 
     async def counted() -> list[int]:
-        run, seen = Uneven(None, None, {}, Stop()), []
+        run, seen = Uneven(None, None, {}, StopSignal()), []
 
         def on_progress(done: int, _: object) -> None:
             seen.append(done)
