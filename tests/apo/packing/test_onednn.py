@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from apo.packing import onednn as matmul
+from apo.packing.layout import pack_pairs
 from apo.packing.logps import plain_logps
-from apo.packing.packed_model import disable_packing, enable_packing, pack_pairs, packed_logps, shared_prefix_logps
+from apo.packing.packed_model import disable_packing, enable_packing, packed_logps, shared_prefix_logps
 from tests.apo.packing.test_packed_model import FAMILIES, SHAPES, gradients, pairs, stacked, tiny
 
 

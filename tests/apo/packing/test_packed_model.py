@@ -17,17 +17,11 @@ from transformers import (
 )
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from apo.packing import packed_model as prefix
-from apo.packing.logps import TurnCollator, plain_logps, uncollate
-from apo.packing.packed_model import (
-    crop_around_divergence,
-    enable_packing,
-    pack_bins,
-    pack_pairs,
-    packed_length,
-    packed_logps,
-    shared_prefix_logps,
-)
+from apo.packing import head
+from apo.packing.batch import TurnCollator, uncollate
+from apo.packing.layout import crop_around_divergence, pack_bins, pack_pairs, packed_length
+from apo.packing.logps import plain_logps
+from apo.packing.packed_model import enable_packing, packed_logps, shared_prefix_logps
 
 VOCABULARY = 97
 FAMILIES = {
@@ -183,8 +177,8 @@ def test_a_saved_model_does_not_know_that_it_shared_prefixes(tmp_path):
 @pytest.mark.parametrize("most", [0, 10**9], ids=["logits made anew", "logits kept"])
 def test_in_mixed_precision_the_head_has_the_gradients_of_a_plain_one(monkeypatch, most):
     # Products of backward too are in bfloat16, which a GPU does some 15 times as fast, by its maker's figures.
-    monkeypatch.setattr(prefix, "_HEAD_KEEPS", most)
-    monkeypatch.setattr(prefix, "_HEAD_CHUNK", 64)
+    monkeypatch.setattr(head, "_STORED_BYTES", most)
+    monkeypatch.setattr(head, "HEAD_CHUNK", 64)
     generator = torch.Generator().manual_seed(0)
     model, hidden = tiny(), torch.randn(40, 32, generator=generator)
     labels, weights = torch.randint(VOCABULARY, (40,), generator=generator), torch.randn(40, generator=generator)
@@ -193,7 +187,7 @@ def test_in_mixed_precision_the_head_has_the_gradients_of_a_plain_one(monkeypatc
         return model.lm_head(hidden).float().log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
 
     found = []
-    for logps in (prefix.head_logps, plain):
+    for logps in (head.head_logps, plain):
         given = hidden.clone().requires_grad_()
         model.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -258,7 +252,7 @@ def test_a_layout_by_hand():
     layout = pack_pairs([{"prompt_ids": [11, 12], "chosen_ids": [13, 14, 2], "rejected_ids": [13, 15, 16, 2]}])
     assert layout.input_ids.tolist() == [[11, 12, 13, 14, 2, 15, 16, 2]]
     assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5]]
-    assert layout.rows.tolist() == [1, 2, 3, 2, 5, 6]
+    assert layout.predictors.tolist() == [1, 2, 3, 2, 5, 6]
     assert layout.labels.tolist() == [13, 14, 2, 15, 16, 2]
     assert layout.owner.tolist() == [0, 1, 1, 2, 2, 2]
     assert layout.lengths.tolist() == [[3, 4]]
