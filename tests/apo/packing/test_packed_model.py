@@ -230,7 +230,7 @@ def test_no_gradient_of_one_response_comes_from_a_token_of_the_other_or_of_anoth
     model.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(call[2]) or call[2].retain_grad())
     logps = packed_logps(model, layout)
     for pair, span in enumerate(layout.spans):
-        start, middle, end, last = span.branches
+        start, middle, end, last = span.bounds
         for name, own in (("chosen", range(start, end)), ("rejected", [*range(start, middle), *range(end, last)])):
             embedded[0].grad = None
             getattr(logps, name)[pair].backward(retain_graph=True)
@@ -289,7 +289,7 @@ def test_tokens_of_counts_a_packed_row():
 
 def test_a_long_pair_is_cut_around_the_place_where_its_answers_part():
     (long,) = pairs((300, 200, 150, 40))
-    cut = crop_around_divergence(long, most=64)
+    cut = crop_around_divergence(long, context=64)
     assert cut["prompt_ids"] == [*long["prompt_ids"], *long["chosen_ids"]][300 + 184 - 64 : 300 + 184]
     assert cut["chosen_ids"] == long["chosen_ids"][184:248]
     assert cut["rejected_ids"] == long["rejected_ids"][184:]
