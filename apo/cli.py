@@ -62,8 +62,8 @@ def train(
         raise UserError(
             f"--processes {processes} plans a run and needs --dry-run; torchrun --nproc_per_node {processes} starts one"
         )
-    replaced = {"out": out, "reference": reference}
-    overrides = [*(set_ or []), *(f"{key}={_quoted(value)}" for key, value in replaced.items() if value)]
+    given = {"out": out, "reference": reference}
+    overrides = [*(set_ or []), *(f"{key}={_quoted(value)}" for key, value in given.items() if value)]
     config = load_recipe(TrainConfig, recipe, overrides)
     quieten()
     if dry_run:
@@ -73,14 +73,14 @@ def train(
     from apo.training.train import train as run
 
     try:
-        result = run(config, tell=tell)
+        done = run(config, tell=tell)
     except KeyboardInterrupt as stop:  # caught here: typer would end without a word
         on = "goes on from the last checkpoint" if str(stop) else "goes on from the last checkpoint, if there is one"
         tell(f"{str(stop) or 'interrupted'}; the same command {on}")
         raise typer.Exit(EXIT_INTERRUPTED) from stop
     if is_main():
-        for folder, finished in (result if config.by else {config.out: result}).items():
-            tell(_closing(folder, finished))
+        for folder, one in (done if config.by else {config.out: done}).items():
+            tell(_closing(folder, one))
 
 
 @app.command()
@@ -131,18 +131,18 @@ def compare(
     """Tell whether tuned models are better than their base, with intervals, and show every answer that changed."""
     from apo.evaluation.compare.compare import comparison, other_splits, read_all
     from apo.evaluation.compare.html import write_page
-    from apo.evaluation.tables import comparison_notes, comparison_table
+    from apo.evaluation.tables import comparison_table, comparison_words
     from clair.core.console import show
     from clair.core.files import write_json
 
     results = read_all(base, tuned)
     others = other_splits(data, results[0].score.comparable()) if data else {}
-    compared = comparison(results, difference=difference / 100, others=others)
+    found = comparison(results, difference=difference / 100, others=others)
     folder = out or base.resolve().parent / "compare"
-    write_json(folder / "compare.json", compared)
-    page = write_page(folder / "compare.html", results, compared)
-    show(comparison_table(compared))
-    for line in comparison_notes(compared):
+    write_json(folder / "compare.json", found)
+    page = write_page(folder / "compare.html", results, found)
+    show(comparison_table(found))
+    for line in comparison_words(found):
         print(printable(line))
     print(f"every changed answer: {page}")
 
@@ -150,10 +150,10 @@ def compare(
 def _print_plans(config: Any, processes: int | None) -> None:
     from apo.training.by_group import expand_runs
 
-    for number, run_config in enumerate(expand_runs(config, lambda note: print(f"# {note}"))):
+    for number, one in enumerate(expand_runs(config, lambda note: print(f"# {note}"))):
         if number:
             print("---")
-        _print_plan(run_config, processes)
+        _print_plan(one, processes)
 
 
 def _print_plan(config: Any, processes: int | None) -> None:

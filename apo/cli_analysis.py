@@ -40,7 +40,7 @@ def distinguish(
     resolve_mixture(objective)
     if beta <= 0:
         raise UserError(f"beta is {beta:g}; it must be above 0")
-    from apo.analysis.distinguishability import distinguish as measure
+    from apo.analysis.distinguishability import distinguish as look
     from apo.analysis.distinguishability import of_the_same_prompts
     from apo.analysis.features import labelled
     from apo.console import quieten, tell
@@ -48,15 +48,15 @@ def distinguish(
     from clair.core.files import write_json
 
     quieten()
-    features = labelled(datasets, model, tell)
+    found = labelled(datasets, model, tell)
     if by == "source":
-        same = of_the_same_prompts(features.rows)
+        same = of_the_same_prompts(found.rows)
         if same:
-            tell(f"comparing sources on {len(same):,} of {len(features.rows):,} pairs, whose prompts all of them have")
-            features = features.select(same)
+            tell(f"comparing sources on {len(same):,} of {len(found.rows):,} pairs, whose prompts all of them have")
+            found = found.select(same)
         else:
             tell("no prompt is in all sources: what differs may be the prompts")
-    report = measure(features, by, objective, beta, seed=seed)
+    report = look(found, by, objective, beta, seed=seed)
     print_(_cluster_table(report))
     for warning in report.warnings:
         print_(f"! {warning}")
@@ -79,22 +79,18 @@ def calibrate(
     decisions: Decisions = None,
 ) -> None:
     """A filter threshold on the score gap with a guarantee, from pairs that somebody audited."""
-    from apo.guarantees.calibrate import calibrate as find_threshold
+    from apo.guarantees.calibrate import calibrate as find
     from apo.guarantees.calibrate import read_audit, read_ids, read_scored
 
     _allowed("guarantee", guarantee, ("joint", "precision"))
     manifest = _manifest(dataset, decisions)
-    trained_ids = [id for path in trained_on or [] for id in read_ids(path)]
-    filter_ = find_threshold(
-        read_scored(dataset), read_audit(audit), alpha, guarantee, delta=delta, trained_on=trained_ids
-    )  # type: ignore[arg-type]
-    print(f"{filter_.words}.")
-    total = len(filter_.kept) + len(filter_.dropped)
-    print(
-        f"It keeps {len(filter_.kept):,} of {total:,} pairs of {dataset}. In a clair recipe whose rows have scores:\n"
-    )
-    print(filter_.recipe() or "# no filter: every pair may be kept", end="")
-    _decide(filter_, dataset, manifest, decisions)
+    seen = [id for path in trained_on or [] for id in read_ids(path)]
+    found = find(read_scored(dataset), read_audit(audit), alpha, guarantee, delta=delta, trained_on=seen)  # type: ignore[arg-type]
+    print(f"{found.words}.")
+    total = len(found.kept) + len(found.dropped)
+    print(f"It keeps {len(found.kept):,} of {total:,} pairs of {dataset}. In a clair recipe whose rows have scores:\n")
+    print(found.recipe() or "# no filter: every pair may be kept", end="")
+    _decide(found, dataset, manifest, decisions)
 
 
 def certify(
@@ -111,23 +107,21 @@ def certify(
 ) -> None:
     """How far a score is from a property, with a guarantee; differences inside the band decide nothing."""
     from apo.guarantees.calibrate import KINDS, filter_at, read_ids, read_scored
-    from apo.guarantees.calibrate import certify as find_certificate
+    from apo.guarantees.calibrate import certify as find
 
     _allowed("property", kind, KINDS)
     manifest = _manifest(dataset, decisions)
-    trained_ids = [id for path in trained_on or [] for id in read_ids(path)]
+    seen = [id for path in trained_on or [] for id in read_ids(path)]
     rows = read_scored(dataset)
-    certificate = find_certificate(rows, alpha, kind, of=of, than=than, bound=bound, trained_on=trained_ids)  # type: ignore[arg-type]
-    print(f"{certificate.told()}.")
-    if certificate.band.width == float("inf"):
-        raise UserError(
-            f"no finite band: alpha {alpha:g} needs more prompts than {certificate.n}; give more, or raise alpha"
-        )
+    found = find(rows, alpha, kind, of=of, than=than, bound=bound, trained_on=seen)  # type: ignore[arg-type]
+    print(f"{found.told()}.")
+    if found.band.width == float("inf"):
+        raise UserError(f"no finite band: alpha {alpha:g} needs more prompts than {found.n}; give more, or raise alpha")
     if kind in ("floor", "ceiling"):
         if decisions:
             raise UserError(f"--decisions goes with rises and same: {kind} compares no two answers, so no gap decides")
         return
-    undecided = filter_at(rows, certificate.band.width, certificate.words)
+    undecided = filter_at(rows, found.band.width, found.words)
     print(f"{len(undecided.dropped):,} of {len(rows):,} pairs are undecided. To leave them out of a clair build:\n")
     print(undecided.recipe(), end="")
     _decide(undecided, dataset, manifest, decisions)
@@ -164,9 +158,9 @@ def _manifest(dataset: str, decisions: Path | None) -> dict[str, Any] | None:
     return read_manifest(dataset) if decisions else None
 
 
-def _decide(filter_: Filter, dataset: str, manifest: dict[str, Any] | None, decisions: Path | None) -> None:
+def _decide(found: Filter, dataset: str, manifest: dict[str, Any] | None, decisions: Path | None) -> None:
     from clair.core.files import write_json
 
     if decisions and manifest is not None:
-        write_json(decisions, filter_.decisions(manifest))
+        write_json(decisions, found.decisions(manifest))
         print(f"\nOr put into effect on this dataset with: clair keep {dataset} {decisions}")

@@ -93,17 +93,17 @@ def mixeval(
 ) -> None:
     """Score models on MixEval-Hard. Run it again to go on where it stopped; nothing is paid for twice."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
-    from apo.evaluation.mixeval.cli import print_settings, run_several, run_single
-    from apo.evaluation.mixeval.config import MixEvalConfig, load_inputs
+    from apo.evaluation.mixeval.cli import print_settings, run_many, run_one
+    from apo.evaluation.mixeval.config import MixEvalConfig, check
     from clair.core.recipe import resolve
 
     options = (model_name, model_key_env, model_id, model_price, temperature, max_tokens, batch_tokens)
-    models = [_model(folder, *options) for folder in model or [None]]
-    first = models[0]
+    several = [_model(one, *options) for one in model or [None]]
+    who = several[0]
     values: dict[str, Any] = {
         "data": str(data),
         "out": str(out),
-        "model": first,
+        "model": who,
         "responses": str(responses) if responses else None,
         "judge": _judge(judge, judge_base_url, judge_model, judge_key_env, judge_id, judge_price),
         "ledger": str(ledger) if ledger else None,
@@ -121,16 +121,16 @@ def mixeval(
     }
     config = resolve(MixEvalConfig, _patient(values, patience), "options")
     _check_runner(runner, address)
-    if runner or len(models) > 1:
+    if runner or len(several) > 1:
         if estimate or probe:
             raise UserError("--estimate is for one model in this process; leave out --runner and all --model but one")
-        run_several(config, models, runner, address, dry_run=dry_run)
+        run_many(config, several, runner, address, dry_run=dry_run)
         return
-    inputs = load_inputs(config)
-    for note in inputs.benchmark.notes:
+    checked = check(config)
+    for note in checked.benchmark.notes:
         tell(f"note: {note}")
     if dry_run:
-        print_settings(config, inputs)
+        print_settings(config, checked)
     elif estimate or probe:
         from apo.evaluation.mixeval.estimate import MIN_PROBE
         from apo.evaluation.mixeval.estimate import estimate as estimated
@@ -139,10 +139,10 @@ def mixeval(
 
         rows = max(MIN_PROBE, probe)
         with asking_progress("evaluating", rows, dict.fromkeys(config.models, rows), shown=probe > 0) as on_progress:
-            roles = estimated(config, probe, inputs, on_progress)
+            roles = estimated(config, probe, checked, on_progress)
         print_(cost_table(roles))
     else:
-        run_single(config, inputs)
+        run_one(config, checked)
 
 
 def _patient(values: dict[str, Any], patience: float) -> dict[str, Any]:
@@ -168,16 +168,16 @@ def _model(
     max_tokens: int,
     batch_tokens: int | None,
 ) -> dict[str, Any] | None:
-    from apo.evaluation.mixeval.answers import default_batch_tokens
+    from apo.evaluation.mixeval.answers import batch_tokens_here
     from apo.evaluation.results import MAX_NEW_TOKENS
 
     if batch_tokens is not None and (model is None or model.startswith(("http://", "https://"))):
         raise UserError("--batch-tokens is for a model in a folder; leave it out")
     for_endpoints = {"--model-name": name, "--model-key-env": key_env, "--model-id": id_, "--model-price": price}
     is_endpoint = model is not None and model.startswith(("http://", "https://"))
-    used = [option for option, value in for_endpoints.items() if value is not None]
-    if used and not is_endpoint:
-        raise UserError(f"{used[0]} is for an endpoint; give its URL as --model, or leave it out")
+    given = [option for option, value in for_endpoints.items() if value is not None]
+    if given and not is_endpoint:
+        raise UserError(f"{given[0]} is for an endpoint; give its URL as --model, or leave it out")
     if model is None:
         if temperature is not None or max_tokens != MAX_NEW_TOKENS:
             option = "--temperature" if temperature is not None else "--max-tokens"
@@ -185,7 +185,7 @@ def _model(
         return None
     common = {"temperature": temperature, "max_tokens": max_tokens}
     if not is_endpoint:
-        return {"path": model, "batch_tokens": batch_tokens or default_batch_tokens(), **common}
+        return {"path": model, "batch_tokens": batch_tokens or batch_tokens_here(), **common}
     if name is None:
         raise UserError("an endpoint needs --model-name, the name it serves the model under")
     return {"url": model, "model": name, "api_key_env": key_env, "id": id_, "price": price_of(price), **common}
@@ -197,28 +197,28 @@ def _judge(
     options = {"--judge-base-url": urls, "--judge-model": name, "--judge-key-env": key_env, "--judge-id": id_}
     options |= {"--judge-price": price}
     if judge is not None:
-        used = [option for option, value in options.items() if value]
+        given = [option for option, value in options.items() if value]
         if judge != "rule":
             raise UserError(
                 f"--judge takes rule, found {judge!r}; a model that judges is --judge-base-url, --judge-model"
             )
-        if used:
-            raise UserError(f"--judge rule asks no model; leave out {used[0]}, or leave out --judge")
+        if given:
+            raise UserError(f"--judge rule asks no model; leave out {given[0]}, or leave out --judge")
         return "rule"
     if not urls or name is None:
         raise UserError("who judges? give --judge-base-url and --judge-model, or --judge rule for the rule parser")
-    url = tuple(urls) if len(urls) > 1 else urls[0]
-    return {"url": url, "model": name, "api_key_env": key_env, "id": id_, "price": price_of(price)}
+    where = tuple(urls) if len(urls) > 1 else urls[0]
+    return {"url": where, "model": name, "api_key_env": key_env, "id": id_, "price": price_of(price)}
 
 
 def price_of(text: str | None) -> dict[str, str] | str | None:
     """A price as it is typed. Raises UserError."""
     if text is None or text == "table":
         return text
-    prices = text.split(",")
-    if len(prices) != 2:
+    parts = text.split(",")
+    if len(parts) != 2:
         raise UserError(f"a price is input,output of a million tokens, such as 0.5,1.5, or table; found {text!r}")
-    return {"input": prices[0].strip(), "output": prices[1].strip()}
+    return {"input": parts[0].strip(), "output": parts[1].strip()}
 
 
 def budget_of(money: str | None, tokens: int | None) -> dict[str, Any] | None:
@@ -280,7 +280,7 @@ def winrate(
 ) -> None:
     """Which of two models a judge prefers, asked in both orders; raw and at equal lengths, with intervals."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
-    from apo.evaluation.winrate.run import WinrateConfig, load_inputs
+    from apo.evaluation.winrate.run import WinrateConfig, check
     from clair.core.recipe import resolve
 
     answers = {"temperature": temperature, "max_tokens": max_tokens}
@@ -296,11 +296,11 @@ def winrate(
         "budget": budget_of(budget, budget_tokens),
     }
     config = resolve(WinrateConfig, _patient(values, patience), "options")
-    inputs = load_inputs(config)
+    checked = check(config)
     if dry_run:
-        _print_winrate(config, inputs)
+        _print_winrate(config, checked)
         return
-    _run_winrate(config, inputs)
+    _run_winrate(config, checked)
 
 
 def _side(side: str, who: str, name: str | None, key_env: str | None, answers: dict[str, Any]) -> dict[str, Any] | str:
@@ -308,8 +308,8 @@ def _side(side: str, who: str, name: str | None, key_env: str | None, answers: d
         if name is None:
             raise UserError(f"--{side} is an endpoint and needs --{side}-name, the name it serves the model under")
         return {"url": who, "model": name, "api_key_env": key_env, **answers}
-    if used := [option for option, value in (("name", name), ("key-env", key_env)) if value is not None]:
-        raise UserError(f"--{side}-{used[0]} is for an endpoint; give its URL as --{side}, or leave it out")
+    if given := [option for option, value in (("name", name), ("key-env", key_env)) if value is not None]:
+        raise UserError(f"--{side}-{given[0]} is for an endpoint; give its URL as --{side}, or leave it out")
     if Path(who).is_dir():
         return {"path": who, "batch_tokens": 65_536, **answers}
     if not Path(who).is_file():
@@ -317,38 +317,38 @@ def _side(side: str, who: str, name: str | None, key_env: str | None, answers: d
     return who
 
 
-def _print_winrate(config: Any, inputs: Any) -> None:
+def _print_winrate(config: Any, checked: Any) -> None:
     import yaml
 
-    from apo.evaluation.config import redacted
+    from apo.evaluation.config import public
 
-    print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
-    pairs = len(inputs.prompts) * config.samples
-    print(f"# {len(inputs.prompts):,} prompts, {pairs:,} pairs of answers, at most {2 * pairs:,} verdicts")
+    print(yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True), end="")
+    pairs = len(checked.prompts) * config.samples
+    print(f"# {len(checked.prompts):,} prompts, {pairs:,} pairs of answers, at most {2 * pairs:,} verdicts")
 
 
-def _run_winrate(config: Any, inputs: Any) -> None:
+def _run_winrate(config: Any, checked: Any) -> None:
     from apo.evaluation.tables import winrate_table
-    from apo.evaluation.winrate.run import measure_win_rate
+    from apo.evaluation.winrate.run import compare
     from clair.core.console import show as print_
     from clair.terminal import asking_progress
 
-    total = len(inputs.prompts) * config.samples
+    total = len(checked.prompts) * config.samples
     calls = {role: total * (2 if role == "judge" else 1) for role in config.models}
     with asking_progress("evaluating", total, calls, closing=True) as on_progress:
-        outcome = measure_win_rate(config, inputs=inputs, on_progress=on_progress)
+        done = compare(config, checked=checked, on_progress=on_progress)
     failed = (
-        f"{outcome.failed} pairs got no reply ({outcome.first_failure}), so there is no win rate; everything else is "
+        f"{done.failed} pairs got no reply ({done.first_failure}), so there is no win rate; everything else is "
         f"kept, run the same command again"
     )
-    end_early(outcome.stopped, failed if outcome.result is None else None)
-    print_(winrate_table(outcome.result))
-    if outcome.result["distrust"]:
-        print_(outcome.result["distrust"])
-    if outcome.refused:
+    end_early(done.stopped, failed if done.result is None else None)
+    print_(winrate_table(done.result))
+    if done.result["distrust"]:
+        print_(done.result["distrust"])
+    if done.refused:
         tell(
-            f"{outcome.result['unanswered']} comparisons were refused ({outcome.refused}), so there is no win rate, "
-            "only its bracket: all of them lost, all won; run the same command again to ask for them again"
+            f"{done.result['unanswered']} comparisons were refused ({done.refused}), so there is no win rate, only its "
+            f"bracket: all of them lost, all won; run the same command again to ask for them again"
         )
         raise typer.Exit(EXIT_SOME_FAILED)
 
@@ -373,14 +373,14 @@ def pairs(
     """Held-out pairs: reward accuracy, margins, displacement, length and KL to the reference, with intervals."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
     from apo.console import quieten
-    from apo.evaluation.pairs import evaluate_pairs, pairs_config
+    from apo.evaluation.pairs import config_of, evaluate
     from apo.evaluation.tables import pairs_table
     from clair.core.console import show as print_
 
-    options = {"dataset": dataset, "reference": reference, "split": split, "beta": beta, "limit": limit}
-    sizes = {"max_length": max_length, "dtype": dtype, "batch_tokens": batch_tokens, "out": str(out)}
+    given = {"dataset": dataset, "reference": reference, "split": split, "beta": beta, "limit": limit}
+    more = {"max_length": max_length, "dtype": dtype, "batch_tokens": batch_tokens, "out": str(out)}
     quieten()
-    print_(pairs_table(evaluate_pairs(pairs_config(model, **options, **sizes), log=tell)))
+    print_(pairs_table(evaluate(config_of(model, **given, **more), tell=tell)))
 
 
 @app.command()

@@ -312,10 +312,7 @@ def check_endpoint(
         checks = check_endpoints(urls, tokenizer, model=model, key_env=api_key_env, on_step=on_step)
     print_(checks_table(checks))
     wrong = [
-        f"{url}: {check.name} ({check.message})"
-        for url, found in checks.items()
-        for check in found
-        if check.ok is False
+        f"{url}: {check.name} ({check.told})" for url, found in checks.items() for check in found if check.ok is False
     ]
     if wrong:
         raise UserError(f"{wrong[0]}; pairs built with it would not be what you think")

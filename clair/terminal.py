@@ -96,7 +96,7 @@ def checks_table(checks: Mapping[str, Sequence[Check]]) -> Table:
     table = Table("endpoint", "check", "", "found")
     for url, found in checks.items():
         for check in found:
-            table.add_row(url, check.name, _SIGNS[check.ok], check.message)
+            table.add_row(url, check.name, _SIGNS[check.ok], check.told)
     return table
 
 
@@ -147,26 +147,26 @@ class _Asking:
 
     def _line(self, role: str) -> str:
         client, left = self.clients[role], self._left(role)
-        tally, rate = client.total, self._rate(role, client)
+        tally, rate = client.told, self._rate(role, client)
         parts = [f"{tally.calls + tally.reused:,}/{max(self.calls[role], tally.calls + tally.reused):,} replies"]
         parts += [f"{tally.reused:,} of them reused"] if tally.reused else []
         parts += [f"{client.limiter.in_flight:,} in flight"] if not client.batch else []
         parts += [f"{client.batch.in_batches:,} in batches"] if client.batch else []
         parts += [words] if (words := pace_of(rate.a_second(self._clock()))) else []
         parts += [f"about {duration(left)} left"] if left else []
-        parts += [words] if (words := client.wait_reason) else []
+        parts += [words] if (words := client.waiting_for) else []
         return f"{role}: {', '.join(parts)}"
 
     def _rate(self, role: str, client: ModelClient) -> Rate:
         with self._lock:
             now = self._clock()
-            rate = self._rates.setdefault(role, Rate(now, client.total.calls))
-            rate.add(now, client.total.calls)
+            rate = self._rates.setdefault(role, Rate(now, client.told.calls))
+            rate.add(now, client.told.calls)
             return rate
 
     def _left(self, role: str) -> float | None:
         """A row that is done needs no more replies, whatever was expected of it."""
-        tally, calls = self.clients[role].total, self.calls[role]
+        tally, calls = self.clients[role].told, self.calls[role]
         rows_left = max(0, self.total - self.done)
         remaining = min(calls - tally.calls - tally.reused, rows_left * -(-calls // max(1, self.total)))
         return self._rate(role, self.clients[role]).left(self._clock(), remaining)

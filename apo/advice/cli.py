@@ -49,11 +49,11 @@ def advise(
 ) -> None:
     """Which objective these pairs and this model ask for, with the evidence; run again, it pays for nothing twice."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
-    from apo.advice.config import AdviseConfig, load_inputs
+    from apo.advice.config import AdviseConfig, check
     from apo.advice.run import run
-    from apo.advice.tables import advice_lines, evidence_table
+    from apo.advice.tables import advice_words, evidence_table
     from apo.console import end_early, quieten, tell
-    from apo.evaluation.mixeval.answers import default_batch_tokens
+    from apo.evaluation.mixeval.answers import batch_tokens_here
     from clair.core.console import show
     from clair.core.progress import progress
     from clair.core.recipe import resolve
@@ -63,7 +63,7 @@ def advise(
     asks = {"path": str(model), "temperature": temperature, "max_tokens": max_tokens}
     values = {
         "dataset": dataset,
-        "model": {**asks, "batch_tokens": batch_tokens or default_batch_tokens()},
+        "model": {**asks, "batch_tokens": batch_tokens or batch_tokens_here()},
         "judge": _judge(judge_base_url, judge_model, of_judge),
         "out": str(out or Path("runs/advice") / f"{Path(dataset).stem}-{model.name}"),
         "ledger": str(ledger) if ledger else None,
@@ -73,20 +73,17 @@ def advise(
     quieten()
     config = resolve(AdviseConfig, values, "options")
     with progress("checking the pairs"):
-        inputs = load_inputs(config)
+        checked = check(config)
     if dry_run:
-        _print_plan(config, inputs)
+        _print_plan(config, checked)
         return
-    outcome = run(config, inputs=inputs, log=tell)
-    failed = (
-        f"{outcome.failed} requests got no reply ({outcome.first_failure}); "
-        "the rest is kept, run the same command again"
-    )
-    end_early(outcome.stopped, failed if outcome.result is None else None)
-    show(evidence_table(outcome.result, dataset))
-    for line in advice_lines(outcome.result):
+    done = run(config, checked=checked, tell=tell)
+    failed = f"{done.failed} requests got no reply ({done.first_failure}); the rest is kept, run the same command again"
+    end_early(done.stopped, failed if done.result is None else None)
+    show(evidence_table(done.result, dataset))
+    for line in advice_words(done.result):
         print(printable(line))
-    tell(f"wrote {outcome.out}/advice.json")
+    tell(f"wrote {done.out}/advice.json")
 
 
 def _judge(urls: list[str] | None, name: str | None, options: dict[str, Any]) -> dict[str, Any] | None:
@@ -97,16 +94,16 @@ def _judge(urls: list[str] | None, name: str | None, options: dict[str, Any]) ->
     return None
 
 
-def _print_plan(config: Any, inputs: Any) -> None:
+def _print_plan(config: Any, checked: Any) -> None:
     import yaml
 
-    from apo.advice.judge_evidence import MAX_PLANTS
-    from apo.evaluation.config import redacted
+    from apo.advice.judge_evidence import PLANTS
+    from apo.evaluation.config import public
 
-    print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
-    rows, plants = len(inputs.rows), min(MAX_PLANTS, len(inputs.rows))
-    print(f"# {rows:,} of {inputs.prompts:,} prompts, {inputs.pairs:,} pairs; as many answers of the model")
+    print(yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True), end="")
+    rows, plants = len(checked.rows), min(PLANTS, len(checked.rows))
+    print(f"# {rows:,} of {checked.prompts:,} prompts, {checked.pairs:,} pairs; as many answers of the model")
     if config.judge:
         print(f"# judge: at most {2 * (plants + 2 * rows):,} verdicts, {2 * plants} of them a test")
-    for mismatch, count in inputs.strange.items():
-        print(f"# note: {count} prompts are not in the model's template: {mismatch}")
+    for what, count in checked.strange.items():
+        print(f"# note: {count} prompts are not in the model's template: {what}")

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from apo.advice.rule import COARSE, FINE, sample_size
-from apo.evaluation.config import EvaluationConfig, check_out_folder
+from apo.evaluation.config import Evaluation, check_folder
 from clair.core.errors import UserError, one_line
 from clair.core.files import content_hash
 from clair.data.records import Prompt
@@ -31,7 +31,7 @@ _MARKS = re.compile(
 """What other chat templates write around turns."""
 
 
-class AdviseConfig(EvaluationConfig):
+class AdviseConfig(Evaluation):
     """Pairs, the model that is to be trained on them, and a judge where there is one."""
 
     dataset: str
@@ -48,7 +48,7 @@ class AdviseConfig(EvaluationConfig):
 
 
 @dataclass(frozen=True, slots=True)
-class AdviceInputs:
+class Checked:
     """The sample: `rows` of different prompts, of `pairs` in all; what the dataset says of who made them."""
 
     rows: Sequence[Mapping[str, Any]]
@@ -65,12 +65,12 @@ class AdviceInputs:
         return Prompt(row["id"], tuple(row["prompt"]))
 
 
-def load_inputs(config: AdviseConfig) -> AdviceInputs:
+def check(config: AdviseConfig) -> Checked:
     """Everything that can be wrong before any work. Raises UserError; spends nothing, writes nothing."""
     from apo.analysis.features import read_rows
     from apo.models import load as models
 
-    check_out_folder(Path(config.out), RESULT)
+    check_folder(Path(config.out), RESULT)
     template = load_template(config.judge.template if config.judge else None, "judge.j2", JUDGE_NEEDS)
     check_models(config.models, config.budget, config.seed)
     assert config.model.path is not None
@@ -84,19 +84,19 @@ def load_inputs(config: AdviseConfig) -> AdviceInputs:
         )
     drawn = sorted(different, key=lambda prompt: content_hash([config.seed, prompt]))
     sample = [different[prompt] for prompt in drawn[: sample_size(config.difference)]]
-    strange = Counter(mismatch for row in sample if (mismatch := template_mismatch(row["prompt"], tokenizer)))
-    return AdviceInputs(sample, len(rows), len(different), *own_shares(config), dict(strange), template)
+    strange = Counter(what for row in sample if (what := strangeness(row["prompt"], tokenizer)))
+    return Checked(sample, len(rows), len(different), *authors(config), dict(strange), template)
 
 
-def template_mismatch(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> str | None:
+def strangeness(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> str | None:
     """Why the model cannot have seen such a prompt, or None: marks of a chat template as text, a turn left out."""
     from jinja2 import TemplateError
 
     for turn in messages:
-        if match := _MARKS.search(turn["content"]):
-            return f"{match[0]} stands in its text"
-        if match := next((token for token in tokenizer.all_special_tokens if token in turn["content"]), None):
-            return f"the model's own {match} stands in its text"
+        if found := _MARKS.search(turn["content"]):
+            return f"{found[0]} stands in its text"
+        if found := next((token for token in tokenizer.all_special_tokens if token in turn["content"]), None):
+            return f"the model's own {found} stands in its text"
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
@@ -105,7 +105,7 @@ def template_mismatch(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> 
     return f"the model's template leaves its {out} turn out" if out else None
 
 
-def own_shares(config: AdviseConfig) -> tuple[float | None, float | None]:
+def authors(config: AdviseConfig) -> tuple[float | None, float | None]:
     """The shares of winners and losers that a folder of `clair build` says this very model made; None if it cannot."""
     from clair.data.dataset import read_manifest, read_rows
     from clair.inference.local import weights_identity
@@ -114,11 +114,9 @@ def own_shares(config: AdviseConfig) -> tuple[float | None, float | None]:
         if not (folder / "manifest.json").is_file():
             return None, None
         identity = weights_identity(config.model.path or "")
-        own_names = {
-            model["model"] for model in read_manifest(folder)["models"].values() if model["identity"] == identity
-        }
-        if not own_names:
+        made = {told["model"] for told in read_manifest(folder)["models"].values() if told["identity"] == identity}
+        if not made:
             return None, None
         rows = [row["models"] or {} for row in read_rows(folder)]
-    winners, losers = (sum(row.get(side) in own_names for row in rows) / len(rows) for side in ("chosen", "rejected"))
+    winners, losers = (sum(row.get(side) in made for row in rows) / len(rows) for side in ("chosen", "rejected"))
     return winners, losers

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _BATCH_TOKENS = 8192
 
 
-class ResponseLogp(NamedTuple):
+class Scored(NamedTuple):
     """A response's log-prob in nats, summed, and its tokens, end of turn included."""
 
     logp: float
@@ -32,29 +32,27 @@ class ResponseLogp(NamedTuple):
         return self.logp / self.tokens
 
 
-def as_interval(estimate: Estimate) -> Interval:
+def interval(found: Estimate) -> Interval:
     """An estimate as a value with its 95 % interval."""
-    return Interval(estimate.mean, estimate.lo, estimate.hi)
+    return Interval(found.mean, found.lo, found.hi)
 
 
-def gaps(
-    winners: Sequence[ResponseLogp], losers: Sequence[ResponseLogp], own_answers: Sequence[ResponseLogp | None]
-) -> dict[str, Interval]:
+def gaps(winners: Sequence[Scored], losers: Sequence[Scored], own: Sequence[Scored | None]) -> dict[str, Interval]:
     """Differences of log-probs with intervals over pairs, in nats: per token, and (`_total`) summed over a response.
 
     Where the model's own answer has no end (None), only winner and loser are compared.
     """
-    triples = [(w, lo, o) for w, lo, o in zip(winners, losers, own_answers, strict=True) if o is not None]
+    with_own = [(w, lo, o) for w, lo, o in zip(winners, losers, own, strict=True) if o is not None]
 
     def mean(values: Sequence[float]) -> Interval:
-        return as_interval(clustered_mean(values, range(len(values))))
+        return interval(clustered_mean(values, range(len(values))))
 
     return {
-        "own": mean([o.mean for *_, o in triples]),
-        "winner_gap": mean([w.mean - o.mean for w, _, o in triples]),
-        "loser_gap": mean([lo.mean - o.mean for _, lo, o in triples]),
-        "winner_total": mean([w.logp - o.logp for w, _, o in triples]),
-        "loser_total": mean([lo.logp - o.logp for _, lo, o in triples]),
+        "own": mean([o.mean for *_, o in with_own]),
+        "winner_gap": mean([w.mean - o.mean for w, _, o in with_own]),
+        "loser_gap": mean([lo.mean - o.mean for _, lo, o in with_own]),
+        "winner_total": mean([w.logp - o.logp for w, _, o in with_own]),
+        "loser_total": mean([lo.logp - o.logp for _, lo, o in with_own]),
         "pair_gap": mean([w.mean - lo.mean for w, lo in zip(winners, losers, strict=True)]),
         "pair_total": mean([w.logp - lo.logp for w, lo in zip(winners, losers, strict=True)]),
     }
@@ -83,65 +81,62 @@ def first_step(winners: Tensor, losers: Tensor, *, seed: int = 0, draws: int = D
 
     def ratios(weight: Tensor) -> tuple[Tensor, Tensor]:
         """Coherence and displacement of samples with these weights, [draws, n] each row adding up to 1."""
-        up, both = ((weight @ products * weight).sum(1) for products in (rise, rise - fall))
+        up, both = ((weight @ part * weight).sum(1) for part in (rise, rise - fall))
         return both / (1 - (weight**2).sum(1)) / (weight @ squares), up / both
 
     values, spread = ratios(torch.full((1, n), 1 / n, dtype=torch.float64)), ratios(weights)
-    intervals = {}
+    found = {}
     for name, value, drawn in zip(("coherence", "displacement"), values, spread, strict=True):
         lo, hi = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
-        intervals[name] = Interval(float(value), lo, hi)
+        found[name] = Interval(float(value), lo, hi)
     wrong = int((rise.sum(1) < 0).sum()), int((fall.sum(1) > 0).sum())
-    shares = [as_interval(wilson(count, n)) for count in wrong]
-    return {**intervals, "winner_wrong": shares[0], "loser_wrong": shares[1]}
+    shares = [interval(wilson(count, n)) for count in wrong]
+    return {**found, "winner_wrong": shares[0], "loser_wrong": shares[1]}
 
 
-class LikelihoodEvidence(NamedTuple):
+class Seen(NamedTuple):
     """What the model says: its parameters, the intervals of `gaps` and `first_step`, and pairs left out by reason."""
 
     parameters: int
     intervals: dict[str, Interval]
     left_out: dict[str, int]
-    own_answers: int
+    own: int
     """Own answers that were compared with."""
 
 
-def measure_likelihood(
+def look(
     path: str,
     rows: Sequence[Mapping[str, Any]],
-    own_answers: Sequence[str | None],
+    own: Sequence[str | None],
     *,
     seed: int = 0,
     trust_remote_code: bool = False,
-    log: Callable[[str], None] = lambda _: None,
-) -> LikelihoodEvidence:
-    """Load the model and measure all rows. `own_answers` are its answers to them; None: it has no complete one."""
+    tell: Callable[[str], None] = lambda _: None,
+) -> Seen:
+    """Load the model and look at all rows; `own` are its own answers to them, None where there is none with an end."""
     import torch
 
     from apo.models import load as models
 
     name = models.find_model(path, trust_remote_code)
     tokenizer = models.load_tokenizer(name)
-    (pairs, own_rows), left_out = _tokenized(name, tokenizer, rows, own_answers)
+    (pairs, ours), left_out = _tokenized(name, tokenizer, rows, own)
     model = models.load_model(name)
     models.check_vocabulary(model, tokenizer, name.base)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False).eval()
-    with progress(f"log-probs and gradients of {len(pairs)} pairs", len(pairs) + len(own_rows)) as work:
-        gradients = _gradients(model, pairs, log, work.advance)
-        own_logps = dict(zip((row["_place"] for row in own_rows), _logps(model, own_rows, work.advance), strict=True))
-    sums = {
-        side: [ResponseLogp(*columns) for columns in gradients[f"{side}_logps"].tolist()]
-        for side in ("chosen", "rejected")
-    }
-    matched = [own_logps.get(row["_place"]) for row in pairs]
+    with progress(f"log-probs and gradients of {len(pairs)} pairs", len(pairs) + len(ours)) as work:
+        kept = _gradients(model, pairs, tell, work.advance)
+        said = dict(zip((row["_place"] for row in ours), _logps(model, ours, work.advance), strict=True))
+    sums = {side: [Scored(*one) for one in kept[f"{side}_logps"].tolist()] for side in ("chosen", "rejected")}
+    matched = [said.get(row["_place"]) for row in pairs]
     intervals = gaps(sums["chosen"], sums["rejected"], matched) | first_step(
-        gradients["chosen"], gradients["rejected"], seed=seed
+        kept["chosen"], kept["rejected"], seed=seed
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return LikelihoodEvidence(parameters, intervals, left_out, sum(columns is not None for columns in matched))
+    return Seen(parameters, intervals, left_out, sum(one is not None for one in matched))
 
 
-def _tokenized(name: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], own_answers: Sequence[str | None]) -> Any:
+def _tokenized(name: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], own: Sequence[str | None]) -> Any:
     """The pairs, and the own answers, as token ids with their `_place` among the rows; and how many pairs were left
     out, by reason. Raises UserError for none."""
     from datasets import Dataset
@@ -150,30 +145,23 @@ def _tokenized(name: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], own
     from apo.models import load as models
     from clair.core.errors import UserError
 
-    eos, max_length = eos_ids(tokenizer, models.load_generation_config(name)), models.context_length(name)
+    ends, most = eos_ids(tokenizer, models.load_generation_config(name)), models.context_length(name)
     columns = ("prompt", "chosen", "rejected")
-    paired = [{**{c: row[c] for c in columns}, "_place": index} for index, row in enumerate(rows)]
+    paired = [{**{c: row[c] for c in columns}, "_place": at} for at, row in enumerate(rows)]
     single = [
-        {
-            "prompt": row["prompt"],
-            "completion": [{"role": "assistant", "content": text}],
-            "label": True,
-            "_place": index,
-        }
-        for index, (row, text) in enumerate(zip(rows, own_answers, strict=True))
+        {"prompt": row["prompt"], "completion": [{"role": "assistant", "content": text}], "label": True, "_place": at}
+        for at, (row, text) in enumerate(zip(rows, own, strict=True))
         if text is not None
     ]
-    tokenized = [tokenize(Dataset.from_list(split), tokenizer, max_length, eos, "given") for split in (paired, single)]
-    token_rows = [[dict(row) for row in split.dataset] for split in tokenized]
-    if min(map(len, token_rows)) < 2:
-        raise UserError(
-            f"{len(token_rows[0])} pairs and {len(token_rows[1])} own answers fit the context of {name.path}"
-        )
-    return token_rows, tokenized[0].dropped
+    done = [tokenize(Dataset.from_list(part), tokenizer, most, ends, "given") for part in (paired, single)]
+    found = [[dict(row) for row in part.dataset] for part in done]
+    if min(map(len, found)) < 2:
+        raise UserError(f"{len(found[0])} pairs and {len(found[1])} own answers fit the context of {name.path}")
+    return found, done[0].dropped
 
 
 def _gradients(
-    model: Any, pairs: Sequence[Mapping[str, Any]], log: Callable[[str], None], advance: Callable[[int], None]
+    model: Any, pairs: Sequence[Mapping[str, Any]], tell: Callable[[str], None], advance: Callable[[int], None]
 ) -> dict[str, Tensor]:
     """Both sides' gradients [n, m] and log-probs with lengths [n, 2], from the cache where they are."""
     import torch
@@ -182,13 +170,13 @@ def _gradients(
     from apo.models import tensor_cache as cache
     from clair.core.files import content_hash
 
-    ids = [[pair[f"{field}_ids"] for field in ("prompt", "chosen", "rejected")] for pair in pairs]
+    ids = [[pair[f"{part}_ids"] for part in ("prompt", "chosen", "rejected")] for pair in pairs]
     key = content_hash(["advice 1", cache.hash_model(model, adapter=True), SKETCH, ids])
     n, m = len(pairs), min(SKETCH, model.get_output_embeddings().weight.numel())
     shapes = {"chosen": (n, m), "rejected": (n, m), "chosen_logps": (n, 2), "rejected_logps": (n, 2)}
     folder = cache.default_folder()
-    if (cached := cache.load(folder, key, shapes)) is not None:
-        return cached
+    if (kept := cache.load(folder, key, shapes)) is not None:
+        return kept
 
     def counted() -> Iterator[Mapping[str, Any]]:
         for pair in pairs:
@@ -197,33 +185,33 @@ def _gradients(
 
     chosen, rejected, logps = head_gradients(model, counted())
     both = [
-        torch.stack([field.double(), count.double()], 1)
-        for field, count in ((logps.chosen, logps.chosen_len), (logps.rejected, logps.rejected_len))
+        torch.stack([part.double(), count.double()], 1)
+        for part, count in ((logps.chosen, logps.chosen_len), (logps.rejected, logps.rejected_len))
     ]
-    tensors = dict(zip(shapes, (chosen, rejected, *both), strict=True))
-    if note := cache.store(folder, key, tensors):
-        log(note)
-    return tensors
+    made = dict(zip(shapes, (chosen, rejected, *both), strict=True))
+    if note := cache.store(folder, key, made):
+        tell(note)
+    return made
 
 
-def _logps(model: Any, rows: Sequence[Mapping[str, Any]], advance: Callable[[int], None]) -> list[ResponseLogp]:
+def _logps(model: Any, rows: Sequence[Mapping[str, Any]], advance: Callable[[int], None]) -> list[Scored]:
     """The log-prob of each row's answer, as many rows at once as fit."""
     import torch
 
     from apo.packing.logps import response_logps
 
-    sequences = [(row["prompt_ids"], row["chosen_ids"]) for row in rows]
-    longest = max(len(prompt) + len(answer) for prompt, answer in sequences)
-    count, logps = max(1, _BATCH_TOKENS // longest), []
+    whole = [(row["prompt_ids"], row["chosen_ids"]) for row in rows]
+    longest = max(len(prompt) + len(answer) for prompt, answer in whole)
+    count, found = max(1, _BATCH_TOKENS // longest), []
     with torch.no_grad():
-        for start in range(0, len(sequences), count):
-            batch = sequences[start : start + count]
-            ids, mask, answers = (torch.zeros(len(batch), longest, dtype=torch.long) for _ in range(3))
-            for index, (prompt, answer) in enumerate(batch):
+        for start in range(0, len(whole), count):
+            part = whole[start : start + count]
+            ids, mask, answers = (torch.zeros(len(part), longest, dtype=torch.long) for _ in range(3))
+            for at, (prompt, answer) in enumerate(part):
                 end = len(prompt) + len(answer)
-                ids[index, :end] = torch.tensor([*prompt, *answer])
-                mask[index, :end], answers[index, len(prompt) : end] = 1, 1
+                ids[at, :end] = torch.tensor([*prompt, *answer])
+                mask[at, :end], answers[at, len(prompt) : end] = 1, 1
             sums = response_logps(model, *(tensor.to(model.device) for tensor in (ids, mask, answers)))
-            logps += [ResponseLogp(value, len(answer)) for value, (_, answer) in zip(sums.tolist(), batch, strict=True)]
-            advance(len(batch))
-    return logps
+            found += [Scored(value, len(answer)) for value, (_, answer) in zip(sums.tolist(), part, strict=True)]
+            advance(len(part))
+    return found

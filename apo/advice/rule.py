@@ -14,11 +14,11 @@ Sure = Literal["low", "fair", "high"]
 SURE: tuple[Sure, ...] = ("low", "fair", "high")
 FINE, COARSE = 0.10, 0.25
 """Differences from one half: the sample is sized to see the first; too few to see the second are refused."""
-MAX_STRANGE = 0.05
+STRANGE = 0.05
 """Share of prompts in another model's template from which on pairs are not to be trained on."""
-BETA, MIN_BETA, MAX_REWARD = 0.1, 0.03, 4.0
+BETA, LEAST_BETA, LET_GO = 0.1, 0.03, 4.0
 """The paper's beta, the lowest that is advised, and the reward at which `apo_zero` has nearly let go of an answer."""
-RATE, RATE_PARAMETERS = 1e-6, 3e9
+RATE, RATE_AT = 1e-6, 3e9
 """SmolLM3's published learning rate for full fine-tuning, and its number of parameters."""
 
 
@@ -67,21 +67,15 @@ class Advice:
 
 def advise(e: Evidence) -> Advice:
     """The advice: whether the pairs say anything, then where their winners stand against the model's own answers."""
-    if e.strange > MAX_STRANGE:
-        return _do_not_train(
-            "high", f"{e.strange:.0%} of the prompts are not in this model's template; convert them first"
-        )
+    if e.strange > STRANGE:
+        return _none("high", f"{e.strange:.0%} of the prompts are not in this model's template; convert them first")
     if e.right is not None and e.right.hi < 0.5:
-        return _do_not_train(
-            "high", f"the judge prefers the losers in {1 - e.right.value:.0%}: are the columns exchanged?"
-        )
+        return _none("high", f"the judge prefers the losers in {1 - e.right.value:.0%}: are the columns exchanged?")
     if e.right is not None and e.right.lo <= 0.5:
-        return _do_not_train(
-            "fair", f"the judge cannot tell winners from losers: it prefers {e.right.value:.0%} of them"
-        )
+        return _none("fair", f"the judge cannot tell winners from losers: it prefers {e.right.value:.0%} of them")
     if e.right is None and e.coherence.lo <= 0:
-        return _do_not_train("low", "the pairs pull in no common direction, as if their labels were drawn by lot")
-    standing, sure, because = winner_standing(e)
+        return _none("low", "the pairs pull in no common direction, as if their labels were drawn by lot")
+    standing, sure, because = standing_of(e)
     objective: Objective = {"better": "apo_zero", "worse": "apo_down"}.get(standing, "dpo")  # type: ignore[assignment]
     beware = []
     if both_own(e):
@@ -95,40 +89,36 @@ def advise(e: Evidence) -> Advice:
         beware.append("winners are expected to become less likely: lower the learning rate, or add sft with weight 0.1")
     if not 0.3 <= e.longer.value <= 0.7 and not e.longer.lo <= 0.5 <= e.longer.hi:
         beware.append(f"{e.longer.value:.0%} of the winners are longer: the model will learn length as well")
-    return Advice(objective, sure, because, suggest_beta(e), suggest_learning_rate(e), beware)
+    return Advice(objective, sure, because, beta_of(e), learning_rate_of(e), beware)
 
 
-def winner_standing(e: Evidence) -> tuple[Literal["better", "worse", "even"], Sure, str]:
+def standing_of(e: Evidence) -> tuple[Literal["better", "worse", "even"], Sure, str]:
     """Where winners stand against the model's own answers: by the judge, else by who made which side."""
     if e.win is not None:
-        subject = f"winners win {e.win.value:.0%} against the model's own answers"
+        told = f"winners win {e.win.value:.0%} against the model's own answers"
         if e.win.lo > 0.5:
-            return "better", "high", subject
-        return (
-            ("worse", "high", subject)
-            if e.win.hi < 0.5
-            else ("even", "fair", f"{subject}: neither is better for certain")
-        )
-    winners, losers = _like_own_answers(e.winners_own, e.winner_gap), _like_own_answers(e.losers_own, e.loser_gap)
+            return "better", "high", told
+        return ("worse", "high", told) if e.win.hi < 0.5 else ("even", "fair", f"{told}: neither is better for certain")
+    winners, losers = _own(e.winners_own, e.winner_gap), _own(e.losers_own, e.loser_gap)
     if not authors_known(e):
-        return _standing_by_likelihood(winners, losers)
+        return _by_likelihood(winners, losers)
     if losers and not winners:
         return "better", "fair", "the losers are the model's own answers, and the winners are preferred to them"
     if winners and not losers:
         return "worse", "fair", "the winners are such as the model says itself, and the losers are not"
-    subject = "both sides are" if winners else "neither side is"
-    return "even", "low", f"{subject} such as the model says itself, so without a judge nobody knows which is better"
+    told = "both sides are" if winners else "neither side is"
+    return "even", "low", f"{told} such as the model says itself, so without a judge nobody knows which is better"
 
 
-def _standing_by_likelihood(winners: bool, losers: bool) -> tuple[Literal["better", "worse", "even"], Sure, str]:
+def _by_likelihood(winners: bool, losers: bool) -> tuple[Literal["better", "worse", "even"], Sure, str]:
     """The standing where the dataset does not say who made both sides: how likely they are is a hint, and no more."""
     unknown = "who wrote them is not known, and which is better cannot be told without a judge"
     if losers and not winners:
         return "better", "low", f"losers are as likely to the model as its own answers and winners are not; {unknown}"
     if winners and not losers:
         return "worse", "low", f"winners are as likely to the model as its own answers and losers are not; {unknown}"
-    subject = "both sides are as" if winners else "neither side is as"
-    return "even", "low", f"{subject} likely to the model as its own answers; {unknown}"
+    told = "both sides are as" if winners else "neither side is as"
+    return "even", "low", f"{told} likely to the model as its own answers; {unknown}"
 
 
 def authors_known(e: Evidence) -> bool:
@@ -138,30 +128,30 @@ def authors_known(e: Evidence) -> bool:
 
 def both_own(e: Evidence) -> bool:
     """Whether the model itself made both sides, or may have: both are as likely to it as its own answers."""
-    return _like_own_answers(e.winners_own, e.winner_gap) and _like_own_answers(e.losers_own, e.loser_gap)
+    return _own(e.winners_own, e.winner_gap) and _own(e.losers_own, e.loser_gap)
 
 
-def _like_own_answers(share: float | None, gap: Interval) -> bool:
+def _own(share: float | None, gap: Interval) -> bool:
     """As the dataset says; else whether it is no less likely than the model's own answers."""
     return gap.hi >= 0 if share is None else share > 0.5
 
 
-def _do_not_train(sure: Sure, because: str) -> Advice:
+def _none(sure: Sure, because: str) -> Advice:
     return Advice("none", sure, because)
 
 
-def suggest_beta(e: Evidence) -> float:
+def beta_of(e: Evidence) -> float:
     """0.1, or lower, so that a winner lifted to the level of the model's own answers is at reward 4 and no further."""
     below = max(0.0, -e.winner_total.value)
-    return BETA if below * BETA <= MAX_REWARD else max(MIN_BETA, _rounded(MAX_REWARD / below))
+    return BETA if below * BETA <= LET_GO else max(LEAST_BETA, _rounded(LET_GO / below))
 
 
-def suggest_learning_rate(e: Evidence) -> float:
+def learning_rate_of(e: Evidence) -> float:
     """Of full fine-tuning: 1e-6 at 3 billion parameters, falling with their cube root. LoRA takes ten times that.
 
     A rule of thumb through two points that are known to work: SmolLM3's, and the quickstart's 1.5e-5 at 0.9 million.
     """
-    return _rounded(RATE * (RATE_PARAMETERS / e.parameters) ** (1 / 3))
+    return _rounded(RATE * (RATE_AT / e.parameters) ** (1 / 3))
 
 
 def _rounded(value: float) -> float:

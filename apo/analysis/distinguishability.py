@@ -287,8 +287,7 @@ def head_gradients(
     import torch
 
     from apo.analysis.features import last_hidden
-    from apo.packing.batch import response_mask
-    from apo.packing.logps import PairLogps
+    from apo.packing.logps import PairLogps, response_mask
 
     head = model.get_output_embeddings()
     sketch = _sketch(*head.weight.shape, dimensions, seed)

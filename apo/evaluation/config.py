@@ -15,15 +15,15 @@ from clair.core.recipe import Recipe, changed_keys, resolved
 from clair.data.records import Dropped
 from clair.inference.budget import BudgetConfig
 from clair.inference.client import ModelClient
-from clair.inference.config import ROLE_PASSING, ModelConfig, redacted_model
-from clair.inference.model import LimitReached, PaymentRequired, Refused
+from clair.inference.config import ROLE_PASSING, ModelConfig, public_model
+from clair.inference.model import LimitReached, Refused, Unpaid
 from clair.ledger.ledger import Ledger
 
 SETTINGS = "settings.json"
-_MAY_CHANGE = ("concurrency", "attempts", "out", "ledger", "limit", "budget", "upstream_files")
+_PASSING = ("concurrency", "attempts", "out", "ledger", "limit", "budget", "upstream_files")
 
 
-class EvaluationConfig(Recipe):
+class Evaluation(Recipe):
     """What every evaluation that asks models has."""
 
     budget: BudgetConfig | None = None
@@ -43,7 +43,7 @@ class EvaluationConfig(Recipe):
         return Path(self.ledger) if self.ledger else Path(self.out) / "ledger.sqlite"
 
 
-def check_out_folder(out: Path, result: str) -> None:
+def check_folder(out: Path, result: str) -> None:
     """See that `out` may be written to: new, empty, or the folder of such an evaluation (`result` is its file)."""
     if out.exists() and not out.is_dir():
         raise UserError(f"out {out} is a file, not a folder; choose another --out")
@@ -53,15 +53,15 @@ def check_out_folder(out: Path, result: str) -> None:
             raise UserError(f"{out} is no result folder and not empty (it holds {strange[0]}); choose another --out")
 
 
-def check_resumable(config: EvaluationConfig, out: Path, ledger: Ledger, items: str = ITEMS) -> None:
+def same_settings(config: Evaluation, out: Path, ledger: Ledger, items: str = ITEMS) -> None:
     """The folder remembers its settings from before the first request. Raises UserError where these are others.
 
     A run that came to nothing, such as one with a wrong key, leaves them free. `items` is the file of a finished one.
     """
-    file, settings = out / SETTINGS, redacted(config)
+    file, settings = out / SETTINGS, public(config)
     begun = (out / items).is_file() or any(sum(tokens) for tokens in ledger.spent(payer(config)).values())
     if file.is_file() and begun:
-        changed = changed_keys(_content_settings(read_json(file)), _content_settings(settings))
+        changed = changed_keys(_lasting(read_json(file)), _lasting(settings))
         if changed:
             raise UserError(
                 f"{out} holds an evaluation with other settings (it differs in {', '.join(changed)}); choose another "
@@ -70,43 +70,43 @@ def check_resumable(config: EvaluationConfig, out: Path, ledger: Ledger, items: 
     write_json(file, settings)
 
 
-def payer(config: EvaluationConfig) -> str:
+def payer(config: Evaluation) -> str:
     """On whose account requests go in the ledger."""
     return str(Path(config.out).resolve())
 
 
-def redacted(config: EvaluationConfig) -> dict[str, Any]:
+def public(config: Evaluation) -> dict[str, Any]:
     """The settings as they may be written down: without secrets."""
     settings = resolved(config)
     for role, model in config.models.items():
-        settings[role] = redacted_model(model, settings[role])
+        settings[role] = public_model(model, settings[role])
     return settings
 
 
-def _content_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _lasting(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What of the settings decides about the result."""
-    content = {key: value for key, value in settings.items() if key not in _MAY_CHANGE}
-    roles = [key for key, value in content.items() if isinstance(value, Mapping) and "url" in value]
+    kept = {key: value for key, value in settings.items() if key not in _PASSING}
+    roles = [key for key, value in kept.items() if isinstance(value, Mapping) and "url" in value]
     for role in roles:
-        drop = ROLE_PASSING | ({"url"} if content[role].get("id") else set())
-        content[role] = {key: value for key, value in content[role].items() if key not in drop}
-    return content
+        drop = ROLE_PASSING | ({"url"} if kept[role].get("id") else set())
+        kept[role] = {key: value for key, value in kept[role].items() if key not in drop}
+    return kept
 
 
-_ROW_ERRORS = {"http_400", "http_403", "http_413", "http_422", "http_451", "prompt_too_long", "tool_call"}
+_ABOUT_THE_ROW = {"http_400", "http_403", "http_413", "http_422", "http_451", "prompt_too_long", "tool_call"}
 """Why a request fails that would fail again: too long, moderated, malformed for this server; or a tool is called."""
 
 
-def is_transient(dropped: Dropped) -> bool:
+def is_passing(dropped: Dropped) -> bool:
     """True if a failed request says nothing about its row: nobody answered, no money, a reply that is no completion.
 
     Another run may get its answer, so that it must not become a verdict.
     """
-    return dropped.failed and dropped.reason not in _ROW_ERRORS
+    return dropped.failed and dropped.reason not in _ABOUT_THE_ROW
 
 
-def mark_resumable(error: Exception, clients: Mapping[str, ModelClient]) -> None:
+def goes_on(error: Exception, clients: Mapping[str, ModelClient]) -> None:
     """Give the error of a run code 3 where the same command can go on: replies came before it, or money is wanted."""
     replies = any(client.tally.calls or client.tally.reused for client in clients.values())
-    if isinstance(error, LimitReached | PaymentRequired) or (isinstance(error, Refused) and replies):
+    if isinstance(error, LimitReached | Unpaid) or (isinstance(error, Refused) and replies):
         error.exit_code = EXIT_SOME_FAILED

@@ -54,29 +54,29 @@ class PairsConfig(Recipe):
     out: str = Field(min_length=1)
 
 
-def pairs_config(model: str | Path, **options: Any) -> PairsConfig:
+def config_of(model: str | Path, **given: Any) -> PairsConfig:
     """The settings; what is not given is what the run that trained `model` says (its run.json).
 
     Raises UserError for a key that neither of them knows.
     """
     from apo.run_dir.files import RUN, read_run
 
-    values: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     folder = Path(model)
     if (folder / RUN).is_file():
         recipe = read_run(folder)["recipe"]
         sources = recipe["dataset"]
-        values = {"reference": recipe["model"], "beta": recipe["beta"]}
-        values["trust_remote_code"] = recipe.get("trust_remote_code", False)
+        found = {"reference": recipe["model"], "beta": recipe["beta"]}
+        found["trust_remote_code"] = recipe.get("trust_remote_code", False)
         if isinstance(sources, str) or len(sources) == 1:
-            values["dataset"] = sources if isinstance(sources, str) else sources[0]["path"]
-    values |= {"model": str(model), **{key: value for key, value in options.items() if value is not None}}
-    if options.get("dataset") and _is_file(str(options["dataset"])):
-        values.setdefault("split", "train")  # what a single file is: somebody has held it out
+            found["dataset"] = sources if isinstance(sources, str) else sources[0]["path"]
+    found |= {"model": str(model), **{key: value for key, value in given.items() if value is not None}}
+    if given.get("dataset") and _is_file(str(given["dataset"])):
+        found.setdefault("split", "train")  # what a single file is: somebody has held it out
     for key in ("reference", "dataset"):
-        if key not in values:
+        if key not in found:
             raise UserError(f"--{key} is missing: {model} is no folder of `apo train` that says which one it was")
-    return PairsConfig(**values)
+    return PairsConfig(**found)
 
 
 def _is_file(dataset: str) -> bool:
@@ -107,7 +107,7 @@ class Response:
 
 
 @dataclass(frozen=True, slots=True)
-class MeasuredPair:
+class Measured:
     """A pair as both models see it; `prompt` is a hash, the same for equal prompts."""
 
     id: str
@@ -121,36 +121,36 @@ def compare_models(
     reference: Callable[[], AbstractContextManager[Any]],
     pairs: Sequence[dict[str, Any]],
     batch_tokens: int,
-) -> Iterator[tuple[int, MeasuredPair]]:
+) -> Iterator[tuple[int, Measured]]:
     """(place, what both models say) of each pair, the longest first. `reference()` is a context whose value answers as
     the reference: another model, or the same with its adapter off. Nothing is kept for a gradient.
     """
     import torch
 
-    from apo.packing.batch import SIDES, response_mask
+    from apo.packing.logps import SIDES, response_mask
 
     sizes = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
-    order = sorted(range(len(pairs)), key=lambda index: (-sizes[index], index))
+    order = sorted(range(len(pairs)), key=lambda place: (-sizes[place], place))
     with torch.inference_mode():
         while order:
             count = max(1, batch_tokens // (2 * sizes[order[0]]))
-            batch, order = order[:count], order[count:]
-            chosen = [(pairs[p]["prompt_ids"], pairs[p]["chosen_ids"]) for p in batch]
-            rejected = [(pairs[p]["prompt_ids"], pairs[p]["rejected_ids"]) for p in batch]
-            measured = _token_logps(policy, reference, [*chosen, *rejected])
-            for position, index in enumerate(batch):
-                sides = measured[position], measured[len(batch) + position]
-                marks = shared_tokens(pairs[index]["chosen_ids"], pairs[index]["rejected_ids"])
+            places, order = order[:count], order[count:]
+            chosen = [(pairs[p]["prompt_ids"], pairs[p]["chosen_ids"]) for p in places]
+            rejected = [(pairs[p]["prompt_ids"], pairs[p]["rejected_ids"]) for p in places]
+            found = _tokens_of(policy, reference, [*chosen, *rejected])
+            for at, place in enumerate(places):
+                both = found[at], found[len(places) + at]
+                marks = shared_tokens(pairs[place]["chosen_ids"], pairs[place]["rejected_ids"])
                 responses = []
-                for side, three, mark in zip(SIDES, sides, marks, strict=True):
-                    trained = response_mask(pairs[index], side)
-                    columns = (column[torch.tensor(trained, dtype=torch.bool)] for column in three)
-                    responses.append(_response(*columns, [*compress(mark, trained)]))
-                prompt = content_hash(list(pairs[index]["prompt_ids"]))[:16]
-                yield index, MeasuredPair(str(pairs[index].get("id", index)), prompt, *responses)
+                for side, three, mark in zip(SIDES, both, marks, strict=True):
+                    trained = response_mask(pairs[place], side)
+                    parts = (part[torch.tensor(trained, dtype=torch.bool)] for part in three)
+                    responses.append(_response(*parts, [*compress(mark, trained)]))
+                prompt = content_hash(list(pairs[place]["prompt_ids"]))[:16]
+                yield place, Measured(str(pairs[place].get("id", place)), prompt, *responses)
 
 
-def _token_logps(
+def _tokens_of(
     policy: Any, reference: Callable[[], AbstractContextManager[Any]], rows: Sequence[tuple[list[int], list[int]]]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Of each (prompt, response): log-probs of its tokens by policy and reference, and their KL, [T] each, float64."""
@@ -159,27 +159,25 @@ def _token_logps(
     longest = max(len(prompt) + len(response) for prompt, response in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for index, (prompt, response) in enumerate(rows):
-        ids[index, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
-        mask[index, : len(prompt) + len(response)] = 1
+    for at, (prompt, response) in enumerate(rows):
+        ids[at, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
+        mask[at, : len(prompt) + len(response)] = 1
     ids, mask = ids.to(policy.device), mask.to(policy.device)
-    policy_logits = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    ours = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits
     with reference() as model:
-        reference_logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    results = []
-    for index, (prompt, response) in enumerate(rows):
-        chunks = []
+        theirs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    found = []
+    for at, (prompt, response) in enumerate(rows):
+        parts = []
         first, last = len(prompt) - 1, len(prompt) + len(response) - 1
         for start in range(first, last, _CHUNK):
-            span = slice(start, min(start + _CHUNK, last))
-            logps, reference_logps = (
-                logits[index, span].float().log_softmax(-1) for logits in (policy_logits, reference_logits)
-            )
-            labels = ids[index, span.start + 1 : span.stop + 1, None]
-            kl = (logps.exp() * (logps - reference_logps)).sum(-1)
-            chunks.append((logps.gather(-1, labels)[:, 0], reference_logps.gather(-1, labels)[:, 0], kl))
-        results.append(tuple(torch.cat(columns).double().cpu() for columns in zip(*chunks, strict=True)))
-    return results
+            where = slice(start, min(start + _CHUNK, last))
+            logps, others = (logits[at, where].float().log_softmax(-1) for logits in (ours, theirs))
+            labels = ids[at, where.start + 1 : where.stop + 1, None]
+            kl = (logps.exp() * (logps - others)).sum(-1)
+            parts.append((logps.gather(-1, labels)[:, 0], others.gather(-1, labels)[:, 0], kl))
+        found.append(tuple(torch.cat(columns).double().cpu() for columns in zip(*parts, strict=True)))
+    return found
 
 
 def _response(logps: Tensor, reference: Tensor, kl: Tensor, shared: list[bool]) -> Response:
@@ -194,7 +192,7 @@ def _response(logps: Tensor, reference: Tensor, kl: Tensor, shared: list[bool]) 
 # ---- all pairs
 
 
-def summary(measured: Sequence[MeasuredPair], beta: float) -> dict[str, Any]:
+def summary(measured: Sequence[Measured], beta: float) -> dict[str, Any]:
     """The numbers of pairs.json: shares of pairs in [0, 1], nats summed over a response, rewards beta times those.
 
     A mean of a single prompt has no interval.
@@ -208,10 +206,8 @@ def summary(measured: Sequence[MeasuredPair], beta: float) -> dict[str, Any]:
         return _told(values, prompts, clustered_score)
 
     sides = {side: [getattr(pair, side) for pair in measured] for side in ("chosen", "rejected")}
-    ratios = {side: [response.logratio for response in responses] for side, responses in sides.items()}
-    margins = [
-        beta * (chosen - rejected) for chosen, rejected in zip(ratios["chosen"], ratios["rejected"], strict=True)
-    ]
+    ratios = {side: [response.logratio for response in own] for side, own in sides.items()}
+    margins = [beta * (one - other) for one, other in zip(ratios["chosen"], ratios["rejected"], strict=True)]
     right = [_preferred(margin) for margin in margins]
     longer = [_preferred(pair.chosen.tokens - pair.rejected.tokens) for pair in measured]
     prefers = "longer" if math.fsum(longer) >= len(longer) / 2 else "shorter"
@@ -223,15 +219,15 @@ def summary(measured: Sequence[MeasuredPair], beta: float) -> dict[str, Any]:
         "reward_accuracy": share(right),
         "ties": share([float(margin == 0) for margin in margins]),
         "margin": mean(margins),
-        "rewards": {side: mean([beta * ratio for ratio in responses]) for side, responses in ratios.items()},
+        "rewards": {side: mean([beta * ratio for ratio in own]) for side, own in ratios.items()},
         "length_only": {
             "prefers": prefers,
             "accuracy": share(by_length),
             "reward_accuracy_minus_it": _difference(by_length, right, prompts),
         },
         "length_ratio": mean([pair.chosen.tokens / pair.rejected.tokens for pair in measured]),
-        "displacement": {side: _displacement(responses, mean, share) for side, responses in sides.items()},
-        "kl": {side: _divergence(responses, mean) for side, responses in sides.items()},
+        "displacement": {side: _displacement(own, mean, share) for side, own in sides.items()},
+        "kl": {side: _divergence(own, mean) for side, own in sides.items()},
     }
 
 
@@ -239,23 +235,23 @@ def _preferred(difference: float) -> float:
     return 0.5 if difference == 0 else float(difference > 0)
 
 
-def _displacement(responses: Sequence[Response], mean: Callable[..., Any], share: Callable[..., Any]) -> dict[str, Any]:
+def _displacement(own: Sequence[Response], mean: Callable[..., Any], share: Callable[..., Any]) -> dict[str, Any]:
     """What training did to the log-prob of one side: of all tokens, of those both responses share, of the edited."""
     return {
-        "reference_logp": mean([response.reference for response in responses]),
-        "logratio": mean([response.logratio for response in responses]),
-        "falls": share([float(response.logratio < 0) for response in responses]),
-        "logratio_shared": mean([response.logratio_shared for response in responses]),
-        "logratio_edited": mean([response.logratio_edited for response in responses]),
-        "edited_falls": share([float(response.logratio_edited < 0) for response in responses]),
-        "edited_tokens": mean([float(response.tokens - response.shared_tokens) for response in responses]),
-        "tokens": mean([float(response.tokens) for response in responses]),
+        "reference_logp": mean([response.reference for response in own]),
+        "logratio": mean([response.logratio for response in own]),
+        "falls": share([float(response.logratio < 0) for response in own]),
+        "logratio_shared": mean([response.logratio_shared for response in own]),
+        "logratio_edited": mean([response.logratio_edited for response in own]),
+        "edited_falls": share([float(response.logratio_edited < 0) for response in own]),
+        "edited_tokens": mean([float(response.tokens - response.shared_tokens) for response in own]),
+        "tokens": mean([float(response.tokens) for response in own]),
     }
 
 
-def _divergence(responses: Sequence[Response], mean: Callable[..., Any]) -> dict[str, Any]:
+def _divergence(own: Sequence[Response], mean: Callable[..., Any]) -> dict[str, Any]:
     """KL(policy || reference) along the responses of one side: summed over a response, and for a token of it."""
-    return {"response": mean([r.kl for r in responses]), "token": mean([r.kl / r.tokens for r in responses])}
+    return {"response": mean([r.kl for r in own]), "token": mean([r.kl / r.tokens for r in own])}
 
 
 def _told(values: Sequence[float], prompts: Sequence[str], how: Callable[..., Estimate]) -> dict[str, Any]:
@@ -267,17 +263,17 @@ def _told(values: Sequence[float], prompts: Sequence[str], how: Callable[..., Es
 
 def _difference(base: Sequence[float], tuned: Sequence[float], prompts: Sequence[str]) -> dict[str, Any]:
     """The mean of tuned minus base, shares both, with its interval and p, as `apo compare` has them."""
-    mean = {"mean": math.fsum(b - a for a, b in zip(base, tuned, strict=True)) / len(base)}
-    test = paired_difference(base, tuned, prompts) if len(set(prompts)) > 1 else None
-    if test is None or not test.interval:
-        return {**mean, "se": None, "ci95": None, "p": test.cautious_p if test and test.differing else None}
-    return {**mean, "se": test.estimate.se, "ci95": list(test.interval), "p": test.cautious_p}
+    told = {"mean": math.fsum(b - a for a, b in zip(base, tuned, strict=True)) / len(base)}
+    found = paired_difference(base, tuned, prompts) if len(set(prompts)) > 1 else None
+    if found is None or not found.interval:
+        return {**told, "se": None, "ci95": None, "p": found.cautious_p if found and found.differing else None}
+    return {**told, "se": found.estimate.se, "ci95": list(found.interval), "p": found.cautious_p}
 
 
 # ---- a whole measurement
 
 
-def evaluate_pairs(config: PairsConfig, log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def evaluate(config: PairsConfig, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Measure, and write pairs.json and pairs.jsonl into `config.out`. Raises UserError before any model is loaded for
     a dataset, split or model that is not there, and where both models have different vocabularies.
     """
@@ -286,19 +282,19 @@ def evaluate_pairs(config: PairsConfig, log: Callable[[str], None] = lambda _: N
     name = models.find_model(config.model, config.trust_remote_code)
     reference_name = models.find_model(config.reference, config.trust_remote_code)
     tokenizer = models.load_tokenizer(name)
-    pairs = _load_pairs(config)
+    pairs = _load(config)
     tokenized = _tokenize(config, pairs, tokenizer, name)
     rows = [dict(row) for row in tokenized.dataset]
     if any(not row["prompt_ids"] for row in rows):
         raise UserError(f"dataset {config.dataset}: a prompt has no tokens, so nothing predicts its answers")
-    policy, reference = _load_models(config, name, reference_name, tokenizer)
-    log(f"{len(rows):,} pairs of {config.dataset}, split {config.split}")
-    by_index: dict[int, MeasuredPair] = {}
+    policy, reference = _models(config, name, reference_name, tokenizer)
+    tell(f"{len(rows):,} pairs of {config.dataset}, split {config.split}")
+    found: dict[int, Measured] = {}
     with progress("held-out pairs", len(rows)) as work:
-        for index, measured in compare_models(policy, reference, rows, config.batch_tokens):
-            by_index[index] = measured
+        for place, measured in compare_models(policy, reference, rows, config.batch_tokens):
+            found[place] = measured
             work.advance()
-    ordered = [by_index[index] for index in range(len(rows))]
+    ordered = [found[place] for place in range(len(rows))]
     result = {
         "format": 1,
         **summary(ordered, config.beta),
@@ -308,25 +304,25 @@ def evaluate_pairs(config: PairsConfig, log: Callable[[str], None] = lambda _: N
         **provenance(),
     }
     out = Path(config.out)
-    lines = [json.dumps(_jsonl_row(pair, config.beta), ensure_ascii=False) + "\n" for pair in ordered]
+    lines = [json.dumps(_row(pair, config.beta), ensure_ascii=False) + "\n" for pair in ordered]
     write_atomically(out / ROWS, "".join(lines))
     write_json(out / RESULT, result)
     return result
 
 
-def _jsonl_row(pair: MeasuredPair, beta: float) -> dict[str, Any]:
+def _row(pair: Measured, beta: float) -> dict[str, Any]:
     sides = {side: getattr(pair, side) for side in ("chosen", "rejected")}
     fields = ("tokens", "shared_tokens", "reference", "logratio", "logratio_shared", "kl")
-    columns = {f"{side}_{name}": getattr(response, name) for side, response in sides.items() for name in fields}
+    told = {f"{side}_{name}": getattr(response, name) for side, response in sides.items() for name in fields}
     margin = beta * (pair.chosen.logratio - pair.rejected.logratio)
-    return {"id": pair.id, "prompt": pair.prompt, "margin": margin, **columns}
+    return {"id": pair.id, "prompt": pair.prompt, "margin": margin, **told}
 
 
-def _load_pairs(config: PairsConfig) -> Any:
+def _load(config: PairsConfig) -> Any:
     from apo.data.sources import Source, load_eval, split_names
 
-    exists = is_url(config.dataset) or Path(config.dataset).exists()
-    names = split_names(config.dataset) if exists else [config.split]
+    known = is_url(config.dataset) or Path(config.dataset).exists()
+    names = split_names(config.dataset) if known else [config.split]
     if config.split not in names:
         raise UserError(f"dataset {config.dataset} has no split {config.split!r}; found: {', '.join(names)}")
     pairs = load_eval([Source(path=config.dataset)], config.split)
@@ -339,16 +335,14 @@ def _tokenize(config: PairsConfig, pairs: Any, tokenizer: Any, name: Any) -> Any
     from apo.data.tokenize import eos_ids, tokenize
     from apo.models import load as models
 
-    max_length = config.max_length or models.context_length(name)
-    tokenized = tokenize(
-        pairs, tokenizer, max_length, eos_ids(tokenizer, models.load_generation_config(name)), config.split
-    )
-    if not len(tokenized.dataset):
-        raise UserError(f"all {len(pairs):,} pairs are longer than {max_length:,} tokens; nothing can be measured")
-    return tokenized
+    most = config.max_length or models.context_length(name)
+    found = tokenize(pairs, tokenizer, most, eos_ids(tokenizer, models.load_generation_config(name)), config.split)
+    if not len(found.dataset):
+        raise UserError(f"all {len(pairs):,} pairs are longer than {most:,} tokens; nothing can be measured")
+    return found
 
 
-def _load_models(
+def _models(
     config: PairsConfig, name: Any, reference_name: Any, tokenizer: Any
 ) -> tuple[Any, Callable[[], AbstractContextManager[Any]]]:
     """The policy, and a context that answers as the reference: its base with the adapter off, or a second model."""
@@ -361,7 +355,7 @@ def _load_models(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = models.load_model(name, dtype=config.dtype).to(device).eval()
     models.check_vocabulary(policy, tokenizer, name.path)
-    if name.is_adapter and _same_model(name.base, reference_name.path):
+    if name.is_adapter and _same(name.base, reference_name.path):
         return policy, lambda: _adapter_off(policy)
     reference = models.load_model(reference_name, dtype=config.dtype).to(device).eval()
     sizes = [model.get_output_embeddings().weight.shape[0] for model in (policy, reference)]
@@ -373,8 +367,8 @@ def _load_models(
     return policy, lambda: nullcontext(reference)
 
 
-def _same_model(first: str, second: str) -> bool:
-    return first == second or (Path(first).exists() and Path(second).exists() and Path(first).samefile(second))
+def _same(one: str, other: str) -> bool:
+    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
 @contextmanager

@@ -114,7 +114,7 @@ class Interval(Recipe):
     """The mean if all unresolved items were wrong, and if all were right; under *strict* cut off answers likewise."""
 
 
-class BenchmarkScore(Recipe):
+class Part(Recipe):
     """The items of one underlying benchmark in one split; no score where one of them is `unanswered`."""
 
     score: float | None
@@ -175,7 +175,7 @@ class Score(Recipe):
     """None where an item is `unanswered`, here and of each part: only the bracket is known then."""
     free_form: float | None
     multiple_choice: float | None
-    by_benchmark: Mapping[Split, Mapping[str, BenchmarkScore]]
+    by_benchmark: Mapping[Split, Mapping[str, Part]]
     intervals: Mapping[Literal["overall", "free_form", "multiple_choice"], Interval]
     unresolved: int
     unresolved_reasons: Mapping[str, int] = {}
@@ -238,14 +238,14 @@ def read_results(folder: str | Path) -> Results:
     out = Path(folder)
     if not (out / SCORE).is_file():
         raise UserError(f"{out} holds no {SCORE}; give the --out of a finished `apo eval mixeval`")
-    score = _validated(Score, read_json(out / SCORE), out / SCORE)
+    score = _checked(Score, read_json(out / SCORE), out / SCORE)
     if not (out / ITEMS).is_file():
         raise UserError(f"{out} has a {SCORE} but no {ITEMS}; run the same `apo eval mixeval` again")
     content = (out / ITEMS).read_bytes()
     if hashlib.sha256(content).hexdigest() != score.items_sha256:
         raise UserError(f"{out / ITEMS} is not what {SCORE} was made of; run the same `apo eval mixeval` again")
     lines = content.decode("utf-8").split("\n")[:-1]
-    items = tuple(_validated(Item, _line(line, n, out), out / ITEMS, n) for n, line in enumerate(lines, 1))
+    items = tuple(_checked(Item, _line(line, n, out), out / ITEMS, n) for n, line in enumerate(lines, 1))
     keys = {item.key for item in items}
     if len(keys) != len(items) or len(items) != score.intervals["overall"].n:
         raise UserError(f"{out / ITEMS} has rows twice or too few; run the same `apo eval mixeval` again")
@@ -259,11 +259,11 @@ def _line(line: str, number: int, out: Path) -> Any:
         raise UserError(f"{out / ITEMS}, line {number} is no JSON ({error}); evaluate again") from error
 
 
-def _validated(model: type[Any], value: Any, file: Path, line: int | None = None) -> Any:
+def _checked(model: type[Any], value: Any, file: Path, line: int | None = None) -> Any:
     try:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        location = f"{file}" + (f", line {line}" if line else "")
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{location} is no result of this version ({key}: {first['msg']}); evaluate again") from error
+        where = f"{file}" + (f", line {line}" if line else "")
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where} is no result of this version ({place}: {first['msg']}); evaluate again") from error

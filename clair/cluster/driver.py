@@ -24,12 +24,12 @@ from clair.cluster.leased_limits import LOST
 from clair.cluster.merge import merge
 from clair.cluster.ray_session import LimitsActor, connected
 from clair.cluster.shared_limits import GONE, RoleLimits
-from clair.cluster.worker import ShardResult, ShardTask, Worker
+from clair.cluster.worker import Done, Order, Worker
 from clair.core.errors import UserError, one_line
 from clair.core.urls import environment_names
 from clair.data.dataset import read_manifest
 from clair.data.prompt_sources import Scan
-from clair.inference.budget import Budget, role_prices
+from clair.inference.budget import Budget, prices_of
 from clair.inference.local import weights_identity
 from clair.pipeline.build import BuildResult, check_resumable, recorded_recipe
 from clair.pipeline.config import BuildConfig, changed_content_keys
@@ -222,7 +222,7 @@ class _Job:
             for role, model in config.models.items()
         }
         shared = config.budget if can_share_budget(config) else None
-        return roles, Budget(shared, role_prices(config.models), {}) if shared else None
+        return roles, Budget(shared, prices_of(config.models), {}) if shared else None
 
     def _spent(self, name: str) -> Decimal | None:
         """What a shard has spent of the job's budget, where there is one; None where that cannot be known now."""
@@ -242,7 +242,7 @@ class _Job:
                 row = noted.read_text("utf-8") if noted.is_file() else None
         except InUse:
             return _Look()
-        return _Look(Budget(config.budget, role_prices(config.models), spent).spent, int(tokens), row)
+        return _Look(Budget(config.budget, prices_of(config.models), spent).spent, int(tokens), row)
 
     def _ending(self) -> bool:
         return bool(self.error or self.stopped or self.lost)
@@ -254,7 +254,7 @@ class _Job:
         worker = self.idle.pop() if self.idle else self._hire()
         attempt = uuid.uuid4().hex[:12]
         self.quotas.begin.remote(name, attempt, None)
-        order = ShardTask(
+        order = Order(
             config=self.config,
             shard=self.shards[name],
             attempt=attempt,
@@ -285,7 +285,7 @@ class _Job:
     def _ended(self, ref: Any, running: _Running) -> None:
         ray, worker, name = self.ray, running.worker, running.name
         try:
-            done: ShardResult = ray.get(ref)
+            done: Done = ray.get(ref)
         except ray.exceptions.RayTaskError as error:  # a mistake of ours, in the worker: no other shard may go on
             self._failed(error.as_instanceof_cause())
             return

@@ -1,7 +1,7 @@
 """A shard's side of the limits that a job shares: it asks within its lease, and reports what came of it.
 
 `LeasedResources` takes the place of a run's own limits (`clair.inference.open.Resources`). How a report travels
-to the job's `SharedLimits` is the caller's: a function that takes one and gives the lease.
+to the job's `Quotas` is the caller's: a function that takes one and gives the lease.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from decimal import Decimal
 from typing import Any
 
 from clair.cluster.shared_limits import NOTHING, Lease, Report, RoleLease, RoleReport
-from clair.inference.budget import Budget, BudgetConfig, BudgetExceeded, Price
-from clair.inference.client import StopSignal
+from clair.inference.budget import Budget, BudgetConfig, BudgetReached, Price
+from clair.inference.client import Stop
 from clair.inference.open import Resources
 from clair.inference.rate_limit import Limiter, Rate
 from clair.ledger.ledger import Tokens
@@ -36,11 +36,11 @@ class LeasedLimiter(Limiter):
         self._answered = 0
         self._refused: list[tuple[int, float | None]] = []
 
-    async def acquire(self, *, again: bool = False) -> None:
+    async def enter(self, *, again: bool = False) -> None:
         """Wait for a place in flight; `again` for a request that was refused or failed before."""
         if not self._open():
             self._tell()
-        await super().acquire(again=again)
+        await super().enter(again=again)
 
     def succeeded(self, sent: float | None = None) -> None:
         """A request was answered."""
@@ -187,7 +187,7 @@ class LeasedBudget(Budget):
         if lease.refused and self._waiters:
             _, future = self._waiters.popleft()
             if not future.done():
-                future.set_exception(BudgetExceeded(lease.refused))
+                future.set_exception(BudgetReached(lease.refused))
 
 
 Exchange = Callable[[Report], Awaitable[Lease]]
@@ -233,7 +233,7 @@ class LeasedResources(Resources):
         return self._budget
 
     @asynccontextmanager
-    async def in_use(self, stop: StopSignal) -> AsyncIterator[None]:
+    async def held(self, stop: Stop) -> AsyncIterator[None]:
         """Report while the run lasts, and a last time at its end."""
         reporting = asyncio.create_task(self._report_on(stop))
         try:
@@ -244,7 +244,7 @@ class LeasedResources(Resources):
             if self.lost is None:
                 await self._exchange(stop, last=True)
 
-    async def _report_on(self, stop: StopSignal) -> None:
+    async def _report_on(self, stop: Stop) -> None:
         while self.lost is None:
             if not self._waits():
                 with suppress(TimeoutError):  # nothing happened: a sign of life
@@ -258,17 +258,17 @@ class LeasedResources(Resources):
         moments = any(rate.waiting for rates in self._rates.values() for rate in rates)
         return places or moments or (self._budget is not None and self._budget.waiting)
 
-    async def _exchange(self, stop: StopSignal, *, last: bool = False) -> None:
+    async def _exchange(self, stop: Stop, *, last: bool = False) -> None:
         report = self._report(last=last)
         try:
             lease = await self.exchange(report)
         except Exception as error:  # whatever it is, nothing may be sent without leave
             self.lost = error
-            stop.request(LOST)
+            stop.now(LOST)
             return
         self._every = lease.every
         if lease.stop:
-            stop.request(lease.stop)
+            stop.now(lease.stop)
         elif not last:
             self._take(lease)
 

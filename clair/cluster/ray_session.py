@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from clair.cluster.shared_limits import Lease, Report, SharedLimits
+from clair.cluster.shared_limits import Lease, Quotas, Report
 from clair.core.errors import UserError, one_line
 
 _STORE_BYTES = 80 * 2**20  # nothing of a job lies in the object store, and less than this Ray does not take
@@ -36,7 +36,7 @@ def connected(address: str | None) -> Iterator[Any]:
         ray.shutdown()
 
 
-class LimitsActor(SharedLimits):
+class LimitsActor(Quotas):
     """The quotas of a job, in an actor; what shards report also goes to Ray's metrics."""
 
     def __init__(self, *limits: Any) -> None:

@@ -1,9 +1,10 @@
-"""The limits that all shards of one job share: requests in flight, requests and tokens per minute, and money.
+"""What the shards of one job share: requests in flight, requests and tokens a minute, and money.
 
-`SharedLimits` is one object per job and grants leases: a number of requests in flight and an amount of money to
-reserve. A shard works within its lease without asking and reports its use a few times a second
-(`clair.cluster.leased_limits`). When a shard is gone, its requests in flight go to the others. The objects are plain
-and have no clock but the one passed in, so that the caller decides how reports travel.
+`Quotas` stands in one place and gives out leases: so many requests in flight, so much money to set aside. Each shard
+works within its lease without asking, and reports a few times a second what came of it
+(`clair.cluster.leased_limits`). What a
+shard that is gone had in flight goes to the others. Plain objects and no clock but the one given, so that whoever
+runs the shards decides how reports travel.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class _Shard:
         return max(self.slots.get(role, 0), self.roles[role].in_flight if role in self.roles else 0)
 
 
-class SharedLimits:
+class Quotas:
     """The limits of a job, leased to its shards. `budget` None: money is only counted."""
 
     def __init__(
@@ -211,7 +212,7 @@ class SharedLimits:
         held = sum((s.leased - s.spent for s in self._shards.values()), NOTHING)
         free = budget.limit - budget.spent - held
         if shard.needs > free + held:
-            return NOTHING, budget.exceeded_message(shard.needs)
+            return NOTHING, budget.told(shard.needs)
         if shard.needs > free:
             return NOTHING, None  # what is set aside elsewhere may come cheaper
         ahead = free / (_PART_AHEAD * max(1, len(self._living())))

@@ -28,7 +28,7 @@ _PATIENCE = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class ShardTask:
+class Order:
     """What a worker is to build, and where it stands: the driver's folder, its version, and the secrets it needs."""
 
     config: BuildConfig
@@ -42,7 +42,7 @@ class ShardTask:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardResult:
+class Done:
     """How it ended: whole, stopped early with the reason, or with a mistake of the user's."""
 
     failed: int = 0
@@ -60,23 +60,23 @@ class Worker:
     def here(self) -> None:
         """The worker has found its place."""
 
-    def build(self, order: ShardTask, quotas: Any) -> ShardResult:
+    def build(self, order: Order, quotas: Any) -> Done:
         """Build one shard within the leases of `quotas`, the handle of an actor."""
         try:
-            enter_driver_environment(order.folder, order.version, order.environment)
+            settle_in(order.folder, order.version, order.environment)
             built = self._build(order, lambda report: quotas.report.remote(report))
         except UserError as error:
             where = f"on {gethostname()}: " if isinstance(error, StorageError) else ""  # its keys are not the driver's
-            return ShardResult(error=f"{where}{error}", code=error.exit_code)
+            return Done(error=f"{where}{error}", code=error.exit_code)
         except OSError as error:
             if (told := of_the_system(error)) is None:
                 raise
-            return ShardResult(error=told)
-        return ShardResult(built.failed, built.stopped)
+            return Done(error=told)
+        return Done(built.failed, built.stopped)
 
-    def _build(self, order: ShardTask, exchange: Callable[[Report], Awaitable[Lease]]) -> Any:
+    def _build(self, order: Order, exchange: Callable[[Report], Awaitable[Lease]]) -> Any:
         seen: dict[str, Any] = {}
-        resources = _ShardMeans(
+        means = _ShardMeans(
             shard=order.shard.name,
             attempt=order.attempt,
             exchange=exchange,
@@ -88,14 +88,14 @@ class Worker:
             order.config,
             shard=order.shard,
             update=order.update,
-            resources=resources,
+            resources=means,
             crash_policy=order.care,
             patience=_PATIENCE,
             on_progress=lambda writer, clients: seen.update(writer=writer, clients=clients),
         )
 
 
-def enter_driver_environment(folder: str, theirs: str, environment: Mapping[str, str]) -> None:
+def settle_in(folder: str, theirs: str, environment: Mapping[str, str]) -> None:
     """Stand where the driver stands, with its secrets. Raises UserError for another version or a missing folder."""
     own = version("clair-apo")
     if own != theirs:
@@ -131,7 +131,7 @@ class _ShardMeans(LeasedResources):
 
 def _numbers(writer: Any, clients: Mapping[str, Any]) -> dict[str, float]:
     """What the bar and the metrics show of a shard."""
-    tallies = {role: client.total for role, client in clients.items()}
+    tallies = {role: client.told for role, client in clients.items()}
     tokens = sum(tally.prompt_tokens + tally.completion_tokens for tally in tallies.values())
     budget: Budget | None = next((client.spending.budget for client in clients.values()), None)
     return {

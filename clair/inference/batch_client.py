@@ -21,10 +21,10 @@ from pydantic import Field
 from clair.core.recipe import Recipe
 from clair.inference.batch_queue import NOTHING, Batch, BatchQueue, Outcome, Settled
 from clair.inference.batch_results import again, outcome_of
-from clair.inference.batch_service import PATH, BatchService, Pending, wait_for_event
-from clair.inference.budget import Budget, BudgetExceeded
-from clair.inference.model import RateLimited, Refused, RequestFailed, Unreachable
-from clair.inference.openai import NotFound
+from clair.inference.batch_service import PATH, BatchService, Pending, happens
+from clair.inference.budget import Budget, BudgetReached
+from clair.inference.model import Refused, RequestFailed, TooMany, Unreachable
+from clair.inference.openai import NotListed
 from clair.ledger.ledger import Claim, ClaimResult, StoredReply, Tokens
 
 _LINES_AT_ONCE = 500
@@ -60,7 +60,7 @@ class _Found:
 
 
 @dataclass
-class BatchClient:
+class Batches:
     """The queue and the open batches of one role, and how they go to the service and come back."""
 
     role: str
@@ -77,7 +77,7 @@ class BatchClient:
     """Requests in open batches, when that was last counted."""
     asked: int = 0
     """Requests that this run's batches have answered."""
-    unaffordable: Tokens | None = None
+    over_budget: Tokens | None = None
     """A request of this pass that did not fit into the budget."""
     live_left: int = 0
     """How many requests of this pass may be asked live."""
@@ -105,7 +105,7 @@ class BatchClient:
             return True
         return False
 
-    async def enqueue(self, key: str, claim: Claim, request: Mapping[str, Any]) -> StoredReply:
+    async def put_off(self, key: str, claim: Claim, request: Mapping[str, Any]) -> StoredReply:
         """Queue a request and raise Pending; the reply, where it is there by now. Raises RequestFailed."""
         await self._find_left_behind()
         line, size = self._line(key, request)
@@ -114,7 +114,7 @@ class BatchClient:
                 "prompt_too_long", f"the request has {size} bytes; a batch file takes {self._most_bytes}"
             )
         if not self.budget.hold(self.role, claim.max_tokens):
-            self.unaffordable = claim.max_tokens
+            self.over_budget = claim.max_tokens
             raise Pending
         claimed = await self.queue.put(key, claim, line)
         if claimed is not ClaimResult.GRANTED:
@@ -260,7 +260,7 @@ class BatchClient:
         for batch in self.queue.open():
             try:
                 settled += await self._look_at(batch)
-            except (RateLimited, Unreachable):  # a day has many looks: the next one will do
+            except (TooMany, Unreachable):  # a day has many looks: the next one will do
                 continue
         return settled
 
@@ -268,7 +268,7 @@ class BatchClient:
         assert batch.id
         try:
             info = await self.service.look(batch.id)
-        except NotFound as error:
+        except NotListed as error:
             return await self._lost(batch, f"batch {batch.id} no longer exists at {self.service.url}", error)
         if info.status not in _OVER:
             return 0
@@ -277,7 +277,7 @@ class BatchClient:
         self._crowded, self._refusals = False, 0
         try:
             return await self._fetch(batch, info)
-        except NotFound as error:
+        except NotListed as error:
             return await self._lost(batch, f"the results of batch {batch.id} are gone from {self.service.url}", error)
 
     async def _fetch(self, batch: Batch, info: Any) -> int:
@@ -367,7 +367,7 @@ class BatchClient:
                     f"run the same command again when it has room"
                 )
             self._most = max(1, min(self._most, batch.requests) // 2)
-            if await wait_for_event(self.service.stopped, self.config.poll):
+            if await happens(self.service.stopped, self.config.poll):
                 raise Pending
         return await self._free(batch)
 
@@ -391,7 +391,7 @@ class BatchClient:
         return freed
 
 
-async def wait_for_results(batches: Sequence[BatchClient], stopped: asyncio.Event, tell: Callable[[], None]) -> None:
+async def results(batches: Sequence[Batches], stopped: asyncio.Event, tell: Callable[[], None]) -> None:
     """Fetch results until a quarter of what was under way is there, so that few passes find much each.
 
     Raises Pending where the run is stopped, BudgetReached where nothing is under way because nothing may be asked,
@@ -407,17 +407,17 @@ async def wait_for_results(batches: Sequence[BatchClient], stopped: asyncio.Even
             return
         if not waiting:
             _nothing_under_way(batches)
-        if await wait_for_event(stopped, poll):
+        if await happens(stopped, poll):
             raise Pending
         if not waiting:  # another run asks for the same, and its replies will be found in the ledger
             return
 
 
-def _nothing_under_way(batches: Sequence[BatchClient]) -> None:
+def _nothing_under_way(batches: Sequence[Batches]) -> None:
     for batch in batches:
-        if batch.unaffordable:
-            told = batch.budget.exceeded_message(batch.budget.cost(batch.role, batch.unaffordable, batch=True))
-            raise BudgetExceeded(told)
+        if batch.over_budget:
+            told = batch.budget.told(batch.budget.cost(batch.role, batch.over_budget, batch=True))
+            raise BudgetReached(told)
     own = {batch.queue.service for batch in batches}
     for service, run in batches[0].queue.others():
         if service not in own and not batches[0].queue.ledger.owned_by_live_run(run):

@@ -8,7 +8,7 @@ from typing import Any
 
 from clair.core.errors import one_line
 from clair.inference.batch_queue import NOTHING, Outcome
-from clair.inference.model import RequestFailed, parse_reply, replace_surrogates
+from clair.inference.model import RequestFailed, encodable, reply_of
 from clair.ledger.ledger import Tokens
 
 _NOT_RUN = ("batch_expired", "batch_cancelled")
@@ -30,7 +30,7 @@ def outcome_of(line: str, redacted: Callable[[str], str]) -> Outcome | None:
         return None
     if not error and isinstance(status, int) and 200 <= status < 300:
         raw = json.dumps(body, ensure_ascii=False)
-        return _answered(key, raw if raw == replace_surrogates(raw) else json.dumps(body), redacted)
+        return _answered(key, raw if raw == encodable(raw) else json.dumps(body), redacted)
     code, words = _why(error or (body.get("error") if isinstance(body, Mapping) else None))
     words = redacted(words)
     if code in _NOT_RUN or not isinstance(status, int) or status >= 500 or status in _ANOTHER_TRY:
@@ -45,7 +45,7 @@ def again(key: str, why: str, billed: Tokens | None, *, listed: bool = False) ->
 
 def _answered(key: str, raw: str, redacted: Callable[[str], str]) -> Outcome:
     try:
-        usage = parse_reply(raw, tools=True).usage  # whether the request has tools is known where the reply is read
+        usage = reply_of(raw, tools=True).usage  # whether the request has tools is known where the reply is read
     except RequestFailed as error:
         return Outcome(key, redacted(raw), None, redacted(f"{error.reason}: {error.detail}"))
     if "prompt_tokens" in usage and "completion_tokens" in usage:
@@ -56,7 +56,7 @@ def _answered(key: str, raw: str, redacted: Callable[[str], str]) -> Outcome:
 def _why(error: Any) -> tuple[str | None, str]:
     """(code, words) of an error object, or of whatever a server put in its place."""
     if not isinstance(error, Mapping):
-        return None, replace_surrogates(one_line(error or "no reply", 300))
+        return None, encodable(one_line(error or "no reply", 300))
     code = error.get("code")
     words = one_line(error.get("message") or code or "no reply", 300)
-    return code if isinstance(code, str) else None, replace_surrogates(words)
+    return code if isinstance(code, str) else None, encodable(words)

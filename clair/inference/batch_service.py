@@ -7,8 +7,8 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import IO, Any, TypeVar
 
-from clair.inference.model import RateLimited, Refused, RequestFailed, Unreachable
-from clair.inference.openai import NotFound, OpenAIModel
+from clair.inference.model import Refused, RequestFailed, TooMany, Unreachable
+from clair.inference.openai import NotListed, OpenAIModel
 
 PATH = "/v1/chat/completions"
 _LONGEST_BACKOFF = 60.0
@@ -19,7 +19,7 @@ class Pending(Exception):
     """What is waited for comes with a batch: a later pass of this run, or a later run, finds it in the ledger."""
 
 
-async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
+async def happens(event: asyncio.Event, seconds: float) -> bool:
     """Whether the event comes within so many seconds; returns when it does."""
     try:
         await asyncio.wait_for(event.wait(), seconds)
@@ -82,7 +82,7 @@ class BatchService:
                 if not page.data or not page.has_more or after == {"after": page.data[-1].id}:
                     return None
                 after = {"after": page.data[-1].id}
-        except (NotFound, RequestFailed):
+        except (NotListed, RequestFailed):
             return None
 
     async def look(self, id: str) -> Any:
@@ -119,7 +119,7 @@ class BatchService:
             raise Refused(
                 f"{self.role}: {what}: {self.url} refuses it ({error.detail}); nothing of it was asked"
             ) from error
-        except NotFound as error:
+        except NotListed as error:
             raise Refused(
                 f"{self.role}: {what}: {self.url} has no Batch API (404: {error}); set {self.role}.batch: false "
                 f"to ask live"
@@ -131,12 +131,12 @@ class BatchService:
         while True:
             try:
                 return await step()
-            except RateLimited as error:
+            except TooMany as error:
                 wait = error.retry_after or self._pause
             except Unreachable as error:
                 attempt += 1
                 if attempt >= self._attempts:
                     raise Refused(f"{self.role}: {what}: no answer from {self.url} ({error})") from error
                 wait = random.uniform(0.5, 1.0) * min(_LONGEST_BACKOFF, 2.0**attempt, self._pause)
-            if await wait_for_event(self.stopped, wait):
+            if await happens(self.stopped, wait):
                 raise Pending

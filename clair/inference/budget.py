@@ -35,7 +35,7 @@ class Price(Recipe):
         return (self.input * tokens.prompt + self.output * tokens.completion) / _MILLION
 
 
-def role_prices(roles: Mapping[str, Any]) -> dict[str, Price]:
+def prices_of(roles: Mapping[str, Any]) -> dict[str, Price]:
     """The prices of the roles (ModelConfigs by role) that have one, `table` looked up in genai-prices, in US dollars.
 
     Raises UserError where the table is not installed or does not know the model.
@@ -63,7 +63,7 @@ def _from_table(role: str, model: Any) -> Price:
     return Price(input=each[0], output=each[1])
 
 
-def price_table_version() -> str | None:
+def table_version() -> str | None:
     """Which genai-prices the prices are from; None without it. Its releases are what dates the table."""
     try:
         return f"genai-prices {version('genai-prices')}"
@@ -84,11 +84,11 @@ class BudgetConfig(Recipe):
         return self
 
 
-class BudgetExceeded(Exception):
+class BudgetReached(Exception):
     """The next call may cost more than is left."""
 
 
-def max_billed_tokens(request: Mapping[str, Any]) -> Tokens:
+def most_tokens(request: Mapping[str, Any]) -> Tokens:
     """The most tokens a request can be billed for. Where no tokenizer is known, a token is at least one UTF-8 byte."""
     messages = request["messages"]
     text = sum(len(str(m["content"] or "").encode("utf-8", "replace")) for m in messages)
@@ -128,14 +128,14 @@ class Budget:
         if self.in_tokens:
             return Decimal(tokens.prompt + tokens.completion)
         full = self._prices[role].of(tokens) if role in self._prices else Decimal(0)
-        return full * discounted_share(self._discounts.get(role, 0.0)) if batch else full
+        return full * share_left(self._discounts.get(role, 0.0)) if batch else full
 
     async def reserve(self, role: str, most: Tokens) -> None:
         """Set the worst case aside; waits while calls in flight may still turn out cheaper. Raises BudgetReached."""
         amount = self.cost(role, most)
         while self.limit is not None and self.spent + self.reserved + amount > self.limit:
             if self.spent + amount > self.limit or self.reserved == 0:
-                raise BudgetExceeded(self.exceeded_message(amount))
+                raise BudgetReached(self.told(amount))
             self._changed.clear()
             await self._changed.wait()
         self.reserved += amount
@@ -159,7 +159,7 @@ class Budget:
         self.spent += self.cost(role, billed, batch=True) - self.cost(role, most, batch=True)
         self._changed.set()
 
-    def exceeded_message(self, amount: Decimal) -> str:
+    def told(self, amount: Decimal) -> str:
         """Why it stops here, and how to go on."""
         unit = " tokens" if self.in_tokens else ""
         return (
@@ -168,7 +168,7 @@ class Budget:
         )
 
 
-def discounted_share(discount: float) -> Decimal:
+def share_left(discount: float) -> Decimal:
     """What is left of a price after a discount, of 0 to 1."""
     return 1 - Decimal(str(discount))
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from clair.core.progress import duration, tell
 from clair.data.records import Dropped, Reply, Tools
-from clair.inference.batch_client import BatchClient
+from clair.inference.batch_client import Batches
 from clair.inference.batch_service import Pending
-from clair.inference.budget import Budget, BudgetExceeded, max_billed_tokens
+from clair.inference.budget import Budget, BudgetReached, most_tokens
 from clair.inference.local import LocalModel
-from clair.inference.model import LimitReached, Model, RateLimited, Refused, RequestFailed, Unreachable, parse_reply
+from clair.inference.model import LimitReached, Model, Refused, RequestFailed, TooMany, Unreachable, reply_of
 from clair.inference.rate_limit import Limiter, Rate
 from clair.ledger.ledger import Claim, ClaimResult, Ledger, StoredReply, Tokens, call_key
 
@@ -35,25 +35,25 @@ class Stopped(Exception):
 
 
 @dataclass
-class StopSignal:
+class Stop:
     """The switch that lets a run end without losing what it paid for."""
 
     reason: str | None = None
     error: Exception | None = None
     short: bool = False
     """It is the budget: replies that come with a batch may be cheaper than what was set aside for them."""
-    requested: asyncio.Event = field(default_factory=asyncio.Event)
+    happened: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def request(self, reason: str, error: Exception | None = None, *, short: bool = False) -> None:
+    def now(self, reason: str, error: Exception | None = None, *, short: bool = False) -> None:
         """Send nothing more; the first reason given is the one that is told."""
         if self.reason is None:
             self.reason, self.error, self.short = reason, error, short
-            self.requested.set()
+            self.happened.set()
 
     def clear(self) -> None:
         """Go on."""
         self.reason, self.error, self.short = None, None, False
-        self.requested.clear()
+        self.happened.clear()
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Tally:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     batched: Tokens = NOTHING
-    missing_finish_reason: int = 0
+    without_reason: int = 0
     """Replies without a finish reason: whether they were cut off cannot be known."""
 
     def add(self, reply: Reply, *, reused: bool, batch: bool = False) -> None:
@@ -76,7 +76,7 @@ class Tally:
         self.calls += not reused
         self.prompt_tokens += tokens.prompt
         self.completion_tokens += tokens.completion
-        self.missing_finish_reason += not reply.finish_reason
+        self.without_reason += not reply.finish_reason
         if batch:
             self.batched = Tokens(self.batched.prompt + tokens.prompt, self.batched.completion + tokens.completion)
 
@@ -105,9 +105,9 @@ class ModelClient:
     ledger: Ledger
     limiter: Limiter
     spending: Spending
-    stop: StopSignal
+    stop: Stop
     ready: Callable[[], Awaitable[None]]
-    batch: BatchClient | None = None
+    batch: Batches | None = None
     """Where requests are put off to, instead of being sent; raises Pending out of `ask`."""
     failed: dict[str, tuple[str, str]] | None = None
     """Requests that failed for good, where the build goes through its prompts more than once: reason and detail."""
@@ -129,18 +129,18 @@ class ModelClient:
     _calls: set[asyncio.Task[Any]] = field(default_factory=set)
 
     async def ask(
-        self, messages: list[Any], *, row: str, sample: int = 0, tools: Tools = (), added_temperature: float = 0.0
+        self, messages: list[Any], *, row: str, sample: int = 0, tools: Tools = (), warmer: float = 0.0
     ) -> Reply:
         """The model's reply to `messages`, from the ledger or from the model; paid for at most once.
 
-        `added_temperature`: added to the recipe's temperature, if set, up to 1, so that a further reply differs.
+        `warmer` is added to the temperature, where the recipe sets one, as far as 1: a further reply shall differ.
 
         Raises Dropped where this request failed for good, Stopped where the run is ending, Pending where the reply
         comes with a batch, Refused where no request can succeed.
         """
         request = {"messages": messages, **self.options, **({"tools": list(tools)} if tools else {})}
-        if added_temperature and (temperature := request.get("temperature")) is not None:
-            request["temperature"] = max(temperature, min(1.0, temperature + added_temperature))
+        if warmer and (temperature := request.get("temperature")) is not None:
+            request["temperature"] = max(temperature, min(1.0, temperature + warmer))
         key = call_key(self.model.identity, request, sample)
         stored = self.ledger.find(key)
         shared = key in self._asking
@@ -151,7 +151,7 @@ class ModelClient:
             stored = None
         try:
             found = stored or await self._ask(key, request, sample, row)
-            reply = parse_reply(found if isinstance(found, str) else found.raw, tools="tools" in request)
+            reply = reply_of(found if isinstance(found, str) else found.raw, tools="tools" in request)
         except RequestFailed as error:
             if self.failed is not None:
                 self.failed[key] = (error.reason, error.detail)
@@ -166,16 +166,16 @@ class ModelClient:
         self.asked += self.tally.calls
         self.tally = Tally(retries=self.tally.retries)
         if self.batch:
-            self.batch.unaffordable = None
+            self.batch.over_budget = None
 
     @property
-    def total(self) -> Tally:
+    def told(self) -> Tally:
         """The tally of the whole run, of however many passes: what an earlier pass asked for is a call, not reused."""
         asked = self.asked + (self.batch.asked if self.batch else 0)
         return replace(self.tally, calls=self.tally.calls + asked, reused=max(0, self.tally.reused - asked))
 
     @property
-    def wait_reason(self) -> str:
+    def waiting_for(self) -> str:
         """What a local model is at, or why an endpoint is asked less than the recipe allows; else nothing."""
         if isinstance(self.model, LocalModel):
             return self.model.doing
@@ -219,15 +219,15 @@ class ModelClient:
             return await self._ask_once(key, request, sample, row)
         self._may_go_on()
         await self.ready()
-        claim = Claim(self.role, self.model.name, row, self.spending.payer, max_billed_tokens(request))
-        return await self.batch.enqueue(key, claim, request)
+        claim = Claim(self.role, self.model.name, row, self.spending.payer, most_tokens(request))
+        return await self.batch.put_off(key, claim, request)
 
     async def _ask_once(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str | StoredReply:
         """Share one call among equal requests of this run. A StoredReply if another run sent it and has the reply."""
         if (asking := self._asking.get(key)) is not None:
             return await asyncio.shield(asking)
         self._may_go_on()
-        call = _Call(key, request, sample, row, max_billed_tokens(request))
+        call = _Call(key, request, sample, row, most_tokens(request))
         task = asyncio.ensure_future(self._claim_and_call(call))
         self._asking[key] = task
         task.add_done_callback(lambda done: (self._asking.pop(key, None), _seen(done)))
@@ -260,28 +260,28 @@ class ModelClient:
             f"{self.role}: replies of {self.model.name} are under way in a batch; set {self.role}.batch: true to fetch "
             f"them, also after cancelling the batch"
         )
-        self.stop.request(str(refused), refused)
+        self.stop.now(str(refused), refused)
         return refused
 
     async def _enter(self, call: _Call, *, again: bool = False) -> None:
         """Wait for a place in flight, for the rates and for the budget; all are the call's until `_leave`."""
         spending = self.spending
-        await self.limiter.acquire(again=again)
+        await self.limiter.enter(again=again)
         try:
             self._may_go_on()
             await spending.budget.reserve(self.role, call.most)
-        except BudgetExceeded as reached:
-            self.limiter.release()
-            self.stop.request(str(reached), short=True)
+        except BudgetReached as reached:
+            self.limiter.leave()
+            self.stop.now(str(reached), short=True)
             raise Stopped(str(reached)) from reached
         except BaseException:
-            self.limiter.release()
+            self.limiter.leave()
             raise
         await spending.requests.take()
         await spending.tokens.take(sum(call.most))
 
     def _leave(self, call: _Call, billed: Tokens) -> None:
-        self.limiter.release()
+        self.limiter.leave()
         self.spending.budget.settle(self.role, call.most, billed)
         self.spending.tokens.give_back(sum(call.most) - sum(billed))
 
@@ -303,7 +303,7 @@ class ModelClient:
             try:
                 # A cancelled row leaves its call to drain(): what is paid for is written down.
                 return await asyncio.shield(sent)
-            except (RateLimited, Unreachable, RequestFailed, Refused) as error:
+            except (TooMany, Unreachable, RequestFailed, Refused) as error:
                 last: Exception = error
                 if self._is_wait(error):
                     waits += 1
@@ -315,7 +315,7 @@ class ModelClient:
                 # A server that is asked too often is spared by the limiter, too.
                 wait = (
                     error.retry_after or 0.0
-                    if isinstance(error, RateLimited)
+                    if isinstance(error, TooMany)
                     else _backoff(attempt + min(waits, _MOST_WAITS))
                 )
             self.tally.retries += 1
@@ -339,13 +339,13 @@ class ModelClient:
         try:
             raw = await self.model.complete(call.request, call.sample)
             billed = call.most  # until the reply tells its usage
-            reply = parse_reply(raw, tools="tools" in call.request)
+            reply = reply_of(raw, tools="tools" in call.request)
             billed = _usage(reply, call.most)
             self._failing_since, self.words, self._answered = None, "", True
             seconds = time.monotonic() - started
             self.limiter.succeeded(None if isinstance(self.model, LocalModel) else started)
             self._tell_slots()
-        except RateLimited as error:
+        except TooMany as error:
             self.limiter.refused(error.retry_after)
             self._hear(error, started)
             raise
@@ -387,7 +387,7 @@ class ModelClient:
 
     def _is_wait(self, error: Exception) -> bool:
         """Whether a request waits, which is no try: within the limits, for a place at the server, or until it is up."""
-        if isinstance(error, RateLimited):
+        if isinstance(error, TooMany):
             return not error.in_body
         return isinstance(error, Unreachable) and (error.waiting or (error.starting and not self._answered))
 
@@ -396,12 +396,12 @@ class ModelClient:
         after, silent = getattr(error, "retry_after", None) or 0.0, self._silent()
         if after <= self.patience and (silent <= self.patience or self.limiter.in_flight):
             return
-        over = self._over(error, after, silent) if isinstance(error, RateLimited) else self._gone(silent, error)
-        self.stop.request(str(over), over)
+        over = self._over(error, after, silent) if isinstance(error, TooMany) else self._gone(silent, error)
+        self.stop.now(str(over), over)
         await self.ledger.fail(call.key, str(error), call.most)
         raise over from error
 
-    def _over(self, error: RateLimited, after: float, silent: float) -> Refused:
+    def _over(self, error: TooMany, after: float, silent: float) -> Refused:
         asks = f"asks to wait for {duration(after)}" if after > self.patience else f"refuses since {duration(silent)}"
         at = time.strftime("after %Y-%m-%d %H:%M", time.localtime(time.time() + after))
         return LimitReached(
@@ -426,7 +426,7 @@ class ModelClient:
         )
 
     def _tries(self, error: Exception) -> int:
-        if isinstance(error, Unreachable | RateLimited):
+        if isinstance(error, Unreachable | TooMany):
             return self.attempts
         return _TRIES_OF_MALFORMED if getattr(error, "raw", None) is not None else 1
 
@@ -434,14 +434,14 @@ class ModelClient:
         if isinstance(error, RequestFailed) and self._is_refused_by_all(error):
             error = self._refuses_all(next(iter(self._refusals.values())))
         if isinstance(error, Refused):
-            self.stop.request(str(error), error)
+            self.stop.now(str(error), error)
         unbilled = NOTHING if _may_be_billed(error) else call.most
         await self.ledger.fail(call.key, str(error), unbilled, getattr(error, "raw", None))
         if isinstance(error, RequestFailed | Refused):
             raise error
         if (silent := self._silent()) > self.patience:
             gone = self._gone(silent, error)
-            self.stop.request(str(gone), gone)
+            self.stop.now(str(gone), gone)
             raise gone from error
         raise RequestFailed("unreachable", f"no answer after {self.attempts} tries: {error}") from error
 
@@ -482,7 +482,7 @@ def _usage(reply: Reply, most: Tokens) -> Tokens:
 
 def _is_broken(raw: str) -> bool:
     try:
-        parse_reply(raw)
+        reply_of(raw)
     except RequestFailed as error:
         return error.reason in ("server_error", "malformed_reply")
     return False

@@ -127,7 +127,7 @@ ROLE_PASSING = {
 }
 
 
-def redacted_model(model: ModelConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+def public_model(model: ModelConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The `settings` of a model as they may be written down: without secrets."""
     urls = [endpoint_of(url).public for url in model.urls]
     url = urls if len(urls) > 1 else urls[0] if urls else None

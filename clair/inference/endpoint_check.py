@@ -18,8 +18,8 @@ from typing import Any
 from clair.core.errors import UserError, one_line
 from clair.core.urls import api_key, endpoint_of
 from clair.data.records import incomplete_reason
-from clair.inference.model import RateLimited, RequestFailed, Unreachable
-from clair.inference.openai import NotFound, OpenAIModel
+from clair.inference.model import RequestFailed, TooMany, Unreachable
+from clair.inference.openai import NotListed, OpenAIModel
 
 _CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "Hello"}],
@@ -38,7 +38,7 @@ class Check:
 
     name: str
     ok: bool | None
-    message: str
+    told: str
 
 
 def check_endpoints(
@@ -112,7 +112,7 @@ async def _only_model(asked: OpenAIModel) -> str:
     try:
         listed = await asked.call(lambda client: client.models.list())
         names = [str(entry.id) for entry in listed.data or []]
-    except (RequestFailed, NotFound, RateLimited, Unreachable, AttributeError, TypeError) as error:
+    except (RequestFailed, NotListed, TooMany, Unreachable, AttributeError, TypeError) as error:
         raise UserError(f"{asked.url} does not list its models ({error}); name one with --model") from error
     if len(names) != 1:
         raise UserError(f"{asked.url} serves {', '.join(names) or 'no model'}; name one with --model")
@@ -123,7 +123,7 @@ async def _ask(asked: OpenAIModel, messages: Sequence[Mapping[str, str]], **opti
     """The body of a chat completion, or `{"error": words}`."""
     try:
         raw = await asked.complete({"messages": list(messages), "temperature": 0.0, **options})
-    except (RequestFailed, RateLimited, Unreachable) as error:
+    except (RequestFailed, TooMany, Unreachable) as error:
         return {"error": str(error)}
     try:
         body = json.loads(raw)

@@ -14,7 +14,7 @@ from openai import DefaultAioHttpClient
 
 from clair.core.errors import one_line
 
-MAX_REPLY_BYTES = 32 * 2**20
+MOST_BYTES = 32 * 2**20
 """The most that is read of a reply. One with the log-probs of 20 tokens for each of 16,000 has about as many."""
 _TURNING_INTO_GET = (301, 302, 303)
 """Redirects after which the client above would send GET, without the prompt; 307 keeps method and body."""
@@ -25,7 +25,7 @@ class TooLarge(Exception):
     """A reply of more than MOST_BYTES; `beginning` is its first part."""
 
     def __init__(self, beginning: bytes) -> None:
-        super().__init__(f"the reply is larger than {MAX_REPLY_BYTES // 2**20} MB")
+        super().__init__(f"the reply is larger than {MOST_BYTES // 2**20} MB")
         self.beginning = beginning
 
 
@@ -96,7 +96,7 @@ class _Limited(httpx2.AsyncByteStream):
         try:
             async for part in self._response.aiter_bytes():
                 size, beginning = size + len(part), beginning or part[:2000]
-                if size > MAX_REPLY_BYTES:
+                if size > MOST_BYTES:
                     raise TooLarge(beginning)
                 yield part
         except (httpx2.RequestError, TooLarge):

@@ -21,7 +21,7 @@ from typing import Any
 from clair.core.errors import UserError, near_miss, one_line
 from clair.core.files import content_hash, file_sha256
 from clair.data.records import message_text
-from clair.inference.model import Refused, RequestFailed, Unreachable, completion_json
+from clair.inference.model import Refused, RequestFailed, Unreachable, as_completion
 
 _UNDERSTOOD = ("messages", "max_tokens", "temperature", "top_p", "top_k", "seed", "tools")
 _DEFAULT_MAX_TOKENS = 1024
@@ -69,7 +69,7 @@ def adapter_base(path: str | Path) -> str | None:
     return str(base)
 
 
-def resize_vocabulary(model: Any, adapter: Path) -> None:
+def fit_vocabulary(model: Any, adapter: Path) -> None:
     """Give a base as many embeddings as the adapter in this file has, which was trained with tokens added or cut off.
 
     New rows are the mean of the old ones, the same every time: with the adapter on its own rows take their place.
@@ -117,7 +117,7 @@ def check_model_folder(path: str | Path, role: str = "target") -> None:
         _check_chat(folder, role)
 
 
-def check_remote_code(folder: str | Path, role: str) -> None:
+def check_code(folder: str | Path, role: str) -> None:
     """See that a folder needs none of its own code to be loaded (`auto_map`). Raises UserError; runs nothing of it."""
     file = Path(adapter_base(Path(folder)) or folder) / "config.json"
     config = _json(file, role) if file.is_file() else {}
@@ -305,7 +305,7 @@ class LocalModel:
 
                 with warnings.catch_warnings():  # peft 0.21 uses a name that transformers 5.23 gave up
                     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-                    resize_vocabulary(model, self.path / "adapter_model.safetensors")
+                    fit_vocabulary(model, self.path / "adapter_model.safetensors")
                     model = PeftModel.from_pretrained(model, str(self.path))
             self._loaded = tokenizer, model.to(device).eval()
             self.doing = ""
@@ -439,7 +439,7 @@ class LocalModel:
         tokens = row if end is None else row[:end]
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         finish_reason = "length" if end is None else "stop"
-        return completion_json(text, finish_reason, self.name, prompt_tokens, len(tokens) + (end is not None))
+        return as_completion(text, finish_reason, self.name, prompt_tokens, len(tokens) + (end is not None))
 
 
 def _with_objects(message: Mapping[str, Any]) -> dict[str, Any]:

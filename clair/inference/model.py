@@ -38,7 +38,7 @@ class Refused(UserError):
     """The endpoint refuses every request: wrong key, unknown model, no quota left. The run stops at once."""
 
 
-class PaymentRequired(Refused):
+class Unpaid(Refused):
     """The endpoint wants money. The run stops, and goes on when there is some."""
 
 
@@ -62,7 +62,7 @@ class RequestFailed(Exception):
         self.moderated = moderated
 
 
-class RateLimited(Exception):
+class TooMany(Exception):
     """429: asked too often or too much at once. `retry_after` is in seconds, None where the server gave none.
 
     `in_body`: the status was 200, so that asking goes on as after any error of a server.
@@ -90,7 +90,7 @@ class Unreachable(Exception):
         self.starting = starting
 
 
-def parse_reply(raw: str, *, tools: bool = False) -> Reply:
+def reply_of(raw: str, *, tools: bool = False) -> Reply:
     """The reply in the raw JSON text of a chat completion. Raises RequestFailed where there is none.
 
     `tools`: the request has tools, so that a reply may call one.
@@ -118,14 +118,14 @@ def parse_reply(raw: str, *, tools: bool = False) -> Reply:
     finish = None if finish is None else str(finish)
     if incomplete_reason(finish) == "server_error":
         raise RequestFailed("server_error", f"the server broke off: finish_reason {finish!r}", raw)
-    half = replace_surrogates(text) != text or text.rstrip().endswith("\ufffd")
+    half = encodable(text) != text or text.rstrip().endswith("\ufffd")
     if half and incomplete_reason(finish, tools=tools) is None:
         raise RequestFailed("malformed_reply", "the reply holds half a character, such as half of an emoji", raw)
     refusal = message.get("refusal")
-    refusal = replace_surrogates(refusal) if isinstance(refusal, str) and not text.strip() else ""
+    refusal = encodable(refusal) if isinstance(refusal, str) and not text.strip() else ""
     return Reply(
-        text=replace_surrogates(text),
-        thinking=replace_surrogates(hidden),
+        text=encodable(text),
+        thinking=encodable(hidden),
         finish_reason="refusal" if refusal else finish,
         refusal=refusal,
         tool_calls=calls,
@@ -234,12 +234,12 @@ def _without_marks(text: str) -> str:
     return text[: found.start()]
 
 
-def visible_answer(answer: str) -> str:
+def visible(answer: str) -> str:
     """A ready answer without what a model thought before it, and without marks of an ended turn."""
     return _without_marks(split_thinking(answer)[1])
 
 
-def replace_surrogates(text: str) -> str:
+def encodable(text: str) -> str:
     """Half of a surrogate pair, which JSON can carry and UTF-8 cannot, becomes the replacement character."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -252,7 +252,7 @@ def _usage(usage: object) -> dict[str, int]:
     return {k: int(v) for k, v in numbers.items() if isinstance(v, int | float) and 0 <= v < 1e9}
 
 
-def completion_json(text: str, finish_reason: str, model: str, prompt_tokens: int, completion_tokens: int) -> str:
+def as_completion(text: str, finish_reason: str, model: str, prompt_tokens: int, completion_tokens: int) -> str:
     """The raw JSON text of a chat completion that was made in this process."""
     return json.dumps(
         {

@@ -11,16 +11,16 @@ from typing import Any, Protocol, TypeVar
 
 from clair.core.progress import duration, tell
 from clair.core.urls import api_key, endpoint_of, environment_headers, environment_values, filled, without_secrets
-from clair.inference.batch_client import BatchClient
+from clair.inference.batch_client import Batches
 from clair.inference.batch_queue import BatchQueue
 from clair.inference.batch_service import BatchService
-from clair.inference.budget import Budget, BudgetConfig, Price, check_budget, role_prices
-from clair.inference.client import ModelClient, Spending, StopSignal
+from clair.inference.budget import Budget, BudgetConfig, Price, check_budget, prices_of
+from clair.inference.client import ModelClient, Spending, Stop
 from clair.inference.config import ModelConfig
-from clair.inference.local import LocalModel, check_model_folder, check_options, check_remote_code
+from clair.inference.local import LocalModel, check_code, check_model_folder, check_options
 from clair.inference.model import Model, Refused
 from clair.inference.openai import OpenAIModel
-from clair.inference.pool import EndpointPool
+from clair.inference.pool import Pool
 from clair.inference.rate_limit import Limiter, Rate
 from clair.ledger.ledger import Ledger
 from clair.storage.object_store import account_of
@@ -52,14 +52,14 @@ class Resources:
         return Budget(config, prices, **spent)
 
     @asynccontextmanager
-    async def in_use(self, stop: StopSignal) -> AsyncIterator[None]:
+    async def held(self, stop: Stop) -> AsyncIterator[None]:
         """They are in use inside of this."""
         yield
 
 
 def check_models(models: Mapping[str, ModelConfig], budget: BudgetConfig | None, seed: int) -> None:
     """What can be wrong with the models of a run before any is asked. `models` by role. Raises UserError."""
-    role_prices(models)
+    prices_of(models)
     check_budget(budget, models)
     for role, model in models.items():
         api_key(model.api_key_env, role)
@@ -70,7 +70,7 @@ def check_models(models: Mapping[str, ModelConfig], budget: BudgetConfig | None,
         if model.path is not None:
             check_model_folder(model.path, role)
             if not model.trust_remote_code:
-                check_remote_code(model.path, role)
+                check_code(model.path, role)
             check_options(model.options(seed), role)
 
 
@@ -115,7 +115,7 @@ async def _done_first(task: asyncio.Future[Result], stop: asyncio.Future[Any]) -
     return task.done()
 
 
-class InferenceConfig(Protocol):
+class Asking(Protocol):
     """What of a recipe decides how its models are asked."""
 
     @property
@@ -144,13 +144,13 @@ class InferenceConfig(Protocol):
 
 
 def open_clients(
-    config: InferenceConfig, ledger: Ledger, stop: StopSignal, *, live: bool = False, resources: Resources | None = None
+    config: Asking, ledger: Ledger, stop: Stop, *, live: bool = False, means: Resources | None = None
 ) -> dict[str, ModelClient]:
     """A client for each role, its model open; all are checked before the first request. Close their models at the end.
 
     `live`: nothing goes into batches. Needs a running event loop.
     """
-    resources = resources or Resources()
+    means = means or Resources()
     clients: dict[str, ModelClient] = {}
     checked: asyncio.Future[None] | None = None
 
@@ -166,37 +166,37 @@ def open_clients(
         try:
             await asyncio.shield(checked)
         except Refused as error:
-            stop.request(str(error), error)
+            stop.now(str(error), error)
             raise
 
     payer = account_of(config.out)
-    budget = resources.budget(
+    budget = means.budget(
         config.budget,
-        role_prices(config.models),
+        prices_of(config.models),
         spent=ledger.spent(payer),
         in_batches=ledger.spent(payer, in_batches=True),
         discounts={role: model.batching.discount for role, model in config.models.items() if model.batching},
     )
     passes = any(model.batching for model in config.models.values()) and not live
     for role, model in config.models.items():
-        opened = resources.model(role, model)
+        opened = means.model(role, model)
         failed: dict[str, tuple[str, str]] | None = {} if passes else None
         batch = None
         if model.batching and not live:
             assert isinstance(opened, OpenAIModel)
             assert failed is not None
             service = f"{role}: {opened.name} at {opened.url}"
-            batch = BatchClient(
+            batch = Batches(
                 role=role,
                 service=BatchService(
-                    opened, role, attempts=config.attempts, pause=model.batching.poll, stopped=stop.requested
+                    opened, role, attempts=config.attempts, pause=model.batching.poll, stopped=stop.happened
                 ),
                 config=model.batching,
                 queue=BatchQueue(ledger, service, payer),
                 budget=budget,
                 attempts=config.attempts,
                 failed=failed,
-                tell_error=lambda error: stop.request(str(error), error),
+                tell_error=lambda error: stop.now(str(error), error),
             )
         clients[role] = ModelClient(
             role=role,
@@ -205,10 +205,8 @@ def open_clients(
             failed=failed,
             options=model.options(config.seed),
             ledger=ledger,
-            limiter=resources.limiter(role, config.concurrency),
-            spending=Spending(
-                payer, budget, *resources.rates(role, model.requests_per_minute, model.tokens_per_minute)
-            ),
+            limiter=means.limiter(role, config.concurrency),
+            spending=Spending(payer, budget, *means.rates(role, model.requests_per_minute, model.tokens_per_minute)),
             stop=stop,
             ready=ready,
             attempts=config.attempts,
@@ -238,17 +236,17 @@ def open_model(role: str, config: ModelConfig) -> Model:
         "role": role,
     }
     endpoints = [OpenAIModel(url, config.model, **options) for url in config.urls]
-    return endpoints[0] if len(endpoints) == 1 else EndpointPool(endpoints)
+    return endpoints[0] if len(endpoints) == 1 else Pool(endpoints)
 
 
 @contextmanager
-def stop_on_interrupt(stop: StopSignal, clients: Mapping[str, ModelClient]) -> Iterator[None]:
+def ctrl_c(stop: Stop, clients: Mapping[str, ModelClient]) -> Iterator[None]:
     """Ctrl-C once: send nothing more, keep what is in flight. Twice: leave at once. Both say so when it is pressed."""
     loop = asyncio.get_running_loop()
     numbers = (signal.SIGINT, signal.SIGTERM)
 
     def interrupt(number: signal.Signals) -> None:
-        stop.request("interrupted")
+        stop.now("interrupted")
         tell(f"interrupted: {_waited_for(clients)}")
         loop.add_signal_handler(number, leave, number)
 

@@ -24,16 +24,16 @@ from clair.core.urls import (
     without_secrets,
 )
 from clair.inference.model import (
-    PaymentRequired,
-    RateLimited,
     Refused,
     RequestFailed,
+    TooMany,
+    Unpaid,
     Unreachable,
-    completion_json,
-    parse_reply,
-    replace_surrogates,
+    as_completion,
+    encodable,
+    reply_of,
 )
-from clair.inference.server_queue import Overtaken, queue_of_server
+from clair.inference.server_queue import Overtaken, turns_at
 
 T = TypeVar("T")
 _STARTING = (502, 503, 504, 529)
@@ -85,7 +85,7 @@ class OpenAIModel:
         secrets = (key or "", *endpoint.secrets, *environment_values(headers or {}), *secrets)
         self._secrets = secrets_pattern(secret for secret in secrets if len(secret) >= _SHORTEST_SECRET)
         authorization = {"Authorization": endpoint.authorization} if endpoint.authorization else {}
-        self._turns = queue_of_server(origin_of(endpoint.base))
+        self._turns = turns_at(origin_of(endpoint.base))
         self._answered = False
         limit = Timeout(timeout, connect=_CONNECT_SECONDS)
         self._without_limit = Timeout(None, connect=_CONNECT_SECONDS)
@@ -111,7 +111,7 @@ class OpenAIModel:
         try:
             response = await self._request("GET", "/models", None)
             names = [entry["id"] for entry in json.loads(response)["data"]]
-        except (RequestFailed, RateLimited, NotFound, Elsewhere, Unreachable, ValueError, KeyError, TypeError):
+        except (RequestFailed, TooMany, NotListed, Elsewhere, Unreachable, ValueError, KeyError, TypeError):
             names = []  # many servers list nothing, or fail at it (`transformers serve` without a hub answers 500)
         if self.name in names:
             return
@@ -119,7 +119,7 @@ class OpenAIModel:
             try:
                 await self.complete({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1})
                 return
-            except (RequestFailed, RateLimited):
+            except (RequestFailed, TooMany):
                 return  # it understood who was asked: that is all we wanted to know
             except Unreachable as error:
                 if error.starting:
@@ -136,7 +136,7 @@ class OpenAIModel:
             if not self._answered:
                 raise
             raise RequestFailed("redirected", str(error)) from error  # to a page for logging in, or the like
-        except NotFound as error:
+        except NotListed as error:
             raise Refused(
                 f"{self.role}: {self.url} has no model {self.name!r}, or is not the base URL of an OpenAI-compatible "
                 f"API (404: {error}); check model and url"
@@ -166,7 +166,7 @@ class OpenAIModel:
             cause = error.__cause__ or error
             unconnected = _caused_by(error, aiohttp.ConnectionTimeoutError)
             timed_out = unconnected or isinstance(cause, httpx2.ReadTimeout | httpx2.WriteTimeout | TimeoutError)
-            words = "timeout" if timed_out else replace_surrogates(self.redacted(without_queries(str(cause)))[:200])
+            words = "timeout" if timed_out else encodable(self.redacted(without_queries(str(cause)))[:200])
             never_sent = unconnected or _caused_by(error, aiohttp.ClientConnectorError)
             raise Unreachable(words, billed=not never_sent, busy=timed_out) from error
         except openai.APIStatusError as error:
@@ -174,21 +174,21 @@ class OpenAIModel:
 
     def _failure(self, status: int, body: Any, headers: Mapping[str, str]) -> Exception:
         """What an error of a server means. `body` is its `error` object, or else all that it sent."""
-        words = replace_surrogates(one_line(self.redacted(_words_of(body, self.redacted)), 300))
+        words = encodable(one_line(self.redacted(_words_of(body, self.redacted)), 300))
         whole = json.dumps(body, ensure_ascii=False)
         told = f"{status}: {words}" if words else str(status)
         if status == 429 and "insufficient_quota" in whole:
-            return PaymentRequired(f"{self.role}: {self.url} has no quota left: {words}")
+            return Unpaid(f"{self.role}: {self.url} has no quota left: {words}")
         if status == 429:
-            return RateLimited(retry_after(headers), words)
+            return TooMany(retry_after(headers), words)
         if status == 401:
             return Refused(
                 f"{self.role}: {self.url} refuses the key ({told}); check api_key_env and the variable it names"
             )
         if status == 402:
-            return PaymentRequired(f"{self.role}: {self.url} wants to be paid ({told}); every reply so far is kept")
+            return Unpaid(f"{self.role}: {self.url} wants to be paid ({told}); every reply so far is kept")
         if status == 404:
-            return NotFound(words)
+            return NotListed(words)
         if status >= 500 or status in (408, 409, 425):
             return Unreachable(told, starting=status in _STARTING)
         of_a_parameter = bool(_OF_A_PARAMETER.search(words))
@@ -217,16 +217,16 @@ class OpenAIModel:
             async with self._turns.within(self.timeout):
                 response = await self.call(ask)
         except Filtered:
-            return completion_json("", "content_filter", self.name, 0, 0)
+            return as_completion("", "content_filter", self.name, 0, 0)
         except TimeoutError as error:
             raise Unreachable("timeout", billed=True, busy=not isinstance(error, Overtaken)) from error
         except Unreachable as error:
             error.waiting = error.busy and not error.billed and self._turns.last_answer > sent_at
             raise
-        except (Refused, RequestFailed, RateLimited, NotFound):
+        except (Refused, RequestFailed, TooMany, NotListed):
             raise
         except Exception as error:  # what a library does with an answer that nobody foresaw
-            words = replace_surrogates(self.redacted(one_line(without_queries(str(error)), 200)))
+            words = encodable(self.redacted(one_line(without_queries(str(error)), 200)))
             raise Unreachable(f"no HTTP answer: {type(error).__name__}: {words}", billed=True) from error
         try:
             text = response.content.decode("utf-8-sig")
@@ -248,8 +248,8 @@ class OpenAIModel:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return
         failure = self._failure(status, error, headers)
-        if isinstance(failure, RateLimited):
-            raise RateLimited(failure.retry_after, str(failure).removeprefix("429: "), in_body=True)
+        if isinstance(failure, TooMany):
+            raise TooMany(failure.retry_after, str(failure).removeprefix("429: "), in_body=True)
         if isinstance(failure, Refused | Unreachable):
             raise failure
 
@@ -270,7 +270,7 @@ class OpenAIModel:
         if not self._secrets.search(text):
             return text
         try:
-            parse_reply(text, tools=True)
+            reply_of(text, tools=True)
         except RequestFailed:
             return self.redacted(text)
         return text
@@ -313,7 +313,7 @@ class _WithoutQueries(logging.Filter):
 _WITHOUT_QUERIES = _WithoutQueries()
 
 
-class NotFound(Exception):
+class NotListed(Exception):
     """404."""
 
 

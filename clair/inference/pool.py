@@ -22,7 +22,7 @@ class _Place:
     aside_for: float = 0.0
 
 
-class EndpointPool:
+class Pool:
     """A model behind several endpoints, asked as one. The first URL names it, unless the recipe gives an `id`."""
 
     def __init__(self, models: Sequence[Model]) -> None:

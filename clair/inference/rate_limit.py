@@ -32,7 +32,7 @@ _LONG = 2.0
 class Limiter:
     """At most `limit` requests in flight, at most `most`; refusals lower the limit, answers raise it slowly.
 
-    `await acquire()` before a request, `release()` after it, and `succeeded()` or `refused(retry_after)` in between.
+    `await enter()` before a request, `leave()` after it, and `succeeded()` or `refused(retry_after)` in between.
     Waiters go first in, first out; a request that was refused goes before those that never were asked.
     """
 
@@ -54,7 +54,7 @@ class Limiter:
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
-    async def acquire(self, *, again: bool = False) -> None:
+    async def enter(self, *, again: bool = False) -> None:
         """Wait for a place in flight; `again` for a request that was refused or failed before."""
         if self._open() and (again or not self._waiters):
             self.in_flight += 1
@@ -66,10 +66,10 @@ class Limiter:
             await waiter
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled():
-                self.release()  # let in and cancelled at the same moment: give the place back
+                self.leave()  # let in and cancelled at the same moment: give the place back
             raise
 
-    def release(self) -> None:
+    def leave(self) -> None:
         """Give the place back."""
         self.in_flight -= 1
         self._let_in()

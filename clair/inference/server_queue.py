@@ -14,7 +14,7 @@ class Overtaken(TimeoutError):
     """The time of one request is over while the server answers others: it is not the server that is busy."""
 
 
-class ServerQueue:
+class Turns:
     """The requests at one server, in the order in which they were sent.
 
     A server that answers one at a time keeps the others waiting, which is no failure: the time of a request counts
@@ -80,9 +80,9 @@ class ServerQueue:
             del self._answers[: max(0, oldest - 1)]
 
 
-_TURNS: WeakValueDictionary[str, ServerQueue] = WeakValueDictionary()
+_TURNS: WeakValueDictionary[str, Turns] = WeakValueDictionary()
 
 
-def queue_of_server(origin: str) -> ServerQueue:
+def turns_at(origin: str) -> Turns:
     """The turns at one server, which all models have in common that ask it."""
-    return _TURNS.setdefault(origin, ServerQueue())
+    return _TURNS.setdefault(origin, Turns())

@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 
 from clair.data.records import Dropped, Pair, Prompt
-from clair.inference.batch_client import wait_for_results
+from clair.inference.batch_client import results
 from clair.inference.batch_service import Pending
-from clair.inference.budget import BudgetExceeded
-from clair.inference.client import ModelClient, Stopped, StopSignal
+from clair.inference.budget import BudgetReached
+from clair.inference.client import ModelClient, Stop, Stopped
 from clair.inference.config import JudgeConfig, ReviserConfig
-from clair.inference.open import Resources, map_ordered, open_clients, stop_on_interrupt
+from clair.inference.open import Resources, ctrl_c, map_ordered, open_clients
 from clair.ledger.ledger import Ledger
 from clair.pipeline.config import BuildConfig
 from clair.pipeline.filters import make_filters
@@ -40,7 +40,7 @@ class PipelineRun:
 
     config: BuildConfig
     clients: Mapping[str, ModelClient]
-    stop: StopSignal
+    stop: Stop
     run: Callable[[Prompt], Awaitable[Pair]]
     judge: Judge | None = None
     reviser: Reviser | None = None
@@ -68,7 +68,7 @@ class PipelineRun:
                 on_row_done()
             return outcome
 
-        async with aclosing(map_ordered(row, prompts, max_begun, self.stop.requested, self._drain)) as results:
+        async with aclosing(map_ordered(row, prompts, max_begun, self.stop.happened, self._drain)) as results:
             async for id, outcome in results:
                 if isinstance(outcome, Stopped):
                     return
@@ -87,7 +87,7 @@ class PipelineRun:
         except (Dropped, Pending, Stopped) as outcome:
             return prompt.id, outcome
         except Exception as error:  # a ledger that cannot be written, a bug of ours: no other row may go on spending
-            self.stop.request(str(error), error)
+            self.stop.now(str(error), error)
             raise
 
     async def wait(self, tell: Callable[[], None]) -> bool:
@@ -102,11 +102,11 @@ class PipelineRun:
         try:
             live = sum([await batch.end_pass() for batch in batches])
             if not live:
-                await wait_for_results(batches, self.stop.requested, tell)
+                await results(batches, self.stop.happened, tell)
         except Pending:
             return False
-        except BudgetExceeded as reached:
-            self.stop.request(str(reached))
+        except BudgetReached as reached:
+            self.stop.now(str(reached))
             return False
         for client in self.clients.values():
             client.next_pass()
@@ -115,7 +115,7 @@ class PipelineRun:
         return True
 
     async def _drain(self) -> None:
-        self.stop.request("no more rows are wanted")
+        self.stop.now("no more rows are wanted")
         await asyncio.gather(*(client.drain() for client in self.clients.values()))
 
 
@@ -127,12 +127,12 @@ async def open_run(
 
     `live`: nothing goes into batches, whatever the recipe says.
     """
-    stop, resources = StopSignal(), resources or Resources()
-    clients = open_clients(config, ledger, stop, live=live, resources=resources)
+    stop, resources = Stop(), resources or Resources()
+    clients = open_clients(config, ledger, stop, live=live, means=resources)
     batches = [client.batch for client in clients.values() if client.batch]
     try:
-        with stop_on_interrupt(stop, clients):
-            async with resources.in_use(stop):
+        with ctrl_c(stop, clients):
+            async with resources.held(stop):
                 yield _assemble(config, clients, stop)
             for batch in batches:
                 await batch.close()
@@ -143,7 +143,7 @@ async def open_run(
             await client.model.close()
 
 
-def _assemble(config: BuildConfig, clients: Mapping[str, ModelClient], stop: StopSignal) -> PipelineRun:
+def _assemble(config: BuildConfig, clients: Mapping[str, ModelClient], stop: Stop) -> PipelineRun:
     templates, target = load_templates(config), clients.get("target")
     filters = make_filters(config.filters, revisions=config.pipeline == "revised")
     make_run = partial(PipelineRun, config, clients, stop)
@@ -194,7 +194,7 @@ def template_warnings(config: BuildConfig) -> list[str]:
         if not asks_for(kind, Path(model.template).read_text("utf-8") + (model.system or "")):
             warnings.append(
                 f"{role}.template {model.template} never names {IDENTIFIERS[kind]}, under which the part that is used "
-                f"is looked for; replies without it are dropped (docs/data.md#your-own-templates)"
+                f"is looked for; replies without it are dropped (docs/data.md#words-of-your-own)"
             )
     return warnings
 

@@ -41,7 +41,7 @@ OF = {"ddp": tuple(CASES), "fsdp": tuple(name for name in CASES if name != "onli
       "raw": ("llama", "tied", "windows"), "zero2": tuple(CASES), "zero3": tuple(CASES)}  # fmt: skip
 """Cases by way. Under FSDP a second whole model beside a sharded one is refused."""
 LEARNING_RATE = 1e-4
-WHOLE = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+UNSHARDED = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
 """How much ZeRO-3 may keep whole after its use: by default all of so small a model, and then nothing is shown."""
 
 
@@ -54,7 +54,7 @@ def model_of(case):
 def rows_of(case):
     if case.get("unpaired"):
         return make_rows(22)
-    return [{**pair, "weight": 0.5 + place % 3} for place, pair in enumerate(make_pairs(22))]
+    return [{**pair, "weight": 0.5 + index % 3} for index, pair in enumerate(make_pairs(22))]
 
 
 def let_cpus_shard():
@@ -64,19 +64,19 @@ def let_cpus_shard():
 
     plain = accelerate.state.PartialState.__init__
 
-    def told(self, *args, **kwargs):
+    def init(self, *args, **kwargs):
         plain(self, *args, **kwargs)
         if self._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
             self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
-    accelerate.state.PartialState.__init__ = told
+    accelerate.state.PartialState.__init__ = init
 
 
-def train(name, out, way):
+def train(name, out, backend):
     """The trainer's run of a case: what it logs, the prompts of each step in the order of one process, the model."""
     from accelerate.utils import gather_object
 
-    from apo.packing.batch import DUMMY, uncollate
+    from apo.packing.logps import DUMMY, uncollate
     from apo.training import reference
     from apo.training.trainer import APOTrainer
     from apo.training.trainer_config import APOConfig
@@ -84,21 +84,23 @@ def train(name, out, way):
     reference.PART = 4
     case = CASES[name]
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    seen, passes = [], []
+    step_pairs, passes = [], []
 
     class Watched(APOTrainer):
         def _parts(self, inputs):
-            parts = super()._parts(inputs)
-            passes.append(sum(DUMMY not in part for part in parts))
-            return parts
+            chunks = super()._parts(inputs)
+            passes.append(sum(DUMMY not in chunk for chunk in chunks))
+            return chunks
 
         def get_batch_samples(self, *args):
-            if way == "zero3":  # between steps nothing is here
+            if backend == "zero3":  # between steps nothing is here
                 assert all(weight.numel() == 0 for weight in self.model.parameters())
             batches, weight = super().get_batch_samples(*args)
-            mine = [[] if DUMMY in batch else uncollate(batch) for batch in batches]
-            everybody = gather_object([mine])
-            seen.append([one for nth in zip(*everybody, strict=True) for part in nth for one in part])
+            local_examples = [[] if DUMMY in batch else uncollate(batch) for batch in batches]
+            everybody = gather_object([local_examples])
+            step_pairs.append(
+                [example for nth in zip(*everybody, strict=True) for examples in nth for example in examples]
+            )
             return batches, weight
 
     args = APOConfig(
@@ -107,10 +109,10 @@ def train(name, out, way):
         learning_rate=LEARNING_RATE * (10 if case.get("objective") == "kto" else 1),  # so that there is a divergence
         objective=case.get("objective", "apo_zero"), weights=case.get("weights"), pack_tokens=case.get("pack_tokens"),
         shared_prefix=case.get("shared_prefix", True), precompute_ref_log_probs=case.get("objective") != "kto",
-        fsdp=way == "fsdp", gradient_checkpointing=case.get("checkpointing", False),
+        fsdp=backend == "fsdp", gradient_checkpointing=case.get("checkpointing", False),
     )  # fmt: skip
-    if way == "zero3":
-        args.deepspeed_plugin.deepspeed_config["zero_optimization"] |= dict.fromkeys(WHOLE, 0)
+    if backend == "zero3":
+        args.deepspeed_plugin.deepspeed_config["zero_optimization"] |= dict.fromkeys(UNSHARDED, 0)
     lora = None
     if case.get("lora"):
         from peft import LoraConfig
@@ -120,30 +122,34 @@ def train(name, out, way):
         model_of(case), args=args, train_dataset=Dataset.from_list(rows_of(case)), processing_class=make_tokenizer(),
         peft_config=lora,
     )  # fmt: skip
-    assert trainer.is_fsdp_enabled == (way == "fsdp")
-    assert trainer.is_deepspeed_enabled == way.startswith("zero")
+    assert trainer.is_fsdp_enabled == (backend == "fsdp")
+    assert trainer.is_deepspeed_enabled == backend.startswith("zero")
     assert trainer.is_packed == case.get("shared_prefix", True), trainer.notes
     trainer.train()
     trainer.save_model(str(out / name))
     passes = gather_object([passes])
     if trainer.is_world_process_zero():
         rows = [row for row in trainer.state.log_history if "grad_norm" in row]
-        return {"rows": rows, "pairs": seen, "passes": passes, "computed": trainer.reference_computed.get("train")}
+        return {
+            "rows": rows,
+            "pairs": step_pairs,
+            "passes": passes,
+            "computed": trainer.reference_computed.get("train"),
+        }
 
 
-def shard(name, other):
+def shard(name, expected):
     """The same steps by hand: `fully_shard` per block on a mesh of CPUs, packed rows, torch's AdamW."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     from apo.losses.mixture import resolve_mixture
-    from apo.packing.layout import pack_pairs
-    from apo.packing.packed_model import enable_packing, packed_logps
+    from apo.packing.packed_model import enable_packing, pack_pairs, packed_logps
 
     rank, count = dist.get_rank(), dist.get_world_size()
     model, anchor = model_of(CASES[name]), model_of(CASES[name])
-    for one in (model, anchor):
-        enable_packing(one)
+    for network in (model, anchor):
+        enable_packing(network)
     mesh = init_device_mesh("cpu", (count,))
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
@@ -151,11 +157,11 @@ def shard(name, other):
     objective = resolve_mixture(CASES[name].get("objective", "apo_zero"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, foreach=False)
     rows = []
-    for row, examples in zip(other["rows"], other["pairs"], strict=True):
-        mine = pack_pairs(examples[rank::count])
+    for row, examples in zip(expected["rows"], expected["pairs"], strict=True):
+        packed = pack_pairs(examples[rank::count])
         with torch.no_grad():
-            anchors = packed_logps(anchor, mine)
-        logps = packed_logps(model, mine)
+            anchors = packed_logps(anchor, packed)
+        logps = packed_logps(model, packed)
         losses = objective.losses(logps, (anchors.chosen, anchors.rejected), beta=0.1)
         (losses.sum() * count / len(examples)).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor()
@@ -163,7 +169,7 @@ def shard(name, other):
             group["lr"] = row["learning_rate"]
         optimizer.step()
         optimizer.zero_grad()
-        sums = torch.stack([part.detach().double().sum() for part in (losses, logps.chosen, logps.rejected)])
+        sums = torch.stack([tensor.detach().double().sum() for tensor in (losses, logps.chosen, logps.rejected)])
         dist.all_reduce(sums)
         means = (sums / len(examples)).tolist()
         names = ("loss", "logps/chosen", "logps/rejected")
@@ -172,30 +178,30 @@ def shard(name, other):
 
 
 def main():
-    out, way, *other = sys.argv[1:]
+    out, backend, *arguments = sys.argv[1:]
     out = Path(out)
-    found = {}
-    if way == "raw":
+    results = {}
+    if backend == "raw":
         from safetensors.torch import save_file
 
         dist.init_process_group("gloo")
-        told = json.loads((Path(other[0]) / "steps.json").read_text())
-        for name in OF[way]:
-            found[name], weights = shard(name, told[name])
+        steps = json.loads((Path(arguments[0]) / "steps.json").read_text())
+        for name in OF[backend]:
+            results[name], weights = shard(name, steps[name])
             if dist.get_rank() == 0:
                 (out / name).mkdir(parents=True)
                 weights = {key: value.clone().contiguous() for key, value in weights.items()}
                 save_file(weights, out / name / "model.safetensors")
     else:
-        if way == "fsdp":
+        if backend == "fsdp":
             let_cpus_shard()
-        elif way.startswith("zero"):
+        elif backend.startswith("zero"):
             let_cpus_share_out()
-        for name in OF[way]:
-            found[name] = train(name, out, way)
+        for name in OF[backend]:
+            results[name] = train(name, out, backend)
     if int(os.environ.get("RANK", "0")) == 0:
         out.mkdir(exist_ok=True)
-        (out / "steps.json").write_text(json.dumps(found))
+        (out / "steps.json").write_text(json.dumps(results))
     if dist.is_initialized():
         dist.barrier()
     sys.stdout.flush()

@@ -72,8 +72,8 @@ def _missing(name: str) -> str | None:
     if not PYTHONS[name]:
         return f"{name.upper()}_PYTHON is not set; see the head of bench_peers.py"
     module = {"curator": "bespokelabs.curator"}.get(name, name)
-    found = subprocess.run([PYTHONS[name], "-c", f"import {module}"], capture_output=True, text=True, check=False)
-    return found.stderr.strip().rpartition("\n")[2] if found.returncode else None
+    result = subprocess.run([PYTHONS[name], "-c", f"import {module}"], capture_output=True, text=True, check=False)
+    return result.stderr.strip().rpartition("\n")[2] if result.returncode else None
 
 
 def _all_cases(name: str) -> dict[str, Any]:
@@ -84,13 +84,13 @@ def _all_cases(name: str) -> dict[str, Any]:
     many, few = ROWS * 6 // 5, ROWS * 2 // 5
     bad = ["wait:1.0"] * few
     bad[few // 2] = "400"
-    at_once = max(1, min(50, ROWS // 10))
+    concurrency = max(1, min(50, ROWS // 10))
     return {
-        "constant": _case(name, ["wait:1.0"] * ROWS, at_once, ROWS / at_once),
-        "exponential": _case(name, [f"wait:{tail:.4f}" for tail in tails], at_once, greedy(tails, at_once)),
+        "constant": _case(name, ["wait:1.0"] * ROWS, concurrency, ROWS / concurrency),
+        "exponential": _case(name, [f"wait:{tail:.4f}" for tail in tails], concurrency, greedy(tails, concurrency)),
         "capped": _case(name, ["wait:0.5"] * many, 100, many / 30 * 0.5, cap=30),
-        "one bad": _case(name, bad, at_once, few / at_once),
-        "killed": _case(name, ["wait:1.0"] * ROWS, at_once, ROWS / at_once, killed=True),
+        "one bad": _case(name, bad, concurrency, few / concurrency),
+        "killed": _case(name, ["wait:1.0"] * ROWS, concurrency, ROWS / concurrency, killed=True),
     }
 
 
@@ -105,23 +105,23 @@ def _case(
         limit = 5 * ideal + PATIENCE
         if killed:
             _run(name, file, limit, until=lambda: _stats(server)["answered_total"] >= len(rows) // 2)
-        found = _run(name, file, limit)
+        result = _run(name, file, limit)
         stats = _stats(server)
-    told: dict[str, Any] = {"ideal": round(ideal, 2)}
-    if "seconds" in found:
-        told["seconds of the second run" if killed else "seconds"] = round(found["seconds"], 2)
-        told |= {} if killed else {"ratio": round(found["seconds"] / ideal, 3)}
-    told |= {"at the server": round(stats["last"] - stats["first"], 2), **_rows(rows, found.get("rows", {}))}
-    told |= {"refused": stats["refused"], "most in flight": stats["most_in_flight"]}
-    told["paid twice"] = sum(count - 1 for count in stats["answered"].values())
-    return told | ({"error": found["error"]} if "error" in found else {})
+    measured: dict[str, Any] = {"ideal": round(ideal, 2)}
+    if "seconds" in result:
+        measured["seconds of the second run" if killed else "seconds"] = round(result["seconds"], 2)
+        measured |= {} if killed else {"ratio": round(result["seconds"] / ideal, 3)}
+    measured |= {"at the server": round(stats["last"] - stats["first"], 2), **_rows(rows, result.get("rows", {}))}
+    measured |= {"refused": stats["refused"], "most in flight": stats["most_in_flight"]}
+    measured["paid twice"] = sum(count - 1 for count in stats["answered"].values())
+    return measured | ({"error": result["error"]} if "error" in result else {})
 
 
-def _rows(asked: dict[str, str], found: dict[str, Any]) -> dict[str, int]:
+def _rows(prompts: dict[str, str], replies: dict[str, Any]) -> dict[str, int]:
     """How many rows came out with the reply to their own prompt, with another's, and without any."""
-    right = sum(found.get(id) == reply_to(text) for id, text in asked.items())
-    empty = sum(not found.get(id) for id in asked)
-    return {"right": right, "without reply": empty, "wrong": len(asked) - right - empty}
+    right = sum(replies.get(id) == reply_to(text) for id, text in prompts.items())
+    empty = sum(not replies.get(id) for id in prompts)
+    return {"right": right, "without reply": empty, "wrong": len(prompts) - right - empty}
 
 
 def _run(name: str, job: Path, limit: float, until: Callable[[], bool] | None = None) -> dict[str, Any]:
@@ -134,8 +134,8 @@ def _run(name: str, job: Path, limit: float, until: Callable[[], bool] | None = 
         )  # fmt: skip
         try:
             if until:
-                ends = time.monotonic() + limit
-                while process.poll() is None and not until() and time.monotonic() < ends:
+                deadline = time.monotonic() + limit
+                while process.poll() is None and not until() and time.monotonic() < deadline:
                     time.sleep(0.05)
                 return {}
             out, _ = process.communicate(timeout=limit)
@@ -147,8 +147,8 @@ def _run(name: str, job: Path, limit: float, until: Callable[[], bool] | None = 
         if lines:
             return json.loads(lines[-1].removeprefix("RESULT "))
         log.seek(0)
-        said = [line.strip() for line in log.read().splitlines() if line.strip()]
-        return {"error": f"exit code {process.returncode}: {said[-1][:300] if said else 'nothing said'}"}
+        log_lines = [line.strip() for line in log.read().splitlines() if line.strip()]
+        return {"error": f"exit code {process.returncode}: {log_lines[-1][:300] if log_lines else 'nothing said'}"}
 
 
 def _kill_all(process: subprocess.Popen[str]) -> None:
@@ -187,16 +187,16 @@ def _stats(server: str) -> dict[str, Any]:
 async def _serve(cap: int) -> None:
     from aiohttp import web
 
-    in_flight = most_in_flight = refused = 0
+    in_flight = max_in_flight = refused = 0
     answered: Counter[str] = Counter()
     times: list[float] = []
 
     async def chat(request: web.Request) -> web.Response:
-        nonlocal in_flight, most_in_flight, refused
+        nonlocal in_flight, max_in_flight, refused
         messages = (await request.json()).get("messages")
         text = messages[-1]["content"] if messages else ""
         if isinstance(text, list):  # in content parts, as Data Designer sends it
-            text = "".join(part["text"] for part in text)
+            text = "".join(item["text"] for item in text)
         step = text.partition("[[")[2].partition("]]")[0]
         if not step:
             return error(400, "There is no task in this request.")
@@ -207,7 +207,7 @@ async def _serve(cap: int) -> None:
         if step == "400":
             return error(400, "This prompt is too long.")
         in_flight += 1
-        most_in_flight = max(most_in_flight, in_flight)
+        max_in_flight = max(max_in_flight, in_flight)
         try:
             await asyncio.sleep(float(step.partition(":")[2]))
         finally:
@@ -223,16 +223,16 @@ async def _serve(cap: int) -> None:
         return web.json_response(body)
 
     def error(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
-        told = {"error": {"message": message, "type": "error", "param": None, "code": None}}
-        return web.json_response(told, status=status, headers=headers)
+        body = {"error": {"message": message, "type": "error", "param": None, "code": None}}
+        return web.json_response(body, status=status, headers=headers)
 
     async def models(_: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": "m", "object": "model"}]})
 
     async def stats(_: web.Request) -> web.Response:
-        told = {"first": min(times, default=0), "last": max(times, default=0), "answered": answered}
-        told |= {"answered_total": answered.total(), "refused": refused, "most_in_flight": most_in_flight}
-        return web.json_response(told)
+        counts = {"first": min(times, default=0), "last": max(times, default=0), "answered": answered}
+        counts |= {"answered_total": answered.total(), "refused": refused, "most_in_flight": max_in_flight}
+        return web.json_response(counts)
 
     app = web.Application()
     app.add_routes([web.post("/v1/chat/completions", chat), web.get("/v1/models", models), web.get("/stats", stats)])
@@ -294,8 +294,8 @@ def distilabel_job(job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
         load >> TextGeneration(llm=llm, input_batch_size=size)
 
     def work() -> dict[str, Any]:
-        found = pipeline.run()["default"]["train"]
-        return dict(zip(found["name"], found["generation"]))  # noqa: B905 (two columns of one table)
+        dataset = pipeline.run()["default"]["train"]
+        return dict(zip(dataset["name"], dataset["generation"]))  # noqa: B905 (two columns of one table)
 
     return work
 
@@ -304,11 +304,11 @@ def curator_job(job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     """Its limits a minute are set out of reach, and tokens counted by words: its own counting wants a download."""
     import tiktoken
 
-    class Words:
+    class Encoding:
         def encode(self, text: str, **_: Any) -> list[str]:
             return text.split()
 
-    tiktoken.encoding_for_model = tiktoken.get_encoding = lambda *_: Words()
+    tiktoken.encoding_for_model = tiktoken.get_encoding = lambda *_: Encoding()
     os.environ["CURATOR_CACHE_DIR"] = job["folder"]
     from bespokelabs import curator
     from datasets import Dataset
@@ -330,8 +330,8 @@ def curator_job(job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
                 "max_requests_per_minute": 10**6, "max_tokens_per_minute": 10**9,
             },
         )  # fmt: skip
-        found = client(rows).dataset
-        return dict(zip(found["name"], found["reply"]))  # noqa: B905 (two columns of one table)
+        dataset = client(rows).dataset
+        return dict(zip(dataset["name"], dataset["reply"]))  # noqa: B905 (two columns of one table)
 
     return work
 
@@ -346,8 +346,10 @@ def data_designer_job(job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     rows = pd.DataFrame({"name": list(job["rows"]), "text": list(job["rows"].values())})
     rows.to_parquet(folder / "rows.parquet")
     provider = dd.ModelProvider(name="here", endpoint=job["url"], api_key="none")
-    asked = dd.ChatCompletionInferenceParams(max_parallel_requests=job["concurrency"])
-    model = dd.ModelConfig(alias="m", model="m", provider="here", inference_parameters=asked, skip_health_check=True)
+    parameters = dd.ChatCompletionInferenceParams(max_parallel_requests=job["concurrency"])
+    model = dd.ModelConfig(
+        alias="m", model="m", provider="here", inference_parameters=parameters, skip_health_check=True
+    )
 
     def work() -> dict[str, Any]:
         columns = dd.DataDesignerConfigBuilder(model_configs=[model])
@@ -355,8 +357,8 @@ def data_designer_job(job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
         columns.add_column(dd.LLMTextColumnConfig(name="reply", prompt="{{ text }}", model_alias="m"))
         designer = DataDesigner(artifact_path=folder / "artifacts", model_providers=[provider])
         resume = ResumeMode.IF_POSSIBLE if (folder / "artifacts").exists() else ResumeMode.NEVER
-        found = designer.create(columns, num_records=len(rows), resume=resume).load_dataset()
-        return dict(zip(found["name"], found["reply"]))  # noqa: B905 (two columns of one table)
+        dataset = designer.create(columns, num_records=len(rows), resume=resume).load_dataset()
+        return dict(zip(dataset["name"], dataset["reply"]))  # noqa: B905 (two columns of one table)
 
     return work
 

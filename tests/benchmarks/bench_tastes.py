@@ -27,18 +27,18 @@ def measure() -> dict[str, Any]:
     from recipes.experiments.tastes.run import EACH, HELDOUT, USERS, gate, make_base, policies
 
     two: list[dict[str, Any]] = []
-    one: list[dict[str, Any]] = []
+    single: list[dict[str, Any]] = []
     served: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as place:
-        os.environ["CLAIR_CACHE"] = f"{place}/cache"
-        base, seeds = Path(place) / "base", range(int(os.environ.get("SEEDS", "10")))
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["CLAIR_CACHE"] = f"{folder}/cache"
+        base, seeds = Path(folder) / "base", range(int(os.environ.get("SEEDS", "10")))
         make_base(base)
         try:
             for seed in seeds:
-                _add(two, gate(base, Path(place) / f"two-{seed}", seed, groups=2))
-                _add(one, gate(base, Path(place) / f"one-{seed}", seed, groups=1))
-            for seed, found in zip(seeds, two, strict=True):
-                _add(served, policies(base, Path(place) / f"two-{seed}", seed, found["tastes"]))
+                _add(two, gate(base, Path(folder) / f"two-{seed}", seed, groups=2))
+                _add(single, gate(base, Path(folder) / f"one-{seed}", seed, groups=1))
+            for seed, result in zip(seeds, two, strict=True):
+                _add(served, policies(base, Path(folder) / f"two-{seed}", seed, result["tastes"]))
         except KeyboardInterrupt:
             print("stopped: what is done is written", file=sys.stderr)
     return {
@@ -46,22 +46,22 @@ def measure() -> dict[str, Any]:
         "comparisons_each": EACH,
         "heldout_tasks": HELDOUT,
         "two_groups": len(two),
-        "two_groups_plural": sum(found["plural"] for found in two),
-        "two_groups_two_tastes": sum(found["tastes"] == 2 for found in two),
-        "one_group": len(one),
-        "one_group_plural": sum(found["plural"] for found in one),
+        "two_groups_plural": sum(result["plural"] for result in two),
+        "two_groups_two_tastes": sum(result["tastes"] == 2 for result in two),
+        "one_group": len(single),
+        "one_group_plural": sum(result["plural"] for result in single),
         "policies": len(served),
-        "pooled": _spread([rate for found in served for rate in found["pooled"]]),
-        "pooled_worst_off": _spread([min(found["pooled"]) for found in served]),
-        "by_group": _spread([rate for found in served for rate in found["by_group"]]),
-        "by_group_worst_off": _spread([min(found["by_group"]) for found in served]),
-        "by_seed": {"two_groups": two, "one_group": one, "policies": served},
+        "pooled": _spread([rate for result in served for rate in result["pooled"]]),
+        "pooled_worst_off": _spread([min(result["pooled"]) for result in served]),
+        "by_group": _spread([rate for result in served for rate in result["by_group"]]),
+        "by_group_worst_off": _spread([min(result["by_group"]) for result in served]),
+        "by_seed": {"two_groups": two, "one_group": single, "policies": served},
     }
 
 
-def _add(found: list[dict[str, Any]], one: dict[str, Any]) -> None:
-    found.append(one)
-    print(f"{len(found)}: {json.dumps(one)}", file=sys.stderr, flush=True)
+def _add(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    rows.append(row)
+    print(f"{len(rows)}: {json.dumps(row)}", file=sys.stderr, flush=True)
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -58,7 +58,7 @@ def make_trainer(mode: str, tune: str, model: Any, lengths: list[tuple[int, int,
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
-    from apo.packing import packed_model
+    from apo.packing import packed_model as prefix
     from apo.training.trainer import APOTrainer
     from apo.training.trainer_config import APOConfig
 
@@ -73,8 +73,8 @@ def make_trainer(mode: str, tune: str, model: Any, lengths: list[tuple[int, int,
     )
     data = {"train_dataset": cpu.make_pairs(lengths), "processing_class": cpu.make_tokenizer(), "peft_config": lora}
     if mode in OURS:
-        way, _, plain = mode.partition(", ")
-        packed_model.fastest_backend = lambda *_: (way, "")
+        backend, _, plain = mode.partition(", ")
+        prefix.fastest = lambda *_: (backend, "")
         more = {"precompute_ref_log_probs": True, "reference_cache": tempfile.mkdtemp(dir=out)}
         more |= {"gradient_checkpointing": False} if plain or not on_gpu else {}
         return APOTrainer(model, args=APOConfig(objective="apo_zero", **same, **more), **data)
@@ -90,9 +90,9 @@ def run(mode: str, tune: str, model: Any, lengths: list[tuple[int, int, int]], b
     from transformers import TrainerCallback
 
     from apo.cost.sizes import row_of
-    from apo.data.rendering import common_prefix
     from apo.monitoring.throughput import scale_of
-    from apo.packing.batch import uncollate
+    from apo.packing.logps import uncollate
+    from apo.packing.packed_model import common_prefix
 
     device, times, needed = model.device, [], {"flops": 0.0, "tokens": 0}
 
@@ -142,7 +142,7 @@ def measure_on(
     from apo.monitoring.failures import is_out_of_memory
     from clair.core.errors import UserError
 
-    found = {}
+    measured = {}
     for tune in tunes:
         for name, (make_lengths, batch) in cases.items():
             runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
@@ -150,37 +150,39 @@ def measure_on(
                 for mode in MODES:
                     model = make_model(sizes, device, dtype)
                     try:
-                        one = run(mode, tune, model, make_lengths(), batch)
+                        result = run(mode, tune, model, make_lengths(), batch)
                     except (RuntimeError, UserError) as error:
                         if not is_out_of_memory(error):
                             raise
-                        one = {"cannot": "out of memory"}
+                        result = {"cannot": "out of memory"}
                     del model
                     gc.collect()
                     if device != "cpu":
                         torch.cuda.empty_cache()
-                    runs[mode].append(one)
-                    told = {key: value for key, value in one.items() if key != "losses"}
-                    print(tune, name, mode, told, file=sys.stderr, flush=True)
-            found[f"{tune}, {name}"] = {"runs": runs, "ratios": _ratios(runs), "apart": _apart(runs)}
-    return {"device": _name(device), "repeats": repeats, "sizes": sizes, "cases": found}
+                    runs[mode].append(result)
+                    summary = {key: value for key, value in result.items() if key != "losses"}
+                    print(tune, name, mode, summary, file=sys.stderr, flush=True)
+            measured[f"{tune}, {name}"] = {"runs": runs, "ratios": _ratios(runs), "apart": _apart(runs)}
+    return {"device": _name(device), "repeats": repeats, "sizes": sizes, "cases": measured}
 
 
 def _ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """How many times as many pairs a second, whole runs and steady: ours over TRL's, repeat by repeat."""
-    told = {}
+    ratios = {}
     for theirs in MODES[len(OURS) :]:
         for ours in OURS:
             for key in ("pairs_per_second", "steady_pairs_per_second"):
                 both = [(a.get(key), b.get(key)) for a, b in zip(runs[ours], runs[theirs], strict=True)]
-                found = [a / b for a, b in both if a and b]
-                told[f"{ours} / {theirs}, {key}"] = [round(min(found), 2), round(max(found), 2)] if found else None
-    return told
+                quotients = [a / b for a, b in both if a and b]
+                ratios[f"{ours} / {theirs}, {key}"] = (
+                    [round(min(quotients), 2), round(max(quotients), 2)] if quotients else None
+                )
+    return ratios
 
 
 def _apart(runs: dict[str, list[dict[str, Any]]]) -> float:
     """The largest difference of any run's losses from those of the first that ran."""
-    curves = [one["losses"] for many in runs.values() for one in many if "losses" in one]
+    curves = [run["losses"] for many in runs.values() for run in many if "losses" in run]
     apart = max(abs(a - b) for curve in curves for a, b in zip(curve, curves[0], strict=True))
     assert apart < AGREE, f"the losses differ by {apart}"
     return apart
@@ -207,6 +209,6 @@ def measure() -> dict[str, Any] | None:
         return None
     cpu._quiet()
     cpu.VOCABULARY = LLAMA3_8B["vocab_size"]
-    wanted = {name: case for name, case in CASES.items() if name in os.environ.get("CASES", ",".join(CASES))}
+    selected = {name: case for name, case in CASES.items() if name in os.environ.get("CASES", ",".join(CASES))}
     tunes = os.environ.get("TUNES", "lora,full").split(",")
-    return measure_on("cuda", LLAMA3_8B, torch.bfloat16, wanted, tunes, int(os.environ.get("REPEATS", "2")))
+    return measure_on("cuda", LLAMA3_8B, torch.bfloat16, selected, tunes, int(os.environ.get("REPEATS", "2")))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluation.compare.compare import change_kind, changed_answers, comparison, read_all
+from apo.evaluation.compare.compare import comparison, flip_kind, flips, read_all
 from apo.evaluation.compare.html import write_page
 from tests.apo.evaluation.made_results import TEXTS, make_items, write_folder
 from tests.browser.conftest import too_wide, visit
@@ -21,16 +21,16 @@ HARMFUL = {"right to wrong": f"right {INJECTIONS[0]} then", "wrong to right": f"
 def harmful(items, texts):
     """The items with text that means harm wherever a model, a judge or a benchmark could have put it."""
     changed = []
-    for number, one in enumerate(items):
+    for number, item in enumerate(items):
         harm = INJECTIONS[number % len(INJECTIONS)]
-        words = {
-            "prompt": f"{one.prompt} {harm}",
-            "target": (harm, *one.target),
-            "judgement": f"{one.judgement} {harm}",
+        fields = {
+            "prompt": f"{item.prompt} {harm}",
+            "target": (harm, *item.target),
+            "judgement": f"{item.judgement} {harm}",
         }
-        text = texts[0 if one.score >= 0.5 else 1] if number % 4 == 0 else f"{one.response} {harm}"
+        text = texts[0 if item.score >= 0.5 else 1] if number % 4 == 0 else f"{item.response} {harm}"
         changed.append(
-            one.model_copy(update={**words, "response": text, "unresolved": harm if number % 9 == 0 else None})
+            item.model_copy(update={**fields, "response": text, "unresolved": harm if number % 9 == 0 else None})
         )
     return changed
 
@@ -39,10 +39,10 @@ def harmful(items, texts):
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     texts = (HARMFUL["right to wrong"], HARMFUL["wrong to right"])
-    made = [write_folder(folder / "base", harmful(make_items(0.4), texts), "base")]
+    paths = [write_folder(folder / "base", harmful(make_items(0.4), texts), "base")]
     for seed, name, shift in ((1, "better", 0.3), (4, "same", 0.0), (3, "<b>worse<", -0.3)):
-        made.append(write_folder(folder / name, harmful(make_items(0.4, seed=seed, shift=shift), texts), name))
-    return read_all(made[0], made[1:])
+        paths.append(write_folder(folder / name, harmful(make_items(0.4, seed=seed, shift=shift), texts), name))
+    return read_all(paths[0], paths[1:])
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def points(value: float) -> str:
 def test_text_that_means_harm_is_only_text(tab, file):
     page = tab(file)
     count = "(name) => document.querySelectorAll(name).length"
-    before = {name: page.evaluate(count, name) for name in ACTIVE}
+    counts = {name: page.evaluate(count, name) for name in ACTIVE}
     visit(page, "changes")
     page.click("#kinds button >> nth=0")
     page.focus("#list")
@@ -81,21 +81,21 @@ def test_text_that_means_harm_is_only_text(tab, file):
     visit(page, "overview")
     page.select_option("#part-model", "2")
     assert page.evaluate("() => window.hacked") is None
-    assert {name: page.evaluate(count, name) for name in ACTIVE} == before
+    assert {name: page.evaluate(count, name) for name in ACTIVE} == counts
 
 
 def test_the_numbers_of_the_page_are_the_comparisons(tab, file, numbers):
     page = tab(file)
-    told = page.locator(".verdict").all_text_contents()
-    for said, model, one in zip(told, numbers["tuned"], numbers["parts"][0]["tuned"], strict=True):
-        assert model["name"] in said
-        assert points(one["delta"]) in said
-        assert f"{one['better']} rows better, {one['worse']} worse" in said
-    assert "is better than" in told[0]
-    assert "shows no difference" in told[1]
-    assert "is worse than" in told[2]
+    verdicts = page.locator(".verdict").all_text_contents()
+    for verdict, model, difference in zip(verdicts, numbers["tuned"], numbers["parts"][0]["tuned"], strict=True):
+        assert model["name"] in verdict
+        assert points(difference["delta"]) in verdict
+        assert f"{difference['better']} rows better, {difference['worse']} worse" in verdict
+    assert "is better than" in verdicts[0]
+    assert "shows no difference" in verdicts[1]
+    assert "is worse than" in verdicts[2]
     scores = page.locator(".scores tbody tr").all_text_contents()
-    assert [points(part["base"]["score"]) in scores[0] for part in numbers["parts"][:1]] == [True]
+    assert [points(entry["base"]["score"]) in scores[0] for entry in numbers["parts"][:1]] == [True]
     assert "The best of 3, better" in page.text_content(".notice")
 
 
@@ -103,32 +103,32 @@ def test_the_plot_shows_every_part_with_its_interval(tab, file, numbers):
     page = tab(file)
     plots = page.locator("svg.forest")
     assert plots.count() == 2
-    for place in (0, 2):
-        page.select_option("#part-model", str(place))
+    for index in (0, 2):
+        page.select_option("#part-model", str(index))
         titles = plots.nth(1).locator("title").all_text_contents()
         assert len(titles) == len(numbers["parts"])
-        for title, part in zip(titles, numbers["parts"], strict=True):
-            one = part["tuned"][place]
+        for title, entry in zip(titles, numbers["parts"], strict=True):
+            difference = entry["tuned"][index]
             shown = re.findall(r"\d+\.\d", title)
-            wanted = [points(one["delta"]), *map(points, one["delta_ci95"] or [])]
-            assert shown == wanted, title
+            expected = [points(difference["delta"]), *map(points, difference["delta_ci95"] or [])]
+            assert shown == expected, title
     dot = plots.nth(0).locator("g.better .dot")
     assert float(dot.get_attribute("cx")) > float(plots.nth(0).locator("g.worse .dot").get_attribute("cx"))
 
 
 def test_flips_are_listed_with_both_answers(tab, file, results):
     page = tab(file, "#changes")
-    changed = [(b, a) for place, b, a in changed_answers(results) if place == 0]
+    changed = [(b, a) for index, b, a in flips(results) if index == 0]
     for kind in ("right to wrong", "wrong to right"):
-        wanted = [(b, a) for b, a in changed if change_kind(b.score, a.score) == kind]
+        expected = [(b, a) for b, a in changed if flip_kind(b.score, a.score) == kind]
         page.click(f"#kinds button:has-text('{kind}')")
-        assert listed(page) == len(wanted) > 3
+        assert listed(page) == len(expected) > 3
         page.focus("#list")
-        for before, after in wanted[:8]:
-            assert page.locator("#detail .answer").all_text_contents() == [before.response, after.response]
-            assert page.text_content("#detail .turn") == after.prompt
-            assert page.locator("#detail .targets .text").all_text_contents() == list(after.target)
-            assert page.locator("#detail .judged").all_text_contents() == [before.judgement, after.judgement]
+        for base, tuned in expected[:8]:
+            assert page.locator("#detail .answer").all_text_contents() == [base.response, tuned.response]
+            assert page.text_content("#detail .turn") == tuned.prompt
+            assert page.locator("#detail .targets .text").all_text_contents() == list(tuned.target)
+            assert page.locator("#detail .judged").all_text_contents() == [base.judgement, tuned.judgement]
             page.keyboard.press("j")
     page.keyboard.press("Home")
     page.keyboard.press("s")
@@ -139,13 +139,13 @@ def test_flips_are_listed_with_both_answers(tab, file, results):
 def test_the_list_is_narrowed_by_model_benchmark_and_search(tab, file, results):
     page = tab(file, "#changes")
     page.click("#kinds button >> nth=0")
-    for place in (0, 1, 2):
-        page.select_option("#model", str(place))
-        own = [after for model, _, after in changed_answers(results) if model == place]
-        assert listed(page) == len(own)
+    for index in (0, 1, 2):
+        page.select_option("#model", str(index))
+        changed = [tuned for model, _, tuned in flips(results) if model == index]
+        assert listed(page) == len(changed)
     page.select_option("#benchmark", "free-form DROP")
-    wanted = [one for one in own if (one.split, one.benchmark) == ("free-form", "DROP")]
-    assert listed(page) == len(wanted) > 0
+    expected = [answer for answer in changed if (answer.split, answer.benchmark) == ("free-form", "DROP")]
+    assert listed(page) == len(expected) > 0
     page.fill("#search", '"such words nowhere"')
     page.wait_for_timeout(250)
     assert listed(page) == 0
@@ -155,31 +155,31 @@ def test_the_list_is_narrowed_by_model_benchmark_and_search(tab, file, results):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_all_text_is_readable_in_light_and_dark(tab, file, theme):
     page = tab(file, color_scheme=theme)
-    looked_at = 0
-    for where in ("overview", "changes"):
-        visit(page, where)
-        if where == "changes":
+    count = 0
+    for view in ("overview", "changes"):
+        visit(page, view)
+        if view == "changes":
             page.keyboard.press("s")
-        found = page.evaluate(CONTRASTS)
-        looked_at += len(found)
-        assert not [(round(ratio, 2), what) for ratio, what in found if ratio < 4.5]
-    print(f"looked at {looked_at} texts")
-    assert looked_at > 100
+        contrasts = page.evaluate(CONTRASTS)
+        count += len(contrasts)
+        assert not [(round(ratio, 2), text) for ratio, text in contrasts if ratio < 4.5]
+    print(f"looked at {count} texts")
+    assert count > 100
 
 
 def test_nothing_is_wider_than_the_window(tab, file):
     page = tab(file)
-    for where in ("overview", "changes"):
-        visit(page, where)
+    for view in ("overview", "changes"):
+        visit(page, view)
         for width in (1400, 700, 400):
-            assert not too_wide(page, width), (width, where)
+            assert not too_wide(page, width), (width, view)
 
 
 def test_one_model_without_any_change_has_a_page(tab, tmp_path):
     items = make_items(0.4, questions=3, texts=TEXTS)
     paths = [write_folder(tmp_path / name, items, name) for name in ("one", "other")]
-    found = read_all(paths[0], paths[1:])
-    page = tab(write_page(tmp_path / "compare.html", found, comparison(found)), "#changes")
+    results = read_all(paths[0], paths[1:])
+    page = tab(write_page(tmp_path / "compare.html", results, comparison(results)), "#changes")
     assert "No answer changed" in page.text_content("#detail")
     assert not page.is_visible("#model")
     visit(page, "overview")
@@ -190,4 +190,4 @@ def test_a_page_that_would_be_too_large_leaves_the_smallest_changes_out(tab, res
     page = tab(write_page(tmp_path / "small.html", results, numbers, max_bytes=20_000), "#changes")
     left = int(re.search(r"([\d,]+) smaller changes are not in this page", page.text_content("#told"))[1])
     assert left > 0
-    assert page.text_content("#count-changes") == str(len(changed_answers(results)))
+    assert page.text_content("#count-changes") == str(len(flips(results)))

@@ -34,7 +34,7 @@ def ids(page) -> list[str]:
     return page.locator("#list .row .id").all_text_contents()
 
 
-def told(page) -> int:
+def shown_count(page) -> int:
     """How many rows the list says it has."""
     return int(page.text_content("#told").split()[0].replace(",", ""))
 
@@ -105,7 +105,7 @@ def test_the_policy_of_the_page_refuses_markup_scripts_and_requests(tab, file):
 def test_right_to_left_text_runs_from_the_right(tab, file):
     page = tab(file, "#pairs")
     search(page, "תרגם")
-    assert told(page) == 1
+    assert shown_count(page) == 1
     assert page.evaluate("() => getComputedStyle(document.querySelector('.row .opening')).direction") == "rtl"
     assert page.evaluate("() => getComputedStyle(document.querySelector('#detail .turn .text')).direction") == "rtl"
 
@@ -138,7 +138,7 @@ def test_the_search_finds_words_in_any_part_of_a_pair(tab, file, pairs, rows):
         "  ": PAIRS,
     }.items():
         search(page, text)
-        assert told(page) == expected, text
+        assert shown_count(page) == expected, text
     search(page, "no such words anywhere")
     assert "Nothing fits" in page.text_content("#detail")
 
@@ -146,12 +146,12 @@ def test_the_search_finds_words_in_any_part_of_a_pair(tab, file, pairs, rows):
 def test_the_list_shows_a_split_or_what_was_marked(tab, file, rows):
     page = tab(file, "#pairs")
     page.select_option("#show", "test")
-    assert told(page) == sum(rows.test) > 0
+    assert shown_count(page) == sum(rows.test) > 0
     page.select_option("#show", "unmarked")
     first = ids(page)[0]
     page.focus("#list")
     page.keyboard.press("d")
-    assert told(page) == PAIRS - 1
+    assert shown_count(page) == PAIRS - 1
     assert first not in ids(page)
     page.select_option("#show", "drop")
     assert ids(page) == [first]
@@ -163,12 +163,12 @@ def test_a_bar_of_a_distribution_leads_to_its_pairs(tab, file, rows):
     count = int(bar.get_attribute("aria-label").split(": ")[1].split()[0])
     bar.locator(".hit").click()
     assert count == sum(0.9 <= value < 0.95 for value in rows.numbers["jaccard"]) > 0
-    assert told(page) == count
+    assert shown_count(page) == count
     values = [float(value.removesuffix("jaccard")) for value in page.locator(".row .value").all_text_contents()]
     assert values == sorted(values)
     assert all(0.9 <= value <= 0.95 for value in values)
     page.click("#ranges button")
-    assert told(page) == PAIRS
+    assert shown_count(page) == PAIRS
 
 
 def test_bars_can_be_reached_by_keyboard(tab, file):
@@ -185,11 +185,15 @@ def test_a_drop_reason_leads_to_its_rows(tab, file):
     chip = page.locator(".chip", has_text="truncated")
     count = int(chip.locator("b").text_content().removeprefix("−"))
     chip.click()
-    assert told(page) == count == sum(DROPPED[n * 7 % 11 % len(DROPPED)].reason == "truncated" for n in range(DROPS))
+    assert (
+        shown_count(page)
+        == count
+        == sum(DROPPED[n * 7 % 11 % len(DROPPED)].reason == "truncated" for n in range(DROPS))
+    )
     assert page.locator("#detail dd").all_text_contents() == ["target", "truncated", "the answer ran into max_tokens"]
     assert "raise target.max_tokens" in page.text_content("#detail .answer")
     page.select_option("#show", "all")
-    assert told(page) == DROPS
+    assert shown_count(page) == DROPS
     page.select_option("#sort", "reason")
     shown = page.locator(".row .value small").all_text_contents()
     assert shown == sorted(shown)
@@ -299,7 +303,7 @@ def test_keys_do_nothing_while_one_types(tab, file):
 def test_a_dataset_without_pairs_or_without_drops_has_a_page(tab, tmp_path):
     page = tab(report(write_dataset(tmp_path / "nothing", [], 3)))
     visit(page, "pairs")
-    assert told(page) == 0
+    assert shown_count(page) == 0
     page = tab(report(write_dataset(tmp_path / "all", synthetic_pairs(3), 0)))
     visit(page, "dropped")
     assert "Nothing was dropped" in page.text_content("#detail")
@@ -310,7 +314,7 @@ def test_a_pair_without_its_text_says_how_to_read_it(tab, folder, pairs, tmp_pat
     assert ids(page) == [pairs[40].id]
     assert f"and {PAIRS - 1} of which only the numbers are here" in page.text_content("#told")
     page.select_option("#show", "all")
-    assert told(page) == PAIRS
+    assert shown_count(page) == PAIRS
     page.keyboard.press("Home")
     page.focus("#list")
     page.keyboard.press("Home")
@@ -333,5 +337,5 @@ def test_fifty_thousand_pairs_of_5_kb_open_at_once(tab, tmp_path):
     page.wait_for_selector("#told:has-text('searched the openings of those without text')")
     page.select_option("#show", "all")
     search(page, "")
-    assert told(page) == 50_000
+    assert shown_count(page) == 50_000
     assert page.locator(".row").count() < 50

@@ -49,7 +49,7 @@ class Trouble:
     """A batch has ended after at most so many looks at it."""
     errors: list[dict[str, Any]] = field(default_factory=list)
     """What a failed batch says; by default too many tokens."""
-    most_lines: int = 50_000
+    max_lines: int = 50_000
     """Files with more lines are refused when the batch begins."""
     counts: bool = True
     lists: bool = True
@@ -59,7 +59,7 @@ class Trouble:
     """No batch ends."""
 
 
-class BatchClient(Scripted):
+class Batches(Scripted):
     """Files and batches in memory, and the books."""
 
     def __init__(self) -> None:
@@ -95,9 +95,9 @@ class BatchClient(Scripted):
     # ---- for the tests
 
     async def set_trouble(self, request: web.Request) -> web.Response:
-        given = await request.json()
-        assert set(given) <= {f.name for f in fields(Trouble)}, given
-        self.reset(Trouble(**given))
+        values = await request.json()
+        assert set(values) <= {f.name for f in fields(Trouble)}, values
+        self.reset(Trouble(**values))
         return web.Response()
 
     async def end_all(self, request: web.Request) -> web.Response:
@@ -140,14 +140,14 @@ class BatchClient(Scripted):
             if bad and self.random.random() < trouble.unwell:
                 self.unwell[name] = self.unwell.get(name, 0) + 1
                 return self.random.choice([REPLIES["503"], REPLIES["502"], REPLIES["429ms"]])("")
-            done = await handler(request)
+            response = await handler(request)
             if bad and self.random.random() < trouble.silent:
                 self.unwell[name] = self.unwell.get(name, 0) + 1
                 assert request.transport is not None
                 request.transport.close()
                 return web.Response()
             self.unwell[name] = 0
-            return done
+            return response
 
         return handle
 
@@ -161,36 +161,36 @@ class BatchClient(Scripted):
         return web.json_response({"id": id, "object": "file", "bytes": len(self.files[id]), "purpose": "batch"})
 
     async def create(self, request: web.Request) -> web.Response:
-        asked = await request.json()
-        assert asked["endpoint"] == "/v1/chat/completions"
-        assert asked["completion_window"] == "24h"
+        body = await request.json()
+        assert body["endpoint"] == "/v1/chat/completions"
+        assert body["completion_window"] == "24h"
         id, odds = f"batch-{len(self.batches)}", self.random.random()
-        ends = "completed"
+        final_status = "completed"
         for status in ("expired", "cancelled", "failed"):
             odds -= getattr(self.trouble, status)
             if odds < 0:
-                ends = status
+                final_status = status
                 break
-        lines = self.files[asked["input_file_id"]].split(b"\n")[:-1]
-        if len(lines) > self.trouble.most_lines:
-            ends = "failed"
+        lines = self.files[body["input_file_id"]].split(b"\n")[:-1]
+        if len(lines) > self.trouble.max_lines:
+            final_status = "failed"
         self.batches[id] = {
             "id": id,
             "object": "batch",
             "status": "validating",
-            "input_file_id": asked["input_file_id"],
+            "input_file_id": body["input_file_id"],
             "request_counts": {"total": len(lines), "completed": 0, "failed": 0},
-            "ends": ends,
+            "ends": final_status,
             "looks": self.random.randint(0, self.trouble.looks),
         }
-        return self.told(self.batches[id])
+        return self.response_of(self.batches[id])
 
     async def list(self, request: web.Request) -> web.Response:
         if not self.trouble.lists:
             return refused(404, "No such route.")
         newest = [self.public(batch) for batch in reversed(self.batches.values())]
-        after = request.query.get("after")
-        start = next((n + 1 for n, batch in enumerate(newest) if batch["id"] == after), 0)
+        cursor = request.query.get("after")
+        start = next((n + 1 for n, batch in enumerate(newest) if batch["id"] == cursor), 0)
         page = newest[start : start + 2]  # short pages, so that there are several
         return web.json_response({"object": "list", "data": page, "has_more": start + 2 < len(newest)})
 
@@ -203,13 +203,13 @@ class BatchClient(Scripted):
             batch["looks"] -= 1
             if batch["looks"] < 0 and not self.trouble.hold:
                 self.run(batch)
-        return self.told(batch)
+        return self.response_of(batch)
 
     def public(self, batch: dict[str, Any]) -> dict[str, Any]:
         hidden = {"ends", "looks"} | (set() if self.trouble.counts else {"request_counts"})
         return {key: value for key, value in batch.items() if key not in hidden}
 
-    def told(self, batch: dict[str, Any]) -> web.Response:
+    def response_of(self, batch: dict[str, Any]) -> web.Response:
         return web.json_response(self.public(batch))
 
     def run(self, batch: dict[str, Any]) -> None:
@@ -223,9 +223,9 @@ class BatchClient(Scripted):
         errors: list[bytes] = []
         lines = self.files[batch["input_file_id"]].split(b"\n")[:-1]
         for number, line in enumerate(lines):
-            asked = json.loads(line)
+            request = json.loads(line)
             late = batch["ends"] != "completed" and number >= len(lines) * 0.6
-            self.run_line(asked, late or self.random.random() < self.trouble.expire, batch, output, errors)
+            self.run_line(request, late or self.random.random() < self.trouble.expire, batch, output, errors)
         for n in range(self.trouble.foreign):
             output.append(self.line(f"nobody-{n}", 200, REPLIES["ok"]("somebody else's").body))
         for kind, lines in (("output", output), ("error", errors)):
@@ -234,10 +234,10 @@ class BatchClient(Scripted):
             self.files[id] = b"".join(lines)
             batch[f"{kind}_file_id"] = id if lines else None
 
-    def run_line(self, asked: Any, late: bool, batch: Any, output: list[bytes], errors: list[bytes]) -> None:
-        trouble, id, counts = self.trouble, asked["custom_id"], batch["request_counts"]
-        assert asked["url"] == "/v1/chat/completions"
-        assert asked["method"] == "POST"
+    def run_line(self, request: Any, late: bool, batch: Any, output: list[bytes], errors: list[bytes]) -> None:
+        trouble, id, counts = self.trouble, request["custom_id"], batch["request_counts"]
+        assert request["url"] == "/v1/chat/completions"
+        assert request["method"] == "POST"
         if late:
             code = "batch_expired" if batch["ends"] != "cancelled" else "batch_cancelled"
             if self.random.random() < 0.5:  # some services list what they did not run, some do not
@@ -247,7 +247,7 @@ class BatchClient(Scripted):
             counts["failed"] += 1
             errors.append(self.line(id, 500, b'{"error": {"message": "Internal error."}}'))
             return
-        messages = asked["body"]["messages"]
+        messages = request["body"]["messages"]
         text = messages[0]["content"]
         script = re.search(r"\[\[([^\]]*)\]\]", text)
         steps = script[1].split() if script else ["ok"]
@@ -273,37 +273,37 @@ class BatchClient(Scripted):
 
     def line(self, id: str, status: int | None, body: bytes | None, error: Any = None) -> bytes:
         try:
-            told = json.loads(body or b"null")
+            content = json.loads(body or b"null")
         except ValueError:
-            told = (body or b"").decode()
-        response = {"status_code": status, "request_id": "r", "body": told} if status else None
+            content = (body or b"").decode()
+        response = {"status_code": status, "request_id": "r", "body": content} if status else None
         return json.dumps({"id": "l", "custom_id": id, "response": response, "error": error}).encode() + b"\n"
 
     async def content(self, request: web.Request) -> web.StreamResponse:
         id = request.match_info["id"]
-        whole = self.files.get(id)
-        if whole is None:
+        content = self.files.get(id)
+        if content is None:
             return refused(404, "No such file.")
         if self.unwell.get(id, 0) < 2 and self.random.random() < self.trouble.half:
             self.unwell[id] = self.unwell.get(id, 0) + 1
             if self.random.random() < 0.5:  # half of it, and nothing in the headers tells
-                return raw(whole[: len(whole) // 2], "application/octet-stream")
-            response = web.StreamResponse(headers={"Content-Length": str(len(whole))})
+                return raw(content[: len(content) // 2], "application/octet-stream")
+            response = web.StreamResponse(headers={"Content-Length": str(len(content))})
             await response.prepare(request)
-            await response.write(whole[: len(whole) // 2])
+            await response.write(content[: len(content) // 2])
             assert request.transport is not None
             request.transport.close()
             return response
-        for line in whole.split(b"\n"):
+        for line in content.split(b"\n"):
             if b'"status_code": 200' in line and line.endswith(b"}"):
-                told = json.loads(line)
-                kind = "delivered" if told["response"]["body"].get("choices") else "delivered without a reply"
-                self.events.append((kind, told["custom_id"]))
-        return raw(whole, "application/octet-stream")
+                row = json.loads(line)
+                kind = "delivered" if row["response"]["body"].get("choices") else "delivered without a reply"
+                self.events.append((kind, row["custom_id"]))
+        return raw(content, "application/octet-stream")
 
 
 async def serve() -> None:
-    runner = web.AppRunner(BatchClient().app(), access_log=None, shutdown_timeout=0.5)
+    runner = web.AppRunner(Batches().app(), access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
     print(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", flush=True)

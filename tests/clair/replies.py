@@ -128,16 +128,16 @@ def draw_style(random: Random) -> Style:
 
 def label(identifier: str, style: Style) -> str:
     """An identifier as this style writes it."""
-    words = identifier.replace("_", {"underscores": "_", "spaces": " ", "hyphens": "-"}[style.spelling])
-    words = {"plain": words, "upper": words.upper(), "title": words.title()}[style.case]
-    inner = f"{style.wrap[0]}{words}{style.wrap[1]}"
+    text = identifier.replace("_", {"underscores": "_", "spaces": " ", "hyphens": "-"}[style.spelling])
+    text = {"plain": text, "upper": text.upper(), "title": text.title()}[style.case]
+    inner = f"{style.wrap[0]}{text}{style.wrap[1]}"
     if style.emphasis and style.colon_inside:
         return f"{style.heading}{style.emphasis}{inner}{style.colon}{style.emphasis}"
     return f"{style.heading}{style.emphasis}{inner}{style.emphasis}{style.colon}"
 
 
-def paragraphs(random: Random, choices: tuple[str, ...], most: int) -> str:
-    return "\n\n".join(random.choice(choices) for _ in range(random.randint(1, most)))
+def paragraphs(random: Random, choices: tuple[str, ...], max_count: int) -> str:
+    return "\n\n".join(random.choice(choices) for _ in range(random.randint(1, max_count)))
 
 
 def assemble(random: Random, style: Style, thoughts: str, answer: str) -> str:
@@ -145,12 +145,12 @@ def assemble(random: Random, style: Style, thoughts: str, answer: str) -> str:
     if style.by_position:
         opening = random.choice(("", "Sure, let me help.\n\n"))
     between = "\n\n" if style.by_position else random.choice(("\n\n", "\n\n", "\n\n\n", "\n"))
-    parts = f"{opening}{label(REASONING, style)}{style.gap}{thoughts}{between}"
-    parts += f"{label(SOLUTION, style)}{style.gap}{answer}"
-    parts += random.choice(("", "", "\n", "\n\n  "))
-    if random.random() < 0.1 and "```" not in parts:
-        parts = random.choice(("```\n%s\n```", "```markdown\n%s\n```", "~~~\n%s\n~~~")) % parts.strip("\n")
-    return parts.replace("\n", "\r\n") if random.random() < 0.1 else parts
+    text = f"{opening}{label(REASONING, style)}{style.gap}{thoughts}{between}"
+    text += f"{label(SOLUTION, style)}{style.gap}{answer}"
+    text += random.choice(("", "", "\n", "\n\n  "))
+    if random.random() < 0.1 and "```" not in text:
+        text = random.choice(("```\n%s\n```", "```markdown\n%s\n```", "~~~\n%s\n~~~")) % text.strip("\n")
+    return text.replace("\n", "\r\n") if random.random() < 0.1 else text
 
 
 def well_formed(random: Random) -> Drawn:
@@ -167,16 +167,16 @@ def misspelt(random: Random, identifier: str) -> str:
     """An identifier with one to three letters lost, doubled, exchanged or replaced."""
     letters = list(identifier)
     for _ in range(random.randint(1, 3)):
-        at = random.randrange(len(letters) - 1)
+        index = random.randrange(len(letters) - 1)
         kind = random.choice(("lose", "double", "swap", "replace"))
         if kind == "lose":
-            del letters[at]
+            del letters[index]
         elif kind == "double":
-            letters.insert(at, letters[at])
+            letters.insert(index, letters[index])
         elif kind == "swap":
-            letters[at], letters[at + 1] = letters[at + 1], letters[at]
+            letters[index], letters[index + 1] = letters[index + 1], letters[index]
         else:
-            letters[at] = random.choice("abcdefgh_")
+            letters[index] = random.choice("abcdefgh_")
     return "".join(letters)
 
 
@@ -210,8 +210,8 @@ def hostile(random: Random) -> Drawn:
     both = f"{reasoning}{style.gap}{thoughts}\n\n"
     text, truth = "", None
     if kind == "mention":
-        where = random.choice((f"{beside}\n\n{thoughts}", f"{thoughts}\n\n{beside}", f"{thoughts}\n{beside}"))
-        text, truth = assemble(random, style, where, answer), answer
+        both_thoughts = random.choice((f"{beside}\n\n{thoughts}", f"{thoughts}\n\n{beside}", f"{thoughts}\n{beside}"))
+        text, truth = assemble(random, style, both_thoughts, answer), answer
     elif kind == "no solution":
         text = f"{both}{mention}"
     elif kind == "misspelt":
@@ -239,6 +239,8 @@ def hostile(random: Random) -> Drawn:
         text = f"{both}{solution}{style.gap}draft\n\nOn second thought:\n\n{solution}{style.gap}{answer}"
         truth = answer
     else:
-        other = random.choice(("corrected_solution", "Improved solution", "revised_student_solution", "Final answer"))
-        text, truth = f"{both}{mention}\n\n{label(other, style)}{style.gap}{answer}", answer
+        wrong_label = random.choice(
+            ("corrected_solution", "Improved solution", "revised_student_solution", "Final answer")
+        )
+        text, truth = f"{both}{mention}\n\n{label(wrong_label, style)}{style.gap}{answer}", answer
     return Drawn(text, truth, f"{kind}: {style}")

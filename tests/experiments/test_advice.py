@@ -40,20 +40,26 @@ def test_the_design_has_24_combinations_of_six_new_targets_and_all_kinds():
 
 
 def advised(objective: str, **more: object) -> dict:
-    told = {"objective": objective, "sure": "high", "beta": None if objective == "none" else 0.05,
+    advice = {"objective": objective, "sure": "high", "beta": None if objective == "none" else 0.05,
             "learning_rate": None if objective == "none" else 2e-5}  # fmt: skip
-    return {"advice": told, "alone": {**told, "objective": "dpo", "sure": "low"}, "distrust": None, "pairs": 9, **more}
+    return {
+        "advice": advice,
+        "alone": {**advice, "objective": "dpo", "sure": "low"},
+        "distrust": None,
+        "pairs": 9,
+        **more,
+    }
 
 
 def test_runs_go_seed_by_seed_with_the_advice_s_beta_and_each_objective_s_rate():
     names = [of.name(number) for number, of in enumerate(COMBINATIONS)]
-    done = {names[0]: advised("apo_zero", dataset="a"), names[5]: advised("none", dataset="b")}
-    found = list(orders(done, Path("run")))
-    assert [order.seed for order in found] == [0] * 6 + [1] * 6
-    assert [order.objective for order in found[:3]] == list(RATES)
-    assert {(o.dataset, o.beta) for o in found} == {("a", 0.05), ("b", design.BETA)}
-    assert {(o.objective, o.learning_rate) for o in found} == set(RATES.items())
-    assert len({order.out for order in found}) == len({order.name for order in found}) == 12
+    advice_by_name = {names[0]: advised("apo_zero", dataset="a"), names[5]: advised("none", dataset="b")}
+    planned = list(orders(advice_by_name, Path("run")))
+    assert [order.seed for order in planned] == [0] * 6 + [1] * 6
+    assert [order.objective for order in planned[:3]] == list(RATES)
+    assert {(o.dataset, o.beta) for o in planned} == {("a", 0.05), ("b", design.BETA)}
+    assert {(o.objective, o.learning_rate) for o in planned} == set(RATES.items())
+    assert len({order.out for order in planned}) == len({order.name for order in planned}) == 12
 
 
 def test_labels_are_exchanged_in_half_of_the_pairs_or_in_all(tmp_path):
@@ -65,16 +71,16 @@ def test_labels_are_exchanged_in_half_of_the_pairs_or_in_all(tmp_path):
     for half, expected in ((True, 20), (False, 0)):
         out = relabelled(tmp_path / "built", tmp_path / str(half), 1, half=half)
         rows = list(load_pairs(out))
-        kept = sum(row["chosen"][0]["content"] == right[row["prompt"][0]["content"]] for row in rows)
+        correct = sum(row["chosen"][0]["content"] == right[row["prompt"][0]["content"]] for row in rows)
         assert len(rows) == 40
-        assert kept == pytest.approx(expected, abs=5 * half)  # half of each template's, some of which are odd
+        assert correct == pytest.approx(expected, abs=5 * half)  # half of each template's, some of which are odd
 
 
 def test_a_writer_has_its_share_of_right_answers_and_its_wording():
     (task,), rng = distinct_tasks("train", 1, seed=0), Random(0)
-    said = [design.written((0.3, (0.0, 0.5, 0.5)), task, rng) for _ in range(1000)]
-    assert 0.25 < sum(task.right in text for text in said) / 1000 < 0.35
-    assert 0.45 < sum(text in (task.right, task.wrong) for text in said) / 1000 < 0.55
+    texts = [design.written((0.3, (0.0, 0.5, 0.5)), task, rng) for _ in range(1000)]
+    assert 0.25 < sum(task.right in text for text in texts) / 1000 < 0.35
+    assert 0.45 < sum(text in (task.right, task.wrong) for text in texts) / 1000 < 0.55
 
 
 # ---- regrets by pencil
@@ -83,7 +89,7 @@ def test_a_writer_has_its_share_of_right_answers_and_its_wording():
 def lines(number: int, objective: str, base: int, right: dict[str, tuple[int, int]], **more: object) -> list[dict]:
     """An advice and its six runs, with so many right answers of ten."""
     name = COMBINATIONS[number].name(number)
-    told = {"kind": "advice", "name": name, **advised(objective, base={"right": ones(base)}), **more}
+    advice = {"kind": "advice", "name": name, **advised(objective, base={"right": ones(base)}), **more}
     runs = [
         {
             "kind": "run",
@@ -95,7 +101,7 @@ def lines(number: int, objective: str, base: int, right: dict[str, tuple[int, in
         for of, counts in right.items()
         for seed, count in enumerate(counts)
     ]
-    return [told, *runs]
+    return [advice, *runs]
 
 
 def at_rate(objective: str) -> dict:
@@ -115,17 +121,17 @@ FOUR = [
 
 
 def test_regret_by_pencil():
-    found, ways = measured(FOUR), policies()
-    assert [one.best for one in found] == ["apo_zero", "apo_zero", "none", "dpo"]
-    assert regrets(found, ways["the advice, with a judge"]) == pytest.approx([0, 0.25, 0, 0.1])
-    assert regrets(found, ways["the advice, without"]) == pytest.approx([0.1, 0.25, 0.3, 0])
-    assert regrets(found, ways["always apo_zero"]) == pytest.approx([0, 0, 0.2, 0.3])
-    assert regrets(found, ways["always none"]) == pytest.approx([0.3, 0.4, 0, 0.2])
-    assert mean_regret(found, ways["always dpo"]).mean == pytest.approx((0.1 + 0.25 + 0.3 + 0) / 4)
-    told = against(found, ways["the advice, with a judge"], ways["always apo_zero"])
-    assert told.estimate.mean == pytest.approx((0 + 0.25 - 0.2 - 0.2) / 4)
-    assert (told.worse, told.better) == (2, 1)  # of the regret: lower on two, higher on one
-    assert told.estimate.clusters == 4
+    measurements, rules = measured(FOUR), policies()
+    assert [measurement.best for measurement in measurements] == ["apo_zero", "apo_zero", "none", "dpo"]
+    assert regrets(measurements, rules["the advice, with a judge"]) == pytest.approx([0, 0.25, 0, 0.1])
+    assert regrets(measurements, rules["the advice, without"]) == pytest.approx([0.1, 0.25, 0.3, 0])
+    assert regrets(measurements, rules["always apo_zero"]) == pytest.approx([0, 0, 0.2, 0.3])
+    assert regrets(measurements, rules["always none"]) == pytest.approx([0.3, 0.4, 0, 0.2])
+    assert mean_regret(measurements, rules["always dpo"]).mean == pytest.approx((0.1 + 0.25 + 0.3 + 0) / 4)
+    difference = against(measurements, rules["the advice, with a judge"], rules["always apo_zero"])
+    assert difference.estimate.mean == pytest.approx((0 + 0.25 - 0.2 - 0.2) / 4)
+    assert (difference.worse, difference.better) == (2, 1)  # of the regret: lower on two, higher on one
+    assert difference.estimate.clusters == 4
 
 
 def test_a_seed_that_not_all_objectives_have_is_left_out_and_the_page_says_what_is_missing():
@@ -142,19 +148,19 @@ def test_a_seed_that_not_all_objectives_have_is_left_out_and_the_page_says_what_
 def test_runs_at_another_rate_are_told_and_not_counted():
     name = COMBINATIONS[0].name(0)
     tried = {"kind": "run", "name": f"{name}/dpo/0", "objective": "dpo", "learning_rate": 1.5e-5, "right": ones(6)}
-    told = page([*FOUR, tried])
-    assert "1.5e-05 for all three, was tried first" in " ".join(told.split())
-    assert "after 1 runs: they moved the accuracy by 20.0 points on average, 20.0 at most" in told
+    text = page([*FOUR, tried])
+    assert "1.5e-05 for all three, was tried first" in " ".join(text.split())
+    assert "after 1 runs: they moved the accuracy by 20.0 points on average, 20.0 at most" in text
     assert measured([*FOUR, tried])[0].right == measured(FOUR)[0].right
     assert "tried first" not in page(FOUR)
 
 
 def test_the_page_says_what_the_advice_comes_to_and_hides_nothing():
-    told = page(FOUR)
-    assert re.search(r"\| the advice, with a judge \| 8\.[78] \[", told)
-    assert re.search(r"cannot be told from always apo_zero \(-3\.[78] \[", told)
-    assert "| 04-middling-revised | 9 | dpo (high) | dpo (low) | 40.0 | **+40.0** | -20.0 | +15.0 | 25.0 |" in told
-    assert "| 08-fair-revised | 9 | none (high) | dpo (low) | **70.0** | -20.0 | -10.0 | -30.0 | 0.0 |" in told
+    text = page(FOUR)
+    assert re.search(r"\| the advice, with a judge \| 8\.[78] \[", text)
+    assert re.search(r"cannot be told from always apo_zero \(-3\.[78] \[", text)
+    assert "| 04-middling-revised | 9 | dpo (high) | dpo (low) | 40.0 | **+40.0** | -20.0 | +15.0 | 25.0 |" in text
+    assert "| 08-fair-revised | 9 | none (high) | dpo (low) | **70.0** | -20.0 | -10.0 | -30.0 | 0.0 |" in text
     clear = [line for number in range(24) for line in lines(
         number, "apo_zero", 4, {"apo_zero": (8, 8), "apo_down": (3, 3), "dpo": (6, 6 - (number % 5 == 0))}
     )]  # fmt: skip
@@ -188,7 +194,7 @@ def test_a_combination_from_pairs_to_advice_and_a_trained_model(tmp_path, monkey
     assert len(line["base"]["right"]) == QUESTIONS
     assert json.loads(json.dumps(line)) == line
     target = str(tmp_path / "models/weak")
-    told = train_one(design.Order("one", line["dataset"], target, "apo_zero", 0.1, 3e-5, 0, str(tmp_path / "out")))
-    assert (told["objective"], told["seed"], len(told["right"])) == ("apo_zero", 0, QUESTIONS)
-    assert told["right"].count("1") > line["base"]["right"].count("1")
+    trained = train_one(design.Order("one", line["dataset"], target, "apo_zero", 0.1, 3e-5, 0, str(tmp_path / "out")))
+    assert (trained["objective"], trained["seed"], len(trained["right"])) == ("apo_zero", 0, QUESTIONS)
+    assert trained["right"].count("1") > line["base"]["right"].count("1")
     assert not (tmp_path / "out").exists()

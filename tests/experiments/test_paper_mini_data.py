@@ -39,12 +39,12 @@ def test_the_recipes_share_sampling_split_and_ledger_and_the_settings_name_their
     assert all(target == targets[0] for target in targets)
     for name, config in configs.items():
         BuildConfig.model_validate(config)
-        at_home = data.settings(name, data.run_folder(False), data.MODELS, "http://127.0.0.1:8399/v1")
-        for key, value in at_home.items():  # what the run sets is, at home, what the recipe says
-            found = config
-            for part in key.split("."):
-                found = found[part]
-            assert found == value, f"{name}: {key}"
+        local = data.settings(name, data.run_folder(False), data.MODELS, "http://127.0.0.1:8399/v1")
+        for key, value in local.items():  # what the run sets is, at home, what the recipe says
+            setting = config
+            for segment in key.split("."):
+                setting = setting[segment]
+            assert setting == value, f"{name}: {key}"
 
 
 def write_set(folder: Path, lengths: dict[str, int]) -> None:
@@ -66,16 +66,16 @@ def test_all_sets_are_cut_to_the_smallest_and_the_contrast_is_of_what_is_left(tm
     for name in data.DATA:
         length = 2 if name == "clair" else 6
         write_set(tmp_path / "built" / name, dict.fromkeys(ids, length))
-    told = data.cut_all(tmp_path, models)
-    assert read_json(tmp_path / "data.json") == told
-    small, large = told["clair"], told["stronger"]
+    counts = data.cut_all(tmp_path, models)
+    assert read_json(tmp_path / "data.json") == counts
+    small, large = counts["clair"], counts["stronger"]
     assert small["train"] + small["test"] == 24
     for split in ("train", "test"):
         assert 2 <= large[split] < small[split]
         assert large[f"{split}_tokens"] <= small[f"{split}_tokens"]
-        kept = list(read_rows(tmp_path / "pairs/stronger", [split]))
-        whole = list(read_rows(tmp_path / "built/stronger", [split]))
-        assert kept == whole[: large[split]]
+        rows = list(read_rows(tmp_path / "pairs/stronger", [split]))
+        built_rows = list(read_rows(tmp_path / "built/stronger", [split]))
+        assert rows == built_rows[: large[split]]
     assert large["contrast"]["levenshtein"] == contrast_of("five " * 6, "four " * 6).levenshtein
 
 
@@ -98,10 +98,10 @@ def test_a_missing_model_is_named_before_any_work(tmp_path):
 def test_the_other_models_answers_are_sampled_once_and_again_for_other_tasks(tmp_path, monkeypatch):
     from recipes.experiments.paper_mini import answers
 
-    asked = []
+    calls = []
 
     def say(folder, tasks, *, temperature, seed):
-        asked.append((folder.name, temperature, seed))
+        calls.append((folder.name, temperature, seed))
         return [f"{folder.name} {task.id}" for task in tasks]
 
     monkeypatch.setattr(answers, "answers", say)
@@ -110,18 +110,18 @@ def test_the_other_models_answers_are_sampled_once_and_again_for_other_tasks(tmp
     tasks = distinct_tasks("train", 6, seed=0)
     for _ in range(2):
         data.write_prompt_files(tmp_path, tmp_path / "models", tasks)
-    assert asked == [("wordy", 1.0, 0), ("terse", 1.0, 1)]
+    assert calls == [("wordy", 1.0, 0), ("terse", 1.0, 1)]
     rows = [json.loads(line) for line in (tmp_path / "answered.jsonl").read_text("utf-8").splitlines()]
     assert [row["answers"] for row in rows] == [[f"wordy {task.id}", f"terse {task.id}"] for task in tasks]
     data.write_prompt_files(tmp_path, tmp_path / "models", tasks[:5])
-    assert len(asked) == 4
+    assert len(calls) == 4
 
 
 def test_answers_are_told_by_a_digit_and_a_letter_a_question():
     import random
 
     tasks, rng = distinct_tasks("heldout", 3, seed=0), random.Random(0)
-    said = [dressed(tasks[0].right, "padded", rng), dressed(tasks[1].wrong, "engaging", rng), tasks[2].right]
-    told = scored(tasks, said)
-    assert (told["right"], told["wording"]) == ("101", "dep")
-    assert told["words"] == pytest.approx(sum(len(text.split()) for text in said) / 3, abs=1e-3)
+    texts = [dressed(tasks[0].right, "padded", rng), dressed(tasks[1].wrong, "engaging", rng), tasks[2].right]
+    scores = scored(tasks, texts)
+    assert (scores["right"], scores["wording"]) == ("101", "dep")
+    assert scores["words"] == pytest.approx(sum(len(text.split()) for text in texts) / 3, abs=1e-3)

@@ -29,13 +29,13 @@ from recipes.world.tasks import distinct_tasks
 DESIGN = Design(data=("clair",), objectives=("sft", "dpo"), seeds=(0, 1))
 
 
-def done(cells, accuracy=lambda cell: 0.5):
+def completed_runs(cells, accuracy=lambda cell: 0.5):
     """Runs as if these cells had been run, with this share of right answers to ten questions."""
-    told = {}
+    runs = {}
     for cell in cells:
         ones = round(10 * accuracy(cell))
-        told[cell.key("w")] = {"checkpoints": [{"right": "1" * ones + "0" * (10 - ones)}]}
-    return told
+        runs[cell.key("w")] = {"checkpoints": [{"right": "1" * ones + "0" * (10 - ones)}]}
+    return runs
 
 
 def all_rounds(design, accuracy):
@@ -43,7 +43,7 @@ def all_rounds(design, accuracy):
     runs, rounds = {}, []
     while now := due(design, runs, "w"):
         rounds.append(now)
-        runs |= done(now, accuracy)
+        runs |= completed_runs(now, accuracy)
     return rounds
 
 
@@ -82,14 +82,16 @@ def test_the_best_rate_and_then_the_best_beta_at_that_rate_are_taken():
 )
 def test_rates_are_climbed_from_the_middle_until_both_neighbours_of_the_best_were_run(better, tried, best):
     design = replace(DESIGN, objectives=("sft",), seeds=())
-    gain = {design.learning_rates[at]: value for at, value in better.items()}
+    gain = {design.learning_rates[index]: value for index, value in better.items()}
     rounds = all_rounds(design, lambda cell: 0.5 + gain.get(cell.learning_rate, 0.0))
-    assert [cell.learning_rate for cells in rounds for cell in cells] == [design.learning_rates[at] for at in tried]
+    assert [cell.learning_rate for cells in rounds for cell in cells] == [
+        design.learning_rates[index] for index in tried
+    ]
     all_of_them = [replace(rounds[0][0], learning_rate=rate) for rate in design.learning_rates]
-    runs = done(all_of_them, lambda cell: 0.5 + gain.get(cell.learning_rate, 0.0))
-    found = climbed(all_of_them, runs, "w")[1]
-    assert found is not None
-    assert found.learning_rate == design.learning_rates[best]
+    runs = completed_runs(all_of_them, lambda cell: 0.5 + gain.get(cell.learning_rate, 0.0))
+    winner = climbed(all_of_them, runs, "w")[1]
+    assert winner is not None
+    assert winner.learning_rate == design.learning_rates[best]
 
 
 @pytest.mark.parametrize(("pairs", "batch", "every"), [(512, 16, 8), (329, 11, 10), (58, 2, 29), (5, 1, 5)])
@@ -100,7 +102,7 @@ def test_each_epoch_ends_with_a_look_at_the_held_out_pairs(pairs, batch, every):
 
 def test_a_run_that_broke_off_is_never_chosen():
     cells = due(DESIGN, {}, "w")[:3]
-    runs = done(cells, lambda _: 0.0)
+    runs = completed_runs(cells, lambda _: 0.0)
     runs[cells[0].key("w")] = {"checkpoints": [], "broke_off": "the loss is no number"}
     assert chosen(cells, runs, "w") == cells[1]
 
@@ -138,9 +140,9 @@ def test_a_damaged_line_is_named_and_an_empty_file_says_what_to_do(tmp_path):
 
 
 def test_a_grid_without_data_sets_says_how_to_make_them(tmp_path):
-    place = Place(tmp_path, ROOT / "recipes/world/model", tmp_path / "runs.jsonl")
+    location = Place(tmp_path, ROOT / "recipes/world/model", tmp_path / "runs.jsonl")
     with pytest.raises(UserError, match=r"data\.json is not there; make the data sets"):
-        grid(place, DESIGN, 1)
+        grid(location, DESIGN, 1)
 
 
 # ---- the whole, with a kill in between
@@ -210,21 +212,21 @@ def test_a_grid_killed_after_its_first_run_does_only_the_second_and_leaves_nothi
     until(lambda: not any(alive(pid) for pid in workers), 10)
     looks = (tmp_path / "work/worker-0.log").read_text("utf-8").count("held-out")
     assert looks < 2 * (1 + TINY.epochs)  # the worker ended with its parent, and not when the second run was done
-    before = file.read_bytes()
-    told: list[str] = []
-    place = Place(tmp_path, ROOT / "recipes/world/model", file)
-    assert grid(place, TINY, 1, told.append) == 0
-    assert len(told) == 1
-    assert told[0].startswith("2/2 clair apo_zero")
-    assert file.read_bytes().startswith(before)
+    original = file.read_bytes()
+    messages: list[str] = []
+    location = Place(tmp_path, ROOT / "recipes/world/model", file)
+    assert grid(location, TINY, 1, messages.append) == 0
+    assert len(messages) == 1
+    assert messages[0].startswith("2/2 clair apo_zero")
+    assert file.read_bytes().startswith(original)
     world, *runs = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     assert (world["kind"], len(world["base"]["right"]), len(world["templates"])) == ("world", 10, 10)
     assert [run["objective"] for run in runs] == ["sft", "apo_zero"]
     for run in runs:
-        assert [at["epoch"] for at in run["checkpoints"]] == [1, 2]
-        for at in run["checkpoints"]:
-            assert (len(at["right"]), len(at["wording"])) == (10, 10)
-            assert at["pairs"]["logps/chosen"] != run["start"]["logps/chosen"]
+        assert [checkpoint["epoch"] for checkpoint in run["checkpoints"]] == [1, 2]
+        for checkpoint in run["checkpoints"]:
+            assert (len(checkpoint["right"]), len(checkpoint["wording"])) == (10, 10)
+            assert checkpoint["pairs"]["logps/chosen"] != run["start"]["logps/chosen"]
         assert run["looks"]["step"][0] == 0
         assert run["looks"]["logps/chosen"][0] == run["start"]["logps/chosen"]
         assert run["looks"]["logps/chosen"][-1] == run["checkpoints"][-1]["pairs"]["logps/chosen"]
@@ -235,6 +237,6 @@ def test_a_grid_killed_after_its_first_run_does_only_the_second_and_leaves_nothi
     assert runs[1]["start"]["rewards/margins"] == 0
     assert runs[1]["checkpoints"][-1]["pairs"]["rewards/margins"] > 0
     assert not [entry for entry in (tmp_path / "work").iterdir() if entry.is_dir()]
-    assert grid(place, TINY, 1, told.append) == 0
-    assert told[-1].endswith("nothing to do")
+    assert grid(location, TINY, 1, messages.append) == 0
+    assert messages[-1].endswith("nothing to do")
     assert file.read_text("utf-8").count("\n") == 3

@@ -34,7 +34,7 @@ def estimate(lo, hi):
 
 
 @pytest.mark.parametrize(
-    ("compared", "found", "verdict"),
+    ("compared", "measured", "verdict"),
     [
         ((UP,), [(1, 2)], "reproduced"),
         ((UP,), [(-2, -1)], "not reproduced"),
@@ -48,14 +48,20 @@ def estimate(lo, hi):
         ((UP, DOWN), [(1, 2), None], "not measured"),
     ],
 )
-def test_the_verdict_follows_the_intervals(compared, found, verdict):
-    assert verdict_of(Claim("", compared), [one and estimate(*one) for one in found]) == verdict
+def test_the_verdict_follows_the_intervals(compared, measured, verdict):
+    assert verdict_of(Claim("", compared), [bounds and estimate(*bounds) for bounds in measured]) == verdict
 
 
 def test_every_claim_is_about_cells_of_the_grid():
     design = Design()
     names = {(data, objective) for data in design.data for objective in design.objectives}
-    used = {name for claim in CLAIMS for one in claim.compared for name in (one.left, one.right) if name}
+    used = {
+        name
+        for claim in CLAIMS
+        for comparison in claim.compared
+        for name in (comparison.left, comparison.right)
+        if name
+    }
     assert len(used) >= 8
     assert used <= names
 
@@ -64,19 +70,19 @@ def run(seed, *checkpoints, data="clair", objective="apo_zero", start=0.0, rewar
     """A run whose checkpoints answer so; the winners' log-likelihood rises by the number of right answers. Of its two
     held-out pairs one is in the right order and one is a tie."""
     pairs = [{"logps/chosen": start + right.count("1"), "logps/rejected": -1.0} for right in checkpoints]
-    for told in pairs:
-        told |= {name: 0.5 for name in KEPT if name not in told and rewards}
+    for values in pairs:
+        values |= {name: 0.5 for name in KEPT if name not in values and rewards}
     begin = {"logps/chosen": start, "logps/rejected": 0.0}
-    looks = {name: [told[name] for told in (begin, *pairs)] for name in begin}
+    looks = {name: [values[name] for values in (begin, *pairs)] for name in begin}
     moved = {"chosen_logratio": [2.0, -1.0], "rejected_logratio": [-2.0, -1.0], "chosen_logratio_shared": [0.5, -0.5],
              "rejected_logratio_shared": [-1.0, 0.0], "chosen_kl": [0.5, 1.0], "rejected_kl": [2.0, 3.0]}  # fmt: skip
     cell = Cell(data, objective, 1e-5, 0.1, seed, len(checkpoints), "grid")
     return {
         "kind": "run", "world": "w", "key": cell.key("w"), **asdict(cell),
-        "start": begin, "looks": {"step": [10 * at for at in range(len(pairs) + 1)], **looks}, "moved": moved,
+        "start": begin, "looks": {"step": [10 * index for index in range(len(pairs) + 1)], **looks}, "moved": moved,
         "checkpoints": [
-            {"epoch": at + 1, "right": right, "wording": "e" * len(right), "words": 3.0, "pairs": told}
-            for at, (right, told) in enumerate(zip(checkpoints, pairs, strict=True))
+            {"epoch": index + 1, "right": right, "wording": "e" * len(right), "words": 3.0, "pairs": values}
+            for index, (right, values) in enumerate(zip(checkpoints, pairs, strict=True))
         ],
     }  # fmt: skip
 
@@ -88,33 +94,33 @@ def test_gains_are_of_the_same_seed_and_over_checkpoints():
 
 
 def test_the_interval_adds_the_variance_of_seeds_to_that_of_questions():
-    found = interval([[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]], ["a", "b", "c", "d"])
+    result = interval([[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]], ["a", "b", "c", "d"])
     # Questions: 1, .5, 1, .5, mean .75, se^2 = 4 * .0625 / .75 / 16. Seeds: .5 and 1, se^2 = 2 * .0625 / .5 / 4.
     a, b = 4 * 0.0625 / 0.75 / 16, 2 * 0.0625 / 0.5 / 4
     df = (a + b) ** 2 / (a**2 / 3 + b**2 / 1)
-    assert found.mean == 0.75
-    assert found.se == pytest.approx(math.sqrt(a + b))
-    assert found.hi == pytest.approx(0.75 + t_quantile(0.975, df) * math.sqrt(a + b))
-    one = interval([[1.0, 0.0, 1.0, 0.0]], ["a", "b", "c", "d"])
-    assert one.se == pytest.approx(math.sqrt(4 * 0.25 / 0.75) / 4)
+    assert result.mean == 0.75
+    assert result.se == pytest.approx(math.sqrt(a + b))
+    assert result.hi == pytest.approx(0.75 + t_quantile(0.975, df) * math.sqrt(a + b))
+    single = interval([[1.0, 0.0, 1.0, 0.0]], ["a", "b", "c", "d"])
+    assert single.se == pytest.approx(math.sqrt(4 * 0.25 / 0.75) / 4)
 
 
 def test_likelihoods_are_compared_with_the_start_over_seeds_and_one_seed_says_nothing():
-    one = Compared(("clair", "apo_zero"), None, of="likelihood")
+    contrast = Compared(("clair", "apo_zero"), None, of="likelihood")
     cells = {("clair", "apo_zero"): [run(0, "00", "11", start=-9.0), run(1, "11", "11", start=-7.0)]}
-    found = compare(one, cells, [0.0, 0.0], ["a", "b"])
-    assert (found.mean, found.se) == (2.0, 0.0)
-    assert compare(one, {("clair", "apo_zero"): [run(0, "11")]}, [0.0, 0.0], ["a", "b"]) is None
-    assert compare(one, {}, [0.0, 0.0], ["a", "b"]) is None
+    difference = compare(contrast, cells, [0.0, 0.0], ["a", "b"])
+    assert (difference.mean, difference.se) == (2.0, 0.0)
+    assert compare(contrast, {("clair", "apo_zero"): [run(0, "11")]}, [0.0, 0.0], ["a", "b"]) is None
+    assert compare(contrast, {}, [0.0, 0.0], ["a", "b"]) is None
 
 
 def test_the_better_of_two_is_corrected_for_having_been_chosen():
     cells = {("clair", "apo_zero"): [run(0, "11110000")], ("clair", "apo_down"): [run(0, "11111100")]}
     clusters = list("abcdefgh")
-    found = better_apo(cells, [0.0] * 8, clusters)
-    assert found is not None
-    assert (found[0], found[1].seen) == ("apo_down", 0.75)
-    assert found[1].lo < found[1].corrected <= 0.75
+    best = better_apo(cells, [0.0] * 8, clusters)
+    assert best is not None
+    assert (best[0], best[1].seen) == ("apo_down", 0.75)
+    assert best[1].lo < best[1].corrected <= 0.75
     assert better_apo({("clair", "apo_zero"): [run(0, "1")]}, [0.0], ["a"]) is None
 
 
@@ -126,11 +132,11 @@ def test_by_the_maxima_each_side_has_its_own_best_checkpoint_of_the_means_over_s
 
 def test_a_curve_is_a_mean_over_seeds_and_a_reward_begins_at_0():
     runs = [run(0, "00", "11", start=-9.0), run(1, "11", "11", start=-7.0), {**run(2, "11"), "checkpoints": []}]
-    found = plots.curve(runs, "chosen", reward=False)
-    assert found == plots.Curve([0.0, 1.0, 2.0], [-8.0, -7.0, -6.0], [-9.0, -9.0, -7.0], [-7.0, -5.0, -5.0])
-    found = plots.curve(runs, "chosen", reward=True)
-    assert found is not None
-    assert found.mean == pytest.approx([0.0, 0.1, 0.2])
+    curve = plots.curve(runs, "chosen", reward=False)
+    assert curve == plots.Curve([0.0, 1.0, 2.0], [-8.0, -7.0, -6.0], [-9.0, -9.0, -7.0], [-7.0, -5.0, -5.0])
+    curve = plots.curve(runs, "chosen", reward=True)
+    assert curve is not None
+    assert curve.mean == pytest.approx([0.0, 0.1, 0.2])
     assert plots.curve(runs[2:], "chosen", reward=True) is None
 
 
@@ -151,9 +157,9 @@ def write_results(file, *, leave_out=0):
     """A whole small grid: SFT knows nothing of rewards, one run broke off, one was for tuning."""
     design = Design(seeds=(0, 1), epochs=2, learning_rates=(1e-5,), betas=(0.1,), heldout=QUESTIONS)
     contrast = {"jaccard": 0.5, "levenshtein": 7.0, "kept": 1, "prefix": 1, "length_ratio": 1.25}
-    told = {"train": 90, "test": 9, "train_tokens": 900, "contrast": contrast}
+    counts = {"train": 90, "test": 9, "train_tokens": 900, "contrast": contrast}
     world = {
-        "kind": "world", "world": "w", "design": asdict(design), "data": dict.fromkeys(design.data, told),
+        "kind": "world", "world": "w", "design": asdict(design), "data": dict.fromkeys(design.data, counts),
         "skills": ["sums", "edit"] * 4, "templates": [f"t{n // 2}" for n in range(QUESTIONS)],
         "base": {"right": "10101010", "wording": "ppppdddd", "words": 2.5},
     }  # fmt: skip
@@ -199,9 +205,12 @@ def test_the_page_is_made_from_the_results_alone(tmp_path):
 
 def test_rates_that_were_tried_stand_side_by_side():
     tried = [run(100, "01", "11"), {**run(100, "11"), "learning_rate": 3e-5, "checkpoints": []}, run(0, "00")]
-    runs = {str(at): {**one, "purpose": "grid" if at == 2 else "learning_rate"} for at, one in enumerate(tried)}
-    found = rate_rows(runs, [1e-5, 3e-5, 9e-5])
-    assert found == [
+    runs = {
+        str(index): {**rate_run, "purpose": "grid" if index == 2 else "learning_rate"}
+        for index, rate_run in enumerate(tried)
+    }
+    rows = rate_rows(runs, [1e-5, 3e-5, 9e-5])
+    assert rows == [
         ["pairs", "objective", "1e-05", "3e-05", "9e-05"],
         ["clair", "apo_zero", "100.0 (+2.0)", "broke off", ""],
     ]

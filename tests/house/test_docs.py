@@ -29,14 +29,14 @@ def configs() -> dict[str, type[BaseModel]]:
     from apo.training.config import TrainConfig
     from clair.pipeline.config import BuildConfig
 
-    found: dict[str, type[BaseModel]] = {}
+    by_name: dict[str, type[BaseModel]] = {}
     todo: list[type[BaseModel]] = [BuildConfig, TrainConfig]
     while todo:
         model = todo.pop()
-        if model.__name__ not in found:
-            found[model.__name__] = model
+        if model.__name__ not in by_name:
+            by_name[model.__name__] = model
             todo += [inner for field in model.model_fields.values() for inner in models_in(field.annotation)]
-    return found
+    return by_name
 
 
 def models_in(annotation: object) -> Iterator[type[BaseModel]]:
@@ -59,21 +59,21 @@ def default_of(model: type[BaseModel], key: str) -> str:
 
 
 def test_every_key_of_every_recipe_is_documented_with_its_default():
-    known, documented, looked_at = configs(), [], 0
+    models, documented, count = configs(), [], 0
     for page, names, (head, *rows) in tables("keys"):
-        classes = [known[name.strip()] for name in names.split(",")]
+        classes = [models[name.strip()] for name in names.split(",")]
         documented += [model.__name__ for model in classes]
         expected = list(dict.fromkeys(key for model in classes for key in model.model_fields))
-        told = [row[0].strip("`").rpartition(".")[2] for row in rows]
-        assert sorted(told) == sorted(expected), f"{page}: the keys of {names}"
-        for row, key in zip(rows, told, strict=True):
+        keys = [row[0].strip("`").rpartition(".")[2] for row in rows]
+        assert sorted(keys) == sorted(expected), f"{page}: the keys of {names}"
+        for row, key in zip(rows, keys, strict=True):
             defaults = [default_of(model, key) for model in classes]
             assert row[1 : len(classes) + 1] == defaults, f"{page}: the default of {key} ({names})"
             assert len(row) == len(head)
             assert row[-1], f"{page}: {key} is not explained"
-            looked_at += 1
-    print(f"looked at {looked_at} keys of {len(documented)} recipe parts")
-    assert sorted(documented) == sorted(known), "each part of a recipe has one table of keys"
+            count += 1
+    print(f"looked at {count} keys of {len(documented)} recipe parts")
+    assert sorted(documented) == sorted(models), "each part of a recipe has one table of keys"
 
 
 def test_every_filter_is_documented_with_its_options():
@@ -83,8 +83,8 @@ def test_every_filter_is_documented_with_its_options():
     expected = []
     for name, function in FILTERS.items():
         options = list(inspect.signature(function).parameters.values())[1:]
-        told = ", ".join(f"`{option.name}: {option.default}`" for option in options)
-        expected.append([f"`{name}`", "off" if name in OFF else "on", told])
+        described = ", ".join(f"`{option.name}: {option.default}`" for option in options)
+        expected.append([f"`{name}`", "off" if name in OFF else "on", described])
     assert [row[:3] for row in rows] == expected, page
     assert all(row[3] for row in rows)
 
@@ -95,7 +95,7 @@ def test_every_reason_for_a_drop_is_documented():
     from clair.prompting.parse import FAILURES
 
     rows = [row for _, _, (_, *rows) in tables("reasons") for row in rows]
-    told = {reason.strip("` ") for row in rows for reason in row[1].split(",")}
+    documented = {reason.strip("` ") for row in rows for reason in row[1].split(",")}
     expected = set(FAILURES) | set(FILTERS) | set(_SKIP_REASONS)
     for file in (ROOT / "clair").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
@@ -107,7 +107,7 @@ def test_every_reason_for_a_drop_is_documented():
                     expected.add(f"{reason.values[0].value}4xx")
     print(f"looked at {len(expected)} reasons")
     assert len(expected) > 20
-    assert told == expected
+    assert documented == expected
 
 
 def test_exit_codes_are_the_ones_of_the_code():
@@ -123,8 +123,8 @@ def test_exit_codes_are_the_ones_of_the_code():
 
 def test_cli_page_is_what_the_commands_say():
     check = [sys.executable, "docs/make_cli.py", "--check"]
-    done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(check, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 PYTHON = {page: [b for b in blocks("python") if b.page == page] for page in sorted({b.page for b in blocks("python")})}
@@ -151,8 +151,8 @@ def recipes() -> list[tuple[str, str]]:
     return shown + [(str(file.relative_to(ROOT)), file.read_text("utf-8")) for file in files]
 
 
-@pytest.mark.parametrize(("where", "text"), recipes(), ids=lambda value: value if "\n" not in value else "")
-def test_recipes_are_recipes(where, text):
+@pytest.mark.parametrize(("location", "text"), recipes(), ids=lambda value: value if "\n" not in value else "")
+def test_recipes_are_recipes(location, text):
     """A whole recipe is accepted as it stands; of a part of one, every key exists."""
     from apo.training.config import TrainConfig
     from clair.core.recipe import parse_yaml, resolve
@@ -160,12 +160,12 @@ def test_recipes_are_recipes(where, text):
 
     values = parse_yaml(text)
     if "pipeline" in values:
-        resolve(BuildConfig, values, where)
+        resolve(BuildConfig, values, location)
     elif "model" in values:
-        resolve(TrainConfig, values, where)
+        resolve(TrainConfig, values, location)
     else:
         allowed = [set(model.model_fields) for model in configs().values()]
-        assert any(set(values) <= keys for keys in allowed), f"{where}: {', '.join(values)}"
+        assert any(set(values) <= keys for keys in allowed), f"{location}: {', '.join(values)}"
 
 
 def test_every_recipe_file_is_on_the_page_of_recipes():
@@ -197,57 +197,59 @@ FOREIGN = {
 
 def typed() -> list[tuple[str, str]]:
     """(where, one command) of every shell block, and of every recipe's head, where commands stand four columns in."""
-    found = [(command.where, command.text) for command in commands()]
+    entries = [(command.where, command.text) for command in commands()]
     for file in sorted((ROOT / "recipes").rglob("*.yaml")):
         text = file.read_text("utf-8").replace("\\\n#", "")
         name = str(file.relative_to(ROOT))
-        found += [(name, line.partition(" #")[0].strip()) for line in re.findall(r"^#     (\S.*)$", text, re.MULTILINE)]
-    return found
+        entries += [
+            (name, line.partition(" #")[0].strip()) for line in re.findall(r"^#     (\S.*)$", text, re.MULTILINE)
+        ]
+    return entries
 
 
-@pytest.mark.parametrize(("where", "command"), typed(), ids=lambda value: value)
-def test_commands_in_the_docs_are_commands(where, command):
-    words = shlex.split(command)
-    while re.match(r"[A-Z_]+=", words[0]):
-        words.pop(0)
-    program, rest = words[0].removeprefix(".venv/bin/"), words[1:]
+@pytest.mark.parametrize(("location", "command"), typed(), ids=lambda value: value)
+def test_commands_in_the_docs_are_commands(location, command):
+    tokens = shlex.split(command)
+    while re.match(r"[A-Z_]+=", tokens[0]):
+        tokens.pop(0)
+    program, arguments = tokens[0].removeprefix(".venv/bin/"), tokens[1:]
     if program in ("clair", "apo"):
-        parses(program, rest)
+        parses(program, arguments)
     elif program == "make":
         makefile = (ROOT / "Makefile").read_text("utf-8")
-        targets = [word for word in rest if "=" not in word]
+        targets = [word for word in arguments if "=" not in word]
         assert targets
         assert all(re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE) for target in targets)
-    elif program == "python" and rest[0] == "-m":
-        assert importlib.util.find_spec(rest[1]), f"{where}: no module {rest[1]}"
+    elif program == "python" and arguments[0] == "-m":
+        assert importlib.util.find_spec(arguments[1]), f"{location}: no module {arguments[1]}"
     elif program == "python":
-        assert (ROOT / rest[0]).is_file(), f"{where}: no file {rest[0]}"
+        assert (ROOT / arguments[0]).is_file(), f"{location}: no file {arguments[0]}"
     elif not (ROOT / program).is_file():
-        assert program in FOREIGN, f"{where}: {program} is not a command of this project"
+        assert program in FOREIGN, f"{location}: {program} is not a command of this project"
     if program in ("torchrun", "accelerate"):
-        (ours,) = [place for place, word in enumerate(rest) if word in ("apo", "apo.cli")]
-        parses("apo", rest[ours + 1 :])
+        (ours,) = [index for index, word in enumerate(arguments) if word in ("apo", "apo.cli")]
+        parses("apo", arguments[ours + 1 :])
 
 
-def parses(program: str, words: list[str]) -> None:
+def parses(program: str, arguments: list[str]) -> None:
     """Read a command line as the program would, without running it."""
     module = importlib.import_module(f"{program}.cli")
     group = typer.main.get_command(module.app)
-    if words in ([], ["--help"]):
+    if arguments in ([], ["--help"]):
         return
     while isinstance(group, click.Group):
-        assert words[0] in group.commands, f"{program} has no command {words[0]}"
-        program, group = f"{program} {words[0]}", group.commands[words.pop(0)]
-    group.make_context(program, words)
+        assert arguments[0] in group.commands, f"{program} has no command {arguments[0]}"
+        program, group = f"{program} {arguments[0]}", group.commands[arguments.pop(0)]
+    group.make_context(program, arguments)
 
 
 def test_relative_links_of_pages_outside_of_the_site_lead_somewhere():
-    looked_at = 0
+    count = 0
     for page in ("README.md", "CONTRIBUTING.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", pages()[page]):
             assert (ROOT / target).exists(), f"{page}: {target}"
-            looked_at += 1
-    assert looked_at >= 5
+            count += 1
+    assert count >= 5
 
 
 def test_every_option_of_trl_that_is_refused_has_its_line():

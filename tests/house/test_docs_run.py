@@ -30,7 +30,7 @@ OURS = ("clair", "apo")
 MODEL = ROOT / "recipes" / "world" / "model"
 RUN = [command for command in commands() if not command.needs]
 """What carries no mark. Those of contributing.md's ways are run by its own test, each in a copy of the project."""
-ELSEWHERE = {block.where for found in ways().values() for block in found}
+ELSEWHERE = {block.where for blocks in ways().values() for block in blocks}
 PAGES = sorted({command.page for command in RUN if command.where not in ELSEWHERE})
 
 
@@ -50,12 +50,12 @@ def test_a_command_is_run_or_says_what_it_needs():
 
 def program_of(text: str) -> str:
     """The program of a command line, after variables that are set for it."""
-    words = shlex.split(text)
-    return next(word for word in words if "=" not in word).removeprefix(".venv/bin/")
+    arguments = shlex.split(text)
+    return next(word for word in arguments if "=" not in word).removeprefix(".venv/bin/")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def artifacts(tmp_path_factory):
     """What pages find made by others: pairs, scored pairs, a full run, an adapter, results of evaluations."""
     from apo.training.config import TrainConfig
     from apo.training.train import train
@@ -65,52 +65,56 @@ def made(tmp_path_factory):
     from recipes.world.tasks import distinct_tasks
     from tests.apo.evaluation.made_results import make_items, write_folder
 
-    place = tmp_path_factory.mktemp("made")
+    folder = tmp_path_factory.mktemp("made")
     tasks = distinct_tasks("train", 40, 0)
-    (place / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t.prompt}) + "\n" for t in tasks))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t.prompt}) + "\n" for t in tasks))
     wrong = [{"prompt": task.prompt, "answer": task.wrong} for task in tasks]
     short, long = "Plants turn light into sugar and " * 9, "photosynthesis takes water, air and time; " * 45
     answers = [short, long]
     scored = [{"prompt": t.prompt, "answers": answers, "scores": [i % 3, 3 + i % 4]} for i, t in enumerate(tasks)]
     for name, rows in (("wrong", wrong), ("scored", scored)):
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with running() as server:
         reviser = {"url": server.url, "model": "world-reviser"}
-        recipe = {"pipeline": "revised", "prompts": {"path": str(place / "wrong.jsonl")}, "reviser": reviser}
-        build(BuildConfig.model_validate(recipe | {"test_fraction": 0.3, "out": str(place / "pairs")}))
-        recipe = {"pipeline": "judged", "prompts": {"path": str(place / "scored.jsonl")}}
-        build(BuildConfig.model_validate(recipe | {"test_fraction": 0.3, "out": str(place / "scored")}))
-        recipe = {"model": str(MODEL), "dataset": str(place / "pairs"), "trainer": {"max_steps": 2}}
-        train(TrainConfig.model_validate(recipe | {"out": str(place / "full")}))
-        train(TrainConfig.model_validate(recipe | {"lora": {"r": 2}, "out": str(place / "lora")}))
-        write_folder(place / "base", make_items(0.4))
-        write_folder(place / "better", make_items(0.4, seed=1, shift=0.2), "t")
-        yield place, server.url
+        recipe = {"pipeline": "revised", "prompts": {"path": str(folder / "wrong.jsonl")}, "reviser": reviser}
+        build(BuildConfig.model_validate(recipe | {"test_fraction": 0.3, "out": str(folder / "pairs")}))
+        recipe = {"pipeline": "judged", "prompts": {"path": str(folder / "scored.jsonl")}}
+        build(BuildConfig.model_validate(recipe | {"test_fraction": 0.3, "out": str(folder / "scored")}))
+        recipe = {"model": str(MODEL), "dataset": str(folder / "pairs"), "trainer": {"max_steps": 2}}
+        train(TrainConfig.model_validate(recipe | {"out": str(folder / "full")}))
+        train(TrainConfig.model_validate(recipe | {"lora": {"r": 2}, "out": str(folder / "lora")}))
+        write_folder(folder / "base", make_items(0.4))
+        write_folder(folder / "better", make_items(0.4, seed=1, shift=0.2), "t")
+        yield folder, server.url
 
 
-def stage(page: str, place: Path, made: Path, url: str) -> None:
+def stage(page: str, folder: Path, artifacts: Path, url: str) -> None:
     """Put into `place` what the page's commands take for granted and do not make themselves."""
     texts = [command.text for command in RUN if command.page == page]
     builds, trains = (any(f"{ours} " in text for text in texts) for ours in ("clair build", "apo train"))
-    found = {
+    sources = {
         "my-model": MODEL,
         "model": MODEL,
         "base": MODEL,
-        "tuned": made / "full",
-        "prompts.jsonl": made / "prompts.jsonl",
+        "tuned": artifacts / "full",
+        "prompts.jsonl": artifacts / "prompts.jsonl",
     }
-    found |= {"recipes/world/model": MODEL, "data/clair": made / "pairs", "runs/lora": made / "lora"}
-    found |= dict.fromkeys(("runs/pairs", "data/scored", "data/judged", "data/stronger"), made / "scored")
-    found |= {"evals/base": made / "base", "evals/tuned": made / "better", "runs/one/eval": made / "better"}
+    sources |= {"recipes/world/model": MODEL, "data/clair": artifacts / "pairs", "runs/lora": artifacts / "lora"}
+    sources |= dict.fromkeys(("runs/pairs", "data/scored", "data/judged", "data/stronger"), artifacts / "scored")
+    sources |= {
+        "evals/base": artifacts / "base",
+        "evals/tuned": artifacts / "better",
+        "runs/one/eval": artifacts / "better",
+    }
     if not builds:
-        found["data/my-pairs"] = made / "pairs"
+        sources["data/my-pairs"] = artifacts / "pairs"
     if not trains:
-        found |= {"runs/apo-zero": made / "full", "runs/apo-zero-lora": made / "lora"}
-    for name, source in found.items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, place / name) if source.is_dir() else shutil.copy(source, place / name)
-    write_recipes(page, place, url)
-    write_rows(place, made)
+        sources |= {"runs/apo-zero": artifacts / "full", "runs/apo-zero-lora": artifacts / "lora"}
+    for name, source in sources.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder / name)
+    write_recipes(page, folder, url)
+    write_rows(folder, artifacts)
 
 
 TRAINED = {"max_steps": 2, "per_device_train_batch_size": 4}
@@ -123,13 +127,13 @@ BY_GROUP = {
 }
 
 
-def write_recipes(page: str, place: Path, url: str) -> None:
+def write_recipes(page: str, folder: Path, url: str) -> None:
     """The page's first data recipe and first training recipe, as they stand but for model and server.
 
     A page that shows none but says `by: group` of it trains on the pairs of groups that its commands made.
     """
     if "[`by:\ngroup`]" in pages()[page]:
-        (place / "recipe.yaml").write_text(yaml.safe_dump(BY_GROUP), "utf-8")
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(BY_GROUP), "utf-8")
     for block in reversed([block for block in blocks("yaml") if block.page == page]):
         values = yaml.safe_load(block.code)
         if "pipeline" in values:
@@ -144,33 +148,33 @@ def write_recipes(page: str, place: Path, url: str) -> None:
             continue
         named = ["recipe.yaml"] if page != "README.md" else ["data.yaml" if "pipeline" in values else "train.yaml"]
         for name in named:
-            (place / name).write_text(yaml.safe_dump(values), "utf-8")
+            (folder / name).write_text(yaml.safe_dump(values), "utf-8")
 
 
-def write_rows(place: Path, made: Path) -> None:
+def write_rows(folder: Path, artifacts: Path) -> None:
     """Rows and answers of small formats: decisions, an audit, comparisons of users, answers of two models."""
     from clair.data.dataset import read_manifest, read_rows
     from clair.reporting.review import fingerprint
 
-    scored = list(read_rows(made / "scored", ["train"]))
-    marked = fingerprint(read_manifest(made / "scored"))
+    scored = list(read_rows(artifacts / "scored", ["train"]))
+    marked = fingerprint(read_manifest(artifacts / "scored"))
     decisions = {"format": 1, "dataset": marked, "decisions": {scored[0]["id"]: "drop"}}
-    (place / "pairs-decisions.json").write_text(json.dumps(decisions), "utf-8")
+    (folder / "pairs-decisions.json").write_text(json.dumps(decisions), "utf-8")
     draw = random.Random(0)
     rows = []
-    for number, pair in enumerate([*read_rows(made / "pairs", ["train"])] * 3):
+    for number, pair in enumerate([*read_rows(artifacts / "pairs", ["train"])] * 3):
         texts = {side: pair[side][0]["content"] for side in ("chosen", "rejected")}
         turned = dict(zip(texts, reversed(texts.values()), strict=True)) if number % 2 else texts
         prompt = pair["prompt"][0]["content"]
         rows.append({"prompt": prompt, **turned, "user": ("bob", "eve")[number % 2], "behaviour": draw.choice("ab")})
-    (place / "data").mkdir(exist_ok=True)
-    jsonl(place / "data" / "pairs.jsonl", rows)
-    jsonl(place / "ann.jsonl", [row | {"user": "ann"} for row in rows[::2][:5]])
-    jsonl(place / "audit.jsonl", [{"id": pair["id"], "bad": number % 11 == 0} for number, pair in enumerate(scored)])
-    (place / "data" / "padded").mkdir()
-    jsonl(place / "data" / "padded" / "train.jsonl", [row | {"score_padded": row["score_chosen"]} for row in scored])
+    (folder / "data").mkdir(exist_ok=True)
+    jsonl(folder / "data" / "pairs.jsonl", rows)
+    jsonl(folder / "ann.jsonl", [row | {"user": "ann"} for row in rows[::2][:5]])
+    jsonl(folder / "audit.jsonl", [{"id": pair["id"], "bad": number % 11 == 0} for number, pair in enumerate(scored)])
+    (folder / "data" / "padded").mkdir()
+    jsonl(folder / "data" / "padded" / "train.jsonl", [row | {"score_padded": row["score_chosen"]} for row in scored])
     for name in ("base", "tuned"):
-        jsonl(place / f"{name}.jsonl", [{"prompt": "What is 2 + 2?", "answer": name}])
+        jsonl(folder / f"{name}.jsonl", [{"prompt": "What is 2 + 2?", "answer": name}])
 
 
 def jsonl(file: Path, rows: list[dict]) -> None:
@@ -179,34 +183,34 @@ def jsonl(file: Path, rows: list[dict]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if page != FOLLOWED])
-def test_the_commands_of_a_page_run_as_they_stand(page, made, tmp_path, monkeypatch):
-    folder, url = made
+def test_the_commands_of_a_page_run_as_they_stand(page, artifacts, tmp_path, monkeypatch):
+    folder, url = artifacts
     stage(page, tmp_path, folder, url)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     monkeypatch.setenv("CLAIR_CACHE", str(folder / "cache"))
-    looked_at = 0
+    count = 0
     for command in RUN:
         if command.page == page and command.where not in ELSEWHERE:
-            words = [word for part in shlex.split(command.text) for word in (sorted(glob.glob(part)) or [part])]
-            assert run(words, monkeypatch) == 0, f"{command.where}: {command.text}"
-            looked_at += 1
-    print(f"ran {looked_at} commands")
-    assert looked_at
+            arguments = [word for piece in shlex.split(command.text) for word in (sorted(glob.glob(piece)) or [piece])]
+            assert run(arguments, monkeypatch) == 0, f"{command.where}: {command.text}"
+            count += 1
+    print(f"ran {count} commands")
+    assert count
 
 
-def run(words: list[str], monkeypatch) -> int | str | None:
+def run(arguments: list[str], monkeypatch) -> int | str | None:
     """The exit code of a command: ours in this process, which spares the imports, others in one of their own."""
-    program = words[0].removeprefix(".venv/bin/")
+    program = arguments[0].removeprefix(".venv/bin/")
     if program == "python":
-        done = subprocess.run(
-            [sys.executable, *words[1:]], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300, check=False
+        result = subprocess.run(
+            [sys.executable, *arguments[1:]], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300, check=False
         )
-        return done.returncode
+        return result.returncode
     from apo import cli as apo
     from clair import cli as clair
 
-    monkeypatch.setattr(sys, "argv", [program, *words[1:]])
-    with pytest.raises(SystemExit) as ended:
+    monkeypatch.setattr(sys, "argv", [program, *arguments[1:]])
+    with pytest.raises(SystemExit) as exit_info:
         {"clair": clair, "apo": apo}[program].main()
-    return ended.value.code or 0
+    return exit_info.value.code or 0

@@ -49,7 +49,7 @@ JUDGE_SHA256: Mapping[Split, str] = {
 """Of the judge's user message, with {P}, {G} and {R} standing for question, gold and response."""
 VERSIONS = tuple(sorted({version for version, _ in FILES_SHA256}))
 
-_EMPTY_CONTEXTS = ("", "none", "null")
+_NO_CONTEXT = ("", "none", "null")
 _STEP_BY_STEP = ("BBH", "GSM8k", "MATH")
 _ANSWER_STEP_BY_STEP = "Answer the question. \nLet's think step by step."
 _ANSWER_SHORTLY = "Answer the question shortly."
@@ -62,7 +62,7 @@ def letter(number: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class BenchmarkRow:
+class Row:
     """One row of the benchmark. `options` is empty for a free-form question; `target` as upstream has it."""
 
     split: Split
@@ -81,7 +81,7 @@ class BenchmarkRow:
     @property
     def has_context(self) -> bool:
         """A passage stands before the question."""
-        return self.context is not None and self.context.strip().lower() not in _EMPTY_CONTEXTS
+        return self.context is not None and self.context.strip().lower() not in _NO_CONTEXT
 
     @property
     def passage(self) -> str | None:
@@ -126,7 +126,7 @@ class BenchmarkRow:
 
 
 @dataclass(frozen=True, slots=True)
-class JudgePrompts:
+class JudgeWords:
     """The messages of both kinds of judgement, with {P}, {G} and {R} in the user's."""
 
     system: Mapping[Split, str]
@@ -137,25 +137,25 @@ class JudgePrompts:
         """Hash of all four messages."""
         return content_hash([[self.system[split], self.user[split]] for split in SPLITS])
 
-    def messages(self, row: BenchmarkRow, response: str) -> list[dict[str, str]]:
+    def messages(self, row: Row, response: str) -> list[dict[str, str]]:
         """The judge's conversation about a response. No text is ever looked at for placeholders but the template's."""
         gold = row.lettered
         if not row.options:
             gold = "; ".join(f"<answer {n}> {answer}" for n, answer in enumerate(row.target, 1))
         values = {"{P}": row.prompt, "{G}": gold, "{R}": response}
-        pieces = _split_at_placeholders(self.user[row.split])
+        parts = _parts(self.user[row.split])
         return [
             {"role": "system", "content": self.system[row.split]},
-            {"role": "user", "content": "".join(values.get(piece, piece) for piece in pieces)},
+            {"role": "user", "content": "".join(values.get(part, part) for part in parts)},
         ]
 
 
-def _split_at_placeholders(template: str) -> list[str]:
+def _parts(template: str) -> list[str]:
     """A template cut at its placeholders."""
-    pieces = [template]
+    parts = [template]
     for name in ("{P}", "{G}", "{R}"):
-        pieces = [piece for text in pieces for piece in _cut(text, name)]
-    return pieces
+        parts = [piece for part in parts for piece in _cut(part, name)]
+    return parts
 
 
 def _cut(text: str, name: str) -> list[str]:
@@ -169,12 +169,12 @@ class Benchmark:
 
     version: str
     split: HardOrFull
-    rows: Mapping[Split, tuple[BenchmarkRow, ...]]
+    rows: Mapping[Split, tuple[Row, ...]]
     sha256: Mapping[str, str]
     notes: tuple[str, ...] = ()
 
     @property
-    def all_rows(self) -> tuple[BenchmarkRow, ...]:
+    def all_rows(self) -> tuple[Row, ...]:
         """Free-form first."""
         return tuple(row for split in SPLITS for row in self.rows[split])
 
@@ -188,27 +188,27 @@ def load(data: str | Path, version: str, split: HardOrFull = "hard", limit: int 
         )
     if not folder.is_dir():
         raise UserError(f"data folder {folder} does not exist; get it with `apo eval fetch-mixeval {folder}`")
-    rows: dict[Split, tuple[BenchmarkRow, ...]] = {}
-    sha256, notes = {}, []
+    rows: dict[Split, tuple[Row, ...]] = {}
+    found, notes = {}, []
     for kind in SPLITS:
         name = f"{version}/{FOLDERS[split]}/{kind}.json"
         content = _read(folder, name)
-        sha256[f"{kind}.json"] = hashlib.sha256(content).hexdigest()
-        expected = FILES_SHA256[version, kind] if split == "hard" else _fetched(folder).get(name)
-        if expected is None:
+        found[f"{kind}.json"] = hashlib.sha256(content).hexdigest()
+        wanted = FILES_SHA256[version, kind] if split == "hard" else _fetched(folder).get(name)
+        if wanted is None:
             notes.append(
-                f"{folder / name} has no known hash to be checked by; its own, {sha256[f'{kind}.json'][:16]}, is kept"
+                f"{folder / name} has no known hash to be checked by; its own, {found[f'{kind}.json'][:16]}, is kept"
             )
-        elif expected != sha256[f"{kind}.json"]:
+        elif wanted != found[f"{kind}.json"]:
             raise UserError(
-                f"{folder / name} is not the file of MixEval {version}: its sha256 is {sha256[f'{kind}.json']}, "
-                f"expected {expected}; get it again with `apo eval fetch-mixeval {folder}`"
+                f"{folder / name} is not the file of MixEval {version}: its sha256 is {found[f'{kind}.json']}, "
+                f"expected {wanted}; get it again with `apo eval fetch-mixeval {folder}`"
             )
         rows[kind] = _rows(content, kind, folder / name)[:limit]
-    return Benchmark(version, split, rows, sha256, tuple(notes))
+    return Benchmark(version, split, rows, found, tuple(notes))
 
 
-def load_judge_prompts(data: str | Path) -> JudgePrompts:
+def load_judge_words(data: str | Path) -> JudgeWords:
     """The judge's words in a data folder. Raises UserError where they are missing or altered."""
     file = Path(data) / JUDGE_PROMPTS
     try:
@@ -224,10 +224,10 @@ def load_judge_prompts(data: str | Path) -> JudgePrompts:
                 f"{file}: the {split} judge message is not upstream's: its sha256 is {sha256}, expected "
                 f"{JUDGE_SHA256[split]}; get it again with `apo eval fetch-mixeval {data}`"
             )
-    return JudgePrompts(system, user)
+    return JudgeWords(system, user)
 
 
-def prompts_sha256(rows: Iterable[BenchmarkRow]) -> str:
+def prompts_sha256(rows: Iterable[Row]) -> str:
     """The fingerprint of formatted prompts."""
     return hashlib.sha256(SEPARATOR.join(row.text for row in rows).encode()).hexdigest()
 
@@ -251,7 +251,7 @@ def _fetched(folder: Path) -> Mapping[str, str]:
         ) from error
 
 
-def _rows(content: bytes, split: Split, file: Path) -> tuple[BenchmarkRow, ...]:
+def _rows(content: bytes, split: Split, file: Path) -> tuple[Row, ...]:
     """The rows of a file, in its order. Raises UserError naming the first that is none."""
     rows = []
     try:
@@ -266,7 +266,7 @@ def _rows(content: bytes, split: Split, file: Path) -> tuple[BenchmarkRow, ...]:
     return tuple(rows)
 
 
-def _row(split: Split, number: int, value: Mapping[str, Any]) -> BenchmarkRow:
+def _row(split: Split, number: int, value: Mapping[str, Any]) -> Row:
     options = tuple(map(str, value["options"])) if split == "multiple-choice" else ()
     target = tuple(value["target"])
     if options and not (len(target) == 1 and isinstance(target[0], int) and 0 <= target[0] < len(options)):
@@ -274,4 +274,4 @@ def _row(split: Split, number: int, value: Mapping[str, Any]) -> BenchmarkRow:
     if not options and not all(isinstance(answer, str) for answer in target):
         raise ValueError("target holds something that is no text")
     context = value["context"]
-    return BenchmarkRow(split, number, str(value["benchmark_name"]), context, str(value["prompt"]), options, target)
+    return Row(split, number, str(value["benchmark_name"]), context, str(value["prompt"]), options, target)

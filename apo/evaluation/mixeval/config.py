@@ -9,17 +9,17 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from apo.evaluation.config import EvaluationConfig, check_out_folder
+from apo.evaluation.config import Evaluation, check_folder
 from apo.evaluation.mixeval import benchmark as mixeval
 from apo.evaluation.mixeval.answers import Answer, check_system_prompt, read_responses
-from apo.evaluation.mixeval.benchmark import Benchmark, JudgePrompts
+from apo.evaluation.mixeval.benchmark import Benchmark, JudgeWords
 from apo.evaluation.mixeval.judging import request_options
 from apo.evaluation.results import SCORE, Profile
 from clair.inference.config import ModelConfig
 from clair.inference.open import check_models
 
 
-class MixEvalConfig(EvaluationConfig):
+class MixEvalConfig(Evaluation):
     """All of an evaluation, resolved before any work."""
 
     data: str
@@ -57,27 +57,27 @@ class MixEvalConfig(EvaluationConfig):
         roles = {"model": self.model} if self.model else {}
         if self.judge != "rule":
             options = request_options(self.profile, self.seed)
-            limits = {"temperature": options.pop("temperature", None), "max_tokens": options.pop("max_tokens")}
-            roles["judge"] = self.judge.model_copy(update={**limits, "extra": {**self.judge.extra, **options}})
+            own = {"temperature": options.pop("temperature", None), "max_tokens": options.pop("max_tokens")}
+            roles["judge"] = self.judge.model_copy(update={**own, "extra": {**self.judge.extra, **options}})
         return roles
 
 
 @dataclass(frozen=True, slots=True)
-class MixEvalInputs:
-    """What an evaluation starts from, found to be right. `ready_answers` are answers that exist already."""
+class Checked:
+    """What an evaluation starts from, found to be right. `given` are answers that exist already."""
 
     benchmark: Benchmark
-    judge_prompts: JudgePrompts | None
-    ready_answers: Sequence[Answer] | None
+    words: JudgeWords | None
+    given: Sequence[Answer] | None
 
 
-def load_inputs(config: MixEvalConfig) -> MixEvalInputs:
+def check(config: MixEvalConfig) -> Checked:
     """Everything that can be wrong before a request is sent. Raises UserError; spends nothing, writes nothing."""
-    check_out_folder(Path(config.out), SCORE)
+    check_folder(Path(config.out), SCORE)
     benchmark = mixeval.load(config.data, config.version, config.split, config.limit)
-    prompts = mixeval.load_judge_prompts(config.data) if config.judge != "rule" else None
-    answers = read_responses(config.responses, benchmark) if config.responses is not None else None
+    words = mixeval.load_judge_words(config.data) if config.judge != "rule" else None
+    given = read_responses(config.responses, benchmark) if config.responses is not None else None
     check_models(config.models, config.budget, config.seed)
     if config.model is not None and config.model.path is not None and config.system is not None:
         check_system_prompt(config.model.path, config.system)
-    return MixEvalInputs(benchmark, prompts, answers)
+    return Checked(benchmark, words, given)

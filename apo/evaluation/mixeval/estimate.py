@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from apo.evaluation.config import check_resumable
-from apo.evaluation.mixeval.answers import Answer, AnswerRequest, messages_for
-from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs, load_inputs
-from apo.evaluation.mixeval.run import MixEvalRun, Progress, work_items
+from apo.evaluation.config import same_settings
+from apo.evaluation.mixeval.answers import Answer, Wanted, messages_of
+from apo.evaluation.mixeval.config import Checked, MixEvalConfig, check
+from apo.evaluation.mixeval.run import Progress, Run, work_items
 from clair.core.errors import UserError
 from clair.core.event_loop import run_async
 from clair.core.files import content_hash
-from clair.inference.budget import max_billed_tokens, role_prices
-from clair.inference.client import StopSignal
-from clair.inference.open import open_clients, stop_on_interrupt
+from clair.inference.budget import most_tokens, prices_of
+from clair.inference.client import Stop
+from clair.inference.open import ctrl_c, open_clients
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import lock_output
 from clair.pipeline.estimate import RoleEstimate, estimate_role, sample_by_size
@@ -24,18 +24,18 @@ MIN_PROBE = 3
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
+class _Unit:
     """One different request of each role, and how long each is in bytes."""
 
-    index: int
-    item: Answer | AnswerRequest
+    place: int
+    what: Answer | Wanted
     sizes: dict[str, int]
 
 
 def estimate(
     config: MixEvalConfig,
     probe: int = 0,
-    inputs: MixEvalInputs | None = None,
+    checked: Checked | None = None,
     on_progress: Progress = lambda *_: None,
 ) -> dict[str, RoleEstimate]:
     """The cost of the whole evaluation by role, paid parts included; runs and pays for `probe` items first.
@@ -45,30 +45,30 @@ def estimate(
     """
     if 0 < probe < MIN_PROBE:
         raise UserError(f"--probe {probe}: an interval needs at least {MIN_PROBE} items")
-    inputs = inputs or load_inputs(config)
+    checked = checked or check(config)
     if not config.models:
         return {}
     if not probe:
-        units = _units(config, inputs, work_items(config, inputs))
+        units = _units(config, checked, work_items(config, checked))
         return {role: RoleEstimate(len(units), None, None, None) for role in config.models}
     out = Path(config.out)
     with lock_output(out), Ledger(config.ledger_path) as ledger:
-        check_resumable(config, out, ledger)
-        return run_async(_probed(config, inputs, ledger, probe, on_progress))
+        same_settings(config, out, ledger)
+        return run_async(_probed(config, checked, ledger, probe, on_progress))
 
 
 async def _probed(
-    config: MixEvalConfig, inputs: MixEvalInputs, ledger: Ledger, probe: int, on_progress: Progress
+    config: MixEvalConfig, checked: Checked, ledger: Ledger, probe: int, on_progress: Progress
 ) -> dict[str, RoleEstimate]:
-    stop = StopSignal()
+    stop = Stop()
     clients = open_clients(config, ledger, stop)
     try:
-        run = MixEvalRun(config, inputs, clients, stop)
-        units = _units(config, inputs, run.work())
+        run = Run(config, checked, clients, stop)
+        units = _units(config, checked, run.work())
         role = "judge" if "judge" in clients else "model"
         chosen = sorted(sample_by_size([unit.sizes[role] for unit in units], max(MIN_PROBE, probe)))
-        with stop_on_interrupt(stop, clients):
-            items = await run.items([(index, units[index].item) for index in chosen], on_progress)
+        with ctrl_c(stop, clients):
+            items = await run.items([(place, units[place].what) for place in chosen], on_progress)
     finally:
         for client in clients.values():
             await client.model.close()
@@ -78,27 +78,25 @@ async def _probed(
         "model": [Tokens(item.prompt_tokens or 0, item.completion_tokens or 0) for item in items],
         "judge": [Tokens(item.judge_prompt_tokens, item.judge_completion_tokens) for item in items],
     }
-    prices = role_prices(config.models)
+    prices = prices_of(config.models)
     return {
         role: estimate_role(prices.get(role), len(units), [u.sizes[role] for u in units], chosen, paid[role])
         for role in clients
     }
 
 
-def _units(
-    config: MixEvalConfig, inputs: MixEvalInputs, work: Sequence[tuple[int, Answer | AnswerRequest]]
-) -> list[_Request]:
+def _units(config: MixEvalConfig, checked: Checked, work: Sequence[tuple[int, Answer | Wanted]]) -> list[_Unit]:
     """The different requests of an evaluation."""
-    units: dict[str, _Request] = {}
-    for index, item in work:
-        text = item.text if isinstance(item, Answer) else ""
-        sizes = {"model": max_billed_tokens({"messages": messages_for(item.row, config.system)}).prompt}
-        name: list[object] = [item.row.text, item.draw] if isinstance(item, AnswerRequest) else []
-        if inputs.judge_prompts is not None:
-            messages = inputs.judge_prompts.messages(item.row, text)
-            sizes["judge"] = max_billed_tokens({"messages": messages}).prompt
+    units: dict[str, _Unit] = {}
+    for place, what in work:
+        text = what.text if isinstance(what, Answer) else ""
+        sizes = {"model": most_tokens({"messages": messages_of(what.row, config.system)}).prompt}
+        name: list[object] = [what.row.text, what.draw] if isinstance(what, Wanted) else []
+        if checked.words is not None:
+            messages = checked.words.messages(what.row, text)
+            sizes["judge"] = most_tokens({"messages": messages}).prompt
             name = name or [messages]
         if config.independent_judgements:
-            name = [index]
-        units.setdefault(content_hash(name), _Request(index, item, sizes))
+            name = [place]
+        units.setdefault(content_hash(name), _Unit(place, what, sizes))
     return list(units.values())

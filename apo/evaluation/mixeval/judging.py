@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
-from apo.evaluation.config import is_transient
+from apo.evaluation.config import is_passing
 from apo.evaluation.mixeval.answers import Answer
-from apo.evaluation.mixeval.benchmark import BenchmarkRow, JudgePrompts
+from apo.evaluation.mixeval.benchmark import JudgeWords, Row
 from apo.evaluation.mixeval.rules import chosen_letter, is_right
 from apo.evaluation.results import Item, Profile
 from clair.core.files import content_hash
@@ -60,7 +60,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class JudgeResult:
+class Judged:
     """The last verdict on an answer, the reply it is from, and what all rounds took."""
 
     verdict: Verdict
@@ -76,7 +76,7 @@ def request_options(profile: Profile, seed: int) -> dict[str, Any]:
     return {"max_tokens": MAX_TOKENS, "response_format": {"type": "text"}, **strict}
 
 
-def read_verdict(reply: Reply, row: BenchmarkRow, profile: Profile) -> Verdict:
+def read_verdict(reply: Reply, row: Row, profile: Profile) -> Verdict:
     """What a judge's reply says about a row's answer.
 
     faithful: the first thing in double brackets, else in single ones. strict: the only one in double brackets of a
@@ -85,19 +85,19 @@ def read_verdict(reply: Reply, row: BenchmarkRow, profile: Profile) -> Verdict:
     double, single = _LETTERS if row.options else _NUMBERS
     if profile == "faithful":
         match = double.search(reply.text) or single.search(reply.text)
-        return _verdict(match[1], row) if match else Verdict(None, unresolved=_unreadable_reason(reply, row))
+        return _verdict(match[1], row) if match else Verdict(None, unresolved=_nothing_read(reply, row))
     if incomplete := reply.incomplete():
         return Verdict(None, unresolved="cut_off" if incomplete == "truncated" else "not_ended")
-    verdicts = {(verdict.score, verdict.unresolved, verdict.value if row.options else None): verdict
-                for verdict in (_verdict(text, row) for text in double.findall(reply.text))}  # fmt: skip
+    verdicts = {(found.score, found.unresolved, found.value if row.options else None): found
+                for found in (_verdict(text, row) for text in double.findall(reply.text))}  # fmt: skip
     if len(verdicts) != 1:
-        return Verdict(None, unresolved="two_verdicts" if verdicts else _unreadable_reason(reply, row))
+        return Verdict(None, unresolved="two_verdicts" if verdicts else _nothing_read(reply, row))
     (verdict,) = verdicts.values()
     past = row.options and verdict.value not in row.letters
     return replace(verdict, unresolved="past_options") if past else verdict
 
 
-def _verdict(text: str, row: BenchmarkRow) -> Verdict:
+def _verdict(text: str, row: Row) -> Verdict:
     """What stands in brackets, as a verdict."""
     if row.options:
         return Verdict(text, float(text in row.right))
@@ -107,7 +107,7 @@ def _verdict(text: str, row: BenchmarkRow) -> Verdict:
     return Verdict(text, score) if score <= 1 else Verdict(text, unresolved="out_of_range")
 
 
-def _unreadable_reason(reply: Reply, row: BenchmarkRow) -> str:
+def _nothing_read(reply: Reply, row: Row) -> str:
     if reply.incomplete() == "truncated":
         return "cut_off"
     if not reply.text.strip():
@@ -115,15 +115,15 @@ def _unreadable_reason(reply: Reply, row: BenchmarkRow) -> str:
     return "lower_case" if row.options and _LOWER_CASE.search(reply.text) else "no_brackets"
 
 
-def judge_by_rule(answer: Answer, profile: Profile) -> JudgeResult:
+def by_rule(answer: Answer, profile: Profile) -> Judged:
     """The verdict of the benchmark's rule parser; `strict` finds numbers where the benchmark finds none."""
     row = answer.row
     if not row.options:
-        return JudgeResult(Verdict(None, float(is_right(answer.text, row.right, faithful=profile == "faithful"))))
+        return Judged(Verdict(None, float(is_right(answer.text, row.right, faithful=profile == "faithful"))))
     letter = chosen_letter(answer.text, row.options)
     if letter is None:
-        return JudgeResult(Verdict(None, unresolved="no_option"))
-    return JudgeResult(Verdict(letter, float(letter in row.right)))
+        return Judged(Verdict(None, unresolved="no_option"))
+    return Judged(Verdict(letter, float(letter in row.right)))
 
 
 @dataclass
@@ -131,7 +131,7 @@ class Judge:
     """A model that judges. `independent` names the run whose requests share no reply; None shares all equal ones."""
 
     client: ModelClient
-    judge_prompts: JudgePrompts
+    words: JudgeWords
     profile: Profile
     independent: str | None = None
     answered_by: set[str] = field(default_factory=set)
@@ -140,23 +140,23 @@ class Judge:
     distinct: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Tokens of each different request that was answered."""
 
-    async def judge(self, answer: Answer) -> JudgeResult:
+    async def judge(self, answer: Answer) -> Judged:
         """Ask until there is a verdict, or the profile's rounds are over. Raises Dropped where nobody answers."""
-        messages = self.judge_prompts.messages(answer.row, answer.text)
-        judged = JudgeResult(Verdict(None))
+        messages = self.words.messages(answer.row, answer.text)
+        judged = Judged(Verdict(None))
         for round_ in range(ROUNDS[self.profile]):
             sample = self._first_sample(answer) + round_
             try:
                 reply = await self.client.ask(messages, row=answer.name, sample=sample)
             except Dropped as dropped:
-                if is_transient(dropped):
+                if is_passing(dropped):
                     raise
                 self.refusals.append(f"judge: {dropped.detail}")
                 return replace(judged, verdict=Verdict(None, unresolved=f"judge_{dropped.reason}"), rounds=round_ + 1)
             tokens = (reply.usage.get("prompt_tokens", 0), reply.usage.get("completion_tokens", 0))
             self.distinct[content_hash([messages, sample])] = tokens
             self.answered_by |= {reply.model} - {""}
-            judged = JudgeResult(
+            judged = Judged(
                 read_verdict(reply, answer.row, self.profile),
                 reply.text,
                 round_ + 1,
@@ -177,7 +177,7 @@ class Judge:
         return ROUNDS["faithful"] * (1 + int(content_hash([self.independent, answer.name, answer.sample])[:12], 16))
 
 
-def make_item(answer: Answer, judged: JudgeResult) -> Item:
+def item_of(answer: Answer, judged: Judged) -> Item:
     """The line of items.jsonl. What has no verdict scores 0 here."""
     row, verdict = answer.row, judged.verdict
     return Item(
@@ -203,7 +203,7 @@ def make_item(answer: Answer, judged: JudgeResult) -> Item:
     )
 
 
-def with_fallbacks(items: Iterable[Item], rows: Mapping[tuple[str, int], BenchmarkRow], seed: int) -> list[Item]:
+def with_fallbacks(items: Iterable[Item], rows: Mapping[tuple[str, int], Row], seed: int) -> list[Item]:
     """Upstream's random scores for what has no verdict, marked as such; draws go through `items` in their order.
 
     One decimal for a free-form answer, any of its letters for a multiple-choice one. An item without an answer stays

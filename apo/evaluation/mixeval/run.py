@@ -12,10 +12,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from apo.evaluation.config import check_resumable, is_transient, mark_resumable
-from apo.evaluation.mixeval.answers import Answer, AnswerRequest, answer, answer_requests, refused_answer
-from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs, load_inputs
-from apo.evaluation.mixeval.judging import Judge, JudgeResult, Verdict, judge_by_rule, make_item, with_fallbacks
+from apo.evaluation.config import goes_on, is_passing, same_settings
+from apo.evaluation.mixeval.answers import Answer, Wanted, answer, no_answer, wanted
+from apo.evaluation.mixeval.config import Checked, MixEvalConfig, check
+from apo.evaluation.mixeval.judging import Judge, Judged, Verdict, by_rule, item_of, with_fallbacks
 from apo.evaluation.mixeval.score import aggregate
 from apo.evaluation.mixeval.upstream import write_upstream_files
 from apo.evaluation.results import Item, JudgeUsed, ModelUsed, Score, Usage, write_results
@@ -23,21 +23,21 @@ from clair.core.errors import UserError
 from clair.core.event_loop import run_async
 from clair.core.provenance import provenance
 from clair.data.records import Dropped
-from clair.inference.budget import role_prices
-from clair.inference.client import ModelClient, Stopped, StopSignal
+from clair.inference.budget import prices_of
+from clair.inference.client import ModelClient, Stop, Stopped
 from clair.inference.local import LocalModel
 from clair.inference.model import Refused
-from clair.inference.open import Resources, map_ordered, open_clients, stop_on_interrupt
+from clair.inference.open import Resources, ctrl_c, map_ordered, open_clients
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import lock_output
 
-_MAX_REFUSALS = 20
+_HOPELESS = 20
 """Refusals before the first answer after which a model is taken to refuse everything."""
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluationOutcome:
+class Evaluated:
     """What an evaluation came to. It has no score where it ended early: `stopped` tells why, or `failed` how many
     items got no reply, with the first reason. `refused`: the first words of a server about an item that it refused.
     """
@@ -58,59 +58,59 @@ Progress = Callable[[int, Mapping[str, ModelClient]], None]
 def evaluate(
     config: MixEvalConfig,
     *,
-    inputs: MixEvalInputs | None = None,
+    checked: Checked | None = None,
     on_progress: Progress | None = None,
-    resources: Resources | None = None,
-) -> EvaluationOutcome:
+    means: Resources | None = None,
+) -> Evaluated:
     """Run an evaluation, going on from whatever its ledger holds, and write the result folder.
 
-    `checked` is what `check` returned, if the caller has called it. `resources`: other models than the run's own,
-    limits (absent: the run's own). Raises UserError for the user's mistakes before any work, and if the model or the
-    judge refuses everything.
+    `checked` is what `check` returned, where the caller has looked already. `means`: other models than the run's own,
+    as `clair.pipeline.runner` has it. Raises UserError for the user's mistakes
+    before any work, and for a model or a judge that refuses everything.
     """
-    inputs = inputs or load_inputs(config)
+    checked = checked or check(config)
     out = Path(config.out)
     with lock_output(out), Ledger(config.ledger_path) as ledger:
-        check_resumable(config, out, ledger)
-        return run_async(_evaluate(config, inputs, ledger, on_progress or (lambda *_: None), resources))
+        same_settings(config, out, ledger)
+        return run_async(_evaluate(config, checked, ledger, on_progress or (lambda *_: None), means))
 
 
 async def _evaluate(
-    config: MixEvalConfig, inputs: MixEvalInputs, ledger: Ledger, on_progress: Progress, resources: Resources | None
-) -> EvaluationOutcome:
+    config: MixEvalConfig, checked: Checked, ledger: Ledger, on_progress: Progress, means: Resources | None
+) -> Evaluated:
     started = time.monotonic()
-    stop = StopSignal()
-    clients = open_clients(config, ledger, stop, resources=resources)
+    stop = Stop()
+    clients = open_clients(config, ledger, stop, means=means)
     try:
-        run = MixEvalRun(config, inputs, clients, stop)
-        with stop_on_interrupt(stop, clients):
+        run = Run(config, checked, clients, stop)
+        with ctrl_c(stop, clients):
             items = await run.items(run.work(), on_progress)
     except Refused as error:
-        mark_resumable(error, clients)
+        goes_on(error, clients)
         raise
     finally:
         for client in clients.values():
             await client.model.close()
     if stop.error:
-        mark_resumable(stop.error, clients)
+        goes_on(stop.error, clients)
         raise stop.error
     if stop.reason or run.failures:
         first = run.failures[0] if run.failures else ""
-        return EvaluationOutcome(Path(config.out), None, 0, len(run.failures), first, stop.reason)
+        return Evaluated(Path(config.out), None, 0, len(run.failures), first, stop.reason)
     score = run.write(items, time.monotonic() - started)
     refused = [*run.refusals, *(run.judge.refusals if run.judge else ())]
     requests = len(run.judge.distinct) if run.judge else 0
-    return EvaluationOutcome(Path(config.out), score, requests, refused=refused[0] if score.unanswered else "")
+    return Evaluated(Path(config.out), score, requests, refused=refused[0] if score.unanswered else "")
 
 
-def work_items(config: MixEvalConfig, inputs: MixEvalInputs) -> list[tuple[int, Answer | AnswerRequest]]:
+def work_items(config: MixEvalConfig, checked: Checked) -> list[tuple[int, Answer | Wanted]]:
     """What is to be judged, or answered first, each with its place in the result."""
-    if inputs.ready_answers is not None:
-        return list(enumerate(inputs.ready_answers))
-    return list(enumerate(answer_requests(inputs.benchmark, config.samples, greedy=_is_greedy(config))))
+    if checked.given is not None:
+        return list(enumerate(checked.given))
+    return list(enumerate(wanted(checked.benchmark, config.samples, alike=_greedy(config))))
 
 
-def _is_greedy(config: MixEvalConfig) -> bool:
+def _greedy(config: MixEvalConfig) -> bool:
     """Whether equal questions get equal answers, so that asking them once is enough."""
     model = config.model
     assert model is not None
@@ -118,18 +118,18 @@ def _is_greedy(config: MixEvalConfig) -> bool:
         return model.temperature == 0
     from apo.models.load import find_model, load_generation_config
 
-    generation = load_generation_config(find_model(model.path))
-    return generation is None or not generation.do_sample
+    own = load_generation_config(find_model(model.path))
+    return own is None or not own.do_sample
 
 
 @dataclass
-class MixEvalRun:
+class Run:
     """An evaluation on its way: every item answered and judged by itself, all at once."""
 
     config: MixEvalConfig
-    inputs: MixEvalInputs
+    checked: Checked
     clients: Mapping[str, ModelClient]
-    stop: StopSignal
+    stop: Stop
     failures: list[str] = field(default_factory=list)
     """Why items got no reply that another run may get."""
     judge: Judge | None = field(init=False, default=None)
@@ -140,86 +140,82 @@ class MixEvalRun:
     _answered: int = 0
 
     def __post_init__(self) -> None:
-        if self.inputs.judge_prompts is not None:
+        if self.checked.words is not None:
             whose = self.clients["model"].model.identity if "model" in self.clients else self.config.out
             independent = whose if self.config.independent_judgements else None
-            self.judge = Judge(self.clients["judge"], self.inputs.judge_prompts, self.config.profile, independent)
+            self.judge = Judge(self.clients["judge"], self.checked.words, self.config.profile, independent)
 
-    def work(self) -> list[tuple[int, Answer | AnswerRequest]]:
+    def work(self) -> list[tuple[int, Answer | Wanted]]:
         """All work; longest questions first for a local model."""
-        work = work_items(self.config, self.inputs)
-        if self.inputs.ready_answers is None and isinstance(self.clients["model"].model, LocalModel):
-            self.clients["model"].limiter = Limiter(len(work))  # it makes its own batches, the fuller the better
-            work.sort(key=lambda placed: -len(placed[1].row.text))
-        return work
+        found = work_items(self.config, self.checked)
+        if self.checked.given is None and isinstance(self.clients["model"].model, LocalModel):
+            self.clients["model"].limiter = Limiter(len(found))  # it makes its own batches, the fuller the better
+            found.sort(key=lambda placed: -len(placed[1].row.text))
+        return found
 
-    async def items(self, work: Sequence[tuple[int, Answer | AnswerRequest]], on_progress: Progress) -> list[Item]:
+    async def items(self, work: Sequence[tuple[int, Answer | Wanted]], on_progress: Progress) -> list[Item]:
         """The items of this work, in the order of their places; only some where the run stops or requests fail."""
-        items: list[tuple[int, Item]] = []
-        counter = count()
+        found: list[tuple[int, Item]] = []
+        done = count()
 
-        async def placed(indexed: tuple[int, Answer | AnswerRequest]) -> tuple[int, Item | Dropped | Stopped]:
-            result = await self._placed(indexed)
+        async def placed(what: tuple[int, Answer | Wanted]) -> tuple[int, Item | Dropped | Stopped]:
+            result = await self._placed(what)
             if not isinstance(result[1], Dropped | Stopped):
-                on_progress(next(counter), self.clients)
+                on_progress(next(done), self.clients)
             return result
 
-        on_progress(next(counter), self.clients)
-        results = map_ordered(placed, work, len(work) + 1, self.stop.requested, self._drain)
+        on_progress(next(done), self.clients)
+        results = map_ordered(placed, work, len(work) + 1, self.stop.happened, self._drain)
         async with aclosing(results) as outcomes:
-            async for index, outcome in outcomes:
+            async for place, outcome in outcomes:
                 if isinstance(outcome, Stopped):
                     break
                 if isinstance(outcome, Dropped):
                     self.failures.append(f"{outcome.stage}: {outcome.detail}")
                 else:
-                    items.append((index, outcome))
-        if items and not self.stop.reason and all(_no_answer(item) for _, item in items):
+                    found.append((place, outcome))
+        if found and not self.stop.reason and all(_no_answer(item) for _, item in found):
             raise UserError(f"the model answered nothing: {self.refusals[0]}")
-        return [item for _, item in sorted(items, key=lambda placed: placed[0])]
+        return [item for _, item in sorted(found, key=lambda placed: placed[0])]
 
-    async def _placed(self, placed: tuple[int, Answer | AnswerRequest]) -> tuple[int, Item | Dropped | Stopped]:
-        index, work = placed
+    async def _placed(self, placed: tuple[int, Answer | Wanted]) -> tuple[int, Item | Dropped | Stopped]:
+        place, what = placed
         try:
-            return index, await self._item(work)
+            return place, await self._item(what)
         except (Dropped, Stopped) as outcome:
-            return index, outcome
+            return place, outcome
         except Exception as error:  # a ledger that cannot be written, a bug of ours: nothing else may go on spending
-            self.stop.request(str(error), error)
+            self.stop.now(str(error), error)
             raise
 
-    async def _item(self, work: Answer | AnswerRequest) -> Item:
-        response = work if isinstance(work, Answer) else await self._answer(work)
-        if response.unresolved is not None:
-            return make_item(response, JudgeResult(Verdict(None, unresolved=response.unresolved)))
-        return make_item(
-            response, await self.judge.judge(response) if self.judge else judge_by_rule(response, self.config.profile)
-        )
+    async def _item(self, what: Answer | Wanted) -> Item:
+        given = what if isinstance(what, Answer) else await self._answer(what)
+        if given.unresolved is not None:
+            return item_of(given, Judged(Verdict(None, unresolved=given.unresolved)))
+        return item_of(given, await self.judge.judge(given) if self.judge else by_rule(given, self.config.profile))
 
-    async def _answer(self, request: AnswerRequest) -> Answer:
+    async def _answer(self, want: Wanted) -> Answer:
         """The model's answer, or what stands for one it refuses. Ends the run where it refuses from the start."""
         try:
-            response = await answer(self.clients["model"], request, self.config.system)
+            made = await answer(self.clients["model"], want, self.config.system)
         except Dropped as dropped:
-            if is_transient(dropped):
+            if is_passing(dropped):
                 raise
             self.refusals.append(f"{dropped.reason}: {dropped.detail}")
             by_server = dropped.reason.startswith("http_")
-            if by_server and not self._answered and len(self.refusals) >= _MAX_REFUSALS:
-                message = f"the model refused the first {len(self.refusals)} questions: {self.refusals[0]}"
-                self.stop.request(message, UserError(message))
-            return refused_answer(request, dropped)
-        if response.unresolved is not None:
-            self.refusals.append(f"{response.unresolved.removeprefix('answer_')}: {response.text or 'no text'}")
+            if by_server and not self._answered and len(self.refusals) >= _HOPELESS:
+                told = f"the model refused the first {len(self.refusals)} questions: {self.refusals[0]}"
+                self.stop.now(told, UserError(told))
+            return no_answer(want, dropped)
+        if made.unresolved is not None:
+            self.refusals.append(f"{made.unresolved.removeprefix('answer_')}: {made.text or 'no text'}")
         self._answered += 1
-        self.answer_tokens[request.row.text, request.draw] = Tokens(
-            response.prompt_tokens or 0, response.completion_tokens or 0
-        )
-        return response
+        self.answer_tokens[want.row.text, want.draw] = Tokens(made.prompt_tokens or 0, made.completion_tokens or 0)
+        return made
 
     async def _drain(self) -> None:
         """Let what is paid for, or being generated, come to its end."""
-        self.stop.request("no more rows are wanted")
+        self.stop.now("no more rows are wanted")
         for client in self.clients.values():
             if isinstance(client.model, LocalModel):
                 client.model.abandon()
@@ -229,7 +225,7 @@ class MixEvalRun:
 
     def write(self, items: Sequence[Item], seconds: float) -> Score:
         """The score of finished items, with its folder written."""
-        config, benchmark = self.config, self.inputs.benchmark
+        config, benchmark = self.config, self.checked.benchmark
         if config.profile == "faithful":
             rows = {(row.split, row.row): row for row in benchmark.all_rows}
             items = with_fallbacks(items, rows, config.seed)
@@ -264,43 +260,41 @@ class MixEvalRun:
             kind="model",
             model=model.name,
             identity=model.identity,
-            options=_without_headers(self.judge.client.options),
+            options=_shown(self.judge.client.options),
             answered_by=tuple(sorted(self.judge.answered_by)),
-            prompts_sha256=self.judge.judge_prompts.sha256,
+            prompts_sha256=self.judge.words.sha256,
         )
 
     def _model_used(self) -> ModelUsed:
-        if self.inputs.ready_answers is not None:
+        if self.checked.given is not None:
             assert self.config.responses is not None
-            texts = "\x1e".join(response.text for response in self.inputs.ready_answers)
+            texts = "\x1e".join(given.text for given in self.checked.given)
             digest = hashlib.sha256(texts.encode("utf-8", "surrogatepass")).hexdigest()
             return ModelUsed(name=Path(self.config.responses).resolve().name, identity=f"responses:{digest}")
         client = self.clients["model"]
-        return ModelUsed(
-            name=client.model.name, identity=client.model.identity, options=_without_headers(client.options)
-        )
+        return ModelUsed(name=client.model.name, identity=client.model.identity, options=_shown(client.options))
 
     def _usage(self) -> dict[str, Usage]:
         """What the replies took that the score rests on, each counted once."""
-        prices = role_prices(self.config.models)
+        prices = prices_of(self.config.models)
         tokens = {"model": self.answer_tokens.values()}
         if self.judge:
             tokens["judge"] = self.judge.distinct.values()
-        usage = {}
+        told = {}
         for role, client in self.clients.items():
             total = Tokens(sum(t[0] for t in tokens[role]), sum(t[1] for t in tokens[role]))
             cost = f"{prices[role].of(total).normalize():f}" if role in prices else None
             tally = client.tally
-            usage[role] = Usage(
+            told[role] = Usage(
                 prompt=total.prompt, completion=total.completion, calls=tally.calls, reused=tally.reused, cost=cost
             )
-        return usage
+        return told
 
 
 def _no_answer(item: Item) -> bool:
     return item.unresolved is not None and item.unresolved.startswith("answer_")
 
 
-def _without_headers(options: Mapping[str, Any]) -> dict[str, Any]:
+def _shown(options: Mapping[str, Any]) -> dict[str, Any]:
     """Request options without headers, which say who pays and not what is asked."""
     return {key: value for key, value in options.items() if key != "headers"}

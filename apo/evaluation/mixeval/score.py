@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import fmean, variance
 from typing import Any
 
-from apo.evaluation.results import SPLITS, BenchmarkScore, Interval, Item, Profile
+from apo.evaluation.results import SPLITS, Interval, Item, Part, Profile
 from clair.core.statistics import clustered_score
 
 _DECIMALS = 3
@@ -21,16 +21,16 @@ def aggregate(items: Sequence[Item], profile: Profile) -> dict[str, Any]:
     their rows. *strict*: the mean over all items, unrounded. None for a part with an item that is `unanswered`.
     """
     by_split = {split: [item for item in items if item.split == split] for split in SPLITS}
-    means = {split: _reported_mean(split_items, profile) for split, split_items in by_split.items()}
-    overall = _reported_mean(items, "strict")
+    means = {split: _shown(part, profile) for split, part in by_split.items()}
+    overall = _shown(items, "strict")
     if profile == "faithful" and overall is not None:
-        overall = sum(len(split_items) * (means[split] or 0.0) for split, split_items in by_split.items()) / len(items)
+        overall = sum(len(part) * (means[split] or 0.0) for split, part in by_split.items()) / len(items)
         overall = round(overall, 12)  # what adding floats leaves behind is no part of a score
     return {
         "overall": overall,
         "free_form": means["free-form"],
         "multiple_choice": means["multiple-choice"],
-        "by_benchmark": {split: _by_benchmark(split_items, profile) for split, split_items in by_split.items()},
+        "by_benchmark": {split: _by_benchmark(part, profile) for split, part in by_split.items()},
         "intervals": {
             "overall": interval(items, profile),
             "free_form": interval(by_split["free-form"], profile),
@@ -50,38 +50,38 @@ def interval(items: Sequence[Item], profile: Profile = "faithful") -> Interval:
     The bracket is over what is unresolved; under *strict* over answers that were cut off too.
     """
     scores, clusters = [item.score for item in items], [item.cluster for item in items]
-    answered = not any(item.unanswered for item in items)
-    clustered = clustered_score(scores, clusters) if answered and len(set(clusters)) > 1 else None
+    known = not any(item.unanswered for item in items)
+    clustered = clustered_score(scores, clusters) if known and len(set(clusters)) > 1 else None
     by_question: dict[str, list[float]] = defaultdict(list)
     for item in items:
         by_question[item.question].append(item.score)
     settled = [i for i in items if i.unresolved is None and not (i.truncated and profile == "strict")]
     right = math.fsum(item.score for item in settled)
     return Interval(
-        mean=_mean(items) if answered else None,
+        mean=_mean(items) if known else None,
         n=len(items),
         questions=len(by_question),
         clusters=len(set(clusters)),
-        se_naive=math.sqrt(variance(scores) / len(scores)) if answered and len(scores) > 1 else None,
+        se_naive=math.sqrt(variance(scores) / len(scores)) if known and len(scores) > 1 else None,
         se_clustered=clustered.se if clustered else None,
         ci95=(clustered.lo, clustered.hi) if clustered else None,
-        unique_mean=fmean(fmean(scores) for scores in by_question.values()) if answered else None,
+        unique_mean=fmean(fmean(scores) for scores in by_question.values()) if known else None,
         bracket=(right / len(items), (right + len(items) - len(settled)) / len(items)),
     )
 
 
-def _by_benchmark(items: Sequence[Item], profile: Profile) -> dict[str, BenchmarkScore]:
-    by_benchmark: dict[str, list[Item]] = defaultdict(list)
+def _by_benchmark(items: Sequence[Item], profile: Profile) -> dict[str, Part]:
+    parts: dict[str, list[Item]] = defaultdict(list)
     for item in items:
-        by_benchmark[item.benchmark].append(item)
+        parts[item.benchmark].append(item)
     return {
-        name: BenchmarkScore(
-            score=_reported_mean(items_, profile),
-            n=len(items_),
-            right=round(math.fsum(item.score for item in items_), 12),
-            unresolved=sum(item.unresolved is not None for item in items_),
+        name: Part(
+            score=_shown(part, profile),
+            n=len(part),
+            right=round(math.fsum(item.score for item in part), 12),
+            unresolved=sum(item.unresolved is not None for item in part),
         )
-        for name, items_ in sorted(by_benchmark.items())
+        for name, part in sorted(parts.items())
     }
 
 
@@ -89,7 +89,7 @@ def _mean(items: Sequence[Item]) -> float:
     return math.fsum(item.score for item in items) / len(items)
 
 
-def _reported_mean(items: Sequence[Item], profile: Profile) -> float | None:
+def _shown(items: Sequence[Item], profile: Profile) -> float | None:
     if any(item.unanswered for item in items):
         return None
     return round(_mean(items), _DECIMALS) if profile == "faithful" else _mean(items)

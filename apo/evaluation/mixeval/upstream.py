@@ -37,11 +37,9 @@ def write_upstream_files(out: Path, benchmark: Benchmark, score: Score, items: S
         verdicts = [{**row, **_judgement(item, score.judge.kind)} for row, (_, item) in zip(rows, pairs, strict=True)]
         write_atomically(folder / f"judge_results_{judged}_{by}.jsonl", _lines(verdicts))
     # Upstream keeps one number for a benchmark of both splits: the second one.
-    scores = {
-        name: benchmark_score.score for split in SPLITS for name, benchmark_score in score.by_benchmark[split].items()
-    }
-    numbers = {"overall score (final score)": score.overall, **scores}
-    write_atomically(folder / "score.json", json.dumps(numbers, indent=4) + "\n")
+    parts = {name: part.score for split in SPLITS for name, part in score.by_benchmark[split].items()}
+    told = {"overall score (final score)": score.overall, **parts}
+    write_atomically(folder / "score.json", json.dumps(told, indent=4) + "\n")
     return folder
 
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from clair.core.statistics import t_quantile
 
-_MIN_CLUSTERS = 4
-_MAX_COEFFICIENT = 30.0
+_FEWEST = 4
+_FAR = 30.0
 """A coefficient from here on is infinity: the outcomes are separated, and no finite one fits best."""
 
 
@@ -41,7 +41,7 @@ def length_controlled(
     of 100 cases), lengths that never differ, or outcomes that lengths (or nothing at all) separate wholly.
     """
     groups, n = len(set(clusters)), len(values)
-    if groups < _MIN_CLUSTERS:
+    if groups < _FEWEST:
         raise ValueError(f"{groups} prompt(s) are too few to tell length from quality")
     mean = math.fsum(differences) / n
     spread = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / n)
@@ -56,7 +56,7 @@ def length_controlled(
     bread = _inverse(*_curvature(theta, length, x))
     scale = groups / (groups - 1)
     projected = [(bread[0] * u + bread[1] * v, bread[1] * u + bread[2] * v) for u, v in scores.values()]
-    errors = [math.sqrt(scale * math.fsum(projection[i] ** 2 for projection in projected)) for i in (0, 1)]
+    errors = [math.sqrt(scale * math.fsum(part[i] ** 2 for part in projected)) for i in (0, 1)]
     half = t_quantile(0.975, groups - 2) * errors[0]
     rate, lo, hi = (_sigmoid(value) for value in (theta, theta - half, theta + half))
     return LengthControlled(rate, lo, hi, theta, errors[0], length, errors[1])
@@ -67,7 +67,7 @@ def _fit(values: Sequence[float], x: Sequence[float]) -> tuple[float, float]:
     theta = length = 0.0
     likelihood = _likelihood(theta, length, values, x)
     for _ in range(100):
-        gradient = [math.fsum(terms) for terms in zip(*_gradients(theta, length, values, x), strict=True)]
+        gradient = [math.fsum(parts) for parts in zip(*_gradients(theta, length, values, x), strict=True)]
         inverse = _inverse(*_curvature(theta, length, x))
         step = (
             inverse[0] * gradient[0] + inverse[1] * gradient[1],
@@ -76,12 +76,12 @@ def _fit(values: Sequence[float], x: Sequence[float]) -> tuple[float, float]:
         if max(map(abs, step)) < 1e-10:
             return theta, length
         scale = 1.0
-        while (raised := _likelihood(theta + scale * step[0], length + scale * step[1], values, x)) < likelihood:
+        while (found := _likelihood(theta + scale * step[0], length + scale * step[1], values, x)) < likelihood:
             scale /= 2
             if scale < 1e-9:  # rounding: there is nothing left to climb
                 return theta, length
-        theta, length, likelihood = theta + scale * step[0], length + scale * step[1], raised
-        if max(abs(theta), abs(length)) > _MAX_COEFFICIENT:
+        theta, length, likelihood = theta + scale * step[0], length + scale * step[1], found
+        if max(abs(theta), abs(length)) > _FAR:
             break
     raise ValueError("one side wins wherever the lengths say so, or everywhere, so that no finite rate fits")
 

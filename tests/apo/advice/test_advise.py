@@ -10,12 +10,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from apo.advice.config import AdviseConfig, load_inputs, own_shares, template_mismatch
-from apo.advice.judge_evidence import distrust_reason
-from apo.advice.likelihood import ResponseLogp, first_step, gaps
-from apo.advice.run import contrast_intervals, preference_rate, run
+from apo.advice.config import AdviseConfig, authors, check, strangeness
+from apo.advice.judge_evidence import distrust
+from apo.advice.likelihood import Scored, first_step, gaps
+from apo.advice.run import contrast_intervals, rate, run
 from apo.cli import app
-from apo.evaluation.winrate.verdicts import AnswerText, Comparison
+from apo.evaluation.winrate.verdicts import Answer, Compared
 from clair.core.errors import UserError
 from clair.core.files import write_json
 from clair.core.recipe import resolve
@@ -35,51 +35,51 @@ def turn(text: str, role: str = "user") -> list[dict[str, str]]:
     return [{"role": role, "content": text}]
 
 
-def compared(first: str, second: str, text: str = "a") -> Comparison:
-    return Comparison(Prompt(text, tuple(turn(text))), 0, AnswerText("base"), AnswerText("tuned"), (first, second))
+def compared(first: str, second: str, text: str = "a") -> Compared:
+    return Compared(Prompt(text, tuple(turn(text))), 0, Answer("base"), Answer("tuned"), (first, second))
 
 
 # ---- by pencil
 
 
 def test_gaps_of_log_probs_per_token_and_in_all():
-    winners, losers = [ResponseLogp(-2.0, 2), ResponseLogp(-6.0, 2)], [ResponseLogp(-8.0, 4), ResponseLogp(-2.0, 1)]
-    found = gaps(winners, losers, [ResponseLogp(-4.0, 2), ResponseLogp(-4.0, 2)])
-    values = {name: interval.value for name, interval in found.items()}
+    winners, losers = [Scored(-2.0, 2), Scored(-6.0, 2)], [Scored(-8.0, 4), Scored(-2.0, 1)]
+    intervals = gaps(winners, losers, [Scored(-4.0, 2), Scored(-4.0, 2)])
+    values = {name: interval.value for name, interval in intervals.items()}
     assert values == pytest.approx({
         "own": -2.0, "winner_gap": 0.0, "loser_gap": 0.0, "winner_total": 0.0, "loser_total": -1.0,
         "pair_gap": 0.0, "pair_total": 1.0,  # (-1 + 2, -3 + 2) / 2 a token, (-2 + 8, -6 + 2) / 2 in all
     })  # fmt: skip
     half = 12.706 * 1.0  # t of one degree, and the standard error of -1 + 2 and -3 + 2
-    assert (found["pair_gap"].lo, found["pair_gap"].hi) == pytest.approx((-half, half), rel=1e-4)
+    assert (intervals["pair_gap"].lo, intervals["pair_gap"].hi) == pytest.approx((-half, half), rel=1e-4)
 
 
 def test_an_own_answer_without_an_end_is_compared_with_nothing():
-    scored = [ResponseLogp(-2.0, 2), ResponseLogp(-6.0, 2), ResponseLogp(-9.0, 2)]
-    found = gaps(scored, scored[::-1], [ResponseLogp(-4.0, 2), None, ResponseLogp(-4.0, 2)])
-    assert found["own"].value == -2.0
-    assert found["winner_gap"].value == pytest.approx(((-1 + 2) + (-4.5 + 2)) / 2)
-    assert found["pair_gap"].value == 0
+    scored = [Scored(-2.0, 2), Scored(-6.0, 2), Scored(-9.0, 2)]
+    intervals = gaps(scored, scored[::-1], [Scored(-4.0, 2), None, Scored(-4.0, 2)])
+    assert intervals["own"].value == -2.0
+    assert intervals["winner_gap"].value == pytest.approx(((-1 + 2) + (-4.5 + 2)) / 2)
+    assert intervals["pair_gap"].value == 0
 
 
 def test_where_the_first_step_takes_winners_and_losers():
     winners = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     losers = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     # steps (1, 0), (1, -1), (-1, 1): products 1, -1, -2, of which the mean is -2/3; squares 1, 2, 2
-    found = first_step(winners, losers)
-    assert found["coherence"].value == pytest.approx((-2 / 3) / (5 / 3))
+    intervals = first_step(winners, losers)
+    assert intervals["coherence"].value == pytest.approx((-2 / 3) / (5 / 3))
     # of the winners with the others' steps: 1 - 1, 1 - 1, 0 - 1; of both: twice -2
-    assert found["displacement"].value == pytest.approx((0 + 0 - 1) / (2 * -2))
-    assert found["winner_wrong"].value == pytest.approx(1 / 3)  # the third falls
-    assert found["loser_wrong"].value == pytest.approx(2 / 3)  # 0; -0 + 1 rises; 1 + 1 rises
+    assert intervals["displacement"].value == pytest.approx((0 + 0 - 1) / (2 * -2))
+    assert intervals["winner_wrong"].value == pytest.approx(1 / 3)  # the third falls
+    assert intervals["loser_wrong"].value == pytest.approx(2 / 3)  # 0; -0 + 1 rises; 1 + 1 rises
 
 
 def test_pairs_that_all_pull_alike_are_coherent_and_their_winners_rise():
     direction = torch.tensor([[3.0, 4.0]]).repeat(40, 1)
-    found = first_step(direction, -direction)
-    values = [(found[name].value, found[name].lo, found[name].hi) for name in ("coherence", "displacement")]
+    intervals = first_step(direction, -direction)
+    values = [(intervals[name].value, intervals[name].lo, intervals[name].hi) for name in ("coherence", "displacement")]
     assert values == [pytest.approx((1.0,) * 3), pytest.approx((0.5,) * 3)]
-    assert found["winner_wrong"].value == found["loser_wrong"].value == 0
+    assert intervals["winner_wrong"].value == intervals["loser_wrong"].value == 0
 
 
 def test_labels_drawn_by_lot_have_no_coherence_and_an_interval_that_says_so():
@@ -97,33 +97,33 @@ def test_contrast_and_the_share_of_longer_winners():
     def row(chosen: str, rejected: str) -> dict:
         return {"chosen": turn(chosen, "assistant"), "rejected": turn(rejected, "assistant")}
 
-    found = contrast_intervals([row("a b c d", "a b"), row("a b", "a c"), row("x", "x y"), row("x y", "x")])
-    assert found["jaccard"].value == pytest.approx((2 / 4 + 1 / 3 + 1 / 2 + 1 / 2) / 4)
-    assert found["levenshtein"].value == pytest.approx((4 + 1 + 2 + 2) / 4)
-    assert found["length_ratio"].value == pytest.approx((2 + 1 + 0.5 + 2) / 4)
-    assert found["longer"].value == pytest.approx((1 + 0.5 + 0 + 1) / 4)
-    assert 0 < found["longer"].lo < 0.625 < found["longer"].hi < 1
+    intervals = contrast_intervals([row("a b c d", "a b"), row("a b", "a c"), row("x", "x y"), row("x y", "x")])
+    assert intervals["jaccard"].value == pytest.approx((2 / 4 + 1 / 3 + 1 / 2 + 1 / 2) / 4)
+    assert intervals["levenshtein"].value == pytest.approx((4 + 1 + 2 + 2) / 4)
+    assert intervals["length_ratio"].value == pytest.approx((2 + 1 + 0.5 + 2) / 4)
+    assert intervals["longer"].value == pytest.approx((1 + 0.5 + 0 + 1) / 4)
+    assert 0 < intervals["longer"].lo < 0.625 < intervals["longer"].hi < 1
 
 
 def test_the_rate_at_which_winners_win_counts_ties_as_half():
-    ways = [("tuned", "tuned"), ("base", "tuned"), ("tie", "tuned"), ("base", "base")]
-    found = preference_rate([compared(*way, text=str(number)) for number, way in enumerate(ways)])
-    assert found is not None
-    assert found.value == pytest.approx((1 + 0.5 + 0.75 + 0) / 4)
-    assert preference_rate([]) is None
+    verdicts = [("tuned", "tuned"), ("base", "tuned"), ("tie", "tuned"), ("base", "base")]
+    interval = rate([compared(*verdict, text=str(number)) for number, verdict in enumerate(verdicts)])
+    assert interval is not None
+    assert interval.value == pytest.approx((1 + 0.5 + 0.75 + 0) / 4)
+    assert rate([]) is None
 
 
 # ---- judges that are not believed
 
 
-def plants(tuned: int, base: int, split: int) -> list[Comparison]:
+def plants(tuned: int, base: int, split: int) -> list[Compared]:
     return [
         *[compared("tuned", "tuned")] * tuned, *[compared("base", "base")] * base, *[compared("base", "tuned")] * split
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("shown", "seen", "why"),
+    ("shown", "counts", "why"),
     [
         (plants(60, 2, 2), {1: 62, 2: 66}, None),
         (plants(60, 2, 2), {1: 70, 2: 58}, None),  # 55 % for the first: no clear lean
@@ -138,15 +138,15 @@ def plants(tuned: int, base: int, split: int) -> list[Comparison]:
         ([], {}, "none of its verdicts can be read"),
     ],
 )
-def test_a_judge_is_believed_only_where_it_stands_the_test(shown, seen, why):
-    told = distrust_reason(shown, [], Counter(seen))
-    assert (told is None) if why is None else (told is not None and why in told)
+def test_a_judge_is_believed_only_where_it_stands_the_test(shown, counts, why):
+    reason = distrust(shown, [], Counter(counts))
+    assert (reason is None) if why is None else (reason is not None and why in reason)
 
 
 def test_a_judge_that_knows_the_plants_and_no_pair_is_not_believed_in_the_end():
-    told = distrust_reason(plants(60, 2, 2), plants(60, 60, 180), Counter({1: 370, 2: 358}))
-    assert told is not None
-    assert "at random" in told
+    reason = distrust(plants(60, 2, 2), plants(60, 60, 180), Counter({1: 370, 2: 358}))
+    assert reason is not None
+    assert "at random" in reason
 
 
 # ---- bad input
@@ -178,20 +178,20 @@ def test_too_few_prompts_are_told_with_how_many_are_needed(tmp_path):
     file = write_rows(tmp_path / "few.jsonl", 31)
     file.write_text(file.read_text("utf-8") * 3, "utf-8")  # the same again is not more
     with pytest.raises(UserError, match=r"31 different prompts, too few .* 32 are needed .* 3 times of 4, 197 for 3"):
-        load_inputs(settings(tmp_path, file))
+        check(settings(tmp_path, file))
     assert not (tmp_path / "out").exists()
 
 
 def test_the_sample_holds_each_prompt_once_and_is_sized_by_power(tmp_path):
     file = write_rows(tmp_path / "many.jsonl", 60)
     file.write_text(file.read_text("utf-8") * 2, "utf-8")
-    whole, small = (load_inputs(settings(tmp_path, file, difference=wanted)) for wanted in (0.1, 0.25))
-    assert (len(whole.rows), whole.prompts, whole.pairs) == (60, 60, 120)
+    full, small = (check(settings(tmp_path, file, difference=difference)) for difference in (0.1, 0.25))
+    assert (len(full.rows), full.prompts, full.pairs) == (60, 60, 120)
     assert len(small.rows) == 32
     prompts = [row["prompt"][0]["content"] for row in small.rows]
     assert len(set(prompts)) == 32
-    assert prompts == [row["prompt"][0]["content"] for row in whole.rows][:32]
-    assert (whole.winners_own, whole.losers_own, whole.strange) == (None, None, {})
+    assert prompts == [row["prompt"][0]["content"] for row in full.rows][:32]
+    assert (full.winners_own, full.losers_own, full.strange) == (None, None, {})
 
 
 @pytest.mark.parametrize(
@@ -208,17 +208,17 @@ def test_the_sample_holds_each_prompt_once_and_is_sized_by_power(tmp_path):
     ],
 )
 def test_prompts_in_another_template_are_found(messages, why):
-    told = template_mismatch(messages, make_tokenizer())
-    assert (told is None) if why is None else (told is not None and why in told)
+    reason = strangeness(messages, make_tokenizer())
+    assert (reason is None) if why is None else (reason is not None and why in reason)
 
 
 def test_a_template_that_leaves_a_turn_out_or_refuses_it_is_found():
     spoken = [*turn("be short", "system"), *turn("hello")]
     silent = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
-    assert template_mismatch(spoken, make_tokenizer(silent)) == "the model's template leaves its system turn out"
+    assert strangeness(spoken, make_tokenizer(silent)) == "the model's template leaves its system turn out"
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
-    told = template_mismatch(spoken, make_tokenizer(strict))
-    assert told == "the model's template refuses it: no system turns"
+    reason = strangeness(spoken, make_tokenizer(strict))
+    assert reason == "the model's template refuses it: no system turns"
 
 
 def test_who_made_both_sides_is_read_from_the_folder(tmp_path):
@@ -228,18 +228,18 @@ def test_who_made_both_sides_is_read_from_the_folder(tmp_path):
         models = {"chosen": "model" if number else "stronger", "rejected": "model"}
         writer.add(Pair(str(number), tuple(turn(f"what is {number}")), "yes", "no", "", models))
     writer.close(keep=True)
-    told = {"model": {"model": "model", "identity": weights_identity(MODEL)}}
-    write_json(folder / "manifest.json", {"models": {"target": told["model"]}})
-    assert own_shares(settings(tmp_path, folder)) == (0.75, 1.0)
+    manifest = {"model": {"model": "model", "identity": weights_identity(MODEL)}}
+    write_json(folder / "manifest.json", {"models": {"target": manifest["model"]}})
+    assert authors(settings(tmp_path, folder)) == (0.75, 1.0)
     write_json(folder / "manifest.json", {"models": {"target": {"model": "model", "identity": "weights:other"}}})
-    assert own_shares(settings(tmp_path, folder)) == (None, None)
+    assert authors(settings(tmp_path, folder)) == (None, None)
 
 
 @pytest.mark.parametrize("options", [["--judge-model", "j"], ["--judge-base-url", "http://127.0.0.1:9/v1"]])
 def test_half_a_judge_is_refused(tmp_path, options):
-    done = CliRunner().invoke(app, ["advise", "none.jsonl", "--model", str(MODEL), *options])
-    assert isinstance(done.exception, UserError)
-    assert "a judge needs --judge-base-url and --judge-model" in str(done.exception)
+    result = CliRunner().invoke(app, ["advise", "none.jsonl", "--model", str(MODEL), *options])
+    assert isinstance(result.exception, UserError)
+    assert "a judge needs --judge-base-url and --judge-model" in str(result.exception)
 
 
 # ---- the whole, on the tiny world
@@ -256,24 +256,24 @@ def test_revised_pairs_ask_for_apo_zero_and_nothing_is_paid_for_twice(tmp_path):
         assert "budget" in (stopped.stopped or "")
         paid = server.stats()["paid_total"]
         assert 0 < paid < 2 * (48 + 48 + 48)
-        found = run(config).result
-        told = server.stats()
-        assert found is not None
-        assert told["paid_more_than_once"] == 0
+        result = run(config).result
+        stats = server.stats()
+        assert result is not None
+        assert stats["paid_more_than_once"] == 0
         again = run(config).result
         assert again is not None
-        assert server.stats()["paid_total"] == told["paid_total"]
+        assert server.stats()["paid_total"] == stats["paid_total"]
         assert [of["calls"] for of in again["usage"].values()] == [0, 0]
-    assert again["evidence"] == found["evidence"] == json.loads((tmp_path / "out/advice.json").read_text())["evidence"]
-    assert found["advice"]["objective"] == "apo_zero"
-    assert found["advice"]["sure"] in ("fair", "high")
-    assert (found["advice"]["beta"], found["advice"]["learning_rate"]) == (0.1, 1.5e-5)
+    assert again["evidence"] == result["evidence"] == json.loads((tmp_path / "out/advice.json").read_text())["evidence"]
+    assert result["advice"]["objective"] == "apo_zero"
+    assert result["advice"]["sure"] in ("fair", "high")
+    assert (result["advice"]["beta"], result["advice"]["learning_rate"]) == (0.1, 1.5e-5)
     # Winners are always right; the model by a fair coin: 3/4 counting ties.
-    assert found["evidence"]["win"]["lo"] > 0.5
-    assert found["evidence"]["win"]["value"] == pytest.approx(0.75, abs=0.15)
-    assert found["evidence"]["right"]["value"] == 1.0
-    assert found["evidence"]["parameters"] == 882_432
-    assert found["judge"]["used"] is True
+    assert result["evidence"]["win"]["lo"] > 0.5
+    assert result["evidence"]["win"]["value"] == pytest.approx(0.75, abs=0.15)
+    assert result["evidence"]["right"]["value"] == 1.0
+    assert result["evidence"]["parameters"] == 882_432
+    assert result["judge"]["used"] is True
 
 
 @pytest.mark.slow
@@ -283,21 +283,21 @@ def test_revised_pairs_ask_for_apo_zero_and_nothing_is_paid_for_twice(tmp_path):
 def test_a_judge_that_leans_or_guesses_is_not_used_and_not_asked_further(tmp_path, leanings, why):
     dataset = write_rows(tmp_path / "pairs.jsonl", 64)
     with running(ServerOptions(leanings=leanings)) as server:
-        found = run(settings(tmp_path, dataset, server.url)).result
+        result = run(settings(tmp_path, dataset, server.url)).result
         assert server.stats()["paid_total"] <= 2 * 64
-    assert found is not None
-    assert why in found["judge"]["distrust"]
-    assert (found["evidence"]["win"], found["evidence"]["right"]) == (None, None)
-    assert any(note.startswith("the judge is not used: it ") for note in found["notes"])
-    assert found["advice"]["sure"] == "low"
+    assert result is not None
+    assert why in result["judge"]["distrust"]
+    assert (result["evidence"]["win"], result["evidence"]["right"]) == (None, None)
+    assert any(note.startswith("the judge is not used: it ") for note in result["notes"])
+    assert result["advice"]["sure"] == "low"
 
 
 @pytest.mark.slow
 def test_a_model_that_does_not_end_its_answers_is_refused_with_both_reasons(tmp_path):
     dataset = write_rows(tmp_path / "pairs.jsonl", 32)
-    asked = {"path": str(MODEL), "temperature": 1.0, "max_tokens": 2, "batch_size": 64}
+    model = {"path": str(MODEL), "temperature": 1.0, "max_tokens": 2, "batch_size": 64}
     with pytest.raises(UserError, match=r"ends 0 of 32 answers within 2 tokens: .* template; .* raise --max-tokens"):
-        run(settings(tmp_path, dataset, model=asked))
+        run(settings(tmp_path, dataset, model=model))
     assert not (tmp_path / "out/advice.json").exists()
 
 
@@ -310,17 +310,17 @@ def test_exchanged_columns_and_another_template_are_not_trained_on_and_the_comma
         def advise(dataset: Path) -> tuple[str, dict]:
             out = tmp_path / dataset.stem
             judge = ["--judge-base-url", server.url, "--judge-model", "world-judge"]
-            words = ["advise", str(dataset), "--model", str(MODEL), "--max-tokens", "48", "--out", str(out), *judge]
-            done = CliRunner().invoke(app, words)
-            assert done.exit_code == 0, done.output
-            return done.output, json.loads((out / "advice.json").read_text("utf-8"))
+            arguments = ["advise", str(dataset), "--model", str(MODEL), "--max-tokens", "48", "--out", str(out), *judge]
+            result = CliRunner().invoke(app, arguments)
+            assert result.exit_code == 0, result.output
+            return result.output, json.loads((out / "advice.json").read_text("utf-8"))
 
-        said, found = advise(swapped)
-        assert "do not train on this (certainty: high)" in said
-        assert "are the columns exchanged?" in said
-        assert found["advice"]["beta"] is None
+        output, result = advise(swapped)
+        assert "do not train on this (certainty: high)" in output
+        assert "are the columns exchanged?" in output
+        assert result["advice"]["beta"] is None
         paid = server.stats()["paid_total"]
-        said, found = advise(marked)
-        assert "100% of the prompts are not in this model's template" in said
-        assert "### Instruction stands in its text" in said
+        output, result = advise(marked)
+        assert "100% of the prompts are not in this model's template" in output
+        assert "### Instruction stands in its text" in output
         assert server.stats()["paid_total"] == paid  # no judge is paid for what is refused

@@ -6,26 +6,26 @@ from dataclasses import replace
 
 import pytest
 
-from apo.advice.rule import Evidence, advise, sample_size, suggest_beta, suggest_learning_rate
+from apo.advice.rule import Evidence, advise, beta_of, learning_rate_of, sample_size
 from apo.analysis.distinguishability import Interval
 
 
-def as_interval(value: float, half: float = 0.05) -> Interval:
+def interval(value: float, half: float = 0.05) -> Interval:
     return Interval(value, value - half, value + half)
 
 
-BELOW, LEVEL = as_interval(-0.3), as_interval(0.0)
+BELOW, LEVEL = interval(-0.3), interval(0.0)
 PLAIN = Evidence(
     pairs=200,
     parameters=900_000,
-    win=as_interval(0.8),
-    right=as_interval(0.9),
+    win=interval(0.8),
+    right=interval(0.9),
     winner_gap=BELOW,
     loser_gap=LEVEL,
-    winner_total=as_interval(-10.0),
-    coherence=as_interval(0.2),
-    displacement=as_interval(0.5),
-    longer=as_interval(0.5),
+    winner_total=interval(-10.0),
+    coherence=interval(0.2),
+    displacement=interval(0.5),
+    longer=interval(0.5),
 )
 ALONE = {"win": None, "right": None}
 """Without a judge."""
@@ -36,16 +36,16 @@ ALONE = {"win": None, "right": None}
     [
         # a judge decides
         ({}, "apo_zero", "high"),
-        ({"win": as_interval(0.2)}, "apo_down", "high"),
-        ({"win": as_interval(0.5)}, "dpo", "fair"),
-        ({"win": as_interval(0.55)}, "dpo", "fair"),  # exactly one half at its lower end is not above it
-        ({"win": as_interval(0.551)}, "apo_zero", "high"),
+        ({"win": interval(0.2)}, "apo_down", "high"),
+        ({"win": interval(0.5)}, "dpo", "fair"),
+        ({"win": interval(0.55)}, "dpo", "fair"),  # exactly one half at its lower end is not above it
+        ({"win": interval(0.551)}, "apo_zero", "high"),
         # labels that say nothing
-        ({"right": as_interval(0.5)}, "none", "fair"),
-        ({"right": as_interval(0.3)}, "none", "high"),
-        ({"right": as_interval(0.55)}, "none", "fair"),
-        ({"coherence": as_interval(0.01)}, "apo_zero", "high"),  # the judge knows better
-        ({**ALONE, "coherence": as_interval(0.01)}, "none", "low"),
+        ({"right": interval(0.5)}, "none", "fair"),
+        ({"right": interval(0.3)}, "none", "high"),
+        ({"right": interval(0.55)}, "none", "fair"),
+        ({"coherence": interval(0.01)}, "apo_zero", "high"),  # the judge knows better
+        ({**ALONE, "coherence": interval(0.01)}, "none", "low"),
         # nobody judges: who made which side
         (ALONE, "apo_zero", "low"),
         ({**ALONE, "winners_own": 0.0, "losers_own": 1.0}, "apo_zero", "fair"),
@@ -54,10 +54,10 @@ ALONE = {"win": None, "right": None}
         ({**ALONE, "winner_gap": BELOW, "loser_gap": BELOW}, "dpo", "low"),
         ({**ALONE, "winner_gap": LEVEL}, "dpo", "low"),
         ({**ALONE, "winners_own": 1.0, "losers_own": 1.0}, "dpo", "low"),
-        ({**ALONE, "winner_gap": as_interval(0.3)}, "dpo", "low"),  # more likely than its own samples passes too
+        ({**ALONE, "winner_gap": interval(0.3)}, "dpo", "low"),  # more likely than its own samples passes too
         # the model on both sides
         ({"winners_own": 1.0, "losers_own": 1.0}, "apo_zero", "fair"),
-        ({"winners_own": 1.0, "losers_own": 1.0, "win": as_interval(0.5)}, "dpo", "low"),
+        ({"winners_own": 1.0, "losers_own": 1.0, "win": interval(0.5)}, "dpo", "low"),
         # another template
         ({"strange": 0.06}, "none", "high"),
         ({"strange": 0.05}, "apo_zero", "high"),
@@ -73,9 +73,9 @@ def test_each_case_has_its_advice(given, objective, sure):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"displacement": as_interval(-0.2)}, "less likely"),
-        ({"longer": as_interval(0.9)}, "90% of the winners are longer"),
-        ({"longer": as_interval(0.1)}, "10% of the winners are longer"),
+        ({"displacement": interval(-0.2)}, "less likely"),
+        ({"longer": interval(0.9)}, "90% of the winners are longer"),
+        ({"longer": interval(0.1)}, "10% of the winners are longer"),
         ({"winners_own": 1.0, "losers_own": 1.0}, "both sides are such as"),
         ({"winner_gap": LEVEL}, "both sides are as likely to the model as its own answers"),
     ],
@@ -96,17 +96,17 @@ def test_likelihood_alone_never_says_who_wrote_an_answer(winner, loser):
 
 
 def test_apo_down_is_meant_to_lower_winners_and_says_nothing_of_it():
-    assert advise(replace(PLAIN, win=as_interval(0.2), displacement=as_interval(-0.2))).beware == []
+    assert advise(replace(PLAIN, win=interval(0.2), displacement=interval(-0.2))).beware == []
 
 
 @pytest.mark.parametrize(("below", "beta"), [(0, 0.1), (40, 0.1), (50, 0.08), (100, 0.04), (1000, 0.03), (-50, 0.1)])
 def test_beta_brings_a_winner_at_the_models_own_level_to_reward_4_and_no_further(below, beta):
-    assert suggest_beta(replace(PLAIN, winner_total=as_interval(-below))) == pytest.approx(beta)
+    assert beta_of(replace(PLAIN, winner_total=interval(-below))) == pytest.approx(beta)
 
 
 @pytest.mark.parametrize(("parameters", "rate"), [(3e9, 1e-6), (900_000, 1.5e-5), (24e9, 5e-7), (8e9, 7.2e-7)])
 def test_the_learning_rate_falls_with_the_cube_root_of_the_size(parameters, rate):
-    assert suggest_learning_rate(replace(PLAIN, parameters=int(parameters))) == pytest.approx(rate)
+    assert learning_rate_of(replace(PLAIN, parameters=int(parameters))) == pytest.approx(rate)
 
 
 def test_the_sample_is_sized_by_power():

@@ -49,25 +49,25 @@ YES, NO = 1, 2
 def test_c1_how_an_objective_pulls_at_first(objective, expected):
     sums, lengths = ([-4.0, -9.0], [-2.0, -1.0]), ([3, 3], [1, 2])
     logps = PairLogps(*map(torch.tensor, (*sums, *lengths)))
-    found = pulls(resolve_mixture(objective), 0.1, logps)
-    assert [part.tolist() for part in found] == [pytest.approx([value] * 2, abs=1e-8) for value in expected]
+    pulled = pulls(resolve_mixture(objective), 0.1, logps)
+    assert [tensor.tolist() for tensor in pulled] == [pytest.approx([value] * 2, abs=1e-8) for value in expected]
 
 
 def test_c1_dpo_starts_twice_as_fast_as_apo_zero_exactly():
     logps = PairLogps(*torch.randn(2, 5), *torch.ones(2, 5))
     fast, slow = (pulls(resolve_mixture(name), 0.3, logps) for name in ("dpo", "apo_zero"))
-    assert all(torch.equal(one, 2 * other) for one, other in zip(fast, slow, strict=True))
+    assert all(torch.equal(faster, 2 * slower) for faster, slower in zip(fast, slow, strict=True))
 
 
 def head_losses(W, reference, sets, objective, beta=0.1):
     """The loss of each behaviour under an LM head W [V, D] on frozen features, rows 0 and 1 of it Yes and No."""
-    found = []
+    losses = []
     for behaviour in sets:
         h, yes = torch.tensor(behaviour.hidden), torch.tensor(behaviour.sign > 0)
         ratio = ((h @ W.T).log_softmax(-1) - (h @ reference.T).log_softmax(-1))[:, :2]
         chosen, rejected = ratio[:, 0].where(yes, ratio[:, 1]), ratio[:, 1].where(yes, ratio[:, 0])
-        found.append(objective(chosen, rejected, beta=beta).mean())
-    return torch.stack(found)
+        losses.append(objective(chosen, rejected, beta=beta).mean())
+    return torch.stack(losses)
 
 
 def new_head(dimensions: int, seed: int = 0):
@@ -78,12 +78,12 @@ def train_head(sets, objective, *, steps=20, rate=1.0):
     """How far the loss of each behaviour fell, and how far the head moved."""
     reference = new_head(sets[0].hidden.shape[1])
     W = reference.clone()
-    before = head_losses(W, reference, sets, objective)
+    initial = head_losses(W, reference, sets, objective)
     for _ in range(steps):
         W.requires_grad_()
         (gradient,) = torch.autograd.grad(head_losses(W, reference, sets, objective).mean(), W)
         W = (W - rate * gradient).detach()
-    return (before - head_losses(W, reference, sets, objective)).tolist(), float((W - reference).norm())
+    return (initial - head_losses(W, reference, sets, objective)).tolist(), float((W - reference).norm())
 
 
 def difference(behaviour) -> np.ndarray:
@@ -112,9 +112,11 @@ def test_c1_apo_down_moves_along_something_else():
 
 def test_the_literal_distance_by_hand():
     hidden = torch.tensor([[3.0, 0.0], [3.0, 2.0], [0.0, 1.0], [0.0, 1.0]])
-    found = distinguishability(hidden, [True, True, False, False])
-    assert (found.delta, found.trace, found.concentration, found.scaled) == pytest.approx((3.0, 1.0, 1.0, 3.0))
-    assert found.positive == 0.5
+    distance = distinguishability(hidden, [True, True, False, False])
+    assert (distance.delta, distance.trace, distance.concentration, distance.scaled) == pytest.approx(
+        (3.0, 1.0, 1.0, 3.0)
+    )
+    assert distance.positive == 0.5
 
 
 # ---- from tokens
@@ -145,16 +147,16 @@ def test_head_gradients_are_autograds_and_their_sketch_keeps_inner_products(pair
     model = make_model(tie_word_embeddings=False)
     chosen, rejected, logps = head_gradients(model, tokenized)
     assert chosen.shape == (24, 40 * 32)
-    for place in range(3):
-        row = tokenized[place]
-        for side, found in (("chosen", chosen), ("rejected", rejected)):
+    for index in range(3):
+        row = tokenized[index]
+        for side, computed in (("chosen", chosen), ("rejected", rejected)):
             ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
             mask = torch.arange(ids.shape[1])[None] >= len(row["prompt_ids"])
             logp = response_logps(model, ids, torch.ones_like(ids), mask.long())
             (gradient,) = torch.autograd.grad(logp, model.lm_head.weight)
-            assert torch.allclose(found[place], gradient.flatten(), atol=1e-4)
-            assert float(getattr(logps, side)[place]) == pytest.approx(float(logp.detach()), abs=1e-4)
-            assert int(getattr(logps, f"{side}_len")[place]) == len(row[f"{side}_ids"])
+            assert torch.allclose(computed[index], gradient.flatten(), atol=1e-4)
+            assert float(getattr(logps, side)[index]) == pytest.approx(float(logp.detach()), abs=1e-4)
+            assert int(getattr(logps, f"{side}_len")[index]) == len(row[f"{side}_ids"])
     sketched, _, _ = head_gradients(model, tokenized, dimensions=1024)
     assert sketched.shape == (24, 1024)
     norms = chosen.norm(dim=1)
@@ -165,19 +167,21 @@ def test_head_gradients_are_autograds_and_their_sketch_keeps_inner_products(pair
 def test_predicted_speed_is_what_the_other_pairs_gradients_do_to_a_pairs_loss():
     """By autograd on the LM head, pair by pair, exactly (the head is small enough not to be sketched)."""
     model = small_llama(0)
-    found = behaviours_in_tokens(model, [0.2, 0.8], n=16)
-    report = distinguish(found, "behaviour", "apo_zero", draws=50)
+    labelled = behaviours_in_tokens(model, [0.2, 0.8], n=16)
+    report = distinguish(labelled, "behaviour", "apo_zero", draws=50)
     gradients = []
     head = model.lm_head.requires_grad_(True)
-    for hidden, row in zip(found.features.prompt, found.tokenized, strict=True):
+    for hidden, row in zip(labelled.features.prompt, labelled.tokenized, strict=True):
         logps = head(hidden).log_softmax(-1)
         ratio = logps - logps.detach()
         loss = apo_zero(ratio[row["chosen_ids"][0]], ratio[row["rejected_ids"][0]], beta=0.1)
         gradients.append(torch.autograd.grad(loss, head.weight)[0].flatten())
     products = torch.stack(gradients) @ torch.stack(gradients).T
     others = (products.sum(1) - products.diagonal()) / 31
-    told = {cluster.name: cluster.speed.value for cluster in report.clusters}
-    assert [told["0"], told["1"]] == pytest.approx([float(others[:16].mean()), float(others[16:].mean())], rel=1e-4)
+    predicted = {cluster.name: cluster.speed.value for cluster in report.clusters}
+    assert [predicted["0"], predicted["1"]] == pytest.approx(
+        [float(others[:16].mean()), float(others[16:].mean())], rel=1e-4
+    )
 
 
 def test_pair_level_numbers_by_hand():
@@ -198,8 +202,8 @@ def test_c2_alone_the_more_distinguishable_behaviour_falls_faster_and_moves_the_
     fell, moved = [], []
     for seed in range(5):
         sets = toy.behaviours([0.5 * n for n in range(1, 9)], seed=seed)
-        trained = [train_head([one], objective) for one in sets]
-        delta = [np.linalg.norm(difference(one)) for one in sets]
+        trained = [train_head([group], objective) for group in sets]
+        delta = [np.linalg.norm(difference(group)) for group in sets]
         fell.append(spearmanr(delta, [drop[0] for drop, _ in trained]).statistic)
         moved.append(spearmanr(delta, [distance for _, distance in trained]).statistic)
     print(objective.__name__, fell, moved)
@@ -211,7 +215,7 @@ def test_c2_together_what_agrees_with_the_mixture_falls_faster():
     agreement, distance = [], []
     for seed in range(20):
         sets = toy.behaviours([1, 1.5, 2, 2.5, 3], seed=seed, dimensions=8)
-        d = np.stack([difference(one) for one in sets])
+        d = np.stack([difference(group) for group in sets])
         drops, _ = train_head(sets, dpo)
         agreement.append(spearmanr(d @ d.mean(0), drops).statistic)
         distance.append(spearmanr(np.linalg.norm(d, axis=1), drops).statistic)
@@ -220,12 +224,12 @@ def test_c2_together_what_agrees_with_the_mixture_falls_faster():
     assert np.mean(distance) < np.mean(agreement)  # delta alone does not see who agrees with whom
 
 
-def train_model(found: Labelled, objective, optimizer: str, *, steps=15, beta=0.1) -> list[float]:
+def train_model(labelled: Labelled, objective, optimizer: str, *, steps=15, beta=0.1) -> list[float]:
     """Falls of the loss of each behaviour when the whole model is trained on all together."""
-    model = found.model.requires_grad_(True)
-    ids = torch.tensor([row["prompt_ids"] for row in found.tokenized])
-    yes = torch.tensor([row["chosen_ids"][0] == YES for row in found.tokenized])
-    groups = torch.tensor([int(row["behaviour"]) for row in found.rows])
+    model = labelled.model.requires_grad_(True)
+    ids = torch.tensor([row["prompt_ids"] for row in labelled.tokenized])
+    yes = torch.tensor([row["chosen_ids"][0] == YES for row in labelled.tokenized])
+    groups = torch.tensor([int(row["behaviour"]) for row in labelled.rows])
 
     def answers():
         return model(ids).logits[:, -1].log_softmax(-1)[:, [YES, NO]]
@@ -239,12 +243,12 @@ def train_model(found: Labelled, objective, optimizer: str, *, steps=15, beta=0.
 
     kind, rate = {"sgd": (torch.optim.SGD, 0.1), "adam": (torch.optim.Adam, 1e-4)}[optimizer]
     taken = kind(model.parameters(), lr=rate)
-    before = losses().detach()
+    initial = losses().detach()
     for _ in range(steps):
         taken.zero_grad()
         losses().mean().backward()
         taken.step()
-    return (before - losses().detach()).tolist()
+    return (initial - losses().detach()).tolist()
 
 
 @pytest.mark.slow
@@ -254,12 +258,12 @@ def train_model(found: Labelled, objective, optimizer: str, *, steps=15, beta=0.
 def test_c3_in_a_tiny_language_model_the_order_is_predicted(objective, optimizer):
     literal, gram = [], []
     for seed in range(5):
-        found = behaviours_in_tokens(small_llama(seed).eval(), [0.1, 0.2, 0.35, 0.5, 0.8], seed=seed)
-        report = distinguish(found, "behaviour", objective.__name__, draws=50)
-        drops = train_model(found, objective, optimizer)
-        told = {int(cluster.name): cluster for cluster in report.clusters}
-        literal.append(spearmanr([told[n].literal.delta for n in range(5)], drops).statistic)
-        gram.append(spearmanr([told[n].speed.value for n in range(5)], drops).statistic)
+        labelled = behaviours_in_tokens(small_llama(seed).eval(), [0.1, 0.2, 0.35, 0.5, 0.8], seed=seed)
+        report = distinguish(labelled, "behaviour", objective.__name__, draws=50)
+        drops = train_model(labelled, objective, optimizer)
+        clusters = {int(cluster.name): cluster for cluster in report.clusters}
+        literal.append(spearmanr([clusters[n].literal.delta for n in range(5)], drops).statistic)
+        gram.append(spearmanr([clusters[n].speed.value for n in range(5)], drops).statistic)
     print(f"{objective.__name__} {optimizer}: delta {np.mean(literal):.2f}, gradient {np.mean(gram):.2f}")
     assert np.mean(gram) >= 0.8
     if objective is not apo_down:
@@ -273,19 +277,19 @@ def test_c4_an_aligned_models_head_unlearns_faster(seed):
     model = small_llama(seed).eval()
 
     def flipped_loss() -> tuple[float, float]:
-        found = behaviours_in_tokens(model, [0.1], seed=seed, n=128)
-        hidden = found.features.prompt.double().numpy()
-        sign = np.array([1 if row["chosen_ids"][0] == YES else -1 for row in found.tokenized])
+        labelled = behaviours_in_tokens(model, [0.1], seed=seed, n=128)
+        hidden = labelled.features.prompt.double().numpy()
+        sign = np.array([1 if row["chosen_ids"][0] == YES else -1 for row in labelled.tokenized])
         sets = [toy.Behaviour(hidden, -sign)]
         reference = new_head(hidden.shape[1])
         start = float(head_losses(reference, reference, sets, dpo)[0])
         drops, _ = train_head(sets, dpo)
-        return start - drops[0], distinguishability(found.features.prompt, (sign > 0).tolist()).delta
+        return start - drops[0], distinguishability(labelled.features.prompt, (sign > 0).tolist()).delta
 
     base_loss, base_delta = flipped_loss()
-    found = behaviours_in_tokens(model, [0.1], seed=seed, n=128)
+    labelled = behaviours_in_tokens(model, [0.1], seed=seed, n=128)
     for _ in range(2):
-        train_model(found, dpo, "adam", steps=60)
+        train_model(labelled, dpo, "adam", steps=60)
     aligned_loss, aligned_delta = flipped_loss()
     print(f"delta {base_delta:.2f} -> {aligned_delta:.2f}, flipped loss {base_loss:.3f} -> {aligned_loss:.3f}")
     assert aligned_delta > 2 * base_delta
@@ -298,39 +302,42 @@ def test_c4_an_aligned_models_head_unlearns_faster(seed):
 def test_a_cluster_that_the_mixture_hurts_is_told_so_and_with_whom_it_conflicts():
     """Two behaviours with the same prompts and opposite answers, one three times as large."""
     model = small_llama(0)
-    one = behaviours_in_tokens(model, [0.6], n=90)
+    labelled = behaviours_in_tokens(model, [0.6], n=90)
     flipped = [
-        {**row, "chosen": row["rejected"], "rejected": row["chosen"], "behaviour": "small"} for row in one.rows[:30]
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"], "behaviour": "small"}
+        for row in labelled.rows[:30]
     ]
     turned = [
-        {**row, "chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in one.tokenized[:30]
+        {**row, "chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in labelled.tokenized[:30]
     ]
-    tokenized = one.tokenized + turned
-    both = Labelled(one.rows + flipped, Features("", *encode(model, tokenized)), tokenized, model)
+    tokenized = labelled.tokenized + turned
+    both = Labelled(labelled.rows + flipped, Features("", *encode(model, tokenized)), tokenized, model)
     report = distinguish(both, "behaviour")
     by_name = {cluster.name: cluster for cluster in report.clusters}
     assert by_name["0"].speed.lo > 0 > by_name["small"].speed.hi
-    assert any(told.startswith("small is hurt at first") for told in report.warnings)
+    assert any(warning.startswith("small is hurt at first") for warning in report.warnings)
     assert [cluster.name for cluster in report.clusters] == ["0", "small"]
-    conflicts = [told for told in report.warnings if "conflict" in told]
+    conflicts = [warning for warning in report.warnings if "conflict" in warning]
     assert len(conflicts) == (by_name["small"].conflict < -0.1)
 
 
 def test_the_objective_is_told_where_distance_misleads_or_speed_differs():
-    found = behaviours_in_tokens(small_llama(0), [0.5], n=16)
-    assert "pulls at the rejected alone" in distinguish(found, "behaviour", "apo_down", draws=20).warnings[0]
-    assert "beta 0.2 starts as fast as DPO at 0.1" in distinguish(found, "behaviour", "apo_zero", draws=20).warnings[0]
-    assert distinguish(found, "behaviour", "dpo", draws=20).warnings == []
+    labelled = behaviours_in_tokens(small_llama(0), [0.5], n=16)
+    assert "pulls at the rejected alone" in distinguish(labelled, "behaviour", "apo_down", draws=20).warnings[0]
+    assert (
+        "beta 0.2 starts as fast as DPO at 0.1" in distinguish(labelled, "behaviour", "apo_zero", draws=20).warnings[0]
+    )
+    assert distinguish(labelled, "behaviour", "dpo", draws=20).warnings == []
 
 
 def cluster(name: str, speed: float, half: float, **more) -> Cluster:
     interval, none = Interval(speed, speed - half, speed + half), Interval(0.0, 0.0, 0.0)
-    known = {"relative": speed, "conflict": float("nan"), "conflict_with": "", "literal": None}
-    return Cluster(name, 9, none, 0.0, none, 0.0, interval, **known | more)
+    defaults = {"relative": speed, "conflict": float("nan"), "conflict_with": "", "literal": None}
+    return Cluster(name, 9, none, 0.0, none, 0.0, interval, **defaults | more)
 
 
 def test_warnings_by_hand():
-    told = warnings_of(
+    warnings = warnings_of(
         "dpo", 0.1, (-0.05, 0.05), [
             cluster("fast", 1.0, 0.1, conflict=-0.5, conflict_with="slow"),
             cluster("slow", 0.05, 0.1, conflict=-0.5, conflict_with="fast"),
@@ -338,7 +345,7 @@ def test_warnings_by_hand():
             cluster("hurt", -0.3, 0.2, literal=Literal(1.0, 1.0, 1.0, 1.0, 0.7)),
         ],
     )  # fmt: skip
-    assert [line.split(":")[0] for line in told] == [
+    assert [line.split(":")[0] for line in warnings] == [
         "fast and slow conflict (cosine -0.50)",
         "slow gets 5.0% of the fastest one's speed",
         "unsure may be hurt at first",
@@ -361,15 +368,15 @@ def test_a_sketch_keeps_products_of_what_has_one_sign():
 
 def test_neglect_and_imbalance_are_told():
     model = small_llama(0)
-    found = behaviours_in_tokens(model, [0.9, 0.0], n=60)
-    places = [p for p in range(120) if p < 60 or found.tokenized[p]["chosen_ids"] == [YES] or p % 4 == 1]
-    rows, tokenized = ([part[place] for place in places] for part in (found.rows, found.tokenized))
-    some = Labelled(rows, found.features.select(places), tokenized, model)
+    labelled = behaviours_in_tokens(model, [0.9, 0.0], n=60)
+    indices = [p for p in range(120) if p < 60 or labelled.tokenized[p]["chosen_ids"] == [YES] or p % 4 == 1]
+    rows, tokenized = ([column[index] for index in indices] for column in (labelled.rows, labelled.tokenized))
+    some = Labelled(rows, labelled.features.select(indices), tokenized, model)
     report = distinguish(some, "behaviour")
-    told = " ".join(report.warnings)
+    warnings = " ".join(report.warnings)
     weak = next(cluster for cluster in report.clusters if cluster.name == "1")
     assert weak.literal.positive > 0.6 or weak.literal.positive < 0.4
-    assert "1 prefers one answer in" in told
+    assert "1 prefers one answer in" in warnings
 
 
 def test_intervals_hold_the_truth_where_it_is_known():
@@ -389,10 +396,10 @@ def test_kmeans_finds_what_is_apart_and_refuses_too_many():
     random = torch.Generator().manual_seed(0)
     centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
     points = centres.repeat_interleave(20, 0) + torch.randn(60, 2, generator=random)
-    found = kmeans(points, 3)
-    assert [len(set(found[start : start + 20])) for start in (0, 20, 40)] == [1, 1, 1]
-    assert len(set(found)) == 3
-    assert kmeans(points, 3) == found
+    labels = kmeans(points, 3)
+    assert [len(set(labels[start : start + 20])) for start in (0, 20, 40)] == [1, 1, 1]
+    assert len(set(labels)) == 3
+    assert kmeans(points, 3) == labels
     with pytest.raises(UserError, match="kmeans:31 of 60 pairs"):
         kmeans(points, 31)
 
@@ -418,14 +425,14 @@ def test_sources_are_compared_on_the_prompts_that_all_of_them_have():
 
 def test_the_command_prints_a_table_warnings_and_writes_a_picture(model_dir, tmp_path):
     rows = make_pairs(24)
-    for place, row in enumerate(rows):
-        row["behaviour"] = ["plus", "minus"][place % 2]
+    for index, row in enumerate(rows):
+        row["behaviour"] = ["plus", "minus"][index % 2]
     (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "other.jsonl").write_text(
         "".join(json.dumps({**row, "id": f"o{row['id']}"}) + "\n" for row in rows[:10])
     )
-    words = ["distinguish", str(tmp_path / "one.jsonl"), "--model", str(model_dir), "--by", "behaviour"]
-    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+    arguments = ["distinguish", str(tmp_path / "one.jsonl"), "--model", str(model_dir), "--by", "behaviour"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "beta 0.2 starts as fast as DPO" in result.output
     report = json.loads((tmp_path / "out/distinguish.json").read_text())

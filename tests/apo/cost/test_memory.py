@@ -25,8 +25,7 @@ from apo.cost.deepspeed_memory import Zero, held, zero_of
 from apo.cost.memory import Job
 from apo.cost.sizes import Device, Row, rows_of
 from apo.packing import onednn as matmul
-from apo.packing.layout import pack_pairs
-from apo.packing.packed_model import enable_packing, packed_logps
+from apo.packing.packed_model import enable_packing, pack_pairs, packed_logps
 from apo.training.config import TrainConfig
 from apo.training.plan import estimate, plan
 from apo.training.train import train
@@ -132,10 +131,10 @@ def test_what_is_kept_for_backward_is_what_autograd_saves(dtype, mixed, adapter)
     pairs, stored = examples(4, prompt=60), {}
     (row,) = rows_of(pairs, 4, None, True, 0)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = []
+    saved = []
 
     def pack(tensor):
-        kept.append(tensor)  # so that no address is used twice
+        saved.append(tensor)  # so that no address is used twice
         storage = tensor.untyped_storage()
         cast = mixed and tensor.dim() == 2 and row.tokens not in tensor.shape  # a weight's, which is counted elsewhere
         if storage.data_ptr() not in weights and not cast:
@@ -156,12 +155,12 @@ def test_memory_by_hand_and_what_lowers_it():
     sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B))
     row = shapes.row_of(500, 0, 500, 500)
     full = job(sizes, [row] * 2, weight=2, compute=2, on_gpu=True)
-    parts = fit.memory_of(full)
-    assert parts["weights"] == 2 * sizes.parameters
-    assert parts["optimizer"] == 2 * 2 * sizes.parameters
-    total = sum(parts.values())
-    assert fit.memory_of(replace(full, copies=True))["weights"] == 2 * parts["weights"]
-    assert sum(fit.memory_of(replace(full, states=0)).values()) == total - parts["optimizer"]
+    memory = fit.memory_of(full)
+    assert memory["weights"] == 2 * sizes.parameters
+    assert memory["optimizer"] == 2 * 2 * sizes.parameters
+    total = sum(memory.values())
+    assert fit.memory_of(replace(full, copies=True))["weights"] == 2 * memory["weights"]
+    assert sum(fit.memory_of(replace(full, states=0)).values()) == total - memory["optimizer"]
     checkpointed = replace(full, checkpointing=True)
     assert fit.row_bytes(checkpointed, row) < fit.row_bytes(full, row) / 10
     adapter = replace(checkpointed, sizes=replace(sizes, adapter=42_000_000))
@@ -208,9 +207,9 @@ def test_the_parts_of_the_memory_add_up_to_its_total():
     for tokens in (100, 333, 500, 1777):
         run = job(sizes, [shapes.row_of(tokens, 0, tokens, tokens)] * 2, weight=2, compute=2, on_gpu=True)
         (line,) = fit.table({True: run}, shapes.GPUS[:1])
-        total, parts = re.fullmatch(r"A100 80GB: ([\d.]+) of .* \((.*)\)", line).groups()
-        assert "libraries 1.00" in parts
-        assert float(total) == round(sum(float(part.split()[-1]) for part in parts.split(", ")), 1)
+        total, terms = re.fullmatch(r"A100 80GB: ([\d.]+) of .* \((.*)\)", line).groups()
+        assert "libraries 1.00" in terms
+        assert float(total) == round(sum(float(term.split()[-1]) for term in terms.split(", ")), 1)
 
 
 def test_a_processor_that_others_use_too_is_as_fast_as_ever(monkeypatch):
@@ -266,17 +265,17 @@ def test_what_a_deepspeed_config_asks_for():
     assert zero_of({}, 8) is None
     assert zero_of({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, 8) is None
     assert zero_of({"zero_optimization": {"stage": 2}}, 8) == Zero(2, 500_000_000, 1, 1_000_000_000, 50_000_000)
-    asked = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "cpu"}}
-    found = zero_of({"zero_optimization": asked, "bf16": {"enabled": True}, "fp16": {"enabled": "auto"}}, 8)
-    assert found == Zero(2, bucket=64, buckets=2, half=True, offload=True)
-    asked = {
+    config = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "cpu"}}
+    zero = zero_of({"zero_optimization": config, "bf16": {"enabled": True}, "fp16": {"enabled": "auto"}}, 8)
+    assert zero == Zero(2, bucket=64, buckets=2, half=True, offload=True)
+    config = {
         "stage": 3,
         "overlap_comm": True,
         "stage3_max_live_parameters": 5e7,
         "stage3_prefetch_bucket_size": "auto",
         "offload_param": {"device": "none"},
     }
-    assert zero_of({"zero_optimization": asked, "fp16": {"enabled": True}}, 8) == Zero(
+    assert zero_of({"zero_optimization": config, "fp16": {"enabled": True}}, 8) == Zero(
         3, live=50_000_000, ahead=57, half=True
     )
 
@@ -300,14 +299,14 @@ def test_memory_under_zero_by_hand():
     sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B))
     p, on = sizes.parameters, {"processes": 8, "on_gpu": True, "accumulates": False}
     bucket = 2 * 500_000_000
-    one, two, three = (held(sizes, Zero(stage, half=True), 2, **on) for stage in (1, 2, 3))
+    stage1, stage2, stage3 = (held(sizes, Zero(stage, half=True), 2, **on) for stage in (1, 2, 3))
     # bfloat16 weights and gradients; the copy in float32 and AdamW's two states are shared out by all stages
-    assert {each.optimizer for each in (one, two, three)} == {(4 + 8) * p / 8}
-    assert one.weights == two.weights == 2 * p
-    assert three.weights == 2 * p / 8 + 2 * 1_000_000_000
-    assert (one.begin, one.end) == (bucket, 2 * p + 2 * bucket)
-    assert (two.begin, two.end) == (bucket, 2 * p / 8 + 2 * bucket)
-    assert (three.begin, three.end) == (2 * p / 8 + bucket + 2 * 50_000_000, (2 + 4) * p / 8 + 2 * bucket)
+    assert {each.optimizer for each in (stage1, stage2, stage3)} == {(4 + 8) * p / 8}
+    assert stage1.weights == stage2.weights == 2 * p
+    assert stage3.weights == 2 * p / 8 + 2 * 1_000_000_000
+    assert (stage1.begin, stage1.end) == (bucket, 2 * p + 2 * bucket)
+    assert (stage2.begin, stage2.end) == (bucket, 2 * p / 8 + 2 * bucket)
+    assert (stage3.begin, stage3.end) == (2 * p / 8 + bucket + 2 * 50_000_000, (2 + 4) * p / 8 + 2 * bucket)
     adds_up = {**on, "accumulates": True}
     assert held(sizes, Zero(2, half=True), 2, **adds_up).begin == 2 * p / 8 + bucket
     assert held(sizes, Zero(1, half=True), 2, **adds_up).begin == 2 * p + bucket
@@ -323,12 +322,12 @@ def test_a_job_under_zero_is_that_of_its_config():
     sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B), lora(r=16))
     row = shapes.row_of(50, 0, 50, 50)
     alone = job(sizes, [row], weight=2, compute=2, on_gpu=True, processes=8)
-    parts = fit.memory_of(replace(alone, zero=Zero(3, half=True)))
-    assert parts["weights"] == 2 * (sizes.parameters + sizes.adapter) / 8 + 2e9
-    assert parts["optimizer"] == 12 * sizes.adapter / 8
-    assert "buckets" not in parts
+    memory = fit.memory_of(replace(alone, zero=Zero(3, half=True)))
+    assert memory["weights"] == 2 * (sizes.parameters + sizes.adapter) / 8 + 2e9
+    assert memory["optimizer"] == 12 * sizes.adapter / 8
+    assert "buckets" not in memory
     # for the reference's pass the model is whole once
-    assert sum(parts.values()) == pytest.approx(2 * (sizes.parameters + sizes.adapter))
+    assert sum(memory.values()) == pytest.approx(2 * (sizes.parameters + sizes.adapter))
     # DeepSpeed rounds the adapter as well, so its inputs are in the type of the weights
     assert fit.row_bytes(replace(alone, zero=Zero(2, half=True)), row) < fit.row_bytes(alone, row)
 
@@ -340,8 +339,8 @@ def test_a_dry_run_tells_the_costs_under_the_launchers_zero(stage, recipe, monke
     planned.args.deepspeed_plugin = SimpleNamespace(deepspeed_config=config, zero_stage=stage)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     costs = estimate(planned)
-    assert {found.zero for found in costs.jobs.values()} == {Zero(stage, half=True)}
-    assert {(found.weight, found.compute, found.mixed) for found in costs.jobs.values()} == {(2, 2, False)}
+    assert {job.zero for job in costs.jobs.values()} == {Zero(stage, half=True)}
+    assert {(job.weight, job.compute, job.mixed) for job in costs.jobs.values()} == {(2, 2, False)}
     config["zero_optimization"]["offload_param"] = {"device": "nvme"}
     assert estimate(planned) == "the formulas do not describe DeepSpeed's offload_param"
 
@@ -358,8 +357,8 @@ def test_a_dry_run_tells_costs(recipe, monkeypatch, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe))
     assert call(monkeypatch, "train", path, "--dry-run") == 0
-    told = capsys.readouterr().out
-    for part in (
+    output = capsys.readouterr().out
+    for text in (
         "# tokens: ",
         "of TRL's padded batch",
         "# work: ",
@@ -369,7 +368,7 @@ def test_a_dry_run_tells_costs(recipe, monkeypatch, tmp_path, capsys):
         "RTX 4090",
         "assume",
     ):
-        assert part in told
+        assert text in output
 
 
 def test_a_mixture_of_experts_has_no_estimate():
@@ -422,12 +421,12 @@ print(json.dumps([sum(fit.memory_of(job).values()), peak - base]))
 MIDDLE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8,
           "vocab_size": 8000}  # fmt: skip
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 64}
-WHOLE_BLOCKS = MIDDLE | {"intermediate_size": 1408, "vocab_size": 32000}
+FULL_BLOCKS = MIDDLE | {"intermediate_size": 1408, "vocab_size": 32000}
 CASES = {
     "full": (MIDDLE, [200, 300, 300], {}),
     "lora": (MIDDLE, [200, 300, 300], {"lora": True}),
     "lora on bfloat16": (MIDDLE, [200, 300, 300], {"lora": True, "dtype": "bfloat16"}),
-    "lora on 4 bits": (WHOLE_BLOCKS, [150, 250, 250], {"lora": True, "quantize": True}),
+    "lora on 4 bits": (FULL_BLOCKS, [150, 250, 250], {"lora": True, "quantize": True}),
     "accumulation": (MIDDLE, [200, 300, 300], {"args": {"gradient_accumulation_steps": 2}}),
     "checkpointing": (MIDDLE, [300, 500, 500], {"args": {"gradient_checkpointing": True}}),
     "unpaired": (
@@ -453,9 +452,9 @@ def test_the_estimate_is_within_a_fifth_of_the_measured_peak(name, tmp_path):
         LlamaForCausalLM(config).save_pretrained(case[key])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", MEASURE, json.dumps(case), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    estimated, measured = json.loads(done.stdout.splitlines()[-1])
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    estimated, measured = json.loads(result.stdout.splitlines()[-1])
     print(f"{name}: estimate / measured peak = {estimated / measured:.3f} of {measured / 2**20:.0f} MiB")
     assert estimated == pytest.approx(measured, rel=0.2)
 
@@ -471,15 +470,15 @@ def test_a_dry_run_plans_for_other_machines_and_refuses_this_one_in_a_line(recip
         shapes, "this_machine", lambda: Device("this machine: CPU", 1000, 1e9, is_gpu=False, reserved=0)
     )
     assert call(monkeypatch, "train", path, "--dry-run", "--processes", "8") == 2
-    told, refused = capsys.readouterr()
-    for part in (
+    output, refused = capsys.readouterr()
+    for text in (
         " on 8 processes",
         "FLOPs, in each of 8 processes",
         "this machine: CPU",
         "does NOT fit",
         "H100 80GB: ",
     ):
-        assert part in told
+        assert text in output
     assert refused.startswith("error: the run needs about ")
     assert refused.count("\n") == 1
     assert not (tmp_path / "run").exists()

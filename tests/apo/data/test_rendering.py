@@ -45,7 +45,7 @@ def letters(template: str | None = CHATML, eos: str = "<|end|>", merged: str = "
     """A tokenizer of single bytes, and of two letters merged, that can write any text, with control tokens."""
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *([merged] if merged else [])]
     merges = [(merged[0], merged[1])] if merged else []
-    raw = Tokenizer(models.BPE({token: at for at, token in enumerate(tokens)}, merges))
+    raw = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     raw.add_special_tokens(MARKS)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=eos, pad_token="<|pad|>")
@@ -69,9 +69,11 @@ def pair(chosen="Pear.", rejected="Chair.", prompt="Name a fruit.", **more):
     return {key: [turn(roles[key], text)] if isinstance(text, str) else text for key, text in row.items()} | more
 
 
-def encoded(row, tokenizer=None, ends=()):
+def encoded(row, tokenizer=None, end_tokens=()):
     tokenizer = tokenizer or letters()
-    return encode(row, tokenizer, sorted(tokenizer.convert_tokens_to_ids(list(ends)) or [tokenizer.eos_token_id]), None)
+    return encode(
+        row, tokenizer, sorted(tokenizer.convert_tokens_to_ids(list(end_tokens)) or [tokenizer.eos_token_id]), None
+    )
 
 
 def noted(row):
@@ -94,21 +96,21 @@ def trained(row, side, tokenizer=None):
 
 
 def refusal(row, template=CHATML):
-    found = encoded(row, letters(template))["_verdict"]
-    assert found, "not refused"
-    assert "\n" not in found
-    return found
+    verdict = encoded(row, letters(template))["_verdict"]
+    assert verdict, "not refused"
+    assert "\n" not in verdict
+    return verdict
 
 
 # ---- what is trained
 
 
 def test_a_single_turn_has_no_mask_and_ends_with_its_end_of_turn():
-    found = encoded(pair())
-    assert trained(found, "chosen") == ["Pear.<|end|>"]
-    assert found["chosen_mask"] == found["rejected_mask"] == []
-    assert not found["_verdict"]
-    assert not noted(found)
+    encoding = encoded(pair())
+    assert trained(encoding, "chosen") == ["Pear.<|end|>"]
+    assert encoding["chosen_mask"] == encoding["rejected_mask"] == []
+    assert not encoding["_verdict"]
+    assert not noted(encoding)
 
 
 def test_of_several_turns_the_assistants_are_trained_and_no_others():
@@ -120,23 +122,23 @@ def test_of_several_turns_the_assistants_are_trained_and_no_others():
         turn("user", "Sure?"),
         turn("assistant", "Yes."),
     ]
-    found = encoded(pair(chosen, "Hot."), letters(TOOLS))
-    assert not found["_verdict"]
-    assert trained(found, "chosen") == [
+    encoding = encoded(pair(chosen, "Hot."), letters(TOOLS))
+    assert not encoding["_verdict"]
+    assert trained(encoding, "chosen") == [
         '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call><|end|>', "Cold.<|end|>", "Yes.<|end|>",
     ]  # fmt: skip
-    assert trained(found, "rejected") == ["Hot.<|end|>"]
-    whole = letters().decode(found["chosen_ids"])
-    assert "<|start|>tool\n4 degrees<|end|>" in whole
-    assert whole.endswith("Yes.<|end|>")
+    assert trained(encoding, "rejected") == ["Hot.<|end|>"]
+    text = letters().decode(encoding["chosen_ids"])
+    assert "<|start|>tool\n4 degrees<|end|>" in text
+    assert text.endswith("Yes.<|end|>")
 
 
 def test_a_mask_is_there_for_unpaired_rows_too():
     row = {"prompt": [turn("user", "Hi")], "label": False}
     row["completion"] = [turn("assistant", "Yes?"), turn("user", "Bye"), turn("assistant", "Ciao")]
-    found = encoded(row)
-    assert found["chosen_ids"] == found["chosen_mask"] == []
-    assert trained(found, "rejected") == ["Yes?<|end|>", "Ciao<|end|>"]
+    encoding = encoded(row)
+    assert encoding["chosen_ids"] == encoding["chosen_mask"] == []
+    assert trained(encoding, "rejected") == ["Yes?<|end|>", "Ciao<|end|>"]
 
 
 def test_a_row_is_rendered_again_where_the_templates_clock_has_ticked(monkeypatch):
@@ -144,10 +146,10 @@ def test_a_row_is_rendered_again_where_the_templates_clock_has_ticked(monkeypatc
     clock = "<|start|>system\n{{ strftime_now('%H:%M') }}<|end|>\n" + CHATML
     tokenizer, apply = letters(clock), PreTrainedTokenizerFast.apply_chat_template
 
-    def at_that_time(self, *args, **options):
+    def with_clock(self, *args, **options):
         return re.sub(r"\d\d:\d\d", next(times), apply(self, *args, **options))
 
-    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.apply_chat_template", at_that_time)
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.apply_chat_template", with_clock)
     row = encoded(pair(), tokenizer)
     assert trained(row, "chosen", tokenizer) == ["Pear.<|end|>"]
     assert "12:01" in tokenizer.decode(row["prompt_ids"])
@@ -165,38 +167,40 @@ def test_an_answer_without_text_is_noted():
 
 
 def test_a_begun_turn_at_the_end_of_a_prompt_goes_on_in_the_answer():
-    found = encoded(pair(" pear.", " chair.", [turn("user", "A fruit?"), turn("assistant", "It is a")]))
-    assert letters().decode(found["prompt_ids"]).endswith("<|start|>assistant\nIt is a")
-    assert trained(found, "chosen") == [" pear.<|end|>"]
-    assert noted(found) == ["begun"]
+    encoding = encoded(pair(" pear.", " chair.", [turn("user", "A fruit?"), turn("assistant", "It is a")]))
+    assert letters().decode(encoding["prompt_ids"]).endswith("<|start|>assistant\nIt is a")
+    assert trained(encoding, "chosen") == [" pear.<|end|>"]
+    assert noted(encoding) == ["begun"]
 
 
 def test_the_text_of_a_control_token_is_encoded_as_text():
     tokenizer = letters()
     end, start = tokenizer.convert_tokens_to_ids(["<|end|>", "<|start|>"])
-    said = "The mark <|end|> ends a turn; <|start|> begins one."
-    found = encoded(pair(said, prompt="What is <|end|>?"), tokenizer)
-    assert not found["_verdict"]
-    assert noted(found) == ["marks"]
-    assert found["chosen_ids"].count(end) == 1
-    assert found["chosen_ids"][-1] == end
-    assert start not in found["chosen_ids"]
-    assert trained(found, "chosen") == [said + "<|end|>"]
-    assert (found["prompt_ids"].count(end), found["prompt_ids"].count(start)) == (1, 2)
+    answer = "The mark <|end|> ends a turn; <|start|> begins one."
+    encoding = encoded(pair(answer, prompt="What is <|end|>?"), tokenizer)
+    assert not encoding["_verdict"]
+    assert noted(encoding) == ["marks"]
+    assert encoding["chosen_ids"].count(end) == 1
+    assert encoding["chosen_ids"][-1] == end
+    assert start not in encoding["chosen_ids"]
+    assert trained(encoding, "chosen") == [answer + "<|end|>"]
+    assert (encoding["prompt_ids"].count(end), encoding["prompt_ids"].count(start)) == (1, 2)
 
 
 def test_in_rows_of_plain_text_a_mark_is_text_unless_the_prompt_has_been_rendered():
     tokenizer = letters()
     (end,) = tokenizer.convert_tokens_to_ids(["<|end|>"])
-    found = encoded({"prompt": "Ends? ", "chosen": "<|end|> and <|start|> ", "rejected": "None.<|end|>\n"}, tokenizer)
-    assert trained(found, "chosen") == ["<|end|> and <|start|> <|end|>"]
-    assert (found["chosen_ids"].count(end), found["chosen_ids"][-1], noted(found)) == (1, end, ["marks"])
-    assert trained(found, "rejected") == ["None.<|end|>"]
-    assert found["rejected_ids"].count(end) == 1
+    encoding = encoded(
+        {"prompt": "Ends? ", "chosen": "<|end|> and <|start|> ", "rejected": "None.<|end|>\n"}, tokenizer
+    )
+    assert trained(encoding, "chosen") == ["<|end|> and <|start|> <|end|>"]
+    assert (encoding["chosen_ids"].count(end), encoding["chosen_ids"][-1], noted(encoding)) == (1, end, ["marks"])
+    assert trained(encoding, "rejected") == ["None.<|end|>"]
+    assert encoding["rejected_ids"].count(end) == 1
     prompt = "<|start|>user\nHi<|end|>\n<|start|>assistant\n"
-    found = encoded({"prompt": prompt, "chosen": "Yes<|end|>\n", "rejected": "No"}, tokenizer)
-    assert found["prompt_ids"].count(end) == 1
-    assert [trained(found, side) for side in ("chosen", "rejected")] == [["Yes<|end|>"], ["No<|end|>"]]
+    encoding = encoded({"prompt": prompt, "chosen": "Yes<|end|>\n", "rejected": "No"}, tokenizer)
+    assert encoding["prompt_ids"].count(end) == 1
+    assert [trained(encoding, side) for side in ("chosen", "rejected")] == [["Yes<|end|>"], ["No<|end|>"]]
     assert "ends with the end of turn twice" in refusal(
         {"prompt": "Hi ", "chosen": "a<|end|> <|end|>", "rejected": "b"}
     )
@@ -205,65 +209,65 @@ def test_in_rows_of_plain_text_a_mark_is_text_unless_the_prompt_has_been_rendere
 def test_rows_without_such_marks_have_the_ids_that_the_template_gives():
     tokenizer = letters(TOOLS)
     row = pair([turn("assistant", None, tool_calls=[call("look", {"x": "é ☂"})])], tools=[{"name": "look"}])
-    found = encoded(row, tokenizer)
+    encoding = encoded(row, tokenizer)
     for side in ("chosen", "rejected"):
         ids = tokenizer.apply_chat_template(row["prompt"] + row[side], tools=row["tools"], return_dict=True)[
             "input_ids"
         ]
-        assert found["prompt_ids"] + found[f"{side}_ids"] == ids[:-1]  # ChatML's line break
+        assert encoding["prompt_ids"] + encoding[f"{side}_ids"] == ids[:-1]  # ChatML's line break
 
 
 # ---- families whose templates end answers in their own way
 
 
 def test_an_end_of_the_whole_text_after_the_end_of_turn_is_the_templates():
-    found = encoded(pair(), letters(PHI, "<|text_end|>"), ["<|end|>", "<|text_end|>"])
-    assert not found["_verdict"]
-    assert trained(found, "chosen") == ["Pear.<|end|>"]
+    encoding = encoded(pair(), letters(PHI, "<|text_end|>"), ["<|end|>", "<|text_end|>"])
+    assert not encoding["_verdict"]
+    assert trained(encoding, "chosen") == ["Pear.<|end|>"]
 
 
 def test_a_template_that_writes_no_end_gets_the_token_that_generation_stops_at():
-    found = encoded(pair(), letters(GLM, "<|text_end|>"), ["<|text_end|>", "<|user|>", "<|tool|>"])
-    assert trained(found, "chosen") == ["Pear.<|user|>"]
-    assert noted(found) == ["no_end"]
+    encoding = encoded(pair(), letters(GLM, "<|text_end|>"), ["<|text_end|>", "<|user|>", "<|tool|>"])
+    assert trained(encoding, "chosen") == ["Pear.<|user|>"]
+    assert noted(encoding) == ["no_end"]
     turns = [turn("assistant", "Wait."), turn("tool", "4"), turn("assistant", "Four.")]
-    found = encoded(pair(turns), letters(GLM, "<|text_end|>"), ["<|text_end|>", "<|user|>", "<|tool|>"])
-    assert trained(found, "chosen") == ["Wait.<|tool|>", "Four.<|user|>"]
+    encoding = encoded(pair(turns), letters(GLM, "<|text_end|>"), ["<|text_end|>", "<|user|>", "<|tool|>"])
+    assert trained(encoding, "chosen") == ["Wait.<|tool|>", "Four.<|user|>"]
 
 
 def test_what_follows_a_tool_call_ends_it_and_thoughts_that_a_later_turn_takes_away_do_not_matter():
-    ends = ["<|text_end|>", "<|user|>", "<|tool|>"]
+    end_tokens = ["<|text_end|>", "<|user|>", "<|tool|>"]
     written = "{% for c in m.get('tool_calls', []) %}{{ c['function'] | tojson }}{% endfor %}{% endfor %}{% if"
     calls = GLM.replace("{% endfor %}{% if", written)
-    found = encoded(
-        pair([turn("assistant", "", tool_calls=[call("look", {"x": 1})])]), letters(calls, "<|text_end|>"), ends
+    encoding = encoded(
+        pair([turn("assistant", "", tool_calls=[call("look", {"x": 1})])]), letters(calls, "<|text_end|>"), end_tokens
     )
-    assert trained(found, "chosen") == ['{"name": "look", "arguments": {"x": 1}}<|tool|>']
+    assert trained(encoding, "chosen") == ['{"name": "look", "arguments": {"x": 1}}<|tool|>']
     last_only = GLM.replace("m['content'] }}", "m['content'] if loop.last else m['content'].split('</think>')[-1] }}")
-    found = encoded(pair("<think>hm</think>Pear."), letters(last_only, "<|text_end|>"), ends)
-    assert trained(found, "chosen") == ["<think>hm</think>Pear.<|user|>"]
+    encoding = encoded(pair("<think>hm</think>Pear."), letters(last_only, "<|text_end|>"), end_tokens)
+    assert trained(encoding, "chosen") == ["<think>hm</think>Pear.<|user|>"]
 
 
 def test_a_turn_within_an_answer_that_ends_otherwise_than_the_last_is_trained_without_its_end():
     harmony = CHATML.replace("<|end|>", "{{ '<|end|>' if loop.last or m.role != 'assistant' else '<|call|>' }}")
     turns = [turn("assistant", "Where?"), turn("user", "Oslo"), turn("assistant", "Cold.")]
-    found = encoded(pair(turns), letters(harmony))
-    assert trained(found, "chosen") == ["Where?", "Cold.<|end|>"]
-    assert noted(found) == ["inner_end"]
+    encoding = encoded(pair(turns), letters(harmony))
+    assert trained(encoding, "chosen") == ["Where?", "Cold.<|end|>"]
+    assert noted(encoding) == ["inner_end"]
 
 
 def test_a_template_that_writes_no_end_gets_the_end_of_text_where_generation_stops_at_nothing_else():
-    found = encoded(pair(), letters(GLM, "<|text_end|>"))
-    assert trained(found, "chosen") == ["Pear.<|text_end|>"]
+    encoding = encoded(pair(), letters(GLM, "<|text_end|>"))
+    assert trained(encoding, "chosen") == ["Pear.<|text_end|>"]
 
 
 # ---- what the template leaves out
 
 
 def test_a_tool_call_that_the_template_leaves_out_is_refused():
-    told = refusal(pair([turn("assistant", "", tool_calls=[call("weather", {"city": "Oslo"})])]))
-    assert "leaves out a tool call of 'chosen'" in told
-    assert "weather, city, Oslo" in told
+    message = refusal(pair([turn("assistant", "", tool_calls=[call("weather", {"city": "Oslo"})])]))
+    assert "leaves out a tool call of 'chosen'" in message
+    assert "weather, city, Oslo" in message
 
 
 def test_an_answers_thoughts_that_the_template_leaves_out_are_noted():
@@ -276,17 +280,17 @@ def test_an_answers_thoughts_that_the_template_leaves_out_are_noted():
 
 def test_a_thought_that_goes_on_where_the_prompt_ends_is_not_left_out():
     begins = CHATML.replace("<|start|>assistant\n{% endif %}", "<|start|>assistant\n<think>\n{% endif %}")
-    found = encoded(pair("<think>\nhm\n</think>12", "<think>\nno\n</think>13"), letters(begins))
-    assert noted(found) == []
-    assert trained(found, "chosen") == ["hm\n</think>12<|end|>"]
-    found = encoded(pair("<b>12</b>", "13"), letters(NO_THOUGHTS))
-    assert (found["_verdict"], noted(found)) == ("", ["parted"])
+    encoding = encoded(pair("<think>\nhm\n</think>12", "<think>\nno\n</think>13"), letters(begins))
+    assert noted(encoding) == []
+    assert trained(encoding, "chosen") == ["hm\n</think>12<|end|>"]
+    encoding = encoded(pair("<b>12</b>", "13"), letters(NO_THOUGHTS))
+    assert (encoding["_verdict"], noted(encoding)) == ("", ["parted"])
 
 
 def test_earlier_thoughts_and_tools_that_the_template_leaves_out_are_noted():
     prompt = [turn("user", "3*4?"), turn("assistant", "<think>easy</think>12"), turn("user", "And 5*4?")]
-    found = encoded(pair("20", "24", prompt), letters(NO_THOUGHTS))
-    assert noted(found) == ["parted", "prompt_thoughts"]
+    encoding = encoded(pair("20", "24", prompt), letters(NO_THOUGHTS))
+    assert noted(encoding) == ["parted", "prompt_thoughts"]
     assert noted(encoded(pair(tools=[{"name": "look"}]))) == ["tools"]
     assert noted(encoded(pair(tools=json.dumps([{"name": "look"}])), letters(TOOLS))) == []
 
@@ -305,8 +309,8 @@ def test_other_keys_of_messages_that_the_template_leaves_out_are_noted_by_their_
 
 def test_prompts_and_answers_that_the_template_leaves_out_are_noted_and_refused():
     deaf = "{% for m in messages if m['role'] != 'system' %}" + CHATML.split("%}", 1)[1]
-    found = encoded(pair(prompt=[turn("system", "Be kind."), turn("user", "Hi")]), letters(deaf))
-    assert noted(found) == ["prompt_text"]
+    encoding = encoded(pair(prompt=[turn("system", "Be kind."), turn("user", "Hi")]), letters(deaf))
+    assert noted(encoding) == ["prompt_text"]
     mute = CHATML.replace("{{ m['content'] or '' }}", "{{ m['content'] if m['role'] == 'user' else '' }}")
     assert "leaves out text of 'chosen': 'Pear.'" in refusal(pair(), mute)
 
@@ -315,22 +319,22 @@ def test_prompts_and_answers_that_the_template_leaves_out_are_noted_and_refused(
 @pytest.mark.parametrize("written", ["m['content'] | trim", "m['content'] | tojson"])
 def test_text_that_is_trimmed_or_escaped_is_not_left_out(text, written):
     template = CHATML.replace("m['content'] or ''", written)
-    found = encoded(pair("x" + text, "y" + text, [turn("user", text)]), letters(template))
-    assert not found["_verdict"]
-    assert not noted(found)
+    encoding = encoded(pair("x" + text, "y" + text, [turn("user", text)]), letters(template))
+    assert not encoding["_verdict"]
+    assert not noted(encoding)
 
 
 def test_arguments_come_as_the_template_takes_them():
     """JSON text, as OpenAI has it, is written as an object by templates that write JSON, and as text by the others."""
     want = '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call><|end|>'
     for arguments in ({"city": "Oslo"}, '{"city": "Oslo"}'):
-        found = encoded(pair([turn("assistant", "", tool_calls=[call("weather", arguments)])]), letters(TOOLS))
-        assert trained(found, "chosen") == [want]
+        encoding = encoded(pair([turn("assistant", "", tool_calls=[call("weather", arguments)])]), letters(TOOLS))
+        assert trained(encoding, "chosen") == [want]
         joins = TOOLS.replace(
             "{{ c['function'] | tojson }}", "{{ c['function']['name'] + c['function']['arguments'] }}"
         )
-        found = encoded(pair([turn("assistant", None, tool_calls=[call("weather", arguments)])]), letters(joins))
-        assert trained(found, "chosen") == ['<call>weather{"city": "Oslo"}</call><|end|>']
+        encoding = encoded(pair([turn("assistant", None, tool_calls=[call("weather", arguments)])]), letters(joins))
+        assert trained(encoding, "chosen") == ['<call>weather{"city": "Oslo"}</call><|end|>']
 
 
 def test_keys_that_arrow_pads_with_null_are_not_trained():
@@ -341,10 +345,10 @@ def test_keys_that_arrow_pads_with_null_are_not_trained():
              tools=[{"name": "stock", "parameters": {"properties": {"ticker": {"type": "string"}}}}]),
     ]  # fmt: skip
     tokenizer = letters(TOOLS)
-    found = tokenize(Dataset.from_list(rows), tokenizer, None, eos_ids(tokenizer)).dataset
-    for row in found:
+    tokenized = tokenize(Dataset.from_list(rows), tokenizer, None, eos_ids(tokenizer)).dataset
+    for row in tokenized:
         assert "null" not in tokenizer.decode(row["prompt_ids"] + row["chosen_ids"])
-    assert '"arguments": {"city": "Oslo"}' in tokenizer.decode(found[0]["chosen_ids"])
+    assert '"arguments": {"city": "Oslo"}' in tokenizer.decode(tokenized[0]["chosen_ids"])
 
 
 # ---- what is refused, by row
@@ -376,15 +380,15 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_row_that_cannot_be_trained_is_refused_in_its_own_words(case):
-    row, words = REFUSED[case]
-    assert words in refusal(row)
+    row, reason = REFUSED[case]
+    assert reason in refusal(row)
 
 
 def test_a_text_prompt_of_which_no_token_is_left_is_refused():
     row = {"prompt": "Q", "chosen": "A", "rejected": "B"}
-    words = r"row 1: no token of the prompt is left, .* \('QA'\); begin the answers with a space or a line break"
+    reason = r"row 1: no token of the prompt is left, .* \('QA'\); begin the answers with a space or a line break"
     tokenizer = letters(merged="QA")
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=reason):
         tokenize(Dataset.from_list([row | {"prompt": "P"}, row]), tokenizer, None, eos_ids(tokenizer))
 
 
@@ -403,8 +407,8 @@ def test_what_is_only_like_a_rendered_text_or_json_messages_is_trained():
 
 def test_a_text_that_this_template_has_been_applied_to_is_refused_in_any_family():
     granite = CHATML.replace("<|start|>", "<|call|>").replace("\n{{", "<|tool|>{{")
-    told = refusal(pair(prompt="<|call|>user<|tool|>Hi<|end|>\n<|call|>assistant<|tool|>"), granite)
-    assert "message 1 of 'prompt' begins with '<|call|>user<|tool|>': a chat template has already" in told
+    message = refusal(pair(prompt="<|call|>user<|tool|>Hi<|end|>\n<|call|>assistant<|tool|>"), granite)
+    assert "message 1 of 'prompt' begins with '<|call|>user<|tool|>': a chat template has already" in message
 
 
 @pytest.mark.parametrize(
@@ -419,7 +423,7 @@ def test_a_text_that_another_familys_template_has_been_applied_to_is_refused(tex
 
 
 @pytest.mark.parametrize(
-    ("template", "words"),
+    ("template", "reason"),
     [
         (PICKY, "the chat template does not take the turns system, user: no system turn, please"),
         ("{{ messages.append('x') }}" + CHATML, "the chat template does not take the turns system, user: "),
@@ -428,12 +432,12 @@ def test_a_text_that_another_familys_template_has_been_applied_to_is_refused(tex
     ],
     ids=["its own", "sandbox", "undefined", "syntax"],
 )
-def test_what_a_template_raises_is_one_line_with_the_row(template, words):
+def test_what_a_template_raises_is_one_line_with_the_row(template, reason):
     row = pair(prompt=[turn("system", "Be kind."), turn("user", "Hi")])
     tokenizer = letters(template)
     with pytest.raises(UserError) as error:
         tokenize(Dataset.from_list([row] * 2), tokenizer, None, eos_ids(tokenizer))
-    assert words in str(error.value)
+    assert reason in str(error.value)
     assert str(error.value).startswith("train dataset, 2 of 2 rows; first row 0: ")
     assert "\n" not in str(error.value)
 
@@ -445,9 +449,9 @@ def test_a_stream_of_rows_is_encoded_as_a_dataset_is():
     )
     arguments = {"tokenizer": tokenizer, "ends": [tokenizer.eos_token_id], "max_length": None}
     stream = list(IterableDataset.from_generator(lambda: iter(rows)).map(encode, fn_kwargs=arguments))
-    whole = tokenize(Dataset.from_list(rows), tokenizer, None, eos_ids(tokenizer)).dataset
+    dataset = tokenize(Dataset.from_list(rows), tokenizer, None, eos_ids(tokenizer)).dataset
     for column in ("prompt_ids", "chosen_ids", "rejected_ids", "rejected_mask"):
-        assert [row[column] for row in stream] == whole[column][:]
+        assert [row[column] for row in stream] == dataset[column][:]
 
 
 def test_notes_say_how_many_rows_they_are_about_and_which_is_the_first():
@@ -518,11 +522,11 @@ def test_only_a_template_that_writes_a_date_is_tokenised_again_for_another_day()
         tokenizer = letters(template)
         return tokenize(Dataset.from_list([pair()] * 2), tokenizer, None, eos_ids(tokenizer), day=day).dataset
 
-    one, other = (cached(CHATML, day)._fingerprint for day in ("2024-02-29", "2024-03-01"))
-    assert one == other
-    one, other = (cached(DATED, day) for day in ("2024-02-29", "2024-03-01"))
-    assert one._fingerprint != other._fingerprint
-    assert one["prompt_ids"][:] != other["prompt_ids"][:]
+    first, second = (cached(CHATML, day)._fingerprint for day in ("2024-02-29", "2024-03-01"))
+    assert first == second
+    first, second = (cached(DATED, day) for day in ("2024-02-29", "2024-03-01"))
+    assert first._fingerprint != second._fingerprint
+    assert first["prompt_ids"][:] != second["prompt_ids"][:]
 
 
 def test_a_row_alone_and_in_a_dataset_has_the_same_ids():
@@ -545,8 +549,8 @@ def test_a_row_alone_and_in_a_dataset_has_the_same_ids():
         {key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()} for row in rows
     ]
     texts = [dict.fromkeys(key for row in rows for key in row) | row for row in texts]
-    done = tokenize(Dataset.from_list(texts), tokenizer, None, eos_ids(tokenizer)).dataset
-    for row, ids in zip(rows, done, strict=True):
+    dataset = tokenize(Dataset.from_list(texts), tokenizer, None, eos_ids(tokenizer)).dataset
+    for row, ids in zip(rows, dataset, strict=True):
         alone = encode(row, tokenizer, sorted(eos_ids(tokenizer)), None)
         assert not alone["_verdict"]
         for name in (*ID_COLUMNS, "chosen_mask", "rejected_mask"):

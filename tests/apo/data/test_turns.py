@@ -18,9 +18,8 @@ from apo.data.tokenize import eos_ids, tokenize
 from apo.evaluation.pairs import compare_models
 from apo.monitoring.metrics import token_counts
 from apo.monitoring.token_diagnostics import Probe
-from apo.packing.batch import TurnCollator, uncollate
-from apo.packing.layout import pack_pairs
-from apo.packing.logps import plain_logps
+from apo.packing.logps import TurnCollator, plain_logps, uncollate
+from apo.packing.packed_model import pack_pairs
 from apo.training.preflight import check_before_training
 from apo.training.reference import chunk_key
 from tests.apo.conftest import NUMBERS, WORDS, make_model, make_pairs
@@ -31,14 +30,14 @@ def conversations(n: int = 12, seed: int = 1) -> list[dict]:
     """Pairs of which two in three have turns of tools and users in an answer."""
     rng = random.Random(seed)
 
-    def words() -> str:
+    def phrase() -> str:
         return " ".join(rng.choices(WORDS, k=rng.randint(1, 5)))
 
     rows = make_pairs(n, seed)
     for number, row in enumerate(rows):
         for side in (("chosen",), ("chosen", "rejected"), ())[number % 3]:
-            other = {"role": rng.choice(["user", "tool"]), "content": f"{rng.choice(NUMBERS)} {words()}"}
-            row[side] = [*row[side], other, {"role": "assistant", "content": words()}]
+            extra = {"role": rng.choice(["user", "tool"]), "content": f"{rng.choice(NUMBERS)} {phrase()}"}
+            row[side] = [*row[side], extra, {"role": "assistant", "content": phrase()}]
     return rows
 
 
@@ -53,8 +52,8 @@ def test_the_models_own_tokens_are_trained_and_no_others(tmp_path, tokenizer, ta
     batch = trainer.data_collator(rows)
     for number, (ids, mask) in enumerate(zip(batch["input_ids"], batch["completion_mask"].bool(), strict=True)):
         source = talks[number % 12]["chosen" if number < 12 else "rejected"]
-        said = [[*turn["content"].split(), "<|end|>"] for turn in source if turn["role"] == "assistant"]
-        assert tokenizer.decode(ids[mask]).split() == [word for words in said for word in words]
+        expected = [[*turn["content"].split(), "<|end|>"] for turn in source if turn["role"] == "assistant"]
+        assert tokenizer.decode(ids[mask]).split() == [word for turn in expected for word in turn]
     assert uncollate(batch) == [
         {key: row[key] for key in row if key.endswith("_ids") or (key.endswith("_mask") and row[key])}
         for row in ({key: row[key] for key in sorted(row)} for row in rows)
@@ -67,9 +66,9 @@ def test_a_run_is_trls_on_the_same_completion_mask(tmp_path, tokenizer, talks, m
         def _prepare_dataset(self, dataset, *_):
             return dataset
 
-    done = tokenize(talks, tokenizer, None, eos_ids(tokenizer)).dataset
+    dataset = tokenize(talks, tokenizer, None, eos_ids(tokenizer)).dataset
     stock = Masked(
-        model=str(model_dir), train_dataset=done, processing_class=tokenizer,
+        model=str(model_dir), train_dataset=dataset, processing_class=tokenizer,
         data_collator=TurnCollator(DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)),
         args=DPOConfig(
             **options(tmp_path), loss_type=theirs, use_cpu=True, bf16=False, gradient_checkpointing=False,
@@ -102,10 +101,10 @@ def test_a_real_model_trains_its_own_turns_packed_as_padded(tmp_path, real_model
                               max_steps=2, learning_rate=2e-3, per_device_train_batch_size=2)  # fmt: skip
         check_before_training(trainer)
         row = trainer.train_dataset[0]
-        said = tokenizer.decode(
-            [token for token, kept in zip(row["chosen_ids"], row["chosen_mask"], strict=True) if kept]
+        text = tokenizer.decode(
+            [token for token, is_trained in zip(row["chosen_ids"], row["chosen_mask"], strict=True) if is_trained]
         )
-        assert said == "I look it up: weather(Oslo)<|im_end|>It is 4 degrees in Oslo today.<|im_end|>"
+        assert text == "I look it up: weather(Oslo)<|im_end|>It is 4 degrees in Oslo today.<|im_end|>"
         assert "<|im_start|>tool\n4 degrees <|im_end|><|im_end|>" in tokenizer.decode(row["chosen_ids"])
         runs.append(trained(trainer))
     assert runs[0][0][0] - runs[0][0][-1] > 0.02
@@ -123,10 +122,10 @@ def test_packed_rows_train_as_the_padded_batch(tmp_path, tokenizer, talks, refer
     assert not padded.is_packed
     check_before_training(packed)
     check_before_training(padded)
-    one = trained(packed)
-    assert one[0][-1] < one[0][0]
-    assert_same_run(one, trained(padded))
-    assert_same_run(one, trained(cut))
+    actual = trained(packed)
+    assert actual[0][-1] < actual[0][0]
+    assert_same_run(actual, trained(padded))
+    assert_same_run(actual, trained(cut))
 
 
 def test_the_loss_is_that_of_the_plain_log_probs_of_the_trained_tokens(tmp_path, tokenizer, talks):
@@ -134,12 +133,12 @@ def test_the_loss_is_that_of_the_plain_log_probs_of_the_trained_tokens(tmp_path,
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(12)])
     trainer.train()
     torch.manual_seed(0)
-    before = plain_logps(make_model(), batch)
+    plain = plain_logps(make_model(), batch)
     masked = [sum(row["chosen_mask"] or [1] * len(row["chosen_ids"])) for row in trainer.train_dataset]
-    assert before.chosen_len.tolist() == masked
+    assert plain.chosen_len.tolist() == masked
     first, second = (row for row in trainer.state.log_history if "grad_norm" in row)
-    assert first["logps/chosen"] == pytest.approx(before.chosen.mean().item(), abs=1e-4)
-    assert first["lengths/chosen"] == pytest.approx(before.chosen_len.float().mean().item())
+    assert first["logps/chosen"] == pytest.approx(plain.chosen.mean().item(), abs=1e-4)
+    assert first["lengths/chosen"] == pytest.approx(plain.chosen_len.float().mean().item())
     assert second["loss"] < first["loss"]
 
 
@@ -166,8 +165,8 @@ def test_rows_of_one_turn_have_no_masks_and_the_batches_they_had(tmp_path, token
     assert not {"chosen_mask", "rejected_mask"} & set(trainer.train_dataset.column_names)
     rows = [trainer.train_dataset[row] for row in range(4)]
     assert isinstance(trainer.data_collator, TurnCollator)
-    one, other = trainer.data_collator(rows), trainer.data_collator.pad(rows)
-    assert all(torch.equal(one[key], other[key]) for key in other)
+    packed, padded = trainer.data_collator(rows), trainer.data_collator.pad(rows)
+    assert all(torch.equal(packed[key], padded[key]) for key in padded)
 
 
 PAIR = {
@@ -177,9 +176,9 @@ PAIR = {
 
 
 def test_a_mask_is_part_of_what_is_cached_and_of_what_a_resumed_run_compares():
-    whole = {**PAIR, "chosen_mask": []}
+    empty = {**PAIR, "chosen_mask": []}
     bare = {key: value for key, value in PAIR.items() if "mask" not in key}
-    assert chunk_key([], [whole]) == chunk_key([], [bare]) != chunk_key([], [PAIR])
+    assert chunk_key([], [empty]) == chunk_key([], [bare]) != chunk_key([], [PAIR])
     prints = [hash_pairs(Dataset.from_list([row])) for row in (PAIR, {**PAIR, "chosen_mask": [1] * 8}, bare)]
     assert len(set(prints)) == 3
 
@@ -198,17 +197,17 @@ def test_what_is_measured_of_pairs_is_measured_of_trained_tokens(tmp_path, token
     ids = torch.tensor([[*PAIR["prompt_ids"], *PAIR["chosen_ids"]]])
     with torch.no_grad():
         logps = model(ids).logits[0, 2:-1].log_softmax(-1).gather(-1, ids[0, 3:, None])[:, 0]
-    kept = logps[torch.tensor(PAIR["chosen_mask"]).bool()]
-    ((_, found),) = compare_models(model, lambda: nullcontext(model), [PAIR], 100)
-    assert found.chosen.tokens == 6
-    assert found.chosen.shared_tokens == 3
-    assert found.chosen.reference == pytest.approx(kept.sum().item(), abs=1e-4)
+    trained = logps[torch.tensor(PAIR["chosen_mask"]).bool()]
+    ((_, comparison),) = compare_models(model, lambda: nullcontext(model), [PAIR], 100)
+    assert comparison.chosen.tokens == 6
+    assert comparison.chosen.shared_tokens == 3
+    assert comparison.chosen.reference == pytest.approx(trained.sum().item(), abs=1e-4)
     trainer = apo_trainer(tmp_path, tokenizer, Dataset.from_list(make_pairs(4)))
     view = Probe(trainer, [PAIR]).before
-    torch.testing.assert_close(view.tokens[0], kept, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(view.tokens[0], trained, rtol=1e-4, atol=1e-4)
     assert [len(tokens) for tokens in view.tokens] == [6, 3]
     *_, sums = head_gradients(model, [PAIR])
-    assert sums.chosen.item() == pytest.approx(kept.sum().item(), abs=1e-4)
+    assert sums.chosen.item() == pytest.approx(trained.sum().item(), abs=1e-4)
     assert sums.chosen_len.tolist() == [6]
 
 

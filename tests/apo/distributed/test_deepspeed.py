@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.apo.conftest import apart, make_pairs
-from tests.apo.distributed.test_torchrun import PAIRS, ROOT, TRAINER, ended, launched
+from tests.apo.distributed.test_torchrun import PAIRS, ROOT, TRAINER, launched, outcome
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,7 +46,7 @@ def start(stage, folder, out, model_dir, data, precision="no", lora=False, **tra
 
 
 def run(*asked, **options):
-    code, told = ended(start(*asked, **options))
+    code, told = outcome(start(*asked, **options))
     assert "batches padded" not in told
     return code, told
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from apo.evaluation.pairs import (
-    MeasuredPair,
+    Measured,
     PairsConfig,
     Response,
     compare_models,
-    evaluate_pairs,
-    pairs_config,
+    config_of,
+    evaluate,
     summary,
 )
 from apo.packing.logps import response_logps
@@ -40,13 +40,13 @@ def dataset(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
     rows = make_pairs(26)
     rows[25]["prompt"] = rows[24]["prompt"]
-    for name, part in {"train": rows[:16], "test": rows[16:]}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    for name, split_rows in {"train": rows[:16], "test": rows[16:]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in split_rows))
     return folder
 
 
 def measured(pairs: Path, out: Path, **changes: object) -> dict:
-    return evaluate_pairs(PairsConfig(**{"dataset": str(pairs), "out": str(out), "batch_tokens": 150, **changes}))
+    return evaluate(PairsConfig(**{"dataset": str(pairs), "out": str(out), "batch_tokens": 150, **changes}))
 
 
 # ---- by pencil
@@ -60,31 +60,31 @@ def test_shared_tokens_by_pencil():
     assert rejected == [True, False, True, True]
 
 
-def pair(prompt: str, chosen: float, rejected: float, lengths: tuple[int, int] = (4, 4), **more: float) -> MeasuredPair:
+def pair(prompt: str, chosen: float, rejected: float, lengths: tuple[int, int] = (4, 4), **more: float) -> Measured:
     """A pair whose responses have these log-ratios, half of the chosen one's in shared tokens."""
     both = zip(lengths, (chosen, rejected), strict=True)
     sides = [Response(n, 2, -10.0, ratio, ratio / 2, more.get("kl", 0.5)) for n, ratio in both]
-    return MeasuredPair(f"{prompt}{chosen}", prompt, *sides)
+    return Measured(f"{prompt}{chosen}", prompt, *sides)
 
 
 def test_the_summary_by_pencil():
     pairs = [pair("a", 1, -1), pair("b", -2, -3, (6, 4)), pair("c", -1, 0, (6, 4)), pair("d", 0, 0, (2, 4))]
-    found = summary(pairs, beta=0.5)
-    assert found["reward_accuracy"]["mean"] == pytest.approx((1 + 1 + 0 + 0.5) / 4)
-    assert found["ties"]["mean"] == 0.25
-    assert found["margin"]["mean"] == pytest.approx(0.5 * (2 + 1 - 1 + 0) / 4)
-    assert found["rewards"]["chosen"]["mean"] == pytest.approx(0.5 * -2 / 4)
-    assert found["displacement"]["chosen"]["falls"]["mean"] == 0.5
-    assert found["displacement"]["chosen"]["logratio_edited"]["mean"] == pytest.approx(-2 / 4 / 2)
-    assert found["displacement"]["rejected"]["falls"]["mean"] == 0.5
+    result = summary(pairs, beta=0.5)
+    assert result["reward_accuracy"]["mean"] == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+    assert result["ties"]["mean"] == 0.25
+    assert result["margin"]["mean"] == pytest.approx(0.5 * (2 + 1 - 1 + 0) / 4)
+    assert result["rewards"]["chosen"]["mean"] == pytest.approx(0.5 * -2 / 4)
+    assert result["displacement"]["chosen"]["falls"]["mean"] == 0.5
+    assert result["displacement"]["chosen"]["logratio_edited"]["mean"] == pytest.approx(-2 / 4 / 2)
+    assert result["displacement"]["rejected"]["falls"]["mean"] == 0.5
     # Lengths: a tie, longer, longer, shorter: 0.5 + 1 + 1 + 0.
-    assert found["length_only"]["prefers"] == "longer"
-    assert found["length_only"]["accuracy"]["mean"] == pytest.approx(2.5 / 4)
-    assert found["length_only"]["reward_accuracy_minus_it"]["mean"] == pytest.approx(0)
-    assert found["length_ratio"]["mean"] == pytest.approx((1 + 1.5 + 1.5 + 0.5) / 4)
-    assert found["kl"]["chosen"] == {"response": {"mean": 0.5, "se": 0.0, "ci95": [0.5, 0.5]},
-                                     "token": found["kl"]["chosen"]["token"]}  # fmt: skip
-    assert found["kl"]["chosen"]["token"]["mean"] == pytest.approx(0.5 * (1 / 4 + 1 / 6 + 1 / 6 + 1 / 2) / 4)
+    assert result["length_only"]["prefers"] == "longer"
+    assert result["length_only"]["accuracy"]["mean"] == pytest.approx(2.5 / 4)
+    assert result["length_only"]["reward_accuracy_minus_it"]["mean"] == pytest.approx(0)
+    assert result["length_ratio"]["mean"] == pytest.approx((1 + 1.5 + 1.5 + 0.5) / 4)
+    assert result["kl"]["chosen"] == {"response": {"mean": 0.5, "se": 0.0, "ci95": [0.5, 0.5]},
+                                     "token": result["kl"]["chosen"]["token"]}  # fmt: skip
+    assert result["kl"]["chosen"]["token"]["mean"] == pytest.approx(0.5 * (1 / 4 + 1 / 6 + 1 / 6 + 1 / 2) / 4)
 
 
 def test_pairs_of_one_prompt_are_one_cluster():
@@ -97,9 +97,9 @@ def test_pairs_of_one_prompt_are_one_cluster():
 
 
 def test_where_winners_are_shorter_the_length_rule_prefers_those():
-    found = summary([pair("a", 1, 0, (2, 4)), pair("b", 1, 0, (2, 4)), pair("c", 1, 0, (4, 2))], beta=1)
-    assert found["length_only"]["prefers"] == "shorter"
-    assert found["length_only"]["accuracy"]["mean"] == pytest.approx(2 / 3)
+    result = summary([pair("a", 1, 0, (2, 4)), pair("b", 1, 0, (2, 4)), pair("c", 1, 0, (4, 2))], beta=1)
+    assert result["length_only"]["prefers"] == "shorter"
+    assert result["length_only"]["accuracy"]["mean"] == pytest.approx(2 / 3)
 
 
 # ---- against the plain log-probs
@@ -108,38 +108,40 @@ def test_where_winners_are_shorter_the_length_rule_prefers_those():
 def test_log_ratios_are_those_of_the_plain_reference(dataset, model_dir, trained, tmp_path):
     import torch
 
-    found = measured(dataset, tmp_path, model=str(trained), reference=str(model_dir), beta=0.2)
+    result = measured(dataset, tmp_path, model=str(trained), reference=str(model_dir), beta=0.2)
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text("utf-8").splitlines()]
-    assert len(rows) == found["pairs"] == 10
-    assert found["prompts"] == 9
+    assert len(rows) == result["pairs"] == 10
+    assert result["prompts"] == 9
     policy, reference = make_model(seed=1).eval(), make_model().eval()
-    tokenizer, looked_at = make_tokenizer(), 0
+    tokenizer, count = make_tokenizer(), 0
     for row, source in zip(rows, make_pairs(26)[16:], strict=True):
         prompt = source["prompt"] if row["id"] != "p25" else make_pairs(26)[24]["prompt"]
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         for side in ("chosen", "rejected"):
-            whole = tokenizer.apply_chat_template(prompt + source[side], return_dict=True)["input_ids"]
-            mask = torch.tensor([[0] * len(ids) + [1] * (len(whole) - len(ids))])
-            batch = torch.tensor([whole]), torch.ones(1, len(whole)), mask
+            all_ids = tokenizer.apply_chat_template(prompt + source[side], return_dict=True)["input_ids"]
+            mask = torch.tensor([[0] * len(ids) + [1] * (len(all_ids) - len(ids))])
+            batch = torch.tensor([all_ids]), torch.ones(1, len(all_ids)), mask
             with torch.no_grad():
                 ours, theirs = (response_logps(model, *batch).item() for model in (policy, reference))
                 logits = [model(batch[0]).logits[0, len(ids) - 1 : -1].log_softmax(-1) for model in (policy, reference)]
-            assert row[f"{side}_tokens"] == len(whole) - len(ids)
+            assert row[f"{side}_tokens"] == len(all_ids) - len(ids)
             assert row[f"{side}_reference"] == pytest.approx(theirs, abs=1e-4)
             assert row[f"{side}_logratio"] == pytest.approx(ours - theirs, abs=1e-4)
             kl = torch.nn.functional.kl_div(logits[1], logits[0], reduction="sum", log_target=True).item()
             assert row[f"{side}_kl"] == pytest.approx(kl, abs=1e-4)
-            looked_at += 1
+            count += 1
         assert row["margin"] == pytest.approx(0.2 * (row["chosen_logratio"] - row["rejected_logratio"]))
-    assert looked_at == 20
+    assert count == 20
 
 
 def test_shared_and_edited_tokens_add_up(model_dir):
     policy, reference = make_model(seed=1).eval(), make_model().eval()
     pairs = [{"prompt_ids": [1, 10, 11], "chosen_ids": [12, 13, 14, 3], "rejected_ids": [12, 15, 14, 3]}]
-    ((_, found),) = compare_models(policy, lambda: nullcontext(reference), pairs, 100)
-    assert (found.chosen.shared_tokens, found.rejected.shared_tokens) == (3, 3)
-    assert found.chosen.logratio == pytest.approx(found.chosen.logratio_shared + found.chosen.logratio_edited)
+    ((_, comparison),) = compare_models(policy, lambda: nullcontext(reference), pairs, 100)
+    assert (comparison.chosen.shared_tokens, comparison.rejected.shared_tokens) == (3, 3)
+    assert comparison.chosen.logratio == pytest.approx(
+        comparison.chosen.logratio_shared + comparison.chosen.logratio_edited
+    )
     # The edited token is the second: its log-ratio is what the plain log-probs of two and of one token differ by.
     import torch
 
@@ -150,24 +152,24 @@ def test_shared_and_edited_tokens_add_up(model_dir):
             return response_logps(model, ids, torch.ones_like(ids), mask).item()
 
     ours, theirs = (upto(model, 2) - upto(model, 1) for model in (policy, reference))
-    assert found.chosen.logratio_edited == pytest.approx(ours - theirs, abs=1e-5)
+    assert comparison.chosen.logratio_edited == pytest.approx(ours - theirs, abs=1e-5)
 
 
 def test_numbers_do_not_depend_on_the_batches(dataset, model_dir, trained, tmp_path):
     options = {"model": str(trained), "reference": str(model_dir)}
-    one = measured(dataset, tmp_path / "one", **options, batch_tokens=1)
+    single = measured(dataset, tmp_path / "one", **options, batch_tokens=1)
     many = measured(dataset, tmp_path / "many", **options, batch_tokens=10_000)
     for key in ("margin", "reward_accuracy", "length_ratio"):
-        assert one[key]["mean"] == pytest.approx(many[key]["mean"], abs=1e-6)
-    assert one["kl"]["rejected"]["token"]["mean"] == pytest.approx(many["kl"]["rejected"]["token"]["mean"], abs=1e-6)
+        assert single[key]["mean"] == pytest.approx(many[key]["mean"], abs=1e-6)
+    assert single["kl"]["rejected"]["token"]["mean"] == pytest.approx(many["kl"]["rejected"]["token"]["mean"], abs=1e-6)
 
 
 def test_a_model_against_itself_ties_everywhere(dataset, model_dir, tmp_path):
-    found = measured(dataset, tmp_path, model=str(model_dir), reference=str(model_dir))
-    assert found["ties"]["mean"] == 1
-    assert found["reward_accuracy"]["mean"] == 0.5
-    assert found["displacement"]["chosen"]["falls"]["mean"] == 0
-    assert found["kl"]["chosen"]["response"]["mean"] == pytest.approx(0, abs=1e-9)
+    result = measured(dataset, tmp_path, model=str(model_dir), reference=str(model_dir))
+    assert result["ties"]["mean"] == 1
+    assert result["reward_accuracy"]["mean"] == 0.5
+    assert result["displacement"]["chosen"]["falls"]["mean"] == 0
+    assert result["kl"]["chosen"]["response"]["mean"] == pytest.approx(0, abs=1e-9)
 
 
 # ---- adapters and runs
@@ -207,34 +209,34 @@ def test_the_folder_of_a_run_says_the_rest(dataset, model_dir, tmp_path):
     (tmp_path / "recipe.yaml").write_text(recipe + options)
     trained = apo("train", tmp_path / "recipe.yaml")
     assert trained.code == 0, trained.err
-    done = apo("eval", "pairs", "--model", tmp_path / "run", "--out", tmp_path / "held-out")
-    assert done.code == 0, done.err
-    found = json.loads((tmp_path / "held-out" / "pairs.json").read_text("utf-8"))
-    settings = found["settings"]
-    assert (settings["reference"], settings["dataset"], found["beta"]) == (str(model_dir), str(dataset), 0.3)
-    assert found["pairs"] == 10
-    assert found["ties"]["mean"] < 1
-    assert "reward accuracy" in done.out
-    assert f"{100 * found['reward_accuracy']['mean']:.1f}" in done.out
-    other = pairs_config(tmp_path / "run", beta=0.7, out="x")
-    assert (other.beta, other.reference) == (0.7, str(model_dir))
+    result = apo("eval", "pairs", "--model", tmp_path / "run", "--out", tmp_path / "held-out")
+    assert result.code == 0, result.err
+    numbers = json.loads((tmp_path / "held-out" / "pairs.json").read_text("utf-8"))
+    settings = numbers["settings"]
+    assert (settings["reference"], settings["dataset"], numbers["beta"]) == (str(model_dir), str(dataset), 0.3)
+    assert numbers["pairs"] == 10
+    assert numbers["ties"]["mean"] < 1
+    assert "reward accuracy" in result.out
+    assert f"{100 * numbers['reward_accuracy']['mean']:.1f}" in result.out
+    config = config_of(tmp_path / "run", beta=0.7, out="x")
+    assert (config.beta, config.reference) == (0.7, str(model_dir))
 
 
 def test_a_single_file_is_held_out_whole_unless_it_is_what_the_run_trained_on(model_dir, tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text("{}\n")
-    assert pairs_config(model_dir, reference="r", dataset=str(file), out="x").split == "train"
-    assert pairs_config(model_dir, reference="r", dataset=str(file), split="test", out="x").split == "test"
-    assert pairs_config(model_dir, reference="r", dataset=str(tmp_path), out="x").split == "test"
+    assert config_of(model_dir, reference="r", dataset=str(file), out="x").split == "train"
+    assert config_of(model_dir, reference="r", dataset=str(file), split="test", out="x").split == "test"
+    assert config_of(model_dir, reference="r", dataset=str(tmp_path), out="x").split == "test"
     (tmp_path / "run.json").write_text(json.dumps({"recipe": {"dataset": str(file), "model": "m", "beta": 0.1}}))
-    assert pairs_config(tmp_path, out="x").split == "test"
+    assert config_of(tmp_path, out="x").split == "test"
 
 
 # ---- refused
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "match"),
     [
         ({"split": "validation"}, "has no split 'validation'; found: t"),
         ({"dataset": "/nowhere/data"}, "dataset '/nowhere/data': Couldn't find"),
@@ -242,25 +244,25 @@ def test_a_single_file_is_held_out_whole_unless_it_is_what_the_run_trained_on(mo
         ({"max_length": 5}, "all 10 pairs are longer than 5 tokens"),
     ],
 )
-def test_what_cannot_be_measured_is_told_first(dataset, model_dir, trained, tmp_path, changes, told):
-    with pytest.raises(UserError, match=told):
+def test_what_cannot_be_measured_is_told_first(dataset, model_dir, trained, tmp_path, changes, match):
+    with pytest.raises(UserError, match=match):
         measured(dataset, tmp_path / "out", **{"model": str(trained), "reference": str(model_dir), **changes})
     assert not (tmp_path / "out").exists()
 
 
 def test_a_reference_with_another_vocabulary_is_refused(dataset, model_dir, tmp_path):
-    other = tmp_path / "other"
-    make_model(vocab_size=48).save_pretrained(other)
-    make_tokenizer().save_pretrained(other)
+    folder = tmp_path / "other"
+    make_model(vocab_size=48).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     with pytest.raises(UserError, match=r"40 tokens and the reference .* 48"):
-        measured(dataset, tmp_path / "out", model=str(model_dir), reference=str(other))
+        measured(dataset, tmp_path / "out", model=str(model_dir), reference=str(folder))
 
 
 def test_a_model_that_no_run_made_needs_its_reference_and_dataset(model_dir):
     with pytest.raises(UserError, match=r"--reference is missing: .* is no folder of `apo train`"):
-        pairs_config(model_dir, out="x")
+        config_of(model_dir, out="x")
     with pytest.raises(UserError, match="--dataset is missing"):
-        pairs_config(model_dir, reference="r", out="x")
+        config_of(model_dir, reference="r", out="x")
 
 
 def test_pairs_without_a_prompt_are_refused(dataset, model_dir, tmp_path):

@@ -57,12 +57,12 @@ def folder(tmp_path):
     return tmp_path / "pairs"
 
 
-def run(*words: object):
-    return CliRunner().invoke(app, [str(word) for word in words])
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(word) for word in arguments])
 
 
-def failure(*words: object) -> str:
-    result = run(*words)
+def failure(*arguments: object) -> str:
+    result = run(*arguments)
     assert isinstance(result.exception, UserError), result.output
     assert "\n" not in str(result.exception)
     return str(result.exception)
@@ -105,28 +105,30 @@ def test_too_few_audited_prompts_are_said_before_anything_is_written(folder, tmp
     lines = (tmp_path / "audit.jsonl").read_text().splitlines()[:8]
     (tmp_path / "small.jsonl").write_text("\n".join(lines))
     decisions = tmp_path / "d.json"
-    told = failure("calibrate", folder, "--audit", tmp_path / "small.jsonl", "--decisions", decisions)
-    assert told == "no finite threshold: 8 audited prompts are too few for alpha 0.1, which needs 9"
+    message = failure("calibrate", folder, "--audit", tmp_path / "small.jsonl", "--decisions", decisions)
+    assert message == "no finite threshold: 8 audited prompts are too few for alpha 0.1, which needs 9"
     assert not decisions.exists()
 
 
 def test_an_audit_of_what_the_judge_was_trained_on_is_refused(folder, tmp_path):
-    told = failure("calibrate", folder, "--audit", tmp_path / "audit.jsonl", "--trained-on", tmp_path / "audit.jsonl")
-    assert "the judge was trained on" in told
-    assert " and " in told
-    told = failure("certify", folder, "--trained-on", folder)
-    assert "too good there to calibrate on" in told
+    message = failure(
+        "calibrate", folder, "--audit", tmp_path / "audit.jsonl", "--trained-on", tmp_path / "audit.jsonl"
+    )
+    assert "the judge was trained on" in message
+    assert " and " in message
+    message = failure("certify", folder, "--trained-on", folder)
+    assert "too good there to calibrate on" in message
     # The judge's own folder says what it was trained on, too.
     (tmp_path / "reward").mkdir()
     first = read_audit(tmp_path / "audit.jsonl")[0]["id"]
     (tmp_path / "reward/reward.json").write_text(json.dumps({"trained_on": [first]}))
     assert read_ids(tmp_path / "reward") == [first]
-    told = failure("calibrate", folder, "--audit", tmp_path / "audit.jsonl", "--trained-on", tmp_path / "reward")
-    assert f"trained on {first!r}: its scores" in told
+    message = failure("calibrate", folder, "--audit", tmp_path / "audit.jsonl", "--trained-on", tmp_path / "reward")
+    assert f"trained on {first!r}: its scores" in message
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("not json", "line 1: not JSON"),
         ('{"bad": true}', "line 1: no id"),
@@ -137,9 +139,9 @@ def test_an_audit_of_what_the_judge_was_trained_on_is_refused(folder, tmp_path):
         ("", "is empty"),
     ],
 )
-def test_an_audit_that_cannot_be_used_is_one_line(folder, tmp_path, line, told):
+def test_an_audit_that_cannot_be_used_is_one_line(folder, tmp_path, line, message):
     (tmp_path / "bad.jsonl").write_text(line)
-    assert told in failure("calibrate", folder, "--audit", tmp_path / "bad.jsonl")
+    assert message in failure("calibrate", folder, "--audit", tmp_path / "bad.jsonl")
 
 
 def test_wrong_options_are_told_with_the_near_miss(folder, tmp_path):
@@ -169,11 +171,11 @@ def test_ten_audited_pairs_of_one_prompt_are_one_unit():
 def test_an_audit_may_bring_its_own_scores():
     pairs = [{"id": f"d{n}", "prompt": str(n), "score_chosen": n, "score_rejected": 0} for n in range(10)]
     audit = [{"id": str(n), "bad": n < 5, "score_chosen": float(n), "score_rejected": 0.0} for n in range(19)]
-    found = calibrate(pairs, audit, 0.1)
+    calibration = calibrate(pairs, audit, 0.1)
     # One of 19 may be kept and bad: the second largest gap of the bad ones is 3.
-    assert found.above == 3.0
-    assert found.kept == tuple(f"d{n}" for n in range(4, 10))
-    assert found.recipe() == "filters:\n  gap: {above: 3.0}\n"
+    assert calibration.above == 3.0
+    assert calibration.kept == tuple(f"d{n}" for n in range(4, 10))
+    assert calibration.recipe() == "filters:\n  gap: {above: 3.0}\n"
     assert calibrate(pairs, [{**row, "bad": False} for row in audit], 0.1).recipe() == ""
 
 
@@ -183,19 +185,19 @@ def test_precision_needs_scores_that_the_audit_did_not_choose():
         calibrate(pairs, pairs, 0.1, "precision")
     with pytest.raises(UserError, match="no threshold could be shown"):
         calibrate(pairs, pairs[:25], 0.05, "precision")
-    found = calibrate(pairs, pairs[:200], 0.15, "precision")
-    assert "at most 0.15 of the kept are then bad, with a chance of at least 0.9" in found.words
+    calibration = calibrate(pairs, pairs[:200], 0.15, "precision")
+    assert "at most 0.15 of the kept are then bad, with a chance of at least 0.9" in calibration.words
 
 
 def test_a_certificate_by_hand_and_its_band_as_a_filter():
     # 19 prompts, alpha 0.1: one may fail. Revisions fall by 0.5 and 0.2; the second largest fall is the band.
     rows = [{"id": str(n), "score_chosen": 1.0, "score_rejected": 0.0} for n in range(17)]
     rows += [{"id": id, "score_chosen": 0, "score_rejected": fall} for id, fall in (("x", 0.5), ("y", 0.2))]
-    found = certify(rows, 0.1)
-    assert found.band.width == pytest.approx(0.2)
-    assert found.unadjusted.mean == pytest.approx(2 / 19)
-    assert "score_chosen is never below score_rejected: fails 0.105 of 19 units" in found.told()
-    assert filter_at(rows, found.band.width, "").dropped == ("x", "y")
+    certificate = certify(rows, 0.1)
+    assert certificate.band.width == pytest.approx(0.2)
+    assert certificate.unadjusted.mean == pytest.approx(2 / 19)
+    assert "score_chosen is never below score_rejected: fails 0.105 of 19 units" in certificate.told()
+    assert filter_at(rows, certificate.band.width, "").dropped == ("x", "y")
     assert certify(rows, 0.1, "same", of="score_rejected", than="score_rejected").band.width == 0
     assert certify(rows, 0.1, "floor", of="score_chosen", bound=0.9).band.width == pytest.approx(0.9)
     assert certify(rows, 0.1, "ceiling", of="score_chosen", bound=0.9).band.width == pytest.approx(0.1)
@@ -219,9 +221,9 @@ def test_on_the_embedded_world_with_a_noisy_judge_the_promised_risk_holds_over_2
     rng, joint, above = random.Random(0), [], 0
     for _ in range(200):
         rng.shuffle(rows)
-        audit, fresh = rows[:200], rows[200:]
-        kept = set(calibrate(fresh, audit, alpha).kept)
-        joint.append(sum(row["bad"] and row["id"] in kept for row in fresh) / len(fresh))
+        audit, unaudited = rows[:200], rows[200:]
+        selected = set(calibrate(unaudited, audit, alpha).kept)
+        joint.append(sum(row["bad"] and row["id"] in selected for row in unaudited) / len(unaudited))
         above += joint[-1] > alpha
     se = float(np.std(joint)) / math.sqrt(200)
     print(f"alpha {alpha}: kept and bad {np.mean(joint):.4f} +- {se:.4f}, {above / 200:.0%} of the splits above alpha")

@@ -27,11 +27,11 @@ def rows(count=20, evals=(), **metrics):
         "chosen_falls": lambda t: 0.2, "saturation": lambda t: 0.0, "padding": lambda t: 0.0,
         "lengths/chosen": lambda t: 100.0, "lengths/rejected": lambda t: 90.0,
     }  # fmt: skip
-    found = []
-    for place in range(count):
-        t = place / (count - 1)
-        found.append({"step": 10 * place + 1, **{key: f(t) for key, f in (healthy | metrics).items()}})
-    return found + [{"step": step, "eval_loss": loss} for step, loss in evals]
+    entries = []
+    for index in range(count):
+        t = index / (count - 1)
+        entries.append({"step": 10 * index + 1, **{key: f(t) for key, f in (healthy | metrics).items()}})
+    return entries + [{"step": step, "eval_loss": loss} for step, loss in evals]
 
 
 def named(**metrics):
@@ -64,9 +64,9 @@ PROVOKED = {
 @pytest.mark.parametrize("name", RULES)
 def test_each_rule_finds_what_it_is_for_and_nothing_in_a_healthy_log(name):
     objective, metrics = PROVOKED[name]
-    found = judge(log_of(rows(**metrics), objective))
-    assert name in found, found
-    assert all(part and "\n" not in part for part in found[name])
+    findings = judge(log_of(rows(**metrics), objective))
+    assert name in findings, findings
+    assert all(text and "\n" not in text for text in findings[name])
     healthy = rows(
         evals=[(50, 0.9), (100, 0.85)], **named(probe__shared_chosen=lambda t: t, probe__edited_chosen=lambda t: t)
     )
@@ -76,9 +76,9 @@ def test_each_rule_finds_what_it_is_for_and_nothing_in_a_healthy_log(name):
 def test_what_is_meant_to_fall_may_fall():
     falling = named(rewards__chosen=lambda t: -0.1 * t, rewards__rejected=lambda t: -t, chosen_falls=lambda t: 0.9)
     assert judge(log_of(rows(**falling), "apo_down")) == {}
-    words, advice = judge(log_of(rows(**falling), {"apo_zero": 1.0, "sft": 0.1}))["chosen_falls"]
+    finding, advice = judge(log_of(rows(**falling), {"apo_zero": 1.0, "sft": 0.1}))["chosen_falls"]
     assert (
-        words == "chosen rewards are falling under apo_zero + 0.1 sft: -0.089 on average, below 0 in 90% of the pairs"
+        finding == "chosen rewards are falling under apo_zero + 0.1 sft: -0.089 on average, below 0 in 90% of the pairs"
     )
     assert "learning rate" in advice
 
@@ -103,9 +103,9 @@ def test_lost_numbers_and_missing_metrics_are_borne():
 
 def test_verdicts_say_since_when_and_whether_they_still_hold():
     log = rows(count=40, **named(saturation=lambda t: 0.9 if 0.3 < t < 0.6 else 0.0, padding=lambda t: float(t > 0.7)))
-    found = verdicts(log, "apo_zero")
-    assert [(verdict.rule, verdict.holds) for verdict in found] == [("padding", True), ("saturated", False)]
-    assert 121 < found[1].step < found[0].step
+    result = verdicts(log, "apo_zero")
+    assert [(verdict.rule, verdict.holds) for verdict in result] == [("padding", True), ("saturated", False)]
+    assert 121 < result[1].step < result[0].step
     assert verdicts([], "apo_zero") == []
 
 
@@ -122,11 +122,12 @@ def data(tmp_path_factory):
 def run(model_dir, data, out, **changes):
     trainer = {"max_steps": 16, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1}
     trainer |= {"save_strategy": "no", **changes.pop("trainer", {})}
-    told: list[str] = []
+    messages: list[str] = []
     train(
-        TrainConfig(model=str(model_dir), dataset=str(data), out=str(out), trainer=trainer, **changes), tell=told.append
+        TrainConfig(model=str(model_dir), dataset=str(data), out=str(out), trainer=trainer, **changes),
+        tell=messages.append,
     )
-    return [line.split(". What helps: ") for line in told if line.startswith("warning: ")]
+    return [line.split(". What helps: ") for line in messages if line.startswith("warning: ")]
 
 
 def test_a_run_that_learns_is_not_warned_of(model_dir, data, tmp_path):
@@ -134,16 +135,16 @@ def test_a_run_that_learns_is_not_warned_of(model_dir, data, tmp_path):
 
 
 def test_a_run_that_learns_nothing_is_told_once(model_dir, data, tmp_path):
-    (told,) = run(model_dir, data, tmp_path / "run", trainer={"learning_rate": 0.0})
+    (warning,) = run(model_dir, data, tmp_path / "run", trainer={"learning_rate": 0.0})
     stuck = f"warning: step {FEWEST}: the loss is stuck at its start, 1, after {FEWEST} steps: no log-prob has changed"
-    assert told[0] == stuck
-    assert told[1].startswith("a higher learning rate")
+    assert warning[0] == stuck
+    assert warning[1].startswith("a higher learning rate")
 
 
 def test_a_run_that_is_done_at_once_is_told(model_dir, data, tmp_path):
-    told = run(model_dir, data, tmp_path / "run", trainer={"learning_rate": 2e-2}, objective="dpo", beta=3.0)
-    assert any("of the pairs are saturated: dpo pulls" in words for words, _ in told)
-    assert any("the loss is 0" in words for words, _ in told)
+    warnings = run(model_dir, data, tmp_path / "run", trainer={"learning_rate": 2e-2}, objective="dpo", beta=3.0)
+    assert any("of the pairs are saturated: dpo pulls" in finding for finding, _ in warnings)
+    assert any("the loss is 0" in finding for finding, _ in warnings)
 
 
 def test_the_command_draws_and_tells_also_while_a_run_is_under_way(model_dir, data, tmp_path, monkeypatch, capsys):
@@ -157,11 +158,11 @@ def test_the_command_draws_and_tells_also_while_a_run_is_under_way(model_dir, da
         captured = capsys.readouterr()
         return stop.value.code, captured.out + captured.err
 
-    code, told = diagnose()
+    code, output = diagnose()
     assert code == 0
-    assert "finished: 16 steps" in told
-    assert f"! since step {FEWEST}: the loss is stuck at its start" in told
-    assert re.search(r"probe/kl +0 +0 +0", told)
+    assert "finished: 16 steps" in output
+    assert f"! since step {FEWEST}: the loss is stuck at its start" in output
+    assert re.search(r"probe/kl +0 +0 +0", output)
     picture = imread(out / "diagnosis.png")
     assert picture.shape[1] > 1500
     about = json.loads((out / "run.json").read_text())
@@ -169,14 +170,14 @@ def test_the_command_draws_and_tells_also_while_a_run_is_under_way(model_dir, da
     (out / "run.json").write_text(json.dumps({**about, "stopped": [{"step": 9, "why": "because"}]}))
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 17, "lo')
-    code, told = diagnose("--out", str(tmp_path / "drawn" / "other.png"))
+    code, output = diagnose("--out", str(tmp_path / "drawn" / "other.png"))
     assert code == 0
-    assert "step 16 of 16; not finished: under way, or stopped" in told
-    assert "stopped at step 9: because" in told
+    assert "step 16 of 16; not finished: under way, or stopped" in output
+    assert "stopped at step 9: because" in output
     assert (tmp_path / "drawn" / "other.png").exists()
     (out / "metrics.jsonl").write_text("")
-    code, told = diagnose()
-    assert (code, "has logged nothing yet" in told) == (2, True)
+    code, output = diagnose()
+    assert (code, "has logged nothing yet" in output) == (2, True)
 
 
 def test_no_run_is_told(tmp_path):
@@ -189,9 +190,9 @@ def test_every_panel_draws_what_the_log_may_hold(tmp_path):
 
     keys = [key for panel in _PANELS for key in panel.lines]
     assert len(set(keys)) == len(keys) > 20
-    for part in (keys, keys[:1], []):
-        log = [{"step": step, **{key: step / 10 + place for place, key in enumerate(part)}} for step in range(1, 9)]
+    for subset in (keys, keys[:1], []):
+        log = [{"step": step, **{key: step / 10 + index for index, key in enumerate(subset)}} for step in range(1, 9)]
         log += [{"step": 4, "eval_loss": 0.5}, {"step": 5, "rewards/chosen": None}]
-        path = Path(tmp_path) / f"{len(part)}.png"
+        path = Path(tmp_path) / f"{len(subset)}.png"
         draw_diagnosis(log, path, "a run")
         assert imread(path).shape[0] > 300

@@ -32,10 +32,10 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
 
 def saved(folder):
-    return [(found.name, resume_problem(found)) for found in checkpoints(Path(folder))]
+    return [(checkpoint.name, resume_problem(checkpoint)) for checkpoint in checkpoints(Path(folder))]
 
 
-def losing(at_step, lost=(1,)):
+def losing(lost_step, lost=(1,)):
     """An objective whose loss is not a number for some pairs of one step. (Measuring asks in float64.)"""
     steps = []
 
@@ -43,37 +43,37 @@ def losing(at_step, lost=(1,)):
         losses = (-beta * (chosen - rejected)).sigmoid()
         if chosen.dtype == torch.float32:
             steps.append(len(steps) + 1)
-            if steps[-1] == at_step:
+            if steps[-1] == lost_step:
                 losses = losses + torch.tensor([torch.nan if i in lost else 0.0 for i in range(len(losses))])
         return losses
 
     return objective
 
 
-def batches_seen(trainer):
+def recorded_batches(trainer):
     """The ids of the pairs of each micro-batch, as the trainer takes them."""
-    seen, collate = [], trainer.data_collator
+    batches, collate = [], trainer.data_collator
     ids = {tuple(row["prompt_ids"]): row["id"] for row in trainer.train_dataset}
 
     def collating(examples):
-        seen.append([ids[tuple(example["prompt_ids"])] for example in examples])
+        batches.append([ids[tuple(example["prompt_ids"])] for example in examples])
         return collate(examples)
 
     trainer.data_collator = collating
-    return seen
+    return batches
 
 
 # A loss that is no number
 
 
 def test_a_lost_loss_names_its_pairs_and_leaves_the_last_good_checkpoint(tmp_path, tokenizer, pairs):
-    trainer = apo_trainer(tmp_path, tokenizer, pairs, objective=losing(at_step=5), **SAVING)
-    seen = batches_seen(trainer)
+    trainer = apo_trainer(tmp_path, tokenizer, pairs, objective=losing(lost_step=5), **SAVING)
+    batches = recorded_batches(trainer)
     with pytest.raises(Stopped) as stop:
         trainer.train()
-    first, lost, *others = seen[4]
-    told = str(stop.value)
-    assert told == (
+    first, lost, *others = batches[4]
+    message = str(stop.value)
+    assert message == (
         f"step 5: the loss is not finite for 1 of 4 pairs of its batch ({lost}; beside them "
         f"{', '.join([first, *others])}); look at these pairs and take them out, or lower trainer.learning_rate; "
         f"the last good checkpoint is {tmp_path / 'checkpoint-4'}"
@@ -82,7 +82,7 @@ def test_a_lost_loss_names_its_pairs_and_leaves_the_last_good_checkpoint(tmp_pat
 
 
 def test_a_model_that_has_lost_its_numbers_is_told_as_such(tmp_path, tokenizer, pairs):
-    trainer = apo_trainer(tmp_path, tokenizer, pairs, objective=losing(at_step=1, lost=range(4)), **SAVING)
+    trainer = apo_trainer(tmp_path, tokenizer, pairs, objective=losing(lost_step=1, lost=range(4)), **SAVING)
     with pytest.raises(Stopped, match=r"for all 4 pairs of its batch \(p.*the model has lost.*no checkpoint had been"):
         trainer.train()
     assert saved(tmp_path) == []
@@ -100,7 +100,7 @@ def test_a_rate_that_is_far_too_high_is_stopped_before_anything_broken_is_saved(
 def test_where_the_device_is_waited_for_a_lost_loss_is_found_before_it_is_logged_or_saved(tmp_path, tokenizer, pairs):
     for more, step in (({"logging_steps": 100, "logging_first_step": False}, 4), ({"logging_steps": 1}, 2)):
         options = {**SAVING, "save_steps": 100, **more}
-        trainer = apo_trainer(tmp_path / str(step), tokenizer, pairs, objective=losing(at_step=2), **options)
+        trainer = apo_trainer(tmp_path / str(step), tokenizer, pairs, objective=losing(lost_step=2), **options)
         trainer._losses = NonFiniteLossCheck(torch.device("meta"))
         with pytest.raises(Stopped, match=r"^step 2: the loss is not finite for 1 of 4"):
             trainer.train()
@@ -141,14 +141,14 @@ def test_pairs_are_named_by_id_or_row_and_long_lists_are_cut(tokenizer, tmp_path
 # Memory
 
 
-def raising(error, at_call):
+def raising(error, failing_call):
     from apo.packing.logps import padded_logps
 
     calls = []
 
     def pair_logps(model, batch, **options):
         calls.append(1)
-        if len(calls) == at_call:
+        if len(calls) == failing_call:
             raise error
         return padded_logps(model, batch, **options)
 
@@ -167,33 +167,33 @@ ERRORS = [
 def test_used_up_memory_is_told_with_the_settings_to_change(error, tmp_path, tokenizer, pairs):
     tmp_path = tmp_path / "Of Ann"
     trainer = apo_trainer(tmp_path, tokenizer, pairs, gradient_accumulation_steps=2, **SAVING)
-    trainer.pair_logps = raising(error, at_call=10)
+    trainer.pair_logps = raising(error, failing_call=10)
     with pytest.raises(Stopped) as stop:
         trainer.train()
-    told = str(stop.value)
-    assert told.startswith("out of memory in training, after step ")
-    assert "with 4 pairs of " in told
+    message = str(stop.value)
+    assert message.startswith("out of memory in training, after step ")
+    assert "with 4 pairs of " in message
     assert (
         "set trainer.per_device_train_batch_size: 2 with trainer.gradient_accumulation_steps: 4 (the same result); or"
-        in told
+        in message
     )
-    assert "trainer.gradient_checkpointing: true" in told
-    assert "reference: cached" in told
-    assert told.endswith(f"; the last good checkpoint is {tmp_path / 'checkpoint-2'}")
-    assert "\n" not in told
+    assert "trainer.gradient_checkpointing: true" in message
+    assert "reference: cached" in message
+    assert message.endswith(f"; the last good checkpoint is {tmp_path / 'checkpoint-2'}")
+    assert "\n" not in message
 
 
 def test_used_up_memory_in_the_references_pass_is_told_too(tmp_path, tokenizer, pairs, monkeypatch):
     from apo.training import logprobs as module
 
-    monkeypatch.setattr(module, "shared_prefix_logps", raising(MemoryError(), at_call=1))
+    monkeypatch.setattr(module, "shared_prefix_logps", raising(MemoryError(), failing_call=1))
     with pytest.raises(Stopped, match=r"out of memory in the reference's log-probs with 24 pairs of .*; or "):
         apo_trainer(tmp_path, tokenizer, pairs, precompute_ref_log_probs=True)
 
 
 def test_any_other_error_passes(tmp_path, tokenizer, pairs):
     trainer = apo_trainer(tmp_path, tokenizer, pairs)
-    trainer.pair_logps = raising(RuntimeError("shapes differ"), at_call=1)
+    trainer.pair_logps = raising(RuntimeError("shapes differ"), failing_call=1)
     with pytest.raises(RuntimeError, match=r"^shapes differ$"):
         trainer.train()
     assert not is_out_of_memory(ValueError("out of cheese"))
@@ -209,9 +209,9 @@ def test_what_to_change_is_what_the_settings_leave(tmp_path, tokenizer, pairs):
     tokens = int(packed[0].split(": ")[1].split(" ")[0])
     assert packed[0] == f"trainer.pack_tokens: {tokens} (more passes, the same result)"
     assert 20 < tokens < 100
-    one = apo_trainer(tmp_path, tokenizer, pairs, pack_tokens=20)
-    single = one._prepare_inputs(one.data_collator([one.train_dataset[0]]))
-    assert not any("pack_tokens" in change for change in memory_changes(one, single))  # one pair cannot be cut up
+    small = apo_trainer(tmp_path, tokenizer, pairs, pack_tokens=20)
+    single = small._prepare_inputs(small.data_collator([small.train_dataset[0]]))
+    assert not any("pack_tokens" in change for change in memory_changes(small, single))  # one pair cannot be cut up
     few = changes(lora(), make_model().to(torch.bfloat16), gradient_checkpointing=True, shared_prefix=False,
                   per_device_train_batch_size=1, precompute_ref_log_probs=True)  # fmt: skip
     assert few == ["trainer.max_length below 1024 (leaves the longest pairs out)"]
@@ -228,14 +228,14 @@ def test_the_exit_code_tells_and_the_same_command_goes_on_with_other_settings(tm
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({**recipe, "trainer": trainer}))
     from apo.training import logprobs as module
 
-    whole = module.shared_prefix_logps
+    original = module.shared_prefix_logps
     calls, failing = [], 6  # one of the reference, one of the anchor, then training
 
     def fails_once(model, batch, **options):
         calls.append(1)
         if len(calls) == failing:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return whole(model, batch, **options)
+        return original(model, batch, **options)
 
     monkeypatch.setattr(module, "shared_prefix_logps", fails_once)
     command = ["apo", "train", str(tmp_path / "r.yaml")]
@@ -243,20 +243,20 @@ def test_the_exit_code_tells_and_the_same_command_goes_on_with_other_settings(tm
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 5
-    told = capsys.readouterr().err
-    assert "error: out of memory in training, after step" in told
+    stderr = capsys.readouterr().err
+    assert "error: out of memory in training, after step" in stderr
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["stopped"][0]["why"] in told
+    assert run["stopped"][0]["why"] in stderr
     assert "finished" not in run
-    most = told.split("trainer.pack_tokens: ")[1].split(" ")[0]
-    monkeypatch.setattr("sys.argv", [*command, "--set", f"trainer.pack_tokens={most}"])
+    pack_tokens = stderr.split("trainer.pack_tokens: ")[1].split(" ")[0]
+    monkeypatch.setattr("sys.argv", [*command, "--set", f"trainer.pack_tokens={pack_tokens}"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 0
-    told = capsys.readouterr().err
-    assert "going on from step" in told
+    stderr = capsys.readouterr().err
+    assert "going on from step" in stderr
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["recipe"]["trainer"]["pack_tokens"] == int(most)
+    assert run["recipe"]["trainer"]["pack_tokens"] == int(pack_tokens)
     assert run["finished"]
     undisturbed = train(
         TrainConfig(**{**recipe, "trainer": trainer, "out": str(tmp_path / "other")}), tell=lambda _: None

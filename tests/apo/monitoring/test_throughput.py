@@ -18,7 +18,7 @@ from apo.cost import memory as fit
 from apo.cost import sizes as shapes
 from apo.monitoring.metrics import COLUMNS, token_counts
 from apo.monitoring.throughput import Meter, Scale, scale_of
-from apo.packing.layout import pack_pairs
+from apo.packing.packed_model import pack_pairs
 from tests.apo.conftest import make_model, make_pairs
 from tests.apo.training.test_trainer import apo_trainer, lora
 
@@ -31,9 +31,9 @@ def stacked(examples):
     longest = max(map(len, rows))
     prompts = [len(e["prompt_ids"]) for e in examples] * 2
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    places = torch.arange(longest)[None]
-    attended = places < torch.tensor([len(row) for row in rows])[:, None]
-    response = attended & (places >= torch.tensor(prompts)[:, None])
+    positions = torch.arange(longest)[None]
+    attended = positions < torch.tensor([len(row) for row in rows])[:, None]
+    response = attended & (positions >= torch.tensor(prompts)[:, None])
     return {"input_ids": ids, "attention_mask": attended.long(), "completion_mask": response.long()}
 
 
@@ -45,15 +45,15 @@ EXAMPLES = [
 
 def test_work_by_hand():
     # First pair: sequences of 6 and 7 with 4 tokens in common; second: 4 and 3 with 2.
-    found = token_counts(stacked(EXAMPLES), packed=True)
-    assert found.tolist() == [[13, 9, 9, 3 + 3, 36 + 3 * 7], [7, 5, 5, 2 + 1, 16 + 1 * 3]]
+    counts = token_counts(stacked(EXAMPLES), packed=True)
+    assert counts.tolist() == [[13, 9, 9, 3 + 3, 36 + 3 * 7], [7, 5, 5, 2 + 1, 16 + 1 * 3]]
     # Unpaired rows: one sequence of 5 with a chosen and one of 4 with a rejected response.
     alone = [{**EXAMPLES[0], "chosen_ids": [7, 3], "rejected_ids": []}, {**EXAMPLES[1], "chosen_ids": []}]
     alone[1]["rejected_ids"] = [9, 3]
     assert token_counts(stacked(alone), packed=True).tolist() == [[5, 5, 5, 2, 25], [4, 4, 4, 2, 16]]
     assert token_counts(stacked(alone), packed=False).tolist() == [[5, 5, 5, 2, 25], [4, 5, 4, 2, 16]]
-    found = token_counts(stacked(EXAMPLES), packed=False)
-    assert found.tolist() == [[13, 14, 13, 7, 36 + 49], [7, 14, 7, 3, 16 + 9]]
+    counts = token_counts(stacked(EXAMPLES), packed=False)
+    assert counts.tolist() == [[13, 14, 13, 7, 36 + 49], [7, 14, 7, 3, 16 + 9]]
 
 
 def test_work_in_packed_rows_is_that_of_the_layout_and_of_the_estimate():
@@ -115,15 +115,15 @@ def test_padding_and_shared_tokens_are_logged_as_the_batches_were(tmp_path, toke
     more = {"max_steps": 1, "per_device_train_batch_size": 8}
     packed = apo_trainer(tmp_path, tokenizer, pairs, **more)
     rows = [packed.train_dataset[i] for i in range(8)]
-    one = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    plain_tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
     longest = max(len(row["prompt_ids"]) + len(row[side]) for row in rows for side in ("chosen_ids", "rejected_ids"))
-    (found,) = logged(packed)
-    assert found["padding"] == 0
-    assert found["shared"] == pytest.approx(1 - pack_pairs(rows).input_ids.numel() / one)
-    (found,) = logged(apo_trainer(tmp_path, tokenizer, pairs, shared_prefix=False, **more))
-    assert found["padding"] == pytest.approx(1 - one / (16 * longest))
-    assert found["shared"] == 0
-    assert found["lengths/chosen"] == pytest.approx(sum(len(row["chosen_ids"]) for row in rows) / 8)
+    (logged_row,) = logged(packed)
+    assert logged_row["padding"] == 0
+    assert logged_row["shared"] == pytest.approx(1 - pack_pairs(rows).input_ids.numel() / plain_tokens)
+    (logged_row,) = logged(apo_trainer(tmp_path, tokenizer, pairs, shared_prefix=False, **more))
+    assert logged_row["padding"] == pytest.approx(1 - plain_tokens / (16 * longest))
+    assert logged_row["shared"] == 0
+    assert logged_row["lengths/chosen"] == pytest.approx(sum(len(row["chosen_ids"]) for row in rows) / 8)
 
 
 def test_the_clock_stands_still_in_a_pause(monkeypatch):
@@ -192,14 +192,16 @@ def test_nothing_is_gathered_off_logging_steps(tmp_path):
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *launcher, str(script), str(out)]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())
-    assert [row["step"] for row in found["rows"]] == [3, 6]
-    told = [entry for entry in found["steps"] if isinstance(entry, list)]
+    result = subprocess.run(
+        command, env=environment, cwd=root, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    record = json.loads(out.read_text())
+    assert [row["step"] for row in record["rows"]] == [3, 6]
+    collectives = [entry for entry in record["steps"] if isinstance(entry, list)]
     # One sum of a single number, by which the step's loss is divided: nothing of the logs.
-    assert told == [["all_reduce"]] * 6
-    logs = [entry["log"] for entry in found["steps"] if isinstance(entry, dict)]
+    assert collectives == [["all_reduce"]] * 6
+    logs = [entry["log"] for entry in record["steps"] if isinstance(entry, dict)]
     # transformers' loss and its own summary, and two of ours: how many pairs, and the pairs.
     assert logs == [["all_gather"] * 4] * 2 + [["all_gather"]]
 

@@ -12,28 +12,32 @@ from hypothesis import strategies as st
 from torch.nn.attention import flex_attention, varlen
 from torch.nn.functional import scaled_dot_product_attention
 
-from apo.packing import attention, packed_model
-from apo.packing.layout import PackedRow, PairSpan, pack_pairs
+from apo.packing import attention
+from apo.packing import packed_model as prefix
 from apo.packing.logps import plain_logps
-from apo.packing.packed_model import enable_packing, packed_logps
+from apo.packing.packed_model import enable_packing, pack_pairs, packed_logps
 from tests.apo.packing.test_packed_model import FAMILIES, SHAPES, gradients, pairs, stacked, tiny
 
 
-def causal_from_the_end(query, key, value, begins, ends, longest_query, longest_key, *, scale, window_size, enable_gqa):
+def causal_from_the_end(
+    query, key, value, query_offsets, key_offsets, longest_query, longest_key, *, scale, window_size, enable_gqa
+):
     """What `varlen_attn` computes, sequence by sequence: the kernel itself runs on a GPU only."""
-    assert begins.dtype == ends.dtype == torch.int32
+    assert query_offsets.dtype == key_offsets.dtype == torch.int32
     assert query.dtype == key.dtype == value.dtype
-    lengths = [(b - a).tolist() for a, b in ((begins[:-1], begins[1:]), (ends[:-1], ends[1:]))]
+    lengths = [
+        (b - a).tolist() for a, b in ((query_offsets[:-1], query_offsets[1:]), (key_offsets[:-1], key_offsets[1:]))
+    ]
     assert (longest_query, longest_key) == (max(lengths[0]), max(lengths[1]))
-    parts = []
+    outputs = []
     for number, (queries, keys) in enumerate(zip(*lengths, strict=True)):
-        q = query[begins[number] :][:queries].transpose(0, 1)
-        k, v = (t[ends[number] :][:keys].transpose(0, 1) for t in (key, value))
+        q = query[query_offsets[number] :][:queries].transpose(0, 1)
+        k, v = (t[key_offsets[number] :][:keys].transpose(0, 1) for t in (key, value))
         behind = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)
-        seen = (behind >= 0) & ((behind <= window_size[0]) if window_size[0] >= 0 else True)
-        done = scaled_dot_product_attention(q[None], k[None], v[None], seen, scale=scale, enable_gqa=enable_gqa)
-        parts.append(done[0].transpose(0, 1))
-    return torch.cat(parts)
+        visible = (behind >= 0) & ((behind <= window_size[0]) if window_size[0] >= 0 else True)
+        output = scaled_dot_product_attention(q[None], k[None], v[None], visible, scale=scale, enable_gqa=enable_gqa)
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 @pytest.fixture(autouse=True)
@@ -46,75 +50,75 @@ def _on_a_cpu(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
-    ("way", "family"),
+    ("backend", "family"),
     [("flex", family) for family in FAMILIES] + [("varlen", f) for f in FAMILIES if "soft cap" not in f],
 )
-def test_every_way_gives_the_plain_log_probs_and_gradients(way, family):
+def test_every_way_gives_the_plain_log_probs_and_gradients(backend, family):
     model, batch = tiny(family), stacked(pairs(*SHAPES))
     plain = plain_logps(model, batch)
     expected = gradients(model, plain)
-    enable_packing(model, way)
+    enable_packing(model, backend)
     layout = pack_pairs(pairs(*SHAPES))
-    found = packed_logps(model, layout)
-    assert layout.backend == way
-    torch.testing.assert_close(found[:2], plain[:2], rtol=1e-5, atol=1e-4)
-    assert (gradients(model, found) - expected).norm() < 1e-5 * expected.norm()
+    actual = packed_logps(model, layout)
+    assert layout.way == backend
+    torch.testing.assert_close(actual[:2], plain[:2], rtol=1e-5, atol=1e-4)
+    assert (gradients(model, actual) - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("way", ["flex", "varlen"])
-def test_in_mixed_precision_too_every_way_is_taken(way):
+@pytest.mark.parametrize("backend", ["flex", "varlen"])
+def test_in_mixed_precision_too_every_way_is_taken(backend):
     # Rotated queries and keys come in float32, values in bfloat16: only SDPA mends that by itself.
-    found = {}
-    for taken in (way, "split"):
+    results = {}
+    for taken in (backend, "split"):
         model = tiny("qwen3")
         enable_packing(model, taken)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logps = packed_logps(model, pack_pairs(pairs(*SHAPES)))
-        found[taken] = torch.stack(logps[:2])
-    torch.testing.assert_close(found[way], found["split"], rtol=2e-2, atol=0.1)
+        results[taken] = torch.stack(logps[:2])
+    torch.testing.assert_close(results[backend], results["split"], rtol=2e-2, atol=0.1)
 
 
 spans = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=6)
 
 
-def laid(shapes):
+def packed_row(shapes):
     """A layout of nothing but spans (shared, chosen and rejected tokens)."""
-    made, start = [], 0
+    spans, start = [], 0
     for shared, chosen, rejected in shapes:
-        made.append(PairSpan(start, shared, chosen, rejected))
+        spans.append(attention.PairSpan(start, shared, chosen, rejected))
         start += shared + chosen + rejected
     unused = torch.zeros(0)
-    return PackedRow(torch.zeros(1, start), unused, made, *[unused] * 4)
+    return attention.PackedRow(torch.zeros(1, start), unused, spans, *[unused] * 4)
 
 
 @settings(max_examples=30, deadline=None)
 @given(spans, st.none() | st.integers(1, 500))
 def test_blocks_hold_all_that_is_seen_and_whole_ones_nothing_else(shapes, window):
-    layout = laid(shapes)
+    layout = packed_row(shapes)
     mask, tokens = attention._block_mask(layout, window), layout.input_ids.shape[1]
     dense = torch.zeros(tokens, tokens, dtype=torch.bool)
     for span in layout.spans:  # by the sequences themselves
-        start, middle, end, last = span.bounds
+        start, middle, end, last = span.branches
         for branch in ([*range(start, end)], [*range(start, middle), *range(end, last)]):
             behind = torch.arange(len(branch))[:, None] - torch.arange(len(branch))
-            seen = (behind >= 0) & (behind < (window or tokens))
-            dense[torch.tensor(branch)[:, None], torch.tensor(branch)] |= seen
-    places = torch.arange(tokens)
-    assert torch.equal(mask.mask_mod(None, None, places[:, None], places), dense)
-    whole, some = (
+            visible = (behind >= 0) & (behind < (window or tokens))
+            dense[torch.tensor(branch)[:, None], torch.tensor(branch)] |= visible
+    positions = torch.arange(tokens)
+    assert torch.equal(mask.mask_mod(None, None, positions[:, None], positions), dense)
+    full, some = (
         flex_attention._ordered_to_dense(number, which, mask.kv_indices.shape[-1])[0, 0].bool()
         for number, which in (
             (mask.full_kv_num_blocks, mask.full_kv_indices), (mask.kv_num_blocks, mask.kv_indices)
         )
     )  # fmt: skip
-    assert not (whole & some).any()
-    over = whole.shape[0] * attention.BLOCK - tokens
-    counts = torch.nn.functional.pad(dense, (0, over, 0, over)).view(*(whole.shape[0], attention.BLOCK) * 2).sum((1, 3))
-    assert (counts[whole] == attention.BLOCK**2).all()
-    assert ((counts > 0) <= (whole | some)).all()
+    assert not (full & some).any()
+    over = full.shape[0] * attention.BLOCK - tokens
+    counts = torch.nn.functional.pad(dense, (0, over, 0, over)).view(*(full.shape[0], attention.BLOCK) * 2).sum((1, 3))
+    assert (counts[full] == attention.BLOCK**2).all()
+    assert ((counts > 0) <= (full | some)).all()
     if window is None:
-        assert torch.equal(counts > 0, whole | some), "and no block more"
+        assert torch.equal(counts > 0, full | some), "and no block more"
 
 
 @pytest.mark.slow
@@ -129,12 +133,12 @@ def test_compiled_once_flexattention_is_split_on_rows_of_any_length(window, soft
         patch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", False)
         patch.setattr(attention, "_flex_attention", lambda _: compiled)
         for shapes in ([(130, 200, 300), (90, 0, 70)], [(20, 10, 10)], [(300, 120, 10), (200, 150, 260), (5, 9, 0)]):
-            layout = laid(shapes)
+            layout = packed_row(shapes)
             q, k, v = (torch.randn(1, heads, layout.input_ids.shape[1], 16) for heads in (4, 2, 2))
-            found, wanted = (
-                way(q, k, v, layout, 0.25, 0.0, window, softcap) for way in (attention._flex, attention._split)
+            actual, expected = (
+                backend(q, k, v, layout, 0.25, 0.0, window, softcap) for backend in (attention._flex, attention._split)
             )
-            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_fastest_way_that_works_is_taken_and_the_others_are_told(monkeypatch):
@@ -146,14 +150,14 @@ def test_the_fastest_way_that_works_is_taken_and_the_others_are_told(monkeypatch
     def broken(*_):
         raise RuntimeError("no kernel image\nis available")
 
-    def slow(*given):
-        return sum(attention._split(*given) for _ in range(20))
+    def slow(*arguments):
+        return sum(attention._split(*arguments) for _ in range(20))
 
     monkeypatch.setattr(attention, "BACKENDS", {"varlen": broken, "flex": slow, "split": attention._split})
-    best, told = attention._measured(config, layout, torch.float32, 3)
+    best, note = attention._measured(config, layout, torch.float32, 3)
     assert best == "split"
-    assert "varlen failed (no kernel image is available)" in told
-    assert told.endswith("selected: split")
+    assert "varlen cannot (no kernel image is available)" in note
+    assert note.endswith("taken: split")
 
 
 def test_a_way_that_disagrees_is_not_taken(monkeypatch):
@@ -161,24 +165,22 @@ def test_a_way_that_disagrees_is_not_taken(monkeypatch):
     from trl.trainer.utils import add_fused_lm_head
 
     add_fused_lm_head(model)
-    wrong = lambda *given: attention._split(*given) * 1.1  # noqa: E731
+    wrong = lambda *arguments: attention._split(*arguments) * 1.1  # noqa: E731
     monkeypatch.setitem(attention.BACKENDS, "flex", wrong)
-    monkeypatch.setattr(packed_model, "fastest_backend", lambda *_: ("flex", "flex 1 ms; selected: flex"))
-    reason, notes = packed_model.enable_packing_if_exact([model], batch, batch, torch.float32)
+    monkeypatch.setattr(prefix, "fastest_backend", lambda *_: ("flex", "flex 1 ms; taken: flex"))
+    reason, notes = prefix.enable_packing_if_exact([model], batch, batch, torch.float32)
     assert reason is None
-    assert notes[-1] == "attention of packed rows: flex is not used, its log-probs differ in packed rows"
+    assert notes[-1] == "attention of packed rows: flex is not taken, its log-probs differ in packed rows"
     layout = pack_pairs(pairs(*SHAPES))
     packed_logps(model, layout)
-    assert layout.backend == "split"
+    assert layout.way == "split"
 
 
 def test_how_near_packed_rows_must_come_is_a_matter_of_what_products_are_in(monkeypatch):
-    plain = packed_model.PairLogps(
-        *(torch.tensor([-1000.0]) for _ in range(2)), *(torch.tensor([500]) for _ in range(2))
-    )
+    plain = prefix.PairLogps(*(torch.tensor([-1000.0]) for _ in range(2)), *(torch.tensor([500]) for _ in range(2)))
     near = plain._replace(chosen=plain.chosen * 1.001)
-    monkeypatch.setattr(packed_model, "shared_prefix_logps", lambda *_: near)
+    monkeypatch.setattr(prefix, "shared_prefix_logps", lambda *_: near)
     model = tiny()
     assert model.dtype == torch.float32, "as the weights of mixed precision are"
-    assert packed_model.matches_padded(model, {}, plain, torch.bfloat16)
-    assert not packed_model.matches_padded(model, {}, plain, torch.float32)
+    assert prefix.matches_padded(model, {}, plain, torch.bfloat16)
+    assert not prefix.matches_padded(model, {}, plain, torch.float32)

@@ -15,48 +15,48 @@ from datasets import Dataset
 
 from apo.cost import memory as fit
 from apo.cost.sizes import sizes_of_model
-from apo.packing import attention, packed_model
-from apo.packing.layout import PackedRow
+from apo.packing import attention
+from apo.packing import packed_model as prefixes
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
 from tests.apo.conftest import make_model, make_pairs
-from tests.apo.packing.test_attention import laid
+from tests.apo.packing.test_attention import packed_row
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 SHAPES = ([(130, 200, 300), (90, 0, 70)], [(20, 10, 10)], [(300, 120, 10), (200, 150, 260), (5, 9, 0)])
 WIDE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512}
 
 
-def attended(way, layout, device, dtype, window, softcap, width=64):
+def attended(backend, layout, device, dtype, window, softcap, width=64):
     """Values and gradients of one way on the same numbers."""
     generator = torch.Generator().manual_seed(0)
     tokens = layout.input_ids.shape[1]
     q, k, v = (torch.randn(1, heads, tokens, width, generator=generator) for heads in (4, 2, 2))
     q, k, v = (t.to(device, dtype).requires_grad_() for t in (q, k, v))
-    out = attention.BACKENDS[way](q, k, v, layout, width**-0.5, 0.0, window, softcap)
+    out = attention.BACKENDS[backend](q, k, v, layout, width**-0.5, 0.0, window, softcap)
     out.backward(torch.ones_like(out))
     return [t.float().cpu() for t in (out.detach(), q.grad, k.grad, v.grad)]
 
 
 def on(layout, device):
-    return PackedRow(layout.input_ids.to(device), *list(vars(layout).values())[1:7])
+    return attention.PackedRow(layout.input_ids.to(device), *list(vars(layout).values())[1:7])
 
 
 @gpu
 @pytest.mark.parametrize(
-    ("way", "window", "softcap"),
+    ("backend", "window", "softcap"),
     [("varlen", None, None), ("varlen", 100, None), ("flex", None, None), ("flex", 100, None), ("flex", 100, 20.0)],
 )
-def test_the_kernels_of_a_gpu_give_what_split_gives_in_float32_on_a_cpu(way, window, softcap):
+def test_the_kernels_of_a_gpu_give_what_split_gives_in_float32_on_a_cpu(backend, window, softcap):
     with torch._dynamo.config.patch(error_on_recompile=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler
         torch._dynamo.reset()
         attention._flex_attention.cache_clear()
         for shapes in SHAPES:
-            found = attended(way, on(laid(shapes), "cuda"), "cuda", torch.bfloat16, window, softcap)
-            wanted = attended("split", laid(shapes), "cpu", torch.float32, window, softcap)
-            for mine, other in zip(found, wanted, strict=True):
-                assert (mine - other).norm() < 1e-2 * other.norm()
+            actual = attended(backend, on(packed_row(shapes), "cuda"), "cuda", torch.bfloat16, window, softcap)
+            expected = attended("split", packed_row(shapes), "cpu", torch.float32, window, softcap)
+            for value, reference in zip(actual, expected, strict=True):
+                assert (value - reference).norm() < 1e-2 * reference.norm()
 
 
 def trainer_on_gpu(tmp_path, tokenizer, dtype=torch.float32, **options):
@@ -64,7 +64,7 @@ def trainer_on_gpu(tmp_path, tokenizer, dtype=torch.float32, **options):
         output_dir=str(tmp_path), report_to="none", logging_steps=1, learning_rate=1e-2, optim="sgd", max_steps=6,
         save_strategy="no", disable_tqdm=True, per_device_train_batch_size=8, **options,
     )  # fmt: skip
-    pairs = Dataset.from_list([row | {"weight": 1.0 + place % 2} for place, row in enumerate(make_pairs(16))])
+    pairs = Dataset.from_list([row | {"weight": 1.0 + index % 2} for index, row in enumerate(make_pairs(16))])
     return APOTrainer(make_model(**WIDE).to(dtype), args=args, train_dataset=pairs, processing_class=tokenizer)
 
 
@@ -88,15 +88,15 @@ def test_packed_rows_train_as_trls_batch_and_as_a_cpu_in_float32(tmp_path, token
 def test_in_bfloat16_all_three_ways_are_measured_and_the_fastest_is_taken(tmp_path, tokenizer, dtype):
     trainer = trainer_on_gpu(tmp_path, tokenizer, dtype, bf16=True)
     assert trainer.is_packed, trainer.notes
-    (told,) = [note for note in trainer.notes if "attention of packed rows" in note]
-    assert told.count(" ms") == 3, told
-    assert not [note for note in trainer.notes if "is not used" in note]
+    (note,) = [note for note in trainer.notes if "attention of packed rows" in note]
+    assert note.count(" ms") == 3, note
+    assert not [note for note in trainer.notes if "is not taken" in note]
 
 
 @gpu
-@pytest.mark.parametrize("way", ["split", "varlen", "flex"])
-def test_a_pass_waits_for_nothing(tmp_path, tokenizer, monkeypatch, way):
-    monkeypatch.setattr(packed_model, "fastest_backend", lambda *_: (way, ""))
+@pytest.mark.parametrize("backend", ["split", "varlen", "flex"])
+def test_a_pass_waits_for_nothing(tmp_path, tokenizer, monkeypatch, backend):
+    monkeypatch.setattr(prefixes, "fastest_backend", lambda *_: (backend, ""))
     trainer = trainer_on_gpu(tmp_path, tokenizer, bf16=True, precompute_ref_log_probs=True, weights="weight")
     batches, weight = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, trainer.args.device)
     trainer.training_step(trainer.model, batches[0], weight)  # compiles, and makes buffers
@@ -138,15 +138,15 @@ def test_the_benchmark_for_a_gpu_runs_on_a_cpu_in_small(monkeypatch):
     monkeypatch.setattr(bench.cpu, "VOCABULARY", 200)
     monkeypatch.setattr(bench, "OURS", ("split",))
     monkeypatch.setattr(bench, "MODES", ("split", "trl defaults", "trl best"))
-    monkeypatch.setattr(packed_model, "fastest_backend", packed_model.fastest_backend)  # which the benchmark replaces
+    monkeypatch.setattr(prefixes, "fastest_backend", prefixes.fastest_backend)  # which the benchmark replaces
     sizes = bench.LLAMA3_8B | {"vocab_size": 200, "num_hidden_layers": 2, "max_position_embeddings": 128, **WIDE}
     case = {"small": (lambda: [(8, 12, 9), (5, 14, 20)] * 8, 4)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL's own
-        found = bench.measure_on("cpu", sizes, torch.float32, case, ["lora", "full"], 1)["cases"]
-    assert list(found) == ["lora, small", "full, small"]
-    for case in found.values():
+        cases = bench.measure_on("cpu", sizes, torch.float32, case, ["lora", "full"], 1)["cases"]
+    assert list(cases) == ["lora, small", "full, small"]
+    for case in cases.values():
         assert case["apart"] < 1e-5
         assert all(low > 0 for low, _ in case["ratios"].values())
-        for (one,) in case["runs"].values():
-            assert (len(one["losses"]), 0 < one["steady_mfu"] < 1) == (4, True)
+        for (run,) in case["runs"].values():
+            assert (len(run["losses"]), 0 < run["steady_mfu"] < 1) == (4, True)

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from apo.packing import onednn as matmul
-from apo.packing.layout import pack_pairs
 from apo.packing.logps import plain_logps
-from apo.packing.packed_model import disable_packing, enable_packing, packed_logps, shared_prefix_logps
+from apo.packing.packed_model import disable_packing, enable_packing, pack_pairs, packed_logps, shared_prefix_logps
 from tests.apo.packing.test_packed_model import FAMILIES, SHAPES, gradients, pairs, stacked, tiny
 
 
@@ -18,48 +17,53 @@ def quick(monkeypatch):
     if matmul.speeds()[1] == 0:
         pytest.skip("this torch has no oneDNN for this processor")
     monkeypatch.setattr(matmul, "speeds", lambda: (1.0, 2.0))
-    made = []
+    products = []
     real = matmul._onednn
-    monkeypatch.setattr(matmul, "_onednn", lambda a, b: made.append(a.shape) or real(a, b))
-    return made
+    monkeypatch.setattr(matmul, "_onednn", lambda a, b: products.append(a.shape) or real(a, b))
+    return products
 
 
 def layer(bias):
     torch.manual_seed(2)
-    one = torch.nn.Linear(48, 80, bias=bias)
-    matmul.use_onednn(one)
-    return one
+    linear = torch.nn.Linear(48, 80, bias=bias)
+    matmul.use_onednn(linear)
+    return linear
 
 
-def run(one, x):
+def run(linear, x):
     x = x.clone().requires_grad_()
-    out = one(x)
+    out = linear(x)
     (out * torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype)).square().sum().backward()
-    found = [out.detach(), x.grad, one.weight.grad.clone(), *([one.bias.grad.clone()] if one.bias is not None else [])]
-    one.zero_grad()
-    return found
+    results = [
+        out.detach(),
+        x.grad,
+        linear.weight.grad.clone(),
+        *([linear.bias.grad.clone()] if linear.bias is not None else []),
+    ]
+    linear.zero_grad()
+    return results
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(64, 48), (2, 32, 48)])
 def test_a_quick_layer_is_as_near_to_float64_as_torchs_own(quick, bias, shape):
-    one, x = layer(bias), torch.randn(*shape)
-    ours = run(one, x)
+    linear, x = layer(bias), torch.randn(*shape)
+    ours = run(linear, x)
     assert len(quick) == 3  # forward, and backward to its input and to its weight
-    matmul.restore_linear(one)
-    own = run(one, x)
-    true = run(one.double(), x.double())
-    for mine, theirs, exact in zip(ours, own, true, strict=True):
-        assert (mine - exact).norm() <= 4 * (theirs - exact).norm() + 1e-7 * exact.norm()
+    matmul.restore_linear(linear)
+    plain = run(linear, x)
+    true = run(linear.double(), x.double())
+    for actual, theirs, exact in zip(ours, plain, true, strict=True):
+        assert (actual - exact).norm() <= 4 * (theirs - exact).norm() + 1e-7 * exact.norm()
 
 
 def test_other_rows_types_and_autocast_are_left_to_torch(quick):
-    one = layer(bias=True)
+    linear = layer(bias=True)
     rows = torch.randn(33, 48)
-    assert torch.equal(one(rows), torch.nn.functional.linear(rows, one.weight, one.bias))
+    assert torch.equal(linear(rows), torch.nn.functional.linear(rows, linear.weight, linear.bias))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert one(rows[:32]).dtype == torch.bfloat16
-    one.bfloat16()(rows[:32].bfloat16())
+        assert linear(rows[:32]).dtype == torch.bfloat16
+    linear.bfloat16()(rows[:32].bfloat16())
     assert quick == []
 
 
@@ -70,22 +74,22 @@ def test_only_plain_linear_layers_are_quickened_and_nothing_of_it_stays():
 
     layers = torch.nn.Sequential(torch.nn.Linear(3, 3), Scaled(3, 3), torch.nn.LayerNorm(3))
     matmul.use_onednn(layers)
-    assert ["forward" in vars(one) for one in layers] == [True, False, False]
+    assert ["forward" in vars(linear) for linear in layers] == [True, False, False]
     matmul.restore_linear(layers)
-    assert not any("forward" in vars(one) for one in layers)
+    assert not any("forward" in vars(linear) for linear in layers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quick_packed_rows_give_the_plain_log_probs_and_gradients(family, quick):
     model, batch = tiny(family), stacked(pairs(*SHAPES))
     plain = plain_logps(model, batch)
-    wanted = gradients(model, plain)
+    expected = gradients(model, plain)
     assert quick == []
     enable_packing(model)
     packed = shared_prefix_logps(model, batch)
     for ours, theirs in zip(packed[:4], plain[:4], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-5)
-    assert (gradients(model, packed) - wanted).norm() < 1e-5 * wanted.norm()
+    assert (gradients(model, packed) - expected).norm() < 1e-5 * expected.norm()
     assert len(quick) > 3 * 2 * 7  # forward and backward of every matrix of two layers
     disable_packing(model)
     quick.clear()
@@ -103,15 +107,15 @@ def test_what_fills_a_row_up_changes_nothing(quick):
     assert len(bare.rows) % matmul.ROWS
     assert (filled.pairs, len(filled.labels)) == (bare.pairs, len(bare.labels))
     ours, theirs = packed_logps(model, filled), packed_logps(model, bare)
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-5)
-    wanted = gradients(model, packed_logps(model, bare))
-    assert (gradients(model, packed_logps(model, filled)) - wanted).norm() < 1e-6 * wanted.norm()
+    for actual, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-5)
+    unfilled = gradients(model, packed_logps(model, bare))
+    assert (gradients(model, packed_logps(model, filled)) - unfilled).norm() < 1e-6 * unfilled.norm()
 
 
-@pytest.mark.parametrize("found", [(1.0, 0.0), (1.0, 1.1)])
-def test_where_torchs_own_is_as_fast_nothing_is_filled_or_exchanged(found, quick, monkeypatch):
-    monkeypatch.setattr(matmul, "speeds", lambda: found)
+@pytest.mark.parametrize("measured", [(1.0, 0.0), (1.0, 1.1)])
+def test_where_torchs_own_is_as_fast_nothing_is_filled_or_exchanged(measured, quick, monkeypatch):
+    monkeypatch.setattr(matmul, "speeds", lambda: measured)
     model, batch = tiny(), stacked(pairs(*SHAPES))
     enable_packing(model)
     shared_prefix_logps(model, batch)
@@ -124,16 +128,16 @@ def test_a_torch_without_onednn_has_no_speed_of_it(monkeypatch):
         raise RuntimeError("could not create a primitive descriptor")
 
     monkeypatch.setattr(matmul, "_onednn", missing)
-    own, other = matmul.speeds.__wrapped__()
-    assert own > 0
-    assert other == 0
+    plain, onednn = matmul.speeds.__wrapped__()
+    assert plain > 0
+    assert onednn == 0
 
 
 def test_a_compiled_layer_is_left_to_the_compiler(quick):
-    one, x = layer(bias=True), torch.randn(64, 48)
-    plain, made = run(one, x), len(quick)
-    compiled = torch.compile(one, backend="eager")
-    found = run(compiled, x)
-    assert len(quick) == made == 3
-    for mine, other in zip(found, plain, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    linear, x = layer(bias=True), torch.randn(64, 48)
+    plain, count = run(linear, x), len(quick)
+    compiled = torch.compile(linear, backend="eager")
+    results = run(compiled, x)
+    assert len(quick) == count == 3
+    for actual, expected in zip(results, plain, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

@@ -17,11 +17,17 @@ from transformers import (
 )
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from apo.packing import head
-from apo.packing.batch import TurnCollator, uncollate
-from apo.packing.layout import crop_around_divergence, pack_bins, pack_pairs, packed_length
-from apo.packing.logps import plain_logps
-from apo.packing.packed_model import enable_packing, packed_logps, shared_prefix_logps
+from apo.packing import packed_model as prefix
+from apo.packing.logps import TurnCollator, plain_logps, uncollate
+from apo.packing.packed_model import (
+    crop_around_divergence,
+    enable_packing,
+    pack_bins,
+    pack_pairs,
+    packed_length,
+    packed_logps,
+    shared_prefix_logps,
+)
 
 VOCABULARY = 97
 FAMILIES = {
@@ -54,13 +60,13 @@ def pairs(*shapes, seed=0):
     def draw(n):
         return torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
 
-    made = []
+    rows = []
     for prompt, shared, chosen, rejected in shapes:
         both = draw(shared)
         # The rests begin with different tokens, so that `shared` is what is shared.
-        made.append({"prompt_ids": draw(prompt), "chosen_ids": [*both, 3, *draw(chosen - 1)] if chosen else both,
+        rows.append({"prompt_ids": draw(prompt), "chosen_ids": [*both, 3, *draw(chosen - 1)] if chosen else both,
                      "rejected_ids": [*both, 4, *draw(rejected - 1)] if rejected else both})  # fmt: skip
-    return made
+    return rows
 
 
 def stacked(examples):
@@ -80,12 +86,12 @@ SHAPES = [(7, 0, 9, 14), (12, 3, 10, 13), (17, 10, 11, 12), (3, 0, 1, 1), (22, 1
 def assert_packed_is_plain(model, batch):
     """Log-probs, lengths and gradients of packed rows are those of the padded batch."""
     plain = plain_logps(model, batch)
-    wanted = gradients(model, plain)
+    expected = gradients(model, plain)
     enable_packing(model)
     packed = shared_prefix_logps(model, batch)
     for ours, theirs in zip(packed[:4], plain[:4], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-5)
-    assert (gradients(model, packed) - wanted).norm() < 1e-5 * wanted.norm()
+    assert (gradients(model, packed) - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,17 +103,17 @@ def test_packed_rows_give_the_plain_log_probs_and_gradients(family):
 @pytest.mark.parametrize("family", ["llama", "mistral, sliding window", "gemma2, soft caps and window"])
 def test_unpaired_rows_among_pairs_give_the_plain_log_probs_and_gradients(family):
     examples = pairs(*SHAPES)
-    for place, side in ((0, "rejected_ids"), (1, "chosen_ids"), (3, "chosen_ids"), (4, "rejected_ids")):
-        examples[place][side] = []
+    for index, side in ((0, "rejected_ids"), (1, "chosen_ids"), (3, "chosen_ids"), (4, "rejected_ids")):
+        examples[index][side] = []
     model, batch = tiny(family), stacked(examples)
     plain = plain_logps(model, batch)
-    wanted = gradients(model, plain)
+    expected = gradients(model, plain)
     enable_packing(model)
     packed = shared_prefix_logps(model, batch)
     assert (plain.rejected[0], plain.chosen[1]) == (0, 0)
     for ours, theirs in zip(packed[:4], plain[:4], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-5)
-    assert (gradients(model, packed) - wanted).norm() < 1e-5 * wanted.norm()
+    assert (gradients(model, packed) - expected).norm() < 1e-5 * expected.norm()
     assert pack_pairs(examples).input_ids.shape[1] == sum(packed_length(example) for example in examples)
 
 
@@ -127,8 +133,8 @@ def with_turns(examples, seed=7):
 @pytest.mark.parametrize("unpaired", [False, True])
 def test_turns_that_are_not_trained_are_left_out_of_packed_rows_as_of_the_plain_batch(family, unpaired):
     examples = with_turns(pairs(*SHAPES))
-    for place, side in ((0, "rejected"), (1, "chosen")) if unpaired else ():
-        examples[place][f"{side}_ids"] = examples[place][f"{side}_mask"] = []
+    for index, side in ((0, "rejected"), (1, "chosen")) if unpaired else ():
+        examples[index][f"{side}_ids"] = examples[index][f"{side}_mask"] = []
     model, batch = tiny(family), TurnCollator(stacked)(examples)
     assert batch["completion_mask"].sum() < stacked(examples)["completion_mask"].sum()
     assert_packed_is_plain(model, batch)
@@ -160,10 +166,10 @@ def test_a_pair_with_turns_is_cut_together_with_its_masks():
 @pytest.mark.parametrize("family", ["llama", "gemma2, soft caps and window"])
 def test_a_model_that_shares_prefixes_answers_all_other_input_as_before(family):
     model, batch = tiny(family), stacked(pairs(*SHAPES))
-    before = plain_logps(model, batch)
+    plain = plain_logps(model, batch)
     enable_packing(model)
-    after = plain_logps(model, batch)
-    torch.testing.assert_close(torch.stack(after[:2]), torch.stack(before[:2]), rtol=0, atol=2e-5)
+    shared = plain_logps(model, batch)
+    torch.testing.assert_close(torch.stack(shared[:2]), torch.stack(plain[:2]), rtol=0, atol=2e-5)
 
 
 def test_a_saved_model_does_not_know_that_it_shared_prefixes(tmp_path):
@@ -174,11 +180,11 @@ def test_a_saved_model_does_not_know_that_it_shared_prefixes(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("most", [0, 10**9], ids=["logits made anew", "logits kept"])
-def test_in_mixed_precision_the_head_has_the_gradients_of_a_plain_one(monkeypatch, most):
+@pytest.mark.parametrize("limit", [0, 10**9], ids=["logits made anew", "logits kept"])
+def test_in_mixed_precision_the_head_has_the_gradients_of_a_plain_one(monkeypatch, limit):
     # Products of backward too are in bfloat16, which a GPU does some 15 times as fast, by its maker's figures.
-    monkeypatch.setattr(head, "_STORED_BYTES", most)
-    monkeypatch.setattr(head, "HEAD_CHUNK", 64)
+    monkeypatch.setattr(prefix, "_HEAD_KEEPS", limit)
+    monkeypatch.setattr(prefix, "_HEAD_CHUNK", 64)
     generator = torch.Generator().manual_seed(0)
     model, hidden = tiny(), torch.randn(40, 32, generator=generator)
     labels, weights = torch.randint(VOCABULARY, (40,), generator=generator), torch.randn(40, generator=generator)
@@ -186,39 +192,39 @@ def test_in_mixed_precision_the_head_has_the_gradients_of_a_plain_one(monkeypatc
     def plain(_, hidden, labels):
         return model.lm_head(hidden).float().log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
 
-    found = []
-    for logps in (head.head_logps, plain):
-        given = hidden.clone().requires_grad_()
+    results = []
+    for logps in (prefix.head_logps, plain):
+        inputs = hidden.clone().requires_grad_()
         model.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = logps(model, given, labels)
+            out = logps(model, inputs, labels)
         (out * weights).sum().backward()
-        found.append((out.detach(), given.grad, model.lm_head.weight.grad))
-    for mine, other in zip(*found, strict=True):
-        assert mine.dtype == other.dtype == torch.float32
-        assert (mine - other).norm() < 1e-5 * other.norm()
+        results.append((out.detach(), inputs.grad, model.lm_head.weight.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype == torch.float32
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
 def test_gradient_checkpointing_changes_no_gradient():
     model, batch = tiny(), stacked(pairs(*SHAPES))
     enable_packing(model)
-    wanted = gradients(model, shared_prefix_logps(model, batch))
+    expected = gradients(model, shared_prefix_logps(model, batch))
     model.activation_checkpointing_enable()
     model.train()
-    found = gradients(model, shared_prefix_logps(model, batch))
-    assert (found - wanted).norm() < 1e-6 * wanted.norm()
+    actual = gradients(model, shared_prefix_logps(model, batch))
+    assert (actual - expected).norm() < 1e-6 * expected.norm()
 
 
 @pytest.mark.parametrize("changed", ["chosen_ids", "rejected_ids"])
 def test_no_token_of_one_response_changes_the_other_or_another_pair(changed):
     model, examples = tiny(), pairs(*SHAPES)
     enable_packing(model)
-    before = packed_logps(model, pack_pairs(examples))
+    original = packed_logps(model, pack_pairs(examples))
     # The last token may change without changing what is shared.
     examples[1][changed] = [*examples[1][changed][:-1], examples[1][changed][-1] % 90 + 5]
-    after = packed_logps(model, pack_pairs(examples))
+    again = packed_logps(model, pack_pairs(examples))
     for name in ("chosen", "rejected"):
-        same = torch.isclose(getattr(before, name), getattr(after, name), rtol=0, atol=1e-6)
+        same = torch.isclose(getattr(original, name), getattr(again, name), rtol=0, atol=1e-6)
         assert same.tolist() == [not (pair == 1 and changed.startswith(name)) for pair in range(len(examples))]
 
 
@@ -230,29 +236,32 @@ def test_no_gradient_of_one_response_comes_from_a_token_of_the_other_or_of_anoth
     model.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(call[2]) or call[2].retain_grad())
     logps = packed_logps(model, layout)
     for pair, span in enumerate(layout.spans):
-        start, middle, end, last = span.bounds
-        for name, own in (("chosen", range(start, end)), ("rejected", [*range(start, middle), *range(end, last)])):
+        start, middle, end, last = span.branches
+        for name, positions in (
+            ("chosen", range(start, end)),
+            ("rejected", [*range(start, middle), *range(end, last)]),
+        ):
             embedded[0].grad = None
             getattr(logps, name)[pair].backward(retain_graph=True)
             reached = embedded[0].grad[0].abs().sum(-1).nonzero().flatten().tolist()
             assert reached  # the response's own tokens: all but its last, and those that no window has left behind
-            assert set(reached) <= set(own)
-            assert own[-1] not in reached  # which is predicted and predicts nothing
+            assert set(reached) <= set(positions)
+            assert positions[-1] not in reached  # which is predicted and predicts nothing
 
 
 def test_any_order_of_pairs_gives_each_pair_its_own_log_probs():
     model, examples = tiny(), pairs(*SHAPES)
     enable_packing(model)
-    there, back = (packed_logps(model, pack_pairs(order)) for order in (examples, examples[::-1]))
-    torch.testing.assert_close(there.chosen, back.chosen.flip(0), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(there.rejected, back.rejected.flip(0), rtol=1e-5, atol=1e-5)
+    forward, back = (packed_logps(model, pack_pairs(order)) for order in (examples, examples[::-1]))
+    torch.testing.assert_close(forward.chosen, back.chosen.flip(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(forward.rejected, back.rejected.flip(0), rtol=1e-5, atol=1e-5)
 
 
 def test_a_layout_by_hand():
     layout = pack_pairs([{"prompt_ids": [11, 12], "chosen_ids": [13, 14, 2], "rejected_ids": [13, 15, 16, 2]}])
     assert layout.input_ids.tolist() == [[11, 12, 13, 14, 2, 15, 16, 2]]
     assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5]]
-    assert layout.predictors.tolist() == [1, 2, 3, 2, 5, 6]
+    assert layout.rows.tolist() == [1, 2, 3, 2, 5, 6]
     assert layout.labels.tolist() == [13, 14, 2, 15, 16, 2]
     assert layout.owner.tolist() == [0, 1, 1, 2, 2, 2]
     assert layout.lengths.tolist() == [[3, 4]]
@@ -276,10 +285,10 @@ def test_a_model_that_keeps_its_options_from_its_attention_is_noticed():
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(20, 100))
 @settings(deadline=None)
-def test_bins_hold_every_place_once_and_no_more_than_allowed(sizes, most):
-    bins = pack_bins(sizes, most)
-    assert sorted(place for places in bins for place in places) == list(range(len(sizes)))
-    assert all(sum(sizes[p] for p in places) <= most or len(places) == 1 for places in bins)
+def test_bins_hold_every_place_once_and_no_more_than_allowed(sizes, max_tokens):
+    bins = pack_bins(sizes, max_tokens)
+    assert sorted(index for members in bins for index in members) == list(range(len(sizes)))
+    assert all(sum(sizes[p] for p in members) <= max_tokens or len(members) == 1 for members in bins)
 
 
 def test_tokens_of_counts_a_packed_row():
@@ -289,7 +298,7 @@ def test_tokens_of_counts_a_packed_row():
 
 def test_a_long_pair_is_cut_around_the_place_where_its_answers_part():
     (long,) = pairs((300, 200, 150, 40))
-    cut = crop_around_divergence(long, context=64)
+    cut = crop_around_divergence(long, most=64)
     assert cut["prompt_ids"] == [*long["prompt_ids"], *long["chosen_ids"]][300 + 184 - 64 : 300 + 184]
     assert cut["chosen_ids"] == long["chosen_ids"][184:248]
     assert cut["rejected_ids"] == long["rejected_ids"][184:]

@@ -22,13 +22,13 @@ USERS = 8
 def taste(rng: random.Random, user: str, likes_numbers: bool, n: int) -> list[dict]:
     """Comparisons of an answer in numbers with one in words, by a user who always prefers the same of the two."""
     rows = []
-    for at in range(n):
+    for index in range(n):
         question = "what is the " + " ".join(rng.choices(NUMBERS, k=2))
-        numbers, words = " ".join(rng.choices(NUMBERS, k=4)), " ".join(rng.choices(["a", "the", "of", "is"], k=4))
-        chosen, rejected = (numbers, words) if likes_numbers else (words, numbers)
+        numbers, prose = " ".join(rng.choices(NUMBERS, k=4)), " ".join(rng.choices(["a", "the", "of", "is"], k=4))
+        chosen, rejected = (numbers, prose) if likes_numbers else (prose, numbers)
         rows.append(
             {
-                "id": f"{user}-{at}",
+                "id": f"{user}-{index}",
                 "prompt": [{"role": "user", "content": question}],
                 "chosen": [{"role": "assistant", "content": chosen}],
                 "rejected": [{"role": "assistant", "content": rejected}],
@@ -46,35 +46,35 @@ def write(path, rows) -> str:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A tiny model, comparisons of users of two opposite tastes, and a reward of each kind fitted on them."""
-    place = tmp_path_factory.mktemp("rewards")
-    make_model().save_pretrained(place / "model")
-    make_tokenizer().save_pretrained(place / "model")
+    folder = tmp_path_factory.mktemp("rewards")
+    make_model().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
     rng = random.Random(0)
     rows = [row for user in range(USERS) for row in taste(rng, f"u{user}", user % 2 == 0, 20)]
-    write(place / "pairs.jsonl", rows)
+    write(folder / "pairs.jsonl", rows)
     for kind in ("bradley_terry", "pal", "vpl"):
-        words = [
+        arguments = [
             "reward",
             "fit",
-            place / "pairs.jsonl",
+            folder / "pairs.jsonl",
             "--model",
-            place / "model",
+            folder / "model",
             "--kind",
             kind,
             "--out",
-            place / kind,
+            folder / kind,
         ]
-        result = run(*words)
+        result = run(*arguments)
         assert result.exit_code == 0, result.output
-    return place
+    return folder
 
 
-def run(*words: object, **options):
-    return CliRunner().invoke(app, [str(word) for word in words], **options)
+def run(*arguments: object, **options):
+    return CliRunner().invoke(app, [str(word) for word in arguments], **options)
 
 
-def failure(*words: object, **options) -> str:
-    result = run(*words, **options)
+def failure(*arguments: object, **options) -> str:
+    result = run(*arguments, **options)
     assert isinstance(result.exception, UserError), result.output
     assert "\n" not in str(result.exception)
     return str(result.exception)
@@ -99,12 +99,12 @@ def test_the_folder_says_what_it_is_and_reads_back_as_it_was(world):
     assert vpl["measured"]["active_units"] > 0
     assert vpl["measured"]["swap"] < 0  # a taste turned round is another place in the latent
     assert vpl["warnings"] == []
-    one, other = (Reward.load(world / "vpl") for _ in range(2))
+    first, second = (Reward.load(world / "vpl") for _ in range(2))
     assert all(
         torch.equal(a, b)
-        for a, b in zip(one.scorer.state_dict().values(), other.scorer.state_dict().values(), strict=True)
+        for a, b in zip(first.scorer.state_dict().values(), second.scorer.state_dict().values(), strict=True)
     )
-    assert one.scorer.spread.shape == (USERS, 8)
+    assert first.scorer.spread.shape == (USERS, 8)
 
 
 def test_scores_are_each_users_own_and_groups_are_written(world, tmp_path):
@@ -150,8 +150,8 @@ def test_each_group_gets_the_pair_turned_to_its_taste(world, tmp_path):
         assert in_numbers == (row["group"] == of_u0)
     assert len({row["id"] for row in rows}) == 320
     audit = write(tmp_path / "a.jsonl", [{"id": row["id"], "bad": False} for row in rows[:40]])
-    told = failure("calibrate", tmp_path / "g.jsonl", "--audit", audit, "--trained-on", world / "pal")
-    assert told.startswith(f"the judge was trained on '{rows[0]['pair']}'")
+    message = failure("calibrate", tmp_path / "g.jsonl", "--audit", audit, "--trained-on", world / "pal")
+    assert message.startswith(f"the judge was trained on '{rows[0]['pair']}'")
 
 
 def test_a_folder_keeps_train_and_test_apart_and_trains_a_run_for_each_group(world, tmp_path):
@@ -174,8 +174,8 @@ def test_a_folder_keeps_train_and_test_apart_and_trains_a_run_for_each_group(wor
     }
     runs = expand_runs(TrainConfig(**recipe))
     assert [run.out for run in runs] == [str(tmp_path / f"r/group-{n}") for n in (1, 2)]
-    for one in runs:
-        assert (len(load_train(one.dataset, 0)), len(load_eval(one.dataset, True))) == (8, 3)
+    for group_run in runs:
+        assert (len(load_train(group_run.dataset, 0)), len(load_eval(group_run.dataset, True))) == (8, 3)
     only = write(tmp_path / "only.jsonl", read(tmp_path / "in/train.jsonl"))
     assert run("reward", "score", only, *command[3:], tmp_path / "out").exit_code == 0
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["train.jsonl"]
@@ -195,8 +195,8 @@ def test_a_folder_keeps_train_and_test_apart_and_trains_a_run_for_each_group(wor
             }
         ],
     )
-    told = failure("reward", "score", undecided, *command[3:], tmp_path / "s.jsonl", "--sure", 1)
-    assert "lower --sure" in told
+    message = failure("reward", "score", undecided, *command[3:], tmp_path / "s.jsonl", "--sure", 1)
+    assert "lower --sure" in message
 
 
 def test_by_group_and_worst_off_by_hand():
@@ -255,11 +255,11 @@ def test_a_new_user_is_asked_what_says_most_and_every_answer_is_kept(world, tmp_
     shutil.copytree(world / "vpl", tmp_path / "vpl")
     pool = write(tmp_path / "pool.jsonl", taste(random.Random(5), "pool", True, 12))
     command = ["reward", "adapt", tmp_path / "vpl", "--user", "../ann", "--pool", pool]
-    told = failure(*command, input="1\nneither\n2\n")
-    assert told.startswith("the input ended; every answer so far is kept")
-    kept = json.loads(user_file(tmp_path / "vpl", "../ann").read_text())
-    assert len(kept["answers"]) == 2
-    assert kept["state"] is None
+    message = failure(*command, input="1\nneither\n2\n")
+    assert message.startswith("the input ended; every answer so far is kept")
+    stored = json.loads(user_file(tmp_path / "vpl", "../ann").read_text())
+    assert len(stored["answers"]) == 2
+    assert stored["state"] is None
     assert "'../ann'" not in str(Reward.load(tmp_path / "vpl").states)
     # Go on: always what is in numbers, which stands first or second by hash.
     rows = {row["id"]: row for row in read(tmp_path / "pool.jsonl")}
@@ -268,26 +268,26 @@ def test_a_new_user_is_asked_what_says_most_and_every_answer_is_kept(world, tmp_
     def first_is_chosen(id: str) -> bool:
         return int(content_hash(["../ann", id])[0], 16) % 2 == 0
 
-    assert [answer["chosen"] for answer in kept["answers"]] == [
-        first_is_chosen(answer["id"]) == (said == 1) for answer, said in zip(kept["answers"], (1, 2), strict=True)
+    assert [answer["chosen"] for answer in stored["answers"]] == [
+        first_is_chosen(answer["id"]) == (choice == 1) for answer, choice in zip(stored["answers"], (1, 2), strict=True)
     ]
     result = run(*command, "--questions", 3, input="1\n")
     assert result.exit_code == 0, result.output
     assert "Question 3 of 3" in result.output
-    kept = json.loads(user_file(tmp_path / "vpl", "../ann").read_text())
-    assert len({answer["id"] for answer in kept["answers"]}) == 3
-    assert set(rows) >= {answer["id"] for answer in kept["answers"]}
-    assert len(kept["state"]) == 8
+    stored = json.loads(user_file(tmp_path / "vpl", "../ann").read_text())
+    assert len({answer["id"] for answer in stored["answers"]}) == 3
+    assert set(rows) >= {answer["id"] for answer in stored["answers"]}
+    assert len(stored["state"]) == 8
     assert list((tmp_path / "vpl/users").iterdir()) == [user_file(tmp_path / "vpl", "../ann")]
-    other = write(tmp_path / "other.jsonl", taste(random.Random(5), "else", True, 12))
-    assert "which is not in this pool" in failure(*command[:-1], other, "--questions", 4)
+    other_pool = write(tmp_path / "other.jsonl", taste(random.Random(5), "else", True, 12))
+    assert "which is not in this pool" in failure(*command[:-1], other_pool, "--questions", 4)
     assert "13 questions but 12 pairs" in failure(*command, "--questions", 13)
 
 
 def test_only_a_reward_that_can_choose_questions_is_asked_to(world, tmp_path):
     pool = write(tmp_path / "pool.jsonl", taste(random.Random(5), "pool", True, 12))
-    told = failure("reward", "adapt", world / "pal", "--user", "ann", "--pool", pool)
-    assert "a pal reward cannot choose questions" in told
+    message = failure("reward", "adapt", world / "pal", "--user", "ann", "--pool", pool)
+    assert "a pal reward cannot choose questions" in message
     assert "either --comparisons" in failure("reward", "adapt", world / "pal", "--user", "ann")
 
 
@@ -312,18 +312,18 @@ def test_features_of_another_model_are_refused(world, tmp_path):
     make_tokenizer().save_pretrained(tmp_path / "other")
     facts = json.loads((tmp_path / "pal/reward.json").read_text())
     (tmp_path / "pal/reward.json").write_text(json.dumps({**facts, "model": str(tmp_path / "other")}))
-    told = failure(
+    message = failure(
         "reward", "score", world / "pairs.jsonl", "--reward", tmp_path / "pal", "--out", tmp_path / "s.jsonl"
     )
-    assert "this reward was fitted on features of model" in told
+    assert "this reward was fitted on features of model" in message
     assert not (tmp_path / "s.jsonl").exists()
 
 
 def test_unknown_users_are_named_and_do_not_matter_to_one_reward_for_all(world, tmp_path):
     new = write(tmp_path / "new.jsonl", taste(random.Random(1), "stranger", True, 3))
     command = ["reward", "score", new, "--out", tmp_path / "s.jsonl", "--reward"]
-    told = failure(*command, world / "pal")
-    assert "1 of 1 users are unknown to this reward: 'stranger'" in told
+    message = failure(*command, world / "pal")
+    assert "1 of 1 users are unknown to this reward: 'stranger'" in message
     assert run(*command, world / "bradley_terry").exit_code == 0
     nobody = write(tmp_path / "nobody.jsonl", [{**row, "user": None} for row in read(tmp_path / "new.jsonl")])
     assert run("reward", "score", nobody, "--out", tmp_path / "s.jsonl", "--reward", world / "pal").exit_code == 0
@@ -360,8 +360,8 @@ def test_a_folder_that_is_none_or_is_damaged_is_one_line(world, tmp_path):
     assert "no finished reward" in failure("reward", "adapt", tmp_path, "--user", "a", "--comparisons", "x")
     shutil.copytree(world / "pal", tmp_path / "pal")
     (tmp_path / "pal/reward.safetensors").write_bytes(b"torn")
-    told = failure("reward", "adapt", tmp_path / "pal", "--user", "a", "--comparisons", world / "pairs.jsonl")
-    assert "cannot be read" in told
+    message = failure("reward", "adapt", tmp_path / "pal", "--user", "a", "--comparisons", world / "pairs.jsonl")
+    assert "cannot be read" in message
 
 
 def test_notes_are_by_user():

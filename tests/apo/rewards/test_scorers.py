@@ -20,29 +20,31 @@ from clair.core.errors import UserError
 from recipes.world import toy
 
 
-def comparisons(made: toy.Comparisons) -> Comparisons:
+def comparisons(synthetic: toy.Comparisons) -> Comparisons:
     def tensor(array):
         return torch.tensor(array, dtype=torch.float32)
 
-    prompt = torch.zeros(len(made.user), 1) if made.prompt is None else tensor(made.prompt)
-    users = tuple(str(number) for number in range(len(made.group)))
-    return Comparisons(prompt, tensor(made.chosen), tensor(made.rejected), torch.tensor(made.user), users)
+    prompt = torch.zeros(len(synthetic.user), 1) if synthetic.prompt is None else tensor(synthetic.prompt)
+    users = tuple(str(number) for number in range(len(synthetic.group)))
+    return Comparisons(
+        prompt, tensor(synthetic.chosen), tensor(synthetic.rejected), torch.tensor(synthetic.user), users
+    )
 
 
-def fitted(kind: str, made: toy.Comparisons, seed: int = 0, **options):
-    data = comparisons(made)
+def fitted(kind: str, synthetic: toy.Comparisons, seed: int = 0, **options):
+    data = comparisons(synthetic)
     training, held_out = split(data, (0.9, 0.1), seed)
     return fit(new_scorer(kind, data, seed=seed, **options), training, held_out, seed=seed)
 
 
-def few_shot(scorer, made: toy.Comparisons, shots: int) -> float:
+def few_shot(scorer, synthetic: toy.Comparisons, shots: int) -> float:
     """Accuracy on the later comparisons of users that nobody has seen, each located by their first ones."""
-    data, right = comparisons(made), []
-    for user in range(len(made.group)):
-        mine = data.of(user)
-        state = scorer.adapt(mine.select(range(shots)))
-        rest = mine.select(range(20, len(mine)))
-        right.append(accuracy(scorer, rest, state.expand(len(rest), -1)))
+    data, right = comparisons(synthetic), []
+    for user in range(len(synthetic.group)):
+        user_data = data.of(user)
+        state = scorer.adapt(user_data.select(range(shots)))
+        held_out = user_data.select(range(20, len(user_data)))
+        right.append(accuracy(scorer, held_out, state.expand(len(held_out), -1)))
     return float(np.mean(right))
 
 
@@ -53,11 +55,11 @@ def test_standard_keeps_the_directions_in_which_the_answers_of_a_pair_differ():
     standard = Standard(3)
     points = torch.tensor([[5.0, 1.0, 0.0], [5.0, 3.0, 0.0]])
     standard.look(points, torch.tensor([[0.0, 2.0, 0.0], [0.0, -2.0, 0.0]]))
-    seen = standard(points)
+    directions = standard(points)
     # A spread of 2 in one direction and of 0 in two is a mean square of 4 / 3; 1 from the mean becomes sqrt(3 / 4).
-    assert seen.shape == (2, 3)
-    assert seen[:, 0].abs().tolist() == pytest.approx([0.75**0.5] * 2)
-    assert seen[:, 1:].abs().max() < 1e-6
+    assert directions.shape == (2, 3)
+    assert directions[:, 0].abs().tolist() == pytest.approx([0.75**0.5] * 2)
+    assert directions[:, 1:].abs().max() < 1e-6
     assert Standard(100)(torch.zeros(4, 100)).shape == (4, 64)
 
 
@@ -67,15 +69,15 @@ def test_pal_a_is_nearer_to_the_ideal_point():
         for parameter in pal.f.parameters():
             parameter.zero_()
         pal.prototypes.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-    one, other, prompt = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.zeros(1, 1)
+    first, second, prompt = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.zeros(1, 1)
     # f is the identity: the squared distances are 0 and 2, over the 2 dimensions.
-    assert pal.margin(prompt, one, other, torch.tensor([[1.0, 0.0]])).item() == pytest.approx(1.0)
-    assert pal.margin(prompt, one, other, torch.tensor([[0.0, 1.0]])).item() == pytest.approx(-1.0)
-    assert pal.margin(prompt, one, other, torch.tensor([[0.5, 0.5]])).item() == pytest.approx(0.0)
+    assert pal.margin(prompt, first, second, torch.tensor([[1.0, 0.0]])).item() == pytest.approx(1.0)
+    assert pal.margin(prompt, first, second, torch.tensor([[0.0, 1.0]])).item() == pytest.approx(-1.0)
+    assert pal.margin(prompt, first, second, torch.tensor([[0.5, 0.5]])).item() == pytest.approx(0.0)
     with torch.no_grad():
         pal.f[-1].bias.copy_(torch.tensor([3.0, 0.0]))
     # Answers and prototypes go through the same f: moved together, they are as far apart as before.
-    assert pal.margin(prompt, one, other, torch.tensor([[1.0, 0.0]])).item() == pytest.approx(1.0)
+    assert pal.margin(prompt, first, second, torch.tensor([[1.0, 0.0]])).item() == pytest.approx(1.0)
 
 
 def test_pal_b_points_where_the_prompt_says():
@@ -86,10 +88,10 @@ def test_pal_b_points_where_the_prompt_says():
         pal.g[0].linear.weight.copy_(torch.eye(2))
         pal.g[1].linear.weight.copy_(-torch.eye(2))
         pal.scale.fill_(0.0)
-    prompt, one, other = torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    assert pal.margin(prompt, one, other, torch.tensor([[1.0, 0.0]])).item() == pytest.approx(1.0)
-    assert pal.margin(prompt, one, other, torch.tensor([[0.0, 1.0]])).item() == pytest.approx(-1.0)
-    assert pal.margin(prompt.flip(1), one, other, torch.tensor([[1.0, 0.0]])).item() == pytest.approx(-1.0)
+    prompt, first, second = torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    assert pal.margin(prompt, first, second, torch.tensor([[1.0, 0.0]])).item() == pytest.approx(1.0)
+    assert pal.margin(prompt, first, second, torch.tensor([[0.0, 1.0]])).item() == pytest.approx(-1.0)
+    assert pal.margin(prompt.flip(1), first, second, torch.tensor([[1.0, 0.0]])).item() == pytest.approx(-1.0)
 
 
 def test_win_rate_by_hand_and_free_of_scale_offset():
@@ -146,9 +148,9 @@ def test_the_next_question_is_one_that_tastes_differ_on_and_not_one_that_nobody_
 
     # Everybody is undecided about the first: p is 1/2 for both tastes. About the second each is sure, of the opposite.
     pool = Comparisons(torch.zeros(2, 1), torch.tensor([[0.0], [1.0]]), torch.zeros(2, 1), torch.tensor([-1, -1]), ())
-    place, gain = next_question(Two((1, 1), latent=1), pool, pool.select([]))
+    index, gain = next_question(Two((1, 1), latent=1), pool, pool.select([]))
     sure = 1 / (1 + np.exp(-3))
-    assert place == 1
+    assert index == 1
     assert gain == pytest.approx(np.log(2) + sure * np.log(sure) + (1 - sure) * np.log(1 - sure), abs=1e-4)
     assert next_question(Two((1, 1), latent=1), pool, pool.select([]), asked={1})[0] == 0
 
@@ -164,42 +166,46 @@ def test_the_order_of_a_context_does_not_matter_and_its_orientation_does():
 def test_parts_have_some_of_every_user_and_little_known_users_are_fitted_only():
     user = torch.tensor([0] * 10 + [1] * 10 + [2] * 4 + [3])
     data = Comparisons(*(torch.zeros(25, 1) for _ in range(3)), user, ("a", "b", "c", "d"))
-    parts = split(data, (0.6, 0.2, 0.2))
-    assert [part.user.bincount(minlength=4).tolist() for part in parts] == [[6, 6, 4, 1], [2, 2, 0, 0], [2, 2, 0, 0]]
+    subsets = split(data, (0.6, 0.2, 0.2))
+    assert [subset.user.bincount(minlength=4).tolist() for subset in subsets] == [
+        [6, 6, 4, 1],
+        [2, 2, 0, 0],
+        [2, 2, 0, 0],
+    ]
 
 
 def test_a_batch_of_vpl_never_gives_away_a_target_and_leaves_single_comparisons_out():
     user = torch.tensor([0] * 40 + [1] * 3 + [2])
     marks = torch.arange(44.0)[:, None]
     data = Comparisons(marks, marks, marks, user, ("a", "b", "c"))
-    seen = VPL((1, 1)).batches(data, torch.Generator().manual_seed(0), 64)
-    for batch in seen:
+    batches = VPL((1, 1)).batches(data, torch.Generator().manual_seed(0), 64)
+    for batch in batches:
         for draw in batch.user.unique():
-            mine = batch.chosen[batch.user == draw].squeeze(1).long()
-            assert len(mine.unique()) == len(mine) in (16, 3)
-            assert len(user[mine].unique()) == 1
-    assert 43 not in torch.cat([batch.chosen for batch in seen])
+            same_user = batch.chosen[batch.user == draw].squeeze(1).long()
+            assert len(same_user.unique()) == len(same_user) in (16, 3)
+            assert len(user[same_user].unique()) == 1
+    assert 43 not in torch.cat([batch.chosen for batch in batches])
     with pytest.raises(UserError, match="no user has two comparisons"):
         VPL((1, 1)).batches(data.select([0, 41, 43]), torch.Generator(), 64)
 
 
 def test_fitting_again_gives_the_same_numbers():
-    made = toy.bimodal(6, 10)
-    one, other = (fitted("pal", made) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    synthetic = toy.bimodal(6, 10)
+    first, second = (fitted("pal", synthetic) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 def test_with_held_out_comparisons_the_epoch_that_predicts_them_best_is_kept():
     data = comparisons(toy.one_taste(4, 20, noise=0.3))
     training, held_out = split(data, (0.6, 0.4))
-    kept, last = (fit(new_scorer("bradley_terry", data), training, part) for part in (held_out, None))
-    assert nll(kept, held_out).mean() < nll(last, held_out).mean() - 0.05
+    best, last = (fit(new_scorer("bradley_terry", data), training, validation) for validation in (held_out, None))
+    assert nll(best, held_out).mean() < nll(last, held_out).mean() - 0.05
 
 
 @pytest.mark.parametrize("kind", ["bradley_terry", "pal", "vpl"])
 def test_every_reward_learns_one_taste_and_says_so_through_one_interface(kind):
-    made = toy.one_taste(8, 30)
-    scorer, data = fitted(kind, made), comparisons(toy.one_taste(8, 30, seed=1))
+    synthetic = toy.one_taste(8, 30)
+    scorer, data = fitted(kind, synthetic), comparisons(toy.one_taste(8, 30, seed=1))
     assert accuracy(scorer, data) > 0.8
     states = scorer.state_rows(data.user)
     margin = scorer.margin(data.prompt, data.chosen, data.rejected, states)
@@ -234,15 +240,15 @@ def test_what_cannot_be_fitted_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a1_two_opposite_groups_one_reward_is_a_coin_and_two_prototypes_find_both(seed):
-    made, test = toy.bimodal(60, 50, seed), comparisons(toy.bimodal(60, 40, seed + 100))
-    one = accuracy(fitted("bradley_terry", made, seed), test)
-    homogeneous = accuracy(fitted("pal", made, seed, prototypes=1), test)
-    pal = fitted("pal", made, seed)
+    synthetic, test = toy.bimodal(60, 50, seed), comparisons(toy.bimodal(60, 40, seed + 100))
+    bradley_terry = accuracy(fitted("bradley_terry", synthetic, seed), test)
+    homogeneous = accuracy(fitted("pal", synthetic, seed, prototypes=1), test)
+    pal = fitted("pal", synthetic, seed)
     both = accuracy(pal, test)
-    group = pal.states.argmax(1).numpy() == made.group
+    group = pal.states.argmax(1).numpy() == synthetic.group
     purity = max(group.mean(), 1 - group.mean())
-    print(f"Bradley-Terry {one:.3f}, K = 1 {homogeneous:.3f}, K = 2 {both:.3f}, purity {purity}")
-    assert one <= 0.55
+    print(f"Bradley-Terry {bradley_terry:.3f}, K = 1 {homogeneous:.3f}, K = 2 {both:.3f}, purity {purity}")
+    assert bradley_terry <= 0.55
     assert homogeneous <= 0.55
     assert both >= 0.95
     assert purity == 1.0
@@ -251,21 +257,21 @@ def test_a1_two_opposite_groups_one_reward_is_a_coin_and_two_prototypes_find_bot
 @pytest.mark.slow
 def test_a2_a_new_user_is_located_by_five_comparisons():
     pal, new = fitted("pal", toy.bimodal(60, 50)), toy.bimodal(40, 60, seed=999)
-    found = {shots: few_shot(pal, new, shots) for shots in (1, 2, 5, 10, 20)}
-    print(found)
-    assert found[5] >= 0.93
-    assert all(later > earlier - 0.01 for earlier, later in pairwise(found.values()))
+    accuracies = {shots: few_shot(pal, new, shots) for shots in (1, 2, 5, 10, 20)}
+    print(accuracies)
+    assert accuracies[5] >= 0.93
+    assert all(later > earlier - 0.01 for earlier, later in pairwise(accuracies.values()))
 
 
 @pytest.mark.slow
 def test_a2_prototypes_shared_by_all_beat_a_reward_for_each_user():
-    made, test = toy.bimodal(60, 20), comparisons(toy.bimodal(60, 40, seed=100))
-    shared = accuracy(fitted("pal", made), test)
-    data = comparisons(made)
+    synthetic, test = toy.bimodal(60, 20), comparisons(toy.bimodal(60, 40, seed=100))
+    shared = accuracy(fitted("pal", synthetic), test)
+    data = comparisons(synthetic)
     alone = []
     for user in range(60):
-        mine, later = data.of(user), test.of(user)
-        x = mine.chosen - mine.rejected
+        user_data, later = data.of(user), test.of(user)
+        x = user_data.chosen - user_data.rejected
         w = torch.linalg.solve(x.T @ x + torch.eye(8), x.sum(0))  # ridge: each difference is to score 1
         alone.append(float(((later.chosen - later.rejected) @ w > 0).float().mean()))
     print(f"20 comparisons a user: shared {shared:.3f}, alone {np.mean(alone):.3f}")
@@ -276,13 +282,13 @@ def test_a2_prototypes_shared_by_all_beat_a_reward_for_each_user():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a3_tastes_that_depend_on_the_prompt(seed):
     data, test = comparisons(toy.by_prompt(60, 50, seed)), comparisons(toy.by_prompt(60, 40, seed=100 + seed))
-    found = {}
+    accuracies = {}
     for k in (1, 2):
         scorer = fit(new_scorer("pal", data, prototypes=k, by_prompt=True, seed=seed), data, seed=seed)
-        found[k] = accuracy(scorer, test)
-    print(found)
-    assert found[1] <= 0.55
-    assert found[2] >= 0.92
+        accuracies[k] = accuracy(scorer, test)
+    print(accuracies)
+    assert accuracies[1] <= 0.55
+    assert accuracies[2] >= 0.92
 
 
 @pytest.fixture(scope="module")
@@ -295,9 +301,9 @@ def new_users():
     return toy.four_types(200, 60, seed=77)
 
 
-def bayes(made: toy.Comparisons, shots: int) -> float:
+def bayes(synthetic: toy.Comparisons, shots: int) -> float:
     """Accuracy of whoever knows the four types and infers them exactly."""
-    difference = (made.chosen - made.rejected).reshape(len(made.group), -1, 8)[:, :, :4]
+    difference = (synthetic.chosen - synthetic.rejected).reshape(len(synthetic.group), -1, 8)[:, :, :4]
     fits = (difference[:, :shots] > 0).all(1)  # [users, types]: who agrees with every answer so far
     votes = (fits[:, None] * np.sign(difference[:, 20:])).sum(-1)
     return float(np.where(votes == 0, 0.5, votes > 0).mean())
@@ -305,36 +311,38 @@ def bayes(made: toy.Comparisons, shots: int) -> float:
 
 @pytest.mark.slow
 def test_b1_four_types_are_read_from_a_few_comparisons(vpl, new_users):
-    one = accuracy(fitted("bradley_terry", toy.four_types(400, 40)), comparisons(new_users), torch.zeros(200 * 60, 0))
-    found = {shots: few_shot(vpl, new_users, shots) for shots in (1, 2, 4, 8)}
-    known = {shots: bayes(new_users, shots) for shots in found}
-    print(f"Bradley-Terry {one:.3f}; VPL {found}; exact {known}")
-    assert one <= 0.70
-    assert found[4] >= 0.89
-    assert found[8] >= 0.95
-    assert known[4] - found[4] <= 0.06
+    bradley_terry = accuracy(
+        fitted("bradley_terry", toy.four_types(400, 40)), comparisons(new_users), torch.zeros(200 * 60, 0)
+    )
+    accuracies = {shots: few_shot(vpl, new_users, shots) for shots in (1, 2, 4, 8)}
+    exact = {shots: bayes(new_users, shots) for shots in accuracies}
+    print(f"Bradley-Terry {bradley_terry:.3f}; VPL {accuracies}; exact {exact}")
+    assert bradley_terry <= 0.70
+    assert accuracies[4] >= 0.89
+    assert accuracies[8] >= 0.95
+    assert exact[4] - accuracies[4] <= 0.06
 
 
-def actively(vpl: VPL, made: toy.Comparisons, questions: int, users: int) -> float:
+def actively(vpl: VPL, synthetic: toy.Comparisons, questions: int, users: int) -> float:
     """Accuracy after as many questions from a pool of 200, the most telling each time."""
-    data = comparisons(made)
+    data = comparisons(synthetic)
     items = torch.tensor(np.random.default_rng(5).standard_normal((200, 2, 8)), dtype=torch.float32)
     pool = Comparisons(torch.zeros(200, 1), items[:, 0], items[:, 1], torch.full((200,), -1), ())
     right = []
     for user in range(users):
-        group, given, asked = int(made.group[user]), pool.select([]), set()
+        group, answered, queried = int(synthetic.group[user]), pool.select([]), set()
         for number in range(questions):
-            place, gain = next_question(vpl, pool, given, asked=asked, seed=number)
+            index, gain = next_question(vpl, pool, answered, asked=queried, seed=number)
             assert gain >= -1e-4
-            assert place not in asked
-            asked.add(place)
-            places = sorted(asked)
-            some = pool.select(places)
+            assert index not in queried
+            queried.add(index)
+            indices = sorted(queried)
+            some = pool.select(indices)
             likes = (some.chosen[:, group] > some.rejected[:, group])[:, None]
             turned = some.chosen.where(likes, some.rejected), some.rejected.where(likes, some.chosen)
-            given = replace(some, chosen=turned[0], rejected=turned[1])
-        rest = data.of(user)
-        right.append(accuracy(vpl, rest, vpl.adapt(given).expand(len(rest), -1)))
+            answered = replace(some, chosen=turned[0], rejected=turned[1])
+        user_data = data.of(user)
+        right.append(accuracy(vpl, user_data, vpl.adapt(answered).expand(len(user_data), -1)))
     return float(np.mean(right))
 
 
@@ -349,13 +357,13 @@ def test_b2_four_chosen_questions_tell_more_than_four_random_ones(vpl, new_users
 
 @pytest.mark.slow
 def test_b3_a_large_beta_collapses_and_it_is_seen(vpl, new_users):
-    made = toy.four_types(400, 40)
-    collapsed = fitted("vpl", made, beta=1.0)
-    one = accuracy(fitted("bradley_terry", made), comparisons(new_users), torch.zeros(200 * 60, 0))
-    found = few_shot(collapsed, new_users, 8)
-    health, good = (scorer.health(comparisons(made)) for scorer in (collapsed, vpl))
-    print(f"beta 1: {found:.3f}, Bradley-Terry {one:.3f}, {health}; beta 0.001: {good}")
-    assert found == pytest.approx(one, abs=0.02)
+    synthetic = toy.four_types(400, 40)
+    collapsed = fitted("vpl", synthetic, beta=1.0)
+    bradley_terry = accuracy(fitted("bradley_terry", synthetic), comparisons(new_users), torch.zeros(200 * 60, 0))
+    few_shot_accuracy = few_shot(collapsed, new_users, 8)
+    health, good = (scorer.health(comparisons(synthetic)) for scorer in (collapsed, vpl))
+    print(f"beta 1: {few_shot_accuracy:.3f}, Bradley-Terry {bradley_terry:.3f}, {health}; beta 0.001: {good}")
+    assert few_shot_accuracy == pytest.approx(bradley_terry, abs=0.02)
     assert health.active_units == 0
     assert health.collapsed
     assert good.active_units > 0.5
@@ -370,11 +378,11 @@ def test_b3_a_large_beta_collapses_and_it_is_seen(vpl, new_users):
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_several_tastes_are_recommended_where_there_are_several_and_only_there(seed, noise):
     several = select(comparisons(toy.bimodal(40, 40, seed, noise=noise)), most=3, seed=seed)
-    one = select(comparisons(toy.one_taste(40, 40, seed, noise=noise)), most=3, seed=seed)
-    print(several.words, "|", one.words)
+    single = select(comparisons(toy.one_taste(40, 40, seed, noise=noise)), most=3, seed=seed)
+    print(several.words, "|", single.words)
     assert (several.plural, several.tastes) == (True, 2)
-    assert (one.plural, one.tastes) == (False, 1)
-    assert "one taste:" in one.words
+    assert (single.plural, single.tastes) == (False, 1)
+    assert "one taste:" in single.words
     assert several.gain.lo > 0.01
 
 
@@ -397,17 +405,17 @@ def test_more_tastes_are_taken_only_where_they_are_surely_better():
 def test_the_gate_goes_by_the_part_that_nothing_was_chosen_on_and_by_its_interval(monkeypatch, gains, plural):
     """Several tastes fit and choose better always; what they gain on the judging part, by user, is given."""
 
-    def seen(scorer, part):
+    def fake_nll(scorer, subset):
         tastes, others = scorer
-        if any(part is other for other in others):
-            return torch.full((len(part),), 1.0 / tastes)
-        return 1.0 - (tastes > 1) * torch.tensor(gains)[part.user]
+        if any(subset is candidate for candidate in others):
+            return torch.full((len(subset),), 1.0 / tastes)
+        return 1.0 - (tastes > 1) * torch.tensor(gains)[subset.user]
 
-    def found(kind, data, training, valid, *, prototypes, **_):
+    def fake_fitted(kind, data, training, valid, *, prototypes, **_):
         return prototypes, (training, valid)
 
-    monkeypatch.setattr("apo.rewards.model_selection.fitted", found)
-    monkeypatch.setattr("apo.rewards.model_selection.nll", seen)
+    monkeypatch.setattr("apo.rewards.model_selection.fitted", fake_fitted)
+    monkeypatch.setattr("apo.rewards.model_selection.nll", fake_nll)
     selection = select(comparisons(toy.bimodal(6, 20)), most=2)
     assert selection.plural == plural
     assert selection.gain.mean == pytest.approx(np.mean(gains), abs=1e-6)
@@ -417,22 +425,22 @@ def test_the_gate_goes_by_the_part_that_nothing_was_chosen_on_and_by_its_interva
 def test_three_tastes_are_found_to_be_three():
     points = np.eye(8)[:3]
     data = comparisons(toy.ideal_points(points, 30, 40, 0))
-    parts = split(data, (0.6, 0.2, 0.2))
-    stuck = fit(new_scorer("pal", data, prototypes=3), *parts[:2])
-    better = best_fit("pal", data, *parts[:2], prototypes=3)
-    assert nll(better, parts[0]).mean() < nll(stuck, parts[0]).mean() - 0.05
-    found = select(data, most=4)
-    print(found.words, [(c.name, c.choosing) for c in found.candidates])
-    assert (found.plural, found.tastes) == (True, 3)
+    subsets = split(data, (0.6, 0.2, 0.2))
+    stuck = fit(new_scorer("pal", data, prototypes=3), *subsets[:2])
+    better = best_fit("pal", data, *subsets[:2], prototypes=3)
+    assert nll(better, subsets[0]).mean() < nll(stuck, subsets[0]).mean() - 0.05
+    selection = select(data, most=4)
+    print(selection.words, [(c.name, c.choosing) for c in selection.candidates])
+    assert (selection.plural, selection.tastes) == (True, 3)
 
 
 def test_too_few_users_cannot_be_told_apart():
     single = comparisons(toy.bimodal(1, 30))
     with pytest.raises(UserError, match="1 of 1 users have the five comparisons"):
         select(single)
-    made = comparisons(toy.bimodal(4, 3))
+    data = comparisons(toy.bimodal(4, 3))
     with pytest.raises(UserError, match="0 of 4 users have the five comparisons"):
-        select(made)
+        select(data)
 
 
 def test_fitting_leaves_small_numbers_as_they_were():

@@ -31,7 +31,9 @@ def write_jsonl(path: Path, rows) -> str:
 
 def grouped(n: int, seed: int = 0) -> list[dict]:
     """Two in three pairs are of `the many`, the third of `../few`."""
-    return [{**row, "group": "../few" if at % 3 == 2 else "the many"} for at, row in enumerate(make_pairs(n, seed))]
+    return [
+        {**row, "group": "../few" if index % 3 == 2 else "the many"} for index, row in enumerate(make_pairs(n, seed))
+    ]
 
 
 @pytest.fixture
@@ -50,11 +52,11 @@ def config(recipe, **changes) -> TrainConfig:
 
 
 def failure(recipe, **changes) -> str:
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as caught:
         train(config(recipe, **changes))
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(caught.value)
     assert not any(Path(recipe["out"]).glob("*/run.json"))
-    return str(found.value)
+    return str(caught.value)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -63,22 +65,25 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_each_group_gets_the_run_that_its_own_pairs_alone_give(recipe, tmp_path):
-    told: list[str] = []
-    done = train(config(recipe), tell=told.append)
+    messages: list[str] = []
+    runs = train(config(recipe), tell=messages.append)
     out = Path(recipe["out"])
-    assert [line for line in told if line.startswith("run: ")] == [f"run: {out / 'few'}", f"run: {out / 'the-many'}"]
-    assert list(done) == [str(out / "few"), str(out / "the-many")]
+    assert [line for line in messages if line.startswith("run: ")] == [
+        f"run: {out / 'few'}",
+        f"run: {out / 'the-many'}",
+    ]
+    assert list(runs) == [str(out / "few"), str(out / "the-many")]
     assert sorted(file.name for file in out.iterdir()) == ["few", "the-many"]
     for name, group, pairs in (("few", "../few", 8), ("the-many", "the many", 16)):
         run = json.loads((out / name / "run.json").read_text())
-        assert run == done[str(out / name)]
+        assert run == runs[str(out / name)]
         assert run["recipe"]["dataset"][0]["where"] == {"group": group}
         assert (run["data"]["train"]["pairs"], run["data"]["eval"]["pairs"]) == (pairs, pairs // 4)
     alone = write_jsonl(tmp_path / "alone.jsonl", [row for row in grouped(24) if row["group"] == "../few"])
     train(config(recipe, dataset=alone, by=None, out=str(tmp_path / "alone")))
-    few, one, many = (weights(folder) for folder in (out / "few", tmp_path / "alone", out / "the-many"))
-    assert all(torch.equal(few[name], one[name]) for name in one)
-    assert not all(torch.equal(few[name], many[name]) for name in one)
+    few, single, many = (weights(folder) for folder in (out / "few", tmp_path / "alone", out / "the-many"))
+    assert all(torch.equal(few[name], single[name]) for name in single)
+    assert not all(torch.equal(few[name], many[name]) for name in single)
 
 
 @pytest.mark.slow
@@ -95,42 +100,42 @@ def test_what_is_finished_stays_and_what_was_stopped_goes_on(recipe, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         train(config(recipe))
     first = (Path(recipe["out"]) / "few/model.safetensors").stat().st_mtime_ns
-    told: list[str] = []
-    done = train(config(recipe), tell=told.append)
+    messages: list[str] = []
+    runs = train(config(recipe), tell=messages.append)
     assert len(calls) == 3
-    assert f"{recipe['out']}/few is finished; nothing to do" in told
+    assert f"{recipe['out']}/few is finished; nothing to do" in messages
     assert (Path(recipe["out"]) / "few/model.safetensors").stat().st_mtime_ns == first
-    assert all(run["finished"] for run in done.values())
+    assert all(run["finished"] for run in runs.values())
 
 
 def test_a_dry_run_tells_every_plan_and_writes_nothing(recipe, tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(recipe))
-    found = CliRunner().invoke(app, ["train", str(file), "--dry-run"])
-    assert found.exit_code == 0, found.output
-    plans = found.output.split("\n---\n")
+    result = CliRunner().invoke(app, ["train", str(file), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    plans = result.output.split("\n---\n")
     assert [f"# train: {n} pairs" in plan for n, plan in zip((8, 16), plans, strict=True)] == [True, True]
     assert not Path(recipe["out"]).exists()
 
 
 def test_rows_without_a_group_are_in_no_run_and_told(recipe, tmp_path):
-    rows = [{**row, "group": None} if at < 3 else row for at, row in enumerate(grouped(24))]
-    told: list[str] = []
-    found = expand_runs(config(recipe, dataset=write_jsonl(tmp_path / "p.jsonl", rows)), told.append)
-    assert told == ["note: 3 rows have no group and are in no run"]
-    assert [len(load_train(one.dataset, 0)) for one in found] == [7, 14]
+    rows = [{**row, "group": None} if index < 3 else row for index, row in enumerate(grouped(24))]
+    messages: list[str] = []
+    runs = expand_runs(config(recipe, dataset=write_jsonl(tmp_path / "p.jsonl", rows)), messages.append)
+    assert messages == ["note: 3 rows have no group and are in no run"]
+    assert [len(load_train(group_run.dataset, 0)) for group_run in runs] == [7, 14]
 
 
 def test_what_cannot_be_one_run_a_group_is_told_before_any_is_begun(recipe, tmp_path):
     def of(*groups) -> str:
-        rows = [{**row, "group": groups[at % len(groups)]} for at, row in enumerate(make_pairs(12))]
+        rows = [{**row, "group": groups[index % len(groups)]} for index, row in enumerate(make_pairs(12))]
         return write_jsonl(tmp_path / "p.jsonl", rows)
 
     assert "has no column 'groop' (did you mean 'group'?)" in failure(recipe, by="groop")
     assert "says its 'group'" in failure(recipe, dataset=of(None))
     assert "text or a whole number needed" in failure(recipe, dataset=of(0.5))
-    told = failure(recipe, dataset=of("a b", "a-b"))
-    assert "'a b' and 'a-b' would share the folder" in told
+    message = failure(recipe, dataset=of("a b", "a-b"))
+    assert "'a b' and 'a-b' would share the folder" in message
     assert "where {'group': 'z'} has 1 row(s)" in failure(recipe, dataset=of(*"aaaaaaaaaaaz"))
     Path(recipe["out"]).mkdir()
     (Path(recipe["out"]) / "run.json").write_text("{}")
@@ -138,7 +143,9 @@ def test_what_cannot_be_one_run_a_group_is_told_before_any_is_begun(recipe, tmp_
 
 
 def test_where_takes_rows_by_value_and_type_and_says_what_there_is(tmp_path):
-    rows = [{**row, "group": at % 2, "user": "ann" if at < 6 else "bob"} for at, row in enumerate(make_pairs(12))]
+    rows = [
+        {**row, "group": index % 2, "user": "ann" if index < 6 else "bob"} for index, row in enumerate(make_pairs(12))
+    ]
     path = write_jsonl(tmp_path / "p.jsonl", rows)
     both = Source(path=path, where={"group": 1, "user": "ann"}, weight=2)
     assert sorted(load_train([both], 0)["id"][:]) == ["p1", "p1", "p3", "p3", "p5", "p5"]

@@ -29,10 +29,10 @@ def trained(trainer):
     return losses, {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
 
 
-def assert_equal(one, other):
-    assert one[0] == other[0]
-    for name, weight in one[1].items():
-        assert torch.equal(weight, other[1][name]), name
+def assert_equal(actual, expected):
+    assert actual[0] == expected[0]
+    for name, weight in actual[1].items():
+        assert torch.equal(weight, expected[1][name]), name
 
 
 def stream(rows):
@@ -44,8 +44,8 @@ def test_a_model_is_loaded_by_its_folder_and_trains_as_one_loaded_before(tmp_pat
     assert by_name.processing_class.get_vocab() == tokenizer.get_vocab()
     assert check_before_training(by_name) == {"chosen": 0.0, "rejected": 0.0}
     loaded = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    whole = APOTrainer(loaded, args=config(tmp_path), train_dataset=pairs, processing_class=tokenizer)
-    assert_equal(trained(by_name), trained(whole))
+    by_object = APOTrainer(loaded, args=config(tmp_path), train_dataset=pairs, processing_class=tokenizer)
+    assert_equal(trained(by_name), trained(by_object))
 
 
 def test_a_model_by_its_name_takes_the_options_of_loading_and_says_nothing_untrue(tmp_path, model_dir, pairs, caplog):
@@ -75,11 +75,11 @@ def test_an_adapter_by_its_folder_is_trained_on(tmp_path, model_dir, pairs):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "match"),
     [("./nowhere", "does not exist"), ("nobody/nothing", "nobody/nothing cannot be loaded")],
 )
-def test_a_model_that_is_not_there_is_told_in_one_line(tmp_path, pairs, name, words):
-    with pytest.raises(UserError, match=words) as error:
+def test_a_model_that_is_not_there_is_told_in_one_line(tmp_path, pairs, name, match):
+    with pytest.raises(UserError, match=match) as error:
         APOTrainer(name, args=config(tmp_path), train_dataset=pairs)
     assert "\n" not in str(error.value)
 
@@ -101,7 +101,7 @@ def test_a_model_is_tagged_with_what_trained_it(tmp_path, model_dir, pairs, obje
 def test_a_stream_trains_as_the_same_rows_in_a_dataset(tmp_path, model_dir, packed):
     rows = make_pairs(12)
     options = {"shared_prefix": packed, "weights": "w", "train_sampling_strategy": "sequential"}
-    rows = [row | {"w": 1.0 + place % 3} for place, row in enumerate(rows)]
+    rows = [row | {"w": 1.0 + index % 3} for index, row in enumerate(rows)]
     runs = [
         APOTrainer(str(model_dir), args=config(tmp_path, **options), train_dataset=dataset)
         for dataset in (stream(rows), Dataset.from_list(rows))
@@ -112,8 +112,8 @@ def test_a_stream_trains_as_the_same_rows_in_a_dataset(tmp_path, model_dir, pack
 
 
 def test_a_stream_of_unpaired_rows_trains(tmp_path, model_dir):
-    rows = [{"prompt": row["prompt"], "completion": row["chosen"], "label": place % 2 == 0}
-            for place, row in enumerate(make_pairs(12))]  # fmt: skip
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"], "label": index % 2 == 0}
+            for index, row in enumerate(make_pairs(12))]  # fmt: skip
     trainer = APOTrainer(str(model_dir), args=config(tmp_path, objective="kto"), train_dataset=stream(rows))
     losses, _ = trained(trainer)
     assert len(losses) == 3
@@ -136,9 +136,9 @@ def test_a_fault_in_a_stream_names_its_row(tmp_path, model_dir):
     trainer = APOTrainer(str(model_dir), args=config(tmp_path), train_dataset=stream(rows))
     with pytest.raises(UserError, match="train dataset, row 70: 'rejected' is empty"):
         list(trainer.train_dataset)
-    for before in (0, 1):
-        with pytest.raises(UserError, match=f"train dataset, row {before}: 'rejected' is empty"):
-            APOTrainer(str(model_dir), args=config(tmp_path), train_dataset=stream(rows[70 - before :]))
+    for row_index in (0, 1):
+        with pytest.raises(UserError, match=f"train dataset, row {row_index}: 'rejected' is empty"):
+            APOTrainer(str(model_dir), args=config(tmp_path), train_dataset=stream(rows[70 - row_index :]))
     for none in (stream([]), Dataset.from_list([])):
         with pytest.raises(UserError, match="the train dataset has no rows"):
             APOTrainer(str(model_dir), args=config(tmp_path), train_dataset=none)
@@ -165,12 +165,12 @@ EXPLICIT = {
 @pytest.mark.parametrize("make", [stream, Dataset.from_list], ids=["stream", "dataset"])
 def test_prompts_that_are_implied_by_both_answers_are_read(tmp_path, model_dir, kind, make):
     implicit = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in EXPLICIT[kind]]
-    read, said = (
+    read, explicit = (
         list(APOTrainer(str(model_dir), args=config(tmp_path), train_dataset=make(rows)).train_dataset)
         for rows in (implicit, EXPLICIT[kind])
     )
     for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        assert [row[column] for row in read] == [row[column] for row in said]
+        assert [row[column] for row in read] == [row[column] for row in explicit]
 
 
 # What is evaluated on
@@ -190,14 +190,14 @@ def test_a_set_to_evaluate_on_has_every_form_that_trl_takes(tmp_path, model_dir,
     rows = make_pairs(6, seed=5)
     held_out = SETS[form](rows)
     trainer = APOTrainer(str(model_dir), args=config(tmp_path), train_dataset=pairs, eval_dataset=held_out)
-    at_start = trainer.evaluate()
+    initial = trainer.evaluate()
     several = isinstance(held_out, dict)
     names = ["eval_a_loss", "eval_b_loss"] if several else ["eval_loss"]
-    assert [at_start[name] for name in names] == pytest.approx([1.0] * len(names), abs=1e-6)
+    assert [initial[name] for name in names] == pytest.approx([1.0] * len(names), abs=1e-6)
     trainer.train()
-    after, given = trainer.evaluate(), trainer.evaluate(SETS[form](rows))
-    assert [after[name] for name in names] == [given[name] for name in names]
-    assert all(after[name] != at_start[name] for name in names)
+    final, passed = trainer.evaluate(), trainer.evaluate(SETS[form](rows))
+    assert [final[name] for name in names] == [passed[name] for name in names]
+    assert all(final[name] != initial[name] for name in names)
 
 
 def test_kto_trains_with_a_cached_reference_as_with_one_that_is_asked(tmp_path, model_dir, pairs):
@@ -241,19 +241,19 @@ def test_a_mixture_of_experts_logs_its_auxiliary_loss(tmp_path, tokenizer, pairs
     args = config(tmp_path, gradient_accumulation_steps=accumulated)
     args.logging_steps = 2
     trainer = APOTrainer(moe, args=args, train_dataset=pairs, eval_dataset=pairs, processing_class=tokenizer)
-    seen, pair_logps = [], trainer.pair_logps
+    aux_losses, pair_logps = [], trainer.pair_logps
 
     def watched(model, batch, **options):
-        found = pair_logps(model, batch, **options)
-        seen.extend([found.aux_loss.item()] if found.aux_loss is not None else [])
-        return found
+        logps = pair_logps(model, batch, **options)
+        aux_losses.extend([logps.aux_loss.item()] if logps.aux_loss is not None else [])
+        return logps
 
     trainer.pair_logps = watched
     trainer.train()
     logged = [row["aux_loss"] for row in trainer.state.log_history if "aux_loss" in row]
     cuts = [0, accumulated, 2 * accumulated, 3 * accumulated]  # the first step, the second, and the run's last line
-    means = [sum(seen[start:end]) / accumulated for start, end in itertools.pairwise(cuts)]
+    means = [sum(aux_losses[start:end]) / accumulated for start, end in itertools.pairwise(cuts)]
     assert logged == pytest.approx(means, rel=1e-5)
-    seen.clear()
-    assert trainer.evaluate()["eval_aux_loss"] == pytest.approx(sum(seen) / len(seen), rel=1e-5)
+    aux_losses.clear()
+    assert trainer.evaluate()["eval_aux_loss"] == pytest.approx(sum(aux_losses) / len(aux_losses), rel=1e-5)
     assert 0.1 < logged[0] < 10

@@ -49,11 +49,11 @@ def test_a_second_run_with_another_rate_beta_and_objective_computes_nothing(tmp_
 
 
 def test_cached_log_probs_are_the_online_ones(tmp_path, tokenizer, pairs):
-    kept = columns(prepared(tmp_path, tokenizer, pairs))
+    cached = columns(prepared(tmp_path, tokenizer, pairs))
     online = prepared(tmp_path, tokenizer, pairs)
     rows = [online.train_dataset[i] for i in range(len(pairs))]
-    found = torch.stack(online.compute_ref_log_probs(online.model, online.data_collator(rows)))
-    torch.testing.assert_close(kept.float(), found, rtol=1e-5, atol=1e-5)
+    actual = torch.stack(online.compute_ref_log_probs(online.model, online.data_collator(rows)))
+    torch.testing.assert_close(cached.float(), actual, rtol=1e-5, atol=1e-5)
 
 
 def test_every_ingredient_of_the_key_makes_a_new_one(tmp_path, tokenizer, pairs):
@@ -61,11 +61,11 @@ def test_every_ingredient_of_the_key_makes_a_new_one(tmp_path, tokenizer, pairs)
     alone.
     """
     prepared(tmp_path, tokenizer, pairs)
-    other = make_model()
+    another = make_model()
     with torch.no_grad():
-        other.model.norm.weight[0] += 1e-3
+        another.model.norm.weight[0] += 1e-3
     changed = {
-        "weights": {"model": other},
+        "weights": {"model": another},
         "positions": {"model": make_model(rope_parameters={"rope_type": "default", "rope_theta": 5e5})},
         "what a layer computes": {"model": make_model(hidden_act="gelu")},
         "order": {"pairs": pairs.select([1, 0, *range(2, len(pairs))])},
@@ -106,26 +106,26 @@ def test_an_adapter_that_is_gone_on_with_has_a_reference_of_its_own_weights_and_
     def adapter(alpha, weight):
         lora = LoraConfig(r=4, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         torch.manual_seed(0)
-        made = get_peft_model(make_model(), lora)
-        for name, parameter in made.named_parameters():
+        peft_model = get_peft_model(make_model(), lora)
+        for name, parameter in peft_model.named_parameters():
             if "lora_B" in name:
                 parameter.data.fill_(weight)
-        made.save_pretrained(tmp_path / f"{alpha} {weight}")
+        peft_model.save_pretrained(tmp_path / f"{alpha} {weight}")
         return PeftModel.from_pretrained(make_model(), tmp_path / f"{alpha} {weight}", is_trainable=True)
 
     computed = [
-        prepared(tmp_path, tokenizer, pairs, adapter(*made)).reference_computed["train"]
-        for made in ((8, 0.01), (8, 0.02), (16, 0.01), (8, 0.01))
+        prepared(tmp_path, tokenizer, pairs, adapter(*peft_model)).reference_computed["train"]
+        for peft_model in ((8, 0.01), (8, 0.02), (16, 0.01), (8, 0.01))
     ]
     assert computed == [24, 24, 24, 0]
 
 
 def test_another_kind_of_device_has_other_numbers(tmp_path, tokenizer, pairs):
     trainer = prepared(tmp_path, tokenizer, pairs)
-    here = trainer._reference_numerics(trainer.model)
-    assert trainer.args.device.type in here
+    numbers = trainer._reference_numerics(trainer.model)
+    assert trainer.args.device.type in numbers
     trainer.args = SimpleNamespace(device=torch.device("meta"))
-    assert trainer._reference_numerics(trainer.model) != here
+    assert trainer._reference_numerics(trainer.model) != numbers
 
 
 def test_what_says_nothing_of_a_models_numbers_is_in_no_key():
@@ -144,26 +144,26 @@ def lengths(pairs, advance):
 
 def test_a_killed_pass_keeps_its_finished_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "PART", 4)
-    asked = []
+    batch_sizes = []
 
     def dies(pairs, advance):
-        asked.append(len(pairs))
-        if len(asked) == 3:
+        batch_sizes.append(len(pairs))
+        if len(batch_sizes) == 3:
             raise KeyboardInterrupt
         return lengths(pairs, advance)
 
     with pytest.raises(KeyboardInterrupt):
         add_reference_logps(tiny_dataset(), ["m"], dies, tmp_path, print)
-    done, computed = add_reference_logps(tiny_dataset(), ["m"], lengths, tmp_path, print)
+    dataset, computed = add_reference_logps(tiny_dataset(), ["m"], lengths, tmp_path, print)
     assert computed == 2
-    assert done[COLUMNS[0]] == [float(i) for i in range(10)]
-    assert done[COLUMNS[1]] == [float(i + 100) for i in range(10)]
+    assert dataset[COLUMNS[0]] == [float(i) for i in range(10)]
+    assert dataset[COLUMNS[1]] == [float(i + 100) for i in range(10)]
 
 
 def test_processes_share_the_parts_out_and_write_each_once(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "PART", 4)
     folders = [tmp_path / "machine 0", tmp_path / "machine 1"]  # no file system in common
-    mine, handed, computed = {}, [], []
+    by_rank, handed, computed = {}, [], []
 
     def run(rank, exchange):
         dataset, count = add_reference_logps(
@@ -172,25 +172,25 @@ def test_processes_share_the_parts_out_and_write_each_once(tmp_path, monkeypatch
         computed.append(count)
         return dataset
 
-    class Other(Exception):
+    class Interrupted(Exception):
         pass
 
-    def keep(found):
-        mine[1] = found
-        raise Other
+    def keep(values):
+        by_rank[1] = values
+        raise Interrupted
 
-    with pytest.raises(Other):
+    with pytest.raises(Interrupted):
         run(1, keep)
-    done = run(0, lambda found: handed.append(found) or [found, mine[1]])
-    assert done[COLUMNS[0]] == [float(i) for i in range(10)]
-    assert done[COLUMNS[1]] == [float(i + 100) for i in range(10)]
-    assert (list(handed[0]), list(mine[1]), computed) == ([0, 8], [4], [6])
+    dataset = run(0, lambda value: handed.append(value) or [value, by_rank[1]])
+    assert dataset[COLUMNS[0]] == [float(i) for i in range(10)]
+    assert dataset[COLUMNS[1]] == [float(i + 100) for i in range(10)]
+    assert (list(handed[0]), list(by_rank[1]), computed) == ([0, 8], [4], [6])
     assert [len(list(folder.rglob("*.safetensors"))) for folder in folders] == [2, 1]
 
 
 @pytest.mark.parametrize("harm", ["cut", "garbage", "not numbers", "other shape"])
 def test_a_damaged_file_is_computed_anew_and_said(tmp_path, harm):
-    done, _ = add_reference_logps(tiny_dataset(), ["m"], lengths, tmp_path, print)
+    dataset, _ = add_reference_logps(tiny_dataset(), ["m"], lengths, tmp_path, print)
     file = cache.file_of(tmp_path, chunk_key(["m"], [dict(row) for row in tiny_dataset()]))
     if harm == "cut":
         file.write_bytes(file.read_bytes()[:-9])
@@ -199,21 +199,21 @@ def test_a_damaged_file_is_computed_anew_and_said(tmp_path, harm):
     else:
         values = torch.full((10,), torch.nan) if harm == "not numbers" else torch.ones(3)
         cache.store(tmp_path, file.stem, dict.fromkeys(COLUMNS, values.double()))
-    told = []
-    again, computed = add_reference_logps(tiny_dataset(), ["m"], lengths, tmp_path, told.append)
+    messages = []
+    again, computed = add_reference_logps(tiny_dataset(), ["m"], lengths, tmp_path, messages.append)
     assert computed == 10
-    assert again[COLUMNS[0]] == done[COLUMNS[0]]
-    assert "damaged and computed anew" in told[0]
+    assert again[COLUMNS[0]] == dataset[COLUMNS[0]]
+    assert "damaged and computed anew" in messages[0]
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_keeping(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    told = []
-    done, computed = add_reference_logps(tiny_dataset(), ["m"], lengths, blocked, told.append)
+    messages = []
+    dataset, computed = add_reference_logps(tiny_dataset(), ["m"], lengths, blocked, messages.append)
     assert computed == 10
-    assert done[COLUMNS[0]][3] == 3.0
-    assert "cannot be written" in told[0]
+    assert dataset[COLUMNS[0]][3] == 3.0
+    assert "cannot be written" in messages[0]
 
 
 # The real thing, in processes of their own
@@ -252,6 +252,6 @@ def test_what_is_kept_is_whole_at_any_moment_also_when_two_keep_it_and_are_kille
     finally:
         [process.kill() for process in both]
         [process.wait() for process in both]
-    kept = cache.load(tmp_path, key, shapes)
-    assert kept is not None
-    assert kept["b"].tolist() == list(range(1000))
+    cached = cache.load(tmp_path, key, shapes)
+    assert cached is not None
+    assert cached["b"].tolist() == list(range(1000))

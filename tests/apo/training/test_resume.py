@@ -74,21 +74,21 @@ def metrics(out):
     return [{key: row[key] for key in row if not any(word in key for word in measured)} for row in rows]
 
 
-def assert_same_result(out, whole):
-    for name, tensor in weights(whole).items():
+def assert_same_result(out, expected):
+    for name, tensor in weights(expected).items():
         torch.testing.assert_close(weights(out)[name], tensor, rtol=0, atol=1e-6, msg=name)
-    assert metrics(out) == [pytest.approx(row, abs=1e-5, rel=1e-5) for row in metrics(whole)]
+    assert metrics(out) == [pytest.approx(row, abs=1e-5, rel=1e-5) for row in metrics(expected)]
 
 
-def crash_in(where, at_step, monkeypatch):
+def crash_in(point, crash_step, monkeypatch):
     """Let the process end inside the save of a step: in front of a function of the save, or after it."""
-    owner, name, after = where
+    owner, name, run_first = point
     original = getattr(owner, name)
 
     def crashing(*args, **kwargs):
         step = args[0].state.global_step if isinstance(args[0], Trainer) else checkpoints.checkpoint_step(args[1])
-        result = original(*args, **kwargs) if after or step != at_step else None
-        if step == at_step:
+        result = original(*args, **kwargs) if run_first or step != crash_step else None
+        if step == crash_step:
             raise Crash
         return result
 
@@ -104,27 +104,27 @@ CRASHES = {
 }
 
 
-@pytest.mark.parametrize("where", CRASHES)
-def test_a_crash_inside_a_save_costs_at_most_the_steps_since_the_last(where, uninterrupted, model_dir, data, tmp_path):
-    whole, lora = uninterrupted
+@pytest.mark.parametrize("point", CRASHES)
+def test_a_crash_inside_a_save_costs_at_most_the_steps_since_the_last(point, uninterrupted, model_dir, data, tmp_path):
+    expected, lora = uninterrupted
     config = TrainConfig(**recipe(model_dir, data, tmp_path / "run", lora))
     with pytest.MonkeyPatch.context() as patch:
-        crash_in(CRASHES[where], 12, patch)
+        crash_in(CRASHES[point], 12, patch)
         with pytest.raises(Crash):
             train(config, tell=lambda _: None)
-    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == (3 if "in place" in where else 2)
-    told: list[str] = []
-    found = train(config, tell=told.append)
-    begun = 12 if "in place" in where else 8
-    assert found["resumed_from"] == [begun]
-    assert f"going on from step {begun} of {STEPS}" in told
-    if "optimizer" in where or "random" in where or "declared" in where:
-        assert "removed checkpoint-12, which was being written when the run was stopped" in told
-    assert_same_result(config.out, whole)
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == (3 if "in place" in point else 2)
+    messages: list[str] = []
+    record = train(config, tell=messages.append)
+    begun = 12 if "in place" in point else 8
+    assert record["resumed_from"] == [begun]
+    assert f"going on from step {begun} of {STEPS}" in messages
+    if "optimizer" in point or "random" in point or "declared" in point:
+        assert "removed checkpoint-12, which was being written when the run was stopped" in messages
+    assert_same_result(config.out, expected)
 
 
 def test_a_truncated_newest_checkpoint_is_set_aside(uninterrupted, model_dir, data, tmp_path):
-    whole, lora = uninterrupted
+    expected, lora = uninterrupted
     config = TrainConfig(**recipe(model_dir, data, tmp_path / "run", lora))
     with pytest.MonkeyPatch.context() as patch:
         crash_in(CRASHES["after the checkpoint is in place"], 8, patch)
@@ -132,14 +132,16 @@ def test_a_truncated_newest_checkpoint_is_set_aside(uninterrupted, model_dir, da
             train(config, tell=lambda _: None)
     optimizer = tmp_path / "run" / "checkpoint-8" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:1000])
-    told: list[str] = []
-    assert train(config, tell=told.append)["resumed_from"] == [4]
-    assert any(line.startswith("set aside checkpoint-8 as incomplete-checkpoint-8: optimizer.pt has") for line in told)
-    assert_same_result(config.out, whole)
+    messages: list[str] = []
+    assert train(config, tell=messages.append)["resumed_from"] == [4]
+    assert any(
+        line.startswith("set aside checkpoint-8 as incomplete-checkpoint-8: optimizer.pt has") for line in messages
+    )
+    assert_same_result(config.out, expected)
 
 
 @pytest.fixture
-def stopped_at_8(request, model_dir, data, tmp_path):
+def stopped_run(request, model_dir, data, tmp_path):
     """The recipe of a run whose process ended after its checkpoint of step 8; there is one of step 4."""
     lora = request.getfixturevalue("uninterrupted")[1] if "uninterrupted" in request.fixturenames else False
     config = TrainConfig(**recipe(model_dir, data, tmp_path / "run", lora))
@@ -151,22 +153,22 @@ def stopped_at_8(request, model_dir, data, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["*model.safetensors", "optimizer.pt"])
-def test_a_checkpoint_of_its_old_size_and_other_content_is_set_aside(name, uninterrupted, stopped_at_8):
-    (file,) = (Path(stopped_at_8.out) / "checkpoint-8").glob(name)
+def test_a_checkpoint_of_its_old_size_and_other_content_is_set_aside(name, uninterrupted, stopped_run):
+    (file,) = (Path(stopped_run.out) / "checkpoint-8").glob(name)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 0x01
     file.write_bytes(content)
-    told: list[str] = []
-    assert train(stopped_at_8, tell=told.append)["resumed_from"] == [4]
-    words = f"set aside checkpoint-8 as incomplete-checkpoint-8: {file.name} is damaged: its content is not what was "
-    assert f"{words}written" in told
-    assert_same_result(stopped_at_8.out, uninterrupted[0])
+    messages: list[str] = []
+    assert train(stopped_run, tell=messages.append)["resumed_from"] == [4]
+    prefix = f"set aside checkpoint-8 as incomplete-checkpoint-8: {file.name} is damaged: its content is not what was "
+    assert f"{prefix}written" in messages
+    assert_same_result(stopped_run.out, uninterrupted[0])
 
 
-def test_a_model_that_changed_between_stop_and_resume_is_refused_before_it_is_loaded(stopped_at_8, model_dir, tmp_path):
+def test_a_model_that_changed_between_stop_and_resume_is_refused_before_it_is_loaded(stopped_run, model_dir, tmp_path):
     moved = tmp_path / "model"
     shutil.copytree(model_dir, moved)
-    config = stopped_at_8.model_copy(update={"model": str(moved)})
+    config = stopped_run.model_copy(update={"model": str(moved)})
     run = Path(config.out) / "run.json"
     run.write_text(run.read_text().replace(str(model_dir), str(moved)))
     weights = load_file(moved / "model.safetensors")
@@ -180,17 +182,17 @@ def test_a_model_that_changed_between_stop_and_resume_is_refused_before_it_is_lo
     assert train(config, tell=lambda _: None)["resumed_from"] == [8]
 
 
-def test_a_second_run_in_the_same_folder_is_refused_and_the_first_loses_nothing(stopped_at_8):
-    with lock_output(stopped_at_8.out):
-        before = sorted(Path(stopped_at_8.out).rglob("*"))
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_loses_nothing(stopped_run):
+    with lock_output(stopped_run.out):
+        files = sorted(Path(stopped_run.out).rglob("*"))
         with pytest.raises(InUse, match=rf"is in use by process {os.getpid()}; wait for it"):
-            train(stopped_at_8, tell=lambda _: None)
-        assert sorted(Path(stopped_at_8.out).rglob("*")) == before
-    assert train(stopped_at_8, tell=lambda _: None)["resumed_from"] == [8]
+            train(stopped_run, tell=lambda _: None)
+        assert sorted(Path(stopped_run.out).rglob("*")) == files
+    assert train(stopped_run, tell=lambda _: None)["resumed_from"] == [8]
 
 
 def test_a_run_that_another_process_ended_meanwhile_is_not_begun_again(model_dir, data, tmp_path):
-    config, told = TrainConfig(**recipe(model_dir, data, tmp_path / "run", lora=False)), []
+    config, messages = TrainConfig(**recipe(model_dir, data, tmp_path / "run", lora=False)), []
     config.trainer.update(num_train_epochs=1)
     with pytest.MonkeyPatch.context() as patch:
 
@@ -202,57 +204,57 @@ def test_a_run_that_another_process_ended_meanwhile_is_not_begun_again(model_dir
                 yield
 
         patch.setattr("apo.training.train.lock_output", late)
-        assert train(config, tell=told.append)["resumed_from"] == []
-    assert told == [f"{config.out} was finished by another process just now; nothing to do"]
+        assert train(config, tell=messages.append)["resumed_from"] == []
+    assert messages == [f"{config.out} was finished by another process just now; nothing to do"]
 
 
 @contextlib.contextmanager
 def no_file_above(size):
     """A disk that takes no larger file: what a full one does, without one."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize(("size", "written"), [(20_000, "torch or safetensors"), (100_000, "torch")])
-def test_a_disk_that_takes_no_more_ends_the_run_in_a_line_and_it_goes_on(size, written, uninterrupted, stopped_at_8):
+def test_a_disk_that_takes_no_more_ends_the_run_in_a_line_and_it_goes_on(size, written, uninterrupted, stopped_run):
     """Below the size of the weights their writer fails, below that of the optimizer's states torch does."""
     if uninterrupted[1] and written == "torch":
         pytest.skip("an adapter's states are smaller")
     end = "make room or permissions, then run the same command again; the last good checkpoint is .*/checkpoint-8$"
     with no_file_above(size), pytest.raises(Stopped, match=f"step 12: the checkpoint cannot be written to .*; {end}"):
-        train(stopped_at_8, tell=lambda _: None)
-    assert not (Path(stopped_at_8.out) / checkpoints.UNFINISHED).exists()
-    assert train(stopped_at_8, tell=lambda _: None)["resumed_from"] == [8, 8]
-    assert_same_result(stopped_at_8.out, uninterrupted[0])
+        train(stopped_run, tell=lambda _: None)
+    assert not (Path(stopped_run.out) / checkpoints.UNFINISHED).exists()
+    assert train(stopped_run, tell=lambda _: None)["resumed_from"] == [8, 8]
+    assert_same_result(stopped_run.out, uninterrupted[0])
 
 
 def test_without_any_checkpoint_the_run_starts_over(uninterrupted, model_dir, data, tmp_path):
-    whole, lora = uninterrupted
+    expected, lora = uninterrupted
     config = TrainConfig(**recipe(model_dir, data, tmp_path / "run", lora))
     with pytest.MonkeyPatch.context() as patch:
         crash_in(CRASHES["before the model is written"], 4, patch)
         with pytest.raises(Crash):
             train(config, tell=lambda _: None)
-    told: list[str] = []
-    assert train(config, tell=told.append)["resumed_from"] == [0]
-    assert "starting over: there is no complete checkpoint" in told
-    assert_same_result(config.out, whole)
+    messages: list[str] = []
+    assert train(config, tell=messages.append)["resumed_from"] == [0]
+    assert "starting over: there is no complete checkpoint" in messages
+    assert_same_result(config.out, expected)
 
 
 def test_a_crash_after_training_and_before_the_end_trains_nothing_again(uninterrupted, model_dir, data, tmp_path):
-    whole, lora = uninterrupted
+    expected, lora = uninterrupted
     config = TrainConfig(**recipe(model_dir, data, tmp_path / "run", lora))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("apo.monitoring.plots.draw_dynamics", lambda *_: (_ for _ in ()).throw(Crash))
         with pytest.raises(Crash):
             train(config, tell=lambda _: None)
-    found = train(config, tell=lambda _: None)
-    assert found["resumed_from"] == [STEPS]
-    assert_same_result(config.out, whole)
+    record = train(config, tell=lambda _: None)
+    assert record["resumed_from"] == [STEPS]
+    assert_same_result(config.out, expected)
 
 
 # The real thing, in processes of their own
@@ -277,10 +279,10 @@ def wait_until(condition, process, seconds=120.0):
 @pytest.fixture
 def one_thread():
     """As many threads as `start` gives a process: another number adds in another order."""
-    before = torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
@@ -296,27 +298,27 @@ def test_kill_9_while_saving_then_ctrl_c_change_nothing(data, tmp_path):
     path.write_text(yaml.safe_dump(keys))
 
     process = start(path, tmp_path)
-    at = random.Random(time.time_ns()).randrange(3, 20)
-    wait_until(lambda: any(checkpoints.checkpoint_step(c) >= at for c in checkpoints.checkpoints(out)), process)
+    step = random.Random(time.time_ns()).randrange(3, 20)
+    wait_until(lambda: any(checkpoints.checkpoint_step(c) >= step for c in checkpoints.checkpoints(out)), process)
     wait_until(lambda: any((out / checkpoints.UNFINISHED).glob("*/*")), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
 
     process = start(path, tmp_path)
     wait_until(lambda: json.loads((out / "run.json").read_text())["resumed_from"], process)
-    wait_until(lambda: any(checkpoints.checkpoint_step(c) >= at + 8 for c in checkpoints.checkpoints(out)), process)
+    wait_until(lambda: any(checkpoints.checkpoint_step(c) >= step + 8 for c in checkpoints.checkpoints(out)), process)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 130, told
-    assert "stopping after this step, with a checkpoint" in told
-    assert told.splitlines()[-1].startswith("stopped at step ")
-    assert told.splitlines()[-1].endswith("of 72; the same command goes on from the last checkpoint")
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "stopping after this step, with a checkpoint" in output
+    assert output.splitlines()[-1].startswith("stopped at step ")
+    assert output.splitlines()[-1].endswith("of 72; the same command goes on from the last checkpoint")
     newest = checkpoints.find_newest_checkpoint(out).newest
-    assert f"stopped at step {checkpoints.checkpoint_step(newest)} of 72" in told
+    assert f"stopped at step {checkpoints.checkpoint_step(newest)} of 72" in output
 
-    found = train(TrainConfig(**keys), tell=lambda _: None)
-    assert found["resumed_from"][0] >= at
-    assert found["resumed_from"][1] == checkpoints.checkpoint_step(newest)
+    record = train(TrainConfig(**keys), tell=lambda _: None)
+    assert record["resumed_from"][0] >= step
+    assert record["resumed_from"][1] == checkpoints.checkpoint_step(newest)
     assert [row["step"] for row in metrics(out) if "loss" in row] == list(range(1, 73))
     assert [row["step"] for row in metrics(out) if "probe/kl" in row] == list(range(8, 73, 8))
     keys["out"], keys["trainer"]["save_strategy"] = str(tmp_path / "whole"), "no"
@@ -343,20 +345,20 @@ def test_a_run_goes_on_the_next_day_with_the_date_of_its_first(model_dir, data, 
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / f"cache of {day}")
 
     begin_day("2026-11-30")
-    whole = train(config("whole"), tell=lambda _: None)
+    full = train(config("whole"), tell=lambda _: None)
     with pytest.MonkeyPatch.context() as patch:
         crash_in(CRASHES["after the checkpoint is in place"], 4, patch)
         with pytest.raises(Crash):
             train(config("stopped"), tell=lambda _: None)
     begin_day("2026-12-01")
-    done = train(config("stopped"), tell=lambda _: None)
-    assert done["resumed_from"] == [4]
-    assert done["day"] == whole["day"] == "2026-11-30"
+    record = train(config("stopped"), tell=lambda _: None)
+    assert record["resumed_from"] == [4]
+    assert record["day"] == full["day"] == "2026-11-30"
     assert_same_result(tmp_path / "stopped", tmp_path / "whole")
-    one, other = (plan(config(name)) for name in ("whole", "another"))  # what starts anew writes today's date
-    assert one.train.dataset["prompt_ids"][:] != other.train.dataset["prompt_ids"][:]
-    assert one.eval.dataset["prompt_ids"][:] != other.eval.dataset["prompt_ids"][:]
-    assert one.rails.options != other.rails.options
+    first, second = (plan(config(name)) for name in ("whole", "another"))  # what starts anew writes today's date
+    assert first.train.dataset["prompt_ids"][:] != second.train.dataset["prompt_ids"][:]
+    assert first.eval.dataset["prompt_ids"][:] != second.eval.dataset["prompt_ids"][:]
+    assert first.rails.options != second.rails.options
 
 
 def test_a_run_that_goes_on_reads_each_file_of_its_checkpoint_once_to_check_it(model_dir, data, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from apo import cli
 from apo.data.sources import Source, hash_pairs, load_eval, load_train
 from apo.models.load import find_model, load_model
-from apo.packing.layout import packed_length
+from apo.packing.packed_model import packed_length
 from apo.run_dir import files as runs
 from apo.training.config import LoRA, TrainConfig
 from apo.training.plan import plan
@@ -29,22 +29,22 @@ from tests.apo.conftest import TRAINER, make_model, make_pairs, make_tokenizer, 
 
 
 def run(recipe, **changes):
-    told: list[str] = []
-    return train(TrainConfig(**{**recipe, **changes}), tell=told.append), told
+    messages: list[str] = []
+    return train(TrainConfig(**{**recipe, **changes}), tell=messages.append), messages
 
 
 def test_a_run_leaves_a_model_its_numbers_and_a_picture(recipe):
-    found, _ = run(recipe)
+    record, _ = run(recipe)
     out = Path(recipe["out"])
-    assert found == json.loads((out / "run.json").read_text())
-    assert found["recipe"]["objective"] == "apo_zero"
-    assert found["data"]["train"] == {"pairs": 24, "dropped": {}}
-    assert found["data"]["eval"] == {"pairs": 6, "dropped": {}}
-    assert found["steps"] == 6
-    assert {"loss", "eval_loss", "rewards/margins", "eval_rewards/accuracies", "chosen_falls"} <= set(found["metrics"])
-    assert found["metrics"]["eval_rewards/margins"] > 0
-    assert found["provenance"]["versions"]["trl"].startswith("1.16")
-    assert found["seconds"] > 0
+    assert record == json.loads((out / "run.json").read_text())
+    assert record["recipe"]["objective"] == "apo_zero"
+    assert record["data"]["train"] == {"pairs": 24, "dropped": {}}
+    assert record["data"]["eval"] == {"pairs": 6, "dropped": {}}
+    assert record["steps"] == 6
+    assert {"loss", "eval_loss", "rewards/margins", "eval_rewards/accuracies", "chosen_falls"} <= set(record["metrics"])
+    assert record["metrics"]["eval_rewards/margins"] > 0
+    assert record["provenance"]["versions"]["trl"].startswith("1.16")
+    assert record["seconds"] > 0
     assert (out / "dynamics.png").read_bytes().startswith(b"\x89PNG")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 4, 6]
@@ -93,45 +93,45 @@ def test_lora_dropout_is_not_lost(recipe):
     from apo.training.train import build_trainer
 
     trainer = build_trainer(plan(TrainConfig(**recipe, lora={"dropout": 0.25})))
-    found = {m.p for name, m in trainer.model.named_modules() if "lora_dropout.default" in name}
-    assert found == {0.25}
+    rates = {m.p for name, m in trainer.model.named_modules() if "lora_dropout.default" in name}
+    assert rates == {0.25}
 
 
 def test_a_finished_run_is_not_done_again(recipe):
     first, _ = run(recipe)
-    again, told = run(recipe)
+    again, messages = run(recipe)
     assert again == first
-    assert told == [f"{recipe['out']} is finished; nothing to do"]
+    assert messages == [f"{recipe['out']} is finished; nothing to do"]
 
 
 def test_a_users_function_trains_from_python(recipe):
     def hinge(chosen, rejected, *, beta):
         return (1 - beta * (chosen - rejected)).relu()
 
-    found, _ = run(recipe, objective=hinge)
-    assert found["recipe"]["objective"] == "hinge"
+    record, _ = run(recipe, objective=hinge)
+    assert record["recipe"]["objective"] == "hinge"
 
 
 def test_pairs_too_long_are_counted_in_the_outputs(recipe):
-    found, told = run(recipe, trainer={**TRAINER, "max_length": 22})
-    dropped = found["data"]["train"]["dropped"]["too_long"]
+    record, messages = run(recipe, trainer={**TRAINER, "max_length": 22})
+    dropped = record["data"]["train"]["dropped"]["too_long"]
     assert 0 < dropped < 24
-    assert found["data"]["train"]["pairs"] == 24 - dropped
+    assert record["data"]["train"]["pairs"] == 24 - dropped
     assert f"{dropped} too long" in (Path(recipe["out"]) / "README.md").read_text()
-    assert told[0] == f"train: {24 - dropped} pairs, {dropped} left out (too long)"
-    assert "note: too long is more than 22 tokens, trainer.max_length" in told
+    assert messages[0] == f"train: {24 - dropped} pairs, {dropped} left out (too long)"
+    assert "note: too long is more than 22 tokens, trainer.max_length" in messages
 
 
 @pytest.mark.slow
 def test_a_run_says_what_it_trains_on_and_what_it_need_not_compute_again(recipe, tmp_path):
     """Another rate, beta or objective: nothing of the reference is computed."""
-    _, told = run(recipe)
+    _, messages = run(recipe)
     first = ["train: 24 pairs", "eval: 6 pairs", "steps: 6 of 4 pairs", "reference log-probs: 30 computed"]
-    assert told == first
+    assert messages == first
     changed = {"trainer": {**TRAINER, "learning_rate": 1e-3}}, {"beta": 0.5}, {"objective": "dpo"}
     for number, changes in enumerate(changed):
-        _, told = run(recipe, out=str(tmp_path / str(number)), **changes)
-        assert told == [*first[:3], "reference log-probs: 0 computed, 30 kept from an earlier run"]
+        _, messages = run(recipe, out=str(tmp_path / str(number)), **changes)
+        assert messages == [*first[:3], "reference log-probs: 0 computed, 30 kept from an earlier run"]
 
 
 def test_pairs_that_no_packed_row_holds_are_counted_with_the_longest(recipe):
@@ -139,10 +139,10 @@ def test_pairs_that_no_packed_row_holds_are_counted_with_the_longest(recipe):
     sizes = [packed_length(pair) for pair in planned.train.dataset]
     over = [size for size in sizes if size > 25]
     assert 0 < len(over) < 24
-    told = (
+    note = (
         f"{len(over)} rows are longer than trainer.pack_tokens 25, up to {max(over)} tokens: each is a pass of its own"
     )
-    assert planned.train.notes == [told]
+    assert planned.train.notes == [note]
     assert plan(TrainConfig(**{**recipe, "trainer": {**TRAINER, "pack_tokens": max(sizes)}})).train.notes == []
 
 
@@ -154,29 +154,29 @@ def test_pairs_longer_than_the_model_takes_are_left_out(recipe, tmp_path):
     )
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "m")
     make_tokenizer().save_pretrained(tmp_path / "m")
-    found, told = run(recipe, model=str(tmp_path / "m"))
-    dropped = found["data"]["train"]["dropped"]["too_long"]
+    record, messages = run(recipe, model=str(tmp_path / "m"))
+    dropped = record["data"]["train"]["dropped"]["too_long"]
     assert 0 < dropped < 24
-    assert told[0] == f"train: {24 - dropped} pairs, {dropped} left out (too long)"
-    assert "note: too long is more than 24 tokens, all that the model takes" in told
+    assert messages[0] == f"train: {24 - dropped} pairs, {dropped} left out (too long)"
+    assert "note: too long is more than 24 tokens, all that the model takes" in messages
     long = write_jsonl(tmp_path / "long.jsonl", [{**pair, "prompt": "one " * 30} for pair in make_pairs(4)])
     with pytest.raises(UserError, match=r"4 are longer than 24 tokens, all that the model takes$"):
         plan(TrainConfig(**{**recipe, "model": str(tmp_path / "m"), "dataset": str(long)}))
 
 
 def test_a_dry_run_tells_the_plan_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
-    before = sorted(tmp_path.rglob("*"))
+    files = sorted(tmp_path.rglob("*"))
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(recipe))
     monkeypatch.setattr("sys.argv", ["apo", "train", str(path), "--dry-run", "--set", "trainer.max_steps=-1"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert stop.value.code == 0
-    assert yaml.safe_load(told)["beta"] == 0.1
-    assert "# train: 24 pairs" in told
-    assert "# steps: 18 of 4 pairs" in told
-    assert sorted(tmp_path.rglob("*")) == [*before, path]
+    assert yaml.safe_load(output)["beta"] == 0.1
+    assert "# train: 24 pairs" in output
+    assert "# steps: 18 of 4 pairs" in output
+    assert sorted(tmp_path.rglob("*")) == [*files, path]
 
 
 @pytest.mark.parametrize(
@@ -191,18 +191,18 @@ def test_the_planned_steps_are_those_trained(recipe, tmp_path, pairs, trainer, s
     data = write_jsonl(tmp_path / "pairs.jsonl", make_pairs(pairs))
     config = TrainConfig(**{**recipe, "dataset": str(data), "trainer": {"per_device_train_batch_size": 8, **trainer}})
     assert plan(config).steps == steps
-    found = train(config, tell=lambda _: None)
+    record = train(config, tell=lambda _: None)
     rows = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(rows[-1])["step"] == found["steps"] == steps
+    assert json.loads(rows[-1])["step"] == record["steps"] == steps
 
 
 # Where pairs come from
 
 
 def test_weights_say_how_often_each_pair_is_seen(tmp_path):
-    one = write_jsonl(tmp_path / "one.jsonl", make_pairs(10))
-    two = write_jsonl(tmp_path / "two.jsonl", [{**row, "id": "q" + row["id"]} for row in make_pairs(8, seed=3)])
-    sources = [Source(path=str(one), weight=2), Source(path=str(two), weight=0.5)]
+    first = write_jsonl(tmp_path / "one.jsonl", make_pairs(10))
+    second = write_jsonl(tmp_path / "two.jsonl", [{**row, "id": "q" + row["id"]} for row in make_pairs(8, seed=3)])
+    sources = [Source(path=str(first), weight=2), Source(path=str(second), weight=0.5)]
     ids = load_train(sources, seed=0)["id"][:]
     assert sorted(ids[:20]) == sorted([f"p{i}" for i in range(10)] * 2)
     assert len(ids) == 24
@@ -248,12 +248,12 @@ def test_the_published_clair_format_is_read(tmp_path, recipe):
 
 
 def broken_model(tmp_path, name, tokenizer=None, model=True):
-    where = tmp_path / name
+    folder = tmp_path / name
     if model:
-        make_model().save_pretrained(where)
+        make_model().save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(where)
-    return str(where)
+        tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def no_template(tmp_path, recipe):
@@ -310,7 +310,7 @@ def adapter_of_another_shape(tmp_path, recipe):
     recipe["model"] = adapter_on(recipe["model"], tmp_path, make_model(hidden_size=64))
 
 
-def adapter_of_more_words(tmp_path, recipe):
+def adapter_with_added_tokens(tmp_path, recipe):
     make_model(vocab_size=20).save_pretrained(tmp_path / "m")
     recipe["model"] = adapter_on(tmp_path / "m", tmp_path, make_model(vocab_size=20))
     make_tokenizer().save_pretrained(tmp_path / "a")
@@ -447,7 +447,10 @@ BAD_INPUT = {
     "adapter of itself": (adapter_of_itself, "names itself as its base; write the model's folder into adapter_config"),
     "adapter of an adapter": (adapter_of_an_adapter, "or fold the lower adapter into its base first (apo merge)"),
     "adapter of another shape": (adapter_of_another_shape, "size mismatch"),
-    "adapter of more words than its base": (adapter_of_more_words, "has 20 embeddings but its tokenizer has ids up to"),
+    "adapter of more words than its base": (
+        adapter_with_added_tokens,
+        "has 20 embeddings but its tokenizer has ids up to",
+    ),
     "dataset not there": (keys_are(dataset="./nowhere.jsonl"), "dataset ./nowhere.jsonl does not exist"),
     "hub dataset without network": (keys_are(dataset="nobody/nothing"), "dataset 'nobody/nothing'"),
     "no such split": (keys_are(dataset={"path": "PAIRS", "split": "dev"}), "split 'dev'"),
@@ -505,17 +508,17 @@ def test_bad_input_is_one_line_and_exit_code_2_before_any_work(case, tmp_path, r
     capsys.readouterr()
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe).replace("PAIRS", str(folder)))
-    before = snapshot(Path(recipe["out"]))
+    files = snapshot(Path(recipe["out"]))
     monkeypatch.setattr("sys.argv", ["apo", "train", str(path)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
-    *plan_of_it, told = capsys.readouterr().err.strip().splitlines()
+    *plan_of_it, error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2
-    assert told.startswith("error: ")
+    assert error.startswith("error: ")
     # What is found when the model is loaded comes after what will be trained on, and nothing else does.
     assert all(line.startswith(("train: ", "eval: ", "steps: ")) for line in plan_of_it)
-    assert message in told
-    assert snapshot(Path(recipe["out"])) == before
+    assert message in error
+    assert snapshot(Path(recipe["out"])) == files
 
 
 def snapshot(out: Path):
@@ -557,9 +560,9 @@ def test_a_recipe_that_is_not_there_is_told(tmp_path):
 def test_pairs_that_changed_under_a_stopped_run_are_told(recipe, tmp_path):
     data = write_jsonl(tmp_path / "pairs.jsonl", make_pairs(12))
     recipe["dataset"] = str(data)
-    found, _ = run(recipe)
+    record, _ = run(recipe)
     out = Path(recipe["out"])
-    (out / "run.json").write_text(json.dumps({k: v for k, v in found.items() if k != "finished"}))
+    (out / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k != "finished"}))
     write_jsonl(data, make_pairs(12, seed=8))
     with pytest.raises(UserError, match="the dataset has changed since"):
         run(recipe)
@@ -569,11 +572,11 @@ def test_several_splits_by_hand_written_folder(tmp_path, recipe):
     saved = DatasetDict({"train": Dataset.from_list(make_pairs(6)), "test": Dataset.from_list(make_pairs(2, seed=4))})
     for split, rows in saved.items():
         rows.to_json(tmp_path / f"{split}.jsonl")
-    where = tmp_path / "mine"
-    where.mkdir()
+    folder = tmp_path / "mine"
+    folder.mkdir()
     for split in saved:
-        shutil.move(tmp_path / f"{split}.jsonl", where / f"{split}.jsonl")
-    planned = plan(TrainConfig(**{**recipe, "dataset": str(where)}))
+        shutil.move(tmp_path / f"{split}.jsonl", folder / f"{split}.jsonl")
+    planned = plan(TrainConfig(**{**recipe, "dataset": str(folder)}))
     assert planned.counts() == {"train": {"pairs": 6, "dropped": {}}, "eval": {"pairs": 2, "dropped": {}}}
 
 
@@ -584,9 +587,9 @@ def weighted_jsonl(path: Path, weights) -> Path:
 def test_a_recipe_names_a_mixture_and_a_column_of_weights(recipe, tmp_path):
     recipe["dataset"] = str(weighted_jsonl(tmp_path / "pairs.jsonl", [1.0, 0.5] * 6))
     mixed = {"apo_zero": {"length_normalised": True}, "sft": 0.1}
-    found, _ = run(recipe, objective=mixed, weights="trust", beta=5)
-    assert found["recipe"]["objective"] == mixed
-    assert found["recipe"]["weights"] == "trust"
+    record, _ = run(recipe, objective=mixed, weights="trust", beta=5)
+    assert record["recipe"]["objective"] == mixed
+    assert record["recipe"]["weights"] == "trust"
     card = (Path(recipe["out"]) / "README.md").read_text()
     assert "trained with apo_zero(length_normalised=True) + 0.1 sft (beta 5.0)" in card
     assert run(recipe, objective=mixed, weights="trust", beta=5)[1] == [f"{recipe['out']} is finished; nothing to do"]
@@ -604,9 +607,9 @@ def test_a_weight_that_cannot_be_meant_is_told_before_anything_is_written(recipe
 
 def test_other_weights_are_other_pairs_for_a_run_that_goes_on():
     ids = {name: [[1, 2]] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
-    one, other = (Dataset.from_dict({**ids, "w": [value]}) for value in (1.0, 2.0))
-    assert hash_pairs(one) == hash_pairs(other)
-    assert hash_pairs(one, "w") != hash_pairs(other, "w")
+    first, second = (Dataset.from_dict({**ids, "w": [value]}) for value in (1.0, 2.0))
+    assert hash_pairs(first) == hash_pairs(second)
+    assert hash_pairs(first, "w") != hash_pairs(second, "w")
 
 
 # ---- the pairs of a step
@@ -641,7 +644,7 @@ def test_pairs_per_step_that_cannot_be_shared_out_is_refused(recipe):
 
 
 @pytest.mark.parametrize(
-    ("begun", "now", "told"),
+    ("begun", "now", "match"),
     [
         (
             {"processes": 2, "pairs_per_step": 8},
@@ -652,32 +655,32 @@ def test_pairs_per_step_that_cannot_be_shared_out_is_refused(recipe):
         ({"processes": 2}, {"lora": {"dropout": 0.1}}, r"of 2 process\(es\), whose dropout draws other numbers on 1"),
     ],
 )
-def test_a_run_that_would_go_on_as_another_is_refused(recipe, begun, now, told):
+def test_a_run_that_would_go_on_as_another_is_refused(recipe, begun, now, match):
     recipe |= now
     planned = plan(TrainConfig(**recipe))
     data = {**planned.counts(), "sha256": hash_pairs(planned.train.dataset)}
     facts = {"steps": 6, "pairs_per_step": 4, "processes": 1, **begun}
     runs.write_new_run(Path(recipe["out"]), resolved(planned.config), data=data, resumed_from=[], **facts)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=match):
         run(recipe)
 
 
 def test_a_token_among_the_trainers_options_is_not_written_down(recipe):
     out = Path(recipe["out"])
-    given = resolved(TrainConfig(**{**recipe, "trainer": {**recipe["trainer"], "hub_token": "hf_planted"}}))
-    runs.write_new_run(out, given, data={}, steps=6, pairs_per_step=4, resumed_from=[])
+    resolved_recipe = resolved(TrainConfig(**{**recipe, "trainer": {**recipe["trainer"], "hub_token": "hf_planted"}}))
+    runs.write_new_run(out, resolved_recipe, data={}, steps=6, pairs_per_step=4, resumed_from=[])
     assert not [file for file in out.rglob("*") if file.is_file() and b"planted" in file.read_bytes()]
     assert runs.read_run(out)["recipe"]["trainer"]["hub_token"] == "[secret]"
-    assert runs.run_status(out, given) == "unfinished"
+    assert runs.run_status(out, resolved_recipe) == "unfinished"
 
 
 def test_micro_batches_may_change_within_a_run_and_nothing_else(recipe):
     out = Path(recipe["out"])
     runs.write_new_run(out, resolved(TrainConfig(**recipe)), data={}, steps=6, pairs_per_step=4, resumed_from=[])
-    other = {**recipe["trainer"], "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    assert runs.run_status(out, resolved(TrainConfig(**{**recipe, "trainer": other}))) == "unfinished"
+    changed = {**recipe["trainer"], "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert runs.run_status(out, resolved(TrainConfig(**{**recipe, "trainer": changed}))) == "unfinished"
     with pytest.raises(UserError, match=r"changed: trainer\.learning_rate"):
-        runs.run_status(out, resolved(TrainConfig(**{**recipe, "trainer": {**other, "learning_rate": 1.0}})))
+        runs.run_status(out, resolved(TrainConfig(**{**recipe, "trainer": {**changed, "learning_rate": 1.0}})))
 
 
 def test_fsdp_is_asked_for_with_true(recipe):
@@ -709,16 +712,16 @@ def test_an_adapter_trained_with_tokens_added_or_cut_off_is_put_on_a_resized_bas
     rows, modules_to_save, recipe, model_dir, tmp_path
 ):
     """It computes what it computed when it was made, trains from its own start, and can be trained on again."""
-    made = adapter_of_a_resized_base(model_dir, tmp_path / "a", rows, modules_to_save)
+    adapter = adapter_of_a_resized_base(model_dir, tmp_path / "a", rows, modules_to_save)
     ids = torch.tensor([[1, 5, 9, 30, 3]])
     loaded = load_model(find_model(str(tmp_path / "a"))).eval()
-    torch.testing.assert_close(loaded(ids).logits, made(ids).logits)
+    torch.testing.assert_close(loaded(ids).logits, adapter(ids).logits)
     for out in ("one", "two"):
         recipe["trainer"]["max_steps"] = 2
-        found, _ = run(recipe, model=str(tmp_path / "a"), out=str(tmp_path / out))
-        assert found["metrics"]["loss"] != 1
+        record, _ = run(recipe, model=str(tmp_path / "a"), out=str(tmp_path / out))
+        assert record["metrics"]["loss"] != 1
         first = json.loads((tmp_path / out / "metrics.jsonl").read_text().splitlines()[0])
         assert (first["rewards/chosen"], first["rewards/rejected"]) == (0, 0)
-    one, two = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("one", "two"))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    left, right = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("one", "two"))
+    assert all(torch.equal(left[name], right[name]) for name in left)
     run(recipe, model=str(tmp_path / "one"), out=str(tmp_path / "three"))

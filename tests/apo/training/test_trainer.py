@@ -57,12 +57,12 @@ def trained(trainer):
     return [row["loss"] for row in steps], [row["grad_norm"] for row in steps], weights
 
 
-def assert_same_run(one, other, atol=1e-5):
-    torch.testing.assert_close(torch.tensor(one[0]), torch.tensor(other[0]), rtol=0, atol=atol)
-    torch.testing.assert_close(torch.tensor(one[1]), torch.tensor(other[1]), rtol=1e-4, atol=atol)
-    assert one[2].keys() == other[2].keys()
-    for name in one[2]:
-        torch.testing.assert_close(one[2][name], other[2][name], rtol=0, atol=atol, msg=name)
+def assert_same_run(actual, expected, atol=1e-5):
+    torch.testing.assert_close(torch.tensor(actual[0]), torch.tensor(expected[0]), rtol=0, atol=atol)
+    torch.testing.assert_close(torch.tensor(actual[1]), torch.tensor(expected[1]), rtol=1e-4, atol=atol)
+    assert actual[2].keys() == expected[2].keys()
+    for name in actual[2]:
+        torch.testing.assert_close(actual[2][name], expected[2][name], rtol=0, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize("precomputed", [False, True], ids=["online", "precomputed"])
@@ -81,10 +81,10 @@ def test_trains_as_trls_own_arm_does(tmp_path, model_dir, tokenizer, pairs, ours
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     peft = lora() if adapter else None
-    mine = apo_trainer(tmp_path, tokenizer, pairs, model, peft, objective=ours, **shared)
-    expected, found = trained(stock), trained(mine)
+    tested = apo_trainer(tmp_path, tokenizer, pairs, model, peft, objective=ours, **shared)
+    expected, actual = trained(stock), trained(tested)
     assert len(set(expected[0])) == 4  # something was learned, so there is something to agree on
-    assert_same_run(found, expected)
+    assert_same_run(actual, expected)
 
 
 SMOOTHED = {"robust": {"label_smoothing": 0.2}}
@@ -105,7 +105,7 @@ NORMED = {"dpo": {"length_normalised": True}}
 )  # fmt: skip
 def test_later_objectives_train_as_trls_own_arms_do(tmp_path, model_dir, tokenizer, pairs, ours, theirs):
     both = {"beta": 1.0, "optim": "sgd", "learning_rate": 0.1, "seed": 3}
-    own = {key: value for key, value in theirs.items() if key in ("beta", "per_device_train_batch_size")}
+    common = {key: value for key, value in theirs.items() if key in ("beta", "per_device_train_batch_size")}
     stock = DPOTrainer(
         model=str(model_dir),
         args=DPOConfig(
@@ -115,10 +115,10 @@ def test_later_objectives_train_as_trls_own_arms_do(tmp_path, model_dir, tokeniz
         train_dataset=pairs, processing_class=tokenizer,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    mine = apo_trainer(tmp_path, tokenizer, pairs, model, objective=ours, **both | own)
-    expected, found = trained(stock), trained(mine)
+    tested = apo_trainer(tmp_path, tokenizer, pairs, model, objective=ours, **both | common)
+    expected, actual = trained(stock), trained(tested)
     assert len(set(expected[0])) == 4
-    assert_same_run(found, expected)
+    assert_same_run(actual, expected)
 
 
 def margin_loss(chosen, rejected, *, beta):
@@ -174,21 +174,21 @@ def test_the_divergence_of_kto_is_the_mean_log_ratio_of_mismatched_pairs(tmp_pat
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     rows = [trainer.train_dataset[i] for i in range(3)]
     expected = []
-    for one, following in zip(rows, [*rows[1:], rows[0]], strict=True):
-        batch = trainer.data_collator([{**following, "prompt_ids": one["prompt_ids"]}])
+    for row, following in zip(rows, [*rows[1:], rows[0]], strict=True):
+        batch = trainer.data_collator([{**following, "prompt_ids": row["prompt_ids"]}])
         with torch.no_grad():
             policy, reference = plain_logps(trainer.model.eval(), batch), plain_logps(trainer.ref_model, batch)
         expected += [(policy.chosen - reference.chosen).item(), (policy.rejected - reference.rejected).item()]
-    found = trainer._divergence([trainer.data_collator(rows[:2]), trainer.data_collator(rows[2:])])
-    assert found[0].item() == pytest.approx(sum(expected) / 6, abs=1e-4)
-    assert abs(found[0].item()) > 0.01
+    divergence = trainer._divergence([trainer.data_collator(rows[:2]), trainer.data_collator(rows[2:])])
+    assert divergence[0].item() == pytest.approx(sum(expected) / 6, abs=1e-4)
+    assert abs(divergence[0].item()) > 0.01
 
 
 def test_the_reference_of_full_fine_tuning_stays_as_the_model_was(tmp_path, tokenizer, pairs):
     trainer = apo_trainer(tmp_path, tokenizer, pairs)
     trainer.train()
-    for now, before in zip(trainer.ref_model.parameters(), make_model().parameters(), strict=True):
-        assert torch.equal(now, before)
+    for now, original in zip(trainer.ref_model.parameters(), make_model().parameters(), strict=True):
+        assert torch.equal(now, original)
         assert not torch.equal(now, 0 * now)
 
 
@@ -228,13 +228,13 @@ def test_a_wrong_reference_is_told_before_the_first_step(tmp_path, tokenizer, pa
 
 def test_a_batch_that_loses_its_end_is_told_before_the_first_step(tmp_path, tokenizer, pairs):
     trainer = apo_trainer(tmp_path, tokenizer, pairs)
-    whole = trainer.data_collator
+    original = trainer.data_collator
 
     def cut(examples):
-        return {key: value[:, :12] for key, value in whole(examples).items()}
+        return {key: value[:, :12] for key, value in original(examples).items()}
 
     def masked(examples):  # as if pad = eos had been masked
-        batch = whole(examples)
+        batch = original(examples)
         return {**batch, "completion_mask": batch["completion_mask"] * (batch["input_ids"] != tokenizer.eos_token_id)}
 
     for collate, message in ((cut, "not the end of turn; was the batch cut"), (masked, "is masked out of training")):
@@ -262,8 +262,8 @@ def test_sft_is_the_mean_over_pairs_of_nats_per_token(tmp_path, tokenizer, pairs
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     with torch.no_grad():
         logps = plain_logps(make_model(), batch)
-        found = trainer.compute_loss(trainer.model, batch)
-    assert found.item() == pytest.approx((-logps.chosen / logps.chosen_len).mean().item(), abs=1e-5)
+        loss = trainer.compute_loss(trainer.model, batch)
+    assert loss.item() == pytest.approx((-logps.chosen / logps.chosen_len).mean().item(), abs=1e-5)
 
 
 # What pairs weigh
@@ -280,9 +280,9 @@ def test_the_loss_is_the_weighted_mean_of_the_pairs_losses(tmp_path, tokenizer):
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     with torch.no_grad():
         logps = plain_logps(make_model(), {key: value for key, value in batch.items() if key != "pair_weight"})
-        found = trainer.compute_loss(trainer.model, batch)
+        loss = trainer.compute_loss(trainer.model, batch)
     a, b, c, d = (-logps.chosen / logps.chosen_len).tolist()
-    assert found.item() == pytest.approx((0 * a + 1 * b + 2.5 * c + 0.25 * d) / 3.75, abs=1e-5)
+    assert loss.item() == pytest.approx((0 * a + 1 * b + 2.5 * c + 0.25 * d) / 3.75, abs=1e-5)
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
@@ -312,8 +312,8 @@ def test_a_pair_of_weight_two_counts_twice_and_one_of_weight_zero_not_at_all(tmp
     light = Dataset.from_list([{**rows[0], "w": 2.0}, {**rows[1], "w": 1.0}, {**rows[2], "w": 0.0}])
     heavy = Dataset.from_list([rows[0], rows[0], rows[1]])
     more = {"per_device_train_batch_size": 3, "max_steps": 2, "optim": "sgd", "learning_rate": 0.1}
-    one = trained(apo_trainer(tmp_path, tokenizer, light, weights="w", **more))
-    assert_same_run(one, trained(apo_trainer(tmp_path, tokenizer, heavy, **more)), atol=1e-6)
+    actual = trained(apo_trainer(tmp_path, tokenizer, light, weights="w", **more))
+    assert_same_run(actual, trained(apo_trainer(tmp_path, tokenizer, heavy, **more)), atol=1e-6)
 
 
 def test_a_step_whose_pairs_all_weigh_nothing_changes_nothing(tmp_path, tokenizer):
@@ -326,13 +326,13 @@ def test_a_step_whose_pairs_all_weigh_nothing_changes_nothing(tmp_path, tokenize
 
 
 def test_evaluation_weighs_held_out_pairs_whatever_its_batches(tmp_path, tokenizer):
-    held_out, found = weighted(5), set()
+    held_out, losses = weighted(5), set()
     for size in (1, 2, 5):
         more = {"eval_dataset": held_out, "per_device_eval_batch_size": size, "eval_strategy": "steps", "eval_steps": 4}
         trainer = apo_trainer(tmp_path, tokenizer, weighted(), weights="trust", **more)
         trainer.train()
-        found |= {round(row["eval_loss"], 5) for row in trainer.state.log_history if "eval_loss" in row}
-    assert len(found) == 1
+        losses |= {round(row["eval_loss"], 5) for row in trainer.state.log_history if "eval_loss" in row}
+    assert len(losses) == 1
 
 
 @pytest.mark.parametrize(
@@ -384,8 +384,8 @@ def test_what_rounding_tells_apart_is_a_tie_and_no_fall():
     reference = torch.tensor([-3.99999, -3.9999]), torch.tensor([-5.00001, -5.0])
     rows = per_pair_metrics(torch.ones(2), policy, reference, torch.ones(2), (0.0, 0.0), torch.ones(2, 5))
     means = measure(rows, resolve_mixture("dpo"), beta=0.5)
-    told = [means[key] for key in ("rewards/ties", "rewards/accuracies", "chosen_falls")]
-    assert told == [0.5, 0.25, 0.5]
+    values = [means[key] for key in ("rewards/ties", "rewards/accuracies", "chosen_falls")]
+    assert values == [0.5, 0.25, 0.5]
 
 
 def test_unpaired_rows_count_where_they_have_a_response():
@@ -394,8 +394,8 @@ def test_unpaired_rows_count_where_they_have_a_response():
     reference = torch.tensor([-5.0, 0.0, -1.0]), torch.tensor([0.0, -7.0, 0.0])
     rows = per_pair_metrics(torch.ones(3), policy, reference, torch.ones(3), (0.0, 0.0), torch.ones(3, 5))
     means = measure(rows, resolve_mixture("kto"), beta=0.5)
-    told = {key: means[key] for key in ("rewards/chosen", "rewards/rejected", "lengths/chosen", "chosen_falls")}
-    assert told == {"rewards/chosen": 0.0, "rewards/rejected": -1.0, "lengths/chosen": 3.0, "chosen_falls": 0.5}
+    values = {key: means[key] for key in ("rewards/chosen", "rewards/rejected", "lengths/chosen", "chosen_falls")}
+    assert values == {"rewards/chosen": 0.0, "rewards/rejected": -1.0, "lengths/chosen": 3.0, "chosen_falls": 0.5}
     assert not {"rewards/accuracies", "rewards/ties"} & set(means)
     assert (means["rewards/margins"], means["rows/chosen"], means["rows/rejected"]) == (1.0, 2, 1)
     assert means["rewards/rejected_p10"] == -1.0
@@ -437,9 +437,9 @@ def test_evaluation_weighs_every_held_out_pair_alike(tmp_path, tokenizer, pairs)
 def test_nothing_pickled_but_tensors_is_written(tmp_path, tokenizer, pairs):
     trainer = apo_trainer(tmp_path, tokenizer, pairs, save_strategy="steps", save_steps=2)
     trainer.train()
-    found = {file.name for file in (tmp_path / "checkpoint-2").iterdir()}
-    assert "training_args.bin" not in found
-    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= found
+    names = {file.name for file in (tmp_path / "checkpoint-2").iterdir()}
+    assert "training_args.bin" not in names
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= names
     assert not (tmp_path / "README.md").exists()
 
 
@@ -460,7 +460,7 @@ IGNORED_VALUES = {
 }  # fmt: skip
 
 
-SAID = {
+REASONS = {
     "loss_type": "'sigmoid' is said by the objective here: set objective: dpo, and leave it out",
     "label_smoothing": r"is an option of the objective: set objective: \{dpo: \{label_smoothing: 0\.1\}\}",
     "truncation_mode": "'keep_end' would be ignored: rows longer than max_length are left out; leave it out",
@@ -469,13 +469,13 @@ SAID = {
 
 @pytest.mark.parametrize("option", IGNORED)
 def test_an_option_that_would_be_ignored_is_refused(option):
-    words = SAID.get(option, "would be ignored beside objective 'dpo'; leave it out")
-    with pytest.raises(UserError, match=f"^{option} {words}$"):
+    reason = REASONS.get(option, "would be ignored beside objective 'dpo'; leave it out")
+    with pytest.raises(UserError, match=f"^{option} {reason}$"):
         APOConfig(objective="dpo", **{option: IGNORED_VALUES[option]})
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "words"),
+    ("loss_type", "reason"),
     [
         ("apo_down", "set objective: apo_down"),
         ("sigmoid_norm", r"set objective: \{dpo: \{length_normalised: true\}\}"),
@@ -483,14 +483,14 @@ def test_an_option_that_would_be_ignored_is_refused(option):
         ("hinge", r"say it there \(docs/objectives\.md has those there are\)"),
     ],
 )
-def test_a_loss_type_is_refused_by_the_objective_that_says_it(loss_type, words):
-    with pytest.raises(UserError, match=words):
+def test_a_loss_type_is_refused_by_the_objective_that_says_it(loss_type, reason):
+    with pytest.raises(UserError, match=reason):
         APOConfig(loss_type=loss_type)
 
 
 def test_a_command_line_can_say_every_option():
-    def parse(*words):
-        return TrlParser((APOConfig,)).parse_args_and_config(["--output_dir", "x", *words])[0]
+    def parse(*arguments):
+        return TrlParser((APOConfig,)).parse_args_and_config(["--output_dir", "x", *arguments])[0]
 
     assert (parse().objective, parse().truncation_mode) == ("apo_zero", "keep_start")
     assert parse("--objective", "apo_down").objective == "apo_down"
@@ -517,62 +517,67 @@ def test_trls_truncation_mode_is_accepted_and_the_note_on_long_rows_names_it(tmp
     assert any("left out; TRL would cut them (truncation_mode)" in note for note in trainer.notes)
 
 
-@pytest.mark.parametrize(("packed", "told"), [(True, 2), (False, 0)])
-def test_options_of_trls_batch_are_told_where_rows_are_packed(packed, told, tmp_path, tokenizer, pairs):
+@pytest.mark.parametrize(("packed", "note_count"), [(True, 2), (False, 0)])
+def test_options_of_trls_batch_are_told_where_rows_are_packed(packed, note_count, tmp_path, tokenizer, pairs):
     more = {"pad_to_multiple_of": 8, "precompute_ref_batch_size": 2, "precompute_ref_log_probs": True}
     trainer = apo_trainer(tmp_path, tokenizer, pairs, shared_prefix=packed, **more)
-    assert len([note for note in trainer.notes if "has no effect on packed rows" in note]) == told
+    assert len([note for note in trainer.notes if "has no effect on packed rows" in note]) == note_count
     assert trainer.data_collator.pad.pad_to_multiple_of == 8
 
 
 def test_what_a_template_writes_after_the_end_of_turn_is_told_once(tmp_path, pairs):
     tokenizer = make_tokenizer(TEMPLATE.replace("<|end|>", "<|end|>\n"))
     trainer = apo_trainer(tmp_path, tokenizer, pairs, eval_dataset=pairs.select(range(4)))
-    told = [note for note in trainer.notes if "after the end of turn" in note]
-    assert len(told) == 1
-    assert "in 24 of 24 rows (first: row 0), as with a line break;" in told[0]
-    assert "TRL trains it too" in told[0]
+    notes = [note for note in trainer.notes if "after the end of turn" in note]
+    assert len(notes) == 1
+    assert "in 24 of 24 rows (first: row 0), as with a line break;" in notes[0]
+    assert "TRL trains it too" in notes[0]
     assert not [note for note in apo_trainer(tmp_path, make_tokenizer(), pairs).notes if "after the end" in note]
 
 
 def test_half_precision_weights_that_a_step_would_not_move_are_told_in_numbers(tmp_path, tokenizer, pairs):
-    def told(**more):
+    def precision_notes(**more):
         dtype = more.pop("dtype", torch.bfloat16)
         return [n for n in apo_trainer(tmp_path, tokenizer, pairs, make_model().to(dtype), **more).notes if "step" in n]
 
-    (note,) = told(learning_rate=1e-6)
+    (note,) = precision_notes(learning_rate=1e-6)
     assert note.startswith("a step of the learning rate, 1e-06, changes ")
     assert 0 < float(note.split("changes ")[1].split("%")[0]) < 5
     assert "they are in bfloat16" in note
-    assert told(learning_rate=1e-6, dtype=torch.float32) == told(learning_rate=1e-2) == told(learning_rate=0.0) == []
-    assert told(learning_rate=1e-6, peft_config=lora()) == []
+    assert (
+        precision_notes(learning_rate=1e-6, dtype=torch.float32)
+        == precision_notes(learning_rate=1e-2)
+        == precision_notes(learning_rate=0.0)
+        == []
+    )
+    assert precision_notes(learning_rate=1e-6, peft_config=lora()) == []
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 def test_neftunes_noise_has_trls_scale(packed, tmp_path, tokenizer, pairs):
     """alpha / sqrt(L h), L the longest sequence of the micro-batch: reached by uniform noise and never passed."""
     trainer = apo_trainer(tmp_path, tokenizer, pairs, neftune_noise_alpha=5.0, max_steps=2, shared_prefix=packed)
-    model, seen = trainer.model, []
+    model, scales = trainer.model, []
 
-    def look(layer, inputs, options):
+    def record(layer, inputs, options):
         if model.training:
             ids = trainer.seen_ids
             noise = (inputs[0] - model.get_input_embeddings().weight[ids]).detach()
-            seen.append(float(noise.abs().max()) * (trainer.current_batch["input_ids"].shape[1] * 32) ** 0.5)
+            scales.append(float(noise.abs().max()) * (trainer.current_batch["input_ids"].shape[1] * 32) ** 0.5)
 
     model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: setattr(trainer, "seen_ids", ids[0]))
-    model.model.layers[0].register_forward_pre_hook(look, with_kwargs=True)
+    model.model.layers[0].register_forward_pre_hook(record, with_kwargs=True)
     trainer.train()
     assert trainer.is_packed == packed
-    assert len(seen) == 2
-    assert all(4.95 < scale <= 5.0001 for scale in seen)
+    assert len(scales) == 2
+    assert all(4.95 < scale <= 5.0001 for scale in scales)
     model.train()
     ids = torch.tensor([[1, 5]])
     assert torch.equal(model.get_input_embeddings()(ids), model.get_input_embeddings().weight[ids])  # gone again
 
 
 def test_the_loss_of_a_mixture_of_experts_is_trls_with_its_auxiliary_part(tmp_path, tokenizer, pairs):
-    def made():
+    def new_model():
         torch.manual_seed(0)
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
         experts = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.1}
@@ -581,16 +586,16 @@ def test_the_loss_of_a_mixture_of_experts_is_trls_with_its_auxiliary_part(tmp_pa
 
     shared = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2}
     stock = DPOTrainer(
-        model=made(), ref_model=made(),
+        model=new_model(), ref_model=new_model(),
         args=DPOConfig(
             **options(tmp_path, **shared), loss_type="apo_zero", use_cpu=True, bf16=False,
             gradient_checkpointing=False, activation_checkpointing=False,
         ),
         train_dataset=pairs, processing_class=tokenizer,
     )  # fmt: skip
-    mine = trained(apo_trainer(tmp_path, tokenizer, pairs, made(), **shared))
-    assert mine[0][0] > 1.05
-    assert_same_run(mine, trained(stock))
+    actual = trained(apo_trainer(tmp_path, tokenizer, pairs, new_model(), **shared))
+    assert actual[0][0] > 1.05
+    assert_same_run(actual, trained(stock))
 
 
 # The hub
@@ -607,11 +612,11 @@ class Uploads:
 
     def upload_folder(self, *, repo_id, folder_path, allow_patterns=None, ignore_patterns=None, **_):
         files = [str(f.relative_to(folder_path)) for f in Path(folder_path).rglob("*") if f.is_file()]
-        kept = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
-        self.taken.append((Path(folder_path).name, sorted(kept)))
-        done = Future()
-        done.set_result(repo_id)
-        return done
+        names = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        self.taken.append((Path(folder_path).name, sorted(names)))
+        future = Future()
+        future.set_result(repo_id)
+        return future
 
 
 def test_a_push_takes_the_model_and_never_states_pickles_or_what_is_half_written(
@@ -668,10 +673,10 @@ def test_a_damaged_best_model_is_not_loaded(tmp_path, tokenizer, pairs):
         tmp_path, tokenizer, pairs, eval_dataset=pairs.select(range(4)), load_best_model_at_end=True,
         metric_for_best_model="rewards/margins", **saving,
     )  # fmt: skip
-    place = trainer._put_checkpoint_in_place
+    put = trainer._put_checkpoint_in_place
 
     def then_damage():
-        place()
+        put()
         if trainer.state.best_global_step == trainer.state.global_step == 4:
             flip(tmp_path / "checkpoint-4" / "model.safetensors")
 

@@ -35,11 +35,11 @@ CLASSES = {"desirable_weight": 0.5, "undesirable_weight": 1.5}
 
 def make_rows(n=24, seed=0, label=lambda i: i % 3 != 1):
     """Rows with one response each, two thirds of them desirable."""
-    made = []
+    rows = []
     for i, pair in enumerate(make_pairs(n, seed)):
         answer = pair["chosen"] if label(i) else pair["rejected"]
-        made.append({"prompt": pair["prompt"], "completion": answer, "label": label(i), "id": pair["id"]})
-    return made
+        rows.append({"prompt": pair["prompt"], "completion": answer, "label": label(i), "id": pair["id"]})
+    return rows
 
 
 def cut_in_two(pairs):
@@ -77,11 +77,11 @@ def trained(run):
     return [row["loss"] for row in steps], [row["grad_norm"] for row in steps], kls, weights
 
 
-def assert_same(one, other, least=5, atol=1e-5):
-    assert len(one[0]) == len(other[0]) >= least
-    for mine, theirs in zip(one[:2], other[:2], strict=True):
-        torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=1e-5, atol=atol)
-    assert (one[3] - other[3]).norm() < 1e-5 * other[3].norm()
+def assert_same(actual, expected, least=5, atol=1e-5):
+    assert len(actual[0]) == len(expected[0]) >= least
+    for ours, theirs in zip(actual[:2], expected[:2], strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=atol)
+    assert (actual[3] - expected[3]).norm() < 1e-5 * expected[3].norm()
 
 
 @pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
@@ -105,11 +105,11 @@ def test_trains_as_trls_kto_trainer_does(tmp_path, model_dir, objective, weights
         if adapter else None,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    mine = trainer(tmp_path, rows, model, adapter, objective={objective: weights}, **both)
-    expected, found = trained(stock), trained(mine)
+    tested = trainer(tmp_path, rows, model, adapter, objective={objective: weights}, **both)
+    expected, actual = trained(stock), trained(tested)
     assert len(set(expected[0])) == 5
-    assert_same(found, expected)
-    logged, theirs = ([r for r in run.state.log_history if "grad_norm" in r] for run in (mine, stock))
+    assert_same(actual, expected)
+    logged, theirs = ([r for r in run.state.log_history if "grad_norm" in r] for run in (tested, stock))
     for key in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"):
         expected_values = [row[key] for row in theirs if key in row]
         assert [row[key] for row in logged if key in row] == pytest.approx(expected_values, abs=2e-4)
@@ -117,9 +117,9 @@ def test_trains_as_trls_kto_trainer_does(tmp_path, model_dir, objective, weights
     assert [row["rows/chosen"] for row in logged] == [3, 2, 3, 3, 2]
     assert all(row["rows/chosen"] + row["rows/rejected"] == 4 for row in logged)
     if objective == "kto":
-        assert [max(row["kl/mismatched"], 0) for row in logged] == pytest.approx(found[2], abs=1e-6)
-        assert found[2] == pytest.approx(expected[2], abs=1e-5)
-        assert max(found[2]) > 1e-3  # so that there is something to agree on
+        assert [max(row["kl/mismatched"], 0) for row in logged] == pytest.approx(actual[2], abs=1e-6)
+        assert actual[2] == pytest.approx(expected[2], abs=1e-5)
+        assert max(actual[2]) > 1e-3  # so that there is something to agree on
 
 
 def test_pairs_cut_in_two_are_half_of_apo_zero(tmp_path):
@@ -168,12 +168,12 @@ def test_the_loss_is_the_mean_over_rows_by_hand(tmp_path):
     batch = run.data_collator([run.train_dataset[i] for i in range(3)])  # desirable, undesirable, desirable
     with torch.no_grad():
         logps = plain_logps(run.model, batch)
-        found = run.compute_loss(run.model, batch).item()
+        loss = run.compute_loss(run.model, batch).item()
     first, none, third = (logps.chosen / logps.chosen_len.clamp(min=1)).tolist()
     assert logps.chosen_len.bool().tolist() == [True, False, True]
     assert logps.rejected_len.bool().tolist() == [False, True, False]
     assert none == 0
-    assert found == pytest.approx((3 / 2 - first / 2 + 1 / 2 + 3 / 2 - third / 2) / 3, abs=1e-5)
+    assert loss == pytest.approx((3 / 2 - first / 2 + 1 / 2 + 3 / 2 - third / 2) / 3, abs=1e-5)
 
 
 def test_the_kl_of_kto_is_the_mean_log_ratio_of_each_prompt_with_the_next_rows_response(tmp_path):
@@ -183,29 +183,29 @@ def test_the_kl_of_kto_is_the_mean_log_ratio_of_each_prompt_with_the_next_rows_r
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     rows = [run.train_dataset[i] for i in range(5)]
     ratios = []
-    for one, following in zip(rows, [*rows[1:], rows[0]], strict=True):
-        batch = run.data_collator([{**following, "prompt_ids": one["prompt_ids"]}])
+    for row, following in zip(rows, [*rows[1:], rows[0]], strict=True):
+        batch = run.data_collator([{**following, "prompt_ids": row["prompt_ids"]}])
         with torch.no_grad():
             policy, reference = (plain_logps(m, batch) for m in (run.model.eval(), run.ref_model))
         side = "chosen" if following["chosen_ids"] else "rejected"
         ratio = (getattr(policy, side) - getattr(reference, side)).item()
         ratios.append((ratio, ratio / len(following["chosen_ids"] or following["rejected_ids"])))
-    found = run._divergence([run.data_collator(rows[:2]), run.data_collator(rows[2:])])
-    assert found.tolist() == pytest.approx([sum(r[i] for r in ratios) / 5 for i in (0, 1)], abs=1e-4)
-    assert abs(found[0].item()) > 0.01
+    divergence = run._divergence([run.data_collator(rows[:2]), run.data_collator(rows[2:])])
+    assert divergence.tolist() == pytest.approx([sum(r[i] for r in ratios) / 5 for i in (0, 1)], abs=1e-4)
+    assert abs(divergence[0].item()) > 0.01
 
 
 def test_trls_batch_runs_only_the_response_that_is_there(tmp_path):
     run = trainer(tmp_path, make_rows(6), objective="apo_zero_unpaired", shared_prefix=False)
     batch = run.data_collator([run.train_dataset[i] for i in range(6)])
-    seen = []
+    inputs = []
     hook = run.model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+        lambda _, args, kwargs: inputs.append(kwargs["input_ids"]), with_kwargs=True
     )
-    found = padded_logps(run.model, batch)
+    actual = padded_logps(run.model, batch)
     hook.remove()
-    assert [tuple(ids.shape) for ids in seen] == [(6, batch["input_ids"].shape[1])]
-    for ours, theirs in zip(found[:4], plain_logps(run.model, batch)[:4], strict=True):
+    assert [tuple(ids.shape) for ids in inputs] == [(6, batch["input_ids"].shape[1])]
+    for ours, theirs in zip(actual[:4], plain_logps(run.model, batch)[:4], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -230,8 +230,8 @@ def test_cached_reference_log_probs_are_the_online_ones_and_computed_once(tmp_pa
 def test_before_the_first_step_ends_and_anchor_are_checked(tmp_path):
     run = trainer(tmp_path, make_rows(), objective="kto")
     assert check_before_training(run) == {"chosen": 0.0, "rejected": 0.0}
-    whole = run.data_collator
-    run.data_collator = lambda examples: {key: value[:, :12] for key, value in whole(examples).items()}
+    collate = run.data_collator
+    run.data_collator = lambda examples: {key: value[:, :12] for key, value in collate(examples).items()}
     with pytest.raises(UserError, match="was the batch cut"):
         check_before_training(run)
 
@@ -241,19 +241,19 @@ def test_before_the_first_step_ends_and_anchor_are_checked(tmp_path):
 
 def tokenized(rows, max_length=None, objective="kto"):
     tokenizer = make_tokenizer()
-    ends = eos_ids(tokenizer)
-    return tokenize(Dataset.from_list(rows), tokenizer, max_length, ends, objective=resolve_mixture(objective))
+    end_tokens = eos_ids(tokenizer)
+    return tokenize(Dataset.from_list(rows), tokenizer, max_length, end_tokens, objective=resolve_mixture(objective))
 
 
 def test_rows_have_the_ids_of_the_pairs_they_come_from():
     pairs = make_pairs(5)
-    whole, rows = tokenized(pairs).dataset, tokenized(cut_in_two(pairs)).dataset
-    for i, pair in enumerate(whole):
+    encoded_pairs, rows = tokenized(pairs).dataset, tokenized(cut_in_two(pairs)).dataset
+    for i, pair in enumerate(encoded_pairs):
         good, bad = rows[2 * i], rows[2 * i + 1]
         assert good["prompt_ids"] == bad["prompt_ids"] == pair["prompt_ids"]
         assert (good["chosen_ids"], good["rejected_ids"]) == (pair["chosen_ids"], [])
         assert (bad["chosen_ids"], bad["rejected_ids"]) == ([], pair["rejected_ids"])
-    assert count_unpaired(whole) is None
+    assert count_unpaired(encoded_pairs) is None
     assert count_unpaired(rows) == (5, 5)
 
 
@@ -264,25 +264,25 @@ def test_a_dataset_sorted_by_label_keeps_its_type():
 
 def test_text_rows_get_one_end_of_sequence():
     rows = [{"prompt": "what is one ", "completion": end, "label": True} for end in ("two", "two <|end|>")]
-    found = tokenized(rows).dataset
-    assert [row["chosen_ids"].count(3) for row in found] == [1, 1]
-    assert [row["chosen_ids"][-1] for row in found] == [3, 3]
+    encoded = tokenized(rows).dataset
+    assert [row["chosen_ids"].count(3) for row in encoded] == [1, 1]
+    assert [row["chosen_ids"][-1] for row in encoded] == [3, 3]
 
 
 def test_rows_too_long_are_dropped_and_counted():
     sizes = [len(r["prompt_ids"] + r["chosen_ids"] + r["rejected_ids"]) for r in tokenized(make_rows(30)).dataset]
     limit = sorted(sizes)[14]
-    found = tokenized(make_rows(30), max_length=limit)
-    assert found.dropped == {"too_long": sum(size > limit for size in sizes)}
-    assert len(found.dataset) == sum(size <= limit for size in sizes)
+    encoded = tokenized(make_rows(30), max_length=limit)
+    assert encoded.dropped == {"too_long": sum(size > limit for size in sizes)}
+    assert len(encoded.dataset) == sum(size <= limit for size in sizes)
 
 
 @pytest.mark.parametrize("class_", [True, False], ids=["desirable", "undesirable"])
 def test_one_class_alone_trains_and_is_told(tmp_path, class_):
     rows = make_rows(40, label=lambda _: class_)
-    found = tokenized(rows)
-    assert found.notes[0].startswith(f"train: every row is {'desirable' if class_ else 'undesirable'}")
-    run = trainer(tmp_path, found.dataset, objective="apo_zero_unpaired", max_steps=6)
+    encoded = tokenized(rows)
+    assert encoded.notes[0].startswith(f"train: every row is {'desirable' if class_ else 'undesirable'}")
+    run = trainer(tmp_path, encoded.dataset, objective="apo_zero_unpaired", max_steps=6)
     losses = trained(run)[0]
     assert losses[-1] < losses[0] == pytest.approx(0.5)
 
@@ -316,11 +316,11 @@ def test_a_missing_label_is_told():
 
 @pytest.mark.parametrize("name", [*OBJECTIVES, "mixed"])
 def test_an_objective_that_needs_pairs_is_refused_by_name(tmp_path, name):
-    spec, told = ({"kto": 1.0, "apo_zero": 0.1}, "apo_zero") if name == "mixed" else (name, name)
+    spec, refused = ({"kto": 1.0, "apo_zero": 0.1}, "apo_zero") if name == "mixed" else (name, name)
     if name in ("kto", "apo_zero_unpaired"):
         assert len(tokenized(make_rows(), objective=spec).dataset) == 24
         return
-    why = "sft alone would read no label" if name == "sft" else f"{told} needs pairs"
+    why = "sft alone would read no label" if name == "sft" else f"{refused} needs pairs"
     for rows in (make_rows(), tokenized(make_rows()).dataset):
         with pytest.raises(UserError, match=f"{why}, and the train dataset has unpaired rows"):
             trainer(tmp_path, rows, objective=spec)
@@ -364,11 +364,11 @@ def recipe(tmp_path, model_dir):
 
 @pytest.mark.parametrize("objective", ["apo_zero_unpaired", {"kto": {"undesirable_weight": 2.0}, "sft": 0.1}], ids=str)
 def test_a_run_on_unpaired_rows_leaves_a_model_its_numbers_and_a_picture(recipe, objective):
-    told = []
-    found = train(TrainConfig(**{**recipe, "objective": objective}), tell=told.append)
-    assert found["data"]["train"] == {"rows": 24, "desirable": 16, "dropped": {}}
-    assert found["data"]["eval"] == {"rows": 6, "desirable": 4, "dropped": {}}
-    assert sum("pull 2 to 1" in note for note in told) == (objective == "apo_zero_unpaired")
+    messages = []
+    record = train(TrainConfig(**{**recipe, "objective": objective}), tell=messages.append)
+    assert record["data"]["train"] == {"rows": 24, "desirable": 16, "dropped": {}}
+    assert record["data"]["eval"] == {"rows": 6, "desirable": 4, "dropped": {}}
+    assert sum("pull 2 to 1" in note for note in messages) == (objective == "apo_zero_unpaired")
     out = Path(recipe["out"])
     assert (out / "dynamics.png").read_bytes().startswith(b"\x89PNG")
     assert "24 unpaired rows (16 desirable)" in (out / "README.md").read_text()
@@ -380,8 +380,8 @@ def test_text_and_conversations_of_several_sources_are_put_together(recipe, tmp_
     files = [write(tmp_path / name, rows) for name, rows in (("text.jsonl", text), ("talk.jsonl", talk))]
     planned = plan(TrainConfig(**{**recipe, "dataset": [str(files[0]), {"path": str(files[1]), "weight": 2}]}))
     assert planned.counts()["train"] == {"rows": 11, "desirable": 6, "dropped": {}}
-    words = make_tokenizer().decode(planned.train.dataset[0]["rejected_ids"]).split()
-    assert words == ["two", "<|end|>"]
+    tokens = make_tokenizer().decode(planned.train.dataset[0]["rejected_ids"]).split()
+    assert tokens == ["two", "<|end|>"]
 
 
 @pytest.mark.parametrize(
@@ -414,25 +414,25 @@ def test_pairs_and_unpaired_rows_are_not_put_together(recipe, tmp_path):
 def test_a_dry_run_tells_rows_and_an_estimate_of_one_response_each(recipe, tmp_path, monkeypatch, capsys):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "objective": "kto"}))
     assert call(monkeypatch, "train", tmp_path / "recipe.yaml", "--dry-run") == 0
-    told = capsys.readouterr().out
-    assert "# train: 24 unpaired rows (16 desirable)" in told
-    assert "# steps: 6 of 4 rows" in told
+    output = capsys.readouterr().out
+    assert "# train: 24 unpaired rows (16 desirable)" in output
+    assert "# steps: 6 of 4 rows" in output
     planned = plan(TrainConfig(**{**recipe, "reference": "online"}))
     job = estimate(planned).here
     lengths = [len(r["prompt_ids"] + r["chosen_ids"] + r["rejected_ids"]) for r in planned.train.dataset]
     assert sum(row.tokens for row in job.rows) == sum(lengths)
     assert sum(lengths) < job.padded_tokens < 1.9 * sum(lengths)
     kto = estimate(plan(TrainConfig(**{**recipe, "objective": "kto"}))).here
-    (whole, reference), (whole_kto, reference_kto) = run_flops(job), run_flops(kto)
+    (total, reference), (total_kto, reference_kto) = run_flops(job), run_flops(kto)
     assert reference_kto == pytest.approx(2 * reference)  # of each row, and of its prompt with the next one's response
-    assert whole_kto - whole == pytest.approx(2 * reference)  # and the same for the policy
+    assert total_kto - total == pytest.approx(2 * reference)  # and the same for the policy
 
 
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(recipe, tmp_path):
     recipe["objective"] = {"kto": 1.0, "sft": 0.1}
     recipe["trainer"] |= {"save_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
-    whole = train(TrainConfig(**recipe), tell=lambda _: None)
+    record = train(TrainConfig(**recipe), tell=lambda _: None)
     recipe["out"] = str(tmp_path / "stopped")
     with pytest.MonkeyPatch.context() as patch:
         crash_in(CRASHES["after the checkpoint is in place"], 4, patch)
@@ -440,6 +440,6 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(recipe, tmp_path):
             train(TrainConfig(**recipe), tell=lambda _: None)
     resumed = train(TrainConfig(**recipe), tell=lambda _: None)
     assert resumed["resumed_from"] == [4]
-    for key, value in whole["metrics"].items():
+    for key, value in record["metrics"].items():
         if "second" not in key and "runtime" not in key and key != "mfu":
             assert resumed["metrics"][key] == pytest.approx(value, abs=1e-6)

@@ -25,21 +25,21 @@ PRICE = {"input": "1", "output": "2"}
 def rows(count, seed=0):
     """Some of them twice, nearly twice, or with a revision that is dropped."""
     draw = random.Random(seed)
-    made = []
+    result = []
     for n in range(count):
-        words = " ".join(draw.choice("abcdefghij") * 3 for _ in range(12))
+        text = " ".join(draw.choice("abcdefghij") * 3 for _ in range(12))
         answer = draw.choice(["bad answer", "fine answer"]) + f" {n}"
-        made.append({"prompt": f"question {words}", "answer": answer})
+        result.append({"prompt": f"question {text}", "answer": answer})
         if draw.random() < 0.1:
-            made.append(draw.choice(made))
+            result.append(draw.choice(result))
         if draw.random() < 0.1:
-            made.append({"prompt": draw.choice(made)["prompt"] + " please", "answer": "bad twin"})
-    return made
+            result.append({"prompt": draw.choice(result)["prompt"] + " please", "answer": "bad twin"})
+    return result
 
 
-def settings(out, made, **keys):
+def settings(out, prompt_rows, **keys):
     return recipe(
-        out, made,
+        out, prompt_rows,
         **{"pipeline": "revised", "reviser": endpoint(price=PRICE, max_tokens=100), "test_fraction": 0.2} | keys,
     )  # fmt: skip
 
@@ -54,13 +54,13 @@ def build_all(config, of):
 @pytest.mark.parametrize("of", [1, 2, 3, 7])
 def test_merged_shards_are_the_bytes_of_one_run_whatever_their_number(tmp_path, monkeypatch, of):
     install(monkeypatch, reviser=Scripted("reviser", revision))
-    made = rows(150)
-    one = settings(tmp_path / "one", made, prompts={"path": "x", "near_duplicates": 0.6})
+    prompt_rows = rows(150)
+    single = settings(tmp_path / "one", prompt_rows, prompts={"path": "x", "near_duplicates": 0.6})
     prompts = {"path": str(tmp_path / "one-prompts.jsonl"), "near_duplicates": 0.6}
-    one = one.model_copy(update={"prompts": one.prompts.model_copy(update=prompts)})
-    build(one)
-    whole = one.model_copy(update={"out": str(tmp_path / "all")})
-    build_all(whole, of)
+    single = single.model_copy(update={"prompts": single.prompts.model_copy(update=prompts)})
+    build(single)
+    config = single.model_copy(update={"out": str(tmp_path / "all")})
+    build_all(config, of)
     merge(tmp_path / "all-shards")
     assert final_bytes(tmp_path / "all") == final_bytes(tmp_path / "one")
     assert (tmp_path / "all" / "README.md").read_bytes() == (tmp_path / "one" / "README.md").read_bytes()
@@ -79,10 +79,10 @@ def test_a_merged_folder_is_built_again_without_asking(tmp_path, monkeypatch):
     config = settings(tmp_path / "all", rows(40))
     build_all(config, 3)
     merge(tmp_path / "all-shards")
-    before, asked = final_bytes(tmp_path / "all"), len(model.asked)
+    files, request_count = final_bytes(tmp_path / "all"), len(model.asked)
     assert build(config).manifest["counts"] == manifest(tmp_path / "all")["counts"]
-    assert final_bytes(tmp_path / "all") == before
-    assert len(model.asked) == asked
+    assert final_bytes(tmp_path / "all") == files
+    assert len(model.asked) == request_count
 
 
 def test_shards_that_share_a_ledger_pay_once_for_equal_requests(tmp_path, monkeypatch):
@@ -99,11 +99,11 @@ def test_shards_that_share_a_ledger_pay_once_for_equal_requests(tmp_path, monkey
 
 
 def test_the_position_bias_of_all_shards_is_counted_together(tmp_path, monkeypatch):
-    made = [{"prompt": f"q {n}", "answers": [f"bad {n}", f"good {n}"]} for n in range(30)]
+    prompt_rows = [{"prompt": f"q {n}", "answers": [f"bad {n}", f"good {n}"]} for n in range(30)]
     keys = {"pipeline": "judged", "reviser": None, "judge": endpoint(order="random")}
     for name, of in (("one", 0), ("all", 4)):
         install(monkeypatch, judge=Scripted("judge", lambda *_: verdict("[1]")))
-        config = recipe(tmp_path / name, made, **{k: v for k, v in keys.items() if v})
+        config = recipe(tmp_path / name, prompt_rows, **{k: v for k, v in keys.items() if v})
         if of:
             build_all(config, of)
             merge(tmp_path / f"{name}-shards")
@@ -120,24 +120,24 @@ def test_each_shard_may_spend_its_part():
 
     reviser = endpoint(price=PRICE, requests_per_minute=3, tokens_per_minute=1000)
     values = {"pipeline": "revised", "prompts": {"path": "p"}, "reviser": reviser, "out": "o", "budget": {"money": 10}}
-    part = shard_config(resolve(BuildConfig, values), Shard(2, 4))
-    assert part.budget.money * 4 == 10
-    assert (part.reviser.requests_per_minute, part.reviser.tokens_per_minute) == (1, 250)
-    assert part.out == "o-shards/2-of-4"
+    config = shard_config(resolve(BuildConfig, values), Shard(2, 4))
+    assert config.budget.money * 4 == 10
+    assert (config.reviser.requests_per_minute, config.reviser.tokens_per_minute) == (1, 250)
+    assert config.out == "o-shards/2-of-4"
 
 
 def test_the_bar_of_a_shard_comes_to_its_total(tmp_path, monkeypatch):
     install(monkeypatch, reviser=Scripted("reviser", revision))
     config = settings(tmp_path / "all", rows(60))
     (tmp_path / "recipe.yaml").write_text(json.dumps(redacted(config)))
-    ends = []
+    counts = []
     for index in (1, 2, 3):
         built = clair("build", tmp_path / "recipe.yaml", "--shard", f"{index}/3")
         assert built.code == 0, built
-        ends.append(tuple(map(int, re.findall(r"(\d+)/(\d+)", built.err)[-1])))
-    assert all(done == total for done, total in ends), ends
-    assert sum(done for done, _ in ends) == len(Path(config.prompts.path).read_text().splitlines())
-    assert len(set(ends)) > 1
+        counts.append(tuple(map(int, re.findall(r"(\d+)/(\d+)", built.err)[-1])))
+    assert all(count == total for count, total in counts), counts
+    assert sum(count for count, _ in counts) == len(Path(config.prompts.path).read_text().splitlines())
+    assert len(set(counts)) > 1
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/", "-1/4"])
@@ -165,20 +165,20 @@ def test_shards_that_do_not_fit_are_refused_by_name(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"holds shards of 3 and others \(1-of-2\)"):
         merge(tmp_path / "all-shards")
     shutil.rmtree(tmp_path / "all-shards" / "1-of-2")
-    ended = clair("merge", tmp_path / "all-shards")
-    assert ended.code == 0, ended
+    result = clair("merge", tmp_path / "all-shards")
+    assert result.code == 0, result
     assert len(pairs(tmp_path / "all")) == manifest(tmp_path / "all")["counts"]["pairs"]
 
 
 def test_a_merge_may_open_the_files_of_all_shards_or_says_what_to_raise():
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
         _allow_files(150)
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 200
-        _allow_files(before[0])
-        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == before[0]
+        _allow_files(limits[0])
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == limits[0]
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     with pytest.raises(UserError, match=rf"{2**62} files to open at once, .* raise it \(ulimit -Hn\)"):
         _allow_files(2**62)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from clair.cluster.leased_limits import LeasedResources
 from clair.cluster.merge import merge
-from clair.cluster.shared_limits import GONE, Report, RoleLimits, RoleReport, SharedLimits
+from clair.cluster.shared_limits import GONE, Quotas, Report, RoleLimits, RoleReport
 from clair.inference.budget import Budget, BudgetConfig
 from clair.ledger.ledger import Ledger
 from clair.pipeline.build import build
@@ -33,10 +33,10 @@ class Clock:
 
 def quotas(concurrency=10, *, tokens=None, clock=None, shards="ab", **rates):
     budget = Budget(BudgetConfig(tokens=tokens), {}, {}) if tokens else None
-    made = SharedLimits({"role": RoleLimits(concurrency, **rates)}, budget, clock or Clock())
+    shared = Quotas({"role": RoleLimits(concurrency, **rates)}, budget, clock or Clock())
     for name in shards:
-        made.begin(name, "1", Decimal(0))
-    return made
+        shared.begin(name, "1", Decimal(0))
+    return shared
 
 
 def ask(keeper, shard, *, attempt="1", spent=0, leased=0, needs=0, last=False, **role):
@@ -114,8 +114,8 @@ def test_a_refusal_of_one_shard_lowers_the_limit_of_all_and_answers_raise_it():
     lease = ask(keeper, "b", in_flight=2, waiting=50, refused=((2, 7.0),))
     assert lease.roles["role"].pause == 7.0, "17 were fine before: we ask too often"
     clock.now += 7
-    before = slots(keeper, "a", in_flight=0, waiting=90)
-    assert slots(keeper, "a", in_flight=0, waiting=90, answered=400) > before
+    limit = slots(keeper, "a", in_flight=0, waiting=90)
+    assert slots(keeper, "a", in_flight=0, waiting=90, answered=400) > limit
 
 
 def test_shards_share_one_rate_in_the_order_in_which_they_ask():
@@ -163,12 +163,12 @@ class Counted(Scripted):
     """Knows how many requests were in flight at most, over all shards."""
 
     lock = threading.Lock()
-    flying = most = 0
+    flying = max_flying = 0
 
     async def complete(self, request, sample=0):
         with self.lock:
             self.flying += 1
-            self.most = max(self.most, self.flying)
+            self.max_flying = max(self.max_flying, self.flying)
         try:
             return await super().complete(request, sample)
         finally:
@@ -180,7 +180,7 @@ class Shared:
     """Quotas that threads may report to, as an actor takes one report after the other."""
 
     def __init__(self, *limits):
-        self.quotas, self.lock = SharedLimits(*limits), threading.Lock()
+        self.quotas, self.lock = Quotas(*limits), threading.Lock()
 
     async def report(self, report):
         with self.lock:
@@ -190,13 +190,13 @@ class Shared:
 def in_shards(config, of, keeper):
     """All shards at once; how each was built."""
 
-    def one(index):
+    def build_shard(index):
         shard = Shard(index, of)
         keeper.quotas.begin(shard.name, "1", Decimal(0))
         return build(config, shard=shard, resources=LeasedResources(shard.name, "1", keeper.report))
 
     with ThreadPoolExecutor(of) as threads:
-        return list(threads.map(one, range(1, of + 1)))
+        return list(threads.map(build_shard, range(1, of + 1)))
 
 
 def rows(count):
@@ -209,11 +209,11 @@ def test_shards_on_leases_build_the_bytes_of_one_run_within_one_limit(tmp_path, 
     install(monkeypatch, reviser=model)
     keys = {"pipeline": "revised", "reviser": endpoint(price=PRICE, max_tokens=100), "concurrency": 6}
     build(recipe(tmp_path / "one", rows(60), **keys))
-    model.most = 0
+    model.max_flying = 0
     config = recipe(tmp_path / "all", rows(60), **keys)
     built = in_shards(config, 3, Shared({"reviser": RoleLimits(6)}))
-    assert [one.stopped for one in built] == [None] * 3
-    assert 4 <= model.most <= 6
+    assert [result.stopped for result in built] == [None] * 3
+    assert 4 <= model.max_flying <= 6
     merge(tmp_path / "all-shards")
     assert final_bytes(tmp_path / "all") == final_bytes(tmp_path / "one")
 
@@ -243,18 +243,18 @@ def test_a_shard_whose_keeper_is_gone_stops_and_keeps_what_it_has(tmp_path, monk
     keeper, reports = Shared({"reviser": RoleLimits(4)}), []
     keeper.quotas.begin("1-of-1", "1", Decimal(0))
 
-    async def report(told):
-        reports.append(told)
+    async def report(message):
+        reports.append(message)
         if len(reports) > 2:
             raise ConnectionError("gone")
-        return await keeper.report(told)
+        return await keeper.report(message)
 
     built = build(config, shard=Shard(1, 1), resources=LeasedResources("1-of-1", "1", report))
     assert built.stopped == "the keeper of this job's limits is gone"
-    asked = len(model.asked)
-    assert 0 < asked < 80
-    (done,) = in_shards(config, 1, Shared({"reviser": RoleLimits(4)}))
-    assert done.stopped is None
+    request_count = len(model.asked)
+    assert 0 < request_count < 80
+    (result,) = in_shards(config, 1, Shared({"reviser": RoleLimits(4)}))
+    assert result.stopped is None
     assert len(model.asked) == 80, "what was answered before is not asked again"
 
 
@@ -262,13 +262,13 @@ def test_a_shard_has_a_part_of_the_budget_only_where_batches_keep_it_from_being_
     budget = {"budget": {"tokens": 900}, "pipeline": "revised"}
     live = recipe(tmp_path / "live", rows(1), reviser=endpoint(), **budget)
     batch = recipe(tmp_path / "batch", rows(1), reviser=endpoint(batch=True), **budget)
-    parts = [shard_config(config, Shard(1, 3), shared=True).budget.tokens for config in (live, batch)]
-    assert parts == [900, 300]
+    budgets = [shard_config(config, Shard(1, 3), shared=True).budget.tokens for config in (live, batch)]
+    assert budgets == [900, 300]
 
 
-@pytest.mark.parametrize("given", [{"requests_per_minute": 3000}, {"tokens_per_minute": 600_000}])
-def test_shards_on_one_rate_build_all_rows(tmp_path, monkeypatch, given):
+@pytest.mark.parametrize("rates", [{"requests_per_minute": 3000}, {"tokens_per_minute": 600_000}])
+def test_shards_on_one_rate_build_all_rows(tmp_path, monkeypatch, rates):
     install(monkeypatch, reviser=Scripted("reviser", revision))
-    config = recipe(tmp_path / "all", rows(12), pipeline="revised", reviser=endpoint(max_tokens=100, **given))
-    built = in_shards(config, 2, Shared({"reviser": RoleLimits(8, **given)}))
-    assert sum(manifest(one.out)["counts"]["pairs"] for one in built) == 12
+    config = recipe(tmp_path / "all", rows(12), pipeline="revised", reviser=endpoint(max_tokens=100, **rates))
+    built = in_shards(config, 2, Shared({"reviser": RoleLimits(8, **rates)}))
+    assert sum(manifest(result.out)["counts"]["pairs"] for result in built) == 12

@@ -46,19 +46,19 @@ def recipe(tmp_path: Path, url: str, scripts: list[str]) -> Path:
     return write_recipe(tmp_path, url, target=target, reviser=reviser, attempts=1)
 
 
-def assert_nowhere(tmp_path: Path, *ended: Ended) -> int:
+def assert_nowhere(tmp_path: Path, *results: Ended) -> int:
     """No file under out/ and no output holds a secret; returns how many files were looked at."""
-    looked_at = 0
+    count = 0
     for file in (tmp_path / "out").rglob("*"):
         if file.is_file():
             content = file.read_bytes()
-            looked_at += 1
+            count += 1
             for secret in SECRETS:
                 assert secret.encode() not in content, (file, secret)
-    for end in ended:
+    for end in results:
         for secret in SECRETS:
             assert secret not in end.out + end.err, secret
-    return looked_at
+    return count
 
 
 def decisions(out: Path) -> Path:
@@ -78,15 +78,15 @@ def test_secrets_reach_the_endpoint_and_nothing_else(tmp_path, server, secrets, 
         clair("estimate", file, "--probe", "3"),
         clair("build", file),
     )
-    told = clair("stats", out), clair("show", out), clair("report", out), clair("push", out, "org/name")
+    results = clair("stats", out), clair("show", out), clair("report", out), clair("push", out, "org/name")
     handed = (
         clair("export", out, out / "pairs.jsonl"),
         clair("next", out, "--model", "runs/tuned", "--out", out / "round-2"),
         clair("keep", out, decisions(out), "--out", out / "kept"),
     )
     assert [dry.code, probed.code, built.code] == [0, 0, 3]
-    assert [ended.code for ended in (*told, *handed)] == [0] * 7
-    assert assert_nowhere(tmp_path, dry, probed, built, *told, *handed) >= 15
+    assert [result.code for result in (*results, *handed)] == [0] * 7
+    assert assert_nowhere(tmp_path, dry, probed, built, *results, *handed) >= 15
     assert "HTTP Request: POST" in caplog.text
     assert not [secret for secret in SECRETS if secret in caplog.text]
     sent = {}
@@ -100,8 +100,8 @@ def test_secrets_reach_the_endpoint_and_nothing_else(tmp_path, server, secrets, 
 
 def test_a_server_that_echoes_what_it_was_sent_betrays_nothing(tmp_path, server, secrets):
     """Errors that end the run, and errors of one row, which are kept in dropped.jsonl and in the ledger."""
-    ended = clair("build", recipe(tmp_path, server.url, ["ok", "echo400", "m echo400", "echo200", "m echo200"]))
-    assert ended.code == 3
+    result = clair("build", recipe(tmp_path, server.url, ["ok", "echo400", "m echo400", "echo200", "m echo200"]))
+    assert result.code == 3
     dropped = drops(tmp_path / "out")
     assert [(row["stage"], row["reason"]) for row in dropped] == [
         ("target", "http_400"),
@@ -110,37 +110,37 @@ def test_a_server_that_echoes_what_it_was_sent_betrays_nothing(tmp_path, server,
         ("reviser", "malformed_reply"),
     ]
     assert all("[secret]" in row["detail"] for row in dropped)
-    assert_nowhere(tmp_path, ended)
+    assert_nowhere(tmp_path, result)
     for script in ("echo401", "m echo401", "echo404", "m echo404"):
-        ended = clair("build", recipe(tmp_path, server.url, [script]))
-        assert ended.code == 2
-        assert "Wrong credentials" in ended.err
-        assert "[secret]" in ended.err
-        assert_nowhere(tmp_path, ended)
+        result = clair("build", recipe(tmp_path, server.url, [script]))
+        assert result.code == 2
+        assert "Wrong credentials" in result.err
+        assert "[secret]" in result.err
+        assert_nowhere(tmp_path, result)
 
 
 def test_a_url_that_cannot_be_reached_is_told_without_its_password(tmp_path, secrets):
     for url in ("http://127.0.0.1:9/v1", "http://no-such-host.invalid/v1"):
-        ended = clair("build", recipe(tmp_path, url, ["ok"]))
-        assert ended.code == 2
-        assert url in ended.err
-        assert_nowhere(tmp_path, ended)
+        result = clair("build", recipe(tmp_path, url, ["ok"]))
+        assert result.code == 2
+        assert url in result.err
+        assert_nowhere(tmp_path, result)
 
 
 def test_a_url_that_is_none_is_told_without_its_password(tmp_path, secrets):
     url = f"ftp://{USER}:{QUOTED}@host/v1"
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
-    ended = clair("build", write_recipe(tmp_path, url))
-    assert ended.code == 2
-    assert "ftp://host/v1" in ended.err
-    assert_nowhere(tmp_path, ended)
+    result = clair("build", write_recipe(tmp_path, url))
+    assert result.code == 2
+    assert "ftp://host/v1" in result.err
+    assert_nowhere(tmp_path, result)
 
 
 @pytest.mark.parametrize("setting", ["reviser.temprature=1", "reviser.timeout=no", "reviser.extra.headers.X-Key=abc"])
 def test_a_wrong_recipe_is_told_without_its_secrets(tmp_path, server, secrets, setting):
-    ended = clair("build", recipe(tmp_path, server.url, ["ok"]), "--set", setting)
-    assert ended.code == 2
-    assert_nowhere(tmp_path, ended)
+    result = clair("build", recipe(tmp_path, server.url, ["ok"]), "--set", setting)
+    assert result.code == 2
+    assert_nowhere(tmp_path, result)
 
 
 def test_a_short_secret_is_not_looked_for_in_every_word(tmp_path, server, monkeypatch):
@@ -166,12 +166,12 @@ def test_secrets_under_other_names_are_in_nothing_that_is_written(tmp_path, serv
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok", "400"]))
     reviser = {"url": server.url + "?api-version=2024-06-01&code=a&token=planted-eight", "model": "m"}
     file = write_recipe(tmp_path, server.url, reviser=reviser | {"extra": HIDDEN | OPEN})
-    ends = [clair("build", file, "--dry-run"), clair("build", file), clair("push", tmp_path / "out", "org/name")]
+    results = [clair("build", file, "--dry-run"), clair("build", file), clair("push", tmp_path / "out", "org/name")]
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.suffix != ".sqlite"]
     assert len(written) >= 6
-    told = [end.out + end.err for end in ends] + [path.read_bytes().decode("utf-8", "replace") for path in written]
+    texts = [end.out + end.err for end in results] + [path.read_bytes().decode("utf-8", "replace") for path in written]
     for secret in ("planted", "short8"):
-        assert not [text for text in told if secret in text]
+        assert not [text for text in texts if secret in text]
     assert "planted" not in caplog.text
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())["reviser"]
     assert {name: recipe["extra"][name] for name in OPEN} == OPEN
@@ -189,9 +189,9 @@ def test_what_is_put_into_extra_and_a_query_from_the_environment_is_sent_and_wri
     write_prompts(tmp_path / "prompts.jsonl", [{"prompt": "What is ${PLANTED_KEY}? [[ok echo400]]", "answer": "bad"}])
     url = server.url + "?pass=${PLANTED_KEY}"
     extra = {"user": "${PLANTED_HEADER}", "metadata": {"who": ["me ${PLANTED_HEADER}"]}}
-    ended = clair("build", write_recipe(tmp_path, server.url, reviser={"url": url, "model": "m", "extra": extra}))
-    assert ended.code == 0
-    assert_nowhere(tmp_path, ended)
+    result = clair("build", write_recipe(tmp_path, server.url, reviser={"url": url, "model": "m", "extra": extra}))
+    assert result.code == 0
+    assert_nowhere(tmp_path, result)
     (sent,) = server.seen()
     assert sent["query"] == f"pass={KEY}"
     assert (sent["body"]["user"], sent["body"]["metadata"]) == (HEADER, {"who": [f"me {HEADER}"]})
@@ -203,20 +203,20 @@ def test_a_name_that_is_not_set_and_a_secret_that_was_taken_out_are_told_before_
     tmp_path, server, extra
 ):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
-    ended = clair(
+    result = clair(
         "build", write_recipe(tmp_path, server.url, reviser={"url": server.url, "model": "m", "extra": extra})
     )
-    assert (ended.code, server.seen()) == (2, [])
-    assert f"reviser.extra.{next(iter(extra))}" in ended.err
+    assert (result.code, server.seen()) == (2, [])
+    assert f"reviser.extra.{next(iter(extra))}" in result.err
 
 
 def test_a_key_in_the_place_of_its_variables_name_is_not_repeated(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
     reviser = {"url": server.url, "model": "m", "api_key_env": "sk-planted-nine"}
-    ended = clair("build", write_recipe(tmp_path, server.url, reviser=reviser))
-    assert ended.code == 2
-    assert "api_key_env" in ended.err
-    assert "planted" not in ended.err
+    result = clair("build", write_recipe(tmp_path, server.url, reviser=reviser))
+    assert result.code == 2
+    assert "api_key_env" in result.err
+    assert "planted" not in result.err
 
 
 def test_an_answer_is_kept_as_it_was_sent_whatever_the_secrets_are(tmp_path, server, monkeypatch):
@@ -235,24 +235,28 @@ def test_an_answer_is_kept_as_it_was_sent_whatever_the_secrets_are(tmp_path, ser
 
 
 def test_a_body_of_status_200_that_is_no_completion_is_told_without_secrets(tmp_path, server, secrets):
-    ended = clair("build", recipe(tmp_path, server.url, ["m echo200"]))
-    assert ended.code == 3
+    result = clair("build", recipe(tmp_path, server.url, ["m echo200"]))
+    assert result.code == 3
     assert "[secret]" in drops(tmp_path / "out")[0]["detail"]
-    assert_nowhere(tmp_path, ended)
+    assert_nowhere(tmp_path, result)
 
 
 def test_replies_of_one_deployment_are_not_those_of_another_at_the_same_url(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
-    for query, code, asked in [("deployment=a&key=one", 0, 1), ("deployment=a&key=two", 0, 1), ("deployment=b", 2, 1)]:
+    for query, code, request_count in [
+        ("deployment=a&key=one", 0, 1),
+        ("deployment=a&key=two", 0, 1),
+        ("deployment=b", 2, 1),
+    ]:
         reviser = {"url": f"{server.url}?{query}", "model": "m"}
-        ended = clair("build", write_recipe(tmp_path, server.url, reviser=reviser))
-        assert (ended.code, len(server.seen())) == (code, asked), query
-    assert "differs in reviser.url" in ended.err
+        result = clair("build", write_recipe(tmp_path, server.url, reviser=reviser))
+        assert (result.code, len(server.seen())) == (code, request_count), query
+    assert "differs in reviser.url" in result.err
     assert clair("build", tmp_path / "recipe.yaml", "--update").code == 0
     assert len(server.seen()) == 2
-    made = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert made["recipe"]["reviser"]["url"] == made["models"]["reviser"]["identity"].partition("@")[2]
-    assert made["recipe"]["reviser"]["url"].endswith("?deployment=b")
+    content = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert content["recipe"]["reviser"]["url"] == content["models"]["reviser"]["identity"].partition("@")[2]
+    assert content["recipe"]["reviser"]["url"].endswith("?deployment=b")
 
 
 DEPLOYMENT = "0123456789abcdef0123456789abcdef"
@@ -316,8 +320,8 @@ OPEN_NAMES = [
 
 
 def test_a_name_is_a_secrets_wherever_it_says_so():
-    told = without_secrets(dict.fromkeys([*NAMES, *OPEN_NAMES], "planted"))
-    assert told == dict.fromkeys(NAMES, "[secret]") | dict.fromkeys(OPEN_NAMES, "planted")
+    redacted = without_secrets(dict.fromkeys([*NAMES, *OPEN_NAMES], "planted"))
+    assert redacted == dict.fromkeys(NAMES, "[secret]") | dict.fromkeys(OPEN_NAMES, "planted")
 
 
 @pytest.mark.parametrize(

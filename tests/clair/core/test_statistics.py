@@ -42,20 +42,20 @@ def test_three_clusters_by_pencil():
     # Values 1, 1 | 0, 1 | 0: mean 3/5. Deviations summed by cluster: 0.8, -0.2, -0.6; squares 0.64, 0.04, 0.36, each
     # over 1 - n_g / 5, that is 3/5, 3/5, 4/5: 1.066667 + 0.066667 + 0.45. se^2 = 1.583333 / 25.
     # u_g = n_g^2 / (5 - n_g) = 4/3, 4/3, 1/4: df = 25 / (9 + (35/12)^2 - (16/9 + 16/9 + 1/16)) = 25 / 13.888889 = 1.8.
-    found = clustered_mean([1, 1, 0, 1, 0], ["a", "a", "b", "b", "c"])
-    assert found.mean == pytest.approx(0.6)
-    assert found.se == pytest.approx(math.sqrt(1.583333333 / 25))
-    assert found.df == pytest.approx(1.8)
-    assert found.hi - 0.6 == pytest.approx(0.6 - found.lo) == pytest.approx(stats.t.ppf(0.975, 1.8) * found.se)
-    assert (found.n, found.clusters) == (5, 3)
+    estimate = clustered_mean([1, 1, 0, 1, 0], ["a", "a", "b", "b", "c"])
+    assert estimate.mean == pytest.approx(0.6)
+    assert estimate.se == pytest.approx(math.sqrt(1.583333333 / 25))
+    assert estimate.df == pytest.approx(1.8)
+    assert estimate.hi - 0.6 == pytest.approx(0.6 - estimate.lo) == pytest.approx(stats.t.ppf(0.975, 1.8) * estimate.se)
+    assert (estimate.n, estimate.clusters) == (5, 3)
 
 
 def test_a_cluster_of_its_own_for_each_value_is_the_textbook_t_interval():
     values = np.random.default_rng(0).normal(2.0, 3.0, 40)
-    found = clustered_mean(values.tolist(), range(40))
+    estimate = clustered_mean(values.tolist(), range(40))
     interval = stats.t.interval(0.95, 39, loc=values.mean(), scale=stats.sem(values))
-    assert found.se == pytest.approx(stats.sem(values))
-    assert (found.lo, found.hi) == pytest.approx(interval)
+    assert estimate.se == pytest.approx(stats.sem(values))
+    assert (estimate.lo, estimate.hi) == pytest.approx(interval)
 
 
 def test_a_cluster_repeated_adds_no_information():
@@ -89,12 +89,12 @@ def test_it_agrees_with_the_matrices_of_bell_and_mccaffrey(rows):
         with pytest.raises(ValueError, match="at least 2"):
             clustered_mean(values, clusters)
         return
-    found = clustered_mean(values, clusters)
+    estimate = clustered_mean(values, clusters)
     se, df = cr2(values, clusters)
-    assert found.mean == pytest.approx(np.mean(values), abs=1e-9)
-    assert found.se == pytest.approx(se, abs=1e-6)
-    assert found.df == pytest.approx(df)
-    assert found.hi - found.mean == pytest.approx(stats.t.ppf(0.975, found.df) * se, rel=1e-6, abs=1e-4)
+    assert estimate.mean == pytest.approx(np.mean(values), abs=1e-9)
+    assert estimate.se == pytest.approx(se, abs=1e-6)
+    assert estimate.df == pytest.approx(df)
+    assert estimate.hi - estimate.mean == pytest.approx(stats.t.ppf(0.975, estimate.df) * se, rel=1e-6, abs=1e-4)
 
 
 def test_clusters_of_one_size_give_what_statsmodels_gives():
@@ -102,10 +102,10 @@ def test_clusters_of_one_size_give_what_statsmodels_gives():
     clusters = np.repeat(np.arange(30), 4)
     values = rng.normal(0, 1, 120) + rng.normal(0, 1, 30)[clusters]
     fitted = sm.OLS(values, np.ones(120)).fit(cov_type="cluster", cov_kwds={"groups": clusters}, use_t=True)
-    found = clustered_mean(values.tolist(), clusters.tolist())
-    assert found.se == pytest.approx(fitted.bse[0])
-    assert (found.lo, found.hi) == pytest.approx(tuple(fitted.conf_int()[0]))
-    assert found.df == pytest.approx(29)
+    estimate = clustered_mean(values.tolist(), clusters.tolist())
+    assert estimate.se == pytest.approx(fitted.bse[0])
+    assert (estimate.lo, estimate.hi) == pytest.approx(tuple(fitted.conf_int()[0]))
+    assert estimate.df == pytest.approx(29)
 
 
 @given(st.floats(0.001, 0.999), st.floats(1, 2000))
@@ -149,10 +149,10 @@ def test_fewer_than_two_clusters_give_no_interval(values):
 def test_a_score_with_a_cluster_for_each_row_is_nearly_wilsons():
     # Effective n = p (1 - p) / se^2 = n - 1, since se^2 = p (1 - p) / (n - 1); t on n - 1 degrees in place of z.
     values = [1.0] * 30 + [0.0] * 70
-    found = clustered_score(values, range(100))
-    told = wilson(30 / 100 * 99, 99, t_quantile(0.975, 99))
-    assert (found.lo, found.hi) == pytest.approx((told.lo, told.hi))
-    assert found[:2] == clustered_mean(values, range(100))[:2]
+    estimate = clustered_score(values, range(100))
+    expected = wilson(30 / 100 * 99, 99, t_quantile(0.975, 99))
+    assert (estimate.lo, estimate.hi) == pytest.approx((expected.lo, expected.hi))
+    assert estimate[:2] == clustered_mean(values, range(100))[:2]
 
 
 @given(st.lists(st.tuples(st.sampled_from([0, 0.1, 0.5, 1]), st.integers(0, 5)), min_size=2, max_size=60))
@@ -160,20 +160,20 @@ def test_a_score_with_a_cluster_for_each_row_is_nearly_wilsons():
 def test_a_score_and_its_interval_stay_inside_and_are_never_a_point(rows):
     clusters = [c for _, c in rows]
     if len(set(clusters)) > 1:
-        found = clustered_score([v for v, _ in rows], clusters)
-        assert 0 <= found.lo <= found.mean + 1e-12
-        assert found.mean - 1e-12 <= found.hi <= 1
+        estimate = clustered_score([v for v, _ in rows], clusters)
+        assert 0 <= estimate.lo <= estimate.mean + 1e-12
+        assert estimate.mean - 1e-12 <= estimate.hi <= 1
         # Clusters whose means nearly agree by chance give a narrow t interval: its 95 % are over all draws, and the
         # example's is 0.041 wide. Only where nothing at all varies is there a width to ask for.
-        assert found.hi - found.lo > (0.05 if found.se == 0 else 0)
+        assert estimate.hi - estimate.lo > (0.05 if estimate.se == 0 else 0)
 
 
 def test_all_wrong_is_not_certain():
     # Four questions, each asked twice, none right: what 0 of 4 says, with t on 3 degrees.
-    found = clustered_score([0.0] * 8, [0, 0, 1, 1, 2, 2, 3, 3])
+    estimate = clustered_score([0.0] * 8, [0, 0, 1, 1, 2, 2, 3, 3])
     t = stats.t.ppf(0.975, 3)
-    assert (found.mean, found.se, found.lo) == (0, 0, 0)
-    assert found.hi == pytest.approx(t**2 / (4 + t**2))
+    assert (estimate.mean, estimate.se, estimate.lo) == (0, 0, 0)
+    assert estimate.hi == pytest.approx(t**2 / (4 + t**2))
 
 
 def test_a_score_outside_of_0_to_1_is_refused():
@@ -192,22 +192,22 @@ def test_wilson_agrees_with_statsmodels(successes, n):
 
 def test_a_paired_difference_by_pencil():
     # Differences 1, 0 | -1, 1 | 1: 2 / 5. Sums of deviations 0.2, -0.8, 0.6 over 1 - n_g / 5.
-    found = paired_difference([0, 1, 1, 0, 0], [1, 1, 0, 1, 1], ["a", "a", "b", "b", "c"])
+    difference = paired_difference([0, 1, 1, 0, 0], [1, 1, 0, 1, 1], ["a", "a", "b", "b", "c"])
     se = math.sqrt((0.04 / 0.6 + 0.64 / 0.6 + 0.36 / 0.8) / 25)
-    assert found.estimate.mean == pytest.approx(0.4)
-    assert found.estimate.se == pytest.approx(se)
-    assert found.p == pytest.approx(2 * stats.t.sf(0.4 / se, 1.8))
-    assert (found.better, found.worse) == (3, 1)
+    assert difference.estimate.mean == pytest.approx(0.4)
+    assert difference.estimate.se == pytest.approx(se)
+    assert difference.p == pytest.approx(2 * stats.t.sf(0.4 / se, 1.8))
+    assert (difference.better, difference.worse) == (3, 1)
 
 
 def test_a_difference_without_clusters_is_the_paired_t_test():
     rng = np.random.default_rng(5)
     base, tuned = rng.normal(0, 1, 50), rng.normal(0.3, 1, 50)
-    found = paired_difference(base.tolist(), tuned.tolist(), range(50))
+    difference = paired_difference(base.tolist(), tuned.tolist(), range(50))
     reference = stats.ttest_rel(tuned, base)
-    assert found.p == pytest.approx(reference.pvalue)
+    assert difference.p == pytest.approx(reference.pvalue)
     interval = reference.confidence_interval()
-    assert (found.estimate.lo, found.estimate.hi) == pytest.approx((interval.low, interval.high))
+    assert (difference.estimate.lo, difference.estimate.hi) == pytest.approx((interval.low, interval.high))
 
 
 def test_no_difference_and_one_without_spread():
@@ -219,9 +219,9 @@ def test_no_difference_and_one_without_spread():
 
 def test_no_interval_is_told_of_rows_that_all_differ_by_the_same_amount():
     for tuned in ([0, 1, 1], [1, 2, 2]):
-        found = paired_difference([0, 1, 1], tuned, [0, 1, 2]).estimate
-        assert found.mean == tuned[0]
-        assert all(map(math.isnan, (found.se, found.lo, found.hi)))
+        estimate = paired_difference([0, 1, 1], tuned, [0, 1, 2]).estimate
+        assert estimate.mean == tuned[0]
+        assert all(map(math.isnan, (estimate.se, estimate.lo, estimate.hi)))
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
@@ -234,9 +234,9 @@ def test_the_sign_test_agrees_with_scipy(better, worse):
 
 def test_four_better_and_none_worse_is_no_difference_though_t_finds_one():
     tuned = [1.0] * 4 + [0.0] * 96
-    found = paired_difference([0.0] * 100, tuned, range(100))
-    assert found.p == pytest.approx(0.045, abs=1e-3)
-    assert (found.differing, found.p_sign, found.cautious_p) == (4, 0.125, 0.125)
+    difference = paired_difference([0.0] * 100, tuned, range(100))
+    assert difference.p == pytest.approx(0.045, abs=1e-3)
+    assert (difference.differing, difference.p_sign, difference.cautious_p) == (4, 0.125, 0.125)
     # Rows of one question count once: four of them are two.
     assert paired_difference([0.0] * 100, tuned, [n // 2 for n in range(100)]).p_sign == 0.5
     # Where ten differ, t is believed.
@@ -246,24 +246,24 @@ def test_four_better_and_none_worse_is_no_difference_though_t_finds_one():
 
 def test_the_cautious_p_is_below_5_percent_in_at_most_5_of_100_cases_without_a_difference():
     """Few of 200 questions differ, as often for the better as for the worse."""
-    rng, found = np.random.default_rng(3), {"t": 0, "cautious": 0}
+    rng, rejections = np.random.default_rng(3), {"t": 0, "cautious": 0}
     for _ in range(2000):
         differing = rng.integers(4, 10)
         signs = np.concatenate([rng.choice([-1.0, 1.0], differing), np.zeros(200 - differing)])
-        one = paired_difference([0.0] * 200, signs.tolist(), range(200))
-        found["t"] += one.p < 0.05
-        found["cautious"] += one.cautious_p < 0.05
-    assert found["cautious"] <= 0.05 * 2000 < found["t"]
+        difference = paired_difference([0.0] * 200, signs.tolist(), range(200))
+        rejections["t"] += difference.p < 0.05
+        rejections["cautious"] += difference.cautious_p < 0.05
+    assert rejections["cautious"] <= 0.05 * 2000 < rejections["t"]
 
 
 def test_holm_by_pencil():
     # Of 0.01, 0.04, 0.03: 3 x 0.01, 2 x 0.03, and 0.04, lifted to what came before it.
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == []
-    found = holm([0.02, math.nan, 0.9])
-    assert found[0] == pytest.approx(0.06)  # what has no p-value was looked at too
-    assert math.isnan(found[1])
-    assert found[2] == pytest.approx(1)
+    corrected = holm([0.02, math.nan, 0.9])
+    assert corrected[0] == pytest.approx(0.06)  # what has no p-value was looked at too
+    assert math.isnan(corrected[1])
+    assert corrected[2] == pytest.approx(1)
 
 
 @settings(max_examples=15)
@@ -277,11 +277,11 @@ def test_holm_agrees_with_statsmodels(p_values):
 
 def test_the_bootstrap_finds_what_scipys_finds_where_each_value_is_a_cluster():
     values = np.random.default_rng(7).exponential(1, 80)
-    found = cluster_bootstrap(values.tolist(), range(80))
+    estimate = cluster_bootstrap(values.tolist(), range(80))
     reference = stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(1))
-    assert found.se == pytest.approx(reference.standard_error, rel=0.03)
+    assert estimate.se == pytest.approx(reference.standard_error, rel=0.03)
     interval = reference.confidence_interval
-    assert (found.lo, found.hi) == pytest.approx((interval.low, interval.high), abs=0.02)
+    assert (estimate.lo, estimate.hi) == pytest.approx((interval.low, interval.high), abs=0.02)
 
 
 def test_the_bootstrap_draws_whole_clusters():
@@ -293,27 +293,27 @@ def test_the_bootstrap_draws_whole_clusters():
     for _ in range(4000):
         drawn = rng.integers(0, 60, 60)
         means.append(np.concatenate([values[clusters == g] for g in drawn]).mean())
-    found = cluster_bootstrap(values.tolist(), clusters.tolist(), draws=4000)
-    assert found.se == pytest.approx(np.std(means), rel=0.05)
-    assert (found.lo, found.hi) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.04)
-    assert found == cluster_bootstrap(values.tolist(), clusters.tolist(), draws=4000)
-    assert found.se > 2 * cluster_bootstrap(values.tolist(), range(len(values)), draws=4000).se / 1.5
+    estimate = cluster_bootstrap(values.tolist(), clusters.tolist(), draws=4000)
+    assert estimate.se == pytest.approx(np.std(means), rel=0.05)
+    assert (estimate.lo, estimate.hi) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.04)
+    assert estimate == cluster_bootstrap(values.tolist(), clusters.tolist(), draws=4000)
+    assert estimate.se > 2 * cluster_bootstrap(values.tolist(), range(len(values)), draws=4000).se / 1.5
 
 
 def test_one_candidate_is_chosen_without_bias():
     values = np.random.default_rng(9).normal(1, 1, 60).tolist()
-    found = best_of([values], range(60))
-    assert (found.place, found.seen) == (0, pytest.approx(np.mean(values)))
-    assert found.bias < 0.05 * np.std(values)
+    best = best_of([values], range(60))
+    assert (best.place, best.seen) == (0, pytest.approx(np.mean(values)))
+    assert best.bias < 0.05 * np.std(values)
 
 
 def test_a_candidate_that_is_far_ahead_is_chosen_without_bias():
     rng = np.random.default_rng(10)
     ahead, others = rng.normal(2, 1, 100), rng.normal(0, 1, (4, 100))
-    found = best_of([*others.tolist()[:2], ahead.tolist(), *others.tolist()[2:]], range(100))
-    assert found.place == 2
-    assert found.bias < 0.02
-    assert found.lo < ahead.mean() < found.hi
+    best = best_of([*others.tolist()[:2], ahead.tolist(), *others.tolist()[2:]], range(100))
+    assert best.place == 2
+    assert best.bias < 0.02
+    assert best.lo < ahead.mean() < best.hi
 
 
 def test_the_nested_bootstrap_agrees_with_all_samples_of_three_clusters():
@@ -327,26 +327,26 @@ def test_the_nested_bootstrap_agrees_with_all_samples_of_three_clusters():
 
     outer = np.mean(gains(values))
     inner = np.mean([np.mean(gains(values[:, list(drawn)])) for drawn in itertools.product(range(3), repeat=3)])
-    found = best_of(values.tolist(), range(3), draws=3000, inner=30)
-    assert (found.place, found.seen) == (0, pytest.approx(1.5))
-    assert found.bias == pytest.approx(2 * outer - inner, abs=0.03)
+    best = best_of(values.tolist(), range(3), draws=3000, inner=30)
+    assert (best.place, best.seen) == (0, pytest.approx(1.5))
+    assert best.bias == pytest.approx(2 * outer - inner, abs=0.03)
 
 
 @pytest.mark.slow
 def test_the_bias_of_the_best_of_ten_equal_checkpoints_is_found():
     """True bias: the expected maximum of ten standard normals, 1.539 standard errors. Most of it is found."""
     rng = np.random.default_rng(11)
-    clusters, found, true, held, naive = np.arange(120).tolist(), [], [], 0, 0
+    clusters, biases, true, held, naive = np.arange(120).tolist(), [], [], 0, 0
     for _ in range(150):
         values = rng.normal(0, math.sqrt(120), (10, 120))
         best = best_of(values.tolist(), clusters, draws=150, inner=50)
-        found.append(best.bias)
+        biases.append(best.bias)
         true.append(best.seen)
         held += best.lo <= 0 <= best.hi
         naive += abs(best.seen) <= 1.96
-    print(f"true {np.mean(true):.3f}, found {np.mean(found):.3f}, held {held}, naive {naive} of 150")
+    print(f"true {np.mean(true):.3f}, found {np.mean(biases):.3f}, held {held}, naive {naive} of 150")
     assert np.mean(true) == pytest.approx(1.539, abs=0.15)
-    assert 0.75 * 1.539 < np.mean(found) < 1.539
+    assert 0.75 * 1.539 < np.mean(biases) < 1.539
     assert held >= 0.9 * 150 > naive
 
 
@@ -355,9 +355,9 @@ def test_the_bias_of_the_best_of_ten_equal_checkpoints_is_found():
 
 def test_components_by_pencil():
     # Clusters (0, 2) and (4, 6): inside 4 squares of 1 over 4 - 2; means 1 and 5 around 3: 2 (4 + 4) / 1 = 16.
-    found = components([0, 2, 4, 6], ["a", "a", "b", "b"])
-    assert found.within == pytest.approx(2)
-    assert found.between == pytest.approx((16 - 2) / 2)
+    variances = components([0, 2, 4, 6], ["a", "a", "b", "b"])
+    assert variances.within == pytest.approx(2)
+    assert variances.between == pytest.approx((16 - 2) / 2)
     assert math.isnan(components([0.0, 1.0], [0, 1]).within)
 
 
@@ -366,9 +366,9 @@ def test_components_of_equal_clusters_are_those_of_a_mixed_model():
     clusters = np.repeat(np.arange(50), 6)
     values = rng.normal(0, 2, 50)[clusters] + rng.normal(0, 1, 300)
     fitted = sm.MixedLM(values, np.ones(300), groups=clusters).fit(reml=True)
-    found = components(values.tolist(), clusters.tolist())
-    assert found.between == pytest.approx(fitted.cov_re[0, 0], rel=1e-3)
-    assert found.within == pytest.approx(fitted.scale, rel=1e-3)
+    variances = components(values.tolist(), clusters.tolist())
+    assert variances.between == pytest.approx(fitted.cov_re[0, 0], rel=1e-3)
+    assert variances.within == pytest.approx(fitted.scale, rel=1e-3)
 
 
 def test_the_design_foretells_the_error_that_is_found():
@@ -376,10 +376,14 @@ def test_the_design_foretells_the_error_that_is_found():
     sizes = rng.integers(1, 6, 400)
     clusters = np.repeat(np.arange(400), sizes)
     values = rng.normal(0, 1, 400)[clusters] + rng.normal(0, 1, len(clusters))
-    parts = components(values.tolist(), clusters.tolist())
-    told = design_se(parts, sizes.tolist())
-    assert told == pytest.approx(clustered_mean(values.tolist(), clusters.tolist()).se, rel=0.1)
-    assert design_se(parts, sizes.tolist(), samples=math.inf) < design_se(parts, sizes.tolist(), samples=4) < told
+    variances = components(values.tolist(), clusters.tolist())
+    predicted = design_se(variances, sizes.tolist())
+    assert predicted == pytest.approx(clustered_mean(values.tolist(), clusters.tolist()).se, rel=0.1)
+    assert (
+        design_se(variances, sizes.tolist(), samples=math.inf)
+        < design_se(variances, sizes.tolist(), samples=4)
+        < predicted
+    )
 
 
 @pytest.mark.parametrize("df", [1, 1.8, 3, 4, 10, 40, 366, 1e5])
@@ -405,17 +409,17 @@ CLUSTERS = np.repeat(np.arange(len(SIZES)), SIZES).tolist()
 
 
 def test_these_are_the_sizes_of_mixeval(shared):
-    looked_at = 0
+    row_count = 0
     for name, sizes in (("free-form", FREE_FORM), ("multiple-choice", MULTIPLE_CHOICE)):
         file = shared / "data" / "mixeval" / "2024-06-01" / "mixeval-hard" / f"{name}.json"
         rows = json.loads(file.read_text("utf-8")).values()
-        asked = Counter(
+        questions = Counter(
             row["context"] if (row["context"] or "none").strip().lower() not in ("", "none", "null") else row["prompt"]
             for row in rows
         )
-        assert Counter(asked.values()) == sizes
-        looked_at += len(rows)
-    assert looked_at == len(CLUSTERS) == 1000
+        assert Counter(questions.values()) == sizes
+        row_count += len(rows)
+    assert row_count == len(CLUSTERS) == 1000
 
 
 def answers(rng: np.random.Generator, accuracy: float) -> np.ndarray:
@@ -428,10 +432,10 @@ def coverage(accuracy: float, evaluations: int, seed: int = 0) -> tuple[float, f
     """Shares that hold the truth: the score's interval, the symmetric one, the difference's of two such models."""
     rng, held = np.random.default_rng(seed), np.zeros(3)
     for _ in range(evaluations):
-        one, other = answers(rng, accuracy).tolist(), answers(rng, accuracy).tolist()
-        difference = paired_difference(one, other, CLUSTERS).estimate
-        found = (clustered_score(one, CLUSTERS), clustered_mean(one, CLUSTERS), difference)
-        held += [e.lo <= truth <= e.hi for e, truth in zip(found, (accuracy, accuracy, 0), strict=True)]
+        base, tuned = answers(rng, accuracy).tolist(), answers(rng, accuracy).tolist()
+        difference = paired_difference(base, tuned, CLUSTERS).estimate
+        estimates = (clustered_score(base, CLUSTERS), clustered_mean(base, CLUSTERS), difference)
+        held += [e.lo <= truth <= e.hi for e, truth in zip(estimates, (accuracy, accuracy, 0), strict=True)]
     return tuple(held / evaluations)
 
 
@@ -444,9 +448,9 @@ def test_about_95_of_100_intervals_hold_the_truth():
 @pytest.mark.slow
 @pytest.mark.parametrize("accuracy", [0.25, 0.3, 0.4, 0.5])
 def test_93_to_97_of_100_intervals_hold_the_truth_over_2000_evaluations(accuracy):
-    found = coverage(accuracy, 2000)
-    print(f"accuracy {accuracy}: score {found[0]:.4f}, symmetric {found[1]:.4f}, difference {found[2]:.4f}")
-    assert all(0.93 <= share <= 0.97 for share in found)
+    shares = coverage(accuracy, 2000)
+    print(f"accuracy {accuracy}: score {shares[0]:.4f}, symmetric {shares[1]:.4f}, difference {shares[2]:.4f}")
+    assert all(0.93 <= share <= 0.97 for share in shares)
 
 
 @pytest.mark.slow

@@ -82,8 +82,8 @@ def test_levenshtein_agrees_with_the_textbook_table(chosen, rejected):
 
 
 def test_a_diff_tells_what_went_and_what_came():
-    parts = word_diff(rejected="the dog sat", chosen="the cat sat down")
-    assert [(kind, text.strip()) for kind, text in parts] == [
+    diff = word_diff(rejected="the dog sat", chosen="the cat sat down")
+    assert [(kind, text.strip()) for kind, text in diff] == [
         ("same", "the"),
         ("gone", "dog"),
         ("new", "cat"),
@@ -94,18 +94,18 @@ def test_a_diff_tells_what_went_and_what_came():
 
 @given(TEXTS, TEXTS)
 def test_a_diff_holds_both_texts_word_by_word(rejected, chosen):
-    parts = word_diff(rejected, chosen)
-    kept_and_new = "".join(text for kind, text in parts if kind != "gone")
-    kept_and_gone = " ".join(text for kind, text in parts if kind != "new")
-    assert words(kept_and_gone) == words(rejected)
-    assert kept_and_new == chosen
+    diff = word_diff(rejected, chosen)
+    new_text = "".join(text for kind, text in diff if kind != "gone")
+    old_text = " ".join(text for kind, text in diff if kind != "new")
+    assert words(old_text) == words(rejected)
+    assert new_text == chosen
 
 
 @pytest.mark.parametrize("text", ["a\n\n  b\n", "  a b  ", "\n", ""])
 def test_the_diff_of_a_text_with_itself_is_the_text(text):
-    parts = word_diff(text, text)
-    assert "".join(part for _, part in parts) == text
-    assert {kind for kind, _ in parts} <= {"same"}
+    diff = word_diff(text, text)
+    assert "".join(piece for _, piece in diff) == text
+    assert {kind for kind, _ in diff} <= {"same"}
 
 
 # ---- scripts without spaces
@@ -123,15 +123,15 @@ def test_the_diff_of_a_text_with_itself_is_the_text(text):
     ],
 )
 def test_scripts_without_spaces_are_compared_by_character(rejected, chosen, gone, new):
-    parts = word_diff(rejected, chosen)
-    assert [text.strip() for kind, text in parts if kind == "gone"] == gone
-    assert [text.strip() for kind, text in parts if kind == "new"] == new
+    diff = word_diff(rejected, chosen)
+    assert [text.strip() for kind, text in diff if kind == "gone"] == gone
+    assert [text.strip() for kind, text in diff if kind == "new"] == new
     assert 0 < contrast_of(chosen, rejected).kept < 1
 
 
 def test_contrast_of_chinese_by_hand():
-    found = contrast_of(chosen="植物用光。", rejected="植物吃土。")
-    assert found == (3 / 7, 2, 3 / 5, 2 / 5, 1)  # 植 物 。 of 植 物 吃 土 用 光 。
+    contrast = contrast_of(chosen="植物用光。", rejected="植物吃土。")
+    assert contrast == (3 / 7, 2, 3 / 5, 2 / 5, 1)  # 植 物 。 of 植 物 吃 土 用 光 。
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,8 @@ def test_pieces_put_together_are_the_text_and_hold_its_words(text):
 def test_texts_of_very_many_words_are_compared_by_lines_and_beyond_that_as_wholes(monkeypatch):
     rejected, chosen = "a b\n\nc d \ne f", "a b\n\nc x \ne f"
     monkeypatch.setattr(contrast, "_MOST_CELLS", 35)
-    parts = word_diff(rejected, chosen)
-    assert parts == [("same", "a b"), ("gone", "\n\nc d"), ("new", "\n\nc x"), ("same", " \ne f")]
+    diff = word_diff(rejected, chosen)
+    assert diff == [("same", "a b"), ("gone", "\n\nc d"), ("new", "\n\nc x"), ("same", " \ne f")]
     monkeypatch.setattr(contrast, "_MOST_CELLS", 8)
     assert word_diff(rejected, chosen) == [("gone", rejected), ("new", chosen)]
 
@@ -175,7 +175,7 @@ def test_texts_of_very_many_words_are_compared_by_lines_and_beyond_that_as_whole
 def test_a_diff_of_a_hundred_thousand_characters_without_spaces_fills_no_gigabyte():
     lines = ["".join(chr(0x4E00 + (n * m) % 5000) for m in range(100)) for n in range(1, 1001)]
     changed = [*lines[:500], "全新的一行", *lines[501:]]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    parts = word_diff("\n".join(lines), "\n".join(changed))
-    assert [text.strip() for kind, text in parts if kind == "new"] == ["全新的一行"]
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    diff = word_diff("\n".join(lines), "\n".join(changed))
+    assert [text.strip() for kind, text in diff if kind == "new"] == ["全新的一行"]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start < 200_000  # kilobytes

@@ -48,7 +48,7 @@ def prompts(path: Path, **options) -> list:
     return list(read_prompts(PromptSource(path=str(path), **options)))
 
 
-def told(path: Path, **options) -> str:
+def refusal_of(path: Path, **options) -> str:
     with pytest.raises(UserError) as error:
         scan(PromptSource(path=str(path), **options))
     assert "\n" not in str(error.value)
@@ -57,8 +57,8 @@ def told(path: Path, **options) -> str:
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv", "p.parquet"])
 def test_every_kind_of_file_gives_the_same_prompts(tmp_path, name):
-    found = prompts(write(tmp_path / name, ROWS))
-    assert [(p.id, p.messages, p.answer) for p in found] == [
+    loaded = prompts(write(tmp_path / name, ROWS))
+    assert [(p.id, p.messages, p.answer) for p in loaded] == [
         (row["id"], ({"role": "user", "content": row["prompt"]},), row["answer"] or None) for row in ROWS
     ]
 
@@ -69,25 +69,25 @@ def test_a_folder_that_datasets_reads_and_its_split(tmp_path):
     write(tmp_path / "data" / "test-0.parquet", ROWS[:1])
     assert [p.id for p in prompts(tmp_path)] == ["a", "b", "c"]
     assert [p.id for p in prompts(tmp_path, split="test")] == ["a"]
-    assert "load_dataset says" in told(tmp_path, split="dev")
+    assert "load_dataset says" in refusal_of(tmp_path, split="dev")
 
 
 def test_a_name_that_is_no_file_and_no_dataset_is_told_with_the_librarys_words(tmp_path):
-    assert told(tmp_path / "nobody" / "nothing").startswith(f"prompts '{tmp_path}/nobody/nothing': no such file")
+    assert refusal_of(tmp_path / "nobody" / "nothing").startswith(f"prompts '{tmp_path}/nobody/nothing': no such file")
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.parquet"])
 def test_a_conversation_keeps_its_system_prompt_and_its_earlier_turns(tmp_path, name):
     messages = [{"role": "system", "content": "Be brief."}, USER, {"role": "assistant", "content": "Hello"}, USER]
-    (found,) = prompts(write(tmp_path / name, [{"prompt": messages}]))
-    assert list(found.messages) == messages
-    assert found.answer is None
-    assert found.id == content_id(tuple(messages), None)
+    (prompt,) = prompts(write(tmp_path / name, [{"prompt": messages}]))
+    assert list(prompt.messages) == messages
+    assert prompt.answer is None
+    assert prompt.id == content_id(tuple(messages), None)
 
 
 def test_a_system_prompt_only_is_a_prompt(tmp_path):
-    (found,) = prompts(write(tmp_path / "p.jsonl", [{"prompt": [{"role": "system", "content": "Say hi."}]}]))
-    assert found.messages[0]["role"] == "system"
+    (prompt,) = prompts(write(tmp_path / "p.jsonl", [{"prompt": [{"role": "system", "content": "Say hi."}]}]))
+    assert prompt.messages[0]["role"] == "system"
 
 
 def test_an_answer_may_be_one_assistant_message(tmp_path):
@@ -97,8 +97,8 @@ def test_an_answer_may_be_one_assistant_message(tmp_path):
 
 def test_columns_may_have_other_names(tmp_path):
     path = write(tmp_path / "p.csv", [{"instruction": "Hi", "output": "Hello", "nr": "7"}])
-    (found,) = prompts(path, columns={"prompt": "instruction", "answer": "output", "id": "nr"})
-    assert (found.messages[0]["content"], found.answer, found.id) == ("Hi", "Hello", "7")
+    (prompt,) = prompts(path, columns={"prompt": "instruction", "answer": "output", "id": "nr"})
+    assert (prompt.messages[0]["content"], prompt.answer, prompt.id) == ("Hi", "Hello", "7")
 
 
 def test_several_answers_with_scores_and_ultrafeedbacks_completions(tmp_path):
@@ -142,13 +142,13 @@ def test_blank_lines_and_line_separators_inside_text_are_no_rows(tmp_path):
 def test_half_a_surrogate_pair_becomes_the_replacement_character(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a\\ud83d", "answer": "b\\ude00", "id": "c\\ud83d"}\n')
-    (found,) = prompts(path)
-    assert (found.messages[0]["content"], found.answer, found.id) == ("a\ufffd", "b\ufffd", "c\ufffd")
+    (prompt,) = prompts(path)
+    assert (prompt.messages[0]["content"], prompt.answer, prompt.id) == ("a\ufffd", "b\ufffd", "c\ufffd")
 
 
 def test_a_prompt_of_a_megabyte_is_a_prompt(tmp_path):
-    (found,) = prompts(write(tmp_path / "p.csv", [{"prompt": "x" * 1_000_000}]))
-    assert len(found.messages[0]["content"]) == 1_000_000
+    (prompt,) = prompts(write(tmp_path / "p.csv", [{"prompt": "x" * 1_000_000}]))
+    assert len(prompt.messages[0]["content"]) == 1_000_000
 
 
 def test_limit_reads_no_further_than_it_says(tmp_path):
@@ -165,8 +165,8 @@ def test_a_scan_counts_rows_different_prompts_and_ready_answers(tmp_path):
         {"prompt": "b", "answer": "x"},
         {"prompt": "b", "answer": "y"},
     ]
-    found = scan(PromptSource(path=str(write(tmp_path / "p.jsonl", rows))))
-    assert (found.rows, found.unique, found.answered) == (5, 3, 2)
+    counts = scan(PromptSource(path=str(write(tmp_path / "p.jsonl", rows))))
+    assert (counts.rows, counts.unique, counts.answered) == (5, 3, 2)
 
 
 def test_the_first_of_equal_prompts_is_kept(tmp_path):
@@ -196,7 +196,7 @@ def test_what_a_benchmark_asks_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "reason"),
     [
         ('{"prompt": "b"', "line 3: not JSON"),
         ("[1, 2]", "line 3: list, not an object with a 'prompt' field"),
@@ -225,20 +225,20 @@ def test_what_a_benchmark_asks_is_left_out(tmp_path):
         ('{"prompt": "b", "answers": "x", "scores": [1]}', "line 3: answers and scores must be lists"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_told_with_its_line(tmp_path, line, words):
+def test_a_row_that_cannot_be_used_is_told_with_its_line(tmp_path, line, reason):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}\n\n' + line + "\n")
-    assert words in told(path)
-    assert str(path) in told(path)
+    assert reason in refusal_of(path)
+    assert str(path) in refusal_of(path)
 
 
 def test_one_id_for_two_different_prompts_is_refused(tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": "a", "id": 1}, {"prompt": "b", "id": "1"}])
-    assert "row 2: the id '1' stands for two different prompts" in told(path)
+    assert "row 2: the id '1' stands for two different prompts" in refusal_of(path)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "reason"),
     [
         ("p.jsonl", b"", "is empty; give at least one row"),
         ("p.jsonl", b"\n\n", "has no rows"),
@@ -253,34 +253,34 @@ def test_one_id_for_two_different_prompts_is_refused(tmp_path):
         ("p.xlsx", b"hello", "is of no kind that is read"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_told_in_one_line(tmp_path, name, content, words):
+def test_a_file_that_cannot_be_used_is_told_in_one_line(tmp_path, name, content, reason):
     path = tmp_path / name
     path.write_bytes(content)
-    assert words in told(path)
+    assert reason in refusal_of(path)
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv", "p.parquet"])
 def test_a_file_that_is_not_there_is_named(tmp_path, name):
-    assert told(tmp_path / name) == f"prompt file {tmp_path / name} does not exist"
+    assert refusal_of(tmp_path / name) == f"prompt file {tmp_path / name} does not exist"
 
 
 def test_a_wrong_name_under_columns_is_told_with_the_near_miss(tmp_path):
     path = write(tmp_path / "p.jsonl", ROWS)
-    assert "unknown name 'promt' (did you mean 'prompt'?)" in told(path, columns={"promt": "prompt"})
+    assert "unknown name 'promt' (did you mean 'prompt'?)" in refusal_of(path, columns={"promt": "prompt"})
 
 
 def test_labels_are_read_and_change_what_is_known_of_the_source(tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": "a", "user": 7, "source": "hand"}])
     assert prompts(path)[0].labels == {"user": "7", "source": "hand"}
-    other = write(tmp_path / "q.jsonl", [{"prompt": "a", "user": 8, "source": "hand"}])
-    assert scan(PromptSource(path=str(path))).sha256 != scan(PromptSource(path=str(other))).sha256
+    changed = write(tmp_path / "q.jsonl", [{"prompt": "a", "user": 8, "source": "hand"}])
+    assert scan(PromptSource(path=str(path))).sha256 != scan(PromptSource(path=str(changed))).sha256
     odd = write(tmp_path / "r.jsonl", [{"prompt": "a", "source": {"name": "hand"}}])
-    assert "source is {'name': 'hand'}, not text or a whole number" in told(odd)
+    assert "source is {'name': 'hand'}, not text or a whole number" in refusal_of(odd)
     assert prompts(odd, columns={"source": "origin"})[0].labels == {}
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "where"),
+    ("name", "content", "location"),
     [
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n', ", line 2: not UTF-8 (byte 0xe9)"),
         ("p.csv", b"prompt\na\ncaf\xe9\n", ", line 3: not UTF-8 (byte 0xe9)"),
@@ -288,12 +288,12 @@ def test_labels_are_read_and_change_what_is_known_of_the_source(tmp_path):
         ("p.json", b'[{"prompt": "caf\xe9"}]', ": not UTF-8 (byte 0xe9)"),
     ],
 )
-def test_a_file_that_is_not_utf_8_is_told_with_its_line(tmp_path, name, content, where):
+def test_a_file_that_is_not_utf_8_is_told_with_its_line(tmp_path, name, content, location):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
         prompts(path)
-    assert str(error.value) == f"{path}{where}; save the file as UTF-8"
+    assert str(error.value) == f"{path}{location}; save the file as UTF-8"
 
 
 @pytest.mark.parametrize("name", ["p.jsonl.gz", "p.ndjson", "p.ndjson.gz", "p.tsv", "p.csv.gz", "p.json.gz"])

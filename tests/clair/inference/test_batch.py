@@ -164,9 +164,9 @@ def test_the_price_is_half(tmp_path, service):
     live = settings(tmp_path, service, ["ok"] * 8, out=str(tmp_path / "live"), reviser=reviser)
     half, full = (estimate(c, probe=3)["reviser"].cost for c in (config, live))
     assert half.value == pytest.approx(full.value / 2)
-    told = build(config).manifest["cost"]["reviser"]
+    cost = build(config).manifest["cost"]["reviser"]
     # 3 live by the probe at 0.001 + 0.02 each, 5 in a batch at half of that
-    assert Decimal(told) == Decimal("0.021") * 3 + Decimal("0.0105") * 5
+    assert Decimal(cost) == Decimal("0.021") * 3 + Decimal("0.0105") * 5
 
 
 # ---- bad days
@@ -177,8 +177,8 @@ def check_schedule(tmp_path, service, seed):
     draw = random.Random(seed)
     odds = {name: draw.choice([0, 0, 0.1, 0.3]) for name in ("lose", "double", "error", "expire", "garble", "half")}
     calls = {name: draw.choice([0, 0.1, 0.3]) for name in ("unwell", "silent")}
-    ends = {name: draw.choice([0, 0.2]) for name in ("expired", "cancelled", "failed")}
-    service.trouble(**odds, **calls, **ends, seed=seed, looks=draw.randint(0, 4), foreign=draw.randint(0, 2))
+    chances = {name: draw.choice([0, 0.2]) for name in ("expired", "cancelled", "failed")}
+    service.trouble(**odds, **calls, **chances, seed=seed, looks=draw.randint(0, 4), foreign=draw.randint(0, 2))
     scripts = [draw.choice(["ok"] * 8 + ["400", "empty ok"]) for _ in range(draw.randint(5, 40))]
     config = settings(
         tmp_path, service, scripts, attempts=30,
@@ -209,9 +209,9 @@ def check_schedule(tmp_path, service, seed):
         if kind == "delivered" and not key.startswith("nobody"):
             delivered.add(key)
     with Ledger(config.ledger_path) as ledger:
-        done = {key for (key,) in ledger.read("SELECT key FROM calls WHERE state = 'done'")}
+        answered = {key for (key,) in ledger.read("SELECT key FROM calls WHERE state = 'done'")}
         assert ledger.read("SELECT count(*) FROM batched") == [(0,)]
-    assert delivered <= done, "a paid result is lost"
+    assert delivered <= answered, "a paid result is lost"
     assert totals(config)[0] >= 30 * runs, "the ledger knows of less than was billed"
 
 
@@ -250,8 +250,8 @@ def test_killed_while_batches_are_open_it_fetches_them_and_buys_nothing_twice(tm
     process.send_signal(signal.SIGKILL)
     finished(process)
     service.end("completed")
-    ended = finished(start_clair("build", recipe))
-    assert ended.code == 0, ended
+    result = finished(start_clair("build", recipe))
+    assert result.code == 0, result
     assert outcomes(tmp_path / "out") == good(30)
     assert service.books()["files"] == [10, 10, 10]
     assert manifest(tmp_path / "out")["tokens"]["reviser"]["reused"] == 0
@@ -296,9 +296,9 @@ def test_interrupted_while_it_waits_it_ends_at_once_and_goes_on_later(tmp_path, 
     recipe, process = start(tmp_path, service, 12, poll=3600)
     until(lambda: ids(tmp_path) == ["batch-0"])
     process.send_signal(signal.SIGINT)
-    ended = finished(process)
-    assert ended.code == 130, ended
-    assert "run the same command again" in ended.err
+    result = finished(process)
+    assert result.code == 130, result
+    assert "run the same command again" in result.err
     service.end("completed")
     assert finished(start_clair("build", recipe)).code == 0
     assert service.books()["files"] == [12]
@@ -392,18 +392,18 @@ def test_stragglers_are_asked_live_where_the_recipe_says_so(tmp_path, service):
 
 
 def refusal(config) -> str:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         build(config)
-    return str(told.value)
+    return str(caught.value)
 
 
 def test_a_file_that_the_service_refuses_ends_the_run_in_its_words(tmp_path, service):
     service.trouble(refuse_files=413)
     recipe, process = start(tmp_path, service, 3)
-    told = error_line(finished(process))
-    assert "cannot upload a batch file" in told
-    assert "413: The file is not to our liking." in told
-    assert "nothing of it was asked" in told
+    message = error_line(finished(process))
+    assert "cannot upload a batch file" in message
+    assert "413: The file is not to our liking." in message
+    assert "nothing of it was asked" in message
     service.trouble()
     assert clair("build", recipe).code == 0
     assert service.books()["files"] == [3]
@@ -412,8 +412,8 @@ def test_a_file_that_the_service_refuses_ends_the_run_in_its_words(tmp_path, ser
 def test_a_batch_that_is_refused_as_a_whole_ends_the_run_in_the_services_words(tmp_path, service):
     service.trouble(failed=1.0, errors=[{"code": "model_not_found", "message": "No model m for you.", "line": None}])
     config = settings(tmp_path, service, ["ok"] * 3)
-    told = refusal(config)
-    assert "refuses the file of batch batch-0 (No model m for you.); nothing of it was asked" in told
+    message = refusal(config)
+    assert "refuses the file of batch batch-0 (No model m for you.); nothing of it was asked" in message
     assert totals(config) == (0, 0)
 
 
@@ -430,7 +430,7 @@ def test_a_request_that_the_service_blames_fails_alone(tmp_path, service):
 
 
 def test_files_become_smaller_where_the_service_takes_fewer_tokens(tmp_path, service):
-    service.trouble(most_lines=5)
+    service.trouble(max_lines=5)
     config = settings(tmp_path, service, ["ok"] * 32)
     build(config)
     books = service.books()
@@ -440,16 +440,16 @@ def test_files_become_smaller_where_the_service_takes_fewer_tokens(tmp_path, ser
 
 
 def test_a_service_that_takes_nothing_is_told(tmp_path, service):
-    service.trouble(most_lines=0)
-    told = refusal(settings(tmp_path, service, ["ok"] * 4, attempts=3))
-    assert "does not take even one request in a batch (Enqueued token limit reached.)" in told
+    service.trouble(max_lines=0)
+    message = refusal(settings(tmp_path, service, ["ok"] * 4, attempts=3))
+    assert "does not take even one request in a batch (Enqueued token limit reached.)" in message
 
 
 def test_an_endpoint_without_a_batch_api_is_told(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 3))
-    told = refusal(config_for(tmp_path, server.url, reviser=batched(server.url)))
-    assert f"{server.url} has no Batch API" in told
-    assert "set reviser.batch: false" in told
+    message = refusal(config_for(tmp_path, server.url, reviser=batched(server.url)))
+    assert f"{server.url} has no Batch API" in message
+    assert "set reviser.batch: false" in message
     assert build(config_for(tmp_path, server.url)).failed == 0
 
 
@@ -466,10 +466,10 @@ def test_a_batch_that_is_gone_is_told_and_asked_again_only_on_demand(tmp_path, s
         service.lose(files=True)
     else:
         service.lose()
-    told = error_line(clair("build", recipe))
-    assert "batch-0" in told
-    assert "6 requests in it may have been paid for" in told
-    assert "reviser.batch.lost: ask_again" in told
+    message = error_line(clair("build", recipe))
+    assert "batch-0" in message
+    assert "6 requests in it may have been paid for" in message
+    assert "reviser.batch.lost: ask_again" in message
     service.end("completed")
     assert clair("build", recipe, "--set", "reviser.batch.lost=ask_again").code == 0
     assert outcomes(tmp_path / "out") == good(6)
@@ -481,11 +481,11 @@ def test_a_role_whose_replies_are_in_a_batch_is_not_asked_live_too(tmp_path, ser
     until(lambda: ids(tmp_path) == ["batch-0"])
     process.send_signal(signal.SIGKILL)
     finished(process)
-    told = error_line(clair("build", recipe, "--set", "reviser.batch=false"))
-    assert "set reviser.batch: true to fetch them" in told
+    message = error_line(clair("build", recipe, "--set", "reviser.batch=false"))
+    assert "set reviser.batch: true to fetch them" in message
     assert service.books()["live"] == []
-    with batch_service() as other:
-        command = ["build", recipe, "--set", f"reviser.url={other.url}", "--set", "reviser.id=same"]
+    with batch_service() as second:
+        command = ["build", recipe, "--set", f"reviser.url={second.url}", "--set", "reviser.id=same"]
         assert "holds the run of another recipe" in error_line(clair(*command))
     service.end("cancelled")
     assert clair("build", recipe).code == 0
@@ -493,7 +493,7 @@ def test_a_role_whose_replies_are_in_a_batch_is_not_asked_live_too(tmp_path, ser
 
 
 @pytest.mark.parametrize(
-    ("reviser", "told"),
+    ("reviser", "match"),
     [
         ({"path": "model", "batch": True}, "batch needs one url whose server has a Batch API, and there are 0"),
         ({"url": ["http://a/v1", "http://b/v1"], "model": "m", "batch": True}, "and there are 2"),
@@ -501,8 +501,8 @@ def test_a_role_whose_replies_are_in_a_batch_is_not_asked_live_too(tmp_path, ser
         ({"url": "http://a/v1", "model": "m", "batch": {"request": 5}}, "did you mean 'requests'"),
     ],
 )
-def test_batches_that_cannot_be_are_refused_before_anything_is_done(tmp_path, reviser, told):
-    with pytest.raises(UserError, match=told):
+def test_batches_that_cannot_be_are_refused_before_anything_is_done(tmp_path, reviser, match):
+    with pytest.raises(UserError, match=match):
         config_for(tmp_path, "http://a/v1", reviser=reviser)
 
 
@@ -520,7 +520,7 @@ def test_a_request_larger_than_a_file_fails_alone(tmp_path, service):
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "error"),
     [
         ("", None),
         ("null", None),
@@ -539,13 +539,13 @@ def test_a_request_larger_than_a_file_fails_alone(tmp_path, service):
         ('{"custom_id": "k", "response": {"status_code": "200", "body": {}}}', "again: no reply"),
     ],
 )
-def test_a_result_line_tells_one_thing_or_nothing(line, told):
+def test_a_result_line_tells_one_thing_or_nothing(line, error):
     outcome = outcome_of(line, str)
-    if told is None:
+    if error is None:
         assert outcome is None
     else:
         assert outcome.key == "k"
-        assert outcome.error.startswith(told)
+        assert outcome.error.startswith(error)
 
 
 def test_a_good_line_gives_the_reply_as_it_came_and_its_usage():

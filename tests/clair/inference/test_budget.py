@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 
 from clair.core.errors import UserError
-from clair.inference.budget import Budget, BudgetConfig, BudgetExceeded, Price, max_billed_tokens
+from clair.inference.budget import Budget, BudgetConfig, BudgetReached, Price, most_tokens
 from clair.inference.config import ModelConfig
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import build
@@ -40,12 +40,12 @@ def test_the_price_of_tokens_by_hand():
 
 def test_the_worst_case_counts_bytes_and_max_tokens():
     request = {"messages": [{"role": "user", "content": "né 🙂"}], "max_tokens": 7, "temperature": 0.5}
-    assert max_billed_tokens(request) == Tokens(len("né 🙂".encode()) + 32, 7)
+    assert most_tokens(request) == Tokens(len("né 🙂".encode()) + 32, 7)
 
 
 async def _reserve_too_much(budget):
     await budget.reserve("reviser", Tokens(60, 0))
-    with pytest.raises(BudgetExceeded, match=r"0 tokens of 100 spent, and the next call may cost 101"):
+    with pytest.raises(BudgetReached, match=r"0 tokens of 100 spent, and the next call may cost 101"):
         await budget.reserve("reviser", Tokens(101, 0))
     budget.settle("reviser", Tokens(60, 0), Tokens(30, 0))
     await budget.reserve("reviser", Tokens(70, 0))
@@ -70,15 +70,15 @@ def test_the_budget_is_never_passed_over_200_random_runs(tmp_path, monkeypatch, 
 
 def _random_run(tmp_path, monkeypatch, seed):
     draw = random.Random(seed)
-    made = rows(draw.randint(5, 40), seed)
+    prompt_rows = rows(draw.randint(5, 40), seed)
     billed = 0
     limit = draw.randint(2_000, 40_000)
     for resume in range(3):
         model = Scripted("reviser", revision, trouble=0.3, seed=seed + resume, latency=0.002)
         install(monkeypatch, reviser=model)
         config = recipe(
-            tmp_path / "out", made, pipeline="revised", reviser=endpoint(max_tokens=200), budget={"tokens": limit},
-            concurrency=draw.randint(1, 16), attempts=3,
+            tmp_path / "out", prompt_rows, pipeline="revised", reviser=endpoint(max_tokens=200),
+            budget={"tokens": limit}, concurrency=draw.randint(1, 16), attempts=3,
         )  # fmt: skip
         built = build(config)
         billed += model.billed
@@ -105,7 +105,7 @@ def test_a_build_stopped_by_its_budget_goes_on_with_a_larger_one_and_asks_nothin
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "match"),
     [
         ({"budget": {"money": 1}, "reviser": endpoint()}, "needs reviser.price"),
         ({"budget": {"tokens": 9}, "reviser": endpoint(max_tokens=None)}, "needs reviser.max_tokens"),
@@ -113,8 +113,8 @@ def test_a_build_stopped_by_its_budget_goes_on_with_a_larger_one_and_asks_nothin
         ({"budget": {"money": -1}, "reviser": endpoint()}, "greater than 0"),
     ],
 )
-def test_a_budget_that_cannot_be_kept_is_refused_before_anything_is_spent(tmp_path, keys, told):
-    with pytest.raises(UserError, match=told):
+def test_a_budget_that_cannot_be_kept_is_refused_before_anything_is_spent(tmp_path, keys, match):
+    with pytest.raises(UserError, match=match):
         build(recipe(tmp_path / "out", rows(2), pipeline="revised", **keys))
 
 
@@ -139,8 +139,8 @@ def talkative(messages, sample=0):
     draw = random.Random(messages[0]["content"])
     answer = between(messages[0]["content"], "student_solution").replace("bad", "good")
     reasoning = "why " * int(min(250, max(10, draw.lognormvariate(4.0, 0.5))))
-    kept = answer[int(len(answer) * 0.2 * draw.random()) :]
-    return f"{{teacher_reasoning}}\n{reasoning}\n\n{{corrected_student_solution}}\n{kept}"
+    solution = answer[int(len(answer) * 0.2 * draw.random()) :]
+    return f"{{teacher_reasoning}}\n{reasoning}\n\n{{corrected_student_solution}}\n{solution}"
 
 
 @pytest.mark.parametrize(("script", "probe"), [(revision, 5), (talkative, 20)])
@@ -152,21 +152,21 @@ def test_an_estimate_comes_within_15_percent_on_prompts_of_widely_varying_length
     install(monkeypatch, reviser=model)
     price = {"input": "2.5", "output": "10"}
     config = recipe(tmp_path / "out", long_and_short(seed), pipeline="revised", reviser=endpoint(price=price))
-    told = total_cost(estimate(config, probe))
+    estimated = total_cost(estimate(config, probe))
     assert len(model.asked) == probe
     tokens = build(config).manifest["tokens"]["reviser"]
     assert (tokens["calls"], tokens["reused"]) == (400 - probe, probe)
     truth = (tokens["prompt"] * 2.5 + tokens["completion"] * 10) / 1e6
-    print(f"estimated {told}, was {truth}")
-    assert abs(told.value / truth - 1) < 0.15
-    assert told.lo <= truth <= told.hi
+    print(f"estimated {estimated}, was {truth}")
+    assert abs(estimated.value / truth - 1) < 0.15
+    assert estimated.lo <= truth <= estimated.hi
 
 
 def test_a_cost_that_is_a_line_of_the_length_is_told_exactly():
     sizes = [100, 5000, 700, 700, 90_000, 12, 3000]
-    told = _total(sizes, [sizes[0], sizes[2], sizes[4]], [2 + 0.5 * sizes[place] for place in (0, 2, 4)])
+    estimated = _total(sizes, [sizes[0], sizes[2], sizes[4]], [2 + 0.5 * sizes[index] for index in (0, 2, 4)])
     exact = sum(2 + 0.5 * size for size in sizes)
-    assert told == pytest.approx(Range(exact, exact, exact))
+    assert estimated == pytest.approx(Range(exact, exact, exact))
 
 
 def test_the_rows_of_a_probe_stand_for_equal_shares_of_all_bytes():
@@ -185,9 +185,9 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(probe):
         sizes = [int(draw.lognormvariate(6.5, 1.0)) for _ in range(1000)]
         costs = [(500 + size) * draw.lognormvariate(0, 0.3) for size in sizes]
         chosen = sorted(sample_by_size(sizes, probe))
-        told = _total(sizes, [sizes[place] for place in chosen], [costs[place] for place in chosen])
-        held += told.lo <= sum(costs) <= told.hi
-        near += abs(told.value / sum(costs) - 1) < 0.15
+        estimated = _total(sizes, [sizes[index] for index in chosen], [costs[index] for index in chosen])
+        held += estimated.lo <= sum(costs) <= estimated.hi
+        near += abs(estimated.value / sum(costs) - 1) < 0.15
     print(f"{held} of 300 intervals hold the truth, {near} of 300 estimates are within 15 %")
     assert held >= 0.92 * 300
     assert near >= (0.7 if probe == 5 else 0.95) * 300
@@ -195,8 +195,8 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(probe):
 
 def test_the_time_lies_between_all_at_once_and_the_probes_own_pace():
     model = ModelConfig(url="http://127.0.0.1:9/v1", model="m")
-    one_at_a_time = [1.0, 2.0, 3.0, 4.0, 5.0]  # each waits for those before it
-    assert time_range(model, 1000, one_at_a_time, 64) == pytest.approx((1000 * 3 / 64, 1000.0))
+    seconds = [1.0, 2.0, 3.0, 4.0, 5.0]  # each waits for those before it
+    assert time_range(model, 1000, seconds, 64) == pytest.approx((1000 * 3 / 64, 1000.0))
     assert time_range(model, 1000, [2.0] * 5, 50) == pytest.approx((40.0, 400.0))
     limited = model.model_copy(update={"requests_per_minute": 60})
     assert time_range(limited, 1000, [2.0] * 5, 50) == pytest.approx((1000.0, 1000.0))
@@ -211,19 +211,19 @@ def test_the_time_lies_between_all_at_once_and_the_probes_own_pace():
 
 def test_an_estimate_with_a_probe_tells_the_time(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["wait:0.2 ok"] * 12))
-    ended = clair("estimate", write_recipe(tmp_path, server.url), "--probe", "3")
-    assert ended.code == 0, ended
-    assert "time: the shorter where the servers take 64 requests at once" in ended.out
-    assert "note: " not in ended.err
-    assert time_of_the_table(ended.out) != "?"
+    result = clair("estimate", write_recipe(tmp_path, server.url), "--probe", "3")
+    assert result.code == 0, result
+    assert "time: the shorter where the servers take 64 requests at once" in result.out
+    assert "note: " not in result.err
+    assert time_of_the_table(result.out) != "?"
 
 
 def test_an_estimate_says_where_rows_of_the_probe_ended_before_every_role_was_asked(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", [{"prompt": f"Task {n} [[400filter]]"} for n in range(4)])
     target = {"url": server.url, "model": "t"}
-    ended = clair("estimate", write_recipe(tmp_path, server.url, target=target), "--probe", "3")
-    assert ended.code == 0, ended
-    assert "3 of the probe's 3 rows ended before every role had answered (3 target.content_filter)" in ended.err
+    result = clair("estimate", write_recipe(tmp_path, server.url, target=target), "--probe", "3")
+    assert result.code == 0, result
+    assert "3 of the probe's 3 rows ended before every role had answered (3 target.content_filter)" in result.err
 
 
 def time_of_the_table(out):
@@ -239,12 +239,12 @@ def test_an_estimate_without_a_probe_asks_nothing_and_tells_the_most_calls(tmp_p
 
 
 def test_prices_come_from_the_table_where_the_recipe_says_so(tmp_path):
-    from clair.inference.budget import role_prices
+    from clair.inference.budget import prices_of
 
     pytest.importorskip("genai_prices", reason="pip install 'clair-apo[prices]'")
-    known = endpoint(url="https://api.openai.com/v1", model="gpt-4o", price="table")
-    config = recipe(tmp_path / "out", rows(1), pipeline="revised", reviser=known)
-    price = role_prices(config.models)["reviser"]
+    reviser = endpoint(url="https://api.openai.com/v1", model="gpt-4o", price="table")
+    config = recipe(tmp_path / "out", rows(1), pipeline="revised", reviser=reviser)
+    price = prices_of(config.models)["reviser"]
     assert price.input > 0
     assert price.output > price.input
     unknown = recipe(tmp_path / "no", rows(1), pipeline="revised", reviser=endpoint(price="table"))

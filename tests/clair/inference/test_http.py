@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 
 from clair.inference import http as wire
-from clair.inference.model import RateLimited, Refused, RequestFailed, Unreachable
-from clair.inference.server_queue import ServerQueue
+from clair.inference.model import Refused, RequestFailed, TooMany, Unreachable
+from clair.inference.server_queue import Turns
 from tests.clair.raw_server import GOOD, Answer, http, model_at, serving, writes
 from tests.clair.virtual_time import now, run
 
-ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
+REQUEST: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
 
 
 async def asked(*answers: Answer, query: str = "", timeout: float = 20.0) -> str:
     """What becomes of one request."""
     async with serving(*answers) as url, model_at(url + query, timeout=timeout) as model:
-        return await asyncio.wait_for(model.complete(ASKED), 60)
+        return await asyncio.wait_for(model.complete(REQUEST), 60)
 
 
 # ---- garbled answers
@@ -74,9 +74,7 @@ def test_the_words_of_an_error_are_told_in_whatever_form_they_come(body, status)
 @pytest.mark.parametrize(
     "body", [b'{"choices": null, "error": {"code": %s}}', b'{"choices": [], "error": {"code": %s}}']
 )
-@pytest.mark.parametrize(
-    ("code", "kind"), [(b"402", Refused), (b'"insufficient_quota"', Refused), (b"429", RateLimited)]
-)
+@pytest.mark.parametrize(("code", "kind"), [(b"402", Refused), (b'"insufficient_quota"', Refused), (b"429", TooMany)])
 def test_an_error_in_a_reply_of_status_200_means_what_its_code_says(body, code, kind):
     with pytest.raises(kind):
         asyncio.run(asked(writes(http(body % code))))
@@ -98,9 +96,9 @@ def test_a_content_filter_is_known_by_its_code_or_its_words(body):
 
 
 def test_a_parameter_that_is_refused_is_no_content_filter():
-    words = b'{"error": {"message": "Unsupported parameter: content_filter and safety_identifier"}}'
+    body = b'{"error": {"message": "Unsupported parameter: content_filter and safety_identifier"}}'
     with pytest.raises(RequestFailed) as caught:
-        asyncio.run(asked(writes(http(words, status="400 Bad"))))
+        asyncio.run(asked(writes(http(body, status="400 Bad"))))
     assert (caught.value.reason, caught.value.moderated) == ("http_400", False)
 
 
@@ -112,14 +110,14 @@ SECRET = 'a+b/"se<ret>\\77'
     [str, urllib.parse.quote, urllib.parse.quote_plus, html.escape, json.dumps, lambda s: json.dumps(json.dumps(s))],
 )
 def test_a_secret_is_redacted_in_each_form_in_which_a_server_may_repeat_it(form):
-    async def told() -> str:
+    async def error_text() -> str:
         echo = writes(http(f"<p>{form(SECRET)}</p>".encode(), status="500 X"))
         async with serving(echo) as url, model_at(url, secrets=[SECRET]) as model:
             with pytest.raises(Unreachable) as caught:
-                await model.complete(ASKED)
+                await model.complete(REQUEST)
             return str(caught.value)
 
-    assert asyncio.run(told()).replace('"', "").replace("\\", "").replace(" ", "") == "500:[secret]"
+    assert asyncio.run(error_text()).replace('"', "").replace("\\", "").replace(" ", "") == "500:[secret]"
 
 
 def test_what_no_library_foresaw_is_a_failure_too(monkeypatch):
@@ -150,7 +148,7 @@ def test_the_timeout_is_that_of_the_whole_try():
 
 
 def test_a_reply_without_end_is_not_read_to_its_end(monkeypatch):
-    monkeypatch.setattr(wire, "MAX_REPLY_BYTES", 2**20)
+    monkeypatch.setattr(wire, "MOST_BYTES", 2**20)
     sent = 0
 
     async def endless(writer: asyncio.StreamWriter) -> None:
@@ -170,7 +168,7 @@ def test_a_reply_without_end_is_not_read_to_its_end(monkeypatch):
 
 @pytest.mark.parametrize("status", ["200 OK", "400 Bad Request", "500 Internal Server Error"])
 def test_a_small_reply_that_unpacks_to_a_large_one_is_not_unpacked_to_its_end(monkeypatch, status):
-    monkeypatch.setattr(wire, "MAX_REPLY_BYTES", 2**20)
+    monkeypatch.setattr(wire, "MOST_BYTES", 2**20)
     packed = gzip.compress(b"a" * 2**24)
     with pytest.raises(RequestFailed, match="larger than 1 MB"):
         asyncio.run(asked(writes(http(packed, "Content-Encoding: gzip", status=status))))
@@ -197,21 +195,21 @@ def redirect(to: str, status: int = 307) -> Answer:
 )
 def test_no_redirect_to_another_server_is_followed_and_it_is_told(to, status):
     async def ask() -> list[str]:
-        seen: list[str] = []
-        async with serving(writes(http(GOOD)), path=seen) as other:
-            place = to.format(port="{port}", other=other.split(":")[2].split("/")[0])
+        paths: list[str] = []
+        async with serving(writes(http(GOOD)), path=paths) as second:
+            location = to.format(port="{port}", other=second.split(":")[2].split("/")[0])
 
             async def lead_away(writer: asyncio.StreamWriter) -> None:
                 port = writer.get_extra_info("sockname")[1]
-                await redirect(place.format(port=port), status)(writer)
+                await redirect(location.format(port=port), status)(writer)
 
             async with serving(lead_away) as url, model_at(url) as model:
                 with pytest.raises(Refused) as caught:
                     await model.check()
-                origin = place.format(port=url.split(":")[2].split("/")[0]).removesuffix("/v1")
+                origin = location.format(port=url.split(":")[2].split("/")[0]).removesuffix("/v1")
                 assert f"{url} redirects to {origin}, which is another server" in str(caught.value)
                 assert "put its address into the recipe" in str(caught.value)
-        return seen
+        return paths
 
     assert asyncio.run(ask()) == []
 
@@ -222,9 +220,9 @@ def test_a_redirect_of_one_request_among_answered_ones_is_a_failure_of_that_one(
             serving(writes(http(GOOD)), redirect("http://127.0.0.2:9/login")) as url,
             model_at(url) as model,
         ):
-            assert await model.complete(ASKED) == GOOD.decode()
+            assert await model.complete(REQUEST) == GOOD.decode()
             with pytest.raises(RequestFailed, match=r"redirects to http://127\.0\.0\.2:9") as caught:
-                await model.complete(ASKED)
+                await model.complete(REQUEST)
             assert caught.value.reason == "redirected"
 
     asyncio.run(ask())
@@ -232,26 +230,28 @@ def test_a_redirect_of_one_request_among_answered_ones_is_a_failure_of_that_one(
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_within_the_server_is_followed_with_the_prompt(status):
-    seen: list[str] = []
+    paths: list[str] = []
     bodies: list[bytes] = []
 
     async def ask() -> str:
         answers = redirect("/v2/chat", status), writes(http(GOOD))
-        async with serving(*answers, path=seen, bodies=bodies) as url, model_at(url) as model:
-            return await model.complete(ASKED)
+        async with serving(*answers, path=paths, bodies=bodies) as url, model_at(url) as model:
+            return await model.complete(REQUEST)
 
     assert asyncio.run(ask()) == GOOD.decode()
-    assert seen == ["POST /v1/chat/completions HTTP/1.1", "POST /v2/chat HTTP/1.1"]
+    assert paths == ["POST /v1/chat/completions HTTP/1.1", "POST /v2/chat HTTP/1.1"]
     assert bodies[0] == bodies[1]
-    assert json.loads(bodies[1])["messages"] == ASKED["messages"]
+    assert json.loads(bodies[1])["messages"] == REQUEST["messages"]
 
 
 # ---- turns at a server that answers few at once
 
 
-async def all_at_once(slots: int, seconds: Callable[[int], float], requests: int, timeout: float) -> list[float | None]:
+async def finish_times(
+    slots: int, seconds: Callable[[int], float], requests: int, timeout: float
+) -> list[float | None]:
     """When each of some requests, sent at once, is answered; None where its time was over."""
-    turns, server = ServerQueue(), asyncio.Semaphore(slots)
+    turns, server = Turns(), asyncio.Semaphore(slots)
 
     async def send(number: int) -> float | None:
         try:
@@ -266,37 +266,37 @@ async def all_at_once(slots: int, seconds: Callable[[int], float], requests: int
 
 @pytest.mark.parametrize("slots", [1, 3])
 def test_waiting_for_a_slot_at_the_server_is_no_failure(slots):
-    ends, _ = run(all_at_once(slots, lambda _: 1.0, 60, timeout=2.5))
-    assert ends == pytest.approx([1 + number // slots for number in range(60)], abs=0.001)
+    times, _ = run(finish_times(slots, lambda _: 1.0, 60, timeout=2.5))
+    assert times == pytest.approx([1 + number // slots for number in range(60)], abs=0.001)
 
 
 def test_a_request_whose_turn_has_come_has_its_timeout_and_no_more():
-    ends, seconds = run(all_at_once(1, lambda number: 1.0 if number < 5 else 1e6, 6, timeout=2.5))
-    assert ends[5] is None
-    assert ends[:5] == pytest.approx([1, 2, 3, 4, 5], abs=0.001)
+    times, seconds = run(finish_times(1, lambda number: 1.0 if number < 5 else 1e6, 6, timeout=2.5))
+    assert times[5] is None
+    assert times[:5] == pytest.approx([1, 2, 3, 4, 5], abs=0.001)
     assert seconds == pytest.approx(7.5, abs=0.001)
 
 
 def test_answers_to_later_requests_do_not_prolong_the_time_of_an_earlier_one():
-    ends, _ = run(all_at_once(100, lambda number: 1e6 if number == 0 else 0.5 * number, 20, timeout=3.0))
-    assert ends[0] is None
-    assert ends[1:7] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.5, 3.0], abs=0.001)
+    times, _ = run(finish_times(100, lambda number: 1e6 if number == 0 else 0.5 * number, 20, timeout=3.0))
+    assert times[0] is None
+    assert times[1:7] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.5, 3.0], abs=0.001)
 
 
 def test_a_server_that_answers_nobody_is_given_up_after_one_timeout():
-    ends, seconds = run(all_at_once(1, lambda _: 1e6, 50, timeout=3.0))
-    assert ends == [None] * 50
+    times, seconds = run(finish_times(1, lambda _: 1e6, 50, timeout=3.0))
+    assert times == [None] * 50
     assert seconds == pytest.approx(3.0, abs=0.001)
 
 
 def test_what_is_remembered_of_answers_does_not_grow():
     async def work() -> int:
-        turns, most = ServerQueue(), 0
+        turns, max_answers = Turns(), 0
         for number in range(2000):
             async with turns.within(1.0):
                 await asyncio.sleep(0.001)
-            most = max(most, len(turns._answers))
+            max_answers = max(max_answers, len(turns._answers))
             assert turns._passed(number + 1) == pytest.approx(now(), abs=0.0001)
-        return most
+        return max_answers
 
     assert run(work())[0] < 50

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from clair.core.errors import UserError
 from clair.inference.local import LocalModel, weights_identity
-from clair.inference.model import RequestFailed, Unreachable, parse_reply
+from clair.inference.model import RequestFailed, Unreachable, reply_of
 from clair.pipeline.build import build
 from tests.clair import tiny_model
 from tests.clair.building import config_for, drops, manifest, pairs, write_prompts
@@ -46,7 +46,7 @@ def texts(count: int, longest: int = 40, seed: int = 0) -> list[str]:
 def ask(folder: Path, requests: list[dict[str, Any]], samples: list[int] | None = None, **options: Any) -> list[Any]:
     """The replies to requests that are asked at once; an exception stands for itself."""
 
-    async def all_at_once():
+    async def gather_replies():
         model = LocalModel(folder, **options)
         calls = (model.complete(r, s) for r, s in zip(requests, samples or [0] * len(requests), strict=True))
         try:
@@ -54,19 +54,19 @@ def ask(folder: Path, requests: list[dict[str, Any]], samples: list[int] | None 
         finally:
             await model.close()
 
-    replies = asyncio.run(all_at_once())
-    return [reply if isinstance(reply, BaseException) else parse_reply(reply) for reply in replies]
+    replies = asyncio.run(gather_replies())
+    return [reply if isinstance(reply, BaseException) else reply_of(reply) for reply in replies]
 
 
-def greedily(folder: Path, text: str, most: int) -> list[int]:
+def greedily(folder: Path, text: str, max_tokens: int) -> list[int]:
     """What transformers itself generates, one prompt at a time and without padding."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer.apply_chat_template(
         messages(text), add_generation_prompt=True, return_tensors="pt", return_dict=True
     )["input_ids"]
-    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False)
-    return made[0, ids.shape[1] :].tolist()
+    generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
+    return generated[0, ids.shape[1] :].tolist()
 
 
 # ---- what is said
@@ -74,12 +74,12 @@ def greedily(folder: Path, text: str, most: int) -> list[int]:
 
 def test_greedy_is_what_transformers_generates_from_each_prompt_alone(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    asked = texts(12)
-    replies = ask(folder, [{"messages": messages(t), "temperature": 0, "max_tokens": 20} for t in asked])
-    for text, reply in zip(asked, replies, strict=True):
-        wanted = greedily(folder, text, 20)
-        assert reply.text == tokenizer.decode(wanted, skip_special_tokens=True)
-        assert reply.usage["completion_tokens"] == len(wanted)
+    prompts = texts(12)
+    replies = ask(folder, [{"messages": messages(t), "temperature": 0, "max_tokens": 20} for t in prompts])
+    for text, reply in zip(prompts, replies, strict=True):
+        expected = greedily(folder, text, 20)
+        assert reply.text == tokenizer.decode(expected, skip_special_tokens=True)
+        assert reply.usage["completion_tokens"] == len(expected)
     assert len({reply.text for reply in replies}) > 1
 
 
@@ -134,12 +134,12 @@ def test_samples_follow_the_models_distribution(folder):
         messages("tell me"), add_generation_prompt=True, return_tensors="pt", return_dict=True
     )["input_ids"]
     with torch.inference_mode():
-        wanted = torch.softmax(model(ids).logits[0, -1], -1)
-    words = {word: tokenizer.convert_tokens_to_ids(word) for word in tiny_model.WORDS}
-    for word, token in words.items():
+        probabilities = torch.softmax(model(ids).logits[0, -1], -1)
+    token_ids = {word: tokenizer.convert_tokens_to_ids(word) for word in tiny_model.WORDS}
+    for word, token in token_ids.items():
         share = sum(reply.text == word for reply in replies) / 3000
-        assert share == pytest.approx(float(wanted[token]), abs=0.035), word
-    assert max(float(wanted[token]) for token in words.values()) > 0.1
+        assert share == pytest.approx(float(probabilities[token]), abs=0.035), word
+    assert max(float(probabilities[token]) for token in token_ids.values()) > 0.1
 
 
 def test_every_token_is_drawn_anew(tmp_path):
@@ -148,10 +148,10 @@ def test_every_token_is_drawn_anew(tmp_path):
     model.save_pretrained(tmp_path)
     tiny_model.make_tokenizer().save_pretrained(tmp_path)
     requests = [{"messages": messages(t), "max_tokens": 40, "temperature": 1.0} for t in texts(20, 20)]
-    words = [word for reply in ask(tmp_path, requests) for word in reply.text.split()]
-    repeats = sum(a == b for a, b in pairwise(words)) / len(words)
+    sampled = [word for reply in ask(tmp_path, requests) for word in reply.text.split()]
+    repeats = sum(a == b for a, b in pairwise(sampled)) / len(sampled)
     assert repeats < 0.15
-    assert set(words) >= set(tiny_model.WORDS)
+    assert set(sampled) >= set(tiny_model.WORDS)
 
 
 def test_it_stops_at_the_end_of_the_turn_and_says_so(folder):
@@ -160,19 +160,19 @@ def test_it_stops_at_the_end_of_the_turn_and_says_so(folder):
     stopped = [reply for reply in replies if reply.finish_reason == "stop"]
     assert len(stopped) > 3
     for reply in replies:
-        words = reply.text.split()
-        assert "<|end|>" not in words
+        generated = reply.text.split()
+        assert "<|end|>" not in generated
         if reply.finish_reason == "stop":
-            assert len(words) < reply.usage["completion_tokens"] <= 60
+            assert len(generated) < reply.usage["completion_tokens"] <= 60
         else:
             assert (reply.finish_reason, reply.usage["completion_tokens"]) == ("length", 60)
 
 
 def test_every_end_that_the_generation_config_names_is_an_end(folder, tmp_path):
-    other = shutil.copytree(folder, tmp_path / "m")
-    config = json.loads((other / "generation_config.json").read_text())
-    (other / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [3, *range(8, 28)]}))
-    replies = ask(other, [{"messages": messages(t), "max_tokens": 60, "temperature": 1.0} for t in texts(10)])
+    copy = shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [3, *range(8, 28)]}))
+    replies = ask(copy, [{"messages": messages(t), "max_tokens": 60, "temperature": 1.0} for t in texts(10)])
     assert all(reply.finish_reason == "stop" and reply.usage["completion_tokens"] < 60 for reply in replies)
     assert all(not set(reply.text.split()) & set(tiny_model.WORDS) for reply in replies)
 
@@ -224,13 +224,13 @@ def test_tools_and_calls_reach_the_template_with_objects_for_arguments(folder, t
         "{{ m.content or '' }} {% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments.port }} "
         "{% endfor %}{% endfor %}"
     )
-    own = tiny_model.save(tmp_path / "own")
-    tiny_model.make_tokenizer(chat_template=template).save_pretrained(own)
+    model_dir = tiny_model.save(tmp_path / "own")
+    tiny_model.make_tokenizer(chat_template=template).save_pretrained(model_dir)
     call = {"function": {"name": "two", "arguments": '{"port": "three"}'}}
     turns = [*messages("what"), {"role": "assistant", "content": None, "tool_calls": [call]}]
-    tokens = LocalModel(own)._tokenize(turns, [{"function": {"name": "one"}}])
-    words = AutoTokenizer.from_pretrained(own).convert_ids_to_tokens(tokens)
-    assert words == ["<|begin|>", "one", "what", "two", "three"]
+    tokens = LocalModel(model_dir)._tokenize(turns, [{"function": {"name": "one"}}])
+    pieces = AutoTokenizer.from_pretrained(model_dir).convert_ids_to_tokens(tokens)
+    assert pieces == ["<|begin|>", "one", "what", "two", "three"]
 
 
 def test_a_long_prompt_cuts_nobody_else_short(folder):
@@ -273,9 +273,9 @@ def test_a_batch_is_sized_by_tokens_with_padding_and_room_for_answers(folder, mo
     sizes = []
     really = LocalModel._generated
 
-    def watched(self, batch, prompts, most):
-        sizes.append((len(prompts), max(map(len, prompts)) + most))
-        return really(self, batch, prompts, most)
+    def watched(self, batch, prompts, max_tokens):
+        sizes.append((len(prompts), max(map(len, prompts)) + max_tokens))
+        return really(self, batch, prompts, max_tokens)
 
     monkeypatch.setattr(LocalModel, "_generated", watched)
     requests = [{"messages": messages(t), "max_tokens": 10, "temperature": 0} for t in texts(60, longest=80)]
@@ -292,11 +292,11 @@ def test_a_batch_is_sized_by_tokens_with_padding_and_room_for_answers(folder, mo
 def test_a_batch_that_does_not_fit_into_memory_is_halved(folder, monkeypatch):
     really, sizes = LocalModel._generated, []
 
-    def small_memory(self, batch, prompts, most):
+    def small_memory(self, batch, prompts, max_tokens):
         sizes.append(len(batch))
         if len(batch) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return really(self, batch, prompts, most)
+        return really(self, batch, prompts, max_tokens)
 
     monkeypatch.setattr(LocalModel, "_generated", small_memory)
     requests = [{"messages": messages(t), "max_tokens": 10, "temperature": 0} for t in texts(8)]
@@ -318,14 +318,14 @@ def test_what_no_batch_has_begun_can_be_abandoned(folder):
         asking = [asyncio.ensure_future(model.complete(request, n)) for n in range(400)]
         await asking[0]
         model.abandon()
-        told = await asyncio.gather(*asking, return_exceptions=True)
+        replies = await asyncio.gather(*asking, return_exceptions=True)
         await model.close()
-        return told
+        return replies
 
-    told = asyncio.run(work())
-    answered = [reply for reply in told if isinstance(reply, str)]
+    replies = asyncio.run(work())
+    answered = [reply for reply in replies if isinstance(reply, str)]
     assert 4 <= len(answered) < 100
-    assert all(isinstance(reply, Unreachable) and not reply.billed for reply in told if not isinstance(reply, str))
+    assert all(isinstance(reply, Unreachable) and not reply.billed for reply in replies if not isinstance(reply, str))
 
 
 def test_the_event_loop_stays_awake_while_the_model_works(folder):
@@ -373,9 +373,9 @@ def test_closing_lets_a_batch_end(folder):
 
 
 def test_an_option_that_is_not_understood_is_refused(folder):
-    (told,) = ask(folder, [{"messages": messages("what"), "presence_penalty": 1}])
-    assert isinstance(told, UserError)
-    assert "does not understand the option 'presence_penalty'" in str(told)
+    (error,) = ask(folder, [{"messages": messages("what"), "presence_penalty": 1}])
+    assert isinstance(error, UserError)
+    assert "does not understand the option 'presence_penalty'" in str(error)
 
 
 # ---- identity
@@ -447,12 +447,12 @@ def test_the_identity_of_an_adapter_is_its_own_and_its_bases(folder, tmp_path):
 def test_an_adapter_without_weights_or_base_is_told_before_it_is_asked(folder, tmp_path):
     adapter = save_adapter(folder, tmp_path / "adapter")
     config = json.loads((adapter / "adapter_config.json").read_text())
-    for changes, told in [
+    for changes, match in [
         ({"base_model_name_or_path": None}, "names no base_model_name_or_path"),
         ({"base_model_name_or_path": str(tmp_path / "gone")}, "does not exist"),
     ]:
         (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=match):
             LocalModel(adapter)
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     (adapter / "adapter_model.safetensors").unlink()
@@ -474,10 +474,10 @@ def test_a_build_with_a_local_target_is_repeatable_and_asks_the_model_once(tmp_p
     assert manifest(tmp_path / "out")["models"]["target"]["identity"] == weights_identity(folder)
     assert manifest(tmp_path / "out")["sampling"]["target"] == {"temperature": 1.0, "max_tokens": 100, "seed": 0}
 
-    other = config_for(
+    changed = config_for(
         tmp_path, server.url, target=target | {"batch_size": 3}, filters=filters, out=str(tmp_path / "again")
     )
-    build(other)
+    build(changed)
     assert pairs(tmp_path / "again") == first
 
     def never(*_):
@@ -517,19 +517,19 @@ def test_the_worlds_own_model_answers_its_tasks_and_stops(tmp_path):
 
 
 def test_what_is_being_generated_says_how_far_it_is_and_can_be_given_up(folder):
-    async def given_up():
+    async def abandon():
         model = LocalModel(folder)
-        asked = asyncio.ensure_future(model.complete({"messages": messages("red"), "max_tokens": 1000}))
+        request = asyncio.ensure_future(model.complete({"messages": messages("red"), "max_tokens": 1000}))
         while "token" not in model.doing:  # noqa: ASYNC110 (set by the model's thread)
             await asyncio.sleep(0.001)
-        told = model.doing
+        progress = model.doing
         model.halt()
         with pytest.raises(RequestFailed, match="given up"):
-            await asked
+            await request
         await model.close()
-        return told
+        return progress
 
-    assert re.fullmatch(r"a batch of 1 is at token \d+ of at most \d+", asyncio.run(given_up()))
+    assert re.fullmatch(r"a batch of 1 is at token \d+ of at most \d+", asyncio.run(abandon()))
 
 
 def test_a_local_model_answers_without_advice_from_transformers(folder):
@@ -541,7 +541,7 @@ def test_a_local_model_answers_without_advice_from_transformers(folder):
         "    await model.close()\n"
         "asyncio.run(main())"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=ROOT, check=True
     )
-    assert done.stderr == ""
+    assert result.stderr == ""

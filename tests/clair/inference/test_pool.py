@@ -9,7 +9,7 @@ import pytest
 
 from clair.core.errors import UserError
 from clair.inference.model import Refused, Unreachable
-from clair.inference.pool import EndpointPool
+from clair.inference.pool import Pool
 from clair.pipeline.build import build
 from tests.clair.building import config_for, outcomes, scripted, scripted_rows, write_prompts
 
@@ -47,7 +47,7 @@ def clock(monkeypatch):
     return now
 
 
-async def ask(pool: EndpointPool) -> str:
+async def ask(pool: Pool) -> str:
     try:
         return await pool.complete({})
     except Unreachable:
@@ -57,7 +57,7 @@ async def ask(pool: EndpointPool) -> str:
 def test_the_least_loaded_is_asked():
     async def run() -> None:
         slow, quick = Place("slow"), Place("quick")
-        pool = EndpointPool([slow, quick])
+        pool = Pool([slow, quick])
         slow.let.clear()
         waiting = [asyncio.ensure_future(ask(pool))]
         await asyncio.sleep(0)
@@ -76,7 +76,7 @@ def test_the_least_loaded_is_asked():
 def test_a_dead_one_is_set_aside_longer_each_time_and_is_back_when_it_answers(clock):
     async def run() -> None:
         first, second = Place("first"), Place("second")
-        pool = EndpointPool([first, second])
+        pool = Pool([first, second])
         first.dead = True
         assert await ask(pool) == "gone"
         for aside in (2.0, 4.0, 8.0):
@@ -100,7 +100,7 @@ def test_a_dead_one_is_set_aside_longer_each_time_and_is_back_when_it_answers(cl
 def test_where_all_are_set_aside_the_one_that_is_due_first_is_asked(clock):
     async def run() -> None:
         places = [Place("first"), Place("second")]
-        pool = EndpointPool(places)
+        pool = Pool(places)
         for place in places:
             place.dead = True
         assert await ask(pool) == "gone"
@@ -117,7 +117,7 @@ def test_one_living_endpoint_is_enough_to_begin_with():
     async def run() -> None:
         first, second = Place("first"), Place("second")
         first.dead = True
-        pool = EndpointPool([first, second])
+        pool = Pool([first, second])
         await pool.check()
         assert [await ask(pool) for _ in range(3)] == ["second"] * 3
         second.dead = True

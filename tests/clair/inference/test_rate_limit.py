@@ -20,11 +20,11 @@ from tests.clair.virtual_time import now, run
 
 async def entered(limiter: Limiter, count: int) -> None:
     for _ in range(count):
-        await limiter.acquire()
+        await limiter.enter()
 
 
 async def waits(limiter: Limiter, **options: bool) -> asyncio.Task[None]:
-    task = asyncio.ensure_future(limiter.acquire(**options))
+    task = asyncio.ensure_future(limiter.enter(**options))
     await asyncio.sleep(0)
     assert not task.done()
     return task
@@ -38,7 +38,7 @@ def test_no_more_than_the_limit_are_let_in():
         limiter = Limiter(2, now)
         await entered(limiter, 2)
         third = await waits(limiter)
-        limiter.release()
+        limiter.leave()
         await third
         assert limiter.in_flight == 2
 
@@ -52,15 +52,15 @@ def test_who_came_first_goes_first_and_who_was_refused_before_them():
         order = []
 
         async def named(name, again=False):
-            await limiter.acquire(again=again)
+            await limiter.enter(again=again)
             order.append(name)
-            limiter.release()
+            limiter.leave()
 
         tasks = [asyncio.ensure_future(named(name)) for name in "ab"]
         await asyncio.sleep(0)
         tasks.append(asyncio.ensure_future(named("refused", again=True)))
         await asyncio.sleep(0)
-        limiter.release()
+        limiter.leave()
         await asyncio.gather(*tasks)
         assert order == ["refused", "a", "b"]
         assert limiter.in_flight == 0
@@ -76,7 +76,7 @@ def test_a_newcomer_does_not_jump_the_queue_when_the_limit_rises():
         first = await waits(limiter)
         limiter.succeeded()  # now there is a place for one more, and `first` has it when `leave` looks
         newcomer = await waits(limiter)
-        limiter.release()
+        limiter.leave()
         await asyncio.gather(first, newcomer)
         assert limiter.in_flight == 2
 
@@ -90,11 +90,11 @@ def test_a_cancelled_waiter_gives_its_place_back(let_in_first):
         await entered(limiter, 1)
         first, second = await waits(limiter), await waits(limiter)
         if let_in_first:
-            limiter.release()
+            limiter.leave()
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
         if not let_in_first:
-            limiter.release()
+            limiter.leave()
         await second
         assert limiter.in_flight == 1
 
@@ -107,7 +107,7 @@ def test_too_many_at_once_lowers_the_limit_to_what_the_server_still_works_on():
         await entered(limiter, 10)
         for _ in range(7):  # the server takes 3
             limiter.refused(None)
-            limiter.release()
+            limiter.leave()
         assert (limiter.in_flight, limiter.limit, limiter.refusals) == (3, 3, 7)
         await waits(limiter)
 
@@ -120,11 +120,11 @@ def test_a_refusal_at_a_number_that_was_taken_before_halves_the_limit_once_and_p
         await entered(limiter, 8)
         for _ in range(4):
             limiter.succeeded()
-            limiter.release()
+            limiter.leave()
         limiter.refused(3.0)
-        limiter.release()
+        limiter.leave()
         limiter.refused(5.0)
-        limiter.release()
+        limiter.leave()
         assert limiter.limit == 4
         waiting = await waits(limiter)
         started = now()
@@ -140,8 +140,8 @@ def test_the_pause_is_as_long_as_the_server_says(told, paused):
         limiter = Limiter(1, now)
         await entered(limiter, 1)
         limiter.refused(told)
-        limiter.release()
-        await limiter.acquire(again=True)
+        limiter.leave()
+        await limiter.enter(again=True)
         return now()
 
     assert run(work())[0] == pytest.approx(paused, abs=0.01)
@@ -166,9 +166,9 @@ def test_the_limit_never_falls_below_one():
     async def work():
         limiter = Limiter(2, now)
         for _ in range(10):
-            await limiter.acquire()
+            await limiter.enter()
             limiter.refused(0.0)
-            limiter.release()
+            limiter.leave()
         assert limiter.limit == 1
 
     run(work())
@@ -186,15 +186,15 @@ def test_a_timeout_halves_the_limit_once_for_all_that_were_under_way():
         await asyncio.sleep(10)
         for _ in range(20):
             limiter.timed_out(0.0)
-            limiter.release()
+            limiter.leave()
         assert limiter.limit == 32
         for _ in range(20):
-            limiter.release()
+            limiter.leave()
         await asyncio.sleep(10)
         limiter.timed_out(15.0)  # sent since, with 24 in flight
         assert limiter.limit == 12
         for _ in range(23):
-            limiter.release()
+            limiter.leave()
         await asyncio.sleep(10)
         limiter.timed_out(25.0)
         assert limiter.limit == 1
@@ -283,16 +283,16 @@ async def ask_all(server: Server, rows: int, wanted: int) -> Limiter:
     limiter = Limiter(wanted, now)
 
     async def row():
-        await limiter.acquire()
+        await limiter.enter()
         while True:
             if await server.answer():
                 limiter.succeeded()
-                limiter.release()
+                limiter.leave()
                 return
             limiter.refused(server.retry_after)
-            limiter.release()
+            limiter.leave()
             await asyncio.sleep(server.retry_after or 0)
-            await limiter.acquire(again=True)
+            await limiter.enter(again=True)
 
     await asyncio.gather(*(row() for _ in range(rows)))
     assert limiter.in_flight == server.in_flight == 0
@@ -364,14 +364,14 @@ async def ask_slots(slots: int, latency: Callable[[], float], rows: int, wanted:
     limiter, free, flying = Limiter(wanted, now), asyncio.Semaphore(slots), []
 
     async def row(number: int) -> None:
-        await limiter.acquire()
+        await limiter.enter()
         await asyncio.sleep(1e-6 * number)  # one after the other, as on a real clock
         sent = now()
         async with free:
             await asyncio.sleep(latency())
         limiter.succeeded(sent)
         flying.append(limiter.in_flight)
-        limiter.release()
+        limiter.leave()
 
     await asyncio.gather(*(row(number) for number in range(rows)))
     return limiter, flying

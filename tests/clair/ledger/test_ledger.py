@@ -135,12 +135,12 @@ def test_writes_that_gather_are_committed_together(tmp_path, monkeypatch):
         time.sleep(0.05)
         return really(self, connection, batch)
 
-    async def all_at_once(ledger):
+    async def write_all(ledger):
         await asyncio.gather(*(pay(ledger, f"k{n}") for n in range(200)))
 
     monkeypatch.setattr(Ledger, "_commit", slowly)
     with Ledger(tmp_path / "l.sqlite") as ledger:
-        do(all_at_once(ledger))
+        do(write_all(ledger))
         assert ledger.counts() == {"done": 200}
     assert sum(commits) == 400
     assert len(commits) <= 10
@@ -311,15 +311,15 @@ asyncio.run(main())
 @pytest.mark.parametrize("seed", range(3))
 def test_what_was_told_to_be_written_is_there_after_kill_9(tmp_path, seed):
     process = start(WRITER, str(tmp_path / "l.sqlite"))
-    told = [process.stdout.readline().strip() for _ in range(8)]
+    written = [process.stdout.readline().strip() for _ in range(8)]
     time.sleep(0.5 * Random(seed).random())
     os.kill(process.pid, signal.SIGKILL)
-    told += [line.strip() for line in process.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
+    written += [line.strip() for line in process.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
     process.wait(10)
     process.stdout.close()
     with Ledger(tmp_path / "l.sqlite") as ledger:
-        assert all(ledger.find(key) == StoredReply(key + "x" * 3000) for key in told)
-        assert ledger.counts()["done"] <= len(told) + 8
+        assert all(ledger.find(key) == StoredReply(key + "x" * 3000) for key in written)
+        assert ledger.counts()["done"] <= len(written) + 8
     assert integrity(tmp_path / "l.sqlite") == "ok"
 
 
@@ -352,24 +352,24 @@ def one_line(error: BaseException) -> str:
 def test_a_file_that_is_no_ledger_is_one_line_and_stays_as_it_was(tmp_path):
     path = tmp_path / "l.sqlite"
     path.write_bytes(b"not a database, but 4 kB of something else entirely" * 100)
-    before = path.read_bytes()
+    original = path.read_bytes()
     with pytest.raises(LedgerError) as error:
         Ledger(path)
     assert "is damaged" in one_line(error.value)
     assert "no reply can be read in it; replace it with a copy" in one_line(error.value)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == original
 
 
-@pytest.mark.parametrize("where", ["schema", "page"])
-def test_a_damaged_ledger_is_one_line_and_tells_what_saves_the_rest(tmp_path, where):
+@pytest.mark.parametrize("damage", ["schema", "page"])
+def test_a_damaged_ledger_is_one_line_and_tells_what_saves_the_rest(tmp_path, damage):
     path = tmp_path / "l.sqlite"
     filled(path)
     with open(path, "r+b") as file:
         size = file.seek(0, os.SEEK_END)
-        for at in [100] if where == "schema" else range(4096, size, 4096):
-            file.seek(at)
+        for offset in [100] if damage == "schema" else range(4096, size, 4096):
+            file.seek(offset)
             file.write(b"\xff" * 600)
-    before = path.read_bytes()
+    original = path.read_bytes()
 
     async def ask(ledger):
         ledger.find("k17")
@@ -378,7 +378,7 @@ def test_a_damaged_ledger_is_one_line_and_tells_what_saves_the_rest(tmp_path, wh
     with pytest.raises(LedgerError) as error, Ledger(path) as ledger:
         do(ask(ledger))
     assert "is damaged" in one_line(error.value)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == original
 
 
 def test_a_ledger_of_a_later_format_is_refused(tmp_path):
@@ -418,32 +418,32 @@ def test_a_ledger_in_a_place_that_is_no_folder_is_one_line(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of one megabyte."""
-    place = tmp_path / "small"
-    place.mkdir()
+    folder = tmp_path / "small"
+    folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("no tmpfs can be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-async def pay_until_it_ends(ledger: Ledger, told: list[str]) -> None:
+async def pay_until_failure(ledger: Ledger, paid: list[str]) -> None:
     for n in range(10_000):
         await pay(ledger, f"k{n}", "x" * 5000)
-        told.append(f"k{n}")
+        paid.append(f"k{n}")
 
 
 def test_a_full_disk_is_one_line_loses_nothing_and_goes_on_when_there_is_room(small_disk):
-    told: list[str] = []
+    paid: list[str] = []
     with pytest.raises(LedgerError) as error, Ledger(small_disk / "l.sqlite") as ledger:
-        do(pay_until_it_ends(ledger, told))
+        do(pay_until_failure(ledger, paid))
     assert "make room" in one_line(error.value)
-    assert len(told) > 20
+    assert len(paid) > 20
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
     with Ledger(small_disk / "l.sqlite") as ledger:
-        assert all(ledger.find(key) for key in told)
+        assert all(ledger.find(key) for key in paid)
         do(pay(ledger, "new"))
         assert ledger.find("new")
     assert integrity(small_disk / "l.sqlite") == "ok"
@@ -473,13 +473,13 @@ def test_a_file_that_may_not_grow_is_one_line_and_loses_nothing(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", LIMITED, str(path)], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
     )
-    *told, last = run.stdout.splitlines()
+    *paid, last = run.stdout.splitlines()
     assert last.startswith("told: ledger ")
     assert "make room" in last
     assert run.stderr == ""
-    assert len(told) > 5
+    assert len(paid) > 5
     with Ledger(path) as ledger:
-        assert all(ledger.find(key) for key in told)
+        assert all(ledger.find(key) for key in paid)
 
 
 def test_an_error_while_writing_is_told_to_every_row_that_waits(tmp_path, monkeypatch):

@@ -25,8 +25,8 @@ CLAIM = Claim("reviser", "m", "row", "/out", Tokens(10, 100))
 def reply_to(n: int) -> str:
     """Short ones that share a page, and ones that run through chains of up to thirty."""
     random = Random(n)
-    words = "".join(random.choice("abc déf🙂\n") for _ in range(random.choice([30, 300, 3000, 30_000])))
-    return json.dumps({"choices": [{"message": {"content": f"{n} {words}"}}]}, ensure_ascii=False)
+    content = "".join(random.choice("abc déf🙂\n") for _ in range(random.choice([30, 300, 3000, 30_000])))
+    return json.dumps({"choices": [{"message": {"content": f"{n} {content}"}}]}, ensure_ascii=False)
 
 
 def key_of(n: int) -> str:
@@ -34,7 +34,7 @@ def key_of(n: int) -> str:
 
 
 async def _fill(ledger: Ledger, count: int) -> None:
-    async def one(n: int) -> None:
+    async def fill_one(n: int) -> None:
         key = key_of(n)
         assert await ledger.claim(key, CLAIM) is ClaimResult.GRANTED
         if n % 10 == 8:
@@ -43,7 +43,7 @@ async def _fill(ledger: Ledger, count: int) -> None:
             await ledger.settle(key, reply_to(n), Tokens(7, 70), CLAIM.max_tokens, 0.1)
 
     for start in range(0, count, 20):
-        await asyncio.gather(*(one(n) for n in range(start, min(count, start + 20))))
+        await asyncio.gather(*(fill_one(n) for n in range(start, min(count, start + 20))))
 
 
 def filled(path: Path, count: int = 200) -> dict[str, str]:
@@ -69,9 +69,9 @@ def damaged(tmp_path, original):
 def saved(path: Path, paid: dict[str, str]) -> int:
     """How many of the replies stand in a ledger; there is no other, and none is another text than it was."""
     with Ledger(path) as ledger:
-        found = {key: ledger.find(key) for key in paid}
-        assert all(stored is None or stored == StoredReply(paid[key]) for key, stored in found.items())
-        count = sum(stored is not None for stored in found.values())
+        by_key = {key: ledger.find(key) for key in paid}
+        assert all(stored is None or stored == StoredReply(paid[key]) for key, stored in by_key.items())
+        count = sum(stored is not None for stored in by_key.values())
         assert ledger.counts().get("done", 0) == count
     connection = sqlite3.connect(path)
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -79,9 +79,9 @@ def saved(path: Path, paid: dict[str, str]) -> int:
     return count
 
 
-def overwrite(path: Path, at: int, content: bytes) -> None:
+def overwrite(path: Path, offset: int, content: bytes) -> None:
     with open(path, "r+b") as file:
-        file.seek(at)
+        file.seek(offset)
         file.write(content)
 
 
@@ -133,23 +133,23 @@ def test_of_a_truncated_ledger_all_that_lies_before_the_end_is_saved(damaged, se
     os.truncate(path, int(path.stat().st_size * share))
     with pytest.raises(LedgerError) as error:
         Ledger(path)
-    told = int(re.search(r"(\d+) paid replies can be read", str(error.value))[1])
-    assert salvage(path).replies == told == saved(path, paid)
-    assert told >= 0.5 * share * len(paid) - 12  # a long reply needs all the pages of its chain
+    readable = int(re.search(r"(\d+) paid replies can be read", str(error.value))[1])
+    assert salvage(path).replies == readable == saved(path, paid)
+    assert readable >= 0.5 * share * len(paid) - 12  # a long reply needs all the pages of its chain
 
 
-@pytest.mark.parametrize("what", ["ones", "zeros", "noise", "another page", "half of another page"])
+@pytest.mark.parametrize("damage", ["ones", "zeros", "noise", "another page", "half of another page"])
 @pytest.mark.parametrize("seed", range(3))
-def test_overwritten_pages_cost_their_own_replies_and_never_give_another_text(damaged, what, seed):
+def test_overwritten_pages_cost_their_own_replies_and_never_give_another_text(damaged, damage, seed):
     path, paid = damaged
     random, pages = Random(seed), path.stat().st_size // PAGE
     hit = random.sample(range(2, pages + 1), 12)
     content = path.read_bytes()
     for page in hit:
-        other = random.randrange(PAGE, len(content) - PAGE, PAGE)
-        size = PAGE // 2 if what.startswith("half") else PAGE
-        new = {"ones": b"\xff" * size, "zeros": bytes(size), "noise": random.randbytes(size)}.get(what)
-        overwrite(path, (page - 1) * PAGE + PAGE - size, new or content[other : other + size])
+        offset = random.randrange(PAGE, len(content) - PAGE, PAGE)
+        size = PAGE // 2 if damage.startswith("half") else PAGE
+        new = {"ones": b"\xff" * size, "zeros": bytes(size), "noise": random.randbytes(size)}.get(damage)
+        overwrite(path, (page - 1) * PAGE + PAGE - size, new or content[offset : offset + size])
     count = count_readable(path)
     assert count >= len(paid) - 12 * 40  # a page holds few replies, and a chain belongs to one
     assert salvage(path).replies == count == saved(path, paid)
@@ -170,9 +170,9 @@ def test_what_stands_only_in_the_log_is_saved_too(tmp_path):
     overwrite(path, 0, bytes(100))
     overwrite(path.with_name("l.sqlite-wal"), 0, bytes(32))  # else SQLite would find the header in the log
     assert count_readable(path) == len(paid) + 1
-    kept = salvage(path).backup
+    damaged = salvage(path).backup
     assert saved(path, {**paid, "new": new}) == len(paid) + 1
-    assert kept.with_name(f"{kept.name}-wal").is_file()
+    assert damaged.with_name(f"{damaged.name}-wal").is_file()
     assert not path.with_name("l.sqlite-wal").exists()
 
 
@@ -181,8 +181,8 @@ async def _settle(ledger: Ledger, key: str, reply: str) -> None:
     await ledger.settle(key, reply, Tokens(1, 1), CLAIM.max_tokens, 0.1)
 
 
-@pytest.mark.parametrize("damaged_at", [0, 8, 40, 0.5])
-def test_a_damaged_log_costs_the_replies_that_lay_there(tmp_path, damaged_at):
+@pytest.mark.parametrize("offset", [0, 8, 40, 0.5])
+def test_a_damaged_log_costs_the_replies_that_lay_there(tmp_path, offset):
     """SQLite drops all that follows a broken frame, and so would never ask what was in it."""
     living = Ledger(tmp_path / "living.sqlite")
     try:
@@ -193,7 +193,7 @@ def test_a_damaged_log_costs_the_replies_that_lay_there(tmp_path, damaged_at):
     finally:
         living.close()
     log = tmp_path / "l.sqlite-wal"
-    overwrite(log, int(damaged_at * log.stat().st_size) if damaged_at < 1 else damaged_at, b"\xff" * 24)
+    overwrite(log, int(offset * log.stat().st_size) if offset < 1 else offset, b"\xff" * 24)
     overwrite(tmp_path / "l.sqlite", 0, bytes(100))
     assert count_readable(tmp_path / "l.sqlite") >= 29
 
@@ -231,11 +231,11 @@ def test_a_ledger_emptied_beside_its_log_is_told_before_sqlite_throws_the_log_aw
 def test_the_bill_of_what_is_saved_is_the_one_it_was(damaged):
     path, _ = damaged
     with Ledger(path) as ledger:
-        before = ledger.spent("/out")
+        spent = ledger.spent("/out")
     overwrite(path, 0, bytes(100))
     salvage(path)
     with Ledger(path) as ledger:
-        assert ledger.spent("/out") == before
+        assert ledger.spent("/out") == spent
 
 
 # ---- what is never believed
@@ -247,8 +247,8 @@ def test_a_reply_that_was_changed_on_disk_is_told_and_never_used(tmp_path):
     with Ledger(path) as ledger:
         asyncio.run(_settle(ledger, "k", long))
         asyncio.run(_settle(ledger, "sound", "reply"))
-    at = path.read_bytes().index(b"the true text")
-    overwrite(path, at, b"the false one")
+    offset = path.read_bytes().index(b"the true text")
+    overwrite(path, offset, b"the false one")
     with Ledger(path) as ledger:
         assert ledger.find("sound") == StoredReply("reply")
         with pytest.raises(LedgerError, match=r"the reply to k is not what was written\): 1 paid replies can be read"):
@@ -266,10 +266,10 @@ def test_a_reply_that_was_changed_on_disk_is_told_and_never_used(tmp_path):
 def test_the_damaged_file_is_kept_as_it_was(damaged):
     path, _ = damaged
     overwrite(path, 0, bytes(100))
-    before = path.read_bytes()
-    kept = salvage(path).backup
-    assert kept.name == "l.sqlite.damaged-1"
-    assert kept.read_bytes() == before
+    original = path.read_bytes()
+    backup = salvage(path).backup
+    assert backup.name == "l.sqlite.damaged-1"
+    assert backup.read_bytes() == original
     overwrite(path, 0, bytes(100))
     assert salvage(path).backup.name == "l.sqlite.damaged-2"
     assert sorted(file.name for file in path.parent.iterdir()) == [
@@ -294,14 +294,14 @@ def test_a_salvage_that_was_cut_off_is_done_by_running_it_again(damaged, monkeyp
 
 def test_what_needs_no_salvage_or_allows_none_is_refused_and_left_alone(damaged):
     path, _ = damaged
-    before = path.read_bytes()
+    original = path.read_bytes()
     with pytest.raises(UserError, match="is not damaged: every reply in it can be read; nothing was changed"):
         salvage(path)
     with Ledger(path), pytest.raises(UserError, match="is in use by a run"):
         salvage(path)
     with pytest.raises(UserError, match="does not exist"):
         salvage(path.with_name("nowhere"))
-    assert path.read_bytes() == before
+    assert path.read_bytes() == original
     path.write_bytes(b"not a database, but 4 kB of something else entirely" * 100)
     with pytest.raises(UserError, match="no call can be read"):
         salvage(path)
@@ -334,19 +334,19 @@ def test_a_build_with_a_damaged_ledger_names_the_command_and_pays_only_for_what_
     write_prompts(tmp_path / "prompts.jsonl", rows)
     recipe = write_recipe(tmp_path, server.url)
     assert clair("build", recipe).code == 0
-    undisturbed, asked = final_bytes(tmp_path / "out"), len(server.seen())
+    undisturbed, request_count = final_bytes(tmp_path / "out"), len(server.seen())
     ledger = tmp_path / "out" / "ledger.sqlite"
     for page in range(2, ledger.stat().st_size // PAGE, 5):
         overwrite(ledger, page * PAGE, b"\xff" * PAGE)
-    told = error_line(clair("build", recipe))
-    count, command = re.search(r"(\d+) paid replies can be read in it; `clair (.*)` puts them", told).groups()
-    assert 0 < int(count) < asked
-    done = clair(*command.split())
-    assert done.code == 0, done
-    assert done.out.startswith(f"{count} paid replies and ")
+    message = error_line(clair("build", recipe))
+    count, command = re.search(r"(\d+) paid replies can be read in it; `clair (.*)` puts them", message).groups()
+    assert 0 < int(count) < request_count
+    result = clair(*command.split())
+    assert result.code == 0, result
+    assert result.out.startswith(f"{count} paid replies and ")
     assert clair("build", recipe).code == 0
     assert final_bytes(tmp_path / "out") == undisturbed
-    assert len(server.seen()) == asked + (asked - int(count))
+    assert len(server.seen()) == request_count + (request_count - int(count))
 
 
 def spoil_text(path: Path) -> None:
@@ -362,9 +362,11 @@ def test_a_reply_that_is_not_utf8_is_told_like_any_other_damage(damaged):
     spoil_text(path)
     with Ledger(path) as ledger, pytest.raises(LedgerError) as caught:
         ledger.find(key_of(0))
-    told = str(caught.value)
-    assert told.startswith(f"ledger {path} is damaged (a text in it is not UTF-8): {len(paid) - 1} paid replies can be")
-    assert "`clair salvage " in told
+    message = str(caught.value)
+    assert message.startswith(
+        f"ledger {path} is damaged (a text in it is not UTF-8): {len(paid) - 1} paid replies can be"
+    )
+    assert "`clair salvage " in message
     assert salvage(path).replies == len(paid) - 1 == saved(path, paid)
 
 

@@ -30,7 +30,7 @@ from tests.clair.building import (
 
 
 @dataclass
-class Place:
+class Workspace:
     """A finished dataset in out/, made from prompts.jsonl on a server, and the recipe it was made with."""
 
     path: Path
@@ -63,22 +63,22 @@ def finished_once(tmp_path_factory, scripted_server) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path, finished_once, server: ScriptedServer) -> Place:
+def workspace(tmp_path, finished_once, server: ScriptedServer) -> Workspace:
     shutil.copytree(finished_once, tmp_path, dirs_exist_ok=True)
     recipe = tmp_path / "out" / "recipe.json"
     values = json.loads(recipe.read_text())
     values["out"], values["prompts"]["path"] = str(tmp_path / "out"), str(tmp_path / "prompts.jsonl")
     recipe.write_text(json.dumps(values, indent=2) + "\n")
-    return Place(tmp_path, server.url)
+    return Workspace(tmp_path, server.url)
 
 
-def refuse(place: Place, server: ScriptedServer, *arguments: str | Path, told: str) -> None:
+def refuse(workspace: Workspace, server: ScriptedServer, *arguments: str | Path, match: str) -> None:
     """The command is refused in one line with these words; nothing is asked, nothing in out/ is touched."""
-    before = place.snapshot()
+    snapshot = workspace.snapshot()
     line = error_line(clair(*arguments))
-    assert re.search(told, line), line
+    assert re.search(match, line), line
     assert server.seen() == []
-    assert place.snapshot() == before
+    assert workspace.snapshot() == snapshot
 
 
 # ---- the recipe
@@ -154,8 +154,8 @@ WRONG_RECIPES: list[tuple[Mapping[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "told"), WRONG_RECIPES, ids=[str(c)[:60] for c, _ in WRONG_RECIPES])
-def test_a_wrong_recipe(place, server, monkeypatch, changes, told):
+@pytest.mark.parametrize(("changes", "match"), WRONG_RECIPES, ids=[str(c)[:60] for c, _ in WRONG_RECIPES])
+def test_a_wrong_recipe(workspace, server, monkeypatch, changes, match):
     monkeypatch.setenv("TWO_LINES", "one\ntwo")
     reviser = changes.get("reviser")
     if isinstance(reviser, dict) and "url" not in reviser and "path" not in reviser:
@@ -164,15 +164,15 @@ def test_a_wrong_recipe(place, server, monkeypatch, changes, told):
         changes = {**changes, "reviser": {"url": server.url, **reviser}}
     if isinstance(changes.get("target"), dict) and "path" not in changes["target"]:
         changes = {**changes, "target": {"url": server.url, **changes["target"]}}
-    recipe = place.path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(recipe_for(place.path, place.url, **changes), sort_keys=False))
-    refuse(place, server, "build", recipe, told=told)
-    refuse(place, server, "build", recipe, "--dry-run", told=told)
-    refuse(place, server, "estimate", recipe, told=told)
+    recipe = workspace.path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_for(workspace.path, workspace.url, **changes), sort_keys=False))
+    refuse(workspace, server, "build", recipe, match=match)
+    refuse(workspace, server, "build", recipe, "--dry-run", match=match)
+    refuse(workspace, server, "estimate", recipe, match=match)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "match"),
     [
         (None, "recipe .*recipe.yaml does not exist"),
         ("", "holds NoneType, not keys and values"),
@@ -181,16 +181,16 @@ def test_a_wrong_recipe(place, server, monkeypatch, changes, told):
         ("- pipeline", "holds list"),
     ],
 )
-def test_a_file_that_is_no_recipe(place, server, text, told):
-    recipe = place.path / "recipe.yaml"
+def test_a_file_that_is_no_recipe(workspace, server, text, match):
+    recipe = workspace.path / "recipe.yaml"
     recipe.unlink()
     if text is not None:
         recipe.write_text(text)
-    refuse(place, server, "build", recipe, told=told)
+    refuse(workspace, server, "build", recipe, match=match)
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "match"),
     [
         ("concurrency", "--set takes key=value, got 'concurrency'"),
         ("concurency=3", r"unknown key 'concurency' \(did you mean 'concurrency'\?\)"),
@@ -198,22 +198,22 @@ def test_a_file_that_is_no_recipe(place, server, text, told):
         ("reviser.temperature=[", "--set reviser.temperature: the value is not YAML"),
     ],
 )
-def test_a_wrong_set(place, server, override, told):
-    refuse(place, server, "build", place.recipe(), "--set", override, told=told)
+def test_a_wrong_set(workspace, server, override, match):
+    refuse(workspace, server, "build", workspace.recipe(), "--set", override, match=match)
 
 
 @pytest.mark.parametrize("name", ["7", "1e3", "null", "true", "a: b", "[x", "'", "é 😀", "x=y"])
-def test_any_name_will_do_for_a_folder(place, server, monkeypatch, name):
-    monkeypatch.chdir(place.path)
-    assert clair("build", place.recipe(), "--out", name).code == 0
-    assert len(pairs(place.path / name)) == 3
+def test_any_name_will_do_for_a_folder(workspace, server, monkeypatch, name):
+    monkeypatch.chdir(workspace.path)
+    assert clair("build", workspace.recipe(), "--out", name).code == 0
+    assert len(pairs(workspace.path / name)) == 3
 
 
 # ---- the prompts
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "match"),
     [
         ("gone.jsonl", None, "prompt file .*gone.jsonl does not exist"),
         ("empty.jsonl", "", "prompt file .*empty.jsonl is empty"),
@@ -237,19 +237,19 @@ def test_any_name_will_do_for_a_folder(place, server, monkeypatch, name):
         ("no/such-data", None, "no such file, and load_dataset says"),
     ],
 )
-def test_wrong_prompts(place, server, name, content, told):
-    path = place.path / name
+def test_wrong_prompts(workspace, server, name, content, match):
+    path = workspace.path / name
     if content is not None:
         path.write_text(content)
-    refuse(place, server, "build", place.recipe(prompts={"path": str(path)}), "--update", told=told)
+    refuse(workspace, server, "build", workspace.recipe(prompts={"path": str(path)}), "--update", match=match)
 
 
-def test_duplicate_prompts_are_no_mistake_but_counted(place, server):
+def test_duplicate_prompts_are_no_mistake_but_counted(workspace, server):
     rows = scripted_rows(["ok"] * 3)
-    write_prompts(place.path / "prompts.jsonl", [*rows, {**rows[0], "id": "again"}])
-    ended = clair("build", place.recipe())
-    assert ended.code == 0
-    assert manifest(place.out)["drop_reasons"] == {"prompts.duplicate": 1}
+    write_prompts(workspace.path / "prompts.jsonl", [*rows, {**rows[0], "id": "again"}])
+    result = clair("build", workspace.recipe())
+    assert result.code == 0
+    assert manifest(workspace.out)["drop_reasons"] == {"prompts.duplicate": 1}
     assert server.seen() == []
 
 
@@ -257,7 +257,7 @@ def test_duplicate_prompts_are_no_mistake_but_counted(place, server):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "match"),
     [
         ("{{ task }}", r"must use {{ answer }}, {{ task }}; it uses {{ task }}"),
         ("hello", "it uses nothing"),
@@ -266,11 +266,11 @@ def test_duplicate_prompts_are_no_mistake_but_counted(place, server):
         ("{{ task }} {{ answer", "is not a Jinja template"),
     ],
 )
-def test_a_wrong_template(place, server, text, told):
-    template = place.path / "own.j2"
+def test_a_wrong_template(workspace, server, text, match):
+    template = workspace.path / "own.j2"
     template.write_text(text)
     reviser = {"url": server.url, "model": "m", "template": str(template)}
-    refuse(place, server, "build", place.recipe(reviser=reviser), "--update", told=told)
+    refuse(workspace, server, "build", workspace.recipe(reviser=reviser), "--update", match=match)
 
 
 @pytest.mark.parametrize(
@@ -281,11 +281,11 @@ def test_a_wrong_template(place, server, text, told):
         "{{ task }} {{ answer }} {{ 1 / 0 }}",
     ],
 )
-def test_a_template_that_cannot_be_filled_is_found_before_anything_is_asked(place, server, text):
-    template = place.path / "own.j2"
+def test_a_template_that_cannot_be_filled_is_found_before_anything_is_asked(workspace, server, text):
+    template = workspace.path / "own.j2"
     template.write_text(text)
     reviser = {"url": server.url, "model": "m", "template": str(template)}
-    refuse(place, server, "build", place.recipe(reviser=reviser), "--update", told="template .*own.j2")
+    refuse(workspace, server, "build", workspace.recipe(reviser=reviser), "--update", match="template .*own.j2")
 
 
 def model_folder(path: Path, missing: str = "nothing") -> Path:
@@ -301,7 +301,7 @@ def model_folder(path: Path, missing: str = "nothing") -> Path:
 
 
 @pytest.mark.parametrize(
-    ("missing", "told"),
+    ("missing", "match"),
     [
         ("chat_template", "target: the tokenizer in .* has no chat template; use a chat model"),
         ("eos_token", r"target: the tokenizer in .* has no end-of-turn token \(eos_token\)"),
@@ -310,101 +310,118 @@ def model_folder(path: Path, missing: str = "nothing") -> Path:
         ("tokenizer_config.json", "target: the tokenizer in .* has no chat template"),
     ],
 )
-def test_a_wrong_model_folder(place, server, missing, told):
-    folder = model_folder(place.path / "model", missing)
-    write_prompts(place.path / "prompts.jsonl", [{"prompt": "a"}])
-    refuse(place, server, "build", place.recipe(target={"path": str(folder)}), "--update", told=told)
+def test_a_wrong_model_folder(workspace, server, missing, match):
+    folder = model_folder(workspace.path / "model", missing)
+    write_prompts(workspace.path / "prompts.jsonl", [{"prompt": "a"}])
+    refuse(workspace, server, "build", workspace.recipe(target={"path": str(folder)}), "--update", match=match)
 
 
-def test_an_option_that_a_local_model_does_not_understand(place, server):
-    target = {"path": str(model_folder(place.path / "model")), "extra": {"top_q": 0.9}}
+def test_an_option_that_a_local_model_does_not_understand(workspace, server):
+    target = {"path": str(model_folder(workspace.path / "model")), "extra": {"top_q": 0.9}}
     refuse(
-        place,
+        workspace,
         server,
         "build",
-        place.recipe(target=target),
+        workspace.recipe(target=target),
         "--update",
-        told=r"target: a local model does not understand the option 'top_q' \(did you mean 'top_p'\?\); allowed",
+        match=r"target: a local model does not understand the option 'top_q' \(did you mean 'top_p'\?\); allowed",
     )
 
 
-def test_a_tokenizer_config_that_is_not_json(place, server):
-    folder = model_folder(place.path / "model")
+def test_a_tokenizer_config_that_is_not_json(workspace, server):
+    folder = model_folder(workspace.path / "model")
     (folder / "tokenizer_config.json").write_text("{")
-    refuse(place, server, "build", place.recipe(target={"path": str(folder)}), "--update", told="tokenizer_config.json")
+    refuse(
+        workspace,
+        server,
+        "build",
+        workspace.recipe(target={"path": str(folder)}),
+        "--update",
+        match="tokenizer_config.json",
+    )
 
 
 # ---- folders
 
 
-def test_a_folder_of_another_recipe(place, server):
+def test_a_folder_of_another_recipe(workspace, server):
     refuse(
-        place,
+        workspace,
         server,
         "build",
-        place.recipe(seed=7),
-        told=r"holds the run of another recipe \(it differs in seed\); choose another --out, or add --update",
+        workspace.recipe(seed=7),
+        match=r"holds the run of another recipe \(it differs in seed\); choose another --out, or add --update",
     )
 
 
-def test_a_recipe_that_changed_since_the_last_run(place, server):
+def test_a_recipe_that_changed_since_the_last_run(workspace, server):
     reviser = {"url": server.url, "model": "m", "temperature": 0.1, "system": "Be kind."}
     refuse(
-        place,
+        workspace,
         server,
         "build",
-        place.recipe(reviser=reviser, filters={"allusion": False}),
-        told=r"it differs in filters.allusion, reviser.system, reviser.temperature\)",
+        workspace.recipe(reviser=reviser, filters={"allusion": False}),
+        match=r"it differs in filters.allusion, reviser.system, reviser.temperature\)",
     )
 
 
-def test_a_folder_that_holds_something_else(place, server):
-    (place.path / "else").mkdir()
-    (place.path / "else" / "thesis.tex").write_text("mine")
+def test_a_folder_that_holds_something_else(workspace, server):
+    (workspace.path / "else").mkdir()
+    (workspace.path / "else" / "thesis.tex").write_text("mine")
     refuse(
-        place,
+        workspace,
         server,
         "build",
-        place.recipe(out=str(place.path / "else")),
-        told="is no dataset folder and not empty .it holds thesis.tex.; choose another --out",
+        workspace.recipe(out=str(workspace.path / "else")),
+        match="is no dataset folder and not empty .it holds thesis.tex.; choose another --out",
     )
-    assert [f.name for f in (place.path / "else").iterdir()] == ["thesis.tex"]
+    assert [f.name for f in (workspace.path / "else").iterdir()] == ["thesis.tex"]
 
 
-def test_an_out_that_is_a_file(place, server):
-    (place.path / "file").write_text("mine")
-    refuse(place, server, "build", place.recipe(out=str(place.path / "file")), told="is a file, not a folder")
-    assert (place.path / "file").read_text() == "mine"
+def test_an_out_that_is_a_file(workspace, server):
+    (workspace.path / "file").write_text("mine")
+    refuse(
+        workspace, server, "build", workspace.recipe(out=str(workspace.path / "file")), match="is a file, not a folder"
+    )
+    assert (workspace.path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["recipe.json", "manifest.json"])
 @pytest.mark.parametrize("content", ["{", "[]", ""])
-def test_a_record_of_ours_that_was_damaged(place, server, name, content):
-    (place.out / name).write_text(content)
-    refuse(place, server, "build", place.recipe(), told=f"{name} is damaged .*; delete it and run the same command")
-    (place.out / name).unlink()
-    assert clair("build", place.recipe()).code == 0
+def test_a_record_of_ours_that_was_damaged(workspace, server, name, content):
+    (workspace.out / name).write_text(content)
+    refuse(
+        workspace,
+        server,
+        "build",
+        workspace.recipe(),
+        match=f"{name} is damaged .*; delete it and run the same command",
+    )
+    (workspace.out / name).unlink()
+    assert clair("build", workspace.recipe()).code == 0
 
 
-def test_a_ledger_that_is_damaged(place, server):
-    (place.out / "ledger.sqlite").write_bytes(b"\xff" * 5000)
-    refuse(place, server, "build", place.recipe(), told="ledger .* is damaged .* and no reply can be read in it")
+def test_a_ledger_that_is_damaged(workspace, server):
+    (workspace.out / "ledger.sqlite").write_bytes(b"\xff" * 5000)
+    refuse(
+        workspace, server, "build", workspace.recipe(), match="ledger .* is damaged .* and no reply can be read in it"
+    )
 
 
 @pytest.mark.parametrize("command", [["stats"], ["show"], ["report"]])
-def test_a_folder_without_a_dataset(place, server, command):
-    refuse(place, server, *command, place.path / "nowhere", told="holds no finished dataset")
+def test_a_folder_without_a_dataset(workspace, server, command):
+    refuse(workspace, server, *command, workspace.path / "nowhere", match="holds no finished dataset")
 
 
-def test_a_split_that_is_not_there(place, server):
+def test_a_split_that_is_not_there(workspace, server):
     refuse(
-        place,
+        workspace,
         server,
         "show",
-        place.out,
+        workspace.out,
         "--split",
         "tarin",
-        told=r"unknown split 'tarin' \(did you mean 'train'\?\); allowed: train, test",
+        match=r"unknown split 'tarin' \(did you mean 'train'\?\); allowed: train, test",
     )
 
 
@@ -444,20 +461,20 @@ ENDPOINTS: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("name", ENDPOINTS)
-def test_a_wrong_endpoint(place, guarded, monkeypatch, name):
+def test_a_wrong_endpoint(workspace, guarded, monkeypatch, name):
     monkeypatch.setenv("TEST_KEY", "wrong-key")
     monkeypatch.setenv("RIGHT_KEY", "right-key")
-    reviser, told = ENDPOINTS[name]
-    paid, made = guarded.stats()["paid_total"], place.snapshot()
-    recipe = place.recipe(reviser=reviser(guarded.url))
+    reviser, match = ENDPOINTS[name]
+    paid, snapshot = guarded.stats()["paid_total"], workspace.snapshot()
+    recipe = workspace.recipe(reviser=reviser(guarded.url))
     line = error_line(clair("build", recipe, "--update"))
-    assert re.search(told, line), line
+    assert re.search(match, line), line
     assert guarded.stats()["paid_total"] == paid
-    after = place.snapshot()
-    for file in (*made,):
+    new_snapshot = workspace.snapshot()
+    for file in (*snapshot,):
         if file not in ("recipe.json", "ledger.sqlite"):
-            assert after[file] == made[file]
-    assert clair("stats", place.out).code == 0
+            assert new_snapshot[file] == snapshot[file]
+    assert clair("stats", workspace.out).code == 0
 
 
 @pytest.mark.parametrize("name", ENDPOINTS)
@@ -472,7 +489,7 @@ def test_a_wrong_endpoint_can_be_put_right_in_the_recipe_without_more_ado(tmp_pa
     assert len(pairs(tmp_path / "out")) == 3
 
 
-def test_a_single_unusable_reply_is_no_error(place, server):
-    write_prompts(place.path / "prompts.jsonl", scripted_rows(["ok", "null", "length"]))
-    assert clair("build", place.recipe()).code == 0
-    assert manifest(place.out)["drop_reasons"] == {"reviser.empty_reply": 1, "reviser.truncated": 1}
+def test_a_single_unusable_reply_is_no_error(workspace, server):
+    write_prompts(workspace.path / "prompts.jsonl", scripted_rows(["ok", "null", "length"]))
+    assert clair("build", workspace.recipe()).code == 0
+    assert manifest(workspace.out)["drop_reasons"] == {"reviser.empty_reply": 1, "reviser.truncated": 1}

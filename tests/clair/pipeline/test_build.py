@@ -63,16 +63,16 @@ def built(tmp_path_factory, world) -> Path:
     tmp_path = tmp_path_factory.mktemp("built")
     write_tasks(tmp_path)
     recipe = write_recipe(tmp_path, world.url, **roles(world.url), test_fraction=0.2, concurrency=8)
-    ended = clair("build", recipe)
-    assert ended.code == 0, ended
-    assert f"{tmp_path / 'out'}/README.md tells what it holds" in ended.out.replace("\n", "")
+    result = clair("build", recipe)
+    assert result.code == 0, result
+    assert f"{tmp_path / 'out'}/README.md tells what it holds" in result.out.replace("\n", "")
     return tmp_path / "out"
 
 
 def test_counts_add_up_and_every_prompt_has_one_outcome(built):
     counts = manifest(built)["counts"]
-    found = outcomes(built)
-    assert counts["prompts"] == counts["pairs"] + counts["dropped"] == COUNT == len(found)
+    by_prompt = outcomes(built)
+    assert counts["prompts"] == counts["pairs"] + counts["dropped"] == COUNT == len(by_prompt)
     assert counts["train"] + counts["test"] == counts["pairs"] == len(pairs(built))
     assert counts["dropped"] == len(drops(built))
     assert counts["pairs"] > 15
@@ -115,23 +115,23 @@ def test_load_dataset_reads_the_folder_as_it_is(built):
 
 
 def test_the_manifest_names_what_made_the_data(built):
-    found = manifest(built)
-    assert found["pipeline"] == "revised"
-    assert found["seed"] == 0
-    assert found["models"]["reviser"]["model"] == "world-reviser"
-    assert found["sampling"] == {
+    content = manifest(built)
+    assert content["pipeline"] == "revised"
+    assert content["seed"] == 0
+    assert content["models"]["reviser"]["model"] == "world-reviser"
+    assert content["sampling"] == {
         "target": {"temperature": 0.6, "max_tokens": 512},
         "reviser": {"temperature": 0.7, "max_tokens": 4096},
     }
-    assert found["tokens"]["reviser"]["calls"] == COUNT
-    assert found["tokens"]["reviser"]["prompt"] > found["tokens"]["target"]["prompt"] > 0
-    assert found["recipe"]["test_fraction"] == 0.2
-    assert found["versions"]["datasets"] == datasets.__version__
-    assert set(found) >= {"git_commit", "python", "seconds", "prompts_sha256"}
-    for name, sha in found["files"].items():
+    assert content["tokens"]["reviser"]["calls"] == COUNT
+    assert content["tokens"]["reviser"]["prompt"] > content["tokens"]["target"]["prompt"] > 0
+    assert content["recipe"]["test_fraction"] == 0.2
+    assert content["versions"]["datasets"] == datasets.__version__
+    assert set(content) >= {"git_commit", "python", "seconds", "prompts_sha256"}
+    for name, sha in content["files"].items():
         assert hashlib.sha256((built / name).read_bytes()).hexdigest() == sha
-    assert found["contrast"].keys() == {"jaccard", "levenshtein", "kept", "prefix", "length_ratio"}
-    assert 0 < found["contrast"]["jaccard"] < 1
+    assert content["contrast"].keys() == {"jaccard", "levenshtein", "kept", "prefix", "length_ratio"}
+    assert 0 < content["contrast"]["jaccard"] < 1
 
 
 def test_the_card_has_front_matter_and_counts(built):
@@ -155,8 +155,8 @@ def test_dropped_rows_tell_stage_reason_and_detail(built):
 
 
 def test_nothing_else_lies_in_the_folder(built):
-    found = {str(file.relative_to(built)) for file in built.rglob("*") if file.is_file()}
-    assert found == {
+    names = {str(file.relative_to(built)) for file in built.rglob("*") if file.is_file()}
+    assert names == {
         *building.SPLIT_FILES,
         "dropped.jsonl",
         "manifest.json",
@@ -192,9 +192,9 @@ def test_a_second_run_costs_nothing_and_writes_the_same(tmp_path, world):
     write_tasks(tmp_path)
     config = world_config(tmp_path, world.url)
     build(config)
-    first, before = final_bytes(tmp_path / "out"), paid(world)
+    first, cost = final_bytes(tmp_path / "out"), paid(world)
     again = build(config)
-    assert paid(world) == before
+    assert paid(world) == cost
     assert final_bytes(tmp_path / "out") == first
     assert {role: (t["calls"], t["reused"]) for role, t in again.manifest["tokens"].items()} == {
         "target": (0, COUNT),
@@ -215,59 +215,59 @@ def test_a_run_that_finds_everything_needs_no_endpoint(tmp_path):
 def test_adding_prompts_asks_only_the_new_ones(tmp_path, world):
     write_tasks(tmp_path, 40)
     build(world_config(tmp_path, world.url))
-    before = paid(world)
+    cost = paid(world)
     write_tasks(tmp_path, 50)
     more = build(world_config(tmp_path, world.url))
-    assert paid(world) - before == 2 * 10
+    assert paid(world) - cost == 2 * 10
     assert more.manifest["counts"]["prompts"] == 50
 
 
 def test_changing_a_reviser_option_asks_the_reviser_again_and_the_target_not(tmp_path, world):
     write_tasks(tmp_path)
     build(world_config(tmp_path, world.url))
-    before = paid(world)
+    cost = paid(world)
     changed = world_config(tmp_path, world.url, **roles(world.url, max_tokens=4000))
     with pytest.raises(UserError, match=r"another recipe \(it differs in reviser.max_tokens\).*--update"):
         build(changed)
-    assert paid(world) == before
+    assert paid(world) == cost
     again = build(changed, update=True)
-    assert paid(world) - before == COUNT
+    assert paid(world) - cost == COUNT
     assert again.manifest["tokens"]["target"]["calls"] == 0
 
 
 def test_changing_a_filter_asks_nothing(tmp_path, world):
     write_tasks(tmp_path)
     build(world_config(tmp_path, world.url))
-    before = paid(world)
-    kept = build(world_config(tmp_path, world.url, filters={"identical": False}), update=True)
-    assert paid(world) == before
-    assert kept.manifest["counts"]["pairs"] == COUNT
+    cost = paid(world)
+    unfiltered = build(world_config(tmp_path, world.url, filters={"identical": False}), update=True)
+    assert paid(world) == cost
+    assert unfiltered.manifest["counts"]["pairs"] == COUNT
 
 
 def test_changing_the_template_asks_the_reviser_again(tmp_path, world):
     write_tasks(tmp_path, 10)
     build(world_config(tmp_path, world.url))
-    before = paid(world)
-    own = tmp_path / "own.j2"
-    own.write_text("Please:\n<task>\n{{ task }}\n</task>\n<student_solution>\n{{ answer }}\n</student_solution>")
-    build(world_config(tmp_path, world.url, **roles(world.url, template=str(own))), update=True)
-    assert paid(world) - before == 10
+    cost = paid(world)
+    template = tmp_path / "own.j2"
+    template.write_text("Please:\n<task>\n{{ task }}\n</task>\n<student_solution>\n{{ answer }}\n</student_solution>")
+    build(world_config(tmp_path, world.url, **roles(world.url, template=str(template))), update=True)
+    assert paid(world) - cost == 10
 
 
 def test_how_fast_it_is_asked_is_no_change_of_the_recipe(tmp_path, world):
     write_tasks(tmp_path, 10)
     build(world_config(tmp_path, world.url))
-    before = paid(world)
+    cost = paid(world)
     build(world_config(tmp_path, world.url, concurrency=3, attempts=2, **roles(world.url, timeout=5.0)))
-    assert paid(world) == before
+    assert paid(world) == cost
 
 
 def test_another_seed_makes_another_split_and_asks_an_endpoint_nothing(tmp_path, world):
     write_tasks(tmp_path)
     build(world_config(tmp_path, world.url, test_fraction=0.5))
-    first, before = [row["id"] for row in pairs(tmp_path / "out")], paid(world)
+    first, cost = [row["id"] for row in pairs(tmp_path / "out")], paid(world)
     build(world_config(tmp_path, world.url, test_fraction=0.5, seed=1), update=True)
-    assert paid(world) == before
+    assert paid(world) == cost
     second = [row["id"] for row in pairs(tmp_path / "out")]
     assert first != second
     assert sorted(first) == sorted(second)
@@ -277,18 +277,18 @@ def test_a_named_model_may_move_to_another_url_for_nothing(tmp_path, world):
     write_tasks(tmp_path, 10, answers=True)
     reviser = {"model": "world-reviser", "id": "the-reviser"}
     build(config_for(tmp_path, world.url, reviser={"url": world.url, **reviser}))
-    before = paid(world)
+    cost = paid(world)
     build(config_for(tmp_path, world.url, reviser={"url": "http://127.0.0.1:9/v1", **reviser}))
-    assert paid(world) == before
+    assert paid(world) == cost
 
 
 def test_a_shared_ledger_answers_another_folder(tmp_path, world):
     write_tasks(tmp_path)
     shared = str(tmp_path / "shared.sqlite")
     build(world_config(tmp_path, world.url, ledger=shared))
-    before = paid(world)
+    cost = paid(world)
     build(world_config(tmp_path, world.url, ledger=shared, out=str(tmp_path / "other")))
-    assert paid(world) == before
+    assert paid(world) == cost
     assert final_bytes(tmp_path / "other") == final_bytes(tmp_path / "out")
     assert not (tmp_path / "out" / "ledger.sqlite").exists()
 
@@ -300,8 +300,8 @@ def test_two_processes_that_share_a_ledger_pay_each_request_once(tmp_path):
             tmp_path, server.url, **roles(server.url), ledger=str(tmp_path / "l.sqlite"), concurrency=4
         )
         both = [building.start_clair("build", recipe, "--out", tmp_path / name) for name in ("one", "two")]
-        ended = [building.finished(process) for process in both]
-        assert [e.code for e in ended] == [0, 0], ended
+        results = [building.finished(process) for process in both]
+        assert [e.code for e in results] == [0, 0], results
         stats = server.stats()
     assert stats["paid_total"] == stats["paid_distinct"] == 240
     assert final_bytes(tmp_path / "one") == final_bytes(tmp_path / "two")
@@ -313,15 +313,15 @@ def test_two_processes_that_share_a_ledger_pay_each_request_once(tmp_path):
 def test_equal_requests_of_one_run_are_asked_once(tmp_path, server):
     rows = [{"prompt": f"[[wait:0.3]] {n}", "id": n} for n in range(5)]
     building.write_prompts(tmp_path / "prompts.jsonl", rows)
-    own = tmp_path / "own.j2"
-    own.write_text("{{ task[:12] }}{{ answer[:0] }}")  # the reviser is asked the same about all
+    template = tmp_path / "own.j2"
+    template.write_text("{{ task[:12] }}{{ answer[:0] }}")  # the reviser is asked the same about all
     target = {"url": server.url, "model": "t"}
     build(
         config_for(
             tmp_path,
             server.url,
             target=target,
-            reviser={"url": server.url, "model": "m", "template": str(own), "ask_again": False},
+            reviser={"url": server.url, "model": "m", "template": str(template), "ask_again": False},
         )
     )
     assert sum(request["body"]["model"] == "m" for request in server.seen()) == 1
@@ -334,22 +334,22 @@ def test_duplicates_are_kept_once_and_counted(tmp_path, world):
     lines = (tmp_path / "prompts.jsonl").read_text().splitlines()
     random.Random(0).shuffle(more := lines[:7])
     (tmp_path / "prompts.jsonl").write_text("\n".join([*lines, *more]) + "\n")
-    before = paid(world)
-    found = build(world_config(tmp_path, world.url)).manifest
-    assert paid(world) - before == 2 * 20
-    assert found["counts"]["prompts"] == 27
-    assert found["drop_reasons"]["prompts.duplicate"] == 7
-    assert found["counts"]["pairs"] + found["counts"]["dropped"] == 27
+    cost = paid(world)
+    content = build(world_config(tmp_path, world.url)).manifest
+    assert paid(world) - cost == 2 * 20
+    assert content["counts"]["prompts"] == 27
+    assert content["drop_reasons"]["prompts.duplicate"] == 7
+    assert content["counts"]["pairs"] + content["counts"]["dropped"] == 27
     assert {row["id"] for row in drops(tmp_path / "out") if row["reason"] == "duplicate"} <= {t.id for t in tasks}
 
 
 def test_limit_takes_the_first_prompts_and_may_grow_for_nothing_paid_twice(tmp_path, world):
     write_tasks(tmp_path, 30)
-    before = paid(world)
+    cost = paid(world)
     assert build(world_config(tmp_path, world.url, limit=10)).manifest["counts"]["prompts"] == 10
-    assert paid(world) - before == 20
+    assert paid(world) - cost == 20
     assert build(world_config(tmp_path, world.url)).manifest["counts"]["prompts"] == 30
-    assert paid(world) - before == 60
+    assert paid(world) - cost == 60
 
 
 def test_accept_gives_exactly_the_first_pairs_in_prompt_order(tmp_path, world):
@@ -385,8 +385,8 @@ def test_a_misbehaving_endpoint_still_gives_right_pairs(tmp_path):
     with running(ServerOptions(misbehaviour=wrong, retry_after=0.2, slow_seconds=0.5)) as server:
         built = build(world_config(tmp_path, server.url, concurrency=32))
         stats = server.stats()
-    found = outcomes(tmp_path / "out")
-    assert len(found) == 300
+    by_prompt = outcomes(tmp_path / "out")
+    assert len(by_prompt) == 300
     assert built.failed == 0
     for row in pairs(tmp_path / "out"):
         chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
@@ -414,9 +414,9 @@ def test_one_bad_row_of_200_gives_199_outcomes_and_one_failure(tmp_path, server)
     scripts = ["ok"] * 200
     scripts[77] = "400"
     building.write_prompts(tmp_path / "prompts.jsonl", building.scripted_rows(scripts))
-    ended = clair("build", write_recipe(tmp_path, server.url))
-    assert ended.code == 3
-    assert "1 rows failed (see dropped.jsonl)" in ended.err
+    result = clair("build", write_recipe(tmp_path, server.url))
+    assert result.code == 3
+    assert "1 rows failed (see dropped.jsonl)" in result.err
     assert len(pairs(tmp_path / "out")) == 199
     (dropped,) = drops(tmp_path / "out")
     assert dropped == {
@@ -426,9 +426,9 @@ def test_one_bad_row_of_200_gives_199_outcomes_and_one_failure(tmp_path, server)
         "detail": "400: This prompt is too long.",
         "failed": True,
     }
-    asked = len(server.seen())
+    request_count = len(server.seen())
     assert clair("build", write_recipe(tmp_path, server.url)).code == 3
-    assert len(server.seen()) == asked + 1  # the failed one is tried again, nothing else
+    assert len(server.seen()) == request_count + 1  # the failed one is tried again, nothing else
 
 
 def test_strange_text_comes_through_unchanged(tmp_path, server):
@@ -443,10 +443,10 @@ def test_strange_text_comes_through_unchanged(tmp_path, server):
     rows = [{"id": n, "prompt": f"Task {text}", "answer": text} for n, text in enumerate(strange)]
     building.write_prompts(tmp_path / "prompts.jsonl", rows)
     build(config_for(tmp_path, server.url, reviser={"url": server.url, "model": "m", "ask_again": False}))
-    found = outcomes(tmp_path / "out")
+    by_prompt = outcomes(tmp_path / "out")
     for n, text in enumerate(strange):
-        wanted = text.replace("bad", "good").strip()
-        assert found[str(n)] == (wanted if "mentioned" not in text else "reviser.label_in_answer")
+        expected = text.replace("bad", "good").strip()
+        assert by_prompt[str(n)] == (expected if "mentioned" not in text else "reviser.label_in_answer")
     for row in pairs(tmp_path / "out"):
         assert row["prompt"][0]["content"] == f"Task {strange[int(row['id'])]}"
         assert row["rejected"][0]["content"] == strange[int(row["id"])]
@@ -472,9 +472,9 @@ def test_a_system_prompt_only_is_asked_and_revised(tmp_path, server):
     turns = [{"role": "system", "content": "Say something bad."}]
     building.write_prompts(tmp_path / "prompts.jsonl", [{"id": "s", "prompt": turns}])
     build(config_for(tmp_path, server.url, target={"url": server.url, "model": "t"}))
-    asked = {request["body"]["model"]: request["body"]["messages"] for request in server.seen()}
-    assert asked["t"] == turns
-    assert "Say something bad." in asked["m"][-1]["content"]
+    messages = {request["body"]["model"]: request["body"]["messages"] for request in server.seen()}
+    assert messages["t"] == turns
+    assert "Say something bad." in messages["m"][-1]["content"]
     (pair,) = pairs(tmp_path / "out")
     assert pair["prompt"] == turns
     assert pair["chosen"][0]["content"] == pair["rejected"][0]["content"].replace("bad", "good")
@@ -489,9 +489,9 @@ def test_a_conversation_is_asked_and_kept_as_it_is(tmp_path, server):
     ]
     building.write_prompts(tmp_path / "prompts.jsonl", [{"id": "c", "prompt": turns}])
     build(config_for(tmp_path, server.url, target={"url": server.url, "model": "t"}, filters={"identical": False}))
-    asked = {request["body"]["model"]: request["body"]["messages"] for request in server.seen()}
-    assert asked["t"] == turns
-    (question,) = asked["m"]
-    for part in ("System:\nBe brief.", "User:\nHi", "Assistant:\nHello", "User:\na bad question"):
-        assert part in question["content"]
+    messages = {request["body"]["model"]: request["body"]["messages"] for request in server.seen()}
+    assert messages["t"] == turns
+    (question,) = messages["m"]
+    for turn_text in ("System:\nBe brief.", "User:\nHi", "Assistant:\nHello", "User:\na bad question"):
+        assert turn_text in question["content"]
     assert pairs(tmp_path / "out")[0]["prompt"] == turns

@@ -81,29 +81,29 @@ def build_and(sent: signal.Signals, server: Running, recipe: Path, out: Path, mo
     `all`: its children get it too, as Ctrl-C in a terminal and a killed container do; else it alone, and whatever it
     started must end with it.
     """
-    before = server.stats()["requests"]
+    request_count = server.stats()["requests"]
     process = start_clair("build", recipe, "--out", out, start_new_session=True)
-    wait_for_requests(server, before + int(moment), process)
+    wait_for_requests(server, request_count + int(moment), process)
     time.sleep(LATENCY * (moment % 1))
     if process.poll() is None:
         (os.killpg if all else os.kill)(process.pid, sent)
-    ended = finished(process)
+    result = finished(process)
     until = time.monotonic() + 60
     while survivors(process.pid):
         assert time.monotonic() < until, f"{survivors(process.pid)} outlived the build"
         time.sleep(0.01)
-    return ended
+    return result
 
 
 def survivors(session: int) -> list[int]:
     """The processes of a session that are still at work."""
-    found = []
+    numbers = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             state, _, _, its_session = folder.joinpath("stat").read_text().rpartition(")")[2].split()[:4]
             if int(its_session) == session and state != "Z":
-                found.append(int(folder.name))
-    return found
+                numbers.append(int(folder.name))
+    return numbers
 
 
 # ---- kill -9
@@ -114,9 +114,9 @@ def assert_survives_kills(server: Running, tmp_path: Path, undisturbed: dict[str
     earlier = server.stats()
     killed = in_flight = 0
     for number, moment in enumerate(moments):
-        ended = build_and(signal.SIGKILL, server, recipe, tmp_path / "out", moment, all=number % 2 == int(moment) % 2)
-        assert ended.code in (-signal.SIGKILL, 0), ended
-        killed += ended.code != 0
+        result = build_and(signal.SIGKILL, server, recipe, tmp_path / "out", moment, all=number % 2 == int(moment) % 2)
+        assert result.code in (-signal.SIGKILL, 0), result
+        killed += result.code != 0
         in_flight += in_flight_at_the_end(tmp_path / "out" / "ledger.sqlite")
     assert killed >= len(moments) - 1  # one at the very end may come too late
     assert in_flight <= killed * 2 * CONCURRENCY  # each of the two roles may have so many
@@ -165,7 +165,7 @@ def test_killed_while_it_finishes_it_leaves_the_old_dataset_or_the_new_one(tmp_p
     """Every reply is in the ledger, so that a run is little but the writing of its files."""
     recipe = world_recipe(tmp_path, slow_world.url)
     assert finished(start_clair("build", recipe)).code == 0
-    before = slow_world.stats()["requests"]
+    request_count = slow_world.stats()["requests"]
     for wait in (0.9, 1.1, 1.3, 1.5):
         process = start_clair("build", recipe)
         time.sleep(wait)
@@ -173,7 +173,7 @@ def test_killed_while_it_finishes_it_leaves_the_old_dataset_or_the_new_one(tmp_p
         finished(process)
         assert final_bytes(tmp_path / "out") == undisturbed
     assert clair("build", recipe).code == 0
-    assert slow_world.stats()["requests"] == before
+    assert slow_world.stats()["requests"] == request_count
 
 
 # ---- Ctrl-C
@@ -184,10 +184,10 @@ def test_interrupted_it_keeps_all_that_was_paid_and_goes_on_from_there(tmp_path,
     with running(ServerOptions(latency=LATENCY)) as server:
         recipe = world_recipe(tmp_path, server.url)
         for moment in (80.5, 120.0):
-            ended = build_and(sent, server, recipe, tmp_path / "out", moment, all=True)
-            assert ended.code == 130, ended
-            assert "interrupted: every reply so far is kept; run the same command again to go on" in ended.err
-            assert "Traceback" not in ended.err
+            result = build_and(sent, server, recipe, tmp_path / "out", moment, all=True)
+            assert result.code == 130, result
+            assert "interrupted: every reply so far is kept; run the same command again to go on" in result.err
+            assert "Traceback" not in result.err
             assert not (tmp_path / "out" / "manifest.json").exists()
         assert 0 < server.stats()["paid_total"] < REQUESTS
         assert finished(start_clair("build", recipe)).code == 0
@@ -203,8 +203,8 @@ def test_interrupted_at_any_moment_it_buys_nothing_twice(tmp_path, undisturbed, 
     with running(ServerOptions(latency=LATENCY)) as server:
         recipe = world_recipe(tmp_path, server.url)
         (moment,) = moments(seed, 1)
-        ended = build_and(signal.SIGINT, server, recipe, tmp_path / "out", moment, all=seed % 2 == 0)
-        assert ended.code in (0, 130, -signal.SIGINT)  # the last: it was finished, and Python shutting down
+        result = build_and(signal.SIGINT, server, recipe, tmp_path / "out", moment, all=seed % 2 == 0)
+        assert result.code in (0, 130, -signal.SIGINT)  # the last: it was finished, and Python shutting down
         assert finished(start_clair("build", recipe)).code == 0
         assert server.stats()["paid_total"] == server.stats()["paid_distinct"] == REQUESTS
     assert final_bytes(tmp_path / "out") == undisturbed
@@ -228,8 +228,8 @@ def test_interrupted_while_rows_wait_to_ask_again_it_ends_at_once(tmp_path, serv
     wait_for_seen(server, 10)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    ended = finished(process)
-    assert ended.code == 130, ended
+    result = finished(process)
+    assert result.code == 130, result
     assert len(server.seen()) < 5 * 10  # no row was asked for as often as it may be
 
 
@@ -240,10 +240,10 @@ def test_interrupted_twice_it_leaves_at_once(tmp_path, server):
     time.sleep(1.0)
     assert process.poll() is None  # it waits for what is in flight
     process.send_signal(signal.SIGINT)
-    ended = finished(process)  # which waits for less time than an answer takes
-    assert ended.code == 130, ended
-    assert "Traceback" not in ended.err
-    first, second = (line for line in ended.err.splitlines() if "in flight" in line and "building" not in line)
+    result = finished(process)  # which waits for less time than an answer takes
+    assert result.code == 130, result
+    assert "Traceback" not in result.err
+    first, second = (line for line in result.err.splitlines() if "in flight" in line and "building" not in line)
     assert first.startswith("interrupted: waiting for the replies in flight (reviser 10), at most 10 min more; ")
     assert "Ctrl-C again leaves without them; the same command goes on" in first
     assert second.startswith("leaving at once: the 10 replies in flight are not kept, and will be asked for again; ")
@@ -254,9 +254,9 @@ def test_interrupted_before_the_first_request_it_says_so(tmp_path):
     process = start_clair("build", write_recipe(tmp_path, "http://127.0.0.1:9/v1"))
     assert "checking recipe and prompts" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
-    ended = finished(process)
-    assert ended.code == 130, ended
-    assert "Traceback" not in ended.err
+    result = finished(process)
+    assert result.code == 130, result
+    assert "Traceback" not in result.err
 
 
 # ---- one process a folder
@@ -266,8 +266,8 @@ def test_a_folder_in_use_is_told_with_the_owners_pid(tmp_path, server):
     recipe = scripted_recipe(tmp_path, server.url, ["wait:3"] * 4)
     process = start_clair("build", recipe)
     wait_for_seen(server, 4)
-    told = error_line(clair("build", recipe))
-    assert told == f"{tmp_path / 'out'} is in use by process {process.pid}; wait for it, or choose another --out"
+    message = error_line(clair("build", recipe))
+    assert message == f"{tmp_path / 'out'} is in use by process {process.pid}; wait for it, or choose another --out"
     assert finished(process).code == 0
     assert len(server.seen()) == 4
     assert len(pairs(tmp_path / "out")) == 4
@@ -280,13 +280,13 @@ def test_a_folder_in_use_is_told_with_the_owners_pid(tmp_path, server):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of a few megabytes at out/."""
-    place = tmp_path / "out"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    folder = tmp_path / "out"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("no tmpfs can be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk_ends_the_build_in_one_line_and_loses_nothing(tmp_path, server, small_disk):
@@ -294,11 +294,11 @@ def test_a_full_disk_ends_the_build_in_one_line_and_loses_nothing(tmp_path, serv
     rows = [{"id": n, "prompt": f"Task {n}", "answer": f"bad {n} " + "word " * 3000 + "."} for n in range(count)]
     write_rows(tmp_path / "prompts.jsonl", rows)
     recipe = write_recipe(tmp_path, server.url, concurrency=concurrency)
-    told = error_line(finished(start_clair("build", recipe)))
-    assert "make room" in told
-    assert str(small_disk) in told
-    asked = len(server.seen())
-    assert concurrency < asked < count
+    message = error_line(finished(start_clair("build", recipe)))
+    assert "make room" in message
+    assert str(small_disk) in message
+    request_count = len(server.seen())
+    assert concurrency < request_count < count
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     assert finished(start_clair("build", recipe)).code == 0
     assert count <= len(server.seen()) <= count + 2 * concurrency
@@ -309,16 +309,16 @@ def test_a_full_disk_ends_the_build_in_one_line_and_loses_nothing(tmp_path, serv
 def test_files_that_cannot_be_written_are_one_line_and_the_old_ones_stay(tmp_path, server, monkeypatch, code):
     recipe = scripted_recipe(tmp_path, server.url, ["ok"] * 5)
     assert clair("build", recipe).code == 0
-    before = final_bytes(tmp_path / "out")
+    files = final_bytes(tmp_path / "out")
     scripted_recipe(tmp_path, server.url, ["ok"] * 9)
 
     def fail(*_):
         raise OSError(code, os.strerror(code), str(tmp_path / "out" / "data"))
 
     monkeypatch.setattr("clair.data.dataset.publish", fail)
-    told = error_line(clair("build", recipe))
-    assert os.strerror(code) in told
-    assert final_bytes(tmp_path / "out") == before
+    message = error_line(clair("build", recipe))
+    assert os.strerror(code) in message
+    assert final_bytes(tmp_path / "out") == files
     assert len(list((tmp_path / "out" / "data").iterdir())) == 2  # no temporary file is left to fill the disk
     monkeypatch.undo()
     assert clair("build", recipe).code == 0
@@ -342,8 +342,8 @@ def test_an_endpoint_that_dies_half_way_and_comes_back_is_waited_for(tmp_path, u
         wait_for_requests(first, 60, process)
     time.sleep(2.0)
     with running(options) as second:
-        ended = finished(process)
-        assert ended.code == 0, ended
+        result = finished(process)
+        assert result.code == 0, result
         assert 0 < second.stats()["paid_total"] < REQUESTS
     assert final_bytes(tmp_path / "out") == undisturbed
     assert manifest(tmp_path / "out")["tokens"]["reviser"]["retries"] > 0
@@ -354,8 +354,8 @@ def test_an_endpoint_that_stays_away_gives_failed_rows_and_a_rerun_mends_them(tm
     with running(options) as first:
         process = start_clair("build", world_recipe(tmp_path, first.url, attempts=2))
         wait_for_requests(first, 60, process)
-    ended = finished(process)
-    assert ended.code == 3, ended
+    result = finished(process)
+    assert result.code == 3, result
     failed = [row for row in drops(tmp_path / "out") if row["failed"]]
     assert failed
     assert {row["reason"] for row in failed} == {"unreachable"}
@@ -368,14 +368,14 @@ def test_an_endpoint_that_stays_away_gives_failed_rows_and_a_rerun_mends_them(tm
 def test_an_endpoint_that_is_gone_for_long_ends_the_run_and_keeps_what_was_paid(tmp_path, server):
     reviser = {"url": server.url, "model": "m", "patience": 0.2}
     write_rows(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 4 + ["drop"] * 200))
-    told = error_line(clair("build", write_recipe(tmp_path, server.url, reviser=reviser, concurrency=4, attempts=2)))
-    assert "no answer for" in told
-    assert "run the same command again" in told
+    message = error_line(clair("build", write_recipe(tmp_path, server.url, reviser=reviser, concurrency=4, attempts=2)))
+    assert "no answer for" in message
+    assert "run the same command again" in message
     assert len(server.seen()) < 4 + 2 * 200
     write_rows(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 4))
-    asked = len(server.seen())
+    request_count = len(server.seen())
     assert clair("build", tmp_path / "recipe.yaml").code == 0
-    assert len(server.seen()) == asked
+    assert len(server.seen()) == request_count
 
 
 # ---- clocks

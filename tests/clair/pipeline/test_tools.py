@@ -13,7 +13,7 @@ from clair.core.errors import UserError
 from clair.data.dataset import load_pairs, read_rows, schema, split_file
 from clair.data.prompt_sources import PromptSource, load_split, read_prompts
 from clair.data.records import task_text
-from clair.inference.model import parse_reply
+from clair.inference.model import reply_of
 from clair.pipeline.build import build
 from clair.pipeline.shards import Shard, shards_location
 from clair.reporting.review import fingerprint
@@ -21,10 +21,10 @@ from tests.clair.building import clair, drops, manifest, write_prompts
 from tests.clair.scripted import Scripted, choice, endpoint, install, oracle_verdict, recipe, revision
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "tide", "arguments": {"port": "Brest", "at": None}}}
-OTHER = {"id": "c2", "type": "function", "function": {"name": "moon", "arguments": '{"day": 3}'}}
+SECOND_CALL = {"id": "c2", "type": "function", "function": {"name": "moon", "arguments": '{"day": 3}'}}
 TURNS = [
     {"role": "user", "content": "When is high water?", "name": "Anna"},
-    {"role": "assistant", "content": None, "tool_calls": [CALL, OTHER], "reasoning_content": "I must look."},
+    {"role": "assistant", "content": None, "tool_calls": [CALL, SECOND_CALL], "reasoning_content": "I must look."},
     {"role": "tool", "tool_call_id": "c1", "content": "at noon"},
 ]
 TOOLS = [
@@ -52,20 +52,20 @@ def built(tmp_path, monkeypatch, target, rows=ROWS, name="out", **keys):
 
 
 def test_tool_calls_their_results_and_the_tools_reach_every_model_and_the_dataset_whole(tmp_path, monkeypatch):
-    found, models = built(tmp_path, monkeypatch, lambda messages, sample: "a bad answer")
+    by_id, models = built(tmp_path, monkeypatch, lambda messages, sample: "a bad answer")
     sent = {request["messages"][0]["content"]: request for request in models["target"].asked}
     assert (sent[TURNS[0]["content"]]["messages"], sent[TURNS[0]["content"]]["tools"]) == (TURNS, TOOLS)
     assert "tools" not in sent["Hello?"]
     revisers = [request["messages"][0]["content"] for request in models["reviser"].asked]
     assert all("tools" not in request for request in models["reviser"].asked)
     (task,) = [text for text in revisers if "high water" in text]
-    for words in ("Anna", "tide", "Brest", "moon", '\\"day\\": 3', "c1", "at noon", "I must look.", '"port": {"type"'):
-        assert words in task, words
-    assert (found["tools"]["prompt"], found["tools"]["tools"]) == (TURNS, TOOLS)
-    assert (found["json"]["tools"], found["text"]["tools"]) == (TOOLS[1:], None)
-    assert found["text"]["prompt"] == [{"role": "user", "content": "Hello?"}]
+    for text in ("Anna", "tide", "Brest", "moon", '\\"day\\": 3', "c1", "at noon", "I must look.", '"port": {"type"'):
+        assert text in task, text
+    assert (by_id["tools"]["prompt"], by_id["tools"]["tools"]) == (TURNS, TOOLS)
+    assert (by_id["json"]["tools"], by_id["text"]["tools"]) == (TOOLS[1:], None)
+    assert by_id["text"]["prompt"] == [{"role": "user", "content": "Hello?"}]
     read = {row["id"]: row for row in load_split(str(tmp_path / "out"), "train")}  # as any reader gets them
-    assert read == found
+    assert read == by_id
     trained = {row["id"]: row for row in load_pairs(tmp_path / "out")}
     assert json.loads(trained["tools"]["tools"]) == TOOLS
     calls = json.loads(trained["tools"]["prompt"][1]["tool_calls"])
@@ -87,10 +87,10 @@ def test_calling_a_tool_ends_an_answer_well_only_where_the_row_has_tools(tmp_pat
         text = messages[-1]["content"]
         return choice(None if "moon" in text else "a bad answer", "tool_calls", tool_calls=[CALL])
 
-    found, _ = built(tmp_path, monkeypatch, target)
-    assert found["tools"]["rejected"] == [{"role": "assistant", "content": "a bad answer", "tool_calls": [CALL]}]
-    assert found["tools"]["chosen"] == [{"role": "assistant", "content": "a good answer", "tool_calls": [CALL]}]
-    assert load_split(str(tmp_path / "out"), "train")[0] == found["tools"]
+    by_id, _ = built(tmp_path, monkeypatch, target)
+    assert by_id["tools"]["rejected"] == [{"role": "assistant", "content": "a bad answer", "tool_calls": [CALL]}]
+    assert by_id["tools"]["chosen"] == [{"role": "assistant", "content": "a good answer", "tool_calls": [CALL]}]
+    assert load_split(str(tmp_path / "out"), "train")[0] == by_id["tools"]
     assert {row["id"]: (row["stage"], row["reason"]) for row in drops(tmp_path / "out")} == {
         "text": ("target", "tool_call"),
         "json": ("target", "tool_call"),
@@ -104,8 +104,8 @@ def test_the_first_answer_that_calls_a_tool_may_come_late_and_shards_give_the_sa
 
     monkeypatch.setattr("clair.data.dataset.ROWS_PER_GROUP", 3)
     rows = [{"id": f"r{n}", "prompt": f"task {n}", "tools": TOOLS} for n in range(10)]
-    found, _ = built(tmp_path, monkeypatch, target, rows)
-    assert {id for id, row in found.items() if "tool_calls" in row["chosen"][0]} == {"r7"}
+    by_id, _ = built(tmp_path, monkeypatch, target, rows)
+    assert {id for id, row in by_id.items() if "tool_calls" in row["chosen"][0]} == {"r7"}
     assert [row["id"] for row in load_split(str(tmp_path / "out"), "train")] == [row["id"] for row in rows]
     config = recipe(tmp_path / "parts", rows, pipeline="revised", reviser=endpoint(), target=endpoint())
     for index in (1, 2, 3):
@@ -119,15 +119,15 @@ def test_the_first_answer_that_calls_a_tool_may_come_late_and_shards_give_the_sa
 
 
 def test_a_judge_sees_the_calls_of_answers_and_the_pair_has_them(tmp_path, monkeypatch):
-    calls = [{**OTHER, "id": "bad"}, {**OTHER, "id": "good"}]
+    calls = [{**SECOND_CALL, "id": "bad"}, {**SECOND_CALL, "id": "good"}]
 
     def target(messages, sample):
         return choice("", "tool_calls", tool_calls=[calls[sample]])
 
-    found, _ = built(tmp_path, monkeypatch, target, ROWS[:1], pipeline="judged", reviser=None, judge=endpoint(),
+    by_id, _ = built(tmp_path, monkeypatch, target, ROWS[:1], pipeline="judged", reviser=None, judge=endpoint(),
                      filters={"empty": False, "identical": False, "length": False})  # fmt: skip
-    assert found["tools"]["chosen"][0]["tool_calls"] == calls[1:]
-    assert found["tools"]["rejected"][0]["tool_calls"] == calls[:1]
+    assert by_id["tools"]["chosen"][0]["tool_calls"] == calls[1:]
+    assert by_id["tools"]["rejected"][0]["tool_calls"] == calls[:1]
 
 
 def test_prompts_of_parquet_come_without_the_nulls_that_arrow_fills_in(tmp_path):
@@ -141,12 +141,12 @@ def test_prompts_of_parquet_come_without_the_nulls_that_arrow_fills_in(tmp_path)
 def test_the_prompts_of_a_dataset_with_tools_are_read_back_whole(tmp_path, monkeypatch):
     built(tmp_path, monkeypatch, lambda messages, sample: "a bad answer")
     for path in (tmp_path / "out", tmp_path / "out" / split_file("train")):
-        found = {prompt.id: prompt for prompt in read_prompts(PromptSource(path=str(path)))}
-        assert (list(found["tools"].messages), list(found["tools"].tools)) == (TURNS, TOOLS)
+        by_id = {prompt.id: prompt for prompt in read_prompts(PromptSource(path=str(path)))}
+        assert (list(by_id["tools"].messages), list(by_id["tools"].tools)) == (TURNS, TOOLS)
 
 
 @pytest.mark.parametrize(
-    ("turn", "words"),
+    ("turn", "match"),
     [
         ({"role": "user", "content": "Hi", "weight": 0.5}, "'weight'"),
         ({"role": "assistant", "content": None}, "content"),
@@ -154,36 +154,41 @@ def test_the_prompts_of_a_dataset_with_tools_are_read_back_whole(tmp_path, monke
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "content"),
     ],
 )
-def test_what_cannot_be_sent_of_a_turn_is_refused_by_name_before_anything_is_asked(tmp_path, turn, words):
+def test_what_cannot_be_sent_of_a_turn_is_refused_by_name_before_anything_is_asked(tmp_path, turn, match):
     file = write_prompts(
         tmp_path / "p.jsonl", [{"prompt": "fine"}, {"prompt": [turn, {"role": "user", "content": "?"}]}]
     )
-    with pytest.raises(UserError, match=f"line 2: .*{words}"):
+    with pytest.raises(UserError, match=f"line 2: .*{match}"):
         list(read_prompts(PromptSource(path=str(file))))
 
 
 def test_turns_in_parts_of_text_are_text(tmp_path):
-    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "this?"}]
-    file = write_prompts(tmp_path / "p.jsonl", [{"prompt": [{"role": "user", "content": parts}]}])
+    blocks = [{"type": "text", "text": "What is "}, {"type": "text", "text": "this?"}]
+    file = write_prompts(tmp_path / "p.jsonl", [{"prompt": [{"role": "user", "content": blocks}]}])
     (prompt,) = read_prompts(PromptSource(path=str(file)))
     assert prompt.messages == ({"role": "user", "content": "What is this?"},)
 
 
 def test_a_dataset_with_tools_is_shown_reviewed_exported_and_merged(tmp_path, monkeypatch):
-    found, _ = built(tmp_path, monkeypatch, lambda messages, sample: "a bad answer")
+    by_id, _ = built(tmp_path, monkeypatch, lambda messages, sample: "a bad answer")
     out = tmp_path / "out"
-    ends = [clair("show", out), clair("report", out), clair("export", out, tmp_path / "x.jsonl"), clair("stats", out)]
-    assert [end.code for end in ends] == [0] * 4, ends
+    results = [
+        clair("show", out),
+        clair("report", out),
+        clair("export", out, tmp_path / "x.jsonl"),
+        clair("stats", out),
+    ]
+    assert [end.code for end in results] == [0] * 4, results
     exported = {row["id"]: row for row in map(json.loads, (tmp_path / "x.jsonl").read_text().splitlines())}
     assert (exported["tools"]["tools"], exported["tools"]["prompt"]) == (TOOLS, TURNS)
     marks = {"format": 1, "dataset": fingerprint(manifest(out)), "decisions": {"text": "drop"}}
     (tmp_path / "d.json").write_text(json.dumps(marks))
     assert clair("keep", out, tmp_path / "d.json", "--out", tmp_path / "kept").code == 0
-    assert {row["id"]: row for row in read_rows(tmp_path / "kept")} == {id: found[id] for id in ("tools", "json")}
-    whole = recipe(tmp_path / "merged", ROWS, pipeline="revised", reviser=endpoint(), target=endpoint())
+    assert {row["id"]: row for row in read_rows(tmp_path / "kept")} == {id: by_id[id] for id in ("tools", "json")}
+    config = recipe(tmp_path / "merged", ROWS, pipeline="revised", reviser=endpoint(), target=endpoint())
     for index in (1, 2):
-        build(whole, shard=Shard(index, 2))
-    merge(shards_location(whole.out))
+        build(config, shard=Shard(index, 2))
+    merge(shards_location(config.out))
     assert (tmp_path / "merged" / split_file("train")).read_bytes() == (out / split_file("train")).read_bytes()
     assert clair("next", out, "--model", "runs/x", "--out", tmp_path / "next").code == 0
     again = {prompt.id: prompt for prompt in read_prompts(PromptSource(path=str(tmp_path / "next-prompts.jsonl")))}
@@ -191,5 +196,5 @@ def test_a_dataset_with_tools_is_shown_reviewed_exported_and_merged(tmp_path, mo
 
 
 def test_a_reply_with_text_keeps_its_calls(tmp_path):
-    reply = parse_reply(json.dumps({"choices": [choice("Yes.", "tool_calls", tool_calls=[CALL])]}), tools=True)
+    reply = reply_of(json.dumps({"choices": [choice("Yes.", "tool_calls", tool_calls=[CALL])]}), tools=True)
     assert (reply.text, reply.tool_calls) == ("Yes.", (CALL,))

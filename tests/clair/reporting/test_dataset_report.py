@@ -50,16 +50,16 @@ def test_the_page_tells_what_the_folder_holds(folder, pairs):
     assert data["fingerprint"] == fingerprint(manifest)
     assert rows["id"] == [row["id"] for row in read_rows(folder)]
     assert sum(rows["test"]) == manifest["counts"]["test"]
-    for place, id in enumerate(rows["id"]):
+    for index, id in enumerate(rows["id"]):
         pair = by_id[id]
         for name, value in pair.contrast.items():
-            assert rows["numbers"][name][place] == pytest.approx(value, abs=5e-5)
-        assert rows["numbers"]["more_words"][place] == len(words(pair.chosen)) - len(words(pair.rejected))
-        found = texts[str(place)]
-        assert found["prompt"] == [["user", pair.messages[0]["content"]]]
-        assert "".join(part[1] for part in found["diff"] if part[0] >= 0) == pair.chosen
-        assert found["reasoning"] == pair.reasoning
-        assert found["models"] == dict(pair.models)
+            assert rows["numbers"][name][index] == pytest.approx(value, abs=5e-5)
+        assert rows["numbers"]["more_words"][index] == len(words(pair.chosen)) - len(words(pair.rejected))
+        entry = texts[str(index)]
+        assert entry["prompt"] == [["user", pair.messages[0]["content"]]]
+        assert "".join(piece[1] for piece in entry["diff"] if piece[0] >= 0) == pair.chosen
+        assert entry["reasoning"] == pair.reasoning
+        assert entry["models"] == dict(pair.models)
     for name, plot in data["overview"]["histograms"].items():
         assert sum(plot["counts"]) == plot["n"] == PAIRS
         assert plot["mean"] == pytest.approx(manifest["contrast"][name], abs=1e-4)
@@ -67,8 +67,8 @@ def test_the_page_tells_what_the_folder_holds(folder, pairs):
 
 def test_lengths_are_compared_by_hand(tmp_path, pairs):
     texts = [("a b", "a b c"), ("a b", "a b"), ("a b c", "a"), ("a", "a b c d")]
-    made = [replace(p, rejected=r, chosen=c) for p, (r, c) in zip(pairs, texts, strict=False)]
-    lengths = block(report(write_dataset(tmp_path / "d", made)), "data")["overview"]["lengths"]
+    changed = [replace(p, rejected=r, chosen=c) for p, (r, c) in zip(pairs, texts, strict=False)]
+    lengths = block(report(write_dataset(tmp_path / "d", changed)), "data")["overview"]["lengths"]
     assert (lengths["longer"], lengths["shorter"], lengths["median_more"]) == (2, 1, 1)
     assert lengths["mean"] == {"chosen": 10 / 4, "rejected": 8 / 4}
     assert sum(count for _, _, count in lengths["grid"]) == 4
@@ -77,7 +77,7 @@ def test_lengths_are_compared_by_hand(tmp_path, pairs):
 def test_every_dropped_row_is_there_with_its_reason(folder):
     drops = block(report(folder), "data")["drops"]
     lines = [json.loads(line) for line in (folder / "dropped.jsonl").read_text("utf-8").splitlines()]
-    names = [drops["reasons"][at]["name"] for at in drops["reason"]]
+    names = [drops["reasons"][index]["name"] for index in drops["reason"]]
     assert names == [f"{line['stage']}.{line['reason']}" for line in lines]
     assert (drops["id"], drops["detail"]) == ([r["id"] for r in lines], [r["detail"] for r in lines])
     assert {reason["name"]: reason["count"] for reason in drops["reasons"]} == read_manifest(folder)["drop_reasons"]
@@ -96,18 +96,18 @@ def test_equal_folders_give_equal_bytes(tmp_path, folder, pairs):
 
 @pytest.mark.parametrize("room", [400_000, 800_000])
 def test_a_page_is_never_larger_than_it_may_be(tmp_path, monkeypatch, room):
-    made = synthetic_pairs(1500, characters=800, different=200)
-    made = [replace(p, id=f"{number}-" + "<" * (number % 90)) for number, p in enumerate(made)]
+    synthetic = synthetic_pairs(1500, characters=800, different=200)
+    synthetic = [replace(p, id=f"{number}-" + "<" * (number % 90)) for number, p in enumerate(synthetic)]
     monkeypatch.setattr(module, "MAX_BYTES", room)
     monkeypatch.setattr(module, "_ROWS_BYTES", room // 2)
     monkeypatch.setattr(module, "_DROPS_BYTES", room // 20)
-    file = report(write_dataset(tmp_path / "d", made, 900))
+    file = report(write_dataset(tmp_path / "d", synthetic, 900))
     assert file.stat().st_size <= room
     data, full = block(file, "data"), block(file, "full")
     assert data["overview"]["counts"]["pairs"] == 1500
     assert sum(data["overview"]["histograms"]["jaccard"]["counts"]) == 1500
     assert 300 < len(data["rows"]["id"]) <= 1500
-    assert {int(place) for place in block(file, "texts")} == set(full)
+    assert {int(index) for index in block(file, "texts")} == set(full)
     assert len(full) > 10
     shown = Counter(data["drops"]["reason"])
     assert 0 < len(data["drops"]["id"]) < 900
@@ -128,9 +128,9 @@ def test_openings_are_shortened_before_pairs_are_left_out():
 
 
 @given(st.text(st.characters(), max_size=80), st.integers(10, 200))
-def test_a_text_that_is_cut_is_a_beginning_and_small_enough(text, most):
-    assert text.startswith(cut(text, most))
-    assert len(json_text(cut(text, most)).encode()) <= most
+def test_a_text_that_is_cut_is_a_beginning_and_small_enough(text, limit):
+    assert text.startswith(cut(text, limit))
+    assert len(json_text(cut(text, limit)).encode()) <= limit
 
 
 def test_very_long_texts_are_shown_in_part(tmp_path, pairs):
@@ -138,8 +138,8 @@ def test_very_long_texts_are_shown_in_part(tmp_path, pairs):
     folder = write_dataset(tmp_path / "d", [long, *pairs[21:23]])
     file = report(folder)
     assert file.stat().st_size < 2_000_000
-    (found,) = [text for text in block(file, "texts").values() if "left out" in text["prompt"][0][1]]
-    assert "900,000 characters left out" in found["prompt"][0][1]
+    (entry,) = [text for text in block(file, "texts").values() if "left out" in text["prompt"][0][1]]
+    assert "900,000 characters left out" in entry["prompt"][0][1]
     assert len(block(file, "full")) == 3
 
 
@@ -201,7 +201,7 @@ def test_filters_choose_whose_text_is_there(folder, pairs, tmp_path):
         file = report(folder, tmp_path / "page.html", filters)
         ids = block(file, "data")["rows"]["id"]
         assert len(ids) == PAIRS
-        return {ids[place] for place in block(file, "full")}
+        return {ids[index] for index in block(file, "full")}
 
     assert chosen("jaccard<0.5") == {p.id for p in pairs if round(p.contrast["jaccard"], 4) < 0.5}
     assert chosen(f"id={pairs[3].id}") == {pairs[3].id}
@@ -219,7 +219,7 @@ def test_signs_of_filters(sign, holds):
 
 
 @pytest.mark.parametrize(
-    ("filter", "told"),
+    ("filter", "message"),
     [
         ("jacard<0.5", "unknown name 'jacard' (did you mean 'jaccard'?); allowed: jaccard, "),
         ("jaccard", "give NAME, one of < <= > >= = ~, and a value"),
@@ -229,10 +229,10 @@ def test_signs_of_filters(sign, holds):
         ("text=word", "text takes ~"),
     ],
 )
-def test_a_filter_that_cannot_be_read_is_told_in_one_line(filter, told):
+def test_a_filter_that_cannot_be_read_is_told_in_one_line(filter, message):
     with pytest.raises(UserError) as caught:
         read_filters([filter])
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -276,9 +276,9 @@ def test_every_number_of_the_page_says_what_it_is():
 
 def test_the_command_says_where_the_page_is(folder, tmp_path):
     out = tmp_path / "page.html"
-    done = CliRunner().invoke(app, ["report", str(folder), "--out", str(out), "--filter", "split=test"])
-    assert done.exit_code == 0, done.output
-    assert str(out) in done.output.replace("\n", "")
+    result = CliRunner().invoke(app, ["report", str(folder), "--out", str(out), "--filter", "split=test"])
+    assert result.exit_code == 0, result.output
+    assert str(out) in result.output.replace("\n", "")
     assert out.is_file()
 
 

@@ -50,34 +50,34 @@ def some_decisions(folder, pairs, seed=0):
 
 
 def test_marked_pairs_move_to_the_dropped_ones_and_counts_add_up(folder, pairs):
-    before, rows = read_manifest(folder), list(read_rows(folder))
+    original, rows = read_manifest(folder), list(read_rows(folder))
     lines = (folder / "dropped.jsonl").read_text("utf-8")
     decided, dropped = some_decisions(folder, pairs)
     manifest = keep(folder, decided)
     assert manifest == read_manifest(folder)
     assert list(read_rows(folder)) == [row for row in rows if row["id"] not in dropped]
-    after = (folder / "dropped.jsonl").read_text("utf-8")
-    assert after.startswith(lines)
-    added = [json.loads(line) for line in after[len(lines) :].splitlines()]
+    text = (folder / "dropped.jsonl").read_text("utf-8")
+    assert text.startswith(lines)
+    added = [json.loads(line) for line in text[len(lines) :].splitlines()]
     assert [row["id"] for row in added] == [row["id"] for row in rows if row["id"] in dropped]
     assert {(row["stage"], row["reason"], row["failed"]) for row in added} == {("review", "marked", False)}
     counts = manifest["counts"]
-    assert counts["prompts"] == before["counts"]["prompts"] == counts["pairs"] + counts["dropped"]
+    assert counts["prompts"] == original["counts"]["prompts"] == counts["pairs"] + counts["dropped"]
     assert counts["pairs"] == PAIRS - 40 == counts["train"] + counts["test"]
-    assert manifest["drop_reasons"] == dict(sorted({**before["drop_reasons"], "review.marked": 40}.items()))
+    assert manifest["drop_reasons"] == dict(sorted({**original["drop_reasons"], "review.marked": 40}.items()))
     assert sum(manifest["drop_reasons"].values()) == counts["dropped"]
-    kept = 20 - len(dropped & {pair.id for pair in pairs[:20]})
-    review = {"decisions_sha256": "5" * 64, "dataset": decided.dataset, "kept": kept, "dropped": 40}
+    kept_count = 20 - len(dropped & {pair.id for pair in pairs[:20]})
+    review = {"decisions_sha256": "5" * 64, "dataset": decided.dataset, "kept": kept_count, "dropped": 40}
     assert manifest["review"] == [review]
     for name in CONTRAST:
         left = [row["contrast"][name] for row in rows if row["id"] not in dropped]
         assert manifest["contrast"][name] == pytest.approx(sum(left) / len(left), rel=1e-12)
-    assert list(manifest["files"]) == list(before["files"])
-    for name, told in manifest["files"].items():
-        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == told
+    assert list(manifest["files"]) == list(original["files"])
+    for name, digest in manifest["files"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     assert f"{PAIRS - 40} pairs" in (folder / "README.md").read_text("utf-8")
-    unchanged = set(before) - {"counts", "drop_reasons", "contrast", "files"}
-    assert {key: manifest[key] for key in unchanged} == {key: before[key] for key in unchanged}
+    unchanged = set(original) - {"counts", "drop_reasons", "contrast", "files"}
+    assert {key: manifest[key] for key in unchanged} == {key: original[key] for key in unchanged}
 
 
 def test_the_data_is_what_a_build_without_these_pairs_would_have_written(folder, pairs, tmp_path):
@@ -89,10 +89,10 @@ def test_the_data_is_what_a_build_without_these_pairs_would_have_written(folder,
 
 
 def test_keeping_everything_changes_no_data(folder, pairs):
-    before = bytes_of(folder)
+    original = bytes_of(folder)
     manifest = keep(folder, decisions(folder, {pair.id: "keep" for pair in pairs}))
-    after = bytes_of(folder)
-    assert {name for name in after if after[name] != before.get(name)} == {"manifest.json"}
+    changed = bytes_of(folder)
+    assert {name for name in changed if changed[name] != original.get(name)} == {"manifest.json"}
     assert manifest["review"][0]["dropped"] == 0
     assert "review.marked" not in manifest["drop_reasons"]
 
@@ -117,10 +117,10 @@ def test_everything_may_be_dropped(folder, pairs):
 
 
 def test_a_new_folder_has_the_same_bytes_and_leaves_the_old_one_alone(folder, pairs, tmp_path):
-    before = bytes_of(folder)
+    original = bytes_of(folder)
     decided, _ = some_decisions(folder, pairs)
     keep(folder, decided, tmp_path / "new")
-    assert bytes_of(folder) == before
+    assert bytes_of(folder) == original
     first = bytes_of(tmp_path / "new")
     keep(folder, decided, tmp_path / "new")
     assert bytes_of(tmp_path / "new") == first
@@ -131,9 +131,9 @@ def test_a_new_folder_has_the_same_bytes_and_leaves_the_old_one_alone(folder, pa
 def test_the_same_decisions_twice_change_nothing(folder, pairs):
     decided, _ = some_decisions(folder, pairs)
     first = keep(folder, decided)
-    bytes_after = bytes_of(folder)
+    reviewed = bytes_of(folder)
     assert keep(folder, decided) == first
-    assert bytes_of(folder) == bytes_after
+    assert bytes_of(folder) == reviewed
 
 
 def test_a_second_review_adds_to_the_first(folder, pairs):
@@ -144,23 +144,23 @@ def test_a_second_review_adds_to_the_first(folder, pairs):
     assert manifest["counts"]["prompts"] == manifest["counts"]["pairs"] + manifest["counts"]["dropped"]
 
 
-@pytest.mark.parametrize("place", ["in place", "new folder"])
-@pytest.mark.parametrize("after", range(5))
-def test_a_run_that_was_cut_off_is_finished_by_running_it_again(folder, pairs, tmp_path, monkeypatch, after, place):
+@pytest.mark.parametrize("target", ["in place", "new folder"])
+@pytest.mark.parametrize("limit", range(5))
+def test_a_run_that_was_cut_off_is_finished_by_running_it_again(folder, pairs, tmp_path, monkeypatch, limit, target):
     decided, _ = some_decisions(folder, pairs)
     expected = shutil.copytree(folder, tmp_path / "expected")
     keep(expected, decided)
-    out = None if place == "in place" else tmp_path / "new"
-    done = 0
+    out = None if target == "in place" else tmp_path / "new"
+    count = 0
 
     def cut_off(name):
         original = getattr(module, name)
 
         def until(*arguments):
-            nonlocal done
-            if done == after:
+            nonlocal count
+            if count == limit:
                 raise KeyboardInterrupt
-            done += 1
+            count += 1
             return original(*arguments)
 
         monkeypatch.setattr(module, name, until)
@@ -181,13 +181,13 @@ def test_a_run_that_was_cut_off_is_finished_by_running_it_again(folder, pairs, t
 
 @pytest.mark.parametrize("count", [1, 7])
 def test_unknown_ids_are_named(folder, pairs, count):
-    before = bytes_of(folder)
+    original = bytes_of(folder)
     unknown = {f"no-{n}": "keep" for n in range(count)}
     with pytest.raises(UserError) as caught:
         keep(folder, decisions(folder, {pairs[0].id: "drop", **unknown}))
     assert "has no pair 'no-0'" in str(caught.value)
     assert ("and 2 more" in str(caught.value)) == (count == 7)
-    assert bytes_of(folder) == before
+    assert bytes_of(folder) == original
 
 
 def test_a_dropped_prompt_is_no_pair(folder):
@@ -215,7 +215,7 @@ def test_a_folder_that_holds_something_else_is_not_written_over(folder, pairs, o
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (None, "does not exist"),
         ("{", "is not JSON"),
@@ -228,13 +228,13 @@ def test_a_folder_that_holds_something_else_is_not_written_over(folder, pairs, o
         ('{"format": 1, "dataset": "d", "decisions": {"a": ["keep"]}}', "a: found ['keep']; allowed: keep, drop"),
     ],
 )
-def test_a_file_that_holds_no_decisions_is_told_in_one_line(tmp_path, content, told):
+def test_a_file_that_holds_no_decisions_is_told_in_one_line(tmp_path, content, message):
     file = tmp_path / "decisions.json"
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as caught:
         read_decisions(file)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -245,13 +245,13 @@ def test_the_command_applies_a_file(folder, pairs, tmp_path):
     file = tmp_path / "decisions.json"
     content = {"format": 1, "dataset": fingerprint(read_manifest(folder)), "decisions": {pairs[7].id: "drop"}}
     file.write_text(json.dumps(content))
-    done = CliRunner().invoke(app, ["keep", str(folder), str(file)])
-    assert done.exit_code == 0, done.output
-    assert "review.marked" in done.output
+    result = CliRunner().invoke(app, ["keep", str(folder), str(file)])
+    assert result.exit_code == 0, result.output
+    assert "review.marked" in result.output
     review = read_manifest(folder)["review"]
     assert review[0]["decisions_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    done = CliRunner().invoke(app, ["keep", str(folder), str(file), "--out", str(tmp_path / "new")])
-    assert isinstance(done.exception, UserError)
+    result = CliRunner().invoke(app, ["keep", str(folder), str(file), "--out", str(tmp_path / "new")])
+    assert isinstance(result.exception, UserError)
     assert not (tmp_path / "new").exists()
 
 

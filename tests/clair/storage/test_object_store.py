@@ -62,11 +62,11 @@ def settings(out, count=40, **keys):
     return recipe(Path(out), rows, **keys)
 
 
-def at(config, url):
+def with_out(config, url):
     return config.model_copy(update={"out": url})
 
 
-def bytes_at(url) -> dict[str, bytes]:
+def url_bytes(url) -> dict[str, bytes]:
     return dict(zip(FILES, Store(url).get_all(FILES), strict=True))
 
 
@@ -76,39 +76,39 @@ def bytes_at(url) -> dict[str, bytes]:
 def test_a_run_at_a_url_is_the_bytes_of_one_in_a_folder_and_another_machine_asks_nothing(tmp_path, monkeypatch, url):
     model = Scripted("reviser", revision)
     install(monkeypatch, reviser=model)
-    here = settings(tmp_path / "here")
-    build(here)
+    local = settings(tmp_path / "here")
+    build(local)
     model.asked.clear()
-    assert build(at(here, url)).out == folder_of(url)
+    assert build(with_out(local, url)).out == folder_of(url)
     assert len(model.asked) == 40
-    assert bytes_at(url) == {name: (tmp_path / "here" / name).read_bytes() for name in FILES}
+    assert url_bytes(url) == {name: (tmp_path / "here" / name).read_bytes() for name in FILES}
     assert json.loads(Store(url).get("manifest.json"))["recipe"]["out"] == url
     another_machine(monkeypatch, tmp_path, "second")
     with pytest.raises(UserError, match=r"holds the run of another recipe \(it differs in seed\)"):
-        build(at(here, url).model_copy(update={"seed": 1}))
-    build(at(here, url))
+        build(with_out(local, url).model_copy(update={"seed": 1}))
+    build(with_out(local, url))
     assert len(model.asked) == 40
-    assert bytes_at(url)["README.md"] == (tmp_path / "here" / "README.md").read_bytes()
+    assert url_bytes(url)["README.md"] == (tmp_path / "here" / "README.md").read_bytes()
 
 
 @pytest.mark.slow
 def test_shards_at_a_url_are_merged_on_a_machine_that_built_none_of_them(tmp_path, monkeypatch, url):
     model = Scripted("reviser", revision)
     install(monkeypatch, reviser=model)
-    here = settings(tmp_path / "here")
-    build(here)
+    local = settings(tmp_path / "here")
+    build(local)
     model.asked.clear()
     for index in (1, 2, 3):
         another_machine(monkeypatch, tmp_path, f"machine-{index}")
-        build(at(here, url), shard=Shard(index, 3))
+        build(with_out(local, url), shard=Shard(index, 3))
         if index < 3:
             with pytest.raises(UserError, match=f"lacks shard {index + 1}/3"):
                 merge(f"{url}-shards")
     another_machine(monkeypatch, tmp_path, "fourth")
     merge(f"{url}-shards")
-    assert bytes_at(url) == {name: (tmp_path / "here" / name).read_bytes() for name in FILES}
+    assert url_bytes(url) == {name: (tmp_path / "here" / name).read_bytes() for name in FILES}
     another_machine(monkeypatch, tmp_path, "fifth")
-    build(at(here, url))
+    build(with_out(local, url))
     assert len(model.asked) == 40
     merge(f"{url}-shards", tmp_path / "merged")
     assert final_bytes(tmp_path / "merged") == final_bytes(tmp_path / "here")
@@ -117,7 +117,7 @@ def test_shards_at_a_url_are_merged_on_a_machine_that_built_none_of_them(tmp_pat
 def test_the_budget_counts_what_another_machine_spent(tmp_path, monkeypatch, url):
     model = Scripted("reviser", revision)
     install(monkeypatch, reviser=model)
-    config = at(settings(tmp_path / "here", reviser=endpoint(max_tokens=50)), url)
+    config = with_out(settings(tmp_path / "here", reviser=endpoint(max_tokens=50)), url)
     few = config.model_copy(update={"limit": 20})
     build(few)
     another_machine(monkeypatch, tmp_path, "second")
@@ -131,7 +131,7 @@ def test_the_budget_counts_what_another_machine_spent(tmp_path, monkeypatch, url
 def test_a_store_that_fails_ends_the_run_and_what_was_paid_is_kept_here(tmp_path, monkeypatch, url):
     model = Scripted("reviser", revision, latency=0.01)
     install(monkeypatch, reviser=model)
-    config = at(settings(tmp_path / "here", count=200, concurrency=8), url)
+    config = with_out(settings(tmp_path / "here", count=200, concurrency=8), url)
     create, left = Store.create, [12]
 
     def full(self, name, data):
@@ -144,8 +144,8 @@ def test_a_store_that_fails_ends_the_run_and_what_was_paid_is_kept_here(tmp_path
     monkeypatch.setattr(Store, "create", full)
     with pytest.raises(UserError, match=r"no room is left there; the \d+ newest entries .* are kept on this machine"):
         build(config)
-    asked = len(model.asked)
-    assert 0 < asked < 200
+    request_count = len(model.asked)
+    assert 0 < request_count < 200
     assert "manifest.json" not in Store(url).names()
     monkeypatch.setattr(Store, "create", create)
     build(config)
@@ -168,14 +168,14 @@ async def some_writes(ledger: Ledger, draw: Random, count: int) -> None:
     queue = BatchQueue(ledger, "service", "/out")
     for _ in range(count):
         key = f"key-{draw.randrange(30)}"
-        what = draw.randrange(5)
-        if what == 0:
+        choice = draw.randrange(5)
+        if choice == 0:
             await asyncio.gather(*(ledger.claim(f"key-{draw.randrange(30)}", CLAIM) for _ in range(5)))
-        elif what == 1:
+        elif choice == 1:
             await ledger.settle(key, f"reply é \x00 {draw.random()}", Tokens(7, 70), CLAIM.max_tokens, draw.random())
-        elif what == 2:
+        elif choice == 2:
             await ledger.fail(key, "broken", CLAIM.max_tokens)
-        elif what == 3 and not queue.holds(key):
+        elif choice == 3 and not queue.holds(key):
             await queue.put(key, CLAIM, bytes(draw.randrange(256) for _ in range(20)))
         elif batch := await queue.gather(3, 1000):
             await queue.uploaded(batch, "file")
@@ -319,7 +319,7 @@ def test_a_url_that_was_emptied_gets_all_that_is_here(tmp_path, url):
 
 def test_a_url_that_was_emptied_takes_any_recipe(tmp_path, monkeypatch, url):
     install(monkeypatch, reviser=Scripted("reviser", revision))
-    config = at(settings(tmp_path / "here"), url)
+    config = with_out(settings(tmp_path / "here"), url)
     build(config)
     store = Store(url)
     store.delete(store.names())
@@ -421,17 +421,17 @@ def test_of_runs_that_begin_at_once_one_gets_the_url(tmp_path):
         try:
             with held(Store(url), folder):
                 won.append(number)
-                done.wait(30)
+                finished.wait(30)
         except StorageError as error:
             lost.append(str(error))
 
-    done = threading.Event()
+    finished = threading.Event()
     threads = [threading.Thread(target=run, args=(n,)) for n in range(4)]
     [thread.start() for thread in threads]
     until = time.monotonic() + 30
     while len(won) + len(lost) < 4 and time.monotonic() < until:
         time.sleep(0.01)
-    done.set()
+    finished.set()
     [thread.join() for thread in threads]
     assert (len(won), len(lost)) == (1, 3), lost
 
@@ -451,24 +451,24 @@ def test_a_segment_of_another_run_ends_this_one(tmp_path, url):
 
 def test_prompts_at_a_url_are_read_and_their_mistakes_are_told_with_it(tmp_path, monkeypatch, url):
     install(monkeypatch, reviser=Scripted("reviser", revision))
-    here = settings(tmp_path / "here")
+    local = settings(tmp_path / "here")
     path = f"{url}.jsonl"
     store = Store(url.rpartition("/")[0])
-    store.upload("run.jsonl", Path(here.prompts.path))
-    there = here.model_copy(
-        update={"out": str(tmp_path / "there"), "prompts": here.prompts.model_copy(update={"path": path})}
+    store.upload("run.jsonl", Path(local.prompts.path))
+    remote = local.model_copy(
+        update={"out": str(tmp_path / "there"), "prompts": local.prompts.model_copy(update={"path": path})}
     )
-    build(here), build(there)
+    build(local), build(remote)
     assert final_bytes(tmp_path / "there") == final_bytes(tmp_path / "here")
     store.put("run.jsonl", b'{"prompt": "q"}\nno json\n')
     with pytest.raises(UserError, match=rf"^{path}, line 2: not JSON"):
-        build(there)
+        build(remote)
     store.put("run.jsonl", b'{"prompt": 5}\n')
     with pytest.raises(UserError, match=rf"^{path}, line 1: the prompt is int"):
-        build(there)
+        build(remote)
     store.delete(["run.jsonl"])
     with pytest.raises(UserError, match="nothing is there"):
-        build(there)
+        build(remote)
 
 
 def test_prompts_that_another_process_is_fetching_are_left_to_it_and_older_ones_are_not_kept(tmp_path, url):
@@ -498,28 +498,28 @@ def written(tmp_path, **changes) -> Path:
     "changes", [{"out": "s3://user:hunter22@bucket/run"}, {"prompts": {"path": "https://u:hunter22@h/p.jsonl"}}]
 )
 def test_a_url_with_a_password_is_refused_and_not_repeated(tmp_path, changes):
-    told = error_line(clair("build", written(tmp_path, **changes)))
-    assert "is a URL with a password in it; give credentials by the environment" in told
-    assert "hunter22" not in told
+    message = error_line(clair("build", written(tmp_path, **changes)))
+    assert "is a URL with a password in it; give credentials by the environment" in message
+    assert "hunter22" not in message
     assert "hunter22" not in error_line(clair("merge", "s3://user:hunter22@bucket/run-shards"))
 
 
 def test_a_ledger_of_its_own_cannot_go_with_a_url(tmp_path):
-    told = error_line(clair("build", written(tmp_path, out="memory://x/run", ledger="l.sqlite")))
-    assert "ledger is a file of this machine, and cannot go with URLs; remove it" in told
+    message = error_line(clair("build", written(tmp_path, out="memory://x/run", ledger="l.sqlite")))
+    assert "ledger is a file of this machine, and cannot go with URLs; remove it" in message
 
 
 def test_a_missing_implementation_is_told_with_the_command_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    told = error_line(clair("build", written(tmp_path), "--out", "s3://bucket/run"))
-    assert told == "s3://bucket/run: s3:// needs s3fs: pip install 'clair-apo[s3]'"
+    message = error_line(clair("build", written(tmp_path), "--out", "s3://bucket/run"))
+    assert message == "s3://bucket/run: s3:// needs s3fs: pip install 'clair-apo[s3]'"
     assert "Protocol not known: nope" in error_line(clair("build", written(tmp_path), "--out", "nope://bucket/run"))
 
 
 def test_something_else_at_a_url_is_not_written_over(tmp_path, url):
     Store(url).put("thesis.tex", b"x")
-    told = error_line(clair("build", written(tmp_path), "--out", url))
-    assert "is no dataset folder and not empty (it holds thesis.tex)" in told
+    message = error_line(clair("build", written(tmp_path), "--out", url))
+    assert "is no dataset folder and not empty (it holds thesis.tex)" in message
 
 
 def test_what_a_store_says_is_told_without_the_secrets_of_the_environment(monkeypatch, tmp_path):
@@ -530,9 +530,9 @@ def test_what_a_store_says_is_told_without_the_secrets_of_the_environment(monkey
         raise PermissionError("for verysecret with abc123 at ftp://me:hunter22@host/x: no")
 
     monkeypatch.setattr(storage, "write_atomically", refuse)
-    with pytest.raises(StorageError, match="no permission; give the environment credentials") as told:
+    with pytest.raises(StorageError, match="no permission; give the environment credentials") as caught:
         store.put("a", b"")
-    assert not any(secret in str(told.value) for secret in ("verysecret", "abc123", "hunter22"))
+    assert not any(secret in str(caught.value) for secret in ("verysecret", "abc123", "hunter22"))
 
 
 def test_a_secret_of_several_lines_is_not_told_either(monkeypatch, tmp_path):
@@ -560,7 +560,7 @@ def test_an_object_is_created_once_and_a_try_whose_answer_was_lost_counts(url):
 
 def test_of_several_that_create_an_object_at_once_one_does(tmp_path):
     url = f"file://{tmp_path}/bucket/run"
-    together, made = threading.Barrier(4), []
+    together, created = threading.Barrier(4), []
 
     def create(number: int) -> None:
         store = Store(url)
@@ -568,12 +568,12 @@ def test_of_several_that_create_an_object_at_once_one_does(tmp_path):
             together.wait(30)
             with suppress(AlreadyExists):
                 store.create(f"objects/{round}", str(number).encode())
-                made.append(round)
+                created.append(round)
 
     threads = [threading.Thread(target=create, args=(n,)) for n in range(4)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert sorted(made) == list(range(100))
+    assert sorted(created) == list(range(100))
 
 
 def test_a_url_where_a_local_path_is_written_is_told_without_its_secrets():
@@ -597,7 +597,7 @@ def test_what_a_killed_run_left_half_written_is_no_object(tmp_path):
 def test_copies_of_this_machine_may_be_deleted_at_any_time(tmp_path, monkeypatch, url):
     model = Scripted("reviser", revision)
     install(monkeypatch, reviser=model)
-    config = at(settings(tmp_path / "here"), url)
+    config = with_out(settings(tmp_path / "here"), url)
     shutil.rmtree(build(config).out)
     build(config)
     assert len(model.asked) == 40

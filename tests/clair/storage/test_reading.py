@@ -51,14 +51,14 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 def mark(folder: Path, decisions: Path, count: int = 5) -> Path:
     ids = [row["id"] for row in read_rows(folder)][:count]
-    told = {"format": 1, "dataset": fingerprint(read_manifest(folder)), "decisions": dict.fromkeys(ids, "drop")}
-    write_json(decisions, told)
+    content = {"format": 1, "dataset": fingerprint(read_manifest(folder)), "decisions": dict.fromkeys(ids, "drop")}
+    write_json(decisions, content)
     return decisions
 
 
-def _words(told: str) -> list[str]:
+def _cell_words(output: str) -> list[str]:
     """What is printed, without the frames of tables."""
-    return re.sub("[━─┏┓┡┩└┘┳╇┴]", "", told).split()
+    return re.sub("[━─┏┓┡┩└┘┳╇┴]", "", output).split()
 
 
 @pytest.mark.parametrize(
@@ -66,20 +66,20 @@ def _words(told: str) -> list[str]:
 )
 def test_a_url_is_read_as_the_folder_is(folder, url, command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-    here, there = (clair(command[0], place, *command[1:]) for place in (folder, url))
-    assert (here.code, there.code) == (0, 0), there
-    assert _words(there.out.replace(url, str(folder))) == _words(here.out)
-    assert str(PAIRS) in here.out or command[0] == "show"
+    local, remote = (clair(command[0], location, *command[1:]) for location in (folder, url))
+    assert (local.code, remote.code) == (0, 0), remote
+    assert _cell_words(remote.out.replace(url, str(folder))) == _cell_words(local.out)
+    assert str(PAIRS) in local.out or command[0] == "show"
 
 
 def test_the_page_and_the_rows_of_a_url_are_those_of_the_folder(folder, url, tmp_path):
-    told = clair("report", url)
-    assert told.code == 0, told
-    assert f"clair keep {url} decisions.json" in told.out
+    result = clair("report", url)
+    assert result.code == 0, result
+    assert f"clair keep {url} decisions.json" in result.out
     assert clair("report", folder).code == 0
     assert (tmp_path / "pairs-report.html").read_bytes() == (folder / "report.html").read_bytes()
-    for place, file in ((folder, "here.jsonl"), (url, "there.jsonl")):
-        assert clair("export", place, tmp_path / file).code == 0
+    for location, file in ((folder, "here.jsonl"), (url, "there.jsonl")):
+        assert clair("export", location, tmp_path / file).code == 0
     assert (tmp_path / "there.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
     assert (tmp_path / "there.jsonl").stat().st_size > 1000
 
@@ -88,68 +88,68 @@ def test_a_dataset_is_fetched_once_and_anew_where_it_has_changed(folder, url, tm
     fetched = []
     fetch = Store.fetch
     monkeypatch.setattr(Store, "fetch", lambda self, name, file: (fetched.append(name), fetch(self, name, file)))
-    before = list(read_rows(url))
-    assert before == list(read_rows(folder))
+    rows = list(read_rows(url))
+    assert rows == list(read_rows(folder))
     assert load_pairs(url).to_list() == load_pairs(folder).to_list()
     assert sorted(fetched) == ["", "README.md", split_file("test"), split_file("train"), "dropped.jsonl"]
     assert clair("keep", folder, mark(folder, tmp_path / "d.json")).code == 0
-    assert list(read_rows(url)) == list(read_rows(folder)) == before[5:]
+    assert list(read_rows(url)) == list(read_rows(folder)) == rows[5:]
     assert len(list(copy_of(url, "datasets").iterdir())) == 1
 
 
 def test_the_prompts_of_a_dataset_are_read_by_its_url_too(folder, url):
-    here, there = (list(read_prompts(PromptSource(path=path))) for path in (str(folder), url))
-    assert here == there
-    assert len(here) > 20
+    local, remote = (list(read_prompts(PromptSource(path=path))) for path in (str(folder), url))
+    assert local == remote
+    assert len(local) > 20
 
 
 def test_a_review_at_a_url_is_that_of_the_folder(folder, url, tmp_path):
-    here = shutil.copytree(folder, tmp_path / "here")
-    decided = mark(here, tmp_path / "d.json")
-    before = bytes_of(here)
+    copy = shutil.copytree(folder, tmp_path / "here")
+    decided = mark(copy, tmp_path / "d.json")
+    original = bytes_of(copy)
     aside = clair("keep", url, decided, "--out", tmp_path / "aside")
     assert aside.code == 0, aside
-    assert bytes_of(folder) == before
-    assert clair("keep", here, decided).code == 0
-    told = clair("keep", url, decided)
-    assert told.code == 0, told
-    assert bytes_of(folder) == bytes_of(here) == bytes_of(tmp_path / "aside") != before
-    assert f"{PAIRS - 5} (" in told.out
+    assert bytes_of(folder) == original
+    assert clair("keep", copy, decided).code == 0
+    result = clair("keep", url, decided)
+    assert result.code == 0, result
+    assert bytes_of(folder) == bytes_of(copy) == bytes_of(tmp_path / "aside") != original
+    assert f"{PAIRS - 5} (" in result.out
     assert clair("keep", url, decided).code == 0
-    assert bytes_of(folder) == bytes_of(here)
+    assert bytes_of(folder) == bytes_of(copy)
 
 
 @pytest.mark.parametrize("uploads", range(5))
 def test_a_review_at_a_url_that_was_cut_off_is_finished_by_the_same_command(
     folder, url, tmp_path, monkeypatch, uploads
 ):
-    here = shutil.copytree(folder, tmp_path / "here")
-    decided = mark(here, tmp_path / "d.json")
-    assert clair("keep", here, decided).code == 0
+    copy = shutil.copytree(folder, tmp_path / "here")
+    decided = mark(copy, tmp_path / "d.json")
+    assert clair("keep", copy, decided).code == 0
     upload, left = Store.upload, [uploads]
 
-    def ends(self, name, file):
+    def cut_off(self, name, file):
         if not left[0]:
             raise StorageError(f"cannot write {self.name}")
         left[0] -= 1
         upload(self, name, file)
 
-    monkeypatch.setattr(Store, "upload", ends)
+    monkeypatch.setattr(Store, "upload", cut_off)
     assert error_line(clair("keep", url, decided)) == f"cannot write {url}"
-    assert bytes_of(folder) != bytes_of(here)
+    assert bytes_of(folder) != bytes_of(copy)
     monkeypatch.setattr(Store, "upload", upload)
     if uploads % 2:  # on another machine
         shutil.rmtree(tmp_path / "cache")
     assert clair("keep", url, decided).code == 0
-    assert bytes_of(folder) == bytes_of(here)
+    assert bytes_of(folder) == bytes_of(copy)
 
 
 def test_what_cannot_be_read_or_reviewed_at_a_url_is_told_in_one_line(folder, url, tmp_path):
     decided = mark(folder, tmp_path / "d.json")
     refused = error_line(clair("keep", url, decided, "--out", "s3://bucket/other"))
     assert refused == "--out s3://bucket/other is a URL; give a folder, or leave --out away to change in place"
-    told = json.loads(decided.read_text())
-    write_json(decided, told | {"decisions": {"nobody": "drop"}})
+    content = json.loads(decided.read_text())
+    write_json(decided, content | {"decisions": {"nobody": "drop"}})
     assert error_line(clair("keep", url, decided)).startswith(f"{url} has no pair 'nobody'")
     (folder / "dropped.jsonl").write_text("")
     assert f"{url}: dropped.jsonl is not the one that its manifest.json tells of" in error_line(clair("report", url))
@@ -157,14 +157,14 @@ def test_what_cannot_be_read_or_reviewed_at_a_url_is_told_in_one_line(folder, ur
     assert error_line(clair("stats", url)).startswith(f"{url}/manifest.json is damaged (list)")
     (folder / "manifest.json").unlink()
     for command in (["stats"], ["show"], ["report"], ["keep", decided], ["next", "--model", "m", "--out", "o"]):
-        words = error_line(clair(command[0], url, *command[1:]))
-        assert words == f"{url} holds no finished dataset (no manifest.json); give a folder made by `clair build`"
+        message = error_line(clair(command[0], url, *command[1:]))
+        assert message == f"{url} holds no finished dataset (no manifest.json); give a folder made by `clair build`"
 
 
 def test_a_name_with_brackets_is_told_as_it_is(folder, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-    other = folder.rename(folder.with_name("pairs[a]"))
-    assert f" {other} " in clair("stats", other).out
+    renamed = folder.rename(folder.with_name("pairs[a]"))
+    assert f" {renamed} " in clair("stats", renamed).out
 
 
 @pytest.mark.parametrize("name", ["../../../outside.txt", "/{tmp}/outside.txt"])

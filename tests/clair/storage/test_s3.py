@@ -89,8 +89,8 @@ def test_a_machine_lost_mid_run_costs_at_most_what_was_in_flight(tmp_path, serve
     shutil.rmtree(tmp_path / "first")
     begun = len(server.seen())
     assert COUNT // 2 <= begun < COUNT
-    ended = run(tmp_path / "second", s3, "build", path, "--out", out)
-    assert ended.code == 0, ended
+    result = run(tmp_path / "second", s3, "build", path, "--out", out)
+    assert result.code == 0, result
     twice = len(server.seen()) - COUNT
     print(f"{twice} paid twice")
     assert 0 <= twice <= CONCURRENCY
@@ -98,15 +98,15 @@ def test_a_machine_lost_mid_run_costs_at_most_what_was_in_flight(tmp_path, serve
     everything = in_s3(
         s3, f"from clair.storage.object_store import Store\ns = Store({out!r})\nprint(b''.join(s.get_all(s.names())))"
     )
-    assert not any(secret in everything + ended.out + ended.err for secret in KEYS.values())
+    assert not any(secret in everything + result.out + result.err for secret in KEYS.values())
 
 
 def test_a_second_driver_of_one_url_is_refused_and_asks_nothing(tmp_path, server, s3):
     path = recipe(tmp_path, server, "wait:60", count=4)
     first = start(tmp_path / "first", s3, "build", path, "--out", "s3://pairs/two")
     wait_for_seen(server, 4, first)
-    told = error_line(run(tmp_path / "second", s3, "build", path, "--out", "s3://pairs/two"))
-    assert told.startswith(f"s3://pairs/two is in use by process {first.pid} on "), told
+    message = error_line(run(tmp_path / "second", s3, "build", path, "--out", "s3://pairs/two"))
+    assert message.startswith(f"s3://pairs/two is in use by process {first.pid} on "), message
     assert len(server.seen()) == 4
     assert first.poll() is None
     first.kill()
@@ -115,10 +115,12 @@ def test_a_second_driver_of_one_url_is_refused_and_asks_nothing(tmp_path, server
 
 def test_without_a_bucket_or_a_server_nothing_is_asked(tmp_path, server, s3):
     path = recipe(tmp_path, server, count=3)
-    told = error_line(run(tmp_path / "m", s3, "build", path, "--out", "s3://no-such-bucket/run"))
-    assert told.startswith("cannot write s3://no-such-bucket/run: the bucket is not there"), told
-    told = error_line(run(tmp_path / "m", "http://127.0.0.1:9", "build", path, "--out", "s3://pairs/run", patience=1))
-    assert told.startswith("cannot list s3://pairs/run: it cannot be reached or fails"), told
+    message = error_line(run(tmp_path / "m", s3, "build", path, "--out", "s3://no-such-bucket/run"))
+    assert message.startswith("cannot write s3://no-such-bucket/run: the bucket is not there"), message
+    message = error_line(
+        run(tmp_path / "m", "http://127.0.0.1:9", "build", path, "--out", "s3://pairs/run", patience=1)
+    )
+    assert message.startswith("cannot list s3://pairs/run: it cannot be reached or fails"), message
     assert server.seen() == []
 
 
@@ -126,11 +128,11 @@ def test_without_permission_nothing_is_asked_and_no_key_is_told(tmp_path, server
     path = recipe(tmp_path, server, count=3)
     with s3_server(INITIAL_NO_AUTH_ACTION_COUNT="1") as (url, _):
         bucket(url, "pairs")  # the one action that is allowed to all
-        told = error_line(run(tmp_path / "m", url, "build", path, "--out", "s3://pairs/run"))
+        message = error_line(run(tmp_path / "m", url, "build", path, "--out", "s3://pairs/run"))
     assert (
-        "s3://pairs/run: no permission; give the environment credentials that may list, read and write there" in told
-    ), told
-    assert not any(secret in told for secret in KEYS.values())
+        "s3://pairs/run: no permission; give the environment credentials that may list, read and write there" in message
+    ), message
+    assert not any(secret in message for secret in KEYS.values())
     assert server.seen() == []
 
 
@@ -142,17 +144,17 @@ def test_a_server_that_goes_mid_run_ends_it_and_what_was_paid_is_kept(tmp_path, 
         wait_for_seen(server, COUNT // 3, running)
         process.kill()
         process.wait(10)
-        told = error_line(finished(running))
-    assert "cannot write s3://pairs/run: it cannot be reached or fails" in told, told
-    assert "are kept on this machine, run the same command again on it" in told, told
-    asked = len(server.seen())
-    assert asked < COUNT
+        message = error_line(finished(running))
+    assert "cannot write s3://pairs/run: it cannot be reached or fails" in message, message
+    assert "are kept on this machine, run the same command again on it" in message, message
+    request_count = len(server.seen())
+    assert request_count < COUNT
     with s3_server() as (url, _):  # empty: all that is on this machine goes up
         bucket(url, "pairs")
-        ended = run(tmp_path / "m", url, "build", path, "--out", "s3://pairs/run")
-        assert ended.code == 0, ended
+        result = run(tmp_path / "m", url, "build", path, "--out", "s3://pairs/run")
+        assert result.code == 0, result
         assert len(server.seen()) == COUNT
-        assert "s3://pairs/run" in ended.out
+        assert "s3://pairs/run" in result.out
 
 
 def test_a_dataset_in_a_bucket_is_reviewed_there(tmp_path, s3):
@@ -163,13 +165,13 @@ def test_a_dataset_in_a_bucket_is_reviewed_there(tmp_path, s3):
         "from clair.storage.object_store import Store\n"
         f"[Store({out!r}).upload(n, {str(folder)!r} + '/' + n) for n in {names!r}]",
     )
-    told = {"format": 1, "dataset": fingerprint(read_manifest(folder))}
-    write_json(tmp_path / "d.json", {**told, "decisions": {next(read_rows(folder))["id"]: "drop"}})
-    ended = run(tmp_path / "first", s3, "keep", out, tmp_path / "d.json")
-    assert ended.code == 0, ended
+    decisions = {"format": 1, "dataset": fingerprint(read_manifest(folder))}
+    write_json(tmp_path / "d.json", {**decisions, "decisions": {next(read_rows(folder))["id"]: "drop"}})
+    result = run(tmp_path / "first", s3, "keep", out, tmp_path / "d.json")
+    assert result.code == 0, result
     assert clair("keep", folder, tmp_path / "d.json").code == 0
     assert fetched(s3, out) == {name: (folder / name).read_bytes() for name in FILES}
-    ended = run(tmp_path / "second", s3, "export", out, tmp_path / "there.jsonl")
-    assert ended.code == 0, ended
+    result = run(tmp_path / "second", s3, "export", out, tmp_path / "there.jsonl")
+    assert result.code == 0, result
     assert clair("export", folder, tmp_path / "here.jsonl").code == 0
     assert (tmp_path / "there.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()

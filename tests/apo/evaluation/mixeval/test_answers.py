@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluation.mixeval.answers import answer_requests, messages_for, read_responses
+from apo.evaluation.mixeval.answers import messages_of, read_responses, wanted
 from apo.evaluation.mixeval.benchmark import load
 from clair.core.errors import UserError
 from tests.apo.evaluation.questions import responses_of
@@ -92,13 +92,13 @@ def test_a_missing_file_is_told(data, tmp_path):
 
 def test_a_question_is_one_user_turn_and_a_system_prompt_only_where_asked_for(data):
     row = load(data, "2024-06-01").all_rows[0]
-    assert messages_for(row, None) == [{"role": "user", "content": row.text}]
-    assert messages_for(row, "Be brief.")[0] == {"role": "system", "content": "Be brief."}
+    assert messages_of(row, None) == [{"role": "user", "content": row.text}]
+    assert messages_of(row, "Be brief.")[0] == {"role": "system", "content": "Be brief."}
 
 
 def test_equal_questions_share_a_greedy_answer_and_else_draw_their_own(data):
     benchmark = load(data, "2024-06-01")
-    alike, each = (answer_requests(benchmark, 2, greedy=alike) for alike in (True, False))
+    alike, each = (wanted(benchmark, 2, alike=alike) for alike in (True, False))
     assert len(alike) == len(each) == 14
     assert len({(want.row.text, want.draw) for want in alike}) == 10  # 5 questions, 2 samples
     assert len({(want.row.text, want.draw) for want in each}) == 14

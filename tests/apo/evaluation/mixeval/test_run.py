@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from apo.evaluation.mixeval.run import MixEvalRun
+from apo.evaluation.mixeval.run import Run
 from apo.evaluation.results import read_results
 from clair.core.errors import UserError
-from clair.inference.client import StopSignal
+from clair.inference.client import Stop
 from tests.apo.evaluation.evaluating import apo, evaluated, final, judging
 from tests.apo.evaluation.questions import JUDGE, responses_of
 from tests.clair.building import error_line
@@ -52,13 +52,16 @@ def test_the_rule_parsers_published_numbers(real, tmp_path, profile, multiple_ch
     gemma = str(real / "responses" / "gemma-1.1-7b-it")
     score = evaluated(real, tmp_path / "out", responses=gemma, profile=profile).score
     assert (score.free_form, score.multiple_choice, score.overall) == (0.204, multiple_choice, overall)
-    right = {split: {name: part.right for name, part in parts.items()} for split, parts in score.by_benchmark.items()}
+    right = {
+        split: {name: benchmark.right for name, benchmark in benchmarks.items()}
+        for split, benchmarks in score.by_benchmark.items()
+    }
     assert right == {"free-form": FREE_FORM, "multiple-choice": by_benchmark}
     assert (score.unresolved, score.fallbacks) == (47, fallbacks)
-    found = score.intervals["overall"]
-    assert (found.n, found.questions, found.clusters) == (1000, 446, 430)
-    assert found.se_naive == pytest.approx(0.014, abs=0.0005)
-    assert found.se_clustered == pytest.approx(0.0245, abs=0.0005)
+    interval = score.intervals["overall"]
+    assert (interval.n, interval.questions, interval.clusters) == (1000, 446, 430)
+    assert interval.se_naive == pytest.approx(0.014, abs=0.0005)
+    assert interval.se_clustered == pytest.approx(0.0245, abs=0.0005)
 
 
 def test_equal_judgements_are_asked_once_and_a_second_run_asks_nothing(real, tmp_path, server):
@@ -67,10 +70,10 @@ def test_equal_judgements_are_asked_once_and_a_second_run_asks_nothing(real, tmp
     assert server.paid() == first.requests == 451
     assert first.score.shared_judgements
     assert (first.score.usage["judge"].calls, first.score.usage["judge"].reused) == (451, 549)
-    before = final(tmp_path / "out")
+    files = final(tmp_path / "out")
     again = evaluated(real, tmp_path / "out", **options)
     assert server.paid() == 451
-    assert final(tmp_path / "out") == before
+    assert final(tmp_path / "out") == files
     assert (again.score.usage["judge"].calls, again.requests) == (0, 451)
     # Another run, with the same ledger, has nothing to ask either.
     evaluated(real, tmp_path / "other", ledger=str(tmp_path / "out" / "ledger.sqlite"), **options)
@@ -99,9 +102,9 @@ def test_a_faithful_request_is_upstreams_and_a_strict_one_repeatable(data, respo
 
 def test_independent_judgements_are_asked_for_one_by_one_and_resumed(data, responses, tmp_path, server):
     judge = {"url": server.url, "model": "j"}
-    done = evaluated(data, tmp_path / "out", responses=str(responses), judge=judge, independent_judgements=True)
-    assert server.paid() == done.requests == 7
-    assert not done.score.shared_judgements
+    result = evaluated(data, tmp_path / "out", responses=str(responses), judge=judge, independent_judgements=True)
+    assert server.paid() == result.requests == 7
+    assert not result.score.shared_judgements
     evaluated(data, tmp_path / "out", responses=str(responses), judge=judge, independent_judgements=True)
     assert server.paid() == 7
 
@@ -119,9 +122,9 @@ def test_an_unreadable_reply_is_asked_for_again_up_to_ten_rounds_in_faithful(dat
     assert (items["multiple-choice", 1].score, items["multiple-choice", 1].unresolved) == (0.0, None)
     assert (score.unresolved, score.fallbacks, score.unresolved_reasons) == (1, 1, {"no_brackets": 1})
     assert server.paid() == 2 + 10 + 1 + 1 + 3 + 1 + 1
-    before = final(tmp_path / "out")
+    files = final(tmp_path / "out")
     evaluated(data, tmp_path / "out", responses=str(folder), judge=judge)
-    assert final(tmp_path / "out") == before
+    assert final(tmp_path / "out") == files
 
 
 def test_strict_asks_once_and_counts_what_cannot_be_read_as_wrong(data, tmp_path, server):
@@ -149,8 +152,8 @@ def test_several_judges_share_the_work_and_one_that_is_dead_is_left_aside(data, 
     dead = "http://127.0.0.1:9/v1"
     with judging() as second:
         urls = (server.url, second.url, dead)
-        done = evaluated(data, tmp_path / "out", responses=str(responses), judge={"url": urls, "model": "j"})
-        assert done.score.unresolved == 0
+        result = evaluated(data, tmp_path / "out", responses=str(responses), judge={"url": urls, "model": "j"})
+        assert result.score.unresolved == 0
         assert second.paid() > 0
         assert server.paid() + second.paid() == 5
 
@@ -164,9 +167,9 @@ def test_an_endpoints_answers_are_made_once_and_judged(data, tmp_path, server):
         "judge": {"url": server.url, "model": "j"},
         "samples": 2,
     }
-    done = evaluated(data, tmp_path / "out", **options)
-    seen = server.seen()
-    answers = [body for body in seen if body["model"] == "t"]
+    result = evaluated(data, tmp_path / "out", **options)
+    requests = server.seen()
+    answers = [body for body in requests if body["model"] == "t"]
     # It may sample, so every row and sample draws its own; greedy ones are shared below.
     assert len(answers) == 14
     assert all(set(body) == {"model", "messages", "max_tokens"} for body in answers)
@@ -179,10 +182,10 @@ def test_an_endpoints_answers_are_made_once_and_judged(data, tmp_path, server):
         for sample in (0, 1)
     }
     assert all(item.completion_tokens for item in items)
-    assert done.score.model.name == "t"
-    assert done.score.judge.answered_by == ("j-0125",)
+    assert result.score.model.name == "t"
+    assert result.score.judge.answered_by == ("j-0125",)
     evaluated(data, tmp_path / "out", **options)
-    assert server.paid() == len(seen)
+    assert server.paid() == len(requests)
     server.forget()
     options["model"] = options["model"] | {"temperature": 0}
     evaluated(data, tmp_path / "greedy", **options | {"samples": 1})
@@ -192,12 +195,12 @@ def test_an_endpoints_answers_are_made_once_and_judged(data, tmp_path, server):
 def test_the_longest_answer_is_an_option_and_part_of_what_is_compared(data, tmp_path, server):
     arguments = ["eval", "mixeval", "--data", data, "--model", server.url, "--model-name", "t", "--judge", "rule"]
     for name, options in (("usual", []), ("short", ["--max-tokens", "9"])):
-        done = apo(*arguments, *options, "--out", tmp_path / name)
-        assert done.code == 0, done.err
+        result = apo(*arguments, *options, "--out", tmp_path / name)
+        assert result.code == 0, result.err
     assert {body["max_tokens"] for body in server.seen()} == {512, 9}
-    told = apo("compare", tmp_path / "usual", tmp_path / "short")
-    assert told.code == 2
-    assert "max_tokens is 9 in one and 512 in the other" in told.err
+    refused = apo("compare", tmp_path / "usual", tmp_path / "short")
+    assert refused.code == 2
+    assert "max_tokens is 9 in one and 512 in the other" in refused.err
 
 
 def test_a_system_prompt_is_sent_and_recorded(data, tmp_path, server):
@@ -256,9 +259,9 @@ def rows_of(multiple_choice: list) -> list:
 def test_a_judge_that_is_gone_gives_no_score_and_a_rerun_goes_on(data, tmp_path, server):
     folder = scripted(data, tmp_path / "r", ff1="HTTP500")
     judge = {"url": server.url, "model": "j"}
-    done = evaluated(data, tmp_path / "out", responses=str(folder), judge=judge, attempts=1)
-    assert (done.score, done.failed) == (None, 1)
-    assert "500" in done.first_failure
+    result = evaluated(data, tmp_path / "out", responses=str(folder), judge=judge, attempts=1)
+    assert (result.score, result.failed) == (None, 1)
+    assert "500" in result.first_failure
     assert not (tmp_path / "out" / "score.json").exists()
     assert server.paid() == 7
     evaluated(data, tmp_path / "out", responses=str(folder), judge=judge, attempts=1)
@@ -269,9 +272,9 @@ API_ERRORS = [("HTTP402", "402"), ("HTTP413", "413"), ("BODY429", "Rate limit ex
 
 
 @pytest.mark.parametrize("profile", ["faithful", "strict"])
-@pytest.mark.parametrize(("error", "words"), API_ERRORS)
+@pytest.mark.parametrize(("error", "reason"), API_ERRORS)
 def test_an_error_of_the_judges_server_is_no_score_and_the_command_goes_on(
-    data, tmp_path, server, profile, error, words, monkeypatch
+    data, tmp_path, server, profile, error, reason, monkeypatch
 ):
     monkeypatch.setattr("clair.inference.client._FIRST_BACKOFF", 0.001)
     monkeypatch.setattr("clair.inference.rate_limit.PAUSE", 0.001)
@@ -281,7 +284,7 @@ def test_an_error_of_the_judges_server_is_no_score_and_the_command_goes_on(
     arguments += ["--judge-base-url", server.url, "--judge-model", "j", "--profile", profile]
     first = apo(*arguments)
     assert first.code == 3
-    assert words in first.err
+    assert reason in first.err
     assert error == "HTTP402" or "there is no score" in first.err
     score = tmp_path / "out" / "score.json"
     assert not score.exists() or json.loads(score.read_text("utf-8"))["overall"] is None
@@ -302,22 +305,22 @@ def test_a_judgement_that_a_filter_took_is_asked_for_once_and_is_no_score(data, 
 def test_a_server_without_money_from_the_first_request_on_ends_with_code_3(data, tmp_path, server):
     folder = responses_of(data, tmp_path / "r", lambda row: f"<<HTTP402>> {row.split} {row.row}")
     arguments = ["eval", "mixeval", "--data", data, "--responses", folder, "--out", tmp_path / "out"]
-    done = apo(*arguments, "--judge-base-url", server.url, "--judge-model", "j")
-    assert done.code == 3, done.err
-    assert "402" in done.err
+    result = apo(*arguments, "--judge-base-url", server.url, "--judge-model", "j")
+    assert result.code == 3, result.err
+    assert "402" in result.err
 
 
 def test_a_server_that_is_only_busy_ends_the_command_after_its_patience(data, tmp_path, server):
     folder = scripted(data, tmp_path / "r", ff0="BODY429")
     arguments = ["eval", "mixeval", "--data", data, "--responses", folder, "--out", tmp_path / "out"]
-    done = apo(*arguments, "--judge-base-url", server.url, "--judge-model", "j", "--patience", "1")
-    assert done.code == 3, done.err
-    assert "Rate limit exceeded" in done.err
+    result = apo(*arguments, "--judge-base-url", server.url, "--judge-model", "j", "--patience", "1")
+    assert result.code == 3, result.err
+    assert "Rate limit exceeded" in result.err
     assert not (tmp_path / "out" / "score.json").exists()
 
 
-@pytest.mark.parametrize(("error", "words"), API_ERRORS)
-def test_an_error_of_the_models_server_is_no_wrong_answer(tmp_path, monkeypatch, server, error, words):
+@pytest.mark.parametrize(("error", "reason"), API_ERRORS)
+def test_an_error_of_the_models_server_is_no_wrong_answer(tmp_path, monkeypatch, server, error, reason):
     monkeypatch.setattr("clair.inference.client._FIRST_BACKOFF", 0.001)
     monkeypatch.setattr("clair.inference.rate_limit.PAUSE", 0.001)
     from tests.apo.evaluation.questions import FREE_FORM, MULTIPLE_CHOICE, accept, write_data
@@ -326,16 +329,16 @@ def test_an_error_of_the_models_server_is_no_wrong_answer(tmp_path, monkeypatch,
     data = write_data(tmp_path / "data", {"free-form": free_form, "multiple-choice": MULTIPLE_CHOICE})
     accept(monkeypatch, data)
     arguments = ["eval", "mixeval", "--data", data, "--model", server.url, "--model-name", "t", "--judge", "rule"]
-    done = apo(*arguments, "--out", tmp_path / "out")
-    assert done.code == 3
-    assert words in done.err
+    result = apo(*arguments, "--out", tmp_path / "out")
+    assert result.code == 3
+    assert reason in result.err
     score = tmp_path / "out" / "score.json"
     if error in ("HTTP400", "HTTP413"):  # about this very question: another run would end so again
-        found = json.loads(score.read_text("utf-8"))
-        assert (found["overall"], found["unanswered"]) == (None, 1)
-        low, high = found["intervals"]["free_form"]["bracket"]
+        content = json.loads(score.read_text("utf-8"))
+        assert (content["overall"], content["unanswered"]) == (None, 1)
+        low, high = content["intervals"]["free_form"]["bracket"]
         assert high - low == pytest.approx(0.25)
-        assert re.search(f"free-form +│ bracket │ {100 * low:.1f} to {100 * high:.1f} ", done.out)
+        assert re.search(f"free-form +│ bracket │ {100 * low:.1f} to {100 * high:.1f} ", result.out)
         assert apo("eval", "show", tmp_path / "out").code == 0
     else:
         assert not score.exists()
@@ -351,15 +354,15 @@ def test_the_command_scores_tells_and_resumes(data, responses, tmp_path, server)
     assert dry.code == 0
     assert "# 7 rows, 5 different questions, 7 answers" in dry.out
     assert not (tmp_path / "out").exists()
-    done = apo(*arguments, *by_judge)
-    assert done.code == 0, done.err
-    assert "7 judgements from 5 requests; equal requests share a reply" in done.out
+    result = apo(*arguments, *by_judge)
+    assert result.code == 0, result.err
+    assert "7 judgements from 5 requests; equal requests share a reply" in result.out
     assert apo("eval", "show", tmp_path / "out").code == 0
     assert server.paid() == 5
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ([], "who judges?"),
         (["--judge", "gpt"], "--judge takes rule"),
@@ -378,9 +381,9 @@ def test_the_command_scores_tells_and_resumes(data, responses, tmp_path, server)
         (["--judge", "rule", "--out", "/dev/null"], "is a file"),
     ],
 )
-def test_mistakes_are_one_line(data, responses, tmp_path, options, told):
+def test_mistakes_are_one_line(data, responses, tmp_path, options, message):
     arguments = ["eval", "mixeval", "--data", data, "--responses", responses, "--out", tmp_path / "out"]
-    assert told in error_line(apo(*arguments, *options))
+    assert message in error_line(apo(*arguments, *options))
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(data, responses, tmp_path):
@@ -396,23 +399,23 @@ def test_a_budget_ends_the_run_and_a_larger_one_goes_on(data, responses, tmp_pat
         "judge": {"url": server.url, "model": "j", "price": {"input": 0, "output": 1000}},
         "concurrency": 1,
     }
-    done = evaluated(data, tmp_path / "out", **options, budget={"money": "1.005"})
-    assert done.score is None
-    assert done.stopped.startswith("budget reached")
+    result = evaluated(data, tmp_path / "out", **options, budget={"money": "1.005"})
+    assert result.score is None
+    assert result.stopped.startswith("budget reached")
     paid = server.paid()
     assert 0 < paid < 5
-    done = evaluated(data, tmp_path / "out", **options, budget={"money": "20"})
+    result = evaluated(data, tmp_path / "out", **options, budget={"money": "20"})
     assert server.paid() == 5
-    assert float(done.score.usage["judge"].cost) == pytest.approx(done.score.usage["judge"].completion / 1000)
+    assert float(result.score.usage["judge"].cost) == pytest.approx(result.score.usage["judge"].completion / 1000)
 
 
 def test_no_secret_is_written_down_or_told(data, responses, tmp_path, server):
     url = server.url.replace("http://", "http://user:s3cr3t-pass@") + "?key=s3cr3t-too"
     arguments = ["eval", "mixeval", "--data", data, "--responses", responses, "--out", tmp_path / "out"]
-    done = apo(*arguments, "--judge-base-url", url, "--judge-model", "j")
-    assert done.code == 0, done.err
+    result = apo(*arguments, "--judge-base-url", url, "--judge-model", "j")
+    assert result.code == 0, result.err
     dry = apo(*arguments, "--judge-base-url", url, "--judge-model", "j", "--dry-run")
-    assert "s3cr3t" not in done.out + done.err + dry.out + dry.err
+    assert "s3cr3t" not in result.out + result.err + dry.out + dry.err
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert len(files) >= 4
     assert not [file for file in files if b"s3cr3t" in file.read_bytes()]
@@ -422,24 +425,24 @@ def test_upstreams_own_files_are_written_where_asked_for(data, tmp_path, server)
     folder = scripted(data, tmp_path / "gemma", ff1="[[0.3]]", mc0="[[B]]")
     judge = {"url": server.url, "model": "j"}
     score = evaluated(data, tmp_path / "out", responses=str(folder), judge=judge, upstream_files=True).score
-    own = tmp_path / "out" / "upstream" / "gemma" / "mixeval_hard" / "2024-06-01"
-    assert sorted(file.name for file in own.iterdir()) == [
+    upstream = tmp_path / "out" / "upstream" / "gemma" / "mixeval_hard" / "2024-06-01"
+    assert sorted(file.name for file in upstream.iterdir()) == [
         "gemma_close_freeform_hard.jsonl",
         "gemma_close_multichoice_hard.jsonl",
         "judge_results_ff_model_judge_j.jsonl",
         "judge_results_mp_model_judge_j.jsonl",
         "score.json",
     ]
-    assert json.loads((own / "score.json").read_text())["overall score (final score)"] == score.overall
-    judged = [json.loads(line) for line in (own / "judge_results_ff_model_judge_j.jsonl").read_text().splitlines()]
+    assert json.loads((upstream / "score.json").read_text())["overall score (final score)"] == score.overall
+    judged = [json.loads(line) for line in (upstream / "judge_results_ff_model_judge_j.jsonl").read_text().splitlines()]
     assert [row["judge_score"] for row in judged] == [1.0, 0.3, 1.0, 1.0]
     # What it writes, it reads.
-    again = evaluated(data, tmp_path / "again", responses=str(own), judge=judge)
+    again = evaluated(data, tmp_path / "again", responses=str(upstream), judge=judge)
     assert again.score.overall == score.overall
 
 
 def test_items_count_where_they_are_done_and_not_at_their_turn():
-    class Uneven(MixEvalRun):
+    class Uneven(Run):
         def __post_init__(self) -> None:
             self.reported = asyncio.Event()
 
@@ -449,14 +452,14 @@ def test_items_count_where_they_are_done_and_not_at_their_turn():
             return placed[0], SimpleNamespace(unresolved=None)
 
     async def counted() -> list[int]:
-        run, seen = Uneven(None, None, {}, StopSignal()), []
+        run, counts = Uneven(None, None, {}, Stop()), []
 
-        def on_progress(done: int, _: object) -> None:
-            seen.append(done)
-            if done == 3:
+        def on_progress(count: int, _: object) -> None:
+            counts.append(count)
+            if count == 3:
                 run.reported.set()
 
-        await run.items([(place, None) for place in range(4)], on_progress)
-        return seen
+        await run.items([(index, None) for index in range(4)], on_progress)
+        return counts
 
     assert asyncio.run(counted()) == [0, 1, 2, 3, 4]

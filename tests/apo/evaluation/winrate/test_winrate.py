@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluation.winrate.run import WinrateConfig, load_inputs, measure_win_rate
-from apo.evaluation.winrate.verdicts import AnswerText, Comparison, summary
+from apo.evaluation.winrate.run import WinrateConfig, check, compare
+from apo.evaluation.winrate.verdicts import Answer, Compared, summary
 from clair.core.errors import UserError
 from clair.core.recipe import resolve
 from clair.data.records import Prompt
@@ -33,8 +33,8 @@ def world() -> Iterator[Running]:
 def answers(folder: Path, name: str, right: range, more: str = "", tasks: list[Task] = TASKS) -> Path:
     """A file of answers to the tasks, the right ones at these places."""
     rows = [
-        {"prompt": task.prompt, "answer": (task.right if place in right else task.wrong) + (more if place % 2 else "")}
-        for place, task in enumerate(tasks)
+        {"prompt": task.prompt, "answer": (task.right if index in right else task.wrong) + (more if index % 2 else "")}
+        for index, task in enumerate(tasks)
     ]
     file = folder / f"{name}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
@@ -59,9 +59,9 @@ def prompt(text: str) -> Prompt:
     return Prompt(text, ({"role": "user", "content": text},))
 
 
-def compared(text: str, verdicts: tuple[str, str], lengths: tuple[int, int] = (10, 10), **more: object) -> Comparison:
+def compared(text: str, verdicts: tuple[str, str], lengths: tuple[int, int] = (10, 10), **more: object) -> Compared:
     texts = [letter * count for letter, count in zip("bt", lengths, strict=True)]
-    return Comparison(prompt(text), 0, AnswerText(texts[0]), AnswerText(texts[1]), verdicts, **more)
+    return Compared(prompt(text), 0, Answer(texts[0]), Answer(texts[1]), verdicts, **more)
 
 
 def test_the_summary_by_pencil():
@@ -70,29 +70,29 @@ def test_the_summary_by_pencil():
         compared("b", ("base", "tuned"), (10, 30)),  # the judge likes the first: 1/2
         compared("c", ("tie", "tuned"), (20, 10)),  # 3/4
         compared("d", ("base", "base"), (10, 10)),  # 0
-        Comparison(prompt("e"), 0, AnswerText("same"), AnswerText("same"), ("tie", "tie")),  # 1/2, nobody was asked
-        Comparison(prompt("f"), 0, AnswerText("x"), AnswerText("y"), (None, None), unresolved="no_verdict"),
+        Compared(prompt("e"), 0, Answer("same"), Answer("same"), ("tie", "tie")),  # 1/2, nobody was asked
+        Compared(prompt("f"), 0, Answer("x"), Answer("y"), (None, None), unresolved="no_verdict"),
     ]
-    found = summary(rows)
-    assert (found["comparisons"], found["resolved"], found["identical"]) == (6, 5, 1)
-    assert found["win_rate"]["mean"] == pytest.approx((1 + 0.5 + 0.75 + 0 + 0.5) / 5)
-    assert (found["won"], found["tied"], found["lost"]) == (2, 2, 1)
-    assert found["bracket"] == pytest.approx([2.75 / 6, 3.75 / 6])
-    assert found["consistency"]["mean"] == pytest.approx(2 / 4)  # a and d, of the four that were asked
-    assert found["length"]["ratio"] == pytest.approx((2 + 3 + 0.5 + 1 + 1) / 5)
-    assert found["unresolved"] == {"no_verdict": 1}
+    result = summary(rows)
+    assert (result["comparisons"], result["resolved"], result["identical"]) == (6, 5, 1)
+    assert result["win_rate"]["mean"] == pytest.approx((1 + 0.5 + 0.75 + 0 + 0.5) / 5)
+    assert (result["won"], result["tied"], result["lost"]) == (2, 2, 1)
+    assert result["bracket"] == pytest.approx([2.75 / 6, 3.75 / 6])
+    assert result["consistency"]["mean"] == pytest.approx(2 / 4)  # a and d, of the four that were asked
+    assert result["length"]["ratio"] == pytest.approx((2 + 3 + 0.5 + 1 + 1) / 5)
+    assert result["unresolved"] == {"no_verdict": 1}
 
 
 @pytest.mark.parametrize(
-    ("agreeing", "of", "words"),
+    ("agreeing", "of", "reason"),
     [(2, 10, "in 20 % of the comparisons shown in both orders, no more than a coin does: it is no judge"),
      (100, 500, "it is no judge"), (5, 10, "it is no judge"), (6, 10, "too few to know"), (10, 10, None),
      (60, 80, None)],
 )  # fmt: skip
-def test_a_judge_that_contradicts_itself_is_told_to_be_none(agreeing, of, words):
+def test_a_judge_that_contradicts_itself_is_told_to_be_none(agreeing, of, reason):
     rows = [compared(str(n), ("tuned", "tuned" if n < agreeing else "base")) for n in range(of)]
-    said = summary(rows)["distrust"]
-    assert said is None if words is None else words in said
+    distrust = summary(rows)["distrust"]
+    assert distrust is None if reason is None else reason in distrust
 
 
 def test_samples_of_one_prompt_are_one_cluster():
@@ -107,12 +107,12 @@ def test_samples_of_one_prompt_are_one_cluster():
 def test_a_rate_that_length_explains_falls_to_one_half_at_equal_lengths():
     longer = [compared(f"l{n}", ("tuned", "tuned") if n % 4 else ("base", "base"), (50, 200 + n)) for n in range(60)]
     shorter = [compared(f"s{n}", ("base", "base") if n % 4 else ("tuned", "tuned"), (200 + n, 50)) for n in range(20)]
-    found = summary([*longer, *shorter])
-    assert found["win_rate"]["mean"] == pytest.approx(50 / 80)
-    lo, hi = found["length_controlled"]["ci95"]
+    result = summary([*longer, *shorter])
+    assert result["win_rate"]["mean"] == pytest.approx(50 / 80)
+    lo, hi = result["length_controlled"]["ci95"]
     assert lo < 0.5 < hi
-    assert found["length_controlled"]["rate"] == pytest.approx(0.5, abs=0.03)
-    assert found["length_controlled"]["length"] > 1
+    assert result["length_controlled"]["rate"] == pytest.approx(0.5, abs=0.03)
+    assert result["length_controlled"]["length"] > 1
     everywhere = summary([*longer[1:4], longer[5]])["length_controlled"]
     assert everywhere["rate"] is None
     assert "everywhere" in everywhere["why"]
@@ -125,15 +125,15 @@ def test_the_rate_of_known_answers_is_found(world, tmp_path):
     # Base right in 0..19, tuned in 10..34: the tuned one wins 15, loses 10, and the others say the same.
     answers(tmp_path, "base", range(20))
     answers(tmp_path, "tuned", range(10, 35))
-    done = measure_win_rate(settings(tmp_path, world.url))
-    assert done.stopped is None
-    found = json.loads((tmp_path / "out" / "winrate.json").read_text("utf-8"))
-    assert (found["won"], found["lost"], found["tied"], found["identical"]) == (15, 10, 15, 15)
-    assert found["win_rate"]["mean"] == pytest.approx((15 + 7.5) / 40)
-    assert found["win_rate"]["ci95"][0] < found["win_rate"]["mean"] < found["win_rate"]["ci95"][1]
-    assert found["consistency"]["mean"] == 1
-    assert found["position"]["first"] == found["position"]["second"] == 25
-    assert found["usage"]["judge"]["calls"] == 50
+    outcome = compare(settings(tmp_path, world.url))
+    assert outcome.stopped is None
+    result = json.loads((tmp_path / "out" / "winrate.json").read_text("utf-8"))
+    assert (result["won"], result["lost"], result["tied"], result["identical"]) == (15, 10, 15, 15)
+    assert result["win_rate"]["mean"] == pytest.approx((15 + 7.5) / 40)
+    assert result["win_rate"]["ci95"][0] < result["win_rate"]["mean"] < result["win_rate"]["ci95"][1]
+    assert result["consistency"]["mean"] == 1
+    assert result["position"]["first"] == result["position"]["second"] == 25
+    assert result["usage"]["judge"]["calls"] == 50
     rows = [json.loads(line) for line in (tmp_path / "out" / "winrate.jsonl").read_text("utf-8").splitlines()]
     assert [row["value"] for row in rows[:12]] == [0] * 10 + [0.5] * 2
     assert rows[25]["base_first"] == rows[25]["tuned_first"] == "tuned"
@@ -145,7 +145,7 @@ def test_answers_are_matched_by_prompt_and_not_by_place(world, tmp_path):
     file = answers(tmp_path, "tuned", range(10, 35))
     lines = file.read_text("utf-8").splitlines()
     file.write_text("".join(line + "\n" for line in reversed(lines)), "utf-8")
-    assert measure_win_rate(settings(tmp_path, world.url)).result["won"] == 15
+    assert compare(settings(tmp_path, world.url)).result["won"] == 15
 
 
 def test_a_ready_answer_is_compared_without_what_a_model_thought_before_it(world, tmp_path):
@@ -153,20 +153,20 @@ def test_a_ready_answer_is_compared_without_what_a_model_thought_before_it(world
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     thought = [row | {"answer": f"<think>\nLet me see.\n</think>\n\n{row['answer']}<|im_end|>"} for row in rows]
     (tmp_path / "tuned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in thought), "utf-8")
-    found = measure_win_rate(settings(tmp_path, world.url)).result
-    assert (found["identical"], found["usage"]["judge"]["calls"]) == (40, 0)
+    result = compare(settings(tmp_path, world.url)).result
+    assert (result["identical"], result["usage"]["judge"]["calls"]) == (40, 0)
 
 
 def test_a_judge_who_prefers_what_is_first_moves_nothing_and_is_told(tmp_path):
     answers(tmp_path, "base", range(20))
     answers(tmp_path, "tuned", range(20, 40))
     with running(ServerOptions(leanings=Leanings(position_bias=1.0))) as biased:
-        found = measure_win_rate(settings(tmp_path, biased.url)).result
-    assert found["win_rate"]["mean"] == 0.5
-    assert found["consistency"]["mean"] == 0
-    assert "agrees with itself in 0 %" in found["distrust"]
-    assert found["position"]["share_first"] == 1
-    assert found["position"]["biased"]
+        result = compare(settings(tmp_path, biased.url)).result
+    assert result["win_rate"]["mean"] == 0.5
+    assert result["consistency"]["mean"] == 0
+    assert "agrees with itself in 0 %" in result["distrust"]
+    assert result["position"]["share_first"] == 1
+    assert result["position"]["biased"]
 
 
 @pytest.mark.slow
@@ -175,11 +175,11 @@ def test_local_models_and_endpoints_answer(world, tmp_path):
     answers(tmp_path, "base", range(0), tasks=tasks)
     local = {"path": str(ROOT / "recipes/world/model"), "max_tokens": 40, "temperature": 0}
     served = {"url": world.url, "model": "world-target", "max_tokens": 40}
-    found = measure_win_rate(settings(tmp_path, world.url, base=served, tuned=local, samples=2)).result
-    assert (found["comparisons"], found["prompts"]) == (12, 6)
-    assert found["tuned"]["identity"].startswith("weights:")
-    assert found["base"]["name"] == "world-target"
-    assert found["usage"]["tuned"]["completion"] > 12
+    result = compare(settings(tmp_path, world.url, base=served, tuned=local, samples=2)).result
+    assert (result["comparisons"], result["prompts"]) == (12, 6)
+    assert result["tuned"]["identity"].startswith("weights:")
+    assert result["base"]["name"] == "world-target"
+    assert result["usage"]["tuned"]["completion"] > 12
     rows = [json.loads(line) for line in (tmp_path / "out" / "winrate.jsonl").read_text("utf-8").splitlines()]
     assert [row["sample"] for row in rows] == [0, 1] * 6
     assert len({row["tuned"] for row in rows}) <= 6  # greedy: both samples are the same
@@ -189,19 +189,19 @@ def test_nothing_is_paid_for_twice(tmp_path):
     answers(tmp_path, "base", range(20))
     answers(tmp_path, "tuned", range(20, 40))
     with running() as server:
-        stopped = measure_win_rate(settings(tmp_path, server.url, budget={"tokens": 20_000}, concurrency=4))
+        stopped = compare(settings(tmp_path, server.url, budget={"tokens": 20_000}, concurrency=4))
         assert "budget" in stopped.stopped
         assert stopped.result is None
         assert not (tmp_path / "out" / "winrate.json").exists()
         some = server.stats()["paid_total"]
         assert 0 < some < 80
-        whole = measure_win_rate(settings(tmp_path, server.url)).result
-        again = measure_win_rate(settings(tmp_path, server.url)).result
+        first = compare(settings(tmp_path, server.url)).result
+        again = compare(settings(tmp_path, server.url)).result
         stats = server.stats()
     assert stats["paid_total"] == 80
     assert stats["paid_more_than_once"] == 0
-    assert (whole["usage"]["judge"]["calls"], again["usage"]["judge"]["calls"]) == (80 - some, 0)
-    assert again["win_rate"] == whole["win_rate"]
+    assert (first["usage"]["judge"]["calls"], again["usage"]["judge"]["calls"]) == (80 - some, 0)
+    assert again["win_rate"] == first["win_rate"]
 
 
 def test_verdicts_that_cannot_be_read_are_counted_and_bracketed(tmp_path):
@@ -209,38 +209,38 @@ def test_verdicts_that_cannot_be_read_are_counted_and_bracketed(tmp_path):
     answers(tmp_path, "tuned", range(20, 40))
     judge = {"model": "world-judge", "ask_again": False}
     with running(ServerOptions(misbehaviour=Misbehaviour(refusal=0.3))) as server:
-        found = measure_win_rate(settings(tmp_path, server.url, judge={"url": server.url, **judge})).result
-    count = sum(found["unresolved"].values())
+        result = compare(settings(tmp_path, server.url, judge={"url": server.url, **judge})).result
+    count = sum(result["unresolved"].values())
     assert 5 < count < 35
-    assert found["resolved"] == 40 - count
-    assert found["bracket"][1] - found["bracket"][0] == pytest.approx(count / 40)
+    assert result["resolved"] == 40 - count
+    assert result["bracket"][1] - result["bracket"][0] == pytest.approx(count / 40)
     with running(ServerOptions(misbehaviour=Misbehaviour(refusal=1.0))) as server:
         config = settings(tmp_path, server.url, judge={"url": server.url, **judge}, out=str(tmp_path / "none"))
         with pytest.raises(UserError, match=r"no comparison has a verdict: 40 \w+"):
-            measure_win_rate(config)
+            compare(config)
 
 
 def test_an_answer_that_was_cut_off_is_judged_and_counted(scripted_server, world, tmp_path):
     rows = [{"prompt": f"{task.prompt} [[length]]", "answer": task.right} for task in TASKS[:3]]
     (tmp_path / "base.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     cut = {"url": scripted_server.url, "model": "m"}
-    found = measure_win_rate(settings(tmp_path, world.url, tuned=cut)).result
-    assert found["truncated"] == {"base": 0, "tuned": 3}
-    assert found["resolved"] == 3
-    assert found["bracket"] == [0, 1]
+    result = compare(settings(tmp_path, world.url, tuned=cut)).result
+    assert result["truncated"] == {"base": 0, "tuned": 3}
+    assert result["resolved"] == 3
+    assert result["bracket"] == [0, 1]
 
 
 def test_an_answer_that_was_filtered_is_named_and_bracketed(tmp_path):
     won = "{teacher_reasoning}\nfirst\n\n{best_student_solution}\n[1]"
-    rows = [{"prompt": f"{n} <<{said}>>", "answer": "mine"} for n, said in enumerate(("FILTER:no", won, won))]
+    rows = [{"prompt": f"{n} <<{text}>>", "answer": "mine"} for n, text in enumerate(("FILTER:no", won, won))]
     base = tmp_path / "base.jsonl"
     base.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     with judging() as server:
         judge, tuned = {"url": server.url, "model": "j"}, {"url": server.url, "model": "t"}
-        found = measure_win_rate(settings(tmp_path, server.url, judge=judge, tuned=tuned)).result
-    assert (found["unresolved"], found["unanswered"]) == ({"answer_content_filter": 1}, 0)
-    assert found["bracket"] == [pytest.approx(1 / 3), pytest.approx(2 / 3)]
-    assert found["win_rate"]["mean"] == 0.5
+        result = compare(settings(tmp_path, server.url, judge=judge, tuned=tuned)).result
+    assert (result["unresolved"], result["unanswered"]) == ({"answer_content_filter": 1}, 0)
+    assert result["bracket"] == [pytest.approx(1 / 3), pytest.approx(2 / 3)]
+    assert result["win_rate"]["mean"] == 0.5
 
 
 @pytest.fixture(scope="module")
@@ -257,16 +257,16 @@ def test_an_endpoint_that_is_not_there_gives_no_rate_and_says_so(scripted_server
     rows = [{"prompt": "Say [[500]]", "answer": "a"}]
     (tmp_path / "base.jsonl").write_text(json.dumps(rows[0]) + "\n", "utf-8")
     failing = {"url": scripted_server.url, "model": "m"}
-    done = measure_win_rate(settings(tmp_path, scripted_server.url, tuned=failing, attempts=2, judge={**failing}))
-    assert (done.result, done.failed) == (None, 1)
-    assert "500" in done.first_failure
+    result = compare(settings(tmp_path, scripted_server.url, tuned=failing, attempts=2, judge={**failing}))
+    assert (result.result, result.failed) == (None, 1)
+    assert "500" in result.first_failure
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("error", "reason"),
     [("HTTP402", "402"), ("HTTP413", "413"), ("BODY429", "Rate limit exceeded"), ("HTTP400", "400")],
 )
-def test_an_error_of_the_judges_server_is_no_win_rate_and_the_command_goes_on(tmp_path, monkeypatch, error, words):
+def test_an_error_of_the_judges_server_is_no_win_rate_and_the_command_goes_on(tmp_path, monkeypatch, error, reason):
     monkeypatch.setattr("clair.inference.client._FIRST_BACKOFF", 0.001)
     monkeypatch.setattr("clair.inference.rate_limit.PAUSE", 0.001)
     won = "{teacher_reasoning}\nlonger\n\n{best_student_solution}\n[2]"
@@ -274,20 +274,20 @@ def test_an_error_of_the_judges_server_is_no_win_rate_and_the_command_goes_on(tm
     rows = [{"prompt": f"Question {n}?", "answer": f"answer {n}"} for n in range(4)]
     base, tuned = tmp_path / "base.jsonl", tmp_path / "tuned.jsonl"
     base.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    said = [{**row, "answer": script if n == 2 else f"<<{won}>> {n}"} for n, row in enumerate(rows)]
-    tuned.write_text("".join(json.dumps(row) + "\n" for row in said), "utf-8")
+    changed = [{**row, "answer": script if n == 2 else f"<<{won}>> {n}"} for n, row in enumerate(rows)]
+    tuned.write_text("".join(json.dumps(row) + "\n" for row in changed), "utf-8")
     result = tmp_path / "out" / "winrate.json"
     with judging() as server:
         arguments = ["eval", "winrate", "--prompts", base, "--base", base, "--tuned", tuned, "--out", tmp_path / "out"]
         arguments += ["--judge-base-url", server.url, "--judge-model", "j"]
         first = apo(*arguments)
         assert first.code == 3
-        assert words in first.err
+        assert reason in first.err
         assert error == "HTTP402" or "there is no win rate" in first.err
         if result.exists():
-            found = json.loads(result.read_text("utf-8"))
-            assert (found["win_rate"], found["length_controlled"]["rate"]) == (None, None)
-            assert found["bracket"] == [3 * 0.5 / 4, 3 * 0.5 / 4 + 0.25]
+            numbers = json.loads(result.read_text("utf-8"))
+            assert (numbers["win_rate"], numbers["length_controlled"]["rate"]) == (None, None)
+            assert numbers["bracket"] == [3 * 0.5 / 4, 3 * 0.5 / 4 + 0.25]
         again = apo(*arguments)
     assert again.code == 0, again.err
     assert json.loads(result.read_text("utf-8"))["win_rate"]["mean"] == 0.5
@@ -296,9 +296,9 @@ def test_an_error_of_the_judges_server_is_no_win_rate_and_the_command_goes_on(tm
 # ---- refused
 
 
-def refuse(tmp_path: Path, told: str, **changes: object) -> None:
-    with pytest.raises(UserError, match=told):
-        load_inputs(settings(tmp_path, "http://127.0.0.1:9/v1", **changes))
+def refuse(tmp_path: Path, match: str, **changes: object) -> None:
+    with pytest.raises(UserError, match=match):
+        check(settings(tmp_path, "http://127.0.0.1:9/v1", **changes))
 
 
 def test_what_cannot_be_compared_is_told_before_anything_is_asked(tmp_path):
@@ -322,10 +322,10 @@ def test_what_cannot_be_compared_is_told_before_anything_is_asked(tmp_path):
 def test_a_folder_is_not_mixed_with_another_comparison(world, tmp_path):
     answers(tmp_path, "base", range(20))
     answers(tmp_path, "tuned", range(10, 35))
-    measure_win_rate(settings(tmp_path, world.url))
+    compare(settings(tmp_path, world.url))
     answers(tmp_path, "third", range(5))
     with pytest.raises(UserError, match=r"other settings \(it differs in tuned"):
-        measure_win_rate(settings(tmp_path, world.url, tuned=str(tmp_path / "third.jsonl")))
+        compare(settings(tmp_path, world.url, tuned=str(tmp_path / "third.jsonl")))
 
 
 # ---- the command
@@ -334,7 +334,7 @@ def test_a_folder_is_not_mixed_with_another_comparison(world, tmp_path):
 def test_the_command_tells_rate_length_and_position(world, tmp_path):
     answers(tmp_path, "base", range(20))
     answers(tmp_path, "tuned", range(10, 35), more=" That is my answer.")
-    given = [
+    arguments = [
         "--prompts",
         tmp_path / "base.jsonl",
         "--base",
@@ -343,29 +343,29 @@ def test_the_command_tells_rate_length_and_position(world, tmp_path):
         tmp_path / "tuned.jsonl",
     ]
     judge = ["--judge-base-url", world.url, "--judge-model", "world-judge", "--out", tmp_path / "out"]
-    plan = apo("eval", "winrate", *given, *judge, "--dry-run")
+    plan = apo("eval", "winrate", *arguments, *judge, "--dry-run")
     assert plan.code == 0, plan.err
     assert "# 40 prompts, 40 pairs of answers, at most 80 verdicts" in plan.out
     assert not (tmp_path / "out").exists()
-    done = apo("eval", "winrate", *given, *judge)
-    assert done.code == 0, done.err
-    found = json.loads((tmp_path / "out" / "winrate.json").read_text("utf-8"))
-    assert found["length"]["ratio"] > 1.1
-    assert f"{100 * found['win_rate']['mean']:.1f}" in done.out
-    assert f"{100 * found['length_controlled']['rate']:.1f}" in done.out
+    result = apo("eval", "winrate", *arguments, *judge)
+    assert result.code == 0, result.err
+    numbers = json.loads((tmp_path / "out" / "winrate.json").read_text("utf-8"))
+    assert numbers["length"]["ratio"] > 1.1
+    assert f"{100 * numbers['win_rate']['mean']:.1f}" in result.out
+    assert f"{100 * numbers['length_controlled']['rate']:.1f}" in result.out
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--tuned", "http://127.0.0.1:9/v1"], "--tuned is an endpoint and needs --tuned-name"),
         (["--tuned", "nowhere"], "--tuned nowhere is no folder, file"),
         (["--tuned", "nowhere", "--tuned-name", "m"], "--tuned-name is for an endpoint"),
     ],
 )
-def test_the_command_names_the_option_at_fault(tmp_path, options, told):
+def test_the_command_names_the_option_at_fault(tmp_path, options, message):
     file = answers(tmp_path, "base", range(20))
     judge = ["--judge-base-url", "http://127.0.0.1:9/v1", "--judge-model", "j", "--out", tmp_path / "out"]
-    done = apo("eval", "winrate", "--prompts", file, "--base", file, *options, *judge)
-    assert done.code == 2
-    assert told in done.err
+    result = apo("eval", "winrate", "--prompts", file, "--base", file, *options, *judge)
+    assert result.code == 2
+    assert message in result.err
