@@ -209,9 +209,9 @@ def report(
     """One HTML page to look at a dataset: funnel, contrast, lengths, and the pairs to search, sort and mark."""
     from clair.core.console import show as print_
     from clair.reporting.dataset_report import report as write_report
-    from clair.storage.object_store import is_url, read_here
+    from clair.storage.object_store import is_url, local_copy
 
-    with read_here(folder) as here:
+    with local_copy(folder) as here:
         page = write_report(here, out or (Path(f"{here.name}-report.html") if is_url(folder) else None), filter_ or [])
     print_(f"{page} ({page.stat().st_size / 1e6:.1f} MB): open it in a browser, mark pairs and save the decisions;")
     print_(f"apply them with: clair keep {folder} decisions.json")
@@ -263,9 +263,9 @@ def push(
     from clair.core.console import show as print_
     from clair.pipeline.export import files_to_push
     from clair.pipeline.export import push as send
-    from clair.storage.object_store import read_here
+    from clair.storage.object_store import local_copy
 
-    with read_here(folder) as here:
+    with local_copy(folder) as here:
         files = files_to_push(here)
         if yes:
             print_(send(here, name, private=private))
@@ -327,8 +327,8 @@ def next_(
     """Prepare a further round: the tuned model answers what it got wrong before, and what was not seen yet."""
     from clair.core.console import show as print_
     from clair.pipeline.export import next_round
-    from clair.storage.object_store import read_here
+    from clair.storage.object_store import local_copy
 
-    with read_here(folder) as here:
+    with local_copy(folder) as here:
         recipe, again, fresh = next_round(here, model, out)
     print_(f"{again} prompts that gave a pair and {fresh} not seen yet; build them with: clair build {recipe}")

@@ -19,7 +19,7 @@ from clair.data.records import Prompt
 from clair.inference.config import JudgeConfig, ModelConfig
 from clair.inference.open import check_models
 from clair.prompting.templates import JUDGE_NEEDS, load_template
-from clair.storage.object_store import read_here
+from clair.storage.object_store import local_copy
 
 RESULT = "advice.json"
 _MARKS = re.compile(
@@ -110,7 +110,7 @@ def authors(config: AdviseConfig) -> tuple[float | None, float | None]:
     from clair.data.dataset import read_manifest, read_rows
     from clair.inference.local import weights_identity
 
-    with read_here(config.dataset) as folder:
+    with local_copy(config.dataset) as folder:
         if not (folder / "manifest.json").is_file():
             return None, None
         identity = weights_identity(config.model.path or "")

@@ -18,7 +18,7 @@ from apo.models import tensor_cache as cache
 from clair.core.errors import UserError
 from clair.core.files import content_hash
 from clair.data.records import LABELS
-from clair.storage.object_store import read_here
+from clair.storage.object_store import local_copy
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -204,7 +204,7 @@ def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for path in paths:
         check_exists(path)
-        with read_here(path) as folder:
+        with local_copy(path) as folder:
             if (folder / "manifest.json").is_file():
                 source, parts = read_manifest(folder)["pipeline"], [(s, read_folder(folder, [s])) for s in SPLITS]
             else:

@@ -18,7 +18,7 @@ from apo.data.tokenize import COLUMNS, ID_COLUMNS, MASK_COLUMNS, UNPAIRED_COLUMN
 from clair.core.errors import UserError, near_miss, one_line
 from clair.core.recipe import Recipe
 from clair.data.preference_sources import load_preferences, split_names
-from clair.data.prompt_sources import kind_of
+from clair.data.row_files import kind_of
 from clair.storage.object_store import is_url, public_path
 
 if TYPE_CHECKING:

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from apo.data.rendering import NOTES, control_tokens, no_end_message, render, writes_time
 from clair.core.errors import UserError
-from clair.data.preferences import COLUMNS, UNPAIRED_COLUMNS, check_columns, read_dataset, read_row, restored_row
+from clair.data.preference_rows import read_row
+from clair.data.preferences import check_columns, read_dataset, restore_row
+from clair.data.row_formats import COLUMNS, UNPAIRED_COLUMNS
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -310,7 +312,7 @@ def encode(
 
 def _encode_read(example: dict[str, Any], **arguments: Any) -> dict[str, Any]:
     """`encode` of a row of `read_dataset`."""
-    return _encode(restored_row(example), **arguments)
+    return _encode(restore_row(example), **arguments)
 
 
 def _refused(fault: UserError) -> dict[str, Any]:

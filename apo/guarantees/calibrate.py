@@ -24,7 +24,7 @@ from apo.guarantees.conformal import (
 from apo.guarantees.properties import Certificate, certify_pairs
 from clair.core.errors import UserError, near_miss
 from clair.core.files import content_hash
-from clair.storage.object_store import is_url, read_here
+from clair.storage.object_store import is_url, local_copy
 
 Guarantee = Literal["joint", "precision"]
 SCORES = ("score_chosen", "score_rejected")
@@ -204,7 +204,7 @@ def read_scored(path: str | Path) -> list[dict[str, Any]]:
     from clair.data.dataset import load_pairs, read_rows
 
     check_exists(str(path))
-    with read_here(str(path)) as folder:
+    with local_copy(str(path)) as folder:
         if (folder / "manifest.json").is_file():
             return list(read_rows(folder))
     return [{**row, "id": str(row.get("id") or content_hash(row)[:16])} for row in load_pairs(path)]

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from clair.core.errors import UserError, near_miss
 from clair.core.recipe import Recipe
 from clair.core.statistics import clustered_mean
-from clair.data.prompt_sources import read_jsonl
+from clair.data.row_files import read_jsonl
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase

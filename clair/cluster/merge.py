@@ -19,7 +19,7 @@ from typing import Any
 from clair.core.errors import UserError
 from clair.core.files import read_json, write_atomically, write_json
 from clair.data.dataset import SPLITS, DatasetWriter, card, read_manifest, read_order, split_file
-from clair.data.prompt_sources import parquet_rows
+from clair.data.row_files import parquet_rows
 from clair.ledger.join import join_ledgers
 from clair.pipeline.config import changed_content_keys
 from clair.pipeline.output_dir import Output, check_output, lock_output

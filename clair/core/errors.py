@@ -32,7 +32,7 @@ def one_line(told: object, most: int = 400) -> str:
     return printable(" ".join(str(told).split())[:most])
 
 
-def words_of(error: BaseException) -> str:
+def error_chain(error: BaseException) -> str:
     """What an error says and what caused it, on one line: a library's own error may say that there was one, no more."""
     words: list[str] = []
     cause: BaseException | None = error

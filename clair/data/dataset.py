@@ -23,9 +23,9 @@ from typing import Any
 
 from clair.core.files import content_hash, file_sha256, publish, read_json
 from clair.data.preference_sources import load_preferences
-from clair.data.prompt_sources import is_json, parquet_rows
 from clair.data.records import LABELS, Dropped, Pair
-from clair.storage.object_store import joined, manifest_here, read_here, told_as
+from clair.data.row_files import is_json_list, parquet_rows
+from clair.storage.object_store import joined, local_copy, local_manifest, report_as
 
 SPLITS = ("train", "test")
 CONTRAST = ("jaccard", "levenshtein", "kept", "prefix", "length_ratio")
@@ -69,7 +69,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], schema: Any) -> Any:
     columns = []
     for one in schema:
         values = [row.get(one.name) for row in rows]
-        if is_json(one.type):
+        if is_json_list(one.type):
             texts = [None if v is None else [json.dumps(inner, ensure_ascii=False) for inner in v] for v in values]
             lists = pa.array(texts, pa.list_(pa.string()))
             inner = pa.ExtensionArray.from_storage(pa.json_(), lists.flatten())
@@ -333,14 +333,14 @@ def _doubtful_reviser(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a dataset folder, here or at a URL. Raises UserError where there is none."""
-    file = manifest_here(str(folder))
-    with told_as(file, joined(str(folder), "manifest.json")):
+    file = local_manifest(str(folder))
+    with report_as(file, joined(str(folder), "manifest.json")):
         return read_json(file)
 
 
 def read_rows(folder: str | Path, splits: Sequence[str] = SPLITS) -> Iterator[dict[str, Any]]:
     """The pairs of a dataset folder, here or at a URL, as plain rows, split by split."""
-    with read_here(str(folder)) as here:
+    with local_copy(str(folder)) as here:
         for split in splits:
             yield from parquet_rows(here / split_file(split), 1000)
 

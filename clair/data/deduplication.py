@@ -1,4 +1,4 @@
-"""Prompts that came before, that are nearly the same, or that a benchmark asks: found by hashes and shared words."""
+"""Detect repeated prompts, near duplicates, and questions of a benchmark, by hashes of runs of words."""
 
 from __future__ import annotations
 
@@ -11,86 +11,87 @@ from hashlib import blake2b
 from tempfile import SpooledTemporaryFile
 from typing import Any
 
-_BUCKETS, _SPOOLED = 64, 1 << 14
-_KEYED = struct.Struct("<QQ")
+_BUCKETS, _MAX_SPOOLED_BYTES = 64, 1 << 14
+_ENTRY = struct.Struct("<QQ")
 _WORD = re.compile(r"\w+")
 _SHINGLE = 5
-_SKETCH = 32
+_SKETCH_SIZE = 32
 _PROBES = 8
 _BENCHMARK_GRAM = 13
 
 
 def _hashes(text: str, n: int) -> set[int]:
-    """64-bit hashes of all runs of n words, lower case, punctuation ignored; of all the words where there are fewer."""
+    """64-bit hashes of all runs of n words, lower case, without punctuation. A shorter text is one run."""
     words = _WORD.findall(text.lower())
     runs = (" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1)))
     return {int.from_bytes(blake2b(run.encode("utf-8", "replace"), digest_size=8).digest()) for run in runs}
 
 
-class Repeats:
-    """Which rows hold a 64-bit key that an earlier row holds too.
+class RepeatedKeys:
+    """Finds the rows whose 64-bit key an earlier row has too.
 
-    Keys wait in temporary files, 16 bytes each, and are compared bucket by bucket: in memory is a 64th of them at most.
+    Keys are stored in 64 temporary files, 16 bytes each, and compared file by file, so that about a 64th of them is in
+    memory.
     """
 
     def __init__(self) -> None:
-        self._buckets = [SpooledTemporaryFile(max_size=_SPOOLED) for _ in range(_BUCKETS)]  # noqa: SIM115 (by close)
+        self._buckets = [SpooledTemporaryFile(max_size=_MAX_SPOOLED_BYTES) for _ in range(_BUCKETS)]  # noqa: SIM115 (by close)
 
     def add(self, key: int, row: int) -> None:
-        """One more row, later than all before; it may carry bits of its own, below its number."""
-        self._buckets[key % _BUCKETS].write(_KEYED.pack(key, row))
+        """Add a row, later than all before. The lowest bits of `row` may hold flags, below its number."""
+        self._buckets[key % _BUCKETS].write(_ENTRY.pack(key, row))
 
-    def found(self, wanted: Callable[[Any], Any] | None = None) -> Iterator[Any]:
-        """Rows whose key came before, as arrays. `wanted` says of an array of rows which of them count at all."""
+    def repeated(self, mask: Callable[[Any], Any] | None = None) -> Iterator[Any]:
+        """The rows whose key occurred before, as arrays. `mask` maps an array of rows to those that count, as bools."""
         import numpy as np
 
         for file in self._buckets:
             file.seek(0)
-            keyed = np.frombuffer(file.read(), dtype=[("key", "<u8"), ("row", "<i8")])
-            if wanted is not None:
-                keyed = keyed[wanted(keyed["row"])]
-            order = np.argsort(keyed["key"], kind="stable")
-            keys = keyed["key"][order]
-            yield keyed["row"][order[1:][keys[1:] == keys[:-1]]]
+            entries = np.frombuffer(file.read(), dtype=[("key", "<u8"), ("row", "<i8")])
+            if mask is not None:
+                entries = entries[mask(entries["row"])]
+            order = np.argsort(entries["key"], kind="stable")
+            keys = entries["key"][order]
+            yield entries["row"][order[1:][keys[1:] == keys[:-1]]]
 
     def close(self) -> None:
-        """The files go."""
+        """Delete the temporary files."""
         for file in self._buckets:
             file.close()
 
 
 class NearDuplicates:
-    """Tells whether a text shares at least `threshold` of its 5-word runs (Jaccard) with one seen before.
+    """Detects texts that share at least `threshold` of their 5-word runs (Jaccard index) with an earlier text.
 
-    Jaccard is estimated on the 32 smallest hashes of both (bottom-k sketch, Broder 1997): standard error at most 0.09.
-    Texts are compared where they share one of the 8 smallest.
+    The index is estimated on the 32 smallest hashes of both texts (bottom-k sketch, Broder 1997), with a standard error
+    of at most 0.09. Only texts that share one of their 8 smallest hashes are compared.
     """
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
         self._sketches: list[frozenset[int]] = []
-        self._places: dict[int, list[int]] = defaultdict(list)
+        self._candidates: dict[int, list[int]] = defaultdict(list)
 
-    def seen(self, text: str) -> bool:
-        """Whether a near duplicate came before; a text that is none is remembered."""
-        smallest = heapq.nsmallest(_SKETCH, _hashes(text, _SHINGLE))
+    def is_duplicate(self, text: str) -> bool:
+        """True if an earlier text is a near duplicate. Otherwise the text is remembered."""
+        smallest = heapq.nsmallest(_SKETCH_SIZE, _hashes(text, _SHINGLE))
         sketch = frozenset(smallest)
-        candidates = {place for value in smallest[:_PROBES] for place in self._places.get(value, ())}
-        if any(_jaccard(sketch, self._sketches[place]) >= self.threshold for place in candidates):
+        candidates = {index for value in smallest[:_PROBES] for index in self._candidates.get(value, ())}
+        if any(_jaccard(sketch, self._sketches[index]) >= self.threshold for index in candidates):
             return True
         for value in smallest[:_PROBES]:
-            self._places[value].append(len(self._sketches))
+            self._candidates[value].append(len(self._sketches))
         self._sketches.append(sketch)
         return False
 
 
 def _jaccard(first: frozenset[int], second: frozenset[int]) -> float:
-    union = heapq.nsmallest(_SKETCH, first | second)
+    union = heapq.nsmallest(_SKETCH_SIZE, first | second)
     return sum(value in first and value in second for value in union) / len(union)
 
 
 class Benchmark:
-    """Tells whether a text shares a run of 13 words with any question of a benchmark, or is all of a shorter one.
+    """Detects texts that share a run of 13 words with a question of a benchmark, or equal a shorter question.
 
     13 words is the usual measure of contamination (Brown et al. 2020, appendix C).
     """
@@ -100,6 +101,6 @@ class Benchmark:
         for question in questions:
             self._runs |= _hashes(question, _BENCHMARK_GRAM)
 
-    def asks(self, text: str) -> bool:
-        """Whether the benchmark asks this."""
+    def overlaps(self, text: str) -> bool:
+        """True if the text overlaps a question of the benchmark."""
         return not self._runs.isdisjoint(_hashes(text, _BENCHMARK_GRAM))

@@ -263,7 +263,7 @@ def task_text(messages: Messages, tools: Tools = ()) -> str:
 
 
 def _turn_text(message: Message) -> str:
-    names = ", ".join(str(message[key]) for key in ("name", "tool_call_id") if message.get(key))
+    names = ", ".join(name for name in (message.get("name"), message.get("tool_call_id")) if name)
     reasoning = message.get("reasoning_content")
     hidden = f"Reasoning:\n{reasoning}\n\n" if reasoning else ""
     return f"{message['role'].capitalize()}{f' ({names})' if names else ''}:\n{hidden}{message_text(message)}"

@@ -29,7 +29,7 @@ from clair.pipeline.output_dir import CURRENT_ROW, Output, check_output, lock_ou
 from clair.pipeline.runner import KILLED_WORKER, PipelineRun, load_templates, open_run
 from clair.pipeline.shards import CrashPolicy, Shard, shard_config
 from clair.pipeline.steps import position_bias
-from clair.storage.object_store import account_of, public_path, read_here
+from clair.storage.object_store import account_of, local_copy, public_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +229,7 @@ def recorded_recipe(config: BuildConfig) -> dict[str, Any]:
     if config.judge:
         recipe["judge"]["template_sha256"] = content_hash([templates["judge"]])
     if config.prompts.not_in:
-        with read_here(config.prompts.not_in) as file:
+        with local_copy(config.prompts.not_in) as file:
             recipe["prompts"]["not_in_sha256"] = file_sha256(file) if file.is_file() else None
     return recipe
 

@@ -18,10 +18,10 @@ from typing import Any
 from clair.core.errors import UserError
 from clair.core.files import content_hash, file_sha256, publish, write_atomically, write_json
 from clair.data.dataset import CONTRAST, ROWS_PER_GROUP, SPLITS, card, read_manifest, schema, split_file, table_of
-from clair.data.prompt_sources import is_json
 from clair.data.records import Dropped
+from clair.data.row_files import is_json_list
 from clair.pipeline.output_dir import lock_output
-from clair.storage.object_store import folder_of, is_url, public_path, read_here, told_as
+from clair.storage.object_store import folder_of, is_url, local_copy, public_path, report_as
 
 FORMAT = 1
 DECISIONS = ("keep", "drop")
@@ -90,7 +90,7 @@ def apply_decisions_locked(folder: str, decisions: Decisions, out: str | None = 
     if out is not None:
         if is_url(out):
             raise UserError(f"--out {public_path(out)} is a URL; give a folder, or leave --out away to change in place")
-        with read_here(folder) as source:
+        with local_copy(folder) as source:
             check(source, decisions, out)
             with lock_output(out):
                 keep(source, decisions, out)
@@ -100,7 +100,7 @@ def apply_decisions_locked(folder: str, decisions: Decisions, out: str | None = 
         read_manifest(folder)
     else:
         check(folder, decisions)
-    with told_as(here, public_path(folder) if is_url(folder) else str(here)), lock_output(folder) as output:
+    with report_as(here, public_path(folder) if is_url(folder) else str(here)), lock_output(folder) as output:
         output.fetch(read_manifest(output.folder)["files"])
         keep(output.folder, decisions)
         output.publish()
@@ -214,7 +214,7 @@ def _write_split(source: Path, target: Path, split: str, gone: frozenset[str], v
     ids = pa.array(sorted(gone), pa.string())
     kept = 0
     names = old.schema_arrow.names  # an older build has fewer columns
-    whole = schema(tools="tools" in names, calls=is_json(old.schema_arrow.field("chosen").type))
+    whole = schema(tools="tools" in names, calls=is_json_list(old.schema_arrow.field("chosen").type))
     layout = pa.schema([whole.field(name) for name in names])
     with old, pq.ParquetWriter(temporary, layout, compression="zstd") as writer:
         waiting = table_of([], layout)

@@ -253,7 +253,7 @@ def _final(error: Exception) -> bool:
 
 
 @contextmanager
-def read_here(path: str) -> Iterator[Path]:
+def local_copy(path: str) -> Iterator[Path]:
     """The file or dataset folder of this machine that holds what is at a path or URL; a URL's is fetched where it has
     changed, of a dataset all but its ledger.
 
@@ -264,7 +264,7 @@ def read_here(path: str) -> Iterator[Path]:
         return
     store = Store(path)
     copy = _dataset_here(store, path) if store.is_folder() else _file_here(store, path)
-    with told_as(copy, store.name):
+    with report_as(copy, store.name):
         yield copy
 
 
@@ -279,7 +279,7 @@ def _file_here(store: Store, url: str) -> Path:
     return copy
 
 
-def manifest_here(folder: str) -> Path:
+def local_manifest(folder: str) -> Path:
     """The file of this machine that holds the manifest of a dataset folder or URL. Raises UserError where none is."""
     file = Path(folder) / "manifest.json"
     if is_url(folder):
@@ -294,7 +294,7 @@ def manifest_here(folder: str) -> Path:
 
 def _dataset_here(store: Store, url: str) -> Path:
     """The copy of what the manifest tells of. Its own manifest is copied last: with it, the copy is whole."""
-    manifest = manifest_here(url)
+    manifest = local_manifest(url)
     files = read_json(manifest).get("files")
     if not isinstance(files, dict) or not all(map(_is_below, files)):
         raise UserError(f"{store.name}: its manifest.json is none of `clair build`; give a folder that it made")
@@ -323,7 +323,7 @@ def _is_below(name: str) -> bool:
 
 
 @contextmanager
-def told_as(copy: Path, name: str) -> Iterator[None]:
+def report_as(copy: Path, name: str) -> Iterator[None]:
     """What UserErrors say of a copy inside the block is said of the URL of this name."""
     try:
         yield

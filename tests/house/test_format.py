@@ -105,7 +105,7 @@ def test_exported_unpaired_rows_are_the_pairs_cut_in_two(folder, tmp_path):
 
 
 def test_every_format_that_the_page_lists_is_read_as_the_same_row():
-    from clair.data.preferences import read_row
+    from clair.data.preference_rows import read_row
 
     ((page, _, (_, *rows)),) = tables("read")
     turns = {"prompt": ("user", "2 + 2?"), "chosen": ("assistant", "4"), "rejected": ("assistant", "5")}

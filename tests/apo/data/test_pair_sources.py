@@ -11,7 +11,7 @@ from apo.data.sources import Source, load_eval, load_train
 from apo.training.config import TrainConfig
 from apo.training.plan import plan
 from clair.core.errors import UserError
-from clair.data.preferences import read_row
+from clair.data.preference_rows import read_row
 from tests.apo.conftest import make_pairs, write_jsonl
 
 

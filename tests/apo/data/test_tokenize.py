@@ -10,7 +10,7 @@ from trl import DPOTrainer
 
 from apo.data.tokenize import eos_ids, tokenize
 from clair.core.errors import UserError
-from clair.data import preferences
+from clair.data import preference_rows
 from tests.apo.conftest import TEMPLATE, make_pairs, make_tokenizer
 
 CHATML = (
@@ -146,7 +146,7 @@ def test_a_template_that_renders_the_prompt_otherwise_alone_is_noted():
 
 def test_each_row_is_read_once(monkeypatch):
     rows = [{**row, "system": "count"} for row in make_pairs(5)]
-    count, read = [], preferences._RowReader.read
-    monkeypatch.setattr(preferences._RowReader, "read", lambda *args: count.append(1) or read(*args))
+    count, read = [], preference_rows._RowReader.read
+    monkeypatch.setattr(preference_rows._RowReader, "read", lambda *args: count.append(1) or read(*args))
     done = tokenize(Dataset.from_list(rows), make_tokenizer(), None, frozenset({3}))
     assert len(count) == len(done.dataset) == 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 
-from clair.data.deduplication import Benchmark, NearDuplicates, Repeats
+from clair.data.deduplication import Benchmark, NearDuplicates, RepeatedKeys
 from clair.data.prompt_sources import PromptSource, each_prompt
 
 WORDS = [f"w{i}" for i in range(500)]
@@ -15,26 +15,26 @@ def test_near_duplicates_are_found_and_different_texts_are_not():
     draw = random.Random(0)
     texts = [" ".join(draw.choices(WORDS, k=60)) for _ in range(300)]
     near = NearDuplicates(0.7)
-    assert not any(near.seen(text) for text in texts)
+    assert not any(near.is_duplicate(text) for text in texts)
     changed = [" ".join([*text.split()[:-2], "other", "end"]) for text in texts]
-    assert sum(near.seen(text) for text in changed) >= 295
+    assert sum(near.is_duplicate(text) for text in changed) >= 295
     halves = [" ".join([*text.split()[:30], *draw.choices(WORDS, k=30)]) for text in texts]
-    assert sum(near.seen(text) for text in halves) <= 5
+    assert sum(near.is_duplicate(text) for text in halves) <= 5
 
 
 def test_case_and_punctuation_do_not_tell_prompts_apart():
     near = NearDuplicates(1.0)
-    assert not near.seen("What is the capital of France?")
-    assert near.seen("what is the capital of france")
+    assert not near.is_duplicate("What is the capital of France?")
+    assert near.is_duplicate("what is the capital of france")
 
 
 def test_a_benchmark_is_known_by_13_words_in_a_row_or_a_whole_short_question():
     long = " ".join(WORDS[:20])
     benchmark = Benchmark([long, "Who wrote Faust?"])
-    assert benchmark.asks("please tell me: " + " ".join(WORDS[3:16]) + " and why")
-    assert not benchmark.asks(" ".join(WORDS[3:15]))
-    assert benchmark.asks("who wrote faust")
-    assert not benchmark.asks("who wrote faust and when")
+    assert benchmark.overlaps("please tell me: " + " ".join(WORDS[3:16]) + " and why")
+    assert not benchmark.overlaps(" ".join(WORDS[3:15]))
+    assert benchmark.overlaps("who wrote faust")
+    assert not benchmark.overlaps("who wrote faust and when")
 
 
 def test_prompts_are_left_out_by_reason_and_the_first_stays(tmp_path):
@@ -49,19 +49,19 @@ def test_prompts_are_left_out_by_reason_and_the_first_stays(tmp_path):
 def test_rows_whose_key_came_before_are_found_however_many_there_are():
     draw = random.Random(0)
     keys = [draw.choice([0, 2**64 - 1, draw.getrandbits(64), draw.getrandbits(14)]) for _ in range(40_000)]
-    repeats, known, again = Repeats(), set(), []
+    repeats, known, again = RepeatedKeys(), set(), []
     for row, key in enumerate(keys):
         repeats.add(key, row)
         again += [row] if key in known else []
         known.add(key)
     assert any(bucket._rolled for bucket in repeats._buckets)  # onto disk
-    assert sorted(row for rows in repeats.found() for row in rows.tolist()) == again
+    assert sorted(row for rows in repeats.repeated() for row in rows.tolist()) == again
     repeats.close()
 
 
 def test_rows_that_do_not_count_are_no_earlier_rows_either():
-    repeats = Repeats()
+    repeats = RepeatedKeys()
     for row, key in enumerate([7, 7, 7, 9]):
         repeats.add(key, row)
-    assert [row for rows in repeats.found(lambda rows: rows > 0) for row in rows.tolist()] == [2]
+    assert [row for rows in repeats.repeated(lambda rows: rows > 0) for row in rows.tolist()] == [2]
     repeats.close()

@@ -13,8 +13,8 @@ from datasets import Dataset, DatasetDict
 
 from clair.core.errors import UserError
 from clair.data.dataset import load_pairs
+from clair.data.preference_rows import read_row
 from clair.data.preference_sources import load_preferences, split_names
-from clair.data.preferences import read_row
 from tests.browser.synthetic import synthetic_pairs, write_dataset
 
 

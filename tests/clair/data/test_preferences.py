@@ -9,7 +9,9 @@ import pytest
 from datasets import Dataset
 
 from clair.core.errors import UserError
-from clair.data.preferences import note_of, read_dataset, read_row, restored_row
+from clair.data.preference_rows import read_row
+from clair.data.preferences import read_dataset, restore_row
+from clair.data.row_formats import repair_note
 
 
 def user(text, **more):
@@ -226,17 +228,17 @@ READ = {
 @pytest.mark.parametrize("case", READ)
 def test_a_row_of_this_form_is_read(case):
     row, expected, repairs = READ[case]
-    assert read_row({"id": 7, **row}, exact=True) == ({"id": 7, **expected}, repairs)
+    assert read_row({"id": 7, **row}, keep_nulls=True) == ({"id": 7, **expected}, repairs)
     for repair in repairs:
-        assert note_of(repair)
+        assert repair_note(repair)
 
 
 @pytest.mark.parametrize("case", READ)
 def test_what_was_read_reads_as_itself_from_a_dataset_too(case):
     row, expected, repairs = READ[case]
     read = read_dataset(Dataset.from_list([{"id": 7, **row}]), "dataset d")
-    assert [note.split("rows ")[1] for note in read.notes] == [note_of(repair) for repair in repairs]
-    assert restored_row(read.dataset[0]) == {"id": 7, **expected}
+    assert [note.split("rows ")[1] for note in read.notes] == [repair_note(repair) for repair in repairs]
+    assert restore_row(read.dataset[0]) == {"id": 7, **expected}
     again = read_dataset(read.dataset, "dataset d", keep_text=True)
     assert again.notes == []
     assert again.dataset.to_list() == read.dataset.to_list()
@@ -319,13 +321,13 @@ def test_a_call_without_arguments_has_none(arguments):
 
 def test_documents_beside_clean_pairs_are_noted():
     rows = [{**ASKED, "documents": text} for text in ("Trades.", None)]
-    assert read_dataset(Dataset.from_list(rows), "d").notes == [f"1 of 2 rows {note_of('unread:documents')}"]
+    assert read_dataset(Dataset.from_list(rows), "d").notes == [f"1 of 2 rows {repair_note('unread:documents')}"]
 
 
 def test_each_row_is_read_by_itself_and_the_first_at_fault_is_named():
     rows = [{"id": f"r{number}", **row} for number, row in enumerate([ASKED, {**ASKED, **WHOLE}, ASKED])]
     read = read_dataset(Dataset.from_list(rows), "dataset d")
-    assert read.notes == [f"1 of 3 rows {note_of('repeated')}"]
+    assert read.notes == [f"1 of 3 rows {repair_note('repeated')}"]
     assert [row["chosen"] for row in read.dataset] == [ASKED["chosen"]] * 3
     rows[2] = {**rows[2], "rejected": [user("No.")]}
     with pytest.raises(UserError, match=r"^dataset d, row 2 \(id r2\): 'rejected' begins with a user turn"):
@@ -346,7 +348,7 @@ def test_what_arrow_adds_is_not_read():
         "zoom": None,
     }
     read = read_dataset(table, "dataset d").dataset
-    assert [read_row(row)[0] for row in read] == [restored_row(row) for row in read] == rows
+    assert [read_row(row)[0] for row in read] == [restore_row(row) for row in read] == rows
     assert [read_row(row)[0] for row in table] == rows
 
 

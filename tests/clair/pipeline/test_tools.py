@@ -11,8 +11,9 @@ import pytest
 from clair.cluster.merge import merge
 from clair.core.errors import UserError
 from clair.data.dataset import load_pairs, read_rows, schema, split_file
-from clair.data.prompt_sources import PromptSource, load_split, read_prompts
+from clair.data.prompt_sources import PromptSource, read_prompts
 from clair.data.records import task_text
+from clair.data.row_files import load_split
 from clair.inference.model import reply_of
 from clair.pipeline.build import build
 from clair.pipeline.shards import Shard, shards_location

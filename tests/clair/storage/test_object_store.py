@@ -27,7 +27,7 @@ from clair.pipeline.output_dir import lock_output
 from clair.pipeline.shards import Shard
 from clair.storage import object_store as storage
 from clair.storage import url_lock as hold
-from clair.storage.object_store import AlreadyExists, StorageError, Store, folder_of, read_here
+from clair.storage.object_store import AlreadyExists, StorageError, Store, folder_of, local_copy
 from clair.storage.url_lock import held
 from tests.clair.building import SPLIT_FILES, clair, error_line, final_bytes, write_prompts
 from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
@@ -474,12 +474,12 @@ def test_prompts_at_a_url_are_read_and_their_mistakes_are_told_with_it(tmp_path,
 def test_prompts_that_another_process_is_fetching_are_left_to_it_and_older_ones_are_not_kept(tmp_path, url):
     store = Store(url)
     store.put("p.jsonl", b"one")
-    with read_here(f"{url}/p.jsonl") as first:
+    with local_copy(f"{url}/p.jsonl") as first:
         assert first.read_bytes() == b"one"
     fetching = first.with_name(".another.1234.tmp")
     fetching.touch()
     store.put("p.jsonl", b"three")
-    with read_here(f"{url}/p.jsonl") as second:
+    with local_copy(f"{url}/p.jsonl") as second:
         assert second.read_bytes() == b"three"
     assert set(first.parent.iterdir()) == {second, fetching}
 

@@ -16,7 +16,7 @@ from clair.data.prompt_sources import PromptSource, read_prompts
 from clair.reporting.review import fingerprint
 from clair.storage import object_store as storage
 from clair.storage import url_lock as hold
-from clair.storage.object_store import StorageError, Store, copy_of, read_here
+from clair.storage.object_store import StorageError, Store, copy_of, local_copy
 from tests.browser.synthetic import synthetic_pairs, write_dataset
 from tests.clair.building import clair, error_line
 
@@ -172,6 +172,6 @@ def test_a_manifest_cannot_have_files_put_elsewhere(folder, url, tmp_path, name)
     name = name.replace("/{tmp}", str(tmp_path))
     manifest = read_manifest(folder)
     write_json(folder / "manifest.json", {**manifest, "files": {**manifest["files"], name: "0" * 64}})
-    with pytest.raises(UserError, match=r"its manifest\.json is none of `clair build`"), read_here(url):
+    with pytest.raises(UserError, match=r"its manifest\.json is none of `clair build`"), local_copy(url):
         pass
     assert not list(tmp_path.rglob("outside.txt*"))

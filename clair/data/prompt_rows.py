@@ -1,0 +1,169 @@
+"""Read one row of a prompt source as a `Prompt`: messages, ready answers, scores, tools and labels.
+
+Every function raises UserError with the location of a row that cannot be used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+from clair.core.errors import UserError
+from clair.data.records import LABELS, Message, Messages, Prompt, Tools, content_id
+
+_ROLES = ("system", "user", "assistant", "tool", "developer")
+_MESSAGE_KEYS = {"name": str, "tool_calls": list, "tool_call_id": str, "reasoning_content": str}
+"""The keys that a message may have beside role and content, and their types."""
+_SCORE_KEYS = ("score", "overall_score", "rating")
+
+
+def read_prompt(row: Any, names: Mapping[str, str], location: str) -> Prompt:
+    """The prompt in a row. `names` maps our name of each column to that of the source."""
+    if not isinstance(row, Mapping):
+        raise UserError(f"{location}: {type(row).__name__}, not an object with a {names['prompt']!r} field")
+    if names["prompt"] not in row:
+        raise UserError(
+            f"{location}: no column {names['prompt']!r}; columns found: {', '.join(map(str, row)) or 'none'}; name "
+            f"yours under prompts.columns"
+        )
+    messages = _messages(row[names["prompt"]], location)
+    answer = _answer(row.get(names["answer"]), location)
+    answers, scores = _answers(row, names, location)
+    stronger = _answer(row.get(names["stronger"]), location) if "stronger" in names else None
+    tools = _tools(row.get(names["tools"]), names["tools"], location)
+    id = row.get(names["id"])
+    if id in (None, ""):
+        id = content_id(messages, answer, answers, scores, tools, stronger)
+    labels = {
+        name: _label(row[names[name]], names[name], location) for name in LABELS if row.get(names[name]) is not None
+    }
+    return Prompt(_replace_surrogates(str(id)), messages, answer, answers, scores, labels, tools, stronger)
+
+
+def _tools(value: Any, column: str, location: str) -> Tools:
+    """Tool definitions: a list of them, or that list as JSON text."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{location}: {column} is text that is no JSON ({error}); give a list of tools") from error
+    if value is None or value == "" or value == []:
+        return ()
+    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
+        raise UserError(f"{location}: {column} is {type(value).__name__}, not a list of tool definitions")
+    return tuple(_replace_all_surrogates(tool) for tool in value)
+
+
+def _label(value: Any, column: str, location: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise UserError(
+            f"{location}: {column} is {value!r}, not text or a whole number; name another column (or none that is "
+            f"there) under prompts.columns"
+        )
+    return _replace_surrogates(str(value))
+
+
+def _messages(value: Any, location: str) -> Messages:
+    if isinstance(value, str):
+        if not value.strip():
+            raise UserError(f"{location}: the prompt is empty; every row needs text")
+        return ({"role": "user", "content": _replace_surrogates(value)},)
+    turns = list(value) if isinstance(value, list | tuple) or hasattr(value, "tolist") else []
+    if not turns:
+        raise UserError(f"{location}: the prompt is {type(value).__name__}, not text or a list of messages")
+    messages = tuple(_message(turn, location) for turn in turns)
+    if messages[-1]["role"] == "assistant":
+        raise UserError(f"{location}: the prompt ends with an assistant turn; move its text to the answer column")
+    return messages
+
+
+def _message(turn: Any, location: str) -> Message:
+    role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
+    content = _join_text_items(content)
+    calls = role in _ROLES and isinstance(turn.get("tool_calls"), list) and turn["tool_calls"]
+    if role not in _ROLES or not (isinstance(content, str) or (content is None and calls)):
+        raise UserError(
+            f"{location}: a message of the prompt is not {{role, content}} with text content and a role of "
+            f"{', '.join(_ROLES)}"
+        )
+    extra = {
+        key: value for key, value in turn.items() if key not in ("role", "content") and value not in (None, "", [])
+    }
+    for key, value in extra.items():
+        kind = _MESSAGE_KEYS.get(key)
+        if kind is None:
+            allowed = ", ".join(("role", "content", *_MESSAGE_KEYS))
+            raise UserError(
+                f"{location}: a message of the prompt has the key {key!r}, which no model is sent; remove it "
+                f"(allowed: {allowed})"
+            )
+        if not isinstance(value, kind):
+            raise UserError(f"{location}: {key} of a message is {type(value).__name__}, not {kind.__name__}")
+    text = content if content is None else _replace_surrogates(content)
+    return cast("Message", {"role": role, "content": text, **_replace_all_surrogates(extra)})
+
+
+def _join_text_items(content: Any) -> Any:
+    """A content list joined to one text if all of its items are text; any other content unchanged."""
+    items = list(content) if isinstance(content, list | tuple) else []
+    texts = [item.get("text") for item in items if isinstance(item, Mapping) and item.get("type") == "text"]
+    strings = [text for text in texts if isinstance(text, str)]
+    return "".join(strings) if items and len(strings) == len(items) else content
+
+
+def _answer(value: Any, location: str) -> str | None:
+    if value is None or value == "":
+        return None
+    if isinstance(value, str):
+        return _replace_surrogates(value)
+    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], Mapping):
+        if value[0].get("tool_calls"):
+            raise UserError(f"{location}: the answer calls a tool; only text can be compared or revised")
+        return _answer(_join_text_items(value[0].get("content")), location)  # one assistant message
+    raise UserError(f"{location}: the answer is {type(value).__name__}, not text")
+
+
+def _answers(
+    row: Mapping[str, Any], names: Mapping[str, str], location: str
+) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Several ready answers and their scores: two lists, or UltraFeedback's `completions` (response, overall_score).
+
+    A missing score (null, NaN, infinite) becomes NaN. If all scores are missing, there are none.
+    """
+    entries = row.get(names["answers"]) or row.get("completions") or []
+    scores = row.get(names["scores"])
+    if not isinstance(entries, list | tuple) or (scores is not None and not isinstance(scores, list | tuple)):
+        raise UserError(f"{location}: answers and scores must be lists, one score an answer")
+    if entries and isinstance(entries[0], Mapping):
+        scores = [next((e[key] for key in _SCORE_KEYS if e.get(key) is not None), None) for e in entries]
+        entries = [entry.get("response", entry.get("content", entry.get("text"))) for entry in entries]
+    if any(not isinstance(entry, str) for entry in entries):
+        raise UserError(f"{location}: an entry of answers is not text")
+    if len(entries) == 1:
+        raise UserError(
+            f"{location}: only one entry in answers; a comparison needs two (a lone answer goes to `answer`)"
+        )
+    if scores is not None and len(scores) != len(entries):
+        raise UserError(f"{location}: {len(entries)} answers but {len(scores)} scores; give one score an answer")
+    try:
+        numbers = [math.nan if score is None else float(score) for score in scores or ()]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{location}: a score is not a number ({error})") from error
+    finite = [number if math.isfinite(number) else math.nan for number in numbers]
+    return tuple(map(_replace_surrogates, entries)), () if all(map(math.isnan, finite)) else tuple(finite)
+
+
+def _replace_surrogates(text: str) -> str:
+    """`text` with the replacement character for each half of a surrogate pair, which UTF-8 cannot encode."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _replace_all_surrogates(value: Any) -> Any:
+    """A JSON value with `_replace_surrogates` applied to each of its texts."""
+    if isinstance(value, Mapping):
+        return {key: _replace_all_surrogates(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replace_all_surrogates(inner) for inner in value]
+    return _replace_surrogates(value) if isinstance(value, str) else value
