@@ -135,10 +135,10 @@ def mixeval(
         from apo.evaluation.mixeval.estimate import MIN_PROBE
         from apo.evaluation.mixeval.estimate import estimate as estimated
         from clair.core.console import show as print_
-        from clair.terminal import asking_progress, cost_table
+        from clair.terminal import client_progress, cost_table
 
         rows = max(MIN_PROBE, probe)
-        with asking_progress("evaluating", rows, dict.fromkeys(config.models, rows), shown=probe > 0) as on_progress:
+        with client_progress("evaluating", rows, dict.fromkeys(config.models, rows), shown=probe > 0) as on_progress:
             roles = estimated(config, probe, checked, on_progress)
         print_(cost_table(roles))
     else:
@@ -331,11 +331,11 @@ def _run_winrate(config: Any, checked: Any) -> None:
     from apo.evaluation.tables import winrate_table
     from apo.evaluation.winrate.run import compare
     from clair.core.console import show as print_
-    from clair.terminal import asking_progress
+    from clair.terminal import client_progress
 
     total = len(checked.prompts) * config.samples
     calls = {role: total * (2 if role == "judge" else 1) for role in config.models}
-    with asking_progress("evaluating", total, calls, closing=True) as on_progress:
+    with client_progress("evaluating", total, calls, closing=True) as on_progress:
         done = compare(config, checked=checked, on_progress=on_progress)
     failed = (
         f"{done.failed} pairs got no reply ({done.first_failure}), so there is no win rate; everything else is "

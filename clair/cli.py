@@ -52,7 +52,7 @@ def build(
     from clair.core.recipe import load_recipe
     from clair.data.dataset import doubts
     from clair.pipeline.build import build as build_dataset
-    from clair.pipeline.build import check
+    from clair.pipeline.build import check_recipe
     from clair.pipeline.config import BuildConfig, redacted
     from clair.pipeline.estimate import expected_replies
     from clair.pipeline.runner import template_warnings
@@ -65,7 +65,7 @@ def build(
     part = parse_shard(shard) if shard else None
     _check_runner(runner, shard=shard, address=address, shards=shards)
     with progress("building", details=lambda: ["checking recipe and prompts"]):
-        found = check(shard_config(config, part) if part else config, part)
+        found = check_recipe(shard_config(config, part) if part else config, part)
     for note in template_warnings(config):
         tell(f"note: {note}")
     if dry_run:
@@ -150,11 +150,11 @@ def estimate(
     from clair.pipeline.config import BuildConfig
     from clair.pipeline.estimate import MIN_PROBE, total_time
     from clair.pipeline.estimate import estimate as estimate_build
-    from clair.terminal import asking_progress, cost_table
+    from clair.terminal import client_progress, cost_table
 
     config = load_recipe(BuildConfig, recipe, [*(set_ or []), *([text_override("out", out)] if out else [])])
     rows = max(MIN_PROBE, probe)
-    with asking_progress("probing" if probe else "counting", rows, dict.fromkeys(config.models, rows)) as on_progress:
+    with client_progress("probing" if probe else "counting", rows, dict.fromkeys(config.models, rows)) as on_progress:
         roles = estimate_build(config, probe, on_progress)
     print_(cost_table(roles))
     if not probe:

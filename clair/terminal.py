@@ -1,4 +1,4 @@
-"""What a person sees in a terminal: tables, diffs and the progress of a build. User text is never read as markup."""
+"""Tables, diffs and progress in a terminal. User text is never read as markup."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Group
 from rich.panel import Panel
@@ -28,12 +28,12 @@ _STYLES = {"same": "", "gone": "red strike", "new": "green"}
 
 
 def summary(folders: Sequence[str | Path]) -> Table:
-    """Counts, drop reasons, contrast and tokens of dataset folders or URLs, a column each."""
+    """A table of counts, drop reasons, contrast and tokens, with one column per dataset folder or URL."""
     manifests = [read_manifest(folder) for folder in folders]
     table = Table("", *(public_path(str(folder)) for folder in folders))
-    lines = [dict(_summary_lines(manifest)) for manifest in manifests]
-    for name in dict.fromkeys(name for line in lines for name in line):
-        table.add_row(name, *(line.get(name, "") for line in lines))
+    columns = [dict(_summary_lines(manifest)) for manifest in manifests]
+    for name in dict.fromkeys(name for column in columns for name in column):
+        table.add_row(name, *(column.get(name, "") for column in columns))
     return table
 
 
@@ -48,15 +48,15 @@ def _summary_lines(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield name, f"{value:.3f}"
     if position := manifest.get("position"):
         lo, hi = position["ci95"]
-        told = "BIASED: do not trust these labels" if position["biased"] else "no position bias seen"
-        yield "judge prefers first", f"{position['share_first']:.0%} [{lo:.0%}, {hi:.0%}] ({told})"
+        verdict = "BIASED: do not trust these labels" if position["biased"] else "no position bias detected"
+        yield "judge prefers first", f"{position['share_first']:.0%} [{lo:.0%}, {hi:.0%}] ({verdict})"
     for role, tokens in manifest["tokens"].items():
         yield f"{role} calls", f"{tokens['calls']} ({tokens['reused']} reused, {tokens['retries']} retries)"
         yield f"{role} tokens", f"{tokens['prompt']} in, {tokens['completion']} out"
 
 
 def pair_panel(row: Mapping[str, Any]) -> Panel:
-    """One pair: the task, the way from loser to winner by words, and its contrast."""
+    """A panel of one pair: the task, the word diff from rejected to chosen, and the contrast."""
     diff = Text()
     for kind, text in word_diff(row["rejected"][-1]["content"], row["chosen"][-1]["content"]):
         diff.append(text, style=_STYLES[kind])
@@ -66,96 +66,105 @@ def pair_panel(row: Mapping[str, Any]) -> Panel:
 
 
 def cost_table(roles: Mapping[str, RoleEstimate]) -> Table:
-    """Calls, tokens and money of a build by role, each with its 95 % interval; and time, from the least to the most."""
+    """A table of calls, tokens, money and time of a build by role; tokens and money with 95 % intervals."""
     cost, time = total_cost(roles), total_time(roles)
     table = Table("role", "calls at most", "tokens in", "tokens out", "cost", *(["time"] if time else []))
-    for role, told in roles.items():
-        ranges = (_range(part) for part in (told.prompt, told.completion, told.cost))
-        table.add_row(role, str(told.max_calls), *ranges, *([_times(told.time)] if time else []))
+    for role, estimate in roles.items():
+        ranges = map(_range, (estimate.prompt, estimate.completion, estimate.cost))
+        table.add_row(role, str(estimate.max_calls), *ranges, *([_times(estimate.time)] if time else []))
     if cost or time:
         table.add_row("all", "", "", "", _range(cost) if cost else "", *([_times(time)] if time else []))
     return table
 
 
-def _times(part: tuple[float, float] | None) -> str:
-    if part is None:
+def _times(seconds: tuple[float, float] | None) -> str:
+    if seconds is None:
         return "?"
-    shortest, longest = map(duration, part)
+    shortest, longest = map(duration, seconds)
     return shortest if shortest == longest else f"{shortest} to {longest}"
 
 
-def _range(part: Range | None) -> str:
-    if part is None:
+def _range(estimate: Range | None) -> str:
+    if estimate is None:
         return "?"
-    digits = 0 if part.value >= 100 else 2 if part.value >= 1 else 4
-    return f"{part.value:,.{digits}f} [{part.lo:,.{digits}f}, {part.hi:,.{digits}f}]"
+    digits = 0 if estimate.value >= 100 else 2 if estimate.value >= 1 else 4
+    return f"{estimate.value:,.{digits}f} [{estimate.lo:,.{digits}f}, {estimate.hi:,.{digits}f}]"
 
 
 def checks_table(checks: Mapping[str, Sequence[Check]]) -> Table:
-    """What was found at each endpoint, a row each."""
+    """A table of endpoint checks, one row each; `checks` by URL."""
     table = Table("endpoint", "check", "", "found")
-    for url, found in checks.items():
-        for check in found:
+    for url, url_checks in checks.items():
+        for check in url_checks:
             table.add_row(url, check.name, _SIGNS[check.ok], check.told)
     return table
 
 
+class OnClientProgress(Protocol):
+    """Report the rows that are done, the clients by role, and a note to show above their lines."""
+
+    def __call__(self, rows: int, clients: Mapping[str, ModelClient], note: str = "", /) -> None: ...
+
+
 @contextmanager
-def asking_progress(
-    what: str, total: int, calls: Mapping[str, int], *, shown: bool = True, closing: bool = False
-) -> Iterator[Callable[[int, Mapping[str, ModelClient], str], None]]:
-    """How far work is that asks models: rows done, and for each role replies, requests in flight and time left.
+def client_progress(
+    title: str, total: int, calls: Mapping[str, int], *, shown: bool = True, closing: bool = False
+) -> Iterator[OnClientProgress]:
+    """Show the progress of work that calls models: rows done, and for each role its replies, requests and time left.
 
-    `calls` are the replies of each role that all rows need, about. Yields the function that takes the rows done, the
-    clients, and more words; it is called where one of them changes.
+    `calls` is the expected number of replies of each role over all `total` rows. Yields the function to call at every
+    change.
     """
-    asking = _Asking(total, calls)
-    with progress(what, total, details=asking.lines, left=asking.left, shown=shown, closing=closing) as work:
+    status = _ClientStatus(total, calls)
+    with progress(
+        title, total, details=status.lines, left=status.seconds_left, shown=shown, closing=closing
+    ) as display:
 
-        def update(done: int, clients: Mapping[str, ModelClient], words: str = "") -> None:
-            asking.update(done, clients, words)
-            work.update(done)
+        def update(rows: int, clients: Mapping[str, ModelClient], note: str = "", /) -> None:
+            status.update(rows, clients, note)
+            display.update(rows)
 
         yield update
 
 
-class _Asking:
-    """What clients are at, in lines: looked at whenever a line is wanted, from another thread than theirs."""
+class _ClientStatus:
+    """The status lines of model clients. The display reads them from another thread."""
 
     def __init__(self, total: int, calls: Mapping[str, int], clock: Callable[[], float] = time.monotonic) -> None:
         self.total, self.calls, self._clock = total, calls, clock
-        self.done, self.words = 0, ""
+        self.rows, self.note = 0, ""
         self.clients: Mapping[str, ModelClient] = {}
         self._rates: dict[str, Rate] = {}
         self._lock = threading.Lock()
 
-    def update(self, done: int, clients: Mapping[str, ModelClient], words: str = "") -> None:
-        """Rows done, and who is asked; the clock of each role's rate starts where it is first seen."""
-        self.done, self.words = done, words
+    def update(self, rows: int, clients: Mapping[str, ModelClient], note: str = "") -> None:
+        """Set the rows that are done and the clients. The rate of a role is measured from its first update."""
+        self.rows, self.note = rows, note
         for role in clients:
             self._rate(role, clients[role])
         self.clients = clients
 
     def lines(self) -> list[str]:
-        """The words there are, and a line for each role."""
-        return [*([self.words] if self.words else ()), *(self._line(role) for role in self.clients)]
+        """The note, if any, and a line for each role."""
+        return [*([self.note] if self.note else ()), *(self._line(role) for role in self.clients)]
 
-    def left(self) -> float | None:
-        """Seconds until the slowest role is through; None while one of them has not begun."""
-        each = [self._left(role) for role in self.clients]
-        return max((left for left in each if left is not None), default=None) if None not in each else None
+    def seconds_left(self) -> float | None:
+        """Seconds until the slowest role is done; None while a role has no rate yet."""
+        by_role = [self._seconds_left(role) for role in self.clients]
+        return max((left for left in by_role if left is not None), default=None) if None not in by_role else None
 
     def _line(self, role: str) -> str:
-        client, left = self.clients[role], self._left(role)
+        client, left = self.clients[role], self._seconds_left(role)
         tally, rate = client.told, self._rate(role, client)
-        parts = [f"{tally.calls + tally.reused:,}/{max(self.calls[role], tally.calls + tally.reused):,} replies"]
-        parts += [f"{tally.reused:,} of them reused"] if tally.reused else []
-        parts += [f"{client.limiter.in_flight:,} in flight"] if not client.batch else []
-        parts += [f"{client.batch.in_batches:,} in batches"] if client.batch else []
-        parts += [words] if (words := pace_of(rate.a_second(self._clock()))) else []
-        parts += [f"about {duration(left)} left"] if left else []
-        parts += [words] if (words := client.waiting_for) else []
-        return f"{role}: {', '.join(parts)}"
+        replies = tally.calls + tally.reused
+        items = [f"{replies:,}/{max(self.calls[role], replies):,} replies"]
+        items += [f"{tally.reused:,} of them reused"] if tally.reused else []
+        items += [f"{client.limiter.in_flight:,} in flight"] if not client.batch else []
+        items += [f"{client.batch.in_batches:,} in batches"] if client.batch else []
+        items += [pace] if (pace := pace_of(rate.a_second(self._clock()))) else []
+        items += [f"about {duration(left)} left"] if left else []
+        items += [reason] if (reason := client.waiting_for) else []
+        return f"{role}: {', '.join(items)}"
 
     def _rate(self, role: str, client: ModelClient) -> Rate:
         with self._lock:
@@ -164,37 +173,37 @@ class _Asking:
             rate.add(now, client.told.calls)
             return rate
 
-    def _left(self, role: str) -> float | None:
-        """A row that is done needs no more replies, whatever was expected of it."""
+    def _seconds_left(self, role: str) -> float | None:
+        """Seconds until the role is done. A row that is done needs no more replies, whatever was expected of it."""
         tally, calls = self.clients[role].told, self.calls[role]
-        rows_left = max(0, self.total - self.done)
+        rows_left = max(0, self.total - self.rows)
         remaining = min(calls - tally.calls - tally.reused, rows_left * -(-calls // max(1, self.total)))
         return self._rate(role, self.clients[role]).left(self._clock(), remaining)
 
 
 @contextmanager
 def build_progress(
-    total: int, calls: Mapping[str, int]
+    total: int, calls: Mapping[str, int], *, shown: bool = True
 ) -> Iterator[Callable[[DatasetWriter, Mapping[str, ModelClient]], None]]:
-    """The same of a build; yields what it calls with every row."""
-    with asking_progress("building", total, calls, closing=True) as update:
-        # A build that waits for batches goes through its prompts again, and what is done with it.
+    """Show the progress of a build. Yields the function to call at every change with the writer and the clients."""
+    with client_progress("building", total, calls, shown=shown, closing=shown) as update:
+        # The count can fall: a build that waits for batches passes over its prompts more than once.
         yield lambda writer, clients: update(writer.done, clients, _rows(writer))
 
 
 def _rows(writer: DatasetWriter) -> str:
-    waiting = f", {writer.ahead:,} done before their turn" if writer.ahead else ""
-    return f"{writer.pairs:,} pairs, {writer.counts['dropped']:,} dropped{waiting}"
+    ahead = f", {writer.ahead:,} done before their turn" if writer.ahead else ""
+    return f"{writer.pairs:,} pairs, {writer.counts['dropped']:,} dropped{ahead}"
 
 
 @contextmanager
 def shards_progress(total: int) -> Iterator[Callable[[int, str], None]]:
-    """The same of a build in shards; the function takes the rows that are done, and words."""
-    words: list[str] = []
-    with progress("building", total, details=lambda: words, closing=True) as work:
+    """Show the progress of a build in shards. Yields the function to call with the rows that are done and a message."""
+    lines: list[str] = []
+    with progress("building", total, details=lambda: lines, closing=True) as display:
 
-        def update(rows: int, told: str) -> None:
-            words[:] = [told]
-            work.update(rows)
+        def update(rows: int, message: str) -> None:
+            lines[:] = [message]
+            display.update(rows)
 
         yield update

@@ -23,7 +23,7 @@ from clair.inference.open import ctrl_c, map_ordered, open_clients
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger
 from clair.pipeline.steps import position_bias
-from clair.terminal import asking_progress
+from clair.terminal import client_progress
 
 PLANTS = 64
 """Pairs whose better side is known, shown to the judge first: winners and losers in turn, against those of another
@@ -110,7 +110,7 @@ async def _own_answers(
     client.limiter = Limiter(len(prompts))  # it makes its own batches, the fuller the better
     tell(f"{len(prompts)} answers of the model's own")
     found: dict[str, Answer] = {}
-    with asking_progress("answering", len(prompts), {client.role: len(prompts)}) as on_progress:
+    with client_progress("answering", len(prompts), {client.role: len(prompts)}) as on_progress:
         on_progress(0, {client.role: client})
         async with aclosing(map_ordered(one, prompts, len(prompts) + 1, stop.happened, drain)) as answers:
             async for answer in answers:
@@ -140,7 +140,7 @@ async def _judged(
         tell(f"the judge compares {len(rows)} {what}, in both orders")
         given = {side: {key: [text] for key, text in of.items()} for side, of in (("base", base), ("tuned", tuned))}
         run = winrate.Run(_settings(config), winrate.Checked(rows, {}, given, checked.template), {"judge": judge}, stop)
-        with asking_progress("judging", len(rows), {"judge": 2 * len(rows)}) as on_progress:
+        with client_progress("judging", len(rows), {"judge": 2 * len(rows)}) as on_progress:
             compared = await run.outcomes(on_progress)
         found.failures += run.failures
         found.seen += run.judge.verdicts

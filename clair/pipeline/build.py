@@ -1,8 +1,7 @@
-"""One recipe in, one dataset folder out: resumable, and the same bytes however often it was interrupted."""
+"""Build a dataset folder from a recipe: resumable, and the same bytes however often it was interrupted."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clair.core.errors import UserError
+from clair.core.event_loop import run_async
 from clair.core.files import content_hash, file_sha256, read_json, write_atomically, write_json
 from clair.core.provenance import provenance
 from clair.core.urls import without_secrets
@@ -34,24 +34,30 @@ from clair.storage.object_store import account_of, local_copy, public_path
 
 @dataclass(frozen=True, slots=True)
 class BuildResult:
-    """What a build did. `stopped` tells why it ended early; the folder then still holds what it held before.
-
-    `out` is on this machine: of a URL, where the copy of it lies.
-    """
+    """The outcome of a build. If it ended early, `stopped` is the reason and the folder holds what it held before."""
 
     out: Path
+    """The dataset folder on this machine; the local copy if the recipe's `out` is a URL."""
     manifest: Mapping[str, Any]
     failed: int
+    """Rows that failed and that the next run tries again."""
     stopped: str | None = None
+
+    def __repr__(self) -> str:
+        if self.stopped:
+            return f"BuildResult({str(self.out)!r}, stopped={self.stopped!r})"
+        counts = self.manifest["counts"]
+        numbers = f"pairs={counts['pairs']}, dropped={counts['dropped']}, failed={self.failed}"
+        return f"BuildResult({str(self.out)!r}, {numbers})"
 
 
 Progress = Callable[[DatasetWriter, Mapping[str, ModelClient]], None]
 
 
-def check(config: BuildConfig, shard: Shard | None = None) -> Scan:
-    """Everything that can be wrong before a request is sent. Raises UserError; spends nothing, writes nothing.
+def check_recipe(config: BuildConfig, shard: Shard | None = None) -> Scan:
+    """Check everything that can be checked before the first request, and scan the prompts. Writes nothing.
 
-    `shard`: the part of the rows that the result counts as `held`.
+    If `shard` is given, the result counts only the rows of this shard as `held`. Raises UserError.
     """
     check_output(config.out)
     load_templates(config)
@@ -89,45 +95,40 @@ def build(
     crash_policy: CrashPolicy | None = None,
     patience: float = 0.0,
 ) -> BuildResult:
-    """Build the dataset folder `config.out`, going on from whatever its ledger holds; or one shard of it, beside it.
+    """Build the dataset folder `config.out`, or one shard of it. Replies that its ledger holds are reused.
 
-    `found` is what `check` returned, where the caller has looked already. `means`: limits and money that all shards
-    share, where the shard has no part of its own. `care`: what its process died of before. `patience`: seconds to wait
-    for a folder that is in use.
+    Args:
+        prompt_scan: the result of `check_recipe`, if the caller has it.
+        update: rebuild a folder that holds the run of another recipe.
+        on_progress: called with the writer and the clients at every change.
+        resources: the limits and the budget that all shards share. Without it a shard has a share of its own.
+        crash_policy: the rows that killed the process before.
+        patience: seconds to wait for a folder that another process is using.
+
     Raises UserError for the user's mistakes (docs/data.md lists them) before any work, and for a refusing endpoint.
     """
     recipe = config
     if shard:
         config = shard_config(config, shard, shared=resources is not None)
-    prompt_scan = prompt_scan or check(config)
+    prompt_scan = prompt_scan or check_recipe(config)
     with lock_output(config.out, patience) as output:
         out = output.folder
         check_resumable(config, out, update=update)
         output.upload("recipe.json")
         with output.ledger(config.ledger_path) as ledger:
             report_progress = on_progress or (lambda *_: None)
-            built = asyncio.run(
-                _build(
-                    config,
-                    prompt_scan,
-                    output,
-                    ledger,
-                    report_progress,
-                    shard,
-                    resources,
-                    crash_policy or CrashPolicy(),
-                )
-            )
-        if built.stopped:
-            return built
+            policy = crash_policy or CrashPolicy()
+            result = run_async(_build(config, prompt_scan, output, ledger, report_progress, shard, resources, policy))
+        if result.stopped:
+            return result
         output.remove(CURRENT_ROW)
-        manifest = {**built.manifest, "recipe": recorded_recipe(recipe)}
+        manifest = {**result.manifest, "recipe": recorded_recipe(recipe)}
         if shard:
             manifest["shard"] = {"index": shard.index, "of": shard.count}
         write_json(out / "manifest.json", manifest)
         write_atomically(out / "README.md", card(manifest))
         output.publish()
-        return BuildResult(out, manifest, built.failed)
+        return BuildResult(out, manifest, result.failed)
 
 
 async def _build(
@@ -170,7 +171,7 @@ async def _fill(
     crash_policy: CrashPolicy,
     output: Output,
 ) -> bool:
-    """Write the outcome of every prompt, in the order of the prompts; whether that came to its end."""
+    """Write the outcome of every prompt, in the order of the prompts. Returns True if all of them have one."""
     config, pending = run.config, 0
     indices: deque[int] = deque()
 
@@ -180,7 +181,7 @@ async def _fill(
 
     def prompts() -> Iterator[tuple[Prompt, str | None]]:
         for index, (prompt, skip_reason) in enumerate(each_prompt(config.prompts, config.limit, prompt_scan)):
-            if config.accept and writer.pairs + pending >= config.accept:  # every one that waits may become a pair
+            if config.accept and writer.pairs + pending >= config.accept:  # each pending row may become a pair
                 return
             if shard is None or shard.contains(prompt.id):
                 indices.append(index)
@@ -204,14 +205,14 @@ async def _fill(
             if writer.pairs == config.accept and not pending:
                 return True
     finished = not pending and run.stop.reason is None
-    if finished and shard is None:  # a shard does not see what became of the others' requests
+    if finished and shard is None:  # a shard does not see the refusals of other shards
         for client in run.clients.values():
             client.check_refusals()
     return finished
 
 
-def _begun(config: BuildConfig, out: Path) -> bool:
-    """Whether a run of this folder came to anything; one that ended at a wrong key or URL leaves its recipe free."""
+def _has_content(config: BuildConfig, out: Path) -> bool:
+    """True if a run of this folder paid for a reply or finished. A wrong key or URL does not bind the folder."""
     if (out / "manifest.json").is_file():
         return True
     if not config.ledger_path.is_file():
@@ -221,7 +222,7 @@ def _begun(config: BuildConfig, out: Path) -> bool:
 
 
 def recorded_recipe(config: BuildConfig) -> dict[str, Any]:
-    """The recipe as outputs keep it: without secrets, with hashes of the words and files that it names by path."""
+    """The recipe as outputs record it: without secrets, with hashes of the files that it names by path."""
     recipe, templates = redacted(config), load_templates(config)
     if config.reviser:
         texts = [templates[name] for name in ("reviser", "edits") if name in templates]
@@ -235,16 +236,19 @@ def recorded_recipe(config: BuildConfig) -> dict[str, Any]:
 
 
 def check_resumable(config: BuildConfig, out: Path, *, update: bool) -> None:
-    """The folder remembers its recipe from before the first call. Raises UserError where this is another one."""
+    """Check that the folder `out` belongs to this recipe, and write its recipe.json before the first request.
+
+    Raises UserError if the folder holds the run of another recipe or was reviewed, unless `update`.
+    """
     file, name = out / "recipe.json", public_path(config.out)
     recipe = recorded_recipe(config)
-    if file.is_file() and not update and _begun(config, out):
+    if file.is_file() and not update and _has_content(config, out):
         changed = changed_content_keys(read_json(file), recipe)
         if changed:
             raise UserError(
                 f"{name} holds the run of another recipe (it differs in {', '.join(changed)}); choose another --out, "
-                f"or add --update to rebuild it with this one: replies that still fit are reused, only the rest is "
-                f"asked"
+                f"or add --update to rebuild it with this one: replies that still fit are reused, and only the others "
+                f"are requested"
             )
         if (out / "manifest.json").is_file() and read_manifest(out).get("review"):
             raise UserError(
@@ -288,7 +292,7 @@ def _manifest(
 
 
 def _cost(run: PipelineRun) -> dict[str, Any]:
-    """Money by role, where prices are known: what the dataset's replies cost, reused ones included."""
+    """The cost of the dataset's replies by role, reused replies included; empty if no price is known."""
     prices, models = prices_of(run.config.models), run.config.models
     cost = {}
     for role, price in prices.items():

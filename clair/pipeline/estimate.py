@@ -8,7 +8,6 @@ Techniques, 7.4 and 9A; Royall 1970).
 
 from __future__ import annotations
 
-import asyncio
 import math
 from array import array
 from collections import Counter
@@ -17,6 +16,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import count, islice
 
+from clair.core.event_loop import run_async
 from clair.core.progress import tell
 from clair.core.statistics import t_quantile
 from clair.data.prompt_sources import Scan, each_prompt
@@ -25,7 +25,7 @@ from clair.inference.budget import Price, most_tokens, prices_of, share_left
 from clair.inference.client import ModelClient
 from clair.inference.config import ModelConfig
 from clair.ledger.ledger import Ledger, Tokens
-from clair.pipeline.build import check, check_resumable
+from clair.pipeline.build import check_recipe, check_resumable
 from clair.pipeline.config import BuildConfig
 from clair.pipeline.output_dir import lock_output
 from clair.pipeline.runner import open_run
@@ -66,7 +66,7 @@ def estimate(
 
     Raises UserError as a build does. With fewer than 3 rows there is no interval, so probe is 0 or at least 3.
     """
-    prompt_scan = check(config)
+    prompt_scan = check_recipe(config)
     prompts = each_prompt(config.prompts, config.limit, prompt_scan)
     sizes = array("q", (_size(prompt) for prompt, skip_reason in prompts if skip_reason is None))
     calls = {role: len(sizes) * _calls_per_row(config, role) for role in config.models}
@@ -119,7 +119,7 @@ def _run(
         check_resumable(config, output.folder, update=False)
         output.upload("recipe.json")
         with output.ledger(config.ledger_path) as ledger:
-            asyncio.run(_ask(config, ledger, prompts, on_progress))
+            run_async(_ask(config, ledger, prompts, on_progress))
             paid = {role: [ledger.paid(role, prompt.id) for prompt in prompts] for role in config.models}
             seconds = {role: [s for p in prompts for s in ledger.seconds(role, p.id)] for role in config.models}
             return paid, seconds
@@ -145,6 +145,8 @@ async def _ask(
             )
     if run.stop.error:
         raise run.stop.error
+    if run.stop.reason == "interrupted":
+        raise KeyboardInterrupt("every reply so far is kept; the same call goes on")
     if incomplete:
         reasons = ", ".join(f"{number} {reason}" for reason, number in incomplete.items())
         tell(

@@ -16,13 +16,13 @@ from apo.evaluation.results import read_results
 from apo.evaluation.tables import score_table
 from clair.core.console import show as print_
 from clair.core.errors import EXIT_SOME_FAILED
-from clair.terminal import asking_progress
+from clair.terminal import client_progress
 
 
 def run_one(config: MixEvalConfig, checked: Checked) -> None:
     """Evaluate one model, and print its score."""
     total = len(work_items(config, checked))
-    with asking_progress("evaluating", total, dict.fromkeys(config.models, total), closing=True) as on_progress:
+    with client_progress("evaluating", total, dict.fromkeys(config.models, total), closing=True) as on_progress:
         done = evaluate(config, checked=checked, on_progress=on_progress)
     _end_early(done)
     _print_score(config, done)
@@ -44,7 +44,7 @@ def run_many(
     rows = {one.out: len(work_items(one, checked)) for one, checked in work}
     finished: dict[str, Evaluated] = {}
     calls = dict.fromkeys(work[0][0].models, max(rows.values()))
-    with asking_progress("evaluating", sum(rows.values()), calls, closing=True) as bar:
+    with client_progress("evaluating", sum(rows.values()), calls, closing=True) as bar:
         evaluations = evaluate_each(
             work,
             ray=runner == "ray",

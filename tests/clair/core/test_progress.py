@@ -12,7 +12,7 @@ from clair.core import progress as module
 from clair.core.progress import EVERY, FIRST, Progress, Rate, progress
 from clair.inference.client import Tally
 from clair.pipeline.build import build
-from clair.terminal import _Asking
+from clair.terminal import _ClientStatus
 from tests.clair.building import config_for, scripted_rows, write_prompts
 
 
@@ -116,20 +116,20 @@ def test_nothing_is_pushed_out_of_a_narrow_terminal(width):
 
 def test_a_role_says_what_is_done_and_in_flight_how_fast_and_how_long():
     clock = Clock()
-    asking = _Asking(20, {"target": 20, "reviser": 20}, clock)
-    asking.update(0, {"target": role(0, 8), "reviser": role(0, 0)})
-    assert asking.lines() == ["target: 0/20 replies, 8 in flight", "reviser: 0/20 replies, 0 in flight"]
-    assert asking.left() is None
+    status = _ClientStatus(20, {"target": 20, "reviser": 20}, clock)
+    status.update(0, {"target": role(0, 8), "reviser": role(0, 0)})
+    assert status.lines() == ["target: 0/20 replies, 8 in flight", "reviser: 0/20 replies, 0 in flight"]
+    assert status.seconds_left() is None
     clock.now = 50.0
     both = {"target": role(15, 2, reused=1), "reviser": role(5, 6, waiting_for="the server takes 8 at once")}
-    asking.update(5, both)
-    assert asking.lines() == [
+    status.update(5, both)
+    assert status.lines() == [
         "target: 16/20 replies, 1 of them reused, 2 in flight, 3.3 s each, about 13 s left",
         "reviser: 5/20 replies, 6 in flight, 10 s each, about 2 min left, the server takes 8 at once",
     ]
-    assert asking.left() == pytest.approx(150.0)
-    asking.done = 19  # most rows were dropped before the reviser saw them: one is left, whatever was expected
-    assert asking.left() == pytest.approx(10.0)
+    assert status.seconds_left() == pytest.approx(150.0)
+    status.rows = 19  # most rows were dropped before the reviser saw them: one is left, whatever was expected
+    assert status.seconds_left() == pytest.approx(10.0)
 
 
 def test_a_build_counts_rows_that_are_done_before_their_turn(tmp_path, server):
@@ -143,9 +143,9 @@ def test_a_build_counts_rows_that_are_done_before_their_turn(tmp_path, server):
 
 def test_a_rate_that_is_first_looked_at_late_counts_from_the_start():
     clock = Clock()
-    asking = _Asking(22, {"target": 22}, clock)
+    status = _ClientStatus(22, {"target": 22}, clock)
     target = role(0, 22)
-    asking.update(0, {"target": target})
+    status.update(0, {"target": target})
     clock.now = 30.0
     target.told.calls = 3  # no row has come to its end, so nothing was reported
-    assert asking.lines() == ["target: 3/22 replies, 22 in flight, 10 s each, about 3 min left"]
+    assert status.lines() == ["target: 3/22 replies, 22 in flight, 10 s each, about 3 min left"]
