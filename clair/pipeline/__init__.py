@@ -1,4 +1,4 @@
-"""A build: prompts through a pipeline of steps into a dataset folder, resumable, with an estimate beforehand.
+"""Build a dataset folder: prompts through a pipeline of steps, resumable, with an estimate of the cost beforehand.
 
-Imports everything above a model client; never `cluster` or `reporting`.
+Imports `core`, `storage`, `data`, `ledger`, `inference` and `prompting`; never `cluster` or `reporting`.
 """

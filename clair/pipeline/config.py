@@ -1,4 +1,4 @@
-"""The data recipe: every key, what it may be, and which of them decide about the dataset."""
+"""The data recipe: its keys, their validation, and which of them determine the dataset's content."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _paths(config: BuildConfig) -> dict[str, str]:
 
 
 def redacted(config: BuildConfig) -> dict[str, Any]:
-    """The resolved recipe as it may be written down: without secrets."""
+    """The resolved recipe without secrets, as outputs record it."""
     recipe = resolved(config)
     recipe["out"] = public_path(config.out)
     for key in ("path", "not_in"):
@@ -97,20 +97,20 @@ def redacted(config: BuildConfig) -> dict[str, Any]:
 
 
 HASHES = ("template_sha256", "not_in_sha256")
-"""Keys that an output's recipe has beside those of the recipe: hashes of the files that it names by their path."""
+"""Keys of an output's recipe that no recipe has: hashes of the files that the recipe names by path."""
 
 
 def changed_content_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The dotted keys in which two recipes of outputs differ and that decide about the dataset.
+    """The dotted keys in which two recorded recipes differ and that determine the dataset's content.
 
-    A hash that one of them lacks was not noted when it was written, and is no difference.
+    A hash that one of them lacks is no difference: an older version did not record it.
     """
     keys = changed_keys(content_recipe(old), content_recipe(new))
     return [key for key in keys if not key.endswith(HASHES) or all(_nested_value(recipe, key) for recipe in (old, new))]
 
 
 def without_file_hashes(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe that an output's recipe was made of."""
+    """A recorded recipe without the hashes of files, which can be resolved again."""
     return {
         name: {key: inner for key, inner in value.items() if key not in HASHES} if isinstance(value, Mapping) else value
         for name, value in recipe.items()
@@ -123,7 +123,10 @@ def _nested_value(recipe: Mapping[str, Any], key: str) -> Any:
 
 
 def content_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a resolved recipe decides about the dataset: not how fast it is asked, nor where a named model lives."""
+    """The keys of a resolved recipe that determine the dataset's content.
+
+    Excluded: concurrency, attempts, paths, limits, the budget, and the URLs of models with an `id`.
+    """
     excluded = {"concurrency", "attempts", "out", "ledger", "limit", "accept", "budget"}
     content = {k: v for k, v in recipe.items() if k not in excluded}
     for role in _ROLES:

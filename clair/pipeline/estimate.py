@@ -1,9 +1,9 @@
-"""What a build will cost: calls for certain, tokens and money with an interval from a few rows that are really run.
+"""Estimate the cost of a build: its calls exactly; tokens, money and time from a probe, a few rows that are run.
 
-The probe's rows are taken at even steps through the bytes of all rows, so that each stands for an equal share of what
-is sent, and their replies stay in the ledger. Per role, tokens of a row are fitted to its length by a line, weighted
-because long rows vary more; the interval is that of the line's prediction for the sum over all rows (Cochran, Sampling
-Techniques, 7.4 and 9A; Royall 1970).
+The probe's rows are taken at even steps through the bytes of all rows, so that each represents an equal share of the
+text that is sent. Their replies stay in the ledger. For each role, a line is fitted to the tokens of a row over its
+size, weighted because longer rows vary more; the interval is the 95 % prediction interval of the sum over all rows
+(Cochran, Sampling Techniques, 7.4 and 9A; Royall 1970).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from clair.pipeline.output_dir import lock_output
 from clair.pipeline.runner import open_run
 
 MIN_PROBE = 3
-"""Rows that an interval needs."""
+"""The minimum of rows for an interval."""
 _COMMON = 1000
-"""Bytes that every row has beside its own text, about: the words we send, and a little reasoning."""
+"""Bytes that are added to every row, about: the template and a little reasoning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +47,23 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class RoleEstimate:
-    """What one role will come to over all prompts. Without a probe only `max_calls` is known, and the rest None."""
+    """The estimate of one role over all prompts. Without a probe all but `max_calls` are None."""
 
     max_calls: int
     prompt: Range | None
     completion: Range | None
     cost: Range | None
     time: tuple[float, float] | None = None
-    """Seconds: where the server takes as many requests at once as the recipe allows, and at the probe's own pace."""
+    """Seconds: if the server takes as many concurrent requests as the recipe allows, and at the pace of the probe."""
 
 
 def estimate(
     config: BuildConfig, probe: int = 0, on_progress: Callable[[int, Mapping[str, ModelClient]], None] = lambda *_: None
 ) -> dict[str, RoleEstimate]:
-    """The cost of the whole build by role, prompts already paid for included; runs and pays for `probe` rows first.
+    """Estimate the whole build by role, replies already paid for included. Runs and pays for `probe` rows first.
 
-    The probe is asked live; what goes through a Batch API later is told at the price of that.
-
-    Raises UserError as a build does. With fewer than 3 rows there is no interval, so probe is 0 or at least 3.
+    A probe has at least 3 rows, which an interval needs. Its requests are sent one by one; if the build will use a
+    Batch API, the estimate is at the price of batches. Raises UserError as a build does.
     """
     prompt_scan = check_recipe(config)
     prompts = each_prompt(config.prompts, config.limit, prompt_scan)
@@ -88,10 +87,10 @@ def estimate(
 def time_range(
     model: ModelConfig, calls: int, seconds: Sequence[float], concurrency: int
 ) -> tuple[float, float] | None:
-    """Seconds that so many calls will take, from those of a few that were asked at once; None where nobody knows.
+    """Estimate the seconds of `calls` calls from those of a few concurrent ones; None if there are none, or batches.
 
-    The shorter: every reply takes what it took in the probe, with as many in flight as may be. The longer: the server
-    answers as many in a time as it did in the probe. A server that takes one at a time keeps to the longer.
+    The shorter time: each reply takes as long as in the probe, with as many in flight as the recipe allows. The longer
+    time: the server's throughput is that of the probe, as with a server that answers one request at a time.
     """
     if not seconds or model.batching:
         return None
@@ -103,7 +102,7 @@ def time_range(
 
 
 def total_time(roles: Mapping[str, RoleEstimate]) -> tuple[float, float] | None:
-    """The time of all roles: the slowest where they go on side by side, and one after the other."""
+    """Seconds for all roles: the slowest role if they overlap fully, and their sum if they do not overlap."""
     times = [role.time for role in roles.values() if role.time]
     return (max(fast for fast, _ in times), sum(slow for _, slow in times)) if times else None
 
@@ -111,7 +110,7 @@ def total_time(roles: Mapping[str, RoleEstimate]) -> tuple[float, float] | None:
 def _run(
     config: BuildConfig, prompt_scan: Scan, chosen: Sequence[int], on_progress: Callable[..., None]
 ) -> tuple[dict[str, list[Tokens]], dict[str, list[float]]]:
-    """Run the rows at the chosen places, and tell what each cost by role, and how long each of its replies took."""
+    """Run the rows at the `chosen` indices. Returns by role the tokens of each row, and the seconds of each reply."""
     indices = set(chosen)
     unique = (p for p, skip_reason in each_prompt(config.prompts, config.limit, prompt_scan) if skip_reason is None)
     prompts = [prompt for index, prompt in enumerate(unique) if index in indices]
@@ -151,16 +150,16 @@ async def _ask(
         reasons = ", ".join(f"{number} {reason}" for reason, number in incomplete.items())
         tell(
             f"note: {incomplete.total()} of the probe's {len(prompts)} rows ended before every role had answered "
-            f"({reasons}); if that is not so of all rows, this is too low"
+            f"({reasons}); if other rows do not end early, this estimate is too low"
         )
 
 
 def estimate_role(
     price: Price | None, calls: int, sizes: Sequence[int], chosen: Sequence[int], paid: Sequence[Tokens]
 ) -> RoleEstimate:
-    """A role's total over rows of these sizes, from what the chosen ones (places, in any order) cost, at least 3.
+    """Estimate a role's total over rows of these sizes from the tokens of at least 3 rows.
 
-    `paid` is in the order of the places.
+    `chosen` are the indices of those rows, in any order; `paid` are their tokens, in ascending order of the indices.
     """
     x = [sizes[index] for index in sorted(chosen)]
     cost = None
@@ -176,9 +175,9 @@ def _discounted(price: Price, model: ModelConfig) -> Price:
 
 
 def _total(sizes: Sequence[int], x: Sequence[float], y: Sequence[float]) -> Range:
-    """The sum of y over all rows by least squares on their sizes, with a t interval on len(x) - 2 degrees.
+    """The sum of y over all rows by weighted least squares on their sizes, with a t interval on len(x) - 2 degrees.
 
-    The deviation of a row is taken to grow with its size, and weighs accordingly.
+    The standard deviation of a row is assumed to be proportional to its size.
     """
     n, k = len(sizes), len(x)
     if n == k:
@@ -199,7 +198,7 @@ def _total(sizes: Sequence[int], x: Sequence[float], y: Sequence[float]) -> Rang
 
 
 def sample_by_size(sizes: Sequence[int], probe: int) -> list[int]:
-    """The places of `probe` rows at even steps through the bytes of all, shortest row first; each row once."""
+    """The indices of `probe` rows at even steps through the bytes of all rows, shortest row first; each row once."""
     order = sorted(range(len(sizes)), key=lambda index: (sizes[index], index))
     k = min(probe, len(order))
     step = (sum(sizes) + _COMMON * len(sizes)) / k
@@ -209,7 +208,7 @@ def sample_by_size(sizes: Sequence[int], probe: int) -> list[int]:
         passed += sizes[index] + _COMMON
         if passed >= (len(chosen) + 0.5) * step and len(chosen) < k:
             chosen.append(index)
-    # A row as large as several steps was passed once for all of them: the next largest take their places.
+    # A row larger than a step is chosen once for all its steps: the next largest rows fill the sample.
     remaining = (index for index in reversed(order) if index not in set(chosen))
     return [*chosen, *islice(remaining, k - len(chosen))]
 
@@ -220,7 +219,7 @@ def _size(prompt: Prompt) -> int:
 
 
 def _calls_per_row(config: BuildConfig, role: str) -> int:
-    """The most calls of a role for one prompt, one re-ask of each included."""
+    """The maximum of calls of a role for one prompt, with one repetition of each."""
     calls = _replies_per_row(config, role)
     if config.judge and role == "judge":
         return calls * (1 + config.judge.ask_again)
@@ -230,7 +229,7 @@ def _calls_per_row(config: BuildConfig, role: str) -> int:
 
 
 def _replies_per_row(config: BuildConfig, role: str) -> int:
-    """Calls of a role for one prompt where every reply can be read."""
+    """Calls of a role for one prompt if every reply can be parsed."""
     if role == "target":
         return config.samples if config.pipeline == "judged" else 1
     if config.judge and role == "judge":
@@ -240,7 +239,7 @@ def _replies_per_row(config: BuildConfig, role: str) -> int:
 
 
 def expected_replies(config: BuildConfig, prompt_scan: Scan) -> dict[str, int]:
-    """Replies by role that a build of what `found` holds comes to, about: each can be read, and no row is dropped."""
+    """The expected replies of a build by role, if each can be parsed and no row is dropped."""
     provided = prompt_scan.compared if config.pipeline == "judged" else prompt_scan.answered
     rows = prompt_scan.held * prompt_scan.unique / max(1, prompt_scan.rows)
     provided_by_role = {"target": provided, "stronger": prompt_scan.preferred}
@@ -251,6 +250,6 @@ def expected_replies(config: BuildConfig, prompt_scan: Scan) -> dict[str, int]:
 
 
 def total_cost(roles: Mapping[str, RoleEstimate]) -> Range | None:
-    """The cost of all roles that have a price; None where none has. Intervals add up as if roles erred together."""
+    """The cost of all roles that have a price, or None. Interval ends add up, as if the errors of roles correlated."""
     costs = [role.cost for role in roles.values() if role.cost]
     return Range(*(sum(getattr(c, n) for c in costs) for n in ("value", "lo", "hi"))) if costs else None

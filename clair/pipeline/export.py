@@ -1,4 +1,4 @@
-"""A dataset folder handed on: as rows for other tools, to the hub, or into a further round."""
+"""Pass a dataset folder on: as rows for other trainers, to the hub, or into a further round."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from clair.pipeline.config import BuildConfig, without_file_hashes
 Form = Literal["preference", "unpaired", "text"]
 FORMS: tuple[Form, ...] = ("preference", "unpaired", "text")
 PUSHED = ("README.md", "manifest.json", "dropped.jsonl", "data/*.parquet")
-"""What `clair push` sends. The ledger stays: it holds raw replies."""
+"""The files that `clair push` sends. The ledger is not sent: it holds raw replies."""
 
 
 def convert_rows(form: Form, folder: str | Path, split: str) -> Iterator[dict[str, Any]]:
-    """The pairs of a split in a form that other trainers read.
+    """Convert the pairs of a split to a form that other trainers read.
 
     preference  prompt, chosen, rejected as message lists (TRL's explicit prompt)
     unpaired    prompt, completion, label: each pair as two rows (TRL's KTO)
@@ -44,22 +44,22 @@ def convert_rows(form: Form, folder: str | Path, split: str) -> Iterator[dict[st
 
 
 def export(form: Form, folder: str | Path, split: str, out: str | Path) -> int:
-    """Write a split as JSONL to `out`, atomically. Returns how many rows."""
+    """Write a split as JSONL to `out`, atomically. Returns the number of rows."""
     lines = [json.dumps(row, ensure_ascii=False) for row in convert_rows(form, folder, split)]
     write_atomically(out, "".join(line + "\n" for line in lines))
     return len(lines)
 
 
 def files_to_push(folder: str | Path) -> list[Path]:
-    """What of a finished dataset folder would be sent to the hub."""
+    """The files of a finished dataset folder that `push` sends to the hub."""
     read_manifest(folder)
     return [file for pattern in PUSHED for file in sorted(Path(folder).glob(pattern))]
 
 
 def push(folder: str | Path, name: str, *, private: bool) -> str:
-    """Send a dataset folder to the hub as `org/name`; the token is the hub library's own. Returns the URL.
+    """Send a dataset folder to the hub as `org/name`, with the token of the hub library. Returns the URL.
 
-    Raises UserError where the hub refuses it, and where `private` is wanted of a dataset that is public already.
+    Raises UserError if the hub refuses it, or if `private` is set and the dataset exists and is public.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -81,11 +81,11 @@ def push(folder: str | Path, name: str, *, private: bool) -> str:
 
 
 def next_round(folder: str | Path, model: str, out: str | Path) -> tuple[Path, int, int]:
-    """A recipe and a prompt file for a further round, with the tuned `model` folder as the target.
+    """Write a recipe and a prompt file for a further round, with the tuned `model` folder as the target.
 
-    Its prompts are those that gave a pair (the model before got them wrong, so they come first) and those not seen
-    yet, because of `limit` or `accept`. Prompts whose answer the reviser left as it was are done with. Ready answers
-    are another model's, and left out. Returns the recipe's path and how many prompts of each kind there are.
+    Its prompts are those that gave a pair, which the previous model answered wrong, followed by those that the build
+    did not reach because of `limit` or `accept`. Prompts that were dropped are left out, and so are answers that came
+    with the prompts: they are another model's. Returns the recipe's path and the number of prompts of each kind.
     """
     manifest, new_folder = read_manifest(folder), Path(out)
     recipe = new_folder.with_name(f"{new_folder.name}.yaml")

@@ -1,7 +1,7 @@
-"""A pair in; a reason to drop it, or None, out. Each filter is one function of a pair, named by its reason.
+"""Filters of pairs. A filter is a function of a pair that returns a detail to drop it, or None; its name is the reason.
 
-A recipe turns filters on and off by name, or gives their options: `filters: {allusion: false, kept: {least: 0.2}}`.
-Every drop is counted under its filter's name.
+A recipe turns filters on and off by name or sets their options: `filters: {allusion: false, kept: {least: 0.2}}`.
+Each drop is counted under the filter's name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from clair.data.records import Pair, message_text
 from clair.prompting.parse import is_refusal
 
 Filters = Sequence[tuple[str, Callable[[Pair], str | None]]]
-"""Filters by name in the order in which they are asked; each returns what to tell about the drop, or None."""
+"""Names and filters in the order in which they are applied; a filter returns the detail of the drop, or None."""
 
 
 def empty(pair: Pair) -> str | None:
@@ -30,17 +30,17 @@ def empty(pair: Pair) -> str | None:
 
 
 def identical(pair: Pair) -> str | None:
-    """Winner and loser are the same but for white space: no contrast, no gradient."""
+    """Chosen and rejected differ in white space only: no contrast, no gradient."""
     return "chosen and rejected are the same" if pair.chosen.split() == pair.rejected.split() else None
 
 
 def refusal(pair: Pair) -> str | None:
-    """The winner refuses where the loser answered: the reviser's policy, not the task's."""
+    """The chosen answer refuses and the rejected one does not: the reviser's policy, not an improvement."""
     return pair.chosen[:200] if is_refusal(pair.chosen) and not is_refusal(pair.rejected) else None
 
 
-# The winner says of itself that it mends something: a model trained on it learns to announce corrections. Milder
-# praise ("this enhanced code") is left alone, because many tasks ask for just that.
+# A model trained on answers that mention their own correction learns to announce corrections. Milder words ("this
+# enhanced code") are allowed, because many tasks request just that.
 _ALLUSION = re.compile(
     r"\b(?:corrected|revised|amended|rectified)\b(?! (?:by|in|for) (?:\d|the (?:year|author)))"
     r"|\b(?:improved|enhanced|updated|rewritten) (?:version|answer|solution|response|revision)\b"
@@ -57,7 +57,7 @@ _ASKS_FOR_CORRECTION = re.compile(
 
 
 def allusion(pair: Pair) -> str | None:
-    """The winner alludes to the correction ("in this corrected solution ..."), and the task did not ask for one."""
+    """The chosen answer mentions the correction ("in this corrected solution ..."), and the task requested none."""
     match = _ALLUSION.search(pair.chosen)
     if not match or _ALLUSION.search(pair.rejected) or _prompt_matches(pair, _ASKS_FOR_CORRECTION):
         return None
@@ -73,13 +73,13 @@ _COMMENT = re.compile(
 
 
 def comment(pair: Pair) -> str | None:
-    """The winner talks about the task or the editing, where the loser just answered."""
+    """The chosen answer talks about the task or the editing, and the rejected one does not."""
     match = _COMMENT.search(pair.chosen)
     return match.group() if match and not _COMMENT.search(pair.rejected) else None
 
 
 def fence(pair: Pair) -> str | None:
-    """The loser has code in fences and the winner has none, or leaves one open: the form of the answer was lost."""
+    """The chosen answer lost the code fences of the rejected one, or leaves one open."""
     rejected_fences, chosen_fences = (
         len(re.findall(r"^[ \t]*(?:```|~~~)", text, re.MULTILINE)) for text in (pair.rejected, pair.chosen)
     )
@@ -89,16 +89,16 @@ def fence(pair: Pair) -> str | None:
 
 
 def language(pair: Pair) -> str | None:
-    """Winner and loser are mostly in different scripts: the reviser answered in another language."""
+    """Chosen and rejected are mostly in different scripts: the reviser answered in another language."""
     scripts = [_script(text) for text in (pair.rejected, pair.chosen)]
     return f"{scripts[0]} became {scripts[1]}" if None not in scripts and scripts[0] != scripts[1] else None
 
 
 def cut_off(pair: Pair) -> str | None:
-    """The loser breaks off: an open code fence, or a long last line that ends inside a sentence.
+    """The rejected answer is cut off: an open code fence, or a long last line that ends inside a sentence.
 
-    The winner then merely finishes it. Answers of the target that hit max_tokens never come this far; this is for
-    answers that came with the prompts.
+    The chosen answer would merely complete it. This is for answers that came with the prompts; the target's answers
+    that reach max_tokens are dropped before.
     """
     if len(re.findall(r"^[ \t]*```", pair.rejected, re.MULTILINE)) % 2:
         return "the rejected answer leaves a code fence open"
@@ -108,21 +108,21 @@ def cut_off(pair: Pair) -> str | None:
 
 
 def length(pair: Pair, least: float = 0.2, most: float = 5.0) -> str | None:
-    """The winner's words over the loser's lie outside [least, most]: not a revision but another answer."""
+    """The ratio of words, chosen over rejected, lies outside [least, most]: another answer, not a revision."""
     ratio = pair.contrast["length_ratio"]
     return None if least <= ratio <= most else f"length ratio {ratio:.2f}"
 
 
 def kept(pair: Pair, least: float = 0.1, most: float = 1.0) -> str | None:
-    """The share of the loser's words that the winner keeps in order lies outside [least, most]."""
+    """The share of the rejected answer's words that the chosen one keeps in order lies outside [least, most]."""
     share = pair.contrast["kept"]
     return None if least <= share <= most else f"{share:.0%} of the words kept"
 
 
 def gap(pair: Pair, above: float = 0.0) -> str | None:
-    """The scores of winner and loser lie no more than `above` apart, or there are none.
+    """The score of the chosen answer exceeds that of the rejected one by at most `above`, or there are no scores.
 
-    `apo calibrate` finds the bound. Strict, as its promise is: scores tie, and a gap of exactly `above` is dropped.
+    `apo calibrate` computes the bound. As it guarantees only gaps above the bound, a gap equal to it is dropped.
     """
     if pair.scores is None:
         return "the pair has no scores"
@@ -134,11 +134,11 @@ def _prompt_matches(pair: Pair, pattern: re.Pattern[str]) -> bool:
     return any(pattern.search(message_text(message)) for message in pair.messages)
 
 
-_SAME_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}  # Japanese writes with all three, in any proportion
+_SAME_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}  # Japanese mixes all three in any proportion
 
 
 def _script(text: str) -> str | None:
-    """The script of most letters (LATIN, CYRILLIC, CJK ...) where there are enough of them to tell; else None."""
+    """The script of over 60 % of the letters (LATIN, CYRILLIC, CJK ...); None if mixed, or with fewer than 20 letters."""
     if text.isascii():
         return "LATIN" if sum(map(str.isalpha, text[:4000])) >= 20 else None
     letters = [c for c in text[:4000] if c.isalpha()]
@@ -151,19 +151,19 @@ def _script(text: str) -> str | None:
 
 _FILTERS = (empty, identical, refusal, allusion, comment, fence, language, cut_off, length, kept, gap)
 FILTERS: dict[str, Callable[..., str | None]] = {f.__name__: f for f in _FILTERS}
-"""Every filter, in the order in which they are asked."""
+"""All filters, in the order in which they are applied."""
 OFF = frozenset({"kept", "gap"})
-"""Filters that a recipe must turn on. Real minimal revisions keep as little as a tenth of the words, so a kept-words
-band is a choice about the data, not a matter of soundness; and only scored pairs have a gap."""
+"""Filters that are off by default. Real minimal revisions keep as little as a tenth of the words, so a band of kept
+words is a choice about the data; and only scored pairs have a gap."""
 REVISIONS_ONLY = frozenset({"length"})
-"""Filters that a recipe must turn on where the winner is no revision of the loser: a right answer of ten words to a
-wrong one of a hundred is what such pairs are for."""
+"""Filters that are off by default if the chosen answer is not a revision: a right answer of ten words beside a wrong
+one of a hundred is a useful pair."""
 
 
 def make_filters(settings: Mapping[str, bool | Mapping[str, Any]], *, revisions: bool = True) -> Filters:
-    """The filters that a recipe asks for. Raises UserError for an unknown filter or option, naming the near miss.
+    """The filters that a recipe turns on. Raises UserError for an unknown filter or option, with the nearest name.
 
-    `revisions`: the winner is made from the loser, by as few changes as it takes.
+    `revisions`: the chosen answers are revisions of the rejected ones.
     """
     off = OFF if revisions else OFF | REVISIONS_ONLY
     for name in settings:
@@ -193,7 +193,7 @@ def _bind_options(name: str, options: bool | Mapping[str, Any]) -> Callable[[Pai
 
 
 def first_drop_reason(pair: Pair, filters: Filters) -> tuple[str, str] | None:
-    """The name of the first filter that drops the pair, with its detail; None to keep it."""
+    """The name of the first filter that drops the pair, and its detail; None if no filter does."""
     for name, function in filters:
         detail = function(pair)
         if detail is not None:

@@ -1,4 +1,4 @@
-"""Where a run writes: a folder, or a URL of an object store and its copy on this machine; for one run at a time."""
+"""The output of a run: a folder, or a URL of an object store with its local copy. One run at a time holds it."""
 
 from __future__ import annotations
 
@@ -19,43 +19,44 @@ from clair.storage.object_store import InUse, Store, folder_of, is_url
 from clair.storage.url_lock import UrlLock, held
 
 DATASET_FILES = ("recipe.json", "manifest.json")
-"""What a dataset folder is known by."""
+"""The files that identify a dataset folder."""
 CURRENT_ROW = ".row"
-"""The row that a shard was at, where it kept killing its process."""
+"""The file with the id of the row that a shard is building, written after its process was killed repeatedly."""
 LOCK = ".lock"
-"""The file that the process which holds a folder has locked, and written its number into."""
+"""The file that the process holding a folder has locked; it contains the process id."""
 _LEDGER = "ledger.sqlite"
 
 
 @dataclass(frozen=True)
 class Output:
-    """A folder held by this process, and the store that it is the copy of, if it is one."""
+    """A folder that this process has locked; if it is the copy of a URL, also the object store and the URL's lock."""
 
     folder: Path
     store: Store | None = None
     url_lock: UrlLock | None = None
 
     def ledger(self, path: Path, *, send_all: bool = False) -> Ledger:
-        """The ledger at `path`; that of an object store's copy writes everything there too."""
+        """Open the ledger at `path`. If the folder is the copy of a URL, every write goes to the object store too."""
         if self.store is None or self.url_lock is None:
             return Ledger(path)
         return Ledger(path, LedgerReplica(self.store, self.url_lock.check), send_all=send_all)
 
     def upload(self, name: str) -> None:
-        """Put a file of the folder into the store, where there is one."""
+        """Upload a file of the folder to the object store, if there is one."""
         if self.store and self.url_lock:
             self.url_lock.check()
             self.store.upload(name, self.folder / name)
 
     def remove(self, name: str) -> None:
-        """Take a file away that may be there, from the store too."""
+        """Delete a file, if it exists, from the folder and the object store."""
         (self.folder / name).unlink(missing_ok=True)
         if self.store and self.store.names(name):
             self.store.delete([name])
 
     def publish(self) -> None:
-        """Put all files of the folder but the ledger into the store, where there is one; the manifest last, and what
-        was dropped before the pairs, as `clair keep` needs it to go on.
+        """Upload all files of the folder but the ledger to the object store, if there is one.
+
+        dropped.jsonl goes before the pairs, as `clair keep` needs it to resume, and the manifest goes last.
         """
         if self.store is None:
             return
@@ -66,8 +67,10 @@ class Output:
             self.upload(name)
 
     def fetch(self, hashes: Mapping[str, str]) -> None:
-        """Bring files by name from the store, where there is one and those here have not these SHA-256."""
-        for name, sha256 in hashes.items() if self.store else ():
+        """Download the files whose local copy does not have the given SHA-256, if there is an object store."""
+        if self.store is None:
+            return
+        for name, sha256 in hashes.items():
             file = self.folder / name
             if not file.is_file() or file_sha256(file) != sha256:
                 self.store.fetch(name, file)
@@ -75,10 +78,10 @@ class Output:
 
 @contextmanager
 def lock_output(out: str | Path, patience: float = 0.0) -> Iterator[Output]:
-    """Hold an output for this process. Raises InUse naming the process that holds it already.
+    """Lock an output for this process. Raises InUse with the id of the process that holds the lock.
 
-    `patience`: the seconds to wait for that one first, where it is known to be ending.
-    What tells of earlier runs (recipe, manifest, ledger, last row) is brought from a URL into the folder.
+    `patience`: seconds to wait for that process, if it is known to be ending. If `out` is a URL, the files of earlier
+    runs (recipe, manifest, ledger, last row) are downloaded into the folder.
     """
     folder = folder_of(out)
     with ExitStack() as stack:
@@ -106,8 +109,8 @@ def _lock_folder(folder: Path, name: str, patience: float) -> Iterator[None]:
             file.seek(0)
             owner = file.read().strip() or "unknown"
             raise InUse(f"{name} is in use by process {owner}; wait for it, or choose another --out")
-        if not os.fstat(file.fileno()).st_nlink:  # taken away by the process that had it locked
-            raise InUse(f"{name} was let go by another process just now; run the same command again")
+        if not os.fstat(file.fileno()).st_nlink:  # deleted by the process that held the lock
+            raise InUse(f"{name} was released by another process just now; run the same command again")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -127,7 +130,7 @@ def _flock(file: TextIO, patience: float) -> bool:
 
 
 def check_output(out: str | Path) -> None:
-    """Raises UserError where `out` is neither empty nor a dataset's, or is a URL that cannot be looked at."""
+    """Check that `out` is empty or a dataset folder. Raises UserError, also for a file or a URL that cannot be read."""
     if is_url(str(out)):
         store = Store(str(out))
         names, name = store.names(), store.name
@@ -139,4 +142,4 @@ def check_output(out: str | Path) -> None:
     known_names = (LOCK, _LEDGER, "ledger/", "hold/")
     unknown = sorted(name for name in names if not name.startswith(known_names))
     if unknown and not set(DATASET_FILES) & set(names):
-        raise UserError(f"{name} is no dataset folder and not empty (it holds {unknown[0]}); choose another --out")
+        raise UserError(f"{name} is not a dataset folder and not empty (it holds {unknown[0]}); choose another --out")

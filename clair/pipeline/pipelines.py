@@ -1,4 +1,4 @@
-"""The ways to make a pair, each a few lines that compose steps: the four data sets of arXiv 2408.06266."""
+"""The pipelines `revised`, `stronger` and `judged`, each composed of steps: the four data sets of arXiv 2408.06266."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from clair.pipeline.steps import (
 
 
 async def revised(prompt: Prompt, *, target: ModelClient | None, reviser: Reviser, filters: Filters) -> Pair:
-    """CLAIR: rejected is the target's own answer, chosen is its minimal revision."""
+    """Make a CLAIR pair: the target's own answer is rejected, its minimal revision by the reviser is chosen."""
     answer = await generate(prompt, target)
     if not answer.text.strip():
         raise Dropped("target", "tool_call", "the answer only calls a tool: there is no text to revise")
@@ -38,9 +38,9 @@ async def revised(prompt: Prompt, *, target: ModelClient | None, reviser: Revise
 async def stronger(
     prompt: Prompt, *, target: ModelClient | None, stronger: ModelClient | None, filters: Filters
 ) -> Pair:
-    """Stronger preferred: rejected is the target's own answer, chosen is a stronger model's, unseen by any judge.
+    """Make a stronger-preferred pair: the target's answer is rejected, a stronger model's is chosen, without a judge.
 
-    Either is the ready one where the row has it.
+    An answer that the row already has is used in place of the model's.
     """
     answer, better = await gather_all(generate(prompt, target), _better(prompt, stronger))
     by = stronger.model.name if stronger and prompt.stronger is None else "prompt file"
@@ -60,10 +60,10 @@ async def _better(prompt: Prompt, stronger: ModelClient | None) -> Answer:
 async def judged(
     prompt: Prompt, *, target: ModelClient | None, judge: Judge | None, samples: int, filters: Filters
 ) -> Pair:
-    """Judge: of several answers, the target's own samples (on-policy) or given ones (off-policy), best against worst.
+    """Make a judged pair: the best against the worst of the target's samples (on-policy) or the row's (off-policy).
 
-    Given scores decide where there are any; where one is missing, the judge does, or the row is dropped. Two answers
-    are compared once; of more, each with each, and the most and the fewest wins decide.
+    If the row has scores, they decide. If a score is missing, the judge decides, or the row is dropped without one.
+    Two answers are compared once. Of more answers all pairs are compared, and the numbers of wins decide.
     """
     author = "prompt file" if prompt.answers else _author(prompt, target)
     answers = [Answer(visible(text)) for text in prompt.answers] or await gather_all(
@@ -100,7 +100,7 @@ async def judged(
 
 
 def _shown(answer: Answer) -> str:
-    """What a judge sees of an answer."""
+    """The text of an answer that a judge reads."""
     return message_text(answer.message()).strip()
 
 
@@ -119,7 +119,7 @@ def _pair(
 
 
 async def _match(prompt: Prompt, first: str, second: str, judge: Judge, *, draw: bool) -> Judgement | None:
-    """One comparison; None for a draw where draws are allowed."""
+    """The judgement of two answers. With `draw`, a tie or a contradiction is None instead of a drop."""
     try:
         return await judge_pair(prompt, first, second, judge)
     except Dropped as drawn:

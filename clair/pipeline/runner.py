@@ -1,7 +1,7 @@
-"""One run's way through a pipeline: its models open, its ledger at hand, rows in and outcomes out.
+"""Run prompts through a pipeline: the models and the ledger are open, prompts go in and outcomes come out.
 
-A build runs all prompts through a session, an estimate a few. However a session ends, what is in flight is waited for
-and written down before its models are closed.
+A build runs all prompts, an estimate a few. However a run ends, the requests in flight are awaited and their replies
+are written to the ledger before the models are closed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from clair.prompting.templates import JUDGE_NEEDS, REVISER_NEEDS, load_template
 _BEGUN_PER_REQUEST = 16
 _MIN_BEGUN = 256
 KILLED_WORKER = "killed_worker"
-"""Why a row is left out whose process died of it before."""
+"""The drop reason of a row that killed the process which built it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class PipelineRun:
     config: BuildConfig
     clients: Mapping[str, ModelClient]
     stop: Stop
-    run: Callable[[Prompt], Awaitable[Pair]]
+    make_pair: Callable[[Prompt], Awaitable[Pair]]
     judge: Judge | None = None
     reviser: Reviser | None = None
 
@@ -52,13 +52,13 @@ class PipelineRun:
         one_by_one: bool = False,
         on_row_done: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[tuple[str, Pair | Dropped | Pending]]:
-        """(prompt id, pair or reason) of each prompt, in the order of the prompts; ends early where the run stops.
+        """Yield (prompt id, outcome) for each prompt, in the order of the prompts. Ends early if the run stops.
 
-        Pending in the place of an outcome that needs a reply which comes with a batch: see `wait`. `on_end` is called
-        where a row comes to its end, which may be long before its turn.
+        An outcome is Pending if it needs a reply that comes with a batch; see `wait`. `on_row_done` is called when a
+        row is done, which may be long before its outcome is yielded.
         """
         max_begun = _MIN_BEGUN + _BEGUN_PER_REQUEST * self.config.concurrency
-        if self.config.accept:  # what is begun beyond the last pair wanted is paid for and not used: begin little
+        if self.config.accept:  # rows begun beyond the last accepted pair are paid for and not used: begin few
             max_begun = 2 * self.config.concurrency
         max_begun = 1 if one_by_one else max_begun
 
@@ -83,17 +83,17 @@ class PipelineRun:
         if skip_reason:
             return prompt.id, Dropped("prompts", skip_reason, _SKIP_REASONS[skip_reason])
         try:
-            return prompt.id, await self.run(prompt)
+            return prompt.id, await self.make_pair(prompt)
         except (Dropped, Pending, Stopped) as outcome:
             return prompt.id, outcome
-        except Exception as error:  # a ledger that cannot be written, a bug of ours: no other row may go on spending
+        except Exception as error:  # an unwritable ledger or a bug: no other row may spend money
             self.stop.now(str(error), error)
             raise
 
-    async def wait(self, tell: Callable[[], None]) -> bool:
-        """After a pass with Pending rows: send what they wait for, and return once another pass is worth it.
+    async def wait(self, on_poll: Callable[[], None]) -> bool:
+        """Send the batches that Pending rows wait for, and return True when another pass over the rows is useful.
 
-        False where the run ends instead; `stop` says why. `tell` is called at every look at the batches.
+        Returns False if the run ends instead; `stop` has the reason. `on_poll` is called at every poll of the batches.
         """
         batches = [client.batch for client in self.clients.values() if client.batch]
         if self.stop.reason and not (self.stop.short and any(batch.open() for batch in batches)):
@@ -102,7 +102,7 @@ class PipelineRun:
         try:
             live = sum([await batch.end_pass() for batch in batches])
             if not live:
-                await results(batches, self.stop.happened, tell)
+                await results(batches, self.stop.happened, on_poll)
         except Pending:
             return False
         except BudgetReached as reached:
@@ -123,9 +123,9 @@ class PipelineRun:
 async def open_run(
     config: BuildConfig, ledger: Ledger, *, live: bool = False, resources: Resources | None = None
 ) -> AsyncIterator[PipelineRun]:
-    """Open the recipe's models for one run; Ctrl-C inside it stops the sending and keeps what is in flight.
+    """Open the recipe's models for one run. Ctrl-C inside it stops the sending and keeps the replies in flight.
 
-    `live`: nothing goes into batches, whatever the recipe says.
+    `live`: send every request by itself, even if the recipe uses a Batch API.
     """
     stop, resources = Stop(), resources or Resources()
     clients = open_clients(config, ledger, stop, live=live, means=resources)
@@ -148,13 +148,12 @@ def _assemble(config: BuildConfig, clients: Mapping[str, ModelClient], stop: Sto
     filters = make_filters(config.filters, revisions=config.pipeline == "revised")
     make_run = partial(PipelineRun, config, clients, stop)
     if config.reviser:
-        reviser_config = config.reviser
         reviser = Reviser(
-            clients["reviser"],
-            templates["reviser"],
-            templates.get("edits"),
-            reviser_config.system,
-            reviser_config.ask_again,
+            client=clients["reviser"],
+            template=templates["reviser"],
+            edits=templates.get("edits"),
+            system=config.reviser.system,
+            ask_again=config.reviser.ask_again,
         )
         return make_run(partial(revised, target=target, reviser=reviser, filters=filters), reviser=reviser)
     if config.pipeline == "stronger":
@@ -162,13 +161,17 @@ def _assemble(config: BuildConfig, clients: Mapping[str, ModelClient], stop: Sto
     judge = None
     if config.judge:
         judge = Judge(
-            clients["judge"], templates["judge"], config.judge.order, config.judge.system, config.judge.ask_again
+            client=clients["judge"],
+            template=templates["judge"],
+            order=config.judge.order,
+            system=config.judge.system,
+            ask_again=config.judge.ask_again,
         )
     return make_run(partial(judged, target=target, judge=judge, samples=config.samples, filters=filters), judge)
 
 
 def load_templates(config: BuildConfig) -> dict[str, str]:
-    """The words for each role that has any: the recipe's own file or the built-in ones."""
+    """The templates by name (`reviser`, `edits`, `judge`): the recipe's own files or the built-in ones."""
     templates = {}
     if config.reviser:
         path, edits = config.reviser.template, config.reviser.mode == "edits"
@@ -181,7 +184,7 @@ def load_templates(config: BuildConfig) -> dict[str, str]:
 
 
 def template_warnings(config: BuildConfig) -> list[str]:
-    """What is amiss with templates of the user's own: they never ask for the part that is read from each reply."""
+    """Warnings about the user's own templates that never name the part which is parsed from each reply."""
     warnings = []
     kinds = {
         "reviser": "edits" if config.reviser and config.reviser.mode == "edits" else "solution",
@@ -193,8 +196,8 @@ def template_warnings(config: BuildConfig) -> list[str]:
             continue
         if not asks_for(kind, Path(model.template).read_text("utf-8") + (model.system or "")):
             warnings.append(
-                f"{role}.template {model.template} never names {IDENTIFIERS[kind]}, under which the part that is used "
-                f"is looked for; replies without it are dropped (docs/data.md#words-of-your-own)"
+                f"{role}.template {model.template} never names {IDENTIFIERS[kind]}, the label of the part that is "
+                f"parsed; replies without it are dropped (docs/data.md#words-of-your-own)"
             )
     return warnings
 

@@ -1,4 +1,4 @@
-"""One shard of a build: the rows whose id hashes to it, in a folder of their own, until `clair merge` joins them."""
+"""One shard of a build: the rows whose id hashes to it, in a folder of its own, until `clair merge` joins them all."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from clair.storage.object_store import Store, is_url, joined
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The `index`-th (from 1) of `of` shards."""
+    """Shard `index` (from 1) of `count`."""
 
     index: int
     count: int
 
     @property
     def name(self) -> str:
-        """The folder of the shard inside the folder of shards."""
+        """The name of the shard's folder inside the folder of shards."""
         return f"{self.index}-of-{self.count}"
 
     def contains(self, id: str) -> bool:
-        """Whether the row of this id belongs to the shard: by hash, so that no shard needs to know of another."""
+        """True if the row of this id belongs to the shard. The hash decides, so shards need not know of each other."""
         return int(content_hash(["shard", id])[:13], 16) % self.count == self.index - 1
 
 
 def parse_shard(text: str) -> Shard:
-    """The shard that `2/4` or the folder name `2-of-4` names. Raises UserError."""
+    """Parse `2/4` or the folder name `2-of-4`. Raises UserError."""
     match = re.fullmatch(r"(\d{1,6})(?:/|-of-)(\d{1,6})", text)
     if match and 1 <= int(match[1]) <= int(match[2]):
         return Shard(int(match[1]), int(match[2]))
@@ -39,12 +39,12 @@ def parse_shard(text: str) -> Shard:
 
 
 def shards_location(out: str | Path) -> str:
-    """Where the shards of a build go: a folder or a URL."""
+    """The folder or URL of a build's shards."""
     return f"{str(out).rstrip('/')}-shards" if is_url(str(out)) else f"{Path(out)}-shards"
 
 
 def list_shards(folder: str) -> tuple[set[Shard], set[Shard]]:
-    """The shards that are in a folder or at a URL, and those of them that are finished."""
+    """All shards in a folder or at a URL, and the finished ones among them."""
     if is_url(folder):
         names = [name.split("/") for name in Store(folder).names()]
         shard_names = {parts[0] for parts in names if len(parts) > 1}
@@ -58,10 +58,10 @@ def list_shards(folder: str) -> tuple[set[Shard], set[Shard]]:
 
 
 def shard_config(config: BuildConfig, shard: Shard, *, shared: bool = False) -> BuildConfig:
-    """The recipe of one shard: a folder of its own, and its part of the budget and of the rates.
+    """The recipe of one shard: its own folder, and its share of the budget and of the rates.
 
-    `shared`: no part, since the shards of the job share them; of the budget only where they can (`can_share_budget`).
-    Raises UserError for `accept`, which counts pairs in the order of all prompts: no shard sees that order.
+    With `shared`, the shards of the job share the rates, and the budget if they can (`can_share_budget`).
+    Raises UserError for `accept`, which counts pairs in the order of all prompts; no shard sees that order.
     """
     if config.accept:
         raise UserError(
@@ -81,15 +81,15 @@ def shard_config(config: BuildConfig, shard: Shard, *, shared: bool = False) -> 
 
 
 def can_share_budget(config: BuildConfig) -> bool:
-    """Whether shards that run together can share the budget: not with batches, which set money aside for days."""
+    """True if concurrent shards can share the budget: not with batches, which reserve money for days."""
     return not any(model.batching for model in config.models.values())
 
 
 @dataclass(frozen=True, slots=True)
 class CrashPolicy:
-    """How to build a shard that keeps killing its process: which rows it dies of, and where to note each before it."""
+    """How to build a shard whose process was killed repeatedly: the rows to skip, and whether to log each row first."""
 
     poison_rows: frozenset[str] = frozenset()
-    """Ids of rows that are left out, and counted as failed."""
+    """Ids of rows that are skipped and counted as failed."""
     log_rows: bool = False
-    """Build row by row, and write the id of each where it builds (`CURRENT_ROW`) before it is begun."""
+    """Build one row at a time, and write its id to the file `CURRENT_ROW` before it starts."""

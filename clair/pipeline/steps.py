@@ -1,7 +1,7 @@
-"""What happens to one row: its answer is generated, revised or judged, and kept or dropped. Each step is a coroutine.
+"""The steps of a pipeline, one coroutine each: generate an answer, revise it, judge two answers, filter the pair.
 
-A row runs through its steps by itself, so that a slow one holds up no other; how many are in flight is for the
-limiter of each role to decide. A step returns what it made or raises Dropped with the reason.
+Each row runs through its steps independently, so that a slow row delays no other; the limiter of each role sets the
+number of requests in flight. A step returns its result or raises Dropped with the reason.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from clair.prompting.templates import ask_again, request
 Read = TypeVar("Read")
 Step = TypeVar("Step")
 _WARMER = 0.5
-"""Added to the temperature of the second request: at the same one, small models say the same again, word for word."""
+"""Added to the temperature of the second request: at the same temperature small models repeat their reply verbatim."""
 _POINTLESS_AGAIN = ("truncated", "refusal", "content_filter", "tool_call", "incomplete")
 
 
 @dataclass(frozen=True, slots=True)
 class Reviser:
-    """The stronger model with the words it is asked in. `edits` is the template of the edit mode, None without it.
+    """The stronger model and its templates. `edits` is the template of the edit mode, None without it.
 
-    `first` counts what became of its first replies: `read`, or the name of why they could not be.
+    `first_replies` counts the first replies by outcome: `read`, or the name of the parse failure.
     """
 
     client: ModelClient
@@ -50,7 +50,7 @@ class Reviser:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """The model that compares. `seen` counts its verdicts by position, which is how a position bias shows."""
+    """The model that compares two answers. `verdicts` counts them by position: 0 is a tie, 1 and 2 an answer."""
 
     client: ModelClient
     template: str
@@ -61,7 +61,7 @@ class Judge:
 
 
 async def generate(prompt: Prompt, model: ModelClient | None, sample: int = 0) -> Answer:
-    """The model's answer, or the ready one. Drops one without a good ending: its winner would merely finish it."""
+    """The model's answer, or the row's own. Drops an incomplete answer: the chosen answer would merely complete it."""
     if prompt.answer is not None:
         return ready(prompt.answer)
     if model is None:
@@ -70,7 +70,7 @@ async def generate(prompt: Prompt, model: ModelClient | None, sample: int = 0) -
 
 
 def ready(answer: str) -> Answer:
-    """An answer that came with the prompt, without what a model thought before it. Drops one that says nothing."""
+    """The answer that came with the prompt, without a model's hidden reasoning. Drops an empty answer."""
     text = visible(answer)
     if not text.strip():
         raise Dropped("target", "empty_reply", "the row's answer is blank, or only hidden reasoning")
@@ -78,7 +78,7 @@ def ready(answer: str) -> Answer:
 
 
 async def answer_of(prompt: Prompt, model: ModelClient, sample: int = 0) -> Answer:
-    """A model's answer to the prompt; the `sample`-th of several."""
+    """The model's `sample`-th answer to the prompt. Drops an incomplete or empty answer."""
     reply = await model.ask(list(prompt.messages), row=prompt.id, sample=sample, tools=prompt.tools)
     if reason := reply.incomplete(tools=bool(prompt.tools)):
         raise Dropped(model.role, reason, _why_incomplete(reason, reply, model.role))
@@ -95,7 +95,10 @@ def _why_incomplete(reason: str, reply: Reply, role: str) -> str:
 
 
 async def revise(prompt: Prompt, answer: str, reviser: Reviser) -> Revision:
-    """The reviser's minimal improvement of an answer, as edits first where the recipe says so, else rewritten whole."""
+    """The reviser's minimal improvement of an answer: as edits if the recipe has the edit mode, else as a whole text.
+
+    If the edits cannot be parsed, the whole text is requested. Drops the row if that cannot be parsed either.
+    """
     template_values = {"system": reviser.system, "tools": prompt.tools, "answer": answer}
     ask = partial(
         _ask_and_read, reviser.client, again=reviser.ask_again, row=prompt.id, first_replies=reviser.first_replies
@@ -115,10 +118,10 @@ async def revise(prompt: Prompt, answer: str, reviser: Reviser) -> Revision:
 
 
 async def gather_all(*steps: Coroutine[Any, Any, Step]) -> list[Step]:
-    """The results of steps that run at once. Where some raise, the first of them in order does, once all have ended.
+    """Run steps concurrently and return their results. If some raise, raise the first error in order after all ended.
 
-    So no step of a dropped row goes on unseen, and which drop is told does not depend on which came first. What
-    comes with a batch may turn out to be an earlier drop: Pending goes before all others.
+    So no step of a dropped row goes on in the background, and the reported drop does not depend on timing. Pending
+    takes precedence, because the outcome that comes with the batch may be an earlier drop.
     """
     results = await asyncio.gather(*steps, return_exceptions=True)
     errors = [result for result in results if isinstance(result, BaseException)]
@@ -128,7 +131,7 @@ async def gather_all(*steps: Coroutine[Any, Any, Step]) -> list[Step]:
 
 
 async def judge_pair(prompt: Prompt, first: str, second: str, judge: Judge) -> Judgement:
-    """Which of two answers is better, asked in both orders or in one chosen by hash. Drops ties and contradictions."""
+    """The better of two answers, judged in both orders or in one chosen by hash. Drops ties and contradictions."""
     if judge.order == "random":
         swapped = int(content_hash([prompt.id, first, second])[0], 16) % 2 == 1
         judgement = await judge_once(prompt, first, second, judge, swapped)
@@ -145,7 +148,7 @@ async def judge_pair(prompt: Prompt, first: str, second: str, judge: Judge) -> J
 
 
 async def judge_once(prompt: Prompt, first: str, second: str, judge: Judge, swapped: bool) -> Judgement:
-    """One verdict, `second` shown before `first` where `swapped`. Drops a reply without a readable verdict."""
+    """One verdict; if `swapped`, `second` is shown before `first`. Drops a reply without a readable verdict."""
     shown = (second, first) if swapped else (first, second)
     messages = request(judge.template, prompt.messages, judge.system, prompt.tools, first=shown[0], second=shown[1])
     try:
@@ -167,9 +170,9 @@ async def _ask_and_read(
     read: Callable[[str, str | None], Read],
     first_replies: Counter[str] | None = None,
 ) -> Read:
-    """Ask and read the reply; where it cannot be read, ask once more and say why. Raises ParseFailure.
+    """Send a request and parse its reply. If that fails and `again`, send it once more with the parse failure.
 
-    `first` counts what became of the first reply.
+    `first_replies` counts the outcome of the first reply. Raises ParseFailure.
     """
     first_replies = Counter() if first_replies is None else first_replies
     reply = await client.ask(messages, row=row)
@@ -189,7 +192,7 @@ async def _ask_and_read(
 
 
 def apply_filters(pair: Pair, filters: Filters) -> Pair:
-    """The pair with its contrast numbers, or Dropped with the first filter's reason."""
+    """The pair with its contrast measured. Raises Dropped with the name of the first filter that rejects it."""
     contrast = contrast_of(pair.chosen, pair.rejected)._asdict()
     measured = replace(pair, contrast=contrast)
     reason = first_drop_reason(measured, filters)
@@ -199,9 +202,9 @@ def apply_filters(pair: Pair, filters: Filters) -> Pair:
 
 
 def best_and_worst_index(scores: Sequence[float]) -> tuple[int, int]:
-    """Where the highest and the lowest score stand. Drops a tie of both: the same answer would win and lose.
+    """The indices of the highest and the lowest score. Drops a tie, where one answer would be chosen and rejected.
 
-    Drops scores of which one is missing (NaN) too: that answer may be the best or the worst.
+    Drops also if a score is missing (NaN): that answer may be the best or the worst.
     """
     if missing := sum(map(math.isnan, scores)):
         raise Dropped("scores", "missing", f"{missing} of {len(scores)} answers have no score")
@@ -212,9 +215,9 @@ def best_and_worst_index(scores: Sequence[float]) -> tuple[int, int]:
 
 
 def position_bias(verdicts: Mapping[int, int]) -> dict[str, Any]:
-    """How often the judge preferred what was shown first, of its verdicts for either; biased where 1/2 is not in it.
+    """The share of verdicts for the answer shown first, with a 95 % interval; biased if the interval excludes 1/2.
 
-    Every pair is shown in both orders or in one drawn by hash, so that an unbiased judge comes to one half.
+    Each pair is shown in both orders or in an order drawn by hash, so the share of an unbiased judge is 1/2.
     """
     first, second = verdicts.get(1, 0), verdicts.get(2, 0)
     interval = wilson(first, first + second)

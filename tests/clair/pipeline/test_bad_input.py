@@ -373,7 +373,7 @@ def test_a_folder_that_holds_something_else(workspace, server):
         server,
         "build",
         workspace.recipe(out=str(workspace.path / "else")),
-        match="is no dataset folder and not empty .it holds thesis.tex.; choose another --out",
+        match="is not a dataset folder and not empty .it holds thesis.tex.; choose another --out",
     )
     assert [f.name for f in (workspace.path / "else").iterdir()] == ["thesis.tex"]
 

@@ -261,7 +261,7 @@ def test_full_text_of_a_conversation_has_its_roles(pairs):
 
 
 def test_reasons_are_explained():
-    assert explain("filter.identical").startswith("Winner and loser are the same")
+    assert explain("filter.identical").startswith("Chosen and rejected differ in white space only")
     assert explain("reviser.no_label") == "the label does not stand at the start of a line"
     assert explain("review.marked") == "a person marked the pair drop"
     assert explain("reviser.http_500") == ""

@@ -519,7 +519,7 @@ def test_a_missing_implementation_is_told_with_the_command_that_installs_it(tmp_
 def test_something_else_at_a_url_is_not_written_over(tmp_path, url):
     Store(url).put("thesis.tex", b"x")
     message = error_line(clair("build", written(tmp_path), "--out", url))
-    assert "is no dataset folder and not empty (it holds thesis.tex)" in message
+    assert "is not a dataset folder and not empty (it holds thesis.tex)" in message
 
 
 def test_what_a_store_says_is_told_without_the_secrets_of_the_environment(monkeypatch, tmp_path):
