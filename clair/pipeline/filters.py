@@ -138,7 +138,7 @@ _SAME_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}  # Japanese mixes all thre
 
 
 def _script(text: str) -> str | None:
-    """The script of over 60 % of the letters (LATIN, CYRILLIC, CJK ...); None if mixed, or with fewer than 20 letters."""
+    """The script of over 60 % of the letters (LATIN, CYRILLIC, CJK ...); None if mixed or fewer than 20 letters."""
     if text.isascii():
         return "LATIN" if sum(map(str.isalpha, text[:4000])) >= 20 else None
     letters = [c for c in text[:4000] if c.isalpha()]
