@@ -50,7 +50,7 @@ def build(
     from clair.core.console import show as print_
     from clair.core.progress import duration, progress, tell
     from clair.core.recipe import load_recipe
-    from clair.data.dataset import doubts
+    from clair.data.dataset import quality_warnings
     from clair.pipeline.build import build as build_dataset
     from clair.pipeline.build import check_recipe
     from clair.pipeline.config import BuildConfig, redacted
@@ -88,7 +88,7 @@ def build(
     print_(summary([built.out]))
     rows, seconds = built.manifest["counts"]["prompts"], built.manifest["seconds"]
     print_(f"{rows:,} rows in {duration(seconds)}, {seconds / max(1, rows):.2g} s a row")
-    for doubt in doubts(built.manifest):
+    for doubt in quality_warnings(built.manifest):
         tell(f"note: {doubt}")
     if part:
         print_(f"shard {part.index} of {part.count}; when all are built: clair merge {shards_location(config.out)}")
@@ -124,13 +124,13 @@ def merge(
     from clair.cluster.merge import merge as merge_shards
     from clair.core.console import show as print_
     from clair.core.progress import tell
-    from clair.data.dataset import doubts
+    from clair.data.dataset import quality_warnings
     from clair.storage.object_store import folder_of
     from clair.terminal import summary
 
     manifest = merge_shards(folder, out)
     print_(summary([folder_of(manifest["recipe"]["out"])]))
-    for doubt in doubts(manifest):
+    for doubt in quality_warnings(manifest):
         tell(f"note: {doubt}")
     if manifest["failed"]:
         print(f"{manifest['failed']} rows failed (see dropped.jsonl); build their shards again", file=sys.stderr)

@@ -188,11 +188,11 @@ def build_progress(
     """Show the progress of a build. Yields the function to call at every change with the writer and the clients."""
     with client_progress("building", total, calls, shown=shown, closing=shown) as update:
         # The count can fall: a build that waits for batches passes over its prompts more than once.
-        yield lambda writer, clients: update(writer.done, clients, _rows(writer))
+        yield lambda writer, clients: update(writer.finished, clients, _rows(writer))
 
 
 def _rows(writer: DatasetWriter) -> str:
-    ahead = f", {writer.ahead:,} done before their turn" if writer.ahead else ""
+    ahead = f", {writer.waiting:,} done before their turn" if writer.waiting else ""
     return f"{writer.pairs:,} pairs, {writer.counts['dropped']:,} dropped{ahead}"
 
 

@@ -1,7 +1,7 @@
-"""How far apart the two answers of a pair are. All numbers are of the texts alone; none needs a model.
+"""Contrast: measures of the difference between the two answers of a pair, from their texts alone, without a model.
 
-A word is what white space separates. Chinese, Japanese, Thai, Lao, Khmer and Burmese are written without spaces: there
-each character is a word, with the marks that belong to it.
+A word is a run of characters without white space. Chinese, Japanese, Thai, Lao, Khmer and Burmese are written without
+spaces; there each character is a word, with the marks that belong to it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _MARKS = (  # vowels and tones above, below and behind; a consonant under anothe
     "\u17b4-\u17d1\u17d3\u3099\u309a\uff9e\uff9f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
     "|\u1039[\u1000-\u1021]|\u17d2[\u1780-\u17b3])*"
 )
-_WORD = f"(?:[{_UNSPACED}]{_MARKS}|[^\\s{_UNSPACED}]+)"
+_WORD_REGEX = f"(?:[{_UNSPACED}]{_MARKS}|[^\\s{_UNSPACED}]+)"
 _HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
-_WORDS = re.compile(_WORD)
-_PIECES = re.compile(rf"\s*{_WORD}|\s+$")
-_LINES = re.compile(r"\s*\S(?:[^\n]*\S)?|\s+$")
-_MOST_CELLS = 400_000_000
-"""Of the table that a diff fills, a bit each: 20,000 words against as many, in 50 MB."""
+_WORD_PATTERN = re.compile(_WORD_REGEX)
+_PIECE_PATTERN = re.compile(rf"\s*{_WORD_REGEX}|\s+$")
+_LINE_PATTERN = re.compile(r"\s*\S(?:[^\n]*\S)?|\s+$")
+_MAX_DIFF_CELLS = 400_000_000
+"""The largest table that a diff may fill, at a bit per cell: 20,000 times 20,000 words take 50 MB."""
 
 
 class Contrast(NamedTuple):
@@ -46,20 +46,20 @@ class Contrast(NamedTuple):
     length_ratio: float
 
 
-def words(text: str) -> list[str]:
-    """The words of a text in their order, without white space."""
-    return _WORDS.findall(text) if _HAS_UNSPACED.search(text) else text.split()
+def split_words(text: str) -> list[str]:
+    """The words of a text in order, without white space."""
+    return _WORD_PATTERN.findall(text) if _HAS_UNSPACED.search(text) else text.split()
 
 
-def pieces(text: str) -> list[str]:
-    """The words of a text, each with the white space before it: put together they are the text."""
-    return _PIECES.findall(text)
+def split_pieces(text: str) -> list[str]:
+    """The words of a text, each with the white space before it. Joined, they are the text."""
+    return _PIECE_PATTERN.findall(text)
 
 
 def shared_tokens(chosen: Sequence[int], rejected: Sequence[int]) -> tuple[list[bool], list[bool]]:
-    """Which tokens of each answer the other has too, in order: those of their longest common subsequence.
+    """Mark the tokens of each answer that belong to the longest common subsequence of both.
 
-    Where there are several, the one that rapidfuzz takes to turn rejected into chosen.
+    If there are several, it is the one by which rapidfuzz turns rejected into chosen.
     """
     from rapidfuzz.distance import LCSseq
 
@@ -72,10 +72,10 @@ def shared_tokens(chosen: Sequence[int], rejected: Sequence[int]) -> tuple[list[
 
 
 def contrast_of(chosen: str, rejected: str) -> Contrast:
-    """The contrast between a chosen and a rejected answer. Source of the first two: arXiv 2408.06266, section 4."""
+    """The contrast of a chosen and a rejected answer. Source of the first two measures: arXiv 2408.06266, section 4."""
     from rapidfuzz.distance import LCSseq, Levenshtein, Prefix
 
-    winner, loser = words(chosen), words(rejected)
+    winner, loser = split_words(chosen), split_words(rejected)
     distinct_winner, distinct_loser = set(winner), set(loser)
     union = len(distinct_winner | distinct_loser)
     return Contrast(
@@ -88,26 +88,26 @@ def contrast_of(chosen: str, rejected: str) -> Contrast:
 
 
 def word_diff(rejected: str, chosen: str) -> list[tuple[str, str]]:
-    """The way from rejected to chosen by words: ("same" | "gone" | "new", text) in reading order.
+    """The word diff from rejected to chosen: ("same" | "gone" | "new", text) in reading order.
 
-    Between two parts that are the same, what is gone stands before what is new. White space is kept. Texts of very
-    many words are compared line by line, and where the lines are too many as well, as wholes.
+    Between two equal passages, removed text comes before added text. White space is kept. Very long texts are compared
+    line by line, or as a whole if they have too many lines as well.
     """
     from rapidfuzz.distance import LCSseq
 
-    old, new = pieces(rejected), pieces(chosen)
-    if len(old) * len(new) > _MOST_CELLS:
-        old, new = _LINES.findall(rejected), _LINES.findall(chosen)
-    if len(old) * len(new) > _MOST_CELLS:
+    old, new = split_pieces(rejected), split_pieces(chosen)
+    if len(old) * len(new) > _MAX_DIFF_CELLS:
+        old, new = _LINE_PATTERN.findall(rejected), _LINE_PATTERN.findall(chosen)
+    if len(old) * len(new) > _MAX_DIFF_CELLS:
         return [("gone", rejected), ("new", chosen)]
-    parts: list[tuple[str, str]] = []
-    gone = came = ""
+    diff: list[tuple[str, str]] = []
+    removed = added = ""
     for step in LCSseq.opcodes([w.strip() for w in old], [w.strip() for w in new]):
         if step.tag == "equal":
-            parts += [(kind, text) for kind, text in (("gone", gone), ("new", came)) if text]
-            parts.append(("same", "".join(new[step.dest_start : step.dest_end])))
-            gone = came = ""
+            diff += [(kind, text) for kind, text in (("gone", removed), ("new", added)) if text]
+            diff.append(("same", "".join(new[step.dest_start : step.dest_end])))
+            removed = added = ""
         else:
-            gone += "".join(old[step.src_start : step.src_end])
-            came += "".join(new[step.dest_start : step.dest_end])
-    return parts + [(kind, text) for kind, text in (("gone", gone), ("new", came)) if text]
+            removed += "".join(old[step.src_start : step.src_end])
+            added += "".join(new[step.dest_start : step.dest_end])
+    return diff + [(kind, text) for kind, text in (("gone", removed), ("new", added)) if text]

@@ -1,4 +1,4 @@
-"""The records that flow through a build: frozen, small, and named by the hash of what they hold."""
+"""The records of a build: prompts, replies, revisions, judgements and pairs. Their ids are hashes of their content."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clair.core.files import content_hash
 
 
 class Message(TypedDict):
-    """One turn of a conversation. Only a turn with tool calls may have None for its content."""
+    """One turn of a conversation. Only a turn with tool calls may have None as its content."""
 
     role: str
     content: str | None
@@ -27,7 +27,7 @@ Messages = tuple[Message, ...]
 
 
 def message_text(message: Mapping[str, Any]) -> str:
-    """All that a turn says, as text: its content, then its tool calls as JSON."""
+    """The text of a turn: its content, then its tool calls as JSON."""
     content, calls = message.get("content") or "", message.get("tool_calls")
     if not calls:
         return content
@@ -36,26 +36,27 @@ def message_text(message: Mapping[str, Any]) -> str:
 
 
 Tools = tuple[Mapping[str, Any], ...]
-"""Definitions of tools, as OpenAI's API takes them."""
+"""Tool definitions in the format of OpenAI's API."""
 LABELS = ("user", "group", "behaviour", "source")
-"""Optional columns of a pair: whose preference it is, of which group they are, what it is about, how it was made."""
+"""Optional columns of a pair: the person whose preference it is, their group, the behaviour, and its origin."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A conversation up to the turn that is to be answered, with a ready answer where the user has one.
+    """A conversation up to the turn to be answered, with the ready answers of its row, if any.
 
-    `id` is the user's own, or the hash of the content; equal content always has the equal `content_id`.
+    `id` is that of the row, or else the hash of the content. Equal content always has the same `content_id`.
     """
 
     id: str
     messages: Messages
     answer: str | None = None
     answers: tuple[str, ...] = ()
-    """Answers of other models, to be judged or with `scores`, one each; NaN for an answer that has none."""
+    """Answers of other models, to be judged or compared by `scores`."""
     scores: tuple[float, ...] = ()
+    """One score per answer, NaN for an answer without a score; or none at all."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """What the row says under the names of `LABELS`; handed on to its pair."""
+    """The row's values of the columns `LABELS`, which its pair gets too."""
     tools: Tools = ()
     """The tools that the model may call."""
     stronger: str | None = None
@@ -63,12 +64,12 @@ class Prompt:
 
     @property
     def content_id(self) -> str:
-        """Hash of the messages, all ready answers and the tools: 16 hex digits, the same on every machine."""
+        """The hash of the messages, all ready answers and the tools: 16 hex digits, the same on every machine."""
         return content_id(self.messages, self.answer, self.answers, self.scores, self.tools, self.stronger)
 
     @property
     def plain(self) -> bool:
-        """Whether its turns are only role and text, and there are no tools."""
+        """True if its turns have only role and text, and there are no tools."""
         return not self.tools and all(len(m) == 2 and isinstance(m["content"], str) for m in self.messages)
 
 
@@ -81,18 +82,18 @@ def content_id(
     stronger: str | None = None,
 ) -> str:
     """The first 16 hex digits of the hash of a conversation, its ready answers and its tools."""
-    ready = [answers, scores] if answers else []
-    more = {name: value for name, value in (("tools", tools), ("stronger", stronger)) if value}
-    return content_hash([list(messages), answer, *ready, *([more] if more else [])])[:16]
+    answer_values = [answers, scores] if answers else []
+    extra = {name: value for name, value in (("tools", tools), ("stronger", stronger)) if value}
+    return content_hash([list(messages), answer, *answer_values, *([extra] if extra else [])])[:16]
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a model said to one request, hidden reasoning kept apart from the answer.
+    """The reply of a model to one request. Hidden reasoning (`thinking`) is separate from the answer (`text`).
 
-    `finish_reason` is the server's ("stop", "length", ...), None where it gave none, and "refusal" where there is no
-    text but a refusal in a field of its own, whose words are `refusal`. `usage` counts tokens (prompt_tokens,
-    completion_tokens), empty where the server did not tell.
+    `finish_reason` is the server's ("stop", "length", ...), or None if it gave none. It is "refusal" if the reply has
+    no text but a refusal in a field of its own, whose text is `refusal`. `usage` counts tokens (prompt_tokens,
+    completion_tokens); it is empty if the server gave none.
     """
 
     text: str
@@ -104,7 +105,7 @@ class Reply:
     tool_calls: tuple[Mapping[str, Any], ...] = ()
 
     def incomplete(self, *, tools: bool = False) -> str | None:
-        """Why the text is not a whole answer, as `incomplete_reason` says it; None for a whole one."""
+        """The reason of `incomplete_reason` if the text is not a whole answer, or None."""
         return incomplete_reason(self.finish_reason, tools=tools)
 
 
@@ -123,54 +124,55 @@ _BAD_ENDINGS = {
         "error|abort|cancel|time_?out|overload|insufficient_system_resource|unavailable|preempt"
     ),
 }
-"""Patterns of bad endings, by the reason to tell, the first that is found."""
+"""Patterns of bad endings by their reason. The first match decides."""
 
 
 def incomplete_reason(finish_reason: str | None, *, tools: bool = False) -> str | None:
-    """Why a reply with this finish reason is not a whole answer; None for a good ending, or where there is no reason.
+    """Classify a finish reason: None for a good ending or no finish reason, else why the answer is not whole.
 
-    One of `truncated`, `content_filter`, `refusal`, `tool_call`, `server_error` (worth another try), and `incomplete`
-    for a reason that nobody knows: only known endings are good. `tools`: the request has tools, and calling one ends
-    an answer well.
+    The reasons are `truncated`, `content_filter`, `refusal`, `tool_call`, `server_error` (worth another attempt), and
+    `incomplete` for an unknown finish reason, because only known endings are good. With `tools`, a tool call is a good
+    ending.
     """
-    words = re.sub(r"([a-z])([A-Z])", r"\1_\2", (finish_reason or "").strip())  # `maxTokens`
-    ending = re.sub(r"[\W_]+", "_", words).lower().removeprefix("finish_reason_")
+    snake_case = re.sub(r"([a-z])([A-Z])", r"\1_\2", (finish_reason or "").strip())  # `maxTokens`
+    ending = re.sub(r"[\W_]+", "_", snake_case).lower().removeprefix("finish_reason_")
     if ending in _GOOD_ENDINGS or (tools and ending in _TOOL_ENDINGS):
         return None
     return next((reason for reason, pattern in _BAD_ENDINGS.items() if pattern.search(ending)), "incomplete")
 
 
 def trimmed(text: str) -> str:
-    """An answer without blank lines before it and white space behind it. Its first line stays as far to the right.
+    """An answer without blank lines before it and white space after it. The first line keeps its indentation.
 
-    One space before it goes: tokenizers put it there.
+    A single leading space is removed, because tokenizers add it.
     """
     text = re.sub(r"\A(?:[^\S\n]*\n)+", "", text.rstrip())
     return text[1:] if re.match(r" \S", text) else text
 
 
 def written_like(text: str, answer: str) -> str:
-    """A revision with the form of the answer that no reviser means to change: its line ends, its first indentation.
+    """A revision with the line ends and the first indentation of the answer, which no reviser means to change.
 
-    `text` has the line ends `\\n`. A line that stands in both keeps its own line end, another gets the usual one.
+    `text` has the line ends `\\n`. A line that is in both texts keeps its line end; any other gets the more frequent
+    one of the answer.
     """
     text = trimmed(text) if trimmed(answer)[:1].isspace() else text.strip()
-    ends = re.findall(r"\r?\n", answer)
-    if "\r\n" not in ends:
+    line_ends = re.findall(r"\r?\n", answer)
+    if "\r\n" not in line_ends:
         return text
-    usual = "\r\n" if 2 * ends.count("\r\n") >= len(ends) else "\n"
+    default_end = "\r\n" if 2 * line_ends.count("\r\n") >= len(line_ends) else "\n"
     lines = text.split("\n")
-    found = [usual] * len(lines)
-    if len(set(ends)) > 1:
+    new_ends = [default_end] * len(lines)
+    if len(set(line_ends)) > 1:
         old = re.split(r"\r?\n", answer)
-        for start, at, size in SequenceMatcher(None, old, lines, autojunk=False).get_matching_blocks():
-            found[at : at + size] = [*ends, usual][start : start + size]
-    return "".join(line + end for line, end in zip(lines, [*found[: len(lines) - 1], ""], strict=True))
+        for start, new_start, size in SequenceMatcher(None, old, lines, autojunk=False).get_matching_blocks():
+            new_ends[new_start : new_start + size] = [*line_ends, default_end][start : start + size]
+    return "".join(line + end for line, end in zip(lines, [*new_ends[: len(lines) - 1], ""], strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer to a prompt: its text, and the tools that it calls."""
+    """An answer to a prompt: its text and its tool calls."""
 
     text: str
     tool_calls: tuple[Mapping[str, Any], ...] = ()
@@ -191,7 +193,7 @@ class Revision:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A judge's choice between two answers: its reasoning, and which is better (1 or 2; 0 for a tie)."""
+    """A judge's verdict on two answers: its reasoning, and the number of the better one (1 or 2; 0 for a tie)."""
 
     reasoning: str
     better: int
@@ -199,7 +201,7 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A preference pair: two answers to one prompt, and how they came about."""
+    """A preference pair: two answers to one prompt, with their models, contrast, labels and scores."""
 
     id: str
     messages: Messages
@@ -210,10 +212,10 @@ class Pair:
     contrast: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     scores: tuple[float, float] | None = None
-    """A judge's or reward model's scores of chosen and rejected, where there are any."""
+    """A judge's or reward model's scores of chosen and rejected, if any."""
     tools: Tools = ()
     tool_calls: tuple[tuple[Mapping[str, Any], ...], tuple[Mapping[str, Any], ...]] = ((), ())
-    """The tools that chosen and rejected call."""
+    """The tool calls of chosen and of rejected."""
 
     def row(self) -> dict[str, Any]:
         """The pair as a row of the dataset: TRL's explicit-prompt conversational preference format."""
@@ -233,9 +235,10 @@ class Pair:
 
 
 class Dropped(Exception):
-    """Why a prompt gives no pair: the stage it ended at, a reason from a closed list, and a detail to read.
+    """Raised when a prompt gives no pair: the stage, a reason from a closed list, and a detail for readers.
 
-    `failed` tells a request that got no reply (worth another try) from a reply or pair that was not good enough.
+    `failed` marks a request without a reply, which is worth another attempt, as opposed to a reply or pair that was not
+    good enough.
     """
 
     def __init__(self, stage: str, reason: str, detail: str = "", *, failed: bool = False) -> None:
@@ -252,9 +255,9 @@ class Dropped(Exception):
 
 
 def task_text(messages: Messages, tools: Tools = ()) -> str:
-    """A conversation as one task: the bare text of a lone user turn, else the turns under their roles.
+    """A conversation as the text of one task: the text of a single user turn, else all turns under their roles.
 
-    Whatever else it has is told too: the tools, names, tool calls and hidden reasoning.
+    It includes the tools, and the names, tool calls and hidden reasoning of the turns.
     """
     if len(messages) == 1 and messages[0]["role"] == "user" and not tools:
         return message_text(messages[0])

@@ -176,7 +176,7 @@ async def _fill(
     indices: deque[int] = deque()
 
     def on_row_done() -> None:
-        writer.ahead += 1
+        writer.waiting += 1
         on_progress(writer, run.clients)
 
     def prompts() -> Iterator[tuple[Prompt, str | None]]:
@@ -193,8 +193,8 @@ async def _fill(
     on_progress(writer, run.clients)
     async with aclosing(run.outcomes(prompts(), one_by_one=crash_policy.log_rows, on_row_done=on_row_done)) as outcomes:
         async for id, outcome in outcomes:
-            writer.ahead -= 1
-            writer.place = indices.popleft()
+            writer.waiting -= 1
+            writer.index = indices.popleft()
             if isinstance(outcome, Pending):
                 pending += 1
             elif isinstance(outcome, Pair):

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from clair.data.contrast import pieces, word_diff
+from clair.data.contrast import split_pieces, word_diff
 
 _UNSAFE = re.compile("[<\u2028\u2029\ud800-\udfff]")
 
@@ -105,13 +105,13 @@ def diff(rejected: str, chosen: str) -> list[list[Any]]:
     again exactly, the chosen one from the parts 0 and 1, the rejected one from 0 and -1.
     """
     kinds = {"same": 0, "gone": -1, "new": 1}
-    loser = pieces(rejected)
+    loser = split_pieces(rejected)
     parts: list[list[Any]] = []
     at = 0
     for kind, text in word_diff(rejected, chosen):
         part: list[Any] = [kinds[kind], text]
         if kind != "new":
-            count = len(pieces(text))
+            count = len(split_pieces(text))
             old = "".join(loser[at : at + count])
             at += count
             if old != text:

@@ -17,7 +17,7 @@ from typing import Any
 
 from clair.core.errors import UserError
 from clair.core.files import content_hash, file_sha256, publish, write_atomically, write_json
-from clair.data.dataset import CONTRAST, ROWS_PER_GROUP, SPLITS, card, read_manifest, schema, split_file, table_of
+from clair.data.dataset import CONTRAST, ROWS_PER_GROUP, SPLITS, card, read_manifest, schema, split_file, to_table
 from clair.data.records import Dropped
 from clair.data.row_files import is_json_list
 from clair.pipeline.output_dir import lock_output
@@ -217,7 +217,7 @@ def _write_split(source: Path, target: Path, split: str, gone: frozenset[str], v
     whole = schema(tools="tools" in names, calls=is_json_list(old.schema_arrow.field("chosen").type))
     layout = pa.schema([whole.field(name) for name in names])
     with old, pq.ParquetWriter(temporary, layout, compression="zstd") as writer:
-        waiting = table_of([], layout)
+        waiting = to_table([], layout)
         for batch in old.iter_batches(batch_size=ROWS_PER_GROUP):
             table = pa.Table.from_batches([batch])
             table = table.filter(pc.invert(pc.is_in(table["id"], value_set=ids)))

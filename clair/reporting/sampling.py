@@ -12,7 +12,7 @@ from typing import Any
 
 from clair.core.errors import UserError, near_miss, one_line
 from clair.core.files import content_hash
-from clair.data.contrast import words
+from clair.data.contrast import split_words
 from clair.data.dataset import CONTRAST
 from clair.data.records import message_text
 from clair.reporting.html_page import json_text
@@ -48,7 +48,7 @@ class Rows:
     def add(self, row: Mapping[str, Any], split: str, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
         """One more pair."""
         chosen, rejected = (row[side][-1]["content"] for side in ("chosen", "rejected"))
-        count = len(words(chosen)), len(words(rejected))
+        count = len(split_words(chosen)), len(split_words(rejected))
         values = dict(zip(("chosen_words", "rejected_words", "more_words"), (*count, count[0] - count[1]), strict=True))
         values |= {name: _rounded(value) for name, value in (row.get("contrast") or {}).items() if name in METRICS}
         for name, column in self.numbers.items():

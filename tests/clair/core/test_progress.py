@@ -135,7 +135,7 @@ def test_a_role_says_what_is_done_and_in_flight_how_fast_and_how_long():
 def test_a_build_counts_rows_that_are_done_before_their_turn(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["wait:1.5 ok", *["ok"] * 5]))
     seen = []
-    build(config_for(tmp_path, server.url), on_progress=lambda writer, _: seen.append((writer.done, writer.pairs)))
+    build(config_for(tmp_path, server.url), on_progress=lambda writer, _: seen.append((writer.finished, writer.pairs)))
     assert (0, 0) in seen
     assert (5, 0) in seen  # all but the first, which the others wait for
     assert seen[-1] == (6, 6)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clair.data import contrast
-from clair.data.contrast import contrast_of, pieces, word_diff, words
+from clair.data.contrast import contrast_of, split_pieces, split_words, word_diff
 
 TEXTS = st.text(alphabet="ab \n.é\U0001f600光合を\u3000\u0e01\u0e31", max_size=40)
 
@@ -97,7 +97,7 @@ def test_a_diff_holds_both_texts_word_by_word(rejected, chosen):
     diff = word_diff(rejected, chosen)
     new_text = "".join(text for kind, text in diff if kind != "gone")
     old_text = " ".join(text for kind, text in diff if kind != "new")
-    assert words(old_text) == words(rejected)
+    assert split_words(old_text) == split_words(rejected)
     assert new_text == chosen
 
 
@@ -151,13 +151,13 @@ def test_contrast_of_chinese_by_hand():
     ],
 )
 def test_a_word_is_what_spaces_separate_or_a_character_where_there_are_none(text, split):
-    assert words(text) == split
+    assert split_words(text) == split
 
 
 @given(TEXTS)
 def test_pieces_put_together_are_the_text_and_hold_its_words(text):
-    assert "".join(pieces(text)) == text
-    assert [piece.strip() for piece in pieces(text) if piece.strip()] == words(text)
+    assert "".join(split_pieces(text)) == text
+    assert [piece.strip() for piece in split_pieces(text) if piece.strip()] == split_words(text)
 
 
 # ---- very long texts
@@ -165,10 +165,10 @@ def test_pieces_put_together_are_the_text_and_hold_its_words(text):
 
 def test_texts_of_very_many_words_are_compared_by_lines_and_beyond_that_as_wholes(monkeypatch):
     rejected, chosen = "a b\n\nc d \ne f", "a b\n\nc x \ne f"
-    monkeypatch.setattr(contrast, "_MOST_CELLS", 35)
+    monkeypatch.setattr(contrast, "_MAX_DIFF_CELLS", 35)
     diff = word_diff(rejected, chosen)
     assert diff == [("same", "a b"), ("gone", "\n\nc d"), ("new", "\n\nc x"), ("same", " \ne f")]
-    monkeypatch.setattr(contrast, "_MOST_CELLS", 8)
+    monkeypatch.setattr(contrast, "_MAX_DIFF_CELLS", 8)
     assert word_diff(rejected, chosen) == [("gone", rejected), ("new", chosen)]
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from clair.core.errors import UserError
-from clair.data.dataset import read_rows, split_of
+from clair.data.dataset import assign_split, read_rows
 from clair.pipeline.build import build
 from recipes.world.reviser import ALLUSION, Misbehaviour
 from recipes.world.running import Running, running
@@ -99,7 +99,7 @@ def test_rows_stand_in_the_order_of_the_prompts(built):
     for split in ("train", "test"):
         ids = [row["id"] for row in read_rows(built, [split])]
         assert ids == [id for id in order if id in set(ids)]
-        assert all(split_of(id, 0, 0.2) == split for id in ids)
+        assert all(assign_split(id, 0, 0.2) == split for id in ids)
     dropped = [row["id"] for row in drops(built)]
     assert dropped == [id for id in order if id in set(dropped)]
 

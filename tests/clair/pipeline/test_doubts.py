@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from clair.cluster.merge import merge
-from clair.data.dataset import doubts
+from clair.data.dataset import quality_warnings
 from clair.pipeline.build import build
 from clair.pipeline.shards import Shard
 from tests.clair.building import clair, scripted_rows, write_prompts, write_recipe
@@ -33,7 +33,7 @@ def test_a_doubtful_reviser_is_told_in_numbers(tmp_path, monkeypatch):
     install(monkeypatch, reviser=Scripted("weak", weak))
     built = build(recipe(tmp_path / "out", rows(30), pipeline="revised", reviser=endpoint(), test_fraction=0.5))
     assert built.manifest["first_replies"] == {"no_label": 15, "read": 15}
-    (told,) = doubts(built.manifest)
+    (told,) = quality_warnings(built.manifest)
     assert told.startswith(
         "the reviser's work is doubtful: 15 of 30 first replies could not be read (no_label 15); of 30 revisions 10 "
         "speak of the correction and 0 change nothing. Nobody has judged whether the 20 winners are better"
@@ -44,7 +44,7 @@ def test_a_reviser_that_does_its_work_is_not_doubted_and_counted_over_all_shards
     install(monkeypatch, reviser=Scripted("good", lambda messages, sample: revision(messages)))
     config = recipe(tmp_path / "out", rows(40), pipeline="revised", reviser=endpoint(), test_fraction=0.5)
     whole = build(config).manifest
-    assert doubts(whole) == []
+    assert quality_warnings(whole) == []
     shard_config = recipe(tmp_path / "parts", rows(40), pipeline="revised", reviser=endpoint(), test_fraction=0.5)
     for index in (1, 2):
         build(shard_config, shard=Shard(index, 2))
@@ -55,11 +55,11 @@ def test_a_reviser_that_does_its_work_is_not_doubted_and_counted_over_all_shards
 def test_too_few_held_out_pairs_are_told_and_none_where_none_are_wanted(tmp_path, monkeypatch):
     install(monkeypatch, reviser=Scripted("good", lambda messages, sample: revision(messages)))
     few = build(recipe(tmp_path / "few", rows(15), pipeline="revised", reviser=endpoint()))
-    (told,) = doubts(few.manifest)
+    (told,) = quality_warnings(few.manifest)
     test = few.manifest["counts"]["test"]
     assert told.startswith(f"{test} of 15 pairs are held out (test_fraction 0.05), too few to measure on")
     none = build(recipe(tmp_path / "none", rows(15), pipeline="revised", reviser=endpoint(), test_fraction=0))
-    assert doubts(none.manifest) == []
+    assert quality_warnings(none.manifest) == []
 
 
 @pytest.mark.parametrize(

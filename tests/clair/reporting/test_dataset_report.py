@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import clair.reporting.dataset_report as module
 from clair.cli import app
 from clair.core.errors import UserError
-from clair.data.contrast import words
+from clair.data.contrast import split_words
 from clair.data.dataset import read_manifest, read_rows
 from clair.reporting.dataset_report import explain, full_text, report
 from clair.reporting.html_page import json_text
@@ -54,7 +54,7 @@ def test_the_page_tells_what_the_folder_holds(folder, pairs):
         pair = by_id[id]
         for name, value in pair.contrast.items():
             assert rows["numbers"][name][index] == pytest.approx(value, abs=5e-5)
-        assert rows["numbers"]["more_words"][index] == len(words(pair.chosen)) - len(words(pair.rejected))
+        assert rows["numbers"]["more_words"][index] == len(split_words(pair.chosen)) - len(split_words(pair.rejected))
         entry = texts[str(index)]
         assert entry["prompt"] == [["user", pair.messages[0]["content"]]]
         assert "".join(piece[1] for piece in entry["diff"] if piece[0] >= 0) == pair.chosen
