@@ -30,25 +30,25 @@ def page() -> str:
     from apo.cli import app as apo
     from clair.cli import app as clair
 
-    parts = [INTRODUCTION]
+    sections = [INTRODUCTION]
     for name, app in (("clair", clair), ("apo", apo)):
         app.rich_markup_mode = None
-        parts.append(_section("##", [name], app))
-        for command, found in typer.main.get_command(app).commands.items():
-            parts.append(_section("###", [name, command], app))
-            inner = getattr(found, "commands", ())  # of a group, such as `apo eval`
-            parts += [_section("####", [name, command, sub], app) for sub in inner]
-    return "\n".join(parts)
+        sections.append(_section("##", [name], app))
+        for command, command_object in typer.main.get_command(app).commands.items():
+            sections.append(_section("###", [name, command], app))
+            inner = getattr(command_object, "commands", ())  # of a group, such as `apo eval`
+            sections += [_section("####", [name, command, sub], app) for sub in inner]
+    return "\n".join(sections)
 
 
-def _section(level: str, words: list[str], app: typer.Typer) -> str:
+def _section(level: str, arguments: list[str], app: typer.Typer) -> str:
     result = CliRunner().invoke(
-        app, [*words[1:], "--help"], prog_name=words[0], terminal_width=WIDTH, env={"COLUMNS": str(WIDTH)}
+        app, [*arguments[1:], "--help"], prog_name=arguments[0], terminal_width=WIDTH, env={"COLUMNS": str(WIDTH)}
     )
     if result.exit_code:
-        raise RuntimeError(f"{' '.join(words)} --help failed: {result.output}")
+        raise RuntimeError(f"{' '.join(arguments)} --help failed: {result.output}")
     lines = "\n".join(line.rstrip() for line in result.output.strip().splitlines())
-    return f"{level} `{' '.join(words)}`\n\n```text\n{lines}\n```\n"
+    return f"{level} `{' '.join(arguments)}`\n\n```text\n{lines}\n```\n"
 
 
 def main() -> None:

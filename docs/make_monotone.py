@@ -61,8 +61,8 @@ def measure(splits: int) -> dict[float, dict[str, float]]:
                     "MSE, constrained": error(held.predict),
                 }
             )
-    return {alpha: {key: float(np.mean([row[key] for row in found])) for key in found[0]}
-            for alpha, found in rows.items()}  # fmt: skip
+    return {alpha: {key: float(np.mean([row[key] for row in group])) for key in group[0]}
+            for alpha, group in rows.items()}  # fmt: skip
 
 
 def table(measured: dict[float, dict[str, float]]) -> str:

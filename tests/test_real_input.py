@@ -51,9 +51,9 @@ def replayed(rows, tmp_path_factory) -> Path:
 
 def test_all_recorded_revisions_become_pairs_with_the_true_text_and_contrast_numbers(rows, replayed):
     by_id = {row["id"]: row for row in rows}
-    found = pairs(replayed)
-    assert len(found) == len(by_id) == 12
-    for pair in found:
+    trained_pairs = pairs(replayed)
+    assert len(trained_pairs) == len(by_id) == 12
+    for pair in trained_pairs:
         row = by_id[pair["id"]]
         assert pair["chosen"] == [{"role": "assistant", "content": true_text(row)}]
         assert pair["rejected"] == [{"role": "assistant", "content": row["rejected"]}]
@@ -125,8 +125,8 @@ def test_a_tiny_model_trains_on_the_real_pairs(replayed, tmp_path):
     from apo.training.config import TrainConfig
     from apo.training.train import train
 
-    found = pairs(replayed)
-    texts = [pair[side][0]["content"] for pair in found for side in ("prompt", "chosen", "rejected")]
+    rows = pairs(replayed)
+    texts = [pair[side][0]["content"] for pair in rows for side in ("prompt", "chosen", "rejected")]
     model = real_text_model(tmp_path / "model", texts)
     trainer = {"learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1, "max_length": 4096}
     trainer |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
@@ -211,7 +211,7 @@ def test_a_target_behind_transformers_serve_gives_pairs(transformers_serve, tmp_
     from tests.clair.building import scripted
 
     url, model = transformers_serve
-    prompts = [{"prompt": " ".join(tiny_model.WORDS[: n + 2])} for n in range(8)]
+    prompts = [{"prompt": " ".join(tiny_model.VOCABULARY[: n + 2])} for n in range(8)]
     write_prompts(tmp_path / "prompts.jsonl", prompts)
     target = {"url": url, "model": str(model), "temperature": 0.0, "max_tokens": 24}
     with scripted() as reviser:
@@ -223,7 +223,7 @@ def test_a_target_behind_transformers_serve_gives_pairs(transformers_serve, tmp_
         assert {row["reason"] for row in drops(tmp_path / "out")} <= {"truncated", "empty_reply"}
         assert manifest(tmp_path / "out")["tokens"]["target"]["prompt"] > 0
         for row in first:
-            assert set(row["rejected"][0]["content"].split()) <= {*tiny_model.WORDS, "user", "assistant", "system"}
+            assert set(row["rejected"][0]["content"].split()) <= {*tiny_model.VOCABULARY, "user", "assistant", "system"}
         assert build(config).manifest["tokens"]["target"]["reused"] == 8
 
 

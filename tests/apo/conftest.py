@@ -29,9 +29,9 @@ UNAVOIDABLE = [
 
 
 def pytest_collection_modifyitems(items):
-    here = Path(__file__).parent
+    folder = Path(__file__).parent
     for item in items:
-        if item.path.is_relative_to(here):
+        if item.path.is_relative_to(folder):
             for warning in UNAVOIDABLE:
                 item.add_marker(pytest.mark.filterwarnings(warning))
 
@@ -73,7 +73,7 @@ def make_pairs(n: int = 24, seed: int = 0) -> list[dict]:
     """Pairs of differing lengths whose winners count and whose losers do not."""
     rng = random.Random(seed)
 
-    def words(low: int, high: int) -> str:
+    def phrase(low: int, high: int) -> str:
         return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
 
     def turn(role: str, text: str) -> list[dict]:
@@ -81,9 +81,9 @@ def make_pairs(n: int = 24, seed: int = 0) -> list[dict]:
 
     return [
         {
-            "prompt": turn("user", "what is " + words(1, 8)),
-            "chosen": turn("assistant", "the answer is " + words(1, 9)),
-            "rejected": turn("assistant", "a question " + words(1, 9)),
+            "prompt": turn("user", "what is " + phrase(1, 8)),
+            "chosen": turn("assistant", "the answer is " + phrase(1, 9)),
+            "rejected": turn("assistant", "a question " + phrase(1, 9)),
             "id": f"p{i}",
         }
         for i in range(n)
@@ -91,19 +91,19 @@ def make_pairs(n: int = 24, seed: int = 0) -> list[dict]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory):
+def _isolated_cache(tmp_path_factory):
     """What `datasets` keeps goes where pytest's files go."""
     import datasets
 
-    before = datasets.config.HF_DATASETS_CACHE
+    original = datasets.config.HF_DATASETS_CACHE
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     datasets.disable_progress_bars()
     yield
-    datasets.config.HF_DATASETS_CACHE = before
+    datasets.config.HF_DATASETS_CACHE = original
 
 
 @pytest.fixture(autouse=True)
-def _own_reference_cache(tmp_path, monkeypatch):
+def _isolated_reference_cache(tmp_path, monkeypatch):
     """Reference log-probs are kept where the test's files go."""
     monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
 
@@ -147,11 +147,11 @@ def recipe(tmp_path, model_dir, folder):
     return {"model": str(model_dir), "dataset": str(folder), "trainer": dict(TRAINER), "out": str(tmp_path / "run")}
 
 
-def apart(one, other):
+def apart(first, second):
     """How far two sets of weights of the same names are apart, of the norm of one."""
-    assert set(one) == set(other)
-    distance = sum(float((one[name].float() - other[name].float()).norm() ** 2) for name in one) ** 0.5
-    return distance / sum(float(weight.float().norm() ** 2) for weight in one.values()) ** 0.5
+    assert set(first) == set(second)
+    distance = sum(float((first[name].float() - second[name].float()).norm() ** 2) for name in first) ** 0.5
+    return distance / sum(float(weight.float().norm() ** 2) for weight in first.values()) ** 0.5
 
 
 def write_jsonl(path: Path, rows) -> Path:

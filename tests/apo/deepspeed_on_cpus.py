@@ -14,10 +14,10 @@ def let_cpus_share_out():
     state = accelerate.state.PartialState
     plain = state.__init__
 
-    def told(self, cpu=False, **kwargs):
+    def init(self, cpu=False, **kwargs):
         plain(self, cpu=False, **kwargs)
 
-    state.__init__ = told
+    state.__init__ = init
     state._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
 
 

@@ -55,14 +55,14 @@ def test_out_and_set_go_over_the_recipe(monkeypatch, capsys, tmp_path, model_dir
     recipe.write_text(f"model: {model_dir}\ndataset: {tmp_path / 'p.jsonl'}\nout: nowhere\n")
     arguments = ["--out", tmp_path / "7", "--reference", "online", "--set", "beta=0.3", "--set", "trainer.max_steps=1"]
     assert call(monkeypatch, "train", recipe, "--dry-run", *arguments) == 0
-    told = capsys.readouterr().out
-    assert f"out: {tmp_path / '7'}\n" in told
-    assert "beta: 0.3\n" in told
-    assert "reference: online\n" in told
+    output = capsys.readouterr().out
+    assert f"out: {tmp_path / '7'}\n" in output
+    assert "beta: 0.3\n" in output
+    assert "reference: online\n" in output
     assert call(monkeypatch, "train", recipe, *arguments) == 0
-    told = capsys.readouterr().err
-    assert "4 pairs, 1 steps" in told
-    assert f"model and card in {tmp_path / '7'}/" in told
+    output = capsys.readouterr().err
+    assert "4 pairs, 1 steps" in output
+    assert f"model and card in {tmp_path / '7'}/" in output
     assert (tmp_path / "7" / "model.safetensors").exists()
 
 
@@ -93,8 +93,8 @@ def test_the_merged_model_says_what_the_adapter_says(adapter, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert merged.dtype == torch.bfloat16
     base = logits(AutoModelForCausalLM.from_pretrained(adapter / "base", dtype=torch.float32))
-    found = logits(merged.float())
-    assert (found - with_adapter).abs().max() < 0.02 * (with_adapter - base).abs().max()
+    merged_logits = logits(merged.float())
+    assert (merged_logits - with_adapter).abs().max() < 0.02 * (with_adapter - base).abs().max()
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.chat_template == make_tokenizer().chat_template
     assert merged.generation_config.eos_token_id == 3
@@ -125,5 +125,5 @@ def test_an_adapter_whose_base_has_moved_is_told(adapter, tmp_path):
 
 
 def test_a_broken_environment_is_no_reason_to_hide_the_help():
-    told = subprocess.run([*APO, "train", "--help"], capture_output=True, text=True, check=True, env={**os.environ})
-    assert "--dry-run" in told.stdout
+    help_run = subprocess.run([*APO, "train", "--help"], capture_output=True, text=True, check=True, env={**os.environ})
+    assert "--dry-run" in help_run.stdout

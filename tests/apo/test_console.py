@@ -17,7 +17,7 @@ def test_the_references_pass_says_how_far_it_is(recipe, monkeypatch):
     counts = []
     monkeypatch.setattr(Progress, "advance", lambda self, count: counts.append((self.what, self.total, count)))
     train(TrainConfig(**{**recipe, "trainer": {**recipe["trainer"], "pack_tokens": 120}}), tell=lambda _: None)
-    counts = [count for what, total, count in counts if (what, total) == ("reference log-probs, train", 24)]
+    counts = [count for label, total, count in counts if (label, total) == ("reference log-probs, train", 24)]
     assert len(counts) > 2
     assert sum(counts) == 24
 
@@ -28,18 +28,18 @@ def test_in_a_terminal_of_80_columns_the_bar_and_every_number_can_be_read(recipe
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
     train(TrainConfig(**recipe), tell=lambda _: None)
-    told = capsys.readouterr().err
-    assert "training" in told
-    assert "6/6" in told  # the steps, beside the bar
-    assert "━" * 20 in told
-    assert "step 6/6  loss " in told  # and the numbers above it, where they stay
+    stderr = capsys.readouterr().err
+    assert "training" in stderr
+    assert "6/6" in stderr  # the steps, beside the bar
+    assert "━" * 20 in stderr
+    assert "step 6/6  loss " in stderr  # and the numbers above it, where they stay
 
 
 @pytest.mark.parametrize(
-    ("speed", "told"), [(1117.3, "1,117 pairs/s"), (99.96, "100 pairs/s"), (2.494, "2.49 pairs/s"), (0.0317, "0.0317")]
+    ("speed", "text"), [(1117.3, "1,117 pairs/s"), (99.96, "100 pairs/s"), (2.494, "2.49 pairs/s"), (0.0317, "0.0317")]
 )
-def test_speed_is_a_number_that_one_can_read(speed, told):
-    assert told in summary({**SPEED, "pairs_per_second": speed})
+def test_speed_is_a_number_that_one_can_read(speed, text):
+    assert text in summary({**SPEED, "pairs_per_second": speed})
     assert "rows/s" in summary({**SPEED, "rows/chosen": 4})
 
 

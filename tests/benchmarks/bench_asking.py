@@ -49,9 +49,9 @@ def measure() -> dict[str, Any]:
     }
 
 
-def greedy(delays: Sequence[float], places: int) -> float:
+def greedy(delays: Sequence[float], slots: int) -> float:
     """Seconds until all are done when each place takes the next in order as soon as it is free."""
-    free = [0.0] * places
+    free = [0.0] * slots
     for delay in delays:
         heapq.heappush(free, heapq.heappop(free) + delay)
     return max(free)
@@ -96,16 +96,16 @@ def _scripted(delays: Sequence[float], concurrency: int) -> dict[str, Any]:
         for n, delay in enumerate(delays)
     ]
     with tempfile.TemporaryDirectory() as folder, scripted() as server:
-        found = _build(folder, rows, concurrency, reviser={"url": server.url, "model": "m"})
-    assert found["pairs"] == len(delays)
-    return found
+        measured = _build(folder, rows, concurrency, reviser={"url": server.url, "model": "m"})
+    assert measured["pairs"] == len(delays)
+    return measured
 
 
 def _thousand() -> dict[str, Any]:
-    found = [_scripted([4.0] * 4000, 1000) for _ in range(ROUNDS)]
+    measured = [_scripted([4.0] * 4000, 1000) for _ in range(ROUNDS)]
     return {
-        "cpu_ms_per_row": _spread([f["cpu_ms_per_row"] for f in found]),
-        "seconds": _spread([f["seconds"] for f in found]),
+        "cpu_ms_per_row": _spread([f["cpu_ms_per_row"] for f in measured]),
+        "seconds": _spread([f["seconds"] for f in measured]),
         "ideal": 16.0,
     }
 
@@ -129,16 +129,16 @@ def _two_roles() -> dict[str, Any]:
     from recipes.world.tasks import distinct_tasks
 
     rows = [{"id": t.id, "prompt": t.prompt} for t in distinct_tasks("train", 3000, 0)]
-    found = []
+    measured = []
     for _ in range(ROUNDS):
         with tempfile.TemporaryDirectory() as folder, running() as server:
             target = {"url": server.url, "model": "world-target"}
             reviser = {"url": server.url, "model": "world-reviser"}
-            found.append(_build(folder, rows, 64, target=target, reviser=reviser))
+            measured.append(_build(folder, rows, 64, target=target, reviser=reviser))
     return {
-        "rows_per_second": _spread([len(rows) / f["seconds"] for f in found]),
-        "pairs_per_second": _spread([f["pairs"] / f["seconds"] for f in found]),
-        "cpu_ms_per_row": _spread([f["cpu_ms_per_row"] for f in found]),
+        "rows_per_second": _spread([len(rows) / f["seconds"] for f in measured]),
+        "pairs_per_second": _spread([f["pairs"] / f["seconds"] for f in measured]),
+        "cpu_ms_per_row": _spread([f["cpu_ms_per_row"] for f in measured]),
     }
 
 

@@ -30,7 +30,7 @@ def measure() -> dict[str, Any]:
 
     nothing = Misbehaviour(**dict.fromkeys(Misbehaviour.__dataclass_fields__, 0.0))
     tasks = distinct_tasks("heldout", 600, seed=0)
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     right: dict[str, list[float]] = {"base": scores(tasks, greedy_answers(ROOT / "recipes/world/model", tasks))}
     with tempfile.TemporaryDirectory() as folder, running(ServerOptions(misbehaviour=nothing)) as server:
         prompts = Path(folder) / "prompts.jsonl"
@@ -42,7 +42,7 @@ def measure() -> dict[str, Any]:
             _command("apo", "train", "recipes/quickstart/apo_zero.yaml", "--out", str(tuned), f"dataset={out}")
             manifest = json.loads((Path(out) / "manifest.json").read_text("utf-8"))
             right[mode] = scores(tasks, greedy_answers(tuned, tasks))
-            found[mode] = {
+            measured[mode] = {
                 "pairs": manifest["counts"]["pairs"],
                 "drop_reasons": manifest["drop_reasons"],
                 "reviser_calls": manifest["tokens"]["reviser"]["calls"],
@@ -54,7 +54,7 @@ def measure() -> dict[str, Any]:
     estimate = clustered_mean(gain, [task.template for task in tasks])
     return {
         "base_accuracy": sum(right["base"]) / len(tasks),
-        **found,
+        **measured,
         "edits_minus_rewrite": {"delta": estimate.mean, "ci95": [estimate.lo, estimate.hi], "n": estimate.n},
     }
 
@@ -64,9 +64,9 @@ def _per_call(manifest: dict[str, Any]) -> float:
     return round(tokens["completion"] / (tokens["calls"] + tokens["reused"]), 1)
 
 
-def _command(*words: str) -> None:
+def _command(*arguments: str) -> None:
     """One of the two commands; words with an equals sign are put into the recipe."""
-    program = str(Path(sys.executable).with_name(words[0]))
-    overrides = [part for word in words[1:] if "=" in word for part in ("--set", word)]
-    subprocess.run([program, *(word for word in words[1:] if "=" not in word), *overrides], check=True, cwd=ROOT,
+    program = str(Path(sys.executable).with_name(arguments[0]))
+    overrides = [piece for word in arguments[1:] if "=" in word for piece in ("--set", word)]
+    subprocess.run([program, *(word for word in arguments[1:] if "=" not in word), *overrides], check=True, cwd=ROOT,
                    stdout=subprocess.DEVNULL)  # fmt: skip

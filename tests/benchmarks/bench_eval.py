@@ -36,14 +36,14 @@ def measure() -> dict[str, Any]:
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with tempfile.TemporaryDirectory() as folder:
-        made_up = _made_up(Path(folder) / "made-up")
-        found = {"judgements": _judgements(Path(folder), made_up)}
+        invented = _invented(Path(folder) / "made-up")
+        measured = {"judgements": _judgements(Path(folder), invented)}
         if LOCAL:
-            found |= _local(Path(folder), made_up)
-    return found | {"load_average": round(os.getloadavg()[0], 1), "python": sys.version.split()[0]}
+            measured |= _local(Path(folder), invented)
+    return measured | {"load_average": round(os.getloadavg()[0], 1), "python": sys.version.split()[0]}
 
 
-def _made_up(folder: Path) -> Path:
+def _invented(folder: Path) -> Path:
     """A data folder with a full benchmark of our own, whose judge messages are taken for the right ones."""
     import hashlib
 
@@ -53,14 +53,19 @@ def _made_up(folder: Path) -> Path:
     random = Random(0)
     target = folder / "2024-06-01" / "mixeval"
     target.mkdir(parents=True)
-    words = ["the", "river", "has", "a", "number", "between", "known", "houses"]
+    vocabulary = ["the", "river", "has", "a", "number", "between", "known", "houses"]
     for split in mixeval.SPLITS:
         rows = {}
         for n in range(ROWS):
-            context = " ".join(random.choices(words, k=int(random.expovariate(1 / 120))))
-            own = {"options": ["ice", "fire", "sun", "sea"], "target": [1]} if split == "multiple-choice" else {}
-            kept = {"context": context, "prompt": f"Which is number {n}?", "target": [str(n)], "benchmark_name": "DROP"}
-            rows[str(n)] = kept | own
+            context = " ".join(random.choices(vocabulary, k=int(random.expovariate(1 / 120))))
+            choices = {"options": ["ice", "fire", "sun", "sea"], "target": [1]} if split == "multiple-choice" else {}
+            common = {
+                "context": context,
+                "prompt": f"Which is number {n}?",
+                "target": [str(n)],
+                "benchmark_name": "DROP",
+            }
+            rows[str(n)] = common | choices
         (target / f"{split}.json").write_text(json.dumps(rows))
     (folder / "judge_prompts.json").write_text(json.dumps(JUDGE))
     texts = {split: JUDGE[split.replace("-", "_")]["user"] for split in mixeval.SPLITS}
@@ -98,30 +103,30 @@ def _judgements(folder: Path, data: Path) -> dict[str, Any]:
     return {"ideal": ideal, "seconds": _spread(taken), "ratio": _spread(ratios), "second_run_seconds": _spread(again)}
 
 
-def _local(folder: Path, made_up: Path) -> dict[str, Any]:
+def _local(folder: Path, invented: Path) -> dict[str, Any]:
     from apo.evaluation.mixeval.answers import batch_tokens_here
     from tests.apo.evaluation.evaluating import evaluated
 
     named = os.environ.get("CLAIR_SHARED")
     shared = (Path(named) if named else ROOT.parent / "shared") / "data" / "mixeval"
-    data, split = (shared, "hard") if shared.is_dir() else (made_up, "full")
+    data, split = (shared, "hard") if shared.is_dir() else (invented, "full")
     model = shutil.copytree(ROOT / "recipes" / "world" / "model", folder / "model")
     config = json.loads((model / "config.json").read_text("utf-8"))
     config["max_position_embeddings"] = 16_384  # its own 512 are fewer than most questions have
     (model / "config.json").write_text(json.dumps(config), "utf-8")
-    found: dict[str, Any] = {"questions": "MixEval-Hard" if split == "hard" else "made up"}
+    measured: dict[str, Any] = {"questions": "MixEval-Hard" if split == "hard" else "made up"}
     for name, temperature in (("answers", None), ("drawn", 1.0)):
         start, cpu = time.perf_counter(), time.process_time()
         options = {"path": str(model), "batch_tokens": batch_tokens_here(), "temperature": temperature}
         score = evaluated(data, folder / name, split=split, model=options).score
-        found[name] = {
+        measured[name] = {
             "seconds": round(time.perf_counter() - start, 1),
             "cpu_seconds": round(time.process_time() - cpu, 1),
             "items": score.intervals["overall"].n,
             "asked": score.usage["model"].calls,
             "new_tokens": score.usage["model"].completion,
         }
-    return found
+    return measured
 
 
 def _spread(values: list[float]) -> dict[str, float]:

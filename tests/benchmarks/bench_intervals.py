@@ -34,10 +34,10 @@ def measure() -> dict[str, Any]:
         "free-form": _sizes(FREE_FORM),
         **{f"{questions} questions, twice each": [2] * questions for questions in (60, 19, 8, 4)},
     }
-    found: dict[str, Any] = {"evaluations": evaluations}
+    measured: dict[str, Any] = {"evaluations": evaluations}
     for name, sizes in designs.items():
-        found[name] = {str(p): _coverage(p, np.array(sizes), evaluations) for p in ACCURACIES}
-    return found | {"best_of": _best(evaluations // 25)}
+        measured[name] = {str(p): _coverage(p, np.array(sizes), evaluations) for p in ACCURACIES}
+    return measured | {"best_of": _best(evaluations // 25)}
 
 
 def _sizes(counts: dict[int, int]) -> list[int]:
@@ -50,29 +50,29 @@ def _coverage(accuracy: float, sizes: Any, evaluations: int) -> dict[str, float 
     from clair.core.statistics import clustered_mean, clustered_score, paired_difference
 
     rng, clusters = np.random.default_rng(0), np.repeat(np.arange(len(sizes)), sizes).tolist()
-    held, told = np.zeros(4), np.zeros(4)
+    held, counted = np.zeros(4), np.zeros(4)
     better = accuracy + (1 - accuracy) / 5
 
     def drawn(chance: Any) -> list[float]:
         return (rng.random(len(clusters)) < np.repeat(chance, sizes)).astype(float).tolist()
 
-    def other(accuracy: float) -> list[float]:
-        fresh = rng.beta(accuracy, 1 - accuracy, len(sizes))
-        return drawn(np.where(rng.random(len(sizes)) < 0.5, fresh, chance))
+    def draw_other(accuracy: float) -> list[float]:
+        drawn_shares = rng.beta(accuracy, 1 - accuracy, len(sizes))
+        return drawn(np.where(rng.random(len(sizes)) < 0.5, drawn_shares, chance))
 
     for _ in range(evaluations):
         chance = rng.beta(accuracy, 1 - accuracy, len(sizes))
         base = drawn(chance)
-        same, gain = (paired_difference(base, other(p), clusters).estimate for p in (accuracy, better))
+        same, gain = (paired_difference(base, draw_other(p), clusters).estimate for p in (accuracy, better))
         score, symmetric = clustered_score(base, clusters), clustered_mean(base, clusters)
-        told += [1, 1, same.se > 0, gain.se > 0]  # without spread, a difference has no interval
+        counted += [1, 1, same.se > 0, gain.se > 0]  # without spread, a difference has no interval
         held += [
             score.lo <= accuracy <= score.hi,
             symmetric.lo <= accuracy <= symmetric.hi,
             same.se > 0 and same.lo <= 0 <= same.hi,
             gain.se > 0 and gain.lo <= (better - accuracy) / 2 <= gain.hi,
         ]
-    shares = [round(float(h / t), 4) if t else None for h, t in zip(held, told, strict=True)]
+    shares = [round(float(h / t), 4) if t else None for h, t in zip(held, counted, strict=True)]
     return dict(zip(("score", "symmetric", "difference", "gain"), shares, strict=True))
 
 
@@ -85,7 +85,7 @@ def _best(evaluations: int) -> dict[str, Any]:
 
     from clair.core.statistics import best_of
 
-    found = {}
+    measured = {}
     for count in (2, 5, 10):
         for spread in (0.0, 3.0):
             rng, truth = np.random.default_rng(0), np.linspace(0, spread, count)[:, None]
@@ -98,7 +98,7 @@ def _best(evaluations: int) -> dict[str, Any]:
                 holds = best.lo <= true <= best.hi, abs(best.seen - true) <= 1.97 * naive
                 rows.append([best.seen - true, best.bias, *holds])
             bias, estimate, held, uncorrected = (round(float(mean), 3) for mean in np.mean(rows, axis=0))
-            found[f"{count} checkpoints, {spread:g} apart"] = {
+            measured[f"{count} checkpoints, {spread:g} apart"] = {
                 "true_bias": bias, "estimated_bias": estimate, "holds": held, "uncorrected_holds": uncorrected
             }  # fmt: skip
-    return found
+    return measured

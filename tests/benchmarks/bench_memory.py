@@ -24,14 +24,14 @@ SIZES = tuple(int(size) for size in os.environ.get("ROWS", "10000,100000").split
 
 def measure() -> dict[str, Any]:
     """Rows a second and peak MB by number of rows, and how many MB the largest takes above the smallest."""
-    found = {}
+    measured = {}
     for rows in SIZES:
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, __file__, str(rows)], check=True, capture_output=True, text=True, cwd=ROOT
         )
-        found[rows] = json.loads(done.stdout.strip().splitlines()[-1])
-    more = found[max(SIZES)]["peak_mb"] - found[min(SIZES)]["peak_mb"]
-    return {"rows": found, "mb_more": round(more, 1)}
+        measured[rows] = json.loads(result.stdout.strip().splitlines()[-1])
+    more = measured[max(SIZES)]["peak_mb"] - measured[min(SIZES)]["peak_mb"]
+    return {"rows": measured, "mb_more": round(more, 1)}
 
 
 def _main(rows: int) -> None:
@@ -45,7 +45,7 @@ def _main(rows: int) -> None:
 
         async def complete(self, request: Any, sample: int = 0) -> str:
             answer = await super().complete(request, sample)
-            self.asked.clear()
+            self.requests.clear()
             return answer
 
     reviser = Silent("scripted", revision)

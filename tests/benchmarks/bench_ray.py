@@ -23,7 +23,7 @@ REPEATS = int(os.environ.get("REPEATS", "10"))
 ROWS = int(os.environ.get("ROWS", "150"))
 
 
-def measure(*, at_url: bool = False) -> dict[str, Any]:
+def measure(*, on_store: bool = False) -> dict[str, Any]:
     """Of each repeat: when the node died, seconds in all, whether the bytes are the same, and what was paid twice."""
     from tests.clair.building import final_bytes, finished, scripted, start_clair
     from tests.clair.ray_nodes import CONCURRENCY, cluster, paid_twice, wait_until, write_all_fates
@@ -36,8 +36,8 @@ def measure(*, at_url: bool = False) -> dict[str, Any]:
         recipe = write_all_fates(folder, server.url, ROWS)
         assert finished(start_clair("build", recipe, "--out", folder / "one")).code == 3
         expected = final_bytes(folder / "one")
-        store = stack.enter_context(s3_server())[0] if at_url else ""
-        if at_url:
+        store = stack.enter_context(s3_server())[0] if on_store else ""
+        if on_store:
             (folder / "sitecustomize.py").write_text(SHORT)
             os.environ |= machines_at(store, folder)
 
@@ -45,33 +45,33 @@ def measure(*, at_url: bool = False) -> dict[str, Any]:
             os.environ["CLAIR_CACHE"] = str(folder / machine)
             return nodes.add()
 
-        def run(number: int, kill_at: int | None) -> dict[str, Any]:
+        def run(number: int, kill_after: int | None) -> dict[str, Any]:
             for left in ("all", "all-shards", "first", "second", "third"):
                 shutil.rmtree(folder / left, ignore_errors=True)
             server.forget()
             dying, living = node("first"), node("second")
             os.environ["CLAIR_CACHE"] = str(folder / "third")
             started = time.monotonic()
-            out = f"s3://pairs/{number}" if at_url else str(folder / "all")
+            out = f"s3://pairs/{number}" if on_store else str(folder / "all")
             build = start_clair(
                 "build", recipe, "--out", out, "--runner", "ray", "--address", nodes.address, "--shards", "4"
             )
-            if kill_at is not None:
-                wait_until(lambda: len(server.seen()) >= kill_at, 400)
-                asked = len(server.seen())
+            if kill_after is not None:
+                wait_until(lambda: len(server.requests()) >= kill_after, 400)
+                request_count = len(server.requests())
                 nodes.kill(dying)
                 shutil.rmtree(folder / "first", ignore_errors=True)
             code = finished(build, 400).code
-            told: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1), "code": code}
-            built = fetched(store, out) if at_url else final_bytes(folder / "all")
-            told |= {"same_bytes": {name: built[name] for name in expected} == expected}
-            told |= {"paid_twice": paid_twice(server), "requests": len(server.seen())}
-            if kill_at is None:
+            row: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1), "code": code}
+            built = fetched(store, out) if on_store else final_bytes(folder / "all")
+            row |= {"same_bytes": {name: built[name] for name in expected} == expected}
+            row |= {"paid_twice": paid_twice(server), "requests": len(server.requests())}
+            if kill_after is None:
                 nodes.kill(dying)
             else:
-                told |= {"asked_before": asked}
+                row |= {"asked_before": request_count}
             nodes.kill(living)
-            return told
+            return row
 
         undisturbed = run(0, None)
         killed = [run(number, draw.randint(1, undisturbed["requests"])) for number in range(1, REPEATS + 1)]

@@ -10,7 +10,7 @@ from tests.benchmarks import bench_ray
 
 def measure() -> dict[str, Any]:
     """The same numbers, of S3 through moto's server and a lease of 5 s instead of a minute."""
-    return bench_ray.measure(at_url=True)
+    return bench_ray.measure(on_store=True)
 
 
 if __name__ == "__main__":

@@ -57,17 +57,17 @@ def _size(rows: int) -> dict[str, Any]:
         folder = Path(name)
         _write(folder, rows)
         load = os.getloadavg()[0]
-        one = _timed(rows, folder, [["build", "one"]])
-        parts = _timed(rows, folder, [["build", "all", f"{index}/{SHARDS}"] for index in range(1, SHARDS + 1)])
+        single = _timed(rows, folder, [["build", "one"]])
+        sharded = _timed(rows, folder, [["build", "all", f"{index}/{SHARDS}"] for index in range(1, SHARDS + 1)])
         merged = _timed(rows, folder, [["merge", "all"]])
         same = all((folder / "one" / file).read_bytes() == (folder / "all" / file).read_bytes() for file in _FILES)
         ledger = sum(file.stat().st_size for file in folder.glob("all-shards/*/ledger.sqlite"))
     return {
         "rows": rows,
         "load": round(load, 1),
-        "one": one,
-        "shards": parts,
-        "faster": round(one["seconds"] / parts["seconds"], 2),
+        "one": single,
+        "shards": sharded,
+        "faster": round(single["seconds"] / sharded["seconds"], 2),
         "merge": merged,
         "ledger_bytes_per_row": round(ledger / rows),
         "same_bytes": same,
@@ -78,8 +78,8 @@ def _line(measured: list[dict[str, Any]], key: str) -> dict[str, float]:
     """A line through the two largest sizes: what a million rows more take, and what the planned number takes."""
     small, large = sorted(measured, key=lambda size: size["rows"])[-2:]
     slope = (large[key] - small[key]) / (large["rows"] - small["rows"])
-    at = large[key] + slope * (PLANNED - large["rows"])
-    return {"a_million_rows": round(slope * 1e6, 2), "planned": round(at, 1)}
+    planned = large[key] + slope * (PLANNED - large["rows"])
+    return {"a_million_rows": round(slope * 1e6, 2), "planned": round(planned, 1)}
 
 
 _FILES = ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet", "dropped.jsonl", "README.md")
@@ -92,17 +92,17 @@ def _timed(rows: int, folder: Path, commands: list[list[str]]) -> dict[str, Any]
         subprocess.Popen([sys.executable, __file__, str(folder), *command], stdout=subprocess.PIPE, text=True, cwd=ROOT)
         for command in commands
     ]
-    told = [[float(number) for number in process.communicate()[0].split()] for process in running]
+    usages = [[float(number) for number in process.communicate()[0].split()] for process in running]
     seconds = time.perf_counter() - started
     return {
         "seconds": round(seconds, 1),
-        "cpu_seconds": round(sum(cpu for _, cpu in told), 1),
+        "cpu_seconds": round(sum(cpu for _, cpu in usages), 1),
         "rows_per_second": round(rows / seconds),
-        "peak_mb": round(max(peak for peak, _ in told), 1),
+        "peak_mb": round(max(peak for peak, _ in usages), 1),
     }
 
 
-def _main(folder: Path, verb: str, name: str, part: str | None = None) -> None:
+def _main(folder: Path, verb: str, name: str, shard: str | None = None) -> None:
     sys.path.insert(0, str(ROOT))
     from clair.cluster.merge import merge
     from clair.core.recipe import resolve
@@ -117,7 +117,7 @@ def _main(folder: Path, verb: str, name: str, part: str | None = None) -> None:
 
         async def complete(self, request: Any, sample: int = 0) -> str:
             answer = await super().complete(request, sample)
-            self.asked.clear()
+            self.requests.clear()
             return answer
 
     if verb == "merge":
@@ -127,7 +127,7 @@ def _main(folder: Path, verb: str, name: str, part: str | None = None) -> None:
         runner.open_model = lambda role, config: reviser  # type: ignore[assignment]
         values = {"pipeline": "revised", "prompts": {"path": str(folder / "prompts.jsonl")}, "reviser": endpoint()}
         config = resolve(BuildConfig, values | {"out": str(folder / name)})
-        built = build(config, shard=parse_shard(part) if part else None)
+        built = build(config, shard=parse_shard(shard) if shard else None)
         assert built.stopped is None
     used = resource.getrusage(resource.RUSAGE_SELF)
     print(used.ru_maxrss / 1024, used.ru_utime + used.ru_stime)

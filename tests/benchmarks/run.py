@@ -13,8 +13,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
 
 
 def machine() -> dict[str, object]:
@@ -32,10 +32,10 @@ def main() -> None:
     from clair.core.files import write_json
     from clair.core.provenance import provenance
 
-    wanted = sys.argv[1:]
-    for file in sorted(set(HERE.glob("*.py")) - {Path(__file__)}):
+    selected = sys.argv[1:]
+    for file in sorted(set(FOLDER.glob("*.py")) - {Path(__file__)}):
         name = file.stem.removeprefix("bench_")
-        if wanted and name not in wanted:
+        if selected and name not in selected:
             continue
         spec = importlib.util.spec_from_file_location(file.stem, file)
         assert spec is not None
@@ -48,7 +48,9 @@ def main() -> None:
             continue
         print(f"{name}: {json.dumps(measured)}", flush=True)
         when = datetime.now(UTC).date().isoformat()
-        write_json(HERE / "results" / f"{name}.json", {**measured, "date": when, "machine": machine(), **provenance()})
+        write_json(
+            FOLDER / "results" / f"{name}.json", {**measured, "date": when, "machine": machine(), **provenance()}
+        )
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ def make_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<bos>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 5))]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    vocabulary = ["<pad>", "<bos>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 5))]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="<bos>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
@@ -126,8 +126,8 @@ def run(mode: str, lengths: list[tuple[int, int, int]], batch: int, out: str, ba
 def peak_memory(mode: str, name: str) -> float:
     """MB at the peak of one run, above what the process takes with libraries and model loaded."""
     command = [sys.executable, __file__, mode, name]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout.strip().splitlines()[-1])
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(result.stdout.strip().splitlines()[-1])
 
 
 CASES = {
@@ -178,8 +178,8 @@ def measure(repeats: int = REPEATS) -> dict[str, Any]:
     """Per case: seconds of every run, ratios of TRL to ours with their spread, peak memory and its ratio."""
     _quiet()
     results = {}
-    wanted = os.environ.get("CASES")
-    for name in [wanted] if wanted else CASES:
+    selected = os.environ.get("CASES")
+    for name in [selected] if selected else CASES:
         make_lengths, batch = CASES[name]
         lengths = make_lengths()
         seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
@@ -242,9 +242,9 @@ def _main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
     with tempfile.TemporaryDirectory() as out:
         make_model().save_pretrained(f"{out}/base")
-        before = _high_water()
+        start = _high_water()
         run(mode, make_lengths()[:batch], batch, out, f"{out}/base")
-    print(_high_water() - before)
+    print(_high_water() - start)
 
 
 def _high_water() -> float:

@@ -26,11 +26,11 @@ PAIRS, DROPS = 120, 20
 def chromium() -> Iterator[object]:
     """A headless browser for one test module: Playwright's event loop must not outlive it."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
+    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if executable is None:
         pytest.skip("no chromium on this machine (apt-get install chromium)")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
         yield browser
         browser.close()
 
@@ -60,7 +60,7 @@ def tab(chromium):
     """Opens a page file in a window of its own; afterwards nothing may have been said, asked or loaded by it."""
     contexts, wrong = [], []
 
-    def open(file: Path, where: str = "", **options):
+    def open(file: Path, anchor: str = "", **options):
         context = chromium.new_context(viewport={"width": 1400, "height": 900}, **options)
         contexts.append(context)
         page = context.new_page()
@@ -69,7 +69,7 @@ def tab(chromium):
         page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
         page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.on("request", lambda request: request.url == file.as_uri() or wrong.append(f"request: {request.url}"))
-        page.goto(file.as_uri() + where.replace(file.as_uri(), ""))
+        page.goto(file.as_uri() + anchor.replace(file.as_uri(), ""))
         page.wait_for_selector("html[data-ready]")
         return page
 
@@ -95,7 +95,7 @@ def too_wide(page, width: int) -> dict[str, int]:
     return {font: pixels for font, pixels in excess.items() if pixels > 0}
 
 
-def visit(page, where: str) -> None:
+def visit(page, view: str) -> None:
     """Go to a part of the page by its link."""
-    page.click(f"nav a[href='#{where}']")
-    page.wait_for_selector(f"nav a[href='#{where}'][aria-current]")
+    page.click(f"nav a[href='#{view}']")
+    page.wait_for_selector(f"nav a[href='#{view}'][aria-current]")

@@ -42,8 +42,8 @@ OTHER_TEXTS = (
 
 def sentence(rng: Random) -> str:
     """Words in a row, with a capital and a full stop."""
-    words = [WORDS[int(len(WORDS) * rng.random() ** 2)] for _ in range(rng.randint(6, 22))]
-    return " ".join(words).capitalize() + "."
+    drawn = [WORDS[int(len(WORDS) * rng.random() ** 2)] for _ in range(rng.randint(6, 22))]
+    return " ".join(drawn).capitalize() + "."
 
 
 def passage(rng: Random, characters: int) -> str:
@@ -122,19 +122,19 @@ def write_dataset(folder: Path, pairs: Sequence[Pair], drops: int = 0, test_frac
 
 
 def _manifest(writer: DatasetWriter, files: dict[str, str]) -> dict[str, Any]:
-    asked = writer.pairs + writer.counts["dropped"]
+    rows = writer.pairs + writer.counts["dropped"]
     splits = {split: writer.counts[split] for split in ("train", "test")}
-    tokens = {"prompt": 130 * asked, "completion": 560 * asked, "calls": asked, "reused": 12, "retries": 3}
+    tokens = {"prompt": 130 * rows, "completion": 560 * rows, "calls": rows, "reused": 12, "retries": 3}
     return {
         "format": 1,
         "pipeline": "revised",
-        "counts": {"prompts": asked, "pairs": writer.pairs, **splits, "dropped": writer.counts["dropped"]},
+        "counts": {"prompts": rows, "pairs": writer.pairs, **splits, "dropped": writer.counts["dropped"]},
         "drop_reasons": dict(sorted(writer.reasons.items())),
         "failed": writer.failed,
         "contrast": writer.contrast_means(),
         "models": {role: {"model": f"world-{role}", "identity": role} for role in ("target", "reviser")},
         "sampling": {"target": {"temperature": 0.6, "max_tokens": 512}, "reviser": {"temperature": 0.7}},
-        "tokens": {"target": tokens, "reviser": {**tokens, "prompt": 690 * asked}},
+        "tokens": {"target": tokens, "reviser": {**tokens, "prompt": 690 * rows}},
         "files": files,
         "seed": 0,
         "recipe": {"pipeline": "revised", "out": "runs/pairs"},

@@ -35,18 +35,18 @@ def test_all_text_is_readable_in_light_and_dark(tab, file, theme):
     page = tab(file, color_scheme=theme)
     red = int(page.evaluate("() => getComputedStyle(document.body).backgroundColor").split("(")[1].split(",")[0])
     assert (red > 200) == (theme == "light")
-    looked_at = 0
-    for where in ("overview", "pairs", "dropped"):
-        visit(page, where)
-        if where == "pairs":
+    count = 0
+    for view in ("overview", "pairs", "dropped"):
+        visit(page, view)
+        if view == "pairs":
             page.keyboard.press("a")
             page.keyboard.press("d")
             page.keyboard.press("k")
-        found = page.evaluate(CONTRASTS)
-        looked_at += len(found)
-        assert not [(round(ratio, 2), what) for ratio, what in found if ratio < 4.5]
-    print(f"looked at {looked_at} texts")
-    assert looked_at > 150
+        contrasts = page.evaluate(CONTRASTS)
+        count += len(contrasts)
+        assert not [(round(ratio, 2), text) for ratio, text in contrasts if ratio < 4.5]
+    print(f"looked at {count} texts")
+    assert count > 150
 
 
 def test_the_theme_can_be_chosen_and_is_remembered(tab, file):
@@ -65,9 +65,9 @@ def test_the_theme_can_be_chosen_and_is_remembered(tab, file):
 
 def test_nothing_is_wider_than_the_window(tab, file):
     for width in (1400, 1000, 700, 400):
-        for where in ("#overview", "#pairs", "#dropped"):
-            page = tab(file, where)
-            assert not too_wide(page, width), (width, where)
+        for view in ("#overview", "#pairs", "#dropped"):
+            page = tab(file, view)
+            assert not too_wide(page, width), (width, view)
             page.context.close()
 
 
@@ -78,10 +78,10 @@ def test_what_has_the_focus_shows_it(tab, file):
       const shows = node.closest('.open') ?? node.querySelector('.row[aria-selected="true"]') ?? node;
       return [node.id || node.tagName, getComputedStyle(shows).outlineStyle !== 'none'];
     }"""
-    seen = {}
+    outlines = {}
     for _ in range(14):
         page.keyboard.press("Tab")
         name, shown = page.evaluate(focus)
-        seen[name] = shown
-    assert {"list", "search", "show", "sort", "order", "theme", "open", "help"} <= set(seen)
-    assert not [name for name, shown in seen.items() if not shown and name != "BODY"]
+        outlines[name] = shown
+    assert {"list", "search", "show", "sort", "order", "theme", "open", "help"} <= set(outlines)
+    assert not [name for name, shown in outlines.items() if not shown and name != "BODY"]

@@ -22,11 +22,11 @@ STRANGE = len(INJECTIONS) + len(OTHER_TEXTS)
 @pytest.fixture(scope="module")
 def rows(folder) -> Rows:
     """The pairs as the page has them, in the order of the files."""
-    found = Rows()
+    rows_read = Rows()
     for split in ("train", "test"):
         for row in read_rows(folder, [split]):
-            found.add(row, split, lambda _: True)
-    return found
+            rows_read.add(row, split, lambda _: True)
+    return rows_read
 
 
 def ids(page) -> list[str]:
@@ -50,7 +50,7 @@ def search(page, text: str) -> None:
 def test_text_that_means_harm_is_only_text(tab, file, pairs):
     page = tab(file, "#pairs")
     count = "(name) => document.querySelectorAll(name).length"
-    before = {name: page.evaluate(count, name) for name in ACTIVE}
+    counts = {name: page.evaluate(count, name) for name in ACTIVE}
     for number in range(STRANGE + 3):
         for view in ("one", "two"):
             page.keyboard.press("s")
@@ -62,7 +62,7 @@ def test_text_that_means_harm_is_only_text(tab, file, pairs):
         page.keyboard.press("j")
     visit(page, "overview")
     assert page.evaluate("() => window.hacked") is None
-    assert {name: page.evaluate(count, name) for name in ACTIVE} == before
+    assert {name: page.evaluate(count, name) for name in ACTIVE} == counts
 
 
 def test_both_texts_of_a_pair_are_shown_exactly(tab, file, pairs):
@@ -97,8 +97,8 @@ def test_the_policy_of_the_page_refuses_markup_scripts_and_requests(tab, file):
     assert page.evaluate("() => window.hacked") is None
     assert page.evaluate("() => fetch('https://example.com/').then(() => 'fetched', () => 'refused')") == "refused"
     for refusal in ("example.com", "TrustedScript", "TrustedHTML"):
-        assert any(refusal in said for said in page.wrong), refusal
-    assert any("example.com" in said and "\"default-src 'none'\"" in said for said in page.wrong)
+        assert any(refusal in message for message in page.wrong), refusal
+    assert any("example.com" in message and "\"default-src 'none'\"" in message for message in page.wrong)
     page.wrong.clear()  # this test provoked them
 
 
@@ -239,8 +239,8 @@ def test_marks_by_keyboard_are_saved_and_kept(tab, file, folder, rows, tmp_path)
         page.click("#save")
     saved = tmp_path / "decisions.json"
     waiting.value.save_as(saved)
-    found = json.loads(saved.read_text("utf-8"))
-    assert found["decisions"] == {**expected, rows.ids[1]: "drop"}
+    content = json.loads(saved.read_text("utf-8"))
+    assert content["decisions"] == {**expected, rows.ids[1]: "drop"}
     assert marked == 4
     assert waiting.value.suggested_filename == "pairs-decisions.json"
     manifest = keep(folder, read_decisions(saved), tmp_path / "kept")
@@ -273,8 +273,8 @@ def test_marks_outlive_a_reload_and_travel_in_a_file(tab, file, rows, tmp_path):
     page.wait_for_selector("html[data-ready]")
     assert page.text_content("#tally") == "0 keep, 1 drop"
     decisions = tmp_path / "decisions.json"
-    found = {"format": 1, "dataset": "old", "decisions": {rows.ids[3]: "keep", "gone": "drop"}}
-    decisions.write_text(json.dumps(found))
+    content = {"format": 1, "dataset": "old", "decisions": {rows.ids[3]: "keep", "gone": "drop"}}
+    decisions.write_text(json.dumps(content))
     page.set_input_files("#open", decisions)
     page.wait_for_selector("#tally:has-text('1 decisions opened, 1 left out')")
     assert page.locator(".row.keep .id").all_text_contents() == [rows.ids[3]]

@@ -122,7 +122,7 @@ class Batches(Scripted):
         return web.json_response(
             {
                 "events": self.events,
-                "live": [request["step"] for request in self.seen],
+                "live": [request["step"] for request in self.requests],
                 "files": sizes,
                 "batches": statuses,
                 "bytes": [len(content) for id, content in self.files.items() if id.startswith("in")],

@@ -71,7 +71,7 @@ def write_recipe(tmp_path: Path, url: str, **changes: Any) -> Path:
 
 
 @dataclass(frozen=True)
-class Ended:
+class CommandResult:
     """How a command ended."""
 
     code: int
@@ -79,17 +79,17 @@ class Ended:
     err: str
 
 
-def clair(*arguments: str | Path) -> Ended:
+def clair(*arguments: str | Path) -> CommandResult:
     """The `clair` command in this process."""
     out, err = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, ["clair", *map(str, arguments)]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as exit_info:
             cli.main()
     finally:
         sys.argv = argv
-    code = ended.value.code
-    return Ended(code if isinstance(code, int) else 0 if code is None else 1, out.getvalue(), err.getvalue())
+    code = exit_info.value.code
+    return CommandResult(code if isinstance(code, int) else 0 if code is None else 1, out.getvalue(), err.getvalue())
 
 
 def start_clair(
@@ -108,7 +108,7 @@ def start_clair(
     )
 
 
-def finished(process: subprocess.Popen[str], seconds: float = 120) -> Ended:
+def finished(process: subprocess.Popen[str], seconds: float = 120) -> CommandResult:
     """Wait for a command's end; it is killed where it takes longer."""
     try:
         out, err = process.communicate(timeout=seconds)
@@ -116,15 +116,15 @@ def finished(process: subprocess.Popen[str], seconds: float = 120) -> Ended:
         process.kill()
         out, err = process.communicate()
         raise AssertionError(f"still running after {seconds} s; its stderr: {err[-2000:]}") from None
-    return Ended(process.returncode, out, err)
+    return CommandResult(process.returncode, out, err)
 
 
-def error_line(ended: Ended) -> str:
+def error_line(result: CommandResult) -> str:
     """The one line that a user's mistake is told in."""
     bars = ("building", "evaluating", "checking", "probing", "counting")
-    lines = [line for line in ended.err.splitlines() if line.strip() and not line.lstrip().startswith(bars)]
-    assert ended.code == 2, ended
-    assert len(lines) == 1, ended.err
+    lines = [line for line in result.err.splitlines() if line.strip() and not line.lstrip().startswith(bars)]
+    assert result.code == 2, result
+    assert len(lines) == 1, result.err
     assert lines[0].startswith("error: ")
     return lines[0].removeprefix("error: ")
 
@@ -139,11 +139,11 @@ class ScriptedServer:
     url: str
     pid: int
 
-    def seen(self) -> list[dict[str, Any]]:
+    def requests(self) -> list[dict[str, Any]]:
         """Every request so far."""
         return json.loads(self._get("/seen"))
 
-    def looked_at(self) -> list[dict[str, str]]:
+    def model_requests(self) -> list[dict[str, str]]:
         """The headers of every look at the list of models."""
         return json.loads(self._get("/looked-at"))
 
@@ -157,7 +157,7 @@ class ScriptedServer:
 
     def steps(self) -> list[str]:
         """The step that each request was answered with."""
-        return [request["step"] for request in self.seen()]
+        return [request["step"] for request in self.requests()]
 
 
 @contextmanager
@@ -184,7 +184,7 @@ class BatchService(ScriptedServer):
         """The service forgets its batches, or only their result files."""
         self._post("/lose", {"files": files})
 
-    def look(self) -> None:
+    def poll_batches(self) -> None:
         """What a look at every batch brings about."""
         for number in range(len(self.books()["batches"])):
             self._get(f"/v1/batches/batch-{number}")

@@ -29,7 +29,7 @@ class Hub:
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, Any]] = {}
         self.objects: dict[str, bytes] = {}
-        self.seen: list[str] = []
+        self.requests: list[str] = []
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=64 * 2**20, middlewares=[self.guard])
@@ -50,18 +50,18 @@ class Hub:
 
     @web.middleware
     async def guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        self.seen.append(f"{request.method} {request.path}")
-        own = request.path.startswith(("/pushed", "/lfs/"))
-        if not own and request.headers.get("Authorization") != f"Bearer {TOKEN}":
+        self.requests.append(f"{request.method} {request.path}")
+        is_test_path = request.path.startswith(("/pushed", "/lfs/"))
+        if not is_test_path and request.headers.get("Authorization") != f"Bearer {TOKEN}":
             return web.json_response({"error": "Invalid username or password."}, status=401)
         return await handler(request)
 
     async def pushed(self, _: web.Request) -> web.Response:
-        told = {
+        repositories = {
             name: {**repository, "files": {p: base64.b64encode(c).decode() for p, c in repository["files"].items()}}
             for name, repository in self.repositories.items()
         }
-        return web.json_response({"repositories": told, "seen": self.seen})
+        return web.json_response({"repositories": repositories, "seen": self.requests})
 
     async def create(self, request: web.Request) -> web.Response:
         body = await request.json()

@@ -22,11 +22,11 @@ def http(body: bytes, *headers: str, status: str = "200 OK", length: int | None 
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def writes(*parts: bytes) -> Answer:
+def writes(*chunks: bytes) -> Answer:
     """An answer of these bytes."""
 
     async def answer(writer: asyncio.StreamWriter) -> None:
-        writer.writelines(parts)
+        writer.writelines(chunks)
         await writer.drain()
 
     return answer

@@ -34,13 +34,13 @@ class Nodes:
     def add(self) -> Any:
         """One more node; tried again where a busy machine takes longer to start it than Ray waits for it."""
         for tries_left in (2, 1, 0):
-            before = set(psutil.Process().children(recursive=True))
+            running = set(psutil.Process().children(recursive=True))
             try:
                 return self.cluster.add_node(num_cpus=1, object_store_memory=STORE)
             except Exception as error:
                 if "timed out during startup" not in str(error) or not tries_left:
                     raise
-                for process in set(psutil.Process().children(recursive=True)) - before:
+                for process in set(psutil.Process().children(recursive=True)) - running:
                     process.kill()
         raise AssertionError
 
@@ -50,12 +50,12 @@ class Nodes:
 
     def processes(self, doing: str) -> list[psutil.Process]:
         """The processes of actors that call themselves so."""
-        found = []
+        members = []
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 if doing in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+                    members.append(process)
+        return members
 
 
 @contextlib.contextmanager
@@ -65,13 +65,13 @@ def cluster() -> Iterator[Nodes]:
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
-    before = set(psutil.Process().children(recursive=True))
-    made = Cluster(initialize_head=True, head_node_args=head)
-    started = set(psutil.Process().children(recursive=True)) - before
+    running = set(psutil.Process().children(recursive=True))
+    ray_cluster = Cluster(initialize_head=True, head_node_args=head)
+    started = set(psutil.Process().children(recursive=True)) - running
     try:
-        yield Nodes(made)
+        yield Nodes(ray_cluster)
     finally:
-        made.shutdown()
+        ray_cluster.shutdown()
         _, alive = psutil.wait_procs(started, timeout=20)
         assert not alive, alive
 
@@ -84,16 +84,16 @@ def write_all_fates(folder: Path, url: str, rows: int) -> Path:
     return write_recipe(folder, url, reviser=reviser, concurrency=CONCURRENCY, budget={"money": 1})
 
 
-def wait_until(what: Callable[[], bool], seconds: float = 90) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
     """Until it is so; an AssertionError where it takes longer."""
     give_up = time.monotonic() + seconds
-    while not what():
+    while not condition():
         assert time.monotonic() < give_up, "it never came"
         time.sleep(0.05)
 
 
 def paid_twice(server: ScriptedServer) -> int:
     """Requests that were answered well more often than once."""
-    answered = (r for r in server.seen() if r["step"].startswith(("ok", "wait")))
-    asked = Counter(str(r["body"]["messages"]) for r in answered)
-    return sum(count - 1 for count in asked.values())
+    answered = (r for r in server.requests() if r["step"].startswith(("ok", "wait")))
+    counts = Counter(str(r["body"]["messages"]) for r in answered)
+    return sum(count - 1 for count in counts.values())

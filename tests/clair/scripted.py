@@ -23,7 +23,7 @@ class Scripted:
     def __init__(self, name: str, script: Script, *, trouble: float = 0.0, seed: int = 0, latency: float = 0.0) -> None:
         self.name = self.identity = name
         self.script = script
-        self.asked: list[Mapping[str, Any]] = []
+        self.requests: list[Mapping[str, Any]] = []
         self.billed = 0
         self._trouble, self._random, self._latency = trouble, random.Random(seed), latency
 
@@ -36,7 +36,7 @@ class Scripted:
     async def complete(self, request: Mapping[str, Any], sample: int = 0) -> str:
         """The script's reply. Trouble is a refusal, an error, or a reply that was paid for and got lost."""
         await asyncio.sleep(self._random.random() * self._latency)
-        self.asked.append(request)
+        self.requests.append(request)
         text = self.script(request["messages"], sample)
         prompt = len(json.dumps(request["messages"])) // 5
         completion = min(len(str(text)) // 4 + 1, request.get("max_tokens", 10**6))

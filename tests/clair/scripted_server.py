@@ -51,7 +51,7 @@ def reply(message: dict[str, Any], **changes: Any) -> web.Response:
     return web.json_response(completion(message, **changes))
 
 
-def said(text: str, **changes: Any) -> web.Response:
+def revision_reply(text: str, **changes: Any) -> web.Response:
     return reply({"content": revision(text)}, **changes)
 
 
@@ -67,12 +67,12 @@ def refused(status: int, message: str, code: str | None = None, **headers: str) 
 def usage(**numbers: str) -> Callable[[str], web.Response]:
     """A reply with these numbers as its usage, as they stand."""
 
-    def made(text: str) -> web.Response:
+    def with_usage(text: str) -> web.Response:
         body = json.dumps(completion({"content": revision(text)}, usage={"prompt_tokens": "@"}))
         inside = ", ".join(f'"{name}": {number}' for name, number in numbers.items())
         return raw(body.replace('{"prompt_tokens": "@"}', "{" + inside + "}").encode())
 
-    return made
+    return with_usage
 
 
 def thinking(text: str) -> str:
@@ -99,14 +99,14 @@ def failed(error: dict[str, Any], status: int = 200) -> Callable[[str], web.Resp
 
 
 REPLIES: dict[str, Callable[[str], web.Response]] = {
-    "ok": said,
-    "nousage": lambda text: said(text, usage=None),
+    "ok": revision_reply,
+    "nousage": lambda text: revision_reply(text, usage=None),
     "infinite": usage(prompt_tokens="1e999", completion_tokens="Infinity"),
     "nan": usage(prompt_tokens="NaN", completion_tokens='"many"'),
     "huge": usage(prompt_tokens="1" + "0" * 40, completion_tokens="1e300"),
     "negative": usage(prompt_tokens="-5", completion_tokens="null"),
-    "othername": lambda text: said(text, model="another-model"),
-    "noname": lambda text: said(text, model=None, id=None, object=None),
+    "othername": lambda text: revision_reply(text, model="another-model"),
+    "noname": lambda text: revision_reply(text, model=None, id=None, object=None),
     "reasoning": lambda text: reply({"content": revision(text), "reasoning_content": revision("bad idea")}),
     "think": lambda text: reply({"content": thinking(text)}),
     "closethink": lambda text: reply({"content": thinking(text).removeprefix("<think>")}),
@@ -119,10 +119,10 @@ REPLIES: dict[str, Callable[[str], web.Response]] = {
     "nofinish": lambda text: reply({}, choices=[{"message": {"content": revision(text)}}]),
     "tool": lambda text: reply({"content": None, "tool_calls": [{"id": "t", "function": {"name": "f"}}]}),
     "stream": stream,
-    "empty": lambda text: said(text, choices=[]),
-    "nochoices": lambda text: said(text, choices=None),
-    "nullchoice": lambda text: said(text, choices=[None]),
-    "textchoice": lambda text: said(text, choices="text"),
+    "empty": lambda text: revision_reply(text, choices=[]),
+    "nochoices": lambda text: revision_reply(text, choices=None),
+    "nullchoice": lambda text: revision_reply(text, choices=[None]),
+    "textchoice": lambda text: revision_reply(text, choices="text"),
     "list": lambda text: raw(b"[]"),
     "nulljson": lambda text: raw(b"null"),
     "badjson": lambda text: raw(json.dumps(completion({"content": revision(text)})).encode()[:-5]),
@@ -177,8 +177,8 @@ class Scripted:
 
     def __init__(self) -> None:
         self.tries: Counter[str] = Counter()
-        self.seen: list[dict[str, Any]] = []
-        self.looked_at: list[dict[str, str]] = []
+        self.requests: list[dict[str, Any]] = []
+        self.model_requests: list[dict[str, str]] = []
         self.looks = 0
         self.slot = asyncio.Lock()
 
@@ -193,7 +193,7 @@ class Scripted:
                 web.get("/loading/v1/models", self.loading),
                 web.post("/loading/v1/chat/completions", self.loading),
                 web.get("/one/v1/models", self.models),
-                web.post("/one/v1/chat/completions", self.one_at_a_time),
+                web.post("/one/v1/chat/completions", self.serial_chat),
                 web.get("/seen", self.tell),
                 web.get("/forget", self.forget),
                 web.get("/looked-at", self.tell_looks),
@@ -202,13 +202,13 @@ class Scripted:
         return app
 
     async def models(self, request: web.Request) -> web.Response:
-        self.looked_at.append(dict(request.headers))
+        self.model_requests.append(dict(request.headers))
         return web.json_response({"data": [{"id": "m"}, {"id": "t"}]})
 
     async def broken_models(self, request: web.Request) -> web.Response:
         return raw(HTML, "text/html", 500, Connection="close")
 
-    async def one_at_a_time(self, request: web.Request) -> web.StreamResponse:
+    async def serial_chat(self, request: web.Request) -> web.StreamResponse:
         """Answer in the order in which the requests came, whether anybody still waits or not."""
         body = await request.read()  # kept by aiohttp, for chat
         assert body
@@ -223,15 +223,15 @@ class Scripted:
         return await (self.chat if request.method == "POST" else self.models)(request)
 
     async def tell(self, _: web.Request) -> web.Response:
-        return web.json_response(self.seen)
+        return web.json_response(self.requests)
 
     async def tell_looks(self, _: web.Request) -> web.Response:
-        return web.json_response(self.looked_at)
+        return web.json_response(self.model_requests)
 
     async def forget(self, _: web.Request) -> web.Response:
         self.tries.clear()
-        self.seen.clear()
-        self.looked_at.clear()
+        self.requests.clear()
+        self.model_requests.clear()
         self.looks = 0
         return web.Response()
 
@@ -243,7 +243,7 @@ class Scripted:
         key = json.dumps([json.loads(body)["model"] == "m", text])
         step = steps[min(self.tries[key], len(steps) - 1)]
         self.tries[key] += 1
-        self.seen.append(
+        self.requests.append(
             {
                 "at": time.time(),
                 "step": step,
@@ -258,23 +258,23 @@ class Scripted:
         name, _, number = step.partition(":")
         if name == "wait":  # wait:0.5 and then a good reply
             await asyncio.sleep(float(number))
-            return said(text)
+            return revision_reply(text)
         if name == "429":
             return refused(429, "Slow down.", **({"Retry-After": number} if number else {}))
         if name.startswith("echo"):  # a careless server repeats what it was sent
-            words = f"{dict(request.headers)}, url {request.url}"
+            details = f"{dict(request.headers)}, url {request.url}"
             if name == "echo200":
-                return raw(words.encode(), "text/plain")
-            return refused(int(name[4:]), f"Wrong credentials: {words}")
+                return raw(details.encode(), "text/plain")
+            return refused(int(name[4:]), f"Wrong credentials: {details}")
         if name == "drop":
             assert request.transport is not None
             request.transport.close()
             return web.Response()
         if name == "half":
-            whole = json.dumps(completion({"content": revision(text)})).encode()
-            response = web.StreamResponse(headers={"Content-Length": str(len(whole))})
+            body = json.dumps(completion({"content": revision(text)})).encode()
+            response = web.StreamResponse(headers={"Content-Length": str(len(body))})
             await response.prepare(request)
-            await response.write(whole[: len(whole) // 2])
+            await response.write(body[: len(body) // 2])
             assert request.transport is not None
             request.transport.close()
             return response

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 QUESTION = ("what", "is", "the", "answer", "to", "this", "question", "please", "tell", "me")
-WORDS = (*QUESTION, "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+VOCABULARY = (*QUESTION, "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 SPECIAL = ("<|pad|>", "<|begin|>", "<|start|>", "<|end|>", "<|unk|>")
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start|> {{ m['role'] }} {{ m['content'] }} <|end|> {% endfor %}"
@@ -19,8 +19,8 @@ def make_tokenizer(**changes: Any):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = [*SPECIAL, "user", "assistant", "system", *WORDS]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|unk|>"))
+    vocabulary = [*SPECIAL, "user", "assistant", "system", *VOCABULARY]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<|unk|>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     # As Llama's: text that is tokenized by itself gets a BOS, so that a template with one must be tokenized without.
     raw.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 1)])

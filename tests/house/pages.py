@@ -30,7 +30,7 @@ class Block:
     code: str
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         return f"{self.page}:{self.line}"
 
 
@@ -43,22 +43,24 @@ def pages() -> dict[str, str]:
 
 def blocks(*languages: str) -> list[Block]:
     """The fenced blocks of all pages in these languages."""
-    found = []
+    blocks_found = []
     for page, text in pages().items():
         for match in _BLOCK.finditer(text):
             if match["language"] in languages:
                 title = re.search(r'title="([^"]*)"', match["options"])
                 line = text.count("\n", 0, match.start("language")) + 1
                 code = textwrap.dedent(match["code"])
-                found.append(Block(page, line, match["language"], match["note"] or "", title[1] if title else "", code))
-    return found
+                blocks_found.append(
+                    Block(page, line, match["language"], match["note"] or "", title[1] if title else "", code)
+                )
+    return blocks_found
 
 
 @dataclass(frozen=True)
 class Command:
     """A line of a shell block, put together where it goes on after a backslash; `needs`: what a test cannot give it."""
 
-    where: str
+    location: str
     page: str
     text: str
     needs: str
@@ -69,27 +71,29 @@ def commands() -> list[Command]:
 
     What a command needs stands behind it, `# needs: ...`, or above its block, `<!-- needs: ... -->`.
     """
-    found = []
+    commands_found = []
     for block in blocks("sh", "bash"):
         above = block.note.partition("needs:")[2].strip() if block.note.startswith("needs:") else ""
         for line in block.code.replace("\\\n", " ").splitlines():
             text, _, remark = line.partition(" #")
             needs = remark.partition("needs:")[2].strip() or above
-            parts = (part.strip() for part in re.split(r"\s+(?:&&|\|)\s+", text))
-            found += [Command(block.where, block.page, p, needs) for p in parts if p and not p.startswith("#")]
-    return found
+            pieces = (piece.strip() for piece in re.split(r"\s+(?:&&|\|)\s+", text))
+            commands_found += [
+                Command(block.location, block.page, p, needs) for p in pieces if p and not p.startswith("#")
+            ]
+    return commands_found
 
 
 def tables(kind: str) -> list[tuple[str, str, list[list[str]]]]:
     """(page, what follows `kind:` in the comment above it, rows with the head) of each table marked `<!-- kind -->`."""
-    found = []
+    tables_found = []
     for page, text in pages().items():
         for match in _TABLE.finditer(text):
             name, _, argument = match["note"].partition(":")
             if name.strip() == kind:
                 head, _, *rows = (_cells(line) for line in match["rows"].splitlines())
-                found.append((page, argument.strip(), [head, *rows]))
-    return found
+                tables_found.append((page, argument.strip(), [head, *rows]))
+    return tables_found
 
 
 def _cells(line: str) -> list[str]:

@@ -17,16 +17,16 @@ from tests.house.pages import ROOT, Block, blocks, pages
 PAGE = "docs/contributing.md"
 
 
-def ways() -> dict[str, list[Block]]:
+def contributions() -> dict[str, list[Block]]:
     """The blocks of each `## Add ...` that has commands at its end."""
     text = pages()[PAGE]
     heads = [(text.count("\n", 0, m.start()) + 1, m[1]) for m in re.finditer(r"^## (.*)$", text, re.MULTILINE)]
-    found: dict[str, list[Block]] = {}
+    blocks_by_name: dict[str, list[Block]] = {}
     for block in blocks("diff", "python", "sh"):
         name = next((name for line, name in reversed(heads) if line < block.line), "")
         if block.page == PAGE and name.startswith("Add "):
-            found.setdefault(name, []).append(block)
-    return found
+            blocks_by_name.setdefault(name, []).append(block)
+    return blocks_by_name
 
 
 @pytest.fixture
@@ -46,31 +46,31 @@ def copy(tmp_path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ways())
-def test_every_step_works_as_written(way, copy):
-    done = {"diff": 0, "python": 0, "sh": 0}
-    for block in ways()[way]:
+@pytest.mark.parametrize("contribution", contributions())
+def test_every_step_works_as_written(contribution, copy):
+    counts = {"diff": 0, "python": 0, "sh": 0}
+    for block in contributions()[contribution]:
         if block.language == "diff":
             apply(block, copy)
         elif block.language == "python":
-            assert not (copy / block.title).exists(), f"{block.where}: {block.title} is there already"
+            assert not (copy / block.title).exists(), f"{block.location}: {block.title} is there already"
             (copy / block.title).write_text(block.code, "utf-8")
         else:
             for command in block.code.strip().splitlines():
                 run(command, copy)
-        done[block.language] += 1
-    assert all(done.values()), done
+        counts[block.language] += 1
+    assert all(counts.values()), counts
 
 
 def apply(block: Block, copy: Path) -> None:
     """Replace the old lines of a diff, which stand in the file exactly once, by its new lines."""
     lines = block.code.splitlines()
-    assert all(line[:1] in ("", " ", "+", "-") for line in lines), block.where
+    assert all(line[:1] in ("", " ", "+", "-") for line in lines), block.location
     old = "".join(line[1:] + "\n" for line in lines if not line.startswith("+"))
     new = "".join(line[1:] + "\n" for line in lines if not line.startswith("-"))
     file = copy / block.title
     text = file.read_text("utf-8")
-    assert text.count(old) == 1, f"{block.where}: these lines stand in {block.title} {text.count(old)} times:\n{old}"
+    assert text.count(old) == 1, f"{block.location}: these lines stand in {block.title} {text.count(old)} times:\n{old}"
     file.write_text(text.replace(old, new), "utf-8")
 
 
@@ -78,7 +78,7 @@ def run(command: str, copy: Path) -> None:
     environment = {
         **os.environ, "PYTHONPATH": str(copy), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     }  # fmt: skip
-    done = subprocess.run(
+    result = subprocess.run(
         shlex.split(command), cwd=copy, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"

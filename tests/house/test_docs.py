@@ -146,7 +146,7 @@ def recipes() -> list[tuple[str, str]]:
 
     What lies in recipes/accelerate is accelerate's, and tests/apo/distributed/test_launch_configs.py reads it.
     """
-    shown = [(b.where, b.code) for b in blocks("yaml")]
+    shown = [(b.location, b.code) for b in blocks("yaml")]
     files = [file for file in sorted((ROOT / "recipes").rglob("*.yaml")) if file.parent.name != "accelerate"]
     return shown + [(str(file.relative_to(ROOT)), file.read_text("utf-8")) for file in files]
 
@@ -197,7 +197,7 @@ FOREIGN = {
 
 def typed() -> list[tuple[str, str]]:
     """(where, one command) of every shell block, and of every recipe's head, where commands stand four columns in."""
-    entries = [(command.where, command.text) for command in commands()]
+    entries = [(command.location, command.text) for command in commands()]
     for file in sorted((ROOT / "recipes").rglob("*.yaml")):
         text = file.read_text("utf-8").replace("\\\n#", "")
         name = str(file.relative_to(ROOT))
@@ -264,11 +264,11 @@ def test_every_option_of_trl_that_is_refused_has_its_line():
 def test_every_method_of_trl_that_the_trainer_overrides_has_its_reason():
     from apo.training.trainer import APOTrainer
 
-    own = [cls for cls in APOTrainer.__mro__ if cls.__module__.startswith("apo.")]
+    project_classes = [cls for cls in APOTrainer.__mro__ if cls.__module__.startswith("apo.")]
     foreign = [cls for cls in APOTrainer.__mro__ if cls.__module__.split(".")[0] in ("trl", "transformers")]
     overridden = {
         (name, next(cls.__name__ for cls in foreign if name in vars(cls)))
-        for cls in own
+        for cls in project_classes
         for name, value in vars(cls).items()
         if (callable(value) or isinstance(value, property)) and any(name in vars(base) for base in foreign)
     }

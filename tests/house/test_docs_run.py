@@ -22,7 +22,7 @@ import yaml
 from tests.apo.conftest import UNAVOIDABLE
 from tests.house.pages import ROOT, blocks, commands, pages
 from tests.house.test_contributing import PAGE as FOLLOWED
-from tests.house.test_contributing import ways
+from tests.house.test_contributing import contributions
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in UNAVOIDABLE]
 
@@ -30,15 +30,15 @@ OURS = ("clair", "apo")
 MODEL = ROOT / "recipes" / "world" / "model"
 RUN = [command for command in commands() if not command.needs]
 """What carries no mark. Those of contributing.md's ways are run by its own test, each in a copy of the project."""
-ELSEWHERE = {block.where for blocks in ways().values() for block in blocks}
-PAGES = sorted({command.page for command in RUN if command.where not in ELSEWHERE})
+ELSEWHERE = {block.location for blocks in contributions().values() for block in blocks}
+PAGES = sorted({command.page for command in RUN if command.location not in ELSEWHERE})
 
 
 def test_a_command_is_run_or_says_what_it_needs():
     strange = [
-        f"{command.where}: {command.text}"
+        f"{command.location}: {command.text}"
         for command in RUN
-        if command.where not in ELSEWHERE and program_of(command.text) not in (*OURS, "python", "cd")
+        if command.location not in ELSEWHERE and program_of(command.text) not in (*OURS, "python", "cd")
     ]
     marked = len(commands()) - len(RUN)
     print(f"looked at {len(commands())} commands: {len(RUN)} are run, {marked} say what they need")
@@ -191,9 +191,9 @@ def test_the_commands_of_a_page_run_as_they_stand(page, artifacts, tmp_path, mon
     monkeypatch.setenv("CLAIR_CACHE", str(folder / "cache"))
     count = 0
     for command in RUN:
-        if command.page == page and command.where not in ELSEWHERE:
+        if command.page == page and command.location not in ELSEWHERE:
             arguments = [word for piece in shlex.split(command.text) for word in (sorted(glob.glob(piece)) or [piece])]
-            assert run(arguments, monkeypatch) == 0, f"{command.where}: {command.text}"
+            assert run(arguments, monkeypatch) == 0, f"{command.location}: {command.text}"
             count += 1
     print(f"ran {count} commands")
     assert count

@@ -20,29 +20,29 @@ def folder(tmp_path_factory):
     from recipes.world.running import running
     from recipes.world.tasks import distinct_tasks
 
-    place = tmp_path_factory.mktemp("format")
+    path = tmp_path_factory.mktemp("format")
     rows = [{"prompt": task.prompt, "answer": task.wrong} for task in distinct_tasks("train", ROWS - 1, 0)]
     lines = [json.dumps(row) + "\n" for row in [*rows, rows[-1]]]
-    (place / "prompts.jsonl").write_text("".join(lines), "utf-8")
+    (path / "prompts.jsonl").write_text("".join(lines), "utf-8")
     with running() as server:
         config = BuildConfig.model_validate(
             {
                 "pipeline": "revised",
-                "prompts": {"path": str(place / "prompts.jsonl")},
+                "prompts": {"path": str(path / "prompts.jsonl")},
                 "reviser": {"url": server.url, "model": "world-reviser"},
                 "test_fraction": 0.3,
-                "out": str(place / "pairs"),
+                "out": str(path / "pairs"),
             }
         )
         build(config)
-    return place / "pairs"
+    return path / "pairs"
 
 
 def test_the_folder_holds_the_files_that_the_page_lists(folder):
     listing = re.search(r"```text\ndata/my-pairs/\n(.*?)```", pages()["docs/format.md"], re.DOTALL)[1]
-    told = {line.split()[0] for line in listing.splitlines()}
-    there = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-    assert {name for name in there if not name.startswith(".")} == told
+    listed = {line.split()[0] for line in listing.splitlines()}
+    present = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert {name for name in present if not name.startswith(".")} == listed
 
 
 def test_the_schema_is_the_one_of_the_page(folder):

@@ -14,13 +14,13 @@ from tests.house.pages import ROOT, tables
 
 def test_every_folder_keeps_to_its_layer():
     lint = Path(sys.executable).with_name("lint-imports")
-    done = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    analyzed = int(re.search(r"Analyzed (\d+) files", done.stdout)[1])
+    result = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    analyzed = int(re.search(r"Analyzed (\d+) files", result.stdout)[1])
     modules = [file for package in ("clair", "apo", "recipes") for file in (ROOT / package).rglob("*.py")]
     print(f"looked at {analyzed} modules")
     assert analyzed == len(modules) >= 40
-    assert "6 kept, 0 broken" in done.stdout
+    assert "6 kept, 0 broken" in result.stdout
 
 
 def test_the_architecture_page_shows_every_layer_folder_and_module():

@@ -39,8 +39,8 @@ def modules_of(code: str) -> set[str]:
     """The modules that are loaded after `code` has run in a fresh interpreter."""
     report = "import sys; print(*sys.modules, sep='\\n', file=sys.stderr)"
     code = f"import atexit; atexit.register(lambda: exec({report!r})); {code}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(done.stderr.split())
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(result.stderr.split())
 
 
 # Counted, not timed: tests/benchmarks/bench_start.py measures seconds.
@@ -67,18 +67,18 @@ def test_every_output_of_a_command_that_is_a_local_path_refuses_a_url(command, t
     def commands(app):
         for group in app.registered_groups:
             yield from commands(group.typer_instance)
-        yield from (one.callback for one in app.registered_commands)
+        yield from (command.callback for command in app.registered_commands)
 
     declared = [
-        typing.get_type_hints(one, include_extras=True).get("out")
-        for one in commands(importlib.import_module(f"{command}.cli").app)
+        typing.get_type_hints(function, include_extras=True).get("out")
+        for function in commands(importlib.import_module(f"{command}.cli").app)
     ]
     paths = [hint for hint in declared if hint and Path in (hint.__origin__, *typing.get_args(hint.__origin__))]
     assert len(paths) >= {"clair": 3, "apo": 12}[command]
     assert [hint for hint in paths if hint.__metadata__[0].callback is not local] == []
-    asked = {"clair": ["report", "nowhere"], "apo": ["merge", "nowhere"]}[command]
-    done = subprocess.run(
-        [BIN / command, *asked, "--out", "s3://bucket/a"], cwd=tmp_path, capture_output=True, text=True, check=False
+    arguments = {"clair": ["report", "nowhere"], "apo": ["merge", "nowhere"]}[command]
+    result = subprocess.run(
+        [BIN / command, *arguments, "--out", "s3://bucket/a"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stderr.count("\n"), list(tmp_path.iterdir())) == (2, 1, [])
-    assert done.stderr.startswith("error: s3://bucket/a is a URL")
+    assert (result.returncode, result.stderr.count("\n"), list(tmp_path.iterdir())) == (2, 1, [])
+    assert result.stderr.startswith("error: s3://bucket/a is a URL")

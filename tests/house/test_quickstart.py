@@ -15,19 +15,19 @@ from tests.house.pages import ROOT, pages
 @pytest.mark.slow
 def test_the_quickstart_teaches_what_it_promises():
     """It goes on from a run that is there already; a run from nothing takes a minute or two."""
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "recipes.world.quickstart"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    told = json.loads((ROOT / "runs" / "quickstart" / "summary.json").read_text("utf-8"))
-    assert told["delta"] >= 0.15
-    assert told["ci95"][0] > 0.05
-    assert sum(skill["tuned"] > skill["base"] for skill in told["by_skill"].values()) >= 3
-    assert told["swapped"] - told["base"] < 0.03
-    assert 0.4 <= told["base"] <= 0.7
-    assert told["n"] >= 500
-    assert told["pairs"] + told["dropped"] == 1200
-    assert told["seconds"] < 300
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    summary = json.loads((ROOT / "runs" / "quickstart" / "summary.json").read_text("utf-8"))
+    assert summary["delta"] >= 0.15
+    assert summary["ci95"][0] > 0.05
+    assert sum(skill["tuned"] > skill["base"] for skill in summary["by_skill"].values()) >= 3
+    assert summary["swapped"] - summary["base"] < 0.03
+    assert 0.4 <= summary["base"] <= 0.7
+    assert summary["n"] >= 500
+    assert summary["pairs"] + summary["dropped"] == 1200
+    assert summary["seconds"] < 300
 
 
 def test_readme_and_quickstart_page_show_the_same_output():

@@ -51,8 +51,8 @@ def test_a_conversation_begins_once_and_every_turn_ends(tokenizer) -> None:
     turns = [{"role": role, "content": role.title()} for role in ("system", "user", "assistant")]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
     assert text == "<|bos|><|system|>System<|end|><|user|>User<|end|><|assistant|>Assistant<|end|>"
-    asked = tokenizer.apply_chat_template(turns[:2], tokenize=False, add_generation_prompt=True)
-    assert text.startswith(asked)
+    prompt = tokenizer.apply_chat_template(turns[:2], tokenize=False, add_generation_prompt=True)
+    assert text.startswith(prompt)
     assert tokenizer(text)["input_ids"].count(tokenizer.bos_token_id) == 1
     assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
 

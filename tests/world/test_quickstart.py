@@ -66,9 +66,9 @@ def test_a_step_done_again_at_once_keeps_the_time_of_the_work(run: Path) -> None
 
 
 def test_a_command_that_fails_ends_the_quickstart_with_its_exit_code(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         quickstart.command("clair", "build", "recipes/quickstart/nowhere.yaml")
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     assert "`clair build recipes/quickstart/nowhere.yaml` ended with exit code 2" in capfd.readouterr().err
 
 

@@ -93,17 +93,17 @@ def test_an_answer_has_the_form_of_a_chat_completion(calm: Running) -> None:
 
 
 def test_the_reviser_changes_the_wrong_value_alone_and_uses_every_style(calm: Running) -> None:
-    seen: Counter[str] = Counter()
+    styles: Counter[str] = Counter()
     for task in TASKS[:100]:
         text = ask(calm.url, revision(task, f"Hm. {task.wrong}")).text
         assert solution(text) == f"Hm. {task.right}"
         assert text.index("{teacher_reasoning}") < text.index(SOLUTION)
-        seen[
+        styles[
             text.partition("{teacher_reasoning}")[0]
             + text.partition(SOLUTION)[2][:3].strip("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
         ] += 1
-    print(f"100 replies looked at, {len(seen)} label styles: {dict(seen)}")
-    assert len(seen) >= len(STYLES)
+    print(f"100 replies looked at, {len(styles)} label styles: {dict(styles)}")
+    assert len(styles) >= len(STYLES)
 
 
 def test_a_right_student_is_copied_unchanged_and_an_empty_one_gets_the_right_sentence(calm: Running) -> None:
@@ -123,8 +123,8 @@ def test_asked_for_edits_it_names_the_smallest_one_that_can_be_found(calm: Runni
         for student in (task.wrong, task.right, "No idea", f"{task.wrong_value} {task.wrong}"):
             body = revision(task, student)
             body["messages"][0]["content"] = body["messages"][0]["content"].replace(SOLUTION, "{minimal_edits}")
-            found = parse_edits(ask(calm.url, body).text, "stop", student)
-            assert found == Revision(found.reasoning, corrected(task, student))
+            parsed = parse_edits(ask(calm.url, body).text, "stop", student)
+            assert parsed == Revision(parsed.reasoning, corrected(task, student))
 
 
 def test_asked_once_more_it_answers_the_first_request_and_behaves() -> None:
@@ -140,8 +140,8 @@ def test_asked_once_more_it_answers_the_first_request_and_behaves() -> None:
 
 def test_the_last_turn_of_a_conversation_is_the_task(calm: Running) -> None:
     task = TASKS[0]
-    whole = f"User:\nHello.\n\nAssistant:\nHello, what can I do?\n\nUser:\n{task.prompt}"
-    text = ask(calm.url, revision(replace(task, prompt=whole), task.wrong)).text
+    conversation = f"User:\nHello.\n\nAssistant:\nHello, what can I do?\n\nUser:\n{task.prompt}"
+    text = ask(calm.url, revision(replace(task, prompt=conversation), task.wrong)).text
     assert solution(text) == task.right
 
 
@@ -185,7 +185,7 @@ def test_a_token_limit_cuts_the_reply_and_says_so(calm: Running) -> None:
 def test_n_gives_that_many_choices(calm: Running) -> None:
     choices = [ask(calm.url, bare(task) | {"n": 2}).body["choices"] for task in TASKS[:30]]
     assert all(len(two) == 2 for two in choices)
-    assert any(one["message"] != other["message"] for one, other in choices)
+    assert any(first["message"] != second["message"] for first, second in choices)
 
 
 def test_misbehaviour_comes_at_its_rate_and_ends_after_three_attempts_at_most(wild: Running) -> None:

@@ -51,12 +51,12 @@ def test_the_reviser_polishes_and_overlooks_only_when_it_is_set_to():
 def verdicts(first, second, leanings, count=200):
     """How often the judge says what of two answers to the first task."""
     task = TASKS[0]
-    asked = (
+    messages = (
         f"<task>\n{task.prompt}\n</task>\n<student_solution_1>\n{first}\n</student_solution_1>\n"
         f"<student_solution_2>\n{second}\n</student_solution_2>"
     )
-    said = (judge([asked], PLAIN, seed=0, body=str(n), leanings=leanings).text for n in range(count))
-    return Counter(text.rpartition("[")[2].rstrip("]") for text in said)
+    replies = (judge([messages], PLAIN, seed=0, body=str(n), leanings=leanings).text for n in range(count))
+    return Counter(text.rpartition("[")[2].rstrip("]") for text in replies)
 
 
 def test_the_judge_weighs_right_before_wording_and_wording_only_when_asked():

@@ -24,13 +24,13 @@ ROWS = [
 
 def exchanged(rows: list[dict]) -> list[bool]:
     """Which rows are ROWS' own the other way round; anything else than that or the row itself fails."""
-    found = []
+    swapped = []
     for old, new in zip(ROWS, rows, strict=True):
         assert (old["id"], old["prompt"]) == (new["id"], new["prompt"])
         same = (new["chosen"], new["rejected"]) == (old["chosen"], old["rejected"])
         assert same or (new["chosen"], new["rejected"]) == (old["rejected"], old["chosen"])
-        found.append(not same)
-    return found
+        swapped.append(not same)
+    return swapped
 
 
 def test_half_of_the_pairs_are_swapped_in_every_skill() -> None:
@@ -62,6 +62,6 @@ def test_the_folder_has_the_layout_and_the_schema_of_its_source(tmp_path: Path) 
     write_swapped(tmp_path / "pairs", tmp_path / "out", seed=0)
     for split, count in (("train", 300), ("test", 101)):
         name = f"data/{split}-00000-of-00001.parquet"
-        made = pq.read_table(tmp_path / "out" / name)
-        assert made.num_rows == count
-        assert made.schema == pq.read_table(tmp_path / "pairs" / name).schema
+        written = pq.read_table(tmp_path / "out" / name)
+        assert written.num_rows == count
+        assert written.schema == pq.read_table(tmp_path / "pairs" / name).schema

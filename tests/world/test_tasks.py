@@ -22,30 +22,30 @@ from recipes.world.tasks import (
     write_prompts,
 )
 
-LOOKED_AT = 1200
-TASKS = {split: list(islice(draw_tasks(split, seed=1), LOOKED_AT)) for split in SPLITS}
+TASK_COUNT = 1200
+TASKS = {split: list(islice(draw_tasks(split, seed=1), TASK_COUNT)) for split in SPLITS}
 
 
 def test_no_content_lies_in_two_splits() -> None:
     contents = {split: {(task.skill, task.content) for task in tasks} for split, tasks in TASKS.items()}
-    print({split: len(found) for split, found in contents.items()}, "contents looked at")
-    for split, found in contents.items():
-        assert len(found) > 700
+    print({split: len(texts) for split, texts in contents.items()}, "contents looked at")
+    for split, texts in contents.items():
+        assert len(texts) > 700
         assert all(task.split == split for task in TASKS[split])
-        assert not any(found & other for name, other in contents.items() if name != split)
+        assert not any(texts & others for name, others in contents.items() if name != split)
 
 
 def test_rephrasing_a_task_leaves_it_in_its_split() -> None:
     rng = Random(0)
-    looked_at = 0
+    count = 0
     for skill in SKILLS.values():
         for _ in range(50):
             slots = skill.draw(rng)
             phrased = [task for template in skill.templates if (task := make_task(skill, template, slots))]
             assert len({task.split for task in phrased}) <= 1
-            looked_at += len(phrased)
-    print(f"{looked_at} phrasings looked at")
-    assert looked_at > 1000
+            count += len(phrased)
+    print(f"{count} phrasings looked at")
+    assert count > 1000
 
 
 def test_the_order_of_the_numbers_does_not_change_the_split() -> None:
@@ -59,9 +59,9 @@ def test_the_order_of_the_numbers_does_not_change_the_split() -> None:
 @pytest.mark.parametrize("skill", SKILLS)
 def test_solve_inverts_every_template(skill: str) -> None:
     tasks = [task for task in TASKS["train"] if task.skill == skill]
-    looked_at = Counter(task.template for task in tasks)
-    assert len(looked_at) == len(SKILLS[skill].templates) >= 8
-    assert min(looked_at.values()) >= 20
+    counts = Counter(task.template for task in tasks)
+    assert len(counts) == len(SKILLS[skill].templates) >= 8
+    assert min(counts.values()) >= 20
     assert all(solve(f"\n{task.prompt} ") == task for task in tasks)
 
 
@@ -125,8 +125,8 @@ def test_the_same_seed_draws_the_same_tasks_and_another_seed_others() -> None:
 
 
 def test_skills_and_templates_come_in_equal_numbers() -> None:
-    assert set(Counter(task.skill for task in TASKS["train"]).values()) == {LOOKED_AT // 5}
-    assert set(Counter(task.template for task in TASKS["train"]).values()) == {LOOKED_AT // 40}
+    assert set(Counter(task.skill for task in TASKS["train"]).values()) == {TASK_COUNT // 5}
+    assert set(Counter(task.template for task in TASKS["train"]).values()) == {TASK_COUNT // 40}
 
 
 def test_an_unknown_split_is_named_with_those_there_are() -> None:

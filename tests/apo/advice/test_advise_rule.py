@@ -32,7 +32,7 @@ ALONE = {"win": None, "right": None}
 
 
 @pytest.mark.parametrize(
-    ("given", "objective", "sure"),
+    ("evidence", "objective", "sure"),
     [
         # a judge decides
         ({}, "apo_zero", "high"),
@@ -63,15 +63,15 @@ ALONE = {"win": None, "right": None}
         ({"strange": 0.05}, "apo_zero", "high"),
     ],
 )
-def test_each_case_has_its_advice(given, objective, sure):
-    found = advise(replace(PLAIN, **given))
-    assert (found.objective, found.sure) == (objective, sure)
-    assert (found.beta is None) == (found.learning_rate is None) == (objective == "none")
-    assert found.because
+def test_each_case_has_its_advice(evidence, objective, sure):
+    advice = advise(replace(PLAIN, **evidence))
+    assert (advice.objective, advice.sure) == (objective, sure)
+    assert (advice.beta is None) == (advice.learning_rate is None) == (objective == "none")
+    assert advice.because
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("evidence", "warning"),
     [
         ({"displacement": interval(-0.2)}, "less likely"),
         ({"longer": interval(0.9)}, "90% of the winners are longer"),
@@ -80,19 +80,19 @@ def test_each_case_has_its_advice(given, objective, sure):
         ({"winner_gap": LEVEL}, "both sides are as likely to the model as its own answers"),
     ],
 )
-def test_what_to_watch_is_told_and_nothing_else(given, words):
+def test_what_to_watch_is_told_and_nothing_else(evidence, warning):
     assert advise(PLAIN).beware == []
-    (told,) = advise(replace(PLAIN, **given)).beware
-    assert words in told
+    (beware,) = advise(replace(PLAIN, **evidence)).beware
+    assert warning in beware
 
 
 @pytest.mark.parametrize("winner", [BELOW, LEVEL])
 @pytest.mark.parametrize("loser", [BELOW, LEVEL])
 def test_likelihood_alone_never_says_who_wrote_an_answer(winner, loser):
-    told = advise(replace(PLAIN, **ALONE, winner_gap=winner, loser_gap=loser))
-    assert "such as the model says itself" not in " ".join([told.because, *told.beware])
-    assert "who wrote them is not known, and which is better cannot be told without a judge" in told.because
-    assert told.sure == "low"
+    advice = advise(replace(PLAIN, **ALONE, winner_gap=winner, loser_gap=loser))
+    assert "such as the model says itself" not in " ".join([advice.because, *advice.beware])
+    assert "who wrote them is not known, and which is better cannot be told without a judge" in advice.because
+    assert advice.sure == "low"
 
 
 def test_apo_down_is_meant_to_lower_winners_and_says_nothing_of_it():

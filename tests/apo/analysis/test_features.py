@@ -58,35 +58,35 @@ def test_each_feature_is_that_of_the_pair_alone(tokenized, monkeypatch):
     """In a batch with padding as in one without: last token of the prompt, last of each response, mean of each."""
     model = make_model().eval()
     monkeypatch.setattr(features, "BATCH_TOKENS", 100)
-    found = features_of(tokenized, model)
+    actual = features_of(tokenized, model)
     with torch.no_grad():
-        for place, row in enumerate(tokenized):
+        for index, row in enumerate(tokenized):
             for name in ("chosen", "rejected"):
                 prompt, answer = row["prompt_ids"], row[f"{name}_ids"]
                 states = model.model(torch.tensor([prompt + answer])).last_hidden_state[0]
-                assert torch.allclose(found.prompt[place], states[len(prompt) - 1], atol=1e-5)
-                assert torch.allclose(getattr(found, name)[place], states[-1], atol=1e-5)
-                assert torch.allclose(getattr(found, f"{name}_mean")[place], states[len(prompt) :].mean(0), atol=1e-5)
+                assert torch.allclose(actual.prompt[index], states[len(prompt) - 1], atol=1e-5)
+                assert torch.allclose(getattr(actual, name)[index], states[-1], atol=1e-5)
+                assert torch.allclose(getattr(actual, f"{name}_mean")[index], states[len(prompt) :].mean(0), atol=1e-5)
 
 
 def test_they_are_computed_once_and_anew_where_weights_or_ids_change(tokenized, monkeypatch, tmp_path):
-    calls, told = [], []
+    calls, messages = [], []
     real = features.encode
     monkeypatch.setattr(features, "encode", lambda model, rows: calls.append(len(rows)) or real(model, rows))
     monkeypatch.setattr(features, "PART", 10)
     model = make_model()
-    first = features_of(tokenized, model, tmp_path, told.append)
+    first = features_of(tokenized, model, tmp_path, messages.append)
     assert calls == [10, 10, 4]
-    assert told[-1] == "features: 24 of 24 pairs"
-    again = features_of(tokenized, make_model(), tmp_path, told.append)
-    assert len(calls) == len(told) == 3
+    assert messages[-1] == "features: 24 of 24 pairs"
+    again = features_of(tokenized, make_model(), tmp_path, messages.append)
+    assert len(calls) == len(messages) == 3
     assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in NAMES)
     assert again.model == first.model
     features_of(tokenized.select(range(20)), model, tmp_path)
     assert calls == [10, 10, 4]
-    other = features_of(tokenized, make_model(seed=1), tmp_path)
+    reseeded = features_of(tokenized, make_model(seed=1), tmp_path)
     assert calls[3:] == [10, 10, 4]
-    assert other.model != first.model
+    assert reseeded.model != first.model
     damaged = next(tmp_path.rglob("*.safetensors"))
     damaged.write_bytes(b"torn")
     features_of(tokenized, model, tmp_path)
@@ -124,30 +124,30 @@ def test_an_adapter_has_features_of_its_own(tokenized, tmp_path):
 
 def test_pairs_of_files_come_with_their_labels_and_features(model_dir, tmp_path):
     rows = make_pairs(6)
-    for place, row in enumerate(rows):
-        row |= {"user": place % 2, "score_chosen": 2.0, "extra": "left out"}
+    for index, row in enumerate(rows):
+        row |= {"user": index % 2, "score_chosen": 2.0, "extra": "left out"}
         del row["id"]
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = []
-    found = labelled([str(tmp_path / "some.jsonl")], str(model_dir), told.append)
-    assert isinstance(found.features, Features)
-    assert len(found.rows) == len(found.features) == len(found.tokenized) == 6
-    assert [row["user"] for row in found.rows] == ["0", "1"] * 3
-    assert {row["source"] for row in found.rows} == {"some"}
-    assert found.rows[0]["score_chosen"] == 2.0
-    assert len({row["id"] for row in found.rows}) == 6
-    assert "extra" not in found.rows[0]
+    messages = []
+    labelled_pairs = labelled([str(tmp_path / "some.jsonl")], str(model_dir), messages.append)
+    assert isinstance(labelled_pairs.features, Features)
+    assert len(labelled_pairs.rows) == len(labelled_pairs.features) == len(labelled_pairs.tokenized) == 6
+    assert [row["user"] for row in labelled_pairs.rows] == ["0", "1"] * 3
+    assert {row["source"] for row in labelled_pairs.rows} == {"some"}
+    assert labelled_pairs.rows[0]["score_chosen"] == 2.0
+    assert len({row["id"] for row in labelled_pairs.rows}) == 6
+    assert "extra" not in labelled_pairs.rows[0]
 
 
 def test_pairs_longer_than_the_context_are_left_out_and_told(model_dir, tmp_path):
     rows = make_pairs(4)
     rows[2]["chosen"][0]["content"] = " ".join(["one"] * 300)
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = []
-    found = labelled([str(tmp_path / "some.jsonl")], str(model_dir), told.append)
-    assert [row["id"] for row in found.rows] == ["p0", "p1", "p3"]
-    assert len(found.features) == 3
-    assert "1 pairs are longer than the model's context and left out" in told
+    messages = []
+    labelled_pairs = labelled([str(tmp_path / "some.jsonl")], str(model_dir), messages.append)
+    assert [row["id"] for row in labelled_pairs.rows] == ["p0", "p1", "p3"]
+    assert len(labelled_pairs.features) == 3
+    assert "1 pairs are longer than the model's context and left out" in messages
 
 
 def test_a_dataset_that_is_not_there_is_one_line():

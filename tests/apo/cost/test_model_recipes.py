@@ -30,15 +30,15 @@ ALL = sorted(file for folder in ("models", "paper") for file in (plan.RECIPES / 
 DATA = [file for file in ALL if file not in plan.training_recipes()]
 
 
-def planned(file: Path, place: Path, pairs: Path, monkeypatch, capsys) -> str:
+def planned(file: Path, folder: Path, pairs: Path, monkeypatch, capsys) -> str:
     """What the dry run prints that the recipe's head gives, on a machine that is too small for it."""
-    model = plan.config_only(yaml.safe_load(file.read_text("utf-8"))["model"], place / file.stem)
-    given = ["--set", f"model={model}", "--set", f"dataset={pairs}", "--out", place / "run"]
-    assert call(monkeypatch, "train", file, "--dry-run", *plan.processes_of(file), *given) == 2
-    told, refused = capsys.readouterr()
+    model = plan.config_only(yaml.safe_load(file.read_text("utf-8"))["model"], folder / file.stem)
+    overrides = ["--set", f"model={model}", "--set", f"dataset={pairs}", "--out", folder / "run"]
+    assert call(monkeypatch, "train", file, "--dry-run", *plan.processes_of(file), *overrides) == 2
+    output, refused = capsys.readouterr()
     assert refused.splitlines()[-1].startswith("error: the run needs about ")
     assert "Traceback" not in refused
-    return told
+    return output
 
 
 @pytest.fixture
@@ -54,13 +54,13 @@ def test_every_training_recipe_resolves_and_fits_the_hardware_that_it_names(
     assert {file.stem for file in recipes} == set(HARDWARE)
     pairs = plan.write_pairs(tmp_path / "pairs.jsonl", 40)
     for file in recipes:
-        told = planned(file, tmp_path, pairs, monkeypatch, capsys)
-        lines = plan.lines_of(told)
-        assert lines[HARDWARE[file.stem]].fits, told
+        output = planned(file, tmp_path, pairs, monkeypatch, capsys)
+        lines = plan.lines_of(output)
+        assert lines[HARDWARE[file.stem]].fits, output
         assert lines["RTX 4090 24GB"].fits == (file.stem not in ("llama3_8b_full", "train"))
         name = yaml.safe_load(file.read_text("utf-8"))["model"].rpartition("/")[2]
-        assert f"parameters: {PARAMETERS[name]:,}" in told
-        assert "# train: 40 pairs\n" in told, "none is too long"
+        assert f"parameters: {PARAMETERS[name]:,}" in output
+        assert "# train: 40 pairs\n" in output, "none is too long"
     print(f"looked at {len(recipes)} training recipes")
     assert len(recipes) == 6
 
@@ -128,8 +128,8 @@ def test_each_training_recipe_gives_its_four_commands_and_says_what_is_a_guess()
     for file in plan.training_recipes():
         head = file.read_text("utf-8").partition("\nmodel:")[0]
         commands = [line.split()[1:] for line in head.splitlines() if line.startswith("#     ")]
-        told = [" ".join(words[:2]) for words in commands if words[0] in ("clair", "apo")]
-        assert {"clair build", "apo train", "apo eval", "apo compare"} <= {*told}, file.name
+        programs = [" ".join(arguments[:2]) for arguments in commands if arguments[0] in ("clair", "apo")]
+        assert {"clair build", "apo train", "apo eval", "apo compare"} <= {*programs}, file.name
         assert "guess" in head.lower(), file.name
         assert "Not run" in head, file.name
     for file in DATA:
@@ -150,13 +150,13 @@ def test_ultrafeedback_becomes_prompts_alone_and_prompts_with_scored_answers(tmp
     from recipes.experiments.paper import ultrafeedback
 
     source = tmp_path / "feedback.jsonl"
-    found = [
+    source_rows = [
         feedback(("Four.", 9.0), ("Five.", 2.5), ("", 5.0), ("Six.", None)),
         feedback(("Even.", 7.0), ("Odd.", 7.0), prompt="Is 4 even?"),
         feedback(("Alone.", 7.0), prompt="Who is there?"),
         feedback(prompt="Nobody answers?"),
     ]
-    source.write_text("".join(json.dumps(row) + "\n" for row in found), "utf-8")
+    source.write_text("".join(json.dumps(row) + "\n" for row in source_rows), "utf-8")
     monkeypatch.setattr("sys.argv", ["ultrafeedback", "--source", str(source), "--count", "4", "--out", str(tmp_path)])
     ultrafeedback.main()
     assert "4 prompts" in capsys.readouterr().out
@@ -184,8 +184,8 @@ def test_what_is_not_ultrafeedback_is_one_line(rows, says, tmp_path, monkeypatch
     monkeypatch.setattr("sys.argv", ["ultrafeedback", "--source", str(source), "--count", "2", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
         ultrafeedback.main()
-    told = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     assert stopped.value.code == 2
-    assert told.startswith("error: ")
-    assert says in told
+    assert stderr.startswith("error: ")
+    assert says in stderr
     assert not (tmp_path / "prompts.jsonl").exists()

@@ -16,15 +16,15 @@ from tests.apo.conftest import make_pairs, write_jsonl
 
 
 def test_an_id_may_be_a_number_in_one_source_and_text_in_the_other(tmp_path):
-    one = write_jsonl(tmp_path / "one.jsonl", [{**row, "id": number} for number, row in enumerate(make_pairs(2))])
-    two = write_jsonl(tmp_path / "two.jsonl", make_pairs(2))
-    assert load_train([Source(path=str(path)) for path in (one, two)], 0)["id"][:] == ["0", "1", "p0", "p1"]
+    first = write_jsonl(tmp_path / "one.jsonl", [{**row, "id": number} for number, row in enumerate(make_pairs(2))])
+    second = write_jsonl(tmp_path / "two.jsonl", make_pairs(2))
+    assert load_train([Source(path=str(path)) for path in (first, second)], 0)["id"][:] == ["0", "1", "p0", "p1"]
 
 
 def test_messages_may_have_more_keys_in_one_source(tmp_path):
-    plain, other = make_pairs(2), make_pairs(2, seed=1)
+    plain, called = make_pairs(2), make_pairs(2, seed=1)
     calls = [{"type": "function", "function": {"name": "look", "arguments": {"at": "seven"}}}]
-    more = [{**row, "chosen": [{**row["chosen"][0], "tool_calls": calls}], "tools": calls} for row in other]
+    more = [{**row, "chosen": [{**row["chosen"][0], "tool_calls": calls}], "tools": calls} for row in called]
     more[1]["prompt"] = [{**more[1]["prompt"][0], "name": "ann"}]
     paths = [write_jsonl(tmp_path / f"{number}.jsonl", rows) for number, rows in enumerate((plain, more))]
     for order in (paths, paths[::-1]):

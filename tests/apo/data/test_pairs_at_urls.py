@@ -30,14 +30,14 @@ def folder(original, tmp_path, monkeypatch):
 
 
 def test_a_folder_at_a_url_gives_the_pairs_of_the_folder(folder):
-    here, there = ([Source(path=path)] for path in (str(folder), f"file://{folder}"))
-    assert load_train(there, 0).to_list() == load_train(here, 0).to_list()
-    assert load_eval(there, True).to_list() == load_eval(here, True).to_list()
-    assert split_names(there[0].path) == split_names(here[0].path) == ["train", "test"]
-    assert read_rows([there[0].path]) == read_rows([here[0].path])
-    assert read_scored(there[0].path) == read_scored(here[0].path)
-    assert read_ids(there[0].path) == read_ids(here[0].path)
-    assert len(read_ids(here[0].path)) == 40
+    local, remote = ([Source(path=path)] for path in (str(folder), f"file://{folder}"))
+    assert load_train(remote, 0).to_list() == load_train(local, 0).to_list()
+    assert load_eval(remote, True).to_list() == load_eval(local, True).to_list()
+    assert split_names(remote[0].path) == split_names(local[0].path) == ["train", "test"]
+    assert read_rows([remote[0].path]) == read_rows([local[0].path])
+    assert read_scored(remote[0].path) == read_scored(local[0].path)
+    assert read_ids(remote[0].path) == read_ids(local[0].path)
+    assert len(read_ids(local[0].path)) == 40
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
@@ -46,18 +46,18 @@ def test_a_file_at_a_url_gives_the_pairs_of_the_file(tmp_path, monkeypatch, name
     file = tmp_path / name
     content = "".join(json.dumps(row) + "\n" for row in make_pairs(6)).encode()
     file.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    here, there = ([Source(path=path)] for path in (str(file), f"file://{file}"))
-    assert load_train(there, 0).to_list() == load_train(here, 0).to_list()
-    assert load_eval(there, True) is None
-    assert read_rows([there[0].path]) == read_rows([here[0].path])
+    local, remote = ([Source(path=path)] for path in (str(file), f"file://{file}"))
+    assert load_train(remote, 0).to_list() == load_train(local, 0).to_list()
+    assert load_eval(remote, True) is None
+    assert read_rows([remote[0].path]) == read_rows([local[0].path])
 
 
 def test_a_url_that_holds_a_secret_or_nothing_is_told_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
     for url in ("s3://me:hunter22@bucket/pairs", "https://host/pairs.jsonl?X-Amz-Signature=hunter22"):
-        with pytest.raises(UserError, match="its URL holds a password or a query") as told:
+        with pytest.raises(UserError, match="its URL holds a password or a query") as caught:
             load_train([Source(path=url)], 0)
-        assert "hunter22" not in str(told.value)
+        assert "hunter22" not in str(caught.value)
     with pytest.raises(UserError, match=r"cannot read .*: nothing is there"):
         load_train([Source(path=f"file://{tmp_path}/none")], 0)
 

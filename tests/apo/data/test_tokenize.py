@@ -52,11 +52,11 @@ def test_a_pair_by_hand():
         "rejected": [{"role": "assistant", "content": "three"}],
     }
     tokenizer = make_tokenizer()
-    found = tokenized([row, row]).dataset[0]
-    words = " ".join(tokenizer.decode(found["prompt_ids"]).split())
-    assert words == "<|begin|> <|start|> user what is one <|end|> <|start|> assistant"
-    assert tokenizer.decode(found["chosen_ids"]).split() == ["two", "<|end|>"]
-    assert tokenizer.decode(found["rejected_ids"]).split() == ["three", "<|end|>"]
+    row_ids = tokenized([row, row]).dataset[0]
+    text = " ".join(tokenizer.decode(row_ids["prompt_ids"]).split())
+    assert text == "<|begin|> <|start|> user what is one <|end|> <|start|> assistant"
+    assert tokenizer.decode(row_ids["chosen_ids"]).split() == ["two", "<|end|>"]
+    assert tokenizer.decode(row_ids["rejected_ids"]).split() == ["three", "<|end|>"]
 
 
 def test_what_a_template_writes_after_the_end_of_turn_is_not_trained():
@@ -68,21 +68,21 @@ def test_what_a_template_writes_after_the_end_of_turn_is_not_trained():
 
 def test_text_pairs_get_one_end_of_sequence():
     row = {"prompt": "what is one ", "chosen": "two", "rejected": "three <|end|>"}
-    found = tokenized([row, row]).dataset[0]
-    assert found["chosen_ids"][-1] == found["rejected_ids"][-1] == 3
-    assert found["rejected_ids"].count(3) == 1
+    row_ids = tokenized([row, row]).dataset[0]
+    assert row_ids["chosen_ids"][-1] == row_ids["rejected_ids"][-1] == 3
+    assert row_ids["rejected_ids"].count(3) == 1
 
 
 def test_pairs_too_long_on_either_side_are_dropped_and_counted_never_cut():
     rows = make_pairs(30)
-    whole = tokenized(rows).dataset
-    sizes = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in whole]
+    unlimited = tokenized(rows).dataset
+    sizes = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in unlimited]
     limit = sorted(sizes)[14]
-    found = tokenized(rows, max_length=limit)
-    assert found.dropped == {"too_long": sum(size > limit for size in sizes)}
-    assert found.dataset["id"][:] == [row["id"] for row, size in zip(whole, sizes, strict=True) if size <= limit]
-    assert [r["chosen_ids"] for r in found.dataset] == [
-        r["chosen_ids"] for r, size in zip(whole, sizes, strict=True) if size <= limit
+    limited = tokenized(rows, max_length=limit)
+    assert limited.dropped == {"too_long": sum(size > limit for size in sizes)}
+    assert limited.dataset["id"][:] == [row["id"] for row, size in zip(unlimited, sizes, strict=True) if size <= limit]
+    assert [r["chosen_ids"] for r in limited.dataset] == [
+        r["chosen_ids"] for r, size in zip(unlimited, sizes, strict=True) if size <= limit
     ]
 
 
@@ -117,10 +117,10 @@ def test_faults_are_told_with_the_first_row(rows, template, message):
 
 
 def test_pairs_with_equal_answers_are_left_out_and_counted():
-    found = tokenized(with_text(make_pairs(3)[1]["rejected"][0]["content"]))
-    assert found.dropped == {"equal": 1}
-    assert found.dataset["id"][:] == ["p0", "p2"]
-    (note,) = found.notes
+    result = tokenized(with_text(make_pairs(3)[1]["rejected"][0]["content"]))
+    assert result.dropped == {"equal": 1}
+    assert result.dataset["id"][:] == ["p0", "p2"]
+    (note,) = result.notes
     assert note.startswith(
         "train: chosen is equal to rejected in 1 of 3 pairs (first: row 1); nothing is preferred there"
     )
@@ -140,13 +140,13 @@ def test_a_missing_column_is_told_with_those_found():
 
 def test_a_template_that_renders_the_prompt_otherwise_alone_is_noted():
     thinking = TEMPLATE.replace("<|start|>assistant\n{% endif %}", "<|start|>assistant\none {% endif %}")
-    found = tokenized(make_pairs(3), make_tokenizer(template=thinking))
-    assert "renders the prompt alone otherwise" in found.notes[0]
+    result = tokenized(make_pairs(3), make_tokenizer(template=thinking))
+    assert "renders the prompt alone otherwise" in result.notes[0]
 
 
 def test_each_row_is_read_once(monkeypatch):
     rows = [{**row, "system": "count"} for row in make_pairs(5)]
     count, read = [], preference_rows._RowReader.read
     monkeypatch.setattr(preference_rows._RowReader, "read", lambda *args: count.append(1) or read(*args))
-    done = tokenize(Dataset.from_list(rows), make_tokenizer(), None, frozenset({3}))
-    assert len(count) == len(done.dataset) == 5
+    result = tokenize(Dataset.from_list(rows), make_tokenizer(), None, frozenset({3}))
+    assert len(count) == len(result.dataset) == 5

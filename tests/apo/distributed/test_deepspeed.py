@@ -41,14 +41,14 @@ def start(stage, folder, out, model_dir, data, precision="no", lora=False, **tra
     config = ROOT / "recipes" / "accelerate" / f"zero{stage}.yaml"
     launch = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2]
     launch += ["--main_process_port", 0, "--mixed_precision", precision, "-m", "tests.apo.deepspeed_on_cpus"]
-    here = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return launched(folder, *launch, "train", recipe, PYTHONPATH=here, DS_ACCELERATOR="cpu")
+    python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return launched(folder, *launch, "train", recipe, PYTHONPATH=python_path, DS_ACCELERATOR="cpu")
 
 
-def run(*asked, **options):
-    code, told = outcome(start(*asked, **options))
-    assert "batches padded" not in told
-    return code, told
+def run(*arguments, **options):
+    code, output = outcome(start(*arguments, **options))
+    assert "batches padded" not in output
+    return code, output
 
 
 def metrics(out):
@@ -57,11 +57,11 @@ def metrics(out):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_killed_and_started_again_ends_as_one_that_was_not(stage, model_dir, data, tmp_path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    code, told = run(stage, tmp_path, whole, model_dir, data)
-    assert code == 0, told
-    assert {"config.json", "model.safetensors", "run.json", "tokenizer.json"} <= {f.name for f in whole.iterdir()}
-    trained, base = load_file(whole / "model.safetensors"), load_file(model_dir / "model.safetensors")
+    unbroken, stopped = tmp_path / "whole", tmp_path / "stopped"
+    code, output = run(stage, tmp_path, unbroken, model_dir, data)
+    assert code == 0, output
+    assert {"config.json", "model.safetensors", "run.json", "tokenizer.json"} <= {f.name for f in unbroken.iterdir()}
+    trained, base = load_file(unbroken / "model.safetensors"), load_file(model_dir / "model.safetensors")
     assert {name: tensor.shape for name, tensor in trained.items()} == {name: t.shape for name, t in base.items()}
     process = start(stage, tmp_path, stopped, model_dir, data)
     give_up = time.monotonic() + 240
@@ -73,10 +73,10 @@ def test_a_run_killed_and_started_again_ends_as_one_that_was_not(stage, model_di
         os.kill(child, signal.SIGKILL)
     process.communicate(timeout=240)
     assert "finished" not in json.loads((stopped / "run.json").read_text())
-    code, told = run(stage, tmp_path, stopped, model_dir, data)
-    assert code == 0, told
-    assert re.search(r"going on from step [48] of 9", told), told
-    assert apart(*(load_file(out / "model.safetensors") for out in (whole, stopped))) < 1e-5
+    code, output = run(stage, tmp_path, stopped, model_dir, data)
+    assert code == 0, output
+    assert re.search(r"going on from step [48] of 9", output), output
+    assert apart(*(load_file(out / "model.safetensors") for out in (unbroken, stopped))) < 1e-5
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -84,8 +84,8 @@ def test_an_adapter_is_saved_whole(stage, model_dir, data, tmp_path):
     from peft import AutoPeftModelForCausalLM
 
     out = tmp_path / "run"
-    code, told = run(stage, tmp_path, out, model_dir, data, lora=True)
-    assert code == 0, told
+    code, output = run(stage, tmp_path, out, model_dir, data, lora=True)
+    assert code == 0, output
     model = AutoPeftModelForCausalLM.from_pretrained(out)
     adapter = {name: weight for name, weight in model.named_parameters() if "lora_B" in name}
     assert len(adapter) == 14
@@ -96,8 +96,8 @@ def test_an_adapter_is_saved_whole(stage, model_dir, data, tmp_path):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_in_bfloat16_the_reference_is_the_model_that_is_trained(stage, model_dir, data, tmp_path):
     out = tmp_path / "run"
-    code, told = run(stage, tmp_path, out, model_dir, data, precision="bf16", bf16=True, use_cpu=True, max_steps=2)
-    assert code == 0, told
+    code, output = run(stage, tmp_path, out, model_dir, data, precision="bf16", bf16=True, use_cpu=True, max_steps=2)
+    assert code == 0, output
     first = metrics(out)[0]
     rewards = {key: first[key] for key in first if re.fullmatch(r"rewards/(chosen|rejected)_p\d\d", key)}
     assert len(rewards) == 6

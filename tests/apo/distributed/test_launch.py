@@ -45,7 +45,7 @@ def test_a_launch_that_holds_together_is_believed(environ, count):
 
 
 @pytest.mark.parametrize(
-    ("environ", "told"),
+    ("environ", "match"),
     [
         (ACCELERATE_ON_A_CPU, "accelerate launch was asked for several processes and started one .* use torchrun"),
         (
@@ -61,19 +61,19 @@ def test_a_launch_that_holds_together_is_believed(environ, count):
         ({**TORCHRUN, "ACCELERATE_USE_DEEPSPEED": "true"}, r"pip install 'clair-apo\[deepspeed\]'"),
     ],
 )
-def test_a_launch_that_would_train_otherwise_than_asked_is_refused(environ, told, monkeypatch):
+def test_a_launch_that_would_train_otherwise_than_asked_is_refused(environ, match, monkeypatch):
     monkeypatch.setattr(processes, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=match):
         check_launch(environ)
 
 
 def args(kind, **options):
-    given = {"n_gpu": 1, "world_size": 1, "fsdp": False, "deepspeed": None, **options}
-    return SimpleNamespace(**given, distributed_state=SimpleNamespace(distributed_type=kind))
+    values = {"n_gpu": 1, "world_size": 1, "fsdp": False, "deepspeed": None, **options}
+    return SimpleNamespace(**values, distributed_state=SimpleNamespace(distributed_type=kind))
 
 
 @pytest.mark.parametrize(
-    ("found", "environ", "told"),
+    ("arguments", "environ", "match"),
     [
         (args("NO", n_gpu=8), {}, "8 GPUs and one process was started; use torchrun --nproc_per_node 8 .*, or one GPU"),
         (args("NO"), {"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 but this process is one of 1"),
@@ -87,11 +87,11 @@ def args(kind, **options):
         ),
     ],
 )
-def test_what_would_quietly_run_as_something_else_is_refused(found, environ, told, monkeypatch):
+def test_what_would_quietly_run_as_something_else_is_refused(arguments, environ, match, monkeypatch):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=told):
-        check_devices(found)
+    with pytest.raises(UserError, match=match):
+        check_devices(arguments)
 
 
 def test_what_runs_as_asked_is_not(monkeypatch):
@@ -157,10 +157,10 @@ def test_machines_that_see_other_files_are_told():
 @settings(max_examples=150, deadline=None)
 def test_processes_see_every_pair_once_an_epoch_in_the_samplers_order(pairs, size, count):
     """accelerate repeats pairs so that all processes have equally many; those are taken out again."""
-    seen = {}
+    batches = {}
     for rank in range(count):
         shard = list(BatchSamplerShard(BatchSampler(SequentialSampler(range(pairs)), size, False), count, rank))
-        for number, places in enumerate(shard):
+        for number, indices in enumerate(shard):
             state = SimpleNamespace(
                 end_of_dataloader=number == len(shard) - 1, active_dataloader=SimpleNamespace(dataset=range(pairs))
             )
@@ -168,13 +168,13 @@ def test_processes_see_every_pair_once_an_epoch_in_the_samplers_order(pairs, siz
                 accelerator=SimpleNamespace(gradient_state=state, num_processes=count, process_index=rank),
                 args=SimpleNamespace(dataloader_drop_last=False),
             )
-            batch = {"input_ids": torch.tensor([*places, *places])[:, None]}
-            kept = APOTrainer._drop_repeats(trainer, batch, size)
-            assert len(kept["input_ids"])
-            if DUMMY in kept:
-                assert pair_weights(kept).tolist() == [0.0]
+            batch = {"input_ids": torch.tensor([*indices, *indices])[:, None]}
+            unrepeated = APOTrainer._drop_repeats(trainer, batch, size)
+            assert len(unrepeated["input_ids"])
+            if DUMMY in unrepeated:
+                assert pair_weights(unrepeated).tolist() == [0.0]
             else:
-                half = len(kept["input_ids"]) // 2
-                seen[number, rank] = kept["input_ids"][:half, 0].tolist()
-                assert pair_weights(kept).tolist() == [1.0] * half
-    assert [place for key in sorted(seen) for place in seen[key]] == list(range(pairs))
+                half = len(unrepeated["input_ids"]) // 2
+                batches[number, rank] = unrepeated["input_ids"][:half, 0].tolist()
+                assert pair_weights(unrepeated).tolist() == [1.0] * half
+    assert [index for key in sorted(batches) for index in batches[key]] == list(range(pairs))

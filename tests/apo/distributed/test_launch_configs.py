@@ -24,8 +24,8 @@ def launched(file: Path) -> dict[str, str]:
     """What accelerate's launcher puts into the environment of each process, by the command in the file's header."""
     command = re.search(r"^#\s+accelerate launch (.+)$", file.read_text("utf-8"), re.MULTILINE)
     assert command, f"{file.name} does not say how it is used"
-    words = command[1].replace("recipes/accelerate", str(FOLDER)).split()
-    args = launch_command_parser().parse_args([*words, "--main_process_port", "0"])
+    arguments = command[1].replace("recipes/accelerate", str(FOLDER)).split()
+    args = launch_command_parser().parse_args([*arguments, "--main_process_port", "0"])
     assert args.module
     assert (args.training_script, args.training_script_args[0]) == ("apo.cli", "train")
     args, config, _ = _validate_launch_command(args)
@@ -35,18 +35,18 @@ def launched(file: Path) -> dict[str, str]:
 
 
 def test_every_config_is_read_by_accelerate_for_eight_gpus():
-    found = {file.stem: load_config_from_file(str(file)) for file in FILES}
-    assert {name: str(config.distributed_type.value) for name, config in found.items()} == EXPECTED
-    for config in found.values():
+    configs = {file.stem: load_config_from_file(str(file)) for file in FILES}
+    assert {name: str(config.distributed_type.value) for name, config in configs.items()} == EXPECTED
+    for config in configs.values():
         assert (config.num_processes, config.num_machines, config.use_cpu) == (8, 1, False)
         assert config.mixed_precision == "bf16"
         for section in ("fsdp_config", "deepspeed_config"):
-            known = vars(launch_command_parser().parse_args(["x.py"]))
-            assert set(getattr(config, section) or {}) <= set(known), "a key that the launcher would not know"
-    assert found["zero2"].deepspeed_config["zero_stage"] == 2
-    assert found["zero3"].deepspeed_config["zero_stage"] == 3
-    assert found["zero3"].deepspeed_config["zero3_save_16bit_model"] is True
-    print(f"looked at {len(found)} configs")
+            options = vars(launch_command_parser().parse_args(["x.py"]))
+            assert set(getattr(config, section) or {}) <= set(options), "a key that the launcher would not know"
+    assert configs["zero2"].deepspeed_config["zero_stage"] == 2
+    assert configs["zero3"].deepspeed_config["zero_stage"] == 3
+    assert configs["zero3"].deepspeed_config["zero3_save_16bit_model"] is True
+    print(f"looked at {len(configs)} configs")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -73,11 +73,11 @@ def test_log_probs_in_a_batch_keep_their_type_under_deepspeed(tmp_path, pairs, t
     args = APOConfig(output_dir=str(tmp_path))
     trainer = APOTrainer(make_model(), args=args, train_dataset=pairs, processing_class=tokenizer)
     trainer.is_deepspeed_enabled = True  # transformers then asks DeepSpeed's config for a type
-    given = {"ref_chosen_logps": torch.tensor([-1234.5678], dtype=torch.float64), "ids": [torch.tensor([3])]}
-    found = trainer._prepare_inputs(given)
-    assert found["ref_chosen_logps"].dtype == torch.float64
-    assert found["ref_chosen_logps"].item() == -1234.5678
-    assert found["ids"][0].tolist() == [3]
+    inputs = {"ref_chosen_logps": torch.tensor([-1234.5678], dtype=torch.float64), "ids": [torch.tensor([3])]}
+    prepared = trainer._prepare_inputs(inputs)
+    assert prepared["ref_chosen_logps"].dtype == torch.float64
+    assert prepared["ref_chosen_logps"].item() == -1234.5678
+    assert prepared["ids"][0].tolist() == [3]
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["more to come", "the step's last"])
@@ -86,11 +86,11 @@ def test_the_passes_of_a_micro_batch_are_one_to_deepspeed(last, tmp_path, pairs,
     args = APOConfig(output_dir=str(tmp_path), use_cpu=True, pack_tokens=1)
     trainer = APOTrainer(make_model(), args=args, train_dataset=pairs, processing_class=tokenizer)
     trainer.is_deepspeed_enabled, trainer.accelerator.sync_gradients = True, last
-    told = []
-    monkeypatch.setattr(trainer.accelerator, "backward", lambda _: told.append(trainer.accelerator.sync_gradients))
-    batch = trainer.data_collator([trainer.train_dataset[place] for place in range(3)])
+    syncs = []
+    monkeypatch.setattr(trainer.accelerator, "backward", lambda _: syncs.append(trainer.accelerator.sync_gradients))
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
     trainer.training_step(trainer.model, batch, torch.tensor(3))
-    assert told == [False, False, last]
+    assert syncs == [False, False, last]
     assert trainer.accelerator.sync_gradients == last
 
 

@@ -21,7 +21,7 @@ from apo import cli
 from apo.evaluation.mixeval.config import MixEvalConfig
 from apo.evaluation.mixeval.run import Evaluated, evaluate
 from clair.core.recipe import resolve
-from tests.clair.building import Ended
+from tests.clair.building import CommandResult
 
 ROOT = Path(__file__).parents[3]
 
@@ -32,7 +32,7 @@ class JudgeServer:
 
     url: str
 
-    def seen(self) -> list[dict[str, Any]]:
+    def requests(self) -> list[dict[str, Any]]:
         """The bodies of all requests so far."""
         return self._get("/seen")
 
@@ -77,17 +77,17 @@ def evaluated(data: Path, out: Path, **changes: Any) -> Evaluated:
     return evaluate(config_for(data, out, **changes))
 
 
-def apo(*arguments: str | Path) -> Ended:
+def apo(*arguments: str | Path) -> CommandResult:
     """The `apo` command in this process."""
     out, err = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, ["apo", *map(str, arguments)]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as exit_info:
             cli.main()
     finally:
         sys.argv = argv
-    code = ended.value.code
-    return Ended(code if isinstance(code, int) else 0 if code is None else 1, out.getvalue(), err.getvalue())
+    code = exit_info.value.code
+    return CommandResult(code if isinstance(code, int) else 0 if code is None else 1, out.getvalue(), err.getvalue())
 
 
 def start_apo(*arguments: str | Path) -> subprocess.Popen[str]:

@@ -32,7 +32,7 @@ class Server:
 
     def __init__(self, latency: float) -> None:
         self.latency = latency
-        self.seen: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         self.tries: Counter[str] = Counter()
 
     def app(self) -> web.Application:
@@ -52,35 +52,35 @@ class Server:
         return web.json_response({"data": [{"id": "j"}, {"id": "t"}]})
 
     async def tell(self, _: web.Request) -> web.Response:
-        return web.json_response(self.seen)
+        return web.json_response(self.requests)
 
     async def count(self, _: web.Request) -> web.Response:
-        return web.json_response(len(self.seen))
+        return web.json_response(len(self.requests))
 
     async def forget(self, _: web.Request) -> web.Response:
-        self.seen.clear()
+        self.requests.clear()
         self.tries.clear()
         return web.Response()
 
     async def chat(self, request: web.Request) -> web.Response:
         body = await request.json()
-        self.seen.append(body)
+        self.requests.append(body)
         text = body["messages"][-1]["content"]
         await asyncio.sleep(self.latency)
-        said = self.said(body, text)
-        ending, _, cut = said.partition(":")
+        scripted = self.answer_to(body, text)
+        ending, _, cut = scripted.partition(":")
         finish = {"LENGTH": "length", "FILTER": "content_filter"}.get(ending, "stop")
-        if said.startswith("HTTP"):
-            return web.json_response({"error": {"message": "System role not supported"}}, status=int(said[4:]))
-        if said.startswith("BODY"):
-            return web.json_response({"error": {"message": "Rate limit exceeded", "code": int(said[4:])}})
-        message = {"role": "assistant", "content": said if finish == "stop" else cut}
+        if scripted.startswith("HTTP"):
+            return web.json_response({"error": {"message": "System role not supported"}}, status=int(scripted[4:]))
+        if scripted.startswith("BODY"):
+            return web.json_response({"error": {"message": "Rate limit exceeded", "code": int(scripted[4:])}})
+        message = {"role": "assistant", "content": scripted if finish == "stop" else cut}
         choice = {"index": 0, "message": message, "finish_reason": finish}
-        usage = {"prompt_tokens": len(text) // 4, "completion_tokens": len(said) // 4 + 1}
+        usage = {"prompt_tokens": len(text) // 4, "completion_tokens": len(scripted) // 4 + 1}
         model = f"{body['model']}-0125"
         return web.json_response({"object": "chat.completion", "model": model, "choices": [choice], "usage": usage})
 
-    def said(self, body: dict[str, Any], text: str) -> str:
+    def answer_to(self, body: dict[str, Any], text: str) -> str:
         script = re.search(r"<<(.*?)>>", text, re.DOTALL)
         key = json.dumps(body, sort_keys=True)
         self.tries[key] += 1

@@ -60,14 +60,14 @@ def folder(tmp_path) -> Path:
 
 
 def test_what_is_written_is_read_in_order(folder):
-    found = read_results(folder)
-    assert [item.key for item in found.items] == [("free-form", 0, 0), ("free-form", 1, 0), ("multiple-choice", 0, 0)]
-    assert found.items[2].response == "ä\u2028\n"
-    assert found.score == a_score(3, items_sha256=found.score.items_sha256)
+    read = read_results(folder)
+    assert [item.key for item in read.items] == [("free-form", 0, 0), ("free-form", 1, 0), ("multiple-choice", 0, 0)]
+    assert read.items[2].response == "ä\u2028\n"
+    assert read.score == a_score(3, items_sha256=read.score.items_sha256)
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "match"),
     [
         (lambda f: (f / "score.json").unlink(), "holds no score.json"),
         (lambda f: (f / "items.jsonl").unlink(), "no items.jsonl"),
@@ -78,9 +78,9 @@ def test_what_is_written_is_read_in_order(folder):
         (lambda f: write_results(f, a_score(3), [an_item()]), "too few"),
     ],
 )
-def test_a_damaged_folder_is_told(folder, damage, told):
+def test_a_damaged_folder_is_told(folder, damage, match):
     damage(folder)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=match):
         read_results(folder)
 
 
@@ -95,7 +95,7 @@ def test_a_random_score_is_always_marked_unresolved():
 
 
 def test_results_that_differ_in_judge_profile_version_or_system_are_not_comparable():
-    one = a_score(1).comparable()
+    comparable = a_score(1).comparable()
     others = [
         a_score(1, profile="faithful"),
         a_score(1, version="2024-08-11"),
@@ -104,12 +104,12 @@ def test_results_that_differ_in_judge_profile_version_or_system_are_not_comparab
         a_score(1, judge=JudgeUsed(kind="model", model="m")),
         a_score(1, data={"free-form.json": "1" * 64}),
     ]
-    assert all(other.comparable() != one for other in others)
-    assert a_score(1, model=ModelUsed(name="n", identity="o"), seed=3).comparable() == one
+    assert all(different.comparable() != comparable for different in others)
+    assert a_score(1, model=ModelUsed(name="n", identity="o"), seed=3).comparable() == comparable
 
 
 @pytest.mark.parametrize(("table", "model"), [("score", Score), ("items", Item)])
 def test_the_page_names_every_key(table, model):
     ((page, _, (_, *rows)),) = tables(table)
-    told = [name for row in rows for name in re.findall(r"`([^`]+)`", row[0])]
-    assert sorted(told) == sorted(model.model_fields), page
+    keys = [name for row in rows for name in re.findall(r"`([^`]+)`", row[0])]
+    assert sorted(keys) == sorted(model.model_fields), page

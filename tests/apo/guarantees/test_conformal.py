@@ -102,7 +102,7 @@ def test_losses_that_rise_are_refused_with_the_unit_and_the_place():
 
 
 @pytest.mark.parametrize(
-    ("call", "told"),
+    ("call", "match"),
     [
         (lambda: crc_threshold(np.zeros(10), 1.5), "alpha is 1.5"),
         (lambda: crc_threshold(np.zeros((5, 2)), 0.1), "expected a list of numbers"),
@@ -115,8 +115,8 @@ def test_losses_that_rise_are_refused_with_the_unit_and_the_place():
         (lambda: longest_monotone(np.zeros(3), -1.0), "width is -1"),
     ],
 )
-def test_what_cannot_be_calibrated_is_refused(call, told):
-    with pytest.raises(UserError, match=told):
+def test_what_cannot_be_calibrated_is_refused(call, match):
+    with pytest.raises(UserError, match=match):
         call()
 
 
@@ -166,8 +166,8 @@ def test_a_small_sample_gets_the_even_direction_and_a_large_one_chooses():
 def test_properties_by_hand():
     units, line = np.array([[0.0], [1.0]]), np.array([0.5])
 
-    def widths(score, wanted):
-        return critical_widths(score, wanted, units).round(6).tolist()
+    def widths(score, direction):
+        return critical_widths(score, direction, units).round(6).tolist()
 
     falling = lambda x: -x[:, 0]  # noqa: E731
     assert widths(falling, monotone(0, line)) == [0.5, 0.5]
@@ -208,9 +208,9 @@ def test_isotonic_is_scipys(values):
 def test_the_longest_monotone_share_is_that_of_all_subsets(values, width):
     best = 0
     for chosen in range(1 << len(values)):
-        kept = [v for place, v in enumerate(values) if chosen >> place & 1]
-        if all(earlier - later <= width for at, later in enumerate(kept) for earlier in kept[:at]):
-            best = max(best, len(kept))
+        subset = [v for position, v in enumerate(values) if chosen >> position & 1]
+        if all(earlier - later <= width for index, later in enumerate(subset) for earlier in subset[:index]):
+            best = max(best, len(subset))
     assert longest_monotone(np.array(values, float), float(width)) == best
 
 
@@ -320,9 +320,9 @@ def test_d3_choosing_a_point_of_the_grid_breaks_the_promise_and_a_direction_keep
 
     def best_on_the_data(u, d, alpha):
         allowed = math.floor(alpha * (len(u) + 1) - 1)
-        rest = {x: float(np.sort(np.where(u > x, math.inf, d))[::-1][allowed]) for x in np.append(u, 0.0)}
-        above = min(rest, key=lambda x: x + rest[x])
-        return above, rest[above]
+        bounds = {x: float(np.sort(np.where(u > x, math.inf, d))[::-1][allowed]) for x in np.append(u, 0.0)}
+        above = min(bounds, key=lambda x: x + bounds[x])
+        return above, bounds[above]
 
     for n in (50, 100, 500):
         naive, ours = [], []
@@ -331,8 +331,8 @@ def test_d3_choosing_a_point_of_the_grid_breaks_the_promise_and_a_direction_keep
             naive.append(risk(*best_on_the_data(up[drawn], down[drawn], 0.1)))
             within = band(up[drawn], down[drawn], 0.1, seed=draw)
             ours.append(risk(within.above, within.below))
-        told = [f"{np.mean(risks):.4f} +- {standard_error(risks):.4f}" for risks in (naive, ours)]
-        print(f"n {n}: best point of the data {told[0]}, direction {told[1]}")
+        means = [f"{np.mean(risks):.4f} +- {standard_error(risks):.4f}" for risks in (naive, ours)]
+        print(f"n {n}: best point of the data {means[0]}, direction {means[1]}")
         assert np.mean(ours) <= 0.1 + 3 * standard_error(ours)
         if n == 50:
             assert np.mean(naive) > 0.1 + 5 * standard_error(naive)
@@ -351,8 +351,8 @@ def test_d4_the_filter_keeps_both_promises_with_ties():
         strict_only.append(float(((large.gap >= threshold) & large.bad).mean()))
         candidates = candidates_of(unlabelled, 1000, 0.1, 0.1)
         precise = precision_threshold(audit.gap, audit.bad, 0.1, 0.1, candidates)
-        kept = large.gap > precise
-        shares.append(float(large.bad[kept].mean()) if kept.any() else 0.0)
+        passing = large.gap > precise
+        shares.append(float(large.bad[passing].mean()) if passing.any() else 0.0)
         failed += shares[-1] > 0.1
     print(f"joint {np.mean(joint):.4f}, with >= {np.mean(strict_only):.4f}")
     print(f"share of bad {np.mean(shares):.4f}, above alpha in {failed / 500:.1%} of the draws")

@@ -45,10 +45,10 @@ def test_length_normalised_log_ratios_are_means_over_tokens():
 
 def test_kto_takes_the_kl_that_is_measured_as_its_log_ratios_are():
     summed, per_token = 2.0, 0.5
-    found = losses({"kto": 1.0}, kl=(summed, per_token))
-    assert found[0] == pytest.approx((sigmoid(2 - 4) + sigmoid(-6 - 2)) / 2)
-    found = losses({"kto": {"length_normalised": True}}, kl=torch.tensor([summed, per_token]))
-    assert found[0] == pytest.approx((sigmoid(0.5 - 1) + sigmoid(-2 - 0.5)) / 2)
+    values = losses({"kto": 1.0}, kl=(summed, per_token))
+    assert values[0] == pytest.approx((sigmoid(2 - 4) + sigmoid(-6 - 2)) / 2)
+    values = losses({"kto": {"length_normalised": True}}, kl=torch.tensor([summed, per_token]))
+    assert values[0] == pytest.approx((sigmoid(0.5 - 1) + sigmoid(-2 - 0.5)) / 2)
 
 
 def test_options_reach_the_function_and_each_term_has_its_own():
@@ -110,15 +110,15 @@ def test_derivatives_agree_with_finite_differences_in_float64(spec):
     line = torch.linspace(-3, 3, 5, dtype=torch.float64)
     lengths = torch.tensor([[1, 2, 3, 4, 5], [2, 3, 1, 6, 4]])
     reference = torch.stack([-line.flip(0) / 3, line.square() / 7])
-    for there in (torch.ones(2, 5), torch.tensor([[1, 0, 1, 1, 0], [0, 1, 0, 0, 1]])):
-        if not there.all() and mixture.paired_only_reason:
+    for present in (torch.ones(2, 5), torch.tensor([[1, 0, 1, 1, 0], [0, 1, 0, 0, 1]])):
+        if not present.all() and mixture.paired_only_reason:
             continue
-        there = there.double()
-        kept = (lengths * there).long()
+        present = present.double()
+        counts = (lengths * present).long()
 
-        def loss(chosen, rejected, there=there, kept=kept):
-            policy = PairLogps(chosen * there[0], rejected * there[1], *kept)
-            return mixture.losses(policy, tuple(reference * there), beta=0.7, kl=(1.3, 0.4))
+        def loss(chosen, rejected, present=present, counts=counts):
+            policy = PairLogps(chosen * present[0], rejected * present[1], *counts)
+            return mixture.losses(policy, tuple(reference * present), beta=0.7, kl=(1.3, 0.4))
 
         inputs = line.clone().requires_grad_(), (0.8 - 1.1 * line).requires_grad_()
         assert torch.autograd.gradcheck(loss, inputs)
@@ -127,13 +127,13 @@ def test_derivatives_agree_with_finite_differences_in_float64(spec):
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: objective_title(spec)[:60])
 @pytest.mark.parametrize("size", [20.0, 1e4])
 def test_losses_and_gradients_are_finite_at_extremes_in_float32(spec, size):
-    ends = torch.tensor([[size, -size, size, -size], [-size, size, size, -size]])
-    leaves = [end.clone().requires_grad_() for end in ends]
+    extremes = torch.tensor([[size, -size, size, -size], [-size, size, size, -size]])
+    leaves = [end.clone().requires_grad_() for end in extremes]
     for length in (1, 1000):
         policy = PairLogps(*leaves, torch.full((4,), length), torch.full((4,), length))
-        found = resolve_mixture(spec).losses(policy, (torch.zeros(4), torch.zeros(4)), beta=1.0, kl=(size, size))
-        slopes = torch.autograd.grad(found.sum(), leaves, allow_unused=True, materialize_grads=True)
-        assert found.isfinite().all()
+        values = resolve_mixture(spec).losses(policy, (torch.zeros(4), torch.zeros(4)), beta=1.0, kl=(size, size))
+        slopes = torch.autograd.grad(values.sum(), leaves, allow_unused=True, materialize_grads=True)
+        assert values.isfinite().all()
         assert torch.stack(slopes).isfinite().all()
 
 

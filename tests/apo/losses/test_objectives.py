@@ -129,10 +129,10 @@ def test_label_smoothing_by_hand():
 
 @given(rewards, rewards, st.floats(0, 0.45))
 def test_robust_dpo_is_dpo_on_average_over_flipped_labels(chosen, rejected, share):
-    one, other = torch.tensor([chosen], dtype=torch.float64), torch.tensor([rejected], dtype=torch.float64)
-    kept, flipped = (robust(*pair, beta=1.0, label_smoothing=share) for pair in ((one, other), (other, one)))
-    average = (1 - share) * kept + share * flipped
-    assert average.item() == pytest.approx(dpo(one, other, beta=1.0).item(), abs=1e-9)
+    winner, loser = torch.tensor([chosen], dtype=torch.float64), torch.tensor([rejected], dtype=torch.float64)
+    unflipped, flipped = (robust(*pair, beta=1.0, label_smoothing=share) for pair in ((winner, loser), (loser, winner)))
+    average = (1 - share) * unflipped + share * flipped
+    assert average.item() == pytest.approx(dpo(winner, loser, beta=1.0).item(), abs=1e-9)
 
 
 def test_ipo_by_hand_draws_every_pair_to_one_margin_per_token():
@@ -214,7 +214,7 @@ def test_derivatives_agree_with_finite_differences_in_float64(objective):
     second = torch.linspace(2, -4, 5, dtype=torch.float64, requires_grad=True)
     lengths = {"chosen_len": torch.arange(1, 6), "rejected_len": torch.arange(2, 7)}
     inputs = (first, second.detach()) if objective is sft else (first, second)  # which does not read the losers
-    assert torch.autograd.gradcheck(lambda one, other: described(one, other, beta=0.7, **lengths), inputs)
+    assert torch.autograd.gradcheck(lambda winner, loser: described(winner, loser, beta=0.7, **lengths), inputs)
 
 
 def test_every_public_loss_is_registered_under_its_name():

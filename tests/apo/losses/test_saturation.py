@@ -27,8 +27,8 @@ def pairs_at(chosen, rejected, beta=1.0, chosen_len=3.0, rejected_len=5.0):
 def saturation(objective, chosen, rejected, beta=1.0, **more):
     policy, reference = pairs_at(chosen, rejected, beta, **more)
     zero = torch.zeros_like(policy.chosen)
-    found = saturation_mask(resolve_mixture(objective), policy, reference, beta=beta, kl=(zero, zero))
-    return None if found is None else found.tolist()
+    share = saturation_mask(resolve_mixture(objective), policy, reference, beta=beta, kl=(zero, zero))
+    return None if share is None else share.tolist()
 
 
 def test_by_hand():
@@ -65,8 +65,8 @@ def test_the_pull_is_its_closed_form(name, beta):
     chosen, rejected = (side.flatten() + 0.01 for side in torch.meshgrid(LINE, LINE, indexing="ij"))
     policy, reference = pairs_at(chosen, rejected, beta)
     kl = (torch.zeros_like(chosen),) * 2
-    found = gradient_size(term, policy, reference, beta=beta, kl=kl)
-    torch.testing.assert_close(found, beta * formula(chosen, rejected), rtol=1e-9, atol=1e-12)
+    pull = gradient_size(term, policy, reference, beta=beta, kl=kl)
+    torch.testing.assert_close(pull, beta * formula(chosen, rejected), rtol=1e-9, atol=1e-12)
     assert max_gradient_size(term, beta) == pytest.approx(beta * greatest, rel=1e-6)
 
 

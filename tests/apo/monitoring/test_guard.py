@@ -56,8 +56,8 @@ def recipe(tmp_path, model_dir):
 
 
 def run(recipe, **changes):
-    told: list[str] = []
-    return train(TrainConfig(**{**recipe, **changes}), tell=told.append), told
+    messages: list[str] = []
+    return train(TrainConfig(**{**recipe, **changes}), tell=messages.append), messages
 
 
 def metrics(recipe):
@@ -71,58 +71,60 @@ def test_differences_by_hand():
     # Texts of 10 and 30 tokens: 2 and 0 nats more, 0.05 a token. Tasks: of 4 right before, one is lost and one won.
     base = Look((20.0, 60.0), (10, 30), (1.0, 1.0, 0.0, 1.0))
     now = Look((22.0, 60.0), (10, 30), (0.0, 1.0, 1.0, 1.0))
-    found = compare(base, now)
-    assert found["guard/text_loss"] == pytest.approx(82 / 40)
-    assert found["guard/text_loss_rise"] == pytest.approx(2 / 40)
-    assert found["guard/text_loss_rise_noise"] > 0.5  # two texts say next to nothing
-    assert found["guard/accuracy"] == 0.75
-    assert found["guard/accuracy_drop"] == 0
-    assert found["guard/accuracy_drop_noise"] == pytest.approx(3.1824 * math.sqrt(2 / 3) / 2, rel=1e-4)  # t with 3 df
+    differences = compare(base, now)
+    assert differences["guard/text_loss"] == pytest.approx(82 / 40)
+    assert differences["guard/text_loss_rise"] == pytest.approx(2 / 40)
+    assert differences["guard/text_loss_rise_noise"] > 0.5  # two texts say next to nothing
+    assert differences["guard/accuracy"] == 0.75
+    assert differences["guard/accuracy_drop"] == 0
+    assert differences["guard/accuracy_drop_noise"] == pytest.approx(
+        3.1824 * math.sqrt(2 / 3) / 2, rel=1e-4
+    )  # t with 3 df
 
 
 def test_a_rail_is_crossed_beyond_its_noise_only():
     rails = Guard(text="a", tasks="b", most_loss_rise=0.1, most_accuracy_drop=0.2)
 
-    def words(rise, rise_noise, drop, drop_noise):
+    def violation(rise, rise_noise, drop, drop_noise):
         names = ("text_loss_rise", "text_loss_rise_noise", "accuracy_drop", "accuracy_drop_noise")
         return crossed(
             rails, {f"guard/{n}": v for n, v in zip(names, (rise, rise_noise, drop, drop_noise), strict=True)}
         )
 
-    assert words(0.3, 0.25, 0.4, 0.25) is None
+    assert violation(0.3, 0.25, 0.4, 0.25) is None
     assert (
-        words(0.3, 0.15, 0.4, 0.25)
+        violation(0.3, 0.15, 0.4, 0.25)
         == "the loss on the guard's text rose by 0.3 nats per token (+- 0.15; guard.most_loss_rise allows 0.1)"
     )
     assert (
-        words(-0.3, 0.01, 0.4, 0.15)
+        violation(-0.3, 0.01, 0.4, 0.15)
         == "the accuracy on the guard's tasks fell by 0.4 (+- 0.15; guard.most_accuracy_drop allows 0.2)"
     )
-    assert " and the accuracy" in words(0.3, 0.1, 0.4, 0.1)
-    assert "rose by nan" in words(math.nan, math.nan, 0, 0)
+    assert " and the accuracy" in violation(0.3, 0.1, 0.4, 0.1)
+    assert "rose by nan" in violation(math.nan, math.nan, 0, 0)
 
 
 def test_a_look_is_what_the_plain_log_probs_say(recipe, tmp_path, model_dir):
     planned = plan(TrainConfig(**recipe))
     tokenizer, model = make_tokenizer(), AutoModelForCausalLM.from_pretrained(model_dir)
-    found = look(build_trainer(planned), planned.rails)
+    measurement = look(build_trainer(planned), planned.rails)
 
     def logp(ids, start):
         ids = torch.tensor([ids])
         mask = (torch.arange(ids.shape[1])[None] >= start).long()
         return response_logps(model, ids, torch.ones_like(ids), mask).item()
 
-    for row, loss, tokens in zip(texts(), found.losses, found.tokens, strict=True):
+    for row, loss, tokens in zip(texts(), measurement.losses, measurement.tokens, strict=True):
         ids = tokenizer(row["text"])["input_ids"]
         assert tokens == len(ids) - 1
         assert loss == pytest.approx(-logp(ids, 1), rel=1e-5)
-    for row, right in zip(tasks(), found.right, strict=True):
+    for row, right in zip(tasks(), measurement.right, strict=True):
         prompt = [{"role": "user", "content": row["prompt"]}]
         start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         answers = [start + tokenizer(option)["input_ids"] + [3] for option in row["options"]]
         scores = [logp(ids, len(start)) for ids in answers]
         assert right == float(scores.index(max(scores)) == row["answer"])
-    assert 0 < sum(found.right) < len(found.right)
+    assert 0 < sum(measurement.right) < len(measurement.right)
 
 
 def test_long_texts_are_read_in_pieces(tmp_path):
@@ -161,16 +163,18 @@ def test_a_crossed_rail_stops_the_run_and_leaves_the_last_good_checkpoint(recipe
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert stop.value.code == 5
-        told = capsys.readouterr().err
+        stderr = capsys.readouterr().err
         rows = [row for row in metrics(recipe) if "guard/text_loss" in row]
         last = rows[-1]
         assert last["guard/text_loss_rise"] - last["guard/text_loss_rise_noise"] > 0.3
         assert all(row["guard/text_loss_rise"] - row["guard/text_loss_rise_noise"] <= 0.3 for row in rows[:-1])
         assert 2 < last["step"] < 20
         good = Path(recipe["out"]) / f"checkpoint-{last['step'] - 2}"
-        assert f"error: step {last['step']}: the loss on the guard's text rose by" in told
-        assert "; guard.most_loss_rise allows 0.3); lower trainer.learning_rate, or allow more and run the same" in told
-        assert f"the last good checkpoint is {good}" in told
+        assert f"error: step {last['step']}: the loss on the guard's text rose by" in stderr
+        assert (
+            "; guard.most_loss_rise allows 0.3); lower trainer.learning_rate, or allow more and run the same" in stderr
+        )
+        assert f"the last good checkpoint is {good}" in stderr
         assert checkpoints(Path(recipe["out"]))[-1] == good
         assert resume_problem(good) is None
         AutoModelForCausalLM.from_pretrained(good)
@@ -185,9 +189,9 @@ def test_accuracy_alone_can_stop_a_run(recipe):
     rows = tasks(200)
     write(Path(recipe["guard"]["tasks"]), rows)
     planned = plan(TrainConfig(**recipe))
-    before = look(build_trainer(planned), planned.rails)
+    initial = look(build_trainer(planned), planned.rails)
     # Tasks that the model gets right now: whatever training does to it, some are lost.
-    write(Path(recipe["guard"]["tasks"]), [row for row, right in zip(rows, before.right, strict=True) if right])
+    write(Path(recipe["guard"]["tasks"]), [row for row, right in zip(rows, initial.right, strict=True) if right])
     recipe["guard"] = {"tasks": recipe["guard"]["tasks"]}
     recipe["trainer"] |= {"learning_rate": 0.05}
     with pytest.raises(Stopped, match=r"the accuracy on the guard's tasks fell by 0\.\d+ \(\+- 0.*drop allows 0.05\)"):
@@ -205,17 +209,17 @@ def test_the_epochs_end_saves_nothing_that_was_not_passed(recipe, every):
 
 
 def test_trackers_are_given_the_rails_too(recipe, tmp_path):
-    seen = []
+    logged = []
 
     class Tracker(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **_):
-            seen.append(set(logs))
+            logged.append(set(logs))
 
     trainer = build_trainer(plan(TrainConfig(**recipe)))
     trainer.add_callback(Tracker())
     trainer.train()
-    assert sum("guard/accuracy" in keys for keys in seen) == 11
-    assert sum({"loss", "saturation", "mfu"} <= keys for keys in seen) >= 5
+    assert sum("guard/accuracy" in keys for keys in logged) == 11
+    assert sum({"loss", "saturation", "mfu"} <= keys for keys in logged) >= 5
 
 
 # Bad input
@@ -274,11 +278,11 @@ def test_bad_rails_are_told_before_any_work(case, recipe, tmp_path):
 
 
 def test_a_dry_run_tells_what_will_be_looked_at(recipe):
-    told = plan(TrainConfig(**recipe)).rails.told(20)
+    description = plan(TrainConfig(**recipe)).rails.told(20)
     tokens = sum(len(row["text"].split()) for row in texts())
-    assert told.startswith("12 texts, 20 tasks, ")
-    assert int(told.split(", ")[2].split(" ")[0]) > tokens
-    assert told.endswith("a look, every 2 steps")
+    assert description.startswith("12 texts, 20 tasks, ")
+    assert int(description.split(", ")[2].split(" ")[0]) > tokens
+    assert description.endswith("a look, every 2 steps")
 
 
 def test_how_often_to_look():

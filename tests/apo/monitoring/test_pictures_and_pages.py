@@ -21,15 +21,17 @@ def rows_of(kind):
 
 
 def test_every_objective_has_a_row_with_its_kind():
-    found = {row[0].strip("`"): row[1] for row in rows_of("objectives")}
-    assert found == {name: resolve_objective(name).kind for name in OBJECTIVES}
+    kinds = {row[0].strip("`"): row[1] for row in rows_of("objectives")}
+    assert kinds == {name: resolve_objective(name).kind for name in OBJECTIVES}
 
 
 def test_the_table_of_gradients_is_what_autograd_says():
     for winner, loser, *cells in rows_of("gradients"):
         for objective, cell in zip((apo_zero, apo_down, dpo), cells, strict=True):
-            told = [float(number) for number in cell.split(",")]
-            assert list(gradients(objective, float(winner), float(loser), beta=1.0)) == pytest.approx(told, abs=6e-5)
+            documented = [float(number) for number in cell.split(",")]
+            assert list(gradients(objective, float(winner), float(loser), beta=1.0)) == pytest.approx(
+                documented, abs=6e-5
+            )
 
 
 def test_the_table_of_kinds_is_what_a_function_is_offered():
@@ -40,15 +42,15 @@ def test_the_table_of_kinds_is_what_a_function_is_offered():
 
 
 def test_every_metric_is_explained():
-    told = {name for row in rows_of("metrics") for name in row[0].replace("`", "").split(", ")}
+    documented = {name for row in rows_of("metrics") for name in row[0].replace("`", "").split(", ")}
     quantiles = {f"rewards/{side}_{word}" for side in ("chosen", "rejected") for word in QUANTILES}
     speed = {"pairs_per_second", "tokens_per_second", "mfu"}
-    assert told == {*MEANS_OF_LOGPS, *MEANS_OF_RATIOS, *SHARES, *OF_SOME, *quantiles, *speed}
+    assert documented == {*MEANS_OF_LOGPS, *MEANS_OF_RATIOS, *SHARES, *OF_SOME, *quantiles, *speed}
 
 
 def test_every_metric_of_the_probe_and_the_guard_is_explained():
-    told = {name for row in rows_of("probe") for name in row[0].replace("`", "").split(", ")}
-    assert told == set(PROBED)
+    documented = {name for row in rows_of("probe") for name in row[0].replace("`", "").split(", ")}
+    assert documented == set(PROBED)
     looks = compare(Look((1.0, 2.0), (1, 2), (1.0, 0.0)), Look((1.0, 2.0), (1, 2), (1.0, 0.0)))
     page = pages()["docs/training_monitoring.md"]
     assert all(f"`{name}`" in page for name in looks)

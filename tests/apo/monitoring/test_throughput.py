@@ -209,13 +209,13 @@ def test_nothing_is_gathered_off_logging_steps(tmp_path):
 def test_a_read_meter_holds_the_pairs_of_all_processes_and_is_empty():
     class Two:
         num_processes = 2
-        asked = 0
+        call_count = 0
 
         def pad_across_processes(self, rows):
             return torch.cat([rows, torch.zeros(1, rows.shape[1])])  # the other process has one pair more
 
         def gather(self, rows):
-            self.asked += 1
+            self.call_count += 1
             return torch.cat([rows, rows + 1.0 * (rows[:, -1:] == 7)])
 
     meter = Meter(Two(), "none")
@@ -224,4 +224,4 @@ def test_a_read_meter_holds_the_pairs_of_all_processes_and_is_empty():
     assert not meter.has("eval")
     assert meter.take("train").tolist() == [[5.0] * 3, [5.0] * 3, [6.0] * 3] * 2
     assert not meter.has("train")
-    assert meter.accelerator.asked == 1
+    assert meter.accelerator.call_count == 1

@@ -35,11 +35,11 @@ def test_training_and_evaluation_mark_the_same_tokens():
 
 def test_a_comparison_by_hand():
     # Two pairs. Of the first chosen response, token 1 is edited and falls by 2 nats, the shared one rises by 1.
-    before = View([torch.tensor(t) for t in ([-1.0, -1.0], [-3.0], [-1.0], [-1.0])], torch.tensor([[0.5, 0.5]]).log())
+    start = View([torch.tensor(t) for t in ([-1.0, -1.0], [-3.0], [-1.0], [-1.0])], torch.tensor([[0.5, 0.5]]).log())
     now = View([torch.tensor(t) for t in ([0.0, -3.0], [-4.0], [-2.0], [-0.5])], torch.tensor([[0.25, 0.75]]).log())
     shared = [torch.tensor(mark) for mark in ([True, False], [False], [True], [True])]
-    found = compare(before, now, shared)
-    assert found == pytest.approx({
+    result = compare(start, now, shared)
+    assert result == pytest.approx({
         "probe/kl": 0.25 * torch.tensor(0.5).log().item() + 0.75 * torch.tensor(1.5).log().item(),
         "probe/shared_chosen": (1 - 1) / 2, "probe/edited_chosen": -2.0, "probe/shared_rejected": 0.5,
         "probe/edited_rejected": -1.0, "probe/shared_falls": 0.5, "probe/edited_falls": 1.0,
@@ -51,20 +51,20 @@ def test_a_view_is_what_the_models_logits_say(tmp_path, tokenizer, pairs, adapte
     trainer = apo_trainer(tmp_path, tokenizer, pairs, None, lora() if adapter else None)
     rows = [trainer.train_dataset[row] for row in range(3)]
     probe = Probe(trainer, rows)
-    model, seen = make_model(), []
+    model, distributions = make_model(), []
     for row in rows:
         for side in ("chosen_ids", "rejected_ids"):
             ids = torch.tensor([row["prompt_ids"] + row[side]])
             with torch.no_grad():
                 logps = model(ids).logits[0, :-1].log_softmax(-1)
-            seen.append(logps[-len(row[side]) :])
-            expected = seen[-1].gather(-1, torch.tensor(row[side])[:, None]).squeeze(-1)
-            torch.testing.assert_close(probe.before.tokens[len(seen) - 1], expected, rtol=1e-4, atol=1e-4)
-    everywhere = torch.cat(seen)
+            distributions.append(logps[-len(row[side]) :])
+            expected = distributions[-1].gather(-1, torch.tensor(row[side])[:, None]).squeeze(-1)
+            torch.testing.assert_close(probe.before.tokens[len(distributions) - 1], expected, rtol=1e-4, atol=1e-4)
+    everywhere = torch.cat(distributions)
     torch.testing.assert_close(probe.before.positions, everywhere, rtol=1e-4, atol=1e-4)  # fewer than POSITIONS
-    at_first = probe.measure(trainer)
-    assert all(abs(value) < 1e-5 for name, value in at_first.items() if "falls" not in name)
-    assert set(at_first) == set(METRICS)
+    first = probe.measure(trainer)
+    assert all(abs(value) < 1e-5 for name, value in first.items() if "falls" not in name)
+    assert set(first) == set(METRICS)
     trainer.train()
     moved = probe.measure(trainer)
     assert moved["probe/kl"] > 1e-4
@@ -89,16 +89,16 @@ def test_unpaired_rows_have_a_divergence_and_no_edits(tmp_path, tokenizer):
 def test_a_probe_grows_with_the_run_and_prefers_held_out_pairs(tmp_path, tokenizer):
     train_pairs, held_out = Dataset.from_list(make_pairs(24)), Dataset.from_list(make_pairs(30, seed=4))
 
-    def size(steps, asked=None, eval_dataset=None):
+    def size(steps, size=None, eval_dataset=None):
         trainer = apo_trainer(tmp_path, tokenizer, train_pairs, eval_dataset=eval_dataset, max_steps=steps)
-        found = probe_of(trainer, asked)
-        return found and (len(found.pairs), found.pairs[0]["prompt_ids"] == trainer.train_dataset[0]["prompt_ids"])
+        probe = probe_of(trainer, size)
+        return probe and (len(probe.pairs), probe.pairs[0]["prompt_ids"] == trainer.train_dataset[0]["prompt_ids"])
 
     assert size(20) is None
     assert size(50) == (2, True)
     assert size(1_000_000) == (16, True)
-    assert size(50, asked=5) == (5, True)
-    assert size(50, asked=0) is None
+    assert size(50, size=5) == (5, True)
+    assert size(50, size=0) is None
     assert size(50, eval_dataset=held_out) == (2, False)
 
 
@@ -113,12 +113,12 @@ def test_a_run_logs_its_probe_ten_times_and_is_not_changed_by_it(tmp_path, model
         out = tmp_path / str(probe)
         train(TrainConfig(**recipe, probe=probe, out=str(out)), tell=lambda _: None)
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        found = [row for row in rows if "probe/kl" in row]
+        logged = [row for row in rows if "probe/kl" in row]
         assert [row["step"] for row in rows if "loss" in row] == [1, *range(2, 21, 2)]  # looks keep no line away
-        assert [row["step"] for row in found] == ([*range(2, 21, 2)] if probe else [])
+        assert [row["step"] for row in logged] == ([*range(2, 21, 2)] if probe else [])
         weights.append(AutoModelForCausalLM.from_pretrained(out).state_dict())
         if probe:
-            assert found[-1]["probe/kl"] > found[0]["probe/kl"] > 0
+            assert logged[-1]["probe/kl"] > logged[0]["probe/kl"] > 0
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -130,8 +130,8 @@ def test_a_run_that_goes_on_compares_with_the_model_before_the_first_step(tmp_pa
     recipe = {"model": str(model_dir), "dataset": str(data), "trainer": trainer, "probe": 2, "out": str(tmp_path / "o")}
     trained = build_trainer(plan(TrainConfig(**recipe)))
     trained.train()
-    whole = [row["probe/kl"] for row in trained.state.log_history if "probe/kl" in row]
+    uninterrupted = [row["probe/kl"] for row in trained.state.log_history if "probe/kl" in row]
     again = build_trainer(plan(TrainConfig(**recipe)))
     again.train(resume_from_checkpoint=str(Path(recipe["out"]) / "checkpoint-5"))
     resumed = [row["probe/kl"] for row in again.state.log_history if "probe/kl" in row]
-    assert resumed[-5:] == pytest.approx(whole[-5:], rel=1e-4)
+    assert resumed[-5:] == pytest.approx(uninterrupted[-5:], rel=1e-4)

@@ -40,8 +40,8 @@ def test_the_fused_batch_agrees_with_the_plain_reference(examples):
     plain = plain_logps(model, batch)
     add_fused_lm_head(model)
     fused = padded_logps(model, batch)
-    for one, other in zip(fused[:4], plain[:4], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for actual, expected in zip(fused[:4], plain[:4], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert plain.chosen_len.tolist() == [len(example["chosen_ids"]) for example in examples]
     assert plain.rejected_len.tolist() == [len(example["rejected_ids"]) for example in examples]
 
@@ -52,8 +52,8 @@ def test_gradients_of_the_fused_batch_agree_with_the_plain_reference():
     add_fused_lm_head(fused)
     plain_logps(plain, batch).chosen.sum().backward()
     padded_logps(fused, batch).chosen.sum().backward()
-    for one, other in zip(fused.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+    for actual, expected in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-6)
 
 
 @given(examples)
@@ -76,15 +76,17 @@ def test_mismatching_gives_each_prompt_the_next_pairs_answers_over_all_batches()
 
 def test_mismatching_over_two_processes_is_that_of_one():
     pairs = [{"prompt_ids": [n], "chosen_ids": [10 + n], "rejected_ids": [20 + n]} for n in range(1, 8)]
-    (whole,) = rotate_responses([collate(pairs)], collate)
+    (single,) = rotate_responses([collate(pairs)], collate)
     # Batches of two are dealt out in turn; the last process has nothing left, and repeats a pair that is idle.
     dealt = [[collate(pairs[:2]), collate(pairs[4:6])], [collate(pairs[2:4]), collate(pairs[6:])]]
     dealt[0].append(dummy_batch(collate(pairs[:1])))
     dealt[1].append(dummy_batch(collate(pairs[:1])))
     heads = []
     for batches in dealt:
-        rotate_responses(batches, collate, lambda mine: heads.extend(mine) or [mine[0], mine[0]], 0)
-    found = [rotate_responses(batches, collate, lambda _: heads, rank) for rank, batches in enumerate(dealt)]
-    assert all(DUMMY in batches[2] for batches in found)
-    mixed = [example for step in (0, 1) for rank in (0, 1) for example in uncollate(found[rank][step])]
-    assert mixed == uncollate(whole)
+        rotate_responses(
+            batches, collate, lambda local_heads: heads.extend(local_heads) or [local_heads[0], local_heads[0]], 0
+        )
+    rotated = [rotate_responses(batches, collate, lambda _: heads, rank) for rank, batches in enumerate(dealt)]
+    assert all(DUMMY in batches[2] for batches in rotated)
+    mixed = [example for step in (0, 1) for rank in (0, 1) for example in uncollate(rotated[rank][step])]
+    assert mixed == uncollate(single)

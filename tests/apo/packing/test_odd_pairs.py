@@ -54,8 +54,8 @@ def test_odd_pairs_train_from_the_command_line(tmp_path, model_dir, monkeypatch,
     keys = {"model": str(model_dir), "dataset": str(tmp_path / "odd.jsonl"), "out": str(tmp_path / "run")}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({**keys, "trainer": {"max_steps": 2}}))
     assert call(monkeypatch, "train", tmp_path / "r.yaml") == 0
-    told = capsys.readouterr().err.splitlines()
-    assert told[:2] == ["train: 8 pairs", "steps: 2 of 8 pairs"]
-    notes = [line for line in told if line.startswith(("note", "error", "warning"))]
+    stderr = capsys.readouterr().err.splitlines()
+    assert stderr[:2] == ["train: 8 pairs", "steps: 2 of 8 pairs"]
+    notes = [line for line in stderr if line.startswith(("note", "error", "warning"))]
     empty = "note: train: an answer has no text in 2 of 8 rows (first: row 6); the end of turn alone is trained"
     assert notes == [empty]

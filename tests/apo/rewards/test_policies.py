@@ -41,19 +41,19 @@ def wins(theta, ideal) -> float:
 
 @pytest.mark.slow
 def test_e1_pooled_apo_zero_serves_nobody_and_found_groups_are_served():
-    made = toy.bimodal(40, 40)
-    found = scorers.fitted("pal", made).states.argmax(1)
-    data = scorers.comparisons(made)
+    synthetic = toy.bimodal(40, 40)
+    groups = scorers.fitted("pal", synthetic).states.argmax(1)
+    data = scorers.comparisons(synthetic)
     ideal = torch.tensor(toy.bimodal(1, 4000).chosen - toy.bimodal(1, 4000).rejected, dtype=torch.float32).mean(0)
     ideals = [ideal, -ideal]
     pooled = policy(data.chosen, data.rejected)
-    rates = [wins(pooled, one) for one in ideals]
+    rates = [wins(pooled, ideal) for ideal in ideals]
     by_group = {}
-    for group in found.unique().tolist():
-        mine = data.select((found[data.user] == group).nonzero().squeeze(1))
-        theta = policy(mine.chosen, mine.rejected)
-        by_group[str(group)] = [wins(theta, one) for one in ideals]
-    of = {f"u{user}": str(int(group)) for user, group in enumerate(found)}
+    for group in groups.unique().tolist():
+        members = data.select((groups[data.user] == group).nonzero().squeeze(1))
+        theta = policy(members.chosen, members.rejected)
+        by_group[str(group)] = [wins(theta, ideal) for ideal in ideals]
+    of = {f"u{user}": str(int(group)) for user, group in enumerate(groups)}
     best = served(of, by_group, 2)
     print(f"pooled {rates}, by group {best}")
     assert sum(rates) / 2 == pytest.approx(0.5, abs=0.01)
@@ -65,12 +65,12 @@ def test_win_rates_of_users_by_hand():
     engaging, plain, padded = "Good question! It is 2.", "It is 2.", "Let me see what you asked for. It is 2."
     assert [liking(text, 0) for text in (engaging, plain, padded)] == [2, 1, 0]
     assert [liking(text, 1) for text in (engaging, plain, padded)] == [0, 1, 2]
-    said, against = [engaging, plain, padded, padded], [plain, plain, plain, engaging]
-    assert win_rate(said, against, 0) == 1.5 / 4
-    assert win_rate(said, against, 1) == 2.5 / 4
+    answers, against = [engaging, plain, padded, padded], [plain, plain, plain, engaging]
+    assert win_rate(answers, against, 0) == 1.5 / 4
+    assert win_rate(answers, against, 1) == 2.5 / 4
     # u0, u2 and u4 are of group 0, u1 and u3 of group 1; u4 was put with the others.
-    found = {"u0": "a", "u1": "b", "u2": "a", "u3": "b", "u4": "b"}
-    assert served(found, {"a": [0.9, 0.1], "b": [0.3, 0.8]}, 2) == [pytest.approx(0.7), 0.8]
+    groups = {"u0": "a", "u1": "b", "u2": "a", "u3": "b", "u4": "b"}
+    assert served(groups, {"a": [0.9, 0.1], "b": [0.3, 0.8]}, 2) == [pytest.approx(0.7), 0.8]
 
 
 def test_users_say_what_they_like_but_for_the_noise():
@@ -84,8 +84,8 @@ def test_users_say_what_they_like_but_for_the_noise():
         liking(r["chosen"], group_of(r["user"], 2)) < liking(r["rejected"], group_of(r["user"], 2)) for r in noisy
     )
     assert 0.15 < wrong / 800 < 0.25
-    of_one = comparisons(6, 20, 0, groups=1, noise=0.0)
-    assert all(liking(row["chosen"], 0) > liking(row["rejected"], 0) for row in of_one)
+    single_taste = comparisons(6, 20, 0, groups=1, noise=0.0)
+    assert all(liking(row["chosen"], 0) > liking(row["rejected"], 0) for row in single_taste)
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +99,11 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_end_to_end_groups_are_found_and_served_and_one_taste_is_left_one(base, tmp_path, monkeypatch, seed):
     monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
-    found = run.way(base, tmp_path / "two", seed)
+    result = run.way(base, tmp_path / "two", seed)
     alone = run.gate(base, tmp_path / "one", seed, groups=1)
-    print(found, alone)
-    assert (found["plural"], found["tastes"], found["purity"]) == (True, 2, 1.0)
-    assert sum(found["pooled"]) == pytest.approx(1.0)
-    assert min(found["pooled"]) <= 0.5
-    assert min(found["by_group"]) >= 0.9
+    print(result, alone)
+    assert (result["plural"], result["tastes"], result["purity"]) == (True, 2, 1.0)
+    assert sum(result["pooled"]) == pytest.approx(1.0)
+    assert min(result["pooled"]) <= 0.5
+    assert min(result["by_group"]) >= 0.9
     assert (alone["plural"], alone["tastes"]) == (False, 1)

@@ -31,45 +31,45 @@ def test_a_lost_loss_ends_the_command_with_the_pairs_ids_and_the_last_good_check
 
     plain, calls = module.shared_prefix_logps, []
 
-    def loses_one(model, batch, **options):
-        found = plain(model, batch, **options)
+    def lose_loss(model, batch, **options):
+        logps = plain(model, batch, **options)
         calls.append(model.training)
         lost = torch.tensor([1.0, torch.nan, 1.0, 1.0]) if sum(calls) == 4 and calls[-1] else 1.0
-        return found._replace(chosen=found.chosen * lost)
+        return logps._replace(chosen=logps.chosen * lost)
 
-    monkeypatch.setattr(module, "shared_prefix_logps", loses_one)
-    code, told = apo(save_steps=1)
+    monkeypatch.setattr(module, "shared_prefix_logps", lose_loss)
+    code, output = apo(save_steps=1)
     assert code == 5
     assert re.fullmatch(
         r"error: step 4: the loss is not finite for 1 of 4 pairs of its batch \(p\d+; beside them p\d+, p\d+, p\d+\); "
         r"look at these pairs and take them out, or lower .*; the last good checkpoint is .*/checkpoint-3",
-        told[-1],
+        output[-1],
     )
     assert checkpoints.resume_problem(tmp_path / "run" / "checkpoint-3") is None
-    assert [line for line in told if line.startswith("error")] == told[-1:]
-    code, told = apo(save_steps=1)  # the cause is gone
-    assert (code, "going on from step 3 of 6" in told) == (0, True)
+    assert [line for line in output if line.startswith("error")] == output[-1:]
+    code, output = apo(save_steps=1)  # the cause is gone
+    assert (code, "going on from step 3 of 6" in output) == (0, True)
 
 
 @pytest.mark.slow
 def test_a_damaged_cache_and_one_that_cannot_be_written_are_each_said_once(apo, tmp_path):
-    _, told = apo("first")
-    assert "reference log-probs: 30 computed" in told
+    _, output = apo("first")
+    assert "reference log-probs: 30 computed" in output
     files = list((tmp_path / "cache").rglob("*.safetensors"))
     assert len(files) == 2  # of train and of eval
     for file in files:
         file.write_bytes(file.read_bytes()[:-8])
-    code, told = apo("second")
+    code, output = apo("second")
     assert code == 0
-    assert len([line for line in told if re.match(r"note: .* damaged and computed anew: .*\.safetensors", line)]) == 2
-    assert "reference log-probs: 30 computed" in told
-    _, told = apo("third")
-    assert "reference log-probs: 0 computed, 30 kept from an earlier run" in told
+    assert len([line for line in output if re.match(r"note: .* damaged and computed anew: .*\.safetensors", line)]) == 2
+    assert "reference log-probs: 30 computed" in output
+    _, output = apo("third")
+    assert "reference log-probs: 0 computed, 30 kept from an earlier run" in output
     (tmp_path / "cache").rename(tmp_path / "kept")
     (tmp_path / "cache").write_text("no folder")
-    code, told = apo("fourth")
+    code, output = apo("fourth")
     assert code == 0
-    assert [line for line in told if "cannot be written" in line] == [
+    assert [line for line in output if "cannot be written" in line] == [
         f"note: reference log-probs: {tmp_path / 'cache'} cannot be written (Not a directory); "
         "going on without keeping it"
     ]
@@ -85,9 +85,9 @@ def test_a_model_whose_attention_cannot_be_exchanged_trains_and_says_so_once(apo
         return plain(self, *args, **options)
 
     monkeypatch.setattr(LlamaAttention, "forward", forgetful)
-    code, told = apo()
+    code, output = apo()
     assert code == 0
-    assert [line for line in told if line.startswith("note: ")] == [
+    assert [line for line in output if line.startswith("note: ")] == [
         "note: prompts are run twice and batches padded, as in TRL: the model cannot share, the model does not hand "
         "its options on to its attention"
     ]

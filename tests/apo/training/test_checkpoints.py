@@ -100,11 +100,11 @@ def test_a_second_damaged_one_gets_another_name(tmp_path):
 
 
 def test_what_was_being_written_is_removed_and_said(tmp_path):
-    whole = write(tmp_path, 5)
+    complete = write(tmp_path, 5)
     (tmp_path / UNFINISHED / "checkpoint-10").mkdir(parents=True)
     (tmp_path / UNFINISHED / "checkpoint-10" / "model.safetensors").write_bytes(b"half")
     search = find_newest_checkpoint(tmp_path)
-    assert search.newest == whole
+    assert search.newest == complete
     assert search.notes == ["removed checkpoint-10, which was being written when the run was stopped"]
     assert not (tmp_path / UNFINISHED).exists()
 
@@ -120,9 +120,9 @@ def test_a_model_without_trainer_state_is_not_gone_on_from_and_stays(tmp_path):
 
 def test_a_step_saved_twice_keeps_the_complete_one(tmp_path):
     first = write(tmp_path, 5)
-    before = (first / MARKER).stat().st_mtime_ns
+    modified = (first / MARKER).stat().st_mtime_ns
     write(tmp_path, 5)
-    assert (first / MARKER).stat().st_mtime_ns == before
+    assert (first / MARKER).stat().st_mtime_ns == modified
     truncated(first)
     write(tmp_path, 5)
     assert resume_problem(first) is None

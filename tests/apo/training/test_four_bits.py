@@ -56,14 +56,14 @@ def linears(model):
 
 def test_a_4_bit_layer_multiplies_by_its_rounded_weights_also_after_it_was_asked_without_a_gradient(model_dir):
     model = models.load_model(models.find_model(str(model_dir)), quantization_config=models.nf4_config("float32"))
-    found = linears(model)
-    assert len(found) == 14, "seven in each of two layers"
+    layers = linears(model)
+    assert len(layers) == 14, "seven in each of two layers"
     plain = AutoModelForCausalLM.from_pretrained(model_dir)
-    for name, layer in found.items():
+    for name, layer in layers.items():
         assert (layer.weight.dtype, layer.weight.quant_state.nested) == (torch.uint8, True)
         rounded = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        wanted = plain.get_submodule(name).weight
-        assert 0 < (rounded - wanted).norm() < 0.12 * wanted.norm()
+        exact = plain.get_submodule(name).weight
+        assert 0 < (rounded - exact).norm() < 0.12 * exact.norm()
         x, seed = torch.randn(3, layer.in_features), torch.randn(3, layer.out_features)
         with torch.no_grad():
             assert torch.allclose(layer.eval()(x), x @ rounded.T, rtol=1e-5, atol=1e-6), "as the reference is asked"
@@ -97,13 +97,13 @@ def test_packed_rows_train_as_trls_batch_does_on_the_same_4_bit_weights(recipe, 
 
 def test_it_learns_as_an_adapter_on_weights_that_are_not_rounded(recipe, tmp_path):
     rounded, rows = trained(recipe)
-    before = {name: layer.weight.data.clone() for name, layer in linears(rounded.model).items()}
-    assert len(before) == 14
+    original = {name: layer.weight.data.clone() for name, layer in linears(rounded.model).items()}
+    assert len(original) == 14
     assert {weight.dtype for weight in adapter_of(rounded.model).values()} == {torch.float32}
     plain, others = trained(recipe, quantize=None, out=str(tmp_path / "plain"))
     assert not linears(plain.model)
     assert rows[0]["loss"] == pytest.approx(others[0]["loss"], abs=1e-6), "of 0.5 and 0.5: each is its own reference"
-    fallen = [found[0]["loss"] - found[-1]["loss"] for found in (rows, others)]
+    fallen = [log[0]["loss"] - log[-1]["loss"] for log in (rows, others)]
     assert fallen[1] > 0.1
     assert fallen[0] == pytest.approx(fallen[1], rel=0.1)
 
@@ -111,8 +111,8 @@ def test_it_learns_as_an_adapter_on_weights_that_are_not_rounded(recipe, tmp_pat
 def test_small_steps_are_not_rounded_away(recipe, tmp_path):
     trainer, _ = trained(recipe, steps=4, trainer={"learning_rate": 1e-5, "lr_scheduler_type": "constant"})
     start = build_trainer(plan(TrainConfig(**{**recipe, **QLORA, "out": str(tmp_path / "start")})))
-    before, after = adapter_of(start.model), adapter_of(trainer.model)
-    moved = {name: (after[name] != before[name]).float().mean() for name in before if "lora_A" in name}
+    initial, final = adapter_of(start.model), adapter_of(trainer.model)
+    moved = {name: (final[name] != initial[name]).float().mean() for name in initial if "lora_A" in name}
     assert len(moved) == 14
     assert min(moved.values()) > 0.9, "in bfloat16 nine in ten would stay where they are"
 
@@ -132,9 +132,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(recipe, tmp_path, monkeypat
         train(TrainConfig(**runs[1]), tell=lambda _: None)
     monkeypatch.undo()
     set_seed(1234)
-    told = []
-    train(TrainConfig(**runs[1]), tell=told.append)
-    assert any("going on from step 3 of 8" in line for line in told)
+    messages = []
+    train(TrainConfig(**runs[1]), tell=messages.append)
+    assert any("going on from step 3 of 8" in line for line in messages)
     weights = [load(tmp_path / name) for name in ("whole", "stopped")]
     assert set(weights[0]) == set(weights[1])
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -162,8 +162,8 @@ def test_what_is_left_is_an_adapter_for_the_base_rounded_or_not_and_merging_adds
     assert apart(adapter_of(model), {**adapter_of(models.load_model(name))}) == 0
     merged = AutoModelForCausalLM.from_pretrained(merge(out, tmp_path / "merged"))
     base, weights = AutoModelForCausalLM.from_pretrained(model_dir), load(out)
-    for place in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
-        a, b = (weights[f"base_model.model.{place}.lora_{which}.weight"].float() for which in "AB")
-        wanted = base.get_submodule(place).weight + 8 / 4 * b @ a
-        assert torch.allclose(merged.get_submodule(place).weight, wanted, atol=1e-6)
+    for module in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        a, b = (weights[f"base_model.model.{module}.lora_{which}.weight"].float() for which in "AB")
+        expected = base.get_submodule(module).weight + 8 / 4 * b @ a
+        assert torch.allclose(merged.get_submodule(module).weight, expected, atol=1e-6)
     assert type(merged.model.layers[0].self_attn.q_proj) is torch.nn.Linear

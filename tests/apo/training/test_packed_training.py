@@ -37,9 +37,9 @@ def trained(out, tokenizer, pairs, model=None, adapter=False, **options):
 def same(ours, theirs):
     (_, our_logs, our_weights), (_, their_logs, their_weights) = ours, theirs
     assert len(our_logs) == len(their_logs) >= 5
-    for mine, other in zip(our_logs, their_logs, strict=True):
+    for row, expected in zip(our_logs, their_logs, strict=True):
         for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected"):
-            assert mine[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6)
+            assert row[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6)
     assert (our_weights - their_weights).norm() < 1e-5 * their_weights.norm()
 
 
@@ -54,10 +54,10 @@ def test_packed_training_is_padded_training(tmp_path, tokenizer, pairs, adapter,
     same(packed, padded)
 
 
-@pytest.mark.parametrize("most", [1, 40, 10_000])
-def test_a_token_budget_changes_how_pairs_are_laid_out_and_nothing_else(tmp_path, tokenizer, pairs, most):
-    whole = trained(tmp_path / "a", tokenizer, pairs)
-    same(trained(tmp_path / "b", tokenizer, pairs, pack_tokens=most), whole)
+@pytest.mark.parametrize("limit", [1, 40, 10_000])
+def test_a_token_budget_changes_how_pairs_are_laid_out_and_nothing_else(tmp_path, tokenizer, pairs, limit):
+    unbounded = trained(tmp_path / "a", tokenizer, pairs)
+    same(trained(tmp_path / "b", tokenizer, pairs, pack_tokens=limit), unbounded)
 
 
 def test_one_big_batch_in_passes_is_accumulation(tmp_path, tokenizer, pairs):
@@ -75,10 +75,10 @@ def test_a_model_that_cannot_share_falls_back_to_trls_batch_and_says_why_once(tm
     from transformers.models.llama.modeling_llama import LlamaAttention
 
     plain = trained(tmp_path / "b", tokenizer, pairs)
-    before = LlamaAttention.forward
+    original = LlamaAttention.forward
 
     def forgetful(self, *args, shared_prefix=None, **options):  # an attention that loses what it is told
-        return before(self, *args, **options)
+        return original(self, *args, **options)
 
     monkeypatch.setattr(LlamaAttention, "forward", forgetful)
     fallen = trained(tmp_path / "a", tokenizer, pairs)
@@ -118,8 +118,8 @@ def test_rounding_of_mixed_precision_is_no_reason_to_pad(tmp_path, tokenizer, pa
     assert packs == [True] * 8
 
 
-@pytest.mark.parametrize("way", ["split", "varlen"])
-def test_a_pass_of_a_step_asks_the_device_for_no_number(tmp_path, tokenizer, pairs, monkeypatch, way):
+@pytest.mark.parametrize("backend", ["split", "varlen"])
+def test_a_pass_of_a_step_asks_the_device_for_no_number(tmp_path, tokenizer, pairs, monkeypatch, backend):
     # The meta device has none to give. So everything a pass needs to know of its batch is known on the host.
     options = {"weights": "weight", "pack_tokens": 64, "precompute_ref_log_probs": True, "report_to": "none"}
     pairs = pairs.add_column("weight", [1.0 + (row % 2) for row in range(len(pairs))])
@@ -127,7 +127,7 @@ def test_a_pass_of_a_step_asks_the_device_for_no_number(tmp_path, tokenizer, pai
     trainer = APOTrainer(make_model(), args=args, train_dataset=pairs, processing_class=tokenizer)
     assert trainer.is_packed
     prefix.disable_packing(trainer.model)
-    prefix.enable_packing(trainer.model.to("meta"), way)
+    prefix.enable_packing(trainer.model.to("meta"), backend)
     monkeypatch.setattr(type(args), "device", property(lambda _: torch.device("meta")))
     monkeypatch.setattr(faults, "HostCopy", lambda _: types.SimpleNamespace(value=lambda: torch.zeros(1)))
     trainer._losses = faults.NonFiniteLossCheck(args.device)
@@ -141,15 +141,15 @@ def test_a_pass_of_a_step_asks_the_device_for_no_number(tmp_path, tokenizer, pai
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_in_bfloat16_packed_training_is_padded_training_to_its_rounding(tmp_path, tokenizer, pairs, adapter):
-    ways = {"packed": {"bf16": True}, "padded": {"bf16": True, "shared_prefix": False}, "float32": {}}
+    options = {"packed": {"bf16": True}, "padded": {"bf16": True, "shared_prefix": False}, "float32": {}}
     runs = {
         name: trained(tmp_path / name, tokenizer, pairs, adapter=adapter, use_cpu=True, **how)
-        for name, how in ways.items()
+        for name, how in options.items()
     }
-    assert [runs[name][0].is_packed for name in ways] == [True, False, True]
-    for mine, other in zip(runs["packed"][1], runs["padded"][1], strict=True):
+    assert [runs[name][0].is_packed for name in options] == [True, False, True]
+    for row, expected in zip(runs["packed"][1], runs["padded"][1], strict=True):
         for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected"):
-            assert mine[name] == pytest.approx(other[name], rel=4e-3)  # half of the distance of two bfloat16 numbers
+            assert row[name] == pytest.approx(expected[name], rel=4e-3)  # half of the distance of two bfloat16 numbers
     packed, padded, exact = (run[2] for run in runs.values())
     off, rounding = (packed - padded).norm(), (padded - exact).norm()
     assert 0 < off < 2 * rounding

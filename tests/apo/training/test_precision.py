@@ -75,21 +75,21 @@ def test_every_reward_is_0_before_and_on_a_rate_of_0(tmp_path, tokenizer, mixed,
     assert trainer.is_packed == packed
     near = 1e-2 if cached else 0.0  # asked for in other batches, whose products are rounded otherwise
     assert check_before_training(trainer) == pytest.approx({"chosen": 0.0, "rejected": 0.0}, abs=near)
-    before = trainer.evaluate()
+    initial = trainer.evaluate()
     trainer.train()
     steps = [row for row in trainer.state.log_history if "rewards/chosen" in row]
     assert [row[f"rewards/{side}"] for row in steps for side in SIDES] == pytest.approx([0.0] * 4, abs=near)
-    assert [before[f"eval_rewards/{side}"] for side in SIDES] == pytest.approx([0.0] * 2, abs=near)
-    after = trainer.evaluate()
-    assert {k: after[k] for k in after if "logps" in k} == {k: before[k] for k in before if "logps" in k}
+    assert [initial[f"eval_rewards/{side}"] for side in SIDES] == pytest.approx([0.0] * 2, abs=near)
+    trained = trainer.evaluate()
+    assert {k: trained[k] for k in trained if "logps" in k} == {k: initial[k] for k in initial if "logps" in k}
 
 
 def test_what_looks_on_sees_no_change_on_a_rate_of_0(tmp_path, tokenizer, mixed):
     trainer = trainer_of(tmp_path, tokenizer, objective="kto", **mixed)
     examples = [trainer.train_dataset[row] for row in range(3)]
-    before, probe = trainer.response_logps(examples), Probe(trainer, examples)
+    initial, probe = trainer.response_logps(examples), Probe(trainer, examples)
     trainer.train()
-    assert trainer.response_logps(examples) == before
+    assert trainer.response_logps(examples) == initial
     assert all(value == 0 for value in probe.measure(trainer).values())
     assert [row["kl/mismatched"] for row in trainer.state.log_history if "kl/mismatched" in row] == [0.0, 0.0]
 

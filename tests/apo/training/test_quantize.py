@@ -41,41 +41,45 @@ def test_without_bitsandbytes_a_run_is_refused_before_any_work(recipe, tmp_path,
 
 
 def test_what_would_contradict_it_is_refused(recipe, monkeypatch):
-    given = {"model_init_kwargs": {"quantization_config": {"load_in_8bit": True}}}
+    kwargs = {"model_init_kwargs": {"quantization_config": {"load_in_8bit": True}}}
     with pytest.raises(UserError, match=r"quantization_config: the recipe's `quantize` says it"):
-        plan(TrainConfig(**{**recipe, **QLORA, "trainer": recipe["trainer"] | given}))
+        plan(TrainConfig(**{**recipe, **QLORA, "trainer": recipe["trainer"] | kwargs}))
     with pytest.raises(UserError, match="4-bit weights are whole in every process; leave FSDP"):
         plan(TrainConfig(**{**recipe, **QLORA, "trainer": recipe["trainer"] | {"fsdp": True}}), processes=2)
 
 
 def test_transformers_is_asked_for_nf4_with_double_quantisation(recipe, monkeypatch):
-    asked = {}
+    options_passed = {}
 
     def from_pretrained(path, **options):
-        asked.update(options)
+        options_passed.update(options)
         return make_model()
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     options = recipe["trainer"] | {"model_init_kwargs": {"dtype": "bfloat16"}}
     trainer = build_trainer(plan(TrainConfig(**{**recipe, **QLORA, "trainer": options})))
-    found = asked["quantization_config"]
-    assert (found.load_in_4bit, found.bnb_4bit_quant_type, found.bnb_4bit_use_double_quant) == (True, "nf4", True)
-    assert found.bnb_4bit_compute_dtype == asked["dtype"] == torch.bfloat16
-    assert asked["use_safetensors"]
+    quantization = options_passed["quantization_config"]
+    assert (quantization.load_in_4bit, quantization.bnb_4bit_quant_type, quantization.bnb_4bit_use_double_quant) == (
+        True,
+        "nf4",
+        True,
+    )
+    assert quantization.bnb_4bit_compute_dtype == options_passed["dtype"] == torch.bfloat16
+    assert options_passed["use_safetensors"]
     assert "lora_A" in "".join(name for name, weight in trainer.model.named_parameters() if weight.requires_grad)
-    asked.clear()
+    options_passed.clear()
     build_trainer(plan(TrainConfig(**{**recipe, "lora": {"r": 4}})))
-    assert "quantization_config" not in asked
+    assert "quantization_config" not in options_passed
 
 
 def test_the_estimate_of_4_bit_weights_by_hand(recipe):
     sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B), lora(16))
     plain = job(sizes, [shapes.row_of(50, 0, 50, 50)], weight=2, compute=2, on_gpu=True, checkpointing=True)
-    parts = fit.memory_of(replace(plain, quantized=True))
+    memory = fit.memory_of(replace(plain, quantized=True))
     outside = 2 * (sizes.parameters - sizes.linear)  # embeddings, head and norms in bfloat16
     constants = sizes.linear / 64 + 4 * sizes.linear / 64 / 256
-    one_matrix = 2 * 4096 * 14336
-    assert parts["weights"] == pytest.approx(sizes.linear / 2 + constants + outside + 4 * sizes.adapter + one_matrix)
-    assert parts["optimizer"] == 2 * 4 * sizes.adapter
+    matrix = 2 * 4096 * 14336
+    assert memory["weights"] == pytest.approx(sizes.linear / 2 + constants + outside + 4 * sizes.adapter + matrix)
+    assert memory["optimizer"] == 2 * 4 * sizes.adapter
     costs = [estimate(plan(TrainConfig(**recipe, lora={"r": 4}, quantize=kind))) for kind in (None, "nf4")]
-    assert [found.here.quantized for found in costs] == [False, True]
+    assert [job.here.quantized for job in costs] == [False, True]

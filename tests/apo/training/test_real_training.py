@@ -45,36 +45,36 @@ def both(tmp_path, real_model, *, bf16, adapter):
     rate = {"learning_rate": 2e-4} if adapter else {}
     peft = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM") if adapter else None
     tokenizer = AutoTokenizer.from_pretrained(real_model)
-    given = {"train_dataset": Dataset.from_list(ROWS), "processing_class": tokenizer, "peft_config": peft}
+    data = {"train_dataset": Dataset.from_list(ROWS), "processing_class": tokenizer, "peft_config": peft}
     options = OPTIONS | rate | {"output_dir": str(tmp_path), "bf16": bf16}
     theirs = DPOConfig(**options, loss_type="apo_zero", activation_checkpointing=False)
     return (
-        run_of(DPOTrainer(str(real_model), args=theirs, **given)),
-        run_of(APOTrainer(str(real_model), args=APOConfig(**options, objective="apo_zero"), **given)),
+        run_of(DPOTrainer(str(real_model), args=theirs, **data)),
+        run_of(APOTrainer(str(real_model), args=APOConfig(**options, objective="apo_zero"), **data)),
     )
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_in_float32_each_step_is_trls(tmp_path, real_model, adapter):
-    theirs, mine = both(tmp_path, real_model, bf16=False, adapter=adapter)
+    theirs, ours = both(tmp_path, real_model, bf16=False, adapter=adapter)
     assert theirs["loss"][0] - theirs["loss"][-1] > 0.02  # something was learned, so there is something to agree on
-    assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
-    assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.01)
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.01)
     for side in ("rewards/chosen", "rewards/rejected"):
-        assert mine[side] == pytest.approx(theirs[side], rel=0.01, abs=1e-4)
+        assert ours[side] == pytest.approx(theirs[side], rel=0.01, abs=1e-4)
 
 
 def test_in_mixed_bfloat16_each_step_is_trls_within_its_rounding(tmp_path, real_model):
     """A logit is rounded to 1/16 and more, and differently in packed rows: some 0.03 nats a token, of either sign, and
     the square root of their number times as much for an answer. Of 25 tokens that is 0.15 nats, and beta a tenth of it.
     """
-    theirs, mine = both(tmp_path, real_model, bf16=True, adapter=False)
+    theirs, ours = both(tmp_path, real_model, bf16=True, adapter=False)
     assert theirs["loss"][0] - theirs["loss"][-1] > 0.02
-    assert mine["loss"][0] == pytest.approx(1, abs=1e-6)  # policy and reference are rounded alike: they are one model
-    assert mine["loss"] == pytest.approx(theirs["loss"], abs=0.01)
-    assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1)
+    assert ours["loss"][0] == pytest.approx(1, abs=1e-6)  # policy and reference are rounded alike: they are one model
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=0.01)
+    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1)
     for side in ("rewards/chosen", "rewards/rejected"):
-        assert mine[side] == pytest.approx(theirs[side], abs=0.02)
+        assert ours[side] == pytest.approx(theirs[side], abs=0.02)
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])

@@ -34,26 +34,28 @@ def tiny(family):
         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 3,
         "pad_token_id": 0,
     }  # fmt: skip
-    made = config(**options, **more)
+    model_config = config(**options, **more)
     # Gemma 2 asks for eager attention by itself: TRL's arm then warns, and both sides are asked the same way.
-    made._attn_implementation = "eager" if config is Gemma2Config else "sdpa"
-    return AutoModelForCausalLM.from_config(made, attn_implementation=made._attn_implementation)
+    model_config._attn_implementation = "eager" if config is Gemma2Config else "sdpa"
+    return AutoModelForCausalLM.from_config(model_config, attn_implementation=model_config._attn_implementation)
 
 
-def one_by_one(model, batch):
+def one_row_at_a_time(model, batch):
     """Each sequence by itself, without padding, through `plain_logps`: padding-free in the plainest way."""
-    found = []
-    for place in range(len(batch["input_ids"]) // 2):
-        one = select_pairs(batch, [place])
+    logps = []
+    for index in range(len(batch["input_ids"]) // 2):
+        single = select_pairs(batch, [index])
         halves = []
         for row in (0, 1):
-            kept = one["attention_mask"][row].bool()
-            alone = {key: one[key][row : row + 1, kept] for key in ("input_ids", "attention_mask", "completion_mask")}
+            attended = single["attention_mask"][row].bool()
+            alone = {
+                key: single[key][row : row + 1, attended] for key in ("input_ids", "attention_mask", "completion_mask")
+            }
             doubled = {key: torch.cat([value, value]) for key, value in alone.items()}
             halves.append(plain_logps(model, doubled))
         (chosen, rejected) = halves
-        found.append((chosen.chosen, rejected.chosen, chosen.chosen_len, rejected.chosen_len))
-    return PairLogps(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        logps.append((chosen.chosen, rejected.chosen, chosen.chosen_len, rejected.chosen_len))
+    return PairLogps(*(torch.cat(columns) for columns in zip(*logps, strict=True)))
 
 
 class Reversed:
@@ -87,8 +89,10 @@ def trajectory(out, family, tokenizer, how="shared prefix", objective="apo_zero"
             "checkpointing": {"gradient_checkpointing": True}, "another order": {},
             "accumulation": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": BATCH},
         }[how]  # fmt: skip
-        way = one_by_one if how == "one by one" else None
-        trainer = APOTrainer(model, args=APOConfig(**common | options, objective=objective), pair_logps=way, **data)
+        computer = one_row_at_a_time if how == "one by one" else None
+        trainer = APOTrainer(
+            model, args=APOConfig(**common | options, objective=objective), pair_logps=computer, **data
+        )
         assert (trainer.pair_logps is shared_prefix_logps) == (how not in ("one by one", "TRL's batch"))
         if how == "another order":
             trainer.data_collator = Reversed(trainer.data_collator)
@@ -99,27 +103,29 @@ def trajectory(out, family, tokenizer, how="shared prefix", objective="apo_zero"
     return torch.tensor([[float(row[name]) for name in LOGGED] for row in logs], dtype=torch.float64), weights
 
 
-def assert_same(ours, theirs, what):
+def assert_same(ours, theirs, case):
     """Each logged number and the weights to 1e-5 of their norm, and residuals of the loss that do not drift."""
     (our_steps, our_weights), (their_steps, their_weights) = ours, theirs
     off = ((our_steps - their_steps).norm(dim=0) / their_steps.norm(dim=0)).tolist()
-    assert max(off) < 1e-5, (what, dict(zip(LOGGED, off, strict=True)))
-    assert (our_weights - their_weights).norm() < 1e-5 * their_weights.norm(), what
+    assert max(off) < 1e-5, (case, dict(zip(LOGGED, off, strict=True)))
+    assert (our_weights - their_weights).norm() < 1e-5 * their_weights.norm(), case
     residuals = (our_steps[:, 0] - their_steps[:, 0]).tolist()
     noise = 3 * statistics.stdev(residuals) / STEPS**0.5
     ulp = 6e-8 * max(1, float(their_steps[:, 0].abs().max()))  # of a loss in float32
-    assert abs(statistics.fmean(residuals)) <= noise + ulp, (what, residuals)
+    assert abs(statistics.fmean(residuals)) <= noise + ulp, (case, residuals)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_twenty_steps_are_the_same_however_they_are_computed(tmp_path, family, tokenizer):
     theirs = trajectory(tmp_path / "trl", family, tokenizer, "TRL")
-    ways = ("one by one", "TRL's batch", "shared prefix", "passes of 60 tokens", "reference cached", "checkpointing",
-            "another order", "accumulation")  # fmt: skip
+    computers = (
+        "one by one", "TRL's batch", "shared prefix", "passes of 60 tokens", "reference cached", "checkpointing",
+        "another order", "accumulation",
+    )  # fmt: skip
     start = torch.cat([p.detach().flatten() for p in tiny(family).parameters()])
     assert (theirs[1] - start).norm() > 1e-3 * theirs[1].norm()  # so that equal weights mean something
-    for number, how in enumerate(ways):
+    for number, how in enumerate(computers):
         assert_same(trajectory(tmp_path / str(number), family, tokenizer, how), theirs, how)
 
 

@@ -8,14 +8,14 @@ from clair.pipeline.shards import CrashPolicy
 
 def test_a_row_that_a_shard_dies_of_twice_is_left_out_and_the_next_one_is_found_too():
     deaths = CrashHistory()
-    told = []
+    policies = []
     for row in (None, None, "a", "a", "b", "b", "b"):
         assert deaths.one_more(30, row)
-        told.append((sorted(deaths.care.poison_rows), deaths.care.log_rows))
+        policies.append((sorted(deaths.care.poison_rows), deaths.care.log_rows))
     careless, careful, without_a = ([], False), ([], True), (["a"], False)
-    assert told[:4] == [careless, careful, careful, without_a]
+    assert policies[:4] == [careless, careful, careful, without_a]
     # one by one again only after two more deaths: what is noted before is not looked at
-    assert told[4:] == [without_a, (["a"], True), (["a"], True)]
+    assert policies[4:] == [without_a, (["a"], True), (["a"], True)]
     assert deaths.one_more(30, "b")
     assert deaths.care == CrashPolicy(frozenset({"a", "b"}))
 

@@ -79,10 +79,10 @@ def test_a_merged_folder_is_built_again_without_asking(tmp_path, monkeypatch):
     config = settings(tmp_path / "all", rows(40))
     build_all(config, 3)
     merge(tmp_path / "all-shards")
-    files, request_count = final_bytes(tmp_path / "all"), len(model.asked)
+    files, request_count = final_bytes(tmp_path / "all"), len(model.requests)
     assert build(config).manifest["counts"] == manifest(tmp_path / "all")["counts"]
     assert final_bytes(tmp_path / "all") == files
-    assert len(model.asked) == request_count
+    assert len(model.requests) == request_count
 
 
 def test_shards_that_share_a_ledger_pay_once_for_equal_requests(tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_shards_that_share_a_ledger_pay_once_for_equal_requests(tmp_path, monkey
     config = settings(tmp_path / "all", rows(40), ledger=str(tmp_path / "shared.sqlite"))
     build_all(config, 2)
     build_all(config, 3)
-    assert len(model.asked) == len({json.dumps(request, sort_keys=True) for request in model.asked})
+    assert len(model.requests) == len({json.dumps(request, sort_keys=True) for request in model.requests})
     shutil.rmtree(tmp_path / "all-shards")
     build_all(config, 2)
     merge(tmp_path / "all-shards")

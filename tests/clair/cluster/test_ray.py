@@ -61,9 +61,9 @@ def start(recipe, nodes, *more, out=None, **options):
     return start_clair("build", recipe, *arguments, **options)
 
 
-def assert_same(recipe, ended, server, deaths):
+def assert_same(recipe, result, server, deaths):
     folder = recipe.parent
-    assert ended.code == 3, ended
+    assert result.code == 3, result
     assert final_bytes(folder / "all") == final_bytes(folder / "one")
     first, second = manifest(folder / "one"), manifest(folder / "all")
     for key in ("counts", "drop_reasons", "contrast", "models", "prompts_sha256", "files", "cost"):
@@ -77,7 +77,7 @@ def test_a_node_dies_at_a_random_moment_and_the_dataset_is_that_of_one_machine(r
     dying, living = nodes.add(), nodes.add()
     build = start(recipe, nodes, "--shards", "5")
     moment = random.Random(seed).randrange(1, 100)
-    wait_until(lambda: len(server.seen()) > moment)
+    wait_until(lambda: len(server.requests()) > moment)
     nodes.kill(dying)
     assert_same(recipe, finished(build, SECONDS), server, deaths=1)
     nodes.kill(living)
@@ -89,10 +89,10 @@ def test_the_keeper_of_limits_and_then_a_worker_are_killed_and_the_dataset_is_th
 ):
     node = nodes.add()
     build = start(recipe, nodes, "--shards", "2")
-    wait_until(lambda: len(server.seen()) > 20)
+    wait_until(lambda: len(server.requests()) > 20)
     os.kill(nodes.processes("LimitsActor")[0].pid, signal.SIGKILL)
-    before = len(server.seen()) + CONCURRENCY
-    wait_until(lambda: len(server.seen()) > before)
+    request_count = len(server.requests()) + CONCURRENCY
+    wait_until(lambda: len(server.requests()) > request_count)
     os.kill(nodes.processes("Worker.build")[0].pid, signal.SIGKILL)
     assert_same(recipe, finished(build, SECONDS), server, deaths=1)
     nodes.kill(node)
@@ -102,7 +102,7 @@ def test_the_keeper_of_limits_and_then_a_worker_are_killed_and_the_dataset_is_th
 def test_a_driver_is_killed_and_run_again_and_a_second_one_beside_it_is_refused(recipe, nodes, server):
     node = nodes.add()
     build = start(recipe, nodes, "--shards", "2")
-    wait_until(lambda: len(server.seen()) > 30)
+    wait_until(lambda: len(server.requests()) > 30)
     refused = finished(start(recipe, nodes), SECONDS)
     assert f"all-shards is in use by process {build.pid}" in error_line(refused)
     build.kill()
@@ -120,11 +120,11 @@ def test_a_driver_is_killed_and_run_again_and_a_second_one_beside_it_is_refused(
 def test_ctrl_c_keeps_what_is_in_flight_and_the_same_command_goes_on(recipe, nodes, server):
     node = nodes.add()
     build = start(recipe, nodes, "--shards", "2")
-    wait_until(lambda: len(server.seen()) > 30)
+    wait_until(lambda: len(server.requests()) > 30)
     build.send_signal(signal.SIGINT)
-    ended = finished(build, SECONDS)
-    assert ended.code == 130, ended
-    assert "interrupted: every reply so far is kept" in ended.err
+    result = finished(build, SECONDS)
+    assert result.code == 130, result
+    assert "interrupted: every reply so far is kept" in result.err
     assert not (recipe.parent / "all" / "manifest.json").exists()
     assert_same(recipe, finished(start(recipe, nodes), SECONDS), server, deaths=0)
     nodes.kill(node)
@@ -149,8 +149,10 @@ def test_at_a_url_the_machines_of_driver_and_worker_are_lost_and_others_go_on_an
         node = nodes.add()
         build = start(path, nodes, "--shards", "2", out=out)
         wait_until(lambda: server.steps().count("wait:600") == len(late))
-        told = error_line(finished(start(path, nodes, out=out, environment={"CLAIR_CACHE": str(tmp_path / "other")})))
-        assert told.startswith(f"{out}-shards is in use by process {build.pid} on "), told
+        message = error_line(
+            finished(start(path, nodes, out=out, environment={"CLAIR_CACHE": str(tmp_path / "other")}))
+        )
+        assert message.startswith(f"{out}-shards is in use by process {build.pid} on "), message
         assert build.poll() is None
         build.kill()
         finished(build)
@@ -158,9 +160,9 @@ def test_at_a_url_the_machines_of_driver_and_worker_are_lost_and_others_go_on_an
         shutil.rmtree(tmp_path / "first")
         monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "second"))
         node = nodes.add()
-        ended = finished(start(path, nodes, out=out), SECONDS)
-        assert ended.code == 0, ended
-        assert f"it is at {out}" in ended.out
+        result = finished(start(path, nodes, out=out), SECONDS)
+        assert result.code == 0, result
+        assert f"it is at {out}" in result.out
         nodes.kill(node)
         assert paid_twice(server) == len(late)
         assert clair("build", path).code == 0
@@ -171,7 +173,7 @@ def test_at_a_url_the_machines_of_driver_and_worker_are_lost_and_others_go_on_an
         )
         everything = in_s3(url, code)
         assert "'all-shards/2-of-2/ledger/" in everything
-        assert not any(secret in everything + ended.out + ended.err for secret in KEYS.values())
+        assert not any(secret in everything + result.out + result.err for secret in KEYS.values())
 
 
 KILLED_WORKER = """
@@ -187,14 +189,14 @@ jinja2.Template.render = deadly
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at_url", [False, True])
-def test_on_a_ray_of_its_own_one_row_that_kills_its_process_is_dropped_and_the_rest_is_built(tmp_path, server, at_url):
+@pytest.mark.parametrize("as_url", [False, True])
+def test_on_a_ray_of_its_own_one_row_that_kills_its_process_is_dropped_and_the_rest_is_built(tmp_path, server, as_url):
     (tmp_path / "sitecustomize.py").write_text(KILLED_WORKER)
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 20))
-    path = write_recipe(tmp_path, server.url, out=f"{'file://' if at_url else ''}{tmp_path / 'out'}")
+    path = write_recipe(tmp_path, server.url, out=f"{'file://' if as_url else ''}{tmp_path / 'out'}")
     environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "RAY_ADDRESS": "", "CLAIR_CACHE": str(tmp_path / "c")}
-    ended = finished(start_clair("build", path, "--runner", "ray", "--shards", "1", environment=environment), SECONDS)
-    assert ended.code == 3, ended
+    result = finished(start_clair("build", path, "--runner", "ray", "--shards", "1", environment=environment), SECONDS)
+    assert result.code == 3, result
     built = outcomes(tmp_path / "out")
     assert built.pop("row-7") == "!prompts.killed_worker"
     assert built == {f"row-{n}": f"good answer {n}" for n in range(20) if n != 7}
@@ -213,43 +215,43 @@ def test_a_cluster_of_another_version_is_told_with_both(recipe, nodes):
     assert was
     client.internal_kv_put(key[0], was.replace(b"2.", b"1.", 1), True, key[1])
     try:
-        told = error_line(finished(start(recipe, nodes), SECONDS))
+        message = error_line(finished(start(recipe, nodes), SECONDS))
     finally:
         client.internal_kv_put(key[0], was, True, key[1])
     import ray
 
-    assert f"Ray: {ray.__version__}" in told
-    assert f"Ray: {ray.__version__.replace('2.', '1.', 1)}" in told
+    assert f"Ray: {ray.__version__}" in message
+    assert f"Ray: {ray.__version__.replace('2.', '1.', 1)}" in message
 
 
 def test_what_cannot_run_on_a_cluster_is_told_before_any_work(tmp_path, monkeypatch):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
     path = write_recipe(tmp_path, "http://127.0.0.1:9/v1")
 
-    def told(*more):
+    def refusal(*more):
         return error_line(clair("build", path, *more))
 
-    assert "unknown runner 'dask'; allowed: ray" in told("--runner", "dask")
-    assert "--shards is for --runner ray" in told("--shards", "2")
-    assert "--shard is one part and --runner ray builds all" in told("--runner", "ray", "--shard", "1/2")
-    assert "Ray's client is not supported" in told("--runner", "ray", "--address", "ray://head:10001")
-    assert "accept: 3 takes the first pairs" in told("--runner", "ray", "--set", "accept=3")
+    assert "unknown runner 'dask'; allowed: ray" in refusal("--runner", "dask")
+    assert "--shards is for --runner ray" in refusal("--shards", "2")
+    assert "--shard is one part and --runner ray builds all" in refusal("--runner", "ray", "--shard", "1/2")
+    assert "Ray's client is not supported" in refusal("--runner", "ray", "--address", "ray://head:10001")
+    assert "accept: 3 takes the first pairs" in refusal("--runner", "ray", "--set", "accept=3")
     (tmp_path / "out-shards" / "1-of-3").mkdir(parents=True)
-    assert "holds shards of 3; go on with --shards 3" in told("--runner", "ray", "--shards", "2")
+    assert "holds shards of 3; go on with --shards 3" in refusal("--runner", "ray", "--shards", "2")
     (tmp_path / "out-shards" / "1-of-2").mkdir()
-    assert "holds shards of several numbers (2, 3)" in told("--runner", "ray")
+    assert "holds shards of several numbers (2, 3)" in refusal("--runner", "ray")
     for name in ("1-of-3", "1-of-2"):
         (tmp_path / "out-shards" / name).rmdir()
     (tmp_path / "out" / "ledger.sqlite").touch()
-    assert "holds the replies of a run without shards" in told("--runner", "ray")
+    assert "holds the replies of a run without shards" in refusal("--runner", "ray")
     (tmp_path / "out" / "ledger.sqlite").unlink()
     url = f"file://{tmp_path}/far"
     Store(f"{url}-shards/1-of-3").put("recipe.json", b"{}")
-    assert f"{url}-shards holds shards of 3; go on with" in told("--runner", "ray", "--shards", "2", "--out", url)
+    assert f"{url}-shards holds shards of 3; go on with" in refusal("--runner", "ray", "--shards", "2", "--out", url)
     Store(f"{url}-shards/1-of-3").delete(["recipe.json"])
     Store(url).put("recipe.json", b"{}")
     Store(url).put("ledger/000000000001-000000000001.jsonl.gz", gzip.compress(b'{"log": "l", "number": 1}\n'))
-    assert f"{url} holds the replies of a run without shards" in told("--runner", "ray", "--out", url)
+    assert f"{url} holds the replies of a run without shards" in refusal("--runner", "ray", "--out", url)
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    assert "pip install 'clair-apo[ray]'" in told("--runner", "ray")
+    assert "pip install 'clair-apo[ray]'" in refusal("--runner", "ray")
     assert not Path(tmp_path / "out" / "manifest.json").exists()

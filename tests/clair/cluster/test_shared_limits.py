@@ -226,13 +226,13 @@ def test_shards_on_one_budget_stop_before_it_is_passed_and_use_nearly_all_of_it(
     config = recipe(tmp_path / "all", rows(60), pipeline="revised", **money)
     keeper = Shared({"reviser": RoleLimits(64)}, Budget(config.budget, {}, {}))
     built = in_shards(config, 3, keeper)
-    assert any("budget reached" in (one.stopped or "") for one in built)
+    assert any("budget reached" in (result.stopped or "") for result in built)
     assert 3_000 <= model.billed <= 6_000
     spent = []
     for index in (1, 2, 3):
-        part = shard_config(config, Shard(index, 3), shared=True)
-        with Ledger(part.ledger_path) as ledger:
-            spent.append(sum(ledger.spent(part.out)["reviser"]))
+        shard = shard_config(config, Shard(index, 3), shared=True)
+        with Ledger(shard.ledger_path) as ledger:
+            spent.append(sum(ledger.spent(shard.out)["reviser"]))
     assert sum(spent) == model.billed
 
 
@@ -251,11 +251,11 @@ def test_a_shard_whose_keeper_is_gone_stops_and_keeps_what_it_has(tmp_path, monk
 
     built = build(config, shard=Shard(1, 1), resources=LeasedResources("1-of-1", "1", report))
     assert built.stopped == "the keeper of this job's limits is gone"
-    request_count = len(model.asked)
+    request_count = len(model.requests)
     assert 0 < request_count < 80
     (result,) = in_shards(config, 1, Shared({"reviser": RoleLimits(4)}))
     assert result.stopped is None
-    assert len(model.asked) == 80, "what was answered before is not asked again"
+    assert len(model.requests) == 80, "what was answered before is not asked again"
 
 
 def test_a_shard_has_a_part_of_the_budget_only_where_batches_keep_it_from_being_shared(tmp_path):

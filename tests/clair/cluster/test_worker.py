@@ -34,13 +34,13 @@ class Handle:
 
 
 def order(config, index, of, **changes):
-    told = {"attempt": "1", "update": False, "care": CrashPolicy(), "folder": os.getcwd(), "environment": {}}
-    return Order(config=config, shard=Shard(index, of), **{**told, "version": version("clair-apo"), **changes})
+    defaults = {"attempt": "1", "update": False, "care": CrashPolicy(), "folder": os.getcwd(), "environment": {}}
+    return Order(config=config, shard=Shard(index, of), **{**defaults, "version": version("clair-apo"), **changes})
 
 
-def built(worker, handle, what):
-    handle.quotas.begin(what.shard.name, "1", Decimal(0))
-    return worker.build(what, handle)
+def built(worker, handle, item):
+    handle.quotas.begin(item.shard.name, "1", Decimal(0))
+    return worker.build(item, handle)
 
 
 @pytest.mark.slow
@@ -70,10 +70,10 @@ def test_a_worker_takes_secrets_from_the_driver_and_refuses_another_version_or_f
     monkeypatch.setattr("clair.cluster.worker.open_model", lambda role, config: Scripted("reviser", revision))
     config = recipe(tmp_path / "all", [{"prompt": "q", "answer": "bad"}], pipeline="revised", reviser=endpoint())
     worker, handle = Worker(), Handle("reviser")
-    told = built(worker, handle, order(config, 1, 1, version="0.0.9")).error
-    assert f"a node has clair-apo {version('clair-apo')} and the driver 0.0.9" in told
-    told = built(worker, handle, order(config, 1, 1, folder=str(tmp_path / "none"))).error
-    assert f"a node cannot enter {tmp_path / 'none'} (No such file or directory)" in told
+    error = built(worker, handle, order(config, 1, 1, version="0.0.9")).error
+    assert f"a node has clair-apo {version('clair-apo')} and the driver 0.0.9" in error
+    error = built(worker, handle, order(config, 1, 1, folder=str(tmp_path / "none"))).error
+    assert f"a node cannot enter {tmp_path / 'none'} (No such file or directory)" in error
     assert not (tmp_path / "all-shards").exists()
     monkeypatch.setenv("CLAIR_TEST_OWN", "mine")
     monkeypatch.delenv("CLAIR_TEST_KEY", raising=False)
@@ -89,25 +89,25 @@ def test_a_worker_whose_node_may_not_write_at_the_url_tells_which_node_it_is(tmp
     monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("clair.storage.object_store.write_atomically", refuse)
     url = f"file://{tmp_path}/bucket/all"
-    made = recipe(tmp_path / "all", [{"prompt": "q", "answer": "bad"}], pipeline="revised", reviser=endpoint())
-    told = built(Worker(), Handle("reviser"), order(made.model_copy(update={"out": url}), 1, 1)).error
-    assert told.startswith(f"on {gethostname()}: cannot write {url}-shards/1-of-1: no permission"), told
+    config = recipe(tmp_path / "all", [{"prompt": "q", "answer": "bad"}], pipeline="revised", reviser=endpoint())
+    error = built(Worker(), Handle("reviser"), order(config.model_copy(update={"out": url}), 1, 1)).error
+    assert error.startswith(f"on {gethostname()}: cannot write {url}-shards/1-of-1: no permission"), error
 
 
 def test_rows_are_built_one_by_one_and_noted_where_care_is_taken_and_killers_are_left_out(tmp_path, monkeypatch):
-    seen = []
+    notes = []
     noted = tmp_path / "all-shards" / "1-of-1" / ".row"
 
     def script(messages, sample):
-        seen.append(noted.read_text())
+        notes.append(noted.read_text())
         return revision(messages, sample)
 
     monkeypatch.setattr("clair.cluster.worker.open_model", lambda role, config: Scripted("reviser", script))
-    made = [{"id": f"row-{n}", "prompt": f"q {n}", "answer": f"bad {n}"} for n in range(5)]
-    config = recipe(tmp_path / "all", made, pipeline="revised", reviser=endpoint())
+    prompt_rows = [{"id": f"row-{n}", "prompt": f"q {n}", "answer": f"bad {n}"} for n in range(5)]
+    config = recipe(tmp_path / "all", prompt_rows, pipeline="revised", reviser=endpoint())
     care = CrashPolicy(poison_rows=frozenset({"row-3"}), log_rows=True)
     assert built(Worker(), Handle("reviser"), order(config, 1, 1, care=care)) == Done(failed=1)
-    assert seen == ["row-0", "row-1", "row-2", "row-4"]
+    assert notes == ["row-0", "row-1", "row-2", "row-4"]
     (dropped,) = drops(noted.parent)
     assert (dropped["id"], dropped["reason"], dropped["failed"]) == ("row-3", "killed_worker", True)
     assert not noted.exists()

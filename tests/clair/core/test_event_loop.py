@@ -64,9 +64,9 @@ def test_an_interrupt_calls_the_handler_that_the_coroutine_registered():
         assert not loop.remove_signal_handler(signal.SIGINT)
         return "stopped in order"
 
-    before = signal.getsignal(signal.SIGINT)
+    original = signal.getsignal(signal.SIGINT)
     assert asyncio.run(inside_a_loop(stops())) == "stopped in order"
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is original
 
 
 def test_an_interrupt_without_a_handler_ends_the_coroutine():

@@ -111,12 +111,12 @@ def with_code(tmp_path):
 def test_a_folder_with_code_of_its_own_is_one_line_and_the_code_does_not_run(tmp_path, with_code):
     write_prompts(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
     recipe = write_recipe(tmp_path, "http://127.0.0.1:9/v1", target={"path": str(with_code)})
-    ended = clair("build", recipe)
-    assert ended.code == 2
+    result = clair("build", recipe)
+    assert result.code == 2
     assert re.fullmatch(
         r"error: target: .*model needs code of its own to be loaded \('of_its_own' is no model type of transformers\), "
         r"and it is not run; set trust_remote_code: true if you have read it\n",
-        "".join(line for line in ended.err.splitlines(keepends=True) if not line.startswith("building")),
+        "".join(line for line in result.err.splitlines(keepends=True) if not line.startswith("building")),
     )
     with pytest.raises(UserError, match="needs code of its own"):
         models.find(str(with_code))

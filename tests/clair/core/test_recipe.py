@@ -63,9 +63,9 @@ class Outer(Recipe):
     ],
 )
 def test_a_yaml_value_is_what_everybody_expects(text, value):
-    found = parse_yaml(text)
-    assert found == value
-    assert type(found) is type(value)
+    parsed = parse_yaml(text)
+    assert parsed == value
+    assert type(parsed) is type(value)
 
 
 def test_not_a_number_is_a_number():
@@ -94,7 +94,7 @@ def test_a_recipe_is_read_with_its_overrides(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reason"),
     [
         (None, "does not exist"),
         ("", "holds NoneType, not keys and values"),
@@ -117,14 +117,14 @@ def test_a_recipe_is_read_with_its_overrides(tmp_path):
         ("name: 3", "name: Input should be a valid string, found 3"),
     ],
 )
-def test_a_wrong_recipe_is_one_line(tmp_path, content, told):
+def test_a_wrong_recipe_is_one_line(tmp_path, content, reason):
     file = tmp_path / "r.yaml"
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as error:
         load_recipe(Outer, file)
     message = str(error.value)
-    assert told in message
+    assert reason in message
     assert str(file) in message
     assert "\n" not in message
     assert "pydantic" not in message
@@ -180,11 +180,11 @@ def test_a_recipe_with_a_yaml_date_or_a_key_that_is_no_text_can_be_overridden(tm
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [("temprature", " (did you mean 'temperature'?)"), ("Target", " (did you mean 'target'?)"), ("zzz", "")],
 )
-def test_a_near_miss_is_named(name, told):
-    assert near_miss(name, ["temperature", "target", "url"]) == told
+def test_a_near_miss_is_named(name, expected):
+    assert near_miss(name, ["temperature", "target", "url"]) == expected
 
 
 def test_changed_keys_are_dotted_and_sorted():
@@ -249,9 +249,9 @@ def test_json_is_indented_and_ends_with_a_line(tmp_path):
 
 
 def test_provenance_names_versions_python_and_commit(monkeypatch, tmp_path):
-    found = provenance()
-    assert found["versions"]["clair-apo"]
-    assert found["python"].startswith("3.")
+    record = provenance()
+    assert record["versions"]["clair-apo"]
+    assert record["python"].startswith("3.")
     monkeypatch.chdir(tmp_path)
     assert provenance()["git_commit"] is None
 
@@ -269,9 +269,9 @@ def test_paths_in_errors_are_the_users_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("told", "line"),
+    ("text", "line"),
     [("a\n\tb  c\r\n", "a b c"), (OSError(28, "No\nroom"), "[Errno 28] No room"), ("x " * 400, ("x " * 400)[:400])],
 )
-def test_what_an_error_says_becomes_one_line(told, line):
-    assert one_line(told) == line
-    assert one_line(told, 3) == line[:3]
+def test_what_an_error_says_becomes_one_line(text, line):
+    assert one_line(text) == line
+    assert one_line(text, 3) == line[:3]

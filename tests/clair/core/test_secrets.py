@@ -11,7 +11,7 @@ import pytest
 
 from clair.core.urls import endpoint_of, without_secrets
 from clair.reporting.review import fingerprint
-from tests.clair.building import Ended, clair, drops, pairs, scripted_rows, write_prompts, write_recipe
+from tests.clair.building import CommandResult, clair, drops, pairs, scripted_rows, write_prompts, write_recipe
 
 KEY = "sk-planted-key-4f5e6d"
 PASSWORD = "planted/pass word-77"
@@ -46,7 +46,7 @@ def recipe(tmp_path: Path, url: str, scripts: list[str]) -> Path:
     return write_recipe(tmp_path, url, target=target, reviser=reviser, attempts=1)
 
 
-def assert_nowhere(tmp_path: Path, *results: Ended) -> int:
+def assert_nowhere(tmp_path: Path, *results: CommandResult) -> int:
     """No file under out/ and no output holds a secret; returns how many files were looked at."""
     count = 0
     for file in (tmp_path / "out").rglob("*"):
@@ -90,7 +90,7 @@ def test_secrets_reach_the_endpoint_and_nothing_else(tmp_path, server, secrets, 
     assert "HTTP Request: POST" in caplog.text
     assert not [secret for secret in SECRETS if secret in caplog.text]
     sent = {}
-    for request in server.seen():
+    for request in server.requests():
         headers = {name.lower(): value for name, value in request["headers"].items()}
         assert headers["x-secret"] == HEADER
         assert headers["x-mixed"] == f"Token {HEADER};"
@@ -177,7 +177,7 @@ def test_secrets_under_other_names_are_in_nothing_that_is_written(tmp_path, serv
     assert {name: recipe["extra"][name] for name in OPEN} == OPEN
     assert recipe["extra"]["metadata"]["note"] == "with [secret] in it"
     assert recipe["url"] == server.url + "?api-version=2024-06-01&code=a"
-    sent = server.seen()[0]
+    sent = server.requests()[0]
     assert {name: sent["body"][name] for name in HIDDEN if name != "headers"} == {
         name: value for name, value in HIDDEN.items() if name != "headers"
     }
@@ -192,7 +192,7 @@ def test_what_is_put_into_extra_and_a_query_from_the_environment_is_sent_and_wri
     result = clair("build", write_recipe(tmp_path, server.url, reviser={"url": url, "model": "m", "extra": extra}))
     assert result.code == 0
     assert_nowhere(tmp_path, result)
-    (sent,) = server.seen()
+    (sent,) = server.requests()
     assert sent["query"] == f"pass={KEY}"
     assert (sent["body"]["user"], sent["body"]["metadata"]) == (HEADER, {"who": [f"me {HEADER}"]})
     assert "What is ${PLANTED_KEY}?" in sent["body"]["messages"][0]["content"]
@@ -206,7 +206,7 @@ def test_a_name_that_is_not_set_and_a_secret_that_was_taken_out_are_told_before_
     result = clair(
         "build", write_recipe(tmp_path, server.url, reviser={"url": server.url, "model": "m", "extra": extra})
     )
-    assert (result.code, server.seen()) == (2, [])
+    assert (result.code, server.requests()) == (2, [])
     assert f"reviser.extra.{next(iter(extra))}" in result.err
 
 
@@ -250,10 +250,10 @@ def test_replies_of_one_deployment_are_not_those_of_another_at_the_same_url(tmp_
     ]:
         reviser = {"url": f"{server.url}?{query}", "model": "m"}
         result = clair("build", write_recipe(tmp_path, server.url, reviser=reviser))
-        assert (result.code, len(server.seen())) == (code, request_count), query
+        assert (result.code, len(server.requests())) == (code, request_count), query
     assert "differs in reviser.url" in result.err
     assert clair("build", tmp_path / "recipe.yaml", "--update").code == 0
-    assert len(server.seen()) == 2
+    assert len(server.requests()) == 2
     content = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert content["recipe"]["reviser"]["url"] == content["models"]["reviser"]["identity"].partition("@")[2]
     assert content["recipe"]["reviser"]["url"].endswith("?deployment=b")
@@ -267,7 +267,7 @@ def test_deployments_with_names_of_hex_digits_are_told_apart_and_written_down(tm
     for name, code, requests in [(DEPLOYMENT, 0, 1), (DEPLOYMENT[::-1], 2, 1)]:
         reviser = {"url": f"{server.url}?deployment={name}", "model": "m"}
         build = clair("build", write_recipe(tmp_path, server.url, reviser=reviser))
-        assert (build.code, len(server.seen())) == (code, requests), name
+        assert (build.code, len(server.requests())) == (code, requests), name
     assert "differs in reviser.url" in build.err
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())["reviser"]
     assert recipe["url"] == f"{server.url}?deployment={DEPLOYMENT}"

@@ -8,17 +8,17 @@ import random
 from clair.data.deduplication import Benchmark, NearDuplicates, RepeatedKeys
 from clair.data.prompt_sources import PromptSource, each_prompt
 
-WORDS = [f"w{i}" for i in range(500)]
+VOCABULARY = [f"w{i}" for i in range(500)]
 
 
 def test_near_duplicates_are_found_and_different_texts_are_not():
     draw = random.Random(0)
-    texts = [" ".join(draw.choices(WORDS, k=60)) for _ in range(300)]
+    texts = [" ".join(draw.choices(VOCABULARY, k=60)) for _ in range(300)]
     near = NearDuplicates(0.7)
     assert not any(near.is_duplicate(text) for text in texts)
     changed = [" ".join([*text.split()[:-2], "other", "end"]) for text in texts]
     assert sum(near.is_duplicate(text) for text in changed) >= 295
-    halves = [" ".join([*text.split()[:30], *draw.choices(WORDS, k=30)]) for text in texts]
+    halves = [" ".join([*text.split()[:30], *draw.choices(VOCABULARY, k=30)]) for text in texts]
     assert sum(near.is_duplicate(text) for text in halves) <= 5
 
 
@@ -29,31 +29,31 @@ def test_case_and_punctuation_do_not_tell_prompts_apart():
 
 
 def test_a_benchmark_is_known_by_13_words_in_a_row_or_a_whole_short_question():
-    long = " ".join(WORDS[:20])
+    long = " ".join(VOCABULARY[:20])
     benchmark = Benchmark([long, "Who wrote Faust?"])
-    assert benchmark.overlaps("please tell me: " + " ".join(WORDS[3:16]) + " and why")
-    assert not benchmark.overlaps(" ".join(WORDS[3:15]))
+    assert benchmark.overlaps("please tell me: " + " ".join(VOCABULARY[3:16]) + " and why")
+    assert not benchmark.overlaps(" ".join(VOCABULARY[3:15]))
     assert benchmark.overlaps("who wrote faust")
     assert not benchmark.overlaps("who wrote faust and when")
 
 
 def test_prompts_are_left_out_by_reason_and_the_first_stays(tmp_path):
-    file, other = tmp_path / "prompts.jsonl", tmp_path / "benchmark.jsonl"
+    file, benchmark = tmp_path / "prompts.jsonl", tmp_path / "benchmark.jsonl"
     texts = ["the same thing said once more here", "the same thing said once more here!", "asked by the benchmark", "x"]
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in [*texts, texts[0]]))
-    other.write_text(json.dumps({"prompt": "Asked by the benchmark?"}))
-    source = PromptSource(path=str(file), near_duplicates=0.9, not_in=str(other))
+    benchmark.write_text(json.dumps({"prompt": "Asked by the benchmark?"}))
+    source = PromptSource(path=str(file), near_duplicates=0.9, not_in=str(benchmark))
     assert [why for _, why in each_prompt(source)] == [None, "near_duplicate", "in_benchmark", None, "duplicate"]
 
 
 def test_rows_whose_key_came_before_are_found_however_many_there_are():
     draw = random.Random(0)
     keys = [draw.choice([0, 2**64 - 1, draw.getrandbits(64), draw.getrandbits(14)]) for _ in range(40_000)]
-    repeats, known, again = RepeatedKeys(), set(), []
+    repeats, seen_keys, again = RepeatedKeys(), set(), []
     for row, key in enumerate(keys):
         repeats.add(key, row)
-        again += [row] if key in known else []
-        known.add(key)
+        again += [row] if key in seen_keys else []
+        seen_keys.add(key)
     assert any(bucket._rolled for bucket in repeats._buckets)  # onto disk
     assert sorted(row for rows in repeats.repeated() for row in rows.tolist()) == again
     repeats.close()

@@ -16,8 +16,8 @@ def test_a_file_that_is_not_utf8_is_refused_with_its_line_before_anything_is_ask
     file = tmp_path / "p.jsonl"
     file.write_bytes('{"prompt": "fine"}\n{"prompt": "O\u00f9 est-il?"}\n'.encode("cp1252"))
     columns = {"prompts": {"path": str(file)}, "target": {"url": server.url, "model": "t"}}
-    told = error_line(clair("build", write_recipe(tmp_path, server.url, **columns)))
-    assert (told, server.seen()) == (f"{file}, line 2: not UTF-8 (byte 0xf9); save the file as UTF-8", [])
+    message = error_line(clair("build", write_recipe(tmp_path, server.url, **columns)))
+    assert (message, server.requests()) == (f"{file}, line 2: not UTF-8 (byte 0xf9); save the file as UTF-8", [])
 
 
 def test_a_template_that_is_not_utf8_is_told_by_its_line(tmp_path):
@@ -60,13 +60,13 @@ def test_a_revision_is_written_as_its_answer_is(text, answer, form):
 
 def both(folder, monkeypatch, answer, revise, **reviser):
     """(chosen, rejected, requests) of one row; by the target where the answer is a mapping."""
-    asked = Scripted("m", lambda messages, sample: "{teacher_reasoning}\nwhy\n\n" + revise(messages))
-    install(monkeypatch, reviser=asked, target=Scripted("t", lambda messages, sample: choice(answer["said"])))
+    scripted = Scripted("m", lambda messages, sample: "{teacher_reasoning}\nwhy\n\n" + revise(messages))
+    install(monkeypatch, reviser=scripted, target=Scripted("t", lambda messages, sample: choice(answer["said"])))
     row = {"id": "r", "prompt": "task"} | ({"answer": answer} if isinstance(answer, str) else {})
     target = None if isinstance(answer, str) else endpoint()
     build(recipe(folder, [row], pipeline="revised", target=target, reviser=endpoint(**reviser)))
     (pair,) = pairs(folder)
-    return *(pair[side][0]["content"] for side in ("chosen", "rejected")), len(asked.asked)
+    return *(pair[side][0]["content"] for side in ("chosen", "rejected")), len(scripted.requests)
 
 
 CODE = "    total = 0\n    for x in xs:\n        total += x\n    return totl"
@@ -94,5 +94,5 @@ def test_line_ends_are_the_answers_on_both_sides(tmp_path, monkeypatch, answer):
         return "{minimal_edits}\n" + block
 
     for mode, revise in (("rewrite", rewrite), ("edits", edit)):
-        found = both(tmp_path / mode, monkeypatch, answer, revise, mode=mode)
-        assert found == (answer.replace("lnie", "line"), answer, 1), mode
+        result = both(tmp_path / mode, monkeypatch, answer, revise, mode=mode)
+        assert result == (answer.replace("lnie", "line"), answer, 1), mode

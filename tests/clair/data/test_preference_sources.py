@@ -23,9 +23,9 @@ def turns(role, text, **more):
 
 
 ROWS = [
-    {"id": f"r{number}", "prompt": turns("user", f"Name a {kind}."), "chosen": turns("assistant", one),
-     "rejected": turns("assistant", other)}
-    for number, (kind, one, other) in enumerate((("gem", "Opal.", "Brick."), ("tree", "Larch.", "Moss.")))
+    {"id": f"r{number}", "prompt": turns("user", f"Name a {kind}."), "chosen": turns("assistant", good),
+     "rejected": turns("assistant", bad)}
+    for number, (kind, good, bad) in enumerate((("gem", "Opal.", "Brick."), ("tree", "Larch.", "Moss.")))
 ]  # fmt: skip
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 
@@ -69,8 +69,8 @@ def test_a_configuration_is_named_where_there_are_several(tmp_path):
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
     assert load_preferences(tmp_path, name="wild").dataset.to_list() == ROWS[1:]
     assert split_names(str(tmp_path), "calm") == ["train"]
-    for name, words in ((None, "calm, wild; say which by `name:`"), ("wide", r"'wide' \(did you mean 'wild'\?\)")):
-        with pytest.raises(UserError, match=words):
+    for name, match in ((None, "calm, wild; say which by `name:`"), ("wide", r"'wide' \(did you mean 'wild'\?\)")):
+        with pytest.raises(UserError, match=match):
             load_preferences(tmp_path, name=name)
 
 
@@ -99,15 +99,15 @@ def test_two_columns_may_change_their_names(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "reason"),
     [("p.xlsx", "is of no kind that is read: .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
      ("gone.jsonl", "does not exist"), ("gone.csv.gz", "does not exist")],
 )  # fmt: skip
-def test_a_file_that_is_not_there_or_of_another_kind_is_told(tmp_path, name, words):
+def test_a_file_that_is_not_there_or_of_another_kind_is_told(tmp_path, name, reason):
     (tmp_path / "p.xlsx").write_bytes(b"PK")
     with pytest.raises(UserError) as error:
         load_pairs(tmp_path / name)
-    assert str(error.value).startswith(f"dataset {tmp_path / name} {words}")
+    assert str(error.value).startswith(f"dataset {tmp_path / name} {reason}")
 
 
 @pytest.mark.parametrize("late", [1, 1500])
@@ -191,11 +191,11 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_read_is_told_with_its_place(tmp_path, case):
-    name, text, words = BAD[case]
+    name, text, reason = BAD[case]
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError) as error:
         load_pairs(tmp_path / name)
-    assert words in str(error.value)
+    assert reason in str(error.value)
     assert "\n" not in str(error.value)
 
 

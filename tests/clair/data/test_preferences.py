@@ -26,8 +26,8 @@ def system(text):
     return {"role": "system", "content": text}
 
 
-ASKED = {"prompt": [user("Who sews?")], "chosen": [assistant("A tailor.")], "rejected": [assistant("A miller.")]}
-WHOLE = {side: ASKED["prompt"] + ASKED[side] for side in ("chosen", "rejected")}
+TURNS = {"prompt": [user("Who sews?")], "chosen": [assistant("A tailor.")], "rejected": [assistant("A miller.")]}
+IMPLICIT = {side: TURNS["prompt"] + TURNS[side] for side in ("chosen", "rejected")}
 LONG = [user("Who sews?"), assistant("A tailor."), user("And mends shoes?")]
 FLAT = {"prompt": "Who sews?", "chosen": "A tailor.", "rejected": "A miller."}
 CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "CET"}}}
@@ -40,9 +40,9 @@ def sharegpt(*texts):
 
 # name: (row, what it is read as, what was repaired)
 READ = {
-    "messages": (ASKED, ASKED, []),
-    "text": (FLAT, ASKED, []),
-    "implicit": (WHOLE, ASKED, []),
+    "messages": (TURNS, TURNS, []),
+    "text": (FLAT, TURNS, []),
+    "implicit": (IMPLICIT, TURNS, []),
     "a prompt column that repeats the first turn": (
         {"prompt": "Who sews?", "chosen": [*LONG, assistant("A cobbler.")], "rejected": [*LONG, assistant("Nobody.")]},
         {"prompt": LONG, "chosen": [assistant("A cobbler.")], "rejected": [assistant("Nobody.")]}, ["repeated"],
@@ -52,49 +52,49 @@ READ = {
         {"prompt": LONG, "chosen": [assistant("A")], "rejected": [assistant("B")]}, ["repeated"],
     ),
     "a prompt column with a system turn more": (
-        {"prompt": [system("Be brief."), user("Who sews?")], **WHOLE},
-        {**ASKED, "prompt": [system("Be brief."), user("Who sews?")]}, ["repeated"],
+        {"prompt": [system("Be brief."), user("Who sews?")], **IMPLICIT},
+        {**TURNS, "prompt": [system("Be brief."), user("Who sews?")]}, ["repeated"],
     ),
-    "a prompt column that differs by blanks": ({"prompt": " Who sews?\n", **WHOLE}, ASKED, ["blanks"]),
+    "a prompt column that differs by blanks": ({"prompt": " Who sews?\n", **IMPLICIT}, TURNS, ["blanks"]),
     "copies of the question that differ by blanks": (
-        {"chosen": WHOLE["chosen"], "rejected": [user("Who sews? "), assistant("A miller.")]}, ASKED, ["blanks"],
+        {"chosen": IMPLICIT["chosen"], "rejected": [user("Who sews? "), assistant("A miller.")]}, TURNS, ["blanks"],
     ),
-    "one answer that repeats the prompt": ({**ASKED, "chosen": WHOLE["chosen"]}, ASKED, ["repeated"]),
+    "one answer that repeats the prompt": ({**TURNS, "chosen": IMPLICIT["chosen"]}, TURNS, ["repeated"]),
     "texts that repeat the prompt": (
-        {"prompt": "Who sews?", "chosen": "Who sews? A tailor.", "rejected": "Who sews?\nA miller."}, ASKED,
+        {"prompt": "Who sews?", "chosen": "Who sews? A tailor.", "rejected": "Who sews?\nA miller."}, TURNS,
         ["repeated"],
     ),
     "a transcript": (
         {"chosen": "\n\nHuman: Who sews?\n\nAssistant: A tailor.",
-         "rejected": "\n\nHuman: Who sews?\n\nAssistant: A miller."}, ASKED, ["transcript"],
+         "rejected": "\n\nHuman: Who sews?\n\nAssistant: A miller."}, TURNS, ["transcript"],
     ),
     "a transcript of Windows": (
-        {side: f"\r\n\r\nHuman: Who sews?\r\n\r\nAssistant: {ASKED[side][0]['content']}"
-         for side in ("chosen", "rejected")}, ASKED, ["transcript"],
+        {side: f"\r\n\r\nHuman: Who sews?\r\n\r\nAssistant: {TURNS[side][0]['content']}"
+         for side in ("chosen", "rejected")}, TURNS, ["transcript"],
     ),
     "a transcript with an empty answer": (
         {"chosen": "\n\nHuman: Who sews?\n\nAssistant: A tailor.", "rejected": "\n\nHuman: Who sews?\n\nAssistant:"},
-        {**ASKED, "rejected": [assistant("")]}, ["transcript"],
+        {**TURNS, "rejected": [assistant("")]}, ["transcript"],
     ),
-    "an empty prompt column beside whole conversations": ({"prompt": "", **WHOLE}, ASKED, []),
+    "an empty prompt column beside whole conversations": ({"prompt": "", **IMPLICIT}, TURNS, []),
     "a call of ShareGPT": (
         {"conversations": [{"from": "human", "value": "Who sews?"}, {"from": "observation", "value": "nine"},
                            {"from": "function_call", "value": '{"name": "clock", "arguments": {"zone": "CET"}}'},
                            {"from": "observation", "value": "nine"}], "chosen": "A tailor.", "rejected": "A miller."},
-        {**ASKED, "prompt": [user("Who sews?"), {"role": "tool", "content": "nine"}, assistant("", tool_calls=[CALL]),
+        {**TURNS, "prompt": [user("Who sews?"), {"role": "tool", "content": "nine"}, assistant("", tool_calls=[CALL]),
                              {"role": "tool", "content": "nine"}]}, [],
     ),
     "OpenAI's preference format": (
-        {"input": {"messages": ASKED["prompt"], "tools": TOOLS}, "preferred_output": ASKED["chosen"],
-         "non_preferred_output": ASKED["rejected"]}, {**ASKED, "tools": TOOLS}, [],
+        {"input": {"messages": TURNS["prompt"], "tools": TOOLS}, "preferred_output": TURNS["chosen"],
+         "non_preferred_output": TURNS["rejected"]}, {**TURNS, "tools": TOOLS}, [],
     ),
     "a transcript as the prompt": (
-        {"prompt": "\n\nHuman: Who sews?\n\nAssistant:", "chosen": " A tailor.", "rejected": " A miller."}, ASKED,
+        {"prompt": "\n\nHuman: Who sews?\n\nAssistant:", "chosen": " A tailor.", "rejected": " A miller."}, TURNS,
         ["transcript"],
     ),
     "a transcript with headings": (
         {"chosen": "### Human: Who sews?\n### Assistant: A tailor.",
-         "rejected": "### Human: Who sews?\n### Assistant: A miller."}, ASKED, ["transcript"],
+         "rejected": "### Human: Who sews?\n### Assistant: A miller."}, TURNS, ["transcript"],
     ),
     "earlier answers that differ by blanks": (
         {"chosen": [*LONG, assistant("A")], "rejected": [LONG[0], assistant("A tailor.\n"), LONG[2], assistant("B")]},
@@ -102,46 +102,46 @@ READ = {
     ),
     "speaker and text": (
         {"chosen": [{"speaker": "user", "text": "Who sews?"}, {"speaker": "bot", "text": "A tailor."}],
-         "rejected": [{"speaker": "user", "text": "Who sews?"}, {"speaker": "bot", "text": "A miller."}]}, ASKED, [],
+         "rejected": [{"speaker": "user", "text": "Who sews?"}, {"speaker": "bot", "text": "A miller."}]}, TURNS, [],
     ),
     "a context beside the question": (
-        {**FLAT, "context": "It was in Rome."}, ASKED, ["unread:context"],
+        {**FLAT, "context": "It was in Rome."}, TURNS, ["unread:context"],
     ),
     "another conversation beside the prompt": (
-        {**FLAT, "messages": [user("Who bakes?"), assistant("A baker.")]}, ASKED, ["unread:messages"],
+        {**FLAT, "messages": [user("Who bakes?"), assistant("A baker.")]}, TURNS, ["unread:messages"],
     ),
-    "question": ({"question": "Who sews?", "chosen": "A tailor.", "rejected": "A miller."}, ASKED, []),
+    "question": ({"question": "Who sews?", "chosen": "A tailor.", "rejected": "A miller."}, TURNS, []),
     "question and system": (
         {"system": "Be brief.", "question": "Who sews?", "chosen": "A tailor.", "rejected": "A miller."},
-        {**ASKED, "prompt": [system("Be brief."), user("Who sews?")]}, ["system"],
+        {**TURNS, "prompt": [system("Be brief."), user("Who sews?")]}, ["system"],
     ),
     "a system_message column": (
-        {**FLAT, "system_message": "Be brief."}, {**ASKED, "prompt": [system("Be brief."), *ASKED["prompt"]]},
+        {**FLAT, "system_message": "Be brief."}, {**TURNS, "prompt": [system("Be brief."), *TURNS["prompt"]]},
         ["system"],
     ),
     "documents beside the prompt": (
-        {**ASKED, "documents": [{"title": "Trades"}]}, ASKED, ["unread:documents"],
+        {**TURNS, "documents": [{"title": "Trades"}]}, TURNS, ["unread:documents"],
     ),
     "functions that the prompt has": (
-        {**FLAT, "functions": "sews"}, ASKED, [],
+        {**FLAT, "functions": "sews"}, TURNS, [],
     ),
     "a conversation as Python writes it that the prompt has": (
-        {**ASKED, "conversation": "[{'input': 'Who sews?', 'output': 'A tailor.'}]"}, ASKED, [],
+        {**TURNS, "conversation": "[{'input': 'Who sews?', 'output': 'A tailor.'}]"}, TURNS, [],
     ),
-    "an empty system column": ({**FLAT, "system": ""}, ASKED, []),
+    "an empty system column": ({**FLAT, "system": ""}, TURNS, []),
     "a system column that is in the messages": (
-        {**ASKED, "prompt": [system("Be brief."), user("Who sews?")], "system": "Be brief."},
-        {**ASKED, "prompt": [system("Be brief."), user("Who sews?")]}, [],
+        {**TURNS, "prompt": [system("Be brief."), user("Who sews?")], "system": "Be brief."},
+        {**TURNS, "prompt": [system("Be brief."), user("Who sews?")]}, [],
     ),
     "a system column beside another system turn": (
-        {**ASKED, "prompt": [system("Be brief."), user("Who sews?")], "system": "Be loud."},
-        {**ASKED, "prompt": [system("Be brief."), user("Who sews?")]}, ["unread:system"],
+        {**TURNS, "prompt": [system("Be brief."), user("Who sews?")], "system": "Be loud."},
+        {**TURNS, "prompt": [system("Be brief."), user("Who sews?")]}, ["unread:system"],
     ),
     "instruction and input": (
         {"instruction": "Double it.", "input": "4", "chosen": "8", "rejected": "9"},
         {"prompt": [user("Double it.\n\n4")], "chosen": [assistant("8")], "rejected": [assistant("9")]}, ["input"],
     ),
-    "input alone": ({"input": "Who sews?", "chosen": "A tailor.", "rejected": "A miller."}, ASKED, []),
+    "input alone": ({"input": "Who sews?", "chosen": "A tailor.", "rejected": "A miller."}, TURNS, []),
     "history": (
         {"instruction": "And mends shoes?", "history": [["Who sews?", "A tailor."]], "chosen": "A", "rejected": "B"},
         {"prompt": LONG, "chosen": [assistant("A")], "rejected": [assistant("B")]}, ["history"],
@@ -150,73 +150,73 @@ READ = {
         {"question": "And mends shoes?", "history": LONG[:2], "chosen": "A", "rejected": "B"},
         {"prompt": LONG, "chosen": [assistant("A")], "rejected": [assistant("B")]}, ["history"],
     ),
-    "another question beside the prompt": ({**FLAT, "question": "What is this?"}, ASKED, ["unread:question"]),
+    "another question beside the prompt": ({**FLAT, "question": "What is this?"}, TURNS, ["unread:question"]),
     "sharegpt": (
         {"conversations": sharegpt("Who sews?"), "chosen": sharegpt("", "A tailor.")[1],
-         "rejected": sharegpt("", "A miller.")[1]}, ASKED, [],
+         "rejected": sharegpt("", "A miller.")[1]}, TURNS, [],
     ),
     "sharegpt, whole": (
-        {"chosen": sharegpt("Who sews?", "A tailor."), "rejected": sharegpt("Who sews?", "A miller.")}, ASKED, [],
+        {"chosen": sharegpt("Who sews?", "A tailor."), "rejected": sharegpt("Who sews?", "A miller.")}, TURNS, [],
     ),
     "messages beside answers as text": (
         {"messages": [user("Who sews?"), assistant("A tailor.")], "chosen": "A tailor.", "rejected": "A miller."},
-        ASKED, [],
+        TURNS, [],
     ),
-    "messages of the chosen answer beside the prompt": ({**FLAT, "messages": WHOLE["chosen"]}, ASKED, []),
-    "a single message": ({"prompt": ASKED["prompt"][0], "chosen": ASKED["chosen"][0], "rejected": "A miller."},
-                         ASKED, []),
-    "JSON text": ({name: json.dumps(turns) for name, turns in ASKED.items()}, ASKED, []),
-    "JSON text of JSON text": ({name: json.dumps(json.dumps(turns)) for name, turns in ASKED.items()}, ASKED, []),
+    "messages of the chosen answer beside the prompt": ({**FLAT, "messages": IMPLICIT["chosen"]}, TURNS, []),
+    "a single message": ({"prompt": TURNS["prompt"][0], "chosen": TURNS["chosen"][0], "rejected": "A miller."},
+                         TURNS, []),
+    "JSON text": ({name: json.dumps(turns) for name, turns in TURNS.items()}, TURNS, []),
+    "JSON text of JSON text": ({name: json.dumps(json.dumps(turns)) for name, turns in TURNS.items()}, TURNS, []),
     "JSON text of messages as JSON text": (
-        {name: json.dumps([json.dumps(turn) for turn in turns]) for name, turns in ASKED.items()}, ASKED, [],
+        {name: json.dumps([json.dumps(turn) for turn in turns]) for name, turns in TURNS.items()}, TURNS, [],
     ),
     "messages with text as Python's own text": (
-        {**FLAT, "prompt": "[{'role': 'prompter', 'text': 'Who sews?'}]"}, ASKED, ["roles"],
+        {**FLAT, "prompt": "[{'role': 'prompter', 'text': 'Who sews?'}]"}, TURNS, ["roles"],
     ),
-    "a speaker as JSON text": ({**FLAT, "prompt": '[{"speaker": "user", "text": "Who sews?"}]'}, ASKED, []),
+    "a speaker as JSON text": ({**FLAT, "prompt": '[{"speaker": "user", "text": "Who sews?"}]'}, TURNS, []),
     "an answer with a role and a text": (
         {**FLAT, "chosen": '{"role": "tailor", "text": "Hm."}'},
-        {**ASKED, "chosen": [assistant('{"role": "tailor", "text": "Hm."}')]}, [],
+        {**TURNS, "chosen": [assistant('{"role": "tailor", "text": "Hm."}')]}, [],
     ),
-    "texts around the question": ({**FLAT, "context": ["Tailors sew.", "Who"]}, ASKED, ["unread:context"]),
-    "texts that the question has": ({**FLAT, "context": ["Who", "sews?"]}, ASKED, []),
+    "texts around the question": ({**FLAT, "context": ["Tailors sew.", "Who"]}, TURNS, ["unread:context"]),
+    "texts that the question has": ({**FLAT, "context": ["Who", "sews?"]}, TURNS, []),
     "an answer in quotes": (
-        {**FLAT, "chosen": '"A \'role\': tailor."'}, {**ASKED, "chosen": [assistant('"A \'role\': tailor."')]}, [],
+        {**FLAT, "chosen": '"A \'role\': tailor."'}, {**TURNS, "chosen": [assistant('"A \'role\': tailor."')]}, [],
     ),
-    "Python's own text": ({name: repr(turns) for name, turns in ASKED.items()}, ASKED, []),
+    "Python's own text": ({name: repr(turns) for name, turns in TURNS.items()}, TURNS, []),
     "an answer that is JSON": (
         {**FLAT, "chosen": '{"role": "tailor", "name": "Ann"}', "rejected": "[1, 2]"},
-        {**ASKED, "chosen": [assistant('{"role": "tailor", "name": "Ann"}')], "rejected": [assistant("[1, 2]")]}, [],
+        {**TURNS, "chosen": [assistant('{"role": "tailor", "name": "Ann"}')], "rejected": [assistant("[1, 2]")]}, [],
     ),
     "content in parts": (
-        {**ASKED, "prompt": [user([{"type": "text", "text": "Who "}, {"type": "text", "text": "sews?"}])]}, ASKED, [],
+        {**TURNS, "prompt": [user([{"type": "text", "text": "Who "}, {"type": "text", "text": "sews?"}])]}, TURNS, [],
     ),
     "role names": (
         {"chosen": [{"role": "Human", "content": "Who sews?"}, {"role": "Bot", "content": "A tailor."}],
          "rejected": [{"role": "human", "content": "Who sews?"}, {"role": "AI", "content": "A miller."}]},
-        ASKED, ["roles"],
+        TURNS, ["roles"],
     ),
     "columns of other names": (
-        {"prompt": "Who sews?", "chosen_response": "A tailor.", "rejected_response": "A miller."}, ASKED, [],
+        {"prompt": "Who sews?", "chosen_response": "A tailor.", "rejected_response": "A miller."}, TURNS, [],
     ),
     "no content beside tool calls": (
-        {**ASKED, "chosen": [{"role": "assistant", "tool_calls": [CALL]}]},
-        {**ASKED, "chosen": [assistant("", tool_calls=[CALL])]}, [],
+        {**TURNS, "chosen": [{"role": "assistant", "tool_calls": [CALL]}]},
+        {**TURNS, "chosen": [assistant("", tool_calls=[CALL])]}, [],
     ),
     "null content beside tool calls": (
-        {**ASKED, "chosen": [assistant(None, tool_calls=[CALL], name=None)]},
-        {**ASKED, "chosen": [assistant("", tool_calls=[CALL])]}, [],
+        {**TURNS, "chosen": [assistant(None, tool_calls=[CALL], name=None)]},
+        {**TURNS, "chosen": [assistant("", tool_calls=[CALL])]}, [],
     ),
     "arguments and calls as JSON text": (
-        {**ASKED, "chosen": [assistant("", tool_calls=json.dumps(
+        {**TURNS, "chosen": [assistant("", tool_calls=json.dumps(
             [{"type": "function", "function": {"name": "clock", "arguments": '{"zone": "CET"}'}}]))]},
-        {**ASKED, "chosen": [assistant("", tool_calls=[CALL])]}, [],
+        {**TURNS, "chosen": [assistant("", tool_calls=[CALL])]}, [],
     ),
-    "tools as Python's own text": ({**ASKED, "tools": repr(TOOLS)}, {**ASKED, "tools": TOOLS}, []),
-    "tools as JSON text": ({**ASKED, "tools": json.dumps(TOOLS)}, {**ASKED, "tools": TOOLS}, []),
-    "no tools": ({**ASKED, "tools": []}, ASKED, []),
+    "tools as Python's own text": ({**TURNS, "tools": repr(TOOLS)}, {**TURNS, "tools": TOOLS}, []),
+    "tools as JSON text": ({**TURNS, "tools": json.dumps(TOOLS)}, {**TURNS, "tools": TOOLS}, []),
+    "no tools": ({**TURNS, "tools": []}, TURNS, []),
     "an answer of several turns": (
-        {**ASKED, "chosen": [assistant("", tool_calls=[CALL]), {"role": "tool", "content": "9", "name": "clock"},
+        {**TURNS, "chosen": [assistant("", tool_calls=[CALL]), {"role": "tool", "content": "9", "name": "clock"},
                              assistant("Nine.")]},) * 2 + ([],),
     "text that nothing asks for": (
         {"chosen": "Wool is warm.", "rejected": "Wool is cold."},
@@ -255,8 +255,8 @@ def test_plain_text_stays_text_where_that_is_asked_for_and_all_of_it_is():
     assert read_row(FLAT, keep_text=True) == (FLAT, [])
     assert read_row({**FLAT, "context": "Trades."}, keep_text=True) == (FLAT, ["unread:context"])
     assert read_row({**FLAT, "documents": ["Trades."]}, keep_text=True) == (FLAT, ["unread:documents"])
-    asked = {**FLAT, "system": "Be brief."}
-    assert read_row(asked, keep_text=True)[0]["prompt"] == [system("Be brief."), user("Who sews?")]
+    with_system = {**FLAT, "system": "Be brief."}
+    assert read_row(with_system, keep_text=True)[0]["prompt"] == [system("Be brief."), user("Who sews?")]
     both = Dataset.from_list([{**FLAT, "system": text} for text in ("", "Be brief.")])
     assert [len(row["prompt"]) for row in read_dataset(both, "d", keep_text=True).dataset] == [1, 2]
 
@@ -264,41 +264,41 @@ def test_plain_text_stays_text_where_that_is_asked_for_and_all_of_it_is():
 # name: (row, the words of the error)
 REFUSED = {
     "an empty answer": ({**FLAT, "chosen": None}, "'chosen' is empty"),
-    "an empty prompt": ({**ASKED, "prompt": []}, "'prompt' is an empty list"),
-    "a blank turn": ({**ASKED, "prompt": [user(" ")]}, "'prompt' is empty"),
-    "a turn without parts": ({**ASKED, "prompt": [user([])]}, "message 1 of 'prompt' has no content"),
+    "an empty prompt": ({**TURNS, "prompt": []}, "'prompt' is an empty list"),
+    "a blank turn": ({**TURNS, "prompt": [user(" ")]}, "'prompt' is empty"),
+    "a turn without parts": ({**TURNS, "prompt": [user([])]}, "message 1 of 'prompt' has no content"),
     "a blank prompt": ({**FLAT, "prompt": " "}, "'prompt' is empty"),
-    "no prompt": ({name: ASKED[name] for name in ("chosen", "rejected")}, "there is no prompt: no column 'prompt'"),
+    "no prompt": ({name: TURNS[name] for name in ("chosen", "rejected")}, "there is no prompt: no column 'prompt'"),
     "nothing shared": ({"chosen": "Red", "rejected": "Blue"}, "share no beginning"),
     "no turn shared": (
-        {side: [system(side), *WHOLE[side]] for side in ("chosen", "rejected")},
+        {side: [system(side), *IMPLICIT[side]] for side in ("chosen", "rejected")},
         "'chosen' begins with the system turn 'chosen' and 'rejected' with the system turn 'rejected'",
     ),
-    "another prompt": ({"prompt": "Who bakes?", **WHOLE}, "the prompt ends with the user turn 'Who bakes?'"),
-    "a user turn as an answer": ({**ASKED, "rejected": [user("No.")]}, "'rejected' begins with a user turn"),
+    "another prompt": ({"prompt": "Who bakes?", **IMPLICIT}, "the prompt ends with the user turn 'Who bakes?'"),
+    "a user turn as an answer": ({**TURNS, "rejected": [user("No.")]}, "'rejected' begins with a user turn"),
     "an answer that ends with a user turn": (
-        {**ASKED, "chosen": [assistant("A"), user("B")]}, "'chosen' ends with a user turn",
+        {**TURNS, "chosen": [assistant("A"), user("B")]}, "'chosen' ends with a user turn",
     ),
-    "a role of another kind": ({**ASKED, "chosen": [{"role": "bard", "content": "A"}]}, "has the role 'bard'"),
-    "no role": ({**ASKED, "chosen": [{"text": "A"}]}, "message 1 of 'chosen' has no role; keys found: text"),
-    "no content": ({**ASKED, "chosen": [assistant(None)]}, "message 1 of 'chosen' has no content"),
-    "content that is a number": ({**ASKED, "chosen": [assistant(7)]}, "has content 7"),
-    "an image": ({**ASKED, "prompt": [user([{"type": "image", "text": None}])]}, "content part of type 'image'"),
-    "a part without text": ({**ASKED, "prompt": [user([{"type": "text", "text": None}])]}, "whose text is None"),
+    "a role of another kind": ({**TURNS, "chosen": [{"role": "bard", "content": "A"}]}, "has the role 'bard'"),
+    "no role": ({**TURNS, "chosen": [{"text": "A"}]}, "message 1 of 'chosen' has no role; keys found: text"),
+    "no content": ({**TURNS, "chosen": [assistant(None)]}, "message 1 of 'chosen' has no content"),
+    "content that is a number": ({**TURNS, "chosen": [assistant(7)]}, "has content 7"),
+    "an image": ({**TURNS, "prompt": [user([{"type": "image", "text": None}])]}, "content part of type 'image'"),
+    "a part without text": ({**TURNS, "prompt": [user([{"type": "text", "text": None}])]}, "whose text is None"),
     "several answers": ({**FLAT, "rejected": ["A miller.", "A baker."]}, "'rejected' is a list of 2 texts"),
     "a number": ({**FLAT, "rejected": 4}, "'rejected' is 4"),
     "half of a surrogate pair": ({**FLAT, "chosen": "ok \ud83d"}, "'chosen' holds half of a surrogate pair"),
     "several answers as conversations": (
-        {**ASKED, "rejected": [ASKED["rejected"]] * 2}, "'rejected' is a list of 2 conversations; one list of messages",
+        {**TURNS, "rejected": [TURNS["rejected"]] * 2}, "'rejected' is a list of 2 conversations; one list of messages",
     ),
     "an array as numpy writes it": (
         {**FLAT, "chosen": "array([{'role': 'assistant', 'content': 'A'}], dtype=object)"}, "looks like messages, but",
     ),
     "messages that are no JSON": ({**FLAT, "chosen": '[{"role": "assistant", "content": A}]'}, "but is not JSON"),
     "history that is no list": ({**FLAT, "history": 5}, "'history' is 5; a list of [question, answer] needed"),
-    "tools that are no JSON": ({**ASKED, "tools": "[{"}, "'tools' is not JSON"),
+    "tools that are no JSON": ({**TURNS, "tools": "[{"}, "'tools' is not JSON"),
     "a call without a name": (
-        {**ASKED, "chosen": [assistant("", tool_calls=[{"type": "function"}])]}, "a call without the name",
+        {**TURNS, "chosen": [assistant("", tool_calls=[{"type": "function"}])]}, "a call without the name",
     ),
 }  # fmt: skip
 
@@ -306,29 +306,29 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.parametrize("keep_text", [False, True])
 def test_a_row_that_cannot_be_read_says_why(case, keep_text):
-    row, words = REFUSED[case]
+    row, reason = REFUSED[case]
     with pytest.raises(UserError) as error:
         read_row(row, keep_text=keep_text)
-    assert words in str(error.value)
+    assert reason in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"arguments": None}, {"arguments": ""}, {"arguments": "{}"}])
 def test_a_call_without_arguments_has_none(arguments):
-    row = {**ASKED, "chosen": [assistant("", tool_calls=[{"function": {"name": "clock", **arguments}}])]}
+    row = {**TURNS, "chosen": [assistant("", tool_calls=[{"function": {"name": "clock", **arguments}}])]}
     assert read_row(row)[0]["chosen"][0]["tool_calls"] == [{"function": {"name": "clock", "arguments": {}}}]
 
 
 def test_documents_beside_clean_pairs_are_noted():
-    rows = [{**ASKED, "documents": text} for text in ("Trades.", None)]
+    rows = [{**TURNS, "documents": text} for text in ("Trades.", None)]
     assert read_dataset(Dataset.from_list(rows), "d").notes == [f"1 of 2 rows {repair_note('unread:documents')}"]
 
 
 def test_each_row_is_read_by_itself_and_the_first_at_fault_is_named():
-    rows = [{"id": f"r{number}", **row} for number, row in enumerate([ASKED, {**ASKED, **WHOLE}, ASKED])]
+    rows = [{"id": f"r{number}", **row} for number, row in enumerate([TURNS, {**TURNS, **IMPLICIT}, TURNS])]
     read = read_dataset(Dataset.from_list(rows), "dataset d")
     assert read.notes == [f"1 of 3 rows {repair_note('repeated')}"]
-    assert [row["chosen"] for row in read.dataset] == [ASKED["chosen"]] * 3
+    assert [row["chosen"] for row in read.dataset] == [TURNS["chosen"]] * 3
     rows[2] = {**rows[2], "rejected": [user("No.")]}
     with pytest.raises(UserError, match=r"^dataset d, row 2 \(id r2\): 'rejected' begins with a user turn"):
         read_dataset(Dataset.from_list(rows), "dataset d")
@@ -336,11 +336,11 @@ def test_each_row_is_read_by_itself_and_the_first_at_fault_is_named():
 
 def test_what_arrow_adds_is_not_read():
     """In a table each object has the keys of all, null where it has none."""
-    other = {"type": "function", "function": {"name": "map", "arguments": {"town": "Rome", "zoom": 3}}}
+    second_call = {"type": "function", "function": {"name": "map", "arguments": {"town": "Rome", "zoom": 3}}}
     tools = [[{"type": "function", "function": {"name": name, "parameters": {"properties": {key: {"type": "string"}}}}}]
              for name, key in (("clock", "zone"), ("map", "town"))]  # fmt: skip
-    rows = [{**ASKED, "chosen": [assistant("", tool_calls=[call])], "tools": some}
-            for call, some in zip((CALL, other), tools, strict=True)]  # fmt: skip
+    rows = [{**TURNS, "chosen": [assistant("", tool_calls=[call])], "tools": some}
+            for call, some in zip((CALL, second_call), tools, strict=True)]  # fmt: skip
     table = Dataset(pa.Table.from_pylist(rows))
     assert table[0]["chosen"][0]["tool_calls"][0]["function"]["arguments"] == {
         "zone": "CET",
@@ -353,10 +353,10 @@ def test_what_arrow_adds_is_not_read():
 
 
 def test_clean_pairs_are_taken_as_they_are():
-    pairs = Dataset.from_list([ASKED] * 3)
+    pairs = Dataset.from_list([TURNS] * 3)
     with pytest.raises(UserError, match="row 1: 'prompt' is empty"):
-        read_dataset(Dataset.from_list([ASKED, {**ASKED, "prompt": [user("")]}]), "d")
+        read_dataset(Dataset.from_list([TURNS, {**TURNS, "prompt": [user("")]}]), "d")
     assert read_dataset(pairs, "d").dataset is pairs
     assert read_dataset(pairs.select([2, 0]), "d").notes == []
-    for spoilt in ({**ASKED, **WHOLE}, {**ASKED, "prompt": [*ASKED["prompt"], {"role": "Human", "content": "a"}]}):
-        assert read_dataset(Dataset.from_list([ASKED, spoilt]), "d").notes
+    for spoilt in ({**TURNS, **IMPLICIT}, {**TURNS, "prompt": [*TURNS["prompt"], {"role": "Human", "content": "a"}]}):
+        assert read_dataset(Dataset.from_list([TURNS, spoilt]), "d").notes

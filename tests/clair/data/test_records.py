@@ -42,7 +42,7 @@ def test_the_users_own_id_changes_nothing_about_the_content_id():
 
 def test_another_process_with_another_hash_seed_gives_the_same_id():
     code = "from clair.data.records import content_id; print(content_id(({'role': 'user', 'content': 'Say é'},), None))"
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
@@ -50,7 +50,7 @@ def test_another_process_with_another_hash_seed_gives_the_same_id():
         check=True,
         env={"PYTHONHASHSEED": "7", "PYTHONUTF8": "1", "PYTHONPATH": ":".join(p for p in sys.path if p)},
     )
-    assert told.stdout.strip() == content_id(USER, None)
+    assert result.stdout.strip() == content_id(USER, None)
 
 
 def test_a_lone_half_of_a_surrogate_pair_has_an_id_too():

@@ -462,7 +462,7 @@ def test_a_batch_that_is_gone_is_told_and_asked_again_only_on_demand(tmp_path, s
     finished(process)
     if files:
         service.end("completed")
-        service.look()
+        service.poll_batches()
         service.lose(files=True)
     else:
         service.lose()

@@ -98,10 +98,10 @@ def test_a_build_stopped_by_its_budget_goes_on_with_a_larger_one_and_asks_nothin
     keys = {"pipeline": "revised", "reviser": endpoint(max_tokens=100), "concurrency": 4}
     stopped = build(recipe(tmp_path / "out", rows(30), **keys, budget={"tokens": 8_000}))
     assert "budget reached" in stopped.stopped
-    assert 0 < len(model.asked) < 30
+    assert 0 < len(model.requests) < 30
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert build(recipe(tmp_path / "out", rows(30), **keys, budget={"tokens": 10**6})).stopped is None
-    assert len(model.asked) == 30
+    assert len(model.requests) == 30
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_an_estimate_comes_within_15_percent_on_prompts_of_widely_varying_length
     price = {"input": "2.5", "output": "10"}
     config = recipe(tmp_path / "out", long_and_short(seed), pipeline="revised", reviser=endpoint(price=price))
     estimated = total_cost(estimate(config, probe))
-    assert len(model.asked) == probe
+    assert len(model.requests) == probe
     tokens = build(config).manifest["tokens"]["reviser"]
     assert (tokens["calls"], tokens["reused"]) == (400 - probe, probe)
     truth = (tokens["prompt"] * 2.5 + tokens["completion"] * 10) / 1e6
@@ -235,7 +235,7 @@ def test_an_estimate_without_a_probe_asks_nothing_and_tells_the_most_calls(tmp_p
     install(monkeypatch, reviser=model)
     config = recipe(tmp_path / "out", rows(20), pipeline="revised", reviser=endpoint(mode="edits"))
     assert estimate(config)["reviser"].max_calls == 20 * 4
-    assert not model.asked
+    assert not model.requests
 
 
 def test_prices_come_from_the_table_where_the_recipe_says_so(tmp_path):

@@ -125,9 +125,9 @@ def test_every_answer_of_an_endpoint_has_a_named_outcome_and_no_row_is_misaligne
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(scripts))
     reviser = {"url": server.url, "model": "m", "timeout": 2.0, "ask_again": False}
     built = build(config_for(tmp_path, server.url, reviser=reviser, attempts=2, concurrency=40))
-    found = outcomes(tmp_path / "out")
+    by_id = outcomes(tmp_path / "out")
     expected = {f"row-{n}": OUTCOMES[script].format(n=n) for n, script in enumerate(scripts)}
-    wrong = {scripts[int(id[4:])]: (found[id][:100], want) for id, want in expected.items() if found[id] != want}
+    wrong = {scripts[int(id[4:])]: (by_id[id][:100], want) for id, want in expected.items() if by_id[id] != want}
     assert not wrong
     for row in pairs(tmp_path / "out"):
         n = int(row["id"][4:])
@@ -145,11 +145,11 @@ def test_final_errors_are_asked_once_and_others_as_often_as_allowed(tmp_path, se
     scripts = ["400", "422", "500", "drop", "html", "empty", "tool", "429 429 429 ok", "ok"]
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(scripts))
     build(config_for(tmp_path, server.url, attempts=3))
-    asked = dict.fromkeys(scripts, 0)
-    for request in server.seen():
+    request_counts = dict.fromkeys(scripts, 0)
+    for request in server.requests():
         content = request["body"]["messages"][-1]["content"]
-        asked[content[content.index("[[") + 2 : content.index("]]")]] += 1
-    assert asked == {
+        request_counts[content[content.index("[[") + 2 : content.index("]]")]] += 1
+    assert request_counts == {
         "400": 1,
         "422": 1,
         "500": 3,
@@ -166,22 +166,22 @@ def test_final_errors_are_asked_once_and_others_as_often_as_allowed(tmp_path, se
 def test_a_refused_request_waits_as_long_as_the_server_says(tmp_path, server, step, seconds):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows([f"{step} ok"]))
     build(config_for(tmp_path, server.url))
-    first, second = (request["at"] for request in server.seen())
+    first, second = (request["at"] for request in server.requests())
     assert seconds <= second - first <= seconds + 2.0
 
 
 def test_other_rows_go_on_while_one_is_refused_for_its_own_sake(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["429:3 ok"] + ["ok"] * 40))
     build(config_for(tmp_path, server.url, concurrency=8))
-    seen = server.seen()
-    assert [request["step"] for request in seen][-1] == "ok"
-    assert len(seen) == 42
-    ends = sorted(request["at"] for request in seen)
-    assert ends[-1] - ends[0] >= 3.0
+    requests = server.requests()
+    assert [request["step"] for request in requests][-1] == "ok"
+    assert len(requests) == 42
+    times = sorted(request["at"] for request in requests)
+    assert times[-1] - times[0] >= 3.0
 
 
 @pytest.mark.parametrize(
-    ("step", "told"),
+    ("step", "message"),
     [
         ("401", "refuses the key (401: Incorrect API key provided.); check api_key_env"),
         ("402", "wants to be paid (402: Insufficient credits.)"),
@@ -191,14 +191,14 @@ def test_other_rows_go_on_while_one_is_refused_for_its_own_sake(tmp_path, server
         ("quota", "has no quota left: You exceeded your current quota."),
     ],
 )
-def test_what_holds_for_all_requests_ends_the_run_at_once_in_one_line(tmp_path, server, step, told):
+def test_what_holds_for_all_requests_ends_the_run_at_once_in_one_line(tmp_path, server, step, message):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows([step] + ["wait:0.5"] * 200))
     with pytest.raises(UserError) as error:
         build(config_for(tmp_path, server.url, concurrency=4))
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert server.url in str(error.value)
     assert "\n" not in str(error.value)
-    assert len(server.seen()) <= 5
+    assert len(server.requests()) <= 5
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -237,7 +237,7 @@ def test_hidden_reasoning_is_never_part_of_an_answer(tmp_path, server):
     build(config_for(tmp_path, server.url, target=target, filters={"identical": False}))
     for row in pairs(tmp_path / "out"):
         assert "idea" not in row["rejected"][0]["content"]
-    assert all("idea" not in json.dumps(r["body"]) for r in server.seen())
+    assert all("idea" not in json.dumps(r["body"]) for r in server.requests())
 
 
 def test_options_are_passed_through_as_they_are(tmp_path, server):
@@ -252,7 +252,7 @@ def test_options_are_passed_through_as_they_are(tmp_path, server):
         "system": "Be brief.",
     }
     build(config_for(tmp_path, server.url, reviser=reviser))
-    (request,) = server.seen()
+    (request,) = server.requests()
     body = request["body"]
     messages = body.pop("messages")
     assert body == {"model": "m", **extra}
@@ -268,7 +268,7 @@ def test_headers_go_with_the_first_look_at_the_models_too(tmp_path, server, monk
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
     reviser = {"url": server.url, "model": "m", "extra": {"headers": {"X-Team": "${TEAM}"}}}
     build(config_for(tmp_path, server.url, reviser=reviser))
-    (headers,) = server.looked_at()
+    (headers,) = server.model_requests()
     assert {name.lower(): value for name, value in headers.items()}["x-team"] == "pairs"
 
 
@@ -277,7 +277,7 @@ def test_a_server_that_cannot_list_its_models_is_asked_for_a_token_instead(tmp_p
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 3))
     build(config_for(tmp_path, server.url.replace("/v1", "/broken/v1")))
     assert len(pairs(tmp_path / "out")) == 3
-    first = server.seen()[0]["body"]
+    first = server.requests()[0]["body"]
     assert first["messages"] == [{"role": "user", "content": "Hello"}]
     assert first["max_tokens"] == 1
 
@@ -310,8 +310,8 @@ def test_no_server_makes_us_wait_for_ever(value):
         assert (retry_after({name: value}) or 0) <= 86_400
 
 
-@pytest.mark.parametrize(("ends", "billed"), [("reset", True), ("hang", True), ("nobody", False)])
-def test_a_request_that_may_have_arrived_may_be_billed_and_one_without_a_connection_not(ends, billed):
+@pytest.mark.parametrize(("failure", "billed"), [("reset", True), ("hang", True), ("nobody", False)])
+def test_a_request_that_may_have_arrived_may_be_billed_and_one_without_a_connection_not(failure, billed):
     import asyncio
 
     from clair.inference.model import Unreachable
@@ -319,7 +319,7 @@ def test_a_request_that_may_have_arrived_may_be_billed_and_one_without_a_connect
 
     async def answer(reader, writer):
         await reader.read(100)
-        if ends == "reset":
+        if failure == "reset":
             writer.transport.abort()
         else:
             await reader.read()
@@ -328,7 +328,7 @@ def test_a_request_that_may_have_arrived_may_be_billed_and_one_without_a_connect
     async def ask():
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        if ends == "nobody":
+        if failure == "nobody":
             server.close()
             await server.wait_closed()
         model = OpenAIModel(f"http://127.0.0.1:{port}/v1", "m", timeout=0.5)

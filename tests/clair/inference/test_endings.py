@@ -61,15 +61,15 @@ def test_only_known_endings_are_good_and_every_other_has_a_name():
     assert incomplete_reason("length", tools=True) == "truncated"
 
 
-def built(tmp_path, monkeypatch, said, rows, **models):
+def built(tmp_path, monkeypatch, scripted_answer, rows, **models):
     """A build whose target and reviser say `said(role, prompt)` where it is not None."""
 
     def target(messages, sample):
-        return said("target", messages[-1]["content"]) or f"a bad answer to {messages[-1]['content']}"
+        return scripted_answer("target", messages[-1]["content"]) or f"a bad answer to {messages[-1]['content']}"
 
     def reviser(messages, sample):
         prompt = messages[0]["content"].split("<task>\n")[1].split("\n")[0]
-        return said("reviser", prompt) or revision(messages)
+        return scripted_answer("reviser", prompt) or revision(messages)
 
     install(monkeypatch, target=Scripted("t", target), reviser=Scripted("m", reviser))
     keys = {"pipeline": "revised", "target": endpoint(), "reviser": endpoint(), **models}
@@ -79,29 +79,29 @@ def built(tmp_path, monkeypatch, said, rows, **models):
 
 @pytest.mark.parametrize("role", ["target", "reviser"])
 def test_half_answers_and_half_revisions_are_dropped_by_how_they_ended(tmp_path, monkeypatch, role):
-    def said(asked, prompt):
-        if asked != role:
+    def scripted_answer(asking_role, prompt):
+        if asking_role != role:
             return None
         text = "a bad beginning" if role == "target" else "{teacher_reasoning}\nr\n{corrected_student_solution}\na good"
         return choice(text, None if prompt == "None" else prompt)
 
     rows = [*NAMED, "stop", "end_turn", "None"]
-    found = built(tmp_path, monkeypatch, said, rows)
+    reasons = built(tmp_path, monkeypatch, scripted_answer, rows)
     expected = {row: f"{'!' * (name == 'server_error')}{role}.{name}" for row, name in NAMED.items()}
-    assert {row: found[row] for row in NAMED} == expected
-    assert all(found[row].startswith("a good") for row in ("stop", "end_turn", "None"))
+    assert {row: reasons[row] for row in NAMED} == expected
+    assert all(reasons[row].startswith("a good") for row in ("stop", "end_turn", "None"))
     assert manifest(tmp_path / "out")["tokens"][role]["without_finish_reason"] == 1
 
 
 def test_a_refusal_in_a_field_of_its_own_and_a_filtered_reply_are_told_by_name(tmp_path, monkeypatch):
-    def said(role, prompt):
+    def scripted_answer(role, prompt):
         if role not in prompt:
             return None
         return choice(None, "content_filter") if "filter" in prompt else choice(None, refusal="I would rather not.")
 
     rows = ["target", "reviser", "target filter", "reviser filter"]
-    found = built(tmp_path, monkeypatch, said, rows)
-    assert found == {
+    reasons = built(tmp_path, monkeypatch, scripted_answer, rows)
+    assert reasons == {
         "target": "target.refusal",
         "reviser": "reviser.refusal",
         "target filter": "target.content_filter",
@@ -127,14 +127,14 @@ def test_a_reply_that_the_server_broke_off_is_asked_again_also_where_an_older_le
     with sqlite3.connect(tmp_path / "out" / "ledger.sqlite") as ledger:
         ((key,),) = ledger.execute("SELECT key FROM calls")
         ledger.execute("UPDATE calls SET reply = ?, digest = ?", (broken, reply_digest(key, broken)))
-    ended = clair("build", file)
-    assert (ended.code, len(server.seen())) == (0, 2)
+    result = clair("build", file)
+    assert (result.code, len(server.requests())) == (0, 2)
     assert outcomes(tmp_path / "out") == {"row-0": "good answer 0"}
 
 
 def test_a_server_without_finish_reasons_is_told_once(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["nofinish", "nofinish", "ok"]))
-    ended = clair("build", write_recipe(tmp_path, server.url))
-    assert ended.code == 0
-    assert ended.out.count("finish_reason") == 1
-    assert "reviser: 2 replies came without a finish_reason" in ended.out
+    result = clair("build", write_recipe(tmp_path, server.url))
+    assert result.code == 0
+    assert result.out.count("finish_reason") == 1
+    assert "reviser: 2 replies came without a finish_reason" in result.out

@@ -34,10 +34,10 @@ def test_a_server_that_counts_and_cuts_otherwise_is_told(server, tokenizer):
 
 
 def test_the_command_ends_with_the_first_thing_that_is_wrong(server, tokenizer):
-    ended = clair("check-endpoint", server.url, "--model", "m", "--tokenizer", tokenizer)
-    assert ended.code == 2
-    assert ended.err.startswith(f"error: {server.url}: chat template (10 tokens at the server, 7 by")
-    assert "WRONG" in ended.out
+    result = clair("check-endpoint", server.url, "--model", "m", "--tokenizer", tokenizer)
+    assert result.code == 2
+    assert result.err.startswith(f"error: {server.url}: chat template (10 tokens at the server, 7 by")
+    assert "WRONG" in result.out
 
 
 def test_a_special_token_in_an_answer_is_no_stop_token(server, tmp_path):
@@ -49,7 +49,7 @@ def test_a_special_token_in_an_answer_is_no_stop_token(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("urls", "model", "told"),
+    ("urls", "model", "match"),
     [
         (["ftp://a"], None, "is no http"),
         (["{url}"], None, "serves m, t; name one with --model"),
@@ -57,12 +57,12 @@ def test_a_special_token_in_an_answer_is_no_stop_token(server, tmp_path):
         (["http://127.0.0.1:9/v1"], "m", "cannot reach"),
     ],
 )
-def test_what_cannot_be_asked_is_told_in_one_line(server, urls, model, told):
+def test_what_cannot_be_asked_is_told_in_one_line(server, urls, model, match):
     urls = [url.format(url=server.url) for url in urls]
-    if told is None:  # a server may serve what it does not list: it answers, and that counts
+    if match is None:  # a server may serve what it does not list: it answers, and that counts
         assert check_endpoints(urls, model=model)[server.url][0].told == model
         return
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=match):
         check_endpoints(urls, model=model)
 
 
@@ -80,9 +80,9 @@ def test_what_is_looked_at_is_said_before_it_is(server):
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [("401 X", "refuses the key .401: no such user"), ("402 X", "wants to be paid")]
+    ("status", "match"), [("401 X", "refuses the key .401: no such user"), ("402 X", "wants to be paid")]
 )
-def test_a_server_that_refuses_everything_is_asked_once_and_told_so(status, words):
+def test_a_server_that_refuses_everything_is_asked_once_and_told_so(status, match):
     async def handle(path: list[str]) -> None:
         models = writes(http(b'{"data": [{"id": "m"}]}'))
         refusal = writes(http(b'{"detail": "no such user"}', status=status))
@@ -90,6 +90,6 @@ def test_a_server_that_refuses_everything_is_asked_once_and_told_so(status, word
             await asyncio.to_thread(check_endpoints, [url], model="m")
 
     path: list[str] = []
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(Refused, match=match):
         asyncio.run(handle(path))
     assert len(path) == 2

@@ -21,7 +21,7 @@ from tests.clair.virtual_time import now, run
 REQUEST: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
 
 
-async def asked(*answers: Answer, query: str = "", timeout: float = 20.0) -> str:
+async def ask(*answers: Answer, query: str = "", timeout: float = 20.0) -> str:
     """What becomes of one request."""
     async with serving(*answers) as url, model_at(url + query, timeout=timeout) as model:
         return await asyncio.wait_for(model.complete(REQUEST), 60)
@@ -46,7 +46,7 @@ GARBLED = {
 @pytest.mark.parametrize("name", GARBLED)
 def test_a_garbled_answer_is_a_failure_of_its_request_and_no_query_is_told(name):
     with pytest.raises(Unreachable) as caught:
-        asyncio.run(asked(writes(GARBLED[name]), query="?api-key=sk-secret-1"))
+        asyncio.run(ask(writes(GARBLED[name]), query="?api-key=sk-secret-1"))
     assert "sk-secret-1" not in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.billed
@@ -67,7 +67,7 @@ WORDED = {
 @pytest.mark.parametrize("status", ["400 X", "402 X", "503 X"])
 def test_the_words_of_an_error_are_told_in_whatever_form_they_come(body, status):
     with pytest.raises((RequestFailed, Refused, Unreachable), match="model is") as caught:
-        asyncio.run(asked(writes(http(body, status=status))))
+        asyncio.run(ask(writes(http(body, status=status))))
     assert f"{status[:3]}: {WORDED[body]}" in str(caught.value)
 
 
@@ -77,7 +77,7 @@ def test_the_words_of_an_error_are_told_in_whatever_form_they_come(body, status)
 @pytest.mark.parametrize(("code", "kind"), [(b"402", Refused), (b'"insufficient_quota"', Refused), (b"429", TooMany)])
 def test_an_error_in_a_reply_of_status_200_means_what_its_code_says(body, code, kind):
     with pytest.raises(kind):
-        asyncio.run(asked(writes(http(body % code))))
+        asyncio.run(ask(writes(http(body % code))))
 
 
 @pytest.mark.parametrize(
@@ -92,13 +92,13 @@ def test_an_error_in_a_reply_of_status_200_means_what_its_code_says(body, code, 
     ],
 )
 def test_a_content_filter_is_known_by_its_code_or_its_words(body):
-    assert b"content_filter" in asyncio.run(asked(writes(http(body, status="400 Bad")))).encode()
+    assert b"content_filter" in asyncio.run(ask(writes(http(body, status="400 Bad")))).encode()
 
 
 def test_a_parameter_that_is_refused_is_no_content_filter():
     body = b'{"error": {"message": "Unsupported parameter: content_filter and safety_identifier"}}'
     with pytest.raises(RequestFailed) as caught:
-        asyncio.run(asked(writes(http(body, status="400 Bad"))))
+        asyncio.run(ask(writes(http(body, status="400 Bad"))))
     assert (caught.value.reason, caught.value.moderated) == ("http_400", False)
 
 
@@ -126,7 +126,7 @@ def test_what_no_library_foresaw_is_a_failure_too(monkeypatch):
 
     monkeypatch.setattr(wire.GuardedTransport, "handle_async_request", odd)
     with pytest.raises(Unreachable, match="ZeroDivisionError: at http://h/v1/chat in the parser"):
-        asyncio.run(asked(writes(http(GOOD))))
+        asyncio.run(ask(writes(http(GOOD))))
 
 
 # ---- answers that do not end
@@ -142,7 +142,7 @@ async def trickle(writer: asyncio.StreamWriter) -> None:
 
 def test_the_timeout_is_that_of_the_whole_try():
     with pytest.raises(Unreachable, match="timeout") as caught:
-        asyncio.run(asked(trickle, timeout=0.5))
+        asyncio.run(ask(trickle, timeout=0.5))
     assert caught.value.busy
     assert caught.value.billed
 
@@ -160,7 +160,7 @@ def test_a_reply_without_end_is_not_read_to_its_end(monkeypatch):
             await writer.drain()
 
     with pytest.raises(RequestFailed, match="the reply is larger than 1 MB") as caught:
-        asyncio.run(asked(endless))
+        asyncio.run(ask(endless))
     assert caught.value.reason == "malformed_reply"
     assert caught.value.raw == "a" * 2000
     assert sent < 50 * 2**20  # what the system's buffers hold
@@ -171,15 +171,15 @@ def test_a_small_reply_that_unpacks_to_a_large_one_is_not_unpacked_to_its_end(mo
     monkeypatch.setattr(wire, "MOST_BYTES", 2**20)
     packed = gzip.compress(b"a" * 2**24)
     with pytest.raises(RequestFailed, match="larger than 1 MB"):
-        asyncio.run(asked(writes(http(packed, "Content-Encoding: gzip", status=status))))
+        asyncio.run(ask(writes(http(packed, "Content-Encoding: gzip", status=status))))
 
 
 def test_a_reply_may_begin_with_a_byte_order_mark():
-    assert json.loads(asyncio.run(asked(writes(http(b"\xef\xbb\xbf" + GOOD)))))
+    assert json.loads(asyncio.run(ask(writes(http(b"\xef\xbb\xbf" + GOOD)))))
 
 
 def test_a_packed_reply_is_read():
-    assert asyncio.run(asked(writes(http(gzip.compress(GOOD), "Content-Encoding: gzip")))) == GOOD.decode()
+    assert asyncio.run(ask(writes(http(gzip.compress(GOOD), "Content-Encoding: gzip")))) == GOOD.decode()
 
 
 # ---- redirects

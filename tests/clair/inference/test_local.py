@@ -40,7 +40,9 @@ def messages(text: str) -> list[dict[str, str]]:
 def texts(count: int, longest: int = 40, seed: int = 0) -> list[str]:
     """Prompts of one word to many."""
     random = Random(seed)
-    return [" ".join(random.choices(tiny_model.WORDS, k=1 + n * (longest - 1) // (count - 1))) for n in range(count)]
+    return [
+        " ".join(random.choices(tiny_model.VOCABULARY, k=1 + n * (longest - 1) // (count - 1))) for n in range(count)
+    ]
 
 
 def ask(folder: Path, requests: list[dict[str, Any]], samples: list[int] | None = None, **options: Any) -> list[Any]:
@@ -135,7 +137,7 @@ def test_samples_follow_the_models_distribution(folder):
     )["input_ids"]
     with torch.inference_mode():
         probabilities = torch.softmax(model(ids).logits[0, -1], -1)
-    token_ids = {word: tokenizer.convert_tokens_to_ids(word) for word in tiny_model.WORDS}
+    token_ids = {word: tokenizer.convert_tokens_to_ids(word) for word in tiny_model.VOCABULARY}
     for word, token in token_ids.items():
         share = sum(reply.text == word for reply in replies) / 3000
         assert share == pytest.approx(float(probabilities[token]), abs=0.035), word
@@ -151,7 +153,7 @@ def test_every_token_is_drawn_anew(tmp_path):
     sampled = [word for reply in ask(tmp_path, requests) for word in reply.text.split()]
     repeats = sum(a == b for a, b in pairwise(sampled)) / len(sampled)
     assert repeats < 0.15
-    assert set(sampled) >= set(tiny_model.WORDS)
+    assert set(sampled) >= set(tiny_model.VOCABULARY)
 
 
 def test_it_stops_at_the_end_of_the_turn_and_says_so(folder):
@@ -174,7 +176,7 @@ def test_every_end_that_the_generation_config_names_is_an_end(folder, tmp_path):
     (copy / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [3, *range(8, 28)]}))
     replies = ask(copy, [{"messages": messages(t), "max_tokens": 60, "temperature": 1.0} for t in texts(10)])
     assert all(reply.finish_reason == "stop" and reply.usage["completion_tokens"] < 60 for reply in replies)
-    assert all(not set(reply.text.split()) & set(tiny_model.WORDS) for reply in replies)
+    assert all(not set(reply.text.split()) & set(tiny_model.VOCABULARY) for reply in replies)
 
 
 def test_an_answer_that_is_cut_off_says_so(folder):

@@ -39,13 +39,13 @@ def built(tmp_path, server, scripts: list[str], **keys: Any):
 
 
 @pytest.mark.parametrize("refusal", ["403", "403flagged", "403html"])
-@pytest.mark.parametrize("place", [0, 2])
-def test_one_forbidden_row_among_answered_ones_is_a_row(tmp_path, server, refusal, place):
+@pytest.mark.parametrize("index", [0, 2])
+def test_one_forbidden_row_among_answered_ones_is_a_row(tmp_path, server, refusal, index):
     scripts = ["ok"] * 5
-    scripts[place] = refusal
+    scripts[index] = refusal
     assert built(tmp_path, server, scripts, concurrency=1).failed == 1
     assert len(pairs(tmp_path / "out")) == 4
-    assert [(row["id"], row["reason"]) for row in drops(tmp_path / "out")] == [(f"row-{place}", "http_403")]
+    assert [(row["id"], row["reason"]) for row in drops(tmp_path / "out")] == [(f"row-{index}", "http_403")]
 
 
 @pytest.mark.parametrize("rows", [1, 3, 200])
@@ -54,7 +54,7 @@ def test_a_403_to_everything_is_the_keys(tmp_path, server, rows):
         built(tmp_path, server, ["403"] * rows, concurrency=4)
     assert f"reviser: {server.url} refuses the key (403: You may not use this model.)" in str(caught.value)
     assert "check api_key_env" in str(caught.value)
-    assert len(server.seen()) <= 5 + 4
+    assert len(server.requests()) <= 5 + 4
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -62,7 +62,7 @@ def test_a_403_to_everything_is_the_keys(tmp_path, server, rows):
 def test_the_same_refusal_of_the_first_rows_ends_the_run_in_its_words(tmp_path, server, rows):
     with pytest.raises(Refused, match=r"refuses every request .*\(400: This prompt is too long\.\)"):
         built(tmp_path, server, ["400"] * rows, concurrency=4)
-    assert len(server.seen()) <= 5 + 4
+    assert len(server.requests()) <= 5 + 4
 
 
 @pytest.mark.parametrize("scripts", [["400"], ["400"] * 4 + ["422"] + ["400"] * 4, ["ok"] + ["400"] * 20])
@@ -96,14 +96,14 @@ def test_what_a_content_filter_refuses_is_an_outcome_and_not_asked_again(tmp_pat
 def test_a_server_that_refuses_for_ever_ends_the_run_in_its_words_and_what_there_is_is_kept(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 3 + ["429"] * 5))
     reviser = {"url": server.url, "model": "m", "patience": 0.5}
-    ended = clair("build", write_recipe(tmp_path, server.url, reviser=reviser))
-    first, *_, last = ended.err.splitlines()
-    assert ended.code == 4
+    result = clair("build", write_recipe(tmp_path, server.url, reviser=reviser))
+    first, *_, last = result.err.splitlines()
+    assert result.code == 4
     assert first == "reviser: the server says 429: Slow down."
     assert last.startswith("error: reviser: the server refuses since ")
     assert "(429: Slow down.), and reviser.patience is 0.5 s; every reply so far is kept" in last
     assert "run the same command again" in last
-    assert "Traceback" not in ended.err
+    assert "Traceback" not in result.err
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 3))
     assert clair("build", tmp_path / "recipe.yaml").code == 0
     assert server.steps().count("ok") == 3
@@ -111,12 +111,12 @@ def test_a_server_that_refuses_for_ever_ends_the_run_in_its_words_and_what_there
 
 def test_a_wait_that_is_longer_than_our_patience_ends_the_run_at_once_and_says_when_to_come_back(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["429:40000"] * 100))
-    ended = clair("build", write_recipe(tmp_path, server.url, concurrency=4))
-    assert ended.code == 4
-    assert "reviser: the server says 429: Slow down.; wait for 11.1 h" in ended.err
-    assert "asks to wait for 11.1 h (429: Slow down.), and reviser.patience is 300 s; every reply" in ended.err
-    assert "run the same command again after 20" in ended.err
-    assert len(server.seen()) <= 4
+    result = clair("build", write_recipe(tmp_path, server.url, concurrency=4))
+    assert result.code == 4
+    assert "reviser: the server says 429: Slow down.; wait for 11.1 h" in result.err
+    assert "asks to wait for 11.1 h (429: Slow down.), and reviser.patience is 300 s; every reply" in result.err
+    assert "run the same command again after 20" in result.err
+    assert len(server.requests()) <= 4
 
 
 def test_a_longer_patience_waits(tmp_path, server):
@@ -151,15 +151,20 @@ def test_no_row_is_lost_to_a_server_that_answers_one_at_a_time(tmp_path, server)
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["wait:0.1"] * 45))
     reviser = {"url": server.url.replace("/v1", "/one/v1"), "model": "m", "timeout": 1.5}
     assert build(config_for(tmp_path, server.url, reviser=reviser, attempts=1)).failed == 0
-    assert len(server.seen()) == 45
+    assert len(server.requests()) == 45
 
 
 def test_target_and_reviser_wait_for_each_other_at_a_server_that_answers_one_at_a_time(tmp_path, server):
     rows = [{"id": n, "prompt": f"bad {n} [[wait:0.1]]"} for n in range(20)]
     write_prompts(tmp_path / "prompts.jsonl", rows)
-    one = {"url": server.url.replace("/v1", "/one/v1"), "model": "m", "timeout": 1.5}
-    assert build(config_for(tmp_path, server.url, target={**one, "model": "t"}, reviser=one, attempts=1)).failed == 0
-    assert len(server.seen()) == 40
+    server_config = {"url": server.url.replace("/v1", "/one/v1"), "model": "m", "timeout": 1.5}
+    assert (
+        build(
+            config_for(tmp_path, server.url, target={**server_config, "model": "t"}, reviser=server_config, attempts=1)
+        ).failed
+        == 0
+    )
+    assert len(server.requests()) == 40
 
 
 class Busy(Scripted):
@@ -192,9 +197,9 @@ def test_a_connection_that_is_not_taken_while_others_are_answered_is_no_try(tmp_
 @pytest.mark.slow
 def test_a_server_that_answers_one_at_a_time_is_told_and_asked_less(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["wait:0.3"] * 60))
-    ended = clair("build", write_recipe(tmp_path, server.url.replace("/v1", "/one/v1")))
-    assert ended.code == 0
-    assert "reviser: the server answers one request at a time, so that more than 2 would only wait there" in ended.err
+    result = clair("build", write_recipe(tmp_path, server.url.replace("/v1", "/one/v1")))
+    assert result.code == 0
+    assert "reviser: the server answers one request at a time, so that more than 2 would only wait there" in result.err
 
 
 # ---- starting

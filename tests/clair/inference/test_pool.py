@@ -14,13 +14,13 @@ from clair.pipeline.build import build
 from tests.clair.building import config_for, outcomes, scripted, scripted_rows, write_prompts
 
 
-class Place:
+class FakeEndpoint:
     """An endpoint that answers with its name when it is let, or is dead."""
 
     def __init__(self, name: str) -> None:
         self.name = self.identity = name
         self.dead = False
-        self.asked = 0
+        self.request_count = 0
         self.let = asyncio.Event()
         self.let.set()
 
@@ -29,7 +29,7 @@ class Place:
             raise Refused(f"cannot reach {self.name}")
 
     async def complete(self, request: object, sample: int = 0) -> str:
-        self.asked += 1
+        self.request_count += 1
         if self.dead:
             raise Unreachable("gone")
         await self.let.wait()
@@ -56,7 +56,7 @@ async def ask(pool: Pool) -> str:
 
 def test_the_least_loaded_is_asked():
     async def run() -> None:
-        slow, quick = Place("slow"), Place("quick")
+        slow, quick = FakeEndpoint("slow"), FakeEndpoint("quick")
         pool = Pool([slow, quick])
         slow.let.clear()
         waiting = [asyncio.ensure_future(ask(pool))]
@@ -65,7 +65,7 @@ def test_the_least_loaded_is_asked():
         quick.let.clear()
         waiting += [asyncio.ensure_future(ask(pool)) for _ in range(3)]
         await asyncio.sleep(0)
-        assert (slow.asked, quick.asked) == (2, 7)  # two in flight at each
+        assert (slow.request_count, quick.request_count) == (2, 7)  # two in flight at each
         slow.let.set()
         quick.let.set()
         assert sorted(await asyncio.gather(*waiting)) == ["quick", "quick", "slow", "slow"]
@@ -75,7 +75,7 @@ def test_the_least_loaded_is_asked():
 
 def test_a_dead_one_is_set_aside_longer_each_time_and_is_back_when_it_answers(clock):
     async def run() -> None:
-        first, second = Place("first"), Place("second")
+        first, second = FakeEndpoint("first"), FakeEndpoint("second")
         pool = Pool([first, second])
         first.dead = True
         assert await ask(pool) == "gone"
@@ -99,15 +99,15 @@ def test_a_dead_one_is_set_aside_longer_each_time_and_is_back_when_it_answers(cl
 
 def test_where_all_are_set_aside_the_one_that_is_due_first_is_asked(clock):
     async def run() -> None:
-        places = [Place("first"), Place("second")]
-        pool = Pool(places)
-        for place in places:
-            place.dead = True
+        endpoints = [FakeEndpoint("first"), FakeEndpoint("second")]
+        pool = Pool(endpoints)
+        for endpoint in endpoints:
+            endpoint.dead = True
         assert await ask(pool) == "gone"
         clock.seconds += 1.0
         assert await ask(pool) == "gone"
-        assert [place.asked for place in places] == [1, 1]
-        places[0].dead = False
+        assert [endpoint.request_count for endpoint in endpoints] == [1, 1]
+        endpoints[0].dead = False
         assert await ask(pool) == "first"
 
     asyncio.run(run())
@@ -115,7 +115,7 @@ def test_where_all_are_set_aside_the_one_that_is_due_first_is_asked(clock):
 
 def test_one_living_endpoint_is_enough_to_begin_with():
     async def run() -> None:
-        first, second = Place("first"), Place("second")
+        first, second = FakeEndpoint("first"), FakeEndpoint("second")
         first.dead = True
         pool = Pool([first, second])
         await pool.check()
@@ -131,17 +131,17 @@ def test_a_build_shares_its_requests_out_and_survives_the_death_of_an_endpoint(t
     """The first URL names the model, so that the second run finds its replies though an endpoint is gone."""
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["wait:0.1"] * 40))
     expected = {f"row-{n}": f"good answer {n}" for n in range(40)}
-    with scripted() as other:
-        reviser = {"url": [server.url, other.url], "model": "m"}
+    with scripted() as second:
+        reviser = {"url": [server.url, second.url], "model": "m"}
         build(config_for(tmp_path, server.url, reviser=reviser, concurrency=8))
         assert outcomes(tmp_path / "out") == expected
-        assert len(server.seen()) + len(other.seen()) == 40
-        assert min(len(server.seen()), len(other.seen())) >= 10
+        assert len(server.requests()) + len(second.requests()) == 40
+        assert min(len(server.requests()), len(second.requests())) >= 10
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["wait:0.1"] * 80))
-    asked = len(server.seen())
+    request_count = len(server.requests())
     build(config_for(tmp_path, server.url, reviser=reviser, concurrency=8))
     assert outcomes(tmp_path / "out") == {f"row-{n}": f"good answer {n}" for n in range(80)}
-    assert len(server.seen()) == asked + 40
+    assert len(server.requests()) == request_count + 40
 
 
 def test_endpoints_that_are_all_dead_are_one_line(tmp_path, server):

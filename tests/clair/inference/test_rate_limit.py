@@ -134,12 +134,12 @@ def test_a_refusal_at_a_number_that_was_taken_before_halves_the_limit_once_and_p
     run(work())
 
 
-@pytest.mark.parametrize(("told", "paused"), [(None, PAUSE), (0.25, 0.25), (120.0, 120.0)])
-def test_the_pause_is_as_long_as_the_server_says(told, paused):
+@pytest.mark.parametrize(("seconds", "paused"), [(None, PAUSE), (0.25, 0.25), (120.0, 120.0)])
+def test_the_pause_is_as_long_as_the_server_says(seconds, paused):
     async def work():
         limiter = Limiter(1, now)
         await entered(limiter, 1)
-        limiter.refused(told)
+        limiter.refused(seconds)
         limiter.leave()
         await limiter.enter(again=True)
         return now()
@@ -223,10 +223,10 @@ def test_a_rate_spaces_requests_evenly_after_a_seconds_worth():
 
 
 def test_a_rate_counts_amounts_and_takes_back_what_was_not_used():
-    async def work(given_back):
+    async def work(unused):
         rate = Rate(6000, uptime)  # 100 tokens a second
         await rate.take(1000)
-        rate.give_back(given_back)
+        rate.give_back(unused)
         await rate.take(100)
         return now()
 
@@ -266,7 +266,7 @@ class Server:
 
     async def answer(self) -> bool:
         await asyncio.sleep(0.001)
-        self._taken = [at for at in self._taken if at > now() - 1]
+        self._taken = [time for time in self._taken if time > now() - 1]
         full = self.cap is not None and self.in_flight >= self.cap
         if full or (self.per_second is not None and len(self._taken) >= self.per_second):
             self.refusals += 1
@@ -278,9 +278,9 @@ class Server:
         return True
 
 
-async def ask_all(server: Server, rows: int, wanted: int) -> Limiter:
+async def ask_all(server: Server, rows: int, concurrency: int) -> Limiter:
     """What a client does with a limiter."""
-    limiter = Limiter(wanted, now)
+    limiter = Limiter(concurrency, now)
 
     async def row():
         await limiter.enter()
@@ -359,9 +359,9 @@ def test_a_server_whose_cap_falls_and_rises_is_followed():
 # ---- servers that answer few at a time, and refuse none
 
 
-async def ask_slots(slots: int, latency: Callable[[], float], rows: int, wanted: int) -> tuple[Limiter, list[int]]:
+async def ask_slots(slots: int, latency: Callable[[], float], rows: int, concurrency: int) -> tuple[Limiter, list[int]]:
     """The limiter after that, and how many were in flight at each answer."""
-    limiter, free, flying = Limiter(wanted, now), asyncio.Semaphore(slots), []
+    limiter, free, flying = Limiter(concurrency, now), asyncio.Semaphore(slots), []
 
     async def row(number: int) -> None:
         await limiter.enter()

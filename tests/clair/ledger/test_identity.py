@@ -10,7 +10,7 @@ from clair.pipeline.build import build
 from tests.clair.building import manifest, pairs
 from tests.clair.scripted import Scripted, endpoint, install, oracle_verdict, recipe, revision
 
-WORDS = "Mend it.\n{{ task }}\n<student_solution>\n{{ answer }}\n</student_solution>\n"
+TEMPLATE = "Mend it.\n{{ task }}\n<student_solution>\n{{ answer }}\n</student_solution>\n"
 ROWS = [{"id": f"r{n}", "prompt": f"task {n}", "answer": f"a bad answer {n}"} for n in range(3)]
 
 
@@ -18,40 +18,40 @@ ROWS = [{"id": f"r{n}", "prompt": f"task {n}", "answer": f"a bad answer {n}"} fo
 def test_a_template_that_was_edited_in_place_is_another_recipe(tmp_path, monkeypatch, mode):
     reviser = Scripted("m", revision)
     install(monkeypatch, reviser=reviser)
-    own = tmp_path / "own.j2"
-    own.write_text(WORDS)
-    config = recipe(tmp_path / "out", ROWS, pipeline="revised", reviser=endpoint(template=str(own), mode=mode))
+    template = tmp_path / "own.j2"
+    template.write_text(TEMPLATE)
+    config = recipe(tmp_path / "out", ROWS, pipeline="revised", reviser=endpoint(template=str(template), mode=mode))
     build(config)
-    asked, told = len(reviser.asked), manifest(tmp_path / "out")["recipe"]["reviser"]["template_sha256"]
+    request_count, sha256 = len(reviser.requests), manifest(tmp_path / "out")["recipe"]["reviser"]["template_sha256"]
     build(config)
-    own.write_text(WORDS.replace("Mend", "Spoil"))
+    template.write_text(TEMPLATE.replace("Mend", "Spoil"))
     with pytest.raises(UserError, match=r"differs in reviser\.template_sha256.*--update"):
         build(config)
-    assert len(reviser.asked) == asked
+    assert len(reviser.requests) == request_count
     build(config, update=True)
-    assert len(reviser.asked) > asked
-    assert manifest(tmp_path / "out")["recipe"]["reviser"]["template_sha256"] != told
+    assert len(reviser.requests) > request_count
+    assert manifest(tmp_path / "out")["recipe"]["reviser"]["template_sha256"] != sha256
     assert read_json(tmp_path / "out" / "recipe.json") == manifest(tmp_path / "out")["recipe"]
 
 
 def test_the_judges_words_and_the_benchmark_are_known_by_content_too(tmp_path, monkeypatch):
     install(monkeypatch, judge=Scripted("j", oracle_verdict))
-    words, benchmark = tmp_path / "judge.j2", tmp_path / "benchmark.jsonl"
-    words.write_text(
+    template, benchmark = tmp_path / "judge.j2", tmp_path / "benchmark.jsonl"
+    template.write_text(
         "{{ task }}\n<student_solution_1>\n{{ first }}\n</student_solution_1>\n"
         "<student_solution_2>\n{{ second }}\n</student_solution_2>\n"
     )
     benchmark.write_text('{"prompt": "something else"}\n')
     rows = [{"id": "r", "prompt": "task", "answers": ["a bad answer", "a good answer"]}]
-    config = recipe(tmp_path / "out", rows, pipeline="judged", judge=endpoint(template=str(words)))
+    config = recipe(tmp_path / "out", rows, pipeline="judged", judge=endpoint(template=str(template)))
     config = config.model_copy(update={"prompts": config.prompts.model_copy(update={"not_in": str(benchmark)})})
     build(config)
-    for file, key in ((words, "judge.template_sha256"), (benchmark, "prompts.not_in_sha256")):
-        before = file.read_text()
-        file.write_text(before.replace("something", "anything") + "\n" if file == benchmark else before + "!")
+    for file, key in ((template, "judge.template_sha256"), (benchmark, "prompts.not_in_sha256")):
+        text = file.read_text()
+        file.write_text(text.replace("something", "anything") + "\n" if file == benchmark else text + "!")
         with pytest.raises(UserError, match=key):
             build(config)
-        file.write_text(before)
+        file.write_text(text)
     build(config)
 
 
@@ -64,7 +64,7 @@ def test_a_folder_of_a_version_that_noted_no_hashes_goes_on(tmp_path, monkeypatc
     del old["reviser"]["template_sha256"]
     write_json(tmp_path / "out" / "recipe.json", old)
     build(config)
-    assert len(reviser.asked) == len(ROWS)
+    assert len(reviser.requests) == len(ROWS)
 
 
 def test_prompts_that_change_during_a_run_make_no_dataset_and_lose_no_reply(tmp_path, monkeypatch):
@@ -72,10 +72,10 @@ def test_prompts_that_change_during_a_run_make_no_dataset_and_lose_no_reply(tmp_
     rows = [{"id": f"r{n}", "prompt": f"task {n} " + "x" * 400, "answer": f"a bad answer {n}"} for n in range(2000)]
     config = recipe(tmp_path / "out", rows, pipeline="revised", reviser=endpoint(), concurrency=1)
     prompts = tmp_path / "out-prompts.jsonl"
-    before = prompts.read_text()
+    original = prompts.read_text()
 
     def meddling(messages, sample):
-        prompts.write_text(before.replace("task 1999 ", "task 1998 "))
+        prompts.write_text(original.replace("task 1999 ", "task 1998 "))
         return revision(messages)
 
     reviser = Scripted("m", meddling)
@@ -83,10 +83,10 @@ def test_prompts_that_change_during_a_run_make_no_dataset_and_lose_no_reply(tmp_
     with pytest.raises(UserError, match=r"out-prompts\.jsonl was changed during the run"):
         build(config)
     assert not (tmp_path / "out" / "manifest.json").exists()
-    asked = len(reviser.asked)
-    assert asked > 0
-    prompts.write_text(before)
+    request_count = len(reviser.requests)
+    assert request_count > 0
+    prompts.write_text(original)
     reviser.script = revision
     build(config)
     assert len(pairs(tmp_path / "out")) == 2000
-    assert len(reviser.asked) <= 2001
+    assert len(reviser.requests) <= 2001

@@ -334,7 +334,7 @@ def test_a_build_with_a_damaged_ledger_names_the_command_and_pays_only_for_what_
     write_prompts(tmp_path / "prompts.jsonl", rows)
     recipe = write_recipe(tmp_path, server.url)
     assert clair("build", recipe).code == 0
-    undisturbed, request_count = final_bytes(tmp_path / "out"), len(server.seen())
+    undisturbed, request_count = final_bytes(tmp_path / "out"), len(server.requests())
     ledger = tmp_path / "out" / "ledger.sqlite"
     for page in range(2, ledger.stat().st_size // PAGE, 5):
         overwrite(ledger, page * PAGE, b"\xff" * PAGE)
@@ -346,7 +346,7 @@ def test_a_build_with_a_damaged_ledger_names_the_command_and_pays_only_for_what_
     assert result.out.startswith(f"{count} paid replies and ")
     assert clair("build", recipe).code == 0
     assert final_bytes(tmp_path / "out") == undisturbed
-    assert len(server.seen()) == request_count + (request_count - int(count))
+    assert len(server.requests()) == request_count + (request_count - int(count))
 
 
 def spoil_text(path: Path) -> None:

@@ -77,7 +77,7 @@ def refuse(workspace: Workspace, server: ScriptedServer, *arguments: str | Path,
     snapshot = workspace.snapshot()
     line = error_line(clair(*arguments))
     assert re.search(match, line), line
-    assert server.seen() == []
+    assert server.requests() == []
     assert workspace.snapshot() == snapshot
 
 
@@ -250,7 +250,7 @@ def test_duplicate_prompts_are_no_mistake_but_counted(workspace, server):
     result = clair("build", workspace.recipe())
     assert result.code == 0
     assert manifest(workspace.out)["drop_reasons"] == {"prompts.duplicate": 1}
-    assert server.seen() == []
+    assert server.requests() == []
 
 
 # ---- templates and model folders

@@ -324,7 +324,7 @@ def test_equal_requests_of_one_run_are_asked_once(tmp_path, server):
             reviser={"url": server.url, "model": "m", "template": str(template), "ask_again": False},
         )
     )
-    assert sum(request["body"]["model"] == "m" for request in server.seen()) == 1
+    assert sum(request["body"]["model"] == "m" for request in server.requests()) == 1
     tokens = manifest(tmp_path / "out")["tokens"]["reviser"]
     assert (tokens["calls"], tokens["reused"]) == (1, 4)
 
@@ -426,9 +426,9 @@ def test_one_bad_row_of_200_gives_199_outcomes_and_one_failure(tmp_path, server)
         "detail": "400: This prompt is too long.",
         "failed": True,
     }
-    request_count = len(server.seen())
+    request_count = len(server.requests())
     assert clair("build", write_recipe(tmp_path, server.url)).code == 3
-    assert len(server.seen()) == request_count + 1  # the failed one is tried again, nothing else
+    assert len(server.requests()) == request_count + 1  # the failed one is tried again, nothing else
 
 
 def test_strange_text_comes_through_unchanged(tmp_path, server):
@@ -472,7 +472,7 @@ def test_a_system_prompt_only_is_asked_and_revised(tmp_path, server):
     turns = [{"role": "system", "content": "Say something bad."}]
     building.write_prompts(tmp_path / "prompts.jsonl", [{"id": "s", "prompt": turns}])
     build(config_for(tmp_path, server.url, target={"url": server.url, "model": "t"}))
-    messages = {request["body"]["model"]: request["body"]["messages"] for request in server.seen()}
+    messages = {request["body"]["model"]: request["body"]["messages"] for request in server.requests()}
     assert messages["t"] == turns
     assert "Say something bad." in messages["m"][-1]["content"]
     (pair,) = pairs(tmp_path / "out")
@@ -489,7 +489,7 @@ def test_a_conversation_is_asked_and_kept_as_it_is(tmp_path, server):
     ]
     building.write_prompts(tmp_path / "prompts.jsonl", [{"id": "c", "prompt": turns}])
     build(config_for(tmp_path, server.url, target={"url": server.url, "model": "t"}, filters={"identical": False}))
-    messages = {request["body"]["model"]: request["body"]["messages"] for request in server.seen()}
+    messages = {request["body"]["model"]: request["body"]["messages"] for request in server.requests()}
     assert messages["t"] == turns
     (question,) = messages["m"]
     for turn_text in ("System:\nBe brief.", "User:\nHi", "Assistant:\nHello", "User:\na bad question"):

@@ -80,19 +80,19 @@ def clair_push(hub, folder, name, *options, token="right-token"):
 
 
 def test_a_push_sends_just_what_it_showed_byte_for_byte(folder, hub):
-    before = len(pushed(hub)["seen"])
+    requests = len(pushed(hub)["seen"])
     shown = clair_push(hub, folder, "org/pairs")
     assert shown.code == 0, shown
     assert "nothing was sent; add --yes to send these 5 files to org/pairs" in shown.out
-    assert pushed(hub)["seen"][before:] == ["GET /pushed"]  # and nobody else asked for anything
+    assert pushed(hub)["seen"][requests:] == ["GET /pushed"]  # and nobody else asked for anything
     sent = clair_push(hub, folder, "org/pairs", "--yes", "--private")
     assert sent.code == 0, sent
     assert f"{hub}/datasets/org/pairs" in sent.out
     repository = pushed(hub)["repositories"]["org/pairs"]
     assert (repository["visibility"], repository["type"]) == ("private", "dataset")
-    there = {path: base64.b64decode(content) for path, content in repository["files"].items()}
-    assert there == {str(f.relative_to(folder)): f.read_bytes() for f in files_to_push(folder)}
-    assert all(f"{path}  {len(content):,} bytes" in shown.out for path, content in there.items())
+    contents = {path: base64.b64decode(content) for path, content in repository["files"].items()}
+    assert contents == {str(f.relative_to(folder)): f.read_bytes() for f in files_to_push(folder)}
+    assert all(f"{path}  {len(content):,} bytes" in shown.out for path, content in contents.items())
     again = clair_push(hub, folder, "org/pairs", "--yes", "--private")
     assert again.code == 0, again
 
@@ -100,25 +100,25 @@ def test_a_push_sends_just_what_it_showed_byte_for_byte(folder, hub):
 def test_what_is_to_be_private_is_not_sent_to_a_dataset_that_is_public(folder, hub):
     assert clair_push(hub, folder, "org/public", "--yes").code == 0
     (folder / "README.md").write_text((folder / "README.md").read_text() + "secret")
-    ended = clair_push(hub, folder, "org/public", "--yes", "--private")
-    assert ended.code == 2
-    assert "error: org/public exists already and is public" in ended.err
+    result = clair_push(hub, folder, "org/public", "--yes", "--private")
+    assert result.code == 2
+    assert "error: org/public exists already and is public" in result.err
     assert b"secret" not in base64.b64decode(pushed(hub)["repositories"]["org/public"]["files"]["README.md"])
 
 
 def test_a_push_with_a_wrong_token_is_one_line_and_does_not_tell_it(folder, hub):
-    ended = clair_push(hub, folder, "org/other", "--yes", token="hf_plantedtoken")
-    assert ended.code == 2
-    assert "error: cannot push to org/other: " in ended.err
-    assert "401" in ended.err
-    assert "hf_plantedtoken" not in ended.out + ended.err
+    result = clair_push(hub, folder, "org/other", "--yes", token="hf_plantedtoken")
+    assert result.code == 2
+    assert "error: cannot push to org/other: " in result.err
+    assert "401" in result.err
+    assert "hf_plantedtoken" not in result.out + result.err
     assert "org/other" not in pushed(hub)["repositories"]
 
 
 def test_a_push_to_a_name_that_is_none_is_one_line(folder, hub):
-    ended = clair_push(hub, folder, "org/na me", "--yes")
-    assert ended.code == 2
-    assert "error: cannot push to org/na me: " in ended.err
+    result = clair_push(hub, folder, "org/na me", "--yes")
+    assert result.code == 2
+    assert "error: cannot push to org/na me: " in result.err
 
 
 def test_a_push_that_cannot_be_made_is_one_line(folder, monkeypatch):
@@ -129,9 +129,9 @@ def test_a_push_that_cannot_be_made_is_one_line(folder, monkeypatch):
 
 
 def test_a_further_round_asks_the_tuned_model_what_it_got_wrong_and_what_it_has_not_seen(folder, tmp_path):
-    made, again, fresh = next_round(folder, "runs/tuned", tmp_path / "round-2")
-    assert (again, fresh) == (4, 3)
-    config = load_recipe(BuildConfig, made)
+    recipe, again, unseen = next_round(folder, "runs/tuned", tmp_path / "round-2")
+    assert (again, unseen) == (4, 3)
+    config = load_recipe(BuildConfig, recipe)
     assert config.target.path == "runs/tuned"
     assert config.reviser.model == "scripted"
     assert config.limit is None

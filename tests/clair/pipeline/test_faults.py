@@ -21,7 +21,7 @@ from recipes.world.running import Running, running
 from recipes.world.server import ServerOptions
 from recipes.world.tasks import distinct_tasks, write_prompts
 from tests.clair.building import (
-    Ended,
+    CommandResult,
     clair,
     config_for,
     drops,
@@ -75,7 +75,9 @@ def wait_for_requests(server: Running, more_than: int, process: subprocess.Popen
         time.sleep(0.01)
 
 
-def build_and(sent: signal.Signals, server: Running, recipe: Path, out: Path, moment: float, *, all: bool) -> Ended:
+def build_and(
+    sent: signal.Signals, server: Running, recipe: Path, out: Path, moment: float, *, all: bool
+) -> CommandResult:
     """A build that gets a signal after so many of its requests, and that part of an answer's time.
 
     `all`: its children get it too, as Ctrl-C in a terminal and a killed container do; else it alone, and whatever it
@@ -217,7 +219,7 @@ def scripted_recipe(tmp_path: Path, url: str, scripts: list[str], **changes: obj
 
 def wait_for_seen(server, count: int) -> None:
     until = time.monotonic() + 60
-    while len(server.seen()) < count:
+    while len(server.requests()) < count:
         assert time.monotonic() < until
         time.sleep(0.02)
 
@@ -230,7 +232,7 @@ def test_interrupted_while_rows_wait_to_ask_again_it_ends_at_once(tmp_path, serv
     process.send_signal(signal.SIGINT)
     result = finished(process)
     assert result.code == 130, result
-    assert len(server.seen()) < 5 * 10  # no row was asked for as often as it may be
+    assert len(server.requests()) < 5 * 10  # no row was asked for as often as it may be
 
 
 def test_interrupted_twice_it_leaves_at_once(tmp_path, server):
@@ -269,7 +271,7 @@ def test_a_folder_in_use_is_told_with_the_owners_pid(tmp_path, server):
     message = error_line(clair("build", recipe))
     assert message == f"{tmp_path / 'out'} is in use by process {process.pid}; wait for it, or choose another --out"
     assert finished(process).code == 0
-    assert len(server.seen()) == 4
+    assert len(server.requests()) == 4
     assert len(pairs(tmp_path / "out")) == 4
     assert clair("build", recipe).code == 0  # free again
 
@@ -297,11 +299,11 @@ def test_a_full_disk_ends_the_build_in_one_line_and_loses_nothing(tmp_path, serv
     message = error_line(finished(start_clair("build", recipe)))
     assert "make room" in message
     assert str(small_disk) in message
-    request_count = len(server.seen())
+    request_count = len(server.requests())
     assert concurrency < request_count < count
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     assert finished(start_clair("build", recipe)).code == 0
-    assert count <= len(server.seen()) <= count + 2 * concurrency
+    assert count <= len(server.requests()) <= count + 2 * concurrency
     assert len(pairs(small_disk)) == count
 
 
@@ -322,7 +324,7 @@ def test_files_that_cannot_be_written_are_one_line_and_the_old_ones_stay(tmp_pat
     assert len(list((tmp_path / "out" / "data").iterdir())) == 2  # no temporary file is left to fill the disk
     monkeypatch.undo()
     assert clair("build", recipe).code == 0
-    assert len(server.seen()) == 9
+    assert len(server.requests()) == 9
 
 
 # ---- the endpoint goes
@@ -371,11 +373,11 @@ def test_an_endpoint_that_is_gone_for_long_ends_the_run_and_keeps_what_was_paid(
     message = error_line(clair("build", write_recipe(tmp_path, server.url, reviser=reviser, concurrency=4, attempts=2)))
     assert "no answer for" in message
     assert "run the same command again" in message
-    assert len(server.seen()) < 4 + 2 * 200
+    assert len(server.requests()) < 4 + 2 * 200
     write_rows(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 4))
-    request_count = len(server.seen())
+    request_count = len(server.requests())
     assert clair("build", tmp_path / "recipe.yaml").code == 0
-    assert len(server.seen()) == request_count
+    assert len(server.requests()) == request_count
 
 
 # ---- clocks

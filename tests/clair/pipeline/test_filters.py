@@ -22,8 +22,8 @@ def pair(chosen: str, rejected: str, prompt: str = "What is 37 + 45?", system: s
     return Pair("p", (*messages, {"role": "user", "content": prompt}), chosen, rejected, contrast=contrast)
 
 
-def drops(name: str, found: Pair, **options: float) -> bool:
-    return FILTERS[name](found, **options) is not None
+def drops(name: str, subject: Pair, **options: float) -> bool:
+    return FILTERS[name](subject, **options) is not None
 
 
 def recorded(shared) -> list[tuple[str, Pair]]:
@@ -33,9 +33,9 @@ def recorded(shared) -> list[tuple[str, Pair]]:
 
 
 def test_exactly_the_two_recorded_replies_that_allude_to_a_correction_are_flagged(shared):
-    found = recorded(shared)
-    assert len(found) == 12
-    assert [id for id, p in found if drops("allusion", p)] == ["uf-00", "uf-09"]
+    by_id = recorded(shared)
+    assert len(by_id) == 12
+    assert [id for id, p in by_id if drops("allusion", p)] == ["uf-00", "uf-09"]
 
 
 def test_no_filter_that_is_on_drops_another_recorded_pair(shared):
@@ -101,9 +101,9 @@ def test_a_filter_drops_what_it_says_and_nothing_else(name, chosen, rejected, dr
     ["Correct the grammar: he go.", "Please fix my code.", "Proofread this text.", "Act as a teacher of this student."],
 )
 def test_a_task_that_asks_for_a_correction_may_be_answered_with_one(prompt):
-    found = pair("Here is the corrected version: he goes.", "he goed", prompt)
-    assert not drops("allusion", found)
-    assert drops("allusion", pair(found.chosen, found.rejected, "How is he?"))
+    corrected = pair("Here is the corrected version: he goes.", "he goed", prompt)
+    assert not drops("allusion", corrected)
+    assert drops("allusion", pair(corrected.chosen, corrected.rejected, "How is he?"))
 
 
 def test_the_system_prompt_may_ask_for_a_correction_too():
@@ -111,8 +111,8 @@ def test_the_system_prompt_may_ask_for_a_correction_too():
 
 
 def test_every_filter_was_looked_at_here():
-    looked_at = "empty identical refusal allusion comment fence language cut_off length kept gap"
-    assert set(looked_at.split()) == set(FILTERS)
+    names = "empty identical refusal allusion comment fence language cut_off length kept gap"
+    assert set(names.split()) == set(FILTERS)
     assert all(function.__doc__ for function in FILTERS.values())
 
 
@@ -130,9 +130,9 @@ def test_a_filter_is_turned_off_and_on_by_name():
 
 
 def test_options_move_the_line():
-    found = pair("a " * 30, "b " * 10)
-    assert first_drop_reason(found, make_filters({})) is None
-    assert first_drop_reason(found, make_filters({"length": {"most": 2}}))[0] == "length"
+    example = pair("a " * 30, "b " * 10)
+    assert first_drop_reason(example, make_filters({})) is None
+    assert first_drop_reason(example, make_filters({"length": {"most": 2}}))[0] == "length"
 
 
 def test_the_first_filter_that_drops_gives_the_reason():
@@ -140,7 +140,7 @@ def test_the_first_filter_that_drops_gives_the_reason():
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "reason"),
     [
         ({"alusion": False}, "unknown filter 'alusion' (did you mean 'allusion'?); allowed: empty"),
         ({"length": {"mots": 2}}, "filter length: unknown option 'mots' (did you mean 'most'?); allowed: least, most"),
@@ -149,10 +149,10 @@ def test_the_first_filter_that_drops_gives_the_reason():
         ({"empty": {"most": 2}}, "filter empty: unknown option 'most'; allowed: none"),
     ],
 )
-def test_a_wrong_setting_is_one_line(settings, told):
+def test_a_wrong_setting_is_one_line(settings, reason):
     with pytest.raises(UserError) as error:
         make_filters(settings)
-    assert told in str(error.value)
+    assert reason in str(error.value)
     assert "\n" not in str(error.value)
 
 

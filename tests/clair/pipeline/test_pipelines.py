@@ -52,8 +52,8 @@ def test_an_always_first_judge_yields_no_label_in_both_orders_and_is_flagged_in_
     both = build(recipe(tmp_path / "both", answers(60), pipeline="judged", judge=endpoint()))
     assert both.manifest["counts"]["pairs"] == 0
     assert both.manifest["drop_reasons"] == {"judge.contradiction": 60}
-    one = build(recipe(tmp_path / "one", answers(60), pipeline="judged", judge=endpoint(order="random")))
-    for built in (both, one):
+    single_order = build(recipe(tmp_path / "one", answers(60), pipeline="judged", judge=endpoint(order="random")))
+    for built in (both, single_order):
         assert built.manifest["position"]["share_first"] == 1.0
         assert built.manifest["position"]["biased"]
         assert "biased by position" in (built.out / "README.md").read_text("utf-8")
@@ -72,13 +72,13 @@ def test_on_policy_samples_differ_and_are_each_asked_once(tmp_path, monkeypatch)
     rows = [{"prompt": f"question {i}"} for i in range(10)]
     config = recipe(tmp_path / "out", rows, pipeline="judged", samples=3, target=endpoint(), judge=endpoint())
     build(config)
-    found = pairs(tmp_path / "out")
-    assert len(found) == 10
-    assert all(text(r, "chosen").startswith("good sample 1") for r in found.values())
-    assert all(text(r, "rejected").startswith("bad sample") for r in found.values())
-    assert len(target.asked) == 30
+    by_id = pairs(tmp_path / "out")
+    assert len(by_id) == 10
+    assert all(text(r, "chosen").startswith("good sample 1") for r in by_id.values())
+    assert all(text(r, "rejected").startswith("bad sample") for r in by_id.values())
+    assert len(target.requests) == 30
     # Three comparisons in both orders; the two bad samples tie in either.
-    assert len(judge.asked) == 10 * 3 * 2
+    assert len(judge.requests) == 10 * 3 * 2
 
 
 @pytest.mark.parametrize("missing", [None, math.nan, math.inf])
@@ -107,13 +107,13 @@ def test_given_scores_decide_without_a_judge_and_ties_never_become_a_pair(tmp_pa
             {"response": "worse", "overall_score": 2.5}, {"response": "better", "overall_score": 7}]},
     ]  # fmt: skip
     build(recipe(tmp_path / "out", rows, pipeline="judged"))
-    found = pairs(tmp_path / "out")
-    assert {id: (text(r, "chosen"), text(r, "rejected")) for id, r in found.items()} == {
+    by_id = pairs(tmp_path / "out")
+    assert {id: (text(r, "chosen"), text(r, "rejected")) for id, r in by_id.items()} == {
         "clear": ("high", "low"),
         "ultrafeedback": ("better", "worse"),
     }
     assert [(d["id"], d["stage"], d["reason"]) for d in drops(tmp_path / "out")] == [("tied", "scores", "tie")]
-    assert {id: (r["score_chosen"], r["score_rejected"]) for id, r in found.items()} == {
+    assert {id: (r["score_chosen"], r["score_rejected"]) for id, r in by_id.items()} == {
         "clear": (5.0, 1.0),
         "ultrafeedback": (7.0, 2.5),
     }
@@ -145,12 +145,15 @@ def test_stronger_preferred_takes_the_stronger_models_answer_unseen(tmp_path, mo
     rows = [{"prompt": f"question {i}"} for i in range(5)]
     build(recipe(tmp_path / "out", rows, pipeline="stronger", target=endpoint(), stronger=endpoint()))
     for row in pairs(tmp_path / "out").values():
-        asked = row["prompt"][0]["content"]
-        assert (text(row, "chosen"), text(row, "rejected")) == (f"strong answer to {asked}", f"weak answer to {asked}")
+        question = row["prompt"][0]["content"]
+        assert (text(row, "chosen"), text(row, "rejected")) == (
+            f"strong answer to {question}",
+            f"weak answer to {question}",
+        )
         assert row["models"] == {"chosen": "strong", "rejected": "weak"}
 
 
-def given(n):
+def scored_rows(n):
     return [{"id": f"r{i}", "prompt": f"question {i}", "answer": f"a bad answer to {i}"} for i in range(n)]
 
 
@@ -160,13 +163,13 @@ def test_a_reply_that_cannot_be_read_is_asked_for_once_more_with_what_is_wrong(t
 
     reviser = Scripted("forgetful", forgetful)
     install(monkeypatch, reviser=reviser)
-    build(recipe(tmp_path / "out", given(3), pipeline="revised", reviser=endpoint()))
+    build(recipe(tmp_path / "out", scored_rows(3), pipeline="revised", reviser=endpoint()))
     assert len(pairs(tmp_path / "out")) == 3
-    again = [r["messages"] for r in reviser.asked if len(r["messages"]) == 3]
+    again = [r["messages"] for r in reviser.requests if len(r["messages"]) == 3]
     assert len(again) == 3
     assert all("{corrected_student_solution} does not stand at the start" in m[2]["content"] for m in again)
     install(monkeypatch, reviser=Scripted("silent", forgetful))
-    quiet = recipe(tmp_path / "no", given(3), pipeline="revised", reviser=endpoint(ask_again=False))
+    quiet = recipe(tmp_path / "no", scored_rows(3), pipeline="revised", reviser=endpoint(ask_again=False))
     assert build(quiet).manifest["drop_reasons"] == {"reviser.no_label": 3}
 
 
@@ -179,7 +182,7 @@ def edits(find, replace):
 
 def test_edit_mode_copies_what_is_not_corrected(tmp_path, monkeypatch):
     install(monkeypatch, reviser=Scripted("editor", lambda m, s: edits("bad", "good")))
-    build(recipe(tmp_path / "out", given(4), pipeline="revised", reviser=endpoint(mode="edits")))
+    build(recipe(tmp_path / "out", scored_rows(4), pipeline="revised", reviser=endpoint(mode="edits")))
     for row in pairs(tmp_path / "out").values():
         assert text(row, "chosen") == text(row, "rejected").replace("bad", "good")
 
@@ -190,8 +193,8 @@ def test_edits_that_do_not_apply_are_asked_for_again_and_then_rewritten(tmp_path
 
     reviser = Scripted("hopeless", hopeless)
     install(monkeypatch, reviser=reviser)
-    build(recipe(tmp_path / "out", given(1), pipeline="revised", reviser=endpoint(mode="edits")))
-    assert [len(r["messages"]) for r in reviser.asked] == [1, 3, 1]
+    build(recipe(tmp_path / "out", scored_rows(1), pipeline="revised", reviser=endpoint(mode="edits")))
+    assert [len(r["messages"]) for r in reviser.requests] == [1, 3, 1]
     assert [text(r, "chosen") for r in pairs(tmp_path / "out").values()] == ["a good answer to 0"]
 
 
@@ -201,16 +204,18 @@ def test_accept_gives_exactly_the_first_pairs_in_the_order_of_the_prompts(tmp_pa
         return revision(messages) if number % 3 else "no label here"
 
     install(monkeypatch, reviser=Scripted("some", some, latency=0.02))
-    config = recipe(tmp_path / "out", given(300), pipeline="revised", reviser=endpoint(), accept=20, concurrency=8)
+    config = recipe(
+        tmp_path / "out", scored_rows(300), pipeline="revised", reviser=endpoint(), accept=20, concurrency=8
+    )
     built = build(config)
-    wanted = [f"r{i}" for i in range(300) if i % 3][:20]
-    assert sorted(pairs(tmp_path / "out")) == sorted(wanted)
-    assert built.manifest["counts"]["prompts"] == int(wanted[-1][1:]) + 1
+    expected = [f"r{i}" for i in range(300) if i % 3][:20]
+    assert sorted(pairs(tmp_path / "out")) == sorted(expected)
+    assert built.manifest["counts"]["prompts"] == int(expected[-1][1:]) + 1
     assert built.manifest["counts"]["dropped"] == built.manifest["counts"]["prompts"] - 20
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "match"),
     [
         ({"pipeline": "revised"}, "needs reviser"),
         ({"pipeline": "revised", "reviser": endpoint(), "judge": endpoint()}, "judge is not used"),
@@ -220,9 +225,9 @@ def test_accept_gives_exactly_the_first_pairs_in_the_order_of_the_prompts(tmp_pa
         ({"pipeline": "judge"}, "'revised', 'judged' or 'stronger'"),
     ],
 )
-def test_roles_that_are_missing_or_would_be_ignored_are_refused(tmp_path, keys, told):
-    with pytest.raises(UserError, match=told):
-        recipe(tmp_path / "out", given(1), **keys)
+def test_roles_that_are_missing_or_would_be_ignored_are_refused(tmp_path, keys, match):
+    with pytest.raises(UserError, match=match):
+        recipe(tmp_path / "out", scored_rows(1), **keys)
 
 
 def test_a_stronger_answer_can_come_from_a_column_and_its_length_is_no_fault(tmp_path):

@@ -54,11 +54,11 @@ def built(tmp_path, monkeypatch, target, rows=ROWS, name="out", **keys):
 
 def test_tool_calls_their_results_and_the_tools_reach_every_model_and_the_dataset_whole(tmp_path, monkeypatch):
     by_id, models = built(tmp_path, monkeypatch, lambda messages, sample: "a bad answer")
-    sent = {request["messages"][0]["content"]: request for request in models["target"].asked}
+    sent = {request["messages"][0]["content"]: request for request in models["target"].requests}
     assert (sent[TURNS[0]["content"]]["messages"], sent[TURNS[0]["content"]]["tools"]) == (TURNS, TOOLS)
     assert "tools" not in sent["Hello?"]
-    revisers = [request["messages"][0]["content"] for request in models["reviser"].asked]
-    assert all("tools" not in request for request in models["reviser"].asked)
+    revisers = [request["messages"][0]["content"] for request in models["reviser"].requests]
+    assert all("tools" not in request for request in models["reviser"].requests)
     (task,) = [text for text in revisers if "high water" in text]
     for text in ("Anna", "tide", "Brest", "moon", '\\"day\\": 3', "c1", "at noon", "I must look.", '"port": {"type"'):
         assert text in task, text

@@ -26,9 +26,9 @@ def reply(*blocks: str) -> str:
 
 
 def failure(text: str, answer: str = ANSWER, finish_reason: str = "stop") -> str:
-    with pytest.raises(ParseFailure) as found:
+    with pytest.raises(ParseFailure) as caught:
         parse_edits(text, finish_reason, answer)
-    return found.value.name
+    return caught.value.name
 
 
 @pytest.mark.parametrize(
@@ -103,9 +103,9 @@ def test_any_edit_of_a_passage_that_stands_once_gives_exactly_that_text(answer, 
     end = data.draw(st.integers(start, len(answer)))
     replace = data.draw(st.text(TEXT, max_size=20))
     find = answer[start:end]
-    wanted = answer[:start] + replace + answer[end:]
+    expected = answer[:start] + replace + answer[end:]
     with suppress(ParseFailure):
-        assert parse_edits(reply(block(find, replace)), "stop", answer).answer == wanted
+        assert parse_edits(reply(block(find, replace)), "stop", answer).answer == expected
 
 
 @given(st.lists(st.sampled_from(["one ", "two ", "three\n", "four.", "é"]), min_size=1, max_size=8), st.data())
@@ -113,8 +113,8 @@ def test_several_edits_touch_nothing_else(words, data):
     answer = "".join(f"{n}{word}" for n, word in enumerate(words))
     picked = data.draw(st.sets(st.integers(0, len(words) - 1)))
     blocks = [(f"{n}{words[n]}", f"<{n}>") for n in picked]
-    wanted = "".join(f"<{n}>" if n in picked else f"{n}{word}" for n, word in enumerate(words))
-    assert apply_edits(answer, blocks) == wanted
+    expected = "".join(f"<{n}>" if n in picked else f"{n}{word}" for n, word in enumerate(words))
+    assert apply_edits(answer, blocks) == expected
 
 
 @pytest.mark.parametrize(
@@ -124,13 +124,15 @@ def test_the_time_grows_linearly_with_the_reply(unit):
     assert growth(lambda text: failure(reply(text)), unit) < 24
 
 
-@pytest.mark.parametrize("words", ["what takes its place", "  What takes its place.  ", "So: what takes its place!"])
-def test_the_templates_own_example_is_never_applied(words):
+@pytest.mark.parametrize(
+    "replacement", ["what takes its place", "  What takes its place.  ", "So: what takes its place!"]
+)
+def test_the_templates_own_example_is_never_applied(replacement):
     template = load_template(None, "reviser_edits.j2", ("task", "answer"))
     assert "what takes its place" in template
-    text = reply(block("72", "82"), block("45", words))
+    text = reply(block("72", "82"), block("45", replacement))
     with pytest.raises(ParseFailure) as failed:
         parse_edits(text, "stop", ANSWER, template)
     assert failed.value.name == "template_words"
-    said = ANSWER + " This is what takes its place."
-    assert parse_edits(text, "stop", said, template).answer.startswith("Ada has 37")
+    answer = ANSWER + " This is what takes its place."
+    assert parse_edits(text, "stop", answer, template).answer.startswith("Ada has 37")

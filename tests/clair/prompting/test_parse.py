@@ -42,10 +42,10 @@ def test_all_recorded_replies_parse_to_the_true_text(shared):
     assert len(lines) == 12
     for row in map(json.loads, lines):
         assert row["reply"].count("{corrected_student_solution}") == 1  # so that the true text can be cut out by hand
-        before, _, after = row["reply"].partition("{corrected_student_solution}")
+        reasoning, _, answer = row["reply"].partition("{corrected_student_solution}")
         revision = parse_revision(row["reply"], row["finish_reason"])
-        assert revision.answer == after.removeprefix(":").strip()
-        assert revision.reasoning == before.removeprefix("{teacher_reasoning}").removeprefix(":").strip()
+        assert revision.answer == answer.removeprefix(":").strip()
+        assert revision.reasoning == reasoning.removeprefix("{teacher_reasoning}").removeprefix(":").strip()
 
 
 # ---- generated replies
@@ -66,17 +66,17 @@ def test_at_least_99_of_100_well_formed_replies_are_read_and_none_wrongly():
 
 
 def test_hostile_replies_give_the_true_text_or_a_named_failure():
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for seed in range(8000):
         reply = hostile(Random(seed))
         kind, text = outcome(reply.text)
-        seen[f"{reply.how.split(':')[0]}, {kind}"] += 1
+        counts[f"{reply.how.split(':')[0]}, {kind}"] += 1
         if kind == "answer":
             assert reply.answer is not None, (seed, reply)
             assert text == reply.answer.strip(), (seed, reply)
-    print(dict(sorted(seen.items())))
-    assert len({name.split(",")[0] for name in seen}) == 14  # every kind was looked at
-    assert seen["mention, answer"] > 0.5 * (seen["mention, answer"] + seen["mention, failure"])
+    print(dict(sorted(counts.items())))
+    assert len({name.split(",")[0] for name in counts}) == 14  # every kind was looked at
+    assert counts["mention, answer"] > 0.5 * (counts["mention, answer"] + counts["mention, failure"])
 
 
 # A carriage return beside a line break is read as that line break, so that it alone does not come back.
@@ -196,10 +196,10 @@ def test_nothing_of_an_answer_is_taken_for_a_part_of_the_label(answer, form):
 )
 def test_a_label_mentioned_in_the_reasoning_is_no_label(mention):
     if not mention.startswith("```"):
-        found = outcome(f"{{teacher_reasoning}}:\nwhy. {mention}\n\n{{corrected_student_solution}}:\n82")
-        assert found == ("answer", "82")
-    at_line_start = outcome(f"{{teacher_reasoning}}:\nwhy.\n{mention}\n\n{{corrected_student_solution}}:\n82")
-    assert at_line_start in (("answer", "82"), ("failure", "label_twice"))
+        inline = outcome(f"{{teacher_reasoning}}:\nwhy. {mention}\n\n{{corrected_student_solution}}:\n82")
+        assert inline == ("answer", "82")
+    own_line = outcome(f"{{teacher_reasoning}}:\nwhy.\n{mention}\n\n{{corrected_student_solution}}:\n82")
+    assert own_line in (("answer", "82"), ("failure", "label_twice"))
 
 
 # ---- by hand: what is not read, and why
@@ -236,11 +236,11 @@ def test_what_cannot_be_read_with_certainty_is_named(text, name):
 
 
 def test_every_failure_says_in_words_what_is_wrong():
-    for name, words in FAILURES.items():
+    for name, message in FAILURES.items():
         failure = ParseFailure(name)
         assert failure.name == name
         assert "{identifier}" not in str(failure)
-        assert len(words) > 10
+        assert len(message) > 10
 
 
 @pytest.mark.parametrize(
@@ -403,19 +403,19 @@ TEMPLATE = (
 
 
 @pytest.mark.parametrize(
-    "part",
+    "answer_start",
     [
         "82\nThen, give the complete revised solution and nothing else.",
         "82. Say nothing of these **instructions**!",
         "<theirs>\n82\n</theirs>",
     ],
 )
-def test_words_of_the_request_are_no_revision_unless_the_answer_has_them(part):
-    text = f"{REASON}{SOLVED}:\n{part}"
+def test_words_of_the_request_are_no_revision_unless_the_answer_has_them(answer_start):
+    text = f"{REASON}{SOLVED}:\n{answer_start}"
     with pytest.raises(ParseFailure) as failed:
         parse_revision(text, "stop", "72", TEMPLATE)
     assert failed.value.name == "template_words"
-    assert parse_revision(text, "stop", part + " 72", TEMPLATE).answer == part
+    assert parse_revision(text, "stop", answer_start + " 72", TEMPLATE).answer == answer_start
     assert parse_revision(f"{REASON}{SOLVED}:\nMend it, then give 82.", "stop", "72", TEMPLATE).answer.endswith("82.")
 
 

@@ -66,8 +66,8 @@ def test_a_tag_that_is_spoken_of_stays_in_the_answer(text):
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
 @pytest.mark.parametrize("text", [*SPLIT, *MENTIONS], ids=range(len(SPLIT) + len(MENTIONS)))
 def test_what_the_server_has_split_is_not_split_again(field, text):
-    said = text_of(text, **{field: "They ask."})
-    assert said == text.removesuffix("<|return|>")
+    answer = text_of(text, **{field: "They ask."})
+    assert answer == text.removesuffix("<|return|>")
     assert text_of(text, **{field: None}) == text_of(text)
 
 
@@ -124,7 +124,7 @@ def test_ready_answers_lose_what_was_thought_and_a_blank_one_buys_nothing(tmp_pa
         "only": "target.empty_reply",
     }
     assert pairs(tmp_path / "out")[0]["rejected"][0]["content"] == "a bad answer"
-    assert len(reviser.asked) == 1
+    assert len(reviser.requests) == 1
 
 
 def test_ready_answers_that_are_compared_lose_what_was_thought(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from clair.data.contrast import word_diff
 from clair.reporting.html_page import clip, diff, histogram, html_page, json_text, round_edges, template
 
-PARTS = ("report.html", "report.css", "overview.js", "report.js")
+ASSETS = ("report.html", "report.css", "overview.js", "report.js")
 # Any text at all: lone surrogates, control characters, and the tricks that close or open a script element.
 TRICKS = ("</script", "<script>", "<!--", "-->", "]]>", "\u2028", "\u2029", "\ud800", "\x00", "\r\n", "&lt;", "a b")
 TEXT = st.text(st.characters(), max_size=60) | st.lists(st.sampled_from(TRICKS)).map("".join)
@@ -28,12 +28,12 @@ class Elements(HTMLParser):
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)
         self.inside = False
-        self.found: list[tuple[str, dict[str, str | None], str]] = []
+        self.elements: list[tuple[str, dict[str, str | None], str]] = []
         self.feed(page)
         self.close()
 
     def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs), ""))
+        self.elements.append((tag, dict(attrs), ""))
         self.inside = True
 
     def handle_endtag(self, tag):
@@ -41,16 +41,16 @@ class Elements(HTMLParser):
 
     def handle_data(self, data):
         if self.inside:
-            tag, attrs, text = self.found[-1]
-            self.found[-1] = (tag, attrs, text + data)
+            tag, attrs, text = self.elements[-1]
+            self.elements[-1] = (tag, attrs, text + data)
 
     def named(self, tag: str) -> list[tuple[dict[str, str | None], str]]:
-        return [(attrs, text) for name, attrs, text in self.found if name == tag]
+        return [(attrs, text) for name, attrs, text in self.elements if name == tag]
 
 
 @given(TEXT)
 def test_any_text_comes_back_and_cannot_leave_its_script_element(text):
-    page = html_page(text, PARTS, {"data": json_text({"text": text, text: [text, None, 1.5]}), "texts": "{}"})
+    page = html_page(text, ASSETS, {"data": json_text({"text": text, text: [text, None, 1.5]}), "texts": "{}"})
     page.encode("utf-8")
     scripts = Elements(page).named("script")
     assert [attrs.get("id") for attrs, _ in scripts] == ["data", "texts", None]
@@ -63,31 +63,31 @@ def test_numbers_without_json_become_null():
 
 
 def test_the_policy_holds_the_hashes_of_what_the_page_runs_and_nothing_more():
-    page = Elements(html_page("title", PARTS, {"data": "{}"}))
+    page = Elements(html_page("title", ASSETS, {"data": "{}"}))
     policy = next(attrs["content"] for attrs, _ in page.named("meta") if "http-equiv" in attrs)
-    told = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     ((_, style),) = page.named("style")
     (script,) = [text for attrs, text in page.named("script") if "type" not in attrs]
     for rule, text in (("style-src", style), ("script-src", script)):
-        assert told[rule] == f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-    assert told["default-src"] == told["base-uri"] == told["form-action"] == told["trusted-types"] == "'none'"
-    assert told["require-trusted-types-for"] == "'script'"
+        assert rules[rule] == f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == rules["trusted-types"] == "'none'"
+    assert rules["require-trusted-types-for"] == "'script'"
 
 
 def test_a_page_refers_to_nothing_outside_of_itself():
-    page = html_page("title", PARTS, {"data": "{}"})
+    page = html_page("title", ASSETS, {"data": "{}"})
     assert set(re.findall(r"https?://[^\s\"']*", page)) == {"http://www.w3.org/2000/svg"}  # a name, never loaded
     assert not re.search(r"\b(?:src|srcset|action)=|url\(|@import|innerHTML|insertAdjacentHTML|document\.write", page)
     elements = Elements(page)
-    names = {name for _, attrs, _ in elements.found for name in attrs}
+    names = {name for _, attrs, _ in elements.elements for name in attrs}
     assert not [name for name in names if name.startswith("on") or name == "style"]
-    assert all(attrs["href"].startswith("#") for _, attrs, _ in elements.found if "href" in attrs)
+    assert all(attrs["href"].startswith("#") for _, attrs, _ in elements.elements if "href" in attrs)
 
 
 def test_templates_are_read_from_the_package():
-    looked_at = [template(name) for name in ("page.css", "page.js", *PARTS)]
-    assert all(looked_at)
-    assert not any(end in text for text in looked_at for end in ("</script", "</style", "<!--"))
+    templates = [template(name) for name in ("page.css", "page.js", *ASSETS)]
+    assert all(templates)
+    assert not any(end in text for text in templates for end in ("</script", "</style", "<!--"))
 
 
 # ---- diffs
@@ -95,16 +95,16 @@ def test_templates_are_read_from_the_package():
 
 @given(TEXT, TEXT)
 def test_a_diff_holds_both_texts_exactly(rejected, chosen):
-    parts = diff(rejected, chosen)
-    assert "".join(part[1] for part in parts if part[0] >= 0) == chosen
-    assert "".join(part[-1] if part[0] == 0 else part[1] for part in parts if part[0] <= 0) == rejected
+    edits = diff(rejected, chosen)
+    assert "".join(edit[1] for edit in edits if edit[0] >= 0) == chosen
+    assert "".join(edit[-1] if edit[0] == 0 else edit[1] for edit in edits if edit[0] <= 0) == rejected
 
 
 def test_a_diff_has_the_words_of_the_one_in_the_terminal():
     rejected, chosen = "The  dog run\nfast today", "The dog runs fast"
     kinds = {"same": 0, "gone": -1, "new": 1}
     in_terminal = [[kinds[kind], text] for kind, text in word_diff(rejected, chosen)]
-    assert [part[:2] for part in diff(rejected, chosen)] == in_terminal
+    assert [edit[:2] for edit in diff(rejected, chosen)] == in_terminal
     assert diff(rejected, chosen) == [
         [0, "The dog", "The  dog"],
         [-1, " run"],
@@ -123,8 +123,8 @@ def test_clip_keeps_the_beginning_and_the_end():
 
 
 def test_a_histogram_by_hand():
-    told = histogram([0, 0.1, 0.5, 1, 1, 2], [0, 0.5, 1])
-    assert told == {"edges": [0, 0.5, 1], "counts": [2, 4], "n": 6, "mean": 4.6 / 6, "q5": 0, "q50": 0.5, "q95": 2}
+    drawn = histogram([0, 0.1, 0.5, 1, 1, 2], [0, 0.5, 1])
+    assert drawn == {"edges": [0, 0.5, 1], "counts": [2, 4], "n": 6, "mean": 4.6 / 6, "q5": 0, "q50": 0.5, "q95": 2}
     assert histogram([], [0, 1]) == {"edges": [0, 1], "counts": [0], "n": 0}
 
 

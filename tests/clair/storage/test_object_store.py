@@ -78,16 +78,16 @@ def test_a_run_at_a_url_is_the_bytes_of_one_in_a_folder_and_another_machine_asks
     install(monkeypatch, reviser=model)
     local = settings(tmp_path / "here")
     build(local)
-    model.asked.clear()
+    model.requests.clear()
     assert build(with_out(local, url)).out == folder_of(url)
-    assert len(model.asked) == 40
+    assert len(model.requests) == 40
     assert url_bytes(url) == {name: (tmp_path / "here" / name).read_bytes() for name in FILES}
     assert json.loads(Store(url).get("manifest.json"))["recipe"]["out"] == url
     another_machine(monkeypatch, tmp_path, "second")
     with pytest.raises(UserError, match=r"holds the run of another recipe \(it differs in seed\)"):
         build(with_out(local, url).model_copy(update={"seed": 1}))
     build(with_out(local, url))
-    assert len(model.asked) == 40
+    assert len(model.requests) == 40
     assert url_bytes(url)["README.md"] == (tmp_path / "here" / "README.md").read_bytes()
 
 
@@ -97,7 +97,7 @@ def test_shards_at_a_url_are_merged_on_a_machine_that_built_none_of_them(tmp_pat
     install(monkeypatch, reviser=model)
     local = settings(tmp_path / "here")
     build(local)
-    model.asked.clear()
+    model.requests.clear()
     for index in (1, 2, 3):
         another_machine(monkeypatch, tmp_path, f"machine-{index}")
         build(with_out(local, url), shard=Shard(index, 3))
@@ -109,7 +109,7 @@ def test_shards_at_a_url_are_merged_on_a_machine_that_built_none_of_them(tmp_pat
     assert url_bytes(url) == {name: (tmp_path / "here" / name).read_bytes() for name in FILES}
     another_machine(monkeypatch, tmp_path, "fifth")
     build(with_out(local, url))
-    assert len(model.asked) == 40
+    assert len(model.requests) == 40
     merge(f"{url}-shards", tmp_path / "merged")
     assert final_bytes(tmp_path / "merged") == final_bytes(tmp_path / "here")
 
@@ -125,7 +125,7 @@ def test_the_budget_counts_what_another_machine_spent(tmp_path, monkeypatch, url
     budget = {"budget": {"tokens": spent + 1}}
     checked = type(config).model_validate({**config.model_dump(), **budget})
     assert "budget reached" in build(checked).stopped
-    assert len(model.asked) == 20
+    assert len(model.requests) == 20
 
 
 def test_a_store_that_fails_ends_the_run_and_what_was_paid_is_kept_here(tmp_path, monkeypatch, url):
@@ -144,12 +144,12 @@ def test_a_store_that_fails_ends_the_run_and_what_was_paid_is_kept_here(tmp_path
     monkeypatch.setattr(Store, "create", full)
     with pytest.raises(UserError, match=r"no room is left there; the \d+ newest entries .* are kept on this machine"):
         build(config)
-    request_count = len(model.asked)
+    request_count = len(model.requests)
     assert 0 < request_count < 200
     assert "manifest.json" not in Store(url).names()
     monkeypatch.setattr(Store, "create", create)
     build(config)
-    assert len(model.asked) == 200
+    assert len(model.requests) == 200
 
 
 # ---- segments
@@ -600,4 +600,4 @@ def test_copies_of_this_machine_may_be_deleted_at_any_time(tmp_path, monkeypatch
     config = with_out(settings(tmp_path / "here"), url)
     shutil.rmtree(build(config).out)
     build(config)
-    assert len(model.asked) == 40
+    assert len(model.requests) == 40

@@ -19,7 +19,7 @@ from clair.reporting.review import fingerprint
 from tests.browser.synthetic import synthetic_pairs, write_dataset
 from tests.clair.building import (
     ROOT,
-    Ended,
+    CommandResult,
     clair,
     error_line,
     finished,
@@ -61,7 +61,7 @@ def start(machine: Path, url: str, *arguments: str | Path, patience: float = 30)
     )
 
 
-def run(machine: Path, url: str, *arguments: str | Path, **options: float) -> Ended:
+def run(machine: Path, url: str, *arguments: str | Path, **options: float) -> CommandResult:
     return finished(start(machine, url, *arguments, **options))
 
 
@@ -72,7 +72,7 @@ def recipe(tmp_path: Path, server, script: str = "ok", count: int = COUNT) -> Pa
 
 def wait_for_seen(server, count: int, process: subprocess.Popen[str]) -> None:
     until = time.monotonic() + 60
-    while len(server.seen()) < count and process.poll() is None:
+    while len(server.requests()) < count and process.poll() is None:
         assert time.monotonic() < until, "the build asks nothing"
         time.sleep(0.02)
 
@@ -87,11 +87,11 @@ def test_a_machine_lost_mid_run_costs_at_most_what_was_in_flight(tmp_path, serve
     process.send_signal(signal.SIGKILL)
     finished(process)
     shutil.rmtree(tmp_path / "first")
-    begun = len(server.seen())
+    begun = len(server.requests())
     assert COUNT // 2 <= begun < COUNT
     result = run(tmp_path / "second", s3, "build", path, "--out", out)
     assert result.code == 0, result
-    twice = len(server.seen()) - COUNT
+    twice = len(server.requests()) - COUNT
     print(f"{twice} paid twice")
     assert 0 <= twice <= CONCURRENCY
     assert fetched(s3, out) == {name: (tmp_path / "out" / name).read_bytes() for name in FILES}
@@ -107,7 +107,7 @@ def test_a_second_driver_of_one_url_is_refused_and_asks_nothing(tmp_path, server
     wait_for_seen(server, 4, first)
     message = error_line(run(tmp_path / "second", s3, "build", path, "--out", "s3://pairs/two"))
     assert message.startswith(f"s3://pairs/two is in use by process {first.pid} on "), message
-    assert len(server.seen()) == 4
+    assert len(server.requests()) == 4
     assert first.poll() is None
     first.kill()
     finished(first)
@@ -121,7 +121,7 @@ def test_without_a_bucket_or_a_server_nothing_is_asked(tmp_path, server, s3):
         run(tmp_path / "m", "http://127.0.0.1:9", "build", path, "--out", "s3://pairs/run", patience=1)
     )
     assert message.startswith("cannot list s3://pairs/run: it cannot be reached or fails"), message
-    assert server.seen() == []
+    assert server.requests() == []
 
 
 def test_without_permission_nothing_is_asked_and_no_key_is_told(tmp_path, server):
@@ -133,7 +133,7 @@ def test_without_permission_nothing_is_asked_and_no_key_is_told(tmp_path, server
         "s3://pairs/run: no permission; give the environment credentials that may list, read and write there" in message
     ), message
     assert not any(secret in message for secret in KEYS.values())
-    assert server.seen() == []
+    assert server.requests() == []
 
 
 def test_a_server_that_goes_mid_run_ends_it_and_what_was_paid_is_kept(tmp_path, server):
@@ -147,13 +147,13 @@ def test_a_server_that_goes_mid_run_ends_it_and_what_was_paid_is_kept(tmp_path, 
         message = error_line(finished(running))
     assert "cannot write s3://pairs/run: it cannot be reached or fails" in message, message
     assert "are kept on this machine, run the same command again on it" in message, message
-    request_count = len(server.seen())
+    request_count = len(server.requests())
     assert request_count < COUNT
     with s3_server() as (url, _):  # empty: all that is on this machine goes up
         bucket(url, "pairs")
         result = run(tmp_path / "m", url, "build", path, "--out", "s3://pairs/run")
         assert result.code == 0, result
-        assert len(server.seen()) == COUNT
+        assert len(server.requests()) == COUNT
         assert "s3://pairs/run" in result.out
 
 

@@ -31,16 +31,16 @@ def test_answers_go_to_their_rows_whatever_their_order(data, responses):
     for split in ("free-form", "multiple-choice"):
         file = responses / f"{split}.jsonl"
         write(file, lines(file)[::-1])
-    found = read_responses(responses, benchmark)
-    assert [answer.text for answer in found] == [f"{a.row.split} {a.row.row}" for a in found]
-    assert [answer.row.row for answer in found] == [3, 2, 1, 0, 2, 1, 0]  # the order of the files
+    answers = read_responses(responses, benchmark)
+    assert [answer.text for answer in answers] == [f"{a.row.split} {a.row.row}" for a in answers]
+    assert [answer.row.row for answer in answers] == [3, 2, 1, 0, 2, 1, 0]  # the order of the files
 
 
 def test_what_a_model_thought_before_its_answer_is_not_judged(data, responses):
     file = responses / "free-form.jsonl"
     write(file, [{**row, "response": f"<think>\nIs it 7?\n</think>\n\n{row['response']}"} for row in lines(file)])
-    found = read_responses(responses, load(data, "2024-06-01"))
-    assert [answer.text for answer in found] == [f"{a.row.split} {a.row.row}" for a in found]
+    answers = read_responses(responses, load(data, "2024-06-01"))
+    assert [answer.text for answer in answers] == [f"{a.row.split} {a.row.row}" for a in answers]
 
 
 def test_upstreams_file_names_are_known(data, responses):
@@ -54,12 +54,12 @@ def test_upstreams_file_names_are_known(data, responses):
 
 
 def test_answers_to_more_rows_than_the_limit_are_left_alone(data, responses):
-    found = read_responses(responses, load(data, "2024-06-01", limit=1))
-    assert [(answer.row.split, answer.row.row) for answer in found] == [("free-form", 0), ("multiple-choice", 0)]
+    answers = read_responses(responses, load(data, "2024-06-01", limit=1))
+    assert [(answer.row.split, answer.row.row) for answer in answers] == [("free-form", 0), ("multiple-choice", 0)]
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "match"),
     [
         (lambda rows: rows[:-1], r"no answer to 1 of 4 rows \(the first: row 3\).*--limit"),
         (lambda rows: rows[1:], "the first: row 0"),
@@ -75,10 +75,10 @@ def test_answers_to_more_rows_than_the_limit_are_left_alone(data, responses):
         (lambda rows: [{"id": "0", "response": "x"}], "line 1: its prompt is not"),
     ],
 )
-def test_files_that_do_not_fit_are_told(data, responses, change, told):
+def test_files_that_do_not_fit_are_told(data, responses, change, match):
     file = responses / "free-form.jsonl"
     write(file, change(lines(file)))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=match):
         read_responses(responses, load(data, "2024-06-01"))
 
 

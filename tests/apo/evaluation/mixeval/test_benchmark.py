@@ -29,8 +29,8 @@ def test_what_is_no_context_leaves_no_line(context):
 def test_free_form_prompts_by_hand():
     assert a_row(context="C.").text == "Question: C.\nP?\nAnswer the question shortly."
     for benchmark in ("BBH", "GSM8k", "MATH"):
-        told = "Question: P?\nAnswer the question. \nLet's think step by step."
-        assert a_row(benchmark=benchmark).text == told
+        expected = "Question: P?\nAnswer the question. \nLet's think step by step."
+        assert a_row(benchmark=benchmark).text == expected
     assert a_row(benchmark="gsm8k").text.endswith("shortly.")
 
 
@@ -45,13 +45,13 @@ def test_rows_that_ask_the_same_are_one_question_and_others_are_not():
     row = a_row()
     assert row.question == a_row(row=7, benchmark="TriviaQA").question
     others = [a_row(prompt="P"), a_row(context="C"), a_row(split="multiple-choice", options=("a", "b"), target=(0,))]
-    assert len({row.question, *(other.question for other in others)}) == 4
+    assert len({row.question, *(variant.question for variant in others)}) == 4
 
 
 def test_placeholders_in_questions_and_responses_stay_text():
-    words = JudgeWords(dict.fromkeys(mixeval.SPLITS, "S"), dict.fromkeys(mixeval.SPLITS, "q {P} g {G} r {R} end"))
+    judge_words = JudgeWords(dict.fromkeys(mixeval.SPLITS, "S"), dict.fromkeys(mixeval.SPLITS, "q {P} g {G} r {R} end"))
     row = a_row(prompt="{R} {G}", target=("{P}", "", "b", "b"))
-    system, user = words.messages(row, "{P}{G}{R} {x}")
+    system, user = judge_words.messages(row, "{P}{G}{R} {x}")
     assert system == {"role": "system", "content": "S"}
     gold = "<answer 1> {P}; <answer 2> ; <answer 3> b; <answer 4> b"
     assert user == {"role": "user", "content": f"q {{R}} {{G}} g {gold} r {{P}}{{G}}{{R}} {{x}} end"}
@@ -73,10 +73,10 @@ def test_the_fingerprints_of_all_prompts_of_hard(real, version):
 
 
 def test_the_fingerprints_of_the_judges_messages(real):
-    words = load_judge_words(real)
+    judge_words = load_judge_words(real)
     prefixes = {"free-form": "64bc0973729b664e", "multiple-choice": "6c1a112b203f05b4"}
     for split, prefix in prefixes.items():
-        assert hashlib.sha256(words.user[split].encode()).hexdigest().startswith(prefix)
+        assert hashlib.sha256(judge_words.user[split].encode()).hexdigest().startswith(prefix)
 
 
 def test_published_answers_were_asked_in_the_same_words(real):
@@ -108,7 +108,7 @@ def test_altered_judge_words_are_told_with_the_hash_that_was_expected(data):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "match"),
     [
         (("gone", "2024-06-01"), r"does not exist; get it with `apo eval fetch-mixeval"),
         (("data", "2024-06-10"), r"did you mean '2024-06-01'\?.*known: 2024-06-01, 2024-08-11"),
@@ -116,10 +116,10 @@ def test_altered_judge_words_are_told_with_the_hash_that_was_expected(data):
         (("data", "2024-06-01", "full"), r"mixeval.free-form\.json is missing"),
     ],
 )
-def test_what_is_not_there_is_told_with_what_to_do(data, arguments, told):
-    folder, *rest = arguments
-    with pytest.raises(UserError, match=told):
-        load(data.parent / folder, *rest)
+def test_what_is_not_there_is_told_with_what_to_do(data, arguments, match):
+    folder, *options = arguments
+    with pytest.raises(UserError, match=match):
+        load(data.parent / folder, *options)
 
 
 @pytest.mark.parametrize(

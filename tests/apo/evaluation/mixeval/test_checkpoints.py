@@ -41,7 +41,7 @@ def alone(data, out, folder, server) -> dict:
 
 
 def judgements(server) -> list[str]:
-    return [json.dumps(body["messages"]) for body in server.seen()]
+    return [json.dumps(body["messages"]) for body in server.requests()]
 
 
 def assert_as_alone(data, tmp_path, checkpoints, server):
@@ -71,12 +71,12 @@ def test_each_of_several_models_may_spend_its_part_and_endpoints_are_refused(dat
 
 @pytest.mark.slow
 def test_several_models_in_this_process_share_one_judge_and_are_printed_in_order(data, tmp_path, checkpoints, server):
-    words = command(data, tmp_path / "many", checkpoints, server, "--batch-tokens", "2048")
-    done = apo(*words)
-    assert done.code == 0, done.err
-    assert f"apo compare {tmp_path}/many/a-checkpoint-1 {tmp_path}/many/b-checkpoint-1" in done.out
+    arguments = command(data, tmp_path / "many", checkpoints, server, "--batch-tokens", "2048")
+    result = apo(*arguments)
+    assert result.code == 0, result.err
+    assert f"apo compare {tmp_path}/many/a-checkpoint-1 {tmp_path}/many/b-checkpoint-1" in result.out
     paid = server.paid()
-    assert apo(*words).code == 0
+    assert apo(*arguments).code == 0
     assert server.paid() == paid
     assert_as_alone(data, tmp_path, checkpoints, server)
 
@@ -85,20 +85,22 @@ def test_several_models_in_this_process_share_one_judge_and_are_printed_in_order
 def test_on_a_ray_of_its_own_they_answer_there_and_are_judged_here(data, tmp_path, checkpoints, server, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "local")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    with monkeypatch.context() as here:
-        here.setattr(LocalModel, "_load", lambda self: pytest.fail("the driver must not load a checkpoint"))
-        done = apo(*command(data, tmp_path / "many", checkpoints, server, "--batch-tokens", "2048", "--runner", "ray"))
-    assert done.code == 0, done.err
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalModel, "_load", lambda self: pytest.fail("the driver must not load a checkpoint"))
+        result = apo(
+            *command(data, tmp_path / "many", checkpoints, server, "--batch-tokens", "2048", "--runner", "ray")
+        )
+    assert result.code == 0, result.err
     assert os.path.isfile(tmp_path / "many" / "a-checkpoint-1" / "answers" / "score.json")
     assert_as_alone(data, tmp_path, checkpoints, server)
 
 
 def test_a_runner_that_is_none_is_told(data, tmp_path, checkpoints, server):
-    for options, told in (
+    for options, reason in (
         (["--runner", "dask"], "unknown runner 'dask'; allowed: ray"),
         (["--address", "auto"], "--address is for --runner ray"),
         (["--runner", "ray", "--estimate"], "--estimate is for one model in this process"),
     ):
-        ended = apo(*command(data, tmp_path / "out", checkpoints[:1], server, *options))
-        assert ended.code == 2
-        assert told in ended.err
+        result = apo(*command(data, tmp_path / "out", checkpoints[:1], server, *options))
+        assert result.code == 2
+        assert reason in result.err

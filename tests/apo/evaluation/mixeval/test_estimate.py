@@ -18,8 +18,8 @@ def test_requests_are_known_without_asking_and_nothing_is_written(data, tmp_path
     each = config.model_copy(update={"independent_judgements": True})
     assert estimate(each)["judge"].max_calls == 7
     model = {"url": server.url, "model": "t", "temperature": 0}
-    found = estimate(config_for(data, tmp_path / "out", model=model, judge=judge, samples=2))
-    assert {role: told.max_calls for role, told in found.items()} == {"model": 10, "judge": 10}
+    estimates = estimate(config_for(data, tmp_path / "out", model=model, judge=judge, samples=2))
+    assert {role: usage.max_calls for role, usage in estimates.items()} == {"model": 10, "judge": 10}
     assert estimate(config_for(data, tmp_path / "out", responses=str(folder))) == {}
     assert server.paid() == 0
     assert not (tmp_path / "out").exists()
@@ -30,21 +30,21 @@ def test_a_probe_tells_what_the_real_run_then_costs(real, tmp_path, server):
         "responses": str(real / "responses" / "gemma-1.1-7b-it"),
         "judge": {"url": server.url, "model": "j", "price": {"input": "0.5", "output": "1.5"}},
     }
-    told = estimate(config_for(real, tmp_path / "out", **options), probe=12)["judge"]
+    estimated = estimate(config_for(real, tmp_path / "out", **options), probe=12)["judge"]
     assert server.paid() == 12
     usage = evaluated(real, tmp_path / "out", **options).score.usage["judge"]
-    assert (told.max_calls, server.paid()) == (451, 451)  # the probe's replies are kept
-    assert told.prompt.lo <= usage.prompt <= told.prompt.hi
-    assert told.prompt.value == pytest.approx(usage.prompt, rel=0.1)
-    assert told.cost.lo <= float(usage.cost) <= told.cost.hi
+    assert (estimated.max_calls, server.paid()) == (451, 451)  # the probe's replies are kept
+    assert estimated.prompt.lo <= usage.prompt <= estimated.prompt.hi
+    assert estimated.prompt.value == pytest.approx(usage.prompt, rel=0.1)
+    assert estimated.cost.lo <= float(usage.cost) <= estimated.cost.hi
 
 
 def test_the_command_tells_it(data, tmp_path, server):
     folder = responses_of(data, tmp_path / "responses")
     arguments = ["eval", "mixeval", "--data", data, "--responses", folder, "--out", tmp_path / "out"]
     judge = ["--judge-base-url", server.url, "--judge-model", "j", "--estimate"]
-    done = apo(*arguments, *judge)
-    assert (done.code, server.paid()) == (0, 0)
-    assert "judge" in done.out
+    result = apo(*arguments, *judge)
+    assert (result.code, server.paid()) == (0, 0)
+    assert "judge" in result.out
     with pytest.raises(UserError, match="at least 3"):
         estimate(config_for(data, tmp_path / "o", responses=str(folder), judge={"url": server.url, "model": "j"}), 2)

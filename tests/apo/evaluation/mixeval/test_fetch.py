@@ -93,9 +93,9 @@ def served(folder: Path) -> Iterator[str]:
 def test_what_is_fetched_is_a_data_folder(upstream, data, tmp_path):
     out = tmp_path / "got"
     with served(upstream) as url:
-        done = apo("eval", "fetch-mixeval", out, "--version", "2024-06-01", "--from", url)
-    assert done.code == 0, done.err
-    assert "wrote 4 files" in done.err
+        result = apo("eval", "fetch-mixeval", out, "--version", "2024-06-01", "--from", url)
+    assert result.code == 0, result.err
+    assert "wrote 4 files" in result.err
     assert load(out, "2024-06-01") == load(data, "2024-06-01")
     assert dict(load_judge_words(out).user) == USER
     sums = json.loads((out / "checksums.json").read_text())
@@ -126,19 +126,19 @@ def test_another_file_than_expected_is_told_and_nothing_is_kept(upstream, tmp_pa
 def test_a_file_that_is_not_there_and_no_network_are_one_line_with_what_to_do(upstream, tmp_path):
     with served(upstream) as url:
         (upstream / "mix_eval" / "prompts" / "judge_prompts.py").unlink()
-        told = error_line(apo("eval", "fetch-mixeval", tmp_path / "got", "--version", "2024-06-01", "--from", url))
-    assert "judge_prompts.py answers 404" in told
-    told = error_line(apo("eval", "fetch-mixeval", tmp_path / "got", "--from", "http://127.0.0.1:9"))
-    assert "cannot be reached" in told
-    assert "on a machine with network and copy the folder here" in told
-    assert "clone github.com/Psycoy/MixEval at 7c52b41" in told
+        message = error_line(apo("eval", "fetch-mixeval", tmp_path / "got", "--version", "2024-06-01", "--from", url))
+    assert "judge_prompts.py answers 404" in message
+    message = error_line(apo("eval", "fetch-mixeval", tmp_path / "got", "--from", "http://127.0.0.1:9"))
+    assert "cannot be reached" in message
+    assert "on a machine with network and copy the folder here" in message
+    assert "clone github.com/Psycoy/MixEval at 7c52b41" in message
     with pytest.raises(UserError, match="no version '2024-07-01'"):
         fetch(tmp_path / "got", ["2024-07-01"], ("hard",), f"file://{upstream}")
     assert not (tmp_path / "got").exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "match"),
     [
         (lambda s: s.replace("Gold:", "Golden:"), "another free-form judge message: its sha256 is .* expected"),
         (
@@ -149,8 +149,8 @@ def test_a_file_that_is_not_there_and_no_network_are_one_line_with_what_to_do(up
         (lambda s: s + "x = (", "cannot be read"),
     ],
 )
-def test_judge_words_that_changed_are_told(upstream, change, told):
-    with pytest.raises(UserError, match=told):
+def test_judge_words_that_changed_are_told(upstream, change, match):
+    with pytest.raises(UserError, match=match):
         judge_words(change(SOURCE))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.apo.evaluation.evaluating import JudgeServer, apo, final, judging, start_apo
 from tests.apo.evaluation.questions import FREE_FORM, MULTIPLE_CHOICE
-from tests.clair.building import Ended, finished
+from tests.clair.building import CommandResult, finished
 
 ROWS = 40
 CONCURRENCY = 8
@@ -46,12 +46,12 @@ def arguments(real, tmp_path, slow_server) -> list:
     return ["eval", "mixeval", "--data", data, "--split", "full", *model, *judge, "--concurrency", CONCURRENCY]
 
 
-def run_and(sent: signal.Signals, server: JudgeServer, arguments: list, requests: int) -> Ended:
+def run_and(sent: signal.Signals, server: JudgeServer, arguments: list, requests: int) -> CommandResult:
     """Run the command and send it a signal after more than so many of its requests."""
-    before = server.paid()
+    paid = server.paid()
     process = start_apo(*arguments)
     until = time.monotonic() + 60
-    while server.paid() <= before + requests and process.poll() is None:
+    while server.paid() <= paid + requests and process.poll() is None:
         assert time.monotonic() < until, "the evaluation asks nothing"
         time.sleep(0.01)
     process.send_signal(sent)
@@ -63,10 +63,10 @@ def assert_survives(server: JudgeServer, arguments: list, tmp_path: Path, sent: 
     server.forget()
     stopped = 0
     for share in moments:
-        ended = run_and(sent, server, [*arguments, "--out", tmp_path / "out"], int(share * REQUESTS / 2))
-        assert ended.code in (0, -signal.SIGKILL if sent == signal.SIGKILL else 130), ended
-        stopped += ended.code != 0
-        assert ended.code == 0 or not (tmp_path / "out" / "score.json").exists()
+        result = run_and(sent, server, [*arguments, "--out", tmp_path / "out"], int(share * REQUESTS / 2))
+        assert result.code in (0, -signal.SIGKILL if sent == signal.SIGKILL else 130), result
+        stopped += result.code != 0
+        assert result.code == 0 or not (tmp_path / "out" / "score.json").exists()
     last = finished(start_apo(*arguments, "--out", tmp_path / "out"))
     assert last.code == 0, last
     assert final(tmp_path / "out") == final(tmp_path / "undisturbed")
@@ -104,18 +104,18 @@ def test_generation_killed_between_batches_goes_on_with_the_next(tmp_path, real)
     command += ["--batch-tokens", 5000, "--out", tmp_path / "out"]
     ledger = tmp_path / "out" / "ledger.sqlite"
     process = start_apo(*command)
-    until, done = time.monotonic() + 120, 0
-    while not done and process.poll() is None:
+    until, answered = time.monotonic() + 120, 0
+    while not answered and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.05)
         if ledger.is_file() and ledger.stat().st_size:
             with Ledger(ledger) as opened:
-                done = opened.counts().get("done", 0)
+                answered = opened.counts().get("done", 0)
     process.kill()
     finished(process)
-    assert 0 < done < 2 * ROWS, "killed too late to see anything"
+    assert 0 < answered < 2 * ROWS, "killed too late to see anything"
     again = finished(start_apo(*command))
     assert again.code == 0, again
     usage = json.loads((tmp_path / "out" / "score.json").read_text())["usage"]["model"]
-    assert usage["reused"] >= done
+    assert usage["reused"] >= answered
     assert usage["calls"] + usage["reused"] == 2 * ROWS

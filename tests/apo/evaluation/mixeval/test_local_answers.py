@@ -43,10 +43,10 @@ def model_of(folder: Path) -> dict:
 def test_a_local_model_answers_in_batches_by_length_and_each_question_once(data, folder, tmp_path, monkeypatch):
     sizes, really = [], LocalModel._generated
 
-    def watched(self, batch, prompts, most):
+    def watched(self, batch, prompts, max_tokens):
         sizes.append([len(prompt) for prompt in prompts])
         assert all(prompt.count(1) == 1 for prompt in prompts)  # one BOS
-        return really(self, batch, prompts, most)
+        return really(self, batch, prompts, max_tokens)
 
     monkeypatch.setattr(LocalModel, "_generated", watched)
     score = evaluated(data, tmp_path / "out", model=model_of(folder) | {"batch_tokens": 130}).score
@@ -63,26 +63,26 @@ def test_a_local_model_answers_in_batches_by_length_and_each_question_once(data,
         raise AssertionError("the model was asked again")
 
     monkeypatch.setattr(LocalModel, "_load", never)
-    before = final(tmp_path / "out")
+    files = final(tmp_path / "out")
     evaluated(data, tmp_path / "out", model=model_of(folder))
-    assert final(tmp_path / "out") == before
+    assert final(tmp_path / "out") == files
 
 
 def test_ctrl_c_ends_after_the_batch_that_is_being_made(data, folder, tmp_path):
     model = model_of(sampling(folder, tmp_path / "m")) | {"batch_tokens": 130}
     config = config_for(data, tmp_path / "out", model=model, samples=6)
 
-    def interrupt(done: int, _: object) -> None:
-        if done == 1:
+    def interrupt(count: int, _: object) -> None:
+        if count == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
-    done = evaluate(config, on_progress=interrupt)
-    assert (done.score, done.stopped) == (None, "interrupted")
+    outcome = evaluate(config, on_progress=interrupt)
+    assert (outcome.score, outcome.stopped) == (None, "interrupted")
     with Ledger(tmp_path / "out" / "ledger.sqlite") as ledger:
-        made = ledger.counts()["done"]
-    assert 1 <= made < 20
+        answered = ledger.counts()["done"]
+    assert 1 <= answered < 20
     score = evaluate(config).score
-    assert score.usage["model"].calls == 7 * 6 - made
+    assert score.usage["model"].calls == 7 * 6 - answered
 
 
 def test_a_model_that_samples_draws_for_every_row_and_sample_repeatably(data, folder, tmp_path):
@@ -104,7 +104,7 @@ def test_a_question_too_long_for_the_model_is_a_named_item(data, folder, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "reason"),
     [
         (
             "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + USER,
@@ -116,10 +116,10 @@ def test_a_question_too_long_for_the_model_is_a_named_item(data, folder, tmp_pat
         ),
     ],
 )
-def test_a_template_without_a_system_prompt_is_told_before_any_work(data, folder, tmp_path, template, told):
+def test_a_template_without_a_system_prompt_is_told_before_any_work(data, folder, tmp_path, template, reason):
     model = shutil.copytree(folder, tmp_path / "m")
     (model / "chat_template.jinja").write_text(template)
-    with pytest.raises(UserError, match=f"{told}.*leave out --system"):
+    with pytest.raises(UserError, match=f"{reason}.*leave out --system"):
         evaluated(data, tmp_path / "out", model=model_of(model), system="Be brief.")
     assert not (tmp_path / "out").exists()
     assert evaluated(data, tmp_path / "out", model=model_of(model), limit=1).score.system is None

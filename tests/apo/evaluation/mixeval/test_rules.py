@@ -123,8 +123,8 @@ def test_right_answers_of_the_published_gemma_by_benchmark(real, split, expected
         if split == "free-form":
             right[row.benchmark] += is_right(answer["response"], row.target, faithful=faithful)
         else:
-            found = chosen_letter(answer["response"], row.options)
-            right[row.benchmark] += found in row.right
-            without += found is None
+            letter = chosen_letter(answer["response"], row.options)
+            right[row.benchmark] += letter in row.right
+            without += letter is None
     assert right == expected
     assert without == (0 if split == "free-form" else 47)

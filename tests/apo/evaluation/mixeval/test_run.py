@@ -86,7 +86,7 @@ def test_equal_judgements_are_asked_once_and_a_second_run_asks_nothing(real, tmp
 def test_a_faithful_request_is_upstreams_and_a_strict_one_repeatable(data, responses, tmp_path, server):
     judge = {"url": server.url, "model": "j"}
     evaluated(data, tmp_path / "faithful", responses=str(responses), judge=judge)
-    body = next(body for body in server.seen() if "pears" in body["messages"][1]["content"])
+    body = next(body for body in server.requests() if "pears" in body["messages"][1]["content"])
     text = JUDGE["free_form"]["user"].replace("{P}", "How many pears?").replace("{G}", "<answer 1> 3; <answer 2> 3")
     assert body == {
         "model": "j",
@@ -96,8 +96,8 @@ def test_a_faithful_request_is_upstreams_and_a_strict_one_repeatable(data, respo
     }
     server.forget()
     evaluated(data, tmp_path / "strict", responses=str(responses), judge=judge, profile="strict")
-    assert all((body["temperature"], body["seed"]) == (0.0, 42) for body in server.seen())
-    assert len(server.seen()) == 5
+    assert all((body["temperature"], body["seed"]) == (0.0, 42) for body in server.requests())
+    assert len(server.requests()) == 5
 
 
 def test_independent_judgements_are_asked_for_one_by_one_and_resumed(data, responses, tmp_path, server):
@@ -168,7 +168,7 @@ def test_an_endpoints_answers_are_made_once_and_judged(data, tmp_path, server):
         "samples": 2,
     }
     result = evaluated(data, tmp_path / "out", **options)
-    requests = server.seen()
+    requests = server.requests()
     answers = [body for body in requests if body["model"] == "t"]
     # It may sample, so every row and sample draws its own; greedy ones are shared below.
     assert len(answers) == 14
@@ -189,7 +189,7 @@ def test_an_endpoints_answers_are_made_once_and_judged(data, tmp_path, server):
     server.forget()
     options["model"] = options["model"] | {"temperature": 0}
     evaluated(data, tmp_path / "greedy", **options | {"samples": 1})
-    assert len([body for body in server.seen() if body["model"] == "t"]) == 5
+    assert len([body for body in server.requests() if body["model"] == "t"]) == 5
 
 
 def test_the_longest_answer_is_an_option_and_part_of_what_is_compared(data, tmp_path, server):
@@ -197,7 +197,7 @@ def test_the_longest_answer_is_an_option_and_part_of_what_is_compared(data, tmp_
     for name, options in (("usual", []), ("short", ["--max-tokens", "9"])):
         result = apo(*arguments, *options, "--out", tmp_path / name)
         assert result.code == 0, result.err
-    assert {body["max_tokens"] for body in server.seen()} == {512, 9}
+    assert {body["max_tokens"] for body in server.requests()} == {512, 9}
     refused = apo("compare", tmp_path / "usual", tmp_path / "short")
     assert refused.code == 2
     assert "max_tokens is 9 in one and 512 in the other" in refused.err
@@ -206,7 +206,7 @@ def test_the_longest_answer_is_an_option_and_part_of_what_is_compared(data, tmp_
 def test_a_system_prompt_is_sent_and_recorded(data, tmp_path, server):
     model = {"url": server.url, "model": "t", "max_tokens": 512}
     score = evaluated(data, tmp_path / "out", model=model, system="Be brief.").score
-    assert all(body["messages"][0] == {"role": "system", "content": "Be brief."} for body in server.seen())
+    assert all(body["messages"][0] == {"role": "system", "content": "Be brief."} for body in server.requests())
     assert score.system == "Be brief."
 
 

@@ -20,16 +20,16 @@ with warnings.catch_warnings():
 def test_by_pencil():
     # Differences +1 and -1 (sd 1): 3 of 4 wins where longer, 1 of 4 where shorter. Both fit exactly:
     # theta + a t = log 3, theta - a t = -log 3 with t = tanh 1, so theta = 0 and a = log 3 / tanh 1.
-    found = length_controlled([1, 1, 1, 0, 1, 0, 0, 0], [1, 1, 1, 1, -1, -1, -1, -1], range(8))
-    assert found.rate == pytest.approx(0.5)
-    assert found.length == pytest.approx(math.log(3) / math.tanh(1))
-    assert found.lo < 0.5 < found.hi
+    fit = length_controlled([1, 1, 1, 0, 1, 0, 0, 0], [1, 1, 1, 1, -1, -1, -1, -1], range(8))
+    assert fit.rate == pytest.approx(0.5)
+    assert fit.length == pytest.approx(math.log(3) / math.tanh(1))
+    assert fit.lo < 0.5 < fit.hi
 
 
 def test_without_an_effect_of_length_it_is_the_plain_rate():
-    found = length_controlled([1, 1, 0, 1, 1, 0], [1, 2, 1.5, -1, -2, -1.5], range(6))
-    assert found.rate == pytest.approx(4 / 6, abs=1e-6)
-    assert found.length == pytest.approx(0, abs=1e-6)
+    fit = length_controlled([1, 1, 0, 1, 1, 0], [1, 2, 1.5, -1, -2, -1.5], range(6))
+    assert fit.rate == pytest.approx(4 / 6, abs=1e-6)
+    assert fit.length == pytest.approx(0, abs=1e-6)
 
 
 @given(st.lists(st.tuples(st.sampled_from([0, 0.25, 0.5, 0.75, 1]), st.integers(-300, 300), st.integers(0, 12)),
@@ -38,7 +38,7 @@ def test_it_agrees_with_statsmodels(rows):
     values, differences, clusters = zip(*rows, strict=True)
     spread = np.std(differences)
     try:
-        found = length_controlled(values, differences, clusters)
+        fit = length_controlled(values, differences, clusters)
     except ValueError:
         return
     x = np.tanh(np.array(differences) / spread)
@@ -48,8 +48,8 @@ def test_it_agrees_with_statsmodels(rows):
             tol=1e-12, cov_type="cluster", cov_kwds={"groups": np.array(clusters), "use_correction": False}
         )
     scale = math.sqrt(len(set(clusters)) / (len(set(clusters)) - 1))
-    assert (found.theta, found.length) == pytest.approx(tuple(fitted.params), abs=1e-5)
-    assert (found.theta_se, found.length_se) == pytest.approx(tuple(scale * fitted.bse), rel=1e-3, abs=1e-5)
+    assert (fit.theta, fit.length) == pytest.approx(tuple(fitted.params), abs=1e-5)
+    assert (fit.theta_se, fit.length_se) == pytest.approx(tuple(scale * fitted.bse), rel=1e-3, abs=1e-5)
 
 
 def test_a_model_that_only_writes_more_does_not_win_at_equal_lengths():
@@ -57,10 +57,10 @@ def test_a_model_that_only_writes_more_does_not_win_at_equal_lengths():
     differences = rng.normal(400, 300, 2000)
     x = np.tanh(differences / differences.std())
     wins = (rng.random(2000) < 1 / (1 + np.exp(-2 * x))).astype(float)
-    found = length_controlled(wins.tolist(), differences.tolist(), range(2000))
+    fit = length_controlled(wins.tolist(), differences.tolist(), range(2000))
     assert wins.mean() > 0.75
-    assert found.lo <= 0.5 <= found.hi
-    assert found.length == pytest.approx(2, abs=0.5)
+    assert fit.lo <= 0.5 <= fit.hi
+    assert fit.length == pytest.approx(2, abs=0.5)
 
 
 @pytest.mark.slow
@@ -71,8 +71,8 @@ def test_95_of_100_intervals_hold_the_rate_where_samples_of_a_prompt_are_alike()
         x = np.tanh(differences / differences.std())
         luck = np.repeat(rng.random(100), 3)  # what decides is the same for all samples of a prompt
         wins = (luck < 1 / (1 + np.exp(-(0.4 + 1.0 * x)))).astype(float)
-        found = length_controlled(wins.tolist(), differences.tolist(), clusters)
-        held += found.lo <= 1 / (1 + math.exp(-0.4)) <= found.hi
+        fit = length_controlled(wins.tolist(), differences.tolist(), clusters)
+        held += fit.lo <= 1 / (1 + math.exp(-0.4)) <= fit.hi
     assert 0.92 <= held / 400 <= 0.98
 
 
@@ -84,16 +84,16 @@ def test_95_of_100_intervals_hold_the_rate_of_few_prompts(prompts):
         chance = 1 / (1 + np.exp(-(0.4 + np.tanh(differences / differences.std()))))
         values = (rng.random((2, prompts)) < chance).mean(0)  # both orders
         try:
-            found = length_controlled(values.tolist(), differences.tolist(), range(prompts))
+            fit = length_controlled(values.tolist(), differences.tolist(), range(prompts))
         except ValueError:
             continue
         fitted += 1
-        held += found.lo <= 1 / (1 + math.exp(-0.4)) <= found.hi
+        held += fit.lo <= 1 / (1 + math.exp(-0.4)) <= fit.hi
     assert 0.92 <= held / 400 <= 0.98
 
 
 @pytest.mark.parametrize(
-    ("values", "differences", "told"),
+    ("values", "differences", "match"),
     [
         ([1, 1, 1, 1], [1, 2, -1, 3], "everywhere"),
         ([0, 0, 0, 0], [1, 2, -1, 3], "everywhere"),
@@ -103,6 +103,6 @@ def test_95_of_100_intervals_hold_the_rate_of_few_prompts(prompts):
         ([1, 0, 1], [5, 1, 2], "3 prompt"),
     ],
 )
-def test_what_cannot_be_told_is_refused(values, differences, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_cannot_be_told_is_refused(values, differences, match):
+    with pytest.raises(ValueError, match=match):
         length_controlled(values, differences, range(len(values)))
