@@ -36,8 +36,8 @@ def drawn(work: Progress, width: int = 80) -> list[str]:
 def role(calls: int, in_flight: int, *, reused: int = 0, waiting_for: str = "") -> SimpleNamespace:
     """What is read of a client."""
     limiter = SimpleNamespace(in_flight=in_flight)
-    told = Tally(calls=calls, reused=reused)
-    return SimpleNamespace(told=told, limiter=limiter, batch=None, waiting_for=waiting_for)
+    tally = Tally(calls=calls, reused=reused)
+    return SimpleNamespace(told=tally, limiter=limiter, batch=None, waiting_for=waiting_for)
 
 
 def test_a_rate_is_that_of_the_last_ten_and_falls_while_nothing_is_done():
@@ -74,19 +74,19 @@ def test_lines_come_within_a_second_and_then_every_thirty(capsys):
     assert waits == [FIRST, EVERY, EVERY, EVERY]
     assert FIRST < 1.0
     assert EVERY == 30.0
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 3
-    assert told[1].startswith("building: 10/22, ")
-    assert told[1].endswith(" left; target: 5 in flight")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert lines[1].startswith("building: 10/22, ")
+    assert lines[1].endswith(" left; target: 5 in flight")
 
 
 def test_outside_of_a_terminal_work_says_how_far_it_is_though_nothing_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(module, "EVERY", 0.0)
-    seen = ""
+    output = ""
     with progress("checking the endpoint", first=0.0):
-        while "checking the endpoint: " not in seen:  # ends by pytest's own limit where nothing is written
-            seen += capsys.readouterr().err
-    assert " so far" in seen
+        while "checking the endpoint: " not in output:  # ends by pytest's own limit where nothing is written
+            output += capsys.readouterr().err
+    assert " so far" in output
 
 
 def test_short_work_and_work_of_other_processes_says_nothing(capsys):
@@ -107,8 +107,8 @@ def test_nothing_is_pushed_out_of_a_narrow_terminal(width):
     work.update(1_234)
     head, *details = drawn(work, width)
     assert all(len(line) <= width for line in (head, *details))
-    for part in ("evaluating", "1,234/12,345", "12.3/s", "about 15 min left")[: 2 if width < 80 else 4]:
-        assert part in head
+    for text in ("evaluating", "1,234/12,345", "12.3/s", "about 15 min left")[: 2 if width < 80 else 4]:
+        assert text in head
     assert ("━" in head) == (width >= 80)
     assert details[0].endswith("…")
     assert details[1].strip() == "target: 5 in flight"
@@ -134,11 +134,13 @@ def test_a_role_says_what_is_done_and_in_flight_how_fast_and_how_long():
 
 def test_a_build_counts_rows_that_are_done_before_their_turn(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["wait:1.5 ok", *["ok"] * 5]))
-    seen = []
-    build(config_for(tmp_path, server.url), on_progress=lambda writer, _: seen.append((writer.finished, writer.pairs)))
-    assert (0, 0) in seen
-    assert (5, 0) in seen  # all but the first, which the others wait for
-    assert seen[-1] == (6, 6)
+    counts = []
+    build(
+        config_for(tmp_path, server.url), on_progress=lambda writer, _: counts.append((writer.finished, writer.pairs))
+    )
+    assert (0, 0) in counts
+    assert (5, 0) in counts  # all but the first, which the others wait for
+    assert counts[-1] == (6, 6)
 
 
 def test_a_rate_that_is_first_looked_at_late_counts_from_the_start():

@@ -33,8 +33,8 @@ def test_a_doubtful_reviser_is_told_in_numbers(tmp_path, monkeypatch):
     install(monkeypatch, reviser=Scripted("weak", weak))
     built = build(recipe(tmp_path / "out", rows(30), pipeline="revised", reviser=endpoint(), test_fraction=0.5))
     assert built.manifest["first_replies"] == {"no_label": 15, "read": 15}
-    (told,) = quality_warnings(built.manifest)
-    assert told.startswith(
+    (doubt,) = quality_warnings(built.manifest)
+    assert doubt.startswith(
         "the reviser's work is doubtful: 15 of 30 first replies could not be read (no_label 15); of 30 revisions 10 "
         "speak of the correction and 0 change nothing. Nobody has judged whether the 20 winners are better"
     )
@@ -43,21 +43,21 @@ def test_a_doubtful_reviser_is_told_in_numbers(tmp_path, monkeypatch):
 def test_a_reviser_that_does_its_work_is_not_doubted_and_counted_over_all_shards(tmp_path, monkeypatch):
     install(monkeypatch, reviser=Scripted("good", lambda messages, sample: revision(messages)))
     config = recipe(tmp_path / "out", rows(40), pipeline="revised", reviser=endpoint(), test_fraction=0.5)
-    whole = build(config).manifest
-    assert quality_warnings(whole) == []
+    single = build(config).manifest
+    assert quality_warnings(single) == []
     shard_config = recipe(tmp_path / "parts", rows(40), pipeline="revised", reviser=endpoint(), test_fraction=0.5)
     for index in (1, 2):
         build(shard_config, shard=Shard(index, 2))
     merged = merge(f"{shard_config.out}-shards")
-    assert merged["first_replies"] == whole["first_replies"] == {"read": 40}
+    assert merged["first_replies"] == single["first_replies"] == {"read": 40}
 
 
 def test_too_few_held_out_pairs_are_told_and_none_where_none_are_wanted(tmp_path, monkeypatch):
     install(monkeypatch, reviser=Scripted("good", lambda messages, sample: revision(messages)))
     few = build(recipe(tmp_path / "few", rows(15), pipeline="revised", reviser=endpoint()))
-    (told,) = quality_warnings(few.manifest)
+    (doubt,) = quality_warnings(few.manifest)
     test = few.manifest["counts"]["test"]
-    assert told.startswith(f"{test} of 15 pairs are held out (test_fraction 0.05), too few to measure on")
+    assert doubt.startswith(f"{test} of 15 pairs are held out (test_fraction 0.05), too few to measure on")
     none = build(recipe(tmp_path / "none", rows(15), pipeline="revised", reviser=endpoint(), test_fraction=0))
     assert quality_warnings(none.manifest) == []
 
@@ -73,30 +73,35 @@ def test_too_few_held_out_pairs_are_told_and_none_where_none_are_wanted(tmp_path
 def test_words_of_ones_own_that_never_name_the_part_that_is_read_are_noted_before_anything_is_spent(
     tmp_path, server, template, noted
 ):
-    own = tmp_path / "own.j2"
-    own.write_text(template)
+    template_path = tmp_path / "own.j2"
+    template_path.write_text(template)
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
-    reviser = {"url": server.url, "model": "m", "template": str(own)}
-    ended = clair("build", write_recipe(tmp_path, server.url, reviser=reviser), "--dry-run")
-    assert ended.code == 0, ended
-    assert (f"note: reviser.template {own} never names {{corrected_student_solution}}" in ended.err) == noted
+    reviser = {"url": server.url, "model": "m", "template": str(template_path)}
+    result = clair("build", write_recipe(tmp_path, server.url, reviser=reviser), "--dry-run")
+    assert result.code == 0, result
+    assert (f"note: reviser.template {template_path} never names {{corrected_student_solution}}" in result.err) == noted
     assert server.seen() == []
 
 
 def test_the_system_message_may_name_the_part_too(tmp_path, server):
-    own = tmp_path / "own.j2"
-    own.write_text("{{ task }} {{ answer }}")
+    template_path = tmp_path / "own.j2"
+    template_path.write_text("{{ task }} {{ answer }}")
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
-    reviser = {"url": server.url, "model": "m", "template": str(own), "system": "Use {corrected_student_solution}."}
+    reviser = {
+        "url": server.url,
+        "model": "m",
+        "template": str(template_path),
+        "system": "Use {corrected_student_solution}.",
+    }
     assert "note:" not in clair("build", write_recipe(tmp_path, server.url, reviser=reviser), "--dry-run").err
 
 
-@pytest.mark.parametrize(("set_", "wanted"), [(0.3, 0.8), (0.7, 1.0), (1.2, 1.2), (None, None)])
-def test_a_reply_that_cannot_be_read_is_asked_for_again_at_another_temperature(tmp_path, monkeypatch, set_, wanted):
+@pytest.mark.parametrize(("set_", "expected"), [(0.3, 0.8), (0.7, 1.0), (1.2, 1.2), (None, None)])
+def test_a_reply_that_cannot_be_read_is_asked_for_again_at_another_temperature(tmp_path, monkeypatch, set_, expected):
     def forgetful(messages, sample):
         return revision(messages) if len(messages) == 3 else "The answer is good."
 
     reviser = Scripted("forgetful", forgetful)
     install(monkeypatch, reviser=reviser)
     build(recipe(tmp_path / "out", rows(1), pipeline="revised", reviser=endpoint(temperature=set_)))
-    assert [request.get("temperature") for request in reviser.asked] == [set_, wanted]
+    assert [request.get("temperature") for request in reviser.asked] == [set_, expected]
