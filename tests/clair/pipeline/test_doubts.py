@@ -80,7 +80,7 @@ def test_words_of_ones_own_that_never_name_the_part_that_is_read_are_noted_befor
     result = clair("build", write_recipe(tmp_path, server.url, reviser=reviser), "--dry-run")
     assert result.code == 0, result
     assert (f"note: reviser.template {template_path} never names {{corrected_student_solution}}" in result.err) == noted
-    assert server.seen() == []
+    assert server.requests() == []
 
 
 def test_the_system_message_may_name_the_part_too(tmp_path, server):
@@ -104,4 +104,4 @@ def test_a_reply_that_cannot_be_read_is_asked_for_again_at_another_temperature(t
     reviser = Scripted("forgetful", forgetful)
     install(monkeypatch, reviser=reviser)
     build(recipe(tmp_path / "out", rows(1), pipeline="revised", reviser=endpoint(temperature=set_)))
-    assert [request.get("temperature") for request in reviser.asked] == [set_, expected]
+    assert [request.get("temperature") for request in reviser.requests] == [set_, expected]
