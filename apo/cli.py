@@ -89,9 +89,9 @@ def diagnose(
     out: Annotated[Path | None, typer.Option(callback=local, help="Where to draw; default: RUN/diagnosis.png.")] = None,
 ) -> None:
     """Draw what a run logged, and tell in words what is wrong with it and what helps."""
-    from apo.monitoring.diagnosis_report import diagnosis
+    from apo.monitoring.diagnosis_report import diagnosis_lines
 
-    print(printable("\n".join(diagnosis(run, out))))
+    print(printable("\n".join(diagnosis_lines(run, out))))
 
 
 @app.command()
@@ -175,8 +175,8 @@ def _print_plan(config: Any, processes: int | None) -> None:
         print(f"# {split}: {describe_counts(count)}")
     print(f"# steps: {planned.describe_steps}")
     print(f"# out: {config.out} ({status})")
-    if planned.rails is not None:
-        print(f"# guard: {planned.rails.told(planned.steps)}")
+    if planned.guard_set is not None:
+        print(f"# guard: {planned.guard_set.summary(planned.steps)}")
     for note in planned.train.notes:
         print(f"# note: {note}")
     if config.quantize and (reason := quantization_problem()):
@@ -207,11 +207,11 @@ def _print_estimate(planned: Any, costs: Any) -> None:
 
 
 def _closing(out: str, run: dict[str, Any]) -> str:
-    from apo.monitoring.callbacks import summary
+    from apo.monitoring.callbacks import format_log
     from apo.run_dir.files import describe_size
 
     size, seconds = describe_size(run["data"]["train"]), f"{run['seconds']:.0f} s"
-    lines = [f"{size}, {run['steps']:,} steps, {seconds}: {summary(run['metrics'])}"]
+    lines = [f"{size}, {run['steps']:,} steps, {seconds}: {format_log(run['metrics'])}"]
     return "\n".join([*lines, f"model and card in {out}/, the picture in {out}/dynamics.png"])
 
 

@@ -1,4 +1,4 @@
-"""What a run measures of itself: metrics, guards, token diagnostics, plots, and the diagnosis of a finished run.
+"""What a run measures while it trains: metrics, guards, token diagnostics, plots, and the diagnosis of its log.
 
 Imports `run_dir`, `data` and `losses`.
 """

@@ -1,7 +1,7 @@
-"""What the log of a run says, in words: each rule looks at the lines so far and finds something wrong, or nothing.
+"""Diagnosis of a run's log: rules that each detect one problem in the logged metrics and advise what to change.
 
-The same rules warn while a run trains, once each, and judge it afterwards (`apo diagnose`). A mean is taken for moved
-where the mean of the last lines is more than two standard errors, by their spread, from where it was.
+The same rules warn during training, once each, and judge a run afterwards (`apo diagnose`). A metric counts as moved
+if the mean of its last lines differs from the initial value by more than two standard errors of those lines.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from typing import Any
 
 from apo.monitoring.metrics import series
 
-LINES = 5
+WINDOW = 5
 """Log lines that a mean is taken over."""
-FEWEST = LINES + 1
-"""Log lines of training before anything is said: that mean, and where the run began."""
-_PREFIXES = 200
-_DIFFERENCES = {"dpo", "robust", "ipo"}
-"""Objectives that see the margin alone, so that both rewards may fall."""
+MIN_LINES = WINDOW + 1
+"""Training lines that the rules need: the window, and one line at the start of the run."""
+_CHECKPOINTS = 200
+"""Points of a long log at which the rules are applied."""
+_MARGIN_OBJECTIVES = {"dpo", "robust", "ipo"}
+"""Objectives of the margin alone, under which both rewards may fall."""
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Log:
-    """The lines of a run so far, and what it minimises: the names of its objectives, and them in one line."""
+class TrainingLog:
+    """The lines of a run until now, the names of its objectives, and the title of their mixture."""
 
     rows: Rows
     names: frozenset[str]
@@ -35,54 +36,55 @@ class Log:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the training lines."""
+        """The steps of the training lines."""
         return series(self.rows, "loss")[0]
 
-    def of(self, key: str) -> list[float]:
-        """All values of a metric, those that are numbers."""
+    def values(self, key: str) -> list[float]:
+        """All values of a metric that are numbers."""
         return [value for value in series(self.rows, key)[1] if not math.isnan(value)]
 
     def last(self, key: str) -> float | None:
-        """The mean of the last lines of a metric; None without enough of them."""
-        values = self.of(key)
-        return statistics.fmean(values[-LINES:]) if len(values) >= LINES else None
+        """The mean of a metric over the last `WINDOW` lines; None if there are fewer."""
+        values = self.values(key)
+        return statistics.fmean(values[-WINDOW:]) if len(values) >= WINDOW else None
 
     def range(self, key: str) -> tuple[float, float] | None:
-        """The mean of the last lines, less and plus two standard errors."""
-        values = self.of(key)[-LINES:]
-        if len(values) < LINES:
+        """The mean over the last `WINDOW` lines, minus and plus two standard errors; None if there are fewer."""
+        values = self.values(key)[-WINDOW:]
+        if len(values) < WINDOW:
             return None
-        mean, half = statistics.fmean(values), 2 * statistics.stdev(values) / math.sqrt(LINES)
+        mean, half = statistics.fmean(values), 2 * statistics.stdev(values) / math.sqrt(WINDOW)
         return mean - half, mean + half
 
     def above(self, key: str, value: float) -> bool:
-        """Whether a metric is clearly above a value."""
-        return (found := self.range(key)) is not None and found[0] > value
+        """True if a metric's whole range is above `value`."""
+        return (interval := self.range(key)) is not None and interval[0] > value
 
     def below(self, key: str, value: float) -> bool:
-        """Whether a metric is clearly below a value."""
-        return (found := self.range(key)) is not None and found[1] < value
+        """True if a metric's whole range is below `value`."""
+        return (interval := self.range(key)) is not None and interval[1] < value
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What was found, from which step on, what to do about it, and whether it still holds at the end."""
+class Problem:
+    """A problem in a run: the rule, the step since which it holds, a message, and whether it holds at the end."""
 
     rule: str
     step: int
-    words: str
+    message: str
     advice: str
     holds: bool = True
 
 
-Rule = Callable[[Log], tuple[str, str] | None]
+Rule = Callable[[TrainingLog], tuple[str, str] | None]
+"""A function from a log to a message and advice, or None."""
 
 
-def chosen_falls(log: Log) -> tuple[str, str] | None:
-    """Chosen responses become less likely than under the reference, where they should not."""
+def chosen_falls(log: TrainingLog) -> tuple[str, str] | None:
+    """Chosen responses become less likely than under the reference, although the objective should raise them."""
     if "apo_down" in log.names or not log.below("rewards/chosen", 0) or (log.last("chosen_falls") or 0) < 0.5:
         return None
-    if log.names & _DIFFERENCES and log.below("rewards/rejected", 0):
+    if log.names & _MARGIN_OBJECTIVES and log.below("rewards/rejected", 0):
         return None
     return (
         f"chosen rewards are falling under {log.title}: {log.last('rewards/chosen'):+.3f} on average, below 0 in "
@@ -92,10 +94,10 @@ def chosen_falls(log: Log) -> tuple[str, str] | None:
     )
 
 
-def both_fall(log: Log) -> tuple[str, str] | None:
-    """Under an objective of the margin alone, both rewards fall."""
+def both_fall(log: TrainingLog) -> tuple[str, str] | None:
+    """Both rewards fall under an objective of the margin alone."""
     falling = log.below("rewards/chosen", 0) and log.below("rewards/rejected", 0)
-    if not falling or not log.names & _DIFFERENCES:
+    if not falling or not log.names & _MARGIN_OBJECTIVES:
         return None
     return (
         f"both rewards fall under {log.title}: chosen {log.last('rewards/chosen'):+.3f}, rejected "
@@ -104,8 +106,8 @@ def both_fall(log: Log) -> tuple[str, str] | None:
     )
 
 
-def both_rise(log: Log) -> tuple[str, str] | None:
-    """Rejected responses become more likely too."""
+def both_rise(log: TrainingLog) -> tuple[str, str] | None:
+    """Rejected responses become more likely, like the chosen ones."""
     if log.names == {"sft"} or not (log.above("rewards/chosen", 0) and log.above("rewards/rejected", 0)):
         return None
     return (
@@ -114,11 +116,11 @@ def both_rise(log: Log) -> tuple[str, str] | None:
     )
 
 
-def stuck(log: Log) -> tuple[str, str] | None:
-    """The loss is where it started and no reward has moved."""
-    losses = log.of("loss")
+def stuck(log: TrainingLog) -> tuple[str, str] | None:
+    """The loss stays at its initial value and no reward moves."""
+    losses = log.values("loss")
     start = losses[0]
-    if abs(statistics.fmean(losses[-LINES:]) - start) > 0.005 * max(abs(start), 1e-9):
+    if abs(statistics.fmean(losses[-WINDOW:]) - start) > 0.005 * max(abs(start), 1e-9):
         return None
     margin = log.range("rewards/margins")
     if margin is not None and not margin[0] <= 0 <= margin[1]:
@@ -126,21 +128,21 @@ def stuck(log: Log) -> tuple[str, str] | None:
     if margin is None and abs(losses[-1] - start) > 1e-4 * max(abs(start), 1e-9):
         return None
     frozen = (log.last("rewards/ties") or 0) > 0.99
-    found = "no log-prob has changed" if frozen else "the rewards are 0 but for noise"
+    evidence = "no log-prob has changed" if frozen else "the rewards are 0 but for noise"
     return (
-        f"the loss is stuck at its start, {start:.4g}, after {log.steps[-1]} steps: {found}",
+        f"the loss is stuck at its start, {start:.4g}, after {log.steps[-1]} steps: {evidence}",
         "a higher learning rate (about ten times for LoRA), fewer warm-up steps, or something that is trained at all",
     )
 
 
-def saturated(log: Log) -> tuple[str, str] | None:
-    """The objective pulls at few pairs any more."""
+def saturated(log: TrainingLog) -> tuple[str, str] | None:
+    """Half of the pairs or more have almost no gradient left."""
     share = log.last("saturation")
     if share is None or share < 0.5:
         return None
     lost = (log.last("rewards/accuracies") or 1) < 0.75
     return (
-        f"{share:.0%} of the pairs are saturated: {log.title} pulls at them with less than 5 % of its greatest pull"
+        f"{share:.0%} of the pairs are saturated: on them {log.title} has less than 5 % of its maximal gradient"
         + (", and many are on the wrong side" if lost else ""),
         "the rate is so high that pairs were lost; lower it, or a smaller beta"
         if lost
@@ -149,9 +151,9 @@ def saturated(log: Log) -> tuple[str, str] | None:
     )
 
 
-def loss_zero(log: Log) -> tuple[str, str] | None:
-    """Nothing is left to learn."""
-    losses = log.of("loss")
+def loss_zero(log: TrainingLog) -> tuple[str, str] | None:
+    """The loss is 0: there is nothing left to learn."""
+    losses = log.values("loss")
     if "robust" in log.names or abs(statistics.fmean(losses[-3:])) > 1e-3 * abs(losses[0]):
         return None
     return (
@@ -160,8 +162,8 @@ def loss_zero(log: Log) -> tuple[str, str] | None:
     )
 
 
-def wrong_way(log: Log) -> tuple[str, str] | None:
-    """Rejected has the higher reward in most pairs."""
+def wrong_way(log: TrainingLog) -> tuple[str, str] | None:
+    """The rejected response has the higher reward in most pairs."""
     if not log.below("rewards/accuracies", 0.5):
         return None
     return (
@@ -170,8 +172,8 @@ def wrong_way(log: Log) -> tuple[str, str] | None:
     )
 
 
-def runaway(log: Log) -> tuple[str, str] | None:
-    """The margin is made by pushing rejected down alone."""
+def runaway(log: TrainingLog) -> tuple[str, str] | None:
+    """The margin grows only because the rejected reward falls."""
     chosen, rejected = log.last("rewards/chosen"), log.last("rewards/rejected")
     if chosen is None or rejected is None or "apo_down" in log.names or rejected > -1 or abs(chosen) > -0.1 * rejected:
         return None
@@ -181,9 +183,9 @@ def runaway(log: Log) -> tuple[str, str] | None:
     )
 
 
-def by_heart(log: Log) -> tuple[str, str] | None:
-    """Held-out loss rises while training loss falls."""
-    held_out = log.of("eval_loss")
+def by_heart(log: TrainingLog) -> tuple[str, str] | None:
+    """The held-out loss rises while the training loss falls."""
+    held_out = log.values("eval_loss")
     if len(held_out) < 2 or held_out[-1] < min(held_out) + 0.01 * abs(held_out[0]):
         return None
     best = min(range(len(held_out)), key=held_out.__getitem__)
@@ -195,9 +197,9 @@ def by_heart(log: Log) -> tuple[str, str] | None:
     )
 
 
-def shared_text(log: Log) -> tuple[str, str] | None:
-    """Of chosen responses, the shared text falls and the edited does not."""
-    shared, edited = log.of("probe/shared_chosen"), log.of("probe/edited_chosen")
+def shared_text(log: TrainingLog) -> tuple[str, str] | None:
+    """In chosen responses, the text shared with rejected becomes less likely and the edited text does not."""
+    shared, edited = log.values("probe/shared_chosen"), log.values("probe/edited_chosen")
     if len(shared) < 2 or not edited or shared[-1] > -0.01 or shared[-1] > min(edited[-1], 0):
         return None
     return (
@@ -207,7 +209,7 @@ def shared_text(log: Log) -> tuple[str, str] | None:
     )
 
 
-def longer(log: Log) -> tuple[str, str] | None:
+def longer(log: TrainingLog) -> tuple[str, str] | None:
     """Chosen responses are much longer than rejected ones, or much shorter."""
     chosen, rejected = log.last("lengths/chosen"), log.last("lengths/rejected")
     if not chosen or not rejected or 2 / 3 < chosen / rejected < 1.5:
@@ -219,8 +221,8 @@ def longer(log: Log) -> tuple[str, str] | None:
     )
 
 
-def padding(log: Log) -> tuple[str, str] | None:
-    """Much of what is computed is padding."""
+def padding(log: TrainingLog) -> tuple[str, str] | None:
+    """A large share of the computed tokens is padding."""
     share = log.last("padding")
     if share is None or share < 0.3:
         return None
@@ -230,41 +232,50 @@ def padding(log: Log) -> tuple[str, str] | None:
 RULES: dict[str, Rule] = {
     rule.__name__: rule
     for rule in (
-        chosen_falls, both_fall, both_rise, stuck, saturated, loss_zero, wrong_way, runaway, by_heart, shared_text,
-        longer, padding,
+        chosen_falls,
+        both_fall,
+        both_rise,
+        stuck,
+        saturated,
+        loss_zero,
+        wrong_way,
+        runaway,
+        by_heart,
+        shared_text,
+        longer,
+        padding,
     )
-}  # fmt: skip
+}
 
 
-def log_of(rows: Rows, objective: Any) -> Log:
-    """The lines of a run whose recipe has this `objective` (plain, as run.json keeps it)."""
+def training_log(rows: Rows, objective: Any) -> TrainingLog:
+    """Return the log of a run; `objective` is the recipe's, as plain data, such as run.json holds."""
     from apo.losses.mixture import objective_title
 
     names = {objective} if isinstance(objective, str) else {str(name) for name in objective}
-    return Log(rows, frozenset(names), objective_title(objective))
+    return TrainingLog(rows, frozenset(names), objective_title(objective))
 
 
-def judge(log: Log) -> dict[str, tuple[str, str]]:
-    """What each rule finds in the lines so far, words and advice by its name; nothing before there are `FEWEST`."""
-    if len(log.of("loss")) < FEWEST:
+def find_problems(log: TrainingLog) -> dict[str, tuple[str, str]]:
+    """Return message and advice of each rule that applies, by the rule's name; empty below `MIN_LINES` lines."""
+    if len(log.values("loss")) < MIN_LINES:
         return {}
-    return {name: found for name, rule in RULES.items() if (found := rule(log)) is not None}
+    return {name: problem for name, rule in RULES.items() if (problem := rule(log)) is not None}
 
 
-def verdicts(rows: Rows, objective: Any) -> list[Verdict]:
-    """Everything that was wrong at any point of a run: first those that still hold, in the order they came up.
+def diagnose(rows: Rows, objective: Any) -> list[Problem]:
+    """Return every problem at any point of a run: first those that still hold, then by the step they began.
 
-    Of a long log, `_PREFIXES` points are looked at.
+    The rules are applied to at most about `_CHECKPOINTS` prefixes of the log.
     """
-    apart = -(-len(rows) // _PREFIXES) or 1
-    ends = sorted({*range(apart, len(rows) + 1, apart), len(rows)})
+    stride = -(-len(rows) // _CHECKPOINTS) or 1
     first: dict[str, int] = {}
-    words: dict[str, tuple[str, str]] = {}
-    found: dict[str, tuple[str, str]] = {}
-    for end in ends:
-        found = judge(log_of(rows[:end], objective))
-        for name, told in found.items():
-            first.setdefault(name, rows[end - 1]["step"])
-            words[name] = told
-    every = [Verdict(name, step, *words[name], holds=name in found) for name, step in first.items()]
-    return sorted(every, key=lambda verdict: (not verdict.holds, verdict.step))
+    latest: dict[str, tuple[str, str]] = {}
+    current: dict[str, tuple[str, str]] = {}
+    for stop in sorted({*range(stride, len(rows) + 1, stride), len(rows)}):
+        current = find_problems(training_log(rows[:stop], objective))
+        for name in current:
+            first.setdefault(name, rows[stop - 1]["step"])
+        latest |= current
+    problems = [Problem(name, step, *latest[name], holds=name in current) for name, step in first.items()]
+    return sorted(problems, key=lambda problem: (not problem.holds, problem.step))

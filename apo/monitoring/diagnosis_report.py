@@ -1,4 +1,4 @@
-"""What `apo diagnose` prints and draws: state of a run, its numbers then and now, and its verdicts."""
+"""The report of `apo diagnose`: a run's state, its metrics over time, its problems, and a plot."""
 
 from __future__ import annotations
 
@@ -6,34 +6,47 @@ from pathlib import Path
 from typing import Any
 
 from apo.losses.mixture import objective_title
-from apo.monitoring.diagnosis import FEWEST, Verdict, verdicts
+from apo.monitoring.diagnosis import MIN_LINES, Problem, diagnose
 from apo.monitoring.metrics import series
 from apo.monitoring.plots import draw_diagnosis
-from apo.run_dir import files as runs
-from apo.run_dir.files import read_metrics
+from apo.run_dir.files import METRICS, read_metrics, read_run
 from clair.core.errors import UserError
 
 PICTURE = "diagnosis.png"
-NUMBERS = (
-    "loss", "eval_loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "eval_rewards/accuracies",
-    "chosen_falls", "saturation", "probe/kl", "probe/edited_chosen", "probe/shared_chosen", "guard/text_loss",
-    "guard/accuracy", "grad_norm", "pairs_per_second", "mfu",
-)  # fmt: skip
-"""In the table of numbers, where the log has them."""
+TABLE_METRICS = (
+    "loss",
+    "eval_loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "eval_rewards/accuracies",
+    "chosen_falls",
+    "saturation",
+    "probe/kl",
+    "probe/edited_chosen",
+    "probe/shared_chosen",
+    "guard/text_loss",
+    "guard/accuracy",
+    "grad_norm",
+    "pairs_per_second",
+    "mfu",
+)
+"""The metrics in the table, if the log has them."""
 
 
-def diagnosis(run: Path, picture: Path | None = None) -> list[str]:
-    """Draw a run and give the lines to print. Raises UserError where there is nothing to look at."""
-    about, rows = runs.read_run(run), read_metrics(run / runs.METRICS)
+def diagnosis_lines(run: Path, picture: Path | None = None) -> list[str]:
+    """Draw a run's metrics and return the report's lines. Raises UserError if nothing is logged yet."""
+    about, rows = read_run(run), read_metrics(run / METRICS)
     if not series(rows, "loss")[0]:
-        raise UserError(f"{run} has logged nothing yet; wait for the first log line ({runs.METRICS})")
+        raise UserError(f"{run} has logged nothing yet; wait for the first log line ({METRICS})")
     recipe = about["recipe"]
     title = f"{objective_title(recipe['objective'])}, beta {recipe['beta']}, {recipe['model']}"
     target = picture or run / PICTURE
     target.parent.mkdir(parents=True, exist_ok=True)
     draw_diagnosis(rows, target, title)
-    found = verdicts(rows, recipe["objective"])
-    lines = [title, _state(about, rows), "", *_numbers(rows), "", *_told(found, len(series(rows, "loss")[0]))]
+    problems = diagnose(rows, recipe["objective"])
+    lines = [title, _state(about, rows), "", *_metrics_table(rows), ""]
+    lines += _problem_lines(problems, len(series(rows, "loss")[0]))
     lines += [f"stopped at step {stop['step']}: {stop['why']}" for stop in about.get("stopped", [])]
     return [*lines, "", f"drawn in {target}"]
 
@@ -45,24 +58,24 @@ def _state(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return f"step {step:,} of {steps:,}; not finished: under way, or stopped"
 
 
-def _numbers(rows: list[dict[str, Any]]) -> list[str]:
-    """Each number at its first log, half way and at its last."""
+def _metrics_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Each metric at its first log, in the middle and at its last."""
     lines = [f"{'':26}{'first':>12}{'half way':>12}{'last':>12}"]
-    for key in NUMBERS:
+    for key in TABLE_METRICS:
         _, values = series(rows, key)
         if values:
-            told = "".join(f"{values[place]:>12.4g}" for place in (0, len(values) // 2, -1))
-            lines.append(f"{key:26}{told}")
+            cells = "".join(f"{values[index]:>12.4g}" for index in (0, len(values) // 2, -1))
+            lines.append(f"{key:26}{cells}")
     return lines
 
 
-def _told(found: list[Verdict], count: int) -> list[str]:
-    if count < FEWEST:
-        return [f"too early to judge: the log has {count} of the {FEWEST} lines that are needed"]
-    if not found:
+def _problem_lines(problems: list[Problem], count: int) -> list[str]:
+    if count < MIN_LINES:
+        return [f"too early to judge: the log has {count} of the {MIN_LINES} lines that are needed"]
+    if not problems:
         return ["nothing wrong was found"]
     lines = []
-    for verdict in found:
-        when = f"since step {verdict.step:,}" if verdict.holds else f"at step {verdict.step:,}, no longer"
-        lines += [f"{'!' if verdict.holds else '-'} {when}: {verdict.words}", f"    what helps: {verdict.advice}"]
+    for problem in problems:
+        when = f"since step {problem.step:,}" if problem.holds else f"at step {problem.step:,}, no longer"
+        lines += [f"{'!' if problem.holds else '-'} {when}: {problem.message}", f"    what helps: {problem.advice}"]
     return lines

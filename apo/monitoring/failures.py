@@ -1,5 +1,6 @@
-"""What ends a run before its time: a loss that is no number, memory that is used up, a full disk. One line says what
-to change.
+"""Failures that stop a run: a loss that is not finite, memory that runs out, a file that cannot be written.
+
+Each error is one line that says what to change.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,132 +30,140 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
-    from apo.training.trainer import APOTrainer
+    from apo.monitoring.monitored_trainer import MonitoredTrainer
 
-NAMED = 8
-"""Pairs that a message names."""
+MAX_NAMES = 8
+"""Pairs that a message names at most."""
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
 
 
 class Stopped(UserError):
-    """Training ended before its time, and not because anybody asked: what was found, and what to change."""
+    """Training stopped early without a request of the user: the reason, and what to change."""
 
     exit_code = EXIT_STOPPED
 
 
 class NonFiniteLossCheck:
-    """Stops training at a loss that is not finite, naming the pairs, before such a step is saved.
+    """Stops training at a loss that is not finite, names the pairs, and prevents that such a step is saved.
 
-    On a CPU it looks at every micro-batch at once. Elsewhere losses take their time to arrive, so it looks at the one
-    before the last; before anything is logged or saved it looks at all.
+    On a CPU, each micro-batch is checked at once. On other devices, where losses arrive late, `add` checks the one
+    before the last, and `flush` checks all before anything is logged or saved.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._lag = 0 if device.type == "cpu" else 2
-        self._seen: deque[tuple[int, HostCopy, Batch]] = deque()
+        self._pending: deque[tuple[int, HostCopy, Batch]] = deque()
 
-    def look(self, trainer: APOTrainer, losses: Tensor, batch: Batch) -> None:
-        """Take note of a micro-batch, [B] losses. Raises Stopped where one that can be looked at is not finite."""
-        self._seen.append((trainer.state.global_step + 1, HostCopy(~losses.detach().isfinite()), batch))
-        self.settle(trainer, self._lag)
+    def add(self, trainer: MonitoredTrainer, losses: Tensor, batch: Batch) -> None:
+        """Add the losses [B] of a micro-batch. Raises Stopped if a loss that has arrived is not finite."""
+        self._pending.append((trainer.state.global_step + 1, HostCopy(~losses.detach().isfinite()), batch))
+        self._check(trainer, self._lag)
 
-    def settle(self, trainer: APOTrainer, left: int = 0) -> None:
-        """Look at all micro-batches but the `left` last."""
-        while len(self._seen) > left:
-            step, fetched, batch = self._seen.popleft()
-            if (lost := fetched.value()).any():
-                raise Stopped(_loss_words(trainer, step, lost.tolist(), batch))
+    def flush(self, trainer: MonitoredTrainer) -> None:
+        """Check all losses. Raises Stopped if one is not finite."""
+        self._check(trainer, 0)
+
+    def _check(self, trainer: MonitoredTrainer, lag: int) -> None:
+        while len(self._pending) > lag:
+            step, mask, batch = self._pending.popleft()
+            if (lost := mask.value()).any():
+                raise Stopped(_loss_message(trainer, step, lost.tolist(), batch))
 
 
-def _loss_words(trainer: APOTrainer, step: int, lost: Sequence[bool], batch: Batch) -> str:
-    names = names_of(uncollate(batch), trainer.train_dataset)
-    of_lost = [name for name, is_lost in zip(names, lost, strict=True) if is_lost]
-    if len(of_lost) == len(names):
+def _loss_message(trainer: MonitoredTrainer, step: int, lost: Sequence[bool], batch: Batch) -> str:
+    names = pair_names(uncollate(batch), trainer.train_dataset)
+    lost_names = [name for name, is_lost in zip(names, lost, strict=True) if is_lost]
+    if len(lost_names) == len(names):
         which = f"all {len(names)} pairs of its batch ({_some(names)})"
         change = "the model has lost its numbers: lower trainer.learning_rate, or warm it up (trainer.warmup_steps)"
     else:
-        others = _some([name for name in names if name not in of_lost])
-        which = f"{len(of_lost)} of {len(names)} pairs of its batch ({_some(of_lost)}; beside them {others})"
+        others = _some([name for name in names if name not in lost_names])
+        which = f"{len(lost_names)} of {len(names)} pairs of its batch ({_some(lost_names)}; beside them {others})"
         change = "look at these pairs and take them out, or lower trainer.learning_rate"
     if trainer.args.fp16:
         change += ", or train in bfloat16 (trainer.bf16), whose numbers do not overflow"
-    return f"step {step}: the loss is not finite for {which}; {change}; {kept_words(trainer)}"
+    return f"step {step}: the loss is not finite for {which}; {change}; {checkpoint_hint(trainer)}"
 
 
-def check_gradient(trainer: APOTrainer, norm: float | None) -> None:
-    """Raises Stopped where a gradient is not finite though the loss is. In float16 the scaler skips such steps."""
+def check_gradient(trainer: MonitoredTrainer, norm: float | None) -> None:
+    """Raise Stopped if the gradient is not finite although the loss is. In float16 the scaler skips such steps."""
     if norm is not None and not abs(norm) < float("inf") and not trainer.args.fp16:
         raise Stopped(
             f"step {trainer.state.global_step}: the gradient is not finite though the loss is; lower "
-            f"trainer.learning_rate, or train in float32; {kept_words(trainer)}"
+            f"trainer.learning_rate, or train in float32; {checkpoint_hint(trainer)}"
         )
 
 
-def check_weights_finite(trainer: APOTrainer) -> None:
-    """Raises Stopped where a trained weight is not finite, so that no such checkpoint or model is ever written."""
-    mine = [local_shard(weight) for weight in trainer.model.parameters() if weight.requires_grad]
-    if not torch.stack([weight.isfinite().all() for weight in mine]).all():
+def check_weights_finite(trainer: MonitoredTrainer) -> None:
+    """Raise Stopped if a trained weight is not finite, so that no checkpoint or model with it is written."""
+    shards = [local_shard(weight) for weight in trainer.model.parameters() if weight.requires_grad]
+    if not torch.stack([shard.isfinite().all() for shard in shards]).all():
         raise Stopped(
             f"step {trainer.state.global_step}: trained weights are not finite, so nothing is saved; lower "
-            f"trainer.learning_rate; {kept_words(trainer)}"
+            f"trainer.learning_rate; {checkpoint_hint(trainer)}"
         )
 
 
-def names_of(examples: Sequence[dict[str, list[int]]], dataset: Dataset) -> list[str]:
-    """What the dataset calls these pairs: their `id`, else `row 7`; found by their token ids, so this takes a while."""
-    wanted: dict[tuple[tuple[int, ...], ...], str] = {
-        tuple(tuple(example[name]) for name in ID_COLUMNS): "unknown" for example in examples
-    }
-    keys = list(wanted)
-    missing = set(keys)
+def pair_names(examples: Sequence[dict[str, list[int]]], dataset: Dataset) -> list[str]:
+    """Return the names of tokenised pairs: their `id` in the dataset, else their row, such as `row 7`.
+
+    Pairs are searched by their token ids, which reads the dataset until all are found.
+    """
+
+    def key_of(row: Any) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(row[name]) for name in ID_COLUMNS)
+
+    names = dict.fromkeys((key_of(example) for example in examples), "unknown")
+    missing = set(names)
     has_ids = "id" in dataset.column_names
-    for row, found in enumerate(dataset.select_columns([*ID_COLUMNS, "id"] if has_ids else list(ID_COLUMNS))):
-        key = tuple(tuple(found[name]) for name in ID_COLUMNS)
+    rows: Any = dataset.select_columns([*ID_COLUMNS, "id"] if has_ids else list(ID_COLUMNS))
+    for index, row in enumerate(rows):
+        key = key_of(row)
         if key in missing:
-            wanted[key] = str(found["id"]) if has_ids else f"row {row}"
+            names[key] = str(row["id"]) if has_ids else f"row {index}"
             missing.discard(key)
         if not missing:
             break
-    return [wanted[tuple(tuple(example[name]) for name in ID_COLUMNS)] for example in examples]
+    return [names[key_of(example)] for example in examples]
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    return ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
 
 
-def kept_words(trainer: APOTrainer) -> str:
-    """Which checkpoint is left to go on from."""
-    saved = reversed(checkpoints.checkpoints(Path(trainer.args.output_dir)))
-    whole = next((folder for folder in saved if checkpoints.resume_problem(folder) is None), None)
-    return f"the last good checkpoint is {whole}" if whole else "no checkpoint had been saved"
+def checkpoint_hint(trainer: MonitoredTrainer) -> str:
+    """Name the newest checkpoint from which the run can resume."""
+    newest_first = reversed(checkpoints.checkpoints(Path(trainer.args.output_dir)))
+    resumable = next((folder for folder in newest_first if checkpoints.resume_problem(folder) is None), None)
+    return f"the last good checkpoint is {resumable}" if resumable else "no checkpoint had been saved"
 
 
 # ---- the disk
 
 
 @contextlib.contextmanager
-def disk_watched(trainer: APOTrainer, doing: str) -> Iterator[None]:
-    """Turns the error of a disk that is full or refuses into Stopped, without what was half written; others pass."""
+def stop_on_write_error(trainer: MonitoredTrainer, what: str) -> Iterator[None]:
+    """Turn an error of the disk into Stopped, and remove the partly written checkpoint; other errors pass."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if (reason := _reason_of_disk(error)) is None:
+        if (reason := _write_error(error)) is None:
             raise
         shutil.rmtree(Path(trainer.args.output_dir) / checkpoints.UNFINISHED, ignore_errors=True)
         raise Stopped(
-            f"step {trainer.state.global_step}: {doing} cannot be written to {trainer.args.output_dir} ({reason}); "
-            f"make room or permissions, then run the same command again; {kept_words(trainer)}"
+            f"step {trainer.state.global_step}: {what} cannot be written to {trainer.args.output_dir} ({reason}); "
+            f"make room or permissions, then run the same command again; {checkpoint_hint(trainer)}"
         ) from error
 
 
-def _reason_of_disk(error: BaseException) -> str | None:
-    """What the system says of a write that failed, also through safetensors and torch, which keep it in their text."""
+def _write_error(error: BaseException) -> str | None:
+    """Return the system's message for a failed write, or None. safetensors and torch put it in their own text."""
     number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
-        number = int(found[1])
+    if isinstance(error, SafetensorError) and (match := re.search(r"os error (\d+)", str(error))):
+        number = int(match[1])
     if number in OF_THE_SYSTEM:
         return os.strerror(number)
-    if "inline_container" in str(error):  # torch.save: the file's end is not where it wrote it
+    if "inline_container" in str(error):  # torch.save found the file shorter than what it wrote
         return "torch could not write all of a file; is the disk full?"
     return None
 
@@ -163,43 +172,46 @@ def _reason_of_disk(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def memory_watched(trainer: APOTrainer, doing: str) -> Iterator[None]:
-    """Turns an error of used-up memory into Stopped, with the settings to change; other errors pass."""
+def stop_on_out_of_memory(trainer: MonitoredTrainer, phase: str) -> Iterator[None]:
+    """Turn an out-of-memory error into Stopped with settings that need less memory; other errors pass."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise Stopped(_memory_words(trainer, doing)) from error
+        raise Stopped(_memory_message(trainer, phase)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left, on a CPU or a GPU."""
-    told = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in told for words in _NO_MEMORY)
+    """True if an error says that there is no memory left, on a CPU or a GPU."""
+    message = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(phrase in message for phrase in _NO_MEMORY)
 
 
-def _memory_words(trainer: APOTrainer, doing: str) -> str:
+def _memory_message(trainer: MonitoredTrainer, phase: str) -> str:
     batch = trainer.current_batch
-    where = f"{doing}, after step {trainer.state.global_step}" if trainer.state.global_step else doing
+    step = trainer.state.global_step
     size = ""
     if batch is not None:
         work = token_counts(batch, packed=trainer.is_packed)
         size = f" with {len(work)} pairs of {int(work[:, 1].sum()):,} tokens in one pass"
-    changes = "; or ".join(memory_changes(trainer, batch))
-    return f"out of memory in {where}{size}: set {changes}; {kept_words(trainer)}"
+    changes = "; or ".join(memory_suggestions(trainer, batch))
+    return (
+        f"out of memory in {phase}{f', after step {step}' if step else ''}{size}: set {changes}; "
+        f"{checkpoint_hint(trainer)}"
+    )
 
 
-def memory_changes(trainer: APOTrainer, batch: Batch | None = None) -> list[str]:
-    """What would take less memory than the settings there are, the cheapest first; each with what it costs."""
+def memory_suggestions(trainer: MonitoredTrainer, batch: Batch | None = None) -> list[str]:
+    """Return changes of the settings that need less memory, the cheapest first, each with its cost."""
     args = trainer.args
     pairs = args.per_device_train_batch_size
     changes = []
     if trainer.is_packed:
         computed = token_counts(batch, packed=True)[:, 1] if batch is not None else None
-        most = int(computed.sum()) if computed is not None else args.pack_tokens
-        if most and (computed is None or len(computed) > 1):
-            changes.append(f"trainer.pack_tokens: {max(most // 2, 1)} (more passes, the same result)")
+        max_tokens = int(computed.sum()) if computed is not None else args.pack_tokens
+        if max_tokens and (computed is None or len(computed) > 1):
+            changes.append(f"trainer.pack_tokens: {max(max_tokens // 2, 1)} (more passes, the same result)")
     elif pairs > 1:
         accumulation = args.gradient_accumulation_steps * pairs // (pairs // 2)
         changes.append(
@@ -214,6 +226,6 @@ def memory_changes(trainer: APOTrainer, batch: Batch | None = None) -> list[str]
         changes.append("lora: {r: 16} (no gradients and optimizer states of the whole model)")
     if next(trainer.model.parameters()).dtype == torch.float32:
         changes.append("trainer.model_init_kwargs: {dtype: bfloat16} (half the memory, less exact)")
-    longest = f" below {args.max_length}" if args.max_length else ""
-    changes.append(f"trainer.max_length{longest} (leaves the longest pairs out)")
+    limit = f" below {args.max_length}" if args.max_length else ""
+    changes.append(f"trainer.max_length{limit} (leaves the longest pairs out)")
     return changes

@@ -1,8 +1,9 @@
-"""Guard rails: what else the model can do, followed through training, and when to stop because it is being lost.
+"""Guard: measures abilities that training should not harm, and stops the run when one is lost.
 
-Two measures, each of a file of the user's. `text`: the loss of a language model, in nats per token. `tasks`: the share
-of tasks with options at which the right option is the likeliest answer. Both are compared, text by text and task by
-task, with the model before the first step. A rail is crossed where the whole 95 % interval of the loss is beyond it.
+There are two measures, each on a file of the user's. `text`: the language-modelling loss, in nats per token. `tasks`:
+the share of multiple-choice tasks whose right option is the likeliest answer. Both are compared, text by text and task
+by task, with the model before the first step. A limit is violated if the whole 95 % interval of what was lost lies
+beyond it.
 """
 
 from __future__ import annotations
@@ -16,40 +17,40 @@ from pydantic import Field, model_validator
 
 from clair.core.errors import UserError, near_miss
 from clair.core.recipe import Recipe
-from clair.core.statistics import clustered_mean
+from clair.core.statistics import Estimate, clustered_mean
 from clair.data.row_files import read_jsonl
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-    from apo.training.trainer import APOTrainer
+    from apo.monitoring.monitored_trainer import MonitoredTrainer
 
 PIECE = 1024
-"""Tokens of a text that are read in one piece; a longer text is cut, and the first token of a piece not predicted."""
-LOOKS = 10
-"""In a run, unless `every` says otherwise."""
+"""Tokens of a text that run in one piece. A longer text is cut; the first token of a piece is not predicted."""
+MEASUREMENTS = 10
+"""Measurements in a run, unless `every` is set."""
 
 Examples = list[dict[str, list[int]]]
 
 
 class Guard(Recipe):
-    """`guard:` of a training recipe."""
+    """The `guard` of a training recipe."""
 
     text: str | None = None
-    """Held-out text: .txt, texts apart by a blank line, or .jsonl with a `text` a row."""
+    """Held-out text: .txt with a blank line between texts, or .jsonl with a `text` in each row."""
     tasks: str | None = None
-    """Tasks: .jsonl with `prompt` (text or messages), `options` and `answer`, the right option or its place from 0."""
+    """Tasks: .jsonl with `prompt` (text or messages), `options` and `answer`, the right option or its index from 0."""
     most_loss_rise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05
-    """Nats per token that the loss on `text` may rise by."""
+    """The rise of the loss on `text` that is allowed, in nats per token."""
     most_accuracy_drop: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """How much of the accuracy on `tasks` may be lost, as a share of all tasks."""
+    """The drop of the accuracy on `tasks` that is allowed, as a share of all tasks."""
     every: Annotated[int, Field(gt=0)] | None = None
-    """Steps between two looks. Absent: a tenth of the run."""
+    """Steps between two measurements. Absent: a tenth of the run."""
 
     @model_validator(mode="after")
-    def _says_something(self) -> Guard:
+    def _check_files(self) -> Guard:
         if self.text is None and self.tasks is None:
-            raise ValueError("give text or tasks; neither is a guard of nothing")
+            raise ValueError("give text or tasks; a guard without either measures nothing")
         for limit, file in (("most_loss_rise", "text"), ("most_accuracy_drop", "tasks")):
             if limit in self.model_fields_set and getattr(self, file) is None:
                 raise ValueError(f"{limit} would be ignored without {file}; leave it out")
@@ -58,10 +59,10 @@ class Guard(Recipe):
 
 @dataclass(frozen=True)
 class GuardSet:
-    """A guard's files as token ids, read and checked.
+    """A guard's files, checked and tokenised.
 
-    A piece of text is an example whose prompt is its first token; `texts` says which text each is of. A task is as
-    many examples as it has options: `tasks` are (first, one past the last, the right one).
+    Each piece of text is an example whose prompt is its first token; `texts` has the index of its text. Each option of
+    a task is an example; `tasks` has the indices (first, one past the last, right one) into `options`.
     """
 
     guard: Guard
@@ -70,63 +71,64 @@ class GuardSet:
     options: Examples
     tasks: list[tuple[int, int, int]]
 
-    def every(self, steps: int) -> int:
-        """Steps between two looks in a run of so many."""
-        return self.guard.every or max(1, math.ceil(steps / LOOKS))
+    def interval(self, steps: int) -> int:
+        """Return the steps between two measurements in a run of `steps`."""
+        return self.guard.every or max(1, math.ceil(steps / MEASUREMENTS))
 
-    def told(self, steps: int) -> str:
-        """What a run of so many steps looks at, in one line."""
+    def summary(self, steps: int) -> str:
+        """Describe in one line what a run of `steps` measures."""
         tokens = sum(len(e["prompt_ids"]) + len(e["chosen_ids"]) for e in [*self.pieces, *self.options])
-        what = f"{len(set(self.texts)):,} texts, {len(self.tasks):,} tasks"
-        return f"{what}, {tokens:,} tokens a look, every {self.every(steps):,} steps"
+        files = f"{len(set(self.texts)):,} texts, {len(self.tasks):,} tasks"
+        return f"{files}, {tokens:,} tokens a measurement, every {self.interval(steps):,} steps"
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a model makes of the rails: the loss of every text in nats with its tokens, and which tasks are right."""
+class GuardMeasurement:
+    """A model's loss on every text in nats, the texts' lengths in tokens, and 1.0 for each task that is right."""
 
     losses: tuple[float, ...]
     tokens: tuple[int, ...]
     right: tuple[float, ...]
 
 
-def load_rails(
+def load_guard(
     guard: Guard,
     tokenizer: PreTrainedTokenizerBase,
     generation: GenerationConfig | None,
-    longest: int | None,
+    max_tokens: int | None,
     day: str | None = None,
 ) -> GuardSet:
-    """Read and tokenise a guard's files; `longest` is how many tokens the model takes, or None.
+    """Read and tokenise a guard's files. `max_tokens` is the model's context, or None.
 
     `day` is the date (YYYY-MM-DD) that a chat template writes as today's; None is the date of the clock.
 
-    Raises UserError, with file and line, for what cannot be meant.
+    Raises UserError, with file and line, for a row that is not valid.
     """
-    pieces, texts = _read_text(Path(guard.text), tokenizer, min(PIECE, longest or PIECE)) if guard.text else ([], [])
-    options, tasks = _read_tasks(Path(guard.tasks), tokenizer, generation, longest, day) if guard.tasks else ([], [])
+    piece = min(PIECE, max_tokens or PIECE)
+    pieces, texts = _read_text(Path(guard.text), tokenizer, piece) if guard.text else ([], [])
+    options, tasks = _read_tasks(Path(guard.tasks), tokenizer, generation, max_tokens, day) if guard.tasks else ([], [])
     return GuardSet(guard, pieces, texts, options, tasks)
 
 
-def _read_text(path: Path, tokenizer: PreTrainedTokenizerBase, most: int) -> tuple[Examples, list[int]]:
+def _read_text(path: Path, tokenizer: PreTrainedTokenizerBase, piece_tokens: int) -> tuple[Examples, list[int]]:
     if not path.is_file():
         raise UserError(f"guard.text: {path} does not exist; give a .txt or .jsonl file")
     if path.suffix == ".txt":
-        found = [part.strip() for part in path.read_text("utf-8-sig", "replace").split("\n\n")]
+        contents = [block.strip() for block in path.read_text("utf-8-sig", "replace").split("\n\n")]
     elif path.suffix == ".jsonl":
-        found = []
-        for where, row in read_jsonl(path):
+        contents = []
+        for location, row in read_jsonl(path):
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise UserError(f"guard.text: {where}: a row is an object with a text in `text`")
-            found.append(row["text"])
+                raise UserError(f"guard.text: {location}: a row is an object with a text in `text`")
+            contents.append(row["text"])
     else:
         raise UserError(f"guard.text: {path} is neither .txt nor .jsonl")
     pieces: Examples = []
     texts: list[int] = []
-    for number, text in enumerate(text for text in found if text):
+    for number, text in enumerate(text for text in contents if text):
         ids = tokenizer(text)["input_ids"]
-        for start in range(0, len(ids), most):
-            piece = ids[start : start + most]
+        for start in range(0, len(ids), piece_tokens):
+            piece = ids[start : start + piece_tokens]
             if len(piece) > 1:
                 pieces.append({"prompt_ids": piece[:1], "chosen_ids": piece[1:], "rejected_ids": []})
                 texts.append(number)
@@ -136,19 +138,22 @@ def _read_text(path: Path, tokenizer: PreTrainedTokenizerBase, most: int) -> tup
 
 
 def _read_tasks(
-    path: Path, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, longest: int | None,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    generation: GenerationConfig | None,
+    max_tokens: int | None,
     day: str | None,
-) -> tuple[Examples, list[tuple[int, int, int]]]:  # fmt: skip
+) -> tuple[Examples, list[tuple[int, int, int]]]:
     from datasets import Dataset
 
-    from apo.data.tokenize import eos_ids, tokenize
+    from apo.data.tokenize import ID_COLUMNS, eos_ids, tokenize
 
     if not path.is_file():
         raise UserError(f"guard.tasks: {path} does not exist; give a .jsonl file")
     rows: list[dict[str, Any]] = []
     tasks: list[tuple[int, int, int]] = []
-    for where, row in read_jsonl(path):
-        prompt, options, right = _task(row, where)
+    for location, row in read_jsonl(path):
+        prompt, options, right = _check_task(row, location)
         tasks.append((len(rows), len(rows) + len(options), len(rows) + right))
         rows += [
             {"prompt": prompt, "completion": [{"role": "assistant", "content": option}], "label": True}
@@ -157,85 +162,89 @@ def _read_tasks(
     if len(tasks) < 2:
         raise UserError(f"guard.tasks: {path} holds {len(tasks)} task(s); give at least 2")
     ends = eos_ids(tokenizer, generation)
-    done = tokenize(Dataset.from_list(rows), tokenizer, longest, ends, "guard.tasks", day=day)
-    if done.dropped:
-        raise UserError(f"guard.tasks: {done.dropped['too_long']:,} answers are longer than the {longest:,} tokens "
-                        "that the model takes; take their tasks out")  # fmt: skip
-    ids = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return [{name: row[name] for name in ids} for row in done.dataset], tasks
+    tokenized = tokenize(Dataset.from_list(rows), tokenizer, max_tokens, ends, "guard.tasks", day=day)
+    if tokenized.dropped:
+        raise UserError(
+            f"guard.tasks: {tokenized.dropped['too_long']:,} answers are longer than the {max_tokens:,} tokens that "
+            f"the model takes; take their tasks out"
+        )
+    columns = {name: tokenized.dataset[name] for name in ID_COLUMNS}
+    return [dict(zip(columns, ids, strict=True)) for ids in zip(*columns.values(), strict=True)], tasks
 
 
-def _task(row: Any, where: str) -> tuple[list[dict[str, str]], list[str], int]:
-    """Prompt as messages, options, and the place of the right one."""
-    if not isinstance(row, dict) or not {"prompt", "options", "answer"} <= set(row):
-        near = near_miss(next(iter(set(row) - {"prompt", "options", "answer"}), ""), ["prompt", "options", "answer"]) \
-            if isinstance(row, dict) else ""  # fmt: skip
+def _check_task(row: Any, where: str) -> tuple[list[dict[str, str]], list[str], int]:
+    """Return a task's prompt as messages, its options, and the index of the right one. Raises UserError."""
+    keys = ["prompt", "options", "answer"]
+    if not isinstance(row, dict) or not set(keys) <= set(row):
+        near = near_miss(next(iter(set(row) - set(keys)), ""), keys) if isinstance(row, dict) else ""
         raise UserError(f"guard.tasks: {where}: a row has prompt, options and answer{near}")
     prompt, options, answer = row["prompt"], row["options"], row["answer"]
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not (isinstance(options, list) and len(options) > 1 and all(isinstance(o, str) and o for o in options)):
         raise UserError(f"guard.tasks: {where}: options are at least two texts, none empty")
     if len(set(options)) < len(options):
-        raise UserError(f"guard.tasks: {where}: an option stands there twice")
+        raise UserError(f"guard.tasks: {where}: an option is listed twice")
     if isinstance(answer, str) and answer in options:
         return prompt, options, options.index(answer)
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
         return prompt, options, answer
-    raise UserError(f"guard.tasks: {where}: answer {answer!r} is neither an option nor its place from 0")
+    raise UserError(f"guard.tasks: {where}: answer {answer!r} is neither an option nor its index from 0")
 
 
-# ---- looking
+# ---- measurement
 
 
-def look(trainer: APOTrainer, rails: GuardSet) -> Look:
-    """Measure the model as it is; every process has to ask."""
-    logps = trainer.response_logps([*rails.pieces, *rails.options])
-    losses = [0.0] * (max(rails.texts, default=-1) + 1)
+def measure_guard(trainer: MonitoredTrainer, guard_set: GuardSet) -> GuardMeasurement:
+    """Measure the current model; every process must call it."""
+    logps = trainer.response_logps([*guard_set.pieces, *guard_set.options])
+    losses = [0.0] * (max(guard_set.texts, default=-1) + 1)
     tokens = [0] * len(losses)
-    for text, piece, logp in zip(rails.texts, rails.pieces, logps, strict=False):
+    for text, piece, logp in zip(guard_set.texts, guard_set.pieces, logps, strict=False):
         losses[text] -= logp
         tokens[text] += len(piece["chosen_ids"])
-    answers = logps[len(rails.pieces) :]
-    right = [float(max(range(start, end), key=answers.__getitem__) == best) for start, end, best in rails.tasks]
-    kept = [text for text, count in enumerate(tokens) if count]
-    return Look(tuple(losses[t] for t in kept), tuple(tokens[t] for t in kept), tuple(right))
+    answers = logps[len(guard_set.pieces) :]
+    right = [float(max(range(start, end), key=answers.__getitem__) == best) for start, end, best in guard_set.tasks]
+    texts = [text for text, count in enumerate(tokens) if count]
+    return GuardMeasurement(tuple(losses[t] for t in texts), tuple(tokens[t] for t in texts), tuple(right))
 
 
-def compare(base: Look, now: Look) -> dict[str, float]:
-    """The metrics of a look: loss in nats per token and accuracy, what was lost of each, and its noise.
+def guard_metrics(baseline: GuardMeasurement, current: GuardMeasurement) -> dict[str, float]:
+    """Return the logged metrics: loss in nats per token and accuracy, what was lost of each, and its noise.
 
-    The noise is half of the 95 % interval of the paired difference: over texts, each with all its tokens, and tasks.
+    The noise is half of the 95 % interval of the paired difference, over tasks, and over texts with all their tokens.
     """
-    found: dict[str, float] = {}
-    if now.losses:
-        pairs = zip(base.losses, now.losses, now.tokens, strict=True)
-        rises = [((after - before) / count, count) for before, after, count in pairs]
+    metrics: dict[str, float] = {}
+    if current.losses:
+        pairs = zip(baseline.losses, current.losses, current.tokens, strict=True)
+        rises = [((now - start) / count, count) for start, now, count in pairs]
         rise = clustered_mean(
             [value for value, count in rises for _ in range(count)],
             [text for text, (_, count) in enumerate(rises) for _ in range(count)],
         )
-        found |= {"guard/text_loss": sum(now.losses) / sum(now.tokens), **_difference("text_loss_rise", rise)}
-    if now.right:
-        lost = [before - after for before, after in zip(base.right, now.right, strict=True)]
+        loss = sum(current.losses) / sum(current.tokens)
+        metrics |= {"guard/text_loss": loss, **_difference("text_loss_rise", rise)}
+    if current.right:
+        lost = [start - now for start, now in zip(baseline.right, current.right, strict=True)]
         drop = clustered_mean(lost, range(len(lost)))
-        found |= {"guard/accuracy": sum(now.right) / len(now.right), **_difference("accuracy_drop", drop)}
-    return found
+        accuracy = sum(current.right) / len(current.right)
+        metrics |= {"guard/accuracy": accuracy, **_difference("accuracy_drop", drop)}
+    return metrics
 
 
-def _difference(name: str, estimate: Any) -> dict[str, float]:
+def _difference(name: str, estimate: Estimate) -> dict[str, float]:
     return {f"guard/{name}": estimate.mean, f"guard/{name}_noise": estimate.mean - estimate.lo}
 
 
-def crossed(guard: Guard, found: dict[str, float]) -> str | None:
-    """Which rail the metrics of a look are beyond, by more than their noise, in words; None where none is."""
-    rails = (
+def violation(guard: Guard, metrics: dict[str, float]) -> str | None:
+    """Describe the limits that the metrics exceed by more than their noise; None if there are none."""
+    limits = (
         ("text_loss_rise", "most_loss_rise", "the loss on the guard's text rose by {:.3g} nats per token"),
         ("accuracy_drop", "most_accuracy_drop", "the accuracy on the guard's tasks fell by {:.3g}"),
     )
-    told = []
-    for name, limit, words in rails:
-        most = getattr(guard, limit)
-        value, noise = (found.get(f"guard/{name}{end}", 0.0) for end in ("", "_noise"))
-        if value - noise > most or not math.isfinite(value):
-            told.append(f"{words.format(value)} (+- {noise:.2g}; guard.{limit} allows {most:g})")
-    return " and ".join(told) or None
+    exceeded = []
+    for name, key, message in limits:
+        limit = getattr(guard, key)
+        value, noise = (metrics.get(f"guard/{name}{suffix}", 0.0) for suffix in ("", "_noise"))
+        if value - noise > limit or not math.isfinite(value):
+            exceeded.append(f"{message.format(value)} (+- {noise:.2g}; guard.{key} allows {limit:g})")
+    return " and ".join(exceeded) or None

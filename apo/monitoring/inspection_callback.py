@@ -1,4 +1,4 @@
-"""Looks that a run takes at itself, ten times and where it evaluates or saves: guard rails and the probe."""
+"""Inspections: guard and token diagnostics, ten times in a run, and before it evaluates or saves."""
 
 from __future__ import annotations
 
@@ -6,81 +6,85 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from apo.monitoring import guard
+from apo.monitoring.guard import MEASUREMENTS, GuardMeasurement, GuardSet, guard_metrics, measure_guard, violation
 
 if TYPE_CHECKING:
-    from apo.monitoring.token_diagnostics import Probe
-    from apo.training.trainer import APOTrainer
+    from apo.monitoring.monitored_trainer import MonitoredTrainer
+    from apo.monitoring.token_diagnostics import TokenDiagnostics
 
 
-class Watch(TrainerCallback):
-    """Looks at the guard rails and the probe, logs what it finds, and stops the run where a rail is crossed.
+class InspectionCallback(TrainerCallback):
+    """Measures guard and token diagnostics, logs the results, and stops the run if the guard is violated.
 
-    Every step that is saved is looked at before, and every look that is passed is saved (unless `save_strategy` is no):
-    so the newest checkpoint is always the last good one. Comes before the Recorder, which logs what is saved.
+    The guard is measured before every save, and every measurement that passes is saved (unless `save_strategy` is no),
+    so the newest checkpoint is always the last good one. Runs before the MetricsCallback, which logs saved steps.
     """
 
-    def __init__(self, rails: guard.GuardSet | None) -> None:
-        self.rails = rails
-        self.probe: Probe | None = None
-        self.crossed: str | None = None
-        self._trainer: APOTrainer | None = None
-        self._before: guard.Look | None = None
-        self._looked_at: int | None = None
+    def __init__(self, guard_set: GuardSet | None) -> None:
+        self.guard_set = guard_set
+        self.diagnostics: TokenDiagnostics | None = None
+        self.violation: str | None = None
+        self._trainer: MonitoredTrainer | None = None
+        self._baseline: GuardMeasurement | None = None
+        self._measured_step: int | None = None
 
-    def begin(self, trainer: APOTrainer, probe: Probe | None) -> None:
-        """Look at the model before the first step, also where the run goes on from a later one."""
-        self._trainer, self.probe = trainer, probe
-        if self.rails is not None:
-            self._before = guard.look(trainer, self.rails)
+    def begin(self, trainer: MonitoredTrainer, diagnostics: TokenDiagnostics | None) -> None:
+        """Measure the guard on the model before the first step, also if the run resumes from a later one."""
+        self._trainer, self.diagnostics = trainer, diagnostics
+        if self.guard_set is not None:
+            self._baseline = measure_guard(trainer, self.guard_set)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Log where the run starts."""
-        if state.global_step == 0 and self._before is not None:
-            self._log(guard.compare(self._before, self._before), control)
+        """Log the baseline at step 0."""
+        if state.global_step == 0 and self._baseline is not None:
+            self._log(guard_metrics(self._baseline, self._baseline), control)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        """Look where a look is due."""
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Inspect the model if an inspection is due."""
         step, last = state.global_step, state.global_step >= state.max_steps
-        tenth = max(1, -(-state.max_steps // guard.LOOKS))
-        found = {}
-        if self.probe is not None and (last or step % tenth == 0):
-            with self._trainer.meter.pause():
-                found = self.probe.measure(self._trainer)
-        every = self.rails.every(state.max_steps) if self.rails is not None else 0
-        due = last or control.should_save or control.should_evaluate or (every and step % every == 0)
-        return self._look(args, state, control, found, guarded=bool(every and due))
+        metrics = {}
+        if self._trainer is not None and self.diagnostics is not None:
+            interval = max(1, -(-state.max_steps // MEASUREMENTS))
+            if last or step % interval == 0:
+                with self._trainer.meter.pause():
+                    metrics = self.diagnostics.measure(self._trainer)
+        due = last or control.should_save or control.should_evaluate
+        if self.guard_set is not None and not due:
+            due = step % self.guard_set.interval(state.max_steps) == 0
+        self._inspect(args, state, control, metrics, measure=due)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        """Look where the epoch's end is saved or evaluated, and was not looked at."""
-        if self.crossed:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measure the guard if the end of the epoch is saved or evaluated and its step was not measured."""
+        if self.violation:
             control.should_save = False
-        due = (control.should_save or control.should_evaluate) and self._looked_at != state.global_step
-        return self._look(args, state, control, {}, guarded=self.rails is not None and due)
+        due = (control.should_save or control.should_evaluate) and self._measured_step != state.global_step
+        self._inspect(args, state, control, {}, measure=due)
 
-    def _look(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, found: dict[str, float], *,
-        guarded: bool,
-    ) -> TrainerControl:  # fmt: skip
-        if guarded:
+    def _inspect(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        *,
+        measure: bool,
+    ) -> None:
+        """Measure the guard if there is one and `measure` is set, and log its metrics with the given ones."""
+        if measure and self._trainer is not None and self.guard_set is not None and self._baseline is not None:
             with self._trainer.meter.pause():
-                now = guard.look(self._trainer, self.rails)
-            seen = guard.compare(self._before, now)
-            found, self._looked_at = seen | found, state.global_step
-            self.crossed = guard.crossed(self.rails.guard, seen)
-            if self.crossed:
+                measurement = measure_guard(self._trainer, self.guard_set)
+            guarded = guard_metrics(self._baseline, measurement)
+            metrics, self._measured_step = guarded | metrics, state.global_step
+            self.violation = violation(self.guard_set.guard, guarded)
+            if self.violation:
                 control.should_training_stop, control.should_save = True, False
             elif args.save_strategy != "no":
                 control.should_save = True
-        if found:
-            self._log(found, control)
-        return control
+        if metrics:
+            self._log(metrics, control)
 
-    def _log(self, found: dict[str, float], control: TrainerControl) -> None:
-        logs_soon = control.should_log  # which the trainer takes for done after any log
-        self._trainer.log(found)
-        control.should_log = logs_soon
+    def _log(self, metrics: dict[str, float], control: TrainerControl) -> None:
+        assert self._trainer is not None
+        should_log = control.should_log  # any log resets it, although the step's own log is still to come
+        self._trainer.log(metrics)
+        control.should_log = should_log

@@ -1,4 +1,4 @@
-"""What training does to the pairs: some numbers of each pair as it runs, means at each log, series afterwards."""
+"""Training metrics: numbers per pair, their aggregates at each log, and series over a finished log."""
 
 from __future__ import annotations
 
@@ -24,32 +24,33 @@ COLUMNS = (
     "chosen_ref", "rejected_ref", "kl", "kl_per_token",
     "tokens", "computed", "useful", "labels", "products",
 )  # fmt: skip
-"""What is kept of a pair until the next log: loss, log-probs and lengths, what it is compared with, what it cost."""
+"""The numbers stored per pair until the next log: loss, log-probs and lengths, the reference, and token counts."""
 
-MEANS_OF_LOGPS = ("loss", "logps/chosen", "logps/rejected", "lengths/chosen", "lengths/rejected")
-MEANS_OF_RATIOS = (
+LOGP_MEANS = ("loss", "logps/chosen", "logps/rejected", "lengths/chosen", "lengths/rejected")
+RATIO_MEANS = (
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/ties",
     "logratios/chosen", "logratios/rejected", "chosen_falls",
 )  # fmt: skip
-"""Means over pairs, of unpaired rows over those that have the response. `rewards/accuracies` counts a tie one half;
-`chosen_falls` is the share of chosen responses that have become less likely than under the reference."""
+"""Means over pairs; of unpaired rows, over those that have the response. `rewards/accuracies` counts a tie as one half;
+`chosen_falls` is the share of chosen responses that are less likely than under the reference."""
 ROUNDING = 1e-6
-"""Nats a token by which float32 log-probs of equal weights differ at most where other pairs stand beside them."""
+"""Nats per token by which float32 log-probs of equal weights differ at most between different batches."""
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
-"""Logged of both rewards, as `rewards/chosen_p10` and so on."""
+"""Logged for both rewards, as `rewards/chosen_p10` and so on."""
 SHARES = ("saturation", "padding", "shared")
-OF_SOME = ("rows/chosen", "rows/rejected", "kl/mismatched")
-"""Logged of unpaired rows, desirable and undesirable, and under objectives that ask for KTO's kl."""
+CONDITIONAL_METRICS = ("rows/chosen", "rows/rejected", "kl/mismatched")
+"""Logged for unpaired rows (the counts of desirable and undesirable ones), and for objectives that read KTO's kl."""
 
 
 def check_best_metric(name: str | None, objective: Mixture) -> None:
-    """Raises UserError where a held-out metric of this name (transformers' `metric_for_best_model`) is never logged."""
-    ratios = MEANS_OF_RATIOS if objective.needs_reference else ()
+    """Raise UserError if no held-out metric of this name (transformers' `metric_for_best_model`) is ever logged."""
+    ratios = RATIO_MEANS if objective.needs_reference else ()
     points = [f"rewards/{side}_{point}" for side in ("chosen", "rejected") for point in QUANTILES if ratios]
-    known = [*MEANS_OF_LOGPS, *ratios, *points, *SHARES, *OF_SOME, "runtime", "samples_per_second", "steps_per_second"]
-    if name is not None and not name.removeprefix("eval_").endswith(tuple(known)):  # `eval_SET_loss` of one of several
-        near = near_miss(name.removeprefix("eval_"), known)
-        raise UserError(f"metric_for_best_model: no held-out metric {name!r}{near}; logged are {', '.join(known[:-3])}")
+    logged = [*LOGP_MEANS, *ratios, *points, *SHARES, *CONDITIONAL_METRICS]
+    allowed = (*logged, "runtime", "samples_per_second", "steps_per_second")
+    if name is not None and not name.removeprefix("eval_").endswith(allowed):  # a suffix, as of `eval_SET_loss`
+        near = near_miss(name.removeprefix("eval_"), allowed)
+        raise UserError(f"metric_for_best_model: no held-out metric {name!r}{near}; logged are {', '.join(logged)}")
 
 
 def per_pair_metrics(
@@ -60,8 +61,10 @@ def per_pair_metrics(
     kl: Iterable[Tensor | float],
     work: Tensor,
 ) -> Tensor:
-    """The `COLUMNS` of the B pairs of a batch, [B, C] float32; without a reference its two are NaN, and nothing reads
-    them. `kl` is KTO's, summed and per token; `work` is `token_counts` the batch. No gradient, no transfer to the host.
+    """Return the `COLUMNS` of the B pairs of a batch, [B, C] float32, without gradient or transfer to the host.
+
+    Without a reference, its two columns are NaN. `kl` is KTO's divergence, summed and per token; `work` is what
+    `token_counts` returns.
     """
     ones = torch.ones_like(losses)
     reference = (ones * math.nan, ones * math.nan) if reference is None else reference
@@ -71,37 +74,41 @@ def per_pair_metrics(
 
 
 def token_counts(batch: Batch, *, packed: bool) -> Tensor:
-    """What the pairs of a stacked batch cost, [B, 5], from its masks and ids alone: no transfer to the host.
+    """Count the work of each pair of a stacked batch, [B, 5], from masks and ids, without a transfer to the host.
 
-    `tokens` of both sequences; `computed` by the model, padding included; `useful`, those without padding; `labels`
-    scored by the LM head; query-key `products` of attention, as whole rectangles (fit.py). In packed rows the common
-    prefix of a pair is computed once and nothing is padded; in TRL's batch every sequence is as long as the longest.
-    Of an unpaired row only the sequence with a response is run.
+    tokens     of both sequences
+    computed   by the model, padding included
+    useful     computed without padding
+    labels     scored by the LM head
+    products   query-key products of attention, as whole rectangles (apo.cost.memory)
+
+    In packed rows, the common prefix of a pair is computed once and nothing is padded; in TRL's batch, every sequence
+    is as long as the longest. Of an unpaired row, only the sequence with a response is computed.
     """
     ids, attended = batch["input_ids"], batch["attention_mask"].bool()
     pairs, longest = len(ids) // 2, ids.shape[1]
     chosen, rejected = batch["completion_mask"].sum(1).view(2, pairs)
     has = [(length > 0).long() for length in (chosen, rejected)]
-    first, second = (length * there for length, there in zip(attended.sum(1).view(2, pairs), has, strict=True))
+    first, second = (length * present for length, present in zip(attended.sum(1).view(2, pairs), has, strict=True))
     if not packed:
         computed = longest * (has[0] + has[1])
         return torch.stack([first + second, computed, first + second, chosen + rejected, first**2 + second**2], 1)
     trained = batch["completion_mask"]
     same = (ids[:pairs] == ids[pairs:]) & attended[:pairs] & attended[pairs:] & (trained[:pairs] == trained[pairs:])
     common = same.long().cumprod(1).sum(1) * has[0] * has[1]
-    rest = second - common
+    branch = second - common  # tokens of the rejected sequence after the common prefix
     scored = chosen + (trained[pairs:] * (torch.arange(longest, device=ids.device) >= common[:, None])).sum(1)
-    return torch.stack([first + second, first + rest, first + rest, scored, first**2 + rest * second], 1)
+    return torch.stack([first + second, first + branch, first + branch, scored, first**2 + branch * second], 1)
 
 
-def measure(rows: Tensor, objective: Mixture, beta: float) -> dict[str, float]:
-    """The named means, quantiles and shares of N pairs, from their `COLUMNS` [N, C] on the host, in float64.
+def aggregate_metrics(rows: Tensor, objective: Mixture, beta: float) -> dict[str, float]:
+    """Return the logged means, quantiles and shares of N pairs, from their `COLUMNS` [N, C] on the host, in float64.
 
-    The margin of unpaired rows is that of the two mean rewards.
+    For unpaired rows, the margin is the difference of the two mean rewards.
     """
-    of = dict(zip(COLUMNS, rows.double().unbind(1), strict=True))
-    policy = PairLogps(of["chosen"], of["rejected"], of["chosen_len"], of["rejected_len"])
-    weight = of["weight"].sum()
+    stored = dict(zip(COLUMNS, rows.double().unbind(1), strict=True))
+    policy = PairLogps(stored["chosen"], stored["rejected"], stored["chosen_len"], stored["rejected_len"])
+    weight = stored["weight"].sum()
     has = {"chosen": policy.chosen_len > 0, "rejected": policy.rejected_len > 0}
     columns = {
         "logps/chosen": policy.chosen, "logps/rejected": policy.rejected,
@@ -109,7 +116,7 @@ def measure(rows: Tensor, objective: Mixture, beta: float) -> dict[str, float]:
     }  # fmt: skip
     quantiles, reference = {}, None
     if objective.needs_reference:
-        reference = of["chosen_ref"], of["rejected_ref"]
+        reference = stored["chosen_ref"], stored["rejected_ref"]
         chosen, rejected = policy.chosen - reference[0], policy.rejected - reference[1]
         noise = ROUNDING * policy.chosen_len, ROUNDING * policy.rejected_len
         ties = ((chosen - rejected).abs() <= noise[0] + noise[1]).double()
@@ -120,44 +127,45 @@ def measure(rows: Tensor, objective: Mixture, beta: float) -> dict[str, float]:
             "rewards/ties": ties, "logratios/chosen": chosen, "logratios/rejected": rejected,
             "chosen_falls": (chosen < -noise[0]).double(),
         }  # fmt: skip
-    columns = {name: column[_rows_with(name, has)] for name, column in columns.items()}
+    columns = {name: values[_rows_with(name, has)] for name, values in columns.items()}
     for name in ("rewards/chosen", "rewards/rejected"):
-        if len(column := columns.get(name, ())):
-            found = np.quantile(column.numpy(), list(QUANTILES.values())).tolist()
-            quantiles |= {f"{name}_{word}": value for word, value in zip(QUANTILES, found, strict=True)}
-    full = saturation_mask(objective, policy, reference, beta=beta, kl=(of["kl"], of["kl_per_token"]))
-    columns |= {"saturation": full.double()} if full is not None else {}
+        rewards = columns.get(name)
+        if rewards is not None and len(rewards):
+            levels = np.quantile(rewards.numpy(), list(QUANTILES.values())).tolist()
+            quantiles |= {f"{name}_{level}": value for level, value in zip(QUANTILES, levels, strict=True)}
+    mask = saturation_mask(objective, policy, reference, beta=beta, kl=(stored["kl"], stored["kl_per_token"]))
+    columns |= {"saturation": mask.double()} if mask is not None else {}
     shares = {
-        "padding": 1 - of["useful"].sum() / of["computed"].sum(),
-        "shared": 1 - of["useful"].sum() / of["tokens"].sum(),
+        "padding": 1 - stored["useful"].sum() / stored["computed"].sum(),
+        "shared": 1 - stored["useful"].sum() / stored["tokens"].sum(),
     }
-    loss = (of["weight"] * of["loss"]).sum() / weight if weight else weight
-    columns |= {"kl/mismatched": of["kl"]} if objective.needs_divergence else {}
-    means = {name: column.mean() for name, column in columns.items() if len(column)} | shares
+    loss = (stored["weight"] * stored["loss"]).sum() / weight if weight else weight
+    columns |= {"kl/mismatched": stored["kl"]} if objective.needs_divergence else {}
+    means = {name: values.mean() for name, values in columns.items() if len(values)} | shares
     if not (has["chosen"] & has["rejected"]).any():
-        means |= {f"rows/{side}": there.sum() for side, there in has.items()}
+        means |= {f"rows/{side}": present.sum() for side, present in has.items()}
         if {"rewards/chosen", "rewards/rejected"} <= set(means):
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return {"loss": loss.item(), **{name: value.item() for name, value in means.items()}, **quantiles}
 
 
 def _rows_with(name: str, has: Mapping[str, Tensor]) -> Tensor:
-    """Which rows a metric is about: those with the response it names, for margins and the like those with both."""
+    """Select the rows of a metric: those with the response that it names, or with both if it names none. [N] bool."""
     side = next((side for side in has if side in name), None)
     return has[side] if side else has["chosen"] & has["rejected"]
 
 
 def series(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric over training; NaN where a log holds no number."""
+    """Return steps and values of one metric over training, with NaN where a log holds no number."""
     points = [(row["step"], row[key]) for row in rows if key in row]
     return [step for step, _ in points], [math.nan if value is None else value for _, value in points]
 
 
-def settled_logps(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Log-probs of `name` ("chosen" or "rejected") over training, freed from which pairs each log looked at.
+def adjusted_logps(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Return log-probs of `name` ("chosen" or "rejected") over training, adjusted to the average pair.
 
-    A log's mean moves with the lengths of its pairs far more than with training. Its reference log-prob, logged
-    minus log-ratio, says by how much: the mean of that over all logs, plus the log-ratio, is the average pair's.
+    A log's mean depends on the lengths of its pairs far more than on training. Its reference log-prob (logged minus
+    log-ratio) shows by how much, so the result is the log-ratio plus the mean reference log-prob of all logs.
     """
     steps, logps = series(rows, f"logps/{name}")
     ratios = series(rows, f"logratios/{name}")[1]

@@ -1,4 +1,4 @@
-"""The pictures of a run: drawn off screen, without pyplot's global state."""
+"""Plots of a run's log and of cluster speeds, drawn off screen without pyplot's global state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apo.monitoring.metrics import series, settled_logps
+from apo.monitoring.metrics import adjusted_logps, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,19 +21,20 @@ Line = tuple[list[int], list[float]]
 
 
 def draw_dynamics(rows: Rows, path: str | Path, title: str = "") -> None:
-    """Chosen and rejected over training: rewards on the left (from the anchor 0), log-probs on the right.
+    """Plot chosen and rejected over training: rewards on the left (0 is the anchor), log-probs on the right.
 
-    Thin lines are what was logged, over other pairs each time; bold log-prob lines are settled on the average pair
-    (`settled_logps`). Hollow dots are the held-out pairs. Without a reference there are no rewards, and one panel.
+    Thin lines are the logged values, each over other pairs; bold log-prob lines are adjusted to the average pair
+    (`adjusted_logps`). Hollow dots are held-out pairs. Without a reference there are no rewards, and one panel.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     has_rewards = bool(series(rows, "rewards/chosen")[0])
     count = 2 if has_rewards else 1
-    figure = Figure(figsize=(5.7 * count, 3.8), dpi=150, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.05)
+    figure = Figure(figsize=(5.7 * count, 3.8), dpi=150, layout=layout)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.05)
     panels = list(figure.subplots(1, count, squeeze=False)[0])
     if has_rewards:
         rewards = panels.pop(0)
@@ -45,7 +46,7 @@ def draw_dynamics(rows: Rows, path: str | Path, title: str = "") -> None:
     if has_rewards:
         for name, line in logged.items():
             panels[0].plot(*line, color=COLORS[name], linewidth=0.8, alpha=0.35)
-        logged = {name: settled_logps(rows, name) for name in COLORS}
+        logged = {name: adjusted_logps(rows, name) for name in COLORS}
     _draw(panels[0], logged, _both(rows, "eval_logps"))
     if title:
         figure.suptitle(_plain(title), x=0.012, ha="left", fontsize=9.5, color=QUIET)
@@ -53,15 +54,16 @@ def draw_dynamics(rows: Rows, path: str | Path, title: str = "") -> None:
 
 
 def draw_clusters(report: Mapping[str, Any], path: str | Path) -> None:
-    """A report of `apo distinguish`: predicted speeds with their intervals on the left, fastest first; on the right the
-    cosines of the directions, red where two clusters pull apart.
+    """Plot a report of `apo distinguish`.
+
+    Left: predicted speeds with their intervals, fastest first. Right: cosines of the directions, red for conflicts.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     clusters = report["clusters"]
     names = [_plain(f"{cluster['name'][:28]} ({cluster['n']})") for cluster in clusters]
-    places = range(len(clusters))
+    indices = range(len(clusters))
     figure = Figure(figsize=(10.5, 1.6 + 0.36 * len(clusters)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1.5, 1]})
@@ -69,28 +71,28 @@ def draw_clusters(report: Mapping[str, Any], path: str | Path) -> None:
     _dress(left, "Predicted speed", _plain(unit))
     left.set_xlabel("")
     left.axvline(0, color=QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
-    for place, cluster in zip(places, clusters, strict=True):
+    for index, cluster in zip(indices, clusters, strict=True):
         speed = cluster["speed"]
         color = COLORS["rejected"] if speed["value"] < 0 else COLORS["chosen"]
-        left.plot([speed["lo"], speed["hi"]], [place, place], color=color, linewidth=1.9, solid_capstyle="round")
-        left.plot(speed["value"], place, "o", color=color, markersize=5)
-    left.set_yticks(list(places), names)
+        left.plot([speed["lo"], speed["hi"]], [index, index], color=color, linewidth=1.9, solid_capstyle="round")
+        left.plot(speed["value"], index, "o", color=color, markersize=5)
+    left.set_yticks(list(indices), names)
     left.set_ylim(len(clusters) - 0.5, -0.5)
     right.imshow(report["cosines"], cmap="RdBu", vmin=-1, vmax=1)
     right.set_title("Agreement", loc="left", fontsize=11, fontweight="bold", pad=18)
     right.text(0, 1.025, "cosine of chosen - rejected", transform=right.transAxes, fontsize=8.5, color=QUIET)
     right.set_xticks([])
     right.set_yticks([])
-    for row in places:
-        for column in places:
+    for row in indices:
+        for column in indices:
             value = report["cosines"][row][column]
-            right.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7,
-                       color="white" if abs(value) > 0.6 else QUIET)  # fmt: skip
+            color = "white" if abs(value) > 0.6 else QUIET
+            right.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=color)
     figure.savefig(path, format="png")
 
 
 def _plain(text: str) -> str:
-    """The user's text for a picture: two `$` in a path or a name would be read as mathematics between them."""
+    """Escape `$` in the user's text: matplotlib would typeset what stands between two of them as mathematics."""
     return text.replace("$", r"\$")
 
 
@@ -99,7 +101,7 @@ def _both(rows: Rows, key: str) -> dict[str, Line]:
 
 
 def _dress(axes: Axes, name: str, unit: str) -> None:
-    """Title, unit and a quiet frame."""
+    """Set title, unit and a quiet frame."""
     axes.set_title(name, loc="left", fontsize=11, fontweight="bold", pad=18)
     axes.text(0, 1.025, unit, transform=axes.transAxes, fontsize=8.5, color=QUIET)
     axes.set_xlabel("step", fontsize=9, color=QUIET)
@@ -112,9 +114,9 @@ def _dress(axes: Axes, name: str, unit: str) -> None:
 
 
 def _draw(axes: Axes, lines: Mapping[str, Line], held_out: Mapping[str, Line]) -> None:
-    at = {name: dict(zip(*line, strict=True)) for name, line in lines.items()}
-    steps = sorted(at["chosen"].keys() & at["rejected"].keys())  # a log of unpaired rows may hold one side only
-    chosen, rejected = ([at[name][step] for step in steps] for name in COLORS)
+    by_step = {name: dict(zip(*line, strict=True)) for name, line in lines.items()}
+    steps = sorted(by_step["chosen"].keys() & by_step["rejected"].keys())  # a log of unpaired rows may lack a side
+    chosen, rejected = ([by_step[name][step] for step in steps] for name in COLORS)
     ahead = [one >= other for one, other in zip(chosen, rejected, strict=True)]
     axes.fill_between(steps, chosen, rejected, where=ahead, color=COLORS["chosen"], alpha=0.07, linewidth=0)
     for name, color in COLORS.items():
@@ -125,45 +127,61 @@ def _draw(axes: Axes, lines: Mapping[str, Line], held_out: Mapping[str, Line]) -
 
 
 def _name_ends(axes: Axes, lines: Mapping[str, Line]) -> None:
-    """Write each line's name beside its end, apart where the ends meet: no legend to look up."""
-    ends = {name: values[-1] for name, (_, values) in lines.items() if values}
-    if not ends:
+    """Write each line's name beside its end, instead of a legend; names that would overlap move apart."""
+    last_values = {name: values[-1] for name, (_, values) in lines.items() if values}
+    if not last_values:
         return
     last = max(steps[-1] for steps, _ in lines.values() if steps)
     low, high = axes.get_ylim()
-    apart = 0.07 * (high - low)
-    push = max(0.0, (apart - abs(ends["chosen"] - ends["rejected"])) / 2) if len(ends) == 2 else 0.0
-    higher = max(ends, key=lambda name: ends[name])
-    for name, end in ends.items():
-        at = end + (push if name == higher else -push)
-        beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
-        axes.annotate(name, (last, at), color=COLORS[name], fontsize=9, fontweight="bold", **beside)
+    min_distance = 0.07 * (high - low)
+    overlap = min_distance - abs(last_values["chosen"] - last_values["rejected"]) if len(last_values) == 2 else 0.0
+    shift = max(0.0, overlap / 2)
+    higher = max(last_values, key=lambda name: last_values[name])
+    for name, value in last_values.items():
+        height = value + (shift if name == higher else -shift)
+        _annotate(axes, name, (last, height), COLORS[name], offset=7, size=9)
 
 
-# ---- a whole run at a glance
+def _annotate(axes: Axes, label: str, point: tuple[float, float], color: str, *, offset: float, size: float) -> None:
+    """Write a label to the right of a point, also outside the frame."""
+    axes.annotate(
+        label,
+        point,
+        xytext=(offset, 0),
+        textcoords="offset points",
+        va="center",
+        annotation_clip=False,
+        color=color,
+        fontsize=size,
+        fontweight="bold",
+    )
+
+
+# ---- the diagnosis of a run
 
 
 BLUE, GOLD, PLUM = "#33658a", "#c9962b", "#7b4b94"
 
 
 def draw_diagnosis(rows: Rows, path: str | Path, title: str = "") -> None:
-    """Everything a log holds, a panel each, over the steps; what it does not hold has no panel.
+    """Plot every metric group that a log has, one panel each, over the steps.
 
-    Lines are training, hollow dots held-out pairs; bands reach from a tenth to nine tenths of the pairs.
+    Lines are training, hollow dots held-out pairs; bands are the 10 % to 90 % quantiles of the pairs.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    found = [panel for panel in _PANELS if any(series(rows, key)[0] for key in panel.lines)]
-    across = min(3, max(1, len(found)))
-    down = -(-len(found) // across) or 1
-    figure = Figure(figsize=(4.7 * across, 3.15 * down + (0.5 if title else 0)), dpi=140, layout="constrained")
+    panels = [panel for panel in _PANELS if any(series(rows, key)[0] for key in panel.lines)]
+    columns = min(3, max(1, len(panels)))
+    lines = -(-len(panels) // columns) or 1
+    layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.1, wspace=0.06, hspace=0.07)
+    figure = Figure(figsize=(4.7 * columns, 3.15 * lines + (0.5 if title else 0)), dpi=140, layout=layout)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.14, h_pad=0.1, wspace=0.06, hspace=0.07)
-    places = figure.subplots(down, across, squeeze=False).flatten()
-    for axes in places[len(found) :]:
+    grid = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in grid[len(panels) :]:
         axes.axis("off")
-    for axes, panel in zip(places, found, strict=False):
+    for axes, panel in zip(grid, panels, strict=False):
         panel.draw(axes, rows)
     if title:
         figure.suptitle(_plain(title), x=0.012, ha="left", fontsize=10, color=QUIET)
@@ -172,24 +190,24 @@ def draw_diagnosis(rows: Rows, path: str | Path, title: str = "") -> None:
 
 @dataclass(frozen=True)
 class Panel:
-    """A panel of the diagnosis: metrics by their names in the picture, and how the axis is told."""
+    """A panel of the diagnosis: its title, the unit of its axis, and its metrics."""
 
     name: str
     unit: str
     lines: dict[str, tuple[str, str]]
-    """Metric to (word in the picture, color)."""
+    """Metric to (label, color)."""
     share: bool = False
     zero: bool = False
 
     def draw(self, axes: Axes, rows: Rows) -> None:
-        """Lines with their names beside their ends, held-out dots, bands of quantiles."""
+        """Draw lines with labels beside their ends, held-out dots, and bands of quantiles or noise."""
         from matplotlib.ticker import PercentFormatter
 
         _dress(axes, self.name, self.unit)
         if self.zero:
             axes.axhline(0, color=QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
-        ends = []
-        for key, (word, color) in self.lines.items():
+        labels = []
+        for key, (label, color) in self.lines.items():
             steps, values = series(rows, key)
             if not steps:
                 continue
@@ -201,25 +219,24 @@ class Panel:
             axes.plot(*series(rows, f"eval_{key}"), "o", markersize=4, markerfacecolor="white", markeredgecolor=color)
             noise = series(rows, f"{key}_noise")[1]
             if len(noise) == len(values):
-                edges = [[v + sign * n for v, n in zip(values, noise, strict=True)] for sign in (-1, 1)]
-                axes.fill_between(steps, *edges, color=color, alpha=0.13, linewidth=0)
+                lower, upper = ([v + sign * n for v, n in zip(values, noise, strict=True)] for sign in (-1, 1))
+                axes.fill_between(steps, lower, upper, color=color, alpha=0.13, linewidth=0)
             if not math.isnan(values[-1]):
-                ends.append((values[-1], steps[-1], word, color))
+                labels.append((values[-1], steps[-1], label, color))
         if self.share:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.margins(x=0.02)
-        _name_lines(axes, ends)
+        _label_lines(axes, labels)
 
 
-def _name_lines(axes: Axes, ends: list[tuple[float, int, str, str]]) -> None:
-    """Write each line's name beside its end, pushed up where it would lie on the one below."""
+def _label_lines(axes: Axes, labels: list[tuple[float, int, str, str]]) -> None:
+    """Write each label (value, step, text, color) beside its line's end, above the label below it."""
     low, high = axes.get_ylim()
-    apart, at = 0.085 * (high - low), -math.inf
-    last = max((step for _, step, _, _ in ends), default=0)
-    for value, _, word, color in sorted(ends):
-        at = max(value, at + apart)
-        beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
-        axes.annotate(word, (last, at), color=color, fontsize=8.5, fontweight="bold", **beside)
+    min_distance, height = 0.085 * (high - low), -math.inf
+    last = max((step for _, step, _, _ in labels), default=0)
+    for value, _, text, color in sorted(labels):
+        height = max(value, height + min_distance)
+        _annotate(axes, text, (last, height), color, offset=6, size=8.5)
 
 
 _SIDES = {"chosen": COLORS["chosen"], "rejected": COLORS["rejected"]}

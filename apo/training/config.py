@@ -77,7 +77,7 @@ class TrainConfig(Recipe):
     guard: Guard | None = None
     """Held-out text and tasks that the model may not lose. Absent: none are looked at."""
     probe: Annotated[int, Field(ge=0)] | None = None
-    """Pairs looked at token by token (probe.py). Absent: one for a hundred trained, at most 16; 0: none."""
+    """Pairs looked at token by token (token_diagnostics.py). Absent: one for a hundred trained, at most 16; 0: none."""
     seed: int = 0
     out: str
     trust_remote_code: bool = False

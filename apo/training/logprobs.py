@@ -18,7 +18,7 @@ from trl.trainer.utils import use_adapter
 
 from apo.data.tokenize import first_rows
 from apo.models.tensor_cache import hash_model
-from apo.monitoring.failures import is_out_of_memory, memory_watched
+from apo.monitoring.failures import is_out_of_memory, stop_on_out_of_memory
 from apo.packing.async_copy import to_device
 from apo.packing.logps import DUMMY, IDS, PAIR_WEIGHT, Batch, TurnCollator, WeightedCollator, rotate_responses
 from apo.packing.packed_model import (
@@ -192,7 +192,7 @@ class LogprobTrainer(DPOTrainer):
 
         folder = Path(self.args.reference_cache) if self.args.reference_cache else None
         identity = (self._reference_hash(model), *self._reference_numerics(model)) if folder else ()
-        with memory_watched(self, "the reference's log-probs"):
+        with stop_on_out_of_memory(self, "the reference's log-probs"):
             dataset, computed = add_reference_logps(
                 dataset, identity, compute, folder, self.notes.append,
                 rank=self.args.process_index, processes=self.args.world_size,

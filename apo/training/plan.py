@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from apo.distributed.launch import check_devices, deepspeed_requested, fsdp_requested
 from apo.models import load as models
-from apo.monitoring.guard import load_rails
+from apo.monitoring.guard import load_guard
 from apo.run_dir import files as runs
 from apo.training.config import TrainConfig, check_optimizer, lora_config, trainer_options
 from clair.core.errors import UserError
@@ -36,7 +36,7 @@ class Plan:
     eval: Tokenized | None
     steps: int
     day: str
-    rails: GuardSet | None = None
+    guard_set: GuardSet | None = None
     processes: int = 1
 
     @property
@@ -111,10 +111,10 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
         train.notes.append(f"too long is more than {args.max_length:,} tokens, {bound}")
     if args.shared_prefix and args.pack_tokens:
         train.notes.extend(_over_budget(train.dataset, args.pack_tokens))
-    rails = load_rails(config.guard, tokenizer, ends, context, day) if config.guard else None
+    guard_set = load_guard(config.guard, tokenizer, ends, context, day) if config.guard else None
     steps = _steps(args, len(train.dataset), count)
     check_optimizer(args, steps)
-    return Plan(config, name, tokenizer, args, train, evaluated, steps, day, rails, count)
+    return Plan(config, name, tokenizer, args, train, evaluated, steps, day, guard_set, count)
 
 
 @dataclass(frozen=True)

@@ -160,13 +160,13 @@ def build_trainer(planned: Plan, group: Group | None = None, tell: Callable[[str
     from transformers import PrinterCallback, ProgressCallback
 
     from apo.losses.mixture import resolve_mixture
-    from apo.monitoring.callbacks import Bar, Interrupt, Recorder, Warner
-    from apo.monitoring.inspection_callback import Watch
-    from apo.monitoring.token_diagnostics import probe_of
+    from apo.monitoring.callbacks import DiagnosisCallback, InterruptCallback, MetricsCallback, ProgressBarCallback
+    from apo.monitoring.inspection_callback import InspectionCallback
+    from apo.monitoring.token_diagnostics import build_token_diagnostics
     from apo.training.preflight import check_before_training
     from apo.training.trainer import APOTrainer
 
-    config, args, watch = planned.config, planned.args, Watch(planned.rails)
+    config, args, inspection = planned.config, planned.args, InspectionCallback(planned.guard_set)
     plain = resolve_mixture(config.objective).spec
     options, args.model_init_kwargs = dict(args.model_init_kwargs or {}), None
     if config.quantize:
@@ -181,7 +181,8 @@ def build_trainer(planned: Plan, group: Group | None = None, tell: Callable[[str
         trainer = APOTrainer(
             model=model, args=args, train_dataset=planned.train.dataset, peft_config=lora_config(config),
             eval_dataset=planned.eval.dataset if planned.eval else None, processing_class=planned.tokenizer,
-            tell=_silent, callbacks=[Interrupt(group), watch, Recorder(Path(config.out)), Bar(), Warner(plain, tell)],
+            tell=_silent, callbacks=[InterruptCallback(group), inspection, MetricsCallback(Path(config.out)),
+                ProgressBarCallback(), DiagnosisCallback(plain, tell)],
         )  # fmt: skip
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(one_line(error)) from error
@@ -191,7 +192,7 @@ def build_trainer(planned: Plan, group: Group | None = None, tell: Callable[[str
         _set_adapter_dropout(trainer.model, config.lora.dropout)
     with group.raise_on_all():
         check_before_training(trainer)
-    watch.begin(trainer, probe_of(trainer, config.probe))
+    inspection.begin(trainer, build_token_diagnostics(trainer, config.probe))
     return trainer
 
 
@@ -274,36 +275,40 @@ def _check_same_steps(run: dict[str, Any], planned: Plan, out: Path) -> None:
 
 
 def _run(trainer: APOTrainer, group: Group, checkpoint: Path | None, out: Path) -> None:
-    from apo.monitoring.callbacks import Bar, Interrupt
-    from apo.monitoring.failures import Stopped, check_weights_finite, kept_words
-    from apo.monitoring.inspection_callback import Watch
+    from apo.monitoring.callbacks import InterruptCallback, ProgressBarCallback
+    from apo.monitoring.failures import Stopped, check_weights_finite, checkpoint_hint
+    from apo.monitoring.inspection_callback import InspectionCallback
 
-    (watch,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Watch))
+    (inspection,) = (
+        callback for callback in trainer.callback_handler.callbacks if isinstance(callback, InspectionCallback)
+    )
     trainer.verified_checkpoint = checkpoint
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         with group.raise_on_all():
-            if watch.crossed:
+            if inspection.violation:
                 change = "lower trainer.learning_rate, or allow more and run the same command again"
-                raise Stopped(f"step {trainer.state.global_step}: {watch.crossed}; {change}; {kept_words(trainer)}")
+                raise Stopped(
+                    f"step {trainer.state.global_step}: {inspection.violation}; {change}; {checkpoint_hint(trainer)}"
+                )
             check_weights_finite(trainer)
     except Stopped as stop:
         runs.record_stop(out, trainer.state.global_step, str(stop))
         raise
     finally:
         for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, Bar | Interrupt):
+            if isinstance(callback, ProgressBarCallback | InterruptCallback):
                 callback.close()
-    stopped = any(isinstance(c, Interrupt) and c.stopping for c in trainer.callback_handler.callbacks)
+    stopped = any(isinstance(c, InterruptCallback) and c.stopping for c in trainer.callback_handler.callbacks)
     if stopped and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
 
 
 def _finish(trainer: APOTrainer, group: Group, out: Path, seconds: float) -> dict[str, Any]:
     """Save the model, by all; then its picture, card and finished run.json, by the first process."""
-    from apo.monitoring.failures import disk_watched
+    from apo.monitoring.failures import stop_on_write_error
 
-    with disk_watched(trainer, "the trained model"):
+    with stop_on_write_error(trainer, "the trained model"):
         trainer.save_model(str(out / _FINAL))
     return group.broadcast_from_main(lambda: _write_results(out, seconds))
 

@@ -41,12 +41,12 @@ from apo.monitoring.failures import (
     Stopped,
     check_gradient,
     check_weights_finite,
-    disk_watched,
-    kept_words,
-    memory_watched,
+    checkpoint_hint,
+    stop_on_out_of_memory,
+    stop_on_write_error,
 )
-from apo.monitoring.metrics import COLUMNS, check_best_metric, measure, per_pair_metrics, token_counts
-from apo.monitoring.throughput import Meter, scale_of
+from apo.monitoring.metrics import COLUMNS, aggregate_metrics, check_best_metric, per_pair_metrics, token_counts
+from apo.monitoring.throughput import Meter, compute_scale
 from apo.packing.async_copy import to_device
 from apo.packing.logps import (
     DUMMY,
@@ -167,7 +167,7 @@ class APOTrainer(LogprobTrainer):
         # TRL's head also computes entropies and mean logits for its own logs; only the log-probs are wanted here.
         add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         self._enable_packing()
-        self.meter = Meter(self.accelerator, scale_of(self.model, self.args.device))
+        self.meter = Meter(self.accelerator, compute_scale(self.model, self.args.device))
         self._losses = NonFiniteLossCheck(self.args.device)
         window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if self.objective.needs_divergence and window < 2:
@@ -310,7 +310,7 @@ class APOTrainer(LogprobTrainer):
         """
         resume_from_checkpoint = self._checked(resume_from_checkpoint)
         register_zero3(self._deepspeed_config)
-        with memory_watched(self, "training"), self._noise():
+        with stop_on_out_of_memory(self, "training"), self._noise():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _checked(self, checkpoint: str | bool | None) -> str | None:
@@ -399,7 +399,7 @@ class APOTrainer(LogprobTrainer):
         losses = self.objective.losses(policy, reference, beta=self.beta, kl=self._kl)
         weights = pair_weights(inputs).to(losses.device)
         if mode == "train":
-            self._losses.look(self, losses, inputs)
+            self._losses.add(self, losses, inputs)
         if policy.aux_loss is not None:
             if DUMMY not in inputs:
                 self._aux_losses[mode].append(policy.aux_loss.detach())
@@ -416,7 +416,7 @@ class APOTrainer(LogprobTrainer):
     # The logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what dynamics.py measures on the pairs since the last log, gathered at logging steps only.
+        """Add the metrics of the pairs since the last log, gathered at logging steps only.
 
         And what TRL logs besides: `num_tokens` trained on so far, both sequences of a pair with their prompts, and a
         mixture of experts' `aux_loss`, its mean over the batches since the last log.
@@ -425,10 +425,12 @@ class APOTrainer(LogprobTrainer):
         if self.meter.has(mode) and ("loss" in logs or mode == "eval"):
             prefix = "" if mode == "train" else next(key for key in logs if key.endswith("_loss")).removesuffix("loss")
             if mode == "train":
-                self._losses.settle(self)
+                self._losses.flush(self)
                 check_gradient(self, logs.get("grad_norm"))
-            rows = self.meter.take(mode)
-            logs.update({prefix + name: value for name, value in measure(rows, self.objective, self.beta).items()})
+            rows = self.meter.gather(mode)
+            logs.update(
+                {prefix + name: value for name, value in aggregate_metrics(rows, self.objective, self.beta).items()}
+            )
             logs.update(self._aux_loss(mode, prefix))
             if mode == "train":
                 logs.update(self.meter.speed(rows))
@@ -463,18 +465,18 @@ class APOTrainer(LogprobTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that is there wholly or not at all (checkpoints.py)."""
-        self._losses.settle(self)
+        self._losses.flush(self)
         check_weights_finite(self)
         with self.meter.pause():
             self._saving = True
             try:
-                with disk_watched(self, "the checkpoint"):
+                with stop_on_write_error(self, "the checkpoint"):
                     super()._save_checkpoint(model, trial)
             finally:
                 self._saving = False
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                with disk_watched(self, "the checkpoint"):
+                with stop_on_write_error(self, "the checkpoint"):
                     self._put_checkpoint_in_place()
             self.accelerator.wait_for_everyone()
 
@@ -494,7 +496,7 @@ class APOTrainer(LogprobTrainer):
         """The best checkpoint's weights, as they were written. Raises `faults.Stopped` where they are not."""
         best = Path(self.state.best_model_checkpoint)
         if damage := checkpoints.find_damage(best):
-            raise Stopped(f"the best model, {best}, is damaged: {damage}; {kept_words(self)}")
+            raise Stopped(f"the best model, {best}, is damaged: {damage}; {checkpoint_hint(self)}")
         super()._load_best_model()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

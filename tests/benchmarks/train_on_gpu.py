@@ -90,7 +90,7 @@ def run(mode: str, tune: str, model: Any, lengths: list[tuple[int, int, int]], b
     from transformers import TrainerCallback
 
     from apo.cost.sizes import row_of
-    from apo.monitoring.throughput import scale_of
+    from apo.monitoring.throughput import compute_scale
     from apo.packing.logps import uncollate
     from apo.packing.packed_model import common_prefix
 
@@ -111,7 +111,7 @@ def run(mode: str, tune: str, model: Any, lengths: list[tuple[int, int, int]], b
         trainer.train()
         _wait(device)
         seconds = time.perf_counter() - started
-        scale = scale_of(trainer.model, device)
+        scale = compute_scale(trainer.model, device)
         for batch_ in trainer.get_train_dataloader():
             for pair in uncollate(batch_):
                 prompt, chosen, rejected = (pair[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.image import imread
 
 from apo import cli
-from apo.monitoring.diagnosis import FEWEST, RULES, judge, log_of, verdicts
-from apo.monitoring.diagnosis_report import diagnosis
+from apo.monitoring.diagnosis import MIN_LINES, RULES, diagnose, find_problems, training_log
+from apo.monitoring.diagnosis_report import diagnosis_lines
 from apo.monitoring.plots import _PANELS
 from apo.training.config import TrainConfig
 from apo.training.train import train
@@ -64,19 +64,19 @@ PROVOKED = {
 @pytest.mark.parametrize("name", RULES)
 def test_each_rule_finds_what_it_is_for_and_nothing_in_a_healthy_log(name):
     objective, metrics = PROVOKED[name]
-    findings = judge(log_of(rows(**metrics), objective))
+    findings = find_problems(training_log(rows(**metrics), objective))
     assert name in findings, findings
     assert all(text and "\n" not in text for text in findings[name])
     healthy = rows(
         evals=[(50, 0.9), (100, 0.85)], **named(probe__shared_chosen=lambda t: t, probe__edited_chosen=lambda t: t)
     )
-    assert judge(log_of(healthy, objective)) == {}
+    assert find_problems(training_log(healthy, objective)) == {}
 
 
 def test_what_is_meant_to_fall_may_fall():
     falling = named(rewards__chosen=lambda t: -0.1 * t, rewards__rejected=lambda t: -t, chosen_falls=lambda t: 0.9)
-    assert judge(log_of(rows(**falling), "apo_down")) == {}
-    finding, advice = judge(log_of(rows(**falling), {"apo_zero": 1.0, "sft": 0.1}))["chosen_falls"]
+    assert find_problems(training_log(rows(**falling), "apo_down")) == {}
+    finding, advice = find_problems(training_log(rows(**falling), {"apo_zero": 1.0, "sft": 0.1}))["chosen_falls"]
     assert (
         finding == "chosen rewards are falling under apo_zero + 0.1 sft: -0.089 on average, below 0 in 90% of the pairs"
     )
@@ -85,28 +85,28 @@ def test_what_is_meant_to_fall_may_fall():
 
 def test_a_lone_noisy_line_is_no_reason_and_few_lines_are_none():
     spiky = named(rewards__chosen=lambda t: -5.0 if t == 1 else 0.5 * t, chosen_falls=lambda t: 0.9)
-    assert judge(log_of(rows(**spiky), "apo_zero")) == {}
+    assert find_problems(training_log(rows(**spiky), "apo_zero")) == {}
     objective, metrics = PROVOKED["saturated"]
-    assert judge(log_of(rows(count=FEWEST - 1, **metrics), objective)) == {}
+    assert find_problems(training_log(rows(count=MIN_LINES - 1, **metrics), objective)) == {}
 
 
 def test_a_small_run_of_six_lines_is_judged():
     objective, metrics = PROVOKED["saturated"]
-    assert "saturated" in judge(log_of(rows(count=6, **metrics), objective))
+    assert "saturated" in find_problems(training_log(rows(count=6, **metrics), objective))
 
 
 def test_lost_numbers_and_missing_metrics_are_borne():
     log = rows(loss=lambda t: None if t > 0.5 else 1.0)
-    assert isinstance(judge(log_of(log, "apo_zero")), dict)
-    assert judge(log_of([{"step": step, "loss": 2.0 - step / 50} for step in range(20)], "sft")) == {}
+    assert isinstance(find_problems(training_log(log, "apo_zero")), dict)
+    assert find_problems(training_log([{"step": step, "loss": 2.0 - step / 50} for step in range(20)], "sft")) == {}
 
 
 def test_verdicts_say_since_when_and_whether_they_still_hold():
     log = rows(count=40, **named(saturation=lambda t: 0.9 if 0.3 < t < 0.6 else 0.0, padding=lambda t: float(t > 0.7)))
-    result = verdicts(log, "apo_zero")
+    result = diagnose(log, "apo_zero")
     assert [(verdict.rule, verdict.holds) for verdict in result] == [("padding", True), ("saturated", False)]
     assert 121 < result[1].step < result[0].step
-    assert verdicts([], "apo_zero") == []
+    assert diagnose([], "apo_zero") == []
 
 
 # Real runs
@@ -136,14 +136,15 @@ def test_a_run_that_learns_is_not_warned_of(model_dir, data, tmp_path):
 
 def test_a_run_that_learns_nothing_is_told_once(model_dir, data, tmp_path):
     (warning,) = run(model_dir, data, tmp_path / "run", trainer={"learning_rate": 0.0})
-    stuck = f"warning: step {FEWEST}: the loss is stuck at its start, 1, after {FEWEST} steps: no log-prob has changed"
+    step = MIN_LINES
+    stuck = f"warning: step {step}: the loss is stuck at its start, 1, after {step} steps: no log-prob has changed"
     assert warning[0] == stuck
     assert warning[1].startswith("a higher learning rate")
 
 
 def test_a_run_that_is_done_at_once_is_told(model_dir, data, tmp_path):
     warnings = run(model_dir, data, tmp_path / "run", trainer={"learning_rate": 2e-2}, objective="dpo", beta=3.0)
-    assert any("of the pairs are saturated: dpo pulls" in finding for finding, _ in warnings)
+    assert any("of the pairs are saturated: on them dpo has less" in finding for finding, _ in warnings)
     assert any("the loss is 0" in finding for finding, _ in warnings)
 
 
@@ -161,7 +162,7 @@ def test_the_command_draws_and_tells_also_while_a_run_is_under_way(model_dir, da
     code, output = diagnose()
     assert code == 0
     assert "finished: 16 steps" in output
-    assert f"! since step {FEWEST}: the loss is stuck at its start" in output
+    assert f"! since step {MIN_LINES}: the loss is stuck at its start" in output
     assert re.search(r"probe/kl +0 +0 +0", output)
     picture = imread(out / "diagnosis.png")
     assert picture.shape[1] > 1500
@@ -182,7 +183,7 @@ def test_the_command_draws_and_tells_also_while_a_run_is_under_way(model_dir, da
 
 def test_no_run_is_told(tmp_path):
     with pytest.raises(UserError, match=r"holds no run of `apo train`"):
-        diagnosis(tmp_path)
+        diagnosis_lines(tmp_path)
 
 
 def test_every_panel_draws_what_the_log_may_hold(tmp_path):

@@ -14,13 +14,13 @@ from transformers import TrainerCallback
 
 from apo import cli
 from apo.monitoring.failures import (
-    NAMED,
+    MAX_NAMES,
     NonFiniteLossCheck,
     Stopped,
     _some,
     is_out_of_memory,
-    memory_changes,
-    names_of,
+    memory_suggestions,
+    pair_names,
 )
 from apo.run_dir.checkpoints import checkpoints, resume_problem
 from apo.training.config import TrainConfig
@@ -132,10 +132,10 @@ def test_a_broken_weight_is_never_saved(tmp_path, tokenizer, pairs):
 def test_pairs_are_named_by_id_or_row_and_long_lists_are_cut(tokenizer, tmp_path):
     trainer = apo_trainer(tmp_path, tokenizer, Dataset.from_list(make_pairs(6)))
     rows = [trainer.train_dataset[i] for i in (4, 1)]
-    assert names_of(rows, trainer.train_dataset) == ["p4", "p1"]
-    assert names_of(rows, trainer.train_dataset.remove_columns("id")) == ["row 4", "row 1"]
-    assert names_of([{**rows[0], "chosen_ids": [99]}], trainer.train_dataset) == ["unknown"]
-    assert _some([str(i) for i in range(NAMED + 2)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
+    assert pair_names(rows, trainer.train_dataset) == ["p4", "p1"]
+    assert pair_names(rows, trainer.train_dataset.remove_columns("id")) == ["row 4", "row 1"]
+    assert pair_names([{**rows[0], "chosen_ids": [99]}], trainer.train_dataset) == ["unknown"]
+    assert _some([str(i) for i in range(MAX_NAMES + 2)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
 
 
 # Memory
@@ -203,7 +203,7 @@ def test_what_to_change_is_what_the_settings_leave(tmp_path, tokenizer, pairs):
     def changes(peft=None, model=None, **more):
         trainer = apo_trainer(tmp_path, tokenizer, pairs, model, peft, **more)
         batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
-        return memory_changes(trainer, batch)
+        return memory_suggestions(trainer, batch)
 
     packed = changes()
     tokens = int(packed[0].split(": ")[1].split(" ")[0])
@@ -211,7 +211,7 @@ def test_what_to_change_is_what_the_settings_leave(tmp_path, tokenizer, pairs):
     assert 20 < tokens < 100
     small = apo_trainer(tmp_path, tokenizer, pairs, pack_tokens=20)
     single = small._prepare_inputs(small.data_collator([small.train_dataset[0]]))
-    assert not any("pack_tokens" in change for change in memory_changes(small, single))  # one pair cannot be cut up
+    assert not any("pack_tokens" in change for change in memory_suggestions(small, single))  # one pair cannot be cut up
     few = changes(lora(), make_model().to(torch.bfloat16), gradient_checkpointing=True, shared_prefix=False,
                   per_device_train_batch_size=1, precompute_ref_log_probs=True)  # fmt: skip
     assert few == ["trainer.max_length below 1024 (leaves the longest pairs out)"]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from apo import cli
 from apo.monitoring import guard
 from apo.monitoring.failures import Stopped
-from apo.monitoring.guard import Guard, Look, compare, crossed, load_rails, look
+from apo.monitoring.guard import Guard, GuardMeasurement, guard_metrics, load_guard, measure_guard, violation
 from apo.packing.logps import response_logps
 from apo.run_dir.checkpoints import checkpoints, resume_problem
 from apo.training.config import TrainConfig
@@ -69,9 +69,9 @@ def metrics(recipe):
 
 def test_differences_by_hand():
     # Texts of 10 and 30 tokens: 2 and 0 nats more, 0.05 a token. Tasks: of 4 right before, one is lost and one won.
-    base = Look((20.0, 60.0), (10, 30), (1.0, 1.0, 0.0, 1.0))
-    now = Look((22.0, 60.0), (10, 30), (0.0, 1.0, 1.0, 1.0))
-    differences = compare(base, now)
+    base = GuardMeasurement((20.0, 60.0), (10, 30), (1.0, 1.0, 0.0, 1.0))
+    now = GuardMeasurement((22.0, 60.0), (10, 30), (0.0, 1.0, 1.0, 1.0))
+    differences = guard_metrics(base, now)
     assert differences["guard/text_loss"] == pytest.approx(82 / 40)
     assert differences["guard/text_loss_rise"] == pytest.approx(2 / 40)
     assert differences["guard/text_loss_rise_noise"] > 0.5  # two texts say next to nothing
@@ -85,29 +85,29 @@ def test_differences_by_hand():
 def test_a_rail_is_crossed_beyond_its_noise_only():
     rails = Guard(text="a", tasks="b", most_loss_rise=0.1, most_accuracy_drop=0.2)
 
-    def violation(rise, rise_noise, drop, drop_noise):
+    def measured(rise, rise_noise, drop, drop_noise):
         names = ("text_loss_rise", "text_loss_rise_noise", "accuracy_drop", "accuracy_drop_noise")
-        return crossed(
+        return violation(
             rails, {f"guard/{n}": v for n, v in zip(names, (rise, rise_noise, drop, drop_noise), strict=True)}
         )
 
-    assert violation(0.3, 0.25, 0.4, 0.25) is None
+    assert measured(0.3, 0.25, 0.4, 0.25) is None
     assert (
-        violation(0.3, 0.15, 0.4, 0.25)
+        measured(0.3, 0.15, 0.4, 0.25)
         == "the loss on the guard's text rose by 0.3 nats per token (+- 0.15; guard.most_loss_rise allows 0.1)"
     )
     assert (
-        violation(-0.3, 0.01, 0.4, 0.15)
+        measured(-0.3, 0.01, 0.4, 0.15)
         == "the accuracy on the guard's tasks fell by 0.4 (+- 0.15; guard.most_accuracy_drop allows 0.2)"
     )
-    assert " and the accuracy" in violation(0.3, 0.1, 0.4, 0.1)
-    assert "rose by nan" in violation(math.nan, math.nan, 0, 0)
+    assert " and the accuracy" in measured(0.3, 0.1, 0.4, 0.1)
+    assert "rose by nan" in measured(math.nan, math.nan, 0, 0)
 
 
 def test_a_look_is_what_the_plain_log_probs_say(recipe, tmp_path, model_dir):
     planned = plan(TrainConfig(**recipe))
     tokenizer, model = make_tokenizer(), AutoModelForCausalLM.from_pretrained(model_dir)
-    measurement = look(build_trainer(planned), planned.rails)
+    measurement = measure_guard(build_trainer(planned), planned.guard_set)
 
     def logp(ids, start):
         ids = torch.tensor([ids])
@@ -129,7 +129,7 @@ def test_a_look_is_what_the_plain_log_probs_say(recipe, tmp_path, model_dir):
 
 def test_long_texts_are_read_in_pieces(tmp_path):
     (tmp_path / "a.txt").write_text("one two three four five\n\n\n\nsix seven\n\neight")
-    rails = load_rails(Guard(text=str(tmp_path / "a.txt")), make_tokenizer(), None, longest=3)
+    rails = load_guard(Guard(text=str(tmp_path / "a.txt")), make_tokenizer(), None, max_tokens=3)
     lengths = [len(piece["chosen_ids"]) for piece in rails.pieces]
     assert (lengths, rails.texts) == ([2, 1, 1], [0, 0, 1])  # 5 tokens as 3 + 2, one unread at each piece's start
 
@@ -189,7 +189,7 @@ def test_accuracy_alone_can_stop_a_run(recipe):
     rows = tasks(200)
     write(Path(recipe["guard"]["tasks"]), rows)
     planned = plan(TrainConfig(**recipe))
-    initial = look(build_trainer(planned), planned.rails)
+    initial = measure_guard(build_trainer(planned), planned.guard_set)
     # Tasks that the model gets right now: whatever training does to it, some are lost.
     write(Path(recipe["guard"]["tasks"]), [row for row, right in zip(rows, initial.right, strict=True) if right])
     recipe["guard"] = {"tasks": recipe["guard"]["tasks"]}
@@ -254,11 +254,11 @@ BAD = {
     "no text": (bad_text('{"txt": "a"}\n'), "line 1: a row is an object with a text in `text`"),
     "one text": (bad_text("one two", "t.txt"), "holds 1 text(s) of two tokens or more; give at least 2"),
     "no tasks file": (lambda _: {"tasks": "nowhere.jsonl"}, "guard.tasks: nowhere.jsonl does not exist"),
-    "answer out of range": (bad_task(answer=2), "line 2: answer 2 is neither an option nor its place from 0"),
+    "answer out of range": (bad_task(answer=2), "line 2: answer 2 is neither an option nor its index from 0"),
     "answer that is no option": (bad_task(answer="four"), "answer 'four' is neither an option"),
     "true as answer": (bad_task(answer=True), "answer True is neither"),
     "one option": (bad_task(options=["two"]), "options are at least two texts"),
-    "an option twice": (bad_task(options=["two", "two"]), "an option stands there twice"),
+    "an option twice": (bad_task(options=["two", "two"]), "an option is listed twice"),
     "no options": (
         lambda t: {"tasks": write(t / "t.jsonl", [{"prompt": "a", "answers": []}])},
         "a row has prompt, options and answer",
@@ -278,14 +278,14 @@ def test_bad_rails_are_told_before_any_work(case, recipe, tmp_path):
 
 
 def test_a_dry_run_tells_what_will_be_looked_at(recipe):
-    description = plan(TrainConfig(**recipe)).rails.told(20)
+    description = plan(TrainConfig(**recipe)).guard_set.summary(20)
     tokens = sum(len(row["text"].split()) for row in texts())
     assert description.startswith("12 texts, 20 tasks, ")
     assert int(description.split(", ")[2].split(" ")[0]) > tokens
-    assert description.endswith("a look, every 2 steps")
+    assert description.endswith("a measurement, every 2 steps")
 
 
 def test_how_often_to_look():
     rails = guard.GuardSet(Guard(text="a"), [], [], [], [])
-    assert [rails.every(steps) for steps in (3, 10, 15, 1000)] == [1, 1, 2, 100]
-    assert guard.GuardSet(Guard(text="a", every=7), [], [], [], []).every(1000) == 7
+    assert [rails.interval(steps) for steps in (3, 10, 15, 1000)] == [1, 1, 2, 100]
+    assert guard.GuardSet(Guard(text="a", every=7), [], [], [], []).interval(1000) == 7

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from apo.monitoring.metrics import series, settled_logps
+from apo.monitoring.metrics import adjusted_logps, series
 from apo.monitoring.plots import COLORS, draw_dynamics
 from apo.run_dir.files import append_metrics, drop_metrics_after, read_metrics
 
@@ -50,7 +50,7 @@ def test_a_series_skips_rows_without_its_key():
 def test_settled_logps_by_hand():
     # Reference log-probs -50 and -150: the average pair has -100, whatever a log happened to look at.
     rows = [row(1, chosen=0.0, length=1), row(2, chosen=4.0, length=3)]
-    assert settled_logps(rows, "chosen") == ([1, 2], [-100.0, -96.0])
+    assert adjusted_logps(rows, "chosen") == ([1, 2], [-100.0, -96.0])
 
 
 PICTURES = {

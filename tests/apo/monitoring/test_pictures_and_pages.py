@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from apo.losses.objectives import _FIRST_TWO, _MAY_ASK_FOR, OBJECTIVES, apo_down, apo_zero, dpo, resolve_objective
+from apo.losses.objectives import _KINDS, _OPTIONAL_INPUTS, OBJECTIVES, apo_down, apo_zero, dpo, resolve_objective
 from apo.monitoring.diagnosis import RULES
-from apo.monitoring.guard import Look, compare
-from apo.monitoring.metrics import MEANS_OF_LOGPS, MEANS_OF_RATIOS, OF_SOME, QUANTILES, SHARES
+from apo.monitoring.guard import GuardMeasurement, guard_metrics
+from apo.monitoring.metrics import CONDITIONAL_METRICS, LOGP_MEANS, QUANTILES, RATIO_MEANS, SHARES
 from apo.monitoring.token_diagnostics import METRICS as PROBED
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 from tests.apo.losses.test_objectives import gradients
@@ -35,23 +35,25 @@ def test_the_table_of_gradients_is_what_autograd_says():
 
 
 def test_the_table_of_kinds_is_what_a_function_is_offered():
-    for row, (first_two, kind) in zip(rows_of("kinds"), _FIRST_TWO.items(), strict=True):
+    for row, (first_two, kind) in zip(rows_of("kinds"), _KINDS.items(), strict=True):
         assert row[0] == kind
         assert all(f"`{name}`" in row[1] for name in first_two)
-        assert set(row[2].replace("`", "").split(", ")) == _MAY_ASK_FOR[kind]
+        assert set(row[2].replace("`", "").split(", ")) == _OPTIONAL_INPUTS[kind]
 
 
 def test_every_metric_is_explained():
     documented = {name for row in rows_of("metrics") for name in row[0].replace("`", "").split(", ")}
     quantiles = {f"rewards/{side}_{word}" for side in ("chosen", "rejected") for word in QUANTILES}
     speed = {"pairs_per_second", "tokens_per_second", "mfu"}
-    assert documented == {*MEANS_OF_LOGPS, *MEANS_OF_RATIOS, *SHARES, *OF_SOME, *quantiles, *speed}
+    assert documented == {*LOGP_MEANS, *RATIO_MEANS, *SHARES, *CONDITIONAL_METRICS, *quantiles, *speed}
 
 
 def test_every_metric_of_the_probe_and_the_guard_is_explained():
     documented = {name for row in rows_of("probe") for name in row[0].replace("`", "").split(", ")}
     assert documented == set(PROBED)
-    looks = compare(Look((1.0, 2.0), (1, 2), (1.0, 0.0)), Look((1.0, 2.0), (1, 2), (1.0, 0.0)))
+    looks = guard_metrics(
+        GuardMeasurement((1.0, 2.0), (1, 2), (1.0, 0.0)), GuardMeasurement((1.0, 2.0), (1, 2), (1.0, 0.0))
+    )
     page = pages()["docs/training_monitoring.md"]
     assert all(f"`{name}`" in page for name in looks)
 

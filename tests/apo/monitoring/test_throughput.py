@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from apo.cost import memory as fit
 from apo.cost import sizes as shapes
 from apo.monitoring.metrics import COLUMNS, token_counts
-from apo.monitoring.throughput import Meter, Scale, scale_of
+from apo.monitoring.throughput import ComputeScale, Meter, compute_scale
 from apo.packing.packed_model import pack_pairs
 from tests.apo.conftest import make_model, make_pairs
 from tests.apo.training.test_trainer import apo_trainer, lora
@@ -74,7 +74,7 @@ def test_model_flops_are_those_that_torch_counts(adapter):
         model = get_peft_model(model, lora())
         for name, weight in model.named_parameters():
             weight.requires_grad_("lora_" in name or "embed_tokens" in name)  # so that gradients go all the way down
-    scale = scale_of(model, CPU)
+    scale = compute_scale(model, CPU)
     ids = torch.arange(5, 29)[None]
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, use_cache=False).logits.sum().backward()
@@ -83,7 +83,7 @@ def test_model_flops_are_those_that_torch_counts(adapter):
 
 def test_what_the_estimate_counts_and_the_utilisation_does_not_is_computed_anew():
     model = make_model()
-    scale, sizes = scale_of(model, CPU), shapes.sizes_of_model(model)
+    scale, sizes = compute_scale(model, CPU), shapes.sizes_of_model(model)
     for labels in (60, 4_000_000):  # of the many, logits are not kept for backward
         row = fit.Row(100, labels, 5000)
         job = fit.Job(sizes, (row,), 0, 1, 1, 1, 4, 4, 2, False, False, False, None)
@@ -96,8 +96,8 @@ def test_a_model_whose_arithmetic_is_not_known_has_no_utilisation(tmp_path, toke
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     moe = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=40, num_key_value_heads=1, num_local_experts=2))
-    assert scale_of(moe, CPU) == "it is a mixture of experts"
-    assert scale_of(make_model(), torch.device("meta")) == "the peak of this device is not known"
+    assert compute_scale(moe, CPU) == "it is a mixture of experts"
+    assert compute_scale(make_model(), torch.device("meta")) == "the peak of this device is not known"
     trainer = apo_trainer(tmp_path, tokenizer, pairs, max_steps=1)
     assert 0 < logged(trainer)[0]["mfu"] < 1
     trainer = apo_trainer(tmp_path, tokenizer, pairs, max_steps=1)
@@ -129,7 +129,7 @@ def test_padding_and_shared_tokens_are_logged_as_the_batches_were(tmp_path, toke
 def test_the_clock_stands_still_in_a_pause(monkeypatch):
     now = 0.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
-    meter = Meter(SimpleNamespace(num_processes=1), Scale(1, 0, 0, 0, False, peak=10.0))
+    meter = Meter(SimpleNamespace(num_processes=1), ComputeScale(1, 0, 0, 0, False, peak=10.0))
     meter.start()
     now = 5.0
     with meter.pause():
@@ -222,6 +222,6 @@ def test_a_read_meter_holds_the_pairs_of_all_processes_and_is_empty():
     meter.add("train", torch.full((2, 3), 5.0))
     meter.add("train", torch.full((1, 3), 6.0))
     assert not meter.has("eval")
-    assert meter.take("train").tolist() == [[5.0] * 3, [5.0] * 3, [6.0] * 3] * 2
+    assert meter.gather("train").tolist() == [[5.0] * 3, [5.0] * 3, [6.0] * 3] * 2
     assert not meter.has("train")
     assert meter.accelerator.call_count == 1

@@ -12,7 +12,14 @@ from transformers import AutoModelForCausalLM
 
 import apo.evaluation.pairs
 import apo.monitoring.token_diagnostics
-from apo.monitoring.token_diagnostics import METRICS, POSITIONS, Probe, View, compare, probe_of
+from apo.monitoring.token_diagnostics import (
+    METRICS,
+    POSITIONS,
+    TokenDiagnostics,
+    TokenLogps,
+    build_token_diagnostics,
+    diagnostic_metrics,
+)
 from apo.training.config import TrainConfig
 from apo.training.plan import plan
 from apo.training.train import build_trainer, train
@@ -35,10 +42,14 @@ def test_training_and_evaluation_mark_the_same_tokens():
 
 def test_a_comparison_by_hand():
     # Two pairs. Of the first chosen response, token 1 is edited and falls by 2 nats, the shared one rises by 1.
-    start = View([torch.tensor(t) for t in ([-1.0, -1.0], [-3.0], [-1.0], [-1.0])], torch.tensor([[0.5, 0.5]]).log())
-    now = View([torch.tensor(t) for t in ([0.0, -3.0], [-4.0], [-2.0], [-0.5])], torch.tensor([[0.25, 0.75]]).log())
+    start = TokenLogps(
+        [torch.tensor(t) for t in ([-1.0, -1.0], [-3.0], [-1.0], [-1.0])], torch.tensor([[0.5, 0.5]]).log()
+    )
+    now = TokenLogps(
+        [torch.tensor(t) for t in ([0.0, -3.0], [-4.0], [-2.0], [-0.5])], torch.tensor([[0.25, 0.75]]).log()
+    )
     shared = [torch.tensor(mark) for mark in ([True, False], [False], [True], [True])]
-    result = compare(start, now, shared)
+    result = diagnostic_metrics(start, now, shared)
     assert result == pytest.approx({
         "probe/kl": 0.25 * torch.tensor(0.5).log().item() + 0.75 * torch.tensor(1.5).log().item(),
         "probe/shared_chosen": (1 - 1) / 2, "probe/edited_chosen": -2.0, "probe/shared_rejected": 0.5,
@@ -50,7 +61,7 @@ def test_a_comparison_by_hand():
 def test_a_view_is_what_the_models_logits_say(tmp_path, tokenizer, pairs, adapter):
     trainer = apo_trainer(tmp_path, tokenizer, pairs, None, lora() if adapter else None)
     rows = [trainer.train_dataset[row] for row in range(3)]
-    probe = Probe(trainer, rows)
+    probe = TokenDiagnostics(trainer, rows)
     model, distributions = make_model(), []
     for row in rows:
         for side in ("chosen_ids", "rejected_ids"):
@@ -59,9 +70,9 @@ def test_a_view_is_what_the_models_logits_say(tmp_path, tokenizer, pairs, adapte
                 logps = model(ids).logits[0, :-1].log_softmax(-1)
             distributions.append(logps[-len(row[side]) :])
             expected = distributions[-1].gather(-1, torch.tensor(row[side])[:, None]).squeeze(-1)
-            torch.testing.assert_close(probe.before.tokens[len(distributions) - 1], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(probe.baseline.tokens[len(distributions) - 1], expected, rtol=1e-4, atol=1e-4)
     everywhere = torch.cat(distributions)
-    torch.testing.assert_close(probe.before.positions, everywhere, rtol=1e-4, atol=1e-4)  # fewer than POSITIONS
+    torch.testing.assert_close(probe.baseline.positions, everywhere, rtol=1e-4, atol=1e-4)  # fewer than POSITIONS
     first = probe.measure(trainer)
     assert all(abs(value) < 1e-5 for name, value in first.items() if "falls" not in name)
     assert set(first) == set(METRICS)
@@ -73,16 +84,16 @@ def test_a_view_is_what_the_models_logits_say(tmp_path, tokenizer, pairs, adapte
 
 def test_positions_are_spread_and_bounded(tmp_path, tokenizer):
     trainer = apo_trainer(tmp_path, tokenizer, Dataset.from_list(make_pairs(24)))
-    probe = Probe(trainer, [trainer.train_dataset[row] for row in range(24)])
+    probe = TokenDiagnostics(trainer, [trainer.train_dataset[row] for row in range(24)])
     total = sum(len(mark) for mark in probe.shared)
     assert total > POSITIONS
-    assert POSITIONS / 2 < len(probe.before.positions) <= POSITIONS
+    assert POSITIONS / 2 < len(probe.baseline.positions) <= POSITIONS
 
 
 def test_unpaired_rows_have_a_divergence_and_no_edits(tmp_path, tokenizer):
     trainer = apo_trainer(tmp_path, tokenizer, Dataset.from_list(make_pairs(4)))
     row = trainer.train_dataset[0]
-    probe = Probe(trainer, [{**row, "rejected_ids": []}, {**row, "chosen_ids": []}])
+    probe = TokenDiagnostics(trainer, [{**row, "rejected_ids": []}, {**row, "chosen_ids": []}])
     assert set(probe.measure(trainer)) == {"probe/kl"}
 
 
@@ -91,7 +102,7 @@ def test_a_probe_grows_with_the_run_and_prefers_held_out_pairs(tmp_path, tokeniz
 
     def size(steps, size=None, eval_dataset=None):
         trainer = apo_trainer(tmp_path, tokenizer, train_pairs, eval_dataset=eval_dataset, max_steps=steps)
-        probe = probe_of(trainer, size)
+        probe = build_token_diagnostics(trainer, size)
         return probe and (len(probe.pairs), probe.pairs[0]["prompt_ids"] == trainer.train_dataset[0]["prompt_ids"])
 
     assert size(20) is None

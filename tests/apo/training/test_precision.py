@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from apo.monitoring.token_diagnostics import Probe
+from apo.monitoring.token_diagnostics import TokenDiagnostics
 from apo.training.preflight import check_before_training
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
@@ -87,7 +87,7 @@ def test_every_reward_is_0_before_and_on_a_rate_of_0(tmp_path, tokenizer, mixed,
 def test_what_looks_on_sees_no_change_on_a_rate_of_0(tmp_path, tokenizer, mixed):
     trainer = trainer_of(tmp_path, tokenizer, objective="kto", **mixed)
     examples = [trainer.train_dataset[row] for row in range(3)]
-    initial, probe = trainer.response_logps(examples), Probe(trainer, examples)
+    initial, probe = trainer.response_logps(examples), TokenDiagnostics(trainer, examples)
     trainer.train()
     assert trainer.response_logps(examples) == initial
     assert all(value == 0 for value in probe.measure(trainer).values())

@@ -358,7 +358,7 @@ def test_a_run_goes_on_the_next_day_with_the_date_of_its_first(model_dir, data, 
     first, second = (plan(config(name)) for name in ("whole", "another"))  # what starts anew writes today's date
     assert first.train.dataset["prompt_ids"][:] != second.train.dataset["prompt_ids"][:]
     assert first.eval.dataset["prompt_ids"][:] != second.eval.dataset["prompt_ids"][:]
-    assert first.rails.options != second.rails.options
+    assert first.guard_set.options != second.guard_set.options
 
 
 def test_a_run_that_goes_on_reads_each_file_of_its_checkpoint_once_to_check_it(model_dir, data, tmp_path, monkeypatch):

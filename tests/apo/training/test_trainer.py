@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, TrlParser
 
 from apo.losses.mixture import resolve_mixture
 from apo.monitoring.failures import Stopped
-from apo.monitoring.metrics import check_best_metric, measure, per_pair_metrics
+from apo.monitoring.metrics import aggregate_metrics, check_best_metric, per_pair_metrics
 from apo.packing.logps import PairLogps, plain_logps
 from apo.run_dir.checkpoints import UNFINISHED
 from apo.training.preflight import check_before_training
@@ -364,7 +364,7 @@ def test_metrics_by_hand():
     reference = torch.tensor([-5.0, -8.0, -2.0]), torch.tensor([-3.0, -8.0, -1.0])
     losses, weights = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2.0, 1.0, 1.0])
     work = torch.tensor([[30.0, 20, 20, 9, 200], [10, 10, 10, 4, 50], [20, 20, 15, 7, 90]])
-    means = measure(
+    means = aggregate_metrics(
         per_pair_metrics(losses, policy, reference, weights, (0.0, 0.0), work), resolve_mixture("dpo"), beta=0.5
     )
     assert means == pytest.approx({
@@ -383,7 +383,7 @@ def test_what_rounding_tells_apart_is_a_tie_and_no_fall():
     policy = PairLogps(*torch.tensor([[-4.0, -4.0], [-5.0, -5.0]]), *lengths)
     reference = torch.tensor([-3.99999, -3.9999]), torch.tensor([-5.00001, -5.0])
     rows = per_pair_metrics(torch.ones(2), policy, reference, torch.ones(2), (0.0, 0.0), torch.ones(2, 5))
-    means = measure(rows, resolve_mixture("dpo"), beta=0.5)
+    means = aggregate_metrics(rows, resolve_mixture("dpo"), beta=0.5)
     values = [means[key] for key in ("rewards/ties", "rewards/accuracies", "chosen_falls")]
     assert values == [0.5, 0.25, 0.5]
 
@@ -393,7 +393,7 @@ def test_unpaired_rows_count_where_they_have_a_response():
     policy = PairLogps(*logps, *torch.tensor([[2, 0, 4], [0, 3, 0]]))
     reference = torch.tensor([-5.0, 0.0, -1.0]), torch.tensor([0.0, -7.0, 0.0])
     rows = per_pair_metrics(torch.ones(3), policy, reference, torch.ones(3), (0.0, 0.0), torch.ones(3, 5))
-    means = measure(rows, resolve_mixture("kto"), beta=0.5)
+    means = aggregate_metrics(rows, resolve_mixture("kto"), beta=0.5)
     values = {key: means[key] for key in ("rewards/chosen", "rewards/rejected", "lengths/chosen", "chosen_falls")}
     assert values == {"rewards/chosen": 0.0, "rewards/rejected": -1.0, "lengths/chosen": 3.0, "chosen_falls": 0.5}
     assert not {"rewards/accuracies", "rewards/ties"} & set(means)
