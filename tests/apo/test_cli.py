@@ -13,11 +13,11 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import apo
-from apo import cli
 from apo.models.merge_adapter import merge
 from apo.training.config import TrainConfig
 from apo.training.train import train
 from clair.core.errors import UserError
+from tests.apo.command import call
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 
 APO = [sys.executable, "-m", "apo.cli"]
@@ -34,13 +34,6 @@ def test_public_names_are_sorted_and_there():
     assert dir(apo) == sorted(apo.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'apo_one'"):
         apo.apo_one  # noqa: B018
-
-
-def call(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["apo", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code
 
 
 def test_a_wrong_option_is_exit_code_2(monkeypatch, capsys):

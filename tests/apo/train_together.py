@@ -19,8 +19,8 @@ from datasets import Dataset
 from apo.distributed.deepspeed import unsharded_loading
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
 from tests.apo.deepspeed_on_cpus import let_cpus_share_out
-from tests.apo.training.test_trajectory import tiny
-from tests.apo.training.test_unpaired import make_rows
+from tests.apo.training.families import tiny
+from tests.apo.training.unpaired_rows import make_rows
 
 STEPS = 20
 SIZE = 8

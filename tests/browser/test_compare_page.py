@@ -11,8 +11,8 @@ from apo.evaluation.compare.compare import comparison, flip_kind, flips, read_al
 from apo.evaluation.compare.html import write_page
 from tests.apo.evaluation.made_results import TEXTS, make_items, write_folder
 from tests.browser.conftest import too_wide, visit
+from tests.browser.contrasts import CONTRASTS
 from tests.browser.synthetic import INJECTIONS
-from tests.browser.test_report_looks import CONTRASTS
 
 ACTIVE = ("script", "img", "iframe", "style", "link", "meta", "object", "embed", "base", "form", "svg")
 HARMFUL = {"right to wrong": f"right {INJECTIONS[0]} then", "wrong to right": f"wrong {INJECTIONS[1]} then"}

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+CONTRIBUTING = "docs/contributing.md"
 
 _BLOCK = re.compile(
     r"(?:^[ ]*<!-- (?P<note>[^\n]*?) -->\n+)?"
@@ -98,3 +99,15 @@ def tables(kind: str) -> list[tuple[str, str, list[list[str]]]]:
 
 def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def contributions() -> dict[str, list[Block]]:
+    """The blocks of each `## Add ...` that has commands at its end."""
+    text = pages()[CONTRIBUTING]
+    heads = [(text.count("\n", 0, m.start()) + 1, m[1]) for m in re.finditer(r"^## (.*)$", text, re.MULTILINE)]
+    blocks_by_name: dict[str, list[Block]] = {}
+    for block in blocks("diff", "python", "sh"):
+        name = next((name for line, name in reversed(heads) if line < block.line), "")
+        if block.page == CONTRIBUTING and name.startswith("Add "):
+            blocks_by_name.setdefault(name, []).append(block)
+    return blocks_by_name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -12,21 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.pages import ROOT, Block, blocks, pages
-
-PAGE = "docs/contributing.md"
-
-
-def contributions() -> dict[str, list[Block]]:
-    """The blocks of each `## Add ...` that has commands at its end."""
-    text = pages()[PAGE]
-    heads = [(text.count("\n", 0, m.start()) + 1, m[1]) for m in re.finditer(r"^## (.*)$", text, re.MULTILINE)]
-    blocks_by_name: dict[str, list[Block]] = {}
-    for block in blocks("diff", "python", "sh"):
-        name = next((name for line, name in reversed(heads) if line < block.line), "")
-        if block.page == PAGE and name.startswith("Add "):
-            blocks_by_name.setdefault(name, []).append(block)
-    return blocks_by_name
+from tests.house.pages import ROOT, Block, contributions
 
 
 @pytest.fixture

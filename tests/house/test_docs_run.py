@@ -20,9 +20,7 @@ import pytest
 import yaml
 
 from tests.apo.conftest import UNAVOIDABLE
-from tests.house.pages import ROOT, blocks, commands, pages
-from tests.house.test_contributing import PAGE as FOLLOWED
-from tests.house.test_contributing import contributions
+from tests.house.pages import CONTRIBUTING, ROOT, blocks, commands, contributions, pages
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in UNAVOIDABLE]
 
@@ -45,7 +43,7 @@ def test_a_command_is_run_or_says_what_it_needs():
     assert not strange, "neither run nor marked with `# needs: ...` or, above the block, `<!-- needs: ... -->`"
     assert len(RUN) > marked / 2
     assert ELSEWHERE
-    assert FOLLOWED in {command.page for command in RUN}
+    assert CONTRIBUTING in {command.page for command in RUN}
 
 
 def program_of(text: str) -> str:
@@ -182,7 +180,7 @@ def jsonl(file: Path, rows: list[dict]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if page != FOLLOWED])
+@pytest.mark.parametrize("page", [page for page in PAGES if page != CONTRIBUTING])
 def test_the_commands_of_a_page_run_as_they_stand(page, artifacts, tmp_path, monkeypatch):
     folder, url = artifacts
     stage(page, tmp_path, folder, url)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -22,7 +22,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from apo.cost import memory as fit
 from apo.cost import sizes as shapes
 from apo.cost.deepspeed_memory import Zero, held, zero_of
-from apo.cost.memory import Job
 from apo.cost.sizes import Device, Row, rows_of
 from apo.packing import onednn as matmul
 from apo.packing.packed_model import enable_packing, pack_pairs, packed_logps
@@ -30,22 +29,9 @@ from apo.training.config import TrainConfig
 from apo.training.plan import estimate, plan
 from apo.training.train import train
 from clair.core.errors import UserError
+from tests.apo.command import call
 from tests.apo.conftest import make_model
-from tests.apo.test_cli import call
-
-LLAMA_3_8B = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
-}  # fmt: skip
-
-
-def lora(r=4):
-    return LoraConfig(r=r, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def llama(**sizes):
-    with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(**sizes))
+from tests.apo.cost.jobs import LLAMA_3_8B, job, llama, lora
 
 
 def examples(n=3, prompt=9, seed=0):
@@ -58,14 +44,6 @@ def examples(n=3, prompt=9, seed=0):
         {"prompt_ids": ids(prompt), "chosen_ids": [5, *ids(7 + i), 3], "rejected_ids": [5, 6, *ids(4), 3]}
         for i in range(n)
     ]
-
-
-def job(sizes, rows, **more):
-    base = {
-        "padded_tokens": 1, "pairs": 1, "seen": 1, "stands_for": 1, "weight": 4, "compute": 4, "states": 2,
-        "checkpointing": False, "accumulates": False, "copies": False, "reference": None,
-    }  # fmt: skip
-    return Job(sizes=sizes, rows=tuple(rows), **base | more)
 
 
 def test_llama_3_8b_has_the_parameters_that_its_card_says():

@@ -15,7 +15,7 @@ from clair.core.recipe import load_recipe
 from clair.pipeline.build import build
 from clair.pipeline.config import BuildConfig
 from recipes.experiments.model_plans import plan
-from tests.apo.test_cli import call
+from tests.apo.command import call
 
 PARAMETERS = {
     "Meta-Llama-3-8B-Instruct": 8_030_261_248,

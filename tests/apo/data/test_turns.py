@@ -23,7 +23,7 @@ from apo.packing.packed_model import pack_pairs
 from apo.training.preflight import check_before_training
 from apo.training.reference import chunk_key
 from tests.apo.conftest import NUMBERS, WORDS, make_model, make_pairs
-from tests.apo.training.test_trainer import apo_trainer, assert_same_run, lora, options, trained
+from tests.apo.training.trainers import apo_trainer, assert_same_run, lora, options, trained
 
 
 def conversations(n: int = 12, seed: int = 1) -> list[dict]:

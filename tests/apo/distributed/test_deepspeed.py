@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.apo.conftest import apart, make_pairs
-from tests.apo.distributed.test_torchrun import PAIRS, ROOT, TRAINER, launched, outcome
+from tests.apo.distributed.processes import PAIRS, ROOT, TRAINER, launched, outcome
 
 pytestmark = [
     pytest.mark.slow,

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,14 +15,8 @@ from safetensors.torch import load_file
 
 from apo.run_dir import checkpoints
 from tests.apo.conftest import apart, make_pairs
+from tests.apo.distributed.processes import PAIRS, TRAINER, launched, outcome
 
-ROOT = Path(__file__).parents[3]
-PAIRS = 22
-TRAINER = {
-    "learning_rate": 1e-2, "num_train_epochs": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
-    "logging_steps": 1, "save_steps": 4, "lr_scheduler_type": "cosine",
-}  # fmt: skip
-# Of 8 pairs a step, 3 steps an epoch, the last of 6: with two processes of 2 pairs one has nothing to do in its end.
 pytestmark = pytest.mark.slow
 
 
@@ -42,18 +34,6 @@ def recipe(model_dir, data, out, **trainer):
     return path
 
 
-def launched(folder, *arguments, **environment):
-    """Python with these arguments as a process in a folder, whose words are waited for by `outcome`."""
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf"),
-        "CLAIR_CACHE": str(folder / "cache"), "TORCH_CPP_LOG_LEVEL": "ERROR", **environment,
-    }  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        env=environment, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-
-
 def start(processes, tmp_path, *command, launch=("-m", "apo.cli"), more=()):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *more)
     return launched(tmp_path, *torchrun, *launch, *command)
@@ -61,15 +41,6 @@ def start(processes, tmp_path, *command, launch=("-m", "apo.cli"), more=()):
 
 def run(processes, tmp_path, *command, **options):
     return outcome(start(processes, tmp_path, *command, **options))
-
-
-def outcome(process):
-    """Its exit code, and what it said."""
-    try:
-        _, output = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    return process.returncode, output
 
 
 def ours(output):

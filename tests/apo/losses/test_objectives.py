@@ -26,6 +26,7 @@ from apo.losses.objectives import (
     simpo,
 )
 from clair.core.errors import UserError
+from tests.apo.losses.derivatives import gradients
 
 # (r_w, r_l): gradients of zero, down and dpo with respect to (r_w, r_l), from the paper's derivation, by hand.
 GRADIENTS = {
@@ -38,12 +39,6 @@ GRADIENTS = {
 PAIRED = (apo_zero, apo_down, dpo)
 UNPAIRED = (apo_zero_unpaired, kto)
 rewards = st.floats(-15, 15, width=32)  # past 37 sigmoid is 1 in float64, and its derivative 0
-
-
-def gradients(objective, *inputs, **options):
-    leaves = [torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in inputs]
-    objective(*leaves, **options).sum().backward()
-    return tuple(leaf.grad.item() for leaf in leaves)
 
 
 @pytest.mark.parametrize("rewards", GRADIENTS)

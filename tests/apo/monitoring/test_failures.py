@@ -26,7 +26,7 @@ from apo.run_dir.checkpoints import checkpoints, resume_problem
 from apo.training.config import TrainConfig
 from apo.training.train import train
 from tests.apo.conftest import make_model, make_pairs
-from tests.apo.training.test_trainer import apo_trainer, lora
+from tests.apo.training.trainers import apo_trainer, lora
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 

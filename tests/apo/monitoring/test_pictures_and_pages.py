@@ -11,7 +11,7 @@ from apo.monitoring.guard import GuardMeasurement, guard_metrics
 from apo.monitoring.metrics import CONDITIONAL_METRICS, LOGP_MEANS, QUANTILES, RATIO_MEANS, SHARES
 from apo.monitoring.token_diagnostics import METRICS as PROBED
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
-from tests.apo.losses.test_objectives import gradients
+from tests.apo.losses.derivatives import gradients
 from tests.house.pages import blocks, pages, tables
 
 

@@ -20,7 +20,7 @@ from apo.monitoring.metrics import COLUMNS, token_counts
 from apo.monitoring.throughput import ComputeScale, Meter, compute_scale
 from apo.packing.packed_model import pack_pairs
 from tests.apo.conftest import make_model, make_pairs
-from tests.apo.training.test_trainer import apo_trainer, lora
+from tests.apo.training.trainers import apo_trainer, lora
 
 CPU = torch.device("cpu")
 

@@ -25,7 +25,7 @@ from apo.training.plan import plan
 from apo.training.train import build_trainer, train
 from clair.data.contrast import shared_tokens
 from tests.apo.conftest import make_model, make_pairs
-from tests.apo.training.test_trainer import apo_trainer, lora
+from tests.apo.training.trainers import apo_trainer, lora
 
 
 def test_shared_tokens_are_the_longest_common_subsequence():

@@ -16,7 +16,7 @@ from apo.packing import attention
 from apo.packing import packed_model as prefix
 from apo.packing.logps import plain_logps
 from apo.packing.packed_model import enable_packing, pack_pairs, packed_logps
-from tests.apo.packing.test_packed_model import FAMILIES, SHAPES, gradients, pairs, stacked, tiny
+from tests.apo.packing.packing_models import FAMILIES, SHAPES, gradients, packed_row, pairs, stacked, tiny
 
 
 def causal_from_the_end(
@@ -80,16 +80,6 @@ def test_in_mixed_precision_too_every_way_is_taken(backend):
 
 
 spans = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=6)
-
-
-def packed_row(shapes):
-    """A layout of nothing but spans (shared, chosen and rejected tokens)."""
-    spans, start = [], 0
-    for shared, chosen, rejected in shapes:
-        spans.append(attention.PairSpan(start, shared, chosen, rejected))
-        start += shared + chosen + rejected
-    unused = torch.zeros(0)
-    return attention.PackedRow(torch.zeros(1, start), unused, spans, *[unused] * 4)
 
 
 @settings(max_examples=30, deadline=None)

@@ -20,7 +20,7 @@ from apo.packing import packed_model as prefixes
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
 from tests.apo.conftest import make_model, make_pairs
-from tests.apo.packing.test_attention import packed_row
+from tests.apo.packing.packing_models import packed_row
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 SHAPES = ([(130, 200, 300), (90, 0, 70)], [(20, 10, 10)], [(300, 120, 10), (200, 150, 260), (5, 9, 0)])

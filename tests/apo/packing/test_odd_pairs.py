@@ -11,9 +11,9 @@ from datasets import Dataset
 
 from apo.packing.logps import plain_logps
 from apo.packing.packed_model import shared_prefix_logps
+from tests.apo.command import call
 from tests.apo.conftest import make_model
-from tests.apo.test_cli import call
-from tests.apo.training.test_trainer import apo_trainer
+from tests.apo.training.trainers import apo_trainer
 
 
 def pair(chosen, rejected, number=0):

@@ -8,7 +8,7 @@ import torch
 from apo.packing import onednn as matmul
 from apo.packing.logps import plain_logps
 from apo.packing.packed_model import disable_packing, enable_packing, pack_pairs, packed_logps, shared_prefix_logps
-from tests.apo.packing.test_packed_model import FAMILIES, SHAPES, gradients, pairs, stacked, tiny
+from tests.apo.packing.packing_models import FAMILIES, SHAPES, gradients, pairs, stacked, tiny
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from apo.run_dir import checkpoints
-from tests.apo.test_cli import call
+from tests.apo.command import call
 
 
 @pytest.fixture

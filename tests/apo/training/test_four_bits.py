@@ -19,7 +19,7 @@ from apo.training.plan import plan
 from apo.training.train import build_trainer, train
 from clair.core.errors import UserError
 from tests.apo.conftest import apart, make_model, make_tokenizer
-from tests.apo.training.test_resume import Crash, crash_in
+from tests.apo.training.crashes import Crash, crash_in
 
 pytestmark = pytest.mark.slow
 SIZES = {"hidden_size": 64, "intermediate_size": 128}

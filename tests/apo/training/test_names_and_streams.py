@@ -84,7 +84,8 @@ def test_a_model_that_is_not_there_is_told_in_one_line(tmp_path, pairs, name, ma
     assert "\n" not in str(error.value)
 
 
-def test_a_run_without_arguments_writes_to_a_folder_named_after_the_model(model_dir, pairs):
+def test_a_run_without_arguments_writes_to_a_folder_named_after_the_model(tmp_path, monkeypatch, model_dir, pairs):
+    monkeypatch.chdir(tmp_path)
     assert APOTrainer(str(model_dir), train_dataset=pairs).args.output_dir == f"{model_dir.name}-APO"
 
 

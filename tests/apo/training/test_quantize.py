@@ -17,7 +17,7 @@ from apo.training.train import build_trainer, train
 from clair.core.errors import UserError
 from clair.core.recipe import resolve
 from tests.apo.conftest import make_model
-from tests.apo.cost.test_memory import LLAMA_3_8B, job, llama, lora
+from tests.apo.cost.jobs import LLAMA_3_8B, job, llama, lora
 
 QLORA = {"lora": {"r": 4}, "quantize": "nf4"}
 

@@ -18,7 +18,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
 
 from apo.monitoring.failures import Stopped
 from apo.run_dir import checkpoints
@@ -30,7 +29,8 @@ from clair.core.errors import UserError
 from clair.pipeline.output_dir import lock_output
 from clair.storage.object_store import InUse
 from tests.apo.conftest import TEMPLATE, make_pairs, make_tokenizer
-from tests.apo.training.test_trajectory import tiny
+from tests.apo.training.crashes import CRASHES, Crash, crash_in
+from tests.apo.training.families import tiny
 
 STEPS, EVERY = 18, 4
 TRAINER = {
@@ -38,10 +38,6 @@ TRAINER = {
     "logging_steps": 3, "save_steps": EVERY, "lr_scheduler_type": "cosine",
 }  # fmt: skip
 # 22 pairs in windows of 4: 6 steps an epoch, the last one smaller; checkpoints at 4, 8, 12, 16, 18 of 18 steps.
-
-
-class Crash(BaseException):
-    """Stands for the end of the process: nothing of ours may catch it."""
 
 
 @pytest.fixture(scope="module")
@@ -78,30 +74,6 @@ def assert_same_result(out, expected):
     for name, tensor in weights(expected).items():
         torch.testing.assert_close(weights(out)[name], tensor, rtol=0, atol=1e-6, msg=name)
     assert metrics(out) == [pytest.approx(row, abs=1e-5, rel=1e-5) for row in metrics(expected)]
-
-
-def crash_in(point, crash_step, monkeypatch):
-    """Let the process end inside the save of a step: in front of a function of the save, or after it."""
-    owner, name, run_first = point
-    original = getattr(owner, name)
-
-    def crashing(*args, **kwargs):
-        step = args[0].state.global_step if isinstance(args[0], Trainer) else checkpoints.checkpoint_step(args[1])
-        result = original(*args, **kwargs) if run_first or step != crash_step else None
-        if step == crash_step:
-            raise Crash
-        return result
-
-    monkeypatch.setattr(owner, name, crashing)
-
-
-CRASHES = {
-    "before the model is written": (Trainer, "save_model", False),
-    "before the optimizer is written": (Trainer, "_save_optimizer_and_scheduler", False),
-    "before the random state is written": (Trainer, "_save_rng_state", False),
-    "before the checkpoint is declared complete": (checkpoints, "finish", False),
-    "after the checkpoint is in place": (checkpoints, "finish", True),
-}
 
 
 @pytest.mark.parametrize("point", CRASHES)

@@ -26,20 +26,12 @@ from apo.training.train import train
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError
+from tests.apo.command import call
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
-from tests.apo.test_cli import call
-from tests.apo.training.test_resume import CRASHES, Crash, crash_in
+from tests.apo.training.crashes import CRASHES, Crash, crash_in
+from tests.apo.training.unpaired_rows import make_rows
 
 CLASSES = {"desirable_weight": 0.5, "undesirable_weight": 1.5}
-
-
-def make_rows(n=24, seed=0, label=lambda i: i % 3 != 1):
-    """Rows with one response each, two thirds of them desirable."""
-    rows = []
-    for i, pair in enumerate(make_pairs(n, seed)):
-        answer = pair["chosen"] if label(i) else pair["rejected"]
-        rows.append({"prompt": pair["prompt"], "completion": answer, "label": label(i), "id": pair["id"]})
-    return rows
 
 
 def cut_in_two(pairs):
