@@ -1,7 +1,7 @@
-"""The page a person looks at before training: `clair report DIR` writes one HTML file, complete in itself.
+"""The HTML report of a dataset: `clair report DIR` writes one self-contained file to read before training.
 
-It holds the funnel from prompts to pairs, contrast and length of all pairs, tokens and cost, and the pairs
-themselves to read, search, sort and mark. Numbers are of all pairs; full text is of as many as fit the page.
+It holds the funnel from prompts to pairs, contrast and length of all pairs, tokens and cost, and the pairs themselves
+to read, search, sort and mark. The numbers are of all pairs; the full texts are of as many pairs as fit the page.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from clair.pipeline.filters import FILTERS
 from clair.prompting.parse import FAILURES
 from clair.reporting.html_page import clip, diff, histogram, html_page, json_text, round_edges
 from clair.reporting.review import FORMAT, REASON, STAGE, fingerprint
-from clair.reporting.sampling import METRICS, Rows, fit, read_filters, short, stratified_order
+from clair.reporting.sampling import METRICS, Rows, compact_number, fit_to_page, read_filters, stratified_order
 
 MAX_BYTES = 25_000_000
-"""A page is never larger: mail, chat and browsers take it, and it opens at once."""
+"""The maximum size of a page: mail and chat accept it, and browsers open it at once."""
 FULL_TEXTS = 2_000
-"""Of how many pairs a page holds the full text; of more where all are short."""
+"""The number of pairs with full text on a page; larger if all are short."""
 _SHORT = 5_000_000
 _ROWS_BYTES = 13_000_000
 _DROPS_BYTES = 3_000_000
-_LEAST_CLIP, _MOST_CLIP = 24_000, 100_000
+_MIN_CLIP, _MAX_CLIP = 24_000, 100_000
 _CELLS = 24
 _SPLITS = ("train", "test")
-_PARTS = ("report.html", "report.css", "overview.js", "report.js")
+_ASSETS = ("report.html", "report.css", "overview.js", "report.js")
 
 
 def report(folder: str | Path, out: str | Path | None = None, filters: Sequence[str] = ()) -> Path:
-    """Write the page of a dataset folder to `out` (DIR/report.html) and return where it is. Equal folders, equal bytes.
+    """Write the page of a dataset folder to `out` (default DIR/report.html) and return its path. It is deterministic.
 
-    `filters` choose whose full text it holds; of more than `FULL_TEXTS` pairs it is a sample spread evenly over
-    contrast and length. Raises UserError for a folder without a finished dataset, or a filter that cannot be read.
+    `filters` choose the pairs with full text; of more than `FULL_TEXTS` pairs a sample spread evenly over contrast and
+    length has it. Raises UserError for a folder without a finished dataset, or a filter that cannot be parsed.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    wanted = read_filters(filters)
+    is_match = read_filters(filters)
     rows = Rows()
     for split in _SPLITS:
         for row in read_rows(folder, [split]):
-            rows.add(row, split, wanted)
-    if filters and not rows.wanted:
+            rows.add(row, split, is_match)
+    if filters and not rows.matching:
         raise UserError(f"no pair of {folder} fits --filter {' --filter '.join(filters)}; nothing to show")
-    listed = fit(rows, _ROWS_BYTES)
+    listed = fit_to_page(rows, _ROWS_BYTES)
     data = json_text(
         {
             "format": FORMAT,
@@ -66,11 +66,11 @@ def report(folder: str | Path, out: str | Path | None = None, filters: Sequence[
         }
     )
     title = f"{folder.resolve().name}: {len(rows.ids):,} pairs"
-    without = html_page(title, _PARTS, {"data": data, "full": "[]", "texts": "{}"})
-    texts = _texts(folder, rows, listed, MAX_BYTES - 10 * FULL_TEXTS - len(without.encode()))
+    page_without_texts = html_page(title, _ASSETS, {"data": data, "full": "[]", "texts": "{}"})
+    texts = _texts(folder, rows, listed, MAX_BYTES - 10 * FULL_TEXTS - len(page_without_texts.encode()))
     blocks = {"data": data, "full": json_text(list(texts)), "texts": "{" + ",".join(texts.values()) + "}"}
     target = Path(out) if out is not None else folder / "report.html"
-    write_atomically(target, html_page(title, _PARTS, blocks))
+    write_atomically(target, html_page(title, _ASSETS, blocks))
     return target
 
 
@@ -79,32 +79,32 @@ def _columns(rows: Rows, listed: Sequence[int]) -> dict[str, Any]:
         "id": [rows.ids[i] for i in listed],
         "test": [rows.test[i] for i in listed],
         "opening": [rows.openings[i] for i in listed],
-        "numbers": {name: [short(column[i]) for i in listed] for name, column in rows.numbers.items()},
+        "numbers": {name: [compact_number(column[i]) for i in listed] for name, column in rows.numbers.items()},
     }
 
 
-def _texts(folder: Path, rows: Rows, listed: Sequence[int], room: int) -> dict[int, str]:
-    """The full texts that fit into `room` bytes, as JSON members by place in the list."""
-    place = {i: at for at, i in enumerate(listed)}
-    order = stratified_order(rows, [i for i in rows.wanted if i in place])
+def _texts(folder: Path, rows: Rows, listed: Sequence[int], free_bytes: int) -> dict[int, str]:
+    """The full texts that fit into `free_bytes`, as JSON members by index in the page's list of pairs."""
+    list_index = {i: index for index, i in enumerate(listed)}
+    order = stratified_order(rows, [i for i in rows.matching if i in list_index])
     characters = accumulate(rows.characters[i] for i in order)
     order = order[: max(FULL_TEXTS, sum(1 for _ in takewhile(lambda total: total <= _SHORT, characters)))]
-    limit = min(_MOST_CLIP, max(_LEAST_CLIP, room // (8 * max(1, len(order)))))
-    chosen, found = set(order), {}
+    limit = min(_MAX_CLIP, max(_MIN_CLIP, free_bytes // (8 * max(1, len(order)))))
+    chosen, members = set(order), {}
     for i, row in enumerate(read_rows(folder, _SPLITS)):
         if i in chosen:
-            found[i] = f'"{place[i]}":{json_text(full_text(row, limit))}'
-    kept, used = [], 0
+            members[i] = f'"{list_index[i]}":{json_text(full_text(row, limit))}'
+    fitting, used_bytes = [], 0
     for i in order:
-        size = len(found[i].encode()) + 10  # a comma, and its place in the list of those with text
-        if used + size <= room:
-            used += size
-            kept.append(i)
-    return {place[i]: found[i] for i in sorted(kept)}
+        size = len(members[i].encode()) + 10  # with a comma, and the index in the list of pairs with text
+        if used_bytes + size <= free_bytes:
+            used_bytes += size
+            fitting.append(i)
+    return {list_index[i]: members[i] for i in sorted(fitting)}
 
 
 def full_text(row: Mapping[str, Any], limit: int) -> dict[str, Any]:
-    """Everything to read of a pair, no text longer than about `limit` characters."""
+    """The texts of a pair, each clipped to about `limit` characters, with the diff from rejected to chosen."""
     chosen, rejected = (clip(row[side][-1]["content"], limit) for side in ("chosen", "rejected"))
     models = row.get("models") or {}
     return {
@@ -116,25 +116,25 @@ def full_text(row: Mapping[str, Any], limit: int) -> dict[str, Any]:
 
 
 def _drops(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The rows without a pair, as many of every reason as fit, in the order of the file."""
+    """The dropped rows in the order of the file; if not all fit, about equally many of each reason."""
     with open(folder / "dropped.jsonl", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     names = sorted({f"{row['stage']}.{row['reason']}" for row in rows} | set(manifest["drop_reasons"]))
-    seen: Counter[str] = Counter()
-    turns = []
+    counts: Counter[str] = Counter()
+    ranked = []
     for i, row in enumerate(rows):
         name = f"{row['stage']}.{row['reason']}"
-        turns.append((seen[name], i))
-        seen[name] += 1
-    listed, used = [], 0
-    for _, i in sorted(turns):
-        used += len(json_text([rows[i]["id"], rows[i]["detail"]]).encode()) + 8
-        if used > _DROPS_BYTES:
+        ranked.append((counts[name], i))
+        counts[name] += 1
+    listed, used_bytes = [], 0
+    for _, i in sorted(ranked):
+        used_bytes += len(json_text([rows[i]["id"], rows[i]["detail"]]).encode()) + 8
+        if used_bytes > _DROPS_BYTES:
             break
         listed.append(i)
     shown = [rows[i] for i in sorted(listed)]
     return {
-        "reasons": [{"name": name, "help": explain(name), "count": seen[name]} for name in names],
+        "reasons": [{"name": name, "help": explain(name), "count": counts[name]} for name in names],
         "reason": [names.index(f"{row['stage']}.{row['reason']}") for row in shown],
         "id": [row["id"] for row in shown],
         "detail": [row["detail"] for row in shown],
@@ -157,7 +157,7 @@ _REASONS = {
 
 
 def explain(name: str) -> str:
-    """What a drop reason ("stage.reason") means, in a sentence; empty where nothing is known of it."""
+    """One sentence on a drop reason ("stage.reason"); empty for an unknown reason."""
     stage, _, reason = name.partition(".")
     if name in _REASONS:
         return _REASONS[name]
@@ -167,17 +167,17 @@ def explain(name: str) -> str:
 
 
 def overview(manifest: Mapping[str, Any], rows: Rows) -> dict[str, Any]:
-    """What the first page tells: the manifest's counts, and distributions over all pairs."""
-    known = ("pipeline", "counts", "drop_reasons", "failed", "models", "sampling", "tokens", "cost", "position")
-    told = {name: manifest[name] for name in (*known, "seconds", "seed", "review", "recipe") if name in manifest}
-    return told | {
+    """The data of the overview: the manifest's counts, and distributions over all pairs."""
+    names = ("pipeline", "counts", "drop_reasons", "failed", "models", "sampling", "tokens", "cost", "position")
+    result = {name: manifest[name] for name in (*names, "seconds", "seed", "review", "recipe") if name in manifest}
+    return result | {
         "made_by": {"python": manifest.get("python"), **(manifest.get("versions") or {})},
-        "histograms": {name: _histogram(name, _known(rows.numbers[name])) for name in CONTRAST},
+        "histograms": {name: _histogram(name, _without_nan(rows.numbers[name])) for name in CONTRAST},
         "lengths": _lengths(rows),
     }
 
 
-def _known(column: Iterable[float]) -> list[float]:
+def _without_nan(column: Iterable[float]) -> list[float]:
     return [value for value in column if not math.isnan(value)]
 
 
@@ -193,7 +193,7 @@ def _histogram(name: str, values: Sequence[float]) -> dict[str, Any]:
 
 
 def _lengths(rows: Rows) -> dict[str, Any]:
-    """How winners and losers compare in words, and how often each combination comes, on a logarithmic grid."""
+    """Lengths in words of chosen and rejected answers, and a 2D histogram of them with logarithmic bins."""
     chosen, rejected = rows.numbers["chosen_words"], rows.numbers["rejected_words"]
     more = sorted(rows.numbers["more_words"])
     if not more:
@@ -203,8 +203,8 @@ def _lengths(rows: Rows) -> dict[str, Any]:
     highest = max(2 * lowest, both[-1 - len(both) // 200])
     scale = _CELLS / math.log(highest / lowest)
 
-    def cell(words: float) -> int:
-        return min(max(int(math.log(max(words, 1) / lowest) * scale), 0), _CELLS - 1)
+    def cell(count: float) -> int:
+        return min(max(int(math.log(max(count, 1) / lowest) * scale), 0), _CELLS - 1)
 
     grid = Counter((cell(r), cell(c)) for r, c in zip(rejected, chosen, strict=True))
     return {

@@ -1,9 +1,9 @@
-"""What all our HTML pages share: one file that opens offline, in which user text can do nothing but be read.
+"""Self-contained HTML pages that open offline and in which user text can never run.
 
-A page is put together from files in assets/: page.css and page.js (tables, plots, diffs, a list of any length, light
-and dark), and the page's own. What it shows travels as JSON in inert script blocks and reaches the document as text
-nodes only. Its policy lets run just the scripts and styles it was made with, by their hashes, forbids every
-request, and (Trusted Types) makes the browser refuse text that is assigned as markup.
+A page is assembled from files in assets/: page.css and page.js (tables, plots, diffs, lists of any length, light and
+dark), and the page's own files. Its data is JSON in inert script blocks and enters the document as text nodes only. Its
+content security policy allows just its own scripts and styles, by hash, forbids every request, and makes the browser
+refuse text that is assigned as markup (Trusted Types).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _UNSAFE = re.compile("[<\u2028\u2029\ud800-\udfff]")
 
 
 def json_text(value: Any) -> str:
-    """JSON that is safe inside a script element and encodes to UTF-8 whatever the text in it: no `<` stands in it.
+    """JSON that is safe inside a script element and always encodes to UTF-8.
 
-    Without `<` there is no `</script` and no `<!--`. Infinite numbers and NaN have no JSON and become null.
+    It contains no `<`, hence no `</script` and no `<!--`. Infinite numbers and NaN become null.
     """
     try:
         text = _dumps(value)
@@ -47,10 +47,10 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def html_page(title: str, parts: Sequence[str], blocks: Mapping[str, str]) -> str:
-    """A whole page: the templates `parts` (.html, .css, .js) behind the shared ones; `blocks` of `json_text` by id."""
+def html_page(title: str, assets: Sequence[str], blocks: Mapping[str, str]) -> str:
+    """A whole page: the shared assets followed by `assets` (.html, .css, .js), and `blocks` of `json_text` by id."""
     body, style, script = (
-        "".join(template(part) for part in (*shared, *parts) if part.endswith(kind))
+        "".join(read_asset(asset) for asset in (*shared, *assets) if asset.endswith(kind))
         for kind, shared in ((".html", ()), (".css", ("page.css",)), (".js", ("page.js",)))
     )
     assert not any("<" in text for text in blocks.values()), "a block must come from json_text"
@@ -76,8 +76,8 @@ def html_page(title: str, parts: Sequence[str], blocks: Mapping[str, str]) -> st
     )
 
 
-def template(file: str) -> str:
-    """A file of clair/templates."""
+def read_asset(file: str) -> str:
+    """The text of a file in assets/."""
     return resources.files("clair.reporting").joinpath("assets", file).read_text("utf-8")
 
 
@@ -90,7 +90,7 @@ def _policy(style: str, script: str) -> str:
 
 
 def clip(text: str, limit: int) -> str:
-    """The text, or where it is longer than `limit` characters its beginning and end and how much was left out."""
+    """The text; if longer than `limit` characters, its beginning and end with the number of characters between."""
     if len(text) <= limit:
         return text
     head = limit * 2 // 3
@@ -99,47 +99,48 @@ def clip(text: str, limit: int) -> str:
 
 
 def diff(rejected: str, chosen: str) -> list[list[Any]]:
-    """The word diff for a page: [0, text] what both say, [-1, text] gone, [1, text] new.
+    """The word diff as JSON: [0, text] for shared text, [-1, text] for removed and [1, text] for added text.
 
-    Where both say the same words with other white space, [0, chosen's, rejected's]: both texts can be put together
-    again exactly, the chosen one from the parts 0 and 1, the rejected one from 0 and -1.
+    If shared words differ in white space, the item is [0, chosen's, rejected's]. So both texts can be restored exactly:
+    chosen from the items 0 and 1, rejected from 0 and -1.
     """
     kinds = {"same": 0, "gone": -1, "new": 1}
     loser = split_pieces(rejected)
-    parts: list[list[Any]] = []
-    at = 0
+    segments: list[list[Any]] = []
+    position = 0
     for kind, text in word_diff(rejected, chosen):
-        part: list[Any] = [kinds[kind], text]
+        item: list[Any] = [kinds[kind], text]
         if kind != "new":
             count = len(split_pieces(text))
-            old = "".join(loser[at : at + count])
-            at += count
+            old = "".join(loser[position : position + count])
+            position += count
             if old != text:
-                part.append(old)
-        parts.append(part)
-    return parts
+                item.append(old)
+        segments.append(item)
+    return segments
 
 
 def histogram(values: Sequence[float], edges: Sequence[float]) -> dict[str, Any]:
-    """Counts of `values` between neighbouring `edges` (a value at an edge belongs above it, the last edge to the last
-    bin, what lies outside to the outermost), with n, mean and the 5, 50 and 95 % quantiles.
+    """Counts of `values` between neighbouring `edges`, with n, mean and the 5, 50 and 95 % quantiles.
+
+    A bin includes its lower edge, the last bin both edges. Values outside are counted in the outermost bins.
     """
     from bisect import bisect_right
 
     counts = [0] * (len(edges) - 1)
     for value in values:
         counts[min(max(bisect_right(edges, value) - 1, 0), len(counts) - 1)] += 1
-    told: dict[str, Any] = {"edges": list(edges), "counts": counts, "n": len(values)}
+    result: dict[str, Any] = {"edges": list(edges), "counts": counts, "n": len(values)}
     if values:
         ordered = sorted(values)
-        told["mean"] = math.fsum(values) / len(values)
+        result["mean"] = math.fsum(values) / len(values)
         for share in (5, 50, 95):
-            told[f"q{share}"] = ordered[round((len(ordered) - 1) * share / 100)]
-    return told
+            result[f"q{share}"] = ordered[round((len(ordered) - 1) * share / 100)]
+    return result
 
 
 def round_edges(top: float) -> list[float]:
-    """0, 1, 2, 5, 10, 20, 50 ... up to the first that is above `top`: the bins of a count that spans magnitudes."""
+    """0, 1, 2, 5, 10, 20, 50 ... up to the first edge above `top`: bins of a count that spans magnitudes."""
     edges: list[float] = [0]
     power = 1
     while True:

@@ -1,7 +1,7 @@
-"""What a person decided about the pairs of a dataset, put into effect: `clair keep DIR decisions.json`.
+"""Apply a reviewer's decisions about the pairs of a dataset: `clair keep DIR decisions.json`.
 
-The decisions come from the page that `clair report` writes. Pairs marked drop leave the Parquet files and stand in
-dropped.jsonl with stage "review" and reason "marked", so that the counts still add up. Equal input gives equal bytes.
+The decisions come from the page that `clair report` writes. Pairs marked drop move from the Parquet files to
+dropped.jsonl with stage "review" and reason "marked", so that the counts still add up. The result is deterministic.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from clair.storage.object_store import folder_of, is_url, local_copy, public_pat
 FORMAT = 1
 DECISIONS = ("keep", "drop")
 STAGE, REASON = "review", "marked"
-_NAMED = 5
+_MAX_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """A decisions file: which dataset it is about (`fingerprint`), what was decided by pair id, and its own hash."""
+    """A decisions file: the `fingerprint` of its dataset, the decisions by pair id, and the file's hash."""
 
     dataset: str
     by_id: Mapping[str, str]
@@ -44,12 +44,12 @@ class Decisions:
 
 
 def fingerprint(manifest: Mapping[str, Any]) -> str:
-    """What tells one state of a dataset's files from every other: 16 hex digits."""
+    """16 hex digits that identify the state of a dataset's files."""
     return content_hash(manifest["files"])[:16]
 
 
 def read_decisions(file: str | Path) -> Decisions:
-    """A decisions file, checked. Raises UserError where it is missing or is none."""
+    """Read and check a decisions file. Raises UserError if it is missing or malformed."""
     path = Path(file)
     if not path.is_file():
         raise UserError(f"decisions file {path} does not exist; give the file that the page of `clair report` saved")
@@ -59,8 +59,8 @@ def read_decisions(file: str | Path) -> Decisions:
     except ValueError as error:
         raise UserError(f"decisions file {path} is not JSON: {error}") from error
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        found = f"format {value.get('format')!r}" if isinstance(value, dict) else type(value).__name__
-        raise UserError(f'decisions file {path}: found {found}; this version reads {{"format": {FORMAT}, ...}}')
+        problem = f"format {value.get('format')!r}" if isinstance(value, dict) else type(value).__name__
+        raise UserError(f'decisions file {path}: found {problem}; this version reads {{"format": {FORMAT}, ...}}')
     if not isinstance(value.get("dataset"), str) or not isinstance(value.get("decisions"), dict):
         raise UserError(f"decisions file {path} needs dataset (text) and decisions (keep or drop by pair id)")
     for id, decision in value["decisions"].items():
@@ -69,46 +69,51 @@ def read_decisions(file: str | Path) -> Decisions:
     return Decisions(value["dataset"], value["decisions"], hashlib.sha256(content).hexdigest())
 
 
-def keep(folder: str | Path, decisions: Decisions, out: str | Path | None = None) -> dict[str, Any]:
-    """Apply decisions to the dataset `folder`, in place or into the new folder `out`; returns the new manifest.
+def apply_decisions(folder: str | Path, decisions: Decisions, out: str | Path | None = None) -> dict[str, Any]:
+    """Apply decisions to the dataset `folder`, in place or into the new folder `out`. Returns the new manifest.
 
-    Applying the same decisions in place a second time changes nothing, and a run that was cut off is finished by
-    running it again. Raises UserError as `check` does, before anything is written.
+    Applying the same decisions in place again changes nothing; after an interruption it completes the first run.
+    Raises UserError as `check_decisions` does, before anything is written.
     """
     source = Path(folder)
-    manifest = check(source, decisions, out)
+    manifest = check_decisions(source, decisions, out)
     if out is None and _applied(manifest, decisions):
         return manifest
     return _write(source, source if out is None else Path(out), manifest, decisions)
 
 
 def apply_decisions_locked(folder: str, decisions: Decisions, out: str | None = None) -> None:
-    """`keep`, while no other run has the folder that is written; of a URL the copy here is changed and put back.
+    """Apply decisions with the written folder locked. For a URL, change its local copy and upload it.
 
-    Raises UserError as `keep` does, and for a URL as `out`.
+    Raises UserError as `apply_decisions` does, and if `out` is a URL.
     """
     if out is not None:
         if is_url(out):
             raise UserError(f"--out {public_path(out)} is a URL; give a folder, or leave --out away to change in place")
         with local_copy(folder) as source:
-            check(source, decisions, out)
+            check_decisions(source, decisions, out)
             with lock_output(out):
-                keep(source, decisions, out)
+                apply_decisions(source, decisions, out)
         return
-    here = folder_of(folder)
+    local_folder = folder_of(folder)
     if is_url(folder):
         read_manifest(folder)
     else:
-        check(folder, decisions)
-    with report_as(here, public_path(folder) if is_url(folder) else str(here)), lock_output(folder) as output:
+        check_decisions(folder, decisions)
+    with (
+        report_as(local_folder, public_path(folder) if is_url(folder) else str(local_folder)),
+        lock_output(folder) as output,
+    ):
         output.fetch(read_manifest(output.folder)["files"])
-        keep(output.folder, decisions)
+        apply_decisions(output.folder, decisions)
         output.publish()
 
 
-def check(folder: str | Path, decisions: Decisions, out: str | Path | None = None) -> dict[str, Any]:
-    """The manifest of `folder`, where the decisions can be applied to it. Raises UserError where they are about another
-    state of the dataset or name pairs that it does not hold, and where `out` holds something else. Writes nothing.
+def check_decisions(folder: str | Path, decisions: Decisions, out: str | Path | None = None) -> dict[str, Any]:
+    """Check that the decisions can be applied to `folder`, and return its manifest. Writes nothing.
+
+    Raises UserError if they belong to another state of the dataset or name pairs that it does not hold, or if `out`
+    holds something else.
     """
     source = Path(folder)
     manifest = read_manifest(source)
@@ -136,19 +141,20 @@ def _check_target(source: Path, target: Path, manifest: Mapping[str, Any]) -> No
 
 
 def _check_fits(source: Path, manifest: Mapping[str, Any], decisions: Decisions) -> None:
-    here = fingerprint(manifest)
-    if decisions.dataset != here:
+    dataset = fingerprint(manifest)
+    if decisions.dataset != dataset:
         raise UserError(
-            f"the decisions are about dataset {decisions.dataset}, and {source} is {here}: it was built or reviewed "
+            f"the decisions are about dataset {decisions.dataset}, and {source} is {dataset}: it was built or reviewed "
             f"since; make the page again with `clair report {source}` and open the decisions file in it"
         )
-    known = {id for split in SPLITS for id in _ids(source, split)}
-    known |= {row["id"] for row in map(json.loads, _dropped_lines(source)) if _is_mark(row)}
-    unknown = sorted(decisions.by_id.keys() - known)
+    known_ids = {id for split in SPLITS for id in _ids(source, split)}
+    known_ids |= {row["id"] for row in map(json.loads, _dropped_lines(source)) if _is_mark(row)}
+    unknown = sorted(decisions.by_id.keys() - known_ids)
     if unknown:
-        more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
+        more = f" and {len(unknown) - _MAX_NAMED} more" if len(unknown) > _MAX_NAMED else ""
         raise UserError(
-            f"{source} has no pair {', '.join(map(repr, unknown[:_NAMED]))}{more}; decisions may name only its pairs"
+            f"{source} has no pair {', '.join(map(repr, unknown[:_MAX_NAMED]))}{more}; "
+            f"decisions may name only its pairs"
         )
 
 
@@ -169,8 +175,9 @@ def _dropped_lines(folder: Path) -> Iterator[bytes]:
 
 
 def _write(source: Path, target: Path, manifest: Mapping[str, Any], decisions: Decisions) -> dict[str, Any]:
-    """Write the reviewed folder. dropped.jsonl goes first and the manifest last: whenever it is cut off, the same
-    decisions still fit the folder and finish it.
+    """Write the reviewed folder: dropped.jsonl first, the manifest last.
+
+    So the same decisions still fit the folder after an interruption, and complete it.
     """
     (target / "data").mkdir(parents=True, exist_ok=True)
     _write_dropped(source, target, decisions)
@@ -188,40 +195,41 @@ def _write(source: Path, target: Path, manifest: Mapping[str, Any], decisions: D
 
 
 def _write_dropped(source: Path, target: Path, decisions: Decisions) -> None:
-    """The old drops, then the pairs marked drop in the order of the Parquet files.
+    """Write the old drops, then the pairs marked drop in the order of the Parquet files.
 
-    Where an earlier run of the same decisions was cut off, those it wrote stand there already, in that order.
+    Pairs that an interrupted run of the same decisions wrote are among the old drops, in that order.
     """
     marked = decisions.dropped
-    why = Dropped(STAGE, REASON, f"marked drop in the decisions file {decisions.sha256[:12]}")
-    known = {row["id"] for row in map(json.loads, _dropped_lines(source)) if row == why.row(row["id"])}
-    here = [id for split in SPLITS for id in _ids(source, split) if id in marked and id not in known]
+    drop = Dropped(STAGE, REASON, f"marked drop in the decisions file {decisions.sha256[:12]}")
+    written_before = {row["id"] for row in map(json.loads, _dropped_lines(source)) if row == drop.row(row["id"])}
+    new_ids = [id for split in SPLITS for id in _ids(source, split) if id in marked and id not in written_before]
     temporary = target / ".dropped.jsonl.tmp"
     with open(temporary, "wb") as file:
         file.writelines(_dropped_lines(source))
-        file.writelines((json.dumps(why.row(id), ensure_ascii=False) + "\n").encode() for id in here)
+        file.writelines((json.dumps(drop.row(id), ensure_ascii=False) + "\n").encode() for id in new_ids)
     publish(temporary, target / "dropped.jsonl")
 
 
-def _write_split(source: Path, target: Path, split: str, gone: frozenset[str], values: dict[str, list[float]]) -> int:
-    """Copy one Parquet file without the pairs in `gone`, group by group; collects contrast, returns the rows kept."""
+def _write_split(
+    source: Path, target: Path, split: str, dropped_ids: frozenset[str], values: dict[str, list[float]]
+) -> int:
+    """Copy one Parquet file without `dropped_ids`; append the contrast to `values`. Returns the number of rows."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    old = pq.ParquetFile(source / split_file(split), pre_buffer=False)
+    source_file = pq.ParquetFile(source / split_file(split), pre_buffer=False)
     temporary = (target / split_file(split)).with_name(f".{split}.tmp")
-    ids = pa.array(sorted(gone), pa.string())
-    kept = 0
-    names = old.schema_arrow.names  # an older build has fewer columns
-    whole = schema(tools="tools" in names, calls=is_json_list(old.schema_arrow.field("chosen").type))
-    layout = pa.schema([whole.field(name) for name in names])
-    with old, pq.ParquetWriter(temporary, layout, compression="zstd") as writer:
+    is_kept = ~pc.field("id").isin(pa.array(sorted(dropped_ids), pa.string()))
+    count = 0
+    names = source_file.schema_arrow.names  # an older build has fewer columns
+    full_schema = schema(tools="tools" in names, calls=is_json_list(source_file.schema_arrow.field("chosen").type))
+    layout = pa.schema([full_schema.field(name) for name in names])
+    with source_file, pq.ParquetWriter(temporary, layout, compression="zstd") as writer:
         waiting = to_table([], layout)
-        for batch in old.iter_batches(batch_size=ROWS_PER_GROUP):
-            table = pa.Table.from_batches([batch])
-            table = table.filter(pc.invert(pc.is_in(table["id"], value_set=ids)))
-            kept += len(table)
+        for batch in source_file.iter_batches(batch_size=ROWS_PER_GROUP):
+            table = pa.Table.from_batches([batch]).filter(is_kept)
+            count += len(table)
             for row in table["contrast"].to_pylist():
                 for name in CONTRAST:
                     if row[name] is not None:
@@ -233,13 +241,13 @@ def _write_split(source: Path, target: Path, split: str, gone: frozenset[str], v
         if len(waiting):
             writer.write_table(waiting.combine_chunks())
     publish(temporary, target / split_file(split))
-    return kept
+    return count
 
 
 def _reviewed(
     manifest: Mapping[str, Any], decisions: Decisions, counts: Mapping[str, int], values: Mapping[str, list[float]]
 ) -> dict[str, Any]:
-    """The manifest after the review; its counts add up."""
+    """The manifest after the review, with counts that add up."""
     old = manifest["counts"]
     pairs = sum(counts[split] for split in SPLITS)
     marked = old["pairs"] - pairs

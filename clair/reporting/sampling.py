@@ -1,4 +1,4 @@
-"""Which pairs the page shows: what it knows of every pair, the filters of a user, and a sample spread evenly."""
+"""The pairs that a report shows: their columns, the user's filters, and a sample spread evenly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clair.data.records import message_text
 from clair.reporting.html_page import json_text
 
 _OPENING = 110
-_LEAST_OPENING = 40  # bytes of JSON; less tells nothing
+_MIN_OPENING = 40  # bytes of JSON; shorter openings are useless
 
 METRICS = {
     **dict.fromkeys(CONTRAST, ""),
@@ -31,30 +31,32 @@ METRICS = {
     "rejected_words": "words of rejected",
     "more_words": "words of chosen less words of rejected",
 }
-"""What can be sorted and filtered by, with what it is."""
+"""The metrics to sort and filter by, with a description; contrast metrics are described on the page."""
 
 
 @dataclass
 class Rows:
-    """What the page knows of every pair, a column each; `wanted` are those that a --filter leaves, by position."""
+    """The columns of all pairs of a dataset. `matching` are the indices of the pairs that match the filters."""
 
     ids: list[str] = field(default_factory=list)
     test: bytearray = field(default_factory=bytearray)
     openings: list[str] = field(default_factory=list)
     characters: array[int] = field(default_factory=lambda: array("q"))
     numbers: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in METRICS})
-    wanted: list[int] = field(default_factory=list)
+    matching: list[int] = field(default_factory=list)
 
-    def add(self, row: Mapping[str, Any], split: str, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
-        """One more pair."""
+    def add(self, row: Mapping[str, Any], split: str, is_match: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Append a pair. `is_match` decides whether it matches the filters."""
         chosen, rejected = (row[side][-1]["content"] for side in ("chosen", "rejected"))
         count = len(split_words(chosen)), len(split_words(rejected))
-        values = dict(zip(("chosen_words", "rejected_words", "more_words"), (*count, count[0] - count[1]), strict=True))
+        values: dict[str, float] = dict(
+            zip(("chosen_words", "rejected_words", "more_words"), (*count, count[0] - count[1]), strict=True)
+        )
         values |= {name: _rounded(value) for name, value in (row.get("contrast") or {}).items() if name in METRICS}
         for name, column in self.numbers.items():
             column.append(values.get(name, math.nan))
-        if wanted({**values, "split": split, "id": row["id"], "text": row}):
-            self.wanted.append(len(self.ids))
+        if is_match({**values, "split": split, "id": row["id"], "text": row}):
+            self.matching.append(len(self.ids))
         self.ids.append(row["id"])
         self.test.append(split == "test")
         self.openings.append(opening(row["prompt"]))
@@ -66,7 +68,7 @@ def _rounded(value: float | None) -> float:
 
 
 def opening(messages: Sequence[Mapping[str, str]]) -> str:
-    """The first words of the last user turn, or of the last turn where no user speaks, on one line."""
+    """The first words of the last user turn, on one line; of the last turn if there is no user turn."""
     turns = [m for m in messages if m["role"] == "user"] or list(messages)
     return one_line(message_text(turns[-1])[: 4 * _OPENING], _OPENING) if turns else ""
 
@@ -82,9 +84,10 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 
 
 def read_filters(filters: Iterable[str]) -> Callable[[Mapping[str, Any]], bool]:
-    """A test of one pair that holds where all `filters` do: METRIC<NUMBER (<= > >= =), split=test, id=..., text~words.
+    """A predicate that is true for pairs matching all `filters`.
 
-    Raises UserError naming what is wrong and what is allowed.
+    A filter is METRIC<NUMBER (or <= > >= =), split=test, id=... or text~words. Raises UserError with what is wrong and
+    what is allowed.
     """
     tests = [_test(text) for text in filters]
     return lambda row: all(test(row) for test in tests)
@@ -95,13 +98,15 @@ def _test(text: str) -> Callable[[Mapping[str, Any]], bool]:
     if not match:
         raise UserError(f"--filter {text!r}: give NAME, one of < <= > >= = ~, and a value, such as 'jaccard<0.5'")
     name, sign, value = match.groups()
-    named = {"split": "=", "id": "=", "text": "~"}
-    if name not in {**METRICS, **named}:
-        allowed = [*METRICS, *named]
+    text_filters = {"split": "=", "id": "=", "text": "~"}
+    if name not in {**METRICS, **text_filters}:
+        allowed = [*METRICS, *text_filters]
         raise UserError(f"--filter: unknown name {name!r}{near_miss(name, allowed)}; allowed: {', '.join(allowed)}")
-    if name in named:
-        if sign != named[name]:
-            raise UserError(f"--filter {text!r}: {name} takes {named[name]}, such as '{name}{named[name]}{value}'")
+    if name in text_filters:
+        if sign != text_filters[name]:
+            raise UserError(
+                f"--filter {text!r}: {name} takes {text_filters[name]}, such as '{name}{text_filters[name]}{value}'"
+            )
         if name == "text":
             return lambda row: value.casefold() in _searched(row["text"])
         return lambda row: row[name] == value
@@ -119,10 +124,10 @@ def _searched(row: Mapping[str, Any]) -> str:
 
 
 def stratified_order(rows: Rows, among: Sequence[int]) -> list[int]:
-    """`among` in an order whose every beginning is spread evenly over contrast and length.
+    """The indices `among` in an order of which each prefix is spread evenly over contrast and length.
 
-    Strata are the tenths of Jaccard overlap, each by shorter, alike and longer winner; they take turns, and inside
-    of one the hash of the id decides, so that the order is the same on every machine. Rare kinds come early.
+    The strata are tenths of the Jaccard overlap, each by a shorter, similar or longer chosen answer. They take turns,
+    so rare strata come early. Within a stratum the hash of the id decides, so the order is the same everywhere.
     """
     strata: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i in among:
@@ -136,25 +141,26 @@ def stratified_order(rows: Rows, among: Sequence[int]) -> list[int]:
     return [i for _, _, i in sorted(turns)]
 
 
-def fit(rows: Rows, room: int) -> list[int]:
-    """The pairs that fit into `room` bytes of a page with their id, numbers and opening, by position.
+def fit_to_page(rows: Rows, free_bytes: int) -> list[int]:
+    """The indices of the pairs whose id, numbers and opening fit into `free_bytes` of a page.
 
-    All, with shorter openings where need be; where not even that fits, a spread sample, the wanted ones first.
+    These are all pairs, with shorter openings if necessary. If even that does not fit, they are a stratified sample,
+    the pairs that match the filters first.
     """
     columns = rows.numbers.values()
-    bare = [_bytes([id, *(short(column[i]) for column in columns)]) for i, id in enumerate(rows.ids)]
+    bare = [_bytes([id, *(compact_number(column[i]) for column in columns)]) for i, id in enumerate(rows.ids)]
     sizes = [_bytes(text) for text in rows.openings]
-    most = max(_LEAST_OPENING, (room - sum(bare)) // max(1, len(bare)))
-    if sum(bare) + sum(sizes) > room:
-        rows.openings = [cut(text, most) for text in rows.openings]
+    max_bytes = max(_MIN_OPENING, (free_bytes - sum(bare)) // max(1, len(bare)))
+    if sum(bare) + sum(sizes) > free_bytes:
+        rows.openings = [cut(text, max_bytes) for text in rows.openings]
         sizes = [_bytes(text) for text in rows.openings]
-    if sum(bare) + sum(sizes) <= room:
+    if sum(bare) + sum(sizes) <= free_bytes:
         return list(range(len(bare)))
-    others = sorted(set(range(len(bare))) - set(rows.wanted))
+    others = sorted(set(range(len(bare))) - set(rows.matching))
     listed = []
-    for i in [*stratified_order(rows, rows.wanted), *stratified_order(rows, others)]:
-        room -= bare[i] + sizes[i]
-        if room < 0:
+    for i in [*stratified_order(rows, rows.matching), *stratified_order(rows, others)]:
+        free_bytes -= bare[i] + sizes[i]
+        if free_bytes < 0:
             break
         listed.append(i)
     return sorted(listed)
@@ -164,13 +170,13 @@ def _bytes(value: Any) -> int:
     return len(json_text(value).encode()) + 3
 
 
-def cut(text: str, most: int) -> str:
-    """The beginning of a text that takes at most about `most` bytes as JSON."""
-    while (size := _bytes(text)) > most and text:
-        text = text[: len(text) * most // size]
+def cut(text: str, max_bytes: int) -> str:
+    """The longest prefix of a text that takes at most about `max_bytes` as JSON."""
+    while (size := _bytes(text)) > max_bytes and text:
+        text = text[: len(text) * max_bytes // size]
     return text
 
 
-def short(value: float) -> float | int:
-    """A whole number without its fraction, which takes fewer bytes."""
+def compact_number(value: float) -> float | int:
+    """A whole number as an int, which takes fewer bytes in JSON."""
     return int(value) if value.is_integer() else value

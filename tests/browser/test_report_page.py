@@ -9,7 +9,7 @@ import pytest
 
 from clair.data.dataset import read_rows
 from clair.reporting.dataset_report import report
-from clair.reporting.review import keep, read_decisions
+from clair.reporting.review import apply_decisions, read_decisions
 from clair.reporting.sampling import METRICS, Rows
 from tests.browser.conftest import DROPS, PAIRS, visit
 from tests.browser.synthetic import DROPS as DROPPED
@@ -243,7 +243,7 @@ def test_marks_by_keyboard_are_saved_and_kept(tab, file, folder, rows, tmp_path)
     assert content["decisions"] == {**expected, rows.ids[1]: "drop"}
     assert marked == 4
     assert waiting.value.suggested_filename == "pairs-decisions.json"
-    manifest = keep(folder, read_decisions(saved), tmp_path / "kept")
+    manifest = apply_decisions(folder, read_decisions(saved), tmp_path / "kept")
     assert manifest["counts"]["pairs"] == PAIRS - 3
     assert not {rows.ids[1], rows.ids[2], rows.ids[4]} & {row["id"] for row in read_rows(tmp_path / "kept")}
 

@@ -233,7 +233,7 @@ def test_what_cannot_run_on_a_cluster_is_told_before_any_work(tmp_path, monkeypa
 
     assert "unknown runner 'dask'; allowed: ray" in refusal("--runner", "dask")
     assert "--shards is for --runner ray" in refusal("--shards", "2")
-    assert "--shard is one part and --runner ray builds all" in refusal("--runner", "ray", "--shard", "1/2")
+    assert "--shard builds one shard and --runner ray builds all" in refusal("--runner", "ray", "--shard", "1/2")
     assert "Ray's client is not supported" in refusal("--runner", "ray", "--address", "ray://head:10001")
     assert "accept: 3 takes the first pairs" in refusal("--runner", "ray", "--set", "accept=3")
     (tmp_path / "out-shards" / "1-of-3").mkdir(parents=True)

@@ -213,7 +213,7 @@ def test_an_estimate_with_a_probe_tells_the_time(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["wait:0.2 ok"] * 12))
     result = clair("estimate", write_recipe(tmp_path, server.url), "--probe", "3")
     assert result.code == 0, result
-    assert "time: the shorter where the servers take 64 requests at once" in result.out
+    assert "time: the shorter if the servers answer 64 concurrent requests" in result.out
     assert "note: " not in result.err
     assert time_of_the_table(result.out) != "?"
 

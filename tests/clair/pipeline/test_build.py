@@ -65,7 +65,7 @@ def built(tmp_path_factory, world) -> Path:
     recipe = write_recipe(tmp_path, world.url, **roles(world.url), test_fraction=0.2, concurrency=8)
     result = clair("build", recipe)
     assert result.code == 0, result
-    assert f"{tmp_path / 'out'}/README.md tells what it holds" in result.out.replace("\n", "")
+    assert f"{tmp_path / 'out'}/README.md describes it" in result.out.replace("\n", "")
     return tmp_path / "out"
 
 

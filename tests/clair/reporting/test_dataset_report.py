@@ -20,7 +20,7 @@ from clair.data.dataset import read_manifest, read_rows
 from clair.reporting.dataset_report import explain, full_text, report
 from clair.reporting.html_page import json_text
 from clair.reporting.review import fingerprint
-from clair.reporting.sampling import METRICS, Rows, cut, fit, opening, read_filters, stratified_order
+from clair.reporting.sampling import METRICS, Rows, cut, fit_to_page, opening, read_filters, stratified_order
 from tests.browser.synthetic import DROPS, INJECTIONS, synthetic_pairs, write_dataset
 
 PAIRS = 150
@@ -119,12 +119,12 @@ def test_openings_are_shortened_before_pairs_are_left_out():
     rows = rows_of([(0.5, 1.0)] * 100)
     rows.openings = ["光合作用" * 20 if number % 2 else "short" for number in range(100)]
     full = list(rows.openings)
-    assert fit(rows, 1_000_000) == list(range(100))
+    assert fit_to_page(rows, 1_000_000) == list(range(100))
     assert rows.openings == full
-    assert fit(rows, 12_000) == list(range(100))
+    assert fit_to_page(rows, 12_000) == list(range(100))
     assert [text for text in rows.openings if text != "short"] == [rows.openings[1]] * 50
     assert 8 < len(rows.openings[1]) < 40
-    assert 30 < len(fit(rows, 3_000)) < 100
+    assert 30 < len(fit_to_page(rows, 3_000)) < 100
 
 
 @given(st.text(st.characters(), max_size=80), st.integers(10, 200))

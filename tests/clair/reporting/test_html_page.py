@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clair.data.contrast import word_diff
-from clair.reporting.html_page import clip, diff, histogram, html_page, json_text, round_edges, template
+from clair.reporting.html_page import clip, diff, histogram, html_page, json_text, read_asset, round_edges
 
 ASSETS = ("report.html", "report.css", "overview.js", "report.js")
 # Any text at all: lone surrogates, control characters, and the tricks that close or open a script element.
@@ -85,7 +85,7 @@ def test_a_page_refers_to_nothing_outside_of_itself():
 
 
 def test_templates_are_read_from_the_package():
-    templates = [template(name) for name in ("page.css", "page.js", *ASSETS)]
+    templates = [read_asset(name) for name in ("page.css", "page.js", *ASSETS)]
     assert all(templates)
     assert not any(end in text for text in templates for end in ("</script", "</style", "<!--"))
 

@@ -14,7 +14,7 @@ import clair.reporting.review as module
 from clair.cli import app
 from clair.core.errors import UserError
 from clair.data.dataset import CONTRAST, read_manifest, read_rows, split_file
-from clair.reporting.review import Decisions, fingerprint, keep, read_decisions
+from clair.reporting.review import Decisions, apply_decisions, fingerprint, read_decisions
 from tests.browser.synthetic import synthetic_pairs, write_dataset
 
 PAIRS, DROPS = 2300, 12  # more than two row groups
@@ -53,7 +53,7 @@ def test_marked_pairs_move_to_the_dropped_ones_and_counts_add_up(folder, pairs):
     original, rows = read_manifest(folder), list(read_rows(folder))
     lines = (folder / "dropped.jsonl").read_text("utf-8")
     decided, dropped = some_decisions(folder, pairs)
-    manifest = keep(folder, decided)
+    manifest = apply_decisions(folder, decided)
     assert manifest == read_manifest(folder)
     assert list(read_rows(folder)) == [row for row in rows if row["id"] not in dropped]
     text = (folder / "dropped.jsonl").read_text("utf-8")
@@ -82,7 +82,7 @@ def test_marked_pairs_move_to_the_dropped_ones_and_counts_add_up(folder, pairs):
 
 def test_the_data_is_what_a_build_without_these_pairs_would_have_written(folder, pairs, tmp_path):
     decided, dropped = some_decisions(folder, pairs)
-    keep(folder, decided)
+    apply_decisions(folder, decided)
     without = write_dataset(tmp_path / "without", [pair for pair in pairs if pair.id not in dropped], DROPS)
     for split in ("train", "test"):
         assert (folder / split_file(split)).read_bytes() == (without / split_file(split)).read_bytes()
@@ -90,7 +90,7 @@ def test_the_data_is_what_a_build_without_these_pairs_would_have_written(folder,
 
 def test_keeping_everything_changes_no_data(folder, pairs):
     original = bytes_of(folder)
-    manifest = keep(folder, decisions(folder, {pair.id: "keep" for pair in pairs}))
+    manifest = apply_decisions(folder, decisions(folder, {pair.id: "keep" for pair in pairs}))
     changed = bytes_of(folder)
     assert {name for name in changed if changed[name] != original.get(name)} == {"manifest.json"}
     assert manifest["review"][0]["dropped"] == 0
@@ -103,14 +103,14 @@ def test_a_folder_of_an_older_build_with_fewer_columns_is_kept_from_too(folder, 
     for split in ("train", "test"):
         table = pq.read_table(folder / split_file(split))
         pq.write_table(table.drop_columns(["score_chosen", "score_rejected", "user"]), folder / split_file(split))
-    keep(folder, decisions(folder, {pairs[0].id: "drop"}))
+    apply_decisions(folder, decisions(folder, {pairs[0].id: "drop"}))
     rows = list(read_rows(folder))
     assert len(rows) == PAIRS - 1
     assert "user" not in rows[0]
 
 
 def test_everything_may_be_dropped(folder, pairs):
-    manifest = keep(folder, decisions(folder, {pair.id: "drop" for pair in pairs}))
+    manifest = apply_decisions(folder, decisions(folder, {pair.id: "drop" for pair in pairs}))
     assert manifest["counts"]["pairs"] == 0
     assert manifest["counts"]["dropped"] == manifest["counts"]["prompts"]
     assert list(read_rows(folder)) == []
@@ -119,26 +119,26 @@ def test_everything_may_be_dropped(folder, pairs):
 def test_a_new_folder_has_the_same_bytes_and_leaves_the_old_one_alone(folder, pairs, tmp_path):
     original = bytes_of(folder)
     decided, _ = some_decisions(folder, pairs)
-    keep(folder, decided, tmp_path / "new")
+    apply_decisions(folder, decided, tmp_path / "new")
     assert bytes_of(folder) == original
     first = bytes_of(tmp_path / "new")
-    keep(folder, decided, tmp_path / "new")
+    apply_decisions(folder, decided, tmp_path / "new")
     assert bytes_of(tmp_path / "new") == first
-    keep(folder, decided)
+    apply_decisions(folder, decided)
     assert bytes_of(folder) == first
 
 
 def test_the_same_decisions_twice_change_nothing(folder, pairs):
     decided, _ = some_decisions(folder, pairs)
-    first = keep(folder, decided)
+    first = apply_decisions(folder, decided)
     reviewed = bytes_of(folder)
-    assert keep(folder, decided) == first
+    assert apply_decisions(folder, decided) == first
     assert bytes_of(folder) == reviewed
 
 
 def test_a_second_review_adds_to_the_first(folder, pairs):
-    keep(folder, decisions(folder, {pairs[0].id: "drop"}, "1" * 64))
-    manifest = keep(folder, decisions(folder, {pairs[1].id: "drop"}, "2" * 64))
+    apply_decisions(folder, decisions(folder, {pairs[0].id: "drop"}, "1" * 64))
+    manifest = apply_decisions(folder, decisions(folder, {pairs[1].id: "drop"}, "2" * 64))
     assert manifest["drop_reasons"]["review.marked"] == 2
     assert [review["decisions_sha256"][0] for review in manifest["review"]] == ["1", "2"]
     assert manifest["counts"]["prompts"] == manifest["counts"]["pairs"] + manifest["counts"]["dropped"]
@@ -149,7 +149,7 @@ def test_a_second_review_adds_to_the_first(folder, pairs):
 def test_a_run_that_was_cut_off_is_finished_by_running_it_again(folder, pairs, tmp_path, monkeypatch, limit, target):
     decided, _ = some_decisions(folder, pairs)
     expected = shutil.copytree(folder, tmp_path / "expected")
-    keep(expected, decided)
+    apply_decisions(expected, decided)
     out = None if target == "in place" else tmp_path / "new"
     count = 0
 
@@ -168,11 +168,11 @@ def test_a_run_that_was_cut_off_is_finished_by_running_it_again(folder, pairs, t
     for name in ("publish", "write_atomically", "write_json"):
         cut_off(name)
     with pytest.raises(KeyboardInterrupt):
-        keep(folder, decided, out)
+        apply_decisions(folder, decided, out)
     monkeypatch.undo()
     if out is not None:
         shutil.rmtree(out)  # without a manifest it is nobody's: the error says so
-    keep(folder, decided, out)
+    apply_decisions(folder, decided, out)
     assert {n: b for n, b in bytes_of(out or folder).items() if not n.endswith(".tmp")} == bytes_of(expected)
 
 
@@ -184,7 +184,7 @@ def test_unknown_ids_are_named(folder, pairs, count):
     original = bytes_of(folder)
     unknown = {f"no-{n}": "keep" for n in range(count)}
     with pytest.raises(UserError) as caught:
-        keep(folder, decisions(folder, {pairs[0].id: "drop", **unknown}))
+        apply_decisions(folder, decisions(folder, {pairs[0].id: "drop", **unknown}))
     assert "has no pair 'no-0'" in str(caught.value)
     assert ("and 2 more" in str(caught.value)) == (count == 7)
     assert bytes_of(folder) == original
@@ -193,14 +193,14 @@ def test_unknown_ids_are_named(folder, pairs, count):
 def test_a_dropped_prompt_is_no_pair(folder):
     id = json.loads((folder / "dropped.jsonl").read_text("utf-8").splitlines()[0])["id"]
     with pytest.raises(UserError, match=f"has no pair '{id}'"):
-        keep(folder, decisions(folder, {id: "drop"}))
+        apply_decisions(folder, decisions(folder, {id: "drop"}))
 
 
 def test_decisions_about_another_state_of_the_dataset_are_refused(folder, pairs):
     old = decisions(folder, {pairs[5].id: "drop"}, "9" * 64)
-    keep(folder, decisions(folder, {pairs[0].id: "drop"}))
+    apply_decisions(folder, decisions(folder, {pairs[0].id: "drop"}))
     with pytest.raises(UserError, match=f"are about dataset {old.dataset}, and .* make the page again"):
-        keep(folder, old)
+        apply_decisions(folder, old)
 
 
 def test_a_folder_that_holds_something_else_is_not_written_over(folder, pairs, original, tmp_path):
@@ -209,9 +209,9 @@ def test_a_folder_that_holds_something_else_is_not_written_over(folder, pairs, o
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
     for out in (tmp_path / "other", original, folder / "data"):
         with pytest.raises(UserError, match="not empty and no finished review of this dataset; choose another --out"):
-            keep(folder, decided, out)
+            apply_decisions(folder, decided, out)
     with pytest.raises(UserError, match="is the dataset itself"):
-        keep(folder, decided, folder)
+        apply_decisions(folder, decided, folder)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_a_reviewed_folder_loads_with_datasets(folder, pairs, tmp_path):
     from clair.data.dataset import load_pairs
     from clair.reporting.dataset_report import report
 
-    keep(folder, decisions(folder, {pairs[0].id: "drop"}), tmp_path / "new")
+    apply_decisions(folder, decisions(folder, {pairs[0].id: "drop"}), tmp_path / "new")
     report(tmp_path / "new")
     counts = read_manifest(tmp_path / "new")["counts"]
     for split in ("train", "test"):
@@ -278,7 +278,7 @@ def test_a_build_does_not_undo_a_review_unless_it_is_told_to(tmp_path, monkeypat
     file = tmp_path / "decisions.json"
     dataset = fingerprint(built.manifest)
     file.write_text(json.dumps({"format": 1, "dataset": dataset, "decisions": {"r1": "drop"}}))
-    keep(tmp_path / "out", read_decisions(file), None)
+    apply_decisions(tmp_path / "out", read_decisions(file), None)
     with pytest.raises(UserError, match="was reviewed"):
         build(config)
     assert build(config, update=True).manifest["counts"]["pairs"] == 3
