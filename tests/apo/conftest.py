@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
 
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-WORDS = [*NUMBERS, "plus", "minus", "is", "are", "the", "a", "of", "what", "answer", "question"]
+VOCABULARY = [*NUMBERS, "plus", "minus", "is", "are", "the", "a", "of", "what", "answer", "question"]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -42,7 +42,7 @@ def make_tokenizer(template: str | None = TEMPLATE, eos: str | None = "<|end|>",
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|pad|>", "<|begin|>", "<|start|>", "<|end|>", "<|unk|>"]
-    vocabulary = {word: i for i, word in enumerate([*special, "user", "assistant", "system", "\n", *WORDS])}
+    vocabulary = {word: i for i, word in enumerate([*special, "user", "assistant", "system", "\n", *VOCABULARY])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
@@ -74,7 +74,7 @@ def make_pairs(n: int = 24, seed: int = 0) -> list[dict]:
     rng = random.Random(seed)
 
     def phrase(low: int, high: int) -> str:
-        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+        return " ".join(rng.choices(VOCABULARY, k=rng.randint(low, high)))
 
     def turn(role: str, text: str) -> list[dict]:
         return [{"role": role, "content": text}]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from apo.monitoring.callbacks import looks, summary
+from apo.monitoring.callbacks import format_inspection, format_log
 from apo.training.config import TrainConfig
 from apo.training.train import train
 from clair.core.progress import Progress
@@ -39,15 +39,15 @@ def test_in_a_terminal_of_80_columns_the_bar_and_every_number_can_be_read(recipe
     ("speed", "text"), [(1117.3, "1,117 pairs/s"), (99.96, "100 pairs/s"), (2.494, "2.49 pairs/s"), (0.0317, "0.0317")]
 )
 def test_speed_is_a_number_that_one_can_read(speed, text):
-    assert text in summary({**SPEED, "pairs_per_second": speed})
-    assert "rows/s" in summary({**SPEED, "rows/chosen": 4})
+    assert text in format_log({**SPEED, "pairs_per_second": speed})
+    assert "rows/s" in format_log({**SPEED, "rows/chosen": 4})
 
 
 def test_each_look_is_a_line_and_a_log_of_training_none():
     logs = {"guard/text_loss": 3.7, "guard/text_loss_rise": 0.01, "guard/text_loss_rise_noise": 0.005,
             "probe/kl": 0.0069, "probe/edited_chosen": 0.146, "probe/shared_chosen": 0.11}  # fmt: skip
-    assert looks(logs) == [
+    assert format_inspection(logs) == [
         "guard: loss on the text 3.7000 (+0.0100 +- 0.0050)",
         "probe: KL 0.0069 nats a token, chosen edited +0.146, shared +0.110",
     ]
-    assert looks(SPEED) == []
+    assert format_inspection(SPEED) == []

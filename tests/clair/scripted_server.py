@@ -194,9 +194,9 @@ class Scripted:
                 web.post("/loading/v1/chat/completions", self.loading),
                 web.get("/one/v1/models", self.models),
                 web.post("/one/v1/chat/completions", self.serial_chat),
-                web.get("/seen", self.tell),
+                web.get("/seen", self.send_requests),
                 web.get("/forget", self.forget),
-                web.get("/looked-at", self.tell_looks),
+                web.get("/looked-at", self.send_model_requests),
             ]
         )
         return app
@@ -222,10 +222,10 @@ class Scripted:
             return refused(503, "Loading model")
         return await (self.chat if request.method == "POST" else self.models)(request)
 
-    async def tell(self, _: web.Request) -> web.Response:
+    async def send_requests(self, _: web.Request) -> web.Response:
         return web.json_response(self.requests)
 
-    async def tell_looks(self, _: web.Request) -> web.Response:
+    async def send_model_requests(self, _: web.Request) -> web.Response:
         return web.json_response(self.model_requests)
 
     async def forget(self, _: web.Request) -> web.Response:

@@ -44,17 +44,17 @@ def pages() -> dict[str, str]:
 
 def blocks(*languages: str) -> list[Block]:
     """The fenced blocks of all pages in these languages."""
-    blocks_found = []
+    result = []
     for page, text in pages().items():
         for match in _BLOCK.finditer(text):
             if match["language"] in languages:
                 title = re.search(r'title="([^"]*)"', match["options"])
                 line = text.count("\n", 0, match.start("language")) + 1
                 code = textwrap.dedent(match["code"])
-                blocks_found.append(
+                result.append(
                     Block(page, line, match["language"], match["note"] or "", title[1] if title else "", code)
                 )
-    return blocks_found
+    return result
 
 
 @dataclass(frozen=True)
@@ -72,29 +72,27 @@ def commands() -> list[Command]:
 
     What a command needs stands behind it, `# needs: ...`, or above its block, `<!-- needs: ... -->`.
     """
-    commands_found = []
+    result = []
     for block in blocks("sh", "bash"):
         above = block.note.partition("needs:")[2].strip() if block.note.startswith("needs:") else ""
         for line in block.code.replace("\\\n", " ").splitlines():
             text, _, remark = line.partition(" #")
             needs = remark.partition("needs:")[2].strip() or above
             pieces = (piece.strip() for piece in re.split(r"\s+(?:&&|\|)\s+", text))
-            commands_found += [
-                Command(block.location, block.page, p, needs) for p in pieces if p and not p.startswith("#")
-            ]
-    return commands_found
+            result += [Command(block.location, block.page, p, needs) for p in pieces if p and not p.startswith("#")]
+    return result
 
 
 def tables(kind: str) -> list[tuple[str, str, list[list[str]]]]:
     """(page, what follows `kind:` in the comment above it, rows with the head) of each table marked `<!-- kind -->`."""
-    tables_found = []
+    result = []
     for page, text in pages().items():
         for match in _TABLE.finditer(text):
             name, _, argument = match["note"].partition(":")
             if name.strip() == kind:
                 head, _, *rows = (_cells(line) for line in match["rows"].splitlines())
-                tables_found.append((page, argument.strip(), [head, *rows]))
-    return tables_found
+                result.append((page, argument.strip(), [head, *rows]))
+    return result
 
 
 def _cells(line: str) -> list[str]:

@@ -17,12 +17,12 @@ from apo.data.sources import hash_pairs
 from apo.data.tokenize import eos_ids, tokenize
 from apo.evaluation.pairs import compare_models
 from apo.monitoring.metrics import token_counts
-from apo.monitoring.token_diagnostics import Probe
+from apo.monitoring.token_diagnostics import TokenDiagnostics
 from apo.packing.logps import TurnCollator, plain_logps, uncollate
 from apo.packing.packed_model import pack_pairs
 from apo.training.preflight import check_before_training
 from apo.training.reference import chunk_key
-from tests.apo.conftest import NUMBERS, WORDS, make_model, make_pairs
+from tests.apo.conftest import NUMBERS, VOCABULARY, make_model, make_pairs
 from tests.apo.training.trainers import apo_trainer, assert_same_run, lora, options, trained
 
 
@@ -31,7 +31,7 @@ def conversations(n: int = 12, seed: int = 1) -> list[dict]:
     rng = random.Random(seed)
 
     def phrase() -> str:
-        return " ".join(rng.choices(WORDS, k=rng.randint(1, 5)))
+        return " ".join(rng.choices(VOCABULARY, k=rng.randint(1, 5)))
 
     rows = make_pairs(n, seed)
     for number, row in enumerate(rows):
@@ -203,7 +203,7 @@ def test_what_is_measured_of_pairs_is_measured_of_trained_tokens(tmp_path, token
     assert comparison.chosen.shared_tokens == 3
     assert comparison.chosen.reference == pytest.approx(trained.sum().item(), abs=1e-4)
     trainer = apo_trainer(tmp_path, tokenizer, Dataset.from_list(make_pairs(4)))
-    view = Probe(trainer, [PAIR]).before
+    view = TokenDiagnostics(trainer, [PAIR]).baseline
     torch.testing.assert_close(view.tokens[0], trained, rtol=1e-4, atol=1e-4)
     assert [len(tokens) for tokens in view.tokens] == [6, 3]
     *_, sums = head_gradients(model, [PAIR])

@@ -41,7 +41,7 @@ class Server:
             [
                 web.get("/v1/models", self.models),
                 web.post("/v1/chat/completions", self.chat),
-                web.get("/seen", self.tell),
+                web.get("/seen", self.send_requests),
                 web.get("/paid", self.count),
                 web.get("/forget", self.forget),
             ]
@@ -51,7 +51,7 @@ class Server:
     async def models(self, _: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "j"}, {"id": "t"}]})
 
-    async def tell(self, _: web.Request) -> web.Response:
+    async def send_requests(self, _: web.Request) -> web.Response:
         return web.json_response(self.requests)
 
     async def count(self, _: web.Request) -> web.Response:

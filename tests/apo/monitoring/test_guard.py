@@ -22,7 +22,7 @@ from apo.training.config import TrainConfig
 from apo.training.plan import plan
 from apo.training.train import build_trainer, train
 from clair.core.errors import UserError
-from tests.apo.conftest import WORDS, make_pairs, make_tokenizer
+from tests.apo.conftest import VOCABULARY, make_pairs, make_tokenizer
 
 
 def write(path: Path, rows) -> str:
@@ -32,15 +32,15 @@ def write(path: Path, rows) -> str:
 
 def texts(n=12, seed=0):
     rng = random.Random(seed)
-    return [{"text": " ".join(rng.choices(WORDS, k=rng.randint(3, 30)))} for _ in range(n)]
+    return [{"text": " ".join(rng.choices(VOCABULARY, k=rng.randint(3, 30)))} for _ in range(n)]
 
 
 def tasks(n=20, seed=0):
     rng = random.Random(seed)
     rows = []
     for _ in range(n):
-        options = rng.sample(WORDS, 3)
-        rows.append({"prompt": "what is " + rng.choice(WORDS), "options": options, "answer": rng.randrange(3)})
+        options = rng.sample(VOCABULARY, 3)
+        rows.append({"prompt": "what is " + rng.choice(VOCABULARY), "options": options, "answer": rng.randrange(3)})
     return rows
 
 

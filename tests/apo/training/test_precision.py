@@ -20,7 +20,7 @@ from apo.training.preflight import check_before_training
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError
-from tests.apo.conftest import WORDS, make_model
+from tests.apo.conftest import VOCABULARY, make_model
 
 
 def long_pairs(n=6):
@@ -28,7 +28,7 @@ def long_pairs(n=6):
     rng = random.Random(0)
 
     def turn(role, low, high):
-        return [{"role": role, "content": " ".join(rng.choices(WORDS, k=rng.randint(low, high)))}]
+        return [{"role": role, "content": " ".join(rng.choices(VOCABULARY, k=rng.randint(low, high)))}]
 
     return Dataset.from_list(
         [{"prompt": turn("user", 2, 9)} | {side: turn("assistant", 100, 130) for side in ("chosen", "rejected")}
