@@ -287,7 +287,8 @@ def head_gradients(
     import torch
 
     from apo.analysis.features import last_hidden
-    from apo.packing.logps import PairLogps, response_mask
+    from apo.packing.batch import response_mask
+    from apo.packing.logps import PairLogps
 
     head = model.get_output_embeddings()
     sketch = _sketch(*head.weight.shape, dimensions, seed)

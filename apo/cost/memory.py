@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from apo.cost.deepspeed_memory import Zero, held
 from apo.cost.sizes import GIB, Device, Row, Sizes, rows_of
-from apo.packing.packed_model import _HEAD_CHUNK, stores_logits
+from apo.packing.head import HEAD_CHUNK, stores_logits
 from clair.core.errors import UserError
 from clair.core.progress import duration
 
@@ -217,9 +217,9 @@ def _head_bytes(job: Job, row: Row) -> float:
         tile = min(row.labels, TRL_TILE[0]) * min(sizes.vocabulary, TRL_TILE[1])
         gradients = 4 * sizes.hidden * (row.labels + (0 if job.is_adapter else sizes.vocabulary))
         return tile * (job.compute + (0 if job.on_gpu else TRL_SLOPE)) + gradients
-    chunk, rounded = min(row.labels, _HEAD_CHUNK), job.compute if job.compute < 4 else 0
+    chunk, rounded = min(row.labels, HEAD_CHUNK), job.compute if job.compute < 4 else 0
     logits = 4 * (row.labels if stores_logits(row.labels, sizes.vocabulary) else chunk) + rounded * chunk
-    coming = job.compute if row.labels > _HEAD_CHUNK else rounded
+    coming = job.compute if row.labels > HEAD_CHUNK else rounded
     trained = 0 if job.is_adapter else (4 + coming) * sizes.hidden
     return sizes.vocabulary * (logits + trained) + 2 * row.labels * sizes.hidden * job.compute
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apo.distributed.deepspeed import unsharded_loading
+from apo.packing.layout import pack_bins, shared_response_length
 from apo.packing.onednn import speeds
-from apo.packing.packed_model import pack_bins, shared_response_length
 from clair.core.errors import UserError, one_line
 
 if TYPE_CHECKING:

@@ -127,7 +127,7 @@ def compare_models(
     """
     import torch
 
-    from apo.packing.logps import SIDES, response_mask
+    from apo.packing.batch import SIDES, response_mask
 
     sizes = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
     order = sorted(range(len(pairs)), key=lambda place: (-sizes[place], place))

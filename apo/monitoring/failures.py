@@ -21,7 +21,7 @@ from apo.data.tokenize import ID_COLUMNS
 from apo.distributed.deepspeed import local_shard
 from apo.monitoring.metrics import token_counts
 from apo.packing.async_copy import HostCopy
-from apo.packing.logps import Batch, uncollate
+from apo.packing.batch import Batch, uncollate
 from apo.run_dir import checkpoints
 from clair.core.errors import EXIT_STOPPED, UserError
 from clair.core.exit_codes import OF_THE_SYSTEM

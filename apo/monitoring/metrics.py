@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from apo.losses.mixture import Mixture
-    from apo.packing.logps import Batch
+    from apo.packing.batch import Batch
 
 COLUMNS = (
     "weight", "loss", "chosen", "rejected", "chosen_len", "rejected_len",

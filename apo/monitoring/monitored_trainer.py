@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from apo.losses.mixture import Mixture
     from apo.monitoring.throughput import Meter
-    from apo.packing.logps import Batch
+    from apo.packing.batch import Batch
 
 
 class MonitoredTrainer(Protocol):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from apo.packing.logps import SIDES, response_mask
+from apo.packing.batch import SIDES, response_mask
 from clair.data.contrast import shared_tokens
 
 if TYPE_CHECKING:

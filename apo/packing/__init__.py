@@ -1,4 +1,4 @@
-"""Log-probs of pairs in packed rows that share a prompt, exact, and the padded form beside them.
+"""Log-probs of pairs: exact in packed rows that share prompts, and in TRL's padded batch.
 
-Imports no other folder of the package.
+Imports `data`.
 """

@@ -1,9 +1,9 @@
-"""Matrix products of float32 on a CPU, by the faster of the two libraries that torch carries.
+"""Matrix products of float32 on a CPU, by the faster of the two libraries that torch includes.
 
-torch multiplies float32 matrices with MKL, which leaves the widest instructions of processors that are not Intel's
-unused; oneDNN, in the same torch, uses them. Inputs, type and precision are the same, only the order of adding up is
-another. oneDNN makes code for each number of rows it meets and keeps it, so packed rows are filled up to a multiple of
-`ROWS`, and it is asked for such multiples alone.
+torch multiplies float32 matrices with MKL, which does not use the widest instructions of processors that Intel did not
+make; oneDNN, in the same torch, does. Inputs, type and precision are the same; only the order of summation differs.
+oneDNN compiles code for each new number of rows and keeps it, so packed rows are filled up to a multiple of `ROWS`, and
+oneDNN multiplies such multiples only.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from torch.nn import functional
 
 ROWS = 32
-"""Numbers of rows that oneDNN is asked for are multiples of this."""
+"""oneDNN multiplies numbers of rows that are multiples of this."""
 REPEATS = 12
 """How often a speed is measured."""
-_FASTER = 1.2
-"""How many times as fast as torch's own it must be."""
+_MIN_SPEEDUP = 1.2
+"""oneDNN is used if it is at least this many times as fast as torch's default."""
 
 
 def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -31,47 +31,47 @@ def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def speeds() -> tuple[float, float]:
-    """FLOPs a second of torch's own product of 1024 x 1024 in float32 and of oneDNN's (0 without it).
+    """FLOPs per second of torch's default product of 1024 x 1024 in float32 and of oneDNN's (0 without it).
 
-    Measured `REPEATS` times, the best of which counts, and by the processor time of a thread where that is less: what
-    other processes take meanwhile says nothing of a run that lasts.
+    The best of `REPEATS` measurements, by the processor time per thread if that is less than the elapsed time: the load
+    of other processes at this moment says nothing about a run of hours.
     """
-    one = torch.ones(1024, 1024)
-    ways: tuple[Callable[[], Any], ...] = (lambda: one @ one.T, lambda: _onednn(one, one))
+    ones = torch.ones(1024, 1024)
+    products: tuple[Callable[[], Any], ...] = (lambda: ones @ ones.T, lambda: _onednn(ones, ones))
     best = [float("inf"), float("inf")]
     for _ in range(REPEATS):
-        for place, way in enumerate(ways):
-            started, worked = time.perf_counter(), time.process_time()
+        for index, multiply in enumerate(products):
+            start, cpu_start = time.perf_counter(), time.process_time()
             try:
-                way()
-            except (AttributeError, RuntimeError):  # a torch without it, or a processor that it has no code for
+                multiply()
+            except (AttributeError, RuntimeError):  # a torch without oneDNN, or a processor it has no code for
                 continue
-            of_a_thread = (time.process_time() - worked) / torch.get_num_threads()
-            best[place] = min(best[place], time.perf_counter() - started, of_a_thread)
-    own, other = (2 * 1024**3 / seconds for seconds in best)
-    return own, other
+            per_thread = (time.process_time() - cpu_start) / torch.get_num_threads()
+            best[index] = min(best[index], time.perf_counter() - start, per_thread)
+    default, onednn = (2 * 1024**3 / seconds for seconds in best)
+    return default, onednn
 
 
 def rows_multiple(device: torch.device) -> int:
-    """What the number of rows should be a multiple of on this device: `ROWS` where oneDNN is taken, else 1."""
-    own, other = speeds() if device.type == "cpu" else (1.0, 0.0)
-    return ROWS if other >= _FASTER * own else 1
+    """The multiple that the number of rows is filled up to on this device: `ROWS` if oneDNN is used, else 1."""
+    default, onednn = speeds() if device.type == "cpu" else (1.0, 0.0)
+    return ROWS if onednn >= _MIN_SPEEDUP * default else 1
 
 
-def _quick(rows: int, *factors: torch.Tensor) -> bool:
-    plain = all(one.device.type == "cpu" and one.dtype == torch.float32 for one in factors)
-    if torch.compiler.is_compiling():  # `torch_compile`: it cannot read oneDNN's products, and makes its own
+def _uses_onednn(rows: int, *factors: torch.Tensor) -> bool:
+    plain = all(factor.device.type == "cpu" and factor.dtype == torch.float32 for factor in factors)
+    if torch.compiler.is_compiling():  # `torch_compile` cannot trace oneDNN's products, and generates its own
         return False
     return plain and rows % ROWS == 0 and rows_multiple(factors[0].device) == ROWS
 
 
 def product(a: torch.Tensor, b: torch.Tensor, rows: int) -> torch.Tensor:
-    """a @ b.T of [n, k] and [m, k]; `rows` is how many hidden states take part, whichever dimension they are."""
-    return _onednn(a, b) if _quick(rows, a, b) else a @ b.T
+    """a @ b.T of [n, k] and [m, k]; `rows` is the number of hidden states, in whichever dimension."""
+    return _onednn(a, b) if _uses_onednn(rows, a, b) else a @ b.T
 
 
 class _Linear(torch.autograd.Function):
-    """x @ weight.T + bias, with both products of backward by oneDNN."""
+    """x @ weight.T + bias, with both products of the backward pass by oneDNN."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any) -> Any:
@@ -80,8 +80,9 @@ class _Linear(torch.autograd.Function):
         return out if bias is None else out.add_(bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         x, weight = ctx.saved_tensors
+        (grad,) = grad_outputs
         flat = grad.reshape(-1, grad.shape[-1])
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad_x = _onednn(flat, weight.T).view_as(x) if needs_x else None
@@ -89,15 +90,15 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, flat.sum(0) if needs_bias else None
 
 
-def _linear(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+def _linear(self: torch.nn.Linear, x: torch.Tensor) -> Any:
     rows = x.numel() // max(x.shape[-1], 1)
-    if not _quick(rows, x, self.weight) or torch.is_autocast_enabled(x.device.type):
+    if not _uses_onednn(rows, x, self.weight) or torch.is_autocast_enabled(x.device.type):
         return functional.linear(x, self.weight, self.bias)
     return _Linear.apply(x, self.weight, self.bias)
 
 
 def use_onednn(model: torch.nn.Module) -> None:
-    """Let the plain linear layers of a model multiply by the faster library, where that is not torch's own."""
+    """Let the plain linear layers of a model multiply with oneDNN where it is faster."""
     for module in model.modules():
         if type(module).forward is torch.nn.Linear.forward and "forward" not in vars(module):
             module.forward = types.MethodType(_linear, module)

@@ -20,14 +20,9 @@ from apo.data.tokenize import first_rows
 from apo.models.tensor_cache import hash_model
 from apo.monitoring.failures import is_out_of_memory, stop_on_out_of_memory
 from apo.packing.async_copy import to_device
-from apo.packing.logps import DUMMY, IDS, PAIR_WEIGHT, Batch, TurnCollator, WeightedCollator, rotate_responses
-from apo.packing.packed_model import (
-    crop_around_divergence,
-    enable_packing_if_exact,
-    pack_bins,
-    packed_length,
-    shared_prefix_logps,
-)
+from apo.packing.batch import DUMMY, IDS, PAIR_WEIGHT, Batch, TurnCollator, WeightedCollator, rotate_responses
+from apo.packing.layout import crop_around_divergence, pack_bins, packed_length
+from apo.packing.packed_model import enable_packing_if_exact, shared_prefix_logps
 from apo.training.reference import Advance, add_reference_logps
 from clair.core.errors import UserError
 from clair.core.progress import progress

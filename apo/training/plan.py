@@ -180,7 +180,7 @@ def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args:
 def _over_budget(pairs: Dataset, most: int) -> list[str]:
     """What to tell of pairs that a packed row of `most` tokens cannot hold."""
     from apo.data.tokenize import ID_COLUMNS
-    from apo.packing.packed_model import packed_length
+    from apo.packing.layout import packed_length
 
     rows = pairs.select_columns(list(ID_COLUMNS))
     lengths = [0] * len(rows)

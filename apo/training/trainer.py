@@ -48,21 +48,9 @@ from apo.monitoring.failures import (
 from apo.monitoring.metrics import COLUMNS, aggregate_metrics, check_best_metric, per_pair_metrics, token_counts
 from apo.monitoring.throughput import Meter, compute_scale
 from apo.packing.async_copy import to_device
-from apo.packing.logps import (
-    DUMMY,
-    Batch,
-    PairLogpsFunction,
-    WeightedCollator,
-    dummy_batch,
-    padded_logps,
-    pair_weights,
-    select_pairs,
-    uncollate,
-)
-from apo.packing.packed_model import (
-    pack_bins,
-    packed_length,
-)
+from apo.packing.batch import DUMMY, Batch, WeightedCollator, dummy_batch, pair_weights, select_pairs, uncollate
+from apo.packing.layout import pack_bins, packed_length
+from apo.packing.logps import PairLogpsFunction, padded_logps
 from apo.run_dir import checkpoints
 from apo.training.config import setup_errors
 from apo.training.logprobs import PRECOMPUTES_NO_STREAM, LogprobTrainer

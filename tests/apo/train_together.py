@@ -76,7 +76,7 @@ def train(name, out, backend):
     """The trainer's run of a case: what it logs, the prompts of each step in the order of one process, the model."""
     from accelerate.utils import gather_object
 
-    from apo.packing.logps import DUMMY, uncollate
+    from apo.packing.batch import DUMMY, uncollate
     from apo.training import reference
     from apo.training.trainer import APOTrainer
     from apo.training.trainer_config import APOConfig
@@ -144,7 +144,8 @@ def shard(name, expected):
     from torch.distributed.fsdp import fully_shard
 
     from apo.losses.mixture import resolve_mixture
-    from apo.packing.packed_model import enable_packing, pack_pairs, packed_logps
+    from apo.packing.layout import pack_pairs
+    from apo.packing.packed_model import enable_packing, packed_logps
 
     rank, count = dist.get_rank(), dist.get_world_size()
     model, anchor = model_of(CASES[name]), model_of(CASES[name])

@@ -58,7 +58,7 @@ def make_trainer(mode: str, tune: str, model: Any, lengths: list[tuple[int, int,
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
-    from apo.packing import packed_model as prefix
+    from apo.packing import packed_model
     from apo.training.trainer import APOTrainer
     from apo.training.trainer_config import APOConfig
 
@@ -74,7 +74,7 @@ def make_trainer(mode: str, tune: str, model: Any, lengths: list[tuple[int, int,
     data = {"train_dataset": cpu.make_pairs(lengths), "processing_class": cpu.make_tokenizer(), "peft_config": lora}
     if mode in OURS:
         backend, _, plain = mode.partition(", ")
-        prefix.fastest = lambda *_: (backend, "")
+        packed_model.fastest_backend = lambda *_: (backend, "")
         more = {"precompute_ref_log_probs": True, "reference_cache": tempfile.mkdtemp(dir=out)}
         more |= {"gradient_checkpointing": False} if plain or not on_gpu else {}
         return APOTrainer(model, args=APOConfig(objective="apo_zero", **same, **more), **data)
@@ -90,9 +90,9 @@ def run(mode: str, tune: str, model: Any, lengths: list[tuple[int, int, int]], b
     from transformers import TrainerCallback
 
     from apo.cost.sizes import row_of
+    from apo.data.rendering import common_prefix
     from apo.monitoring.throughput import compute_scale
-    from apo.packing.logps import uncollate
-    from apo.packing.packed_model import common_prefix
+    from apo.packing.batch import uncollate
 
     device, times, needed = model.device, [], {"flops": 0.0, "tokens": 0}
 

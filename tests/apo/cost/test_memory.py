@@ -24,7 +24,8 @@ from apo.cost import sizes as shapes
 from apo.cost.deepspeed_memory import Zero, held, zero_of
 from apo.cost.sizes import Device, Row, rows_of
 from apo.packing import onednn as matmul
-from apo.packing.packed_model import enable_packing, pack_pairs, packed_logps
+from apo.packing.layout import pack_pairs
+from apo.packing.packed_model import enable_packing, packed_logps
 from apo.training.config import TrainConfig
 from apo.training.plan import estimate, plan
 from apo.training.train import train

@@ -18,8 +18,9 @@ from apo.data.tokenize import eos_ids, tokenize
 from apo.evaluation.pairs import compare_models
 from apo.monitoring.metrics import token_counts
 from apo.monitoring.token_diagnostics import TokenDiagnostics
-from apo.packing.logps import TurnCollator, plain_logps, uncollate
-from apo.packing.packed_model import pack_pairs
+from apo.packing.batch import TurnCollator, uncollate
+from apo.packing.layout import pack_pairs
+from apo.packing.logps import plain_logps
 from apo.training.preflight import check_before_training
 from apo.training.reference import chunk_key
 from tests.apo.conftest import NUMBERS, VOCABULARY, make_model, make_pairs

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from apo.distributed import launch as processes
 from apo.distributed.launch import Group, check_devices, check_launch
 from apo.monitoring.failures import Stopped
-from apo.packing.logps import DUMMY, pair_weights
+from apo.packing.batch import DUMMY, pair_weights
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError

@@ -18,7 +18,7 @@ from apo.cost import memory as fit
 from apo.cost import sizes as shapes
 from apo.monitoring.metrics import COLUMNS, token_counts
 from apo.monitoring.throughput import ComputeScale, Meter, compute_scale
-from apo.packing.packed_model import pack_pairs
+from apo.packing.layout import pack_pairs
 from tests.apo.conftest import make_model, make_pairs
 from tests.apo.training.trainers import apo_trainer, lora
 

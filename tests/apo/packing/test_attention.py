@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch.nn.attention import flex_attention, varlen
 from torch.nn.functional import scaled_dot_product_attention
 
-from apo.packing import attention
-from apo.packing import packed_model as prefix
-from apo.packing.logps import plain_logps
-from apo.packing.packed_model import enable_packing, pack_pairs, packed_logps
+from apo.packing import attention, packed_model
+from apo.packing.layout import pack_pairs
+from apo.packing.logps import PairLogps, plain_logps
+from apo.packing.packed_model import enable_packing, packed_logps
 from tests.apo.packing.packing_models import FAMILIES, SHAPES, gradients, packed_row, pairs, stacked, tiny
 
 
@@ -60,7 +60,7 @@ def test_every_way_gives_the_plain_log_probs_and_gradients(backend, family):
     enable_packing(model, backend)
     layout = pack_pairs(pairs(*SHAPES))
     actual = packed_logps(model, layout)
-    assert layout.way == backend
+    assert layout.backend == backend
     torch.testing.assert_close(actual[:2], plain[:2], rtol=1e-5, atol=1e-4)
     assert (gradients(model, actual) - expected).norm() < 1e-5 * expected.norm()
 
@@ -89,7 +89,7 @@ def test_blocks_hold_all_that_is_seen_and_whole_ones_nothing_else(shapes, window
     mask, tokens = attention._block_mask(layout, window), layout.input_ids.shape[1]
     dense = torch.zeros(tokens, tokens, dtype=torch.bool)
     for span in layout.spans:  # by the sequences themselves
-        start, middle, end, last = span.branches
+        start, middle, end, last = span.bounds
         for branch in ([*range(start, end)], [*range(start, middle), *range(end, last)]):
             behind = torch.arange(len(branch))[:, None] - torch.arange(len(branch))
             visible = (behind >= 0) & (behind < (window or tokens))
@@ -146,8 +146,8 @@ def test_the_fastest_way_that_works_is_taken_and_the_others_are_told(monkeypatch
     monkeypatch.setattr(attention, "BACKENDS", {"varlen": broken, "flex": slow, "split": attention._split})
     best, note = attention._measured(config, layout, torch.float32, 3)
     assert best == "split"
-    assert "varlen cannot (no kernel image is available)" in note
-    assert note.endswith("taken: split")
+    assert "varlen failed (no kernel image is available)" in note
+    assert note.endswith("selected: split")
 
 
 def test_a_way_that_disagrees_is_not_taken(monkeypatch):
@@ -157,20 +157,20 @@ def test_a_way_that_disagrees_is_not_taken(monkeypatch):
     add_fused_lm_head(model)
     wrong = lambda *arguments: attention._split(*arguments) * 1.1  # noqa: E731
     monkeypatch.setitem(attention.BACKENDS, "flex", wrong)
-    monkeypatch.setattr(prefix, "fastest_backend", lambda *_: ("flex", "flex 1 ms; taken: flex"))
-    reason, notes = prefix.enable_packing_if_exact([model], batch, batch, torch.float32)
+    monkeypatch.setattr(packed_model, "fastest_backend", lambda *_: ("flex", "flex 1 ms; selected: flex"))
+    reason, notes = packed_model.enable_packing_if_exact([model], batch, batch, torch.float32)
     assert reason is None
-    assert notes[-1] == "attention of packed rows: flex is not taken, its log-probs differ in packed rows"
+    assert notes[-1] == "attention of packed rows: flex is not used, its log-probs differ in packed rows"
     layout = pack_pairs(pairs(*SHAPES))
     packed_logps(model, layout)
-    assert layout.way == "split"
+    assert layout.backend == "split"
 
 
 def test_how_near_packed_rows_must_come_is_a_matter_of_what_products_are_in(monkeypatch):
-    plain = prefix.PairLogps(*(torch.tensor([-1000.0]) for _ in range(2)), *(torch.tensor([500]) for _ in range(2)))
+    plain = PairLogps(*(torch.tensor([-1000.0]) for _ in range(2)), *(torch.tensor([500]) for _ in range(2)))
     near = plain._replace(chosen=plain.chosen * 1.001)
-    monkeypatch.setattr(prefix, "shared_prefix_logps", lambda *_: near)
+    monkeypatch.setattr(packed_model, "shared_prefix_logps", lambda *_: near)
     model = tiny()
     assert model.dtype == torch.float32, "as the weights of mixed precision are"
-    assert prefix.matches_padded(model, {}, plain, torch.bfloat16)
-    assert not prefix.matches_padded(model, {}, plain, torch.float32)
+    assert packed_model.matches_padded(model, {}, plain, torch.bfloat16)
+    assert not packed_model.matches_padded(model, {}, plain, torch.float32)

@@ -15,8 +15,8 @@ from datasets import Dataset
 
 from apo.cost import memory as fit
 from apo.cost.sizes import sizes_of_model
-from apo.packing import attention
-from apo.packing import packed_model as prefixes
+from apo.packing import attention, packed_model
+from apo.packing.layout import PackedRow
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
 from tests.apo.conftest import make_model, make_pairs
@@ -39,7 +39,7 @@ def attended(backend, layout, device, dtype, window, softcap, width=64):
 
 
 def on(layout, device):
-    return attention.PackedRow(layout.input_ids.to(device), *list(vars(layout).values())[1:7])
+    return PackedRow(layout.input_ids.to(device), *list(vars(layout).values())[1:7])
 
 
 @gpu
@@ -90,13 +90,13 @@ def test_in_bfloat16_all_three_ways_are_measured_and_the_fastest_is_taken(tmp_pa
     assert trainer.is_packed, trainer.notes
     (note,) = [note for note in trainer.notes if "attention of packed rows" in note]
     assert note.count(" ms") == 3, note
-    assert not [note for note in trainer.notes if "is not taken" in note]
+    assert not [note for note in trainer.notes if "is not used" in note]
 
 
 @gpu
 @pytest.mark.parametrize("backend", ["split", "varlen", "flex"])
 def test_a_pass_waits_for_nothing(tmp_path, tokenizer, monkeypatch, backend):
-    monkeypatch.setattr(prefixes, "fastest_backend", lambda *_: (backend, ""))
+    monkeypatch.setattr(packed_model, "fastest_backend", lambda *_: (backend, ""))
     trainer = trainer_on_gpu(tmp_path, tokenizer, bf16=True, precompute_ref_log_probs=True, weights="weight")
     batches, weight = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, trainer.args.device)
     trainer.training_step(trainer.model, batches[0], weight)  # compiles, and makes buffers
@@ -138,7 +138,7 @@ def test_the_benchmark_for_a_gpu_runs_on_a_cpu_in_small(monkeypatch):
     monkeypatch.setattr(bench.cpu, "VOCABULARY", 200)
     monkeypatch.setattr(bench, "OURS", ("split",))
     monkeypatch.setattr(bench, "MODES", ("split", "trl defaults", "trl best"))
-    monkeypatch.setattr(prefixes, "fastest_backend", prefixes.fastest_backend)  # which the benchmark replaces
+    monkeypatch.setattr(packed_model, "fastest_backend", packed_model.fastest_backend)  # which the benchmark replaces
     sizes = bench.LLAMA3_8B | {"vocab_size": 200, "num_hidden_layers": 2, "max_position_embeddings": 128, **WIDE}
     case = {"small": (lambda: [(8, 12, 9), (5, 14, 20)] * 8, 4)}
     with warnings.catch_warnings():

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
-from apo.packing.logps import DUMMY, dummy_batch, padded_logps, plain_logps, response_logps, rotate_responses, uncollate
+from apo.packing.batch import DUMMY, dummy_batch, rotate_responses, uncollate
+from apo.packing.logps import padded_logps, plain_logps, response_logps
 from tests.apo.conftest import make_model
 
 collate = DataCollatorForPreference(pad_token_id=0)

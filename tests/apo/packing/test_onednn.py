@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from apo.packing import onednn as matmul
+from apo.packing.layout import pack_pairs
 from apo.packing.logps import plain_logps
-from apo.packing.packed_model import disable_packing, enable_packing, pack_pairs, packed_logps, shared_prefix_logps
+from apo.packing.packed_model import disable_packing, enable_packing, packed_logps, shared_prefix_logps
 from tests.apo.packing.packing_models import FAMILIES, SHAPES, gradients, pairs, stacked, tiny
 
 
@@ -101,10 +102,10 @@ def test_what_fills_a_row_up_changes_nothing(quick):
     model, examples = tiny(), pairs(*SHAPES)
     enable_packing(model)
     filled = pack_pairs(examples, multiple=matmul.ROWS)
-    assert filled.input_ids.shape[1] % matmul.ROWS == len(filled.rows) % matmul.ROWS == 0
+    assert filled.input_ids.shape[1] % matmul.ROWS == len(filled.predictors) % matmul.ROWS == 0
     bare = pack_pairs(examples)
     assert bare.input_ids.shape[1] % matmul.ROWS
-    assert len(bare.rows) % matmul.ROWS
+    assert len(bare.predictors) % matmul.ROWS
     assert (filled.pairs, len(filled.labels)) == (bare.pairs, len(bare.labels))
     ours, theirs = packed_logps(model, filled), packed_logps(model, bare)
     for actual, expected in zip(ours, theirs, strict=True):

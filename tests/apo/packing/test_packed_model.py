@@ -10,17 +10,11 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
-from apo.packing import packed_model as prefix
-from apo.packing.logps import TurnCollator, plain_logps, uncollate
-from apo.packing.packed_model import (
-    crop_around_divergence,
-    enable_packing,
-    pack_bins,
-    pack_pairs,
-    packed_length,
-    packed_logps,
-    shared_prefix_logps,
-)
+from apo.packing import head
+from apo.packing.batch import TurnCollator, uncollate
+from apo.packing.layout import crop_around_divergence, pack_bins, pack_pairs, packed_length
+from apo.packing.logps import plain_logps
+from apo.packing.packed_model import enable_packing, packed_logps, shared_prefix_logps
 from tests.apo.packing.packing_models import FAMILIES, SHAPES, VOCABULARY, gradients, pairs, stacked, tiny
 
 
@@ -124,8 +118,8 @@ def test_a_saved_model_does_not_know_that_it_shared_prefixes(tmp_path):
 @pytest.mark.parametrize("limit", [0, 10**9], ids=["logits made anew", "logits kept"])
 def test_in_mixed_precision_the_head_has_the_gradients_of_a_plain_one(monkeypatch, limit):
     # Products of backward too are in bfloat16, which a GPU does some 15 times as fast, by its maker's figures.
-    monkeypatch.setattr(prefix, "_HEAD_KEEPS", limit)
-    monkeypatch.setattr(prefix, "_HEAD_CHUNK", 64)
+    monkeypatch.setattr(head, "_STORED_BYTES", limit)
+    monkeypatch.setattr(head, "HEAD_CHUNK", 64)
     generator = torch.Generator().manual_seed(0)
     model, hidden = tiny(), torch.randn(40, 32, generator=generator)
     labels, weights = torch.randint(VOCABULARY, (40,), generator=generator), torch.randn(40, generator=generator)
@@ -134,7 +128,7 @@ def test_in_mixed_precision_the_head_has_the_gradients_of_a_plain_one(monkeypatc
         return model.lm_head(hidden).float().log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
 
     results = []
-    for logps in (prefix.head_logps, plain):
+    for logps in (head.head_logps, plain):
         inputs = hidden.clone().requires_grad_()
         model.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -177,7 +171,7 @@ def test_no_gradient_of_one_response_comes_from_a_token_of_the_other_or_of_anoth
     model.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(call[2]) or call[2].retain_grad())
     logps = packed_logps(model, layout)
     for pair, span in enumerate(layout.spans):
-        start, middle, end, last = span.branches
+        start, middle, end, last = span.bounds
         for name, positions in (
             ("chosen", range(start, end)),
             ("rejected", [*range(start, middle), *range(end, last)]),
@@ -202,7 +196,7 @@ def test_a_layout_by_hand():
     layout = pack_pairs([{"prompt_ids": [11, 12], "chosen_ids": [13, 14, 2], "rejected_ids": [13, 15, 16, 2]}])
     assert layout.input_ids.tolist() == [[11, 12, 13, 14, 2, 15, 16, 2]]
     assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5]]
-    assert layout.rows.tolist() == [1, 2, 3, 2, 5, 6]
+    assert layout.predictors.tolist() == [1, 2, 3, 2, 5, 6]
     assert layout.labels.tolist() == [13, 14, 2, 15, 16, 2]
     assert layout.owner.tolist() == [0, 1, 1, 2, 2, 2]
     assert layout.lengths.tolist() == [[3, 4]]
@@ -239,7 +233,7 @@ def test_tokens_of_counts_a_packed_row():
 
 def test_a_long_pair_is_cut_around_the_place_where_its_answers_part():
     (long,) = pairs((300, 200, 150, 40))
-    cut = crop_around_divergence(long, most=64)
+    cut = crop_around_divergence(long, context=64)
     assert cut["prompt_ids"] == [*long["prompt_ids"], *long["chosen_ids"]][300 + 184 - 64 : 300 + 184]
     assert cut["chosen_ids"] == long["chosen_ids"][184:248]
     assert cut["rejected_ids"] == long["rejected_ids"][184:]

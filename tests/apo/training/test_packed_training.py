@@ -9,7 +9,8 @@ import torch
 
 from apo.monitoring import failures as faults
 from apo.packing import packed_model as prefix
-from apo.packing.logps import padded_logps, select_pairs
+from apo.packing.batch import select_pairs
+from apo.packing.logps import padded_logps
 from apo.packing.packed_model import shared_prefix_logps
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from apo import cli
 from apo.data.sources import Source, hash_pairs, load_eval, load_train
 from apo.models.load import find_model, load_model
-from apo.packing.packed_model import packed_length
+from apo.packing.layout import packed_length
 from apo.run_dir import files as runs
 from apo.training.config import LoRA, TrainConfig
 from apo.training.plan import plan

@@ -9,7 +9,8 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from apo.packing.logps import PairLogps, plain_logps, select_pairs
+from apo.packing.batch import select_pairs
+from apo.packing.logps import PairLogps, plain_logps
 from apo.packing.packed_model import shared_prefix_logps
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
