@@ -14,7 +14,7 @@ from transformers import (
 )
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from apo.packing import attention
+from apo.packing.layout import PackedRow, PairSpan
 
 VOCABULARY = 97
 FAMILIES = {
@@ -74,7 +74,7 @@ def packed_row(shapes):
     """A packed row of spans alone. A shape counts the shared, the chosen and the rejected tokens of a pair."""
     spans, start = [], 0
     for shared, chosen, rejected in shapes:
-        spans.append(attention.PairSpan(start, shared, chosen, rejected))
+        spans.append(PairSpan(start, shared, chosen, rejected))
         start += shared + chosen + rejected
     unused = torch.zeros(0)
-    return attention.PackedRow(torch.zeros(1, start), unused, spans, *[unused] * 4)
+    return PackedRow(torch.zeros(1, start), unused, spans, *[unused] * 4)
