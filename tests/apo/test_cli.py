@@ -111,7 +111,7 @@ def test_merge_from_the_command_line(adapter, tmp_path, monkeypatch, capsys):
     assert "has no adapter_config.json" in capsys.readouterr().err
 
 
-def test_an_adapter_whose_base_has_moved_is_told(adapter, tmp_path):
+def test_an_adapter_whose_base_has_moved_is_reported(adapter, tmp_path):
     with pytest.raises(UserError, match=r"does not exist; give a folder with config.json, or a hub name"):
         merge(adapter / "adapter", tmp_path / "merged", base="./gone")
     assert not (tmp_path / "merged").exists()

@@ -49,7 +49,7 @@ def test_nothing_is_wider_than_the_window(tab, file):
             page.context.close()
 
 
-def test_what_has_the_focus_shows_it(tab, file):
+def test_the_focused_element_is_outlined(tab, file):
     page = tab(file, "#pairs")
     focus = """() => {
       const node = document.activeElement;

@@ -126,7 +126,7 @@ def test_a_mistake_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("call", [call_plainly, in_a_running_loop])
-def test_an_interrupt_keeps_the_replies_in_flight_and_the_same_call_goes_on(call, tmp_path):
+def test_an_interrupt_keeps_the_replies_in_flight_and_the_same_call_resumes(call, tmp_path):
     with running(ServerOptions(latency=1.0)) as slow:
         recipe = recipe_for(tmp_path, slow.url) | {"concurrency": 3}
 

@@ -145,7 +145,7 @@ def test_a_seed_that_not_all_objectives_have_is_left_out_and_the_page_says_what_
         page(FOUR[:7])
 
 
-def test_runs_at_another_rate_are_told_and_not_counted():
+def test_runs_at_another_rate_are_reported_and_not_counted():
     name = COMBINATIONS[0].name(0)
     tried = {"kind": "run", "name": f"{name}/dpo/0", "objective": "dpo", "learning_rate": 1.5e-5, "right": ones(6)}
     text = page([*FOUR, tried])

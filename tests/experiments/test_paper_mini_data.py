@@ -117,7 +117,7 @@ def test_the_other_models_answers_are_sampled_once_and_again_for_other_tasks(tmp
     assert len(calls) == 4
 
 
-def test_answers_are_told_by_a_digit_and_a_letter_a_question():
+def test_answers_are_recorded_as_a_digit_and_a_letter_a_question():
     import random
 
     tasks, rng = distinct_tasks("heldout", 3, seed=0), random.Random(0)

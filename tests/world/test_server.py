@@ -118,7 +118,7 @@ def test_a_task_of_another_world_is_left_as_it_is(calm: Running) -> None:
     assert solution(ask(calm.url, revision(foreign, "Roses are red.")).text) == "Roses are red."
 
 
-def test_asked_for_edits_it_names_the_smallest_one_that_can_be_found(calm: Running) -> None:
+def test_at_a_request_for_edits_it_names_the_smallest_unique_one(calm: Running) -> None:
     for task in TASKS[:60]:
         for student in (task.wrong, task.right, "No idea", f"{task.wrong_value} {task.wrong}"):
             body = revision(task, student)
@@ -127,7 +127,7 @@ def test_asked_for_edits_it_names_the_smallest_one_that_can_be_found(calm: Runni
             assert parsed == Revision(parsed.reasoning, corrected(task, student))
 
 
-def test_asked_once_more_it_answers_the_first_request_and_behaves() -> None:
+def test_at_a_repeated_request_it_answers_the_first_one_and_behaves() -> None:
     with running(ServerOptions(max_seconds=60, misbehaviour=Misbehaviour(refusal=0.5, allusion=0.5))) as server:
         for task in TASKS[:30]:
             body = revision(task, task.wrong)
@@ -154,7 +154,7 @@ def verdict(url: str, task: Task, first: str, second: str) -> str:
     return heard.text.rpartition("{best_student_solution}")[2].strip("*: \n")
 
 
-def test_the_judge_prefers_the_right_solution_in_either_place(calm: Running) -> None:
+def test_the_judge_prefers_the_right_solution_in_either_order(calm: Running) -> None:
     for task in TASKS[:25]:
         assert verdict(calm.url, task, task.right, task.wrong) == "[1]"
         assert verdict(calm.url, task, task.wrong, task.right) == "[2]"
@@ -176,7 +176,7 @@ def test_the_target_is_right_about_half_of_the_time_and_else_follows_the_wrong_r
     assert 0.4 < right / len(TASKS) < 0.6
 
 
-def test_a_token_limit_cuts_the_reply_and_says_so(calm: Running) -> None:
+def test_a_token_limit_cuts_the_reply_and_reports_it(calm: Running) -> None:
     heard = ask(calm.url, revision(TASKS[0], TASKS[0].wrong) | {"max_tokens": 5})
     assert len(heard.text) == 20
     assert heard.body["choices"][0]["finish_reason"] == "length"

@@ -19,7 +19,7 @@ PLAIN = replace(plan(0, "x", Misbehaviour()), style=0)
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_dressed_sentence_is_told_apart_and_undressed_to_itself(style):
+def test_a_styled_sentence_is_recognised_and_restored(style):
     for task in TASKS:
         text = dressed(task.right, style, Random(task.id))
         assert style_of(text) == style

@@ -77,7 +77,7 @@ def test_solve_gives_none_for_what_is_no_task() -> None:
     assert [solve(text) for text in foreign] == [None] * len(foreign)
 
 
-def test_right_and_wrong_differ_in_the_value_alone_and_are_told_apart() -> None:
+def test_right_and_wrong_differ_in_the_value_alone_and_are_distinguished() -> None:
     tasks = [task for tasks in TASKS.values() for task in tasks]
     for task in tasks:
         assert is_right(task, task.right)

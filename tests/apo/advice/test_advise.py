@@ -62,7 +62,7 @@ def test_an_own_answer_without_an_end_is_compared_with_nothing():
     assert intervals["pair_gap"].value == 0
 
 
-def test_where_the_first_step_takes_winners_and_losers():
+def test_the_first_step_moves_winners_and_losers():
     winners = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     losers = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     # steps (1, 0), (1, -1), (-1, 1): products 1, -1, -2, of which the mean is -2/3; squares 1, 2, 2
@@ -82,7 +82,7 @@ def test_pairs_that_all_pull_alike_are_coherent_and_their_winners_rise():
     assert intervals["winner_wrong"].value == intervals["loser_wrong"].value == 0
 
 
-def test_labels_drawn_by_lot_have_no_coherence_and_an_interval_that_says_so():
+def test_labels_drawn_by_lot_have_no_coherence_and_an_interval_that_reports_it():
     torch.manual_seed(0)
     shared = torch.randn(1, 50)
     sides = shared + torch.randn(300, 50)
@@ -174,7 +174,7 @@ def settings(tmp_path: Path, dataset: Path, url: str | None = None, **changes: o
     return resolve(AdviseConfig, values | changes)
 
 
-def test_too_few_prompts_are_told_with_how_many_are_needed(tmp_path):
+def test_too_few_prompts_are_reported_with_how_many_are_needed(tmp_path):
     file = write_rows(tmp_path / "few.jsonl", 31)
     file.write_text(file.read_text("utf-8") * 3, "utf-8")  # the same again is not more
     with pytest.raises(UserError, match=r"31 different prompts, too few .* 32 are needed .* 3 times of 4, 197 for 3"):
@@ -207,12 +207,12 @@ def test_the_sample_holds_each_prompt_once_and_is_sized_by_power(tmp_path):
         (turn("what is <|start|>"), "the model's own <|start|> stands in its text"),
     ],
 )
-def test_prompts_in_another_template_are_found(messages, why):
+def test_prompts_in_another_template_are_recognised(messages, why):
     reason = strangeness(messages, make_tokenizer())
     assert (reason is None) if why is None else (reason is not None and why in reason)
 
 
-def test_a_template_that_leaves_a_turn_out_or_refuses_it_is_found():
+def test_a_template_that_leaves_a_turn_out_or_refuses_it_is_reported():
     spoken = [*turn("be short", "system"), *turn("hello")]
     silent = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     assert strangeness(spoken, make_tokenizer(silent)) == "the model's template leaves its system turn out"
@@ -221,7 +221,7 @@ def test_a_template_that_leaves_a_turn_out_or_refuses_it_is_found():
     assert reason == "the model's template refuses it: no system turns"
 
 
-def test_who_made_both_sides_is_read_from_the_folder(tmp_path):
+def test_the_authors_of_both_sides_are_read_from_the_folder(tmp_path):
     folder = tmp_path / "pairs"
     writer = DatasetWriter(folder, seed=0, test_fraction=0.0)
     for number in range(4):
@@ -302,7 +302,7 @@ def test_a_model_that_does_not_end_its_answers_is_refused_with_both_reasons(tmp_
 
 
 @pytest.mark.slow
-def test_exchanged_columns_and_another_template_are_not_trained_on_and_the_command_says_so(tmp_path):
+def test_exchanged_columns_and_another_template_are_not_trained_on_and_the_command_reports_it(tmp_path):
     swapped = write_rows(tmp_path / "swapped.jsonl", 40, swap=True)
     marked = write_rows(tmp_path / "marked.jsonl", 40, prompt="### Instruction: {}")
     with running() as server:

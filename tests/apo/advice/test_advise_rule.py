@@ -80,7 +80,7 @@ def test_each_case_has_its_advice(evidence, objective, sure):
         ({"winner_gap": LEVEL}, "both sides are as likely to the model as its own answers"),
     ],
 )
-def test_what_to_watch_is_told_and_nothing_else(evidence, warning):
+def test_only_what_to_watch_is_reported(evidence, warning):
     assert advise(PLAIN).beware == []
     (beware,) = advise(replace(PLAIN, **evidence)).beware
     assert warning in beware

@@ -299,7 +299,7 @@ def test_c4_an_aligned_models_head_unlearns_faster(seed):
 # ---- what is told
 
 
-def test_a_cluster_that_the_mixture_hurts_is_told_so_and_with_whom_it_conflicts():
+def test_a_cluster_that_the_mixture_hurts_is_reported_with_the_one_it_conflicts_with():
     """Two behaviours with the same prompts and opposite answers, one three times as large."""
     model = small_llama(0)
     labelled = behaviours_in_tokens(model, [0.6], n=90)
@@ -321,7 +321,7 @@ def test_a_cluster_that_the_mixture_hurts_is_told_so_and_with_whom_it_conflicts(
     assert len(conflicts) == (by_name["small"].conflict < -0.1)
 
 
-def test_the_objective_is_told_where_distance_misleads_or_speed_differs():
+def test_objectives_whose_distance_misleads_or_whose_speed_differs_are_noted():
     labelled = behaviours_in_tokens(small_llama(0), [0.5], n=16)
     assert "pulls at the rejected alone" in distinguish(labelled, "behaviour", "apo_down", draws=20).warnings[0]
     assert (
@@ -366,7 +366,7 @@ def test_a_sketch_keeps_products_of_what_has_one_sign():
     assert np.std(products) < 2 * 32 * 64 * (8 / 256) ** 0.5
 
 
-def test_neglect_and_imbalance_are_told():
+def test_neglect_and_imbalance_are_reported():
     model = small_llama(0)
     labelled = behaviours_in_tokens(model, [0.9, 0.0], n=60)
     indices = [p for p in range(120) if p < 60 or labelled.tokenized[p]["chosen_ids"] == [YES] or p % 4 == 1]

@@ -139,7 +139,7 @@ def test_pairs_of_files_come_with_their_labels_and_features(model_dir, tmp_path)
     assert "extra" not in labelled_pairs.rows[0]
 
 
-def test_pairs_longer_than_the_context_are_left_out_and_told(model_dir, tmp_path):
+def test_pairs_longer_than_the_context_are_left_out_and_reported(model_dir, tmp_path):
     rows = make_pairs(4)
     rows[2]["chosen"][0]["content"] = " ".join(["one"] * 300)
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -99,7 +99,7 @@ def test_flops_are_those_that_torch_counts(adapter):
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize(("dtype", "mixed"), [("float32", False), ("bfloat16", False), ("float32", True)])
-def test_what_is_kept_for_backward_is_what_autograd_saves(dtype, mixed, adapter):
+def test_the_activations_counted_are_those_that_autograd_saves(dtype, mixed, adapter):
     sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = LlamaConfig(**sizes, vocab_size=64)
     counted = shapes.sizes_of_model(LlamaForCausalLM(config), lora() if adapter else None)
@@ -240,7 +240,7 @@ def test_memory_of_one_of_eight_processes_by_hand():
     assert fit.run_flops(run)[1] == 8 * fit.run_flops(replace(run, processes=8))[1]
 
 
-def test_what_a_deepspeed_config_asks_for():
+def test_a_deepspeed_config_is_read():
     assert zero_of({}, 8) is None
     assert zero_of({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, 8) is None
     assert zero_of({"zero_optimization": {"stage": 2}}, 8) == Zero(2, 500_000_000, 1, 1_000_000_000, 50_000_000)
@@ -269,7 +269,7 @@ def test_what_a_deepspeed_config_asks_for():
         ("zero_hpz_partition_size", 8, "zero_hpz_partition_size"),
     ],
 )
-def test_what_the_formulas_do_not_describe_is_refused_by_name(key, value, named):
+def test_models_that_the_formulas_do_not_describe_are_refused_by_name(key, value, named):
     with pytest.raises(ValueError, match=f"do not describe DeepSpeed's {named}$"):
         zero_of({"zero_optimization": {"stage": 3, key: value}}, 8)
 
@@ -312,7 +312,7 @@ def test_a_job_under_zero_is_that_of_its_config():
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_dry_run_tells_the_costs_under_the_launchers_zero(stage, recipe, monkeypatch):
+def test_a_dry_run_shows_the_costs_under_the_launchers_zero(stage, recipe, monkeypatch):
     planned = plan(TrainConfig(**recipe), processes=2)
     config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
     planned.args.deepspeed_plugin = SimpleNamespace(deepspeed_config=config, zero_stage=stage)
@@ -332,7 +332,7 @@ def test_sharding_is_named_where_it_is_what_helps():
         fit.check_fits(run, shapes.GPUS[0])
 
 
-def test_a_dry_run_tells_costs(recipe, monkeypatch, tmp_path, capsys):
+def test_a_dry_run_shows_costs(recipe, monkeypatch, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe))
     assert call(monkeypatch, "train", path, "--dry-run") == 0

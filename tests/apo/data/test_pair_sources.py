@@ -69,7 +69,7 @@ def test_a_configuration_of_a_source_is_named(tmp_path):
         load_train([Source(path=str(tmp_path))], 0)
 
 
-def test_what_was_repaired_is_told_before_training(tmp_path, model_dir):
+def test_repairs_are_reported_before_training(tmp_path, model_dir):
     rows = make_pairs(8)
     rows[3]["chosen"] = rows[3]["prompt"] + rows[3]["chosen"]
     rows[3]["rejected"] = rows[3]["prompt"] + rows[3]["rejected"]

@@ -52,7 +52,7 @@ def test_a_file_at_a_url_gives_the_pairs_of_the_file(tmp_path, monkeypatch, name
     assert read_rows([remote[0].path]) == read_rows([local[0].path])
 
 
-def test_a_url_that_holds_a_secret_or_nothing_is_told_before_any_work(tmp_path, monkeypatch):
+def test_a_url_that_holds_a_secret_or_nothing_is_reported_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
     for url in ("s3://me:hunter22@bucket/pairs", "https://host/pairs.jsonl?X-Amz-Signature=hunter22"):
         with pytest.raises(UserError, match="its URL holds a password or a query") as caught:

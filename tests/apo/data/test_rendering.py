@@ -166,7 +166,7 @@ def test_an_answer_without_text_is_noted():
     assert noted(encoded(pair("", prompt="What is <|end|>?"))) == ["empty", "marks"]
 
 
-def test_a_begun_turn_at_the_end_of_a_prompt_goes_on_in_the_answer():
+def test_a_begun_turn_at_the_end_of_a_prompt_continues_in_the_answer():
     encoding = encoded(pair(" pear.", " chair.", [turn("user", "A fruit?"), turn("assistant", "It is a")]))
     assert letters().decode(encoding["prompt_ids"]).endswith("<|start|>assistant\nIt is a")
     assert trained(encoding, "chosen") == [" pear.<|end|>"]
@@ -235,7 +235,7 @@ def test_a_template_that_writes_no_end_gets_the_token_that_generation_stops_at()
     assert trained(encoding, "chosen") == ["Wait.<|tool|>", "Four.<|user|>"]
 
 
-def test_what_follows_a_tool_call_ends_it_and_thoughts_that_a_later_turn_takes_away_do_not_matter():
+def test_the_token_after_a_tool_call_ends_it_and_thoughts_that_a_later_turn_removes_do_not_matter():
     end_tokens = ["<|text_end|>", "<|user|>", "<|tool|>"]
     written = "{% for c in m.get('tool_calls', []) %}{{ c['function'] | tojson }}{% endfor %}{% endfor %}{% if"
     calls = GLM.replace("{% endfor %}{% if", written)
@@ -278,7 +278,7 @@ def test_an_answers_thoughts_that_the_template_leaves_out_are_noted():
     assert trained(encoded(row), "chosen") == ["<think>3 * 4</think>\n\n12<|end|>"]
 
 
-def test_a_thought_that_goes_on_where_the_prompt_ends_is_not_left_out():
+def test_a_thought_that_continues_across_the_end_of_the_prompt_is_not_left_out():
     begins = CHATML.replace("<|start|>assistant\n{% endif %}", "<|start|>assistant\n<think>\n{% endif %}")
     encoding = encoded(pair("<think>\nhm\n</think>12", "<think>\nno\n</think>13"), letters(begins))
     assert noted(encoding) == []
@@ -398,7 +398,7 @@ def test_messages_without_a_chat_template_are_refused_in_plain_words():
     )
 
 
-def test_what_is_only_like_a_rendered_text_or_json_messages_is_trained():
+def test_text_that_only_resembles_a_rendered_chat_or_json_messages_is_trained():
     assert not encoded(pair('[{"role": "user", "content": "a"}]', "no idea"))["_verdict"]
     assert not encoded(pair(prompt="<|im_start|> is what?"))["_verdict"]
     assert not encoded(pair(prompt="[INST] is what?"))["_verdict"]
@@ -432,7 +432,7 @@ def test_a_text_that_another_familys_template_has_been_applied_to_is_refused(tex
     ],
     ids=["its own", "sandbox", "undefined", "syntax"],
 )
-def test_what_a_template_raises_is_one_line_with_the_row(template, reason):
+def test_an_error_of_a_template_is_one_line_with_the_row(template, reason):
     row = pair(prompt=[turn("system", "Be kind."), turn("user", "Hi")])
     tokenizer = letters(template)
     with pytest.raises(UserError) as error:
@@ -463,14 +463,14 @@ def test_notes_say_how_many_rows_they_are_about_and_which_is_the_first():
     ]
 
 
-def test_what_differs_only_in_what_the_template_leaves_out_is_told():
+def test_pairs_that_differ_only_in_text_that_the_template_leaves_out_are_reported():
     rows = [pair("<think>a</think>12", "<think>b</think>12")] * 2
     tokenizer = letters(NO_THOUGHTS)
     with pytest.raises(UserError, match=r"in 2 of 2 pairs .*in 2 of them once the chat template has left out text"):
         tokenize(Dataset.from_list(rows), tokenizer, None, eos_ids(tokenizer))
 
 
-def test_where_all_answers_are_equal_nothing_else_is_told():
+def test_if_all_answers_are_equal_nothing_else_is_reported():
     with pytest.raises(UserError, match="train dataset: no pair is left to train on: train: chosen is equal"):
         tokenize(Dataset.from_list([pair("Pear.", "Pear.")] * 2), letters(), None, eos_ids(letters()))
 

@@ -59,7 +59,7 @@ def test_a_pair_by_hand():
     assert tokenizer.decode(row_ids["rejected_ids"]).split() == ["three", "<|end|>"]
 
 
-def test_what_a_template_writes_after_the_end_of_turn_is_not_trained():
+def test_text_that_a_template_writes_after_the_end_of_turn_is_not_trained():
     tokenizer = make_tokenizer(template=CHATML)
     for row in tokenized(make_pairs(4), tokenizer).dataset:
         assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == tokenizer.eos_token_id
@@ -105,7 +105,7 @@ def test_already_tokenised_pairs_stay_as_they_are():
     ],
     ids=["fine", "double end", "no end", "double start"],
 )
-def test_faults_are_told_with_the_first_row(rows, template, message):
+def test_faults_are_reported_with_the_first_row(rows, template, message):
     tokenizer = make_tokenizer(template=template or TEMPLATE)
     if message is None:
         assert len(tokenized(rows, tokenizer).dataset) == 3
@@ -132,7 +132,7 @@ def test_pairs_that_are_all_equal_are_refused():
         tokenized(rows)
 
 
-def test_a_missing_column_is_told_with_those_found():
+def test_a_missing_column_is_reported_with_the_existing_ones():
     rows = [{"prompt": row["prompt"], "winner": row["chosen"]} for row in make_pairs(3)]
     with pytest.raises(UserError, match=r"no column 'chosen'; found: prompt, winner"):
         tokenized(rows)

@@ -184,7 +184,7 @@ def test_a_mask_is_part_of_what_is_cached_and_of_what_a_resumed_run_compares():
     assert len(set(prints)) == 3
 
 
-def test_what_is_counted_of_a_batch_is_what_its_packed_row_holds(tmp_path, tokenizer, talks):
+def test_the_tokens_counted_of_a_batch_are_those_of_its_packed_row(tmp_path, tokenizer, talks):
     trainer = apo_trainer(tmp_path, tokenizer, talks)
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(12)])
     layout = pack_pairs(uncollate(batch))
@@ -193,7 +193,7 @@ def test_what_is_counted_of_a_batch_is_what_its_packed_row_holds(tmp_path, token
     assert labels == len(layout.labels)
 
 
-def test_what_is_measured_of_pairs_is_measured_of_trained_tokens(tmp_path, tokenizer):
+def test_measurements_of_pairs_are_of_trained_tokens(tmp_path, tokenizer):
     model = make_model().eval()
     ids = torch.tensor([[*PAIR["prompt_ids"], *PAIR["chosen_ids"]]])
     with torch.no_grad():

@@ -87,14 +87,14 @@ def args(kind, **options):
         ),
     ],
 )
-def test_what_would_quietly_run_as_something_else_is_refused(arguments, environ, match, monkeypatch):
+def test_launches_that_would_silently_run_differently_are_refused(arguments, environ, match, monkeypatch):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=match):
         check_devices(arguments)
 
 
-def test_what_runs_as_asked_is_not(monkeypatch):
+def test_launches_that_run_as_requested_are_accepted(monkeypatch):
     check_devices(args("NO"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_devices(args("MULTI_GPU", world_size=2, fsdp=True))
@@ -144,7 +144,7 @@ def test_the_mistake_of_one_is_raised_by_all():
         pass
 
 
-def test_machines_that_see_other_files_are_told():
+def test_machines_that_see_other_files_are_reported():
     Both(["new", 9]).check_equal(run="new", steps=9)
     with pytest.raises(UserError, match=r"process 0 found steps 9 and process 1 8; .* shared file system"):
         Both(["new", 8]).check_equal(run="new", steps=9)

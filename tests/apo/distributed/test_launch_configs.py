@@ -50,7 +50,7 @@ def test_every_config_is_read_by_accelerate_for_eight_gpus():
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_what_the_launcher_tells_the_processes_is_what_the_file_is_named_after(file, monkeypatch):
+def test_the_launcher_gives_the_processes_the_settings_that_the_file_is_named_after(file, monkeypatch):
     environ = {**launched(file), **WORKERS}
     assert environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
     assert (environ.get("ACCELERATE_USE_FSDP") == "true") == (file.stem == "fsdp2")

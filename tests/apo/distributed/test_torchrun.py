@@ -113,7 +113,7 @@ def test_the_mistake_of_one_process_ends_all_with_one_message(rank, model_dir, d
     assert not (tmp_path / "run").exists()
 
 
-def test_one_ctrl_c_saves_one_checkpoint_and_the_same_command_goes_on(alone, model_dir, data, tmp_path):
+def test_one_ctrl_c_saves_one_checkpoint_and_the_same_command_resumes(alone, model_dir, data, tmp_path):
     out = tmp_path / "run"
     path = recipe(model_dir, data, out, save_steps=1)
     process = start(2, tmp_path, "train", path)
@@ -153,7 +153,7 @@ def test_a_process_killed_is_started_again_from_the_last_checkpoint(alone, model
 
 
 @pytest.mark.parametrize(("first_count", "second_count"), [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_processes(first_count, second_count, alone, model_dir, data, tmp_path):
+def test_a_run_resumes_with_another_number_of_processes(first_count, second_count, alone, model_dir, data, tmp_path):
     """`pairs_per_step` says what a step holds, and the same recipe leads to the same model."""
     path = recipe(model_dir, data, tmp_path / "run", save_steps=1)
     keys = yaml.safe_load(path.read_text())

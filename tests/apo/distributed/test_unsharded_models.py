@@ -94,7 +94,7 @@ def test_the_passes_of_a_micro_batch_are_one_to_deepspeed(last, tmp_path, pairs,
     assert trainer.accelerator.sync_gradients == last
 
 
-def test_the_part_of_a_weight_that_is_here_is_what_is_looked_at():
+def test_the_local_shard_of_a_weight_is_checked():
     weight = torch.nn.Parameter(torch.ones(2))
     assert zero.local_shard(weight).tolist() == [1, 1]
     weight.ds_tensor = torch.tensor([float("nan")])

@@ -96,7 +96,7 @@ def test_pairs_of_one_prompt_are_one_cluster():
     assert alone["reward_accuracy"] == {"mean": 1.0, "se": None, "ci95": None}
 
 
-def test_where_winners_are_shorter_the_length_rule_prefers_those():
+def test_if_winners_are_shorter_the_length_rule_prefers_shorter():
     result = summary([pair("a", 1, 0, (2, 4)), pair("b", 1, 0, (2, 4)), pair("c", 1, 0, (4, 2))], beta=1)
     assert result["length_only"]["prefers"] == "shorter"
     assert result["length_only"]["accuracy"]["mean"] == pytest.approx(2 / 3)
@@ -244,7 +244,7 @@ def test_a_single_file_is_held_out_whole_unless_it_is_what_the_run_trained_on(mo
         ({"max_length": 5}, "all 10 pairs are longer than 5 tokens"),
     ],
 )
-def test_what_cannot_be_measured_is_told_first(dataset, model_dir, trained, tmp_path, changes, match):
+def test_pairs_that_cannot_be_measured_are_refused_first(dataset, model_dir, trained, tmp_path, changes, match):
     with pytest.raises(UserError, match=match):
         measured(dataset, tmp_path / "out", **{"model": str(trained), "reference": str(model_dir), **changes})
     assert not (tmp_path / "out").exists()

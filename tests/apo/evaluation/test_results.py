@@ -59,7 +59,7 @@ def folder(tmp_path) -> Path:
     return tmp_path / "out"
 
 
-def test_what_is_written_is_read_in_order(folder):
+def test_written_results_are_read_in_order(folder):
     read = read_results(folder)
     assert [item.key for item in read.items] == [("free-form", 0, 0), ("free-form", 1, 0), ("multiple-choice", 0, 0)]
     assert read.items[2].response == "ä\u2028\n"
@@ -78,7 +78,7 @@ def test_what_is_written_is_read_in_order(folder):
         (lambda f: write_results(f, a_score(3), [an_item()]), "too few"),
     ],
 )
-def test_a_damaged_folder_is_told(folder, damage, match):
+def test_a_damaged_folder_is_reported(folder, damage, match):
     damage(folder)
     with pytest.raises(UserError, match=match):
         read_results(folder)

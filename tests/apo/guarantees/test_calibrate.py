@@ -101,7 +101,7 @@ def test_the_printed_filter_is_one_that_a_recipe_takes(folder, tmp_path):
     assert {row["id"] for row in read_rows(tmp_path / "filtered")} == expected
 
 
-def test_too_few_audited_prompts_are_said_before_anything_is_written(folder, tmp_path):
+def test_too_few_audited_prompts_are_reported_before_anything_is_written(folder, tmp_path):
     lines = (tmp_path / "audit.jsonl").read_text().splitlines()[:8]
     (tmp_path / "small.jsonl").write_text("\n".join(lines))
     decisions = tmp_path / "d.json"
@@ -144,7 +144,7 @@ def test_an_audit_that_cannot_be_used_is_one_line(folder, tmp_path, line, messag
     assert message in failure("calibrate", folder, "--audit", tmp_path / "bad.jsonl")
 
 
-def test_wrong_options_are_told_with_the_near_miss(folder, tmp_path):
+def test_wrong_options_are_reported_with_the_near_miss(folder, tmp_path):
     audit = tmp_path / "audit.jsonl"
     assert "did you mean 'joint'" in failure("calibrate", folder, "--audit", audit, "--guarantee", "joined")
     assert "did you mean 'rises'" in failure("certify", folder, "--property", "rise")

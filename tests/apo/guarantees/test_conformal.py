@@ -57,7 +57,7 @@ def test_the_threshold_counts_in_exact_arithmetic():
 
 
 @pytest.mark.parametrize(("alpha", "least"), [(0.1, 9), (0.05, 19), (0.01, 99), (0.3, 3)])
-def test_too_few_units_give_an_infinite_threshold_and_it_is_said(alpha, least):
+def test_too_few_units_give_an_infinite_threshold_and_it_is_reported(alpha, least):
     assert fewest(alpha) == least
     assert crc_threshold(np.zeros(least - 1), alpha) == math.inf
     assert crc_threshold(np.zeros(least), alpha) == 0.0
@@ -75,7 +75,7 @@ def test_with_ties_only_what_lies_strictly_above_is_kept():
     assert (critical >= threshold).mean() == 0.3
 
 
-def test_where_hardly_anything_is_bad_everything_may_be_kept():
+def test_if_hardly_any_pair_is_bad_all_may_be_accepted():
     assert crc_threshold(np.full(50, -math.inf), 0.1, lowest=-math.inf) == -math.inf
 
 
@@ -95,7 +95,7 @@ def test_zero_one_losses_on_a_grid_are_the_threshold():
         assert crc_on_grid(losses, grid, alpha) == crc_threshold(values, alpha)
 
 
-def test_losses_that_rise_are_refused_with_the_unit_and_the_place():
+def test_losses_that_rise_are_refused_with_the_unit_and_the_index():
     losses = np.array([[1.0, 0.5, 0.0], [1.0, 0.0, 0.5]])
     with pytest.raises(UserError, match=r"unit 1 rises from 0 to 0\.5 between 2 and 3"):
         crc_on_grid(losses, np.array([1.0, 2.0, 3.0]), 0.5)
@@ -115,7 +115,7 @@ def test_losses_that_rise_are_refused_with_the_unit_and_the_place():
         (lambda: longest_monotone(np.zeros(3), -1.0), "width is -1"),
     ],
 )
-def test_what_cannot_be_calibrated_is_refused(call, match):
+def test_impossible_calibrations_are_refused(call, match):
     with pytest.raises(UserError, match=match):
         call()
 

@@ -69,7 +69,7 @@ def test_a_function_of_yours_mixes_with_names():
     assert mixture.spec == {"hinge": {"margin": 12}, "sft": 1}
 
 
-def test_what_a_sum_needs_is_what_its_terms_need():
+def test_a_sum_needs_the_inputs_of_its_terms():
     specs = ("sft", {"sft": 1, "simpo": 1}, {"sft": 1, "dpo": 1})
     assert [resolve_mixture(spec).needs_reference for spec in specs] == [False, False, True]
     assert resolve_mixture({"sft": 1, "kto": 0.1}).needs_divergence
@@ -184,7 +184,7 @@ def test_titles_are_short():
         ({"sft": 1, OBJECTIVES["sft"]: 2}, "names sft twice"),
     ],
 )
-def test_what_cannot_be_meant_is_told_in_one_line(spec, message):
+def test_impossible_settings_are_refused_in_one_line(spec, message):
     with pytest.raises(UserError) as error:
         resolve_mixture(spec)
     assert message in str(error.value)

@@ -243,7 +243,7 @@ def test_a_users_function_is_an_objective_of_the_kind_its_parameters_say():
         (lambda chosen, rejected, kl: chosen, "requires 'kl', which a paired objective is not given"),
     ],
 )
-def test_what_is_no_objective_is_told_in_one_line(spec, message):
+def test_an_invalid_objective_is_refused_in_one_line(spec, message):
     with pytest.raises(UserError) as error:
         resolve_objective(spec)
     assert message in str(error.value)

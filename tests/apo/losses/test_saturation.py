@@ -116,7 +116,7 @@ def test_an_unpaired_row_is_judged_by_its_one_response():
         assert saturation("apo_zero_unpaired", chosen, rejected, **{missing: 0.0}) == [True, False]
 
 
-def test_what_a_mixture_comes_to_at_these_lengths_is_told():
+def test_the_sizes_of_a_mixtures_terms_at_these_lengths_are_reported():
     """By hand: APO-zero pulls at a nat with beta / 4 = 0.025, 0.1 sft with 0.1 / length."""
     lengths = [(10, 5)] + [(17, 9)] * 8 + [(300, 20)] * 2
     (note,) = objective_notes(resolve_mixture({"apo_zero": 1.0, "sft": 0.1}), 0.1, lengths)
@@ -124,7 +124,7 @@ def test_what_a_mixture_comes_to_at_these_lengths_is_told():
     assert note.endswith("24 % on responses of 17, and 1.3 % on responses of 300")
 
 
-def test_a_mixture_on_unpaired_rows_is_told_by_the_row():
+def test_a_mixture_on_unpaired_rows_is_reported_per_row():
     """A row is one example: KTO pulls at it with beta / 4, twice as hard as at half of a pair."""
     (note,) = objective_notes(resolve_mixture({"kto": 1.0, "sft": 0.1}), 0.1, [(20, 0), (0, 20), (20, 0)])
     assert "is 20 % of that of kto" in note
@@ -134,7 +134,7 @@ def test_a_mixture_on_unpaired_rows_is_told_by_the_row():
     ("objective", "beta", "lead"),
     [("ipo", 0.1, "2.5"), ("simpo", 0.1, "13"), ({"dpo": {"length_normalised": True}}, 0.1, "11")],
 )
-def test_an_objective_that_hardly_lets_go_at_this_beta_is_told_in_nats_a_token(objective, beta, lead):
+def test_an_objective_that_hardly_saturates_at_this_beta_is_reported_in_nats_a_token(objective, beta, lead):
     """By hand: IPO's slope halves at half its margin of 1 / (2 beta); sigmoid(-beta d) at beta d = log 3."""
     (note,) = objective_notes(resolve_mixture(objective), beta, [(40, 40)] * 3)
     assert f"until the chosen response leads by {lead}" in note
@@ -144,5 +144,5 @@ def test_an_objective_that_hardly_lets_go_at_this_beta_is_told_in_nats_a_token(o
     ("objective", "beta"),
     [("ipo", 1.0), ("simpo", 2.0), ({"dpo": {"length_normalised": True}}, 5.0), ("apo_zero", 0.1), ("sft", 0.1)],
 )
-def test_nothing_is_told_of_a_usual_beta(objective, beta):
+def test_a_usual_beta_gives_no_note(objective, beta):
     assert objective_notes(resolve_mixture(objective), beta, [(4, 3)] * 3) == []

@@ -73,7 +73,7 @@ def test_each_rule_finds_what_it_is_for_and_nothing_in_a_healthy_log(name):
     assert find_problems(training_log(healthy, objective)) == {}
 
 
-def test_what_is_meant_to_fall_may_fall():
+def test_rewards_that_the_objective_lowers_may_fall():
     falling = named(rewards__chosen=lambda t: -0.1 * t, rewards__rejected=lambda t: -t, chosen_falls=lambda t: 0.9)
     assert find_problems(training_log(rows(**falling), "apo_down")) == {}
     finding, advice = find_problems(training_log(rows(**falling), {"apo_zero": 1.0, "sft": 0.1}))["chosen_falls"]
@@ -134,7 +134,7 @@ def test_a_run_that_learns_is_not_warned_of(model_dir, data, tmp_path):
     assert run(model_dir, data, tmp_path / "run", probe=4) == []
 
 
-def test_a_run_that_learns_nothing_is_told_once(model_dir, data, tmp_path):
+def test_a_run_that_learns_nothing_is_reported_once(model_dir, data, tmp_path):
     (warning,) = run(model_dir, data, tmp_path / "run", trainer={"learning_rate": 0.0})
     step = MIN_LINES
     stuck = f"warning: step {step}: the loss is stuck at its start, 1, after {step} steps: no log-prob has changed"
@@ -142,13 +142,13 @@ def test_a_run_that_learns_nothing_is_told_once(model_dir, data, tmp_path):
     assert warning[1].startswith("a higher learning rate")
 
 
-def test_a_run_that_is_done_at_once_is_told(model_dir, data, tmp_path):
+def test_a_run_whose_loss_is_0_at_once_is_reported(model_dir, data, tmp_path):
     warnings = run(model_dir, data, tmp_path / "run", trainer={"learning_rate": 2e-2}, objective="dpo", beta=3.0)
     assert any("of the pairs are saturated: on them dpo has less" in finding for finding, _ in warnings)
     assert any("the loss is 0" in finding for finding, _ in warnings)
 
 
-def test_the_command_draws_and_tells_also_while_a_run_is_under_way(model_dir, data, tmp_path, monkeypatch, capsys):
+def test_the_command_draws_and_reports_also_during_a_run(model_dir, data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     run(model_dir, data, out, trainer={"learning_rate": 0.0}, probe=2)
 
@@ -181,7 +181,7 @@ def test_the_command_draws_and_tells_also_while_a_run_is_under_way(model_dir, da
     assert (code, "has logged nothing yet" in output) == (2, True)
 
 
-def test_no_run_is_told(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no run of `apo train`"):
         diagnosis_lines(tmp_path)
 

@@ -81,7 +81,7 @@ def test_a_lost_loss_names_its_pairs_and_leaves_the_last_good_checkpoint(tmp_pat
     assert saved(tmp_path) == [("checkpoint-2", None), ("checkpoint-4", None)]
 
 
-def test_a_model_that_has_lost_its_numbers_is_told_as_such(tmp_path, tokenizer, pairs):
+def test_a_model_that_has_lost_its_numbers_is_reported_as_such(tmp_path, tokenizer, pairs):
     trainer = apo_trainer(tmp_path, tokenizer, pairs, objective=losing(lost_step=1, lost=range(4)), **SAVING)
     with pytest.raises(Stopped, match=r"for all 4 pairs of its batch \(p.*the model has lost.*no checkpoint had been"):
         trainer.train()
@@ -97,7 +97,7 @@ def test_a_rate_that_is_far_too_high_is_stopped_before_anything_broken_is_saved(
         assert all(tensor.isfinite().all() for tensor in load_file(folder / "model.safetensors").values())
 
 
-def test_where_the_device_is_waited_for_a_lost_loss_is_found_before_it_is_logged_or_saved(tmp_path, tokenizer, pairs):
+def test_a_non_finite_loss_is_noticed_at_a_synchronisation_before_it_is_logged_or_saved(tmp_path, tokenizer, pairs):
     for more, step in (({"logging_steps": 100, "logging_first_step": False}, 4), ({"logging_steps": 1}, 2)):
         options = {**SAVING, "save_steps": 100, **more}
         trainer = apo_trainer(tmp_path / str(step), tokenizer, pairs, objective=losing(lost_step=2), **options)
@@ -164,7 +164,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "cublas", "python"])
-def test_used_up_memory_is_told_with_the_settings_to_change(error, tmp_path, tokenizer, pairs):
+def test_running_out_of_memory_is_reported_with_the_settings_to_change(error, tmp_path, tokenizer, pairs):
     tmp_path = tmp_path / "Of Ann"
     trainer = apo_trainer(tmp_path, tokenizer, pairs, gradient_accumulation_steps=2, **SAVING)
     trainer.pair_logps = raising(error, failing_call=10)
@@ -183,7 +183,7 @@ def test_used_up_memory_is_told_with_the_settings_to_change(error, tmp_path, tok
     assert "\n" not in message
 
 
-def test_used_up_memory_in_the_references_pass_is_told_too(tmp_path, tokenizer, pairs, monkeypatch):
+def test_running_out_of_memory_in_the_references_pass_is_reported_too(tmp_path, tokenizer, pairs, monkeypatch):
     from apo.training import logprobs as module
 
     monkeypatch.setattr(module, "shared_prefix_logps", raising(MemoryError(), failing_call=1))
@@ -199,7 +199,7 @@ def test_any_other_error_passes(tmp_path, tokenizer, pairs):
     assert not is_out_of_memory(ValueError("out of cheese"))
 
 
-def test_what_to_change_is_what_the_settings_leave(tmp_path, tokenizer, pairs):
+def test_the_suggested_changes_fit_the_settings(tmp_path, tokenizer, pairs):
     def changes(peft=None, model=None, **more):
         trainer = apo_trainer(tmp_path, tokenizer, pairs, model, peft, **more)
         batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
@@ -221,7 +221,9 @@ def test_what_to_change_is_what_the_settings_leave(tmp_path, tokenizer, pairs):
 
 
 @pytest.mark.slow
-def test_the_exit_code_tells_and_the_same_command_goes_on_with_other_settings(tmp_path, model_dir, monkeypatch, capsys):
+def test_running_out_of_memory_has_its_exit_code_and_the_same_command_resumes_with_other_settings(
+    tmp_path, model_dir, monkeypatch, capsys
+):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_pairs(24)))
     trainer = {**SAVING, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
     recipe = {"model": str(model_dir), "dataset": str(tmp_path / "p.jsonl"), "out": str(tmp_path / "run")}

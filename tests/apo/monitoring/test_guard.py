@@ -269,7 +269,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_rails_are_told_before_any_work(case, recipe, tmp_path):
+def test_bad_guards_are_refused_before_any_work(case, recipe, tmp_path):
     make, message = BAD[case]
     with pytest.raises((UserError, ValueError)) as error:
         plan(TrainConfig(**{**recipe, "guard": make(tmp_path)}))
@@ -277,7 +277,7 @@ def test_bad_rails_are_told_before_any_work(case, recipe, tmp_path):
     assert not Path(recipe["out"]).exists()
 
 
-def test_a_dry_run_tells_what_will_be_looked_at(recipe):
+def test_a_dry_run_describes_the_guards_measurements(recipe):
     description = plan(TrainConfig(**recipe)).guard_set.summary(20)
     tokens = sum(len(row["text"].split()) for row in texts())
     assert description.startswith("12 texts, 20 tasks, ")

@@ -81,7 +81,7 @@ def test_model_flops_are_those_that_torch_counts(adapter):
     assert counter.get_total_flops() == pytest.approx(scale.flops(24, 24, 24**2), rel=0.01)
 
 
-def test_what_the_estimate_counts_and_the_utilisation_does_not_is_computed_anew():
+def test_recomputation_is_counted_by_the_estimate_and_not_by_the_utilisation():
     model = make_model()
     scale, sizes = compute_scale(model, CPU), shapes.sizes_of_model(model)
     for labels in (60, 4_000_000):  # of the many, logits are not kept for backward

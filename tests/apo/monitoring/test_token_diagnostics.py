@@ -134,7 +134,7 @@ def test_a_run_logs_its_probe_ten_times_and_is_not_changed_by_it(tmp_path, model
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_compares_with_the_model_before_the_first_step(tmp_path, model_dir):
+def test_a_run_that_resumes_compares_with_the_model_before_the_first_step(tmp_path, model_dir):
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(24)))
     trainer = {"max_steps": 10, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_steps": 5}

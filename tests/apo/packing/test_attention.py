@@ -53,7 +53,7 @@ def _on_a_cpu(monkeypatch):
     ("backend", "family"),
     [("flex", family) for family in FAMILIES] + [("varlen", f) for f in FAMILIES if "soft cap" not in f],
 )
-def test_every_way_gives_the_plain_log_probs_and_gradients(backend, family):
+def test_every_backend_gives_the_plain_log_probs_and_gradients(backend, family):
     model, batch = tiny(family), stacked(pairs(*SHAPES))
     plain = plain_logps(model, batch)
     expected = gradients(model, plain)
@@ -67,7 +67,7 @@ def test_every_way_gives_the_plain_log_probs_and_gradients(backend, family):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("backend", ["flex", "varlen"])
-def test_in_mixed_precision_too_every_way_is_taken(backend):
+def test_every_backend_runs_in_mixed_precision(backend):
     # Rotated queries and keys come in float32, values in bfloat16: only SDPA mends that by itself.
     results = {}
     for taken in (backend, "split"):
@@ -131,7 +131,7 @@ def test_compiled_once_flexattention_is_split_on_rows_of_any_length(window, soft
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_fastest_way_that_works_is_taken_and_the_others_are_told(monkeypatch):
+def test_the_fastest_backend_that_works_is_chosen_and_the_others_are_reported(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: None)
     config = types.SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
     layout = pack_pairs(pairs(*SHAPES))
@@ -150,7 +150,7 @@ def test_the_fastest_way_that_works_is_taken_and_the_others_are_told(monkeypatch
     assert note.endswith("selected: split")
 
 
-def test_a_way_that_disagrees_is_not_taken(monkeypatch):
+def test_a_backend_that_disagrees_is_not_chosen(monkeypatch):
     model, batch = tiny(), stacked(pairs(*SHAPES))
     from trl.trainer.utils import add_fused_lm_head
 

@@ -85,7 +85,7 @@ def test_packed_rows_train_as_trls_batch_and_as_a_cpu_in_float32(tmp_path, token
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["mixed", "bfloat16"])
-def test_in_bfloat16_all_three_ways_are_measured_and_the_fastest_is_taken(tmp_path, tokenizer, dtype):
+def test_in_bfloat16_all_three_backends_are_measured_and_the_fastest_is_chosen(tmp_path, tokenizer, dtype):
     trainer = trainer_on_gpu(tmp_path, tokenizer, dtype, bf16=True)
     assert trainer.is_packed, trainer.notes
     (note,) = [note for note in trainer.notes if "attention of packed rows" in note]

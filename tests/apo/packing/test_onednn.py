@@ -98,7 +98,7 @@ def test_quick_packed_rows_give_the_plain_log_probs_and_gradients(family, quick)
     assert quick == []
 
 
-def test_what_fills_a_row_up_changes_nothing(quick):
+def test_padding_of_a_packed_row_changes_nothing(quick):
     model, examples = tiny(), pairs(*SHAPES)
     enable_packing(model)
     filled = pack_pairs(examples, multiple=matmul.ROWS)
@@ -115,7 +115,7 @@ def test_what_fills_a_row_up_changes_nothing(quick):
 
 
 @pytest.mark.parametrize("measured", [(1.0, 0.0), (1.0, 1.1)])
-def test_where_torchs_own_is_as_fast_nothing_is_filled_or_exchanged(measured, quick, monkeypatch):
+def test_if_torchs_kernel_is_as_fast_nothing_is_padded_or_replaced(measured, quick, monkeypatch):
     monkeypatch.setattr(matmul, "speeds", lambda: measured)
     model, batch = tiny(), stacked(pairs(*SHAPES))
     enable_packing(model)

@@ -77,7 +77,7 @@ def test_turns_that_are_not_trained_are_left_out_of_packed_rows_as_of_the_plain_
     assert len(pack_pairs(examples).labels) <= batch["completion_mask"].sum()
 
 
-def test_where_only_one_response_trains_a_token_the_other_has_a_copy_of_its_own():
+def test_a_token_that_only_one_response_trains_is_not_shared():
     example = {
         "prompt_ids": [1, 2],
         "chosen_ids": [5, 6, 7, 3],
@@ -220,7 +220,7 @@ def test_a_model_that_keeps_its_options_from_its_attention_is_noticed():
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(20, 100))
 @settings(deadline=None)
-def test_bins_hold_every_place_once_and_no_more_than_allowed(sizes, max_tokens):
+def test_bins_hold_every_row_once_and_no_more_than_allowed(sizes, max_tokens):
     bins = pack_bins(sizes, max_tokens)
     assert sorted(index for members in bins for index in members) == list(range(len(sizes)))
     assert all(sum(sizes[p] for p in members) <= max_tokens or len(members) == 1 for members in bins)
@@ -231,7 +231,7 @@ def test_tokens_of_counts_a_packed_row():
         assert packed_length(example) == pack_pairs([example]).input_ids.shape[1]
 
 
-def test_a_long_pair_is_cut_around_the_place_where_its_answers_part():
+def test_a_long_pair_is_cropped_around_the_divergence_of_its_answers():
     (long,) = pairs((300, 200, 150, 40))
     cut = crop_around_divergence(long, context=64)
     assert cut["prompt_ids"] == [*long["prompt_ids"], *long["chosen_ids"]][300 + 184 - 64 : 300 + 184]

@@ -251,7 +251,7 @@ def test_a_new_user_is_located_from_comparisons_and_kept(world, tmp_path):
     assert "'u1' is known already" in failure("reward", "adapt", tmp_path / "pal", "--user", "u1", "--comparisons", new)
 
 
-def test_a_new_user_is_asked_what_says_most_and_every_answer_is_kept(world, tmp_path):
+def test_a_new_user_gets_the_most_informative_questions_and_every_answer_is_saved(world, tmp_path):
     shutil.copytree(world / "vpl", tmp_path / "vpl")
     pool = write(tmp_path / "pool.jsonl", taste(random.Random(5), "pool", True, 12))
     command = ["reward", "adapt", tmp_path / "vpl", "--user", "../ann", "--pool", pool]
@@ -284,7 +284,7 @@ def test_a_new_user_is_asked_what_says_most_and_every_answer_is_kept(world, tmp_
     assert "13 questions but 12 pairs" in failure(*command, "--questions", 13)
 
 
-def test_only_a_reward_that_can_choose_questions_is_asked_to(world, tmp_path):
+def test_only_a_reward_that_can_choose_questions_chooses_them(world, tmp_path):
     pool = write(tmp_path / "pool.jsonl", taste(random.Random(5), "pool", True, 12))
     message = failure("reward", "adapt", world / "pal", "--user", "ann", "--pool", pool)
     assert "a pal reward cannot choose questions" in message
@@ -329,7 +329,7 @@ def test_unknown_users_are_named_and_do_not_matter_to_one_reward_for_all(world, 
     assert run("reward", "score", nobody, "--out", tmp_path / "s.jsonl", "--reward", world / "pal").exit_code == 0
 
 
-def test_rewards_without_users_or_with_one_are_refused_and_odd_users_told(world, tmp_path):
+def test_rewards_without_users_or_with_one_are_refused_and_odd_users_reported(world, tmp_path):
     rows = taste(random.Random(1), "only", True, 6)
     single = write(tmp_path / "single.jsonl", rows)
     command = ["reward", "fit", "--model", world / "model", "--out", tmp_path / "r", "--kind"]
@@ -349,14 +349,14 @@ def test_rewards_without_users_or_with_one_are_refused_and_odd_users_told(world,
     assert "1 of 9 pairs have no user and are left out" in result.output
 
 
-def test_a_collapsed_latent_is_told(world, tmp_path):
+def test_a_collapsed_latent_is_reported(world, tmp_path):
     command = ["reward", "fit", world / "pairs.jsonl", "--model", world / "model", "--kind", "vpl"]
     result = run(*command, "--out", tmp_path / "r", "--beta", 50)
     assert "warning: the latent has collapsed" in result.output
     assert json.loads((tmp_path / "r/reward.json").read_text())["warnings"]
 
 
-def test_a_folder_that_is_none_or_is_damaged_is_one_line(world, tmp_path):
+def test_an_invalid_or_damaged_folder_is_one_line(world, tmp_path):
     assert "no finished reward" in failure("reward", "adapt", tmp_path, "--user", "a", "--comparisons", "x")
     shutil.copytree(world / "pal", tmp_path / "pal")
     (tmp_path / "pal/reward.safetensors").write_bytes(b"torn")

@@ -40,7 +40,7 @@ def wins(theta, ideal) -> float:
 
 
 @pytest.mark.slow
-def test_e1_pooled_apo_zero_serves_nobody_and_found_groups_are_served():
+def test_e1_pooled_apo_zero_serves_nobody_and_inferred_groups_are_served():
     synthetic = toy.bimodal(40, 40)
     groups = scorers.fitted("pal", synthetic).states.argmax(1)
     data = scorers.comparisons(synthetic)
@@ -97,7 +97,7 @@ def base(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_end_to_end_groups_are_found_and_served_and_one_taste_is_left_one(base, tmp_path, monkeypatch, seed):
+def test_end_to_end_groups_are_inferred_and_served_and_one_taste_stays_one(base, tmp_path, monkeypatch, seed):
     monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
     result = run.way(base, tmp_path / "two", seed)
     alone = run.gate(base, tmp_path / "one", seed, groups=1)

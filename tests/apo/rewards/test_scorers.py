@@ -120,7 +120,7 @@ def test_vpls_kl_and_answers_by_hand():
     assert vpl.loss(data, step=0).item() == pytest.approx(np.log(2))
 
 
-def test_what_vpl_is_told_is_not_what_it_must_predict():
+def test_vpl_never_conditions_on_the_comparison_that_it_predicts():
     vpl = VPL((1, 2), latent=2, beta=0.0)
     with torch.no_grad():
         vpl.mean.weight.zero_()  # the context says nothing, so it must not matter
@@ -203,7 +203,7 @@ def test_with_held_out_comparisons_the_epoch_that_predicts_them_best_is_kept():
 
 
 @pytest.mark.parametrize("kind", ["bradley_terry", "pal", "vpl"])
-def test_every_reward_learns_one_taste_and_says_so_through_one_interface(kind):
+def test_every_reward_learns_one_taste_and_scores_through_one_interface(kind):
     synthetic = toy.one_taste(8, 30)
     scorer, data = fitted(kind, synthetic), comparisons(toy.one_taste(8, 30, seed=1))
     assert accuracy(scorer, data) > 0.8
@@ -221,7 +221,7 @@ def test_every_reward_learns_one_taste_and_says_so_through_one_interface(kind):
     assert ((rates >= 0) & (rates <= 1)).all()
 
 
-def test_what_cannot_be_fitted_is_refused():
+def test_comparisons_that_cannot_be_fitted_are_refused():
     data = comparisons(toy.bimodal(2, 3))
     with pytest.raises(UserError, match="did you mean 'pal'"):
         new_scorer("pall", data)
@@ -347,7 +347,7 @@ def actively(vpl: VPL, synthetic: toy.Comparisons, questions: int, users: int) -
 
 
 @pytest.mark.slow
-def test_b2_four_chosen_questions_tell_more_than_four_random_ones(vpl, new_users):
+def test_b2_four_chosen_questions_are_worth_more_than_four_random_ones(vpl, new_users):
     random, active = few_shot(vpl, new_users, 4), actively(vpl, new_users, 4, 80)
     two = actively(vpl, new_users, 2, 80)
     print(f"4 random {random:.3f}, 4 chosen {active:.3f}, 2 chosen {two:.3f}")
@@ -422,7 +422,7 @@ def test_the_gate_goes_by_the_part_that_nothing_was_chosen_on_and_by_its_interva
 
 
 @pytest.mark.slow
-def test_three_tastes_are_found_to_be_three():
+def test_three_tastes_are_recognised_as_three():
     points = np.eye(8)[:3]
     data = comparisons(toy.ideal_points(points, 30, 40, 0))
     subsets = split(data, (0.6, 0.2, 0.2))
@@ -434,7 +434,7 @@ def test_three_tastes_are_found_to_be_three():
     assert (selection.plural, selection.tastes) == (True, 3)
 
 
-def test_too_few_users_cannot_be_told_apart():
+def test_too_few_users_cannot_be_distinguished():
     single = comparisons(toy.bimodal(1, 30))
     with pytest.raises(UserError, match="1 of 1 users have the five comparisons"):
         select(single)

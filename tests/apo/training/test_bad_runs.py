@@ -52,7 +52,7 @@ def test_a_lost_loss_ends_the_command_with_the_pairs_ids_and_the_last_good_check
 
 
 @pytest.mark.slow
-def test_a_damaged_cache_and_one_that_cannot_be_written_are_each_said_once(apo, tmp_path):
+def test_a_damaged_cache_and_one_that_cannot_be_written_are_each_reported_once(apo, tmp_path):
     _, output = apo("first")
     assert "reference log-probs: 30 computed" in output
     files = list((tmp_path / "cache").rglob("*.safetensors"))
@@ -76,7 +76,7 @@ def test_a_damaged_cache_and_one_that_cannot_be_written_are_each_said_once(apo, 
 
 
 @pytest.mark.slow
-def test_a_model_whose_attention_cannot_be_exchanged_trains_and_says_so_once(apo, monkeypatch):
+def test_a_model_whose_attention_cannot_be_exchanged_trains_and_reports_it_once(apo, monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaAttention
 
     plain = LlamaAttention.forward

@@ -87,7 +87,7 @@ def test_each_group_gets_the_run_that_its_own_pairs_alone_give(recipe, tmp_path)
 
 
 @pytest.mark.slow
-def test_what_is_finished_stays_and_what_was_stopped_goes_on(recipe, monkeypatch):
+def test_finished_runs_stay_and_stopped_ones_resume(recipe, monkeypatch):
     real, calls = training._run, []
 
     def stopped(*args):
@@ -108,7 +108,7 @@ def test_what_is_finished_stays_and_what_was_stopped_goes_on(recipe, monkeypatch
     assert all(run["finished"] for run in runs.values())
 
 
-def test_a_dry_run_tells_every_plan_and_writes_nothing(recipe, tmp_path):
+def test_a_dry_run_shows_every_plan_and_writes_nothing(recipe, tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(recipe))
     result = CliRunner().invoke(app, ["train", str(file), "--dry-run"])
@@ -118,7 +118,7 @@ def test_a_dry_run_tells_every_plan_and_writes_nothing(recipe, tmp_path):
     assert not Path(recipe["out"]).exists()
 
 
-def test_rows_without_a_group_are_in_no_run_and_told(recipe, tmp_path):
+def test_rows_without_a_group_are_in_no_run_and_reported(recipe, tmp_path):
     rows = [{**row, "group": None} if index < 3 else row for index, row in enumerate(grouped(24))]
     messages: list[str] = []
     runs = expand_runs(config(recipe, dataset=write_jsonl(tmp_path / "p.jsonl", rows)), messages.append)
@@ -126,7 +126,7 @@ def test_rows_without_a_group_are_in_no_run_and_told(recipe, tmp_path):
     assert [len(load_train(group_run.dataset, 0)) for group_run in runs] == [7, 14]
 
 
-def test_what_cannot_be_one_run_a_group_is_told_before_any_is_begun(recipe, tmp_path):
+def test_groups_that_cannot_each_have_a_run_are_refused_before_any_begins(recipe, tmp_path):
     def of(*groups) -> str:
         rows = [{**row, "group": groups[index % len(groups)]} for index, row in enumerate(make_pairs(12))]
         return write_jsonl(tmp_path / "p.jsonl", rows)
@@ -142,7 +142,7 @@ def test_what_cannot_be_one_run_a_group_is_told_before_any_is_begun(recipe, tmp_
     assert "is a file or one run" in failure(recipe)
 
 
-def test_where_takes_rows_by_value_and_type_and_says_what_there_is(tmp_path):
+def test_where_selects_rows_by_value_and_type_and_lists_the_values(tmp_path):
     rows = [
         {**row, "group": index % 2, "user": "ann" if index < 6 else "bob"} for index, row in enumerate(make_pairs(12))
     ]

@@ -81,7 +81,7 @@ DAMAGES = [truncated, grown, flipped, zeroed, exchanged, lost, unmarked, marker_
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_set_aside_and_said_and_the_one_before_it_taken(tmp_path, damage):
+def test_a_damaged_checkpoint_is_set_aside_and_reported_and_the_previous_one_used(tmp_path, damage):
     older, newer = write(tmp_path, 5), write(tmp_path, 10)
     damage(newer)
     search = find_newest_checkpoint(tmp_path)
@@ -99,7 +99,7 @@ def test_a_second_damaged_one_gets_another_name(tmp_path):
     assert (tmp_path / "incomplete-checkpoint-3-2").is_dir()
 
 
-def test_what_was_being_written_is_removed_and_said(tmp_path):
+def test_unfinished_checkpoints_are_removed_and_reported(tmp_path):
     complete = write(tmp_path, 5)
     (tmp_path / UNFINISHED / "checkpoint-10").mkdir(parents=True)
     (tmp_path / UNFINISHED / "checkpoint-10" / "model.safetensors").write_bytes(b"half")

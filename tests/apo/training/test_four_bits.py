@@ -54,7 +54,7 @@ def linears(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
 
 
-def test_a_4_bit_layer_multiplies_by_its_rounded_weights_also_after_it_was_asked_without_a_gradient(model_dir):
+def test_a_4_bit_layer_multiplies_by_its_rounded_weights_also_after_a_pass_without_gradients(model_dir):
     model = models.load_model(models.find_model(str(model_dir)), quantization_config=models.nf4_config("float32"))
     layers = linears(model)
     assert len(layers) == 14, "seven in each of two layers"
@@ -123,7 +123,7 @@ def test_rows_that_bitsandbytes_reads_back_wrongly_are_refused(tmp_path):
         models.load_model(models.find_model(str(tmp_path)), quantization_config=models.nf4_config("float32"))
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(recipe, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_as_if_it_had_not_been(recipe, tmp_path, monkeypatch):
     options = {**recipe["trainer"], "max_steps": 8, "save_steps": 3, "logging_steps": 1}
     runs = [{**recipe, **QLORA, "trainer": options, "out": str(tmp_path / name)} for name in ("whole", "stopped")]
     train(TrainConfig(**runs[0]), tell=lambda _: None)
@@ -146,7 +146,7 @@ def load(out):
     return load_file(out / "adapter_model.safetensors")
 
 
-def test_what_is_left_is_an_adapter_for_the_base_rounded_or_not_and_merging_adds_it_to_the_latter(
+def test_the_trained_adapter_fits_the_base_rounded_or_not_and_merges_into_the_latter(
     recipe,
     model_dir,
     tmp_path,

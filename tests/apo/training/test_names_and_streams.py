@@ -56,7 +56,7 @@ def test_a_model_by_its_name_takes_the_options_of_loading_and_says_nothing_untru
     assert "ignored" not in caplog.text
 
 
-def test_an_option_of_loading_that_a_model_does_not_take_is_told_in_one_line(tmp_path, model_dir, pairs):
+def test_an_option_of_loading_that_a_model_does_not_take_is_reported_in_one_line(tmp_path, model_dir, pairs):
     args = config(tmp_path, model_init_kwargs={"layers": 2})
     with pytest.raises(UserError, match=r"cannot be loaded: .*unexpected keyword argument 'layers'"):
         APOTrainer(str(model_dir), args=args, train_dataset=pairs)
@@ -78,7 +78,7 @@ def test_an_adapter_by_its_folder_is_trained_on(tmp_path, model_dir, pairs):
     ("name", "match"),
     [("./nowhere", "does not exist"), ("nobody/nothing", "nobody/nothing cannot be loaded")],
 )
-def test_a_model_that_is_not_there_is_told_in_one_line(tmp_path, pairs, name, match):
+def test_a_model_that_is_not_there_is_reported_in_one_line(tmp_path, pairs, name, match):
     with pytest.raises(UserError, match=match) as error:
         APOTrainer(name, args=config(tmp_path), train_dataset=pairs)
     assert "\n" not in str(error.value)
@@ -201,7 +201,7 @@ def test_a_set_to_evaluate_on_has_every_form_that_trl_takes(tmp_path, model_dir,
     assert all(final[name] != initial[name] for name in names)
 
 
-def test_kto_trains_with_a_cached_reference_as_with_one_that_is_asked(tmp_path, model_dir, pairs):
+def test_kto_trains_with_a_cached_reference_as_with_an_online_one(tmp_path, model_dir, pairs):
     runs = [
         APOTrainer(
             str(model_dir), args=config(tmp_path, objective="kto", precompute_ref_log_probs=cached), train_dataset=pairs

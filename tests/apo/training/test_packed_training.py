@@ -120,7 +120,7 @@ def test_rounding_of_mixed_precision_is_no_reason_to_pad(tmp_path, tokenizer, pa
 
 
 @pytest.mark.parametrize("backend", ["split", "varlen"])
-def test_a_pass_of_a_step_asks_the_device_for_no_number(tmp_path, tokenizer, pairs, monkeypatch, backend):
+def test_a_pass_of_a_step_copies_no_number_from_the_device(tmp_path, tokenizer, pairs, monkeypatch, backend):
     # The meta device has none to give. So everything a pass needs to know of its batch is known on the host.
     options = {"weights": "weight", "pack_tokens": 64, "precompute_ref_log_probs": True, "report_to": "none"}
     pairs = pairs.add_column("weight", [1.0 + (row % 2) for row in range(len(pairs))])

@@ -84,7 +84,7 @@ def test_every_reward_is_0_before_and_on_a_rate_of_0(tmp_path, tokenizer, mixed,
     assert {k: trained[k] for k in trained if "logps" in k} == {k: initial[k] for k in initial if "logps" in k}
 
 
-def test_what_looks_on_sees_no_change_on_a_rate_of_0(tmp_path, tokenizer, mixed):
+def test_monitors_see_no_change_at_a_rate_of_0(tmp_path, tokenizer, mixed):
     trainer = trainer_of(tmp_path, tokenizer, objective="kto", **mixed)
     examples = [trainer.train_dataset[row] for row in range(3)]
     initial, probe = trainer.response_logps(examples), TokenDiagnostics(trainer, examples)

@@ -40,7 +40,7 @@ def test_without_bitsandbytes_a_run_is_refused_before_any_work(recipe, tmp_path,
     assert models.quantization_problem() is None
 
 
-def test_what_would_contradict_it_is_refused(recipe, monkeypatch):
+def test_contradicting_options_are_refused(recipe, monkeypatch):
     kwargs = {"model_init_kwargs": {"quantization_config": {"load_in_8bit": True}}}
     with pytest.raises(UserError, match=r"quantization_config: the recipe's `quantize` says it"):
         plan(TrainConfig(**{**recipe, **QLORA, "trainer": recipe["trainer"] | kwargs}))
@@ -48,7 +48,7 @@ def test_what_would_contradict_it_is_refused(recipe, monkeypatch):
         plan(TrainConfig(**{**recipe, **QLORA, "trainer": recipe["trainer"] | {"fsdp": True}}), processes=2)
 
 
-def test_transformers_is_asked_for_nf4_with_double_quantisation(recipe, monkeypatch):
+def test_the_quantization_config_is_nf4_with_double_quantisation(recipe, monkeypatch):
     options_passed = {}
 
     def from_pretrained(path, **options):

@@ -128,7 +128,7 @@ def test_another_kind_of_device_has_other_numbers(tmp_path, tokenizer, pairs):
     assert trainer._reference_numerics(trainer.model) != numbers
 
 
-def test_what_says_nothing_of_a_models_numbers_is_in_no_key():
+def test_settings_that_do_not_change_a_models_numbers_are_in_no_key():
     plain, named = make_model(), make_model()
     named.config.use_cache, named.config._name_or_path, named.config.pad_token_id = False, "elsewhere", 3
     assert hash_model(named) == hash_model(plain)
@@ -189,7 +189,7 @@ def test_processes_share_the_parts_out_and_write_each_once(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("harm", ["cut", "garbage", "not numbers", "other shape"])
-def test_a_damaged_file_is_computed_anew_and_said(tmp_path, harm):
+def test_a_damaged_file_is_computed_anew_and_reported(tmp_path, harm):
     dataset, _ = add_reference_logps(tiny_dataset(), ["m"], lengths, tmp_path, print)
     file = cache.file_of(tmp_path, chunk_key(["m"], [dict(row) for row in tiny_dataset()]))
     if harm == "cut":
@@ -232,7 +232,7 @@ while True:
 
 
 @pytest.mark.slow
-def test_what_is_kept_is_whole_at_any_moment_also_when_two_keep_it_and_are_killed(tmp_path):
+def test_a_cache_file_is_complete_at_any_moment_also_if_two_writers_are_killed(tmp_path):
     key, shapes = "ab" * 32, {"a": (1000,), "b": (1000,)}
     both = [
         subprocess.Popen([sys.executable, "-c", KEEPS, str(tmp_path), key], cwd=Path(__file__).parents[3])

@@ -192,7 +192,7 @@ def no_file_above(size):
 
 
 @pytest.mark.parametrize(("size", "written"), [(20_000, "torch or safetensors"), (100_000, "torch")])
-def test_a_disk_that_takes_no_more_ends_the_run_in_a_line_and_it_goes_on(size, written, uninterrupted, stopped_run):
+def test_a_full_disk_ends_the_run_in_a_line_and_it_resumes(size, written, uninterrupted, stopped_run):
     """Below the size of the weights their writer fails, below that of the optimizer's states torch does."""
     if uninterrupted[1] and written == "torch":
         pytest.skip("an adapter's states are smaller")
@@ -298,7 +298,7 @@ def test_kill_9_while_saving_then_ctrl_c_change_nothing(data, tmp_path):
     assert_same_result(out, tmp_path / "whole")
 
 
-def test_a_run_goes_on_the_next_day_with_the_date_of_its_first(model_dir, data, tmp_path, monkeypatch):
+def test_a_run_resumes_the_next_day_with_the_date_of_its_first(model_dir, data, tmp_path, monkeypatch):
     dated = shutil.copytree(model_dir, tmp_path / "dated")
     word = "{{ ['one', 'two', 'three'][strftime_now('%d') | int % 3] }}"
     template = TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}<|start|>system\n" + word + "<|end|>")
@@ -333,7 +333,7 @@ def test_a_run_goes_on_the_next_day_with_the_date_of_its_first(model_dir, data, 
     assert first.guard_set.options != second.guard_set.options
 
 
-def test_a_run_that_goes_on_reads_each_file_of_its_checkpoint_once_to_check_it(model_dir, data, tmp_path, monkeypatch):
+def test_a_run_that_resumes_reads_each_file_of_its_checkpoint_once_to_check_it(model_dir, data, tmp_path, monkeypatch):
     config = TrainConfig(**recipe(model_dir, data, tmp_path / "run", False))
     with pytest.MonkeyPatch.context() as patch:
         crash_in(CRASHES["after the checkpoint is in place"], 16, patch)

@@ -164,7 +164,7 @@ def test_pairs_longer_than_the_model_takes_are_left_out(recipe, tmp_path):
         plan(TrainConfig(**{**recipe, "model": str(tmp_path / "m"), "dataset": str(long)}))
 
 
-def test_a_dry_run_tells_the_plan_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_shows_the_plan_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
     files = sorted(tmp_path.rglob("*"))
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -525,7 +525,7 @@ def snapshot(out: Path):
     return {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in out.rglob("*") if file.is_file()}
 
 
-def test_no_memory_to_load_a_model_is_told(recipe, monkeypatch):
+def test_too_little_memory_to_load_a_model_is_reported(recipe, monkeypatch):
     def full(*_, **__):
         raise MemoryError("Cannot allocate memory (os error 12)")
 
@@ -552,12 +552,12 @@ def test_a_process_that_was_launched_without_its_others_is_refused(recipe, monke
         run(recipe)
 
 
-def test_a_recipe_that_is_not_there_is_told(tmp_path):
+def test_a_recipe_that_is_not_there_is_reported(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load_recipe(TrainConfig, tmp_path / "none.yaml")
 
 
-def test_pairs_that_changed_under_a_stopped_run_are_told(recipe, tmp_path):
+def test_pairs_that_changed_under_a_stopped_run_are_reported(recipe, tmp_path):
     data = write_jsonl(tmp_path / "pairs.jsonl", make_pairs(12))
     recipe["dataset"] = str(data)
     record, _ = run(recipe)
@@ -597,7 +597,7 @@ def test_a_recipe_names_a_mixture_and_a_column_of_weights(recipe, tmp_path):
         run(recipe, objective={**mixed, "sft": 0.2}, weights="trust", beta=5)
 
 
-def test_a_weight_that_cannot_be_meant_is_told_before_anything_is_written(recipe, tmp_path):
+def test_an_impossible_weight_is_refused_before_anything_is_written(recipe, tmp_path):
     recipe["dataset"] = str(weighted_jsonl(tmp_path / "pairs.jsonl", [1.0, -0.5, 1.0]))
     for column, message in (("trust", "'trust' of row 1 of the train dataset is -0.5"), ("trusty", "did you mean")):
         with pytest.raises(UserError, match=message):
@@ -605,7 +605,7 @@ def test_a_weight_that_cannot_be_meant_is_told_before_anything_is_written(recipe
     assert not Path(recipe["out"]).exists()
 
 
-def test_other_weights_are_other_pairs_for_a_run_that_goes_on():
+def test_other_weights_are_other_pairs_for_a_run_that_resumes():
     ids = {name: [[1, 2]] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
     first, second = (Dataset.from_dict({**ids, "w": [value]}) for value in (1.0, 2.0))
     assert hash_pairs(first) == hash_pairs(second)
@@ -683,7 +683,7 @@ def test_micro_batches_may_change_within_a_run_and_nothing_else(recipe):
         runs.run_status(out, resolved(TrainConfig(**{**recipe, "trainer": {**changed, "learning_rate": 1.0}})))
 
 
-def test_fsdp_is_asked_for_with_true(recipe):
+def test_fsdp_is_requested_with_true(recipe):
     recipe["trainer"]["fsdp"] = True
     with pytest.raises(UserError, match="FSDP was asked for, and on one process accelerate would train without it"):
         run(recipe)

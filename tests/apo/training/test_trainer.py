@@ -126,7 +126,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path, tokenizer, pairs):
     assert_same_run(on, off)
 
 
-def test_another_way_to_compute_log_probs_plugs_in(tmp_path, tokenizer, pairs):
+def test_another_log_prob_function_plugs_in(tmp_path, tokenizer, pairs):
     args = APOConfig(**options(tmp_path))
     plain = APOTrainer(make_model(), args=args, pair_logps=plain_logps, train_dataset=pairs, processing_class=tokenizer)
     assert_same_run(trained(plain), trained(apo_trainer(tmp_path, tokenizer, pairs)))
@@ -175,7 +175,7 @@ def test_an_existing_adapter_is_its_own_reference_and_is_trained_on(tmp_path, to
     assert sorted(f.name for f in (tmp_path / "saved").iterdir() if f.is_dir()) == []
 
 
-def test_a_wrong_reference_is_told_before_the_first_step(tmp_path, tokenizer, pairs):
+def test_a_wrong_reference_is_reported_before_the_first_step(tmp_path, tokenizer, pairs):
     args = APOConfig(**options(tmp_path))
     wrong = APOTrainer(make_model(), make_model(seed=1), args=args, train_dataset=pairs, processing_class=tokenizer)
     with pytest.raises(UserError, match=r"chosen reward is not 0 before the first step \(log-ratio up to"):
@@ -191,7 +191,7 @@ def test_a_wrong_reference_is_told_before_the_first_step(tmp_path, tokenizer, pa
         check_before_training(right)
 
 
-def test_a_batch_that_loses_its_end_is_told_before_the_first_step(tmp_path, tokenizer, pairs):
+def test_a_batch_that_loses_its_end_is_reported_before_the_first_step(tmp_path, tokenizer, pairs):
     trainer = apo_trainer(tmp_path, tokenizer, pairs)
     original = trainer.data_collator
 
@@ -343,7 +343,7 @@ def test_metrics_by_hand():
     })  # fmt: skip
 
 
-def test_what_rounding_tells_apart_is_a_tie_and_no_fall():
+def test_rewards_that_differ_by_rounding_are_ties_and_no_falls():
     lengths = torch.tensor([[20, 20], [10, 10]])
     policy = PairLogps(*torch.tensor([[-4.0, -4.0], [-5.0, -5.0]]), *lengths)
     reference = torch.tensor([-3.99999, -3.9999]), torch.tensor([-5.00001, -5.0])
@@ -467,7 +467,7 @@ def test_a_command_line_can_say_every_option():
 # What is told, once, before the first step
 
 
-def test_who_makes_a_trainer_is_told_of_rows_that_are_left_out(tmp_path, tokenizer, pairs, caplog):
+def test_a_trainer_notes_the_rows_that_are_left_out(tmp_path, tokenizer, pairs, caplog):
     trainer = apo_trainer(tmp_path, tokenizer, pairs, max_length=20)
     left = len(trainer.train_dataset)
     rows = f"{24 - left} of 24 rows are longer than max_length 20"
@@ -483,14 +483,14 @@ def test_trls_truncation_mode_is_accepted_and_the_note_on_long_rows_names_it(tmp
 
 
 @pytest.mark.parametrize(("packed", "note_count"), [(True, 2), (False, 0)])
-def test_options_of_trls_batch_are_told_where_rows_are_packed(packed, note_count, tmp_path, tokenizer, pairs):
+def test_options_of_trls_batch_are_reported_where_rows_are_packed(packed, note_count, tmp_path, tokenizer, pairs):
     more = {"pad_to_multiple_of": 8, "precompute_ref_batch_size": 2, "precompute_ref_log_probs": True}
     trainer = apo_trainer(tmp_path, tokenizer, pairs, shared_prefix=packed, **more)
     assert len([note for note in trainer.notes if "has no effect on packed rows" in note]) == note_count
     assert trainer.data_collator.pad.pad_to_multiple_of == 8
 
 
-def test_what_a_template_writes_after_the_end_of_turn_is_told_once(tmp_path, pairs):
+def test_text_that_a_template_writes_after_the_end_of_turn_is_noted_once(tmp_path, pairs):
     tokenizer = make_tokenizer(TEMPLATE.replace("<|end|>", "<|end|>\n"))
     trainer = apo_trainer(tmp_path, tokenizer, pairs, eval_dataset=pairs.select(range(4)))
     notes = [note for note in trainer.notes if "after the end of turn" in note]
@@ -500,7 +500,7 @@ def test_what_a_template_writes_after_the_end_of_turn_is_told_once(tmp_path, pai
     assert not [note for note in apo_trainer(tmp_path, make_tokenizer(), pairs).notes if "after the end" in note]
 
 
-def test_half_precision_weights_that_a_step_would_not_move_are_told_in_numbers(tmp_path, tokenizer, pairs):
+def test_half_precision_weights_that_a_step_would_not_move_are_reported_in_numbers(tmp_path, tokenizer, pairs):
     def precision_notes(**more):
         dtype = more.pop("dtype", torch.bfloat16)
         return [n for n in apo_trainer(tmp_path, tokenizer, pairs, make_model().to(dtype), **more).notes if "step" in n]
@@ -617,7 +617,7 @@ def flip(file):
     file.write_bytes(content)
 
 
-def test_a_trainer_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path, tokenizer, pairs, caplog):
+def test_a_trainer_resumes_from_the_newest_complete_checkpoint(tmp_path, tokenizer, pairs, caplog):
     more = {"save_strategy": "steps", "save_steps": 2}
     apo_trainer(tmp_path, tokenizer, pairs, **more).train()
     flip(tmp_path / "checkpoint-4" / "model.safetensors")
@@ -672,7 +672,7 @@ def test_a_damaged_best_model_is_not_loaded(tmp_path, tokenizer, pairs):
         ({"train_sampling_strategy": "group_by_length"}, "group_by_length needs a column 'length' of lengths"),
     ],
 )
-def test_what_would_fail_after_training_has_begun_is_refused_before(more, message, tmp_path, tokenizer, pairs):
+def test_errors_that_training_would_raise_are_raised_before_it(more, message, tmp_path, tokenizer, pairs):
     if find_spec("liger_kernel") and "use_liger_kernel" in more:
         pytest.skip("liger-kernel is installed")
     with pytest.raises(UserError, match=message):
@@ -686,7 +686,7 @@ def test_what_would_fail_after_training_has_begun_is_refused_before(more, messag
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"waves": 1}}, "cosine cannot be set up: .*'waves'"),
     ],
 )
-def test_options_that_an_optimizer_or_schedule_does_not_take_are_told(more, message, tmp_path, tokenizer, pairs):
+def test_options_that_an_optimizer_or_schedule_does_not_take_are_reported(more, message, tmp_path, tokenizer, pairs):
     with pytest.raises(UserError, match=message):
         apo_trainer(tmp_path, tokenizer, pairs, **more).train()
 
@@ -696,7 +696,7 @@ def test_every_metric_that_is_logged_may_choose_the_best_model(name):
     check_best_metric(name, resolve_mixture("apo_zero"))
 
 
-def test_images_are_refused_in_packed_rows_with_the_way_out(tmp_path, tokenizer, pairs):
+def test_images_are_refused_in_packed_rows_with_the_option_to_set(tmp_path, tokenizer, pairs):
     with pytest.raises(
         UserError, match=r"has a column 'images', and packed rows hold text only; set shared_prefix=False"
     ):

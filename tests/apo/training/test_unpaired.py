@@ -270,7 +270,7 @@ def test_rows_too_long_are_dropped_and_counted():
 
 
 @pytest.mark.parametrize("class_", [True, False], ids=["desirable", "undesirable"])
-def test_one_class_alone_trains_and_is_told(tmp_path, class_):
+def test_one_class_alone_trains_and_is_reported(tmp_path, class_):
     rows = make_rows(40, label=lambda _: class_)
     encoded = tokenized(rows)
     assert encoded.notes[0].startswith(f"train: every row is {'desirable' if class_ else 'undesirable'}")
@@ -279,7 +279,7 @@ def test_one_class_alone_trains_and_is_told(tmp_path, class_):
     assert losses[-1] < losses[0] == pytest.approx(0.5)
 
 
-def test_imbalance_is_told_with_the_weights_that_would_even_it_out():
+def test_imbalance_is_reported_with_the_weights_that_would_even_it_out():
     rows = make_rows(24, label=lambda i: i >= 6)  # 18 desirable, 6 not
     (note,) = tokenized(rows).notes
     assert "18 desirable and 6 undesirable rows pull 3 to 1; desirable_weight 0.33 or undesirable_weight 3" in note
@@ -299,7 +299,7 @@ def test_a_label_is_true_or_false(label):
         tokenized(rows)
 
 
-def test_a_missing_label_is_told():
+def test_a_missing_label_is_reported():
     with pytest.raises(
         UserError, match=r"no column 'label'; found: prompt, completion; needed: prompt, completion, label"
     ):
@@ -388,7 +388,7 @@ def test_text_and_conversations_of_several_sources_are_put_together(recipe, tmp_
         (make_rows(4), {"weights": "w"}, "has no column 'w'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_trained_is_told_before_any_work(recipe, tmp_path, rows, changes, message):
+def test_rows_that_cannot_be_trained_are_refused_before_any_work(recipe, tmp_path, rows, changes, message):
     changes = {"dataset": str(write(tmp_path / "bad.jsonl", rows)), **changes}
     with pytest.raises(UserError) as error:
         train(TrainConfig(**{**recipe, **changes}))
@@ -403,7 +403,7 @@ def test_pairs_and_unpaired_rows_are_not_put_together(recipe, tmp_path):
         plan(TrainConfig(**{**recipe, "dataset": files}))
 
 
-def test_a_dry_run_tells_rows_and_an_estimate_of_one_response_each(recipe, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_shows_rows_and_an_estimate_of_one_response_each(recipe, tmp_path, monkeypatch, capsys):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "objective": "kto"}))
     assert call(monkeypatch, "train", tmp_path / "recipe.yaml", "--dry-run") == 0
     output = capsys.readouterr().out
@@ -421,7 +421,7 @@ def test_a_dry_run_tells_rows_and_an_estimate_of_one_response_each(recipe, tmp_p
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(recipe, tmp_path):
+def test_a_stopped_run_resumes_as_if_it_had_not_stopped(recipe, tmp_path):
     recipe["objective"] = {"kto": 1.0, "sft": 0.1}
     recipe["trainer"] |= {"save_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     record = train(TrainConfig(**recipe), tell=lambda _: None)

@@ -141,7 +141,7 @@ def test_the_bar_of_a_shard_comes_to_its_total(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/", "-1/4"])
-def test_a_shard_that_is_none_is_told(text):
+def test_an_invalid_shard_is_refused(text):
     with pytest.raises(UserError, match="give the shard and their number"):
         parse_shard(text)
 

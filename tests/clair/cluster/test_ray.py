@@ -117,7 +117,7 @@ def test_a_driver_is_killed_and_run_again_and_a_second_one_beside_it_is_refused(
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_what_is_in_flight_and_the_same_command_goes_on(recipe, nodes, server):
+def test_ctrl_c_keeps_what_is_in_flight_and_the_same_command_resumes(recipe, nodes, server):
     node = nodes.add()
     build = start(recipe, nodes, "--shards", "2")
     wait_until(lambda: len(server.requests()) > 30)
@@ -205,7 +205,7 @@ def test_on_a_ray_of_its_own_one_row_that_kills_its_process_is_dropped_and_the_r
 
 
 @pytest.mark.slow
-def test_a_cluster_of_another_version_is_told_with_both(recipe, nodes):
+def test_a_cluster_of_another_version_is_reported_with_both(recipe, nodes):
     from ray._private import ray_constants
     from ray._raylet import GcsClient
 
@@ -224,7 +224,7 @@ def test_a_cluster_of_another_version_is_told_with_both(recipe, nodes):
     assert f"Ray: {ray.__version__.replace('2.', '1.', 1)}" in message
 
 
-def test_what_cannot_run_on_a_cluster_is_told_before_any_work(tmp_path, monkeypatch):
+def test_builds_that_cannot_run_on_a_cluster_are_refused_before_any_work(tmp_path, monkeypatch):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
     path = write_recipe(tmp_path, "http://127.0.0.1:9/v1")
 

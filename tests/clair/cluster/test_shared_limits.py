@@ -48,7 +48,7 @@ def slots(keeper, shard, **role):
     return ask(keeper, shard, **role).roles["role"].slots
 
 
-def test_a_lone_shard_has_all_places_and_gives_half_of_them_up_to_a_second_one_as_they_come_free():
+def test_a_lone_shard_has_all_slots_and_gives_half_of_them_to_a_second_one_as_they_become_free():
     keeper = quotas(10)
     assert slots(keeper, "a", waiting=50) == 10
     assert slots(keeper, "b", waiting=50) == 0
@@ -62,7 +62,7 @@ def test_a_lone_shard_has_all_places_and_gives_half_of_them_up_to_a_second_one_a
     assert slots(keeper, "a", in_flight=5, waiting=40) == 9
 
 
-def test_a_single_place_goes_to_the_shard_that_was_answered_least():
+def test_a_single_slot_goes_to_the_shard_with_the_fewest_answers():
     keeper = quotas(1)
     assert slots(keeper, "a", waiting=5) == 1
     assert slots(keeper, "a", in_flight=0, waiting=5, answered=1) == 1, "b has asked for nothing yet"
@@ -143,7 +143,7 @@ def test_money_is_leased_up_to_the_budget_and_what_is_not_needed_comes_back():
     assert "budget reached: 2 tokens of 100 spent, and the next call may cost 99" in lease.refused
 
 
-def test_what_a_dead_shard_spent_is_what_its_ledger_says():
+def test_a_dead_shards_cost_is_read_from_its_ledger():
     keeper = quotas(tokens=100)
     assert ask(keeper, "a", needs=60).more >= 60
     assert ask(keeper, "b", needs=60).refused is None

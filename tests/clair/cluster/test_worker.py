@@ -82,7 +82,7 @@ def test_a_worker_takes_secrets_from_the_driver_and_refuses_another_version_or_f
     assert (os.environ.pop("CLAIR_TEST_KEY"), os.environ["CLAIR_TEST_OWN"]) == ("secret", "mine")
 
 
-def test_a_worker_whose_node_may_not_write_at_the_url_tells_which_node_it_is(tmp_path, monkeypatch):
+def test_a_worker_whose_node_may_not_write_at_the_url_names_the_node(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError("no")
 

@@ -143,7 +143,7 @@ def test_a_build_counts_rows_that_are_done_before_their_turn(tmp_path, server):
     assert counts[-1] == (6, 6)
 
 
-def test_a_rate_that_is_first_looked_at_late_counts_from_the_start():
+def test_a_rate_that_is_first_measured_late_counts_from_the_start():
     clock = Clock()
     status = _ClientStatus(22, {"target": 22}, clock)
     target = role(0, 22)

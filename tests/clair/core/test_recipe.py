@@ -130,7 +130,7 @@ def test_a_wrong_recipe_is_one_line(tmp_path, content, reason):
     assert "pydantic" not in message
 
 
-def test_a_broken_line_is_told_by_its_number_and_not_by_what_it_holds(tmp_path):
+def test_a_broken_line_is_reported_by_its_number_and_not_its_content(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text("name: x\ninner: {url: http://u:password@h: 1}: 2\n")
     with pytest.raises(UserError, match=r"is not YAML: line 2: ") as error:
@@ -165,7 +165,7 @@ def test_the_last_set_wins():
 
 
 @pytest.mark.parametrize("override", ["beta", "=1", "", "a=[1", "a={", "a..b=1", ".a=1", "a.=1"])
-def test_a_set_that_is_none_is_refused(override):
+def test_an_invalid_set_is_refused(override):
     with pytest.raises(UserError, match="--set"):
         apply_overrides({}, [override])
 
@@ -272,6 +272,6 @@ def test_paths_in_errors_are_the_users_own(tmp_path, monkeypatch):
     ("text", "line"),
     [("a\n\tb  c\r\n", "a b c"), (OSError(28, "No\nroom"), "[Errno 28] No room"), ("x " * 400, ("x " * 400)[:400])],
 )
-def test_what_an_error_says_becomes_one_line(text, line):
+def test_an_errors_message_becomes_one_line(text, line):
     assert one_line(text) == line
     assert one_line(text, 3) == line[:3]

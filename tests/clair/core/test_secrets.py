@@ -119,7 +119,7 @@ def test_a_server_that_echoes_what_it_was_sent_betrays_nothing(tmp_path, server,
         assert_nowhere(tmp_path, result)
 
 
-def test_a_url_that_cannot_be_reached_is_told_without_its_password(tmp_path, secrets):
+def test_a_url_that_cannot_be_reached_is_reported_without_its_password(tmp_path, secrets):
     for url in ("http://127.0.0.1:9/v1", "http://no-such-host.invalid/v1"):
         result = clair("build", recipe(tmp_path, url, ["ok"]))
         assert result.code == 2
@@ -127,7 +127,7 @@ def test_a_url_that_cannot_be_reached_is_told_without_its_password(tmp_path, sec
         assert_nowhere(tmp_path, result)
 
 
-def test_a_url_that_is_none_is_told_without_its_password(tmp_path, secrets):
+def test_an_invalid_url_is_reported_without_its_password(tmp_path, secrets):
     url = f"ftp://{USER}:{QUOTED}@host/v1"
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
     result = clair("build", write_recipe(tmp_path, url))
@@ -137,13 +137,13 @@ def test_a_url_that_is_none_is_told_without_its_password(tmp_path, secrets):
 
 
 @pytest.mark.parametrize("setting", ["reviser.temprature=1", "reviser.timeout=no", "reviser.extra.headers.X-Key=abc"])
-def test_a_wrong_recipe_is_told_without_its_secrets(tmp_path, server, secrets, setting):
+def test_a_wrong_recipe_is_reported_without_its_secrets(tmp_path, server, secrets, setting):
     result = clair("build", recipe(tmp_path, server.url, ["ok"]), "--set", setting)
     assert result.code == 2
     assert_nowhere(tmp_path, result)
 
 
-def test_a_short_secret_is_not_looked_for_in_every_word(tmp_path, server, monkeypatch):
+def test_a_short_secret_is_not_searched_in_every_word(tmp_path, server, monkeypatch):
     monkeypatch.setenv("PLANTED_KEY", "a")
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["400"]))
     reviser = {"url": server.url, "model": "m", "api_key_env": "PLANTED_KEY"}
@@ -185,7 +185,7 @@ def test_secrets_under_other_names_are_in_nothing_that_is_written(tmp_path, serv
     assert "token=planted-eight" in sent["query"]
 
 
-def test_what_is_put_into_extra_and_a_query_from_the_environment_is_sent_and_written_nowhere(tmp_path, server, secrets):
+def test_secrets_of_the_environment_in_extra_and_in_a_query_are_sent_and_written_nowhere(tmp_path, server, secrets):
     write_prompts(tmp_path / "prompts.jsonl", [{"prompt": "What is ${PLANTED_KEY}? [[ok echo400]]", "answer": "bad"}])
     url = server.url + "?pass=${PLANTED_KEY}"
     extra = {"user": "${PLANTED_HEADER}", "metadata": {"who": ["me ${PLANTED_HEADER}"]}}
@@ -199,9 +199,7 @@ def test_what_is_put_into_extra_and_a_query_from_the_environment_is_sent_and_wri
 
 
 @pytest.mark.parametrize("extra", [{"user": "${NO_SUCH_NAME}"}, {"api_key": "[secret]"}])
-def test_a_name_that_is_not_set_and_a_secret_that_was_taken_out_are_told_before_anything_is_asked(
-    tmp_path, server, extra
-):
+def test_an_unset_variable_and_a_redacted_secret_are_reported_before_any_request(tmp_path, server, extra):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
     result = clair(
         "build", write_recipe(tmp_path, server.url, reviser={"url": server.url, "model": "m", "extra": extra})
@@ -210,7 +208,7 @@ def test_a_name_that_is_not_set_and_a_secret_that_was_taken_out_are_told_before_
     assert f"reviser.extra.{next(iter(extra))}" in result.err
 
 
-def test_a_key_in_the_place_of_its_variables_name_is_not_repeated(tmp_path, server):
+def test_a_key_written_instead_of_its_variables_name_is_not_repeated(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
     reviser = {"url": server.url, "model": "m", "api_key_env": "sk-planted-nine"}
     result = clair("build", write_recipe(tmp_path, server.url, reviser=reviser))
@@ -234,7 +232,7 @@ def test_an_answer_is_kept_as_it_was_sent_whatever_the_secrets_are(tmp_path, ser
     assert pair["chosen"][0]["content"] == text.replace("bad", "good")
 
 
-def test_a_body_of_status_200_that_is_no_completion_is_told_without_secrets(tmp_path, server, secrets):
+def test_a_body_of_status_200_that_is_no_completion_is_reported_without_secrets(tmp_path, server, secrets):
     result = clair("build", recipe(tmp_path, server.url, ["m echo200"]))
     assert result.code == 3
     assert "[secret]" in drops(tmp_path / "out")[0]["detail"]
@@ -262,7 +260,7 @@ def test_replies_of_one_deployment_are_not_those_of_another_at_the_same_url(tmp_
 DEPLOYMENT = "0123456789abcdef0123456789abcdef"
 
 
-def test_deployments_with_names_of_hex_digits_are_told_apart_and_written_down(tmp_path, server):
+def test_deployments_with_names_of_hex_digits_are_distinguished_and_recorded(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
     for name, code, requests in [(DEPLOYMENT, 0, 1), (DEPLOYMENT[::-1], 2, 1)]:
         reviser = {"url": f"{server.url}?deployment={name}", "model": "m"}
@@ -319,7 +317,7 @@ OPEN_NAMES = [
 ]
 
 
-def test_a_name_is_a_secrets_wherever_it_says_so():
+def test_a_key_whose_name_says_so_is_a_secret_everywhere():
     redacted = without_secrets(dict.fromkeys([*NAMES, *OPEN_NAMES], "planted"))
     assert redacted == dict.fromkeys(NAMES, "[secret]") | dict.fromkeys(OPEN_NAMES, "planted")
 
@@ -334,7 +332,7 @@ def test_a_name_is_a_secrets_wherever_it_says_so():
         "-----BEGIN RSA PRIVATE KEY-----\nplanted\nplanted",
     ],
 )
-def test_what_looks_like_a_key_is_one_wherever_it_stands(text):
+def test_text_that_looks_like_a_key_is_redacted_everywhere(text):
     assert "planted" not in without_secrets({"note": [text]})["note"][0]
     for plain in ("Token generated", "https://host/v1?page=planted1", "BEGIN", "who: planted@host"):
         assert without_secrets(plain) == plain

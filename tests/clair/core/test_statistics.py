@@ -217,7 +217,7 @@ def test_no_difference_and_one_without_spread():
         paired_difference([0, 0], [1, 1, 1], [0, 1])
 
 
-def test_no_interval_is_told_of_rows_that_all_differ_by_the_same_amount():
+def test_rows_that_all_differ_by_the_same_amount_give_no_interval():
     for tuned in ([0, 1, 1], [1, 2, 2]):
         estimate = paired_difference([0, 1, 1], tuned, [0, 1, 2]).estimate
         assert estimate.mean == tuned[0]

@@ -81,7 +81,7 @@ def test_levenshtein_agrees_with_the_textbook_table(chosen, rejected):
     assert contrast_of(chosen, rejected).levenshtein == row[-1]
 
 
-def test_a_diff_tells_what_went_and_what_came():
+def test_a_diff_shows_removed_and_added_words():
     diff = word_diff(rejected="the dog sat", chosen="the cat sat down")
     assert [(kind, text.strip()) for kind, text in diff] == [
         ("same", "the"),

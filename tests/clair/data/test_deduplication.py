@@ -22,7 +22,7 @@ def test_near_duplicates_are_found_and_different_texts_are_not():
     assert sum(near.is_duplicate(text) for text in halves) <= 5
 
 
-def test_case_and_punctuation_do_not_tell_prompts_apart():
+def test_case_and_punctuation_do_not_distinguish_prompts():
     near = NearDuplicates(1.0)
     assert not near.is_duplicate("What is the capital of France?")
     assert near.is_duplicate("what is the capital of france")

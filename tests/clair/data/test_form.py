@@ -12,7 +12,7 @@ from tests.clair.building import clair, error_line, pairs, write_recipe
 from tests.clair.scripted import Scripted, between, choice, endpoint, install, recipe
 
 
-def test_a_file_that_is_not_utf8_is_refused_with_its_line_before_anything_is_asked(tmp_path, server):
+def test_a_file_that_is_not_utf8_is_refused_with_its_line_before_any_request(tmp_path, server):
     file = tmp_path / "p.jsonl"
     file.write_bytes('{"prompt": "fine"}\n{"prompt": "O\u00f9 est-il?"}\n'.encode("cp1252"))
     columns = {"prompts": {"path": str(file)}, "target": {"url": server.url, "model": "t"}}
@@ -20,7 +20,7 @@ def test_a_file_that_is_not_utf8_is_refused_with_its_line_before_anything_is_ask
     assert (message, server.requests()) == (f"{file}, line 2: not UTF-8 (byte 0xf9); save the file as UTF-8", [])
 
 
-def test_a_template_that_is_not_utf8_is_told_by_its_line(tmp_path):
+def test_a_template_that_is_not_utf8_is_reported_by_its_line(tmp_path):
     (tmp_path / "t.j2").write_bytes("{{ task }}\nR\u00e9vise {{ answer }}".encode("latin-1"))
     with pytest.raises(UserError, match=r"t\.j2, line 2: not UTF-8"):
         load_template(str(tmp_path / "t.j2"), "reviser.j2", ("task", "answer"))

@@ -103,7 +103,7 @@ def test_two_columns_may_change_their_names(tmp_path, name):
     [("p.xlsx", "is of no kind that is read: .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
      ("gone.jsonl", "does not exist"), ("gone.csv.gz", "does not exist")],
 )  # fmt: skip
-def test_a_file_that_is_not_there_or_of_another_kind_is_told(tmp_path, name, reason):
+def test_a_file_that_is_not_there_or_of_another_kind_is_reported(tmp_path, name, reason):
     (tmp_path / "p.xlsx").write_bytes(b"PK")
     with pytest.raises(UserError) as error:
         load_pairs(tmp_path / name)
@@ -138,7 +138,7 @@ def test_other_columns_keep_their_values_and_those_of_several_types_become_text(
     assert (read["label"][:], read["score"][:], read["id"][:]) == ([True, False], [1.0, 2.5], ["01", "x"])
 
 
-def test_a_wrong_name_of_a_column_is_told_with_the_names_of_the_file(tmp_path):
+def test_a_wrong_name_of_a_column_is_reported_with_the_names_of_the_file(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"ask": "a", "good": "b", "bad": "c"}\n')
     with pytest.raises(UserError, match=r"no column 'goood' \(did you mean 'good'\?\); found: ask, good, bad"):
         load_preferences(tmp_path / "p.jsonl", columns={"prompt": "ask", "chosen": "goood", "rejected": "bad"})
@@ -190,7 +190,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_read_is_told_with_its_place(tmp_path, case):
+def test_unreadable_rows_are_reported_with_file_and_line(tmp_path, case):
     name, text, reason = BAD[case]
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError) as error:
@@ -219,7 +219,7 @@ def test_shards_of_a_folder_may_have_other_types_and_what_fails_keeps_its_cause(
     assert "int64" in str(error.value)
 
 
-def test_repairs_are_logged_where_nobody_else_tells_them(tmp_path, caplog):
+def test_repairs_are_logged_if_no_caller_reports_them(tmp_path, caplog):
     (tmp_path / "p.jsonl").write_text(
         json.dumps({"prompt": "Who?", "system": "Brief.", "chosen": "A", "rejected": "B"})
     )

@@ -234,7 +234,7 @@ def test_a_row_of_this_form_is_read(case):
 
 
 @pytest.mark.parametrize("case", READ)
-def test_what_was_read_reads_as_itself_from_a_dataset_too(case):
+def test_rows_read_from_a_dataset_are_read_unchanged(case):
     row, expected, repairs = READ[case]
     read = read_dataset(Dataset.from_list([{"id": 7, **row}]), "dataset d")
     assert [note.split("rows ")[1] for note in read.notes] == [repair_note(repair) for repair in repairs]
@@ -251,7 +251,7 @@ def test_unpaired_rows_are_read():
     assert read_row(row) == (read, [])
 
 
-def test_plain_text_stays_text_where_that_is_asked_for_and_all_of_it_is():
+def test_plain_text_stays_text_where_that_is_requested_and_all_of_it_is():
     assert read_row(FLAT, keep_text=True) == (FLAT, [])
     assert read_row({**FLAT, "context": "Trades."}, keep_text=True) == (FLAT, ["unread:context"])
     assert read_row({**FLAT, "documents": ["Trades."]}, keep_text=True) == (FLAT, ["unread:documents"])
@@ -334,7 +334,7 @@ def test_each_row_is_read_by_itself_and_the_first_at_fault_is_named():
         read_dataset(Dataset.from_list(rows), "dataset d")
 
 
-def test_what_arrow_adds_is_not_read():
+def test_nulls_that_arrow_adds_are_not_read():
     """In a table each object has the keys of all, null where it has none."""
     second_call = {"type": "function", "function": {"name": "map", "arguments": {"town": "Rome", "zoom": 3}}}
     tools = [[{"type": "function", "function": {"name": name, "parameters": {"properties": {key: {"type": "string"}}}}}]

@@ -72,7 +72,7 @@ def test_a_folder_that_datasets_reads_and_its_split(tmp_path):
     assert "load_dataset says" in refusal_of(tmp_path, split="dev")
 
 
-def test_a_name_that_is_no_file_and_no_dataset_is_told_with_the_librarys_words(tmp_path):
+def test_an_unknown_file_or_dataset_is_reported_with_the_librarys_message(tmp_path):
     assert refusal_of(tmp_path / "nobody" / "nothing").startswith(f"prompts '{tmp_path}/nobody/nothing': no such file")
 
 
@@ -175,7 +175,7 @@ def test_the_first_of_equal_prompts_is_kept(tmp_path):
     assert left_out == [("0", None), ("1", "duplicate"), ("2", "duplicate")]
 
 
-def test_near_duplicates_are_left_out_only_where_asked_for(tmp_path):
+def test_near_duplicates_are_left_out_only_where_requested(tmp_path):
     text = "Write a short poem about the sea in the voice of an old sailor who never learned to swim at all"
     rows = [{"prompt": text}, {"prompt": text + " please"}, {"prompt": "Something else entirely, about a mountain"}]
     path = write(tmp_path / "p.jsonl", rows)
@@ -184,7 +184,7 @@ def test_near_duplicates_are_left_out_only_where_asked_for(tmp_path):
     assert [why for _, why in each_prompt(near)] == [None, "near_duplicate", None]
 
 
-def test_what_a_benchmark_asks_is_left_out(tmp_path):
+def test_prompts_of_a_benchmark_are_left_out(tmp_path):
     question = "Which of the following planets in our solar system has the largest number of confirmed moons today"
     benchmark = write(tmp_path / "bench.jsonl", [{"prompt": question}, {"prompt": "What is 2 + 2?"}])
     rows = [{"prompt": f"Please answer: {question}?"}, {"prompt": "what is 2 2"}, {"prompt": "What is 2 + 3?"}]
@@ -225,7 +225,7 @@ def test_what_a_benchmark_asks_is_left_out(tmp_path):
         ('{"prompt": "b", "answers": "x", "scores": [1]}', "line 3: answers and scores must be lists"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_told_with_its_line(tmp_path, line, reason):
+def test_a_row_that_cannot_be_used_is_reported_with_its_line(tmp_path, line, reason):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}\n\n' + line + "\n")
     assert reason in refusal_of(path)
@@ -253,7 +253,7 @@ def test_one_id_for_two_different_prompts_is_refused(tmp_path):
         ("p.xlsx", b"hello", "is of no kind that is read"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_told_in_one_line(tmp_path, name, content, reason):
+def test_a_file_that_cannot_be_used_is_reported_in_one_line(tmp_path, name, content, reason):
     path = tmp_path / name
     path.write_bytes(content)
     assert reason in refusal_of(path)
@@ -264,7 +264,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path, name):
     assert refusal_of(tmp_path / name) == f"prompt file {tmp_path / name} does not exist"
 
 
-def test_a_wrong_name_under_columns_is_told_with_the_near_miss(tmp_path):
+def test_a_wrong_name_under_columns_is_reported_with_the_near_miss(tmp_path):
     path = write(tmp_path / "p.jsonl", ROWS)
     assert "unknown name 'promt' (did you mean 'prompt'?)" in refusal_of(path, columns={"promt": "prompt"})
 
@@ -288,7 +288,7 @@ def test_labels_are_read_and_change_what_is_known_of_the_source(tmp_path):
         ("p.json", b'[{"prompt": "caf\xe9"}]', ": not UTF-8 (byte 0xe9)"),
     ],
 )
-def test_a_file_that_is_not_utf_8_is_told_with_its_line(tmp_path, name, content, location):
+def test_a_file_that_is_not_utf_8_is_reported_with_its_line(tmp_path, name, content, location):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -313,14 +313,14 @@ def test_a_folder_of_save_to_disk_holds_prompts_too(tmp_path):
     assert [prompt.id for prompt in prompts(tmp_path / "saved")] == ["a"]
 
 
-def test_a_packed_file_that_is_cut_off_is_told(tmp_path):
+def test_a_packed_file_that_is_cut_off_is_reported(tmp_path):
     path = tmp_path / "p.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 100)[:-9])
     with pytest.raises(UserError, match=r"p\.jsonl\.gz is no whole \.gz file"):
         prompts(path)
 
 
-def test_a_folder_of_shards_with_two_types_in_a_column_says_so(tmp_path):
+def test_a_folder_of_shards_with_two_types_in_a_column_reports_it(tmp_path):
     for number, value in enumerate(([1, 2], ["one"])):
         table = pa.table({"prompt": ["a"] * len(value), "n": value})
         pq.write_table(table, tmp_path / f"train-{number:05d}-of-00002.parquet")

@@ -78,6 +78,6 @@ def test_a_pair_becomes_a_row_of_message_lists():
     assert Pair("p", USER, "good", "bad").row()["score_chosen"] is None
 
 
-def test_a_drop_tells_stage_reason_and_a_bounded_detail():
+def test_a_drop_has_stage_reason_and_a_bounded_detail():
     row = Dropped("reviser", "no_label", "x" * 501, failed=False).row("p")
     assert row == {"id": "p", "stage": "reviser", "reason": "no_label", "detail": "x" * 499 + "…", "failed": False}

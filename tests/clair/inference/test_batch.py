@@ -147,7 +147,7 @@ def test_a_chain_of_roles_goes_through_batches_role_by_role(tmp_path, service):
     assert service.books()["files"] == [9, 9]
 
 
-def test_a_reply_that_cannot_be_read_is_asked_again_in_a_second_batch(tmp_path, service):
+def test_a_reply_that_cannot_be_read_is_requested_again_in_a_second_batch(tmp_path, service):
     config = settings(tmp_path, service, ["ok", "unlabelled", "empty ok", "empty"])
     build(config)
     assert outcomes(tmp_path / "out") == good(2) | {
@@ -291,7 +291,7 @@ def test_killed_before_the_batch_id_is_written_it_is_found_in_the_list(tmp_path,
     assert service.books()["files"] == [5]  # the one of before, or, where it cannot be known, a new one
 
 
-def test_interrupted_while_it_waits_it_ends_at_once_and_goes_on_later(tmp_path, service):
+def test_interrupted_while_it_waits_it_ends_at_once_and_resumes_later(tmp_path, service):
     service.trouble(hold=True)
     recipe, process = start(tmp_path, service, 12, poll=3600)
     until(lambda: ids(tmp_path) == ["batch-0"])
@@ -367,7 +367,7 @@ def test_a_result_file_that_breaks_off_is_read_again_before_anything_is_bought_a
     assert sum(kind == "ran" for kind, _ in books["events"]) == 20
 
 
-def test_exactly_n_pairs_are_accepted_and_few_more_are_asked_for(tmp_path, service):
+def test_exactly_n_pairs_are_accepted_and_few_more_are_requested(tmp_path, service):
     config = settings(tmp_path, service, ["400", "ok"] * 60, accept=20, concurrency=1)
     built = build(config)
     assert [row["id"] for row in sorted(pairs(tmp_path / "out"), key=lambda row: int(row["id"][4:]))] == [
@@ -377,7 +377,7 @@ def test_exactly_n_pairs_are_accepted_and_few_more_are_asked_for(tmp_path, servi
     assert 40 <= sum(service.books()["files"]) <= 50
 
 
-def test_stragglers_are_asked_live_where_the_recipe_says_so(tmp_path, service):
+def test_stragglers_are_requested_live_if_the_recipe_says_so(tmp_path, service):
     config = settings(tmp_path, service, ["ok"] * 20 + ["unlabelled"] * 2, options={"live_below": 5})
     service.trouble()
     build(config)
@@ -439,13 +439,13 @@ def test_files_become_smaller_where_the_service_takes_fewer_tokens(tmp_path, ser
     assert totals(config) == (960, 0)
 
 
-def test_a_service_that_takes_nothing_is_told(tmp_path, service):
+def test_a_service_that_accepts_no_request_is_reported(tmp_path, service):
     service.trouble(max_lines=0)
     message = refusal(settings(tmp_path, service, ["ok"] * 4, attempts=3))
     assert "does not take even one request in a batch (Enqueued token limit reached.)" in message
 
 
-def test_an_endpoint_without_a_batch_api_is_told(tmp_path, server):
+def test_an_endpoint_without_a_batch_api_is_reported(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 3))
     message = refusal(config_for(tmp_path, server.url, reviser=batched(server.url)))
     assert f"{server.url} has no Batch API" in message
@@ -454,7 +454,7 @@ def test_an_endpoint_without_a_batch_api_is_told(tmp_path, server):
 
 
 @pytest.mark.parametrize("files", [False, True])
-def test_a_batch_that_is_gone_is_told_and_asked_again_only_on_demand(tmp_path, service, files):
+def test_a_batch_that_is_gone_is_reported_and_requested_again_only_on_demand(tmp_path, service, files):
     service.trouble(hold=True)
     recipe, process = start(tmp_path, service, 6)
     until(lambda: ids(tmp_path) == ["batch-0"])
@@ -475,7 +475,7 @@ def test_a_batch_that_is_gone_is_told_and_asked_again_only_on_demand(tmp_path, s
     assert outcomes(tmp_path / "out") == good(6)
 
 
-def test_a_role_whose_replies_are_in_a_batch_is_not_asked_live_too(tmp_path, service):
+def test_a_role_whose_replies_are_in_a_batch_gets_no_live_requests(tmp_path, service):
     service.trouble(hold=True)
     recipe, process = start(tmp_path, service, 6)
     until(lambda: ids(tmp_path) == ["batch-0"])
@@ -539,7 +539,7 @@ def test_a_request_larger_than_a_file_fails_alone(tmp_path, service):
         ('{"custom_id": "k", "response": {"status_code": "200", "body": {}}}', "again: no reply"),
     ],
 )
-def test_a_result_line_tells_one_thing_or_nothing(line, error):
+def test_a_result_line_has_one_outcome_or_none(line, error):
     outcome = outcome_of(line, str)
     if error is None:
         assert outcome is None

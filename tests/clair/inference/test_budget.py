@@ -51,7 +51,7 @@ async def _reserve_too_much(budget):
     await budget.reserve("reviser", Tokens(70, 0))
 
 
-def test_what_does_not_fit_is_refused_and_what_was_cheaper_gives_room():
+def test_requests_beyond_the_budget_are_refused_and_cheaper_replies_free_some_of_it():
     import asyncio
 
     asyncio.run(_reserve_too_much(Budget(BudgetConfig(tokens=100), {}, {})))
@@ -92,7 +92,7 @@ def _random_run(tmp_path, monkeypatch, seed):
         limit += draw.randint(0, 20_000)
 
 
-def test_a_build_stopped_by_its_budget_goes_on_with_a_larger_one_and_asks_nothing_twice(tmp_path, monkeypatch):
+def test_a_build_stopped_by_its_budget_resumes_with_a_larger_one_and_requests_nothing_twice(tmp_path, monkeypatch):
     model = Scripted("reviser", revision)
     install(monkeypatch, reviser=model)
     keys = {"pipeline": "revised", "reviser": endpoint(max_tokens=100), "concurrency": 4}
@@ -162,7 +162,7 @@ def test_an_estimate_comes_within_15_percent_on_prompts_of_widely_varying_length
     assert estimated.lo <= truth <= estimated.hi
 
 
-def test_a_cost_that_is_a_line_of_the_length_is_told_exactly():
+def test_a_cost_linear_in_the_length_is_estimated_exactly():
     sizes = [100, 5000, 700, 700, 90_000, 12, 3000]
     estimated = _total(sizes, [sizes[0], sizes[2], sizes[4]], [2 + 0.5 * sizes[index] for index in (0, 2, 4)])
     exact = sum(2 + 0.5 * size for size in sizes)
@@ -209,7 +209,7 @@ def test_the_time_lies_between_all_at_once_and_the_probes_own_pace():
     assert total_time(both) == (30, 150)
 
 
-def test_an_estimate_with_a_probe_tells_the_time(tmp_path, server):
+def test_an_estimate_with_a_probe_prints_the_time(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["wait:0.2 ok"] * 12))
     result = clair("estimate", write_recipe(tmp_path, server.url), "--probe", "3")
     assert result.code == 0, result
@@ -230,7 +230,7 @@ def time_of_the_table(out):
     return next(line for line in out.splitlines() if "reviser" in line).split("│")[-2].strip()
 
 
-def test_an_estimate_without_a_probe_asks_nothing_and_tells_the_most_calls(tmp_path, monkeypatch):
+def test_an_estimate_without_a_probe_requests_nothing_and_prints_the_maximum_of_calls(tmp_path, monkeypatch):
     model = Scripted("reviser", revision)
     install(monkeypatch, reviser=model)
     config = recipe(tmp_path / "out", rows(20), pipeline="revised", reviser=endpoint(mode="edits"))
@@ -238,7 +238,7 @@ def test_an_estimate_without_a_probe_asks_nothing_and_tells_the_most_calls(tmp_p
     assert not model.requests
 
 
-def test_prices_come_from_the_table_where_the_recipe_says_so(tmp_path):
+def test_prices_come_from_the_table_if_the_recipe_says_so(tmp_path):
     from clair.inference.budget import prices_of
 
     pytest.importorskip("genai_prices", reason="pip install 'clair-apo[prices]'")

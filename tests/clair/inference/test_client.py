@@ -141,7 +141,7 @@ def test_every_answer_of_an_endpoint_has_a_named_outcome_and_no_row_is_misaligne
     assert manifest(tmp_path / "out")["counts"]["prompts"] == len(scripts)
 
 
-def test_final_errors_are_asked_once_and_others_as_often_as_allowed(tmp_path, server):
+def test_final_errors_are_requested_once_and_others_as_often_as_allowed(tmp_path, server):
     scripts = ["400", "422", "500", "drop", "html", "empty", "tool", "429 429 429 ok", "ok"]
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(scripts))
     build(config_for(tmp_path, server.url, attempts=3))
@@ -191,7 +191,7 @@ def test_other_rows_go_on_while_one_is_refused_for_its_own_sake(tmp_path, server
         ("quota", "has no quota left: You exceeded your current quota."),
     ],
 )
-def test_what_holds_for_all_requests_ends_the_run_at_once_in_one_line(tmp_path, server, step, message):
+def test_an_error_that_concerns_all_requests_ends_the_run_at_once_in_one_line(tmp_path, server, step, message):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows([step] + ["wait:0.5"] * 200))
     with pytest.raises(UserError) as error:
         build(config_for(tmp_path, server.url, concurrency=4))
@@ -202,7 +202,7 @@ def test_what_holds_for_all_requests_ends_the_run_at_once_in_one_line(tmp_path, 
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_what_was_in_flight_when_the_run_ended_is_kept_and_not_asked_again(tmp_path, server):
+def test_replies_in_flight_when_the_run_ended_are_stored_and_not_requested_again(tmp_path, server):
     rows = scripted_rows(["401 ok", "wait:1", "wait:1", "wait:1"])
     write_prompts(tmp_path / "prompts.jsonl", rows)
     with pytest.raises(UserError):
@@ -272,7 +272,7 @@ def test_headers_go_with_the_first_look_at_the_models_too(tmp_path, server, monk
     assert {name.lower(): value for name, value in headers.items()}["x-team"] == "pairs"
 
 
-def test_a_server_that_cannot_list_its_models_is_asked_for_a_token_instead(tmp_path, server):
+def test_of_a_server_that_cannot_list_its_models_a_token_is_requested_instead(tmp_path, server):
     """`transformers serve` does so where there is no hub cache, and closes the connection after it."""
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"] * 3))
     build(config_for(tmp_path, server.url.replace("/v1", "/broken/v1")))

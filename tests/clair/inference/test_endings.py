@@ -93,7 +93,7 @@ def test_half_answers_and_half_revisions_are_dropped_by_how_they_ended(tmp_path,
     assert manifest(tmp_path / "out")["tokens"][role]["without_finish_reason"] == 1
 
 
-def test_a_refusal_in_a_field_of_its_own_and_a_filtered_reply_are_told_by_name(tmp_path, monkeypatch):
+def test_a_refusal_in_a_field_of_its_own_and_a_filtered_reply_are_reported_by_name(tmp_path, monkeypatch):
     def scripted_answer(role, prompt):
         if role not in prompt:
             return None
@@ -117,7 +117,7 @@ def test_an_answer_beside_an_empty_refusal_field_is_an_answer():
         assert (reply.text, reply.refusal, reply.finish_reason) == ("Yes.", "", "stop")
 
 
-def test_a_reply_that_the_server_broke_off_is_asked_again_also_where_an_older_ledger_holds_it(tmp_path, server):
+def test_a_reply_that_the_server_broke_off_is_requested_again_also_where_an_older_ledger_holds_it(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["ok"]))
     file = write_recipe(tmp_path, server.url)
     assert clair("build", file).code == 0
@@ -132,7 +132,7 @@ def test_a_reply_that_the_server_broke_off_is_asked_again_also_where_an_older_le
     assert outcomes(tmp_path / "out") == {"row-0": "good answer 0"}
 
 
-def test_a_server_without_finish_reasons_is_told_once(tmp_path, server):
+def test_a_server_without_finish_reasons_is_reported_once(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["nofinish", "nofinish", "ok"]))
     result = clair("build", write_recipe(tmp_path, server.url))
     assert result.code == 0

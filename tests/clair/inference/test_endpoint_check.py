@@ -21,7 +21,7 @@ def tokenizer(tmp_path_factory):
     return folder
 
 
-def test_a_server_that_counts_and_cuts_otherwise_is_told(server, tokenizer):
+def test_a_server_that_counts_and_cuts_otherwise_is_reported(server, tokenizer):
     checks = {check.name: check for check in check_endpoints([server.url], tokenizer, model="m")[server.url]}
     # By the tiny template: BOS, start, user, Hello, end, start, assistant. The server says 10, whatever it is sent.
     assert checks["chat template"].ok is False
@@ -57,7 +57,7 @@ def test_a_special_token_in_an_answer_is_no_stop_token(server, tmp_path):
         (["http://127.0.0.1:9/v1"], "m", "cannot reach"),
     ],
 )
-def test_what_cannot_be_asked_is_told_in_one_line(server, urls, model, match):
+def test_an_endpoint_that_cannot_answer_is_reported_in_one_line(server, urls, model, match):
     urls = [url.format(url=server.url) for url in urls]
     if match is None:  # a server may serve what it does not list: it answers, and that counts
         assert check_endpoints(urls, model=model)[server.url][0].told == model
@@ -66,12 +66,12 @@ def test_what_cannot_be_asked_is_told_in_one_line(server, urls, model, match):
         check_endpoints(urls, model=model)
 
 
-def test_a_tokenizer_that_is_none_is_told(server, tmp_path):
+def test_an_invalid_tokenizer_is_refused(server, tmp_path):
     with pytest.raises(UserError, match="no tokenizer can be loaded"):
         check_endpoints([server.url], tmp_path, model="m")
 
 
-def test_what_is_looked_at_is_said_before_it_is(server):
+def test_the_questions_are_printed_before_they_are_sent(server):
     steps: list[str] = []
     check_endpoints([server.url], model="m", on_step=steps.append)
     assert [step.removeprefix(f"{server.url}: ") for step in steps] == [
@@ -82,7 +82,7 @@ def test_what_is_looked_at_is_said_before_it_is(server):
 @pytest.mark.parametrize(
     ("status", "match"), [("401 X", "refuses the key .401: no such user"), ("402 X", "wants to be paid")]
 )
-def test_a_server_that_refuses_everything_is_asked_once_and_told_so(status, match):
+def test_a_server_that_refuses_everything_gets_one_request(status, match):
     async def handle(path: list[str]) -> None:
         models = writes(http(b'{"data": [{"id": "m"}]}'))
         refusal = writes(http(b'{"detail": "no such user"}', status=status))

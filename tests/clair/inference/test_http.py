@@ -44,7 +44,7 @@ GARBLED = {
 
 
 @pytest.mark.parametrize("name", GARBLED)
-def test_a_garbled_answer_is_a_failure_of_its_request_and_no_query_is_told(name):
+def test_a_garbled_answer_fails_its_request_and_the_query_is_not_printed(name):
     with pytest.raises(Unreachable) as caught:
         asyncio.run(ask(writes(GARBLED[name]), query="?api-key=sk-secret-1"))
     assert "sk-secret-1" not in str(caught.value)
@@ -65,7 +65,7 @@ WORDED = {
 
 @pytest.mark.parametrize("body", WORDED)
 @pytest.mark.parametrize("status", ["400 X", "402 X", "503 X"])
-def test_the_words_of_an_error_are_told_in_whatever_form_they_come(body, status):
+def test_an_errors_message_is_read_in_every_form(body, status):
     with pytest.raises((RequestFailed, Refused, Unreachable), match="model is") as caught:
         asyncio.run(ask(writes(http(body, status=status))))
     assert f"{status[:3]}: {WORDED[body]}" in str(caught.value)
@@ -120,7 +120,7 @@ def test_a_secret_is_redacted_in_each_form_in_which_a_server_may_repeat_it(form)
     assert asyncio.run(error_text()).replace('"', "").replace("\\", "").replace(" ", "") == "500:[secret]"
 
 
-def test_what_no_library_foresaw_is_a_failure_too(monkeypatch):
+def test_an_unexpected_exception_is_a_failure_too(monkeypatch):
     async def odd(*_: Any) -> None:
         raise ZeroDivisionError("at http://me:word@h/v1/chat?api-key=sk-secret-1 in the parser")
 
@@ -193,7 +193,7 @@ def redirect(to: str, status: int = 307) -> Answer:
 @pytest.mark.parametrize(
     "to", ["http://localhost:{port}/v1", "http://127.0.0.1:{other}/v1", "https://127.0.0.1:{port}/v1"]
 )
-def test_no_redirect_to_another_server_is_followed_and_it_is_told(to, status):
+def test_no_redirect_to_another_server_is_followed_and_it_is_reported(to, status):
     async def ask() -> list[str]:
         paths: list[str] = []
         async with serving(writes(http(GOOD)), path=paths) as second:
@@ -289,7 +289,7 @@ def test_a_server_that_answers_nobody_is_given_up_after_one_timeout():
     assert seconds == pytest.approx(3.0, abs=0.001)
 
 
-def test_what_is_remembered_of_answers_does_not_grow():
+def test_the_memory_of_answers_does_not_grow():
     async def work() -> int:
         turns, max_answers = Turns(), 0
         for number in range(2000):

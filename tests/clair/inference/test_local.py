@@ -156,7 +156,7 @@ def test_every_token_is_drawn_anew(tmp_path):
     assert set(sampled) >= set(tiny_model.VOCABULARY)
 
 
-def test_it_stops_at_the_end_of_the_turn_and_says_so(folder):
+def test_it_stops_at_the_end_of_the_turn_and_reports_it(folder):
     requests = [{"messages": messages(t), "max_tokens": 60, "temperature": 1.5, "seed": 0} for t in texts(20, 20)]
     replies = ask(folder, requests)
     stopped = [reply for reply in replies if reply.finish_reason == "stop"]
@@ -179,7 +179,7 @@ def test_every_end_that_the_generation_config_names_is_an_end(folder, tmp_path):
     assert all(not set(reply.text.split()) & set(tiny_model.VOCABULARY) for reply in replies)
 
 
-def test_an_answer_that_is_cut_off_says_so(folder):
+def test_an_answer_that_is_cut_off_is_marked_so(folder):
     (reply,) = ask(folder, [{"messages": messages("what"), "max_tokens": 2, "temperature": 0}])
     assert (reply.finish_reason, reply.usage["completion_tokens"]) == ("length", 2)
 
@@ -211,7 +211,7 @@ def test_the_prompt_begins_with_one_bos_and_ends_where_the_assistant_begins(fold
 # ---- room
 
 
-def test_a_turn_that_the_template_cannot_write_is_told_and_the_others_are_answered(folder):
+def test_a_turn_that_the_template_cannot_write_is_reported_and_the_others_are_answered(folder):
     call = {"function": {"name": "tide", "arguments": '{"port": 3}'}}
     odd = [*messages("what is one"), {"role": "assistant", "content": None, "tool_calls": [call]}]
     requests = [{"messages": turns, "max_tokens": 2} for turns in (messages("one"), odd, messages("two"))]
@@ -244,7 +244,7 @@ def test_a_long_prompt_cuts_nobody_else_short(folder):
     assert near_the_end.usage["completion_tokens"] <= 128 - near_the_end.usage["prompt_tokens"]
 
 
-def test_a_prompt_that_does_not_fit_is_told_and_the_others_are_answered(folder):
+def test_a_prompt_that_does_not_fit_is_reported_and_the_others_are_answered(folder):
     short = {"messages": messages("what"), "max_tokens": 8, "temperature": 0}
     long = {"messages": messages(" ".join(["one"] * 500)), "max_tokens": 8, "temperature": 0}
     replies = ask(folder, [short, long, short])
@@ -313,7 +313,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(folder, monkeypatch):
     assert replies == ask(folder, requests, batch_size=8)
 
 
-def test_what_no_batch_has_begun_can_be_abandoned(folder):
+def test_requests_that_no_batch_has_begun_can_be_cancelled(folder):
     async def work():
         model = LocalModel(folder, batch_size=4)
         request = {"messages": messages("what"), "max_tokens": 100, "temperature": 1.0}
@@ -346,7 +346,7 @@ def test_the_event_loop_stays_awake_while_the_model_works(folder):
     assert asyncio.run(work()) >= 10  # one or two, if the model were asked in the loop's thread
 
 
-def test_a_failing_batch_is_told_to_its_rows_and_the_next_goes_on(folder, monkeypatch):
+def test_a_failing_batch_fails_its_rows_and_the_next_one_runs(folder, monkeypatch):
     really, failed = LocalModel._generate, []
 
     def fail_once(self, batch):
@@ -446,7 +446,7 @@ def test_the_identity_of_an_adapter_is_its_own_and_its_bases(folder, tmp_path):
     assert weights_identity(adapter) != identity
 
 
-def test_an_adapter_without_weights_or_base_is_told_before_it_is_asked(folder, tmp_path):
+def test_an_adapter_without_weights_or_base_is_refused_before_any_request(folder, tmp_path):
     adapter = save_adapter(folder, tmp_path / "adapter")
     config = json.loads((adapter / "adapter_config.json").read_text())
     for changes, match in [
@@ -465,7 +465,7 @@ def test_an_adapter_without_weights_or_base_is_told_before_it_is_asked(folder, t
 # ---- a build
 
 
-def test_a_build_with_a_local_target_is_repeatable_and_asks_the_model_once(tmp_path, folder, server, monkeypatch):
+def test_a_build_with_a_local_target_is_repeatable_and_runs_the_model_once(tmp_path, folder, server, monkeypatch):
     write_prompts(tmp_path / "prompts.jsonl", [{"prompt": text} for text in texts(30)])
     target = {"path": str(folder), "temperature": 1.0, "max_tokens": 100, "batch_size": 7}
     filters = {"identical": False}
@@ -518,7 +518,7 @@ def test_the_worlds_own_model_answers_its_tasks_and_stops(tmp_path):
     assert ask(folder, sampled, batch_size=64) == ask(folder, sampled, batch_size=9)
 
 
-def test_what_is_being_generated_says_how_far_it_is_and_can_be_given_up(folder):
+def test_generation_reports_its_progress_and_can_be_cancelled(folder):
     async def abandon():
         model = LocalModel(folder)
         request = asyncio.ensure_future(model.complete({"messages": messages("red"), "max_tokens": 1000}))

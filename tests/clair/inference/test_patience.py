@@ -82,7 +82,7 @@ def test_rows_that_stay_refused_do_not_end_a_run_whose_other_rows_were_answered_
     assert server.steps().count("ok") == 1
 
 
-def test_what_a_content_filter_refuses_is_an_outcome_and_not_asked_again(tmp_path, server):
+def test_a_content_filters_refusal_is_an_outcome_and_not_requested_again(tmp_path, server):
     for _ in range(2):
         assert built(tmp_path, server, ["ok", "400filter"]).failed == 0
     assert outcomes(tmp_path / "out") == {"row-0": "good answer 0", "row-1": "reviser.content_filter"}
@@ -130,12 +130,12 @@ def test_no_patience_is_lost_while_the_server_works_on_another_request(tmp_path,
     assert built(tmp_path, server, scripts, reviser={"patience": 1.0}).failed == 0
 
 
-def test_words_of_a_server_are_told_once_however_often_it_says_them(tmp_path, server, capsys):
+def test_a_servers_warning_is_printed_once_however_often_it_repeats(tmp_path, server, capsys):
     built(tmp_path, server, ["429:0.05 429:0.06 ok"] * 10)
     assert capsys.readouterr().err.count("the server says") <= 1
 
 
-def test_an_error_429_in_a_reply_of_status_200_slows_down_and_is_asked_again_as_any_error(tmp_path, server):
+def test_an_error_429_in_a_reply_of_status_200_slows_down_and_is_requested_again_as_any_error(tmp_path, server):
     held = []
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["body429 body429 body429 ok"] * 3))
     build(config_for(tmp_path, server.url), on_progress=lambda _, clients: held.append(clients["reviser"].limiter))
@@ -195,7 +195,7 @@ def test_a_connection_that_is_not_taken_while_others_are_answered_is_no_try(tmp_
 
 
 @pytest.mark.slow
-def test_a_server_that_answers_one_at_a_time_is_told_and_asked_less(tmp_path, server):
+def test_a_server_that_answers_one_request_at_a_time_is_reported_and_gets_fewer(tmp_path, server):
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(["wait:0.3"] * 60))
     result = clair("build", write_recipe(tmp_path, server.url.replace("/v1", "/one/v1")))
     assert result.code == 0

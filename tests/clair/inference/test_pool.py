@@ -54,7 +54,7 @@ async def ask(pool: Pool) -> str:
         return "gone"
 
 
-def test_the_least_loaded_is_asked():
+def test_the_least_loaded_endpoint_gets_the_request():
     async def run() -> None:
         slow, quick = FakeEndpoint("slow"), FakeEndpoint("quick")
         pool = Pool([slow, quick])
@@ -97,7 +97,7 @@ def test_a_dead_one_is_set_aside_longer_each_time_and_is_back_when_it_answers(cl
     asyncio.run(run())
 
 
-def test_where_all_are_set_aside_the_one_that_is_due_first_is_asked(clock):
+def test_if_all_endpoints_are_set_aside_the_one_due_first_is_used(clock):
     async def run() -> None:
         endpoints = [FakeEndpoint("first"), FakeEndpoint("second")]
         pool = Pool(endpoints)

@@ -45,7 +45,7 @@ def test_no_more_than_the_limit_are_let_in():
     run(work())
 
 
-def test_who_came_first_goes_first_and_who_was_refused_before_them():
+def test_requests_go_in_order_of_arrival_and_refused_ones_first():
     async def work():
         limiter = Limiter(1, now)
         await entered(limiter, 1)
@@ -84,7 +84,7 @@ def test_a_newcomer_does_not_jump_the_queue_when_the_limit_rises():
 
 
 @pytest.mark.parametrize("let_in_first", [True, False])
-def test_a_cancelled_waiter_gives_its_place_back(let_in_first):
+def test_a_cancelled_waiter_returns_its_slot(let_in_first):
     async def work():
         limiter = Limiter(1, now)
         await entered(limiter, 1)

@@ -55,7 +55,7 @@ def test_the_judges_words_and_the_benchmark_are_known_by_content_too(tmp_path, m
     build(config)
 
 
-def test_a_folder_of_a_version_that_noted_no_hashes_goes_on(tmp_path, monkeypatch):
+def test_a_folder_of_a_version_that_noted_no_hashes_resumes(tmp_path, monkeypatch):
     reviser = Scripted("m", revision)
     install(monkeypatch, reviser=reviser)
     config = recipe(tmp_path / "out", ROWS, pipeline="revised", reviser=endpoint())

@@ -75,7 +75,7 @@ def test_a_reply_is_found_again(tmp_path):
         assert ledger.counts() == {"done": 1}
 
 
-def test_an_unanswered_request_of_this_run_may_be_asked_again(tmp_path):
+def test_an_unanswered_request_of_this_run_may_be_requested_again(tmp_path):
     async def twice(ledger):
         assert await ledger.claim("k", CLAIM) is ClaimResult.GRANTED
         assert await ledger.claim("k", CLAIM) is ClaimResult.GRANTED
@@ -86,7 +86,7 @@ def test_an_unanswered_request_of_this_run_may_be_asked_again(tmp_path):
         assert ledger.counts() == {"asked": 1}
 
 
-def test_a_failed_request_keeps_its_error_and_may_be_asked_again(tmp_path):
+def test_a_failed_request_keeps_its_error_and_may_be_requested_again(tmp_path):
     async def fail(ledger):
         await ledger.claim("k", CLAIM)
         await ledger.fail("k", "http_400: too long" + "x" * 5000, CLAIM.max_tokens, "<html>")
@@ -277,7 +277,7 @@ def test_runs_that_begin_a_ledger_at_the_same_moment_all_get_it(tmp_path):
     process.stdout.close()
 
 
-def test_what_the_dead_run_may_owe_stays_on_the_bill(tmp_path, holder):
+def test_the_open_cost_of_a_dead_run_stays_on_the_bill(tmp_path, holder):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait(10)
     with Ledger(tmp_path / "l.sqlite") as ledger:
@@ -309,7 +309,7 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_what_was_told_to_be_written_is_there_after_kill_9(tmp_path, seed):
+def test_rows_reported_as_written_survive_kill_9(tmp_path, seed):
     process = start(WRITER, str(tmp_path / "l.sqlite"))
     written = [process.stdout.readline().strip() for _ in range(8)]
     time.sleep(0.5 * Random(seed).random())
@@ -361,7 +361,7 @@ def test_a_file_that_is_no_ledger_is_one_line_and_stays_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["schema", "page"])
-def test_a_damaged_ledger_is_one_line_and_tells_what_saves_the_rest(tmp_path, damage):
+def test_a_damaged_ledger_is_one_line_that_names_the_command_to_recover_it(tmp_path, damage):
     path = tmp_path / "l.sqlite"
     filled(path)
     with open(path, "r+b") as file:
@@ -405,7 +405,7 @@ def test_a_ledger_that_may_not_be_written_is_one_line(tmp_path):
         tmp_path.chmod(0o755)
 
 
-def test_a_ledger_in_a_place_that_is_no_folder_is_one_line(tmp_path):
+def test_a_ledger_whose_folder_is_a_file_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(LedgerError) as error:
         Ledger(tmp_path / "file" / "l.sqlite")
@@ -435,7 +435,7 @@ async def pay_until_failure(ledger: Ledger, paid: list[str]) -> None:
         paid.append(f"k{n}")
 
 
-def test_a_full_disk_is_one_line_loses_nothing_and_goes_on_when_there_is_room(small_disk):
+def test_a_full_disk_is_one_line_loses_nothing_and_resumes_when_there_is_room(small_disk):
     paid: list[str] = []
     with pytest.raises(LedgerError) as error, Ledger(small_disk / "l.sqlite") as ledger:
         do(pay_until_failure(ledger, paid))
@@ -482,7 +482,7 @@ def test_a_file_that_may_not_grow_is_one_line_and_loses_nothing(tmp_path):
         assert all(ledger.find(key) for key in paid)
 
 
-def test_an_error_while_writing_is_told_to_every_row_that_waits(tmp_path, monkeypatch):
+def test_an_error_while_writing_reaches_every_waiting_row(tmp_path, monkeypatch):
     async def many(ledger):
         await asyncio.gather(*(ledger.claim(f"k{n}", CLAIM) for n in range(20)))
         really = Ledger._commit

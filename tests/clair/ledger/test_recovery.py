@@ -155,7 +155,7 @@ def test_overwritten_pages_cost_their_own_replies_and_never_give_another_text(da
     assert salvage(path).replies == count == saved(path, paid)
 
 
-def test_what_stands_only_in_the_log_is_saved_too(tmp_path):
+def test_replies_only_in_the_log_are_recovered_too(tmp_path):
     """A run that was killed leaves its newest replies in the log beside the ledger."""
     path = tmp_path / "l.sqlite"
     paid = filled(tmp_path / "living.sqlite", 40)
@@ -198,7 +198,7 @@ def test_a_damaged_log_costs_the_replies_that_lay_there(tmp_path, offset):
     assert count_readable(tmp_path / "l.sqlite") >= 29
 
 
-def test_an_old_state_of_a_call_never_takes_the_place_of_its_reply(tmp_path):
+def test_an_old_state_of_a_call_never_replaces_its_reply(tmp_path):
     """What was kept before is read too, so that rows come in several states and in any order."""
     path = tmp_path / "l.sqlite"
     with Ledger(path) as ledger:
@@ -214,7 +214,7 @@ def test_an_old_state_of_a_call_never_takes_the_place_of_its_reply(tmp_path):
     assert saved(path, {"first": "paid later", "second": "paid before"}) == 2
 
 
-def test_a_ledger_emptied_beside_its_log_is_told_before_sqlite_throws_the_log_away(tmp_path):
+def test_a_ledger_emptied_beside_its_log_is_reported_before_sqlite_deletes_the_log(tmp_path):
     living = Ledger(tmp_path / "living.sqlite")
     try:
         asyncio.run(_settle(living, "new", "new reply"))
@@ -241,7 +241,7 @@ def test_the_bill_of_what_is_saved_is_the_one_it_was(damaged):
 # ---- what is never believed
 
 
-def test_a_reply_that_was_changed_on_disk_is_told_and_never_used(tmp_path):
+def test_a_reply_that_was_changed_on_disk_is_reported_and_never_used(tmp_path):
     path = tmp_path / "l.sqlite"
     long = "x" * 20_000 + "the true text" + "y" * 20_000
     with Ledger(path) as ledger:
@@ -292,7 +292,7 @@ def test_a_salvage_that_was_cut_off_is_done_by_running_it_again(damaged, monkeyp
     assert salvage(path).replies == saved(path, paid) == len(paid)
 
 
-def test_what_needs_no_salvage_or_allows_none_is_refused_and_left_alone(damaged):
+def test_ledgers_that_need_no_recovery_or_allow_none_are_refused_and_left_alone(damaged):
     path, _ = damaged
     original = path.read_bytes()
     with pytest.raises(UserError, match="is not damaged: every reply in it can be read; nothing was changed"):
@@ -357,7 +357,7 @@ def spoil_text(path: Path) -> None:
     connection.close()
 
 
-def test_a_reply_that_is_not_utf8_is_told_like_any_other_damage(damaged):
+def test_a_reply_that_is_not_utf8_is_reported_like_any_other_damage(damaged):
     path, paid = damaged
     spoil_text(path)
     with Ledger(path) as ledger, pytest.raises(LedgerError) as caught:
@@ -370,7 +370,7 @@ def test_a_reply_that_is_not_utf8_is_told_like_any_other_damage(damaged):
     assert salvage(path).replies == len(paid) - 1 == saved(path, paid)
 
 
-def test_a_claimed_reply_that_is_not_utf8_is_told_too(damaged):
+def test_a_claimed_reply_that_is_not_utf8_is_reported_too(damaged):
     path, _ = damaged
     spoil_text(path)
     with Ledger(path) as ledger, pytest.raises(LedgerError, match="`clair salvage "):

@@ -281,7 +281,7 @@ def test_a_wrong_template(workspace, server, text, match):
         "{{ task }} {{ answer }} {{ 1 / 0 }}",
     ],
 )
-def test_a_template_that_cannot_be_filled_is_found_before_anything_is_asked(workspace, server, text):
+def test_a_template_that_cannot_be_filled_is_refused_before_any_request(workspace, server, text):
     template = workspace.path / "own.j2"
     template.write_text(text)
     reviser = {"url": server.url, "model": "m", "template": str(template)}

@@ -143,7 +143,7 @@ def test_the_card_has_front_matter_and_counts(built):
     assert f"filter.identical: {counts['dropped']}" in text
 
 
-def test_dropped_rows_tell_stage_reason_and_detail(built):
+def test_dropped_rows_have_stage_reason_and_detail(built):
     for row in drops(built):
         assert row == {
             "id": row["id"],
@@ -175,7 +175,7 @@ def test_trl_reads_the_pairs_as_they_are(built):
     assert maybe_extract_prompt(dict(row)) == row  # the prompt is explicit already
 
 
-def test_stats_and_show_tell_of_the_folder(built):
+def test_stats_and_show_describe_the_folder(built):
     stats = clair("stats", built)
     assert stats.code == 0
     counts = manifest(built)["counts"]
@@ -212,7 +212,7 @@ def test_a_run_that_finds_everything_needs_no_endpoint(tmp_path):
     assert final_bytes(tmp_path / "out") == first
 
 
-def test_adding_prompts_asks_only_the_new_ones(tmp_path, world):
+def test_adding_prompts_requests_only_the_new_ones(tmp_path, world):
     write_tasks(tmp_path, 40)
     build(world_config(tmp_path, world.url))
     cost = paid(world)
@@ -222,7 +222,7 @@ def test_adding_prompts_asks_only_the_new_ones(tmp_path, world):
     assert more.manifest["counts"]["prompts"] == 50
 
 
-def test_changing_a_reviser_option_asks_the_reviser_again_and_the_target_not(tmp_path, world):
+def test_changing_a_reviser_option_repeats_the_revisers_requests_and_not_the_targets(tmp_path, world):
     write_tasks(tmp_path)
     build(world_config(tmp_path, world.url))
     cost = paid(world)
@@ -235,7 +235,7 @@ def test_changing_a_reviser_option_asks_the_reviser_again_and_the_target_not(tmp
     assert again.manifest["tokens"]["target"]["calls"] == 0
 
 
-def test_changing_a_filter_asks_nothing(tmp_path, world):
+def test_changing_a_filter_requests_nothing(tmp_path, world):
     write_tasks(tmp_path)
     build(world_config(tmp_path, world.url))
     cost = paid(world)
@@ -244,7 +244,7 @@ def test_changing_a_filter_asks_nothing(tmp_path, world):
     assert unfiltered.manifest["counts"]["pairs"] == COUNT
 
 
-def test_changing_the_template_asks_the_reviser_again(tmp_path, world):
+def test_changing_the_template_repeats_the_revisers_requests(tmp_path, world):
     write_tasks(tmp_path, 10)
     build(world_config(tmp_path, world.url))
     cost = paid(world)
@@ -254,7 +254,7 @@ def test_changing_the_template_asks_the_reviser_again(tmp_path, world):
     assert paid(world) - cost == 10
 
 
-def test_how_fast_it_is_asked_is_no_change_of_the_recipe(tmp_path, world):
+def test_the_rate_of_requests_is_no_change_of_the_recipe(tmp_path, world):
     write_tasks(tmp_path, 10)
     build(world_config(tmp_path, world.url))
     cost = paid(world)
@@ -262,7 +262,7 @@ def test_how_fast_it_is_asked_is_no_change_of_the_recipe(tmp_path, world):
     assert paid(world) == cost
 
 
-def test_another_seed_makes_another_split_and_asks_an_endpoint_nothing(tmp_path, world):
+def test_another_seed_makes_another_split_and_requests_nothing_of_an_endpoint(tmp_path, world):
     write_tasks(tmp_path)
     build(world_config(tmp_path, world.url, test_fraction=0.5))
     first, cost = [row["id"] for row in pairs(tmp_path / "out")], paid(world)
@@ -310,7 +310,7 @@ def test_two_processes_that_share_a_ledger_pay_each_request_once(tmp_path):
     assert min(calls) > 0  # they shared the work
 
 
-def test_equal_requests_of_one_run_are_asked_once(tmp_path, server):
+def test_equal_requests_of_one_run_are_requested_once(tmp_path, server):
     rows = [{"prompt": f"[[wait:0.3]] {n}", "id": n} for n in range(5)]
     building.write_prompts(tmp_path / "prompts.jsonl", rows)
     template = tmp_path / "own.j2"
@@ -468,7 +468,7 @@ def test_a_prompt_and_an_answer_of_a_megabyte_come_through_unchanged(tmp_path, s
     assert clair("report", tmp_path / "out").code == 0
 
 
-def test_a_system_prompt_only_is_asked_and_revised(tmp_path, server):
+def test_a_system_prompt_alone_is_answered_and_revised(tmp_path, server):
     turns = [{"role": "system", "content": "Say something bad."}]
     building.write_prompts(tmp_path / "prompts.jsonl", [{"id": "s", "prompt": turns}])
     build(config_for(tmp_path, server.url, target={"url": server.url, "model": "t"}))
@@ -480,7 +480,7 @@ def test_a_system_prompt_only_is_asked_and_revised(tmp_path, server):
     assert pair["chosen"][0]["content"] == pair["rejected"][0]["content"].replace("bad", "good")
 
 
-def test_a_conversation_is_asked_and_kept_as_it_is(tmp_path, server):
+def test_a_conversation_is_sent_and_stored_as_it_is(tmp_path, server):
     turns = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hi"},

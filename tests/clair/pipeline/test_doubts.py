@@ -29,7 +29,7 @@ def weak(messages, sample):
     return text if number % 3 else text.replace("a good", "Here is the revised solution: a good")
 
 
-def test_a_doubtful_reviser_is_told_in_numbers(tmp_path, monkeypatch):
+def test_a_doubtful_reviser_is_reported_in_numbers(tmp_path, monkeypatch):
     install(monkeypatch, reviser=Scripted("weak", weak))
     built = build(recipe(tmp_path / "out", rows(30), pipeline="revised", reviser=endpoint(), test_fraction=0.5))
     assert built.manifest["first_replies"] == {"no_label": 15, "read": 15}
@@ -52,7 +52,7 @@ def test_a_reviser_that_does_its_work_is_not_doubted_and_counted_over_all_shards
     assert merged["first_replies"] == single["first_replies"] == {"read": 40}
 
 
-def test_too_few_held_out_pairs_are_told_and_none_where_none_are_wanted(tmp_path, monkeypatch):
+def test_too_few_held_out_pairs_are_reported_unless_none_were_requested(tmp_path, monkeypatch):
     install(monkeypatch, reviser=Scripted("good", lambda messages, sample: revision(messages)))
     few = build(recipe(tmp_path / "few", rows(15), pipeline="revised", reviser=endpoint()))
     (doubt,) = quality_warnings(few.manifest)
@@ -70,7 +70,7 @@ def test_too_few_held_out_pairs_are_told_and_none_where_none_are_wanted(tmp_path
         ("{{ task }} {{ answer }} Write it under **Corrected student solution**.", False),
     ],
 )
-def test_words_of_ones_own_that_never_name_the_part_that_is_read_are_noted_before_anything_is_spent(
+def test_a_template_that_never_names_the_label_that_is_parsed_is_noted_before_any_cost(
     tmp_path, server, template, noted
 ):
     template_path = tmp_path / "own.j2"
@@ -97,7 +97,7 @@ def test_the_system_message_may_name_the_part_too(tmp_path, server):
 
 
 @pytest.mark.parametrize(("set_", "expected"), [(0.3, 0.8), (0.7, 1.0), (1.2, 1.2), (None, None)])
-def test_a_reply_that_cannot_be_read_is_asked_for_again_at_another_temperature(tmp_path, monkeypatch, set_, expected):
+def test_a_reply_that_cannot_be_read_is_requested_again_at_another_temperature(tmp_path, monkeypatch, set_, expected):
     def forgetful(messages, sample):
         return revision(messages) if len(messages) == 3 else "The answer is good."
 

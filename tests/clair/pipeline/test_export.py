@@ -97,7 +97,7 @@ def test_a_push_sends_just_what_it_showed_byte_for_byte(folder, hub):
     assert again.code == 0, again
 
 
-def test_what_is_to_be_private_is_not_sent_to_a_dataset_that_is_public(folder, hub):
+def test_private_pairs_are_not_sent_to_a_public_dataset(folder, hub):
     assert clair_push(hub, folder, "org/public", "--yes").code == 0
     (folder / "README.md").write_text((folder / "README.md").read_text() + "secret")
     result = clair_push(hub, folder, "org/public", "--yes", "--private")
@@ -106,7 +106,7 @@ def test_what_is_to_be_private_is_not_sent_to_a_dataset_that_is_public(folder, h
     assert b"secret" not in base64.b64decode(pushed(hub)["repositories"]["org/public"]["files"]["README.md"])
 
 
-def test_a_push_with_a_wrong_token_is_one_line_and_does_not_tell_it(folder, hub):
+def test_a_push_with_a_wrong_token_is_one_line_without_the_token(folder, hub):
     result = clair_push(hub, folder, "org/other", "--yes", token="hf_plantedtoken")
     assert result.code == 2
     assert "error: cannot push to org/other: " in result.err
@@ -115,7 +115,7 @@ def test_a_push_with_a_wrong_token_is_one_line_and_does_not_tell_it(folder, hub)
     assert "org/other" not in pushed(hub)["repositories"]
 
 
-def test_a_push_to_a_name_that_is_none_is_one_line(folder, hub):
+def test_a_push_to_an_invalid_name_is_one_line(folder, hub):
     result = clair_push(hub, folder, "org/na me", "--yes")
     assert result.code == 2
     assert "error: cannot push to org/na me: " in result.err

@@ -182,7 +182,7 @@ def test_killed_while_it_finishes_it_leaves_the_old_dataset_or_the_new_one(tmp_p
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_keeps_all_that_was_paid_and_goes_on_from_there(tmp_path, undisturbed, sent):
+def test_interrupted_it_keeps_all_that_was_paid_and_resumes_from_there(tmp_path, undisturbed, sent):
     with running(ServerOptions(latency=LATENCY)) as server:
         recipe = world_recipe(tmp_path, server.url)
         for moment in (80.5, 120.0):
@@ -251,7 +251,7 @@ def test_interrupted_twice_it_leaves_at_once(tmp_path, server):
     assert second.startswith("leaving at once: the 10 replies in flight are not kept, and will be asked for again; ")
 
 
-def test_interrupted_before_the_first_request_it_says_so(tmp_path):
+def test_an_interrupt_before_the_first_request_is_reported(tmp_path):
     write_rows(tmp_path / "prompts.jsonl", ({"prompt": f"Task {n}", "answer": "a"} for n in range(400_000)))
     process = start_clair("build", write_recipe(tmp_path, "http://127.0.0.1:9/v1"))
     assert "checking recipe and prompts" in process.stderr.readline()
@@ -264,7 +264,7 @@ def test_interrupted_before_the_first_request_it_says_so(tmp_path):
 # ---- one process a folder
 
 
-def test_a_folder_in_use_is_told_with_the_owners_pid(tmp_path, server):
+def test_a_folder_in_use_is_reported_with_the_owners_pid(tmp_path, server):
     recipe = scripted_recipe(tmp_path, server.url, ["wait:3"] * 4)
     process = start_clair("build", recipe)
     wait_for_seen(server, 4)
@@ -337,7 +337,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_an_endpoint_that_dies_half_way_and_comes_back_is_waited_for(tmp_path, undisturbed):
+def test_a_build_waits_for_an_endpoint_that_dies_and_returns(tmp_path, undisturbed):
     options = ServerOptions(port=free_port(), latency=LATENCY)
     with running(options) as first:
         process = start_clair("build", world_recipe(tmp_path, first.url))

@@ -110,7 +110,7 @@ def test_the_system_prompt_may_ask_for_a_correction_too():
     assert not drops("allusion", pair("The corrected text: he goes.", "he goed", "he go", "You correct the grammar."))
 
 
-def test_every_filter_was_looked_at_here():
+def test_every_filter_is_tested_here():
     names = "empty identical refusal allusion comment fence language cut_off length kept gap"
     assert set(names.split()) == set(FILTERS)
     assert all(function.__doc__ for function in FILTERS.values())

@@ -65,7 +65,7 @@ def test_ties_are_dropped_by_reason(tmp_path, monkeypatch):
     assert built.manifest["drop_reasons"] == {"judge.tie": 9}
 
 
-def test_on_policy_samples_differ_and_are_each_asked_once(tmp_path, monkeypatch):
+def test_on_policy_samples_differ_and_are_each_requested_once(tmp_path, monkeypatch):
     target = Scripted("target", lambda m, n: f"{'good' if n == 1 else 'bad'} sample {n}: {m[0]['content']}")
     judge = Scripted("oracle", oracle_verdict)
     install(monkeypatch, target=target, judge=judge)
@@ -157,7 +157,7 @@ def scored_rows(n):
     return [{"id": f"r{i}", "prompt": f"question {i}", "answer": f"a bad answer to {i}"} for i in range(n)]
 
 
-def test_a_reply_that_cannot_be_read_is_asked_for_once_more_with_what_is_wrong(tmp_path, monkeypatch):
+def test_a_reply_that_cannot_be_read_is_requested_once_more_with_the_error(tmp_path, monkeypatch):
     def forgetful(messages, sample):
         return revision(messages) if len(messages) == 3 else "The answer is good."
 
@@ -187,7 +187,7 @@ def test_edit_mode_copies_what_is_not_corrected(tmp_path, monkeypatch):
         assert text(row, "chosen") == text(row, "rejected").replace("bad", "good")
 
 
-def test_edits_that_do_not_apply_are_asked_for_again_and_then_rewritten(tmp_path, monkeypatch):
+def test_edits_that_do_not_apply_are_requested_again_and_then_rewritten(tmp_path, monkeypatch):
     def hopeless(messages, sample):
         return revision(messages) if "minimal_edits" not in messages[0]["content"] else edits("not there", "x")
 

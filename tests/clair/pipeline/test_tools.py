@@ -155,7 +155,7 @@ def test_the_prompts_of_a_dataset_with_tools_are_read_back_whole(tmp_path, monke
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "content"),
     ],
 )
-def test_what_cannot_be_sent_of_a_turn_is_refused_by_name_before_anything_is_asked(tmp_path, turn, match):
+def test_turns_that_cannot_be_sent_are_refused_by_name_before_any_request(tmp_path, turn, match):
     file = write_prompts(
         tmp_path / "p.jsonl", [{"prompt": "fine"}, {"prompt": [turn, {"role": "user", "content": "?"}]}]
     )

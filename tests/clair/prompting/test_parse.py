@@ -231,7 +231,7 @@ def test_a_label_mentioned_in_the_reasoning_is_no_label(mention):
         ("> {corrected_student_solution}\n> 82", "label_inline"),
     ],
 )
-def test_what_cannot_be_read_with_certainty_is_named(text, name):
+def test_ambiguous_replies_are_named(text, name):
     assert outcome(text) == ("failure", name)
 
 
@@ -296,7 +296,7 @@ def test_a_verdict_is_read(text, verdict):
         ("", "empty_reply"),
     ],
 )
-def test_a_verdict_that_is_none_is_named(text, name):
+def test_an_invalid_verdict_is_named(text, name):
     with pytest.raises(ParseFailure) as failure:
         parse_judgement(text)
     assert failure.value.name == name
@@ -436,7 +436,7 @@ _ODD = {
 
 
 @pytest.mark.parametrize("reply", _ODD)
-def test_what_stands_around_an_answer_or_in_its_place_is_no_part_of_it(reply):
+def test_text_around_an_answer_or_instead_of_it_is_no_part_of_it(reply):
     with pytest.raises(ParseFailure) as caught:
         parse_revision(reply, "stop", "81")
     assert caught.value.name == _ODD[reply]

@@ -65,7 +65,7 @@ def test_a_tag_that_is_spoken_of_stays_in_the_answer(text):
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
 @pytest.mark.parametrize("text", [*SPLIT, *MENTIONS], ids=range(len(SPLIT) + len(MENTIONS)))
-def test_what_the_server_has_split_is_not_split_again(field, text):
+def test_thoughts_that_the_server_has_split_off_are_not_split_again(field, text):
     answer = text_of(text, **{field: "They ask."})
     assert answer == text.removesuffix("<|return|>")
     assert text_of(text, **{field: None}) == text_of(text)

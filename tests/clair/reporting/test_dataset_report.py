@@ -41,7 +41,7 @@ def block(file, name: str):
     return json.loads(re.search(f'id="{name}">([^<]*)</script>', file.read_text("utf-8"))[1])
 
 
-def test_the_page_tells_what_the_folder_holds(folder, pairs):
+def test_the_page_shows_the_content_of_the_folder(folder, pairs):
     data, texts = (block(report(folder), name) for name in ("data", "texts"))
     manifest = read_manifest(folder)
     by_id = {pair.id: pair for pair in pairs}
@@ -175,7 +175,7 @@ def test_the_sample_is_an_order_of_all_and_depends_on_nothing_else(values, rando
     assert stratified_order(rows, among) == order
 
 
-def test_where_all_texts_are_short_all_are_there(folder, monkeypatch, tmp_path, pairs):
+def test_short_texts_are_all_included(folder, monkeypatch, tmp_path, pairs):
     monkeypatch.setattr(module, "FULL_TEXTS", 30)
     characters = sum(len(p.chosen) + len(p.rejected) + len(p.messages[0]["content"]) for p in pairs)
     for short, expected in ((characters, PAIRS), (characters - 1, PAIRS - 1), (0, 30)):
@@ -229,7 +229,7 @@ def test_signs_of_filters(sign, holds):
         ("text=word", "text takes ~"),
     ],
 )
-def test_a_filter_that_cannot_be_read_is_told_in_one_line(filter, message):
+def test_a_filter_that_cannot_be_read_is_reported_in_one_line(filter, message):
     with pytest.raises(UserError) as caught:
         read_filters([filter])
     assert message in str(caught.value)

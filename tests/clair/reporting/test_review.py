@@ -228,7 +228,7 @@ def test_a_folder_that_holds_something_else_is_not_written_over(folder, pairs, o
         ('{"format": 1, "dataset": "d", "decisions": {"a": ["keep"]}}', "a: found ['keep']; allowed: keep, drop"),
     ],
 )
-def test_a_file_that_holds_no_decisions_is_told_in_one_line(tmp_path, content, message):
+def test_a_file_that_holds_no_decisions_is_reported_in_one_line(tmp_path, content, message):
     file = tmp_path / "decisions.json"
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -266,7 +266,7 @@ def test_a_reviewed_folder_loads_with_datasets(folder, pairs, tmp_path):
         assert len(load_pairs(tmp_path / "new", split)) == counts[split]
 
 
-def test_a_build_does_not_undo_a_review_unless_it_is_told_to(tmp_path, monkeypatch):
+def test_a_build_undoes_a_review_only_on_request(tmp_path, monkeypatch):
     from clair.pipeline.build import build
     from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
 

@@ -73,7 +73,9 @@ def url_bytes(url) -> dict[str, bytes]:
 # ---- a run at a URL
 
 
-def test_a_run_at_a_url_is_the_bytes_of_one_in_a_folder_and_another_machine_asks_nothing(tmp_path, monkeypatch, url):
+def test_a_run_at_a_url_gives_the_bytes_of_one_in_a_folder_and_another_machine_requests_nothing(
+    tmp_path, monkeypatch, url
+):
     model = Scripted("reviser", revision)
     install(monkeypatch, reviser=model)
     local = settings(tmp_path / "here")
@@ -232,7 +234,7 @@ async def settle(ledger, key, raw):
     await ledger.settle(key, raw, Tokens(7, 70), CLAIM.max_tokens, 0.1)
 
 
-def test_what_two_machines_wrote_apart_is_put_together_and_the_bill_is_never_too_low(tmp_path, url, monkeypatch):
+def test_ledgers_of_two_machines_are_joined_and_the_bill_is_never_too_low(tmp_path, url, monkeypatch):
     first, second = tmp_path / "first.sqlite", tmp_path / "second.sqlite"
     broken = []
 
@@ -288,7 +290,7 @@ async def refused(ledger, key):
         await ledger.fail(key, "not sent", CLAIM.max_tokens)
 
 
-def test_a_failed_write_whose_caller_is_gone_is_told_to_nobody(tmp_path, url, caplog):
+def test_a_failed_write_whose_caller_is_gone_is_dropped(tmp_path, url, caplog):
     def check():
         raise StorageError("unreachable")
 
@@ -327,7 +329,7 @@ def test_a_url_that_was_emptied_takes_any_recipe(tmp_path, monkeypatch, url):
     assert json.loads(store.get("manifest.json"))["seed"] == 1
 
 
-def test_a_damaged_or_missing_segment_is_told(tmp_path, url, monkeypatch):
+def test_a_damaged_or_missing_segment_is_reported(tmp_path, url, monkeypatch):
     with Ledger(tmp_path / "l.sqlite", log_of(url)) as ledger:
         asyncio.run(some_writes(ledger, Random(1), 10))
         store = Store(url)
@@ -345,7 +347,7 @@ def test_a_damaged_or_missing_segment_is_told(tmp_path, url, monkeypatch):
 # ---- one run at a time
 
 
-def test_a_url_in_use_is_told_with_its_owner_and_free_again_after(tmp_path, monkeypatch, url):
+def test_a_url_in_use_is_reported_with_its_owner_and_free_again_after(tmp_path, monkeypatch, url):
     with lock_output(url):
         with pytest.raises(UserError, match="is in use by process"):  # the same machine
             lock_output(url).__enter__()
@@ -409,7 +411,7 @@ def test_a_dead_run_of_this_machine_is_followed_at_once(tmp_path, url, monkeypat
             pass
 
 
-def test_of_runs_that_begin_at_once_one_gets_the_url(tmp_path):
+def test_one_of_several_runs_that_begin_at_once_gets_the_url(tmp_path):
     url = f"file://{tmp_path}/bucket/run"
     won, lost = [], []
     start = threading.Barrier(4)
@@ -449,7 +451,7 @@ def test_a_segment_of_another_run_ends_this_one(tmp_path, url):
 # ---- prompts at a URL
 
 
-def test_prompts_at_a_url_are_read_and_their_mistakes_are_told_with_it(tmp_path, monkeypatch, url):
+def test_prompts_at_a_url_are_read_and_their_errors_name_it(tmp_path, monkeypatch, url):
     install(monkeypatch, reviser=Scripted("reviser", revision))
     local = settings(tmp_path / "here")
     path = f"{url}.jsonl"
@@ -509,7 +511,7 @@ def test_a_ledger_of_its_own_cannot_go_with_a_url(tmp_path):
     assert "ledger is a file of this machine, and cannot go with URLs; remove it" in message
 
 
-def test_a_missing_implementation_is_told_with_the_command_that_installs_it(tmp_path, monkeypatch):
+def test_a_missing_implementation_is_reported_with_the_command_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     message = error_line(clair("build", written(tmp_path), "--out", "s3://bucket/run"))
     assert message == "s3://bucket/run: s3:// needs s3fs: pip install 'clair-apo[s3]'"
@@ -522,7 +524,7 @@ def test_something_else_at_a_url_is_not_written_over(tmp_path, url):
     assert "is not a dataset folder and not empty (it holds thesis.tex)" in message
 
 
-def test_what_a_store_says_is_told_without_the_secrets_of_the_environment(monkeypatch, tmp_path):
+def test_a_stores_message_is_reported_without_secrets_of_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "verysecret")
     store = Store(f"file://{tmp_path}?signature=abc123")
 
@@ -535,7 +537,7 @@ def test_what_a_store_says_is_told_without_the_secrets_of_the_environment(monkey
     assert not any(secret in str(caught.value) for secret in ("verysecret", "abc123", "hunter22"))
 
 
-def test_a_secret_of_several_lines_is_not_told_either(monkeypatch, tmp_path):
+def test_a_secret_of_several_lines_is_redacted_too(monkeypatch, tmp_path):
     monkeypatch.setenv("PRIVATE_KEY", "BEGIN\n  verysecret\nEND")
     store = Store(f"file://{tmp_path}")
     assert store.words(OSError("no\nroom for BEGIN\n  verysecret\nEND " + "x" * 400)) == "no room for *** " + "x" * 284
@@ -558,7 +560,7 @@ def test_an_object_is_created_once_and_a_try_whose_answer_was_lost_counts(url):
     assert store.get("a") == b"1"
 
 
-def test_of_several_that_create_an_object_at_once_one_does(tmp_path):
+def test_one_of_several_writers_creates_an_object(tmp_path):
     url = f"file://{tmp_path}/bucket/run"
     together, created = threading.Barrier(4), []
 
@@ -576,7 +578,7 @@ def test_of_several_that_create_an_object_at_once_one_does(tmp_path):
     assert sorted(created) == list(range(100))
 
 
-def test_a_url_where_a_local_path_is_written_is_told_without_its_secrets():
+def test_a_url_where_a_local_path_is_written_is_reported_without_its_secrets():
     """Typer has made a Path of it, whose two slashes are one."""
     for url in ("s3://bucket/a", "gs://bucket/a/b.png", "file:///a", "s3://me:secret@bucket/a?signature=secret"):
         with pytest.raises(UserError, match=r"is a URL, and this is written to local files only; give a path") as error:
@@ -587,7 +589,7 @@ def test_a_url_where_a_local_path_is_written_is_told_without_its_secrets():
         assert storage.local(path) is path
 
 
-def test_what_a_killed_run_left_half_written_is_no_object(tmp_path):
+def test_a_half_written_file_of_a_killed_run_is_no_object(tmp_path):
     store = Store(f"file://{tmp_path}")
     store.put("hold/000001.json", b"{}")
     (tmp_path / "hold" / ".000002.json.abc.tmp").write_bytes(b"{")

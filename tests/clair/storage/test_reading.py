@@ -144,7 +144,7 @@ def test_a_review_at_a_url_that_was_cut_off_is_finished_by_the_same_command(
     assert bytes_of(folder) == bytes_of(copy)
 
 
-def test_what_cannot_be_read_or_reviewed_at_a_url_is_told_in_one_line(folder, url, tmp_path):
+def test_datasets_that_cannot_be_read_or_reviewed_at_a_url_are_one_line(folder, url, tmp_path):
     decided = mark(folder, tmp_path / "d.json")
     refused = error_line(clair("keep", url, decided, "--out", "s3://bucket/other"))
     assert refused == "--out s3://bucket/other is a URL; give a folder, or leave --out away to change in place"
@@ -161,7 +161,7 @@ def test_what_cannot_be_read_or_reviewed_at_a_url_is_told_in_one_line(folder, ur
         assert message == f"{url} holds no finished dataset (no manifest.json); give a folder made by `clair build`"
 
 
-def test_a_name_with_brackets_is_told_as_it_is(folder, monkeypatch):
+def test_a_name_with_brackets_is_printed_as_it_is(folder, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     renamed = folder.rename(folder.with_name("pairs[a]"))
     assert f" {renamed} " in clair("stats", renamed).out

@@ -101,7 +101,7 @@ def test_a_machine_lost_mid_run_costs_at_most_what_was_in_flight(tmp_path, serve
     assert not any(secret in everything + result.out + result.err for secret in KEYS.values())
 
 
-def test_a_second_driver_of_one_url_is_refused_and_asks_nothing(tmp_path, server, s3):
+def test_a_second_driver_of_one_url_is_refused_and_requests_nothing(tmp_path, server, s3):
     path = recipe(tmp_path, server, "wait:60", count=4)
     first = start(tmp_path / "first", s3, "build", path, "--out", "s3://pairs/two")
     wait_for_seen(server, 4, first)
@@ -113,7 +113,7 @@ def test_a_second_driver_of_one_url_is_refused_and_asks_nothing(tmp_path, server
     finished(first)
 
 
-def test_without_a_bucket_or_a_server_nothing_is_asked(tmp_path, server, s3):
+def test_without_a_bucket_or_a_server_nothing_is_requested(tmp_path, server, s3):
     path = recipe(tmp_path, server, count=3)
     message = error_line(run(tmp_path / "m", s3, "build", path, "--out", "s3://no-such-bucket/run"))
     assert message.startswith("cannot write s3://no-such-bucket/run: the bucket is not there"), message
@@ -124,7 +124,7 @@ def test_without_a_bucket_or_a_server_nothing_is_asked(tmp_path, server, s3):
     assert server.requests() == []
 
 
-def test_without_permission_nothing_is_asked_and_no_key_is_told(tmp_path, server):
+def test_without_permission_nothing_is_requested_and_no_key_is_printed(tmp_path, server):
     path = recipe(tmp_path, server, count=3)
     with s3_server(INITIAL_NO_AUTH_ACTION_COUNT="1") as (url, _):
         bucket(url, "pairs")  # the one action that is allowed to all

@@ -133,7 +133,7 @@ def test_questions_about_one_passage_are_one_cluster(tmp_path):
     )  # one passage and a question better, one worse
 
 
-def test_what_only_t_finds_is_no_difference(tmp_path):
+def test_a_difference_that_only_the_t_test_sees_is_none(tmp_path):
     paths = folders(tmp_path, [0.0] * 100, [1.0] * 4 + [0.0] * 96, questions=[f"q{n}" for n in range(100)])
     result = compared(paths)
     difference = result["parts"][0]["tuned"][0]
@@ -190,7 +190,7 @@ def test_a_row_that_a_server_refused_is_in_the_bracket_only(tmp_path):
         compared([base, none])
 
 
-def test_equal_answers_and_equal_scores_are_told_as_what_they_are(tmp_path):
+def test_equal_answers_and_equal_scores_are_reported_as_such(tmp_path):
     items = unresolved([1, 0, 1, 0])
     base, same = (write_folder(tmp_path / name, items, name) for name in "bs")
     reworded = [entry.model_copy(update={"response": "other words"}) for entry in items]
@@ -220,7 +220,7 @@ def test_several_answers_to_a_row_are_averaged(tmp_path):
     assert [row.scores for row in rows] == [(0.5, 0.75)] * 3
 
 
-def test_the_best_of_several_is_told_with_what_choosing_adds(tmp_path):
+def test_the_best_of_several_is_reported_with_what_choosing_adds(tmp_path):
     paths = [write_folder(tmp_path / "base", make_items(0.4), "b")]
     paths += [write_folder(tmp_path / f"t{s}", make_items(0.4, seed=s), f"t{s}") for s in (1, 2, 3, 4)]
     result = compared(paths)
@@ -277,7 +277,7 @@ def test_power_foretells_other_designs(tmp_path):
     assert again["power"] == pytest.approx(0.8, abs=0.01)
 
 
-def test_samples_needed_are_told_where_they_can_help(tmp_path):
+def test_the_number_of_samples_needed_is_reported_if_samples_can_help(tmp_path):
     # Answers of one question scatter and questions do not differ: more answers help, and as many as are told.
     rng = np.random.default_rng(0)
     scores = [rng.integers(0, 2, 400).astype(float).tolist() for _ in range(2)]
@@ -331,7 +331,7 @@ def test_flips_are_the_answers_whose_score_changed(tmp_path):
     assert kinds == [(0, "wrong to right"), (1, "right to wrong"), (4, "worse"), (2, "better")]
 
 
-def test_names_tell_folders_apart(tmp_path):
+def test_names_distinguish_folders(tmp_path):
     assert names_of([tmp_path / "base", tmp_path / "tuned"]) == ["base", "tuned"]
     deep = [tmp_path / "one" / "eval", tmp_path / "two" / "eval"]
     assert names_of(deep) == ["one/eval", "two/eval"]
@@ -357,7 +357,7 @@ def pair_with(tmp_path: Path, **changes: object) -> list[Path]:
         ({"data": {"free-form.json": "1" * 64}}, "data is "),
     ],
 )
-def test_what_was_evaluated_in_another_way_is_refused_by_name(tmp_path, changes, named):
+def test_results_of_another_evaluation_are_refused_by_name(tmp_path, changes, named):
     base, tuned = pair_with(tmp_path, **changes)
     with pytest.raises(UserError, match=f"t and .*b cannot be compared: {named}"):
         read_all(base, [tuned])

@@ -36,7 +36,7 @@ def test_answers_go_to_their_rows_whatever_their_order(data, responses):
     assert [answer.row.row for answer in answers] == [3, 2, 1, 0, 2, 1, 0]  # the order of the files
 
 
-def test_what_a_model_thought_before_its_answer_is_not_judged(data, responses):
+def test_a_models_thoughts_before_its_answer_are_not_judged(data, responses):
     file = responses / "free-form.jsonl"
     write(file, [{**row, "response": f"<think>\nIs it 7?\n</think>\n\n{row['response']}"} for row in lines(file)])
     answers = read_responses(responses, load(data, "2024-06-01"))
@@ -75,14 +75,14 @@ def test_answers_to_more_rows_than_the_limit_are_left_alone(data, responses):
         (lambda rows: [{"id": "0", "response": "x"}], "line 1: its prompt is not"),
     ],
 )
-def test_files_that_do_not_fit_are_told(data, responses, change, match):
+def test_files_that_do_not_fit_are_reported(data, responses, change, match):
     file = responses / "free-form.jsonl"
     write(file, change(lines(file)))
     with pytest.raises(UserError, match=match):
         read_responses(responses, load(data, "2024-06-01"))
 
 
-def test_a_missing_file_is_told(data, tmp_path):
+def test_a_missing_file_is_reported(data, tmp_path):
     with pytest.raises(UserError, match=r"neither free-form\.jsonl nor a file \*_close_freeform_hard\.jsonl"):
         read_responses(tmp_path, load(data, "2024-06-01"))
 
@@ -90,7 +90,7 @@ def test_a_missing_file_is_told(data, tmp_path):
 # ---- what a model is asked
 
 
-def test_a_question_is_one_user_turn_and_a_system_prompt_only_where_asked_for(data):
+def test_a_question_is_one_user_turn_and_a_system_prompt_only_where_requested(data):
     row = load(data, "2024-06-01").all_rows[0]
     assert messages_of(row, None) == [{"role": "user", "content": row.text}]
     assert messages_of(row, "Be brief.")[0] == {"role": "system", "content": "Be brief."}

@@ -22,7 +22,7 @@ def a_row(**changes) -> Row:
 
 
 @pytest.mark.parametrize("context", [None, "", "  ", "None", "null", " NONE\n"])
-def test_what_is_no_context_leaves_no_line(context):
+def test_an_unchanged_context_leaves_no_line(context):
     assert a_row(context=context).text == "Question: P?\nAnswer the question shortly."
 
 
@@ -92,7 +92,7 @@ def test_published_answers_were_asked_in_the_same_words(real):
 # ---- a folder that is not right
 
 
-def test_an_altered_file_is_told_with_the_hash_that_was_expected(data):
+def test_an_altered_file_is_reported_with_the_hash_that_was_expected(data):
     file = data / "2024-06-01" / "mixeval-hard" / "multiple-choice.json"
     expected = mixeval.FILES_SHA256["2024-06-01", "multiple-choice"]
     file.write_text(file.read_text().replace("fire", "fine"))
@@ -100,7 +100,7 @@ def test_an_altered_file_is_told_with_the_hash_that_was_expected(data):
         load(data, "2024-06-01")
 
 
-def test_altered_judge_words_are_told_with_the_hash_that_was_expected(data):
+def test_altered_judge_words_are_reported_with_the_hash_that_was_expected(data):
     file = data / "judge_prompts.json"
     file.write_text(file.read_text().replace("example", "exemple"))
     with pytest.raises(UserError, match=f"free-form judge message .* expected {mixeval.JUDGE_SHA256['free-form']}"):
@@ -116,7 +116,7 @@ def test_altered_judge_words_are_told_with_the_hash_that_was_expected(data):
         (("data", "2024-06-01", "full"), r"mixeval.free-form\.json is missing"),
     ],
 )
-def test_what_is_not_there_is_told_with_what_to_do(data, arguments, match):
+def test_a_missing_file_is_reported_with_what_to_do(data, arguments, match):
     folder, *options = arguments
     with pytest.raises(UserError, match=match):
         load(data.parent / folder, *options)
@@ -132,7 +132,7 @@ def test_what_is_not_there_is_told_with_what_to_do(data, arguments, match):
         {"prompt": None, "context": 1, "target": None},
     ],
 )
-def test_a_row_that_is_none_is_told_by_its_number(tmp_path, monkeypatch, change):
+def test_a_malformed_row_is_reported_with_its_number(tmp_path, monkeypatch, change):
     from tests.apo.evaluation.questions import FREE_FORM, MULTIPLE_CHOICE
 
     rows = {"free-form": FREE_FORM, "multiple-choice": [MULTIPLE_CHOICE[0], MULTIPLE_CHOICE[0] | change]}

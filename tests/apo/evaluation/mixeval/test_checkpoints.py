@@ -52,7 +52,7 @@ def assert_as_alone(data, tmp_path, checkpoints, server):
         assert read_results(tmp_path / "many" / name).score.model.identity.startswith("weights:")
 
 
-def test_models_are_named_by_as_much_of_their_path_as_tells_them_apart():
+def test_models_are_named_by_as_much_of_their_path_as_distinguishes_them():
     assert names_of(["/m/base"]) == ["base"]
     assert names_of(["/m/a/last", "/m/b/last"]) == ["a-last", "b-last"]
     with pytest.raises(UserError, match="the same folder twice"):
@@ -95,7 +95,7 @@ def test_on_a_ray_of_its_own_they_answer_there_and_are_judged_here(data, tmp_pat
     assert_as_alone(data, tmp_path, checkpoints, server)
 
 
-def test_a_runner_that_is_none_is_told(data, tmp_path, checkpoints, server):
+def test_an_unknown_runner_is_refused(data, tmp_path, checkpoints, server):
     for options, reason in (
         (["--runner", "dask"], "unknown runner 'dask'; allowed: ray"),
         (["--address", "auto"], "--address is for --runner ray"),

@@ -25,7 +25,7 @@ def test_requests_are_known_without_asking_and_nothing_is_written(data, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_probe_tells_what_the_real_run_then_costs(real, tmp_path, server):
+def test_a_probe_estimates_the_cost_of_the_real_run(real, tmp_path, server):
     options = {
         "responses": str(real / "responses" / "gemma-1.1-7b-it"),
         "judge": {"url": server.url, "model": "j", "price": {"input": "0.5", "output": "1.5"}},
@@ -39,7 +39,7 @@ def test_a_probe_tells_what_the_real_run_then_costs(real, tmp_path, server):
     assert estimated.cost.lo <= float(usage.cost) <= estimated.cost.hi
 
 
-def test_the_command_tells_it(data, tmp_path, server):
+def test_the_command_prints_the_estimate(data, tmp_path, server):
     folder = responses_of(data, tmp_path / "responses")
     arguments = ["eval", "mixeval", "--data", data, "--responses", folder, "--out", tmp_path / "out"]
     judge = ["--judge-base-url", server.url, "--judge-model", "j", "--estimate"]

@@ -90,7 +90,7 @@ def served(folder: Path) -> Iterator[str]:
         process.stdout.close()
 
 
-def test_what_is_fetched_is_a_data_folder(upstream, data, tmp_path):
+def test_the_fetched_files_are_a_data_folder(upstream, data, tmp_path):
     out = tmp_path / "got"
     with served(upstream) as url:
         result = apo("eval", "fetch-mixeval", out, "--version", "2024-06-01", "--from", url)
@@ -114,7 +114,7 @@ def test_the_full_benchmark_is_checked_from_then_on(upstream, tmp_path):
         load(out, "2024-06-01", "full")
 
 
-def test_another_file_than_expected_is_told_and_nothing_is_kept(upstream, tmp_path):
+def test_an_unexpected_file_is_reported_and_nothing_is_stored(upstream, tmp_path):
     file = upstream / "mix_eval" / "data" / "mixeval-2024-06-01" / "mixeval-hard" / "multiple-choice.json"
     file.write_text(file.read_text() + " ")
     expected = mixeval.FILES_SHA256["2024-06-01", "multiple-choice"]
@@ -149,7 +149,7 @@ def test_a_file_that_is_not_there_and_no_network_are_one_line_with_what_to_do(up
         (lambda s: s + "x = (", "cannot be read"),
     ],
 )
-def test_judge_words_that_changed_are_told(upstream, change, match):
+def test_judge_words_that_changed_are_reported(upstream, change, match):
     with pytest.raises(UserError, match=match):
         judge_words(change(SOURCE))
 

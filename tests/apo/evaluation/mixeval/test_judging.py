@@ -181,13 +181,13 @@ def test_random_scores_are_drawn_as_upstream_draws_and_marked():
     assert with_fallbacks(items, rows, 42) == drawn != with_fallbacks(items, rows, 43)
 
 
-def test_what_was_never_answered_gets_no_random_score():
+def test_unanswered_questions_get_no_random_score():
     rows = {(FREE.split, FREE.row): FREE}
     (item,) = with_fallbacks([an_item(FREE, "answer_http_400")], rows, 42)
     assert (item.score, item.fallback) == (0.0, False)
 
 
-def test_what_the_judge_refuses_to_look_at_gets_no_random_score():
+def test_answers_that_the_judge_refuses_get_no_random_score():
     rows = {(row.split, row.row): row for row in (FREE, CHOICE)}
     items = [an_item(row, "judge_http_400") for row in (FREE, CHOICE)]
     assert [item.unanswered for item in items] == [True, True]

@@ -93,7 +93,7 @@ def test_ctrl_c_keeps_what_is_in_flight_and_pays_nothing_twice(tmp_path, slow_se
 
 
 @pytest.mark.slow
-def test_generation_killed_between_batches_goes_on_with_the_next(tmp_path, real):
+def test_generation_killed_between_batches_resumes_with_the_next(tmp_path, real):
     """No answer of a finished batch is made again: the ledger has it."""
     from clair.ledger.ledger import Ledger
     from tests.clair import tiny_model

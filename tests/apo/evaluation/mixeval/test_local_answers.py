@@ -116,7 +116,7 @@ def test_a_question_too_long_for_the_model_is_a_named_item(data, folder, tmp_pat
         ),
     ],
 )
-def test_a_template_without_a_system_prompt_is_told_before_any_work(data, folder, tmp_path, template, reason):
+def test_a_template_without_a_system_prompt_is_reported_before_any_work(data, folder, tmp_path, template, reason):
     model = shutil.copytree(folder, tmp_path / "m")
     (model / "chat_template.jinja").write_text(template)
     with pytest.raises(UserError, match=f"{reason}.*leave out --system"):
@@ -125,12 +125,12 @@ def test_a_template_without_a_system_prompt_is_told_before_any_work(data, folder
     assert evaluated(data, tmp_path / "out", model=model_of(model), limit=1).score.system is None
 
 
-def test_a_folder_without_a_model_is_told_before_any_work(data, tmp_path):
+def test_a_folder_without_a_model_is_reported_before_any_work(data, tmp_path):
     with pytest.raises(UserError, match=r"model: model folder .* does not exist"):
         evaluated(data, tmp_path / "out", model=model_of(tmp_path / "gone"))
 
 
-def test_a_judge_that_is_not_there_is_told_before_weights_are_loaded(data, folder, tmp_path, monkeypatch):
+def test_a_missing_judge_is_reported_before_weights_are_loaded(data, folder, tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("the weights were loaded first")
 

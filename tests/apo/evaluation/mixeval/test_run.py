@@ -64,7 +64,7 @@ def test_the_rule_parsers_published_numbers(real, tmp_path, profile, multiple_ch
     assert interval.se_clustered == pytest.approx(0.0245, abs=0.0005)
 
 
-def test_equal_judgements_are_asked_once_and_a_second_run_asks_nothing(real, tmp_path, server):
+def test_equal_judgements_are_requested_once_and_a_second_run_requests_nothing(real, tmp_path, server):
     options = {"responses": str(real / "responses" / "gemma-1.1-7b-it"), "judge": {"url": server.url, "model": "j"}}
     first = evaluated(real, tmp_path / "out", **options)
     assert server.paid() == first.requests == 451
@@ -100,7 +100,7 @@ def test_a_faithful_request_is_upstreams_and_a_strict_one_repeatable(data, respo
     assert len(server.requests()) == 5
 
 
-def test_independent_judgements_are_asked_for_one_by_one_and_resumed(data, responses, tmp_path, server):
+def test_independent_judgements_are_requested_one_by_one_and_resumed(data, responses, tmp_path, server):
     judge = {"url": server.url, "model": "j"}
     result = evaluated(data, tmp_path / "out", responses=str(responses), judge=judge, independent_judgements=True)
     assert server.paid() == result.requests == 7
@@ -109,7 +109,7 @@ def test_independent_judgements_are_asked_for_one_by_one_and_resumed(data, respo
     assert server.paid() == 7
 
 
-def test_an_unreadable_reply_is_asked_for_again_up_to_ten_rounds_in_faithful(data, tmp_path, server):
+def test_an_unreadable_reply_is_requested_again_up_to_ten_rounds_in_faithful(data, tmp_path, server):
     folder = scripted(data, tmp_path / "r", ff0="what?|[[0.4]]", ff1="no", mc0="[[b]]|[[b]]|[[B]]", mc1="[[Z]]")
     judge = {"url": server.url, "model": "j"}
     score = evaluated(data, tmp_path / "out", responses=str(folder), judge=judge).score
@@ -234,7 +234,7 @@ def test_an_endpoint_that_truncates_or_refuses_gives_named_items(tmp_path, monke
     assert high - low == pytest.approx(2 / 4)
 
 
-def test_a_model_that_refuses_every_question_is_told_with_its_words(tmp_path, monkeypatch, server):
+def test_a_model_that_refuses_every_question_is_reported_with_its_message(tmp_path, monkeypatch, server):
     from tests.apo.evaluation.questions import FREE_FORM as ff
     from tests.apo.evaluation.questions import MULTIPLE_CHOICE as mc
     from tests.apo.evaluation.questions import accept, write_data
@@ -256,7 +256,7 @@ def rows_of(multiple_choice: list) -> list:
     return [{**row, "prompt": "<<HTTP400>>"} for row in multiple_choice]
 
 
-def test_a_judge_that_is_gone_gives_no_score_and_a_rerun_goes_on(data, tmp_path, server):
+def test_a_judge_that_is_gone_gives_no_score_and_a_rerun_resumes(data, tmp_path, server):
     folder = scripted(data, tmp_path / "r", ff1="HTTP500")
     judge = {"url": server.url, "model": "j"}
     result = evaluated(data, tmp_path / "out", responses=str(folder), judge=judge, attempts=1)
@@ -273,7 +273,7 @@ API_ERRORS = [("HTTP402", "402"), ("HTTP413", "413"), ("BODY429", "Rate limit ex
 
 @pytest.mark.parametrize("profile", ["faithful", "strict"])
 @pytest.mark.parametrize(("error", "reason"), API_ERRORS)
-def test_an_error_of_the_judges_server_is_no_score_and_the_command_goes_on(
+def test_an_error_of_the_judges_server_is_no_score_and_the_command_resumes(
     data, tmp_path, server, profile, error, reason, monkeypatch
 ):
     monkeypatch.setattr("clair.inference.client._FIRST_BACKOFF", 0.001)
@@ -293,7 +293,7 @@ def test_an_error_of_the_judges_server_is_no_score_and_the_command_goes_on(
 
 
 @pytest.mark.parametrize("profile", ["faithful", "strict"])
-def test_a_judgement_that_a_filter_took_is_asked_for_once_and_is_no_score(data, tmp_path, server, profile):
+def test_a_judgement_that_a_filter_blocked_is_requested_once_and_is_no_score(data, tmp_path, server, profile):
     folder = scripted(data, tmp_path / "r", ff0="FILTER:")
     judge = {"url": server.url, "model": "j"}
     score = evaluated(data, tmp_path / "out", responses=str(folder), judge=judge, profile=profile).score
@@ -347,7 +347,7 @@ def test_an_error_of_the_models_server_is_no_wrong_answer(tmp_path, monkeypatch,
 # ---- the command
 
 
-def test_the_command_scores_tells_and_resumes(data, responses, tmp_path, server):
+def test_the_command_scores_prints_and_resumes(data, responses, tmp_path, server):
     arguments = ("eval", "mixeval", "--data", data, "--responses", responses, "--out", tmp_path / "out")
     by_judge = ("--judge-base-url", server.url, "--judge-model", "j")
     dry = apo(*arguments, *by_judge, "--dry-run")
@@ -393,7 +393,7 @@ def test_a_folder_with_other_things_in_it_is_left_alone(data, responses, tmp_pat
         evaluated(data, tmp_path / "out", responses=str(responses))
 
 
-def test_a_budget_ends_the_run_and_a_larger_one_goes_on(data, responses, tmp_path, server):
+def test_a_budget_ends_the_run_and_a_larger_one_resumes(data, responses, tmp_path, server):
     options = {
         "responses": str(responses),
         "judge": {"url": server.url, "model": "j", "price": {"input": 0, "output": 1000}},
@@ -409,7 +409,7 @@ def test_a_budget_ends_the_run_and_a_larger_one_goes_on(data, responses, tmp_pat
     assert float(result.score.usage["judge"].cost) == pytest.approx(result.score.usage["judge"].completion / 1000)
 
 
-def test_no_secret_is_written_down_or_told(data, responses, tmp_path, server):
+def test_no_secret_is_written_or_printed(data, responses, tmp_path, server):
     url = server.url.replace("http://", "http://user:s3cr3t-pass@") + "?key=s3cr3t-too"
     arguments = ["eval", "mixeval", "--data", data, "--responses", responses, "--out", tmp_path / "out"]
     result = apo(*arguments, "--judge-base-url", url, "--judge-model", "j")
@@ -421,7 +421,7 @@ def test_no_secret_is_written_down_or_told(data, responses, tmp_path, server):
     assert not [file for file in files if b"s3cr3t" in file.read_bytes()]
 
 
-def test_upstreams_own_files_are_written_where_asked_for(data, tmp_path, server):
+def test_upstreams_own_files_are_written_where_requested(data, tmp_path, server):
     folder = scripted(data, tmp_path / "gemma", ff1="[[0.3]]", mc0="[[B]]")
     judge = {"url": server.url, "model": "j"}
     score = evaluated(data, tmp_path / "out", responses=str(folder), judge=judge, upstream_files=True).score
@@ -441,7 +441,7 @@ def test_upstreams_own_files_are_written_where_asked_for(data, tmp_path, server)
     assert again.score.overall == score.overall
 
 
-def test_items_count_where_they_are_done_and_not_at_their_turn():
+def test_items_are_counted_when_they_finish_and_not_in_order():
     class Uneven(Run):
         def __post_init__(self) -> None:
             self.reported = asyncio.Event()

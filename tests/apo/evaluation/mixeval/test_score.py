@@ -52,7 +52,7 @@ def test_the_mean_over_questions_weighs_each_once():
     assert interval(items("free-form", [1, 1, 1, 0], "aaab")).unique_mean == 0.5
 
 
-def test_what_is_unresolved_is_bracketed_and_counted():
+def test_unresolved_items_are_bracketed_and_counted():
     some = [*items("free-form", [1, 0], "ab"), *items("free-form", [0.7, 0], "cd", unresolved="empty")]
     estimate = interval(some)
     assert estimate.bracket == (0.25, 0.75)
@@ -60,7 +60,7 @@ def test_what_is_unresolved_is_bracketed_and_counted():
     assert (counted["unresolved"], counted["unresolved_reasons"]) == (2, {"empty": 2})
 
 
-def test_what_a_server_refused_leaves_a_bracket_and_no_score():
+def test_a_row_that_a_server_refused_leaves_a_bracket_and_no_score():
     some = [*items("free-form", [1, 0], "ab"), *items("free-form", [0], "c", unresolved="judge_http_400")]
     for profile in ("faithful", "strict"):
         scores = aggregate([*some, *CHOICE], profile)

@@ -26,7 +26,7 @@ def test_by_pencil():
     assert fit.lo < 0.5 < fit.hi
 
 
-def test_without_an_effect_of_length_it_is_the_plain_rate():
+def test_if_length_has_no_effect_it_is_the_plain_rate():
     fit = length_controlled([1, 1, 0, 1, 1, 0], [1, 2, 1.5, -1, -2, -1.5], range(6))
     assert fit.rate == pytest.approx(4 / 6, abs=1e-6)
     assert fit.length == pytest.approx(0, abs=1e-6)
@@ -103,6 +103,6 @@ def test_95_of_100_intervals_hold_the_rate_of_few_prompts(prompts):
         ([1, 0, 1], [5, 1, 2], "3 prompt"),
     ],
 )
-def test_what_cannot_be_told_is_refused(values, differences, match):
+def test_rates_that_cannot_be_estimated_are_refused(values, differences, match):
     with pytest.raises(ValueError, match=match):
         length_controlled(values, differences, range(len(values)))

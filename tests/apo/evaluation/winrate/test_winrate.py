@@ -89,7 +89,7 @@ def test_the_summary_by_pencil():
      (100, 500, "it is no judge"), (5, 10, "it is no judge"), (6, 10, "too few to know"), (10, 10, None),
      (60, 80, None)],
 )  # fmt: skip
-def test_a_judge_that_contradicts_itself_is_told_to_be_none(agreeing, of, reason):
+def test_a_judge_that_contradicts_itself_is_distrusted(agreeing, of, reason):
     rows = [compared(str(n), ("tuned", "tuned" if n < agreeing else "base")) for n in range(of)]
     distrust = summary(rows)["distrust"]
     assert distrust is None if reason is None else reason in distrust
@@ -140,7 +140,7 @@ def test_the_rate_of_known_answers_is_found(world, tmp_path):
     assert "solved the task" in rows[25]["base_first_reasoning"]
 
 
-def test_answers_are_matched_by_prompt_and_not_by_place(world, tmp_path):
+def test_answers_are_matched_by_prompt_and_not_by_index(world, tmp_path):
     answers(tmp_path, "base", range(20))
     file = answers(tmp_path, "tuned", range(10, 35))
     lines = file.read_text("utf-8").splitlines()
@@ -157,7 +157,7 @@ def test_a_ready_answer_is_compared_without_what_a_model_thought_before_it(world
     assert (result["identical"], result["usage"]["judge"]["calls"]) == (40, 0)
 
 
-def test_a_judge_who_prefers_what_is_first_moves_nothing_and_is_told(tmp_path):
+def test_a_judge_that_prefers_the_first_answer_moves_nothing_and_is_reported(tmp_path):
     answers(tmp_path, "base", range(20))
     answers(tmp_path, "tuned", range(20, 40))
     with running(ServerOptions(leanings=Leanings(position_bias=1.0))) as biased:
@@ -251,7 +251,7 @@ def scripted_server():
         yield server
 
 
-def test_an_endpoint_that_is_not_there_gives_no_rate_and_says_so(scripted_server, tmp_path):
+def test_an_endpoint_that_is_not_there_gives_no_rate_and_reports_it(scripted_server, tmp_path):
     answers(tmp_path, "base", range(20), tasks=TASKS[:2])
     answers(tmp_path, "tuned", range(0), tasks=TASKS[:2])
     rows = [{"prompt": "Say [[500]]", "answer": "a"}]
@@ -266,7 +266,7 @@ def test_an_endpoint_that_is_not_there_gives_no_rate_and_says_so(scripted_server
     ("error", "reason"),
     [("HTTP402", "402"), ("HTTP413", "413"), ("BODY429", "Rate limit exceeded"), ("HTTP400", "400")],
 )
-def test_an_error_of_the_judges_server_is_no_win_rate_and_the_command_goes_on(tmp_path, monkeypatch, error, reason):
+def test_an_error_of_the_judges_server_is_no_win_rate_and_the_command_resumes(tmp_path, monkeypatch, error, reason):
     monkeypatch.setattr("clair.inference.client._FIRST_BACKOFF", 0.001)
     monkeypatch.setattr("clair.inference.rate_limit.PAUSE", 0.001)
     won = "{teacher_reasoning}\nlonger\n\n{best_student_solution}\n[2]"
@@ -301,7 +301,7 @@ def refuse(tmp_path: Path, match: str, **changes: object) -> None:
         check(settings(tmp_path, "http://127.0.0.1:9/v1", **changes))
 
 
-def test_what_cannot_be_compared_is_told_before_anything_is_asked(tmp_path):
+def test_models_that_cannot_be_compared_are_refused_before_any_request(tmp_path):
     answers(tmp_path, "base", range(20))
     answers(tmp_path, "tuned", range(20), tasks=TASKS[:38])
     refuse(tmp_path, r"tuned: .*has not 1 answer\(s\) to 2 of 40 prompts; first: 0 to")
@@ -331,7 +331,7 @@ def test_a_folder_is_not_mixed_with_another_comparison(world, tmp_path):
 # ---- the command
 
 
-def test_the_command_tells_rate_length_and_position(world, tmp_path):
+def test_the_command_prints_rate_length_and_position(world, tmp_path):
     answers(tmp_path, "base", range(20))
     answers(tmp_path, "tuned", range(10, 35), more=" That is my answer.")
     arguments = [
