@@ -185,25 +185,25 @@ def _print_plan(config: Any, processes: int | None) -> None:
 
 
 def _print_estimate(planned: Any, costs: Any) -> None:
-    from apo.cost import memory as fit
-    from apo.cost import sizes as shapes
+    from apo.cost.memory import check_fits, describe_tokens, run_flops, table
+    from apo.cost.sizes import CPU_SHARE, GPUS, MFU
     from apo.packing.onednn import REPEATS
 
     if isinstance(costs, str):
         print(f"# no estimate: {costs}")
         return
-    sizes, (flops, reference) = costs.here.sizes, fit.run_flops(costs.here)
-    print(f"# tokens: {fit.tokens_told(costs.here)}")
+    sizes, (flops, reference) = costs.here.sizes, run_flops(costs.here)
+    print(f"# tokens: {describe_tokens(costs.here)}")
     print(f"# parameters: {sizes.parameters:,}, trained {sizes.trained:,}")
     each = f", in each of {planned.processes} processes" if planned.processes > 1 else ""
     print(f"# work: {flops:.3g} FLOPs{each}, {reference / flops:.0%} of it the reference's")
-    for line in fit.table(costs.jobs, [costs.machine, *shapes.GPUS]):
+    for line in table(costs.jobs, [costs.machine, *GPUS]):
         print(f"# {line}")
     print(
-        f"# times assume {shapes.MFU:.0%} of a GPU's peak, {shapes.CPU_SHARE:.0%} of a CPU's matrix products (the best "
+        f"# times assume {MFU:.0%} of a GPU's peak, {CPU_SHARE:.0%} of a CPU's matrix products (the best "
         f"of {REPEATS} just now); no step was measured"
     )
-    fit.check_fits(costs.here, costs.machine)
+    check_fits(costs.here, costs.machine)
 
 
 def _closing(out: str, run: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a run needs: memory, FLOPs and time, before any weight is loaded.
+"""The cost of a run: memory, FLOPs and time, computed before any weight is loaded.
 
 Imports `data`, `models` and `packing`.
 """

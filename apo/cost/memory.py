@@ -1,7 +1,7 @@
-"""Whether a run fits, what it computes and how long that takes: from the config and the pairs, before any weight.
+"""Estimates of a run's peak memory, FLOPs and time, from its config and pairs, before any weight is loaded.
 
-FLOPs and bytes are formulas in the docstrings below, for decoders of the Llama kind in packed rows (prefix.py) or in
-TRL's padded batch. What they are fed with is counted in shapes.py.
+The docstrings below state the formulas for FLOPs and bytes. They hold for decoders of the Llama kind, in packed rows
+(apo.packing.packed_model) or in TRL's padded batch. Their inputs come from sizes.py.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from apo.cost.deepspeed_memory import Zero, held
-from apo.cost.sizes import GIB, Device, Row, Sizes, rows_of
+from apo.cost.deepspeed_memory import ZeroConfig, zero_memory
+from apo.cost.sizes import GIB, Device, ModelSizes, PassCost, pass_costs
 from apo.packing.head import HEAD_CHUNK, stores_logits
 from clair.core.errors import UserError
 from clair.core.progress import duration
@@ -19,35 +19,44 @@ from clair.core.progress import duration
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LOOKED_AT = 2048
-"""Pairs whose lengths are looked at; of a longer dataset every n-th."""
+SAMPLE_SIZE = 2048
+"""Pairs whose lengths are read; from a longer dataset, every n-th."""
 STATES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0}
-"""Numbers an optimizer keeps per trained parameter, by the beginning of its name; others are taken for AdamW."""
+"""Numbers that an optimizer stores per trained parameter, by a prefix of its name; others count as AdamW."""
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4: 4 bits, a constant of 8 bits for 64 weights, one of 32 bits for 256 constants."""
 TRL_TILE, TRL_SLOPE = (4096, 32_768), 29
-"""Positions and vocabulary of a tile of TRL 1.16's head, and bytes a logit's slope takes on its way on a CPU: seven
-numbers in float32 and a flag."""
+"""Positions and vocabulary of a tile of TRL 1.16's head, and the bytes of a logit's gradient on a CPU: seven
+float32 numbers and a flag."""
 HOLES = 2
-"""MEASURED, not derived: layers' activations that glibc's allocator keeps in holes on a CPU (test_memory.py)."""
+"""MEASURED, not derived: memory that fragmentation of glibc's allocator wastes on a CPU, in activations of layers
+(test_memory.py)."""
 ADAPTER_HOLES = (4, 0.8)
-"""MEASURED, with an adapter, whose results are freed between what is kept: so many layers' activations, or this share
-of all that is kept, whichever is more. Without holes, the formulas were 0.94 to 0.97 of five measured peaks."""
+"""MEASURED, with an adapter, whose results are freed between stored activations: the activations of 4 layers, or 0.8 of
+all stored activations, whichever is more. Without it, the formulas gave 0.94 to 0.97 of five measured peaks."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run as far as its costs go. Bytes: `weight` of a stored number, `compute` of one in a matrix product.
+    """The properties of a run that determine its costs. With several `processes`, all costs are those of one.
 
-    `rows`, `pairs`, `seen` (in training) and `padded_tokens` (of TRL's batch, an epoch) are of the pairs looked at,
-    each of which `stands_for` so many. `mismatched`: each is also run with its neighbour's response, for KTO's kl.
-    `quantized`: linear layers below an adapter are in NF4. `mixed`: under autocast. Not `packed`: TRL's batch.
-    Of several `processes` all costs are those of one; `sharded` ones share weights, gradients and states (FSDP2), those
-    with a `zero` what it says.
+    rows            forward passes of an epoch over the sampled pairs
+    padded_tokens   tokens of these pairs in TRL's padded batch, an epoch
+    pairs, seen     sampled pairs, and how many of them the whole run trains on, repetitions included
+    stands_for      pairs of the dataset that each sampled pair represents
+    weight          bytes of a stored number
+    compute         bytes of a number in a matrix product
+    states          numbers per parameter that the optimizer stores
+    mismatched      True if each pair also runs with its neighbour's response, for KTO's kl
+    sharded         True if processes share weights, gradients and states (FSDP2)
+    zero            what processes share under DeepSpeed
+    quantized       True if the linear layers below an adapter are in NF4
+    mixed           True under autocast
+    packed          False for TRL's padded batch
     """
 
-    sizes: Sizes
-    rows: tuple[Row, ...]
+    sizes: ModelSizes
+    rows: tuple[PassCost, ...]
     padded_tokens: int
     pairs: int
     seen: int
@@ -65,7 +74,7 @@ class Job:
     sharded: bool = False
     quantized: bool = False
     mixed: bool = False
-    zero: Zero | None = None
+    zero: ZeroConfig | None = None
     packed: bool = True
 
     @property
@@ -75,43 +84,46 @@ class Job:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether only an adapter is trained."""
+        """True if only an adapter is trained."""
         return self.sizes.adapter > 0
 
 
 # ---- the costs
 
 
-def forward_flops(sizes: Sizes, row: Row) -> float:
-    """2 x linear weights x tokens + 4 x layers x head width x query-key products + 2 x hidden x vocabulary x labels."""
+def forward_flops(sizes: ModelSizes, row: PassCost) -> float:
+    """Return the FLOPs of a forward pass.
+
+    2 x linear weights x tokens + 4 x layers x head width x query-key products + 2 x hidden x vocabulary x labels
+    """
     return _body_flops(sizes, row) + 2 * sizes.hidden * sizes.vocabulary * row.labels
 
 
-def _body_flops(sizes: Sizes, row: Row) -> float:
+def _body_flops(sizes: ModelSizes, row: PassCost) -> float:
     return 2 * (sizes.linear + sizes.adapter) * row.tokens + 4 * sizes.layers * sizes.heads * row.products
 
 
-def step_flops(job: Job, row: Row) -> float:
-    """Forward and backward of one row.
+def step_flops(job: Job, row: PassCost) -> float:
+    """Return the FLOPs of forward and backward of one pass.
 
-    Backward: twice the forward of each trained matrix, once that of a frozen one (no gradient of the weight), attention
-    2.5 times (its scores are made anew), the head once (twice where it is trained) and once more where its logits are
-    made anew. With activation checkpointing the body's forward once more.
+    Backward: twice the forward of each trained matrix, once that of a frozen one (no weight gradient), 2.5 times that
+    of attention (it recomputes the scores), once that of the head (twice if it is trained), and once more if its logits
+    are recomputed. Activation checkpointing adds another forward of the body.
     """
     sizes = job.sizes
     attention = 4 * sizes.layers * sizes.heads * row.products
     matrices = sizes.linear * (1 if job.is_adapter else 2) + 2 * sizes.adapter
     times = (1 if job.is_adapter else 2) + (not (job.packed and stores_logits(row.labels, sizes.vocabulary)))
     head = 2 * sizes.hidden * sizes.vocabulary * row.labels * times
-    again = _body_flops(sizes, row) if job.checkpointing else 0
-    return forward_flops(sizes, row) + 2 * matrices * row.tokens + 2.5 * attention + head + again
+    recomputed = _body_flops(sizes, row) if job.checkpointing else 0
+    return forward_flops(sizes, row) + 2 * matrices * row.tokens + 2.5 * attention + head + recomputed
 
 
 def run_flops(job: Job) -> tuple[float, float]:
-    """FLOPs of a process and, of these, the reference's: one forward per pair if cached, per pair seen if online.
+    """Return the FLOPs of one process, and those of them that the reference needs.
 
-    A cached reference is shared out over the processes. Mismatched responses are one more forward of each per pair
-    seen.
+    A cached reference computes one forward per pair, divided among the processes; an online one, a forward per trained
+    pair. Mismatched responses need one more forward of both models per trained pair.
     """
     epochs = job.seen / job.pairs
     forward = sum(forward_flops(job.sizes, row) for row in job.rows) * job.stands_for
@@ -121,68 +133,76 @@ def run_flops(job: Job) -> tuple[float, float]:
     return steps + mismatched + reference, reference
 
 
-def memory_of(job: Job) -> dict[str, float]:
-    """Bytes at the peak: what lies there all the time, and the larger of two moments.
+def peak_memory(job: Job) -> dict[str, float]:
+    """Return the bytes at the peak, by what they hold.
 
     weights      parameters x bytes, twice with a copy for the reference; in mixed precision also the 2-byte copies
     optimizer    states x trained parameters x bytes
-    activations  `row_bytes` of the largest row
-    At the start of backward: activations, the head's buffers and, where gradients accumulate, all gradients.
-    At its end: all gradients and one layer's activations.
-    On a CPU, `HOLES` more; a GPU's allocator is taken to waste nothing. A file of numbers of another
-    type lies there beside the weights made of it while it is read.
-    Sharded, a process stores its part of weights, gradients and states, and `_gathered_bytes` come and go in the type
-    of the matrix products. Before, it holds the whole model, for the reference: counted where that is the peak.
-    DDP's buckets are a second copy of the gradients. Under ZeRO all this is as shares.py says.
+    activations  `activation_bytes` of the largest pass
+
+    The peak is the larger of two moments. At the start of backward: activations, the head's buffers and, if gradients
+    accumulate, all gradients. At the end of backward: all gradients and one layer's activations.
+
+    On a CPU, the allocator's `HOLES` are added; a GPU's allocator is assumed to waste nothing. If the model's file has
+    numbers of another type, both copies exist while it is read.
+
+    With sharding (FSDP2), a process stores its shard of weights, gradients and states, and gathers `_gathered_bytes` in
+    the type of the matrix products. Before that it holds the whole model, for the reference, which counts if it is the
+    peak. DDP's buckets are a second copy of the gradients. For ZeRO, see deepspeed_memory.py.
     """
     sizes, shares = job.sizes, job.processes if job.sharded else 1
     stored = sizes.parameters * job.weight * (2 if job.copies else 1) + sizes.adapter * job.trained_weight
     cast = sizes.linear * job.compute if job.compute < job.weight else 0
-    if job.quantized:  # one matrix at a time is put back into the type of the products
+    if job.quantized:  # one matrix at a time is converted to the type of the products
         stored, cast = stored - sizes.linear * (job.weight - NF4), sizes.hidden * sizes.inner * job.compute
     weights = stored / shares + (_gathered_bytes(job) if shares > 1 else cast)
     optimizer = job.states * sizes.trained * job.trained_weight / shares
     gradients = sizes.trained * job.trained_weight / shares
     early = gradients if job.accumulates else 0
     if job.zero:
-        zero = held(sizes, job.zero, job.states, job.processes, on_gpu=job.on_gpu, accumulates=job.accumulates)
+        zero = zero_memory(sizes, job.zero, job.states, job.processes, on_gpu=job.on_gpu, accumulates=job.accumulates)
         weights, optimizer, early, gradients = zero.weights, zero.optimizer, zero.begin, zero.end
-    activations = max(row_bytes(job, row) for row in job.rows)
+    activations = max(activation_bytes(job, row) for row in job.rows)
     head = max(_head_bytes(job, row) for row in job.rows)
     working = max(_working_bytes(job, row) for row in job.rows)
     start, end = activations + max(head, working), working + activations / sizes.layers
-    ends = early + start < gradients + end
-    moment = {"gradients": gradients if ends else early, "activations": end if ends else start}
+    peak_at_end = early + start < gradients + end
+    moment = {"gradients": gradients if peak_at_end else early, "activations": end if peak_at_end else start}
     holes = 0 if job.on_gpu else max(_hole_bytes(job, row) for row in job.rows)
-    found = {"weights": weights, "optimizer": optimizer, **moment, "allocator": holes}
+    memory: dict[str, float] = {"weights": weights, "optimizer": optimizer, **moment, "allocator": holes}
     if not (job.on_gpu or job.quantized or job.zero) and sizes.stored not in (None, job.weight):
         read = sizes.parameters * (sizes.stored + job.weight)
-        found["file while it is read"] = max(0, read - sum(found.values()))
+        memory["file while it is read"] = max(0, read - sum(memory.values()))
     if shares > 1:
-        return found | {"whole model before it is sharded": max(0, stored + cast - sum(found.values()))}
+        return memory | {"whole model before it is sharded": max(0, stored + cast - sum(memory.values()))}
     if job.zero and job.zero.stage == 3:
-        whole = (sizes.parameters + sizes.adapter) * (2 if job.zero.half else 4)
-        return found | {"whole model before it is sharded": max(0, whole - sum(found.values()))}
-    return found | ({"buckets": gradients} if job.processes > 1 and not job.zero else {})
+        unsharded = (sizes.parameters + sizes.adapter) * (2 if job.zero.half else 4)
+        return memory | {"whole model before it is sharded": max(0, unsharded - sum(memory.values()))}
+    return memory | ({"buckets": gradients} if job.processes > 1 and not job.zero else {})
 
 
 def _gathered_bytes(job: Job) -> float:
-    """What FSDP2 puts together for a moment: two layers (one ahead), and embeddings, head and last norm throughout; as
-    much again of gradients, where these are trained."""
+    """Return the bytes that FSDP2 gathers: two layers (one is prefetched), and embeddings, head and last norm; twice
+    that with their gradients if they are trained.
+    """
     sizes = job.sizes
-    together = sizes.parameters - sizes.linear + 2 * sizes.linear / sizes.layers
-    return together * job.compute * (1 if job.is_adapter else 2)
+    gathered = sizes.parameters - sizes.linear + 2 * sizes.linear / sizes.layers
+    return gathered * job.compute * (1 if job.is_adapter else 2)
 
 
-def row_bytes(job: Job, row: Row) -> float:
-    """What forward keeps for backward, in bytes, of all layers; with checkpointing each layer's input and one layer.
+def activation_bytes(job: Job, row: PassCost) -> float:
+    """Return the bytes that forward stores for backward in all layers; with checkpointing, each layer's input and one
+    layer.
 
-    Per token and layer, h hidden, a = heads x head width, i inner: both norms keep their input in float32 and (where
-    their weight is trained) the normed input in the type of the weights: h (4 + w) each. Attention keeps queries, keys
-    and values (repeated to all heads) and its output: 4 a c. The gated MLP keeps 3 i c. Matrices keep what they read:
-    (2 h + a + i) c; where that is brought into another type, each its own, as queries, keys and values read the same:
-    (5 h + a + i) c under autocast, and 4 bytes for c where the adapter is in float32 and the weights are not. Rejected
-    branches keep their own keys and values, 2 a c each, and a float mask, c per query-key product.
+    Per token and layer, with h hidden, a = heads x head width, i inner, w and c the bytes of `weight` and `compute`:
+
+    norms            h (4 + w) each: the input in float32, and the normed input if the norm's weight is trained
+    attention        4 a c: queries, keys and values (repeated to all heads), and the output
+    gated MLP        3 i c
+    matrix inputs    (2 h + a + i) c. If they are converted to another type, queries, keys and values each store a copy:
+                     (5 h + a + i) c under autocast, with c = 4 if the adapter is in float32 and the weights are not
+
+    Rejected branches store their own keys and values, 2 a c each, and a float mask, c per query-key product.
     """
     layer = _layer_bytes(job, row)
     if job.checkpointing:
@@ -191,26 +211,28 @@ def row_bytes(job: Job, row: Row) -> float:
     return job.sizes.layers * layer
 
 
-def _layer_bytes(job: Job, row: Row) -> float:
+def _layer_bytes(job: Job, row: PassCost) -> float:
     sizes, c = job.sizes, job.compute
     norms = 2 * sizes.hidden * (4 + (0 if job.is_adapter else job.weight))
-    brought = job.mixed or (job.is_adapter and c < 4 and not job.zero)  # DeepSpeed rounds the adapter too
-    read = ((5 if brought else 2) * sizes.hidden + sizes.heads + sizes.inner) * (c if job.mixed or not brought else 4)
-    gated = 3 * sizes.inner * (job.weight if job.quantized else c)  # bitsandbytes gives back the type it was given
-    return (norms + read + 4 * sizes.heads * c + gated) * row.tokens + 2 * sizes.heads * c * row.keys + c * row.masked
+    converted = job.mixed or (job.is_adapter and c < 4 and not job.zero)  # DeepSpeed rounds the adapter too
+    inputs = (5 if converted else 2) * sizes.hidden + sizes.heads + sizes.inner
+    inputs *= c if job.mixed or not converted else 4
+    gated = 3 * sizes.inner * (job.weight if job.quantized else c)  # bitsandbytes returns the type of its input
+    return (norms + inputs + 4 * sizes.heads * c + gated) * row.tokens + 2 * sizes.heads * c * row.keys + c * row.masked
 
 
-def _hole_bytes(job: Job, row: Row) -> float:
+def _hole_bytes(job: Job, row: PassCost) -> float:
     layers, share = ADAPTER_HOLES if job.is_adapter else (HOLES, 0)
-    return max(layers * _layer_bytes(job, row), share * row_bytes(job, row))
+    return max(layers * _layer_bytes(job, row), share * activation_bytes(job, row))
 
 
-def _head_bytes(job: Job, row: Row) -> float:
-    """The head's buffers in backward: logits in float32, kept of all labels or made of a chunk, hidden states and their
-    gradient; below float32 also the chunk rounded.
+def _head_bytes(job: Job, row: PassCost) -> float:
+    """Return the bytes of the head's buffers in backward.
 
-    Where the head is trained, also its gradient in float32, and of several chunks one product on its way into it.
-    In TRL's padded batch a tile of logits, on a CPU with what its slope is made of, and both gradients in float32.
+    Logits in float32 (stored for all labels, or computed per chunk), hidden states and their gradient; below float32
+    also the rounded chunk. If the head is trained, also its gradient in float32 and, with several chunks, one product
+    to be added to it. In TRL's padded batch: a tile of logits, on a CPU with the buffers of its gradient, and both
+    gradients in float32.
     """
     sizes = job.sizes
     if not job.packed:
@@ -219,21 +241,21 @@ def _head_bytes(job: Job, row: Row) -> float:
         return tile * (job.compute + (0 if job.on_gpu else TRL_SLOPE)) + gradients
     chunk, rounded = min(row.labels, HEAD_CHUNK), job.compute if job.compute < 4 else 0
     logits = 4 * (row.labels if stores_logits(row.labels, sizes.vocabulary) else chunk) + rounded * chunk
-    coming = job.compute if row.labels > HEAD_CHUNK else rounded
-    trained = 0 if job.is_adapter else (4 + coming) * sizes.hidden
+    product = job.compute if row.labels > HEAD_CHUNK else rounded
+    trained = 0 if job.is_adapter else (4 + product) * sizes.hidden
     return sizes.vocabulary * (logits + trained) + 2 * row.labels * sizes.hidden * job.compute
 
 
-def _working_bytes(job: Job, row: Row) -> float:
-    """Gradients on their way through one gated MLP: 3 i + 2 h per token."""
+def _working_bytes(job: Job, row: PassCost) -> float:
+    """Return the bytes of the gradients within one gated MLP: 3 i + 2 h numbers per token."""
     return row.tokens * (3 * job.sizes.inner + 2 * job.sizes.hidden) * job.compute
 
 
 # ---- the run
 
 
-def job_of(
-    sizes: Sizes,
+def build_job(
+    sizes: ModelSizes,
     dataset: Dataset,
     args: Any,
     steps: int,
@@ -247,37 +269,52 @@ def job_of(
     processes: int = 1,
     sharded: bool = False,
     quantized: bool = False,
-    zero: Zero | None = None,
+    zero: ZeroConfig | None = None,
 ) -> Job:
-    """What the trainer's options and the tokenised pairs come to. `reference` is "cached", "online" or None."""
-    apart = -(-len(dataset) // LOOKED_AT)
-    examples = [dataset[row] for row in range(0, len(dataset), apart)]
+    """Build a job from the trainer's options and the tokenised pairs. `reference` is "cached", "online" or None."""
+    stride = -(-len(dataset) // SAMPLE_SIZE)
+    examples = [dataset[row] for row in range(0, len(dataset), stride)]
     batch = args.per_device_train_batch_size
-    rows = rows_of(examples, batch, args.pack_tokens, args.shared_prefix, args.seed)
-    padded = sum(row.tokens for row in rows_of(examples, batch, None, False, args.seed))
+    rows = pass_costs(examples, batch, args.pack_tokens, args.shared_prefix, args.seed)
+    padded = sum(row.tokens for row in pass_costs(examples, batch, None, False, args.seed))
     weight = {"float32": 4, "float64": 8}.get(str(dtype).removeprefix("torch."), 2)
-    if zero:  # which trains in one type, without autocast
+    if zero:  # DeepSpeed trains in one type, without autocast
         weight, mixed = 2 if zero.half else 4, False
     optimizer = str(getattr(args.optim, "value", args.optim))
     states = next((n for start, n in STATES.items() if optimizer.startswith(start)), 2)
-    cut_up = len(rows) > -(-len(examples) // batch)
+    has_several_passes = len(rows) > -(-len(examples) // batch)
     return Job(
-        sizes, tuple(rows), padded, len(examples), max(1, steps * batch * args.gradient_accumulation_steps // apart),
-        apart, weight, 2 if mixed else weight, states, checkpointing=checkpointing, reference=reference,
-        accumulates=args.gradient_accumulation_steps > 1 or cut_up,
-        copies=reference == "online" and not sizes.adapter, on_gpu=on_gpu, mismatched=mismatched,
-        processes=processes, sharded=sharded, quantized=quantized, mixed=mixed,
-        zero=zero, packed=args.shared_prefix,
-    )  # fmt: skip
+        sizes=sizes,
+        rows=tuple(rows),
+        padded_tokens=padded,
+        pairs=len(examples),
+        seen=max(1, steps * batch * args.gradient_accumulation_steps // stride),
+        stands_for=stride,
+        weight=weight,
+        compute=2 if mixed else weight,
+        states=states,
+        checkpointing=checkpointing,
+        accumulates=args.gradient_accumulation_steps > 1 or has_several_passes,
+        copies=reference == "online" and not sizes.adapter,
+        reference=reference,
+        on_gpu=on_gpu,
+        mismatched=mismatched,
+        processes=processes,
+        sharded=sharded,
+        quantized=quantized,
+        mixed=mixed,
+        zero=zero,
+        packed=args.shared_prefix,
+    )
 
 
-def needed(job: Job, device: Device) -> float:
-    """Bytes at the peak on a device."""
-    return sum(memory_of(job).values()) + device.reserved
+def required_memory(job: Job, device: Device) -> float:
+    """Return the bytes at the peak on a device."""
+    return sum(peak_memory(job).values()) + device.reserved
 
 
-def tokens_told(job: Job) -> str:
-    """How many tokens an epoch runs, in words, and what share that is of TRL's padded batch."""
+def describe_tokens(job: Job) -> str:
+    """Describe the tokens of an epoch, and their share of those in TRL's padded batch."""
     tokens = sum(row.tokens for row in job.rows)
     count, share = tokens * job.stands_for, tokens / job.padded_tokens
     about = "about " if job.stands_for > 1 else ""
@@ -285,31 +322,31 @@ def tokens_told(job: Job) -> str:
 
 
 def table(jobs: dict[bool, Job], devices: Sequence[Device]) -> list[str]:
-    """A line per device: memory, whether it fits, time. `jobs` are those on a GPU (True) and on a CPU (False).
+    """Return one line per device: memory, whether it fits, and time. `jobs` has one for GPUs (True), one for CPUs.
 
-    Memory is the sum of the parts as they are shown.
+    The memory is the sum of the rounded parts in the line.
     """
     lines = []
     for device in devices:
         job = jobs[device.is_gpu]
-        memory = needed(job, device)
+        memory = required_memory(job, device)
         fits = "fits" if memory <= device.memory else "does NOT fit"
-        sizes = {**memory_of(job), "libraries": device.reserved}
+        sizes = {**peak_memory(job), "libraries": device.reserved}
         shown = {name: round(size / GIB, 2) for name, size in sizes.items() if round(size / GIB, 2)}
         parts = ", ".join(f"{name} {size:.2f}" for name, size in shown.items())
-        spent = f"about {duration(run_flops(job)[0] / device.flops)}" if memory <= device.memory else "-"
+        time = f"about {duration(run_flops(job)[0] / device.flops)}" if memory <= device.memory else "-"
         lines.append(
-            f"{device.name}: {_gib(sum(shown.values()) * GIB)} of {_gib(device.memory)} GiB, {fits}, {spent} ({parts})"
+            f"{device.name}: {_gib(sum(shown.values()) * GIB)} of {_gib(device.memory)} GiB, {fits}, {time} ({parts})"
         )
     return lines
 
 
 def check_fits(job: Job, device: Device) -> None:
-    """Raises UserError where the peak is more than the device has, and says which change would make it fit."""
-    if needed(job, device) <= device.memory:
+    """Raise UserError if the peak exceeds the device's memory; it names the changes that make the run fit."""
+    if required_memory(job, device) <= device.memory:
         return
     smallest = replace(job, rows=(min(job.rows, key=lambda row: row.tokens),))
-    tries = {
+    changed = {
         "trainer.pack_tokens (a row of a few thousand tokens at most)": smallest,
         "trainer.gradient_checkpointing: true": replace(job, checkpointing=True),
         "reference: cached": replace(job, copies=False),
@@ -317,11 +354,13 @@ def check_fits(job: Job, device: Device) -> None:
         "lora: {r: 16}": replace(job, copies=False, sizes=replace(job.sizes, adapter=max(1, job.sizes.linear // 200))),
         "trainer.model_init_kwargs: {dtype: bfloat16}": replace(job, weight=2, compute=2),
     }
-    helps = [name for name, other in tries.items() if needed(other, device) < 0.97 * needed(job, device)]
-    enough = [name for name in helps if needed(tries[name], device) <= device.memory]
+    memory = {name: required_memory(other, device) for name, other in changed.items()}
+    helps = [name for name, size in memory.items() if size < 0.97 * required_memory(job, device)]
+    enough = [name for name in helps if memory[name] <= device.memory]
     change = " or ".join(enough) if enough else f"several of {', '.join(helps)}; or take a smaller model"
     raise UserError(
-        f"the run needs about {_gib(needed(job, device))} GiB and {device.name} has {_gib(device.memory)}; set {change}"
+        f"the run needs about {_gib(required_memory(job, device))} GiB and {device.name} has {_gib(device.memory)}; "
+        f"set {change}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What decides the costs of a run, before any weight is read: the model's sizes, the rows of the pairs, the machine.
+"""The inputs of a cost estimate: the model's sizes, the forward passes of the pairs, and the machine.
 
 Parameters are counted on the meta device. Speeds are ASSUMPTIONS, marked as such where they are.
 """
@@ -25,17 +25,17 @@ GIB = 2**30
 MFU = 0.4
 """ASSUMPTION: the share of a GPU's bf16 peak that training reaches."""
 CPU_SHARE = 0.5
-"""ASSUMPTION: the share of a large matrix product's speed, measured for a moment, that training reaches on a CPU."""
-_SHOWN_LAYERS = 12
-"""How many names of layers an error lists at most."""
+"""ASSUMPTION: the share of a large matrix product's speed, measured briefly, that training reaches on a CPU."""
+_MAX_LAYERS_LISTED = 12
+"""Layer names that an error lists at most."""
 
 
 # ---- the model
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What of a model decides its costs. `linear` counts the weights of its linear layers but the LM head."""
+class ModelSizes:
+    """The sizes of a model that determine its costs. `linear` counts linear layers' weights without the LM head."""
 
     parameters: int
     linear: int
@@ -47,15 +47,15 @@ class Sizes:
     vocabulary: int
     tied: bool
     stored: int | None = None
-    """Bytes of a number in the model's file, as its config says it."""
+    """Bytes of a number in the model's file, according to its config."""
 
     @property
     def trained(self) -> int:
-        """How many parameters have a gradient."""
+        """The number of parameters with a gradient."""
         return self.adapter or self.parameters
 
 
-def sizes_of(name: ModelName, lora: Any = None) -> Sizes:
+def model_sizes(name: ModelName, lora: Any = None) -> ModelSizes:
     """Count a model's parameters on the meta device. `lora` is a PEFT config, or None.
 
     Raises UserError for a config that cannot be read, ValueError for a model that the formulas do not describe.
@@ -65,31 +65,31 @@ def sizes_of(name: ModelName, lora: Any = None) -> Sizes:
         from peft import PeftConfig
 
         lora = PeftConfig.from_pretrained(name.path)
-    return sizes_of_model(model, lora)
+    return count_sizes(model, lora)
 
 
 def check_adapter(name: ModelName, lora: Any) -> list[str]:
-    """Put an adapter, a PEFT config, on a model without weights. Returns what the user should know of its modules.
+    """Apply an adapter, a PEFT config, to a model without weights. Returns notes for the user on its modules.
 
-    Raises UserError if it fits no module of the model, or the LM head, which is not trained through an adapter.
+    Raises UserError if it matches no module of the model, or the LM head, which an adapter cannot train here.
     """
     import torch
     from peft import get_peft_model
 
     try:
         model = _without_weights(name)
-    except (ValueError, AttributeError):  # of a model that only its own code can describe: loading it says why
+    except (ValueError, AttributeError):  # a model that only its own code can build; loading it reports why
         return []
     head = model.get_output_embeddings()
     names = {module: path for path, module in model.named_modules()}
     linear = sorted({path.rpartition(".")[2] for module, path in names.items()
                      if isinstance(module, torch.nn.Linear) and module is not head})  # fmt: skip
-    allowed = f"linear layers of the model: {', '.join(linear[:_SHOWN_LAYERS])}"
+    allowed = f"linear layers of the model: {', '.join(linear[:_MAX_LAYERS_LISTED])}"
     modules = lora.target_modules
     listed = modules if isinstance(modules, str) else ", ".join(sorted(modules))
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT gives them again for the model that is trained
+            warnings.simplefilter("ignore")  # PEFT repeats them for the model that is trained
             targets = get_peft_model(model, lora).base_model.targeted_module_names
     except ValueError as error:
         raise UserError(
@@ -107,7 +107,7 @@ def check_adapter(name: ModelName, lora: Any) -> list[str]:
 
 
 def _without_weights(name: ModelName) -> Any:
-    """The model on the meta device. Raises UserError for a config that cannot be read."""
+    """Build the model on the meta device. Raises UserError for a config that cannot be read."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -119,13 +119,16 @@ def _without_weights(name: ModelName) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=name.trust_remote_code)
 
 
-def sizes_of_model(model: Any, lora: Any = None) -> Sizes:
-    """The same of a model on any device, which a `lora` changes in place."""
+def count_sizes(model: Any, lora: Any = None) -> ModelSizes:
+    """Count the parameters of a model on any device. A `lora` changes the model in place.
+
+    Raises ValueError for a model that the formulas do not describe.
+    """
     import torch
 
     config = model.config.get_text_config()
-    wanted = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    if missing := [key for key in wanted if not isinstance(getattr(config, key, None), int)]:
+    required = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    if missing := [key for key in required if not isinstance(getattr(config, key, None), int)]:
         raise ValueError(f"its config gives no single {missing[0]}")
     if any(getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise ValueError("it is a mixture of experts")
@@ -141,7 +144,7 @@ def sizes_of_model(model: Any, lora: Any = None) -> Sizes:
 
         with torch.device("meta"):
             adapter = sum(p.numel() for p in get_peft_model(model, lora).parameters() if p.requires_grad)
-    return Sizes(
+    return ModelSizes(
         parameters, linear, adapter, config.num_hidden_layers, config.hidden_size, config.intermediate_size,
         config.num_attention_heads * width, config.vocab_size, tied, getattr(stored, "itemsize", None),
     )  # fmt: skip
@@ -151,10 +154,10 @@ def sizes_of_model(model: Any, lora: Any = None) -> Sizes:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One forward pass: tokens, positions with a label, query-key products, and what the second branches copy.
+class PassCost:
+    """The size of one forward pass: tokens, positions with a label, and query-key products of attention.
 
-    `keys` are the keys and values put together anew for rejected branches, `masked` their query-key products.
+    `keys` counts the keys and values that are concatenated for rejected branches, `masked` their query-key products.
     """
 
     tokens: int
@@ -163,54 +166,57 @@ class Row:
     keys: int = 0
     masked: int = 0
 
-    def __add__(self, other: Row) -> Row:
-        return Row(*(a + b for a, b in zip(self._all(), other._all(), strict=True)))
+    def __add__(self, other: PassCost) -> PassCost:
+        return PassCost(*(a + b for a, b in zip(self._all(), other._all(), strict=True)))
 
     def _all(self) -> tuple[int, ...]:
         return self.tokens, self.labels, self.products, self.keys, self.masked
 
 
-def row_of(prompt: int, both: int, chosen: int, rejected: int) -> Row:
-    """A pair in a packed row: lengths of prompt, of the responses' common beginning, and of either whole response.
+def pair_cost(prompt: int, common: int, chosen: int, rejected: int) -> PassCost:
+    """Return the size of a pair in a packed row, from the lengths of the prompt, of the responses' common beginning,
+    and of both responses.
 
-    tokens = prompt + chosen + rejected - both; the first branch is prompt + chosen squared, the second the rest of
-    rejected times all it sees, both counted as whole rectangles, as kernels that are not told about causality compute.
+    tokens = prompt + chosen + rejected - common. The first branch has (prompt + chosen)^2 query-key products; the
+    second has the remaining rejected tokens times all tokens that they attend to. Both are whole rectangles, since
+    kernels without causal masking compute them.
     """
-    first, rest = prompt + chosen, rejected - both
-    seen = prompt + both + rest
-    second = rest * seen
-    return Row(first + rest, chosen + rest, first * first + second, seen if rest else 0, second)
+    first, branch = prompt + chosen, rejected - common
+    context = prompt + common + branch
+    second = branch * context
+    return PassCost(first + branch, chosen + branch, first * first + second, context if branch else 0, second)
 
 
-def rows_of(
-    examples: Sequence[dict[str, list[int]]], batch: int, most: int | None, shared: bool, seed: int
-) -> list[Row]:
-    """The forward passes of one epoch, in an order drawn by `seed`: pairs in batches, cut at `most` tokens."""
+def pass_costs(
+    examples: Sequence[dict[str, list[int]]], batch: int, max_tokens: int | None, shared: bool, seed: int
+) -> list[PassCost]:
+    """Return the forward passes of one epoch: pairs shuffled by `seed`, in batches of at most `max_tokens` tokens."""
     pairs = []
     for example in examples:
         prompt, chosen, rejected = (len(example[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
-        both = shared_response_length(example)
+        common = shared_response_length(example)
         if not (chosen and rejected):  # an unpaired row: one branch, whichever response it is
             chosen, rejected = chosen or rejected, 0
-        pairs.append((prompt, both, chosen, rejected))
+        pairs.append((prompt, common, chosen, rejected))
     random.Random(seed).shuffle(pairs)
     rows = []
     for start in range(0, len(pairs), batch):
-        part = pairs[start : start + batch]
+        batch_pairs = pairs[start : start + batch]
         if not shared:
-            longest = max(prompt + max(chosen, rejected) for prompt, _, chosen, rejected in part)
-            sequences = sum(2 if rejected else 1 for *_, rejected in part)
+            longest = max(prompt + max(chosen, rejected) for prompt, _, chosen, rejected in batch_pairs)
+            sequences = sum(2 if rejected else 1 for *_, rejected in batch_pairs)
             products = sequences * longest**2
-            rows.append(Row(sequences * longest, sequences * longest, products, masked=products))
+            rows.append(PassCost(sequences * longest, sequences * longest, products, masked=products))
             continue
-        packed = [row_of(*pair) for pair in part]
-        places = [list(range(len(packed)))] if most is None else pack_bins([row.tokens for row in packed], most)
-        rows += [_sum(packed[place] for place in bin) for bin in places]
+        costs = [pair_cost(*pair) for pair in batch_pairs]
+        everything = [list(range(len(costs)))]
+        bins = everything if max_tokens is None else pack_bins([cost.tokens for cost in costs], max_tokens)
+        rows += [_sum(costs[index] for index in bin) for bin in bins]
     return rows
 
 
-def _sum(rows: Iterable[Row]) -> Row:
-    total = Row(0, 0, 0)
+def _sum(rows: Iterable[PassCost]) -> PassCost:
+    total = PassCost(0, 0, 0)
     for row in rows:
         total = total + row
     return total
@@ -221,14 +227,14 @@ def _sum(rows: Iterable[Row]) -> Row:
 
 @dataclass(frozen=True)
 class Device:
-    """A machine to run on: bytes of memory, floating-point operations a second reached in training."""
+    """A machine: bytes of memory, and floating-point operations per second that training reaches."""
 
     name: str
     memory: float
     flops: float
     is_gpu: bool = True
     reserved: float = 1.0 * GIB
-    """Bytes that are taken before the first tensor: the CUDA context, or Python with its libraries."""
+    """Bytes in use before the first tensor: the CUDA context, or Python with its libraries."""
 
 
 GPUS = (
@@ -237,21 +243,21 @@ GPUS = (
     Device("H200 141GB", 140 * GIB, 989e12 * MFU),
     Device("RTX 4090 24GB", 24 * GIB, 165e12 * MFU),
 )
-"""Dense bf16 peaks as the manufacturer gives them, times `MFU`."""
+"""Flops are the manufacturer's dense bf16 peaks, times `MFU`."""
 
 
 def this_machine() -> Device:
-    """The machine that this runs on, its memory as the operating system or a container's limit gives it.
+    """Return the current machine, with the memory that the operating system or the container's limit states.
 
-    A CPU's speed is that of a matrix product of 1024, measured, times `CPU_SHARE`; a GPU's is taken from `GPUS` by its
-    name, else from the A100.
+    A CPU's speed is the measured speed of a matrix product of 1024 times `CPU_SHARE`; a GPU's is that of the `GPUS`
+    entry whose name matches, else the A100's.
     """
     import torch
 
     if torch.cuda.is_available():
         name, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
-        like = next((gpu for gpu in GPUS if gpu.name.split(" ")[-2] in name), GPUS[0])
-        return Device(f"this machine: {name}", memory, like.flops)
+        listed = next((gpu for gpu in GPUS if gpu.name.split(" ")[-2] in name), GPUS[0])
+        return Device(f"this machine: {name}", memory, listed.flops)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text("utf-8").strip()).isdigit():

@@ -17,8 +17,8 @@ from clair.core.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from apo.cost import memory as fit
-    from apo.cost import sizes as shapes
+    from apo.cost.memory import Job
+    from apo.cost.sizes import Device
     from apo.data.tokenize import Tokenized
     from apo.monitoring.guard import GuardSet
     from apo.training.trainer_config import APOConfig
@@ -63,7 +63,7 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
     `processes` plans a run of so many, which this need not be. `day` is the date (YYYY-MM-DD) that a chat template
     writes as today's, by default that of the run in `config.out` (`runs.template_day`).
     """
-    from apo.cost import sizes as shapes
+    from apo.cost.sizes import check_adapter
     from apo.data.sources import load_eval, load_train
     from apo.data.tokenize import answer_lengths
     from apo.distributed.launch import check_launch
@@ -91,7 +91,7 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
     if eval_pairs is None and args.eval_strategy != "no":
         raise UserError("trainer.eval_strategy is set but there are no held-out pairs; set `eval`, or leave it out")
     if config.lora:
-        notes += shapes.check_adapter(name, lora_config(config))
+        notes += check_adapter(name, lora_config(config))
     ends, context = models.load_generation_config(name), models.context_length(name)
     bound, change = "trainer.max_length", "; raise trainer.max_length"
     if context and context < (args.max_length or math.inf):
@@ -121,29 +121,33 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
 class Estimate:
     """What a checked plan will cost: as it runs on a GPU (True) and on a CPU (False)."""
 
-    jobs: dict[bool, fit.Job]
-    machine: shapes.Device
+    jobs: dict[bool, Job]
+    machine: Device
 
     @property
-    def here(self) -> fit.Job:
+    def here(self) -> Job:
         """The run on the machine it starts on."""
         return self.jobs[self.machine.is_gpu]
 
 
 def estimate(planned: Plan) -> Estimate | str:
-    """The costs of a plan (fit.py), or why they cannot be told."""
-    from apo.cost import memory as fit
-    from apo.cost import sizes as shapes
-    from apo.cost.deepspeed_memory import zero_of
+    """Return the costs of a plan, or the reason why they cannot be estimated."""
+    from apo.cost.deepspeed_memory import parse_zero_config
+    from apo.cost.memory import build_job
+    from apo.cost.sizes import model_sizes, this_machine
     from apo.losses.mixture import resolve_mixture
 
     config, args = planned.config, planned.args
-    machine = shapes.this_machine()
+    machine = this_machine()
     if args.use_cpu and machine.is_gpu:
         return "the run leaves the GPU unused"
     try:
-        sizes = shapes.sizes_of(planned.name, lora_config(config))
-        zero = zero_of(args.deepspeed_plugin.deepspeed_config, sizes.hidden) if deepspeed_requested(args) else None
+        sizes = model_sizes(planned.name, lora_config(config))
+        zero = (
+            parse_zero_config(args.deepspeed_plugin.deepspeed_config, sizes.hidden)
+            if deepspeed_requested(args)
+            else None
+        )
     except (ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -154,7 +158,7 @@ def estimate(planned: Plan) -> Estimate | str:
     asked = config.trainer.get("gradient_checkpointing", config.trainer.get("activation_checkpointing"))
     dtype = str((args.model_init_kwargs or {}).get("dtype", "float32"))
     jobs = {
-        on_gpu: fit.job_of(
+        on_gpu: build_job(
             sizes, planned.train.dataset, args, planned.steps, reference=reference, dtype=dtype,
             mixed=config.trainer.get("bf16", on_gpu) or args.fp16,
             checkpointing=on_gpu if asked is None else asked, on_gpu=on_gpu,

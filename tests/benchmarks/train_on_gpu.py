@@ -89,7 +89,7 @@ def run(mode: str, tune: str, model: Any, lengths: list[tuple[int, int, int]], b
     import torch
     from transformers import TrainerCallback
 
-    from apo.cost.sizes import row_of
+    from apo.cost.sizes import pair_cost
     from apo.data.rendering import common_prefix
     from apo.monitoring.throughput import compute_scale
     from apo.packing.batch import uncollate
@@ -115,7 +115,7 @@ def run(mode: str, tune: str, model: Any, lengths: list[tuple[int, int, int]], b
         for batch_ in trainer.get_train_dataloader():
             for pair in uncollate(batch_):
                 prompt, chosen, rejected = (pair[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
-                row = row_of(len(prompt), common_prefix(chosen, rejected), len(chosen), len(rejected))
+                row = pair_cost(len(prompt), common_prefix(chosen, rejected), len(chosen), len(rejected))
                 needed["tokens"] += 2 * len(prompt) + len(chosen) + len(rejected)
                 needed["flops"] += 0 if isinstance(scale, str) else scale.flops(row.tokens, row.labels, row.products)
     pairs = len(lengths)

@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from apo.cost import memory as fit
 from apo.cost import sizes as shapes
-from apo.cost.deepspeed_memory import Zero, held, zero_of
-from apo.cost.sizes import Device, Row, rows_of
+from apo.cost.deepspeed_memory import ZeroConfig, parse_zero_config, zero_memory
+from apo.cost.sizes import Device, PassCost, pass_costs
 from apo.packing import onednn as matmul
 from apo.packing.layout import pack_pairs
 from apo.packing.packed_model import enable_packing, packed_logps
@@ -48,7 +48,7 @@ def examples(n=3, prompt=9, seed=0):
 
 
 def test_llama_3_8b_has_the_parameters_that_its_card_says():
-    sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B))
+    sizes = shapes.count_sizes(llama(**LLAMA_3_8B))
     assert sizes.parameters == 8_030_261_248
     # by hand, a layer: q and o 4096^2, k and v 4096 x 1024, three of 4096 x 14336
     assert sizes.linear == 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
@@ -56,7 +56,7 @@ def test_llama_3_8b_has_the_parameters_that_its_card_says():
 
 
 def test_an_adapters_parameters_by_hand():
-    sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B), lora(r=16))
+    sizes = shapes.count_sizes(llama(**LLAMA_3_8B), lora(r=16))
     per_layer = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
     assert sizes.adapter == sizes.trained == 32 * 16 * per_layer
     assert sizes.parameters == 8_030_261_248
@@ -64,23 +64,23 @@ def test_an_adapters_parameters_by_hand():
 
 def test_a_row_by_hand():
     # 4 of prompt, 2 shared, then 3 and 1: chosen is 5 long, rejected 3.
-    assert shapes.row_of(4, 2, 5, 3) == Row(tokens=10, labels=6, products=9 * 9 + 1 * 7, keys=7, masked=7)
+    assert shapes.pair_cost(4, 2, 5, 3) == PassCost(tokens=10, labels=6, products=9 * 9 + 1 * 7, keys=7, masked=7)
     pair = {"prompt_ids": [1, 2], "chosen_ids": [5, 6, 7], "rejected_ids": [5, 8]}
-    assert rows_of([pair], 1, None, True, 0) == [shapes.row_of(2, 1, 3, 2)]
-    assert rows_of([pair], 1, None, False, 0) == [Row(10, 10, 50, masked=50)]
-    assert len(rows_of([pair] * 6, 3, None, True, 0)) == 2
-    assert [row.tokens for row in rows_of([pair] * 6, 3, 12, True, 0)] == [12, 6, 12, 6]
+    assert pass_costs([pair], 1, None, True, 0) == [shapes.pair_cost(2, 1, 3, 2)]
+    assert pass_costs([pair], 1, None, False, 0) == [PassCost(10, 10, 50, masked=50)]
+    assert len(pass_costs([pair] * 6, 3, None, True, 0)) == 2
+    assert [row.tokens for row in pass_costs([pair] * 6, 3, 12, True, 0)] == [12, 6, 12, 6]
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_flops_are_those_that_torch_counts(adapter):
     pairs, model = examples(), make_model()
-    sizes = shapes.sizes_of_model(make_model(), lora() if adapter else None)
+    sizes = shapes.count_sizes(make_model(), lora() if adapter else None)
     if adapter:
         model = get_peft_model(model, lora())
     enable_packing(model)
     layout = pack_pairs(pairs)
-    (row,) = rows_of(pairs, len(pairs), None, True, 0)
+    (row,) = pass_costs(pairs, len(pairs), None, True, 0)
     assert row.tokens == layout.input_ids.numel()
     assert row.labels == len(layout.labels)
     # The counter knows the plain kernel of attention on a CPU, which keeps its scores; the fused one makes them anew.
@@ -102,13 +102,13 @@ def test_flops_are_those_that_torch_counts(adapter):
 def test_the_activations_counted_are_those_that_autograd_saves(dtype, mixed, adapter):
     sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = LlamaConfig(**sizes, vocab_size=64)
-    counted = shapes.sizes_of_model(LlamaForCausalLM(config), lora() if adapter else None)
+    counted = shapes.count_sizes(LlamaForCausalLM(config), lora() if adapter else None)
     model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     if adapter:
         model = get_peft_model(model, lora())
     enable_packing(model)
     pairs, stored = examples(4, prompt=60), {}
-    (row,) = rows_of(pairs, 4, None, True, 0)
+    (row,) = pass_costs(pairs, 4, None, True, 0)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = []
 
@@ -126,37 +126,39 @@ def test_the_activations_counted_are_those_that_autograd_saves(dtype, mixed, ada
     ):
         packed_logps(model, pack_pairs(pairs))
     weight = 4 if dtype == "float32" else 2
-    expected = fit.row_bytes(job(counted, [row], weight=weight, compute=2 if mixed else weight, mixed=mixed), row)
+    expected = fit.activation_bytes(
+        job(counted, [row], weight=weight, compute=2 if mixed else weight, mixed=mixed), row
+    )
     assert sum(stored.values()) == pytest.approx(expected, rel=0.08)
 
 
 def test_memory_by_hand_and_what_lowers_it():
-    sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B))
-    row = shapes.row_of(500, 0, 500, 500)
+    sizes = shapes.count_sizes(llama(**LLAMA_3_8B))
+    row = shapes.pair_cost(500, 0, 500, 500)
     full = job(sizes, [row] * 2, weight=2, compute=2, on_gpu=True)
-    memory = fit.memory_of(full)
+    memory = fit.peak_memory(full)
     assert memory["weights"] == 2 * sizes.parameters
     assert memory["optimizer"] == 2 * 2 * sizes.parameters
     total = sum(memory.values())
-    assert fit.memory_of(replace(full, copies=True))["weights"] == 2 * memory["weights"]
-    assert sum(fit.memory_of(replace(full, states=0)).values()) == total - memory["optimizer"]
+    assert fit.peak_memory(replace(full, copies=True))["weights"] == 2 * memory["weights"]
+    assert sum(fit.peak_memory(replace(full, states=0)).values()) == total - memory["optimizer"]
     checkpointed = replace(full, checkpointing=True)
-    assert fit.row_bytes(checkpointed, row) < fit.row_bytes(full, row) / 10
+    assert fit.activation_bytes(checkpointed, row) < fit.activation_bytes(full, row) / 10
     adapter = replace(checkpointed, sizes=replace(sizes, adapter=42_000_000))
     gpu = shapes.GPUS[0]
-    assert fit.needed(adapter, gpu) < gpu.memory < fit.needed(replace(full, weight=4), gpu)
+    assert fit.required_memory(adapter, gpu) < gpu.memory < fit.required_memory(replace(full, weight=4), gpu)
 
 
 def test_an_unpaired_row_is_one_branch():
     rows = [{"prompt_ids": [1, 2], "chosen_ids": [5, 6, 7], "rejected_ids": []}]
     rows.append({"prompt_ids": [1, 2], "chosen_ids": [], "rejected_ids": [5, 6, 7]})
-    assert rows_of(rows, 1, None, True, 0) == [Row(tokens=5, labels=3, products=25)] * 2
-    assert rows_of(rows, 2, None, False, 0) == [Row(10, 10, 50, masked=50)]
+    assert pass_costs(rows, 1, None, True, 0) == [PassCost(tokens=5, labels=3, products=25)] * 2
+    assert pass_costs(rows, 2, None, False, 0) == [PassCost(10, 10, 50, masked=50)]
 
 
 def test_the_reference_is_counted_once_or_at_every_step():
-    sizes = shapes.sizes_of_model(make_model())
-    row = shapes.row_of(9, 0, 5, 5)
+    sizes = shapes.count_sizes(make_model())
+    row = shapes.pair_cost(9, 0, 5, 5)
     forward = fit.forward_flops(sizes, row)
     run = job(sizes, [row] * 4, pairs=4, seen=12)
     bare = fit.run_flops(run)[0]
@@ -182,9 +184,9 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help(recipe, monkeypat
 
 
 def test_the_parts_of_the_memory_add_up_to_its_total():
-    sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B), lora(16))
+    sizes = shapes.count_sizes(llama(**LLAMA_3_8B), lora(16))
     for tokens in (100, 333, 500, 1777):
-        run = job(sizes, [shapes.row_of(tokens, 0, tokens, tokens)] * 2, weight=2, compute=2, on_gpu=True)
+        run = job(sizes, [shapes.pair_cost(tokens, 0, tokens, tokens)] * 2, weight=2, compute=2, on_gpu=True)
         (line,) = fit.table({True: run}, shapes.GPUS[:1])
         total, terms = re.fullmatch(r"A100 80GB: ([\d.]+) of .* \((.*)\)", line).groups()
         assert "libraries 1.00" in terms
@@ -209,31 +211,34 @@ def test_a_processor_that_others_use_too_is_as_fast_as_ever(monkeypatch):
 
 
 def test_one_change_that_is_enough_is_named_alone():
-    sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B), lora(16))
-    run = job(sizes, [shapes.row_of(500, 0, 500, 500)] * 2, weight=2, compute=2, on_gpu=True)
+    sizes = shapes.count_sizes(llama(**LLAMA_3_8B), lora(16))
+    run = job(sizes, [shapes.pair_cost(500, 0, 500, 500)] * 2, weight=2, compute=2, on_gpu=True)
     between = Device(
-        "D", (fit.needed(run, shapes.GPUS[0]) + sum(fit.memory_of(replace(run, checkpointing=True)).values())) / 2, 1
+        "D",
+        (fit.required_memory(run, shapes.GPUS[0]) + sum(fit.peak_memory(replace(run, checkpointing=True)).values()))
+        / 2,
+        1,
     )
     with pytest.raises(UserError, match=r"set trainer.gradient_checkpointing: true$"):
         fit.check_fits(run, between)
 
 
 def test_memory_of_one_of_eight_processes_by_hand():
-    sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B))
-    row = shapes.row_of(500, 0, 500, 500)
+    sizes = shapes.count_sizes(llama(**LLAMA_3_8B))
+    row = shapes.pair_cost(500, 0, 500, 500)
     alone = job(sizes, [row], compute=2, on_gpu=True, checkpointing=True, accumulates=True)
-    sharded = fit.memory_of(replace(alone, processes=8, sharded=True))
+    sharded = fit.peak_memory(replace(alone, processes=8, sharded=True))
     layer, outside = sizes.linear / 32, sizes.parameters - sizes.linear
     assert sharded["optimizer"] == 2 * 4 * sizes.parameters / 8
     assert sharded["gradients"] == 4 * sizes.parameters / 8
     assert sharded["weights"] == 4 * sizes.parameters / 8 + 2 * 2 * (outside + 2 * layer)
-    assert sharded["activations"] == fit.memory_of(alone)["activations"]
+    assert sharded["activations"] == fit.peak_memory(alone)["activations"]
     # for the reference's pass the model is whole once, in float32 and with the copies of autocast
     assert sum(sharded.values()) == 4 * sizes.parameters + 2 * sizes.linear
-    copies = fit.memory_of(replace(alone, processes=8))
-    assert copies == fit.memory_of(alone) | {"buckets": 4 * sizes.parameters}
+    copies = fit.peak_memory(replace(alone, processes=8))
+    assert copies == fit.peak_memory(alone) | {"buckets": 4 * sizes.parameters}
     adapter = replace(alone, sizes=replace(sizes, adapter=42_000_000), processes=8, sharded=True)
-    assert fit.memory_of(adapter)["weights"] == pytest.approx(
+    assert fit.peak_memory(adapter)["weights"] == pytest.approx(
         4 * (sizes.parameters + 42_000_000) / 8 + 2 * (outside + 2 * layer)
     )
     run = replace(alone, reference="cached", pairs=8, seen=8)
@@ -241,12 +246,14 @@ def test_memory_of_one_of_eight_processes_by_hand():
 
 
 def test_a_deepspeed_config_is_read():
-    assert zero_of({}, 8) is None
-    assert zero_of({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, 8) is None
-    assert zero_of({"zero_optimization": {"stage": 2}}, 8) == Zero(2, 500_000_000, 1, 1_000_000_000, 50_000_000)
+    assert parse_zero_config({}, 8) is None
+    assert parse_zero_config({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, 8) is None
+    assert parse_zero_config({"zero_optimization": {"stage": 2}}, 8) == ZeroConfig(
+        2, 500_000_000, 1, 1_000_000_000, 50_000_000
+    )
     config = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "cpu"}}
-    zero = zero_of({"zero_optimization": config, "bf16": {"enabled": True}, "fp16": {"enabled": "auto"}}, 8)
-    assert zero == Zero(2, bucket=64, buckets=2, half=True, offload=True)
+    zero = parse_zero_config({"zero_optimization": config, "bf16": {"enabled": True}, "fp16": {"enabled": "auto"}}, 8)
+    assert zero == ZeroConfig(2, bucket=64, buckets=2, half=True, offload=True)
     config = {
         "stage": 3,
         "overlap_comm": True,
@@ -254,8 +261,8 @@ def test_a_deepspeed_config_is_read():
         "stage3_prefetch_bucket_size": "auto",
         "offload_param": {"device": "none"},
     }
-    assert zero_of({"zero_optimization": config, "fp16": {"enabled": True}}, 8) == Zero(
-        3, live=50_000_000, ahead=57, half=True
+    assert parse_zero_config({"zero_optimization": config, "fp16": {"enabled": True}}, 8) == ZeroConfig(
+        3, live=50_000_000, prefetch=57, half=True
     )
 
 
@@ -271,14 +278,14 @@ def test_a_deepspeed_config_is_read():
 )
 def test_models_that_the_formulas_do_not_describe_are_refused_by_name(key, value, named):
     with pytest.raises(ValueError, match=f"do not describe DeepSpeed's {named}$"):
-        zero_of({"zero_optimization": {"stage": 3, key: value}}, 8)
+        parse_zero_config({"zero_optimization": {"stage": 3, key: value}}, 8)
 
 
 def test_memory_under_zero_by_hand():
-    sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B))
+    sizes = shapes.count_sizes(llama(**LLAMA_3_8B))
     p, on = sizes.parameters, {"processes": 8, "on_gpu": True, "accumulates": False}
     bucket = 2 * 500_000_000
-    stage1, stage2, stage3 = (held(sizes, Zero(stage, half=True), 2, **on) for stage in (1, 2, 3))
+    stage1, stage2, stage3 = (zero_memory(sizes, ZeroConfig(stage, half=True), 2, **on) for stage in (1, 2, 3))
     # bfloat16 weights and gradients; the copy in float32 and AdamW's two states are shared out by all stages
     assert {each.optimizer for each in (stage1, stage2, stage3)} == {(4 + 8) * p / 8}
     assert stage1.weights == stage2.weights == 2 * p
@@ -287,28 +294,30 @@ def test_memory_under_zero_by_hand():
     assert (stage2.begin, stage2.end) == (bucket, 2 * p / 8 + 2 * bucket)
     assert (stage3.begin, stage3.end) == (2 * p / 8 + bucket + 2 * 50_000_000, (2 + 4) * p / 8 + 2 * bucket)
     adds_up = {**on, "accumulates": True}
-    assert held(sizes, Zero(2, half=True), 2, **adds_up).begin == 2 * p / 8 + bucket
-    assert held(sizes, Zero(1, half=True), 2, **adds_up).begin == 2 * p + bucket
-    away = held(sizes, Zero(2, half=True, offload=True), 2, **on)
+    assert zero_memory(sizes, ZeroConfig(2, half=True), 2, **adds_up).begin == 2 * p / 8 + bucket
+    assert zero_memory(sizes, ZeroConfig(1, half=True), 2, **adds_up).begin == 2 * p + bucket
+    away = zero_memory(sizes, ZeroConfig(2, half=True, offload=True), 2, **on)
     assert (away.optimizer, away.weights, away.end) == (0, 2 * p, 2 * bucket)
-    assert held(sizes, Zero(2), 2, **on).optimizer == (4 + 8) * p / 8, "stage 2 copies weights in float32 too"
-    assert held(sizes, Zero(3), 2, **on).optimizer == 8 * p / 8
-    small = held(sizes, Zero(2, bucket=1000, half=True), 2, **on | {"on_gpu": False})
+    assert zero_memory(sizes, ZeroConfig(2), 2, **on).optimizer == (4 + 8) * p / 8, (
+        "stage 2 copies weights in float32 too"
+    )
+    assert zero_memory(sizes, ZeroConfig(3), 2, **on).optimizer == 8 * p / 8
+    small = zero_memory(sizes, ZeroConfig(2, bucket=1000, half=True), 2, **on | {"on_gpu": False})
     assert (small.begin, small.end) == (0, 2 * p / 8 + 2 * 2000)
 
 
 def test_a_job_under_zero_is_that_of_its_config():
-    sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B), lora(r=16))
-    row = shapes.row_of(50, 0, 50, 50)
+    sizes = shapes.count_sizes(llama(**LLAMA_3_8B), lora(r=16))
+    row = shapes.pair_cost(50, 0, 50, 50)
     alone = job(sizes, [row], weight=2, compute=2, on_gpu=True, processes=8)
-    memory = fit.memory_of(replace(alone, zero=Zero(3, half=True)))
+    memory = fit.peak_memory(replace(alone, zero=ZeroConfig(3, half=True)))
     assert memory["weights"] == 2 * (sizes.parameters + sizes.adapter) / 8 + 2e9
     assert memory["optimizer"] == 12 * sizes.adapter / 8
     assert "buckets" not in memory
     # for the reference's pass the model is whole once
     assert sum(memory.values()) == pytest.approx(2 * (sizes.parameters + sizes.adapter))
     # DeepSpeed rounds the adapter as well, so its inputs are in the type of the weights
-    assert fit.row_bytes(replace(alone, zero=Zero(2, half=True)), row) < fit.row_bytes(alone, row)
+    assert fit.activation_bytes(replace(alone, zero=ZeroConfig(2, half=True)), row) < fit.activation_bytes(alone, row)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -318,7 +327,7 @@ def test_a_dry_run_shows_the_costs_under_the_launchers_zero(stage, recipe, monke
     planned.args.deepspeed_plugin = SimpleNamespace(deepspeed_config=config, zero_stage=stage)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     costs = estimate(planned)
-    assert {job.zero for job in costs.jobs.values()} == {Zero(stage, half=True)}
+    assert {job.zero for job in costs.jobs.values()} == {ZeroConfig(stage, half=True)}
     assert {(job.weight, job.compute, job.mixed) for job in costs.jobs.values()} == {(2, 2, False)}
     config["zero_optimization"]["offload_param"] = {"device": "nvme"}
     assert estimate(planned) == "the formulas do not describe DeepSpeed's offload_param"
@@ -326,7 +335,7 @@ def test_a_dry_run_shows_the_costs_under_the_launchers_zero(stage, recipe, monke
 
 def test_sharding_is_named_where_it_is_what_helps():
     run = job(
-        shapes.sizes_of_model(llama(**LLAMA_3_8B)), [shapes.row_of(50, 0, 50, 50)], compute=2, on_gpu=True, processes=8
+        shapes.count_sizes(llama(**LLAMA_3_8B)), [shapes.pair_cost(50, 0, 50, 50)], compute=2, on_gpu=True, processes=8
     )
     with pytest.raises(UserError, match=r"set trainer\.fsdp: true or lora"):
         fit.check_fits(run, shapes.GPUS[0])
@@ -354,7 +363,7 @@ def test_a_mixture_of_experts_has_no_estimate():
     model = make_model()
     model.config.num_local_experts = 8
     with pytest.raises(ValueError, match="mixture of experts"):
-        shapes.sizes_of_model(model)
+        shapes.count_sizes(model)
 
 
 MEASURE = """
@@ -386,7 +395,7 @@ def run(folder, lengths):
     name = models.find_model(folder)
     APOTrainer(models.load_model(name, **options), args=args, train_dataset=rows, processing_class=make_tokenizer(),
                peft_config=lora()).train()
-    return fit.job_of(shapes.sizes_of(name, lora()), rows, args, 3, reference="cached", dtype=case["dtype"],
+    return fit.build_job(shapes.model_sizes(name, lora()), rows, args, 3, reference="cached", dtype=case["dtype"],
                       checkpointing=bool(args.gradient_checkpointing), quantized=case["quantize"])
 
 run(case["first"], [9, 9, 5])
@@ -395,7 +404,7 @@ with open("/proc/self/clear_refs", "w") as file:
 base = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 job = run(case["model"], case["lengths"])
 (peak,) = (int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(json.dumps([sum(fit.memory_of(job).values()), peak - base]))
+print(json.dumps([sum(fit.peak_memory(job).values()), peak - base]))
 """
 MIDDLE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8,
           "vocab_size": 8000}  # fmt: skip

@@ -58,7 +58,7 @@ def test_work_by_hand():
 
 def test_work_in_packed_rows_is_that_of_the_layout_and_of_the_estimate():
     layout = pack_pairs(EXAMPLES)
-    rows = fit.rows_of(EXAMPLES, 2, None, True, seed=0)
+    rows = fit.pass_costs(EXAMPLES, 2, None, True, seed=0)
     useful, labels, products = token_counts(stacked(EXAMPLES), packed=True)[:, 2:].sum(0).tolist()
     assert useful == layout.input_ids.numel() == sum(row.tokens for row in rows)
     assert labels == len(layout.labels) == sum(row.labels for row in rows)
@@ -83,9 +83,9 @@ def test_model_flops_are_those_that_torch_counts(adapter):
 
 def test_recomputation_is_counted_by_the_estimate_and_not_by_the_utilisation():
     model = make_model()
-    scale, sizes = compute_scale(model, CPU), shapes.sizes_of_model(model)
+    scale, sizes = compute_scale(model, CPU), shapes.count_sizes(model)
     for labels in (60, 4_000_000):  # of the many, logits are not kept for backward
-        row = fit.Row(100, labels, 5000)
+        row = fit.PassCost(100, labels, 5000)
         job = fit.Job(sizes, (row,), 0, 1, 1, 1, 4, 4, 2, False, False, False, None)
         again = 0.5 * 4 * scale.attention * row.products + 2 * scale.head * labels * (labels > 1e6)
         assert fit.step_flops(job, row) == pytest.approx(scale.flops(100, labels, 5000) + again)

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 
 from apo.cost import memory as fit
-from apo.cost.sizes import sizes_of_model
+from apo.cost.sizes import count_sizes
 from apo.packing import attention, packed_model
 from apo.packing.layout import PackedRow
 from apo.training.trainer import APOTrainer
@@ -117,16 +117,16 @@ def test_the_memory_estimate_of_a_gpu_is_within_a_fifth(tmp_path, tokenizer, che
         output_dir=str(tmp_path), report_to="none", max_steps=3, save_strategy="no", disable_tqdm=True, bf16=True,
         per_device_train_batch_size=8, precompute_ref_log_probs=True, gradient_checkpointing=checkpointing,
     )  # fmt: skip
-    sizes = sizes_of_model(model)
+    sizes = count_sizes(model)
     trainer = APOTrainer(model, args=args, train_dataset=Dataset.from_list(make_pairs(16)), processing_class=tokenizer)
-    job = fit.job_of(
+    job = fit.build_job(
         sizes, trainer.train_dataset, args, 3, reference="cached", dtype="float32", mixed=True,
         checkpointing=checkpointing, on_gpu=True,
     )  # fmt: skip
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    assert sum(fit.memory_of(job).values()) == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.2)
+    assert sum(fit.peak_memory(job).values()) == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.2)
 
 
 @pytest.mark.slow

@@ -73,9 +73,9 @@ def test_the_quantization_config_is_nf4_with_double_quantisation(recipe, monkeyp
 
 
 def test_the_estimate_of_4_bit_weights_by_hand(recipe):
-    sizes = shapes.sizes_of_model(llama(**LLAMA_3_8B), lora(16))
-    plain = job(sizes, [shapes.row_of(50, 0, 50, 50)], weight=2, compute=2, on_gpu=True, checkpointing=True)
-    memory = fit.memory_of(replace(plain, quantized=True))
+    sizes = shapes.count_sizes(llama(**LLAMA_3_8B), lora(16))
+    plain = job(sizes, [shapes.pair_cost(50, 0, 50, 50)], weight=2, compute=2, on_gpu=True, checkpointing=True)
+    memory = fit.peak_memory(replace(plain, quantized=True))
     outside = 2 * (sizes.parameters - sizes.linear)  # embeddings, head and norms in bfloat16
     constants = sizes.linear / 64 + 4 * sizes.linear / 64 / 256
     matrix = 2 * 4096 * 14336
