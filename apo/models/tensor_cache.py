@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def file_of(folder: Path, key: str) -> Path:
+def file_path(folder: Path, key: str) -> Path:
     """Where the tensors of a key lie."""
     return folder / key[:2] / f"{key}.safetensors"
 
@@ -31,7 +31,7 @@ def load(folder: Path, key: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(file_of(folder, key))
+        tensors = load_file(file_path(folder, key))
     except (FileNotFoundError, NotADirectoryError, PermissionError, SafetensorError):
         return None
     whole = {name: tuple(tensor.shape) for name, tensor in tensors.items()} == dict(shapes)
@@ -42,7 +42,7 @@ def store(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> str | None:
     """Keep tensors under a key. Returns what to tell where that is not possible (read-only, full), else None."""
     from safetensors.torch import save_file
 
-    target = file_of(folder, key)
+    target = file_path(folder, key)
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

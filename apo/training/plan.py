@@ -11,7 +11,8 @@ from apo.distributed.launch import check_devices, deepspeed_requested, fsdp_requ
 from apo.models import load as models
 from apo.monitoring.guard import load_guard
 from apo.run_dir import files as runs
-from apo.training.config import TrainConfig, check_optimizer, lora_config, trainer_options
+from apo.training.config import TrainConfig, lora_config, trainer_options
+from apo.training.optimizer_check import check_optimizer
 from clair.core.errors import UserError
 
 if TYPE_CHECKING:

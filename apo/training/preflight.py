@@ -1,8 +1,8 @@
-"""Checks before the first step: what would train quietly and wrongly is told in one line instead."""
+"""Checks before the first step: one line about what would otherwise train silently and wrongly."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from apo.training.trainer import APOTrainer
 
 PER_TOKEN = {"float32": 1e-4, "half": 2e-2}
-"""How many nats per token policy and reference may differ by before training: rounding, not another model."""
+"""Nats per token by which policy and reference may differ before training: rounding, not another model."""
 PER_ANSWER = {"float32": 1e-3, "half": 0.3}
 """Added for each answer: a logit in bfloat16 is a multiple of 1/16 from 8 on, and an answer of one token has one.
-Rounding differs where the reference's log-probs are from the cache, computed in other batches."""
+Rounding also differs if the reference's log-probs are from the cache, computed in other batches."""
 
 
 def check_before_training(trainer: APOTrainer, rows: int = 8) -> dict[str, float]:
-    """Look at one batch as the trainer sees it. Returns the mean rewards found, which are 0.
+    """Check one batch as the trainer prepares it. Returns the mean rewards, which are 0 up to rounding.
 
-    Raises UserError where a response's end is not trained, or the policy is not its own reference.
+    Raises UserError if the end of a response is not trained, or if the policy is not its own reference.
     """
     dataset = trainer.train_dataset
     columns = set(trainer._signature_columns or ()) or None
@@ -30,28 +30,28 @@ def check_before_training(trainer: APOTrainer, rows: int = 8) -> dict[str, float
     if columns:
         examples = [{key: value for key, value in example.items() if key in columns} for example in examples]
     batch = trainer._prepare_inputs(trainer.data_collator(examples))
-    there = [bool(example[f"{name}_ids"]) for name in ("chosen", "rejected") for example in examples]
-    _check_ends(trainer, batch, torch.tensor(there).nonzero().squeeze(1))
+    present = [bool(example[f"{name}_ids"]) for name in ("chosen", "rejected") for example in examples]
+    _check_ends(trainer, batch, torch.tensor(present).nonzero().squeeze(1))
     if not trainer.objective.needs_reference:
         return {}
-    return _check_anchor(trainer, batch)
+    return _check_initial_rewards(trainer, batch)
 
 
-def _check_ends(trainer: APOTrainer, batch: dict[str, torch.Tensor], rows: torch.Tensor) -> None:
-    """The last real token of each sequence is an end of turn, and is trained on (pad = eos must not mask it)."""
+def _check_ends(trainer: APOTrainer, batch: dict[str, Any], rows: torch.Tensor) -> None:
+    """Raises UserError unless the last token of each sequence is an end of turn and is trained, even if pad = eos."""
     rows = rows.to(batch["input_ids"].device)
     last = batch["attention_mask"].sum(1)[rows] - 1
     ends = eos_ids(trainer.processing_class, trainer._generation_config)
     tokens = batch["input_ids"][rows, last].tolist()
-    if strangers := [token for token in tokens if token not in ends]:
-        found = trainer.processing_class.decode([strangers[0]])
-        raise UserError(f"the last token of an answer is {found!r}, not the end of turn; was the batch cut?")
+    if others := [token for token in tokens if token not in ends]:
+        text = trainer.processing_class.decode([others[0]])
+        raise UserError(f"the last token of an answer is {text!r}, not the end of turn; was the batch cut?")
     if not batch["completion_mask"][rows, last].all():
         raise UserError("the end of turn is masked out of training; give the tokenizer a pad_token of its own")
 
 
-def _check_anchor(trainer: APOTrainer, batch: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Before the first step the policy is its reference: every reward is 0."""
+def _check_initial_rewards(trainer: APOTrainer, batch: dict[str, Any]) -> dict[str, float]:
+    """Before the first step the policy is its reference: every reward is 0 up to rounding."""
     with trainer.evaluation_mode():
         policy, reference = trainer.pair_logps(trainer.model, batch), trainer._reference_logps(batch)
     exact = policy.chosen.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
@@ -60,9 +60,9 @@ def _check_anchor(trainer: APOTrainer, batch: dict[str, torch.Tensor]) -> dict[s
     lengths = {"chosen": policy.chosen_len, "rejected": policy.rejected_len}
     for name, ratio in ratios.items():
         if not (ratio.abs() <= PER_TOKEN[precision] * lengths[name] + PER_ANSWER[precision]).all():
-            worst = ratio.abs().nan_to_num(float("inf")).max().item()
+            largest = ratio.abs().nan_to_num(float("inf")).max().item()
             raise UserError(
-                f"the {name} reward is not 0 before the first step (log-ratio up to {worst:.3g} nats): the reference "
+                f"the {name} reward is not 0 before the first step (log-ratio up to {largest:.3g} nats): the reference "
                 "is not the model that is trained; leave ref_model out, or load both from one folder"
             )
     return {name: (trainer.beta * ratio).mean().item() for name, ratio in ratios.items()}

@@ -181,7 +181,7 @@ def build_trainer(planned: Plan, group: Group | None = None, tell: Callable[[str
         trainer = APOTrainer(
             model=model, args=args, train_dataset=planned.train.dataset, peft_config=lora_config(config),
             eval_dataset=planned.eval.dataset if planned.eval else None, processing_class=planned.tokenizer,
-            tell=_silent, callbacks=[InterruptCallback(group), inspection, MetricsCallback(Path(config.out)),
+            log=_silent, callbacks=[InterruptCallback(group), inspection, MetricsCallback(Path(config.out)),
                 ProgressBarCallback(), DiagnosisCallback(plain, tell)],
         )  # fmt: skip
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""APOConfig: what the trainer is told, which is TRL's DPOConfig with an objective and what packing and caching need."""
+"""APOConfig: TRL's DPOConfig with an objective and the options of packing and caching."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.utils import is_torch_bf16_gpu_available
-from trl import DPOConfig
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
+from trl.trainer.dpo_config import DPOConfig
 
 from apo.losses.mixture import resolve_mixture
 from clair.core.errors import UserError
@@ -21,29 +21,29 @@ IGNORED = (
     "f_alpha_divergence_coef", "ld_alpha", "use_weighting", "discopop_tau", "sync_ref_model", "ref_model_mixup_alpha",
     "ref_model_sync_steps", "padding_free", "truncation_mode", "pad_token",
 )  # fmt: skip
-"""Options of TRL that say something about its own losses or batches: refused beside `objective`, never ignored."""
+"""Options of TRL's own losses and batches: refused beside `objective`, never ignored."""
 _OBJECTIVES = {
     "sigmoid": "dpo", "sigmoid_norm": "{dpo: {length_normalised: true}}", "ipo": "ipo", "robust": "robust",
     "sft": "sft", "apo_zero": "apo_zero", "apo_down": "apo_down",
 }  # fmt: skip
-"""The objective that is TRL's `loss_type`."""
-_PUSH_ALL = ("checkpoint", "all_checkpoints")
-_ABOVE_0 = ("max_length", "pack_tokens", "pad_to_multiple_of", "precompute_ref_batch_size")
+"""The objective that equals each of TRL's `loss_type`s."""
+_UPLOADS_STATES = ("checkpoint", "all_checkpoints")
+_POSITIVE = ("max_length", "pack_tokens", "pad_to_multiple_of", "precompute_ref_batch_size")
 PACK_TOKENS_ON_CPU = 2048
-"""Measured: more tokens a pass are no faster on a CPU, and take more memory (docs/log.md)."""
+"""Measured: more tokens per pass are no faster on a CPU, and need more memory (docs/log.md)."""
 
 if TYPE_CHECKING:
     Spec = str | Callable[..., torch.Tensor] | dict[Any, Any]
 else:
-    Spec = str  # what a command line can say of it: TrlParser makes its option from this type
+    Spec = str  # TrlParser makes a command-line option from this type
 
 
 @dataclass
 class APOConfig(DPOConfig):
     """TRL's DPOConfig with an `objective`, a name or a function, in place of `loss_type`.
 
-    Runs on what is there: without an accelerator on the CPU in float32 and without activation checkpointing, on a GPU
-    in bfloat16 where it can. Raises UserError for an unknown objective, beta <= 0, and options that would be ignored.
+    Defaults follow the hardware: on a CPU float32 without activation checkpointing, on a GPU bfloat16 if it supports
+    it. Raises UserError for an unknown objective, beta <= 0, and options that would be ignored.
     """
 
     objective: Spec = field(
@@ -51,26 +51,30 @@ class APOConfig(DPOConfig):
         metadata={"help": "An objective's name, a function, or several with weights and options (as JSON in a text)."},
     )
     weights: str | None = field(
-        default=None, metadata={"help": "The dataset column that says how much each pair weighs; none: all alike."}
+        default=None, metadata={"help": "The dataset column with the weight of each pair; none: all weigh the same."}
     )
     shared_prefix: bool = field(
-        default=True, metadata={"help": "Whether to run each prompt once for both answers, without padding, if exact."}
+        default=True, metadata={"help": "Run each prompt once for both answers, without padding, if that is exact."}
     )
     pack_tokens: int | None = field(
         default=None,
-        metadata={"help": "The most tokens in one forward pass; a micro-batch of more is cut up. On a CPU: 2048."},
+        metadata={"help": "Maximum tokens per forward pass; a larger micro-batch is split. On a CPU: 2048."},
     )
     reference_cache: str | None = field(
-        default=None, metadata={"help": "Folder that keeps precomputed reference log-probs; none: computed every run."}
+        default=None,
+        metadata={"help": "Folder that stores precomputed reference log-probs; none: computed in every run."},
     )
-    loss_type: list[str] = field(default_factory=list, metadata={"help": "Refused: `objective` says it."})
-    truncation_mode: str | None = field(
+    loss_type: list[str] = field(default_factory=list, metadata={"help": "Refused: `objective` sets the loss."})
+    # None: not set.
+    truncation_mode: str | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]  # TRL: str
         default=None, metadata={"help": "keep_start or none: a row over max_length is left out, not cut."}
     )
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Default: on, except on a CPU."})
-    logging_first_step: bool = field(default=True, metadata={"help": "Whether to log the first step."})
-    # TRL's loop would show the running mean in place of a NaN loss, and wait for the device at every step to do so.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Whether to hide NaN losses in the logs."})
+    gradient_checkpointing: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]  # TRL: bool
+        default=None, metadata={"help": "Default: on, except on a CPU."}
+    )
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step."})
+    # TRL's filter replaces a NaN loss by the running mean, and waits for the device at every step to do so.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses in the logs."})
 
     def __post_init__(self) -> None:
         if isinstance(self.objective, str) and self.objective.lstrip().startswith("{"):
@@ -78,12 +82,12 @@ class APOConfig(DPOConfig):
         objective = resolve_mixture(self.objective)
         if not self.beta > 0:
             raise UserError(f"beta is {self.beta}; it must be above 0 (0.1 is usual)")
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        defaults = {option.name: option.default for option in dataclasses.fields(self)}
         for name in IGNORED:
             value = getattr(self, name)
             if value != defaults[name] and value != [] and (name, value) != ("truncation_mode", "keep_start"):
                 raise UserError(why_ignored(name, value, objective.name))
-        for name in _ABOVE_0:
+        for name in _POSITIVE:
             if isinstance(value := getattr(self, name), int) and value < 1:
                 raise UserError(f"{name} is {value}; it must be 1 or above, or leave it out")
         if self.neftune_noise_alpha is not None and self.neftune_noise_alpha < 0:
@@ -94,7 +98,7 @@ class APOConfig(DPOConfig):
             raise UserError(
                 "use_liger_kernel: liger-kernel is not installed; pip install liger-kernel, or leave it out"
             )
-        if self.push_to_hub and getattr(self.hub_strategy, "value", self.hub_strategy) in _PUSH_ALL:
+        if self.push_to_hub and getattr(self.hub_strategy, "value", self.hub_strategy) in _UPLOADS_STATES:
             raise UserError(
                 f"hub_strategy {getattr(self.hub_strategy, 'value', self.hub_strategy)!r} would upload the optimizer's "
                 "states, which are pickled; take 'every_save' (each model saved) or 'end'"
@@ -104,9 +108,10 @@ class APOConfig(DPOConfig):
         if self.pack_tokens is not None and not self.shared_prefix:
             raise UserError("pack_tokens would be ignored without shared_prefix; leave it out")
         self._choose_by_hardware()
-        self.truncation_mode = "keep_start"  # TRL's collator wants one, and never has a row to cut
+        self.truncation_mode = "keep_start"  # TRL's collator needs a mode, and never has a row to cut
         super().__post_init__()
-        dtype = (self.model_init_kwargs or {}).get("dtype")
+        options = self.model_init_kwargs
+        dtype = options.get("dtype") if isinstance(options, dict) else None
         if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise UserError(f"model_init_kwargs: no dtype {dtype!r}; give float32, bfloat16 or float16")
 
@@ -116,17 +121,17 @@ class APOConfig(DPOConfig):
             self.pack_tokens = PACK_TOKENS_ON_CPU
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
-        if self.ddp_find_unused_parameters is None:  # every pair passes all that is trained: DDP need not look
+        if self.ddp_find_unused_parameters is None:  # every pair uses every trained weight
             self.ddp_find_unused_parameters = False
         # transformers 5 renamed gradient_checkpointing and warns about the old name, TRL still sets it.
         if self.activation_checkpointing is None:
-            asked = self.gradient_checkpointing
-            self.activation_checkpointing = not self.use_cpu if asked is None else asked
+            requested = self.gradient_checkpointing
+            self.activation_checkpointing = not self.use_cpu if requested is None else requested
         if self.activation_checkpointing_kwargs is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
 
     def check_dataset(self, columns: Collection[str]) -> None:
-        """Raises UserError for an option that the columns of a dataset would make void."""
+        """Raises UserError for an option that has no effect on a dataset with these columns."""
         length = self.length_column_name
         strategy = self.train_sampling_strategy
         if strategy in ("group_by_length", "batch_rebalance") and length not in columns:
@@ -136,19 +141,19 @@ class APOConfig(DPOConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, the objective by its name."""
+        """The options as plain values, the objective as its name."""
         return {**super().to_dict(), "objective": resolve_mixture(self.objective).name}
 
 
 def why_ignored(name: str, value: Any, objective: str) -> str:
-    """Why an option of `IGNORED` is refused beside an objective, and what says the same here."""
+    """Why an option of `IGNORED` is refused beside an objective, and what to set instead."""
     if name == "loss_type":
         types = [value] if isinstance(value, str) else list(value)
-        same = [_OBJECTIVES[one] for one in types if one in _OBJECTIVES]
-        if len(same) == len(types) == 1:
-            return f"loss_type {types[0]!r} is said by the objective here: set objective: {same[0]}, and leave it out"
-        told = ", ".join(f"objective: {one}" for one in same) or "docs/objectives.md has those there are"
-        return f"loss_type {types!r} would be ignored beside objective {objective!r}; say it there ({told})"
+        equal = [_OBJECTIVES[name] for name in types if name in _OBJECTIVES]
+        if len(equal) == len(types) == 1:
+            return f"loss_type {types[0]!r} is an objective here: set objective: {equal[0]}, and leave it out"
+        choices = ", ".join(f"objective: {name}" for name in equal) or "docs/objectives.md lists the objectives"
+        return f"loss_type {types!r} would be ignored beside objective {objective!r}; set the objective ({choices})"
     if name == "label_smoothing":
         return f"label_smoothing is an option of the objective: set objective: {{dpo: {{label_smoothing: {value}}}}}"
     if name == "truncation_mode":

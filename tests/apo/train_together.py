@@ -81,7 +81,7 @@ def train(name, out, backend):
     from apo.training.trainer import APOTrainer
     from apo.training.trainer_config import APOConfig
 
-    reference.PART = 4
+    reference.CHUNK = 4
     case = CASES[name]
     count = int(os.environ.get("WORLD_SIZE", "1"))
     step_pairs, passes = [], []

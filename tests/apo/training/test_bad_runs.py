@@ -61,7 +61,9 @@ def test_a_damaged_cache_and_one_that_cannot_be_written_are_each_reported_once(a
         file.write_bytes(file.read_bytes()[:-8])
     code, output = apo("second")
     assert code == 0
-    assert len([line for line in output if re.match(r"note: .* damaged and computed anew: .*\.safetensors", line)]) == 2
+    assert (
+        len([line for line in output if re.match(r"note: .* damaged and computed again: .*\.safetensors", line)]) == 2
+    )
     assert "reference log-probs: 30 computed" in output
     _, output = apo("third")
     assert "reference log-probs: 0 computed, 30 kept from an earlier run" in output

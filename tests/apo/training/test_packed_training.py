@@ -134,7 +134,7 @@ def test_a_pass_of_a_step_copies_no_number_from_the_device(tmp_path, tokenizer, 
     trainer._losses = faults.NonFiniteLossCheck(args.device)
     batches, weight = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, args.device)
     loss = trainer.training_step(trainer.model, batches[0], weight)
-    assert len(trainer._parts(batches[0])) > 1
+    assert len(trainer._split_into_passes(batches[0])) > 1
     assert (loss.device.type, weight.device.type) == ("meta", "meta")
     assert all(p.grad.device.type == "meta" for p in trainer.model.parameters())
 

@@ -23,7 +23,7 @@ QLORA = {"lora": {"r": 4}, "quantize": "nf4"}
 
 
 def test_four_bits_are_for_adapters_only(recipe):
-    with pytest.raises(UserError, match=r"quantize.*nf4 weights cannot be trained, an adapter on them can: set `lora"):
+    with pytest.raises(UserError, match=r"quantize.*nf4 weights cannot be trained, only an adapter on them: set `lora"):
         resolve(TrainConfig, {**recipe, "quantize": "nf4"}, "here")
     with pytest.raises(UserError, match="quantize"):
         resolve(TrainConfig, {**recipe, **QLORA, "quantize": "int3"}, "here")

@@ -143,7 +143,7 @@ def lengths(pairs, advance):
 
 
 def test_a_killed_pass_keeps_its_finished_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "PART", 4)
+    monkeypatch.setattr(reference, "CHUNK", 4)
     batch_sizes = []
 
     def dies(pairs, advance):
@@ -161,13 +161,13 @@ def test_a_killed_pass_keeps_its_finished_parts(tmp_path, monkeypatch):
 
 
 def test_processes_share_the_parts_out_and_write_each_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "PART", 4)
+    monkeypatch.setattr(reference, "CHUNK", 4)
     folders = [tmp_path / "machine 0", tmp_path / "machine 1"]  # no file system in common
     by_rank, handed, computed = {}, [], []
 
     def run(rank, exchange):
         dataset, count = add_reference_logps(
-            tiny_dataset(), ["m"], lengths, folders[rank], print, rank=rank, processes=2, exchange=exchange
+            tiny_dataset(), ["m"], lengths, folders[rank], print, rank=rank, processes=2, gather=exchange
         )
         computed.append(count)
         return dataset
@@ -191,7 +191,7 @@ def test_processes_share_the_parts_out_and_write_each_once(tmp_path, monkeypatch
 @pytest.mark.parametrize("harm", ["cut", "garbage", "not numbers", "other shape"])
 def test_a_damaged_file_is_computed_anew_and_reported(tmp_path, harm):
     dataset, _ = add_reference_logps(tiny_dataset(), ["m"], lengths, tmp_path, print)
-    file = cache.file_of(tmp_path, chunk_key(["m"], [dict(row) for row in tiny_dataset()]))
+    file = cache.file_path(tmp_path, chunk_key(["m"], [dict(row) for row in tiny_dataset()]))
     if harm == "cut":
         file.write_bytes(file.read_bytes()[:-9])
     elif harm == "garbage":
@@ -203,7 +203,7 @@ def test_a_damaged_file_is_computed_anew_and_reported(tmp_path, harm):
     again, computed = add_reference_logps(tiny_dataset(), ["m"], lengths, tmp_path, messages.append)
     assert computed == 10
     assert again[COLUMNS[0]] == dataset[COLUMNS[0]]
-    assert "damaged and computed anew" in messages[0]
+    assert "damaged and computed again" in messages[0]
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_keeping(tmp_path):
@@ -240,7 +240,7 @@ def test_a_cache_file_is_complete_at_any_moment_also_if_two_writers_are_killed(t
     ]
     try:
         end = time.monotonic() + 120
-        while not cache.file_of(tmp_path, key).exists():
+        while not cache.file_path(tmp_path, key).exists():
             assert time.monotonic() < end
             time.sleep(0.01)
         for process in both:

@@ -381,14 +381,14 @@ BAD_INPUT = {
     "no epochs": (keys_are(trainer={"num_train_epochs": 0}), "trainer.num_train_epochs is 0; it must be above 0"),
     "no steps": (keys_are(trainer={"max_steps": 0}), "trainer.max_steps is 0; give 1 or more, or leave it out"),
     "a rate below 0": (keys_are(trainer={"learning_rate": -1e-5}), "learning_rate is -1e-05; it must be 0 or above"),
-    "a tracker that is not installed": (keys_are(trainer={"report_to": "neptune"}), "neptune is not installed here"),
+    "a tracker that is not installed": (keys_are(trainer={"report_to": "neptune"}), "neptune is not installed"),
     "a tracker that nobody knows": (keys_are(trainer={"report_to": ["wandbb"]}), "(did you mean 'wandb'?)"),
-    "key of the top under trainer": (keys_are(trainer={"beta": 1}), "trainer.beta: the recipe says it at its top"),
-    "output_dir": (keys_are(trainer={"output_dir": "x"}), "the recipe says it at its top, as 'out'"),
+    "key of the top under trainer": (keys_are(trainer={"beta": 1}), "trainer.beta: it is a key of the recipe itself"),
+    "output_dir": (keys_are(trainer={"output_dir": "x"}), "it is a key of the recipe itself, 'out'"),
     "push_to_hub": (keys_are(trainer={"push_to_hub": True}), "trainer.push_to_hub is not offered"),
     "loss_type beside objective": (
         keys_are(trainer={"loss_type": "sigmoid"}),
-        "trainer.loss_type 'sigmoid' is said by the objective here: set objective: dpo",
+        "trainer.loss_type 'sigmoid' is an objective here: set objective: dpo",
     ),
     "label_smoothing": (
         keys_are(trainer={"label_smoothing": 0.0}),
@@ -634,7 +634,7 @@ def test_pairs_per_step_is_kept_on_any_number_of_processes(recipe):
 
 def test_pairs_per_step_that_cannot_be_shared_out_is_refused(recipe):
     recipe["trainer"] = {"per_device_train_batch_size": 4}
-    with pytest.raises(UserError, match="12 cannot be shared out equally to 5 processes"):
+    with pytest.raises(UserError, match="12 cannot be divided equally among 5 processes"):
         checkpoint_step(recipe, 5, pairs_per_step=12)
     with pytest.raises(UserError, match=r"12 on 2 process\(es\) is 6 each, no multiple of .*batch_size 4"):
         checkpoint_step(recipe, 2, pairs_per_step=12)

@@ -426,7 +426,7 @@ IGNORED_VALUES = {
 
 
 REASONS = {
-    "loss_type": "'sigmoid' is said by the objective here: set objective: dpo, and leave it out",
+    "loss_type": "'sigmoid' is an objective here: set objective: dpo, and leave it out",
     "label_smoothing": r"is an option of the objective: set objective: \{dpo: \{label_smoothing: 0\.1\}\}",
     "truncation_mode": "'keep_end' would be ignored: rows longer than max_length are left out; leave it out",
 }
@@ -444,8 +444,8 @@ def test_an_option_that_would_be_ignored_is_refused(option):
     [
         ("apo_down", "set objective: apo_down"),
         ("sigmoid_norm", r"set objective: \{dpo: \{length_normalised: true\}\}"),
-        (["sigmoid", "sft"], r"say it there \(objective: dpo, objective: sft\)"),
-        ("hinge", r"say it there \(docs/objectives\.md has those there are\)"),
+        (["sigmoid", "sft"], r"set the objective \(objective: dpo, objective: sft\)"),
+        ("hinge", r"set the objective \(docs/objectives\.md lists the objectives\)"),
     ],
 )
 def test_a_loss_type_is_refused_by_the_objective_that_says_it(loss_type, reason):
@@ -588,7 +588,7 @@ def test_a_push_takes_the_model_and_never_states_pickles_or_what_is_half_written
     tmp_path, tokenizer, pairs, monkeypatch
 ):
     hub = Uploads()
-    for module in ("transformers.trainer", "apo.training.trainer"):
+    for module in ("transformers.trainer", "apo.training.checkpointing"):
         monkeypatch.setattr(f"{module}.hf_api", lambda: hub)
     more = {"push_to_hub": True, "hub_model_id": "me/model", "save_strategy": "steps", "save_steps": 2}
     trainer = apo_trainer(tmp_path / "run", tokenizer, pairs, save_total_limit=1, **more)
@@ -638,14 +638,14 @@ def test_a_damaged_best_model_is_not_loaded(tmp_path, tokenizer, pairs):
         tmp_path, tokenizer, pairs, eval_dataset=pairs.select(range(4)), load_best_model_at_end=True,
         metric_for_best_model="rewards/margins", **saving,
     )  # fmt: skip
-    put = trainer._put_checkpoint_in_place
+    put = trainer._complete_checkpoint
 
     def then_damage():
         put()
         if trainer.state.best_global_step == trainer.state.global_step == 4:
             flip(tmp_path / "checkpoint-4" / "model.safetensors")
 
-    trainer._put_checkpoint_in_place = then_damage
+    trainer._complete_checkpoint = then_damage
     with pytest.raises(
         Stopped, match=r"^the best model, .*/checkpoint-4, is damaged: model\.safetensors .*checkpoint-2$"
     ):

@@ -1,0 +1,110 @@
+"""Checks of the optimizer and the learning rate schedule, set up on a single weight before the model is loaded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from clair.core.errors import UserError, near_miss, one_line
+
+if TYPE_CHECKING:
+    from apo.training.trainer_config import APOConfig
+
+
+class _ReadOptions(dict[str, str]):
+    """Options of an optimizer, with the `names` of those that it looks up."""
+
+    def __init__(self, options: dict[str, str]) -> None:
+        super().__init__(options)
+        self.names: set[str] = set()
+
+    def __contains__(self, name: object) -> bool:
+        self.names.add(str(name))
+        return super().__contains__(name)
+
+    def __getitem__(self, name: str) -> str:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+    def pop(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+    def __iter__(self) -> Iterator[str]:
+        self.names.update(super().keys())
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        self.names.update(super().keys())
+        return super().keys()
+
+
+class _NeedsModel(Exception):
+    """An optimizer needs the model that it trains."""
+
+
+class _UnloadedModel:
+    def named_modules(self) -> Any:
+        raise _NeedsModel
+
+
+def check_optimizer(args: APOConfig, steps: int) -> None:
+    """Set up the optimizer on a single weight, and its learning rate schedule over `steps`, as training will.
+
+    Raises UserError for what cannot be set up, and for `optim_args` that the optimizer does not read, which
+    transformers ignores.
+    """
+    import torch
+    from transformers.optimization import get_scheduler
+    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext, _parse_optim_args
+
+    name = getattr(args.optim, "value", args.optim)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    with setup_errors(f"trainer.optim {name}", "optim, optim_args and adam_"):
+        handler = _OPTIMIZER_HANDLERS.get(args.optim)
+        if handler is None:
+            raise ValueError("transformers has no such optimizer")
+        try:
+            options = _ReadOptions(_parse_optim_args(args.optim_args))
+        except ValueError as error:
+            raise UserError(f"trainer.optim_args is {args.optim_args!r}; write name=value, ...") from error
+        adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        model: Any = _UnloadedModel()
+        context = OptimizerContext(args, model, {"lr": args.learning_rate}, adam, options)
+        with suppress(_NeedsModel):
+            optimizer, arguments = handler(context)
+            if optimizer.__module__.startswith("torch.optim"):
+                optimizer([weight], **arguments)
+            elif not {"model", "params"} & set(arguments):
+                inspect.signature(optimizer).bind([weight], **arguments)
+    if unread := next((option for option in dict.keys(options) if option not in options.names), None):
+        allowed = ", ".join(sorted(options.names)) or "none"
+        raise UserError(
+            f"trainer.optim_args: {name} has no option {unread!r}{near_miss(unread, options.names)}; options: {allowed}"
+        )
+    schedule_options = args.lr_scheduler_kwargs
+    assert not isinstance(schedule_options, str)  # TrainingArguments parses JSON text
+    kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    with setup_errors(f"trainer.lr_scheduler_type {kind}", "lr_scheduler_kwargs"):
+        get_scheduler(
+            args.lr_scheduler_type, torch.optim.SGD([weight], lr=args.learning_rate), args.get_warmup_steps(steps),
+            steps, schedule_options,
+        )  # fmt: skip
+
+
+@contextmanager
+def setup_errors(subject: str, options: str) -> Iterator[None]:
+    """Turn errors of transformers or torch about `subject` into a UserError that names its `options`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ImportError, TypeError, ValueError) as error:
+        reason = one_line(error)
+        raise UserError(f"{subject} cannot be set up: {reason}; change it, or its options ({options})") from error
