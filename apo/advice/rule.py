@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from apo.analysis.distinguishability import Interval
-from clair.core.statistics import detectable
+from clair.core.student_t import detectable_difference
 
 Objective = Literal["apo_zero", "apo_down", "dpo", "none"]
 Sure = Literal["low", "fair", "high"]
@@ -160,4 +160,4 @@ def _rounded(value: float) -> float:
 
 def sample_size(difference: float) -> int:
     """Judged answers by which this difference from one half is seen at 5 % with 80 % power, each 0 or 1 at worst."""
-    return math.ceil((detectable(0.5) / difference) ** 2)
+    return math.ceil((detectable_difference(0.5) / difference) ** 2)

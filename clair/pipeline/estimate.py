@@ -18,7 +18,7 @@ from itertools import count, islice
 
 from clair.core.event_loop import run_async
 from clair.core.progress import tell
-from clair.core.statistics import t_quantile
+from clair.core.student_t import t_quantile
 from clair.data.prompt_sources import Scan, each_prompt
 from clair.data.records import Dropped, Prompt
 from clair.inference.budget import Price, most_tokens, prices_of, share_left

@@ -9,7 +9,8 @@ from dataclasses import asdict
 import pytest
 
 from clair.core.errors import UserError
-from clair.core.statistics import Estimate, t_quantile
+from clair.core.statistics import Estimate
+from clair.core.student_t import t_quantile
 from recipes.experiments.paper_mini import plots, results, table
 from recipes.experiments.paper_mini.cells import Cell, Design
 from recipes.experiments.paper_mini.claims import (

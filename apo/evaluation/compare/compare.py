@@ -22,17 +22,16 @@ from apo.evaluation.results import SPLITS, Item, Results, read_results
 from clair.core.errors import UserError
 from clair.core.provenance import provenance
 from clair.core.statistics import (
-    FEW,
+    MIN_DIFFERING,
     best_of,
     clustered_score,
-    components,
     design_se,
-    detectable,
     holm,
     paired_difference,
-    power_of,
     satterthwaite,
+    variance_components,
 )
+from clair.core.student_t import detectable_difference, t_test_power
 
 FORMAT = 1
 _SAMPLES = (1, 2, 4, 8, 16)
@@ -282,7 +281,7 @@ def _delta(base: Sequence[float], tuned: Sequence[float], clusters: Sequence[str
     if not found.differing:
         why = "no score differs" if counts["better"] == counts["worse"] == 0 else "no question differs"
         return {**told, **counts, "no_interval": why}
-    few = found.differing < FEW
+    few = found.differing < MIN_DIFFERING
     told |= {"p": found.cautious_p, "p_sign": found.p_sign if few else None, "differing": found.differing}
     estimate = found.estimate
     if math.isnan(estimate.se):
@@ -308,7 +307,7 @@ def _best(differences: Sequence[Sequence[float]], clusters: Sequence[str], names
     if len(differences) < 2 or len(set(clusters)) < 2 or not any(map(any, differences)):
         return None
     found = best_of(differences, clusters)
-    told = {"name": names[found.place], "of": len(names), "delta": found.seen, "selection_bias": found.bias}
+    told = {"name": names[found.index], "of": len(names), "delta": found.observed, "selection_bias": found.bias}
     return {**told, "corrected": found.corrected, "ci95": [max(-1.0, found.lo), min(1.0, found.hi)]}
 
 
@@ -329,10 +328,10 @@ def _power(
     samples, df = min(base.score.samples, tuned.score.samples), part["df"]
     common = _common(base, tuned)
     draws = [after.score - before.score for before, after in common]
-    parts = components(draws, [item.question for item, _ in common])  # within a question: sampling and judging
-    of_clusters = components(draws, [item.cluster for item, _ in common])
+    parts = variance_components(draws, [item.question for item, _ in common])  # within a question: sampling and judging
+    of_clusters = variance_components(draws, [item.cluster for item, _ in common])
     noise = parts.within / len(rows)  # of the squared error with one answer to each row
-    needed = difference / detectable(1.0, df)  # the standard error that sees it
+    needed = difference / detectable_difference(1.0, df)  # the standard error that sees it
     # What a design with other samples would have: the error that was found, its noise exchanged.
     floor = max(0.0, part["delta_se"] ** 2 - noise / samples)
     size = {"rows": len(rows), "questions": len({row.question for row in rows})}
@@ -343,8 +342,8 @@ def _power(
         designs = []
     return {
         "difference": difference,
-        "power": power_of(difference, part["delta_se"], df),
-        "detectable": detectable(part["delta_se"], df),
+        "power": t_test_power(difference, part["delta_se"], df),
+        "detectable": detectable_difference(part["delta_se"], df),
         "samples": samples,
         "variance_between": parts.between,
         "variance_within": None if math.isnan(parts.within) else parts.within,
@@ -367,7 +366,7 @@ def _common(base: Results, tuned: Results) -> list[tuple[Item, Item]]:
 
 def _errors(variance: float, df: float) -> dict[str, float]:
     se = math.sqrt(variance)
-    return {"se": se, "detectable": detectable(se, df)}
+    return {"se": se, "detectable": detectable_difference(se, df)}
 
 
 def _samples_needed(noise: float, floor: float, se: float) -> int | None:

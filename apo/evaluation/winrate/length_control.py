@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
-from clair.core.statistics import t_quantile
+from clair.core.student_t import t_quantile
 
 _FEWEST = 4
 _FAR = 30.0

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from clair.core.statistics import Best, Estimate, best_of, clustered_mean, t_quantile
+from clair.core.statistics import Best, Estimate, best_of, clustered_mean
+from clair.core.student_t import t_quantile
 
 Verdict = Literal["reproduced", "not reproduced", "undecided", "not measured"]
 Name = tuple[str, str]
@@ -164,7 +165,7 @@ def better_apo(
     if not all(found):
         return None
     best = best_of([mean_of(by_seed) for by_seed in found], clusters)
-    return BETTER[best.place], best
+    return BETTER[best.index], best
 
 
 def at_maximum(

@@ -89,7 +89,7 @@ def _maximum(differences: Sequence[Sequence[float]], clusters: Sequence[str]) ->
         only = clustered_mean(differences[0], clusters)
         return [points(only.mean), with_interval(only)]
     best = best_of(differences, clusters)
-    return [points(best.seen), f"{points(best.corrected)} [{points(best.lo)}, {points(best.hi)}]"]
+    return [points(best.observed), f"{points(best.corrected)} [{points(best.lo)}, {points(best.hi)}]"]
 
 
 def _tuned(runs: Runs) -> list[str]:
