@@ -120,7 +120,7 @@ def test_the_better_of_two_is_corrected_for_having_been_chosen():
     clusters = list("abcdefgh")
     best = better_apo(cells, [0.0] * 8, clusters)
     assert best is not None
-    assert (best[0], best[1].seen) == ("apo_down", 0.75)
+    assert (best[0], best[1].observed) == ("apo_down", 0.75)
     assert best[1].lo < best[1].corrected <= 0.75
     assert better_apo({("clair", "apo_zero"): [run(0, "1")]}, [0.0], ["a"]) is None
 
