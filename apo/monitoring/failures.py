@@ -24,7 +24,7 @@ from apo.packing.async_copy import HostCopy
 from apo.packing.batch import Batch, uncollate
 from apo.run_dir import checkpoints
 from clair.core.errors import EXIT_STOPPED, UserError
-from clair.core.exit_codes import OF_THE_SYSTEM
+from clair.core.exit_codes import SYSTEM_ERRNOS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -161,7 +161,7 @@ def _write_error(error: BaseException) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, SafetensorError) and (match := re.search(r"os error (\d+)", str(error))):
         number = int(match[1])
-    if number in OF_THE_SYSTEM:
+    if number in SYSTEM_ERRNOS:
         return os.strerror(number)
     if "inline_container" in str(error):  # torch.save found the file shorter than what it wrote
         return "torch could not write all of a file; is the disk full?"

@@ -12,7 +12,7 @@ from typing import Any
 from clair.cluster.leased_limits import LeasedResources
 from clair.cluster.shared_limits import Lease, Report
 from clair.core.errors import EXIT_USER_ERROR, UserError
-from clair.core.exit_codes import of_the_system
+from clair.core.exit_codes import system_error_message
 from clair.inference.budget import Budget
 from clair.inference.config import ModelConfig
 from clair.inference.local import LocalModel
@@ -69,7 +69,7 @@ class Worker:
             where = f"on {gethostname()}: " if isinstance(error, StorageError) else ""  # its keys are not the driver's
             return Done(error=f"{where}{error}", code=error.exit_code)
         except OSError as error:
-            if (told := of_the_system(error)) is None:
+            if (told := system_error_message(error)) is None:
                 raise
             return Done(error=told)
         return Done(built.failed, built.stopped)

@@ -1,4 +1,4 @@
-"""Print text to the terminal: never read as markup, never able to steer it."""
+"""Print text and tables to the terminal. Text is never read as markup, and its control characters have no effect."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clair.core.progress import printable
 
 
 class _Console(Console):
-    """Prints what texts say, whatever they hold: rich writes its own styles, and no control character of theirs."""
+    """A rich console that writes its own styles but replaces the control characters of texts."""
 
     def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
         """The segments of a renderable."""
@@ -20,6 +20,6 @@ class _Console(Console):
             yield Segment(text if control else printable(text), style, control)
 
 
-def show(what: Any) -> None:
-    """Print text or a table; brackets in text stay brackets, and no text steers the terminal."""
-    _Console(markup=False, highlight=False, soft_wrap=isinstance(what, str)).print(what)
+def show(renderable: Any) -> None:
+    """Print text or a table. Brackets in text stay brackets, and no text controls the terminal."""
+    _Console(markup=False, highlight=False, soft_wrap=isinstance(renderable, str)).print(renderable)

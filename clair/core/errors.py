@@ -8,42 +8,42 @@ from collections.abc import Iterable
 from clair.core.progress import printable
 
 EXIT_USER_ERROR = 2
-"""The user's mistake: found before any work, told in one line; nothing already made is harmed."""
+"""An error of the user, reported in one line before any work. Existing outputs are unharmed."""
 EXIT_SOME_FAILED = 3
-"""Some rows failed (their reasons are in dropped.jsonl) and the rest is complete."""
+"""Some rows failed, for the reasons in dropped.jsonl. All other rows are complete."""
 EXIT_BUDGET = 4
-"""The budget, or a limit of a server, is used up: everything paid for is kept; run the same command with a larger one,
-or later, to go on."""
+"""The budget, or a limit of a server, is used up. Everything paid for is kept: run the same command with a larger
+budget, or later, to continue."""
 EXIT_STOPPED = 5
-"""Training was stopped by what it found: a guard rail, a loss that is no number, no memory left. The last good
-checkpoint is kept; the message says what to change."""
+"""Training stopped itself: a guard's limit, a loss that is not finite, or no memory left. The last good checkpoint is
+kept, and the message says what to change."""
 EXIT_INTERRUPTED = 130
-"""Ctrl-C: everything finished so far is kept; run the same command again to go on."""
+"""Ctrl-C: everything finished is kept. Run the same command again to continue."""
 
 
 class UserError(ValueError):
-    """The user's mistake, told in one line: what was found, what is allowed, what to do."""
+    """An error of the user. Its message is one line: what was found, what is allowed, what to do."""
 
     exit_code = EXIT_USER_ERROR
 
 
-def one_line(told: object, most: int = 400) -> str:
-    """What an error, a library or a server says, on one line of at most so many characters, fit for a terminal."""
-    return printable(" ".join(str(told).split())[:most])
+def one_line(value: object, max_length: int = 400) -> str:
+    """The text of an error or of a server's reply, on one line of at most `max_length` printable characters."""
+    return printable(" ".join(str(value).split())[:max_length])
 
 
 def error_chain(error: BaseException) -> str:
-    """What an error says and what caused it, on one line: a library's own error may say that there was one, no more."""
-    words: list[str] = []
+    """The messages of an error and of its causes, on one line. A library's own message often hides the cause."""
+    messages: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
-        if (text := one_line(cause)) and not any(text in before for before in words):
-            words.append(text)
+        if (message := one_line(cause)) and not any(message in previous for previous in messages):
+            messages.append(message)
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    return one_line(": ".join(words) or type(error).__name__)
+    return one_line(": ".join(messages) or type(error).__name__)
 
 
 def near_miss(name: str, allowed: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or nothing where no allowed name is near."""
-    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    """` (did you mean 'x'?)` with the allowed name that is most similar, or nothing if none is."""
+    matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""

@@ -1,4 +1,4 @@
-"""Running a command line: how the two commands of the project end. Shared by `clair` and `apo`."""
+"""Run a command line application, and turn its errors into messages and exit codes. For `clair` and `apo`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from clair.core.errors import EXIT_USER_ERROR, UserError, one_line
 from clair.core.progress import printable
 
-OF_THE_SYSTEM = {
+SYSTEM_ERRNOS = {
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
@@ -23,25 +23,25 @@ OF_THE_SYSTEM = {
     errno.ENAMETOOLONG,
     errno.EMFILE,
 }
-"""What a disk or a folder does to the user; any other OSError is a mistake of ours, and its traceback is wanted."""
+"""The errors of disks and folders that a user can mend. Any other OSError is a bug, and its traceback is shown."""
 
 
 def run(application: Callable[[], None]) -> None:
-    """Run a typer application; a UserError becomes one line on stderr and its exit code. Typer ends Ctrl-C with 130."""
+    """Run a typer application. A UserError becomes one line on stderr and its exit code; Ctrl-C exits with 130."""
     try:
         application()
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        if (told := of_the_system(error)) is None:
+        if (message := system_error_message(error)) is None:
             raise
-        print(f"error: {printable(told)}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
 
-def of_the_system(error: OSError) -> str | None:
-    """What a disk or a folder did to the user, and what to do, in one line; None where it is a mistake of ours."""
-    if error.errno not in OF_THE_SYSTEM:
+def system_error_message(error: OSError) -> str | None:
+    """One line on an error of `SYSTEM_ERRNOS` and what to do; None for any other error."""
+    if error.errno not in SYSTEM_ERRNOS:
         return None
     return f"{one_line(error)}; make room or permissions, then run the same command again"

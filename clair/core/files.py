@@ -1,4 +1,4 @@
-"""Files written whole or not at all, canonical JSON, and hashes of content."""
+"""Atomic writes of files, canonical JSON, and hashes of content."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",
 
 
 def canonical_json(value: Any) -> bytes:
-    """JSON with sorted keys and no spaces, in UTF-8: equal values give equal bytes. Lone surrogates survive."""
+    """JSON with sorted keys and no spaces, in UTF-8. Equal values give equal bytes. Lone surrogates are encoded too."""
     return _CANONICAL.encode(value).encode("utf-8", "surrogatepass")
 
 
@@ -31,9 +31,9 @@ def file_sha256(path: str | Path) -> str:
 
 
 def write_atomically(path: str | Path, content: str | bytes, *, new: bool = False) -> None:
-    """Write a file so that at any instant it is wholly the old one or wholly the new one, also after a power cut.
+    """Write a file so that it has the old or the new content at any instant, also after a power cut.
 
-    `new`: raises FileExistsError where there is one; of several that create it at once, one does.
+    With `new`, raises FileExistsError if the file exists. Of several processes that create it, one succeeds.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -49,9 +49,9 @@ def write_atomically(path: str | Path, content: str | bytes, *, new: bool = Fals
 
 
 def publish(temporary: str | Path, target: str | Path, *, new: bool = False) -> None:
-    """Put a finished temporary file in its place: flushed to disk first, then renamed.
+    """Flush a finished temporary file to disk, then rename it to `target`.
 
-    `new`: raises FileExistsError where there is a file already.
+    With `new`, raises FileExistsError if the target exists.
     """
     umask = os.umask(0)
     os.umask(umask)
@@ -71,7 +71,7 @@ def publish(temporary: str | Path, target: str | Path, *, new: bool = False) -> 
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file in UTF-8, a byte order mark left out. Raises UserError naming the line that is none."""
+    """The text of a UTF-8 file, without a byte order mark. Raises UserError that names a line which is not UTF-8."""
     data = Path(path).read_bytes()
     try:
         return data.decode("utf-8-sig")
@@ -86,7 +86,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object that we wrote. Raises UserError where it was damaged since."""
+    """Read a JSON object of an output. Raises UserError if the file is damaged."""
     try:
         value = json.loads(Path(path).read_text("utf-8"))
     except ValueError as error:

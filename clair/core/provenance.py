@@ -1,4 +1,4 @@
-"""What made an output: versions of packages, and the commit of the code."""
+"""Provenance of an output: package versions, and the commit of the code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PROVENANCE_PACKAGES = ("clair-apo", "torch", "transformers", "trl", "peft", "dat
 
 
 def provenance() -> dict[str, Any]:
-    """What made an output: package versions, Python, and the git commit of the working directory (or None)."""
+    """The versions of Python and of packages, and the git commit of the working directory (or None)."""
     versions = {}
     for name in PROVENANCE_PACKAGES:
         try:
@@ -22,9 +22,9 @@ def provenance() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the working directory, `-dirty` where tracked files differ from it; None outside of git."""
+    """The commit of the working directory, with `-dirty` if tracked files differ from it; None outside of git."""
     try:
-        found = subprocess.run(
+        process = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],  # noqa: S607
             capture_output=True,
             text=True,
@@ -33,4 +33,4 @@ def git_commit() -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return process.stdout.strip() or None

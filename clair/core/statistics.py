@@ -189,7 +189,7 @@ class Best(NamedTuple):
     `lo` and `hi` are the 95 % interval of its true mean, around `corrected`.
     """
 
-    index: int
+    candidate: int
     observed: float
     bias: float
     corrected: float

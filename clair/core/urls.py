@@ -1,8 +1,8 @@
-"""Endpoints and their secrets: what comes from the environment, and what may be written down.
+"""Endpoints and their secrets: read values from the environment, and keep secrets out of outputs.
 
-A secret is the value of `${NAME}`, a value under a secret's name (`api_key`, `Authorization`, `password`), or one that
-looks like a key wherever it stands (`sk-...`, `Bearer ...`). Everything else, a URL's `api-version` too, is no secret.
-A long value of letters and digits looks like a key too, but not in a URL's query, where deployments have such names.
+A secret is the value of `${NAME}`, a value under a secret name (`api_key`, `Authorization`, `password`), or a text with
+the form of a key (`sk-...`, `Bearer ...`). Nothing else is secret, such as the `api-version` of a URL. A long run of
+letters and digits has the form of a key too, except in the query of a URL, where deployments have such names.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _ENVIRONMENT = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _HEADER_SIGNS = "!#$%&'*+-.^_`|~"
 _HEADER_NAME = re.compile(rf"[A-Za-z0-9{re.escape(_HEADER_SIGNS)}]+")
 _SECRET_HEADER = re.compile(r"authorization|key|token|secret|cookie", re.IGNORECASE)
-_SECRET_NAME = re.compile(
+_SECRET_NAME_PATTERN = re.compile(
     r"(?:auth|authorization|key|token|secret|passw(?:or)?d|passphrase|credentials?|cookie|signature|sig|bearer)s?$",
     re.IGNORECASE,
 )
-_SECRET_WORDS = re.compile(
+_SECRET_WORD_PATTERN = re.compile(
     "(?:auth|authorization|secrets?|passwords?|passwd|passphrase|pass|pwd|credentials?|cookies?|signature|sig|"
     "bearer|jwt|hmac|otp|apikey)",
     re.IGNORECASE,
 )
-"""Words that make a name a secret's wherever they stand in it: `X-Auth-Value`, `clientSecret2`."""
-_SECRET_PAIR = re.compile(r"(?:api|access|private|secret|subscription)[_-]?keys?(?![a-z])", re.IGNORECASE)
-# Of a model or of a cache, not of a user.
-_OPEN_NAME = re.compile(
+"""Words that make a name secret at any position: `X-Auth-Value`, `clientSecret2`."""
+_SECRET_KEY_PATTERN = re.compile(r"(?:api|access|private|secret|subscription)[_-]?keys?(?![a-z])", re.IGNORECASE)
+# Tokens and keys of a model or of a cache, not of a user.
+_PUBLIC_NAME_PATTERN = re.compile(
     r"(?:eos|bos|pad|unk|stop|end|start|special|cache|sort|max|min)[_-]?(?:token|key)s?$", re.IGNORECASE
 )
 _KEY_FORMATS = (
@@ -44,84 +44,84 @@ _KEY_FORMATS = (
     r"|(?<=://)[^\s/@]+(?=@)|(?<=[?&])(?i:[\w-]*(?:key|token|secret|password|sig|signature))=[^\s&#]{6,}"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*)"
 )
-_KEY_OF_KNOWN_FORMAT = re.compile(_KEY_FORMATS)
-_KEY = re.compile(_KEY_FORMATS + r"|\b(?=[A-Za-z]*[0-9])(?=[0-9]*[A-Za-z])[A-Za-z0-9]{32,}\b=*")
+_KNOWN_KEY_PATTERN = re.compile(_KEY_FORMATS)
+_KEY_PATTERN = re.compile(_KEY_FORMATS + r"|\b(?=[A-Za-z]*[0-9])(?=[0-9]*[A-Za-z])[A-Za-z0-9]{32,}\b=*")
 _CODE = "code"
-"""The query parameter of a function key at Azure, and of other things elsewhere."""
-SECRET = "[secret]"  # noqa: S105 (what is written in the place of one)
+"""The query parameter that holds a function key on Azure, and other values on other servers."""
+SECRET = "[secret]"  # noqa: S105 (the text that replaces a secret)
 
 
 def public_url(url: str) -> str:
-    """The URL without user name, password, query and trailing slash: what may be written down."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
+    """The URL without user name, password, query and trailing slash, so that it may be written to outputs."""
+    split = urlsplit(url)
+    host = split.netloc.rpartition("@")[2]
+    return urlunsplit((split.scheme, host, split.path.rstrip("/"), "", ""))
 
 
 class Endpoint(NamedTuple):
-    """What a URL says: where to ask, and what is not written down."""
+    """The parts of an endpoint's URL."""
 
     base: str
     public: str
-    """The base with what of the query is no secret: it may be written down, and tells one deployment from another."""
+    """The base with the public parameters of the query. It identifies a deployment, and may be written to outputs."""
     authorization: str | None
-    """The header that the URL's user name and password make."""
+    """The header value for the user name and password of the URL."""
     query: dict[str, str]
     secrets: tuple[str, ...]
-    """Everything in the URL that may be secret, in each form in which a server could repeat it."""
+    """All possible secrets of the URL, in each form in which a server could repeat them."""
 
 
-def endpoint_of(url: str) -> Endpoint:
-    """The parts of an http(s) URL. Raises ValueError where it has no host or a port that is none."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https"):
+def parse_endpoint(url: str) -> Endpoint:
+    """Parse an http(s) URL. Raises ValueError if it has no host or an invalid port."""
+    split = urlsplit(url)
+    if split.scheme not in ("http", "https"):
         raise ValueError(f"url {public_url(url)!r} is no http(s) URL, such as http://127.0.0.1:8000/v1")
-    if not parts.hostname or parts.port == 0:
+    if not split.hostname or split.port == 0:
         raise ValueError(f"url {public_url(url)!r} has no host, such as http://127.0.0.1:8000/v1")
-    base, query = public_url(url), dict(parse_qsl(parts.query))
+    base, query = public_url(url), dict(parse_qsl(split.query))
     secrets = {name: _secrets_of_parameter(name, value) for name, value in query.items()}
-    shown = {name: value for name, value in query.items() if not secrets[name]}
-    public = f"{base}?{urlencode(sorted(shown.items()), safe='${}')}" if shown else base
-    hidden = [*(secret for values in secrets.values() for secret in values), *environment_values(query)]
-    user, password = parts.username or "", parts.password or ""
+    public_query = {name: value for name, value in query.items() if not secrets[name]}
+    public = f"{base}?{urlencode(sorted(public_query.items()), safe='${}')}" if public_query else base
+    secret_values = [*(secret for values in secrets.values() for secret in values), *environment_values(query)]
+    user, password = split.username or "", split.password or ""
     if not (user or password):
-        return Endpoint(base, public, None, query, tuple(hidden))
+        return Endpoint(base, public, None, query, tuple(secret_values))
     basic = base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()
-    secret = password or user  # a lone user name is somebody's key
-    return Endpoint(base, public, f"Basic {basic}", query, (basic, secret, unquote(secret), *hidden))
+    secret = password or user  # a user name without a password is a key
+    return Endpoint(base, public, f"Basic {basic}", query, (basic, secret, unquote(secret), *secret_values))
 
 
 def _secrets_of_parameter(name: str, value: str) -> list[str]:
-    """What is secret in the value of a URL's query, but for `${NAME}`."""
+    """The secrets in the value of a query parameter. `${NAME}` is not secret."""
     if _is_secret_name(name):
         return [value] if value and not _ENVIRONMENT.search(value) else []
-    return (_KEY if name.lower() == _CODE else _KEY_OF_KNOWN_FORMAT).findall(value)
+    return (_KEY_PATTERN if name.lower() == _CODE else _KNOWN_KEY_PATTERN).findall(value)
 
 
-def without_secrets(value: Any, found: list[str] | None = None, *, secret: bool = False) -> Any:
-    """A copy of `value` with `[secret]` in the place of each secret; `${NAME}` stays, which is none.
+def without_secrets(value: Any, removed: list[str] | None = None, *, secret: bool = False) -> Any:
+    """A copy of `value` with `[secret]` in place of each secret. `${NAME}` stays, because it is not secret.
 
-    `found` gets what was taken out. `secret`: all of its texts are secrets.
+    The secrets are appended to `removed`. With `secret`, all texts of the value are secrets.
     """
     if isinstance(value, Mapping):
         return {
-            name: without_secrets(inner, found, secret=secret or _is_secret_name(str(name)))
+            name: without_secrets(inner, removed, secret=secret or _is_secret_name(str(name)))
             for name, inner in value.items()
         }
     if isinstance(value, list | tuple):
-        return [without_secrets(inner, found, secret=secret) for inner in value]
+        return [without_secrets(inner, removed, secret=secret) for inner in value]
     if not isinstance(value, str):
         return value
-    secrets = [value] if secret and value and not _ENVIRONMENT.search(value) else _KEY.findall(value)
-    if found is not None:
-        found += secrets
-    for one in secrets:
-        value = value.replace(one, SECRET)
+    secrets = [value] if secret and value and not _ENVIRONMENT.search(value) else _KEY_PATTERN.findall(value)
+    if removed is not None:
+        removed += secrets
+    for text in secrets:
+        value = value.replace(text, SECRET)
     return value
 
 
 def secrets_pattern(secrets: Iterable[str]) -> re.Pattern[str]:
-    """What finds secrets in a text, as they are and as URLs, JSON and HTML write them."""
+    """A pattern that matches secrets in a text, as they are and as URLs, JSON and HTML encode them."""
     longest_first = sorted(set(secrets), key=len, reverse=True)
     return re.compile("|".join("".join(map(_as_written, secret)) for secret in longest_first) or r"(?!)")
 
@@ -141,27 +141,31 @@ def _as_written(character: str) -> str:
 
 
 def _is_secret_name(name: str) -> bool:
-    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
-    secret = _SECRET_NAME.search(name) or _SECRET_PAIR.search(name) or any(map(_SECRET_WORDS.fullmatch, words))
-    return bool(secret) and not _OPEN_NAME.search(name)
+    tokens = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
+    secret = _SECRET_NAME_PATTERN.search(name) or _SECRET_KEY_PATTERN.search(name)
+    secret = secret or any(map(_SECRET_WORD_PATTERN.fullmatch, tokens))
+    return bool(secret) and not _PUBLIC_NAME_PATTERN.search(name)
 
 
-def filled(value: Any, where: str) -> Any:
-    """`value` with each `${NAME}` in its texts filled in from the environment. Raises UserError for an unset name.
+def expand_environment(value: Any, location: str) -> Any:
+    """`value` with each `${NAME}` in its texts replaced by the environment variable.
 
-    And for `[secret]`, which an output has in the place of what it does not tell.
+    Raises UserError for an unset variable, and for `[secret]`, which replaces secrets in outputs. `location` names the
+    value in errors.
     """
     if isinstance(value, Mapping):
-        return {name: filled(inner, f"{where}.{name}") for name, inner in value.items()}
+        return {name: expand_environment(inner, f"{location}.{name}") for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [filled(inner, where) for inner in value]
+        return [expand_environment(inner, location) for inner in value]
     if not isinstance(value, str):
         return value
     if value == SECRET:
-        raise UserError(f"{where} is {SECRET}, which stands for a secret that was not written down; put it in again")
+        raise UserError(
+            f"{location} is {SECRET}, which replaced a secret that is not written to outputs; put it in again"
+        )
     missing = [name for name in _ENVIRONMENT.findall(value) if name not in os.environ]
     if missing:
-        raise UserError(f"{where} needs the environment variable {missing[0]}, which is not set")
+        raise UserError(f"{location} needs the environment variable {missing[0]}, which is not set")
     return _ENVIRONMENT.sub(lambda match: os.environ[match[1]].strip(), value)
 
 
@@ -169,17 +173,17 @@ def environment_names(value: Any) -> list[str]:
     """The environment variables that the texts of a value name."""
     if isinstance(value, Mapping | list | tuple):
         inner = value.values() if isinstance(value, Mapping) else value
-        return [name for one in inner for name in environment_names(one)]
+        return [name for item in inner for name in environment_names(item)]
     return _ENVIRONMENT.findall(value) if isinstance(value, str) else []
 
 
 def environment_values(value: Any) -> list[str]:
-    """What the texts of a value take from the environment."""
+    """The values of the environment variables that the texts of a value name."""
     return [os.environ.get(name, "").strip() for name in environment_names(value)]
 
 
 def environment_headers(headers: Mapping[str, Any]) -> dict[str, str]:
-    """Headers with `${NAME}` filled in from the environment. Raises UserError for an unset name or a bare secret."""
+    """Headers with each `${NAME}` replaced. Raises UserError for an unset variable or a secret in the recipe itself."""
     for header, value in headers.items():
         if not _HEADER_NAME.fullmatch(header):
             raise UserError(f"extra.headers has the name {header!r}; allowed are letters, digits and {_HEADER_SIGNS}")
@@ -190,7 +194,7 @@ def environment_headers(headers: Mapping[str, Any]) -> dict[str, str]:
                 f"extra.headers.{header} looks like a secret written into the recipe; put it into an environment "
                 f"variable and write ${{NAME}}"
             )
-    sent = filled(headers, "extra.headers")
+    sent = expand_environment(headers, "extra.headers")
     for header, value in sent.items():
         if not _sendable(value):
             raise UserError(f"extra.headers.{header} holds characters that no header can: only printable ASCII is sent")
@@ -202,7 +206,7 @@ def _sendable(text: str) -> bool:
 
 
 def api_key(variable: str | None, role: str) -> str | None:
-    """The key in an environment variable; None where the recipe names none. Raises UserError where it is not set."""
+    """The key in an environment variable, or None if the recipe names none. Raises UserError if it is not set."""
     if variable is None:
         return None
     if without_secrets(variable) != variable:

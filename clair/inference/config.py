@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from clair.core.recipe import Recipe
-from clair.core.urls import endpoint_of, without_secrets
+from clair.core.urls import parse_endpoint, without_secrets
 from clair.inference.batch_client import BatchConfig
 from clair.inference.budget import Price
 
@@ -50,7 +50,7 @@ class ModelConfig(Recipe):
         if (self.url is None) == (self.path is None):
             raise ValueError("give either url and model (an endpoint) or path (a local model folder)")
         for url in self.urls:
-            if endpoint_of(url).authorization and self.api_key_env:
+            if parse_endpoint(url).authorization and self.api_key_env:
                 raise ValueError("url has a user name or password and api_key_env is set; a request carries only one")
             if not self.model:
                 raise ValueError("an endpoint needs model, the name it serves")
@@ -129,6 +129,6 @@ ROLE_PASSING = {
 
 def public_model(model: ModelConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The `settings` of a model as they may be written down: without secrets."""
-    urls = [endpoint_of(url).public for url in model.urls]
+    urls = [parse_endpoint(url).public for url in model.urls]
     url = urls if len(urls) > 1 else urls[0] if urls else None
     return {**settings, "url": url, "extra": without_secrets(settings["extra"])}

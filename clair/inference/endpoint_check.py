@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clair.core.errors import UserError, one_line
-from clair.core.urls import api_key, endpoint_of
+from clair.core.urls import api_key, parse_endpoint
 from clair.data.records import incomplete_reason
 from clair.inference.model import RequestFailed, TooMany, Unreachable
 from clair.inference.openai import NotListed, OpenAIModel
@@ -55,7 +55,7 @@ def check_endpoints(
     """
     for url in urls:
         try:
-            endpoint_of(url)
+            parse_endpoint(url)
         except ValueError as error:
             raise UserError(str(error)) from error
     loaded = _load(tokenizer) if tokenizer else None
@@ -79,7 +79,7 @@ def _load(path: str | Path) -> Any:
 async def _check_all(
     urls: Sequence[str], tokenizer: Any, model: str | None, key: str | None, on_step: Callable[[str], None]
 ) -> dict[str, list[Check]]:
-    return {endpoint_of(url).base: await _check(url, tokenizer, model, key, on_step) for url in urls}
+    return {parse_endpoint(url).base: await _check(url, tokenizer, model, key, on_step) for url in urls}
 
 
 async def _check(

@@ -10,7 +10,14 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol, TypeVar
 
 from clair.core.progress import duration, tell
-from clair.core.urls import api_key, endpoint_of, environment_headers, environment_values, filled, without_secrets
+from clair.core.urls import (
+    api_key,
+    environment_headers,
+    environment_values,
+    expand_environment,
+    parse_endpoint,
+    without_secrets,
+)
 from clair.inference.batch_client import Batches
 from clair.inference.batch_queue import BatchQueue
 from clair.inference.batch_service import BatchService
@@ -64,9 +71,9 @@ def check_models(models: Mapping[str, ModelConfig], budget: BudgetConfig | None,
     for role, model in models.items():
         api_key(model.api_key_env, role)
         environment_headers(model.extra.get("headers", {}))
-        filled(model.extra, f"{role}.extra")
+        expand_environment(model.extra, f"{role}.extra")
         for url in model.urls:
-            filled(endpoint_of(url).query, f"{role}.url")
+            expand_environment(parse_endpoint(url).query, f"{role}.url")
         if model.path is not None:
             check_model_folder(model.path, role)
             if not model.trust_remote_code:

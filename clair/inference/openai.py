@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 from clair.core.errors import one_line
 from clair.core.urls import (
     SECRET,
-    endpoint_of,
     environment_headers,
     environment_names,
     environment_values,
-    filled,
+    expand_environment,
+    parse_endpoint,
     public_url,
     secrets_pattern,
     without_secrets,
@@ -76,7 +76,7 @@ class OpenAIModel:
         from clair.inference.http import GuardedClient, origin_of
 
         logging.getLogger("httpx2").addFilter(_WITHOUT_QUERIES)
-        endpoint = endpoint_of(url)
+        endpoint = parse_endpoint(url)
         self.name = name
         self.role = role
         self.url = endpoint.public
@@ -93,7 +93,7 @@ class OpenAIModel:
             base_url=endpoint.base,
             api_key=key or "none",
             default_headers=authorization | environment_headers(headers or {}),
-            default_query=filled(endpoint.query, f"the query of {self.url}"),
+            default_query=expand_environment(endpoint.query, f"the query of {self.url}"),
             max_retries=0,
             timeout=limit,
             http_client=GuardedClient(endpoint.base, timeout=limit, limits=_no_limits()),
@@ -256,7 +256,7 @@ class OpenAIModel:
     def body(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """What is sent of a request: without the headers, and `${NAME}` filled in where it is not a row's text."""
         sent = {name: value for name, value in request.items() if name != "headers"}
-        return sent | filled({name: value for name, value in sent.items() if name not in _OURS}, "extra")
+        return sent | expand_environment({name: value for name, value in sent.items() if name not in _OURS}, "extra")
 
     def references(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The options of a request that hold secrets, as they may be written down: `${NAME}`, or `[secret]`."""

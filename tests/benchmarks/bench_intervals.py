@@ -93,8 +93,8 @@ def _best(evaluations: int) -> dict[str, Any]:
             for _ in range(evaluations):
                 values = truth + rng.normal(0, np.sqrt(200), (count, 200))
                 best = best_of(values.tolist(), range(200), draws=200, inner=50)
-                true = float(truth[best.index, 0])
-                naive = values[best.index].std(ddof=1) / np.sqrt(200)
+                true = float(truth[best.candidate, 0])
+                naive = values[best.candidate].std(ddof=1) / np.sqrt(200)
                 holds = best.lo <= true <= best.hi, abs(best.observed - true) <= 1.97 * naive
                 rows.append([best.observed - true, best.bias, *holds])
             bias, estimate, held, uncorrected = (round(float(mean), 3) for mean in np.mean(rows, axis=0))

@@ -307,7 +307,7 @@ def _best(differences: Sequence[Sequence[float]], clusters: Sequence[str], names
     if len(differences) < 2 or len(set(clusters)) < 2 or not any(map(any, differences)):
         return None
     found = best_of(differences, clusters)
-    told = {"name": names[found.index], "of": len(names), "delta": found.observed, "selection_bias": found.bias}
+    told = {"name": names[found.candidate], "of": len(names), "delta": found.observed, "selection_bias": found.bias}
     return {**told, "corrected": found.corrected, "ci95": [max(-1.0, found.lo), min(1.0, found.hi)]}
 
 

@@ -165,7 +165,7 @@ def better_apo(
     if not all(found):
         return None
     best = best_of([mean_of(by_seed) for by_seed in found], clusters)
-    return BETTER[best.index], best
+    return BETTER[best.candidate], best
 
 
 def at_maximum(

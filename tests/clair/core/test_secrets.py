@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clair.core.urls import endpoint_of, without_secrets
+from clair.core.urls import parse_endpoint, without_secrets
 from clair.reporting.review import fingerprint
 from tests.clair.building import CommandResult, clair, drops, pairs, scripted_rows, write_prompts, write_recipe
 
@@ -277,7 +277,7 @@ def test_deployments_with_names_of_hex_digits_are_distinguished_and_recorded(tmp
      "deployment=${NAME}", "api_key=${NAME}", "code=a", "max_tokens=9"],
 )  # fmt: skip
 def test_a_value_of_a_query_is_no_secret(query):
-    endpoint = endpoint_of(f"https://host/v1?{query}")
+    endpoint = parse_endpoint(f"https://host/v1?{query}")
     assert endpoint.public == f"https://host/v1?{query}"
     assert not any(endpoint.secrets)
 
@@ -289,7 +289,7 @@ def test_a_value_of_a_query_is_no_secret(query):
     + [("code", DEPLOYMENT), ("user", "sk-planted1"), ("id", "AKIA0123456789ABCDEF")],
 )  # fmt: skip
 def test_a_value_of_a_query_is_a_secret_by_its_name_or_as_a_key_of_a_known_form(name, value):
-    endpoint = endpoint_of(f"https://host/v1?deployment=a&{name}={value}")
+    endpoint = parse_endpoint(f"https://host/v1?deployment=a&{name}={value}")
     assert endpoint.public == "https://host/v1?deployment=a"
     assert endpoint.secrets == (value,)
     assert endpoint.query[name] == value

@@ -274,7 +274,7 @@ def test_holm_agrees_with_statsmodels(p_values):
 def test_one_candidate_is_chosen_without_bias():
     values = np.random.default_rng(9).normal(1, 1, 60).tolist()
     best = best_of([values], range(60))
-    assert (best.index, best.observed) == (0, pytest.approx(np.mean(values)))
+    assert (best.candidate, best.observed) == (0, pytest.approx(np.mean(values)))
     assert best.bias < 0.05 * np.std(values)
 
 
@@ -282,7 +282,7 @@ def test_a_candidate_that_is_far_ahead_is_chosen_without_bias():
     rng = np.random.default_rng(10)
     ahead, others = rng.normal(2, 1, 100), rng.normal(0, 1, (4, 100))
     best = best_of([*others.tolist()[:2], ahead.tolist(), *others.tolist()[2:]], range(100))
-    assert best.index == 2
+    assert best.candidate == 2
     assert best.bias < 0.02
     assert best.lo < ahead.mean() < best.hi
 
@@ -299,7 +299,7 @@ def test_the_nested_bootstrap_agrees_with_all_samples_of_three_clusters():
     outer = np.mean(gains(values))
     inner = np.mean([np.mean(gains(values[:, list(drawn)])) for drawn in itertools.product(range(3), repeat=3)])
     best = best_of(values.tolist(), range(3), draws=3000, inner=30)
-    assert (best.index, best.observed) == (0, pytest.approx(1.5))
+    assert (best.candidate, best.observed) == (0, pytest.approx(1.5))
     assert best.bias == pytest.approx(2 * outer - inner, abs=0.03)
 
 
