@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from clair.core.progress import Rate, duration, pace_of, progress
+from clair.core.progress import CompletionRate, duration, format_rate, progress
 from clair.data.contrast import word_diff
 from clair.data.dataset import DatasetWriter, read_manifest
 from clair.data.records import task_text
@@ -117,7 +117,7 @@ def client_progress(
     """
     status = _ClientStatus(total, calls)
     with progress(
-        title, total, details=status.lines, left=status.seconds_left, shown=shown, closing=closing
+        title, total, details=status.lines, seconds_left=status.seconds_left, shown=shown, closing=closing
     ) as display:
 
         def update(rows: int, clients: Mapping[str, ModelClient], note: str = "", /) -> None:
@@ -134,7 +134,7 @@ class _ClientStatus:
         self.total, self.calls, self._clock = total, calls, clock
         self.rows, self.note = 0, ""
         self.clients: Mapping[str, ModelClient] = {}
-        self._rates: dict[str, Rate] = {}
+        self._rates: dict[str, CompletionRate] = {}
         self._lock = threading.Lock()
 
     def update(self, rows: int, clients: Mapping[str, ModelClient], note: str = "") -> None:
@@ -161,15 +161,15 @@ class _ClientStatus:
         items += [f"{tally.reused:,} of them reused"] if tally.reused else []
         items += [f"{client.limiter.in_flight:,} in flight"] if not client.batch else []
         items += [f"{client.batch.in_batches:,} in batches"] if client.batch else []
-        items += [pace] if (pace := pace_of(rate.a_second(self._clock()))) else []
+        items += [pace] if (pace := format_rate(rate.per_second(self._clock()))) else []
         items += [f"about {duration(left)} left"] if left else []
         items += [reason] if (reason := client.waiting_for) else []
         return f"{role}: {', '.join(items)}"
 
-    def _rate(self, role: str, client: ModelClient) -> Rate:
+    def _rate(self, role: str, client: ModelClient) -> CompletionRate:
         with self._lock:
             now = self._clock()
-            rate = self._rates.setdefault(role, Rate(now, client.told.calls))
+            rate = self._rates.setdefault(role, CompletionRate(now, client.told.calls))
             rate.add(now, client.told.calls)
             return rate
 
@@ -178,7 +178,7 @@ class _ClientStatus:
         tally, calls = self.clients[role].told, self.calls[role]
         rows_left = max(0, self.total - self.rows)
         remaining = min(calls - tally.calls - tally.reused, rows_left * -(-calls // max(1, self.total)))
-        return self._rate(role, self.clients[role]).left(self._clock(), remaining)
+        return self._rate(role, self.clients[role]).seconds_left(self._clock(), remaining)
 
 
 @contextmanager

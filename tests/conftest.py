@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(autouse=True)
 def quick_work_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """No line of progress comes into what a test reads because the machine is slow; a test of those asks for them."""
-    monkeypatch.setattr("clair.core.progress.FIRST", 3600.0)
+    monkeypatch.setattr("clair.core.progress.FIRST_LINE_AFTER", 3600.0)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from apo.distributed.launch import Group
 from apo.monitoring.diagnosis import find_problems, training_log
 from apo.run_dir.files import append_metrics
-from clair.core.progress import EVERY, Progress, progress, tell
+from clair.core.progress import LINE_INTERVAL, Progress, progress, tell
 
 
 class MetricsCallback(TrainerCallback):
@@ -82,9 +82,9 @@ class ProgressBarCallback(TrainerCallback):
             "training",
             state.max_steps,
             details=self._details,
-            first=EVERY,
+            first=LINE_INTERVAL,
             shown=state.is_world_process_zero,
-            begun=state.global_step,
+            initial=state.global_step,
         )
         self._progress = self._display.enter_context(display)
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from clair.core import progress as module
-from clair.core.progress import EVERY, FIRST, Progress, Rate, progress
+from clair.core.progress import FIRST_LINE_AFTER, LINE_INTERVAL, CompletionRate, Progress, progress
 from clair.inference.client import Tally
 from clair.pipeline.build import build
 from clair.terminal import _ClientStatus
@@ -41,23 +41,23 @@ def role(calls: int, in_flight: int, *, reused: int = 0, waiting_for: str = "") 
 
 
 def test_a_rate_is_that_of_the_last_ten_and_falls_while_nothing_is_done():
-    rate = Rate(0.0)
-    assert rate.a_second(5.0) is None
+    rate = CompletionRate(0.0)
+    assert rate.per_second(5.0) is None
     for second in range(1, 101):
         rate.add(second, 4 * second)
-    assert rate.a_second(100.0) == pytest.approx(4.0, rel=0.2)
+    assert rate.per_second(100.0) == pytest.approx(4.0, rel=0.2)
     for second in range(110, 301, 10):
         rate.add(second, 400 + (second - 100) // 10)
-    assert rate.a_second(300.0) == pytest.approx(0.1, rel=0.2)
-    assert rate.left(300.0, 12) == pytest.approx(120.0, rel=0.2)
-    assert rate.a_second(400.0) == pytest.approx(0.05, rel=0.2)
+    assert rate.per_second(300.0) == pytest.approx(0.1, rel=0.2)
+    assert rate.seconds_left(300.0, 12) == pytest.approx(120.0, rel=0.2)
+    assert rate.per_second(400.0) == pytest.approx(0.05, rel=0.2)
 
 
 def test_a_batch_that_is_done_all_at_once_counts_from_the_end_of_the_one_before():
-    rate = Rate(0.0)
+    rate = CompletionRate(0.0)
     rate.add(300.0, 16)
     rate.add(600.0, 32)
-    assert rate.a_second(601.0) == pytest.approx(16 / 301)
+    assert rate.per_second(601.0) == pytest.approx(16 / 301)
 
 
 def test_lines_come_within_a_second_and_then_every_thirty(capsys):
@@ -70,10 +70,10 @@ def test_lines_come_within_a_second_and_then_every_thirty(capsys):
         work.update(len(waits) * 5)
         return len(waits) > 3
 
-    work.lines(FIRST, wait)
-    assert waits == [FIRST, EVERY, EVERY, EVERY]
-    assert FIRST < 1.0
-    assert EVERY == 30.0
+    work.write_lines(FIRST_LINE_AFTER, wait)
+    assert waits == [FIRST_LINE_AFTER, LINE_INTERVAL, LINE_INTERVAL, LINE_INTERVAL]
+    assert FIRST_LINE_AFTER < 1.0
+    assert LINE_INTERVAL == 30.0
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert lines[1].startswith("building: 10/22, ")
@@ -81,7 +81,7 @@ def test_lines_come_within_a_second_and_then_every_thirty(capsys):
 
 
 def test_outside_of_a_terminal_work_says_how_far_it_is_though_nothing_is_reported(monkeypatch, capsys):
-    monkeypatch.setattr(module, "EVERY", 0.0)
+    monkeypatch.setattr(module, "LINE_INTERVAL", 0.0)
     output = ""
     with progress("checking the endpoint", first=0.0):
         while "checking the endpoint: " not in output:  # ends by pytest's own limit where nothing is written
