@@ -119,7 +119,7 @@ def test_a_folder_with_code_of_its_own_is_one_line_and_the_code_does_not_run(tmp
         "".join(line for line in result.err.splitlines(keepends=True) if not line.startswith("building")),
     )
     with pytest.raises(UserError, match="needs code of its own"):
-        models.find(str(with_code))
+        models.find_model(str(with_code))
     assert not (tmp_path / "ran").exists()
 
 
