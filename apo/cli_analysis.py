@@ -106,7 +106,7 @@ def certify(
     decisions: Decisions = None,
 ) -> None:
     """How far a score is from a property, with a guarantee; differences inside the band decide nothing."""
-    from apo.guarantees.calibrate import KINDS, filter_at, read_ids, read_scored
+    from apo.guarantees.calibrate import KINDS, filter_above, read_ids, read_scored
     from apo.guarantees.calibrate import certify as find
 
     _allowed("property", kind, KINDS)
@@ -114,14 +114,14 @@ def certify(
     seen = [id for path in trained_on or [] for id in read_ids(path)]
     rows = read_scored(dataset)
     found = find(rows, alpha, kind, of=of, than=than, bound=bound, trained_on=seen)  # type: ignore[arg-type]
-    print(f"{found.told()}.")
+    print(f"{found.summary()}.")
     if found.band.width == float("inf"):
         raise UserError(f"no finite band: alpha {alpha:g} needs more prompts than {found.n}; give more, or raise alpha")
     if kind in ("floor", "ceiling"):
         if decisions:
             raise UserError(f"--decisions goes with rises and same: {kind} compares no two answers, so no gap decides")
         return
-    undecided = filter_at(rows, found.band.width, found.words)
+    undecided = filter_above(rows, found.band.width, found.words)
     print(f"{len(undecided.dropped):,} of {len(rows):,} pairs are undecided. To leave them out of a clair build:\n")
     print(undecided.recipe(), end="")
     _decide(undecided, dataset, manifest, decisions)

@@ -1,4 +1,4 @@
-"""Filters with a promise: conformal calibration, and certified properties of a score.
+"""Filters with a statistical guarantee: conformal calibration, and certified properties of a score.
 
 Imports `data` and `models`.
 """

@@ -1,7 +1,7 @@
-"""From scored pairs and an audit to a filter: `apo calibrate`, and to a certificate of the score: `apo certify`.
+"""Calibrate a filter from scored pairs and an audit (`apo calibrate`), and certify a score (`apo certify`).
 
-The unit of every promise is the prompt: of several rows of one prompt, one is drawn by hash. Scores come with the pairs
-(`score_chosen`, `score_rejected`); an audit says by id which pairs are bad, as a person or a better judge sees them.
+The unit of every guarantee is the prompt: of several rows of a prompt, one is drawn by hash. The pairs have scores
+(`score_chosen`, `score_rejected`); the audit, by a person or a better judge, marks by id which pairs are bad.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 from apo.data.sources import check_exists
 from apo.guarantees.conformal import (
-    candidates_of,
+    candidate_thresholds,
     crc_threshold,
-    joint_words,
+    joint_promise,
+    precision_promise,
     precision_threshold,
-    precision_words,
 )
 from apo.guarantees.properties import Certificate, certify_pairs
 from clair.core.errors import UserError, near_miss
@@ -28,12 +28,12 @@ from clair.storage.object_store import is_url, local_copy
 
 Guarantee = Literal["joint", "precision"]
 SCORES = ("score_chosen", "score_rejected")
-_NAMED = 3
+_MAX_NAMES = 3
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Keep a pair only if its gap is above `above`; what is promised then, in words; the ids it keeps and drops."""
+    """A filter that keeps a pair only if its gap is above `above`, its guarantee, and the ids it keeps and drops."""
 
     above: float
     words: str
@@ -41,11 +41,11 @@ class Filter:
     dropped: tuple[str, ...]
 
     def recipe(self) -> str:
-        """The filter as a clair recipe says it; nothing where all may be kept."""
+        """Return the filter as part of a clair recipe; empty if it keeps all pairs."""
         return "" if self.above == -math.inf else f"filters:\n  gap: {{above: {self.above!r}}}\n"
 
     def decisions(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        """The content of a decisions file for `clair keep`, about the dataset of this manifest."""
+        """Return the content of a decisions file for `clair keep`, for the dataset of this manifest."""
         from clair.reporting.review import FORMAT, fingerprint
 
         marks = {**dict.fromkeys(self.kept, "keep"), **dict.fromkeys(self.dropped, "drop")}
@@ -61,44 +61,43 @@ def calibrate(
     delta: float = 0.1,
     trained_on: Iterable[str] = (),
 ) -> Filter:
-    """The filter on the score gap with the wanted promise.
+    """Return the filter on the score gap with the requested guarantee.
 
     joint       P(a new pair is kept and bad) <= alpha, on average over draws of the audit
     precision   P(share of bad among the kept > alpha) <= delta
 
-    `pairs` have id, prompt and scores. `audit` rows have id and bad (true or false), and scores of their own where
-    they are none of the pairs. Raises UserError where no threshold exists, and for an audit of pairs that the judge
-    was trained on (`trained_on`, ids): its scores are too good there, and nothing would be promised.
+    `pairs` have id, prompt and scores. `audit` rows have id and bad (true or false), and scores if they are not among
+    the pairs. Raises UserError if no threshold exists, and for an audit of pairs that the judge was trained on
+    (`trained_on`, ids), whose scores are too good for the guarantee to hold.
     """
     import numpy as np
 
-    known = {row["id"]: row for row in pairs}
-    refuse_overlap([known.get(row["id"], row) for row in audit], trained_on)
-    units = one_a_prompt([{**known.get(row["id"], {}), **row} for row in audit])
+    by_id = {row["id"]: row for row in pairs}
+    check_no_overlap([by_id.get(row["id"], row) for row in audit], trained_on)
+    units = one_row_per_prompt([{**by_id.get(row["id"], {}), **row} for row in audit])
     bad, gap = np.array([_is_bad(row) for row in units]), np.array([_gap(row) for row in units])
     audited = {row["id"] for row in audit}
     if guarantee == "joint":
         above = crc_threshold(np.where(bad, gap, -math.inf), alpha, lowest=-math.inf)
-        words = joint_words(above, alpha, len(units))
+        words = joint_promise(above, alpha, len(units))
     else:
         others = [_gap(row) for row in pairs if row["id"] not in audited]
         if not others:
             raise UserError("every pair is in the audit; precision needs others, from whose scores the thresholds come")
-        candidates = candidates_of(np.array(others), len(units), alpha, delta)
+        candidates = candidate_thresholds(np.array(others), len(units), alpha, delta)
         above = precision_threshold(gap, bad, alpha, delta, candidates)
-        words = precision_words(above, alpha, delta, len(units))
+        words = precision_promise(above, alpha, delta, len(units))
     if above == math.inf:
         raise UserError(words)
-    return filter_at(pairs, above, words)
+    return filter_above(pairs, above, words)
 
 
-def filter_at(pairs: Sequence[Mapping[str, Any]], above: float, words: str) -> Filter:
-    """The filter that keeps the pairs whose gap is strictly above `above`."""
-    kept = {row["id"]: _gap(row) > above for row in pairs}
-    return Filter(
-        above, words, tuple(id for id, is_kept in kept.items() if is_kept),
-        tuple(id for id, is_kept in kept.items() if not is_kept),
-    )  # fmt: skip
+def filter_above(pairs: Sequence[Mapping[str, Any]], above: float, words: str) -> Filter:
+    """Return the filter that keeps the pairs whose gap is strictly above `above`."""
+    decisions = {row["id"]: _gap(row) > above for row in pairs}
+    kept = tuple(id for id, keep in decisions.items() if keep)
+    dropped = tuple(id for id, keep in decisions.items() if not keep)
+    return Filter(above, words, kept, dropped)
 
 
 Kind = Literal["rises", "same", "floor", "ceiling"]
@@ -115,18 +114,18 @@ def certify(
     bound: float = 0.0,
     trained_on: Iterable[str] = (),
 ) -> Certificate:
-    """The certificate that columns of scores keep a property up to a band, one row a prompt.
+    """Return the certificate that score columns satisfy a property up to a band, with one row per prompt.
 
     rises     `of` is never below `than`: a revision never scores lower than what it revises
     same      `of` equals `than`: length padding does not change the score
     floor     `of` is at least `bound`            ceiling   at most `bound`
 
-    Raises UserError for a column that is not there, and for rows that the scorer was trained on.
+    Raises UserError for a missing column, and for rows that the scorer was trained on.
     """
     import numpy as np
 
-    refuse_overlap(rows, trained_on)
-    units = one_a_prompt(rows)
+    check_no_overlap(rows, trained_on)
+    units = one_row_per_prompt(rows)
     first = np.array([number(row, of) for row in units])
     second = np.array([number(row, than) for row in units]) if kind in ("rises", "same") else np.full(len(first), bound)
     widths = {"rises": second - first, "same": abs(first - second), "floor": second - first, "ceiling": first - second}
@@ -139,8 +138,8 @@ def certify(
     return certify_pairs(np.maximum(widths[kind], 0.0), alpha, words[kind])
 
 
-def one_a_prompt(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """One row of each prompt, drawn by the hash of its id; a row without a prompt is its own."""
+def one_row_per_prompt(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return one row per prompt, drawn by the hash of its id; a row without a prompt counts as a prompt of its own."""
     chosen: dict[str, Mapping[str, Any]] = {}
     for row in sorted(rows, key=lambda row: content_hash(row["id"])):
         unit = content_hash(row["prompt"]) if row.get("prompt") else f"id {row['id']}"
@@ -148,28 +147,30 @@ def one_a_prompt(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list(chosen.values())
 
 
-def refuse_overlap(rows: Sequence[Mapping[str, Any]], trained_on: Iterable[str]) -> None:
-    """Raises UserError where rows are among those that the judge was trained on, naming some.
+def check_no_overlap(rows: Sequence[Mapping[str, Any]], trained_on: Iterable[str]) -> None:
+    """Raise UserError if rows are among those that the judge was trained on, and name some.
 
-    A row that was made of another for a group (`apo reward score --by-group`) is that other: its `pair` says which.
+    A row that `apo reward score --by-group` derived from a pair counts as that pair, whose id is in its `pair`.
     """
-    seen = set(trained_on)
+    trained = set(trained_on)
     ids = [str(row.get("pair") or row["id"]) for row in rows]
-    both = [id for id in dict.fromkeys(ids) if id in seen]
-    if both:
-        more = f" and {len(both) - _NAMED} more" if len(both) > _NAMED else ""
+    common = [id for id in dict.fromkeys(ids) if id in trained]
+    if common:
+        more = f" and {len(common) - _MAX_NAMES} more" if len(common) > _MAX_NAMES else ""
         raise UserError(
-            f"the judge was trained on {', '.join(map(repr, both[:_NAMED]))}{more}: its scores are too good there to "
-            f"calibrate on; take these {len(both)} of {len(set(ids))} rows out, or audit others"
+            f"the judge was trained on {', '.join(map(repr, common[:_MAX_NAMES]))}{more}: its scores are too good "
+            f"there to calibrate on; take these {len(common)} of {len(set(ids))} rows out, or audit others"
         )
 
 
 def number(row: Mapping[str, Any], column: str) -> float:
-    """A finite number out of a row. Raises UserError naming row and column."""
+    """Return a finite number from a row. Raises UserError with row and column."""
     value = row.get(column)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        found = f"column {column!r} is {value!r}" if column in row else f"no column {column!r}{near_miss(column, row)}"
-        raise UserError(f"row {row['id']!r}: {found}; it must be a finite number, such as `apo reward score` writes")
+        problem = (
+            f"column {column!r} is {value!r}" if column in row else f"no column {column!r}{near_miss(column, row)}"
+        )
+        raise UserError(f"row {row['id']!r}: {problem}; it must be a finite number, such as `apo reward score` writes")
     return float(value)
 
 
@@ -184,13 +185,14 @@ def _is_bad(row: Mapping[str, Any]) -> bool:
 
 
 def read_audit(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of an audit file, JSONL with `id` and `bad`. Raises UserError for the first that is none, and for one
-    id that is said to be good and bad.
+    """Read an audit file, JSONL with `id` and `bad`.
+
+    Raises UserError for an invalid row, and for an id that is marked both good and bad.
     """
     rows = _jsonl(path, "audit")
-    said: dict[str, Any] = {}
+    marks: dict[str, Any] = {}
     for row in rows:
-        if said.setdefault(row["id"], row.get("bad")) != row.get("bad"):
+        if marks.setdefault(row["id"], row.get("bad")) != row.get("bad"):
             raise UserError(f"audit {path}: {row['id']!r} is said to be good and bad; decide, one row an id")
     if not rows:
         raise UserError(f"audit {path} is empty; give rows with id and bad")
@@ -198,9 +200,7 @@ def read_audit(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_scored(path: str | Path) -> list[dict[str, Any]]:
-    """All rows of a dataset folder, or of a file, here or at a URL: plain values, `id` the content's hash where there
-    is none.
-    """
+    """Read all rows of a dataset folder or file, local or at a URL. A row without `id` gets its content's hash."""
     from clair.data.dataset import load_pairs, read_rows
 
     check_exists(str(path))
@@ -211,7 +211,7 @@ def read_scored(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_ids(path: str | Path) -> list[str]:
-    """Ids of what a judge was trained on: a reward's folder, a dataset folder, or JSONL rows with `id`."""
+    """Read the ids that a judge was trained on from a reward's folder, a dataset folder, or JSONL rows with `id`."""
     folder = Path(path)
     if (folder / "reward.json").is_file():
         return list(json.loads((folder / "reward.json").read_text("utf-8"))["trained_on"])

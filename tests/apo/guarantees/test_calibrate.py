@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from apo.cli import app
-from apo.guarantees.calibrate import calibrate, certify, filter_at, one_a_prompt, read_audit, read_ids
+from apo.guarantees.calibrate import calibrate, certify, filter_above, one_row_per_prompt, read_audit, read_ids
 from clair.core.errors import UserError
 from clair.data.dataset import read_rows
 from clair.pipeline.build import build
@@ -155,9 +155,9 @@ def test_wrong_options_are_reported_with_the_near_miss(folder, tmp_path):
 
 def test_one_row_counts_for_each_prompt_whatever_the_order():
     rows = [{"id": str(n), "prompt": f"p{n % 3}"} for n in range(9)] + [{"id": "alone"}]
-    units = one_a_prompt(rows)
+    units = one_row_per_prompt(rows)
     assert sorted(unit.get("prompt", "") for unit in units) == ["", "p0", "p1", "p2"]
-    assert one_a_prompt(rows[::-1]) == units
+    assert one_row_per_prompt(rows[::-1]) == units
 
 
 def test_ten_audited_pairs_of_one_prompt_are_one_unit():
@@ -196,8 +196,8 @@ def test_a_certificate_by_hand_and_its_band_as_a_filter():
     certificate = certify(rows, 0.1)
     assert certificate.band.width == pytest.approx(0.2)
     assert certificate.unadjusted.mean == pytest.approx(2 / 19)
-    assert "score_chosen is never below score_rejected: fails 0.105 of 19 units" in certificate.told()
-    assert filter_at(rows, certificate.band.width, "").dropped == ("x", "y")
+    assert "score_chosen is never below score_rejected: fails 0.105 of 19 units" in certificate.summary()
+    assert filter_above(rows, certificate.band.width, "").dropped == ("x", "y")
     assert certify(rows, 0.1, "same", of="score_rejected", than="score_rejected").band.width == 0
     assert certify(rows, 0.1, "floor", of="score_chosen", bound=0.9).band.width == pytest.approx(0.9)
     assert certify(rows, 0.1, "ceiling", of="score_chosen", bound=0.9).band.width == pytest.approx(0.1)
