@@ -1,4 +1,4 @@
-"""What every test has: no hub, no telemetry, and the folder of shared reference data where there is one."""
+"""Settings of every test: no hub, no telemetry, and the folder of shared reference data if there is one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Before anything imports a hub client: no test asks a hub for anything, or finds what another run left in a cache.
+# Before anything imports a hub client: no test requests anything from a hub, or reads another run's cache.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = os.environ["CLAIR_CACHE"] = _CACHE = tempfile.mkdtemp(prefix="clair-apo-tests-")
 os.environ.pop("HF_DATASETS_CACHE", None)
@@ -20,7 +20,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-# A busy machine is no failure. In CI the examples are the same every time; elsewhere each run looks at new ones.
+# A busy machine is no failure. In CI the examples are the same every time; elsewhere each run draws new ones.
 settings.register_profile("house", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("house")
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def quick_work_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No line of progress comes into what a test reads because the machine is slow; a test of those asks for them."""
+    """No line of progress comes into what a test reads because the machine is slow; tests of progress enable it."""
     monkeypatch.setattr("clair.core.progress.FIRST_LINE_AFTER", 3600.0)
 
 

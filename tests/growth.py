@@ -1,4 +1,4 @@
-"""How the cost of a function grows with its input: a ratio, so that no machine is too slow for it."""
+"""The growth of a function's cost with its input: a ratio, so that no machine is too slow for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Input that nobody here made up: recorded GPT-4 revisions, and a server that others wrote."""
+"""Real input: recorded GPT-4 revisions, and a server of another project."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def rows(shared) -> list:
 
 
 def true_text(row) -> str:
-    """What the recorded reply gives as the revised solution, cut out by hand."""
+    """The revised solution of the recorded reply, cut out by hand."""
     return row["reply"].partition("{corrected_student_solution}")[2].removeprefix(":").strip()
 
 
@@ -101,7 +101,7 @@ def test_the_command_says_where_it_looked_for_recordings(tmp_path):
 
 
 def real_text_model(folder: Path, texts: list[str]) -> Path:
-    """A tiny Llama whose byte-level tokenizer was made from these texts."""
+    """A tiny Llama with a byte-level tokenizer trained on these texts."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -152,7 +152,7 @@ def test_datasets_reads_the_real_pairs(replayed):
     assert len(datasets.load_dataset(str(replayed), split="train")) == 12
 
 
-# ---- `transformers serve`: an OpenAI-compatible server that nobody here wrote
+# ---- `transformers serve`: an OpenAI-compatible server of another project
 
 
 @pytest.fixture(scope="module")

@@ -66,11 +66,11 @@ def make_model(seed: int = 0, **options):
 
 
 TRAINER = {"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 2}
-"""What the recipe of `recipe` says of training."""
+"""The trainer options of the fixture `recipe`."""
 
 
 def make_pairs(n: int = 24, seed: int = 0) -> list[dict]:
-    """Pairs of differing lengths whose winners count and whose losers do not."""
+    """Pairs of differing lengths. Winners count; losers do not."""
     rng = random.Random(seed)
 
     def phrase(low: int, high: int) -> str:
@@ -92,7 +92,7 @@ def make_pairs(n: int = 24, seed: int = 0) -> list[dict]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _isolated_cache(tmp_path_factory):
-    """What `datasets` keeps goes where pytest's files go."""
+    """Put the cache of `datasets` among pytest's files."""
     import datasets
 
     original = datasets.config.HF_DATASETS_CACHE
@@ -104,7 +104,7 @@ def _isolated_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _isolated_reference_cache(tmp_path, monkeypatch):
-    """Reference log-probs are kept where the test's files go."""
+    """Cache reference log-probs among the test's files."""
     monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
 
 
@@ -148,7 +148,7 @@ def recipe(tmp_path, model_dir, folder):
 
 
 def apart(first, second):
-    """How far two sets of weights of the same names are apart, of the norm of one."""
+    """The distance of two sets of weights of the same names, relative to the norm of the first."""
     assert set(first) == set(second)
     distance = sum(float((first[name].float() - second[name].float()).norm() ** 2) for name in first) ** 0.5
     return distance / sum(float(weight.float().norm() ** 2) for weight in first.values()) ** 0.5

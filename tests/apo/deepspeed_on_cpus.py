@@ -6,7 +6,7 @@ import os
 
 
 def let_cpus_share_out():
-    """Tell accelerate that its CPUs are GPUs: it leaves DeepSpeed out on CPUs, where DeepSpeed itself runs."""
+    """Make accelerate take its CPUs for GPUs: it leaves DeepSpeed out on CPUs, although DeepSpeed runs there."""
     import accelerate.state
     from accelerate.utils import DistributedType
 

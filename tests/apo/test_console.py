@@ -1,4 +1,4 @@
-"""What a run says on the way: how far it is, in lines that fit a terminal."""
+"""The progress that a run prints, in lines that fit a terminal."""
 
 from __future__ import annotations
 

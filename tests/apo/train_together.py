@@ -1,6 +1,6 @@
-"""Run by torchrun, as `train_together.py OUT WAY`: trains every case below and writes what each step was.
+"""Run by torchrun, as `train_together.py OUT WAY`: trains every case below and writes the metrics of each step.
 
-The way is "ddp" (or one process), "fsdp" (accelerate's FSDP2, on CPUs that accelerate is told are GPUs), "zero2" or
+The way is "ddp" (or one process), "fsdp" (accelerate's FSDP2, on CPUs that accelerate takes for GPUs), "zero2" or
 "zero3" (DeepSpeed, likewise, as accelerate's launcher asked for it) or "raw", a loop of its own over torch's
 `fully_shard` that is given the pairs of each step by an earlier run, as `raw OTHER_OUT`.
 """
@@ -39,10 +39,10 @@ CASES = {
 }  # fmt: skip
 OF = {"ddp": tuple(CASES), "fsdp": tuple(name for name in CASES if name != "online"),
       "raw": ("llama", "tied", "windows"), "zero2": tuple(CASES), "zero3": tuple(CASES)}  # fmt: skip
-"""Cases by way. Under FSDP a second whole model beside a sharded one is refused."""
+"""Cases by backend. Under FSDP a second whole model beside a sharded one is refused."""
 LEARNING_RATE = 1e-4
 UNSHARDED = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
-"""How much ZeRO-3 may keep whole after its use: by default all of so small a model, and then nothing is shown."""
+"""Limits of what ZeRO-3 leaves unsharded after use: their defaults would leave all of so small a model."""
 
 
 def model_of(case):
@@ -58,7 +58,7 @@ def rows_of(case):
 
 
 def let_cpus_shard():
-    """Tell accelerate that its CPUs are GPUs: it leaves FSDP out on CPUs, where torch has no objection."""
+    """Make accelerate take its CPUs for GPUs: it leaves FSDP out on CPUs, although torch allows it."""
     import accelerate.state
     from accelerate.utils import DistributedType
 

@@ -44,7 +44,7 @@ def measure() -> dict[str, Any]:
 
 
 def _invented(folder: Path) -> Path:
-    """A data folder with a full benchmark of our own, whose judge messages are taken for the right ones."""
+    """A data folder with a full invented benchmark and judge messages, with their hashes as the published ones."""
     import hashlib
 
     from apo.evaluation.mixeval import benchmark as mixeval

@@ -77,7 +77,7 @@ def _coverage(accuracy: float, sizes: Any, evaluations: int) -> dict[str, float 
 
 
 def _best(evaluations: int) -> dict[str, Any]:
-    """The best of several checkpoints: the bias that choosing has, what is found of it, and how often intervals hold.
+    """The best of several checkpoints: the bias of choosing, its estimate, and the coverage of the intervals.
 
     Checkpoints are equally good, or the best one is 3 standard errors ahead of the worst. In standard errors.
     """

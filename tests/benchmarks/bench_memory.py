@@ -41,7 +41,7 @@ def _main(rows: int) -> None:
     from tests.clair.scripted import Scripted, endpoint, recipe, revision
 
     class Silent(Scripted):
-        """Keeps nothing of what it was asked, so that only the build's memory is measured."""
+        """Drop every request, so that only the build's memory is measured."""
 
         async def complete(self, request: Any, sample: int = 0) -> str:
             answer = await super().complete(request, sample)

@@ -118,14 +118,14 @@ def _case(
 
 
 def _rows(prompts: dict[str, str], replies: dict[str, Any]) -> dict[str, int]:
-    """How many rows came out with the reply to their own prompt, with another's, and without any."""
+    """The numbers of rows with the reply to their own prompt, with another's, and without any."""
     right = sum(replies.get(id) == reply_to(text) for id, text in prompts.items())
     empty = sum(not replies.get(id) for id in prompts)
     return {"right": right, "without reply": empty, "wrong": len(prompts) - right - empty}
 
 
 def _run(name: str, job: Path, limit: float, until: Callable[[], bool] | None = None) -> dict[str, Any]:
-    """What a job printed; with `until`, the job is killed with all its children once that holds."""
+    """The output of a job. If `until` is given, the job is killed with all its children once it holds."""
     with open(job.with_name(f"{name}.log"), "a+", encoding="utf-8") as log:
         process = subprocess.Popen(
             [PYTHONS[name], __file__, "job", name, str(job)],
@@ -163,7 +163,7 @@ def _kill_all(process: subprocess.Popen[str]) -> None:
 
 
 def reply_to(text: str) -> str:
-    """What the server says to a prompt."""
+    """The server's reply to a prompt."""
     return f"reply to: {text}"
 
 
@@ -280,7 +280,7 @@ def clair_job(job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
 
 
 def distilabel_job(job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    """A step asks for a whole batch at once, so that the size of its batches is its concurrency."""
+    """A step requests a full batch at once, so that the size of its batches is its concurrency."""
     from distilabel.models import OpenAILLM
     from distilabel.pipeline import Pipeline
     from distilabel.steps import LoadDataFromDicts
@@ -337,7 +337,7 @@ def curator_job(job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
 
 
 def data_designer_job(job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    """One text column whose prompt is the row's text; a folder that is there already is resumed."""
+    """One text column with the row's text as its prompt. An existing folder is resumed."""
     import data_designer.config as dd
     import pandas as pd
     from data_designer.interface import DataDesigner, ResumeMode

@@ -1,4 +1,4 @@
-"""What bench_ray.py measures, in an object store: see there."""
+"""The measurement of bench_ray.py in an object store: see there."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def measure() -> dict[str, Any]:
 
 
 def _plan(rows: int) -> dict[str, Any]:
-    """One shard of a plan of so many rows: MB at its peak, CPU seconds."""
+    """One shard of a plan: MB at its peak, CPU seconds."""
     with tempfile.TemporaryDirectory() as name:
         _write(Path(name), rows)
         shard = f"1/{rows // ROWS_OF_A_SHARD}"
@@ -113,7 +113,7 @@ def _main(folder: Path, verb: str, name: str, shard: str | None = None) -> None:
     from tests.clair.scripted import Scripted, endpoint, revision
 
     class Silent(Scripted):
-        """Keeps nothing of what it was asked, so that only the build's memory is measured."""
+        """Drop every request, so that only the build's memory is measured."""
 
         async def complete(self, request: Any, sample: int = 0) -> str:
             answer = await super().complete(request, sample)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def measure() -> dict[str, Any]:
-    """What the recipe finds for each seed, and the least, mean and greatest of it over the seeds."""
+    """The results of the recipe for each seed, and their least, mean and greatest over the seeds."""
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from recipes.experiments.tastes.run import EACH, HELDOUT, USERS, gate, make_base, policies

@@ -18,7 +18,7 @@ ROOT = FOLDER.parents[1]
 
 
 def machine() -> dict[str, object]:
-    """What it was measured on: as much as a reader needs to compare, and nothing that names the machine."""
+    """The machine: as much as a reader needs to compare, and nothing that names it."""
     cpu = ""
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()

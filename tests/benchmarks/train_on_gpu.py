@@ -1,4 +1,4 @@
-"""Training a model of Llama-3-8B's shape on one GPU: the three ways to attend, and TRL's DPOTrainer beside them.
+"""Training a model of Llama-3-8B's shape on one GPU: the three attention backends, and TRL's DPOTrainer beside them.
 
     python tests/benchmarks/run.py train_on_gpu                       # about twenty minutes on an H200; needs 130 GB
     TUNES=lora CASES="clair 8" REPEATS=1 python tests/benchmarks/run.py train_on_gpu
@@ -38,7 +38,7 @@ OURS = ("split", "varlen", "flex", "flex, nothing computed anew")
 MODES = (*OURS, "trl defaults", "trl best")
 """`nothing computed anew` and `trl best` are without activation checkpointing; the latter has its reference cached."""
 AGREE = 0.02
-"""How far apart losses of about 1 may be in bfloat16."""
+"""The tolerance between losses of about 1 in bfloat16."""
 
 
 def make_model(sizes: dict[str, Any], device: str, dtype: Any) -> Any:
@@ -85,7 +85,7 @@ def make_trainer(mode: str, tune: str, model: Any, lengths: list[tuple[int, int,
 
 
 def run(mode: str, tune: str, model: Any, lengths: list[tuple[int, int, int]], batch: int) -> dict[str, Any]:
-    """What one training run took, from the constructor to its end, and its losses."""
+    """The cost of one training run, from the constructor to its end, and its losses."""
     import torch
     from transformers import TrainerCallback
 

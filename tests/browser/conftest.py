@@ -57,7 +57,7 @@ def file(folder) -> Path:
 
 @pytest.fixture
 def tab(chromium):
-    """Opens a page file in a window of its own; afterwards nothing may have been said, asked or loaded by it."""
+    """Open a page file in a new window. Afterwards the page may have logged, requested and loaded nothing."""
     contexts, wrong = [], []
 
     def open(file: Path, anchor: str = "", **options):
@@ -80,7 +80,7 @@ def tab(chromium):
 
 
 FONTS = ("", "monospace", "1.25rem monospace")
-"""What a page's own fonts are replaced by: machines have other ones, wider than those a page was made with."""
+"""Replacements of a page's fonts: machines have other ones, wider than those that a page was made with."""
 
 
 def too_wide(page, width: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Dataset folders of any size with text that looks real or means harm; equal arguments, equal bytes."""
+"""Dataset folders of any size with realistic or malicious text; equal arguments give equal bytes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def sentence(rng: Random) -> str:
 
 
 def passage(rng: Random, characters: int) -> str:
-    """Paragraphs of about so many characters."""
+    """Paragraphs of about `characters` characters."""
     text = ""
     while len(text) < characters:
         text += sentence(rng) + ("\n\n" if rng.random() < 0.2 else " ")
@@ -108,7 +108,7 @@ DROPS = (
 
 
 def write_dataset(folder: Path, pairs: Sequence[Pair], drops: int = 0, test_fraction: float = 0.05) -> Path:
-    """A dataset folder as `clair build` leaves it, without its ledger: these pairs, and so many dropped rows."""
+    """A dataset folder as `clair build` leaves it, without its ledger: these pairs, and a number of dropped rows."""
     writer = DatasetWriter(folder, seed=0, test_fraction=test_fraction)
     for pair in pairs:
         writer.add(pair)

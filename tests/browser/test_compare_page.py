@@ -19,7 +19,7 @@ HARMFUL = {"right to wrong": f"right {INJECTIONS[0]} then", "wrong to right": f"
 
 
 def harmful(items, texts):
-    """The items with text that means harm wherever a model, a judge or a benchmark could have put it."""
+    """The items, with malicious text wherever a model, a judge or a benchmark could put it."""
     changed = []
     for number, item in enumerate(items):
         harm = INJECTIONS[number % len(INJECTIONS)]
@@ -56,7 +56,7 @@ def file(results, numbers, tmp_path_factory) -> Path:
 
 
 def listed(page) -> int:
-    """How many answers the list says it has."""
+    """The number of answers that the list shows."""
     return int(page.text_content("#told").split()[0].replace(",", ""))
 
 

@@ -1,4 +1,4 @@
-"""How the page of `clair report` looks: readable in light and dark, at any width, and the focus can be seen."""
+"""The look of the page of `clair report`: readable in light and dark, at any width, and the focus can be seen."""
 
 from __future__ import annotations
 

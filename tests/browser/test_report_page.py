@@ -35,7 +35,7 @@ def ids(page) -> list[str]:
 
 
 def shown_count(page) -> int:
-    """How many rows the list says it has."""
+    """The number of rows that the list shows."""
     return int(page.text_content("#told").split()[0].replace(",", ""))
 
 

@@ -1,4 +1,4 @@
-"""A service with a Batch API that has bad days: it loses, shuffles, doubles, fails and lets expire what it is told to.
+"""A service with a Batch API that has bad days: it loses, shuffles, duplicates, fails and expires batches on demand.
 
     python tests/clair/batch_server.py
 
@@ -46,9 +46,9 @@ class Trouble:
     cancelled: float = 0.0
     failed: float = 0.0
     looks: int = 2
-    """A batch has ended after at most so many looks at it."""
+    """The maximum of status requests until a batch has ended."""
     errors: list[dict[str, Any]] = field(default_factory=list)
-    """What a failed batch says; by default too many tokens."""
+    """The error of a failed batch; by default too many tokens."""
     max_lines: int = 50_000
     """Files with more lines are refused when the batch begins."""
     counts: bool = True
@@ -286,7 +286,7 @@ class Batches(Scripted):
             return refused(404, "No such file.")
         if self.unwell.get(id, 0) < 2 and self.random.random() < self.trouble.half:
             self.unwell[id] = self.unwell.get(id, 0) + 1
-            if self.random.random() < 0.5:  # half of it, and nothing in the headers tells
+            if self.random.random() < 0.5:  # half of it, and the headers do not show it
                 return raw(content[: len(content) // 2], "application/octet-stream")
             response = web.StreamResponse(headers={"Content-Length": str(len(content))})
             await response.prepare(request)

@@ -1,4 +1,4 @@
-"""What the tests of builds share: recipes, prompt files, servers in processes of their own, and what came out."""
+"""Helpers of the tests of builds: recipes, prompt files, servers as processes, and outputs."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def write_recipe(tmp_path: Path, url: str, **changes: Any) -> Path:
 
 @dataclass(frozen=True)
 class CommandResult:
-    """How a command ended."""
+    """The exit code and output of a command."""
 
     code: int
     out: str
@@ -120,7 +120,7 @@ def finished(process: subprocess.Popen[str], seconds: float = 120) -> CommandRes
 
 
 def error_line(result: CommandResult) -> str:
-    """The one line that a user's mistake is told in."""
+    """The one line of a user's error."""
     bars = ("building", "evaluating", "checking", "probing", "counting")
     lines = [line for line in result.err.splitlines() if line.strip() and not line.lstrip().startswith(bars)]
     assert result.code == 2, result
@@ -140,11 +140,11 @@ class ScriptedServer:
     pid: int
 
     def requests(self) -> list[dict[str, Any]]:
-        """Every request so far."""
+        """Every request that the server received."""
         return json.loads(self._get("/seen"))
 
     def model_requests(self) -> list[dict[str, str]]:
-        """The headers of every look at the list of models."""
+        """The headers of every request for the list of models."""
         return json.loads(self._get("/looked-at"))
 
     def forget(self) -> None:
@@ -172,7 +172,7 @@ class BatchService(ScriptedServer):
     """A batch_server.py that answers at `url`."""
 
     def trouble(self, **odds: Any) -> None:
-        """What goes wrong from now on; everything before is forgotten."""
+        """Set the faults from now on, and forget everything before."""
         self.forget()
         self._post("/trouble", odds)
 
@@ -185,12 +185,12 @@ class BatchService(ScriptedServer):
         self._post("/lose", {"files": files})
 
     def poll_batches(self) -> None:
-        """What a look at every batch brings about."""
+        """Request the status of every batch, which advances it."""
         for number in range(len(self.books()["batches"])):
             self._get(f"/v1/batches/batch-{number}")
 
     def books(self) -> dict[str, Any]:
-        """What was uploaded, run and delivered."""
+        """The numbers of requests uploaded, run and delivered."""
         return json.loads(self._get("/books"))
 
     def _post(self, path: str, body: Any) -> None:

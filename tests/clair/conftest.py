@@ -1,4 +1,4 @@
-"""Servers that a test asks for by name."""
+"""Fixtures of servers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `clair push` needs of the hub's HTTP API: repositories, uploads in commits or through LFS, and a token.
+"""The part of the hub's HTTP API that `clair push` needs: repositories, uploads in commits or through LFS, and a token.
 
     python tests/clair/hub_server.py
 

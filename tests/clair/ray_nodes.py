@@ -45,7 +45,7 @@ class Nodes:
         raise AssertionError
 
     def kill(self, node: Any) -> None:
-        """As if its machine lost power: nothing of it ends by itself."""
+        """Kill it as if its machine lost power: none of its processes ends by itself."""
         self.cluster.remove_node(node, allow_graceful=False)
 
     def processes(self, doing: str) -> list[psutil.Process]:
@@ -77,7 +77,7 @@ def cluster() -> Iterator[Nodes]:
 
 
 def write_all_fates(folder: Path, url: str, rows: int) -> Path:
-    """A recipe whose rows are answered, late, refused, failing or dropped; its prompts lie beside it."""
+    """A recipe whose rows are answered, late, refused, failing or dropped; its prompts are in the same folder."""
     draw = random.Random(0)
     write_prompts(folder / "prompts.jsonl", scripted_rows([draw.choice(FATES) for _ in range(rows)]))
     reviser = {"url": url, "model": "m", "max_tokens": 50, "price": {"input": 1, "output": 1}}

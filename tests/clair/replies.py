@@ -1,4 +1,4 @@
-"""Replies of a reviser as they come: the two labels in every style that was seen, and every way to go wrong.
+"""Replies of a reviser as they come: the two labels in every recorded style, and every kind of error.
 
 `well_formed` draws what a person would read in exactly one way; `hostile` draws what must give the true text or a named
 failure. Both take a `random.Random`, so that a test can draw thousands and hypothesis can shrink one.
@@ -95,7 +95,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Style:
-    """How one reply writes its two labels."""
+    """The style of one reply's two labels."""
 
     spelling: str
     case: str
@@ -121,7 +121,7 @@ def draw_style(random: Random) -> Style:
     colon = random.choice((":", ":", "", " :", "："))
     gap = random.choice((" ", "\n", "\n\n", "\n \n"))
     if gap == " " and colon == "" and (wrap != ("{", "}") or heading or emphasis or not plain):
-        gap = "\n"  # text straight after a decorated label without a colon: nothing tells label and text apart
+        gap = "\n"  # text straight after a decorated label without a colon: label and text cannot be distinguished
     case = "plain" if plain else random.choice(("plain", "upper", "title"))
     return Style(spelling, case, wrap, heading, emphasis, colon, random.random() < 0.5, gap)
 
@@ -154,7 +154,7 @@ def assemble(random: Random, style: Style, thoughts: str, answer: str) -> str:
 
 
 def well_formed(random: Random) -> Drawn:
-    """A reply that a person reads in one way only; mentions of a label stand in the middle of lines."""
+    """A reply with one reading only: mentions of a label are in the middle of lines."""
     style = draw_style(random)
     thoughts = paragraphs(random, SENTENCES, 3)
     if random.random() < 0.1:

@@ -18,7 +18,7 @@ FILES = (*SPLIT_FILES, "dropped.jsonl", "README.md")
 KEYS = {"AWS_ACCESS_KEY_ID": "an-access-key-id", "AWS_SECRET_ACCESS_KEY": "a-very-secret-key"}
 ENVIRONMENT = {**KEYS, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
 SHORT = "from clair.storage import url_lock; url_lock.LEASE, url_lock.BEAT = 5.0, 0.5"
-"""As a sitecustomize.py: runs on URLs are taken for dead after a test's time."""
+"""A sitecustomize.py that shortens the time after which runs on URLs count as dead."""
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def bucket(url: str, name: str) -> None:
 
 
 def in_s3(url: str, code: str) -> str:
-    """What Python code prints that speaks to the server, in a process of its own, whose environment names it."""
+    """The output of Python code in a process whose environment names the server."""
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         env={**os.environ, **ENVIRONMENT, "AWS_ENDPOINT_URL": url},

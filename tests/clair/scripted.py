@@ -14,11 +14,11 @@ from clair.inference.model import TooMany, Unreachable, as_completion
 from clair.pipeline.config import BuildConfig
 
 Script = Callable[[list[dict[str, str]], int], str | dict[str, Any]]
-"""What a model says; a mapping is the choice of a chat completion as it stands."""
+"""A model's reply; a mapping is the choice of a chat completion."""
 
 
 class Scripted:
-    """A model whose replies are `script(messages, sample)`; counts what it was asked, and what it would bill."""
+    """A model whose replies are `script(messages, sample)`; records its requests, and bills for them."""
 
     def __init__(self, name: str, script: Script, *, trouble: float = 0.0, seed: int = 0, latency: float = 0.0) -> None:
         self.name = self.identity = name
@@ -59,7 +59,7 @@ def choice(content: Any, finish_reason: str | None = "stop", **message: Any) -> 
 
 
 def install(monkeypatch: Any, **models: Any) -> None:
-    """Let builds ask these models, by role."""
+    """Make builds use these models, by role."""
     monkeypatch.setattr("clair.inference.open.open_model", lambda role, config: models[role])
     monkeypatch.setattr("clair.inference.client._FIRST_BACKOFF", 0.001)
 
@@ -77,7 +77,7 @@ def endpoint(**keys: Any) -> dict[str, Any]:
 
 
 def between(text: str, tag: str) -> str:
-    """What stands between `<tag>` and `</tag>` lines of a request."""
+    """The text between the `<tag>` and `</tag>` lines of a request."""
     return text.split(f"<{tag}>\n")[1].split(f"\n</{tag}>")[0]
 
 

@@ -1,4 +1,4 @@
-"""An endpoint that does what the prompt tells it to: `[[500 429:0.2 ok]]` in the user message is one step a try.
+"""An endpoint that follows the script in the prompt: `[[500 429:0.2 ok]]` in the user message is one step a try.
 
     python tests/clair/scripted_server.py
 
@@ -80,7 +80,7 @@ def thinking(text: str) -> str:
 
 
 def stream(text: str) -> web.Response:
-    """A stream of tool calls, though none was asked for."""
+    """A stream of tool calls, though none was requested."""
     call = {"index": 0, "id": "t", "type": "function", "function": {"name": "f", "arguments": revision(text)}}
     chunks = [{"object": "chat.completion.chunk", "choices": [{"delta": {"tool_calls": [call]}}]}] * 3
     lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
@@ -210,13 +210,13 @@ class Scripted:
 
     async def serial_chat(self, request: web.Request) -> web.StreamResponse:
         """Answer in the order in which the requests came, whether anybody still waits or not."""
-        body = await request.read()  # kept by aiohttp, for chat
+        body = await request.read()  # stored by aiohttp, for chat
         assert body
         async with self.slot:
             return await self.chat(request)
 
     async def loading(self, request: web.Request) -> web.StreamResponse:
-        """Not ready for the first looks."""
+        """Not ready for the first five requests."""
         self.looks += 1
         if self.looks <= 5:
             return refused(503, "Loading model")

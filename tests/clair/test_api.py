@@ -50,7 +50,7 @@ def recipe_file(folder: Path, url: str) -> Path:
 
 
 def in_a_running_loop(function, *args, **kwargs):
-    """What a notebook's cell does: a plain call while the thread's event loop runs."""
+    """Call a function like a notebook's cell: while the thread's event loop runs."""
 
     async def main():
         return function(*args, **kwargs)

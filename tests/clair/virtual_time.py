@@ -23,7 +23,7 @@ class _NoWaiting(selectors.DefaultSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """`loop.time()` is what was waited so far, in seconds."""
+    """`loop.time()` is the time waited, in seconds."""
 
     def __init__(self) -> None:
         self._waiting = _NoWaiting()

@@ -87,7 +87,7 @@ def test_a_writer_has_its_share_of_right_answers_and_its_wording():
 
 
 def lines(number: int, objective: str, base: int, right: dict[str, tuple[int, int]], **more: object) -> list[dict]:
-    """An advice and its six runs, with so many right answers of ten."""
+    """An advice and its six runs, with these numbers of right answers of ten."""
     name = COMBINATIONS[number].name(number)
     advice = {"kind": "advice", "name": name, **advised(objective, base={"right": ones(base)}), **more}
     runs = [

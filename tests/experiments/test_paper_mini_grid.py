@@ -77,7 +77,7 @@ def test_the_best_rate_and_then_the_best_beta_at_that_rate_are_taken():
         ({}, [3, 2, 4], 3),
         ({5: 0.4, 4: 0.3}, [3, 2, 4, 5], 5),
         ({0: 0.4, 1: 0.3, 2: 0.2}, [3, 2, 4, 1, 0], 0),
-        ({0: 0.4, 2: 0.2}, [3, 2, 4, 1], 2),  # a better one beyond a worse one is not found
+        ({0: 0.4, 2: 0.2}, [3, 2, 4, 1], 2),  # a better one beyond a worse one is not reached
     ],
 )
 def test_rates_are_climbed_from_the_middle_until_both_neighbours_of_the_best_were_run(better, tried, best):

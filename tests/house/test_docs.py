@@ -47,7 +47,7 @@ def models_in(annotation: object) -> Iterator[type[BaseModel]]:
 
 
 def default_of(model: type[BaseModel], key: str) -> str:
-    """What a table says about the default of a key."""
+    """The default of a key as a table gives it."""
     field = model.model_fields.get(key)
     if field is None:
         return "–"
@@ -144,7 +144,7 @@ def test_python_in_the_docs_runs(page, tmp_path, monkeypatch):
 def recipes() -> list[tuple[str, str]]:
     """(where, YAML text) of every recipe in the docs and under recipes/.
 
-    What lies in recipes/accelerate is accelerate's, and tests/apo/distributed/test_launch_configs.py reads it.
+    The files in recipes/accelerate are accelerate's, and tests/apo/distributed/test_launch_configs.py reads it.
     """
     shown = [(b.location, b.code) for b in blocks("yaml")]
     files = [file for file in sorted((ROOT / "recipes").rglob("*.yaml")) if file.parent.name != "accelerate"]
@@ -174,7 +174,7 @@ def test_every_recipe_file_is_on_the_page_of_recipes():
     assert not [file for file in files if f"`{file}`" not in pages()["docs/recipes.md"]]
 
 
-# What the docs may tell a reader to type beside our own commands.
+# Other programs that the docs may use.
 FOREIGN = {
     "accelerate",
     "cd",

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.filterwarnings(warning) for warning in UNAVOIDABLE]
 OURS = ("clair", "apo")
 MODEL = ROOT / "recipes" / "world" / "model"
 RUN = [command for command in commands() if not command.needs]
-"""What carries no mark. Those of contributing.md's ways are run by its own test, each in a copy of the project."""
+"""Commands without a mark. Those of contributing.md are run by its own test, each in a copy of the project."""
 ELSEWHERE = {block.location for blocks in contributions().values() for block in blocks}
 PAGES = sorted({command.page for command in RUN if command.location not in ELSEWHERE})
 
@@ -54,7 +54,7 @@ def program_of(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory):
-    """What pages find made by others: pairs, scored pairs, a full run, an adapter, results of evaluations."""
+    """Inputs that pages presuppose: pairs, scored pairs, a full run, an adapter, results of evaluations."""
     from apo.training.config import TrainConfig
     from apo.training.train import train
     from clair.pipeline.build import build
@@ -126,7 +126,7 @@ BY_GROUP = {
 
 
 def write_recipes(page: str, folder: Path, url: str) -> None:
-    """The page's first data recipe and first training recipe, as they stand but for model and server.
+    """The page's first data recipe and first training recipe, with only model and server replaced.
 
     A page that shows none but says `by: group` of it trains on the pairs of groups that its commands made.
     """

@@ -62,7 +62,7 @@ def test_the_help_of_a_command_imports_few_modules_and_nothing_heavy(command, ma
 
 @pytest.mark.parametrize("command", PACKAGES)
 def test_every_output_of_a_command_that_is_a_local_path_refuses_a_url(command, tmp_path):
-    """What takes a folder or URL is declared as text; a Path of a URL would be made here, as a folder `s3:`."""
+    """Options that take a folder or URL are declared as text: a Path of a URL would create a folder `s3:`."""
 
     def commands(app):
         for group in app.registered_groups:

@@ -1,4 +1,4 @@
-"""What docs/quickstart.md promises of the quickstart, on the quickstart itself."""
+"""The promises of docs/quickstart.md, checked on the quickstart itself."""
 
 from __future__ import annotations
 

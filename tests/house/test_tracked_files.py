@@ -1,4 +1,4 @@
-"""What is in git: no paths of anybody's machine, nothing nameless, and an architecture page that names every folder."""
+"""Tracked files: no paths of a machine, nothing nameless, and an architecture page that names every folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Written in pieces, so that this file does not name what it looks for.
+# Written in pieces, so that this file does not match itself.
 MACHINE_PATHS = re.compile(
     "|".join(["/" + "work/", "/" + "root/", "/" + "home/[a-z]", "/" + "Users/", "/opt/" + "[pw]"])
 )

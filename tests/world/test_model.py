@@ -1,4 +1,4 @@
-"""The committed model: small, whole, and wrong in the way it is meant to be wrong."""
+"""The committed model: small, complete, and wrong as intended."""
 
 from __future__ import annotations
 

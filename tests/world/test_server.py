@@ -65,7 +65,7 @@ def bare(task: Task) -> dict[str, Any]:
 
 
 def solution(text: str) -> str:
-    """What stands under the last label, without its mark-up: enough to read this server's own styles."""
+    """The text under the last label, without its mark-up: enough to read this server's own styles."""
     return text.rpartition(SOLUTION)[2].strip("*: \n")
 
 
@@ -279,7 +279,7 @@ def test_the_models_are_listed(calm: Running) -> None:
 
 
 def gone(pid: int, seconds: float) -> bool:
-    """Whether a process ends within this time (a zombie has ended)."""
+    """True if a process ends within this time (a zombie has ended)."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:

@@ -1,4 +1,4 @@
-"""Wording beside correctness: how answers are dressed, what reviser and judge make of it."""
+"""Wording beside correctness: the styles of answers, and their effect on reviser and judge."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_reviser_polishes_and_overlooks_only_when_it_is_set_to():
 
 
 def verdicts(first, second, leanings, count=200):
-    """How often the judge says what of two answers to the first task."""
+    """The counts of the judge's verdicts on two answers to the first task."""
     task = TASKS[0]
     messages = (
         f"<task>\n{task.prompt}\n</task>\n<student_solution_1>\n{first}\n</student_solution_1>\n"

@@ -1,4 +1,4 @@
-"""The swapped control: the same pairs, half of them the other way round, in every skill alike."""
+"""The swapped control: the same pairs, half of them swapped, in every skill alike."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS = [
 
 
 def exchanged(rows: list[dict]) -> list[bool]:
-    """Which rows are ROWS' own the other way round; anything else than that or the row itself fails."""
+    """Which rows are swapped. Asserts that each is a row of ROWS, swapped or not."""
     swapped = []
     for old, new in zip(ROWS, rows, strict=True):
         assert (old["id"], old["prompt"]) == (new["id"], new["prompt"])
@@ -57,7 +57,7 @@ def test_the_folder_has_the_layout_and_the_schema_of_its_source(tmp_path: Path) 
     (tmp_path / "pairs/data").mkdir(parents=True)
     for split, rows in (("train", ROWS[:300]), ("test", ROWS[300:])):
         table = pa.Table.from_pylist(rows)
-        table = table.append_column("note", pa.nulls(len(rows), pa.string()))  # a type that the rows do not tell
+        table = table.append_column("note", pa.nulls(len(rows), pa.string()))  # a type that the rows do not have
         pq.write_table(table, tmp_path / f"pairs/data/{split}-00000-of-00001.parquet")
     write_swapped(tmp_path / "pairs", tmp_path / "out", seed=0)
     for split, count in (("train", 300), ("test", 101)):

@@ -1,4 +1,4 @@
-"""The world's tasks: disjoint splits, prompts that can be solved, answers that can be told apart."""
+"""The world's tasks: disjoint splits, prompts that can be solved, answers that can be distinguished."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distinguishability: the closed forms, the order in which things are learned, and what is told of it."""
+"""Distinguishability: the closed forms, the order in which things are learned, and the warnings."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def new_head(dimensions: int, seed: int = 0):
 
 
 def train_head(sets, objective, *, steps=20, rate=1.0):
-    """How far the loss of each behaviour fell, and how far the head moved."""
+    """The fall of each behaviour's loss, and the distance that the head moved."""
     reference = new_head(sets[0].hidden.shape[1])
     W = reference.clone()
     initial = head_losses(W, reference, sets, objective)
@@ -296,7 +296,7 @@ def test_c4_an_aligned_models_head_unlearns_faster(seed):
     assert aligned_loss < 0.2 * base_loss
 
 
-# ---- what is told
+# ---- warnings
 
 
 def test_a_cluster_that_the_mixture_hurts_is_reported_with_the_one_it_conflicts_with():

@@ -1,4 +1,4 @@
-"""Jobs whose cost is known by hand."""
+"""Jobs with a cost computed by hand."""
 
 from __future__ import annotations
 

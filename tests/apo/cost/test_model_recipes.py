@@ -31,7 +31,7 @@ DATA = [file for file in ALL if file not in plan.training_recipes()]
 
 
 def planned(file: Path, folder: Path, pairs: Path, monkeypatch, capsys) -> str:
-    """What the dry run prints that the recipe's head gives, on a machine that is too small for it."""
+    """The output of the dry run in the recipe's header, on a machine that is too small for the recipe."""
     model = plan.config_only(yaml.safe_load(file.read_text("utf-8"))["model"], folder / file.stem)
     overrides = ["--set", f"model={model}", "--set", f"dataset={pairs}", "--out", folder / "run"]
     assert call(monkeypatch, "train", file, "--dry-run", *plan.processes_of(file), *overrides) == 2

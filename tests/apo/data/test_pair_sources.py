@@ -1,4 +1,4 @@
-"""What a training recipe may name as its sources, and how several become one dataset."""
+"""The sources of a training recipe, and how several become one dataset."""
 
 from __future__ import annotations
 

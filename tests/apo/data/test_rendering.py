@@ -77,12 +77,12 @@ def encoded(row, tokenizer=None, end_tokens=()):
 
 
 def noted(row):
-    """What is noted of a row, but for the line break that ChatML writes after each end of turn."""
+    """The notes about a row, except for the line break that ChatML writes after each end of turn."""
     return [note for note in row["_notes"] if note != "after_end"]
 
 
 def trained(row, side, tokenizer=None):
-    """What of a side is trained, as text, a piece for each stretch."""
+    """The trained text of a side, one piece for each stretch of tokens."""
     tokenizer = tokenizer or letters()
     ids, mask = row[f"{side}_ids"], row[f"{side}_mask"] or [1] * len(row[f"{side}_ids"])
     marked = [(token if keep else None) for token, keep in zip(ids, mask, strict=True)]

@@ -1,4 +1,4 @@
-"""Tokenising pairs: the same ids as TRL, and each thing that goes wrong told."""
+"""Tokenising pairs: the same ids as TRL, and a message for everything that goes wrong."""
 
 from __future__ import annotations
 

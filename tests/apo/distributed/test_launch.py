@@ -1,4 +1,4 @@
-"""What a launcher says about its processes: believed where it holds together, refused in one line where it does not."""
+"""The settings that a launcher gives its processes: used if they are consistent, else refused in one line."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ EXPECTED = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": 
 
 
 def launched(file: Path) -> dict[str, str]:
-    """What accelerate's launcher puts into the environment of each process, by the command in the file's header."""
+    """The environment that accelerate's launcher gives each process, by the command in the file's header."""
     command = re.search(r"^#\s+accelerate launch (.+)$", file.read_text("utf-8"), re.MULTILINE)
     assert command, f"{file.name} does not say how it is used"
     arguments = command[1].replace("recipes/accelerate", str(FOLDER)).split()

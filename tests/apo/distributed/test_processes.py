@@ -27,7 +27,7 @@ WITHOUT = pytest.mark.skipif("zero2" not in INSTALLED, reason="DeepSpeed is not 
 
 
 def launcher(backend):
-    """What starts the processes: torchrun, or accelerate with the config that comes with the project, on two CPUs."""
+    """The module that starts two processes on CPUs: torchrun, or accelerate with this project's config."""
     if backend not in ZERO:
         return ["torch.distributed.run", "--standalone", "--nproc_per_node", 1 if backend == "one" else 2]
     config = ROOT / "recipes" / "accelerate" / f"{backend}.yaml"
@@ -37,7 +37,7 @@ def launcher(backend):
 
 @pytest.fixture(scope="module")
 def arms(tmp_path_factory):
-    """What train_together.py found, by way."""
+    """The steps that train_together.py recorded, by backend."""
     folder = tmp_path_factory.mktemp("processes")
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),

@@ -44,7 +44,7 @@ def run(processes, tmp_path, *command, **options):
 
 
 def ours(output):
-    """What the run itself says: without torchrun's own report."""
+    """The lines that the run itself prints, without torchrun's report."""
     return [
         line for line in output.splitlines() if re.match(r"error: |step |note: |stopped |going on |\d+ pairs,", line)
     ]
@@ -55,7 +55,7 @@ def weights(out):
 
 
 def metrics(out):
-    """What each step was; not how fast, nor what share of an epoch, which is told in whole micro-batches."""
+    """The metrics of each step, except for speed and the epoch, which counts whole micro-batches."""
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return [{key: row[key] for key in row if "per_second" not in key and key not in ("mfu", "epoch")} for row in rows]
 
@@ -99,7 +99,7 @@ main()
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_mistake_of_one_process_ends_all_with_one_message(rank, model_dir, data, tmp_path):
-    """As on a machine on which the model does not lie."""
+    """As on a machine without the model."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "model").symlink_to(model_dir)
     (tmp_path / "script.py").write_text(ELSEWHERE)
@@ -177,7 +177,7 @@ def test_a_run_resumes_with_another_number_of_processes(first_count, second_coun
 
 
 def test_processes_that_a_launcher_did_not_start_are_missed_in_a_line(model_dir, data, tmp_path):
-    """`accelerate launch --cpu` starts one process whatever it is asked for."""
+    """`accelerate launch --cpu` starts one process, whatever number is requested."""
     path = recipe(model_dir, data, tmp_path / "run")
     arguments = ["launch", "--cpu", "--num_processes", 2, "-m", "apo.cli", "train", path]
     code, output = outcome(launched(tmp_path, "-m", "accelerate.commands.accelerate_cli", *arguments))

@@ -1,4 +1,4 @@
-"""What ZeRO changes about the weights, looked at without DeepSpeed; test_deepspeed.py runs it where it is installed."""
+"""Weights under ZeRO, simulated without DeepSpeed; test_deepspeed.py runs DeepSpeed itself if it is installed."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_log_probs_in_a_batch_keep_their_type_under_deepspeed(tmp_path, pairs, t
 
 @pytest.mark.parametrize("last", [False, True], ids=["more to come", "the step's last"])
 def test_the_passes_of_a_micro_batch_are_one_to_deepspeed(last, tmp_path, pairs, tokenizer, monkeypatch):
-    """accelerate tells DeepSpeed to take its step after a backward pass whose gradients are in sync."""
+    """accelerate makes DeepSpeed step after a backward pass with synchronised gradients."""
     args = APOConfig(output_dir=str(tmp_path), use_cpu=True, pack_tokens=1)
     trainer = APOTrainer(make_model(), args=args, train_dataset=pairs, processing_class=tokenizer)
     trainer.is_deepspeed_enabled, trainer.accelerator.sync_gradients = True, last

@@ -13,7 +13,7 @@ from tests.apo.evaluation.questions import accept, write_data
 
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
-    """A data folder of our own questions, whose hashes are taken for the right ones."""
+    """A data folder of invented questions, with their hashes as the published ones."""
     folder = write_data(tmp_path / "data")
     accept(monkeypatch, folder)
     return folder

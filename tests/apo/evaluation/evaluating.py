@@ -1,4 +1,4 @@
-"""What the tests of evaluations share: the judge's server, the command in this process or one of its own, results."""
+"""Helpers of the tests of evaluations: the judge's server, the command in this or another process, results."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class JudgeServer:
     url: str
 
     def requests(self) -> list[dict[str, Any]]:
-        """The bodies of all requests so far."""
+        """The bodies of all requests."""
         return self._get("/seen")
 
     def paid(self) -> int:
-        """How many there were."""
+        """The number of requests."""
         return self._get("/paid")
 
     def forget(self) -> None:
@@ -103,7 +103,7 @@ def start_apo(*arguments: str | Path) -> subprocess.Popen[str]:
 
 
 def final(out: Path) -> dict[str, Any]:
-    """What must not depend on how often an evaluation was interrupted: score and items."""
+    """Score and items: they must not depend on interruptions."""
     score = json.loads((out / "score.json").read_text("utf-8"))
     passing = ("usage", "seconds", "git_commit")
     return {key: value for key, value in score.items() if key not in passing} | {

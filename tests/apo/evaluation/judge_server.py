@@ -28,7 +28,7 @@ SECONDS_TO_LIVE = 4 * 3600
 
 
 class Server:
-    """Follows the scripts in what it is asked about, and counts what it answered."""
+    """Follow the scripts in the requests, and count the answers."""
 
     def __init__(self, latency: float) -> None:
         self.latency = latency

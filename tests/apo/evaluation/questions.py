@@ -1,4 +1,4 @@
-"""A small benchmark of our own making in the layout of the real one, and where the real one is."""
+"""A small invented benchmark in the layout of the real one, and the folder of the real one."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_shared_tokens_by_pencil():
 
 
 def pair(prompt: str, chosen: float, rejected: float, lengths: tuple[int, int] = (4, 4), **more: float) -> Measured:
-    """A pair whose responses have these log-ratios, half of the chosen one's in shared tokens."""
+    """A pair with these log-ratios, half of the chosen one's in shared tokens."""
     both = zip(lengths, (chosen, rejected), strict=True)
     sides = [Response(n, 2, -10.0, ratio, ratio / 2, more.get("kl", 0.5)) for n, ratio in both]
     return Measured(f"{prompt}{chosen}", prompt, *sides)

@@ -1,4 +1,4 @@
-"""What a recipe's `objective` may say: names, options, weights and sums, and what is refused."""
+"""The values of a recipe's `objective`: names, options, weights and sums, and refusals."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_every_option_of_every_objective_is_tried_out():
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: objective_title(spec)[:60])
 def test_derivatives_agree_with_finite_differences_in_float64(spec):
-    """Of pairs and, where the objective takes them, of unpaired rows; lengths differ."""
+    """For pairs and, if the objective takes them, unpaired rows, of differing lengths."""
     mixture = resolve_mixture(spec)
     line = torch.linspace(-3, 3, 5, dtype=torch.float64)
     lengths = torch.tensor([[1, 2, 3, 4, 5], [2, 3, 1, 6, 4]])

@@ -1,4 +1,4 @@
-"""By hand, then properties, then derivatives."""
+"""Objectives: values by hand, properties, derivatives."""
 
 from __future__ import annotations
 

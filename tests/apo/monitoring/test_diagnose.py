@@ -35,7 +35,7 @@ def rows(count=20, evals=(), **metrics):
 
 
 def named(**metrics):
-    """Metrics whose names no keyword can be."""
+    """Metrics with names that cannot be keywords."""
     return {key.replace("__", "/"): value for key, value in metrics.items()}
 
 

@@ -1,4 +1,4 @@
-"""What ends a run before its time: it is told in one line with what to change, and what was good is kept."""
+"""Failures that end a run: one line with what to change, and the last good checkpoint stays."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def saved(folder):
 
 
 def losing(lost_step, lost=(1,)):
-    """An objective whose loss is not a number for some pairs of one step. (Measuring asks in float64.)"""
+    """An objective with a NaN loss for some pairs of one step. (Metrics call it in float64.)"""
     steps = []
 
     def objective(chosen, rejected, *, beta):

@@ -1,4 +1,4 @@
-"""Guard rails: what is measured, when a run is stopped, and what is left of it."""
+"""Guards: their measurements, when they stop a run, and what it leaves."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from apo.run_dir.files import append_metrics, drop_metrics_after, read_metrics
 
 
 def row(step, chosen=0.0, rejected=0.0, length=1.0):
-    """A log whose pairs are `length` times the usual ones."""
+    """A log of pairs that are `length` times as long as usual."""
     return {
         "step": step, "loss": 1.0, "rewards/chosen": chosen / 10, "rewards/rejected": rejected / 10,
         "logratios/chosen": chosen, "logratios/rejected": rejected,
@@ -48,7 +48,7 @@ def test_a_series_skips_rows_without_its_key():
 
 
 def test_settled_logps_by_hand():
-    # Reference log-probs -50 and -150: the average pair has -100, whatever a log happened to look at.
+    # Reference log-probs -50 and -150: the average pair has -100, whichever pairs a log has.
     rows = [row(1, chosen=0.0, length=1), row(2, chosen=4.0, length=3)]
     assert adjusted_logps(rows, "chosen") == ([1, 2], [-100.0, -96.0])
 

@@ -1,4 +1,4 @@
-"""What a log line costs, and its arithmetic: model FLOPs, padding, shared tokens."""
+"""The cost of a log line, and its arithmetic: model FLOPs, padding, shared tokens."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def test_a_run_logs_its_probe_ten_times_and_is_not_changed_by_it(tmp_path, model
         train(TrainConfig(**recipe, probe=probe, out=str(out)), tell=lambda _: None)
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         logged = [row for row in rows if "probe/kl" in row]
-        assert [row["step"] for row in rows if "loss" in row] == [1, *range(2, 21, 2)]  # looks keep no line away
+        assert [row["step"] for row in rows if "loss" in row] == [1, *range(2, 21, 2)]  # inspections suppress no line
         assert [row["step"] for row in logged] == ([*range(2, 21, 2)] if probe else [])
         weights.append(AutoModelForCausalLM.from_pretrained(out).state_dict())
         if probe:

@@ -22,7 +22,7 @@ from tests.apo.packing.packing_models import FAMILIES, SHAPES, gradients, packed
 def causal_from_the_end(
     query, key, value, query_offsets, key_offsets, longest_query, longest_key, *, scale, window_size, enable_gqa
 ):
-    """What `varlen_attn` computes, sequence by sequence: the kernel itself runs on a GPU only."""
+    """Compute `varlen_attn` sequence by sequence: the kernel itself runs on a GPU only."""
     assert query_offsets.dtype == key_offsets.dtype == torch.int32
     assert query.dtype == key.dtype == value.dtype
     lengths = [
@@ -42,7 +42,7 @@ def causal_from_the_end(
 
 @pytest.fixture(autouse=True)
 def _on_a_cpu(monkeypatch):
-    # FlexAttention computes gradients on a CPU when it is not compiled, but refuses to be asked.
+    # FlexAttention computes gradients on a CPU when it is not compiled, but its device check refuses.
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(varlen, "varlen_attn", causal_from_the_end)

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show; skipped without one. The benchmark for one is tried in small on a CPU.
+"""Properties of kernels on a CUDA device; skipped without one. The GPU benchmark runs in small on a CPU.
 
 Tolerances: float32 on a GPU adds up in another order than on a CPU; bfloat16 has 8 bits.
 """
@@ -28,7 +28,7 @@ WIDE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, 
 
 
 def attended(backend, layout, device, dtype, window, softcap, width=64):
-    """Values and gradients of one way on the same numbers."""
+    """Values and gradients of one backend on the same numbers."""
     generator = torch.Generator().manual_seed(0)
     tokens = layout.input_ids.shape[1]
     q, k, v = (torch.randn(1, heads, tokens, width, generator=generator) for heads in (4, 2, 2))

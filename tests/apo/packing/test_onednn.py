@@ -1,4 +1,4 @@
-"""Products by oneDNN: as near to the truth as torch's own, asked for multiples of rows alone, undone without trace."""
+"""Products by oneDNN: as exact as torch's, used for certain numbers of rows alone, and removed without trace."""
 
 from __future__ import annotations
 

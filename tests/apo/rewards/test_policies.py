@@ -1,4 +1,4 @@
-"""E1: one policy for two groups that want opposite things, and one for each group that a reward has found."""
+"""E1: one policy for two groups that want opposite things, and one for each group that a reward infers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sphere(seed: int):
 
 
 def wins(theta, ideal) -> float:
-    """How often a draw from the policy lies nearer to the ideal point than a draw from the even one."""
+    """The rate at which a draw from the policy is nearer to the ideal point than a draw from the uniform one."""
     points = sphere(2)
     liked = points @ ideal
     above = (liked[:, None] > liked[None]).float().mean(1)

@@ -1,4 +1,4 @@
-"""The rewards: by hand, what must not matter, and what each finds out about populations whose tastes are known."""
+"""The rewards: by hand, their invariances, and what each infers about populations with known tastes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fitted(kind: str, synthetic: toy.Comparisons, seed: int = 0, **options):
 
 
 def few_shot(scorer, synthetic: toy.Comparisons, shots: int) -> float:
-    """Accuracy on the later comparisons of users that nobody has seen, each located by their first ones."""
+    """Accuracy on later comparisons of new users, each located by their first `shots` ones."""
     data, right = comparisons(synthetic), []
     for user in range(len(synthetic.group)):
         user_data = data.of(user)
@@ -234,7 +234,7 @@ def test_comparisons_that_cannot_be_fitted_are_refused():
             new_scorer(kind, data).adapt(data.select([]))
 
 
-# ---- populations whose tastes are known
+# ---- populations with known tastes
 
 
 @pytest.mark.slow
@@ -304,7 +304,7 @@ def new_users():
 def bayes(synthetic: toy.Comparisons, shots: int) -> float:
     """Accuracy of whoever knows the four types and infers them exactly."""
     difference = (synthetic.chosen - synthetic.rejected).reshape(len(synthetic.group), -1, 8)[:, :, :4]
-    fits = (difference[:, :shots] > 0).all(1)  # [users, types]: who agrees with every answer so far
+    fits = (difference[:, :shots] > 0).all(1)  # [users, types]: the types that agree with every answer
     votes = (fits[:, None] * np.sign(difference[:, 20:])).sum(-1)
     return float(np.where(votes == 0, 0.5, votes > 0).mean())
 

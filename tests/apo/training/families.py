@@ -22,6 +22,6 @@ def tiny(family):
         "pad_token_id": 0,
     }  # fmt: skip
     model_config = config(**options, **more)
-    # Gemma 2 asks for eager attention by itself: TRL's arm then warns, and both sides are asked the same way.
+    # Gemma 2 selects eager attention by itself. TRL's arm then warns, so both sides use eager.
     model_config._attn_implementation = "eager" if config is Gemma2Config else "sdpa"
     return AutoModelForCausalLM.from_config(model_config, attn_implementation=model_config._attn_implementation)

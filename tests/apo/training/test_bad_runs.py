@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a run, as the user of the command sees it."""
+"""Failures in the middle of a run, as the user of the command sees them."""
 
 from __future__ import annotations
 

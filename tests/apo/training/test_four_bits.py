@@ -29,7 +29,7 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    """A model whose rows are whole blocks of 64 weights."""
+    """A model with rows of full blocks of 64 weights."""
     folder = tmp_path_factory.mktemp("wide")
     make_model(**SIZES).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

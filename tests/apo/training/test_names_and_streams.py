@@ -1,4 +1,4 @@
-"""What a user of TRL types first: a model by its name, rows as they come, sets to evaluate on of every form."""
+"""The first calls of a user of TRL: a model by its name, streamed rows, evaluation sets of every form."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_prompts_that_are_implied_by_both_answers_are_read(tmp_path, model_dir, 
         assert [row[column] for row in read] == [row[column] for row in explicit]
 
 
-# What is evaluated on
+# Evaluation sets
 
 SETS = {
     "dataset": Dataset.from_list,

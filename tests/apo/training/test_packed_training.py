@@ -78,7 +78,7 @@ def test_a_model_that_cannot_share_falls_back_to_trls_batch_and_says_why_once(tm
     plain = trained(tmp_path / "b", tokenizer, pairs)
     original = LlamaAttention.forward
 
-    def forgetful(self, *args, shared_prefix=None, **options):  # an attention that loses what it is told
+    def forgetful(self, *args, shared_prefix=None, **options):  # an attention that drops its options
         return original(self, *args, **options)
 
     monkeypatch.setattr(LlamaAttention, "forward", forgetful)

@@ -1,4 +1,4 @@
-"""Mixed precision: what is asked outside of a training step is computed in the step's precision.
+"""Mixed precision: log-probs outside of a training step are computed in the step's precision.
 
 On a rate of 0 policy and reference stay one model, so every reward, divergence and difference is 0, and 0 exactly where
 both are asked in one batch.
@@ -73,7 +73,7 @@ ALL = [("bf16", *switches) for switches in itertools.product([False, True], repe
 def test_every_reward_is_0_before_and_on_a_rate_of_0(tmp_path, tokenizer, mixed, adapter, cached, packed):
     trainer = trainer_of(tmp_path, tokenizer, adapter, precompute_ref_log_probs=cached, shared_prefix=packed, **mixed)
     assert trainer.is_packed == packed
-    near = 1e-2 if cached else 0.0  # asked for in other batches, whose products are rounded otherwise
+    near = 1e-2 if cached else 0.0  # computed in other batches, with other rounding
     assert check_before_training(trainer) == pytest.approx({"chosen": 0.0, "rejected": 0.0}, abs=near)
     initial = trainer.evaluate()
     trainer.train()

@@ -32,7 +32,7 @@ OPTIONS = {
 
 
 def run_of(trainer):
-    """What each step logged: losses, rewards and gradient norms."""
+    """The log of each step: losses, rewards and gradient norms."""
     trainer.train()
     steps = [row for row in trainer.state.log_history if "grad_norm" in row]
     del trainer

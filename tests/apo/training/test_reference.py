@@ -57,7 +57,7 @@ def test_cached_log_probs_are_the_online_ones(tmp_path, tokenizer, pairs):
 
 
 def test_every_ingredient_of_the_key_makes_a_new_one(tmp_path, tokenizer, pairs):
-    """Weights, what is done with them, ids, their order and number, types, attention, way of laying out: each changed
+    """Weights, their use, ids, their order and number, types, attention, packing: each changed
     alone.
     """
     prepared(tmp_path, tokenizer, pairs)

@@ -114,7 +114,7 @@ def test_a_truncated_newest_checkpoint_is_set_aside(uninterrupted, model_dir, da
 
 @pytest.fixture
 def stopped_run(request, model_dir, data, tmp_path):
-    """The recipe of a run whose process ended after its checkpoint of step 8; there is one of step 4."""
+    """The recipe of a run that ended after its checkpoint of step 8; there is one of step 4, too."""
     lora = request.getfixturevalue("uninterrupted")[1] if "uninterrupted" in request.fixturenames else False
     config = TrainConfig(**recipe(model_dir, data, tmp_path / "run", lora))
     with pytest.MonkeyPatch.context() as patch:
@@ -250,7 +250,7 @@ def wait_until(condition, process, seconds=120.0):
 
 @pytest.fixture
 def one_thread():
-    """As many threads as `start` gives a process: another number adds in another order."""
+    """As many threads as `start` gives a process: another number sums in another order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""One recipe in, one trained model out: what is written, what is refused, what is told."""
+"""One recipe in, one trained model out: files, refusals and messages."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_the_planned_steps_are_those_trained(recipe, tmp_path, pairs, trainer, s
     assert json.loads(rows[-1])["step"] == record["steps"] == steps
 
 
-# Where pairs come from
+# Sources of pairs
 
 
 def test_weights_say_how_often_each_pair_is_seen(tmp_path):
@@ -515,7 +515,7 @@ def test_bad_input_is_one_line_and_exit_code_2_before_any_work(case, tmp_path, r
     *plan_of_it, error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2
     assert error.startswith("error: ")
-    # What is found when the model is loaded comes after what will be trained on, and nothing else does.
+    # Errors of loading the model come after the description of the data; nothing else does.
     assert all(line.startswith(("train: ", "eval: ", "steps: ")) for line in plan_of_it)
     assert message in error
     assert snapshot(Path(recipe["out"])) == files

@@ -231,7 +231,7 @@ def test_sft_is_the_mean_over_pairs_of_nats_per_token(tmp_path, tokenizer, pairs
     assert loss.item() == pytest.approx((-logps.chosen / logps.chosen_len).mean().item(), abs=1e-5)
 
 
-# What pairs weigh
+# Weights of pairs
 
 
 def weighted(n=14):
@@ -396,7 +396,7 @@ def test_evaluation_weighs_every_held_out_pair_alike(tmp_path, tokenizer, pairs)
     assert len(losses) == 1
 
 
-# What is written, what is refused
+# Files and refusals
 
 
 def test_nothing_pickled_but_tensors_is_written(tmp_path, tokenizer, pairs):
@@ -464,7 +464,7 @@ def test_a_command_line_can_say_every_option():
         parse("--objective", "{apo_zero: 1}")
 
 
-# What is told, once, before the first step
+# Notes, printed once, before the first step
 
 
 def test_a_trainer_notes_the_rows_that_are_left_out(tmp_path, tokenizer, pairs, caplog):
@@ -652,7 +652,7 @@ def test_a_damaged_best_model_is_not_loaded(tmp_path, tokenizer, pairs):
         trainer.train()
 
 
-# What would fail late
+# Errors that would come late
 
 
 @pytest.mark.parametrize(

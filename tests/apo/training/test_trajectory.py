@@ -1,4 +1,4 @@
-"""Twenty steps of training come out the same whichever way they are computed, on models of several families."""
+"""Twenty steps of training are the same with every log-prob function, on models of several families."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOGGED = ("loss", "grad_norm", "logps/chosen", "logps/rejected")
 
 
 def one_row_at_a_time(model, batch):
-    """Each sequence by itself, without padding, through `plain_logps`: padding-free in the plainest way."""
+    """Each sequence by itself, without padding, through `plain_logps`: padding-free and as plain as possible."""
     logps = []
     for index in range(len(batch["input_ids"]) // 2):
         single = select_pairs(batch, [index])
@@ -50,7 +50,7 @@ class Reversed:
 
 
 def trajectory(out, family, tokenizer, how="shared prefix", objective="apo_zero", loss=None):
-    """What is logged at each of the steps, [STEPS][len(LOGGED)], and the weights after them."""
+    """The log of the steps, [STEPS][len(LOGGED)], and the weights after them."""
     common = {
         "output_dir": str(out), "report_to": "none", "logging_steps": 1, "learning_rate": 1e-4, "max_steps": STEPS,
         "save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": BATCH, "use_cpu": True,

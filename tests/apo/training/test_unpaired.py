@@ -228,7 +228,7 @@ def test_before_the_first_step_ends_and_anchor_are_checked(tmp_path):
         check_before_training(run)
 
 
-# What comes in, and what is refused
+# Input and refusals
 
 
 def tokenized(rows, max_length=None, objective="kto"):

@@ -14,7 +14,7 @@ def test_a_row_that_a_shard_dies_of_twice_is_left_out_and_the_next_one_is_found_
         policies.append((sorted(deaths.care.poison_rows), deaths.care.log_rows))
     careless, careful, without_a = ([], False), ([], True), (["a"], False)
     assert policies[:4] == [careless, careful, careful, without_a]
-    # one by one again only after two more deaths: what is noted before is not looked at
+    # one by one again only after two more deaths: earlier notes are ignored
     assert policies[4:] == [without_a, (["a"], True), (["a"], True)]
     assert deaths.one_more(30, "b")
     assert deaths.care == CrashPolicy(frozenset({"a", "b"}))

@@ -25,7 +25,7 @@ async def fail() -> None:
 
 
 async def inside_a_loop(coroutine):
-    """What `run_async` returns where a loop runs in this thread, as in a notebook's cell."""
+    """The result of `run_async` inside a running loop, as in a notebook's cell."""
     return run_async(coroutine)
 
 

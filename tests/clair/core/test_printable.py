@@ -1,4 +1,4 @@
-"""What a model or a server says never steers the terminal, and no recipe or folder does more than it says."""
+"""Text of a model or a server never steers the terminal, and no recipe or folder runs code."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_no_error_and_no_answer_steers_the_terminal(tmp_path, server, step):
     built = clair("build", write_recipe(tmp_path, server.url))
     assert not steering(built.out + built.err)
     if built.code != 2:
-        if step == "steer":  # the file has what was said
+        if step == "steer":  # the file has the text unchanged
             assert sum(row["chosen"][0]["content"].endswith(STEER) for row in pairs(tmp_path / "out")) == 1
         for command in ("show", "stats"):
             shown = clair(command, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""How far a long piece of work is: rates from what is done, lines for a file, and a display that fits 80 columns."""
+"""The progress of long work: rates of completed rows, lines for a file, and a display that fits 80 columns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.clair.building import config_for, scripted_rows, write_prompts
 
 
 class Clock:
-    """Seconds that pass when they are told to."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -34,7 +34,7 @@ def drawn(work: Progress, width: int = 80) -> list[str]:
 
 
 def role(calls: int, in_flight: int, *, reused: int = 0, waiting_for: str = "") -> SimpleNamespace:
-    """What is read of a client."""
+    """The attributes of a client that progress reads."""
     limiter = SimpleNamespace(in_flight=in_flight)
     tally = Tally(calls=calls, reused=reused)
     return SimpleNamespace(told=tally, limiter=limiter, batch=None, waiting_for=waiting_for)

@@ -47,7 +47,7 @@ def recipe(tmp_path: Path, url: str, scripts: list[str]) -> Path:
 
 
 def assert_nowhere(tmp_path: Path, *results: CommandResult) -> int:
-    """No file under out/ and no output holds a secret; returns how many files were looked at."""
+    """No file under out/ and no output holds a secret. Returns the number of files checked."""
     count = 0
     for file in (tmp_path / "out").rglob("*"):
         if file.is_file():
@@ -99,7 +99,7 @@ def test_secrets_reach_the_endpoint_and_nothing_else(tmp_path, server, secrets, 
 
 
 def test_a_server_that_echoes_what_it_was_sent_betrays_nothing(tmp_path, server, secrets):
-    """Errors that end the run, and errors of one row, which are kept in dropped.jsonl and in the ledger."""
+    """Errors that end the run, and errors of one row, which dropped.jsonl and the ledger store."""
     result = clair("build", recipe(tmp_path, server.url, ["ok", "echo400", "m echo400", "echo200", "m echo200"]))
     assert result.code == 3
     dropped = drops(tmp_path / "out")

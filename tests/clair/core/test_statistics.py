@@ -160,12 +160,12 @@ def test_a_score_and_its_interval_stay_inside_and_are_never_a_point(rows):
         assert 0 <= estimate.lo <= estimate.mean + 1e-12
         assert estimate.mean - 1e-12 <= estimate.hi <= 1
         # Clusters whose means nearly agree by chance give a narrow t interval: its 95 % are over all draws, and the
-        # example's is 0.041 wide. Only where nothing at all varies is there a width to ask for.
+        # example's is 0.041 wide. Only without any variation is there a width to require.
         assert estimate.hi - estimate.lo > (0.05 if estimate.se == 0 else 0)
 
 
 def test_all_wrong_is_not_certain():
-    # Four questions, each asked twice, none right: what 0 of 4 says, with t on 3 degrees.
+    # Four questions with two answers each, none right: 0 of 4, with t on 3 degrees.
     estimate = clustered_score([0.0] * 8, [0, 0, 1, 1, 2, 2, 3, 3])
     t = stats.t.ppf(0.975, 3)
     assert (estimate.mean, estimate.se, estimate.lo) == (0, 0, 0)
@@ -235,7 +235,7 @@ def test_four_better_and_none_worse_is_no_difference_though_t_finds_one():
     assert (difference.differing, difference.p_sign, difference.cautious_p) == (4, 0.125, 0.125)
     # Rows of one question count once: four of them are two.
     assert paired_difference([0.0] * 100, tuned, [n // 2 for n in range(100)]).p_sign == 0.5
-    # Where ten differ, t is believed.
+    # If ten differ, t is used.
     many = paired_difference([0.0] * 100, [1.0] * 10 + [0.0] * 90, range(100))
     assert many.cautious_p == many.p
 
@@ -257,7 +257,7 @@ def test_holm_by_pencil():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == []
     corrected = holm([0.02, math.nan, 0.9])
-    assert corrected[0] == pytest.approx(0.06)  # what has no p-value was looked at too
+    assert corrected[0] == pytest.approx(0.06)  # a comparison without p-value counts too
     assert math.isnan(corrected[1])
     assert corrected[2] == pytest.approx(1)
 
@@ -291,7 +291,7 @@ def test_the_nested_bootstrap_agrees_with_all_samples_of_three_clusters():
     values = np.array([[0.0, 3.0, 1.5], [2.0, 0.5, 1.0]])
 
     def gains(world: np.ndarray) -> list[float]:
-        """How much the winner of each of the 27 samples falls in the world it was drawn from."""
+        """The fall of the winner of each of the 27 samples in the world it was drawn from."""
         samples = [world[:, list(drawn)] for drawn in itertools.product(range(3), repeat=3)]
         means = [sample.mean(1) for sample in samples]
         return [m.max() - world[int(m.argmax())].mean() for m in means]
@@ -305,7 +305,7 @@ def test_the_nested_bootstrap_agrees_with_all_samples_of_three_clusters():
 
 @pytest.mark.slow
 def test_the_bias_of_the_best_of_ten_equal_checkpoints_is_found():
-    """True bias: the expected maximum of ten standard normals, 1.539 standard errors. Most of it is found."""
+    """True bias: the expected maximum of ten standard normals, 1.539 standard errors. The estimate holds most of it."""
     rng = np.random.default_rng(11)
     clusters, biases, true, held, naive = np.arange(120).tolist(), [], [], 0, 0
     for _ in range(150):

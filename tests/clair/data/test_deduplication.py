@@ -1,4 +1,4 @@
-"""Prompts left out before anything is spent: near duplicates, and what a benchmark asks."""
+"""Prompts left out before anything is spent: near duplicates, and a benchmark's prompts."""
 
 from __future__ import annotations
 

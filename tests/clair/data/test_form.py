@@ -1,4 +1,4 @@
-"""The form of a text is nobody's mistake: encodings, line ends and indentation are the same on both sides of a pair."""
+"""The form of a text does not matter: encodings, line ends and indentation are the same on both sides of a pair."""
 
 from __future__ import annotations
 

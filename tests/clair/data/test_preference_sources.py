@@ -112,7 +112,7 @@ def test_a_file_that_is_not_there_or_of_another_kind_is_reported(tmp_path, name,
 
 @pytest.mark.parametrize("late", [1, 1500])
 def test_a_key_that_one_row_has_is_in_no_other(tmp_path, late):
-    """Whatever batch it stands in: nothing is guessed from the rows before it."""
+    """In any batch: nothing is guessed from earlier rows."""
     calls = [{"type": "function", "function": {"name": "weigh", "arguments": {"unit": None, "grams": 0.1 + 0.2}}}]
     rows = [ROWS[0]] * late + [{**ROWS[1], "chosen": turns("assistant", "", tool_calls=calls), "tools": calls[:1]}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

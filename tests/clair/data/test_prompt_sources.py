@@ -1,4 +1,4 @@
-"""Prompts from every kind of file, read the same; and every row that cannot be used, told with its number."""
+"""Prompts from every kind of file, read the same; every row that cannot be used is reported with its number."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROWS = [
 
 
 def write(path: Path, rows: list[dict]) -> Path:
-    """Rows in the form that the file's name asks for."""
+    """Rows in the format of the file's suffix."""
     if path.suffix == ".jsonl":
         path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     elif path.suffix == ".json":

@@ -78,7 +78,7 @@ def totals(config) -> tuple[int, int]:
         )[0]
 
 
-# ---- the plain way
+# ---- without faults
 
 
 def test_a_build_through_batches_is_the_live_build(tmp_path, service):
@@ -383,8 +383,8 @@ def test_stragglers_are_requested_live_if_the_recipe_says_so(tmp_path, service):
     build(config)
     books = service.books()
     assert books["files"] == [22]
-    assert books["live"] == ["ok"] * 2  # the two that are asked again
-    # Asked again live, this server repeats what it is told; in a batch it would have answered well.
+    assert books["live"] == ["ok"] * 2  # the two that are requested again
+    # Live, this server follows the script again; in a batch it would have answered well.
     assert Counter(outcomes(tmp_path / "out").values())["reviser.label_inline"] == 2
 
 

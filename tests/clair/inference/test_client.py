@@ -1,4 +1,4 @@
-"""Asking over HTTP: every way that an endpoint can answer has a named outcome, and no row gets another's reply."""
+"""Requests over HTTP: every answer of an endpoint has a named outcome, and no row gets another's reply."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.clair.building import (
 GOOD = "good answer {n}"
 FAILED = "!reviser."
 
-# What the server does with one row, and what becomes of the row; {n} is its number.
+# The server's script for one row, and the row's outcome; {n} is its number.
 OUTCOMES = {
     "ok": GOOD,
     # the server's own words about a request: final
@@ -37,7 +37,7 @@ OUTCOMES = {
     "413": FAILED + "http_413",
     "422": FAILED + "http_422",
     "400filter": "reviser.content_filter",
-    # too many: asked again until it is answered
+    # too many: requested again until it is answered
     "429 ok": GOOD,
     "429 429 429 429 429 429 429 ok": GOOD,
     "429:0.2 ok": GOOD,
@@ -47,7 +47,7 @@ OUTCOMES = {
     "429date ok": GOOD,
     "429words ok": GOOD,
     "429html ok": GOOD,
-    # no answer: asked again, so many times
+    # no answer: requested again, up to `attempts`
     "500 ok": GOOD,
     "502 ok": GOOD,
     "503 ok": GOOD,
@@ -74,7 +74,7 @@ OUTCOMES = {
     "body429": FAILED + "unreachable",
     "body503": FAILED + "unreachable",
     "bodyerror": FAILED + "malformed_reply",
-    # 200, but no chat completion: asked once more
+    # 200, but no chat completion: requested once more
     "html ok": GOOD,
     "html": FAILED + "malformed_reply",
     "bightml": FAILED + "malformed_reply",
@@ -97,7 +97,7 @@ OUTCOMES = {
     "surrogate ok": GOOD,
     "utf8": FAILED + "malformed_reply",
     "utf8 ok": GOOD,
-    # a chat completion that is odd in one way
+    # a chat completion with one oddity
     "nousage": GOOD,
     "infinite": GOOD,
     "nan": GOOD,
@@ -230,7 +230,7 @@ def test_the_raw_reply_and_the_failure_stand_in_the_ledger(tmp_path, server):
 
 
 def test_hidden_reasoning_is_never_part_of_an_answer(tmp_path, server):
-    """As a target's answer: what a reasoning model thinks is neither rejected text nor shown to the reviser."""
+    """In a target's answer, a reasoning model's thoughts are neither rejected text nor shown to the reviser."""
     scripts = ("think", "closethink", "reasoning")
     write_prompts(tmp_path / "prompts.jsonl", [{"id": s, "prompt": f"bad task [[{s}]]"} for s in scripts])
     target = {"url": server.url, "model": "t"}

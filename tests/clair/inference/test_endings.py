@@ -1,4 +1,4 @@
-"""How a reply ends: only known good endings are answers; all others are dropped by a name of their own."""
+"""Finish reasons: only known good endings are answers; all others are dropped by a name of their own."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_only_known_endings_are_good_and_every_other_has_a_name():
 
 
 def built(tmp_path, monkeypatch, scripted_answer, rows, **models):
-    """A build whose target and reviser say `said(role, prompt)` where it is not None."""
+    """Build with a target and a reviser that reply `scripted_answer(role, prompt)` if it is not None."""
 
     def target(messages, sample):
         return scripted_answer("target", messages[-1]["content"]) or f"a bad answer to {messages[-1]['content']}"

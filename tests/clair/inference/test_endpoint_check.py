@@ -1,4 +1,4 @@
-"""clair check-endpoint: a server that is not what it seems is found out by a few short requests."""
+"""clair check-endpoint: a few short requests expose a server that is not what it seems."""
 
 from __future__ import annotations
 

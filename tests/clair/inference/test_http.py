@@ -1,4 +1,4 @@
-"""What servers put on the wire: no answer ends a run, holds a try for ever or fills the memory, and none leads away."""
+"""Bytes that servers send: no answer ends a run, holds a try for ever or fills the memory, and none leads away."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REQUEST: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
 
 
 async def ask(*answers: Answer, query: str = "", timeout: float = 20.0) -> str:
-    """What becomes of one request."""
+    """The outcome of one request."""
     async with serving(*answers) as url, model_at(url + query, timeout=timeout) as model:
         return await asyncio.wait_for(model.complete(REQUEST), 60)
 

@@ -46,7 +46,7 @@ def texts(count: int, longest: int = 40, seed: int = 0) -> list[str]:
 
 
 def ask(folder: Path, requests: list[dict[str, Any]], samples: list[int] | None = None, **options: Any) -> list[Any]:
-    """The replies to requests that are asked at once; an exception stands for itself."""
+    """The replies to concurrent requests. Exceptions are returned."""
 
     async def gather_replies():
         model = LocalModel(folder, **options)
@@ -61,7 +61,7 @@ def ask(folder: Path, requests: list[dict[str, Any]], samples: list[int] | None 
 
 
 def greedily(folder: Path, text: str, max_tokens: int) -> list[int]:
-    """What transformers itself generates, one prompt at a time and without padding."""
+    """The tokens that transformers itself generates, one prompt at a time and without padding."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer.apply_chat_template(
@@ -71,7 +71,7 @@ def greedily(folder: Path, text: str, max_tokens: int) -> list[int]:
     return generated[0, ids.shape[1] :].tolist()
 
 
-# ---- what is said
+# ---- replies
 
 
 def test_greedy_is_what_transformers_generates_from_each_prompt_alone(folder):
@@ -114,7 +114,7 @@ def test_rows_that_have_ended_leave_the_batch_and_change_no_reply(folder, monkey
     assert ask(folder, requests, batch_size=16) == together
     lengths = [reply.usage["completion_tokens"] for reply in together]
     assert max(lengths) == 60 > min(lengths)
-    # The prompts are read once; then a row is asked for at most twice the tokens of its reply, instead of for 60.
+    # The prompts are read once; then a row may generate at most twice the tokens of its reply, instead of for 60.
     assert sum(positions[1:]) <= sum(min(60, max(3, 2 * length)) for length in lengths) < 0.95 * 16 * 60
     assert positions[0] == max(positions)
 
@@ -343,7 +343,7 @@ def test_the_event_loop_stays_awake_while_the_model_works(folder):
         await model.close()
         return turns
 
-    assert asyncio.run(work()) >= 10  # one or two, if the model were asked in the loop's thread
+    assert asyncio.run(work()) >= 10  # one or two, if the model ran in the loop's thread
 
 
 def test_a_failing_batch_fails_its_rows_and_the_next_one_runs(folder, monkeypatch):

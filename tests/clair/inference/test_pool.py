@@ -1,4 +1,4 @@
-"""Several endpoints asked as one: the least loaded first, a dead one set aside and tried again."""
+"""Several endpoints as one: the least loaded first, a dead one set aside and tried again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits by hand, on a clock of our own; and how near to the ideal they come on servers that limit."""
+"""Limits by hand, on a virtual clock, and their efficiency on servers that limit."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_newcomer_does_not_jump_the_queue_when_the_limit_rises():
         limiter.limit = 1.0
         await entered(limiter, 1)
         first = await waits(limiter)
-        limiter.succeeded()  # now there is a place for one more, and `first` has it when `leave` looks
+        limiter.succeeded()  # now there is one more slot, and `first` has it when `leave` checks
         newcomer = await waits(limiter)
         limiter.leave()
         await asyncio.gather(first, newcomer)
@@ -279,7 +279,7 @@ class Server:
 
 
 async def ask_all(server: Server, rows: int, concurrency: int) -> Limiter:
-    """What a client does with a limiter."""
+    """Acquire and release a limiter like a client."""
     limiter = Limiter(concurrency, now)
 
     async def row():

@@ -1,4 +1,4 @@
-"""What a dataset was made of is known by content: words, prompts and files, not the paths that name them."""
+"""A dataset's ingredients are identified by content: templates, prompts and files, not their paths."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_folder_of_a_version_that_noted_no_hashes_resumes(tmp_path, monkeypatc
 
 
 def test_prompts_that_change_during_a_run_make_no_dataset_and_lose_no_reply(tmp_path, monkeypatch):
-    """As many as no reader's buffer holds; the file grows and changes while the first are asked."""
+    """More prompts than a reader's buffer holds; the file grows and changes during the first requests."""
     rows = [{"id": f"r{n}", "prompt": f"task {n} " + "x" * 400, "answer": f"a bad answer {n}"} for n in range(2000)]
     config = recipe(tmp_path / "out", rows, pipeline="revised", reviser=endpoint(), concurrency=1)
     prompts = tmp_path / "out-prompts.jsonl"

@@ -1,4 +1,4 @@
-"""The ledger: asked once, written before it is used, found again; whatever dies, however it dies."""
+"""The ledger: each reply is paid once, written before its use, and read again after any crash."""
 
 from __future__ import annotations
 
@@ -282,7 +282,7 @@ def test_the_open_cost_of_a_dead_run_stays_on_the_bill(tmp_path, holder):
     holder.wait(10)
     with Ledger(tmp_path / "l.sqlite") as ledger:
         do(pay_after_taking_over(ledger))
-        assert ledger.spent("/out")["reviser"].prompt == 7 + 10  # our call, and the one that nobody saw the end of
+        assert ledger.spent("/out")["reviser"].prompt == 7 + 10  # this call, and the one of unknown outcome
 
 
 async def pay_after_taking_over(ledger: Ledger) -> None:

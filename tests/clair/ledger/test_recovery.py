@@ -1,4 +1,4 @@
-"""A damaged ledger: told, never believed, and what can be read of it saved with the very bytes that were paid for."""
+"""A damaged ledger is reported and never used; readable replies are recovered byte for byte."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def _fill(ledger: Ledger, count: int) -> None:
         assert await ledger.claim(key, CLAIM) is ClaimResult.GRANTED
         if n % 10 == 8:
             await ledger.fail(key, "malformed_reply", Tokens(0, 0), "<html>" * n)
-        elif n % 10 != 9:  # those stay asked
+        elif n % 10 != 9:  # those stay claimed
             await ledger.settle(key, reply_to(n), Tokens(7, 70), CLAIM.max_tokens, 0.1)
 
     for start in range(0, count, 20):
@@ -67,7 +67,7 @@ def damaged(tmp_path, original):
 
 
 def saved(path: Path, paid: dict[str, str]) -> int:
-    """How many of the replies stand in a ledger; there is no other, and none is another text than it was."""
+    """Count the replies in a ledger. Asserts that there are no others, and that none has changed."""
     with Ledger(path) as ledger:
         by_key = {key: ledger.find(key) for key in paid}
         assert all(stored is None or stored == StoredReply(paid[key]) for key, stored in by_key.items())
@@ -107,7 +107,7 @@ def test_with_a_zeroed_header_or_root_nothing_is_lost(damaged, size):
 
 
 def rows_in(path: Path, pages: range) -> int:
-    """How many paid replies begin in some pages of an undamaged ledger: those that are missing without them."""
+    """Count the paid replies that begin in some pages of an undamaged ledger: those lost without these pages."""
     copy = path.with_name("copy.sqlite")
     shutil.copy(path, copy)
     for page in pages:
@@ -183,7 +183,7 @@ async def _settle(ledger: Ledger, key: str, reply: str) -> None:
 
 @pytest.mark.parametrize("offset", [0, 8, 40, 0.5])
 def test_a_damaged_log_costs_the_replies_that_lay_there(tmp_path, offset):
-    """SQLite drops all that follows a broken frame, and so would never ask what was in it."""
+    """SQLite drops all that follows a broken frame, and so would never read it."""
     living = Ledger(tmp_path / "living.sqlite")
     try:
         for n in range(30):
@@ -199,7 +199,7 @@ def test_a_damaged_log_costs_the_replies_that_lay_there(tmp_path, offset):
 
 
 def test_an_old_state_of_a_call_never_replaces_its_reply(tmp_path):
-    """What was kept before is read too, so that rows come in several states and in any order."""
+    """Older backups are read too, so that rows come in several states and in any order."""
     path = tmp_path / "l.sqlite"
     with Ledger(path) as ledger:
         asyncio.run(ledger.claim("first", CLAIM))
@@ -326,7 +326,7 @@ def test_a_ledger_of_a_format_before_is_upgraded_with_a_digest_for_each_reply(da
     assert count_readable(path) == len(paid)
 
 
-# ---- the way of a user
+# ---- as a user does it
 
 
 def test_a_build_with_a_damaged_ledger_names_the_command_and_pays_only_for_what_was_lost(tmp_path, server):

@@ -73,7 +73,7 @@ def workspace(tmp_path, finished_once, server: ScriptedServer) -> Workspace:
 
 
 def refuse(workspace: Workspace, server: ScriptedServer, *arguments: str | Path, match: str) -> None:
-    """The command is refused in one line with these words; nothing is asked, nothing in out/ is touched."""
+    """Assert that the command fails with one line that matches, sends no request, and leaves out/ unchanged."""
     snapshot = workspace.snapshot()
     line = error_line(clair(*arguments))
     assert re.search(match, line), line
@@ -425,7 +425,7 @@ def test_a_split_that_is_not_there(workspace, server):
     )
 
 
-# ---- endpoints: found at the first request, and nothing is paid
+# ---- endpoints: errors at the first request, and nothing is paid
 
 
 @pytest.fixture(scope="module")

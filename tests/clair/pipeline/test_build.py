@@ -314,7 +314,7 @@ def test_equal_requests_of_one_run_are_requested_once(tmp_path, server):
     rows = [{"prompt": f"[[wait:0.3]] {n}", "id": n} for n in range(5)]
     building.write_prompts(tmp_path / "prompts.jsonl", rows)
     template = tmp_path / "own.j2"
-    template.write_text("{{ task[:12] }}{{ answer[:0] }}")  # the reviser is asked the same about all
+    template.write_text("{{ task[:12] }}{{ answer[:0] }}")  # the reviser gets the same request for all
     target = {"url": server.url, "model": "t"}
     build(
         config_for(

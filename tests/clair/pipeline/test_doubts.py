@@ -1,4 +1,4 @@
-"""What a build says of its own result: a reviser whose work is doubtful, too few held-out pairs, words of one's own."""
+"""Warnings of a build about its result: a doubtful reviser, too few held-out pairs, a custom template."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_a_push_sends_just_what_it_showed_byte_for_byte(folder, hub):
     shown = clair_push(hub, folder, "org/pairs")
     assert shown.code == 0, shown
     assert "nothing was sent; add --yes to send these 5 files to org/pairs" in shown.out
-    assert pushed(hub)["seen"][requests:] == ["GET /pushed"]  # and nobody else asked for anything
+    assert pushed(hub)["seen"][requests:] == ["GET /pushed"]  # and there was no other request
     sent = clair_push(hub, folder, "org/pairs", "--yes", "--private")
     assert sent.code == 0, sent
     assert f"{hub}/datasets/org/pairs" in sent.out

@@ -78,7 +78,7 @@ def wait_for_requests(server: Running, more_than: int, process: subprocess.Popen
 def build_and(
     sent: signal.Signals, server: Running, recipe: Path, out: Path, moment: float, *, all: bool
 ) -> CommandResult:
-    """A build that gets a signal after so many of its requests, and that part of an answer's time.
+    """Start a build and send it a signal after a number of requests and a part of an answer's time.
 
     `all`: its children get it too, as Ctrl-C in a terminal and a killed container do; else it alone, and whatever it
     started must end with it.
@@ -121,7 +121,7 @@ def assert_survives_kills(server: Running, tmp_path: Path, undisturbed: dict[str
         killed += result.code != 0
         in_flight += in_flight_at_the_end(tmp_path / "out" / "ledger.sqlite")
     assert killed >= len(moments) - 1  # one at the very end may come too late
-    assert in_flight <= killed * 2 * CONCURRENCY  # each of the two roles may have so many
+    assert in_flight <= killed * 2 * CONCURRENCY  # the maximum of each of the two roles
     last = finished(start_clair("build", recipe))
     assert last.code == 0, last
     assert final_bytes(tmp_path / "out") == undisturbed
@@ -141,7 +141,7 @@ def assert_survives_kills(server: Running, tmp_path: Path, undisturbed: dict[str
 
 
 def in_flight_at_the_end(ledger: Path) -> int:
-    """How many requests a run that died had claimed and not seen the end of."""
+    """The number of requests that a dead run had claimed and not completed."""
     with contextlib.closing(sqlite3.connect(f"{ledger.as_uri()}?mode=ro", uri=True)) as connection:
         return connection.execute("SELECT count(*) FROM calls WHERE state = 'asked'").fetchone()[0]
 
@@ -232,7 +232,7 @@ def test_interrupted_while_rows_wait_to_ask_again_it_ends_at_once(tmp_path, serv
     process.send_signal(signal.SIGINT)
     result = finished(process)
     assert result.code == 130, result
-    assert len(server.requests()) < 5 * 10  # no row was asked for as often as it may be
+    assert len(server.requests()) < 5 * 10  # no row used all its attempts
 
 
 def test_interrupted_twice_it_leaves_at_once(tmp_path, server):

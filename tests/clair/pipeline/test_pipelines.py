@@ -29,7 +29,7 @@ def text(row, side):
 
 
 def answers(n, start=0):
-    """Rows whose good answer stands now first, now second."""
+    """Rows with the good answer first or second in turn."""
     rows = []
     for i in range(start, start + n):
         both = [f"a good answer to {i}", f"a bad answer to {i}"]

@@ -1,4 +1,4 @@
-"""Conversations with tools: whatever a turn says goes whole to the models that are asked and into the dataset."""
+"""Conversations with tools: every turn reaches the models and the dataset unchanged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ROWS = [
 
 
 def built(tmp_path, monkeypatch, target, rows=ROWS, name="out", **keys):
-    """The pairs by id of a build whose target says `target(messages, sample)`, and the models that were asked."""
+    """Build with a target that replies `target(messages, sample)`. Returns the pairs by id and the models."""
     models = {
         "target": Scripted("t", target),
         "reviser": Scripted("m", revision),

@@ -75,7 +75,7 @@ def test_hostile_replies_give_the_true_text_or_a_named_failure():
             assert reply.answer is not None, (seed, reply)
             assert text == reply.answer.strip(), (seed, reply)
     print(dict(sorted(counts.items())))
-    assert len({name.split(",")[0] for name in counts}) == 14  # every kind was looked at
+    assert len({name.split(",")[0] for name in counts}) == 14  # every kind occurred
     assert counts["mention, answer"] > 0.5 * (counts["mention, answer"] + counts["mention, failure"])
 
 
@@ -105,7 +105,7 @@ def test_a_reply_without_labels_is_never_an_answer(text):
 
 @given(st.randoms(use_true_random=False), st.floats(0, 1))
 def test_a_reply_cut_anywhere_gives_a_beginning_of_the_true_answer_or_a_failure(random, share):
-    """Where the server does not say that it cut, nobody can tell; but never is it text from elsewhere."""
+    """An unmarked cut cannot be detected, but the answer is never other text."""
     reply = well_formed(random)
     kind, text = outcome(reply.text[: int(len(reply.text) * share)])
     if kind == "answer":

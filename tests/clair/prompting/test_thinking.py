@@ -1,4 +1,4 @@
-"""What of a completion is the answer: hidden reasoning apart, in whatever marks, and nothing else taken away."""
+"""The answer of a completion: without hidden reasoning, in any mark-up, and with nothing else removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pages are made of: JSON that no text breaks out of, a policy that fits, diffs that lose nothing, plots."""
+"""The pieces of pages: JSON that no text breaks out of, a policy that fits, diffs that lose nothing, plots."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXT = st.text(st.characters(), max_size=60) | st.lists(st.sampled_from(TRICKS))
 
 
 class Elements(HTMLParser):
-    """The elements of a page with their attributes and text, read the way a browser delimits scripts and styles."""
+    """The elements of a page with their attributes and text, read as a browser delimits scripts and styles."""
 
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)

@@ -171,7 +171,7 @@ def test_a_run_that_was_cut_off_is_finished_by_running_it_again(folder, pairs, t
         apply_decisions(folder, decided, out)
     monkeypatch.undo()
     if out is not None:
-        shutil.rmtree(out)  # without a manifest it is nobody's: the error says so
+        shutil.rmtree(out)  # without a manifest it is no dataset: the error says so
     apply_decisions(folder, decided, out)
     assert {n: b for n, b in bytes_of(out or folder).items() if not n.endswith(".tmp")} == bytes_of(expected)
 

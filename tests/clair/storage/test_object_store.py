@@ -1,4 +1,4 @@
-"""Outputs and prompts at URLs: the same bytes, nothing paid lost with a machine, one run at a time, no secret told."""
+"""Outputs and prompts at URLs: the same bytes, nothing paid is lost, one run at a time, no secret printed."""
 
 from __future__ import annotations
 
@@ -486,7 +486,7 @@ def test_prompts_that_another_process_is_fetching_are_left_to_it_and_older_ones_
     assert set(first.parent.iterdir()) == {second, fetching}
 
 
-# ---- what is refused, and what is never told
+# ---- refusals, and secrets
 
 
 def written(tmp_path, **changes) -> Path:

@@ -30,7 +30,7 @@ def original(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(original, tmp_path, monkeypatch) -> Path:
-    """The dataset as the bucket has it. What is fetched from there lies elsewhere."""
+    """The dataset as the bucket has it. Fetched copies go to another folder."""
     monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hold, "LEASE", 1.0)
     monkeypatch.setattr(hold, "BEAT", 0.1)
@@ -57,7 +57,7 @@ def mark(folder: Path, decisions: Path, count: int = 5) -> Path:
 
 
 def _cell_words(output: str) -> list[str]:
-    """What is printed, without the frames of tables."""
+    """The words of an output, without the frames of tables."""
     return re.sub("[━─┏┓┡┩└┘┳╇┴]", "", output).split()
 
 

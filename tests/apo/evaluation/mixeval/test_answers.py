@@ -1,4 +1,4 @@
-"""Response files are matched row by row to the benchmark, or told why they are not."""
+"""Response files are matched row by row to the benchmark, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_missing_file_is_reported(data, tmp_path):
         read_responses(tmp_path, load(data, "2024-06-01"))
 
 
-# ---- what a model is asked
+# ---- the messages to a model
 
 
 def test_a_question_is_one_user_turn_and_a_system_prompt_only_where_requested(data):

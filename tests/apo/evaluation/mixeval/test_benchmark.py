@@ -1,4 +1,4 @@
-"""The benchmark's words byte for byte, and a data folder that is checked before anything is asked."""
+"""The benchmark's messages byte for byte, and a data folder that is checked before any request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation will cost: requests exactly, tokens and money within an interval that holds what they come to."""
+"""The estimate of an evaluation: exact requests, and intervals of tokens and money that hold the true values."""
 
 from __future__ import annotations
 

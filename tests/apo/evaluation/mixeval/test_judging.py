@@ -1,4 +1,4 @@
-"""What a judge's reply says: right score, named reason, or upstream's random score, marked."""
+"""The score that a judge's reply gives: the right one, a named reason, or upstream's random one, marked."""
 
 from __future__ import annotations
 

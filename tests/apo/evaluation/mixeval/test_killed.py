@@ -38,7 +38,7 @@ def slow_server():
 
 @pytest.fixture
 def arguments(real, tmp_path, slow_server) -> list:
-    """A command that asks for answers and judgements: the full split, whose files have no known hash."""
+    """A command that requests answers and judgements of the full split, of which no hash is published."""
     data = many(tmp_path / "data")
     (data / "judge_prompts.json").write_bytes((real / "judge_prompts.json").read_bytes())
     judge = ["--judge-base-url", slow_server.url, "--judge-model", "j", "--judge-id", "j"]
@@ -47,7 +47,7 @@ def arguments(real, tmp_path, slow_server) -> list:
 
 
 def run_and(sent: signal.Signals, server: JudgeServer, arguments: list, requests: int) -> CommandResult:
-    """Run the command and send it a signal after more than so many of its requests."""
+    """Run the command and send it a signal after more than `requests` requests."""
     paid = server.paid()
     process = start_apo(*arguments)
     until = time.monotonic() + 60
