@@ -16,7 +16,7 @@ from clair.core.files import file_sha256
 from clair.ledger.ledger import Ledger
 from clair.ledger.replication import LedgerReplica
 from clair.storage.object_store import InUse, Store, folder_of, is_url
-from clair.storage.url_lock import UrlLock, held
+from clair.storage.url_lock import UrlLock, lock_url
 
 DATASET_FILES = ("recipe.json", "manifest.json")
 """The files that identify a dataset folder."""
@@ -90,7 +90,7 @@ def lock_output(out: str | Path, patience: float = 0.0) -> Iterator[Output]:
             yield Output(folder)
             return
         store = Store(str(out))
-        output = Output(folder, store, stack.enter_context(held(store, folder, patience)))
+        output = Output(folder, store, stack.enter_context(lock_url(store, folder, patience)))
         names = store.names()
         for name in (*DATASET_FILES, CURRENT_ROW):
             if name in names:

@@ -1,8 +1,7 @@
 """Object stores through fsspec: `s3://bucket/run`, `gs://...`, `file:///...` in place of a folder or a file.
 
 Credentials come from the environment, as each implementation reads them (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL ...), and
-leave it nowhere: a URL that holds a password is refused, and what an implementation says of an error is told without
-the environment's secrets.
+are never written: a URL with a password is refused, and error messages are stripped of the environment's secrets.
 """
 
 from __future__ import annotations
@@ -23,53 +22,53 @@ from clair.core.files import content_hash, file_sha256, read_json, write_atomica
 from clair.core.urls import public_url
 
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
-"""The extra of ours that brings an implementation; for others fsspec tells what to install."""
+"""The extra of this package that installs an implementation. For others fsspec names the package to install."""
 _LOCAL = ("file", "local")
-_SECRET = re.compile(r"secret|token|password|key", re.IGNORECASE)
-_PATIENCE = 30.0  # seconds, for a store that does not answer
-_FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
-_FULL = re.compile(r"quota|no space|storage ?full|insufficient storage|EntityTooLarge", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"secret|token|password|key", re.IGNORECASE)
+_PATIENCE = 30.0  # seconds of retries for a store that does not answer
+_FINAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+_FULL_PATTERN = re.compile(r"quota|no space|storage ?full|insufficient storage|EntityTooLarge", re.IGNORECASE)
 T = TypeVar("T")
 
 
 class StorageError(UserError):
-    """An object store cannot be used; what was paid for is kept, in it or on this machine."""
+    """An object store cannot be used. Everything paid for is kept, in the store or on this machine."""
 
 
 class InUse(StorageError):
-    """Another run holds a folder or URL."""
+    """Another run has locked a folder or URL."""
 
 
 class AlreadyExists(Exception):
-    """The object that was to be created exists already."""
+    """The object to be created exists already."""
 
 
 def is_url(text: str) -> bool:
-    """Whether a recipe's path is a URL of an object store, and no path of this machine."""
+    """True if a recipe's path is a URL of an object store and not a local path."""
     return "://" in text
 
 
 def local(path: Path | None) -> Path | None:
-    """A path that is written on this machine only, as it is; also a callback of typer. Raises UserError for a URL."""
-    if path is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # a Path has one slash left of two
+    """`path` itself, for outputs that are local only; also a typer callback. Raises UserError for a URL."""
+    if path is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # Path removes one of two slashes
         url = public_path(str(path).replace(":/", "://", 1))
         raise UserError(f"{url} is a URL, and this is written to local files only; give a path, and copy it there")
     return path
 
 
 def check_url(key: str, text: str) -> None:
-    """Raises ValueError, without repeating it, where a URL holds a password."""
+    """Raise ValueError, which does not repeat the URL, if it holds a password."""
     if is_url(text) and urlsplit(text).password:
         raise ValueError(f"{key} is a URL with a password in it; give credentials by the environment")
 
 
 def public_path(text: str) -> str:
-    """A recipe's path as it may be written down: a URL without a signature or whatever else its query holds."""
+    """A recipe's path as outputs may contain it: a URL without its query, which may hold a signature."""
     return public_url(text) if is_url(text) else text
 
 
 def joined(out: str, name: str) -> str:
-    """A name below a folder or URL."""
+    """The path or URL of `name` below a folder or URL."""
     return f"{out.rstrip('/')}/{name}" if is_url(out) else str(Path(out) / name)
 
 
@@ -79,26 +78,26 @@ def default_folder() -> Path:
 
 
 def folder_of(out: str | Path) -> Path:
-    """The folder of this machine that a run works in: `out` itself, or where the copy of a URL's lies."""
+    """The local folder that a run works in: `out` itself, or the folder of its local copy if `out` is a URL."""
     return copy_of(str(out), "runs") if is_url(str(out)) else Path(out)
 
 
 def account_of(out: str) -> str:
-    """On whose bill a run goes: the same on every machine for a URL."""
+    """The account that a run is billed to. For a URL it is the same on every machine."""
     return public_url(out) if is_url(out) else str(Path(out).resolve())
 
 
 def copy_of(url: str, kind: str) -> Path:
-    """Where this machine keeps its copy of what is at a URL."""
+    """The folder of the local copy of a URL. `kind` is the subfolder of the cache."""
     name = re.sub(r"[^\w.-]+", "-", Path(urlsplit(url).path).name)[-40:]
     return default_folder() / kind / f"{content_hash(public_url(url))[:16]}-{name}"
 
 
 class Store:
-    """What is below one URL. Every method raises StorageError in words for the user, without secrets."""
+    """The objects below one URL. Every method raises StorageError with a message for the user, without secrets."""
 
     def __init__(self, url: str) -> None:
-        """Raises StorageError for a protocol that nothing here speaks, with what to install. Asks nothing yet."""
+        """Make no request. Raises StorageError for an unknown protocol, with the package to install."""
         self.name = public_url(url)
         try:
             check_url(self.name, url)
@@ -106,9 +105,9 @@ class Store:
             raise StorageError(str(error)) from None
         self._secrets = tuple(value for _, value in parse_qsl(urlsplit(url).query))
         self._is_local = url.partition("://")[0] in _LOCAL
-        self._fs, self._root = self._opened(url)
+        self._fs, self._root = self._open(url)
 
-    def _opened(self, url: str) -> tuple[Any, str]:
+    def _open(self, url: str) -> tuple[Any, str]:
         import fsspec
 
         protocol = url.partition("://")[0]
@@ -117,183 +116,182 @@ class Store:
             fs, root = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
         except ImportError as error:
             if protocol in _EXTRAS:
-                told = f"{protocol}:// needs s3fs: pip install 'clair-apo[{_EXTRAS[protocol]}]'"
+                problem = f"{protocol}:// needs s3fs: pip install 'clair-apo[{_EXTRAS[protocol]}]'"
             else:
-                told = f"{protocol}:// needs a package that is not installed: {error}"
-            raise StorageError(f"{self.name}: {told}") from error
+                problem = f"{protocol}:// needs a package that is not installed: {error}"
+            raise StorageError(f"{self.name}: {problem}") from error
         except Exception as error:
-            raise StorageError(f"{self.name} cannot be opened: {self.words(error)}") from error
+            raise StorageError(f"{self.name} cannot be opened: {self.redacted_message(error)}") from error
         return fs, root.rstrip("/")
 
     # ---- reading
 
     def names(self, prefix: str = "") -> list[str]:
-        """The names of the objects below `prefix`, sorted; none where nothing is there."""
-        where = f"{self._root}/{prefix}".rstrip("/")
-        found = self._tried("list", lambda: self._found(where))
-        unfinished = re.compile(r"/\.[^/]+\.tmp$")  # local ones that a killed run left
-        return sorted(name.removeprefix(f"{self._root}/") for name in found if not unfinished.search(name))
+        """The names of the objects below `prefix`, sorted. Empty if there are none."""
+        path = f"{self._root}/{prefix}".rstrip("/")
+        paths = self._retry("list", lambda: self._find(path))
+        unfinished = re.compile(r"/\.[^/]+\.tmp$")  # local temporary files of a killed run
+        return sorted(name.removeprefix(f"{self._root}/") for name in paths if not unfinished.search(name))
 
-    def _found(self, where: str) -> list[str]:
+    def _find(self, path: str) -> list[str]:
         try:
-            return self._fs.find(where)
+            return self._fs.find(path)
         except FileNotFoundError:
             return []
 
     def get(self, name: str) -> bytes:
-        """The content of an object. Raises StorageError where it is not there."""
-        return self._tried("read", lambda: self._fs.cat_file(self._path(name)))
+        """The content of an object. Raises StorageError if it does not exist."""
+        return self._retry("read", lambda: self._fs.cat_file(self._path(name)))
 
     def get_all(self, names: Sequence[str]) -> list[bytes]:
-        """The contents of several objects, fetched at the same time where the implementation can."""
+        """The contents of several objects, fetched concurrently if the implementation can."""
         paths = [self._path(name) for name in names]
-        found = self._tried("read", lambda: self._fs.cat(paths)) if paths else {}
-        return [found[path] for path in paths]
+        contents = self._retry("read", lambda: self._fs.cat(paths)) if paths else {}
+        return [contents[path] for path in paths]
 
     def fetch(self, name: str, file: Path) -> None:
-        """Copy an object, however large, to a file of this machine: wholly or not at all."""
+        """Copy an object of any size to a local file, atomically."""
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         try:
-            self._tried("read", lambda: self._fs.get_file(self._path(name), str(temporary)))
+            self._retry("read", lambda: self._fs.get_file(self._path(name), str(temporary)))
             os.replace(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)
 
     def is_folder(self) -> bool:
-        """Whether objects lie below the URL, and none at it."""
-        return bool(self._tried("read", lambda: self._fs.info(self._root))["type"] == "directory")
+        """True if there are objects below the URL and none at it."""
+        return bool(self._retry("read", lambda: self._fs.info(self._root))["type"] == "directory")
 
     def mark(self, name: str = "") -> str:
-        """What changes when an object does: its size and version, as far as the store tells them."""
-        info = self._tried("read", lambda: self._fs.info(self._path(name)))
+        """A hash that changes with an object: of its size and version, as far as the store gives them."""
+        info = self._retry("read", lambda: self._fs.info(self._path(name)))
         names = ("size", "ETag", "etag", "mtime", "LastModified", "created", "version_id", "generation")
         return content_hash([str(info.get(name)) for name in names])
 
     # ---- writing
 
     def put(self, name: str, data: bytes) -> None:
-        """Write an object, wholly or not at all."""
-        self._tried("write", lambda: self._write(name, data))
+        """Write an object, atomically."""
+        self._retry("write", lambda: self._write(name, data))
 
     def create(self, name: str, data: bytes) -> None:
-        """Write an object that is not there yet. Raises Taken where it is, and holds something else."""
+        """Write a new object. Raises AlreadyExists if it exists with another content."""
 
         def write() -> None:
             try:
                 self._write(name, data, new=True)
             except FileExistsError:
-                # Our own try before this one may have arrived, and only its answer got lost.
+                # An earlier attempt of this call may have succeeded although its response was lost.
                 if self._fs.cat_file(self._path(name)) != data:
                     raise AlreadyExists(name) from None
 
-        self._tried("write", write)
+        self._retry("write", write)
 
     def _write(self, name: str, data: bytes, *, new: bool = False) -> None:
-        if self._is_local:  # fsspec writes these in place, and looks before it creates
+        if self._is_local:  # fsspec does not write local files atomically
             write_atomically(self._path(name), data, new=new)
         else:
             self._fs.pipe_file(self._path(name), data, mode="create" if new else "overwrite")
 
     def upload(self, name: str, file: Path) -> None:
-        """Write a file of this machine as an object."""
-        self._tried("write", lambda: self._fs.put_file(str(file), self._path(name)))
+        """Write a local file as an object."""
+        self._retry("write", lambda: self._fs.put_file(str(file), self._path(name)))
 
     def delete(self, names: Sequence[str]) -> None:
-        """Take objects away."""
+        """Delete objects."""
         if names:
-            self._tried("delete", lambda: self._fs.rm([self._path(name) for name in names]))
+            self._retry("delete", lambda: self._fs.rm([self._path(name) for name in names]))
 
     # ---- errors
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
 
-    def _tried(self, verb: str, work: Callable[[], T]) -> T:
-        """The result of `work`, tried again for a while where the store does not answer."""
-        give_up, pause = time.monotonic() + _PATIENCE, 0.25
+    def _retry(self, verb: str, work: Callable[[], T]) -> T:
+        """Run `work`, with retries for `_PATIENCE` seconds if the store does not answer. Returns its result."""
+        deadline, pause = time.monotonic() + _PATIENCE, 0.25
         while True:
             try:
                 return work()
             except AlreadyExists:
                 raise
-            except Exception as error:  # implementations raise their libraries' own errors
-                if _final(error) or time.monotonic() + pause > give_up:
-                    raise StorageError(self._told(verb, error)) from error
+            except Exception as error:  # each implementation raises the errors of its own libraries
+                if _is_final(error) or time.monotonic() + pause > deadline:
+                    raise StorageError(self._failure_message(verb, error)) from error
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
 
-    def _told(self, verb: str, error: Exception) -> str:
+    def _failure_message(self, verb: str, error: Exception) -> str:
         if isinstance(error, FileNotFoundError):
-            what = "nothing is there" if verb == "read" else "the bucket is not there"
+            problem = "nothing is there" if verb == "read" else "the bucket is not there"
         elif isinstance(error, PermissionError) or "credentials" in str(error).lower():
-            what = "no permission; give the environment credentials that may list, read and write there"
-        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(str(error)):
-            what = "no room is left there"
+            problem = "no permission; give the environment credentials that may list, read and write there"
+        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL_PATTERN.search(str(error)):
+            problem = "no room is left there"
         else:
-            what = "it cannot be reached or fails"
-        words = self.words(error)
-        return f"cannot {verb} {self.name}: {what}" + (f" ({words})" if words else "")
+            problem = "it cannot be reached or fails"
+        detail = self.redacted_message(error)
+        return f"cannot {verb} {self.name}: {problem}" + (f" ({detail})" if detail else "")
 
-    def words(self, error: Exception) -> str:
-        """What an error says, in one line and without secrets."""
-        told = str(error)
-        named = [value for name, value in os.environ.items() if _SECRET.search(name) and len(value) > 5]
-        for secret in sorted((*named, *self._secrets), key=len, reverse=True):
-            told = told.replace(secret, "***") if secret else told
-        return one_line(re.sub(r"://[^/@\s'\"]*:[^/@\s'\"]*@", "://***@", told), 300)
+    def redacted_message(self, error: Exception) -> str:
+        """The message of an error, in one line and without secrets."""
+        message = str(error)
+        variables = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) > 5]
+        for secret in sorted((*variables, *self._secrets), key=len, reverse=True):
+            message = message.replace(secret, "***") if secret else message
+        return one_line(re.sub(r"://[^/@\s'\"]*:[^/@\s'\"]*@", "://***@", message), 300)
 
 
-def _final(error: Exception) -> bool:
-    """Whether another try cannot help."""
+def _is_final(error: Exception) -> bool:
+    """True if a retry cannot help."""
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         return True
-    told = str(error)
-    return getattr(error, "errno", None) in _FINAL or bool(_FULL.search(told)) or "credentials" in told.lower()
+    message, number = str(error), getattr(error, "errno", None)
+    return number in _FINAL_ERRNOS or bool(_FULL_PATTERN.search(message)) or "credentials" in message.lower()
 
 
 @contextmanager
 def local_copy(path: str) -> Iterator[Path]:
-    """The file or dataset folder of this machine that holds what is at a path or URL; a URL's is fetched where it has
-    changed, of a dataset all but its ledger.
+    """The local file or dataset folder of a path or URL. A URL is fetched if it has changed, without its ledger.
 
-    Raises UserError; what is said of the copy inside the block is said of the URL.
+    Raises UserError. UserErrors of the block that name the local copy are raised with the URL instead.
     """
     if not is_url(path):
         yield Path(path)
         return
     store = Store(path)
-    copy = _dataset_here(store, path) if store.is_folder() else _file_here(store, path)
+    copy = _copy_dataset(store, path) if store.is_folder() else _copy_file(store, path)
     with report_as(copy, store.name):
         yield copy
 
 
-def _file_here(store: Store, url: str) -> Path:
+def _copy_file(store: Store, url: str) -> Path:
     folder, name = copy_of(url, "files"), Path(urlsplit(url).path)
     suffix = name.with_suffix("").suffix + name.suffix if name.suffix == ".gz" else name.suffix
     copy = folder / f"{store.mark()[:16]}{suffix}"
     if not copy.is_file():
         store.fetch("", copy)
-        for old in set(folder.glob("[!.]*")) - {copy}:  # what starts with a dot another process is fetching
+        for old in set(folder.glob("[!.]*")) - {copy}:  # files with a leading dot are being fetched by another process
             old.unlink(missing_ok=True)
     return copy
 
 
 def local_manifest(folder: str) -> Path:
-    """The file of this machine that holds the manifest of a dataset folder or URL. Raises UserError where none is."""
+    """The local file of the manifest of a dataset folder or URL. Raises UserError if there is none."""
     file = Path(folder) / "manifest.json"
     if is_url(folder):
         url = joined(folder, file.name)
         store = Store(url)
-        file = _file_here(store, url) if store.names() else file
+        file = _copy_file(store, url) if store.names() else file
     if not file.is_file():
-        told = public_path(folder)
-        raise UserError(f"{told} holds no finished dataset (no manifest.json); give a folder made by `clair build`")
+        name = public_path(folder)
+        raise UserError(f"{name} holds no finished dataset (no manifest.json); give a folder made by `clair build`")
     return file
 
 
-def _dataset_here(store: Store, url: str) -> Path:
-    """The copy of what the manifest tells of. Its own manifest is copied last: with it, the copy is whole."""
+def _copy_dataset(store: Store, url: str) -> Path:
+    """Copy the files that the manifest lists. The manifest is copied last, so that a copy with it is complete."""
     manifest = local_manifest(url)
     files = read_json(manifest).get("files")
     if not isinstance(files, dict) or not all(map(_is_below, files)):
@@ -309,8 +307,8 @@ def _dataset_here(store: Store, url: str) -> Path:
         store.fetch(name, folder / name)
         if file_sha256(folder / name) != sha256:
             raise UserError(
-                f"{store.name}: {name} is not the one that its manifest.json tells of; a run is writing there or was "
-                f"cut off: let it end, or run it again"
+                f"{store.name}: {name} does not match its manifest.json; a run is writing there or was cut off: let it "
+                f"end, or run it again"
             )
     store.fetch("README.md", folder / "README.md")
     write_atomically(folder / "manifest.json", manifest.read_bytes())
@@ -318,13 +316,13 @@ def _dataset_here(store: Store, url: str) -> Path:
 
 
 def _is_below(name: str) -> bool:
-    """Whether a file of this name lies inside the folder that it is put into."""
+    """True if a file of this name stays inside the folder that it is written to."""
     return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 @contextmanager
 def report_as(copy: Path, name: str) -> Iterator[None]:
-    """What UserErrors say of a copy inside the block is said of the URL of this name."""
+    """Replace the path of a local copy by `name` in UserErrors of the block."""
     try:
         yield
     except UserError as error:

@@ -1,9 +1,9 @@
-"""One run at a time on a URL: a hold that dies with its run, without trusting any clock.
+"""A lock on a URL of an object store: one run at a time, by a lease that ends with its run, without synchronized clocks.
 
-A hold is an object `hold/000007.json`, created only where no object of that name is there (a conditional put); the
-highest number holds the URL. Its run writes it anew every few seconds. Another run takes over by creating the next
-number, after it has watched the object for `LEASE` seconds by its own clock and it did not change; a run that could
-not write its object for that long counts itself as lost before it uses another reply, and stops where it finds a higher
+The lock is an object `hold/000007.json`, which is created by a conditional put; the object with the highest number
+holds the lock. Its run rewrites it every `BEAT` seconds (a heartbeat). Another run takes over by creating the next
+number, after it has watched the object for `LEASE` seconds by its own clock without a change. A run that could not
+write its heartbeat for `LEASE / 2` seconds renews it before it uses another reply, and stops if it finds a higher
 number.
 """
 
@@ -24,115 +24,116 @@ from clair.core.files import read_json, write_json
 from clair.storage.object_store import AlreadyExists, InUse, StorageError, Store
 
 LEASE = 60.0
-"""Seconds without a sign of life after which a run counts as dead."""
+"""Seconds without a heartbeat after which a run counts as dead."""
 BEAT = 10.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 _FOLDER = "hold/"
 
 
 class UrlLock:
-    """A URL that this run holds. `check` before every use of what it guards."""
+    """A lock on a URL that this run holds. Call `check` before every use of what it guards."""
 
-    def __init__(self, store: Store, number: int, told: dict[str, Any]) -> None:
+    def __init__(self, store: Store, number: int, owner: dict[str, Any]) -> None:
         self.store = store
         self._number = number
-        self._told = told
-        self._seen = time.monotonic()
+        self._owner = owner
+        self._last_beat = time.monotonic()
         self._lost: str | None = None
         self._lock = threading.Lock()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="hold", daemon=True)
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._beat_until_released, name="url-lock", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raises StorageError where another run may hold the URL by now."""
-        if self._lost is None and time.monotonic() - self._seen > LEASE / 2:
+        """Raise StorageError if another run may hold the lock."""
+        if self._lost is None and time.monotonic() - self._last_beat > LEASE / 2:
             self._beat()
         if self._lost:
             raise StorageError(self._lost)
 
     def release(self) -> None:
-        """Let the URL go; where the store does not hear it, the next run waits for the lease to end."""
-        self._over.set()
+        """Release the lock. If the store does not answer, the next run waits for the lease to end."""
+        self._released.set()
         self._thread.join()
         if self._lost is None:
             with suppress(StorageError):
-                self.store.put(_name(self._number), _content({**self._told, "released": True}))
+                self.store.put(_name(self._number), _encode({**self._owner, "released": True}))
 
-    def _keep(self) -> None:
-        while not self._over.wait(BEAT):
-            with suppress(StorageError):  # check() beats again, and tells, before anything is used
+    def _beat_until_released(self) -> None:
+        while not self._released.wait(BEAT):
+            with suppress(StorageError):  # check() repeats the heartbeat, and raises its error, before anything is used
                 self._beat()
 
     def _beat(self) -> None:
         with self._lock:
-            began = time.monotonic()
-            self.store.put(_name(self._number), _content({**self._told, "beat": uuid.uuid4().hex}))
+            started = time.monotonic()
+            self.store.put(_name(self._number), _encode({**self._owner, "beat": uuid.uuid4().hex}))
             highest = max(_numbers(self.store), default=0)
             if highest > self._number:
-                other = _owner(json.loads(self.store.get(_name(highest))))
+                successor = _describe(json.loads(self.store.get(_name(highest))))
                 self._lost = (
-                    f"{self.store.name} was taken over by {other}, because this run gave no sign of life for "
+                    f"{self.store.name} was taken over by {successor}, because this run gave no sign of life for "
                     f"{LEASE:.0f} s; what it paid for is kept, run the same command again when the other has ended"
                 )
-            self._seen = began
+            self._last_beat = started
 
 
 @contextmanager
-def held(store: Store, folder: Path, patience: float = 0.0) -> Iterator[UrlLock]:
-    """Hold the URL of `store` for this run; `folder`, where its copy lies, is held by this process already.
+def lock_url(store: Store, folder: Path, patience: float = 0.0) -> Iterator[UrlLock]:
+    """Lock the URL of `store` for this run. This process has already locked `folder`, the local copy.
 
-    Raises InUse, naming who it is, where another run holds it and lives, or lives still after `patience` seconds.
+    Raises InUse, naming the owner, if another live run holds the lock and does not end within `patience` seconds.
     """
-    mine = folder / ".hold.json"
-    hold = UrlLock(store, *_taken(store, mine, patience))
+    lock = UrlLock(store, *_acquire(store, folder / ".hold.json", patience))
     try:
-        yield hold
+        yield lock
     finally:
-        hold.release()
+        lock.release()
 
 
-def _taken(store: Store, mine: Path, patience: float) -> tuple[int, dict[str, Any]]:
-    told = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+def _acquire(store: Store, record: Path, patience: float) -> tuple[int, dict[str, Any]]:
+    """Create the lock object. Returns its number and its content. `record` is the local file that names its owner."""
+    owner = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
     numbers = _numbers(store)
     highest = max(numbers, default=0)
     if highest:
-        _wait(store, highest, mine, patience)
-    write_json(mine, told)  # before it is taken: what is found of it later is known to be this machine's
+        _wait_for_release(store, highest, record, patience)
+    write_json(record, owner)  # before the object, so that a later run on this machine recognizes the object
     try:
-        store.create(_name(highest + 1), _content(told))
+        store.create(_name(highest + 1), _encode(owner))
     except AlreadyExists:
         raise InUse(f"{store.name} was taken by another run just now; wait for it, or choose another --out") from None
-    with suppress(StorageError):  # lower numbers do not count
+    with suppress(StorageError):  # lower numbers have no effect
         store.delete([_name(number) for number in numbers])
-    return highest + 1, told
+    return highest + 1, owner
 
 
-def _wait(store: Store, number: int, mine: Path, patience: float) -> None:
-    """Until the run of a hold is known to be over. Raises InUse where it gives a sign of life after `patience`."""
-    give_up = time.monotonic() + patience
-    first = store.get(_name(number))
-    owner = json.loads(first)
-    ours = mine.is_file() and read_json(mine)["owner"] == owner["owner"]  # it had the folder that we hold now
-    if ours or owner.get("released"):
+def _wait_for_release(store: Store, number: int, record: Path, patience: float) -> None:
+    """Wait until the run of a lock is over. Raises InUse if it gives a sign of life after `patience` seconds."""
+    patience_ends = time.monotonic() + patience
+    last_content = store.get(_name(number))
+    owner = json.loads(last_content)
+    # An earlier run on this machine has ended if it recorded the lock here, because this process has locked the folder.
+    ended = record.is_file() and read_json(record)["owner"] == owner["owner"]
+    if ended or owner.get("released"):
         return
-    until = time.monotonic() + LEASE
-    while time.monotonic() < until:
+    lease_ends = time.monotonic() + LEASE
+    while time.monotonic() < lease_ends:
         time.sleep(min(1.0, LEASE / 10))
         content = store.get(_name(number))
         if json.loads(content).get("released"):
             return
-        if content != first and time.monotonic() < give_up:
-            first, until = content, time.monotonic() + LEASE
-        elif content != first:
+        if content != last_content and time.monotonic() < patience_ends:
+            last_content, lease_ends = content, time.monotonic() + LEASE
+        elif content != last_content:
             raise InUse(
-                f"{store.name} is in use by {_owner(owner)}; wait for it, or choose another --out. A run that gives no "
-                f"sign of life for {LEASE:.0f} s is taken over"
+                f"{store.name} is in use by {_describe(owner)}; wait for it, or choose another --out. A run that gives "
+                f"no sign of life for {LEASE:.0f} s is taken over"
             )
 
 
-def _owner(told: dict[str, Any]) -> str:
-    return f"process {told['pid']} on {told['host']}"
+def _describe(owner: dict[str, Any]) -> str:
+    return f"process {owner['pid']} on {owner['host']}"
 
 
 def _numbers(store: Store) -> list[int]:
@@ -143,5 +144,5 @@ def _name(number: int) -> str:
     return f"{_FOLDER}{number:06}.json"
 
 
-def _content(told: dict[str, Any]) -> bytes:
-    return json.dumps(told).encode()
+def _encode(owner: dict[str, Any]) -> bytes:
+    return json.dumps(owner).encode()

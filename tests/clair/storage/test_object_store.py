@@ -26,9 +26,9 @@ from clair.pipeline.build import build
 from clair.pipeline.output_dir import lock_output
 from clair.pipeline.shards import Shard
 from clair.storage import object_store as storage
-from clair.storage import url_lock as hold
+from clair.storage import url_lock
 from clair.storage.object_store import AlreadyExists, StorageError, Store, folder_of, local_copy
-from clair.storage.url_lock import held
+from clair.storage.url_lock import lock_url
 from tests.clair.building import SPLIT_FILES, clair, error_line, final_bytes, write_prompts
 from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
 
@@ -46,8 +46,8 @@ def url(request, tmp_path) -> str:
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Leases and patience of a test's length."""
-    monkeypatch.setattr(hold, "LEASE", 1.0)
-    monkeypatch.setattr(hold, "BEAT", 0.1)
+    monkeypatch.setattr(url_lock, "LEASE", 1.0)
+    monkeypatch.setattr(url_lock, "BEAT", 0.1)
     monkeypatch.setattr(storage, "_PATIENCE", 0.2)
 
 
@@ -361,11 +361,11 @@ def test_a_url_in_use_is_reported_with_its_owner_and_free_again_after(tmp_path, 
 
 def test_a_run_that_is_known_to_be_ending_is_waited_for(tmp_path, url):
     (tmp_path / "second").mkdir()
-    first = held(Store(url), tmp_path)
+    first = lock_url(Store(url), tmp_path)
     first.__enter__()
-    ending = threading.Timer(2 * hold.LEASE, first.__exit__, (None, None, None))
+    ending = threading.Timer(2 * url_lock.LEASE, first.__exit__, (None, None, None))
     ending.start()
-    with held(Store(url), tmp_path / "second", patience=60):
+    with lock_url(Store(url), tmp_path / "second", patience=60):
         assert not ending.is_alive()
     ending.join()
 
@@ -390,12 +390,12 @@ def test_a_run_without_a_sign_of_life_is_taken_over_and_stops_where_it_comes_bac
         put(self, name, data)
 
     monkeypatch.setattr(Store, "put", silent)
-    with held(store, tmp_path / "first") as first:
+    with lock_url(store, tmp_path / "first") as first:
         first.check()
         asleep.set()
         began = time.monotonic()
-        with held(Store(url), tmp_path / "second") as second:
-            assert time.monotonic() - began >= hold.LEASE
+        with lock_url(Store(url), tmp_path / "second") as second:
+            assert time.monotonic() - began >= url_lock.LEASE
             second.check()
             asleep.clear()
             with pytest.raises(StorageError, match="was taken over by process"):
@@ -404,8 +404,8 @@ def test_a_run_without_a_sign_of_life_is_taken_over_and_stops_where_it_comes_bac
 
 
 def test_a_dead_run_of_this_machine_is_followed_at_once(tmp_path, url, monkeypatch):
-    monkeypatch.setattr(hold, "LEASE", 3600.0)
-    monkeypatch.setattr(hold.UrlLock, "release", lambda self: self._over.set())  # as after kill -9
+    monkeypatch.setattr(url_lock, "LEASE", 3600.0)
+    monkeypatch.setattr(url_lock.UrlLock, "release", lambda self: self._released.set())  # as after kill -9
     for _ in range(2):
         with lock_output(url):
             pass
@@ -421,7 +421,7 @@ def test_one_of_several_runs_that_begin_at_once_gets_the_url(tmp_path):
         folder.mkdir()
         start.wait()
         try:
-            with held(Store(url), folder):
+            with lock_url(Store(url), folder):
                 won.append(number)
                 finished.wait(30)
         except StorageError as error:
@@ -540,7 +540,10 @@ def test_a_stores_message_is_reported_without_secrets_of_the_environment(monkeyp
 def test_a_secret_of_several_lines_is_redacted_too(monkeypatch, tmp_path):
     monkeypatch.setenv("PRIVATE_KEY", "BEGIN\n  verysecret\nEND")
     store = Store(f"file://{tmp_path}")
-    assert store.words(OSError("no\nroom for BEGIN\n  verysecret\nEND " + "x" * 400)) == "no room for *** " + "x" * 284
+    assert (
+        store.redacted_message(OSError("no\nroom for BEGIN\n  verysecret\nEND " + "x" * 400))
+        == "no room for *** " + "x" * 284
+    )
 
 
 def test_a_signed_url_of_prompts_is_written_down_without_its_signature(tmp_path, monkeypatch):

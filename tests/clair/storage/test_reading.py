@@ -15,7 +15,7 @@ from clair.data.dataset import load_pairs, read_manifest, read_rows, split_file
 from clair.data.prompt_sources import PromptSource, read_prompts
 from clair.reporting.review import fingerprint
 from clair.storage import object_store as storage
-from clair.storage import url_lock as hold
+from clair.storage import url_lock
 from clair.storage.object_store import StorageError, Store, copy_of, local_copy
 from tests.browser.synthetic import synthetic_pairs, write_dataset
 from tests.clair.building import clair, error_line
@@ -32,8 +32,8 @@ def original(tmp_path_factory) -> Path:
 def folder(original, tmp_path, monkeypatch) -> Path:
     """The dataset as the bucket has it. Fetched copies go to another folder."""
     monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hold, "LEASE", 1.0)
-    monkeypatch.setattr(hold, "BEAT", 0.1)
+    monkeypatch.setattr(url_lock, "LEASE", 1.0)
+    monkeypatch.setattr(url_lock, "BEAT", 0.1)
     monkeypatch.setattr(storage, "_PATIENCE", 0.2)
     monkeypatch.chdir(tmp_path)
     return shutil.copytree(original, tmp_path / "bucket" / "pairs")
@@ -152,7 +152,7 @@ def test_datasets_that_cannot_be_read_or_reviewed_at_a_url_are_one_line(folder, 
     write_json(decided, content | {"decisions": {"nobody": "drop"}})
     assert error_line(clair("keep", url, decided)).startswith(f"{url} has no pair 'nobody'")
     (folder / "dropped.jsonl").write_text("")
-    assert f"{url}: dropped.jsonl is not the one that its manifest.json tells of" in error_line(clair("report", url))
+    assert f"{url}: dropped.jsonl does not match its manifest.json" in error_line(clair("report", url))
     (folder / "manifest.json").write_text("[]")
     assert error_line(clair("stats", url)).startswith(f"{url}/manifest.json is damaged (list)")
     (folder / "manifest.json").unlink()
