@@ -1,4 +1,4 @@
-"""Every reply that was paid for, on disk before anyone reads it; its copy in an object store, and its recovery.
+"""The ledger of paid replies, its replica in an object store, and its recovery from damage.
 
 Imports `core` and `storage`.
 """

@@ -25,7 +25,7 @@ from clair.pipeline.config import BuildConfig
 from clair.pipeline.filters import make_filters
 from clair.pipeline.pipelines import judged, revised, stronger
 from clair.pipeline.steps import Judge, Reviser
-from clair.prompting.parse import IDENTIFIERS, asks_for
+from clair.prompting.labels import IDENTIFIERS, names_part
 from clair.prompting.templates import JUDGE_NEEDS, REVISER_NEEDS, load_template
 
 _BEGUN_PER_REQUEST = 16
@@ -194,7 +194,7 @@ def template_warnings(config: BuildConfig) -> list[str]:
         model: ReviserConfig | JudgeConfig | None = getattr(config, role)
         if model is None or model.template is None:
             continue
-        if not asks_for(kind, Path(model.template).read_text("utf-8") + (model.system or "")):
+        if not names_part(kind, Path(model.template).read_text("utf-8") + (model.system or "")):
             warnings.append(
                 f"{role}.template {model.template} never names {IDENTIFIERS[kind]}, the label of the part that is "
                 f"parsed; replies without it are dropped (docs/data.md#words-of-your-own)"

@@ -109,12 +109,12 @@ async def revise(prompt: Prompt, answer: str, reviser: Reviser) -> Revision:
             return await ask(messages, read=partial(parse_edits, answer=answer, template=reviser.edits))
         except ParseFailure as failure:
             if failure.name in _POINTLESS_AGAIN:
-                raise Dropped("reviser", failure.name, failure.told) from failure
+                raise Dropped("reviser", failure.name, failure.explanation) from failure
     try:
         read = partial(parse_revision, answer=answer, template=reviser.template)
         return await ask(request(reviser.template, prompt.messages, **template_values), read=read)
     except ParseFailure as failure:
-        raise Dropped("reviser", failure.name, failure.told) from failure
+        raise Dropped("reviser", failure.name, failure.explanation) from failure
 
 
 async def gather_all(*steps: Coroutine[Any, Any, Step]) -> list[Step]:
@@ -156,7 +156,7 @@ async def judge_once(prompt: Prompt, first: str, second: str, judge: Judge, swap
             judge.client, messages, again=judge.ask_again, row=prompt.id, read=parse_judgement
         )
     except ParseFailure as failure:
-        raise Dropped("judge", failure.name, failure.told) from failure
+        raise Dropped("judge", failure.name, failure.explanation) from failure
     judge.verdicts[judgement.better] += 1
     return Judgement(judgement.reasoning, 3 - judgement.better if swapped and judgement.better else judgement.better)
 
@@ -178,7 +178,7 @@ async def _ask_and_read(
     reply = await client.ask(messages, row=row)
     try:
         if reply.refusal:
-            raise ParseFailure("refusal", words=reply.refusal)
+            raise ParseFailure("refusal", detail=reply.refusal)
         result = read(reply.text, reply.finish_reason)
         first_replies["read"] += 1
         return result
@@ -186,7 +186,7 @@ async def _ask_and_read(
         first_replies[failure.name] += 1
         if not again or failure.name in _POINTLESS_AGAIN or not reply.text.strip():
             raise
-        problem = failure.told
+        problem = failure.explanation
     reply = await client.ask(ask_again(messages, reply.text, problem), row=row, warmer=_WARMER)
     return read(reply.text, reply.finish_reason)
 

@@ -1,4 +1,4 @@
-"""Prompt templates of reviser and judge, and the parsers of what these models reply.
+"""Prompt templates of reviser and judge, and the parsers of their replies.
 
 Imports `core` and `data`.
 """

@@ -1,4 +1,4 @@
-"""The words we send. Templates are Jinja in a sandbox; user text is data to them and is never read as a template."""
+"""Prompt templates: Jinja in a sandbox. Text of users is inserted as data and never parsed as a template."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def _template(source: str):
 
 
 def load_template(path: str | None, built_in: str, needs: tuple[str, ...]) -> str:
-    """The text of the user's template file, or of the built-in one, checked to parse and to use what it is given.
+    """The text of the user's template file, or of the built-in one.
 
-    Raises UserError where the file is missing, is not a template, or leaves out one of the variables in `needs`.
+    Raises UserError if the file is missing, is not a template, or does not use exactly the variables in `needs`.
     """
     if path is None:
         return resources.files("clair.prompting").joinpath(built_in).read_text("utf-8")
@@ -45,8 +45,8 @@ def load_template(path: str | None, built_in: str, needs: tuple[str, ...]) -> st
     except TemplateError as error:
         raise UserError(f"template {file} is not a Jinja template: {error}") from error
     if set(needs) != used:
-        wanted, found = (", ".join(f"{{{{ {name} }}}}" for name in sorted(names)) for names in (needs, used))
-        raise UserError(f"template {file} must use {wanted}; it uses {found or 'nothing'}")
+        required, existing = (", ".join(f"{{{{ {name} }}}}" for name in sorted(names)) for names in (needs, used))
+        raise UserError(f"template {file} must use {required}; it uses {existing or 'nothing'}")
     try:
         render(source, **dict.fromkeys(needs, "text"))
     except UserError as error:
@@ -55,13 +55,10 @@ def load_template(path: str | None, built_in: str, needs: tuple[str, ...]) -> st
 
 
 def render(template: str, **values: str) -> str:
-    """Fill a template. The values are put in as they are: braces and template syntax in them stay text.
-
-    Raises UserError where the template does with them what cannot be done.
-    """
+    """Fill a template. Braces and template syntax in the values stay text. Raises UserError if rendering fails."""
     try:
         return str(_template(template).render(**values))
-    except Exception as error:  # whatever a user's expression can raise
+    except Exception as error:  # an expression of a user's template can raise anything
         raise UserError(f"the template cannot be filled ({type(error).__name__}: {error})") from error
 
 
@@ -73,10 +70,10 @@ def request(
     return [user] if system is None else [{"role": "system", "content": system}, user]
 
 
-def ask_again(asked: list[Message], reply: str, what_is_wrong: str) -> list[Message]:
-    """The same request once more, after the reply that could not be used and what is wrong with it."""
-    told = (
-        f"Your reply cannot be used: {what_is_wrong}. Give the whole reply again, in the form that was asked for, and "
+def ask_again(messages: list[Message], reply: str, problem: str) -> list[Message]:
+    """Repeat a request after a reply that could not be used, with the problem of that reply."""
+    message = (
+        f"Your reply cannot be used: {problem}. Give the whole reply again, in the form that was asked for, and "
         f"say nothing about this message in it."
     )
-    return [*asked, {"role": "assistant", "content": reply}, {"role": "user", "content": told}]
+    return [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": message}]

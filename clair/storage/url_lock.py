@@ -1,4 +1,4 @@
-"""A lock on a URL of an object store: one run at a time, by a lease that ends with its run, without synchronized clocks.
+"""A lock on a URL of an object store, held by one run at a time: a lease, without synchronized clocks.
 
 The lock is an object `hold/000007.json`, which is created by a conditional put; the object with the highest number
 holds the lock. Its run rewrites it every `BEAT` seconds (a heartbeat). Another run takes over by creating the next
@@ -114,8 +114,8 @@ def _wait_for_release(store: Store, number: int, record: Path, patience: float) 
     last_content = store.get(_name(number))
     owner = json.loads(last_content)
     # An earlier run on this machine has ended if it recorded the lock here, because this process has locked the folder.
-    ended = record.is_file() and read_json(record)["owner"] == owner["owner"]
-    if ended or owner.get("released"):
+    is_over = record.is_file() and read_json(record)["owner"] == owner["owner"]
+    if is_over or owner.get("released"):
         return
     lease_ends = time.monotonic() + LEASE
     while time.monotonic() < lease_ends:
