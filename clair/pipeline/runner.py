@@ -197,7 +197,7 @@ def template_warnings(config: BuildConfig) -> list[str]:
         if not names_part(kind, Path(model.template).read_text("utf-8") + (model.system or "")):
             warnings.append(
                 f"{role}.template {model.template} never names {IDENTIFIERS[kind]}, the label of the part that is "
-                f"parsed; replies without it are dropped (docs/data.md#words-of-your-own)"
+                f"parsed; replies without it are dropped (docs/data.md#your-own-templates)"
             )
     return warnings
 

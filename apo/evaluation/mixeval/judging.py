@@ -32,19 +32,19 @@ _OCTAL = re.compile(r"0+[1-9]\d*")  # no number in Python, so that upstream's pa
 
 
 REASONS = {
-    "empty": "the judge said nothing",
-    "cut_off": "its reply ended at the limit of tokens, before a verdict (strict: at all)",
-    "not_ended": "its reply did not end by itself: a refusal, or an ending that nobody knows (strict only)",
-    "no_brackets": "nothing in brackets (strict: double ones) that could be a verdict: a refusal, HTML, another format",
+    "empty": "the judge's reply is empty",
+    "cut_off": "its reply ended at the token limit, before a verdict (strict: at all)",
+    "not_ended": "its reply did not end normally: a refusal, or an unknown finish reason (strict only)",
+    "no_brackets": "nothing in brackets (strict: double ones) can be a verdict: a refusal, HTML, another format",
     "two_verdicts": "two different verdicts in double brackets (strict only; faithful takes the first)",
     "lower_case": "a lower-case letter in brackets",
     "malformed_number": "digits in brackets that are no number, such as [[05]]",
     "out_of_range": "a number that is not between 0 and 1",
     "past_options": "a letter that no option has (strict only; faithful counts it as wrong)",
     "no_option": "the rule parser found no option in the response",
-    "judge_http_*": "the judge's server refused this request, such as judge_http_400: no score, only its bracket",
-    "judge_content_filter": "a filter before the judge took its reply: no score, only its bracket",
-    "answer_http_*": "the model's server refused this question, such as answer_http_400: no score, only its bracket",
+    "judge_http_*": "the judge's server refused this request, such as judge_http_400: no score, only a bracket",
+    "judge_content_filter": "a filter before the judge replaced its reply: no score, only a bracket",
+    "answer_http_*": "the model's server refused this question, such as answer_http_400: no score, only a bracket",
     "answer_*": "the model gave no answer, such as answer_prompt_too_long or answer_content_filter: counts as wrong",
 }
 """Why an item is unresolved, by name."""
