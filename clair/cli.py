@@ -80,7 +80,7 @@ def build(
 
         with shards_progress(prompt_scan.rows) as on_shard_progress:
             result = build_on_ray(
-                config, prompt_scan, address=address, shards=shards, update=update, tell=on_shard_progress
+                config, prompt_scan, address=address, shards=shards, update=update, on_progress=on_shard_progress
             )
     else:
         with build_progress(prompt_scan.held, expected_replies(config, prompt_scan)) as on_progress:
@@ -321,7 +321,9 @@ def check_endpoint(
     for url, url_checks in checks.items():
         for check in url_checks:
             if check.ok is False:
-                raise UserError(f"{url}: {check.name} ({check.told}); pairs built with it would not be what you expect")
+                raise UserError(
+                    f"{url}: {check.name} ({check.message}); pairs built with it would not be what you expect"
+                )
 
 
 @app.command("next")

@@ -96,7 +96,7 @@ def checks_table(checks: Mapping[str, Sequence[Check]]) -> Table:
     table = Table("endpoint", "check", "", "found")
     for url, url_checks in checks.items():
         for check in url_checks:
-            table.add_row(url, check.name, _SIGNS[check.ok], check.told)
+            table.add_row(url, check.name, _SIGNS[check.ok], check.message)
     return table
 
 
@@ -155,7 +155,7 @@ class _ClientStatus:
 
     def _line(self, role: str) -> str:
         client, left = self.clients[role], self._seconds_left(role)
-        tally, rate = client.told, self._rate(role, client)
+        tally, rate = client.total, self._rate(role, client)
         replies = tally.calls + tally.reused
         items = [f"{replies:,}/{max(self.calls[role], replies):,} replies"]
         items += [f"{tally.reused:,} of them reused"] if tally.reused else []
@@ -163,19 +163,19 @@ class _ClientStatus:
         items += [f"{client.batch.in_batches:,} in batches"] if client.batch else []
         items += [pace] if (pace := format_rate(rate.per_second(self._clock()))) else []
         items += [f"about {duration(left)} left"] if left else []
-        items += [reason] if (reason := client.waiting_for) else []
+        items += [reason] if (reason := client.wait_reason) else []
         return f"{role}: {', '.join(items)}"
 
     def _rate(self, role: str, client: ModelClient) -> CompletionRate:
         with self._lock:
             now = self._clock()
-            rate = self._rates.setdefault(role, CompletionRate(now, client.told.calls))
-            rate.add(now, client.told.calls)
+            rate = self._rates.setdefault(role, CompletionRate(now, client.total.calls))
+            rate.add(now, client.total.calls)
             return rate
 
     def _seconds_left(self, role: str) -> float | None:
         """Seconds until the role is done. A row that is done needs no more replies, whatever was expected of it."""
-        tally, calls = self.clients[role].told, self.calls[role]
+        tally, calls = self.clients[role].total, self.calls[role]
         rows_left = max(0, self.total - self.rows)
         remaining = min(calls - tally.calls - tally.reused, rows_left * -(-calls // max(1, self.total)))
         return self._rate(role, self.clients[role]).seconds_left(self._clock(), remaining)

@@ -108,7 +108,7 @@ def strangeness(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> str | 
 def authors(config: AdviseConfig) -> tuple[float | None, float | None]:
     """The shares of winners and losers that a folder of `clair build` says this very model made; None if it cannot."""
     from clair.data.dataset import read_manifest, read_rows
-    from clair.inference.local import weights_identity
+    from clair.inference.model_folder import weights_identity
 
     with local_copy(config.dataset) as folder:
         if not (folder / "manifest.json").is_file():

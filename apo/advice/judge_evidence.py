@@ -17,9 +17,9 @@ from apo.evaluation.winrate import run as winrate
 from apo.evaluation.winrate.verdicts import Answer, Compared, key_of
 from clair.core.statistics import wilson
 from clair.data.records import Dropped, Prompt
-from clair.inference.client import ModelClient, Stop, Stopped
+from clair.inference.client import ModelClient, Stopped, StopSignal
 from clair.inference.local import LocalModel
-from clair.inference.open import ctrl_c, map_ordered, open_clients
+from clair.inference.open import map_ordered, open_clients, stop_on_interrupt
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger
 from clair.pipeline.steps import position_bias
@@ -58,10 +58,10 @@ class Asked:
 
 async def ask(config: AdviseConfig, checked: Checked, ledger: Ledger, tell: Tell, *, judge: bool) -> Asked:
     """Everything that is asked, going on from what the ledger holds; ends early where it stops or nobody answers."""
-    stop, found = Stop(), Asked()
+    stop, found = StopSignal(), Asked()
     clients = open_clients(config, ledger, stop)
     try:
-        with ctrl_c(stop, clients):
+        with stop_on_interrupt(stop, clients):
             found.own = await _own_answers(clients["model"], checked, stop, found.failures, tell)
             if judge and not (stop.reason or found.failures):
                 await _judged(config, checked, clients["judge"], stop, found, tell)
@@ -80,7 +80,7 @@ async def ask(config: AdviseConfig, checked: Checked, ledger: Ledger, tell: Tell
 
 
 async def _own_answers(
-    client: ModelClient, checked: Checked, stop: Stop, failures: list[str], tell: Tell
+    client: ModelClient, checked: Checked, stop: StopSignal, failures: list[str], tell: Tell
 ) -> dict[str, Answer]:
     """What the model says to each prompt, by `key_of`. A prompt that it cannot answer has none."""
 
@@ -94,14 +94,14 @@ async def _own_answers(
         except Stopped as stopped:
             return stopped
         except Exception as error:  # a ledger that cannot be written, a bug of ours: nothing else may go on spending
-            stop.now(str(error), error)
+            stop.request(str(error), error)
             raise
         incomplete = reply.incomplete()
         answered = incomplete in (None, "truncated")
         return key_of(prompt), Answer(reply.text.strip(), incomplete == "truncated") if answered else None
 
     async def drain() -> None:
-        stop.now("no more answers are wanted")
+        stop.request("no more answers are wanted")
         if isinstance(client.model, LocalModel):
             client.model.abandon()
         await client.drain()
@@ -112,7 +112,7 @@ async def _own_answers(
     found: dict[str, Answer] = {}
     with client_progress("answering", len(prompts), {client.role: len(prompts)}) as on_progress:
         on_progress(0, {client.role: client})
-        async with aclosing(map_ordered(one, prompts, len(prompts) + 1, stop.happened, drain)) as answers:
+        async with aclosing(map_ordered(one, prompts, len(prompts) + 1, stop.requested, drain)) as answers:
             async for answer in answers:
                 if isinstance(answer, Stopped):
                     break
@@ -123,7 +123,7 @@ async def _own_answers(
 
 
 async def _judged(
-    config: AdviseConfig, checked: Checked, judge: ModelClient, stop: Stop, found: Asked, tell: Tell
+    config: AdviseConfig, checked: Checked, judge: ModelClient, stop: StopSignal, found: Asked, tell: Tell
 ) -> None:
     """The plants first; the pairs only where the judge has stood that test."""
     winners = {key_of(checked.prompt(row)): row["chosen"][-1]["content"].strip() for row in checked.rows}

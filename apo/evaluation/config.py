@@ -15,8 +15,8 @@ from clair.core.recipe import Recipe, changed_keys, resolved
 from clair.data.records import Dropped
 from clair.inference.budget import BudgetConfig
 from clair.inference.client import ModelClient
-from clair.inference.config import ROLE_PASSING, ModelConfig, public_model
-from clair.inference.model import LimitReached, Refused, Unpaid
+from clair.inference.config import ROLE_PASSING, ModelConfig, redacted_model
+from clair.inference.model import LimitReached, PaymentRequired, Refused
 from clair.ledger.ledger import Ledger
 
 SETTINGS = "settings.json"
@@ -79,7 +79,7 @@ def public(config: Evaluation) -> dict[str, Any]:
     """The settings as they may be written down: without secrets."""
     settings = resolved(config)
     for role, model in config.models.items():
-        settings[role] = public_model(model, settings[role])
+        settings[role] = redacted_model(model, settings[role])
     return settings
 
 
@@ -108,5 +108,5 @@ def is_passing(dropped: Dropped) -> bool:
 def goes_on(error: Exception, clients: Mapping[str, ModelClient]) -> None:
     """Give the error of a run code 3 where the same command can go on: replies came before it, or money is wanted."""
     replies = any(client.tally.calls or client.tally.reused for client in clients.values())
-    if isinstance(error, LimitReached | Unpaid) or (isinstance(error, Refused) and replies):
+    if isinstance(error, LimitReached | PaymentRequired) or (isinstance(error, Refused) and replies):
         error.exit_code = EXIT_SOME_FAILED

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clair.core.errors import UserError, one_line
-from clair.inference.local import adapter_base, check_code, fit_vocabulary, weights_identity
+from clair.inference.model_folder import adapter_base, check_remote_code, resize_vocabulary, weights_identity
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ def find_model(path: str, trust_remote_code: bool = False) -> ModelName:
     if not (folder / "config.json").is_file():
         raise UserError(f"model folder {path} has no config.json; give a folder written by save_pretrained")
     if not trust_remote_code:
-        check_code(folder, "model")
+        check_remote_code(folder, "model")
     return ModelName(str(folder), str(folder), trust_remote_code)
 
 
@@ -128,7 +128,7 @@ def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
     from peft import PeftModel
 
     try:
-        fit_vocabulary(model, Path(name.path) / ADAPTER_WEIGHTS)
+        resize_vocabulary(model, Path(name.path) / ADAPTER_WEIGHTS)
         return PeftModel.from_pretrained(model, name.path, is_trainable=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"adapter {name.path} does not fit {name.base}: {one_line(error)}") from error

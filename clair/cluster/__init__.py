@@ -1,4 +1,4 @@
-"""A build on several processes or machines: shards, workers, shared limits, and the merge of what they made.
+"""A build on several processes or machines: workers, the limits they share, and the merge of their shards.
 
 Imports `pipeline` and all that it imports.
 """

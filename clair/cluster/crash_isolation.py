@@ -1,4 +1,4 @@
-"""What a shard died of: the care that its next process takes, until the row is found that kills it."""
+"""Crash isolation: after repeated deaths of a shard's worker, find the row that kills the process, and skip it."""
 
 from __future__ import annotations
 
@@ -6,33 +6,36 @@ from dataclasses import dataclass, field
 
 from clair.pipeline.shards import CrashPolicy
 
-HOPELESS = 6
-"""Deaths without any new reply that no care has helped against."""
-_STRIKES = 2
-"""Deaths without any new reply after which rows are built one by one, to find the one that the shard dies of."""
+MAX_CRASHES = 6
+"""Deaths without a new reply after which the shard is given up."""
+_MAX_UNEXPLAINED = 2
+"""Deaths without a new reply after which rows are built one by one, to identify the row that kills the process."""
 
 
 @dataclass(slots=True)
 class CrashHistory:
-    """How often one shard died without coming any further, and the care that it needs."""
+    """The deaths of one shard's workers without progress, and the policy for its next worker."""
 
-    care: CrashPolicy = field(default_factory=CrashPolicy)
-    _strikes: int = 0
+    policy: CrashPolicy = field(default_factory=CrashPolicy)
+    _crashes: int = 0
     _answered: int | None = None
     _suspect: str | None = None
 
-    def one_more(self, answered: int | None, row: str | None) -> bool:
-        """Whether it may be built again. `answered`: the tokens of its replies, if known; `row`: what it was at."""
+    def add_crash(self, answered: int | None, row: str | None) -> bool:
+        """Record a death; True if the shard is to be built again.
+
+        `answered`: the tokens of its replies, if known. `row`: the row it was at, if its policy notes rows.
+        """
         if answered is not None:
-            self._strikes = self._strikes + 1 if self._answered == answered else 1
+            self._crashes = self._crashes + 1 if self._answered == answered else 1
             self._answered = answered
-        row = row if self.care.log_rows else None
+        row = row if self.policy.log_rows else None
         if row and row == self._suspect:
-            self.care = CrashPolicy(self.care.poison_rows | {row})
-            self._strikes = 0
-        elif self._strikes >= HOPELESS:
+            self.policy = CrashPolicy(self.policy.poison_rows | {row})
+            self._crashes = 0
+        elif self._crashes >= MAX_CRASHES:
             return False
-        elif self._strikes >= _STRIKES:
-            self.care = CrashPolicy(self.care.poison_rows, log_rows=True)
+        elif self._crashes >= _MAX_UNEXPLAINED:
+            self.policy = CrashPolicy(self.policy.poison_rows, log_rows=True)
         self._suspect = row
         return True

@@ -1,7 +1,7 @@
-"""A build on a Ray cluster: workers build the shards, which share limits and money, and the driver merges them.
+"""Build on a Ray cluster: workers build the shards within shared limits and one budget, and the driver merges them.
 
-The driver hands shards to workers and starts what died again; every shard goes on from its own ledger, so that an
-actor, a worker or a node that dies costs at most the requests it had in flight. Ray is imported when a job begins.
+The driver assigns shards to workers and restarts those that died. Each shard goes on from its own ledger, so that the
+death of an actor, a worker or a node costs at most its requests in flight. Ray is imported when a job begins.
 """
 
 from __future__ import annotations
@@ -19,64 +19,65 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from clair.cluster.crash_isolation import HOPELESS, CrashHistory
-from clair.cluster.leased_limits import LOST
+from clair.cluster.crash_isolation import MAX_CRASHES, CrashHistory
+from clair.cluster.leased_limits import LIMITS_LOST
 from clair.cluster.merge import merge
 from clair.cluster.ray_session import LimitsActor, connected
-from clair.cluster.shared_limits import GONE, RoleLimits
-from clair.cluster.worker import Done, Order, Worker
+from clair.cluster.shared_limits import REPLACED, RoleLimits
+from clair.cluster.worker import ShardResult, ShardTask, Worker
 from clair.core.errors import UserError, one_line
 from clair.core.urls import environment_names
 from clair.data.dataset import read_manifest
 from clair.data.prompt_sources import Scan
-from clair.inference.budget import Budget, prices_of
-from clair.inference.local import weights_identity
+from clair.inference.budget import Budget, role_prices
+from clair.inference.model_folder import weights_identity
 from clair.pipeline.build import BuildResult, check_resumable, recorded_recipe
 from clair.pipeline.config import BuildConfig, changed_content_keys
 from clair.pipeline.output_dir import CURRENT_ROW, lock_output
 from clair.pipeline.shards import Shard, can_share_budget, list_shards, shard_config, shards_location
 from clair.storage.object_store import InUse, Store, account_of, is_url, public_path
 
-_LOOK = 0.3
-"""Seconds between two looks at the workers."""
+_POLL_SECONDS = 0.3
+"""Seconds between two polls of the workers."""
 _PATIENCE = 60.0
-"""Seconds for workers of a driver that died to end, before the first shard."""
-_A_MOMENT = 2.0
-_LOOKS = 32
-"""Shards looked at at the same time: one at a URL may have to be watched for a minute, by clair.storage.url_lock."""
-_ANSWERED = "SELECT total(prompt_tokens) + total(completion_tokens) FROM calls WHERE payer = ?"
-Tell = Callable[[int, str], None]
+"""Seconds to wait for the workers of a dead driver to end, before the first shard."""
+_SHORT_PATIENCE = 2.0
+_INSPECTION_THREADS = 32
+"""Shards inspected concurrently: clair.storage.url_lock may have to watch one at a URL for a minute."""
+_COUNT_ANSWERED = "SELECT total(prompt_tokens) + total(completion_tokens) FROM calls WHERE payer = ?"
+Progress = Callable[[int, str], None]
 
 
 def build_on_ray(
     config: BuildConfig,
-    found: Scan,
+    prompt_scan: Scan,
     *,
     address: str | None = None,
     shards: int | None = None,
     update: bool = False,
-    tell: Tell | None = None,
+    on_progress: Progress | None = None,
 ) -> BuildResult:
     """Build all shards on a cluster and merge them into `config.out`, going on from what is there.
 
-    `found` is what `check` returned. `address`: of the cluster's head, `auto` for the one of this machine; else that of
-    RAY_ADDRESS, else a Ray of its own on this machine. `shards`: how many; by default as many as there are, or as
-    workers have room. `tell(rows, words)` is called a few times a second.
-    Raises UserError before any work where Ray, the cluster or the shards that lie there do not fit.
+    `prompt_scan` is the result of `check`. `address`: the address of the cluster's head, `auto` for the cluster of this
+    machine; the default is RAY_ADDRESS, or else a new local Ray. `shards`: their number; by default the number of
+    existing shards, or of workers that fit. `on_progress(rows, message)` is called a few times a second.
+    Raises UserError before any work if Ray, the cluster or the existing shards do not fit.
     """
     shard_config(config, Shard(1, 1), shared=True)
     folder = shards_location(config.out)
     with lock_output(folder):
-        there, _ = list_shards(folder)
-        of = _number(folder, there, shards)
+        existing, _ = list_shards(folder)
+        count = _shard_count(folder, existing, shards)
         with lock_output(config.out) as output:
-            if not there:
-                _check_fresh(config)
+            if not existing:
+                _check_no_unsharded_ledger(config)
             check_resumable(config, output.folder, update=update)
             output.upload("recipe.json")
-        with connected(address) as ray, ThreadPoolExecutor(_LOOKS) as pool:
-            of = of or shards or _room(ray, config)
-            stopped = _Job(ray, pool, config, found, of, there, update, tell or (lambda *_: None)).run()
+        with connected(address) as ray, ThreadPoolExecutor(_INSPECTION_THREADS) as pool:
+            count = count or shards or _max_workers(ray, config)
+            job = _Job(ray, pool, config, prompt_scan, count, existing, update, on_progress or (lambda *_: None))
+            stopped = job.run()
         if stopped:
             return BuildResult(output.folder, {}, 0, stopped)
     manifest = merge(folder, config.out)
@@ -86,20 +87,22 @@ def build_on_ray(
 # ---- before any work
 
 
-def _number(folder: str, there: Set[Shard], wanted: int | None) -> int | None:
-    """How many shards lie there, if any. Raises UserError where another number is wanted, or several numbers lie."""
-    told, numbers = public_path(folder), {shard.count for shard in there}
-    if len(numbers) > 1:
-        several = ", ".join(map(str, sorted(numbers)))
-        raise UserError(f"{told} holds shards of several numbers ({several}); move those away that do not belong")
-    of = next(iter(numbers), None)
-    if of and wanted and of != wanted:
-        raise UserError(f"{told} holds shards of {of}; go on with --shards {of}, or move them away")
-    return of
+def _shard_count(folder: str, existing: Set[Shard], requested: int | None) -> int | None:
+    """The number of shards in the folder, if any. Raises UserError if it is ambiguous, or not the requested number."""
+    folder_name, counts = public_path(folder), {shard.count for shard in existing}
+    if len(counts) > 1:
+        several = ", ".join(map(str, sorted(counts)))
+        raise UserError(
+            f"{folder_name} holds shards of several numbers ({several}); move those away that do not belong"
+        )
+    count = next(iter(counts), None)
+    if count and requested and count != requested:
+        raise UserError(f"{folder_name} holds shards of {count}; go on with --shards {count}, or move them away")
+    return count
 
 
-def _check_fresh(config: BuildConfig) -> None:
-    """Replies of a run without shards would be paid for again. Raises UserError."""
+def _check_no_unsharded_ledger(config: BuildConfig) -> None:
+    """Raise UserError if the folder holds replies of a run without shards, which would be paid for again."""
     url = is_url(config.out)
     if config.ledger is None and (Store(config.out).names("ledger") if url else config.ledger_path.is_file()):
         raise UserError(
@@ -108,18 +111,19 @@ def _check_fresh(config: BuildConfig) -> None:
         )
 
 
-def _local(config: BuildConfig) -> bool:
+def _has_local_model(config: BuildConfig) -> bool:
     return any(model.path is not None for model in config.models.values())
 
 
-def _room(ray: Any, config: BuildConfig) -> int:
-    """How many workers the cluster takes now: one a device where a model is local, else one a CPU."""
-    has = ray.cluster_resources()
-    return max(1, int(has.get("GPU", 0) if _local(config) and has.get("GPU") else has.get("CPU", 1)))
+def _max_workers(ray: Any, config: BuildConfig) -> int:
+    """The number of workers that the cluster takes now: one per GPU if a model is local, else one per CPU."""
+    resources = ray.cluster_resources()
+    gpus = resources.get("GPU", 0) if _has_local_model(config) else 0
+    return max(1, int(gpus or resources.get("CPU", 1)))
 
 
 def _secrets(config: BuildConfig) -> dict[str, str]:
-    """The environment variables that the recipe names, as far as they are set."""
+    """The environment variables that the recipe names and that are set."""
     names = [model.api_key_env for model in config.models.values() if model.api_key_env]
     for model in config.models.values():
         names += environment_names(model.extra) + environment_names(model.urls)
@@ -130,55 +134,55 @@ def _secrets(config: BuildConfig) -> dict[str, str]:
 
 
 class _Job:
-    """Shards waiting, shards being built, and what became of them."""
+    """The state of a job: shards that wait, shards in progress, and their results."""
 
     def __init__(
         self,
         ray: Any,
         pool: Executor,
         config: BuildConfig,
-        found: Scan,
-        of: int,
-        there: Set[Shard],
+        prompt_scan: Scan,
+        count: int,
+        existing: Set[Shard],
         update: bool,
-        tell: Tell,
+        on_progress: Progress,
     ) -> None:
-        self.ray, self.pool, self.config, self.found = ray, pool, config, found
-        self.update, self.tell = update, tell
-        self.shards = {shard.name: shard for shard in (Shard(index, of) for index in range(1, of + 1))}
+        self.ray, self.pool, self.config, self.prompt_scan = ray, pool, config, prompt_scan
+        self.update, self.on_progress = update, on_progress
+        self.shards = {shard.name: shard for shard in (Shard(index, count) for index in range(1, count + 1))}
         self.configs = {name: shard_config(config, shard, shared=True) for name, shard in self.shards.items()}
-        self.deaths = {name: CrashHistory() for name in self.shards}
+        self.crashes = {name: CrashHistory() for name in self.shards}
         self.running: dict[Any, _Running] = {}
-        self.dead: dict[Future[_Look], tuple[str, str]] = {}
+        self.inspections: dict[Future[_Inspection], tuple[str, str]] = {}
         self.idle: list[Any] = []
-        self.lost = False
+        self.limits_lost = False
         self.stopped: str | None = None
         self.error: Exception | None = None
         self.rows: dict[str, int] = {}
-        self.todo = deque(self._unfinished(there))
+        self.waiting = deque(self._unfinished(existing))
 
     def run(self) -> str | None:
-        """Why it stopped early, if it did. Raises UserError as a shard did."""
-        with _ctrl_c(self._interrupted):
-            while self.todo and not self.stopped and not self.error:
-                self._round()
+        """Run the job; return the reason if it stopped early. Raises the error of a failed shard."""
+        with _on_interrupt(self._interrupt):
+            while self.waiting and not self.stopped and not self.error:
+                self._run_with_limits()
         if self.error:
             raise self.error
         return self.stopped
 
-    def _unfinished(self, there: Set[Shard]) -> Iterator[str]:
+    def _unfinished(self, existing: Set[Shard]) -> Iterator[str]:
         local = {role: model for role, model in self.config.models.items() if model.path is not None}
         identities = {role: weights_identity(model.path) for role, model in local.items() if model.path}
-        begun = [name for name, shard in self.shards.items() if shard in there]
-        finished = dict(zip(begun, self.pool.map(partial(self._finished, identities), begun), strict=True))
+        begun = [name for name, shard in self.shards.items() if shard in existing]
+        finished = dict(zip(begun, self.pool.map(partial(self._finished_rows, identities), begun), strict=True))
         for name in self.shards:
             if rows := finished.get(name):
                 self.rows[name] = rows
             else:
                 yield name
 
-    def _finished(self, identities: Mapping[str, str], name: str) -> int | None:
-        """The rows of a shard that is built as it would be now; None where there is something to do."""
+    def _finished_rows(self, identities: Mapping[str, str], name: str) -> int | None:
+        """The rows of a shard that is finished and up to date; None if there is work to do."""
         config = self.configs[name]
         with lock_output(config.out, _PATIENCE) as output:
             check_resumable(config, output.folder, update=self.update)
@@ -186,197 +190,201 @@ class _Job:
                 return None
             manifest = read_manifest(output.folder)
         same = not changed_content_keys(manifest["recipe"], recorded_recipe(self.config))
-        same &= manifest["prompts_sha256"] == self.found.sha256 and not manifest["failed"]
-        same &= all(manifest["models"].get(role, {}).get("identity") == known for role, known in identities.items())
+        same &= manifest["prompts_sha256"] == self.prompt_scan.sha256 and not manifest["failed"]
+        same &= all(
+            manifest["models"].get(role, {}).get("identity") == identity for role, identity in identities.items()
+        )
         return int(manifest["counts"]["prompts"]) if same else None
 
-    # ---- one keeper of limits after another, should one die
+    # ---- one limits actor after another, if one dies
 
-    def _round(self) -> None:
+    def _run_with_limits(self) -> None:
         ray = self.ray
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        this_node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             node_id=ray.get_runtime_context().get_node_id(), soft=False
         )
-        self.quotas = ray.remote(num_cpus=0, scheduling_strategy=here)(LimitsActor).remote(*self._limits())
+        self.limits = ray.remote(num_cpus=0, scheduling_strategy=this_node)(LimitsActor).remote(*self._limits_config())
         for name, spent in zip(self.shards, self.pool.map(self._spent, self.shards), strict=True):
-            self.quotas.begin.remote(name, None, spent)
-        self.lost = False
-        while self.running or self.dead or (self.todo and not self._ending()):
-            while self.todo and not self._ending() and len(self.running) < self._most():
-                self._start(self.todo.popleft())
-            for ref in ray.wait(list(self.running), timeout=_LOOK)[0] if self.running else ():
-                self._ended(ref, self.running.pop(ref))
-            for look in wait(self.dead, timeout=0 if self.running else _LOOK).done:
-                self._died(*self.dead.pop(look), look)
-            self._take_back(len(self.running if self._ending() else self.idle))
-            self._show()
-        ray.kill(self.quotas)
+            self.limits.begin.remote(name, None, spent)
+        self.limits_lost = False
+        while self.running or self.inspections or (self.waiting and not self._is_ending()):
+            while self.waiting and not self._is_ending() and len(self.running) < self._worker_limit():
+                self._start(self.waiting.popleft())
+            for ref in ray.wait(list(self.running), timeout=_POLL_SECONDS)[0] if self.running else ():
+                self._on_end(ref, self.running.pop(ref))
+            for inspection in wait(self.inspections, timeout=0 if self.running else _POLL_SECONDS).done:
+                self._on_crash(*self.inspections.pop(inspection), inspection)
+            self._withdraw_unplaced(len(self.running if self._is_ending() else self.idle))
+            self._report_progress()
+        ray.kill(self.limits)
         for worker in self.idle:
             ray.kill(worker)
         self.idle = []
 
-    def _limits(self) -> tuple[dict[str, RoleLimits], Budget | None]:
+    def _limits_config(self) -> tuple[dict[str, RoleLimits], Budget | None]:
         config = self.config
         roles = {
             role: RoleLimits(config.concurrency, model.requests_per_minute, model.tokens_per_minute)
             for role, model in config.models.items()
         }
         shared = config.budget if can_share_budget(config) else None
-        return roles, Budget(shared, prices_of(config.models), {}) if shared else None
+        return roles, Budget(shared, role_prices(config.models), {}) if shared else None
 
     def _spent(self, name: str) -> Decimal | None:
-        """What a shard has spent of the job's budget, where there is one; None where that cannot be known now."""
-        return self._look(name, _PATIENCE).spent if self.config.budget else Decimal(0)
+        """The amount that a shard has spent of the job's budget, 0 without a budget; None if it cannot be known now."""
+        return self._inspect(name, _PATIENCE).spent if self.config.budget else Decimal(0)
 
-    def _look(self, name: str, patience: float) -> _Look:
-        """What a shard has come to, by its ledger, which may be open on one machine at a time."""
+    def _inspect(self, name: str, patience: float) -> _Inspection:
+        """Read the state of a shard from its ledger, which only one machine may have open."""
         config = self.configs[name]
         if not is_url(config.out) and not config.ledger_path.is_file():
-            return _Look(Decimal(0), 0)
+            return _Inspection(Decimal(0), 0)
         account = account_of(config.out)
         try:
             with lock_output(config.out, patience) as output, output.ledger(config.ledger_path) as ledger:
                 spent = ledger.spent(account)
-                ((tokens,),) = ledger.read(_ANSWERED, account)
-                noted = output.folder / CURRENT_ROW
-                row = noted.read_text("utf-8") if noted.is_file() else None
+                ((tokens,),) = ledger.read(_COUNT_ANSWERED, account)
+                row_file = output.folder / CURRENT_ROW
+                row = row_file.read_text("utf-8") if row_file.is_file() else None
         except InUse:
-            return _Look()
-        return _Look(Budget(config.budget, prices_of(config.models), spent).spent, int(tokens), row)
+            return _Inspection()
+        return _Inspection(Budget(config.budget, role_prices(config.models), spent).spent, int(tokens), row)
 
-    def _ending(self) -> bool:
-        return bool(self.error or self.stopped or self.lost)
+    def _is_ending(self) -> bool:
+        return bool(self.error or self.stopped or self.limits_lost)
 
-    def _most(self) -> int:
-        return min(len(self.shards), _room(self.ray, self.config))
+    def _worker_limit(self) -> int:
+        return min(len(self.shards), _max_workers(self.ray, self.config))
 
     def _start(self, name: str) -> None:
-        worker = self.idle.pop() if self.idle else self._hire()
+        worker = self.idle.pop() if self.idle else self._start_worker()
         attempt = uuid.uuid4().hex[:12]
-        self.quotas.begin.remote(name, attempt, None)
-        order = Order(
+        self.limits.begin.remote(name, attempt, None)
+        task = ShardTask(
             config=self.config,
             shard=self.shards[name],
             attempt=attempt,
             update=self.update,
-            care=self.deaths[name].care,
+            crash_policy=self.crashes[name].policy,
             folder=os.getcwd(),
             version=version("clair-apo"),
             environment=_secrets(self.config),
         )
-        here = worker.here.remote()
-        self.running[worker.build.remote(order, self.quotas)] = _Running(worker, name, here)
+        placed = worker.is_placed.remote()
+        self.running[worker.build.remote(task, self.limits)] = _Running(worker, name, placed)
 
-    def _hire(self) -> Any:
-        devices = {"num_gpus": 1} if _local(self.config) and self.ray.cluster_resources().get("GPU") else {}
+    def _start_worker(self) -> Any:
+        devices = {"num_gpus": 1} if _has_local_model(self.config) and self.ray.cluster_resources().get("GPU") else {}
         return self.ray.remote(num_cpus=1, max_restarts=0, **devices)(Worker).remote()
 
-    def _take_back(self, most: int) -> None:
-        """Take shards back from workers that no node has room for yet, which would be waited for without end.
+    def _withdraw_unplaced(self, limit: int) -> None:
+        """Withdraw up to `limit` shards from workers that Ray has not placed, which might never be placed.
 
-        A worker without a shard keeps its place, and is the one that such a worker would wait for.
+        An idle worker keeps its place on a node, so that an unplaced worker may wait for it without end.
         """
-        waiting = [ref for ref, one in self.running.items() if not self.ray.wait([one.here], timeout=0)[0]]
-        for ref in waiting[:most]:
+        unplaced = [ref for ref, item in self.running.items() if not self.ray.wait([item.placed], timeout=0)[0]]
+        for ref in unplaced[:limit]:
             running = self.running.pop(ref)
             self.ray.kill(running.worker)
-            self.todo.append(running.name)
+            self.waiting.append(running.name)
 
-    def _ended(self, ref: Any, running: _Running) -> None:
+    def _on_end(self, ref: Any, running: _Running) -> None:
         ray, worker, name = self.ray, running.worker, running.name
         try:
-            done: Done = ray.get(ref)
-        except ray.exceptions.RayTaskError as error:  # a mistake of ours, in the worker: no other shard may go on
+            result: ShardResult = ray.get(ref)
+        except ray.exceptions.RayTaskError as error:  # a bug in the worker: no other shard may go on
             self._failed(error.as_instanceof_cause())
             return
         except ray.exceptions.RayError as error:
             ray.kill(worker)
-            self.dead[self.pool.submit(self._look, name, _A_MOMENT)] = name, str(error)
+            self.inspections[self.pool.submit(self._inspect, name, _SHORT_PATIENCE)] = name, str(error)
             return
         self.idle.append(worker)
-        if done.error:
-            error = UserError(done.error)
-            error.exit_code = done.code
+        if result.error:
+            error = UserError(result.error)
+            error.exit_code = result.code
             self._failed(error)
-        elif done.stopped in (LOST, GONE):
-            self.todo.append(name)
-        elif done.stopped:
-            self.stopped = self.stopped or done.stopped
+        elif result.stopped in (LIMITS_LOST, REPLACED):
+            self.waiting.append(name)
+        elif result.stopped:
+            self.stopped = self.stopped or result.stopped
 
     def _failed(self, error: Exception) -> None:
         self.error = self.error or error
-        self.quotas.stop.remote("another shard failed")
+        self.limits.stop.remote("another shard failed")
 
-    def _died(self, name: str, told: str, looked: Future[_Look]) -> None:
-        """Build the shard again; where it keeps dying without coming any further, find the row it dies of."""
-        self.todo.append(name)
+    def _on_crash(self, name: str, message: str, inspected: Future[_Inspection]) -> None:
+        """Queue the shard again, with a crash policy that identifies the row if workers keep dying without progress."""
+        self.waiting.append(name)
         try:
-            look = looked.result()
+            inspection = inspected.result()
         except Exception as error:
             self._failed(error)
             return
-        self.quotas.begin.remote(name, None, look.spent)
-        if not self.deaths[name].one_more(look.answered, look.row):
-            self._failed(UserError(f"shard {name} died {HOPELESS} times before it came to any row: {one_line(told)}"))
+        self.limits.begin.remote(name, None, inspection.spent)
+        if not self.crashes[name].add_crash(inspection.answered, inspection.row):
+            self._failed(
+                UserError(f"shard {name} died {MAX_CRASHES} times before it came to any row: {one_line(message)}")
+            )
 
-    def _interrupted(self) -> None:
+    def _interrupt(self) -> None:
         self.stopped = self.stopped or "interrupted"
-        self.quotas.stop.remote("interrupted")
+        self.limits.stop.remote("interrupted")
 
-    def _show(self) -> None:
+    def _report_progress(self) -> None:
         try:
-            told = self.ray.get(self.quotas.progress.remote(), timeout=5)
-        except self.ray.exceptions.RayActorError:  # its process died: the shards end, and go on under a new one
-            self.lost = True
+            progress = self.ray.get(self.limits.progress.remote(), timeout=5)
+        except self.ray.exceptions.RayActorError:  # its process died: the shards end, and go on with a new actor
+            self.limits_lost = True
             return
         except self.ray.exceptions.GetTimeoutError:
             return
-        for name, numbers in told.items():
+        for name, numbers in progress.items():
             if "pairs" in numbers:
                 self.rows[name] = int(numbers["pairs"] + numbers["dropped"])
-        flying = int(sum(numbers["in_flight"] for numbers in told.values()))
-        waiting = f", {len(self.todo)} waiting" if self.todo else ""
-        words = f"{len(self.running)} shards of {len(self.shards)} at work{waiting}, {flying} in flight"
-        self.tell(sum(self.rows.values()), words)
+        in_flight = int(sum(numbers["in_flight"] for numbers in progress.values()))
+        waiting = f", {len(self.waiting)} waiting" if self.waiting else ""
+        message = f"{len(self.running)} shards of {len(self.shards)} at work{waiting}, {in_flight} in flight"
+        self.on_progress(sum(self.rows.values()), message)
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
-    """What a ledger tells of a shard; None where another process has it still."""
+class _Inspection:
+    """The state of a shard by its ledger; None if another process still has it open."""
 
     spent: Decimal | None = None
     """Open calls included."""
     answered: int | None = None
-    """How many tokens its replies have."""
+    """The number of tokens of its replies."""
     row: str | None = None
-    """The one it was at, where it takes care."""
+    """The row it was at, if its crash policy notes rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Running:
-    """A shard at work; `here` is there as soon as its worker has found a place on the cluster."""
+    """A shard in progress; `placed` is ready as soon as Ray has placed its worker on a node."""
 
     worker: Any
     name: str
-    here: Any
+    placed: Any
 
 
 @contextmanager
-def _ctrl_c(interrupted: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C once: the shards send nothing more and keep what is in flight. Twice: leave at once."""
+def _on_interrupt(callback: Callable[[], None]) -> Iterator[None]:
+    """Call `callback` on the first Ctrl-C or SIGTERM, and restore the handlers, so that a second one exits at once."""
 
     def interrupt(number: int, _: Any) -> None:
-        signal.signal(number, before[number])
-        interrupted()
+        signal.signal(number, previous[number])
+        callback()
 
-    before = {}
+    previous = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
-            before[number] = signal.signal(number, interrupt)
-        except ValueError:  # not in the main thread: signals are the caller's
+            previous[number] = signal.signal(number, interrupt)
+        except ValueError:  # not in the main thread: the caller handles signals
             break
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,7 +1,7 @@
-"""The shards of a build as one dataset: the same bytes as of the build that was never sharded.
+"""Merge the shards of a build into one dataset, with the same bytes as a build without shards.
 
-Every shard has written its rows in the order of the prompts, and where each stands among all. So they are merged as
-sorted streams (k-way): a few rows of each shard are in memory at a time, however many there are.
+Each shard has written its rows in the order of the prompts, with the index of each among all prompts. So the shards are
+merged as sorted streams (k-way), and only a few rows of each shard are in memory at a time.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ from clair.pipeline.shards import Shard, list_shards
 from clair.pipeline.steps import position_bias
 from clair.storage.object_store import account_of, joined, public_path
 
-_ROWS_AT_ONCE = 100
-_FILES_OF_A_SHARD, _OTHER_FILES = 5, 100  # a lock, two splits, the order, what was dropped; ours and the libraries'
+_ROWS_PER_READ = 100
+_FILES_PER_SHARD, _EXTRA_FILES = 5, 100  # a lock, two splits, the order, what was dropped; ours and the libraries'
 Row = tuple[int, str, dict[str, Any]]
 
 
 def merge(folder: str | Path, out: str | Path | None = None) -> dict[str, Any]:
-    """Join the shards in `folder` into the dataset folder `out`, by default the recipe's; its manifest.
+    """Merge the shards in `folder` into the dataset folder `out` (default: the recipe's); return its manifest.
 
     Raises UserError for a shard that is missing, unfinished, in use, or of another recipe or other prompts.
     """
     with ExitStack() as stack:
-        found = _found(str(folder))
-        _allow_files(_FILES_OF_A_SHARD * len(found) + _OTHER_FILES)
-        outputs = [stack.enter_context(lock_output(shard)) for shard in found]
+        locations = _locations(str(folder))
+        _allow_files(_FILES_PER_SHARD * len(locations) + _EXTRA_FILES)
+        outputs = [stack.enter_context(lock_output(shard)) for shard in locations]
         shards = [output.folder for output in outputs]
         manifests = [read_manifest(shard) for shard in shards]
-        _check_alike(shards, manifests)
+        _check_same_recipe(shards, manifests)
         for output, manifest in zip(outputs, manifests, strict=True):
             output.fetch(manifest["files"])
-        where = str(out or manifests[0]["recipe"]["out"])
-        recipe = {**manifests[0]["recipe"], "out": public_path(where)}
-        check_output(where)
-        target = stack.enter_context(lock_output(where))
+        target_location = str(out or manifests[0]["recipe"]["out"])
+        recipe = {**manifests[0]["recipe"], "out": public_path(target_location)}
+        check_output(target_location)
+        target = stack.enter_context(lock_output(target_location))
         _check_target(target.folder, recipe)
         return _merge(shards, manifests, target, recipe)
 
 
 def _allow_files(count: int) -> None:
-    """Let this process have so many files open. Raises UserError where the system does not."""
+    """Raise the limit on open files of this process to `count`. Raises UserError if the system does not allow it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < count:
         try:
@@ -66,23 +66,27 @@ def _allow_files(count: int) -> None:
             ) from error
 
 
-def _found(folder: str) -> list[str]:
-    """The folders or URLs of all shards, in order. Raises UserError naming what is missing."""
+def _locations(folder: str) -> list[str]:
+    """The folders or URLs of all shards, in order. Raises UserError naming those that are missing."""
     shards, finished = list_shards(folder)
-    told = public_path(folder)
+    folder_name = public_path(folder)
     if not shards:
-        raise UserError(f"{told} holds no shards (folders such as 1-of-4); give the folder that --shard made")
+        raise UserError(f"{folder_name} holds no shards (folders such as 1-of-4); give the folder that --shard made")
     of = max(shard.count for shard in shards)
     strange = [shard.name for shard in sorted(shards, key=lambda shard: shard.index) if shard.count != of]
     if strange:
-        raise UserError(f"{told} holds shards of {of} and others ({strange[0]}); move those away that do not belong")
+        raise UserError(
+            f"{folder_name} holds shards of {of} and others ({strange[0]}); move those away that do not belong"
+        )
     missing = [f"{index}/{of}" for index in range(1, of + 1) if Shard(index, of) not in finished]
     if missing:
-        raise UserError(f"{told} lacks shard {', '.join(missing[:10])}; run clair build --shard {missing[0]} first")
+        raise UserError(
+            f"{folder_name} lacks shard {', '.join(missing[:10])}; run clair build --shard {missing[0]} first"
+        )
     return [joined(folder, Shard(index, of).name) for index in range(1, of + 1)]
 
 
-def _check_alike(shards: Sequence[Path], manifests: Sequence[Mapping[str, Any]]) -> None:
+def _check_same_recipe(shards: Sequence[Path], manifests: Sequence[Mapping[str, Any]]) -> None:
     first = manifests[0]
     for shard, manifest in zip(shards, manifests, strict=True):
         changed = changed_content_keys(first["recipe"], manifest["recipe"])
@@ -113,8 +117,8 @@ def _merge(
     writer = DatasetWriter(target, seed=recipe["seed"], test_fraction=recipe["test_fraction"], tools=tools)
     finished = False
     try:
-        for expected, (place, kind, row) in enumerate(heapq.merge(*map(_rows, shards), key=lambda row: row[0])):
-            if place != expected:
+        for expected, (index, kind, row) in enumerate(heapq.merge(*map(_rows, shards), key=lambda row: row[0])):
+            if index != expected:
                 raise UserError(f"the shards in {shards[0].parent} lack row {expected + 1}; build them again")
             if kind == "dropped":
                 writer.drop_row(row)
@@ -136,32 +140,32 @@ def _merge(
 
 
 def _rows(shard: Path) -> Iterator[Row]:
-    """(place among all prompts, kind, row) of a shard, in order."""
+    """Yield (index among all prompts, kind, row) of a shard, in order."""
     with open(shard / "dropped.jsonl", "rb") as lines:
-        streams = {split: parquet_rows(shard / split_file(split), _ROWS_AT_ONCE) for split in SPLITS}
+        streams = {split: parquet_rows(shard / split_file(split), _ROWS_PER_READ) for split in SPLITS}
         streams["dropped"] = map(json.loads, lines)
-        for place, kind in read_order(shard):
+        for index, kind in read_order(shard):
             row = next(streams[kind], None)
             if row is None:
                 raise UserError(f"{shard} is damaged ({kind} ends early); build it again")
-            yield place, kind, row
+            yield index, kind, row
 
 
 def _manifest(
     manifests: Sequence[dict[str, Any]], recipe: dict[str, Any], writer: DatasetWriter, hashes: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What the manifest of one run would say; `seconds` are those of all shards together."""
-    seen: Counter[int] = Counter()
+    """The manifest that one run would write; `seconds` is the sum over all shards."""
+    verdicts: Counter[int] = Counter()
     cost: Counter[str] = Counter()
     tokens: dict[str, Counter[str]] = {role: Counter() for role in manifests[0]["tokens"]}
     for manifest in manifests:
         for role, counted in manifest["tokens"].items():
             tokens[role].update(counted)
         for choice, name in enumerate(("ties", "first", "second")):
-            seen[choice] += manifest.get("position", {}).get(name, 0)
+            verdicts[choice] += manifest.get("position", {}).get(name, 0)
         for role, money in manifest.get("cost", {}).items():
             cost[role] += Decimal(money)  # type: ignore[assignment]
-    position = {"position": position_bias(seen)} if sum(seen.values()) else {}
+    position = {"position": position_bias(verdicts)} if sum(verdicts.values()) else {}
     first = sum((Counter(manifest["first_replies"]) for manifest in manifests), Counter())
     merged = {
         **{key: value for key, value in manifests[0].items() if key != "shard"},

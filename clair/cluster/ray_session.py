@@ -1,4 +1,4 @@
-"""A Ray cluster, connected to; and the actor on it that keeps the limits of a job."""
+"""The connection to a Ray cluster, and the actor that holds the limits of a job."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from clair.cluster.shared_limits import Lease, Quotas, Report
+from clair.cluster.shared_limits import Lease, Report, SharedLimits
 from clair.core.errors import UserError, one_line
 
-_STORE_BYTES = 80 * 2**20  # nothing of a job lies in the object store, and less than this Ray does not take
+_STORE_BYTES = 80 * 2**20  # the minimum that Ray accepts; a job stores no objects
 
 
 @contextmanager
 def connected(address: str | None) -> Iterator[Any]:
-    """Ray, connected for the length of a `with` block. Raises UserError, naming both versions where they differ."""
+    """Connect to Ray for the length of a `with` block. Raises UserError, with both versions if they differ."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -25,10 +25,10 @@ def connected(address: str | None) -> Iterator[Any]:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if "://" in address:
         raise UserError(f"--address {address}: Ray's client is not supported; start on a node of it, --address auto")
-    own = {"include_dashboard": False, "object_store_memory": _STORE_BYTES} if address == "local" else {}
+    options = {"include_dashboard": False, "object_store_memory": _STORE_BYTES} if address == "local" else {}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except Exception as error:  # Ray raises whatever it likes, plain ones too
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except Exception as error:  # Ray raises many kinds, plain Exception too
         raise UserError(f"--address {address}: {one_line(error)}") from error
     try:
         yield ray
@@ -36,23 +36,23 @@ def connected(address: str | None) -> Iterator[Any]:
         ray.shutdown()
 
 
-class LimitsActor(Quotas):
-    """The quotas of a job, in an actor; what shards report also goes to Ray's metrics."""
+class LimitsActor(SharedLimits):
+    """The shared limits of a job as an actor; the numbers that shards report also go to Ray's metrics."""
 
     def __init__(self, *limits: Any) -> None:
         super().__init__(*limits)
         from ray.util.metrics import Counter as Metric
 
-        self._metrics = {name: Metric(f"clair_{name}", told) for name, told in _METRICS.items()}
-        self._told: dict[tuple[str, str], float] = {}
+        self._metrics = {name: Metric(f"clair_{name}", description) for name, description in _METRICS.items()}
+        self._reported: dict[tuple[str, str], float] = {}
 
     def report(self, report: Report) -> Lease:
-        """Take a shard's report, and lease it what is its part."""
-        for name, value in report.done.items():
-            before = self._told.get((report.shard, name), 0.0)
-            if value > before:  # a shard that is built again counts from nothing
-                self._metrics[name].inc(value - before)
-                self._told[report.shard, name] = value
+        """Take a shard's report and answer with its lease."""
+        for name, value in report.progress.items():
+            reported = self._reported.get((report.shard, name), 0.0)
+            if value > reported:  # a shard that is built again counts from zero
+                self._metrics[name].inc(value - reported)
+                self._reported[report.shard, name] = value
         return super().report(report)
 
 

@@ -1,10 +1,9 @@
-"""What the shards of one job share: requests in flight, requests and tokens a minute, and money.
+"""The limits that all shards of one job share: requests in flight, requests and tokens per minute, and money.
 
-`Quotas` stands in one place and gives out leases: so many requests in flight, so much money to set aside. Each shard
-works within its lease without asking, and reports a few times a second what came of it
-(`clair.cluster.leased_limits`). What a
-shard that is gone had in flight goes to the others. Plain objects and no clock but the one given, so that whoever
-runs the shards decides how reports travel.
+`SharedLimits` is one object per job and grants leases: a number of requests in flight and an amount of money to
+reserve. A shard works within its lease without asking and reports its use a few times a second
+(`clair.cluster.leased_limits`). When a shard is gone, its requests in flight go to the others. The objects are plain
+and have no clock but the one passed in, so that the caller decides how reports travel.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from clair.inference.budget import Budget
 from clair.inference.rate_limit import Limiter, Rate
 
 NOTHING = Decimal(0)
-_EVERY = 0.05
-"""Seconds between two reports of a shard that waits for something, where there is one shard; more shards, more."""
-_LONGEST = 2.0
-_SILENT = 30.0
-"""Seconds without a report after which the requests in flight of a shard are given to others."""
-_PART_AHEAD = 4
-"""Of the money left, one in so many of each shard's part is leased ahead of its need."""
+_INTERVAL_PER_SHARD = 0.05
+"""Seconds between two reports of a waiting shard, for each living shard."""
+_MAX_INTERVAL = 2.0
+_MAX_SILENCE = 30.0
+"""Seconds without a report after which the slots of a shard are given to other shards."""
+_ADVANCE_DIVISOR = 4
+"""A shard is leased 1/4 of its even share of the remaining money in advance of its need."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoleLimits:
-    """What all shards together may do in one role."""
+    """The limits of one role for all shards together."""
 
     concurrency: int
     requests_per_minute: float | None = None
@@ -38,41 +37,41 @@ class RoleLimits:
 
 @dataclass(frozen=True, slots=True)
 class RoleReport:
-    """What one shard does in one role, and what came since its last report."""
+    """The state of one role in one shard, and its changes since the last report."""
 
     in_flight: int = 0
     waiting: int = 0
     answered: int = 0
     refused: tuple[tuple[int, float | None], ...] = ()
-    """For each refusal: how many of this shard's were in flight, and the seconds to wait where the server told."""
+    """For each refusal: this shard's requests in flight, and the seconds to wait if the server stated them."""
     requests: int = 0
-    """How many requests want a moment to be sent at."""
+    """The number of new requests that wait for the rate limit."""
     tokens: tuple[float, ...] = ()
-    """How many tokens the requests want that wait for them."""
-    tokens_back: float = 0.0
+    """The tokens of each new request that waits for the rate limit."""
+    tokens_refunded: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one shard tells. `attempt` tells an old process of the shard from the one that took its place."""
+    """A report of one shard. `attempt` distinguishes an old process of the shard from the one that replaced it."""
 
     shard: str
     attempt: str
     roles: Mapping[str, RoleReport]
     spent: Decimal = NOTHING
-    """All that the shard ever spent, open calls of dead runs included."""
+    """All that the shard has spent, open calls of dead runs included."""
     leased: Decimal = NOTHING
-    """What it spent, has set aside and keeps for its next calls; what it had beyond is given back."""
+    """The part of its lease that it keeps: spent, reserved, and held in advance; the rest is returned."""
     needs: Decimal = NOTHING
-    """What its next call may cost, where that does not fit into the lease; it then keeps nothing ahead."""
-    done: Mapping[str, float] = field(default_factory=dict)
+    """The worst case of its next call, if that does not fit into the lease; then it holds nothing in advance."""
+    progress: Mapping[str, float] = field(default_factory=dict)
     """Numbers to show: pairs, dropped, calls, tokens."""
     last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class RoleLease:
-    """So many requests in flight, none before `pause` seconds are over, and how long each waiting request waits."""
+    """The slots in flight, a pause in seconds, and the delay in seconds of each waiting request and token amount."""
 
     slots: int
     pause: float = 0.0
@@ -82,39 +81,43 @@ class RoleLease:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The answer to a report. `more` money; `refused`, where what is needed never fits; `stop`, where the job ends."""
+    """The answer to a report.
+
+    `more`: additional money. `refused`: why the need can never be met. `stop`: why the job ends.
+    `interval`: seconds until the next report.
+    """
 
     roles: Mapping[str, RoleLease] = field(default_factory=dict)
     more: Decimal = NOTHING
-    tight: bool = False
-    """Money is short: keep none ahead."""
+    scarce: bool = False
+    """Money is scarce: hold none in advance."""
     refused: str | None = None
     stop: str | None = None
-    every: float = _EVERY
+    interval: float = _INTERVAL_PER_SHARD
 
 
-GONE = "another process builds this shard now"
+REPLACED = "another process builds this shard now"
 
 
 @dataclass(slots=True)
 class _Shard:
     attempt: str | None = None
-    heard: float = 0.0
+    last_report: float = 0.0
     roles: dict[str, RoleReport] = field(default_factory=dict)
     slots: dict[str, int] = field(default_factory=dict)
     answered: dict[str, int] = field(default_factory=dict)
     spent: Decimal = NOTHING
     leased: Decimal = NOTHING
     needs: Decimal = NOTHING
-    done: Mapping[str, float] = field(default_factory=dict)
+    progress: Mapping[str, float] = field(default_factory=dict)
 
-    def held(self, role: str) -> int:
-        """Requests that may be in flight on its account."""
+    def slots_held(self, role: str) -> int:
+        """The number of its requests that may be in flight."""
         return max(self.slots.get(role, 0), self.roles[role].in_flight if role in self.roles else 0)
 
 
-class Quotas:
-    """The limits of a job, leased to its shards. `budget` None: money is only counted."""
+class SharedLimits:
+    """The limits of a job, leased to its shards. If `budget` is None, money is only counted."""
 
     def __init__(
         self,
@@ -131,105 +134,105 @@ class Quotas:
         self._stop: str | None = None
 
     def begin(self, shard: str, attempt: str | None, spent: Decimal | None) -> None:
-        """A shard is about to be built by this attempt (None: by nobody); `spent` is what its ledger says.
+        """Register the attempt that builds a shard from now on (None: no attempt); `spent` as in the shard's ledger.
 
-        Whatever an earlier attempt held is free again; its money only where `spent` is known.
+        The slots of an earlier attempt are free again; its money only if `spent` is known.
         """
         old = self._shards.get(shard, _Shard())
         spent, leased = (old.spent, old.leased) if spent is None else (spent, spent)
-        self._shards[shard] = _Shard(attempt, self._clock(), spent=spent, leased=leased, done=old.done)
+        self._shards[shard] = _Shard(attempt, self._clock(), spent=spent, leased=leased, progress=old.progress)
 
     def stop(self, reason: str) -> None:
-        """Let every shard end: nothing new is sent, what is in flight is kept."""
+        """Let every shard end: nothing new is sent, replies in flight are kept."""
         self._stop = self._stop or reason
 
     def progress(self) -> dict[str, Mapping[str, float]]:
-        """The numbers that each shard told last, by shard."""
-        flying = {name: sum(role.in_flight for role in shard.roles.values()) for name, shard in self._shards.items()}
-        return {name: {**shard.done, "in_flight": flying[name]} for name, shard in self._shards.items()}
+        """The numbers of each shard's last report."""
+        in_flight = {name: sum(role.in_flight for role in shard.roles.values()) for name, shard in self._shards.items()}
+        return {name: {**shard.progress, "in_flight": in_flight[name]} for name, shard in self._shards.items()}
 
     def report(self, report: Report) -> Lease:
-        """Take a shard's report, and lease it what is its part."""
+        """Take a shard's report and answer with its lease."""
         shard = self._shards.get(report.shard)
         if shard is None or shard.attempt != report.attempt:
-            return Lease(stop=GONE)
-        shard.heard = self._clock()
-        shard.roles, shard.done = dict(report.roles), report.done
+            return Lease(stop=REPLACED)
+        shard.last_report = self._clock()
+        shard.roles, shard.progress = dict(report.roles), report.progress
         shard.spent, shard.leased = report.spent, max(report.leased, report.spent)
         shard.needs = report.needs
-        for role, told in report.roles.items():
-            self._learn(role, shard, told)
+        for role, role_report in report.roles.items():
+            self._learn(role, shard, role_report)
         if report.last:
             shard.attempt, shard.roles, shard.slots = None, {}, {}
             shard.leased, shard.needs = shard.spent, NOTHING
             return Lease()
-        more, refused = self._money(shard)
+        more, refused = self._lease_money(shard)
         shard.leased += more
         return Lease(
-            roles={role: self._lease(role, shard, told) for role, told in report.roles.items()},
+            roles={role: self._lease(role, shard, role_report) for role, role_report in report.roles.items()},
             more=more,
-            tight=any(other.needs > 0 for other in self._shards.values()),
+            scarce=any(s.needs > 0 for s in self._shards.values()),
             refused=refused,
             stop=self._stop,
-            every=min(_LONGEST, _EVERY * len(self._living())),
+            interval=min(_MAX_INTERVAL, _INTERVAL_PER_SHARD * len(self._living())),
         )
 
-    # ---- requests in flight, and how often
+    # ---- requests in flight, and rates
 
     def _living(self) -> list[_Shard]:
         now = self._clock()
-        return [s for s in self._shards.values() if s.attempt is not None and now - s.heard <= _SILENT]
+        return [s for s in self._shards.values() if s.attempt is not None and now - s.last_report <= _MAX_SILENCE]
 
-    def _learn(self, role: str, shard: _Shard, told: RoleReport) -> None:
-        """Answers raise the limit and refusals lower it, as in a single run."""
+    def _learn(self, role: str, shard: _Shard, report: RoleReport) -> None:
+        """Raise the limit by answers and lower it by refusals, as in a single run."""
         limiter = self._limiters[role]
-        elsewhere = sum(s.roles[role].in_flight for s in self._living() if s is not shard and role in s.roles)
-        limiter.in_flight = elsewhere + told.in_flight
-        for _ in range(told.answered):
+        in_other_shards = sum(s.roles[role].in_flight for s in self._living() if s is not shard and role in s.roles)
+        limiter.in_flight = in_other_shards + report.in_flight
+        for _ in range(report.answered):
             limiter.succeeded()
-        for in_flight, retry_after in told.refused:
-            limiter.in_flight = elsewhere + in_flight
+        for in_flight, retry_after in report.refused:
+            limiter.in_flight = in_other_shards + in_flight
             limiter.refused(retry_after)
-        shard.answered[role] = shard.answered.get(role, 0) + told.answered
-        self._tokens[role].give_back(told.tokens_back)
+        shard.answered[role] = shard.answered.get(role, 0) + report.answered
+        self._tokens[role].refund(report.tokens_refunded)
 
-    def _lease(self, role: str, shard: _Shard, told: RoleReport) -> RoleLease:
+    def _lease(self, role: str, shard: _Shard, report: RoleReport) -> RoleLease:
         limiter, living = self._limiters[role], self._living()
-        free = int(limiter.limit) - sum(other.held(role) for other in living if other is not shard)
-        shard.slots[role] = slots = max(0, min(_fair_part(role, shard, living, int(limiter.limit)), free))
-        requests = tuple(self._requests[role].reserve() for _ in range(told.requests))
-        tokens = tuple(self._tokens[role].reserve(amount) for amount in told.tokens)
+        free = int(limiter.limit) - sum(s.slots_held(role) for s in living if s is not shard)
+        shard.slots[role] = slots = max(0, min(_fair_share(role, shard, living, int(limiter.limit)), free))
+        requests = tuple(self._requests[role].reserve() for _ in range(report.requests))
+        tokens = tuple(self._tokens[role].reserve(amount) for amount in report.tokens)
         return RoleLease(slots, limiter.pause, requests, tokens)
 
     # ---- money
 
-    def _money(self, shard: _Shard) -> tuple[Decimal, str | None]:
-        """(money leased beyond what the shard has, why what it needs never fits)."""
+    def _lease_money(self, shard: _Shard) -> tuple[Decimal, str | None]:
+        """(money leased in addition, why the need can never be met)."""
         budget = self._budget
         if budget is None or budget.limit is None or shard.needs <= 0:
             return NOTHING, None
         budget.spent = sum((s.spent for s in self._shards.values()), NOTHING)
-        held = sum((s.leased - s.spent for s in self._shards.values()), NOTHING)
-        free = budget.limit - budget.spent - held
-        if shard.needs > free + held:
-            return NOTHING, budget.told(shard.needs)
+        unspent = sum((s.leased - s.spent for s in self._shards.values()), NOTHING)
+        free = budget.limit - budget.spent - unspent
+        if shard.needs > free + unspent:
+            return NOTHING, budget.exceeded_message(shard.needs)
         if shard.needs > free:
-            return NOTHING, None  # what is set aside elsewhere may come cheaper
-        ahead = free / (_PART_AHEAD * max(1, len(self._living())))
-        more, shard.needs = min(free, shard.needs + ahead), NOTHING
+            return NOTHING, None  # reserves of other shards may be returned
+        advance = free / (_ADVANCE_DIVISOR * max(1, len(self._living())))
+        more, shard.needs = min(free, shard.needs + advance), NOTHING
         return more, None
 
 
-def _fair_part(role: str, shard: _Shard, living: list[_Shard], slots: int) -> int:
-    """The part of one shard where all get alike, none more than it wants; odd ones go to who was answered least."""
-    wants = {id(s): s.roles[role].in_flight + s.roles[role].waiting for s in living if role in s.roles}
-    parts = dict.fromkeys(wants, 0)
-    hungry = sorted((s for s in living if wants.get(id(s))), key=lambda s: (s.answered.get(role, 0), wants[id(s)]))
-    while slots > 0 and hungry:
-        each = slots // len(hungry)
-        for s in hungry[: slots if each == 0 else None]:
-            given = min(max(1, each), wants[id(s)] - parts[id(s)])
-            parts[id(s)] += given
-            slots -= given
-        hungry = [s for s in hungry if parts[id(s)] < wants[id(s)]]
-    return parts.get(id(shard), 0)
+def _fair_share(role: str, shard: _Shard, living: list[_Shard], slots: int) -> int:
+    """The slots of one shard in an even split up to its demand; the rest goes to the shards with fewest answers."""
+    demand = {id(s): s.roles[role].in_flight + s.roles[role].waiting for s in living if role in s.roles}
+    shares = dict.fromkeys(demand, 0)
+    unmet = sorted((s for s in living if demand.get(id(s))), key=lambda s: (s.answered.get(role, 0), demand[id(s)]))
+    while slots > 0 and unmet:
+        each = slots // len(unmet)
+        for s in unmet[: slots if each == 0 else None]:
+            added = min(max(1, each), demand[id(s)] - shares[id(s)])
+            shares[id(s)] += added
+            slots -= added
+        unmet = [s for s in unmet if shares[id(s)] < demand[id(s)]]
+    return shares.get(id(shard), 0)

@@ -1,4 +1,4 @@
-"""A process that builds shards for a job on a Ray cluster, one at a time. It imports no Ray of its own."""
+"""A worker process that builds shards of a job on a Ray cluster, one at a time. It does not import Ray."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from clair.pipeline.shards import CrashPolicy, Shard, can_share_budget
 from clair.storage.object_store import StorageError
 
 _PATIENCE = 120.0
-"""Seconds for the process of an earlier attempt to end and let the folder go."""
+"""Seconds to wait until the process of an earlier attempt has released the folder."""
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What a worker is to build, and where it stands: the driver's folder, its version, and the secrets it needs."""
+class ShardTask:
+    """The shard that a worker builds, and the driver's working folder, version and secrets."""
 
     config: BuildConfig
     shard: Shard
     attempt: str
     update: bool
-    care: CrashPolicy
+    crash_policy: CrashPolicy
     folder: str
     version: str
     environment: Mapping[str, str] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """How it ended: whole, stopped early with the reason, or with a mistake of the user's."""
+class ShardResult:
+    """The end of a shard's build: finished, stopped early with the reason, or failed with a UserError."""
 
     failed: int = 0
     stopped: str | None = None
@@ -52,54 +52,56 @@ class Done:
 
 
 class Worker:
-    """Builds shards; local models stay loaded from one to the next."""
+    """Builds shards; local models stay loaded between shards."""
 
     def __init__(self) -> None:
         self._models: dict[tuple[str, str], LocalModel] = {}
 
-    def here(self) -> None:
-        """The worker has found its place."""
+    def is_placed(self) -> None:
+        """Return as soon as Ray has placed the worker on a node."""
 
-    def build(self, order: Order, quotas: Any) -> Done:
-        """Build one shard within the leases of `quotas`, the handle of an actor."""
+    def build(self, task: ShardTask, limits: Any) -> ShardResult:
+        """Build one shard within the leases of `limits`, the handle of a LimitsActor."""
         try:
-            settle_in(order.folder, order.version, order.environment)
-            built = self._build(order, lambda report: quotas.report.remote(report))
+            enter_driver_environment(task.folder, task.version, task.environment)
+            built = self._build(task, lambda report: limits.report.remote(report))
         except UserError as error:
-            where = f"on {gethostname()}: " if isinstance(error, StorageError) else ""  # its keys are not the driver's
-            return Done(error=f"{where}{error}", code=error.exit_code)
+            node = f"on {gethostname()}: " if isinstance(error, StorageError) else ""  # a node has keys of its own
+            return ShardResult(error=f"{node}{error}", code=error.exit_code)
         except OSError as error:
-            if (told := system_error_message(error)) is None:
+            if (message := system_error_message(error)) is None:
                 raise
-            return Done(error=told)
-        return Done(built.failed, built.stopped)
+            return ShardResult(error=message)
+        return ShardResult(built.failed, built.stopped)
 
-    def _build(self, order: Order, exchange: Callable[[Report], Awaitable[Lease]]) -> Any:
-        seen: dict[str, Any] = {}
-        means = _ShardMeans(
-            shard=order.shard.name,
-            attempt=order.attempt,
+    def _build(self, task: ShardTask, exchange: Callable[[Report], Awaitable[Lease]]) -> Any:
+        state: dict[str, Any] = {}
+        resources = _WorkerResources(
+            shard=task.shard.name,
+            attempt=task.attempt,
             exchange=exchange,
-            done=lambda: _numbers(**seen) if seen else {},
-            kept=self._models,
-            money=can_share_budget(order.config),
+            progress=lambda: _progress(**state) if state else {},
+            local_models=self._models,
+            shares_budget=can_share_budget(task.config),
         )
         return build(
-            order.config,
-            shard=order.shard,
-            update=order.update,
-            resources=means,
-            crash_policy=order.care,
+            task.config,
+            shard=task.shard,
+            update=task.update,
+            resources=resources,
+            crash_policy=task.crash_policy,
             patience=_PATIENCE,
-            on_progress=lambda writer, clients: seen.update(writer=writer, clients=clients),
+            on_progress=lambda writer, clients: state.update(writer=writer, clients=clients),
         )
 
 
-def settle_in(folder: str, theirs: str, environment: Mapping[str, str]) -> None:
-    """Stand where the driver stands, with its secrets. Raises UserError for another version or a missing folder."""
-    own = version("clair-apo")
-    if own != theirs:
-        raise UserError(f"a node has clair-apo {own} and the driver {theirs}; install the same on all nodes")
+def enter_driver_environment(folder: str, driver_version: str, environment: Mapping[str, str]) -> None:
+    """Enter the driver's folder and set its secrets. Raises UserError for another version or a missing folder."""
+    node_version = version("clair-apo")
+    if node_version != driver_version:
+        raise UserError(
+            f"a node has clair-apo {node_version} and the driver {driver_version}; install the same on all nodes"
+        )
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     try:
@@ -111,27 +113,27 @@ def settle_in(folder: str, theirs: str, environment: Mapping[str, str]) -> None:
 
 
 @dataclass
-class _ShardMeans(LeasedResources):
-    """Leases, and local models that outlive the run."""
+class _WorkerResources(LeasedResources):
+    """Leased resources with local models that stay loaded after the run."""
 
-    kept: dict[tuple[str, str], LocalModel] = field(default_factory=dict)
+    local_models: dict[tuple[str, str], LocalModel] = field(default_factory=dict)
 
     def model(self, role: str, config: ModelConfig) -> Model:
-        """The model of a role; a local one as the shard before left it."""
+        """Open the model of a role, or reuse a local one that an earlier shard has loaded."""
         if config.path is None:
             return open_model(role, config)
         key = (role, config.model_dump_json())
-        if key not in self.kept:
-            opened = open_model(role, config)
-            assert isinstance(opened, LocalModel)
-            opened.kept = True
-            self.kept[key] = opened
-        return self.kept[key]
+        if key not in self.local_models:
+            model = open_model(role, config)
+            assert isinstance(model, LocalModel)
+            model.keep_loaded = True
+            self.local_models[key] = model
+        return self.local_models[key]
 
 
-def _numbers(writer: Any, clients: Mapping[str, Any]) -> dict[str, float]:
-    """What the bar and the metrics show of a shard."""
-    tallies = {role: client.told for role, client in clients.items()}
+def _progress(writer: Any, clients: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a shard for the progress bar and the metrics."""
+    tallies = {role: client.total for role, client in clients.items()}
     tokens = sum(tally.prompt_tokens + tally.completion_tokens for tally in tallies.values())
     budget: Budget | None = next((client.spending.budget for client in clients.values()), None)
     return {

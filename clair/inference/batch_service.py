@@ -1,26 +1,39 @@
-"""The calls of a Batch API: files and batches, through the openai client, each repeated until it gets through."""
+"""The calls of a Batch API through the openai client, each repeated until it succeeds, and the lines of its results."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import IO, Any, TypeVar
 
-from clair.inference.model import Refused, RequestFailed, TooMany, Unreachable
-from clair.inference.openai import NotListed, OpenAIModel
+from clair.core.errors import one_line
+from clair.inference.batch_queue import NOTHING, Outcome
+from clair.inference.model import (
+    RateLimited,
+    Refused,
+    RequestFailed,
+    Unreachable,
+    parse_reply,
+    replace_surrogates,
+)
+from clair.inference.openai import NotFound, OpenAIModel
+from clair.ledger.ledger import Tokens
 
 PATH = "/v1/chat/completions"
-_LONGEST_BACKOFF = 60.0
+_MAX_BACKOFF = 60.0
+_NOT_RUN = ("batch_expired", "batch_cancelled")
+_RETRY_STATUSES = (408, 409, 425, 429)
 T = TypeVar("T")
 
 
 class Pending(Exception):
-    """What is waited for comes with a batch: a later pass of this run, or a later run, finds it in the ledger."""
+    """The reply comes with a batch: a later pass of this run, or a later run, finds it in the ledger."""
 
 
-async def happens(event: asyncio.Event, seconds: float) -> bool:
-    """Whether the event comes within so many seconds; returns when it does."""
+async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
+    """Wait up to `seconds` for the event; True if it was set."""
     try:
         await asyncio.wait_for(event.wait(), seconds)
     except TimeoutError:
@@ -40,103 +53,153 @@ class BatchService:
         self._pause = pause
 
     async def upload(self, name: str, file: IO[bytes]) -> str:
-        """The id of the uploaded file. Raises Refused."""
+        """Upload a file; return its id. Raises Refused."""
 
         async def upload() -> str:
             file.seek(0)
-            named = (name, file, "application/jsonl")
-            made = await self.model.call(lambda client: client.files.create(file=named, purpose="batch"))
-            return str(made.id)
+            upload_file = (name, file, "application/jsonl")
+            uploaded = await self.model.call(lambda client: client.files.create(file=upload_file, purpose="batch"))
+            return str(uploaded.id)
 
-        return await self._told(upload, "cannot upload a batch file")
+        return await self._run_step(upload, "cannot upload a batch file")
 
-    async def begin(self, file: str) -> str:
-        """The id of the batch made of an uploaded file: of one, however often the connection breaks. Raises Refused."""
+    async def create_batch(self, file_id: str) -> str:
+        """Create one batch of an uploaded file, however often the connection breaks; return its id. Raises Refused."""
         sent = False
 
-        async def begin() -> str:
+        async def create() -> str:
             nonlocal sent
-            id = await self.begun(file) if sent else None  # the try before may have begun it
+            id = await self.find_batch(file_id) if sent else None  # the try before may have created it
             sent = True
             if id:
                 return id
-            made = await self.model.call(
-                lambda client: client.batches.create(input_file_id=file, endpoint=PATH, completion_window="24h")
+            batch = await self.model.call(
+                lambda client: client.batches.create(input_file_id=file_id, endpoint=PATH, completion_window="24h")
             )
-            return str(made.id)
+            return str(batch.id)
 
-        return await self._told(begin, "cannot begin a batch")
+        return await self._run_step(create, "cannot begin a batch")
 
-    async def begun(self, file: str) -> str | None:
-        """The batch that the service made of a file; None where it lists none, or keeps no list."""
-        after: dict[str, str] = {}
+    async def find_batch(self, file_id: str) -> str | None:
+        """The id of the batch that the service made of a file; None if it lists none, or has no list."""
+        cursor: dict[str, str] = {}
         try:
             while True:
-                page = await self._patiently(
-                    lambda after=after: self.model.call(lambda client: client.batches.list(limit=100, **after)),
+                page = await self._retry(
+                    lambda cursor=cursor: self.model.call(lambda client: client.batches.list(limit=100, **cursor)),
                     "cannot list batches",
                 )
                 for batch in page.data:
-                    if batch.input_file_id == file:
+                    if batch.input_file_id == file_id:
                         return str(batch.id)
-                if not page.data or not page.has_more or after == {"after": page.data[-1].id}:
+                if not page.data or not page.has_more or cursor == {"after": page.data[-1].id}:
                     return None
-                after = {"after": page.data[-1].id}
-        except (NotListed, RequestFailed):
+                cursor = {"after": page.data[-1].id}
+        except (NotFound, RequestFailed):
             return None
 
-    async def look(self, id: str) -> Any:
-        """The batch as it is. Raises NotListed, and TooMany or Unreachable at once."""
-        return await self._shown(lambda client: client.batches.retrieve(id))
+    async def retrieve(self, id: str) -> Any:
+        """The state of a batch. Raises NotFound, and RateLimited or Unreachable without a retry."""
+        return await self._read(lambda client: client.batches.retrieve(id))
 
-    async def download(self, file: str, kept: IO[bytes]) -> None:
-        """Write a file's content to `kept`. Raises NotListed, and TooMany or Unreachable at once."""
+    async def download(self, file_id: str, target: IO[bytes]) -> None:
+        """Write a file's content to `target`. Raises NotFound, and RateLimited or Unreachable without a retry."""
         import httpx2
 
         async def fetch(client: Any) -> None:
-            async with client.files.with_streaming_response.content(file) as response:
-                async for part in response.iter_bytes():
-                    kept.write(part)
+            async with client.files.with_streaming_response.content(file_id) as response:
+                async for chunk in response.iter_bytes():
+                    target.write(chunk)
 
         try:
-            await self._shown(fetch)
-        except httpx2.HTTPError as error:  # it broke off
+            await self._read(fetch)
+        except httpx2.HTTPError as error:  # the connection broke
             raise Unreachable(str(error)) from error
 
-    async def _shown(self, ask: Callable[[Any], Awaitable[T]]) -> T:
+    async def _read(self, call: Callable[[Any], Awaitable[T]]) -> T:
         try:
-            return await self.model.call(ask)
+            return await self.model.call(call)
         except RequestFailed as error:
             raise Refused(
                 f"{self.role}: {self.url} does not show its batches ({error.detail}); check api_key_env and the "
                 f"variable it names"
             ) from error
 
-    async def _told(self, step: Callable[[], Awaitable[T]], what: str) -> T:
+    async def _run_step(self, step: Callable[[], Awaitable[T]], problem: str) -> T:
         try:
-            return await self._patiently(step, what)
+            return await self._retry(step, problem)
         except RequestFailed as error:
             raise Refused(
-                f"{self.role}: {what}: {self.url} refuses it ({error.detail}); nothing of it was asked"
+                f"{self.role}: {problem}: {self.url} refuses it ({error.detail}); nothing of it was asked"
             ) from error
-        except NotListed as error:
+        except NotFound as error:
             raise Refused(
-                f"{self.role}: {what}: {self.url} has no Batch API (404: {error}); set {self.role}.batch: false "
+                f"{self.role}: {problem}: {self.url} has no Batch API (404: {error}); set {self.role}.batch: false "
                 f"to ask live"
             ) from error
 
-    async def _patiently(self, step: Callable[[], Awaitable[T]], what: str) -> T:
-        """Do a step until it gets through. Raises Refused where the service stays away, Pending when it is stopped."""
+    async def _retry(self, step: Callable[[], Awaitable[T]], problem: str) -> T:
+        """Repeat a step until it succeeds. Raises Refused if the service stays away, Pending if the run is stopped."""
         attempt = 0
         while True:
             try:
                 return await step()
-            except TooMany as error:
-                wait = error.retry_after or self._pause
+            except RateLimited as error:
+                seconds = error.retry_after or self._pause
             except Unreachable as error:
                 attempt += 1
                 if attempt >= self._attempts:
-                    raise Refused(f"{self.role}: {what}: no answer from {self.url} ({error})") from error
-                wait = random.uniform(0.5, 1.0) * min(_LONGEST_BACKOFF, 2.0**attempt, self._pause)
-            if await happens(self.stopped, wait):
+                    raise Refused(f"{self.role}: {problem}: no answer from {self.url} ({error})") from error
+                seconds = random.uniform(0.5, 1.0) * min(_MAX_BACKOFF, 2.0**attempt, self._pause)
+            if await wait_for_event(self.stopped, seconds):
                 raise Pending
+
+
+# ---- lines of result files
+
+
+def parse_outcome(line: str, redacted: Callable[[str], str]) -> Outcome | None:
+    """The outcome in a line of the output or the error file; None if the line cannot be parsed.
+
+    Error messages are `redacted`; a model's reply stays as it is.
+    """
+    try:
+        result = json.loads(line)
+        key, response, error = result["custom_id"], result.get("response") or {}, result.get("error")
+        status, body = response.get("status_code"), response.get("body")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if not isinstance(key, str):
+        return None
+    if not error and isinstance(status, int) and 200 <= status < 300:
+        raw = json.dumps(body, ensure_ascii=False)
+        return _reply_outcome(key, raw if raw == replace_surrogates(raw) else json.dumps(body), redacted)
+    code, message = _error_message(error or (body.get("error") if isinstance(body, Mapping) else None))
+    message = redacted(message)
+    if code in _NOT_RUN or not isinstance(status, int) or status >= 500 or status in _RETRY_STATUSES:
+        return retry_outcome(key, message, NOTHING, listed=code in _NOT_RUN)
+    return Outcome(key, None, NOTHING, f"http_{status}: {status}: {message}")
+
+
+def retry_outcome(key: str, reason: str, billed: Tokens | None, *, listed: bool = False) -> Outcome:
+    """The outcome of a request that is to be sent again."""
+    return Outcome(key, None, billed, f"again: {reason}", listed)
+
+
+def _reply_outcome(key: str, raw: str, redacted: Callable[[str], str]) -> Outcome:
+    try:
+        usage = parse_reply(raw, tools=True).usage  # whether the request has tools is checked when the reply is used
+    except RequestFailed as error:
+        return Outcome(key, redacted(raw), None, redacted(f"{error.reason}: {error.detail}"))
+    if "prompt_tokens" in usage and "completion_tokens" in usage:
+        return Outcome(key, raw, Tokens(usage["prompt_tokens"], usage["completion_tokens"]))
+    return Outcome(key, raw, None)
+
+
+def _error_message(error: Any) -> tuple[str | None, str]:
+    """(code, message) of an error object, or of whatever a server sent in its place."""
+    if not isinstance(error, Mapping):
+        return None, replace_surrogates(one_line(error or "no reply", 300))
+    code = error.get("code")
+    message = one_line(error.get("message") or code or "no reply", 300)
+    return code if isinstance(code, str) else None, replace_surrogates(message)

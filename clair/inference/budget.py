@@ -1,7 +1,7 @@
-"""Money: what calls cost, the most that one can cost, and a limit that is never passed.
+"""Prices, the worst-case cost of a request, and a budget that is never exceeded.
 
-Before each call the worst case is reserved, and the call waits or the run stops where it does not fit; afterwards the
-true cost takes its place. Decimals throughout, never floats.
+Before each call its worst case is reserved. If it does not fit, the call waits or the run stops. After the call the
+true cost replaces the reserve. All amounts are Decimals, never floats.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from clair.ledger.ledger import Tokens
 
 _MILLION = Decimal(1_000_000)
 _TOKENS_PER_MESSAGE = 16
-"""What a chat template adds to a turn, and more."""
+"""An upper bound of the tokens that a chat template adds to a turn."""
 
 
 class Price(Recipe):
-    """Price of a million tokens, in and out, in any one currency."""
+    """Prices per million input and output tokens, in any one currency."""
 
     input: Decimal = Field(ge=0)
     output: Decimal = Field(ge=0)
 
-    def of(self, tokens: Tokens) -> Decimal:
-        """What so many tokens cost."""
+    def cost(self, tokens: Tokens) -> Decimal:
+        """The cost of these tokens."""
         return (self.input * tokens.prompt + self.output * tokens.completion) / _MILLION
 
 
-def prices_of(roles: Mapping[str, Any]) -> dict[str, Price]:
-    """The prices of the roles (ModelConfigs by role) that have one, `table` looked up in genai-prices, in US dollars.
+def role_prices(roles: Mapping[str, Any]) -> dict[str, Price]:
+    """The price of each role that has one (`roles`: ModelConfigs); `table` is looked up in genai-prices, in US dollars.
 
-    Raises UserError where the table is not installed or does not know the model.
+    Raises UserError if genai-prices is not installed or does not know the model.
     """
     return {
         role: model.price if isinstance(model.price, Price) else _from_table(role, model)
@@ -54,17 +54,17 @@ def _from_table(role: str, model: Any) -> Price:
         raise UserError(f"{role}.price: table needs genai-prices: pip install 'clair-apo[prices]'") from error
     name, url = model.model, (model.urls or ("",))[0]
     try:
-        each = [
+        prices = [
             calc_price(usage, model_ref=name, provider_api_url=url).total_price
             for usage in (Usage(input_tokens=1_000_000), Usage(output_tokens=1_000_000))
         ]
     except LookupError as error:
         raise UserError(f"{role}.price: genai-prices does not know {name!r} at {url}; give input and output") from error
-    return Price(input=each[0], output=each[1])
+    return Price(input=prices[0], output=prices[1])
 
 
-def table_version() -> str | None:
-    """Which genai-prices the prices are from; None without it. Its releases are what dates the table."""
+def price_table_version() -> str | None:
+    """The version of genai-prices, which dates its table; None if it is not installed."""
     try:
         return f"genai-prices {version('genai-prices')}"
     except PackageNotFoundError:
@@ -72,35 +72,35 @@ def table_version() -> str | None:
 
 
 class BudgetConfig(Recipe):
-    """`budget:` of a data recipe: in money, by the prices of the roles, or in tokens, in and out together."""
+    """`budget:` of a data recipe: in money, by the prices of the roles, or in tokens, input and output together."""
 
     money: Decimal | None = Field(None, gt=0)
     tokens: int | None = Field(None, gt=0)
 
     @model_validator(mode="after")
-    def _one(self) -> BudgetConfig:
+    def _check(self) -> BudgetConfig:
         if (self.money is None) == (self.tokens is None):
             raise ValueError("give either money or tokens")
         return self
 
 
-class BudgetReached(Exception):
-    """The next call may cost more than is left."""
+class BudgetExceeded(Exception):
+    """The next call may cost more than the budget has left."""
 
 
-def most_tokens(request: Mapping[str, Any]) -> Tokens:
-    """The most tokens a request can be billed for. Where no tokenizer is known, a token is at least one UTF-8 byte."""
+def max_billed_tokens(request: Mapping[str, Any]) -> Tokens:
+    """An upper bound of the tokens billed for a request, without a tokenizer: a token is at least one UTF-8 byte."""
     messages = request["messages"]
     text = sum(len(str(m["content"] or "").encode("utf-8", "replace")) for m in messages)
-    more = [{key: value for key, value in m.items() if key not in ("role", "content")} for m in messages]
-    text += sum(len(canonical_json(extra)) for extra in more if extra)
+    extras = [{key: value for key, value in m.items() if key not in ("role", "content")} for m in messages]
+    text += sum(len(canonical_json(extra)) for extra in extras if extra)
     tools = sum(len(canonical_json(request[key])) for key in ("tools", "response_format") if key in request)
-    most = request.get("max_completion_tokens") or request.get("max_tokens") or 0
-    return Tokens(text + tools + _TOKENS_PER_MESSAGE * (len(messages) + 1), int(most))
+    max_tokens = request.get("max_completion_tokens") or request.get("max_tokens") or 0
+    return Tokens(text + tools + _TOKENS_PER_MESSAGE * (len(messages) + 1), int(max_tokens))
 
 
 class Budget:
-    """A limit shared by all roles of a run. `limit` None: nothing is ever refused, spending is still counted."""
+    """A limit shared by all roles of a run. If `limit` is None, spending is counted and never refused."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class Budget:
         in_batches: Mapping[str, Tokens] | None = None,
         discounts: Mapping[str, float] | None = None,
     ) -> None:
-        """`spent` is by role; `in_batches` what of it went through a Batch API, at `discounts` off the price."""
+        """`spent`: tokens by role. `in_batches`: those of them billed by a Batch API, at `discounts` off the price."""
         self.limit: Decimal | None = None
         self.in_tokens = config is not None and config.tokens is not None
         if config is not None:
@@ -124,43 +124,43 @@ class Budget:
         self._changed = asyncio.Event()
 
     def cost(self, role: str, tokens: Tokens, *, batch: bool = False) -> Decimal:
-        """What tokens of a role count against the limit: their number, or their price (0 without one)."""
+        """The amount that counts against the limit: the number of tokens, or their price (0 if the role has none)."""
         if self.in_tokens:
             return Decimal(tokens.prompt + tokens.completion)
-        full = self._prices[role].of(tokens) if role in self._prices else Decimal(0)
-        return full * share_left(self._discounts.get(role, 0.0)) if batch else full
+        full = self._prices[role].cost(tokens) if role in self._prices else Decimal(0)
+        return full * discounted_share(self._discounts.get(role, 0.0)) if batch else full
 
-    async def reserve(self, role: str, most: Tokens) -> None:
-        """Set the worst case aside; waits while calls in flight may still turn out cheaper. Raises BudgetReached."""
-        amount = self.cost(role, most)
+    async def reserve(self, role: str, worst_case: Tokens) -> None:
+        """Reserve the worst case of a call; wait while calls in flight may still cost less. Raises BudgetExceeded."""
+        amount = self.cost(role, worst_case)
         while self.limit is not None and self.spent + self.reserved + amount > self.limit:
             if self.spent + amount > self.limit or self.reserved == 0:
-                raise BudgetReached(self.told(amount))
+                raise BudgetExceeded(self.exceeded_message(amount))
             self._changed.clear()
             await self._changed.wait()
         self.reserved += amount
 
-    def settle(self, role: str, most: Tokens, billed: Tokens) -> None:
-        """What was set aside is over; `billed` is what came of it."""
-        self.reserved -= self.cost(role, most)
+    def settle(self, role: str, worst_case: Tokens, billed: Tokens) -> None:
+        """Replace the reserve of a call by what was billed."""
+        self.reserved -= self.cost(role, worst_case)
         self.spent += self.cost(role, billed)
         self._changed.set()
 
-    def hold(self, role: str, most: Tokens) -> bool:
-        """Count the worst case of a request for a batch as spent; False where it does not fit. Never waits."""
-        amount = self.cost(role, most, batch=True)
+    def reserve_batch(self, role: str, worst_case: Tokens) -> bool:
+        """Count the worst case of a request for a batch as spent, without waiting; False if it does not fit."""
+        amount = self.cost(role, worst_case, batch=True)
         if self.limit is not None and self.spent + self.reserved + amount > self.limit:
             return False
         self.spent += amount
         return True
 
-    def replace(self, role: str, most: Tokens, billed: Tokens) -> None:
-        """What a batch really took, in the place of what `hold` counted."""
-        self.spent += self.cost(role, billed, batch=True) - self.cost(role, most, batch=True)
+    def settle_batch(self, role: str, worst_case: Tokens, billed: Tokens) -> None:
+        """Replace the worst case that `reserve_batch` counted by what the batch billed."""
+        self.spent += self.cost(role, billed, batch=True) - self.cost(role, worst_case, batch=True)
         self._changed.set()
 
-    def told(self, amount: Decimal) -> str:
-        """Why it stops here, and how to go on."""
+    def exceeded_message(self, amount: Decimal) -> str:
+        """Why the run stops, and how to go on."""
         unit = " tokens" if self.in_tokens else ""
         return (
             f"budget reached: {self.spent.normalize():f}{unit} of {self.limit:f} spent, and the next call may cost "
@@ -168,16 +168,13 @@ class Budget:
         )
 
 
-def share_left(discount: float) -> Decimal:
-    """What is left of a price after a discount, of 0 to 1."""
+def discounted_share(discount: float) -> Decimal:
+    """The fraction of a price that remains after a discount between 0 and 1."""
     return 1 - Decimal(str(discount))
 
 
 def check_budget(config: BudgetConfig | None, roles: Mapping[str, Any]) -> None:
-    """See that a budget can be kept before anything is spent. Raises UserError naming the role and the key it lacks.
-
-    `roles` are the roles' ModelConfigs.
-    """
+    """Check that a budget can be kept (`roles`: ModelConfigs). Raises UserError naming the role and the missing key."""
     if config is None:
         return
     for role, model in roles.items():

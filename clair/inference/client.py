@@ -1,10 +1,9 @@
-"""Asking a model in one role: through the ledger, within the limits, with our own retries, each request once."""
+"""A model in one role behind the ledger: each request is paid for once, within rate limits and budget, with retries."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,53 +11,53 @@ from typing import Any
 
 from clair.core.progress import duration, tell
 from clair.data.records import Dropped, Reply, Tools
-from clair.inference.batch_client import Batches
+from clair.inference.batch_client import BatchClient
 from clair.inference.batch_service import Pending
-from clair.inference.budget import Budget, BudgetReached, most_tokens
+from clair.inference.budget import Budget, BudgetExceeded, max_billed_tokens
+from clair.inference.endpoint_health import EndpointHealth
 from clair.inference.local import LocalModel
-from clair.inference.model import LimitReached, Model, Refused, RequestFailed, TooMany, Unreachable, reply_of
+from clair.inference.model import Model, RateLimited, Refused, RequestFailed, Unreachable, parse_reply
 from clair.inference.rate_limit import Limiter, Rate
 from clair.ledger.ledger import Claim, ClaimResult, Ledger, StoredReply, Tokens, call_key
 
 NOTHING = Tokens(0, 0)
 _FIRST_BACKOFF = 0.5
-_LONGEST_BACKOFF = 60.0
-_LOOK_AGAIN = 0.2
-_MOST_WAITS = 5  # by so many the pauses grow of a request that waits for its turn: 4 to 8 seconds in the end
-_SAME_REFUSALS = 5  # the first requests of a role, after which all others would be refused too
-_MOST_WORDS = 5  # different words of a server that are told at once; a bar shows the last ones
-_TRIES_OF_MALFORMED = 2  # a reply that cannot be read may have been paid for: one more try, not many
+_MAX_BACKOFF = 60.0
+_CLAIM_INTERVAL = 0.2
+"""Seconds between two claims of a request that another run has sent."""
+_MAX_WAITS = 5  # waits after which the backoff of a waiting request grows no further: 4 to 8 seconds
+_MALFORMED_ATTEMPTS = 2  # a reply that cannot be parsed may have been paid for: one more try, not many
 
 
 class Stopped(Exception):
-    """The run is stopping: no new request is sent. What is in flight is waited for and kept."""
+    """The run is stopping: no new request is sent. Requests in flight are awaited and their replies kept."""
 
 
 @dataclass
-class Stop:
-    """The switch that lets a run end without losing what it paid for."""
+class StopSignal:
+    """The request to end a run without losing what it has paid for."""
 
     reason: str | None = None
     error: Exception | None = None
-    short: bool = False
-    """It is the budget: replies that come with a batch may be cheaper than what was set aside for them."""
-    happened: asyncio.Event = field(default_factory=asyncio.Event)
+    over_budget: bool = False
+    """True if the budget is the reason: replies of a batch may cost less than was reserved for them."""
+    requested: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def now(self, reason: str, error: Exception | None = None, *, short: bool = False) -> None:
-        """Send nothing more; the first reason given is the one that is told."""
+    def request(self, reason: str, error: Exception | None = None, *, over_budget: bool = False) -> None:
+        """Stop sending requests; the first reason given is the one that is reported."""
         if self.reason is None:
-            self.reason, self.error, self.short = reason, error, short
-            self.happened.set()
+            self.reason, self.error, self.over_budget = reason, error, over_budget
+            self.requested.set()
 
     def clear(self) -> None:
-        """Go on."""
-        self.reason, self.error, self.short = None, None, False
-        self.happened.clear()
+        """Let the run go on."""
+        self.reason, self.error, self.over_budget = None, None, False
+        self.requested.clear()
 
 
 @dataclass
 class Tally:
-    """What one role has cost this run. Of the tokens, `batched` came at the price of a Batch API."""
+    """Calls and tokens of one role in this run. Of the tokens, `batched` were billed at the price of a Batch API."""
 
     calls: int = 0
     reused: int = 0
@@ -66,26 +65,26 @@ class Tally:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     batched: Tokens = NOTHING
-    without_reason: int = 0
-    """Replies without a finish reason: whether they were cut off cannot be known."""
+    missing_finish_reason: int = 0
+    """Replies without a finish reason: they may have been truncated."""
 
     def add(self, reply: Reply, *, reused: bool, batch: bool = False) -> None:
-        """Count a reply: as a call, or as reused where the ledger had it or an equal request was being asked."""
+        """Count a reply: as reused if it came from the ledger or from an equal request in flight, else as a call."""
         tokens = _usage(reply, NOTHING)
         self.reused += reused
         self.calls += not reused
         self.prompt_tokens += tokens.prompt
         self.completion_tokens += tokens.completion
-        self.without_reason += not reply.finish_reason
+        self.missing_finish_reason += not reply.finish_reason
         if batch:
             self.batched = Tokens(self.batched.prompt + tokens.prompt, self.batched.completion + tokens.completion)
 
 
 @dataclass
 class Spending:
-    """Whose money a role spends, and how fast it may: the run's budget, and the endpoint's rates."""
+    """The limits on what a role spends: the account billed, the run's budget, and the endpoint's rate limits."""
 
-    payer: str
+    account: str
     budget: Budget
     requests: Rate = field(default_factory=lambda: Rate(None))
     tokens: Rate = field(default_factory=lambda: Rate(None))
@@ -95,8 +94,8 @@ class Spending:
 class ModelClient:
     """One role (target, reviser, judge): a model with its request options, limits and a tally.
 
-    `ready` is awaited before the first request that the ledger cannot answer, so that a run which finds everything
-    in the ledger needs no endpoint at all, and one that will spend checks every endpoint first.
+    `ready` is awaited before the first request that the ledger cannot answer. So a run whose replies are all in the
+    ledger needs no endpoint, and a run that will spend checks every endpoint first.
     """
 
     role: str
@@ -105,353 +104,286 @@ class ModelClient:
     ledger: Ledger
     limiter: Limiter
     spending: Spending
-    stop: Stop
+    stop: StopSignal
     ready: Callable[[], Awaitable[None]]
-    batch: Batches | None = None
-    """Where requests are put off to, instead of being sent; raises Pending out of `ask`."""
+    health: EndpointHealth
+    batch: BatchClient | None = None
+    """The queue for the Batch API, if the role uses it: then `ask` raises Pending instead of sending the request."""
     failed: dict[str, tuple[str, str]] | None = None
-    """Requests that failed for good, where the build goes through its prompts more than once: reason and detail."""
+    """Requests that failed for good, if the build reads its prompts more than once: key -> (reason, detail)."""
     attempts: int = 6
-    patience: float = 300.0
-    """Seconds without any answer, while requests fail to get through, after which the endpoint counts as dead; also the
-    most that it may ask to wait."""
     tally: Tally = field(default_factory=Tally)
-    asked: int = 0
+    earlier_calls: int = 0
     """Calls of earlier passes."""
-    words: str = ""
-    """What the server said when it last asked us to wait; nothing once it has answered again."""
-    _answered: bool = False
-    _refusals: dict[str, list[RequestFailed]] = field(default_factory=dict)
-    _told_words: set[str] = field(default_factory=set)
-    _told_slots: bool = False
-    _failing_since: float | None = None
-    _asking: dict[str, asyncio.Future[str | StoredReply]] = field(default_factory=dict)
+    _slots_reported: bool = False
+    _shared_calls: dict[str, asyncio.Future[str | StoredReply]] = field(default_factory=dict)
     _calls: set[asyncio.Task[Any]] = field(default_factory=set)
 
     async def ask(
-        self, messages: list[Any], *, row: str, sample: int = 0, tools: Tools = (), warmer: float = 0.0
+        self, messages: list[Any], *, row: str, sample: int = 0, tools: Tools = (), added_temperature: float = 0.0
     ) -> Reply:
-        """The model's reply to `messages`, from the ledger or from the model; paid for at most once.
+        """Return the model's reply to `messages`, from the ledger or from the model; it is paid for at most once.
 
-        `warmer` is added to the temperature, where the recipe sets one, as far as 1: a further reply shall differ.
+        `added_temperature`: added to the recipe's temperature, if set, up to 1, so that a further reply differs.
 
-        Raises Dropped where this request failed for good, Stopped where the run is ending, Pending where the reply
-        comes with a batch, Refused where no request can succeed.
+        Raises Dropped if this request failed for good, Stopped if the run is ending, Pending if the reply comes with a
+        batch, Refused if no request can succeed.
         """
         request = {"messages": messages, **self.options, **({"tools": list(tools)} if tools else {})}
-        if warmer and (temperature := request.get("temperature")) is not None:
-            request["temperature"] = max(temperature, min(1.0, temperature + warmer))
+        if added_temperature and (temperature := request.get("temperature")) is not None:
+            request["temperature"] = max(temperature, min(1.0, temperature + added_temperature))
         key = call_key(self.model.identity, request, sample)
         stored = self.ledger.find(key)
-        shared = key in self._asking
+        shared = key in self._shared_calls
         if self.failed and key in self.failed and not stored:
             raise Dropped(self.role, *self.failed[key], failed=True)
-        if stored and _is_broken(stored.raw):  # an earlier version took it for a reply
+        if stored and _is_malformed(stored.raw):  # accepted by an earlier version
             await self.ledger.fail(key, "no whole reply", NOTHING, stored.raw)
             stored = None
         try:
-            found = stored or await self._ask(key, request, sample, row)
-            reply = reply_of(found if isinstance(found, str) else found.raw, tools="tools" in request)
+            result = stored or await self._request(key, request, sample, row)
+            reply = parse_reply(result if isinstance(result, str) else result.raw, tools="tools" in request)
         except RequestFailed as error:
             if self.failed is not None:
                 self.failed[key] = (error.reason, error.detail)
             raise Dropped(self.role, error.reason, error.detail, failed=True) from error
-        known = isinstance(found, StoredReply)
-        self._answered = True
-        self.tally.add(reply, reused=shared or known, batch=known and found.batch)
+        self.health.answered = True
+        from_ledger = isinstance(result, StoredReply)
+        self.tally.add(reply, reused=shared or from_ledger, batch=from_ledger and result.batch)
         return reply
 
     def next_pass(self) -> None:
-        """The build goes through its prompts once more: what this run asked for already is found in the ledger then."""
-        self.asked += self.tally.calls
+        """Begin another pass over the prompts: replies of this run's earlier passes are in the ledger by now."""
+        self.earlier_calls += self.tally.calls
         self.tally = Tally(retries=self.tally.retries)
         if self.batch:
-            self.batch.over_budget = None
+            self.batch.unaffordable = None
 
     @property
-    def told(self) -> Tally:
-        """The tally of the whole run, of however many passes: what an earlier pass asked for is a call, not reused."""
-        asked = self.asked + (self.batch.asked if self.batch else 0)
-        return replace(self.tally, calls=self.tally.calls + asked, reused=max(0, self.tally.reused - asked))
+    def total(self) -> Tally:
+        """The tally of all passes of this run: a call of an earlier pass counts as a call, not as reused."""
+        calls = self.earlier_calls + (self.batch.answered if self.batch else 0)
+        return replace(self.tally, calls=self.tally.calls + calls, reused=max(0, self.tally.reused - calls))
 
     @property
-    def waiting_for(self) -> str:
-        """What a local model is at, or why an endpoint is asked less than the recipe allows; else nothing."""
+    def wait_reason(self) -> str:
+        """The activity of a local model, or why an endpoint gets fewer requests than the recipe allows; else empty."""
         if isinstance(self.model, LocalModel):
-            return self.model.doing
+            return self.model.activity
         limiter = self.limiter
-        said = f"the server says {self.words}" if self.words else ""
+        message = f"the server says {self.health.message}" if self.health.message else ""
         if (pause := limiter.pause) >= 1:
-            return f"paused for {duration(pause)} as the server asks{said and ': ' + said}"
-        if said:
-            return said
-        return f"the server takes {int(limiter.limit)} at once" if int(limiter.limit) < limiter.most else ""
+            return f"paused for {duration(pause)} as the server asks{message and ': ' + message}"
+        if message:
+            return message
+        return f"the server takes {int(limiter.limit)} at once" if int(limiter.limit) < limiter.max_in_flight else ""
 
     async def check(self) -> None:
-        """See that the model is there; wait for one that is starting. Raises Refused."""
+        """Check that the model is there; wait if it is starting. Raises Refused."""
         attempt = 0
         while True:
             try:
                 await self.model.check()
-                self._failing_since, self.words = None, ""
+                self.health.recover()
                 return
             except Unreachable as error:
-                self._hear(error, time.monotonic())
-                if (silent := self._silent()) > self.patience:
-                    raise self._gone(silent, error) from error
+                self.health.wait(error, time.monotonic())
+                if dead := self.health.dead(error):
+                    raise dead from error
             attempt += 1
             await asyncio.sleep(_backoff(attempt))
 
-    def check_refusals(self) -> None:
-        """At the end of a run: where all requests were refused in the same words, none is to blame. Raises Refused."""
-        for failures in self._refusals.values():
-            of_the_key = failures[0].reason == "http_403"
-            if not self._answered and len(self._refusals) == 1 and len(failures) >= (1 if of_the_key else 2):
-                raise self._refuses_all(failures)
-
     async def drain(self) -> None:
-        """Wait for the requests in flight, which are paid for, until their replies are on disk."""
+        """Wait until the replies of the requests in flight, which are paid for, are on disk."""
         while self._calls:
             await asyncio.wait(set(self._calls))
 
-    async def _ask(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str | StoredReply:
-        if self.batch is None or self.batch.live(key):
-            return await self._ask_once(key, request, sample, row)
-        self._may_go_on()
-        await self.ready()
-        claim = Claim(self.role, self.model.name, row, self.spending.payer, most_tokens(request))
-        return await self.batch.put_off(key, claim, request)
+    # ---- claims
 
-    async def _ask_once(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str | StoredReply:
+    async def _request(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str | StoredReply:
+        if self.batch is None or self.batch.takes_live(key):
+            return await self._request_once(key, request, sample, row)
+        self._raise_if_stopped()
+        await self.ready()
+        claim = Claim(self.role, self.model.name, row, self.spending.account, max_billed_tokens(request))
+        return await self.batch.enqueue(key, claim, request)
+
+    async def _request_once(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str | StoredReply:
         """Share one call among equal requests of this run. A StoredReply if another run sent it and has the reply."""
-        if (asking := self._asking.get(key)) is not None:
-            return await asyncio.shield(asking)
-        self._may_go_on()
-        call = _Call(key, request, sample, row, most_tokens(request))
+        if (shared_call := self._shared_calls.get(key)) is not None:
+            return await asyncio.shield(shared_call)
+        self._raise_if_stopped()
+        call = _Call(key, request, sample, row, max_billed_tokens(request))
         task = asyncio.ensure_future(self._claim_and_call(call))
-        self._asking[key] = task
-        task.add_done_callback(lambda done: (self._asking.pop(key, None), _seen(done)))
+        self._shared_calls[key] = task
+        task.add_done_callback(lambda task: (self._shared_calls.pop(key, None), _retrieve_exception(task)))
         return await asyncio.shield(task)
 
     async def _claim_and_call(self, call: _Call) -> str | StoredReply:
         await self.ready()
         while True:
-            await self._enter(call)
-            claim = Claim(self.role, self.model.name, call.row, self.spending.payer, call.most)
+            await self._acquire(call)
+            claim = Claim(self.role, self.model.name, call.row, self.spending.account, call.max_tokens)
             try:
-                claimed = await self.ledger.claim(call.key, claim)
+                result = await self.ledger.claim(call.key, claim)
             except BaseException:
-                self._leave(call, NOTHING)
+                self._release(call, NOTHING)
                 raise
-            if claimed is ClaimResult.GRANTED:
+            if result is ClaimResult.GRANTED:
                 return await self._call(call)
-            self._leave(call, NOTHING)
-            if isinstance(claimed, StoredReply):
-                return claimed
-            if claimed is ClaimResult.IN_BATCH:
-                raise self._in_batch()
-            await asyncio.sleep(_LOOK_AGAIN)
+            self._release(call, NOTHING)
+            if isinstance(result, StoredReply):
+                return result
+            if result is ClaimResult.IN_BATCH:
+                raise self._in_batch_error()
+            await asyncio.sleep(_CLAIM_INTERVAL)
 
-    def _in_batch(self) -> Exception:
-        """A request that was to be asked live has been paid for: its reply comes with a batch."""
+    def _in_batch_error(self) -> Exception:
+        """The error for a live request that has been paid for already, in a batch."""
         if self.batch:
             return Pending()
         refused = Refused(
             f"{self.role}: replies of {self.model.name} are under way in a batch; set {self.role}.batch: true to fetch "
             f"them, also after cancelling the batch"
         )
-        self.stop.now(str(refused), refused)
+        self.stop.request(str(refused), refused)
         return refused
 
-    async def _enter(self, call: _Call, *, again: bool = False) -> None:
-        """Wait for a place in flight, for the rates and for the budget; all are the call's until `_leave`."""
+    async def _acquire(self, call: _Call, *, retry: bool = False) -> None:
+        """Wait for a slot in flight, the rate limits and the budget; the call holds all of them until `_release`."""
         spending = self.spending
-        await self.limiter.enter(again=again)
+        await self.limiter.acquire(retry=retry)
         try:
-            self._may_go_on()
-            await spending.budget.reserve(self.role, call.most)
-        except BudgetReached as reached:
-            self.limiter.leave()
-            self.stop.now(str(reached), short=True)
-            raise Stopped(str(reached)) from reached
+            self._raise_if_stopped()
+            await spending.budget.reserve(self.role, call.max_tokens)
+        except BudgetExceeded as exceeded:
+            self.limiter.release()
+            self.stop.request(str(exceeded), over_budget=True)
+            raise Stopped(str(exceeded)) from exceeded
         except BaseException:
-            self.limiter.leave()
+            self.limiter.release()
             raise
-        await spending.requests.take()
-        await spending.tokens.take(sum(call.most))
+        await spending.requests.acquire()
+        await spending.tokens.acquire(sum(call.max_tokens))
 
-    def _leave(self, call: _Call, billed: Tokens) -> None:
-        self.limiter.leave()
-        self.spending.budget.settle(self.role, call.most, billed)
-        self.spending.tokens.give_back(sum(call.most) - sum(billed))
+    def _release(self, call: _Call, billed: Tokens) -> None:
+        self.limiter.release()
+        self.spending.budget.settle(self.role, call.max_tokens, billed)
+        self.spending.tokens.refund(sum(call.max_tokens) - sum(billed))
 
-    def _may_go_on(self) -> None:
+    def _raise_if_stopped(self) -> None:
         if self.stop.reason:
             raise Stopped(self.stop.reason)
 
+    # ---- one claimed request, with its retries
+
     async def _call(self, call: _Call) -> str:
-        """Send the request until it is answered or refused for good; the caller holds a place in flight for it."""
+        """Send the request until it is answered or refused for good; the caller has acquired a slot for it."""
         attempt = waits = 0
         while True:
-            if self.stop.reason:  # it came while the ledger was written: drain() may be over, nothing may go out
-                self._leave(call, NOTHING)
-                await self.ledger.fail(call.key, self.stop.reason, call.most)
+            if self.stop.reason:  # requested while the ledger was written: drain() may have ended, nothing may be sent
+                self._release(call, NOTHING)
+                await self.ledger.fail(call.key, self.stop.reason, call.max_tokens)
                 raise Stopped(self.stop.reason)
-            sent = asyncio.ensure_future(self._send(call))
-            self._calls.add(sent)
-            sent.add_done_callback(lambda done: (self._calls.discard(done), _seen(done)))
+            task = asyncio.ensure_future(self._send(call))
+            self._calls.add(task)
+            task.add_done_callback(lambda task: (self._calls.discard(task), _retrieve_exception(task)))
             try:
-                # A cancelled row leaves its call to drain(): what is paid for is written down.
-                return await asyncio.shield(sent)
-            except (TooMany, Unreachable, RequestFailed, Refused) as error:
+                # A cancelled row leaves its call to drain(): a paid reply is written to the ledger.
+                return await asyncio.shield(task)
+            except (RateLimited, Unreachable, RequestFailed, Refused) as error:
                 last: Exception = error
-                if self._is_wait(error):
+                if self.health.is_waiting(error):
                     waits += 1
-                    await self._end_if_too_long(call, error)
+                    await self._stop_if_out_of_patience(call, error)
                 else:
                     attempt += 1
-                    if attempt >= self._tries(error):
+                    if attempt >= self._max_attempts(error):
                         await self._give_up(call, error)
-                # A server that is asked too often is spared by the limiter, too.
-                wait = (
+                # After a 429 the limiter slows down as well.
+                seconds = (
                     error.retry_after or 0.0
-                    if isinstance(error, TooMany)
-                    else _backoff(attempt + min(waits, _MOST_WAITS))
+                    if isinstance(error, RateLimited)
+                    else _backoff(attempt + min(waits, _MAX_WAITS))
                 )
             self.tally.retries += 1
-            await asyncio.sleep(wait)
+            await asyncio.sleep(seconds)
             try:
-                await self._enter(call, again=True)
+                await self._acquire(call, retry=True)
             except Stopped as stopped:
-                await self.ledger.fail(call.key, str(stopped), NOTHING if _may_be_billed(last) else call.most)
+                await self.ledger.fail(call.key, str(stopped), NOTHING if _may_be_billed(last) else call.max_tokens)
                 raise
             if _may_be_billed(last):
                 try:
-                    await self.ledger.reopen(call.key, call.most)
+                    await self.ledger.reopen(call.key, call.max_tokens)
                 except BaseException:
-                    self._leave(call, NOTHING)
+                    self._release(call, NOTHING)
                     raise
 
     async def _send(self, call: _Call) -> str:
-        """One try: the reply is in the ledger when this returns. Gives the place in flight back."""
-        started = time.monotonic()
+        """Try once; the reply is in the ledger when this returns. Releases the slot of the call."""
+        sent = time.monotonic()
         billed = NOTHING
         try:
             raw = await self.model.complete(call.request, call.sample)
-            billed = call.most  # until the reply tells its usage
-            reply = reply_of(raw, tools="tools" in call.request)
-            billed = _usage(reply, call.most)
-            self._failing_since, self.words, self._answered = None, "", True
-            seconds = time.monotonic() - started
-            self.limiter.succeeded(None if isinstance(self.model, LocalModel) else started)
-            self._tell_slots()
-        except TooMany as error:
+            billed = call.max_tokens  # until the reply states its usage
+            reply = parse_reply(raw, tools="tools" in call.request)
+            billed = _usage(reply, call.max_tokens)
+            self.health.recover()
+            self.health.answered = True
+            seconds = time.monotonic() - sent
+            self.limiter.succeeded(None if isinstance(self.model, LocalModel) else sent)
+            self._report_slots()
+        except RateLimited as error:
             self.limiter.refused(error.retry_after)
-            self._hear(error, started)
+            self.health.wait(error, sent)
             raise
         except Unreachable as error:
-            billed = call.most if error.billed else NOTHING
-            self._failing_since = self._failing_since or started
+            billed = call.max_tokens if error.billed else NOTHING
+            self.health.fail(sent)
             if error.busy:
-                self.limiter.timed_out(started)
+                self.limiter.timed_out(sent)
             raise
         finally:
-            self._leave(call, billed)
-        await self.ledger.settle(call.key, raw, billed, call.most, seconds)
+            self._release(call, billed)
+        await self.ledger.settle(call.key, raw, billed, call.max_tokens, seconds)
         return raw
 
-    # ---- tries that came to nothing
-
-    def _hear(self, error: Exception, started: float) -> None:
-        """The server asks to wait: what it says is told at once, and once."""
-        self._failing_since = self._failing_since or started
-        self.words = str(error)
-        alike = re.sub(r"[\d.]+", "#", self.words)  # `try again in 1.2 s`
-        if alike not in self._told_words and len(self._told_words) < _MOST_WORDS:
-            self._told_words.add(alike)
-            after = getattr(error, "retry_after", None)
-            tell(f"{self.role}: the server says {self.words}" + (f"; wait for {duration(after)}" if after else ""))
-
-    def _tell_slots(self) -> None:
-        if self.limiter.slots and not self._told_slots:
-            self._told_slots = True
+    def _report_slots(self) -> None:
+        if self.limiter.slots and not self._slots_reported:
+            self._slots_reported = True
             slots = f"{self.limiter.slots} requests at a time" if self.limiter.slots > 1 else "one request at a time"
             tell(
                 f"{self.role}: the server answers {slots}, so that more than {2 * self.limiter.slots} would only wait "
-                f"there; fewer than {self.limiter.most} are in flight from now on"
+                f"there; fewer than {self.limiter.max_in_flight} are in flight from now on"
             )
 
-    def _silent(self) -> float:
-        """Seconds since requests began to fail, of which none was answered since."""
-        return time.monotonic() - (self._failing_since or time.monotonic())
+    async def _stop_if_out_of_patience(self, call: _Call, error: Exception) -> None:
+        """Stop the run if the server asks to wait longer than `patience`. Raises Refused."""
+        if refused := self.health.out_of_patience(error, self.limiter.in_flight):
+            self.stop.request(str(refused), refused)
+            await self.ledger.fail(call.key, str(error), call.max_tokens)
+            raise refused from error
 
-    def _is_wait(self, error: Exception) -> bool:
-        """Whether a request waits, which is no try: within the limits, for a place at the server, or until it is up."""
-        if isinstance(error, TooMany):
-            return not error.in_body
-        return isinstance(error, Unreachable) and (error.waiting or (error.starting and not self._answered))
-
-    async def _end_if_too_long(self, call: _Call, error: Exception) -> None:
-        """End the run where the server asks for more patience than there is. Raises Refused."""
-        after, silent = getattr(error, "retry_after", None) or 0.0, self._silent()
-        if after <= self.patience and (silent <= self.patience or self.limiter.in_flight):
-            return
-        over = self._over(error, after, silent) if isinstance(error, TooMany) else self._gone(silent, error)
-        self.stop.now(str(over), over)
-        await self.ledger.fail(call.key, str(error), call.most)
-        raise over from error
-
-    def _over(self, error: TooMany, after: float, silent: float) -> Refused:
-        asks = f"asks to wait for {duration(after)}" if after > self.patience else f"refuses since {duration(silent)}"
-        at = time.strftime("after %Y-%m-%d %H:%M", time.localtime(time.time() + after))
-        return LimitReached(
-            f"{self.role}: the server {asks} ({error}), and {self.role}.patience is {self.patience:g} s; every reply "
-            f"so far is kept: run the same command again {at if after else 'when the limit is over'}"
-        )
-
-    def _gone(self, silent: float, error: Exception) -> Refused:
-        return Refused(
-            f"{self.role}: no answer for {silent:.0f} s ({error}); everything paid for is kept, run the same command "
-            f"again when the endpoint is back"
-        )
-
-    def _refuses_all(self, failures: list[RequestFailed]) -> Refused:
-        key = failures[0].reason == "http_403"
-        what = "refuses the key" if key else f"refuses every request ({len(failures)} of {len(failures)})"
-        to_do = (
-            "check api_key_env and the variable it names" if key else "correct the recipe; nothing of it was answered"
-        )
-        return Refused(
-            f"{self.role}: {getattr(self.model, 'url', self.model.name)} {what} ({failures[0].detail}); {to_do}"
-        )
-
-    def _tries(self, error: Exception) -> int:
-        if isinstance(error, Unreachable | TooMany):
+    def _max_attempts(self, error: Exception) -> int:
+        if isinstance(error, Unreachable | RateLimited):
             return self.attempts
-        return _TRIES_OF_MALFORMED if getattr(error, "raw", None) is not None else 1
+        return _MALFORMED_ATTEMPTS if getattr(error, "raw", None) is not None else 1
 
     async def _give_up(self, call: _Call, error: Exception) -> None:
-        if isinstance(error, RequestFailed) and self._is_refused_by_all(error):
-            error = self._refuses_all(next(iter(self._refusals.values())))
+        """Record that the request failed for good, and raise its error."""
+        if isinstance(error, RequestFailed):
+            error = self.health.add_refusal(error) or error
         if isinstance(error, Refused):
-            self.stop.now(str(error), error)
-        unbilled = NOTHING if _may_be_billed(error) else call.most
+            self.stop.request(str(error), error)
+        unbilled = NOTHING if _may_be_billed(error) else call.max_tokens
         await self.ledger.fail(call.key, str(error), unbilled, getattr(error, "raw", None))
         if isinstance(error, RequestFailed | Refused):
             raise error
-        if (silent := self._silent()) > self.patience:
-            gone = self._gone(silent, error)
-            self.stop.now(str(gone), gone)
-            raise gone from error
+        if dead := self.health.dead(error):
+            self.stop.request(str(dead), dead)
+            raise dead from error
         raise RequestFailed("unreachable", f"no answer after {self.attempts} tries: {error}") from error
-
-    def _is_refused_by_all(self, error: RequestFailed) -> bool:
-        """Count a refusal before any answer; whether the first ones were all in the same words."""
-        if self._answered or error.moderated or not error.reason.startswith("http_"):
-            return False
-        alike = self._refusals.setdefault(re.sub(r"\d+", "#", error.detail), [])
-        alike.append(error)
-        return len(self._refusals) == 1 and len(alike) >= _SAME_REFUSALS
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,34 +392,34 @@ class _Call:
     request: Mapping[str, Any]
     sample: int
     row: str
-    most: Tokens
+    max_tokens: Tokens
 
 
 def _backoff(attempt: int) -> float:
-    """Seconds to wait after so many tries."""
-    return random.uniform(0.5, 1.0) * min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2 ** max(0, attempt - 1))
+    """Seconds to wait after `attempt` tries."""
+    return random.uniform(0.5, 1.0) * min(_MAX_BACKOFF, _FIRST_BACKOFF * 2 ** max(0, attempt - 1))
 
 
-def _seen(task: asyncio.Future[Any]) -> None:
-    """Nobody may be left to hear how a call ended, once its row is cancelled; asyncio must not complain about it."""
+def _retrieve_exception(task: asyncio.Future[Any]) -> None:
+    """Mark the task's exception as seen: if its row was cancelled, nobody awaits it, and asyncio would complain."""
     if not task.cancelled():
         task.exception()
 
 
-def _usage(reply: Reply, most: Tokens) -> Tokens:
-    """What a reply was billed for; the most it can have been, where the server does not tell."""
+def _usage(reply: Reply, default: Tokens) -> Tokens:
+    """The tokens that a reply was billed for; `default` where the server states none."""
     usage = reply.usage
-    return Tokens(usage.get("prompt_tokens", most.prompt), usage.get("completion_tokens", most.completion))
+    return Tokens(usage.get("prompt_tokens", default.prompt), usage.get("completion_tokens", default.completion))
 
 
-def _is_broken(raw: str) -> bool:
+def _is_malformed(raw: str) -> bool:
     try:
-        reply_of(raw)
+        parse_reply(raw)
     except RequestFailed as error:
         return error.reason in ("server_error", "malformed_reply")
     return False
 
 
 def _may_be_billed(error: Exception) -> bool:
-    """Whether a try that gave no usable reply can be on the bill: it was answered, or we do not know."""
+    """True if a failed try can be on the bill: it was answered, or it is not known."""
     return getattr(error, "raw", None) is not None or getattr(error, "billed", False)

@@ -1,4 +1,4 @@
-"""The settings of a model, a reviser and a judge in a recipe."""
+"""The recipe's settings of a model, a reviser and a judge."""
 
 from __future__ import annotations
 
@@ -10,43 +10,59 @@ from pydantic import Field, model_validator
 
 from clair.core.recipe import Recipe
 from clair.core.urls import parse_endpoint, without_secrets
-from clair.inference.batch_client import BatchConfig
 from clair.inference.budget import Price
 
-_OWNED = ("model", "messages", "n", "stream")
+_RESERVED_KEYS = ("model", "messages", "n", "stream")
+
+
+class BatchConfig(Recipe):
+    """`batch:` of a model: use the service's Batch API, later and cheaper. `true` takes the defaults."""
+
+    requests: int = Field(default=50_000, ge=1, le=50_000)
+    """Maximal requests in a file."""
+    megabytes: float = Field(default=200.0, gt=0, le=200)
+    """Maximal size of a file, in 10^6 bytes."""
+    poll: float = Field(default=60.0, gt=0)
+    """Seconds between two polls of open batches."""
+    live_below: int = Field(default=0, ge=0)
+    """If fewer requests than this wait, they are sent live, at the full price."""
+    discount: float = Field(default=0.5, ge=0, le=1)
+    """The fraction that the service takes off `price`."""
+    lost: Literal["refuse", "ask_again"] = "refuse"
+    """What to do if the service no longer knows a batch: its requests may have been paid for."""
 
 
 class ModelConfig(Recipe):
-    """A model to ask: an endpoint (`url` and `model`) or a local folder (`path`)."""
+    """A model: an endpoint (`url` and `model`) or a local folder (`path`)."""
 
     url: str | tuple[str, ...] | None = None
-    """The base URL; a list of them where several serve the same model."""
+    """The base URL, or a list of them if several endpoints serve the same model."""
     model: str | None = None
     path: str | None = None
     id: str | None = None
-    """What replies are filed under in the ledger; name a new one when other weights are served under an old name."""
+    """The model's identity in the ledger; choose a new one when other weights are served under the same name."""
     temperature: float | None = Field(None, ge=0)
     max_tokens: int | None = Field(512, ge=1)
     api_key_env: str | None = None
     extra: Mapping[str, Any] = {}
     """Request options passed through as they are (top_p, max_completion_tokens, reasoning_effort, headers ...)."""
     price: Price | Literal["table"] | None = None
-    """For a million tokens: {input: 2.50, output: 10}; `table`: what genai-prices has for this model and URL."""
+    """Per million tokens: {input: 2.50, output: 10}; `table`: the price in genai-prices for this model and URL."""
     requests_per_minute: int | None = Field(None, ge=1)
     tokens_per_minute: int | None = Field(None, ge=1)
     timeout: float = Field(600.0, gt=0)
-    """Seconds for one try, from its turn at the server to the last byte."""
+    """Seconds for one try, from the start of its turn at the server to the last byte."""
     patience: float = Field(300.0, gt=0)
-    """Seconds without any answer, while requests are refused or fail, after which the run ends; all so far is kept."""
+    """Seconds without any answer, while requests fail, after which the run ends; all replies so far are kept."""
     batch: bool | BatchConfig = False
-    """Ask through the service's Batch API: within a day, at half the price. true, or a mapping with its options."""
+    """Use the service's Batch API: replies within a day, at half the price. true, or a mapping with its options."""
     batch_size: int = Field(16, ge=1)
     batch_tokens: int | None = Field(None, ge=1)
-    """As many requests at once as fit into so many tokens, padding and room for answers included; not `batch_size`."""
+    """Maximal tokens of a local batch, padding and room for answers included; replaces `batch_size`."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
-    def _one_way(self) -> ModelConfig:
+    def _check(self) -> ModelConfig:
         if (self.url is None) == (self.path is None):
             raise ValueError("give either url and model (an endpoint) or path (a local model folder)")
         for url in self.urls:
@@ -58,15 +74,16 @@ class ModelConfig(Recipe):
             raise ValueError("extra.headers is no mapping, such as {X-Team: pairs}")
         if self.batch and len(self.urls) != 1:
             raise ValueError(f"batch needs one url whose server has a Batch API, and there are {len(self.urls)}")
-        owned = [key for key in self.extra if key in _OWNED]
-        if owned:
-            raise ValueError(f"extra.{owned[0]} would break the request; it is set by the pipeline")
+        reserved = [key for key in self.extra if key in _RESERVED_KEYS]
+        if reserved:
+            raise ValueError(f"extra.{reserved[0]} would break the request; it is set by the pipeline")
         for name, value in self.extra.items():
             try:
                 json.dumps({name: value}, allow_nan=False, ensure_ascii=False, default=str).encode()
             except ValueError as error:
-                what = "NaN, infinity or half a character"
-                raise ValueError(f"extra.{name} holds {what}, which no request can; change it") from error
+                raise ValueError(
+                    f"extra.{name} holds NaN, infinity or half a character, which no request can; change it"
+                ) from error
         return self
 
     @property
@@ -76,40 +93,40 @@ class ModelConfig(Recipe):
 
     @property
     def batching(self) -> BatchConfig | None:
-        """The options of its batches; None where it is asked live."""
+        """The options of its batches; None if its requests are sent live."""
         return self.batch if isinstance(self.batch, BatchConfig) else BatchConfig() if self.batch else None
 
     def options(self, seed: int) -> dict[str, Any]:
-        """The body of every request beside model and messages; all of it is part of the ledger's key."""
-        own: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        """The body of every request without model and messages; all of it is part of the ledger's key."""
+        options: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
         if self.path is not None:
-            own["seed"] = seed
-        return {k: v for k, v in own.items() if v is not None} | dict(self.extra)
+            options["seed"] = seed
+        return {k: v for k, v in options.items() if v is not None} | dict(self.extra)
 
 
 class ReviserConfig(ModelConfig):
-    """The stronger model, and the words it is asked in."""
+    """The stronger model and its prompt."""
 
     temperature: float | None = Field(0.7, ge=0)
     max_tokens: int | None = Field(4096, ge=1)
     mode: Literal["rewrite", "edits"] = "rewrite"
-    """`edits`: the reviser names find/replace edits, which the program applies; rewriting is the way out."""
+    """`edits`: the reviser names find/replace edits, and the program applies them; if they fail, it rewrites."""
     template: str | None = None
-    """A Jinja file of your own instead of the built-in one of the mode; it uses {{ task }} and {{ answer }}."""
+    """A Jinja file to use instead of the built-in one of the mode; it uses {{ task }} and {{ answer }}."""
     system: str | None = None
     ask_again: bool = True
-    """Ask once more, naming what is wrong, when a reply cannot be read."""
+    """Ask once more, naming the problem, if a reply cannot be parsed."""
 
 
 class JudgeConfig(ModelConfig):
-    """The model that compares two answers, and the words it is asked in."""
+    """The model that compares two answers, and its prompt."""
 
     temperature: float | None = Field(0.0, ge=0)
     max_tokens: int | None = Field(2048, ge=1)
     order: Literal["both", "random"] = "both"
-    """`both`: every pair in both orders, which must agree; `random`: in one, chosen by hash, at half the price."""
+    """`both`: judge every pair in both orders, which must agree; `random`: in one, by hash, at half the price."""
     template: str | None = None
-    """A Jinja file of your own instead of prompting/judge.j2; it uses {{ task }}, {{ first }} and {{ second }}."""
+    """A Jinja file to use instead of prompting/judge.j2; it uses {{ task }}, {{ first }} and {{ second }}."""
     system: str | None = None
     ask_again: bool = True
 
@@ -127,8 +144,8 @@ ROLE_PASSING = {
 }
 
 
-def public_model(model: ModelConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The `settings` of a model as they may be written down: without secrets."""
+def redacted_model(model: ModelConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The `settings` of a model as they may be stored: without secrets."""
     urls = [parse_endpoint(url).public for url in model.urls]
     url = urls if len(urls) > 1 else urls[0] if urls else None
     return {**settings, "url": url, "extra": without_secrets(settings["extra"])}

@@ -1,7 +1,7 @@
-"""Is what a URL serves the model that we think it is: template, end of turn, truncation, logprobs, speed.
+"""Check that an endpoint serves a model correctly: chat template, end of turn, truncation, logprobs, speed.
 
-A wrong chat template or stop token does not fail: it makes worse answers, silently. So a few short requests are sent
-and compared with what the model's own tokenizer says.
+A wrong chat template or stop token raises no error and silently makes answers worse. So a few short requests are sent,
+and the replies are compared with the model's tokenizer.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from clair.core.errors import UserError, one_line
 from clair.core.urls import api_key, parse_endpoint
 from clair.data.records import incomplete_reason
-from clair.inference.model import RequestFailed, TooMany, Unreachable
-from clair.inference.openai import NotListed, OpenAIModel
+from clair.inference.model import RateLimited, RequestFailed, Unreachable
+from clair.inference.openai import NotFound, OpenAIModel
 
 _CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "Hello"}],
@@ -27,18 +27,18 @@ _CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
      {"role": "user", "content": "And another one?"}],
     [{"role": "system", "content": "You are brief."}, {"role": "user", "content": "What is two and two?"}],
 )  # fmt: skip
-_AT_ONCE = 8
+_SPEED_REQUESTS = 8
 _SPEED_TOKENS = 64
 _TURN_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing looked at: `ok` is None where it could not be told, or does not matter for building pairs."""
+    """The result of one check: `ok` is None if it cannot be decided, or does not matter for building pairs."""
 
     name: str
     ok: bool | None
-    told: str
+    message: str
 
 
 def check_endpoints(
@@ -49,9 +49,9 @@ def check_endpoints(
     key_env: str | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> dict[str, list[Check]]:
-    """The checks of each endpoint, by URL. Raises UserError where one cannot be asked at all.
+    """Check endpoints; return the checks by URL. Raises UserError if an endpoint takes no requests.
 
-    `on_step` gets what is looked at next, in words.
+    `on_step` is called with the name of the next check.
     """
     for url in urls:
         try:
@@ -69,8 +69,7 @@ def _load(path: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
-        words = one_line(error)
-        raise UserError(f"--tokenizer {path}: no tokenizer can be loaded from it ({words})") from error
+        raise UserError(f"--tokenizer {path}: no tokenizer can be loaded from it ({one_line(error)})") from error
     if not tokenizer.chat_template:
         raise UserError(f"--tokenizer {path} has no chat template; give the tokenizer of the chat model that is served")
     return tokenizer
@@ -85,45 +84,45 @@ async def _check_all(
 async def _check(
     url: str, tokenizer: Any, model: str | None, key: str | None, on_step: Callable[[str], None]
 ) -> list[Check]:
-    asked = OpenAIModel(url, model or "", key=key, timeout=120.0, role="check-endpoint")
+    endpoint = OpenAIModel(url, model or "", key=key, timeout=120.0, role="check-endpoint")
     try:
-        on_step(f"{asked.url}: which model is served")
-        asked.name = model or await _only_model(asked)
+        on_step(f"{endpoint.url}: which model is served")
+        endpoint.name = model or await _only_model(endpoint)
         try:
-            await asked.check()
+            await endpoint.check()
         except Unreachable as error:
-            raise UserError(f"{asked.url} is not ready ({error}); try again when it is") from error
-        checks = [Check("model", True, asked.name)]
+            raise UserError(f"{endpoint.url} is not ready ({error}); try again when it is") from error
+        checks = [Check("model", True, endpoint.name)]
         for name, check in (
-            ("chat template", partial(_template, asked, tokenizer)),
-            ("end of turn", partial(_end_of_turn, asked, tokenizer)),
-            ("truncation", partial(_truncation, asked)),
-            ("logprobs", partial(_logprobs, asked)),
-            (f"speed, {_AT_ONCE} requests at once", partial(_speed, asked)),
+            ("chat template", partial(_template, endpoint, tokenizer)),
+            ("end of turn", partial(_end_of_turn, endpoint, tokenizer)),
+            ("truncation", partial(_truncation, endpoint)),
+            ("logprobs", partial(_logprobs, endpoint)),
+            (f"speed, {_SPEED_REQUESTS} requests at once", partial(_speed, endpoint)),
         ):
-            on_step(f"{asked.url}: {name}")
+            on_step(f"{endpoint.url}: {name}")
             checks.append(await check())
         return checks
     finally:
-        await asked.close()
+        await endpoint.close()
 
 
-async def _only_model(asked: OpenAIModel) -> str:
+async def _only_model(endpoint: OpenAIModel) -> str:
     try:
-        listed = await asked.call(lambda client: client.models.list())
-        names = [str(entry.id) for entry in listed.data or []]
-    except (RequestFailed, NotListed, TooMany, Unreachable, AttributeError, TypeError) as error:
-        raise UserError(f"{asked.url} does not list its models ({error}); name one with --model") from error
+        models = await endpoint.call(lambda client: client.models.list())
+        names = [str(entry.id) for entry in models.data or []]
+    except (RequestFailed, NotFound, RateLimited, Unreachable, AttributeError, TypeError) as error:
+        raise UserError(f"{endpoint.url} does not list its models ({error}); name one with --model") from error
     if len(names) != 1:
-        raise UserError(f"{asked.url} serves {', '.join(names) or 'no model'}; name one with --model")
+        raise UserError(f"{endpoint.url} serves {', '.join(names) or 'no model'}; name one with --model")
     return names[0]
 
 
-async def _ask(asked: OpenAIModel, messages: Sequence[Mapping[str, str]], **options: Any) -> dict[str, Any]:
-    """The body of a chat completion, or `{"error": words}`."""
+async def _ask(endpoint: OpenAIModel, messages: Sequence[Mapping[str, str]], **options: Any) -> dict[str, Any]:
+    """The body of a chat completion, or `{"error": message}`."""
     try:
-        raw = await asked.complete({"messages": list(messages), "temperature": 0.0, **options})
-    except (RequestFailed, TooMany, Unreachable) as error:
+        raw = await endpoint.complete({"messages": list(messages), "temperature": 0.0, **options})
+    except (RequestFailed, RateLimited, Unreachable) as error:
         return {"error": str(error)}
     try:
         body = json.loads(raw)
@@ -139,34 +138,34 @@ def _usage(body: Mapping[str, Any], name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-async def _template(asked: OpenAIModel, tokenizer: Any) -> Check:
-    """The server counts as many tokens in a prompt as the tokenizer's template gives: very likely the same one."""
+async def _template(endpoint: OpenAIModel, tokenizer: Any) -> Check:
+    """Compare the server's count of prompt tokens with the tokenizer's: equal counts mean the same template."""
     name = "chat template"
     if tokenizer is None:
         return Check(name, None, "not compared: give --tokenizer")
     for messages in _CONVERSATIONS:
         try:
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        except Exception as error:  # templates raise what they like: one that takes no system prompt
+        except Exception as error:  # a template raises anything, for example if it takes no system prompt
             if messages is _CONVERSATIONS[-1]:
                 return Check(name, True, f"as the tokenizer's, which takes no system prompt ({error})"[:120])
             raise
-        body = await _ask(asked, messages, max_tokens=1)
+        body = await _ask(endpoint, messages, max_tokens=1)
         if "error" in body:
             return Check(name, False, f"a conversation of {len(messages)} turns is refused: {body['error']}"[:200])
         counted = _usage(body, "prompt_tokens")
         if counted is None:
             return Check(name, None, "the server does not tell how many tokens a prompt has")
         if counted != len(ids):
-            told = f"{counted} tokens at the server, {len(ids)} by the tokenizer's template"
-            return Check(name, False, f"{told}, for {messages[-1]['content']!r}")
+            counts = f"{counted} tokens at the server, {len(ids)} by the tokenizer's template"
+            return Check(name, False, f"{counts}, for {messages[-1]['content']!r}")
     return Check(name, True, f"as many tokens as the tokenizer's, {len(_CONVERSATIONS)} conversations")
 
 
-async def _end_of_turn(asked: OpenAIModel, tokenizer: Any) -> Check:
-    """An answer ends by itself, and no special token is in it."""
+async def _end_of_turn(endpoint: OpenAIModel, tokenizer: Any) -> Check:
+    """Check that an answer ends by itself and contains no special token."""
     name = "end of turn"
-    body = await _ask(asked, _CONVERSATIONS[0], max_tokens=_TURN_TOKENS)
+    body = await _ask(endpoint, _CONVERSATIONS[0], max_tokens=_TURN_TOKENS)
     if "error" in body:
         return Check(name, False, str(body["error"])[:200])
     text = str(body["choices"][0]["message"].get("content") or "")
@@ -179,9 +178,9 @@ async def _end_of_turn(asked: OpenAIModel, tokenizer: Any) -> Check:
     return Check(name, True, "the answer ends by itself, without a special token in it")
 
 
-async def _truncation(asked: OpenAIModel) -> Check:
-    """An answer that is cut off is told as such: else half an answer would become a loser or a winner."""
-    body = await _ask(asked, [{"role": "user", "content": "Count from one to fifty, in words."}], max_tokens=2)
+async def _truncation(endpoint: OpenAIModel) -> Check:
+    """Check that the server marks a truncated answer: else half an answer would become chosen or rejected."""
+    body = await _ask(endpoint, [{"role": "user", "content": "Count from one to fifty, in words."}], max_tokens=2)
     if "error" in body:
         return Check("truncation", False, str(body["error"])[:200])
     finish, tokens = body["choices"][0].get("finish_reason"), _usage(body, "completion_tokens")
@@ -192,20 +191,20 @@ async def _truncation(asked: OpenAIModel) -> Check:
     return Check("truncation", False, f"max_tokens 2, and finish_reason {finish!r} after {tokens} tokens")
 
 
-async def _logprobs(asked: OpenAIModel) -> Check:
-    body = await _ask(asked, _CONVERSATIONS[0], max_tokens=2, logprobs=True, top_logprobs=1)
-    found = None if "error" in body else body["choices"][0].get("logprobs")
-    content = found.get("content") if isinstance(found, dict) else None
+async def _logprobs(endpoint: OpenAIModel) -> Check:
+    body = await _ask(endpoint, _CONVERSATIONS[0], max_tokens=2, logprobs=True, top_logprobs=1)
+    logprobs = None if "error" in body else body["choices"][0].get("logprobs")
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
     return Check("logprobs", True, "available") if content else Check("logprobs", None, "not available")
 
 
-async def _speed(asked: OpenAIModel) -> Check:
+async def _speed(endpoint: OpenAIModel) -> Check:
     started = time.monotonic()
-    asks = ([{"role": "user", "content": f"Tell me a story about the number {n}."}] for n in range(_AT_ONCE))
-    bodies = await asyncio.gather(*(_ask(asked, messages, max_tokens=_SPEED_TOKENS) for messages in asks))
+    prompts = ([{"role": "user", "content": f"Tell me a story about the number {n}."}] for n in range(_SPEED_REQUESTS))
+    bodies = await asyncio.gather(*(_ask(endpoint, messages, max_tokens=_SPEED_TOKENS) for messages in prompts))
     counts = [_usage(body, "completion_tokens") for body in bodies]
     if None in counts:
         return Check("tokens a second", None, next((b["error"] for b in bodies if "error" in b), "usage is not told"))
     total = sum(count or 0 for count in counts)
     seconds = time.monotonic() - started
-    return Check("tokens a second", True, f"{total / seconds:.0f} with {_AT_ONCE} requests at once")
+    return Check("tokens a second", True, f"{total / seconds:.0f} with {_SPEED_REQUESTS} requests at once")

@@ -1,4 +1,4 @@
-"""One protocol, several ways to ask a model: any OpenAI-compatible endpoint, or a local transformers model."""
+"""The protocol of a model (an endpoint, a pool of endpoints, a local model), its errors, and the parsing of replies."""
 
 from __future__ import annotations
 
@@ -12,46 +12,47 @@ from clair.data.records import Reply, incomplete_reason
 
 
 class Model(Protocol):
-    """A model that can be asked. `request` is the body of a chat completion, without the model's name."""
+    """A model that completes chats. `request` is the body of a chat completion, without the model's name."""
 
     name: str
     identity: str
-    """What a reply belongs to: weights hash, `id:` of the recipe, or model name and base URL."""
+    """The model's part of a ledger key: hash of the weights, `id:` of the recipe, or model name and base URL."""
 
     async def check(self) -> None:
-        """See that the model is there and may be asked, before anything is spent.
+        """Check that the model is there and takes requests, before anything is spent.
 
-        Raises Refused, and Unreachable with `starting` where it may be there a little later.
+        Raises Refused, and Unreachable with `starting` if the model may be there a little later.
         """
 
     async def complete(self, request: Mapping[str, Any], sample: int = 0) -> str:
-        """The raw JSON text of a chat completion. Raises Refused, RequestFailed, TooMany or Unreachable.
+        """Return the raw JSON text of a chat completion. Raises Refused, RequestFailed, RateLimited or Unreachable.
 
-        `sample` tells equal requests apart that want different answers; an endpoint draws anew by itself.
+        `sample` is the index among equal requests that need different answers; an endpoint samples anew by itself.
         """
+        ...
 
     async def close(self) -> None:
-        """Let connections or weights go."""
+        """Close the connections, or free the weights."""
 
 
 class Refused(UserError):
-    """The endpoint refuses every request: wrong key, unknown model, no quota left. The run stops at once."""
+    """The endpoint refuses every request (wrong key, unknown model, no quota left): the run stops at once."""
 
 
-class Unpaid(Refused):
-    """The endpoint wants money. The run stops, and goes on when there is some."""
+class PaymentRequired(Refused):
+    """The endpoint requires payment: the run stops, and can go on after it."""
 
 
 class LimitReached(Refused):
-    """The endpoint takes no more for now: a rate or a quota is used up. The run ends, and goes on at another time."""
+    """A rate limit or a quota is used up for longer than `patience`: the run ends, and can go on later."""
 
     exit_code = EXIT_BUDGET
 
 
 class RequestFailed(Exception):
-    """The endpoint refuses this one request, for good; the others may go on.
+    """The endpoint refuses this request for good; other requests go on.
 
-    `moderated`: for what its prompt says, so that it tells nothing about the others.
+    `moderated`: the content of its prompt is the reason, so that the refusal says nothing about other requests.
     """
 
     def __init__(self, reason: str, detail: str, raw: str | None = None, *, moderated: bool = False) -> None:
@@ -62,39 +63,39 @@ class RequestFailed(Exception):
         self.moderated = moderated
 
 
-class TooMany(Exception):
-    """429: asked too often or too much at once. `retry_after` is in seconds, None where the server gave none.
+class RateLimited(Exception):
+    """429: too many requests. `retry_after` is in seconds, None if the server stated none.
 
-    `in_body`: the status was 200, so that asking goes on as after any error of a server.
+    `in_body`: the error came with status 200, and is retried like any error of the server.
     """
 
-    def __init__(self, retry_after: float | None, words: str = "", *, in_body: bool = False) -> None:
-        super().__init__(f"429: {words}" if words else "429")
+    def __init__(self, retry_after: float | None, message: str = "", *, in_body: bool = False) -> None:
+        super().__init__(f"429: {message}" if message else "429")
         self.retry_after = retry_after
         self.in_body = in_body
 
 
 class Unreachable(Exception):
-    """A server error, a timeout or a broken connection: worth another try.
+    """A server error, a timeout or a broken connection: the request is tried again.
 
-    `billed`: the request may have been answered and paid for, only the reply did not arrive. `busy`: the server
-    took too long, and may have too much to do. `waiting`: it took no connection while it answered others, which is no
-    failure. `starting`: it is there, and says that it is not ready.
+    `billed`: the request may have been answered and paid for, and the reply was lost. `busy`: the server took too long
+    and may be overloaded. `waiting`: it accepted no connection while it answered other requests, which is no failure.
+    `starting`: it says that it is not ready yet.
     """
 
-    def __init__(self, told: str, *, billed: bool = False, busy: bool = False, starting: bool = False) -> None:
-        super().__init__(told)
+    def __init__(self, message: str, *, billed: bool = False, busy: bool = False, starting: bool = False) -> None:
+        super().__init__(message)
         self.billed = billed
         self.busy = busy
         self.waiting = False
         self.starting = starting
 
 
-def reply_of(raw: str, *, tools: bool = False) -> Reply:
-    """The reply in the raw JSON text of a chat completion. Raises RequestFailed where there is none.
+def parse_reply(raw: str, *, tools: bool = False) -> Reply:
+    """Parse the raw JSON text of a chat completion. Raises RequestFailed if it has no usable reply.
 
     `tools`: the request has tools, so that a reply may call one.
-    Hidden reasoning is kept apart from the answer, as the server does it (`reasoning_content`, `reasoning`), or else by
+    Hidden reasoning is separated from the answer, by the server (`reasoning_content`, `reasoning`) or else by
     `split_thinking`.
     """
     try:
@@ -105,27 +106,27 @@ def reply_of(raw: str, *, tools: bool = False) -> Reply:
         finish = choice.get("finish_reason")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise RequestFailed("malformed_reply", f"the reply is no chat completion: {raw[:200]!r}", raw) from error
-    content, thought = _joined(content)
+    content, thinking = _join_parts(content)
     calls = message.get("tool_calls")
     calls = tuple(calls) if isinstance(calls, list) and all(isinstance(call, dict) for call in calls) else ()
     if message.get("tool_calls") and not (content or (tools and calls)):
         raise RequestFailed("tool_call", "the reply calls a tool and says nothing", raw)
-    hidden = next((h for name in _HIDDEN if isinstance(h := message.get(name), str) and h.strip()), thought)
+    hidden = next((h for name in _THINKING_KEYS if isinstance(h := message.get(name), str) and h.strip()), thinking)
     text = content if isinstance(content, str) else ""
-    if not hidden:  # else the server has split the two already, and the content is the answer, word for word
+    if not hidden:  # else the server has separated the two, and the content is the answer
         hidden, text = split_thinking(text)
-    text = _without_marks(text)
+    text = _strip_marks(text)
     finish = None if finish is None else str(finish)
     if incomplete_reason(finish) == "server_error":
         raise RequestFailed("server_error", f"the server broke off: finish_reason {finish!r}", raw)
-    half = encodable(text) != text or text.rstrip().endswith("\ufffd")
-    if half and incomplete_reason(finish, tools=tools) is None:
+    cut_character = replace_surrogates(text) != text or text.rstrip().endswith("\ufffd")
+    if cut_character and incomplete_reason(finish, tools=tools) is None:
         raise RequestFailed("malformed_reply", "the reply holds half a character, such as half of an emoji", raw)
     refusal = message.get("refusal")
-    refusal = encodable(refusal) if isinstance(refusal, str) and not text.strip() else ""
+    refusal = replace_surrogates(refusal) if isinstance(refusal, str) and not text.strip() else ""
     return Reply(
-        text=encodable(text),
-        thinking=encodable(hidden),
+        text=replace_surrogates(text),
+        thinking=replace_surrogates(hidden),
         finish_reason="refusal" if refusal else finish,
         refusal=refusal,
         tool_calls=calls,
@@ -134,8 +135,8 @@ def reply_of(raw: str, *, tools: bool = False) -> Reply:
     )
 
 
-_HIDDEN = ("reasoning_content", "reasoning")
-_MARKS = tuple(
+_THINKING_KEYS = ("reasoning_content", "reasoning")
+_THINKING_MARKS = tuple(
     (re.compile(opening, re.IGNORECASE), re.compile(closing, re.IGNORECASE))
     for opening, closing in (
         *((rf"<{name} ?>", rf"</{name} ?>") for name in ("think", "thinking", "thought", "seed:think")),
@@ -147,13 +148,13 @@ _MARKS = tuple(
         ("◁think▷", "◁/think▷"),
     )
 )
-"""How models open and close their hidden reasoning."""
-_UNSEEN = "\ufeff\u200b\u200c\u200d\u2060 \t\r\n\v\f\xa0"
+"""The opening and closing marks of hidden reasoning, by model family."""
+_INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060 \t\r\n\v\f\xa0"
 _HARMONY = re.compile(
     r"<\|channel\|>\s*(\w+).*?<\|message\|>(.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)", re.DOTALL
 )
-_BARE_HARMONY = re.compile(r"analysis(.*?)assistantfinal(.*)", re.DOTALL)
-"""What is left of the channels where a server takes the marks out."""
+_STRIPPED_HARMONY = re.compile(r"analysis(.*?)assistantfinal(.*)", re.DOTALL)
+"""The channels if a server strips their marks."""
 _END_MARKS = re.compile(
     r"(?:\s*(?:<\|(?:im_end|eot_id|eom_id|eot|end|return|endoftext|endofresponse|end_of_text|end_of_turn|end_of_role|"
     r"end_of_turn_token|end_response|end_of_solution|im_start|user|observation)\|>|"
@@ -166,81 +167,81 @@ _BEGIN_MARK = re.compile(
     r"<\|start_response\|>|<\|begin_of_solution\|>\n*|<\|assistant\|>\n)",
     re.IGNORECASE,
 )
-"""What a template writes before an answer, which some servers repeat."""
+"""Marks that a template writes before an answer, and that some servers repeat."""
 
 
-def _joined(content: Any) -> tuple[Any, str]:
-    """(text, hidden reasoning) of content in parts, as some servers send it; other content as it is."""
+def _join_parts(content: Any) -> tuple[Any, str]:
+    """Join content that a server sends in parts to (text, hidden reasoning); other content is unchanged."""
     if not isinstance(content, list):
         return content, ""
-    parts = [part for part in content if isinstance(part, dict)]
-    texts = [part.get("text") for part in parts if part.get("type") in ("text", "output_text")]
-    thoughts = [part["thinking"] for part in parts if part.get("type") == "thinking" and part.get("thinking")]
-    hidden = "".join(str(_joined(thought)[0]) for thought in thoughts)
-    whole = "".join(text for text in texts if isinstance(text, str))
-    return whole.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass"), hidden  # an emoji cut in two
+    blocks = [block for block in content if isinstance(block, dict)]
+    texts = [block.get("text") for block in blocks if block.get("type") in ("text", "output_text")]
+    thoughts = [block["thinking"] for block in blocks if block.get("type") == "thinking" and block.get("thinking")]
+    hidden = "".join(str(_join_parts(thought)[0]) for thought in thoughts)
+    joined = "".join(text for text in texts if isinstance(text, str))
+    return joined.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass"), hidden  # join a split emoji
 
 
 def split_thinking(text: str) -> tuple[str, str]:
-    """(hidden reasoning, answer) of a text that may begin with `<think> ... </think>`; never closed: all hidden.
+    """Split a text that may begin with `<think> ... </think>` into (hidden reasoning, answer); unclosed: all is hidden.
 
-    Also in the marks of other models, in the channels of gpt-oss, and where the template has opened it for the model,
-    so that only the end stands there. A tag in code or in a line of prose is a mention of it, and stays.
+    The marks of other model families and the channels of gpt-oss work too, and so does a closing mark alone, if the
+    template has written the opening one. A mark inside code or a line of prose is a mention, and stays in the text.
     """
-    start = _BEGIN_MARK.sub("", text.lstrip(_UNSEEN)).lstrip(_UNSEEN)
+    start = _BEGIN_MARK.sub("", text.lstrip(_INVISIBLE)).lstrip(_INVISIBLE)
     if start.startswith(("<|channel|>", "<|start|>")) and (channels := _HARMONY.findall(start)):
-        said = [part for name, part in channels if name == "final"]
-        return "\n".join(part for name, part in channels if name != "final").strip(), _behind("".join(said))
-    if bare := _BARE_HARMONY.fullmatch(start):
-        return bare[1].strip(), _behind(bare[2])
-    for opening, closing in _MARKS:
+        answer = "".join(text for name, text in channels if name == "final")
+        return "\n".join(text for name, text in channels if name != "final").strip(), _strip_blank_lines(answer)
+    if stripped := _STRIPPED_HARMONY.fullmatch(start):
+        return stripped[1].strip(), _strip_blank_lines(stripped[2])
+    for opening, closing in _THINKING_MARKS:
         opened = opening.match(start)
         if not opened and opening.search(text):
             continue
         inside = start[opened.end() :] if opened else text
-        ends = (end for end in closing.finditer(inside) if not _is_mention(inside, end, bool(opened)))
-        if end := next(ends, None):
-            return inside[: end.start()].strip(), _behind(inside[end.end() :])
+        closed = (match for match in closing.finditer(inside) if not _is_mention(inside, match, bool(opened)))
+        if end := next(closed, None):
+            return inside[: end.start()].strip(), _strip_blank_lines(inside[end.end() :])
         if opened and not re.match(r" +[a-z`]|-[a-z]", inside):
             return inside.strip(), ""
     return "", text
 
 
-def _behind(text: str) -> str:
-    """What stands behind hidden reasoning: without blank lines before it, but as far to the right as it was."""
+def _strip_blank_lines(text: str) -> str:
+    """Remove blank lines before an answer, and keep the indentation of its first line."""
     blank = re.match(r"(?:[ \t]*\r?\n)+", text)
     return text[blank.end() :] if blank else text.lstrip(" ")
 
 
 def _is_mention(text: str, tag: re.Match[str], opened: bool) -> bool:
-    """Whether the end of hidden reasoning is only spoken of: in code, or inside a line of prose."""
-    before, after = text[: tag.start()], text[tag.end() :].partition("\n")[0]
-    if before.endswith(("`", '"', "'", "“")) or after.startswith(("`", '"', "'", "”")):
+    """True if a closing mark is only mentioned: in code, or inside a line of prose."""
+    prefix, suffix = text[: tag.start()], text[tag.end() :].partition("\n")[0]
+    if prefix.endswith(("`", '"', "'", "“")) or suffix.startswith(("`", '"', "'", "”")):
         return True
-    if not opened and len(re.findall(r"^[ \t]*(?:```|~~~)", before, re.MULTILINE)) % 2:
+    if not opened and len(re.findall(r"^[ \t]*(?:```|~~~)", prefix, re.MULTILINE)) % 2:
         return True
-    line = before.rpartition("\n")[2]
-    if not (line.strip() and line.endswith((" ", "(")) and after.strip()):
+    line = prefix.rpartition("\n")[2]
+    if not (line.strip() and line.endswith((" ", "(")) and suffix.strip()):
         return False
-    return not opened or bool(re.match(r"[ \t]+[a-z]|[.,;:!?)]", after))
+    return not opened or bool(re.match(r"[ \t]+[a-z]|[.,;:!?)]", suffix))
 
 
-def _without_marks(text: str) -> str:
-    """The text without the marks of a turn around it, which a server should have taken for its beginning and end."""
+def _strip_marks(text: str) -> str:
+    """Remove the marks of a turn around a text, which a server should have removed."""
     text = _BEGIN_MARK.sub("", text)
-    found = _END_MARKS.search(text)
-    if not found or ("</s>" in found[0] and "<s>" in text):
+    match = _END_MARKS.search(text)
+    if not match or ("</s>" in match[0] and "<s>" in text):
         return text
-    return text[: found.start()]
+    return text[: match.start()]
 
 
-def visible(answer: str) -> str:
-    """A ready answer without what a model thought before it, and without marks of an ended turn."""
-    return _without_marks(split_thinking(answer)[1])
+def visible_answer(answer: str) -> str:
+    """An answer without hidden reasoning before it and without marks of a turn."""
+    return _strip_marks(split_thinking(answer)[1])
 
 
-def encodable(text: str) -> str:
-    """Half of a surrogate pair, which JSON can carry and UTF-8 cannot, becomes the replacement character."""
+def replace_surrogates(text: str) -> str:
+    """Replace each unpaired surrogate, which JSON can hold and UTF-8 cannot, by the replacement character."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -248,12 +249,12 @@ def _usage(usage: object) -> dict[str, int]:
     if not isinstance(usage, dict):
         return {}
     numbers = {k: usage.get(k) for k in ("prompt_tokens", "completion_tokens")}
-    # Servers send null, NaN and worse; a number that no request can have is as good as none.
+    # Servers send null, NaN and worse: a number that no request can have is ignored.
     return {k: int(v) for k, v in numbers.items() if isinstance(v, int | float) and 0 <= v < 1e9}
 
 
-def as_completion(text: str, finish_reason: str, model: str, prompt_tokens: int, completion_tokens: int) -> str:
-    """The raw JSON text of a chat completion that was made in this process."""
+def completion_json(text: str, finish_reason: str, model: str, prompt_tokens: int, completion_tokens: int) -> str:
+    """The raw JSON text of a chat completion generated in this process."""
     return json.dumps(
         {
             "object": "chat.completion",

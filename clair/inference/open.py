@@ -1,4 +1,4 @@
-"""Open the models of a run: their clients within its limits and budget, rows through them in order, and Ctrl-C."""
+"""Open the model clients of a run within its limits and budget, map rows through them, and stop on an interrupt."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from clair.core.urls import (
     parse_endpoint,
     without_secrets,
 )
-from clair.inference.batch_client import Batches
+from clair.inference.batch_client import BatchClient
 from clair.inference.batch_queue import BatchQueue
 from clair.inference.batch_service import BatchService
-from clair.inference.budget import Budget, BudgetConfig, Price, check_budget, prices_of
-from clair.inference.client import ModelClient, Spending, Stop
+from clair.inference.budget import Budget, BudgetConfig, Price, check_budget, role_prices
+from clair.inference.client import ModelClient, Spending, StopSignal
 from clair.inference.config import ModelConfig
-from clair.inference.local import LocalModel, check_code, check_model_folder, check_options
+from clair.inference.endpoint_health import EndpointHealth
+from clair.inference.local import LocalModel, check_options
 from clair.inference.model import Model, Refused
+from clair.inference.model_folder import check_model_folder, check_remote_code
 from clair.inference.openai import OpenAIModel
-from clair.inference.pool import Pool
+from clair.inference.pool import EndpointPool
 from clair.inference.rate_limit import Limiter, Rate
 from clair.ledger.ledger import Ledger
 from clair.storage.object_store import account_of
@@ -37,36 +39,36 @@ Result = TypeVar("Result")
 
 
 class Resources:
-    """What a run asks with, all its own here: models, limits and money.
+    """The models, rate limits and budget of a run of its own.
 
-    `clair.cluster.leased_limits` has those that a job shares.
+    `clair.cluster.leased_limits` has the resources that the shards of a job share.
     """
 
     def model(self, role: str, config: ModelConfig) -> Model:
-        """The model of a role, ready to be asked inside the running event loop."""
+        """Open the model of a role inside the running event loop."""
         return open_model(role, config)
 
-    def limiter(self, role: str, most: int) -> Limiter:
-        """At most so many requests of a role in flight."""
-        return Limiter(most)
+    def limiter(self, role: str, max_in_flight: int) -> Limiter:
+        """The limit on a role's requests in flight."""
+        return Limiter(max_in_flight)
 
     def rates(self, role: str, requests: float | None, tokens: float | None) -> tuple[Rate, Rate]:
-        """Requests and tokens a minute of a role."""
+        """The limits on a role's requests and tokens per minute."""
         return Rate(requests), Rate(tokens)
 
     def budget(self, config: BudgetConfig | None, prices: Mapping[str, Price], **spent: Any) -> Budget:
-        """The money of a run; `spent` as Budget takes it."""
+        """The budget of a run; `spent` as for Budget."""
         return Budget(config, prices, **spent)
 
     @asynccontextmanager
-    async def held(self, stop: Stop) -> AsyncIterator[None]:
-        """They are in use inside of this."""
+    async def in_use(self, stop: StopSignal) -> AsyncIterator[None]:
+        """Hold the resources for the length of the block."""
         yield
 
 
 def check_models(models: Mapping[str, ModelConfig], budget: BudgetConfig | None, seed: int) -> None:
-    """What can be wrong with the models of a run before any is asked. `models` by role. Raises UserError."""
-    prices_of(models)
+    """Check the configs of a run's models (by role) before any request is sent. Raises UserError."""
+    role_prices(models)
     check_budget(budget, models)
     for role, model in models.items():
         api_key(model.api_key_env, role)
@@ -77,7 +79,7 @@ def check_models(models: Mapping[str, ModelConfig], budget: BudgetConfig | None,
         if model.path is not None:
             check_model_folder(model.path, role)
             if not model.trust_remote_code:
-                check_code(model.path, role)
+                check_remote_code(model.path, role)
             check_options(model.options(seed), role)
 
 
@@ -88,10 +90,11 @@ async def map_ordered(
     stopped: asyncio.Event,
     drain: Callable[[], Awaitable[None]],
 ) -> AsyncGenerator[Result]:
-    """`work` on every item at once, at most `ahead` begun or waiting to be taken, results in the order of the items.
+    """Run `work` on the items concurrently and yield the results in the order of the items.
 
-    Ends early once `stopped` is set, whatever the first of the waiting results is waiting for. However it ends,
-    `drain` is awaited before the rest is cancelled, so that what is under way can be kept.
+    At most `ahead` items are running or finished and not yet yielded. The iteration ends early when `stopped` is set,
+    even while the next result is pending. In any case `drain` is awaited before pending items are cancelled, so that
+    requests in flight can be kept.
     """
     pending: deque[asyncio.Future[Result]] = deque()
     stop = asyncio.ensure_future(stopped.wait())
@@ -99,11 +102,11 @@ async def map_ordered(
         for item in items:
             pending.append(asyncio.ensure_future(work(item)))
             while pending and (pending[0].done() or len(pending) >= ahead):
-                if not await _done_first(pending[0], stop):
+                if not await _wait_for_task(pending[0], stop):
                     return
                 yield pending.popleft().result()
         while pending:
-            if not await _done_first(pending[0], stop):
+            if not await _wait_for_task(pending[0], stop):
                 return
             yield pending.popleft().result()
     finally:
@@ -115,115 +118,123 @@ async def map_ordered(
             await asyncio.gather(*pending, return_exceptions=True)
 
 
-async def _done_first(task: asyncio.Future[Result], stop: asyncio.Future[Any]) -> bool:
-    """Wait for either; whether the task is done."""
+async def _wait_for_task(task: asyncio.Future[Result], stop: asyncio.Future[Any]) -> bool:
+    """Wait for the task or the stop; True if the task is done."""
     if not task.done():
         await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
     return task.done()
 
 
-class Asking(Protocol):
-    """What of a recipe decides how its models are asked."""
+class InferenceConfig(Protocol):
+    """The part of a recipe that its model clients need."""
 
     @property
     def models(self) -> Mapping[str, ModelConfig]:
         """The models by role."""
+        ...
 
     @property
     def budget(self) -> BudgetConfig | None:
-        """The most that may be spent."""
+        """The limit on spending."""
+        ...
 
     @property
     def concurrency(self) -> int:
-        """Requests in flight for each role."""
+        """Maximal requests in flight per role."""
+        ...
 
     @property
     def attempts(self) -> int:
         """Tries of a request that gets no answer."""
+        ...
 
     @property
     def seed(self) -> int:
-        """What local models sample from."""
+        """The seed of local models."""
+        ...
 
     @property
     def out(self) -> str:
-        """The folder on whose account it goes."""
+        """The output folder or URL, to whose account calls are billed."""
+        ...
 
 
 def open_clients(
-    config: Asking, ledger: Ledger, stop: Stop, *, live: bool = False, means: Resources | None = None
+    config: InferenceConfig, ledger: Ledger, stop: StopSignal, *, live: bool = False, resources: Resources | None = None
 ) -> dict[str, ModelClient]:
-    """A client for each role, its model open; all are checked before the first request. Close their models at the end.
+    """Open a client for each role; all models are checked before the first request. The caller closes the models.
 
     `live`: nothing goes into batches. Needs a running event loop.
     """
-    means = means or Resources()
+    resources = resources or Resources()
     clients: dict[str, ModelClient] = {}
-    checked: asyncio.Future[None] | None = None
+    check: asyncio.Future[None] | None = None
 
     async def check_all() -> None:
-        # Weights last: an endpoint that is not there is told in a second, not after minutes of loading.
+        # Local weights last: a missing endpoint is reported in a second, not after minutes of loading.
         for client in sorted(clients.values(), key=lambda client: isinstance(client.model, LocalModel)):
             await client.check()
 
     async def ready() -> None:
-        nonlocal checked
-        if checked is None:
-            checked = asyncio.ensure_future(check_all())
+        nonlocal check
+        if check is None:
+            check = asyncio.ensure_future(check_all())
         try:
-            await asyncio.shield(checked)
+            await asyncio.shield(check)
         except Refused as error:
-            stop.now(str(error), error)
+            stop.request(str(error), error)
             raise
 
-    payer = account_of(config.out)
-    budget = means.budget(
+    account = account_of(config.out)
+    budget = resources.budget(
         config.budget,
-        prices_of(config.models),
-        spent=ledger.spent(payer),
-        in_batches=ledger.spent(payer, in_batches=True),
+        role_prices(config.models),
+        spent=ledger.spent(account),
+        in_batches=ledger.spent(account, in_batches=True),
         discounts={role: model.batching.discount for role, model in config.models.items() if model.batching},
     )
-    passes = any(model.batching for model in config.models.values()) and not live
+    repeats = any(model.batching for model in config.models.values()) and not live
     for role, model in config.models.items():
-        opened = means.model(role, model)
-        failed: dict[str, tuple[str, str]] | None = {} if passes else None
+        opened = resources.model(role, model)
+        failed: dict[str, tuple[str, str]] | None = {} if repeats else None
         batch = None
         if model.batching and not live:
             assert isinstance(opened, OpenAIModel)
             assert failed is not None
             service = f"{role}: {opened.name} at {opened.url}"
-            batch = Batches(
+            batch = BatchClient(
                 role=role,
                 service=BatchService(
-                    opened, role, attempts=config.attempts, pause=model.batching.poll, stopped=stop.happened
+                    opened, role, attempts=config.attempts, pause=model.batching.poll, stopped=stop.requested
                 ),
                 config=model.batching,
-                queue=BatchQueue(ledger, service, payer),
+                queue=BatchQueue(ledger, service, account),
                 budget=budget,
                 attempts=config.attempts,
                 failed=failed,
-                tell_error=lambda error: stop.now(str(error), error),
+                on_error=lambda error: stop.request(str(error), error),
             )
         clients[role] = ModelClient(
             role=role,
             model=opened,
             batch=batch,
             failed=failed,
+            health=EndpointHealth(role, getattr(opened, "url", opened.name), model.patience),
             options=model.options(config.seed),
             ledger=ledger,
-            limiter=means.limiter(role, config.concurrency),
-            spending=Spending(payer, budget, *means.rates(role, model.requests_per_minute, model.tokens_per_minute)),
+            limiter=resources.limiter(role, config.concurrency),
+            spending=Spending(
+                account, budget, *resources.rates(role, model.requests_per_minute, model.tokens_per_minute)
+            ),
             stop=stop,
             ready=ready,
             attempts=config.attempts,
-            patience=model.patience,
         )
     return clients
 
 
 def open_model(role: str, config: ModelConfig) -> Model:
-    """The model that a recipe names, ready to be asked inside the running event loop."""
+    """Open the model that a recipe names; call it inside the running event loop."""
     if config.path is not None:
         return LocalModel(
             config.path,
@@ -243,24 +254,24 @@ def open_model(role: str, config: ModelConfig) -> Model:
         "role": role,
     }
     endpoints = [OpenAIModel(url, config.model, **options) for url in config.urls]
-    return endpoints[0] if len(endpoints) == 1 else Pool(endpoints)
+    return endpoints[0] if len(endpoints) == 1 else EndpointPool(endpoints)
 
 
 @contextmanager
-def ctrl_c(stop: Stop, clients: Mapping[str, ModelClient]) -> Iterator[None]:
-    """Ctrl-C once: send nothing more, keep what is in flight. Twice: leave at once. Both say so when it is pressed."""
+def stop_on_interrupt(stop: StopSignal, clients: Mapping[str, ModelClient]) -> Iterator[None]:
+    """On the first Ctrl-C or SIGTERM, stop and keep the replies in flight; on the second, exit at once."""
     loop = asyncio.get_running_loop()
     numbers = (signal.SIGINT, signal.SIGTERM)
 
     def interrupt(number: signal.Signals) -> None:
-        stop.now("interrupted")
-        tell(f"interrupted: {_waited_for(clients)}")
-        loop.add_signal_handler(number, leave, number)
+        stop.request("interrupted")
+        tell(f"interrupted: {_waiting_message(clients)}")
+        loop.add_signal_handler(number, exit_at_once, number)
 
-    def leave(number: signal.Signals) -> None:
-        for each in numbers:
-            loop.remove_signal_handler(each)
-        tell(f"leaving at once: {_lost(clients)}")
+    def exit_at_once(number: signal.Signals) -> None:
+        for other in numbers:
+            loop.remove_signal_handler(other)
+        tell(f"leaving at once: {_exit_message(clients)}")
         for client in clients.values():
             if isinstance(client.model, LocalModel):
                 client.model.halt()
@@ -269,7 +280,7 @@ def ctrl_c(stop: Stop, clients: Mapping[str, ModelClient]) -> Iterator[None]:
     for number in numbers:
         try:
             loop.add_signal_handler(number, interrupt, number)
-        except (ValueError, RuntimeError):  # not in the main thread: signals are the caller's
+        except (ValueError, RuntimeError):  # not in the main thread: the caller handles signals
             break
     try:
         yield
@@ -278,22 +289,22 @@ def ctrl_c(stop: Stop, clients: Mapping[str, ModelClient]) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-def _waited_for(clients: Mapping[str, ModelClient]) -> str:
-    """What is in flight, how long that can take, and what to type, after the first Ctrl-C."""
-    flying = {role: client for role, client in clients.items() if client.limiter.in_flight}
-    if not flying:
+def _waiting_message(clients: Mapping[str, ModelClient]) -> str:
+    """The message after the first Ctrl-C: requests in flight, how long they can take, and what a second one does."""
+    busy = {role: client for role, client in clients.items() if client.limiter.in_flight}
+    if not busy:
         return "nothing is in flight, and every reply so far is kept"
-    counts = ", ".join(f"{role} {client.limiter.in_flight}" for role, client in flying.items())
-    longest = max((getattr(client.model, "timeout", 0.0) for client in flying.values()), default=0.0)
-    most = f", at most {duration(longest)} more" if longest else ""
+    counts = ", ".join(f"{role} {client.limiter.in_flight}" for role, client in busy.items())
+    longest = max((getattr(client.model, "timeout", 0.0) for client in busy.values()), default=0.0)
+    limit = f", at most {duration(longest)} more" if longest else ""
     return (
-        f"waiting for the replies in flight ({counts}){most}; every reply so far is kept. Ctrl-C again leaves without "
+        f"waiting for the replies in flight ({counts}){limit}; every reply so far is kept. Ctrl-C again leaves without "
         f"them; the same command goes on"
     )
 
 
-def _lost(clients: Mapping[str, ModelClient]) -> str:
-    """What is lost by the second Ctrl-C."""
+def _exit_message(clients: Mapping[str, ModelClient]) -> str:
+    """The message after the second Ctrl-C: the replies that are lost."""
     count = sum(client.limiter.in_flight for client in clients.values())
     lost = f"the {count} replies in flight are not kept, and will be asked for again; " if count else ""
     return f"{lost}every reply before is kept; the same command goes on from there"

@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible endpoint: one client per event loop, typed errors, no retries of its own."""
+"""A model behind an OpenAI-compatible URL: one client per event loop, typed errors, no retries."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ from clair.core.urls import (
     without_secrets,
 )
 from clair.inference.model import (
+    PaymentRequired,
+    RateLimited,
     Refused,
     RequestFailed,
-    TooMany,
-    Unpaid,
     Unreachable,
-    as_completion,
-    encodable,
-    reply_of,
+    completion_json,
+    parse_reply,
+    replace_surrogates,
 )
-from clair.inference.server_queue import Overtaken, turns_at
+from clair.inference.rate_limit import Overtaken, queue_of_server
 
 T = TypeVar("T")
-_STARTING = (502, 503, 504, 529)
-_STATUS_NAMES = {"insufficient_quota": 402, "rate_limit_exceeded": 429, "invalid_api_key": 401}
-_FILTERED = re.compile(  # the codes and the words of a content filter, of which no other refusal speaks
+_STARTING_STATUSES = (502, 503, 504, 529)
+_STATUS_OF_CODE = {"insufficient_quota": 402, "rate_limit_exceeded": 429, "invalid_api_key": 401}
+_FILTERED = re.compile(  # codes and phrases of content filters that no other refusal contains
     r"content.?(?:filter|policy|moderation|exists risk)|responsible.?ai.?policy|data.?inspection|prohibited.?content"
     r"|(?:flagged|blocked|rejected)\b.{0,60}(?:polic|safety|risk|moderation|guardrail)|(?:usage|safety) polic"
     r"|inappropriate content|guardrail.{0,20}(?:interven|block)|敏感内容|sensitive (?:content|words)",
     re.IGNORECASE,
 )
-_MESSAGES = ("message", "msg", "detail", "error", "errors", "error_description", "title")
+_MESSAGE_KEYS = ("message", "msg", "detail", "error", "errors", "error_description", "title")
 _MODERATED = re.compile(r"flagged|moderat|safety|\"reasons\"", re.IGNORECASE)
-_OF_A_PARAMETER = re.compile(
+_PARAMETER_ERROR = re.compile(
     r"(?:unsupported|unknown|unrecogni[sz]ed|unexpected|invalid|extra)[ _-](?:\w+ )?(?:para|field|arg|key|input)",
     re.IGNORECASE,
 )
 _CONNECT_SECONDS = 15.0
-_LONGEST_WAIT = 86_400.0
-_SHORTEST_SECRET = 8  # what is shorter stands in ordinary words
-_OURS = ("messages", "tools")  # what the rows say: `${NAME}` in them is text
+_MAX_WAIT = 86_400.0
+_MIN_SECRET_LENGTH = 8  # a shorter text occurs in ordinary words
+_ROW_KEYS = ("messages", "tools")  # content of the rows: `${NAME}` in them is text
 
 
 class OpenAIModel:
@@ -83,9 +83,9 @@ class OpenAIModel:
         self.identity = id or f"{name}@{self.url}"
         self.timeout = timeout
         secrets = (key or "", *endpoint.secrets, *environment_values(headers or {}), *secrets)
-        self._secrets = secrets_pattern(secret for secret in secrets if len(secret) >= _SHORTEST_SECRET)
+        self._secrets = secrets_pattern(secret for secret in secrets if len(secret) >= _MIN_SECRET_LENGTH)
         authorization = {"Authorization": endpoint.authorization} if endpoint.authorization else {}
-        self._turns = turns_at(origin_of(endpoint.base))
+        self._queue = queue_of_server(origin_of(endpoint.base))
         self._answered = False
         limit = Timeout(timeout, connect=_CONNECT_SECONDS)
         self._without_limit = Timeout(None, connect=_CONNECT_SECONDS)
@@ -104,39 +104,49 @@ class OpenAIModel:
         await self._client.close()
 
     async def check(self) -> None:
-        """List the models; where that does not show ours, ask for a single token.
+        """List the models; if this one is not listed, request a single token.
 
-        Raises Refused, and Unreachable with `starting` where the server is there and not ready.
+        Raises Refused, and Unreachable with `starting` if the server is there and not ready.
         """
         try:
             response = await self._request("GET", "/models", None)
             names = [entry["id"] for entry in json.loads(response)["data"]]
-        except (RequestFailed, TooMany, NotListed, Elsewhere, Unreachable, ValueError, KeyError, TypeError):
-            names = []  # many servers list nothing, or fail at it (`transformers serve` without a hub answers 500)
+        except (
+            RequestFailed,
+            RateLimited,
+            NotFound,
+            CrossServerRedirect,
+            Unreachable,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):
+            names = []  # many servers list nothing, or fail (`transformers serve` without a hub answers 500)
         if self.name in names:
             return
-        for last in (False, True):  # after an error, a server may close the connection just as we use it again
+        for last in (False, True):  # after an error, a server may close the connection just as it is used again
             try:
                 await self.complete({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1})
                 return
-            except (RequestFailed, TooMany):
-                return  # it understood who was asked: that is all we wanted to know
+            except (RequestFailed, RateLimited):
+                return  # the server knows the model: that is all that is checked
             except Unreachable as error:
                 if error.starting:
                     raise
                 if last:
-                    told = f"{self.role}: cannot reach {self.url} ({error}); check the url in the recipe"
-                    raise Refused(told) from error
+                    raise Refused(
+                        f"{self.role}: cannot reach {self.url} ({error}); check the url in the recipe"
+                    ) from error
 
     async def complete(self, request: Mapping[str, Any], sample: int = 0) -> str:
-        """The raw JSON text of one chat completion."""
+        """Return the raw JSON text of one chat completion."""
         try:
             raw = await self._request("POST", "/chat/completions", {"model": self.name, **request})
-        except Elsewhere as error:
+        except CrossServerRedirect as error:
             if not self._answered:
                 raise
-            raise RequestFailed("redirected", str(error)) from error  # to a page for logging in, or the like
-        except NotListed as error:
+            raise RequestFailed("redirected", str(error)) from error  # to a login page, or the like
+        except NotFound as error:
             raise Refused(
                 f"{self.role}: {self.url} has no model {self.name!r}, or is not the base URL of an OpenAI-compatible "
                 f"API (404: {error}); check model and url"
@@ -144,8 +154,8 @@ class OpenAIModel:
         self._answered = True
         return raw
 
-    async def call(self, ask: Callable[[Any], Awaitable[T]]) -> T:
-        """What `ask` gets from the openai client, its errors as ours: Refused, RequestFailed, NotListed ..."""
+    async def call(self, send: Callable[[Any], Awaitable[T]]) -> T:
+        """Call the openai client; its errors become ours: Refused, RequestFailed, NotFound ..."""
         import aiohttp
         import httpx2
         import openai
@@ -153,81 +163,83 @@ class OpenAIModel:
         from clair.inference.http import Redirected, TooLarge, without_queries
 
         try:
-            return await ask(self._client)
+            return await send(self._client)
         except Redirected as error:
-            raise Elsewhere(
+            raise CrossServerRedirect(
                 f"{self.role}: {self.url} {error}; headers and prompts were not sent there: if that is right, put its "
                 f"address into the recipe as url"
             ) from error
         except TooLarge as error:
             beginning = self.redacted(error.beginning.decode("utf-8", "replace"))
             raise RequestFailed("malformed_reply", str(error), beginning) from error
-        except openai.APIConnectionError as error:  # timeouts are of this kind too
+        except openai.APIConnectionError as error:  # a timeout is one too
             cause = error.__cause__ or error
             unconnected = _caused_by(error, aiohttp.ConnectionTimeoutError)
             timed_out = unconnected or isinstance(cause, httpx2.ReadTimeout | httpx2.WriteTimeout | TimeoutError)
-            words = "timeout" if timed_out else encodable(self.redacted(without_queries(str(cause)))[:200])
+            message = "timeout" if timed_out else replace_surrogates(self.redacted(without_queries(str(cause)))[:200])
             never_sent = unconnected or _caused_by(error, aiohttp.ClientConnectorError)
-            raise Unreachable(words, billed=not never_sent, busy=timed_out) from error
+            raise Unreachable(message, billed=not never_sent, busy=timed_out) from error
         except openai.APIStatusError as error:
             raise self._failure(error.status_code, error.body, error.response.headers) from error
 
     def _failure(self, status: int, body: Any, headers: Mapping[str, str]) -> Exception:
-        """What an error of a server means. `body` is its `error` object, or else all that it sent."""
-        words = encodable(one_line(self.redacted(_words_of(body, self.redacted)), 300))
-        whole = json.dumps(body, ensure_ascii=False)
-        told = f"{status}: {words}" if words else str(status)
-        if status == 429 and "insufficient_quota" in whole:
-            return Unpaid(f"{self.role}: {self.url} has no quota left: {words}")
+        """The error that a server's error response means. `body` is its `error` object, or else the whole response."""
+        text = replace_surrogates(one_line(self.redacted(_error_text(body, self.redacted)), 300))
+        raw = json.dumps(body, ensure_ascii=False)
+        message = f"{status}: {text}" if text else str(status)
+        if status == 429 and "insufficient_quota" in raw:
+            return PaymentRequired(f"{self.role}: {self.url} has no quota left: {text}")
         if status == 429:
-            return TooMany(retry_after(headers), words)
+            return RateLimited(retry_after(headers), text)
         if status == 401:
             return Refused(
-                f"{self.role}: {self.url} refuses the key ({told}); check api_key_env and the variable it names"
+                f"{self.role}: {self.url} refuses the key ({message}); check api_key_env and the variable it names"
             )
         if status == 402:
-            return Unpaid(f"{self.role}: {self.url} wants to be paid ({told}); every reply so far is kept")
+            return PaymentRequired(f"{self.role}: {self.url} wants to be paid ({message}); every reply so far is kept")
         if status == 404:
-            return NotListed(words)
+            return NotFound(text)
         if status >= 500 or status in (408, 409, 425):
-            return Unreachable(told, starting=status in _STARTING)
-        of_a_parameter = bool(_OF_A_PARAMETER.search(words))
-        filtered = not of_a_parameter and bool(_FILTERED.search(whole))
+            return Unreachable(message, starting=status in _STARTING_STATUSES)
+        is_parameter_error = bool(_PARAMETER_ERROR.search(text))
+        filtered = not is_parameter_error and bool(_FILTERED.search(raw))
         if filtered and status in (400, 422, 451):
-            return Filtered("content_filter", told)
-        moderated = filtered or (not of_a_parameter and bool(_MODERATED.search(whole)))
-        return RequestFailed(f"http_{status}", told, moderated=moderated)
+            return ContentFiltered("content_filter", message)
+        moderated = filtered or (not is_parameter_error and bool(_MODERATED.search(raw)))
+        return RequestFailed(f"http_{status}", message, moderated=moderated)
 
     async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> str:
         import httpx2
 
         from clair.inference.http import without_queries
 
-        # Headers belong to all requests of the endpoint, the first look at its models included.
-        sent = None if body is None else self.body(body)
+        # Headers belong to all requests of the endpoint, and are set in the client.
+        sent_body = None if body is None else self.body(body)
 
-        async def ask(client: Any) -> Any:
-            options = {"timeout": self._without_limit}  # that is ours: the client's would begin anew with each read
+        async def send(client: Any) -> Any:
+            options = {
+                "timeout": self._without_limit
+            }  # the time limit is ours: the client's would begin anew with each read
             if method == "GET":
                 return await client.get(path, cast_to=httpx2.Response, options=options)
-            return await client.post(path, cast_to=httpx2.Response, body=sent, options=options)
+            return await client.post(path, cast_to=httpx2.Response, body=sent_body, options=options)
 
-        sent_at = asyncio.get_running_loop().time()
+        sent = asyncio.get_running_loop().time()
         try:
-            async with self._turns.within(self.timeout):
-                response = await self.call(ask)
-        except Filtered:
-            return as_completion("", "content_filter", self.name, 0, 0)
+            async with self._queue.time_limit(self.timeout):
+                response = await self.call(send)
+        except ContentFiltered:
+            return completion_json("", "content_filter", self.name, 0, 0)
         except TimeoutError as error:
             raise Unreachable("timeout", billed=True, busy=not isinstance(error, Overtaken)) from error
         except Unreachable as error:
-            error.waiting = error.busy and not error.billed and self._turns.last_answer > sent_at
+            error.waiting = error.busy and not error.billed and self._queue.last_answer > sent
             raise
-        except (Refused, RequestFailed, TooMany, NotListed):
+        except (Refused, RequestFailed, RateLimited, NotFound):
             raise
-        except Exception as error:  # what a library does with an answer that nobody foresaw
-            words = encodable(self.redacted(one_line(without_queries(str(error)), 200)))
-            raise Unreachable(f"no HTTP answer: {type(error).__name__}: {words}", billed=True) from error
+        except Exception as error:  # a library may raise anything for an unforeseen answer
+            message = replace_surrogates(self.redacted(one_line(without_queries(str(error)), 200)))
+            raise Unreachable(f"no HTTP answer: {type(error).__name__}: {message}", billed=True) from error
         try:
             text = response.content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -235,74 +247,76 @@ class OpenAIModel:
             raise RequestFailed("malformed_reply", f"the reply is not UTF-8: {raw[:200]!r}", raw) from error
         if '"error"' in text:
             self._raise_error(text, response.headers)
-        return self.as_said(text)
+        return self._redact_non_reply(text)
 
     def _raise_error(self, raw: str, headers: Mapping[str, str]) -> None:
-        """Raise the error that came with status 200, where it says which status it would be."""
+        """Raise the error in a response of status 200, if the error states its own status."""
         try:
             body = json.loads(raw)
             error = body["error"]
             if body.get("choices"):
                 return
-            status = _STATUS_NAMES.get(error["code"]) or int(error["code"])
+            status = _STATUS_OF_CODE.get(error["code"]) or int(error["code"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return
         failure = self._failure(status, error, headers)
-        if isinstance(failure, TooMany):
-            raise TooMany(failure.retry_after, str(failure).removeprefix("429: "), in_body=True)
+        if isinstance(failure, RateLimited):
+            raise RateLimited(failure.retry_after, str(failure).removeprefix("429: "), in_body=True)
         if isinstance(failure, Refused | Unreachable):
             raise failure
 
     def body(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """What is sent of a request: without the headers, and `${NAME}` filled in where it is not a row's text."""
+        """The body that is sent of a request: without headers, and with `${NAME}` filled in outside a row's text."""
         sent = {name: value for name, value in request.items() if name != "headers"}
-        return sent | expand_environment({name: value for name, value in sent.items() if name not in _OURS}, "extra")
+        return sent | expand_environment(
+            {name: value for name, value in sent.items() if name not in _ROW_KEYS}, "extra"
+        )
 
     def references(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The options of a request that hold secrets, as they may be written down: `${NAME}`, or `[secret]`."""
-        options = {name: value for name, value in request.items() if name not in (*_OURS, "headers")}
+        """The options of a request that hold secrets, as they may be stored: `${NAME}`, or `[secret]`."""
+        options = {name: value for name, value in request.items() if name not in (*_ROW_KEYS, "headers")}
         public = without_secrets(options)
         hidden = (name for name in options if public[name] != options[name] or environment_names(options[name]))
         return {name: public[name] for name in hidden}
 
-    def as_said(self, text: str) -> str:
-        """What came with status 200: a model's words as they are; what is no completion, without our secrets."""
+    def _redact_non_reply(self, text: str) -> str:
+        """Redact our secrets in a response that is no completion; a model's reply stays as it is."""
         if not self._secrets.search(text):
             return text
         try:
-            reply_of(text, tools=True)
+            parse_reply(text, tools=True)
         except RequestFailed:
             return self.redacted(text)
         return text
 
     def redacted(self, text: str) -> str:
-        """The text without our secrets, which a careless server may repeat."""
+        """The text without our secrets, which a server may repeat."""
         return self._secrets.sub(SECRET, text)
 
 
-def _words_of(body: Any, redacted: Callable[[str], str]) -> str:
-    """What an error says: its message, under whatever name; a text without the tags of HTML."""
+def _error_text(body: Any, redacted: Callable[[str], str]) -> str:
+    """The message of an error, under whatever key; of a text, without HTML tags."""
     if isinstance(body, Mapping):
-        named = (body.get(name) for name in _MESSAGES)
-        return _words_of(
-            next((value for value in named if value), None) or (json.dumps(body) if body else ""), redacted
+        messages = (body.get(name) for name in _MESSAGE_KEYS)
+        return _error_text(
+            next((value for value in messages if value), None) or (json.dumps(body) if body else ""), redacted
         )
-    if isinstance(body, list):  # FastAPI lists what it refuses, with the whole request in it
-        return "; ".join(words for inner in body if (words := _words_of(inner, redacted)))
+    if isinstance(body, list):  # FastAPI lists the problems, with the whole request in it
+        return "; ".join(text for item in body if (text := _error_text(item, redacted)))
     if isinstance(body, str):  # a secret may look like a tag
         return re.sub(r"(?s)<(style|script|head)\b.*?</\1>|</?[a-zA-Z!][^>]*>", " ", redacted(body))
     return "" if body is None else str(body)
 
 
 def _caused_by(error: BaseException | None, kind: type[Exception]) -> bool:
-    """Whether an error of aiohttp's own is behind this one; the layer between calls a reset a connect timeout too."""
+    """True if an aiohttp error of this kind caused `error`; httpx2 calls a reset connection a connect timeout too."""
     while error is not None and not isinstance(error, kind):
         error = error.__cause__
     return error is not None
 
 
 class _WithoutQueries(logging.Filter):
-    """httpx2 logs the URL of every request, to whoever turns logging on; a query may hold a secret."""
+    """Remove queries from the URLs that httpx2 logs: a query may hold a secret."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
@@ -313,20 +327,20 @@ class _WithoutQueries(logging.Filter):
 _WITHOUT_QUERIES = _WithoutQueries()
 
 
-class NotListed(Exception):
-    """404."""
+class NotFound(Exception):
+    """The endpoint answers 404: it has no such model, file or path."""
 
 
-class Filtered(RequestFailed):
-    """The prompt is refused by a content filter, today and at every other time: that is the outcome of its row."""
+class ContentFiltered(RequestFailed):
+    """A content filter refuses the prompt, and would refuse it again: that is the outcome of its row."""
 
 
-class Elsewhere(Refused):
+class CrossServerRedirect(Refused):
     """A redirect to another server."""
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait by `retry-after-ms` or `Retry-After` (seconds or a date); None where there is none to read."""
+    """Seconds to wait, from `retry-after-ms` or `Retry-After` (seconds or a date); None if neither can be parsed."""
     milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after")
     try:
         if milliseconds is not None:
@@ -335,19 +349,19 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
             return None
         elif value.strip().replace(".", "", 1).isdigit():
             seconds = float(value)
-        else:  # by the server's own clock where it tells it: ours may be wrong, or jump
-            now = headers.get("date")
-            told = email.utils.parsedate_to_datetime(now).timestamp() if now else time.time()
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - told
+        else:  # by the server's clock if it states the date: ours may be wrong, or jump
+            date = headers.get("date")
+            now = email.utils.parsedate_to_datetime(date).timestamp() if date else time.time()
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
     except (ValueError, TypeError, OverflowError):
         return None
-    return min(max(0.0, seconds), _LONGEST_WAIT)
+    return min(max(0.0, seconds), _MAX_WAIT)
 
 
 def _no_limits() -> Any:
-    """The limiter decides how many connections there are; a second limit here would only hide its effect.
+    """No limit on connections: the limiter decides their number, and a second limit would hide its effect.
 
-    0 is what aiohttp calls no limit; None would leave it at its default of 100.
+    For aiohttp, 0 means no limit and None the default of 100.
     """
     import httpx2
 

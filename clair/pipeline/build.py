@@ -20,7 +20,7 @@ from clair.data.dataset import DatasetWriter, card, read_manifest
 from clair.data.prompt_sources import Scan, each_prompt, scan
 from clair.data.records import Pair, Prompt
 from clair.inference.batch_service import Pending
-from clair.inference.budget import prices_of, share_left, table_version
+from clair.inference.budget import discounted_share, price_table_version, role_prices
 from clair.inference.client import ModelClient, Tally
 from clair.inference.open import Resources, check_models
 from clair.ledger.ledger import Ledger, Tokens
@@ -207,7 +207,7 @@ async def _fill(
     finished = not pending and run.stop.reason is None
     if finished and shard is None:  # a shard does not see the refusals of other shards
         for client in run.clients.values():
-            client.check_refusals()
+            client.health.check_refusals()
     return finished
 
 
@@ -282,7 +282,7 @@ def _manifest(
         "first_replies": dict(sorted(run.reviser.first_replies.items())) if run.reviser else {},
         **position,
         **_cost(run),
-        "tokens": {role: _token_counts(client.told) for role, client in clients.items()},
+        "tokens": {role: _token_counts(client.total) for role, client in clients.items()},
         "prompts_sha256": prompt_scan.sha256,
         "files": dict(hashes),
         "seed": config.seed,
@@ -293,18 +293,18 @@ def _manifest(
 
 def _cost(run: PipelineRun) -> dict[str, Any]:
     """The cost of the dataset's replies by role, reused replies included; empty if no price is known."""
-    prices, models = prices_of(run.config.models), run.config.models
+    prices, models = role_prices(run.config.models), run.config.models
     cost = {}
     for role, price in prices.items():
         tally, batching = run.clients[role].tally, models[role].batching
-        cost[role] = price.of(Tokens(tally.prompt_tokens, tally.completion_tokens))
+        cost[role] = price.cost(Tokens(tally.prompt_tokens, tally.completion_tokens))
         if batching:
-            cost[role] -= (1 - share_left(batching.discount)) * price.of(tally.batched)
+            cost[role] -= (1 - discounted_share(batching.discount)) * price.cost(tally.batched)
     if not cost:
         return {}
     result = {"cost": {role: f"{money.normalize():f}" for role, money in cost.items()}}
     from_table = any(model.price == "table" for model in models.values())
-    return result | ({"prices_from": table_version()} if from_table else {})
+    return result | ({"prices_from": price_table_version()} if from_table else {})
 
 
 def _token_counts(tally: Tally) -> dict[str, int]:
@@ -314,4 +314,4 @@ def _token_counts(tally: Tally) -> dict[str, int]:
         "calls": tally.calls,
         "reused": tally.reused,
         "retries": tally.retries,
-    } | ({"without_finish_reason": tally.without_reason} if tally.without_reason else {})
+    } | ({"without_finish_reason": tally.missing_finish_reason} if tally.missing_finish_reason else {})

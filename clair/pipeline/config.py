@@ -12,7 +12,7 @@ from clair.core.recipe import Recipe, changed_keys, resolved
 from clair.core.urls import without_secrets
 from clair.data.prompt_sources import PromptSource
 from clair.inference.budget import BudgetConfig
-from clair.inference.config import ROLE_PASSING, JudgeConfig, ModelConfig, ReviserConfig, public_model
+from clair.inference.config import ROLE_PASSING, JudgeConfig, ModelConfig, ReviserConfig, redacted_model
 from clair.pipeline.filters import make_filters
 from clair.storage.object_store import check_url, folder_of, is_url, public_path
 
@@ -92,7 +92,7 @@ def redacted(config: BuildConfig) -> dict[str, Any]:
     for key in ("path", "not_in"):
         recipe["prompts"][key] = recipe["prompts"][key] and public_path(recipe["prompts"][key])
     for role, model in config.models.items():
-        recipe[role] = public_model(model, recipe[role])
+        recipe[role] = redacted_model(model, recipe[role])
     return recipe
 
 

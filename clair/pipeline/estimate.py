@@ -21,7 +21,7 @@ from clair.core.progress import tell
 from clair.core.student_t import t_quantile
 from clair.data.prompt_sources import Scan, each_prompt
 from clair.data.records import Dropped, Prompt
-from clair.inference.budget import Price, most_tokens, prices_of, share_left
+from clair.inference.budget import Price, discounted_share, max_billed_tokens, role_prices
 from clair.inference.client import ModelClient
 from clair.inference.config import ModelConfig
 from clair.ledger.ledger import Ledger, Tokens
@@ -73,7 +73,7 @@ def estimate(
         return {role: RoleEstimate(calls[role], None, None, None) for role in config.models}
     chosen = sample_by_size(sizes, max(MIN_PROBE, probe))
     paid, seconds = _run(config, prompt_scan, chosen, on_progress)
-    prices = {role: _discounted(price, config.models[role]) for role, price in prices_of(config.models).items()}
+    prices = {role: _discounted(price, config.models[role]) for role, price in role_prices(config.models).items()}
     expected = expected_replies(config, prompt_scan)
     return {
         role: replace(
@@ -164,13 +164,13 @@ def estimate_role(
     x = [sizes[index] for index in sorted(chosen)]
     cost = None
     if price:
-        cost = _total(sizes, x, [float(price.of(tokens)) for tokens in paid])
+        cost = _total(sizes, x, [float(price.cost(tokens)) for tokens in paid])
     prompt, completion = (_total(sizes, x, [float(tokens[i]) for tokens in paid]) for i in (0, 1))
     return RoleEstimate(calls, prompt, completion, cost)
 
 
 def _discounted(price: Price, model: ModelConfig) -> Price:
-    share = share_left(model.batching.discount if model.batching else 0.0)
+    share = discounted_share(model.batching.discount if model.batching else 0.0)
     return Price(input=price.input * share, output=price.output * share)
 
 
@@ -215,7 +215,7 @@ def sample_by_size(sizes: Sequence[int], probe: int) -> list[int]:
 
 def _size(prompt: Prompt) -> int:
     answers = "".join((prompt.answer or "", *prompt.answers))
-    return most_tokens({"messages": prompt.messages}).prompt + len(answers.encode("utf-8", "replace"))
+    return max_billed_tokens({"messages": prompt.messages}).prompt + len(answers.encode("utf-8", "replace"))
 
 
 def _calls_per_row(config: BuildConfig, role: str) -> int:

@@ -8,7 +8,7 @@ from itertools import combinations
 
 from clair.data.records import Answer, Dropped, Judgement, Pair, Prompt, message_text, trimmed
 from clair.inference.client import ModelClient
-from clair.inference.model import visible
+from clair.inference.model import visible_answer
 from clair.pipeline.filters import Filters
 from clair.pipeline.steps import (
     Judge,
@@ -51,7 +51,7 @@ async def stronger(
 
 async def _better(prompt: Prompt, stronger: ModelClient | None) -> Answer:
     if prompt.stronger is not None:
-        return Answer(visible(prompt.stronger))
+        return Answer(visible_answer(prompt.stronger))
     if stronger is None:
         raise Dropped("stronger", "no_answer", "the row has no stronger answer and the recipe has no stronger model")
     return await answer_of(prompt, stronger)
@@ -66,7 +66,7 @@ async def judged(
     Two answers are compared once. Of more answers all pairs are compared, and the numbers of wins decide.
     """
     author = "prompt file" if prompt.answers else _author(prompt, target)
-    answers = [Answer(visible(text)) for text in prompt.answers] or await gather_all(
+    answers = [Answer(visible_answer(text)) for text in prompt.answers] or await gather_all(
         *(generate(prompt, target, sample) for sample in range(samples))
     )
     models, labels = {"rejected": author, "chosen": author}, {"source": "judged", **prompt.labels}

@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 
 from clair.data.records import Dropped, Pair, Prompt
-from clair.inference.batch_client import results
+from clair.inference.batch_client import wait_for_results
 from clair.inference.batch_service import Pending
-from clair.inference.budget import BudgetReached
-from clair.inference.client import ModelClient, Stop, Stopped
+from clair.inference.budget import BudgetExceeded
+from clair.inference.client import ModelClient, Stopped, StopSignal
 from clair.inference.config import JudgeConfig, ReviserConfig
-from clair.inference.open import Resources, ctrl_c, map_ordered, open_clients
+from clair.inference.open import Resources, map_ordered, open_clients, stop_on_interrupt
 from clair.ledger.ledger import Ledger
 from clair.pipeline.config import BuildConfig
 from clair.pipeline.filters import make_filters
@@ -40,7 +40,7 @@ class PipelineRun:
 
     config: BuildConfig
     clients: Mapping[str, ModelClient]
-    stop: Stop
+    stop: StopSignal
     make_pair: Callable[[Prompt], Awaitable[Pair]]
     judge: Judge | None = None
     reviser: Reviser | None = None
@@ -68,7 +68,7 @@ class PipelineRun:
                 on_row_done()
             return outcome
 
-        async with aclosing(map_ordered(row, prompts, max_begun, self.stop.happened, self._drain)) as results:
+        async with aclosing(map_ordered(row, prompts, max_begun, self.stop.requested, self._drain)) as results:
             async for id, outcome in results:
                 if isinstance(outcome, Stopped):
                     return
@@ -87,7 +87,7 @@ class PipelineRun:
         except (Dropped, Pending, Stopped) as outcome:
             return prompt.id, outcome
         except Exception as error:  # an unwritable ledger or a bug: no other row may spend money
-            self.stop.now(str(error), error)
+            self.stop.request(str(error), error)
             raise
 
     async def wait(self, on_poll: Callable[[], None]) -> bool:
@@ -96,17 +96,17 @@ class PipelineRun:
         Returns False if the run ends instead; `stop` has the reason. `on_poll` is called at every poll of the batches.
         """
         batches = [client.batch for client in self.clients.values() if client.batch]
-        if self.stop.reason and not (self.stop.short and any(batch.open() for batch in batches)):
+        if self.stop.reason and not (self.stop.over_budget and any(batch.open() for batch in batches)):
             return False
         self.stop.clear()
         try:
             live = sum([await batch.end_pass() for batch in batches])
             if not live:
-                await results(batches, self.stop.happened, on_poll)
+                await wait_for_results(batches, self.stop.requested, on_poll)
         except Pending:
             return False
-        except BudgetReached as reached:
-            self.stop.now(str(reached))
+        except BudgetExceeded as reached:
+            self.stop.request(str(reached))
             return False
         for client in self.clients.values():
             client.next_pass()
@@ -115,7 +115,7 @@ class PipelineRun:
         return True
 
     async def _drain(self) -> None:
-        self.stop.now("no more rows are wanted")
+        self.stop.request("no more rows are wanted")
         await asyncio.gather(*(client.drain() for client in self.clients.values()))
 
 
@@ -127,12 +127,12 @@ async def open_run(
 
     `live`: send every request by itself, even if the recipe uses a Batch API.
     """
-    stop, resources = Stop(), resources or Resources()
-    clients = open_clients(config, ledger, stop, live=live, means=resources)
+    stop, resources = StopSignal(), resources or Resources()
+    clients = open_clients(config, ledger, stop, live=live, resources=resources)
     batches = [client.batch for client in clients.values() if client.batch]
     try:
-        with ctrl_c(stop, clients):
-            async with resources.held(stop):
+        with stop_on_interrupt(stop, clients):
+            async with resources.in_use(stop):
                 yield _assemble(config, clients, stop)
             for batch in batches:
                 await batch.close()
@@ -143,7 +143,7 @@ async def open_run(
             await client.model.close()
 
 
-def _assemble(config: BuildConfig, clients: Mapping[str, ModelClient], stop: Stop) -> PipelineRun:
+def _assemble(config: BuildConfig, clients: Mapping[str, ModelClient], stop: StopSignal) -> PipelineRun:
     templates, target = load_templates(config), clients.get("target")
     filters = make_filters(config.filters, revisions=config.pipeline == "revised")
     make_run = partial(PipelineRun, config, clients, stop)

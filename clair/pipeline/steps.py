@@ -20,7 +20,7 @@ from clair.data.contrast import contrast_of
 from clair.data.records import Answer, Dropped, Judgement, Message, Pair, Prompt, Reply, Revision, trimmed
 from clair.inference.batch_service import Pending
 from clair.inference.client import ModelClient
-from clair.inference.model import visible
+from clair.inference.model import visible_answer
 from clair.pipeline.filters import Filters, first_drop_reason
 from clair.prompting.edits import parse_edits
 from clair.prompting.parse import FAILURES, ParseFailure, parse_judgement, parse_revision
@@ -71,7 +71,7 @@ async def generate(prompt: Prompt, model: ModelClient | None, sample: int = 0) -
 
 def ready(answer: str) -> Answer:
     """The answer that came with the prompt, without a model's hidden reasoning. Drops an empty answer."""
-    text = visible(answer)
+    text = visible_answer(answer)
     if not text.strip():
         raise Dropped("target", "empty_reply", "the row's answer is blank, or only hidden reasoning")
     return Answer(text)
@@ -187,7 +187,7 @@ async def _ask_and_read(
         if not again or failure.name in _POINTLESS_AGAIN or not reply.text.strip():
             raise
         problem = failure.explanation
-    reply = await client.ask(ask_again(messages, reply.text, problem), row=row, warmer=_WARMER)
+    reply = await client.ask(ask_again(messages, reply.text, problem), row=row, added_temperature=_WARMER)
     return read(reply.text, reply.finish_reason)
 
 

@@ -126,7 +126,7 @@ def train_all() -> None:
 
 def answers_of(name: str, tasks: list[Task]) -> list[str]:
     """The greedy answers of one of the models, read back where these weights have answered these tasks before."""
-    from clair.inference.local import weights_identity
+    from clair.inference.model_folder import weights_identity
     from recipes.world.evaluate import greedy_answers
 
     file = RUN / "answers" / f"{name}.json"

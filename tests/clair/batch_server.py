@@ -59,7 +59,7 @@ class Trouble:
     """No batch ends."""
 
 
-class Batches(Scripted):
+class BatchClient(Scripted):
     """Files and batches in memory, and the books."""
 
     def __init__(self) -> None:
@@ -303,7 +303,7 @@ class Batches(Scripted):
 
 
 async def serve() -> None:
-    runner = web.AppRunner(Batches().app(), access_log=None, shutdown_timeout=0.5)
+    runner = web.AppRunner(BatchClient().app(), access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
     print(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", flush=True)

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from clair.inference.model import as_completion
+from clair.inference.model import completion_json
 from clair.inference.openai import OpenAIModel
 
-GOOD = as_completion("fine", "stop", "m", 1, 1).encode()
+GOOD = completion_json("fine", "stop", "m", 1, 1).encode()
 Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 

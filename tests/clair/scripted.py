@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clair.core.recipe import resolve
-from clair.inference.model import TooMany, Unreachable, as_completion
+from clair.inference.model import RateLimited, Unreachable, completion_json
 from clair.pipeline.config import BuildConfig
 
 Script = Callable[[list[dict[str, str]], int], str | dict[str, Any]]
@@ -43,14 +43,14 @@ class Scripted:
         if self._random.random() < self._trouble:
             kind = self._random.choice(["refused", "error", "lost"])
             if kind == "refused":
-                raise TooMany(0.001)
+                raise RateLimited(0.001)
             if kind == "lost":
                 self.billed += prompt + completion
             raise Unreachable(kind, billed=kind == "lost")
         self.billed += prompt + completion
         if isinstance(text, dict):
             return json.dumps({"choices": [text], "usage": {"prompt_tokens": prompt, "completion_tokens": completion}})
-        return as_completion(text, "stop", self.name, prompt, completion)
+        return completion_json(text, "stop", self.name, prompt, completion)
 
 
 def choice(content: Any, finish_reason: str | None = "stop", **message: Any) -> dict[str, Any]:

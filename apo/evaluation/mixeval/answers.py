@@ -15,8 +15,8 @@ from clair.core.errors import UserError, one_line
 from clair.core.files import read_text
 from clair.data.records import Dropped, Message
 from clair.inference.client import ModelClient
-from clair.inference.local import adapter_base
-from clair.inference.model import visible
+from clair.inference.model import visible_answer
+from clair.inference.model_folder import adapter_base
 
 _UPSTREAM_NAMES: Mapping[Split, str] = {"free-form": "close_freeform", "multiple-choice": "close_multichoice"}
 _ALIKE = 10_000  # more than any benchmark has rows of one question
@@ -136,7 +136,9 @@ def read_responses(folder: str | Path, benchmark: Benchmark) -> list[Answer]:
                 raise UserError(f"{file}, line {number}: row {name} stands in line {lines[name]} already; keep one")
             lines[name] = number
             if name in rows:
-                answers.append(Answer(_same(rows[name], value, file, number, benchmark), visible(value["response"])))
+                answers.append(
+                    Answer(_same(rows[name], value, file, number, benchmark), visible_answer(value["response"]))
+                )
         missing = [name for name in rows if name not in lines]
         if missing:
             raise UserError(

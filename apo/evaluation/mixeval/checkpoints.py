@@ -16,11 +16,11 @@ from typing import Any
 from apo.evaluation.mixeval.config import Checked, MixEvalConfig
 from apo.evaluation.mixeval.run import Evaluated, Progress, evaluate
 from clair.cluster.ray_session import connected
-from clair.cluster.worker import settle_in
+from clair.cluster.worker import enter_driver_environment
 from clair.core.errors import EXIT_USER_ERROR, UserError
 from clair.inference.config import ModelConfig
-from clair.inference.local import weights_identity
 from clair.inference.model import Model, Refused
+from clair.inference.model_folder import weights_identity
 from clair.inference.open import Resources
 from clair.ledger.join import join_ledgers
 
@@ -81,7 +81,7 @@ def evaluate_each(
         return
     for config, checked in _answered(work, address):
         join_ledgers([_own(config).ledger_path], config.ledger_path, str(Path(config.out).resolve()))
-        yield config, evaluate(config, checked=checked, on_progress=on_progress, means=_Taken())
+        yield config, evaluate(config, checked=checked, on_progress=on_progress, resources=_Taken())
 
 
 # ---- the answers, on a cluster
@@ -113,7 +113,7 @@ def _own(config: MixEvalConfig) -> MixEvalConfig:
 def answer(order: _Order) -> _Told:
     """Make the answers of one checkpoint, in a process of the cluster."""
     try:
-        settle_in(order.folder, order.version, {})
+        enter_driver_environment(order.folder, order.version, {})
         done = evaluate(order.config, checked=order.checked)
     except UserError as error:
         return _Told(str(error), error.exit_code)

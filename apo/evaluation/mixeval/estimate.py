@@ -13,9 +13,9 @@ from apo.evaluation.mixeval.run import Progress, Run, work_items
 from clair.core.errors import UserError
 from clair.core.event_loop import run_async
 from clair.core.files import content_hash
-from clair.inference.budget import most_tokens, prices_of
-from clair.inference.client import Stop
-from clair.inference.open import ctrl_c, open_clients
+from clair.inference.budget import max_billed_tokens, role_prices
+from clair.inference.client import StopSignal
+from clair.inference.open import open_clients, stop_on_interrupt
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import lock_output
 from clair.pipeline.estimate import RoleEstimate, estimate_role, sample_by_size
@@ -60,14 +60,14 @@ def estimate(
 async def _probed(
     config: MixEvalConfig, checked: Checked, ledger: Ledger, probe: int, on_progress: Progress
 ) -> dict[str, RoleEstimate]:
-    stop = Stop()
+    stop = StopSignal()
     clients = open_clients(config, ledger, stop)
     try:
         run = Run(config, checked, clients, stop)
         units = _units(config, checked, run.work())
         role = "judge" if "judge" in clients else "model"
         chosen = sorted(sample_by_size([unit.sizes[role] for unit in units], max(MIN_PROBE, probe)))
-        with ctrl_c(stop, clients):
+        with stop_on_interrupt(stop, clients):
             items = await run.items([(place, units[place].what) for place in chosen], on_progress)
     finally:
         for client in clients.values():
@@ -78,7 +78,7 @@ async def _probed(
         "model": [Tokens(item.prompt_tokens or 0, item.completion_tokens or 0) for item in items],
         "judge": [Tokens(item.judge_prompt_tokens, item.judge_completion_tokens) for item in items],
     }
-    prices = prices_of(config.models)
+    prices = role_prices(config.models)
     return {
         role: estimate_role(prices.get(role), len(units), [u.sizes[role] for u in units], chosen, paid[role])
         for role in clients
@@ -90,11 +90,11 @@ def _units(config: MixEvalConfig, checked: Checked, work: Sequence[tuple[int, An
     units: dict[str, _Unit] = {}
     for place, what in work:
         text = what.text if isinstance(what, Answer) else ""
-        sizes = {"model": most_tokens({"messages": messages_of(what.row, config.system)}).prompt}
+        sizes = {"model": max_billed_tokens({"messages": messages_of(what.row, config.system)}).prompt}
         name: list[object] = [what.row.text, what.draw] if isinstance(what, Wanted) else []
         if checked.words is not None:
             messages = checked.words.messages(what.row, text)
-            sizes["judge"] = most_tokens({"messages": messages}).prompt
+            sizes["judge"] = max_billed_tokens({"messages": messages}).prompt
             name = name or [messages]
         if config.independent_judgements:
             name = [place]

@@ -23,11 +23,11 @@ from clair.core.errors import UserError
 from clair.core.event_loop import run_async
 from clair.core.provenance import provenance
 from clair.data.records import Dropped
-from clair.inference.budget import prices_of
-from clair.inference.client import ModelClient, Stop, Stopped
+from clair.inference.budget import role_prices
+from clair.inference.client import ModelClient, Stopped, StopSignal
 from clair.inference.local import LocalModel
 from clair.inference.model import Refused
-from clair.inference.open import Resources, ctrl_c, map_ordered, open_clients
+from clair.inference.open import Resources, map_ordered, open_clients, stop_on_interrupt
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import lock_output
@@ -60,30 +60,30 @@ def evaluate(
     *,
     checked: Checked | None = None,
     on_progress: Progress | None = None,
-    means: Resources | None = None,
+    resources: Resources | None = None,
 ) -> Evaluated:
     """Run an evaluation, going on from whatever its ledger holds, and write the result folder.
 
-    `checked` is what `check` returned, where the caller has looked already. `means`: other models than the run's own,
-    as `clair.pipeline.runner` has it. Raises UserError for the user's mistakes
-    before any work, and for a model or a judge that refuses everything.
+    `checked` is what `check` returned, if the caller has it already. `resources`: other models than the run's own, as
+    `clair.pipeline.runner` has it. Raises UserError for the user's mistakes before any work, and for a model or a judge
+    that refuses everything.
     """
     checked = checked or check(config)
     out = Path(config.out)
     with lock_output(out), Ledger(config.ledger_path) as ledger:
         same_settings(config, out, ledger)
-        return run_async(_evaluate(config, checked, ledger, on_progress or (lambda *_: None), means))
+        return run_async(_evaluate(config, checked, ledger, on_progress or (lambda *_: None), resources))
 
 
 async def _evaluate(
-    config: MixEvalConfig, checked: Checked, ledger: Ledger, on_progress: Progress, means: Resources | None
+    config: MixEvalConfig, checked: Checked, ledger: Ledger, on_progress: Progress, resources: Resources | None
 ) -> Evaluated:
     started = time.monotonic()
-    stop = Stop()
-    clients = open_clients(config, ledger, stop, means=means)
+    stop = StopSignal()
+    clients = open_clients(config, ledger, stop, resources=resources)
     try:
         run = Run(config, checked, clients, stop)
-        with ctrl_c(stop, clients):
+        with stop_on_interrupt(stop, clients):
             items = await run.items(run.work(), on_progress)
     except Refused as error:
         goes_on(error, clients)
@@ -129,7 +129,7 @@ class Run:
     config: MixEvalConfig
     checked: Checked
     clients: Mapping[str, ModelClient]
-    stop: Stop
+    stop: StopSignal
     failures: list[str] = field(default_factory=list)
     """Why items got no reply that another run may get."""
     judge: Judge | None = field(init=False, default=None)
@@ -165,7 +165,7 @@ class Run:
             return result
 
         on_progress(next(done), self.clients)
-        results = map_ordered(placed, work, len(work) + 1, self.stop.happened, self._drain)
+        results = map_ordered(placed, work, len(work) + 1, self.stop.requested, self._drain)
         async with aclosing(results) as outcomes:
             async for place, outcome in outcomes:
                 if isinstance(outcome, Stopped):
@@ -185,7 +185,7 @@ class Run:
         except (Dropped, Stopped) as outcome:
             return place, outcome
         except Exception as error:  # a ledger that cannot be written, a bug of ours: nothing else may go on spending
-            self.stop.now(str(error), error)
+            self.stop.request(str(error), error)
             raise
 
     async def _item(self, what: Answer | Wanted) -> Item:
@@ -205,7 +205,7 @@ class Run:
             by_server = dropped.reason.startswith("http_")
             if by_server and not self._answered and len(self.refusals) >= _HOPELESS:
                 told = f"the model refused the first {len(self.refusals)} questions: {self.refusals[0]}"
-                self.stop.now(told, UserError(told))
+                self.stop.request(told, UserError(told))
             return no_answer(want, dropped)
         if made.unresolved is not None:
             self.refusals.append(f"{made.unresolved.removeprefix('answer_')}: {made.text or 'no text'}")
@@ -215,7 +215,7 @@ class Run:
 
     async def _drain(self) -> None:
         """Let what is paid for, or being generated, come to its end."""
-        self.stop.now("no more rows are wanted")
+        self.stop.request("no more rows are wanted")
         for client in self.clients.values():
             if isinstance(client.model, LocalModel):
                 client.model.abandon()
@@ -276,14 +276,14 @@ class Run:
 
     def _usage(self) -> dict[str, Usage]:
         """What the replies took that the score rests on, each counted once."""
-        prices = prices_of(self.config.models)
+        prices = role_prices(self.config.models)
         tokens = {"model": self.answer_tokens.values()}
         if self.judge:
             tokens["judge"] = self.judge.distinct.values()
         told = {}
         for role, client in self.clients.items():
             total = Tokens(sum(t[0] for t in tokens[role]), sum(t[1] for t in tokens[role]))
-            cost = f"{prices[role].of(total).normalize():f}" if role in prices else None
+            cost = f"{prices[role].cost(total).normalize():f}" if role in prices else None
             tally = client.tally
             told[role] = Usage(
                 prompt=total.prompt, completion=total.completion, calls=tally.calls, reused=tally.reused, cost=cost

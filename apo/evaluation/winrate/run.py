@@ -29,12 +29,12 @@ from clair.core.files import write_atomically, write_json
 from clair.core.provenance import provenance
 from clair.data.prompt_sources import PromptSource, each_prompt, read_prompts
 from clair.data.records import Dropped, Prompt, task_text
-from clair.inference.budget import prices_of
-from clair.inference.client import ModelClient, Stop, Stopped
+from clair.inference.budget import role_prices
+from clair.inference.client import ModelClient, Stopped, StopSignal
 from clair.inference.config import JudgeConfig, ModelConfig
 from clair.inference.local import LocalModel
-from clair.inference.model import Refused, visible
-from clair.inference.open import check_models, ctrl_c, map_ordered, open_clients
+from clair.inference.model import Refused, visible_answer
+from clair.inference.open import check_models, map_ordered, open_clients, stop_on_interrupt
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import lock_output
@@ -130,7 +130,7 @@ class Run:
     config: WinrateConfig
     checked: Checked
     clients: Mapping[str, ModelClient]
-    stop: Stop
+    stop: StopSignal
     judge: Judge = field(init=False)
     failures: list[str] = field(default_factory=list)
     """Why pairs got no reply that another run may get."""
@@ -161,7 +161,7 @@ class Run:
             return result
 
         on_progress(next(done), self.clients)
-        async with aclosing(map_ordered(one, work, len(work) + 1, self.stop.happened, self._drain)) as outcomes:
+        async with aclosing(map_ordered(one, work, len(work) + 1, self.stop.requested, self._drain)) as outcomes:
             async for outcome in outcomes:
                 if isinstance(outcome, Stopped):
                     break
@@ -177,7 +177,7 @@ class Run:
         except (Dropped, Stopped) as outcome:
             return outcome
         except Exception as error:  # a ledger that cannot be written, a bug of ours: nothing else may go on spending
-            self.stop.now(str(error), error)
+            self.stop.request(str(error), error)
             raise
 
     async def _compare(self, prompt: Prompt, sample: int) -> Compared:
@@ -211,7 +211,7 @@ class Run:
         Raises Dropped where there is none, or one that was filtered, refused or broken off.
         """
         if side in self.checked.given:
-            return Answer(visible(self.checked.given[side][key_of(prompt)][sample]).strip())
+            return Answer(visible_answer(self.checked.given[side][key_of(prompt)][sample]).strip())
         reply = await self.clients[side].ask(list(prompt.messages), row=prompt.id, sample=sample)
         incomplete = reply.incomplete()
         if incomplete and incomplete != "truncated":
@@ -220,7 +220,7 @@ class Run:
 
     async def _drain(self) -> None:
         """Let what is paid for, or being generated, come to its end."""
-        self.stop.now("no more rows are wanted")
+        self.stop.request("no more rows are wanted")
         for client in self.clients.values():
             if isinstance(client.model, LocalModel):
                 client.model.abandon()
@@ -272,11 +272,11 @@ def compare(
 async def _compare(
     config: WinrateConfig, checked: Checked, ledger: Ledger, on_progress: Callable[..., None]
 ) -> Outcome:
-    started, stop, out = time.monotonic(), Stop(), Path(config.out)
+    started, stop, out = time.monotonic(), StopSignal(), Path(config.out)
     clients = open_clients(config, ledger, stop)
     try:
         run = Run(config, checked, clients, stop)
-        with ctrl_c(stop, clients):
+        with stop_on_interrupt(stop, clients):
             compared = await run.outcomes(on_progress)
     except Refused as error:
         goes_on(error, clients)
@@ -325,11 +325,11 @@ def _model(config: WinrateConfig, role: str, clients: Mapping[str, ModelClient])
 
 def _usage(config: WinrateConfig, clients: Mapping[str, ModelClient]) -> dict[str, Any]:
     """Tokens of all replies that the result rests on, and what they cost where prices are known."""
-    prices, told = prices_of(config.models), {}
+    prices, told = role_prices(config.models), {}
     for role, client in clients.items():
         tally = client.tally
         counts = {"calls": tally.calls, "reused": tally.reused}
         tokens = Tokens(tally.prompt_tokens, tally.completion_tokens)
-        cost = f"{prices[role].of(tokens).normalize():f}" if role in prices else None
+        cost = f"{prices[role].cost(tokens).normalize():f}" if role in prices else None
         told[role] = {"prompt": tokens.prompt, "completion": tokens.completion, **counts, "cost": cost}
     return told

@@ -51,7 +51,7 @@ def write_prompt_files(run: Path, models: Path, tasks: Sequence[Task]) -> None:
     """The prompts alone, and with the two other models' answers; these are sampled once and kept."""
     run.mkdir(parents=True, exist_ok=True)
     write_prompts(run / "prompts.jsonl", list(tasks))
-    from clair.inference.local import weights_identity
+    from clair.inference.model_folder import weights_identity
     from recipes.experiments.paper_mini.answers import answers
 
     sampled, asked = run / "sampled.json", {name: weights_identity(models / name) for name in OTHERS}

@@ -239,7 +239,7 @@ class Pool:
 
 def world_line(place: Place, design: Design) -> dict[str, Any]:
     """What all runs of this grid have in common. Its id changes with the models, the pairs, and the questions."""
-    from clair.inference.local import weights_identity
+    from clair.inference.model_folder import weights_identity
 
     file = place.run / "data.json"
     if not file.exists():

@@ -21,7 +21,7 @@ from clair.core.files import write_json
 from clair.core.recipe import resolve
 from clair.data.dataset import DatasetWriter
 from clair.data.records import Pair, Prompt
-from clair.inference.local import weights_identity
+from clair.inference.model_folder import weights_identity
 from recipes.world.judge import Leanings
 from recipes.world.running import ROOT, running
 from recipes.world.server import ServerOptions

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from clair.cluster.leased_limits import LeasedResources
 from clair.cluster.merge import merge
-from clair.cluster.shared_limits import GONE, Quotas, Report, RoleLimits, RoleReport
+from clair.cluster.shared_limits import REPLACED, Report, RoleLimits, RoleReport, SharedLimits
 from clair.inference.budget import Budget, BudgetConfig
 from clair.ledger.ledger import Ledger
 from clair.pipeline.build import build
@@ -33,7 +33,7 @@ class Clock:
 
 def quotas(concurrency=10, *, tokens=None, clock=None, shards="ab", **rates):
     budget = Budget(BudgetConfig(tokens=tokens), {}, {}) if tokens else None
-    shared = Quotas({"role": RoleLimits(concurrency, **rates)}, budget, clock or Clock())
+    shared = SharedLimits({"role": RoleLimits(concurrency, **rates)}, budget, clock or Clock())
     for name in shards:
         shared.begin(name, "1", Decimal(0))
     return shared
@@ -95,7 +95,7 @@ def test_the_places_of_a_shard_that_is_gone_or_silent_go_to_the_others():
     keeper.begin("a", None, Decimal(0))
     assert slots(keeper, "b", waiting=50) == 10
     keeper.begin("a", "2", Decimal(0))
-    assert ask(keeper, "a", waiting=1).stop == GONE, "the first attempt lives, and must not go on"
+    assert ask(keeper, "a", waiting=1).stop == REPLACED, "the first attempt lives, and must not go on"
     assert slots(keeper, "a", attempt="2", waiting=50) == 0
     clock.now += 31
     assert slots(keeper, "a", attempt="2", waiting=50) == 10
@@ -126,7 +126,7 @@ def test_shards_share_one_rate_in_the_order_in_which_they_ask():
     assert ask(keeper, "b", requests=2).roles["role"].requests == (2.0, 3.0)
     assert ask(keeper, "a", tokens=(30.0,)).roles["role"].tokens == (0.0,)
     assert ask(keeper, "b", tokens=(10.0, 10.0)).roles["role"].tokens == (2.0, 3.0)
-    assert ask(keeper, "b", tokens=(10.0,), tokens_back=20.0).roles["role"].tokens == (2.0,)
+    assert ask(keeper, "b", tokens=(10.0,), tokens_refunded=20.0).roles["role"].tokens == (2.0,)
 
 
 def test_money_is_leased_up_to_the_budget_and_what_is_not_needed_comes_back():
@@ -135,8 +135,8 @@ def test_money_is_leased_up_to_the_budget_and_what_is_not_needed_comes_back():
     assert 10 <= lease.more <= 30
     first = lease.more
     lease = ask(keeper, "b", needs=95)
-    assert (lease.more, lease.refused, lease.tight) == (0, None, True), "what a keeps may not be spent"
-    assert ask(keeper, "a", spent=2, leased=2).tight
+    assert (lease.more, lease.refused, lease.scarce) == (0, None, True), "what a keeps may not be spent"
+    assert ask(keeper, "a", spent=2, leased=2).scarce
     assert 95 <= ask(keeper, "b", needs=95).more <= 98
     assert first > 2
     lease = ask(keeper, "a", spent=2, leased=2, needs=99)
@@ -180,7 +180,7 @@ class Shared:
     """Quotas that threads may report to, as an actor takes one report after the other."""
 
     def __init__(self, *limits):
-        self.quotas, self.lock = Quotas(*limits), threading.Lock()
+        self.quotas, self.lock = SharedLimits(*limits), threading.Lock()
 
     async def report(self, report):
         with self.lock:

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from clair.cluster.merge import merge
-from clair.cluster.shared_limits import Quotas, RoleLimits
-from clair.cluster.worker import Done, Order, Worker
+from clair.cluster.shared_limits import RoleLimits, SharedLimits
+from clair.cluster.worker import ShardResult, ShardTask, Worker
 from clair.inference.local import LocalModel
 from clair.inference.open import open_model
 from clair.pipeline.build import build
@@ -26,7 +26,7 @@ class Handle:
     """The quotas of a job as a worker sees an actor."""
 
     def __init__(self, *roles):
-        self.quotas = Quotas({role: RoleLimits(8) for role in roles})
+        self.quotas = SharedLimits({role: RoleLimits(8) for role in roles})
         self.report = SimpleNamespace(remote=self._report)
 
     async def _report(self, report):
@@ -34,8 +34,14 @@ class Handle:
 
 
 def order(config, index, of, **changes):
-    defaults = {"attempt": "1", "update": False, "care": CrashPolicy(), "folder": os.getcwd(), "environment": {}}
-    return Order(config=config, shard=Shard(index, of), **{**defaults, "version": version("clair-apo"), **changes})
+    defaults = {
+        "attempt": "1",
+        "update": False,
+        "crash_policy": CrashPolicy(),
+        "folder": os.getcwd(),
+        "environment": {},
+    }
+    return ShardTask(config=config, shard=Shard(index, of), **{**defaults, "version": version("clair-apo"), **changes})
 
 
 def built(worker, handle, item):
@@ -56,7 +62,7 @@ def test_a_local_model_is_loaded_once_for_all_shards_of_a_worker(tmp_path, monke
     config = recipe(tmp_path / "all", [{"prompt": f"question {n}"} for n in range(12)], **keys)
     worker, handle = Worker(), Handle("target", "reviser")
     for index in (1, 2):
-        assert built(worker, handle, order(config, index, 2)) == Done()
+        assert built(worker, handle, order(config, index, 2)) == ShardResult()
     assert loads.count(True) == 1
     merge(tmp_path / "all-shards")
     monkeypatch.setattr("clair.inference.open.open_model", opened)
@@ -78,7 +84,7 @@ def test_a_worker_takes_secrets_from_the_driver_and_refuses_another_version_or_f
     monkeypatch.setenv("CLAIR_TEST_OWN", "mine")
     monkeypatch.delenv("CLAIR_TEST_KEY", raising=False)
     secrets = {"CLAIR_TEST_KEY": "secret", "CLAIR_TEST_OWN": "theirs"}
-    assert built(worker, handle, order(config, 1, 1, environment=secrets)) == Done()
+    assert built(worker, handle, order(config, 1, 1, environment=secrets)) == ShardResult()
     assert (os.environ.pop("CLAIR_TEST_KEY"), os.environ["CLAIR_TEST_OWN"]) == ("secret", "mine")
 
 
@@ -106,7 +112,7 @@ def test_rows_are_built_one_by_one_and_noted_where_care_is_taken_and_killers_are
     prompt_rows = [{"id": f"row-{n}", "prompt": f"q {n}", "answer": f"bad {n}"} for n in range(5)]
     config = recipe(tmp_path / "all", prompt_rows, pipeline="revised", reviser=endpoint())
     care = CrashPolicy(poison_rows=frozenset({"row-3"}), log_rows=True)
-    assert built(Worker(), Handle("reviser"), order(config, 1, 1, care=care)) == Done(failed=1)
+    assert built(Worker(), Handle("reviser"), order(config, 1, 1, crash_policy=care)) == ShardResult(failed=1)
     assert notes == ["row-0", "row-1", "row-2", "row-4"]
     (dropped,) = drops(noted.parent)
     assert (dropped["id"], dropped["reason"], dropped["failed"]) == ("row-3", "killed_worker", True)

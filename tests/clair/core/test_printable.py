@@ -14,7 +14,7 @@ from clair.core.console import show
 from clair.core.errors import UserError, one_line
 from clair.core.progress import printable, tell
 from clair.core.recipe import load_recipe, parse_yaml
-from clair.inference.local import check_code
+from clair.inference.model_folder import check_remote_code
 from clair.pipeline.config import BuildConfig
 from tests.clair.building import clair, pairs, scripted_rows, write_prompts, write_recipe
 from tests.clair.scripted_server import STEER
@@ -125,6 +125,6 @@ def test_a_folder_with_code_of_its_own_is_one_line_and_the_code_does_not_run(tmp
 
 def test_a_folder_with_code_that_is_not_needed_is_loaded_without_it(with_code):
     (with_code / "config.json").write_text(json.dumps({"model_type": "llama", "auto_map": {"AutoConfig": "code.C"}}))
-    check_code(with_code, "target")
+    check_remote_code(with_code, "target")
     shutil.rmtree(with_code)
-    check_code(with_code, "target")
+    check_remote_code(with_code, "target")

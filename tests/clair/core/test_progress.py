@@ -33,11 +33,11 @@ def drawn(work: Progress, width: int = 80) -> list[str]:
     return console.file.getvalue().splitlines()
 
 
-def role(calls: int, in_flight: int, *, reused: int = 0, waiting_for: str = "") -> SimpleNamespace:
+def role(calls: int, in_flight: int, *, reused: int = 0, wait_reason: str = "") -> SimpleNamespace:
     """The attributes of a client that progress reads."""
     limiter = SimpleNamespace(in_flight=in_flight)
     tally = Tally(calls=calls, reused=reused)
-    return SimpleNamespace(told=tally, limiter=limiter, batch=None, waiting_for=waiting_for)
+    return SimpleNamespace(total=tally, limiter=limiter, batch=None, wait_reason=wait_reason)
 
 
 def test_a_rate_is_that_of_the_last_ten_and_falls_while_nothing_is_done():
@@ -121,7 +121,7 @@ def test_a_role_says_what_is_done_and_in_flight_how_fast_and_how_long():
     assert status.lines() == ["target: 0/20 replies, 8 in flight", "reviser: 0/20 replies, 0 in flight"]
     assert status.seconds_left() is None
     clock.now = 50.0
-    both = {"target": role(15, 2, reused=1), "reviser": role(5, 6, waiting_for="the server takes 8 at once")}
+    both = {"target": role(15, 2, reused=1), "reviser": role(5, 6, wait_reason="the server takes 8 at once")}
     status.update(5, both)
     assert status.lines() == [
         "target: 16/20 replies, 1 of them reused, 2 in flight, 3.3 s each, about 13 s left",
@@ -149,5 +149,5 @@ def test_a_rate_that_is_first_measured_late_counts_from_the_start():
     target = role(0, 22)
     status.update(0, {"target": target})
     clock.now = 30.0
-    target.told.calls = 3  # no row has come to its end, so nothing was reported
+    target.total.calls = 3  # no row has come to its end, so nothing was reported
     assert status.lines() == ["target: 3/22 replies, 22 in flight, 10 s each, about 3 min left"]

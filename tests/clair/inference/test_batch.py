@@ -17,7 +17,7 @@ import pytest
 
 from clair.core.errors import UserError
 from clair.inference import batch_service as batch_service_module
-from clair.inference.batch_results import outcome_of
+from clair.inference.batch_service import parse_outcome
 from clair.ledger.ledger import Ledger
 from clair.pipeline.build import build
 from clair.pipeline.estimate import estimate
@@ -540,7 +540,7 @@ def test_a_request_larger_than_a_file_fails_alone(tmp_path, service):
     ],
 )
 def test_a_result_line_has_one_outcome_or_none(line, error):
-    outcome = outcome_of(line, str)
+    outcome = parse_outcome(line, str)
     if error is None:
         assert outcome is None
     else:
@@ -554,10 +554,10 @@ def test_a_good_line_gives_the_reply_as_it_came_and_its_usage():
         '{"choices": [{"message": {"content": "caf\\u00e9 \\ud83d\\ude00"}}], '
         '"usage": {"prompt_tokens": 3, "completion_tokens": 5}}}}'
     )
-    outcome = outcome_of(line, str)
+    outcome = parse_outcome(line, str)
     assert outcome.error is None
     assert outcome.billed == (3, 5)
     assert "café \U0001f600" in outcome.raw
-    half = outcome_of(line.replace("\\ude00", ""), str)
+    half = parse_outcome(line.replace("\\ude00", ""), str)
     assert half.error.startswith("malformed_reply")
     assert half.raw.isascii()

@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 
 from clair.core.errors import UserError
-from clair.inference.budget import Budget, BudgetConfig, BudgetReached, Price, most_tokens
+from clair.inference.budget import Budget, BudgetConfig, BudgetExceeded, Price, max_billed_tokens
 from clair.inference.config import ModelConfig
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import build
@@ -35,17 +35,17 @@ def rows(n, seed=0):
 
 
 def test_the_price_of_tokens_by_hand():
-    assert Price(input="2.50", output="10").of(Tokens(1000, 200)) == Decimal("0.0045")
+    assert Price(input="2.50", output="10").cost(Tokens(1000, 200)) == Decimal("0.0045")
 
 
 def test_the_worst_case_counts_bytes_and_max_tokens():
     request = {"messages": [{"role": "user", "content": "né 🙂"}], "max_tokens": 7, "temperature": 0.5}
-    assert most_tokens(request) == Tokens(len("né 🙂".encode()) + 32, 7)
+    assert max_billed_tokens(request) == Tokens(len("né 🙂".encode()) + 32, 7)
 
 
 async def _reserve_too_much(budget):
     await budget.reserve("reviser", Tokens(60, 0))
-    with pytest.raises(BudgetReached, match=r"0 tokens of 100 spent, and the next call may cost 101"):
+    with pytest.raises(BudgetExceeded, match=r"0 tokens of 100 spent, and the next call may cost 101"):
         await budget.reserve("reviser", Tokens(101, 0))
     budget.settle("reviser", Tokens(60, 0), Tokens(30, 0))
     await budget.reserve("reviser", Tokens(70, 0))
@@ -239,12 +239,12 @@ def test_an_estimate_without_a_probe_requests_nothing_and_prints_the_maximum_of_
 
 
 def test_prices_come_from_the_table_if_the_recipe_says_so(tmp_path):
-    from clair.inference.budget import prices_of
+    from clair.inference.budget import role_prices
 
     pytest.importorskip("genai_prices", reason="pip install 'clair-apo[prices]'")
     reviser = endpoint(url="https://api.openai.com/v1", model="gpt-4o", price="table")
     config = recipe(tmp_path / "out", rows(1), pipeline="revised", reviser=reviser)
-    price = prices_of(config.models)["reviser"]
+    price = role_prices(config.models)["reviser"]
     assert price.input > 0
     assert price.output > price.input
     unknown = recipe(tmp_path / "no", rows(1), pipeline="revised", reviser=endpoint(price="table"))

@@ -8,7 +8,7 @@ import sqlite3
 import pytest
 
 from clair.data.records import incomplete_reason
-from clair.inference.model import RequestFailed, reply_of
+from clair.inference.model import RequestFailed, parse_reply
 from clair.ledger.schema import reply_digest
 from clair.pipeline.build import build
 from tests.clair.building import clair, manifest, outcomes, scripted_rows, write_prompts, write_recipe
@@ -113,7 +113,7 @@ def test_a_refusal_in_a_field_of_its_own_and_a_filtered_reply_are_reported_by_na
 
 def test_an_answer_beside_an_empty_refusal_field_is_an_answer():
     for refusal in (None, "", "I would rather not."):
-        reply = reply_of(json.dumps({"choices": [choice("Yes.", refusal=refusal)]}))
+        reply = parse_reply(json.dumps({"choices": [choice("Yes.", refusal=refusal)]}))
         assert (reply.text, reply.refusal, reply.finish_reason) == ("Yes.", "", "stop")
 
 
@@ -123,7 +123,7 @@ def test_a_reply_that_the_server_broke_off_is_requested_again_also_where_an_olde
     assert clair("build", file).code == 0
     broken = json.dumps({"choices": [choice("half an", "error")]})
     with pytest.raises(RequestFailed):
-        reply_of(broken)
+        parse_reply(broken)
     with sqlite3.connect(tmp_path / "out" / "ledger.sqlite") as ledger:
         ((key,),) = ledger.execute("SELECT key FROM calls")
         ledger.execute("UPDATE calls SET reply = ?, digest = ?", (broken, reply_digest(key, broken)))

@@ -25,10 +25,10 @@ def test_a_server_that_counts_and_cuts_otherwise_is_reported(server, tokenizer):
     checks = {check.name: check for check in check_endpoints([server.url], tokenizer, model="m")[server.url]}
     # By the tiny template: BOS, start, user, Hello, end, start, assistant. The server says 10, whatever it is sent.
     assert checks["chat template"].ok is False
-    assert checks["chat template"].told.startswith("10 tokens at the server, 7 by the tokenizer's template")
+    assert checks["chat template"].message.startswith("10 tokens at the server, 7 by the tokenizer's template")
     assert checks["end of turn"].ok is True
     assert checks["truncation"].ok is False
-    assert checks["truncation"].told == "max_tokens 2, and finish_reason 'stop' after 20 tokens"
+    assert checks["truncation"].message == "max_tokens 2, and finish_reason 'stop' after 20 tokens"
     assert checks["logprobs"].ok is None
     assert checks["tokens a second"].ok is True
 
@@ -45,7 +45,7 @@ def test_a_special_token_in_an_answer_is_no_stop_token(server, tmp_path):
     loaded.save_pretrained(tmp_path)
     checks = {check.name: check for check in check_endpoints([server.url], tmp_path, model="m")[server.url]}
     assert checks["end of turn"].ok is False
-    assert "answer stands in the answer" in checks["end of turn"].told
+    assert "answer stands in the answer" in checks["end of turn"].message
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_special_token_in_an_answer_is_no_stop_token(server, tmp_path):
 def test_an_endpoint_that_cannot_answer_is_reported_in_one_line(server, urls, model, match):
     urls = [url.format(url=server.url) for url in urls]
     if match is None:  # a server may serve what it does not list: it answers, and that counts
-        assert check_endpoints(urls, model=model)[server.url][0].told == model
+        assert check_endpoints(urls, model=model)[server.url][0].message == model
         return
     with pytest.raises(UserError, match=match):
         check_endpoints(urls, model=model)

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from clair.inference import http as wire
-from clair.inference.model import Refused, RequestFailed, TooMany, Unreachable
-from clair.inference.server_queue import Turns
+from clair.inference.model import RateLimited, Refused, RequestFailed, Unreachable
+from clair.inference.rate_limit import ServerQueue
 from tests.clair.raw_server import GOOD, Answer, http, model_at, serving, writes
 from tests.clair.virtual_time import now, run
 
@@ -74,7 +74,9 @@ def test_an_errors_message_is_read_in_every_form(body, status):
 @pytest.mark.parametrize(
     "body", [b'{"choices": null, "error": {"code": %s}}', b'{"choices": [], "error": {"code": %s}}']
 )
-@pytest.mark.parametrize(("code", "kind"), [(b"402", Refused), (b'"insufficient_quota"', Refused), (b"429", TooMany)])
+@pytest.mark.parametrize(
+    ("code", "kind"), [(b"402", Refused), (b'"insufficient_quota"', Refused), (b"429", RateLimited)]
+)
 def test_an_error_in_a_reply_of_status_200_means_what_its_code_says(body, code, kind):
     with pytest.raises(kind):
         asyncio.run(ask(writes(http(body % code))))
@@ -148,7 +150,7 @@ def test_the_timeout_is_that_of_the_whole_try():
 
 
 def test_a_reply_without_end_is_not_read_to_its_end(monkeypatch):
-    monkeypatch.setattr(wire, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(wire, "MAX_REPLY_BYTES", 2**20)
     sent = 0
 
     async def endless(writer: asyncio.StreamWriter) -> None:
@@ -168,7 +170,7 @@ def test_a_reply_without_end_is_not_read_to_its_end(monkeypatch):
 
 @pytest.mark.parametrize("status", ["200 OK", "400 Bad Request", "500 Internal Server Error"])
 def test_a_small_reply_that_unpacks_to_a_large_one_is_not_unpacked_to_its_end(monkeypatch, status):
-    monkeypatch.setattr(wire, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(wire, "MAX_REPLY_BYTES", 2**20)
     packed = gzip.compress(b"a" * 2**24)
     with pytest.raises(RequestFailed, match="larger than 1 MB"):
         asyncio.run(ask(writes(http(packed, "Content-Encoding: gzip", status=status))))
@@ -251,11 +253,11 @@ async def finish_times(
     slots: int, seconds: Callable[[int], float], requests: int, timeout: float
 ) -> list[float | None]:
     """When each of some requests, sent at once, is answered; None where its time was over."""
-    turns, server = Turns(), asyncio.Semaphore(slots)
+    turns, server = ServerQueue(), asyncio.Semaphore(slots)
 
     async def send(number: int) -> float | None:
         try:
-            async with turns.within(timeout), server:
+            async with turns.time_limit(timeout), server:
                 await asyncio.sleep(seconds(number))
         except TimeoutError:
             return None
@@ -291,12 +293,12 @@ def test_a_server_that_answers_nobody_is_given_up_after_one_timeout():
 
 def test_the_memory_of_answers_does_not_grow():
     async def work() -> int:
-        turns, max_answers = Turns(), 0
+        turns, max_answers = ServerQueue(), 0
         for number in range(2000):
-            async with turns.within(1.0):
+            async with turns.time_limit(1.0):
                 await asyncio.sleep(0.001)
             max_answers = max(max_answers, len(turns._answers))
-            assert turns._passed(number + 1) == pytest.approx(now(), abs=0.0001)
+            assert turns._last_answer_before(number + 1) == pytest.approx(now(), abs=0.0001)
         return max_answers
 
     assert run(work())[0] < 50

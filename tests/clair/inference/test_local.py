@@ -19,8 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from clair.core.errors import UserError
-from clair.inference.local import LocalModel, weights_identity
-from clair.inference.model import RequestFailed, Unreachable, reply_of
+from clair.inference.local import LocalModel
+from clair.inference.model import RequestFailed, Unreachable, parse_reply
+from clair.inference.model_folder import weights_identity
 from clair.pipeline.build import build
 from tests.clair import tiny_model
 from tests.clair.building import config_for, drops, manifest, pairs, write_prompts
@@ -57,7 +58,7 @@ def ask(folder: Path, requests: list[dict[str, Any]], samples: list[int] | None 
             await model.close()
 
     replies = asyncio.run(gather_replies())
-    return [reply if isinstance(reply, BaseException) else reply_of(reply) for reply in replies]
+    return [reply if isinstance(reply, BaseException) else parse_reply(reply) for reply in replies]
 
 
 def greedily(folder: Path, text: str, max_tokens: int) -> list[int]:
@@ -103,7 +104,7 @@ def test_a_sampled_reply_is_the_same_whatever_the_batch(folder, options):
 def test_rows_that_have_ended_leave_the_batch_and_change_no_reply(folder, monkeypatch, options):
     requests = [{"messages": messages(t), "max_tokens": 60, "seed": 0, **options} for t in texts(16, 20)]
     together = ask(folder, requests, batch_size=16)
-    monkeypatch.setattr("clair.inference.local._LOOK_AFTER", 3)
+    monkeypatch.setattr("clair.inference.local._FIRST_CHUNK", 3)
     positions, forward = [], LlamaForCausalLM.forward
 
     def counted(self: Any, input_ids: Any, **more: Any) -> Any:
@@ -273,13 +274,13 @@ def test_requests_gather_into_batches_of_one_kind(folder, monkeypatch):
 
 def test_a_batch_is_sized_by_tokens_with_padding_and_room_for_answers(folder, monkeypatch):
     sizes = []
-    really = LocalModel._generated
+    really = LocalModel._generate_tokens
 
     def watched(self, batch, prompts, max_tokens):
         sizes.append((len(prompts), max(map(len, prompts)) + max_tokens))
         return really(self, batch, prompts, max_tokens)
 
-    monkeypatch.setattr(LocalModel, "_generated", watched)
+    monkeypatch.setattr(LocalModel, "_generate_tokens", watched)
     requests = [{"messages": messages(t), "max_tokens": 10, "temperature": 0} for t in texts(60, longest=80)]
     replies = ask(folder, requests, batch_tokens=300)
     assert all(count * each <= 300 for count, each in sizes)
@@ -292,7 +293,7 @@ def test_a_batch_is_sized_by_tokens_with_padding_and_room_for_answers(folder, mo
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved(folder, monkeypatch):
-    really, sizes = LocalModel._generated, []
+    really, sizes = LocalModel._generate_tokens, []
 
     def small_memory(self, batch, prompts, max_tokens):
         sizes.append(len(batch))
@@ -300,7 +301,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(folder, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return really(self, batch, prompts, max_tokens)
 
-    monkeypatch.setattr(LocalModel, "_generated", small_memory)
+    monkeypatch.setattr(LocalModel, "_generate_tokens", small_memory)
     requests = [{"messages": messages(t), "max_tokens": 10, "temperature": 0} for t in texts(8)]
     replies = ask(folder, requests, batch_size=8)
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
@@ -522,9 +523,9 @@ def test_generation_reports_its_progress_and_can_be_cancelled(folder):
     async def abandon():
         model = LocalModel(folder)
         request = asyncio.ensure_future(model.complete({"messages": messages("red"), "max_tokens": 1000}))
-        while "token" not in model.doing:  # noqa: ASYNC110 (set by the model's thread)
+        while "token" not in model.activity:  # noqa: ASYNC110 (set by the model's thread)
             await asyncio.sleep(0.001)
-        progress = model.doing
+        progress = model.activity
         model.halt()
         with pytest.raises(RequestFailed, match="given up"):
             await request

@@ -9,7 +9,7 @@ import pytest
 
 from clair.core.errors import UserError
 from clair.inference.model import Refused, Unreachable
-from clair.inference.pool import Pool
+from clair.inference.pool import EndpointPool
 from clair.pipeline.build import build
 from tests.clair.building import config_for, outcomes, scripted, scripted_rows, write_prompts
 
@@ -47,7 +47,7 @@ def clock(monkeypatch):
     return now
 
 
-async def ask(pool: Pool) -> str:
+async def ask(pool: EndpointPool) -> str:
     try:
         return await pool.complete({})
     except Unreachable:
@@ -57,7 +57,7 @@ async def ask(pool: Pool) -> str:
 def test_the_least_loaded_endpoint_gets_the_request():
     async def run() -> None:
         slow, quick = FakeEndpoint("slow"), FakeEndpoint("quick")
-        pool = Pool([slow, quick])
+        pool = EndpointPool([slow, quick])
         slow.let.clear()
         waiting = [asyncio.ensure_future(ask(pool))]
         await asyncio.sleep(0)
@@ -76,7 +76,7 @@ def test_the_least_loaded_endpoint_gets_the_request():
 def test_a_dead_one_is_set_aside_longer_each_time_and_is_back_when_it_answers(clock):
     async def run() -> None:
         first, second = FakeEndpoint("first"), FakeEndpoint("second")
-        pool = Pool([first, second])
+        pool = EndpointPool([first, second])
         first.dead = True
         assert await ask(pool) == "gone"
         for aside in (2.0, 4.0, 8.0):
@@ -100,7 +100,7 @@ def test_a_dead_one_is_set_aside_longer_each_time_and_is_back_when_it_answers(cl
 def test_if_all_endpoints_are_set_aside_the_one_due_first_is_used(clock):
     async def run() -> None:
         endpoints = [FakeEndpoint("first"), FakeEndpoint("second")]
-        pool = Pool(endpoints)
+        pool = EndpointPool(endpoints)
         for endpoint in endpoints:
             endpoint.dead = True
         assert await ask(pool) == "gone"
@@ -117,7 +117,7 @@ def test_one_living_endpoint_is_enough_to_begin_with():
     async def run() -> None:
         first, second = FakeEndpoint("first"), FakeEndpoint("second")
         first.dead = True
-        pool = Pool([first, second])
+        pool = EndpointPool([first, second])
         await pool.check()
         assert [await ask(pool) for _ in range(3)] == ["second"] * 3
         second.dead = True

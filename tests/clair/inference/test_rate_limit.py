@@ -20,11 +20,11 @@ from tests.clair.virtual_time import now, run
 
 async def entered(limiter: Limiter, count: int) -> None:
     for _ in range(count):
-        await limiter.enter()
+        await limiter.acquire()
 
 
 async def waits(limiter: Limiter, **options: bool) -> asyncio.Task[None]:
-    task = asyncio.ensure_future(limiter.enter(**options))
+    task = asyncio.ensure_future(limiter.acquire(**options))
     await asyncio.sleep(0)
     assert not task.done()
     return task
@@ -38,7 +38,7 @@ def test_no_more_than_the_limit_are_let_in():
         limiter = Limiter(2, now)
         await entered(limiter, 2)
         third = await waits(limiter)
-        limiter.leave()
+        limiter.release()
         await third
         assert limiter.in_flight == 2
 
@@ -51,16 +51,16 @@ def test_requests_go_in_order_of_arrival_and_refused_ones_first():
         await entered(limiter, 1)
         order = []
 
-        async def named(name, again=False):
-            await limiter.enter(again=again)
+        async def named(name, retry=False):
+            await limiter.acquire(retry=retry)
             order.append(name)
-            limiter.leave()
+            limiter.release()
 
         tasks = [asyncio.ensure_future(named(name)) for name in "ab"]
         await asyncio.sleep(0)
-        tasks.append(asyncio.ensure_future(named("refused", again=True)))
+        tasks.append(asyncio.ensure_future(named("refused", retry=True)))
         await asyncio.sleep(0)
-        limiter.leave()
+        limiter.release()
         await asyncio.gather(*tasks)
         assert order == ["refused", "a", "b"]
         assert limiter.in_flight == 0
@@ -76,7 +76,7 @@ def test_a_newcomer_does_not_jump_the_queue_when_the_limit_rises():
         first = await waits(limiter)
         limiter.succeeded()  # now there is one more slot, and `first` has it when `leave` checks
         newcomer = await waits(limiter)
-        limiter.leave()
+        limiter.release()
         await asyncio.gather(first, newcomer)
         assert limiter.in_flight == 2
 
@@ -90,11 +90,11 @@ def test_a_cancelled_waiter_returns_its_slot(let_in_first):
         await entered(limiter, 1)
         first, second = await waits(limiter), await waits(limiter)
         if let_in_first:
-            limiter.leave()
+            limiter.release()
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
         if not let_in_first:
-            limiter.leave()
+            limiter.release()
         await second
         assert limiter.in_flight == 1
 
@@ -107,7 +107,7 @@ def test_too_many_at_once_lowers_the_limit_to_what_the_server_still_works_on():
         await entered(limiter, 10)
         for _ in range(7):  # the server takes 3
             limiter.refused(None)
-            limiter.leave()
+            limiter.release()
         assert (limiter.in_flight, limiter.limit, limiter.refusals) == (3, 3, 7)
         await waits(limiter)
 
@@ -120,11 +120,11 @@ def test_a_refusal_at_a_number_that_was_taken_before_halves_the_limit_once_and_p
         await entered(limiter, 8)
         for _ in range(4):
             limiter.succeeded()
-            limiter.leave()
+            limiter.release()
         limiter.refused(3.0)
-        limiter.leave()
+        limiter.release()
         limiter.refused(5.0)
-        limiter.leave()
+        limiter.release()
         assert limiter.limit == 4
         waiting = await waits(limiter)
         started = now()
@@ -140,8 +140,8 @@ def test_the_pause_is_as_long_as_the_server_says(seconds, paused):
         limiter = Limiter(1, now)
         await entered(limiter, 1)
         limiter.refused(seconds)
-        limiter.leave()
-        await limiter.enter(again=True)
+        limiter.release()
+        await limiter.acquire(retry=True)
         return now()
 
     assert run(work())[0] == pytest.approx(paused, abs=0.01)
@@ -166,9 +166,9 @@ def test_the_limit_never_falls_below_one():
     async def work():
         limiter = Limiter(2, now)
         for _ in range(10):
-            await limiter.enter()
+            await limiter.acquire()
             limiter.refused(0.0)
-            limiter.leave()
+            limiter.release()
         assert limiter.limit == 1
 
     run(work())
@@ -186,15 +186,15 @@ def test_a_timeout_halves_the_limit_once_for_all_that_were_under_way():
         await asyncio.sleep(10)
         for _ in range(20):
             limiter.timed_out(0.0)
-            limiter.leave()
+            limiter.release()
         assert limiter.limit == 32
         for _ in range(20):
-            limiter.leave()
+            limiter.release()
         await asyncio.sleep(10)
         limiter.timed_out(15.0)  # sent since, with 24 in flight
         assert limiter.limit == 12
         for _ in range(23):
-            limiter.leave()
+            limiter.release()
         await asyncio.sleep(10)
         limiter.timed_out(25.0)
         assert limiter.limit == 1
@@ -215,7 +215,7 @@ def test_a_rate_spaces_requests_evenly_after_a_seconds_worth():
         rate = Rate(120, uptime)  # two a second
         times = []
         for _ in range(8):
-            await rate.take()
+            await rate.acquire()
             times.append(now())
         return times
 
@@ -225,9 +225,9 @@ def test_a_rate_spaces_requests_evenly_after_a_seconds_worth():
 def test_a_rate_counts_amounts_and_takes_back_what_was_not_used():
     async def work(unused):
         rate = Rate(6000, uptime)  # 100 tokens a second
-        await rate.take(1000)
-        rate.give_back(unused)
-        await rate.take(100)
+        await rate.acquire(1000)
+        rate.refund(unused)
+        await rate.acquire(100)
         return now()
 
     assert run(work(0))[0] == pytest.approx(9.0)
@@ -238,7 +238,7 @@ def test_no_rate_lets_everything_through_at_once():
     async def work():
         rate = Rate(None, now)
         for _ in range(1000):
-            await rate.take(1e9)
+            await rate.acquire(1e9)
 
     assert run(work())[1] == 0
 
@@ -283,16 +283,16 @@ async def ask_all(server: Server, rows: int, concurrency: int) -> Limiter:
     limiter = Limiter(concurrency, now)
 
     async def row():
-        await limiter.enter()
+        await limiter.acquire()
         while True:
             if await server.answer():
                 limiter.succeeded()
-                limiter.leave()
+                limiter.release()
                 return
             limiter.refused(server.retry_after)
-            limiter.leave()
+            limiter.release()
             await asyncio.sleep(server.retry_after or 0)
-            await limiter.enter(again=True)
+            await limiter.acquire(retry=True)
 
     await asyncio.gather(*(row() for _ in range(rows)))
     assert limiter.in_flight == server.in_flight == 0
@@ -364,14 +364,14 @@ async def ask_slots(slots: int, latency: Callable[[], float], rows: int, concurr
     limiter, free, flying = Limiter(concurrency, now), asyncio.Semaphore(slots), []
 
     async def row(number: int) -> None:
-        await limiter.enter()
+        await limiter.acquire()
         await asyncio.sleep(1e-6 * number)  # one after the other, as on a real clock
         sent = now()
         async with free:
             await asyncio.sleep(latency())
         limiter.succeeded(sent)
         flying.append(limiter.in_flight)
-        limiter.leave()
+        limiter.release()
 
     await asyncio.gather(*(row(number) for number in range(rows)))
     return limiter, flying

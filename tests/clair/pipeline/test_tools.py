@@ -14,7 +14,7 @@ from clair.data.dataset import load_pairs, read_rows, schema, split_file
 from clair.data.prompt_sources import PromptSource, read_prompts
 from clair.data.records import task_text
 from clair.data.row_files import load_split
-from clair.inference.model import reply_of
+from clair.inference.model import parse_reply
 from clair.pipeline.build import build
 from clair.pipeline.shards import Shard, shards_location
 from clair.reporting.review import fingerprint
@@ -197,5 +197,5 @@ def test_a_dataset_with_tools_is_shown_reviewed_exported_and_merged(tmp_path, mo
 
 
 def test_a_reply_with_text_keeps_its_calls(tmp_path):
-    reply = reply_of(json.dumps({"choices": [choice("Yes.", "tool_calls", tool_calls=[CALL])]}), tools=True)
+    reply = parse_reply(json.dumps({"choices": [choice("Yes.", "tool_calls", tool_calls=[CALL])]}), tools=True)
     assert (reply.text, reply.tool_calls) == ("Yes.", (CALL,))

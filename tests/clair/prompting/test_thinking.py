@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from clair.inference.model import RequestFailed, reply_of, split_thinking, visible
+from clair.inference.model import RequestFailed, parse_reply, split_thinking, visible_answer
 from clair.pipeline.build import build
 from tests.clair.building import outcomes, pairs
 from tests.clair.scripted import Scripted, choice, endpoint, install, recipe, revision
@@ -48,19 +48,19 @@ MENTIONS = [
 
 
 def text_of(content, finish="stop", **message):
-    return reply_of(json.dumps({"choices": [choice(content, finish, **message)]})).text
+    return parse_reply(json.dumps({"choices": [choice(content, finish, **message)]})).text
 
 
 @pytest.mark.parametrize("text", SPLIT, ids=range(len(SPLIT)))
 def test_reasoning_is_split_off_in_every_known_mark(text):
     assert split_thinking(text) == SPLIT[text]
-    assert text_of(text) == visible(text) == SPLIT[text][1]
+    assert text_of(text) == visible_answer(text) == SPLIT[text][1]
 
 
 @pytest.mark.parametrize("text", MENTIONS, ids=range(len(MENTIONS)))
 def test_a_tag_that_is_spoken_of_stays_in_the_answer(text):
     assert split_thinking(text) == ("", text)
-    assert text_of(text) == visible(text) == text
+    assert text_of(text) == visible_answer(text) == text
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
@@ -75,7 +75,7 @@ def test_thoughts_that_the_server_has_split_off_are_not_split_again(field, text)
     "mark", ["<|im_end|>", "<|eot_id|>\n", "</s>", "<|end|><|endoftext|>", "<end_of_turn>\n\n", "<|eot|>", "<|user|>"]
 )
 def test_marks_of_an_ended_turn_are_no_part_of_it(mark):
-    assert text_of(f"It is 4.{mark}") == visible(f"It is 4.{mark}") == "It is 4."
+    assert text_of(f"It is 4.{mark}") == visible_answer(f"It is 4.{mark}") == "It is 4."
     for text in ("It ends by `<|im_end|>`.", f"{mark} ends it.", "<s>old</s>"):
         assert text_of(text) == text
 
@@ -91,7 +91,7 @@ def test_marks_of_an_ended_turn_are_no_part_of_it(mark):
     ],
 )
 def test_marks_of_a_turn_and_of_what_was_thought_in_it_go_together(text):
-    assert text_of(text) == visible(text) == "It is 4."
+    assert text_of(text) == visible_answer(text) == "It is 4."
 
 
 def test_parts_of_content_are_joined_whatever_lies_between_them():
@@ -99,7 +99,7 @@ def test_parts_of_content_are_joined_whatever_lies_between_them():
     halves = [{"type": "text", "text": half} for half in ("It is \ud83d", "\ude00.")]
     assert text_of([halves[0], *empty, halves[1]]) == "It is \U0001f600."
     thought = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
-    reply = reply_of(json.dumps({"choices": [choice([thought, {"type": "text", "text": "`</think>`"}])]}))
+    reply = parse_reply(json.dumps({"choices": [choice([thought, {"type": "text", "text": "`</think>`"}])]}))
     assert (reply.thinking, reply.text) == ("hm", "`</think>`")
 
 

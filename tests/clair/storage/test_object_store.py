@@ -177,12 +177,12 @@ async def some_writes(ledger: Ledger, draw: Random, count: int) -> None:
             await ledger.settle(key, f"reply é \x00 {draw.random()}", Tokens(7, 70), CLAIM.max_tokens, draw.random())
         elif choice == 2:
             await ledger.fail(key, "broken", CLAIM.max_tokens)
-        elif choice == 3 and not queue.holds(key):
+        elif choice == 3 and not queue.contains(key):
             await queue.put(key, CLAIM, bytes(draw.randrange(256) for _ in range(20)))
-        elif batch := await queue.gather(3, 1000):
-            await queue.uploaded(batch, "file")
-            await queue.sent(batch, f"id-{draw.random()}")
-            await queue.settle(batch, [Outcome(k, "raw", Tokens(1, 2)) for k in queue.keys(batch)[:2]])
+        elif batch := await queue.form_batch(3, 1000):
+            await queue.mark_uploaded(batch, "file")
+            await queue.mark_sent(batch, f"id-{draw.random()}")
+            await queue.settle(batch, [Outcome(k, "raw", Tokens(1, 2)) for k in queue.waiting_keys(batch)[:2]])
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])

@@ -13,7 +13,7 @@ import pytest
 from apo.evaluation.mixeval.run import Run
 from apo.evaluation.results import read_results
 from clair.core.errors import UserError
-from clair.inference.client import Stop
+from clair.inference.client import StopSignal
 from tests.apo.evaluation.evaluating import apo, evaluated, final, judging
 from tests.apo.evaluation.questions import JUDGE, responses_of
 from tests.clair.building import error_line
@@ -452,7 +452,7 @@ def test_items_are_counted_when_they_finish_and_not_in_order():
             return placed[0], SimpleNamespace(unresolved=None)
 
     async def counted() -> list[int]:
-        run, counts = Uneven(None, None, {}, Stop()), []
+        run, counts = Uneven(None, None, {}, StopSignal()), []
 
         def on_progress(count: int, _: object) -> None:
             counts.append(count)

@@ -1,0 +1,131 @@
+"""A local model folder: the hash of its weights, the base of an adapter, and checks before the model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from clair.core.errors import UserError
+from clair.core.files import file_sha256
+
+_CONTENT_FILES = re.compile(
+    r".*\.safetensors$|.*\.model$|(config|generation_config|adapter_config|tokenizer|special_tokens|added_tokens|"
+    r"chat_template|vocab|merges).*\.(json|jinja|txt)$"
+)
+
+
+def weights_identity(path: str | Path) -> str:
+    """SHA-256 over the files of a model folder that determine its answers: weights, configs, tokenizer, template.
+
+    An adapter's hash includes its base: all files of it if it is a folder, else its name.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(file for file in Path(path).iterdir() if _CONTENT_FILES.match(file.name)):
+        digest.update(f"{file.name}\0{file_sha256(file)}\n".encode())
+    base = adapter_base(path)
+    if base is not None:
+        digest.update((weights_identity(base) if Path(base).is_dir() else f"hub:{base}").encode())
+    return f"weights:{digest.hexdigest()}"
+
+
+def adapter_base(path: str | Path) -> str | None:
+    """The folder or hub name of the base model if `path` holds an adapter; None for a full model.
+
+    Raises UserError if the adapter does not name its base, or names an adapter: itself, or another one.
+    """
+    config = Path(path) / "adapter_config.json"
+    if not config.is_file():
+        return None
+    base = _read_json(config, "the adapter").get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"the adapter in {path} names no base_model_name_or_path; write it into {config.name}")
+    if (Path(base) / config.name).is_file():
+        base_name = "itself" if Path(base).samefile(path) else f"another adapter, {base},"
+        raise UserError(
+            f"the adapter in {path} names {base_name} as its base; write the model's folder into {config.name}, or "
+            "fold the lower adapter into its base first (apo merge)"
+        )
+    return str(base)
+
+
+def check_model_folder(path: str | Path, role: str = "target") -> None:
+    """Check that a folder holds a chat model, or an adapter of one. Raises UserError naming what is missing."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{role}: model folder {folder} does not exist; give the path of a saved transformers model")
+    base = adapter_base(folder)
+    if base is None:
+        if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+            raise UserError(
+                f"{role}: {folder} holds no config.json with *.safetensors; save a model with save_pretrained"
+            )
+        _check_chat_template(folder, role)
+        return
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{role}: the adapter {folder} has no adapter_model.safetensors; only safetensors are read")
+    if Path(base).is_dir():
+        check_model_folder(base, role)
+    elif base.startswith((".", "/", "~")) or base.count("/") > 1:
+        raise UserError(f"{role}: the base model {base} of the adapter {folder} does not exist")
+    if (folder / "tokenizer_config.json").is_file():
+        _check_chat_template(folder, role)
+
+
+def check_remote_code(folder: str | Path, role: str) -> None:
+    """Check, without running it, that a model needs no code of its own (`auto_map`) to be loaded. Raises UserError."""
+    file = Path(adapter_base(Path(folder)) or folder) / "config.json"
+    config = _read_json(file, role) if file.is_file() else {}
+    if "auto_map" not in config:
+        return
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]  # the public mapping loads every config module
+
+    if config.get("model_type") not in CONFIG_MAPPING_NAMES:
+        raise UserError(
+            f"{role}: {folder} needs code of its own to be loaded ({config.get('model_type')!r} is no model type of "
+            f"transformers), and it is not run; set trust_remote_code: true if you have read it"
+        )
+
+
+def _check_chat_template(folder: Path, role: str) -> None:
+    file = folder / "tokenizer_config.json"
+    config = _read_json(file, f"{role}: the tokenizer") if file.is_file() else {}
+    if not config.get("chat_template") and not (folder / "chat_template.jinja").is_file():
+        raise UserError(f"{role}: the tokenizer in {folder} has no chat template; use a chat model or save one with it")
+    if not config.get("eos_token"):
+        raise UserError(f"{role}: the tokenizer in {folder} has no end-of-turn token (eos_token): answers cannot end")
+
+
+def _read_json(file: Path, owner: str) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{owner}: {file} is not JSON ({error}); save it with save_pretrained") from error
+    return value
+
+
+def resize_vocabulary(model: Any, adapter: Path) -> None:
+    """Resize a base model's embeddings to the vocabulary of an adapter file that has embeddings of another size.
+
+    New rows are the mean of the old ones, so that loading is deterministic; the adapter's own rows replace them.
+    """
+    import torch
+    from safetensors import safe_open
+
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = tuple(f"base_model.model.{name}." for name, module in model.named_modules() if module in (embeddings, head))
+    rows = set()
+    with safe_open(adapter, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 (not a mapping)
+            if key.startswith(names) and key.endswith(".weight") and ".lora_" not in key:
+                rows.add(file.get_slice(key).get_shape()[0])
+    old_size = embeddings.weight.shape[0]
+    if len(rows) != 1 or (new_size := rows.pop()) == old_size:
+        return
+    model.resize_token_embeddings(new_size, mean_resizing=False)
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if module is not None and new_size > old_size:
+                module.weight[old_size:] = module.weight[:old_size].mean(0)
