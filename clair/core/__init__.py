@@ -1,4 +1,4 @@
-"""What every other folder uses: errors, recipes, files, URLs, statistics, progress, exit codes.
+"""The foundations of the package: errors, recipes, files, URLs, statistics, progress, exit codes.
 
 Imports no other folder of the package.
 """

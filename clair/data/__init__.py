@@ -1,4 +1,4 @@
-"""Records and the files that hold them: prompts in, preference pairs out, contrast and duplicates measured.
+"""Prompts and preference pairs, the files that hold them, and measures of contrast and duplicates.
 
 Imports `core` and `storage`.
 """

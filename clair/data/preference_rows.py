@@ -179,7 +179,7 @@ class _RowReader:
         return [{"role": "assistant", "content": require_utf8(answer, repr(side))}]
 
     def _prompt(self, *, optional: bool) -> Messages:
-        """The prompt columns of the row as messages. If they are `optional`, an empty list where there is none."""
+        """The prompt columns of the row as messages. If they are `optional`, an empty list if there are none."""
         row = self.row
         column = next((name for name in PROMPT_TEXT_COLUMNS if row.get(name) is not None), None)
         if optional and column and (not row[column] or (isinstance(row[column], str) and not row[column].strip())):

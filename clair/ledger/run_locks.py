@@ -1,4 +1,4 @@
-"""Which runs have a ledger open: one lock file per run, which the kernel unlocks when the process of the run ends."""
+"""Lock files of the runs that have a ledger open. The kernel unlocks such a file when the process of its run ends."""
 
 from __future__ import annotations
 

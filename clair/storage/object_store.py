@@ -297,7 +297,7 @@ def _copy_dataset(store: Store, url: str) -> Path:
     if not isinstance(files, dict) or not all(map(_is_below, files)):
         raise UserError(f"{store.name}: its manifest.json is none of `clair build`; give a folder that it made")
     copies = copy_of(url, "datasets")
-    folder = copies / manifest.stem / copies.name[17:]  # ends as the URL does: the report is named after it
+    folder = copies / manifest.stem / copies.name[17:]  # the name ends like the URL, because a report is named after it
     if (folder / "manifest.json").is_file():
         return folder
     for old in copies.glob("*"):

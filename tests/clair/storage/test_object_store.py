@@ -19,7 +19,7 @@ import pytest
 from clair.cluster.merge import merge
 from clair.core.errors import UserError
 from clair.inference.batch_queue import BatchQueue, Outcome
-from clair.ledger import replication as segments
+from clair.ledger import replication
 from clair.ledger.ledger import Claim, Ledger, LedgerError, Tokens
 from clair.ledger.replication import LedgerReplica
 from clair.pipeline.build import build
@@ -187,8 +187,8 @@ async def some_writes(ledger: Ledger, draw: Random, count: int) -> None:
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_a_ledger_made_up_from_its_segments_is_the_ledger_at_every_point(tmp_path, url, seed, monkeypatch):
-    monkeypatch.setattr(segments, "_MAX_SMALL_SEGMENTS", 7)
-    monkeypatch.setattr(segments, "_ROWS_PER_SEGMENT", 3)
+    monkeypatch.setattr(replication, "_MAX_SMALL_SEGMENTS", 7)
+    monkeypatch.setattr(replication, "_ROWS_PER_SEGMENT", 3)
     draw = Random(seed)
     for time_ in range(3):
         with Ledger(tmp_path / "l.sqlite", log_of(url)) as ledger:
@@ -207,7 +207,7 @@ def test_small_segments_that_could_not_be_deleted_count_no_more(tmp_path, url, m
     def refuse(self, names):
         raise StorageError("may not delete")
 
-    monkeypatch.setattr(segments, "_MAX_SMALL_SEGMENTS", 5)
+    monkeypatch.setattr(replication, "_MAX_SMALL_SEGMENTS", 5)
     monkeypatch.setattr(Store, "delete", refuse)
     for number in range(2):
         with Ledger(tmp_path / "l.sqlite", log_of(url)) as ledger:
