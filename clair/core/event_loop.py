@@ -55,7 +55,7 @@ class _WorkerLoop(asyncio.SelectorEventLoop):
         self._on_interrupt: tuple[Callable[..., object], tuple[Any, ...]] | None = None
 
     def add_signal_handler(self, sig: int, callback: Callable[..., object], *args: Any) -> None:
-        """Keep the handler of SIGINT; other signals end the process as ever."""
+        """Keep the handler of SIGINT; other signals end the process as usual."""
         if sig == signal.SIGINT:
             self._on_interrupt = callback, args
 
