@@ -1,1 +1,1 @@
-"""Rewards from comparisons, on frozen features: one for all, several tastes (PAL), a latent taste (VPL)."""
+"""Rewards fitted on comparisons, on frozen features: one for all, several tastes (PAL), a latent taste (VPL)."""

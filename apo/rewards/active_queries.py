@@ -1,9 +1,9 @@
-"""Getting to know a new user by asking: the comparison whose answer says most, again and again. Answers are kept."""
+"""Active queries: ask a new user for the comparisons that are most informative about them, and store the answers."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from apo.analysis.features import Labelled
 
 
-def ask(reward: Reward, user: str, found: Labelled, pool: Comparisons, questions: int) -> Tensor:
-    """Ask on the terminal until `questions` answers of the user are there; returns and keeps the state.
+def ask_user(reward: Reward, user: str, pairs: Labelled, pool: Comparisons, questions: int) -> Tensor:
+    """Ask on the terminal until the user has given `questions` answers; return and save the user's state.
 
-    Answers given before count. Raises UserError where the reward cannot choose questions, or the input ends.
+    Earlier answers count. Raises UserError if the reward cannot choose questions, or if the input ends.
     """
     from apo.console import tell
     from clair.data.records import task_text
@@ -31,32 +31,33 @@ def ask(reward: Reward, user: str, found: Labelled, pool: Comparisons, questions
     if not isinstance(scorer, VPL):
         raise UserError(f"a {scorer.kind} reward cannot choose questions; fit one of kind vpl, or give --comparisons")
     assert reward.folder is not None
-    places = {row["id"]: place for place, row in enumerate(found.rows)}
+    indices = {row["id"]: index for index, row in enumerate(pairs.rows)}
     answers = read_answers(reward.folder, user)
-    if strange := [answer["id"] for answer in answers if answer["id"] not in places]:
-        raise UserError(f"{user!r} has answered {strange[0]!r}, which is not in this pool; give the same --pool")
+    if unknown := [answer["id"] for answer in answers if answer["id"] not in indices]:
+        raise UserError(f"{user!r} has answered {unknown[0]!r}, which is not in this pool; give the same --pool")
     if len(answers) + (questions - len(answers)) > len(pool):
         raise UserError(f"{questions} questions but {len(pool)} pairs in the pool; ask fewer, or give more")
     while len(answers) < questions:
-        given = answered(pool, answers, places)
-        place, gain = next_question(scorer, pool, given, asked={places[a["id"]] for a in answers}, seed=len(answers))
-        row = found.rows[place]
+        answered = answered_comparisons(pool, answers, indices)
+        excluded = {indices[answer["id"]] for answer in answers}
+        index, gain = next_question(scorer, pool, answered, excluded=excluded, seed=len(answers))
+        row = pairs.rows[index]
         sides = ["chosen", "rejected"]
-        if int(content_hash([user, row["id"]])[0], 16) % 2:  # where it stands must not tell which is which
+        if int(content_hash([user, row["id"]])[0], 16) % 2:  # the position must not reveal which is chosen
             sides.reverse()
         tell(f"\nQuestion {len(answers) + 1} of {questions} ({gain:.2f} nats)\n{task_text(row['prompt'])}")
         for number, side in enumerate(sides, 1):
             tell(f"\n[{number}] {row[side][-1]['content']}")
         answers.append({"id": row["id"], "chosen": sides[_answer() - 1] == "chosen"})
         save_user(reward, user, None, answers)
-    state = scorer.adapt(answered(pool, answers, places))
+    state = scorer.adapt(answered_comparisons(pool, answers, indices))
     save_user(reward, user, state, answers)
     return state
 
 
-def answered(pool: Comparisons, answers: list[dict[str, object]], places: dict[str, int]) -> Comparisons:
-    """The comparisons of the pool that were answered, turned to what was preferred."""
-    some = pool.select([places[str(answer["id"])] for answer in answers])
+def answered_comparisons(pool: Comparisons, answers: list[dict[str, Any]], indices: dict[str, int]) -> Comparisons:
+    """Return the answered comparisons of the pool, with chosen and rejected as the user prefers."""
+    some = pool.select([indices[str(answer["id"])] for answer in answers])
     keep = torch.tensor([bool(answer["chosen"]) for answer in answers], dtype=torch.bool)[:, None]
     chosen, rejected = some.chosen.where(keep, some.rejected), some.rejected.where(keep, some.chosen)
     return replace(some, chosen=chosen, rejected=rejected)
@@ -65,8 +66,8 @@ def answered(pool: Comparisons, answers: list[dict[str, object]], places: dict[s
 def _answer() -> int:
     while True:
         try:
-            said = input("Which do you prefer, 1 or 2? ").strip()
+            reply = input("Which do you prefer, 1 or 2? ").strip()
         except EOFError:
             raise UserError("the input ended; every answer so far is kept, and the same command goes on") from None
-        if said in ("1", "2"):
-            return int(said)
+        if reply in ("1", "2"):
+            return int(reply)

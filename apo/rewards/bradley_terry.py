@@ -1,4 +1,4 @@
-"""Bradley-Terry: one reward for all, P(a preferred to b) = sigmoid(r(a) - r(b)) (Bradley & Terry 1952)."""
+"""Bradley-Terry: one reward for all users, P(a preferred to b) = sigmoid(r(a) - r(b)) (Bradley & Terry 1952)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from apo.rewards.scorer import Comparisons, Scorer, mlp
 
 
 class BradleyTerry(Scorer):
-    """r(phi), an MLP with a linear way past it. Its state is empty: users do not matter."""
+    """r(phi), an MLP plus a linear map. The state is empty, because users do not matter."""
 
     kind = "bradley_terry"
 
@@ -21,8 +21,8 @@ class BradleyTerry(Scorer):
 
     def reward(self, prompt: Tensor, answer: Tensor, state: Tensor) -> Tensor:
         x = self.answers(answer)
-        found: Tensor = (self.body(x) + self.linear(x)).squeeze(-1)
-        return found
+        reward: Tensor = (self.body(x) + self.linear(x)).squeeze(-1)
+        return reward
 
     def loss(self, batch: Comparisons, step: int) -> Tensor:
         return softplus(-self.margin(batch.prompt, batch.chosen, batch.rejected, batch.chosen[:, :0])).mean()
@@ -30,5 +30,5 @@ class BradleyTerry(Scorer):
     def user_states(self, data: Comparisons) -> Tensor:
         return torch.zeros(len(data.users), 0)
 
-    def adapt(self, given: Comparisons) -> Tensor:
+    def adapt(self, comparisons: Comparisons) -> Tensor:
         return torch.zeros(0)

@@ -1,4 +1,4 @@
-"""apo reward: what is typed to fit, use and choose rewards. Heavy imports stay inside the commands."""
+"""The commands of `apo reward`: select, fit, score and adapt. Heavy imports are inside the commands."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ def select(
     """Tell whether users' tastes differ enough for more than one reward, on held-out comparisons."""
     from rich.table import Table
 
-    from apo.rewards.model_selection import select as choose
-    from apo.rewards.reward_dir import comparisons_of
+    from apo.rewards.model_selection import select as select_tastes
+    from apo.rewards.reward_dir import to_comparisons
     from clair.core.console import show as print_
     from clair.core.files import write_json
 
-    found = _labelled(datasets, model)
-    data = comparisons_of(_with_users(found))
-    selection = choose(data, most=most, by_prompt=by_prompt, seed=seed)
+    pairs = _labelled(datasets, model)
+    data = to_comparisons(_with_users(pairs))
+    selection = select_tastes(data, max_tastes=most, by_prompt=by_prompt, seed=seed)
     table = Table("", "tastes", "nats, choosing", "nats, judging")
     for c in selection.candidates:
         table.add_row(c.name, str(c.tastes), f"{c.choosing:.3f} ± {c.choosing_se:.3f}", f"{c.judging:.3f}")
     print_(table)
     print_(selection.words)
     if out:
-        write_json(out, selection.plain())
+        write_json(out, selection.to_json())
 
 
 @app.command()
@@ -78,36 +78,38 @@ def fit(
 ) -> None:
     """Fit a reward on features of a frozen model. One comparison in ten of each user is held out."""
     from apo.console import tell
-    from apo.rewards.model_selection import KINDS, fitted
-    from apo.rewards.reward_dir import Reward, comparisons_of
+    from apo.rewards.model_selection import KINDS, fit_best
+    from apo.rewards.reward_dir import Reward, to_comparisons
     from apo.rewards.scorer import accuracy, nll, split
+    from apo.rewards.vpl import VPL
     from clair.core.errors import near_miss
 
     if kind not in KINDS:
         raise UserError(f"unknown kind {kind!r}{near_miss(kind, KINDS)}; allowed: {', '.join(KINDS)}")
     if (out / "reward.json").exists():
         raise UserError(f"{out} holds a reward already; choose another --out")
-    found = _labelled(datasets, model)
-    found = found if kind == "bradley_terry" else _with_users(found)
-    data = comparisons_of(found)
-    if kind != "bradley_terry" and len(data.users) < 2:
+    pairs = _labelled(datasets, model)
+    pairs = pairs if kind == "bradley_terry" else _with_users(pairs)
+    data = to_comparisons(pairs)
+    if kind != "bradley_terry" and len(data.users) == 1:
         raise UserError(f"all comparisons are of one user, {data.users[0]!r}: there is one taste; take bradley_terry")
     training, held_out = split(data, (0.9, 0.1), seed)
-    scorer = fitted(kind, data, training, held_out, prototypes=prototypes, by_prompt=by_prompt, beta=beta, seed=seed)
+    scorer = fit_best(kind, data, training, held_out, prototypes=prototypes, by_prompt=by_prompt, beta=beta, seed=seed)
     measured: dict[str, Any] = {"comparisons": len(data), "held_out": len(held_out)}
     if len(held_out):
         measured |= {"accuracy": accuracy(scorer, held_out), "nll": float(nll(scorer, held_out).mean())}
         tell(f"held out: {measured['accuracy']:.1%} right, {measured['nll']:.3f} nats, of {len(held_out)} comparisons")
     warnings = []
     if kind == "vpl":
-        health = scorer.health(training)  # type: ignore[operator]
+        assert isinstance(scorer, VPL)
+        health = scorer.health(training)
         measured |= health._asdict()
         tell(f"{health.active_units:.0%} of the latent's dimensions are active, swap cosine {health.swap:.2f}")
         if health.collapsed:
             warnings.append("the latent has collapsed, all users look alike: lower --beta, or take bradley_terry")
     for warning in warnings:
         tell(f"warning: {warning}")
-    Reward.fitted(scorer, data, found, model, measured=measured, seed=seed, warnings=warnings).save(out)
+    Reward.from_fit(scorer, data, pairs, model, measured=measured, seed=seed, warnings=warnings).save(out)
     tell(f"wrote {out}")
 
 
@@ -133,8 +135,7 @@ def score(
 ) -> None:
     """Score pairs by win rate against reference answers, with each group's preference and the worst-off one's."""
     from apo.console import tell
-    from apo.rewards.judge import by_group as turned
-    from apo.rewards.judge import padded, scored, worst_off
+    from apo.rewards.judge import pad_chosen, rows_by_group, score_pairs, worst_group_filter
     from apo.rewards.reward_dir import Reward
     from clair.core.files import write_json
     from clair.data.dataset import read_manifest
@@ -144,24 +145,24 @@ def score(
         raise UserError("--decisions is about one dataset folder as it is; give one, without --by-group")
     manifest = read_manifest(datasets[0]) if decisions else None
     judge = Reward.load(reward)
-    found = _labelled(datasets, judge.facts["model"])
-    judge.check(found)
-    states = judge.row_states(found, user)
-    rows = scored(judge, found, states)
+    pairs = _labelled(datasets, judge.facts["model"])
+    judge.check_features(pairs)
+    states = judge.row_states(pairs, user)
+    rows = score_pairs(judge, pairs, states)
     if pad is not None:
-        again = _rows_labelled(padded(found.rows, pad), judge.facts["model"])
+        again = _rows_labelled(pad_chosen(pairs.rows, pad), judge.facts["model"])
         for row, value in zip(rows, judge.win_rates(again, states)[0].tolist(), strict=True):
             row["score_padded"] = value
     if by_group:
-        rows = turned(rows, sure)
+        rows = rows_by_group(rows, sure)
     if not rows:
         raise UserError(f"no group prefers either answer of a pair with a probability of {sure:g}; lower --sure")
     _write_scored(rows, out)
     tell(f"{len(rows):,} rows in {out}")
     if decisions and manifest is not None:
-        kept = worst_off(rows, least)
-        write_json(decisions, kept.decisions(manifest))
-        tell(f"{kept.words}: {len(kept.kept):,} of {len(rows):,} kept; clair keep {datasets[0]} {decisions}")
+        filtered = worst_group_filter(rows, least)
+        write_json(decisions, filtered.decisions(manifest))
+        tell(f"{filtered.words}: {len(filtered.kept):,} of {len(rows):,} kept; clair keep {datasets[0]} {decisions}")
 
 
 @app.command()
@@ -176,58 +177,58 @@ def adapt(
 ) -> None:
     """Add a user to a reward: from comparisons of theirs, or by asking a few that say most (vpl)."""
     from apo.console import tell
-    from apo.rewards.reward_dir import Reward, comparisons_of, save_user
+    from apo.rewards.reward_dir import Reward, save_user, to_comparisons
 
     if bool(comparisons) == bool(pool):
         raise UserError("give either --comparisons (what the user preferred) or --pool (pairs to ask about)")
     judge = Reward.load(reward)
     if user in judge.facts["users"]:
         raise UserError(f"{user!r} is known already: the reward was fitted with them; choose another name")
-    found = _labelled(comparisons or pool or [], judge.facts["model"])
-    judge.check(found)
-    data = comparisons_of(found)
+    pairs = _labelled(comparisons or pool or [], judge.facts["model"])
+    judge.check_features(pairs)
+    data = to_comparisons(pairs)
     if comparisons:
         state = judge.scorer.adapt(data)
-        save_user(judge, user, state, [{"id": row["id"], "chosen": True} for row in found.rows])
+        save_user(judge, user, state, [{"id": row["id"], "chosen": True} for row in pairs.rows])
     else:
-        from apo.rewards.active_queries import ask
+        from apo.rewards.active_queries import ask_user
 
         try:
-            state = ask(judge, user, found, data, questions)
+            state = ask_user(judge, user, pairs, data, questions)
         except KeyboardInterrupt as stop:
             tell("interrupted; every answer so far is kept, and the same command goes on")
             raise typer.Exit(EXIT_INTERRUPTED) from stop
-    named = judge.groups()[user]
-    tell(f"{user} was added to {reward}" + (f", {named}" if len(judge.scorer.groups()) > 1 else ""))
+    group = judge.groups()[user]
+    tell(f"{user} was added to {reward}" + (f", {group}" if len(judge.scorer.groups()) > 1 else ""))
 
 
 _FILE = (".jsonl", ".json")
 
 
 def _check_out(out: Path) -> None:
-    """Raises UserError where `out` is a folder named like a file, or the other way round, or holds other files."""
+    """Raise UserError if `out` is a folder with a file's name, a file with a folder's, or a folder with other files."""
     is_file = out.suffix in _FILE
     if out.exists() and out.is_dir() == is_file:
         raise UserError(f"--out {out} is {'a folder' if is_file else 'a file'}; name a .jsonl file, or a folder")
     if not is_file and out.exists():
-        strangers = sorted(file.name for file in out.iterdir() if file.name not in ("train.jsonl", "test.jsonl"))
-        if strangers:
-            raise UserError(f"--out {out} holds other files ({', '.join(strangers[:3])}); choose another folder")
+        others = sorted(file.name for file in out.iterdir() if file.name not in ("train.jsonl", "test.jsonl"))
+        if others:
+            raise UserError(f"--out {out} holds other files ({', '.join(others[:3])}); choose another folder")
 
 
 def _write_scored(rows: list[dict[str, Any]], out: Path) -> None:
-    """Write rows to a file, or into a folder as one file a split."""
+    """Write rows to a file, or to a folder with one file per split."""
     from clair.core.files import write_atomically
 
     files = {out: rows} if out.suffix in _FILE else {
         out / f"{split}.jsonl": [row for row in rows if row["split"] == split] for split in ("train", "test")
     }  # fmt: skip
-    for file, some in files.items():
+    for file, split_rows in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        if some:
-            write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some))
+        if split_rows:
+            write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in split_rows))
         else:
-            file.unlink(missing_ok=True)  # of a former run
+            file.unlink(missing_ok=True)  # written by an earlier run
 
 
 def _labelled(datasets: list[str], model: str) -> Labelled:
@@ -242,25 +243,25 @@ def _rows_labelled(rows: list[dict[str, Any]], model: str) -> Labelled:
     from apo.analysis.features import labelled_rows
     from apo.console import tell
 
-    found = labelled_rows(rows, model, tell)
-    if len(found.rows) != len(rows):
+    pairs = labelled_rows(rows, model, tell)
+    if len(pairs.rows) != len(rows):
         raise UserError("with the padding some pairs are longer than the model's context; pad with less")
-    return found
+    return pairs
 
 
-def _with_users(found: Labelled) -> Labelled:
-    """The pairs that have a user. Raises UserError where there are none; tells what is odd about the others."""
+def _with_users(pairs: Labelled) -> Labelled:
+    """Return the pairs that have a user, and print notes on them. Raises UserError if there are none."""
     from apo.console import tell
-    from apo.rewards.reward_dir import notes_on
+    from apo.rewards.reward_dir import user_notes
 
-    places = [place for place, row in enumerate(found.rows) if row["user"] is not None]
-    if not places:
+    indices = [index for index, row in enumerate(pairs.rows) if row["user"] is not None]
+    if not indices:
         raise UserError(
             "no pair has a user, so nobody's taste can be told apart; add a column user, or take bradley_terry"
         )
-    if len(places) < len(found.rows):
-        tell(f"note: {len(found.rows) - len(places):,} of {len(found.rows):,} pairs have no user and are left out")
-    found = found.select(places)
-    for note in notes_on(found.rows):
+    if len(indices) < len(pairs.rows):
+        tell(f"note: {len(pairs.rows) - len(indices):,} of {len(pairs.rows):,} pairs have no user and are left out")
+    pairs = pairs.select(indices)
+    for note in user_notes(pairs.rows):
         tell(f"note: {note}")
-    return found
+    return pairs

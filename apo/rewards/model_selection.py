@@ -1,10 +1,10 @@
-"""Whether people differ: one reward or several tastes, decided on comparisons that nothing was fitted on.
+"""Model selection: one reward or several tastes, decided on held-out comparisons.
 
-Each user's comparisons are parted: 3 in 5 fit, 1 in 5 chooses K (and when to stop), 1 in 5 judges. K is the fewest
-prototypes that the best number is not better than with 95 % confidence. Several tastes are
-recommended only where they predict the judging part better than the better of two models of one taste (Bradley-Terry,
-PAL with K = 1), by more than `LEAST_GAIN` nats a comparison with 95 % confidence, users being the clusters. On real
-data one reward often wins: docs/neighbours.md says where.
+Each user's comparisons are split: 3 in 5 to fit, 1 in 5 to choose K (and the epoch), 1 in 5 to judge. K is the smallest
+number of prototypes that the best one does not beat with 95 % confidence. Several tastes are recommended only if they
+predict the judging split better than the better model of one taste (Bradley-Terry, PAL with K = 1), by more than
+`MIN_GAIN` nats per comparison with 95 % confidence, clustered by user. On real data one reward often wins; see
+docs/neighbours.md.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from apo.rewards.vpl import VPL
 from clair.core.errors import UserError, near_miss
 from clair.core.statistics import Estimate, clustered_mean
 
-LEAST_GAIN = 0.01
-"""Nats a comparison: a smaller gain is not worth a second taste."""
+MIN_GAIN = 0.01
+"""Nats per comparison: a smaller gain does not justify a second taste."""
 KINDS = ("bradley_terry", "pal", "vpl")
 STARTS = 3
-"""Fits of PAL with several prototypes, from different draws: one in five may end with two tastes in one prototype."""
+"""Fits of PAL with several prototypes, from different seeds: one in five may merge two tastes into one prototype."""
 
 
 def new_scorer(
     kind: str, data: Comparisons, *, prototypes: int = 2, by_prompt: bool = False, beta: float = 1e-3, seed: int = 0
 ) -> Scorer:
-    """A scorer that has learned nothing yet. Raises UserError for an unknown kind."""
+    """Return an initialised scorer. Raises UserError for an unknown kind."""
     torch.manual_seed(seed)
     sizes = data.prompt.shape[1], data.chosen.shape[1]
     if kind == "bradley_terry":
@@ -44,22 +44,29 @@ def new_scorer(
     raise UserError(f"unknown kind {kind!r}{near_miss(kind, KINDS)}; allowed: {', '.join(KINDS)}")
 
 
-def fitted(
-    kind: str, data: Comparisons, training: Comparisons, valid: Comparisons, *, prototypes: int = 2,
-    by_prompt: bool = False, beta: float = 1e-3, seed: int = 0,
-) -> Scorer:  # fmt: skip
-    """A scorer for the users of `data`, fitted on `training`: of several starts the one that explains it best."""
+def fit_best(
+    kind: str,
+    data: Comparisons,
+    training: Comparisons,
+    valid: Comparisons,
+    *,
+    prototypes: int = 2,
+    by_prompt: bool = False,
+    beta: float = 1e-3,
+    seed: int = 0,
+) -> Scorer:
+    """Return a scorer for the users of `data`, fitted on `training`: the best of several starts."""
     starts = STARTS if kind == "pal" and prototypes > 1 else 1
-    found = []
+    scorers = []
     for start in (seed + 1000 * number for number in range(starts)):
         scorer = new_scorer(kind, data, prototypes=prototypes, by_prompt=by_prompt, beta=beta, seed=start)
-        found.append(fit(scorer, training, valid, seed=start))
-    return min(found, key=lambda scorer: float(nll(scorer, training).mean()))
+        scorers.append(fit(scorer, training, valid, seed=start))
+    return min(scorers, key=lambda scorer: float(nll(scorer, training).mean()))
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that was tried: mean over users of -log P of what they chose, on the choosing and the judging part."""
+    """A tried model, with the mean over users of -log P of their choices on the choosing and judging splits."""
 
     name: str
     tastes: int
@@ -70,7 +77,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is recommended, in words, and on what evidence. `gain` is nats a comparison over one taste."""
+    """The recommendation and its evidence. `gain` is in nats per comparison over one taste."""
 
     plural: bool
     tastes: int
@@ -78,15 +85,15 @@ class Selection:
     candidates: list[Candidate]
     gain: Estimate | None
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON values."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the selection as JSON values."""
         return {**asdict(self), "gain": self.gain._asdict() if self.gain else None}
 
 
-def select(data: Comparisons, *, most: int = 4, by_prompt: bool = False, seed: int = 0) -> Selection:
-    """Choose the number of tastes, 1 to `most`, and whether more than one is worth it.
+def select(data: Comparisons, *, max_tastes: int = 4, by_prompt: bool = False, seed: int = 0) -> Selection:
+    """Choose the number of tastes, 1 to `max_tastes`, and decide if more than one is justified.
 
-    Raises UserError where fewer than two users have five comparisons: nobody's own could be held out.
+    Raises UserError if fewer than two users have five comparisons, of which some can be held out.
     """
     fitting, choosing, judging = split(data, (0.6, 0.2, 0.2), seed)
     users = judging.user.unique()
@@ -95,41 +102,42 @@ def select(data: Comparisons, *, most: int = 4, by_prompt: bool = False, seed: i
             f"{len(users)} of {len(data.user.unique())} users have the five comparisons that it takes to hold some "
             f"out; whether tastes differ needs two such users at least, so take bradley_terry"
         )
-    found: dict[str, tuple[Candidate, Tensor]] = {}
-    missed: dict[int, Tensor] = {}
-    for name, tastes in [("bradley_terry", 1), *((f"pal {k}", k) for k in range(1, most + 1))]:
+    results: dict[str, tuple[Candidate, Tensor]] = {}
+    losses: dict[int, Tensor] = {}
+    for name, tastes in [("bradley_terry", 1), *((f"pal {k}", k) for k in range(1, max_tastes + 1))]:
         kind = name.split()[0]
-        scorer = fitted(
+        scorer = fit_best(
             kind, data, fitting, choosing, prototypes=tastes, by_prompt=by_prompt and kind == "pal", seed=seed
         )
-        missed[tastes] = nll(scorer, choosing)
-        by_user = clustered_mean(missed[tastes].tolist(), choosing.user.tolist())
+        losses[tastes] = nll(scorer, choosing)
+        mean_loss = clustered_mean(losses[tastes].tolist(), choosing.user.tolist())
         judged = nll(scorer, judging)
-        found[name] = Candidate(name, tastes, by_user.mean, by_user.se, float(judged.mean())), judged
-    one = min((name for name in found if found[name][0].tastes == 1), key=lambda name: found[name][0].choosing)
-    candidates = [candidate for candidate, _ in found.values()]
-    tastes = _fewest({k: values for k, values in missed.items() if k > 1}, choosing.user.tolist())
+        results[name] = Candidate(name, tastes, mean_loss.mean, mean_loss.se, float(judged.mean())), judged
+    candidates = [candidate for candidate, _ in results.values()]
+    one = min((c for c in candidates if c.tastes == 1), key=lambda candidate: candidate.choosing).name
+    tastes = _min_tastes({k: values for k, values in losses.items() if k > 1}, choosing.user.tolist())
     several = next((candidate for candidate in candidates if candidate.tastes == tastes), None)
     if several is None:
         return Selection(False, 1, "one taste: no other was tried", candidates, None)
-    gain = clustered_mean((found[one][1] - found[several.name][1]).tolist(), judging.user.tolist())
-    plural = gain.lo > LEAST_GAIN
-    told = f"{gain.mean:+.3f} nats a comparison [{gain.lo:+.3f}, {gain.hi:+.3f}] over {one}, {len(users)} users"
+    gain = clustered_mean((results[one][1] - results[several.name][1]).tolist(), judging.user.tolist())
+    plural = gain.lo > MIN_GAIN
+    evidence = f"{gain.mean:+.3f} nats a comparison [{gain.lo:+.3f}, {gain.hi:+.3f}] over {one}, {len(users)} users"
     words = (
-        f"several tastes: PAL with {several.tastes} prototypes predicts held-out choices better, {told}"
+        f"several tastes: PAL with {several.tastes} prototypes predicts held-out choices better, {evidence}"
         if plural
         else f"one taste: {several.tastes} prototypes do not predict held-out choices better by more than "
-        f"{LEAST_GAIN:g} nats, {told}"
+        f"{MIN_GAIN:g} nats, {evidence}"
     )
     return Selection(plural, several.tastes if plural else 1, words, candidates, gain)
 
 
-def _fewest(missed: dict[int, Tensor], users: list[int]) -> int | None:
-    """The fewest tastes that the best number is not better than with 95 % confidence, comparison by comparison."""
-    if not missed:
+def _min_tastes(losses: dict[int, Tensor], users: list[int]) -> int | None:
+    """Return the smallest number of tastes that the best one does not beat with 95 % confidence, clustered by user."""
+    if not losses:
         return None
-    best = min(missed, key=lambda tastes: float(missed[tastes].mean()))
-    return next(
-        tastes for tastes in sorted(missed)
-        if tastes == best or clustered_mean((missed[tastes] - missed[best]).tolist(), users).lo <= 0
-    )  # fmt: skip
+    best = min(losses, key=lambda tastes: float(losses[tastes].mean()))
+
+    def beaten(tastes: int) -> bool:
+        return clustered_mean((losses[tastes] - losses[best]).tolist(), users).lo > 0
+
+    return next(tastes for tastes in sorted(losses) if tastes == best or not beaten(tastes))

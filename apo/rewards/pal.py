@@ -1,13 +1,13 @@
-"""PAL: a few prototypical tastes that all users share, and for each user their weights (arXiv 2406.08469).
+"""PAL: prototypical tastes that all users share, and weights of the prototypes for each user (arXiv 2406.08469).
 
-Ideal points: a user prefers the answer that is nearer to a point of their own. f is a map that all share, w_u =
-softmax(v_u) over K prototypes; user u owns K numbers, the rest is learned from everybody.
+Ideal points: a user prefers the answer that is nearer to the user's ideal point. f is a shared map, and w_u =
+softmax(v_u) weights K prototypes; each user has K parameters, and all others are shared.
 
     PAL-A   a_u = f(sum_k w_uk P_k),          margin = |f(rejected) - a_u|^2 - |f(chosen) - a_u|^2
     PAL-B   a_u(c) = sum_k w_uk g_k(phi(c)),  margin = s (cos(f(chosen), a_u(c)) - cos(f(rejected), a_u(c)))
 
-The distances enter with the sign that draws the chosen answer nearer, and each vector is that of the last token. Loss:
-logistic, -log sigmoid(margin). A new user is located by fitting v alone. K = 1 is a homogeneous model.
+The signs of the distances move the chosen answer nearer; each vector is that of the last token. The loss is
+-log sigmoid(margin). A new user is located by fitting v alone. K = 1 is a homogeneous model.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, softplus
 
-from apo.rewards.scorer import Comparisons, Linearly, Scorer, mlp
+from apo.rewards.scorer import Comparisons, ResidualMLP, Scorer, mlp
 from clair.core.errors import UserError
 
 
 class PAL(Scorer):
-    """PAL-A, or PAL-B where the ideal point depends on the prompt (`by_prompt`). A state is w [K]."""
+    """PAL-A, or PAL-B with `by_prompt`, whose ideal point depends on the prompt. A state is w [K]."""
 
     kind = "pal"
     per_user = frozenset({"v"})
@@ -36,25 +36,25 @@ class PAL(Scorer):
         self.scale = nn.Parameter(torch.tensor(0.0))
         if by_prompt:
             inputs = self.prompts.basis.shape[1]
-            self.g = nn.ModuleList(Linearly(inputs, width) for _ in range(prototypes))
-            # K functions are much to learn from little. With less decay, or a scale of 1 / 0.07 to begin with, f and g
-            # learn the comparisons by heart; and they come out well only when the rate has fallen.
+            self.g = nn.ModuleList(ResidualMLP(inputs, width) for _ in range(prototypes))
+            # K functions have many parameters for few data. With less decay, or an initial scale of 1 / 0.07, f and g
+            # overfit the comparisons; and they become good only after the learning rate has decayed.
             self.decay, self.patience = 10.0, 1.0
         else:
             self.prototypes = nn.Parameter(torch.randn(prototypes, width) / width**0.5)
 
-    def place(self, x: Tensor) -> Tensor:
-        """f with the identity past it, [n, d] -> [n, d]."""
-        placed: Tensor = x + self.f(x)
-        return placed
+    def embed(self, x: Tensor) -> Tensor:
+        """Map x to x + f(x), [n, d] -> [n, d]."""
+        embedded: Tensor = x + self.f(x)
+        return embedded
 
     def reward(self, prompt: Tensor, answer: Tensor, state: Tensor) -> Tensor:
-        x = self.place(self.answers(answer))
+        x = self.embed(self.answers(answer))
         if self.options["by_prompt"]:
-            seen = self.prompts(prompt)
-            ideal = (torch.stack([g(seen) for g in self.g], -1) * state[:, None, :]).sum(-1)
+            projected = self.prompts(prompt)
+            ideal = (torch.stack([g(projected) for g in self.g], -1) * state[:, None, :]).sum(-1)
             return self.scale.exp().clamp(max=100) * cosine_similarity(x, ideal, dim=-1)
-        ideal = self.place(state @ self.prototypes)
+        ideal = self.embed(state @ self.prototypes)
         return -self.scale.exp() * ((x - ideal) ** 2).sum(-1) / x.shape[-1]
 
     def loss(self, batch: Comparisons, step: int) -> Tensor:
@@ -64,15 +64,15 @@ class PAL(Scorer):
     def user_states(self, data: Comparisons) -> Tensor:
         return self.v.softmax(-1)
 
-    def adapt(self, given: Comparisons, *, steps: int = 120, rate: float = 0.1) -> Tensor:
-        """Few-shot localisation: v of a new user by Adam from 0 with a small pull to 0, everything else frozen."""
-        if not len(given):
+    def adapt(self, comparisons: Comparisons, *, steps: int = 120, rate: float = 0.1) -> Tensor:
+        """Few-shot localisation: fit v of a new user by Adam from 0, slightly regularised, with the rest frozen."""
+        if not len(comparisons):
             raise UserError("no comparisons of the new user; one is the least")
         v = torch.zeros(self.options["prototypes"], requires_grad=True)
         optimizer = torch.optim.Adam([v], lr=rate)
         for _ in range(steps):
-            state = v.softmax(-1).expand(len(given), -1)
-            margin = self.margin(given.prompt, given.chosen, given.rejected, state)
+            state = v.softmax(-1).expand(len(comparisons), -1)
+            margin = self.margin(comparisons.prompt, comparisons.chosen, comparisons.rejected, state)
             loss = softplus(-margin).mean() + 1e-3 * (v**2).sum()
             optimizer.zero_grad()
             (v.grad,) = torch.autograd.grad(loss, [v])
@@ -80,6 +80,6 @@ class PAL(Scorer):
         return v.detach().softmax(-1)
 
     def groups(self) -> dict[str, Tensor]:
-        """Each prototype by itself, `group 1` to `group K`."""
+        """Return one state per prototype, `group 1` to `group K`."""
         states = torch.eye(self.options["prototypes"])
         return {f"group {number + 1}": state for number, state in enumerate(states)}

@@ -1,8 +1,7 @@
-"""What every reward is: a function of features and of a user's state, fitted on comparisons, saved as safetensors.
+"""Scorers: rewards as functions of features and a user's state, fitted on comparisons.
 
-A state is a vector that stands for a user: nothing (one reward for all), weights of prototypes (PAL), a latent (VPL).
-Rewards fix scale and zero for one state only; `win_rate` against reference answers is what may be compared across
-users.
+A state is a vector that represents a user: empty (one reward for all), weights of prototypes (PAL), or a latent (VPL).
+Scale and zero of a reward are defined for one state only; across users, compare `win_rate` against reference answers.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from torch.nn.functional import softplus
 from clair.core.errors import UserError
 
 WIDTH = 64
-"""Directions that are looked at, and units of a hidden layer."""
+"""Directions of the features that are used, and units of a hidden layer."""
 
 
 @dataclass(frozen=True)
 class Comparisons:
-    """Of n comparisons: features of prompt [n, C], of the chosen and the rejected answer [n, D], and whose it is [n].
+    """The features of n comparisons: prompt [n, C], chosen and rejected answer [n, D], and user [n].
 
-    `user` counts into `users`; -1 is nobody known.
+    `user` is an index into `users`, -1 for an unknown user.
     """
 
     prompt: Tensor
@@ -40,30 +39,33 @@ class Comparisons:
     def __len__(self) -> int:
         return len(self.user)
 
-    def select(self, places: Tensor | Sequence[int]) -> Comparisons:
-        """Some of the comparisons, users as they were."""
-        at = torch.as_tensor(places, dtype=torch.long)
-        parts = (self.prompt[at], self.chosen[at], self.rejected[at], self.user[at])
-        return Comparisons(*parts, self.users)
+    def select(self, indices: Tensor | Sequence[int]) -> Comparisons:
+        """Return some of the comparisons; `users` stays the same."""
+        at = torch.as_tensor(indices, dtype=torch.long)
+        return Comparisons(self.prompt[at], self.chosen[at], self.rejected[at], self.user[at], self.users)
 
-    def of(self, user: int) -> Comparisons:
-        """The comparisons of one user."""
+    def by_user(self, user: int) -> Comparisons:
+        """Return the comparisons of one user."""
         return self.select((self.user == user).nonzero().squeeze(1))
 
 
-class Standard(nn.Module):
-    """Centred, turned to the `WIDTH` directions of largest spread, which is 1 on average: [n, D] to [n, min(D, WIDTH)].
+class Projection(nn.Module):
+    """Centres features and projects them on the `WIDTH` directions of the largest spread, scaled to 1 on average.
 
-    For answers the spread is that of chosen - rejected: what the answers of a pair have in common decides nothing.
+    [n, D] -> [n, min(D, WIDTH)]. For answers the spread is that of chosen - rejected, since what both answers of a pair
+    have in common does not matter.
     """
+
+    mean: Tensor
+    basis: Tensor
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("basis", torch.eye(inputs)[:, : min(inputs, WIDTH)].clone())
 
-    def look(self, points: Tensor, spread: Tensor) -> None:
-        """Learn the mean from `points` and the directions from `spread`, both [n, D]."""
+    def fit(self, points: Tensor, spread: Tensor) -> None:
+        """Set the mean from `points` and the directions from `spread`, both [n, D]."""
         values, vectors = torch.linalg.eigh((spread.T @ spread).double() / len(spread))
         width = self.basis.shape[1]
         scale = (width / values[-width:].sum().clamp(min=1e-12)).sqrt()
@@ -74,76 +76,76 @@ class Standard(nn.Module):
 
 
 class Scorer(nn.Module):
-    """A reward of answers for a user's state. Subclasses say `reward`, `adapt`, `user_states` and `loss`."""
+    """A reward of answers given a user's state. Subclasses define `reward`, `adapt`, `user_states` and `loss`."""
 
     kind: ClassVar[str]
     decay: float = 1.0
     rate: ClassVar[float] = 1e-2
     epochs: ClassVar[int] = 60
     patience: float = 0.5
-    """How it is fitted: AdamW's weight decay and learning rate, passes over the comparisons, and the share of these
-    without a gain on held-out ones after which fitting ends."""
+    """Settings of the fit: AdamW's weight decay and learning rate, epochs, and the share of the epochs without a gain
+    on held-out comparisons after which fitting stops."""
     per_user: ClassVar[frozenset[str]] = frozenset()
-    """Parameters of users, which see a comparison where the shared ones see all: they learn faster."""
+    """Parameters that belong to users. They get few comparisons, so they learn faster than shared ones."""
 
     def __init__(self, sizes: tuple[int, int], options: dict[str, Any]) -> None:
         super().__init__()
         self.sizes, self.options = sizes, options
-        self.prompts, self.answers = Standard(sizes[0]), Standard(sizes[1])
+        self.prompts, self.answers = Projection(sizes[0]), Projection(sizes[1])
         self.states: Tensor | None = None
-        """Of every known user, [U, S], once fitted."""
+        """The states of all known users, [U, S], after fitting."""
 
     def reward(self, prompt: Tensor, answer: Tensor, state: Tensor) -> Tensor:
-        """The reward [n] of answers [n, D] to prompts [n, C] for states [n, S]."""
+        """Return the reward [n] of answers [n, D] to prompts [n, C] for states [n, S]."""
         raise NotImplementedError
 
     def margin(self, prompt: Tensor, one: Tensor, other: Tensor, state: Tensor) -> Tensor:
-        """The log-odds [n] that `one` is preferred to `other`, [n, D] each."""
+        """Return the log-odds [n] that `one` is preferred to `other`, [n, D] each."""
         return self.reward(prompt, one, state) - self.reward(prompt, other, state)
 
-    def adapt(self, given: Comparisons) -> Tensor:
-        """The state [S] of a user who is known by these comparisons only, at least one."""
+    def adapt(self, comparisons: Comparisons) -> Tensor:
+        """Return the state [S] of a new user from at least one comparison."""
         raise NotImplementedError
 
     def loss(self, batch: Comparisons, step: int) -> Tensor:
-        """What a step of fitting makes smaller."""
+        """Return the loss that a step of fitting minimises."""
         raise NotImplementedError
 
     def user_states(self, data: Comparisons) -> Tensor:
-        """The states [U, S] of the users of the data, after fitting."""
+        """Return the states [U, S] of the users of the data, after fitting."""
         raise NotImplementedError
 
     def groups(self) -> dict[str, Tensor]:
-        """The states that stand for a group of users, by name; one for all unless the reward knows groups."""
-        return {"all": self.public()}
+        """Return one state per group of users, by name; a single one, `all`, if the reward has no groups."""
+        return {"all": self.mean_state()}
 
-    def public(self) -> Tensor:
-        """The state [S] of nobody in particular: the mean of all known users'."""
+    def mean_state(self) -> Tensor:
+        """Return the mean state [S] of all known users."""
         assert self.states is not None
         return self.states.mean(0)
 
     def batches(self, data: Comparisons, random: torch.Generator, size: int) -> list[Comparisons]:
-        """One epoch of batches; every comparison once."""
+        """Return one epoch of batches, with every comparison once."""
         order = torch.randperm(len(data), generator=random)
         return [data.select(order[start : start + size]) for start in range(0, len(data), size)]
 
     def state_rows(self, user: Tensor) -> Tensor:
-        """The states [n, S] of users [n] after fitting; the public one for -1."""
+        """Return the states [n, S] of users [n] after fitting; the mean state for -1."""
         assert self.states is not None
-        return torch.cat([self.states, self.public()[None]])[user]
+        return torch.cat([self.states, self.mean_state()[None]])[user]
 
 
 def mlp(inputs: int, outputs: int, hidden: int = WIDTH) -> nn.Sequential:
-    """One hidden layer; what it adds to the way past it starts small."""
-    made = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+    """Return an MLP with one hidden layer, whose last layer is initialised small, as for a residual branch."""
+    layers = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
     with torch.no_grad():
-        for parameter in made[-1].parameters():
+        for parameter in layers[-1].parameters():
             parameter.mul_(0.1)
-    return made
+    return layers
 
 
-class Linearly(nn.Module):
-    """An MLP with a linear way past it."""
+class ResidualMLP(nn.Module):
+    """An MLP plus a linear map."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -155,14 +157,14 @@ class Linearly(nn.Module):
 
 
 def nll(scorer: Scorer, data: Comparisons, states: Tensor | None = None) -> Tensor:
-    """-log of the probability [n] that a fitted scorer gives to what was chosen; `states` [n, S] or the users' own."""
+    """Return -log P [n] of the choices under a fitted scorer, for `states` [n, S], by default those of the users."""
     with torch.no_grad():
         state = scorer.state_rows(data.user) if states is None else states
         return softplus(-scorer.margin(data.prompt, data.chosen, data.rejected, state))
 
 
 def accuracy(scorer: Scorer, data: Comparisons, states: Tensor | None = None) -> float:
-    """The share of comparisons that a fitted scorer gets right, ties one half."""
+    """Return the share of comparisons that a fitted scorer predicts, with ties as one half."""
     with torch.no_grad():
         state = scorer.state_rows(data.user) if states is None else states
         margin = scorer.margin(data.prompt, data.chosen, data.rejected, state)
@@ -170,22 +172,22 @@ def accuracy(scorer: Scorer, data: Comparisons, states: Tensor | None = None) ->
 
 
 def win_rate(scorer: Scorer, prompt: Tensor, answer: Tensor, state: Tensor, references: Tensor) -> Tensor:
-    """The mean probability [n] of being preferred to reference answers [m, D] to the same prompt, in [0, 1].
+    """Return the mean probability [n] of being preferred to reference answers [m, D] to the same prompt.
 
-    What VPL calls self-play scaling (arXiv 2408.10075): rewards of different users have different scales, this has one.
+    VPL's self-play scaling (arXiv 2408.10075): rewards of different users have different scales, win rates do not.
     """
     with torch.no_grad():
-        own = scorer.reward(prompt, answer, state)
-        total = torch.zeros_like(own)
+        reward = scorer.reward(prompt, answer, state)
+        total = torch.zeros_like(reward)
         for reference in references:
-            other = scorer.reward(prompt, reference.expand_as(answer), state)
-            total += (own - other).sigmoid()
+            reference_reward = scorer.reward(prompt, reference.expand_as(answer), state)
+            total += (reward - reference_reward).sigmoid()
     return total / len(references)
 
 
 @contextlib.contextmanager
-def denormals_flushed() -> Iterator[None]:
-    """Numbers below 1e-38 are 0 within: arithmetic on them takes a hundred times as long on a CPU."""
+def flush_denormals() -> Iterator[None]:
+    """Treat numbers below 1e-38 as 0 within, since arithmetic on them is a hundred times slower on a CPU."""
     torch.set_flush_denormal(True)
     try:
         yield
@@ -193,44 +195,51 @@ def denormals_flushed() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-@denormals_flushed()
+@flush_denormals()
 def fit(
-    scorer: Scorer, data: Comparisons, valid: Comparisons | None = None, *, epochs: int | None = None,
-    batch: int = 64, seed: int = 0,
-) -> Scorer:  # fmt: skip
-    """Fit by AdamW, the rate falling to 0 as a half cosine; with `valid`, keep the epoch that predicts it best.
+    scorer: Scorer,
+    data: Comparisons,
+    valid: Comparisons | None = None,
+    *,
+    epochs: int | None = None,
+    batch: int = 64,
+    seed: int = 0,
+) -> Scorer:
+    """Fit with AdamW and a cosine schedule to 0; with `valid`, restore the epoch that predicts it best.
 
-    Users' own numbers learn ten times as fast as what is shared and are not decayed: each sees few comparisons.
-    Raises UserError where there is nothing to fit on. Deterministic for a seed.
+    Users' parameters learn ten times as fast as shared ones and without decay, since each gets few comparisons.
+    Raises UserError if there are no comparisons. Deterministic for a seed.
     """
     if not len(data):
         raise UserError("no comparisons to fit a reward on")
     epochs = epochs or scorer.epochs
     torch.manual_seed(seed)
     random = torch.Generator().manual_seed(seed)
-    scorer.prompts.look(data.prompt, data.prompt - data.prompt.mean(0))
-    scorer.answers.look(torch.cat([data.chosen, data.rejected]), data.chosen - data.rejected)
-    own = [p for name, p in scorer.named_parameters() if name in scorer.per_user]
+    scorer.prompts.fit(data.prompt, data.prompt - data.prompt.mean(0))
+    scorer.answers.fit(torch.cat([data.chosen, data.rejected]), data.chosen - data.rejected)
+    per_user = [p for name, p in scorer.named_parameters() if name in scorer.per_user]
     shared = [p for name, p in scorer.named_parameters() if name not in scorer.per_user]
-    groups = [{"params": own, "lr": 10 * scorer.rate, "weight_decay": 0.0}, {"params": shared}]
+    groups = [{"params": per_user, "lr": 10 * scorer.rate, "weight_decay": 0.0}, {"params": shared}]
     optimizer = torch.optim.AdamW(groups, lr=scorer.rate, weight_decay=scorer.decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: 0.5 * (1 + math.cos(math.pi * at / epochs)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+    )
     best: tuple[float, int, dict[str, Tensor], Tensor | None] | None = None
     step = 0
     for epoch in range(epochs):
         scorer.train()
-        for part in scorer.batches(data, random, batch):
+        for comparisons in scorer.batches(data, random, batch):
             optimizer.zero_grad()
-            scorer.loss(part, step).backward()
+            scorer.loss(comparisons, step).backward()
             optimizer.step()
             step += 1
         schedule.step()
         if valid is not None and len(valid):
             scorer.eval()
             scorer.states = scorer.user_states(data).detach()
-            seen = float(nll(scorer, valid).mean())
-            if best is None or seen < best[0]:
-                best = seen, epoch, copy.deepcopy(scorer.state_dict()), scorer.states
+            valid_loss = float(nll(scorer, valid).mean())
+            if best is None or valid_loss < best[0]:
+                best = valid_loss, epoch, copy.deepcopy(scorer.state_dict()), scorer.states
             elif epoch - best[1] >= epochs * scorer.patience:
                 break
     scorer.eval()
@@ -242,19 +251,19 @@ def fit(
 
 
 def split(data: Comparisons, shares: Sequence[float], seed: int = 0) -> list[Comparisons]:
-    """The comparisons in parts of these shares, user by user, so that each part has some of every user's.
+    """Split the comparisons of every user by these shares.
 
-    Users with fewer than five comparisons are in the first part only.
+    Users with fewer than five comparisons are in the first split only.
     """
     random = torch.Generator().manual_seed(seed)
-    parts: list[list[Tensor]] = [[] for _ in shares]
+    splits: list[list[Tensor]] = [[] for _ in shares]
     for user in data.user.unique():
-        places = (data.user == user).nonzero().squeeze(1)
-        places = places[torch.randperm(len(places), generator=random)]
-        if len(places) < 5:
-            parts[0].append(places)
+        indices = (data.user == user).nonzero().squeeze(1)
+        indices = indices[torch.randperm(len(indices), generator=random)]
+        if len(indices) < 5:
+            splits[0].append(indices)
             continue
-        edges = [round(len(places) * sum(shares[: at + 1])) for at in range(len(shares))]
-        for at, (start, end) in enumerate(zip([0, *edges[:-1]], edges, strict=True)):
-            parts[at].append(places[start:end])
-    return [data.select(torch.cat(part).sort().values) if part else data.select([]) for part in parts]
+        stops = [round(len(indices) * sum(shares[: number + 1])) for number in range(len(shares))]
+        for members, start, stop in zip(splits, [0, *stops[:-1]], stops, strict=True):
+            members.append(indices[start:stop])
+    return [data.select(torch.cat(members).sort().values) if members else data.select([]) for members in splits]

@@ -1,12 +1,12 @@
-"""VPL: a user is a latent vector, read from a few of their own comparisons (arXiv 2408.10075).
+"""VPL: a user is a latent vector, inferred from a few of the user's comparisons (arXiv 2408.10075).
 
     q(z | D_u) = N(mu(D_u), diag sigma^2(D_u)),    P(a preferred to b | z) = sigmoid(r(a, z) - r(b, z))
     minimise   mean over targets of -log P  +  beta KL(q(z | D_u) || N(0, I)),   z ~ q
 
-D_u are up to `CONTEXT` comparisons of the user, each encoded as (chosen, rejected) - the order carries the label -, set
-to one another by self-attention and averaged, so that their order does not matter. No user has to be known: a new one
-is a few comparisons, and which to ask next is the comparison whose answer says most about z (`next_question`). z is mu
-wherever it is not trained. Too large a beta, or a decoder that does without z, and it collapses: `health` watches.
+D_u are up to `CONTEXT` comparisons of the user. Each is encoded as (chosen, rejected), whose order carries the label;
+self-attention and a mean combine them, so that their order does not matter. A new user needs only a few comparisons,
+and `next_question` selects the comparison whose answer is most informative about z. Outside of training, z = mu. The
+latent collapses if beta is too large or the decoder ignores z; `health` detects that.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from apo.rewards.scorer import WIDTH, Comparisons, Scorer
 from clair.core.errors import UserError
 
 CONTEXT = 8
-"""The most comparisons that stand for a user in training."""
-SEEN = 16
+"""Comparisons that represent a user in training, at most."""
+PER_USER = 16
 """Comparisons of a user in one step: context and targets."""
 USERS = 32
 WARM_UP = 500
@@ -32,8 +32,10 @@ WARM_UP = 500
 
 
 class Health(NamedTuple):
-    """Whether the latent is used: the share of its dimensions whose mean varies over users (variance above 0.01), and
-    the mean cosine of mu with mu of the same comparisons turned round, -1 where turning a taste round turns z round.
+    """Measures of how much the latent is used.
+
+    active_units   share of dimensions whose mean varies over users (variance above 0.01)
+    swap           mean cosine of mu with mu of the same comparisons reversed; -1 if reversing a taste reverses z
     """
 
     active_units: float
@@ -41,7 +43,7 @@ class Health(NamedTuple):
 
     @property
     def collapsed(self) -> bool:
-        """Whether all users look alike."""
+        """True if all users have the same latent."""
         return self.active_units == 0
 
 
@@ -67,125 +69,127 @@ class VPL(Scorer):
             nn.Linear(WIDTH, 1),
         )  # fmt: skip
         self.register_buffer("spread", torch.ones(1, latent))
-        """sigma of every known user, [U, latent]."""
+        """sigma of all known users, [U, latent]."""
 
     def encode(self, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
-        """mu and log sigma^2, [B, latent], of contexts [B, C, D]."""
+        """Return mu and log sigma^2, [B, latent], of contexts [B, C, D]."""
         pairs = self.pair(torch.cat([self.answers(chosen), self.answers(rejected)], -1))
         weights = (self.query(pairs) @ self.key(pairs).transpose(-1, -2) / WIDTH**0.5).softmax(-1)
-        whole = (weights @ self.value(pairs)).mean(-2)
-        return self.mean(whole), self.log_variance(whole).clamp(-6, 2)
+        context = (weights @ self.value(pairs)).mean(-2)
+        return self.mean(context), self.log_variance(context).clamp(-6, 2)
 
     def reward(self, prompt: Tensor, answer: Tensor, state: Tensor) -> Tensor:
-        found: Tensor = self.decoder(torch.cat([self.answers(answer), state], -1)).squeeze(-1)
-        return found
+        reward: Tensor = self.decoder(torch.cat([self.answers(answer), state], -1)).squeeze(-1)
+        return reward
 
     def batches(self, data: Comparisons, random: torch.Generator, size: int) -> list[Comparisons]:
-        """Batches of draws of equally many comparisons of a user; `user` counts the draws of a batch. Users with one
-        comparison have no target, and wait.
+        """Return batches of draws, each of the same number of one user's comparisons; `user` indexes the batch's draws.
+
+        Users with one comparison are skipped, since they have no target.
         """
         by_count: dict[int, list[Tensor]] = {}
         for user in data.user.unique():
-            places = (data.user == user).nonzero().squeeze(1)
-            count = min(SEEN, len(places))
-            for _ in range(max(1, len(places) // SEEN) if count > 1 else 0):
-                by_count.setdefault(count, []).append(places[torch.randperm(len(places), generator=random)[:count]])
+            indices = (data.user == user).nonzero().squeeze(1)
+            count = min(PER_USER, len(indices))
+            for _ in range(max(1, len(indices) // PER_USER) if count > 1 else 0):
+                by_count.setdefault(count, []).append(indices[torch.randperm(len(indices), generator=random)[:count]])
         if not by_count:
             raise UserError("no user has two comparisons: nothing to infer a latent from; take bradley_terry")
-        made = []
+        batches = []
         for rows in by_count.values():
             order = torch.randperm(len(rows), generator=random).tolist()
             for start in range(0, len(rows), USERS):
-                drawn = [rows[place] for place in order[start : start + USERS]]
+                drawn = [rows[index] for index in order[start : start + USERS]]
                 number = torch.arange(len(drawn)).repeat_interleave(len(drawn[0]))
-                made.append(replace(data.select(torch.cat(drawn)), user=number))
-        shuffled = torch.randperm(len(made), generator=random).tolist()
-        return [made[place] for place in shuffled]
+                batches.append(replace(data.select(torch.cat(drawn)), user=number))
+        shuffled = torch.randperm(len(batches), generator=random).tolist()
+        return [batches[index] for index in shuffled]
 
     def loss(self, batch: Comparisons, step: int) -> Tensor:
         users = int(batch.user[-1]) + 1
         count = len(batch) // users
-        chosen, rejected = (part.view(users, count, -1) for part in (batch.chosen, batch.rejected))
-        given = int(torch.randint(1, min(CONTEXT, count - 1) + 1, ()))
-        mu, log_variance = self.encode(chosen[:, :given], rejected[:, :given])
+        chosen, rejected = (side.view(users, count, -1) for side in (batch.chosen, batch.rejected))
+        context = int(torch.randint(1, min(CONTEXT, count - 1) + 1, ()))
+        mu, log_variance = self.encode(chosen[:, :context], rejected[:, :context])
         z = mu + torch.randn_like(mu) * (log_variance / 2).exp()
-        targets = count - given
+        targets = count - context
         state = z[:, None].expand(-1, targets, -1).reshape(users * targets, -1)
-        ones, others = (part[:, given:].reshape(users * targets, -1) for part in (chosen, rejected))
-        missed = softplus(-self.margin(batch.prompt[: len(ones)], ones, others, state)).mean()
+        preferred, refused = (side[:, context:].reshape(users * targets, -1) for side in (chosen, rejected))
+        nll = softplus(-self.margin(batch.prompt[: len(preferred)], preferred, refused, state)).mean()
         kl = -0.5 * (1 + log_variance - mu**2 - log_variance.exp()).sum(-1).mean()
-        return missed + self.options["beta"] * min(1.0, step / WARM_UP) * kl
+        return nll + self.options["beta"] * min(1.0, step / WARM_UP) * kl
 
     def user_states(self, data: Comparisons) -> Tensor:
-        """mu of each user from the first `CONTEXT` of their comparisons; 0 of users without any."""
+        """Return mu of each user from the first `CONTEXT` comparisons, 0 without any; store sigma in `spread`."""
         latent = self.options["latent"]
-        found, spread = torch.zeros(len(data.users), latent), torch.ones(len(data.users), latent)
+        states, spread = torch.zeros(len(data.users), latent), torch.ones(len(data.users), latent)
         with torch.no_grad():
             for user in data.user.unique().tolist():
-                mine = data.of(user)
-                found[user], log_variance = (part[0] for part in self._encoded(mine.select(range(len(mine))[:CONTEXT])))
+                comparisons = data.by_user(user)
+                context = comparisons.select(range(len(comparisons))[:CONTEXT])
+                states[user], log_variance = (value[0] for value in self._encode_user(context))
                 spread[user] = (log_variance / 2).exp()
         self.spread = spread
-        return found
+        return states
 
-    def _encoded(self, given: Comparisons) -> tuple[Tensor, Tensor]:
-        return self.encode(given.chosen[None], given.rejected[None])
+    def _encode_user(self, comparisons: Comparisons) -> tuple[Tensor, Tensor]:
+        return self.encode(comparisons.chosen[None], comparisons.rejected[None])
 
-    def adapt(self, given: Comparisons) -> Tensor:
-        """mu of a new user's comparisons."""
-        if not len(given):
+    def adapt(self, comparisons: Comparisons) -> Tensor:
+        """Return mu of a new user's comparisons."""
+        if not len(comparisons):
             raise UserError("no comparisons of the new user; one is the least")
         with torch.no_grad():
-            return self._encoded(given)[0][0]
+            return self._encode_user(comparisons)[0][0]
 
-    def sampled(self, given: Comparisons, samples: int, random: torch.Generator) -> Tensor:
-        """z [samples, latent] from the posterior given comparisons; without any from the known users' together."""
+    def sample(self, comparisons: Comparisons, samples: int, random: torch.Generator) -> Tensor:
+        """Sample z [samples, latent] from the posterior of a user; without comparisons, from all known users'."""
         assert self.states is not None
         with torch.no_grad():
-            if len(given):
-                mu, log_variance = self._encoded(given)
+            if len(comparisons):
+                mu, log_variance = self._encode_user(comparisons)
                 mu, sigma = mu.expand(samples, -1), (log_variance / 2).exp().expand(samples, -1)
             else:
-                at = torch.randint(len(self.states), (samples,), generator=random)
-                mu, sigma = self.states[at], self.spread[at]
+                users = torch.randint(len(self.states), (samples,), generator=random)
+                mu, sigma = self.states[users], self.spread[users]
             return mu + sigma * torch.randn(mu.shape, generator=random)
 
     def health(self, data: Comparisons) -> Health:
-        """Whether the latent is used, over the users of the data."""
+        """Measure how much the latent is used, over the users of the data."""
         states = self.user_states(data)
-        there = data.user.unique()
-        turned = self.user_states(replace(data, chosen=data.rejected, rejected=data.chosen))
-        self.user_states(data)  # puts the spread back
-        active = float((states[there].var(0, correction=0) > 0.01).float().mean())
-        return Health(active, float(cosine_similarity(states[there], turned[there], dim=-1).mean()))
+        users = data.user.unique()
+        reversed_states = self.user_states(replace(data, chosen=data.rejected, rejected=data.chosen))
+        self.user_states(data)  # restores `spread`
+        active = float((states[users].var(0, correction=0) > 0.01).float().mean())
+        return Health(active, float(cosine_similarity(states[users], reversed_states[users], dim=-1).mean()))
 
 
 def next_question(
     scorer: VPL,
     pool: Comparisons,
-    given: Comparisons,
+    answered: Comparisons,
     *,
-    asked: set[int] | None = None,
+    excluded: set[int] | None = None,
     samples: int = 256,
     seed: int = 0,
 ) -> tuple[int, float]:
-    """The place in the pool of the comparison whose answer says most about a user, and how much, in nats (BALD).
+    """Return the index of the pool's most informative comparison about a user, and its information in nats (BALD).
 
-    H(mean_s p_s) - mean_s H(p_s) with p_s = sigmoid(r(a, z_s) - r(b, z_s)) and z_s from the posterior given what the
-    user has answered so far. (The score in the paper's released code looks at variances only; this is the information.)
+    H(mean_s p_s) - mean_s H(p_s), with p_s = sigmoid(r(a, z_s) - r(b, z_s)) and z_s sampled from the posterior after
+    the answered comparisons. (The paper's released code uses variances only.)
     """
     random = torch.Generator().manual_seed(seed)
-    z = scorer.sampled(given, samples, random)
-    odds = []
+    z = scorer.sample(answered, samples, random)
+    probabilities = []
     with torch.no_grad():
-        for some in z.split(max(1, 20_000 // len(pool))):
-            state = some.repeat_interleave(len(pool), 0)
-            pairs = (part.repeat(len(some), 1) for part in (pool.prompt, pool.chosen, pool.rejected))
-            odds.append(scorer.margin(*pairs, state).sigmoid().view(len(some), -1))
-    p = torch.cat(odds)
+        for chunk in z.split(max(1, 20_000 // len(pool))):
+            state = chunk.repeat_interleave(len(pool), 0)
+            prompt, one, other = (side.repeat(len(chunk), 1) for side in (pool.prompt, pool.chosen, pool.rejected))
+            probabilities.append(scorer.margin(prompt, one, other, state).sigmoid().view(len(chunk), -1))
+    p = torch.cat(probabilities)
     gain = _entropy(p.mean(0)) - _entropy(p).mean(0)
-    for place in asked or ():
-        gain[place] = -math.inf
+    for index in excluded or ():
+        gain[index] = -math.inf
     best = int(gain.argmax())
     return best, float(gain[best])
 

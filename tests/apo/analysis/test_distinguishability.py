@@ -31,7 +31,7 @@ from apo.cli import app
 from apo.losses.mixture import resolve_mixture
 from apo.losses.objectives import apo_down, apo_zero, dpo
 from apo.packing.logps import PairLogps
-from apo.rewards.scorer import denormals_flushed
+from apo.rewards.scorer import flush_denormals
 from clair.core.errors import UserError
 from recipes.world import toy
 from tests.apo.conftest import make_model, make_pairs
@@ -254,7 +254,7 @@ def train_model(labelled: Labelled, objective, optimizer: str, *, steps=15, beta
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("objective", [dpo, apo_zero, apo_down])
-@denormals_flushed()
+@flush_denormals()
 def test_c3_in_a_tiny_language_model_the_order_is_predicted(objective, optimizer):
     literal, gram = [], []
     for seed in range(5):

@@ -11,8 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from apo.cli import app
-from apo.rewards.judge import by_group, padded, worst_off
-from apo.rewards.reward_dir import Reward, notes_on, save_user, user_file
+from apo.rewards.judge import pad_chosen, rows_by_group, worst_group_filter
+from apo.rewards.reward_dir import Reward, save_user, user_file, user_notes
 from clair.core.errors import UserError
 from tests.apo.conftest import NUMBERS, make_model, make_tokenizer
 
@@ -202,11 +202,11 @@ def test_a_folder_keeps_train_and_test_apart_and_trains_a_run_for_each_group(wor
 def test_by_group_and_worst_off_by_hand():
     row = {"id": "p", "chosen": "A", "rejected": "B", "score_chosen": 0.7, "score_rejected": 0.2, "worst": 0.1}
     row["preferred"] = {"one": 0.9, "two": 0.1, "three": 0.6}
-    turned = {r["group"]: (r["chosen"], r["rejected"], r["score_chosen"], r["id"]) for r in by_group([row], sure=0.8)}
+    turned = {r["group"]: (r["chosen"], r["rejected"], r["score_chosen"], r["id"]) for r in rows_by_group([row], 0.8)}
     assert turned == {"one": ("A", "B", 0.7, "p one"), "two": ("B", "A", 0.2, "p two")}
-    assert worst_off([row], 0.5).dropped == ("p",)
-    assert worst_off([{**row, "worst": 0.5}], 0.5).kept == ("p",)
-    longer = padded([{"chosen": [{"role": "assistant", "content": "A"}]}], " x")[0]
+    assert worst_group_filter([row], 0.5).dropped == ("p",)
+    assert worst_group_filter([{**row, "worst": 0.5}], 0.5).kept == ("p",)
+    longer = pad_chosen([{"chosen": [{"role": "assistant", "content": "A"}]}], " x")[0]
     assert longer["chosen"][-1]["content"] == "A x"
 
 
@@ -365,7 +365,7 @@ def test_an_invalid_or_damaged_folder_is_one_line(world, tmp_path):
 
 
 def test_notes_are_by_user():
-    assert notes_on([{"user": None}]) == []
+    assert user_notes([{"user": None}]) == []
 
 
 def test_a_user_is_kept_whole_or_not_at_all(world, tmp_path, monkeypatch):

@@ -11,10 +11,10 @@ import torch
 from torch.nn.functional import softplus
 
 from apo.rewards.bradley_terry import BradleyTerry
-from apo.rewards.model_selection import _fewest, new_scorer, select
-from apo.rewards.model_selection import fitted as best_fit
+from apo.rewards.model_selection import _min_tastes, new_scorer, select
+from apo.rewards.model_selection import fit_best as best_fit
 from apo.rewards.pal import PAL
-from apo.rewards.scorer import Comparisons, Standard, accuracy, denormals_flushed, fit, nll, split, win_rate
+from apo.rewards.scorer import Comparisons, Projection, accuracy, fit, flush_denormals, nll, split, win_rate
 from apo.rewards.vpl import VPL, next_question
 from clair.core.errors import UserError
 from recipes.world import toy
@@ -31,7 +31,7 @@ def comparisons(synthetic: toy.Comparisons) -> Comparisons:
     )
 
 
-def fitted(kind: str, synthetic: toy.Comparisons, seed: int = 0, **options):
+def fit_best(kind: str, synthetic: toy.Comparisons, seed: int = 0, **options):
     data = comparisons(synthetic)
     training, held_out = split(data, (0.9, 0.1), seed)
     return fit(new_scorer(kind, data, seed=seed, **options), training, held_out, seed=seed)
@@ -41,7 +41,7 @@ def few_shot(scorer, synthetic: toy.Comparisons, shots: int) -> float:
     """Accuracy on later comparisons of new users, each located by their first `shots` ones."""
     data, right = comparisons(synthetic), []
     for user in range(len(synthetic.group)):
-        user_data = data.of(user)
+        user_data = data.by_user(user)
         state = scorer.adapt(user_data.select(range(shots)))
         held_out = user_data.select(range(20, len(user_data)))
         right.append(accuracy(scorer, held_out, state.expand(len(held_out), -1)))
@@ -52,15 +52,15 @@ def few_shot(scorer, synthetic: toy.Comparisons, shots: int) -> float:
 
 
 def test_standard_keeps_the_directions_in_which_the_answers_of_a_pair_differ():
-    standard = Standard(3)
+    standard = Projection(3)
     points = torch.tensor([[5.0, 1.0, 0.0], [5.0, 3.0, 0.0]])
-    standard.look(points, torch.tensor([[0.0, 2.0, 0.0], [0.0, -2.0, 0.0]]))
+    standard.fit(points, torch.tensor([[0.0, 2.0, 0.0], [0.0, -2.0, 0.0]]))
     directions = standard(points)
     # A spread of 2 in one direction and of 0 in two is a mean square of 4 / 3; 1 from the mean becomes sqrt(3 / 4).
     assert directions.shape == (2, 3)
     assert directions[:, 0].abs().tolist() == pytest.approx([0.75**0.5] * 2)
     assert directions[:, 1:].abs().max() < 1e-6
-    assert Standard(100)(torch.zeros(4, 100)).shape == (4, 64)
+    assert Projection(100)(torch.zeros(4, 100)).shape == (4, 64)
 
 
 def test_pal_a_is_nearer_to_the_ideal_point():
@@ -140,7 +140,7 @@ def test_vpl_never_conditions_on_the_comparison_that_it_predicts():
 
 def test_the_next_question_is_one_that_tastes_differ_on_and_not_one_that_nobody_cares_for():
     class Two(VPL):
-        def sampled(self, given, samples, random):
+        def sample(self, given, samples, random):
             return torch.tensor([[1.0], [-1.0]]).repeat(samples // 2, 1)
 
         def reward(self, prompt, answer, state):
@@ -152,7 +152,7 @@ def test_the_next_question_is_one_that_tastes_differ_on_and_not_one_that_nobody_
     sure = 1 / (1 + np.exp(-3))
     assert index == 1
     assert gain == pytest.approx(np.log(2) + sure * np.log(sure) + (1 - sure) * np.log(1 - sure), abs=1e-4)
-    assert next_question(Two((1, 1), latent=1), pool, pool.select([]), asked={1})[0] == 0
+    assert next_question(Two((1, 1), latent=1), pool, pool.select([]), excluded={1})[0] == 0
 
 
 def test_the_order_of_a_context_does_not_matter_and_its_orientation_does():
@@ -191,7 +191,7 @@ def test_a_batch_of_vpl_never_gives_away_a_target_and_leaves_single_comparisons_
 
 def test_fitting_again_gives_the_same_numbers():
     synthetic = toy.bimodal(6, 10)
-    first, second = (fitted("pal", synthetic) for _ in range(2))
+    first, second = (fit_best("pal", synthetic) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
@@ -205,14 +205,14 @@ def test_with_held_out_comparisons_the_epoch_that_predicts_them_best_is_kept():
 @pytest.mark.parametrize("kind", ["bradley_terry", "pal", "vpl"])
 def test_every_reward_learns_one_taste_and_scores_through_one_interface(kind):
     synthetic = toy.one_taste(8, 30)
-    scorer, data = fitted(kind, synthetic), comparisons(toy.one_taste(8, 30, seed=1))
+    scorer, data = fit_best(kind, synthetic), comparisons(toy.one_taste(8, 30, seed=1))
     assert accuracy(scorer, data) > 0.8
     states = scorer.state_rows(data.user)
     margin = scorer.margin(data.prompt, data.chosen, data.rejected, states)
     assert torch.allclose(nll(scorer, data), softplus(-margin).detach())
     assert torch.allclose(scorer.margin(data.prompt, data.rejected, data.chosen, states), -margin, atol=1e-5)
     assert scorer.state_rows(torch.tensor([-1])).shape == (1, states.shape[1])
-    located = scorer.adapt(data.of(0))
+    located = scorer.adapt(data.by_user(0))
     assert located.shape == states[0].shape
     if kind == "pal":  # weights of prototypes
         assert located.sum() == pytest.approx(1.0)
@@ -241,9 +241,9 @@ def test_comparisons_that_cannot_be_fitted_are_refused():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a1_two_opposite_groups_one_reward_is_a_coin_and_two_prototypes_find_both(seed):
     synthetic, test = toy.bimodal(60, 50, seed), comparisons(toy.bimodal(60, 40, seed + 100))
-    bradley_terry = accuracy(fitted("bradley_terry", synthetic, seed), test)
-    homogeneous = accuracy(fitted("pal", synthetic, seed, prototypes=1), test)
-    pal = fitted("pal", synthetic, seed)
+    bradley_terry = accuracy(fit_best("bradley_terry", synthetic, seed), test)
+    homogeneous = accuracy(fit_best("pal", synthetic, seed, prototypes=1), test)
+    pal = fit_best("pal", synthetic, seed)
     both = accuracy(pal, test)
     group = pal.states.argmax(1).numpy() == synthetic.group
     purity = max(group.mean(), 1 - group.mean())
@@ -256,7 +256,7 @@ def test_a1_two_opposite_groups_one_reward_is_a_coin_and_two_prototypes_find_bot
 
 @pytest.mark.slow
 def test_a2_a_new_user_is_located_by_five_comparisons():
-    pal, new = fitted("pal", toy.bimodal(60, 50)), toy.bimodal(40, 60, seed=999)
+    pal, new = fit_best("pal", toy.bimodal(60, 50)), toy.bimodal(40, 60, seed=999)
     accuracies = {shots: few_shot(pal, new, shots) for shots in (1, 2, 5, 10, 20)}
     print(accuracies)
     assert accuracies[5] >= 0.93
@@ -266,11 +266,11 @@ def test_a2_a_new_user_is_located_by_five_comparisons():
 @pytest.mark.slow
 def test_a2_prototypes_shared_by_all_beat_a_reward_for_each_user():
     synthetic, test = toy.bimodal(60, 20), comparisons(toy.bimodal(60, 40, seed=100))
-    shared = accuracy(fitted("pal", synthetic), test)
+    shared = accuracy(fit_best("pal", synthetic), test)
     data = comparisons(synthetic)
     alone = []
     for user in range(60):
-        user_data, later = data.of(user), test.of(user)
+        user_data, later = data.by_user(user), test.of(user)
         x = user_data.chosen - user_data.rejected
         w = torch.linalg.solve(x.T @ x + torch.eye(8), x.sum(0))  # ridge: each difference is to score 1
         alone.append(float(((later.chosen - later.rejected) @ w > 0).float().mean()))
@@ -293,7 +293,7 @@ def test_a3_tastes_that_depend_on_the_prompt(seed):
 
 @pytest.fixture(scope="module")
 def vpl():
-    return fitted("vpl", toy.four_types(400, 40))
+    return fit_best("vpl", toy.four_types(400, 40))
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +312,7 @@ def bayes(synthetic: toy.Comparisons, shots: int) -> float:
 @pytest.mark.slow
 def test_b1_four_types_are_read_from_a_few_comparisons(vpl, new_users):
     bradley_terry = accuracy(
-        fitted("bradley_terry", toy.four_types(400, 40)), comparisons(new_users), torch.zeros(200 * 60, 0)
+        fit_best("bradley_terry", toy.four_types(400, 40)), comparisons(new_users), torch.zeros(200 * 60, 0)
     )
     accuracies = {shots: few_shot(vpl, new_users, shots) for shots in (1, 2, 4, 8)}
     exact = {shots: bayes(new_users, shots) for shots in accuracies}
@@ -332,7 +332,7 @@ def actively(vpl: VPL, synthetic: toy.Comparisons, questions: int, users: int) -
     for user in range(users):
         group, answered, queried = int(synthetic.group[user]), pool.select([]), set()
         for number in range(questions):
-            index, gain = next_question(vpl, pool, answered, asked=queried, seed=number)
+            index, gain = next_question(vpl, pool, answered, excluded=queried, seed=number)
             assert gain >= -1e-4
             assert index not in queried
             queried.add(index)
@@ -341,7 +341,7 @@ def actively(vpl: VPL, synthetic: toy.Comparisons, questions: int, users: int) -
             likes = (some.chosen[:, group] > some.rejected[:, group])[:, None]
             turned = some.chosen.where(likes, some.rejected), some.rejected.where(likes, some.chosen)
             answered = replace(some, chosen=turned[0], rejected=turned[1])
-        user_data = data.of(user)
+        user_data = data.by_user(user)
         right.append(accuracy(vpl, user_data, vpl.adapt(answered).expand(len(user_data), -1)))
     return float(np.mean(right))
 
@@ -358,8 +358,8 @@ def test_b2_four_chosen_questions_are_worth_more_than_four_random_ones(vpl, new_
 @pytest.mark.slow
 def test_b3_a_large_beta_collapses_and_it_is_seen(vpl, new_users):
     synthetic = toy.four_types(400, 40)
-    collapsed = fitted("vpl", synthetic, beta=1.0)
-    bradley_terry = accuracy(fitted("bradley_terry", synthetic), comparisons(new_users), torch.zeros(200 * 60, 0))
+    collapsed = fit_best("vpl", synthetic, beta=1.0)
+    bradley_terry = accuracy(fit_best("bradley_terry", synthetic), comparisons(new_users), torch.zeros(200 * 60, 0))
     few_shot_accuracy = few_shot(collapsed, new_users, 8)
     health, good = (scorer.health(comparisons(synthetic)) for scorer in (collapsed, vpl))
     print(f"beta 1: {few_shot_accuracy:.3f}, Bradley-Terry {bradley_terry:.3f}, {health}; beta 0.001: {good}")
@@ -377,8 +377,8 @@ def test_b3_a_large_beta_collapses_and_it_is_seen(vpl, new_users):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_several_tastes_are_recommended_where_there_are_several_and_only_there(seed, noise):
-    several = select(comparisons(toy.bimodal(40, 40, seed, noise=noise)), most=3, seed=seed)
-    single = select(comparisons(toy.one_taste(40, 40, seed, noise=noise)), most=3, seed=seed)
+    several = select(comparisons(toy.bimodal(40, 40, seed, noise=noise)), max_tastes=3, seed=seed)
+    single = select(comparisons(toy.one_taste(40, 40, seed, noise=noise)), max_tastes=3, seed=seed)
     print(several.words, "|", single.words)
     assert (several.plural, several.tastes) == (True, 2)
     assert (single.plural, single.tastes) == (False, 1)
@@ -391,11 +391,11 @@ def test_more_tastes_are_taken_only_where_they_are_surely_better():
     two = torch.full((40,), 0.5)
     spread = torch.tensor([1.0, -1.0] * 20).repeat_interleave(1)
     noise = torch.tensor([[1.0, -1.0][user % 2] for user in users])
-    assert _fewest({2: two, 3: two - 0.2 + 0.1 * spread}, users) == 3
-    assert _fewest({2: two, 3: two - 0.2 + noise}, users) == 2
-    assert _fewest({2: two, 3: two + 0.2}, users) == 2
-    assert _fewest({2: two, 3: two - 0.2, 4: two - 0.2 - 0.1 * noise.abs() + 0.1}, users) == 3
-    assert _fewest({}, users) is None
+    assert _min_tastes({2: two, 3: two - 0.2 + 0.1 * spread}, users) == 3
+    assert _min_tastes({2: two, 3: two - 0.2 + noise}, users) == 2
+    assert _min_tastes({2: two, 3: two + 0.2}, users) == 2
+    assert _min_tastes({2: two, 3: two - 0.2, 4: two - 0.2 - 0.1 * noise.abs() + 0.1}, users) == 3
+    assert _min_tastes({}, users) is None
 
 
 @pytest.mark.parametrize(
@@ -414,9 +414,9 @@ def test_the_gate_goes_by_the_part_that_nothing_was_chosen_on_and_by_its_interva
     def fake_fitted(kind, data, training, valid, *, prototypes, **_):
         return prototypes, (training, valid)
 
-    monkeypatch.setattr("apo.rewards.model_selection.fitted", fake_fitted)
+    monkeypatch.setattr("apo.rewards.model_selection.fit_best", fake_fitted)
     monkeypatch.setattr("apo.rewards.model_selection.nll", fake_nll)
-    selection = select(comparisons(toy.bimodal(6, 20)), most=2)
+    selection = select(comparisons(toy.bimodal(6, 20)), max_tastes=2)
     assert selection.plural == plural
     assert selection.gain.mean == pytest.approx(np.mean(gains), abs=1e-6)
 
@@ -429,7 +429,7 @@ def test_three_tastes_are_recognised_as_three():
     stuck = fit(new_scorer("pal", data, prototypes=3), *subsets[:2])
     better = best_fit("pal", data, *subsets[:2], prototypes=3)
     assert nll(better, subsets[0]).mean() < nll(stuck, subsets[0]).mean() - 0.05
-    selection = select(data, most=4)
+    selection = select(data, max_tastes=4)
     print(selection.words, [(c.name, c.choosing) for c in selection.candidates])
     assert (selection.plural, selection.tastes) == (True, 3)
 
@@ -444,7 +444,7 @@ def test_too_few_users_cannot_be_distinguished():
 
 
 def test_fitting_leaves_small_numbers_as_they_were():
-    @denormals_flushed()
+    @flush_denormals()
     def smallest():
         return float(torch.tensor(1e-40) * 1.0)
 
