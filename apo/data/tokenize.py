@@ -209,11 +209,15 @@ def count_unpaired(dataset: Dataset, name: str = "train") -> tuple[int, int] | N
 
 
 def answer_lengths(dataset: Dataset) -> list[tuple[int, int]]:
-    """How many tokens the chosen and the rejected answer of each row have."""
-    sides = (
-        dataset.with_format("arrow")[name][:].combine_chunks().value_lengths().to_pylist() for name in ID_COLUMNS[1:]
-    )
-    return list(zip(*sides, strict=True))
+    """The tokens of the chosen and of the rejected answer of each row."""
+    chosen, rejected = (column_lengths(dataset, name) for name in ID_COLUMNS[1:])
+    return list(zip(chosen, rejected, strict=True))
+
+
+def column_lengths(dataset: Dataset, column: str) -> list[int]:
+    """The length of each row's list in a column."""
+    lists: Any = dataset.with_format("arrow")[column][:]  # a pyarrow.ChunkedArray
+    return lists.combine_chunks().value_lengths().to_pylist()
 
 
 def _refuse_unpaired(objective: Mixture | None, name: str, unpaired: bool) -> None:

@@ -68,7 +68,8 @@ class _HeadLogps(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
         grad_weight = None if grad_weight is None else grad_weight.T.to(weight.dtype)
-        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(ctx.saved_tensors[2].dtype)
         return torch.cat(grad_hidden) if needs_hidden else None, grad_weight, grad_bias, None, None, None, None
 
 

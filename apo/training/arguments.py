@@ -29,7 +29,7 @@ def load_named_model(path: str, args: APOConfig, options: dict[str, Any]) -> tor
     Takes `quantization_config` out of the trainer's options. Seeded, because weights that the file lacks are random.
     Raises UserError for a `quantization_config` in two places, and as `load_model` does.
     """
-    loading = dict(model_init_kwargs(args))
+    loading = args.loading_options()
     quantization = options.pop("quantization_config", None)
     if quantization is not None:
         if "quantization_config" in loading:
@@ -42,13 +42,6 @@ def load_named_model(path: str, args: APOConfig, options: dict[str, Any]) -> tor
     if options.get("processing_class") is None:
         options["processing_class"] = load_tokenizer(name, revision=loading.get("revision"), for_chats=False)
     return model
-
-
-def model_init_kwargs(args: APOConfig) -> dict[str, Any]:
-    """The options for loading the model; TRL parses those that come as JSON text."""
-    options = args.model_init_kwargs or {}
-    assert isinstance(options, dict)
-    return options
 
 
 def check_text_only(dataset: Any, *, packed: bool) -> None:

@@ -1,4 +1,4 @@
-"""A recipe checked, with everything known that can be known without loading a weight: pairs, steps, costs."""
+"""The plan of a run: everything that can be checked and estimated without loading a weight."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apo.distributed.launch import check_devices, deepspeed_requested, fsdp_requested
-from apo.models import load as models
+from apo.models.load import ModelName, context_length, find_model, load_generation_config, load_tokenizer
 from apo.monitoring.guard import load_guard
-from apo.run_dir import files as runs
+from apo.run_dir.files import template_day
 from apo.training.config import TrainConfig, lora_config, trainer_options
 from apo.training.optimizer_check import check_optimizer
 from clair.core.errors import UserError
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything checked and nothing trained: what a dry run tells."""
+    """A checked recipe with its tokenized pairs, trainer options and steps. A dry run prints it."""
 
     config: TrainConfig
-    name: models.ModelName
+    name: ModelName
     tokenizer: Any
     args: APOConfig
     train: Tokenized
@@ -42,18 +42,18 @@ class Plan:
 
     @property
     def pairs_per_step(self) -> int:
-        """Pairs in an optimizer step, over all processes."""
+        """Pairs per optimizer step, over all processes."""
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.processes
 
     @property
     def describe_steps(self) -> str:
-        """How many steps there will be, in words."""
-        of = "pairs" if "pairs" in self.train.size() else "rows"
-        on = f" on {self.processes} processes" if self.processes > 1 else ""
-        return f"{self.steps:,} of {self.pairs_per_step} {of}{on}"
+        """The number of steps as text, as in `6 of 4 pairs`."""
+        unit = "pairs" if "pairs" in self.train.size() else "rows"
+        suffix = f" on {self.processes} processes" if self.processes > 1 else ""
+        return f"{self.steps:,} of {self.pairs_per_step} {unit}{suffix}"
 
     def counts(self) -> dict[str, Any]:
-        """Pairs (or unpaired rows, and how many are desirable) and drops of both splits, for run.json."""
+        """The pairs (or unpaired rows, and the desirable among them) and drops of both splits, for run.json."""
         splits = {"train": self.train, "eval": self.eval}
         return {name: {**split.size(name), "dropped": split.dropped} for name, split in splits.items() if split}
 
@@ -61,8 +61,8 @@ class Plan:
 def plan(config: TrainConfig, processes: int | None = None, day: str | None = None) -> Plan:
     """Check recipe, model folder, tokenizer and every pair, without loading a weight or writing a file.
 
-    `processes` plans a run of so many, which this need not be. `day` is the date (YYYY-MM-DD) that a chat template
-    writes as today's, by default that of the run in `config.out` (`runs.template_day`).
+    `processes` is the number of processes to plan for, by default this run's. `day` is the date (YYYY-MM-DD) that a
+    chat template writes as today's, by default that of the run in `config.out` (`template_day`). Raises UserError.
     """
     from apo.cost.sizes import check_adapter
     from apo.data.sources import load_eval, load_train
@@ -74,11 +74,11 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
     launched = check_launch()
     count = launched if processes is None else processes
 
-    name = models.find_model(config.model, config.trust_remote_code)
+    name = find_model(config.model, config.trust_remote_code)
     if name.is_adapter and config.lora:
-        raise UserError(f"model {config.model} is an adapter and is trained on as it is; leave `lora` out, or merge it")
-    tokenizer = models.load_tokenizer(name)
-    day = day or runs.template_day(Path(config.out))
+        raise UserError(f"model {config.model} is an adapter and is trained as it is; leave `lora` out, or merge it")
+    tokenizer = load_tokenizer(name)
+    day = day or template_day(Path(config.out))
     notes: list[str] = []
     train_pairs = load_train(config.dataset, config.seed, config.weights, lambda line: notes.append(f"train: {line}"))
     eval_pairs = load_eval(config.dataset, config.eval, config.weights, lambda line: notes.append(f"eval: {line}"))
@@ -87,32 +87,32 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
         check_devices(args)
     if config.quantize and (fsdp_requested(args) or deepspeed_requested(args)):
         raise UserError("quantize: 4-bit weights are whole in every process; leave FSDP and DeepSpeed out")
-    if config.quantize and "quantization_config" in (args.model_init_kwargs or {}):
-        raise UserError("trainer.model_init_kwargs.quantization_config: the recipe's `quantize` says it; leave one out")
+    if config.quantize and "quantization_config" in args.loading_options():
+        raise UserError("trainer.model_init_kwargs.quantization_config: the recipe's `quantize` sets it; leave one out")
     if eval_pairs is None and args.eval_strategy != "no":
         raise UserError("trainer.eval_strategy is set but there are no held-out pairs; set `eval`, or leave it out")
     if config.lora:
         notes += check_adapter(name, lora_config(config))
-    ends, context = models.load_generation_config(name), models.context_length(name)
-    bound, change = "trainer.max_length", "; raise trainer.max_length"
+    generation, context = load_generation_config(name), context_length(name)
+    limit, advice = "trainer.max_length", "; raise trainer.max_length"
     if context and context < (args.max_length or math.inf):
-        args.max_length, bound, change = context, "all that the model takes", ""
-    train = _tokenize(train_pairs, "train", tokenizer, ends, args, day)
-    evaluated = _tokenize(eval_pairs, "eval", tokenizer, ends, args, day) if eval_pairs is not None else None
+        args.max_length, limit, advice = context, "the model's context", ""
+    train = _tokenize(train_pairs, "train", tokenizer, generation, args, day)
+    evaluated = _tokenize(eval_pairs, "eval", tokenizer, generation, args, day) if eval_pairs is not None else None
     train.notes.extend(evaluated.notes if evaluated else [])
     train.notes[:0] = notes
     args.check_dataset(train.dataset.column_names)
     if len(train.dataset) < 2:
-        why = [note for note in train.notes if "chosen is equal" in note]
+        reasons = [note for note in train.notes if "chosen is equal" in note]
         if too_long := train.dropped.get("too_long"):
-            why.append(f"{too_long:,} are longer than {args.max_length:,} tokens, {bound}{change}")
-        raise UserError(f"{len(train.dataset)} row(s) are left to train on: {'; '.join(why)}")
+            reasons.append(f"{too_long:,} are longer than {args.max_length:,} tokens, {limit}{advice}")
+        raise UserError(f"{len(train.dataset)} row(s) are left to train on: {'; '.join(reasons)}")
     train.notes.extend(objective_notes(resolve_mixture(args.objective), args.beta, answer_lengths(train.dataset)))
     if any("too_long" in split.dropped for split in (train, evaluated) if split):
-        train.notes.append(f"too long is more than {args.max_length:,} tokens, {bound}")
+        train.notes.append(f"too long is more than {args.max_length:,} tokens, {limit}")
     if args.shared_prefix and args.pack_tokens:
-        train.notes.extend(_over_budget(train.dataset, args.pack_tokens))
-    guard_set = load_guard(config.guard, tokenizer, ends, context, day) if config.guard else None
+        train.notes.extend(_oversize_notes(train.dataset, args.pack_tokens))
+    guard_set = load_guard(config.guard, tokenizer, generation, context, day) if config.guard else None
     steps = _steps(args, len(train.dataset), count)
     check_optimizer(args, steps)
     return Plan(config, name, tokenizer, args, train, evaluated, steps, day, guard_set, count)
@@ -120,7 +120,7 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a checked plan will cost: as it runs on a GPU (True) and on a CPU (False)."""
+    """The cost of a plan on a GPU (key True) and on a CPU (False)."""
 
     jobs: dict[bool, Job]
     machine: Device
@@ -144,11 +144,8 @@ def estimate(planned: Plan) -> Estimate | str:
         return "the run leaves the GPU unused"
     try:
         sizes = model_sizes(planned.name, lora_config(config))
-        zero = (
-            parse_zero_config(args.deepspeed_plugin.deepspeed_config, sizes.hidden)
-            if deepspeed_requested(args)
-            else None
-        )
+        plugin: Any = args.deepspeed_plugin
+        zero = parse_zero_config(plugin.deepspeed_config, sizes.hidden) if deepspeed_requested(args) else None
     except (ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -156,13 +153,13 @@ def estimate(planned: Plan) -> Estimate | str:
     reference = ("cached" if args.precompute_ref_log_probs else "online") if (
         resolve_mixture(config.objective).needs_reference
     ) else None  # fmt: skip
-    asked = config.trainer.get("gradient_checkpointing", config.trainer.get("activation_checkpointing"))
-    dtype = str((args.model_init_kwargs or {}).get("dtype", "float32"))
+    checkpointing = config.trainer.get("gradient_checkpointing", config.trainer.get("activation_checkpointing"))
+    dtype = str(args.loading_options().get("dtype", "float32"))
     jobs = {
         on_gpu: build_job(
             sizes, planned.train.dataset, args, planned.steps, reference=reference, dtype=dtype,
             mixed=config.trainer.get("bf16", on_gpu) or args.fp16,
-            checkpointing=on_gpu if asked is None else asked, on_gpu=on_gpu,
+            checkpointing=on_gpu if checkpointing is None else checkpointing, on_gpu=on_gpu,
             mismatched=resolve_mixture(config.objective).needs_divergence, processes=planned.processes,
             sharded=fsdp_requested(args), quantized=config.quantize is not None, zero=zero,
         )
@@ -178,26 +175,24 @@ def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args:
 
     if args.weights is not None:
         check_weights(pairs, args.weights, split)
-    ends, objective = eos_ids(tokenizer, generation), resolve_mixture(args.objective)
-    return tokenize(pairs, tokenizer, args.max_length, ends, split, args.dataset_num_proc, objective, day)
+    eos, objective = eos_ids(tokenizer, generation), resolve_mixture(args.objective)
+    return tokenize(pairs, tokenizer, args.max_length, eos, split, args.dataset_num_proc, objective, day)
 
 
-def _over_budget(pairs: Dataset, most: int) -> list[str]:
-    """What to tell of pairs that a packed row of `most` tokens cannot hold."""
-    from apo.data.tokenize import ID_COLUMNS
+def _oversize_notes(pairs: Dataset, max_tokens: int) -> list[str]:
+    """A note on the pairs that a packed row of `max_tokens` cannot hold."""
+    from apo.data.tokenize import ID_COLUMNS, column_lengths
     from apo.packing.layout import packed_length
 
-    rows = pairs.select_columns(list(ID_COLUMNS))
-    lengths = [0] * len(rows)
-    for name in ID_COLUMNS:
-        column = rows.with_format("arrow")[name][:].combine_chunks().value_lengths().to_pylist()
-        lengths = [one + other for one, other in zip(lengths, column, strict=True)]
-    long = [place for place, length in enumerate(lengths) if length > most]  # both sequences, but the prompt once
-    sizes = [size for row in rows.select(long) if (size := packed_length(row)) > most]
+    columns = (column_lengths(pairs, name) for name in ID_COLUMNS)
+    # An upper bound: the sum of both sequences, the prompt once; packing also shares a common start of the answers.
+    long = [index for index, lengths in enumerate(zip(*columns, strict=True)) if sum(lengths) > max_tokens]
+    rows: list[Any] = pairs.select_columns([*ID_COLUMNS]).select(long).to_list()
+    sizes = [size for row in rows if (size := packed_length(row)) > max_tokens]
     if not sizes:
         return []
-    told = f"{len(sizes):,} rows are longer than trainer.pack_tokens {most:,}, up to {max(sizes):,} tokens"
-    return [f"{told}: each is a pass of its own"]
+    count = f"{len(sizes):,} rows are longer than trainer.pack_tokens {max_tokens:,}, up to {max(sizes):,} tokens"
+    return [f"{count}: each is a pass of its own"]
 
 
 def _steps(args: APOConfig, pairs: int, processes: int) -> int:

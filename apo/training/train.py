@@ -1,4 +1,4 @@
-"""train(): one recipe in, one trained model out."""
+"""train(): from one recipe to one trained model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,33 @@ from typing import TYPE_CHECKING, Any
 
 from apo.distributed.deepspeed import unsharded_loading
 from apo.distributed.launch import Group, check_deepspeed, join_processes
-from apo.models import load as models
-from apo.run_dir import files as runs
+from apo.models.load import (
+    ADAPTER_CONFIG,
+    check_vocabulary,
+    hash_model_files,
+    load_model,
+    nf4_config,
+    quantization_problem,
+)
+from apo.run_dir.files import (
+    CARD,
+    METRICS,
+    PICTURE,
+    RUN,
+    Status,
+    describe_counts,
+    drop_metrics_after,
+    move_files,
+    now,
+    read_metrics,
+    read_run,
+    record_stop,
+    redacted_recipe,
+    run_status,
+    template_day,
+    write_card,
+    write_new_run,
+)
 from apo.training.config import TrainConfig, lora_config
 from apo.training.plan import Plan, estimate, plan
 from clair.core.errors import UserError, one_line
@@ -25,20 +50,21 @@ if TYPE_CHECKING:
 
 
 def train(config: TrainConfig, *, tell: Callable[[str], None] = print) -> dict[str, Any]:
-    """Train what `config` says, or go on from the newest complete checkpoint. Returns the content of run.json; with
-    `by`, that of each run, by its folder.
+    """Train the recipe `config`, or resume from its newest complete checkpoint. Returns the content of run.json; with
+    `by`, that of each run, by folder.
 
-    Under a launcher (torchrun) each process calls this, and the first one writes and tells. Raises UserError before any
-    work for everything that is the user's to mend; KeyboardInterrupt after a first Ctrl-C, with a checkpoint saved.
+    Under a launcher (torchrun) every process calls this; rank 0 writes files and calls `tell` with each message. Raises
+    UserError before any work for a mistake in recipe, data or machine, and KeyboardInterrupt after a first Ctrl-C, with
+    a checkpoint saved.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     options = config.trainer
     check_deepspeed(bool(options.get("deepspeed")))
-    if config.quantize and (reason := models.quantization_problem()):
+    if config.quantize and (reason := quantization_problem()):
         raise UserError(reason)
     with join_processes(cpu=_on_cpu(config), seconds=float(options.get("ddp_timeout", 1800))) as group:
-        told = tell if group.is_main else _silent
-        return _train(config, group, told) if config.by is None else _train_each(config, group, told)
+        log = tell if group.is_main else _silent
+        return _train(config, group, log) if config.by is None else _train_each(config, group, log)
 
 
 def _on_cpu(config: TrainConfig) -> bool:
@@ -48,51 +74,51 @@ def _on_cpu(config: TrainConfig) -> bool:
 
 
 def _silent(_: str) -> None:
-    """What the processes after the first say."""
+    """Log nothing: the `log` of all processes but rank 0."""
 
 
-def _train_each(config: TrainConfig, group: Group, tell: Callable[[str], None]) -> dict[str, Any]:
-    """One run after the other, all checked before the first."""
+def _train_each(config: TrainConfig, group: Group, log: Callable[[str], None]) -> dict[str, Any]:
+    """Train one run after another; all are checked before the first starts."""
     import gc
 
     from apo.training.by_group import expand_runs
 
     with group.raise_on_all():
-        wanted = expand_runs(config, tell)
-    group.check_equal(runs=[one.out for one in wanted])
-    for one in wanted:
+        configs = expand_runs(config, log)
+    group.check_equal(runs=[run.out for run in configs])
+    for run in configs:
         with group.raise_on_all():
-            status = runs.run_status(Path(one.out), resolved(one))
+            status = run_status(Path(run.out), resolved(run))
         if status != "finished":
-            _plan_of_all(one, group)
-    done = {}
-    for one in wanted:
-        tell(f"run: {one.out}")
-        done[one.out] = _train(one, group, tell)
-        gc.collect()  # a trainer and its callbacks hold one another, and the model with them
-    return done
+            _plan_on_all(run, group)
+    results = {}
+    for run in configs:
+        log(f"run: {run.out}")
+        results[run.out] = _train(run, group, log)
+        gc.collect()  # trainer and callbacks refer to each other, and keep the model alive
+    return results
 
 
-def _train(config: TrainConfig, group: Group, tell: Callable[[str], None]) -> dict[str, Any]:
+def _train(config: TrainConfig, group: Group, log: Callable[[str], None]) -> dict[str, Any]:
     out = Path(config.out)
     if _status(config, group) == "finished":
-        tell(f"{out} is finished; nothing to do")
-        return runs.read_run(out)
-    planned = _plan_of_all(config, group)
+        log(f"{out} is finished; nothing to do")
+        return read_run(out)
+    planned = _plan_on_all(config, group)
     with ExitStack() as stack:
         with group.raise_on_all():
             if group.is_main:
-                stack.enter_context(_held(out))
-        status = _status(config, group)  # another process may have ended the run meanwhile
+                stack.enter_context(_locked_folder(out))
+        status = _status(config, group)  # another process may have finished the run in the meantime
         if status == "finished":
-            tell(f"{out} was finished by another process just now; nothing to do")
-            return runs.read_run(out)
-        return _train_planned(planned, status, group, tell)
+            log(f"{out} was finished by another process just now; nothing to do")
+            return read_run(out)
+        return _train_planned(planned, status, group, log)
 
 
 @contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """The run's folder, for this process alone; gone again where nothing was begun in it."""
+def _locked_folder(out: Path) -> Iterator[None]:
+    """Lock the run's folder for this process. Removes the folder if the run did not start."""
     with lock_output(out):
         try:
             yield
@@ -102,49 +128,49 @@ def _held(out: Path) -> Iterator[None]:
                 out.rmdir()
 
 
-def _status(config: TrainConfig, group: Group) -> runs.Status:
+def _status(config: TrainConfig, group: Group) -> Status:
     with group.raise_on_all():
-        status = runs.run_status(Path(config.out), resolved(config))
+        status = run_status(Path(config.out), resolved(config))
     group.check_equal(**{f"the run in {config.out}": status})
     return status
 
 
-def _train_planned(planned: Plan, status: runs.Status, group: Group, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Train in a folder that this process holds."""
+def _train_planned(planned: Plan, status: Status, group: Group, log: Callable[[str], None]) -> dict[str, Any]:
+    """Train in a folder that this process has locked."""
     out = Path(planned.config.out)
     facts = group.broadcast_from_main(lambda: _facts(planned, status))
     for split, count in planned.counts().items():
-        tell(f"{split}: {runs.describe_counts(count)}")
-    tell(f"steps: {planned.describe_steps}")
+        log(f"{split}: {describe_counts(count)}")
+    log(f"steps: {planned.describe_steps}")
     for note in planned.train.notes:
-        tell(f"note: {note}")
+        log(f"note: {note}")
     with group.raise_on_all():
         costs = estimate(planned)
         if not isinstance(costs, str):
             from apo.cost.memory import check_fits
 
             check_fits(costs.here, costs.machine)
-    trainer = build_trainer(planned, group, tell)
+    trainer = build_trainer(planned, group, log)
     for note in dict.fromkeys(note for notes in group.gather(trainer.notes) for note in notes):
-        tell(f"note: {note}")
+        log(f"note: {note}")
     if trainer.reference_computed:
         pairs = sum(len(split.dataset) for split in (planned.train, planned.eval) if split)
-        computed = sum(sum(one.values()) for one in group.gather(trainer.reference_computed))
-        kept = f", {pairs - computed:,} kept from an earlier run" if computed < pairs else ""
-        tell(f"reference log-probs: {computed:,} computed{kept}")
-    found = group.broadcast_from_main(lambda: _resume(planned, facts, status, tell))
+        computed = sum(sum(counts.values()) for counts in group.gather(trainer.reference_computed))
+        cached = f", {pairs - computed:,} kept from an earlier run" if computed < pairs else ""
+        log(f"reference log-probs: {computed:,} computed{cached}")
+    checkpoint = group.broadcast_from_main(lambda: _resume(planned, facts, status, log))
     started = time.perf_counter()
-    _run(trainer, group, found, out)
+    _run(trainer, group, checkpoint, out)
     return _finish(trainer, group, out, time.perf_counter() - started)
 
 
-def _plan_of_all(config: TrainConfig, group: Group) -> Plan:
-    """Every process plans; the first before the others, so that these find its tokenised pairs in `datasets`' cache."""
+def _plan_on_all(config: TrainConfig, group: Group) -> Plan:
+    """Plan on every process, rank 0 first, so that the others read its tokenized pairs from `datasets`' cache."""
     from apo.data.sources import hash_pairs
 
     planned = None
     # Rank 0 decides: midnight may pass between two processes.
-    day = group.broadcast_from_main(lambda: runs.template_day(Path(config.out)))
+    day = group.broadcast_from_main(lambda: template_day(Path(config.out)))
     with group.raise_on_all():
         if group.is_main:
             planned = plan(config, day=day)
@@ -154,8 +180,11 @@ def _plan_of_all(config: TrainConfig, group: Group) -> Plan:
     return planned
 
 
-def build_trainer(planned: Plan, group: Group | None = None, tell: Callable[[str], None] = print) -> APOTrainer:
-    """The trainer of a checked plan, model loaded, with the checks before the first step done."""
+def build_trainer(planned: Plan, group: Group | None = None, log: Callable[[str], None] = print) -> APOTrainer:
+    """The trainer of a plan, with the model loaded and the checks before the first step passed.
+
+    Raises UserError.
+    """
     group = group or Group()
     from transformers import PrinterCallback, ProgressCallback
 
@@ -168,26 +197,26 @@ def build_trainer(planned: Plan, group: Group | None = None, tell: Callable[[str
 
     config, args, inspection = planned.config, planned.args, InspectionCallback(planned.guard_set)
     plain = resolve_mixture(config.objective).spec
-    options, args.model_init_kwargs = dict(args.model_init_kwargs or {}), None
+    options, args.model_init_kwargs = args.loading_options(), None
     if config.quantize:
         compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(options.get("dtype", "float32"))
-        options["quantization_config"] = models.nf4_config(compute)
+        options["quantization_config"] = nf4_config(compute)
         if args.device.type == "cpu":
             options["device_map"] = {"": "cpu"}  # transformers would take a GPU that the recipe leaves unused
     with group.raise_on_all(), unsharded_loading():
-        model = models.load_model(planned.name, **options)
-        models.check_vocabulary(model, planned.tokenizer, planned.name.base)
+        model = load_model(planned.name, **options)
+        check_vocabulary(model, planned.tokenizer, planned.name.base)
     try:
         trainer = APOTrainer(
             model=model, args=args, train_dataset=planned.train.dataset, peft_config=lora_config(config),
             eval_dataset=planned.eval.dataset if planned.eval else None, processing_class=planned.tokenizer,
-            log=_silent, callbacks=[InterruptCallback(group), inspection, MetricsCallback(Path(config.out)),
-                ProgressBarCallback(), DiagnosisCallback(plain, tell)],
+            tell=_silent, callbacks=[InterruptCallback(group), inspection, MetricsCallback(Path(config.out)),
+                ProgressBarCallback(), DiagnosisCallback(plain, log)],
         )  # fmt: skip
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(one_line(error)) from error
-    for theirs in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(theirs)
+    for callback in (PrinterCallback, ProgressCallback):  # replaced by ProgressBarCallback
+        trainer.remove_callback(callback)
     if config.lora and config.lora.dropout:
         _set_adapter_dropout(trainer.model, config.lora.dropout)
     with group.raise_on_all():
@@ -197,26 +226,26 @@ def build_trainer(planned: Plan, group: Group | None = None, tell: Callable[[str
 
 
 def _set_adapter_dropout(model: Any, p: float) -> None:
-    """TRL turns off every dropout (`disable_dropout`), and the adapter's with it; the recipe asks for it."""
+    """Set the adapter's dropout again: TRL's `disable_dropout` turns off every dropout of the model."""
     for name, module in model.named_modules():
         if "lora_dropout" in name and hasattr(module, "p"):
             module.p = p
 
 
-def _facts(planned: Plan, status: runs.Status) -> dict[str, Any]:
-    """What run.json says of a run's pairs, steps and model. Raises UserError where it is not that of the begun run."""
+def _facts(planned: Plan, status: Status) -> dict[str, Any]:
+    """The entries of run.json on pairs, steps and model. Raises UserError if they differ from those of the old run."""
     from apo.data.sources import hash_pairs
 
     out = Path(planned.config.out)
     facts = {
         "data": {**planned.counts(), "sha256": hash_pairs(planned.train.dataset, planned.config.weights)},
-        "model_sha256": models.hash_model_files(planned.name),
+        "model_sha256": hash_model_files(planned.name),
         "steps": planned.steps, "pairs_per_step": planned.pairs_per_step, "processes": planned.processes,
         "day": planned.day,
     }  # fmt: skip
     if status == "new":
         return facts
-    run = runs.read_run(out)
+    run = read_run(out)
     _check_same_steps(run, planned, out)
     if run["data"]["sha256"] != facts["data"]["sha256"]:
         raise UserError(f"out: {out} holds a run on other pairs: the dataset has changed since; choose another folder")
@@ -228,32 +257,32 @@ def _facts(planned: Plan, status: runs.Status) -> dict[str, Any]:
     return facts
 
 
-def _resume(planned: Plan, facts: dict[str, Any], status: runs.Status, tell: Callable[[str], None]) -> Path | None:
-    """Begin the run's folder, or find what to go on from in it."""
+def _resume(planned: Plan, facts: dict[str, Any], status: Status, log: Callable[[str], None]) -> Path | None:
+    """Write the run.json of a new run, or return the checkpoint to resume from and update run.json and metrics."""
     from apo.run_dir.checkpoints import checkpoint_step, find_newest_checkpoint
 
     out = Path(planned.config.out)
     if status == "new":
-        runs.write_new_run(out, resolved(planned.config), **facts, resumed_from=[])
+        write_new_run(out, resolved(planned.config), **facts, resumed_from=[])
         return None
-    run = runs.read_run(out)
+    run = read_run(out)
     search = find_newest_checkpoint(out)
     for note in search.notes:
-        tell(note)
+        log(note)
     step = checkpoint_step(search.newest) or 0 if search.newest else 0
-    tell(f"going on from step {step} of {planned.steps}" if step else "starting over: there is no complete checkpoint")
-    runs.drop_metrics_after(out, step if step else -1)
+    log(f"going on from step {step} of {planned.steps}" if step else "starting over: there is no complete checkpoint")
+    drop_metrics_after(out, step if step else -1)
     now = {
-        "recipe": runs.redacted_recipe(resolved(planned.config)),
+        "recipe": redacted_recipe(resolved(planned.config)),
         **facts,
         "resumed_from": [*run["resumed_from"], step],
     }
-    write_json(out / runs.RUN, {**run, **now})
+    write_json(out / RUN, {**run, **now})
     return search.newest
 
 
 def _check_same_steps(run: dict[str, Any], planned: Plan, out: Path) -> None:
-    """Raises UserError where other processes or micro-batches would make another run of the one that was begun."""
+    """Raises UserError if other processes or micro-batches would change the optimizer steps of the run."""
     pairs, processes = run.get("pairs_per_step", planned.pairs_per_step), run.get("processes", planned.processes)
     if pairs != planned.pairs_per_step:
         raise UserError(
@@ -293,7 +322,7 @@ def _run(trainer: APOTrainer, group: Group, checkpoint: Path | None, out: Path) 
                 )
             check_weights_finite(trainer)
     except Stopped as stop:
-        runs.record_stop(out, trainer.state.global_step, str(stop))
+        record_stop(out, trainer.state.global_step, str(stop))
         raise
     finally:
         for callback in trainer.callback_handler.callbacks:
@@ -305,7 +334,7 @@ def _run(trainer: APOTrainer, group: Group, checkpoint: Path | None, out: Path) 
 
 
 def _finish(trainer: APOTrainer, group: Group, out: Path, seconds: float) -> dict[str, Any]:
-    """Save the model, by all; then its picture, card and finished run.json, by the first process."""
+    """Save the model, on all processes; then its plot, card and finished run.json, on rank 0."""
     from apo.monitoring.failures import stop_on_write_error
 
     with stop_on_write_error(trainer, "the trained model"):
@@ -317,29 +346,28 @@ _FINAL = ".final"
 
 
 def _write_results(out: Path, seconds: float) -> dict[str, Any]:
-    """Put model, picture, card and the finished run.json in place, in this order: only the last ends the run."""
+    """Move model, plot, card and the finished run.json into place, in this order: only the last ends the run."""
     from apo.losses.mixture import objective_title
     from apo.monitoring.plots import draw_dynamics
-    from apo.run_dir.files import read_metrics
 
     final = out / _FINAL
-    (final / runs.CARD).unlink(missing_ok=True)  # PEFT's; ours follows
-    adapter = (final / models.ADAPTER_CONFIG).exists()
-    runs.move_files(final, out)
-    rows = read_metrics(out / runs.METRICS)
-    run = runs.read_run(out)
+    (final / CARD).unlink(missing_ok=True)  # written by PEFT, replaced below
+    adapter = (final / ADAPTER_CONFIG).exists()
+    move_files(final, out)
+    rows = read_metrics(out / METRICS)
+    run = read_run(out)
     recipe = run["recipe"]
     draw_dynamics(
-        rows, out / runs.PICTURE, f"{objective_title(recipe['objective'])}, beta {recipe['beta']}, {recipe['model']}"
+        rows, out / PICTURE, f"{objective_title(recipe['objective'])}, beta {recipe['beta']}, {recipe['model']}"
     )
-    run |= {"metrics": last_metrics(rows), "seconds": round(seconds, 2), "finished": runs.now()}
-    runs.write_card(out, run, adapter=adapter)
-    write_json(out / runs.RUN, run)
+    run |= {"metrics": last_metrics(rows), "seconds": round(seconds, 2), "finished": now()}
+    write_card(out, run, adapter=adapter)
+    write_json(out / RUN, run)
     return run
 
 
 def last_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last training line and the last held-out line in one."""
+    """The last training line and the last held-out line, merged."""
     lines = {prefix: [row for row in rows if f"{prefix}loss" in row] for prefix in ("", "eval_")}
     metrics = {key: value for line in lines.values() if line for key, value in line[-1].items()}
     return {key: value for key, value in metrics.items() if key not in ("step", "epoch")}

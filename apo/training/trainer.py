@@ -10,7 +10,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import is_peft_model
@@ -64,7 +64,7 @@ class APOTrainer(CheckpointTrainer):
     new LoRA adapter the model with the adapter off, for an existing adapter TRL's frozen copy "ref" of it. Datasets may
     be streams (IterableDataset), tokenized row by row.
 
-    `notes` are messages to the user about data, model and options; `log` receives each, by default as a warning of
+    `notes` are messages to the user about data, model and options; `tell` receives each, by default as a warning of
     Python's logging. `dropped` counts the pairs left out of each dataset, by reason; `reference_computed` counts the
     pairs whose reference log-probs were not in the cache. Assign `verified_checkpoint` if the files of a checkpoint
     have just been hashed: `train` resumes from it without reading them again.
@@ -79,7 +79,7 @@ class APOTrainer(CheckpointTrainer):
         ref_model: Any = None,
         args: APOConfig | None = None,
         pair_logps: PairLogpsFunction | None = None,
-        log: Callable[[str], None] = _LOG.warning,
+        tell: Callable[[str], None] = _LOG.warning,
         **kwargs: Any,
     ) -> None:
         if args is None:
@@ -131,7 +131,8 @@ class APOTrainer(CheckpointTrainer):
         init_kwargs = args.model_init_kwargs
         if is_named and (ref_model is not None or has_adapter or not runs_reference):
             args.model_init_kwargs = None  # TRL would warn that they are ignored: the model is loaded already
-        super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
+        # Other models than transformers' and PEFT's work as well.
+        super().__init__(model=cast(Any, model), ref_model=ref_model, args=args, **kwargs)
         args.model_init_kwargs = init_kwargs
         self.is_fsdp_enabled = self._uses_fsdp
         if getattr(model, "is_loaded_in_4bit", False):  # TRL casts the adapter to bfloat16, which drops small steps
@@ -154,7 +155,7 @@ class APOTrainer(CheckpointTrainer):
             )
         self.notes += [*self._ineffective_options(), *self._rounding_notes()]
         for note in dict.fromkeys(self.notes) if args.process_index == 0 else ():
-            log(note)
+            tell(note)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """TRL's optimizer. Raises UserError for options that it does not have, and for a package not installed."""

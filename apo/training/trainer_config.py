@@ -108,10 +108,10 @@ class APOConfig(DPOConfig):
         if self.pack_tokens is not None and not self.shared_prefix:
             raise UserError("pack_tokens would be ignored without shared_prefix; leave it out")
         self._choose_by_hardware()
-        self.truncation_mode = "keep_start"  # TRL's collator needs a mode, and never has a row to cut
+        # TRL's collator needs a mode, and never has a row to cut.
+        self.truncation_mode = "keep_start"  # pyright: ignore[reportIncompatibleVariableOverride]  # as above
         super().__post_init__()
-        options = self.model_init_kwargs
-        dtype = options.get("dtype") if isinstance(options, dict) else None
+        dtype = self.loading_options().get("dtype")
         if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise UserError(f"model_init_kwargs: no dtype {dtype!r}; give float32, bfloat16 or float16")
 
@@ -139,6 +139,12 @@ class APOConfig(DPOConfig):
                 f"train_sampling_strategy {strategy} needs a column {length!r} of lengths, and the dataset has none; "
                 "leave it out: packed rows have no padding to save"
             )
+
+    def loading_options(self) -> dict[str, Any]:
+        """A copy of `model_init_kwargs`."""
+        options = self.model_init_kwargs or {}
+        assert isinstance(options, dict)  # TRL has parsed JSON text
+        return dict(options)
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain values, the objective as its name."""

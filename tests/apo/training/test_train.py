@@ -158,9 +158,9 @@ def test_pairs_longer_than_the_model_takes_are_left_out(recipe, tmp_path):
     dropped = record["data"]["train"]["dropped"]["too_long"]
     assert 0 < dropped < 24
     assert messages[0] == f"train: {24 - dropped} pairs, {dropped} left out (too long)"
-    assert "note: too long is more than 24 tokens, all that the model takes" in messages
+    assert "note: too long is more than 24 tokens, the model's context" in messages
     long = write_jsonl(tmp_path / "long.jsonl", [{**pair, "prompt": "one " * 30} for pair in make_pairs(4)])
-    with pytest.raises(UserError, match=r"4 are longer than 24 tokens, all that the model takes$"):
+    with pytest.raises(UserError, match=r"4 are longer than 24 tokens, the model's context$"):
         plan(TrainConfig(**{**recipe, "model": str(tmp_path / "m"), "dataset": str(long)}))
 
 
