@@ -1,8 +1,8 @@
-"""DeepSpeed's ZeRO under the trainer: until training starts the weights are whole, and what they will be in training.
+"""DeepSpeed's ZeRO under the trainer: the model stays unsharded, in its training dtype, until training starts.
 
-Under ZeRO-3 transformers shares the weights out as soon as it loads them. Nothing could then ask the model: not the
-reference's log-probs, not the checks before the first step, and the cache would know no reference by its weights. So
-transformers hears of ZeRO-3 when training starts, which is when DeepSpeed shares out whole models by itself.
+Under ZeRO-3 transformers shards the weights as soon as it loads them. A sharded model cannot compute the reference's
+log-probs or pass the checks before the first step, and its weights cannot be hashed for the cache. So ZeRO-3 is
+registered with transformers when training starts, at which point DeepSpeed shards the unsharded model itself.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ _TYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def unregister_zero3() -> Any:
-    """Let transformers forget the DeepSpeed config it was told of. Returns it for `register_zero3`, or None."""
+    """Unregister the DeepSpeed config from transformers so that models load unsharded.
+
+    Returns it for `register_zero3`, or None.
+    """
     from transformers.integrations import deepspeed
 
-    told = deepspeed._hf_deepspeed_config_weak_ref
+    reference = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
-    return told() if told is not None else None
+    return reference() if reference is not None else None
 
 
 def register_zero3(config: Any) -> None:
-    """Let transformers know a config that `unregister_zero3` returned."""
+    """Register a config that `unregister_zero3` returned with transformers."""
     from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
     if config is not None:
@@ -38,7 +41,7 @@ def register_zero3(config: Any) -> None:
 
 @contextlib.contextmanager
 def unsharded_loading() -> Iterator[None]:
-    """Models that are loaded meanwhile are whole in every process."""
+    """Load models unsharded in this context, also under ZeRO-3."""
     config = unregister_zero3()
     try:
         yield
@@ -47,28 +50,28 @@ def unsharded_loading() -> Iterator[None]:
 
 
 def check_zero3_saves(args: Any) -> None:
-    """Raises UserError for ZeRO-3 that would save no weights."""
+    """Raises UserError for a ZeRO-3 config with which no loadable weights would be saved."""
     plugin = getattr(args, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model:
         raise UserError(
-            "ZeRO-3 was asked for, and would save no weights that a model is loaded from; set zero3_save_16bit_model: "
+            "ZeRO-3 is on, and would save no weights that a model can be loaded from; set zero3_save_16bit_model: "
             "true in accelerate's config (zero_optimization.stage3_gather_16bit_weights_on_model_save in DeepSpeed's)"
         )
 
 
 def cast_for_deepspeed(model: nn.Module, args: Any) -> None:
-    """Bring weights, in place, into the type that DeepSpeed will train them in, so that they are their own reference.
+    """Cast weights, in place, to the dtype in which DeepSpeed will train them, so that policy and reference agree.
 
-    Raises UserError where they are no longer whole.
+    Raises UserError if they are sharded already.
     """
     import torch
 
     plugin = getattr(args, "deepspeed_plugin", None)
     if any(hasattr(weight, "ds_id") for weight in model.parameters()):
         raise UserError(
-            "the weights were shared out by ZeRO-3 when the model was loaded, and the reference's log-probs are "
-            "computed from whole ones; load the model before APOConfig is made, or inside "
-            "apo.distributed.deepspeed.whole()"
+            "ZeRO-3 sharded the weights when the model was loaded, and the reference's log-probs are computed from "
+            "unsharded ones; load the model before APOConfig is made, or inside "
+            "apo.distributed.deepspeed.unsharded_loading()"
         )
     for name, dtype in _TYPES.items():
         if plugin is not None and plugin.deepspeed_config.get(name, {}).get("enabled") is True:
@@ -79,19 +82,20 @@ def cast_for_deepspeed(model: nn.Module, args: Any) -> None:
 
 @contextlib.contextmanager
 def accumulate_gradients(accelerator: Any) -> Iterator[None]:
-    """Backward passes meanwhile are parts of a micro-batch whose last is yet to come.
+    """Accumulate the gradients of backward passes in this context: more passes of the same micro-batch follow.
 
-    DeepSpeed then adds up their gradients; accelerate tells it to take its step where gradients are in sync.
+    Outside, accelerate lets DeepSpeed take its step after a backward pass that synchronizes gradients.
     """
-    before, accelerator.sync_gradients = accelerator.sync_gradients, False
+    synchronizes, accelerator.sync_gradients = accelerator.sync_gradients, False
     try:
         yield
     finally:
-        accelerator.sync_gradients = before
+        accelerator.sync_gradients = synchronizes
 
 
 def local_shard(weight: Tensor) -> Tensor:
-    """What this process holds of a weight that may be shared out by FSDP or ZeRO-3."""
-    if hasattr(weight, "to_local"):
-        return weight.detach().to_local()
+    """This process's shard of a weight that FSDP or ZeRO-3 may have sharded."""
+    if hasattr(weight, "to_local"):  # FSDP's DTensor
+        shard: Any = weight.detach()
+        return shard.to_local()
     return getattr(weight, "ds_tensor", weight).detach()

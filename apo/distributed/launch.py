@@ -1,6 +1,6 @@
-"""Several processes as one run: what was launched, what all agree on, and how they end together.
+"""Several processes as one run: checks of the launch, agreement between processes, and a common end.
 
-`torchrun` starts the processes. Nothing here looks at the model: how a step's pairs are spread is the trainer's matter.
+`torchrun` starts the processes. The trainer divides the pairs of a step among them.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from typing import Any, TypeVar
 from clair.core.errors import EXIT_INTERRUPTED, UserError
 
 T = TypeVar("T")
-_SILENT = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-"""Where mpirun and srun say how many processes they started."""
-_NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHER_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Environment variables in which mpirun and srun give the number of processes."""
+_REQUIRED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _TORCHRUN = "torchrun --nproc_per_node {count} -m apo.cli train ..."
-_ENDED = "apo/ended"
-_PATIENCE = 1.0
-"""Seconds that a process gives the one that failed first to say so: torchrun kills all when one has ended."""
+_FIRST_TO_END = "apo/ended"
+_GRACE_SECONDS = 1.0
+"""Seconds that a process waits for the one that failed first to print its error: torchrun kills all when one ends."""
 _DAY = timedelta(days=1)
-"""How long processes wait for each other where one works and the others cannot, as while pairs are tokenised."""
+"""How long processes wait for each other while only one works, for example while it tokenizes pairs."""
 
 
-# ---- what was launched
+# ---- checks of the launch
 
 
 def check_launch(environ: Mapping[str, str] | None = None) -> int:
-    """How many processes this run has, by what its launcher says in the environment.
+    """The number of processes of this run, by the environment variables of its launcher.
 
-    Raises UserError where several were asked for and this one would train alone, or where DeepSpeed was asked for and
-    is not installed.
+    Raises UserError if several were requested and this one would train alone, or if DeepSpeed was requested and is not
+    installed.
     """
     environ = os.environ if environ is None else environ
     count = _number(environ, "WORLD_SIZE")
-    others = next((name for name in _SILENT if (_number(environ, name) or 1) > 1), None)
-    if (count or 1) == 1 and others:
-        started = environ[others]
+    launcher = next((name for name in _LAUNCHER_COUNTS if (_number(environ, name) or 1) > 1), None)
+    if (count or 1) == 1 and launcher:
+        started = environ[launcher]
         raise UserError(
-            f"{others} says that {started} processes were started, and each would train alone; start one per machine: "
-            + _TORCHRUN.format(count="N")
+            f"{launcher} says that {started} processes were started, and each would train alone; start one per "
+            "machine: " + _TORCHRUN.format(count="N")
         )
     if count is None:
         if "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_PORT" in environ:
@@ -54,10 +54,10 @@ def check_launch(environ: Mapping[str, str] | None = None) -> int:
                 "accelerate launch was asked for several processes and started one (it does so without --multi_gpu, "
                 f"and always on a CPU); use {_TORCHRUN.format(count='N')}"
             )
-        if lonely := next((name for name in _NEEDED[:2] if name in environ), None):
-            raise UserError(f"{lonely} is set but WORLD_SIZE is not; start with {_TORCHRUN.format(count='N')}")
+        if variable := next((name for name in _REQUIRED[:2] if name in environ), None):
+            raise UserError(f"{variable} is set but WORLD_SIZE is not; start with {_TORCHRUN.format(count='N')}")
         count = 1
-    elif missing := [name for name in _NEEDED if count > 1 and name not in environ]:
+    elif missing := [name for name in _REQUIRED if count > 1 and name not in environ]:
         raise UserError(
             f"WORLD_SIZE is {count} but {missing[0]} is not set; start with {_TORCHRUN.format(count=count)}"
         )
@@ -66,21 +66,21 @@ def check_launch(environ: Mapping[str, str] | None = None) -> int:
 
 
 def is_main(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether this process is the first of its run, by its launcher's word."""
+    """True if this process is rank 0, by the environment variables of its launcher."""
     return (os.environ if environ is None else environ).get("RANK", "0") == "0"
 
 
-def check_deepspeed(asked: bool) -> None:
-    """Raises UserError where DeepSpeed was asked for and is not there."""
-    if asked and find_spec("deepspeed") is None:
+def check_deepspeed(requested: bool) -> None:
+    """Raises UserError if DeepSpeed was requested and is not installed."""
+    if requested and find_spec("deepspeed") is None:
         raise UserError("DeepSpeed was asked for and is not installed: pip install 'clair-apo[deepspeed]'")
 
 
 def check_devices(args: Any) -> None:
-    """What the launcher and the trainer's options (`APOConfig`) ask for is what will run.
+    """Check that the devices and the sharding requested by launcher and options (`APOConfig`) are what will run.
 
-    Raises UserError for several GPUs in one process, for processes that do not know of each other, and for sharding
-    that accelerate would quietly leave out.
+    Raises UserError for several GPUs in one process, for processes that are not connected, and for sharding that
+    accelerate would silently leave out.
     """
     if args.n_gpu > 1:
         raise UserError(
@@ -93,12 +93,12 @@ def check_devices(args: Any) -> None:
     kind = str(getattr(args.distributed_state.distributed_type, "value", args.distributed_state.distributed_type))
     fsdp = fsdp_requested(args)
     deepspeed = deepspeed_requested(args)
-    for name, asked, plain in (("FSDP", fsdp, ("NO", "MULTI_CPU")), ("DeepSpeed", deepspeed, ("NO", "MULTI_CPU"))):
-        if asked and kind in plain:
-            told = "on one process" if kind == "NO" else "on CPUs"
+    for name, requested in (("FSDP", fsdp), ("DeepSpeed", deepspeed)):
+        if requested and kind in ("NO", "MULTI_CPU"):
+            placement = "on one process" if kind == "NO" else "on CPUs"
             raise UserError(
-                f"{name} was asked for, and {told} accelerate would train without it, every process holding the whole "
-                f"model; take {name} out, or start several processes with a GPU each"
+                f"{name} was asked for, and {placement} accelerate would train without it, every process holding the "
+                f"whole model; take {name} out, or start several processes with a GPU each"
             )
     if fsdp and _true(os.environ, "FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise UserError(
@@ -108,12 +108,12 @@ def check_devices(args: Any) -> None:
 
 
 def fsdp_requested(args: Any) -> bool:
-    """Whether the trainer's options or the launcher ask for a model sharded by FSDP."""
+    """True if the trainer's options or the launcher request a model sharded by FSDP."""
     return bool(args.fsdp) or _true(os.environ, "ACCELERATE_USE_FSDP")
 
 
 def deepspeed_requested(args: Any) -> bool:
-    """Whether the trainer's options or the launcher ask for DeepSpeed."""
+    """True if the trainer's options or the launcher request DeepSpeed."""
     return bool(args.deepspeed) or _true(os.environ, "ACCELERATE_USE_DEEPSPEED")
 
 
@@ -130,25 +130,25 @@ def _true(environ: Mapping[str, str], name: str) -> bool:
     return environ.get(name, "").strip().lower() in ("1", "true", "yes", "on", "y", "t")
 
 
-# ---- what all agree on
+# ---- agreement between processes
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a run. With one, every method is what its name says without any of them asked."""
+    """The processes of a run. With one process, every method works without communication."""
 
     rank: int = 0
     count: int = 1
     channel: Any = None
-    """A process group of gloo, so that agreeing never waits for a GPU."""
+    """A process group of gloo, so that communication never waits for a GPU."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """True on rank 0, the process that writes files and prints."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Everybody's value, by rank, everywhere."""
+        """The values of all processes, by rank, on every process."""
         if self.count == 1:
             return [value]
         import torch.distributed as dist
@@ -158,51 +158,52 @@ class Group:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in any process."""
+        """True on every process if `flag` is true on any."""
         if self.count == 1:
             return flag
         import torch
         import torch.distributed as dist
 
-        found = torch.tensor(int(flag))
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.channel)
-        return bool(found)
+        result = torch.tensor(int(flag))
+        dist.all_reduce(result, dist.ReduceOp.MAX, group=self.channel)
+        return bool(result)
 
     @contextlib.contextmanager
     def raise_on_all(self) -> Iterator[None]:
-        """Let the mistake that one process finds be found by all: every one of them raises the same UserError."""
-        found = None
+        """Raise a UserError of any process on all of them: the one of the lowest rank."""
+        caught = None
         try:
             yield
         except UserError as error:
-            found = error
-        if first := next(filter(None, self.gather(found)), None):
+            caught = error
+        if first := next(filter(None, self.gather(caught)), None):
             raise first
 
-    def broadcast_from_main(self, do: Callable[[], T]) -> T:
-        """What the first process gets from `do`, everywhere; its mistake is everybody's."""
+    def broadcast_from_main(self, compute: Callable[[], T]) -> T:
+        """Run `compute` on rank 0 and broadcast the result; a UserError on rank 0 is raised on every rank."""
         value = None
         with self.raise_on_all():
             if self.is_main:
-                value = do()
-        return self.gather(value)[0]  # type: ignore[return-value]
+                value = compute()
+        result: Any = self.gather(value)[0]
+        return result
 
     def check_equal(self, **values: Any) -> None:
-        """Raises UserError where a value differs between processes, as on machines without a shared file system."""
-        for name, found in zip(values, zip(*self.gather(list(values.values())), strict=True), strict=True):
-            if other := next((rank for rank, value in enumerate(found) if value != found[0]), 0):
+        """Raises UserError if a value differs between processes, as on machines without a shared file system."""
+        for name, by_rank in zip(values, zip(*self.gather(list(values.values())), strict=True), strict=True):
+            if rank := next((rank for rank, value in enumerate(by_rank) if value != by_rank[0]), 0):
                 raise UserError(
-                    f"process 0 found {name} {found[0]!r} and process {other} {found[other]!r}; all machines must see "
-                    "the same files, on a shared file system"
+                    f"process 0 found {name} {by_rank[0]!r} and process {rank} {by_rank[rank]!r}; all machines must "
+                    "see the same files, on a shared file system"
                 )
 
 
 @contextlib.contextmanager
 def join_processes(*, cpu: bool, seconds: float = 1800) -> Iterator[Group]:
-    """The processes that the launcher started; `seconds` is how long a collective of the training may take.
+    """Connect the processes that the launcher started. `seconds` is the timeout of a collective of the training.
 
-    An error in any of them ends all, with the words and the exit code of the one that failed first: in that process the
-    error is raised as it is, in the others SystemExit.
+    An error in any process ends all, with the message and the exit code of the one that failed first: that process
+    raises the error unchanged, the others SystemExit.
     """
     if check_launch() == 1:
         yield Group()
@@ -210,9 +211,9 @@ def join_processes(*, cpu: bool, seconds: float = 1800) -> Iterator[Group]:
     import torch.distributed as dist
     from accelerate import PartialState
 
-    patience = timedelta(seconds=seconds)
-    met = {} if _true(os.environ, "ACCELERATE_USE_DEEPSPEED") else _rendezvous(patience)
-    state = PartialState(cpu=cpu, timeout=patience, **met)
+    timeout = timedelta(seconds=seconds)
+    store = {} if _true(os.environ, "ACCELERATE_USE_DEEPSPEED") else _rendezvous(timeout)
+    state = PartialState(cpu=cpu, timeout=timeout, **store)
     group = Group(state.process_index, state.num_processes, dist.new_group(backend="gloo", timeout=_DAY))
     try:
         yield group
@@ -230,23 +231,24 @@ def join_processes(*, cpu: bool, seconds: float = 1800) -> Iterator[Group]:
             dist.destroy_process_group()
 
 
-def _rendezvous(patience: timedelta) -> dict[str, Any]:
-    """The launcher's store, this attempt's own part of it, and who we are there, for `init_process_group`.
+def _rendezvous(timeout: timedelta) -> dict[str, Any]:
+    """The launcher's store with a prefix for this attempt, rank and world size, for `init_process_group`.
 
-    Processes that torchrun starts again would else find the addresses of those that are gone: torch 2.13 keeps the
-    store over attempts and no longer keeps these apart.
+    Without the prefix, processes that torchrun restarts would read the addresses of those that are gone: torch 2.13
+    keeps the store over attempts and no longer separates them.
     """
-    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
-    store, rank, count = next(dist.rendezvous("env://", timeout=patience))
+    store, rank, count = next(rendezvous("env://", timeout=timeout))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return {"store": dist.PrefixStore(f"apo/attempt/{attempt}", store), "rank": rank, "world_size": count}
+    return {"store": PrefixStore(f"apo/attempt/{attempt}", store), "rank": rank, "world_size": count}
 
 
 def run_and_exit(command: Callable[[], None]) -> None:
-    """Run the command of one process of several, and end the process with its exit code, at once.
+    """Run the command of one process of several, and exit at once with its exit code.
 
-    The usual end of an interpreter now and then meets threads of gloo that still run, and is aborted by them.
+    A normal exit of the interpreter sometimes runs into threads of gloo, which then abort the process.
     """
     code: Any = 0
     try:
@@ -265,25 +267,28 @@ def run_and_exit(command: Callable[[], None]) -> None:
 
 
 def _exit_unless_first(error: BaseException) -> None:
-    """Raises SystemExit, without a word, in every process but the one that failed first."""
+    """Raises SystemExit, without a message, in every process but the one that failed first."""
     import torch.distributed as dist
 
     code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-    mine = f"{os.getpid()}@{os.uname().nodename} {code}"
+    entry = f"{os.getpid()}@{os.uname().nodename} {code}"
     try:
-        first = dist.distributed_c10d._get_default_store().compare_set(_ENDED, "", mine).decode()
-    except (RuntimeError, ValueError):  # the store is gone with the process that kept it: everyone for himself
+        first = dist.distributed_c10d._get_default_store().compare_set(_FIRST_TO_END, "", entry).decode()
+    except (
+        RuntimeError,
+        ValueError,
+    ):  # the store ended with the process that held it; each process raises its own error
         return
-    if first != mine:
-        time.sleep(_PATIENCE)
+    if first != entry:
+        time.sleep(_GRACE_SECONDS)
         raise SystemExit(int(first.rpartition(" ")[2])) from error
 
 
 def _is_lost(error: BaseException) -> bool:
-    """Whether an error says that a process at the other end of a connection is gone."""
+    """True if an error means that the process at the other end of a connection is gone."""
     import torch.distributed as dist
 
-    told = str(error).lower()
+    message = str(error).lower()
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and ("gloo" in told or "nccl" in told or "connection" in told)
+        isinstance(error, RuntimeError) and ("gloo" in message or "nccl" in message or "connection" in message)
     )

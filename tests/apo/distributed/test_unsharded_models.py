@@ -54,7 +54,7 @@ def test_weights_that_are_already_shared_out_are_refused(tmp_path, pairs, tokeni
     model = make_model()
     model.lm_head.weight.ds_id = 0
     with pytest.raises(
-        UserError, match=r"shared out by ZeRO-3 when the model was loaded.* apo.distributed.deepspeed.whole\(\)"
+        UserError, match=r"ZeRO-3 sharded the weights when .* apo\.distributed\.deepspeed\.unsharded_loading\(\)"
     ):
         APOTrainer(model, args=APOConfig(output_dir=str(tmp_path)), train_dataset=pairs, processing_class=tokenizer)
 

@@ -147,7 +147,7 @@ def test_a_model_that_changed_between_stop_and_resume_is_refused_before_it_is_lo
     weights["model.norm.weight"][0] += 1e-3
     save_file(weights, moved / "model.safetensors", {"format": "pt"})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apo.models.load.load_model", lambda *_, **__: pytest.fail("loaded"))
+        patch.setattr("apo.training.train.load_model", lambda *_, **__: pytest.fail("loaded"))
         with pytest.raises(UserError, match=r"holds a run on another model: the files of .* have changed since"):
             train(config, tell=lambda _: None)
     shutil.copy(model_dir / "model.safetensors", moved)
