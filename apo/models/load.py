@@ -1,10 +1,10 @@
-"""Loading what a recipe names: tokenizer, model, adapter. Safetensors only; no code of theirs unless it says so."""
+"""Load the tokenizer, model and adapter that a recipe names: safetensors only, remote code only if it allows it."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NF4_BLOCK = 64
-"""Weights that share a constant in NF4."""
+"""Number of weights that share a scale in NF4."""
 
 
 @dataclass(frozen=True)
 class ModelName:
-    """A model as the recipe names it: a folder or a hub name, with its base where it is an adapter."""
+    """A model as the recipe names it: a folder or a hub name, and the base if it is an adapter."""
 
     path: str
     base: str
@@ -32,12 +32,12 @@ class ModelName:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether the folder holds a LoRA adapter rather than a whole model."""
+        """True if the folder holds a LoRA adapter rather than a whole model."""
         return self.base != self.path
 
 
 def find_model(path: str, trust_remote_code: bool = False) -> ModelName:
-    """Look at what lies at `path`. Raises UserError for a folder that is not there or holds no model."""
+    """Resolve a folder or hub name. Raises UserError for a folder that does not exist or holds no model."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         if folder.is_file() or path.startswith((".", "/", "~")) or path.count("/") > 1:
@@ -55,9 +55,9 @@ def find_model(path: str, trust_remote_code: bool = False) -> ModelName:
 
 
 def hash_model_files(name: ModelName) -> str:
-    """SHA-256 of a model's files: weights, configs, tokenizer, of an adapter and of its base. Reads them all.
+    """SHA-256 of a model's files: weights, configs and tokenizer, of an adapter and of its base. Reads them all.
 
-    Of a hub name those of the copy in the hub's cache.
+    For a hub name, the files in the hub's cache.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -68,26 +68,26 @@ def hash_model_files(name: ModelName) -> str:
 
 
 def load_tokenizer(name: ModelName, revision: str | None = None, for_chats: bool = True) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises UserError where it has no end of sequence or, `for_chats`, no chat template."""
+    """The model's tokenizer. Raises UserError if it has no end of sequence or, `for_chats`, no chat template."""
     from transformers import AutoTokenizer
 
-    own = (Path(name.path) / "tokenizer_config.json").is_file()
-    where = name.path if own or not name.is_adapter else name.base
+    has_tokenizer = (Path(name.path) / "tokenizer_config.json").is_file()
+    source = name.path if has_tokenizer or not name.is_adapter else name.base
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            where, trust_remote_code=name.trust_remote_code, **({} if revision is None else {"revision": revision})
+            source, trust_remote_code=name.trust_remote_code, **({} if revision is None else {"revision": revision})
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"model {where}: no tokenizer can be loaded: {one_line(error)}") from error
+        raise UserError(f"model {source}: no tokenizer can be loaded: {one_line(error)}") from error
     if for_chats and not tokenizer.chat_template:
-        raise UserError(f"model {where} has no chat template; add chat_template.jinja, or train an instruct model")
+        raise UserError(f"model {source} has no chat template; add chat_template.jinja, or train an instruct model")
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {where} has no eos_token, so an answer could not end; set the end of turn")
+        raise UserError(f"the tokenizer of {source} has no eos_token, so an answer could not end; set the end of turn")
     return tokenizer
 
 
 def load_generation_config(name: ModelName) -> GenerationConfig | None:
-    """How the model generates, or None where it does not say. Read without the weights."""
+    """The model's generation config, or None. Does not load weights."""
     from transformers import GenerationConfig
 
     try:
@@ -97,7 +97,7 @@ def load_generation_config(name: ModelName) -> GenerationConfig | None:
 
 
 def context_length(name: ModelName) -> int | None:
-    """How many tokens the model takes, or None where its config does not say. Read without the weights."""
+    """The maximum number of tokens of a sequence, or None if the config has none. Does not load weights."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name.base, trust_remote_code=name.trust_remote_code)
@@ -105,9 +105,9 @@ def context_length(name: ModelName) -> int | None:
 
 
 def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
-    """The model in float32 unless `dtype` says otherwise; an adapter comes on its base, ready to be trained on.
+    """Load a model, by default in float32 (`dtype`); an adapter is loaded on its base, trainable.
 
-    Raises UserError where there are no safetensors, or the weights do not fit the config.
+    Raises UserError if there are no safetensors, or if the weights do not fit the config.
     """
     import torch
     from safetensors import SafetensorError
@@ -116,9 +116,9 @@ def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
     dtype = options.pop("dtype", "float32")
     dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     options = {"use_safetensors": True, "trust_remote_code": name.trust_remote_code, **options}
-    reading = _unmapped() if "quantization_config" in options else contextlib.nullcontext()
+    context = _no_memory_mapping() if "quantization_config" in options else contextlib.nullcontext()
     try:
-        with reading:
+        with context:
             model = AutoModelForCausalLM.from_pretrained(name.base, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         raise UserError(f"model {name.base} cannot be loaded: {one_line(error)}") from error
@@ -135,17 +135,17 @@ def load_model(name: ModelName, **options: Any) -> PreTrainedModel | Any:
 
 
 def quantization_problem() -> str | None:
-    """Why a model cannot be loaded in 4 bits here, or None."""
+    """The reason why a model cannot be loaded in 4 bits here, or None."""
     if find_spec("bitsandbytes") is None:
         return "quantize: nf4 needs bitsandbytes, which is not installed: pip install 'clair-apo[quantize]'"
     return None
 
 
 def nf4_config(compute: str) -> BitsAndBytesConfig:
-    """NF4 with its constants quantised again (QLoRA, arXiv 2305.14314), and products in the type `compute`.
+    """NF4 with double quantization (QLoRA, arXiv 2305.14314), and products in the dtype `compute`.
 
-    PEFT's prepare_model_for_kbit_training is not called, as TRL does not: it would put embeddings and head into
-    float32, and what else it does, freezing and gradients for checkpointing, PEFT and TRL do.
+    Like TRL, this does not use PEFT's prepare_model_for_kbit_training, which casts embeddings and head to float32. Its
+    other effects, frozen weights and input gradients for checkpointing, come from PEFT and TRL.
     """
     from transformers import BitsAndBytesConfig
 
@@ -155,36 +155,38 @@ def nf4_config(compute: str) -> BitsAndBytesConfig:
 
 
 @contextlib.contextmanager
-def _unmapped() -> Iterator[None]:
-    """Models that are loaded meanwhile are read from their files, as transformers does on Windows, and not mapped.
+def _no_memory_mapping() -> Iterator[None]:
+    """Read weight files instead of mapping them into memory in this context, as transformers does on Windows.
 
-    On a CPU the weights that are not quantised would stay views into the mapped file, and with them in memory what of
-    it was read to quantise the others. On a GPU nothing is kept of either.
+    On a CPU, weights that are not quantized would remain views into the mapped file, which would then keep the pages of
+    the quantized weights in memory as well.
     """
     from transformers import modeling_utils
 
-    mapped = modeling_utils.safe_open
+    module: Any = modeling_utils  # it does not export `safe_open`
+    safe_open = module.safe_open
 
-    @functools.wraps(mapped)
-    def read(*args: Any, **more: Any) -> Any:
-        return mapped(*args, **more | {"backend": "pread"})
+    @functools.wraps(safe_open)
+    def read(*args: Any, **options: Any) -> Any:
+        return safe_open(*args, **options | {"backend": "pread"})
 
-    modeling_utils.safe_open = read
+    module.safe_open = read
     try:
         yield
     finally:
-        modeling_utils.safe_open = mapped
+        module.safe_open = safe_open
 
 
 def _fix_4bit_on_cpu(model: PreTrainedModel) -> None:
-    """Make 4-bit weights on a CPU compute what they hold.
+    """Work around errors of bitsandbytes (0.50) with 4-bit weights on a CPU.
 
-    On processors with AVX512-BF16 bitsandbytes (0.50) lays them out anew when they are first asked without a gradient,
-    and multiplies in bfloat16 and without a backward from then on: after one look at the reference an adapter would be
-    trained on wrong gradients. So the layout is kept. Rows that are no whole number of blocks it reads back wrongly:
-    raises UserError for these.
+    On processors with AVX512-BF16 it converts the weights to another layout at the first forward pass without gradient,
+    and from then on multiplies in bfloat16 and without a backward pass: after one forward of the reference, an adapter
+    would be trained on wrong gradients. So the conversion is disabled. Raises UserError for rows that are not a
+    multiple of the block, which it dequantizes wrongly.
     """
-    for name, module in model.named_modules():
+    modules: Iterable[tuple[str, Any]] = model.named_modules()
+    for name, module in modules:
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
         module.support_avx512bf16_for_cpu = False
@@ -196,7 +198,7 @@ def _fix_4bit_on_cpu(model: PreTrainedModel) -> None:
 
 
 def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Raises UserError where the tokenizer has ids that the model has no embedding for."""
+    """Raises UserError if the tokenizer has ids without an embedding in the model."""
     rows, highest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise UserError(f"model {path} has {rows:,} embeddings but its tokenizer has ids up to {highest:,}")

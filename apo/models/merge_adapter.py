@@ -1,10 +1,11 @@
-"""Folding an adapter into its base, so that any server can load the result as an ordinary model."""
+"""Merge an adapter into its base, so that any server can load the result as an ordinary model."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from apo.models.load import ADAPTER_CONFIG, ModelName, find_model, load_model, load_tokenizer
 from clair.core.errors import UserError
@@ -13,8 +14,8 @@ from clair.core.errors import UserError
 def merge(adapter: str | Path, out: str | Path, *, base: str | None = None) -> Path:
     """Write base plus adapter to `out` as one model, with tokenizer, chat template and generation config.
 
-    Added up in float32 and saved in the type of the base's weights. `base` replaces the place that the adapter
-    remembers. Raises UserError for a folder that is no adapter, and an `out` that is not empty.
+    Summed in float32 and saved in the dtype of the base's weights. `base` replaces the path that the adapter records.
+    Raises UserError for a folder that is no adapter, and for an `out` that is not empty.
     """
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -23,8 +24,9 @@ def merge(adapter: str | Path, out: str | Path, *, base: str | None = None) -> P
         raise UserError(f"{adapter} has no {ADAPTER_CONFIG}; give the folder of an adapter, such as a LoRA run's out")
     name = ModelName(str(adapter), find_model(base).path) if base else find_model(str(adapter))
     tokenizer = load_tokenizer(name)
-    merged = load_model(name).merge_and_unload(safe_merge=True)
-    merged = merged.to(_dtype_of(name.base))
+    model: Any = load_model(name)
+    merged = model.merge_and_unload(safe_merge=True)
+    merged = merged.to(_base_dtype(name.base))
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     merged.save_pretrained(unfinished)
@@ -35,7 +37,7 @@ def merge(adapter: str | Path, out: str | Path, *, base: str | None = None) -> P
     return target
 
 
-def _dtype_of(base: str) -> object:
+def _base_dtype(base: str) -> object:
     import torch
     from transformers import AutoConfig
 

@@ -1,7 +1,7 @@
-"""Tensors by content: a file per key, written whole or not at all, shared by runs, checked when read.
+"""A cache of tensors: one file per key, written atomically, shared by runs, checked when read.
 
-What is stored under a key never changes, so processes need no locks: two that compute the same thing write the same
-bytes, and the last rename wins. A file that cannot be read is as good as none.
+The content of a key never changes, so processes need no locks: two that compute the same tensors write the same bytes,
+and the last rename wins. A file that cannot be read counts as missing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from clair.core.files import publish
 from clair.storage.object_store import default_folder as default_folder
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def file_path(folder: Path, key: str) -> Path:
-    """Where the tensors of a key lie."""
+    """The file of a key."""
     return folder / key[:2] / f"{key}.safetensors"
 
 
 def load(folder: Path, key: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
-    """The tensors of a key, or None where there are none, or not these names and shapes, or not a number in them."""
+    """The tensors of a key, or None if they are missing, have other names or shapes, or are not finite."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -34,12 +34,12 @@ def load(folder: Path, key: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[
         tensors = load_file(file_path(folder, key))
     except (FileNotFoundError, NotADirectoryError, PermissionError, SafetensorError):
         return None
-    whole = {name: tuple(tensor.shape) for name, tensor in tensors.items()} == dict(shapes)
-    return tensors if whole and all(bool(tensor.isfinite().all()) for tensor in tensors.values()) else None
+    matches = {name: tuple(tensor.shape) for name, tensor in tensors.items()} == dict(shapes)
+    return tensors if matches and all(bool(tensor.isfinite().all()) for tensor in tensors.values()) else None
 
 
 def store(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> str | None:
-    """Keep tensors under a key. Returns what to tell where that is not possible (read-only, full), else None."""
+    """Store tensors under a key. Returns a message if that fails (read-only or full disk), else None."""
     from safetensors.torch import save_file
 
     target = file_path(folder, key)
@@ -53,30 +53,33 @@ def store(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> str | None:
     except OSError as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
-        return f"{folder} cannot be written ({error.strerror or error}); going on without keeping it"
+        return f"{folder} cannot be written ({error.strerror or error}); continuing without the cache"
     return None
 
 
-_NO_NUMBER = {"architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "transformers_version",
+_IRRELEVANT_CONFIG = {"architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "transformers_version",
               "use_cache"}  # fmt: skip
-"""Keys of a model's config that change no log-prob of given ids; nor do those that begin with `_`."""
+"""Keys of a model's config that do not affect the log-probs of given ids, like all that begin with `_`."""
 
 
 def hash_model(model: nn.Module, *, adapter: bool = False) -> str:
-    """SHA-256 over all that the numbers of a reference are made of: its config, which says what is done with the
-    weights, and their names, types, shapes and bytes.
+    """SHA-256 over everything that determines the log-probs of a reference: the config, and the names, dtypes, shapes
+    and bytes of the weights.
 
-    Of a model with a new adapter that is the model below it, by the names it has without one; of a model that goes on
-    with an adapter, also the frozen copy named "ref", and what it is scaled by. With `adapter`, of the whole model as
-    it computes.
+    For a model with a new adapter, this is the model below it, under the names without an adapter; for a model that
+    continues an adapter, also the frozen copy named "ref" and its scaling. With `adapter`, the whole current model.
     """
     import hashlib
 
     import torch
 
     adapters = getattr(model, "peft_config", {})
-    config = (model.get_base_model() if adapters else model).config.to_dict()
-    config = {key: value for key, value in config.items() if key not in _NO_NUMBER and not key.startswith("_")}
+    base: Any = cast(Any, model).get_base_model() if adapters else model
+    config = {
+        key: value
+        for key, value in base.config.to_dict().items()
+        if key not in _IRRELEVANT_CONFIG and not key.startswith("_")
+    }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".") if adapters else name
@@ -86,7 +89,7 @@ def hash_model(model: nn.Module, *, adapter: bool = False) -> str:
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
     for name, module in model.named_modules():
-        of_adapters = scaling if isinstance(scaling := getattr(module, "scaling", None), dict) else {}
-        scaled = {key: by for key, by in of_adapters.items() if adapter or key == "ref"}
-        digest.update(f"{name} {scaled}\n".encode() if scaled else b"")
+        by_adapter = scaling if isinstance(scaling := getattr(module, "scaling", None), dict) else {}
+        factors = {key: factor for key, factor in by_adapter.items() if adapter or key == "ref"}
+        digest.update(f"{name} {factors}\n".encode() if factors else b"")
     return digest.hexdigest()

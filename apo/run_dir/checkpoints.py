@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or are not there: how they are finished, found again and, where damaged, set aside.
+"""Atomic checkpoints: complete them, find the newest, verify them, and set damaged ones aside.
 
-A checkpoint is written under `.unfinished/`, then given a list of its files with their sizes and SHA-256
-(`complete.json`), flushed to disk, and only then renamed to `checkpoint-STEP`. A process killed at any instant leaves
-either the finished checkpoint or something under `.unfinished/`. The list also catches what a rename cannot: a copy or
-a deletion that stopped half way, a page that a power cut left empty, bytes that a disk gives back wrong.
+A checkpoint is written under `.unfinished/`, receives a list of its files with sizes and SHA-256 (`complete.json`), is
+flushed to disk, and only then is renamed to `checkpoint-STEP`. A process killed at any moment leaves either the
+complete checkpoint or something under `.unfinished/`. The list also detects what a rename cannot prevent: an incomplete
+copy or deletion, a page that a power failure left empty, bytes that a disk returns wrong.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ MARKER = "complete.json"
 
 
 @dataclass
-class Search:
-    """The newest checkpoint to go on from, and what was found broken on the way."""
+class CheckpointSearch:
+    """The newest checkpoint to resume from, and notes on those that were unusable."""
 
     newest: Path | None = None
     notes: list[str] = field(default_factory=list)
 
 
 def complete_checkpoint(folder: Path, final: Path, *, resumable: bool) -> None:
-    """Declare the checkpoint in `folder` complete and put it in its place, in one rename."""
+    """Write the file list of the checkpoint in `folder`, and move it to `final` by one rename."""
     files, hashes = {}, {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
@@ -39,29 +39,29 @@ def complete_checkpoint(folder: Path, final: Path, *, resumable: bool) -> None:
         files[name], hashes[name] = path.stat().st_size, file_sha256(path)
     write_json(folder / MARKER, {"resumable": resumable, "files": files, "sha256": hashes})
     if final.exists():
-        if resume_problem(final) is None:  # the same step saved twice, as when Ctrl-C and an epoch's end meet
+        if resume_problem(final) is None:  # the same step is saved twice if Ctrl-C comes at the end of an epoch
             shutil.rmtree(folder.parent)
             return
         shutil.rmtree(final)
     os.rename(folder, final)
     folder.parent.rmdir()
-    _flush(final.parent)
+    _sync(final.parent)
 
 
 def checkpoint_step(folder: Path) -> int | None:
     """The step of `checkpoint-STEP`, or None for any other name."""
-    found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    return int(found[1]) if found else None
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match[1]) if match else None
 
 
 def checkpoints(out: Path) -> list[Path]:
     """The folders named `checkpoint-STEP` in `out`, oldest step first."""
-    found = [(step, folder) for folder in out.glob("checkpoint-*") if (step := checkpoint_step(folder)) is not None]
-    return [folder for _, folder in sorted(found) if folder.is_dir()]
+    by_step = [(step, folder) for folder in out.glob("checkpoint-*") if (step := checkpoint_step(folder)) is not None]
+    return [folder for _, folder in sorted(by_step) if folder.is_dir()]
 
 
 def resume_problem(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be gone on from, or None. Reads all its files."""
+    """The reason why a run cannot resume from a checkpoint, or None. Reads all its files."""
     if damage := find_damage(checkpoint):
         return damage
     marker = json.loads((checkpoint / MARKER).read_text("utf-8"))
@@ -69,7 +69,7 @@ def resume_problem(checkpoint: Path) -> str | None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What of a checkpoint is not as it was written, or None. Reads all its files."""
+    """The first file of a checkpoint that is not as it was written, and how, or None. Reads all its files."""
     try:
         marker = json.loads((checkpoint / MARKER).read_text("utf-8"))
         files, hashes = dict(marker["files"]), dict(marker["sha256"])
@@ -89,9 +89,9 @@ def find_damage(checkpoint: Path) -> str | None:
     return None
 
 
-def find_newest_checkpoint(out: Path) -> Search:
-    """The newest complete checkpoint of `out`. What a killed save left is removed; what is damaged is set aside."""
-    search = Search()
+def find_newest_checkpoint(out: Path) -> CheckpointSearch:
+    """The newest complete checkpoint of `out`. Removes what a killed save left, and renames damaged checkpoints."""
+    search = CheckpointSearch()
     for leftover in sorted((out / UNFINISHED).glob("*")):
         search.notes.append(f"removed {leftover.name}, which was being written when the run was stopped")
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
@@ -103,20 +103,20 @@ def find_newest_checkpoint(out: Path) -> Search:
         if "save_only_model" in problem:
             search.notes.append(f"cannot go on from {checkpoint.name}: {problem}")
             continue
-        aside = _free_name(out / f"incomplete-{checkpoint.name}")
+        aside = _unused_path(out / f"incomplete-{checkpoint.name}")
         os.rename(checkpoint, aside)
         search.notes.append(f"set aside {checkpoint.name} as {aside.name}: {problem}")
     return search
 
 
-def _free_name(wanted: Path) -> Path:
-    name, number = wanted, 2
-    while name.exists():
-        name, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
-    return name
+def _unused_path(path: Path) -> Path:
+    unused, number = path, 2
+    while unused.exists():
+        unused, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return unused
 
 
-def _flush(directory: Path) -> None:
+def _sync(directory: Path) -> None:
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,11 +1,11 @@
-"""A training run's folder: what is in it, whether it is ours to go on with, and how each file is written.
+"""The folder of a training run: its files, their formats, and whether a run can start or resume in it.
 
 model.safetensors or adapter_model.safetensors, config, generation config, tokenizer     the trained model
 run.json          resolved recipe, versions, counts with drops, final metrics, seconds
 metrics.jsonl     one line per logging step
 dynamics.png      chosen and rejected, reward and log-prob, over training
 README.md         the model card
-checkpoint-STEP/  what a stopped run goes on from
+checkpoint-STEP/  the state from which a stopped run resumes
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ PICTURE = "dynamics.png"
 CARD = "README.md"
 
 _LAYOUT = ("pairs_per_step", "trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
-"""Keys that may change within a run as long as a step holds as many pairs, which train.py checks."""
+"""Keys that may change within a run if the pairs per step stay the same, which train.py checks."""
 Status = Literal["new", "unfinished", "finished"]
 MAY_CHANGE = ("out", "reference", "guard", "probe", "trainer.pack_tokens", "trainer.gradient_checkpointing")
-"""Keys of a recipe (and under them) that change nothing that is trained: a stopped run goes on with other values."""
+"""Keys of a recipe (and below them) that do not affect the trained weights: a run may resume with new values."""
 
 
 def run_status(out: Path, recipe: Mapping[str, Any]) -> Status:
-    """How far the run of this `recipe` (resolved) is in `out`.
+    """The status in `out` of the run of this `recipe` (resolved).
 
-    Raises UserError where `out` holds something else: another recipe's run, or files that are no run at all.
+    Raises UserError if `out` holds something else: the run of another recipe, or files that belong to no run.
     """
     local(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"out: {out} is a file; give a folder")
     if not (out / RUN).exists():
-        strangers = sorted(f.name for f in out.glob("*") if not f.name.startswith(".")) if out.exists() else []
-        if strangers:
-            found = ", ".join(strangers[:3])
-            raise UserError(f"out: {out} holds files but no run of `apo train` ({found}); choose another folder")
+        others = sorted(f.name for f in out.glob("*") if not f.name.startswith(".")) if out.exists() else []
+        if others:
+            names = ", ".join(others[:3])
+            raise UserError(f"out: {out} holds files but no run of `apo train` ({names}); choose another folder")
         return "new"
     run = read_run(out)
-    free = (*MAY_CHANGE, *(_LAYOUT if "pairs_per_step" in run else ()))
+    mutable = (*MAY_CHANGE, *(_LAYOUT if "pairs_per_step" in run else ()))
     keys = changed_keys(redacted_recipe(run["recipe"]), redacted_recipe(recipe))
-    changed = [key for key in keys if not key.startswith(free)]
+    changed = [key for key in keys if not key.startswith(mutable)]
     if changed:
         raise UserError(
             f"out: {out} holds the run of another recipe (changed: {', '.join(changed)}); choose another folder with "
@@ -67,20 +67,20 @@ def run_status(out: Path, recipe: Mapping[str, Any]) -> Status:
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """The run.json of a folder. Raises UserError where it cannot be read."""
+    """The run.json of a folder. Raises UserError if it cannot be read."""
     if not (out / RUN).is_file():
         raise UserError(f"{out} holds no run of `apo train` (no {RUN}); give the folder that a recipe's `out` names")
     try:
         run = json.loads((out / RUN).read_text("utf-8"))
         run["recipe"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{out / RUN} is no run.json that can be read; choose another folder") from error
+        raise UserError(f"{out / RUN} is not a readable run.json; choose another folder") from error
     return run
 
 
 def template_day(out: Path) -> str:
-    """The date (YYYY-MM-DD) that chat templates write as today's: that of the first start of the run in `out`, and
-    today if none has started. So a run that goes on another day has the same token ids.
+    """The date (YYYY-MM-DD) that chat templates write as today's: the day on which the run in `out` first started, or
+    today for a new run. So a run that resumes on another day has the same token ids.
 
     Raises UserError if the run.json cannot be read.
     """
@@ -94,19 +94,19 @@ def template_day(out: Path) -> str:
 
 
 def write_new_run(out: Path, recipe: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
-    """Write the run.json of a run that starts now."""
+    """Write the run.json of a new run, and return it."""
     run = {"recipe": redacted_recipe(recipe), "provenance": provenance(), "started": now(), **facts}
     write_json(out / RUN, run)
     return run
 
 
 def redacted_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe as it may be written down: without tokens and keys that trainer options can hold."""
+    """The recipe without the secrets that trainer options can contain, such as tokens."""
     return {**recipe, "trainer": without_secrets(recipe.get("trainer") or {})}
 
 
 def now() -> str:
-    """This moment in UTC, to the second."""
+    """The current time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -115,15 +115,15 @@ def today() -> str:
     return datetime.now().date().isoformat()
 
 
-def record_stop(out: Path, step: int, why: str) -> None:
-    """Keep in run.json why training ended before its time."""
+def record_stop(out: Path, step: int, reason: str) -> None:
+    """Record in run.json why training stopped early."""
     if (out / RUN).exists():
         run = read_run(out)
-        write_json(out / RUN, {**run, "stopped": [*run.get("stopped", []), {"step": step, "why": why, "at": now()}]})
+        write_json(out / RUN, {**run, "stopped": [*run.get("stopped", []), {"step": step, "why": reason, "at": now()}]})
 
 
 def append_metrics(out: Path, row: Mapping[str, Any]) -> None:
-    """Add one line, in one write, so that a killed process leaves at most its last line torn."""
+    """Append one line, in one write, so that a killed process leaves at most its last line incomplete."""
     line = json.dumps({key: _finite(value) for key, value in row.items()}) + "\n"
     handle = os.open(out / METRICS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
@@ -133,38 +133,38 @@ def append_metrics(out: Path, row: Mapping[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinity are no JSON."""
+    """None for NaN and infinity, which JSON does not have."""
     return None if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
 def drop_metrics_after(out: Path, step: int) -> None:
-    """Take back the lines of steps that are about to be trained again."""
-    kept = [row for row in read_metrics(out / METRICS) if row["step"] <= step]
-    write_atomically(out / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+    """Remove the lines of steps that are about to be trained again."""
+    rows = [row for row in read_metrics(out / METRICS) if row["step"] <= step]
+    write_atomically(out / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def move_files(folder: Path, out: Path) -> None:
-    """Move every finished file of `folder` into `out`, one rename each, and take the folder away."""
+    """Move every file of `folder` into `out`, by one rename each, and remove the folder."""
     for file in sorted(folder.iterdir()):
         os.replace(file, out / file.name)
     shutil.rmtree(folder)
 
 
 def describe_size(count: Mapping[str, Any]) -> str:
-    """How much a split of run.json holds, in words: `24 pairs`, `24 unpaired rows (16 desirable)`."""
+    """The size of a split of run.json as text: `24 pairs`, `24 unpaired rows (16 desirable)`."""
     if "pairs" in count:
         return f"{count['pairs']:,} pairs"
     return f"{count['rows']:,} unpaired rows ({count['desirable']:,} desirable)"
 
 
 def describe_counts(count: Mapping[str, Any]) -> str:
-    """The same with what was left out, and why: `14 pairs, 2 left out (too long)`."""
-    left_out = "".join(f", {n:,} left out ({why.replace('_', ' ')})" for why, n in count["dropped"].items())
+    """The size of a split and its dropped rows as text: `14 pairs, 2 left out (too long)`."""
+    left_out = "".join(f", {n:,} left out ({reason.replace('_', ' ')})" for reason, n in count["dropped"].items())
     return describe_size(count) + left_out
 
 
 def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:
-    """The model card: what was trained from what, with which numbers, and how to load it."""
+    """Write the model card: base, objective, data, final metrics, the code to load the model, and the recipe."""
     recipe, metrics = run["recipe"], run["metrics"]
     name = out.resolve().name
     objective = recipe["objective"]
@@ -199,7 +199,7 @@ def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl. A last line torn by a killed process is left out."""
+    """The lines of a metrics.jsonl, without a last line that a killed process left incomplete."""
     file = Path(path)
     lines = file.read_text("utf-8").splitlines() if file.exists() else []
     rows = []

@@ -73,7 +73,7 @@ def test_a_damaged_cache_and_one_that_cannot_be_written_are_each_reported_once(a
     assert code == 0
     assert [line for line in output if "cannot be written" in line] == [
         f"note: reference log-probs: {tmp_path / 'cache'} cannot be written (Not a directory); "
-        "going on without keeping it"
+        "continuing without the cache"
     ]
 
 
