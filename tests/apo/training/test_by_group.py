@@ -132,7 +132,7 @@ def test_groups_that_cannot_each_have_a_run_are_refused_before_any_begins(recipe
         return write_jsonl(tmp_path / "p.jsonl", rows)
 
     assert "has no column 'groop' (did you mean 'group'?)" in failure(recipe, by="groop")
-    assert "says its 'group'" in failure(recipe, dataset=of(None))
+    assert "has a value for 'group'" in failure(recipe, dataset=of(None))
     assert "text or a whole number needed" in failure(recipe, dataset=of(0.5))
     message = failure(recipe, dataset=of("a b", "a-b"))
     assert "'a b' and 'a-b' would share the folder" in message

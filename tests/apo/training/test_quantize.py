@@ -42,7 +42,7 @@ def test_without_bitsandbytes_a_run_is_refused_before_any_work(recipe, tmp_path,
 
 def test_contradicting_options_are_refused(recipe, monkeypatch):
     kwargs = {"model_init_kwargs": {"quantization_config": {"load_in_8bit": True}}}
-    with pytest.raises(UserError, match=r"quantization_config: the recipe's `quantize` says it"):
+    with pytest.raises(UserError, match=r"quantization_config: the recipe's `quantize` sets it"):
         plan(TrainConfig(**{**recipe, **QLORA, "trainer": recipe["trainer"] | kwargs}))
     with pytest.raises(UserError, match="4-bit weights are whole in every process; leave FSDP"):
         plan(TrainConfig(**{**recipe, **QLORA, "trainer": recipe["trainer"] | {"fsdp": True}}), processes=2)
