@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -185,8 +185,8 @@ def _fix_4bit_on_cpu(model: PreTrainedModel) -> None:
     would be trained on wrong gradients. So the conversion is disabled. Raises UserError for rows that are not a
     multiple of the block, which it dequantizes wrongly.
     """
-    modules: Iterable[tuple[str, Any]] = model.named_modules()
-    for name, module in modules:
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name, module in modules.items():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
         module.support_avx512bf16_for_cpu = False

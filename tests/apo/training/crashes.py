@@ -30,6 +30,6 @@ CRASHES = {
     "before the model is written": (Trainer, "save_model", False),
     "before the optimizer is written": (Trainer, "_save_optimizer_and_scheduler", False),
     "before the random state is written": (Trainer, "_save_rng_state", False),
-    "before the checkpoint is declared complete": (checkpoints, "finish", False),
-    "after the checkpoint is in place": (checkpoints, "finish", True),
+    "before the checkpoint is declared complete": (checkpoints, "complete_checkpoint", False),
+    "after the checkpoint is in place": (checkpoints, "complete_checkpoint", True),
 }

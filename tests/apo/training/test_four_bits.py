@@ -127,7 +127,7 @@ def test_a_stopped_run_resumes_as_if_it_had_not_been(recipe, tmp_path, monkeypat
     options = {**recipe["trainer"], "max_steps": 8, "save_steps": 3, "logging_steps": 1}
     runs = [{**recipe, **QLORA, "trainer": options, "out": str(tmp_path / name)} for name in ("whole", "stopped")]
     train(TrainConfig(**runs[0]), tell=lambda _: None)
-    crash_in((checkpoints, "finish", True), 3, monkeypatch)
+    crash_in((checkpoints, "complete_checkpoint", True), 3, monkeypatch)
     with pytest.raises(Crash):
         train(TrainConfig(**runs[1]), tell=lambda _: None)
     monkeypatch.undo()
