@@ -447,7 +447,7 @@ def test_a_stream_of_rows_is_encoded_as_a_dataset_is():
         letters(),
         [pair(), pair("Plum.", [turn("assistant", "a"), turn("user", "b"), turn("assistant", "c")])],
     )
-    arguments = {"tokenizer": tokenizer, "ends": [tokenizer.eos_token_id], "max_length": None}
+    arguments = {"tokenizer": tokenizer, "eos": [tokenizer.eos_token_id], "max_length": None}
     stream = list(IterableDataset.from_generator(lambda: iter(rows)).map(encode, fn_kwargs=arguments))
     dataset = tokenize(Dataset.from_list(rows), tokenizer, None, eos_ids(tokenizer)).dataset
     for column in ("prompt_ids", "chosen_ids", "rejected_ids", "rejected_mask"):
