@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from apo.data.rendering import common_prefix
+from apo.data.encoding import common_prefix
 from apo.packing.async_copy import to_device
 from apo.packing.batch import SIDES, response_mask
 

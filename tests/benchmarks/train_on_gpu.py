@@ -90,7 +90,7 @@ def run(mode: str, tune: str, model: Any, lengths: list[tuple[int, int, int]], b
     from transformers import TrainerCallback
 
     from apo.cost.sizes import pair_cost
-    from apo.data.rendering import common_prefix
+    from apo.data.encoding import common_prefix
     from apo.monitoring.throughput import compute_scale
     from apo.packing.batch import uncollate
 

@@ -157,7 +157,7 @@ def test_a_row_is_rendered_again_where_the_templates_clock_has_ticked(monkeypatc
 
 def test_a_template_that_writes_another_time_each_time_is_refused():
     clock = "<|start|>system\n{{ strftime_now('%f') }}<|end|>\n" + CHATML
-    assert "the chat template writes the time, and another one each time" in refusal(pair(), clock)
+    assert "the chat template writes a time that changes with each rendering" in refusal(pair(), clock)
 
 
 def test_an_answer_without_text_is_noted():
@@ -489,7 +489,7 @@ def test_a_template_writes_the_day_that_it_is_given(template):
 def test_a_day_is_no_time_of_day():
     ticking = letters(DATED.replace("%d %b %Y", "%f"))
     row = encode(pair(), ticking, [ticking.eos_token_id], None, day="2024-02-29")
-    assert "the chat template writes the time, and another one each time" in row["_verdict"]
+    assert "the chat template writes a time that changes with each rendering" in row["_verdict"]
     hourly = letters(DATED.replace("%d %b %Y", "%Y %Hh"))
     row = encode(pair(), hourly, [hourly.eos_token_id], None, day="1999-02-28")
     assert "1999" not in hourly.decode(row["prompt_ids"])
