@@ -173,7 +173,7 @@ def _print_plan(config: Any, processes: int | None) -> None:
     print(yaml.safe_dump(redacted_recipe(resolved(config)), sort_keys=False, allow_unicode=True), end="")
     for split, count in planned.counts().items():
         print(f"# {split}: {describe_counts(count)}")
-    print(f"# steps: {planned.describe_steps}")
+    print(f"# steps: {planned.steps_text}")
     print(f"# out: {config.out} ({status})")
     if planned.guard_set is not None:
         print(f"# guard: {planned.guard_set.summary(planned.steps)}")

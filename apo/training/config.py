@@ -111,7 +111,7 @@ def trainer_options(config: TrainConfig, *, has_eval: bool, processes: int = 1) 
     from apo.losses.mixture import resolve_mixture
     from apo.models.tensor_cache import default_folder
     from apo.monitoring.metrics import check_best_metric
-    from apo.training.trainer_config import IGNORED, APOConfig, why_ignored
+    from apo.training.trainer_config import IGNORED, APOConfig, ignored_reason
 
     allowed = (
         {field.name for field in dataclasses.fields(APOConfig)} - set(RECIPE_KEYS) - set(IGNORED) - set(UNSUPPORTED)
@@ -120,7 +120,9 @@ def trainer_options(config: TrainConfig, *, has_eval: bool, processes: int = 1) 
         if key in RECIPE_KEYS:
             raise UserError(f"trainer.{key}: it is a key of the recipe itself, {RECIPE_KEYS[key]!r}; move it there")
         if key in IGNORED:
-            raise UserError(f"trainer.{why_ignored(key, config.trainer[key], resolve_mixture(config.objective).name)}")
+            raise UserError(
+                f"trainer.{ignored_reason(key, config.trainer[key], resolve_mixture(config.objective).name)}"
+            )
         if key in UNSUPPORTED:
             raise UserError(f"trainer.{key} is not offered by `apo train`; leave it out")
         if key not in allowed:

@@ -46,7 +46,7 @@ class Plan:
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.processes
 
     @property
-    def describe_steps(self) -> str:
+    def steps_text(self) -> str:
         """The number of steps as text, as in `6 of 4 pairs`."""
         unit = "pairs" if "pairs" in self.train.size() else "rows"
         suffix = f" on {self.processes} processes" if self.processes > 1 else ""

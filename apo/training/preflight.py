@@ -41,9 +41,9 @@ def _check_ends(trainer: APOTrainer, batch: dict[str, Any], rows: torch.Tensor) 
     """Raises UserError unless the last token of each sequence is an end of turn and is trained, even if pad = eos."""
     rows = rows.to(batch["input_ids"].device)
     last = batch["attention_mask"].sum(1)[rows] - 1
-    ends = eos_ids(trainer.processing_class, trainer._generation_config)
+    eos = eos_ids(trainer.processing_class, trainer._generation_config)
     tokens = batch["input_ids"][rows, last].tolist()
-    if others := [token for token in tokens if token not in ends]:
+    if others := [token for token in tokens if token not in eos]:
         text = trainer.processing_class.decode([others[0]])
         raise UserError(f"the last token of an answer is {text!r}, not the end of turn; was the batch cut?")
     if not batch["completion_mask"][rows, last].all():

@@ -141,7 +141,7 @@ def _train_planned(planned: Plan, status: Status, group: Group, log: Callable[[s
     facts = group.broadcast_from_main(lambda: _facts(planned, status))
     for split, count in planned.counts().items():
         log(f"{split}: {describe_counts(count)}")
-    log(f"steps: {planned.describe_steps}")
+    log(f"steps: {planned.steps_text}")
     for note in planned.train.notes:
         log(f"note: {note}")
     with group.raise_on_all():

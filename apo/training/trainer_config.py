@@ -86,7 +86,7 @@ class APOConfig(DPOConfig):
         for name in IGNORED:
             value = getattr(self, name)
             if value != defaults[name] and value != [] and (name, value) != ("truncation_mode", "keep_start"):
-                raise UserError(why_ignored(name, value, objective.name))
+                raise UserError(ignored_reason(name, value, objective.name))
         for name in _POSITIVE:
             if isinstance(value := getattr(self, name), int) and value < 1:
                 raise UserError(f"{name} is {value}; it must be 1 or above, or leave it out")
@@ -151,7 +151,7 @@ class APOConfig(DPOConfig):
         return {**super().to_dict(), "objective": resolve_mixture(self.objective).name}
 
 
-def why_ignored(name: str, value: Any, objective: str) -> str:
+def ignored_reason(name: str, value: Any, objective: str) -> str:
     """Why an option of `IGNORED` is refused beside an objective, and what to set instead."""
     if name == "loss_type":
         types = [value] if isinstance(value, str) else list(value)
