@@ -141,7 +141,7 @@ def test_a_missing_column_is_reported_with_the_existing_ones():
 def test_a_template_that_renders_the_prompt_otherwise_alone_is_noted():
     thinking = TEMPLATE.replace("<|start|>assistant\n{% endif %}", "<|start|>assistant\none {% endif %}")
     result = tokenized(make_pairs(3), make_tokenizer(template=thinking))
-    assert "renders the prompt alone otherwise" in result.notes[0]
+    assert "renders the prompt alone differently" in result.notes[0]
 
 
 def test_each_row_is_read_once(monkeypatch):

@@ -133,7 +133,7 @@ def test_groups_that_cannot_each_have_a_run_are_refused_before_any_begins(recipe
 
     assert "has no column 'groop' (did you mean 'group'?)" in failure(recipe, by="groop")
     assert "has a value for 'group'" in failure(recipe, dataset=of(None))
-    assert "text or a whole number needed" in failure(recipe, dataset=of(0.5))
+    assert "text or an integer needed" in failure(recipe, dataset=of(0.5))
     message = failure(recipe, dataset=of("a b", "a-b"))
     assert "'a b' and 'a-b' would share the folder" in message
     assert "where {'group': 'z'} has 1 row(s)" in failure(recipe, dataset=of(*"aaaaaaaaaaaz"))
