@@ -44,7 +44,7 @@ _PATIENCE = 60.0
 _SHORT_PATIENCE = 2.0
 _INSPECTION_THREADS = 32
 """Shards inspected concurrently: clair.storage.url_lock may have to watch one at a URL for a minute."""
-_COUNT_ANSWERED = "SELECT total(prompt_tokens) + total(completion_tokens) FROM calls WHERE payer = ?"
+_ANSWERED_TOKENS = "SELECT total(prompt_tokens) + total(completion_tokens) FROM calls WHERE payer = ?"
 Progress = Callable[[int, str], None]
 
 
@@ -173,8 +173,8 @@ class _Job:
     def _unfinished(self, existing: Set[Shard]) -> Iterator[str]:
         local = {role: model for role, model in self.config.models.items() if model.path is not None}
         identities = {role: weights_identity(model.path) for role, model in local.items() if model.path}
-        begun = [name for name, shard in self.shards.items() if shard in existing]
-        finished = dict(zip(begun, self.pool.map(partial(self._finished_rows, identities), begun), strict=True))
+        started = [name for name, shard in self.shards.items() if shard in existing]
+        finished = dict(zip(started, self.pool.map(partial(self._finished_rows, identities), started), strict=True))
         for name in self.shards:
             if rows := finished.get(name):
                 self.rows[name] = rows
@@ -243,7 +243,7 @@ class _Job:
         try:
             with lock_output(config.out, patience) as output, output.ledger(config.ledger_path) as ledger:
                 spent = ledger.spent(account)
-                ((tokens,),) = ledger.read(_COUNT_ANSWERED, account)
+                ((tokens,),) = ledger.read(_ANSWERED_TOKENS, account)
                 row_file = output.folder / CURRENT_ROW
                 row = row_file.read_text("utf-8") if row_file.is_file() else None
         except InUse:

@@ -27,7 +27,7 @@ _HEARTBEAT = 1.0
 
 
 class LeasedLimiter(Limiter):
-    """The limit in flight of a lease; waiting requests wait for the next lease. `on_need` asks for one at once."""
+    """The limit on requests in flight, by lease. `on_need` is called when a request needs a new lease."""
 
     def __init__(self, max_in_flight: int, on_need: Callable[[], None]) -> None:
         super().__init__(max_in_flight)

@@ -146,9 +146,9 @@ class BatchClient:
     def _start_upload(self) -> None:
         task = asyncio.ensure_future(self._upload_file())
         self._uploads.add(task)
-        task.add_done_callback(self._on_upload_done)
+        task.add_done_callback(self._finish_upload)
 
-    def _on_upload_done(self, task: asyncio.Task[None]) -> None:
+    def _finish_upload(self, task: asyncio.Task[None]) -> None:
         self._uploads.discard(task)
         if not task.cancelled() and (error := task.exception()) and isinstance(error, Exception):
             self.on_error(error)
@@ -243,12 +243,12 @@ class BatchClient:
         settled = 0
         for batch in self.queue.open_batches():
             try:
-                settled += await self._fetch_if_ended(batch)
+                settled += await self._poll_batch(batch)
             except (RateLimited, Unreachable):  # the next poll will do
                 continue
         return settled
 
-    async def _fetch_if_ended(self, batch: Batch) -> int:
+    async def _poll_batch(self, batch: Batch) -> int:
         assert batch.id
         try:
             info = await self.service.retrieve(batch.id)

@@ -132,14 +132,14 @@ class BatchQueue:
         return released
 
     def _release(self, connection: sqlite3.Connection, batch: str, run: str) -> tuple[int, Tokens]:
-        where = (batch, self.service, run)
+        values = (batch, self.service, run)
         query = (
             "SELECT count(*), total(iif(payer = ?, most_prompt, 0)), total(iif(payer = ?, most_completion, 0)) "
             "FROM batched JOIN calls USING (key) WHERE batched.batch = ? AND service = ? AND batched.run = ?"
         )
-        count, prompt, completion = connection.execute(query, (self.account, self.account, *where)).fetchone()
-        connection.execute(_FREE, ("not sent", *where))
-        connection.execute(_FORGET, where)
+        count, prompt, completion = connection.execute(query, (self.account, self.account, *values)).fetchone()
+        connection.execute(_FREE, ("not sent", *values))
+        connection.execute(_FORGET, values)
         return count, Tokens(int(prompt), int(completion))
 
     # ---- out of the queue, into a batch

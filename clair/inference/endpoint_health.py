@@ -1,4 +1,4 @@
-"""What the failures of one role's endpoint mean: a reason to wait, one failed request, or the end of the run."""
+"""The health of a role's endpoint: its failures decide whether a request waits, fails, or ends the run."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class EndpointHealth:
         return self._refuses_all(refusals) if len(self._refusals) == 1 and len(refusals) >= _SAME_REFUSALS else None
 
     def check_refusals(self) -> None:
-        """Raise Refused at the end of a run whose requests were all refused in the same words: none is to blame."""
+        """Raise Refused if a whole run was refused in the same words: then key or recipe are wrong, not a request."""
         for refusals in self._refusals.values():
             enough = 1 if _refuses_key(refusals) else 2
             if not self.answered and len(self._refusals) == 1 and len(refusals) >= enough:

@@ -26,7 +26,7 @@ _OPTIONS = ("messages", "max_tokens", "temperature", "top_p", "top_k", "seed", "
 _DEFAULT_MAX_TOKENS = 1024
 _FIRST_CHUNK = 64
 """Tokens after which finished rows leave their batch for the first time."""
-_GATHER_SECONDS = 0.005
+_GATHER_SECONDS = 0.005  # time for requests to arrive before a batch is formed
 _CHARACTERS_PER_TOKEN = 3.0  # until the first batch is tokenised
 
 
@@ -49,7 +49,7 @@ class _QueuedRequest:
 
 
 class LocalModel:
-    """A model folder of transformers, loaded on first use, that answers in batches in a thread of its own.
+    """A transformers model folder, loaded on first use, that answers in batches in its own thread.
 
     A batch has at most `batch_size` requests, or with `batch_tokens` as many as fit, counting prompts padded to the
     longest and the room for their answers. A batch that does not fit into memory is halved. An adapter is loaded onto
@@ -105,17 +105,17 @@ class LocalModel:
         """Return the raw JSON text of a chat completion. Raises UserError for an option that is not supported."""
         check_options(request)
         size = sum(len(message_text(message)) for message in request["messages"])
-        waiting = _QueuedRequest(request, sample, size, asyncio.get_running_loop().create_future())
-        self._queue.append(waiting)
+        queued = _QueuedRequest(request, sample, size, asyncio.get_running_loop().create_future())
+        self._queue.append(queued)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        return await waiting.future
+        return await queued.future
 
     def abandon(self) -> None:
         """Fail the requests that are in no batch yet; the batch in progress is finished."""
-        for waiting in self._queue:
-            if not waiting.future.done():
-                waiting.future.set_exception(Unreachable("not begun"))
+        for queued in self._queue:
+            if not queued.future.done():
+                queued.future.set_exception(Unreachable("not begun"))
         self._queue = []
 
     def halt(self) -> None:
@@ -129,18 +129,18 @@ class LocalModel:
             try:
                 replies = await asyncio.get_running_loop().run_in_executor(self._thread, self._generate, batch)
             except Exception as error:  # fails the rows of this batch; the run goes on with the others
-                for waiting in batch:
-                    if not waiting.future.done():
+                for queued in batch:
+                    if not queued.future.done():
                         message = f"{type(error).__name__}: {error}"
-                        waiting.future.set_exception(RequestFailed("generation_failed", message))
+                        queued.future.set_exception(RequestFailed("generation_failed", message))
             else:
-                for waiting, reply in zip(batch, replies, strict=True):
-                    if waiting.future.done():  # cancelled
+                for queued, reply in zip(batch, replies, strict=True):
+                    if queued.future.done():  # cancelled
                         continue
                     if isinstance(reply, RequestFailed):
-                        waiting.future.set_exception(reply)
+                        queued.future.set_exception(reply)
                     else:
-                        waiting.future.set_result(reply)
+                        queued.future.set_result(reply)
             await asyncio.sleep(_GATHER_SECONDS)
 
     def _next_batch(self) -> list[_QueuedRequest]:
@@ -158,8 +158,8 @@ class LocalModel:
         if self.batch_tokens is None:
             return self.batch_size
         max_tokens, longest = requests[0].request.get("max_tokens") or _DEFAULT_MAX_TOKENS, 0.0
-        for count, waiting in enumerate(requests):
-            longest = max(longest, waiting.size / self._characters_per_token)
+        for count, queued in enumerate(requests):
+            longest = max(longest, queued.size / self._characters_per_token)
             if (count + 1) * (longest + max_tokens) > self.batch_tokens:
                 return max(1, count)
         return len(requests)
@@ -197,7 +197,7 @@ class LocalModel:
 
     def _tokenize(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> list[int]:
         tokenizer, _ = self._load()
-        # The template writes the BOS where there is one; the tokenizer must not add a second.
+        # The template writes the BOS token, if any; the tokenizer must not add a second one.
         options = {"tools": list(tools)} if tools else {}
         turns = [_parse_arguments(message) for message in messages]
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **options)
@@ -212,20 +212,20 @@ class LocalModel:
     def _generate(self, batch: Sequence[_QueuedRequest]) -> list[str | RequestFailed]:
         """Reply to each request, grouped by the room for an answer, so that a batch truncates no answer."""
         prompts: list[list[int]] = []
-        faults: dict[int, RequestFailed] = {}  # if the template refuses a row, the others go on
-        for index, waiting in enumerate(batch):
+        errors: dict[int, RequestFailed] = {}  # if the template refuses a row, the others go on
+        for index, queued in enumerate(batch):
             try:
-                prompts.append(self._tokenize(waiting.request["messages"], waiting.request.get("tools", ())))
+                prompts.append(self._tokenize(queued.request["messages"], queued.request.get("tools", ())))
             except Exception as error:  # a template can raise anything
                 prompts.append([])
-                faults[index] = RequestFailed("generation_failed", f"{type(error).__name__}: {error}")
+                errors[index] = RequestFailed("generation_failed", f"{type(error).__name__}: {error}")
         self._characters_per_token = max(0.5, sum(w.size for w in batch) / max(1, sum(map(len, prompts))))
         room = [
-            0 if index in faults else self._room(waiting.request, len(prompts[index]))
-            for index, waiting in enumerate(batch)
+            0 if index in errors else self._room(queued.request, len(prompts[index]))
+            for index, queued in enumerate(batch)
         ]
         replies: list[str | RequestFailed] = [
-            faults.get(index)
+            errors.get(index)
             or RequestFailed("prompt_too_long", f"the prompt has {len(prompt)} tokens, more than the model takes")
             for index, prompt in enumerate(prompts)
         ]

@@ -106,7 +106,7 @@ def parse_reply(raw: str, *, tools: bool = False) -> Reply:
         finish = choice.get("finish_reason")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise RequestFailed("malformed_reply", f"the reply is no chat completion: {raw[:200]!r}", raw) from error
-    content, thinking = _join_parts(content)
+    content, thinking = _join_blocks(content)
     calls = message.get("tool_calls")
     calls = tuple(calls) if isinstance(calls, list) and all(isinstance(call, dict) for call in calls) else ()
     if message.get("tool_calls") and not (content or (tools and calls)):
@@ -170,14 +170,14 @@ _BEGIN_MARK = re.compile(
 """Marks that a template writes before an answer, and that some servers repeat."""
 
 
-def _join_parts(content: Any) -> tuple[Any, str]:
+def _join_blocks(content: Any) -> tuple[Any, str]:
     """Join content that a server sends in parts to (text, hidden reasoning); other content is unchanged."""
     if not isinstance(content, list):
         return content, ""
     blocks = [block for block in content if isinstance(block, dict)]
     texts = [block.get("text") for block in blocks if block.get("type") in ("text", "output_text")]
     thoughts = [block["thinking"] for block in blocks if block.get("type") == "thinking" and block.get("thinking")]
-    hidden = "".join(str(_join_parts(thought)[0]) for thought in thoughts)
+    hidden = "".join(str(_join_blocks(thought)[0]) for thought in thoughts)
     joined = "".join(text for text in texts if isinstance(text, str))
     return joined.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass"), hidden  # join a split emoji
 

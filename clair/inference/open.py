@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 
 class Resources:
-    """The models, rate limits and budget of a run of its own.
+    """The models, rate limits and budget of a single run.
 
     `clair.cluster.leased_limits` has the resources that the shards of a job share.
     """
@@ -269,8 +269,8 @@ def stop_on_interrupt(stop: StopSignal, clients: Mapping[str, ModelClient]) -> I
         loop.add_signal_handler(number, exit_at_once, number)
 
     def exit_at_once(number: signal.Signals) -> None:
-        for other in numbers:
-            loop.remove_signal_handler(other)
+        for handled in numbers:
+            loop.remove_signal_handler(handled)
         tell(f"leaving at once: {_exit_message(clients)}")
         for client in clients.values():
             if isinstance(client.model, LocalModel):

@@ -207,7 +207,7 @@ class ServerQueue:
 
                 def check_deadline() -> None:
                     nonlocal timer
-                    deadline = max(sent, self._last_answer_before(number)) + seconds
+                    deadline = max(sent, self._previous_answer_time(number)) + seconds
                     if deadline <= loop.time():
                         limit.reschedule(deadline)
                     else:
@@ -226,7 +226,7 @@ class ServerQueue:
         finally:
             del self._waiting[number]
 
-    def _last_answer_before(self, number: int) -> float:
+    def _previous_answer_time(self, number: int) -> float:
         """The time of the last answer to a request that was sent before this one; 0 if there is none."""
         index = bisect_left(self._answers, (number,))
         return self._answers[index - 1][1] if index else 0.0

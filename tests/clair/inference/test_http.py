@@ -298,7 +298,7 @@ def test_the_memory_of_answers_does_not_grow():
             async with turns.time_limit(1.0):
                 await asyncio.sleep(0.001)
             max_answers = max(max_answers, len(turns._answers))
-            assert turns._last_answer_before(number + 1) == pytest.approx(now(), abs=0.0001)
+            assert turns._previous_answer_time(number + 1) == pytest.approx(now(), abs=0.0001)
         return max_answers
 
     assert run(work())[0] < 50
