@@ -21,7 +21,7 @@ from clair.inference.open import Resources
 from clair.inference.rate_limit import Limiter, Rate
 from clair.ledger.ledger import Tokens
 
-LIMITS_LOST = "the keeper of this job's limits is gone"
+LIMITS_LOST = "the actor with this job's limits is gone"
 _HEARTBEAT = 1.0
 """Seconds between two reports of a shard that waits for no lease."""
 

@@ -335,8 +335,7 @@ class BatchClient:
         if not blamed:
             self.budget.settle_batch(self.role, await self.queue.discard(batch), NOTHING)
             raise Refused(
-                f"{self.role}: {self.service.url} refuses the file of batch {batch.id} ({message}); nothing of "
-                f"it was asked"
+                f"{self.role}: {self.service.url} refuses the file of batch {batch.id} ({message}); no request was run"
             )
         outcomes = [Outcome(str(key), None, NOTHING, f"http_400: {message}") for key in blamed]
         return await self._settle(batch, outcomes) + await self._requeue(batch)

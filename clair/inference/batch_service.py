@@ -130,7 +130,7 @@ class BatchService:
             return await self._retry(step, problem)
         except RequestFailed as error:
             raise Refused(
-                f"{self.role}: {problem}: {self.url} refuses it ({error.detail}); nothing of it was asked"
+                f"{self.role}: {problem}: {self.url} refuses it ({error.detail}); no request was run"
             ) from error
         except NotFound as error:
             raise Refused(

@@ -112,7 +112,7 @@ class EndpointHealth:
             problem, advice = "refuses the key", "check api_key_env and the variable it names"
         else:
             problem = f"refuses every request ({len(refusals)} of {len(refusals)})"
-            advice = "correct the recipe; nothing of it was answered"
+            advice = "correct the recipe; no request was answered"
         return Refused(f"{self.role}: {self.url} {problem} ({refusals[0].detail}); {advice}")
 
 

@@ -403,7 +403,7 @@ def test_a_file_that_the_service_refuses_ends_the_run_in_its_words(tmp_path, ser
     message = error_line(finished(process))
     assert "cannot upload a batch file" in message
     assert "413: The file is not to our liking." in message
-    assert "nothing of it was asked" in message
+    assert "no request was run" in message
     service.trouble()
     assert clair("build", recipe).code == 0
     assert service.books()["files"] == [3]
@@ -413,7 +413,7 @@ def test_a_batch_that_is_refused_as_a_whole_ends_the_run_in_the_services_words(t
     service.trouble(failed=1.0, errors=[{"code": "model_not_found", "message": "No model m for you.", "line": None}])
     config = settings(tmp_path, service, ["ok"] * 3)
     message = refusal(config)
-    assert "refuses the file of batch batch-0 (No model m for you.); nothing of it was asked" in message
+    assert "refuses the file of batch batch-0 (No model m for you.); no request was run" in message
     assert totals(config) == (0, 0)
 
 
