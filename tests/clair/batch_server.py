@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from aiohttp import web
-from scripted_server import REPLIES, SECONDS_TO_LIVE, Scripted, raw, refused, reply, said
+from scripted_server import REPLIES, SECONDS_TO_LIVE, Scripted, raw, refused, reply, revision_reply
 
 LINE_MAY = ("lose", "double", "error", "expire", "garble")
 
@@ -254,7 +254,7 @@ class BatchClient(Scripted):
         step = steps[min(self.tries[id], len(steps) - 1)]
         self.tries[id] += 1
         if step == "unlabelled":  # and well-formed when it is asked again
-            answer = said(text) if len(messages) > 1 else reply({"content": "It is good as it is."})
+            answer = revision_reply(text) if len(messages) > 1 else reply({"content": "It is good as it is."})
         else:
             answer = REPLIES[step](text)
         if answer.status >= 300:
