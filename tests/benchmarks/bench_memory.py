@@ -36,7 +36,7 @@ def measure() -> dict[str, Any]:
 
 def _main(rows: int) -> None:
     sys.path.insert(0, str(ROOT))
-    from clair.pipeline import runner
+    import clair.inference.open
     from clair.pipeline.build import build
     from tests.clair.scripted import Scripted, endpoint, recipe, revision
 
@@ -49,7 +49,7 @@ def _main(rows: int) -> None:
             return answer
 
     reviser = Silent("scripted", revision)
-    runner.open_model = lambda role, config: reviser  # type: ignore[assignment]
+    clair.inference.open.open_model = lambda role, config: reviser  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         config = recipe(out, [], pipeline="revised", reviser=endpoint())

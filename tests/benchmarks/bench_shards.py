@@ -104,9 +104,9 @@ def _timed(rows: int, folder: Path, commands: list[list[str]]) -> dict[str, Any]
 
 def _main(folder: Path, verb: str, name: str, shard: str | None = None) -> None:
     sys.path.insert(0, str(ROOT))
+    import clair.inference.open
     from clair.cluster.merge import merge
     from clair.core.recipe import resolve
-    from clair.pipeline import runner
     from clair.pipeline.build import build
     from clair.pipeline.config import BuildConfig
     from clair.pipeline.shards import parse_shard
@@ -124,7 +124,7 @@ def _main(folder: Path, verb: str, name: str, shard: str | None = None) -> None:
         merge(folder / f"{name}-shards")
     else:
         reviser = Silent("scripted", revision)
-        runner.open_model = lambda role, config: reviser  # type: ignore[assignment]
+        clair.inference.open.open_model = lambda role, config: reviser  # type: ignore[assignment]
         values = {"pipeline": "revised", "prompts": {"path": str(folder / "prompts.jsonl")}, "reviser": endpoint()}
         config = resolve(BuildConfig, values | {"out": str(folder / name)})
         built = build(config, shard=parse_shard(shard) if shard else None)
