@@ -137,4 +137,4 @@ def test_a_server_without_finish_reasons_is_reported_once(tmp_path, server):
     result = clair("build", write_recipe(tmp_path, server.url))
     assert result.code == 0
     assert result.out.count("finish_reason") == 1
-    assert "reviser: 2 replies came without a finish_reason" in result.out
+    assert "reviser: 2 replies have no finish_reason" in result.out

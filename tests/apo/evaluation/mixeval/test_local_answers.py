@@ -41,14 +41,14 @@ def model_of(folder: Path) -> dict:
 
 
 def test_a_local_model_answers_in_batches_by_length_and_each_question_once(data, folder, tmp_path, monkeypatch):
-    sizes, really = [], LocalModel._generated
+    sizes, really = [], LocalModel._generate_tokens
 
     def watched(self, batch, prompts, max_tokens):
         sizes.append([len(prompt) for prompt in prompts])
         assert all(prompt.count(1) == 1 for prompt in prompts)  # one BOS
         return really(self, batch, prompts, max_tokens)
 
-    monkeypatch.setattr(LocalModel, "_generated", watched)
+    monkeypatch.setattr(LocalModel, "_generate_tokens", watched)
     score = evaluated(data, tmp_path / "out", model=model_of(folder) | {"batch_tokens": 130}).score
     assert len(sizes) > 1
     assert sum(map(len, sizes)) == 5  # greedy: rows that repeat a question share its answer
