@@ -1,6 +1,6 @@
-"""Preference pairs to a better model: objectives, a trainer on TRL, and `apo train`.
+"""Anchored preference optimization (APO, arXiv 2408.06266): `train`, `evaluate`, `compare`, `advise`, and objectives.
 
-Importing this costs nothing; each name loads its module when it is first used.
+Importing this loads no heavy module; each name loads its module when it is first used.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from apo.api import TrainingResult, advise, compare, evaluate, train
     from apo.losses.objectives import (
         OBJECTIVES,
         apo_down,
@@ -31,19 +32,25 @@ __all__ = [
     "APOConfig",
     "APOTrainer",
     "TrainConfig",
+    "TrainingResult",
+    "advise",
     "apo_down",
     "apo_hinge_zero",
     "apo_zero",
     "apo_zero_unpaired",
+    "compare",
     "dpo",
+    "evaluate",
     "ipo",
     "kto",
     "robust",
     "sft",
     "simpo",
+    "train",
 ]
 
 _HOME = {
+    **dict.fromkeys(("TrainingResult", "advise", "compare", "evaluate", "train"), "api"),
     **dict.fromkeys(("OBJECTIVES", "apo_down", "apo_hinge_zero", "apo_zero", "apo_zero_unpaired"), "losses.objectives"),
     **dict.fromkeys(("dpo", "ipo", "kto", "robust", "sft", "simpo"), "losses.objectives"),
     "APOConfig": "training.trainer_config",

@@ -1,4 +1,4 @@
-"""The command `apo`. Heavy imports stay inside the commands, so that --help answers at once."""
+"""The command `apo`. Heavy imports stay inside the commands, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ app.add_typer(reward, name="reward")
 @app.callback()
 def _apo() -> None:
     """Preference pairs to a better model: anchored preference optimization."""
-    # PEFT loads bitsandbytes where it is there, which then advises on kernels that nothing here asks for.
+    # PEFT imports bitsandbytes if it is installed, which then logs advice on kernels that are not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A training recipe in YAML.")],
-    out: Annotated[str | None, typer.Option(help="Where to write, in place of the recipe's `out`.")] = None,
-    reference: Annotated[str | None, typer.Option(help="cached or online, in place of the recipe's.")] = None,
+    out: Annotated[str | None, typer.Option(help="The run's folder, instead of the recipe's `out`.")] = None,
+    reference: Annotated[str | None, typer.Option(help="cached or online, instead of the recipe's.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value put into the recipe; repeatable.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print the plan, write nothing.")] = False,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="With --dry-run: plan a run of so many processes, one a GPU.")
+        int | None, typer.Option(min=1, help="With --dry-run: plan a run on this number of processes, one a GPU.")
     ] = None,
 ) -> None:
-    """Train a model on preference pairs; a stopped run goes on where it was."""
-    # Idle OpenMP threads sleep instead of spinning: on a busy machine small models train up to 100 times faster.
-    # Read when torch is loaded, so this comes first.
+    """Train a model on preference pairs; a stopped run continues from its last checkpoint."""
+    # Idle OpenMP threads sleep, not spin: on a busy machine small models train up to 100 times faster. OpenMP reads
+    # this when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from apo.training.config import TrainConfig
     from clair.core.errors import UserError
@@ -62,8 +62,8 @@ def train(
         raise UserError(
             f"--processes {processes} plans a run and needs --dry-run; torchrun --nproc_per_node {processes} starts one"
         )
-    given = {"out": out, "reference": reference}
-    overrides = [*(set_ or []), *(f"{key}={_quoted(value)}" for key, value in given.items() if value)]
+    replaced = {"out": out, "reference": reference}
+    overrides = [*(set_ or []), *(f"{key}={_quoted(value)}" for key, value in replaced.items() if value)]
     config = load_recipe(TrainConfig, recipe, overrides)
     quieten()
     if dry_run:
@@ -73,22 +73,24 @@ def train(
     from apo.training.train import train as run
 
     try:
-        done = run(config, tell=tell)
-    except KeyboardInterrupt as stop:  # caught here: typer would end without a word
-        on = "goes on from the last checkpoint" if str(stop) else "goes on from the last checkpoint, if there is one"
-        tell(f"{str(stop) or 'interrupted'}; the same command {on}")
+        result = run(config, tell=tell)
+    except KeyboardInterrupt as stop:  # caught here: typer would exit without a message
+        condition = "" if str(stop) else ", if there is one"
+        tell(f"{str(stop) or 'interrupted'}; the same command goes on from the last checkpoint{condition}")
         raise typer.Exit(EXIT_INTERRUPTED) from stop
     if is_main():
-        for folder, one in (done if config.by else {config.out: done}).items():
-            tell(_closing(folder, one))
+        for folder, finished in (result if config.by else {config.out: result}).items():
+            tell(_closing(folder, finished))
 
 
 @app.command()
 def diagnose(
-    run: Annotated[Path, typer.Argument(help="The folder of a run: finished, stopped or under way.")],
-    out: Annotated[Path | None, typer.Option(callback=local, help="Where to draw; default: RUN/diagnosis.png.")] = None,
+    run: Annotated[Path, typer.Argument(help="The folder of a run: finished, stopped or running.")],
+    out: Annotated[
+        Path | None, typer.Option(callback=local, help="The image to write; default: RUN/diagnosis.png.")
+    ] = None,
 ) -> None:
-    """Draw what a run logged, and tell in words what is wrong with it and what helps."""
+    """Plot the metrics of a run, and say what is wrong with it and what helps."""
     from apo.monitoring.diagnosis_report import diagnosis_lines
 
     print(printable("\n".join(diagnosis_lines(run, out))))
@@ -98,13 +100,15 @@ def diagnose(
 def merge(
     adapter: Annotated[Path, typer.Argument(help="The folder of a LoRA adapter, such as a run's `out`.")],
     out: Annotated[Path, typer.Option(callback=local, help="Where to write the merged model.")],
-    base: Annotated[str | None, typer.Option(help="The base model, where it is not where the adapter says.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model, if it is not at the path that the adapter names.")
+    ] = None,
 ) -> None:
-    """Fold an adapter into its base model, for serving."""
+    """Merge an adapter into its base model, for serving."""
     quieten()
-    from apo.models.merge_adapter import merge as fold
+    from apo.models.merge_adapter import merge as merge_adapter
 
-    tell(f"wrote {fold(adapter, out, base=base)}")
+    tell(f"wrote {merge_adapter(adapter, out, base=base)}")
 
 
 app.command()(advise)
@@ -119,41 +123,35 @@ def compare(
     tuned: Annotated[list[Path], typer.Argument(help="The result folders of tuned models.")],
     out: Annotated[
         Path | None,
-        typer.Option(callback=local, help="Where compare.json and compare.html go; `compare` beside BASE by default."),
+        typer.Option(
+            callback=local, help="The folder for compare.json and compare.html; default: `compare` beside BASE."
+        ),
     ] = None,
     difference: Annotated[
-        float, typer.Option(min=0.01, max=100, help="The difference, in points, whose power is told.")
+        float, typer.Option(min=0.01, max=100, help="The true difference, in points, whose power is computed.")
     ] = 2.0,
     data: Annotated[
-        Path | None, typer.Option(help="A folder of MixEval's data: what its other splits would see is told too.")
+        Path | None, typer.Option(help="A folder of MixEval's data, to predict the power of its other splits.")
     ] = None,
 ) -> None:
-    """Tell whether tuned models are better than their base, with intervals, and show every answer that changed."""
-    from apo.evaluation.compare.compare import comparison, other_splits, read_all
-    from apo.evaluation.compare.html import write_page
-    from apo.evaluation.tables import comparison_table, comparison_words
+    """Compare tuned models with their base, with intervals, and show every answer that changed."""
+    from apo.evaluation.compare.run import compare_folders
     from clair.core.console import show
-    from clair.core.files import write_json
 
-    results = read_all(base, tuned)
-    others = other_splits(data, results[0].score.comparable()) if data else {}
-    found = comparison(results, difference=difference / 100, others=others)
-    folder = out or base.resolve().parent / "compare"
-    write_json(folder / "compare.json", found)
-    page = write_page(folder / "compare.html", results, found)
-    show(comparison_table(found))
-    for line in comparison_words(found):
-        print(printable(line))
-    print(f"every changed answer: {page}")
+    result = compare_folders(base, tuned, out=out, difference=difference / 100, data=data)
+    show(result.table())
+    for note in result.notes():
+        print(printable(note))
+    print(f"every changed answer: {result.page}")
 
 
 def _print_plans(config: Any, processes: int | None) -> None:
     from apo.training.by_group import expand_runs
 
-    for number, one in enumerate(expand_runs(config, lambda note: print(f"# {note}"))):
+    for number, run_config in enumerate(expand_runs(config, lambda note: print(f"# {note}"))):
         if number:
             print("---")
-        _print_plan(one, processes)
+        _print_plan(run_config, processes)
 
 
 def _print_plan(config: Any, processes: int | None) -> None:
@@ -216,7 +214,7 @@ def _closing(out: str, run: dict[str, Any]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A path as a YAML string: `--out 7` is the folder 7, not the number."""
+    """A path as a YAML string, so that `--out 7` is the folder 7 and not the number."""
     import json
 
     return json.dumps(text)

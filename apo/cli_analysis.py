@@ -1,10 +1,10 @@
-"""apo distinguish, calibrate, certify: what is typed. Heavy imports stay inside the commands."""
+"""The commands `apo distinguish`, `calibrate` and `certify`. Heavy imports stay inside the commands."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -13,11 +13,12 @@ from clair.storage.object_store import local
 
 if TYPE_CHECKING:
     from apo.analysis.distinguishability import Report
-    from apo.guarantees.calibrate import Filter
+    from apo.guarantees.calibrate import Filter, Guarantee, Kind
 
+Choice = TypeVar("Choice", bound=str)
 Trained = Annotated[
     list[str] | None,
-    typer.Option("--trained-on", help="What the scorer was trained on: a reward, a dataset, JSONL ids; repeatable."),
+    typer.Option("--trained-on", help="The scorer's training data: a reward, a dataset or JSONL ids; repeatable."),
 ]
 Decisions = Annotated[Path | None, typer.Option(help="A decisions file to write, for `clair keep`.")]
 
@@ -31,16 +32,16 @@ def distinguish(
     out: Annotated[
         Path | None, typer.Option(callback=local, help="A folder for distinguish.json and distinguish.png.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="What random draws start from.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of random draws.")] = 0,
 ) -> None:
-    """What training will learn first, neglect or hurt: one look at the pairs, before a step is taken."""
+    """Predict from the pairs which groups training will learn first, neglect or hurt, before the first step."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from apo.losses.mixture import resolve_mixture
 
     resolve_mixture(objective)
     if beta <= 0:
         raise UserError(f"beta is {beta:g}; it must be above 0")
-    from apo.analysis.distinguishability import distinguish as look
+    from apo.analysis.distinguishability import distinguish as measure
     from apo.analysis.distinguishability import of_the_same_prompts
     from apo.analysis.features import labelled
     from apo.console import quieten, tell
@@ -48,15 +49,15 @@ def distinguish(
     from clair.core.files import write_json
 
     quieten()
-    found = labelled(datasets, model, tell)
+    features = labelled(datasets, model, tell)
     if by == "source":
-        same = of_the_same_prompts(found.rows)
+        same = of_the_same_prompts(features.rows)
         if same:
-            tell(f"comparing sources on {len(same):,} of {len(found.rows):,} pairs, whose prompts all of them have")
-            found = found.select(same)
+            tell(f"comparing sources on {len(same):,} of {len(features.rows):,} pairs, whose prompts all of them have")
+            features = features.select(same)
         else:
             tell("no prompt is in all sources: what differs may be the prompts")
-    report = look(found, by, objective, beta, seed=seed)
+    report = measure(features, by, objective, beta, seed=seed)
     print_(_cluster_table(report))
     for warning in report.warnings:
         print_(f"! {warning}")
@@ -72,56 +73,63 @@ def distinguish(
 def calibrate(
     dataset: Annotated[str, typer.Argument(help="A dataset with score_chosen and score_rejected.")],
     audit: Annotated[Path, typer.Option(help="JSONL rows with id and bad (true or false).")],
-    alpha: Annotated[float, typer.Option(help="The risk that is promised.")] = 0.1,
-    guarantee: Annotated[str, typer.Option(help="joint: kept and bad; precision: bad among the kept.")] = "joint",
-    delta: Annotated[float, typer.Option(help="precision: the chance that the promise fails.")] = 0.1,
+    alpha: Annotated[float, typer.Option(help="The risk to guarantee.")] = 0.1,
+    guarantee: Annotated[str, typer.Option(help="joint: P(kept and bad); precision: P(bad given kept).")] = "joint",
+    delta: Annotated[float, typer.Option(help="precision: the probability that the guarantee fails.")] = 0.1,
     trained_on: Trained = None,
     decisions: Decisions = None,
 ) -> None:
-    """A filter threshold on the score gap with a guarantee, from pairs that somebody audited."""
-    from apo.guarantees.calibrate import calibrate as find
+    """Find a filter threshold on the score gap with a guarantee, from audited pairs."""
+    from apo.guarantees.calibrate import calibrate as find_threshold
     from apo.guarantees.calibrate import read_audit, read_ids, read_scored
 
-    _allowed("guarantee", guarantee, ("joint", "precision"))
+    choices: tuple[Guarantee, ...] = ("joint", "precision")
+    checked_guarantee: Guarantee = _check_choice("guarantee", guarantee, choices)
     manifest = _manifest(dataset, decisions)
-    seen = [id for path in trained_on or [] for id in read_ids(path)]
-    found = find(read_scored(dataset), read_audit(audit), alpha, guarantee, delta=delta, trained_on=seen)  # type: ignore[arg-type]
-    print(f"{found.words}.")
-    total = len(found.kept) + len(found.dropped)
-    print(f"It keeps {len(found.kept):,} of {total:,} pairs of {dataset}. In a clair recipe whose rows have scores:\n")
-    print(found.recipe() or "# no filter: every pair may be kept", end="")
-    _decide(found, dataset, manifest, decisions)
+    trained_ids = [id for path in trained_on or [] for id in read_ids(path)]
+    filter_ = find_threshold(
+        read_scored(dataset), read_audit(audit), alpha, checked_guarantee, delta=delta, trained_on=trained_ids
+    )
+    print(f"{filter_.words}.")
+    total = len(filter_.kept) + len(filter_.dropped)
+    print(
+        f"It keeps {len(filter_.kept):,} of {total:,} pairs of {dataset}. In a clair recipe whose rows have scores:\n"
+    )
+    print(filter_.recipe() or "# no filter: every pair may be kept", end="")
+    _decide(filter_, dataset, manifest, decisions)
 
 
 def certify(
     dataset: Annotated[str, typer.Argument(help="A dataset or JSONL file with columns of scores.")],
     kind: Annotated[str, typer.Option("--property", help="rises, same, floor or ceiling.")] = "rises",
-    alpha: Annotated[float, typer.Option(help="The risk that is promised.")] = 0.1,
-    of: Annotated[str, typer.Option(help="The column that should rise, stay the same or keep to the bound.")] = (
+    alpha: Annotated[float, typer.Option(help="The risk to guarantee.")] = 0.1,
+    of: Annotated[str, typer.Option(help="The column that should rise, stay the same or respect the bound.")] = (
         "score_chosen"
     ),
-    than: Annotated[str, typer.Option(help="rises, same: the column it is held against.")] = "score_rejected",
+    than: Annotated[str, typer.Option(help="rises, same: the column to compare it with.")] = "score_rejected",
     bound: Annotated[float, typer.Option(help="floor, ceiling: the bound.")] = 0.0,
     trained_on: Trained = None,
     decisions: Decisions = None,
 ) -> None:
-    """How far a score is from a property, with a guarantee; differences inside the band decide nothing."""
+    """Certify how far a score is from a property, with a guarantee; differences inside the band decide nothing."""
     from apo.guarantees.calibrate import KINDS, filter_above, read_ids, read_scored
-    from apo.guarantees.calibrate import certify as find
+    from apo.guarantees.calibrate import certify as find_certificate
 
-    _allowed("property", kind, KINDS)
+    checked_kind: Kind = _check_choice("property", kind, KINDS)
     manifest = _manifest(dataset, decisions)
-    seen = [id for path in trained_on or [] for id in read_ids(path)]
+    trained_ids = [id for path in trained_on or [] for id in read_ids(path)]
     rows = read_scored(dataset)
-    found = find(rows, alpha, kind, of=of, than=than, bound=bound, trained_on=seen)  # type: ignore[arg-type]
-    print(f"{found.summary()}.")
-    if found.band.width == float("inf"):
-        raise UserError(f"no finite band: alpha {alpha:g} needs more prompts than {found.n}; give more, or raise alpha")
+    certificate = find_certificate(rows, alpha, checked_kind, of=of, than=than, bound=bound, trained_on=trained_ids)
+    print(f"{certificate.summary()}.")
+    if certificate.band.width == float("inf"):
+        raise UserError(
+            f"no finite band: alpha {alpha:g} needs more prompts than {certificate.n}; give more, or raise alpha"
+        )
     if kind in ("floor", "ceiling"):
         if decisions:
             raise UserError(f"--decisions goes with rises and same: {kind} compares no two answers, so no gap decides")
         return
-    undecided = filter_above(rows, found.band.width, found.words)
+    undecided = filter_above(rows, certificate.band.width, certificate.words)
     print(f"{len(undecided.dropped):,} of {len(rows):,} pairs are undecided. To leave them out of a clair build:\n")
     print(undecided.recipe(), end="")
     _decide(undecided, dataset, manifest, decisions)
@@ -146,21 +154,24 @@ def _cluster_table(report: Report) -> Any:
     return table
 
 
-def _allowed(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"unknown {name} {value!r}{near_miss(value, allowed)}; allowed: {', '.join(allowed)}")
+def _check_choice(name: str, value: str, allowed: tuple[Choice, ...]) -> Choice:
+    """The choice that equals `value`. Raises UserError if there is none."""
+    for choice in allowed:
+        if choice == value:
+            return choice
+    raise UserError(f"unknown {name} {value!r}{near_miss(value, allowed)}; allowed: {', '.join(allowed)}")
 
 
 def _manifest(dataset: str, decisions: Path | None) -> dict[str, Any] | None:
-    """The manifest that a decisions file is about, looked up before any work."""
+    """The manifest that a decisions file refers to, read before any work."""
     from clair.data.dataset import read_manifest
 
     return read_manifest(dataset) if decisions else None
 
 
-def _decide(found: Filter, dataset: str, manifest: dict[str, Any] | None, decisions: Path | None) -> None:
+def _decide(filter_: Filter, dataset: str, manifest: dict[str, Any] | None, decisions: Path | None) -> None:
     from clair.core.files import write_json
 
     if decisions and manifest is not None:
-        write_json(decisions, found.decisions(manifest))
+        write_json(decisions, filter_.decisions(manifest))
         print(f"\nOr put into effect on this dataset with: clair keep {dataset} {decisions}")

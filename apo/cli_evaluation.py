@@ -1,4 +1,4 @@
-"""apo eval: what is typed to evaluate. Heavy imports stay inside the commands."""
+"""The command `apo eval`. Heavy imports stay inside the commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clair.core.errors import EXIT_SOME_FAILED, UserError
 from clair.storage.object_store import local
 
 app = typer.Typer(
-    help="Measure a model: how good it is, and how sure that is.",
+    help="Measure a model, with intervals.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -23,20 +23,22 @@ app = typer.Typer(
 
 @app.callback()
 def _eval() -> None:
-    """Measure a model: how good it is, and how sure that is."""
+    """Measure a model, with intervals."""
 
 
 @app.command()
 def mixeval(
-    data: Annotated[Path, typer.Option(help="The benchmark's data folder; `apo eval fetch-mixeval` gets it.")],
+    data: Annotated[Path, typer.Option(help="The benchmark's data folder, from `apo eval fetch-mixeval`.")],
     out: Annotated[Path, typer.Option(callback=local, help="The result folder.")],
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Who answers: a model or adapter folder, or an endpoint's URL. Several folders: repeat it."),
+        typer.Option(help="The model: a model or adapter folder, or an endpoint's URL; repeatable for folders."),
     ] = None,
     model_name: Annotated[str | None, typer.Option(help="The name the endpoint serves it under.")] = None,
     responses: Annotated[Path | None, typer.Option(help="Score the answers in this folder instead.")] = None,
-    judge: Annotated[str | None, typer.Option(help="`rule`: score by the benchmark's rule parser, no judge.")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="`rule`: score by the benchmark's rule parser, without a judge.")
+    ] = None,
     judge_base_url: Annotated[
         list[str] | None, typer.Option(help="The judge's URL; repeat it where several serve the same judge.")
     ] = None,
@@ -49,14 +51,14 @@ def mixeval(
     samples: Annotated[int, typer.Option(help="Answers to each row.")] = 1,
     limit: Annotated[int | None, typer.Option(help="Only the first N rows of each split.")] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt; the benchmark has none.")] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Instead of what the model's generation config says.")
-    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Instead of the model's generation config.")] = None,
     max_tokens: Annotated[int, typer.Option(help="The longest answer; 512 as upstream.")] = 512,
-    seed: Annotated[int, typer.Option(help="What random draws start from; 42 as upstream.")] = 42,
+    seed: Annotated[int, typer.Option(help="The seed of random draws; 42 as upstream.")] = 42,
     independent_judgements: Annotated[
         bool,
-        typer.Option("--independent-judgements", help="Ask for every judgement by itself; equal requests share one."),
+        typer.Option(
+            "--independent-judgements", help="Request every judgement separately; by default equal requests share one."
+        ),
     ] = False,
     ledger: Annotated[
         Path | None, typer.Option(help="A ledger to share between runs; absent: OUT/ledger.sqlite.")
@@ -68,12 +70,14 @@ def mixeval(
     budget: Annotated[str | None, typer.Option(help="The most that may be spent; needs prices.")] = None,
     budget_tokens: Annotated[int | None, typer.Option(help="The same in tokens, of both roles.")] = None,
     judge_price: Annotated[
-        str | None, typer.Option(help="For a million tokens in,out: `0.5,1.5`; `table`: what genai-prices has.")
+        str | None, typer.Option(help="Per million tokens in,out: `0.5,1.5`; `table`: the price in genai-prices.")
     ] = None,
     model_price: Annotated[str | None, typer.Option(help="The same for an endpoint that answers.")] = None,
     judge_key_env: Annotated[str | None, typer.Option(help="Environment variable with the judge's key.")] = None,
     model_key_env: Annotated[str | None, typer.Option(help="Environment variable with the model's key.")] = None,
-    judge_id: Annotated[str | None, typer.Option(help="What judgements are filed under, whatever the URL.")] = None,
+    judge_id: Annotated[
+        str | None, typer.Option(help="The judge's identity in the ledger, instead of its URL and name.")
+    ] = None,
     model_id: Annotated[str | None, typer.Option(help="The same for an endpoint's answers.")] = None,
     batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens in a batch of a local model, answers included; absent: by the device.")
@@ -81,8 +85,10 @@ def mixeval(
     upstream_files: Annotated[
         bool, typer.Option("--upstream-files", help="Also write the benchmark's own files, under OUT/upstream.")
     ] = False,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Tell what it will cost; ask nothing.")] = False,
-    probe: Annotated[int, typer.Option(help="With --estimate: items to run and pay for first; they are kept.")] = 0,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Print the expected cost; send no request.")] = False,
+    probe: Annotated[
+        int, typer.Option(help="With --estimate: items to run and pay for first; their replies are reused.")
+    ] = 0,
     runner: Annotated[str | None, typer.Option(help="ray: the models answer on a Ray cluster.")] = None,
     address: Annotated[
         str | None, typer.Option(help="The cluster's head, such as node-1:6379, or auto; for --runner ray.")
@@ -91,19 +97,19 @@ def mixeval(
         bool, typer.Option("--dry-run", help="Check all and print the settings; write nothing.")
     ] = False,
 ) -> None:
-    """Score models on MixEval-Hard. Run it again to go on where it stopped; nothing is paid for twice."""
+    """Score models on MixEval-Hard. Run it again to continue a stopped run; no reply is paid for twice."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
-    from apo.evaluation.mixeval.cli import print_settings, run_many, run_one
-    from apo.evaluation.mixeval.config import MixEvalConfig, check
+    from apo.evaluation.mixeval.cli import print_settings, run_several, run_single
+    from apo.evaluation.mixeval.config import MixEvalConfig, load_inputs
     from clair.core.recipe import resolve
 
     options = (model_name, model_key_env, model_id, model_price, temperature, max_tokens, batch_tokens)
-    several = [_model(one, *options) for one in model or [None]]
-    who = several[0]
+    models = [_model(folder, *options) for folder in model or [None]]
+    first = models[0]
     values: dict[str, Any] = {
         "data": str(data),
         "out": str(out),
-        "model": who,
+        "model": first,
         "responses": str(responses) if responses else None,
         "judge": _judge(judge, judge_base_url, judge_model, judge_key_env, judge_id, judge_price),
         "ledger": str(ledger) if ledger else None,
@@ -121,16 +127,16 @@ def mixeval(
     }
     config = resolve(MixEvalConfig, _patient(values, patience), "options")
     _check_runner(runner, address)
-    if runner or len(several) > 1:
+    if runner or len(models) > 1:
         if estimate or probe:
             raise UserError("--estimate is for one model in this process; leave out --runner and all --model but one")
-        run_many(config, several, runner, address, dry_run=dry_run)
+        run_several(config, models, runner, address, dry_run=dry_run)
         return
-    checked = check(config)
-    for note in checked.benchmark.notes:
+    inputs = load_inputs(config)
+    for note in inputs.benchmark.notes:
         tell(f"note: {note}")
     if dry_run:
-        print_settings(config, checked)
+        print_settings(config, inputs)
     elif estimate or probe:
         from apo.evaluation.mixeval.estimate import MIN_PROBE
         from apo.evaluation.mixeval.estimate import estimate as estimated
@@ -139,14 +145,14 @@ def mixeval(
 
         rows = max(MIN_PROBE, probe)
         with client_progress("evaluating", rows, dict.fromkeys(config.models, rows), shown=probe > 0) as on_progress:
-            roles = estimated(config, probe, checked, on_progress)
+            roles = estimated(config, probe, inputs, on_progress)
         print_(cost_table(roles))
     else:
-        run_one(config, checked)
+        run_single(config, inputs)
 
 
 def _patient(values: dict[str, Any], patience: float) -> dict[str, Any]:
-    """The values, with the patience of every role that is behind a URL."""
+    """Add `patience` to every role that has a URL."""
     roles = {name: role for name, role in values.items() if isinstance(role, dict) and "url" in role}
     return values | {name: role | {"patience": patience} for name, role in roles.items()}
 
@@ -168,16 +174,16 @@ def _model(
     max_tokens: int,
     batch_tokens: int | None,
 ) -> dict[str, Any] | None:
-    from apo.evaluation.mixeval.answers import batch_tokens_here
+    from apo.evaluation.mixeval.answers import default_batch_tokens
     from apo.evaluation.results import MAX_NEW_TOKENS
 
     if batch_tokens is not None and (model is None or model.startswith(("http://", "https://"))):
         raise UserError("--batch-tokens is for a model in a folder; leave it out")
     for_endpoints = {"--model-name": name, "--model-key-env": key_env, "--model-id": id_, "--model-price": price}
     is_endpoint = model is not None and model.startswith(("http://", "https://"))
-    given = [option for option, value in for_endpoints.items() if value is not None]
-    if given and not is_endpoint:
-        raise UserError(f"{given[0]} is for an endpoint; give its URL as --model, or leave it out")
+    used = [option for option, value in for_endpoints.items() if value is not None]
+    if used and not is_endpoint:
+        raise UserError(f"{used[0]} is for an endpoint; give its URL as --model, or leave it out")
     if model is None:
         if temperature is not None or max_tokens != MAX_NEW_TOKENS:
             option = "--temperature" if temperature is not None else "--max-tokens"
@@ -185,7 +191,7 @@ def _model(
         return None
     common = {"temperature": temperature, "max_tokens": max_tokens}
     if not is_endpoint:
-        return {"path": model, "batch_tokens": batch_tokens or batch_tokens_here(), **common}
+        return {"path": model, "batch_tokens": batch_tokens or default_batch_tokens(), **common}
     if name is None:
         raise UserError("an endpoint needs --model-name, the name it serves the model under")
     return {"url": model, "model": name, "api_key_env": key_env, "id": id_, "price": price_of(price), **common}
@@ -197,32 +203,32 @@ def _judge(
     options = {"--judge-base-url": urls, "--judge-model": name, "--judge-key-env": key_env, "--judge-id": id_}
     options |= {"--judge-price": price}
     if judge is not None:
-        given = [option for option, value in options.items() if value]
+        used = [option for option, value in options.items() if value]
         if judge != "rule":
             raise UserError(
                 f"--judge takes rule, found {judge!r}; a model that judges is --judge-base-url, --judge-model"
             )
-        if given:
-            raise UserError(f"--judge rule asks no model; leave out {given[0]}, or leave out --judge")
+        if used:
+            raise UserError(f"--judge rule asks no model; leave out {used[0]}, or leave out --judge")
         return "rule"
     if not urls or name is None:
         raise UserError("who judges? give --judge-base-url and --judge-model, or --judge rule for the rule parser")
-    where = tuple(urls) if len(urls) > 1 else urls[0]
-    return {"url": where, "model": name, "api_key_env": key_env, "id": id_, "price": price_of(price)}
+    url = tuple(urls) if len(urls) > 1 else urls[0]
+    return {"url": url, "model": name, "api_key_env": key_env, "id": id_, "price": price_of(price)}
 
 
 def price_of(text: str | None) -> dict[str, str] | str | None:
-    """A price as it is typed. Raises UserError."""
+    """Parse a price from the command line. Raises UserError."""
     if text is None or text == "table":
         return text
-    parts = text.split(",")
-    if len(parts) != 2:
-        raise UserError(f"a price is input,output of a million tokens, such as 0.5,1.5, or table; found {text!r}")
-    return {"input": parts[0].strip(), "output": parts[1].strip()}
+    prices = text.split(",")
+    if len(prices) != 2:
+        raise UserError(f"a price is input,output per million tokens, such as 0.5,1.5, or table; found {text!r}")
+    return {"input": prices[0].strip(), "output": prices[1].strip()}
 
 
 def budget_of(money: str | None, tokens: int | None) -> dict[str, Any] | None:
-    """A budget as it is typed. Raises UserError where both are given."""
+    """Parse a budget from the command line. Raises UserError if both forms are present."""
     if money is not None and tokens is not None:
         raise UserError("--budget and --budget-tokens: give one of them")
     return {"money": money} if money is not None else {"tokens": tokens} if tokens is not None else None
@@ -237,7 +243,7 @@ def fetch_mixeval(
         str | None, typer.Option("--from", help="A copy of upstream's repository: a URL or file:///PATH.")
     ] = None,
 ) -> None:
-    """Get MixEval's questions and judge messages from upstream, at one pinned commit, checked by SHA-256."""
+    """Download MixEval's questions and judge prompts from upstream, at one pinned commit, checked by SHA-256."""
     from apo.evaluation.mixeval.benchmark import VERSIONS
     from apo.evaluation.mixeval.fetch import BASE, fetch
 
@@ -258,14 +264,14 @@ def winrate(
     base_key_env: Annotated[str | None, typer.Option(help="Environment variable with that endpoint's key.")] = None,
     tuned_key_env: Annotated[str | None, typer.Option(help="The same for the tuned model.")] = None,
     judge_key_env: Annotated[str | None, typer.Option(help="Environment variable with the judge's key.")] = None,
-    judge_template: Annotated[Path | None, typer.Option(help="Your own words for the judge, in Jinja.")] = None,
+    judge_template: Annotated[Path | None, typer.Option(help="A Jinja template of your own for the judge.")] = None,
     samples: Annotated[int, typer.Option(help="Answers of each side to each prompt.")] = 1,
     temperature: Annotated[
-        float | None, typer.Option(help="Of answers, instead of what the model's generation config says.")
+        float | None, typer.Option(help="Of answers, instead of the model's generation config.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 1024,
     limit: Annotated[int | None, typer.Option(help="Only the first N prompts.")] = None,
-    seed: Annotated[int, typer.Option(help="What local models sample from.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of local models' sampling.")] = 0,
     ledger: Annotated[Path | None, typer.Option(help="A ledger to share; absent: OUT/ledger.sqlite.")] = None,
     concurrency: Annotated[int, typer.Option(help="Requests in flight for each role.")] = 100,
     patience: Annotated[
@@ -273,14 +279,14 @@ def winrate(
     ] = 120.0,
     budget: Annotated[str | None, typer.Option(help="The most that may be spent; needs prices.")] = None,
     budget_tokens: Annotated[int | None, typer.Option(help="The same in tokens, of all roles.")] = None,
-    judge_price: Annotated[str | None, typer.Option(help="For a million tokens in,out: `0.5,1.5`; `table`.")] = None,
+    judge_price: Annotated[str | None, typer.Option(help="Per million tokens in,out: `0.5,1.5`; `table`.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all and print the settings; write nothing.")
     ] = False,
 ) -> None:
-    """Which of two models a judge prefers, asked in both orders; raw and at equal lengths, with intervals."""
+    """Measure which of two models a judge prefers, in both orders; raw and at equal lengths, with intervals."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
-    from apo.evaluation.winrate.run import WinrateConfig, check
+    from apo.evaluation.winrate.run import WinrateConfig, load_inputs
     from clair.core.recipe import resolve
 
     answers = {"temperature": temperature, "max_tokens": max_tokens}
@@ -296,11 +302,11 @@ def winrate(
         "budget": budget_of(budget, budget_tokens),
     }
     config = resolve(WinrateConfig, _patient(values, patience), "options")
-    checked = check(config)
+    inputs = load_inputs(config)
     if dry_run:
-        _print_winrate(config, checked)
+        _print_winrate(config, inputs)
         return
-    _run_winrate(config, checked)
+    _run_winrate(config, inputs)
 
 
 def _side(side: str, who: str, name: str | None, key_env: str | None, answers: dict[str, Any]) -> dict[str, Any] | str:
@@ -308,8 +314,8 @@ def _side(side: str, who: str, name: str | None, key_env: str | None, answers: d
         if name is None:
             raise UserError(f"--{side} is an endpoint and needs --{side}-name, the name it serves the model under")
         return {"url": who, "model": name, "api_key_env": key_env, **answers}
-    if given := [option for option, value in (("name", name), ("key-env", key_env)) if value is not None]:
-        raise UserError(f"--{side}-{given[0]} is for an endpoint; give its URL as --{side}, or leave it out")
+    if used := [option for option, value in (("name", name), ("key-env", key_env)) if value is not None]:
+        raise UserError(f"--{side}-{used[0]} is for an endpoint; give its URL as --{side}, or leave it out")
     if Path(who).is_dir():
         return {"path": who, "batch_tokens": 65_536, **answers}
     if not Path(who).is_file():
@@ -317,38 +323,39 @@ def _side(side: str, who: str, name: str | None, key_env: str | None, answers: d
     return who
 
 
-def _print_winrate(config: Any, checked: Any) -> None:
+def _print_winrate(config: Any, inputs: Any) -> None:
     import yaml
 
-    from apo.evaluation.config import public
+    from apo.evaluation.config import redacted
 
-    print(yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True), end="")
-    pairs = len(checked.prompts) * config.samples
-    print(f"# {len(checked.prompts):,} prompts, {pairs:,} pairs of answers, at most {2 * pairs:,} verdicts")
+    print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
+    pairs = len(inputs.prompts) * config.samples
+    print(f"# {len(inputs.prompts):,} prompts, {pairs:,} pairs of answers, at most {2 * pairs:,} verdicts")
 
 
-def _run_winrate(config: Any, checked: Any) -> None:
+def _run_winrate(config: Any, inputs: Any) -> None:
     from apo.evaluation.tables import winrate_table
-    from apo.evaluation.winrate.run import compare
+    from apo.evaluation.winrate.run import measure_win_rate
     from clair.core.console import show as print_
     from clair.terminal import client_progress
 
-    total = len(checked.prompts) * config.samples
+    total = len(inputs.prompts) * config.samples
     calls = {role: total * (2 if role == "judge" else 1) for role in config.models}
     with client_progress("evaluating", total, calls, closing=True) as on_progress:
-        done = compare(config, checked=checked, on_progress=on_progress)
+        outcome = measure_win_rate(config, inputs=inputs, on_progress=on_progress)
     failed = (
-        f"{done.failed} pairs got no reply ({done.first_failure}), so there is no win rate; everything else is "
+        f"{outcome.failed} pairs got no reply ({outcome.first_failure}), so there is no win rate; everything else is "
         f"kept, run the same command again"
     )
-    end_early(done.stopped, failed if done.result is None else None)
-    print_(winrate_table(done.result))
-    if done.result["distrust"]:
-        print_(done.result["distrust"])
-    if done.refused:
+    end_early(outcome.stopped, failed if outcome.result is None else None)
+    assert outcome.result is not None, "an outcome without a result ends the command"
+    print_(winrate_table(outcome.result))
+    if outcome.result["distrust"]:
+        print_(outcome.result["distrust"])
+    if outcome.refused:
         tell(
-            f"{done.result['unanswered']} comparisons were refused ({done.refused}), so there is no win rate, only its "
-            f"bracket: all of them lost, all won; run the same command again to ask for them again"
+            f"{outcome.result['unanswered']} comparisons were refused ({outcome.refused}), so there is no win rate, "
+            "only its bracket: all of them lost, all won; run the same command again to ask for them again"
         )
         raise typer.Exit(EXIT_SOME_FAILED)
 
@@ -358,29 +365,29 @@ def pairs(
     model: Annotated[Path, typer.Option(help="The trained model or adapter, such as the folder of a run.")],
     out: Annotated[Path, typer.Option(callback=local, help="Where pairs.json and pairs.jsonl go.")],
     dataset: Annotated[str | None, typer.Option(help="The pairs; absent: those of the run.")] = None,
-    reference: Annotated[str | None, typer.Option(help="What training started from; absent: the run's model.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The model before training; absent: the run's model.")] = None,
     split: Annotated[
-        str | None, typer.Option(help="The split that was held out; absent: all of a single file, else test.")
+        str | None, typer.Option(help="The held-out split; absent: all of a single file, else test.")
     ] = None,
     beta: Annotated[float | None, typer.Option(help="Beta of the rewards; absent: the run's, else 0.1.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N pairs.")] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Leave longer pairs out; absent: what the model takes.")
+        int | None, typer.Option(help="Leave longer pairs out; absent: the model's context length.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens that are run at once, padding included.")] = 4096,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch, padding included.")] = 4096,
 ) -> None:
-    """Held-out pairs: reward accuracy, margins, displacement, length and KL to the reference, with intervals."""
+    """Measure held-out pairs: reward accuracy, margin, displacement, length, KL to the reference, with intervals."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
     from apo.console import quieten
-    from apo.evaluation.pairs import config_of, evaluate
+    from apo.evaluation.pairs import evaluate_pairs, pairs_config
     from apo.evaluation.tables import pairs_table
     from clair.core.console import show as print_
 
-    given = {"dataset": dataset, "reference": reference, "split": split, "beta": beta, "limit": limit}
-    more = {"max_length": max_length, "dtype": dtype, "batch_tokens": batch_tokens, "out": str(out)}
+    options = {"dataset": dataset, "reference": reference, "split": split, "beta": beta, "limit": limit}
+    sizes = {"max_length": max_length, "dtype": dtype, "batch_tokens": batch_tokens, "out": str(out)}
     quieten()
-    print_(pairs_table(evaluate(config_of(model, **given, **more), tell=tell)))
+    print_(pairs_table(evaluate_pairs(pairs_config(model, **options, **sizes), log=tell)))
 
 
 @app.command()

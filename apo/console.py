@@ -1,4 +1,4 @@
-"""What a command says on the way: what ended early, and quiet from the libraries below."""
+"""Messages of commands that end early, and silencing the libraries that commands use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from clair.core.progress import progress, tell
 
 
 def end_early(stopped: str | None, failed: str | None) -> None:
-    """End a command whose work was stopped, or (`failed`: what to say) came to no result; go on where neither is."""
+    """Exit with a message if the work was stopped, or has no result (`failed` is the message); else return."""
     import typer
 
     if stopped:
@@ -21,18 +21,18 @@ def end_early(stopped: str | None, failed: str | None) -> None:
 
 
 def quieten() -> None:
-    """One bar is enough: transformers and datasets keep theirs, and their advice, to themselves."""
+    """Silence the progress bars and the advice of transformers and datasets: the command shows its own."""
     import logging as plain
     import os
     import warnings
 
-    with progress("loading", shown=os.environ.get("RANK", "0") == "0"):  # seconds, and before anything else is said
+    with progress("loading", shown=os.environ.get("RANK", "0") == "0"):  # takes seconds before the first message
         import datasets
         from transformers.utils import logging
 
-    # bitsandbytes 0.50 looks for a faster kernel when peft imports it, and says that there is none.
+    # bitsandbytes 0.50 logs that it has no faster kernel when peft imports it.
     plain.getLogger("bitsandbytes.backends.cpu.ops").setLevel(plain.ERROR)
-    # peft 0.21 and TRL 1.16 still use the old name, and nobody who trains can change that.
+    # peft 0.21 and TRL 1.16 still use the old name; users cannot change that.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     logging.disable_progress_bar()
     if not sys.stderr.isatty():

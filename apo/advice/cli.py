@@ -1,4 +1,4 @@
-"""apo advise: what is typed. Heavy imports stay inside."""
+"""The command `apo advise`. Heavy imports stay inside the function."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def advise(
     ] = None,
     difference: Annotated[
         float,
-        typer.Option(min=0.01, max=0.49, help="The difference from one half to be seen; sizes the sample."),
+        typer.Option(min=0.01, max=0.49, help="The difference from one half to detect; it sets the sample size."),
     ] = 0.1,
     temperature: Annotated[
         float,
-        typer.Option(help="Of its own answers; at 1 those of a small model are less likely to it than any clean text."),
+        typer.Option(help="Of the model's own answers; at 1 a small model finds them less likely than clean text."),
     ] = 0.3,
-    max_tokens: Annotated[int, typer.Option(help="The longest of them.")] = 1024,
+    max_tokens: Annotated[int, typer.Option(help="The longest own answer, in tokens.")] = 1024,
     batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens in a batch of the model, answers included; absent: by the device.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="What the sample and the answers are drawn from.")] = 0,
-    judge_template: Annotated[Path | None, typer.Option(help="Your own words for the judge, in Jinja.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sample and of the answers.")] = 0,
+    judge_template: Annotated[Path | None, typer.Option(help="A Jinja template of your own for the judge.")] = None,
     judge_key_env: Annotated[str | None, typer.Option(help="Environment variable with the judge's key.")] = None,
     judge_id: Annotated[str | None, typer.Option(help="What judgements are filed under, whatever the URL.")] = None,
     judge_price: Annotated[str | None, typer.Option(help="For a million tokens in,out: `0.5,1.5`; `table`.")] = None,
@@ -49,11 +49,10 @@ def advise(
 ) -> None:
     """Which objective these pairs and this model ask for, with the evidence; run again, it pays for nothing twice."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
-    from apo.advice.config import AdviseConfig, check
+    from apo.advice.config import AdviseConfig, load_inputs
     from apo.advice.run import run
-    from apo.advice.tables import advice_words, evidence_table
     from apo.console import end_early, quieten, tell
-    from apo.evaluation.mixeval.answers import batch_tokens_here
+    from apo.evaluation.mixeval.answers import default_batch_tokens
     from clair.core.console import show
     from clair.core.progress import progress
     from clair.core.recipe import resolve
@@ -63,7 +62,7 @@ def advise(
     asks = {"path": str(model), "temperature": temperature, "max_tokens": max_tokens}
     values = {
         "dataset": dataset,
-        "model": {**asks, "batch_tokens": batch_tokens or batch_tokens_here()},
+        "model": {**asks, "batch_tokens": batch_tokens or default_batch_tokens()},
         "judge": _judge(judge_base_url, judge_model, of_judge),
         "out": str(out or Path("runs/advice") / f"{Path(dataset).stem}-{model.name}"),
         "ledger": str(ledger) if ledger else None,
@@ -73,17 +72,20 @@ def advise(
     quieten()
     config = resolve(AdviseConfig, values, "options")
     with progress("checking the pairs"):
-        checked = check(config)
+        inputs = load_inputs(config)
     if dry_run:
-        _print_plan(config, checked)
+        _print_plan(config, inputs)
         return
-    done = run(config, checked=checked, tell=tell)
-    failed = f"{done.failed} requests got no reply ({done.first_failure}); the rest is kept, run the same command again"
-    end_early(done.stopped, failed if done.result is None else None)
-    show(evidence_table(done.result, dataset))
-    for line in advice_words(done.result):
+    outcome = run(config, inputs=inputs, log=tell)
+    failed = (
+        f"{outcome.failed} requests got no reply ({outcome.first_failure}); "
+        "the rest is kept, run the same command again"
+    )
+    end_early(outcome.stopped, failed if outcome.result is None else None)
+    show(outcome.table())
+    for line in outcome.lines():
         print(printable(line))
-    tell(f"wrote {done.out}/advice.json")
+    tell(f"wrote {outcome.out}/advice.json")
 
 
 def _judge(urls: list[str] | None, name: str | None, options: dict[str, Any]) -> dict[str, Any] | None:
@@ -94,16 +96,16 @@ def _judge(urls: list[str] | None, name: str | None, options: dict[str, Any]) ->
     return None
 
 
-def _print_plan(config: Any, checked: Any) -> None:
+def _print_plan(config: Any, inputs: Any) -> None:
     import yaml
 
-    from apo.advice.judge_evidence import PLANTS
-    from apo.evaluation.config import public
+    from apo.advice.judge_evidence import MAX_PLANTS
+    from apo.evaluation.config import redacted
 
-    print(yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True), end="")
-    rows, plants = len(checked.rows), min(PLANTS, len(checked.rows))
-    print(f"# {rows:,} of {checked.prompts:,} prompts, {checked.pairs:,} pairs; as many answers of the model")
+    print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
+    rows, plants = len(inputs.rows), min(MAX_PLANTS, len(inputs.rows))
+    print(f"# {rows:,} of {inputs.prompts:,} prompts, {inputs.pairs:,} pairs; as many answers of the model")
     if config.judge:
         print(f"# judge: at most {2 * (plants + 2 * rows):,} verdicts, {2 * plants} of them a test")
-    for what, count in checked.strange.items():
-        print(f"# note: {count} prompts are not in the model's template: {what}")
+    for mismatch, count in inputs.strange.items():
+        print(f"# note: {count} prompts are not in the model's template: {mismatch}")

@@ -1,4 +1,4 @@
-"""What `apo advise` is asked, the pairs it looks at, and what is checked before any model is loaded or asked."""
+"""The settings of `apo advise`, its sample of pairs, and the checks before any model is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from apo.advice.rule import COARSE, FINE, sample_size
-from apo.evaluation.config import Evaluation, check_folder
+from apo.evaluation.config import EvaluationConfig, check_out_folder
 from clair.core.errors import UserError, one_line
 from clair.core.files import content_hash
 from clair.data.records import Prompt
@@ -28,28 +28,39 @@ _MARKS = re.compile(
     r"|^(?:Human|Assistant|USER|ASSISTANT):",
     re.MULTILINE,
 )
-"""What other chat templates write around turns."""
+"""Markers that other chat templates write around turns."""
 
 
-class AdviseConfig(Evaluation):
-    """Pairs, the model that is to be trained on them, and a judge where there is one."""
+class TrainedModelConfig(ModelConfig):
+    """The model that will be trained, and how its own answers are sampled."""
+
+    temperature: float | None = Field(0.3, ge=0)
+    """At 1 the answers of a small model are less likely to it than any clean text."""
+    max_tokens: int | None = Field(1024, ge=1)
+
+
+class AdviseConfig(EvaluationConfig):
+    """The pairs, the model that will be trained on them, and an optional judge."""
 
     dataset: str
-    model: ModelConfig
+    model: TrainedModelConfig
     judge: JudgeConfig | None = None
     difference: float = Field(FINE, gt=0, lt=0.5)
-    """The difference from one half that the sample is large enough to see."""
+    """The difference from one half that the sample is large enough to detect."""
     seed: int = 0
 
     @property
     def models(self) -> dict[str, ModelConfig]:
-        """The models that are asked, by role."""
+        """The models that get requests, by role."""
         return {"model": self.model, **({"judge": self.judge} if self.judge else {})}
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """The sample: `rows` of different prompts, of `pairs` in all; what the dataset says of who made them."""
+class AdviceInputs:
+    """The sample: `rows` with distinct prompts, from `pairs` in all.
+
+    `winners_own` and `losers_own` are the shares that the model itself made, as the dataset states; None: unknown.
+    """
 
     rows: Sequence[Mapping[str, Any]]
     pairs: int
@@ -57,20 +68,20 @@ class Checked:
     winners_own: float | None
     losers_own: float | None
     strange: Mapping[str, int]
-    """How many prompts of the sample are not in the model's template, by what is wrong."""
+    """The number of prompts that do not fit the model's chat template, by problem."""
     template: str
 
     def prompt(self, row: Mapping[str, Any]) -> Prompt:
-        """The row's prompt, to be answered or judged."""
+        """The row's prompt."""
         return Prompt(row["id"], tuple(row["prompt"]))
 
 
-def check(config: AdviseConfig) -> Checked:
-    """Everything that can be wrong before any work. Raises UserError; spends nothing, writes nothing."""
+def load_inputs(config: AdviseConfig) -> AdviceInputs:
+    """Load and check the sample before a request is sent or a file is written. Raises UserError."""
     from apo.analysis.features import read_rows
     from apo.models import load as models
 
-    check_folder(Path(config.out), RESULT)
+    check_out_folder(Path(config.out), RESULT)
     template = load_template(config.judge.template if config.judge else None, "judge.j2", JUDGE_NEEDS)
     check_models(config.models, config.budget, config.seed)
     assert config.model.path is not None
@@ -79,34 +90,34 @@ def check(config: AdviseConfig) -> Checked:
     different = {content_hash(row["prompt"]): row for row in reversed(rows)}
     if len(different) < sample_size(COARSE):
         raise UserError(
-            f"{config.dataset} has pairs of {len(different)} different prompts, too few to say anything: "
-            f"{sample_size(COARSE)} are needed to see winners that win 3 times of 4, {sample_size(FINE)} for 3 of 5"
+            f"{config.dataset} has pairs of {len(different)} different prompts, too few for any advice: "
+            f"{sample_size(COARSE)} are needed to detect winners that win 3 times of 4, {sample_size(FINE)} for 3 of 5"
         )
     drawn = sorted(different, key=lambda prompt: content_hash([config.seed, prompt]))
     sample = [different[prompt] for prompt in drawn[: sample_size(config.difference)]]
-    strange = Counter(what for row in sample if (what := strangeness(row["prompt"], tokenizer)))
-    return Checked(sample, len(rows), len(different), *authors(config), dict(strange), template)
+    strange = Counter(mismatch for row in sample if (mismatch := template_mismatch(row["prompt"], tokenizer)))
+    return AdviceInputs(sample, len(rows), len(different), *own_shares(config), dict(strange), template)
 
 
-def strangeness(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> str | None:
-    """Why the model cannot have seen such a prompt, or None: marks of a chat template as text, a turn left out."""
+def template_mismatch(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> str | None:
+    """The reason why a prompt does not fit the chat template, or None: a marker in its text, an omitted turn."""
     from jinja2 import TemplateError
 
     for turn in messages:
-        if found := _MARKS.search(turn["content"]):
-            return f"{found[0]} stands in its text"
-        if found := next((token for token in tokenizer.all_special_tokens if token in turn["content"]), None):
-            return f"the model's own {found} stands in its text"
+        if match := _MARKS.search(turn["content"]):
+            return f"{match[0]} stands in its text"
+        if match := next((token for token in tokenizer.all_special_tokens if token in turn["content"]), None):
+            return f"the model's own {match} stands in its text"
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         return f"the model's template refuses it: {one_line(error, 80)}"
-    out = next((turn["role"] for turn in messages if turn["content"].strip() not in text), None)
-    return f"the model's template leaves its {out} turn out" if out else None
+    omitted = next((turn["role"] for turn in messages if turn["content"].strip() not in text), None)
+    return f"the model's template leaves its {omitted} turn out" if omitted else None
 
 
-def authors(config: AdviseConfig) -> tuple[float | None, float | None]:
-    """The shares of winners and losers that a folder of `clair build` says this very model made; None if it cannot."""
+def own_shares(config: AdviseConfig) -> tuple[float | None, float | None]:
+    """The shares of winners and losers that this model made, according to the dataset's manifest; None: unknown."""
     from clair.data.dataset import read_manifest, read_rows
     from clair.inference.model_folder import weights_identity
 
@@ -114,9 +125,11 @@ def authors(config: AdviseConfig) -> tuple[float | None, float | None]:
         if not (folder / "manifest.json").is_file():
             return None, None
         identity = weights_identity(config.model.path or "")
-        made = {told["model"] for told in read_manifest(folder)["models"].values() if told["identity"] == identity}
-        if not made:
+        own_names = {
+            model["model"] for model in read_manifest(folder)["models"].values() if model["identity"] == identity
+        }
+        if not own_names:
             return None, None
         rows = [row["models"] or {} for row in read_rows(folder)]
-    winners, losers = (sum(row.get(side) in made for row in rows) / len(rows) for side in ("chosen", "rejected"))
+    winners, losers = (sum(row.get(side) in own_names for row in rows) / len(rows) for side in ("chosen", "rejected"))
     return winners, losers

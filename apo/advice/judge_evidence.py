@@ -1,6 +1,6 @@
-"""What has to be asked for: the model's own answers, and a judge who is put to the test before it is believed.
+"""Evidence from requests: the model's own answers, and verdicts of a judge that has to pass a test first.
 
-Judgements are those of `apo eval winrate`: both orders, one half for a tie, through ledger and budget.
+Judgements are made as by `apo eval winrate`: in both orders, a tie counts one half, through ledger and budget.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from apo.advice.config import AdviseConfig, Checked
-from apo.evaluation.config import is_passing
+from apo.advice.config import AdviceInputs, AdviseConfig
+from apo.evaluation.config import is_transient
 from apo.evaluation.winrate import run as winrate
-from apo.evaluation.winrate.verdicts import Answer, Compared, key_of
+from apo.evaluation.winrate.verdicts import AnswerText, Comparison, prompt_key
 from clair.core.statistics import wilson
 from clair.data.records import Dropped, Prompt
 from clair.inference.client import ModelClient, Stopped, StopSignal
@@ -25,165 +25,188 @@ from clair.ledger.ledger import Ledger
 from clair.pipeline.steps import position_bias
 from clair.terminal import client_progress
 
-PLANTS = 64
-"""Pairs whose better side is known, shown to the judge first: winners and losers in turn, against those of another
-prompt.
+MAX_PLANTS = 64
+"""Comparisons whose better side is known, shown to the judge first: an answer to the prompt against the answer to
+another prompt, winners and losers in turn.
 """
-FRESH = 1_000_003
-"""Which of several samples an own answer is: none that a build draws, or its losers would be met again."""
-FEWEST = 8
-"""Comparisons that it has to decide, in both orders."""
-TOLERATED = 0.10
-"""How far from one half the share of what is shown first may be: asked in both orders, so little decides nothing."""
-Tell = Callable[[str], None]
+OWN_ANSWER_SAMPLE = 1_000_003
+"""The sample number of own answers. No build uses it: otherwise its losers would be returned as own answers."""
+MIN_DECIDED = 8
+"""Comparisons that the judge has to decide in both orders."""
+MAX_POSITION_BIAS = 0.10
+"""The tolerated distance from one half of the share won by the first answer; both orders cancel such a bias."""
+Log = Callable[[str], None]
 
 
 @dataclass
-class Asked:
-    """The model's own answers by prompt, and the judge's comparisons, in which `tuned` is the winner (of a plant: the
-    answer to the prompt).
+class CollectedReplies:
+    """The model's own answers by prompt, and the judge's comparisons; `tuned` is the winner.
+
+    `plants` are the test, in which `tuned` is the answer to the prompt. `win` compares winners with own answers,
+    `right` with losers.
     """
 
-    own: dict[str, Answer] = field(default_factory=dict)
-    plants: list[Compared] = field(default_factory=list)
-    win: list[Compared] = field(default_factory=list)
-    right: list[Compared] = field(default_factory=list)
+    own_answers: dict[str, AnswerText] = field(default_factory=dict)
+    plants: list[Comparison] = field(default_factory=list)
+    win: list[Comparison] = field(default_factory=list)
+    right: list[Comparison] = field(default_factory=list)
     seen: Counter[int] = field(default_factory=Counter)
-    distrust: str | None = None
-    """Why the judge is not believed."""
+    distrust_reason: str | None = None
+    """The reason to distrust the judge."""
     failures: list[str] = field(default_factory=list)
     stopped: str | None = None
     usage: dict[str, Any] = field(default_factory=dict)
 
 
-async def ask(config: AdviseConfig, checked: Checked, ledger: Ledger, tell: Tell, *, judge: bool) -> Asked:
-    """Everything that is asked, going on from what the ledger holds; ends early where it stops or nobody answers."""
-    stop, found = StopSignal(), Asked()
+async def collect_replies(
+    config: AdviseConfig, inputs: AdviceInputs, ledger: Ledger, log: Log, *, judge: bool
+) -> CollectedReplies:
+    """Collect own answers and verdicts, reusing the replies in the ledger; incomplete if the run stops or fails."""
+    stop, replies = StopSignal(), CollectedReplies()
     clients = open_clients(config, ledger, stop)
     try:
         with stop_on_interrupt(stop, clients):
-            found.own = await _own_answers(clients["model"], checked, stop, found.failures, tell)
-            if judge and not (stop.reason or found.failures):
-                await _judged(config, checked, clients["judge"], stop, found, tell)
+            replies.own_answers = await _generate_own_answers(clients["model"], inputs, stop, replies.failures, log)
+            if judge and not (stop.reason or replies.failures):
+                await _compare_by_judge(config, inputs, clients["judge"], stop, replies, log)
     finally:
         for client in clients.values():
             await client.model.close()
     if stop.error:
         raise stop.error
-    found.stopped = stop.reason
-    found.usage = {
+    replies.stopped = stop.reason
+    replies.usage = {
         role: {"calls": client.tally.calls, "reused": client.tally.reused, "prompt": client.tally.prompt_tokens,
                "completion": client.tally.completion_tokens}
         for role, client in clients.items()
     }  # fmt: skip
-    return found
+    return replies
 
 
-async def _own_answers(
-    client: ModelClient, checked: Checked, stop: StopSignal, failures: list[str], tell: Tell
-) -> dict[str, Answer]:
-    """What the model says to each prompt, by `key_of`. A prompt that it cannot answer has none."""
+async def _generate_own_answers(
+    client: ModelClient, inputs: AdviceInputs, stop: StopSignal, failures: list[str], log: Log
+) -> dict[str, AnswerText]:
+    """The model's answer to each prompt, by `prompt_key`, without prompts that it cannot answer."""
 
-    async def one(prompt: Prompt) -> tuple[str, Answer | None] | Stopped:
+    async def answer_prompt(prompt: Prompt) -> tuple[str, AnswerText | None] | Stopped:
         try:
-            reply = await client.ask(list(prompt.messages), row=prompt.id, sample=FRESH)
+            reply = await client.ask(list(prompt.messages), row=prompt.id, sample=OWN_ANSWER_SAMPLE)
         except Dropped as dropped:
-            if is_passing(dropped):
+            if is_transient(dropped):
                 failures.append(f"model: {dropped.detail}")
-            return key_of(prompt), None
+            return prompt_key(prompt), None
         except Stopped as stopped:
             return stopped
-        except Exception as error:  # a ledger that cannot be written, a bug of ours: nothing else may go on spending
+        except Exception as error:  # an unwritable ledger or a bug: stop spending
             stop.request(str(error), error)
             raise
         incomplete = reply.incomplete()
         answered = incomplete in (None, "truncated")
-        return key_of(prompt), Answer(reply.text.strip(), incomplete == "truncated") if answered else None
+        return prompt_key(prompt), AnswerText(reply.text.strip(), incomplete == "truncated") if answered else None
 
     async def drain() -> None:
-        stop.request("no more answers are wanted")
+        stop.request("no more answers are needed")
         if isinstance(client.model, LocalModel):
             client.model.abandon()
         await client.drain()
 
-    prompts = [checked.prompt(row) for row in checked.rows]
-    client.limiter = Limiter(len(prompts))  # it makes its own batches, the fuller the better
-    tell(f"{len(prompts)} answers of the model's own")
-    found: dict[str, Answer] = {}
+    prompts = [inputs.prompt(row) for row in inputs.rows]
+    client.limiter = Limiter(len(prompts))  # the model forms its own batches, from all requests
+    log(f"{len(prompts)} answers of the model's own")
+    answers: dict[str, AnswerText] = {}
     with client_progress("answering", len(prompts), {client.role: len(prompts)}) as on_progress:
         on_progress(0, {client.role: client})
-        async with aclosing(map_ordered(one, prompts, len(prompts) + 1, stop.requested, drain)) as answers:
-            async for answer in answers:
-                if isinstance(answer, Stopped):
+        async with aclosing(map_ordered(answer_prompt, prompts, len(prompts) + 1, stop.requested, drain)) as outcomes:
+            async for outcome in outcomes:
+                if isinstance(outcome, Stopped):
                     break
-                if answer[1] is not None:
-                    found[answer[0]] = answer[1]
-                on_progress(len(found), {client.role: client})
-    return found
+                if outcome[1] is not None:
+                    answers[outcome[0]] = outcome[1]
+                on_progress(len(answers), {client.role: client})
+    return answers
 
 
-async def _judged(
-    config: AdviseConfig, checked: Checked, judge: ModelClient, stop: StopSignal, found: Asked, tell: Tell
+async def _compare_by_judge(
+    config: AdviseConfig,
+    inputs: AdviceInputs,
+    judge: ModelClient,
+    stop: StopSignal,
+    replies: CollectedReplies,
+    log: Log,
 ) -> None:
-    """The plants first; the pairs only where the judge has stood that test."""
-    winners = {key_of(checked.prompt(row)): row["chosen"][-1]["content"].strip() for row in checked.rows}
-    losers = {key_of(checked.prompt(row)): row["rejected"][-1]["content"].strip() for row in checked.rows}
+    """Let the judge compare the plants, and if it passes that test the pairs."""
+    winners = {prompt_key(inputs.prompt(row)): row["chosen"][-1]["content"].strip() for row in inputs.rows}
+    losers = {prompt_key(inputs.prompt(row)): row["rejected"][-1]["content"].strip() for row in inputs.rows}
     keys = list(winners)
-    planted = {key: (losers if at % 2 else winners)[key] for at, key in enumerate(keys)}
-    others = {key: planted[keys[(at + 2) % len(keys)]] for at, key in enumerate(keys)}
-    own = {key: answer.text for key, answer in found.own.items()}
+    planted = {key: (losers if index % 2 else winners)[key] for index, key in enumerate(keys)}
+    others = {key: planted[keys[(index + 2) % len(keys)]] for index, key in enumerate(keys)}
+    own_answers = {key: answer.text for key, answer in replies.own_answers.items()}
 
     async def compare(
-        tuned: Mapping[str, str], base: Mapping[str, str], what: str, most: int | None = None
-    ) -> list[Compared]:
-        rows = [prompt for row in checked.rows if key_of(prompt := checked.prompt(row)) in base][:most]
-        tell(f"the judge compares {len(rows)} {what}, in both orders")
-        given = {side: {key: [text] for key, text in of.items()} for side, of in (("base", base), ("tuned", tuned))}
-        run = winrate.Run(_settings(config), winrate.Checked(rows, {}, given, checked.template), {"judge": judge}, stop)
+        tuned: Mapping[str, str], base: Mapping[str, str], description: str, max_rows: int | None = None
+    ) -> list[Comparison]:
+        rows = [prompt for row in inputs.rows if prompt_key(prompt := inputs.prompt(row)) in base][:max_rows]
+        log(f"the judge compares {len(rows)} {description}, in both orders")
+        ready_answers = {
+            side: {key: [text] for key, text in of.items()} for side, of in (("base", base), ("tuned", tuned))
+        }
+        run = winrate.WinrateRun(
+            _winrate_config(config),
+            winrate.WinrateInputs(rows, {}, ready_answers, inputs.template),
+            {"judge": judge},
+            stop,
+        )
         with client_progress("judging", len(rows), {"judge": 2 * len(rows)}) as on_progress:
             compared = await run.outcomes(on_progress)
-        found.failures += run.failures
-        found.seen += run.judge.verdicts
+        replies.failures += run.failures
+        replies.seen += run.judge.verdicts
         return compared
 
-    def over() -> bool:
-        found.distrust = distrust(found.plants, [*found.win, *found.right], found.seen)
-        return bool(stop.reason or found.failures or found.distrust)
+    def must_end() -> bool:
+        replies.distrust_reason = distrust_reason(replies.plants, [*replies.win, *replies.right], replies.seen)
+        return bool(stop.reason or replies.failures or replies.distrust_reason)
 
-    found.plants = await compare(planted, others, "answers with those to other prompts, a test", PLANTS)
-    if over():
+    replies.plants = await compare(planted, others, "answers with those to other prompts, a test", MAX_PLANTS)
+    if must_end():
         return
-    found.win = await compare(winners, own, "winners with the model's own answers")
-    found.right = await compare(winners, losers, "winners with their losers")
-    over()
+    replies.win = await compare(winners, own_answers, "winners with the model's own answers")
+    replies.right = await compare(winners, losers, "winners with their losers")
+    must_end()
 
 
-def _settings(config: AdviseConfig) -> winrate.WinrateConfig:
+def _winrate_config(config: AdviseConfig) -> winrate.WinrateConfig:
     assert config.judge is not None
     return winrate.WinrateConfig(
         prompts={"path": config.dataset}, base="other", tuned="winner", judge=config.judge, out=config.out
     )  # type: ignore[arg-type]
 
 
-def distrust(plants: Sequence[Compared], others: Sequence[Compared], seen: Mapping[int, int]) -> str | None:
-    """Why a judge is not to be believed, or None: it goes by position, by chance, or does not know a plant.
+def distrust_reason(
+    plants: Sequence[Comparison], others: Sequence[Comparison], position_counts: Mapping[int, int]
+) -> str | None:
+    """The reason to distrust a judge, or None: it decides by position or at random, or fails the test.
 
-    `seen` counts its verdicts by position. By chance: of the comparisons decided in both orders, no more than half are
-    decided alike. Unknowing: of the plants decided alike, no more than half for the answer to the prompt itself.
+    `position_counts` counts its verdicts by position. At random: of the comparisons that it decides in both orders, it
+    decides no more than half alike. Failed test: of the plants decided alike, no more than half prefer the answer to
+    the prompt itself.
     """
-    if not seen.get(1, 0) + seen.get(2, 0):
-        return "it calls everything a tie" if seen.get(0, 0) else "none of its verdicts can be read"
-    position = position_bias(seen)
-    if position["biased"] and abs(position["share_first"] - 0.5) > TOLERATED:
+    if not position_counts.get(1, 0) + position_counts.get(2, 0):
+        return "it calls everything a tie" if position_counts.get(0, 0) else "none of its verdicts can be read"
+    position = position_bias(position_counts)
+    if position["biased"] and abs(position["share_first"] - 0.5) > MAX_POSITION_BIAS:
         return f"it goes by position: what is shown first wins {position['share_first']:.0%} of its verdicts"
-    decided = [one.verdicts for one in (*plants, *others) if {"base", "tuned"} >= set(one.verdicts)]
-    if len(decided) < FEWEST:
+    decided = [
+        comparison.verdicts for comparison in (*plants, *others) if {"base", "tuned"} >= set(comparison.verdicts)
+    ]
+    if len(decided) < MIN_DECIDED:
         return f"it decides {len(decided)} of {len(plants) + len(others)} comparisons, too few to know it by"
     alike = sum(first == second for first, second in decided)
     if wilson(alike, len(decided)).lo <= 0.5:
         return f"it answers at random: in both orders alike in {alike} of {len(decided)} comparisons that it decides"
-    known = Counter(one.verdicts[0] for one in plants if one.verdicts[0] == one.verdicts[1])
-    tested = known["tuned"] + known["base"]
-    if wilson(known["tuned"], tested).lo <= 0.5:
-        return f"it prefers the answer to another prompt in {known['base']} of {tested} planted comparisons"
+    consistent = Counter(
+        comparison.verdicts[0] for comparison in plants if comparison.verdicts[0] == comparison.verdicts[1]
+    )
+    tested = consistent["tuned"] + consistent["base"]
+    if wilson(consistent["tuned"], tested).lo <= 0.5:
+        return f"it prefers the answer to another prompt in {consistent['base']} of {tested} planted comparisons"
     return None

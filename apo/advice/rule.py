@@ -1,4 +1,4 @@
-"""The rule: what the evidence about pairs and a model comes to. Pure, so that it can be read, tested and measured."""
+"""The rule from evidence about pairs and a model to advice. It is pure, so that it can be read, tested and measured."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ Objective = Literal["apo_zero", "apo_down", "dpo", "none"]
 Sure = Literal["low", "fair", "high"]
 SURE: tuple[Sure, ...] = ("low", "fair", "high")
 FINE, COARSE = 0.10, 0.25
-"""Differences from one half: the sample is sized to see the first; too few to see the second are refused."""
-STRANGE = 0.05
-"""Share of prompts in another model's template from which on pairs are not to be trained on."""
-BETA, LEAST_BETA, LET_GO = 0.1, 0.03, 4.0
-"""The paper's beta, the lowest that is advised, and the reward at which `apo_zero` has nearly let go of an answer."""
-RATE, RATE_AT = 1e-6, 3e9
+"""Differences from one half: the sample is sized to detect the first; samples too small for the second are refused."""
+MAX_STRANGE = 0.05
+"""The largest share of prompts in another model's template that is trained on."""
+BETA, MIN_BETA, MAX_REWARD = 0.1, 0.03, 4.0
+"""The paper's beta, the lowest that is advised, and the reward at which the gradient of `apo_zero` nearly vanishes."""
+RATE, RATE_PARAMETERS = 1e-6, 3e9
 """SmolLM3's published learning rate for full fine-tuning, and its number of parameters."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of some pairs and a model; every interval is a 95 % one over prompts.
+    """The evidence about pairs and a model; every interval is a 95 % interval over prompts.
 
-    Shares are in [0, 1] with a tie counting one half, log-probs in nats. None: nobody can tell.
+    Shares are in [0, 1] with a tie counting one half, log-probs in nats. None means unknown.
     """
 
     pairs: int
     parameters: int
     win: Interval | None
-    """How often a judge prefers the winner to the model's own answer."""
+    """The share of prompts on which a judge prefers the winner to the model's own answer."""
     right: Interval | None
-    """How often it prefers the winner to the loser."""
+    """The share of prompts on which it prefers the winner to the loser."""
     winner_gap: Interval
     """Log-prob per token: the winner's minus that of the model's own answer."""
     loser_gap: Interval
     winner_total: Interval
     """The same as `winner_gap`, summed over the answer."""
     coherence: Interval
-    """Of the pairs' first steps: mean product of two pairs' over the mean square; 0: no common direction."""
+    """Mean product of two pairs' first steps over their mean square; 0: no common direction."""
     displacement: Interval
-    """What part of the margin's first growth is the winner's rise: 1 all of it, 0 none, below 0 the winner falls."""
+    """The winner's share in the first growth of the margin: 1 all of it, 0 none, below 0 the winner falls."""
     longer: Interval
     """Share of winners that are longer than their losers."""
     winners_own: float | None = None
-    """Share of winners that the dataset says the model itself made."""
+    """Share of winners that the model itself made, according to the dataset."""
     losers_own: float | None = None
     strange: float = 0.0
     """Share of prompts that are not in the model's own template."""
@@ -55,7 +55,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to train with, or "none": do not train on this; how sure that is, why, and what to watch."""
+    """The objective to train with, or "none": do not train on these pairs; with certainty, reason and warnings."""
 
     objective: Objective
     sure: Sure
@@ -66,16 +66,22 @@ class Advice:
 
 
 def advise(e: Evidence) -> Advice:
-    """The advice: whether the pairs say anything, then where their winners stand against the model's own answers."""
-    if e.strange > STRANGE:
-        return _none("high", f"{e.strange:.0%} of the prompts are not in this model's template; convert them first")
+    """Derive the advice: first if the pairs carry a signal, then how winners compare with the model's own answers."""
+    if e.strange > MAX_STRANGE:
+        return _do_not_train(
+            "high", f"{e.strange:.0%} of the prompts are not in this model's template; convert them first"
+        )
     if e.right is not None and e.right.hi < 0.5:
-        return _none("high", f"the judge prefers the losers in {1 - e.right.value:.0%}: are the columns exchanged?")
+        return _do_not_train(
+            "high", f"the judge prefers the losers in {1 - e.right.value:.0%}: are the columns exchanged?"
+        )
     if e.right is not None and e.right.lo <= 0.5:
-        return _none("fair", f"the judge cannot tell winners from losers: it prefers {e.right.value:.0%} of them")
+        return _do_not_train(
+            "fair", f"the judge cannot tell winners from losers: it prefers {e.right.value:.0%} of them"
+        )
     if e.right is None and e.coherence.lo <= 0:
-        return _none("low", "the pairs pull in no common direction, as if their labels were drawn by lot")
-    standing, sure, because = standing_of(e)
+        return _do_not_train("low", "the pairs pull in no common direction, as if their labels were drawn by lot")
+    standing, sure, because = winner_standing(e)
     objective: Objective = {"better": "apo_zero", "worse": "apo_down"}.get(standing, "dpo")  # type: ignore[assignment]
     beware = []
     if both_own(e):
@@ -89,69 +95,73 @@ def advise(e: Evidence) -> Advice:
         beware.append("winners are expected to become less likely: lower the learning rate, or add sft with weight 0.1")
     if not 0.3 <= e.longer.value <= 0.7 and not e.longer.lo <= 0.5 <= e.longer.hi:
         beware.append(f"{e.longer.value:.0%} of the winners are longer: the model will learn length as well")
-    return Advice(objective, sure, because, beta_of(e), learning_rate_of(e), beware)
+    return Advice(objective, sure, because, suggest_beta(e), suggest_learning_rate(e), beware)
 
 
-def standing_of(e: Evidence) -> tuple[Literal["better", "worse", "even"], Sure, str]:
-    """Where winners stand against the model's own answers: by the judge, else by who made which side."""
+def winner_standing(e: Evidence) -> tuple[Literal["better", "worse", "even"], Sure, str]:
+    """Compare winners with the model's own answers: by the judge, or else by the authors of both sides."""
     if e.win is not None:
-        told = f"winners win {e.win.value:.0%} against the model's own answers"
+        subject = f"winners win {e.win.value:.0%} against the model's own answers"
         if e.win.lo > 0.5:
-            return "better", "high", told
-        return ("worse", "high", told) if e.win.hi < 0.5 else ("even", "fair", f"{told}: neither is better for certain")
-    winners, losers = _own(e.winners_own, e.winner_gap), _own(e.losers_own, e.loser_gap)
+            return "better", "high", subject
+        return (
+            ("worse", "high", subject)
+            if e.win.hi < 0.5
+            else ("even", "fair", f"{subject}: neither is better for certain")
+        )
+    winners, losers = _like_own_answers(e.winners_own, e.winner_gap), _like_own_answers(e.losers_own, e.loser_gap)
     if not authors_known(e):
-        return _by_likelihood(winners, losers)
+        return _standing_by_likelihood(winners, losers)
     if losers and not winners:
         return "better", "fair", "the losers are the model's own answers, and the winners are preferred to them"
     if winners and not losers:
         return "worse", "fair", "the winners are such as the model says itself, and the losers are not"
-    told = "both sides are" if winners else "neither side is"
-    return "even", "low", f"{told} such as the model says itself, so without a judge nobody knows which is better"
+    subject = "both sides are" if winners else "neither side is"
+    return "even", "low", f"{subject} such as the model says itself, so without a judge nobody knows which is better"
 
 
-def _by_likelihood(winners: bool, losers: bool) -> tuple[Literal["better", "worse", "even"], Sure, str]:
-    """The standing where the dataset does not say who made both sides: how likely they are is a hint, and no more."""
+def _standing_by_likelihood(winners: bool, losers: bool) -> tuple[Literal["better", "worse", "even"], Sure, str]:
+    """The standing if the authors are unknown, from likelihoods, which are only a hint."""
     unknown = "who wrote them is not known, and which is better cannot be told without a judge"
     if losers and not winners:
         return "better", "low", f"losers are as likely to the model as its own answers and winners are not; {unknown}"
     if winners and not losers:
         return "worse", "low", f"winners are as likely to the model as its own answers and losers are not; {unknown}"
-    told = "both sides are as" if winners else "neither side is as"
-    return "even", "low", f"{told} likely to the model as its own answers; {unknown}"
+    subject = "both sides are as" if winners else "neither side is as"
+    return "even", "low", f"{subject} likely to the model as its own answers; {unknown}"
 
 
 def authors_known(e: Evidence) -> bool:
-    """Whether the dataset says who made both sides."""
+    """True if the dataset states the authors of both sides."""
     return e.winners_own is not None and e.losers_own is not None
 
 
 def both_own(e: Evidence) -> bool:
-    """Whether the model itself made both sides, or may have: both are as likely to it as its own answers."""
-    return _own(e.winners_own, e.winner_gap) and _own(e.losers_own, e.loser_gap)
+    """True if the model made both sides, or finds both as likely as its own answers."""
+    return _like_own_answers(e.winners_own, e.winner_gap) and _like_own_answers(e.losers_own, e.loser_gap)
 
 
-def _own(share: float | None, gap: Interval) -> bool:
-    """As the dataset says; else whether it is no less likely than the model's own answers."""
+def _like_own_answers(share: float | None, gap: Interval) -> bool:
+    """True if the model made the side, or, if the author is unknown, finds it as likely as its own answers."""
     return gap.hi >= 0 if share is None else share > 0.5
 
 
-def _none(sure: Sure, because: str) -> Advice:
+def _do_not_train(sure: Sure, because: str) -> Advice:
     return Advice("none", sure, because)
 
 
-def beta_of(e: Evidence) -> float:
-    """0.1, or lower, so that a winner lifted to the level of the model's own answers is at reward 4 and no further."""
+def suggest_beta(e: Evidence) -> float:
+    """0.1, or lower so that a winner that becomes as likely as the model's own answers has at most reward 4."""
     below = max(0.0, -e.winner_total.value)
-    return BETA if below * BETA <= LET_GO else max(LEAST_BETA, _rounded(LET_GO / below))
+    return BETA if below * BETA <= MAX_REWARD else max(MIN_BETA, _rounded(MAX_REWARD / below))
 
 
-def learning_rate_of(e: Evidence) -> float:
-    """Of full fine-tuning: 1e-6 at 3 billion parameters, falling with their cube root. LoRA takes ten times that.
+def suggest_learning_rate(e: Evidence) -> float:
+    """The rate of full fine-tuning: 1e-6 at 3 billion parameters, falling with their cube root; LoRA: ten times that.
 
-    A rule of thumb through two points that are known to work: SmolLM3's, and the quickstart's 1.5e-5 at 0.9 million.
+    A rule of thumb through two points that work: SmolLM3's, and the quickstart's 1.5e-5 at 0.9 million parameters.
     """
-    return _rounded(RATE * (RATE_AT / e.parameters) ** (1 / 3))
+    return _rounded(RATE * (RATE_PARAMETERS / e.parameters) ** (1 / 3))
 
 
 def _rounded(value: float) -> float:
@@ -159,5 +169,8 @@ def _rounded(value: float) -> float:
 
 
 def sample_size(difference: float) -> int:
-    """Judged answers by which this difference from one half is seen at 5 % with 80 % power, each 0 or 1 at worst."""
+    """The number of verdicts that detects this difference from one half at the 5 % level with 80 % power.
+
+    It assumes the largest variance: every verdict is 0 or 1.
+    """
     return math.ceil((detectable_difference(0.5) / difference) ** 2)

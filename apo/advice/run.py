@@ -1,22 +1,22 @@
-"""All of `apo advise`: asks, looks, applies the rule, and writes advice.json; run again, it pays for nothing twice."""
+"""Run `apo advise`: collect replies, measure likelihoods, apply the rule, write advice.json. No reply is paid twice."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from apo.advice.config import RESULT, AdviseConfig, Checked, check
-from apo.advice.judge_evidence import Asked, ask
-from apo.advice.likelihood import Seen, interval, look
-from apo.advice.rule import STRANGE, Evidence, advise, sample_size
+from apo.advice.config import RESULT, AdviceInputs, AdviseConfig, load_inputs
+from apo.advice.judge_evidence import CollectedReplies, collect_replies
+from apo.advice.likelihood import LikelihoodEvidence, as_interval, measure_likelihood
+from apo.advice.rule import MAX_STRANGE, Evidence, advise, sample_size
+from apo.advice.tables import advice_lines, evidence_table
 from apo.analysis.distinguishability import Interval
-from apo.evaluation.config import public, same_settings
-from apo.evaluation.winrate.run import Outcome
-from apo.evaluation.winrate.verdicts import Compared, key_of, summary
+from apo.evaluation.config import Outcome, check_resumable, redacted
+from apo.evaluation.winrate.verdicts import Comparison, prompt_key, summary
 from clair.core.errors import UserError
 from clair.core.event_loop import run_async
 from clair.core.files import write_json
@@ -27,109 +27,158 @@ from clair.ledger.ledger import Ledger
 from clair.pipeline.build import lock_output
 from clair.pipeline.steps import position_bias
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AdviceOutcome(Outcome):
+    """The content of advice.json; None if the run ended early."""
+
+    result: Mapping[str, Any] | None = None
+
+    @property
+    def headline(self) -> str | None:
+        """The objective that is advised, and how certain that is."""
+        return next(advice_lines(self.result)) if self.result else None
+
+    def lines(self) -> list[str]:
+        """The advice, the reason and the warnings, one a line. Raises UserError if the run ended early."""
+        return list(advice_lines(self._finished()))
+
+    def table(self) -> Table:
+        """The evidence with 95 % intervals, as the command prints it. Raises UserError if the run ended early."""
+        result = self._finished()
+        return evidence_table(result, str(result["settings"]["dataset"]))
+
+    def _finished(self) -> Mapping[str, Any]:
+        if self.result is None:
+            raise UserError(f"{self!r}")
+        return self.result
+
 
 def run(
-    config: AdviseConfig, *, checked: Checked | None = None, tell: Callable[[str], None] = lambda _: None
-) -> Outcome:
-    """Gather the evidence and write advice.json. Raises UserError for the user's mistakes before any work."""
-    checked = checked or check(config)
+    config: AdviseConfig, *, inputs: AdviceInputs | None = None, log: Callable[[str], None] = lambda _: None
+) -> AdviceOutcome:
+    """Collect the evidence and write advice.json. Raises UserError for the user's mistakes before any work."""
+    inputs = inputs or load_inputs(config)
     out, started = Path(config.out), time.monotonic()
-    known = sum(checked.strange.values()) <= STRANGE * len(checked.rows)  # else no judge is paid for what is refused
+    # Without this limit a judge would be paid for pairs that are refused afterwards.
+    in_template = sum(inputs.strange.values()) <= MAX_STRANGE * len(inputs.rows)
     with lock_output(out), Ledger(config.ledger_path) as ledger:
-        same_settings(config, out, ledger, RESULT)
-        asked = run_async(ask(config, checked, ledger, tell, judge=config.judge is not None and known))
-    if asked.stopped or asked.failures:
-        return Outcome(out, None, len(asked.failures), next(iter(asked.failures), ""), asked.stopped)
-    ended = [_ended(asked, checked, row) for row in checked.rows]
-    cut_off = sum(answer.truncated for answer in asked.own.values())
-    if sum(text is not None for text in ended) < max(2, len(ended) / 2):
+        check_resumable(config, out, ledger, RESULT)
+        replies = run_async(
+            collect_replies(config, inputs, ledger, log, judge=config.judge is not None and in_template)
+        )
+    if replies.stopped or replies.failures:
+        first = next(iter(replies.failures), "")
+        return AdviceOutcome(out=out, failed=len(replies.failures), first_failure=first, stopped=replies.stopped)
+    own_answers = [_complete_answer(replies, inputs, row) for row in inputs.rows]
+    cut_off = sum(answer.truncated for answer in replies.own_answers.values())
+    if sum(text is not None for text in own_answers) < max(2, len(own_answers) / 2):
         raise UserError(
-            f"the model ends {len(asked.own) - cut_off} of {len(ended)} answers within {config.model.max_tokens} "
-            "tokens: it has not learned its chat template; give one that has, or raise --max-tokens where they are long"
+            f"the model ends {len(replies.own_answers) - cut_off} of {len(own_answers)} answers within "
+            f"{config.model.max_tokens} tokens: it has not learned its chat template; give one that has, or raise "
+            "--max-tokens where they are long"
         )
     assert config.model.path is not None
     trust = config.model.trust_remote_code
-    seen = look(config.model.path, checked.rows, ended, seed=config.seed, trust_remote_code=trust, tell=tell)
-    result = {**_result(checked, asked, seen), "settings": public(config), **provenance()}
+    likelihood = measure_likelihood(
+        config.model.path, inputs.rows, own_answers, seed=config.seed, trust_remote_code=trust, log=log
+    )
+    result = {**_result(inputs, replies, likelihood), "settings": redacted(config), **provenance()}
     write_json(out / RESULT, {**result, "seconds": round(time.monotonic() - started, 1)})
-    return Outcome(out, result)
+    return AdviceOutcome(out=out, result=result)
 
 
-def _ended(asked: Asked, checked: Checked, row: Mapping[str, Any]) -> str | None:
-    answer = asked.own.get(key_of(checked.prompt(row)))
+def _complete_answer(replies: CollectedReplies, inputs: AdviceInputs, row: Mapping[str, Any]) -> str | None:
+    answer = replies.own_answers.get(prompt_key(inputs.prompt(row)))
     return None if answer is None or answer.truncated else answer.text
 
 
-def _result(checked: Checked, asked: Asked, seen: Seen) -> dict[str, Any]:
-    contrast = contrast_intervals(checked.rows)
-    evidence = evidence_of(checked, asked, seen, contrast)
+def _result(inputs: AdviceInputs, replies: CollectedReplies, likelihood: LikelihoodEvidence) -> dict[str, Any]:
+    contrast = contrast_intervals(inputs.rows)
+    evidence = evidence_of(inputs, replies, likelihood, contrast)
     advice = advise(evidence)
-    notes = [f"the judge is not used: {asked.distrust}"] if asked.distrust else []
-    if evidence.win is None and not asked.distrust:
+    notes = [f"the judge is not used: {replies.distrust_reason}"] if replies.distrust_reason else []
+    if evidence.win is None and not replies.distrust_reason:
         notes.append(
             "no judge was asked: nobody knows whether winners are better than losers, or than what the model says "
             "itself; this is worth less than with one"
         )
-    if len(checked.rows) < sample_size(0.1):
-        notes.append(f"{len(checked.rows)} prompts; {sample_size(0.1)} are needed to see winners that win 3 times of 5")
-    if checked.strange:
-        told = "; ".join(f"{count}: {what}" for what, count in checked.strange.items())
-        notes.append(f"{sum(checked.strange.values())} of {len(checked.rows)} prompts are not in its template ({told})")
-    notes += [f"{count} pairs are left out ({reason.replace('_', ' ')})" for reason, count in seen.left_out.items()]
+    if len(inputs.rows) < sample_size(0.1):
+        notes.append(f"{len(inputs.rows)} prompts; {sample_size(0.1)} are needed to see winners that win 3 times of 5")
+    if inputs.strange:
+        counts = "; ".join(f"{count}: {mismatch}" for mismatch, count in inputs.strange.items())
+        notes.append(f"{sum(inputs.strange.values())} of {len(inputs.rows)} prompts are not in its template ({counts})")
+    notes += [
+        f"{count} pairs are left out ({reason.replace('_', ' ')})" for reason, count in likelihood.left_out.items()
+    ]
     return {
         "format": 1,
         "advice": asdict(advice),
         "notes": notes,
-        "sample": {"rows": len(checked.rows), "prompts": checked.prompts, "pairs": checked.pairs, "own": seen.own},
+        "sample": {
+            "rows": len(inputs.rows),
+            "prompts": inputs.prompts,
+            "pairs": inputs.pairs,
+            "own": likelihood.own_answers,
+        },
         "evidence": asdict(evidence),
-        "contrast": {name: asdict(found) for name, found in contrast.items()},
-        "likelihood": {name: asdict(found) for name, found in seen.intervals.items()},
-        "judge": _judge(asked),
-        "strange": dict(checked.strange),
-        "usage": asked.usage,
+        "contrast": {name: asdict(value) for name, value in contrast.items()},
+        "likelihood": {name: asdict(value) for name, value in likelihood.intervals.items()},
+        "judge": _judge_summary(replies),
+        "strange": dict(inputs.strange),
+        "usage": replies.usage,
     }
 
 
-def evidence_of(checked: Checked, asked: Asked, seen: Seen, contrast: Mapping[str, Interval]) -> Evidence:
-    """What the rule is told. A judge that is not believed has no say."""
-    judged = {name: None if asked.distrust else rate(getattr(asked, name)) for name in ("win", "right")}
+def evidence_of(
+    inputs: AdviceInputs, replies: CollectedReplies, likelihood: LikelihoodEvidence, contrast: Mapping[str, Interval]
+) -> Evidence:
+    """The evidence for the rule; the verdicts of a distrusted judge are left out."""
+    judged = {
+        name: None if replies.distrust_reason else preference_rate(getattr(replies, name)) for name in ("win", "right")
+    }
     names = ("winner_gap", "loser_gap", "winner_total", "coherence", "displacement")
     return Evidence(
-        pairs=checked.pairs,
-        parameters=seen.parameters,
+        pairs=inputs.pairs,
+        parameters=likelihood.parameters,
         **judged,
-        **{name: seen.intervals[name] for name in names},
+        **{name: likelihood.intervals[name] for name in names},
         longer=contrast["longer"],
-        winners_own=checked.winners_own,
-        losers_own=checked.losers_own,
-        strange=sum(checked.strange.values()) / len(checked.rows),
+        winners_own=inputs.winners_own,
+        losers_own=inputs.losers_own,
+        strange=sum(inputs.strange.values()) / len(inputs.rows),
     )
 
 
-def rate(compared: Sequence[Compared]) -> Interval | None:
-    """How often the winner is preferred, a tie one half; None where nobody was asked or no verdict could be read."""
-    found = summary(compared)["win_rate"] if compared else None
-    return Interval(found["mean"], *found["ci95"]) if found and found["ci95"] else None
+def preference_rate(compared: Sequence[Comparison]) -> Interval | None:
+    """The share of comparisons that the winner wins, a tie counting one half; None without a readable verdict."""
+    win_rate = summary(compared)["win_rate"] if compared else None
+    return Interval(win_rate["mean"], *win_rate["ci95"]) if win_rate and win_rate["ci95"] else None
 
 
 def contrast_intervals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Interval]:
-    """Means of Jaccard, Levenshtein and length ratio, and the share of longer winners (equal lengths: one half)."""
+    """Means of Jaccard, Levenshtein and length ratio, and the share of longer winners (equal lengths count half)."""
     pairs = [tuple(row[side][-1]["content"] for side in ("chosen", "rejected")) for row in rows]
-    found = [contrast_of(*pair) for pair in pairs]
+    contrasts = [contrast_of(*pair) for pair in pairs]
     names = ("jaccard", "levenshtein", "length_ratio")
-    means = {name: [float(getattr(one, name)) for one in found] for name in names}
-    longer = math.fsum(0.5 if one.length_ratio == 1 else float(one.length_ratio > 1) for one in found)
-    told = {name: interval(clustered_mean(values, range(len(values)))) for name, values in means.items()}
-    return {**told, "longer": interval(wilson(longer, len(found)))}
+    means = {name: [float(getattr(contrast, name)) for contrast in contrasts] for name in names}
+    longer = math.fsum(
+        0.5 if contrast.length_ratio == 1 else float(contrast.length_ratio > 1) for contrast in contrasts
+    )
+    intervals = {name: as_interval(clustered_mean(values, range(len(values)))) for name, values in means.items()}
+    return {**intervals, "longer": as_interval(wilson(longer, len(contrasts)))}
 
 
-def _judge(asked: Asked) -> dict[str, Any] | None:
-    if not asked.plants:
+def _judge_summary(replies: CollectedReplies) -> dict[str, Any] | None:
+    if not replies.plants:
         return None
-    parts = {name: summary(getattr(asked, name)) for name in ("plants", "win", "right") if getattr(asked, name)}
+    summaries = {name: summary(getattr(replies, name)) for name in ("plants", "win", "right") if getattr(replies, name)}
     return {
-        "used": asked.distrust is None,
-        "distrust": asked.distrust,
-        "position": position_bias(asked.seen) if asked.seen else None,
-        **parts,
+        "used": replies.distrust_reason is None,
+        "distrust": replies.distrust_reason,
+        "position": position_bias(replies.seen) if replies.seen else None,
+        **summaries,
     }

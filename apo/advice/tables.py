@@ -1,4 +1,4 @@
-"""Advice in a terminal: the evidence, then what to do."""
+"""Evidence and advice as a table and lines for a terminal."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ _STEP = {
 
 
 def evidence_table(result: Mapping[str, Any], dataset: str) -> Table:
-    """All evidence with 95 % intervals."""
+    """The evidence with 95 % intervals."""
     sample = result["sample"]
     title = f"{dataset}: {sample['rows']:,} of {sample['prompts']:,} prompts, {sample['pairs']:,} pairs"
     table = Table("", "value", "95 % interval", title=title)
-    for name, told in (("win", "winner against own answer, wins %"), ("right", "winner against loser, wins %")):
-        found = result["evidence"][name]
-        table.add_row(told, *(_numbers(found, 100) if found else ("", _why_not(result))))
+    for name, label in (("win", "winner against own answer, wins %"), ("right", "winner against loser, wins %")):
+        interval = result["evidence"][name]
+        table.add_row(label, *(_numbers(interval, 100) if interval else ("", _absence_reason(result))))
     controlled = ((result["judge"] or {}).get("win") or {}).get("length_controlled") or {}
     if result["evidence"]["win"] and controlled.get("rate") is not None:
         lo, hi = controlled["ci95"]
         table.add_row("  against own answer at equal lengths, %", *_numbers(_interval(controlled["rate"], lo, hi), 100))
     table.add_section()
-    for name, told in _LIKELIHOOD.items():
-        table.add_row(told, *_numbers(result["likelihood"][name]))
+    for name, label in _LIKELIHOOD.items():
+        table.add_row(label, *_numbers(result["likelihood"][name]))
     table.add_section()
-    for name, (told, scale) in _STEP.items():
-        table.add_row(f"first step: {told}", *_numbers(result["likelihood"][name], scale))
+    for name, (label, scale) in _STEP.items():
+        table.add_row(f"first step: {label}", *_numbers(result["likelihood"][name], scale))
     table.add_section()
     contrast = result["contrast"]
-    for name, told in (("jaccard", "Jaccard"), ("levenshtein", "Levenshtein"), ("length_ratio", "length ratio")):
-        table.add_row(told, *_numbers(contrast[name]))
+    for name, label in (("jaccard", "Jaccard"), ("levenshtein", "Levenshtein"), ("length_ratio", "length ratio")):
+        table.add_row(label, *_numbers(contrast[name]))
     table.add_row("longer winners, %", *_numbers(contrast["longer"], 100))
     return table
 
 
-def advice_words(result: Mapping[str, Any]) -> Iterator[str]:
-    """The advice, why, and what to watch, a line each."""
+def advice_lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """The advice, its reason and the warnings, a line each."""
     advice = result["advice"]
     if advice["objective"] == "none":
         yield f"do not train on this (certainty: {advice['sure']})"
@@ -58,10 +58,10 @@ def advice_words(result: Mapping[str, Any]) -> Iterator[str]:
         rate = f"beta {advice['beta']:g}, learning rate {advice['learning_rate']:g} (LoRA: ten times that)"
         yield f"objective: {advice['objective']}, {rate} (certainty: {advice['sure']})"
     yield f"because: {advice['because']}"
-    yield from (f"! {told}" for told in (*advice["beware"], *result["notes"]))
+    yield from (f"! {note}" for note in (*advice["beware"], *result["notes"]))
 
 
-def _why_not(result: Mapping[str, Any]) -> str:
+def _absence_reason(result: Mapping[str, Any]) -> str:
     return "the judge is not used" if result["judge"] else "no judge"
 
 
@@ -69,8 +69,8 @@ def _interval(value: float, lo: float, hi: float) -> dict[str, float]:
     return {"value": value, "lo": lo, "hi": hi}
 
 
-def _numbers(found: Mapping[str, float], scale: float = 1) -> tuple[str, str]:
-    value, lo, hi = (scale * found[key] for key in ("value", "lo", "hi"))
+def _numbers(interval: Mapping[str, float], scale: float = 1) -> tuple[str, str]:
+    value, lo, hi = (scale * interval[key] for key in ("value", "lo", "hi"))
     if scale == 100:
         return f"{value:.1f}", f"{lo:.1f} to {hi:.1f}"
     return f"{value:.3g}", f"{lo:.3g} to {hi:.3g}"

@@ -1,4 +1,4 @@
-"""Whether a model is better, and how sure that is: held-out pairs, MixEval-Hard, win rates, comparisons.
+"""Measuring a model with intervals: held-out pairs, MixEval-Hard, win rates, comparisons of results.
 
 Imports `data` and `models`.
 """

@@ -1,8 +1,9 @@
-"""Settings that all evaluations share, the check of a result folder against them, and when a run may go on."""
+"""Settings that all evaluations share, how they end, and the check that a result folder belongs to them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from clair.inference.client import ModelClient
 from clair.inference.config import ROLE_PASSING, ModelConfig, redacted_model
 from clair.inference.model import LimitReached, PaymentRequired, Refused
 from clair.ledger.ledger import Ledger
+from clair.storage.object_store import account_of
 
 SETTINGS = "settings.json"
-_PASSING = ("concurrency", "attempts", "out", "ledger", "limit", "budget", "upstream_files")
+_MAY_CHANGE = ("concurrency", "attempts", "out", "ledger", "limit", "budget", "upstream_files")
 
 
-class Evaluation(Recipe):
-    """What every evaluation that asks models has."""
+class EvaluationConfig(Recipe):
+    """Settings of every run that sends requests to models: budget, limits, ledger and result folder."""
 
     budget: BudgetConfig | None = None
     concurrency: int = Field(100, ge=1)
@@ -34,34 +36,59 @@ class Evaluation(Recipe):
 
     @property
     def models(self) -> Mapping[str, ModelConfig]:
-        """The models that are asked, by role."""
+        """The models that get requests, by role."""
         raise NotImplementedError
 
     @property
     def ledger_path(self) -> Path:
-        """The ledger: the one named, or the result folder's own."""
+        """The ledger file: `ledger`, or ledger.sqlite in the result folder."""
         return Path(self.ledger) if self.ledger else Path(self.out) / "ledger.sqlite"
 
 
-def check_folder(out: Path, result: str) -> None:
-    """See that `out` may be written to: new, empty, or the folder of such an evaluation (`result` is its file)."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Outcome:
+    """How a run ended that sends requests to models: with a result in `out`, or with the reason why there is none.
+
+    `stopped` is the reason if the run was stopped. Otherwise `failed` requests got no reply, the first one because of
+    `first_failure`. `refused` is the server's message about a request that it refused for good.
+    """
+
+    out: Path
+    failed: int = 0
+    first_failure: str = ""
+    stopped: str | None = None
+    refused: str = ""
+
+    @property
+    def headline(self) -> str | None:
+        """The result in a few words; None if there is none."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        problem = self.stopped or f"{self.failed} requests got no reply ({self.first_failure})"
+        return f"<{type(self).__name__} {self.out}: {self.headline or f'no result, {problem}; run it again'}>"
+
+
+def check_out_folder(out: Path, result: str) -> None:
+    """Check that `out` is new, empty, or the folder of such an evaluation, whose result file is `result`."""
     if out.exists() and not out.is_dir():
         raise UserError(f"out {out} is a file, not a folder; choose another --out")
     if out.is_dir() and not any((out / name).is_file() for name in (SETTINGS, result)):
-        strange = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith((".lock", "ledger.sqlite")))
-        if strange:
-            raise UserError(f"{out} is no result folder and not empty (it holds {strange[0]}); choose another --out")
+        foreign = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith((".lock", "ledger.sqlite")))
+        if foreign:
+            raise UserError(f"{out} is no result folder and not empty (it holds {foreign[0]}); choose another --out")
 
 
-def same_settings(config: Evaluation, out: Path, ledger: Ledger, items: str = ITEMS) -> None:
-    """The folder remembers its settings from before the first request. Raises UserError where these are others.
+def check_resumable(config: EvaluationConfig, out: Path, ledger: Ledger, items: str = ITEMS) -> None:
+    """Check the settings against those in the result folder, and write them there before the first request.
 
-    A run that came to nothing, such as one with a wrong key, leaves them free. `items` is the file of a finished one.
+    Settings may change as long as nothing is paid for, as after a run with a wrong key. `items` is the file that a
+    finished run leaves. Raises UserError if the settings differ from those of the replies in the folder.
     """
-    file, settings = out / SETTINGS, public(config)
-    begun = (out / items).is_file() or any(sum(tokens) for tokens in ledger.spent(payer(config)).values())
-    if file.is_file() and begun:
-        changed = changed_keys(_lasting(read_json(file)), _lasting(settings))
+    file, settings = out / SETTINGS, redacted(config)
+    started = (out / items).is_file() or any(sum(tokens) for tokens in ledger.spent(account_of(config.out)).values())
+    if file.is_file() and started:
+        changed = changed_keys(_content_settings(read_json(file)), _content_settings(settings))
         if changed:
             raise UserError(
                 f"{out} holds an evaluation with other settings (it differs in {', '.join(changed)}); choose another "
@@ -70,43 +97,38 @@ def same_settings(config: Evaluation, out: Path, ledger: Ledger, items: str = IT
     write_json(file, settings)
 
 
-def payer(config: Evaluation) -> str:
-    """On whose account requests go in the ledger."""
-    return str(Path(config.out).resolve())
-
-
-def public(config: Evaluation) -> dict[str, Any]:
-    """The settings as they may be written down: without secrets."""
+def redacted(config: EvaluationConfig) -> dict[str, Any]:
+    """The settings without secrets, as they are written to files."""
     settings = resolved(config)
     for role, model in config.models.items():
         settings[role] = redacted_model(model, settings[role])
     return settings
 
 
-def _lasting(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the settings decides about the result."""
-    kept = {key: value for key, value in settings.items() if key not in _PASSING}
-    roles = [key for key, value in kept.items() if isinstance(value, Mapping) and "url" in value]
+def _content_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that determine the result. Excluded: limits, paths, and endpoint URLs of models with an `id`."""
+    content = {key: value for key, value in settings.items() if key not in _MAY_CHANGE}
+    roles = [key for key, value in content.items() if isinstance(value, Mapping) and "url" in value]
     for role in roles:
-        drop = ROLE_PASSING | ({"url"} if kept[role].get("id") else set())
-        kept[role] = {key: value for key, value in kept[role].items() if key not in drop}
-    return kept
+        drop = ROLE_PASSING | ({"url"} if content[role].get("id") else set())
+        content[role] = {key: value for key, value in content[role].items() if key not in drop}
+    return content
 
 
-_ABOUT_THE_ROW = {"http_400", "http_403", "http_413", "http_422", "http_451", "prompt_too_long", "tool_call"}
-"""Why a request fails that would fail again: too long, moderated, malformed for this server; or a tool is called."""
+_ROW_ERRORS = {"http_400", "http_403", "http_413", "http_422", "http_451", "prompt_too_long", "tool_call"}
+"""Reasons that are due to the row: too long, moderated, malformed for this server, or answered by a tool call."""
 
 
-def is_passing(dropped: Dropped) -> bool:
-    """True if a failed request says nothing about its row: nobody answered, no money, a reply that is no completion.
+def is_transient(dropped: Dropped) -> bool:
+    """True if a request failed for a reason that another run may not meet: no connection, no money, a broken reply.
 
-    Another run may get its answer, so that it must not become a verdict.
+    Such a failure must not become a verdict about the row.
     """
-    return dropped.failed and dropped.reason not in _ABOUT_THE_ROW
+    return dropped.failed and dropped.reason not in _ROW_ERRORS
 
 
-def goes_on(error: Exception, clients: Mapping[str, ModelClient]) -> None:
-    """Give the error of a run code 3 where the same command can go on: replies came before it, or money is wanted."""
+def mark_resumable(error: Exception, clients: Mapping[str, ModelClient]) -> None:
+    """Set exit code 3 on an error after which the same command can go on: replies came before it, or money ran out."""
     replies = any(client.tally.calls or client.tally.reused for client in clients.values())
     if isinstance(error, LimitReached | PaymentRequired) or (isinstance(error, Refused) and replies):
         error.exit_code = EXIT_SOME_FAILED

@@ -1,9 +1,8 @@
-"""Held-out pairs after training: does the model prefer the winners, and what became of their likelihood?
+"""Metrics of a trained model on held-out pairs: reward accuracy, margin, likelihood displacement, KL to the reference.
 
-Reward accuracy against a rule that looks at lengths only, margins, displacement and divergence from the reference, each
-with an interval clustered by prompt. CLAIR's pairs are near-duplicates, for which the likelihood of a winner can fall
-while its margin grows (likelihood displacement, arXiv 2410.08847): so log-probs are told apart by tokens that both
-responses share and tokens that were edited.
+Each has an interval clustered by prompt, and accuracy is compared with a rule that only looks at lengths. CLAIR's pairs
+are near-duplicates, for which the likelihood of a winner can fall while its margin grows (likelihood displacement,
+arXiv 2410.08847). Log-probs are therefore also given for the tokens that both responses share, and for the edited ones.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ if TYPE_CHECKING:
 RESULT = "pairs.json"
 ROWS = "pairs.jsonl"
 _CHUNK = 256
-"""Positions whose whole vocabulary is in float32 at once."""
+"""Positions whose logits over the vocabulary are converted to float32 at a time."""
 
 
 class PairsConfig(Recipe):
-    """What is measured: a trained model or adapter against its reference on a split of a dataset."""
+    """A trained model or adapter, its reference, and the split of a dataset to measure both on."""
 
     model: str
     reference: str
@@ -47,36 +46,36 @@ class PairsConfig(Recipe):
     beta: float = Field(0.1, gt=0)
     limit: int | None = Field(None, ge=1)
     max_length: int | None = Field(None, ge=2)
-    """Pairs longer than this are left out; absent: what the model takes."""
+    """Longer pairs are left out; absent: the model's context length."""
     dtype: str = "float32"
     batch_tokens: int = Field(4096, ge=1)
     trust_remote_code: bool = False
     out: str = Field(min_length=1)
 
 
-def config_of(model: str | Path, **given: Any) -> PairsConfig:
-    """The settings; what is not given is what the run that trained `model` says (its run.json).
+def pairs_config(model: str | Path, **options: Any) -> PairsConfig:
+    """The settings; options that are None are read from the run.json of the run that trained `model`.
 
-    Raises UserError for a key that neither of them knows.
+    Raises UserError if neither has the reference or the dataset.
     """
     from apo.run_dir.files import RUN, read_run
 
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     folder = Path(model)
     if (folder / RUN).is_file():
         recipe = read_run(folder)["recipe"]
         sources = recipe["dataset"]
-        found = {"reference": recipe["model"], "beta": recipe["beta"]}
-        found["trust_remote_code"] = recipe.get("trust_remote_code", False)
+        values = {"reference": recipe["model"], "beta": recipe["beta"]}
+        values["trust_remote_code"] = recipe.get("trust_remote_code", False)
         if isinstance(sources, str) or len(sources) == 1:
-            found["dataset"] = sources if isinstance(sources, str) else sources[0]["path"]
-    found |= {"model": str(model), **{key: value for key, value in given.items() if value is not None}}
-    if given.get("dataset") and _is_file(str(given["dataset"])):
-        found.setdefault("split", "train")  # what a single file is: somebody has held it out
+            values["dataset"] = sources if isinstance(sources, str) else sources[0]["path"]
+    values |= {"model": str(model), **{key: value for key, value in options.items() if value is not None}}
+    if options.get("dataset") and _is_file(str(options["dataset"])):
+        values.setdefault("split", "train")  # a single file has no test split: all of it is held out
     for key in ("reference", "dataset"):
-        if key not in found:
-            raise UserError(f"--{key} is missing: {model} is no folder of `apo train` that says which one it was")
-    return PairsConfig(**found)
+        if key not in values:
+            raise UserError(f"--{key} is missing: {model} is no folder of `apo train` that names it; add --{key}")
+    return PairsConfig(**values)
 
 
 def _is_file(dataset: str) -> bool:
@@ -88,9 +87,10 @@ def _is_file(dataset: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One response: what training did to its log-prob, in nats, over all tokens and those shared with the other one.
+    """One response under both models: sums over its tokens, in nats.
 
-    `kl` is the sum over its tokens of KL(policy || reference) of the whole next-token distribution.
+    `logratio` is log policy - log reference; `logratio_shared` counts only tokens that the other response has as well.
+    `kl` is the KL(policy || reference) of the next-token distributions.
     """
 
     tokens: int
@@ -107,8 +107,8 @@ class Response:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """A pair as both models see it; `prompt` is a hash, the same for equal prompts."""
+class MeasuredPair:
+    """A pair under both models. `prompt` is a hash of the prompt: the cluster."""
 
     id: str
     prompt: str
@@ -121,63 +121,68 @@ def compare_models(
     reference: Callable[[], AbstractContextManager[Any]],
     pairs: Sequence[dict[str, Any]],
     batch_tokens: int,
-) -> Iterator[tuple[int, Measured]]:
-    """(place, what both models say) of each pair, the longest first. `reference()` is a context whose value answers as
-    the reference: another model, or the same with its adapter off. Nothing is kept for a gradient.
+) -> Iterator[tuple[int, MeasuredPair]]:
+    """Measure pairs under both models: yields (index, measured pair), the longest pairs first.
+
+    `reference()` is a context that gives the reference: a second model, or the policy with its adapter off. No
+    gradients are stored.
     """
     import torch
 
     from apo.packing.batch import SIDES, response_mask
 
     sizes = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
-    order = sorted(range(len(pairs)), key=lambda place: (-sizes[place], place))
+    order = sorted(range(len(pairs)), key=lambda index: (-sizes[index], index))
     with torch.inference_mode():
         while order:
             count = max(1, batch_tokens // (2 * sizes[order[0]]))
-            places, order = order[:count], order[count:]
-            chosen = [(pairs[p]["prompt_ids"], pairs[p]["chosen_ids"]) for p in places]
-            rejected = [(pairs[p]["prompt_ids"], pairs[p]["rejected_ids"]) for p in places]
-            found = _tokens_of(policy, reference, [*chosen, *rejected])
-            for at, place in enumerate(places):
-                both = found[at], found[len(places) + at]
-                marks = shared_tokens(pairs[place]["chosen_ids"], pairs[place]["rejected_ids"])
+            batch, order = order[:count], order[count:]
+            chosen = [(pairs[p]["prompt_ids"], pairs[p]["chosen_ids"]) for p in batch]
+            rejected = [(pairs[p]["prompt_ids"], pairs[p]["rejected_ids"]) for p in batch]
+            measured = _token_logps(policy, reference, [*chosen, *rejected])
+            for position, index in enumerate(batch):
+                sides = measured[position], measured[len(batch) + position]
+                marks = shared_tokens(pairs[index]["chosen_ids"], pairs[index]["rejected_ids"])
                 responses = []
-                for side, three, mark in zip(SIDES, both, marks, strict=True):
-                    trained = response_mask(pairs[place], side)
-                    parts = (part[torch.tensor(trained, dtype=torch.bool)] for part in three)
-                    responses.append(_response(*parts, [*compress(mark, trained)]))
-                prompt = content_hash(list(pairs[place]["prompt_ids"]))[:16]
-                yield place, Measured(str(pairs[place].get("id", place)), prompt, *responses)
+                for side, (logps, reference_logps, kl), mark in zip(SIDES, sides, marks, strict=True):
+                    trained = response_mask(pairs[index], side)
+                    mask = torch.tensor(trained, dtype=torch.bool)
+                    shared = [*compress(mark, trained)]
+                    responses.append(_response(logps[mask], reference_logps[mask], kl[mask], shared))
+                prompt = content_hash(list(pairs[index]["prompt_ids"]))[:16]
+                yield index, MeasuredPair(str(pairs[index].get("id", index)), prompt, responses[0], responses[1])
 
 
-def _tokens_of(
+def _token_logps(
     policy: Any, reference: Callable[[], AbstractContextManager[Any]], rows: Sequence[tuple[list[int], list[int]]]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of each (prompt, response): log-probs of its tokens by policy and reference, and their KL, [T] each, float64."""
+    """For each (prompt, response): log-probs under policy and reference, and their KL, each `[T]` in float64."""
     import torch
 
     longest = max(len(prompt) + len(response) for prompt, response in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for at, (prompt, response) in enumerate(rows):
-        ids[at, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
-        mask[at, : len(prompt) + len(response)] = 1
+    for index, (prompt, response) in enumerate(rows):
+        ids[index, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
+        mask[index, : len(prompt) + len(response)] = 1
     ids, mask = ids.to(policy.device), mask.to(policy.device)
-    ours = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    policy_logits = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits
     with reference() as model:
-        theirs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    found = []
-    for at, (prompt, response) in enumerate(rows):
-        parts = []
+        reference_logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    results = []
+    for index, (prompt, response) in enumerate(rows):
+        chunks = []
         first, last = len(prompt) - 1, len(prompt) + len(response) - 1
         for start in range(first, last, _CHUNK):
-            where = slice(start, min(start + _CHUNK, last))
-            logps, others = (logits[at, where].float().log_softmax(-1) for logits in (ours, theirs))
-            labels = ids[at, where.start + 1 : where.stop + 1, None]
-            kl = (logps.exp() * (logps - others)).sum(-1)
-            parts.append((logps.gather(-1, labels)[:, 0], others.gather(-1, labels)[:, 0], kl))
-        found.append(tuple(torch.cat(columns).double().cpu() for columns in zip(*parts, strict=True)))
-    return found
+            span = slice(start, min(start + _CHUNK, last))
+            logps, reference_logps = (
+                logits[index, span].float().log_softmax(-1) for logits in (policy_logits, reference_logits)
+            )
+            labels = ids[index, span.start + 1 : span.stop + 1, None]
+            kl = (logps.exp() * (logps - reference_logps)).sum(-1)
+            chunks.append((logps.gather(-1, labels)[:, 0], reference_logps.gather(-1, labels)[:, 0], kl))
+        results.append(tuple(torch.cat(columns).double().cpu() for columns in zip(*chunks, strict=True)))
+    return results
 
 
 def _response(logps: Tensor, reference: Tensor, kl: Tensor, shared: list[bool]) -> Response:
@@ -192,10 +197,10 @@ def _response(logps: Tensor, reference: Tensor, kl: Tensor, shared: list[bool]) 
 # ---- all pairs
 
 
-def summary(measured: Sequence[Measured], beta: float) -> dict[str, Any]:
-    """The numbers of pairs.json: shares of pairs in [0, 1], nats summed over a response, rewards beta times those.
+def summary(measured: Sequence[MeasuredPair], beta: float) -> dict[str, Any]:
+    """The numbers of pairs.json: shares of pairs in [0, 1], sums over a response in nats, rewards in beta times nats.
 
-    A mean of a single prompt has no interval.
+    There is no interval if all pairs have the same prompt.
     """
     prompts = [pair.prompt for pair in measured]
 
@@ -206,8 +211,10 @@ def summary(measured: Sequence[Measured], beta: float) -> dict[str, Any]:
         return _told(values, prompts, clustered_score)
 
     sides = {side: [getattr(pair, side) for pair in measured] for side in ("chosen", "rejected")}
-    ratios = {side: [response.logratio for response in own] for side, own in sides.items()}
-    margins = [beta * (one - other) for one, other in zip(ratios["chosen"], ratios["rejected"], strict=True)]
+    ratios = {side: [response.logratio for response in responses] for side, responses in sides.items()}
+    margins = [
+        beta * (chosen - rejected) for chosen, rejected in zip(ratios["chosen"], ratios["rejected"], strict=True)
+    ]
     right = [_preferred(margin) for margin in margins]
     longer = [_preferred(pair.chosen.tokens - pair.rejected.tokens) for pair in measured]
     prefers = "longer" if math.fsum(longer) >= len(longer) / 2 else "shorter"
@@ -219,15 +226,15 @@ def summary(measured: Sequence[Measured], beta: float) -> dict[str, Any]:
         "reward_accuracy": share(right),
         "ties": share([float(margin == 0) for margin in margins]),
         "margin": mean(margins),
-        "rewards": {side: mean([beta * ratio for ratio in own]) for side, own in ratios.items()},
+        "rewards": {side: mean([beta * ratio for ratio in responses]) for side, responses in ratios.items()},
         "length_only": {
             "prefers": prefers,
             "accuracy": share(by_length),
             "reward_accuracy_minus_it": _difference(by_length, right, prompts),
         },
         "length_ratio": mean([pair.chosen.tokens / pair.rejected.tokens for pair in measured]),
-        "displacement": {side: _displacement(own, mean, share) for side, own in sides.items()},
-        "kl": {side: _divergence(own, mean) for side, own in sides.items()},
+        "displacement": {side: _displacement(responses, mean, share) for side, responses in sides.items()},
+        "kl": {side: _divergence(responses, mean) for side, responses in sides.items()},
     }
 
 
@@ -235,23 +242,23 @@ def _preferred(difference: float) -> float:
     return 0.5 if difference == 0 else float(difference > 0)
 
 
-def _displacement(own: Sequence[Response], mean: Callable[..., Any], share: Callable[..., Any]) -> dict[str, Any]:
-    """What training did to the log-prob of one side: of all tokens, of those both responses share, of the edited."""
+def _displacement(responses: Sequence[Response], mean: Callable[..., Any], share: Callable[..., Any]) -> dict[str, Any]:
+    """The change of one side's log-prob by training: of all tokens, of the shared and of the edited ones."""
     return {
-        "reference_logp": mean([response.reference for response in own]),
-        "logratio": mean([response.logratio for response in own]),
-        "falls": share([float(response.logratio < 0) for response in own]),
-        "logratio_shared": mean([response.logratio_shared for response in own]),
-        "logratio_edited": mean([response.logratio_edited for response in own]),
-        "edited_falls": share([float(response.logratio_edited < 0) for response in own]),
-        "edited_tokens": mean([float(response.tokens - response.shared_tokens) for response in own]),
-        "tokens": mean([float(response.tokens) for response in own]),
+        "reference_logp": mean([response.reference for response in responses]),
+        "logratio": mean([response.logratio for response in responses]),
+        "falls": share([float(response.logratio < 0) for response in responses]),
+        "logratio_shared": mean([response.logratio_shared for response in responses]),
+        "logratio_edited": mean([response.logratio_edited for response in responses]),
+        "edited_falls": share([float(response.logratio_edited < 0) for response in responses]),
+        "edited_tokens": mean([float(response.tokens - response.shared_tokens) for response in responses]),
+        "tokens": mean([float(response.tokens) for response in responses]),
     }
 
 
-def _divergence(own: Sequence[Response], mean: Callable[..., Any]) -> dict[str, Any]:
-    """KL(policy || reference) along the responses of one side: summed over a response, and for a token of it."""
-    return {"response": mean([r.kl for r in own]), "token": mean([r.kl / r.tokens for r in own])}
+def _divergence(responses: Sequence[Response], mean: Callable[..., Any]) -> dict[str, Any]:
+    """KL(policy || reference) along the responses of one side: summed over a response, and its mean per token."""
+    return {"response": mean([r.kl for r in responses]), "token": mean([r.kl / r.tokens for r in responses])}
 
 
 def _told(values: Sequence[float], prompts: Sequence[str], how: Callable[..., Estimate]) -> dict[str, Any]:
@@ -262,39 +269,41 @@ def _told(values: Sequence[float], prompts: Sequence[str], how: Callable[..., Es
 
 
 def _difference(base: Sequence[float], tuned: Sequence[float], prompts: Sequence[str]) -> dict[str, Any]:
-    """The mean of tuned minus base, shares both, with its interval and p, as `apo compare` has them."""
-    told = {"mean": math.fsum(b - a for a, b in zip(base, tuned, strict=True)) / len(base)}
-    found = paired_difference(base, tuned, prompts) if len(set(prompts)) > 1 else None
-    if found is None or not found.interval:
-        return {**told, "se": None, "ci95": None, "p": found.cautious_p if found and found.differing else None}
-    return {**told, "se": found.estimate.se, "ci95": list(found.interval), "p": found.cautious_p}
+    """The mean of tuned minus base, both shares, with its interval and p-value, as `apo compare` computes them."""
+    mean = {"mean": math.fsum(b - a for a, b in zip(base, tuned, strict=True)) / len(base)}
+    test = paired_difference(base, tuned, prompts) if len(set(prompts)) > 1 else None
+    if test is None or not test.interval:
+        return {**mean, "se": None, "ci95": None, "p": test.cautious_p if test and test.differing else None}
+    return {**mean, "se": test.estimate.se, "ci95": list(test.interval), "p": test.cautious_p}
 
 
-# ---- a whole measurement
+# ---- one model
 
 
-def evaluate(config: PairsConfig, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Measure, and write pairs.json and pairs.jsonl into `config.out`. Raises UserError before any model is loaded for
-    a dataset, split or model that is not there, and where both models have different vocabularies.
+def evaluate_pairs(config: PairsConfig, log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Measure held-out pairs and write pairs.json and pairs.jsonl into `config.out`; returns the former's content.
+
+    Raises UserError, before any model is loaded, if dataset, split or model does not exist, and afterwards if the two
+    models have different vocabularies.
     """
     from apo.models import load as models
 
     name = models.find_model(config.model, config.trust_remote_code)
     reference_name = models.find_model(config.reference, config.trust_remote_code)
     tokenizer = models.load_tokenizer(name)
-    pairs = _load(config)
+    pairs = _load_pairs(config)
     tokenized = _tokenize(config, pairs, tokenizer, name)
     rows = [dict(row) for row in tokenized.dataset]
     if any(not row["prompt_ids"] for row in rows):
-        raise UserError(f"dataset {config.dataset}: a prompt has no tokens, so nothing predicts its answers")
-    policy, reference = _models(config, name, reference_name, tokenizer)
-    tell(f"{len(rows):,} pairs of {config.dataset}, split {config.split}")
-    found: dict[int, Measured] = {}
+        raise UserError(f"dataset {config.dataset}: a prompt has no tokens to predict its answers from")
+    policy, reference = _load_models(config, name, reference_name, tokenizer)
+    log(f"{len(rows):,} pairs of {config.dataset}, split {config.split}")
+    by_index: dict[int, MeasuredPair] = {}
     with progress("held-out pairs", len(rows)) as work:
-        for place, measured in compare_models(policy, reference, rows, config.batch_tokens):
-            found[place] = measured
+        for index, measured in compare_models(policy, reference, rows, config.batch_tokens):
+            by_index[index] = measured
             work.advance()
-    ordered = [found[place] for place in range(len(rows))]
+    ordered = [by_index[index] for index in range(len(rows))]
     result = {
         "format": 1,
         **summary(ordered, config.beta),
@@ -304,30 +313,30 @@ def evaluate(config: PairsConfig, tell: Callable[[str], None] = lambda _: None) 
         **provenance(),
     }
     out = Path(config.out)
-    lines = [json.dumps(_row(pair, config.beta), ensure_ascii=False) + "\n" for pair in ordered]
+    lines = [json.dumps(_jsonl_row(pair, config.beta), ensure_ascii=False) + "\n" for pair in ordered]
     write_atomically(out / ROWS, "".join(lines))
     write_json(out / RESULT, result)
     return result
 
 
-def _row(pair: Measured, beta: float) -> dict[str, Any]:
+def _jsonl_row(pair: MeasuredPair, beta: float) -> dict[str, Any]:
     sides = {side: getattr(pair, side) for side in ("chosen", "rejected")}
     fields = ("tokens", "shared_tokens", "reference", "logratio", "logratio_shared", "kl")
-    told = {f"{side}_{name}": getattr(response, name) for side, response in sides.items() for name in fields}
+    columns = {f"{side}_{name}": getattr(response, name) for side, response in sides.items() for name in fields}
     margin = beta * (pair.chosen.logratio - pair.rejected.logratio)
-    return {"id": pair.id, "prompt": pair.prompt, "margin": margin, **told}
+    return {"id": pair.id, "prompt": pair.prompt, "margin": margin, **columns}
 
 
-def _load(config: PairsConfig) -> Any:
+def _load_pairs(config: PairsConfig) -> Any:
     from apo.data.sources import Source, load_eval, split_names
 
-    known = is_url(config.dataset) or Path(config.dataset).exists()
-    names = split_names(config.dataset) if known else [config.split]
+    exists = is_url(config.dataset) or Path(config.dataset).exists()
+    names = split_names(config.dataset) if exists else [config.split]
     if config.split not in names:
         raise UserError(f"dataset {config.dataset} has no split {config.split!r}; found: {', '.join(names)}")
     pairs = load_eval([Source(path=config.dataset)], config.split)
     if pairs is None:
-        raise UserError(f"dataset {config.dataset}, split {config.split!r}, has no pairs; nothing can be measured")
+        raise UserError(f"dataset {config.dataset}, split {config.split!r}, has no pairs to measure")
     return pairs if config.limit is None else pairs.select(range(min(config.limit, len(pairs))))
 
 
@@ -335,17 +344,19 @@ def _tokenize(config: PairsConfig, pairs: Any, tokenizer: Any, name: Any) -> Any
     from apo.data.tokenize import eos_ids, tokenize
     from apo.models import load as models
 
-    most = config.max_length or models.context_length(name)
-    found = tokenize(pairs, tokenizer, most, eos_ids(tokenizer, models.load_generation_config(name)), config.split)
-    if not len(found.dataset):
-        raise UserError(f"all {len(pairs):,} pairs are longer than {most:,} tokens; nothing can be measured")
-    return found
+    max_length = config.max_length or models.context_length(name)
+    tokenized = tokenize(
+        pairs, tokenizer, max_length, eos_ids(tokenizer, models.load_generation_config(name)), config.split
+    )
+    if not len(tokenized.dataset):
+        raise UserError(f"all {len(pairs):,} pairs are longer than {max_length:,} tokens, so none is left to measure")
+    return tokenized
 
 
-def _models(
+def _load_models(
     config: PairsConfig, name: Any, reference_name: Any, tokenizer: Any
 ) -> tuple[Any, Callable[[], AbstractContextManager[Any]]]:
-    """The policy, and a context that answers as the reference: its base with the adapter off, or a second model."""
+    """The policy, and a context that gives the reference: the policy with its adapter off, or a second model."""
     import torch
     from transformers.utils import logging
 
@@ -353,11 +364,14 @@ def _models(
 
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = models.load_model(name, dtype=config.dtype).to(device).eval()
+    # Any: the types of transformers reject `.to(device)`.
+    policy: Any = models.load_model(name, dtype=config.dtype)
+    policy = policy.to(device).eval()
     models.check_vocabulary(policy, tokenizer, name.path)
-    if name.is_adapter and _same(name.base, reference_name.path):
+    if name.is_adapter and _same_model(name.base, reference_name.path):
         return policy, lambda: _adapter_off(policy)
-    reference = models.load_model(reference_name, dtype=config.dtype).to(device).eval()
+    reference: Any = models.load_model(reference_name, dtype=config.dtype)
+    reference = reference.to(device).eval()
     sizes = [model.get_output_embeddings().weight.shape[0] for model in (policy, reference)]
     if sizes[0] != sizes[1]:
         raise UserError(
@@ -367,8 +381,8 @@ def _models(
     return policy, lambda: nullcontext(reference)
 
 
-def _same(one: str, other: str) -> bool:
-    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
+def _same_model(first: str, second: str) -> bool:
+    return first == second or (Path(first).exists() and Path(second).exists() and Path(first).samefile(second))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""The result folder of an evaluation: score.json and items.jsonl, read with checks and written whole.
+"""The result folder of an evaluation: score.json and items.jsonl, written atomically and checked when read.
 
-The page docs/evaluation.md is the contract. items.jsonl is written first and score.json, which holds its hash, last: a
-folder whose two files belong to different runs is told from a finished one.
+docs/evaluation.md specifies both. items.jsonl is written first and score.json, which holds its hash, last: so a folder
+whose files belong to different runs is recognised.
 """
 
 from __future__ import annotations
@@ -23,44 +23,46 @@ ITEMS = "items.jsonl"
 FORMAT = 1
 
 MAX_NEW_TOKENS = 512
-"""The benchmark's own limit of an answer."""
+"""The benchmark's limit of an answer, in tokens."""
 
 Split = Literal["free-form", "multiple-choice"]
 SPLITS: tuple[Split, ...] = ("free-form", "multiple-choice")
 Profile = Literal["faithful", "strict"]
+Role = Literal["model", "judge"]
+ROLES: tuple[Role, ...] = ("model", "judge")
 
 
 class Item(Recipe):
-    """One answer to one row of the benchmark, and what became of it: a line of items.jsonl."""
+    """One answer to one row of the benchmark with its verdict: a line of items.jsonl."""
 
     split: Split
     row: int = Field(ge=0)
-    """Place in the benchmark's file of this split, from 0. (split, row, sample) is unique."""
+    """Index in the benchmark's file of this split, from 0. (split, row, sample) is unique."""
     sample: int = Field(0, ge=0)
-    """Which of several answers to the same row."""
+    """Index among the answers to the same row."""
     question: str = Field(min_length=1)
     """Hash of the question's content. Rows that repeat a question share it."""
     passage: str | None = None
     """Hash of the passage that the question is about, shared by all questions about it; None for none."""
     benchmark: str
     prompt: str
-    """What the model was sent, as a user turn."""
+    """The user turn that the model was sent."""
     target: tuple[str, ...]
     """Right answers: the golden ones of a free-form question, the letter of a multiple-choice question."""
     response: str
     truncated: bool = False
-    """The response ended at a limit of tokens, the model's own end of turn not reached."""
+    """The response ended at the token limit, without an end-of-turn token."""
     judgement: str = ""
     """The judge's last reply; empty for the rule parser."""
     verdict: str | None = None
-    """What was read out of the judgement, a number or a letter; what was drawn, of a fallback; or None."""
+    """The number or letter read from the judgement, the value drawn for a fallback, or None."""
     score: float = Field(ge=0, le=1)
     unresolved: str | None = None
-    """Why there is no verdict, by name; the score is then `fallback`'s, or 0."""
+    """The reason if there is no verdict; the score is then the fallback's, or 0."""
     fallback: bool = False
     """The score was drawn at random (profile faithful)."""
     rounds: int = Field(1, ge=0)
-    """How many times the judge was asked; 0 for the rule parser."""
+    """Requests to the judge; 0 for the rule parser."""
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     judge_prompt_tokens: int = 0
@@ -68,17 +70,17 @@ class Item(Recipe):
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """What pairs this item with the same item of another run."""
+        """Identifies the same item in another run."""
         return self.split, self.row, self.sample
 
     @property
     def cluster(self) -> str:
-        """What is drawn independently: the passage, or the question where there is none."""
+        """The unit of independent sampling: the passage, or the question if it has none."""
         return self.passage or self.question
 
     @property
     def unanswered(self) -> bool:
-        """A server refused the request, the model's or the judge's: its score is unknown, not 0."""
+        """True if a server refused the model's or the judge's request: the score is unknown, not 0."""
         refused = ("answer_http_", "judge_http_", "judge_content_filter")
         return self.unresolved is not None and self.unresolved.startswith(refused)
 
@@ -90,9 +92,9 @@ class Item(Recipe):
 
 
 class Interval(Recipe):
-    """How sure a mean over items is. Shares, not per cent; `score` of the part may be rounded, `mean` is not.
+    """The uncertainty of a mean over items, in shares. `mean` is never rounded.
 
-    Where an item is `unanswered`, only `bracket` is known and the rest None.
+    If an item is `unanswered`, only `bracket` is known and the rest is None.
     """
 
     mean: float | None
@@ -101,21 +103,21 @@ class Interval(Recipe):
     questions: int
     """Distinct questions."""
     clusters: int | None = None
-    """Distinct passages, and questions without one: what is drawn independently."""
+    """Distinct passages and questions without a passage: the independent units."""
     se_naive: float | None
-    """As if all items were independent: sqrt(variance / n). None for fewer than two items."""
+    """Standard error if all items were independent: sqrt(variance / n). None for fewer than two items."""
     se_clustered: float | None
-    """Items of one cluster may be correlated in any way. None for fewer than two clusters."""
+    """Standard error that allows any correlation within a cluster. None for fewer than two clusters."""
     ci95: tuple[float, float] | None
     """The 95 % interval by the clustered standard error."""
     unique_mean: float | None
     """Mean over distinct questions of the mean of their items."""
     bracket: tuple[float, float]
-    """The mean if all unresolved items were wrong, and if all were right; under *strict* cut off answers likewise."""
+    """The mean if all unresolved items (under *strict* also cut off answers) are wrong, and if all are right."""
 
 
-class Part(Recipe):
-    """The items of one underlying benchmark in one split; no score where one of them is `unanswered`."""
+class BenchmarkScore(Recipe):
+    """The score of one underlying benchmark in one split; None if one of its items is `unanswered`."""
 
     score: float | None
     n: int
@@ -125,19 +127,19 @@ class Part(Recipe):
 
 
 class JudgeUsed(Recipe):
-    """Who judged. `options` are all request options but the messages; `prompts_sha256` is of the judge's words."""
+    """The judge. `options` are all request options except the messages; `prompts_sha256` hashes its prompts."""
 
     kind: Literal["model", "rule"]
     model: str | None = None
     identity: str | None = None
     options: Mapping[str, Any] = {}
     answered_by: tuple[str, ...] = ()
-    """The model names that the replies carried: a snapshot that an alias stood for."""
+    """The model names in the replies, such as the snapshot behind an alias."""
     prompts_sha256: str | None = None
 
 
 class ModelUsed(Recipe):
-    """Who answered: `identity` is the hash of the weights, or name and URL; `options` how it generated."""
+    """The model that answered: `identity` is the hash of its weights, or name and URL; `options` are for generation."""
 
     name: str
     identity: str
@@ -145,18 +147,18 @@ class ModelUsed(Recipe):
 
 
 class Usage(Recipe):
-    """Tokens and calls of one role; `cost` in the currency of the given price, as a decimal text, or None."""
+    """Tokens and calls of one role; `cost` is a decimal text in the currency of its price, or None."""
 
     prompt: int = 0
     completion: int = 0
     calls: int = 0
     reused: int = 0
-    """Replies that the ledger or an equal request of this run already had."""
+    """Replies taken from the ledger or from an equal request of this run."""
     cost: str | None = None
 
 
 class Score(Recipe):
-    """score.json: the score, what it is of, and how sure it is."""
+    """score.json: the score, its intervals, and the model, judge and data it belongs to."""
 
     format: Literal[1] = 1
     benchmark: Literal["MixEval"] = "MixEval"
@@ -166,26 +168,26 @@ class Score(Recipe):
     judge: JudgeUsed
     model: ModelUsed
     system: str | None = None
-    """The system prompt before each question; the benchmark has none."""
+    """The system prompt sent with each question; the benchmark has none."""
     samples: int = Field(1, ge=1)
     limit: int | None = None
-    """Only the first so many rows of each split were asked."""
+    """The number of rows of each split that were used, the first ones; None: all."""
     seed: int = 0
     overall: float | None
-    """None where an item is `unanswered`, here and of each part: only the bracket is known then."""
+    """None if an item is `unanswered`, as in each split: only the bracket is known then."""
     free_form: float | None
     multiple_choice: float | None
-    by_benchmark: Mapping[Split, Mapping[str, Part]]
+    by_benchmark: Mapping[Split, Mapping[str, BenchmarkScore]]
     intervals: Mapping[Literal["overall", "free_form", "multiple_choice"], Interval]
     unresolved: int
     unresolved_reasons: Mapping[str, int] = {}
     unanswered: int = 0
-    """How many of them a server refused."""
+    """Those that a server refused."""
     fallbacks: int
     truncated: int
     shared_judgements: bool
-    """Equal judge requests were asked once and share their reply."""
-    usage: Mapping[Literal["model", "judge"], Usage] = {}
+    """True if equal judge requests were sent once and share their reply."""
+    usage: Mapping[Role, Usage] = {}
     data: Mapping[str, str]
     """SHA-256 of each data file."""
     items_sha256: str
@@ -195,7 +197,7 @@ class Score(Recipe):
     seconds: float | None = None
 
     def comparable(self) -> dict[str, Any]:
-        """What two results must agree in, by dotted name, for a difference of their scores to mean anything."""
+        """The settings, by dotted name, that must be equal for two scores to be comparable."""
         return {
             "benchmark": self.benchmark,
             "version": self.version,
@@ -214,7 +216,7 @@ class Score(Recipe):
 
 
 class Results(NamedTuple):
-    """A result folder: its score and its items, ordered by split, row and sample."""
+    """The content of a result folder. Items are ordered by split, row and sample."""
 
     folder: Path
     score: Score
@@ -222,7 +224,7 @@ class Results(NamedTuple):
 
 
 def write_results(folder: str | Path, score: Score, items: Sequence[Item]) -> Score:
-    """Write items.jsonl, then score.json with its hash; each file is at any instant wholly old or wholly new."""
+    """Write items.jsonl, then score.json with its hash, each atomically."""
     out = Path(folder)
     ordered = sorted(items, key=lambda item: (SPLITS.index(item.split), item.row, item.sample))
     lines = "".join(json.dumps(i.model_dump(mode="json"), ensure_ascii=False) + "\n" for i in ordered)
@@ -234,18 +236,18 @@ def write_results(folder: str | Path, score: Score, items: Sequence[Item]) -> Sc
 
 
 def read_results(folder: str | Path) -> Results:
-    """The results in a folder. Raises UserError where there are none, or where its two files do not belong together."""
+    """Read a result folder. Raises UserError if it has no result, or if its two files belong to different runs."""
     out = Path(folder)
     if not (out / SCORE).is_file():
         raise UserError(f"{out} holds no {SCORE}; give the --out of a finished `apo eval mixeval`")
-    score = _checked(Score, read_json(out / SCORE), out / SCORE)
+    score = _validated(Score, read_json(out / SCORE), out / SCORE)
     if not (out / ITEMS).is_file():
         raise UserError(f"{out} has a {SCORE} but no {ITEMS}; run the same `apo eval mixeval` again")
     content = (out / ITEMS).read_bytes()
     if hashlib.sha256(content).hexdigest() != score.items_sha256:
         raise UserError(f"{out / ITEMS} is not what {SCORE} was made of; run the same `apo eval mixeval` again")
     lines = content.decode("utf-8").split("\n")[:-1]
-    items = tuple(_checked(Item, _line(line, n, out), out / ITEMS, n) for n, line in enumerate(lines, 1))
+    items = tuple(_validated(Item, _line(line, n, out), out / ITEMS, n) for n, line in enumerate(lines, 1))
     keys = {item.key for item in items}
     if len(keys) != len(items) or len(items) != score.intervals["overall"].n:
         raise UserError(f"{out / ITEMS} has rows twice or too few; run the same `apo eval mixeval` again")
@@ -259,11 +261,11 @@ def _line(line: str, number: int, out: Path) -> Any:
         raise UserError(f"{out / ITEMS}, line {number} is no JSON ({error}); evaluate again") from error
 
 
-def _checked(model: type[Any], value: Any, file: Path, line: int | None = None) -> Any:
+def _validated(model: type[Any], value: Any, file: Path, line: int | None = None) -> Any:
     try:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = f"{file}" + (f", line {line}" if line else "")
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{where} is no result of this version ({place}: {first['msg']}); evaluate again") from error
+        location = f"{file}" + (f", line {line}" if line else "")
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{location} is no result of this version ({key}: {first['msg']}); evaluate again") from error

@@ -104,7 +104,7 @@ def _judgements(folder: Path, data: Path) -> dict[str, Any]:
 
 
 def _local(folder: Path, invented: Path) -> dict[str, Any]:
-    from apo.evaluation.mixeval.answers import batch_tokens_here
+    from apo.evaluation.mixeval.answers import default_batch_tokens
     from tests.apo.evaluation.evaluating import evaluated
 
     named = os.environ.get("CLAIR_SHARED")
@@ -117,7 +117,7 @@ def _local(folder: Path, invented: Path) -> dict[str, Any]:
     measured: dict[str, Any] = {"questions": "MixEval-Hard" if split == "hard" else "made up"}
     for name, temperature in (("answers", None), ("drawn", 1.0)):
         start, cpu = time.perf_counter(), time.process_time()
-        options = {"path": str(model), "batch_tokens": batch_tokens_here(), "temperature": temperature}
+        options = {"path": str(model), "batch_tokens": default_batch_tokens(), "temperature": temperature}
         score = evaluated(data, folder / name, split=split, model=options).score
         measured[name] = {
             "seconds": round(time.perf_counter() - start, 1),

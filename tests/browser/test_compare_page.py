@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluation.compare.compare import comparison, flip_kind, flips, read_all
+from apo.evaluation.compare.changes import change_kind, changed_answers
+from apo.evaluation.compare.compare import comparison
 from apo.evaluation.compare.html import write_page
+from apo.evaluation.compare.rows import read_comparable
 from tests.apo.evaluation.made_results import TEXTS, make_items, write_folder
 from tests.browser.conftest import too_wide, visit
 from tests.browser.contrasts import CONTRASTS
@@ -42,7 +44,7 @@ def results(tmp_path_factory):
     paths = [write_folder(folder / "base", harmful(make_items(0.4), texts), "base")]
     for seed, name, shift in ((1, "better", 0.3), (4, "same", 0.0), (3, "<b>worse<", -0.3)):
         paths.append(write_folder(folder / name, harmful(make_items(0.4, seed=seed, shift=shift), texts), name))
-    return read_all(paths[0], paths[1:])
+    return read_comparable(paths[0], paths[1:])
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +120,9 @@ def test_the_plot_shows_every_part_with_its_interval(tab, file, numbers):
 
 def test_flips_are_listed_with_both_answers(tab, file, results):
     page = tab(file, "#changes")
-    changed = [(b, a) for index, b, a in flips(results) if index == 0]
+    changed = [(b, a) for index, b, a in changed_answers(results) if index == 0]
     for kind in ("right to wrong", "wrong to right"):
-        expected = [(b, a) for b, a in changed if flip_kind(b.score, a.score) == kind]
+        expected = [(b, a) for b, a in changed if change_kind(b.score, a.score) == kind]
         page.click(f"#kinds button:has-text('{kind}')")
         assert listed(page) == len(expected) > 3
         page.focus("#list")
@@ -141,7 +143,7 @@ def test_the_list_is_narrowed_by_model_benchmark_and_search(tab, file, results):
     page.click("#kinds button >> nth=0")
     for index in (0, 1, 2):
         page.select_option("#model", str(index))
-        changed = [tuned for model, _, tuned in flips(results) if model == index]
+        changed = [tuned for model, _, tuned in changed_answers(results) if model == index]
         assert listed(page) == len(changed)
     page.select_option("#benchmark", "free-form DROP")
     expected = [answer for answer in changed if (answer.split, answer.benchmark) == ("free-form", "DROP")]
@@ -178,7 +180,7 @@ def test_nothing_is_wider_than_the_window(tab, file):
 def test_one_model_without_any_change_has_a_page(tab, tmp_path):
     items = make_items(0.4, questions=3, texts=TEXTS)
     paths = [write_folder(tmp_path / name, items, name) for name in ("one", "other")]
-    results = read_all(paths[0], paths[1:])
+    results = read_comparable(paths[0], paths[1:])
     page = tab(write_page(tmp_path / "compare.html", results, comparison(results)), "#changes")
     assert "No answer changed" in page.text_content("#detail")
     assert not page.is_visible("#model")
@@ -190,4 +192,4 @@ def test_a_page_that_would_be_too_large_leaves_the_smallest_changes_out(tab, res
     page = tab(write_page(tmp_path / "small.html", results, numbers, max_bytes=20_000), "#changes")
     left = int(re.search(r"([\d,]+) smaller changes are not in this page", page.text_content("#told"))[1])
     assert left > 0
-    assert page.text_content("#count-changes") == str(len(flips(results)))
+    assert page.text_content("#count-changes") == str(len(changed_answers(results)))

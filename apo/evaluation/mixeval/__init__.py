@@ -1,4 +1,4 @@
-"""MixEval-Hard: questions, answers, judging, scores with intervals.
+"""The benchmark MixEval-Hard: its questions, answers to them, judging, and scores with intervals.
 
 Imports `evaluation`.
 """

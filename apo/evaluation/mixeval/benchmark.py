@@ -1,7 +1,7 @@
-"""MixEval's questions: a data folder checked by SHA-256, and the words a model is asked in, byte for byte.
+"""MixEval's questions: a data folder checked by SHA-256, and prompts that equal upstream's byte for byte.
 
-The questions belong to their authors and are never part of this package: `apo eval fetch-mixeval` gets them. All
-fingerprints are of upstream commit 7c52b41; a folder has the layout
+The questions belong to their authors and are not part of this package: `apo eval fetch-mixeval` downloads them. All
+hashes are of upstream commit 7c52b41. A folder has the layout
 
     VERSION/mixeval-hard/{free-form,multiple-choice}.json    and VERSION/mixeval/ for the full benchmark
     judge_prompts.json
@@ -33,23 +33,23 @@ FILES_SHA256: Mapping[tuple[str, Split], str] = {
     ("2024-08-11", "free-form"): "4784526892f825d421a43a3c34a139adcfa9f8b17d1898b7e5c57079fecf5b4e",
     ("2024-08-11", "multiple-choice"): "3015ee7cc02f20ae7e412e0b42919a9a7d361c6c37de36db5ada38a576a36fea",
 }
-"""Of the Hard files."""
+"""SHA-256 of the Hard files."""
 PROMPTS_SHA256: Mapping[tuple[str, Split], str] = {
     ("2024-06-01", "free-form"): "be554e179429f82c74dc1b00a8087eb674169897966ddbab088bfccc1f1e98b7",
     ("2024-06-01", "multiple-choice"): "b80c9cffed57ca66157588dbe195cb9b3616c883ff12c0698b9f0d5dad836d87",
     ("2024-08-11", "free-form"): "ccef1179080815df81c02b1d9d21e5ab796b24ed633f8a4968a7769b12cfb18f",
     ("2024-08-11", "multiple-choice"): "64727da87c6b27cae40768a2860f9c21305afdce4f42ef68d40e4360629f81ae",
 }
-"""Of all formatted prompts of a Hard file, in its order, joined with `SEPARATOR`."""
+"""SHA-256 of all formatted prompts of a Hard file, in its order, joined with `SEPARATOR`."""
 SEPARATOR = "\x1e"
 JUDGE_SHA256: Mapping[Split, str] = {
     "free-form": "64bc0973729b664e9bdf8461b87ef77ac52b225d9edbdee6046ae195f55a8d8a",
     "multiple-choice": "6c1a112b203f05b402ab258b4b8586162c2a4129c137c54fff33289209d0d2df",
 }
-"""Of the judge's user message, with {P}, {G} and {R} standing for question, gold and response."""
+"""SHA-256 of the judge's user message with the placeholders {P} (question), {G} (gold) and {R} (response)."""
 VERSIONS = tuple(sorted({version for version, _ in FILES_SHA256}))
 
-_NO_CONTEXT = ("", "none", "null")
+_EMPTY_CONTEXTS = ("", "none", "null")
 _STEP_BY_STEP = ("BBH", "GSM8k", "MATH")
 _ANSWER_STEP_BY_STEP = "Answer the question. \nLet's think step by step."
 _ANSWER_SHORTLY = "Answer the question shortly."
@@ -62,8 +62,8 @@ def letter(number: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One row of the benchmark. `options` is empty for a free-form question; `target` as upstream has it."""
+class BenchmarkRow:
+    """One row of the benchmark. `options` is empty for a free-form question; `target` is upstream's."""
 
     split: Split
     row: int
@@ -75,22 +75,22 @@ class Row:
 
     @property
     def question(self) -> str:
-        """16 hex digits of the hash of what is asked: rows that repeat a question share it."""
+        """16 hex digits of the hash of the question with its passage and options, equal for rows that repeat it."""
         return content_hash([self.split, self.context, self.prompt, self.options])[:16]
 
     @property
     def has_context(self) -> bool:
-        """A passage stands before the question."""
-        return self.context is not None and self.context.strip().lower() not in _NO_CONTEXT
+        """True if a passage precedes the question."""
+        return self.context is not None and self.context.strip().lower() not in _EMPTY_CONTEXTS
 
     @property
     def passage(self) -> str | None:
-        """16 hex digits of the hash of the split and the passage, which several questions may share; None for none."""
+        """16 hex digits of the hash of split and passage, which several questions may share; None without a passage."""
         return content_hash([self.split, self.context])[:16] if self.has_context else None
 
     @property
     def cluster(self) -> str:
-        """What is drawn independently: the passage, or the question where there is none."""
+        """The unit of independent sampling: the passage, or the question if it has none."""
         return self.passage or self.question
 
     @property
@@ -100,7 +100,7 @@ class Row:
 
     @property
     def right(self) -> tuple[str, ...]:
-        """The golden answers, or the right letter."""
+        """The gold answers of a free-form question, or the right letter."""
         return tuple(letter(n) for n in self.target) if self.options else tuple(self.target)
 
     @property
@@ -110,15 +110,15 @@ class Row:
 
     @property
     def text(self) -> str:
-        """What the model is asked, as a user turn."""
+        """The user turn that the model is sent."""
         question = f"{self.context}\n{self.prompt}" if self.has_context else self.prompt
         if self.options:
             return f"{question}\n{self.lettered}\n{_ANSWER_WITH_A_LETTER}"
-        how = _ANSWER_STEP_BY_STEP if self.benchmark in _STEP_BY_STEP else _ANSWER_SHORTLY
-        return f"Question: {question}\n{how}"
+        instruction = _ANSWER_STEP_BY_STEP if self.benchmark in _STEP_BY_STEP else _ANSWER_SHORTLY
+        return f"Question: {question}\n{instruction}"
 
     def as_upstream(self, index: str) -> dict[str, Any]:
-        """The row as upstream's response files hold it, without the response."""
+        """The row in upstream's response format, without the response."""
         kind = {"problem_type": self.split, "context": self.context, "prompt": self.prompt}
         options = {"options": list(self.options)} if self.options else {}
         named = {"target": list(self.target), "benchmark_name": self.benchmark}
@@ -126,36 +126,36 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class JudgeWords:
-    """The messages of both kinds of judgement, with {P}, {G} and {R} in the user's."""
+class JudgePrompts:
+    """The judge's messages for both splits; the user's has the placeholders {P}, {G} and {R}."""
 
     system: Mapping[Split, str]
     user: Mapping[Split, str]
 
     @property
     def sha256(self) -> str:
-        """Hash of all four messages."""
+        """The hash of all four messages."""
         return content_hash([[self.system[split], self.user[split]] for split in SPLITS])
 
-    def messages(self, row: Row, response: str) -> list[dict[str, str]]:
-        """The judge's conversation about a response. No text is ever looked at for placeholders but the template's."""
+    def messages(self, row: BenchmarkRow, response: str) -> list[dict[str, str]]:
+        """The request about a response. Only the template's placeholders are replaced, none in what is put in."""
         gold = row.lettered
         if not row.options:
             gold = "; ".join(f"<answer {n}> {answer}" for n, answer in enumerate(row.target, 1))
         values = {"{P}": row.prompt, "{G}": gold, "{R}": response}
-        parts = _parts(self.user[row.split])
+        pieces = _split_at_placeholders(self.user[row.split])
         return [
             {"role": "system", "content": self.system[row.split]},
-            {"role": "user", "content": "".join(values.get(part, part) for part in parts)},
+            {"role": "user", "content": "".join(values.get(piece, piece) for piece in pieces)},
         ]
 
 
-def _parts(template: str) -> list[str]:
-    """A template cut at its placeholders."""
-    parts = [template]
+def _split_at_placeholders(template: str) -> list[str]:
+    """The template's text pieces and placeholders, in order."""
+    pieces = [template]
     for name in ("{P}", "{G}", "{R}"):
-        parts = [piece for part in parts for piece in _cut(part, name)]
-    return parts
+        pieces = [piece for text in pieces for piece in _cut(text, name)]
+    return pieces
 
 
 def _cut(text: str, name: str) -> list[str]:
@@ -169,18 +169,18 @@ class Benchmark:
 
     version: str
     split: HardOrFull
-    rows: Mapping[Split, tuple[Row, ...]]
+    rows: Mapping[Split, tuple[BenchmarkRow, ...]]
     sha256: Mapping[str, str]
     notes: tuple[str, ...] = ()
 
     @property
-    def all_rows(self) -> tuple[Row, ...]:
-        """Free-form first."""
+    def all_rows(self) -> tuple[BenchmarkRow, ...]:
+        """All rows, free-form first."""
         return tuple(row for split in SPLITS for row in self.rows[split])
 
 
 def load(data: str | Path, version: str, split: HardOrFull = "hard", limit: int | None = None) -> Benchmark:
-    """The benchmark in a data folder. Raises UserError where a file is missing, altered or of another version."""
+    """Read the benchmark in a data folder. Raises UserError if a file is missing, altered or of another version."""
     folder = Path(data)
     if version not in VERSIONS:
         raise UserError(
@@ -188,33 +188,34 @@ def load(data: str | Path, version: str, split: HardOrFull = "hard", limit: int 
         )
     if not folder.is_dir():
         raise UserError(f"data folder {folder} does not exist; get it with `apo eval fetch-mixeval {folder}`")
-    rows: dict[Split, tuple[Row, ...]] = {}
-    found, notes = {}, []
+    rows: dict[Split, tuple[BenchmarkRow, ...]] = {}
+    sha256, notes = {}, []
     for kind in SPLITS:
         name = f"{version}/{FOLDERS[split]}/{kind}.json"
         content = _read(folder, name)
-        found[f"{kind}.json"] = hashlib.sha256(content).hexdigest()
-        wanted = FILES_SHA256[version, kind] if split == "hard" else _fetched(folder).get(name)
-        if wanted is None:
+        sha256[f"{kind}.json"] = hashlib.sha256(content).hexdigest()
+        expected = FILES_SHA256[version, kind] if split == "hard" else _fetched(folder).get(name)
+        if expected is None:
             notes.append(
-                f"{folder / name} has no known hash to be checked by; its own, {found[f'{kind}.json'][:16]}, is kept"
+                f"{folder / name} has no known hash to check it by; its own hash, {sha256[f'{kind}.json'][:16]}, "
+                "is recorded"
             )
-        elif wanted != found[f"{kind}.json"]:
+        elif expected != sha256[f"{kind}.json"]:
             raise UserError(
-                f"{folder / name} is not the file of MixEval {version}: its sha256 is {found[f'{kind}.json']}, "
-                f"expected {wanted}; get it again with `apo eval fetch-mixeval {folder}`"
+                f"{folder / name} is not the file of MixEval {version}: its sha256 is {sha256[f'{kind}.json']}, "
+                f"expected {expected}; get it again with `apo eval fetch-mixeval {folder}`"
             )
         rows[kind] = _rows(content, kind, folder / name)[:limit]
-    return Benchmark(version, split, rows, found, tuple(notes))
+    return Benchmark(version, split, rows, sha256, tuple(notes))
 
 
-def load_judge_words(data: str | Path) -> JudgeWords:
-    """The judge's words in a data folder. Raises UserError where they are missing or altered."""
+def load_judge_prompts(data: str | Path) -> JudgePrompts:
+    """Read the judge's prompts in a data folder. Raises UserError if they are missing or altered."""
     file = Path(data) / JUDGE_PROMPTS
     try:
         stored = json.loads(_read(Path(data), JUDGE_PROMPTS))
-        user = {split: str(stored[split.replace("-", "_")]["user"]) for split in SPLITS}
-        system = {split: str(stored[split.replace("-", "_")]["system"]) for split in SPLITS}
+        user: dict[Split, str] = {split: str(stored[split.replace("-", "_")]["user"]) for split in SPLITS}
+        system: dict[Split, str] = {split: str(stored[split.replace("-", "_")]["system"]) for split in SPLITS}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} holds no judge messages ({error!r}); `apo eval fetch-mixeval {data}`") from error
     for split, text in user.items():
@@ -224,11 +225,11 @@ def load_judge_words(data: str | Path) -> JudgeWords:
                 f"{file}: the {split} judge message is not upstream's: its sha256 is {sha256}, expected "
                 f"{JUDGE_SHA256[split]}; get it again with `apo eval fetch-mixeval {data}`"
             )
-    return JudgeWords(system, user)
+    return JudgePrompts(system, user)
 
 
-def prompts_sha256(rows: Iterable[Row]) -> str:
-    """The fingerprint of formatted prompts."""
+def prompts_sha256(rows: Iterable[BenchmarkRow]) -> str:
+    """SHA-256 of formatted prompts."""
     return hashlib.sha256(SEPARATOR.join(row.text for row in rows).encode()).hexdigest()
 
 
@@ -240,7 +241,7 @@ def _read(folder: Path, name: str) -> bytes:
 
 
 def _fetched(folder: Path) -> Mapping[str, str]:
-    """The hashes that `fetch-mixeval` wrote beside what it got."""
+    """The hashes that `fetch-mixeval` wrote beside the files it downloaded."""
     try:
         return dict(json.loads((folder / CHECKSUMS).read_text("utf-8"))["sha256"])
     except FileNotFoundError:
@@ -251,8 +252,8 @@ def _fetched(folder: Path) -> Mapping[str, str]:
         ) from error
 
 
-def _rows(content: bytes, split: Split, file: Path) -> tuple[Row, ...]:
-    """The rows of a file, in its order. Raises UserError naming the first that is none."""
+def _rows(content: bytes, split: Split, file: Path) -> tuple[BenchmarkRow, ...]:
+    """Parse the rows of a file, in order. Raises UserError with the number of the first invalid row."""
     rows = []
     try:
         values = list(json.loads(content).values())
@@ -266,7 +267,7 @@ def _rows(content: bytes, split: Split, file: Path) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _row(split: Split, number: int, value: Mapping[str, Any]) -> Row:
+def _row(split: Split, number: int, value: Mapping[str, Any]) -> BenchmarkRow:
     options = tuple(map(str, value["options"])) if split == "multiple-choice" else ()
     target = tuple(value["target"])
     if options and not (len(target) == 1 and isinstance(target[0], int) and 0 <= target[0] < len(options)):
@@ -274,4 +275,4 @@ def _row(split: Split, number: int, value: Mapping[str, Any]) -> Row:
     if not options and not all(isinstance(answer, str) for answer in target):
         raise ValueError("target holds something that is no text")
     context = value["context"]
-    return Row(split, number, str(value["benchmark_name"]), context, str(value["prompt"]), options, target)
+    return BenchmarkRow(split, number, str(value["benchmark_name"]), context, str(value["prompt"]), options, target)

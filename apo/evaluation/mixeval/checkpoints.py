@@ -1,7 +1,7 @@
-"""Many checkpoints, one judge: each answers by itself, here or on a Ray cluster, and all are judged from one ledger.
+"""Evaluate several checkpoints with one judge: here one after the other, or their answers on a Ray cluster.
 
-A judgement that two checkpoints need is asked for once. On a cluster a checkpoint answers wherever there is room, into
-a ledger of its own; the driver takes its answers over and judges them, so that the judge's ledger is open in one place.
+A judgement that two checkpoints need is requested once. On a cluster each checkpoint answers on any free node, into its
+own ledger. The driver joins these answers into the judge's ledger, so that only one process has that one open.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from apo.evaluation.mixeval.config import Checked, MixEvalConfig
-from apo.evaluation.mixeval.run import Evaluated, Progress, evaluate
+from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs
+from apo.evaluation.mixeval.run import MixEvalOutcome, Progress, evaluate
 from clair.cluster.ray_session import connected
 from clair.cluster.worker import enter_driver_environment
 from clair.core.errors import EXIT_USER_ERROR, UserError
@@ -23,13 +23,14 @@ from clair.inference.model import Model, Refused
 from clair.inference.model_folder import weights_identity
 from clair.inference.open import Resources
 from clair.ledger.join import join_ledgers
+from clair.storage.object_store import account_of
 
 LEDGER = "ledger.sqlite"
-_BY_RULE = "answers"
+_ANSWERS = "answers"
 
 
-def names_of(models: Sequence[str]) -> list[str]:
-    """A folder name for each: the end of its path, as much of it as tells them apart. Raises UserError for twins."""
+def folder_names(models: Sequence[str]) -> list[str]:
+    """A distinct folder name for each model: the shortest end of its path. Raises UserError for equal paths."""
     paths = [Path(model).resolve() for model in models]
     if len(set(paths)) < len(paths):
         raise UserError("--model names the same folder twice; leave one out")
@@ -39,18 +40,22 @@ def names_of(models: Sequence[str]) -> list[str]:
     return ["-".join(path.parts[-length:]).strip("/") for path in paths]
 
 
-def apart(config: MixEvalConfig, models: Sequence[Mapping[str, Any]]) -> list[MixEvalConfig]:
-    """The evaluation of each model, in a folder of its own under `config.out`, with one ledger and its part of the
-    budget. Raises UserError for models that are no folders."""
+def configs_by_model(config: MixEvalConfig, models: Sequence[Mapping[str, Any]]) -> list[MixEvalConfig]:
+    """The config of each model: its own folder under `config.out`, the common ledger, its share of the budget.
+
+    Raises UserError for models that are no folders.
+    """
     for model in models:
         if not model.get("path"):
-            raise UserError("several --model are for folders; evaluate an endpoint by itself, with --ledger to share")
+            raise UserError(
+                "several --model are for folders; evaluate an endpoint alone, with --ledger to share the ledger"
+            )
     ledger = config.ledger or str(Path(config.out) / LEDGER)
     budget = config.budget
     if budget:
         money, tokens = budget.money, budget.tokens
-        part = {"money": money and money / len(models), "tokens": tokens and tokens // len(models)}
-        budget = budget.model_copy(update=part)
+        share = {"money": money and money / len(models), "tokens": tokens and tokens // len(models)}
+        budget = budget.model_copy(update=share)
     return [
         config.model_copy(
             update={
@@ -60,112 +65,116 @@ def apart(config: MixEvalConfig, models: Sequence[Mapping[str, Any]]) -> list[Mi
                 "budget": budget,
             }
         )
-        for model, name in zip(models, names_of([str(model["path"]) for model in models]), strict=True)
+        for model, name in zip(models, folder_names([str(model["path"]) for model in models]), strict=True)
     ]
 
 
 def evaluate_each(
-    work: Sequence[tuple[MixEvalConfig, Checked]],
+    work: Sequence[tuple[MixEvalConfig, MixEvalInputs]],
     *,
     ray: bool = False,
     address: str | None = None,
     on_progress: Progress | None = None,
-) -> Iterator[tuple[MixEvalConfig, Evaluated]]:
-    """Each evaluation as it is done, one after the other; with `ray` the answers come from a cluster, in any order.
+) -> Iterator[tuple[MixEvalConfig, MixEvalOutcome]]:
+    """Yield each finished evaluation, one after the other; with `ray` the answers come from a cluster, in any order.
 
-    Raises UserError as `evaluate` does, and where Ray or its cluster does not fit.
+    Raises UserError as `evaluate` does, and if Ray or its cluster cannot be used.
     """
     if not ray:
-        for config, checked in work:
-            yield config, evaluate(config, checked=checked, on_progress=on_progress)
+        for config, inputs in work:
+            yield config, evaluate(config, inputs=inputs, on_progress=on_progress)
         return
-    for config, checked in _answered(work, address):
-        join_ledgers([_own(config).ledger_path], config.ledger_path, str(Path(config.out).resolve()))
-        yield config, evaluate(config, checked=checked, on_progress=on_progress, resources=_Taken())
+    for config, inputs in _answer_on_cluster(work, address):
+        join_ledgers([_answers_config(config).ledger_path], config.ledger_path, account_of(config.out))
+        yield config, evaluate(config, inputs=inputs, on_progress=on_progress, resources=_LedgerResources())
 
 
 # ---- the answers, on a cluster
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
+class _AnswerTask:
     config: MixEvalConfig
-    checked: Checked
+    inputs: MixEvalInputs
     folder: str
     version: str
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
-    """How answering ended; `code` is the exit code of an error."""
+class _AnswerStatus:
+    """The end of a task; `code` is the exit code of its error."""
 
     error: str | None = None
     code: int = EXIT_USER_ERROR
 
 
-def _own(config: MixEvalConfig) -> MixEvalConfig:
-    """The same answers, by themselves: scored by the rule parser, which asks nobody."""
-    out = Path(config.out) / _BY_RULE
+def _answers_config(config: MixEvalConfig) -> MixEvalConfig:
+    """The config that only makes the answers: the rule parser scores them, which sends no requests."""
+    out = Path(config.out) / _ANSWERS
     update = {"judge": "rule", "out": str(out), "ledger": None, "budget": None}
     return config.model_copy(update=update | {"independent_judgements": False, "upstream_files": False})
 
 
-def answer(order: _Order) -> _Told:
-    """Make the answers of one checkpoint, in a process of the cluster."""
+def answer(task: _AnswerTask) -> _AnswerStatus:
+    """Generate the answers of one checkpoint, in a process of the cluster."""
     try:
-        enter_driver_environment(order.folder, order.version, {})
-        done = evaluate(order.config, checked=order.checked)
+        enter_driver_environment(task.folder, task.version, {})
+        outcome = evaluate(task.config, inputs=task.inputs)
     except UserError as error:
-        return _Told(str(error), error.exit_code)
-    if done.score is None:
-        return _Told(f"{order.config.out}: {done.stopped or done.first_failure}; run the same command again")
-    return _Told()
+        return _AnswerStatus(str(error), error.exit_code)
+    if outcome.score is None:
+        return _AnswerStatus(
+            f"{task.config.out}: {outcome.stopped or outcome.first_failure}; run the same command again"
+        )
+    return _AnswerStatus()
 
 
-def _answered(
-    work: Sequence[tuple[MixEvalConfig, Checked]], address: str | None
-) -> Iterator[tuple[MixEvalConfig, Checked]]:
-    """The evaluations whose answers are made, as they come; a process or node that dies is replaced."""
+def _answer_on_cluster(
+    work: Sequence[tuple[MixEvalConfig, MixEvalInputs]], address: str | None
+) -> Iterator[tuple[MixEvalConfig, MixEvalInputs]]:
+    """Yield evaluations as their answers are complete. A process or node that dies is replaced."""
     with connected(address) as ray:
         devices = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {}
         task = ray.remote(num_cpus=1, max_retries=-1, **devices)(answer)
         waiting = {}
-        for config, checked in work:
-            # The questions go along, so that a node needs no copy of the benchmark.
-            order = _Order(_own(config), Checked(checked.benchmark, None, None), os.getcwd(), version("clair-apo"))
-            waiting[task.remote(order)] = (config, checked)
+        for config, inputs in work:
+            # The task carries the questions, so that a node needs no copy of the benchmark.
+            order = _AnswerTask(
+                _answers_config(config), MixEvalInputs(inputs.benchmark, None, None), os.getcwd(), version("clair-apo")
+            )
+            waiting[task.remote(order)] = (config, inputs)
         while waiting:
             ready, _ = ray.wait(list(waiting), timeout=0.5)
             for ref in ready:
-                told = ray.get(ref)
-                if told.error:
-                    error = UserError(told.error)
-                    error.exit_code = told.code
+                status = ray.get(ref)
+                if status.error:
+                    error = UserError(status.error)
+                    error.exit_code = status.code
                     raise error
                 yield waiting.pop(ref)
 
 
-class _Taken(Resources):
-    """Answers are in the ledger: the weights are looked at, and never loaded."""
+class _LedgerResources(Resources):
+    """Resources of a run whose answers are in the ledger: weights are hashed and never loaded."""
 
     def model(self, role: str, config: ModelConfig) -> Model:
-        """A judge as it is; a model as what its answers are filed under."""
-        return _Filed(config.path) if config.path is not None else super().model(role, config)
+        """The judge itself; for a local model its name and identity in the ledger."""
+        return _LedgerModel(config.path) if config.path is not None else super().model(role, config)
 
 
-class _Filed:
-    """A model that has answered already."""
+class _LedgerModel:
+    """A model whose answers are all in the ledger."""
 
     def __init__(self, path: str) -> None:
         self.name = Path(path).name
         self.identity = weights_identity(path)
 
     async def check(self) -> None:
-        """It is asked nothing."""
+        """Nothing to check: it gets no request."""
 
     async def complete(self, request: Mapping[str, Any], sample: int = 0) -> str:
-        """Raises Refused: an answer is missing."""
-        raise Refused(f"an answer of {self.name} is missing though all were made; run the same command again")
+        """Raise Refused: an answer is missing in the ledger."""
+        raise Refused(f"an answer of {self.name} is missing in the ledger; run the same command again")
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to close."""

@@ -1,4 +1,4 @@
-"""What `apo eval mixeval` does with its settings, for one model or several, and what it prints."""
+"""Run `apo eval mixeval` with checked settings, for one model or several, and print the scores."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import typer
 
 from apo.console import end_early, tell
-from apo.evaluation.config import public
-from apo.evaluation.mixeval.checkpoints import apart, evaluate_each
-from apo.evaluation.mixeval.config import Checked, MixEvalConfig, check
-from apo.evaluation.mixeval.run import Evaluated, evaluate, work_items
+from apo.evaluation.config import redacted
+from apo.evaluation.mixeval.checkpoints import configs_by_model, evaluate_each
+from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs, load_inputs
+from apo.evaluation.mixeval.run import MixEvalOutcome, evaluate, work_items
 from apo.evaluation.results import read_results
 from apo.evaluation.tables import score_table
 from clair.core.console import show as print_
@@ -19,83 +19,90 @@ from clair.core.errors import EXIT_SOME_FAILED
 from clair.terminal import client_progress
 
 
-def run_one(config: MixEvalConfig, checked: Checked) -> None:
+def run_single(config: MixEvalConfig, inputs: MixEvalInputs) -> None:
     """Evaluate one model, and print its score."""
-    total = len(work_items(config, checked))
+    total = len(work_items(config, inputs))
     with client_progress("evaluating", total, dict.fromkeys(config.models, total), closing=True) as on_progress:
-        done = evaluate(config, checked=checked, on_progress=on_progress)
-    _end_early(done)
-    _print_score(config, done)
-    _end_unanswered([done])
+        outcome = evaluate(config, inputs=inputs, on_progress=on_progress)
+    _end_early(outcome)
+    _print_score(config, outcome)
+    _end_unanswered([outcome])
 
 
-def run_many(
+def run_several(
     config: MixEvalConfig, models: list[Any], runner: str | None, address: str | None, *, dry_run: bool
 ) -> None:
-    """Evaluate several models, here or on a cluster, and print their scores in the order they were named."""
-    work = [(one, check(one)) for one in apart(config, [model or {} for model in models])]
+    """Evaluate several models, here or on a cluster, and print their scores in the order of the command line."""
+    work = [
+        (model_config, load_inputs(model_config))
+        for model_config in configs_by_model(config, [model or {} for model in models])
+    ]
     for note in work[0][1].benchmark.notes:
         tell(f"note: {note}")
     if dry_run:
-        for number, one in enumerate(work):
+        for number, model_config in enumerate(work):
             print("---\n" * bool(number), end="")
-            print_settings(*one)
+            print_settings(*model_config)
         return
-    rows = {one.out: len(work_items(one, checked)) for one, checked in work}
-    finished: dict[str, Evaluated] = {}
+    rows = {model_config.out: len(work_items(model_config, inputs)) for model_config, inputs in work}
+    finished: dict[str, MixEvalOutcome] = {}
     calls = dict.fromkeys(work[0][0].models, max(rows.values()))
     with client_progress("evaluating", sum(rows.values()), calls, closing=True) as bar:
         evaluations = evaluate_each(
             work,
             ray=runner == "ray",
             address=address,
-            on_progress=lambda done, clients: bar(sum(rows[out] for out in finished) + done, clients),
+            on_progress=lambda outcome, clients: bar(sum(rows[out] for out in finished) + outcome, clients),
         )
-        for one, done in evaluations:
-            _end_early(done)
-            finished[one.out] = done
-    for one, _ in work:
-        _print_score(one, finished[one.out])
+        for model_config, outcome in evaluations:
+            _end_early(outcome)
+            finished[model_config.out] = outcome
+    for model_config, _ in work:
+        _print_score(model_config, finished[model_config.out])
     _end_unanswered(list(finished.values()))
     if len(rows) > 1:
         print_(f"are they better than the first? apo compare {' '.join(rows)}")
 
 
-def print_settings(config: MixEvalConfig, checked: Checked) -> None:
-    """The settings as a dry run shows them."""
+def print_settings(config: MixEvalConfig, inputs: MixEvalInputs) -> None:
+    """Print the settings and the size of the evaluation, for a dry run."""
     import yaml
 
-    print(yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True), end="")
-    rows = checked.benchmark.all_rows
+    print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
+    rows = inputs.benchmark.all_rows
     questions = len({row.question for row in rows})
-    print(f"# {len(rows):,} rows, {questions:,} different questions, {len(work_items(config, checked)):,} answers")
+    print(f"# {len(rows):,} rows, {questions:,} different questions, {len(work_items(config, inputs)):,} answers")
 
 
-def _end_early(done: Evaluated) -> None:
+def _end_early(outcome: MixEvalOutcome) -> None:
     failed = (
-        f"{done.failed} items got no reply ({done.first_failure}), so there is no score; everything else is kept, "
-        f"run the same command again"
+        f"{outcome.failed} items got no reply ({outcome.first_failure}), so there is no score; everything else is "
+        f"kept, run the same command again"
     )
-    end_early(done.stopped, failed if done.score is None else None)
+    end_early(outcome.stopped, failed if outcome.score is None else None)
 
 
-def _end_unanswered(evaluated: Sequence[Evaluated]) -> None:
+def _end_unanswered(evaluated: Sequence[MixEvalOutcome]) -> None:
     """End the command where a server refused items for good: code 3, after everything else is told."""
-    refused = [(done, done.score.unanswered) for done in evaluated if done.score and done.score.unanswered]
-    for done, count in refused:
+    refused = [
+        (outcome, outcome.score.unanswered) for outcome in evaluated if outcome.score and outcome.score.unanswered
+    ]
+    for outcome, count in refused:
         tell(
-            f"{done.out}: {count} items were refused ({done.refused}), so there is no score, only its bracket: all of "
-            f"them wrong, all right; run the same command again to ask for them again"
+            f"{outcome.out}: {count} items were refused ({outcome.refused}), so there is no score, "
+            f"only its bracket: all "
+            f"of them wrong, all right; run the same command again to ask for them again"
         )
     if refused:
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
-def _print_score(config: MixEvalConfig, done: Evaluated) -> None:
+def _print_score(config: MixEvalConfig, outcome: MixEvalOutcome) -> None:
+    assert outcome.score is not None, "an outcome without a score ends the command"
     results = read_results(config.out)
     print_(score_table(results))
-    if done.requests:
-        told = "equal requests share a reply" if done.score.shared_judgements else "each asked for by itself"
-        print_(f"{len(results.items):,} judgements from {done.requests:,} requests; {told}")
-    if done.score.fallbacks:
-        print_(f"{done.score.fallbacks} items have a RANDOM score, as upstream gives where there is no verdict")
+    if outcome.requests:
+        sharing = "equal requests share a reply" if outcome.score.shared_judgements else "each asked for by itself"
+        print_(f"{len(results.items):,} judgements from {outcome.requests:,} requests; {sharing}")
+    if outcome.score.fallbacks:
+        print_(f"{outcome.score.fallbacks} items have a RANDOM score, as upstream gives where there is no verdict")

@@ -1,4 +1,4 @@
-"""What an evaluation will cost: requests for certain, tokens and money with an interval from a few that are run."""
+"""The cost of an evaluation: exact requests; tokens and money with an interval, from a probe of a few items."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from apo.evaluation.config import same_settings
-from apo.evaluation.mixeval.answers import Answer, Wanted, messages_of
-from apo.evaluation.mixeval.config import Checked, MixEvalConfig, check
-from apo.evaluation.mixeval.run import Progress, Run, work_items
+from apo.evaluation.config import check_resumable
+from apo.evaluation.mixeval.answers import Answer, AnswerRequest, messages_for
+from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs, load_inputs
+from apo.evaluation.mixeval.run import MixEvalRun, Progress, work_items
 from clair.core.errors import UserError
 from clair.core.event_loop import run_async
 from clair.core.files import content_hash
@@ -24,51 +24,51 @@ MIN_PROBE = 3
 
 
 @dataclass(frozen=True, slots=True)
-class _Unit:
-    """One different request of each role, and how long each is in bytes."""
+class _Request:
+    """A distinct item of work with the length in bytes of each role's request."""
 
-    place: int
-    what: Answer | Wanted
+    index: int
+    item: Answer | AnswerRequest
     sizes: dict[str, int]
 
 
 def estimate(
     config: MixEvalConfig,
     probe: int = 0,
-    checked: Checked | None = None,
+    inputs: MixEvalInputs | None = None,
     on_progress: Progress = lambda *_: None,
 ) -> dict[str, RoleEstimate]:
-    """The cost of the whole evaluation by role, paid parts included; runs and pays for `probe` items first.
+    """Estimate the cost of the whole evaluation by role, paid replies included; runs and pays for `probe` items first.
 
-    Equal requests are counted once where they share a reply. Answers that do not exist yet are taken to differ. Every
-    verdict is taken to be read in the first round. Raises UserError as an evaluation does.
+    Equal requests count once if they share a reply. The estimate assumes that answers which do not exist yet differ,
+    and that every verdict is read in the first round. Raises UserError as an evaluation does.
     """
     if 0 < probe < MIN_PROBE:
         raise UserError(f"--probe {probe}: an interval needs at least {MIN_PROBE} items")
-    checked = checked or check(config)
+    inputs = inputs or load_inputs(config)
     if not config.models:
         return {}
     if not probe:
-        units = _units(config, checked, work_items(config, checked))
+        units = _units(config, inputs, work_items(config, inputs))
         return {role: RoleEstimate(len(units), None, None, None) for role in config.models}
     out = Path(config.out)
     with lock_output(out), Ledger(config.ledger_path) as ledger:
-        same_settings(config, out, ledger)
-        return run_async(_probed(config, checked, ledger, probe, on_progress))
+        check_resumable(config, out, ledger)
+        return run_async(_probed(config, inputs, ledger, probe, on_progress))
 
 
 async def _probed(
-    config: MixEvalConfig, checked: Checked, ledger: Ledger, probe: int, on_progress: Progress
+    config: MixEvalConfig, inputs: MixEvalInputs, ledger: Ledger, probe: int, on_progress: Progress
 ) -> dict[str, RoleEstimate]:
     stop = StopSignal()
     clients = open_clients(config, ledger, stop)
     try:
-        run = Run(config, checked, clients, stop)
-        units = _units(config, checked, run.work())
+        run = MixEvalRun(config, inputs, clients, stop)
+        units = _units(config, inputs, run.work())
         role = "judge" if "judge" in clients else "model"
         chosen = sorted(sample_by_size([unit.sizes[role] for unit in units], max(MIN_PROBE, probe)))
         with stop_on_interrupt(stop, clients):
-            items = await run.items([(place, units[place].what) for place in chosen], on_progress)
+            items = await run.items([(index, units[index].item) for index in chosen], on_progress)
     finally:
         for client in clients.values():
             await client.model.close()
@@ -85,18 +85,20 @@ async def _probed(
     }
 
 
-def _units(config: MixEvalConfig, checked: Checked, work: Sequence[tuple[int, Answer | Wanted]]) -> list[_Unit]:
-    """The different requests of an evaluation."""
-    units: dict[str, _Unit] = {}
-    for place, what in work:
-        text = what.text if isinstance(what, Answer) else ""
-        sizes = {"model": max_billed_tokens({"messages": messages_of(what.row, config.system)}).prompt}
-        name: list[object] = [what.row.text, what.draw] if isinstance(what, Wanted) else []
-        if checked.words is not None:
-            messages = checked.words.messages(what.row, text)
+def _units(
+    config: MixEvalConfig, inputs: MixEvalInputs, work: Sequence[tuple[int, Answer | AnswerRequest]]
+) -> list[_Request]:
+    """The distinct items of work of an evaluation."""
+    units: dict[str, _Request] = {}
+    for index, item in work:
+        text = item.text if isinstance(item, Answer) else ""
+        sizes = {"model": max_billed_tokens({"messages": messages_for(item.row, config.system)}).prompt}
+        name: list[object] = [item.row.text, item.draw] if isinstance(item, AnswerRequest) else []
+        if inputs.judge_prompts is not None:
+            messages = inputs.judge_prompts.messages(item.row, text)
             sizes["judge"] = max_billed_tokens({"messages": messages}).prompt
             name = name or [messages]
         if config.independent_judgements:
-            name = [place]
-        units.setdefault(content_hash(name), _Unit(place, what, sizes))
+            name = [index]
+        units.setdefault(content_hash(name), _Request(index, item, sizes))
     return list(units.values())

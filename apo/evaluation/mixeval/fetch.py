@@ -1,6 +1,6 @@
-"""Getting the benchmark: upstream's files at one pinned commit, checked by SHA-256 before any of them is written.
+"""Download the benchmark: upstream's files at one pinned commit, checked by SHA-256 before any of them is written.
 
-The judge's words stand in a Python file there. It is read as a syntax tree and never run.
+Upstream keeps the judge's prompts in a Python file. It is parsed as a syntax tree and never run.
 """
 
 from __future__ import annotations
@@ -29,67 +29,67 @@ from clair.core.errors import UserError, near_miss
 from clair.core.files import write_atomically, write_json
 
 BASE = f"https://raw.githubusercontent.com/{UPSTREAM}/{COMMIT}"
-_DATA = "mix_eval/data/mixeval-{version}/{folder}/{split}.json"
-_WORDS = "mix_eval/prompts/judge_prompts.py"
-_NAMES: Mapping[Split, str] = {
+_DATA_FILE = "mix_eval/data/mixeval-{version}/{folder}/{split}.json"
+_JUDGE_SOURCE = "mix_eval/prompts/judge_prompts.py"
+_LAMBDA_NAMES: Mapping[Split, str] = {
     "free-form": "gpt_judge_for_closeended_freeform",
     "multiple-choice": "gpt_judge_for_closeended_multiplechoice",
 }
-_PLACES = {"prompt": "{P}", "gold_ans": "{G}", "options": "{G}", "response": "{R}"}
+_PLACEHOLDERS = {"prompt": "{P}", "gold_ans": "{G}", "options": "{G}", "response": "{R}"}
 _TIMEOUT = 60.0
-_LARGEST = 256 * 2**20
+_MAX_BYTES = 256 * 2**20
 
 
 def fetch(
     out: str | Path, versions: Sequence[str] = VERSIONS, splits: Sequence[HardOrFull] = ("hard",), base: str = BASE
 ) -> list[str]:
-    """Get questions and judge messages into the data folder `out`; the names of the files written.
+    """Download questions and judge prompts into the data folder `out`. Returns the names of the files written.
 
-    Raises UserError where the network or a file is missing, or a file is not the expected one; nothing is written then.
-    The full benchmark has no known hashes: those of what came are written to checksums.json, and checked from then on.
+    The full benchmark has no known hashes: those of the downloaded files are written to checksums.json and checked from
+    then on. Raises UserError, with nothing written, if the network or a file is missing or a file has another hash.
     """
     for version in versions:
         if version not in VERSIONS:
-            told = f"MixEval has no version {version!r}{near_miss(version, VERSIONS)}; known: {', '.join(VERSIONS)}"
-            raise UserError(told)
+            message = f"MixEval has no version {version!r}{near_miss(version, VERSIONS)}; known: {', '.join(VERSIONS)}"
+            raise UserError(message)
     folder = Path(out)
     files: dict[str, bytes] = {}
     for version in versions:
         for split in splits:
             for kind in SPLITS:
-                content = _get(base, _DATA.format(version=version, folder=FOLDERS[split], split=kind))
+                content = _download(base, _DATA_FILE.format(version=version, folder=FOLDERS[split], split=kind))
                 expected = FILES_SHA256[version, kind] if split == "hard" else None
-                files[f"{version}/{FOLDERS[split]}/{kind}.json"] = _as_expected(content, expected, base, kind)
-    words = judge_words(_get(base, _WORDS).decode("utf-8", "replace"))
+                files[f"{version}/{FOLDERS[split]}/{kind}.json"] = _verify_sha256(content, expected, base, kind)
+    prompts = parse_judge_prompts(_download(base, _JUDGE_SOURCE).decode("utf-8", "replace"))
     for name, content in files.items():
         write_atomically(folder / name, content)
-    write_json(folder / JUDGE_PROMPTS, {"upstream_commit": COMMIT, **words})
+    write_json(folder / JUDGE_PROMPTS, {"upstream_commit": COMMIT, **prompts})
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
     earlier = json.loads((folder / CHECKSUMS).read_text("utf-8"))["sha256"] if (folder / CHECKSUMS).is_file() else {}
     write_json(folder / CHECKSUMS, {"upstream": UPSTREAM, "commit": COMMIT, "sha256": {**earlier, **sums}})
     return [*files, JUDGE_PROMPTS, CHECKSUMS]
 
 
-def judge_words(source: str) -> dict[str, dict[str, str]]:
-    """The judge's messages out of upstream's Python source. Raises UserError where they are missing or are others."""
+def parse_judge_prompts(source: str) -> dict[str, dict[str, str]]:
+    """Parse the judge's messages in upstream's Python source. Raises UserError if they are missing or altered."""
     try:
-        found = dict(_messages(ast.parse(source)))
+        messages = dict(_messages(ast.parse(source)))
     except (SyntaxError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"upstream's {_WORDS} cannot be read ({error}); is this commit {COMMIT[:7]}?") from error
-    for split, name in _NAMES.items():
-        words = found.get(name, {}).get("user", "")
-        sha256 = hashlib.sha256(words.encode()).hexdigest()
+        raise UserError(f"upstream's {_JUDGE_SOURCE} cannot be read ({error}); is this commit {COMMIT[:7]}?") from error
+    for split, name in _LAMBDA_NAMES.items():
+        text = messages.get(name, {}).get("user", "")
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
         if sha256 != JUDGE_SHA256[split]:
             raise UserError(
-                f"upstream's {_WORDS} holds another {split} judge message: its sha256 is {sha256}, expected "
+                f"upstream's {_JUDGE_SOURCE} holds another {split} judge message: its sha256 is {sha256}, expected "
                 f"{JUDGE_SHA256[split]}"
             )
-    return {split.replace("-", "_"): found[name] for split, name in _NAMES.items()}
+    return {split.replace("-", "_"): messages[name] for split, name in _LAMBDA_NAMES.items()}
 
 
 def _messages(tree: ast.Module) -> list[tuple[str, dict[str, str]]]:
     """(name, text by role) of every `name = lambda ...: [{"role": ..., "content": f"..."}, ...]`."""
-    found = []
+    messages = []
     for node in tree.body:
         if (
             isinstance(node, ast.Assign)
@@ -97,15 +97,15 @@ def _messages(tree: ast.Module) -> list[tuple[str, dict[str, str]]]:
             and isinstance(node.value.body, ast.List)
         ):
             assert isinstance(node.targets[0], ast.Name)
-            found.append((node.targets[0].id, dict(_message(item) for item in node.value.body.elts)))
-    return found
+            messages.append((node.targets[0].id, dict(_message(item) for item in node.value.body.elts)))
+    return messages
 
 
 def _message(node: ast.expr) -> tuple[str, str]:
     if not isinstance(node, ast.Dict):
         raise ValueError("a message is no dict")
-    parts = {ast.literal_eval(key): value for key, value in zip(node.keys, node.values, strict=True) if key}
-    return _text(parts["role"]), _text(parts["content"])
+    fields = {ast.literal_eval(key): value for key, value in zip(node.keys, node.values, strict=True) if key}
+    return _text(fields["role"]), _text(fields["content"])
 
 
 def _text(node: ast.expr) -> str:
@@ -113,27 +113,27 @@ def _text(node: ast.expr) -> str:
     if not isinstance(node, ast.JoinedStr):
         return str(ast.literal_eval(node))
     return "".join(
-        _PLACES[part.value.id]
-        if isinstance(part, ast.FormattedValue) and isinstance(part.value, ast.Name)
-        else ast.literal_eval(part)
-        for part in node.values
+        _PLACEHOLDERS[piece.value.id]
+        if isinstance(piece, ast.FormattedValue) and isinstance(piece.value, ast.Name)
+        else ast.literal_eval(piece)
+        for piece in node.values
     )
 
 
-def _as_expected(content: bytes, expected: str | None, base: str, kind: str) -> bytes:
+def _verify_sha256(content: bytes, expected: str | None, base: str, kind: str) -> bytes:
     sha256 = hashlib.sha256(content).hexdigest()
     if expected is not None and sha256 != expected:
         raise UserError(
-            f"{base} gave another {kind}.json: its sha256 is {sha256}, expected {expected}; nothing is kept"
+            f"{base} gave another {kind}.json: its sha256 is {sha256}, expected {expected}; nothing is written"
         )
     return content
 
 
-def _get(base: str, path: str) -> bytes:
+def _download(base: str, path: str) -> bytes:
     url = f"{base.rstrip('/')}/{path}"
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:  # noqa: S310 (https, or what the user typed)
-            content: bytes = response.read(_LARGEST)
+            content: bytes = response.read(_MAX_BYTES)
     except urllib.error.HTTPError as error:
         error.close()
         raise UserError(f"{url} answers {error.code}; the file is not there") from error

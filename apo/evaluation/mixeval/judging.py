@@ -1,9 +1,10 @@
-"""What the judge is asked, and what its replies say: a verdict, or by name why there is none.
+"""Requests to the judge, and the verdicts in its replies, or the reason why there is none.
 
-Two profiles, which are never mixed. *faithful* is upstream: no temperature and no seed, a reply that cannot be read is
-asked for again up to ten rounds, then a random score stands in (seeded here, counted and marked); a letter past the
-options is wrong. *strict* is temperature 0 with a seed, asked once; a verdict is the only one in double brackets of a
-reply that ended by itself. What cannot be read is unresolved and counts as wrong, a letter past the options too.
+There are two profiles, which are never mixed. *faithful* follows upstream: no temperature and no seed; an unreadable
+reply is requested again for up to ten rounds, then a random score replaces it (seeded here, counted and marked); a
+letter beyond the options is wrong. *strict* sends one request at temperature 0 with a seed; the verdict must be the
+only one in double brackets of a reply that ended normally. Unreadable replies, and letters beyond the options, are
+unresolved and count as wrong.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
-from apo.evaluation.config import is_passing
+from apo.evaluation.config import is_transient
 from apo.evaluation.mixeval.answers import Answer
-from apo.evaluation.mixeval.benchmark import JudgeWords, Row
+from apo.evaluation.mixeval.benchmark import BenchmarkRow, JudgePrompts
 from apo.evaluation.mixeval.rules import chosen_letter, is_right
 from apo.evaluation.results import Item, Profile
 from clair.core.files import content_hash
@@ -28,7 +29,7 @@ ROUNDS: Mapping[Profile, int] = {"faithful": 10, "strict": 1}
 _NUMBERS = (re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]"), re.compile(r"\[(\d+(?:\.\d*)?)\]"))
 _LETTERS = (re.compile(r"\[\[([A-Z])\]\]"), re.compile(r"\[([A-Z])\]"))
 _LOWER_CASE = re.compile(r"\[[a-z]\]")
-_OCTAL = re.compile(r"0+[1-9]\d*")  # no number in Python, so that upstream's parser ends at it
+_OCTAL = re.compile(r"0+[1-9]\d*")  # no number in Python: upstream's parser fails at it
 
 
 REASONS = {
@@ -47,12 +48,12 @@ REASONS = {
     "answer_http_*": "the model's server refused this question, such as answer_http_400: no score, only a bracket",
     "answer_*": "the model gave no answer, such as answer_prompt_too_long or answer_content_filter: counts as wrong",
 }
-"""Why an item is unresolved, by name."""
+"""The reasons why an item is unresolved, with their meaning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A score and the text it was read from, or the name of what is wrong."""
+    """A score and the text it was read from, or the reason why there is none."""
 
     value: str | None
     score: float = 0.0
@@ -60,8 +61,8 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """The last verdict on an answer, the reply it is from, and what all rounds took."""
+class JudgeResult:
+    """The last verdict on an answer, the judge's reply, and rounds and tokens in total."""
 
     verdict: Verdict
     text: str = ""
@@ -71,34 +72,34 @@ class Judged:
 
 
 def request_options(profile: Profile, seed: int) -> dict[str, Any]:
-    """The judge's request beside model and messages."""
+    """The options of the judge's request besides model and messages."""
     strict = {"temperature": 0.0, "seed": seed} if profile == "strict" else {}
     return {"max_tokens": MAX_TOKENS, "response_format": {"type": "text"}, **strict}
 
 
-def read_verdict(reply: Reply, row: Row, profile: Profile) -> Verdict:
-    """What a judge's reply says about a row's answer.
+def read_verdict(reply: Reply, row: BenchmarkRow, profile: Profile) -> Verdict:
+    """Read the verdict in a judge's reply.
 
-    faithful: the first thing in double brackets, else in single ones. strict: the only one in double brackets of a
-    reply with a good ending; two that say the same are one.
+    faithful: the first match in double brackets, else in single ones. strict: the only one in double brackets of a
+    reply that ended normally; equal verdicts count as one.
     """
     double, single = _LETTERS if row.options else _NUMBERS
     if profile == "faithful":
         match = double.search(reply.text) or single.search(reply.text)
-        return _verdict(match[1], row) if match else Verdict(None, unresolved=_nothing_read(reply, row))
+        return _verdict(match[1], row) if match else Verdict(None, unresolved=_unreadable_reason(reply, row))
     if incomplete := reply.incomplete():
         return Verdict(None, unresolved="cut_off" if incomplete == "truncated" else "not_ended")
-    verdicts = {(found.score, found.unresolved, found.value if row.options else None): found
-                for found in (_verdict(text, row) for text in double.findall(reply.text))}  # fmt: skip
+    verdicts = {(verdict.score, verdict.unresolved, verdict.value if row.options else None): verdict
+                for verdict in (_verdict(text, row) for text in double.findall(reply.text))}  # fmt: skip
     if len(verdicts) != 1:
-        return Verdict(None, unresolved="two_verdicts" if verdicts else _nothing_read(reply, row))
+        return Verdict(None, unresolved="two_verdicts" if verdicts else _unreadable_reason(reply, row))
     (verdict,) = verdicts.values()
     past = row.options and verdict.value not in row.letters
     return replace(verdict, unresolved="past_options") if past else verdict
 
 
-def _verdict(text: str, row: Row) -> Verdict:
-    """What stands in brackets, as a verdict."""
+def _verdict(text: str, row: BenchmarkRow) -> Verdict:
+    """The verdict of a text in brackets."""
     if row.options:
         return Verdict(text, float(text in row.right))
     if not text.isascii() or _OCTAL.fullmatch(text):
@@ -107,7 +108,7 @@ def _verdict(text: str, row: Row) -> Verdict:
     return Verdict(text, score) if score <= 1 else Verdict(text, unresolved="out_of_range")
 
 
-def _nothing_read(reply: Reply, row: Row) -> str:
+def _unreadable_reason(reply: Reply, row: BenchmarkRow) -> str:
     if reply.incomplete() == "truncated":
         return "cut_off"
     if not reply.text.strip():
@@ -115,55 +116,57 @@ def _nothing_read(reply: Reply, row: Row) -> str:
     return "lower_case" if row.options and _LOWER_CASE.search(reply.text) else "no_brackets"
 
 
-def by_rule(answer: Answer, profile: Profile) -> Judged:
-    """The verdict of the benchmark's rule parser; `strict` finds numbers where the benchmark finds none."""
+def judge_by_rule(answer: Answer, profile: Profile) -> JudgeResult:
+    """The verdict of the benchmark's rule parser. *strict* also reads numbers that the benchmark's parser misses."""
     row = answer.row
     if not row.options:
-        return Judged(Verdict(None, float(is_right(answer.text, row.right, faithful=profile == "faithful"))))
+        return JudgeResult(Verdict(None, float(is_right(answer.text, row.right, faithful=profile == "faithful"))))
     letter = chosen_letter(answer.text, row.options)
     if letter is None:
-        return Judged(Verdict(None, unresolved="no_option"))
-    return Judged(Verdict(letter, float(letter in row.right)))
+        return JudgeResult(Verdict(None, unresolved="no_option"))
+    return JudgeResult(Verdict(letter, float(letter in row.right)))
 
 
 @dataclass
 class Judge:
-    """A model that judges. `independent` names the run whose requests share no reply; None shares all equal ones."""
+    """A model that judges. `independent` names a run that shares no replies; None: equal requests share one."""
 
     client: ModelClient
-    words: JudgeWords
+    judge_prompts: JudgePrompts
     profile: Profile
     independent: str | None = None
     answered_by: set[str] = field(default_factory=set)
     refusals: list[str] = field(default_factory=list)
-    """What the server said to requests that it refused for good."""
+    """The server's messages about requests that it refused for good."""
     distinct: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Tokens of each different request that was answered."""
+    """(prompt, completion) tokens of each distinct request that was answered, by hash."""
 
-    async def judge(self, answer: Answer) -> Judged:
-        """Ask until there is a verdict, or the profile's rounds are over. Raises Dropped where nobody answers."""
-        messages = self.words.messages(answer.row, answer.text)
-        judged = Judged(Verdict(None))
+    async def judge(self, answer: Answer) -> JudgeResult:
+        """Send requests until there is a verdict, in at most the profile's rounds. Raises Dropped without a reply."""
+        messages = self.judge_prompts.messages(answer.row, answer.text)
+        judged = JudgeResult(Verdict(None))
         for round_ in range(ROUNDS[self.profile]):
             sample = self._first_sample(answer) + round_
             try:
                 reply = await self.client.ask(messages, row=answer.name, sample=sample)
             except Dropped as dropped:
-                if is_passing(dropped):
+                if is_transient(dropped):
                     raise
                 self.refusals.append(f"judge: {dropped.detail}")
                 return replace(judged, verdict=Verdict(None, unresolved=f"judge_{dropped.reason}"), rounds=round_ + 1)
             tokens = (reply.usage.get("prompt_tokens", 0), reply.usage.get("completion_tokens", 0))
             self.distinct[content_hash([messages, sample])] = tokens
             self.answered_by |= {reply.model} - {""}
-            judged = Judged(
+            judged = JudgeResult(
                 read_verdict(reply, answer.row, self.profile),
                 reply.text,
                 round_ + 1,
                 judged.prompt_tokens + tokens[0],
                 judged.completion_tokens + tokens[1],
             )
-            if reply.incomplete() == "content_filter":  # so would the next round be, and no verdict is the judge's
+            if (
+                reply.incomplete() == "content_filter"
+            ):  # the next round would be filtered too, and the judge gave no verdict
                 self.refusals.append("judge: content_filter")
                 return replace(judged, verdict=Verdict(None, unresolved="judge_content_filter"))
             if judged.verdict.unresolved is None:
@@ -171,14 +174,14 @@ class Judge:
         return judged
 
     def _first_sample(self, answer: Answer) -> int:
-        """Which of several equal requests the first round is, for the ledger: its place, or one of its own."""
+        """The ledger's sample number of the first round: 0, or one of this run and answer if `independent`."""
         if self.independent is None:
             return 0
         return ROUNDS["faithful"] * (1 + int(content_hash([self.independent, answer.name, answer.sample])[:12], 16))
 
 
-def item_of(answer: Answer, judged: Judged) -> Item:
-    """The line of items.jsonl. What has no verdict scores 0 here."""
+def make_item(answer: Answer, judged: JudgeResult) -> Item:
+    """The line of items.jsonl. Without a verdict the score is 0."""
     row, verdict = answer.row, judged.verdict
     return Item(
         split=row.split,
@@ -203,11 +206,11 @@ def item_of(answer: Answer, judged: Judged) -> Item:
     )
 
 
-def with_fallbacks(items: Iterable[Item], rows: Mapping[tuple[str, int], Row], seed: int) -> list[Item]:
-    """Upstream's random scores for what has no verdict, marked as such; draws go through `items` in their order.
+def with_fallbacks(items: Iterable[Item], rows: Mapping[tuple[str, int], BenchmarkRow], seed: int) -> list[Item]:
+    """Give items without a verdict upstream's random scores and mark them; drawn in the order of `items`.
 
-    One decimal for a free-form answer, any of its letters for a multiple-choice one. An item without an answer stays
-    wrong: there was nothing to judge. What a server refused (`Item.unanswered`) is nobody's verdict.
+    A free-form answer gets a random decimal, a multiple-choice one the score of a random letter. Items without an
+    answer stay wrong, since there was nothing to judge, and items that a server refused stay unanswered.
     """
     random = Random(seed)
     drawn = []

@@ -1,24 +1,24 @@
-"""One evaluation: answers made or read, judged, scored and written; resumable, and nothing is paid for twice."""
+"""One evaluation: answers are generated or read, judged, scored and written. It is resumable and pays nothing twice."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from apo.evaluation.config import goes_on, is_passing, same_settings
-from apo.evaluation.mixeval.answers import Answer, Wanted, answer, no_answer, wanted
-from apo.evaluation.mixeval.config import Checked, MixEvalConfig, check
-from apo.evaluation.mixeval.judging import Judge, Judged, Verdict, by_rule, item_of, with_fallbacks
+from apo.evaluation.config import Outcome, check_resumable, is_transient, mark_resumable
+from apo.evaluation.mixeval.answers import Answer, AnswerRequest, answer_requests, refused_answer, request_answer
+from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs, load_inputs
+from apo.evaluation.mixeval.judging import Judge, JudgeResult, Verdict, judge_by_rule, make_item, with_fallbacks
 from apo.evaluation.mixeval.score import aggregate
 from apo.evaluation.mixeval.upstream import write_upstream_files
-from apo.evaluation.results import Item, JudgeUsed, ModelUsed, Score, Usage, write_results
+from apo.evaluation.results import ROLES, Item, JudgeUsed, ModelUsed, Role, Score, Usage, read_results, write_results
 from clair.core.errors import UserError
 from clair.core.event_loop import run_async
 from clair.core.provenance import provenance
@@ -32,24 +32,37 @@ from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import lock_output
 
-_HOPELESS = 20
-"""Refusals before the first answer after which a model is taken to refuse everything."""
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_MAX_REFUSALS = 20
+"""Refusals before the first answer after which the model is assumed to refuse everything."""
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluated:
-    """What an evaluation came to. It has no score where it ended early: `stopped` tells why, or `failed` how many
-    items got no reply, with the first reason. `refused`: the first words of a server about an item that it refused.
-    """
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MixEvalOutcome(Outcome):
+    """The score of an evaluation and the number of different judge requests it rests on; no score if it ended early."""
 
-    out: Path
-    score: Score | None
+    score: Score | None = None
     requests: int = 0
-    """Different judge requests that the score rests on."""
-    failed: int = 0
-    first_failure: str = ""
-    stopped: str | None = None
-    refused: str = ""
+
+    @property
+    def headline(self) -> str | None:
+        """The overall score in per cent, or its bracket if a server refused items."""
+        if self.score is None:
+            return None
+        interval = self.score.intervals["overall"]
+        if self.score.overall is None:
+            low, high = interval.bracket
+            return f"overall between {100 * low:.1f} and {100 * high:.1f} %, {self.score.unanswered} items were refused"
+        ci95 = f", 95 % interval {100 * interval.ci95[0]:.1f} to {100 * interval.ci95[1]:.1f}" if interval.ci95 else ""
+        return f"overall {100 * self.score.overall:.1f} %{ci95}"
+
+    def table(self) -> Table:
+        """The scores of all splits and benchmarks, as the command prints them. Raises UserError if there are none."""
+        from apo.evaluation.tables import score_table
+
+        return score_table(read_results(self.out))
 
 
 Progress = Callable[[int, Mapping[str, ModelClient]], None]
@@ -58,76 +71,78 @@ Progress = Callable[[int, Mapping[str, ModelClient]], None]
 def evaluate(
     config: MixEvalConfig,
     *,
-    checked: Checked | None = None,
+    inputs: MixEvalInputs | None = None,
     on_progress: Progress | None = None,
     resources: Resources | None = None,
-) -> Evaluated:
-    """Run an evaluation, going on from whatever its ledger holds, and write the result folder.
+) -> MixEvalOutcome:
+    """Run an evaluation, reusing the replies in its ledger, and write the result folder.
 
-    `checked` is what `check` returned, if the caller has it already. `resources`: other models than the run's own, as
-    `clair.pipeline.runner` has it. Raises UserError for the user's mistakes before any work, and for a model or a judge
-    that refuses everything.
+    `inputs` is the result of `load_inputs`, if the caller has it already. `resources` opens the models and shares their
+    limits (absent: the run's own). Raises UserError for the user's mistakes before any work, and if the model or the
+    judge refuses everything.
     """
-    checked = checked or check(config)
+    inputs = inputs or load_inputs(config)
     out = Path(config.out)
     with lock_output(out), Ledger(config.ledger_path) as ledger:
-        same_settings(config, out, ledger)
-        return run_async(_evaluate(config, checked, ledger, on_progress or (lambda *_: None), resources))
+        check_resumable(config, out, ledger)
+        return run_async(_evaluate(config, inputs, ledger, on_progress or (lambda *_: None), resources))
 
 
 async def _evaluate(
-    config: MixEvalConfig, checked: Checked, ledger: Ledger, on_progress: Progress, resources: Resources | None
-) -> Evaluated:
+    config: MixEvalConfig, inputs: MixEvalInputs, ledger: Ledger, on_progress: Progress, resources: Resources | None
+) -> MixEvalOutcome:
     started = time.monotonic()
     stop = StopSignal()
     clients = open_clients(config, ledger, stop, resources=resources)
     try:
-        run = Run(config, checked, clients, stop)
+        run = MixEvalRun(config, inputs, clients, stop)
         with stop_on_interrupt(stop, clients):
             items = await run.items(run.work(), on_progress)
     except Refused as error:
-        goes_on(error, clients)
+        mark_resumable(error, clients)
         raise
     finally:
         for client in clients.values():
             await client.model.close()
     if stop.error:
-        goes_on(stop.error, clients)
+        mark_resumable(stop.error, clients)
         raise stop.error
     if stop.reason or run.failures:
         first = run.failures[0] if run.failures else ""
-        return Evaluated(Path(config.out), None, 0, len(run.failures), first, stop.reason)
+        return MixEvalOutcome(out=Path(config.out), failed=len(run.failures), first_failure=first, stopped=stop.reason)
     score = run.write(items, time.monotonic() - started)
     refused = [*run.refusals, *(run.judge.refusals if run.judge else ())]
     requests = len(run.judge.distinct) if run.judge else 0
-    return Evaluated(Path(config.out), score, requests, refused=refused[0] if score.unanswered else "")
+    return MixEvalOutcome(
+        out=Path(config.out), score=score, requests=requests, refused=refused[0] if score.unanswered else ""
+    )
 
 
-def work_items(config: MixEvalConfig, checked: Checked) -> list[tuple[int, Answer | Wanted]]:
-    """What is to be judged, or answered first, each with its place in the result."""
-    if checked.given is not None:
-        return list(enumerate(checked.given))
-    return list(enumerate(wanted(checked.benchmark, config.samples, alike=_greedy(config))))
+def work_items(config: MixEvalConfig, inputs: MixEvalInputs) -> list[tuple[int, Answer | AnswerRequest]]:
+    """(index in the result, ready answer or request for one) of every item to judge."""
+    if inputs.ready_answers is not None:
+        return list(enumerate(inputs.ready_answers))
+    return list(enumerate(answer_requests(inputs.benchmark, config.samples, greedy=_is_greedy(config))))
 
 
-def _greedy(config: MixEvalConfig) -> bool:
-    """Whether equal questions get equal answers, so that asking them once is enough."""
+def _is_greedy(config: MixEvalConfig) -> bool:
+    """True if decoding is greedy, so that equal questions get equal answers."""
     model = config.model
     assert model is not None
     if model.temperature is not None or model.path is None:
         return model.temperature == 0
     from apo.models.load import find_model, load_generation_config
 
-    own = load_generation_config(find_model(model.path))
-    return own is None or not own.do_sample
+    generation = load_generation_config(find_model(model.path))
+    return generation is None or not generation.do_sample
 
 
 @dataclass
-class Run:
-    """An evaluation on its way: every item answered and judged by itself, all at once."""
+class MixEvalRun:
+    """A running evaluation: items are answered and judged concurrently, each independently."""
 
     config: MixEvalConfig
-    checked: Checked
+    inputs: MixEvalInputs
     clients: Mapping[str, ModelClient]
     stop: StopSignal
     failures: list[str] = field(default_factory=list)
@@ -140,82 +155,86 @@ class Run:
     _answered: int = 0
 
     def __post_init__(self) -> None:
-        if self.checked.words is not None:
+        if self.inputs.judge_prompts is not None:
             whose = self.clients["model"].model.identity if "model" in self.clients else self.config.out
             independent = whose if self.config.independent_judgements else None
-            self.judge = Judge(self.clients["judge"], self.checked.words, self.config.profile, independent)
+            self.judge = Judge(self.clients["judge"], self.inputs.judge_prompts, self.config.profile, independent)
 
-    def work(self) -> list[tuple[int, Answer | Wanted]]:
-        """All work; longest questions first for a local model."""
-        found = work_items(self.config, self.checked)
-        if self.checked.given is None and isinstance(self.clients["model"].model, LocalModel):
-            self.clients["model"].limiter = Limiter(len(found))  # it makes its own batches, the fuller the better
-            found.sort(key=lambda placed: -len(placed[1].row.text))
-        return found
+    def work(self) -> list[tuple[int, Answer | AnswerRequest]]:
+        """All items of work; longest questions first for a local model."""
+        work = work_items(self.config, self.inputs)
+        if self.inputs.ready_answers is None and isinstance(self.clients["model"].model, LocalModel):
+            self.clients["model"].limiter = Limiter(len(work))  # the model forms its own batches, from all requests
+            work.sort(key=lambda placed: -len(placed[1].row.text))
+        return work
 
-    async def items(self, work: Sequence[tuple[int, Answer | Wanted]], on_progress: Progress) -> list[Item]:
-        """The items of this work, in the order of their places; only some where the run stops or requests fail."""
-        found: list[tuple[int, Item]] = []
-        done = count()
+    async def items(self, work: Sequence[tuple[int, Answer | AnswerRequest]], on_progress: Progress) -> list[Item]:
+        """The finished items in the order of their indexes; incomplete if the run stops or requests fail."""
+        items: list[tuple[int, Item]] = []
+        counter = count()
 
-        async def placed(what: tuple[int, Answer | Wanted]) -> tuple[int, Item | Dropped | Stopped]:
-            result = await self._placed(what)
+        async def placed(indexed: tuple[int, Answer | AnswerRequest]) -> tuple[int, Item | Dropped | Stopped]:
+            result = await self._placed(indexed)
             if not isinstance(result[1], Dropped | Stopped):
-                on_progress(next(done), self.clients)
+                on_progress(next(counter), self.clients)
             return result
 
-        on_progress(next(done), self.clients)
+        on_progress(next(counter), self.clients)
         results = map_ordered(placed, work, len(work) + 1, self.stop.requested, self._drain)
         async with aclosing(results) as outcomes:
-            async for place, outcome in outcomes:
+            async for index, outcome in outcomes:
                 if isinstance(outcome, Stopped):
                     break
                 if isinstance(outcome, Dropped):
                     self.failures.append(f"{outcome.stage}: {outcome.detail}")
                 else:
-                    found.append((place, outcome))
-        if found and not self.stop.reason and all(_no_answer(item) for _, item in found):
+                    items.append((index, outcome))
+        if items and not self.stop.reason and all(_no_answer(item) for _, item in items):
             raise UserError(f"the model answered nothing: {self.refusals[0]}")
-        return [item for _, item in sorted(found, key=lambda placed: placed[0])]
+        return [item for _, item in sorted(items, key=lambda placed: placed[0])]
 
-    async def _placed(self, placed: tuple[int, Answer | Wanted]) -> tuple[int, Item | Dropped | Stopped]:
-        place, what = placed
+    async def _placed(self, placed: tuple[int, Answer | AnswerRequest]) -> tuple[int, Item | Dropped | Stopped]:
+        index, work = placed
         try:
-            return place, await self._item(what)
+            return index, await self._item(work)
         except (Dropped, Stopped) as outcome:
-            return place, outcome
-        except Exception as error:  # a ledger that cannot be written, a bug of ours: nothing else may go on spending
+            return index, outcome
+        except Exception as error:  # an unwritable ledger or a bug: stop spending
             self.stop.request(str(error), error)
             raise
 
-    async def _item(self, what: Answer | Wanted) -> Item:
-        given = what if isinstance(what, Answer) else await self._answer(what)
-        if given.unresolved is not None:
-            return item_of(given, Judged(Verdict(None, unresolved=given.unresolved)))
-        return item_of(given, await self.judge.judge(given) if self.judge else by_rule(given, self.config.profile))
+    async def _item(self, work: Answer | AnswerRequest) -> Item:
+        response = work if isinstance(work, Answer) else await self._answer(work)
+        if response.unresolved is not None:
+            return make_item(response, JudgeResult(Verdict(None, unresolved=response.unresolved)))
+        return make_item(
+            response, await self.judge.judge(response) if self.judge else judge_by_rule(response, self.config.profile)
+        )
 
-    async def _answer(self, want: Wanted) -> Answer:
-        """The model's answer, or what stands for one it refuses. Ends the run where it refuses from the start."""
+    async def _answer(self, request: AnswerRequest) -> Answer:
+        """The model's answer, or an unresolved one if it refuses. Stops the run if it refuses all first questions."""
         try:
-            made = await answer(self.clients["model"], want, self.config.system)
+            response = await request_answer(self.clients["model"], request, self.config.system)
         except Dropped as dropped:
-            if is_passing(dropped):
+            if is_transient(dropped):
                 raise
             self.refusals.append(f"{dropped.reason}: {dropped.detail}")
             by_server = dropped.reason.startswith("http_")
-            if by_server and not self._answered and len(self.refusals) >= _HOPELESS:
-                told = f"the model refused the first {len(self.refusals)} questions: {self.refusals[0]}"
-                self.stop.request(told, UserError(told))
-            return no_answer(want, dropped)
-        if made.unresolved is not None:
-            self.refusals.append(f"{made.unresolved.removeprefix('answer_')}: {made.text or 'no text'}")
+            if by_server and not self._answered and len(self.refusals) >= _MAX_REFUSALS:
+                message = f"the model refused the first {len(self.refusals)} questions: {self.refusals[0]}"
+                self.stop.request(message, UserError(message))
+            return refused_answer(request, dropped)
+        if response.unresolved is not None:
+            self.refusals.append(f"{response.unresolved.removeprefix('answer_')}: {response.text or 'no text'}")
         self._answered += 1
-        self.answer_tokens[want.row.text, want.draw] = Tokens(made.prompt_tokens or 0, made.completion_tokens or 0)
-        return made
+        self.answer_tokens[request.row.text, request.draw] = Tokens(
+            response.prompt_tokens or 0, response.completion_tokens or 0
+        )
+        return response
 
     async def _drain(self) -> None:
-        """Let what is paid for, or being generated, come to its end."""
-        self.stop.request("no more rows are wanted")
+        """Wait for the requests in flight, which are paid for, and end local generation."""
+        self.stop.request("no more rows are needed")
         for client in self.clients.values():
             if isinstance(client.model, LocalModel):
                 client.model.abandon()
@@ -224,8 +243,8 @@ class Run:
     # ---- the result
 
     def write(self, items: Sequence[Item], seconds: float) -> Score:
-        """The score of finished items, with its folder written."""
-        config, benchmark = self.config, self.checked.benchmark
+        """Score the finished items and write the result folder."""
+        config, benchmark = self.config, self.inputs.benchmark
         if config.profile == "faithful":
             rows = {(row.split, row.row): row for row in benchmark.all_rows}
             items = with_fallbacks(items, rows, config.seed)
@@ -260,41 +279,45 @@ class Run:
             kind="model",
             model=model.name,
             identity=model.identity,
-            options=_shown(self.judge.client.options),
+            options=_without_headers(self.judge.client.options),
             answered_by=tuple(sorted(self.judge.answered_by)),
-            prompts_sha256=self.judge.words.sha256,
+            prompts_sha256=self.judge.judge_prompts.sha256,
         )
 
     def _model_used(self) -> ModelUsed:
-        if self.checked.given is not None:
+        if self.inputs.ready_answers is not None:
             assert self.config.responses is not None
-            texts = "\x1e".join(given.text for given in self.checked.given)
+            texts = "\x1e".join(response.text for response in self.inputs.ready_answers)
             digest = hashlib.sha256(texts.encode("utf-8", "surrogatepass")).hexdigest()
             return ModelUsed(name=Path(self.config.responses).resolve().name, identity=f"responses:{digest}")
         client = self.clients["model"]
-        return ModelUsed(name=client.model.name, identity=client.model.identity, options=_shown(client.options))
+        return ModelUsed(
+            name=client.model.name, identity=client.model.identity, options=_without_headers(client.options)
+        )
 
-    def _usage(self) -> dict[str, Usage]:
-        """What the replies took that the score rests on, each counted once."""
+    def _usage(self) -> dict[Role, Usage]:
+        """Tokens and cost of the replies that the score is based on, each counted once."""
         prices = role_prices(self.config.models)
-        tokens = {"model": self.answer_tokens.values()}
+        tokens: dict[Role, Collection[tuple[int, int]]] = {"model": self.answer_tokens.values()}
         if self.judge:
             tokens["judge"] = self.judge.distinct.values()
-        told = {}
-        for role, client in self.clients.items():
+        usage: dict[Role, Usage] = {}
+        for role in ROLES:
+            if role not in self.clients:
+                continue
             total = Tokens(sum(t[0] for t in tokens[role]), sum(t[1] for t in tokens[role]))
             cost = f"{prices[role].cost(total).normalize():f}" if role in prices else None
-            tally = client.tally
-            told[role] = Usage(
+            tally = self.clients[role].tally
+            usage[role] = Usage(
                 prompt=total.prompt, completion=total.completion, calls=tally.calls, reused=tally.reused, cost=cost
             )
-        return told
+        return usage
 
 
 def _no_answer(item: Item) -> bool:
     return item.unresolved is not None and item.unresolved.startswith("answer_")
 
 
-def _shown(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Request options without headers, which say who pays and not what is asked."""
+def _without_headers(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Request options without headers, which identify the payer and not the request."""
     return {key: value for key, value in options.items() if key != "headers"}

@@ -1,4 +1,4 @@
-"""The result in the benchmark's own files and names, for tools that read those.
+"""Write a result in the benchmark's own file format, for tools that read it.
 
 MODEL/mixeval_hard/VERSION/{MODEL_close_freeform_hard,MODEL_close_multichoice_hard}.jsonl   rows with their responses
     judge_results_{ff,mp}_{model_judge_JUDGE,rule}.jsonl                                  the same with judgements
@@ -24,7 +24,7 @@ _KINDS: Mapping[Split, tuple[str, str]] = {
 
 
 def write_upstream_files(out: Path, benchmark: Benchmark, score: Score, items: Sequence[Item]) -> Path:
-    """Write them under `out`; the folder they are in. `items` hold one answer a row."""
+    """Write the files under `out` and return their folder. `items` has one answer to each row."""
     model = _file_name(score.model.name)
     hard = score.split == "hard"
     folder = out / model / ("mixeval_hard" if hard else "mixeval") / score.version
@@ -36,10 +36,12 @@ def write_upstream_files(out: Path, benchmark: Benchmark, score: Score, items: S
         write_atomically(folder / f"{model}_{answered}{'_hard' if hard else ''}.jsonl", _lines(rows))
         verdicts = [{**row, **_judgement(item, score.judge.kind)} for row, (_, item) in zip(rows, pairs, strict=True)]
         write_atomically(folder / f"judge_results_{judged}_{by}.jsonl", _lines(verdicts))
-    # Upstream keeps one number for a benchmark of both splits: the second one.
-    parts = {name: part.score for split in SPLITS for name, part in score.by_benchmark[split].items()}
-    told = {"overall score (final score)": score.overall, **parts}
-    write_atomically(folder / "score.json", json.dumps(told, indent=4) + "\n")
+    # Upstream writes one number for a benchmark that is in both splits: that of the second split.
+    scores = {
+        name: benchmark_score.score for split in SPLITS for name, benchmark_score in score.by_benchmark[split].items()
+    }
+    numbers = {"overall score (final score)": score.overall, **scores}
+    write_atomically(folder / "score.json", json.dumps(numbers, indent=4) + "\n")
     return folder
 
 

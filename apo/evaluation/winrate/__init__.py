@@ -1,4 +1,4 @@
-"""Win rates by a judge: both orders, verdicts, length control.
+"""Win rates by a judge that sees both orders, raw and at equal lengths.
 
 Imports `evaluation`.
 """

@@ -1,4 +1,4 @@
-"""Two answers and a judge's two verdicts about them, and what many of those come to: a win rate with intervals."""
+"""Two answers with the judge's two verdicts on them, and the summary of many: a win rate with intervals."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from clair.data.records import Prompt, content_id
 SIDES = ("base", "tuned")
 
 
-def key_of(prompt: Prompt) -> str:
-    """What tells prompts apart, whatever answers their rows bring: the cluster."""
+def prompt_key(prompt: Prompt) -> str:
+    """The hash of a prompt without its row's answer: the cluster."""
     return content_id(prompt.messages, None)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class AnswerText:
     """One side's answer."""
 
     text: str
@@ -29,35 +29,35 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
-    """Two answers to one prompt and the judge's verdicts: who was better with the base shown first, and second.
+class Comparison:
+    """Two answers to one prompt and the judge's verdicts: with the base shown first, and shown second.
 
-    A verdict is "base", "tuned", "tie", or None where none could be read; `unresolved` then says why.
+    A verdict is "base", "tuned", "tie", or None if it is unreadable; `unresolved` is then the reason.
     """
 
     prompt: Prompt
     sample: int
-    base: Answer
-    tuned: Answer
+    base: AnswerText
+    tuned: AnswerText
     verdicts: tuple[str | None, str | None]
     reasoning: tuple[str, str] = ("", "")
     unresolved: str | None = None
 
     @property
     def value(self) -> float | None:
-        """What the tuned model gets: 1 for each order it wins in, one half for a tie, over both; None if unresolved."""
+        """The tuned model's score, the mean over both orders of 1, 1/2 (tie) or 0; None if unresolved."""
         if self.unresolved:
             return None
         return sum({"tuned": 0.5, "tie": 0.25}.get(verdict or "", 0.0) for verdict in self.verdicts)
 
     @property
     def unanswered(self) -> bool:
-        """A server refused a request of it: who wins is unknown."""
+        """True if a server refused one of its requests: the winner is unknown."""
         return self.unresolved is not None and self.unresolved.startswith(("answer_http_", "judge_http_"))
 
     @property
     def identical(self) -> bool:
-        """Both models said the same: a tie for which no judge is asked."""
+        """True if both answers are equal: a tie without a request to the judge."""
         return self.base.text == self.tuned.text
 
     def row(self) -> dict[str, Any]:
@@ -66,35 +66,49 @@ class Compared:
         cut = {f"{side}_truncated": getattr(self, side).truncated for side in SIDES}
         names = ("base_first", "tuned_first")
         verdicts = dict(zip(names, self.verdicts, strict=True))
-        reasoning = {f"{name}_reasoning": said for name, said in zip(names, self.reasoning, strict=True)}
-        told = {"id": self.prompt.id, "prompt": [dict(turn) for turn in self.prompt.messages], "sample": self.sample}
-        return {**told, **answers, **cut, **verdicts, **reasoning, "value": self.value, "unresolved": self.unresolved}
+        reasoning = {f"{name}_reasoning": reasoning for name, reasoning in zip(names, self.reasoning, strict=True)}
+        prompt = {"id": self.prompt.id, "prompt": [dict(turn) for turn in self.prompt.messages], "sample": self.sample}
+        return {**prompt, **answers, **cut, **verdicts, **reasoning, "value": self.value, "unresolved": self.unresolved}
 
 
-def summary(compared: Sequence[Compared]) -> dict[str, Any]:
-    """The numbers of winrate.json. Unresolved comparisons are left out, counted, and bracketed; so is in the bracket,
-    but not in the rate, what was judged of an answer that was cut off.
+def summary(compared: Sequence[Comparison]) -> dict[str, Any]:
+    """The numbers of winrate.json. `win_rate` is a mean over comparisons, clustered by prompt; lengths in characters.
 
-    `win_rate` is a mean over comparisons, clustered by prompt; lengths are in characters.
+    Unresolved comparisons are left out of the rate and counted. The bracket covers them, and comparisons of an answer
+    that was cut off, as all lost and as all won.
     """
-    settled = [one for one in compared if one.value is not None]
+    settled = [comparison for comparison in compared if comparison.value is not None]
     if not settled:
-        return {"comparisons": len(compared), "resolved": 0, "unresolved": reasons(compared), "win_rate": None}
-    prompts, values = [key_of(one.prompt) for one in settled], [one.value or 0.0 for one in settled]
-    lengths = [(len(one.base.text), len(one.tuned.text)) for one in settled]
-    agree = [float(one.verdicts[0] == one.verdicts[1]) for one in settled if not one.identical]
-    asked = [key_of(one.prompt) for one in settled if not one.identical]
-    whole = [one.value or 0.0 for one in settled if not (one.base.truncated or one.tuned.truncated)]
-    bracket = [(math.fsum(whole) + extra) / len(compared) for extra in (0, len(compared) - len(whole))]
+        return {
+            "comparisons": len(compared),
+            "resolved": 0,
+            "unresolved": unresolved_counts(compared),
+            "win_rate": None,
+        }
+    prompts, values = (
+        [prompt_key(comparison.prompt) for comparison in settled],
+        [comparison.value or 0.0 for comparison in settled],
+    )
+    lengths = [(len(comparison.base.text), len(comparison.tuned.text)) for comparison in settled]
+    agree = [
+        float(comparison.verdicts[0] == comparison.verdicts[1]) for comparison in settled if not comparison.identical
+    ]
+    judged_prompts = [prompt_key(comparison.prompt) for comparison in settled if not comparison.identical]
+    complete = [
+        comparison.value or 0.0
+        for comparison in settled
+        if not (comparison.base.truncated or comparison.tuned.truncated)
+    ]
+    bracket = [(math.fsum(complete) + extra) / len(compared) for extra in (0, len(compared) - len(complete))]
     ratios = [tuned / base for base, tuned in lengths if base]
-    consistency = _told(agree, asked, clustered_score) if agree else None
+    consistency = _told(agree, judged_prompts, clustered_score) if agree else None
     return {
         "comparisons": len(compared),
         "resolved": len(settled),
         "prompts": len(set(prompts)),
-        "unresolved": reasons(compared),
-        "unanswered": sum(one.unanswered for one in compared),
-        "identical": sum(one.identical for one in settled),
+        "unresolved": unresolved_counts(compared),
+        "unanswered": sum(comparison.unanswered for comparison in compared),
+        "identical": sum(comparison.identical for comparison in settled),
         "won": sum(value > 0.5 for value in values),
         "tied": sum(value == 0.5 for value in values),
         "lost": sum(value < 0.5 for value in values),
@@ -102,28 +116,30 @@ def summary(compared: Sequence[Compared]) -> dict[str, Any]:
         "bracket": bracket,
         "length_controlled": _length_controlled(values, lengths, prompts),
         "length": {
-            **{side: math.fsum(pair[at] for pair in lengths) / len(lengths) for at, side in enumerate(SIDES)},
+            **{side: math.fsum(pair[index] for pair in lengths) / len(lengths) for index, side in enumerate(SIDES)},
             "ratio": math.fsum(ratios) / len(ratios) if ratios else None,
         },
         "consistency": consistency,
-        "distrust": distrust(consistency),
-        "truncated": {side: sum(getattr(one, side).truncated for one in settled) for side in SIDES},
+        "distrust": inconsistency_reason(consistency),
+        "truncated": {side: sum(getattr(comparison, side).truncated for comparison in settled) for side in SIDES},
     }
 
 
-def distrust(consistency: Mapping[str, Any] | None) -> str | None:
-    """Why a judge's verdicts are not worth more than a coin's, or None: they hang on the order of the answers."""
+def inconsistency_reason(consistency: Mapping[str, Any] | None) -> str | None:
+    """The reason to distrust a judge whose verdicts depend on the order of the answers as a coin's would; or None."""
     if consistency is None or consistency["ci95"] is None or consistency["ci95"][0] > 0.5:
         return None
-    told = f"the judge agrees with itself in {100 * consistency['mean']:.0f} % of the comparisons shown in both orders"
+    agreement = (
+        f"the judge agrees with itself in {100 * consistency['mean']:.0f} % of the comparisons shown in both orders"
+    )
     if consistency["mean"] <= 0.5:
-        return f"{told}, no more than a coin does: it is no judge, and this rate says nothing about the models"
-    return f"{told}, which by chance a coin does too: too few to know whether it is a judge"
+        return f"{agreement}, no more than a coin does: this rate says nothing about the models; use another judge"
+    return f"{agreement}, which a coin may do by chance too: there are too few to trust this judge"
 
 
-def reasons(compared: Sequence[Compared]) -> dict[str, int]:
-    """Why comparisons are unresolved, and how many for each reason."""
-    return dict(sorted(Counter(one.unresolved for one in compared if one.unresolved).items()))
+def unresolved_counts(compared: Sequence[Comparison]) -> dict[str, int]:
+    """The number of unresolved comparisons by reason."""
+    return dict(sorted(Counter(comparison.unresolved for comparison in compared if comparison.unresolved).items()))
 
 
 def _told(values: Sequence[float], prompts: Sequence[str], how: Callable[..., Estimate]) -> dict[str, Any]:
@@ -137,8 +153,13 @@ def _length_controlled(
     values: Sequence[float], lengths: Sequence[tuple[int, int]], prompts: Sequence[str]
 ) -> dict[str, Any]:
     try:
-        found = length_controlled(values, [float(tuned - base) for base, tuned in lengths], prompts)
+        controlled = length_controlled(values, [float(tuned - base) for base, tuned in lengths], prompts)
     except ValueError as error:
         return {"rate": None, "ci95": None, "why": str(error)}
-    fit = {"theta": found.theta, "theta_se": found.theta_se, "length": found.length, "length_se": found.length_se}
-    return {"rate": found.rate, "ci95": [found.lo, found.hi], **fit}
+    fit = {
+        "theta": controlled.theta,
+        "theta_se": controlled.theta_se,
+        "length": controlled.length,
+        "length_se": controlled.length_se,
+    }
+    return {"rate": controlled.rate, "ci95": [controlled.lo, controlled.hi], **fit}

@@ -131,11 +131,11 @@ def moved(cell: Cell, place: Place, folder: Path) -> dict[str, list[float]]:
     """What a checkpoint did to each held-out pair, in nats: the log-ratio of winner and loser, of all tokens and of
     those that both have, and the KL. The same for every objective, SFT too, which has no rewards while it trains.
     """
-    from apo.evaluation.pairs import ROWS, PairsConfig, evaluate
+    from apo.evaluation.pairs import ROWS, PairsConfig, evaluate_pairs
 
     found = folder.parent / "moved"
     about = {"model": str(folder), "reference": str(place.target), "dataset": str(place.run / "pairs" / cell.data)}
-    evaluate(PairsConfig.model_validate({**about, "beta": cell.beta, "out": str(found)}))
+    evaluate_pairs(PairsConfig.model_validate({**about, "beta": cell.beta, "out": str(found)}))
     rows = [json.loads(text) for text in (found / ROWS).read_text("utf-8").splitlines()]
     return {name: [float(f"{row[name]:.4g}") for row in rows] for name in MOVED}
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from apo.advice.config import AdviseConfig, authors, check, strangeness
-from apo.advice.judge_evidence import distrust
-from apo.advice.likelihood import Scored, first_step, gaps
-from apo.advice.run import contrast_intervals, rate, run
+from apo.advice.config import AdviseConfig, load_inputs, own_shares, template_mismatch
+from apo.advice.judge_evidence import distrust_reason
+from apo.advice.likelihood import ResponseLogp, first_step, gaps
+from apo.advice.run import contrast_intervals, preference_rate, run
 from apo.cli import app
-from apo.evaluation.winrate.verdicts import Answer, Compared
+from apo.evaluation.winrate.verdicts import AnswerText, Comparison
 from clair.core.errors import UserError
 from clair.core.files import write_json
 from clair.core.recipe import resolve
@@ -35,16 +35,16 @@ def turn(text: str, role: str = "user") -> list[dict[str, str]]:
     return [{"role": role, "content": text}]
 
 
-def compared(first: str, second: str, text: str = "a") -> Compared:
-    return Compared(Prompt(text, tuple(turn(text))), 0, Answer("base"), Answer("tuned"), (first, second))
+def compared(first: str, second: str, text: str = "a") -> Comparison:
+    return Comparison(Prompt(text, tuple(turn(text))), 0, AnswerText("base"), AnswerText("tuned"), (first, second))
 
 
 # ---- by pencil
 
 
 def test_gaps_of_log_probs_per_token_and_in_all():
-    winners, losers = [Scored(-2.0, 2), Scored(-6.0, 2)], [Scored(-8.0, 4), Scored(-2.0, 1)]
-    intervals = gaps(winners, losers, [Scored(-4.0, 2), Scored(-4.0, 2)])
+    winners, losers = [ResponseLogp(-2.0, 2), ResponseLogp(-6.0, 2)], [ResponseLogp(-8.0, 4), ResponseLogp(-2.0, 1)]
+    intervals = gaps(winners, losers, [ResponseLogp(-4.0, 2), ResponseLogp(-4.0, 2)])
     values = {name: interval.value for name, interval in intervals.items()}
     assert values == pytest.approx({
         "own": -2.0, "winner_gap": 0.0, "loser_gap": 0.0, "winner_total": 0.0, "loser_total": -1.0,
@@ -55,8 +55,8 @@ def test_gaps_of_log_probs_per_token_and_in_all():
 
 
 def test_an_own_answer_without_an_end_is_compared_with_nothing():
-    scored = [Scored(-2.0, 2), Scored(-6.0, 2), Scored(-9.0, 2)]
-    intervals = gaps(scored, scored[::-1], [Scored(-4.0, 2), None, Scored(-4.0, 2)])
+    scored = [ResponseLogp(-2.0, 2), ResponseLogp(-6.0, 2), ResponseLogp(-9.0, 2)]
+    intervals = gaps(scored, scored[::-1], [ResponseLogp(-4.0, 2), None, ResponseLogp(-4.0, 2)])
     assert intervals["own"].value == -2.0
     assert intervals["winner_gap"].value == pytest.approx(((-1 + 2) + (-4.5 + 2)) / 2)
     assert intervals["pair_gap"].value == 0
@@ -87,7 +87,10 @@ def test_labels_drawn_by_lot_have_no_coherence_and_an_interval_that_reports_it()
     shared = torch.randn(1, 50)
     sides = shared + torch.randn(300, 50)
     drawn = torch.where(torch.rand(300, 1) < 0.5, -1.0, 1.0)
-    by_lot, by_rule = first_step(sides * drawn, -sides * drawn)["coherence"], first_step(sides, -sides)["coherence"]
+    by_lot, by_rule = (
+        first_step(sides * drawn, -sides * drawn)["coherence"],
+        first_step(sides, -sides)["coherence"],
+    )
     assert by_lot.lo < 0 < by_lot.hi
     assert 0.3 < by_rule.lo < by_rule.value < by_rule.hi < 0.7
     assert by_rule.value == pytest.approx(0.5, abs=0.12)
@@ -107,16 +110,16 @@ def test_contrast_and_the_share_of_longer_winners():
 
 def test_the_rate_at_which_winners_win_counts_ties_as_half():
     verdicts = [("tuned", "tuned"), ("base", "tuned"), ("tie", "tuned"), ("base", "base")]
-    interval = rate([compared(*verdict, text=str(number)) for number, verdict in enumerate(verdicts)])
+    interval = preference_rate([compared(*verdict, text=str(number)) for number, verdict in enumerate(verdicts)])
     assert interval is not None
     assert interval.value == pytest.approx((1 + 0.5 + 0.75 + 0) / 4)
-    assert rate([]) is None
+    assert preference_rate([]) is None
 
 
 # ---- judges that are not believed
 
 
-def plants(tuned: int, base: int, split: int) -> list[Compared]:
+def plants(tuned: int, base: int, split: int) -> list[Comparison]:
     return [
         *[compared("tuned", "tuned")] * tuned, *[compared("base", "base")] * base, *[compared("base", "tuned")] * split
     ]  # fmt: skip
@@ -139,12 +142,12 @@ def plants(tuned: int, base: int, split: int) -> list[Compared]:
     ],
 )
 def test_a_judge_is_believed_only_where_it_stands_the_test(shown, counts, why):
-    reason = distrust(shown, [], Counter(counts))
+    reason = distrust_reason(shown, [], Counter(counts))
     assert (reason is None) if why is None else (reason is not None and why in reason)
 
 
 def test_a_judge_that_knows_the_plants_and_no_pair_is_not_believed_in_the_end():
-    reason = distrust(plants(60, 2, 2), plants(60, 60, 180), Counter({1: 370, 2: 358}))
+    reason = distrust_reason(plants(60, 2, 2), plants(60, 60, 180), Counter({1: 370, 2: 358}))
     assert reason is not None
     assert "at random" in reason
 
@@ -178,14 +181,14 @@ def test_too_few_prompts_are_reported_with_how_many_are_needed(tmp_path):
     file = write_rows(tmp_path / "few.jsonl", 31)
     file.write_text(file.read_text("utf-8") * 3, "utf-8")  # the same again is not more
     with pytest.raises(UserError, match=r"31 different prompts, too few .* 32 are needed .* 3 times of 4, 197 for 3"):
-        check(settings(tmp_path, file))
+        load_inputs(settings(tmp_path, file))
     assert not (tmp_path / "out").exists()
 
 
 def test_the_sample_holds_each_prompt_once_and_is_sized_by_power(tmp_path):
     file = write_rows(tmp_path / "many.jsonl", 60)
     file.write_text(file.read_text("utf-8") * 2, "utf-8")
-    full, small = (check(settings(tmp_path, file, difference=difference)) for difference in (0.1, 0.25))
+    full, small = (load_inputs(settings(tmp_path, file, difference=difference)) for difference in (0.1, 0.25))
     assert (len(full.rows), full.prompts, full.pairs) == (60, 60, 120)
     assert len(small.rows) == 32
     prompts = [row["prompt"][0]["content"] for row in small.rows]
@@ -208,16 +211,16 @@ def test_the_sample_holds_each_prompt_once_and_is_sized_by_power(tmp_path):
     ],
 )
 def test_prompts_in_another_template_are_recognised(messages, why):
-    reason = strangeness(messages, make_tokenizer())
+    reason = template_mismatch(messages, make_tokenizer())
     assert (reason is None) if why is None else (reason is not None and why in reason)
 
 
 def test_a_template_that_leaves_a_turn_out_or_refuses_it_is_reported():
     spoken = [*turn("be short", "system"), *turn("hello")]
     silent = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
-    assert strangeness(spoken, make_tokenizer(silent)) == "the model's template leaves its system turn out"
+    assert template_mismatch(spoken, make_tokenizer(silent)) == "the model's template leaves its system turn out"
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
-    reason = strangeness(spoken, make_tokenizer(strict))
+    reason = template_mismatch(spoken, make_tokenizer(strict))
     assert reason == "the model's template refuses it: no system turns"
 
 
@@ -230,9 +233,9 @@ def test_the_authors_of_both_sides_are_read_from_the_folder(tmp_path):
     writer.close(keep=True)
     manifest = {"model": {"model": "model", "identity": weights_identity(MODEL)}}
     write_json(folder / "manifest.json", {"models": {"target": manifest["model"]}})
-    assert authors(settings(tmp_path, folder)) == (0.75, 1.0)
+    assert own_shares(settings(tmp_path, folder)) == (0.75, 1.0)
     write_json(folder / "manifest.json", {"models": {"target": {"model": "model", "identity": "weights:other"}}})
-    assert authors(settings(tmp_path, folder)) == (None, None)
+    assert own_shares(settings(tmp_path, folder)) == (None, None)
 
 
 @pytest.mark.parametrize("options", [["--judge-model", "j"], ["--judge-base-url", "http://127.0.0.1:9/v1"]])

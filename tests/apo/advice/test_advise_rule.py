@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from apo.advice.rule import Evidence, advise, beta_of, learning_rate_of, sample_size
+from apo.advice.rule import Evidence, advise, sample_size, suggest_beta, suggest_learning_rate
 from apo.analysis.distinguishability import Interval
 
 
@@ -101,12 +101,12 @@ def test_apo_down_is_meant_to_lower_winners_and_says_nothing_of_it():
 
 @pytest.mark.parametrize(("below", "beta"), [(0, 0.1), (40, 0.1), (50, 0.08), (100, 0.04), (1000, 0.03), (-50, 0.1)])
 def test_beta_brings_a_winner_at_the_models_own_level_to_reward_4_and_no_further(below, beta):
-    assert beta_of(replace(PLAIN, winner_total=interval(-below))) == pytest.approx(beta)
+    assert suggest_beta(replace(PLAIN, winner_total=interval(-below))) == pytest.approx(beta)
 
 
 @pytest.mark.parametrize(("parameters", "rate"), [(3e9, 1e-6), (900_000, 1.5e-5), (24e9, 5e-7), (8e9, 7.2e-7)])
 def test_the_learning_rate_falls_with_the_cube_root_of_the_size(parameters, rate):
-    assert learning_rate_of(replace(PLAIN, parameters=int(parameters))) == pytest.approx(rate)
+    assert suggest_learning_rate(replace(PLAIN, parameters=int(parameters))) == pytest.approx(rate)
 
 
 def test_the_sample_is_sized_by_power():

@@ -19,7 +19,7 @@ import pytest
 
 from apo import cli
 from apo.evaluation.mixeval.config import MixEvalConfig
-from apo.evaluation.mixeval.run import Evaluated, evaluate
+from apo.evaluation.mixeval.run import MixEvalOutcome, evaluate
 from clair.core.recipe import resolve
 from tests.clair.building import CommandResult
 
@@ -72,7 +72,7 @@ def config_for(data: Path, out: Path, **changes: Any) -> MixEvalConfig:
     return resolve(MixEvalConfig, {key: value for key, value in values.items() if value is not None})
 
 
-def evaluated(data: Path, out: Path, **changes: Any) -> Evaluated:
+def evaluated(data: Path, out: Path, **changes: Any) -> MixEvalOutcome:
     """An evaluation in this process."""
     return evaluate(config_for(data, out, **changes))
 

@@ -7,11 +7,11 @@ from random import Random
 
 from apo.evaluation.results import (
     SPLITS,
+    BenchmarkScore,
     Interval,
     Item,
     JudgeUsed,
     ModelUsed,
-    Part,
     Score,
     write_results,
 )
@@ -84,7 +84,9 @@ def write_folder(folder: Path, items: list[Item], model: str = "m", **changes: o
         "overall": mean,
         "free_form": free_form,
         "multiple_choice": multiple_choice,
-        "by_benchmark": {s: {"all": Part(score=mean, n=len(items), right=mean, unresolved=0)} for s in SPLITS},
+        "by_benchmark": {
+            s: {"all": BenchmarkScore(score=mean, n=len(items), right=mean, unresolved=0)} for s in SPLITS
+        },
         "intervals": dict.fromkeys(("overall", "free_form", "multiple_choice"), interval),
         "unresolved": sum(item.unresolved is not None for item in items),
         "fallbacks": sum(item.fallback for item in items),

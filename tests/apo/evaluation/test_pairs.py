@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from apo.evaluation.pairs import (
-    Measured,
+    MeasuredPair,
     PairsConfig,
     Response,
     compare_models,
-    config_of,
-    evaluate,
+    evaluate_pairs,
+    pairs_config,
     summary,
 )
 from apo.packing.logps import response_logps
@@ -46,7 +46,7 @@ def dataset(tmp_path_factory) -> Path:
 
 
 def measured(pairs: Path, out: Path, **changes: object) -> dict:
-    return evaluate(PairsConfig(**{"dataset": str(pairs), "out": str(out), "batch_tokens": 150, **changes}))
+    return evaluate_pairs(PairsConfig(**{"dataset": str(pairs), "out": str(out), "batch_tokens": 150, **changes}))
 
 
 # ---- by pencil
@@ -60,11 +60,11 @@ def test_shared_tokens_by_pencil():
     assert rejected == [True, False, True, True]
 
 
-def pair(prompt: str, chosen: float, rejected: float, lengths: tuple[int, int] = (4, 4), **more: float) -> Measured:
+def pair(prompt: str, chosen: float, rejected: float, lengths: tuple[int, int] = (4, 4), **more: float) -> MeasuredPair:
     """A pair with these log-ratios, half of the chosen one's in shared tokens."""
     both = zip(lengths, (chosen, rejected), strict=True)
     sides = [Response(n, 2, -10.0, ratio, ratio / 2, more.get("kl", 0.5)) for n, ratio in both]
-    return Measured(f"{prompt}{chosen}", prompt, *sides)
+    return MeasuredPair(f"{prompt}{chosen}", prompt, *sides)
 
 
 def test_the_summary_by_pencil():
@@ -88,10 +88,10 @@ def test_the_summary_by_pencil():
 
 
 def test_pairs_of_one_prompt_are_one_cluster():
-    apart = summary([pair(str(n), (-1) ** (n // 2), 0) for n in range(8)], beta=1)
+    configs_by_model = summary([pair(str(n), (-1) ** (n // 2), 0) for n in range(8)], beta=1)
     together = summary([pair(str(n // 2), (-1) ** (n // 2), 0) for n in range(8)], beta=1)
     assert together["prompts"] == 4
-    assert together["margin"]["se"] == pytest.approx(math.sqrt(2) * apart["margin"]["se"] * math.sqrt(7 / 6))
+    assert together["margin"]["se"] == pytest.approx(math.sqrt(2) * configs_by_model["margin"]["se"] * math.sqrt(7 / 6))
     alone = summary([pair("a", 1, 0), pair("a", 2, 0)], beta=1)
     assert alone["reward_accuracy"] == {"mean": 1.0, "se": None, "ci95": None}
 
@@ -218,18 +218,18 @@ def test_the_folder_of_a_run_says_the_rest(dataset, model_dir, tmp_path):
     assert numbers["ties"]["mean"] < 1
     assert "reward accuracy" in result.out
     assert f"{100 * numbers['reward_accuracy']['mean']:.1f}" in result.out
-    config = config_of(tmp_path / "run", beta=0.7, out="x")
+    config = pairs_config(tmp_path / "run", beta=0.7, out="x")
     assert (config.beta, config.reference) == (0.7, str(model_dir))
 
 
 def test_a_single_file_is_held_out_whole_unless_it_is_what_the_run_trained_on(model_dir, tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text("{}\n")
-    assert config_of(model_dir, reference="r", dataset=str(file), out="x").split == "train"
-    assert config_of(model_dir, reference="r", dataset=str(file), split="test", out="x").split == "test"
-    assert config_of(model_dir, reference="r", dataset=str(tmp_path), out="x").split == "test"
+    assert pairs_config(model_dir, reference="r", dataset=str(file), out="x").split == "train"
+    assert pairs_config(model_dir, reference="r", dataset=str(file), split="test", out="x").split == "test"
+    assert pairs_config(model_dir, reference="r", dataset=str(tmp_path), out="x").split == "test"
     (tmp_path / "run.json").write_text(json.dumps({"recipe": {"dataset": str(file), "model": "m", "beta": 0.1}}))
-    assert config_of(tmp_path, out="x").split == "test"
+    assert pairs_config(tmp_path, out="x").split == "test"
 
 
 # ---- refused
@@ -260,9 +260,9 @@ def test_a_reference_with_another_vocabulary_is_refused(dataset, model_dir, tmp_
 
 def test_a_model_that_no_run_made_needs_its_reference_and_dataset(model_dir):
     with pytest.raises(UserError, match=r"--reference is missing: .* is no folder of `apo train`"):
-        config_of(model_dir, out="x")
+        pairs_config(model_dir, out="x")
     with pytest.raises(UserError, match="--dataset is missing"):
-        config_of(model_dir, reference="r", out="x")
+        pairs_config(model_dir, reference="r", out="x")
 
 
 def test_pairs_without_a_prompt_are_refused(dataset, model_dir, tmp_path):

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from apo.evaluation.results import (
+    BenchmarkScore,
     Interval,
     Item,
     JudgeUsed,
     ModelUsed,
-    Part,
     Score,
     read_results,
     write_results,
@@ -40,7 +40,7 @@ def a_score(n: int, **changes) -> Score:
         "overall": 0.5,
         "free_form": 0.5,
         "multiple_choice": 0.5,
-        "by_benchmark": {"free-form": {"DROP": Part(score=0.5, n=n, right=0.5 * n, unresolved=0)}},
+        "by_benchmark": {"free-form": {"DROP": BenchmarkScore(score=0.5, n=n, right=0.5 * n, unresolved=0)}},
         "intervals": dict.fromkeys(("overall", "free_form", "multiple_choice"), interval),
         "unresolved": 0,
         "fallbacks": 0,

@@ -14,9 +14,12 @@ import pytest
 from typer.testing import CliRunner
 
 from apo.cli import app
-from apo.evaluation.compare.compare import comparison, flip_kind, flips, names_of, other_splits, read_all, rows_of
+from apo.evaluation.compare.changes import change_kind, changed_answers
+from apo.evaluation.compare.compare import comparison
+from apo.evaluation.compare.power import other_splits
+from apo.evaluation.compare.rows import model_names, pair_rows, read_comparable
 from apo.evaluation.results import Item, JudgeUsed, read_results
-from apo.evaluation.tables import comparison_words
+from apo.evaluation.tables import comparison_notes
 from clair.core.errors import UserError
 from clair.core.statistics import paired_difference
 from tests.apo.evaluation.evaluating import evaluated
@@ -42,7 +45,7 @@ def folders(tmp_path: Path, *scores: list[float], questions: Sequence[str] = "aa
 
 
 def compared(paths: list[Path], **options: object) -> dict:
-    return comparison(read_all(paths[0], paths[1:]), **options)
+    return comparison(read_comparable(paths[0], paths[1:]), **options)
 
 
 # ---- numbers
@@ -197,7 +200,7 @@ def test_equal_answers_and_equal_scores_are_reported_as_such(tmp_path):
     result = compared([base, same, write_folder(tmp_path / "o", reworded, "o")])
     assert [entry["no_interval"] for entry in result["parts"][0]["tuned"]] == ["no score differs"] * 2
     assert [model["same_answers"] for model in result["tuned"]] == [True, False]
-    lines = list(comparison_words(result))
+    lines = list(comparison_notes(result))
     assert lines == [
         "s gives the same answers as b, word for word: is it the same model?",
         "o: no score differs from b's, so there is nothing to compare.",
@@ -216,7 +219,7 @@ def test_several_answers_to_a_row_are_averaged(tmp_path):
     base = [item(r, q, s, sample=k) for r, q in enumerate(questions) for k, s in enumerate((0, 1))]
     tuned = [item(r, q, s, sample=k) for r, q in enumerate(questions) for k, s in enumerate((1, 1, 0, 1))]
     paths = [write_folder(tmp_path / "b", base), write_folder(tmp_path / "t", tuned, "t")]
-    rows = rows_of(read_all(paths[0], paths[1:]))
+    rows = pair_rows(read_comparable(paths[0], paths[1:]))
     assert [row.scores for row in rows] == [(0.5, 0.75)] * 3
 
 
@@ -316,7 +319,7 @@ def test_other_splits_are_counted_from_the_data_folder(shared, tmp_path):
     assert list(sizes) == ["hard 2024-06-01"]
     assert (len(sizes["hard 2024-06-01"]), sum(sizes["hard 2024-06-01"])) == (430, 1000)
     for folder in (data, tmp_path):
-        with pytest.raises(UserError, match="holds no split of MixEval but the compared one"):
+        with pytest.raises(UserError, match="holds no split of MixEval except the compared one"):
             other_splits(folder, {"version": "2024-06-01", "split": "hard"})
 
 
@@ -326,15 +329,16 @@ def test_other_splits_are_counted_from_the_data_folder(shared, tmp_path):
 def test_flips_are_the_answers_whose_score_changed(tmp_path):
     paths = folders(tmp_path, [0, 1, 0.3, 0.6, 1], [1, 0, 0.4, 0.6, 0.8])
     kinds = [
-        (tuned.row, flip_kind(base.score, tuned.score)) for _, base, tuned in flips(read_all(*paths[:1], paths[1:]))
+        (tuned.row, change_kind(base.score, tuned.score))
+        for _, base, tuned in changed_answers(read_comparable(*paths[:1], paths[1:]))
     ]
     assert kinds == [(0, "wrong to right"), (1, "right to wrong"), (4, "worse"), (2, "better")]
 
 
 def test_names_distinguish_folders(tmp_path):
-    assert names_of([tmp_path / "base", tmp_path / "tuned"]) == ["base", "tuned"]
+    assert model_names([tmp_path / "base", tmp_path / "tuned"]) == ["base", "tuned"]
     deep = [tmp_path / "one" / "eval", tmp_path / "two" / "eval"]
-    assert names_of(deep) == ["one/eval", "two/eval"]
+    assert model_names(deep) == ["one/eval", "two/eval"]
 
 
 # ---- refused
@@ -360,7 +364,7 @@ def pair_with(tmp_path: Path, **changes: object) -> list[Path]:
 def test_results_of_another_evaluation_are_refused_by_name(tmp_path, changes, named):
     base, tuned = pair_with(tmp_path, **changes)
     with pytest.raises(UserError, match=f"t and .*b cannot be compared: {named}"):
-        read_all(base, [tuned])
+        read_comparable(base, [tuned])
 
 
 def test_another_judge_is_refused_by_name(tmp_path):
@@ -369,7 +373,7 @@ def test_another_judge_is_refused_by_name(tmp_path):
     with pytest.raises(
         UserError, match=r"judge\.model is 'other-judge' in one and 'world-judge' in the other; evaluate"
     ):
-        read_all(base, [tuned])
+        read_comparable(base, [tuned])
 
 
 def test_different_rows_are_refused(tmp_path):
@@ -378,33 +382,33 @@ def test_different_rows_are_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"different rows: 3 only in one of them, first multiple-choice 5, only in .*b;"
     ):
-        rows_of(read_all(base, [less]))
+        pair_rows(read_comparable(base, [less]))
     with pytest.raises(UserError, match=r"3 only in one of them, first multiple-choice 5, only in .*b;"):
-        rows_of(read_all(less, [base]))
+        pair_rows(read_comparable(less, [base]))
     changed = [entry.model_copy(update={"question": "new"}) if entry.row == 2 else entry for entry in items]
     with pytest.raises(UserError, match="free-form 2 asks different questions"):
-        rows_of(read_all(base, [write_folder(tmp_path / "u", changed, "u")]))
+        pair_rows(read_comparable(base, [write_folder(tmp_path / "u", changed, "u")]))
 
 
 def test_the_same_folder_twice_and_a_copy_are_refused(tmp_path):
     base, tuned = pair_with(tmp_path)
     with pytest.raises(UserError, match="given twice"):
-        read_all(base, [tuned, base / ".." / "b"])
+        read_comparable(base, [tuned, base / ".." / "b"])
     copy = write_folder(tmp_path / "copy", make_items(0.4, questions=4), "b")
     with pytest.raises(UserError, match="is a copy of"):
-        read_all(base, [copy])
+        read_comparable(base, [copy])
     with pytest.raises(UserError, match="at least one TUNED"):
-        read_all(base, [])
+        read_comparable(base, [])
 
 
 def test_no_results_and_unfinished_ones_are_refused(tmp_path):
     base, tuned = pair_with(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty holds no score\.json"):
-        read_all(base, [tmp_path / "empty"])
+        read_comparable(base, [tmp_path / "empty"])
     (tuned / "score.json").unlink()
     with pytest.raises(UserError, match=r"finished `apo eval mixeval`"):
-        read_all(base, [tuned])
+        read_comparable(base, [tuned])
 
 
 # ---- the docs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluation.mixeval.answers import messages_of, read_responses, wanted
+from apo.evaluation.mixeval.answers import answer_requests, messages_for, read_responses
 from apo.evaluation.mixeval.benchmark import load
 from clair.core.errors import UserError
 from tests.apo.evaluation.questions import responses_of
@@ -63,7 +63,7 @@ def test_answers_to_more_rows_than_the_limit_are_left_alone(data, responses):
     [
         (lambda rows: rows[:-1], r"no answer to 1 of 4 rows \(the first: row 3\).*--limit"),
         (lambda rows: rows[1:], "the first: row 0"),
-        (lambda rows: [*rows, rows[2]], "line 5: row 2 stands in line 3 already"),
+        (lambda rows: [*rows, rows[2]], "line 5: row 2 is in line 3 already"),
         (lambda rows: [*rows[:1], "{broken", *rows[1:]], "line 2 is no response row"),
         (lambda rows: [{**rows[0], "response": None}, *rows[1:]], "line 1 is no response row: response is NoneType"),
         (lambda rows: [{k: v for k, v in rows[0].items() if k != "id"}], "the key 'id' is missing"),
@@ -92,15 +92,15 @@ def test_a_missing_file_is_reported(data, tmp_path):
 
 def test_a_question_is_one_user_turn_and_a_system_prompt_only_where_requested(data):
     row = load(data, "2024-06-01").all_rows[0]
-    assert messages_of(row, None) == [{"role": "user", "content": row.text}]
-    assert messages_of(row, "Be brief.")[0] == {"role": "system", "content": "Be brief."}
+    assert messages_for(row, None) == [{"role": "user", "content": row.text}]
+    assert messages_for(row, "Be brief.")[0] == {"role": "system", "content": "Be brief."}
 
 
 def test_equal_questions_share_a_greedy_answer_and_else_draw_their_own(data):
     benchmark = load(data, "2024-06-01")
-    alike, each = (wanted(benchmark, 2, alike=alike) for alike in (True, False))
-    assert len(alike) == len(each) == 14
-    assert len({(want.row.text, want.draw) for want in alike}) == 10  # 5 questions, 2 samples
+    greedy, each = (answer_requests(benchmark, 2, greedy=greedy) for greedy in (True, False))
+    assert len(greedy) == len(each) == 14
+    assert len({(want.row.text, want.draw) for want in greedy}) == 10  # 5 questions, 2 samples
     assert len({(want.row.text, want.draw) for want in each}) == 14
     first = [want for want in each if want.row.text == benchmark.all_rows[0].text]
     assert [(want.row.row, want.sample, want.draw) for want in first] == [

@@ -8,14 +8,14 @@ import json
 import pytest
 
 from apo.evaluation.mixeval import benchmark as mixeval
-from apo.evaluation.mixeval.benchmark import JudgeWords, Row, load, load_judge_words, prompts_sha256
+from apo.evaluation.mixeval.benchmark import BenchmarkRow, JudgePrompts, load, load_judge_prompts, prompts_sha256
 from clair.core.errors import UserError
 from tests.apo.evaluation.questions import accept, write_data
 
 
-def a_row(**changes) -> Row:
+def a_row(**changes) -> BenchmarkRow:
     values = {"split": "free-form", "row": 0, "benchmark": "DROP", "context": None, "prompt": "P?", "options": ()}
-    return Row(**{**values, "target": ("a",), **changes})
+    return BenchmarkRow(**{**values, "target": ("a",), **changes})
 
 
 # ---- by hand
@@ -49,9 +49,9 @@ def test_rows_that_ask_the_same_are_one_question_and_others_are_not():
 
 
 def test_placeholders_in_questions_and_responses_stay_text():
-    judge_words = JudgeWords(dict.fromkeys(mixeval.SPLITS, "S"), dict.fromkeys(mixeval.SPLITS, "q {P} g {G} r {R} end"))
+    prompts = JudgePrompts(dict.fromkeys(mixeval.SPLITS, "S"), dict.fromkeys(mixeval.SPLITS, "q {P} g {G} r {R} end"))
     row = a_row(prompt="{R} {G}", target=("{P}", "", "b", "b"))
-    system, user = judge_words.messages(row, "{P}{G}{R} {x}")
+    system, user = prompts.messages(row, "{P}{G}{R} {x}")
     assert system == {"role": "system", "content": "S"}
     gold = "<answer 1> {P}; <answer 2> ; <answer 3> b; <answer 4> b"
     assert user == {"role": "user", "content": f"q {{R}} {{G}} g {gold} r {{P}}{{G}}{{R}} {{x}} end"}
@@ -73,10 +73,10 @@ def test_the_fingerprints_of_all_prompts_of_hard(real, version):
 
 
 def test_the_fingerprints_of_the_judges_messages(real):
-    judge_words = load_judge_words(real)
+    prompts = load_judge_prompts(real)
     prefixes = {"free-form": "64bc0973729b664e", "multiple-choice": "6c1a112b203f05b4"}
     for split, prefix in prefixes.items():
-        assert hashlib.sha256(judge_words.user[split].encode()).hexdigest().startswith(prefix)
+        assert hashlib.sha256(prompts.user[split].encode()).hexdigest().startswith(prefix)
 
 
 def test_published_answers_were_asked_in_the_same_words(real):
@@ -104,7 +104,7 @@ def test_altered_judge_words_are_reported_with_the_hash_that_was_expected(data):
     file = data / "judge_prompts.json"
     file.write_text(file.read_text().replace("example", "exemple"))
     with pytest.raises(UserError, match=f"free-form judge message .* expected {mixeval.JUDGE_SHA256['free-form']}"):
-        load_judge_words(data)
+        load_judge_prompts(data)
 
 
 @pytest.mark.parametrize(

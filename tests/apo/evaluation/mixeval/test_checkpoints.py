@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluation.mixeval.checkpoints import apart, names_of
+from apo.evaluation.mixeval.checkpoints import configs_by_model, folder_names
 from apo.evaluation.results import MAX_NEW_TOKENS, read_results
 from clair.core.errors import UserError
 from clair.inference.local import LocalModel
@@ -53,20 +53,20 @@ def assert_as_alone(data, tmp_path, checkpoints, server):
 
 
 def test_models_are_named_by_as_much_of_their_path_as_distinguishes_them():
-    assert names_of(["/m/base"]) == ["base"]
-    assert names_of(["/m/a/last", "/m/b/last"]) == ["a-last", "b-last"]
+    assert folder_names(["/m/base"]) == ["base"]
+    assert folder_names(["/m/a/last", "/m/b/last"]) == ["a-last", "b-last"]
     with pytest.raises(UserError, match="the same folder twice"):
-        names_of(["/m/a", "/m/../m/a"])
+        folder_names(["/m/a", "/m/../m/a"])
 
 
 def test_each_of_several_models_may_spend_its_part_and_endpoints_are_refused(data, tmp_path):
     judge = {"url": "http://127.0.0.1:9/v1", "model": "j"}
     config = config_for(data, tmp_path, responses=str(tmp_path), judge=judge, budget={"tokens": 10})
-    first, second = apart(config, [{"path": "m/a"}, {"path": "m/b"}])
+    first, second = configs_by_model(config, [{"path": "m/a"}, {"path": "m/b"}])
     assert (first.budget.tokens, Path(second.out).name) == (5, "b")
     assert first.ledger == second.ledger == str(tmp_path / "ledger.sqlite")
     with pytest.raises(UserError, match="several --model are for folders"):
-        apart(config, [{"path": "m/a"}, {"url": "http://127.0.0.1:9/v1"}])
+        configs_by_model(config, [{"path": "m/a"}, {"url": "http://127.0.0.1:9/v1"}])
 
 
 @pytest.mark.slow

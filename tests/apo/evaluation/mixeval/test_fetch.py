@@ -13,8 +13,8 @@ import pytest
 
 from apo.evaluation.mixeval import benchmark as mixeval
 from apo.evaluation.mixeval import fetch as fetching
-from apo.evaluation.mixeval.benchmark import load, load_judge_words
-from apo.evaluation.mixeval.fetch import fetch, judge_words
+from apo.evaluation.mixeval.benchmark import load, load_judge_prompts
+from apo.evaluation.mixeval.fetch import fetch, parse_judge_prompts
 from clair.core.errors import UserError
 from tests.apo.evaluation.evaluating import apo
 from tests.apo.evaluation.questions import JUDGE
@@ -97,7 +97,7 @@ def test_the_fetched_files_are_a_data_folder(upstream, data, tmp_path):
     assert result.code == 0, result.err
     assert "wrote 4 files" in result.err
     assert load(out, "2024-06-01") == load(data, "2024-06-01")
-    assert dict(load_judge_words(out).user) == USER
+    assert dict(load_judge_prompts(out).user) == USER
     sums = json.loads((out / "checksums.json").read_text())
     assert sums["commit"] == mixeval.COMMIT
     assert sums["sha256"]["2024-06-01/mixeval-hard/free-form.json"] == mixeval.FILES_SHA256["2024-06-01", "free-form"]
@@ -151,13 +151,13 @@ def test_a_file_that_is_not_there_and_no_network_are_one_line_with_what_to_do(up
 )
 def test_judge_words_that_changed_are_reported(upstream, change, match):
     with pytest.raises(UserError, match=match):
-        judge_words(change(SOURCE))
+        parse_judge_prompts(change(SOURCE))
 
 
 def test_upstreams_source_is_read_and_never_run(upstream, tmp_path):
     mark = tmp_path / "ran"
     harmful = f"open({str(mark)!r}, 'w')\n" + SOURCE
-    assert judge_words(harmful)["free_form"]["user"] == USER["free-form"]
+    assert parse_judge_prompts(harmful)["free_form"]["user"] == USER["free-form"]
     assert not mark.exists()
 
 

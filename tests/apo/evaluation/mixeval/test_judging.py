@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apo.evaluation.config import is_passing
+from apo.evaluation.config import is_transient
 from apo.evaluation.mixeval.answers import Answer
-from apo.evaluation.mixeval.benchmark import Row
+from apo.evaluation.mixeval.benchmark import BenchmarkRow
 from apo.evaluation.mixeval.judging import (
     REASONS,
-    Judged,
+    JudgeResult,
     Verdict,
-    item_of,
+    make_item,
     read_verdict,
     request_options,
     with_fallbacks,
@@ -23,13 +23,13 @@ from apo.evaluation.mixeval.judging import (
 from clair.data.records import Dropped, Reply
 from tests.house.pages import tables
 
-FREE = Row("free-form", 0, "DROP", None, "How many?", (), ("3",))
-CHOICE = Row("multiple-choice", 0, "ARC", None, "Hot?", ("ice", "fire", "sun"), (1,))
+FREE = BenchmarkRow("free-form", 0, "DROP", None, "How many?", (), ("3",))
+CHOICE = BenchmarkRow("multiple-choice", 0, "ARC", None, "Hot?", ("ice", "fire", "sun"), (1,))
 HTML = "<!DOCTYPE html><html><body><h1>502 Bad Gateway</h1></body></html>"
 REFUSAL = "I'm sorry, but I can't help with that."
 
 
-def read(text: str, row: Row = FREE, profile: str = "faithful", finish: str = "stop") -> Verdict:
+def read(text: str, row: BenchmarkRow = FREE, profile: str = "faithful", finish: str = "stop") -> Verdict:
     return read_verdict(Reply(text, finish_reason=finish), row, profile)
 
 
@@ -165,8 +165,8 @@ def test_the_request_is_upstreams_or_repeatable():
 # ---- upstream's random scores
 
 
-def an_item(row: Row, unresolved: str | None = None, score: float = 0.0):
-    return item_of(Answer(row, "r"), Judged(Verdict(None, score, unresolved)))
+def an_item(row: BenchmarkRow, unresolved: str | None = None, score: float = 0.0):
+    return make_item(Answer(row, "r"), JudgeResult(Verdict(None, score, unresolved)))
 
 
 def test_random_scores_are_drawn_as_upstream_draws_and_marked():
@@ -200,8 +200,8 @@ def test_answers_that_the_judge_refuses_get_no_random_score():
     + [("unreachable", True), ("generation_failed", True), ("malformed_reply", True), ("prompt_too_long", False)],
 )
 def test_only_what_a_server_says_about_the_row_itself_is_worth_no_other_run(reason, passing):
-    assert is_passing(Dropped("judge", reason, failed=True)) is passing
-    assert not is_passing(Dropped("judge", reason))
+    assert is_transient(Dropped("judge", reason, failed=True)) is passing
+    assert not is_transient(Dropped("judge", reason))
 
 
 def test_every_reason_is_on_the_page():

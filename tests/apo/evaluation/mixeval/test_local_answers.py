@@ -112,7 +112,7 @@ def test_a_question_too_long_for_the_model_is_a_named_item(data, folder, tmp_pat
         ),
         (
             USER,
-            "leaves a system prompt out",
+            "omits a system prompt",
         ),
     ],
 )

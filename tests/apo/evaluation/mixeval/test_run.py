@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from apo.evaluation.mixeval.run import Run
+from apo.evaluation.mixeval.run import MixEvalRun
 from apo.evaluation.results import read_results
 from clair.core.errors import UserError
 from clair.inference.client import StopSignal
@@ -240,19 +240,19 @@ def test_a_model_that_refuses_every_question_is_reported_with_its_message(tmp_pa
     from tests.apo.evaluation.questions import accept, write_data
 
     rows = [{**ff[0], "prompt": f"{n} <<HTTP400>>"} for n in range(200)]
-    many = write_data(tmp_path / "many", {"free-form": rows, "multiple-choice": rows_of(mc)})
+    many = write_data(tmp_path / "many", {"free-form": rows, "multiple-choice": pair_rows(mc)})
     accept(monkeypatch, many)
     with pytest.raises(UserError, match=r"refuses every request .*\(400: System role not supported\)"):
         evaluated(many, tmp_path / "out", model={"url": server.url, "model": "t"}, system="Hi", concurrency=5)
     assert server.paid() < 60
-    few = write_data(tmp_path / "few", {"free-form": rows[:2], "multiple-choice": rows_of(mc)})
+    few = write_data(tmp_path / "few", {"free-form": rows[:2], "multiple-choice": pair_rows(mc)})
     accept(monkeypatch, few)
     with pytest.raises(UserError, match="refuses every request"):
         evaluated(few, tmp_path / "out2", model={"url": server.url, "model": "t"}, system="Hi")
     assert not (tmp_path / "out2" / "score.json").exists()
 
 
-def rows_of(multiple_choice: list) -> list:
+def pair_rows(multiple_choice: list) -> list:
     return [{**row, "prompt": "<<HTTP400>>"} for row in multiple_choice]
 
 
@@ -442,7 +442,7 @@ def test_upstreams_own_files_are_written_where_requested(data, tmp_path, server)
 
 
 def test_items_are_counted_when_they_finish_and_not_in_order():
-    class Uneven(Run):
+    class Uneven(MixEvalRun):
         def __post_init__(self) -> None:
             self.reported = asyncio.Event()
 

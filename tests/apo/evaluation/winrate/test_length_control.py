@@ -95,9 +95,9 @@ def test_95_of_100_intervals_hold_the_rate_of_few_prompts(prompts):
 @pytest.mark.parametrize(
     ("values", "differences", "match"),
     [
-        ([1, 1, 1, 1], [1, 2, -1, 3], "everywhere"),
-        ([0, 0, 0, 0], [1, 2, -1, 3], "everywhere"),
-        ([1, 1, 0, 0], [3, 2, -1, -3], "wherever the lengths say so"),
+        ([1, 1, 1, 1], [1, 2, -1, 3], "wins always"),
+        ([0, 0, 0, 0], [1, 2, -1, 3], "wins always"),
+        ([1, 1, 0, 0], [3, 2, -1, -3], "whenever its answer is longer"),
         ([1, 0, 1, 0], [5, 5, 5, 5], "the same length"),
         ([1, 0], [5, 1], "too few"),
         ([1, 0, 1], [5, 1, 2], "3 prompt"),

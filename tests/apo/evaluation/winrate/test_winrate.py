@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluation.winrate.run import WinrateConfig, check, compare
-from apo.evaluation.winrate.verdicts import Answer, Compared, summary
+from apo.evaluation.winrate.run import WinrateConfig, load_inputs, measure_win_rate
+from apo.evaluation.winrate.verdicts import AnswerText, Comparison, summary
 from clair.core.errors import UserError
 from clair.core.recipe import resolve
 from clair.data.records import Prompt
@@ -59,9 +59,9 @@ def prompt(text: str) -> Prompt:
     return Prompt(text, ({"role": "user", "content": text},))
 
 
-def compared(text: str, verdicts: tuple[str, str], lengths: tuple[int, int] = (10, 10), **more: object) -> Compared:
+def compared(text: str, verdicts: tuple[str, str], lengths: tuple[int, int] = (10, 10), **more: object) -> Comparison:
     texts = [letter * count for letter, count in zip("bt", lengths, strict=True)]
-    return Compared(prompt(text), 0, Answer(texts[0]), Answer(texts[1]), verdicts, **more)
+    return Comparison(prompt(text), 0, AnswerText(texts[0]), AnswerText(texts[1]), verdicts, **more)
 
 
 def test_the_summary_by_pencil():
@@ -70,8 +70,8 @@ def test_the_summary_by_pencil():
         compared("b", ("base", "tuned"), (10, 30)),  # the judge likes the first: 1/2
         compared("c", ("tie", "tuned"), (20, 10)),  # 3/4
         compared("d", ("base", "base"), (10, 10)),  # 0
-        Compared(prompt("e"), 0, Answer("same"), Answer("same"), ("tie", "tie")),  # 1/2, nobody was asked
-        Compared(prompt("f"), 0, Answer("x"), Answer("y"), (None, None), unresolved="no_verdict"),
+        Comparison(prompt("e"), 0, AnswerText("same"), AnswerText("same"), ("tie", "tie")),  # 1/2, nobody was asked
+        Comparison(prompt("f"), 0, AnswerText("x"), AnswerText("y"), (None, None), unresolved="no_verdict"),
     ]
     result = summary(rows)
     assert (result["comparisons"], result["resolved"], result["identical"]) == (6, 5, 1)
@@ -85,8 +85,8 @@ def test_the_summary_by_pencil():
 
 @pytest.mark.parametrize(
     ("agreeing", "of", "reason"),
-    [(2, 10, "in 20 % of the comparisons shown in both orders, no more than a coin does: it is no judge"),
-     (100, 500, "it is no judge"), (5, 10, "it is no judge"), (6, 10, "too few to know"), (10, 10, None),
+    [(2, 10, "in 20 % of the comparisons shown in both orders, no more than a coin does: this rate says nothing"),
+     (100, 500, "use another judge"), (5, 10, "use another judge"), (6, 10, "too few to trust"), (10, 10, None),
      (60, 80, None)],
 )  # fmt: skip
 def test_a_judge_that_contradicts_itself_is_distrusted(agreeing, of, reason):
@@ -97,9 +97,9 @@ def test_a_judge_that_contradicts_itself_is_distrusted(agreeing, of, reason):
 
 def test_samples_of_one_prompt_are_one_cluster():
     values = [("tuned", "tuned"), ("base", "base")]
-    apart = summary([compared(str(n), values[n // 2 % 2]) for n in range(40)])["win_rate"]
+    configs_by_model = summary([compared(str(n), values[n // 2 % 2]) for n in range(40)])["win_rate"]
     together = summary([compared(str(n // 2), values[n // 2 % 2]) for n in range(40)])["win_rate"]
-    assert together["se"] > 1.3 * apart["se"]
+    assert together["se"] > 1.3 * configs_by_model["se"]
     alone = summary([compared("a", ("tuned", "tuned")), compared("a", ("tuned", "tie"))])
     assert (alone["win_rate"]["ci95"], alone["length_controlled"]["rate"]) == (None, None)
 
@@ -115,7 +115,7 @@ def test_a_rate_that_length_explains_falls_to_one_half_at_equal_lengths():
     assert result["length_controlled"]["length"] > 1
     everywhere = summary([*longer[1:4], longer[5]])["length_controlled"]
     assert everywhere["rate"] is None
-    assert "everywhere" in everywhere["why"]
+    assert "wins always" in everywhere["why"]
 
 
 # ---- with a judge
@@ -125,7 +125,7 @@ def test_the_rate_of_known_answers_is_found(world, tmp_path):
     # Base right in 0..19, tuned in 10..34: the tuned one wins 15, loses 10, and the others say the same.
     answers(tmp_path, "base", range(20))
     answers(tmp_path, "tuned", range(10, 35))
-    outcome = compare(settings(tmp_path, world.url))
+    outcome = measure_win_rate(settings(tmp_path, world.url))
     assert outcome.stopped is None
     result = json.loads((tmp_path / "out" / "winrate.json").read_text("utf-8"))
     assert (result["won"], result["lost"], result["tied"], result["identical"]) == (15, 10, 15, 15)
@@ -145,7 +145,7 @@ def test_answers_are_matched_by_prompt_and_not_by_index(world, tmp_path):
     file = answers(tmp_path, "tuned", range(10, 35))
     lines = file.read_text("utf-8").splitlines()
     file.write_text("".join(line + "\n" for line in reversed(lines)), "utf-8")
-    assert compare(settings(tmp_path, world.url)).result["won"] == 15
+    assert measure_win_rate(settings(tmp_path, world.url)).result["won"] == 15
 
 
 def test_a_ready_answer_is_compared_without_what_a_model_thought_before_it(world, tmp_path):
@@ -153,7 +153,7 @@ def test_a_ready_answer_is_compared_without_what_a_model_thought_before_it(world
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     thought = [row | {"answer": f"<think>\nLet me see.\n</think>\n\n{row['answer']}<|im_end|>"} for row in rows]
     (tmp_path / "tuned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in thought), "utf-8")
-    result = compare(settings(tmp_path, world.url)).result
+    result = measure_win_rate(settings(tmp_path, world.url)).result
     assert (result["identical"], result["usage"]["judge"]["calls"]) == (40, 0)
 
 
@@ -161,7 +161,7 @@ def test_a_judge_that_prefers_the_first_answer_moves_nothing_and_is_reported(tmp
     answers(tmp_path, "base", range(20))
     answers(tmp_path, "tuned", range(20, 40))
     with running(ServerOptions(leanings=Leanings(position_bias=1.0))) as biased:
-        result = compare(settings(tmp_path, biased.url)).result
+        result = measure_win_rate(settings(tmp_path, biased.url)).result
     assert result["win_rate"]["mean"] == 0.5
     assert result["consistency"]["mean"] == 0
     assert "agrees with itself in 0 %" in result["distrust"]
@@ -175,7 +175,7 @@ def test_local_models_and_endpoints_answer(world, tmp_path):
     answers(tmp_path, "base", range(0), tasks=tasks)
     local = {"path": str(ROOT / "recipes/world/model"), "max_tokens": 40, "temperature": 0}
     served = {"url": world.url, "model": "world-target", "max_tokens": 40}
-    result = compare(settings(tmp_path, world.url, base=served, tuned=local, samples=2)).result
+    result = measure_win_rate(settings(tmp_path, world.url, base=served, tuned=local, samples=2)).result
     assert (result["comparisons"], result["prompts"]) == (12, 6)
     assert result["tuned"]["identity"].startswith("weights:")
     assert result["base"]["name"] == "world-target"
@@ -189,14 +189,14 @@ def test_nothing_is_paid_for_twice(tmp_path):
     answers(tmp_path, "base", range(20))
     answers(tmp_path, "tuned", range(20, 40))
     with running() as server:
-        stopped = compare(settings(tmp_path, server.url, budget={"tokens": 20_000}, concurrency=4))
+        stopped = measure_win_rate(settings(tmp_path, server.url, budget={"tokens": 20_000}, concurrency=4))
         assert "budget" in stopped.stopped
         assert stopped.result is None
         assert not (tmp_path / "out" / "winrate.json").exists()
         some = server.stats()["paid_total"]
         assert 0 < some < 80
-        first = compare(settings(tmp_path, server.url)).result
-        again = compare(settings(tmp_path, server.url)).result
+        first = measure_win_rate(settings(tmp_path, server.url)).result
+        again = measure_win_rate(settings(tmp_path, server.url)).result
         stats = server.stats()
     assert stats["paid_total"] == 80
     assert stats["paid_more_than_once"] == 0
@@ -209,7 +209,7 @@ def test_verdicts_that_cannot_be_read_are_counted_and_bracketed(tmp_path):
     answers(tmp_path, "tuned", range(20, 40))
     judge = {"model": "world-judge", "ask_again": False}
     with running(ServerOptions(misbehaviour=Misbehaviour(refusal=0.3))) as server:
-        result = compare(settings(tmp_path, server.url, judge={"url": server.url, **judge})).result
+        result = measure_win_rate(settings(tmp_path, server.url, judge={"url": server.url, **judge})).result
     count = sum(result["unresolved"].values())
     assert 5 < count < 35
     assert result["resolved"] == 40 - count
@@ -217,14 +217,14 @@ def test_verdicts_that_cannot_be_read_are_counted_and_bracketed(tmp_path):
     with running(ServerOptions(misbehaviour=Misbehaviour(refusal=1.0))) as server:
         config = settings(tmp_path, server.url, judge={"url": server.url, **judge}, out=str(tmp_path / "none"))
         with pytest.raises(UserError, match=r"no comparison has a verdict: 40 \w+"):
-            compare(config)
+            measure_win_rate(config)
 
 
 def test_an_answer_that_was_cut_off_is_judged_and_counted(scripted_server, world, tmp_path):
     rows = [{"prompt": f"{task.prompt} [[length]]", "answer": task.right} for task in TASKS[:3]]
     (tmp_path / "base.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     cut = {"url": scripted_server.url, "model": "m"}
-    result = compare(settings(tmp_path, world.url, tuned=cut)).result
+    result = measure_win_rate(settings(tmp_path, world.url, tuned=cut)).result
     assert result["truncated"] == {"base": 0, "tuned": 3}
     assert result["resolved"] == 3
     assert result["bracket"] == [0, 1]
@@ -237,7 +237,7 @@ def test_an_answer_that_was_filtered_is_named_and_bracketed(tmp_path):
     base.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     with judging() as server:
         judge, tuned = {"url": server.url, "model": "j"}, {"url": server.url, "model": "t"}
-        result = compare(settings(tmp_path, server.url, judge=judge, tuned=tuned)).result
+        result = measure_win_rate(settings(tmp_path, server.url, judge=judge, tuned=tuned)).result
     assert (result["unresolved"], result["unanswered"]) == ({"answer_content_filter": 1}, 0)
     assert result["bracket"] == [pytest.approx(1 / 3), pytest.approx(2 / 3)]
     assert result["win_rate"]["mean"] == 0.5
@@ -257,7 +257,7 @@ def test_an_endpoint_that_is_not_there_gives_no_rate_and_reports_it(scripted_ser
     rows = [{"prompt": "Say [[500]]", "answer": "a"}]
     (tmp_path / "base.jsonl").write_text(json.dumps(rows[0]) + "\n", "utf-8")
     failing = {"url": scripted_server.url, "model": "m"}
-    result = compare(settings(tmp_path, scripted_server.url, tuned=failing, attempts=2, judge={**failing}))
+    result = measure_win_rate(settings(tmp_path, scripted_server.url, tuned=failing, attempts=2, judge={**failing}))
     assert (result.result, result.failed) == (None, 1)
     assert "500" in result.first_failure
 
@@ -298,7 +298,7 @@ def test_an_error_of_the_judges_server_is_no_win_rate_and_the_command_resumes(tm
 
 def refuse(tmp_path: Path, match: str, **changes: object) -> None:
     with pytest.raises(UserError, match=match):
-        check(settings(tmp_path, "http://127.0.0.1:9/v1", **changes))
+        load_inputs(settings(tmp_path, "http://127.0.0.1:9/v1", **changes))
 
 
 def test_models_that_cannot_be_compared_are_refused_before_any_request(tmp_path):
@@ -308,7 +308,7 @@ def test_models_that_cannot_be_compared_are_refused_before_any_request(tmp_path)
     refuse(tmp_path, r"base: .*has not 2 answer\(s\) to 40 of 40 prompts; first: 1 to", samples=2)
     refuse(tmp_path, "base and tuned are the same", tuned=str(tmp_path / "base.jsonl"))
     refuse(tmp_path, "model folder .* does not exist", tuned={"path": str(tmp_path / "nothing")})
-    refuse(tmp_path, "asks in both orders", judge={"url": "http://127.0.0.1:9/v1", "model": "j", "order": "random"})
+    refuse(tmp_path, "needs both orders", judge={"url": "http://127.0.0.1:9/v1", "model": "j", "order": "random"})
     refuse(tmp_path, "needs the environment variable", judge={"url": "http://127.0.0.1:9/v1", "model": "j",
                                                               "api_key_env": "NO_SUCH_KEY"})  # fmt: skip
     twice = answers(tmp_path, "twice", range(20))
@@ -322,10 +322,10 @@ def test_models_that_cannot_be_compared_are_refused_before_any_request(tmp_path)
 def test_a_folder_is_not_mixed_with_another_comparison(world, tmp_path):
     answers(tmp_path, "base", range(20))
     answers(tmp_path, "tuned", range(10, 35))
-    compare(settings(tmp_path, world.url))
+    measure_win_rate(settings(tmp_path, world.url))
     answers(tmp_path, "third", range(5))
     with pytest.raises(UserError, match=r"other settings \(it differs in tuned"):
-        compare(settings(tmp_path, world.url, tuned=str(tmp_path / "third.jsonl")))
+        measure_win_rate(settings(tmp_path, world.url, tuned=str(tmp_path / "third.jsonl")))
 
 
 # ---- the command

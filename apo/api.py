@@ -1,0 +1,204 @@
+"""`apo.train`, `apo.evaluate`, `apo.compare` and `apo.advise`: the commands of the same names as Python functions.
+
+They also work inside a running event loop, as in a notebook. Ctrl-C (a notebook's interrupt) stops them as it stops the
+command: what is paid for or trained is saved, and the same call goes on later.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from apo.advice.config import AdviseConfig
+from apo.advice.config import load_inputs as load_advice_inputs
+from apo.advice.run import AdviceOutcome
+from apo.advice.run import run as run_advice
+from apo.evaluation.compare.run import ComparisonResult, compare_folders
+from apo.evaluation.config import Outcome
+from apo.evaluation.mixeval.config import MixEvalConfig
+from apo.evaluation.mixeval.config import load_inputs as load_mixeval_inputs
+from apo.evaluation.mixeval.run import MixEvalOutcome, work_items
+from apo.evaluation.mixeval.run import evaluate as evaluate_mixeval
+from apo.training.config import TrainConfig
+from clair.core.errors import UserError
+from clair.core.progress import progress, tell
+from clair.core.recipe import Recipe, apply_overrides, load_recipe, resolve, resolved
+from clair.terminal import client_progress
+
+Config = TypeVar("Config", bound=Recipe)
+Ended = TypeVar("Ended", bound=Outcome)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class TrainingResult:
+    """A finished training. `runs` holds the content of run.json by run folder: one run, or one a group with `by`."""
+
+    runs: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def out(self) -> Path:
+        """The folder of the model. Raises ValueError if the recipe trains one model a group; `runs` names them all."""
+        (folder,) = self.runs
+        return Path(folder)
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """The last metrics of the run, by name. Raises ValueError if there are several runs."""
+        (run,) = self.runs.values()
+        return run["metrics"]
+
+    def __repr__(self) -> str:
+        from apo.monitoring.callbacks import format_log
+
+        runs = (f"{out}: {run['steps']:,} steps, {format_log(run['metrics'])}" for out, run in self.runs.items())
+        return f"<{type(self).__name__} {'; '.join(runs)}>"
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | TrainConfig,
+    *,
+    out: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    log: Callable[[str], None] = tell,
+) -> TrainingResult:
+    """Train a model on preference pairs, or go on from the newest complete checkpoint of a stopped run.
+
+    Args:
+        recipe: the path of a YAML file, a mapping of its keys, or a `TrainConfig`.
+        out: the run's folder, instead of the recipe's `out`.
+        overrides: values by dotted key, such as `{"trainer.learning_rate": 1e-5}`.
+        log: receives each line that the run reports; absent, they are written to stderr.
+
+    Returns the content of run.json; the model lies in `out`.
+    Raises UserError, in one line and before any work, for a mistake in the recipe, the pairs or the model.
+    Raises KeyboardInterrupt after Ctrl-C, when a checkpoint is saved; the same call goes on.
+    """
+    _let_idle_threads_sleep()
+    config = load_config(TrainConfig, recipe, out, overrides)
+    from apo.training.train import train as train_model
+
+    result = train_model(config, tell=log)
+    return TrainingResult(result if config.by else {config.out: result})
+
+
+def evaluate(
+    recipe: str | Path | Mapping[str, Any] | MixEvalConfig,
+    *,
+    out: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    show_progress: bool = True,
+) -> MixEvalOutcome:
+    """Score a model on MixEval-Hard, going on from the replies that the ledger holds.
+
+    Args:
+        recipe: the path of a YAML file, a mapping of its keys, or a `MixEvalConfig`: `data` (the benchmark's folder),
+            `model` (`path`, or `url` and `model`), `judge` (likewise, or "rule"), `out` and more.
+        out: the result folder, instead of the recipe's `out`.
+        overrides: values by dotted key, such as `{"model.temperature": 0}`.
+        show_progress: show the progress on stderr.
+
+    Returns the score with its intervals; `table()` displays it. If the budget is used up or requests got no reply, it
+    has no score, its text says why, and the same call goes on later.
+    Raises UserError, in one line, for a mistake in the recipe or the data, and if the model or the judge refuses
+    everything. Raises KeyboardInterrupt after Ctrl-C, when the replies in flight are in the ledger.
+    """
+    _let_idle_threads_sleep()
+    config = load_config(MixEvalConfig, recipe, out, overrides)
+    inputs = load_mixeval_inputs(config)
+    for note in inputs.benchmark.notes:
+        tell(f"note: {note}")
+    total = len(work_items(config, inputs))
+    calls = dict.fromkeys(config.models, total)
+    with client_progress("evaluating", total, calls, shown=show_progress) as on_progress:
+        return _raise_interrupt(evaluate_mixeval(config, inputs=inputs, on_progress=on_progress))
+
+
+def compare(
+    base: str | Path,
+    *tuned: str | Path,
+    out: str | Path | None = None,
+    difference: float = 0.02,
+    data: str | Path | None = None,
+) -> ComparisonResult:
+    """Compare the result folders of tuned models with that of their base; `evaluate` makes such folders.
+
+    Args:
+        base: the result folder of the base model.
+        tuned: the result folders of one or more tuned models.
+        out: the folder for compare.json and compare.html; absent, `compare` beside `base`.
+        difference: the true difference, a share, whose power is computed.
+        data: a folder of MixEval's data, to predict the power of its other splits too.
+
+    Returns the differences with their intervals; `table()` and `notes()` display them.
+    Raises UserError, in one line, for folders that hold no result or cannot be compared.
+    """
+    return compare_folders(base, tuned, out=out, difference=difference, data=data)
+
+
+def advise(
+    recipe: str | Path | Mapping[str, Any] | AdviseConfig,
+    *,
+    out: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    log: Callable[[str], None] = tell,
+) -> AdviceOutcome:
+    """Recommend objective, beta and learning rate for training a model on preference pairs, from evidence about both.
+
+    Args:
+        recipe: the path of a YAML file, a mapping of its keys, or an `AdviseConfig`: `dataset`, `model` (`path`),
+            `judge` (`url` and `model`; absent: no judge), `out` and more.
+        out: the result folder, instead of the recipe's `out`.
+        overrides: values by dotted key, such as `{"difference": 0.2}`.
+        log: receives each line that the run reports; absent, they are written to stderr.
+
+    Returns the advice; `lines()` gives it as text and `table()` displays the evidence. If it ended early it has none,
+    its text says why, and the same call goes on later.
+    Raises UserError, in one line, for a mistake in the recipe or the pairs.
+    Raises KeyboardInterrupt after Ctrl-C, when the replies in flight are in the ledger.
+    """
+    _let_idle_threads_sleep()
+    config = load_config(AdviseConfig, recipe, out, overrides)
+    with progress("checking the pairs"):
+        inputs = load_advice_inputs(config)
+    return _raise_interrupt(run_advice(config, inputs=inputs, log=log))
+
+
+def load_config(
+    kind: type[Config],
+    recipe: str | Path | Mapping[str, Any] | Config,
+    out: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Config:
+    """The checked config of a recipe in any of its forms, with `out` and `overrides` put into it."""
+    changes = dict(overrides or {}) | ({} if out is None else {"out": out})
+    assignments = [f"{key}={_json(value, key)}" for key, value in changes.items()]
+    if isinstance(recipe, str | Path):
+        return load_recipe(kind, recipe, assignments)
+    values = resolved(recipe) if isinstance(recipe, Recipe) else json.loads(_json(dict(recipe), "recipe"))
+    return resolve(kind, apply_overrides(values, assignments))
+
+
+def _json(value: Any, name: str) -> str:
+    """`value` as JSON, paths as text. Raises UserError for a value that a recipe cannot hold."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=os.fspath)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} holds a value that is no text, number, list or mapping: {error}") from error
+
+
+def _raise_interrupt(outcome: Ended) -> Ended:
+    if outcome.stopped == "interrupted":
+        raise KeyboardInterrupt("every reply so far is kept; the same call goes on")
+    return outcome
+
+
+def _let_idle_threads_sleep() -> None:
+    """Let OpenMP's idle threads sleep, not spin: small models train up to 100 times faster on a busy machine.
+
+    OpenMP reads the variable when torch is loaded.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,0 +1,32 @@
+"""The answers whose score differs between the base and a tuned model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from apo.evaluation.results import Item, Results
+
+RIGHT = 0.5
+"""Scores from here on count as right if right and wrong are counted."""
+
+
+def changed_answers(results: Sequence[Results]) -> list[tuple[int, Item, Item]]:
+    """(index of the tuned model, the base's item, its item) of each answer with another score, largest change first."""
+    base_items = {item.key: item for item in results[0].items}
+    changed = [
+        (index, base_items[item.key], item)
+        for index, tuned in enumerate(results[1:])
+        for item in tuned.items
+        if item.key in base_items and item.score != base_items[item.key].score
+    ]
+    order = {key: number for number, key in enumerate(base_items)}
+    return sorted(
+        changed, key=lambda change: (-abs(change[2].score - change[1].score), change[0], order[change[1].key])
+    )
+
+
+def change_kind(before: float, after: float) -> str:
+    """The name of a change of score."""
+    if (before >= RIGHT) != (after >= RIGHT):
+        return "wrong to right" if after > before else "right to wrong"
+    return "better" if after > before else "worse"
