@@ -55,7 +55,7 @@ def test_a_file_at_a_url_gives_the_pairs_of_the_file(tmp_path, monkeypatch, name
 def test_a_url_that_holds_a_secret_or_nothing_is_reported_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
     for url in ("s3://me:hunter22@bucket/pairs", "https://host/pairs.jsonl?X-Amz-Signature=hunter22"):
-        with pytest.raises(UserError, match="its URL holds a password or a query") as caught:
+        with pytest.raises(UserError, match="its URL contains a password or a query") as caught:
             load_train([Source(path=url)], 0)
         assert "hunter22" not in str(caught.value)
     with pytest.raises(UserError, match=r"cannot read .*: nothing is there"):
