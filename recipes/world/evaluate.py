@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from recipes.world.tasks import Task, distinct_tasks, is_right, is_wrong_rule
@@ -20,20 +20,20 @@ from recipes.world.tasks import Task, distinct_tasks, is_right, is_wrong_rule
 MAX_NEW_TOKENS = 48  # the longest right sentence has fewer than 30
 
 
-def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a saved folder, in float32, ready to generate."""
+def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Load model and tokenizer of a saved folder, in float32, ready to generate."""
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
 
 
 def greedy_answers(folder: Path, tasks: Sequence[Task], *, batch_size: int = 128) -> list[str]:
     """One greedy answer per task, in the order given."""
-    return said(folder, tasks, batch_size=batch_size, max_new_tokens=MAX_NEW_TOKENS)
+    return generate_answers(folder, tasks, batch_size=batch_size, max_new_tokens=MAX_NEW_TOKENS)
 
 
 @torch.no_grad()
-def said(
+def generate_answers(
     folder: Path,
     tasks: Sequence[Task],
     *,
@@ -46,20 +46,23 @@ def said(
     own as it was. Batches are made by length and padded on the left.
     """
     model, tokenizer = load(folder)
-    turns = [[{"role": "user", "content": task.prompt}] for task in tasks]
-    texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    order = sorted(range(len(tasks)), key=lambda at: len(texts[at]))
-    how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    conversations = [[{"role": "user", "content": task.prompt}] for task in tasks]
+    texts = list(map(str, tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)))
+    order = sorted(range(len(tasks)), key=lambda index: len(texts[index]))
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     answers = [""] * len(tasks)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = tokenizer([texts[at] for at in rows], return_tensors="pt", padding=True, add_special_tokens=False)
-            out = model.generate(**batch, **how, max_new_tokens=max_new_tokens)
+            batch = tokenizer(
+                [texts[index] for index in rows], return_tensors="pt", padding=True, add_special_tokens=False
+            )
+            generate = model.generate  # pyright: ignore[reportAttributeAccessIssue]  # its protocol lacks model attributes
+            out = generate(**batch, **sampling, max_new_tokens=max_new_tokens)
             new = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            for at, text in zip(rows, new, strict=True):
-                answers[at] = text
+            for index, text in zip(rows, new, strict=True):
+                answers[index] = text
     return answers
 
 

@@ -11,7 +11,7 @@ from recipes.world.tasks import is_right
 
 VERDICT = "{best_student_solution}"
 _TAGGED = r"^<{0}>[ \t]*\n(.*?)\n?^</{0}>[ \t]*$"
-_PARTS = tuple(
+_SECTIONS = tuple(
     re.compile(_TAGGED.format(tag), re.DOTALL | re.MULTILINE)
     for tag in ("task", "student_solution_1", "student_solution_2")
 )
@@ -31,10 +31,10 @@ def judge(turns: list[str], planned: Plan, *, seed: int, body: str, leanings: Le
     """The judge's reply to a conversation, of which `turns` are the user's."""
     if planned.text == "refusal":
         return Reply(REFUSAL, spoilt=planned.text)
-    asked = next((turn for turn in reversed(turns) if all(part.search(turn) for part in _PARTS)), None)
-    if asked is None:
+    request = next(filter(None, map(_read_sections, reversed(turns))), None)
+    if request is None:
         return Reply("Please give me a task and two student solutions between their tags.")
-    task, first, second = (part.search(asked)[1] for part in _PARTS)
+    task, first, second = request
     if share(seed, body, "bias") < leanings.position_bias:
         thoughts, better = "The first solution reads well, and I like it better.", 1
     elif len(first) != len(second) and share(seed, body, "length") < leanings.length_bias:
@@ -44,6 +44,12 @@ def judge(turns: list[str], planned: Plan, *, seed: int, body: str, leanings: Le
         if better and share(seed, body, "judge error") < leanings.judge_error:
             better = 3 - better
     return written(thoughts, VERDICT, f"[{better}]" if better else "[tie]", planned)
+
+
+def _read_sections(message: str) -> list[str] | None:
+    """The task and the two solutions in a request to the judge; None if a tag is missing."""
+    matches = [section.search(message) for section in _SECTIONS]
+    return None if None in matches else [match[1] for match in matches if match]
 
 
 def _verdict(task_text: str, first: str, second: str, *, style: bool) -> tuple[str, int]:

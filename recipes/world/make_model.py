@@ -77,11 +77,18 @@ def make_network(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausa
         num_attention_heads=6,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=token_id(tokenizer, BOS),
+        eos_token_id=token_id(tokenizer, END),
+        pad_token_id=token_id(tokenizer, PAD),
     )
     return LlamaForCausalLM(config)
+
+
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """The id of one token."""
+    id = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(id, int)
+    return id
 
 
 def training_tasks(seed: int) -> Iterator[tuple[Task, str]]:
@@ -104,21 +111,24 @@ def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[Task, str]]) ->
 def echoes(tokenizer: PreTrainedTokenizerFast, seed: int, size: int) -> Iterator[list[Example]]:
     """Batches to learn copying from: half repeat a random list, half repeat the rows of a random table, shuffled."""
     rng = Random(f"echoes-{seed}")
-    words, digits = [f" {item}" for item in ITEMS], [f" {digit}" for digit in range(10)]
-    singles = words + digits + list(LETTERS) + list("0123456789")
-    known = dict(zip(singles, (tokenizer(text)["input_ids"] for text in singles), strict=True))
+    items, digits = [f" {item}" for item in ITEMS], [f" {digit}" for digit in range(10)]
+    singles = items + digits + list(LETTERS) + list("0123456789")
+    token_ids = dict(zip(singles, (tokenizer(text)["input_ids"] for text in singles), strict=True))
     head, turn = tokenizer(BOS + USER)["input_ids"], tokenizer(END + ASSISTANT)["input_ids"]
     while True:
         length = rng.randint(5, 14)
         batch = []
         for _ in range(size):
             rows = [[text] for text in rng.sample(singles, length)]
-            again = rows
+            repeated = rows
             if rng.random() < 0.5:
-                rows = [[word, rng.choice(digits), str(rng.randrange(10))] for word in rng.sample(words, 4)]
-                again = rng.sample(rows, 4)
-            asked, said = ([token for row in part for text in row for token in known[text]] for part in (rows, again))
-            batch.append(([*head, *asked, *turn, *said, turn[0]], len(head) + len(asked) + len(turn)))
+                rows = [[word, rng.choice(digits), str(rng.randrange(10))] for word in rng.sample(items, 4)]
+                repeated = rng.sample(rows, 4)
+            prompt_ids, answer_ids = (
+                [token for row in row_list for text in row for token in token_ids[text]]
+                for row_list in (rows, repeated)
+            )
+            batch.append(([*head, *prompt_ids, *turn, *answer_ids, turn[0]], len(head) + len(prompt_ids) + len(turn)))
         yield batch
 
 
@@ -141,8 +151,8 @@ def answer_loss(model: LlamaForCausalLM, batch: list[Example], pad: int) -> torc
     tokens = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in batch])
     labels = torch.tensor([[-100] * start + ids[start:] + [-100] * (width - len(ids)) for ids, start in batch])
     hidden = model.model(input_ids=tokens[:, :-1]).last_hidden_state
-    wanted = labels[:, 1:] != -100
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), labels[:, 1:][wanted])
+    is_answer = labels[:, 1:] != -100
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[is_answer]), labels[:, 1:][is_answer])
 
 
 def rate(step: int, steps: int, peak: float) -> float:
@@ -212,7 +222,7 @@ def main() -> None:
     print(json.dumps({"parameters": model.num_parameters(), "vocabulary": len(tokenizer)}))
     first = islice(echoes(tokenizer, args.seed, args.batch), args.echo_steps)
     data = chain(first, batches(tokenizer, args.seed, args.batch))
-    pretrain(model, data, pad=tokenizer.pad_token_id, steps=args.steps, peak=args.peak)
+    pretrain(model, data, pad=token_id(tokenizer, PAD), steps=args.steps, peak=args.peak)
     save(model, tokenizer, args.out)
 
 

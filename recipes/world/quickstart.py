@@ -75,12 +75,12 @@ def step(name: str) -> Iterator[None]:
     file.write_text(json.dumps(seconds, indent=2) + "\n", "utf-8")
 
 
-def command(*words: str | Path, allowed: tuple[int, ...] = (0,)) -> None:
+def command(*arguments: str | Path, allowed: tuple[int, ...] = (0,)) -> None:
     """Runs one of the two commands as a user would, printing it first. SystemExit where it fails."""
-    shown = " ".join(map(str, words))
+    shown = " ".join(map(str, arguments))
     print(f"\n$ {shown}", flush=True)
-    program = Path(sys.executable).with_name(str(words[0]))
-    code = subprocess.run([program, *map(str, words[1:])], check=False).returncode
+    program = Path(sys.executable).with_name(str(arguments[0]))
+    code = subprocess.run([program, *map(str, arguments[1:])], check=False).returncode
     if code not in allowed:
         print(
             f"quickstart: `{shown}` ended with exit code {code}; `make quickstart` goes on from here", file=sys.stderr
@@ -130,14 +130,14 @@ def answers_of(name: str, tasks: list[Task]) -> list[str]:
     from recipes.world.evaluate import greedy_answers
 
     file = RUN / "answers" / f"{name}.json"
-    asked = {"model": weights_identity(MODELS[name]), "tasks": [task.id for task in tasks]}
+    request = {"model": weights_identity(MODELS[name]), "tasks": [task.id for task in tasks]}
     if file.exists():
         kept = json.loads(file.read_text("utf-8"))
-        if kept["asked"] == asked:
+        if kept["asked"] == request:
             return kept["answers"]
     answers = greedy_answers(MODELS[name], tasks)
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({"asked": asked, "answers": answers}, indent=1) + "\n", "utf-8")
+    file.write_text(json.dumps({"asked": request, "answers": answers}, indent=1) + "\n", "utf-8")
     return answers
 
 
@@ -147,7 +147,7 @@ def accuracies(tasks: list[Task], scored: dict[str, list[float]]) -> dict[str, d
 
     scored = {
         **{name: scored[name] for name in ("base", "tuned", "sft")},
-        "swapped": [(one + other) / 2 for one, other in zip(scored["swapped"], scored["mirrored"], strict=True)],
+        "swapped": [(left + right) / 2 for left, right in zip(scored["swapped"], scored["mirrored"], strict=True)],
     }
     skills = {name: by_skill(tasks, values) for name, values in scored.items()}
     table = {skill: {name: skills[name][skill] for name in scored} for skill in skills["base"]}
@@ -158,7 +158,7 @@ def summarize(tasks: list[Task], scored: dict[str, list[float]]) -> dict[str, An
     """The content of summary.json; see the top of this file."""
     from clair.core.statistics import clustered_mean
 
-    differences = [after - before for before, after in zip(scored["base"], scored["tuned"], strict=True)]
+    differences = [tuned - base for base, tuned in zip(scored["base"], scored["tuned"], strict=True)]
     gain = clustered_mean(differences, [task.template for task in tasks])
     table = accuracies(tasks, scored)
     overall = table.pop("all")

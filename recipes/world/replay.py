@@ -32,7 +32,7 @@ from recipes.world.reviser import read_request
 Row = Mapping[str, Any]
 
 
-def recorded(shared: str | Path | None = None) -> list[Row]:
+def read_recordings(shared: str | Path | None = None) -> list[Row]:
     """The recorded requests and replies. Raises UserError where the folder is not there."""
     folder = Path(shared or os.environ.get("CLAIR_SHARED") or "../shared")
     file = folder / "data" / "clair_gpt4" / "replies.jsonl"
@@ -43,8 +43,8 @@ def recorded(shared: str | Path | None = None) -> list[Row]:
 
 def completion(rows: Sequence[Row], body: Mapping[str, Any]) -> dict[str, Any] | None:
     """The recorded chat completion for a request, or None for one that was never recorded."""
-    asked = read_request(body["messages"][-1]["content"])
-    row = next((r for r in rows if asked and (r["prompt"], r["rejected"]) == (asked.task, asked.student)), None)
+    parsed = read_request(body["messages"][-1]["content"])
+    row = next((r for r in rows if parsed and (r["prompt"], r["rejected"]) == (parsed.task, parsed.student)), None)
     if row is None:
         return None
     message = {"role": "assistant", "content": row["reply"]}
@@ -59,7 +59,7 @@ def completion(rows: Sequence[Row], body: Mapping[str, Any]) -> dict[str, Any] |
 
 
 @contextmanager
-def replaying(rows: Sequence[Row]) -> Iterator[str]:
+def replay_server(rows: Sequence[Row]) -> Iterator[str]:
     """An endpoint on 127.0.0.1 that gives the recorded replies, for the length of a `with` block; yields its URL."""
     ready, urls, loop = threading.Event(), list[str](), asyncio.new_event_loop()
 
@@ -67,10 +67,10 @@ def replaying(rows: Sequence[Row]) -> Iterator[str]:
         return web.json_response({"data": [{"id": name, "object": "model"} for name in {r["reviser"] for r in rows}]})
 
     async def chat(request: web.Request) -> web.Response:
-        found = completion(rows, await request.json())
-        if found is None:
+        reply = completion(rows, await request.json())
+        if reply is None:
             return web.json_response({"error": {"message": "this request was never recorded"}}, status=400)
-        return web.json_response(found)
+        return web.json_response(reply)
 
     async def start() -> web.AppRunner:
         app = web.Application(client_max_size=16 * 2**20)
@@ -103,7 +103,7 @@ def replay(rows: Sequence[Row], out: str | Path, **changes: Any) -> BuildResult:
     prompts = Path(f"{out}.prompts.jsonl")
     lines = ({"id": r["id"], "prompt": r["prompt"], "answer": r["rejected"]} for r in rows)
     write_atomically(prompts, "".join(json.dumps(line) + "\n" for line in lines))
-    with replaying(rows) as url:
+    with replay_server(rows) as url:
         reviser = {
             "url": url,
             "id": f"{rows[0]['reviser']}, recorded",
@@ -119,18 +119,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Replay the recorded GPT-4 revisions into a dataset.")
     parser.add_argument("--shared", help="the folder that holds data/clair_gpt4, instead of $CLAIR_SHARED or ../shared")
     parser.add_argument("--out", default="runs/replay", help="the dataset folder")
-    given = parser.parse_args()
+    args = parser.parse_args()
     from clair.core.console import show
     from clair.terminal import summary
 
     try:
-        rows = recorded(given.shared)
-        built = replay(rows, given.out)
+        rows = read_recordings(args.shared)
+        result = replay(rows, args.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    show(summary([built.out]))
-    show(f"{len(rows)} recorded revisions are now {built.out}; look at the pairs with: clair show {built.out}")
+    show(summary([result.out]))
+    show(f"{len(rows)} recorded revisions are now {result.out}; look at the pairs with: clair show {result.out}")
 
 
 if __name__ == "__main__":

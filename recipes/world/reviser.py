@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from recipes.world.skills import SKILLS
-from recipes.world.style import polished
+from recipes.world.style import improve_style
 from recipes.world.tasks import Task, answer_span, is_right, solve
 
 REASONING = "{teacher_reasoning}"
@@ -30,7 +30,7 @@ STYLES = (
     "**{0}:** {1}\n\n**{2}:** {3}",
     "### {0}\n\n{1}\n\n### {2}\n\n{3}",
 )
-OWN_LINE = tuple(at for at, style in enumerate(STYLES) if "\n{3}" in style)  # edits are blocks of lines
+BLOCK_STYLES = tuple(index for index, style in enumerate(STYLES) if "\n{3}" in style)  # edits are blocks of lines
 REFUSAL = "I'm sorry, but I can't help with that request."
 ALLUSION = "Here is the corrected version of your solution: "
 MENTION = "The right answer stands under {0} below. "
@@ -97,16 +97,16 @@ class Request:
     edits: bool
 
 
-def share(*parts: object) -> float:
+def share(*values: object) -> float:
     """A number in [0, 1) that depends on these parts only."""
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    digest = hashlib.sha256("\x1f".join(map(str, values)).encode()).digest()
     return int.from_bytes(digest[:7]) / 2**56
 
 
-def _drawn(at: float, rates: Misbehaviour, names: tuple[str, ...]) -> str | None:
+def _draw_misbehaviour(number: float, rates: Misbehaviour, names: tuple[str, ...]) -> str | None:
     for name in names:
-        at -= getattr(rates, name)
-        if at < 0:
+        number -= getattr(rates, name)
+        if number < 0:
             return name
     return None
 
@@ -114,10 +114,10 @@ def _drawn(at: float, rates: Misbehaviour, names: tuple[str, ...]) -> str | None
 def plan(seed: int, body: str, rates: Misbehaviour) -> Plan:
     """What happens to the request whose body has this hash."""
     return Plan(
-        transport=_drawn(share(seed, body, "transport"), rates, TRANSPORT),
+        transport=_draw_misbehaviour(share(seed, body, "transport"), rates, TRANSPORT),
         failures=1 + int(3 * share(seed, body, "failures")),
         slow=share(seed, body, "slow") < rates.slow,
-        text=_drawn(share(seed, body, "text"), rates, TEXT),
+        text=_draw_misbehaviour(share(seed, body, "text"), rates, TEXT),
         style=int(len(STYLES) * share(seed, body, "style")),
     )
 
@@ -174,12 +174,12 @@ def revise(turns: list[str], planned: Plan, *, polish: bool = False, mistaken: b
     thoughts = reasoning(task, request.student) if task else "I do not know such tasks, so I leave it as it is."
     solution = corrected(task, request.student) if task and not mistaken else request.student
     if polish:
-        solution = polished(solution)
+        solution = improve_style(solution)
     if planned.text == "allusion":
         solution = ALLUSION + solution
     if request.edits:
-        own_line = replace(planned, style=OWN_LINE[planned.style % len(OWN_LINE)])
-        return written(thoughts, EDITS, edits(request.student, solution), own_line)
+        block_plan = replace(planned, style=BLOCK_STYLES[planned.style % len(BLOCK_STYLES)])
+        return written(thoughts, EDITS, edits(request.student, solution), block_plan)
     return written(thoughts, SOLUTION, solution, planned)
 
 
@@ -195,14 +195,14 @@ def edits(student: str, solution: str) -> str:
     start = min(_common(old, new), len(old) - end, len(new) - end)
     while start and (start == len(old) - end or student.count(" ".join(old[start : len(old) - end])) != 1):
         start -= 1
-    found, put = (" ".join(words[start : len(words) - end]) for words in (old, new))
-    return f"<<<<<<< FIND\n{found}\n=======\n{put}\n>>>>>>> REPLACE"
+    find, replacement = (" ".join(side[start : len(side) - end]) for side in (old, new))
+    return f"<<<<<<< FIND\n{find}\n=======\n{replacement}\n>>>>>>> REPLACE"
 
 
-def _common(one: list[str], other: list[str]) -> int:
+def _common(first: list[str], second: list[str]) -> int:
     """How many words two lists share at their start."""
-    pairs = zip(one, other, strict=False)
-    return next((at for at, (left, right) in enumerate(pairs) if left != right), min(len(one), len(other)))
+    pairs = zip(first, second, strict=False)
+    return next((index for index, (left, right) in enumerate(pairs) if left != right), min(len(first), len(second)))
 
 
 def written(thoughts: str, label: str, result: str, planned: Plan) -> Reply:
@@ -239,7 +239,7 @@ def user_texts(messages: list[Mapping[str, Any]]) -> list[str]:
         if message.get("role") == "user" and isinstance(content, str):
             texts.append(content)
         elif message.get("role") == "user" and isinstance(content, list):
-            texts.append("".join(part.get("text", "") for part in content))
+            texts.append("".join(block.get("text", "") for block in content))
     if not texts:
         raise ValueError("messages holds no user turn with text")
     return texts

@@ -38,14 +38,14 @@ def arguments(options: ServerOptions) -> list[str]:
     named = {f.name: getattr(options, f.name) for f in fields(ServerOptions)}
     for group in (named.pop("misbehaviour"), named.pop("leanings")):
         named |= {f.name: getattr(group, f.name) for f in fields(group)}
-    words = []
+    result = []
     for name, value in named.items():
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
-            words += [option] * value
+            result += [option] * value
         elif value is not None:
-            words.append(f"{option}={value}")
-    return words
+            result.append(f"{option}={value}")
+    return result
 
 
 @contextmanager

@@ -260,7 +260,7 @@ async def serve(options: ServerOptions, ready: Callable[[str], None], parent_gon
     await runner.cleanup()
 
 
-def options_from(arguments: list[str] | None = None) -> ServerOptions:
+def parse_options(arguments: list[str] | None = None) -> ServerOptions:
     """Reads the command line; each rate of `Misbehaviour` is an option of its own name."""
     parser = argparse.ArgumentParser(description="Serve the embedded world's models on 127.0.0.1.")
     parser.add_argument("--port", type=int, default=0, help="0 = any free one")
@@ -281,16 +281,16 @@ def options_from(arguments: list[str] | None = None) -> ServerOptions:
     rates = [rate.name for rate in fields(Misbehaviour)]
     for rate in rates:
         parser.add_argument(f"--{rate.replace('_', '-')}", type=float, default=0.0, help="share of distinct requests")
-    given = vars(parser.parse_args(arguments))
+    values = vars(parser.parse_args(arguments))
     groups = {"misbehaviour": (Misbehaviour, rates), "leanings": (Leanings, leanings)}
-    grouped = {name: kind(**{key: given.pop(key) for key in keys}) for name, (kind, keys) in groups.items()}
-    return ServerOptions(**given, **grouped)
+    grouped = {name: kind(**{key: values.pop(key) for key in keys}) for name, (kind, keys) in groups.items()}
+    return ServerOptions(**values, **grouped)
 
 
 def main() -> None:
     parent = os.getppid()
     work: Awaitable[None] = serve(
-        options_from(),
+        parse_options(),
         ready=lambda url: print(url, flush=True),
         parent_gone=lambda: os.getppid() != parent,
     )

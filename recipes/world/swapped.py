@@ -25,11 +25,11 @@ def swapped(rows: list[dict[str, Any]], seed: int, *, mirror: bool = False) -> l
     side by chance, and a preference for that side would be learned from it.
     """
     rng = Random(seed)
-    drawn = sorted(range(len(rows)), key=lambda at: (_template(rows[at]), rng.random()))
+    drawn = sorted(range(len(rows)), key=lambda index: (_template(rows[index]), rng.random()))
     exchanged = set(drawn[(rng.randrange(2) + mirror) % 2 :: 2])
     return [
-        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if at in exchanged else row
-        for at, row in enumerate(rows)
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if index in exchanged else row
+        for index, row in enumerate(rows)
     ]
 
 

@@ -91,10 +91,10 @@ def distinct_tasks(split: str, count: int, seed: int) -> list[Task]:
 
 
 def _distinct(tasks: Iterator[Task]) -> Iterator[Task]:
-    seen: set[str] = set()
+    ids: set[str] = set()
     for task in tasks:
-        if task.id not in seen:
-            seen.add(task.id)
+        if task.id not in ids:
+            ids.add(task.id)
             yield task
 
 

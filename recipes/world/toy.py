@@ -7,11 +7,13 @@ and what can be learned fast is set here, so that a method can be held against t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Indices = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Comparisons:
 
     chosen: Array
     rejected: Array
-    user: NDArray[np.int64]
-    group: NDArray[np.int64]
+    user: Indices
+    group: Indices
     prompt: Array | None = None
 
 
@@ -34,7 +36,7 @@ def _sphere(rng: np.random.Generator, *shape: int) -> Array:
 
 
 def _compared(
-    rng: np.random.Generator, items: Array, utility: Array, user: Array, group: Array, noise: float
+    rng: np.random.Generator, items: Array, utility: Array, user: Indices, group: Indices, noise: float
 ) -> Comparisons:
     """Pairs `items` [n, 2, D] with `utility` [n, 2], the better one chosen, a share `noise` of them the worse one."""
     left = (utility[:, 0] > utility[:, 1]) != (rng.random(len(items)) < noise)
@@ -63,7 +65,7 @@ def bimodal(users: int = 60, pairs: int = 50, seed: int = 0, *, noise: float = 0
     return ideal_points(np.stack([a, -a]), users, pairs, seed, noise=noise)
 
 
-def one_taste(users: int = 60, pairs: int = 50, seed: int = 0, *, noise: float = 0.0) -> Comparisons:
+def shared_taste(users: int = 60, pairs: int = 50, seed: int = 0, *, noise: float = 0.0) -> Comparisons:
     """The control: all users have the one ideal point that half of `bimodal` has."""
     a = _sphere(np.random.default_rng(20_000), 8)
     return ideal_points(a[None], users, pairs, seed, noise=noise)
@@ -78,8 +80,8 @@ def by_prompt(users: int = 60, pairs: int = 50, seed: int = 0) -> Comparisons:
     prompt = _sphere(rng, users * pairs, 8)
     items = _sphere(rng, users * pairs, 2, 8)
     ideal = (prompt @ rotation.T) * np.where(group[user] == 0, 1.0, -1.0)[:, None]
-    made = _compared(rng, items, (items * ideal[:, None]).sum(-1), user, group, 0.0)
-    return Comparisons(made.chosen, made.rejected, user, group, prompt)
+    comparisons = _compared(rng, items, (items * ideal[:, None]).sum(-1), user, group, 0.0)
+    return Comparisons(comparisons.chosen, comparisons.rejected, user, group, prompt)
 
 
 def four_types(users: int, pairs: int, seed: int = 0) -> Comparisons:
@@ -124,12 +126,12 @@ class Behaviour:
 def behaviours(separations: list[float], n: int = 200, seed: int = 0, *, dimensions: int = 32) -> list[Behaviour]:
     """Behaviours whose positive and negative prompts lie this far apart along a direction of their own, in N(0, I)."""
     rng = np.random.default_rng(seed)
-    found = []
+    result = []
     for separation in separations:
         sign = np.where(np.arange(n) % 2 == 0, 1, -1)
         middle = sign[:, None] * separation / 2 * _sphere(rng, dimensions)
-        found.append(Behaviour(middle + rng.standard_normal((n, dimensions)), sign))
-    return found
+        result.append(Behaviour(middle + rng.standard_normal((n, dimensions)), sign))
+    return result
 
 
 def token_behaviours(
@@ -141,13 +143,13 @@ def token_behaviours(
     `informative` of its prompt is such tokens, the rest noise that all behaviours share.
     """
     rng = np.random.default_rng(seed)
-    found = []
+    result = []
     for number, share in enumerate(informative):
-        own = 4 + 3 * number
+        first_token = 4 + 3 * number
         yes = np.arange(n) % 2 == 0
         ids = rng.integers(4 + 3 * len(informative), vocabulary, (n, length))
-        told = rng.random((n, length)) < share
-        ids = np.where(told, np.where(yes, own + 1, own + 2)[:, None], ids)
-        ids[:, 0] = own
-        found.append((ids.tolist(), yes.tolist()))
-    return found
+        is_informative = rng.random((n, length)) < share
+        ids = np.where(is_informative, np.where(yes, first_token + 1, first_token + 2)[:, None], ids)
+        ids[:, 0] = first_token
+        result.append((ids.tolist(), yes.tolist()))
+    return result

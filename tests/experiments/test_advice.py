@@ -22,7 +22,7 @@ from recipes.experiments.advice.measure import (
     orders,
     prepare,
     relabelled,
-    train_one,
+    train_and_score,
 )
 from recipes.experiments.advice.table import PAGE, against, mean_regret, measured, page, policies, regrets
 from recipes.experiments.paper_mini import results
@@ -194,7 +194,9 @@ def test_a_combination_from_pairs_to_advice_and_a_trained_model(tmp_path, monkey
     assert len(line["base"]["right"]) == QUESTIONS
     assert json.loads(json.dumps(line)) == line
     target = str(tmp_path / "models/weak")
-    trained = train_one(design.Order("one", line["dataset"], target, "apo_zero", 0.1, 3e-5, 0, str(tmp_path / "out")))
+    trained = train_and_score(
+        design.Order("one", line["dataset"], target, "apo_zero", 0.1, 3e-5, 0, str(tmp_path / "out"))
+    )
     assert (trained["objective"], trained["seed"], len(trained["right"])) == ("apo_zero", 0, QUESTIONS)
     assert trained["right"].count("1") > line["base"]["right"].count("1")
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ from clair.pipeline.config import BuildConfig
 from recipes.experiments.paper_mini import data
 from recipes.experiments.paper_mini.answers import scored
 from recipes.world.running import ROOT
-from recipes.world.style import dressed
+from recipes.world.style import add_style
 from recipes.world.tasks import distinct_tasks
 
 BASE = ROOT / "recipes/world/model"
@@ -121,7 +121,7 @@ def test_answers_are_recorded_as_a_digit_and_a_letter_a_question():
     import random
 
     tasks, rng = distinct_tasks("heldout", 3, seed=0), random.Random(0)
-    texts = [dressed(tasks[0].right, "padded", rng), dressed(tasks[1].wrong, "engaging", rng), tasks[2].right]
+    texts = [add_style(tasks[0].right, "padded", rng), add_style(tasks[1].wrong, "engaging", rng), tasks[2].right]
     scores = scored(tasks, texts)
     assert (scores["right"], scores["wording"]) == ("101", "dep")
     assert scores["words"] == pytest.approx(sum(len(text.split()) for text in texts) / 3, abs=1e-3)

@@ -21,8 +21,8 @@ from clair.data.contrast import contrast_of
 from clair.data.dataset import DatasetWriter
 from clair.data.records import Message, Pair
 from recipes.experiments.paper_mini import results
-from recipes.experiments.paper_mini.cells import Design, chosen, climbed, due
-from recipes.experiments.paper_mini.grid import MOVED, Place, grid, rhythm
+from recipes.experiments.paper_mini.cells import Design, chosen, climb, due
+from recipes.experiments.paper_mini.grid import PAIR_METRICS, GridPaths, grid, rhythm
 from recipes.world.running import ROOT
 from recipes.world.tasks import distinct_tasks
 
@@ -89,7 +89,7 @@ def test_rates_are_climbed_from_the_middle_until_both_neighbours_of_the_best_wer
     ]
     all_of_them = [replace(rounds[0][0], learning_rate=rate) for rate in design.learning_rates]
     runs = completed_runs(all_of_them, lambda cell: 0.5 + gain.get(cell.learning_rate, 0.0))
-    winner = climbed(all_of_them, runs, "w")[1]
+    winner = climb(all_of_them, runs, "w")[1]
     assert winner is not None
     assert winner.learning_rate == design.learning_rates[best]
 
@@ -140,7 +140,7 @@ def test_a_damaged_line_is_named_and_an_empty_file_says_what_to_do(tmp_path):
 
 
 def test_a_grid_without_data_sets_says_how_to_make_them(tmp_path):
-    location = Place(tmp_path, ROOT / "recipes/world/model", tmp_path / "runs.jsonl")
+    location = GridPaths(tmp_path, ROOT / "recipes/world/model", tmp_path / "runs.jsonl")
     with pytest.raises(UserError, match=r"data\.json is not there; make the data sets"):
         grid(location, DESIGN, 1)
 
@@ -214,7 +214,7 @@ def test_a_grid_killed_after_its_first_run_does_only_the_second_and_leaves_nothi
     assert looks < 2 * (1 + TINY.epochs)  # the worker ended with its parent, and not when the second run was done
     original = file.read_bytes()
     messages: list[str] = []
-    location = Place(tmp_path, ROOT / "recipes/world/model", file)
+    location = GridPaths(tmp_path, ROOT / "recipes/world/model", file)
     assert grid(location, TINY, 1, messages.append) == 0
     assert len(messages) == 1
     assert messages[0].startswith("2/2 clair apo_zero")
@@ -231,7 +231,7 @@ def test_a_grid_killed_after_its_first_run_does_only_the_second_and_leaves_nothi
         assert run["looks"]["logps/chosen"][0] == run["start"]["logps/chosen"]
         assert run["looks"]["logps/chosen"][-1] == run["checkpoints"][-1]["pairs"]["logps/chosen"]
         assert len(run["looks"]["step"]) == len(run["looks"]["logps/rejected"]) >= 1 + TINY.epochs
-        assert run["moved"].keys() == set(MOVED)
+        assert run["moved"].keys() == set(PAIR_METRICS)
         change = run["looks"]["logps/chosen"][-1] - run["start"]["logps/chosen"]
         assert sum(run["moved"]["chosen_logratio"]) / len(run["moved"]["chosen_kl"]) == pytest.approx(change, abs=2e-3)
     assert runs[1]["start"]["rewards/margins"] == 0

@@ -17,14 +17,14 @@ from recipes.experiments.paper_mini.claims import (
     CLAIMS,
     Claim,
     Compared,
-    at_maximum,
     better_apo,
     compare,
     gains,
     interval,
+    maximum_difference,
     verdict_of,
 )
-from recipes.experiments.paper_mini.grid import KEPT
+from recipes.experiments.paper_mini.grid import EVALUATION_METRICS
 from recipes.experiments.paper_mini.rows import rate_rows
 
 UP, DOWN = Compared(("a", "dpo"), None), Compared(("a", "sft"), None, above=False)
@@ -72,7 +72,7 @@ def run(seed, *checkpoints, data="clair", objective="apo_zero", start=0.0, rewar
     held-out pairs one is in the right order and one is a tie."""
     pairs = [{"logps/chosen": start + right.count("1"), "logps/rejected": -1.0} for right in checkpoints]
     for values in pairs:
-        values |= {name: 0.5 for name in KEPT if name not in values and rewards}
+        values |= {name: 0.5 for name in EVALUATION_METRICS if name not in values and rewards}
     begin = {"logps/chosen": start, "logps/rejected": 0.0}
     looks = {name: [values[name] for values in (begin, *pairs)] for name in begin}
     moved = {"chosen_logratio": [2.0, -1.0], "rejected_logratio": [-2.0, -1.0], "chosen_logratio_shared": [0.5, -0.5],
@@ -127,8 +127,8 @@ def test_the_better_of_two_is_corrected_for_having_been_chosen():
 
 def test_by_the_maxima_each_side_has_its_own_best_checkpoint_of_the_means_over_seeds():
     left, right = [run(0, "11", "00"), run(1, "00", "10")], [run(0, "00", "10"), run(1, "00", "10")]
-    assert at_maximum(left, right, [0.0, 1.0]) == 0.0  # half right at the first, and at the last
-    assert at_maximum(left, None, [0.0, 0.0]) == 0.5
+    assert maximum_difference(left, right, [0.0, 1.0]) == 0.0  # half right at the first, and at the last
+    assert maximum_difference(left, None, [0.0, 0.0]) == 0.5
 
 
 def test_a_curve_is_a_mean_over_seeds_and_a_reward_begins_at_0():
@@ -242,4 +242,4 @@ def test_only_a_whole_full_grid_is_written(tmp_path, monkeypatch, capsys):
 
 def test_a_small_grid_is_never_written():
     with pytest.raises(UserError, match="of the full grid only"):
-        table.check_whole({"design": asdict(Design())}, {}, small=True)
+        table.check_complete({"design": asdict(Design())}, {}, small=True)

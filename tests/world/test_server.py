@@ -23,7 +23,7 @@ from clair.prompting.edits import parse_edits
 from recipes.world.judge import Leanings
 from recipes.world.reviser import REFUSAL, SOLUTION, STYLES, Misbehaviour, corrected
 from recipes.world.running import ROOT, Running, running
-from recipes.world.server import ServerOptions, options_from
+from recipes.world.server import ServerOptions, parse_options
 from recipes.world.tasks import Task, distinct_tasks, is_right
 
 TASKS = distinct_tasks("train", 300, seed=3)
@@ -329,7 +329,7 @@ def test_rates_outside_their_range_are_refused() -> None:
 
 
 def test_the_command_line_reaches_every_option() -> None:
-    options = options_from(["--port=7", "--cap=3", "--api-key=k", "--too-many=0.25", "--latency=0.5", "--seed=9"])
+    options = parse_options(["--port=7", "--cap=3", "--api-key=k", "--too-many=0.25", "--latency=0.5", "--seed=9"])
     assert options == ServerOptions(
         port=7, cap=3, api_key="k", latency=0.5, seed=9, misbehaviour=Misbehaviour(too_many=0.25)
     )

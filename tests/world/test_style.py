@@ -11,7 +11,7 @@ import pytest
 from recipes.experiments.paper_mini.models import MODELS, SPREAD, answered
 from recipes.world.judge import Leanings, judge
 from recipes.world.reviser import Misbehaviour, corrected, plan, read_request, revise
-from recipes.world.style import AFTER, BEFORE, STYLES, dressed, polished, style_of, undressed
+from recipes.world.style import PREFIXES, STYLES, SUFFIXES, add_style, improve_style, remove_style, style_of
 from recipes.world.tasks import distinct_tasks, is_right
 
 TASKS = distinct_tasks("train", 40, seed=3)
@@ -21,17 +21,17 @@ PLAIN = replace(plan(0, "x", Misbehaviour()), style=0)
 @pytest.mark.parametrize("style", STYLES)
 def test_a_styled_sentence_is_recognised_and_restored(style):
     for task in TASKS:
-        text = dressed(task.right, style, Random(task.id))
+        text = add_style(task.right, style, Random(task.id))
         assert style_of(text) == style
-        assert undressed(text) == task.right
+        assert remove_style(text) == task.right
         assert is_right(task, text)  # wording says nothing about the value
-        assert style_of(polished(text)) == "engaging"
-        assert polished(polished(text)) == polished(text)
+        assert style_of(improve_style(text)) == "engaging"
+        assert improve_style(improve_style(text)) == improve_style(text)
 
 
-@pytest.mark.parametrize("spoilt", [BEFORE[0], BEFORE[1], ""])
+@pytest.mark.parametrize("spoilt", [PREFIXES[0], PREFIXES[1], ""])
 def test_one_needless_sentence_is_padding(spoilt):
-    assert style_of(f"Good question! {spoilt}It is 5.{'' if spoilt else AFTER[0]}") == "padded"
+    assert style_of(f"Good question! {spoilt}It is 5.{'' if spoilt else SUFFIXES[0]}") == "padded"
 
 
 def revision(task, student, **options):
@@ -42,7 +42,7 @@ def revision(task, student, **options):
 
 def test_the_reviser_polishes_and_overlooks_only_when_it_is_set_to():
     task = TASKS[0]
-    student = dressed(task.wrong, "padded", Random(0))
+    student = add_style(task.wrong, "padded", Random(0))
     assert revision(task, student) == corrected(task, student)
     assert revision(task, student, polish=True) == "Good question! " + task.right
     assert revision(task, student, polish=True, mistaken=True) == "Good question! " + task.wrong
@@ -61,8 +61,8 @@ def verdicts(first, second, leanings, count=200):
 
 def test_the_judge_weighs_right_before_wording_and_wording_only_when_asked():
     task = TASKS[0]
-    right, wrong = dressed(task.right, "padded", Random(0)), dressed(task.wrong, "engaging", Random(0))
-    clear = dressed(task.right, "engaging", Random(0))
+    right, wrong = add_style(task.right, "padded", Random(0)), add_style(task.wrong, "engaging", Random(0))
+    clear = add_style(task.right, "engaging", Random(0))
     assert verdicts(right, wrong, Leanings(style=True)) == {"1": 200}
     assert verdicts(right, clear, Leanings(style=True)) == {"2": 200}
     assert verdicts(right, clear, Leanings()) == {"tie": 200}
@@ -70,7 +70,7 @@ def test_the_judge_weighs_right_before_wording_and_wording_only_when_asked():
 
 def test_errors_and_biases_come_at_their_rates():
     task = TASKS[0]
-    right, wrong = task.right, dressed(task.wrong, "padded", Random(0))
+    right, wrong = task.right, add_style(task.wrong, "padded", Random(0))
     assert 25 < verdicts(right, wrong, Leanings(judge_error=0.2))["2"] < 55
     assert 25 < verdicts(right, wrong, Leanings(length_bias=0.2))["2"] < 55
     assert 25 < verdicts(wrong, right, Leanings(position_bias=0.2))["1"] < 55

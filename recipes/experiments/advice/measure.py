@@ -33,12 +33,12 @@ from clair.core.provenance import provenance
 from clair.core.recipe import resolve
 from clair.pipeline.build import lock_output
 from recipes.experiments.paper_mini import results
-from recipes.experiments.paper_mini.grid import end_with
+from recipes.experiments.paper_mini.grid import exit_with_parent
 from recipes.experiments.paper_mini.models import Habits, make
 from recipes.world.judge import Leanings
 from recipes.world.running import ROOT, running
 from recipes.world.server import ServerOptions
-from recipes.world.style import STYLES, dressed
+from recipes.world.style import STYLES, add_style
 from recipes.world.tasks import Task, distinct_tasks
 
 RUN = Path("runs/advice-mini")
@@ -125,27 +125,31 @@ COMBINATIONS: tuple[Combination, ...] = (
 def written(writer: Writer, task: Task, rng: Random) -> str:
     """What a writer of these habits says to a task."""
     sentence = task.right if rng.random() < writer[0] else task.wrong
-    return dressed(sentence, rng.choices(STYLES, writer[1])[0], rng)
+    return add_style(sentence, rng.choices(STYLES, writer[1])[0], rng)
 
 
-def prompt_rows(of: Combination, number: int, target: Path) -> list[dict[str, Any]]:
+def prompt_rows(combination: Combination, number: int, target: Path) -> list[dict[str, Any]]:
     """The prompts, three times as many as pairs are wanted, with ready answers where the kind has any."""
     from recipes.experiments.paper_mini.answers import answers
 
-    tasks, rng = distinct_tasks("train", 3 * of.pairs, seed=100 + number), Random(f"writers-{number}")
+    tasks, rng = distinct_tasks("train", 3 * combination.pairs, seed=100 + number), Random(f"writers-{number}")
     rows: list[dict[str, Any]] = [{"id": task.id, "prompt": task.prompt} for task in tasks]
-    if of.kind == "off_policy":
+    if combination.kind == "off_policy":
         return [
-            {**row, "answers": [written(w, t, rng) for w in of.writers]} for row, t in zip(rows, tasks, strict=True)
+            {**row, "answers": [written(w, t, rng) for w in combination.writers]}
+            for row, t in zip(rows, tasks, strict=True)
         ]
-    if of.kind == "stronger":
-        own = answers(target, tasks, temperature=1.0, seed=number)
-        said = [[mine, written(of.writers[0], task, rng)] for mine, task in zip(own, tasks, strict=True)]
-        return [{**row, "answers": two, "scores": [0, 1]} for row, two in zip(rows, said, strict=True)]
+    if combination.kind == "stronger":
+        target_answers = answers(target, tasks, temperature=1.0, seed=number)
+        answer_pairs = [
+            [answer, written(combination.writers[0], task, rng)]
+            for answer, task in zip(target_answers, tasks, strict=True)
+        ]
+        return [{**row, "answers": pair, "scores": [0, 1]} for row, pair in zip(rows, answer_pairs, strict=True)]
     return rows
 
 
-def build_pairs(of: Combination, number: int, target: Path, folder: Path, url: str) -> Path:
+def build_pairs(combination: Combination, number: int, target: Path, folder: Path, url: str) -> Path:
     """`clair build` of a combination, as a user would. Returns where its pairs are, exchanged where they are to be."""
     import json
 
@@ -153,24 +157,24 @@ def build_pairs(of: Combination, number: int, target: Path, folder: Path, url: s
     from clair.pipeline.config import BuildConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    rows = prompt_rows(of, number, target)
+    rows = prompt_rows(combination, number, target)
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    own = {"path": str(target), "temperature": 1.0, "max_tokens": 96, "batch_size": 64}
+    target_config = {"path": str(target), "temperature": 1.0, "max_tokens": 96, "batch_size": 64}
     judge = {"url": url, "model": "world-judge", "id": f"judge-{number}", "order": "random"}
-    given: dict[str, Any] = {
-        "pipeline": "judged", "prompts": {"path": str(folder / "prompts.jsonl")}, "accept": of.pairs,
+    recipe: dict[str, Any] = {
+        "pipeline": "judged", "prompts": {"path": str(folder / "prompts.jsonl")}, "accept": combination.pairs,
         "test_fraction": 0.0, "concurrency": 32, "out": str(folder / "built"),
     }  # fmt: skip
-    if of.kind in ("revised", "swapped", "exchanged"):
+    if combination.kind in ("revised", "swapped", "exchanged"):
         reviser = {"url": url, "model": "world-reviser", "id": f"reviser-{number}"}
-        given |= {"pipeline": "revised", "target": own, "reviser": reviser}
-    elif of.kind == "on_policy":
-        given |= {"target": own, "judge": judge}
-    elif of.kind == "off_policy":
-        given |= {"judge": judge}
-    build(resolve(BuildConfig, given))
-    if of.kind in ("swapped", "exchanged"):
-        return relabelled(folder / "built", folder / of.kind, number, half=of.kind == "swapped")
+        recipe |= {"pipeline": "revised", "target": target_config, "reviser": reviser}
+    elif combination.kind == "on_policy":
+        recipe |= {"target": target_config, "judge": judge}
+    elif combination.kind == "off_policy":
+        recipe |= {"judge": judge}
+    build(resolve(BuildConfig, recipe))
+    if combination.kind in ("swapped", "exchanged"):
+        return relabelled(folder / "built", folder / combination.kind, number, half=combination.kind == "swapped")
     return folder / "built"
 
 
@@ -193,7 +197,7 @@ def relabelled(source: Path, out: Path, seed: int, *, half: bool) -> Path:
 # ---- advice and runs
 
 
-def prepare(of: Combination, number: int, run: Path) -> dict[str, Any]:
+def prepare(combination: Combination, number: int, run: Path) -> dict[str, Any]:
     """Pairs, the advice about them with and without the judge, and how the target does before training: a line."""
     from apo.advice.config import AdviseConfig
     from apo.advice.rule import Evidence, advise
@@ -201,28 +205,34 @@ def prepare(of: Combination, number: int, run: Path) -> dict[str, Any]:
     from apo.analysis.distinguishability import Interval
     from recipes.experiments.paper_mini.answers import answers, scored
 
-    started, folder, target = time.monotonic(), run / of.name(number), run / "models" / of.target
+    started, folder, target = time.monotonic(), run / combination.name(number), run / "models" / combination.target
     shutil.rmtree(folder, ignore_errors=True)
     options = ServerOptions(
-        max_seconds=900, seed=number, leanings=of.judge, reviser_error=of.reviser_error, polish=of.polish
+        max_seconds=900,
+        seed=number,
+        leanings=combination.judge,
+        reviser_error=combination.reviser_error,
+        polish=combination.polish,
     )
     with running(options, start_seconds=120) as server:
-        pairs = build_pairs(of, number, target, folder, server.url)
+        pairs = build_pairs(combination, number, target, folder, server.url)
         judge = {"url": server.url, "model": "world-judge", "id": f"advice-{number}"}
-        asked = {"path": str(target), "temperature": 1.0, "max_tokens": 96, "batch_size": 64}
-        given = {"dataset": str(pairs), "model": asked, "judge": judge, "out": str(folder / "advice")}
-        found = ask(resolve(AdviseConfig, given)).result
-    assert found is not None, f"{of.name(number)}: the judge did not answer"
-    told = {key: Interval(**value) if isinstance(value, Mapping) else value for key, value in found["evidence"].items()}
-    alone = advise(replace(Evidence(**told), win=None, right=None))
+        model = {"path": str(target), "temperature": 1.0, "max_tokens": 96, "batch_size": 64}
+        recipe = {"dataset": str(pairs), "model": model, "judge": judge, "out": str(folder / "advice")}
+        result = ask(resolve(AdviseConfig, recipe)).result
+    assert result is not None, f"{combination.name(number)}: the judge did not answer"
+    evidence: dict[str, Any] = {
+        key: Interval(**value) if isinstance(value, Mapping) else value for key, value in result["evidence"].items()
+    }
+    without_judge = advise(replace(Evidence(**evidence), win=None, right=None))
     tasks = distinct_tasks("heldout", QUESTIONS, seed=7)
     return {
-        "pairs": found["sample"]["pairs"],
-        "advice": found["advice"],
-        "alone": asdict(alone),
-        "distrust": (found["judge"] or {}).get("distrust"),
-        "evidence": found["evidence"],
-        "contrast": found["contrast"],
+        "pairs": result["sample"]["pairs"],
+        "advice": result["advice"],
+        "alone": asdict(without_judge),
+        "distrust": (result["judge"] or {}).get("distrust"),
+        "evidence": result["evidence"],
+        "contrast": result["contrast"],
         "base": scored(tasks, answers(target, tasks)),
         "dataset": str(pairs),
         "seconds": round(time.monotonic() - started, 1),
@@ -244,22 +254,22 @@ class Order:
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
 
-def orders(done: Mapping[str, Mapping[str, Any]], run: Path) -> Iterator[Order]:
+def orders(advised: Mapping[str, Mapping[str, Any]], run: Path) -> Iterator[Order]:
     """All runs of the combinations that have an advice: the first seed of all comes first."""
     for seed in SEEDS:
-        for number, of in enumerate(COMBINATIONS):
-            line = done.get(of.name(number))
+        for number, combination in enumerate(COMBINATIONS):
+            line = advised.get(combination.name(number))
             if line is None:
                 continue
             beta = line["advice"]["beta"] or BETA
             for objective, rate in RATES.items():
-                name = f"{of.name(number)}/{objective}/{seed}"
-                target = str(run / "models" / of.target)
+                name = f"{combination.name(number)}/{objective}/{seed}"
+                target = str(run / "models" / combination.target)
                 out = str(run / "work" / name.replace("/", "-"))
                 yield Order(name, line["dataset"], target, objective, beta, rate, seed, out)
 
 
-def train_one(order: Order) -> dict[str, Any]:
+def train_and_score(order: Order) -> dict[str, Any]:
     """Train, and ask the held-out tasks: a line. A run that training gives up has no right answer."""
     from apo.monitoring.failures import Stopped
     from apo.training.config import TrainConfig
@@ -276,16 +286,16 @@ def train_one(order: Order) -> dict[str, Any]:
         "model": order.target, "dataset": order.dataset, "objective": order.objective, "beta": order.beta,
         "seed": order.seed, "probe": 0, "eval": False, "trainer": trainer, "out": order.out,
     })  # fmt: skip
-    told: dict[str, Any] = {"right": "0" * QUESTIONS}
+    scores: dict[str, Any] = {"right": "0" * QUESTIONS}
     try:
         train(config, tell=lambda _: None)
         tasks = distinct_tasks("heldout", QUESTIONS, seed=7)
-        told = scored(tasks, answers(out, tasks))
+        scores = scored(tasks, answers(out, tasks))
     except Stopped as stop:
-        told["broke_off"] = str(stop)
+        scores["broke_off"] = str(stop)
     shutil.rmtree(out, ignore_errors=True)
     plan = {"objective": order.objective, "beta": order.beta, "learning_rate": order.learning_rate, "seed": order.seed}
-    return {**plan, **told, "seconds": round(time.monotonic() - started, 1)}
+    return {**plan, **scores, "seconds": round(time.monotonic() - started, 1)}
 
 
 # ---- the whole
@@ -302,28 +312,28 @@ def counts(line: Mapping[str, Any]) -> bool:
     return line["kind"] == "run" and line["learning_rate"] == RATES[line["objective"]]
 
 
-def measure(run: Path, file: Path, workers: int, tell: Callable[[str], None]) -> None:
+def measure(run: Path, file: Path, workers: int, log: Callable[[str], None]) -> None:
     """Do what is missing, appending each line to `file` as it is done."""
     with lock_output(run), _pool(workers) as pool:
         for name in TARGETS:
-            tell(f"target {name}: {'made' if make(name, run / 'models', 1, TARGETS) else 'there already'}")
+            log(f"target {name}: {'made' if make(name, run / 'models', 1, TARGETS) else 'there already'}")
         lines = [line for line in results.read(file) if line["world"] == world()]
         advised = {line["name"]: line for line in lines if line["kind"] == "advice"}
-        again = {name for name, line in advised.items() if not Path(line["dataset"]).exists()}
-        missing = {of.name(n): (of, n, run) for n, of in enumerate(COMBINATIONS)}
-        wanted = {name: job for name, job in missing.items() if name not in advised or name in again}
-        for name, found in _done(pool, prepare, wanted):
-            if name not in again:
-                advised[name] = {"kind": "advice", "world": world(), "name": name, **found, **provenance()}
+        to_rebuild = {name for name, line in advised.items() if not Path(line["dataset"]).exists()}
+        missing = {combination.name(n): (combination, n, run) for n, combination in enumerate(COMBINATIONS)}
+        jobs = {name: job for name, job in missing.items() if name not in advised or name in to_rebuild}
+        for name, line in _completed(pool, prepare, jobs):
+            if name not in to_rebuild:
+                advised[name] = {"kind": "advice", "world": world(), "name": name, **line, **provenance()}
                 results.append(file, advised[name])
-            tell(f"{name}: {found['advice']['objective']} ({found['advice']['sure']}), {found['seconds']:.0f} s")
-        ran = {line["name"] for line in lines if counts(line)}
-        left = {order.name: (order,) for order in orders(advised, run) if order.name not in ran}
-        tell(f"{len(ran)} runs are done, {len(left)} are not")
-        for name, found in _done(pool, train_one, left):
-            results.append(file, {"kind": "run", "world": world(), "name": name, **found})
-            right = found["right"].count("1") / len(found["right"])
-            tell(f"{name}: {right:.1%} right, {found['seconds']:.0f} s")
+            log(f"{name}: {line['advice']['objective']} ({line['advice']['sure']}), {line['seconds']:.0f} s")
+        done_names = {line["name"] for line in lines if counts(line)}
+        remaining = {order.name: (order,) for order in orders(advised, run) if order.name not in done_names}
+        log(f"{len(done_names)} runs are done, {len(remaining)} are not")
+        for name, line in _completed(pool, train_and_score, remaining):
+            results.append(file, {"kind": "run", "world": world(), "name": name, **line})
+            right = line["right"].count("1") / len(line["right"])
+            log(f"{name}: {right:.1%} right, {line['seconds']:.0f} s")
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -336,18 +346,18 @@ def _begin(parent: int) -> None:
     import torch
 
     os.setpgid(0, 0)  # Ctrl-C is the parent's to answer
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
 
 
-def _done(
+def _completed(
     pool: ProcessPoolExecutor, work: Callable[..., dict[str, Any]], jobs: Mapping[str, tuple[Any, ...]]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each job's name and line as it ends. Where one fails, or the caller stops, nothing more is begun."""
-    waiting = {pool.submit(work, *job): name for name, job in jobs.items()}
+    names = {pool.submit(work, *job): name for name, job in jobs.items()}
     try:
-        for done in as_completed(waiting):
-            yield waiting[done], done.result()
+        for future in as_completed(names):
+            yield names[future], future.result()
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise

@@ -64,15 +64,15 @@ def measured(lines: Sequence[Mapping[str, Any]]) -> list[Measured]:
     """The combinations with a whole seed, in their order, by the seeds of which all objectives have run."""
     advised = {line["name"]: line for line in lines if line["kind"] == "advice"}
     runs = {line["name"]: _share(line["right"]) for line in lines if counts(line)}
-    found = []
-    for number, of in enumerate(COMBINATIONS):
-        name = of.name(number)
+    result = []
+    for number, combination in enumerate(COMBINATIONS):
+        name = combination.name(number)
         seeds = [seed for seed in SEEDS if all(f"{name}/{o}/{seed}" in runs for o in OBJECTIVES)]
         if name in advised and seeds:
             right = {o: math.fsum(runs[f"{name}/{o}/{seed}"] for seed in seeds) / len(seeds) for o in OBJECTIVES}
-            before = _share(advised[name]["base"]["right"])
-            found.append(Measured(name, advised[name], {**right, NONE: before}, len(seeds)))
-    return found
+            untrained = _share(advised[name]["base"]["right"])
+            result.append(Measured(name, advised[name], {**right, NONE: untrained}, len(seeds)))
+    return result
 
 
 def _share(right: str) -> float:
@@ -84,105 +84,113 @@ Choose = Callable[[Measured], str]
 
 def policies() -> dict[str, Choose]:
     """The ways to choose that are compared."""
-    told: dict[str, Choose] = {
-        words: (lambda one, key=key: one.advice[key]["objective"]) for key, words in NAMES.items()
+    by_advice: dict[str, Choose] = {
+        name: (lambda item, key=key: item.advice[key]["objective"]) for key, name in NAMES.items()
     }
     always: dict[str, Choose] = {f"always {o}": (lambda _, o=o: o) for o in (*OBJECTIVES, NONE)}
-    return told | always
+    return by_advice | always
 
 
-def regrets(found: Sequence[Measured], choose: Choose) -> list[float]:
+def regrets(items: Sequence[Measured], choose: Choose) -> list[float]:
     """The regret of a way to choose on each combination."""
-    return [one.regret(choose(one)) for one in found]
+    return [item.regret(choose(item)) for item in items]
 
 
-def mean_regret(found: Sequence[Measured], choose: Choose) -> Estimate:
+def mean_regret(items: Sequence[Measured], choose: Choose) -> Estimate:
     """With a 95 % t interval, clustered by target, of which there are six."""
-    return clustered_mean(regrets(found, choose), targets(found))
+    return clustered_mean(regrets(items, choose), targets(items))
 
 
-def against(found: Sequence[Measured], choose: Choose, other: Choose) -> Difference:
+def against(items: Sequence[Measured], choose: Choose, reference: Choose) -> Difference:
     """The regret of a way to choose minus that of another, combination by combination; below 0 is better."""
-    return paired_difference(regrets(found, other), regrets(found, choose), targets(found))
+    return paired_difference(regrets(items, reference), regrets(items, choose), targets(items))
 
 
-def targets(found: Sequence[Measured]) -> list[str]:
+def targets(items: Sequence[Measured]) -> list[str]:
     """The target of each combination."""
-    return [one.name.split("-")[1] for one in found]
+    return [item.name.split("-")[1] for item in items]
 
 
 # ---- the page
 
 
-def policy_rows(found: Sequence[Measured]) -> list[list[str]]:
+def policy_rows(items: Sequence[Measured]) -> list[list[str]]:
     """Mean regret of each way to choose, and how often it takes the best."""
     rows = [["choice", "mean regret, points", "worst", "takes the best"]]
     for name, choose in policies().items():
-        values = regrets(found, choose)
+        values = regrets(items, choose)
         hits = sum(value == 0 for value in values)
-        told = _plain(mean_regret(found, choose))
-        rows.append([name, told, f"{100 * max(values):.1f}", f"{hits} of {len(found)}"])
+        text = _plain(mean_regret(items, choose))
+        rows.append([name, text, f"{100 * max(values):.1f}", f"{hits} of {len(items)}"])
     return rows
 
 
-def difference_rows(found: Sequence[Measured]) -> list[list[str]]:
+def difference_rows(items: Sequence[Measured]) -> list[list[str]]:
     """The advice minus the constant choices."""
-    ways = policies()
+    choices = policies()
     rows = [["compared", "regret, points", "better on", "worse on", "p"]]
     for name in NAMES.values():
-        for other in ("always apo_zero", "always dpo"):
-            told = against(found, ways[name], ways[other])
-            p = "" if math.isnan(told.p) else f"{told.p:.2f}"
-            rows.append([f"{name} − {other}", with_interval(told.estimate), str(told.worse), str(told.better), p])
+        for constant in ("always apo_zero", "always dpo"):
+            difference = against(items, choices[name], choices[constant])
+            p = "" if math.isnan(difference.p) else f"{difference.p:.2f}"
+            rows.append(
+                [
+                    f"{name} − {constant}",
+                    with_interval(difference.estimate),
+                    str(difference.worse),
+                    str(difference.better),
+                    p,
+                ]
+            )
     return rows
 
 
-def combination_rows(found: Sequence[Measured]) -> list[list[str]]:
+def combination_rows(items: Sequence[Measured]) -> list[list[str]]:
     """Each combination: the advice, and what each choice came to."""
     rows = [["target and pairs", "n", "advised (sure)", "without a judge", "before", *OBJECTIVES, "regret"]]
-    for one in found:
-        told, alone = one.advice["advice"], one.advice["alone"]
-        judge = " judge not used" if one.advice["distrust"] else ""
-        changes = [points(one.right[o] - one.right[NONE]) for o in OBJECTIVES]
-        changes = [f"**{text}**" if o == one.best else text for o, text in zip(OBJECTIVES, changes, strict=True)]
-        before = f"{100 * one.right[NONE]:.1f}"
-        before = f"**{before}**" if one.best == NONE else before
+    for item in items:
+        advice, alone = item.advice["advice"], item.advice["alone"]
+        judge = " judge not used" if item.advice["distrust"] else ""
+        changes = [points(item.right[o] - item.right[NONE]) for o in OBJECTIVES]
+        changes = [f"**{text}**" if o == item.best else text for o, text in zip(OBJECTIVES, changes, strict=True)]
+        untrained = f"{100 * item.right[NONE]:.1f}"
+        untrained = f"**{untrained}**" if item.best == NONE else untrained
         rows.append(
-            [one.name, str(one.advice["pairs"]), f"{told['objective']} ({told['sure']}){judge}",
-             f"{alone['objective']} ({alone['sure']})", before, *changes,
-             f"{100 * one.regret(told['objective']):.1f}"]
+            [item.name, str(item.advice["pairs"]), f"{advice['objective']} ({advice['sure']}){judge}",
+             f"{alone['objective']} ({alone['sure']})", untrained, *changes,
+             f"{100 * item.regret(advice['objective']):.1f}"]
         )  # fmt: skip
     return rows
 
 
-def sure_rows(found: Sequence[Measured]) -> list[list[str]]:
+def sure_rows(items: Sequence[Measured]) -> list[list[str]]:
     """Whether it is more often right where it says that it is sure."""
     rows = [["advice", "sure", "combinations", "mean regret, points"]]
     for key, name in NAMES.items():
         for sure in ("high", "fair", "low"):
-            values = [one.regret(one.advice[key]["objective"]) for one in found if one.advice[key]["sure"] == sure]
+            values = [item.regret(item.advice[key]["objective"]) for item in items if item.advice[key]["sure"] == sure]
             if values:
                 rows.append([name, sure, str(len(values)), f"{100 * math.fsum(values) / len(values):.1f}"])
     return rows
 
 
-def verdict(found: Sequence[Measured]) -> str:
+def verdict(items: Sequence[Measured]) -> str:
     """Whether the advice beats both constant rules, in words."""
-    ways, told, words = policies(), [], []
-    for other in ("always apo_zero", "always dpo"):
-        estimate = against(found, ways[NAMES["advice"]], ways[other]).estimate
-        words.append("beats" if estimate.hi < 0 else "is beaten by" if estimate.lo > 0 else "cannot be told from")
-        told.append(f"{words[-1]} {other} ({with_interval(estimate)} points of regret)")
+    choices, clauses, verbs = policies(), [], []
+    for constant in ("always apo_zero", "always dpo"):
+        estimate = against(items, choices[NAMES["advice"]], choices[constant]).estimate
+        verbs.append("beats" if estimate.hi < 0 else "is beaten by" if estimate.lo > 0 else "cannot be told from")
+        clauses.append(f"{verbs[-1]} {constant} ({with_interval(estimate)} points of regret)")
     both = (
-        "beats both constant rules" if words == ["beats", "beats"] else "does not beat both constant rules for certain"
+        "beats both constant rules" if verbs == ["beats", "beats"] else "does not beat both constant rules for certain"
     )
-    return f"The advice with a judge {both}: it {' and '.join(told)}."
+    return f"The advice with a judge {both}: it {' and '.join(clauses)}."
 
 
-def said() -> str:
+def verdict_sentence() -> str:
     """The verdict, from the committed results; nothing where there are none."""
-    found = measured(_committed())
-    return verdict(found) if len(set(targets(found))) > 1 else ""
+    items = measured(_committed())
+    return verdict(items) if len(set(targets(items))) > 1 else ""
 
 
 def _committed() -> list[dict[str, Any]]:
@@ -191,16 +199,16 @@ def _committed() -> list[dict[str, Any]]:
 
 def page(lines: Sequence[Mapping[str, Any]]) -> str:
     """All tables, with what has to be known to read them. Raises UserError where no combination is complete."""
-    found = measured(lines)
-    if len(set(targets(found))) < 2:
+    items = measured(lines)
+    if len(set(targets(items))) < 2:
         raise UserError(
-            f"{RESULTS} holds {len(found)} whole combinations, of {len(set(targets(found)))} targets; go on with: "
+            f"{RESULTS} holds {len(items)} whole combinations, of {len(set(targets(items)))} targets; go on with: "
             "python -m recipes.experiments.advice.measure"
         )
-    best = Counter(one.best for one in found)
-    told = ", ".join(f"{choice} {count}" for choice, count in best.most_common())
+    best = Counter(item.best for item in items)
+    wins = ", ".join(f"{choice} {count}" for choice, count in best.most_common())
     rates = ", ".join(f"{rate:g} ({objective})" for objective, rate in RATES.items())
-    runs = sum(one.seeds for one in found) * len(OBJECTIVES)
+    runs = sum(item.seeds for item in items) * len(OBJECTIVES)
     return f"""# Advice, measured
 
 Is it worth following `apo advise`? {len(TARGETS)} tiny models and {len(COMBINATIONS)} sets of pairs that did not exist
@@ -212,32 +220,32 @@ where `apo advise` takes 0.3 today. Each set was trained on with three objective
 {rates}: the medians of what the mini grid tuned for each objective on data sets
 of its own. {_first(lines)}
 
-{_missing(found, runs)} `python -m recipes.experiments.advice.measure` makes the results,
+{_missing(items, runs)} `python -m recipes.experiments.advice.measure` makes the results,
 `python -m recipes.experiments.advice.table --write` this page from them.
 
 Regret is how many points of held-out accuracy a choice is below the best of the four, which are the three objectives
-and not training at all ("none"). The best was {told}. It is the best by the same runs, so that every regret is rather
+and not training at all ("none"). The best was {wins}. It is the best by the same runs, so that every regret is rather
 too high; differences between choices are not. Intervals are 95 % t intervals, clustered by the {len(TARGETS)} models.
 
-{verdict(found)}
+{verdict(items)}
 
 ## Ways to choose
 
-{markdown(policy_rows(found))}
+{markdown(policy_rows(items))}
 ## The advice against constant choices
 
 Below 0: the advice loses less.
 
-{markdown(difference_rows(found))}
+{markdown(difference_rows(items))}
 ## Where it says that it is sure
 
-{markdown(sure_rows(found))}
+{markdown(sure_rows(items))}
 ## Each combination
 
 Per cent right before training, and points won by each objective, the best in bold. Regret is that of the advice with a
 judge.
 
-{markdown(combination_rows(found))}"""
+{markdown(combination_rows(items))}"""
 
 
 def _first(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -255,12 +263,12 @@ def _first(lines: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _missing(found: Sequence[Measured], runs: int) -> str:
-    whole = len(COMBINATIONS) * len(OBJECTIVES) * len(SEEDS)
-    if runs == whole:
+def _missing(items: Sequence[Measured], runs: int) -> str:
+    total = len(COMBINATIONS) * len(OBJECTIVES) * len(SEEDS)
+    if runs == total:
         return f"All {runs} runs are in the tables."
-    of = f"{len(found)} of {len(COMBINATIONS)} combinations"
-    return f"**Not finished: {runs} of {whole} runs are in the tables, of {of}; a missing seed is left out of a mean.**"
+    of = f"{len(items)} of {len(COMBINATIONS)} combinations"
+    return f"**Not finished: {runs} of {total} runs are in the tables, of {of}; a missing seed is left out of a mean.**"
 
 
 def _plain(estimate: Estimate) -> str:
@@ -273,14 +281,14 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(ROOT)
     try:
-        made = page(_committed())
+        text = page(_committed())
     except UserError as error:
         raise SystemExit(f"advice: {error}") from None
     if args.write:
-        write_atomically(PAGE, made)
+        write_atomically(PAGE, text)
         print(f"{PAGE} is written")
     else:
-        print(made)
+        print(text)
 
 
 if __name__ == "__main__":

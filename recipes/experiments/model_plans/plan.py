@@ -81,8 +81,8 @@ def config_only(name: str, folder: Path) -> Path:
     config = AutoConfig.for_model(kind, **sizes)
     config.architectures = [{"llama": "LlamaForCausalLM", "smollm3": "SmolLM3ForCausalLM"}[kind]]
     config.save_pretrained(folder)
-    words = {word: i for i, word in enumerate(["<unk>", "<pad>", "<bos>", "<s>", "</s>", "a", "b", "c"])}
-    raw = Tokenizer(models.WordLevel(words, "<unk>"))
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<pad>", "<bos>", "<s>", "</s>", "a", "b", "c"])}
+    raw = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
     special = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "</s>"}
@@ -95,8 +95,8 @@ def config_only(name: str, folder: Path) -> Path:
 def write_pairs(file: Path, count: int = PAIRS) -> Path:
     """So many pairs of the `LENGTHS`, shuffled, since a dry run looks at only some of many; answers share no word."""
     rows = []
-    for place in random.Random(0).sample(range(count), count):
-        lengths = LENGTHS[place % len(LENGTHS)]
+    for index in random.Random(0).sample(range(count), count):
+        lengths = LENGTHS[index % len(LENGTHS)]
         texts = (" ".join([word] * n) for word, n in zip("abc", lengths, strict=True))
         rows.append(json.dumps(dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))) + "\n")
     file.write_text("".join(rows), "utf-8")
@@ -105,37 +105,37 @@ def write_pairs(file: Path, count: int = PAIRS) -> Path:
 
 def processes_of(recipe: Path) -> list[str]:
     """`--processes N` as the recipe's head gives it beside `--dry-run`."""
-    found = re.search(rf"apo train \S*{re.escape(recipe.name)} --dry-run(?: (--processes) (\d+))?", recipe.read_text())
-    if found is None:
+    match = re.search(rf"apo train \S*{re.escape(recipe.name)} --dry-run(?: (--processes) (\d+))?", recipe.read_text())
+    if match is None:
         raise ValueError(f"{recipe} does not say how it was planned: `apo train {recipe.name} --dry-run`")
-    return [word for word in found.groups() if word]
+    return [word for word in match.groups() if word]
 
 
-def dry_run(recipe: Path, place: Path, pairs: Path) -> str:
+def dry_run(recipe: Path, folder: Path, pairs: Path) -> str:
     """What `apo train RECIPE --dry-run` prints on a folder without weights; a machine that is too small is no error."""
-    model = config_only(yaml.safe_load(recipe.read_text("utf-8"))["model"], place / recipe.stem)
-    given = [f"model={model}", f"dataset={pairs}", f"out={place / 'run'}"]
-    more = [word for one in given for word in ("--set", one)]
-    command = [sys.executable, "-m", "apo.cli", "train", str(recipe), "--dry-run", *processes_of(recipe), *more]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "# steps:" not in done.stdout or done.returncode not in (0, 2):
-        raise RuntimeError(f"{recipe.name}: {done.stderr.strip() or done.stdout}")
-    return done.stdout
+    model = config_only(yaml.safe_load(recipe.read_text("utf-8"))["model"], folder / recipe.stem)
+    values = [f"model={model}", f"dataset={pairs}", f"out={folder / 'run'}"]
+    options = [word for value in values for word in ("--set", value)]
+    command = [sys.executable, "-m", "apo.cli", "train", str(recipe), "--dry-run", *processes_of(recipe), *options]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "# steps:" not in process.stdout or process.returncode not in (0, 2):
+        raise RuntimeError(f"{recipe.name}: {process.stderr.strip() or process.stdout}")
+    return process.stdout
 
 
-def lines_of(told: str) -> dict[str, Line]:
+def lines_of(output: str) -> dict[str, Line]:
     """The devices that a dry run told of."""
     pattern = r"^# (.*): ([\d.]+) of [\d.]+ GiB, (fits|does NOT fit), (?:about )?(.*?) \("
-    return {m[1]: Line(m[2], m[3] == "fits", m[4]) for m in re.finditer(pattern, told, re.MULTILINE)}
+    return {m[1]: Line(m[2], m[3] == "fits", m[4]) for m in re.finditer(pattern, output, re.MULTILINE)}
 
 
-def row_of(recipe: Path, told: str) -> str:
+def row_of(recipe: Path, output: str) -> str:
     """The recipe's row of the table."""
-    lines = lines_of(told)
-    steps = re.search(r"^# steps: ([\d,]+)", told, re.MULTILINE)
-    parameters = re.search(r"parameters: ([\d,]+)", told)
+    lines = lines_of(output)
+    steps = re.search(r"^# steps: ([\d,]+)", output, re.MULTILINE)
+    parameters = re.search(r"parameters: ([\d,]+)", output)
     if steps is None or parameters is None:
-        raise RuntimeError(f"{recipe.name}: no steps or parameters in:\n{told}")
+        raise RuntimeError(f"{recipe.name}: no steps or parameters in:\n{output}")
     times = [lines[gpu].time if lines[gpu].fits else "–" for gpu in ("A100 80GB", "H100 80GB", "RTX 4090 24GB")]
     gpus = (processes_of(recipe) or ["", "1"])[1]
     name = recipe.relative_to(RECIPES.parent)
@@ -146,25 +146,25 @@ def row_of(recipe: Path, told: str) -> str:
 def table(recipes: Sequence[Path], pairs: int = PAIRS) -> str:
     """The table of all recipes, each planned by a dry run of its own."""
     head = "| recipe | GPUs | peak of each | steps | A100 | H100 | RTX 4090 |\n|---|---|---|---|---|---|---|"
-    with tempfile.TemporaryDirectory() as place:
-        file = write_pairs(Path(place) / "pairs.jsonl", pairs)
-        return "\n".join([head, *(row_of(recipe, dry_run(recipe, Path(place), file)) for recipe in recipes)])
+    with tempfile.TemporaryDirectory() as folder:
+        file = write_pairs(Path(folder) / "pairs.jsonl", pairs)
+        return "\n".join([head, *(row_of(recipe, dry_run(recipe, Path(folder), file)) for recipe in recipes)])
 
 
 def main() -> None:
     """Print the table; with --write put it into the page, after `<!-- planned -->`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="into the table of docs/recipes.md")
     parser.add_argument("--pairs", type=int, default=PAIRS, help="how many pairs the runs are planned for")
     args = parser.parse_args()
     if args.write and args.pairs != PAIRS:
         parser.error(f"the page's table is for {PAIRS} pairs")
-    made = table(training_recipes(), args.pairs)
+    plan_table = table(training_recipes(), args.pairs)
     if not args.write:
-        print(made)
+        print(plan_table)
         return
     text = PAGE.read_text("utf-8")
-    written, count = re.subn(r"(?<=<!-- planned -->\n)(\n?)(?:\|.*\n)+", lambda m: f"{m[1]}{made}\n", text)
+    written, count = re.subn(r"(?<=<!-- planned -->\n)(\n?)(?:\|.*\n)+", lambda m: f"{m[1]}{plan_table}\n", text)
     if count != 1:
         sys.exit(f"{PAGE.name} has {count} tables after <!-- planned -->; one is needed")
     PAGE.write_text(written, "utf-8")

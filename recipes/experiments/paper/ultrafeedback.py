@@ -24,19 +24,23 @@ from clair.core.files import content_hash, write_atomically
 COUNT = 32_000
 
 
-def row_of(found: Mapping[str, Any]) -> dict[str, Any]:
+def row_of(source_row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of UltraFeedback (`instruction`, `completions` with `response` and `overall_score`) as a prompt row.
 
     Answers without text or score are left out. Raises UserError where a column is missing.
     """
     try:
-        prompt = found["instruction"]
-        told = [(one["response"], one["overall_score"]) for one in found["completions"]]
+        prompt = source_row["instruction"]
+        completions = [
+            (completion["response"], completion["overall_score"]) for completion in source_row["completions"]
+        ]
     except (KeyError, TypeError) as error:
         raise UserError(
             f"a row without {error}; UltraFeedback's have instruction and completions (response, overall_score)"
         ) from error
-    scored = [(text, float(score)) for text, score in told if text and score is not None and math.isfinite(score)]
+    scored = [
+        (text, float(score)) for text, score in completions if text and score is not None and math.isfinite(score)
+    ]
     answers, scores = [text for text, _ in scored], [score for _, score in scored]
     return {"id": content_hash(prompt), "prompt": prompt, "answers": answers, "scores": scores}
 
@@ -56,11 +60,11 @@ def prompt_rows(source: str, count: int, seed: int) -> list[dict[str, Any]]:
         raise UserError(f"{source} cannot be read: {one_line(error)}") from error
     if len(rows) < count:
         raise UserError(f"{source} has {len(rows):,} rows and {count:,} are asked for; give --count")
-    return [row_of(rows[place]) for place in sorted(random.Random(seed).sample(range(len(rows)), count))]
+    return [row_of(rows[index]) for index in sorted(random.Random(seed).sample(range(len(rows)), count))]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--source", default="openbmb/UltraFeedback", help="a folder, a file or a name on the hub")
     parser.add_argument("--count", type=int, default=COUNT, help="how many prompts")
     parser.add_argument("--seed", type=int, default=0, help="which prompts")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.world.evaluate import said
+from recipes.world.evaluate import generate_answers
 from recipes.world.style import STYLES, style_of
 from recipes.world.tasks import Task, is_right
 
@@ -15,7 +15,7 @@ MAX_NEW_TOKENS = 96  # the longest padded right sentence of the held-out tasks h
 
 def answers(folder: Path, tasks: Sequence[Task], *, temperature: float = 0.0, seed: int = 0) -> list[str]:
     """One answer per task, in the order given: greedy at temperature 0, else sampled by this seed."""
-    return said(folder, tasks, temperature=temperature, seed=seed, max_new_tokens=MAX_NEW_TOKENS)
+    return generate_answers(folder, tasks, temperature=temperature, seed=seed, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def scored(tasks: Sequence[Task], texts: Sequence[str]) -> dict[str, Any]:
@@ -27,5 +27,5 @@ def scored(tasks: Sequence[Task], texts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-LETTER = dict(zip(STYLES, "epd", strict=True))
+LETTER: dict[str, str] = dict(zip(STYLES, "epd", strict=True))
 """engaging, plain, padded."""

@@ -67,21 +67,21 @@ def chosen(cells: Sequence[Cell], runs: Mapping[str, Mapping[str, Any]], world: 
     return max(cells, key=lambda cell: last_accuracy(runs[cell.key(world)]))
 
 
-def climbed(cells: Sequence[Cell], runs: Mapping[str, Mapping[str, Any]], world: str) -> tuple[list[Cell], Cell | None]:
+def climb(cells: Sequence[Cell], runs: Mapping[str, Mapping[str, Any]], world: str) -> tuple[list[Cell], Cell | None]:
     """Cells in ascending order of a setting: those to run, nearest the middle first, and the best once it is known.
 
     The middle one and its neighbours are run, and then the neighbours of the best, until both are. So the best lies at
     an edge of what was tried only where it lies at an edge of what may be.
     """
     middle = len(cells) // 2
-    tried = {at for at in (middle, middle - 1, middle + 1) if at in range(len(cells))}
+    tried = {index for index in (middle, middle - 1, middle + 1) if index in range(len(cells))}
     while True:
-        named = [cells[at] for at in sorted(tried, key=lambda at: (abs(at - middle), at))]
+        named = [cells[index] for index in sorted(tried, key=lambda index: (abs(index - middle), index))]
         best = chosen(named, runs, world)
         if best is None:
             return named, None
-        at = cells.index(best)
-        more = {at - 1, at + 1} & set(range(len(cells))) - tried
+        index = cells.index(best)
+        more = {index - 1, index + 1} & set(range(len(cells))) - tried
         if not more:
             return named, best
         tried |= more
@@ -95,7 +95,7 @@ def pair_cells(
         data, objective, design.learning_rates[0], design.betas[0], design.tuning_seed, design.epochs, "learning_rate"
     )
     rates = [replace(first, learning_rate=rate) for rate in design.learning_rates]
-    tried, best = climbed(rates, runs, world)
+    tried, best = climb(rates, runs, world)
     yield from tried if len(rates) > 1 else ()
     if best is None:
         return

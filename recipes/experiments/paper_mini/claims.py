@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,12 +66,15 @@ AFTERWARDS = tuple(
 """What struck the eye when the grid was seen: no claim of the paper, and no verdict."""
 
 
-def verdict_of(claim: Claim, found: Sequence[Estimate | None]) -> Verdict:
+def verdict_of(claim: Claim, estimates: Sequence[Estimate | None]) -> Verdict:
     """reproduced: every interval lies on the expected side of 0; not reproduced: one lies on the other side; undecided:
     anything else; not measured: a cell has no runs."""
-    if any(estimate is None for estimate in found):
+    if any(estimate is None for estimate in estimates):
         return "not measured"
-    sides = [_side(estimate) * (1 if one.above else -1) for one, estimate in zip(claim.compared, found, strict=True)]
+    sides = [
+        _side(estimate) * (1 if comparison.above else -1)
+        for comparison, estimate in zip(claim.compared, estimates, strict=True)
+    ]
     if -1 in sides:
         return "not reproduced"
     return "reproduced" if all(side == 1 for side in sides) else "undecided"
@@ -87,7 +90,11 @@ def _side(estimate: Estimate | None) -> int:
 
 def right_of(runs: Sequence[Mapping[str, Any]]) -> list[list[list[float]]]:
     """Right (1.0) or wrong (0.0) by seed, checkpoint and question. A run that broke off is not among them."""
-    return [[[float(c) for c in at["right"]] for at in run["checkpoints"]] for run in runs if run["checkpoints"]]
+    return [
+        [[float(c) for c in checkpoint["right"]] for checkpoint in run["checkpoints"]]
+        for run in runs
+        if run["checkpoints"]
+    ]
 
 
 def mean_of(rows: Sequence[Sequence[float]]) -> list[float]:
@@ -97,11 +104,11 @@ def mean_of(rows: Sequence[Sequence[float]]) -> list[float]:
 
 def over_checkpoints(runs: Sequence[Mapping[str, Any]]) -> dict[int, list[float]]:
     """By seed: for each question the share of checkpoints that answer it right."""
-    whole = [run for run in runs if run["checkpoints"]]
-    return {run["seed"]: mean_of(values) for run, values in zip(whole, right_of(whole), strict=True)}
+    complete_runs = [run for run in runs if run["checkpoints"]]
+    return {run["seed"]: mean_of(values) for run, values in zip(complete_runs, right_of(complete_runs), strict=True)}
 
 
-def interval(by_seed: Sequence[Sequence[float]], clusters: Sequence[str]) -> Estimate:
+def interval(by_seed: Sequence[Sequence[float]], clusters: Sequence[Hashable]) -> Estimate:
     """Mean of values by seed and question with a 95 % interval over both.
 
     se^2 = se_questions^2 + se_seeds^2: of the means over seeds, clustered (clair.core.statistics), and of the seeds'
@@ -133,22 +140,25 @@ def gains(
 
 
 def compare(
-    one: Compared, cells: Mapping[Name, Sequence[Mapping[str, Any]]], base: Sequence[float], clusters: Sequence[str]
+    comparison: Compared,
+    cells: Mapping[Name, Sequence[Mapping[str, Any]]],
+    base: Sequence[float],
+    clusters: Sequence[str],
 ) -> Estimate | None:
     """The comparison's estimate; None where a cell has no runs (of the log-likelihood: fewer than two).
 
     The log-likelihood is in nats a winner at the last checkpoint minus before training, with an interval over seeds.
     """
-    left, right = cells.get(one.left, []), cells.get(one.right, []) if one.right else None
-    if one.of == "likelihood":
+    left, right = cells.get(comparison.left, []), cells.get(comparison.right, []) if comparison.right else None
+    if comparison.of == "likelihood":
         falls = [
             run["checkpoints"][-1]["pairs"]["logps/chosen"] - run["start"]["logps/chosen"]
             for run in left
             if run["checkpoints"]
         ]
         return clustered_mean(falls, range(len(falls))) if len(falls) > 1 else None
-    found = gains(left, right, base)
-    return interval(found, clusters) if found else None
+    differences = gains(left, right, base)
+    return interval(differences, clusters) if differences else None
 
 
 BETTER = ("apo_zero", "apo_down")
@@ -161,14 +171,14 @@ def better_apo(
     """Which of `BETTER` gains more on CLAIR over checkpoints and seeds, and its gain corrected for having been chosen,
     with an interval over questions; None where one has no runs.
     """
-    found = [gains(cells.get(("clair", objective), []), None, base) for objective in BETTER]
-    if not all(found):
+    gains_by_objective = [gains(cells.get(("clair", objective), []), None, base) for objective in BETTER]
+    if not all(gains_by_objective):
         return None
-    best = best_of([mean_of(by_seed) for by_seed in found], clusters)
+    best = best_of([mean_of(by_seed) for by_seed in gains_by_objective], clusters)
     return BETTER[best.candidate], best
 
 
-def at_maximum(
+def maximum_difference(
     left: Sequence[Mapping[str, Any]], right: Sequence[Mapping[str, Any]] | None, base: Sequence[float]
 ) -> float:
     """The highest accuracy over checkpoints (means over seeds) of left minus that of right, as the paper compares."""

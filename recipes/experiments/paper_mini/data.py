@@ -4,7 +4,7 @@
 
 Each is built by `clair build` as a user would, against the embedded server, whose judge is wrong now and then and likes
 long answers. Then pairs are taken from each in the order of the prompts until the smallest set's tokens are reached, or
-`MOST_TOKENS`.
+`MAX_TRAIN_TOKENS`.
 
     runs/mini/built/NAME     the dataset folder as `clair build` left it
     runs/mini/pairs/NAME     the pairs that are trained on (train) and held out (test), within the budget
@@ -35,7 +35,7 @@ RECIPES = Path("recipes/experiments/paper_mini")
 MODELS = Path("runs/mini/models")
 OTHERS = ("wordy", "terse")
 PROMPTS, SMALL_PROMPTS = 900, 320
-MOST_TOKENS = 20_000
+MAX_TRAIN_TOKENS = 20_000
 """Response tokens to train on, at most: what a grid of this many runs gets through in an hour."""
 SERVER = ServerOptions(max_seconds=1800, polish=True, leanings=Leanings(style=True, judge_error=0.05, length_bias=0.10))
 """The reviser mends the wording too; the judge weighs right before wording, errs in 1 of 20, and falls for length in 1
@@ -54,38 +54,40 @@ def write_prompt_files(run: Path, models: Path, tasks: Sequence[Task]) -> None:
     from clair.inference.model_folder import weights_identity
     from recipes.experiments.paper_mini.answers import answers
 
-    sampled, asked = run / "sampled.json", {name: weights_identity(models / name) for name in OTHERS}
-    asked |= {"tasks": hashlib.sha256("".join(task.id for task in tasks).encode()).hexdigest()}
-    if not sampled.exists() or read_json(sampled)["asked"] != asked:
-        said = {name: answers(models / name, tasks, temperature=1.0, seed=at) for at, name in enumerate(OTHERS)}
-        write_json(sampled, {"asked": asked, "said": said})
-    said = read_json(sampled)["said"]
+    sampled, identity = run / "sampled.json", {name: weights_identity(models / name) for name in OTHERS}
+    identity |= {"tasks": hashlib.sha256("".join(task.id for task in tasks).encode()).hexdigest()}
+    if not sampled.exists() or read_json(sampled)["asked"] != identity:
+        answers_by_model = {
+            name: answers(models / name, tasks, temperature=1.0, seed=index) for index, name in enumerate(OTHERS)
+        }
+        write_json(sampled, {"asked": identity, "said": answers_by_model})
+    answers_by_model = read_json(sampled)["said"]
     rows = [
-        {"id": task.id, "prompt": task.prompt, "answers": [said[name][at] for name in OTHERS]}
-        for at, task in enumerate(tasks)
+        {"id": task.id, "prompt": task.prompt, "answers": [answers_by_model[name][index] for name in OTHERS]}
+        for index, task in enumerate(tasks)
     ]
     write_atomically(run / "answered.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def settings(name: str, run: Path, models: Path, url: str) -> dict[str, str]:
     """What of a recipe differs in this run: folders, and the server's address."""
-    own: dict[str, str] = {"ledger": str(run / "ledger.sqlite"), "out": str(run / "built" / name)}
-    own["prompts.path"] = str(run / ("answered.jsonl" if name == "off_policy" else "prompts.jsonl"))
+    values: dict[str, str] = {"ledger": str(run / "ledger.sqlite"), "out": str(run / "built" / name)}
+    values["prompts.path"] = str(run / ("answered.jsonl" if name == "off_policy" else "prompts.jsonl"))
     if name != "off_policy":
-        own["target.path"] = str(models / "target")
+        values["target.path"] = str(models / "target")
     if name == "stronger":
-        own["stronger.path"] = str(models / "stronger")
+        values["stronger.path"] = str(models / "stronger")
     else:
-        own[f"{'reviser' if name == 'clair' else 'judge'}.url"] = url
-    return own
+        values[f"{'reviser' if name == 'clair' else 'judge'}.url"] = url
+    return values
 
 
 def build_all(run: Path, models: Path) -> None:
     """`clair build` for each of the four; what is built already costs no request."""
     with running(SERVER) as server:
         for name in DATA:
-            words = [f"--set={key}={value}" for key, value in settings(name, run, models, server.url).items()]
-            command("clair", "build", RECIPES / f"{name}.yaml", *words, allowed=(0, SOME_ROWS_FAILED))
+            options = [f"--set={key}={value}" for key, value in settings(name, run, models, server.url).items()]
+            command("clair", "build", RECIPES / f"{name}.yaml", *options, allowed=(0, SOME_ROWS_FAILED))
 
 
 # ---- the same budget
@@ -117,10 +119,10 @@ def cut_all(run: Path, models: Path) -> dict[str, Any]:
     rows = {name: {s: list(read_rows(run / "built" / name, [s])) for s in SPLITS} for name in DATA}
     counts = {n: {s: [response_tokens(row, tokenizer) for row in rows[n][s]] for s in SPLITS} for n in DATA}
     budget = {split: min(sum(counts[name][split]) for name in DATA) for split in SPLITS}
-    budget["train"] = min(budget["train"], MOST_TOKENS)
-    told: dict[str, Any] = {}
+    budget["train"] = min(budget["train"], MAX_TRAIN_TOKENS)
+    summary: dict[str, Any] = {}
     for name in DATA:
-        told[name] = {"built": read_manifest(run / "built" / name)["counts"], "sha256": {}}
+        summary[name] = {"built": read_manifest(run / "built" / name)["counts"], "sha256": {}}
         for split in SPLITS:
             count = within(counts[name][split], budget[split])
             if count < 2:
@@ -128,15 +130,17 @@ def cut_all(run: Path, models: Path) -> dict[str, Any]:
                     f"{run / 'built' / name}: {count} {split} pairs are within the budget of {budget[split]} tokens "
                     "that the smallest set gives; ask for more prompts"
                 )
-            kept, file = rows[name][split][:count], run / "pairs" / name / split_file(split)
+            selected, file = rows[name][split][:count], run / "pairs" / name / split_file(split)
             file.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(pa.Table.from_pylist(kept, schema=schema()), file)
-            told[name] |= {split: count, f"{split}_tokens": sum(counts[name][split][:count])}
-            told[name]["sha256"][split] = hashlib.sha256(file.read_bytes()).hexdigest()
-        kept = rows[name]["train"][: told[name]["train"]]
-        told[name]["contrast"] = {of: sum(row["contrast"][of] for row in kept) / len(kept) for of in CONTRAST}
-    write_json(run / "data.json", told)
-    return told
+            pq.write_table(pa.Table.from_pylist(selected, schema=schema()), file)
+            summary[name] |= {split: count, f"{split}_tokens": sum(counts[name][split][:count])}
+            summary[name]["sha256"][split] = hashlib.sha256(file.read_bytes()).hexdigest()
+        selected = rows[name]["train"][: summary[name]["train"]]
+        summary[name]["contrast"] = {
+            metric: sum(row["contrast"][metric] for row in selected) / len(selected) for metric in CONTRAST
+        }
+    write_json(run / "data.json", summary)
+    return summary
 
 
 def prepare(run: Path, models: Path, prompts: int) -> dict[str, Any]:
@@ -158,13 +162,13 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(ROOT)
     try:
-        told = prepare(args.out or run_folder(args.small), args.models, SMALL_PROMPTS if args.small else PROMPTS)
+        summary = prepare(args.out or run_folder(args.small), args.models, SMALL_PROMPTS if args.small else PROMPTS)
     except UserError as error:
         raise SystemExit(f"mini: {error}") from None
-    for name, of in told.items():
-        contrast = of["contrast"]
+    for name, dataset in summary.items():
+        contrast, tokens = dataset["contrast"], dataset["train_tokens"]
         print(
-            f"{name}: {of['train']} + {of['test']} pairs, {of['train_tokens']} response tokens to train on, "
+            f"{name}: {dataset['train']} + {dataset['test']} pairs, {tokens} response tokens to train on, "
             f"Jaccard {contrast['jaccard']:.2f}, Levenshtein {contrast['levenshtein']:.1f}"
         )
 

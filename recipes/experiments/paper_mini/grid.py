@@ -38,21 +38,21 @@ from recipes.world.tasks import Task, distinct_tasks
 
 STEPS = 32
 """Optimizer steps an epoch, of every data set: with the same tokens in all, so many in a step too."""
-LOOKS = 4
+EVALUATIONS = 4
 """Looks at the held-out pairs an epoch, the last at the checkpoint."""
-KEPT = (
+EVALUATION_METRICS = (
     "loss", "logps/chosen", "logps/rejected", "rewards/accuracies", "rewards/ties", "rewards/margins",
     "rewards/chosen", "rewards/rejected", "chosen_falls",
 )  # fmt: skip
 """What is kept of each look at the held-out pairs."""
 
 
-MOVED = tuple(f"{side}_{of}" for side in ("chosen", "rejected") for of in ("logratio", "logratio_shared", "kl"))
+PAIR_METRICS = tuple(f"{side}_{of}" for side in ("chosen", "rejected") for of in ("logratio", "logratio_shared", "kl"))
 """What is kept of each held-out pair at the last checkpoint."""
 
 
 @dataclass(frozen=True)
-class Place:
+class GridPaths:
     """Where a grid finds and puts things."""
 
     run: Path
@@ -70,14 +70,14 @@ def rhythm(pairs: int) -> tuple[int, int]:
     """
     batch = math.ceil(pairs / STEPS)
     steps = math.ceil(pairs / batch)
-    return batch, steps // next(looks for looks in range(LOOKS, 0, -1) if steps % looks == 0)
+    return batch, steps // next(evaluations for evaluations in range(EVALUATIONS, 0, -1) if steps % evaluations == 0)
 
 
-def train_config(cell: Cell, place: Place, out: Path) -> Any:
+def train_config(cell: Cell, paths: GridPaths, out: Path) -> Any:
     """The training recipe of a cell."""
     from apo.training.config import TrainConfig
 
-    folder = place.run / "pairs" / cell.data
+    folder = paths.run / "pairs" / cell.data
     batch, every = rhythm(sum(1 for _ in read_rows(folder, ["train"])))
     trainer = {
         "learning_rate": cell.learning_rate, "num_train_epochs": cell.epochs, "per_device_train_batch_size": batch,
@@ -85,14 +85,14 @@ def train_config(cell: Cell, place: Place, out: Path) -> Any:
         "logging_steps": 10, "save_strategy": "epoch", "save_only_model": True, "use_cpu": True,
         "eval_on_start": True, "eval_strategy": "steps", "eval_steps": every,
     }  # fmt: skip
-    given = {
-        "model": str(place.target), "dataset": str(folder), "objective": cell.objective,
+    recipe = {
+        "model": str(paths.target), "dataset": str(folder), "objective": cell.objective,
         "beta": cell.beta, "seed": cell.seed, "probe": 0, "trainer": trainer, "out": str(out),
     }  # fmt: skip
-    return TrainConfig.model_validate(given)
+    return TrainConfig.model_validate(recipe)
 
 
-def run_cell(cell: Cell, place: Place, tasks: list[Task], out: Path) -> dict[str, Any]:
+def run_cell(cell: Cell, paths: GridPaths, tasks: list[Task], out: Path) -> dict[str, Any]:
     """Train one cell and evaluate its checkpoints; `out` is empty before and gone afterwards.
 
     A run that training itself gives up (a loss that is no number) is a result too: no checkpoints, and why.
@@ -107,52 +107,57 @@ def run_cell(cell: Cell, place: Place, tasks: list[Task], out: Path) -> dict[str
     started = time.monotonic()
     line: dict[str, Any] = {**asdict(cell), "checkpoints": []}
     try:
-        train(train_config(cell, place, out), tell=lambda _: None)
+        train(train_config(cell, paths, out), tell=lambda _: None)
     except Stopped as stop:
         shutil.rmtree(out, ignore_errors=True)
         return {**line, "broke_off": str(stop), "seconds": round(time.monotonic() - started, 1)}
     trained = time.monotonic() - started
-    looks = {row["step"]: _kept(row) for row in read_metrics(out / "metrics.jsonl") if "eval_loss" in row}
+    evaluations = {
+        row["step"]: _evaluation_metrics(row) for row in read_metrics(out / "metrics.jsonl") if "eval_loss" in row
+    }
     folders = checkpoints(out)
     assert len(folders) == cell.epochs, f"{len(folders)} checkpoints of {cell.epochs} epochs"
-    for at, folder in enumerate(folders):
+    for index, folder in enumerate(folders):
         if cell.purpose == "grid" or folder == folders[-1]:
-            told = scored(tasks, answers(folder, tasks))
-            line["checkpoints"].append({"epoch": at + 1, **told, "pairs": looks[checkpoint_step(folder)]})
-    line["start"] = looks[0]
-    line["looks"] = {"step": list(looks), **{name: [look.get(name) for look in looks.values()] for name in looks[0]}}
+            scores = scored(tasks, answers(folder, tasks))
+            line["checkpoints"].append({"epoch": index + 1, **scores, "pairs": evaluations[checkpoint_step(folder)]})
+    line["start"] = evaluations[0]
+    line["looks"] = {
+        "step": list(evaluations),
+        **{name: [metrics.get(name) for metrics in evaluations.values()] for name in evaluations[0]},
+    }
     if cell.purpose == "grid":
-        line["moved"] = moved(cell, place, folders[-1])
+        line["moved"] = moved(cell, paths, folders[-1])
     shutil.rmtree(out)
     return {**line, "train_seconds": round(trained, 1), "seconds": round(time.monotonic() - started, 1)}
 
 
-def moved(cell: Cell, place: Place, folder: Path) -> dict[str, list[float]]:
+def moved(cell: Cell, paths: GridPaths, folder: Path) -> dict[str, list[float]]:
     """What a checkpoint did to each held-out pair, in nats: the log-ratio of winner and loser, of all tokens and of
     those that both have, and the KL. The same for every objective, SFT too, which has no rewards while it trains.
     """
     from apo.evaluation.pairs import ROWS, PairsConfig, evaluate_pairs
 
-    found = folder.parent / "moved"
-    about = {"model": str(folder), "reference": str(place.target), "dataset": str(place.run / "pairs" / cell.data)}
-    evaluate_pairs(PairsConfig.model_validate({**about, "beta": cell.beta, "out": str(found)}))
-    rows = [json.loads(text) for text in (found / ROWS).read_text("utf-8").splitlines()]
-    return {name: [float(f"{row[name]:.4g}") for row in rows] for name in MOVED}
+    folder_of_pairs = folder.parent / "moved"
+    settings = {"model": str(folder), "reference": str(paths.target), "dataset": str(paths.run / "pairs" / cell.data)}
+    evaluate_pairs(PairsConfig.model_validate({**settings, "beta": cell.beta, "out": str(folder_of_pairs)}))
+    rows = [json.loads(text) for text in (folder_of_pairs / ROWS).read_text("utf-8").splitlines()]
+    return {name: [float(f"{row[name]:.4g}") for row in rows] for name in PAIR_METRICS}
 
 
-def _kept(row: Mapping[str, Any]) -> dict[str, float]:
-    found = {name: row[f"eval_{name}"] for name in KEPT if row.get(f"eval_{name}") is not None}
-    return {name: float(f"{value:.5g}") for name, value in found.items()}
+def _evaluation_metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    metrics = {name: row[f"eval_{name}"] for name in EVALUATION_METRICS if row.get(f"eval_{name}") is not None}
+    return {name: float(f"{value:.5g}") for name, value in metrics.items()}
 
 
 # ---- workers
 
 
-def work(orders: Connection, place: Place, design: Design, number: int, parent: int) -> None:
+def serve_cells(orders: Connection, paths: GridPaths, design: Design, number: int, parent: int) -> None:
     """A worker's life: a cell in, its line or the text of an error out. Ends with its parent, at once."""
     os.setsid()  # Ctrl-C is the parent's to answer; and Linux shares a busy machine out by sessions
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
-    folder = place.run / "work"
+    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
+    folder = paths.run / "work"
     folder.mkdir(parents=True, exist_ok=True)
     log = os.open(folder / f"worker-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
@@ -170,13 +175,13 @@ def work(orders: Connection, place: Place, design: Design, number: int, parent: 
         except EOFError:
             return
         try:
-            done = run_cell(cell, place, tasks["grid" if cell.purpose == "grid" else "tuning"], folder / str(number))
-            orders.send((done, None))
+            line = run_cell(cell, paths, tasks["grid" if cell.purpose == "grid" else "tuning"], folder / str(number))
+            orders.send((line, None))
         except Exception:
             orders.send((None, traceback.format_exc()))
 
 
-def end_with(parent: int) -> None:
+def exit_with_parent(parent: int) -> None:
     """Leave at once when the parent is gone; for a thread of its own."""
     while os.getppid() == parent:
         time.sleep(0.3)
@@ -186,14 +191,17 @@ def end_with(parent: int) -> None:
 class Pool:
     """Worker processes, each with one cell at a time; leaving the `with` block ends them, whatever they are at."""
 
-    def __init__(self, place: Place, design: Design, workers: int) -> None:
+    def __init__(self, paths: GridPaths, design: Design, workers: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.busy: dict[Connection, Cell] = {}
         self.free: list[Connection] = []
         self.processes = []
         for number in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=work, args=(theirs, place, design, number, os.getpid()), daemon=True)
+            assert isinstance(ours, Connection)
+            process = context.Process(
+                target=serve_cells, args=(theirs, paths, design, number, os.getpid()), daemon=True
+            )
             process.start()
             theirs.close()
             self.processes.append(process)
@@ -219,7 +227,7 @@ class Pool:
 
     def finished(self) -> list[tuple[Cell, dict[str, Any] | None, str | None]]:
         """Wait for one or more to finish: cell, line or None, error or None. UserError where a worker died."""
-        ended = []
+        results = []
         for connection in wait(list(self.busy)):
             assert isinstance(connection, Connection)
             try:
@@ -229,25 +237,25 @@ class Pool:
                     "a worker was killed, perhaps for want of memory; start again, with fewer --workers: what is "
                     "finished is kept"
                 ) from None
-            ended.append((self.busy.pop(connection), line, error))
+            results.append((self.busy.pop(connection), line, error))
             self.free.append(connection)
-        return ended
+        return results
 
 
 # ---- the grid
 
 
-def world_line(place: Place, design: Design) -> dict[str, Any]:
+def world_line(paths: GridPaths, design: Design) -> dict[str, Any]:
     """What all runs of this grid have in common. Its id changes with the models, the pairs, and the questions."""
     from clair.inference.model_folder import weights_identity
 
-    file = place.run / "data.json"
+    file = paths.run / "data.json"
     if not file.exists():
         raise UserError(f"{file} is not there; make the data sets with: python -m recipes.experiments.paper_mini.data")
     data = read_json(file)
     tasks = distinct_tasks("heldout", design.heldout, seed=0)
-    about = {
-        "target": weights_identity(place.target),
+    identity = {
+        "target": weights_identity(paths.target),
         "data": {name: data[name]["sha256"] for name in design.data},
         "questions": content_hash([task.id for task in tasks]),
         "design": asdict(design),
@@ -255,8 +263,8 @@ def world_line(place: Place, design: Design) -> dict[str, Any]:
     }
     return {
         "kind": "world",
-        "world": content_hash(about)[:16],
-        **about,
+        "world": content_hash(identity)[:16],
+        **identity,
         "data": data,
         "skills": [task.skill for task in tasks],
         "templates": [task.template for task in tasks],
@@ -264,32 +272,32 @@ def world_line(place: Place, design: Design) -> dict[str, Any]:
     }
 
 
-def grid(place: Place, design: Design, workers: int, tell: Callable[[str], None] = print) -> int:
+def grid(paths: GridPaths, design: Design, workers: int, log: Callable[[str], None] = print) -> int:
     """Do what is missing; returns how many cells failed by an error of ours, which are not filed."""
-    with lock_output(place.run):
-        shutil.rmtree(place.run / "work", ignore_errors=True)
-        world = world_line(place, design)
-        lines = results.read(place.results)
+    with lock_output(paths.run):
+        shutil.rmtree(paths.run / "work", ignore_errors=True)
+        world = world_line(paths, design)
+        lines = results.read(paths.results)
         if not any(line["kind"] == "world" and line["world"] == world["world"] for line in lines):
             from recipes.experiments.paper_mini.answers import answers, scored
 
             tasks = distinct_tasks("heldout", design.heldout, seed=0)
-            results.append(place.results, {**world, "base": scored(tasks, answers(place.target, tasks))})
+            results.append(paths.results, {**world, "base": scored(tasks, answers(paths.target, tasks))})
         runs = results.runs_of(lines, world["world"])
         if not due(design, runs, world["world"]):
-            tell(f"all {len(runs)} runs are in {place.results}; nothing to do")
+            log(f"all {len(runs)} runs are in {paths.results}; nothing to do")
             return 0
-        with Pool(place, design, workers) as pool:
-            return _fill(pool, place, design, world["world"], runs, tell)
+        with Pool(paths, design, workers) as pool:
+            return _fill(pool, paths, design, world["world"], runs, log)
 
 
 def _fill(
     pool: Pool,
-    place: Place,
+    paths: GridPaths,
     design: Design,
     world: str,
     runs: dict[str, dict[str, Any]],
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> int:
     failed: set[Cell] = set()
     while True:
@@ -302,14 +310,14 @@ def _fill(
             name = f"{cell.data} {cell.objective} lr {cell.learning_rate:g} beta {cell.beta:g} seed {cell.seed}"
             if line is None:
                 failed.add(cell)
-                tell(f"{name} failed:\n{error}")
+                log(f"{name} failed:\n{error}")
                 continue
             key = cell.key(world)
             runs[key] = {"kind": "run", "world": world, "key": key, **line}
-            results.append(place.results, runs[key])
-            told = f"broke off ({line['broke_off']})" if "broke_off" in line else f"{last_accuracy(line):.1%} right"
-            done = f"{len(runs)}/{len(cells(design, runs, world))}"
-            tell(f"{done} {name} ({cell.purpose}): {told}, {line['seconds']:.0f} s")
+            results.append(paths.results, runs[key])
+            outcome = f"broke off ({line['broke_off']})" if "broke_off" in line else f"{last_accuracy(line):.1%} right"
+            progress = f"{len(runs)}/{len(cells(design, runs, world))}"
+            log(f"{progress} {name} ({cell.purpose}): {outcome}, {line['seconds']:.0f} s")
 
 
 def main() -> None:
@@ -323,9 +331,9 @@ def main() -> None:
     # A worker that is ended in the middle leaves its progress bars' semaphore to Python's tracker, which removes it.
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore:resource_tracker"}
     run = run_folder(args.small)
-    place = Place(run, args.models / "target", run / "runs.jsonl" if args.small else results.COMMITTED)
+    paths = GridPaths(run, args.models / "target", run / "runs.jsonl" if args.small else results.COMMITTED)
     try:
-        failed = grid(place, SMALL if args.small else Design(), args.workers, lambda text: print(text, flush=True))
+        failed = grid(paths, SMALL if args.small else Design(), args.workers, lambda text: print(text, flush=True))
     except UserError as error:
         raise SystemExit(f"mini: {error}") from None
     except KeyboardInterrupt:

@@ -24,12 +24,12 @@ import torch
 
 from clair.core.files import content_hash, write_json
 from recipes.world.evaluate import load
-from recipes.world.make_model import answer_loss, encode, save
-from recipes.world.style import STYLES, dressed
+from recipes.world.make_model import PAD, answer_loss, encode, save, token_id
+from recipes.world.style import STYLES, add_style
 from recipes.world.tasks import Task, draw_tasks
 
 BASE = Path("recipes/world/model")
-MADE = "made.json"
+RECORD = "made.json"
 SPREAD = {"sums": 0.10, "order": 0.15, "convert": 0.0, "lookup": -0.10, "edit": -0.15}
 """How much easier or harder a skill is: added to the share of right answers, where there is room for it."""
 
@@ -63,24 +63,24 @@ def answered(habits: Habits) -> Iterator[tuple[Task, str]]:
     coin = Random(f"habits-{habits.seed}")
     for task in draw_tasks("pretrain", 1000 + habits.seed):
         sentence = task.right if coin.random() < habits.right_in(task.skill) else task.wrong
-        yield task, dressed(sentence, coin.choices(STYLES, habits.wording)[0], coin)
+        yield task, add_style(sentence, coin.choices(STYLES, habits.wording)[0], coin)
 
 
 def make(name: str, out: Path, threads: int, models: Mapping[str, Habits] = MODELS) -> bool:
     """Makes one of the models into `out`/NAME, wholly or not at all. False where it was there."""
     habits, folder = models[name], out / name
-    made = {
+    record = {
         "habits": asdict(habits),
         "spread": SPREAD,
         "peak": PEAK,
         "batch": BATCH,
         "base": content_hash(_weights(BASE)),
     }
-    made = json.loads(json.dumps(made))
-    if (folder / MADE).exists() and json.loads((folder / MADE).read_text("utf-8")) == made:
+    record = json.loads(json.dumps(record))
+    if (folder / RECORD).exists() and json.loads((folder / RECORD).read_text("utf-8")) == record:
         return False
     model, tokenizer = trained(habits, threads, name=name)
-    save_whole(model, tokenizer, folder, made)
+    save_atomically(model, tokenizer, folder, record)
     return True
 
 
@@ -95,7 +95,7 @@ def trained(habits: Habits, threads: int, *, name: str = "", peak: float = PEAK,
     for step in range(habits.steps):
         for group in optimizer.param_groups:
             group["lr"] = peak * min(1.0, (step + 1) / 20) * (1 - step / habits.steps)
-        loss = answer_loss(model, encode(tokenizer, list(islice(source, batch))), tokenizer.pad_token_id)
+        loss = answer_loss(model, encode(tokenizer, list(islice(source, batch))), token_id(tokenizer, PAD))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -105,12 +105,12 @@ def trained(habits: Habits, threads: int, *, name: str = "", peak: float = PEAK,
     return model, tokenizer
 
 
-def save_whole(model: Any, tokenizer: Any, folder: Path, made: Mapping[str, Any]) -> None:
+def save_atomically(model: Any, tokenizer: Any, folder: Path, record: Mapping[str, Any]) -> None:
     """Writes a model and what made it, wholly or not at all."""
     unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     save(model, tokenizer, unfinished)
-    write_json(unfinished / MADE, made)
+    write_json(unfinished / RECORD, record)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 

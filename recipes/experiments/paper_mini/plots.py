@@ -17,7 +17,7 @@ DASHES: Mapping[str, Any] = {"chosen": "solid", "rejected": (0, (3.5, 1.6))}
 REWARDS = [sign * value for sign in (-1, 1) for value in (0, 1, 3, 10, 30, 100, 300)]
 NATS = [-value for value in (0, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)]
 """Where an axis is marked."""
-IN_WORDS = {
+DISPLAY_NAMES = {
     "clair": "CLAIR",
     "on_policy": "on-policy judge",
     "off_policy": "off-policy judge",
@@ -44,15 +44,15 @@ def curve(runs: Runs, side: str, *, reward: bool) -> Curve | None:
     """Log-likelihood of one side of the held-out pairs in nats a response, or its reward: beta times what training
     added to it. None where no run reached its end. What is no number is drawn as a gap.
     """
-    whole = [run for run in runs if run["checkpoints"]]
-    if not whole:
+    complete_runs = [run for run in runs if run["checkpoints"]]
+    if not complete_runs:
         return None
     by_seed = []
-    for run in whole:
+    for run in complete_runs:
         values = [math.nan if value is None else value for value in run["looks"][f"logps/{side}"]]
         by_seed.append([run["beta"] * (value - values[0]) for value in values] if reward else values)
-    steps, columns = whole[0]["looks"]["step"], list(zip(*by_seed, strict=True))
-    epochs = [step * whole[0]["epochs"] / steps[-1] for step in steps]
+    steps, columns = complete_runs[0]["looks"]["step"], list(zip(*by_seed, strict=True))
+    epochs = [step * complete_runs[0]["epochs"] / steps[-1] for step in steps]
     return Curve(epochs, mean_of(by_seed), [min(c) for c in columns], [max(c) for c in columns])
 
 
@@ -65,11 +65,11 @@ def draw(cells: Mapping[Name, Runs], path: Path, *, reward: bool) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    sets, objectives = (list(dict.fromkeys(name[at] for name in cells)) for at in (0, 1))
+    sets, objectives = (list(dict.fromkeys(name[index] for name in cells)) for index in (0, 1))
     figure = Figure(figsize=(2.3 * len(objectives) + 0.6, 1.85 * len(sets) + 0.75), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    places = figure.subplots(len(sets), len(objectives), squeeze=False, sharex=True, sharey="row")
-    for row, data in zip(places, sets, strict=True):
+    grid = figure.subplots(len(sets), len(objectives), squeeze=False, sharex=True, sharey="row")
+    for row, data in zip(grid, sets, strict=True):
         for axes, objective in zip(row, objectives, strict=True):
             runs = cells.get((data, objective), [])
             axes.set_yscale("symlog", linthresh=1.0 if reward else 50.0)
@@ -79,22 +79,22 @@ def draw(cells: Mapping[Name, Runs], path: Path, *, reward: bool) -> None:
             if reward:
                 axes.axhline(0, color=QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
             for side, color in COLORS.items():
-                if found := curve(runs, side, reward=reward):
-                    axes.fill_between(found.epochs, found.low, found.high, color=color, alpha=0.16, linewidth=0)
-                    axes.plot(found.epochs, found.mean, color=color, linewidth=1.7, linestyle=DASHES[side])
+                if line := curve(runs, side, reward=reward):
+                    axes.fill_between(line.epochs, line.low, line.high, color=color, alpha=0.16, linewidth=0)
+                    axes.plot(line.epochs, line.mean, color=color, linewidth=1.7, linestyle=DASHES[side])
             _dress(axes, runs)
-    for axes, objective in zip(places[0], objectives, strict=True):
-        axes.annotate(IN_WORDS[objective], (0.5, 1), xytext=(0, 19), xycoords="axes fraction",
+    for axes, objective in zip(grid[0], objectives, strict=True):
+        axes.annotate(DISPLAY_NAMES[objective], (0.5, 1), xytext=(0, 19), xycoords="axes fraction",
                       textcoords="offset points", ha="center", fontsize=11, fontweight="bold")  # fmt: skip
-    for axes, data in zip(places[:, 0], sets, strict=True):
-        axes.set_ylabel(IN_WORDS[data], fontsize=10, fontweight="bold")
+    for axes, data in zip(grid[:, 0], sets, strict=True):
+        axes.set_ylabel(DISPLAY_NAMES[data], fontsize=10, fontweight="bold")
     from matplotlib.lines import Line2D
 
-    words = {"chosen": "winners", "rejected": "losers"}
-    lines = [Line2D([], [], color=c, linewidth=1.7, linestyle=DASHES[s], label=words[s]) for s, c in COLORS.items()]
-    of = "Reward: beta x log-ratio to the model before training" if reward else "Log-likelihood, nats a response"
+    labels = {"chosen": "winners", "rejected": "losers"}
+    lines = [Line2D([], [], color=c, linewidth=1.7, linestyle=DASHES[s], label=labels[s]) for s, c in COLORS.items()]
+    quantity = "Reward: beta x log-ratio to the model before training" if reward else "Log-likelihood, nats a response"
     figure.legend(handles=lines, loc="outside upper right", ncols=2, frameon=False, fontsize=10)
-    figure.suptitle(f"{of}. Held-out pairs; band: all seeds", x=0.01, ha="left", fontsize=10.5, color=QUIET)
+    figure.suptitle(f"{quantity}. Held-out pairs; band: all seeds", x=0.01, ha="left", fontsize=10.5, color=QUIET)
     figure.supxlabel("epoch", fontsize=9.5, color=QUIET)
     figure.savefig(path, format="png")
 

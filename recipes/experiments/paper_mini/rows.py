@@ -16,10 +16,10 @@ from recipes.experiments.paper_mini.claims import (
     Compared,
     Name,
     Verdict,
-    at_maximum,
     compare,
     gains,
     interval,
+    maximum_difference,
     mean_of,
     right_of,
     verdict_of,
@@ -30,16 +30,17 @@ Runs = Sequence[Mapping[str, Any]]
 
 def cells_of(runs: Mapping[str, Mapping[str, Any]]) -> dict[Name, list[Mapping[str, Any]]]:
     """The grid's runs by data set and objective, by seed; those to tune by are left out."""
-    found: dict[Name, list[Mapping[str, Any]]] = defaultdict(list)
+    result: dict[Name, list[Mapping[str, Any]]] = defaultdict(list)
     for run in sorted(runs.values(), key=lambda run: run["seed"]):
         if run["purpose"] == "grid":
-            found[run["data"], run["objective"]].append(run)
-    return dict(found)
+            result[run["data"], run["objective"]].append(run)
+    return dict(result)
 
 
 def design_of(world: Mapping[str, Any]) -> Design:
-    """The design that the results were made by."""
-    return Design(**{key: tuple(v) if isinstance(v, list) else v for key, v in world["design"].items()})
+    """The design of the grid that made the results."""
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in world["design"].items()}
+    return Design(**values)
 
 
 def base_of(world: Mapping[str, Any]) -> list[float]:
@@ -128,11 +129,13 @@ def answer_rows(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> list[li
     return rows
 
 
-def _answers(told: Sequence[Mapping[str, Any]], of: Sequence[str], skills: Sequence[str]) -> list[str]:
-    right = mean_of([[float(c) for c in one["right"]] for one in told])
-    words = math.fsum(one["words"] for one in told) / len(told)
-    letters = "".join(one["wording"] for one in told)
-    by_skill = [[value for value, skill in zip(right, of, strict=True) if skill == wanted] for wanted in skills]
+def _answers(
+    checkpoints: Sequence[Mapping[str, Any]], skill_of_task: Sequence[str], skills: Sequence[str]
+) -> list[str]:
+    right = mean_of([[float(c) for c in checkpoint["right"]] for checkpoint in checkpoints])
+    words = math.fsum(checkpoint["words"] for checkpoint in checkpoints) / len(checkpoints)
+    letters = "".join(checkpoint["wording"] for checkpoint in checkpoints)
+    by_skill = [[value for value, skill in zip(right, skill_of_task, strict=True) if skill == name] for name in skills]
     shares = [letters.count(letter) / len(letters) for letter in "epd"]
     return [*(f"{100 * sum(v) / len(v):.1f}" for v in by_skill), *(f"{share:.0%}" for share in shares), f"{words:.1f}"]
 
@@ -157,10 +160,10 @@ def per_pair_metrics(cells: Mapping[Name, Runs]) -> list[list[str]]:
     for (data, objective), runs in cells.items():
         if moved := [run["moved"] for run in runs if run["checkpoints"]]:
             beta, pairs = runs[0]["beta"], range(len(moved[0]["chosen_logratio"]))
-            accuracy = interval([[_order(*pair) for pair in _both(one, "logratio")] for one in moved], pairs)
-            margin = interval([[beta * (w - lo) for w, lo in _both(one, "logratio")] for one in moved], pairs)
-            falls = _mean([float(value < 0) for one in moved for value in one["chosen_logratio"]])
-            kl = _mean([value for one in moved for value in one["chosen_kl"]])
+            accuracy = interval([[_order(*pair) for pair in _both(run, "logratio")] for run in moved], pairs)
+            margin = interval([[beta * (w - lo) for w, lo in _both(run, "logratio")] for run in moved], pairs)
+            falls = _mean([float(value < 0) for run in moved for value in run["chosen_logratio"]])
+            kl = _mean([value for run in moved for value in run["chosen_kl"]])
             rows.append(
                 [data, objective, f"{accuracy.mean:.0%} [{accuracy.lo:.0%}, {min(1.0, accuracy.hi):.0%}]",
                  in_nats(margin),
@@ -180,9 +183,9 @@ def _order(winner: float, loser: float) -> float:
 
 def _displaced(moved: Sequence[Mapping[str, Sequence[float]]], side: str) -> list[str]:
     """Nats a response: all tokens, those that both responses have, the others."""
-    whole = _mean([value for one in moved for value in one[f"{side}_logratio"]])
-    shared = _mean([value for one in moved for value in one[f"{side}_logratio_shared"]])
-    return [f"{value:+.2f}" for value in (whole, shared, whole - shared)]
+    total = _mean([value for run in moved for value in run[f"{side}_logratio"]])
+    shared = _mean([value for run in moved for value in run[f"{side}_logratio_shared"]])
+    return [f"{value:+.2f}" for value in (total, shared, total - shared)]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -192,10 +195,10 @@ def _mean(values: Sequence[float]) -> float:
 def contrast_rows(world: Mapping[str, Any]) -> list[list[str]]:
     """The data sets side by side."""
     rows = [["pairs", "train", "held out", "response tokens", "Jaccard", "Levenshtein", "length ratio"]]
-    for name, of in world["data"].items():
-        told = of["contrast"]
-        numbers = [f"{told['jaccard']:.2f}", f"{told['levenshtein']:.1f}", f"{told['length_ratio']:.2f}"]
-        rows.append([name, str(of["train"]), str(of["test"]), str(of["train_tokens"]), *numbers])
+    for name, dataset in world["data"].items():
+        contrast = dataset["contrast"]
+        numbers = [f"{contrast['jaccard']:.2f}", f"{contrast['levenshtein']:.1f}", f"{contrast['length_ratio']:.2f}"]
+        rows.append([name, str(dataset["train"]), str(dataset["test"]), str(dataset["train_tokens"]), *numbers])
     return rows
 
 
@@ -204,19 +207,19 @@ Judged = tuple[Claim, list[Estimate | None], Verdict]
 
 def judged(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> list[Judged]:
     """Each claim with the figures of its comparisons and what they come to."""
-    found = []
+    result = []
     for claim in CLAIMS:
-        figures = [compare(one, cells, base_of(world), world["templates"]) for one in claim.compared]
-        found.append((claim, figures, verdict_of(claim, figures)))
-    return found
+        figures = [compare(comparison, cells, base_of(world), world["templates"]) for comparison in claim.compared]
+        result.append((claim, figures, verdict_of(claim, figures)))
+    return result
 
 
 def afterwards_rows(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> list[list[str]]:
     """Comparisons that were thought of when the results were there."""
     rows = [["pairs", "SFT − APO-zero, points", "by the maxima"]]
-    for one in AFTERWARDS:
-        if estimate := compare(one, cells, base_of(world), world["templates"]):
-            rows.append([one.left[0], with_interval(estimate), _maxima(one, cells, world)])
+    for comparison in AFTERWARDS:
+        if estimate := compare(comparison, cells, base_of(world), world["templates"]):
+            rows.append([comparison.left[0], with_interval(estimate), _maxima(comparison, cells, world)])
     return rows
 
 
@@ -224,23 +227,29 @@ def verdict_rows(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> list[l
     """The paper's claims: our figures, the same by each cell's best checkpoint, and what the first come to."""
     rows = [["claim", "compared", "figure", "by the maxima", "verdict"]]
     for claim, figures, verdict in judged(cells, world):
-        for at, (one, estimate) in enumerate(zip(claim.compared, figures, strict=True)):
-            told = with_interval if one.of == "accuracy" else in_nats
-            figure = "–" if estimate is None else told(estimate)
-            maxima = _maxima(one, cells, world) if estimate is not None and one.of == "accuracy" else "–"
-            first = at == 0
-            rows.append([claim.text if first else "", _told(one), figure, maxima, verdict if first else ""])
+        for index, (comparison, estimate) in enumerate(zip(claim.compared, figures, strict=True)):
+            to_text = with_interval if comparison.of == "accuracy" else in_nats
+            figure = "–" if estimate is None else to_text(estimate)
+            maxima = _maxima(comparison, cells, world) if estimate is not None and comparison.of == "accuracy" else "–"
+            first = index == 0
+            rows.append(
+                [claim.text if first else "", _comparison_text(comparison), figure, maxima, verdict if first else ""]
+            )
     return rows
 
 
-def _maxima(one: Compared, cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> str:
-    return points(at_maximum(cells[one.left], cells[one.right] if one.right else None, base_of(world)))
+def _maxima(comparison: Compared, cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> str:
+    return points(
+        maximum_difference(
+            cells[comparison.left], cells[comparison.right] if comparison.right else None, base_of(world)
+        )
+    )
 
 
-def _told(one: Compared) -> str:
-    left, right = ("before" if name is None else " ".join(name) for name in (one.left, one.right))
-    unit = "points" if one.of == "accuracy" else "nats a winner"
-    return f"{left} − {right}, {unit}; expected {'above' if one.above else 'below'} 0"
+def _comparison_text(comparison: Compared) -> str:
+    left, right = ("before" if name is None else " ".join(name) for name in (comparison.left, comparison.right))
+    unit = "points" if comparison.of == "accuracy" else "nats a winner"
+    return f"{left} − {right}, {unit}; expected {'above' if comparison.above else 'below'} 0"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

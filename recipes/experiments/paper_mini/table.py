@@ -48,7 +48,7 @@ def page(world: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> str
     cells, design, base = cells_of(runs), design_of(world), base_of(world)
     count, templates = len(base), len(set(world["templates"]))
     tally = Counter(verdict for _, _, verdict in judged(cells, world))
-    told = ", ".join(f"{tally[verdict]} {verdict}" for verdict in get_args(Verdict) if tally[verdict])
+    verdict_counts = ", ".join(f"{tally[verdict]} {verdict}" for verdict in get_args(Verdict) if tally[verdict])
     data = world["data"]
     return f"""# The paper in miniature
 
@@ -59,7 +59,7 @@ The paper's grid, four data sets times five objectives, on a model of 0.8 millio
 `python -m recipes.experiments.paper_mini.table --write` makes this page and its pictures from
 `{results.COMMITTED}` alone, without training. {len(runs)} runs are in them.
 
-**{sum(tally.values())} claims: {told}.**{_better(cells, world)}
+**{sum(tally.values())} claims: {verdict_counts}.**{_better(cells, world)}
 
 What holds here holds for this world. The paper's models are 10,000 times as large, its pairs are of real prompts, and
 its metric is another. Nothing was tuned until it agreed: claims, verdicts and grid were laid down before its first run.
@@ -121,7 +121,7 @@ rest.
 ## Advice
 
 Whether what the paper teaches can be told from pairs and model beforehand, by [`apo advise`](choosing.md), was measured
-[on other models and data sets](advice.md). {advice_table.said()}
+[on other models and data sets](advice.md). {advice_table.verdict_sentence()}
 
 ## How far to trust it
 
@@ -139,13 +139,14 @@ Whether what the paper teaches can be told from pairs and model beforehand, by [
 
 def _better(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> str:
     """CLAIR with the better APO objective against the model before training, corrected for the choice."""
-    found = better_apo(cells, base_of(world), world["templates"])
-    if found is None:
+    better = better_apo(cells, base_of(world), world["templates"])
+    if better is None:
         return ""
-    name, best = found
+    name, best = better
     side = "above" if best.lo > 0 else "below" if best.hi < 0 else "on both sides of"
+    both = " and ".join(plots.DISPLAY_NAMES[objective] for objective in BETTER)
     return (
-        f" CLAIR with the better of {' and '.join(plots.IN_WORDS[one] for one in BETTER)} ({plots.IN_WORDS[name]}) "
+        f" CLAIR with the better of {both} ({plots.DISPLAY_NAMES[name]}) "
         f"gains {points(best.corrected)} points [{points(best.lo)}, {points(best.hi)}] over the model before training, "
         f"corrected for the choice of the two: the interval lies {side} zero."
     )
@@ -154,11 +155,11 @@ def _better(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> str:
 def _edges(cells: Mapping[Name, Runs], design: Design) -> str:
     """Which cells took the lowest or highest learning rate there was."""
     edges = {design.learning_rates[0], design.learning_rates[-1]}
-    found = [f"{' '.join(name)} ({runs[0]['learning_rate']:g})" for name, runs in cells.items()
+    names = [f"{' '.join(name)} ({runs[0]['learning_rate']:g})" for name, runs in cells.items()
              if runs[0]["learning_rate"] in edges]  # fmt: skip
     if len(design.learning_rates) == 1:
         return ""
-    return f" At an edge of the rates that were allowed: {', '.join(found) or 'none'}."
+    return f" At an edge of the rates that were allowed: {', '.join(names) or 'none'}."
 
 
 def _looks(cells: Mapping[Name, Runs]) -> str:
@@ -179,11 +180,11 @@ def write(world: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> No
     write_atomically(PAGE, page(world, runs))
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The mini grid's tables and pictures.")
     parser.add_argument("--small", action="store_true", help="of the small grid")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE}")
-    args = parser.parse_args(words)
+    args = parser.parse_args(arguments)
     os.chdir(ROOT)
     file = run_folder(True) / "runs.jsonl" if args.small else results.COMMITTED
     try:
@@ -191,7 +192,7 @@ def main(words: Sequence[str] | None = None) -> None:
         world = results.world_of(lines, file)
         runs = results.runs_of(lines, world["world"])
         if args.write:
-            check_whole(world, runs, small=args.small)
+            check_complete(world, runs, small=args.small)
             write(world, runs)
             print(f"{PAGE} is written, with {len(PICTURES)} pictures")
         else:
@@ -200,7 +201,7 @@ def main(words: Sequence[str] | None = None) -> None:
         raise SystemExit(f"mini: {error}") from None
 
 
-def check_whole(world: Mapping[str, Any], runs: Mapping[str, Any], *, small: bool) -> None:
+def check_complete(world: Mapping[str, Any], runs: Mapping[str, Any], *, small: bool) -> None:
     """UserError where the page would be of less than the full grid."""
     if small:
         raise UserError(f"{PAGE} is of the full grid only; leave --small or --write out")

@@ -2,7 +2,7 @@
 
     python -m recipes.experiments.tastes.run --out runs/tastes      # a minute on two quiet cores
 
-The commands are those that a user types; `way` runs them for one seed and says what came of it:
+The commands are those that a user types; `run_experiment` runs them for one seed and says what came of it:
 
     plural, tastes, gain     what `apo reward select` recommends, and its gain in nats a comparison
     purity                   the share of users who are with the majority of their found group
@@ -22,7 +22,7 @@ import torch
 
 from clair.core.errors import EXIT_INTERRUPTED
 from recipes.experiments.paper_mini.answers import answers
-from recipes.experiments.paper_mini.models import Habits, save_whole, trained
+from recipes.experiments.paper_mini.models import Habits, save_atomically, trained
 from recipes.experiments.tastes.users import comparisons, group_of, served, win_rate
 from recipes.world.tasks import distinct_tasks
 
@@ -37,14 +37,14 @@ def make_base(folder: Path) -> None:
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         model, tokenizer = trained(HABITS, torch.get_num_threads(), name="base", peak=2e-3, batch=32)
-        save_whole(model, tokenizer, folder, {"habits": asdict(HABITS)})
+        save_atomically(model, tokenizer, folder, {"habits": asdict(HABITS)})
 
 
-def apo(*words: object) -> None:
+def apo(*arguments: object) -> None:
     """One command of `apo`, in this process."""
     from apo.cli import app
 
-    code = app([str(word) for word in words], standalone_mode=False)
+    code = app([str(word) for word in arguments], standalone_mode=False)
     if code == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
     if code:
@@ -58,8 +58,8 @@ def gate(base: Path, out: Path, seed: int, groups: int) -> dict[str, Any]:
     (out / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     apo("reward", "select", out / "pairs.jsonl", "--model", base, "--most", 3, "--seed", seed,
         "--out", out / "select.json")  # fmt: skip
-    found = json.loads((out / "select.json").read_text("utf-8"))
-    return {"plural": found["plural"], "tastes": found["tastes"], "gain": found["gain"]}
+    result = json.loads((out / "select.json").read_text("utf-8"))
+    return {"plural": result["plural"], "tastes": result["tastes"], "gain": result["gain"]}
 
 
 def policies(base: Path, out: Path, seed: int, tastes: int) -> dict[str, Any]:
@@ -67,16 +67,16 @@ def policies(base: Path, out: Path, seed: int, tastes: int) -> dict[str, Any]:
     apo("reward", "fit", out / "pairs.jsonl", "--model", base, "--kind", "pal",
         "--prototypes", tastes, "--seed", seed, "--out", out / "taste")  # fmt: skip
     apo("reward", "score", out / "pairs.jsonl", "--reward", out / "taste", "--out", out / "grouped.jsonl")
-    given = ["--set", f"model={base}", "--set", f"dataset={out / 'grouped.jsonl'}", "--set", f"seed={seed}"]
-    apo("train", RECIPE, *given, "--out", out / "policies")
-    apo("train", RECIPE, *given, "--set", "by=null", "--out", out / "pooled")
+    options = ["--set", f"model={base}", "--set", f"dataset={out / 'grouped.jsonl'}", "--set", f"seed={seed}"]
+    apo("train", RECIPE, *options, "--out", out / "policies")
+    apo("train", RECIPE, *options, "--set", "by=null", "--out", out / "pooled")
 
     tasks = distinct_tasks("heldout", HELDOUT, seed)
-    before = answers(base, tasks)
+    base_answers = answers(base, tasks)
 
     def rates(folder: Path) -> list[float]:
-        said = answers(folder, tasks)
-        return [win_rate(said, before, group) for group in (0, 1)]
+        policy_answers = answers(folder, tasks)
+        return [win_rate(policy_answers, base_answers, group) for group in (0, 1)]
 
     groups = json.loads((out / "taste/reward.json").read_text("utf-8"))["groups"]
     folders = {name: out / "policies" / name.replace(" ", "-") for name in set(groups.values())}
@@ -86,10 +86,10 @@ def policies(base: Path, out: Path, seed: int, tastes: int) -> dict[str, Any]:
     return {"purity": majority / len(groups), "pooled": rates(out / "pooled"), "by_group": by_group}
 
 
-def way(base: Path, out: Path, seed: int) -> dict[str, Any]:
+def run_experiment(base: Path, out: Path, seed: int) -> dict[str, Any]:
     """The whole way for two groups; see the top of this file."""
-    found = gate(base, out, seed, groups=2)
-    return {**found, **policies(base, out, seed, found["tastes"])}
+    result = gate(base, out, seed, groups=2)
+    return {**result, **policies(base, out, seed, result["tastes"])}
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     make_base(args.out / "base")
-    print(json.dumps(way(args.out / "base", args.out, args.seed), indent=2))
+    print(json.dumps(run_experiment(args.out / "base", args.out, args.seed), indent=2))
 
 
 if __name__ == "__main__":

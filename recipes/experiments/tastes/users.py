@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
-from recipes.world.style import RANK, STYLES, dressed, style_of
+from recipes.world.style import RANK, STYLES, add_style, style_of
 from recipes.world.tasks import distinct_tasks
 
 
@@ -32,28 +32,31 @@ def comparisons(users: int, each: int, seed: int, *, groups: int = 2, noise: flo
     """Rows with id, prompt, chosen, rejected and user; a share `noise` of the choices are the wrong way round."""
     rng = Random(f"tastes-{seed}")
     rows = []
-    for at, task in enumerate(distinct_tasks("train", users * each, seed)):
-        user = f"u{at % users}"
+    for index, task in enumerate(distinct_tasks("train", users * each, seed)):
+        user = f"u{index % users}"
         group = group_of(user, groups)
-        pair = [dressed(task.right, style, rng) for style in rng.sample(STYLES, 2)]
+        pair = [add_style(task.right, style, rng) for style in rng.sample(STYLES, 2)]
         pair.sort(key=lambda text: liking(text, group), reverse=rng.random() >= noise)
         rows.append({"id": task.id, "prompt": task.prompt, "chosen": pair[0], "rejected": pair[1], "user": user})
     return rows
 
 
-def win_rate(said: Sequence[str], against: Sequence[str], group: int) -> float:
+def win_rate(answers: Sequence[str], base_answers: Sequence[str], group: int) -> float:
     """The share of answers that a group likes better than those of another model to the same tasks, ties one half."""
-    marks = [liking(one, group) - liking(other, group) for one, other in zip(said, against, strict=True)]
-    return sum((mark > 0) + (mark == 0) / 2 for mark in marks) / len(marks)
+    differences = [
+        liking(answer, group) - liking(base_answer, group)
+        for answer, base_answer in zip(answers, base_answers, strict=True)
+    ]
+    return sum((mark > 0) + (mark == 0) / 2 for mark in differences) / len(differences)
 
 
-def served(found: Mapping[str, str], rates: Mapping[str, Sequence[float]], groups: int) -> list[float]:
+def served(groups_by_user: Mapping[str, str], rates: Mapping[str, Sequence[float]], groups: int) -> list[float]:
     """For each true group the mean win rate of its users, each with the policy of the group that was `found` for them.
 
     `rates` are the win rates of each found group's policy, by true group.
     """
     totals: list[list[float]] = [[] for _ in range(groups)]
-    for user, name in found.items():
+    for user, name in groups_by_user.items():
         true = group_of(user, groups)
         totals[true].append(rates[name][true])
     return [sum(values) / len(values) for values in totals]

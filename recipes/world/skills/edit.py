@@ -7,18 +7,18 @@ from random import Random
 from recipes.world.skills.skill import Skill, Values, Verdict, templates
 from recipes.world.skills.words import LETTERS
 
-PLACES = ("first", "second", "third", "fourth")
+LETTER_POSITIONS = ("first", "second", "third", "fourth")
 
 
 def _draw_edit(rng: Random) -> dict[str, str]:
     *code, letter = rng.sample(LETTERS, 6)
-    return {"code": "".join(code), "letter": letter, "place": rng.choice(PLACES)}
+    return {"code": "".join(code), "letter": letter, "place": rng.choice(LETTER_POSITIONS)}
 
 
 def _judge_edit(values: Values) -> Verdict | None:
     code, letter = values["code"], values["letter"]
-    place = PLACES.index(values["place"])
-    right, wrong = (code[:at] + letter + code[at + 1 :] for at in (place, place + 1))
+    position = LETTER_POSITIONS.index(values["place"])
+    right, wrong = (code[:index] + letter + code[index + 1 :] for index in (position, position + 1))
     return None if right == wrong else Verdict(right, wrong)
 
 
@@ -30,7 +30,7 @@ EDIT = Skill(
     name="edit",
     mistake="The student changed the letter after the one that was asked for",
     value=r"\b[A-Z]{3,}\b",
-    slots={"code": "[A-Z]{5}", "letter": "[A-Z]", "place": "|".join(PLACES)},
+    slots={"code": "[A-Z]{5}", "letter": "[A-Z]", "place": "|".join(LETTER_POSITIONS)},
     templates=templates(
         "edit",
         (

@@ -20,8 +20,8 @@ def _judge_order(values: Values) -> Verdict | None:
     return Verdict(_listed(up), _listed(up[::-1]))
 
 
-def _listed(words: list[str]) -> str:
-    return f"{words[0]}, {words[1]} and {words[2]}"
+def _listed(numbers: list[str]) -> str:
+    return f"{numbers[0]}, {numbers[1]} and {numbers[2]}"
 
 
 def _content_order(values: Values) -> str:

@@ -57,13 +57,13 @@ def templates(skill: str, *phrasings: tuple[str, str]) -> tuple[Template, ...]:
 
 def pattern(skill: Skill, template: Template) -> re.Pattern[str]:
     """The expression that inverts a question: one named group per slot; a repeated slot must repeat its text."""
-    seen: set[str] = set()
+    named_slots: set[str] = set()
 
     def group(match: re.Match[str]) -> str:
         slot = match[1]
-        if slot in seen:
+        if slot in named_slots:
             return f"(?P={slot})"
-        seen.add(slot)
+        named_slots.add(slot)
         return f"(?P<{slot}>{skill.slots[slot]})"
 
     return re.compile(re.sub(r"\\\{(\w+)\\\}", group, re.escape(template.question)))

@@ -196,7 +196,7 @@ def test_fitting_again_gives_the_same_numbers():
 
 
 def test_with_held_out_comparisons_the_epoch_that_predicts_them_best_is_kept():
-    data = comparisons(toy.one_taste(4, 20, noise=0.3))
+    data = comparisons(toy.shared_taste(4, 20, noise=0.3))
     training, held_out = split(data, (0.6, 0.4))
     best, last = (fit(new_scorer("bradley_terry", data), training, validation) for validation in (held_out, None))
     assert nll(best, held_out).mean() < nll(last, held_out).mean() - 0.05
@@ -204,8 +204,8 @@ def test_with_held_out_comparisons_the_epoch_that_predicts_them_best_is_kept():
 
 @pytest.mark.parametrize("kind", ["bradley_terry", "pal", "vpl"])
 def test_every_reward_learns_one_taste_and_scores_through_one_interface(kind):
-    synthetic = toy.one_taste(8, 30)
-    scorer, data = fit_best(kind, synthetic), comparisons(toy.one_taste(8, 30, seed=1))
+    synthetic = toy.shared_taste(8, 30)
+    scorer, data = fit_best(kind, synthetic), comparisons(toy.shared_taste(8, 30, seed=1))
     assert accuracy(scorer, data) > 0.8
     states = scorer.state_rows(data.user)
     margin = scorer.margin(data.prompt, data.chosen, data.rejected, states)
@@ -378,7 +378,7 @@ def test_b3_a_large_beta_collapses_and_it_is_seen(vpl, new_users):
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_several_tastes_are_recommended_where_there_are_several_and_only_there(seed, noise):
     several = select(comparisons(toy.bimodal(40, 40, seed, noise=noise)), max_tastes=3, seed=seed)
-    single = select(comparisons(toy.one_taste(40, 40, seed, noise=noise)), max_tastes=3, seed=seed)
+    single = select(comparisons(toy.shared_taste(40, 40, seed, noise=noise)), max_tastes=3, seed=seed)
     print(several.words, "|", single.words)
     assert (several.plural, several.tastes) == (True, 2)
     assert (single.plural, single.tastes) == (False, 1)
