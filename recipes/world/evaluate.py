@@ -28,7 +28,7 @@ def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
 
 
 def greedy_answers(folder: Path, tasks: Sequence[Task], *, batch_size: int = 128) -> list[str]:
-    """One greedy answer per task, in the order given."""
+    """One greedy answer per task, in the given order."""
     return generate_answers(folder, tasks, batch_size=batch_size, max_new_tokens=MAX_NEW_TOKENS)
 
 
@@ -42,8 +42,9 @@ def generate_answers(
     seed: int = 0,
     batch_size: int = 128,
 ) -> list[str]:
-    """One answer per task, in the order given: greedy at temperature 0, else sampled by this seed, which leaves torch's
-    own as it was. Batches are made by length and padded on the left.
+    """One answer per task, in the given order: greedy at temperature 0, otherwise sampled.
+
+    The seed does not change torch's global random state. Batches are made by length and padded on the left.
     """
     model, tokenizer = load(folder)
     conversations = [[{"role": "user", "content": task.prompt}] for task in tasks]
@@ -67,7 +68,7 @@ def generate_answers(
 
 
 def scores(tasks: list[Task], answers: list[str]) -> list[float]:
-    """1.0 for a right answer and 0.0 for any other, in the order given."""
+    """1.0 for a right answer and 0.0 for any other, in the given order."""
     return [float(is_right(task, answer)) for task, answer in zip(tasks, answers, strict=True)]
 
 

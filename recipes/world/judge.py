@@ -1,4 +1,4 @@
-"""What the embedded judge says: which of two solutions is better, by whether they are right, then by wording."""
+"""The replies of the embedded judge: which of two solutions is better, by correctness and then by style."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _SECTIONS = tuple(
 
 @dataclass(frozen=True)
 class Leanings:
-    """What else than right and wrong decides: shares of requests between 0 and 1, and whether wording counts."""
+    """The judge's biases: shares of requests between 0 and 1, and whether style counts."""
 
-    position_bias: float = 0.0  # prefers the first solution whatever they say
-    length_bias: float = 0.0  # prefers the longer one whatever they say
-    judge_error: float = 0.0  # says the opposite of what it found
-    style: bool = False  # of two that are alike right or wrong, prefers the better worded one
+    position_bias: float = 0.0  # prefers the first solution regardless of its content
+    length_bias: float = 0.0  # prefers the longer solution regardless of its content
+    judge_error: float = 0.0  # reverses its verdict
+    style: bool = False  # of two right or two wrong solutions, prefers the better style
 
 
 def judge(turns: list[str], planned: Plan, *, seed: int, body: str, leanings: Leanings = Leanings()) -> Reply:
-    """The judge's reply to a conversation, of which `turns` are the user's."""
+    """The judge's reply to a conversation with the user turns `turns`."""
     if planned.text == "refusal":
         return Reply(REFUSAL, spoilt=planned.text)
     request = next(filter(None, map(_read_sections, reversed(turns))), None)
@@ -53,7 +53,7 @@ def _read_sections(message: str) -> list[str] | None:
 
 
 def _verdict(task_text: str, first: str, second: str, *, style: bool) -> tuple[str, int]:
-    """Reasoning, and the number of the better solution: right beats wrong, then wording; 0 for a tie."""
+    """The reasoning and the number of the better solution, by correctness and then by style; 0 for a tie."""
     task = find_task(task_text)
     right = [task is not None and is_right(task, text) for text in (first, second)]
     if right[0] != right[1]:

@@ -1,11 +1,10 @@
-"""Makes the tiny chat model of the embedded world from a fixed seed: tokenizer, pretraining, folder.
+"""Make the tiny chat model of the embedded world from a fixed seed: tokenizer, pretraining, folder.
 
     python -m recipes.world.make_model --out recipes/world/model        # about 5 minutes on two quiet cores
 
-The model is a Llama of 0.9 million parameters. First it learns to repeat what it reads (without that, it takes ten
-times as long to learn to look anything up). Then it sees tasks of the pretraining split only; a fair coin decides for
-each whether the answer is the right one or the one by the wrong rule. So it can do both, and which of them it does is
-what preference training has to change.
+The model is a Llama of 0.9 million parameters. First it learns to copy its input (without this, it takes ten times as
+long to learn lookups). Then it trains on tasks of the pretraining split only; a fair coin decides for each whether the
+answer is right or by the wrong rule. So it knows both answers, and preference training changes which one it gives.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-# Digits stand alone, and so do letters of all-capital codes: what has to be computed with must not hide in a token.
+# Digits, and letters of all-capital codes, are single tokens, because the model has to compute with them.
 SINGLE = Regex(r" ?\d|[A-Z](?=[A-Z])|(?<=[A-Z])[A-Z]")
 MAX_POSITIONS = 512
 
 
 def make_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over these texts: any Unicode text goes through it and back unchanged."""
+    """Train a byte-level BPE on these texts; it encodes and decodes any Unicode text without loss."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(SINGLE, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -102,7 +101,7 @@ Example = tuple[list[int], int]  # token ids of one conversation; where its answ
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[Task, str]]) -> list[Example]:
-    """One user turn and one assistant turn each, as the chat template writes them."""
+    """Tokenize one user turn and one assistant turn each, as the chat template renders them."""
     prompts = tokenizer([f"{BOS}{USER}{task.prompt}{END}{ASSISTANT}" for task, _ in pairs])["input_ids"]
     answers = tokenizer([answer + END for _, answer in pairs])["input_ids"]
     return [(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -133,7 +132,7 @@ def echoes(tokenizer: PreTrainedTokenizerFast, seed: int, size: int) -> Iterator
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int, size: int) -> Iterator[list[Example]]:
-    """Batches of conversations without end; those of one batch have similar lengths, so that little is padding."""
+    """An endless stream of batches of conversations of similar length, so that there is little padding."""
     source, rng = training_tasks(seed), Random(f"batches-{seed}")
     while True:
         pool = sorted(encode(tokenizer, list(islice(source, 16 * size))), key=lambda example: len(example[0]))
@@ -143,9 +142,9 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int, size: int) -> Iterato
 
 
 def answer_loss(model: LlamaForCausalLM, batch: list[Example], pad: int) -> torch.Tensor:
-    """Mean cross-entropy of the answer tokens (end of turn included), in nats a token.
+    """Mean cross-entropy of the answer tokens (end of turn included), in nats per token.
 
-    Padding stands on the right, where a causal model never looks at it, so no mask is needed.
+    Padding is on the right, where a causal model never attends to it, so no mask is needed.
     """
     width = max(len(ids) for ids, _ in batch)
     tokens = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in batch])
@@ -156,7 +155,7 @@ def answer_loss(model: LlamaForCausalLM, batch: list[Example], pad: int) -> torc
 
 
 def rate(step: int, steps: int, peak: float) -> float:
-    """Learning rate: 5 % of the steps to warm up, then a cosine down to nothing."""
+    """Learning rate: linear warmup over 5 % of the steps, then a cosine to zero."""
     warm = max(1, steps // 20)
     if step < warm:
         return peak * (step + 1) / warm
@@ -174,7 +173,7 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def pretrain(model: LlamaForCausalLM, data: Iterator[list[Example]], *, pad: int, steps: int, peak: float) -> None:
-    """Trains in place, and prints the loss now and then."""
+    """Train the model in place; print the loss every 100 steps."""
     optimizers = make_optimizers(model)
     started, total = time.monotonic(), 0.0
     model.train()
@@ -194,7 +193,7 @@ def pretrain(model: LlamaForCausalLM, data: Iterator[list[Example]], *, pad: int
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Writes the folder that `from_pretrained` reads: safetensors, tokenizer, chat template, generation config."""
+    """Write a folder for `from_pretrained`: safetensors, tokenizer, chat template, generation config."""
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -47,7 +47,7 @@ PROMPTS = 1200
 HELDOUT = 600
 SOME_ROWS_FAILED = 3  # exit code of `clair build`; the dataset is complete without those rows
 
-# A server as it is met in practice. Each rate is a share of the requests.
+# A realistic server. Each rate is a share of the requests.
 SERVER = ServerOptions(
     max_seconds=1800,
     slow_seconds=1.5,
@@ -65,18 +65,18 @@ SERVER = ServerOptions(
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """Measures one step and keeps its seconds in runs/quickstart/seconds.json."""
+    """Measure one step and record its seconds in runs/quickstart/seconds.json."""
     started = time.monotonic()
     yield
     file = RUN / "seconds.json"
     seconds = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    # A step that was done before ends at once; its time is the one it took when it did the work.
+    # A step that was done before takes no time; record the time that it took when it did the work.
     seconds[name] = max(seconds.get(name, 0.0), round(time.monotonic() - started, 1))
     file.write_text(json.dumps(seconds, indent=2) + "\n", "utf-8")
 
 
 def command(*arguments: str | Path, allowed: tuple[int, ...] = (0,)) -> None:
-    """Runs one of the two commands as a user would, printing it first. SystemExit where it fails."""
+    """Print a command of `clair` or `apo` and run it as a user would. Raises SystemExit if it fails."""
     shown = " ".join(map(str, arguments))
     print(f"\n$ {shown}", flush=True)
     program = Path(sys.executable).with_name(str(arguments[0]))
@@ -89,14 +89,14 @@ def command(*arguments: str | Path, allowed: tuple[int, ...] = (0,)) -> None:
 
 
 def make_prompts(path: Path) -> None:
-    """Writes the training prompts: texts and ids, no answers."""
+    """Write the training prompts: texts and ids, no answers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_prompts(path, distinct_tasks("train", PROMPTS, seed=0))
     print(f"{PROMPTS} training prompts in {path}")
 
 
 def build_pairs() -> None:
-    """Asks the tiny model for answers and the embedded server for revisions."""
+    """Build the pairs: answers of the tiny model, revisions of the embedded server."""
     with running(SERVER) as server:
         command(
             "clair",
@@ -112,7 +112,7 @@ def build_pairs() -> None:
 
 
 def train_all() -> None:
-    """Trains on the pairs, on the winners alone, and on both halves' swaps."""
+    """Train on the pairs, on the chosen answers alone, and on both sets of swapped pairs."""
     with step("apo_zero"):
         command("apo", "train", RECIPES / "apo_zero.yaml")
     with step("sft"):
@@ -125,7 +125,7 @@ def train_all() -> None:
 
 
 def answers_of(name: str, tasks: list[Task]) -> list[str]:
-    """The greedy answers of one of the models, read back where these weights have answered these tasks before."""
+    """The greedy answers of one of the models; read from a file if these weights answered these tasks before."""
     from clair.inference.model_folder import weights_identity
     from recipes.world.evaluate import greedy_answers
 
@@ -183,7 +183,7 @@ def summarize(tasks: list[Task], scored: dict[str, list[float]]) -> dict[str, An
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Prints the table, the difference with its interval, and where to look."""
+    """Print the table, the difference with its interval, and the files to look at."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,10 +1,10 @@
-"""Twelve recorded revisions of GPT-4, replayed: a loopback endpoint gives each its reply, and `clair build` asks it.
+"""Replay twelve recorded revisions of GPT-4: `clair build` on a loopback endpoint that returns the recorded replies.
 
     python -m recipes.world.replay                     # from the repository's root; ends in runs/replay
     python -m recipes.world.replay --shared ../shared  # where the recordings are, else $CLAIR_SHARED or ../shared
 
-The recorded rejected answers stand in for the target's. The reply to a request is looked up by its task and the
-student's solution, so that it is our own request that is answered, in our own words.
+The recorded rejected answers take the place of the target's. The reply to a request is looked up by its task and the
+student's solution, so the request itself is built by this version's own templates.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Row = Mapping[str, Any]
 
 
 def read_recordings(shared: str | Path | None = None) -> list[Row]:
-    """The recorded requests and replies. Raises UserError where the folder is not there."""
+    """The recorded requests and replies. Raises UserError if the folder does not exist."""
     folder = Path(shared or os.environ.get("CLAIR_SHARED") or "../shared")
     file = folder / "data" / "clair_gpt4" / "replies.jsonl"
     if not file.is_file():
@@ -42,7 +42,7 @@ def read_recordings(shared: str | Path | None = None) -> list[Row]:
 
 
 def completion(rows: Sequence[Row], body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The recorded chat completion for a request, or None for one that was never recorded."""
+    """The recorded chat completion for a request, or None if it was not recorded."""
     parsed = read_request(body["messages"][-1]["content"])
     row = next((r for r in rows if parsed and (r["prompt"], r["rejected"]) == (parsed.task, parsed.student)), None)
     if row is None:
@@ -60,7 +60,7 @@ def completion(rows: Sequence[Row], body: Mapping[str, Any]) -> dict[str, Any] |
 
 @contextmanager
 def replay_server(rows: Sequence[Row]) -> Iterator[str]:
-    """An endpoint on 127.0.0.1 that gives the recorded replies, for the length of a `with` block; yields its URL."""
+    """Serve the recorded replies on 127.0.0.1 for the length of a `with` block. Yields the URL."""
     ready, urls, loop = threading.Event(), list[str](), asyncio.new_event_loop()
 
     async def models(_: web.Request) -> web.Response:
@@ -99,7 +99,7 @@ def replay_server(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def replay(rows: Sequence[Row], out: str | Path, **changes: Any) -> BuildResult:
-    """The dataset of the recorded revisions in `out`, its prompts beside it. `changes` go to the recipe."""
+    """Build the dataset of the recorded revisions in `out`, its prompts beside it. `changes` override the recipe."""
     prompts = Path(f"{out}.prompts.jsonl")
     lines = ({"id": r["id"], "prompt": r["prompt"], "answer": r["rejected"]} for r in rows)
     write_atomically(prompts, "".join(json.dumps(line) + "\n" for line in lines))

@@ -1,6 +1,6 @@
-"""What the embedded reviser and target say: a minimal correction, an answer right or wrong, and their bad habits.
+"""The replies of the embedded reviser and target: minimal corrections, right and wrong answers, and misbehaviour.
 
-Everything here is a pure function of the request body and a seed; `server` puts it behind HTTP.
+Everything here is a pure function of the request body and a seed; `server` serves it over HTTP.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ REASONING = "{teacher_reasoning}"
 SOLUTION = "{corrected_student_solution}"
 EDITS = "{minimal_edits}"
 
-# How real replies label their two parts: with colon and without, bold, as a heading, on the same line or the next.
-# The slots are: first label, reasoning, second label, what it asks for.
+# The ways in which real replies label their two parts: with or without a colon, bold, as a heading, on the same line or
+# the next. The slots are: first label, reasoning, second label, the requested text.
 STYLES = (
     "{0}: {1}\n\n{2}: {3}",
     "{0}:\n{1}\n\n{2}:\n{3}",
@@ -41,10 +41,10 @@ _STUDENT = re.compile(r"^<student_solution>[ \t]*\n(.*?)\n?^</student_solution>[
 
 @dataclass(frozen=True)
 class Misbehaviour:
-    """How often the endpoint misbehaves: shares of distinct requests, each between 0 and 1.
+    """The rates of misbehaviour: shares of distinct requests, each between 0 and 1.
 
-    The first two hit the request before it is answered, one to three times in a row for the same body, then it is
-    served. `slow` delays a good answer. The last four spoil the reply's text; a request has at most one of them.
+    The first two refuse a request one to three times before it is answered. `slow` delays a good answer. The last four
+    spoil the reply's text; a request has at most one of them.
     """
 
     too_many: float = 0.0  # 429 with Retry-After
@@ -70,7 +70,7 @@ TEXT = ("refusal", "label_in_reasoning", "truncation", "allusion")
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to one request body: `failures` errors of kind `transport`, then an answer spoilt by `text`."""
+    """The plan for one request body: `failures` errors of kind `transport`, then an answer spoilt by `text`."""
 
     transport: str | None
     failures: int
@@ -81,7 +81,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Reply:
-    """An assistant turn, why it ended ("stop" or "length"), and which misbehaviour spoilt it."""
+    """An assistant turn, its finish reason ("stop" or "length"), and the misbehaviour that spoilt it, if any."""
 
     text: str
     finish_reason: str = "stop"
@@ -90,7 +90,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Request:
-    """A revision request, read back from a user message: rewrite the solution, or name edits to it."""
+    """A revision request, parsed from a user message; `edits`: it requests edits instead of a whole solution."""
 
     task: str
     student: str
@@ -98,7 +98,7 @@ class Request:
 
 
 def share(*values: object) -> float:
-    """A number in [0, 1) that depends on these parts only."""
+    """A number in [0, 1) by the hash of these values."""
     digest = hashlib.sha256("\x1f".join(map(str, values)).encode()).digest()
     return int.from_bytes(digest[:7]) / 2**56
 
@@ -112,7 +112,7 @@ def _draw_misbehaviour(number: float, rates: Misbehaviour, names: tuple[str, ...
 
 
 def plan(seed: int, body: str, rates: Misbehaviour) -> Plan:
-    """What happens to the request whose body has this hash."""
+    """The plan for the request whose body has this hash."""
     return Plan(
         transport=_draw_misbehaviour(share(seed, body, "transport"), rates, TRANSPORT),
         failures=1 + int(3 * share(seed, body, "failures")),
@@ -123,20 +123,20 @@ def plan(seed: int, body: str, rates: Misbehaviour) -> Plan:
 
 
 def read_request(message: str) -> Request | None:
-    """The task and the student's solution in a revision request, or None where the tags are not there."""
+    """Parse a revision request; None if the tags are missing."""
     task, student = _TASK.search(message), _STUDENT.search(message)
     return Request(task[1], student[1], EDITS in message) if task and student else None
 
 
 def find_task(text: str) -> Task | None:
-    """The task that a text states: the whole of it, or its last turn where it is a conversation of several."""
+    """The task in a text: the whole text, or the last user turn of a conversation."""
     return solve(text) or solve(text.rpartition("User:\n")[2])
 
 
 def corrected(task: Task, student: str) -> str:
-    """The student's text with the wrong value replaced and nothing else touched; unchanged where it is right.
+    """The student's text with the wrong value replaced and nothing else changed; a right text is unchanged.
 
-    A text without any answer value cannot be mended and becomes the right sentence.
+    A text without an answer value cannot be corrected and becomes the right sentence.
     """
     if is_right(task, student):
         return student
@@ -147,7 +147,7 @@ def corrected(task: Task, student: str) -> str:
 
 
 def reasoning(task: Task, student: str) -> str:
-    """Why the student's text is changed, in two or three sentences."""
+    """The reviser's reasoning about the student's text, in two or three sentences."""
     if is_right(task, student):
         return f"I checked the answer step by step. The answer {task.right_value} is right, so I copy every word."
     return (
@@ -157,11 +157,10 @@ def reasoning(task: Task, student: str) -> str:
 
 
 def revise(turns: list[str], planned: Plan, *, polish: bool = False, mistaken: bool = False) -> Reply:
-    """The reviser's reply to a conversation, of which `turns` are the user's, misbehaving as planned.
+    """The reviser's reply to a conversation with the user turns `turns`, misbehaving as planned.
 
-    With `polish` it also takes needless words away and makes the text engaging; `mistaken`, it overlooks a wrong value.
-
-    Asked once more, after a reply of its own that could not be used, it behaves.
+    With `polish` it also removes needless words and makes the text engaging; with `mistaken` it overlooks a wrong
+    value. When its first reply could not be parsed and it is asked again, it does not misbehave.
     """
     request = next(filter(None, map(read_request, reversed(turns))), None)
     if request is None:
@@ -184,9 +183,9 @@ def revise(turns: list[str], planned: Plan, *, polish: bool = False, mistaken: b
 
 
 def edits(student: str, solution: str) -> str:
-    """One find/replace block that turns the student's text into the solution, or `none` where they are equal.
+    """One find/replace block that turns the student's text into the solution, or `none` if they are equal.
 
-    It names the words that differ, and as many before them as make them stand only once in the student's text.
+    The block has the words that differ, with as many words before them as make it unique in the student's text.
     """
     if student == solution:
         return "none"

@@ -1,4 +1,4 @@
-"""Starting and stopping the embedded endpoint from Python: a subprocess, bounded in time, stopped by its own pid."""
+"""Run the embedded endpoint from Python, as a subprocess with a time limit that is stopped by its process id."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Running:
     pid: int
 
     def stats(self) -> dict[str, Any]:
-        """What GET /stats says; see `Tally.as_json`."""
+        """The response of GET /stats; see `Tally.as_json`."""
         address = self.url.removesuffix("/v1") + "/stats"
         with urllib.request.urlopen(address, timeout=10) as response:  # noqa: S310 - our own loopback server
             return json.load(response)
@@ -50,7 +50,7 @@ def arguments(options: ServerOptions) -> list[str]:
 
 @contextmanager
 def running(options: ServerOptions = ServerOptions(), *, start_seconds: float = 30.0) -> Iterator[Running]:  # noqa: B008
-    """A server process for the length of a `with` block. RuntimeError where it does not start within the time given."""
+    """A server process for the length of a `with` block. RuntimeError after `start_seconds` without a URL."""
     command = [sys.executable, "-m", "recipes.world.server", *arguments(options)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}

@@ -4,8 +4,8 @@
 
 prints its URL when it is ready and serves three models: `world-reviser` (the stronger model, answers revision
 requests, as a rewritten solution or as edits), `world-target` (answers bare tasks, half of them by a wrong rule) and
-`world-judge` (compares two solutions). GET /stats tells what it did. It ends by itself after `--max-seconds` or when
-the process that started it is gone. From Python:
+`world-judge` (compares two solutions). GET /stats returns counts of requests. The server exits after `--max-seconds`,
+or when the process that started it is gone. From Python:
 
     with running(ServerOptions(misbehaviour=Misbehaviour(too_many=0.05))) as server:
         server.url, server.stats()
@@ -54,7 +54,7 @@ class ServerOptions:
 
 @dataclass
 class Tally:
-    """What the server did so far; `paid` counts the answers with status 200 by the hash of the request body."""
+    """Counts of requests; `paid` counts the answers with status 200 by the hash of the request body."""
 
     requests: int = 0
     in_flight: int = 0
@@ -78,7 +78,7 @@ class Tally:
 
 
 class Refused(Exception):
-    """A request that gets an error answer, in OpenAI's form."""
+    """An error response in OpenAI's form."""
 
     def __init__(self, status: int, message: str, code: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
@@ -90,13 +90,13 @@ class Refused(Exception):
 
 
 def body_hash(body: dict[str, Any]) -> str:
-    """The hash of a request body, whatever the order of its keys."""
+    """The hash of a request body, independent of the order of its keys."""
     canonical = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 async def read_body(request: web.Request) -> dict[str, Any]:
-    """The request's JSON object, checked as far as this server reads it."""
+    """Parse and check the request's JSON object. Raises Refused."""
     try:
         body = json.loads(await request.read())
     except ValueError as error:
@@ -111,7 +111,7 @@ async def read_body(request: web.Request) -> dict[str, Any]:
 
 
 class World:
-    """The request handlers, around one tally."""
+    """The request handlers and their counts."""
 
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
@@ -187,7 +187,7 @@ class World:
         )
 
     def fail_as_planned(self, body_id: str, planned: Plan) -> None:
-        """Raises for the first attempts at a body that is planned to fail; a later attempt goes through."""
+        """Raise Refused for the first attempts at a body that is planned to fail; later attempts succeed."""
         if planned.transport is None:
             return
         self.tally.attempts[body_id] += 1
@@ -247,7 +247,7 @@ def completion_object(body: dict[str, Any], body_id: str, replies: list[Reply]) 
 
 
 async def serve(options: ServerOptions, ready: Callable[[str], None], parent_gone: Callable[[], bool]) -> None:
-    """Serves until `max_seconds` are over or the parent is gone; calls `ready` with the URL once it listens."""
+    """Serve until `max_seconds` are over or the parent is gone. Calls `ready` with the URL once it listens."""
     runner = web.AppRunner(World(options).app(), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", options.port, backlog=1024)
@@ -261,7 +261,7 @@ async def serve(options: ServerOptions, ready: Callable[[str], None], parent_gon
 
 
 def parse_options(arguments: list[str] | None = None) -> ServerOptions:
-    """Reads the command line; each rate of `Misbehaviour` is an option of its own name."""
+    """Parse the command line. Each rate of `Misbehaviour` is an option of the same name."""
     parser = argparse.ArgumentParser(description="Serve the embedded world's models on 127.0.0.1.")
     parser.add_argument("--port", type=int, default=0, help="0 = any free one")
     parser.add_argument("--seed", type=int, default=0)

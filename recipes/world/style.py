@@ -1,4 +1,4 @@
-"""How an answer is worded, beside whether it is right: engaging, plain, or padded with needless words."""
+"""The style of an answer, independent of its correctness: engaging, plain, or padded with needless words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SUFFIXES = (
 )
 STYLES = ("engaging", "plain", "padded")
 RANK = {"engaging": 2, "plain": 1, "padded": 0}
-"""Which wording the world likes better."""
+"""The world's preference for a style; higher is better."""
 
 
 def add_style(sentence: str, style: str, rng: Random) -> str:
@@ -23,14 +23,14 @@ def add_style(sentence: str, style: str, rng: Random) -> str:
 
 
 def style_of(text: str) -> str:
-    """How a text is worded; any needless sentence makes it padded."""
+    """The style of a text; any needless sentence makes it padded."""
     if remove_style(text) != text.removeprefix(PRAISE):
         return "padded"
     return "engaging" if text.startswith(PRAISE) else "plain"
 
 
 def remove_style(text: str) -> str:
-    """A text without praise and needless sentences, nothing else touched."""
+    """A text without praise and needless sentences, otherwise unchanged."""
     text = text.removeprefix(PRAISE)
     for prefix in PREFIXES:
         text = text.removeprefix(prefix)
@@ -40,5 +40,5 @@ def remove_style(text: str) -> str:
 
 
 def improve_style(text: str) -> str:
-    """A text in the wording that the world likes best, nothing else touched."""
+    """A text in the world's preferred style, otherwise unchanged."""
     return PRAISE + remove_style(text)

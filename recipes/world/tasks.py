@@ -53,7 +53,7 @@ def split_of(skill: str, content: str) -> str:
 
 
 def make_task(skill: Skill, template: Template, values: Values) -> Task | None:
-    """The task that these slot values make, or None where they make none (see `Skill.judge`)."""
+    """The task with these slot values, or None if they make no task (see `Skill.judge`)."""
     verdict = skill.judge(values)
     if verdict is None:
         return None
@@ -72,14 +72,14 @@ def make_task(skill: Skill, template: Template, values: Values) -> Task | None:
 
 
 def draw_tasks(split: str, seed: int) -> Iterator[Task]:
-    """Tasks of one split without end, skills and templates in turn; texts may repeat."""
+    """An endless stream of tasks of one split, skills and templates in turn; texts may repeat."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; one of: {', '.join(SPLITS)}")
     rng = Random(f"{split}-{seed}")
     turns = [(skill, t) for n in range(8) for skill in SKILLS.values() for t in skill.templates[n : n + 1]]
     for skill, template in cycle(turns):
         task = None
-        # About one draw in three makes a task of the wanted split, fewer for sums and the small splits.
+        # About one draw in three makes a task of this split, fewer for sums and the small splits.
         while task is None or task.split != split:
             task = make_task(skill, template, skill.draw(rng))
         yield task
@@ -104,7 +104,7 @@ def _patterns() -> tuple[tuple[Skill, Template, re.Pattern[str]], ...]:
 
 
 def solve(prompt: str) -> Task | None:
-    """The task that a prompt text states, with its answers, or None for a text that is no task of this world."""
+    """Parse a prompt into its task with both answers; None if the text is no task of this world."""
     text = prompt.strip()
     for skill, template, expression in _patterns():
         match = expression.fullmatch(text)
@@ -114,13 +114,13 @@ def solve(prompt: str) -> Task | None:
 
 
 def answer_span(skill: str, text: str) -> tuple[int, int] | None:
-    """Where the last answer value of this skill stands in a text, or None where there is none."""
+    """The span of the last answer value of this skill in a text, or None."""
     matches = list(re.finditer(SKILLS[skill].value, text))
     return matches[-1].span() if matches else None
 
 
 def answer_value(skill: str, text: str) -> str | None:
-    """The answer that a text gives, in one spelling: `37,000` is `37000`, `12, 47, and 83` is `12 47 83`."""
+    """The answer value of a text, normalized: `37,000` is `37000`, `12, 47, and 83` is `12 47 83`."""
     span = answer_span(skill, text)
     return None if span is None else _normal(skill, text[span[0] : span[1]])
 
@@ -132,17 +132,17 @@ def _normal(skill: str, value: str) -> str:
 
 
 def is_right(task: Task, text: str) -> bool:
-    """Whether a text gives the right answer: its last value equals the right one exactly."""
+    """True if the last answer value of a text equals the right one exactly."""
     return answer_value(task.skill, text) == _normal(task.skill, task.right_value)
 
 
 def is_wrong_rule(task: Task, text: str) -> bool:
-    """Whether a text gives exactly the answer of the wrong rule (the other wrong answers are noise)."""
+    """True if the last answer value of a text is that of the wrong rule; other wrong answers are noise."""
     return answer_value(task.skill, text) == _normal(task.skill, task.wrong_value)
 
 
 def write_prompts(path: Path, tasks: list[Task], *, answers_seed: int | None = None) -> None:
-    """Writes tasks as JSON lines with `id` and `prompt`; with a seed also `answer`, right or wrong by a fair coin."""
+    """Write tasks as JSON lines with `id` and `prompt`; with a seed also `answer`, right or wrong by a fair coin."""
     coin = Random(answers_seed)
     with path.open("w", encoding="utf-8") as out:
         for task in tasks:

@@ -1,7 +1,7 @@
-"""A toy world of vectors: populations whose tastes, scores whose flaws and behaviours whose order are known exactly.
+"""A toy world of vectors: users whose tastes, scores whose errors and behaviours whose order are known exactly.
 
-Behind every test and example of docs/neighbours.md. An answer is a point; who prefers what, how often a score is wrong
-and what can be learned fast is set here, so that a method can be held against the truth. All draws are by seed.
+The tests and examples of docs/neighbours.md use it. An answer is a point. The users' preferences, the errors of scores
+and the speed of learning are set here, so that a method can be compared with the truth. All draws are by seed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Indices = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class Comparisons:
-    """What users said: of comparison i, user[i] prefers chosen[i] to rejected[i], both [n, D]; prompt [n, C] or None.
+    """Comparisons of users: user[i] prefers chosen[i] to rejected[i], both [n, D]; prompt is [n, C] or None.
 
-    `group` [U] is the truth about the users, which no method is shown.
+    `group` [U] is the true group of each user, which no method may read.
     """
 
     chosen: Array
@@ -46,7 +46,7 @@ def _compared(
 
 
 def ideal_points(points: Array, users: int, pairs: int, seed: int, *, noise: float = 0.0) -> Comparisons:
-    """Users prefer what is nearer to their ideal point: user u to points[u mod K], items uniform on the unit sphere."""
+    """Users who prefer the item nearer to their ideal point, points[u mod K]; items are uniform on the unit sphere."""
     rng = np.random.default_rng(seed)
     group = np.arange(users) % len(points)
     user = np.repeat(np.arange(users), pairs)
@@ -66,7 +66,7 @@ def bimodal(users: int = 60, pairs: int = 50, seed: int = 0, *, noise: float = 0
 
 
 def shared_taste(users: int = 60, pairs: int = 50, seed: int = 0, *, noise: float = 0.0) -> Comparisons:
-    """The control: all users have the one ideal point that half of `bimodal` has."""
+    """The control: all users share the ideal point of one half of `bimodal`."""
     a = _sphere(np.random.default_rng(20_000), 8)
     return ideal_points(a[None], users, pairs, seed, noise=noise)
 
@@ -85,7 +85,7 @@ def by_prompt(users: int = 60, pairs: int = 50, seed: int = 0) -> Comparisons:
 
 
 def four_types(users: int, pairs: int, seed: int = 0) -> Comparisons:
-    """Four types of user, each of whom cares for one coordinate of items that are N(0, I) in 8 dimensions."""
+    """Four types of user, each preferring a high value of one coordinate; items are N(0, I) in 8 dimensions."""
     rng = np.random.default_rng(seed)
     group = np.arange(users) % 4
     user = np.repeat(np.arange(users), pairs)
@@ -101,7 +101,7 @@ def dip(x: Array) -> Array:
 
 @dataclass(frozen=True)
 class Audited:
-    """Pairs with a noisy judge's score gap [n], whole numbers with many ties, and whether they are bad [n]."""
+    """Pairs with a noisy judge's score gap [n] (whole numbers, many ties), and whether each pair is bad [n]."""
 
     gap: Array
     bad: NDArray[np.bool_]
@@ -137,10 +137,10 @@ def behaviours(separations: list[float], n: int = 200, seed: int = 0, *, dimensi
 def token_behaviours(
     informative: list[float], n: int = 64, seed: int = 0, *, length: int = 16, vocabulary: int = 64
 ) -> list[tuple[list[list[int]], list[bool]]]:
-    """Prompts of token ids for a tiny language model, and whether Yes is preferred: one list a behaviour.
+    """Prompts of token ids for a tiny language model, and whether Yes is preferred; one list per behaviour.
 
-    A behaviour has a first token of its own, and two tokens of its own that tell its classes apart; a share
-    `informative` of its prompt is such tokens, the rest noise that all behaviours share.
+    Each behaviour has its own first token and two tokens that distinguish its classes. A share `informative` of the
+    tokens of a prompt are these; the others are noise that all behaviours share.
     """
     rng = np.random.default_rng(seed)
     result = []

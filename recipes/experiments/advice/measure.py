@@ -1,13 +1,13 @@
-"""Is the advice of `apo advise` worth following? Measured on 24 models and data sets that were made for it.
+"""Measure the regret of following `apo advise`, on 24 models and data sets made for this purpose.
 
     python -m recipes.experiments.advice.measure [--workers N]          # about 45 minutes on two quiet cores
     python -m recipes.experiments.advice.table --write          # docs/advice.md, from the results alone
 
-Six new targets, four data sets each: revised, judged, by a stronger writer and by a weaker one, with labels exchanged,
-small ones, each with a judge that errs or leans in its own way. First `apo advise` is asked about each. Then each is
-trained on with three objectives and two seeds, at the beta of the advice and the objective's own rate, and the models
-are asked 240 held-out tasks. Every advice and every run is one line in
-recipes/experiments/advice/results/advice.jsonl; stopped in any way and started again, only what is missing is done.
+There are six new targets with four data sets each: revised, judged, by a stronger or weaker writer, with exchanged
+labels, or small ones; each has a judge with its own errors and biases. First `apo advise` runs on each data set. Then
+each target is trained on it with three objectives and two seeds, at the advised beta and the objective's tuned learning
+rate, and answers 240 held-out tasks. Each advice and each run is one line in
+recipes/experiments/advice/results/advice.jsonl; an interrupted measurement resumes with what is missing.
 The rule was committed before any of this, and is not tuned.
 """
 
@@ -47,13 +47,13 @@ SEEDS = (0, 1)
 QUESTIONS, EPOCHS, BATCH = 240, 2, 8
 PAIRS, SMALL = 128, 40
 BETA = 0.1
-"""Of the runs where the advice is not to train."""
+"""Beta of the runs whose advice is not to train."""
 RATES = {"apo_zero": 2.7e-4, "apo_down": 8.7e-6, "dpo": 5e-5}
-"""Of each objective the median, on a log scale, of the rates that the mini grid tuned for it on its four data sets."""
+"""Learning rate by objective: the median, on a log scale, of the rates tuned on the four data sets of the mini grid."""
 
 Kind = Literal["revised", "on_policy", "off_policy", "stronger", "swapped", "exchanged"]
 Writer = tuple[float, tuple[float, float, float]]
-"""Share of right answers, and of each wording (engaging, plain, padded)."""
+"""Share of right answers, and of each style (engaging, plain, padded)."""
 STRONG: Writer = (0.97, (0.8, 0.15, 0.05))
 GOOD: Writer = (0.85, (0.1, 0.3, 0.6))
 POOR: Writer = (0.35, (0.05, 0.9, 0.05))
@@ -76,7 +76,7 @@ CHANCE = Leanings(judge_error=0.5)
 
 @dataclass(frozen=True)
 class Combination:
-    """A target and the pairs it is to be trained on. `judge` makes the pairs of a judged set, and is `apo advise`'s."""
+    """A target and the pairs to train it on. `judge` judges the pairs of a judged set, and serves `apo advise`."""
 
     target: str
     kind: Kind
@@ -87,7 +87,7 @@ class Combination:
     writers: tuple[Writer, ...] = ()
 
     def name(self, number: int) -> str:
-        """How it is called: its place in the list, its target and kind."""
+        """The name: index in the list, target and kind."""
         return f"{number:02d}-{self.target}-{self.kind}"
 
 
@@ -123,13 +123,13 @@ COMBINATIONS: tuple[Combination, ...] = (
 
 
 def written(writer: Writer, task: Task, rng: Random) -> str:
-    """What a writer of these habits says to a task."""
+    """The answer of a writer with these habits to a task."""
     sentence = task.right if rng.random() < writer[0] else task.wrong
     return add_style(sentence, rng.choices(STYLES, writer[1])[0], rng)
 
 
 def prompt_rows(combination: Combination, number: int, target: Path) -> list[dict[str, Any]]:
-    """The prompts, three times as many as pairs are wanted, with ready answers where the kind has any."""
+    """Three prompts per pair, with answers if the kind of data set needs them."""
     from recipes.experiments.paper_mini.answers import answers
 
     tasks, rng = distinct_tasks("train", 3 * combination.pairs, seed=100 + number), Random(f"writers-{number}")
@@ -150,7 +150,7 @@ def prompt_rows(combination: Combination, number: int, target: Path) -> list[dic
 
 
 def build_pairs(combination: Combination, number: int, target: Path, folder: Path, url: str) -> Path:
-    """`clair build` of a combination, as a user would. Returns where its pairs are, exchanged where they are to be."""
+    """Build the pairs of a combination, with swapped or exchanged labels if its kind says so. Returns their folder."""
     import json
 
     from clair.pipeline.build import build
@@ -179,7 +179,7 @@ def build_pairs(combination: Combination, number: int, target: Path, folder: Pat
 
 
 def relabelled(source: Path, out: Path, seed: int, *, half: bool) -> Path:
-    """The pairs with winner and loser exchanged, in half of them or in all."""
+    """Write the pairs with chosen and rejected exchanged, in half of them or in all. Returns the folder."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -198,7 +198,7 @@ def relabelled(source: Path, out: Path, seed: int, *, half: bool) -> Path:
 
 
 def prepare(combination: Combination, number: int, run: Path) -> dict[str, Any]:
-    """Pairs, the advice about them with and without the judge, and how the target does before training: a line."""
+    """Build the pairs, run `apo advise` with and without the judge, and score the untrained target. Returns a line."""
     from apo.advice.config import AdviseConfig
     from apo.advice.rule import Evidence, advise
     from apo.advice.run import run as ask
@@ -241,7 +241,7 @@ def prepare(combination: Combination, number: int, run: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Order:
-    """One training run: of which combination, with what."""
+    """The settings of one training run."""
 
     name: str
     dataset: str
@@ -255,7 +255,7 @@ class Order:
 
 
 def orders(advised: Mapping[str, Mapping[str, Any]], run: Path) -> Iterator[Order]:
-    """All runs of the combinations that have an advice: the first seed of all comes first."""
+    """All runs of the combinations that have an advice, seed by seed."""
     for seed in SEEDS:
         for number, combination in enumerate(COMBINATIONS):
             line = advised.get(combination.name(number))
@@ -270,7 +270,7 @@ def orders(advised: Mapping[str, Mapping[str, Any]], run: Path) -> Iterator[Orde
 
 
 def train_and_score(order: Order) -> dict[str, Any]:
-    """Train, and ask the held-out tasks: a line. A run that training gives up has no right answer."""
+    """Train and answer the held-out tasks. Returns a line. A run that training stops has no right answer."""
     from apo.monitoring.failures import Stopped
     from apo.training.config import TrainConfig
     from apo.training.train import train
@@ -302,18 +302,18 @@ def train_and_score(order: Order) -> dict[str, Any]:
 
 
 def world() -> str:
-    """The id of this design: results of another one are another measurement."""
+    """The id of this design; results of another design do not count."""
     size = [QUESTIONS, EPOCHS, BATCH, tuple(RATES), SEEDS]
     return content_hash([[asdict(c) for c in COMBINATIONS], {k: asdict(v) for k, v in TARGETS.items()}, size])[:16]
 
 
 def counts(line: Mapping[str, Any]) -> bool:
-    """Whether a line is a run at its objective's rate; those tried first, at that of the advice, are not counted."""
+    """True if a line is a run at its objective's tuned rate. Earlier runs at the advised rate do not count."""
     return line["kind"] == "run" and line["learning_rate"] == RATES[line["objective"]]
 
 
 def measure(run: Path, file: Path, workers: int, log: Callable[[str], None]) -> None:
-    """Do what is missing, appending each line to `file` as it is done."""
+    """Run what is missing, and append each line to `file`."""
     with lock_output(run), _pool(workers) as pool:
         for name in TARGETS:
             log(f"target {name}: {'made' if make(name, run / 'models', 1, TARGETS) else 'there already'}")
@@ -337,7 +337,7 @@ def measure(run: Path, file: Path, workers: int, log: Callable[[str], None]) -> 
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    """Processes of one thread each, which end with this one, whatever ends it."""
+    """Processes of one thread each, which exit when this process does."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(os.getpid(),))
 
@@ -345,7 +345,7 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 def _begin(parent: int) -> None:
     import torch
 
-    os.setpgid(0, 0)  # Ctrl-C is the parent's to answer
+    os.setpgid(0, 0)  # the parent handles Ctrl-C
     threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
 
@@ -353,7 +353,7 @@ def _begin(parent: int) -> None:
 def _completed(
     pool: ProcessPoolExecutor, work: Callable[..., dict[str, Any]], jobs: Mapping[str, tuple[Any, ...]]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each job's name and line as it ends. Where one fails, or the caller stops, nothing more is begun."""
+    """Yield each job's name and line when it completes. If a job fails or the caller stops, start no further job."""
     names = {pool.submit(work, *job): name for name, job in jobs.items()}
     try:
         for future in as_completed(names):

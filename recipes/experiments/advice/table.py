@@ -1,4 +1,4 @@
-"""What following the advice costs against knowing the best, from the saved results alone.
+"""The regret of following the advice, against the best choice, from the saved results alone.
 
 python -m recipes.experiments.advice.table            # prints the page
 python -m recipes.experiments.advice.table --write    # writes docs/advice.md
@@ -41,8 +41,9 @@ NAMES = {"advice": "the advice, with a judge", "alone": "the advice, without"}
 
 @dataclass(frozen=True)
 class Measured:
-    """One combination: what was advised, and the share of right answers by choice, mean over seeds; "none" is as it
-    was before training.
+    """One combination: the advice, and the share of right answers by choice, as a mean over seeds.
+
+    The choice "none" is the untrained model.
     """
 
     name: str
@@ -56,12 +57,12 @@ class Measured:
         return max(self.right, key=lambda choice: self.right[choice])
 
     def regret(self, choice: str) -> float:
-        """How much less a choice gets right than the best, as a share."""
+        """The share of right answers that a choice has less than the best."""
         return self.right[self.best] - self.right[choice]
 
 
 def measured(lines: Sequence[Mapping[str, Any]]) -> list[Measured]:
-    """The combinations with a whole seed, in their order, by the seeds of which all objectives have run."""
+    """The combinations with at least one complete seed (all objectives have run), in their order."""
     advised = {line["name"]: line for line in lines if line["kind"] == "advice"}
     runs = {line["name"]: _share(line["right"]) for line in lines if counts(line)}
     result = []
@@ -83,7 +84,7 @@ Choose = Callable[[Measured], str]
 
 
 def policies() -> dict[str, Choose]:
-    """The ways to choose that are compared."""
+    """The policies that are compared, by name: each chooses an objective for a combination."""
     by_advice: dict[str, Choose] = {
         name: (lambda item, key=key: item.advice[key]["objective"]) for key, name in NAMES.items()
     }
@@ -92,17 +93,17 @@ def policies() -> dict[str, Choose]:
 
 
 def regrets(items: Sequence[Measured], choose: Choose) -> list[float]:
-    """The regret of a way to choose on each combination."""
+    """The regret of a policy on each combination."""
     return [item.regret(choose(item)) for item in items]
 
 
 def mean_regret(items: Sequence[Measured], choose: Choose) -> Estimate:
-    """With a 95 % t interval, clustered by target, of which there are six."""
+    """The mean regret with a 95 % t interval, clustered by the six targets."""
     return clustered_mean(regrets(items, choose), targets(items))
 
 
 def against(items: Sequence[Measured], choose: Choose, reference: Choose) -> Difference:
-    """The regret of a way to choose minus that of another, combination by combination; below 0 is better."""
+    """The paired difference of the regrets of two policies; below 0, `choose` is better."""
     return paired_difference(regrets(items, reference), regrets(items, choose), targets(items))
 
 
@@ -115,7 +116,7 @@ def targets(items: Sequence[Measured]) -> list[str]:
 
 
 def policy_rows(items: Sequence[Measured]) -> list[list[str]]:
-    """Mean regret of each way to choose, and how often it takes the best."""
+    """The mean regret of each policy, and how often it chooses the best."""
     rows = [["choice", "mean regret, points", "worst", "takes the best"]]
     for name, choose in policies().items():
         values = regrets(items, choose)
@@ -146,7 +147,7 @@ def difference_rows(items: Sequence[Measured]) -> list[list[str]]:
 
 
 def combination_rows(items: Sequence[Measured]) -> list[list[str]]:
-    """Each combination: the advice, and what each choice came to."""
+    """Each combination: the advice, and the result of each choice."""
     rows = [["target and pairs", "n", "advised (sure)", "without a judge", "before", *OBJECTIVES, "regret"]]
     for item in items:
         advice, alone = item.advice["advice"], item.advice["alone"]
@@ -164,7 +165,7 @@ def combination_rows(items: Sequence[Measured]) -> list[list[str]]:
 
 
 def sure_rows(items: Sequence[Measured]) -> list[list[str]]:
-    """Whether it is more often right where it says that it is sure."""
+    """The mean regret by the certainty that the advice states."""
     rows = [["advice", "sure", "combinations", "mean regret, points"]]
     for key, name in NAMES.items():
         for sure in ("high", "fair", "low"):
@@ -175,7 +176,7 @@ def sure_rows(items: Sequence[Measured]) -> list[list[str]]:
 
 
 def verdict(items: Sequence[Measured]) -> str:
-    """Whether the advice beats both constant rules, in words."""
+    """A sentence: does the advice beat both constant policies?"""
     choices, clauses, verbs = policies(), [], []
     for constant in ("always apo_zero", "always dpo"):
         estimate = against(items, choices[NAMES["advice"]], choices[constant]).estimate
@@ -188,7 +189,7 @@ def verdict(items: Sequence[Measured]) -> str:
 
 
 def verdict_sentence() -> str:
-    """The verdict, from the committed results; nothing where there are none."""
+    """The verdict from the committed results; empty if there are none."""
     items = measured(_committed())
     return verdict(items) if len(set(targets(items))) > 1 else ""
 
@@ -198,7 +199,7 @@ def _committed() -> list[dict[str, Any]]:
 
 
 def page(lines: Sequence[Mapping[str, Any]]) -> str:
-    """All tables, with what has to be known to read them. Raises UserError where no combination is complete."""
+    """All tables, with the explanations needed to read them. Raises UserError if no combination is complete."""
     items = measured(lines)
     if len(set(targets(items))) < 2:
         raise UserError(
@@ -249,7 +250,7 @@ judge.
 
 
 def _first(lines: Sequence[Mapping[str, Any]]) -> str:
-    """What came of the runs that were tried first, at the advice's own rate."""
+    """A sentence on the earlier runs at the advised learning rate."""
     base = {line["name"]: _share(line["base"]["right"]) for line in lines if line["kind"] == "advice"}
     tried = [line for line in lines if line["kind"] == "run" and not counts(line)]
     if not tried:

@@ -1,4 +1,4 @@
-"""What the training recipes of recipes/models and recipes/paper need and take, by `apo train --dry-run`.
+"""The memory and time of the training recipes of recipes/models and recipes/paper, by `apo train --dry-run`.
 
     python -m recipes.experiments.model_plans.plan              # a row for each recipe
     python -m recipes.experiments.model_plans.plan --write      # into the table of docs/recipes.md
@@ -48,7 +48,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "models/SmolLM3-3B-it-SFT": {"model_type": "smollm3", "max_position_embeddings": 65536},
 }  # fmt: skip
-"""What of each model's config decides its costs, by the name in the recipe. SmolLM3's is transformers' default."""
+"""The keys of each model's config that determine its cost, by name. SmolLM3's are the defaults of transformers."""
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<s> {{ m['content'] }} </s>{% endfor %}"
@@ -58,7 +58,7 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Line:
-    """What a dry run tells of one device: GiB at the peak, whether that fits, and the time in words."""
+    """A dry run's plan for one device: peak memory in GiB, whether it fits, and the time in words."""
 
     needs: str
     fits: bool
@@ -72,7 +72,7 @@ def training_recipes() -> list[Path]:
 
 
 def config_only(name: str, folder: Path) -> Path:
-    """A model folder for `name` that holds config and tokenizer and no weight."""
+    """Write a model folder for `name` with config and tokenizer but no weights."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, PreTrainedTokenizerFast
 
@@ -93,7 +93,7 @@ def config_only(name: str, folder: Path) -> Path:
 
 
 def write_pairs(file: Path, count: int = PAIRS) -> Path:
-    """So many pairs of the `LENGTHS`, shuffled, since a dry run looks at only some of many; answers share no word."""
+    """Write `count` pairs of the `LENGTHS`, shuffled, since a dry run samples them. Answers share no word."""
     rows = []
     for index in random.Random(0).sample(range(count), count):
         lengths = LENGTHS[index % len(LENGTHS)]
@@ -104,7 +104,7 @@ def write_pairs(file: Path, count: int = PAIRS) -> Path:
 
 
 def processes_of(recipe: Path) -> list[str]:
-    """`--processes N` as the recipe's head gives it beside `--dry-run`."""
+    """The `--processes N` that the recipe's head comment gives with `--dry-run`."""
     match = re.search(rf"apo train \S*{re.escape(recipe.name)} --dry-run(?: (--processes) (\d+))?", recipe.read_text())
     if match is None:
         raise ValueError(f"{recipe} does not say how it was planned: `apo train {recipe.name} --dry-run`")
@@ -112,7 +112,7 @@ def processes_of(recipe: Path) -> list[str]:
 
 
 def dry_run(recipe: Path, folder: Path, pairs: Path) -> str:
-    """What `apo train RECIPE --dry-run` prints on a folder without weights; a machine that is too small is no error."""
+    """The output of `apo train RECIPE --dry-run` on a folder without weights; too little memory is no error."""
     model = config_only(yaml.safe_load(recipe.read_text("utf-8"))["model"], folder / recipe.stem)
     values = [f"model={model}", f"dataset={pairs}", f"out={folder / 'run'}"]
     options = [word for value in values for word in ("--set", value)]
@@ -124,7 +124,7 @@ def dry_run(recipe: Path, folder: Path, pairs: Path) -> str:
 
 
 def lines_of(output: str) -> dict[str, Line]:
-    """The devices that a dry run told of."""
+    """The plans by device in a dry run's output."""
     pattern = r"^# (.*): ([\d.]+) of [\d.]+ GiB, (fits|does NOT fit), (?:about )?(.*?) \("
     return {m[1]: Line(m[2], m[3] == "fits", m[4]) for m in re.finditer(pattern, output, re.MULTILINE)}
 

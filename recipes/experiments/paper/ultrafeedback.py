@@ -1,4 +1,4 @@
-"""UltraFeedback's prompts as files for `clair build`: alone, and with the answers and scores that it holds.
+"""UltraFeedback's prompts as files for `clair build`: alone, and with its answers and scores.
 
     python -m recipes.experiments.paper.ultrafeedback                          # from the hub, into data/paper
     python -m recipes.experiments.paper.ultrafeedback --source ./UltraFeedback # a copy that `datasets` reads
@@ -27,7 +27,7 @@ COUNT = 32_000
 def row_of(source_row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of UltraFeedback (`instruction`, `completions` with `response` and `overall_score`) as a prompt row.
 
-    Answers without text or score are left out. Raises UserError where a column is missing.
+    Answers without text or score are left out. Raises UserError if a column is missing.
     """
     try:
         prompt = source_row["instruction"]
@@ -46,7 +46,7 @@ def row_of(source_row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prompt_rows(source: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` rows drawn without replacement, in the order of the source. Raises UserError where it has fewer."""
+    """`count` rows drawn without replacement, in the order of the source. Raises UserError if it has fewer."""
     from datasets import load_dataset
 
     path = Path(source)

@@ -1,4 +1,4 @@
-"""Answers of one of the mini world's models, greedy or sampled, with room for padding; and what can be said of them."""
+"""Answers of the mini world's models, greedy or sampled, long enough for padded style; and their scores."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MAX_NEW_TOKENS = 96  # the longest padded right sentence of the held-out tasks h
 
 
 def answers(folder: Path, tasks: Sequence[Task], *, temperature: float = 0.0, seed: int = 0) -> list[str]:
-    """One answer per task, in the order given: greedy at temperature 0, else sampled by this seed."""
+    """One answer per task, in the given order: greedy at temperature 0, otherwise sampled by this seed."""
     return generate_answers(folder, tasks, temperature=temperature, seed=seed, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def scored(tasks: Sequence[Task], texts: Sequence[str]) -> dict[str, Any]:
-    """A digit a question (1 is right), a letter a question for the wording (`LETTER`), and the mean length in words."""
+    """One digit per question (1 is right), one letter per question for style (`LETTER`), the mean length in words."""
     return {
         "right": "".join("01"[is_right(task, text)] for task, text in zip(tasks, texts, strict=True)),
         "wording": "".join(LETTER[style_of(text)] for text in texts),

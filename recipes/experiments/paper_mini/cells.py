@@ -1,4 +1,4 @@
-"""Which runs the mini grid is made of, and which are due: tuned once per data set and objective, then all seeds."""
+"""The runs of the mini grid, and those that are due: tuning once per data set and objective, then all seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WITHOUT_BETA = ("sft",)
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run. `purpose` says what it is for; runs to tune by are scored on validation tasks."""
+    """One training run. Runs whose `purpose` is tuning are scored on validation tasks."""
 
     data: str
     objective: str
@@ -26,14 +26,16 @@ class Cell:
     purpose: Literal["learning_rate", "beta", "grid"]
 
     def key(self, world: str) -> str:
-        """What the run is filed under."""
+        """The key of the run in the file of results."""
         return content_hash([world, asdict(self)])[:16]
 
 
 @dataclass(frozen=True)
 class Design:
-    """The size of a grid. Learning rates ascend and are climbed from the middle; of betas that come out alike the first
-    is taken."""
+    """The size of a grid. Learning rates are in ascending order and searched from the middle.
+
+    Of betas with equal accuracy, the first is chosen.
+    """
 
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     epochs: int = 3
@@ -50,7 +52,7 @@ SMALL = Design(seeds=(0,), epochs=1, learning_rates=(1.5e-4,), betas=(0.1,), hel
 
 
 def last_accuracy(run: Mapping[str, Any]) -> float:
-    """Share of right answers at the last checkpoint; below any where training broke off."""
+    """Share of right answers at the last checkpoint; -1 if training was stopped."""
     if not run["checkpoints"]:
         return -1.0
     right = run["checkpoints"][-1]["right"]
@@ -58,8 +60,10 @@ def last_accuracy(run: Mapping[str, Any]) -> float:
 
 
 def chosen(cells: Sequence[Cell], runs: Mapping[str, Mapping[str, Any]], world: str) -> Cell | None:
-    """The rule for all data sets and objectives: the cell with most right answers at the end of training, the first of
-    those alike; None while a run is missing. One cell alone needs no run."""
+    """The cell with the most right answers at the end of training, the first of equal ones; None if a run is missing.
+
+    A single cell needs no run.
+    """
     if len(cells) == 1:
         return cells[0]
     if any(cell.key(world) not in runs for cell in cells):
@@ -68,10 +72,10 @@ def chosen(cells: Sequence[Cell], runs: Mapping[str, Mapping[str, Any]], world: 
 
 
 def climb(cells: Sequence[Cell], runs: Mapping[str, Mapping[str, Any]], world: str) -> tuple[list[Cell], Cell | None]:
-    """Cells in ascending order of a setting: those to run, nearest the middle first, and the best once it is known.
+    """Hill-climb over cells in ascending order of a setting: the cells to run, and the best once it is known.
 
-    The middle one and its neighbours are run, and then the neighbours of the best, until both are. So the best lies at
-    an edge of what was tried only where it lies at an edge of what may be.
+    The middle cell and its neighbours run first, then the neighbours of the best, until both have run. So the best is
+    at an edge of the tried values only if it is at an edge of all values.
     """
     middle = len(cells) // 2
     tried = {index for index in (middle, middle - 1, middle + 1) if index in range(len(cells))}
@@ -90,7 +94,7 @@ def climb(cells: Sequence[Cell], runs: Mapping[str, Mapping[str, Any]], world: s
 def pair_cells(
     design: Design, data: str, objective: str, runs: Mapping[str, Mapping[str, Any]], world: str
 ) -> Iterator[Cell]:
-    """The cells of one data set and objective as far as they can be named yet, in the order in which they come."""
+    """The cells of one data set and objective that are known so far, in order."""
     first = Cell(
         data, objective, design.learning_rates[0], design.betas[0], design.tuning_seed, design.epochs, "learning_rate"
     )
@@ -108,7 +112,7 @@ def pair_cells(
 
 
 def cells(design: Design, runs: Mapping[str, Mapping[str, Any]], world: str) -> list[Cell]:
-    """All cells that can be named yet; those that tune come first, so that none is waited for at the end."""
+    """All cells that are known so far; tuning cells come first, because others depend on them."""
     named = [
         cell
         for data in design.data
@@ -119,5 +123,5 @@ def cells(design: Design, runs: Mapping[str, Mapping[str, Any]], world: str) -> 
 
 
 def due(design: Design, runs: Mapping[str, Mapping[str, Any]], world: str) -> list[Cell]:
-    """The cells that can be run now and are not done."""
+    """The known cells without a result."""
     return [cell for cell in cells(design, runs, world) if cell.key(world) not in runs]

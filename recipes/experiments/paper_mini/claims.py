@@ -1,4 +1,4 @@
-"""The paper's claims as comparisons of cells of the mini grid, and the rule that says what became of them."""
+"""The paper's claims as comparisons of cells of the mini grid, and the rule for their verdicts."""
 
 from __future__ import annotations
 

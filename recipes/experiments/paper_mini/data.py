@@ -43,12 +43,12 @@ of 10."""
 
 
 def run_folder(small: bool) -> Path:
-    """Where everything of a full or a small grid lands."""
+    """The folder of a full or a small grid."""
     return Path("runs/mini-small" if small else "runs/mini")
 
 
 def write_prompt_files(run: Path, models: Path, tasks: Sequence[Task]) -> None:
-    """The prompts alone, and with the two other models' answers; these are sampled once and kept."""
+    """Write the prompts alone, and with the answers of two other models, which are sampled once and kept."""
     run.mkdir(parents=True, exist_ok=True)
     write_prompts(run / "prompts.jsonl", list(tasks))
     from clair.inference.model_folder import weights_identity
@@ -70,7 +70,7 @@ def write_prompt_files(run: Path, models: Path, tasks: Sequence[Task]) -> None:
 
 
 def settings(name: str, run: Path, models: Path, url: str) -> dict[str, str]:
-    """What of a recipe differs in this run: folders, and the server's address."""
+    """The overrides of a recipe for this run: folders, and the server's address."""
     values: dict[str, str] = {"ledger": str(run / "ledger.sqlite"), "out": str(run / "built" / name)}
     values["prompts.path"] = str(run / ("answered.jsonl" if name == "off_policy" else "prompts.jsonl"))
     if name != "off_policy":
@@ -83,7 +83,7 @@ def settings(name: str, run: Path, models: Path, url: str) -> dict[str, str]:
 
 
 def build_all(run: Path, models: Path) -> None:
-    """`clair build` for each of the four; what is built already costs no request."""
+    """Run `clair build` for each of the four data sets; a finished one costs no request."""
     with running(SERVER) as server:
         for name in DATA:
             options = [f"--set={key}={value}" for key, value in settings(name, run, models, server.url).items()]
@@ -100,7 +100,7 @@ def response_tokens(row: Mapping[str, Any], tokenizer: Any) -> int:
 
 
 def within(counts: Sequence[int], budget: int) -> int:
-    """How many of the first pairs stay within a budget of tokens, given the tokens of each."""
+    """The number of leading pairs within a budget of tokens, given the tokens of each."""
     spent = 0
     for taken, count in enumerate(counts):
         spent += count
@@ -110,7 +110,10 @@ def within(counts: Sequence[int], budget: int) -> int:
 
 
 def cut_all(run: Path, models: Path) -> dict[str, Any]:
-    """Cut each split of the four to the tokens of the smallest. UserError where one is empty. Returns data.json."""
+    """Cut each split of the four data sets to the tokens of the smallest. Returns the contents of data.json.
+
+    Raises UserError if a split has fewer than two pairs.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
     from transformers import AutoTokenizer
@@ -144,7 +147,7 @@ def cut_all(run: Path, models: Path) -> dict[str, Any]:
 
 
 def prepare(run: Path, models: Path, prompts: int) -> dict[str, Any]:
-    """Prompts, the four data sets and their cut. UserError where a model is not there."""
+    """Make the prompts, the four data sets and their cut. Raises UserError if a model is missing."""
     for name in ("target", "stronger", *OTHERS):
         if not (models / name / "config.json").exists():
             command = f"python -m recipes.experiments.paper_mini.models --out {models}"

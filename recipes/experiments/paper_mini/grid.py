@@ -1,10 +1,10 @@
-"""Runs the paper's grid in small: four data sets, five objectives, several seeds, a checkpoint each epoch.
+"""Run the paper's grid in small: four data sets, five objectives, several seeds, a checkpoint per epoch.
 
     python -m recipes.experiments.paper_mini.grid [--small] [--workers N]    # after its modules models and data
 
-Each worker is a process with one thread that trains and evaluates one run after the other. Every finished run is
-one line in recipes/experiments/paper_mini/results/runs.jsonl (with --small: runs/mini-small/runs.jsonl). Stopped in
-any way and started again, it does only what is missing.
+Each worker is a process with one thread that trains and evaluates one run after the other. Each finished run is one
+line in recipes/experiments/paper_mini/results/runs.jsonl (with --small: runs/mini-small/runs.jsonl). An interrupted
+grid resumes with what is missing.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from recipes.world.running import ROOT
 from recipes.world.tasks import Task, distinct_tasks
 
 STEPS = 32
-"""Optimizer steps an epoch, of every data set: with the same tokens in all, so many in a step too."""
+"""Optimizer steps per epoch for every data set; all have the same tokens, hence the same tokens per step."""
 EVALUATIONS = 4
-"""Looks at the held-out pairs an epoch, the last at the checkpoint."""
+"""Evaluations on the held-out pairs per epoch, the last at the checkpoint."""
 EVALUATION_METRICS = (
     "loss", "logps/chosen", "logps/rejected", "rewards/accuracies", "rewards/ties", "rewards/margins",
     "rewards/chosen", "rewards/rejected", "chosen_falls",
 )  # fmt: skip
-"""What is kept of each look at the held-out pairs."""
+"""The metrics that are recorded at each evaluation on the held-out pairs."""
 
 
 PAIR_METRICS = tuple(f"{side}_{of}" for side in ("chosen", "rejected") for of in ("logratio", "logratio_shared", "kl"))
-"""What is kept of each held-out pair at the last checkpoint."""
+"""The metrics that are recorded of each held-out pair at the last checkpoint."""
 
 
 @dataclass(frozen=True)
 class GridPaths:
-    """Where a grid finds and puts things."""
+    """The paths of a grid: its folder, the target model, and the file of results."""
 
     run: Path
     target: Path
@@ -64,9 +64,9 @@ class GridPaths:
 
 
 def rhythm(pairs: int) -> tuple[int, int]:
-    """Pairs in a step, and steps from one look at the held-out pairs to the next, so that each epoch ends with one.
+    """Pairs per step, and steps between evaluations such that each epoch ends with an evaluation.
 
-    Some numbers of pairs come to a few steps less than `STEPS` an epoch, and to fewer looks.
+    Some numbers of pairs give a few steps less than `STEPS` per epoch, and fewer evaluations.
     """
     batch = math.ceil(pairs / STEPS)
     steps = math.ceil(pairs / batch)
@@ -93,9 +93,9 @@ def train_config(cell: Cell, paths: GridPaths, out: Path) -> Any:
 
 
 def run_cell(cell: Cell, paths: GridPaths, tasks: list[Task], out: Path) -> dict[str, Any]:
-    """Train one cell and evaluate its checkpoints; `out` is empty before and gone afterwards.
+    """Train one cell and evaluate its checkpoints. `out` is emptied before and deleted afterwards.
 
-    A run that training itself gives up (a loss that is no number) is a result too: no checkpoints, and why.
+    A run that training stops (a non-finite loss) is a result without checkpoints, with the reason.
     """
     from apo.monitoring.failures import Stopped
     from apo.run_dir.checkpoints import checkpoint_step, checkpoints
@@ -133,8 +133,10 @@ def run_cell(cell: Cell, paths: GridPaths, tasks: list[Task], out: Path) -> dict
 
 
 def moved(cell: Cell, paths: GridPaths, folder: Path) -> dict[str, list[float]]:
-    """What a checkpoint did to each held-out pair, in nats: the log-ratio of winner and loser, of all tokens and of
-    those that both have, and the KL. The same for every objective, SFT too, which has no rewards while it trains.
+    """The change of each held-out pair by a checkpoint, in nats: log-ratios of chosen and rejected, and the KL.
+
+    The log-ratios are of all tokens and of shared tokens. All objectives have them, also SFT, which has no rewards
+    during training.
     """
     from apo.evaluation.pairs import ROWS, PairsConfig, evaluate_pairs
 
@@ -154,8 +156,8 @@ def _evaluation_metrics(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def serve_cells(orders: Connection, paths: GridPaths, design: Design, number: int, parent: int) -> None:
-    """A worker's life: a cell in, its line or the text of an error out. Ends with its parent, at once."""
-    os.setsid()  # Ctrl-C is the parent's to answer; and Linux shares a busy machine out by sessions
+    """The main loop of a worker: receive a cell, send its line or an error text. Exits when its parent does."""
+    os.setsid()  # the parent handles Ctrl-C; and Linux divides the CPU among sessions
     threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
     folder = paths.run / "work"
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,14 +184,14 @@ def serve_cells(orders: Connection, paths: GridPaths, design: Design, number: in
 
 
 def exit_with_parent(parent: int) -> None:
-    """Leave at once when the parent is gone; for a thread of its own."""
+    """Exit the process when the parent is gone; runs in its own thread."""
     while os.getppid() == parent:
         time.sleep(0.3)
     os._exit(1)
 
 
 class Pool:
-    """Worker processes, each with one cell at a time; leaving the `with` block ends them, whatever they are at."""
+    """Worker processes, each with one cell at a time. Leaving the `with` block ends them."""
 
     def __init__(self, paths: GridPaths, design: Design, workers: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -215,7 +217,7 @@ class Pool:
             connection.close()
         for process in self.processes:
             if error is None:
-                process.join(10)  # with its orders closed, an idle worker goes by itself
+                process.join(10)  # an idle worker exits when its connection is closed
             process.kill()
             process.join()
 
@@ -226,7 +228,7 @@ class Pool:
         self.busy[connection] = cell
 
     def finished(self) -> list[tuple[Cell, dict[str, Any] | None, str | None]]:
-        """Wait for one or more to finish: cell, line or None, error or None. UserError where a worker died."""
+        """Wait for finished cells: cell, line or None, error or None. Raises UserError if a worker died."""
         results = []
         for connection in wait(list(self.busy)):
             assert isinstance(connection, Connection)
@@ -234,8 +236,8 @@ class Pool:
                 line, error = connection.recv()
             except EOFError:
                 raise UserError(
-                    "a worker was killed, perhaps for want of memory; start again, with fewer --workers: what is "
-                    "finished is kept"
+                    "a worker was killed, perhaps because memory ran out; start again with fewer --workers: finished "
+                    "runs are kept"
                 ) from None
             results.append((self.busy.pop(connection), line, error))
             self.free.append(connection)
@@ -246,7 +248,7 @@ class Pool:
 
 
 def world_line(paths: GridPaths, design: Design) -> dict[str, Any]:
-    """What all runs of this grid have in common. Its id changes with the models, the pairs, and the questions."""
+    """The common settings of all runs of this grid. Their id changes with the models, the pairs, and the questions."""
     from clair.inference.model_folder import weights_identity
 
     file = paths.run / "data.json"
@@ -273,7 +275,7 @@ def world_line(paths: GridPaths, design: Design) -> dict[str, Any]:
 
 
 def grid(paths: GridPaths, design: Design, workers: int, log: Callable[[str], None] = print) -> int:
-    """Do what is missing; returns how many cells failed by an error of ours, which are not filed."""
+    """Run the missing cells. Returns the number of cells that failed by an exception, which are not recorded."""
     with lock_output(paths.run):
         shutil.rmtree(paths.run / "work", ignore_errors=True)
         world = world_line(paths, design)

@@ -59,7 +59,7 @@ PEAK, BATCH = 5e-4, 64
 
 
 def answered(habits: Habits) -> Iterator[tuple[Task, str]]:
-    """Tasks of the pretraining split with answers of this mix, without end."""
+    """An endless stream of tasks of the pretraining split with answers by these habits."""
     coin = Random(f"habits-{habits.seed}")
     for task in draw_tasks("pretrain", 1000 + habits.seed):
         sentence = task.right if coin.random() < habits.right_in(task.skill) else task.wrong
@@ -67,7 +67,7 @@ def answered(habits: Habits) -> Iterator[tuple[Task, str]]:
 
 
 def make(name: str, out: Path, threads: int, models: Mapping[str, Habits] = MODELS) -> bool:
-    """Makes one of the models into `out`/NAME, wholly or not at all. False where it was there."""
+    """Make one of the models in `out`/NAME, atomically. Returns False if it exists already."""
     habits, folder = models[name], out / name
     record = {
         "habits": asdict(habits),
@@ -85,7 +85,7 @@ def make(name: str, out: Path, threads: int, models: Mapping[str, Habits] = MODE
 
 
 def trained(habits: Habits, threads: int, *, name: str = "", peak: float = PEAK, batch: int = BATCH) -> tuple[Any, Any]:
-    """The quickstart's model, trained on to have these habits, and its tokenizer."""
+    """The quickstart's model, fine-tuned to have these habits, and its tokenizer."""
     torch.set_num_threads(threads)
     torch.manual_seed(habits.seed)
     model, tokenizer = load(BASE)
@@ -106,7 +106,7 @@ def trained(habits: Habits, threads: int, *, name: str = "", peak: float = PEAK,
 
 
 def save_atomically(model: Any, tokenizer: Any, folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes a model and what made it, wholly or not at all."""
+    """Write a model and the record of how it was made, atomically."""
     unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     save(model, tokenizer, unfinished)

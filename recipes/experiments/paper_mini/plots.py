@@ -1,4 +1,4 @@
-"""The mini grid's dynamics: a panel for each data set and objective, winners and losers of the held-out pairs."""
+"""Plots of the mini grid's dynamics: a panel per data set and objective, with chosen and rejected held-out answers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from recipes.experiments.paper_mini.claims import Name, mean_of
 
 Runs = Sequence[Mapping[str, Any]]
 DASHES: Mapping[str, Any] = {"chosen": "solid", "rejected": (0, (3.5, 1.6))}
-"""Told apart by more than colour."""
+"""Line styles, so that curves differ by more than colour."""
 REWARDS = [sign * value for sign in (-1, 1) for value in (0, 1, 3, 10, 30, 100, 300)]
 NATS = [-value for value in (0, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)]
-"""Where an axis is marked."""
+"""Ticks of the axes."""
 DISPLAY_NAMES = {
     "clair": "CLAIR",
     "on_policy": "on-policy judge",
@@ -32,7 +32,7 @@ DISPLAY_NAMES = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One side's mean over seeds at each look, and the lowest and highest seed; `epochs` are where the looks were."""
+    """One side's mean over seeds, and the lowest and highest seed, at each evaluation; `epochs` are their positions."""
 
     epochs: list[float]
     mean: list[float]
@@ -41,8 +41,9 @@ class Curve:
 
 
 def curve(runs: Runs, side: str, *, reward: bool) -> Curve | None:
-    """Log-likelihood of one side of the held-out pairs in nats a response, or its reward: beta times what training
-    added to it. None where no run reached its end. What is no number is drawn as a gap.
+    """The log-likelihood of one side of the held-out pairs in nats per response, or its reward.
+
+    The reward is beta times the change by training. None if no run is complete. Missing values are drawn as gaps.
     """
     complete_runs = [run for run in runs if run["checkpoints"]]
     if not complete_runs:
@@ -57,9 +58,9 @@ def curve(runs: Runs, side: str, *, reward: bool) -> Curve | None:
 
 
 def draw(cells: Mapping[Name, Runs], path: Path, *, reward: bool) -> None:
-    """The data sets from top to bottom, the objectives from left to right; the axes of a row are the same.
+    """Draw data sets from top to bottom and objectives from left to right; panels of a row share their axes.
 
-    Rewards are drawn on a scale that is linear up to 1 and logarithmic beyond, log-likelihoods likewise up to 50 nats.
+    Scales are linear up to 1 (rewards) or 50 nats (log-likelihoods) and logarithmic beyond.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

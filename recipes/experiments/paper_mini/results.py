@@ -1,4 +1,4 @@
-"""The file of results: one JSON line for a world and for each finished run, appended whole and flushed to disk.
+"""The file of results: one JSON line for a world and for each finished run, appended atomically and flushed to disk.
 
 world   what the runs of this id have in common: the questions, the target model's own answers, the four data sets
 run     one training run: what was trained, and for each of its checkpoints what it answers and how pairs fare
@@ -18,7 +18,7 @@ COMMITTED = Path("recipes/experiments/paper_mini/results/runs.jsonl")
 
 
 def append(file: Path, line: Mapping[str, Any]) -> None:
-    """Append one line, on disk before this returns; what a killed run left half written at the end is cut off first."""
+    """Append one line and flush it to disk. A partial line that a killed run left at the end is cut off first."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a+b") as out:
         out.seek(0)
@@ -30,7 +30,7 @@ def append(file: Path, line: Mapping[str, Any]) -> None:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """All whole lines. UserError with the line's number where one is damaged."""
+    """All complete lines. Raises UserError with the line's number if one is damaged."""
     lines = []
     for number, text in enumerate(file.read_bytes().split(b"\n")[:-1] if file.exists() else [], 1):
         try:
@@ -43,7 +43,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def world_of(lines: list[dict[str, Any]], file: Path) -> dict[str, Any]:
-    """The newest world. UserError where there is none."""
+    """The newest world. Raises UserError if there is none."""
     worlds = [line for line in lines if line["kind"] == "world"]
     if not worlds:
         raise UserError(f"{file} holds no results; make them with: python -m recipes.experiments.paper_mini.grid")

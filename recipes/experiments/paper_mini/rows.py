@@ -1,4 +1,4 @@
-"""The rows of the mini grid's tables, as texts, from its results."""
+"""The rows of the mini grid's tables, as text, from its results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Runs = Sequence[Mapping[str, Any]]
 
 
 def cells_of(runs: Mapping[str, Mapping[str, Any]]) -> dict[Name, list[Mapping[str, Any]]]:
-    """The grid's runs by data set and objective, by seed; those to tune by are left out."""
+    """The grid's runs by data set and objective, in order of seeds, without tuning runs."""
     result: dict[Name, list[Mapping[str, Any]]] = defaultdict(list)
     for run in sorted(runs.values(), key=lambda run: run["seed"]):
         if run["purpose"] == "grid":
@@ -44,7 +44,7 @@ def design_of(world: Mapping[str, Any]) -> Design:
 
 
 def base_of(world: Mapping[str, Any]) -> list[float]:
-    """Right (1.0) or wrong (0.0) of the model before training, by question."""
+    """The scores of the model before training by question: 1.0 right, 0.0 wrong."""
     return [float(c) for c in world["base"]["right"]]
 
 
@@ -69,7 +69,7 @@ def in_nats(estimate: Estimate) -> str:
 
 
 def gain_rows(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> list[list[str]]:
-    """Of each cell the gain over the model before training: mean and maximum over checkpoints, and that corrected."""
+    """The gain of each cell over the untrained model: mean, maximum, and corrected maximum over checkpoints."""
     base, clusters = base_of(world), world["templates"]
     rows = [["pairs", "objective", "seeds", "mean", "maximum", "maximum, corrected", "lr", "beta"]]
     for (data, objective), runs in cells.items():
@@ -85,7 +85,7 @@ def gain_rows(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> list[list
 
 
 def _maximum(differences: Sequence[Sequence[float]], clusters: Sequence[str]) -> list[str]:
-    """The highest mean over checkpoints as seen, and corrected; of one checkpoint there is no choice to correct for."""
+    """The maximum over checkpoints, uncorrected and corrected for the choice; a single checkpoint has no choice."""
     if len(differences) == 1:
         only = clustered_mean(differences[0], clusters)
         return [points(only.mean), with_interval(only)]
@@ -98,7 +98,7 @@ def _tuned(runs: Runs) -> list[str]:
 
 
 def rate_rows(runs: Mapping[str, Mapping[str, Any]], rates: Sequence[float]) -> list[list[str]]:
-    """Of the runs that chose the learning rate: per cent right at the end, and what became of the winners, in nats."""
+    """The runs that tuned the learning rate: per cent right at the end, and the change of chosen answers in nats."""
     tried = {
         (run["data"], run["objective"], run["learning_rate"]): run
         for run in runs.values() if run["purpose"] == "learning_rate"
@@ -119,7 +119,7 @@ def _tried(run: Mapping[str, Any] | None) -> str:
 
 
 def answer_rows(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> list[list[str]]:
-    """Of the last checkpoint's answers: right by skill, wording, length; those before training first."""
+    """The answers of the last checkpoint by skill, style and length; the untrained model first."""
     skills = list(dict.fromkeys(world["skills"]))
     rows = [["pairs", "objective", *skills, "engaging", "plain", "padded", "words"]]
     rows.append(["", "before", *_answers([world["base"]], world["skills"], skills)])
@@ -141,8 +141,10 @@ def _answers(
 
 
 def per_pair_metrics(cells: Mapping[Name, Runs]) -> list[list[str]]:
-    """Of held-out pairs at the last checkpoint: reward accuracy and margin with intervals over seeds and pairs, and
-    displacement: what became of winners and losers, of the tokens both have and of the others, and the KL.
+    """Held-out pairs at the last checkpoint: reward accuracy, margin, displacement and KL.
+
+    Accuracy and margin have intervals over seeds and pairs. Displacement is the change of chosen and rejected answers,
+    of all tokens, shared tokens and edited tokens.
     """
     head = [
         "pairs",
@@ -173,7 +175,7 @@ def per_pair_metrics(cells: Mapping[Name, Runs]) -> list[list[str]]:
 
 
 def _both(moved: Mapping[str, Sequence[float]], of: str) -> list[tuple[float, float]]:
-    """What is kept of winner and loser of each pair."""
+    """A metric of the chosen and the rejected answer of each pair."""
     return list(zip(moved[f"chosen_{of}"], moved[f"rejected_{of}"], strict=True))
 
 
@@ -182,7 +184,7 @@ def _order(winner: float, loser: float) -> float:
 
 
 def _displaced(moved: Sequence[Mapping[str, Sequence[float]]], side: str) -> list[str]:
-    """Nats a response: all tokens, those that both responses have, the others."""
+    """Nats per response: all tokens, shared tokens, edited tokens."""
     total = _mean([value for run in moved for value in run[f"{side}_logratio"]])
     shared = _mean([value for run in moved for value in run[f"{side}_logratio_shared"]])
     return [f"{value:+.2f}" for value in (total, shared, total - shared)]
@@ -206,7 +208,7 @@ Judged = tuple[Claim, list[Estimate | None], Verdict]
 
 
 def judged(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> list[Judged]:
-    """Each claim with the figures of its comparisons and what they come to."""
+    """Each claim with the estimates of its comparisons and its verdict."""
     result = []
     for claim in CLAIMS:
         figures = [compare(comparison, cells, base_of(world), world["templates"]) for comparison in claim.compared]
@@ -215,7 +217,7 @@ def judged(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> list[Judged]
 
 
 def afterwards_rows(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> list[list[str]]:
-    """Comparisons that were thought of when the results were there."""
+    """Comparisons that were added after the results were known."""
     rows = [["pairs", "SFT − APO-zero, points", "by the maxima"]]
     for comparison in AFTERWARDS:
         if estimate := compare(comparison, cells, base_of(world), world["templates"]):
@@ -224,7 +226,7 @@ def afterwards_rows(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> lis
 
 
 def verdict_rows(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> list[list[str]]:
-    """The paper's claims: our figures, the same by each cell's best checkpoint, and what the first come to."""
+    """The paper's claims: our estimates, the same by each cell's best checkpoint, and the verdict by the former."""
     rows = [["claim", "compared", "figure", "by the maxima", "verdict"]]
     for claim, figures, verdict in judged(cells, world):
         for index, (comparison, estimate) in enumerate(zip(claim.compared, figures, strict=True)):

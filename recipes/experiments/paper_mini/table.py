@@ -40,11 +40,11 @@ from recipes.world.running import ROOT
 
 PAGE = Path("docs/paper.md")
 PICTURES = {"paper-rewards.png": True, "paper-likelihoods.png": False}
-"""Under docs/images; true where it is of rewards."""
+"""Files under docs/images; True for plots of rewards."""
 
 
 def page(world: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """All tables, with what has to be known to read them."""
+    """All tables, with the explanations needed to read them."""
     cells, design, base = cells_of(runs), design_of(world), base_of(world)
     count, templates = len(base), len(set(world["templates"]))
     tally = Counter(verdict for _, _, verdict in judged(cells, world))

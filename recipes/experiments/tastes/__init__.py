@@ -1,1 +1,1 @@
-"""Users who disagree: two groups with opposite tastes in wording, and what one policy or one for each makes of it."""
+"""Users who disagree: two groups with opposite tastes in style, served by one policy or by one policy each."""

@@ -1,13 +1,13 @@
-"""The whole way with users who disagree: gate, groups, one policy for all and one for each, and who is how well served.
+"""The experiment with users who disagree: select, fit, train one policy for all and one per group, and compare them.
 
     python -m recipes.experiments.tastes.run --out runs/tastes      # a minute on two quiet cores
 
-The commands are those that a user types; `run_experiment` runs them for one seed and says what came of it:
+The commands are those that a user types; `run_experiment` runs them for one seed and returns:
 
     plural, tastes, gain     what `apo reward select` recommends, and its gain in nats a comparison
-    purity                   the share of users who are with the majority of their found group
+    purity                   the share of users who belong to the majority of their inferred group
     pooled, by_group         for each true group the win rate against the base on held-out tasks, greedy, ties one half:
-                             of one policy for all, and of the policies for the groups that were found
+                             of one policy for all, and of the policies for the inferred groups
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from recipes.world.tasks import distinct_tasks
 
 RECIPE = Path(__file__).parents[2] / "tastes" / "apo_zero.yaml"
 HABITS = Habits(right=0.5, wording=(0.2, 0.6, 0.2), steps=100, seed=7)
-"""The base words plainly what it answers greedily, and knows the other wordings."""
+"""The base model's greedy answers are plain, and it knows the other styles."""
 USERS, EACH, HELDOUT = 20, 50, 100
 
 
 def make_base(folder: Path) -> None:
-    """Makes the base model, unless it is there."""
+    """Make the base model, unless it exists."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         model, tokenizer = trained(HABITS, torch.get_num_threads(), name="base", peak=2e-3, batch=32)
@@ -41,7 +41,7 @@ def make_base(folder: Path) -> None:
 
 
 def apo(*arguments: object) -> None:
-    """One command of `apo`, in this process."""
+    """Run a command of `apo` in this process."""
     from apo.cli import app
 
     code = app([str(word) for word in arguments], standalone_mode=False)
@@ -52,7 +52,7 @@ def apo(*arguments: object) -> None:
 
 
 def gate(base: Path, out: Path, seed: int, groups: int) -> dict[str, Any]:
-    """Writes the comparisons of users of so many groups, and asks whether tastes differ."""
+    """Write the comparisons of users of `groups` groups, and run `apo reward select` on them."""
     out.mkdir(parents=True, exist_ok=True)
     rows = comparisons(USERS, EACH, seed, groups=groups)
     (out / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
@@ -63,7 +63,7 @@ def gate(base: Path, out: Path, seed: int, groups: int) -> dict[str, Any]:
 
 
 def policies(base: Path, out: Path, seed: int, tastes: int) -> dict[str, Any]:
-    """On the comparisons that `gate` wrote for two groups: finds so many, trains, and says who is how well served."""
+    """Fit `tastes` groups to the comparisons that `gate` wrote, train the policies, and return their win rates."""
     apo("reward", "fit", out / "pairs.jsonl", "--model", base, "--kind", "pal",
         "--prototypes", tastes, "--seed", seed, "--out", out / "taste")  # fmt: skip
     apo("reward", "score", out / "pairs.jsonl", "--reward", out / "taste", "--out", out / "grouped.jsonl")
@@ -87,7 +87,7 @@ def policies(base: Path, out: Path, seed: int, tastes: int) -> dict[str, Any]:
 
 
 def run_experiment(base: Path, out: Path, seed: int) -> dict[str, Any]:
-    """The whole way for two groups; see the top of this file."""
+    """Run the whole experiment for two groups; see the module's docstring."""
     result = gate(base, out, seed, groups=2)
     return {**result, **policies(base, out, seed, result["tastes"])}
 

@@ -3,8 +3,8 @@
     group 0     engaging before plain before padded, as the world does
     group 1     the other way round
 
-What one group likes better the other likes less by as much. So whatever one policy for both does, its win rates for the
-two add up to 1; only who is how well off can differ.
+The groups' preferences are exact opposites. So the win rates of one policy for the two groups add up to 1; only their
+distribution can differ.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from recipes.world.tasks import distinct_tasks
 
 
 def liking(text: str, group: int) -> int:
-    """How much a group likes the wording of a text: 0, 1 or 2."""
+    """A group's rating of the style of a text: 0, 1 or 2."""
     rank = RANK[style_of(text)]
     return rank if group == 0 else 2 - rank
 
@@ -42,7 +42,7 @@ def comparisons(users: int, each: int, seed: int, *, groups: int = 2, noise: flo
 
 
 def win_rate(answers: Sequence[str], base_answers: Sequence[str], group: int) -> float:
-    """The share of answers that a group likes better than those of another model to the same tasks, ties one half."""
+    """The share of answers that a group prefers to the base model's answers to the same tasks; ties count one half."""
     differences = [
         liking(answer, group) - liking(base_answer, group)
         for answer, base_answer in zip(answers, base_answers, strict=True)
@@ -51,9 +51,9 @@ def win_rate(answers: Sequence[str], base_answers: Sequence[str], group: int) ->
 
 
 def served(groups_by_user: Mapping[str, str], rates: Mapping[str, Sequence[float]], groups: int) -> list[float]:
-    """For each true group the mean win rate of its users, each with the policy of the group that was `found` for them.
+    """For each true group, the mean win rate of its users, each with the policy of the user's inferred group.
 
-    `rates` are the win rates of each found group's policy, by true group.
+    `rates` are the win rates of each inferred group's policy, by true group.
     """
     totals: list[list[float]] = [[] for _ in range(groups)]
     for user, name in groups_by_user.items():

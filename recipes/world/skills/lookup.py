@@ -1,4 +1,4 @@
-"""Lookup: one value of a small table in the prompt; the mistake is to read the last row, whatever was asked."""
+"""Lookup: one value of a small table in the prompt; the mistake is to read the last row for every key."""
 
 from __future__ import annotations
 

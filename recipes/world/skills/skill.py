@@ -1,7 +1,7 @@
-"""What a skill is: how its tasks are worded, what is right, and which wrong rule the student follows.
+"""A skill: a family of tasks with its phrasings, its right answers, and the wrong rule that the student follows.
 
-A skill is data and three small functions. Its wrong rule is systematic (one rule, always the same one), so that a
-wrong answer is as fluent as a right one and differs from it in the answer value alone.
+A skill is data and three small functions. Its wrong rule is systematic (always the same rule), so that a wrong answer
+is as fluent as a right one and differs from it in the answer value alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Template:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The right answer value and the one that the wrong rule gives; they always differ."""
+    """The right answer value and the value by the wrong rule; they always differ."""
 
     right: str
     wrong: str
@@ -35,10 +35,10 @@ class Verdict:
 class Skill:
     """A family of tasks.
 
-    `slots` gives the regular expression of each slot of a question; `value` that of an answer value in running text.
-    `draw` fills the slots at random. `judge` gives both answer values, or None where the slots make no task of this
-    skill (also where the wrong rule happens to be right). `content` names what the task is about, without its
-    phrasing, names and things: two tasks with the same content have the same answer.
+    `slots` has the regular expression of each slot of a question; `value` matches an answer value in running text.
+    `draw` fills the slots at random. `judge` returns both answer values, or None if the slots make no task of this
+    skill (also if the wrong rule happens to be right). `content` identifies a task without its phrasing, names and
+    items: two tasks with the same content have the same answer.
     """
 
     name: str
@@ -56,7 +56,7 @@ def templates(skill: str, *phrasings: tuple[str, str]) -> tuple[Template, ...]:
 
 
 def pattern(skill: Skill, template: Template) -> re.Pattern[str]:
-    """The expression that inverts a question: one named group per slot; a repeated slot must repeat its text."""
+    """The regular expression that parses a question: one named group per slot; a repeated slot must repeat its text."""
     named_slots: set[str] = set()
 
     def group(match: re.Match[str]) -> str:
