@@ -250,7 +250,7 @@ def test_a_shard_whose_keeper_is_gone_stops_and_keeps_what_it_has(tmp_path, monk
         return await keeper.report(message)
 
     built = build(config, shard=Shard(1, 1), resources=LeasedResources("1-of-1", "1", report))
-    assert built.stopped == "the keeper of this job's limits is gone"
+    assert built.stopped == "the actor with this job's limits is gone"
     request_count = len(model.requests)
     assert 0 < request_count < 80
     (result,) = in_shards(config, 1, Shared({"reviser": RoleLimits(4)}))
