@@ -130,7 +130,7 @@ def write_recipes(page: str, folder: Path, url: str) -> None:
 
     A page that shows none but says `by: group` of it trains on the pairs of groups that its commands made.
     """
-    if "[`by:\ngroup`]" in pages()[page]:
+    if "[`by: group`]" in pages()[page]:
         (folder / "recipe.yaml").write_text(yaml.safe_dump(BY_GROUP), "utf-8")
     for block in reversed([block for block in blocks("yaml") if block.page == page]):
         values = yaml.safe_load(block.code)
