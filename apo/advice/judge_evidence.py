@@ -50,7 +50,7 @@ class CollectedReplies:
     plants: list[Comparison] = field(default_factory=list)
     win: list[Comparison] = field(default_factory=list)
     right: list[Comparison] = field(default_factory=list)
-    seen: Counter[int] = field(default_factory=Counter)
+    verdicts_by_position: Counter[int] = field(default_factory=Counter)
     distrust_reason: str | None = None
     """The reason to distrust the judge."""
     failures: list[str] = field(default_factory=list)
@@ -159,11 +159,13 @@ async def _compare_by_judge(
         with client_progress("judging", len(rows), {"judge": 2 * len(rows)}) as on_progress:
             compared = await run.outcomes(on_progress)
         replies.failures += run.failures
-        replies.seen += run.judge.verdicts
+        replies.verdicts_by_position += run.judge.verdicts
         return compared
 
     def must_end() -> bool:
-        replies.distrust_reason = distrust_reason(replies.plants, [*replies.win, *replies.right], replies.seen)
+        replies.distrust_reason = distrust_reason(
+            replies.plants, [*replies.win, *replies.right], replies.verdicts_by_position
+        )
         return bool(stop.reason or replies.failures or replies.distrust_reason)
 
     replies.plants = await compare(planted, others, "answers with those to other prompts, a test", MAX_PLANTS)

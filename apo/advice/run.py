@@ -179,6 +179,6 @@ def _judge_summary(replies: CollectedReplies) -> dict[str, Any] | None:
     return {
         "used": replies.distrust_reason is None,
         "distrust": replies.distrust_reason,
-        "position": position_bias(replies.seen) if replies.seen else None,
+        "position": position_bias(replies.verdicts_by_position) if replies.verdicts_by_position else None,
         **summaries,
     }

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from apo.evaluation.intervals import mean_with_interval
 from clair.core.errors import UserError
 from clair.core.files import content_hash, write_atomically, write_json
 from clair.core.progress import progress
 from clair.core.provenance import provenance
 from clair.core.recipe import Recipe, resolved
-from clair.core.statistics import Estimate, clustered_mean, clustered_score, paired_difference
+from clair.core.statistics import clustered_mean, clustered_score, paired_difference
 from clair.data.contrast import shared_tokens
 from clair.storage.object_store import is_url
 
@@ -205,10 +206,10 @@ def summary(measured: Sequence[MeasuredPair], beta: float) -> dict[str, Any]:
     prompts = [pair.prompt for pair in measured]
 
     def mean(values: Sequence[float]) -> dict[str, Any]:
-        return _told(values, prompts, clustered_mean)
+        return mean_with_interval(values, prompts, clustered_mean)
 
     def share(values: Sequence[float]) -> dict[str, Any]:
-        return _told(values, prompts, clustered_score)
+        return mean_with_interval(values, prompts, clustered_score)
 
     sides = {side: [getattr(pair, side) for pair in measured] for side in ("chosen", "rejected")}
     ratios = {side: [response.logratio for response in responses] for side, responses in sides.items()}
@@ -259,13 +260,6 @@ def _displacement(responses: Sequence[Response], mean: Callable[..., Any], share
 def _divergence(responses: Sequence[Response], mean: Callable[..., Any]) -> dict[str, Any]:
     """KL(policy || reference) along the responses of one side: summed over a response, and its mean per token."""
     return {"response": mean([r.kl for r in responses]), "token": mean([r.kl / r.tokens for r in responses])}
-
-
-def _told(values: Sequence[float], prompts: Sequence[str], how: Callable[..., Estimate]) -> dict[str, Any]:
-    if len(set(prompts)) < 2:
-        return {"mean": math.fsum(values) / len(values), "se": None, "ci95": None}
-    found = how(values, prompts)
-    return {"mean": found.mean, "se": found.se, "ci95": [found.lo, found.hi]}
 
 
 def _difference(base: Sequence[float], tuned: Sequence[float], prompts: Sequence[str]) -> dict[str, Any]:

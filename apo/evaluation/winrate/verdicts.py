@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from apo.evaluation.intervals import mean_with_interval
 from apo.evaluation.winrate.length_control import length_controlled
-from clair.core.statistics import Estimate, clustered_score
+from clair.core.statistics import clustered_score
 from clair.data.records import Prompt, content_id
 
 SIDES = ("base", "tuned")
@@ -101,7 +102,7 @@ def summary(compared: Sequence[Comparison]) -> dict[str, Any]:
     ]
     bracket = [(math.fsum(complete) + extra) / len(compared) for extra in (0, len(compared) - len(complete))]
     ratios = [tuned / base for base, tuned in lengths if base]
-    consistency = _told(agree, judged_prompts, clustered_score) if agree else None
+    consistency = mean_with_interval(agree, judged_prompts, clustered_score) if agree else None
     return {
         "comparisons": len(compared),
         "resolved": len(settled),
@@ -112,7 +113,7 @@ def summary(compared: Sequence[Comparison]) -> dict[str, Any]:
         "won": sum(value > 0.5 for value in values),
         "tied": sum(value == 0.5 for value in values),
         "lost": sum(value < 0.5 for value in values),
-        "win_rate": _told(values, prompts, clustered_score),
+        "win_rate": mean_with_interval(values, prompts, clustered_score),
         "bracket": bracket,
         "length_controlled": _length_controlled(values, lengths, prompts),
         "length": {
@@ -140,13 +141,6 @@ def inconsistency_reason(consistency: Mapping[str, Any] | None) -> str | None:
 def unresolved_counts(compared: Sequence[Comparison]) -> dict[str, int]:
     """The number of unresolved comparisons by reason."""
     return dict(sorted(Counter(comparison.unresolved for comparison in compared if comparison.unresolved).items()))
-
-
-def _told(values: Sequence[float], prompts: Sequence[str], how: Callable[..., Estimate]) -> dict[str, Any]:
-    if len(set(prompts)) < 2:
-        return {"mean": math.fsum(values) / len(values), "se": None, "ci95": None}
-    found = how(values, prompts)
-    return {"mean": found.mean, "se": found.se, "ci95": [found.lo, found.hi]}
 
 
 def _length_controlled(
