@@ -1,18 +1,18 @@
-"""What an objective will learn first, neglect or hurt, before it is trained: preference distinguishability.
+"""Preference distinguishability: predicts, before training, which clusters of pairs are learned first or harmed.
 
-After Im & Li, "Understanding the Learning Dynamics of Alignment with Human Feedback" (arXiv 2403.18742). Three looks
-at each cluster of pairs, a statement about the first steps all of them:
+After Im & Li, "Understanding the Learning Dynamics of Alignment with Human Feedback" (arXiv 2403.18742). Three measures
+of each cluster, all about the first steps of training:
 
     literal     answers are one of two texts: delta = |mean phi(x) where one is preferred - mean where the other is|
     pair-level  u = mean hidden state of chosen - of rejected: delta = |mean u|, coherence = |mean u|^2 / mean |u|^2,
                 cosines between the clusters' mean u; ours, an extension to free text
     gradient    v = the objective's step on a pair with respect to the LM head; speed of a cluster = the mean of
-                <v of its pair, v of all others>, so that a negative one is hurt by the mixture at first
+                <v of its pair, v of all others>; a negative speed means that the mixture harms the cluster at first
 
-What a pair gives to itself is left out of means of products: it is memory, and in small clusters would be most of it.
+Means of products exclude a pair's product with itself, which is memorisation and would dominate in small clusters.
 
-The distance delta orders speeds only where chosen and rejected are pulled alike (DPO, APO-zero). APO-down pulls at the
-rejected alone at first: go by the gradient there.
+The distance delta orders speeds only if the gradients of chosen and rejected are equal (DPO, APO-zero). At the start,
+APO-down has a gradient on the rejected alone; use the gradient measure there.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from apo.packing.logps import PairLogps
 
 SKETCH = 4096
-"""Dimensions of a gradient: of a larger LM head by TensorSketch, whose inner products err by about 3 % of the norms."""
+"""Dimensions of a gradient; that of a larger LM head is a TensorSketch, with errors of about 3 % of the norms."""
 NEGLECTED = 0.1
-"""A cluster is told neglected below this share of the fastest one's predicted speed."""
+"""Share of the fastest cluster's predicted speed below which a cluster is reported as neglected."""
 DRAWS = 500
 
 
@@ -63,8 +63,9 @@ class Literal:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is known of one cluster. A speed is how fast the loss of a pair falls by training on the others, at the
-    start, per unit of learning rate.
+    """The measures of one cluster.
+
+    `speed` is the fall of a pair's loss by training on the others, at the start, per unit of learning rate.
     """
 
     name: str
@@ -85,7 +86,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Report:
-    """The clusters, fastest first, how the objective pulls at chosen and rejected at first, and what to beware of."""
+    """The clusters, fastest first, the objective's initial gradients on chosen and rejected, and warnings."""
 
     objective: str
     beta: float
@@ -96,50 +97,50 @@ class Report:
     warnings: list[str]
 
     def plain(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """Return the report as JSON values."""
         return asdict(self)
 
 
 def distinguish(
-    found: Labelled, by: str, objective: Any = "apo_zero", beta: float = 0.1, *, seed: int = 0, draws: int = DRAWS
+    pairs: Labelled, by: str, objective: Any = "apo_zero", beta: float = 0.1, *, seed: int = 0, draws: int = DRAWS
 ) -> Report:
-    """The report on pairs clustered by a label or by k-means of their prompts (`kmeans:K`).
+    """Report on pairs clustered by a label or by k-means of their prompts (`kmeans:K`).
 
-    Raises UserError for a label that not all pairs have, and for clusters of fewer than two pairs.
+    Raises UserError for a label that some pairs lack, and for clusters of fewer than two pairs.
     """
     import torch
 
     from apo.losses.mixture import resolve_mixture
 
     mixture = resolve_mixture(objective)
-    names = clusters_of(found.rows, by, found.features.prompt, seed)
-    chosen, rejected, logps = head_gradients(found.model, found.tokenized, seed=seed)
+    names = clusters_of(pairs.rows, by, pairs.features.prompt, seed)
+    chosen, rejected, logps = head_gradients(pairs.model, pairs.tokenized, seed=seed)
     a_chosen, a_rejected = pulls(mixture, beta, logps)
     steps = -(a_chosen[:, None] * chosen + a_rejected[:, None] * rejected)
-    u = found.features.chosen_mean - found.features.rejected_mean
+    u = pairs.features.chosen_mean - pairs.features.rejected_mean
     order = sorted(set(names))
-    members = [torch.tensor([place for place, name in enumerate(names) if name == one]) for one in order]
-    drawn = [resampled(len(places), draws, seed + number) for number, places in enumerate(members)]
-    speeds = _speeds([steps[places] for places in members], drawn)
-    centres = torch.stack([u[places].mean(0) for places in members])
+    members = [torch.tensor([index for index, name in enumerate(names) if name == cluster]) for cluster in order]
+    drawn = [resampled(len(indices), draws, seed + number) for number, indices in enumerate(members)]
+    speeds = _speeds([steps[indices] for indices in members], drawn)
+    centres = torch.stack([u[indices].mean(0) for indices in members])
     cosines = torch.nn.functional.cosine_similarity(centres[:, None], centres[None], dim=-1)
     fastest = max(speed.value for speed in speeds)
-    made = []
-    for number, (name, places) in enumerate(zip(order, members, strict=True)):
-        delta, scaled, coherence = _pair_level(u[places], drawn[number])
+    results = []
+    for number, (name, indices) in enumerate(zip(order, members, strict=True)):
+        delta, scaled, coherence = _pair_level(u[indices], drawn[number])
         others = [(float(cosines[number, other]), order[other]) for other in range(len(order)) if other != number]
         conflict, conflict_with = min(others, default=(float("nan"), ""))
-        rows = [found.rows[place] for place in places.tolist()]
-        made.append(
+        rows = [pairs.rows[index] for index in indices.tolist()]
+        results.append(
             Cluster(
-                name, len(places), delta, scaled, coherence, _overlap(rows), speeds[number],
+                name, len(indices), delta, scaled, coherence, _overlap(rows), speeds[number],
                 speeds[number].value / fastest if fastest > 0 else float("nan"), conflict, conflict_with,
-                literal_of(rows, found.features.prompt[places]),
+                literal_of(rows, pairs.features.prompt[indices]),
             )
         )  # fmt: skip
-    ranked = sorted(range(len(made)), key=lambda number: -made[number].speed.value)
+    ranked = sorted(range(len(results)), key=lambda number: -results[number].speed.value)
     pull = float(a_chosen.mean()), float(a_rejected.mean())
-    clusters = [made[number] for number in ranked]
+    clusters = [results[number] for number in ranked]
     table = [[float(cosines[one, other]) for other in ranked] for one in ranked]
     return Report(mixture.name, beta, pull, clusters, table, warnings_of(mixture.name, beta, pull, clusters))
 
@@ -148,7 +149,7 @@ def distinguish(
 
 
 def clusters_of(rows: Sequence[Mapping[str, Any]], by: str, prompts: Tensor, seed: int = 0) -> list[str]:
-    """The cluster of each pair: a label, or the nearest of K centres of the prompts' features."""
+    """Return the cluster of each pair: a label, or the nearest of K centres of the prompts' features."""
     if matched := re.fullmatch(r"kmeans:(\d+)", by):
         places = kmeans(prompts, int(matched[1]), seed)
         names = [f"cluster {place + 1}" for place in places]
@@ -166,14 +167,14 @@ def _labels(rows: Sequence[Mapping[str, Any]], by: str) -> list[str]:
         raise UserError(f"unknown --by {by!r}{near_miss(by, [*LABELS, 'kmeans:8'])}; allowed: {allowed}")
     without = sum(row.get(by) is None for row in rows)
     if without:
-        there = [name for name in LABELS if all(row.get(name) is not None for row in rows)]
-        told = ", ".join(there) or "none"
-        raise UserError(f"{without:,} of {len(rows):,} pairs have no {by!r}; all have: {told}; or take kmeans:8")
+        complete = [name for name in LABELS if all(row.get(name) is not None for row in rows)]
+        available = ", ".join(complete) or "none"
+        raise UserError(f"{without:,} of {len(rows):,} pairs have no {by!r}; all have: {available}; or take kmeans:8")
     return [str(row[by]) for row in rows]
 
 
 def of_the_same_prompts(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The places of the pairs whose prompt every source has, so that sources are compared on equal prompts."""
+    """Return the indices of the pairs whose prompt every source has, to compare sources on equal prompts."""
     from clair.core.files import content_hash
 
     sources = {row["source"] for row in rows}
@@ -181,11 +182,11 @@ def of_the_same_prompts(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     have: dict[str, set[str]] = {}
     for row, prompt in zip(rows, prompts, strict=True):
         have.setdefault(prompt, set()).add(row["source"])
-    return [place for place, prompt in enumerate(prompts) if have[prompt] == sources]
+    return [index for index, prompt in enumerate(prompts) if have[prompt] == sources]
 
 
 def kmeans(points: Tensor, k: int, seed: int = 0, *, rounds: int = 50, starts: int = 5) -> list[int]:
-    """The cluster of each point [n, D], 0 to k - 1: Lloyd's algorithm from k-means++ seeds, the best of some starts."""
+    """Return the cluster of each point [n, D], 0 to k - 1: Lloyd's algorithm from k-means++ seeds, best of `starts`."""
     import torch
 
     if not 1 <= k <= len(points) // 2:
@@ -197,6 +198,7 @@ def kmeans(points: Tensor, k: int, seed: int = 0, *, rounds: int = 50, starts: i
         while len(centres) < k:
             distance = torch.cdist(points, centres).min(1).values ** 2 + 1e-12
             centres = torch.cat([centres, points[torch.multinomial(distance, 1, generator=random)]])
+        nearest = torch.cdist(points, centres).argmin(1)
         for _ in range(rounds):
             nearest = torch.cdist(points, centres).argmin(1)
             moved = torch.stack(
@@ -209,15 +211,16 @@ def kmeans(points: Tensor, k: int, seed: int = 0, *, rounds: int = 50, starts: i
         if best is None or spread < best[0]:
             best = spread, nearest
     assert best is not None
-    return [int(place) for place in best[1]]
+    return best[1].tolist()
 
 
 # ---- distances
 
 
 def literal_of(rows: Sequence[Mapping[str, Any]], hidden: Tensor) -> Literal | None:
-    """The literal distinguishability, where all answers of a cluster are one of two texts, each preferred at least
-    twice; `hidden` [n, D] is at the last token of the prompts.
+    """Return the literal distinguishability if all answers are one of two texts, each preferred at least twice.
+
+    `hidden` [n, D] is the hidden state at the last token of each prompt.
     """
     chosen, rejected = ([row[side][-1]["content"] for row in rows] for side in ("chosen", "rejected"))
     answers = sorted({*chosen, *rejected})
@@ -228,20 +231,20 @@ def literal_of(rows: Sequence[Mapping[str, Any]], hidden: Tensor) -> Literal | N
 
 
 def distinguishability(hidden: Tensor, positive: Sequence[bool]) -> Literal:
-    """delta = |mean of hidden [n, D] over the positive - over the negative prompts|, and how spread they are."""
+    """Return delta = |mean of hidden [n, D] over positive - over negative prompts|, and the spread of both classes."""
     import torch
 
     mask = torch.tensor(positive)
-    parts = [hidden[mask], hidden[~mask]]
-    covariances = [torch.cov(part.T, correction=0).reshape(hidden.shape[1], -1) for part in parts]
-    delta = float((parts[0].mean(0) - parts[1].mean(0)).norm())
+    classes = [hidden[mask], hidden[~mask]]
+    covariances = [torch.cov(states.T, correction=0).reshape(hidden.shape[1], -1) for states in classes]
+    delta = float((classes[0].mean(0) - classes[1].mean(0)).norm())
     concentration = max(float(torch.linalg.matrix_norm(c, 2)) for c in covariances)
     trace = max(float(c.trace()) for c in covariances)
     return Literal(delta, delta / trace**0.5, concentration, trace, float(mask.float().mean()))
 
 
 def _pair_level(u: Tensor, weights: Tensor) -> tuple[Interval, float, Interval]:
-    """|mean u| and |mean u|^2 / mean |u|^2 with intervals, and the first over sqrt(trace of the covariance of u)."""
+    """Return |mean u|, |mean u| / sqrt(trace of the covariance of u), and |mean u|^2 / mean |u|^2, with intervals."""
     n, squares = len(u), (u**2).sum(1)
     product = ((u.sum(0) ** 2).sum() - squares.sum()) / (n * (n - 1))  # the mean of <u_i, u_j>, i != j
     drawn = ((weights @ u) ** 2).sum(1)
@@ -255,34 +258,34 @@ def _pair_level(u: Tensor, weights: Tensor) -> tuple[Interval, float, Interval]:
 def _overlap(rows: Sequence[Mapping[str, Any]]) -> float:
     from clair.data.contrast import contrast_of
 
-    pairs = [[row[side][-1]["content"] for side in ("chosen", "rejected")] for row in rows]
-    return sum(contrast_of(*pair).jaccard for pair in pairs) / len(pairs)
+    pairs = [(row["chosen"][-1]["content"], row["rejected"][-1]["content"]) for row in rows]
+    return sum(contrast_of(chosen, rejected).jaccard for chosen, rejected in pairs) / len(pairs)
 
 
 # ---- gradients
 
 
 def pulls(mixture: Mixture, beta: float, logps: PairLogps) -> tuple[Tensor, Tensor]:
-    """dL/d log pi(chosen) and dL/d log pi(rejected) of each pair's loss at the reference, [n] each.
+    """Return dL/d log pi(chosen) and dL/d log pi(rejected) of each pair's loss at the reference, [n] each.
 
     DPO -beta/2 and +beta/2, APO-zero -beta/4 and +beta/4, APO-down 0 and +beta/4.
     """
     import torch
 
-    chosen, rejected = (part.detach().clone().requires_grad_() for part in (logps.chosen, logps.rejected))
+    chosen, rejected = (side.detach().clone().requires_grad_() for side in (logps.chosen, logps.rejected))
     policy = logps._replace(chosen=chosen, rejected=rejected)
     losses = mixture.losses(policy, (logps.chosen, logps.rejected), beta=beta)
-    found = torch.autograd.grad(losses.sum(), (chosen, rejected), allow_unused=True)
-    return tuple(torch.zeros_like(chosen) if part is None else part for part in found)  # type: ignore[return-value]
+    gradients = torch.autograd.grad(losses.sum(), (chosen, rejected), allow_unused=True, materialize_grads=True)
+    return gradients[0], gradients[1]
 
 
 def head_gradients(
     model: Any, tokenized: Any, *, dimensions: int = SKETCH, seed: int = 0
 ) -> tuple[Tensor, Tensor, PairLogps]:
-    """The gradients of both responses' log-probs by the LM head, [n, m] each, and the log-probs themselves.
+    """Return the gradients of both responses' log-probs by the LM head, [n, m] each, and the log-probs.
 
-    grad log pi(y|x) = sum over response tokens t of (onehot(y_t) - softmax) h_t^T, [V, D]: flat where that has no more
-    than `dimensions` entries, else its TensorSketch (Pham & Pagh 2013), which keeps inner products on average.
+    grad log pi(y|x) = sum over response tokens t of (onehot(y_t) - softmax) h_t^T, [V, D]. It is flattened if it has at
+    most `dimensions` entries; otherwise it is a TensorSketch (Pham & Pagh 2013), whose inner products are unbiased.
     """
     import torch
 
@@ -292,28 +295,32 @@ def head_gradients(
 
     head = model.get_output_embeddings()
     sketch = _sketch(*head.weight.shape, dimensions, seed)
-    found: dict[str, list[Tensor]] = {"chosen": [], "rejected": []}
+    gradients: dict[str, list[Tensor]] = {"chosen": [], "rejected": []}
     sums: dict[str, list[float]] = {"chosen": [], "rejected": []}
     lengths: dict[str, list[int]] = {"chosen": [], "rejected": []}
     with torch.no_grad():
         for pair in tokenized:
-            rows = [pair["prompt_ids"] + pair[f"{side}_ids"] for side in found]
-            for side, states, row in zip(found, last_hidden(model, rows), rows, strict=True):
-                start, kept = len(pair["prompt_ids"]), torch.tensor(response_mask(pair, side), dtype=torch.bool)
-                before = states[start - 1 : len(row) - 1][kept]
-                logps = head(before.to(head.weight)).float().cpu().log_softmax(-1)
-                picked = torch.tensor(row[start:])[kept][:, None]
-                sums[side].append(float(logps.gather(1, picked).sum()))
+            rows = [pair["prompt_ids"] + pair[f"{side}_ids"] for side in gradients]
+            for side, states, row in zip(gradients, last_hidden(model, rows), rows, strict=True):
+                start, mask = len(pair["prompt_ids"]), torch.tensor(response_mask(pair, side), dtype=torch.bool)
+                hidden = states[start - 1 : len(row) - 1][mask]
+                token_logps = head(hidden.to(head.weight)).float().cpu().log_softmax(-1)
+                picked = torch.tensor(row[start:])[mask][:, None]
+                sums[side].append(float(token_logps.gather(1, picked).sum()))
                 lengths[side].append(len(picked))
-                residual = (-logps.exp()).scatter_add(1, picked, torch.ones(len(picked), 1))
-                found[side].append(sketch(residual, before))
-    numbers = [torch.tensor(values) for values in (sums["chosen"], sums["rejected"])]
-    counts = [torch.tensor(values) for values in (lengths["chosen"], lengths["rejected"])]
-    return torch.stack(found["chosen"]), torch.stack(found["rejected"]), PairLogps(*numbers, *counts)
+                residual = (-token_logps.exp()).scatter_add(1, picked, torch.ones(len(picked), 1))
+                gradients[side].append(sketch(residual, hidden))
+    logps = PairLogps(
+        torch.tensor(sums["chosen"]),
+        torch.tensor(sums["rejected"]),
+        torch.tensor(lengths["chosen"]),
+        torch.tensor(lengths["rejected"]),
+    )
+    return torch.stack(gradients["chosen"]), torch.stack(gradients["rejected"]), logps
 
 
 def _sketch(rows: int, columns: int, dimensions: int, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of a [T, rows] and b [T, columns] that gives sum_t a_t b_t^T, flat or sketched."""
+    """Return a function of a [T, rows] and b [T, columns] that computes sum_t a_t b_t^T, flattened or sketched."""
     import torch
 
     if rows * columns <= dimensions:
@@ -333,31 +340,32 @@ def _sketch(rows: int, columns: int, dimensions: int, seed: int) -> Callable[[Te
 
 
 def _speeds(steps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Interval]:
-    """The mean of <v_i, mean of v over all other pairs> over each cluster's pairs, from their steps [n_c, m]."""
+    """Return the mean of <v_i, mean of v over all other pairs> for each cluster, from its steps [n_c, m]."""
     import torch
 
-    sizes = torch.tensor([float(len(part)) for part in steps])
+    sizes = torch.tensor([float(len(cluster)) for cluster in steps])
     shares, total = sizes / sizes.sum(), float(sizes.sum())
-    means = torch.stack([part.mean(0) for part in steps])
-    drawn = torch.stack([weight @ part for weight, part in zip(weights, steps, strict=True)])  # [K, draws, m]
-    own = torch.stack([(part**2).sum(1).mean() for part in steps])
-    values = (total * means @ (shares @ means) - own) / (total - 1)
+    means = torch.stack([cluster.mean(0) for cluster in steps])
+    drawn = torch.stack([weight @ cluster for weight, cluster in zip(weights, steps, strict=True)])  # [K, draws, m]
+    squares = torch.stack([(cluster**2).sum(1).mean() for cluster in steps])
+    values = (total * means @ (shares @ means) - squares) / (total - 1)
     spreads = (drawn * torch.einsum("k,kdm->dm", shares, drawn)).sum(-1)
     return [_interval(value, spread) for value, spread in zip(values, spreads, strict=True)]
 
 
 def resampled(n: int, draws: int, seed: int) -> Tensor:
-    """The weights of n pairs in each of `draws` samples with replacement, [draws, n], each adding up to 1."""
+    """Return the weights of n pairs in `draws` samples with replacement, [draws, n]; each row sums to 1."""
     import torch
 
     random = torch.Generator().manual_seed(seed)
-    places = torch.randint(n, (draws, n), generator=random)
-    return torch.zeros(draws, n).scatter_add_(1, places, torch.full((draws, n), 1 / n))
+    indices = torch.randint(n, (draws, n), generator=random)
+    return torch.zeros(draws, n).scatter_add_(1, indices, torch.full((draws, n), 1 / n))
 
 
 def _interval(value: Tensor, drawn: Tensor) -> Interval:
-    """`value` less the quantiles of how the samples' values deviate from their mean (a sample has pairs twice, so that
-    products come out too large in all of them).
+    """Return `value` minus the quantiles of the samples' deviations from their mean.
+
+    The samples' mean is not used itself: repeated pairs make products too large in all samples.
     """
     import torch
 
@@ -365,38 +373,42 @@ def _interval(value: Tensor, drawn: Tensor) -> Interval:
     return Interval(float(value), float(value - high), float(value - low))
 
 
-# ---- words
+# ---- warnings
 
 
 def warnings_of(objective: str, beta: float, pull: tuple[float, float], clusters: Sequence[Cluster]) -> list[str]:
-    """What to beware of, in words."""
-    told = []
+    """Return warnings for the user."""
+    warnings = []
     chosen, rejected = pull
     if abs(chosen) < 0.01 * abs(rejected):
-        told.append(
+        warnings.append(
             f"{objective} pulls at the rejected alone at first: distinguishability does not order its speeds, go by "
             f"the predicted speed"
         )
     elif abs(chosen + rejected) <= 0.01 * abs(chosen) and abs(chosen) < 0.99 * beta / 2:
-        told.append(
+        warnings.append(
             f"{objective} at beta {beta:g} starts at {abs(chosen) / (beta / 2):.2g} of DPO's speed; beta "
             f"{beta * (beta / 2) / abs(chosen):.3g} starts as fast as DPO at {beta:g}"
         )
     conflicts: set[frozenset[str]] = set()
     for cluster in clusters:
         if cluster.speed.hi < 0:
-            told.append(f"{cluster.name} is hurt at first: its loss rises (predicted speed {cluster.speed.value:.3g})")
+            warnings.append(
+                f"{cluster.name} is hurt at first: its loss rises (predicted speed {cluster.speed.value:.3g})"
+            )
         elif cluster.speed.value < 0:
-            told.append(f"{cluster.name} may be hurt at first: its predicted speed is below 0, its interval is not")
+            warnings.append(f"{cluster.name} may be hurt at first: its predicted speed is below 0, its interval is not")
         elif cluster.relative < NEGLECTED:
-            told.append(f"{cluster.name} gets {cluster.relative:.1%} of the fastest one's speed: it will be neglected")
+            warnings.append(
+                f"{cluster.name} gets {cluster.relative:.1%} of the fastest one's speed: it will be neglected"
+            )
         pair = frozenset((cluster.name, cluster.conflict_with))
         if cluster.conflict < -0.1 and pair not in conflicts:
             conflicts.add(pair)
-            told.append(f"{cluster.name} and {cluster.conflict_with} conflict (cosine {cluster.conflict:.2f})")
+            warnings.append(f"{cluster.name} and {cluster.conflict_with} conflict (cosine {cluster.conflict:.2f})")
         if cluster.literal and not 0.4 <= cluster.literal.positive <= 0.6:
-            told.append(
+            warnings.append(
                 f"{cluster.name} prefers one answer in {cluster.literal.positive:.0%} of its prompts: an unbalanced "
                 f"behaviour is learned along its base rate too, not along delta alone; balance it to compare"
             )
-    return told
+    return warnings

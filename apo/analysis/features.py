@@ -1,9 +1,9 @@
-"""phi(prompt, response): what a frozen model's last layer says of a pair, in one pass, kept by content.
+"""Features of pairs: a frozen model's last hidden states, computed in one pass and cached by content.
 
-The last layer's output is after the final norm already (lm_head(phi) are the logits; a test holds it), so nothing is
-normalised again. Five vectors a pair: the last token of the prompt, of prompt and chosen, of prompt and rejected
-(the end of turn, never padding), and the means over the tokens of each response. Kept like the reference's log-probs:
-a file for each `PART` pairs under a key of weights, type, attention and token ids.
+The states are after the final norm (lm_head(phi) are the logits), so they are not normalised again. A pair has five
+vectors: at the last token of the prompt, of prompt and chosen, and of prompt and rejected (the end of turn, never
+padding), and the means over the tokens of each response. The cache has one file per `PART` pairs, under a key of
+weights, type, attention implementation and token ids.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PART = 512
-"""Pairs in one file: what a killed run computes again at most."""
+"""Pairs in one cache file; a killed run recomputes at most so many."""
 NAMES = ("prompt", "chosen", "rejected", "chosen_mean", "rejected_mean")
 BATCH_TOKENS = 8192
 SCORES = ("score_chosen", "score_rejected")
@@ -33,7 +33,7 @@ SCORES = ("score_chosen", "score_rejected")
 
 @dataclass(frozen=True)
 class Features:
-    """The vectors of n pairs, each [n, D] in float32, and the identity of the model that gave them."""
+    """The vectors of n pairs, each [n, D] in float32, and the identity of the model that computed them."""
 
     model: str
     prompt: Tensor
@@ -45,73 +45,71 @@ class Features:
     def __len__(self) -> int:
         return len(self.prompt)
 
-    def select(self, places: Sequence[int]) -> Features:
-        """The features of some pairs, in this order."""
-        return Features(self.model, *(getattr(self, name)[list(places)] for name in NAMES))
+    def select(self, indices: Sequence[int]) -> Features:
+        """Return the features of some pairs, in this order."""
+        return Features(self.model, *(getattr(self, name)[list(indices)] for name in NAMES))
 
 
-def same_model(wanted: str, found: str, what: str) -> None:
-    """Raises UserError where features were given by another model than `what` was fitted on."""
-    if wanted != found:
+def same_model(expected: str, actual: str, what: str) -> None:
+    """Raise UserError if features are from another model than `what` was fitted on."""
+    if expected != actual:
         raise UserError(
-            f"{what} was fitted on features of model {wanted[:12]}, and these are of model {found[:12]}: their spaces "
-            f"have nothing in common; give the model it was fitted on, or fit again"
+            f"{what} was fitted on features of model {expected[:12]}, and these are of model {actual[:12]}: their "
+            f"spaces have nothing in common; give the model it was fitted on, or fit again"
         )
 
 
 def features_of(
     dataset: Dataset, model: Any, folder: Path | None = None, tell: Callable[[str], None] = lambda _: None
 ) -> Features:
-    """The features of tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`), from the cache where they are."""
+    """Return the features of tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`), from the cache if there."""
     import torch
 
     folder = cache.default_folder() if folder is None else folder
     weights = cache.hash_model(model, adapter=True)
     width = model.get_output_embeddings().in_features
     identity = [weights, str(model.dtype), getattr(model.config, "_attn_implementation", None)]
-    found: list[Mapping[str, Tensor]] = []
+    chunks: list[Mapping[str, Tensor]] = []
     for start in range(0, len(dataset), PART):
         pairs = [dict(row) for row in dataset.select(range(start, min(start + PART, len(dataset))))]
         ids = [[pair[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")] for pair in pairs]
         key = content_hash(["features 1", identity, ids])
-        kept = cache.load(folder, key, dict.fromkeys(NAMES, (len(pairs), width)))
-        if kept is None:
-            kept = dict(zip(NAMES, encode(model, pairs), strict=True))
-            note = cache.store(folder, key, kept)
+        features: Mapping[str, Tensor] | None = cache.load(folder, key, dict.fromkeys(NAMES, (len(pairs), width)))
+        if features is None:
+            features = dict(zip(NAMES, encode(model, pairs), strict=True))
+            note = cache.store(folder, key, features)
             tell(f"features: {start + len(pairs):,} of {len(dataset):,} pairs" + (f"; {note}" if note else ""))
-        found.append(kept)
-    columns = (torch.cat([part[name] for part in found]) for name in NAMES)
+        chunks.append(features)
+    columns = (torch.cat([chunk[name] for chunk in chunks]) for name in NAMES)
     return Features(content_hash(identity), *columns)
 
 
 def encode(model: Any, pairs: Sequence[Mapping[str, Any]]) -> tuple[Tensor, ...]:
-    """The five features of some pairs, as `NAMES` has them, each [n, D] in float32 on the host."""
+    """Return the five features of some pairs, in the order of `NAMES`, each [n, D] in float32 on the host."""
     import torch
 
     rows = [(pair["prompt_ids"], pair[f"{name}_ids"]) for name in ("chosen", "rejected") for pair in pairs]
-    order = sorted(range(len(rows)), key=lambda place: sum(map(len, rows[place])))
+    order = sorted(range(len(rows)), key=lambda index: sum(map(len, rows[index])))
     out: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             for batch in _batches(order, [sum(map(len, row)) for row in rows]):
-                hidden = last_hidden(model, [rows[place][0] + rows[place][1] for place in batch])
-                for place, states in zip(batch, hidden, strict=True):
-                    start, end = len(rows[place][0]), sum(map(len, rows[place]))
-                    out[place] = (states[start - 1], states[end - 1], states[start:end].mean(0))
+                hidden = last_hidden(model, [rows[index][0] + rows[index][1] for index in batch])
+                for index, states in zip(batch, hidden, strict=True):
+                    start, end = len(rows[index][0]), sum(map(len, rows[index]))
+                    out[index] = (states[start - 1], states[end - 1], states[start:end].mean(0))
     finally:
         model.train(was_training)
     n = len(pairs)
-    prompt, chosen, chosen_mean = (torch.stack([out[place][at] for place in range(n)]) for at in range(3))
-    rejected, rejected_mean = (torch.stack([out[place][at] for place in range(n, 2 * n)]) for at in (1, 2))
+    prompt, chosen, chosen_mean = (torch.stack([out[index][at] for index in range(n)]) for at in range(3))
+    rejected, rejected_mean = (torch.stack([out[index][at] for index in range(n, 2 * n)]) for at in (1, 2))
     return prompt, chosen, rejected, chosen_mean, rejected_mean
 
 
 def last_hidden(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
-    """The last layer's output for token ids of any lengths, [N, L, D] in float32 on the host; behind a row's end is
-    padding.
-    """
+    """Return the last hidden states of rows of token ids, padded on the right, [N, L, D] in float32 on the host."""
     import torch
 
     longest = max(map(len, rows))
@@ -128,7 +126,7 @@ def last_hidden(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Places in this order, as many together as fit `BATCH_TOKENS` when padded."""
+    """Split the indices into batches of at most `BATCH_TOKENS` padded tokens, in this order."""
     batches: list[list[int]] = []
     for place in order:
         if batches and (len(batches[-1]) + 1) * lengths[place] <= BATCH_TOKENS:
@@ -140,8 +138,8 @@ def _batches(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Pairs with their features: rows of plain values (id, prompt, chosen, rejected as messages, `LABELS`, scores),
-    the features in the same order, the tokenised pairs, and the model that gave them.
+    """Pairs with features: rows of plain values (id, prompt, chosen, rejected as messages, `LABELS`, scores), their
+    features and token ids in the same order, and the model.
     """
 
     rows: list[dict[str, Any]]
@@ -149,23 +147,23 @@ class Labelled:
     tokenized: Dataset
     model: Any
 
-    def select(self, places: Sequence[int]) -> Labelled:
-        """Some of the pairs, in this order."""
-        rows = [self.rows[place] for place in places]
-        return Labelled(rows, self.features.select(places), self.tokenized.select(places), self.model)
+    def select(self, indices: Sequence[int]) -> Labelled:
+        """Return some of the pairs, in this order."""
+        rows = [self.rows[index] for index in indices]
+        return Labelled(rows, self.features.select(indices), self.tokenized.select(indices), self.model)
 
 
 def labelled(paths: Sequence[str], model: str, tell: Callable[[str], None] = lambda _: None) -> Labelled:
-    """The pairs of some datasets with the features that the model at `model` gives them.
+    """Read the pairs of some datasets and compute their features with the model at `model`.
 
-    Raises UserError for a dataset or model that cannot be read, before anything is computed. Pairs that do not fit the
-    model's context are left out, and told.
+    Raises UserError for a dataset or model that cannot be read, before anything is computed. Pairs that exceed the
+    model's context are left out, with a note.
     """
     return labelled_rows(read_rows(paths), model, tell)
 
 
 def labelled_rows(rows: list[dict[str, Any]], model: str, tell: Callable[[str], None] = lambda _: None) -> Labelled:
-    """The same for rows that were read already."""
+    """Compute the features of rows, like `labelled`."""
     from datasets import Dataset
 
     from apo.data.tokenize import eos_ids, tokenize
@@ -193,10 +191,10 @@ def labelled_rows(rows: list[dict[str, Any]], model: str, tell: Callable[[str], 
 
 
 def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """All pairs of some datasets as plain rows, train and test split of a folder; `split` says which.
+    """Read all pairs of some datasets as plain rows; a folder's train and test rows have it in `split`.
 
-    `id` is the content's hash where there is none; `source` the pipeline that built the folder, or the path's last
-    part, where the row names none. Labels are text or None.
+    A missing `id` becomes the content's hash, a missing `source` the pipeline that built the folder, or the path's
+    last component. Labels are text or None.
     """
     from clair.data.dataset import SPLITS, load_pairs, read_manifest
     from clair.data.dataset import read_rows as read_folder
