@@ -294,7 +294,8 @@ def head_gradients(
     from apo.packing.logps import PairLogps
 
     head = model.get_output_embeddings()
-    sketch = _sketch(*head.weight.shape, dimensions, seed)
+    vocabulary, hidden_size = head.weight.shape
+    sketch = _sketch(vocabulary, hidden_size, dimensions, seed)
     gradients: dict[str, list[Tensor]] = {"chosen": [], "rejected": []}
     sums: dict[str, list[float]] = {"chosen": [], "rejected": []}
     lengths: dict[str, list[int]] = {"chosen": [], "rejected": []}
