@@ -32,7 +32,7 @@ JOINING = {
 }  # fmt: skip
 """Dialect as a whole name only: within a longer one they join or count, as in `retry_after` and `count_words`."""
 
-LIMITS = {"clair": 1.0, "apo": 1.5, "recipes": 1.0, "tests": 1.0}
+LIMITS = {"clair": 1.0, "apo": 1.0, "recipes": 1.0, "tests": 1.0}
 """The share of names with such a word that each folder stays below, in percent: a word that is exact may stay."""
 
 
