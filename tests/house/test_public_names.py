@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 import typing
@@ -82,3 +83,11 @@ def test_every_output_of_a_command_that_is_a_local_path_refuses_a_url(command, t
     )
     assert (result.returncode, result.stderr.count("\n"), list(tmp_path.iterdir())) == (2, 1, [])
     assert result.stderr.startswith("error: s3://bucket/a is a URL")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_api_page_renders_every_public_name(package):
+    page = (ROOT / "docs/api.md").read_text("utf-8")
+    assert sorted(re.findall(rf"^::: {package}\.(\w+)$", page, re.MULTILINE)) == sorted(
+        importlib.import_module(package).__all__
+    )
