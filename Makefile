@@ -4,7 +4,7 @@
 #   make quickstart   the main job on the embedded world: prompts, pairs, training, accuracy before and after
 #   make paper-mini   the paper's grid in small, going on from where it was stopped; SMALL=1 for a quick look
 #   make test         the tests, without the slow ones        make test-all   all of them
-#   make lint         ruff, layers, generated pages           make docs       the site, into site/
+#   make lint         ruff, layers, types, generated pages          make docs       the site, into site/
 #   make bench        measure, and write tests/benchmarks/results
 #   make release      sdist and wheel, into dist/, tried in an empty environment
 #
@@ -31,7 +31,7 @@ export TOKENIZERS_PARALLELISM := false
 export MPLBACKEND := Agg
 export NO_MKDOCS_2_WARNING := 1
 # Tests run in as many processes as there are cores: one thread each, and no spinning between products.
-test: export OMP_NUM_THREADS := 1
+test test-slow: export OMP_NUM_THREADS := 1
 
 .PHONY: help install quickstart paper-mini test test-slow test-all lint format docs cli-docs bench release clean
 
@@ -68,7 +68,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist worksteal --durations 20
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal --durations 20
 
 test-all: test test-slow
 
@@ -76,6 +76,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/basedpyright --level error
 	$(BIN)/python docs/make_cli.py --check
 	$(BIN)/python docs/make_diagrams.py --check
 	$(BIN)/python -m pytest -q tests/house/test_tracked_files.py
