@@ -137,7 +137,7 @@ def test_at_a_url_the_machines_of_driver_and_worker_are_lost_and_others_go_on_an
     pytest.importorskip("s3fs", reason="clair-apo[s3] is not installed")
     pytest.importorskip("moto", reason="moto, the S3 server of this test, is not installed")
     out = "s3://pairs/all"
-    late = [n for n in range(40) if Shard(1, 2).holds(f"row-{n}")][-6:]  # in flight when the machines are lost
+    late = [n for n in range(40) if Shard(1, 2).contains(f"row-{n}")][-6:]  # in flight when the machines are lost
     scripts = ["wait:600 ok" if n in late else "ok" for n in range(40)]
     write_prompts(tmp_path / "prompts.jsonl", scripted_rows(scripts))
     reviser = {"url": server.url, "model": "m", "max_tokens": 50, "price": {"input": 1, "output": 1}}
