@@ -495,7 +495,7 @@ def test_text_that_a_template_writes_after_the_end_of_turn_is_noted_once(tmp_pat
     trainer = apo_trainer(tmp_path, tokenizer, pairs, eval_dataset=pairs.select(range(4)))
     notes = [note for note in trainer.notes if "after the end of turn" in note]
     assert len(notes) == 1
-    assert "in 24 of 24 rows (first: row 0), as with a line break;" in notes[0]
+    assert "in 24 of 24 rows (first: row 0), for example with a line break;" in notes[0]
     assert "TRL trains it too" in notes[0]
     assert not [note for note in apo_trainer(tmp_path, make_tokenizer(), pairs).notes if "after the end" in note]
 
