@@ -20,7 +20,7 @@ import torch
 
 from clair.data.contrast import contrast_of
 from clair.pipeline.build import build
-from recipes.world.replay import recorded, replay
+from recipes.world.replay import read_recordings, replay
 from tests.clair import tiny_model
 from tests.clair.building import config_for, drops, manifest, pairs, write_prompts
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def rows(shared) -> list:
-    return recorded(shared)
+    return read_recordings(shared)
 
 
 # ---- recorded revisions
