@@ -12,6 +12,7 @@ import typer
 from apo.advice.cli import advise
 from apo.cli_analysis import calibrate, certify, distinguish
 from apo.cli_evaluation import app as evaluate
+from apo.cli_recipe import EXTRA_ARGUMENTS
 from apo.console import quieten, tell
 from apo.rewards.cli import app as reward
 from clair.core.errors import EXIT_INTERRUPTED
@@ -111,7 +112,7 @@ def merge(
     tell(f"wrote {merge_adapter(adapter, out, base=base)}")
 
 
-app.command()(advise)
+app.command(context_settings=EXTRA_ARGUMENTS)(advise)
 app.command()(distinguish)
 app.command()(calibrate)
 app.command()(certify)

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from apo.advice.rule import COARSE, FINE, sample_size
-from apo.evaluation.config import EvaluationConfig, check_out_folder
+from apo.evaluation.config import EvaluationConfig, check_out_folder, with_batch_tokens
 from clair.core.errors import UserError, one_line
 from clair.core.files import content_hash
 from clair.data.records import Prompt
@@ -52,7 +52,7 @@ class AdviseConfig(EvaluationConfig):
     @property
     def models(self) -> dict[str, ModelConfig]:
         """The models that get requests, by role."""
-        return {"model": self.model, **({"judge": self.judge} if self.judge else {})}
+        return {"model": with_batch_tokens(self.model), **({"judge": self.judge} if self.judge else {})}
 
 
 @dataclass(frozen=True, slots=True)

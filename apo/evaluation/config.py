@@ -45,6 +45,20 @@ class EvaluationConfig(Recipe):
         return Path(self.ledger) if self.ledger else Path(self.out) / "ledger.sqlite"
 
 
+def default_batch_tokens() -> int:
+    """Tokens in a batch of a local model: many on a GPU; few on a CPU, whose caches hold no more."""
+    import torch
+
+    return 131_072 if torch.cuda.is_available() else 16_384
+
+
+def with_batch_tokens(model: ModelConfig) -> ModelConfig:
+    """The model with a batch size in tokens, if it is local and its recipe sets no batch size."""
+    if model.path is None or model.model_fields_set & {"batch_size", "batch_tokens"}:
+        return model
+    return model.model_copy(update={"batch_tokens": default_batch_tokens()})
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Outcome:
     """How a run ended that sends requests to models: with a result in `out`, or with the reason why there is none.

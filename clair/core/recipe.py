@@ -149,7 +149,9 @@ def resolve(model: type[R], values: Mapping[str, Any], source: str = "recipe") -
 
 
 # The steps of a pydantic location that name the member of a union: a class of ours, or a type.
-_UNION_ARM = re.compile(r"[A-Z]\w*|str|bool|int|float|(?:dict|list|tuple|constrained-\w+|lax-or-strict)\[.*\]")
+_UNION_ARM = re.compile(
+    r"[A-Z]\w*|str|bool|int|float|(?:dict|list|tuple|constrained-\w+|lax-or-strict|function-\w+)\[.*\]"
+)
 
 
 def _first_problem(model: type[BaseModel], error: ValidationError) -> str:

@@ -104,7 +104,7 @@ def _judgements(folder: Path, data: Path) -> dict[str, Any]:
 
 
 def _local(folder: Path, invented: Path) -> dict[str, Any]:
-    from apo.evaluation.mixeval.answers import default_batch_tokens
+    from apo.evaluation.config import default_batch_tokens
     from tests.apo.evaluation.evaluating import evaluated
 
     named = os.environ.get("CLAIR_SHARED")

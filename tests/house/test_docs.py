@@ -26,10 +26,16 @@ from tests.house.pages import ROOT, blocks, commands, pages, tables
 
 def configs() -> dict[str, type[BaseModel]]:
     """Every recipe and every part of one, by class name."""
+    from apo.advice.config import AdviseConfig
+    from apo.evaluation.mixeval.config import MixEvalConfig
+    from apo.evaluation.winrate.run import WinrateConfig
     from apo.training.config import TrainConfig
     from clair.pipeline.config import BuildConfig
 
-    by_name: dict[str, type[BaseModel]] = {}
+    # The roles of evaluations are those of builds, with other defaults: only their own keys have tables.
+    by_name: dict[str, type[BaseModel]] = {
+        model.__name__: model for model in (AdviseConfig, MixEvalConfig, WinrateConfig)
+    }
     todo: list[type[BaseModel]] = [BuildConfig, TrainConfig]
     while todo:
         model = todo.pop()
@@ -154,15 +160,20 @@ def recipes() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("location", "text"), recipes(), ids=lambda value: value if "\n" not in value else "")
 def test_recipes_are_recipes(location, text):
     """A whole recipe is accepted as it stands; of a part of one, every key exists."""
+    from apo.advice.config import AdviseConfig
+    from apo.evaluation.mixeval.config import MixEvalConfig
+    from apo.evaluation.winrate.run import WinrateConfig
     from apo.training.config import TrainConfig
     from clair.core.recipe import parse_yaml, resolve
     from clair.pipeline.config import BuildConfig
 
     values = parse_yaml(text)
-    if "pipeline" in values:
-        resolve(BuildConfig, values, location)
-    elif "model" in values:
-        resolve(TrainConfig, values, location)
+    kinds = {"pipeline": BuildConfig, "tuned": WinrateConfig, "data": MixEvalConfig}
+    whole = next((kind for key, kind in kinds.items() if key in values), None)
+    if whole is None and "model" in values:
+        whole = AdviseConfig if isinstance(values["model"], dict) else TrainConfig
+    if whole is not None:
+        resolve(whole, values, location)
     else:
         allowed = [set(model.model_fields) for model in configs().values()]
         assert any(set(values) <= keys for keys in allowed), f"{location}: {', '.join(values)}"

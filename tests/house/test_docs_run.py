@@ -134,6 +134,9 @@ def write_recipes(page: str, folder: Path, url: str) -> None:
         (folder / "recipe.yaml").write_text(yaml.safe_dump(BY_GROUP), "utf-8")
     for block in reversed([block for block in blocks("yaml") if block.page == page]):
         values = yaml.safe_load(block.code)
+        if block.title:
+            (folder / block.title).write_text(block.code, "utf-8")
+            continue
         if "pipeline" in values:
             values["target"] = {"path": "my-model", "temperature": 0.6, "max_tokens": 64}
             values["reviser"] |= {"url": url, "model": "world-reviser"}

@@ -63,13 +63,6 @@ def answer_requests(benchmark: Benchmark, samples: int, *, greedy: bool) -> list
     return requests
 
 
-def default_batch_tokens() -> int:
-    """Tokens of a batch on this machine: many for a GPU, few for a CPU, whose caches larger batches exceed."""
-    import torch
-
-    return 131_072 if torch.cuda.is_available() else 16_384
-
-
 def messages_for(row: BenchmarkRow, system: str | None) -> list[Message]:
     """The messages of a request: one user turn, after a system prompt if there is one (the benchmark has none)."""
     first: list[Message] = [{"role": "system", "content": system}] if system is not None else []

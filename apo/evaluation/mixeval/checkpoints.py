@@ -23,7 +23,7 @@ from clair.inference.model import Model, Refused
 from clair.inference.model_folder import weights_identity
 from clair.inference.open import Resources
 from clair.ledger.join import join_ledgers
-from clair.storage.object_store import account_of
+from clair.storage.object_store import account_of, is_url
 
 LEDGER = "ledger.sqlite"
 _ANSWERS = "answers"
@@ -40,32 +40,31 @@ def folder_names(models: Sequence[str]) -> list[str]:
     return ["-".join(path.parts[-length:]).strip("/") for path in paths]
 
 
-def configs_by_model(config: MixEvalConfig, models: Sequence[Mapping[str, Any]]) -> list[MixEvalConfig]:
+def configs_by_model(config: MixEvalConfig, folders: Sequence[str]) -> list[MixEvalConfig]:
     """The config of each model: its own folder under `config.out`, the common ledger, its share of the budget.
 
-    Raises UserError for models that are no folders.
+    `folders` are the models; none: the model of `config`. Raises UserError if `config.model` is no folder.
     """
-    for model in models:
-        if not model.get("path"):
-            raise UserError(
-                "several --model are for folders; evaluate an endpoint alone, with --ledger to share the ledger"
-            )
+    model = config.model
+    if model is None or model.path is None or any(is_url(folder) for folder in folders):
+        raise UserError("several models, and --runner, are for model folders; evaluate an endpoint alone")
+    folders = list(folders) or [model.path]
     ledger = config.ledger or str(Path(config.out) / LEDGER)
     budget = config.budget
     if budget:
         money, tokens = budget.money, budget.tokens
-        share = {"money": money and money / len(models), "tokens": tokens and tokens // len(models)}
+        share = {"money": money and money / len(folders), "tokens": tokens and tokens // len(folders)}
         budget = budget.model_copy(update=share)
     return [
         config.model_copy(
             update={
-                "model": ModelConfig.model_validate(model),
+                "model": model.model_copy(update={"path": folder}),
                 "out": str(Path(config.out) / name),
                 "ledger": ledger,
                 "budget": budget,
             }
         )
-        for model, name in zip(models, folder_names([str(model["path"]) for model in models]), strict=True)
+        for folder, name in zip(folders, folder_names(folders), strict=True)
     ]
 
 

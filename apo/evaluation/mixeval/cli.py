@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import typer
 
@@ -30,13 +29,10 @@ def run_single(config: MixEvalConfig, inputs: MixEvalInputs) -> None:
 
 
 def run_several(
-    config: MixEvalConfig, models: list[Any], runner: str | None, address: str | None, *, dry_run: bool
+    config: MixEvalConfig, folders: Sequence[str], runner: str | None, address: str | None, *, dry_run: bool
 ) -> None:
     """Evaluate several models, here or on a cluster, and print their scores in the order of the command line."""
-    work = [
-        (model_config, load_inputs(model_config))
-        for model_config in configs_by_model(config, [model or {} for model in models])
-    ]
+    work = [(model_config, load_inputs(model_config)) for model_config in configs_by_model(config, folders)]
     for note in work[0][1].benchmark.notes:
         tell(f"note: {note}")
     if dry_run:

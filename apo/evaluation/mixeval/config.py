@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from apo.evaluation.config import EvaluationConfig, check_out_folder
+from apo.evaluation.config import EvaluationConfig, check_out_folder, with_batch_tokens
 from apo.evaluation.mixeval.answers import Answer, check_system_prompt, read_responses
 from apo.evaluation.mixeval.benchmark import VERSIONS, Benchmark, HardOrFull, JudgePrompts, load, load_judge_prompts
 from apo.evaluation.mixeval.judging import request_options
@@ -53,7 +53,7 @@ class MixEvalConfig(EvaluationConfig):
     @property
     def models(self) -> dict[str, ModelConfig]:
         """The models that get requests, by role; the judge with the profile's request options."""
-        roles = {"model": self.model} if self.model else {}
+        roles = {"model": with_batch_tokens(self.model)} if self.model else {}
         if self.judge != "rule":
             options = request_options(self.profile, self.seed)
             limits = {"temperature": options.pop("temperature", None), "max_tokens": options.pop("max_tokens")}

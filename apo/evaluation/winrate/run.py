@@ -28,6 +28,7 @@ from apo.evaluation.config import (
     is_transient,
     mark_resumable,
     redacted,
+    with_batch_tokens,
 )
 from apo.evaluation.winrate.verdicts import SIDES, AnswerText, Comparison, prompt_key, summary, unresolved_counts
 from clair.core.errors import UserError, one_line
@@ -52,13 +53,19 @@ RESULT = "winrate.json"
 ITEMS = "winrate.jsonl"
 
 
+class AnswererConfig(ModelConfig):
+    """A model whose answers are compared."""
+
+    max_tokens: int | None = Field(1024, ge=1)
+
+
 class WinrateConfig(EvaluationConfig):
     """Base and tuned model, each a model or a file of its answers; the prompts and the judge."""
 
     prompts: PromptSource
-    base: ModelConfig | str
+    base: AnswererConfig | str
     """A model that answers, or a file of prompts, each with an `answer`."""
-    tuned: ModelConfig | str
+    tuned: AnswererConfig | str
     judge: JudgeConfig
     samples: int = Field(1, ge=1)
     """Answers of each side to each prompt; answers with the same number are compared."""
@@ -77,7 +84,7 @@ class WinrateConfig(EvaluationConfig):
     def models(self) -> dict[str, ModelConfig]:
         """The models that get requests, by role."""
         roles = {role: getattr(self, role) for role in (*SIDES, "judge")}
-        return {role: model for role, model in roles.items() if isinstance(model, ModelConfig)}
+        return {role: with_batch_tokens(model) for role, model in roles.items() if isinstance(model, ModelConfig)}
 
 
 @dataclass(frozen=True, slots=True)

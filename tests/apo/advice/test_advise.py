@@ -27,6 +27,7 @@ from recipes.world.running import ROOT, running
 from recipes.world.server import ServerOptions
 from recipes.world.tasks import distinct_tasks
 from tests.apo.conftest import make_tokenizer
+from tests.apo.evaluation.evaluating import write_recipe
 
 MODEL = ROOT / "recipes/world/model"
 
@@ -238,11 +239,18 @@ def test_the_authors_of_both_sides_are_read_from_the_folder(tmp_path):
     assert own_shares(settings(tmp_path, folder)) == (None, None)
 
 
-@pytest.mark.parametrize("options", [["--judge-model", "j"], ["--judge-base-url", "http://127.0.0.1:9/v1"]])
-def test_half_a_judge_is_refused(tmp_path, options):
-    result = CliRunner().invoke(app, ["advise", "none.jsonl", "--model", str(MODEL), *options])
+@pytest.mark.parametrize("judge", [{"model": "j"}, {"url": "http://127.0.0.1:9/v1"}])
+def test_half_a_judge_is_refused(tmp_path, judge):
+    values = {"dataset": "none.jsonl", "model": {"path": MODEL}, "judge": judge, "out": tmp_path / "out"}
+    result = CliRunner().invoke(app, ["advise", str(write_recipe(tmp_path / "advise.yaml", **values))])
     assert isinstance(result.exception, UserError)
-    assert "a judge needs --judge-base-url and --judge-model" in str(result.exception)
+    assert "judge" in str(result.exception)
+
+
+def test_arguments_of_before_are_answered_with_the_recipe_to_write():
+    result = CliRunner().invoke(app, ["advise", "pairs.jsonl", "--model-id", "m", "--difference", "0.2"])
+    assert isinstance(result.exception, UserError)
+    assert "write {model: {id: m}, difference: 0.2} into advise.yaml" in str(result.exception)
 
 
 # ---- the whole, on the tiny world
@@ -312,9 +320,9 @@ def test_exchanged_columns_and_another_template_are_not_trained_on_and_the_comma
 
         def advise(dataset: Path) -> tuple[str, dict]:
             out = tmp_path / dataset.stem
-            judge = ["--judge-base-url", server.url, "--judge-model", "world-judge"]
-            arguments = ["advise", str(dataset), "--model", str(MODEL), "--max-tokens", "48", "--out", str(out), *judge]
-            result = CliRunner().invoke(app, arguments)
+            judge = {"url": server.url, "model": "world-judge"}
+            values = {"dataset": dataset, "model": {"path": MODEL, "max_tokens": 48}, "judge": judge, "out": out}
+            result = CliRunner().invoke(app, ["advise", str(write_recipe(out.with_suffix(".yaml"), **values))])
             assert result.exit_code == 0, result.output
             return result.output, json.loads((out / "advice.json").read_text("utf-8"))
 

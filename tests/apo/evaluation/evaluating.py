@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from apo import cli
 from apo.evaluation.mixeval.config import MixEvalConfig
@@ -70,6 +71,18 @@ def config_for(data: Path, out: Path, **changes: Any) -> MixEvalConfig:
     """A checked config; a change to None leaves a key out."""
     values = {"data": str(data), "out": str(out), "judge": "rule"} | changes
     return resolve(MixEvalConfig, {key: value for key, value in values.items() if value is not None})
+
+
+def write_recipe(file: Path, **values: Any) -> Path:
+    """Write a recipe and return its file. Paths become text; a value of None is left out."""
+    plain = json.loads(json.dumps({key: value for key, value in values.items() if value is not None}, default=str))
+    file.write_text(yaml.safe_dump(plain), "utf-8")
+    return file
+
+
+def mixeval_command(data: Path, out: Path, **values: Any) -> list[str | Path]:
+    """`apo eval mixeval` with a recipe beside `out`."""
+    return ["eval", "mixeval", write_recipe(out.with_name(f"{out.name}.yaml"), data=data, out=out, **values)]
 
 
 def evaluated(data: Path, out: Path, **changes: Any) -> MixEvalOutcome:

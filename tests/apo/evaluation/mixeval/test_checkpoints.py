@@ -12,7 +12,7 @@ from apo.evaluation.mixeval.checkpoints import configs_by_model, folder_names
 from apo.evaluation.results import MAX_NEW_TOKENS, read_results
 from clair.core.errors import UserError
 from clair.inference.local import LocalModel
-from tests.apo.evaluation.evaluating import apo, config_for, evaluated, final
+from tests.apo.evaluation.evaluating import apo, config_for, evaluated, final, mixeval_command
 from tests.clair import tiny_model
 
 
@@ -29,8 +29,8 @@ def checkpoints(tmp_path_factory) -> list[Path]:
 
 def command(data, out, checkpoints, server, *more):
     models = [word for folder in checkpoints for word in ("--model", folder)]
-    judge = ("--judge-base-url", server.url, "--judge-model", "j", "--profile", "strict")
-    return ("eval", "mixeval", "--data", data, "--out", out, *models, *judge, *more)
+    judge = {"url": server.url, "model": "j"}
+    return (*mixeval_command(data, out, judge=judge, profile="strict"), *models, *more)
 
 
 def alone(data, out, folder, server) -> dict:
@@ -61,17 +61,19 @@ def test_models_are_named_by_as_much_of_their_path_as_distinguishes_them():
 
 def test_each_of_several_models_may_spend_its_part_and_endpoints_are_refused(data, tmp_path):
     judge = {"url": "http://127.0.0.1:9/v1", "model": "j"}
-    config = config_for(data, tmp_path, responses=str(tmp_path), judge=judge, budget={"tokens": 10})
-    first, second = configs_by_model(config, [{"path": "m/a"}, {"path": "m/b"}])
+    config = config_for(data, tmp_path, model={"path": "m/a", "temperature": 0}, judge=judge, budget={"tokens": 10})
+    first, second = configs_by_model(config, ["m/a", "m/b"])
+    assert (second.model.path, second.model.temperature) == ("m/b", 0)
     assert (first.budget.tokens, Path(second.out).name) == (5, "b")
     assert first.ledger == second.ledger == str(tmp_path / "ledger.sqlite")
-    with pytest.raises(UserError, match="several --model are for folders"):
-        configs_by_model(config, [{"path": "m/a"}, {"url": "http://127.0.0.1:9/v1"}])
+    assert [each.model.path for each in configs_by_model(config, [])] == ["m/a"]
+    with pytest.raises(UserError, match="for model folders; evaluate an endpoint alone"):
+        configs_by_model(config, ["m/a", "http://127.0.0.1:9/v1"])
 
 
 @pytest.mark.slow
 def test_several_models_in_this_process_share_one_judge_and_are_printed_in_order(data, tmp_path, checkpoints, server):
-    arguments = command(data, tmp_path / "many", checkpoints, server, "--batch-tokens", "2048")
+    arguments = command(data, tmp_path / "many", checkpoints, server, "--set", "model.batch_tokens=2048")
     result = apo(*arguments)
     assert result.code == 0, result.err
     assert f"apo compare {tmp_path}/many/a-checkpoint-1 {tmp_path}/many/b-checkpoint-1" in result.out
@@ -88,7 +90,9 @@ def test_on_a_ray_of_its_own_they_answer_there_and_are_judged_here(data, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(LocalModel, "_load", lambda self: pytest.fail("the driver must not load a checkpoint"))
         result = apo(
-            *command(data, tmp_path / "many", checkpoints, server, "--batch-tokens", "2048", "--runner", "ray")
+            *command(
+                data, tmp_path / "many", checkpoints, server, "--set", "model.batch_tokens=2048", "--runner", "ray"
+            )
         )
     assert result.code == 0, result.err
     assert os.path.isfile(tmp_path / "many" / "a-checkpoint-1" / "answers" / "score.json")

@@ -6,7 +6,7 @@ import pytest
 
 from apo.evaluation.mixeval.estimate import estimate
 from clair.core.errors import UserError
-from tests.apo.evaluation.evaluating import apo, config_for, evaluated
+from tests.apo.evaluation.evaluating import apo, config_for, evaluated, mixeval_command
 from tests.apo.evaluation.questions import responses_of
 
 
@@ -41,9 +41,9 @@ def test_a_probe_estimates_the_cost_of_the_real_run(real, tmp_path, server):
 
 def test_the_command_prints_the_estimate(data, tmp_path, server):
     folder = responses_of(data, tmp_path / "responses")
-    arguments = ["eval", "mixeval", "--data", data, "--responses", folder, "--out", tmp_path / "out"]
-    judge = ["--judge-base-url", server.url, "--judge-model", "j", "--estimate"]
-    result = apo(*arguments, *judge)
+    judge = {"url": server.url, "model": "j"}
+    arguments = mixeval_command(data, tmp_path / "out", responses=folder, judge=judge)
+    result = apo(*arguments, "--estimate")
     assert (result.code, server.paid()) == (0, 0)
     assert "judge" in result.out
     with pytest.raises(UserError, match="at least 3"):

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from tests.apo.evaluation.evaluating import JudgeServer, apo, final, judging, start_apo
+from tests.apo.evaluation.evaluating import JudgeServer, apo, final, judging, mixeval_command, start_apo
 from tests.apo.evaluation.questions import FREE_FORM, MULTIPLE_CHOICE
 from tests.clair.building import CommandResult, finished
 
@@ -41,9 +41,9 @@ def arguments(real, tmp_path, slow_server) -> list:
     """A command that requests answers and judgements of the full split, of which no hash is published."""
     data = many(tmp_path / "data")
     (data / "judge_prompts.json").write_bytes((real / "judge_prompts.json").read_bytes())
-    judge = ["--judge-base-url", slow_server.url, "--judge-model", "j", "--judge-id", "j"]
-    model = ["--model", slow_server.url, "--model-name", "t", "--model-id", "t"]
-    return ["eval", "mixeval", "--data", data, "--split", "full", *model, *judge, "--concurrency", CONCURRENCY]
+    names = {"model": "t", "judge": "j"}
+    roles = {role: {"url": slow_server.url, "model": name, "id": name} for role, name in names.items()}
+    return mixeval_command(data, tmp_path / "out", split="full", concurrency=CONCURRENCY, **roles)
 
 
 def run_and(sent: signal.Signals, server: JudgeServer, arguments: list, requests: int) -> CommandResult:
@@ -100,8 +100,8 @@ def test_generation_killed_between_batches_resumes_with_the_next(tmp_path, real)
 
     data = many(tmp_path / "data")
     model = tiny_model.save(tmp_path / "model", max_position_embeddings=1024)
-    command = ["eval", "mixeval", "--data", data, "--split", "full", "--model", model, "--judge", "rule"]
-    command += ["--batch-tokens", 5000, "--out", tmp_path / "out"]
+    model = {"path": model, "batch_tokens": 5000}
+    command = mixeval_command(data, tmp_path / "out", split="full", model=model, judge="rule")
     ledger = tmp_path / "out" / "ledger.sqlite"
     process = start_apo(*command)
     until, answered = time.monotonic() + 120, 0

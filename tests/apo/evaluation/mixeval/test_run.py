@@ -10,13 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from apo.evaluation.mixeval.config import MixEvalConfig
 from apo.evaluation.mixeval.run import MixEvalRun
 from apo.evaluation.results import read_results
+from apo.evaluation.winrate.run import WinrateConfig
 from clair.core.errors import UserError
+from clair.core.recipe import load_recipe
 from clair.inference.client import StopSignal
-from tests.apo.evaluation.evaluating import apo, evaluated, final, judging
+from tests.apo.evaluation.evaluating import apo, evaluated, final, judging, mixeval_command
 from tests.apo.evaluation.questions import JUDGE, responses_of
 from tests.clair.building import error_line
+from tests.house.pages import ROOT
 
 
 @pytest.fixture
@@ -193,9 +197,9 @@ def test_an_endpoints_answers_are_made_once_and_judged(data, tmp_path, server):
 
 
 def test_the_longest_answer_is_an_option_and_part_of_what_is_compared(data, tmp_path, server):
-    arguments = ["eval", "mixeval", "--data", data, "--model", server.url, "--model-name", "t", "--judge", "rule"]
-    for name, options in (("usual", []), ("short", ["--max-tokens", "9"])):
-        result = apo(*arguments, *options, "--out", tmp_path / name)
+    model = {"url": server.url, "model": "t"}
+    for name, limit in (("usual", {}), ("short", {"max_tokens": 9})):
+        result = apo(*mixeval_command(data, tmp_path / name, model=model | limit, judge="rule"))
         assert result.code == 0, result.err
     assert {body["max_tokens"] for body in server.requests()} == {512, 9}
     refused = apo("compare", tmp_path / "usual", tmp_path / "short")
@@ -280,8 +284,8 @@ def test_an_error_of_the_judges_server_is_no_score_and_the_command_resumes(
     monkeypatch.setattr("clair.inference.rate_limit.PAUSE", 0.001)
     later = "|".join([error] * (6 if error == "BODY429" else 1) + ["[[1]]"])  # as often as it is asked by default
     folder = scripted(data, tmp_path / "r", ff0=later, ff1="[[0]]")
-    arguments = ["eval", "mixeval", "--data", data, "--responses", folder, "--out", tmp_path / "out"]
-    arguments += ["--judge-base-url", server.url, "--judge-model", "j", "--profile", profile]
+    judge = {"url": server.url, "model": "j"}
+    arguments = mixeval_command(data, tmp_path / "out", responses=folder, judge=judge, profile=profile)
     first = apo(*arguments)
     assert first.code == 3
     assert reason in first.err
@@ -304,16 +308,16 @@ def test_a_judgement_that_a_filter_blocked_is_requested_once_and_is_no_score(dat
 
 def test_a_server_without_money_from_the_first_request_on_ends_with_code_3(data, tmp_path, server):
     folder = responses_of(data, tmp_path / "r", lambda row: f"<<HTTP402>> {row.split} {row.row}")
-    arguments = ["eval", "mixeval", "--data", data, "--responses", folder, "--out", tmp_path / "out"]
-    result = apo(*arguments, "--judge-base-url", server.url, "--judge-model", "j")
+    judge = {"url": server.url, "model": "j"}
+    result = apo(*mixeval_command(data, tmp_path / "out", responses=folder, judge=judge))
     assert result.code == 3, result.err
     assert "402" in result.err
 
 
 def test_a_server_that_is_only_busy_ends_the_command_after_its_patience(data, tmp_path, server):
     folder = scripted(data, tmp_path / "r", ff0="BODY429")
-    arguments = ["eval", "mixeval", "--data", data, "--responses", folder, "--out", tmp_path / "out"]
-    result = apo(*arguments, "--judge-base-url", server.url, "--judge-model", "j", "--patience", "1")
+    judge = {"url": server.url, "model": "j", "patience": 1}
+    result = apo(*mixeval_command(data, tmp_path / "out", responses=folder, judge=judge))
     assert result.code == 3, result.err
     assert "Rate limit exceeded" in result.err
     assert not (tmp_path / "out" / "score.json").exists()
@@ -328,8 +332,8 @@ def test_an_error_of_the_models_server_is_no_wrong_answer(tmp_path, monkeypatch,
     free_form = [{**FREE_FORM[0], "prompt": f"<<{error}>>"}, *FREE_FORM[1:]]
     data = write_data(tmp_path / "data", {"free-form": free_form, "multiple-choice": MULTIPLE_CHOICE})
     accept(monkeypatch, data)
-    arguments = ["eval", "mixeval", "--data", data, "--model", server.url, "--model-name", "t", "--judge", "rule"]
-    result = apo(*arguments, "--out", tmp_path / "out")
+    model = {"url": server.url, "model": "t"}
+    result = apo(*mixeval_command(data, tmp_path / "out", model=model, judge="rule"))
     assert result.code == 3
     assert reason in result.err
     score = tmp_path / "out" / "score.json"
@@ -348,42 +352,75 @@ def test_an_error_of_the_models_server_is_no_wrong_answer(tmp_path, monkeypatch,
 
 
 def test_the_command_scores_prints_and_resumes(data, responses, tmp_path, server):
-    arguments = ("eval", "mixeval", "--data", data, "--responses", responses, "--out", tmp_path / "out")
-    by_judge = ("--judge-base-url", server.url, "--judge-model", "j")
-    dry = apo(*arguments, *by_judge, "--dry-run")
+    judge = {"url": server.url, "model": "j"}
+    arguments = mixeval_command(data, tmp_path / "out", responses=responses, judge=judge)
+    dry = apo(*arguments, "--dry-run")
     assert dry.code == 0
     assert "# 7 rows, 5 different questions, 7 answers" in dry.out
     assert not (tmp_path / "out").exists()
-    result = apo(*arguments, *by_judge)
+    result = apo(*arguments)
     assert result.code == 0, result.err
     assert "7 judgements from 5 requests; equal requests share a reply" in result.out
     assert apo("eval", "show", tmp_path / "out").code == 0
     assert server.paid() == 5
 
 
+NOBODY = {"url": "http://127.0.0.1:9/v1", "model": "j"}
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("values", "message"),
     [
-        ([], "who judges?"),
-        (["--judge", "gpt"], "--judge takes rule"),
-        (["--judge", "rule", "--judge-model", "j"], "asks no model; leave out --judge-model"),
-        (["--judge", "rule", "--profile", "loose"], "profile"),
-        (["--judge", "rule", "--samples", "2"], "samples are for a model that answers"),
-        (["--judge", "rule", "--temperature", "0"], "--temperature is for a model"),
-        (["--judge", "rule", "--max-tokens", "99"], "--max-tokens is for a model"),
-        (["--judge", "rule", "--model-name", "m"], "--model-name is for an endpoint"),
-        (["--judge", "rule", "--model", "somewhere"], "either a model that answers or a folder of responses"),
-        (["--judge", "rule", "--independent-judgements"], "independent judgements are for a judge"),
-        (["--judge-base-url", "http://127.0.0.1:9/v1", "--judge-model", "j", "--judge-price", "1"], "input,output"),
-        (["--judge-base-url", "http://127.0.0.1:9/v1", "--judge-model", "j", "--budget", "1"], "needs judge.price"),
-        (["--judge-base-url", "http://127.0.0.1:9/v1", "--judge-model", "j"], "judge: cannot reach"),
-        (["--judge-base-url", "http://127.0.0.1:9/v1", "--judge-model", "j", "--judge-key-env", "NOT_SET"], "NOT_SET"),
-        (["--judge", "rule", "--out", "/dev/null"], "is a file"),
+        ({}, "the key 'judge' is missing"),
+        ({"judge": "gpt"}, "judge"),
+        ({"judge": "rule", "profile": "loose"}, "profile"),
+        ({"judge": "rule", "samples": 2}, "samples are for a model that answers"),
+        ({"judge": "rule", "model": {"path": "somewhere"}}, "either a model that answers or a folder of responses"),
+        ({"judge": "rule", "independent_judgements": True}, "independent judgements are for a judge"),
+        ({"judge": NOBODY | {"price": 1}}, "judge.price"),
+        ({"judge": NOBODY, "budget": {"money": 1}}, "needs judge.price"),
+        ({"judge": NOBODY}, "judge: cannot reach"),
+        ({"judge": NOBODY | {"api_key_env": "NOT_SET"}}, "NOT_SET"),
+        ({"judge": "rule", "judges": "rule"}, "unknown key 'judges'"),
     ],
 )
-def test_mistakes_are_one_line(data, responses, tmp_path, options, message):
-    arguments = ["eval", "mixeval", "--data", data, "--responses", responses, "--out", tmp_path / "out"]
-    assert message in error_line(apo(*arguments, *options))
+def test_mistakes_are_one_line(data, responses, tmp_path, values, message):
+    command = mixeval_command(data, tmp_path / "out", responses=responses, **values)
+    assert message in error_line(apo(*command))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "takes one recipe, a YAML file, and none is named"),
+        (["data/mixeval"], "takes one recipe, a YAML file, and found data/mixeval"),
+        (["--datta", "d"], "unknown option --datta"),
+        (
+            ["--data", "d", "--judge-base-url", "http://127.0.0.1:9/v1", "--judge-model", "j", "--out", "o"],
+            "write {data: d, judge: {url: 'http://127.0.0.1:9/v1', model: j}} into mixeval.yaml, "
+            "then run apo eval mixeval mixeval.yaml",
+        ),
+        (["--data=d", "--judge", "rule", "--samples", "2"], "write {data: d, judge: rule, samples: 2} into"),
+        (["--model-name", "m", "--upstream-files"], "write {model: {model: m}, upstream_files: true} into"),
+    ],
+)
+def test_options_of_before_are_answered_with_the_recipe_to_write(arguments, message):
+    assert message in error_line(apo("eval", "mixeval", *arguments))
+
+
+def test_the_recipes_of_the_project_are_whole():
+    recipes = ROOT / "recipes" / "evaluation"
+    mixeval = load_recipe(MixEvalConfig, recipes / "mixeval_hard.yaml")
+    assert set(mixeval.models) == {"model", "judge"}
+    assert load_recipe(WinrateConfig, recipes / "winrate.yaml").judge.model == "gpt-4o"
+
+
+def test_out_and_model_on_the_command_line_replace_the_recipes(data, responses, tmp_path):
+    command = mixeval_command(data, tmp_path / "out", responses=responses, judge="rule")
+    assert "is a file" in error_line(apo(*command, "--out", "/dev/null"))
+    assert "either a model that answers" in error_line(apo(*command, "--model", "somewhere"))
+    assert apo(*command, "--out", tmp_path / "other", "--set", "limit=1").code == 0
+    assert len((tmp_path / "other" / "items.jsonl").read_text("utf-8").splitlines()) == 2
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(data, responses, tmp_path):
@@ -411,10 +448,10 @@ def test_a_budget_ends_the_run_and_a_larger_one_resumes(data, responses, tmp_pat
 
 def test_no_secret_is_written_or_printed(data, responses, tmp_path, server):
     url = server.url.replace("http://", "http://user:s3cr3t-pass@") + "?key=s3cr3t-too"
-    arguments = ["eval", "mixeval", "--data", data, "--responses", responses, "--out", tmp_path / "out"]
-    result = apo(*arguments, "--judge-base-url", url, "--judge-model", "j")
+    arguments = mixeval_command(data, tmp_path / "out", responses=responses, judge={"url": url, "model": "j"})
+    result = apo(*arguments)
     assert result.code == 0, result.err
-    dry = apo(*arguments, "--judge-base-url", url, "--judge-model", "j", "--dry-run")
+    dry = apo(*arguments, "--dry-run")
     assert "s3cr3t" not in result.out + result.err + dry.out + dry.err
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert len(files) >= 4

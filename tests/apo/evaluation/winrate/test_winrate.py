@@ -18,7 +18,7 @@ from recipes.world.reviser import Misbehaviour
 from recipes.world.running import Running, running
 from recipes.world.server import ServerOptions
 from recipes.world.tasks import Task, distinct_tasks
-from tests.apo.evaluation.evaluating import apo, judging
+from tests.apo.evaluation.evaluating import apo, judging, write_recipe
 
 ROOT = Path(__file__).parents[4]
 TASKS = distinct_tasks("heldout", 40, seed=0)
@@ -39,6 +39,13 @@ def answers(folder: Path, name: str, right: range, more: str = "", tasks: list[T
     file = folder / f"{name}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return file
+
+
+def winrate_command(folder: Path, url: str, judge: str) -> list[str | Path]:
+    """`apo eval winrate` of base.jsonl and tuned.jsonl in `folder`, with a recipe there."""
+    base, tuned = folder / "base.jsonl", folder / "tuned.jsonl"
+    values = {"prompts": {"path": base}, "base": base, "tuned": tuned, "judge": {"url": url, "model": judge}}
+    return ["eval", "winrate", write_recipe(folder / "winrate.yaml", out=folder / "out", **values)]
 
 
 def settings(tmp_path: Path, url: str, **changes: object) -> WinrateConfig:
@@ -278,8 +285,7 @@ def test_an_error_of_the_judges_server_is_no_win_rate_and_the_command_resumes(tm
     tuned.write_text("".join(json.dumps(row) + "\n" for row in changed), "utf-8")
     result = tmp_path / "out" / "winrate.json"
     with judging() as server:
-        arguments = ["eval", "winrate", "--prompts", base, "--base", base, "--tuned", tuned, "--out", tmp_path / "out"]
-        arguments += ["--judge-base-url", server.url, "--judge-model", "j"]
+        arguments = winrate_command(tmp_path, server.url, "j")
         first = apo(*arguments)
         assert first.code == 3
         assert reason in first.err
@@ -334,20 +340,12 @@ def test_a_folder_is_not_mixed_with_another_comparison(world, tmp_path):
 def test_the_command_prints_rate_length_and_position(world, tmp_path):
     answers(tmp_path, "base", range(20))
     answers(tmp_path, "tuned", range(10, 35), more=" That is my answer.")
-    arguments = [
-        "--prompts",
-        tmp_path / "base.jsonl",
-        "--base",
-        tmp_path / "base.jsonl",
-        "--tuned",
-        tmp_path / "tuned.jsonl",
-    ]
-    judge = ["--judge-base-url", world.url, "--judge-model", "world-judge", "--out", tmp_path / "out"]
-    plan = apo("eval", "winrate", *arguments, *judge, "--dry-run")
+    arguments = winrate_command(tmp_path, world.url, "world-judge")
+    plan = apo(*arguments, "--dry-run")
     assert plan.code == 0, plan.err
     assert "# 40 prompts, 40 pairs of answers, at most 80 verdicts" in plan.out
     assert not (tmp_path / "out").exists()
-    result = apo("eval", "winrate", *arguments, *judge)
+    result = apo(*arguments)
     assert result.code == 0, result.err
     numbers = json.loads((tmp_path / "out" / "winrate.json").read_text("utf-8"))
     assert numbers["length"]["ratio"] > 1.1
@@ -356,16 +354,21 @@ def test_the_command_prints_rate_length_and_position(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("arguments", "message"),
     [
-        (["--tuned", "http://127.0.0.1:9/v1"], "--tuned is an endpoint and needs --tuned-name"),
-        (["--tuned", "nowhere"], "--tuned nowhere is no folder, file"),
-        (["--tuned", "nowhere", "--tuned-name", "m"], "--tuned-name is for an endpoint"),
+        (["--tuned", "http://127.0.0.1:9", "--tuned-name", "m"], "{tuned: {url: 'http://127.0.0.1:9', model: m}}"),
+        (["--prompts", "p.jsonl", "--tuned", "b.jsonl"], "{prompts: {path: p.jsonl}, tuned: b.jsonl}"),
+        (["--tuned", "."], "{tuned: {path: .}}"),
     ],
 )
-def test_the_command_names_the_option_at_fault(tmp_path, options, message):
-    file = answers(tmp_path, "base", range(20))
-    judge = ["--judge-base-url", "http://127.0.0.1:9/v1", "--judge-model", "j", "--out", tmp_path / "out"]
-    result = apo("eval", "winrate", "--prompts", file, "--base", file, *options, *judge)
+def test_options_of_before_are_answered_with_the_recipe_to_write(arguments, message):
+    result = apo("eval", "winrate", *arguments)
     assert result.code == 2
-    assert message in result.err
+    assert f"write {message} into winrate.yaml, then run apo eval winrate winrate.yaml" in result.err
+
+
+def test_a_side_that_is_no_file_is_named(tmp_path):
+    answers(tmp_path, "base", range(20))
+    result = apo(*winrate_command(tmp_path, "http://127.0.0.1:9/v1", "j"), "--set", "tuned=nowhere")
+    assert result.code == 2
+    assert "nowhere" in result.err
