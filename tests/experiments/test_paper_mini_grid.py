@@ -160,10 +160,10 @@ SCRIPT = f"""
     import sys
     from pathlib import Path
     from recipes.experiments.paper_mini.cells import Design
-    from recipes.experiments.paper_mini.grid import MOVED, Place, grid, rhythm
+    from recipes.experiments.paper_mini.grid import GridPaths, grid
     if __name__ == "__main__":
         run = Path(sys.argv[1])
-        grid(Place(run, Path("recipes/world/model"), run / "runs.jsonl"), {TINY!r}, 1, print)
+        grid(GridPaths(run, Path("recipes/world/model"), run / "runs.jsonl"), {TINY!r}, 1, print)
 """
 
 

@@ -385,7 +385,7 @@ ids = lambda n: [rng.randrange(10, 60) for _ in range(n)] + [3] if n else []
 lora = lambda: LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if case["lora"] else None
 options = {"dtype": case["dtype"]}
 if case["quantize"]:
-    options["quantization_config"] = models.four_bits(case["dtype"])
+    options["quantization_config"] = models.nf4_config(case["dtype"])
 
 def run(folder, lengths):
     rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(ids, lengths))) for _ in range(8)]

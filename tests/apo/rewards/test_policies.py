@@ -42,7 +42,7 @@ def wins(theta, ideal) -> float:
 @pytest.mark.slow
 def test_e1_pooled_apo_zero_serves_nobody_and_inferred_groups_are_served():
     synthetic = toy.bimodal(40, 40)
-    groups = scorers.fitted("pal", synthetic).states.argmax(1)
+    groups = scorers.fit_best("pal", synthetic).states.argmax(1)
     data = scorers.comparisons(synthetic)
     ideal = torch.tensor(toy.bimodal(1, 4000).chosen - toy.bimodal(1, 4000).rejected, dtype=torch.float32).mean(0)
     ideals = [ideal, -ideal]
@@ -99,7 +99,7 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_end_to_end_groups_are_inferred_and_served_and_one_taste_stays_one(base, tmp_path, monkeypatch, seed):
     monkeypatch.setenv("CLAIR_CACHE", str(tmp_path / "cache"))
-    result = run.way(base, tmp_path / "two", seed)
+    result = run.run_experiment(base, tmp_path / "two", seed)
     alone = run.gate(base, tmp_path / "one", seed, groups=1)
     print(result, alone)
     assert (result["plural"], result["tastes"], result["purity"]) == (True, 2, 1.0)

@@ -270,7 +270,7 @@ def test_a2_prototypes_shared_by_all_beat_a_reward_for_each_user():
     data = comparisons(synthetic)
     alone = []
     for user in range(60):
-        user_data, later = data.by_user(user), test.of(user)
+        user_data, later = data.by_user(user), test.by_user(user)
         x = user_data.chosen - user_data.rejected
         w = torch.linalg.solve(x.T @ x + torch.eye(8), x.sum(0))  # ridge: each difference is to score 1
         alone.append(float(((later.chosen - later.rejected) @ w > 0).float().mean()))
