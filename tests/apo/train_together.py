@@ -87,8 +87,8 @@ def train(name, out, backend):
     step_pairs, passes = [], []
 
     class Watched(APOTrainer):
-        def _parts(self, inputs):
-            chunks = super()._parts(inputs)
+        def _split_into_passes(self, inputs):
+            chunks = super()._split_into_passes(inputs)
             passes.append(sum(DUMMY not in chunk for chunk in chunks))
             return chunks
 
