@@ -15,7 +15,7 @@ SPEED = {"loss": 1.0, "pairs_per_second": 1117.3}
 @pytest.mark.slow
 def test_the_references_pass_says_how_far_it_is(recipe, monkeypatch):
     counts = []
-    monkeypatch.setattr(Progress, "advance", lambda self, count: counts.append((self.what, self.total, count)))
+    monkeypatch.setattr(Progress, "advance", lambda self, count: counts.append((self.title, self.total, count)))
     train(TrainConfig(**{**recipe, "trainer": {**recipe["trainer"], "pack_tokens": 120}}), tell=lambda _: None)
     counts = [count for label, total, count in counts if (label, total) == ("reference log-probs, train", 24)]
     assert len(counts) > 2
