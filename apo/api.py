@@ -6,7 +6,6 @@ command: what is paid for or trained is saved, and the same call goes on later.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,12 +23,10 @@ from apo.evaluation.mixeval.config import load_inputs as load_mixeval_inputs
 from apo.evaluation.mixeval.run import MixEvalOutcome, work_items
 from apo.evaluation.mixeval.run import evaluate as evaluate_mixeval
 from apo.training.config import TrainConfig
-from clair.core.errors import UserError
 from clair.core.progress import progress, tell
-from clair.core.recipe import Recipe, apply_overrides, load_recipe, resolve, resolved
+from clair.core.recipe import config_from
 from clair.terminal import client_progress
 
-Config = TypeVar("Config", bound=Recipe)
 Ended = TypeVar("Ended", bound=Outcome)
 
 
@@ -78,7 +75,7 @@ def train(
     Raises KeyboardInterrupt after Ctrl-C, when a checkpoint is saved; the same call goes on.
     """
     _let_idle_threads_sleep()
-    config = load_config(TrainConfig, recipe, out, overrides)
+    config = config_from(TrainConfig, recipe, overrides, out=out)
     from apo.training.train import train as train_model
 
     result = train_model(config, tell=log)
@@ -107,7 +104,7 @@ def evaluate(
     everything. Raises KeyboardInterrupt after Ctrl-C, when the replies in flight are in the ledger.
     """
     _let_idle_threads_sleep()
-    config = load_config(MixEvalConfig, recipe, out, overrides)
+    config = config_from(MixEvalConfig, recipe, overrides, out=out)
     inputs = load_mixeval_inputs(config)
     for note in inputs.benchmark.notes:
         tell(f"note: {note}")
@@ -161,33 +158,10 @@ def advise(
     Raises KeyboardInterrupt after Ctrl-C, when the replies in flight are in the ledger.
     """
     _let_idle_threads_sleep()
-    config = load_config(AdviseConfig, recipe, out, overrides)
+    config = config_from(AdviseConfig, recipe, overrides, out=out)
     with progress("checking the pairs"):
         inputs = load_advice_inputs(config)
     return _raise_interrupt(run_advice(config, inputs=inputs, log=log))
-
-
-def load_config(
-    kind: type[Config],
-    recipe: str | Path | Mapping[str, Any] | Config,
-    out: str | Path | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> Config:
-    """The checked config of a recipe in any of its forms, with `out` and `overrides` put into it."""
-    changes = dict(overrides or {}) | ({} if out is None else {"out": out})
-    assignments = [f"{key}={_json(value, key)}" for key, value in changes.items()]
-    if isinstance(recipe, str | Path):
-        return load_recipe(kind, recipe, assignments)
-    values = resolved(recipe) if isinstance(recipe, Recipe) else json.loads(_json(dict(recipe), "recipe"))
-    return resolve(kind, apply_overrides(values, assignments))
-
-
-def _json(value: Any, name: str) -> str:
-    """`value` as JSON, paths as text. Raises UserError for a value that a recipe cannot hold."""
-    try:
-        return json.dumps(value, ensure_ascii=False, default=os.fspath)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name} holds a value that is no text, number, list or mapping: {error}") from error
 
 
 def _raise_interrupt(outcome: Ended) -> Ended:

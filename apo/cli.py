@@ -57,14 +57,14 @@ def train(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from apo.training.config import TrainConfig
     from clair.core.errors import UserError
-    from clair.core.recipe import load_recipe
+    from clair.core.recipe import load_recipe, text_override
 
     if processes and not dry_run:
         raise UserError(
             f"--processes {processes} plans a run and needs --dry-run; torchrun --nproc_per_node {processes} starts one"
         )
     replaced = {"out": out, "reference": reference}
-    overrides = [*(set_ or []), *(f"{key}={_quoted(value)}" for key, value in replaced.items() if value)]
+    overrides = [*(set_ or []), *(text_override(key, value) for key, value in replaced.items() if value)]
     config = load_recipe(TrainConfig, recipe, overrides)
     quieten()
     if dry_run:
@@ -212,13 +212,6 @@ def _closing(out: str, run: dict[str, Any]) -> str:
     size, seconds = describe_size(run["data"]["train"]), f"{run['seconds']:.0f} s"
     lines = [f"{size}, {run['steps']:,} steps, {seconds}: {format_log(run['metrics'])}"]
     return "\n".join([*lines, f"model and card in {out}/, the picture in {out}/dynamics.png"])
-
-
-def _quoted(text: str) -> str:
-    """A path as a YAML string, so that `--out 7` is the folder 7 and not the number."""
-    import json
-
-    return json.dumps(text)
 
 
 def main() -> None:

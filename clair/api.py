@@ -6,15 +6,12 @@ command: the requests in flight are awaited and their replies are kept.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clair.core.errors import UserError
 from clair.core.progress import progress, tell
-from clair.core.recipe import apply_overrides, load_recipe, resolve, resolved
+from clair.core.recipe import config_from
 from clair.pipeline.build import BuildResult, check_recipe
 from clair.pipeline.build import build as build_dataset
 from clair.pipeline.config import BuildConfig
@@ -52,7 +49,7 @@ def build(
     Raises UserError, in one line, for a mistake in the recipe or the prompts, and for an endpoint that refuses the run.
     Raises KeyboardInterrupt after Ctrl-C, when the replies in flight are in the ledger; the same call goes on.
     """
-    config = load_config(recipe, out=out, limit=limit, overrides=overrides)
+    config = config_from(BuildConfig, recipe, overrides, out=out, limit=limit)
     with progress("building", details=lambda: ["checking recipe and prompts"], shown=show_progress):
         prompt_scan = check_recipe(config)
     for warning in template_warnings(config):
@@ -79,7 +76,7 @@ def estimate(
     `probe` rows are run and paid for first, at least 3; their replies are kept for the build. The other arguments and
     the errors are those of `build`.
     """
-    config = load_config(recipe, out=out, limit=limit, overrides=overrides)
+    config = config_from(BuildConfig, recipe, overrides, out=out, limit=limit)
     rows = max(MIN_PROBE, probe)
     title, calls = "probing" if probe else "counting", dict.fromkeys(config.models, rows)
     with client_progress(title, rows, calls, shown=show_progress) as on_progress:
@@ -97,28 +94,3 @@ def report(folder: str | Path, *, out: str | Path | None = None, filters: Sequen
         if out is None and is_url(str(folder)):
             out = Path(f"{local_folder.name}-report.html")
         return write_report(local_folder, out, filters)
-
-
-def load_config(
-    recipe: RecipeSource,
-    *,
-    out: str | Path | None = None,
-    limit: int | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> BuildConfig:
-    """The checked config of a recipe in any of its forms, with `out`, `limit` and `overrides` put into it."""
-    changes = dict(overrides or {})
-    changes |= {key: value for key, value in (("out", out), ("limit", limit)) if value is not None}
-    assignments = [f"{key}={_json(value, key)}" for key, value in changes.items()]
-    if isinstance(recipe, str | Path):
-        return load_recipe(BuildConfig, recipe, assignments)
-    plain = resolved(recipe) if isinstance(recipe, BuildConfig) else json.loads(_json(dict(recipe), "recipe"))
-    return resolve(BuildConfig, apply_overrides(plain, assignments))
-
-
-def _json(value: Any, name: str) -> str:
-    """`value` as JSON, paths as text. Raises UserError for a value that a recipe cannot hold."""
-    try:
-        return json.dumps(value, ensure_ascii=False, default=os.fspath)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name} holds a value that is no text, number, list or mapping: {error}") from error

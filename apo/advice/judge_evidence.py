@@ -19,7 +19,7 @@ from clair.core.statistics import wilson
 from clair.data.records import Dropped, Prompt
 from clair.inference.client import ModelClient, Stopped, StopSignal
 from clair.inference.local import LocalModel
-from clair.inference.open import map_ordered, open_clients, stop_on_interrupt
+from clair.inference.open import map_ordered, running_clients
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger
 from clair.pipeline.steps import position_bias
@@ -63,15 +63,10 @@ async def collect_replies(
 ) -> CollectedReplies:
     """Collect own answers and verdicts, reusing the replies in the ledger; incomplete if the run stops or fails."""
     stop, replies = StopSignal(), CollectedReplies()
-    clients = open_clients(config, ledger, stop)
-    try:
-        with stop_on_interrupt(stop, clients):
-            replies.own_answers = await _generate_own_answers(clients["model"], inputs, stop, replies.failures, log)
-            if judge and not (stop.reason or replies.failures):
-                await _compare_by_judge(config, inputs, clients["judge"], stop, replies, log)
-    finally:
-        for client in clients.values():
-            await client.model.close()
+    async with running_clients(config, ledger, stop) as clients:
+        replies.own_answers = await _generate_own_answers(clients["model"], inputs, stop, replies.failures, log)
+        if judge and not (stop.reason or replies.failures):
+            await _compare_by_judge(config, inputs, clients["judge"], stop, replies, log)
     if stop.error:
         raise stop.error
     replies.stopped = stop.reason
@@ -178,9 +173,8 @@ async def _compare_by_judge(
 
 def _winrate_config(config: AdviseConfig) -> winrate.WinrateConfig:
     assert config.judge is not None
-    return winrate.WinrateConfig(
-        prompts={"path": config.dataset}, base="other", tuned="winner", judge=config.judge, out=config.out
-    )  # type: ignore[arg-type]
+    values = {"prompts": {"path": config.dataset}, "base": "other", "tuned": "winner"}
+    return winrate.WinrateConfig.model_validate({**values, "judge": config.judge, "out": config.out})
 
 
 def distrust_reason(

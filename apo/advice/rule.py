@@ -82,7 +82,7 @@ def advise(e: Evidence) -> Advice:
     if e.right is None and e.coherence.lo <= 0:
         return _do_not_train("low", "the pairs pull in no common direction, as if their labels were drawn by lot")
     standing, sure, because = winner_standing(e)
-    objective: Objective = {"better": "apo_zero", "worse": "apo_down"}.get(standing, "dpo")  # type: ignore[assignment]
+    objective: Objective = "apo_zero" if standing == "better" else "apo_down" if standing == "worse" else "dpo"
     beware = []
     if both_own(e):
         sure = SURE[max(0, SURE.index(sure) - 1)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from clair.core.files import read_json, write_json
 from clair.core.recipe import Recipe, changed_keys, resolved
 from clair.data.records import Dropped
 from clair.inference.budget import BudgetConfig
-from clair.inference.client import ModelClient
+from clair.inference.client import ModelClient, StopSignal
 from clair.inference.config import ROLE_PASSING, ModelConfig, redacted_model
 from clair.inference.model import LimitReached, PaymentRequired, Refused
+from clair.inference.open import InferenceConfig, Resources, running_clients
 from clair.ledger.ledger import Ledger
 from clair.storage.object_store import account_of
 
@@ -139,6 +141,22 @@ def is_transient(dropped: Dropped) -> bool:
     Such a failure must not become a verdict about the row.
     """
     return dropped.failed and dropped.reason not in _ROW_ERRORS
+
+
+@asynccontextmanager
+async def evaluation_clients(
+    config: InferenceConfig, ledger: Ledger, stop: StopSignal, resources: Resources | None = None
+) -> AsyncIterator[dict[str, ModelClient]]:
+    """The clients of an evaluation. Raises the error that ended it, with the exit code of one that can go on."""
+    async with running_clients(config, ledger, stop, resources=resources) as clients:
+        try:
+            yield clients
+        except Refused as error:
+            mark_resumable(error, clients)
+            raise
+    if stop.error:
+        mark_resumable(stop.error, clients)
+        raise stop.error
 
 
 def mark_resumable(error: Exception, clients: Mapping[str, ModelClient]) -> None:

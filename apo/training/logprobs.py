@@ -36,9 +36,8 @@ class LogprobTrainer(DPOTrainer):
     `APOTrainer.__init__` sets the attributes annotated here.
     """
 
-    # TRL declares these wider than they are here.
-    args: APOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    processing_class: PreTrainedTokenizerBase  # pyright: ignore[reportIncompatibleVariableOverride]
+    args: APOConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # wider in TRL
+    processing_class: PreTrainedTokenizerBase  # pyright: ignore[reportIncompatibleVariableOverride]  # wider in TRL
     model: Any
     ref_model: Any
 

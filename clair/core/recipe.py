@@ -7,6 +7,7 @@ resolved before any work is done or money spent. `apo` uses this module too.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -146,6 +147,30 @@ def resolve(model: type[R], values: Mapping[str, Any], source: str = "recipe") -
         return model.model_validate(dict(values))
     except ValidationError as error:
         raise UserError(f"{source}: {_first_problem(model, error)}") from error
+
+
+def config_from(
+    model: type[R], recipe: str | Path | Mapping[str, Any] | R, overrides: Mapping[str, Any] | None = None, **keys: Any
+) -> R:
+    """The checked config of a recipe in any of its forms: a YAML file, a mapping of its keys, or a config.
+
+    `overrides` are values by dotted key; `keys` are further top-level values, ignored if None. Paths become text.
+    Raises UserError as `load_recipe` does, and for a value that a recipe cannot hold.
+    """
+    changes = dict(overrides or {}) | {key: value for key, value in keys.items() if value is not None}
+    assignments = [f"{key}={_json(value, key)}" for key, value in changes.items()]
+    if isinstance(recipe, str | Path):
+        return load_recipe(model, recipe, assignments)
+    values = resolved(recipe) if isinstance(recipe, BaseModel) else json.loads(_json(dict(recipe), "recipe"))
+    return resolve(model, apply_overrides(values, assignments))
+
+
+def _json(value: Any, name: str) -> str:
+    """`value` as JSON, paths as text. Raises UserError for a value that a recipe cannot hold."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=os.fspath)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} holds a value that is no text, number, list or mapping: {error}") from error
 
 
 # The steps of a pydantic location that name the member of a union: a class of ours, or a type.

@@ -257,6 +257,20 @@ def open_model(role: str, config: ModelConfig) -> Model:
     return endpoints[0] if len(endpoints) == 1 else EndpointPool(endpoints)
 
 
+@asynccontextmanager
+async def running_clients(
+    config: InferenceConfig, ledger: Ledger, stop: StopSignal, *, resources: Resources | None = None
+) -> AsyncIterator[dict[str, ModelClient]]:
+    """Open a client for each role, stop on Ctrl-C, and close the models at the end."""
+    clients = open_clients(config, ledger, stop, resources=resources)
+    try:
+        with stop_on_interrupt(stop, clients):
+            yield clients
+    finally:
+        for client in clients.values():
+            await client.model.close()
+
+
 @contextmanager
 def stop_on_interrupt(stop: StopSignal, clients: Mapping[str, ModelClient]) -> Iterator[None]:
     """On the first Ctrl-C or SIGTERM, stop and keep the replies in flight; on the second, exit at once."""

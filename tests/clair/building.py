@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,11 +81,16 @@ class CommandResult:
 
 def clair(*arguments: str | Path) -> CommandResult:
     """The `clair` command in this process."""
+    return run_command(cli.main, "clair", *arguments)
+
+
+def run_command(main: Callable[[], None], name: str, *arguments: str | Path) -> CommandResult:
+    """A command in this process, by its `main`."""
     out, err = io.StringIO(), io.StringIO()
-    argv, sys.argv = sys.argv, ["clair", *map(str, arguments)]
+    argv, sys.argv = sys.argv, [name, *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as exit_info:
-            cli.main()
+            main()
     finally:
         sys.argv = argv
     code = exit_info.value.code

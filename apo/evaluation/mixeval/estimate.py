@@ -15,7 +15,7 @@ from clair.core.event_loop import run_async
 from clair.core.files import content_hash
 from clair.inference.budget import max_billed_tokens, role_prices
 from clair.inference.client import StopSignal
-from clair.inference.open import open_clients, stop_on_interrupt
+from clair.inference.open import running_clients
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import lock_output
 from clair.pipeline.estimate import RoleEstimate, estimate_role, sample_by_size
@@ -61,17 +61,12 @@ async def _probed(
     config: MixEvalConfig, inputs: MixEvalInputs, ledger: Ledger, probe: int, on_progress: Progress
 ) -> dict[str, RoleEstimate]:
     stop = StopSignal()
-    clients = open_clients(config, ledger, stop)
-    try:
+    async with running_clients(config, ledger, stop) as clients:
         run = MixEvalRun(config, inputs, clients, stop)
         units = _units(config, inputs, run.work())
         role = "judge" if "judge" in clients else "model"
         chosen = sorted(sample_by_size([unit.sizes[role] for unit in units], max(MIN_PROBE, probe)))
-        with stop_on_interrupt(stop, clients):
-            items = await run.items([(index, units[index].item) for index in chosen], on_progress)
-    finally:
-        for client in clients.values():
-            await client.model.close()
+        items = await run.items([(index, units[index].item) for index in chosen], on_progress)
     if stop.error or stop.reason or run.failures:
         raise stop.error or UserError(f"the probe ended early: {stop.reason or run.failures[0]}")
     paid = {

@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apo.evaluation.config import Outcome, check_resumable, is_transient, mark_resumable
+from apo.evaluation.config import Outcome, check_resumable, evaluation_clients, is_transient
 from apo.evaluation.mixeval.answers import Answer, AnswerRequest, answer_requests, refused_answer, request_answer
 from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs, load_inputs
 from apo.evaluation.mixeval.judging import Judge, JudgeResult, Verdict, judge_by_rule, make_item, with_fallbacks
@@ -26,8 +26,7 @@ from clair.data.records import Dropped
 from clair.inference.budget import role_prices
 from clair.inference.client import ModelClient, Stopped, StopSignal
 from clair.inference.local import LocalModel
-from clair.inference.model import Refused
-from clair.inference.open import Resources, map_ordered, open_clients, stop_on_interrupt
+from clair.inference.open import Resources, map_ordered
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import lock_output
@@ -93,20 +92,9 @@ async def _evaluate(
 ) -> MixEvalOutcome:
     started = time.monotonic()
     stop = StopSignal()
-    clients = open_clients(config, ledger, stop, resources=resources)
-    try:
+    async with evaluation_clients(config, ledger, stop, resources) as clients:
         run = MixEvalRun(config, inputs, clients, stop)
-        with stop_on_interrupt(stop, clients):
-            items = await run.items(run.work(), on_progress)
-    except Refused as error:
-        mark_resumable(error, clients)
-        raise
-    finally:
-        for client in clients.values():
-            await client.model.close()
-    if stop.error:
-        mark_resumable(stop.error, clients)
-        raise stop.error
+        items = await run.items(run.work(), on_progress)
     if stop.reason or run.failures:
         first = run.failures[0] if run.failures else ""
         return MixEvalOutcome(out=Path(config.out), failed=len(run.failures), first_failure=first, stopped=stop.reason)

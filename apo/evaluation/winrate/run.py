@@ -25,8 +25,8 @@ from apo.evaluation.config import (
     Outcome,
     check_out_folder,
     check_resumable,
+    evaluation_clients,
     is_transient,
-    mark_resumable,
     redacted,
     with_batch_tokens,
 )
@@ -41,8 +41,8 @@ from clair.inference.budget import role_prices
 from clair.inference.client import ModelClient, Stopped, StopSignal
 from clair.inference.config import JudgeConfig, ModelConfig
 from clair.inference.local import LocalModel
-from clair.inference.model import Refused, visible_answer
-from clair.inference.open import check_models, map_ordered, open_clients, stop_on_interrupt
+from clair.inference.model import visible_answer
+from clair.inference.open import check_models, map_ordered
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import lock_output
@@ -291,20 +291,9 @@ async def _run(
     config: WinrateConfig, inputs: WinrateInputs, ledger: Ledger, on_progress: Callable[..., None]
 ) -> WinrateOutcome:
     started, stop, out = time.monotonic(), StopSignal(), Path(config.out)
-    clients = open_clients(config, ledger, stop)
-    try:
+    async with evaluation_clients(config, ledger, stop) as clients:
         run = WinrateRun(config, inputs, clients, stop)
-        with stop_on_interrupt(stop, clients):
-            compared = await run.outcomes(on_progress)
-    except Refused as error:
-        mark_resumable(error, clients)
-        raise
-    finally:
-        for client in clients.values():
-            await client.model.close()
-    if stop.error:
-        mark_resumable(stop.error, clients)
-        raise stop.error
+        compared = await run.outcomes(on_progress)
     if stop.reason or run.failures:
         first = run.failures[0] if run.failures else ""
         return WinrateOutcome(out=out, failed=len(run.failures), first_failure=first, stopped=stop.reason)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import subprocess
@@ -15,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from apo import cli
 from apo.evaluation.mixeval.config import MixEvalConfig
 from apo.evaluation.mixeval.run import MixEvalOutcome, evaluate
 from clair.core.recipe import resolve
-from tests.clair.building import CommandResult
+from tests.clair.building import CommandResult, run_command
 
 ROOT = Path(__file__).parents[3]
 
@@ -92,15 +89,7 @@ def evaluated(data: Path, out: Path, **changes: Any) -> MixEvalOutcome:
 
 def apo(*arguments: str | Path) -> CommandResult:
     """The `apo` command in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    argv, sys.argv = sys.argv, ["apo", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as exit_info:
-            cli.main()
-    finally:
-        sys.argv = argv
-    code = exit_info.value.code
-    return CommandResult(code if isinstance(code, int) else 0 if code is None else 1, out.getvalue(), err.getvalue())
+    return run_command(cli.main, "apo", *arguments)
 
 
 def start_apo(*arguments: str | Path) -> subprocess.Popen[str]:
