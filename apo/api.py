@@ -23,7 +23,7 @@ from apo.evaluation.mixeval.config import load_inputs as load_mixeval_inputs
 from apo.evaluation.mixeval.run import MixEvalOutcome, work_items
 from apo.evaluation.mixeval.run import evaluate as evaluate_mixeval
 from apo.training.config import TrainConfig
-from clair.core.progress import progress, tell
+from clair.core.progress import print_line, progress
 from clair.core.recipe import config_from
 from clair.terminal import client_progress
 
@@ -60,7 +60,7 @@ def train(
     *,
     out: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
-    log: Callable[[str], None] = tell,
+    log: Callable[[str], None] = print_line,
 ) -> TrainingResult:
     """Train a model on preference pairs, or go on from the newest complete checkpoint of a stopped run.
 
@@ -78,7 +78,7 @@ def train(
     config = config_from(TrainConfig, recipe, overrides, out=out)
     from apo.training.train import train as train_model
 
-    result = train_model(config, tell=log)
+    result = train_model(config, log=log)
     return TrainingResult(result if config.by else {config.out: result})
 
 
@@ -107,7 +107,7 @@ def evaluate(
     config = config_from(MixEvalConfig, recipe, overrides, out=out)
     inputs = load_mixeval_inputs(config)
     for note in inputs.benchmark.notes:
-        tell(f"note: {note}")
+        print_line(f"note: {note}")
     total = len(work_items(config, inputs))
     calls = dict.fromkeys(config.models, total)
     with client_progress("evaluating", total, calls, shown=show_progress) as on_progress:
@@ -141,7 +141,7 @@ def advise(
     *,
     out: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
-    log: Callable[[str], None] = tell,
+    log: Callable[[str], None] = print_line,
 ) -> AdviceOutcome:
     """Recommend objective, beta and learning rate for training a model on preference pairs, from evidence about both.
 

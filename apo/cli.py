@@ -13,7 +13,7 @@ from apo.advice.cli import advise
 from apo.cli_analysis import calibrate, certify, distinguish
 from apo.cli_evaluation import app as evaluate
 from apo.cli_recipe import EXTRA_ARGUMENTS
-from apo.console import quieten, tell
+from apo.console import print_line, quieten
 from apo.rewards.cli import app as reward
 from clair.core.errors import EXIT_INTERRUPTED
 from clair.core.exit_codes import run
@@ -74,14 +74,14 @@ def train(
     from apo.training.train import train as run
 
     try:
-        result = run(config, tell=tell)
+        result = run(config, log=print_line)
     except KeyboardInterrupt as stop:  # caught here: typer would exit without a message
         condition = "" if str(stop) else ", if there is one"
-        tell(f"{str(stop) or 'interrupted'}; the same command goes on from the last checkpoint{condition}")
+        print_line(f"{str(stop) or 'interrupted'}; the same command goes on from the last checkpoint{condition}")
         raise typer.Exit(EXIT_INTERRUPTED) from stop
     if is_main():
         for folder, finished in (result if config.by else {config.out: result}).items():
-            tell(_closing(folder, finished))
+            print_line(_closing(folder, finished))
 
 
 @app.command()
@@ -109,7 +109,7 @@ def merge(
     quieten()
     from apo.models.merge_adapter import merge as merge_adapter
 
-    tell(f"wrote {merge_adapter(adapter, out, base=base)}")
+    print_line(f"wrote {merge_adapter(adapter, out, base=base)}")
 
 
 app.command(context_settings=EXTRA_ARGUMENTS)(advise)

@@ -44,19 +44,21 @@ def distinguish(
     from apo.analysis.distinguishability import distinguish as measure
     from apo.analysis.distinguishability import of_the_same_prompts
     from apo.analysis.features import labelled
-    from apo.console import quieten, tell
+    from apo.console import print_line, quieten
     from clair.core.console import show as print_
     from clair.core.files import write_json
 
     quieten()
-    features = labelled(datasets, model, tell)
+    features = labelled(datasets, model, print_line)
     if by == "source":
         same = of_the_same_prompts(features.rows)
         if same:
-            tell(f"comparing sources on {len(same):,} of {len(features.rows):,} pairs, whose prompts all of them have")
+            print_line(
+                f"comparing sources on {len(same):,} of {len(features.rows):,} pairs, whose prompts all of them have"
+            )
             features = features.select(same)
         else:
-            tell("no prompt is in all sources: what differs may be the prompts")
+            print_line("no prompt is in all sources: what differs may be the prompts")
     report = measure(features, by, objective, beta, seed=seed)
     print_(_cluster_table(report))
     for warning in report.warnings:
@@ -67,7 +69,7 @@ def distinguish(
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "distinguish.json", report.plain())
         draw_clusters(report.plain(), out / "distinguish.png")
-        tell(f"wrote {out}/distinguish.json and distinguish.png")
+        print_line(f"wrote {out}/distinguish.json and distinguish.png")
 
 
 def calibrate(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from apo.cli_recipe import EXTRA_ARGUMENTS, DryRun, Out, Overrides, RecipeFile, read_recipe
-from apo.console import end_early, tell
+from apo.console import end_early, print_line
 from clair.core.errors import EXIT_SOME_FAILED, UserError
 from clair.storage.object_store import local
 
@@ -63,7 +63,7 @@ def mixeval(
         return
     inputs = load_inputs(config)
     for note in inputs.benchmark.notes:
-        tell(f"note: {note}")
+        print_line(f"note: {note}")
     if dry_run:
         print_settings(config, inputs)
     elif estimate or probe:
@@ -101,7 +101,7 @@ def fetch_mixeval(
     from apo.evaluation.mixeval.fetch import BASE, fetch
 
     written = fetch(out, version or VERSIONS, ("hard", "full") if full else ("hard",), from_ or BASE)
-    tell(f"wrote {len(written)} files into {out}: {', '.join(written)}")
+    print_line(f"wrote {len(written)} files into {out}: {', '.join(written)}")
 
 
 @app.command(context_settings=EXTRA_ARGUMENTS)
@@ -154,7 +154,7 @@ def _run_winrate(config: Any, inputs: Any) -> None:
     if outcome.result["distrust"]:
         print_(outcome.result["distrust"])
     if outcome.refused:
-        tell(
+        print_line(
             f"{outcome.result['unanswered']} comparisons were refused ({outcome.refused}), so there is no win rate, "
             "only its bracket: all of them lost, all won; run the same command again to ask for them again"
         )
@@ -188,7 +188,7 @@ def pairs(
     options = {"dataset": dataset, "reference": reference, "split": split, "beta": beta, "limit": limit}
     sizes = {"max_length": max_length, "dtype": dtype, "batch_tokens": batch_tokens, "out": str(out)}
     quieten()
-    print_(pairs_table(evaluate_pairs(pairs_config(model, **options, **sizes), log=tell)))
+    print_(pairs_table(evaluate_pairs(pairs_config(model, **options, **sizes), log=print_line)))
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from clair.core.errors import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED
-from clair.core.progress import progress, tell
+from clair.core.progress import print_line, progress
 
 
 def end_early(stopped: str | None, failed: str | None) -> None:
@@ -13,10 +13,10 @@ def end_early(stopped: str | None, failed: str | None) -> None:
     import typer
 
     if stopped:
-        tell(f"{stopped}: every reply so far is kept; run the same command again to go on")
+        print_line(f"{stopped}: every reply so far is kept; run the same command again to go on")
         raise typer.Exit(EXIT_INTERRUPTED if stopped == "interrupted" else EXIT_BUDGET)
     if failed:
-        tell(failed)
+        print_line(failed)
         raise typer.Exit(EXIT_SOME_FAILED)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clair.core.progress import progress, tell
+from clair.core.progress import print_line, progress
 from clair.core.recipe import config_from
 from clair.pipeline.build import BuildResult, check_recipe
 from clair.pipeline.build import build as build_dataset
@@ -53,7 +53,7 @@ def build(
     with progress("building", details=lambda: ["checking recipe and prompts"], shown=show_progress):
         prompt_scan = check_recipe(config)
     for warning in template_warnings(config):
-        tell(f"note: {warning}")
+        print_line(f"note: {warning}")
     total, calls = prompt_scan.held, expected_replies(config, prompt_scan)
     with build_progress(total, calls, shown=show_progress) as on_progress:
         result = build_dataset(config, prompt_scan=prompt_scan, update=update, on_progress=on_progress)

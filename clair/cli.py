@@ -48,7 +48,7 @@ def build(
 ) -> None:
     """Turn prompts into a dataset folder of preference pairs. Run it again to resume it."""
     from clair.core.console import show as print_
-    from clair.core.progress import duration, progress, tell
+    from clair.core.progress import duration, print_line, progress
     from clair.core.recipe import load_recipe
     from clair.data.dataset import quality_warnings
     from clair.pipeline.build import build as build_dataset
@@ -67,7 +67,7 @@ def build(
     with progress("building", details=lambda: ["checking recipe and prompts"]):
         prompt_scan = check_recipe(shard_config(config, shard_id) if shard_id else config, shard_id)
     for warning in template_warnings(config):
-        tell(f"note: {warning}")
+        print_line(f"note: {warning}")
     if dry_run:
         import yaml
 
@@ -94,7 +94,7 @@ def build(
     rows, seconds = result.manifest["counts"]["prompts"], result.manifest["seconds"]
     print_(f"{rows:,} rows in {duration(seconds)}, {seconds / max(1, rows):.2g} s a row")
     for warning in quality_warnings(result.manifest):
-        tell(f"note: {warning}")
+        print_line(f"note: {warning}")
     if shard_id:
         print_(
             f"shard {shard_id.index} of {shard_id.count}; when all are built: clair merge {shards_location(config.out)}"
@@ -131,7 +131,7 @@ def merge(
     """Join the shards of a build into the dataset that one run makes, byte for byte."""
     from clair.cluster.merge import merge as merge_shards
     from clair.core.console import show as print_
-    from clair.core.progress import tell
+    from clair.core.progress import print_line
     from clair.data.dataset import quality_warnings
     from clair.storage.object_store import folder_of
     from clair.terminal import summary
@@ -139,7 +139,7 @@ def merge(
     manifest = merge_shards(folder, out)
     print_(summary([folder_of(manifest["recipe"]["out"])]))
     for warning in quality_warnings(manifest):
-        tell(f"note: {warning}")
+        print_line(f"note: {warning}")
     if manifest["failed"]:
         print(f"{manifest['failed']} rows failed (see dropped.jsonl); build their shards again", file=sys.stderr)
         raise typer.Exit(EXIT_SOME_FAILED)

@@ -138,7 +138,7 @@ def test_a_tiny_model_trains_on_the_real_pairs(replayed, tmp_path):
             trainer=trainer,
             out=str(tmp_path / "run"),
         ),
-        tell=lambda _: None,
+        log=lambda _: None,
     )
     assert trained["data"]["train"] == {"pairs": 12, "dropped": {}}
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

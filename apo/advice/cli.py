@@ -22,7 +22,7 @@ def advise(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
     from apo.advice.config import AdviseConfig, load_inputs
     from apo.advice.run import run
-    from apo.console import end_early, quieten, tell
+    from apo.console import end_early, print_line, quieten
     from clair.core.console import show
     from clair.core.progress import progress
 
@@ -33,7 +33,7 @@ def advise(
     if dry_run:
         _print_plan(config, inputs)
         return
-    outcome = run(config, inputs=inputs, log=tell)
+    outcome = run(config, inputs=inputs, log=print_line)
     failed = (
         f"{outcome.failed} requests got no reply ({outcome.first_failure}); "
         "the rest is kept, run the same command again"
@@ -42,7 +42,7 @@ def advise(
     show(outcome.table())
     for line in outcome.lines():
         print(printable(line))
-    tell(f"wrote {outcome.out}/advice.json")
+    print_line(f"wrote {outcome.out}/advice.json")
 
 
 def _print_plan(config: Any, inputs: Any) -> None:

@@ -34,9 +34,9 @@ _MARKS = re.compile(
 class TrainedModelConfig(ModelConfig):
     """The model that will be trained, and how its own answers are sampled."""
 
-    temperature: float | None = Field(0.3, ge=0)
+    temperature: float | None = Field(default=0.3, ge=0)
     """At 1 the answers of a small model are less likely to it than any clean text."""
-    max_tokens: int | None = Field(1024, ge=1)
+    max_tokens: int | None = Field(default=1024, ge=1)
 
 
 class AdviseConfig(EvaluationConfig):
@@ -45,7 +45,7 @@ class AdviseConfig(EvaluationConfig):
     dataset: str
     model: TrainedModelConfig
     judge: JudgeConfig | None = None
-    difference: float = Field(FINE, gt=0, lt=0.5)
+    difference: float = Field(default=FINE, gt=0, lt=0.5)
     """The difference from one half that the sample is large enough to detect."""
     seed: int = 0
 

@@ -60,7 +60,7 @@ def same_model(expected: str, actual: str, what: str) -> None:
 
 
 def features_of(
-    dataset: Dataset, model: Any, folder: Path | None = None, tell: Callable[[str], None] = lambda _: None
+    dataset: Dataset, model: Any, folder: Path | None = None, log: Callable[[str], None] = lambda _: None
 ) -> Features:
     """Return the features of tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`), from the cache if there."""
     import torch
@@ -78,7 +78,7 @@ def features_of(
         if features is None:
             features = dict(zip(NAMES, encode(model, pairs), strict=True))
             note = cache.store(folder, key, features)
-            tell(f"features: {start + len(pairs):,} of {len(dataset):,} pairs" + (f"; {note}" if note else ""))
+            log(f"features: {start + len(pairs):,} of {len(dataset):,} pairs" + (f"; {note}" if note else ""))
         chunks.append(features)
     columns = (torch.cat([chunk[name] for chunk in chunks]) for name in NAMES)
     return Features(content_hash(identity), *columns)
@@ -153,16 +153,16 @@ class Labelled:
         return Labelled(rows, self.features.select(indices), self.tokenized.select(indices), self.model)
 
 
-def labelled(paths: Sequence[str], model: str, tell: Callable[[str], None] = lambda _: None) -> Labelled:
+def labelled(paths: Sequence[str], model: str, log: Callable[[str], None] = lambda _: None) -> Labelled:
     """Read the pairs of some datasets and compute their features with the model at `model`.
 
     Raises UserError for a dataset or model that cannot be read, before anything is computed. Pairs that exceed the
     model's context are left out, with a note.
     """
-    return labelled_rows(read_rows(paths), model, tell)
+    return labelled_rows(read_rows(paths), model, log)
 
 
-def labelled_rows(rows: list[dict[str, Any]], model: str, tell: Callable[[str], None] = lambda _: None) -> Labelled:
+def labelled_rows(rows: list[dict[str, Any]], model: str, log: Callable[[str], None] = lambda _: None) -> Labelled:
     """Compute the features of rows, like `labelled`."""
     from datasets import Dataset
 
@@ -176,9 +176,9 @@ def labelled_rows(rows: list[dict[str, Any]], model: str, tell: Callable[[str], 
     columns = [{**row, "_place": place} for place, row in enumerate(columns)]
     found = tokenize(Dataset.from_list(columns), tokenizer, models.context_length(name), ends, "given")
     for note in found.notes:
-        tell(f"note: {note}")
+        log(f"note: {note}")
     if "too_long" in found.dropped:
-        tell(f"{found.dropped['too_long']:,} pairs are longer than the model's context and left out")
+        log(f"{found.dropped['too_long']:,} pairs are longer than the model's context and left out")
     if not len(found.dataset):
         raise UserError(f"none of {len(rows):,} pairs fits the context of model {model}")
     loaded = models.load_model(name)
@@ -186,7 +186,7 @@ def labelled_rows(rows: list[dict[str, Any]], model: str, tell: Callable[[str], 
     loaded.requires_grad_(False).eval()
     places = found.dataset["_place"][:]
     return Labelled(
-        [rows[place] for place in places], features_of(found.dataset, loaded, tell=tell), found.dataset, loaded
+        [rows[place] for place in places], features_of(found.dataset, loaded, log=log), found.dataset, loaded
     )
 
 

@@ -31,8 +31,8 @@ class EvaluationConfig(Recipe):
     """Settings of every run that sends requests to models: budget, limits, ledger and result folder."""
 
     budget: BudgetConfig | None = None
-    concurrency: int = Field(100, ge=1)
-    attempts: int = Field(6, ge=1)
+    concurrency: int = Field(default=100, ge=1)
+    attempts: int = Field(default=6, ge=1)
     ledger: str | None = None
     out: str = Field(min_length=1)
 

@@ -44,12 +44,12 @@ class PairsConfig(Recipe):
     reference: str
     dataset: str
     split: str = "test"
-    beta: float = Field(0.1, gt=0)
-    limit: int | None = Field(None, ge=1)
-    max_length: int | None = Field(None, ge=2)
+    beta: float = Field(default=0.1, gt=0)
+    limit: int | None = Field(default=None, ge=1)
+    max_length: int | None = Field(default=None, ge=2)
     """Longer pairs are left out; absent: the model's context length."""
     dtype: str = "float32"
-    batch_tokens: int = Field(4096, ge=1)
+    batch_tokens: int = Field(default=4096, ge=1)
     trust_remote_code: bool = False
     out: str = Field(min_length=1)
 

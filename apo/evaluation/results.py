@@ -38,7 +38,7 @@ class Item(Recipe):
     split: Split
     row: int = Field(ge=0)
     """Index in the benchmark's file of this split, from 0. (split, row, sample) is unique."""
-    sample: int = Field(0, ge=0)
+    sample: int = Field(default=0, ge=0)
     """Index among the answers to the same row."""
     question: str = Field(min_length=1)
     """Hash of the question's content. Rows that repeat a question share it."""
@@ -61,7 +61,7 @@ class Item(Recipe):
     """The reason if there is no verdict; the score is then the fallback's, or 0."""
     fallback: bool = False
     """The score was drawn at random (profile faithful)."""
-    rounds: int = Field(1, ge=0)
+    rounds: int = Field(default=1, ge=0)
     """Requests to the judge; 0 for the rule parser."""
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -169,7 +169,7 @@ class Score(Recipe):
     model: ModelUsed
     system: str | None = None
     """The system prompt sent with each question; the benchmark has none."""
-    samples: int = Field(1, ge=1)
+    samples: int = Field(default=1, ge=1)
     limit: int | None = None
     """The number of rows of each split that were used, the first ones; None: all."""
     seed: int = 0

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from apo.distributed.launch import Group
 from apo.monitoring.diagnosis import find_problems, training_log
 from apo.run_dir.files import append_metrics
-from clair.core.progress import LINE_INTERVAL, Progress, progress, tell
+from clair.core.progress import LINE_INTERVAL, Progress, print_line, progress
 
 
 class MetricsCallback(TrainerCallback):
@@ -51,8 +51,8 @@ class MetricsCallback(TrainerCallback):
 class DiagnosisCallback(TrainerCallback):
     """Prints a warning for each problem that the log shows (diagnosis.py), once per rule."""
 
-    def __init__(self, objective: Any, tell: Callable[[str], None]) -> None:
-        self.objective, self.tell = objective, tell
+    def __init__(self, objective: Any, log: Callable[[str], None]) -> None:
+        self.objective, self.log = objective, log
         self._warned: set[str] = set()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -62,7 +62,7 @@ class DiagnosisCallback(TrainerCallback):
         for rule, (message, advice) in find_problems(training_log(state.log_history, self.objective)).items():
             if rule not in self._warned:
                 self._warned.add(rule)
-                self.tell(f"warning: step {state.global_step}: {message}. What helps: {advice}")
+                self.log(f"warning: step {state.global_step}: {message}. What helps: {advice}")
 
 
 class ProgressBarCallback(TrainerCallback):
@@ -126,7 +126,7 @@ class ProgressBarCallback(TrainerCallback):
         if self._progress is not None and self._progress.in_terminal:
             line = line.removesuffix(f"  {format_speed(logs)}")
         for message in (*format_inspection(logs), *([line] if "loss" in logs or "eval_loss" in logs else ())):
-            tell(f"step {state.global_step}/{state.max_steps}  {message}")
+            print_line(f"step {state.global_step}/{state.max_steps}  {message}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Close the display."""

@@ -24,7 +24,7 @@ def ask_user(reward: Reward, user: str, pairs: Labelled, pool: Comparisons, ques
 
     Earlier answers count. Raises UserError if the reward cannot choose questions, or if the input ends.
     """
-    from apo.console import tell
+    from apo.console import print_line
     from clair.data.records import task_text
 
     scorer = reward.scorer
@@ -45,9 +45,9 @@ def ask_user(reward: Reward, user: str, pairs: Labelled, pool: Comparisons, ques
         sides = ["chosen", "rejected"]
         if int(content_hash([user, row["id"]])[0], 16) % 2:  # the position must not reveal which is chosen
             sides.reverse()
-        tell(f"\nQuestion {len(answers) + 1} of {questions} ({gain:.2f} nats)\n{task_text(row['prompt'])}")
+        print_line(f"\nQuestion {len(answers) + 1} of {questions} ({gain:.2f} nats)\n{task_text(row['prompt'])}")
         for number, side in enumerate(sides, 1):
-            tell(f"\n[{number}] {row[side][-1]['content']}")
+            print_line(f"\n[{number}] {row[side][-1]['content']}")
         answers.append({"id": row["id"], "chosen": sides[_answer() - 1] == "chosen"})
         save_user(reward, user, None, answers)
     state = scorer.adapt(answered_comparisons(pool, answers, indices))

@@ -77,7 +77,7 @@ def fit(
     seed: Seed = 0,
 ) -> None:
     """Fit a reward on features of a frozen model. One comparison in ten of each user is held out."""
-    from apo.console import tell
+    from apo.console import print_line
     from apo.rewards.model_selection import KINDS, fit_best
     from apo.rewards.reward_dir import Reward, to_comparisons
     from apo.rewards.scorer import accuracy, nll, split
@@ -98,19 +98,21 @@ def fit(
     measured: dict[str, Any] = {"comparisons": len(data), "held_out": len(held_out)}
     if len(held_out):
         measured |= {"accuracy": accuracy(scorer, held_out), "nll": float(nll(scorer, held_out).mean())}
-        tell(f"held out: {measured['accuracy']:.1%} right, {measured['nll']:.3f} nats, of {len(held_out)} comparisons")
+        print_line(
+            f"held out: {measured['accuracy']:.1%} right, {measured['nll']:.3f} nats, of {len(held_out)} comparisons"
+        )
     warnings = []
     if kind == "vpl":
         assert isinstance(scorer, VPL)
         health = scorer.health(training)
         measured |= health._asdict()
-        tell(f"{health.active_units:.0%} of the latent's dimensions are active, swap cosine {health.swap:.2f}")
+        print_line(f"{health.active_units:.0%} of the latent's dimensions are active, swap cosine {health.swap:.2f}")
         if health.collapsed:
             warnings.append("the latent has collapsed, all users look alike: lower --beta, or take bradley_terry")
     for warning in warnings:
-        tell(f"warning: {warning}")
+        print_line(f"warning: {warning}")
     Reward.from_fit(scorer, data, pairs, model, measured=measured, seed=seed, warnings=warnings).save(out)
-    tell(f"wrote {out}")
+    print_line(f"wrote {out}")
 
 
 @app.command()
@@ -134,7 +136,7 @@ def score(
     ] = 0.5,
 ) -> None:
     """Score pairs by win rate against reference answers, with each group's preference and the worst-off one's."""
-    from apo.console import tell
+    from apo.console import print_line
     from apo.rewards.judge import pad_chosen, rows_by_group, score_pairs, worst_group_filter
     from apo.rewards.reward_dir import Reward
     from clair.core.files import write_json
@@ -158,11 +160,13 @@ def score(
     if not rows:
         raise UserError(f"no group prefers either answer of a pair with a probability of {sure:g}; lower --sure")
     _write_scored(rows, out)
-    tell(f"{len(rows):,} rows in {out}")
+    print_line(f"{len(rows):,} rows in {out}")
     if decisions and manifest is not None:
         filtered = worst_group_filter(rows, least)
         write_json(decisions, filtered.decisions(manifest))
-        tell(f"{filtered.words}: {len(filtered.kept):,} of {len(rows):,} kept; clair keep {datasets[0]} {decisions}")
+        print_line(
+            f"{filtered.words}: {len(filtered.kept):,} of {len(rows):,} kept; clair keep {datasets[0]} {decisions}"
+        )
 
 
 @app.command()
@@ -176,7 +180,7 @@ def adapt(
     questions: Annotated[int, typer.Option(min=1, help="--pool: how many to ask.")] = 4,
 ) -> None:
     """Add a user to a reward: from comparisons of theirs, or by asking a few that say most (vpl)."""
-    from apo.console import tell
+    from apo.console import print_line
     from apo.rewards.reward_dir import Reward, save_user, to_comparisons
 
     if bool(comparisons) == bool(pool):
@@ -196,10 +200,10 @@ def adapt(
         try:
             state = ask_user(judge, user, pairs, data, questions)
         except KeyboardInterrupt as stop:
-            tell("interrupted; every answer so far is kept, and the same command goes on")
+            print_line("interrupted; every answer so far is kept, and the same command goes on")
             raise typer.Exit(EXIT_INTERRUPTED) from stop
     group = judge.groups()[user]
-    tell(f"{user} was added to {reward}" + (f", {group}" if len(judge.scorer.groups()) > 1 else ""))
+    print_line(f"{user} was added to {reward}" + (f", {group}" if len(judge.scorer.groups()) > 1 else ""))
 
 
 _FILE = (".jsonl", ".json")
@@ -233,17 +237,17 @@ def _write_scored(rows: list[dict[str, Any]], out: Path) -> None:
 
 def _labelled(datasets: list[str], model: str) -> Labelled:
     from apo.analysis.features import labelled
-    from apo.console import quieten, tell
+    from apo.console import print_line, quieten
 
     quieten()
-    return labelled(datasets, model, tell)
+    return labelled(datasets, model, print_line)
 
 
 def _rows_labelled(rows: list[dict[str, Any]], model: str) -> Labelled:
     from apo.analysis.features import labelled_rows
-    from apo.console import tell
+    from apo.console import print_line
 
-    pairs = labelled_rows(rows, model, tell)
+    pairs = labelled_rows(rows, model, print_line)
     if len(pairs.rows) != len(rows):
         raise UserError("with the padding some pairs are longer than the model's context; pad with less")
     return pairs
@@ -251,7 +255,7 @@ def _rows_labelled(rows: list[dict[str, Any]], model: str) -> Labelled:
 
 def _with_users(pairs: Labelled) -> Labelled:
     """Return the pairs that have a user, and print notes on them. Raises UserError if there are none."""
-    from apo.console import tell
+    from apo.console import print_line
     from apo.rewards.reward_dir import user_notes
 
     indices = [index for index, row in enumerate(pairs.rows) if row["user"] is not None]
@@ -260,8 +264,10 @@ def _with_users(pairs: Labelled) -> Labelled:
             "no pair has a user, so nobody's taste can be told apart; add a column user, or take bradley_terry"
         )
     if len(indices) < len(pairs.rows):
-        tell(f"note: {len(pairs.rows) - len(indices):,} of {len(pairs.rows):,} pairs have no user and are left out")
+        print_line(
+            f"note: {len(pairs.rows) - len(indices):,} of {len(pairs.rows):,} pairs have no user and are left out"
+        )
     pairs = pairs.select(indices)
     for note in user_notes(pairs.rows):
-        tell(f"note: {note}")
+        print_line(f"note: {note}")
     return pairs

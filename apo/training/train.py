@@ -49,11 +49,11 @@ if TYPE_CHECKING:
     from apo.training.trainer import APOTrainer
 
 
-def train(config: TrainConfig, *, tell: Callable[[str], None] = print) -> dict[str, Any]:
+def train(config: TrainConfig, *, log: Callable[[str], None] = print) -> dict[str, Any]:
     """Train the recipe `config`, or resume from its newest complete checkpoint. Returns the content of run.json; with
     `by`, that of each run, by folder.
 
-    Under a launcher (torchrun) every process calls this; rank 0 writes files and calls `tell` with each message. Raises
+    Under a launcher (torchrun) every process calls this; rank 0 writes files and calls `log` with each message. Raises
     UserError before any work for a mistake in recipe, data or machine, and KeyboardInterrupt after a first Ctrl-C, with
     a checkpoint saved.
     """
@@ -63,7 +63,7 @@ def train(config: TrainConfig, *, tell: Callable[[str], None] = print) -> dict[s
     if config.quantize and (reason := quantization_problem()):
         raise UserError(reason)
     with join_processes(cpu=_on_cpu(config), seconds=float(options.get("ddp_timeout", 1800))) as group:
-        log = tell if group.is_main else _silent
+        log = log if group.is_main else _silent
         return _train(config, group, log) if config.by is None else _train_each(config, group, log)
 
 
@@ -210,7 +210,7 @@ def build_trainer(planned: Plan, group: Group | None = None, log: Callable[[str]
         trainer = APOTrainer(
             model=model, args=args, train_dataset=planned.train.dataset, peft_config=lora_config(config),
             eval_dataset=planned.eval.dataset if planned.eval else None, processing_class=planned.tokenizer,
-            tell=_silent, callbacks=[InterruptCallback(group), inspection, MetricsCallback(Path(config.out)),
+            log=_silent, callbacks=[InterruptCallback(group), inspection, MetricsCallback(Path(config.out)),
                 ProgressBarCallback(), DiagnosisCallback(plain, log)],
         )  # fmt: skip
     except ValueError as error:

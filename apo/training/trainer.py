@@ -64,7 +64,7 @@ class APOTrainer(CheckpointTrainer):
     new LoRA adapter the model with the adapter off, for an existing adapter TRL's frozen copy "ref" of it. Datasets may
     be streams (IterableDataset), tokenized row by row.
 
-    `notes` are messages to the user about data, model and options; `tell` receives each, by default as a warning of
+    `notes` are messages to the user about data, model and options; `log` receives each, by default as a warning of
     Python's logging. `dropped` counts the pairs left out of each dataset, by reason; `reference_computed` counts the
     pairs whose reference log-probs were not in the cache. Assign `verified_checkpoint` if the files of a checkpoint
     have just been hashed: `train` resumes from it without reading them again.
@@ -79,7 +79,7 @@ class APOTrainer(CheckpointTrainer):
         ref_model: Any = None,
         args: APOConfig | None = None,
         pair_logps: PairLogpsFunction | None = None,
-        tell: Callable[[str], None] = _LOG.warning,
+        log: Callable[[str], None] = _LOG.warning,
         **kwargs: Any,
     ) -> None:
         if args is None:
@@ -155,7 +155,7 @@ class APOTrainer(CheckpointTrainer):
             )
         self.notes += [*self._ineffective_options(), *self._rounding_notes()]
         for note in dict.fromkeys(self.notes) if args.process_index == 0 else ():
-            tell(note)
+            log(note)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """TRL's optimizer. Raises UserError for options that it does not have, and for a package not installed."""

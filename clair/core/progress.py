@@ -35,7 +35,7 @@ def printable(text: str) -> str:
     return text.translate(_REPLACEMENTS)
 
 
-def tell(message: str) -> None:
+def print_line(message: str) -> None:
     """Print one line to stderr."""
     print(printable(message), file=sys.stderr, flush=True)
 
@@ -144,7 +144,7 @@ class Progress:
         """Write a line after `first` seconds and then every `LINE_INTERVAL`, until `wait(seconds)` returns True."""
         seconds = first
         while not wait(seconds):
-            tell(self.line())
+            print_line(self.line())
             seconds = LINE_INTERVAL
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
@@ -202,6 +202,6 @@ def progress(
             finished.set()
             thread.join()
             if closing:
-                tell(f"{title}: {', '.join(work.status())}")
+                print_line(f"{title}: {', '.join(work.status())}")
     else:
         yield work

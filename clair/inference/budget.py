@@ -74,8 +74,8 @@ def price_table_version() -> str | None:
 class BudgetConfig(Recipe):
     """`budget:` of a data recipe: in money, by the prices of the roles, or in tokens, input and output together."""
 
-    money: Decimal | None = Field(None, gt=0)
-    tokens: int | None = Field(None, gt=0)
+    money: Decimal | None = Field(default=None, gt=0)
+    tokens: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> BudgetConfig:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from clair.core.progress import duration, tell
+from clair.core.progress import duration, print_line
 from clair.data.records import Dropped, Reply, Tools
 from clair.inference.batch_client import BatchClient
 from clair.inference.batch_service import Pending
@@ -353,7 +353,7 @@ class ModelClient:
         if self.limiter.slots and not self._slots_reported:
             self._slots_reported = True
             slots = f"{self.limiter.slots} requests at a time" if self.limiter.slots > 1 else "one request at a time"
-            tell(
+            print_line(
                 f"{self.role}: the server answers {slots}, so that more than {2 * self.limiter.slots} would only wait "
                 f"there; fewer than {self.limiter.max_in_flight} are in flight from now on"
             )

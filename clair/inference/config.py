@@ -41,23 +41,23 @@ class ModelConfig(Recipe):
     path: str | None = None
     id: str | None = None
     """The model's identity in the ledger; choose a new one when other weights are served under the same name."""
-    temperature: float | None = Field(None, ge=0)
-    max_tokens: int | None = Field(512, ge=1)
+    temperature: float | None = Field(default=None, ge=0)
+    max_tokens: int | None = Field(default=512, ge=1)
     api_key_env: str | None = None
     extra: Mapping[str, Any] = {}
     """Request options passed through as they are (top_p, max_completion_tokens, reasoning_effort, headers ...)."""
     price: Price | Literal["table"] | None = None
     """Per million tokens: {input: 2.50, output: 10}; `table`: the price in genai-prices for this model and URL."""
-    requests_per_minute: int | None = Field(None, ge=1)
-    tokens_per_minute: int | None = Field(None, ge=1)
-    timeout: float = Field(600.0, gt=0)
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    timeout: float = Field(default=600.0, gt=0)
     """Seconds for one try, from the start of its turn at the server to the last byte."""
-    patience: float = Field(300.0, gt=0)
+    patience: float = Field(default=300.0, gt=0)
     """Seconds without any answer, while requests fail, after which the run ends; all replies so far are kept."""
     batch: bool | BatchConfig = False
     """Use the service's Batch API: replies within a day, at half the price. true, or a mapping with its options."""
-    batch_size: int = Field(16, ge=1)
-    batch_tokens: int | None = Field(None, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    batch_tokens: int | None = Field(default=None, ge=1)
     """Maximal tokens of a local batch, padding and room for answers included; replaces `batch_size`."""
     trust_remote_code: bool = False
 
@@ -107,8 +107,8 @@ class ModelConfig(Recipe):
 class ReviserConfig(ModelConfig):
     """The stronger model and its prompt."""
 
-    temperature: float | None = Field(0.7, ge=0)
-    max_tokens: int | None = Field(4096, ge=1)
+    temperature: float | None = Field(default=0.7, ge=0)
+    max_tokens: int | None = Field(default=4096, ge=1)
     mode: Literal["rewrite", "edits"] = "rewrite"
     """`edits`: the reviser names find/replace edits, and the program applies them; if they fail, it rewrites."""
     template: str | None = None
@@ -121,8 +121,8 @@ class ReviserConfig(ModelConfig):
 class JudgeConfig(ModelConfig):
     """The model that compares two answers, and its prompt."""
 
-    temperature: float | None = Field(0.0, ge=0)
-    max_tokens: int | None = Field(2048, ge=1)
+    temperature: float | None = Field(default=0.0, ge=0)
+    max_tokens: int | None = Field(default=2048, ge=1)
     order: Literal["both", "random"] = "both"
     """`both`: judge every pair in both orders, which must agree; `random`: in one, by hash, at half the price."""
     template: str | None = None

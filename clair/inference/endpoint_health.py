@@ -6,7 +6,7 @@ import re
 import time
 from dataclasses import dataclass, field
 
-from clair.core.progress import duration, tell
+from clair.core.progress import duration, print_line
 from clair.inference.model import LimitReached, RateLimited, Refused, RequestFailed, Unreachable
 
 _SAME_REFUSALS = 5  # refusals in the same words, before any answer, after which all other requests would be refused too
@@ -47,7 +47,7 @@ class EndpointHealth:
         if pattern not in self._printed and len(self._printed) < _MAX_MESSAGES:
             self._printed.add(pattern)
             seconds = getattr(error, "retry_after", None)
-            tell(
+            print_line(
                 f"{self.role}: the server says {self.message}" + (f"; wait for {duration(seconds)}" if seconds else "")
             )
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol, TypeVar
 
-from clair.core.progress import duration, tell
+from clair.core.progress import duration, print_line
 from clair.core.urls import (
     api_key,
     environment_headers,
@@ -279,13 +279,13 @@ def stop_on_interrupt(stop: StopSignal, clients: Mapping[str, ModelClient]) -> I
 
     def interrupt(number: signal.Signals) -> None:
         stop.request("interrupted")
-        tell(f"interrupted: {_waiting_message(clients)}")
+        print_line(f"interrupted: {_waiting_message(clients)}")
         loop.add_signal_handler(number, exit_at_once, number)
 
     def exit_at_once(number: signal.Signals) -> None:
         for handled in numbers:
             loop.remove_signal_handler(handled)
-        tell(f"leaving at once: {_exit_message(clients)}")
+        print_line(f"leaving at once: {_exit_message(clients)}")
         for client in clients.values():
             if isinstance(client.model, LocalModel):
                 client.model.halt()

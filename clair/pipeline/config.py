@@ -29,19 +29,19 @@ class BuildConfig(Recipe):
     reviser: ReviserConfig | None = None
     judge: JudgeConfig | None = None
     stronger: ModelConfig | None = None
-    samples: int = Field(2, ge=2)
+    samples: int = Field(default=2, ge=2)
     """`judged`: how many answers the target gives to each prompt."""
     filters: Mapping[str, bool | Mapping[str, Any]] = {}
     budget: BudgetConfig | None = None
     """The most that may be spent, resumed runs and retries included: {money: 20} or {tokens: 5000000}."""
-    accept: int | None = Field(None, ge=1)
+    accept: int | None = Field(default=None, ge=1)
     """Stop at exactly this many pairs: the first in the order of the prompts."""
-    concurrency: int = Field(64, ge=1)
-    attempts: int = Field(6, ge=1)
+    concurrency: int = Field(default=64, ge=1)
+    attempts: int = Field(default=6, ge=1)
     """Tries of a request that gets no answer (server errors, timeouts, broken connections)."""
     seed: int = 0
-    limit: int | None = Field(None, ge=1)
-    test_fraction: float = Field(0.05, ge=0, lt=1)
+    limit: int | None = Field(default=None, ge=1)
+    test_fraction: float = Field(default=0.05, ge=0, lt=1)
     ledger: str | None = None
     out: str = Field(min_length=1)
 

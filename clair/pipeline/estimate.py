@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import count, islice
 
 from clair.core.event_loop import run_async
-from clair.core.progress import tell
+from clair.core.progress import print_line
 from clair.core.student_t import t_quantile
 from clair.data.prompt_sources import Scan, each_prompt
 from clair.data.records import Dropped, Prompt
@@ -148,7 +148,7 @@ async def _ask(
         raise KeyboardInterrupt("every reply so far is kept; the same call goes on")
     if incomplete:
         reasons = ", ".join(f"{number} {reason}" for reason, number in incomplete.items())
-        tell(
+        print_line(
             f"note: {incomplete.total()} of the probe's {len(prompts)} rows ended before every role had answered "
             f"({reasons}); if other rows do not end early, this estimate is too low"
         )

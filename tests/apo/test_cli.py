@@ -71,7 +71,7 @@ def adapter(tmp_path_factory):
     (root / "p.jsonl").write_text(jsonl(make_pairs(8)))
     trainer = {"max_steps": 5, "learning_rate": 0.05, "per_device_train_batch_size": 4}
     keys = {"model": str(root / "base"), "dataset": str(root / "p.jsonl"), "out": str(root / "adapter")}
-    train(TrainConfig(**keys, lora={"r": 4, "alpha": 8}, trainer=trainer), tell=lambda _: None)
+    train(TrainConfig(**keys, lora={"r": 4, "alpha": 8}, trainer=trainer), log=lambda _: None)
     return root
 
 

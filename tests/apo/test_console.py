@@ -16,7 +16,7 @@ SPEED = {"loss": 1.0, "pairs_per_second": 1117.3}
 def test_the_references_pass_says_how_far_it_is(recipe, monkeypatch):
     counts = []
     monkeypatch.setattr(Progress, "advance", lambda self, count: counts.append((self.title, self.total, count)))
-    train(TrainConfig(**{**recipe, "trainer": {**recipe["trainer"], "pack_tokens": 120}}), tell=lambda _: None)
+    train(TrainConfig(**{**recipe, "trainer": {**recipe["trainer"], "pack_tokens": 120}}), log=lambda _: None)
     counts = [count for label, total, count in counts if (label, total) == ("reference log-probs, train", 24)]
     assert len(counts) > 2
     assert sum(counts) == 24
@@ -27,7 +27,7 @@ def test_in_a_terminal_of_80_columns_the_bar_and_every_number_can_be_read(recipe
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
-    train(TrainConfig(**recipe), tell=lambda _: None)
+    train(TrainConfig(**recipe), log=lambda _: None)
     stderr = capsys.readouterr().err
     assert "training" in stderr
     assert "6/6" in stderr  # the steps, beside the bar

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
-from apo.console import end_early, tell
+from apo.console import end_early, print_line
 from apo.evaluation.config import redacted
 from apo.evaluation.mixeval.checkpoints import configs_by_model, evaluate_each
 from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs, load_inputs
@@ -34,7 +34,7 @@ def run_several(
     """Evaluate several models, here or on a cluster, and print their scores in the order of the command line."""
     work = [(model_config, load_inputs(model_config)) for model_config in configs_by_model(config, folders)]
     for note in work[0][1].benchmark.notes:
-        tell(f"note: {note}")
+        print_line(f"note: {note}")
     if dry_run:
         for number, model_config in enumerate(work):
             print("---\n" * bool(number), end="")
@@ -84,7 +84,7 @@ def _end_unanswered(evaluated: Sequence[MixEvalOutcome]) -> None:
         (outcome, outcome.score.unanswered) for outcome in evaluated if outcome.score and outcome.score.unanswered
     ]
     for outcome, count in refused:
-        tell(
+        print_line(
             f"{outcome.out}: {count} items were refused ({outcome.refused}), so there is no score, "
             f"only its bracket: all "
             f"of them wrong, all right; run the same command again to ask for them again"

@@ -31,9 +31,9 @@ class MixEvalConfig(EvaluationConfig):
     judge: ModelConfig | Literal["rule"]
     """The judge. The profile sets its request options."""
     system: str | None = None
-    samples: int = Field(1, ge=1)
-    limit: int | None = Field(None, ge=1)
-    seed: int = Field(42, ge=0)
+    samples: int = Field(default=1, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=42, ge=0)
     """Seed of upstream's random fallback scores, a strict judge, and a local model's sampling."""
     independent_judgements: bool = False
     upstream_files: bool = False

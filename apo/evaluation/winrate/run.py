@@ -56,7 +56,7 @@ ITEMS = "winrate.jsonl"
 class AnswererConfig(ModelConfig):
     """A model whose answers are compared."""
 
-    max_tokens: int | None = Field(1024, ge=1)
+    max_tokens: int | None = Field(default=1024, ge=1)
 
 
 class WinrateConfig(EvaluationConfig):
@@ -67,9 +67,9 @@ class WinrateConfig(EvaluationConfig):
     """A model that answers, or a file of prompts, each with an `answer`."""
     tuned: AnswererConfig | str
     judge: JudgeConfig
-    samples: int = Field(1, ge=1)
+    samples: int = Field(default=1, ge=1)
     """Answers of each side to each prompt; answers with the same number are compared."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     seed: int = 0
 
     @model_validator(mode="after")

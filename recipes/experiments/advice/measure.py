@@ -288,7 +288,7 @@ def train_and_score(order: Order) -> dict[str, Any]:
     })  # fmt: skip
     scores: dict[str, Any] = {"right": "0" * QUESTIONS}
     try:
-        train(config, tell=lambda _: None)
+        train(config, log=lambda _: None)
         tasks = distinct_tasks("heldout", QUESTIONS, seed=7)
         scores = scored(tasks, answers(out, tasks))
     except Stopped as stop:

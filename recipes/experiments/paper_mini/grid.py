@@ -107,7 +107,7 @@ def run_cell(cell: Cell, paths: GridPaths, tasks: list[Task], out: Path) -> dict
     started = time.monotonic()
     line: dict[str, Any] = {**asdict(cell), "checkpoints": []}
     try:
-        train(train_config(cell, paths, out), tell=lambda _: None)
+        train(train_config(cell, paths, out), log=lambda _: None)
     except Stopped as stop:
         shutil.rmtree(out, ignore_errors=True)
         return {**line, "broke_off": str(stop), "seconds": round(time.monotonic() - started, 1)}

@@ -175,7 +175,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help(recipe, monkeypat
     small = Device("this machine: CPU", 1000, 1e9, is_gpu=False, reserved=0)
     monkeypatch.setattr(shapes, "this_machine", lambda: small)
     with pytest.raises(UserError, match=r"the run needs about .* GiB and this machine: CPU has .*; set .*checkpoint"):
-        train(TrainConfig(**recipe), tell=print)
+        train(TrainConfig(**recipe), log=print)
     assert not list(tmp_path.glob("run/*"))
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe))

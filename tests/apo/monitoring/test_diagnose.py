@@ -125,7 +125,7 @@ def run(model_dir, data, out, **changes):
     messages: list[str] = []
     train(
         TrainConfig(model=str(model_dir), dataset=str(data), out=str(out), trainer=trainer, **changes),
-        tell=messages.append,
+        log=messages.append,
     )
     return [line.split(". What helps: ") for line in messages if line.startswith("warning: ")]
 

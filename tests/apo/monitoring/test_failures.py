@@ -261,6 +261,6 @@ def test_running_out_of_memory_has_its_exit_code_and_the_same_command_resumes_wi
     assert run["recipe"]["trainer"]["pack_tokens"] == int(pack_tokens)
     assert run["finished"]
     undisturbed = train(
-        TrainConfig(**{**recipe, "trainer": trainer, "out": str(tmp_path / "other")}), tell=lambda _: None
+        TrainConfig(**{**recipe, "trainer": trainer, "out": str(tmp_path / "other")}), log=lambda _: None
     )
     assert run["metrics"]["loss"] == pytest.approx(undisturbed["metrics"]["loss"], abs=1e-6)

@@ -57,7 +57,7 @@ def recipe(tmp_path, model_dir):
 
 def run(recipe, **changes):
     messages: list[str] = []
-    return train(TrainConfig(**{**recipe, **changes}), tell=messages.append), messages
+    return train(TrainConfig(**{**recipe, **changes}), log=messages.append), messages
 
 
 def metrics(recipe):

@@ -122,7 +122,7 @@ def test_a_run_logs_its_probe_ten_times_and_is_not_changed_by_it(tmp_path, model
     weights = []
     for probe in (4, 0):
         out = tmp_path / str(probe)
-        train(TrainConfig(**recipe, probe=probe, out=str(out)), tell=lambda _: None)
+        train(TrainConfig(**recipe, probe=probe, out=str(out)), log=lambda _: None)
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         logged = [row for row in rows if "probe/kl" in row]
         assert [row["step"] for row in rows if "loss" in row] == [1, *range(2, 21, 2)]  # inspections suppress no line

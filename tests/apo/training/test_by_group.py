@@ -66,7 +66,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_each_group_gets_the_run_that_its_own_pairs_alone_give(recipe, tmp_path):
     messages: list[str] = []
-    runs = train(config(recipe), tell=messages.append)
+    runs = train(config(recipe), log=messages.append)
     out = Path(recipe["out"])
     assert [line for line in messages if line.startswith("run: ")] == [
         f"run: {out / 'few'}",
@@ -101,7 +101,7 @@ def test_finished_runs_stay_and_stopped_ones_resume(recipe, monkeypatch):
         train(config(recipe))
     first = (Path(recipe["out"]) / "few/model.safetensors").stat().st_mtime_ns
     messages: list[str] = []
-    runs = train(config(recipe), tell=messages.append)
+    runs = train(config(recipe), log=messages.append)
     assert len(calls) == 3
     assert f"{recipe['out']}/few is finished; nothing to do" in messages
     assert (Path(recipe["out"]) / "few/model.safetensors").stat().st_mtime_ns == first

@@ -126,14 +126,14 @@ def test_rows_that_bitsandbytes_reads_back_wrongly_are_refused(tmp_path):
 def test_a_stopped_run_resumes_as_if_it_had_not_been(recipe, tmp_path, monkeypatch):
     options = {**recipe["trainer"], "max_steps": 8, "save_steps": 3, "logging_steps": 1}
     runs = [{**recipe, **QLORA, "trainer": options, "out": str(tmp_path / name)} for name in ("whole", "stopped")]
-    train(TrainConfig(**runs[0]), tell=lambda _: None)
+    train(TrainConfig(**runs[0]), log=lambda _: None)
     crash_in((checkpoints, "complete_checkpoint", True), 3, monkeypatch)
     with pytest.raises(Crash):
-        train(TrainConfig(**runs[1]), tell=lambda _: None)
+        train(TrainConfig(**runs[1]), log=lambda _: None)
     monkeypatch.undo()
     set_seed(1234)
     messages = []
-    train(TrainConfig(**runs[1]), tell=messages.append)
+    train(TrainConfig(**runs[1]), log=messages.append)
     assert any("going on from step 3 of 8" in line for line in messages)
     weights = [load(tmp_path / name) for name in ("whole", "stopped")]
     assert set(weights[0]) == set(weights[1])
@@ -153,7 +153,7 @@ def test_the_trained_adapter_fits_the_base_rounded_or_not_and_merges_into_the_la
 ):
     out = tmp_path / "run"
     options = {**recipe["trainer"], "max_steps": 4}
-    run = train(TrainConfig(**{**recipe, **QLORA, "trainer": options, "out": str(out)}), tell=lambda _: None)
+    run = train(TrainConfig(**{**recipe, **QLORA, "trainer": options, "out": str(out)}), log=lambda _: None)
     assert run["recipe"]["quantize"] == "nf4"
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model_dir)
     name = models.find_model(str(out))

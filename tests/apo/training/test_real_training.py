@@ -93,7 +93,7 @@ def test_a_recipe_trains_it(tmp_path, real_model, adapter, bf16):
         "trainer": {"bf16": bf16, "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": rate,
                     "logging_steps": 1, "save_strategy": "no", "lr_scheduler_type": "constant"},
     }  # fmt: skip
-    run = train(TrainConfig(**recipe, **({"lora": {"r": 8}} if adapter else {})), tell=lambda _: None)
+    run = train(TrainConfig(**recipe, **({"lora": {"r": 8}} if adapter else {})), log=lambda _: None)
     assert run["metrics"]["loss"] < 0.98
     assert run["metrics"]["rewards/chosen"] > run["metrics"]["rewards/rejected"]
     assert (tmp_path / "run" / ("adapter_model.safetensors" if adapter else "model.safetensors")).is_file()

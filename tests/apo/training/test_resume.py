@@ -56,7 +56,7 @@ def recipe(model_dir, data, out, lora):
 def uninterrupted(request, model_dir, data, tmp_path_factory):
     """The run that nothing happened to."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    train(TrainConfig(**recipe(model_dir, data, out, request.param)), tell=lambda _: None)
+    train(TrainConfig(**recipe(model_dir, data, out, request.param)), log=lambda _: None)
     return out, request.param
 
 
@@ -83,10 +83,10 @@ def test_a_crash_inside_a_save_costs_at_most_the_steps_since_the_last(point, uni
     with pytest.MonkeyPatch.context() as patch:
         crash_in(CRASHES[point], 12, patch)
         with pytest.raises(Crash):
-            train(config, tell=lambda _: None)
+            train(config, log=lambda _: None)
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == (3 if "in place" in point else 2)
     messages: list[str] = []
-    record = train(config, tell=messages.append)
+    record = train(config, log=messages.append)
     begun = 12 if "in place" in point else 8
     assert record["resumed_from"] == [begun]
     assert f"going on from step {begun} of {STEPS}" in messages
@@ -101,11 +101,11 @@ def test_a_truncated_newest_checkpoint_is_set_aside(uninterrupted, model_dir, da
     with pytest.MonkeyPatch.context() as patch:
         crash_in(CRASHES["after the checkpoint is in place"], 8, patch)
         with pytest.raises(Crash):
-            train(config, tell=lambda _: None)
+            train(config, log=lambda _: None)
     optimizer = tmp_path / "run" / "checkpoint-8" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:1000])
     messages: list[str] = []
-    assert train(config, tell=messages.append)["resumed_from"] == [4]
+    assert train(config, log=messages.append)["resumed_from"] == [4]
     assert any(
         line.startswith("set aside checkpoint-8 as incomplete-checkpoint-8: optimizer.pt has") for line in messages
     )
@@ -120,7 +120,7 @@ def stopped_run(request, model_dir, data, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         crash_in(CRASHES["after the checkpoint is in place"], 8, patch)
         with pytest.raises(Crash):
-            train(config, tell=lambda _: None)
+            train(config, log=lambda _: None)
     return config
 
 
@@ -131,7 +131,7 @@ def test_a_checkpoint_of_its_old_size_and_other_content_is_set_aside(name, unint
     content[len(content) // 2] ^= 0x01
     file.write_bytes(content)
     messages: list[str] = []
-    assert train(stopped_run, tell=messages.append)["resumed_from"] == [4]
+    assert train(stopped_run, log=messages.append)["resumed_from"] == [4]
     prefix = f"set aside checkpoint-8 as incomplete-checkpoint-8: {file.name} is damaged: its content is not what was "
     assert f"{prefix}written" in messages
     assert_same_result(stopped_run.out, uninterrupted[0])
@@ -149,18 +149,18 @@ def test_a_model_that_changed_between_stop_and_resume_is_refused_before_it_is_lo
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("apo.training.train.load_model", lambda *_, **__: pytest.fail("loaded"))
         with pytest.raises(UserError, match=r"holds a run on another model: the files of .* have changed since"):
-            train(config, tell=lambda _: None)
+            train(config, log=lambda _: None)
     shutil.copy(model_dir / "model.safetensors", moved)
-    assert train(config, tell=lambda _: None)["resumed_from"] == [8]
+    assert train(config, log=lambda _: None)["resumed_from"] == [8]
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_the_first_loses_nothing(stopped_run):
     with lock_output(stopped_run.out):
         files = sorted(Path(stopped_run.out).rglob("*"))
         with pytest.raises(InUse, match=rf"is in use by process {os.getpid()}; wait for it"):
-            train(stopped_run, tell=lambda _: None)
+            train(stopped_run, log=lambda _: None)
         assert sorted(Path(stopped_run.out).rglob("*")) == files
-    assert train(stopped_run, tell=lambda _: None)["resumed_from"] == [8]
+    assert train(stopped_run, log=lambda _: None)["resumed_from"] == [8]
 
 
 def test_a_run_that_another_process_ended_meanwhile_is_not_begun_again(model_dir, data, tmp_path):
@@ -171,12 +171,12 @@ def test_a_run_that_another_process_ended_meanwhile_is_not_begun_again(model_dir
         @contextlib.contextmanager
         def late(out):
             patch.undo()
-            train(config, tell=lambda _: None)
+            train(config, log=lambda _: None)
             with lock_output(out):
                 yield
 
         patch.setattr("apo.training.train.lock_output", late)
-        assert train(config, tell=messages.append)["resumed_from"] == []
+        assert train(config, log=messages.append)["resumed_from"] == []
     assert messages == [f"{config.out} was finished by another process just now; nothing to do"]
 
 
@@ -198,9 +198,9 @@ def test_a_full_disk_ends_the_run_in_a_line_and_it_resumes(size, written, uninte
         pytest.skip("an adapter's states are smaller")
     end = "make room or permissions, then run the same command again; the last good checkpoint is .*/checkpoint-8$"
     with no_file_above(size), pytest.raises(Stopped, match=f"step 12: the checkpoint cannot be written to .*; {end}"):
-        train(stopped_run, tell=lambda _: None)
+        train(stopped_run, log=lambda _: None)
     assert not (Path(stopped_run.out) / checkpoints.UNFINISHED).exists()
-    assert train(stopped_run, tell=lambda _: None)["resumed_from"] == [8, 8]
+    assert train(stopped_run, log=lambda _: None)["resumed_from"] == [8, 8]
     assert_same_result(stopped_run.out, uninterrupted[0])
 
 
@@ -210,9 +210,9 @@ def test_without_any_checkpoint_the_run_starts_over(uninterrupted, model_dir, da
     with pytest.MonkeyPatch.context() as patch:
         crash_in(CRASHES["before the model is written"], 4, patch)
         with pytest.raises(Crash):
-            train(config, tell=lambda _: None)
+            train(config, log=lambda _: None)
     messages: list[str] = []
-    assert train(config, tell=messages.append)["resumed_from"] == [0]
+    assert train(config, log=messages.append)["resumed_from"] == [0]
     assert "starting over: there is no complete checkpoint" in messages
     assert_same_result(config.out, expected)
 
@@ -223,8 +223,8 @@ def test_a_crash_after_training_and_before_the_end_trains_nothing_again(uninterr
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("apo.monitoring.plots.draw_dynamics", lambda *_: (_ for _ in ()).throw(Crash))
         with pytest.raises(Crash):
-            train(config, tell=lambda _: None)
-    record = train(config, tell=lambda _: None)
+            train(config, log=lambda _: None)
+    record = train(config, log=lambda _: None)
     assert record["resumed_from"] == [STEPS]
     assert_same_result(config.out, expected)
 
@@ -288,13 +288,13 @@ def test_kill_9_while_saving_then_ctrl_c_change_nothing(data, tmp_path):
     newest = checkpoints.find_newest_checkpoint(out).newest
     assert f"stopped at step {checkpoints.checkpoint_step(newest)} of 72" in output
 
-    record = train(TrainConfig(**keys), tell=lambda _: None)
+    record = train(TrainConfig(**keys), log=lambda _: None)
     assert record["resumed_from"][0] >= step
     assert record["resumed_from"][1] == checkpoints.checkpoint_step(newest)
     assert [row["step"] for row in metrics(out) if "loss" in row] == list(range(1, 73))
     assert [row["step"] for row in metrics(out) if "probe/kl" in row] == list(range(8, 73, 8))
     keys["out"], keys["trainer"]["save_strategy"] = str(tmp_path / "whole"), "no"
-    train(TrainConfig(**keys), tell=lambda _: None)
+    train(TrainConfig(**keys), log=lambda _: None)
     assert_same_result(out, tmp_path / "whole")
 
 
@@ -317,13 +317,13 @@ def test_a_run_resumes_the_next_day_with_the_date_of_its_first(model_dir, data, 
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / f"cache of {day}")
 
     begin_day("2026-11-30")
-    full = train(config("whole"), tell=lambda _: None)
+    full = train(config("whole"), log=lambda _: None)
     with pytest.MonkeyPatch.context() as patch:
         crash_in(CRASHES["after the checkpoint is in place"], 4, patch)
         with pytest.raises(Crash):
-            train(config("stopped"), tell=lambda _: None)
+            train(config("stopped"), log=lambda _: None)
     begin_day("2026-12-01")
-    record = train(config("stopped"), tell=lambda _: None)
+    record = train(config("stopped"), log=lambda _: None)
     assert record["resumed_from"] == [4]
     assert record["day"] == full["day"] == "2026-11-30"
     assert_same_result(tmp_path / "stopped", tmp_path / "whole")
@@ -338,9 +338,9 @@ def test_a_run_that_resumes_reads_each_file_of_its_checkpoint_once_to_check_it(m
     with pytest.MonkeyPatch.context() as patch:
         crash_in(CRASHES["after the checkpoint is in place"], 16, patch)
         with pytest.raises(Crash):
-            train(config, tell=lambda _: None)
+            train(config, log=lambda _: None)
     hashed, sha256 = [], checkpoints.file_sha256
     monkeypatch.setattr(checkpoints, "file_sha256", lambda path: hashed.append(path) or sha256(path))
-    assert train(config, tell=lambda _: None)["resumed_from"] == [16]
+    assert train(config, log=lambda _: None)["resumed_from"] == [16]
     marker = json.loads((tmp_path / "run" / "checkpoint-16" / checkpoints.MARKER).read_text())
     assert sorted(path.name for path in hashed if "checkpoint-16" in path.parts) == sorted(marker["files"])

@@ -30,7 +30,7 @@ from tests.apo.conftest import TRAINER, make_model, make_pairs, make_tokenizer, 
 
 def run(recipe, **changes):
     messages: list[str] = []
-    return train(TrainConfig(**{**recipe, **changes}), tell=messages.append), messages
+    return train(TrainConfig(**{**recipe, **changes}), log=messages.append), messages
 
 
 def test_a_run_leaves_a_model_its_numbers_and_a_picture(recipe):
@@ -191,7 +191,7 @@ def test_the_planned_steps_are_those_trained(recipe, tmp_path, pairs, trainer, s
     data = write_jsonl(tmp_path / "pairs.jsonl", make_pairs(pairs))
     config = TrainConfig(**{**recipe, "dataset": str(data), "trainer": {"per_device_train_batch_size": 8, **trainer}})
     assert plan(config).steps == steps
-    record = train(config, tell=lambda _: None)
+    record = train(config, log=lambda _: None)
     rows = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
     assert json.loads(rows[-1])["step"] == record["steps"] == steps
 
@@ -341,12 +341,12 @@ def keys_are(**changes):
 
 
 def another_run(tmp_path, recipe):
-    train(TrainConfig(**recipe), tell=lambda _: None)
+    train(TrainConfig(**recipe), log=lambda _: None)
     recipe["beta"] = 0.3
 
 
 def another_objectives_run(tmp_path, recipe):
-    train(TrainConfig(**recipe), tell=lambda _: None)
+    train(TrainConfig(**recipe), log=lambda _: None)
     recipe["objective"] = "dpo"
 
 

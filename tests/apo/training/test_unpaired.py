@@ -357,7 +357,7 @@ def recipe(tmp_path, model_dir):
 @pytest.mark.parametrize("objective", ["apo_zero_unpaired", {"kto": {"undesirable_weight": 2.0}, "sft": 0.1}], ids=str)
 def test_a_run_on_unpaired_rows_leaves_a_model_its_numbers_and_a_picture(recipe, objective):
     messages = []
-    record = train(TrainConfig(**{**recipe, "objective": objective}), tell=messages.append)
+    record = train(TrainConfig(**{**recipe, "objective": objective}), log=messages.append)
     assert record["data"]["train"] == {"rows": 24, "desirable": 16, "dropped": {}}
     assert record["data"]["eval"] == {"rows": 6, "desirable": 4, "dropped": {}}
     assert sum("pull 2 to 1" in note for note in messages) == (objective == "apo_zero_unpaired")
@@ -424,13 +424,13 @@ def test_a_dry_run_shows_rows_and_an_estimate_of_one_response_each(recipe, tmp_p
 def test_a_stopped_run_resumes_as_if_it_had_not_stopped(recipe, tmp_path):
     recipe["objective"] = {"kto": 1.0, "sft": 0.1}
     recipe["trainer"] |= {"save_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
-    record = train(TrainConfig(**recipe), tell=lambda _: None)
+    record = train(TrainConfig(**recipe), log=lambda _: None)
     recipe["out"] = str(tmp_path / "stopped")
     with pytest.MonkeyPatch.context() as patch:
         crash_in(CRASHES["after the checkpoint is in place"], 4, patch)
         with pytest.raises(Crash):
-            train(TrainConfig(**recipe), tell=lambda _: None)
-    resumed = train(TrainConfig(**recipe), tell=lambda _: None)
+            train(TrainConfig(**recipe), log=lambda _: None)
+    resumed = train(TrainConfig(**recipe), log=lambda _: None)
     assert resumed["resumed_from"] == [4]
     for key, value in record["metrics"].items():
         if "second" not in key and "runtime" not in key and key != "mfu":

@@ -12,7 +12,7 @@ import yaml
 from apo.models import load as models
 from clair.core.console import show
 from clair.core.errors import UserError, one_line
-from clair.core.progress import printable, tell
+from clair.core.progress import print_line, printable
 from clair.core.recipe import load_recipe, parse_yaml
 from clair.inference.model_folder import check_remote_code
 from clair.pipeline.config import BuildConfig
@@ -38,7 +38,7 @@ def test_every_control_character_becomes_a_sign_and_no_other_character_changes()
 
 
 def test_errors_notes_and_lines_print_no_control_character(capsys):
-    tell(STEER)
+    print_line(STEER)
     show(STEER)
     assert not steering(one_line(STEER))
     out, err = capsys.readouterr()
