@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from apo.distributed.launch import Group
 from apo.monitoring.diagnosis import find_problems, training_log
-from apo.run_dir.files import append_metrics
+from apo.run_dir.files import METRICS, append_log
 from clair.core.progress import LINE_INTERVAL, Progress, print_line, progress
 
 
@@ -45,7 +45,7 @@ class MetricsCallback(TrainerCallback):
     ) -> None:
         """Append one line, on the main process, except for the trainer's closing summary."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
-            append_metrics(self.out, {"step": state.global_step, **logs})
+            append_log(self.out / METRICS, [{"step": state.global_step, **logs}])
 
 
 class DiagnosisCallback(TrainerCallback):

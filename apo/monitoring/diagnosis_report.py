@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from apo.losses.mixture import objective_title
 from apo.monitoring.diagnosis import MIN_LINES, Problem, diagnose
 from apo.monitoring.metrics import series
 from apo.monitoring.plots import draw_diagnosis
-from apo.run_dir.files import METRICS, read_metrics, read_run
+from apo.run_dir.files import METRICS, SAMPLES, read_log, read_run
 from clair.core.errors import UserError
+from clair.data.contrast import contrast_of, word_diff
 
 PICTURE = "diagnosis.png"
 TABLE_METRICS = (
@@ -36,7 +38,7 @@ TABLE_METRICS = (
 
 def diagnosis_lines(run: Path, picture: Path | None = None) -> list[str]:
     """Draw a run's metrics and return the report's lines. Raises UserError if nothing is logged yet."""
-    about, rows = read_run(run), read_metrics(run / METRICS)
+    about, rows = read_run(run), read_log(run / METRICS)
     if not series(rows, "loss")[0]:
         raise UserError(f"{run} has logged nothing yet; wait for the first log line ({METRICS})")
     recipe = about["recipe"]
@@ -45,7 +47,7 @@ def diagnosis_lines(run: Path, picture: Path | None = None) -> list[str]:
     target.parent.mkdir(parents=True, exist_ok=True)
     draw_diagnosis(rows, target, title)
     problems = diagnose(rows, recipe["objective"])
-    lines = [title, _state(about, rows), "", *_metrics_table(rows), ""]
+    lines = [title, _state(about, rows), "", *_metrics_table(rows), "", *sample_lines(read_log(run / SAMPLES))]
     lines += _problem_lines(problems, len(series(rows, "loss")[0]))
     lines += [f"stopped at step {stop['step']}: {stop['why']}" for stop in about.get("stopped", [])]
     return [*lines, "", f"drawn in {target}"]
@@ -67,6 +69,53 @@ def _metrics_table(rows: list[dict[str, Any]]) -> list[str]:
             cells = "".join(f"{values[index]:>12.4g}" for index in (0, len(values) // 2, -1))
             lines.append(f"{key:26}{cells}")
     return lines
+
+
+def sample_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The share of words of each sample answer that left it since step 0, by step, and the diff of the last answer."""
+    answers: dict[int, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        answers.setdefault(row["prompt"], {})[row["step"]] = row
+    steps = sorted({row["step"] for row in rows})[1:]
+    if not steps:
+        return []
+    lines = [f"{'words of the first answer that are lost':40}" + "".join(f"{step:>7,}" for step in steps)]
+    diffs = []
+    complete = {number: by_step for number, by_step in answers.items() if 0 in by_step}
+    titles = questions([by_step[0]["text"] for by_step in complete.values()])
+    for title, (number, by_step) in zip(titles, complete.items(), strict=True):
+        first, last = by_step[0]["answer"], by_step[max(by_step)]
+        lost = {step: 1 - contrast_of(row["answer"], first).kept for step, row in by_step.items()}
+        cells = "".join(f"{lost[step]:>7.0%}" if step in lost else f"{'':7}" for step in steps)
+        lines.append(f"{number + 1:>2}. {_clip(title, 34):36}{cells}")
+        diff = _marked(first, last["answer"]) + ("" if last["ended"] else " ...")
+        diffs += ["", f"{number + 1:>2}. {_clip(title, 100)}", diff]
+    return [*lines, "", f"answers at step {steps[-1]:,}, [-words gone-] and {{+words new+}} since step 0:", *diffs, ""]
+
+
+def questions(texts: list[str]) -> list[str]:
+    """The prompts without the lines that all of them begin and end with: the system message and the template's."""
+    prompts = [text.strip().splitlines() for text in texts]
+    if len(prompts) < 2:
+        return [" ".join(text.split()) for text in texts]
+    start = _common_lines(prompts)
+    end = _common_lines([lines[start:][::-1] for lines in prompts])
+    return [" ".join(" ".join(lines[start : len(lines) - end]).split()) for lines in prompts]
+
+
+def _common_lines(prompts: list[list[str]]) -> int:
+    """The number of first lines that all prompts share."""
+    return sum(1 for _ in takewhile(lambda lines: len(set(lines)) == 1, zip(*prompts, strict=False)))
+
+
+def _clip(line: str, width: int) -> str:
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def _marked(before: str, after: str) -> str:
+    """The word diff as text."""
+    marks = {"same": ("", ""), "gone": ("[-", "-]"), "new": ("{+", "+}")}
+    return "".join(f"{marks[kind][0]}{text}{marks[kind][1]}" for kind, text in word_diff(before, after)).strip()
 
 
 def _problem_lines(problems: list[Problem], count: int) -> list[str]:

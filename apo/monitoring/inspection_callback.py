@@ -1,4 +1,4 @@
-"""Inspections: guard and token diagnostics, ten times in a run, and before it evaluates or saves."""
+"""Inspections: guard, token diagnostics and sample answers, ten times in a run, and before it evaluates or saves."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from apo.monitoring.guard import MEASUREMENTS, GuardMeasurement, GuardSet, guard
 
 if TYPE_CHECKING:
     from apo.monitoring.monitored_trainer import MonitoredTrainer
+    from apo.monitoring.sample_answers import SampleAnswers
     from apo.monitoring.token_diagnostics import TokenDiagnostics
 
 
 class InspectionCallback(TrainerCallback):
-    """Measures guard and token diagnostics, logs the results, and stops the run if the guard is violated.
+    """Measures guard and token diagnostics, writes sample answers, and stops the run if the guard is violated.
 
     The guard is measured before every save, and every measurement that passes is saved (unless `save_strategy` is no),
     so the newest checkpoint is always the last good one. Runs before the MetricsCallback, which logs saved steps.
@@ -23,19 +24,24 @@ class InspectionCallback(TrainerCallback):
     def __init__(self, guard_set: GuardSet | None) -> None:
         self.guard_set = guard_set
         self.diagnostics: TokenDiagnostics | None = None
+        self.samples: SampleAnswers | None = None
         self.violation: str | None = None
         self._trainer: MonitoredTrainer | None = None
         self._baseline: GuardMeasurement | None = None
         self._measured_step: int | None = None
 
-    def begin(self, trainer: MonitoredTrainer, diagnostics: TokenDiagnostics | None) -> None:
+    def begin(
+        self, trainer: MonitoredTrainer, diagnostics: TokenDiagnostics | None, samples: SampleAnswers | None
+    ) -> None:
         """Measure the guard on the model before the first step, also if the run resumes from a later one."""
-        self._trainer, self.diagnostics = trainer, diagnostics
+        self._trainer, self.diagnostics, self.samples = trainer, diagnostics, samples
         if self.guard_set is not None:
             self._baseline = measure_guard(trainer, self.guard_set)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Log the baseline at step 0."""
+        """Log the baseline at step 0, and write the first model's answers."""
+        if state.global_step == 0:
+            self._write_samples(state)
         if state.global_step == 0 and self._baseline is not None:
             self._log(guard_metrics(self._baseline, self._baseline), control)
 
@@ -43,11 +49,12 @@ class InspectionCallback(TrainerCallback):
         """Inspect the model if an inspection is due."""
         step, last = state.global_step, state.global_step >= state.max_steps
         metrics = {}
-        if self._trainer is not None and self.diagnostics is not None:
-            interval = max(1, -(-state.max_steps // MEASUREMENTS))
-            if last or step % interval == 0:
+        interval = max(1, -(-state.max_steps // MEASUREMENTS))
+        if last or step % interval == 0:
+            if self._trainer is not None and self.diagnostics is not None:
                 with self._trainer.meter.pause():
                     metrics = self.diagnostics.measure(self._trainer)
+            self._write_samples(state)
         due = last or control.should_save or control.should_evaluate
         if self.guard_set is not None and not due:
             due = step % self.guard_set.interval(state.max_steps) == 0
@@ -82,6 +89,12 @@ class InspectionCallback(TrainerCallback):
                 control.should_save = True
         if metrics:
             self._log(metrics, control)
+
+    def _write_samples(self, state: TrainerState) -> None:
+        """Write the sample answers on the main process; the others go on and wait at the next step."""
+        if self.samples is not None and self._trainer is not None and state.is_world_process_zero:
+            with self._trainer.meter.pause():
+                self.samples.write(self._trainer, state.global_step)
 
     def _log(self, metrics: dict[str, float], control: TrainerControl) -> None:
         assert self._trainer is not None

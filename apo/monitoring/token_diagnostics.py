@@ -110,11 +110,20 @@ def build_token_diagnostics(trainer: MonitoredTrainer, count: int | None) -> Tok
         epochs = args.num_train_epochs
         steps = args.max_steps if args.max_steps > 0 else epochs * len(trainer.train_dataset) / step
         count = min(MAX_PAIRS, int(steps * step / TRAINED_PER_PAIR))
+    pairs = spread_pairs(trainer, count)
+    return TokenDiagnostics(trainer, pairs) if pairs else None
+
+
+def spread_pairs(trainer: MonitoredTrainer, count: int) -> list[dict[str, Any]]:
+    """Return `count` held-out pairs (or trained ones if none are held out) spread evenly over the dataset.
+
+    There are none if several datasets are held out.
+    """
     dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
     if isinstance(dataset, dict) or not count:
-        return None
+        return []
     stride = max(1, len(dataset) // count)
-    return TokenDiagnostics(trainer, [dataset[row] for row in range(0, len(dataset), stride)][:count])
+    return [dataset[row] for row in range(0, len(dataset), stride)][:count]
 
 
 def diagnostic_metrics(baseline: TokenLogps, current: TokenLogps, shared: Sequence[Tensor]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 model.safetensors or adapter_model.safetensors, config, generation config, tokenizer     the trained model
 run.json          resolved recipe, versions, counts with drops, final metrics, seconds
 metrics.jsonl     one line per logging step
+samples.jsonl     answers to the same few prompts at each inspection
 dynamics.png      chosen and rejected, reward and log-prob, over training
 README.md         the model card
 checkpoint-STEP/  the state from which a stopped run resumes
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -30,13 +31,14 @@ from clair.storage.object_store import local
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 PICTURE = "dynamics.png"
 CARD = "README.md"
 
 _LAYOUT = ("pairs_per_step", "trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
 """Keys that may change within a run if the pairs per step stay the same, which train.py checks."""
 Status = Literal["new", "unfinished", "finished"]
-MAY_CHANGE = ("out", "reference", "guard", "probe", "trainer.pack_tokens", "trainer.gradient_checkpointing")
+MAY_CHANGE = ("out", "reference", "guard", "probe", "samples", "trainer.pack_tokens", "trainer.gradient_checkpointing")
 """Keys of a recipe (and below them) that do not affect the trained weights: a run may resume with new values."""
 
 
@@ -122,12 +124,12 @@ def record_stop(out: Path, step: int, reason: str) -> None:
         write_json(out / RUN, {**run, "stopped": [*run.get("stopped", []), {"step": step, "why": reason, "at": now()}]})
 
 
-def append_metrics(out: Path, row: Mapping[str, Any]) -> None:
-    """Append one line, in one write, so that a killed process leaves at most its last line incomplete."""
-    line = json.dumps({key: _finite(value) for key, value in row.items()}) + "\n"
-    handle = os.open(out / METRICS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+def append_log(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append lines, in one write, so that a killed process leaves at most its last line incomplete."""
+    lines = "".join(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n" for row in rows)
+    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        os.write(handle, line.encode())
+        os.write(handle, lines.encode())
     finally:
         os.close(handle)
 
@@ -137,10 +139,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
-def drop_metrics_after(out: Path, step: int) -> None:
+def truncate_logs(out: Path, step: int) -> None:
     """Remove the lines of steps that are about to be trained again."""
-    rows = [row for row in read_metrics(out / METRICS) if row["step"] <= step]
-    write_atomically(out / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+    for file in (out / METRICS, out / SAMPLES):
+        if file.exists():
+            rows = [row for row in read_log(file) if row["step"] <= step]
+            write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def move_files(folder: Path, out: Path) -> None:
@@ -198,8 +202,8 @@ def write_card(out: Path, run: Mapping[str, Any], *, adapter: bool) -> None:
     write_atomically(out / CARD, "\n".join(text))
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without a last line that a killed process left incomplete."""
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl or samples.jsonl, without a last line that a killed process left incomplete."""
     file = Path(path)
     lines = file.read_text("utf-8").splitlines() if file.exists() else []
     rows = []

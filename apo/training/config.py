@@ -76,6 +76,9 @@ class TrainConfig(Recipe):
     """Held-out text and tasks on which the model must not get worse. Absent: none are measured."""
     probe: Annotated[int, Field(ge=0)] | None = None
     """Pairs looked at token by token (token_diagnostics.py). Absent: one for a hundred trained, at most 16; 0: none."""
+    samples: Annotated[int, Field(ge=0)] | None = None
+    """Prompts answered at each inspection (sample_answers.py). Absent: five, if that costs under 3 % of the run; 0:
+    none."""
     seed: int = 0
     out: str
     trust_remote_code: bool = False

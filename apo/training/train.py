@@ -26,15 +26,15 @@ from apo.run_dir.files import (
     RUN,
     Status,
     describe_counts,
-    drop_metrics_after,
     move_files,
     now,
-    read_metrics,
+    read_log,
     read_run,
     record_stop,
     redacted_recipe,
     run_status,
     template_day,
+    truncate_logs,
     write_card,
     write_new_run,
 )
@@ -191,6 +191,7 @@ def build_trainer(planned: Plan, group: Group | None = None, log: Callable[[str]
     from apo.losses.mixture import resolve_mixture
     from apo.monitoring.callbacks import DiagnosisCallback, InterruptCallback, MetricsCallback, ProgressBarCallback
     from apo.monitoring.inspection_callback import InspectionCallback
+    from apo.monitoring.sample_answers import build_sample_answers
     from apo.monitoring.token_diagnostics import build_token_diagnostics
     from apo.training.preflight import check_before_training
     from apo.training.trainer import APOTrainer
@@ -221,7 +222,8 @@ def build_trainer(planned: Plan, group: Group | None = None, log: Callable[[str]
         _set_adapter_dropout(trainer.model, config.lora.dropout)
     with group.raise_on_all():
         check_before_training(trainer)
-    inspection.begin(trainer, build_token_diagnostics(trainer, config.probe))
+    samples = build_sample_answers(trainer, planned.tokenizer, config.samples, Path(config.out))
+    inspection.begin(trainer, build_token_diagnostics(trainer, config.probe), samples)
     return trainer
 
 
@@ -271,7 +273,7 @@ def _resume(planned: Plan, facts: dict[str, Any], status: Status, log: Callable[
         log(note)
     step = checkpoint_step(search.newest) or 0 if search.newest else 0
     log(f"going on from step {step} of {planned.steps}" if step else "starting over: there is no complete checkpoint")
-    drop_metrics_after(out, step if step else -1)
+    truncate_logs(out, step if step else -1)
     now = {
         "recipe": redacted_recipe(resolved(planned.config)),
         **facts,
@@ -354,7 +356,7 @@ def _write_results(out: Path, seconds: float) -> dict[str, Any]:
     (final / CARD).unlink(missing_ok=True)  # written by PEFT, replaced below
     adapter = (final / ADAPTER_CONFIG).exists()
     move_files(final, out)
-    rows = read_metrics(out / METRICS)
+    rows = read_log(out / METRICS)
     run = read_run(out)
     recipe = run["recipe"]
     draw_dynamics(

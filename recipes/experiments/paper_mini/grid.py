@@ -99,7 +99,7 @@ def run_cell(cell: Cell, paths: GridPaths, tasks: list[Task], out: Path) -> dict
     """
     from apo.monitoring.failures import Stopped
     from apo.run_dir.checkpoints import checkpoint_step, checkpoints
-    from apo.run_dir.files import read_metrics
+    from apo.run_dir.files import read_log
     from apo.training.train import train
     from recipes.experiments.paper_mini.answers import answers, scored
 
@@ -113,7 +113,7 @@ def run_cell(cell: Cell, paths: GridPaths, tasks: list[Task], out: Path) -> dict
         return {**line, "broke_off": str(stop), "seconds": round(time.monotonic() - started, 1)}
     trained = time.monotonic() - started
     evaluations = {
-        row["step"]: _evaluation_metrics(row) for row in read_metrics(out / "metrics.jsonl") if "eval_loss" in row
+        row["step"]: _evaluation_metrics(row) for row in read_log(out / "metrics.jsonl") if "eval_loss" in row
     }
     folders = checkpoints(out)
     assert len(folders) == cell.epochs, f"{len(folders)} checkpoints of {cell.epochs} epochs"

@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 from apo.monitoring.metrics import adjusted_logps, series
 from apo.monitoring.plots import COLORS, draw_dynamics
-from apo.run_dir.files import append_metrics, drop_metrics_after, read_metrics
+from apo.run_dir.files import append_log, read_log, truncate_logs
 
 
 def row(step, chosen=0.0, rejected=0.0, length=1.0):
@@ -24,22 +24,22 @@ def row(step, chosen=0.0, rejected=0.0, length=1.0):
 
 def test_a_torn_last_line_is_left_out(tmp_path):
     for step in (1, 2):
-        append_metrics(tmp_path, {"step": step, "loss": 0.5})
+        append_log(tmp_path / "metrics.jsonl", [{"step": step, "loss": 0.5}])
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo')
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
-    drop_metrics_after(tmp_path, 1)
+    assert read_log(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
+    truncate_logs(tmp_path, 1)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
 
 
 def test_nan_is_written_as_null(tmp_path):
-    append_metrics(tmp_path, {"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "epoch": 0.5})
+    append_log(tmp_path / "metrics.jsonl", [{"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "epoch": 0.5}])
     line = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(line) == {"step": 1, "loss": None, "grad_norm": None, "epoch": 0.5}
 
 
 def test_no_file_is_no_rows(tmp_path):
-    assert read_metrics(tmp_path / "none.jsonl") == []
+    assert read_log(tmp_path / "none.jsonl") == []
 
 
 def test_a_series_skips_rows_without_its_key():
