@@ -89,25 +89,6 @@ def concave(coordinate: int, values: Floats) -> Property:
     return Property(f"the score is concave along coordinate {coordinate}", sample, critical)
 
 
-def invariant(change: Callable[[Floats, Generator], Floats], words: str) -> Property:
-    """Invariance under `change` (of units [n, D]), such as another value of an irrelevant attribute."""
-    return Property(words, lambda units, rng: (units, change(units, rng)), lambda _, f: abs(f[0] - f[1]))
-
-
-def lipschitz(constant: float, others: Floats) -> Property:
-    """Lipschitz continuity: |f(x) - f(x')| <= constant |x - x'| (Euclidean), with x' drawn from `others` [m, D]."""
-    import numpy as np
-
-    def critical(points: tuple[Floats, ...], f: tuple[Floats, ...]) -> Floats:
-        return abs(f[0] - f[1]) - constant * np.linalg.norm(points[0] - points[1], axis=1)
-
-    return Property(
-        f"the score moves at most {constant:g} per unit of distance",
-        lambda units, rng: (units, others[rng.integers(len(others), size=len(units))]),
-        critical,
-    )
-
-
 def floor(bound: float) -> Property:
     """A lower bound on the score; only the upper side of the band matters."""
     return Property(f"the score is at least {bound:g}", lambda units, _: (units,), lambda _, f: bound - f[0])

@@ -29,9 +29,7 @@ from apo.guarantees.properties import (
     concave,
     critical_widths,
     floor,
-    invariant,
     isotonic,
-    lipschitz,
     monotone,
 )
 from clair.core.errors import UserError
@@ -160,8 +158,6 @@ def test_properties_by_hand():
     assert widths(falling, monotone(0, line, increasing=False)) == [0.0, 0.0]
     assert widths(falling, floor(-0.25)) == [0.0, 0.75]
     assert widths(falling, ceiling(-0.25)) == [0.25, 0.0]
-    assert widths(falling, lipschitz(0.5, line[:, None])) == [0.25, 0.25]
-    assert widths(falling, invariant(lambda x, _: x + 2, "shifted by 2")) == [2.0, 2.0]
     assert widths(falling, concave(0, line)) == [0.0, 0.0]
     # x^2 on the way from 0 or 1 to 0.5: above by t (1 - t) / 4 for a share t.
     shares = np.random.default_rng(0)
