@@ -30,7 +30,7 @@ _OBJECTIVES = {
 _UPLOADS_STATES = ("checkpoint", "all_checkpoints")
 _POSITIVE = ("max_length", "pack_tokens", "pad_to_multiple_of", "precompute_ref_batch_size")
 PACK_TOKENS_ON_CPU = 2048
-"""Measured: more tokens per pass are no faster on a CPU, and need more memory (docs/log.md)."""
+"""Measured: more tokens per pass are no faster on a CPU, and need more memory (docs/log/2026-11-22-memory.md)."""
 
 if TYPE_CHECKING:
     Spec = str | Callable[..., torch.Tensor] | dict[Any, Any]
