@@ -1,4 +1,4 @@
-"""The arguments of `APOTrainer`, checked and resolved before TRL sees them: a named model, streams, the reference."""
+"""The arguments of `APOTrainer`: checked and resolved before TRL sees them, and notes on those without effect."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import set_seed
 
-from apo.distributed.deepspeed import unsharded_loading
+from apo.data.tokenize import first_row
+from apo.distributed.deepspeed import check_zero3_saves, unsharded_loading
+from apo.distributed.launch import check_devices
+from apo.losses.mixture import Mixture
 from apo.models.load import find_model, load_model, load_tokenizer
+from apo.monitoring.metrics import check_best_metric
 from apo.training.reference import NO_CACHE_FOR_STREAMS
 from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError
+
+_SAMPLE = 65_536
+"""Numbers of a weight that are sampled to estimate how many of them a step changes."""
 
 
 def default_output_dir(model: Any) -> str:
@@ -44,13 +51,22 @@ def load_named_model(path: str, args: APOConfig, options: dict[str, Any]) -> tor
     return model
 
 
-def check_text_only(dataset: Any, *, packed: bool) -> None:
-    """Raises UserError for a dataset of images, which packed rows cannot hold."""
+def check_arguments(args: APOConfig, objective: Mixture, dataset: Any, eval_dataset: Any, *, packed: bool) -> None:
+    """Raises UserError for arguments of the trainer that cannot work; `dataset` is the one to train on.
+
+    `packed` is true if packed rows may be used; they cannot hold images.
+    """
+    check_best_metric(args.metric_for_best_model, objective)
     if packed and (images := {"image", "images"} & set(getattr(dataset, "column_names", None) or ())):
         raise UserError(
             f"the train dataset has a column {min(images)!r}, and packed rows hold text only; set shared_prefix=False, "
             "which trains it in TRL's batch"
         )
+    check_devices(args)
+    check_zero3_saves(args)
+    check_streams(args, dataset, eval_dataset)
+    if isinstance(dataset, Dataset | IterableDataset):
+        first_row(dataset, "train")
 
 
 def check_streams(args: APOConfig, train_dataset: Any, eval_dataset: Any) -> None:
@@ -72,3 +88,32 @@ def can_copy_reference(model: Any, args: APOConfig, peft_config: Any) -> bool:
     if peft_config is not None or is_peft_model(model):
         return False
     return not (args.fsdp or getattr(model, "hf_device_map", None))
+
+
+def ineffective_options(args: APOConfig, *, packed: bool) -> list[str]:
+    """Notes on options of TRL's batch that have no effect on packed rows."""
+    reasons = {"pad_to_multiple_of": "they are not padded"} if packed else {}
+    if packed and args.pack_tokens is not None and args.precompute_ref_log_probs:
+        reasons["precompute_ref_batch_size"] = "the reference runs on rows of pack_tokens"
+    return [
+        f"{name} has no effect on packed rows: {reason}; shared_prefix: false brings TRL's batch"
+        for name, reason in reasons.items()
+        if getattr(args, name) is not None
+    ]
+
+
+def rounding_notes(model: torch.nn.Module, rate: float) -> list[str]:
+    """A note if a step of the learning rate would not change most trained weights, in half precision."""
+    total, changed = 0, 0
+    half = [weight for weight in model.parameters() if weight.requires_grad and weight.dtype.itemsize == 2]
+    for weight in half if rate else ():
+        sample = weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLE)]
+        total += weight.numel()
+        changed += (sample + rate != sample).float().mean().item() * weight.numel()
+    if not total or changed > total / 2:
+        return []
+    return [
+        f"a step of the learning rate, {rate:g}, changes {changed / total:.2%} of the trained weights: they are in "
+        f"{str(half[0].dtype).removeprefix('torch.')}, and the other updates are rounded away; train them in "
+        "float32 (model_init_kwargs: {dtype: float32}; bf16: true still computes in bfloat16), or an adapter"
+    ]

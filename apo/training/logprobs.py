@@ -83,6 +83,32 @@ class LogprobTrainer(DPOTrainer):
         finally:
             self.model.train(training)
 
+    @contextlib.contextmanager
+    def _neftune(self) -> Iterator[None]:
+        """NEFTune's noise at TRL's scale, by the length of the longest sequence of the micro-batch.
+
+        transformers would scale it by the length of the packed row.
+        """
+        alpha, self.neftune_noise_alpha = self.neftune_noise_alpha, None
+        if alpha is None:
+            yield
+            return
+
+        def add_noise(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+            if not module.training:
+                return output
+            assert self.current_batch is not None  # set by compute_loss
+            scale = alpha / (self.current_batch["input_ids"].shape[1] * output.shape[-1]) ** 0.5
+            return output + torch.empty_like(output).uniform_(-scale, scale)
+
+        embeddings = self.accelerator.unwrap_model(self.model).get_input_embeddings()
+        hook = embeddings.register_forward_hook(add_noise)
+        try:
+            yield
+        finally:
+            hook.remove()
+            self.neftune_noise_alpha = alpha
+
     def _enable_packing(self) -> None:
         """Switch to packed rows if the model supports them and they match TRL's batch on two pairs."""
         if self.is_deepspeed_enabled:

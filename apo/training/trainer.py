@@ -19,19 +19,13 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
 from apo.data.sources import check_weights
-from apo.data.tokenize import MASK_COLUMNS, answer_lengths, eos_ids, first_row, tokenize, tokenize_stream
-from apo.distributed.deepspeed import (
-    accumulate_gradients,
-    cast_for_deepspeed,
-    check_zero3_saves,
-    register_zero3,
-    unregister_zero3,
-)
-from apo.distributed.launch import check_devices, fsdp_requested
+from apo.data.tokenize import MASK_COLUMNS, answer_lengths, eos_ids, tokenize, tokenize_stream
+from apo.distributed.deepspeed import accumulate_gradients, cast_for_deepspeed, register_zero3, unregister_zero3
+from apo.distributed.launch import fsdp_requested
 from apo.losses.mixture import resolve_mixture
 from apo.losses.saturation import objective_notes
 from apo.monitoring.failures import NonFiniteLossCheck, check_gradient, check_weights_finite, stop_on_out_of_memory
-from apo.monitoring.metrics import COLUMNS, aggregate_metrics, check_best_metric, per_pair_metrics, token_counts
+from apo.monitoring.metrics import COLUMNS, aggregate_metrics, per_pair_metrics, token_counts
 from apo.monitoring.throughput import Meter, compute_scale
 from apo.packing.async_copy import to_device
 from apo.packing.batch import DUMMY, Batch, WeightedCollator, dummy_batch, pair_weights, select_pairs, uncollate
@@ -39,10 +33,11 @@ from apo.packing.layout import pack_bins, packed_length
 from apo.packing.logps import PairLogpsFunction, padded_logps
 from apo.training.arguments import (
     can_copy_reference,
-    check_streams,
-    check_text_only,
+    check_arguments,
     default_output_dir,
+    ineffective_options,
     load_named_model,
+    rounding_notes,
 )
 from apo.training.checkpointing import CheckpointTrainer
 from apo.training.optimizer_check import setup_errors
@@ -50,8 +45,6 @@ from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError
 
 _LOG = logging.getLogger(__name__)
-_SAMPLE = 65_536
-"""Numbers of a weight that are sampled to estimate how many of them a step changes."""
 SMALLEST_WEIGHT = 1e-30
 """Lower bound of a step's divisor, so that a step whose pairs all weigh 0 has loss 0 and not NaN."""
 
@@ -89,13 +82,10 @@ class APOTrainer(CheckpointTrainer):
         if kwargs.get("compute_metrics") is not None:
             raise UserError("compute_metrics would be ignored: the batch's logits are never built; leave it out")
         self.objective = resolve_mixture(args.objective)
-        check_best_metric(args.metric_for_best_model, self.objective)
-        check_text_only(kwargs.get("train_dataset"), packed=pair_logps is None and args.shared_prefix)
-        check_devices(args)
-        check_zero3_saves(args)
-        check_streams(args, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
-        if isinstance(kwargs.get("train_dataset"), Dataset | IterableDataset):
-            first_row(kwargs["train_dataset"], "train")
+        self._may_pack = pair_logps is None and args.shared_prefix
+        check_arguments(
+            args, self.objective, kwargs.get("train_dataset"), kwargs.get("eval_dataset"), packed=self._may_pack
+        )
         is_named = isinstance(model, str)
         if is_named:
             model = load_named_model(model, args, kwargs)
@@ -104,7 +94,6 @@ class APOTrainer(CheckpointTrainer):
         # The tags of TRL's trainer for such rows, and this package's.
         self._tag_names = ["trl", "kto" if self.objective.paired_only_reason is None else "dpo", "apo"]
         self.pair_logps = pair_logps or padded_logps
-        self._may_pack = pair_logps is None and args.shared_prefix
         self.dropped: dict[str, dict[str, int]] = {}
         self.reference_computed: dict[str, int] = {}
         self.current_batch: Batch | None = None
@@ -153,7 +142,10 @@ class APOTrainer(CheckpointTrainer):
                 f"objective {self.objective.name} compares each prompt with another one's answers: "
                 "per_device_train_batch_size x gradient_accumulation_steps x processes must be at least 2"
             )
-        self.notes += [*self._ineffective_options(), *self._rounding_notes()]
+        self.notes += [
+            *ineffective_options(args, packed=self.is_packed),
+            *(() if self.is_deepspeed_enabled else rounding_notes(self.model, args.learning_rate)),  # it keeps float32
+        ]
         for note in dict.fromkeys(self.notes) if args.process_index == 0 else ():
             log(note)
 
@@ -167,33 +159,6 @@ class APOTrainer(CheckpointTrainer):
         kind = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
         with setup_errors(f"lr_scheduler_type {kind}", "lr_scheduler_kwargs"):
             return super().create_scheduler(num_training_steps, optimizer)
-
-    def _ineffective_options(self) -> list[str]:
-        """Notes on options of TRL's batch that have no effect on packed rows."""
-        reasons = {"pad_to_multiple_of": "they are not padded"} if self.is_packed else {}
-        if self._max_tokens is not None and self.precompute_ref_logps:
-            reasons["precompute_ref_batch_size"] = "the reference runs on rows of pack_tokens"
-        return [
-            f"{name} has no effect on packed rows: {reason}; shared_prefix: false brings TRL's batch"
-            for name, reason in reasons.items()
-            if getattr(self.args, name) is not None
-        ]
-
-    def _rounding_notes(self) -> list[str]:
-        """A note if a step of the learning rate would not change most trained weights, in half precision."""
-        rate, total, changed = self.args.learning_rate, 0, 0
-        half = [weight for weight in self.model.parameters() if weight.requires_grad and weight.dtype.itemsize == 2]
-        for weight in half if rate and not self.is_deepspeed_enabled else ():  # DeepSpeed keeps a float32 copy
-            sample = weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLE)]
-            total += weight.numel()
-            changed += (sample + rate != sample).float().mean().item() * weight.numel()
-        if not total or changed > total / 2:
-            return []
-        return [
-            f"a step of the learning rate, {rate:g}, changes {changed / total:.2%} of the trained weights: they are in "
-            f"{str(half[0].dtype).removeprefix('torch.')}, and the other updates are rounded away; train them in "
-            "float32 (model_init_kwargs: {dtype: float32}; bf16: true still computes in bfloat16), or an adapter"
-        ]
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, with FSDP disabled until the trainer is built and ZeRO-3 until training starts.
@@ -294,32 +259,6 @@ class APOTrainer(CheckpointTrainer):
         register_zero3(self._deepspeed_config)
         with stop_on_out_of_memory(self, "training"), self._neftune():
             return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    @contextlib.contextmanager
-    def _neftune(self) -> Iterator[None]:
-        """NEFTune's noise at TRL's scale, by the length of the longest sequence of the micro-batch.
-
-        transformers would scale it by the length of the packed row.
-        """
-        alpha, self.neftune_noise_alpha = self.neftune_noise_alpha, None
-        if alpha is None:
-            yield
-            return
-
-        def add_noise(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
-            if not module.training:
-                return output
-            assert self.current_batch is not None  # set by compute_loss
-            scale = alpha / (self.current_batch["input_ids"].shape[1] * output.shape[-1]) ** 0.5
-            return output + torch.empty_like(output).uniform_(-scale, scale)
-
-        embeddings = self.accelerator.unwrap_model(self.model).get_input_embeddings()
-        hook = embeddings.register_forward_hook(add_noise)
-        try:
-            yield
-        finally:
-            hook.remove()
-            self.neftune_noise_alpha = alpha
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a micro-batch, in passes of at most `pack_tokens`."""

@@ -724,7 +724,7 @@ def test_kto_with_one_pair_a_step_is_refused(tmp_path, tokenizer, pairs):
 
 
 def test_a_second_whole_model_beside_a_sharded_one_is_refused(tmp_path, tokenizer, pairs, monkeypatch):
-    monkeypatch.setattr("apo.training.trainer.check_devices", lambda args: None)
+    monkeypatch.setattr("apo.training.arguments.check_devices", lambda args: None)
     with pytest.raises(UserError, match=r"under FSDP the reference .* reference: cached"):
         apo_trainer(tmp_path, tokenizer, pairs, fsdp=True)
 
