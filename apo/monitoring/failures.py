@@ -12,7 +12,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -29,12 +29,45 @@ from clair.core.exit_codes import SYSTEM_ERRNOS
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
+    from transformers import TrainerState
 
-    from apo.monitoring.monitored_trainer import MonitoredTrainer
+    from apo.losses.mixture import Mixture
 
 MAX_NAMES = 8
 """Pairs that a message names at most."""
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
+
+
+class RunningTrainer(Protocol):
+    """What the checks of losses, gradients, weights and files read of a trainer; `args` is an APOConfig."""
+
+    @property
+    def args(self) -> Any: ...
+    @property
+    def state(self) -> TrainerState: ...
+    @property
+    def model(self) -> Any: ...
+    @property
+    def train_dataset(self) -> Any: ...
+
+
+class MemoryTrainer(RunningTrainer, Protocol):
+    """What the message of an error of memory reads besides."""
+
+    @property
+    def ref_model(self) -> Any: ...
+    @property
+    def objective(self) -> Mixture: ...
+
+    @property
+    def is_packed(self) -> bool:
+        """True if pairs run in packed rows, without padding, each prompt once."""
+        ...
+
+    @property
+    def current_batch(self) -> Batch | None:
+        """The batch in the current forward pass."""
+        ...
 
 
 class Stopped(UserError):
@@ -54,23 +87,23 @@ class NonFiniteLossCheck:
         self._lag = 0 if device.type == "cpu" else 2
         self._pending: deque[tuple[int, HostCopy, Batch]] = deque()
 
-    def add(self, trainer: MonitoredTrainer, losses: Tensor, batch: Batch) -> None:
+    def add(self, trainer: RunningTrainer, losses: Tensor, batch: Batch) -> None:
         """Add the losses [B] of a micro-batch. Raises Stopped if a loss that has arrived is not finite."""
         self._pending.append((trainer.state.global_step + 1, HostCopy(~losses.detach().isfinite()), batch))
         self._check(trainer, self._lag)
 
-    def flush(self, trainer: MonitoredTrainer) -> None:
+    def flush(self, trainer: RunningTrainer) -> None:
         """Check all losses. Raises Stopped if one is not finite."""
         self._check(trainer, 0)
 
-    def _check(self, trainer: MonitoredTrainer, lag: int) -> None:
+    def _check(self, trainer: RunningTrainer, lag: int) -> None:
         while len(self._pending) > lag:
             step, mask, batch = self._pending.popleft()
             if (lost := mask.value()).any():
                 raise Stopped(_loss_message(trainer, step, lost.tolist(), batch))
 
 
-def _loss_message(trainer: MonitoredTrainer, step: int, lost: Sequence[bool], batch: Batch) -> str:
+def _loss_message(trainer: RunningTrainer, step: int, lost: Sequence[bool], batch: Batch) -> str:
     names = pair_names(uncollate(batch), trainer.train_dataset)
     lost_names = [name for name, is_lost in zip(names, lost, strict=True) if is_lost]
     if len(lost_names) == len(names):
@@ -85,7 +118,7 @@ def _loss_message(trainer: MonitoredTrainer, step: int, lost: Sequence[bool], ba
     return f"step {step}: the loss is not finite for {which}; {change}; {checkpoint_hint(trainer)}"
 
 
-def check_gradient(trainer: MonitoredTrainer, norm: float | None) -> None:
+def check_gradient(trainer: RunningTrainer, norm: float | None) -> None:
     """Raise Stopped if the gradient is not finite although the loss is. In float16 the scaler skips such steps."""
     if norm is not None and not abs(norm) < float("inf") and not trainer.args.fp16:
         raise Stopped(
@@ -94,7 +127,7 @@ def check_gradient(trainer: MonitoredTrainer, norm: float | None) -> None:
         )
 
 
-def check_weights_finite(trainer: MonitoredTrainer) -> None:
+def check_weights_finite(trainer: RunningTrainer) -> None:
     """Raise Stopped if a trained weight is not finite, so that no checkpoint or model with it is written."""
     shards = [local_shard(weight) for weight in trainer.model.parameters() if weight.requires_grad]
     if not torch.stack([shard.isfinite().all() for shard in shards]).all():
@@ -131,7 +164,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
 
 
-def checkpoint_hint(trainer: MonitoredTrainer) -> str:
+def checkpoint_hint(trainer: RunningTrainer) -> str:
     """Name the newest checkpoint from which the run can resume."""
     newest_first = reversed(checkpoints.checkpoints(Path(trainer.args.output_dir)))
     resumable = next((folder for folder in newest_first if checkpoints.resume_problem(folder) is None), None)
@@ -142,7 +175,7 @@ def checkpoint_hint(trainer: MonitoredTrainer) -> str:
 
 
 @contextlib.contextmanager
-def stop_on_write_error(trainer: MonitoredTrainer, what: str) -> Iterator[None]:
+def stop_on_write_error(trainer: RunningTrainer, what: str) -> Iterator[None]:
     """Turn an error of the disk into Stopped, and remove the partly written checkpoint; other errors pass."""
     try:
         yield
@@ -172,7 +205,7 @@ def _write_error(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def stop_on_out_of_memory(trainer: MonitoredTrainer, phase: str) -> Iterator[None]:
+def stop_on_out_of_memory(trainer: MemoryTrainer, phase: str) -> Iterator[None]:
     """Turn an out-of-memory error into Stopped with settings that need less memory; other errors pass."""
     try:
         yield
@@ -188,21 +221,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(phrase in message for phrase in _NO_MEMORY)
 
 
-def _memory_message(trainer: MonitoredTrainer, phase: str) -> str:
-    batch = trainer.current_batch
-    step = trainer.state.global_step
+def _memory_message(trainer: MemoryTrainer, phase: str) -> str:
+    batch, step = trainer.current_batch, trainer.state.global_step
     size = ""
     if batch is not None:
         work = token_counts(batch, packed=trainer.is_packed)
         size = f" with {len(work)} pairs of {int(work[:, 1].sum()):,} tokens in one pass"
-    changes = "; or ".join(memory_suggestions(trainer, batch))
     return (
-        f"out of memory in {phase}{f', after step {step}' if step else ''}{size}: set {changes}; "
-        f"{checkpoint_hint(trainer)}"
+        f"out of memory in {phase}{f', after step {step}' if step else ''}{size}: set "
+        f"{'; or '.join(memory_suggestions(trainer, batch))}; {checkpoint_hint(trainer)}"
     )
 
 
-def memory_suggestions(trainer: MonitoredTrainer, batch: Batch | None = None) -> list[str]:
+def memory_suggestions(trainer: MemoryTrainer, batch: Batch | None) -> list[str]:
     """Return changes of the settings that need less memory, the cheapest first, each with its cost."""
     args = trainer.args
     pairs = args.per_device_train_batch_size
@@ -227,5 +258,4 @@ def memory_suggestions(trainer: MonitoredTrainer, batch: Batch | None = None) ->
     if next(trainer.model.parameters()).dtype == torch.float32:
         changes.append("trainer.model_init_kwargs: {dtype: bfloat16} (half the memory, less exact)")
     limit = f" below {args.max_length}" if args.max_length else ""
-    changes.append(f"trainer.max_length{limit} (leaves the longest pairs out)")
-    return changes
+    return [*changes, f"trainer.max_length{limit} (leaves the longest pairs out)"]

@@ -9,6 +9,7 @@ beyond it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,8 +23,6 @@ from clair.data.row_files import read_jsonl
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
-
-    from apo.monitoring.monitored_trainer import MonitoredTrainer
 
 PIECE = 1024
 """Tokens of a text that run in one piece. A longer text is cut; the first token of a piece is not predicted."""
@@ -194,9 +193,9 @@ def _check_task(row: Any, where: str) -> tuple[list[dict[str, str]], list[str], 
 # ---- measurement
 
 
-def measure_guard(trainer: MonitoredTrainer, guard_set: GuardSet) -> GuardMeasurement:
-    """Measure the current model; every process must call it."""
-    logps = trainer.response_logps([*guard_set.pieces, *guard_set.options])
+def measure_guard(response_logps: Callable[[Examples], list[float]], guard_set: GuardSet) -> GuardMeasurement:
+    """Measure the model of the trainer whose `response_logps` is given; every process must call it."""
+    logps = response_logps([*guard_set.pieces, *guard_set.options])
     losses = [0.0] * (max(guard_set.texts, default=-1) + 1)
     tokens = [0] * len(losses)
     for text, piece, logp in zip(guard_set.texts, guard_set.pieces, logps, strict=False):

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from apo.monitoring.guard import MEASUREMENTS, GuardMeasurement, GuardSet, guard_metrics, measure_guard, violation
 
 if TYPE_CHECKING:
-    from apo.monitoring.monitored_trainer import MonitoredTrainer
     from apo.monitoring.sample_answers import SampleAnswers
+    from apo.monitoring.throughput import Meter
     from apo.monitoring.token_diagnostics import TokenDiagnostics
+
+
+class InspectedTrainer(Protocol):
+    """What the callback reads of a trainer."""
+
+    @property
+    def meter(self) -> Meter: ...
+
+    def response_logps(self, examples: Sequence[dict[str, Any]]) -> list[float]:
+        """Log-prob of the chosen response of each example, in nats; every process must call it."""
+        ...
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Log metrics at the current step."""
+        ...
 
 
 class InspectionCallback(TrainerCallback):
@@ -26,17 +42,17 @@ class InspectionCallback(TrainerCallback):
         self.diagnostics: TokenDiagnostics | None = None
         self.samples: SampleAnswers | None = None
         self.violation: str | None = None
-        self._trainer: MonitoredTrainer | None = None
+        self._trainer: InspectedTrainer | None = None
         self._baseline: GuardMeasurement | None = None
         self._measured_step: int | None = None
 
     def begin(
-        self, trainer: MonitoredTrainer, diagnostics: TokenDiagnostics | None, samples: SampleAnswers | None
+        self, trainer: InspectedTrainer, diagnostics: TokenDiagnostics | None, samples: SampleAnswers | None
     ) -> None:
         """Measure the guard on the model before the first step, also if the run resumes from a later one."""
         self._trainer, self.diagnostics, self.samples = trainer, diagnostics, samples
         if self.guard_set is not None:
-            self._baseline = measure_guard(trainer, self.guard_set)
+            self._baseline = measure_guard(trainer.response_logps, self.guard_set)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Log the baseline at step 0, and write the first model's answers."""
@@ -53,7 +69,7 @@ class InspectionCallback(TrainerCallback):
         if last or step % interval == 0:
             if self._trainer is not None and self.diagnostics is not None:
                 with self._trainer.meter.pause():
-                    metrics = self.diagnostics.measure(self._trainer)
+                    metrics = self.diagnostics.measure()
             self._write_samples(state)
         due = last or control.should_save or control.should_evaluate
         if self.guard_set is not None and not due:
@@ -79,7 +95,7 @@ class InspectionCallback(TrainerCallback):
         """Measure the guard if there is one and `measure` is set, and log its metrics with the given ones."""
         if measure and self._trainer is not None and self.guard_set is not None and self._baseline is not None:
             with self._trainer.meter.pause():
-                measurement = measure_guard(self._trainer, self.guard_set)
+                measurement = measure_guard(self._trainer.response_logps, self.guard_set)
             guarded = guard_metrics(self._baseline, measurement)
             metrics, self._measured_step = guarded | metrics, state.global_step
             self.violation = violation(self.guard_set.guard, guarded)
@@ -94,7 +110,7 @@ class InspectionCallback(TrainerCallback):
         """Write the sample answers on the main process; the others go on and wait at the next step."""
         if self.samples is not None and self._trainer is not None and state.is_world_process_zero:
             with self._trainer.meter.pause():
-                self.samples.write(self._trainer, state.global_step)
+                self.samples.write(state.global_step)
 
     def _log(self, metrics: dict[str, float], control: TrainerControl) -> None:
         assert self._trainer is not None

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apo.monitoring.guard import MEASUREMENTS
-from apo.monitoring.token_diagnostics import spread_pairs
+from apo.monitoring.token_diagnostics import spread_pairs, trained_pairs
 from apo.run_dir.files import SAMPLES, append_log
 
 if TYPE_CHECKING:
-    from apo.monitoring.monitored_trainer import MonitoredTrainer
+    from apo.monitoring.token_diagnostics import ExaminedTrainer
 
 PROMPTS = 5
 MAX_TOKENS = 128
@@ -33,34 +33,36 @@ accelerator, whose arithmetic idles while a step reads all weights."""
 class SampleAnswers:
     """The answers of the model in training to a few prompts (token ids), in the file samples.jsonl of a run."""
 
-    def __init__(self, prompts: Sequence[list[int]], tokenizer: Any, max_tokens: int, out: Path) -> None:
-        self.max_tokens, self._tokenizer, self._out = max_tokens, tokenizer, out
+    def __init__(
+        self, trainer: ExaminedTrainer, prompts: Sequence[list[int]], tokenizer: Any, max_tokens: int, out: Path
+    ) -> None:
+        self.max_tokens, self._trainer, self._tokenizer, self._out = max_tokens, trainer, tokenizer, out
         self._texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
         self._pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         length = max(map(len, prompts))
         self._ids = torch.tensor([[self._pad] * (length - len(prompt)) + prompt for prompt in prompts])
         self._mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
 
-    def write(self, trainer: MonitoredTrainer, step: int) -> None:
+    def write(self, step: int) -> None:
         """Answer all prompts with the current model, and append one line for each. Rank 0 alone calls it."""
         append_log(
             self._out / SAMPLES,
             [
                 {"step": step, "prompt": number, "text": text, **answer}
-                for number, (text, answer) in enumerate(zip(self._texts, self._answers(trainer), strict=True))
+                for number, (text, answer) in enumerate(zip(self._texts, self._answers(), strict=True))
             ],
         )
 
-    def _answers(self, trainer: MonitoredTrainer) -> list[dict[str, Any]]:
+    def _answers(self) -> list[dict[str, Any]]:
         from transformers import GenerationConfig
 
-        model, device = trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator.device
+        model, device = self._trainer.accelerator.unwrap_model(self._trainer.model), self._trainer.accelerator.device
         ends = model.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else list(ends or [self._tokenizer.eos_token_id])
         config = GenerationConfig(
             do_sample=False, max_new_tokens=self.max_tokens, eos_token_id=ends, pad_token_id=self._pad, use_cache=True
         )
-        with trainer.evaluation_mode():
+        with self._trainer.evaluation_mode():
             output = model.generate(
                 input_ids=self._ids.to(device), attention_mask=self._mask.to(device), generation_config=config
             )
@@ -73,7 +75,7 @@ class SampleAnswers:
 
 
 def build_sample_answers(
-    trainer: MonitoredTrainer, tokenizer: Any, count: int | None, out: Path
+    trainer: ExaminedTrainer, tokenizer: Any, count: int | None, out: Path
 ) -> SampleAnswers | None:
     """Return the sample answers of `count` prompts of held-out pairs, or trained ones if none are held out.
 
@@ -84,16 +86,13 @@ def build_sample_answers(
     pairs = [] if count == 0 or parts else spread_pairs(trainer, 4 * (count or PROMPTS))
     prompts = [list(ids) for ids in dict.fromkeys(tuple(pair["prompt_ids"]) for pair in pairs)][: count or PROMPTS]
     max_tokens = MAX_TOKENS if count else min(MAX_TOKENS, affordable_tokens(trainer))
-    return SampleAnswers(prompts, tokenizer, max_tokens, out) if prompts and max_tokens >= MIN_TOKENS else None
+    return SampleAnswers(trainer, prompts, tokenizer, max_tokens, out) if prompts and max_tokens >= MIN_TOKENS else None
 
 
-def affordable_tokens(trainer: MonitoredTrainer) -> int:
+def affordable_tokens(trainer: ExaminedTrainer) -> int:
     """Tokens of an answer for which all inspections together cost at most `MAX_SHARE` of the run."""
-    args, dataset = trainer.args, trainer.train_dataset
-    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    pairs = args.max_steps * step if args.max_steps > 0 else args.num_train_epochs * len(dataset)
-    some = dataset[: min(len(dataset), 256)]
-    lengths = [len(ids) for name in ("prompt_ids", "chosen_ids", "rejected_ids") for ids in some[name]]
-    tokens = pairs * sum(lengths) / len(some["prompt_ids"]) / args.world_size
-    kind = "cpu" if trainer.accelerator.device.type == "cpu" else "accelerator"
-    return int(MAX_SHARE * tokens / TOKENS_PER_STEP[kind] / (MEASUREMENTS + 1))
+    some = trainer.train_dataset[: min(len(trainer.train_dataset), 256)]
+    length = sum(len(ids) for name in ("prompt_ids", "chosen_ids", "rejected_ids") for ids in some[name])
+    tokens = trained_pairs(trainer) * length / len(some["prompt_ids"]) / trainer.args.world_size
+    speed = TOKENS_PER_STEP["cpu" if trainer.accelerator.device.type == "cpu" else "accelerator"]
+    return int(MAX_SHARE * tokens / speed / (MEASUREMENTS + 1))

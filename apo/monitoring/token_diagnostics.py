@@ -10,8 +10,9 @@ responses, for which responses would have to be sampled from the policy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -19,15 +20,37 @@ from apo.packing.batch import SIDES, response_mask
 from clair.data.contrast import shared_tokens
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch import Tensor
-
-    from apo.monitoring.monitored_trainer import MonitoredTrainer
 
 MAX_PAIRS = 16
 """Pairs that are examined at most; a short run has one per `TRAINED_PER_PAIR` trained pairs."""
 TRAINED_PER_PAIR = 100
 POSITIONS = 128
 """Positions whose next-token distribution is stored, each a vocabulary of float32 on the host."""
+
+
+class ExaminedTrainer(Protocol):
+    """What token diagnostics and sample answers read of a trainer.
+
+    `args` (an APOConfig), `model` and the datasets are Any, because transformers declares them wider than a trainer
+    that runs has them: as base classes, or optional.
+    """
+
+    @property
+    def args(self) -> Any: ...
+    @property
+    def model(self) -> Any: ...
+    @property
+    def train_dataset(self) -> Any: ...
+    @property
+    def eval_dataset(self) -> Any: ...
+    @property
+    def accelerator(self) -> Accelerator: ...
+
+    def evaluation_mode(self) -> AbstractContextManager[None]:
+        """Eval mode without gradient, in the precision of a training step."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,20 +68,22 @@ class TokenLogps:
 class TokenDiagnostics:
     """Pairs to examine (id columns; unpaired rows have one response), with the log-probs of the model at the start."""
 
-    def __init__(self, trainer: MonitoredTrainer, pairs: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, trainer: ExaminedTrainer, pairs: Sequence[dict[str, Any]]) -> None:
         self.pairs = [{f"{name}_ids": list(pair[f"{name}_ids"]) for name in ("prompt", *SIDES)} for pair in pairs]
         self._trained = [torch.tensor(response_mask(pair, side), dtype=torch.bool) for pair in pairs for side in SIDES]
         shared = [mask for pair in self.pairs for mask in shared_tokens(pair["chosen_ids"], pair["rejected_ids"])]
-        masks = [torch.tensor(mask, dtype=torch.bool) for mask in shared]
-        self.shared = [mask[trained] for mask, trained in zip(masks, self._trained, strict=True)]
+        self.shared = [
+            torch.tensor(mask, dtype=torch.bool)[trained] for mask, trained in zip(shared, self._trained, strict=True)
+        ]
         total = sum(len(mask) for mask in self.shared)
         stride = -(-total // POSITIONS)
         self._stored = torch.arange(total) % stride == 0
-        self.baseline = self.logps(trainer)
+        self._trainer = trainer
+        self.baseline = self.logps()
 
-    def logps(self, trainer: MonitoredTrainer) -> TokenLogps:
+    def logps(self) -> TokenLogps:
         """Return the current model's log-probs. Every process computes all of them."""
-        model, device = trainer.model, trainer.accelerator.device
+        model, device = self._trainer.model, self._trainer.accelerator.device
         tokens, positions, offset = [], [], 0
         for number, pair in enumerate(self.pairs):
             for side, trained in zip(SIDES, self._trained[2 * number : 2 * number + 2], strict=True):
@@ -67,7 +92,7 @@ class TokenDiagnostics:
                     tokens.append(torch.zeros(0))
                     continue
                 ids = torch.tensor([pair["prompt_ids"] + response], device=device)
-                with trainer.evaluation_mode():
+                with self._trainer.evaluation_mode():
                     outputs = model(
                         input_ids=ids,
                         attention_mask=torch.ones_like(ids),
@@ -81,9 +106,9 @@ class TokenDiagnostics:
                 offset += len(logps)
         return TokenLogps(tokens, torch.cat(positions))
 
-    def measure(self, trainer: MonitoredTrainer) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         """Return the current `METRICS`; those about edits exist only for pairs."""
-        return diagnostic_metrics(self.baseline, self.logps(trainer), self.shared)
+        return diagnostic_metrics(self.baseline, self.logps(), self.shared)
 
 
 METRICS = (
@@ -99,22 +124,26 @@ METRICS = (
 likely than at the start in all its tokens of a kind together."""
 
 
-def build_token_diagnostics(trainer: MonitoredTrainer, count: int | None) -> TokenDiagnostics | None:
+def build_token_diagnostics(trainer: ExaminedTrainer, count: int | None) -> TokenDiagnostics | None:
     """Return diagnostics of `count` held-out pairs, or trained ones if none are held out; None if there are no pairs.
 
     If `count` is None, the length of the run decides.
     """
-    args = trainer.args
-    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if count is None:
-        epochs = args.num_train_epochs
-        steps = args.max_steps if args.max_steps > 0 else epochs * len(trainer.train_dataset) / step
-        count = min(MAX_PAIRS, int(steps * step / TRAINED_PER_PAIR))
+        count = min(MAX_PAIRS, int(trained_pairs(trainer) / TRAINED_PER_PAIR))
     pairs = spread_pairs(trainer, count)
     return TokenDiagnostics(trainer, pairs) if pairs else None
 
 
-def spread_pairs(trainer: MonitoredTrainer, count: int) -> list[dict[str, Any]]:
+def trained_pairs(trainer: ExaminedTrainer) -> float:
+    """Return the number of pairs that the whole run trains on, each counted once per epoch."""
+    args = trainer.args
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * len(trainer.train_dataset) / step
+    return steps * step
+
+
+def spread_pairs(trainer: ExaminedTrainer, count: int) -> list[dict[str, Any]]:
     """Return `count` held-out pairs (or trained ones if none are held out) spread evenly over the dataset.
 
     There are none if several datasets are held out.

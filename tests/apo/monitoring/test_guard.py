@@ -107,7 +107,7 @@ def test_a_rail_is_crossed_beyond_its_noise_only():
 def test_a_look_is_what_the_plain_log_probs_say(recipe, tmp_path, model_dir):
     planned = plan(TrainConfig(**recipe))
     tokenizer, model = make_tokenizer(), AutoModelForCausalLM.from_pretrained(model_dir)
-    measurement = measure_guard(build_trainer(planned), planned.guard_set)
+    measurement = measure_guard(build_trainer(planned).response_logps, planned.guard_set)
 
     def logp(ids, start):
         ids = torch.tensor([ids])
@@ -189,7 +189,7 @@ def test_accuracy_alone_can_stop_a_run(recipe):
     rows = tasks(200)
     write(Path(recipe["guard"]["tasks"]), rows)
     planned = plan(TrainConfig(**recipe))
-    initial = measure_guard(build_trainer(planned), planned.guard_set)
+    initial = measure_guard(build_trainer(planned).response_logps, planned.guard_set)
     # Tasks that the model gets right now: whatever training does to it, some are lost.
     write(Path(recipe["guard"]["tasks"]), [row for row, right in zip(rows, initial.right, strict=True) if right])
     recipe["guard"] = {"tasks": recipe["guard"]["tasks"]}

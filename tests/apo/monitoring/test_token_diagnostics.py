@@ -73,11 +73,11 @@ def test_a_view_is_what_the_models_logits_say(tmp_path, tokenizer, pairs, adapte
             torch.testing.assert_close(probe.baseline.tokens[len(distributions) - 1], expected, rtol=1e-4, atol=1e-4)
     everywhere = torch.cat(distributions)
     torch.testing.assert_close(probe.baseline.positions, everywhere, rtol=1e-4, atol=1e-4)  # fewer than POSITIONS
-    first = probe.measure(trainer)
+    first = probe.measure()
     assert all(abs(value) < 1e-5 for name, value in first.items() if "falls" not in name)
     assert set(first) == set(METRICS)
     trainer.train()
-    moved = probe.measure(trainer)
+    moved = probe.measure()
     assert moved["probe/kl"] > 1e-4
     assert moved["probe/edited_chosen"] > moved["probe/edited_rejected"]
 
@@ -94,7 +94,7 @@ def test_unpaired_rows_have_a_divergence_and_no_edits(tmp_path, tokenizer):
     trainer = apo_trainer(tmp_path, tokenizer, Dataset.from_list(make_pairs(4)))
     row = trainer.train_dataset[0]
     probe = TokenDiagnostics(trainer, [{**row, "rejected_ids": []}, {**row, "chosen_ids": []}])
-    assert set(probe.measure(trainer)) == {"probe/kl"}
+    assert set(probe.measure()) == {"probe/kl"}
 
 
 def test_a_probe_grows_with_the_run_and_prefers_held_out_pairs(tmp_path, tokenizer):

@@ -90,7 +90,7 @@ def test_monitors_see_no_change_at_a_rate_of_0(tmp_path, tokenizer, mixed):
     initial, probe = trainer.response_logps(examples), TokenDiagnostics(trainer, examples)
     trainer.train()
     assert trainer.response_logps(examples) == initial
-    assert all(value == 0 for value in probe.measure(trainer).values())
+    assert all(value == 0 for value in probe.measure().values())
     assert [row["kl/mismatched"] for row in trainer.state.log_history if "kl/mismatched" in row] == [0.0, 0.0]
 
 
