@@ -94,5 +94,5 @@ def affordable_tokens(trainer: ExaminedTrainer) -> int:
     some = trainer.train_dataset[: min(len(trainer.train_dataset), 256)]
     length = sum(len(ids) for name in ("prompt_ids", "chosen_ids", "rejected_ids") for ids in some[name])
     tokens = trained_pairs(trainer) * length / len(some["prompt_ids"]) / trainer.args.world_size
-    speed = TOKENS_PER_STEP["cpu" if trainer.accelerator.device.type == "cpu" else "accelerator"]
-    return int(MAX_SHARE * tokens / speed / (MEASUREMENTS + 1))
+    tokens_per_step = TOKENS_PER_STEP["cpu" if trainer.accelerator.device.type == "cpu" else "accelerator"]
+    return int(MAX_SHARE * tokens / tokens_per_step / (MEASUREMENTS + 1))
