@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 from apo.advice.config import AdviceInputs, AdviseConfig
 from apo.evaluation.config import is_transient
+from apo.evaluation.rows import collect_results
 from apo.evaluation.winrate import run as winrate
 from apo.evaluation.winrate.verdicts import AnswerText, Comparison, prompt_key
 from clair.core.statistics import wilson
 from clair.data.records import Dropped, Prompt
-from clair.inference.client import ModelClient, Stopped, StopSignal
-from clair.inference.local import LocalModel
-from clair.inference.open import map_ordered, running_clients
+from clair.inference.client import ModelClient, StopSignal
+from clair.inference.open import running_clients
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger
 from clair.pipeline.steps import position_bias
@@ -83,42 +82,25 @@ async def _generate_own_answers(
 ) -> dict[str, AnswerText]:
     """The model's answer to each prompt, by `prompt_key`, without prompts that it cannot answer."""
 
-    async def answer_prompt(prompt: Prompt) -> tuple[str, AnswerText | None] | Stopped:
+    async def answer_prompt(prompt: Prompt) -> tuple[str, AnswerText | None]:
         try:
             reply = await client.ask(list(prompt.messages), row=prompt.id, sample=OWN_ANSWER_SAMPLE)
         except Dropped as dropped:
             if is_transient(dropped):
-                failures.append(f"model: {dropped.detail}")
+                raise
             return prompt_key(prompt), None
-        except Stopped as stopped:
-            return stopped
-        except Exception as error:  # an unwritable ledger or a bug: stop spending
-            stop.request(str(error), error)
-            raise
         incomplete = reply.incomplete()
         answered = incomplete in (None, "truncated")
         return prompt_key(prompt), AnswerText(reply.text.strip(), incomplete == "truncated") if answered else None
 
-    async def drain() -> None:
-        stop.request("no more answers are needed")
-        if isinstance(client.model, LocalModel):
-            client.model.abandon()
-        await client.drain()
-
     prompts = [inputs.prompt(row) for row in inputs.rows]
     client.limiter = Limiter(len(prompts))  # the model forms its own batches, from all requests
     log(f"{len(prompts)} answers of the model's own")
-    answers: dict[str, AnswerText] = {}
     with client_progress("answering", len(prompts), {client.role: len(prompts)}) as on_progress:
-        on_progress(0, {client.role: client})
-        async with aclosing(map_ordered(answer_prompt, prompts, len(prompts) + 1, stop.requested, drain)) as outcomes:
-            async for outcome in outcomes:
-                if isinstance(outcome, Stopped):
-                    break
-                if outcome[1] is not None:
-                    answers[outcome[0]] = outcome[1]
-                on_progress(len(answers), {client.role: client})
-    return answers
+        answers = await collect_results(
+            answer_prompt, prompts, {client.role: client}, stop, failures=failures, on_progress=on_progress
+        )
+    return {key: answer for key, answer in answers if answer is not None}
 
 
 async def _compare_by_judge(

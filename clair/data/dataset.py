@@ -120,8 +120,8 @@ class DatasetWriter:
     ) -> None:
         """Open the temporary files in `folder`.
 
-        `order` also writes the order file of a shard: the caller sets `index` before it adds each row. `tools` allows
-        turns with more than role and content.
+        `order` also writes the order file of a shard, of the `index` among all prompts that each row is added with.
+        `tools` allows turns with more than role and content.
         """
         self.tools, self.calls = tools, False
         self.folder = folder
@@ -139,8 +139,6 @@ class DatasetWriter:
         self._parquet = {split: self._open_parquet(split) for split in SPLITS}
         self._dropped_file = self._temporary("dropped.jsonl")
         self._dropped = open(self._dropped_file, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self.index = 0
-        """The index among all prompts of the row to be added."""
         self.waiting = 0
         """Finished rows that wait for an earlier row, because rows are written in order."""
         self._order_file = self._temporary(ORDER) if order else None
@@ -169,11 +167,11 @@ class DatasetWriter:
         target = self.folder / name
         return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
-    def add(self, pair: Pair) -> None:
+    def add(self, pair: Pair, index: int = 0) -> None:
         """Add a pair."""
-        self.add_row(pair.row())
+        self.add_row(pair.row(), index)
 
-    def add_row(self, row: dict[str, Any]) -> None:
+    def add_row(self, row: dict[str, Any], index: int = 0) -> None:
         """Add a pair, given as a row of the dataset."""
         split = assign_split(row["id"], self.seed, self.test_fraction)
         self.counts[split] += 1
@@ -181,25 +179,25 @@ class DatasetWriter:
         self._rows[split].append(row)
         if not self.calls and any(turn.get("tool_calls") for side in ("chosen", "rejected") for turn in row[side]):
             self._write_calls()
-        self._record_order(split)
+        self._record_order(index, split)
         if len(self._rows[split]) == ROWS_PER_GROUP:
             self._flush(split)
 
-    def drop(self, id: str, reason: Dropped) -> None:
+    def drop(self, id: str, reason: Dropped, index: int = 0) -> None:
         """Add a prompt without a pair."""
-        self.drop_row(reason.row(id))
+        self.drop_row(reason.row(id), index)
 
-    def drop_row(self, row: Mapping[str, Any]) -> None:
+    def drop_row(self, row: Mapping[str, Any], index: int = 0) -> None:
         """Add a prompt without a pair, given as a line of dropped.jsonl."""
         self.counts["dropped"] += 1
         self.failed += row["failed"]
         self.reasons[f"{row['stage']}.{row['reason']}"] += 1
         self._dropped.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._record_order("dropped")
+        self._record_order(index, "dropped")
 
-    def _record_order(self, kind: str) -> None:
+    def _record_order(self, index: int, kind: str) -> None:
         if self._order:
-            self._order.write(order_entry(self.index, kind))
+            self._order.write(order_entry(index, kind))
 
     def all_counts(self) -> dict[str, int]:
         """The counts of prompts, pairs, pairs by split, and drops."""

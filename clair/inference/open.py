@@ -1,13 +1,12 @@
-"""Open the model clients of a run within its limits and budget, map rows through them, and stop on an interrupt."""
+"""Open the model clients of a run within its limits and budget, stop on an interrupt, and close them."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from clair.core.progress import duration, print_line
 from clair.core.urls import (
@@ -33,9 +32,6 @@ from clair.inference.pool import EndpointPool
 from clair.inference.rate_limit import Limiter, Rate
 from clair.ledger.ledger import Ledger
 from clair.storage.object_store import account_of
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class Resources:
@@ -81,48 +77,6 @@ def check_models(models: Mapping[str, ModelConfig], budget: BudgetConfig | None,
             if not model.trust_remote_code:
                 check_remote_code(model.path, role)
             check_options(model.options(seed), role)
-
-
-async def map_ordered(
-    work: Callable[[Item], Awaitable[Result]],
-    items: Iterable[Item],
-    ahead: int,
-    stopped: asyncio.Event,
-    drain: Callable[[], Awaitable[None]],
-) -> AsyncGenerator[Result]:
-    """Run `work` on the items concurrently and yield the results in the order of the items.
-
-    At most `ahead` items are running or finished and not yet yielded. The iteration ends early when `stopped` is set,
-    even while the next result is pending. In any case `drain` is awaited before pending items are cancelled, so that
-    requests in flight can be kept.
-    """
-    pending: deque[asyncio.Future[Result]] = deque()
-    stop = asyncio.ensure_future(stopped.wait())
-    try:
-        for item in items:
-            pending.append(asyncio.ensure_future(work(item)))
-            while pending and (pending[0].done() or len(pending) >= ahead):
-                if not await _wait_for_task(pending[0], stop):
-                    return
-                yield pending.popleft().result()
-        while pending:
-            if not await _wait_for_task(pending[0], stop):
-                return
-            yield pending.popleft().result()
-    finally:
-        stop.cancel()
-        if pending:
-            await drain()
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
-
-
-async def _wait_for_task(task: asyncio.Future[Result], stop: asyncio.Future[Any]) -> bool:
-    """Wait for the task or the stop; True if the task is done."""
-    if not task.done():
-        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
-    return task.done()
 
 
 class InferenceConfig(Protocol):
@@ -259,14 +213,24 @@ def open_model(role: str, config: ModelConfig) -> Model:
 
 @asynccontextmanager
 async def running_clients(
-    config: InferenceConfig, ledger: Ledger, stop: StopSignal, *, resources: Resources | None = None
+    config: InferenceConfig, ledger: Ledger, stop: StopSignal, *, live: bool = False, resources: Resources | None = None
 ) -> AsyncIterator[dict[str, ModelClient]]:
-    """Open a client for each role, stop on Ctrl-C, and close the models at the end."""
-    clients = open_clients(config, ledger, stop, resources=resources)
+    """Open a client for each role, stop on Ctrl-C, and close models and batches at the end.
+
+    `live`: send every request by itself, even if the recipe uses a Batch API.
+    """
+    resources = resources or Resources()
+    clients = open_clients(config, ledger, stop, live=live, resources=resources)
+    batches = [client.batch for client in clients.values() if client.batch]
     try:
         with stop_on_interrupt(stop, clients):
-            yield clients
+            async with resources.in_use(stop):
+                yield clients
+            for batch in batches:
+                await batch.close()
     finally:
+        for batch in batches:
+            batch.abandon()
         for client in clients.values():
             await client.model.close()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from clair.core.provenance import provenance
 from clair.core.urls import without_secrets
 from clair.data.dataset import DatasetWriter, card, read_manifest
 from clair.data.prompt_sources import Scan, each_prompt, scan
-from clair.data.records import Pair, Prompt
+from clair.data.records import Pair
 from clair.inference.batch_service import Pending
 from clair.inference.budget import discounted_share, price_table_version, role_prices
 from clair.inference.client import ModelClient, Tally
@@ -26,7 +25,7 @@ from clair.inference.open import Resources, check_models
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.config import BuildConfig, changed_content_keys, redacted
 from clair.pipeline.output_dir import CURRENT_ROW, Output, check_output, lock_output
-from clair.pipeline.runner import KILLED_WORKER, PipelineRun, load_templates, open_run
+from clair.pipeline.runner import KILLED_WORKER, PipelineRun, PromptRow, load_templates, open_run
 from clair.pipeline.shards import CrashPolicy, Shard, shard_config
 from clair.pipeline.steps import position_bias
 from clair.storage.object_store import account_of, local_copy, public_path
@@ -173,34 +172,32 @@ async def _fill(
 ) -> bool:
     """Write the outcome of every prompt, in the order of the prompts. Returns True if all of them have one."""
     config, pending = run.config, 0
-    indices: deque[int] = deque()
 
-    def on_row_done() -> None:
+    def on_row_done(_: object) -> None:
         writer.waiting += 1
         on_progress(writer, run.clients)
 
-    def prompts() -> Iterator[tuple[Prompt, str | None]]:
+    def rows() -> Iterator[PromptRow]:
         for index, (prompt, skip_reason) in enumerate(each_prompt(config.prompts, config.limit, prompt_scan)):
             if config.accept and writer.pairs + pending >= config.accept:  # each pending row may become a pair
                 return
             if shard is None or shard.contains(prompt.id):
-                indices.append(index)
                 if crash_policy.log_rows:
                     (output.folder / CURRENT_ROW).write_text(prompt.id, "utf-8")
                     output.upload(CURRENT_ROW)
-                yield prompt, KILLED_WORKER if prompt.id in crash_policy.poison_rows else skip_reason
+                skip_reason = KILLED_WORKER if prompt.id in crash_policy.poison_rows else skip_reason
+                yield PromptRow(index, prompt, skip_reason)
 
     on_progress(writer, run.clients)
-    async with aclosing(run.outcomes(prompts(), one_by_one=crash_policy.log_rows, on_row_done=on_row_done)) as outcomes:
-        async for id, outcome in outcomes:
+    async with aclosing(run.outcomes(rows(), one_by_one=crash_policy.log_rows, on_row_done=on_row_done)) as outcomes:
+        async for row, outcome in outcomes:
             writer.waiting -= 1
-            writer.index = indices.popleft()
             if isinstance(outcome, Pending):
                 pending += 1
             elif isinstance(outcome, Pair):
-                writer.add(outcome)
+                writer.add(outcome, row.index)
             else:
-                writer.drop(id, outcome)
+                writer.drop(row.prompt.id, outcome, row.index)
             on_progress(writer, run.clients)
             if writer.pairs == config.accept and not pending:
                 return True

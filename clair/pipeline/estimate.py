@@ -28,7 +28,7 @@ from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import check_recipe, check_resumable
 from clair.pipeline.config import BuildConfig
 from clair.pipeline.output_dir import lock_output
-from clair.pipeline.runner import open_run
+from clair.pipeline.runner import PromptRow, open_run
 
 MIN_PROBE = 3
 """The minimum of rows for an interval."""
@@ -130,11 +130,11 @@ async def _ask(
     async with open_run(config, ledger, live=True) as run:
         rows_done = count()
 
-        def on_row_done() -> None:
+        def on_row_done(_: object = None) -> None:
             on_progress(next(rows_done), run.clients)
 
         on_row_done()
-        async with aclosing(run.outcomes(((p, None) for p in prompts), on_row_done=on_row_done)) as outcomes:
+        async with aclosing(run.outcomes(map(PromptRow, count(), prompts), on_row_done=on_row_done)) as outcomes:
             incomplete = Counter(
                 [
                     f"{outcome.stage}.{outcome.reason}"

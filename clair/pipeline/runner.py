@@ -6,24 +6,25 @@ are written to the ledger before the models are closed.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from clair.data.records import Dropped, Pair, Prompt
 from clair.inference.batch_client import wait_for_results
 from clair.inference.batch_service import Pending
 from clair.inference.budget import BudgetExceeded
-from clair.inference.client import ModelClient, Stopped, StopSignal
+from clair.inference.client import ModelClient, StopSignal
 from clair.inference.config import JudgeConfig, ReviserConfig
-from clair.inference.open import Resources, map_ordered, open_clients, stop_on_interrupt
+from clair.inference.open import Resources, running_clients
 from clair.ledger.ledger import Ledger
 from clair.pipeline.config import BuildConfig
 from clair.pipeline.filters import make_filters
 from clair.pipeline.pipelines import judged, revised, stronger
+from clair.pipeline.rows import run_rows
 from clair.pipeline.steps import Judge, Reviser
 from clair.prompting.labels import IDENTIFIERS, names_part
 from clair.prompting.templates import JUDGE_NEEDS, REVISER_NEEDS, load_template
@@ -32,6 +33,14 @@ _BEGUN_PER_REQUEST = 16
 _MIN_BEGUN = 256
 KILLED_WORKER = "killed_worker"
 """The drop reason of a row that killed the process which built it."""
+
+
+class PromptRow(NamedTuple):
+    """A prompt to run, its index among all prompts, and the reason to skip it, if there is one."""
+
+    index: int
+    prompt: Prompt
+    skip_reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +54,14 @@ class PipelineRun:
     judge: Judge | None = None
     reviser: Reviser | None = None
 
-    async def outcomes(
+    def outcomes(
         self,
-        prompts: Iterable[tuple[Prompt, str | None]],
+        rows: Iterable[PromptRow],
         *,
         one_by_one: bool = False,
-        on_row_done: Callable[[], None] = lambda: None,
-    ) -> AsyncGenerator[tuple[str, Pair | Dropped | Pending]]:
-        """Yield (prompt id, outcome) for each prompt, in the order of the prompts. Ends early if the run stops.
+        on_row_done: Callable[[object], None] = lambda _: None,
+    ) -> AsyncGenerator[tuple[PromptRow, Pair | Dropped | Pending]]:
+        """Yield (row, outcome) for each row, in the order of the rows. Ends early if the run stops.
 
         An outcome is Pending if it needs a reply that comes with a batch; see `wait`. `on_row_done` is called when a
         row is done, which may be long before its outcome is yielded.
@@ -61,34 +70,14 @@ class PipelineRun:
         if self.config.accept:  # rows begun beyond the last accepted pair are paid for and not used: begin few
             max_begun = 2 * self.config.concurrency
         max_begun = 1 if one_by_one else max_begun
+        return run_rows(self._run_row, rows, self.clients, self.stop, max_begun=max_begun, on_row_done=on_row_done)
 
-        async def row(item: tuple[Prompt, str | None]) -> tuple[str, Pair | Dropped | Pending | Stopped]:
-            outcome = await self._row(item)
-            if not isinstance(outcome[1], Stopped):
-                on_row_done()
-            return outcome
-
-        async with aclosing(map_ordered(row, prompts, max_begun, self.stop.requested, self._drain)) as results:
-            async for id, outcome in results:
-                if isinstance(outcome, Stopped):
-                    return
-                yield id, outcome
-
-    async def _row(self, item: tuple[Prompt, str | None]) -> tuple[str, Pair | Dropped | Pending | Stopped]:
-        prompt, skip_reason = item
-        if skip_reason == KILLED_WORKER:
-            return prompt.id, Dropped(
-                "prompts", KILLED_WORKER, "the process that built this row died of it, twice", failed=True
-            )
-        if skip_reason:
-            return prompt.id, Dropped("prompts", skip_reason, _SKIP_REASONS[skip_reason])
-        try:
-            return prompt.id, await self.make_pair(prompt)
-        except (Dropped, Pending, Stopped) as outcome:
-            return prompt.id, outcome
-        except Exception as error:  # an unwritable ledger or a bug: no other row may spend money
-            self.stop.request(str(error), error)
-            raise
+    async def _run_row(self, row: PromptRow) -> Pair:
+        if row.skip_reason == KILLED_WORKER:
+            raise Dropped("prompts", KILLED_WORKER, "the process that built this row died of it, twice", failed=True)
+        if row.skip_reason:
+            raise Dropped("prompts", row.skip_reason, _SKIP_REASONS[row.skip_reason])
+        return await self.make_pair(row.prompt)
 
     async def wait(self, on_poll: Callable[[], None]) -> bool:
         """Send the batches that Pending rows wait for, and return True when another pass over the rows is useful.
@@ -114,10 +103,6 @@ class PipelineRun:
             self.reviser.first_replies.clear()
         return True
 
-    async def _drain(self) -> None:
-        self.stop.request("no more rows are wanted")
-        await asyncio.gather(*(client.drain() for client in self.clients.values()))
-
 
 @asynccontextmanager
 async def open_run(
@@ -127,20 +112,9 @@ async def open_run(
 
     `live`: send every request by itself, even if the recipe uses a Batch API.
     """
-    stop, resources = StopSignal(), resources or Resources()
-    clients = open_clients(config, ledger, stop, live=live, resources=resources)
-    batches = [client.batch for client in clients.values() if client.batch]
-    try:
-        with stop_on_interrupt(stop, clients):
-            async with resources.in_use(stop):
-                yield _assemble(config, clients, stop)
-            for batch in batches:
-                await batch.close()
-    finally:
-        for batch in batches:
-            batch.abandon()
-        for client in clients.values():
-            await client.model.close()
+    stop = StopSignal()
+    async with running_clients(config, ledger, stop, live=live, resources=resources) as clients:
+        yield _assemble(config, clients, stop)
 
 
 def _assemble(config: BuildConfig, clients: Mapping[str, ModelClient], stop: StopSignal) -> PipelineRun:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs
-from apo.evaluation.mixeval.run import MixEvalOutcome, Progress, evaluate
+from apo.evaluation.mixeval.run import MixEvalOutcome, evaluate
+from apo.evaluation.rows import Progress
 from clair.cluster.ray_session import connected
 from clair.cluster.worker import enter_driver_environment
 from clair.core.errors import EXIT_USER_ERROR, UserError

@@ -9,7 +9,8 @@ from pathlib import Path
 from apo.evaluation.config import check_resumable
 from apo.evaluation.mixeval.answers import Answer, AnswerRequest, messages_for
 from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs, load_inputs
-from apo.evaluation.mixeval.run import MixEvalRun, Progress, work_items
+from apo.evaluation.mixeval.run import MixEvalRun, work_items
+from apo.evaluation.rows import Progress
 from clair.core.errors import UserError
 from clair.core.event_loop import run_async
 from clair.core.files import content_hash

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +16,15 @@ from apo.evaluation.mixeval.judging import Judge, JudgeResult, Verdict, judge_by
 from apo.evaluation.mixeval.score import aggregate
 from apo.evaluation.mixeval.upstream import write_upstream_files
 from apo.evaluation.results import ROLES, Item, JudgeUsed, ModelUsed, Role, Score, Usage, read_results, write_results
+from apo.evaluation.rows import Progress, collect_results
 from clair.core.errors import UserError
 from clair.core.event_loop import run_async
 from clair.core.provenance import provenance
 from clair.data.records import Dropped
 from clair.inference.budget import role_prices
-from clair.inference.client import ModelClient, Stopped, StopSignal
+from clair.inference.client import ModelClient, StopSignal
 from clair.inference.local import LocalModel
-from clair.inference.open import Resources, map_ordered
+from clair.inference.open import Resources
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import lock_output
@@ -62,9 +60,6 @@ class MixEvalOutcome(Outcome):
         from apo.evaluation.tables import score_table
 
         return score_table(read_results(self.out))
-
-
-Progress = Callable[[int, Mapping[str, ModelClient]], None]
 
 
 def evaluate(
@@ -158,38 +153,16 @@ class MixEvalRun:
 
     async def items(self, work: Sequence[tuple[int, Answer | AnswerRequest]], on_progress: Progress) -> list[Item]:
         """The finished items in the order of their indexes; incomplete if the run stops or requests fail."""
-        items: list[tuple[int, Item]] = []
-        counter = count()
 
-        async def placed(indexed: tuple[int, Answer | AnswerRequest]) -> tuple[int, Item | Dropped | Stopped]:
-            result = await self._placed(indexed)
-            if not isinstance(result[1], Dropped | Stopped):
-                on_progress(next(counter), self.clients)
-            return result
+        async def run_item(indexed: tuple[int, Answer | AnswerRequest]) -> tuple[int, Item]:
+            return indexed[0], await self._item(indexed[1])
 
-        on_progress(next(counter), self.clients)
-        results = map_ordered(placed, work, len(work) + 1, self.stop.requested, self._drain)
-        async with aclosing(results) as outcomes:
-            async for index, outcome in outcomes:
-                if isinstance(outcome, Stopped):
-                    break
-                if isinstance(outcome, Dropped):
-                    self.failures.append(f"{outcome.stage}: {outcome.detail}")
-                else:
-                    items.append((index, outcome))
+        items = await collect_results(
+            run_item, work, self.clients, self.stop, failures=self.failures, on_progress=on_progress
+        )
         if items and not self.stop.reason and all(_no_answer(item) for _, item in items):
             raise UserError(f"the model answered nothing: {self.refusals[0]}")
         return [item for _, item in sorted(items, key=lambda placed: placed[0])]
-
-    async def _placed(self, placed: tuple[int, Answer | AnswerRequest]) -> tuple[int, Item | Dropped | Stopped]:
-        index, work = placed
-        try:
-            return index, await self._item(work)
-        except (Dropped, Stopped) as outcome:
-            return index, outcome
-        except Exception as error:  # an unwritable ledger or a bug: stop spending
-            self.stop.request(str(error), error)
-            raise
 
     async def _item(self, work: Answer | AnswerRequest) -> Item:
         response = work if isinstance(work, Answer) else await self._answer(work)
@@ -219,14 +192,6 @@ class MixEvalRun:
             response.prompt_tokens or 0, response.completion_tokens or 0
         )
         return response
-
-    async def _drain(self) -> None:
-        """Wait for the requests in flight, which are paid for, and end local generation."""
-        self.stop.request("no more rows are needed")
-        for client in self.clients.values():
-            if isinstance(client.model, LocalModel):
-                client.model.abandon()
-        await asyncio.gather(*(client.drain() for client in self.clients.values()))
 
     # ---- the result
 

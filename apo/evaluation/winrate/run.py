@@ -11,10 +11,8 @@ import hashlib
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from apo.evaluation.config import (
     redacted,
     with_batch_tokens,
 )
+from apo.evaluation.rows import Progress, collect_results
 from apo.evaluation.winrate.verdicts import SIDES, AnswerText, Comparison, prompt_key, summary, unresolved_counts
 from clair.core.errors import UserError, one_line
 from clair.core.event_loop import run_async
@@ -38,11 +37,11 @@ from clair.core.provenance import provenance
 from clair.data.prompt_sources import PromptSource, each_prompt, read_prompts
 from clair.data.records import Dropped, Prompt, task_text
 from clair.inference.budget import role_prices
-from clair.inference.client import ModelClient, Stopped, StopSignal
+from clair.inference.client import ModelClient, StopSignal
 from clair.inference.config import JudgeConfig, ModelConfig
 from clair.inference.local import LocalModel
 from clair.inference.model import visible_answer
-from clair.inference.open import check_models, map_ordered
+from clair.inference.open import check_models
 from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.build import lock_output
@@ -164,39 +163,14 @@ class WinrateRun:
         """Every (prompt, sample number)."""
         return [(prompt, sample) for prompt in self.inputs.prompts for sample in range(self.config.samples)]
 
-    async def outcomes(self, on_progress: Callable[[int, Mapping[str, ModelClient]], None]) -> list[Comparison]:
+    async def outcomes(self, on_progress: Progress) -> list[Comparison]:
         """All comparisons in the order of the prompts; incomplete if the run stops or requests fail."""
-        work, comparisons, counter = self.work(), [], count()
+        return await collect_results(
+            self._compare, self.work(), self.clients, self.stop, failures=self.failures, on_progress=on_progress
+        )
 
-        async def compare_one(item: tuple[Prompt, int]) -> Comparison | Dropped | Stopped:
-            result = await self._one(item)
-            if not isinstance(result, Dropped | Stopped):
-                on_progress(next(counter), self.clients)
-            return result
-
-        on_progress(next(counter), self.clients)
-        async with aclosing(
-            map_ordered(compare_one, work, len(work) + 1, self.stop.requested, self._drain)
-        ) as outcomes:
-            async for outcome in outcomes:
-                if isinstance(outcome, Stopped):
-                    break
-                if isinstance(outcome, Dropped):
-                    self.failures.append(f"{outcome.stage}: {outcome.detail}")
-                else:
-                    comparisons.append(outcome)
-        return comparisons
-
-    async def _one(self, item: tuple[Prompt, int]) -> Comparison | Dropped | Stopped:
-        try:
-            return await self._compare(*item)
-        except (Dropped, Stopped) as outcome:
-            return outcome
-        except Exception as error:  # an unwritable ledger or a bug: stop spending
-            self.stop.request(str(error), error)
-            raise
-
-    async def _compare(self, prompt: Prompt, sample: int) -> Comparison:
+    async def _compare(self, row: tuple[Prompt, int]) -> Comparison:
+        prompt, sample = row
         try:
             base, tuned = await _gather_all(*(self._answer(side, prompt, sample) for side in SIDES))
         except Dropped as dropped:
@@ -234,14 +208,6 @@ class WinrateRun:
             raise Dropped(side, incomplete, reply.refusal)
         return AnswerText(reply.text.strip(), incomplete == "truncated")
 
-    async def _drain(self) -> None:
-        """Wait for the requests in flight, which are paid for, and end local generation."""
-        self.stop.request("no more rows are needed")
-        for client in self.clients.values():
-            if isinstance(client.model, LocalModel):
-                client.model.abandon()
-        await asyncio.gather(*(client.drain() for client in self.clients.values()))
-
 
 async def _gather_all(first: Any, second: Any) -> list[Any]:
     """Run both coroutines concurrently; if one fails, raise its error after both have ended."""
@@ -274,7 +240,7 @@ def measure_win_rate(
     config: WinrateConfig,
     *,
     inputs: WinrateInputs | None = None,
-    on_progress: Callable[[int, Mapping[str, ModelClient]], None] = lambda *_: None,
+    on_progress: Progress = lambda *_: None,
 ) -> WinrateOutcome:
     """Compare two models, reusing the replies in the ledger, and write winrate.json and winrate.jsonl.
 
@@ -287,9 +253,7 @@ def measure_win_rate(
         return run_async(_run(config, inputs, ledger, on_progress))
 
 
-async def _run(
-    config: WinrateConfig, inputs: WinrateInputs, ledger: Ledger, on_progress: Callable[..., None]
-) -> WinrateOutcome:
+async def _run(config: WinrateConfig, inputs: WinrateInputs, ledger: Ledger, on_progress: Progress) -> WinrateOutcome:
     started, stop, out = time.monotonic(), StopSignal(), Path(config.out)
     async with evaluation_clients(config, ledger, stop) as clients:
         run = WinrateRun(config, inputs, clients, stop)

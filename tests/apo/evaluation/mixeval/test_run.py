@@ -483,10 +483,10 @@ def test_items_are_counted_when_they_finish_and_not_in_order():
         def __post_init__(self) -> None:
             self.reported = asyncio.Event()
 
-        async def _placed(self, placed):
-            if placed[0] == 0:  # the first one ends after all others were reported
+        async def _item(self, index):
+            if index == 0:  # the first one ends after all others were reported
                 await asyncio.wait_for(self.reported.wait(), 60)
-            return placed[0], SimpleNamespace(unresolved=None)
+            return SimpleNamespace(unresolved=None)
 
     async def counted() -> list[int]:
         run, counts = Uneven(None, None, {}, StopSignal()), []
@@ -496,7 +496,7 @@ def test_items_are_counted_when_they_finish_and_not_in_order():
             if count == 3:
                 run.reported.set()
 
-        await run.items([(index, None) for index in range(4)], on_progress)
+        await run.items([(index, index) for index in range(4)], on_progress)
         return counts
 
     assert asyncio.run(counted()) == [0, 1, 2, 3, 4]
