@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from clair.data.records import Dropped, Pair, Prompt
 from clair.inference.batch_client import wait_for_results
@@ -35,7 +34,8 @@ KILLED_WORKER = "killed_worker"
 """The drop reason of a row that killed the process which built it."""
 
 
-class PromptRow(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PromptRow:
     """A prompt to run, its index among all prompts, and the reason to skip it, if there is one."""
 
     index: int
