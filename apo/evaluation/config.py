@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from apo.evaluation.results import ITEMS
 from clair.core.errors import EXIT_SOME_FAILED, UserError
@@ -35,6 +35,13 @@ class EvaluationConfig(Recipe):
     attempts: int = Field(default=6, ge=1)
     ledger: str | None = None
     out: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _sends_live(self) -> EvaluationConfig:
+        for role, model in self.models.items():
+            if model.batching:
+                raise ValueError(f"{role}.batch: an evaluation sends every request by itself; leave it out")
+        return self
 
     @property
     def models(self) -> Mapping[str, ModelConfig]:

@@ -11,7 +11,7 @@ from apo.monitoring.diagnosis import MIN_LINES, Problem, diagnose
 from apo.monitoring.metrics import series
 from apo.monitoring.plots import draw_diagnosis
 from apo.run_dir.files import METRICS, SAMPLES, read_log, read_run
-from clair.core.errors import UserError
+from clair.core.errors import UserError, one_line
 from clair.data.contrast import contrast_of, word_diff
 
 PICTURE = "diagnosis.png"
@@ -87,9 +87,9 @@ def sample_lines(rows: list[dict[str, Any]]) -> list[str]:
         first, last = by_step[0]["answer"], by_step[max(by_step)]
         lost = {step: 1 - contrast_of(row["answer"], first).kept for step, row in by_step.items()}
         cells = "".join(f"{lost[step]:>7.0%}" if step in lost else f"{'':7}" for step in steps)
-        lines.append(f"{number + 1:>2}. {_clip(title, 34):36}{cells}")
+        lines.append(f"{number + 1:>2}. {title[:34]:36}{cells}")
         diff = _marked(first, last["answer"]) + ("" if last["ended"] else " ...")
-        diffs += ["", f"{number + 1:>2}. {_clip(title, 100)}", diff]
+        diffs += ["", f"{number + 1:>2}. {title[:100]}", diff]
     return [*lines, "", f"answers at step {steps[-1]:,}, [-words gone-] and {{+words new+}} since step 0:", *diffs, ""]
 
 
@@ -97,19 +97,15 @@ def questions(texts: list[str]) -> list[str]:
     """The prompts without the lines that all of them begin and end with: the system message and the template's."""
     prompts = [text.strip().splitlines() for text in texts]
     if len(prompts) < 2:
-        return [" ".join(text.split()) for text in texts]
+        return [one_line(text) for text in texts]
     start = _common_lines(prompts)
     end = _common_lines([lines[start:][::-1] for lines in prompts])
-    return [" ".join(" ".join(lines[start : len(lines) - end]).split()) for lines in prompts]
+    return [one_line("\n".join(lines[start : len(lines) - end])) for lines in prompts]
 
 
 def _common_lines(prompts: list[list[str]]) -> int:
     """The number of first lines that all prompts share."""
     return sum(1 for _ in takewhile(lambda lines: len(set(lines)) == 1, zip(*prompts, strict=False)))
-
-
-def _clip(line: str, width: int) -> str:
-    return line if len(line) <= width else line[: width - 3] + "..."
 
 
 def _marked(before: str, after: str) -> str:

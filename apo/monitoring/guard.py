@@ -56,6 +56,11 @@ class Guard(Recipe):
         return self
 
 
+def default_interval(steps: int) -> int:
+    """Return the steps between two of the `MEASUREMENTS` in a run of `steps`."""
+    return max(1, math.ceil(steps / MEASUREMENTS))
+
+
 @dataclass(frozen=True)
 class GuardSet:
     """A guard's files, checked and tokenised.
@@ -72,7 +77,7 @@ class GuardSet:
 
     def interval(self, steps: int) -> int:
         """Return the steps between two measurements in a run of `steps`."""
-        return self.guard.every or max(1, math.ceil(steps / MEASUREMENTS))
+        return self.guard.every or default_interval(steps)
 
     def summary(self, steps: int) -> str:
         """Describe in one line what a run of `steps` measures."""

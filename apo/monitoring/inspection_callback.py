@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from apo.monitoring.guard import MEASUREMENTS, GuardMeasurement, GuardSet, guard_metrics, measure_guard, violation
+from apo.monitoring.guard import GuardMeasurement, GuardSet, default_interval, guard_metrics, measure_guard, violation
 
 if TYPE_CHECKING:
     from apo.monitoring.sample_answers import SampleAnswers
@@ -56,17 +56,17 @@ class InspectionCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Log the baseline at step 0, and write the first model's answers."""
-        if state.global_step == 0:
-            self._write_samples(state)
-        if state.global_step == 0 and self._baseline is not None:
+        if state.global_step > 0:
+            return
+        self._write_samples(state)
+        if self._baseline is not None:
             self._log(guard_metrics(self._baseline, self._baseline), control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Inspect the model if an inspection is due."""
         step, last = state.global_step, state.global_step >= state.max_steps
         metrics = {}
-        interval = max(1, -(-state.max_steps // MEASUREMENTS))
-        if last or step % interval == 0:
+        if last or step % default_interval(state.max_steps) == 0:
             if self._trainer is not None and self.diagnostics is not None:
                 with self._trainer.meter.pause():
                     metrics = self.diagnostics.measure()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import DistributedType
 
 from apo.monitoring.guard import MEASUREMENTS
 from apo.monitoring.token_diagnostics import spread_pairs, trained_pairs
@@ -82,8 +83,8 @@ def build_sample_answers(
     If `count` is None, five prompts are answered, with as many tokens as `MAX_SHARE` of the run's time allows; None is
     returned if these are too few. It is also returned if each process has only a part of the model.
     """
-    parts = str(trainer.accelerator.distributed_type.value) in ("DEEPSPEED", "FSDP")
-    pairs = [] if count == 0 or parts else spread_pairs(trainer, 4 * (count or PROMPTS))
+    sharded = trainer.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    pairs = [] if count == 0 or sharded else spread_pairs(trainer, 4 * (count or PROMPTS))
     prompts = [list(ids) for ids in dict.fromkeys(tuple(pair["prompt_ids"]) for pair in pairs)][: count or PROMPTS]
     max_tokens = MAX_TOKENS if count else min(MAX_TOKENS, affordable_tokens(trainer))
     return SampleAnswers(trainer, prompts, tokenizer, max_tokens, out) if prompts and max_tokens >= MIN_TOKENS else None

@@ -11,20 +11,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from apo.monitoring.diagnosis_report import diagnosis_lines, questions, sample_lines
 from apo.training.config import TrainConfig
 from apo.training.train import train
-from tests.apo.conftest import make_pairs
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+from tests.apo.conftest import make_pairs, write_jsonl
 
 
 @pytest.fixture
 def recipe(tmp_path, model_dir):
     trainer = {"max_steps": 20, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 2,
                "save_strategy": "steps", "save_steps": 8}  # fmt: skip
+    dataset = str(write_jsonl(tmp_path / "pairs.jsonl", make_pairs(24)))
     return {
-        "model": str(model_dir), "dataset": write(tmp_path / "pairs.jsonl", make_pairs(24)), "trainer": trainer,
+        "model": str(model_dir), "dataset": dataset, "trainer": trainer,
         "eval": False, "samples": 3, "out": str(tmp_path / "run"),
     }  # fmt: skip
 

@@ -17,7 +17,7 @@ from apo.evaluation.winrate.run import WinrateConfig
 from clair.core.errors import UserError
 from clair.core.recipe import load_recipe
 from clair.inference.client import StopSignal
-from tests.apo.evaluation.evaluating import apo, evaluated, final, judging, mixeval_command
+from tests.apo.evaluation.evaluating import apo, config_for, evaluated, final, judging, mixeval_command
 from tests.apo.evaluation.questions import JUDGE, responses_of
 from tests.clair.building import error_line
 from tests.house.pages import ROOT
@@ -500,3 +500,12 @@ def test_items_are_counted_when_they_finish_and_not_in_order():
         return counts
 
     assert asyncio.run(counted()) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("role", ["model", "judge"])
+def test_a_batch_api_is_refused_before_any_request(tmp_path, role):
+    batched = {"model": "m", "url": "http://127.0.0.1:1/v1", "batch": True}
+    with pytest.raises(UserError, match=rf"{role}\.batch: an evaluation sends every request by itself"):
+        config_for(
+            tmp_path, tmp_path / "out", **{"model": {**batched, "batch": False}, "responses": None, role: batched}
+        )
