@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from clair.core.errors import UserError
 from clair.inference.local import LocalModel
+from clair.inference.local_generation import GenerationRow, RunningBatch
 from clair.inference.model import RequestFailed, Unreachable, parse_reply
 from clair.inference.model_folder import weights_identity
 from clair.pipeline.build import build
@@ -100,24 +102,107 @@ def test_a_sampled_reply_is_the_same_whatever_the_batch(folder, options):
     assert len({reply.text for reply in together}) > 12
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3}])
-def test_rows_that_have_ended_leave_the_batch_and_change_no_reply(folder, monkeypatch, options):
-    requests = [{"messages": messages(t), "max_tokens": 60, "seed": 0, **options} for t in texts(16, 20)]
-    together = ask(folder, requests, batch_size=16)
-    monkeypatch.setattr("clair.inference.local._FIRST_CHUNK", 3)
-    positions, forward = [], LlamaForCausalLM.forward
+@pytest.fixture
+def row_counts(monkeypatch) -> list[tuple[int, int]]:
+    """The shape `[B, L]` of the input ids of each forward pass."""
+    shapes: list[tuple[int, int]] = []
+    forward = LlamaForCausalLM.forward
 
+    @functools.wraps(forward)  # generate() reads its signature
     def counted(self: Any, input_ids: Any, **more: Any) -> Any:
-        positions.append(input_ids.numel())
+        shapes.append(tuple(input_ids.shape))
         return forward(self, input_ids, **more)
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", counted)
-    assert ask(folder, requests, batch_size=16) == together
-    lengths = [reply.usage["completion_tokens"] for reply in together]
+    return shapes
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3}])
+def test_rows_that_have_ended_leave_the_batch_and_change_no_reply(folder, row_counts, options):
+    requests = [{"messages": messages(t), "max_tokens": 60, "seed": 0, **options} for t in texts(16, 20)]
+    alone = ask(folder, requests, batch_size=1)
+    row_counts.clear()
+    assert ask(folder, requests, batch_size=16) == alone
+    lengths = [reply.usage["completion_tokens"] for reply in alone]
     assert max(lengths) == 60 > min(lengths)
-    # The prompts are read once; then a row may generate at most twice the tokens of its reply, instead of for 60.
-    assert sum(positions[1:]) <= sum(min(60, max(3, 2 * length)) for length in lengths) < 0.95 * 16 * 60
-    assert positions[0] == max(positions)
+    # The prompts are read once; then at most an eighth of the rows has ended.
+    generated = sum(rows for rows, _ in row_counts[1:])
+    assert sum(lengths) - 16 <= generated <= 1.15 * sum(lengths) < 0.95 * 16 * 60
+    assert row_counts[0][0] == 16
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3}])
+def test_the_next_requests_take_the_place_of_ended_rows(folder, row_counts, options):
+    random = Random(1)
+    requests = [
+        {"messages": messages(t), "max_tokens": random.randint(2, 60), "seed": 0, **options} for t in texts(64, 30)
+    ]
+    alone = ask(folder, requests, batch_size=1)
+    row_counts.clear()
+    assert ask(folder, requests, batch_size=8) == alone
+    steps = [rows for rows, length in row_counts if length == 1]
+    assert max(steps) == 8
+    filled = steps[: len(steps) * 3 // 4]  # the last rows end by themselves
+    assert sum(filled) / len(filled) > 0.8 * 8
+
+
+def test_a_reply_is_returned_when_it_ends(folder, row_counts):
+    async def finish_times():
+        model, done = LocalModel(folder, batch_size=16), []
+        requests = [{"messages": messages("one"), "max_tokens": n, "temperature": 1.0} for n in (100, 2, 90, 20)]
+
+        async def complete(index: int) -> None:
+            reply = await model.complete(requests[index], index)
+            done.append((index, json.loads(reply)["usage"]["completion_tokens"], len(row_counts)))
+
+        await asyncio.gather(*map(complete, range(4)))
+        await model.close()
+        return done
+
+    done = asyncio.run(finish_times())
+    assert [count for _, count, _ in done] == sorted(count for _, count, _ in done)
+    assert done[0][0] == 1
+    assert done[0][2] < done[-1][2]  # the others were still being written
+
+
+def model_of_kind(kind: str, folder: Path) -> Path:
+    """A tiny model, in float64, whose layers need a cache of this kind."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"vocab_size": 32, "bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0, "initializer_range": 0.3}
+    if kind == "sliding":
+        config: Any = Gemma3TextConfig(
+            **sizes, **tokens, head_dim=8, num_hidden_layers=3, sliding_window=8, sliding_window_pattern=3
+        )
+        model: Any = Gemma3ForCausalLM(config)
+    elif kind == "convolution":
+        config = Lfm2Config(**sizes, **tokens, num_hidden_layers=2, layer_types=["conv", "full_attention"])
+        model = Lfm2ForCausalLM(config)
+    else:
+        model = tiny_model.make_model()
+        model.generation_config.repetition_penalty = 1.5
+    model.double().save_pretrained(folder)
+    tiny_model.make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["full", "sliding", "convolution"])
+def test_rows_that_join_are_what_transformers_generates_from_each_prompt_alone(tmp_path, kind):
+    folder = model_of_kind(kind, tmp_path)
+    tokenizer, random = AutoTokenizer.from_pretrained(folder), Random(2)
+    prompts = texts(24, 30)
+    lengths = [random.randint(1, 40) for _ in prompts]
+    requests = [
+        {"messages": messages(t), "temperature": 0, "max_tokens": n} for t, n in zip(prompts, lengths, strict=True)
+    ]
+    replies = ask(folder, requests, batch_size=5)
+    assert len({reply.text for reply in replies}) > 12
+    for text, length, reply in zip(prompts, lengths, replies, strict=True):
+        expected = greedily(folder, text, length)
+        assert reply.text == tokenizer.decode(expected, skip_special_tokens=True)
+        assert reply.usage["completion_tokens"] == len(expected)
 
 
 def test_another_seed_sample_or_prompt_draws_anew(folder):
@@ -257,61 +342,72 @@ def test_a_prompt_that_does_not_fit_is_reported_and_the_others_are_answered(fold
 # ---- batches
 
 
-def test_requests_gather_into_batches_of_one_kind(folder, monkeypatch):
-    batches = []
-    really = LocalModel._generate
+@pytest.fixture
+def batches(monkeypatch) -> list[list[GenerationRow]]:
+    """The rows of the batch after each join."""
+    joined: list[list[GenerationRow]] = []
+    really = RunningBatch.join
 
-    def watched(self, batch):
-        batches.append([waiting.request for waiting in batch])
-        return really(self, batch)
+    def watched(self, rows, on_end):
+        joined.append([*self.rows, *rows])
+        really(self, rows, on_end)
 
-    monkeypatch.setattr(LocalModel, "_generate", watched)
+    monkeypatch.setattr(RunningBatch, "join", watched)
+    return joined
+
+
+def test_requests_gather_into_batches_of_one_kind(folder, batches):
     requests = [{"messages": messages(t), "max_tokens": 4, "temperature": n % 2} for n, t in enumerate(texts(40))]
     ask(folder, requests, batch_size=8)
-    assert sorted(map(len, batches)) == [4, 4, 8, 8, 8, 8]
-    assert all(len({request["temperature"] for request in batch}) == 1 for batch in batches)
+    assert max(map(len, batches)) == 8
+    assert all(len({row.draws is None for row in batch}) == 1 for batch in batches)
+    assert {batch[0].draws is None for batch in batches} == {True, False}
 
 
-def test_a_batch_is_sized_by_tokens_with_padding_and_room_for_answers(folder, monkeypatch):
-    sizes = []
-    really = LocalModel._generate_tokens
-
-    def watched(self, batch, prompts, max_tokens):
-        sizes.append((len(prompts), max(map(len, prompts)) + max_tokens))
-        return really(self, batch, prompts, max_tokens)
-
-    monkeypatch.setattr(LocalModel, "_generate_tokens", watched)
+def test_a_batch_is_sized_by_tokens_with_padding_and_room_for_answers(folder, batches):
     requests = [{"messages": messages(t), "max_tokens": 10, "temperature": 0} for t in texts(60, longest=80)]
     replies = ask(folder, requests, batch_tokens=300)
-    assert all(count * each <= 300 for count, each in sizes)
-    assert sum(count for count, _ in sizes) == 60
-    assert 3 < len(sizes) < 25
+    assert all(len(batch) * max(row.max_length for row in batch) <= 300 for batch in batches)
+    assert max(map(len, batches)) > 8
+    assert len({id(row) for batch in batches for row in batch}) == 60
     assert replies == ask(folder, requests, batch_size=1)
-    sizes.clear()
+    batches.clear()
     ask(folder, requests[-3:], batch_tokens=5)  # less than one: by themselves
-    assert [count for count, _ in sizes] == [1, 1, 1]
+    assert [len(batch) for batch in batches] == [1, 1, 1]
 
 
-def test_a_batch_that_does_not_fit_into_memory_is_halved(folder, monkeypatch):
-    really, sizes = LocalModel._generate_tokens, []
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0}])
+def test_a_batch_that_does_not_fit_into_memory_is_halved_and_its_rows_go_on(folder, monkeypatch, options):
+    requests = [{"messages": messages(t), "max_tokens": 10, **options} for t in texts(8)]
+    expected = ask(folder, requests, batch_size=8)
+    sizes, forward = [], LlamaForCausalLM.forward
 
-    def small_memory(self, batch, prompts, max_tokens):
-        sizes.append(len(batch))
-        if len(batch) > 3:
+    @functools.wraps(forward)  # generate() reads its signature
+    def small_memory(self: Any, input_ids: Any, **more: Any) -> Any:
+        sizes.append(len(input_ids))
+        if len(input_ids) > 3 and (len(sizes) > 4 or input_ids.shape[1] > 1):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return really(self, batch, prompts, max_tokens)
+        return forward(self, input_ids, **more)
 
-    monkeypatch.setattr(LocalModel, "_generate_tokens", small_memory)
-    requests = [{"messages": messages(t), "max_tokens": 10, "temperature": 0} for t in texts(8)]
-    replies = ask(folder, requests, batch_size=8)
-    assert sizes == [8, 4, 2, 2, 4, 2, 2]
+    monkeypatch.setattr(LlamaForCausalLM, "forward", small_memory)
+    assert ask(folder, requests, batch_size=8) == expected
+    assert [size for size in sizes if size > 3] == [8, 4]
     sizes.clear()
-    sampled = {"messages": messages("what is one"), "max_tokens": 10, "temperature": 1.0}
-    ask(folder, [sampled] * 60, samples=list(range(60)), batch_tokens=160)
-    assert sizes[0] > 3
+    assert ask(folder, requests, batch_tokens=400) == expected
     assert sum(size > 3 for size in sizes) <= 3  # batches are smaller from then on
-    monkeypatch.undo()
-    assert replies == ask(folder, requests, batch_size=8)
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    late = []
+
+    @functools.wraps(forward)  # generate() reads its signature
+    def memory_full_once(self: Any, input_ids: Any, **more: Any) -> Any:
+        late.append(len(input_ids))
+        if len(late) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, input_ids, **more)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", memory_full_once)
+    assert ask(folder, requests, batch_size=8) == expected
+    assert sum(late) < 10 * 8 + 8 + 4 + 4  # the tokens before are kept
 
 
 def test_requests_that_no_batch_has_begun_can_be_cancelled(folder):
@@ -348,15 +444,15 @@ def test_the_event_loop_stays_awake_while_the_model_works(folder):
 
 
 def test_a_failing_batch_fails_its_rows_and_the_next_one_runs(folder, monkeypatch):
-    really, failed = LocalModel._generate, []
+    really, failed = RunningBatch.join, []
 
-    def fail_once(self, batch):
+    def fail_once(self, rows, on_end):
         if not failed:
             failed.append(1)
             raise RuntimeError("out of memory")
-        return really(self, batch)
+        really(self, rows, on_end)
 
-    monkeypatch.setattr(LocalModel, "_generate", fail_once)
+    monkeypatch.setattr(RunningBatch, "join", fail_once)
     request = {"messages": messages("what"), "max_tokens": 4, "temperature": 1.0}
     replies = ask(folder, [request] * 8, samples=list(range(8)), batch_size=4)
     wrong = [reply for reply in replies if isinstance(reply, RequestFailed)]
