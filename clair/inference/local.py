@@ -1,6 +1,6 @@
 """A transformers model in this process: requests are batched, and a reply depends on its own request only.
 
-`clair.inference.local_generation` generates the tokens of a batch; this module fills it from the queue of requests.
+`clair.inference.generation` generates the tokens of a batch; this module fills it from the queue of requests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from typing import Any
 from clair.core.errors import UserError, near_miss, one_line
 from clair.core.files import content_hash
 from clair.data.records import message_text
-from clair.inference.local_generation import GenerationRow, RunningBatch, eos_token_ids, temperature_of, uniform_draws
+from clair.inference.generation.running_batch import (
+    GenerationRow,
+    RunningBatch,
+    eos_token_ids,
+    temperature_of,
+    uniform_draws,
+)
 from clair.inference.model import Refused, RequestFailed, Unreachable, completion_json
 from clair.inference.model_folder import adapter_base, check_model_folder, resize_vocabulary, weights_identity
 

@@ -20,8 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from clair.core.errors import UserError
+from clair.inference.generation.running_batch import GenerationRow, RunningBatch
 from clair.inference.local import LocalModel
-from clair.inference.local_generation import GenerationRow, RunningBatch
 from clair.inference.model import RequestFailed, Unreachable, parse_reply
 from clair.inference.model_folder import weights_identity
 from clair.pipeline.build import build

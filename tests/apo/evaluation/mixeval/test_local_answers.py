@@ -13,6 +13,7 @@ import pytest
 from apo.evaluation.mixeval.run import evaluate
 from apo.evaluation.results import read_results
 from clair.core.errors import UserError
+from clair.inference.generation.running_batch import RunningBatch
 from clair.inference.local import LocalModel
 from clair.ledger.ledger import Ledger
 from tests.apo.evaluation.evaluating import config_for, evaluated, final
@@ -41,14 +42,14 @@ def model_of(folder: Path) -> dict:
 
 
 def test_a_local_model_answers_in_batches_by_length_and_each_question_once(data, folder, tmp_path, monkeypatch):
-    sizes, really = [], LocalModel._generate_tokens
+    sizes, really = [], RunningBatch.join
 
-    def watched(self, batch, prompts, max_tokens):
-        sizes.append([len(prompt) for prompt in prompts])
-        assert all(prompt.count(1) == 1 for prompt in prompts)  # one BOS
-        return really(self, batch, prompts, max_tokens)
+    def watched(self, rows, on_end):
+        sizes.append([len(row.prompt) for row in rows])
+        assert all(row.prompt.count(1) == 1 for row in rows)  # one BOS
+        return really(self, rows, on_end)
 
-    monkeypatch.setattr(LocalModel, "_generate_tokens", watched)
+    monkeypatch.setattr(RunningBatch, "join", watched)
     score = evaluated(data, tmp_path / "out", model=model_of(folder) | {"batch_tokens": 130}).score
     assert len(sizes) > 1
     assert sum(map(len, sizes)) == 5  # greedy: rows that repeat a question share its answer
