@@ -29,7 +29,6 @@ Split = Literal["free-form", "multiple-choice"]
 SPLITS: tuple[Split, ...] = ("free-form", "multiple-choice")
 Profile = Literal["faithful", "strict"]
 Role = Literal["model", "judge"]
-ROLES: tuple[Role, ...] = ("model", "judge")
 
 
 class Item(Recipe):

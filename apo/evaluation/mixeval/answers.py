@@ -1,52 +1,22 @@
-"""The answers to score: read from response files, or requested from a model through the ledger."""
+"""The answers to score: which to request from a model, and how to read them from response files."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apo.evaluation.answers import Answer, AnswerRequest
 from apo.evaluation.mixeval.benchmark import Benchmark, BenchmarkRow
 from apo.evaluation.results import SPLITS, Split
-from clair.core.errors import UserError, one_line
+from clair.core.errors import UserError
 from clair.core.files import read_text
-from clair.data.records import Dropped, Message
-from clair.inference.client import ModelClient
 from clair.inference.model import visible_answer
-from clair.inference.model_folder import adapter_base
 
 _UPSTREAM_NAMES: Mapping[Split, str] = {"free-form": "close_freeform", "multiple-choice": "close_multichoice"}
 _MAX_REPEATS = 10_000  # above the number of rows that repeat one question in any benchmark
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One answer to one row. `unresolved` names the reason if there is none, or none that ended normally."""
-
-    row: BenchmarkRow
-    text: str
-    sample: int = 0
-    truncated: bool = False
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    unresolved: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The row's name in the ledger."""
-        return f"{self.row.split}:{self.row.row}"
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerRequest:
-    """An answer to request from the model. `draw` differs for equal questions that get answers of their own."""
-
-    row: BenchmarkRow
-    sample: int
-    draw: int
 
 
 def answer_requests(benchmark: Benchmark, samples: int, *, greedy: bool) -> list[AnswerRequest]:
@@ -61,58 +31,6 @@ def answer_requests(benchmark: Benchmark, samples: int, *, greedy: bool) -> list
         repeats[row.text] += 1
         requests += [AnswerRequest(row, sample, sample * _MAX_REPEATS + draw) for sample in range(samples)]
     return requests
-
-
-def messages_for(row: BenchmarkRow, system: str | None) -> list[Message]:
-    """The messages of a request: one user turn, after a system prompt if there is one (the benchmark has none)."""
-    first: list[Message] = [{"role": "system", "content": system}] if system is not None else []
-    return [*first, {"role": "user", "content": row.text}]
-
-
-async def request_answer(client: ModelClient, request: AnswerRequest, system: str | None) -> Answer:
-    """Request the model's answer, or take it from the ledger. Raises Dropped if there is none.
-
-    An answer that the token limit cut off counts; one that was filtered, refused or interrupted is unresolved.
-    """
-    name = f"{request.row.split}:{request.row.row}"
-    reply = await client.ask(list(messages_for(request.row, system)), row=name, sample=request.draw)
-    incomplete = reply.incomplete()
-    cut_off = incomplete == "truncated"
-    unresolved = f"answer_{incomplete}" if incomplete and not cut_off else None
-    return Answer(
-        request.row,
-        reply.text or reply.refusal,
-        request.sample,
-        truncated=cut_off,
-        prompt_tokens=reply.usage.get("prompt_tokens"),
-        completion_tokens=reply.usage.get("completion_tokens"),
-        unresolved=unresolved,
-    )
-
-
-def refused_answer(request: AnswerRequest, dropped: Dropped) -> Answer:
-    """The empty, unresolved answer to a question that the model refused for good."""
-    return Answer(request.row, "", request.sample, unresolved=f"answer_{dropped.reason}")
-
-
-def check_system_prompt(path: str, system: str) -> None:
-    """Check that a local model's template includes a system prompt. Raises UserError if it refuses or omits it."""
-    from jinja2 import TemplateError
-    from transformers import AutoTokenizer
-
-    base = adapter_base(path)
-    has_tokenizer = base is None or (Path(path) / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(path if has_tokenizer else base)
-    turns = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
-    try:
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        message = one_line(error)
-        raise UserError(
-            f"the chat template of {path} refuses a system prompt ({message}); leave out --system"
-        ) from error
-    if system.strip() not in text:
-        raise UserError(f"the chat template of {path} omits a system prompt; leave out --system")
 
 
 # ---- response files

@@ -74,6 +74,11 @@ class BenchmarkRow:
     target: tuple[Any, ...]
 
     @property
+    def name(self) -> str:
+        """The row's name in the ledger."""
+        return f"{self.split}:{self.row}"
+
+    @property
     def question(self) -> str:
         """16 hex digits of the hash of the question with its passage and options, equal for rows that repeat it."""
         return content_hash([self.split, self.context, self.prompt, self.options])[:16]

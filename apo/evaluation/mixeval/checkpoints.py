@@ -24,49 +24,9 @@ from clair.inference.model import Model, Refused
 from clair.inference.model_folder import weights_identity
 from clair.inference.open import Resources
 from clair.ledger.join import join_ledgers
-from clair.storage.object_store import account_of, is_url
+from clair.storage.object_store import account_of
 
-LEDGER = "ledger.sqlite"
 _ANSWERS = "answers"
-
-
-def folder_names(models: Sequence[str]) -> list[str]:
-    """A distinct folder name for each model: the shortest end of its path. Raises UserError for equal paths."""
-    paths = [Path(model).resolve() for model in models]
-    if len(set(paths)) < len(paths):
-        raise UserError("--model names the same folder twice; leave one out")
-    length = 1
-    while len({path.parts[-length:] for path in paths}) < len(paths):
-        length += 1
-    return ["-".join(path.parts[-length:]).strip("/") for path in paths]
-
-
-def configs_by_model(config: MixEvalConfig, folders: Sequence[str]) -> list[MixEvalConfig]:
-    """The config of each model: its own folder under `config.out`, the common ledger, its share of the budget.
-
-    `folders` are the models; none: the model of `config`. Raises UserError if `config.model` is no folder.
-    """
-    model = config.model
-    if model is None or model.path is None or any(is_url(folder) for folder in folders):
-        raise UserError("several models, and --runner, are for model folders; evaluate an endpoint alone")
-    folders = list(folders) or [model.path]
-    ledger = config.ledger or str(Path(config.out) / LEDGER)
-    budget = config.budget
-    if budget:
-        money, tokens = budget.money, budget.tokens
-        share = {"money": money and money / len(folders), "tokens": tokens and tokens // len(folders)}
-        budget = budget.model_copy(update=share)
-    return [
-        config.model_copy(
-            update={
-                "model": model.model_copy(update={"path": folder}),
-                "out": str(Path(config.out) / name),
-                "ledger": ledger,
-                "budget": budget,
-            }
-        )
-        for folder, name in zip(folders, folder_names(folders), strict=True)
-    ]
 
 
 def evaluate_each(

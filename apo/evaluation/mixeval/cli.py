@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import typer
 
 from apo.console import end_early, print_line
+from apo.evaluation.checkpoints import configs_by_model
 from apo.evaluation.config import redacted
-from apo.evaluation.mixeval.checkpoints import configs_by_model, evaluate_each
+from apo.evaluation.mixeval.checkpoints import evaluate_each
 from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs, load_inputs
 from apo.evaluation.mixeval.run import MixEvalOutcome, evaluate, work_items
 from apo.evaluation.results import read_results

@@ -9,8 +9,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from apo.evaluation.answers import Answer, check_system_prompt
 from apo.evaluation.config import EvaluationConfig, check_out_folder, with_batch_tokens
-from apo.evaluation.mixeval.answers import Answer, check_system_prompt, read_responses
+from apo.evaluation.mixeval.answers import read_responses
 from apo.evaluation.mixeval.benchmark import VERSIONS, Benchmark, HardOrFull, JudgePrompts, load, load_judge_prompts
 from apo.evaluation.mixeval.judging import request_options
 from apo.evaluation.results import SCORE, Profile

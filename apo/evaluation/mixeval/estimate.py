@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from apo.evaluation.answers import Answer, AnswerRequest, messages_for
 from apo.evaluation.config import check_resumable
-from apo.evaluation.mixeval.answers import Answer, AnswerRequest, messages_for
 from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs, load_inputs
 from apo.evaluation.mixeval.run import MixEvalRun, work_items
 from apo.evaluation.rows import Progress

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
+from apo.evaluation.answers import Answer
 from apo.evaluation.config import is_transient
-from apo.evaluation.mixeval.answers import Answer
 from apo.evaluation.mixeval.benchmark import BenchmarkRow, JudgePrompts
 from apo.evaluation.mixeval.rules import chosen_letter, is_right
 from apo.evaluation.results import Item, Profile

@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from apo.evaluation.config import Outcome, check_resumable, evaluation_clients, is_transient
-from apo.evaluation.mixeval.answers import Answer, AnswerRequest, answer_requests, refused_answer, request_answer
+from apo.evaluation.answers import (
+    Answer,
+    Answerer,
+    AnswerRequest,
+    model_used,
+    responses_used,
+    usage_of,
+    without_headers,
+)
+from apo.evaluation.config import Outcome, check_resumable, evaluation_clients
+from apo.evaluation.mixeval.answers import answer_requests
 from apo.evaluation.mixeval.config import MixEvalConfig, MixEvalInputs, load_inputs
 from apo.evaluation.mixeval.judging import Judge, JudgeResult, Verdict, judge_by_rule, make_item, with_fallbacks
 from apo.evaluation.mixeval.score import aggregate
 from apo.evaluation.mixeval.upstream import write_upstream_files
-from apo.evaluation.results import ROLES, Item, JudgeUsed, ModelUsed, Role, Score, Usage, read_results, write_results
+from apo.evaluation.results import Item, JudgeUsed, ModelUsed, Role, Score, Usage, read_results, write_results
 from apo.evaluation.rows import Progress, collect_results
 from clair.core.errors import UserError
 from clair.core.event_loop import run_async
 from clair.core.provenance import provenance
-from clair.data.records import Dropped
 from clair.inference.budget import role_prices
 from clair.inference.client import ModelClient, StopSignal
-from clair.inference.local import LocalModel
 from clair.inference.open import Resources
-from clair.inference.rate_limit import Limiter
-from clair.ledger.ledger import Ledger, Tokens
+from clair.ledger.ledger import Ledger
 from clair.pipeline.build import lock_output
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-_MAX_REFUSALS = 20
-"""Refusals before the first answer after which the model is assumed to refuse everything."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -94,7 +96,7 @@ async def _evaluate(
         first = run.failures[0] if run.failures else ""
         return MixEvalOutcome(out=Path(config.out), failed=len(run.failures), first_failure=first, stopped=stop.reason)
     score = run.write(items, time.monotonic() - started)
-    refused = [*run.refusals, *(run.judge.refusals if run.judge else ())]
+    refused = [*(run.answerer.refusals if run.answerer else ()), *(run.judge.refusals if run.judge else ())]
     requests = len(run.judge.distinct) if run.judge else 0
     return MixEvalOutcome(
         out=Path(config.out), score=score, requests=requests, refused=refused[0] if score.unanswered else ""
@@ -131,13 +133,11 @@ class MixEvalRun:
     failures: list[str] = field(default_factory=list)
     """Why items got no reply that another run may get."""
     judge: Judge | None = field(init=False, default=None)
-    answer_tokens: dict[tuple[str, int], Tokens] = field(default_factory=dict)
-    """Tokens of each different answer that was asked for."""
-    refusals: list[str] = field(default_factory=list)
-    """What the model's server said to questions that it refused for good."""
-    _answered: int = 0
+    answerer: Answerer | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        if "model" in self.clients:
+            self.answerer = Answerer(self.clients["model"], self.config.system, self.stop)
         if self.inputs.judge_prompts is not None:
             whose = self.clients["model"].model.identity if "model" in self.clients else self.config.out
             independent = whose if self.config.independent_judgements else None
@@ -146,8 +146,7 @@ class MixEvalRun:
     def work(self) -> list[tuple[int, Answer | AnswerRequest]]:
         """All items of work; longest questions first for a local model."""
         work = work_items(self.config, self.inputs)
-        if self.inputs.ready_answers is None and isinstance(self.clients["model"].model, LocalModel):
-            self.clients["model"].limiter = Limiter(len(work))  # the model forms its own batches, from all requests
+        if self.answerer and self.answerer.fill_batches(len(work)):
             work.sort(key=lambda placed: -len(placed[1].row.text))
         return work
 
@@ -161,37 +160,21 @@ class MixEvalRun:
             run_item, work, self.clients, self.stop, failures=self.failures, on_progress=on_progress
         )
         if items and not self.stop.reason and all(_no_answer(item) for _, item in items):
-            raise UserError(f"the model answered nothing: {self.refusals[0]}")
+            assert self.answerer is not None, "existing answers are never refused"
+            raise UserError(f"the model answered nothing: {self.answerer.refusals[0]}")
         return [item for _, item in sorted(items, key=lambda placed: placed[0])]
 
     async def _item(self, work: Answer | AnswerRequest) -> Item:
-        response = work if isinstance(work, Answer) else await self._answer(work)
+        if isinstance(work, Answer):
+            response = work
+        else:
+            assert self.answerer is not None, "a request needs a model"
+            response = await self.answerer.answer(work)
         if response.unresolved is not None:
             return make_item(response, JudgeResult(Verdict(None, unresolved=response.unresolved)))
         return make_item(
             response, await self.judge.judge(response) if self.judge else judge_by_rule(response, self.config.profile)
         )
-
-    async def _answer(self, request: AnswerRequest) -> Answer:
-        """The model's answer, or an unresolved one if it refuses. Stops the run if it refuses all first questions."""
-        try:
-            response = await request_answer(self.clients["model"], request, self.config.system)
-        except Dropped as dropped:
-            if is_transient(dropped):
-                raise
-            self.refusals.append(f"{dropped.reason}: {dropped.detail}")
-            by_server = dropped.reason.startswith("http_")
-            if by_server and not self._answered and len(self.refusals) >= _MAX_REFUSALS:
-                message = f"the model refused the first {len(self.refusals)} questions: {self.refusals[0]}"
-                self.stop.request(message, UserError(message))
-            return refused_answer(request, dropped)
-        if response.unresolved is not None:
-            self.refusals.append(f"{response.unresolved.removeprefix('answer_')}: {response.text or 'no text'}")
-        self._answered += 1
-        self.answer_tokens[request.row.text, request.draw] = Tokens(
-            response.prompt_tokens or 0, response.completion_tokens or 0
-        )
-        return response
 
     # ---- the result
 
@@ -232,7 +215,7 @@ class MixEvalRun:
             kind="model",
             model=model.name,
             identity=model.identity,
-            options=_without_headers(self.judge.client.options),
+            options=without_headers(self.judge.client.options),
             answered_by=tuple(sorted(self.judge.answered_by)),
             prompts_sha256=self.judge.judge_prompts.sha256,
         )
@@ -240,37 +223,19 @@ class MixEvalRun:
     def _model_used(self) -> ModelUsed:
         if self.inputs.ready_answers is not None:
             assert self.config.responses is not None
-            texts = "\x1e".join(response.text for response in self.inputs.ready_answers)
-            digest = hashlib.sha256(texts.encode("utf-8", "surrogatepass")).hexdigest()
-            return ModelUsed(name=Path(self.config.responses).resolve().name, identity=f"responses:{digest}")
-        client = self.clients["model"]
-        return ModelUsed(
-            name=client.model.name, identity=client.model.identity, options=_without_headers(client.options)
-        )
+            return responses_used(self.config.responses, self.inputs.ready_answers)
+        return model_used(self.clients["model"])
 
     def _usage(self) -> dict[Role, Usage]:
         """Tokens and cost of the replies that the score is based on, each counted once."""
         prices = role_prices(self.config.models)
-        tokens: dict[Role, Collection[tuple[int, int]]] = {"model": self.answer_tokens.values()}
+        tokens: dict[Role, Collection[tuple[int, int]]] = {}
+        if self.answerer:
+            tokens["model"] = self.answerer.tokens.values()
         if self.judge:
             tokens["judge"] = self.judge.distinct.values()
-        usage: dict[Role, Usage] = {}
-        for role in ROLES:
-            if role not in self.clients:
-                continue
-            total = Tokens(sum(t[0] for t in tokens[role]), sum(t[1] for t in tokens[role]))
-            cost = f"{prices[role].cost(total).normalize():f}" if role in prices else None
-            tally = self.clients[role].tally
-            usage[role] = Usage(
-                prompt=total.prompt, completion=total.completion, calls=tally.calls, reused=tally.reused, cost=cost
-            )
-        return usage
+        return {role: usage_of(self.clients[role], counts, prices.get(role)) for role, counts in tokens.items()}
 
 
 def _no_answer(item: Item) -> bool:
     return item.unresolved is not None and item.unresolved.startswith("answer_")
-
-
-def _without_headers(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Request options without headers, which identify the payer and not the request."""
-    return {key: value for key, value in options.items() if key != "headers"}

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluation.mixeval.answers import answer_requests, messages_for, read_responses
+from apo.evaluation.answers import messages_for
+from apo.evaluation.mixeval.answers import answer_requests, read_responses
 from apo.evaluation.mixeval.benchmark import load
 from clair.core.errors import UserError
 from tests.apo.evaluation.questions import responses_of

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from apo.evaluation.mixeval.checkpoints import configs_by_model, folder_names
+from apo.evaluation.checkpoints import configs_by_model, folder_names
 from apo.evaluation.results import MAX_NEW_TOKENS, read_results
 from clair.core.errors import UserError
 from clair.inference.local import LocalModel

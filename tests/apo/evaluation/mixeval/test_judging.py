@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from apo.evaluation.answers import Answer
 from apo.evaluation.config import is_transient
-from apo.evaluation.mixeval.answers import Answer
 from apo.evaluation.mixeval.benchmark import BenchmarkRow
 from apo.evaluation.mixeval.judging import (
     REASONS,

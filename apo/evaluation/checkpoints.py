@@ -1,0 +1,74 @@
+"""The configs of several checkpoints that one recipe evaluates: a folder each, a common ledger, a shared budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self, TypeVar
+
+from clair.core.errors import UserError
+from clair.inference.budget import BudgetConfig
+from clair.inference.config import ModelConfig
+from clair.storage.object_store import is_url
+
+LEDGER = "ledger.sqlite"
+
+
+class _OneModelConfig(Protocol):
+    """The settings of an evaluation of one model."""
+
+    @property
+    def model(self) -> ModelConfig | None: ...
+
+    @property
+    def ledger(self) -> str | None: ...
+
+    @property
+    def budget(self) -> BudgetConfig | None: ...
+
+    @property
+    def out(self) -> str: ...
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None) -> Self: ...
+
+
+Config = TypeVar("Config", bound=_OneModelConfig)
+
+
+def folder_names(models: Sequence[str]) -> list[str]:
+    """A distinct folder name for each model: the shortest end of its path. Raises UserError for equal paths."""
+    paths = [Path(model).resolve() for model in models]
+    if len(set(paths)) < len(paths):
+        raise UserError("--model names the same folder twice; leave one out")
+    length = 1
+    while len({path.parts[-length:] for path in paths}) < len(paths):
+        length += 1
+    return ["-".join(path.parts[-length:]).strip("/") for path in paths]
+
+
+def configs_by_model(config: Config, folders: Sequence[str]) -> list[Config]:
+    """The config of each model: its own folder under `config.out`, the common ledger, its share of the budget.
+
+    `folders` are the models; none: the model of `config`. Raises UserError if `config.model` is no folder.
+    """
+    model = config.model
+    if model is None or model.path is None or any(is_url(folder) for folder in folders):
+        raise UserError("several models, and --runner, are for model folders; evaluate an endpoint alone")
+    folders = list(folders) or [model.path]
+    ledger = config.ledger or str(Path(config.out) / LEDGER)
+    budget = config.budget
+    if budget:
+        money, tokens = budget.money, budget.tokens
+        share = {"money": money and money / len(folders), "tokens": tokens and tokens // len(folders)}
+        budget = budget.model_copy(update=share)
+    return [
+        config.model_copy(
+            update={
+                "model": model.model_copy(update={"path": folder}),
+                "out": str(Path(config.out) / name),
+                "ledger": ledger,
+                "budget": budget,
+            }
+        )
+        for folder, name in zip(folders, folder_names(folders), strict=True)
+    ]
