@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,12 @@ app = typer.Typer(
 )
 
 
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", help="The model's folder or URL, instead of the recipe's. Several folders: repeat it."),
+]
+
+
 @app.callback()
 def _eval() -> None:
     """Measure a model, with intervals."""
@@ -31,10 +38,7 @@ def _eval() -> None:
 def mixeval(
     context: typer.Context,
     recipe: RecipeFile = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="The model's folder or URL, instead of the recipe's. Several folders: repeat it."),
-    ] = None,
+    model: Models = None,
     out: Out = None,
     set_: Overrides = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="Print the expected cost; send no request.")] = False,
@@ -53,8 +57,7 @@ def mixeval(
     from apo.evaluation.mixeval.config import MixEvalConfig, load_inputs
 
     models = model or []
-    key = "model.url" if models and models[0].startswith(("http://", "https://")) else "model.path"
-    config = read_recipe(context, MixEvalConfig, recipe, set_, out, **({key: models[0]} if models else {}))
+    config = read_recipe(context, MixEvalConfig, recipe, set_, out, **_first_model(models))
     _check_runner(runner, address)
     if runner or len(models) > 1:
         if estimate or probe:
@@ -80,11 +83,36 @@ def mixeval(
         run_single(config, inputs)
 
 
+def _first_model(models: Sequence[str]) -> dict[str, str]:
+    """The recipe's key that the first `--model` replaces, with its value."""
+    if not models:
+        return {}
+    return {"model.url" if models[0].startswith(("http://", "https://")) else "model.path": models[0]}
+
+
 def _check_runner(runner: str | None, address: str | None) -> None:
     if runner not in (None, "ray"):
         raise UserError(f"unknown runner {runner!r}; allowed: ray, or none for this process")
     if address and not runner:
         raise UserError("--address is for --runner ray; add it, or leave that out")
+
+
+@app.command(context_settings=EXTRA_ARGUMENTS)
+def ifeval(
+    context: typer.Context,
+    recipe: RecipeFile = None,
+    model: Models = None,
+    out: Out = None,
+    set_: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Score models on IFEval: which instructions their answers follow. Run it again to continue a stopped run."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
+    from apo.evaluation.ifeval.cli import run
+    from apo.evaluation.ifeval.config import IFEvalConfig
+
+    models = model or []
+    run(read_recipe(context, IFEvalConfig, recipe, set_, out, **_first_model(models)), models, dry_run=dry_run)
 
 
 @app.command()
@@ -193,7 +221,7 @@ def pairs(
 
 @app.command()
 def show(
-    results: Annotated[list[Path], typer.Argument(help="Result folders of `apo eval mixeval`.")],
+    results: Annotated[list[Path], typer.Argument(help="Result folders of `apo eval mixeval` and `apo eval ifeval`.")],
 ) -> None:
     """Print the scores of result folders, with intervals and what is unresolved."""
     from apo.evaluation.results import read_results

@@ -24,7 +24,7 @@ from clair.ledger.ledger import Ledger
 from clair.storage.object_store import account_of
 
 SETTINGS = "settings.json"
-_MAY_CHANGE = ("concurrency", "attempts", "out", "ledger", "limit", "budget", "upstream_files")
+_MAY_CHANGE = ("concurrency", "attempts", "out", "ledger", "limit", "budget", "upstream_files", "groups")
 
 
 class EvaluationConfig(Recipe):

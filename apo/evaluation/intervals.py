@@ -1,12 +1,15 @@
-"""A mean as result files hold it: with standard error and 95 % interval if there are enough clusters."""
+"""Means as result files hold them: with standard error and 95 % interval if there are enough clusters."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from statistics import fmean, variance
 from typing import Any
 
-from clair.core.statistics import Estimate
+from apo.evaluation.results import Interval, Scored
+from clair.core.statistics import Estimate, clustered_score
 
 
 def mean_with_interval(
@@ -17,3 +20,26 @@ def mean_with_interval(
         return {"mean": math.fsum(values) / len(values), "se": None, "ci95": None}
     estimate = estimator(values, clusters)
     return {"mean": estimate.mean, "se": estimate.se, "ci95": [estimate.lo, estimate.hi]}
+
+
+def score_interval(scored: Sequence[Scored]) -> Interval:
+    """The uncertainty of a mean of scores. Fields are None if there are too few of them or one is `unanswered`."""
+    scores, clusters = [entry.score for entry in scored], [entry.cluster for entry in scored]
+    answered = not any(entry.unanswered for entry in scored)
+    clustered = clustered_score(scores, clusters) if answered and len(set(clusters)) > 1 else None
+    by_question: dict[str, list[float]] = defaultdict(list)
+    for entry in scored:
+        by_question[entry.question].append(entry.score)
+    resolved = [entry.score for entry in scored if entry.resolved]
+    right = math.fsum(resolved)
+    return Interval(
+        mean=math.fsum(scores) / len(scores) if answered else None,
+        n=len(scores),
+        questions=len(by_question),
+        clusters=len(set(clusters)),
+        se_naive=math.sqrt(variance(scores) / len(scores)) if answered and len(scores) > 1 else None,
+        se_clustered=clustered.se if clustered else None,
+        ci95=(clustered.lo, clustered.hi) if clustered else None,
+        unique_mean=fmean(fmean(scores) for scores in by_question.values()) if answered else None,
+        bracket=(right / len(scores), (right + len(scores) - len(resolved)) / len(scores)),
+    )

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from clair.core.errors import UserError
+from clair.core.errors import UserError, one_line
 from clair.core.files import read_json, write_atomically, write_json
 from clair.core.recipe import Recipe
 
@@ -29,6 +29,23 @@ Split = Literal["free-form", "multiple-choice"]
 SPLITS: tuple[Split, ...] = ("free-form", "multiple-choice")
 Profile = Literal["faithful", "strict"]
 Role = Literal["model", "judge"]
+
+
+class Scored(NamedTuple):
+    """One number that is averaged and compared: a score in [0, 1] and the unit of independent sampling it belongs to.
+
+    `part` is the split or the measure that it belongs to, `kind` the underlying benchmark or the instruction type;
+    (part, row) identifies it in every result. `resolved` is False if the score may as well be 0 or 1.
+    """
+
+    part: str
+    kind: str
+    row: int | tuple[int, int]
+    question: str
+    cluster: str
+    score: float
+    resolved: bool
+    unanswered: bool
 
 
 class Item(Recipe):
@@ -82,6 +99,13 @@ class Item(Recipe):
         """True if a server refused the model's or the judge's request: the score is unknown, not 0."""
         refused = ("answer_http_", "judge_http_", "judge_content_filter")
         return self.unresolved is not None and self.unresolved.startswith(refused)
+
+    def scored(self, profile: Profile) -> Scored:
+        """The score; under *strict* an answer that was cut off may as well be right or wrong."""
+        resolved = self.unresolved is None and not (self.truncated and profile == "strict")
+        return Scored(
+            self.split, self.benchmark, self.row, self.question, self.cluster, self.score, resolved, self.unanswered
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> Item:
@@ -213,19 +237,223 @@ class Score(Recipe):
             "judge.prompts_sha256": self.judge.prompts_sha256,
         }
 
+    @property
+    def items(self) -> int:
+        """The number of items."""
+        return self.intervals["overall"].n
+
+    @property
+    def reported(self) -> dict[str, float | None]:
+        """The scores by name."""
+        return {"overall": self.overall, "free_form": self.free_form, "multiple_choice": self.multiple_choice}
+
+
+# ---- IFEval
+
+Measure = Literal["prompt_loose", "prompt_strict", "instruction_loose", "instruction_strict"]
+MEASURES: tuple[Measure, ...] = ("prompt_loose", "prompt_strict", "instruction_loose", "instruction_strict")
+
+
+class Instruction(Recipe):
+    """One instruction of a prompt, and whether the answer follows it."""
+
+    type: str
+    """Such as `length_constraints:number_words`."""
+    kwargs: Mapping[str, Any] = {}
+    loose: bool
+    """The answer follows it, or would without its first line, its last line, both, or asterisks."""
+    strict: bool
+
+
+class IFEvalItem(Recipe):
+    """One answer to one prompt of IFEval: a line of items.jsonl."""
+
+    row: int = Field(ge=0)
+    """Index in the file of prompts, from 0. (row, sample) is unique."""
+    sample: int = Field(default=0, ge=0)
+    """Index among the answers to the same prompt."""
+    prompt_key: int | str
+    """The prompt's `key` in the benchmark."""
+    question: str = Field(min_length=1)
+    """Hash of the prompt and its instructions."""
+    prompt: str
+    response: str
+    truncated: bool = False
+    """The response ended at the token limit; it is scored as it is."""
+    instructions: tuple[Instruction, ...] = Field(min_length=1)
+    unresolved: str | None = None
+    """The reason if there is no answer; it then follows no instruction."""
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Identifies the same item in another run."""
+        return self.split, self.row, self.sample
+
+    @property
+    def split(self) -> str:
+        """The measure that `score` belongs to."""
+        return "prompt_loose"
+
+    @property
+    def benchmark(self) -> str:
+        """The types of its instructions."""
+        return ", ".join(instruction.type for instruction in self.instructions)
+
+    @property
+    def cluster(self) -> str:
+        """The unit of independent sampling: the prompt."""
+        return self.question
+
+    @property
+    def unanswered(self) -> bool:
+        """True if the server refused the request: whether the answer follows the instructions is unknown."""
+        return self.unresolved is not None and self.unresolved.startswith("answer_http_")
+
+    @property
+    def score(self) -> float:
+        """1 if the answer follows all instructions loosely."""
+        return float(all(instruction.loose for instruction in self.instructions))
+
+    @property
+    def target(self) -> tuple[str, ...]:
+        """The instructions as text."""
+        return tuple(
+            f"{instruction.type} {json.dumps(instruction.kwargs, ensure_ascii=False)}"
+            if instruction.kwargs
+            else instruction.type
+            for instruction in self.instructions
+        )
+
+    @property
+    def judgement(self) -> str:
+        """What each instruction's checker finds, a line each."""
+        words = {(True, True): "followed", (True, False): "followed loosely", (False, False): "not followed"}
+        return "\n".join(f"{i.type}: {words[i.loose, i.strict]}" for i in self.instructions)
+
+    def scored(self, measure: Measure) -> Iterator[Scored]:
+        """The prompt's score, or that of each instruction."""
+        level, _, mode = measure.partition("_")
+        followed = [float(getattr(instruction, mode)) for instruction in self.instructions]
+        scores = (
+            {self.row: ("", min(followed))}
+            if level == "prompt"
+            else {
+                (self.row, index): (instruction.type, score)
+                for index, (instruction, score) in enumerate(zip(self.instructions, followed, strict=True))
+            }
+        )
+        for row, (kind, score) in scores.items():
+            yield Scored(
+                measure, kind, row, self.question, self.cluster, score, self.unresolved is None, self.unanswered
+            )
+
+
+class InstructionScore(Recipe):
+    """How many instructions of some types are followed."""
+
+    loose: Interval
+    strict: Interval
+
+
+class IFEvalScore(Recipe):
+    """score.json of IFEval: shares of prompts and instructions, their intervals, and what they belong to."""
+
+    format: Literal[1] = 1
+    benchmark: Literal["IFEval"] = "IFEval"
+    model: ModelUsed
+    system: str | None = None
+    samples: int = Field(default=1, ge=1)
+    limit: int | None = None
+    """The number of prompts that were used, the first ones; None: all."""
+    seed: int = 0
+    prompt_loose: float | None
+    """The share of prompts all of whose instructions are followed. None if an item is `unanswered`."""
+    prompt_strict: float | None
+    instruction_loose: float | None
+    """The share of instructions that are followed."""
+    instruction_strict: float | None
+    intervals: Mapping[Measure, Interval]
+    by_type: Mapping[str, InstructionScore]
+    groups: Mapping[str, tuple[str, ...]] = {}
+    """Groups of instruction types, by name, as in the recipe."""
+    by_group: Mapping[str, InstructionScore] = {}
+    unresolved: int
+    """Items without an answer."""
+    unresolved_reasons: Mapping[str, int] = {}
+    unanswered: int = 0
+    """Those that a server refused."""
+    truncated: int
+    """Items whose answer reached the token limit."""
+    usage: Mapping[Role, Usage] = {}
+    data: Mapping[str, str]
+    """SHA-256 of the prompts and their instructions."""
+    checkers: Mapping[str, str]
+    """The versions of the packages that check the instructions."""
+    items_sha256: str
+    python: str = ""
+    versions: Mapping[str, str | None] = {}
+    git_commit: str | None = None
+    seconds: float | None = None
+
+    def comparable(self) -> dict[str, Any]:
+        """The settings, by name, that must be equal for two scores to be comparable."""
+        return {
+            "benchmark": self.benchmark,
+            "data": dict(self.data),
+            "limit": self.limit,
+            "system": self.system,
+            "max_tokens": self.model.options.get("max_tokens"),
+            "checkers": dict(self.checkers),
+            "groups": {name: list(types) for name, types in self.groups.items()},
+        }
+
+    @property
+    def items(self) -> int:
+        """The number of items."""
+        return self.intervals["prompt_loose"].n
+
+    @property
+    def reported(self) -> dict[str, float | None]:
+        """The scores by name."""
+        return {measure: getattr(self, measure) for measure in MEASURES}
+
+
+# ---- files
+
+
+AnyItem = Item | IFEvalItem
+AnyScore = TypeVar("AnyScore", Score, IFEvalScore)
+
 
 class Results(NamedTuple):
     """The content of a result folder. Items are ordered by split, row and sample."""
 
     folder: Path
-    score: Score
-    items: tuple[Item, ...]
+    score: Score | IFEvalScore
+    items: tuple[AnyItem, ...]
+
+    def scored(self) -> Iterator[Scored]:
+        """The scores that are averaged and compared."""
+        for item in self.items:
+            if isinstance(item, IFEvalItem):
+                for measure in MEASURES:
+                    yield from item.scored(measure)
+            elif isinstance(self.score, Score):
+                yield item.scored(self.score.profile)
 
 
-def write_results(folder: str | Path, score: Score, items: Sequence[Item]) -> Score:
+_KINDS: Mapping[str, tuple[type[Score | IFEvalScore], type[AnyItem]]] = {
+    "MixEval": (Score, Item),
+    "IFEval": (IFEvalScore, IFEvalItem),
+}
+
+
+def write_results(folder: str | Path, score: AnyScore, items: Sequence[AnyItem]) -> AnyScore:
     """Write items.jsonl, then score.json with its hash, each atomically."""
     out = Path(folder)
-    ordered = sorted(items, key=lambda item: (SPLITS.index(item.split), item.row, item.sample))
+    ordered = sorted(items, key=lambda item: item.key)
     lines = "".join(json.dumps(i.model_dump(mode="json"), ensure_ascii=False) + "\n" for i in ordered)
     content = lines.encode("utf-8", "backslashreplace")
     score = score.model_copy(update={"items_sha256": hashlib.sha256(content).hexdigest()})
@@ -238,18 +466,23 @@ def read_results(folder: str | Path) -> Results:
     """Read a result folder. Raises UserError if it has no result, or if its two files belong to different runs."""
     out = Path(folder)
     if not (out / SCORE).is_file():
-        raise UserError(f"{out} holds no {SCORE}; give the --out of a finished `apo eval mixeval`")
-    score = _validated(Score, read_json(out / SCORE), out / SCORE)
+        raise UserError(f"{out} holds no {SCORE}; give the --out of a finished `apo eval mixeval` or `apo eval ifeval`")
+    value = read_json(out / SCORE)
+    benchmark = value.get("benchmark", "MixEval") if isinstance(value, dict) else "MixEval"
+    if benchmark not in _KINDS:
+        raise UserError(f"{out / SCORE} is of the benchmark {one_line(repr(benchmark))}; known: {', '.join(_KINDS)}")
+    score_type, item_type = _KINDS[benchmark]
+    score, again = _validated(score_type, value, out / SCORE), f"run the same `apo eval {benchmark.lower()}` again"
     if not (out / ITEMS).is_file():
-        raise UserError(f"{out} has a {SCORE} but no {ITEMS}; run the same `apo eval mixeval` again")
+        raise UserError(f"{out} has a {SCORE} but no {ITEMS}; {again}")
     content = (out / ITEMS).read_bytes()
     if hashlib.sha256(content).hexdigest() != score.items_sha256:
-        raise UserError(f"{out / ITEMS} is not what {SCORE} was made of; run the same `apo eval mixeval` again")
+        raise UserError(f"{out / ITEMS} is not what {SCORE} was made of; {again}")
     lines = content.decode("utf-8").split("\n")[:-1]
-    items = tuple(_validated(Item, _line(line, n, out), out / ITEMS, n) for n, line in enumerate(lines, 1))
+    items = tuple(_validated(item_type, _line(line, n, out), out / ITEMS, n) for n, line in enumerate(lines, 1))
     keys = {item.key for item in items}
-    if len(keys) != len(items) or len(items) != score.intervals["overall"].n:
-        raise UserError(f"{out / ITEMS} has rows twice or too few; run the same `apo eval mixeval` again")
+    if len(keys) != len(items) or len(items) != score.items:
+        raise UserError(f"{out / ITEMS} has rows twice or too few; {again}")
     return Results(out, score, items)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from apo.evaluation.results import Interval, Results, Split
+from apo.evaluation.results import MEASURES, IFEvalScore, InstructionScore, Interval, Results, Score, Split
 
 _SPLITS: tuple[tuple[Literal["free_form", "multiple_choice"], Split], ...] = (
     ("free_form", "free-form"),
@@ -17,8 +17,12 @@ _SPLITS: tuple[tuple[Literal["free_form", "multiple_choice"], Split], ...] = (
 
 
 def score_table(results: Results) -> Table:
-    """The score of each split and benchmark in per cent, with intervals and counts."""
-    score = results.score
+    """The scores of a result in per cent, with intervals and counts."""
+    return _ifeval_table(results.score) if isinstance(results.score, IFEvalScore) else _mixeval_table(results.score)
+
+
+def _mixeval_table(score: Score) -> Table:
+    """The score of each split and benchmark."""
     judge = score.judge.model or "rule parser"
     title = f"{score.model.name}: MixEval-{score.split.capitalize()} {score.version}, {score.profile}, judge {judge}"
     table = Table("", "score", "95 % interval", "items,\nquestions,\nclusters", "unresolved", title=title)
@@ -32,6 +36,34 @@ def score_table(results: Results) -> Table:
             table.add_row(f"  {name}", *row)
         table.add_section()
     return table
+
+
+def measure_name(part: str) -> str:
+    """The name of a measure of IFEval, such as `prompt-level loose`; any other name as it is."""
+    return part.replace("_", "-level ") if part in MEASURES else part
+
+
+def _ifeval_table(score: IFEvalScore) -> Table:
+    """The shares of prompts and instructions, then of groups and types of instructions."""
+    table = Table(title=f"{score.model.name}: IFEval", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for head in ("", "loose, %", "95 % interval", "strict, %", "95 % interval", "n"):
+        table.add_column(head, overflow="fold")
+    intervals = score.intervals
+    levels = {
+        "prompts": InstructionScore(loose=intervals["prompt_loose"], strict=intervals["prompt_strict"]),
+        "instructions": InstructionScore(loose=intervals["instruction_loose"], strict=intervals["instruction_strict"]),
+    }
+    for section in (levels, score.by_group, score.by_type):
+        for name, numbers in section.items():
+            table.add_row(name, *_cells(numbers.loose), *_cells(numbers.strict), f"{numbers.loose.n:,}")
+        table.add_section()
+    return table
+
+
+def _cells(interval: Interval) -> tuple[str, str]:
+    if interval.mean is None:
+        return ("bracket", _range(interval.bracket))
+    return (_percent(interval.mean), _range(interval.ci95))
 
 
 def _row(value: float | None, interval: Interval, unresolved: int) -> tuple[str, ...]:
@@ -68,8 +100,9 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
             if section["level"] == "benchmark":
                 continue
             numbers = section["tuned"][index]
+            part = measure_name(section["benchmark"] or section["split"] or "")
             table.add_row(
-                model["name"] if section["level"] == "overall" else f"  {section['split']}",
+                f"{model['name']}{', ' * bool(part)}{part}" if section["level"] == "overall" else f"  {part}",
                 f"{100 * numbers['score']:.1f}",
                 f"{100 * numbers['delta']:+.1f}",
                 _points(numbers["delta_ci95"]) or numbers["no_interval"],

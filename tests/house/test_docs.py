@@ -27,6 +27,7 @@ from tests.house.pages import ROOT, blocks, commands, pages, tables
 def configs() -> dict[str, type[BaseModel]]:
     """Every recipe and every part of one, by class name."""
     from apo.advice.config import AdviseConfig
+    from apo.evaluation.ifeval.config import IFEvalConfig
     from apo.evaluation.mixeval.config import MixEvalConfig
     from apo.evaluation.winrate.run import WinrateConfig
     from apo.training.config import TrainConfig
@@ -34,7 +35,7 @@ def configs() -> dict[str, type[BaseModel]]:
 
     # The roles of evaluations are those of builds, with other defaults: only their own keys have tables.
     by_name: dict[str, type[BaseModel]] = {
-        model.__name__: model for model in (AdviseConfig, MixEvalConfig, WinrateConfig)
+        model.__name__: model for model in (AdviseConfig, IFEvalConfig, MixEvalConfig, WinrateConfig)
     }
     todo: list[type[BaseModel]] = [BuildConfig, TrainConfig]
     while todo:
@@ -161,6 +162,7 @@ def recipes() -> list[tuple[str, str]]:
 def test_recipes_are_recipes(location, text):
     """A whole recipe is accepted as it stands; of a part of one, every key exists."""
     from apo.advice.config import AdviseConfig
+    from apo.evaluation.ifeval.config import IFEvalConfig
     from apo.evaluation.mixeval.config import MixEvalConfig
     from apo.evaluation.winrate.run import WinrateConfig
     from apo.training.config import TrainConfig
@@ -168,7 +170,7 @@ def test_recipes_are_recipes(location, text):
     from clair.pipeline.config import BuildConfig
 
     values = parse_yaml(text)
-    kinds = {"pipeline": BuildConfig, "tuned": WinrateConfig, "data": MixEvalConfig}
+    kinds = {"pipeline": BuildConfig, "tuned": WinrateConfig, "data": MixEvalConfig, "prompts": IFEvalConfig}
     whole = next((kind for key, kind in kinds.items() if key in values), None)
     if whole is None and "model" in values:
         whole = AdviseConfig if isinstance(values["model"], dict) else TrainConfig

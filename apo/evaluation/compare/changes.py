@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from apo.evaluation.results import Item, Results
+from apo.evaluation.results import AnyItem, Results
 
 RIGHT = 0.5
 """Scores from here on count as right if right and wrong are counted."""
 
 
-def changed_answers(results: Sequence[Results]) -> list[tuple[int, Item, Item]]:
+def changed_answers(results: Sequence[Results]) -> list[tuple[int, AnyItem, AnyItem]]:
     """(index of the tuned model, the base's item, its item) of each answer with another score, largest change first."""
     base_items = {item.key: item for item in results[0].items}
     changed = [

@@ -18,12 +18,13 @@ from typing import Any
 from apo.evaluation.compare.changes import RIGHT
 from apo.evaluation.compare.power import power_analysis
 from apo.evaluation.compare.rows import ComparedRow, mean, model_names, pair_rows
-from apo.evaluation.results import SPLITS, Results
+from apo.evaluation.results import MEASURES, SPLITS, IFEvalScore, Results, Score
 from clair.core.errors import UserError
 from clair.core.provenance import provenance
 from clair.core.statistics import MIN_DIFFERING, best_of, clustered_score, holm, paired_difference
 
 FORMAT = 1
+Selection = tuple[str, str | None, str | None, list[ComparedRow]]
 
 
 def comparison(
@@ -34,14 +35,14 @@ def comparison(
     `difference` is the true difference, a share, whose power is computed. `others` are other splits whose power is
     predicted, by name, with the number of rows of each of their clusters.
     """
-    all_rows = pair_rows(results)
+    score, paired = results[0].score, pair_rows(results)
+    selections = list(_ifeval_sections(paired, score.groups) if isinstance(score, IFEvalScore) else _sections(paired))
+    all_rows = selections[0][-1]
     rows = [row for row in all_rows if row.answered]
     if not rows:
-        raise UserError("no row was answered by all models; run the same `apo eval mixeval` again")
+        raise UserError(f"no row was answered by all models; run the same `apo eval {score.benchmark.lower()}` again")
     names = model_names([result.folder for result in results])
-    sections = [
-        _section(level, split, benchmark, chosen) for level, split, benchmark, chosen in _rows_by_section(all_rows)
-    ]
+    sections = [_section(*selection) for selection in selections]
     _correct(sections)
     differences = [[row.scores[k] - row.scores[0] for row in rows] for k in range(1, len(results))]
     return {
@@ -68,8 +69,9 @@ def comparison(
 
 def _model(name: str, results: Results) -> dict[str, Any]:
     score = results.score
-    scores = {key: getattr(score, key) for key in ("overall", "free_form", "multiple_choice", "samples", "seed")}
-    counts = {key: getattr(score, key) for key in ("unresolved", "fallbacks", "truncated")}
+    scores = {**score.reported, "samples": score.samples, "seed": score.seed}
+    fallbacks = {"fallbacks": score.fallbacks} if isinstance(score, Score) else {}
+    counts = {"unresolved": score.unresolved, **fallbacks, "truncated": score.truncated}
     model = {"model": score.model.name, "identity": score.model.identity}
     return {"name": name, "folder": str(results.folder), **model, **scores, **counts}
 
@@ -80,7 +82,7 @@ def _same_answers(base: Results, tuned: Results) -> bool:
     return all(texts.get(item.key) == item.response for item in tuned.items)
 
 
-def _rows_by_section(rows: Sequence[ComparedRow]) -> Iterator[tuple[str, str | None, str | None, list[ComparedRow]]]:
+def _sections(rows: Sequence[ComparedRow]) -> Iterator[Selection]:
     """(level, split, benchmark, rows) of all rows, then of each split, followed by its benchmarks.
 
     Sections without a row that all models answered are left out.
@@ -93,6 +95,24 @@ def _rows_by_section(rows: Sequence[ComparedRow]) -> Iterator[tuple[str, str | N
             yield "split", split, None, inside
         for benchmark in sorted(benchmarks):
             yield "benchmark", split, benchmark, [row for row in inside if row.benchmark == benchmark]
+
+
+def _ifeval_sections(rows: Sequence[ComparedRow], groups: Mapping[str, Sequence[str]]) -> Iterator[Selection]:
+    """(level, measure, group or type, rows) of each measure, prompts first; then of groups and types, read loosely.
+
+    The overall score is that of prompts, loosely. Groups stand on the level of the measures.
+    """
+    for measure in MEASURES:
+        level = "overall" if measure == MEASURES[0] else "split"
+        yield level, measure, None, [row for row in rows if row.split == measure]
+    instructions = [row for row in rows if row.split == "instruction_loose"]
+    types = sorted({row.benchmark for row in instructions if row.answered})
+    sections = [("split", name, members) for name, members in groups.items()]
+    sections += [("benchmark", name, [name]) for name in types]
+    for level, name, members in sections:
+        chosen = [row for row in instructions if row.benchmark in members]
+        if any(row.answered for row in chosen):
+            yield level, "instruction_loose", name, chosen
 
 
 def _section(level: str, split: str | None, benchmark: str | None, rows: Sequence[ComparedRow]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apo.evaluation.compare.changes import change_kind, changed_answers
-from apo.evaluation.results import Item, Results
+from apo.evaluation.results import AnyItem, Results
 from clair.core.errors import one_line
 from clair.core.files import write_atomically
 from clair.reporting.html_page import clip, diff, html_page, json_text
@@ -43,7 +43,7 @@ def write_page(
     return Path(out)
 
 
-def _change(index: int, base: Item, tuned: Item) -> dict[str, Any]:
+def _change(index: int, base: AnyItem, tuned: AnyItem) -> dict[str, Any]:
     both = (base, tuned)
     return {
         "model": index,

@@ -10,7 +10,7 @@ from typing import Any
 
 from apo.evaluation.compare.rows import ComparedRow
 from apo.evaluation.mixeval.benchmark import FOLDERS, VERSIONS, load
-from apo.evaluation.results import Item, Results
+from apo.evaluation.results import AnyItem, Results
 from clair.core.errors import UserError
 from clair.core.statistics import design_se, satterthwaite, variance_components
 from clair.core.student_t import detectable_difference, t_test_power
@@ -69,7 +69,7 @@ def power_analysis(
     }  # fmt: skip
 
 
-def _common_answers(base: Results, tuned: Results) -> list[tuple[Item, Item]]:
+def _common_answers(base: Results, tuned: Results) -> list[tuple[AnyItem, AnyItem]]:
     """Pairs of answers to the same row and sample, without those that a server refused."""
     tuned_items = {item.key: item for item in tuned.items if not item.unanswered}
     return [(item, tuned_items[item.key]) for item in base.items if item.key in tuned_items and not item.unanswered]
@@ -93,6 +93,8 @@ def other_splits(data: str | Path, compared: Mapping[str, Any]) -> dict[str, lis
 
     Raises UserError if the folder holds no other split, or an altered file.
     """
+    if compared["benchmark"] != "MixEval":
+        raise UserError(f"--data is for results of MixEval, and these are of {compared['benchmark']}; leave it out")
     splits = {}
     for version in VERSIONS:
         for split, folder in FOLDERS.items():

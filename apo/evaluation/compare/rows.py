@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apo.evaluation.results import Item, Results, read_results
+from apo.evaluation.results import Results, Scored, read_results
 from clair.core.errors import UserError
 
-Key = tuple[str, int]
+Key = tuple[str, int | tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
 class ComparedRow:
     """One row of the benchmark with the score of every model, the base's first; a score is a mean over samples.
 
+    IFEval has a row for each measure (`split`) of each prompt or instruction, whose type is the `benchmark`.
     `lowest` and `highest` are the scores if every unresolved item is wrong, and if it is right. If a server refused
     the row to one of the models, `answered` is False and the scores are unknown.
     """
@@ -87,37 +88,29 @@ def pair_rows(results: Sequence[Results]) -> list[ComparedRow]:
                 f"{tuned.folder} and {base.folder} hold different rows: {len(missing)} only in one of them, first "
                 f"{missing[0][0]} {missing[0][1]}, only in {folder}; evaluate both on the same rows"
             )
-        for key, items in tuned_rows.items():
-            if items[0].question != first[key][0].question:
+        for key, scored in tuned_rows.items():
+            if scored[0].question != first[key][0].question:
                 raise UserError(f"{tuned.folder} and {base.folder}: {key[0]} {key[1]} asks different questions")
-    strict = base.score.profile == "strict"
-    return [_row(items[0], [tuned_rows[key] for tuned_rows in answered], strict) for key, items in first.items()]
+    return [_row(scored[0], [tuned_rows[key] for tuned_rows in answered]) for key, scored in first.items()]
 
 
-def _row(first: Item, answers: Sequence[Sequence[Item]], strict: bool) -> ComparedRow:
-    bounds = [[_bounds(item, strict) for item in items] for items in answers]
+def _row(first: Scored, answers: Sequence[Sequence[Scored]]) -> ComparedRow:
     return ComparedRow(
-        first.split,
-        first.benchmark,
+        first.part,
+        first.kind,
         first.question,
         first.cluster,
-        tuple(mean([item.score for item in items]) for items in answers),
-        tuple(mean([low for low, _ in model_bounds]) for model_bounds in bounds),
-        tuple(mean([high for _, high in model_bounds]) for model_bounds in bounds),
-        not any(item.unanswered for items in answers for item in items),
+        tuple(mean([entry.score for entry in scored]) for scored in answers),
+        tuple(mean([entry.score if entry.resolved else 0.0 for entry in scored]) for scored in answers),
+        tuple(mean([entry.score if entry.resolved else 1.0 for entry in scored]) for scored in answers),
+        not any(entry.unanswered for scored in answers for entry in scored),
     )
 
 
-def _bounds(item: Item, strict: bool) -> tuple[float, float]:
-    """(lowest, highest) score of an item: 0 and 1 if it is unresolved, or under *strict* if its answer was cut off."""
-    resolved = item.unresolved is None and not (item.truncated and strict)
-    return (item.score, item.score) if resolved else (0.0, 1.0)
-
-
-def _by_row(results: Results) -> dict[Key, list[Item]]:
-    rows: dict[Key, list[Item]] = {}
-    for item in results.items:
-        rows.setdefault((item.split, item.row), []).append(item)
+def _by_row(results: Results) -> dict[Key, list[Scored]]:
+    rows: dict[Key, list[Scored]] = {}
+    for scored in results.scored():
+        rows.setdefault((scored.part, scored.row), []).append(scored)
     return rows
 
 

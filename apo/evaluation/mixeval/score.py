@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from statistics import fmean, variance
 from typing import Any
 
+from apo.evaluation.intervals import score_interval
 from apo.evaluation.results import SPLITS, BenchmarkScore, Interval, Item, Profile
-from clair.core.statistics import clustered_score
 
 _DECIMALS = 3
 
@@ -49,25 +48,7 @@ def interval(items: Sequence[Item], profile: Profile = "faithful") -> Interval:
 
     The bracket covers unresolved items, under *strict* also answers that were cut off.
     """
-    scores, clusters = [item.score for item in items], [item.cluster for item in items]
-    answered = not any(item.unanswered for item in items)
-    clustered = clustered_score(scores, clusters) if answered and len(set(clusters)) > 1 else None
-    by_question: dict[str, list[float]] = defaultdict(list)
-    for item in items:
-        by_question[item.question].append(item.score)
-    resolved = [i for i in items if i.unresolved is None and not (i.truncated and profile == "strict")]
-    right = math.fsum(item.score for item in resolved)
-    return Interval(
-        mean=_mean(items) if answered else None,
-        n=len(items),
-        questions=len(by_question),
-        clusters=len(set(clusters)),
-        se_naive=math.sqrt(variance(scores) / len(scores)) if answered and len(scores) > 1 else None,
-        se_clustered=clustered.se if clustered else None,
-        ci95=(clustered.lo, clustered.hi) if clustered else None,
-        unique_mean=fmean(fmean(scores) for scores in by_question.values()) if answered else None,
-        bracket=(right / len(items), (right + len(items) - len(resolved)) / len(items)),
-    )
+    return score_interval([item.scored(profile) for item in items])
 
 
 def _by_benchmark(items: Sequence[Item], profile: Profile) -> dict[str, BenchmarkScore]:

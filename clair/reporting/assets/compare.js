@@ -10,7 +10,7 @@ const chance = (p) => (p == null ? "–" : p < 0.001 ? "< 0.001" : p.toFixed(3))
 const seen = (one) => (!one.delta_ci95 ? "bare" : one.delta_ci95[0] > 0 ? "better" : one.delta_ci95[1] < 0 ? "worse" : "open");
 // What is left of it after the correction for many comparisons.
 const verdictOf = (one) => (seen(one) !== "bare" && one.p_holm >= 0.05 ? "open" : seen(one));
-const partName = (part) => (part.level === "overall" ? "overall" : part.benchmark ?? part.split);
+const partName = (part) => part.benchmark ?? (part.split ? words(part.split) : "overall");
 const plural = (count, word) => `${told(count)} ${word}${count === 1 ? "" : "s"}`;
 const OVERALL = C.parts[0];
 

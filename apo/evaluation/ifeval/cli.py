@@ -1,0 +1,67 @@
+"""Run `apo eval ifeval` with checked settings, for one model or several, and print the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import typer
+
+from apo.console import end_early, print_line
+from apo.evaluation.checkpoints import configs_by_model
+from apo.evaluation.config import redacted
+from apo.evaluation.ifeval.config import IFEvalConfig, IFEvalInputs, load_inputs
+from apo.evaluation.ifeval.run import evaluate, work_items
+from apo.evaluation.results import read_results
+from apo.evaluation.tables import score_table
+from clair.core.console import show as print_
+from clair.core.errors import EXIT_SOME_FAILED
+from clair.terminal import client_progress
+
+
+def run(config: IFEvalConfig, folders: Sequence[str], *, dry_run: bool) -> None:
+    """Evaluate the models in `folders` one after the other, or that of the config if there are less than two."""
+    configs = configs_by_model(config, folders) if len(folders) > 1 else [config]
+    work = [(model_config, load_inputs(model_config)) for model_config in configs]
+    if dry_run:
+        for number, item in enumerate(work):
+            print("---\n" * bool(number), end="")
+            _print_settings(*item)
+        return
+    refused = [_run_single(*item) for item in work]
+    if len(work) > 1:
+        print_(f"are they better than the first? apo compare {' '.join(each.out for each in configs)}")
+    if any(refused):
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def _run_single(config: IFEvalConfig, inputs: IFEvalInputs) -> bool:
+    """Evaluate one model, and print its score. Returns True if its server refused prompts for good."""
+    total = len(work_items(config, inputs))
+    with client_progress("evaluating", total, dict.fromkeys(config.models, total), closing=True) as on_progress:
+        outcome = evaluate(config, inputs=inputs, on_progress=on_progress)
+    failed = (
+        f"{outcome.failed} prompts got no reply ({outcome.first_failure}), so there is no score; everything else is "
+        f"kept, run the same command again"
+    )
+    end_early(outcome.stopped, failed if outcome.score is None else None)
+    assert outcome.score is not None, "an outcome without a score ends the command"
+    print_(score_table(read_results(config.out)))
+    score = outcome.score
+    if missing := score.unresolved_reasons.get("answer_missing"):
+        print_line(f"{missing} of {len(inputs.rows)} prompts have no answer in {config.responses}: they count as wrong")
+    if score.truncated:
+        print_line(f"{score.truncated} of {score.items} answers reached the token limit; they are scored as they are")
+    if score.unanswered:
+        print_line(
+            f"{config.out}: {score.unanswered} prompts were refused ({outcome.refused}), so there is no score, only "
+            f"its bracket: all of them wrong, all right; run the same command again to ask for them again"
+        )
+    return bool(score.unanswered)
+
+
+def _print_settings(config: IFEvalConfig, inputs: IFEvalInputs) -> None:
+    import yaml
+
+    print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
+    instructions = sum(len(row.instructions) for row in inputs.rows)
+    print(f"# {len(inputs.rows):,} prompts, {instructions:,} instructions, {len(work_items(config, inputs)):,} answers")

@@ -1,0 +1,80 @@
+"""The settings of an IFEval run, and its inputs, which are checked before anything is paid for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from apo.evaluation.answers import Answer, check_system_prompt
+from apo.evaluation.config import EvaluationConfig, check_out_folder, with_batch_tokens
+from apo.evaluation.ifeval.benchmark import IFEvalRow, read_benchmark, read_responses
+from apo.evaluation.ifeval.checkers import instruction_types
+from apo.evaluation.results import SCORE
+from clair.core.errors import UserError, near_miss
+from clair.inference.config import ModelConfig
+from clair.inference.open import check_models
+
+
+class IFEvalModelConfig(ModelConfig):
+    """The model that answers. The defaults are those of lm-evaluation-harness: greedy, 1280 tokens."""
+
+    temperature: float | None = Field(default=0.0, ge=0)
+    max_tokens: int | None = Field(default=1280, ge=1)
+
+
+class IFEvalConfig(EvaluationConfig):
+    """The settings of an evaluation on IFEval."""
+
+    prompts: str = Field(min_length=1)
+    """The benchmark's input_data.jsonl, or prompts of the same format."""
+    model: IFEvalModelConfig | None = None
+    """The model that answers; absent if there are responses."""
+    responses: str | None = None
+    """A file of existing answers: rows of `prompt` and `response`."""
+    groups: Mapping[str, tuple[str, ...]] = {}
+    """Groups of instruction types that are reported apart, by name."""
+    system: str | None = None
+    samples: int = Field(default=1, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
+    """Seed of a local model's sampling."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> IFEvalConfig:
+        if (self.model is None) == (self.responses is None):
+            raise ValueError("give either a model that answers or a file of responses")
+        if self.responses is not None and (self.system is not None or self.samples > 1):
+            raise ValueError("system and samples are for a model that answers; leave them out with responses")
+        return self
+
+    @property
+    def models(self) -> dict[str, ModelConfig]:
+        """The models that get requests, by role."""
+        return {"model": with_batch_tokens(self.model)} if self.model else {}
+
+
+@dataclass(frozen=True, slots=True)
+class IFEvalInputs:
+    """The checked inputs of an evaluation. `ready_answers` are existing responses; None: the model answers."""
+
+    rows: Sequence[IFEvalRow]
+    ready_answers: Sequence[Answer[IFEvalRow]] | None
+
+
+def load_inputs(config: IFEvalConfig) -> IFEvalInputs:
+    """Load and check all inputs before a request is sent or a file is written. Raises UserError."""
+    check_out_folder(Path(config.out), SCORE)
+    types = instruction_types()
+    for group, names in config.groups.items():
+        for name in names:
+            if name not in types:
+                raise UserError(f"groups.{group}: no instruction type {name!r}{near_miss(name, types)}")
+    rows = read_benchmark(config.prompts, config.limit)
+    answers = read_responses(config.responses, rows) if config.responses is not None else None
+    check_models(config.models, config.budget, config.seed)
+    if config.model is not None and config.model.path is not None and config.system is not None:
+        check_system_prompt(config.model.path, config.system)
+    return IFEvalInputs(rows, answers)
