@@ -31,7 +31,7 @@ def judge(turns: list[str], planned: Plan, *, seed: int, body: str, leanings: Le
     """The judge's reply to a conversation with the user turns `turns`."""
     if planned.text == "refusal":
         return Reply(REFUSAL, spoilt=planned.text)
-    request = next(filter(None, map(_read_sections, reversed(turns))), None)
+    request = next(filter(None, map(read_sections, reversed(turns))), None)
     if request is None:
         return Reply("Please give me a task and two student solutions between their tags.")
     task, first, second = request
@@ -46,7 +46,7 @@ def judge(turns: list[str], planned: Plan, *, seed: int, body: str, leanings: Le
     return written(thoughts, VERDICT, f"[{better}]" if better else "[tie]", planned)
 
 
-def _read_sections(message: str) -> list[str] | None:
+def read_sections(message: str) -> list[str] | None:
     """The task and the two solutions in a request to the judge; None if a tag is missing."""
     matches = [section.search(message) for section in _SECTIONS]
     return None if None in matches else [match[1] for match in matches if match]

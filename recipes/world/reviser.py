@@ -81,11 +81,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Reply:
-    """An assistant turn, its finish reason ("stop" or "length"), and the misbehaviour that spoilt it, if any."""
+    """An assistant turn, its finish reason ("stop" or "length"), and the misbehaviour that spoilt it, if any.
+
+    `refusal` is the message of a refusal in OpenAI's own field.
+    """
 
     text: str
     finish_reason: str = "stop"
     spoilt: str | None = None
+    refusal: str | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import selectors
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -50,10 +50,19 @@ def arguments(options: ServerOptions) -> list[str]:
 
 @contextmanager
 def running(options: ServerOptions = ServerOptions(), *, start_seconds: float = 30.0) -> Iterator[Running]:  # noqa: B008
-    """A server process for the length of a `with` block. RuntimeError after `start_seconds` without a URL."""
-    command = [sys.executable, "-m", "recipes.world.server", *arguments(options)]
+    """The world's server for the length of a `with` block. RuntimeError after `start_seconds` without a URL."""
+    with running_module("recipes.world.server", arguments(options), start_seconds) as server:
+        yield server
+
+
+@contextmanager
+def running_module(module: str, arguments: Sequence[str], start_seconds: float = 30.0) -> Iterator[Running]:
+    """A module that serves and prints its URL, as a process for the length of a `with` block.
+
+    RuntimeError after `start_seconds` without a URL.
+    """
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}
     )
     try:
         yield Running(_ready_line(process, start_seconds), process.pid)
@@ -74,5 +83,5 @@ def _ready_line(process: subprocess.Popen[str], seconds: float) -> str:
         selector.register(process.stdout, selectors.EVENT_READ)
         line = process.stdout.readline().strip() if selector.select(seconds) else ""
     if not line.startswith("http"):
-        raise RuntimeError(f"the world server did not start within {seconds:g} s (exit code {process.poll()})")
+        raise RuntimeError(f"the server did not start within {seconds:g} s (exit code {process.poll()})")
     return line

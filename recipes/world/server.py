@@ -21,7 +21,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -95,7 +95,7 @@ def body_hash(body: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-async def read_body(request: web.Request) -> dict[str, Any]:
+async def read_body(request: web.Request, models: Sequence[str] = MODELS) -> dict[str, Any]:
     """Parse and check the request's JSON object. Raises Refused."""
     try:
         body = json.loads(await request.read())
@@ -103,7 +103,7 @@ async def read_body(request: web.Request) -> dict[str, Any]:
         raise Refused(400, f"the body is not JSON: {error}", "invalid_json") from None
     if not isinstance(body, dict) or not isinstance(body.get("messages"), list) or not body["messages"]:
         raise Refused(400, "messages must be a list of at least one message", "invalid_messages")
-    if body.get("model") not in MODELS:
+    if body.get("model") not in models:
         raise Refused(404, f"The model `{body.get('model')}` does not exist.", "model_not_found")
     if body.get("stream"):
         raise Refused(400, "this server does not stream; leave stream out", "unsupported_value")
@@ -137,8 +137,7 @@ class World:
             self.check_key(request)
         except Refused as refused:
             return refused.response
-        data = [{"id": name, "object": "model", "created": 0, "owned_by": "world"} for name in MODELS]
-        return web.json_response({"object": "list", "data": data})
+        return web.json_response(model_list(MODELS))
 
     async def chat(self, request: web.Request) -> web.Response:
         tally = self.tally
@@ -218,12 +217,18 @@ class World:
         return completion_object(body, body_id, [cut(reply, limit) for reply in replies])
 
 
+def model_list(models: Sequence[str]) -> dict[str, Any]:
+    """OpenAI's list object of models."""
+    data = [{"id": name, "object": "model", "created": 0, "owned_by": "world"} for name in models]
+    return {"object": "list", "data": data}
+
+
 def completion_object(body: dict[str, Any], body_id: str, replies: list[Reply]) -> dict[str, Any]:
     """OpenAI's chat.completion object around these replies."""
     choices = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": reply.text, "refusal": None},
+            "message": {"role": "assistant", "content": reply.text, "refusal": reply.refusal},
             "logprobs": None,
             "finish_reason": reply.finish_reason,
         }
@@ -246,18 +251,25 @@ def completion_object(body: dict[str, Any], body_id: str, replies: list[Reply]) 
     }
 
 
-async def serve(options: ServerOptions, ready: Callable[[str], None], parent_gone: Callable[[], bool]) -> None:
-    """Serve until `max_seconds` are over or the parent is gone. Calls `ready` with the URL once it listens."""
-    runner = web.AppRunner(World(options).app(), access_log=None, shutdown_timeout=1.0)
+async def serve(app: web.Application, port: int, max_seconds: float, parent_gone: Callable[[], bool]) -> None:
+    """Serve until `max_seconds` are over or the parent is gone. Prints the URL once it listens."""
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", options.port, backlog=1024)
+    site = web.TCPSite(runner, "127.0.0.1", port, backlog=1024)
     await site.start()
     port = runner.addresses[0][1]
-    ready(f"http://127.0.0.1:{port}/v1")
-    deadline = time.monotonic() + options.max_seconds
+    print(f"http://127.0.0.1:{port}/v1", flush=True)
+    deadline = time.monotonic() + max_seconds
     while time.monotonic() < deadline and not parent_gone():  # noqa: ASYNC110 - a parent's end is no event
-        await asyncio.sleep(min(0.5, options.max_seconds))
+        await asyncio.sleep(min(0.5, max_seconds))
     await runner.cleanup()
+
+
+def run_server(app: web.Application, port: int, max_seconds: float) -> None:
+    """Serve in this process until `max_seconds` are over, the parent is gone, or Ctrl-C."""
+    parent = os.getppid()
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve(app, port, max_seconds, lambda: os.getppid() != parent))
 
 
 def parse_options(arguments: list[str] | None = None) -> ServerOptions:
@@ -288,14 +300,8 @@ def parse_options(arguments: list[str] | None = None) -> ServerOptions:
 
 
 def main() -> None:
-    parent = os.getppid()
-    work: Awaitable[None] = serve(
-        parse_options(),
-        ready=lambda url: print(url, flush=True),
-        parent_gone=lambda: os.getppid() != parent,
-    )
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(work)
+    options = parse_options()
+    run_server(World(options).app(), options.port, options.max_seconds)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Verifiable constraints: parameters drawn by seed, wording of our own, and the checkers of `if-verifiable`.
 
 The 25 types are those of IFEval's registry. Texts and parameters are drawn here; whether an answer holds a constraint
-is decided by the library alone. `number_sentences` and `capital_word_frequency` need NLTK's punkt data.
+is decided by the library alone.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from functools import cache
 from random import Random
 from typing import Any
 
+from apo.evaluation.ifeval.checkers import follows, instruction_types
+
 UNSEEN = 8
 """Constraint types that never occur in training."""
-SEEN_WEIGHTS = {True: 4, False: 1}
+SEEN_WEIGHTS = {True: 8, False: 1}
 """How often a type is drawn, by whether the reviser program can mend it: it makes pairs of these alone."""
 
 
@@ -223,7 +225,7 @@ def draw_constraint(type: str, task: str, random: Random) -> Constraint:
 
 def draw_constraints(task: str, allowed: Sequence[str], random: Random) -> list[Constraint]:
     """One or two constraints that do not exclude each other, in random order, of the allowed types."""
-    count, drawn = 1 if random.random() < 0.6 else 2, []
+    count, drawn = 1 if random.random() < 0.75 else 2, []
     while len(drawn) < count:
         remaining = [type for type in allowed if all(compatible(type, other.type) for other in drawn)]
         if not remaining:
@@ -235,25 +237,26 @@ def draw_constraints(task: str, allowed: Sequence[str], random: Random) -> list[
 
 def compatible(first: str, second: str) -> bool:
     """True if one answer can hold both types, by the registry's table of conflicts."""
-    conflicts = _registry()[1]
+    conflicts = _conflicts()
     return second not in conflicts[first] and first not in conflicts[second]
 
 
 @cache
-def _registry() -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The checkers of all types, and the types that each excludes."""
-    import langdetect
-    from if_verifiable.ifeval.instructions_registry import INSTRUCTION_CONFLICTS, INSTRUCTION_DICT
+def _conflicts() -> Mapping[str, Any]:
+    """The types that each type excludes, by the library's registry."""
+    types = instruction_types()
+    assert set(types) == set(KINDS), "the library's registry has other types than this module"
+    from if_verifiable.ifeval.instructions_registry import INSTRUCTION_CONFLICTS
 
-    langdetect.DetectorFactory.seed = 0  # its guess of a language is random otherwise
-    assert set(INSTRUCTION_DICT) == set(KINDS), "the library's registry has other types than this module"
-    return INSTRUCTION_DICT, INSTRUCTION_CONFLICTS
+    return INSTRUCTION_CONFLICTS
+
+
+def held(constraints: Sequence[Constraint], answer: str) -> list[bool]:
+    """For each constraint, whether the answer holds it strictly, by the library's checker."""
+    types, kwargs = [constraint.type for constraint in constraints], [constraint.kwargs for constraint in constraints]
+    return [strict for _, strict in follows("", types, kwargs, answer)]
 
 
 def holds(constraint: Constraint, answer: str) -> bool:
-    """True if the answer holds the constraint, strictly, by the library's checker."""
-    if not answer.strip():
-        return False
-    checker = _registry()[0][constraint.type](constraint.type)
-    checker.build_description(**constraint.kwargs)
-    return bool(checker.check_following(answer))
+    """True if the answer holds the constraint strictly."""
+    return held([constraint], answer)[0]

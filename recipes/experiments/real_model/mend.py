@@ -1,4 +1,4 @@
-"""The reviser as a program: it mends the one broken constraint of an answer and leaves everything else as it is.
+"""The reviser as a program: it mends the broken constraints of an answer and leaves everything else as it is.
 
 It mends only where that needs no new content: case, commas, endings, counts of marked parts, cutting to a length. It
 knows nothing of the task, and it never judges whether an answer is true or good. Everything else is `Unmendable`.
@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import permutations
 from typing import Any
 
-from recipes.experiments.real_model.constraints import LESS, Constraint, holds
+from recipes.experiments.real_model.constraints import LESS, Constraint, held, holds
 
 _SENTENCE = re.compile(r"[^\n]*?[.!?][\"')*]*(?=\s|$)|[^\n]+")
 """A sentence, or the rest of a line that ends without a mark."""
+TITLE_WORDS = 5
+"""Words of a heading that is made of the answer's first words."""
 _ITEM = re.compile(r"^[ \t]*(?:\*(?!\*)|-|•|\d+[.)])[ \t]*", re.MULTILINE)
 
 
@@ -27,26 +30,30 @@ class Unmendable(Exception):
 
 
 def mend(constraints: Sequence[Constraint], answer: str) -> str:
-    """The answer with its broken constraint mended.
+    """The answer with its broken constraints mended, one after another, in the first order in which all hold at last.
 
-    Raises Unmendable: `holds_all` if nothing is broken, `broken_twice` if more than one constraint is, `new_content` if
-    it would take words that the answer lacks, `too_little_text` if the answer has too few parts, and `breaks_another`
-    if the change breaks a constraint that held.
+    Raises Unmendable: `holds_all` if nothing is broken, `new_content` if it would take words that the answer lacks,
+    `too_little_text` if the answer has too few parts, and `breaks_another` if a change breaks what held.
     """
-    broken = [constraint for constraint in constraints if not holds(constraint, answer)]
+    broken = [constraint for constraint, holding in zip(constraints, held(constraints, answer), strict=True) if not holding]
     if not broken:
         raise Unmendable("holds_all")
-    if len(broken) > 1:
-        raise Unmendable("broken_twice")
-    constraint = broken[0]
-    if constraint.type not in MENDERS:
+    if not all(constraint.type in MENDERS for constraint in broken):
         raise Unmendable("new_content")
-    mended = MENDERS[constraint.type](answer, constraint.kwargs)
-    if not holds(constraint, mended):
-        raise Unmendable("too_little_text")
-    if not all(holds(other, mended) for other in constraints):
-        raise Unmendable("breaks_another")
-    return mended
+    problem = Unmendable("breaks_another")
+    for order in permutations(broken):
+        mended = answer
+        try:
+            for constraint in order:
+                mended = MENDERS[constraint.type](mended, constraint.kwargs)
+                if not holds(constraint, mended):
+                    raise Unmendable("too_little_text")
+        except Unmendable as reason:
+            problem = reason
+            continue
+        if all(held(constraints, mended)):
+            return mended
+    raise problem
 
 
 def _sentences(text: str) -> list[tuple[int, int]]:
@@ -134,12 +141,14 @@ def _highlights(answer: str, kwargs: Mapping[str, Any]) -> str:
 
 
 def _placeholders(answer: str, kwargs: Mapping[str, Any]) -> str:
-    """Put square brackets around names and numbers, from the end of the answer."""
+    """Put square brackets around names and numbers, else around long words, from the end of the answer."""
     lacking = kwargs["num_placeholders"] - len(re.findall(r"\[.*?\]", answer))
     names = r"(?<=[a-z,] )[A-Z][a-z]+(?: [A-Z][a-z]+)*|(?<![\w\[])\d[\d,.]*\d|(?<![\w\[])\d(?![\w.)])"
-    matches = [match.span() for match in re.finditer(names, answer)]
-    for start, end in reversed(matches[-lacking:]):
-        answer = f"{answer[:start]}[{answer[start:end]}]{answer[end:]}"
+    matches = list(re.finditer(names, answer))
+    if len(matches) < lacking:
+        matches = list(re.finditer(r"(?<![\w\[])[A-Za-z]{6,}(?![\w\]])", answer))
+    for match in reversed(matches[-lacking:]):
+        answer = f"{answer[: match.start()]}[{match.group()}]{answer[match.end() :]}"
     return answer
 
 
@@ -153,12 +162,15 @@ def _postscript(answer: str, kwargs: Mapping[str, Any]) -> str:
 
 
 def _title(answer: str, kwargs: Mapping[str, Any]) -> str:
-    """Put angle brackets around a heading that the answer has."""
+    """Put angle brackets around the heading that the answer has, or make one of its first words."""
     first, _, remainder = answer.lstrip().partition("\n")
     heading = re.sub(r"^(?:title|subject)\s*:\s*", "", first.strip("#*_ \t"), flags=re.IGNORECASE).strip('#*_" \t:')
-    if not heading or len(heading.split()) > 10 or heading[-1] in ".!?," or not remainder.strip():
-        raise Unmendable("new_content")
-    return f"<<{heading}>>\n{remainder}"
+    if heading and len(heading.split()) <= 10 and heading[-1] not in ".!?," and remainder.strip():
+        return f"<<{heading}>>\n{remainder}"
+    words = re.findall(r"\w[\w'’-]*", answer)[:TITLE_WORDS]
+    if len(words) < 2:
+        raise Unmendable("too_little_text")
+    return f"<<{' '.join(words).title()}>>\n\n{answer.lstrip()}"
 
 
 def _capital_words(answer: str, kwargs: Mapping[str, Any]) -> str:

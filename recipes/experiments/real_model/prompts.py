@@ -28,8 +28,10 @@ from recipes.experiments.real_model.constraints import TYPES, draw_constraints, 
 SEED = 0
 COUNTS, SMALL_COUNTS = {"train": 700, "validation": 150}, {"train": 36, "validation": 10}
 VALIDATION_TASKS = 0.2
-MAX_CHARACTERS, MAX_WORDS = 400, 60
+MAX_CHARACTERS, MAX_WORDS = 160, 60
 """Longest task, and longest answer that came with it: tasks with short answers, because a small model rambles."""
+BREVITY = ("", "Keep it short.", "Answer in two or three sentences.")
+"""How a prompt asks for an answer that ends; drawn for each prompt, and no constraint that is checked."""
 _CODE = re.compile(
     r"\b(?:code|python|sql|regex|html|css|javascript|java|bash|program|function|latex|excel|yaml)\b", re.I
 )
@@ -72,7 +74,8 @@ def draw_prompts(tasks: Sequence[str], count: int, allowed: Sequence[str], rando
         random.shuffle(order)
         for task in order:
             constraints = draw_constraints(task, allowed, random)
-            prompt = "\n\n".join([task, " ".join(constraint.text for constraint in constraints)])
+            brief = random.choice(BREVITY)
+            prompt = "\n\n".join([task, " ".join(filter(None, [brief, *(constraint.text for constraint in constraints)]))])
             yield {
                 "id": content_hash(prompt)[:12],
                 "prompt": prompt,
