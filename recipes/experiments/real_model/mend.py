@@ -35,7 +35,9 @@ def mend(constraints: Sequence[Constraint], answer: str) -> str:
     Raises Unmendable: `holds_all` if nothing is broken, `new_content` if it would take words that the answer lacks,
     `too_little_text` if the answer has too few parts, and `breaks_another` if a change breaks what held.
     """
-    broken = [constraint for constraint, holding in zip(constraints, held(constraints, answer), strict=True) if not holding]
+    broken = [
+        constraint for constraint, holding in zip(constraints, held(constraints, answer), strict=True) if not holding
+    ]
     if not broken:
         raise Unmendable("holds_all")
     if not all(constraint.type in MENDERS for constraint in broken):

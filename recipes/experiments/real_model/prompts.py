@@ -32,9 +32,12 @@ MAX_CHARACTERS, MAX_WORDS = 160, 60
 """Longest task, and longest answer that came with it: tasks with short answers, because a small model rambles."""
 BREVITY = ("", "Keep it short.", "Answer in two or three sentences.")
 """How a prompt asks for an answer that ends; drawn for each prompt, and no constraint that is checked."""
-_CODE = re.compile(
-    r"\b(?:code|python|sql|regex|html|css|javascript|java|bash|program|function|latex|excel|yaml)\b", re.I
+_UNFIT = re.compile(
+    r"\b(?:code|python|sql|regex|regular expression|html|css|javascript|java|bash|program|function|latex|excel|yaml"
+    r"|offensive|stereotype)\b",
+    re.IGNORECASE,
 )
+"""Tasks about code, whose answers no sentence-wise repair fits, and about insults."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def read_tasks(data: Path) -> list[str]:
             example = row["instances"][0]
             text = "\n\n".join(filter(None, [row["instruction"].strip(), example["input"].strip()]))
             short = len(text) <= MAX_CHARACTERS and len(example["output"].split()) <= MAX_WORDS
-            if short and not row.get("is_classification") and not _CODE.search(text):
+            if short and not row.get("is_classification") and not _UNFIT.search(text):
                 tasks.append(text)
     return list(dict.fromkeys(tasks))
 
@@ -75,7 +78,9 @@ def draw_prompts(tasks: Sequence[str], count: int, allowed: Sequence[str], rando
         for task in order:
             constraints = draw_constraints(task, allowed, random)
             brief = random.choice(BREVITY)
-            prompt = "\n\n".join([task, " ".join(filter(None, [brief, *(constraint.text for constraint in constraints)]))])
+            prompt = "\n\n".join(
+                [task, " ".join(filter(None, [brief, *(constraint.text for constraint in constraints)]))]
+            )
             yield {
                 "id": content_hash(prompt)[:12],
                 "prompt": prompt,

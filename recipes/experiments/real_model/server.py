@@ -43,8 +43,7 @@ def read_constraints(file: Path) -> dict[str, list[Constraint]]:
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     return {
         row["prompt"]: [
-            Constraint(type, kwargs, "")
-            for type, kwargs in zip(row["instruction_id_list"], row["kwargs"], strict=True)
+            Constraint(type, kwargs, "") for type, kwargs in zip(row["instruction_id_list"], row["kwargs"], strict=True)
         ]
         for row in rows
     }
