@@ -113,9 +113,9 @@ def merge(
 
 
 app.command(context_settings=EXTRA_ARGUMENTS)(advise)
-app.command()(distinguish)
-app.command()(calibrate)
-app.command()(certify)
+app.command(context_settings=EXTRA_ARGUMENTS)(distinguish)
+app.command(context_settings=EXTRA_ARGUMENTS)(calibrate)
+app.command(context_settings=EXTRA_ARGUMENTS)(certify)
 
 
 @app.command()

@@ -189,34 +189,24 @@ def _run_winrate(config: Any, inputs: Any) -> None:
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
-@app.command()
+@app.command(context_settings=EXTRA_ARGUMENTS)
 def pairs(
-    model: Annotated[Path, typer.Option(help="The trained model or adapter, such as the folder of a run.")],
-    out: Annotated[Path, typer.Option(callback=local, help="Where pairs.json and pairs.jsonl go.")],
-    dataset: Annotated[str | None, typer.Option(help="The pairs; absent: those of the run.")] = None,
-    reference: Annotated[str | None, typer.Option(help="The model before training; absent: the run's model.")] = None,
-    split: Annotated[
-        str | None, typer.Option(help="The held-out split; absent: all of a single file, else test.")
-    ] = None,
-    beta: Annotated[float | None, typer.Option(help="Beta of the rewards; absent: the run's, else 0.1.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N pairs.")] = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Leave longer pairs out; absent: the model's context length.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch, padding included.")] = 4096,
+    context: typer.Context,
+    recipe: RecipeFile = None,
+    model: Annotated[str | None, typer.Option(help="The model or adapter, instead of the recipe's.")] = None,
+    out: Out = None,
+    set_: Overrides = None,
 ) -> None:
     """Measure held-out pairs: reward accuracy, margin, displacement, length, KL to the reference, with intervals."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
     from apo.console import quieten
-    from apo.evaluation.pairs import evaluate_pairs, pairs_config
+    from apo.evaluation.pairs import PairsConfig, evaluate_pairs
     from apo.evaluation.tables import pairs_table
     from clair.core.console import show as print_
 
-    options = {"dataset": dataset, "reference": reference, "split": split, "beta": beta, "limit": limit}
-    sizes = {"max_length": max_length, "dtype": dtype, "batch_tokens": batch_tokens, "out": str(out)}
+    config = read_recipe(context, PairsConfig, recipe, set_, out, model=model)
     quieten()
-    print_(pairs_table(evaluate_pairs(pairs_config(model, **options, **sizes), log=print_line)))
+    print_(pairs_table(evaluate_pairs(config, log=print_line)))
 
 
 @app.command()

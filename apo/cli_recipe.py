@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -22,13 +23,20 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check all and print the
 EXTRA_ARGUMENTS = {"ignore_unknown_options": True, "allow_extra_args": True}
 """Context settings of a command that calls `read_recipe`: it names the recipe keys of options that became keys."""
 
+_OPTION = re.compile("--?[A-Za-z]")
 _ROLE_KEYS = {"base_url": "url", "name": "model", "key_env": "api_key_env"}
+_PATH_KEYS = ("model", "base", "tuned", "prompts")
 _KEYS = {
     "budget": "budget.money",
     "budget_tokens": "budget.tokens",
     "patience": "judge.patience",
     **{name: f"model.{name}" for name in ("temperature", "max_tokens", "batch_tokens")},
+    "most": "max_tastes",
+    "pad": "padding",
+    "sure": "min_preference",
+    "least": "min_worst",
 }
+"""The keys of former options with other names. A name that is a key itself comes first."""
 
 Config = TypeVar("Config", bound=Recipe)
 
@@ -38,51 +46,56 @@ def read_recipe(
     kind: type[Config],
     recipe: Path | None,
     overrides: Sequence[str] | None,
-    out: Path | None,
+    out: Path | None = None,
     **values: Path | str | None,
 ) -> Config:
     """The checked recipe with `--set`, `--out` and further `values` by dotted key put into it.
 
     Raises UserError for a missing recipe, and for options that are keys of the recipe, with the recipe to write.
     """
-    words = [*([str(recipe)] if recipe else []), *context.args]
-    if any(word.startswith("-") for word in words):
-        raise UserError(_options_message(context.command_path, kind, words))
+    arguments = [*([str(recipe)] if recipe else []), *context.args]
+    if any(map(_OPTION.match, arguments)):
+        raise UserError(_options_message(context.command_path, kind, arguments))
     if recipe is None or context.args or recipe.suffix not in (".yaml", ".yml"):
-        problem = f"found {' '.join(words)}" if words else "none is named"
-        raise UserError(f"{context.command_path} takes one recipe, a YAML file, and {problem}; see docs/evaluation.md")
+        problem = f"found {' '.join(arguments)}" if arguments else "none is named"
+        raise UserError(f"{context.command_path} takes one recipe, a YAML file, and {problem}; see docs/recipes.md")
     texts = {"out": out, **values}
     assignments = [text_override(key, text) for key, text in texts.items() if text is not None]
     return load_recipe(kind, recipe, [*(overrides or []), *assignments])
 
 
-def _options_message(command: str, kind: type[Recipe], words: Sequence[str]) -> str:
+def _options_message(command: str, kind: type[Recipe], arguments: Sequence[str]) -> str:
     """Options that are keys of the recipe, as the recipe to write; or an unknown option."""
-    assignments = []
-    for index, word in enumerate(words):
-        if not word.startswith("--"):
+    first_option = next(index for index, argument in enumerate(arguments) if _OPTION.match(argument))
+    values: dict[str, list[str]] = {}
+    if first_option and not arguments[0].endswith((".yaml", ".yml")):
+        values["reward" if "pool" in kind.model_fields else "dataset"] = list(arguments[:first_option])
+    for index, argument in enumerate(arguments):
+        if not _OPTION.match(argument):
             continue
-        option, equals, text = word.partition("=")
+        option, equals, text = argument.partition("=")
         key = _recipe_key(option, kind)
         if key is None:
             return f"unknown option {option}{near_miss(option, ['--out', '--dry-run'])}; see {command} --help"
-        following = words[index + 1] if index + 1 < len(words) and not words[index + 1].startswith("--") else "true"
-        value = text if equals else following
-        if key in ("model", "base", "tuned", "prompts") and (key == "prompts" or Path(value).is_dir()):
+        following = arguments[index + 1] if index + 1 < len(arguments) else "--none"
+        value = text if equals else "true" if _OPTION.match(following) else following
+        if key in _PATH_KEYS and kind.model_fields[key].annotation is not str and (key == "prompts" or Path(value).is_dir()):
             key += ".path"
         if value.startswith(("http://", "https://")):
             key, value = (key if key.endswith(".url") else f"{key}.url"), public_url(value)
-        assignments.append(f"{key}={json.dumps(value) if key.endswith(('.path', '.url')) else value}")
-    values: Mapping[str, Any] = apply_overrides({}, assignments)
-    text = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True).strip()
+        values.setdefault(key, []).append(json.dumps(value) if key.endswith((".path", ".url")) else value)
+    texts = {key: texts[0] if len(texts) == 1 else json.dumps(texts) for key, texts in values.items()}
+    recipe: Mapping[str, Any] = apply_overrides({}, [f"{key}={text}" for key, text in texts.items()])
+    written = yaml.safe_dump(recipe, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True).strip()
     name = command.split()[-1]
-    return f"the settings stand in a recipe: write {text} into {name}.yaml, then run {command} {name}.yaml"
+    return f"the settings stand in a recipe: write {written} into {name}.yaml, then run {command} {name}.yaml"
 
 
 def _recipe_key(option: str, kind: type[Recipe]) -> str | None:
-    name = option.removeprefix("--").replace("-", "_")
+    name = option.lstrip("-").replace("-", "_")
     role = next((role for role in ("judge", "model", "base", "tuned") if name.startswith(f"{role}_")), None)
     if role in kind.model_fields:
-        rest = name.removeprefix(f"{role}_")
-        return f"{role}.{_ROLE_KEYS.get(rest, rest)}"
-    return _KEYS.get(name, name if name in kind.model_fields else None)
+        suffix = name.removeprefix(f"{role}_")
+        return f"{role}.{_ROLE_KEYS.get(suffix, suffix)}"
+    key = name if name in kind.model_fields else _KEYS.get(name, "")
+    return key if key.partition(".")[0] in kind.model_fields else None

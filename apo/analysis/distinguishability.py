@@ -28,7 +28,7 @@ from clair.data.records import LABELS
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from apo.analysis.features import Labelled
+    from apo.analysis.features import EncodedPairs
     from apo.losses.mixture import Mixture
     from apo.packing.logps import PairLogps
 
@@ -102,7 +102,7 @@ class Report:
 
 
 def distinguish(
-    pairs: Labelled, by: str, objective: Any = "apo_zero", beta: float = 0.1, *, seed: int = 0, draws: int = DRAWS
+    pairs: EncodedPairs, by: str, objective: Any = "apo_zero", beta: float = 0.1, *, seed: int = 0, draws: int = DRAWS
 ) -> Report:
     """Report on pairs clustered by a label or by k-means of their prompts (`kmeans:K`).
 

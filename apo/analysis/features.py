@@ -59,7 +59,7 @@ def same_model(expected: str, actual: str, what: str) -> None:
         )
 
 
-def features_of(
+def compute_features(
     dataset: Dataset, model: Any, folder: Path | None = None, log: Callable[[str], None] = lambda _: None
 ) -> Features:
     """Return the features of tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`), from the cache if there."""
@@ -137,7 +137,7 @@ def _batches(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class EncodedPairs:
     """Pairs with features: rows of plain values (id, prompt, chosen, rejected as messages, `LABELS`, scores), their
     features and token ids in the same order, and the model.
     """
@@ -147,23 +147,23 @@ class Labelled:
     tokenized: Dataset
     model: Any
 
-    def select(self, indices: Sequence[int]) -> Labelled:
+    def select(self, indices: Sequence[int]) -> EncodedPairs:
         """Return some of the pairs, in this order."""
         rows = [self.rows[index] for index in indices]
-        return Labelled(rows, self.features.select(indices), self.tokenized.select(indices), self.model)
+        return EncodedPairs(rows, self.features.select(indices), self.tokenized.select(indices), self.model)
 
 
-def labelled(paths: Sequence[str], model: str, log: Callable[[str], None] = lambda _: None) -> Labelled:
+def encode_datasets(paths: Sequence[str], model: str, log: Callable[[str], None] = lambda _: None) -> EncodedPairs:
     """Read the pairs of some datasets and compute their features with the model at `model`.
 
     Raises UserError for a dataset or model that cannot be read, before anything is computed. Pairs that exceed the
     model's context are left out, with a note.
     """
-    return labelled_rows(read_rows(paths), model, log)
+    return encode_rows(read_rows(paths), model, log)
 
 
-def labelled_rows(rows: list[dict[str, Any]], model: str, log: Callable[[str], None] = lambda _: None) -> Labelled:
-    """Compute the features of rows, like `labelled`."""
+def encode_rows(rows: list[dict[str, Any]], model: str, log: Callable[[str], None] = lambda _: None) -> EncodedPairs:
+    """Compute the features of rows, like `encode_datasets`."""
     from datasets import Dataset
 
     from apo.data.tokenize import eos_ids, tokenize
@@ -185,8 +185,8 @@ def labelled_rows(rows: list[dict[str, Any]], model: str, log: Callable[[str], N
     models.check_vocabulary(loaded, tokenizer, name.base)
     loaded.requires_grad_(False).eval()
     places = found.dataset["_place"][:]
-    return Labelled(
-        [rows[place] for place in places], features_of(found.dataset, loaded, log=log), found.dataset, loaded
+    return EncodedPairs(
+        [rows[place] for place in places], compute_features(found.dataset, loaded, log=log), found.dataset, loaded
     )
 
 

@@ -14,9 +14,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from apo.evaluation.intervals import mean_with_interval
 from clair.core.errors import UserError
@@ -38,7 +38,10 @@ _CHUNK = 256
 
 
 class PairsConfig(Recipe):
-    """A trained model or adapter, its reference, and the split of a dataset to measure both on."""
+    """A trained model or adapter, its reference, and the split of a dataset to measure both on.
+
+    Values that are absent are read from the run.json of the run that trained `model`.
+    """
 
     model: str
     reference: str
@@ -48,35 +51,30 @@ class PairsConfig(Recipe):
     limit: int | None = Field(default=None, ge=1)
     max_length: int | None = Field(default=None, ge=2)
     """Longer pairs are left out; absent: the model's context length."""
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     batch_tokens: int = Field(default=4096, ge=1)
     trust_remote_code: bool = False
     out: str = Field(min_length=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_run(cls, values: dict[str, Any]) -> dict[str, Any]:
+        from apo.run_dir.files import RUN, read_run
 
-def pairs_config(model: str | Path, **options: Any) -> PairsConfig:
-    """The settings; options that are None are read from the run.json of the run that trained `model`.
-
-    Raises UserError if neither has the reference or the dataset.
-    """
-    from apo.run_dir.files import RUN, read_run
-
-    values: dict[str, Any] = {}
-    folder = Path(model)
-    if (folder / RUN).is_file():
-        recipe = read_run(folder)["recipe"]
-        sources = recipe["dataset"]
-        values = {"reference": recipe["model"], "beta": recipe["beta"]}
-        values["trust_remote_code"] = recipe.get("trust_remote_code", False)
-        if isinstance(sources, str) or len(sources) == 1:
-            values["dataset"] = sources if isinstance(sources, str) else sources[0]["path"]
-    values |= {"model": str(model), **{key: value for key, value in options.items() if value is not None}}
-    if options.get("dataset") and _is_file(str(options["dataset"])):
-        values.setdefault("split", "train")  # a single file has no test split: all of it is held out
-    for key in ("reference", "dataset"):
-        if key not in values:
-            raise UserError(f"--{key} is missing: {model} is no folder of `apo train` that names it; add --{key}")
-    return PairsConfig(**values)
+        folder, defaults = Path(str(values.get("model", ""))), dict[str, Any]()
+        if (folder / RUN).is_file():
+            recipe = read_run(folder)["recipe"]
+            sources = recipe["dataset"]
+            defaults = {"reference": recipe["model"], "beta": recipe["beta"]}
+            defaults["trust_remote_code"] = recipe.get("trust_remote_code", False)
+            if isinstance(sources, str) or len(sources) == 1:
+                defaults["dataset"] = sources if isinstance(sources, str) else sources[0]["path"]
+        if values.get("dataset") and _is_file(str(values["dataset"])):
+            defaults["split"] = "train"  # a single file has no test split: all of it is held out
+        for key in ("reference", "dataset"):
+            if values.get("model") and key not in defaults | values:
+                raise ValueError(f"the key {key!r} is missing, and {folder} is no folder of `apo train` that names it")
+        return defaults | values
 
 
 def _is_file(dataset: str) -> bool:

@@ -36,8 +36,8 @@ class Filter:
     """A filter that keeps a pair only if its gap is above `above`, its guarantee, and the ids it keeps and drops."""
 
     above: float
-    words: str
-    kept: tuple[str, ...]
+    promise: str
+    accepted: tuple[str, ...]
     dropped: tuple[str, ...]
 
     def recipe(self) -> str:
@@ -48,7 +48,7 @@ class Filter:
         """Return the content of a decisions file for `clair keep`, for the dataset of this manifest."""
         from clair.reporting.review import FORMAT, fingerprint
 
-        marks = {**dict.fromkeys(self.kept, "keep"), **dict.fromkeys(self.dropped, "drop")}
+        marks = {**dict.fromkeys(self.accepted, "keep"), **dict.fromkeys(self.dropped, "drop")}
         return {"format": FORMAT, "dataset": fingerprint(manifest), "decisions": marks}
 
 
@@ -79,29 +79,28 @@ def calibrate(
     audited = {row["id"] for row in audit}
     if guarantee == "joint":
         above = crc_threshold(np.where(bad, gap, -math.inf), alpha, lowest=-math.inf)
-        words = joint_promise(above, alpha, len(units))
+        promise = joint_promise(above, alpha, len(units))
     else:
         others = [_gap(row) for row in pairs if row["id"] not in audited]
         if not others:
             raise UserError("every pair is in the audit; precision needs others, from whose scores the thresholds come")
         candidates = candidate_thresholds(np.array(others), len(units), alpha, delta)
         above = precision_threshold(gap, bad, alpha, delta, candidates)
-        words = precision_promise(above, alpha, delta, len(units))
+        promise = precision_promise(above, alpha, delta, len(units))
     if above == math.inf:
-        raise UserError(words)
-    return filter_above(pairs, above, words)
+        raise UserError(promise)
+    return filter_above(pairs, above, promise)
 
 
-def filter_above(pairs: Sequence[Mapping[str, Any]], above: float, words: str) -> Filter:
+def filter_above(pairs: Sequence[Mapping[str, Any]], above: float, promise: str) -> Filter:
     """Return the filter that keeps the pairs whose gap is strictly above `above`."""
     decisions = {row["id"]: _gap(row) > above for row in pairs}
-    kept = tuple(id for id, keep in decisions.items() if keep)
+    accepted = tuple(id for id, keep in decisions.items() if keep)
     dropped = tuple(id for id, keep in decisions.items() if not keep)
-    return Filter(above, words, kept, dropped)
+    return Filter(above, promise, accepted, dropped)
 
 
 Kind = Literal["rises", "same", "floor", "ceiling"]
-KINDS: tuple[Kind, ...] = ("rises", "same", "floor", "ceiling")
 
 
 def certify(
@@ -129,13 +128,13 @@ def certify(
     first = np.array([number(row, of) for row in units])
     second = np.array([number(row, than) for row in units]) if kind in ("rises", "same") else np.full(len(first), bound)
     widths = {"rises": second - first, "same": abs(first - second), "floor": second - first, "ceiling": first - second}
-    words = {
+    descriptions = {
         "rises": f"{of} is never below {than}",
         "same": f"{of} equals {than}",
         "floor": f"{of} is at least {bound:g}",
         "ceiling": f"{of} is at most {bound:g}",
     }
-    return certify_pairs(np.maximum(widths[kind], 0.0), alpha, words[kind])
+    return certify_pairs(np.maximum(widths[kind], 0.0), alpha, descriptions[kind])
 
 
 def one_row_per_prompt(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -220,10 +219,10 @@ def read_ids(path: str | Path) -> list[str]:
     return [row["id"] for row in _jsonl(path, "file of ids")]
 
 
-def _jsonl(path: str | Path, what: str) -> list[dict[str, Any]]:
+def _jsonl(path: str | Path, name: str) -> list[dict[str, Any]]:
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"{what} {file} does not exist; give JSONL, a row a line with an id")
+        raise UserError(f"{name} {file} does not exist; give JSONL, a row a line with an id")
     rows = []
     for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
         if not line.strip():
@@ -231,8 +230,8 @@ def _jsonl(path: str | Path, what: str) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{what} {file}, line {number}: not JSON ({error})") from error
+            raise UserError(f"{name} {file}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get("id"), str | int):
-            raise UserError(f"{what} {file}, line {number}: no id; each row names its pair")
+            raise UserError(f"{name} {file}, line {number}: no id; each row names its pair")
         rows.append({**row, "id": str(row["id"])})
     return rows

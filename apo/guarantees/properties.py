@@ -34,7 +34,7 @@ class Property:
     the critical widths [n] from the points and their scores.
     """
 
-    words: str
+    description: str
     sample: Callable[[Floats, Generator], tuple[Floats, ...]]
     critical: Callable[[tuple[Floats, ...], tuple[Floats, ...]], Floats]
 
@@ -109,7 +109,7 @@ def _with_coordinate(units: Floats, coordinate: int, values: Floats) -> Floats:
 class Certificate:
     """The certified distance of a score from a property; `kind` is `pair risk` or `domain certificate`."""
 
-    words: str
+    description: str
     kind: str
     alpha: float
     n: int
@@ -119,7 +119,7 @@ class Certificate:
 
     def summary(self) -> str:
         """State the promise."""
-        failing = f"{self.words}: fails {self.unadjusted.mean:.3g} of {self.n} units as it is"
+        failing = f"{self.description}: fails {self.unadjusted.mean:.3g} of {self.n} units as it is"
         if math.isinf(self.band.width):
             return f"{failing}; no finite band: alpha {self.alpha:g} needs {min_units(self.alpha)} units"
         average = "on average over draws of the units, of which one may lie above"
@@ -134,14 +134,14 @@ class Certificate:
         )
 
 
-def certify_pairs(widths: Floats, alpha: float, words: str) -> Certificate:
+def certify_pairs(widths: Floats, alpha: float, description: str) -> Certificate:
     """Return the pair risk for critical widths [n] of one query per unit.
 
     Only the band's total width is calibrated; it is split evenly.
     """
     width = crc_threshold(widths, alpha)
     failed = wilson(int((widths > 0).sum()), len(widths))
-    return Certificate(words, "pair risk", alpha, len(widths), Band(width / 2, width / 2), failed)
+    return Certificate(description, "pair risk", alpha, len(widths), Band(width / 2, width / 2), failed)
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,8 @@ class SearchTester:
         up, down = self.sides(score, units)
         failed = wilson(int(((up > 0) | (down > 0)).sum()), len(units))
         direction = "rises" if self.increasing else "falls"
-        words = f"the score {direction} with coordinate {self.coordinate}"
-        return Certificate(words, "domain certificate", alpha, len(units), band(up, down, alpha, seed=seed), failed)
+        description = f"the score {direction} with coordinate {self.coordinate}"
+        return Certificate(description, "domain certificate", alpha, len(units), band(up, down, alpha, seed=seed), failed)
 
     def accepts(self, score: Score, units: Floats, within: Band) -> NDArray[Any]:
         """Return which units the tester accepts with this band, [n] bool."""

@@ -16,10 +16,10 @@ from clair.core.files import content_hash
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from apo.analysis.features import Labelled
+    from apo.analysis.features import EncodedPairs
 
 
-def ask_user(reward: Reward, user: str, pairs: Labelled, pool: Comparisons, questions: int) -> Tensor:
+def ask_user(reward: Reward, user: str, pairs: EncodedPairs, pool: Comparisons, questions: int) -> Tensor:
     """Ask on the terminal until the user has given `questions` answers; return and save the user's state.
 
     Earlier answers count. Raises UserError if the reward cannot choose questions, or if the input ends.

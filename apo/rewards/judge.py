@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from apo.analysis.features import Labelled
+from apo.analysis.features import EncodedPairs
 from apo.guarantees.calibrate import Filter
 from apo.rewards.reward_dir import Reward
 
 
-def score_pairs(reward: Reward, pairs: Labelled, states: Tensor) -> list[dict[str, Any]]:
+def score_pairs(reward: Reward, pairs: EncodedPairs, states: Tensor) -> list[dict[str, Any]]:
     """Return the pairs' rows with these columns added:
 
     score_chosen, score_rejected   win rates against the reference answers for the pair's state, in [0, 1]
@@ -64,9 +64,9 @@ def worst_group_filter(rows: Sequence[Mapping[str, Any]], min_probability: float
     """Return a filter that keeps a pair only if every group prefers chosen with at least `min_probability`."""
     decisions = {row["id"]: row["worst"] >= min_probability for row in rows}
     promise = f"kept only where every group prefers chosen with a probability of {min_probability:g} or more"
-    kept = tuple(id for id, keep in decisions.items() if keep)
+    accepted = tuple(id for id, keep in decisions.items() if keep)
     dropped = tuple(id for id, keep in decisions.items() if not keep)
-    return Filter(min_probability, promise, kept, dropped)
+    return Filter(min_probability, promise, accepted, dropped)
 
 
 def pad_chosen(rows: Sequence[Mapping[str, Any]], text: str) -> list[dict[str, Any]]:

@@ -81,7 +81,7 @@ class Selection:
 
     plural: bool
     tastes: int
-    words: str
+    conclusion: str
     candidates: list[Candidate]
     gain: Estimate | None
 
@@ -122,13 +122,13 @@ def select(data: Comparisons, *, max_tastes: int = 4, by_prompt: bool = False, s
     gain = clustered_mean((results[one][1] - results[several.name][1]).tolist(), judging.user.tolist())
     plural = gain.lo > MIN_GAIN
     evidence = f"{gain.mean:+.3f} nats a comparison [{gain.lo:+.3f}, {gain.hi:+.3f}] over {one}, {len(users)} users"
-    words = (
+    conclusion = (
         f"several tastes: PAL with {several.tastes} prototypes predicts held-out choices better, {evidence}"
         if plural
         else f"one taste: {several.tastes} prototypes do not predict held-out choices better by more than "
         f"{MIN_GAIN:g} nats, {evidence}"
     )
-    return Selection(plural, several.tastes if plural else 1, words, candidates, gain)
+    return Selection(plural, several.tastes if plural else 1, conclusion, candidates, gain)
 
 
 def _min_tastes(losses: dict[int, Tensor], users: list[int]) -> int | None:

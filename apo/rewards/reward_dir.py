@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apo.analysis.features import Labelled, same_model
+from apo.analysis.features import EncodedPairs, same_model
 from apo.rewards.bradley_terry import BradleyTerry
 from apo.rewards.pal import PAL
 from apo.rewards.scorer import Comparisons, Scorer, win_rate
@@ -31,7 +31,7 @@ REFERENCES = 64
 _MAX_NAMES = 3
 
 
-def to_comparisons(pairs: Labelled) -> Comparisons:
+def to_comparisons(pairs: EncodedPairs) -> Comparisons:
     """Convert pairs with features to comparisons; a pair without a user has user -1."""
     users = tuple(dict.fromkeys(row["user"] for row in pairs.rows if row["user"] is not None))
     indices = {user: index for index, user in enumerate(users)}
@@ -77,7 +77,7 @@ class Reward:
     folder: Path | None = None
 
     @classmethod
-    def from_fit(cls, scorer: Scorer, data: Comparisons, pairs: Labelled, model: str, **extra: Any) -> Reward:
+    def from_fit(cls, scorer: Scorer, data: Comparisons, pairs: EncodedPairs, model: str, **extra: Any) -> Reward:
         """Return the reward of a scorer that was fitted on `data`, the comparisons of `pairs`."""
         assert scorer.states is not None
         answers = torch.cat([data.chosen, data.rejected])
@@ -157,11 +157,11 @@ class Reward:
             )
         return states[user]
 
-    def check_features(self, pairs: Labelled) -> None:
+    def check_features(self, pairs: EncodedPairs) -> None:
         """Raise UserError if the features are from another model than the reward was fitted on."""
         same_model(self.facts["features"], pairs.features.model, "this reward")
 
-    def row_states(self, pairs: Labelled, user: str | None = None) -> Tensor:
+    def row_states(self, pairs: EncodedPairs, user: str | None = None) -> Tensor:
         """Return the state of each pair's user, [n, S], or of `user` for all pairs.
 
         A pair without a user gets the mean state. Raises UserError if users are unknown.
@@ -177,7 +177,7 @@ class Reward:
             )
         return torch.stack([self.states.get(name, self.scorer.mean_state()) for name in users])
 
-    def win_rates(self, pairs: Labelled, states: Tensor) -> tuple[Tensor, Tensor]:
+    def win_rates(self, pairs: EncodedPairs, states: Tensor) -> tuple[Tensor, Tensor]:
         """Return win rates [n] of chosen and rejected against the reference answers, comparable across users."""
         features = pairs.features
         chosen, rejected = (
@@ -186,7 +186,7 @@ class Reward:
         )
         return chosen, rejected
 
-    def preferred(self, pairs: Labelled) -> dict[str, Tensor]:
+    def preferred(self, pairs: EncodedPairs) -> dict[str, Tensor]:
         """Return, for each group, the probability [n] that it prefers chosen to rejected."""
         features, wins = pairs.features, {}
         with torch.no_grad():

@@ -28,6 +28,15 @@ class Recipe(BaseModel):
 R = TypeVar("R", bound=Recipe)
 
 
+def check_used(recipe: R, condition: bool, setting: str, *keys: str) -> R:
+    """The recipe. Raises ValueError if one of `keys` is not its default although `condition` is false: it is ignored."""
+    fields = type(recipe).model_fields
+    ignored = [key for key in keys if not condition and getattr(recipe, key) != fields[key].default]
+    if ignored:
+        raise ValueError(f"{ignored[0]} is for {setting}, and would be ignored here; leave it out")
+    return recipe
+
+
 class _Loader(yaml.SafeLoader):
     """Loads YAML 1.2 values: `1e-6` is a number and `2024-06-01` is text. A repeated key is an error."""
 

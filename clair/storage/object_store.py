@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
+
+from pydantic import AfterValidator
 
 from clair.core.errors import UserError, one_line
 from clair.core.files import content_hash, file_sha256, read_json, write_atomically
@@ -54,6 +56,10 @@ def local(path: Path | None) -> Path | None:
         url = public_path(str(path).replace(":/", "://", 1))
         raise UserError(f"{url} is a URL, and this is written to local files only; give a path, and copy it there")
     return path
+
+
+LocalPath = Annotated[Path, AfterValidator(local)]
+"""The type of a recipe's key that names a local output."""
 
 
 def check_url(key: str, text: str) -> None:

@@ -26,7 +26,7 @@ from apo.analysis.distinguishability import (
     resampled,
     warnings_of,
 )
-from apo.analysis.features import Features, Labelled, encode
+from apo.analysis.features import Features, EncodedPairs, encode
 from apo.cli import app
 from apo.losses.mixture import resolve_mixture
 from apo.losses.objectives import apo_down, apo_zero, dpo
@@ -122,7 +122,7 @@ def test_the_literal_distance_by_hand():
 # ---- from tokens
 
 
-def behaviours_in_tokens(model, shares, seed=0, n=64) -> Labelled:
+def behaviours_in_tokens(model, shares, seed=0, n=64) -> EncodedPairs:
     """Pairs of Yes and No after prompts of token ids, with the features of `model`."""
     rows, tokenized = [], []
     for number, (prompts, yes) in enumerate(toy.token_behaviours(shares, n=n, seed=seed)):
@@ -131,7 +131,7 @@ def behaviours_in_tokens(model, shares, seed=0, n=64) -> Labelled:
             texts = [[{"role": "assistant", "content": {YES: "Yes", NO: "No"}[side]}] for side in sides]
             rows.append({"prompt": prompt, "chosen": texts[0], "rejected": texts[1], "behaviour": str(number)})
             tokenized.append({"prompt_ids": prompt, "chosen_ids": [sides[0]], "rejected_ids": [sides[1]]})
-    return Labelled(rows, Features("", *encode(model, tokenized)), tokenized, model)
+    return EncodedPairs(rows, Features("", *encode(model, tokenized)), tokenized, model)
 
 
 def small_llama(seed: int):
@@ -167,11 +167,11 @@ def test_head_gradients_are_autograds_and_their_sketch_keeps_inner_products(pair
 def test_predicted_speed_is_what_the_other_pairs_gradients_do_to_a_pairs_loss():
     """By autograd on the LM head, pair by pair, exactly (the head is small enough not to be sketched)."""
     model = small_llama(0)
-    labelled = behaviours_in_tokens(model, [0.2, 0.8], n=16)
-    report = distinguish(labelled, "behaviour", "apo_zero", draws=50)
+    encode_datasets = behaviours_in_tokens(model, [0.2, 0.8], n=16)
+    report = distinguish(encode_datasets, "behaviour", "apo_zero", draws=50)
     gradients = []
     head = model.lm_head.requires_grad_(True)
-    for hidden, row in zip(labelled.features.prompt, labelled.tokenized, strict=True):
+    for hidden, row in zip(encode_datasets.features.prompt, encode_datasets.tokenized, strict=True):
         logps = head(hidden).log_softmax(-1)
         ratio = logps - logps.detach()
         loss = apo_zero(ratio[row["chosen_ids"][0]], ratio[row["rejected_ids"][0]], beta=0.1)
@@ -224,12 +224,12 @@ def test_c2_together_what_agrees_with_the_mixture_falls_faster():
     assert np.mean(distance) < np.mean(agreement)  # delta alone does not see who agrees with whom
 
 
-def train_model(labelled: Labelled, objective, optimizer: str, *, steps=15, beta=0.1) -> list[float]:
+def train_model(encode_datasets: EncodedPairs, objective, optimizer: str, *, steps=15, beta=0.1) -> list[float]:
     """Falls of the loss of each behaviour when the whole model is trained on all together."""
-    model = labelled.model.requires_grad_(True)
-    ids = torch.tensor([row["prompt_ids"] for row in labelled.tokenized])
-    yes = torch.tensor([row["chosen_ids"][0] == YES for row in labelled.tokenized])
-    groups = torch.tensor([int(row["behaviour"]) for row in labelled.rows])
+    model = encode_datasets.model.requires_grad_(True)
+    ids = torch.tensor([row["prompt_ids"] for row in encode_datasets.tokenized])
+    yes = torch.tensor([row["chosen_ids"][0] == YES for row in encode_datasets.tokenized])
+    groups = torch.tensor([int(row["behaviour"]) for row in encode_datasets.rows])
 
     def answers():
         return model(ids).logits[:, -1].log_softmax(-1)[:, [YES, NO]]
@@ -258,9 +258,9 @@ def train_model(labelled: Labelled, objective, optimizer: str, *, steps=15, beta
 def test_c3_in_a_tiny_language_model_the_order_is_predicted(objective, optimizer):
     literal, gram = [], []
     for seed in range(5):
-        labelled = behaviours_in_tokens(small_llama(seed).eval(), [0.1, 0.2, 0.35, 0.5, 0.8], seed=seed)
-        report = distinguish(labelled, "behaviour", objective.__name__, draws=50)
-        drops = train_model(labelled, objective, optimizer)
+        encode_datasets = behaviours_in_tokens(small_llama(seed).eval(), [0.1, 0.2, 0.35, 0.5, 0.8], seed=seed)
+        report = distinguish(encode_datasets, "behaviour", objective.__name__, draws=50)
+        drops = train_model(encode_datasets, objective, optimizer)
         clusters = {int(cluster.name): cluster for cluster in report.clusters}
         literal.append(spearmanr([clusters[n].literal.delta for n in range(5)], drops).statistic)
         gram.append(spearmanr([clusters[n].speed.value for n in range(5)], drops).statistic)
@@ -277,19 +277,19 @@ def test_c4_an_aligned_models_head_unlearns_faster(seed):
     model = small_llama(seed).eval()
 
     def flipped_loss() -> tuple[float, float]:
-        labelled = behaviours_in_tokens(model, [0.1], seed=seed, n=128)
-        hidden = labelled.features.prompt.double().numpy()
-        sign = np.array([1 if row["chosen_ids"][0] == YES else -1 for row in labelled.tokenized])
+        encode_datasets = behaviours_in_tokens(model, [0.1], seed=seed, n=128)
+        hidden = encode_datasets.features.prompt.double().numpy()
+        sign = np.array([1 if row["chosen_ids"][0] == YES else -1 for row in encode_datasets.tokenized])
         sets = [toy.Behaviour(hidden, -sign)]
         reference = new_head(hidden.shape[1])
         start = float(head_losses(reference, reference, sets, dpo)[0])
         drops, _ = train_head(sets, dpo)
-        return start - drops[0], distinguishability(labelled.features.prompt, (sign > 0).tolist()).delta
+        return start - drops[0], distinguishability(encode_datasets.features.prompt, (sign > 0).tolist()).delta
 
     base_loss, base_delta = flipped_loss()
-    labelled = behaviours_in_tokens(model, [0.1], seed=seed, n=128)
+    encode_datasets = behaviours_in_tokens(model, [0.1], seed=seed, n=128)
     for _ in range(2):
-        train_model(labelled, dpo, "adam", steps=60)
+        train_model(encode_datasets, dpo, "adam", steps=60)
     aligned_loss, aligned_delta = flipped_loss()
     print(f"delta {base_delta:.2f} -> {aligned_delta:.2f}, flipped loss {base_loss:.3f} -> {aligned_loss:.3f}")
     assert aligned_delta > 2 * base_delta
@@ -302,16 +302,16 @@ def test_c4_an_aligned_models_head_unlearns_faster(seed):
 def test_a_cluster_that_the_mixture_hurts_is_reported_with_the_one_it_conflicts_with():
     """Two behaviours with the same prompts and opposite answers, one three times as large."""
     model = small_llama(0)
-    labelled = behaviours_in_tokens(model, [0.6], n=90)
+    encode_datasets = behaviours_in_tokens(model, [0.6], n=90)
     flipped = [
         {**row, "chosen": row["rejected"], "rejected": row["chosen"], "behaviour": "small"}
-        for row in labelled.rows[:30]
+        for row in encode_datasets.rows[:30]
     ]
     turned = [
-        {**row, "chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in labelled.tokenized[:30]
+        {**row, "chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in encode_datasets.tokenized[:30]
     ]
-    tokenized = labelled.tokenized + turned
-    both = Labelled(labelled.rows + flipped, Features("", *encode(model, tokenized)), tokenized, model)
+    tokenized = encode_datasets.tokenized + turned
+    both = EncodedPairs(encode_datasets.rows + flipped, Features("", *encode(model, tokenized)), tokenized, model)
     report = distinguish(both, "behaviour")
     by_name = {cluster.name: cluster for cluster in report.clusters}
     assert by_name["0"].speed.lo > 0 > by_name["small"].speed.hi
@@ -322,12 +322,12 @@ def test_a_cluster_that_the_mixture_hurts_is_reported_with_the_one_it_conflicts_
 
 
 def test_objectives_whose_distance_misleads_or_whose_speed_differs_are_noted():
-    labelled = behaviours_in_tokens(small_llama(0), [0.5], n=16)
-    assert "pulls at the rejected alone" in distinguish(labelled, "behaviour", "apo_down", draws=20).warnings[0]
+    encode_datasets = behaviours_in_tokens(small_llama(0), [0.5], n=16)
+    assert "pulls at the rejected alone" in distinguish(encode_datasets, "behaviour", "apo_down", draws=20).warnings[0]
     assert (
-        "beta 0.2 starts as fast as DPO at 0.1" in distinguish(labelled, "behaviour", "apo_zero", draws=20).warnings[0]
+        "beta 0.2 starts as fast as DPO at 0.1" in distinguish(encode_datasets, "behaviour", "apo_zero", draws=20).warnings[0]
     )
-    assert distinguish(labelled, "behaviour", "dpo", draws=20).warnings == []
+    assert distinguish(encode_datasets, "behaviour", "dpo", draws=20).warnings == []
 
 
 def cluster(name: str, speed: float, half: float, **more) -> Cluster:
@@ -368,10 +368,10 @@ def test_a_sketch_keeps_products_of_what_has_one_sign():
 
 def test_neglect_and_imbalance_are_reported():
     model = small_llama(0)
-    labelled = behaviours_in_tokens(model, [0.9, 0.0], n=60)
-    indices = [p for p in range(120) if p < 60 or labelled.tokenized[p]["chosen_ids"] == [YES] or p % 4 == 1]
-    rows, tokenized = ([column[index] for index in indices] for column in (labelled.rows, labelled.tokenized))
-    some = Labelled(rows, labelled.features.select(indices), tokenized, model)
+    encode_datasets = behaviours_in_tokens(model, [0.9, 0.0], n=60)
+    indices = [p for p in range(120) if p < 60 or encode_datasets.tokenized[p]["chosen_ids"] == [YES] or p % 4 == 1]
+    rows, tokenized = ([column[index] for index in indices] for column in (encode_datasets.rows, encode_datasets.tokenized))
+    some = EncodedPairs(rows, encode_datasets.features.select(indices), tokenized, model)
     report = distinguish(some, "behaviour")
     warnings = " ".join(report.warnings)
     weak = next(cluster for cluster in report.clusters if cluster.name == "1")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from apo.analysis import features
-from apo.analysis.features import NAMES, Features, features_of, labelled, last_hidden, read_rows, same_model
+from apo.analysis.features import NAMES, Features, compute_features, encode_datasets, last_hidden, read_rows, same_model
 from apo.data.tokenize import eos_ids, tokenize
 from apo.models import tensor_cache as cache
 from clair.core.errors import UserError
@@ -58,7 +58,7 @@ def test_each_feature_is_that_of_the_pair_alone(tokenized, monkeypatch):
     """In a batch with padding as in one without: last token of the prompt, last of each response, mean of each."""
     model = make_model().eval()
     monkeypatch.setattr(features, "BATCH_TOKENS", 100)
-    actual = features_of(tokenized, model)
+    actual = compute_features(tokenized, model)
     with torch.no_grad():
         for index, row in enumerate(tokenized):
             for name in ("chosen", "rejected"):
@@ -75,28 +75,28 @@ def test_they_are_computed_once_and_anew_where_weights_or_ids_change(tokenized, 
     monkeypatch.setattr(features, "encode", lambda model, rows: calls.append(len(rows)) or real(model, rows))
     monkeypatch.setattr(features, "PART", 10)
     model = make_model()
-    first = features_of(tokenized, model, tmp_path, messages.append)
+    first = compute_features(tokenized, model, tmp_path, messages.append)
     assert calls == [10, 10, 4]
     assert messages[-1] == "features: 24 of 24 pairs"
-    again = features_of(tokenized, make_model(), tmp_path, messages.append)
+    again = compute_features(tokenized, make_model(), tmp_path, messages.append)
     assert len(calls) == len(messages) == 3
     assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in NAMES)
     assert again.model == first.model
-    features_of(tokenized.select(range(20)), model, tmp_path)
+    compute_features(tokenized.select(range(20)), model, tmp_path)
     assert calls == [10, 10, 4]
-    reseeded = features_of(tokenized, make_model(seed=1), tmp_path)
+    reseeded = compute_features(tokenized, make_model(seed=1), tmp_path)
     assert calls[3:] == [10, 10, 4]
     assert reseeded.model != first.model
     damaged = next(tmp_path.rglob("*.safetensors"))
     damaged.write_bytes(b"torn")
-    features_of(tokenized, model, tmp_path)
-    features_of(tokenized, make_model(seed=1), tmp_path)
+    compute_features(tokenized, model, tmp_path)
+    compute_features(tokenized, make_model(seed=1), tmp_path)
     assert len(calls) == 7
 
 
 def test_the_training_state_of_the_model_is_left_as_it_was(tokenized):
     model = make_model().train()
-    features_of(tokenized, model)
+    compute_features(tokenized, model)
     assert model.training
 
 
@@ -109,15 +109,15 @@ def test_features_of_another_model_are_refused():
 def test_an_adapter_has_features_of_its_own(tokenized, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    plain = features_of(tokenized, make_model(), tmp_path)
+    plain = compute_features(tokenized, make_model(), tmp_path)
     tuned = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"]))
-    untouched = features_of(tokenized, tuned, tmp_path)
+    untouched = compute_features(tokenized, tuned, tmp_path)
     assert torch.allclose(untouched.chosen, plain.chosen, atol=1e-5)
     with torch.no_grad():
         for name, weight in tuned.named_parameters():
             if "lora_B" in name:
                 weight.fill_(0.3)
-    changed = features_of(tokenized, tuned, tmp_path)
+    changed = compute_features(tokenized, tuned, tmp_path)
     assert not torch.allclose(changed.chosen, plain.chosen, atol=1e-3)
     assert changed.model != plain.model
 
@@ -129,7 +129,7 @@ def test_pairs_of_files_come_with_their_labels_and_features(model_dir, tmp_path)
         del row["id"]
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     messages = []
-    labelled_pairs = labelled([str(tmp_path / "some.jsonl")], str(model_dir), messages.append)
+    labelled_pairs = encode_datasets([str(tmp_path / "some.jsonl")], str(model_dir), messages.append)
     assert isinstance(labelled_pairs.features, Features)
     assert len(labelled_pairs.rows) == len(labelled_pairs.features) == len(labelled_pairs.tokenized) == 6
     assert [row["user"] for row in labelled_pairs.rows] == ["0", "1"] * 3
@@ -144,7 +144,7 @@ def test_pairs_longer_than_the_context_are_left_out_and_reported(model_dir, tmp_
     rows[2]["chosen"][0]["content"] = " ".join(["one"] * 300)
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     messages = []
-    labelled_pairs = labelled([str(tmp_path / "some.jsonl")], str(model_dir), messages.append)
+    labelled_pairs = encode_datasets([str(tmp_path / "some.jsonl")], str(model_dir), messages.append)
     assert [row["id"] for row in labelled_pairs.rows] == ["p0", "p1", "p3"]
     assert len(labelled_pairs.features) == 3
     assert "1 pairs are longer than the model's context and left out" in messages
@@ -159,6 +159,6 @@ def test_the_cache_keeps_nothing_that_is_not_a_number(tokenized, tmp_path):
     model = make_model()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    features_of(tokenized, model, tmp_path)
+    compute_features(tokenized, model, tmp_path)
     key = next(tmp_path.rglob("*.safetensors")).stem
     assert cache.load(tmp_path, key, dict.fromkeys(NAMES, (24, 32))) is None

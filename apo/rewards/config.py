@@ -1,0 +1,80 @@
+"""The recipes of `apo reward`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from apo.analysis.config import Datasets
+from clair.core.recipe import Recipe, check_used
+from clair.storage.object_store import LocalPath
+
+RewardKind = Literal["bradley_terry", "pal", "vpl"]
+
+
+class SelectConfig(Recipe):
+    """Comparisons of users, and the numbers of tastes to try."""
+
+    dataset: Datasets
+    model: str
+    max_tastes: int = Field(default=4, ge=1)
+    by_prompt: bool = False
+    seed: int = 0
+    out: LocalPath | None = None
+
+
+class FitConfig(Recipe):
+    """Comparisons, and the reward to fit on them."""
+
+    dataset: Datasets
+    model: str
+    kind: RewardKind = "bradley_terry"
+    prototypes: int = Field(default=2, ge=1)
+    by_prompt: bool = False
+    beta: float = Field(default=1e-3, ge=0)
+    seed: int = 0
+    out: LocalPath
+
+    @model_validator(mode="after")
+    def _check_used(self) -> FitConfig:
+        check_used(self, self.kind == "pal", "kind: pal", "prototypes", "by_prompt")
+        return check_used(self, self.kind == "vpl", "kind: vpl", "beta")
+
+
+class ScoreConfig(Recipe):
+    """Pairs, the reward that scores them, and the rows to write."""
+
+    dataset: Datasets
+    reward: Path
+    user: str | None = None
+    padding: str | None = None
+    by_group: bool = False
+    min_preference: float = Field(default=0.5, ge=0.5, le=1)
+    decisions: LocalPath | None = None
+    min_worst: float = Field(default=0.5, ge=0, le=1)
+    out: LocalPath
+
+    @model_validator(mode="after")
+    def _check_used(self) -> ScoreConfig:
+        if self.decisions and (len(self.dataset) != 1 or self.by_group):
+            raise ValueError("decisions are about one unchanged dataset folder; name one, without by_group")
+        check_used(self, self.by_group, "by_group: true", "min_preference")
+        return check_used(self, self.decisions is not None, "decisions", "min_worst")
+
+
+class AdaptConfig(Recipe):
+    """A new user of a reward, and their comparisons or a pool of pairs to ask about."""
+
+    reward: Path
+    user: str
+    comparisons: Datasets | None = None
+    pool: Datasets | None = None
+    questions: int = Field(default=4, ge=1)
+
+    @model_validator(mode="after")
+    def _check_used(self) -> AdaptConfig:
+        if (self.comparisons is None) == (self.pool is None):
+            raise ValueError("give either comparisons (what the user preferred) or pool (pairs to ask about)")
+        return check_used(self, self.pool is not None, "pool", "questions")
