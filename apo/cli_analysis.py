@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from apo.guarantees.config import GuaranteeConfig
 
 
-def distinguish(
-    context: typer.Context, recipe: RecipeFile = None, out: Out = None, set_: Overrides = None
-) -> None:
+def distinguish(context: typer.Context, recipe: RecipeFile = None, out: Out = None, set_: Overrides = None) -> None:
     """Predict from the pairs which groups training will learn first, neglect or hurt, before the first step."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from apo.analysis.config import DistinguishConfig
@@ -65,9 +63,7 @@ def calibrate(context: typer.Context, recipe: RecipeFile = None, set_: Overrides
     config = read_recipe(context, CalibrateConfig, recipe, set_)
     manifest, trained_ids = _manifest(config), _trained_ids(config)
     rows, audit = read_scored(config.dataset), read_audit(config.audit)
-    filter_ = find_threshold(
-        rows, audit, config.alpha, config.guarantee, delta=config.delta, trained_on=trained_ids
-    )
+    filter_ = find_threshold(rows, audit, config.alpha, config.guarantee, delta=config.delta, trained_on=trained_ids)
     print(f"{filter_.promise}.")
     total = len(filter_.accepted) + len(filter_.dropped)
     print(f"It keeps {len(filter_.accepted):,} of {total:,} pairs of {config.dataset}.", end=" ")

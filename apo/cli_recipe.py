@@ -79,7 +79,11 @@ def _options_message(command: str, kind: type[Recipe], arguments: Sequence[str])
             return f"unknown option {option}{near_miss(option, ['--out', '--dry-run'])}; see {command} --help"
         following = arguments[index + 1] if index + 1 < len(arguments) else "--none"
         value = text if equals else "true" if _OPTION.match(following) else following
-        if key in _PATH_KEYS and kind.model_fields[key].annotation is not str and (key == "prompts" or Path(value).is_dir()):
+        if (
+            key in _PATH_KEYS
+            and kind.model_fields[key].annotation is not str
+            and (key == "prompts" or Path(value).is_dir())
+        ):
             key += ".path"
         if value.startswith(("http://", "https://")):
             key, value = (key if key.endswith(".url") else f"{key}.url"), public_url(value)

@@ -164,7 +164,7 @@ def clusters_of(rows: Sequence[Mapping[str, Any]], by: str, prompts: Tensor, see
 def _labels(rows: Sequence[Mapping[str, Any]], by: str) -> list[str]:
     if by not in LABELS:
         allowed = ", ".join([*LABELS, "kmeans:K"])
-        raise UserError(f"unknown --by {by!r}{near_miss(by, [*LABELS, 'kmeans:8'])}; allowed: {allowed}")
+        raise UserError(f"unknown by {by!r}{near_miss(by, [*LABELS, 'kmeans:8'])}; allowed: {allowed}")
     without = sum(row.get(by) is None for row in rows)
     if without:
         complete = [name for name in LABELS if all(row.get(name) is not None for row in rows)]
@@ -173,7 +173,7 @@ def _labels(rows: Sequence[Mapping[str, Any]], by: str) -> list[str]:
     return [str(row[by]) for row in rows]
 
 
-def of_the_same_prompts(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+def indices_of_shared_prompts(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     """Return the indices of the pairs whose prompt every source has, to compare sources on equal prompts."""
     from clair.core.files import content_hash
 

@@ -149,7 +149,7 @@ def one_row_per_prompt(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, A
 def check_no_overlap(rows: Sequence[Mapping[str, Any]], trained_on: Iterable[str]) -> None:
     """Raise UserError if rows are among those that the judge was trained on, and name some.
 
-    A row that `apo reward score --by-group` derived from a pair counts as that pair, whose id is in its `pair`.
+    A row that `apo reward score` with `by_group` derived from a pair counts as that pair, whose id is in its `pair`.
     """
     trained = set(trained_on)
     ids = [str(row.get("pair") or row["id"]) for row in rows]

@@ -16,7 +16,7 @@ class GuaranteeConfig(Recipe):
 
     dataset: str
     alpha: float = Field(default=0.1, gt=0, lt=1)
-    trained_on: list[str] = []
+    trained_on: list[str] = Field(default_factory=list)
     decisions: LocalPath | None = None
 
 

@@ -185,7 +185,9 @@ class SearchTester:
         failed = wilson(int(((up > 0) | (down > 0)).sum()), len(units))
         direction = "rises" if self.increasing else "falls"
         description = f"the score {direction} with coordinate {self.coordinate}"
-        return Certificate(description, "domain certificate", alpha, len(units), band(up, down, alpha, seed=seed), failed)
+        return Certificate(
+            description, "domain certificate", alpha, len(units), band(up, down, alpha, seed=seed), failed
+        )
 
     def accepts(self, score: Score, units: Floats, within: Band) -> NDArray[Any]:
         """Return which units the tester accepts with this band, [n] bool."""

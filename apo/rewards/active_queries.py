@@ -29,12 +29,12 @@ def ask_user(reward: Reward, user: str, pairs: EncodedPairs, pool: Comparisons, 
 
     scorer = reward.scorer
     if not isinstance(scorer, VPL):
-        raise UserError(f"a {scorer.kind} reward cannot choose questions; fit one of kind vpl, or give --comparisons")
+        raise UserError(f"a {scorer.kind} reward cannot choose questions; fit one of kind vpl, or give comparisons")
     assert reward.folder is not None
     indices = {row["id"]: index for index, row in enumerate(pairs.rows)}
     answers = read_answers(reward.folder, user)
     if unknown := [answer["id"] for answer in answers if answer["id"] not in indices]:
-        raise UserError(f"{user!r} has answered {unknown[0]!r}, which is not in this pool; give the same --pool")
+        raise UserError(f"{user!r} has answered {unknown[0]!r}, which is not in this pool; give the same pool")
     if len(answers) + (questions - len(answers)) > len(pool):
         raise UserError(f"{questions} questions but {len(pool)} pairs in the pool; ask fewer, or give more")
     while len(answers) < questions:

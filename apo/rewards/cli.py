@@ -192,7 +192,11 @@ def _write_scored(rows: list[dict[str, Any]], out: Path) -> None:
     from clair.core.files import write_atomically
 
     by_split = {split: [row for row in rows if row["split"] == split] for split in ("train", "test")}
-    files = {out: rows} if out.suffix in _FILE else {out / f"{name}.jsonl": split_rows for name, split_rows in by_split.items()}
+    files = (
+        {out: rows}
+        if out.suffix in _FILE
+        else {out / f"{name}.jsonl": split_rows for name, split_rows in by_split.items()}
+    )
     for file, split_rows in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         if split_rows:

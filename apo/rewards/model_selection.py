@@ -86,8 +86,9 @@ class Selection:
     gain: Estimate | None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the selection as JSON values."""
-        return {**asdict(self), "gain": self.gain._asdict() if self.gain else None}
+        """Return the selection as JSON values, its conclusion under the key `words`."""
+        values = {"words" if key == "conclusion" else key: value for key, value in asdict(self).items()}
+        return {**values, "gain": self.gain._asdict() if self.gain else None}
 
 
 def select(data: Comparisons, *, max_tastes: int = 4, by_prompt: bool = False, seed: int = 0) -> Selection:

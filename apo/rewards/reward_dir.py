@@ -173,7 +173,7 @@ class Reward:
         if unknown and self.scorer.kind != BradleyTerry.kind:
             raise UserError(
                 f"{len(unknown)} of {len(set(users))} users are unknown to this reward: {_some(unknown)}; "
-                f"add them with `apo reward adapt`, or score all pairs for one --user or group"
+                f"add them with `apo reward adapt`, or score all pairs for one user or group"
             )
         return torch.stack([self.states.get(name, self.scorer.mean_state()) for name in users])
 

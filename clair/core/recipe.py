@@ -29,7 +29,7 @@ R = TypeVar("R", bound=Recipe)
 
 
 def check_used(recipe: R, condition: bool, setting: str, *keys: str) -> R:
-    """The recipe. Raises ValueError if one of `keys` is not its default although `condition` is false: it is ignored."""
+    """The recipe. Raises ValueError if `condition` is false, so that `keys` are ignored, and one is not its default."""
     fields = type(recipe).model_fields
     ignored = [key for key in keys if not condition and getattr(recipe, key) != fields[key].default]
     if ignored:

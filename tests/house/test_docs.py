@@ -27,16 +27,20 @@ from tests.house.pages import ROOT, blocks, commands, pages, tables
 def configs() -> dict[str, type[BaseModel]]:
     """Every recipe and every part of one, by class name."""
     from apo.advice.config import AdviseConfig
+    from apo.analysis.config import DistinguishConfig
     from apo.evaluation.ifeval.config import IFEvalConfig
     from apo.evaluation.mixeval.config import MixEvalConfig
+    from apo.evaluation.pairs import PairsConfig
     from apo.evaluation.winrate.run import WinrateConfig
+    from apo.guarantees.config import CalibrateConfig, CertifyConfig
+    from apo.rewards.config import AdaptConfig, FitConfig, ScoreConfig, SelectConfig
     from apo.training.config import TrainConfig
     from clair.pipeline.config import BuildConfig
 
     # The roles of evaluations are those of builds, with other defaults: only their own keys have tables.
-    by_name: dict[str, type[BaseModel]] = {
-        model.__name__: model for model in (AdviseConfig, IFEvalConfig, MixEvalConfig, WinrateConfig)
-    }
+    evaluations = [AdviseConfig, IFEvalConfig, MixEvalConfig, WinrateConfig, PairsConfig]
+    analyses = [DistinguishConfig, CalibrateConfig, CertifyConfig, SelectConfig, FitConfig, ScoreConfig, AdaptConfig]
+    by_name: dict[str, type[BaseModel]] = {model.__name__: model for model in evaluations + analyses}
     todo: list[type[BaseModel]] = [BuildConfig, TrainConfig]
     while todo:
         model = todo.pop()
@@ -161,23 +165,20 @@ def recipes() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("location", "text"), recipes(), ids=lambda value: value if "\n" not in value else "")
 def test_recipes_are_recipes(location, text):
     """A whole recipe is accepted as it stands; of a part of one, every key exists."""
-    from apo.advice.config import AdviseConfig
-    from apo.evaluation.ifeval.config import IFEvalConfig
-    from apo.evaluation.mixeval.config import MixEvalConfig
-    from apo.evaluation.winrate.run import WinrateConfig
-    from apo.training.config import TrainConfig
     from clair.core.recipe import parse_yaml, resolve
-    from clair.pipeline.config import BuildConfig
 
-    values = parse_yaml(text)
-    kinds = {"pipeline": BuildConfig, "tuned": WinrateConfig, "data": MixEvalConfig, "prompts": IFEvalConfig}
-    whole = next((kind for key, kind in kinds.items() if key in values), None)
-    if whole is None and "model" in values:
-        whole = AdviseConfig if isinstance(values["model"], dict) else TrainConfig
+    values, models = parse_yaml(text), configs()
+    kinds = {"pipeline": "Build", "tuned": "Winrate", "data": "MixEval", "prompts": "IFEval", "audit": "Calibrate", "property": "Certify",
+             "comparisons": "Adapt", "reward": "Score", "max_tastes": "Select", "kind": "Fit"}  # fmt: skip
+    name = next((kind for key, kind in kinds.items() if key in values), None)
+    if name is None and {"model", "dataset"} <= set(values):
+        labels = values.get("by", "group") != "group"
+        name = "Advise" if isinstance(values["model"], dict) else "Distinguish" if labels else "Train"
+    whole = models[f"{name}Config"] if name else None
     if whole is not None:
         resolve(whole, values, location)
     else:
-        allowed = [set(model.model_fields) for model in configs().values()]
+        allowed = [set(model.model_fields) for model in models.values()]
         assert any(set(values) <= keys for keys in allowed), f"{location}: {', '.join(values)}"
 
 

@@ -26,7 +26,8 @@ from recipes.experiments.paper_mini.models import Habits, save_atomically, train
 from recipes.experiments.tastes.users import comparisons, group_of, served, win_rate
 from recipes.world.tasks import distinct_tasks
 
-RECIPE = Path(__file__).parents[2] / "tastes" / "apo_zero.yaml"
+RECIPES = Path(__file__).parents[2]
+TRAIN, REWARDS = RECIPES / "tastes" / "apo_zero.yaml", RECIPES / "rewards"
 HABITS = Habits(right=0.5, wording=(0.2, 0.6, 0.2), steps=100, seed=7)
 """The base model's greedy answers are plain, and it knows the other styles."""
 USERS, EACH, HELDOUT = 20, 50, 100
@@ -51,25 +52,31 @@ def apo(*arguments: object) -> None:
         raise SystemExit(code)
 
 
+def settings(**values: object) -> list[str]:
+    """The options that put these values into a recipe."""
+    return [argument for key, value in values.items() for argument in ("--set", f"{key}={value}")]
+
+
 def gate(base: Path, out: Path, seed: int, groups: int) -> dict[str, Any]:
     """Write the comparisons of users of `groups` groups, and run `apo reward select` on them."""
     out.mkdir(parents=True, exist_ok=True)
     rows = comparisons(USERS, EACH, seed, groups=groups)
     (out / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    apo("reward", "select", out / "pairs.jsonl", "--model", base, "--most", 3, "--seed", seed,
-        "--out", out / "select.json")  # fmt: skip
+    values = settings(dataset=out / "pairs.jsonl", model=base, max_tastes=3, seed=seed)
+    apo("reward", "select", REWARDS / "select.yaml", *values, "--out", out / "select.json")
     result = json.loads((out / "select.json").read_text("utf-8"))
     return {"plural": result["plural"], "tastes": result["tastes"], "gain": result["gain"]}
 
 
 def policies(base: Path, out: Path, seed: int, tastes: int) -> dict[str, Any]:
     """Fit `tastes` groups to the comparisons that `gate` wrote, train the policies, and return their win rates."""
-    apo("reward", "fit", out / "pairs.jsonl", "--model", base, "--kind", "pal",
-        "--prototypes", tastes, "--seed", seed, "--out", out / "taste")  # fmt: skip
-    apo("reward", "score", out / "pairs.jsonl", "--reward", out / "taste", "--out", out / "grouped.jsonl")
-    options = ["--set", f"model={base}", "--set", f"dataset={out / 'grouped.jsonl'}", "--set", f"seed={seed}"]
-    apo("train", RECIPE, *options, "--out", out / "policies")
-    apo("train", RECIPE, *options, "--set", "by=null", "--out", out / "pooled")
+    values = settings(dataset=out / "pairs.jsonl", model=base, kind="pal", prototypes=tastes, seed=seed)
+    apo("reward", "fit", REWARDS / "fit.yaml", *values, "--out", out / "taste")
+    values = settings(dataset=out / "pairs.jsonl", reward=out / "taste")
+    apo("reward", "score", REWARDS / "score.yaml", *values, "--out", out / "grouped.jsonl")
+    options = settings(model=base, dataset=out / "grouped.jsonl", seed=seed)
+    apo("train", TRAIN, *options, "--out", out / "policies")
+    apo("train", TRAIN, *options, "--set", "by=null", "--out", out / "pooled")
 
     tasks = distinct_tasks("heldout", HELDOUT, seed)
     base_answers = answers(base, tasks)

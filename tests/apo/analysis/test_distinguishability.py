@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
-from typer.testing import CliRunner
 
 from apo.analysis.distinguishability import (
     Cluster,
@@ -20,14 +19,13 @@ from apo.analysis.distinguishability import (
     distinguish,
     distinguishability,
     head_gradients,
+    indices_of_shared_prompts,
     kmeans,
-    of_the_same_prompts,
     pulls,
     resampled,
     warnings_of,
 )
-from apo.analysis.features import Features, EncodedPairs, encode
-from apo.cli import app
+from apo.analysis.features import EncodedPairs, Features, encode
 from apo.losses.mixture import resolve_mixture
 from apo.losses.objectives import apo_down, apo_zero, dpo
 from apo.packing.logps import PairLogps
@@ -35,6 +33,7 @@ from apo.rewards.scorer import flush_denormals
 from clair.core.errors import UserError
 from recipes.world import toy
 from tests.apo.conftest import make_model, make_pairs
+from tests.apo.recipe_command import failure, run
 
 YES, NO = 1, 2
 
@@ -167,11 +166,11 @@ def test_head_gradients_are_autograds_and_their_sketch_keeps_inner_products(pair
 def test_predicted_speed_is_what_the_other_pairs_gradients_do_to_a_pairs_loss():
     """By autograd on the LM head, pair by pair, exactly (the head is small enough not to be sketched)."""
     model = small_llama(0)
-    encode_datasets = behaviours_in_tokens(model, [0.2, 0.8], n=16)
-    report = distinguish(encode_datasets, "behaviour", "apo_zero", draws=50)
+    encoded = behaviours_in_tokens(model, [0.2, 0.8], n=16)
+    report = distinguish(encoded, "behaviour", "apo_zero", draws=50)
     gradients = []
     head = model.lm_head.requires_grad_(True)
-    for hidden, row in zip(encode_datasets.features.prompt, encode_datasets.tokenized, strict=True):
+    for hidden, row in zip(encoded.features.prompt, encoded.tokenized, strict=True):
         logps = head(hidden).log_softmax(-1)
         ratio = logps - logps.detach()
         loss = apo_zero(ratio[row["chosen_ids"][0]], ratio[row["rejected_ids"][0]], beta=0.1)
@@ -224,12 +223,12 @@ def test_c2_together_what_agrees_with_the_mixture_falls_faster():
     assert np.mean(distance) < np.mean(agreement)  # delta alone does not see who agrees with whom
 
 
-def train_model(encode_datasets: EncodedPairs, objective, optimizer: str, *, steps=15, beta=0.1) -> list[float]:
+def train_model(encoded: EncodedPairs, objective, optimizer: str, *, steps=15, beta=0.1) -> list[float]:
     """Falls of the loss of each behaviour when the whole model is trained on all together."""
-    model = encode_datasets.model.requires_grad_(True)
-    ids = torch.tensor([row["prompt_ids"] for row in encode_datasets.tokenized])
-    yes = torch.tensor([row["chosen_ids"][0] == YES for row in encode_datasets.tokenized])
-    groups = torch.tensor([int(row["behaviour"]) for row in encode_datasets.rows])
+    model = encoded.model.requires_grad_(True)
+    ids = torch.tensor([row["prompt_ids"] for row in encoded.tokenized])
+    yes = torch.tensor([row["chosen_ids"][0] == YES for row in encoded.tokenized])
+    groups = torch.tensor([int(row["behaviour"]) for row in encoded.rows])
 
     def answers():
         return model(ids).logits[:, -1].log_softmax(-1)[:, [YES, NO]]
@@ -258,9 +257,9 @@ def train_model(encode_datasets: EncodedPairs, objective, optimizer: str, *, ste
 def test_c3_in_a_tiny_language_model_the_order_is_predicted(objective, optimizer):
     literal, gram = [], []
     for seed in range(5):
-        encode_datasets = behaviours_in_tokens(small_llama(seed).eval(), [0.1, 0.2, 0.35, 0.5, 0.8], seed=seed)
-        report = distinguish(encode_datasets, "behaviour", objective.__name__, draws=50)
-        drops = train_model(encode_datasets, objective, optimizer)
+        encoded = behaviours_in_tokens(small_llama(seed).eval(), [0.1, 0.2, 0.35, 0.5, 0.8], seed=seed)
+        report = distinguish(encoded, "behaviour", objective.__name__, draws=50)
+        drops = train_model(encoded, objective, optimizer)
         clusters = {int(cluster.name): cluster for cluster in report.clusters}
         literal.append(spearmanr([clusters[n].literal.delta for n in range(5)], drops).statistic)
         gram.append(spearmanr([clusters[n].speed.value for n in range(5)], drops).statistic)
@@ -277,19 +276,19 @@ def test_c4_an_aligned_models_head_unlearns_faster(seed):
     model = small_llama(seed).eval()
 
     def flipped_loss() -> tuple[float, float]:
-        encode_datasets = behaviours_in_tokens(model, [0.1], seed=seed, n=128)
-        hidden = encode_datasets.features.prompt.double().numpy()
-        sign = np.array([1 if row["chosen_ids"][0] == YES else -1 for row in encode_datasets.tokenized])
+        encoded = behaviours_in_tokens(model, [0.1], seed=seed, n=128)
+        hidden = encoded.features.prompt.double().numpy()
+        sign = np.array([1 if row["chosen_ids"][0] == YES else -1 for row in encoded.tokenized])
         sets = [toy.Behaviour(hidden, -sign)]
         reference = new_head(hidden.shape[1])
         start = float(head_losses(reference, reference, sets, dpo)[0])
         drops, _ = train_head(sets, dpo)
-        return start - drops[0], distinguishability(encode_datasets.features.prompt, (sign > 0).tolist()).delta
+        return start - drops[0], distinguishability(encoded.features.prompt, (sign > 0).tolist()).delta
 
     base_loss, base_delta = flipped_loss()
-    encode_datasets = behaviours_in_tokens(model, [0.1], seed=seed, n=128)
+    encoded = behaviours_in_tokens(model, [0.1], seed=seed, n=128)
     for _ in range(2):
-        train_model(encode_datasets, dpo, "adam", steps=60)
+        train_model(encoded, dpo, "adam", steps=60)
     aligned_loss, aligned_delta = flipped_loss()
     print(f"delta {base_delta:.2f} -> {aligned_delta:.2f}, flipped loss {base_loss:.3f} -> {aligned_loss:.3f}")
     assert aligned_delta > 2 * base_delta
@@ -302,16 +301,15 @@ def test_c4_an_aligned_models_head_unlearns_faster(seed):
 def test_a_cluster_that_the_mixture_hurts_is_reported_with_the_one_it_conflicts_with():
     """Two behaviours with the same prompts and opposite answers, one three times as large."""
     model = small_llama(0)
-    encode_datasets = behaviours_in_tokens(model, [0.6], n=90)
+    encoded = behaviours_in_tokens(model, [0.6], n=90)
     flipped = [
-        {**row, "chosen": row["rejected"], "rejected": row["chosen"], "behaviour": "small"}
-        for row in encode_datasets.rows[:30]
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"], "behaviour": "small"} for row in encoded.rows[:30]
     ]
     turned = [
-        {**row, "chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in encode_datasets.tokenized[:30]
+        {**row, "chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in encoded.tokenized[:30]
     ]
-    tokenized = encode_datasets.tokenized + turned
-    both = EncodedPairs(encode_datasets.rows + flipped, Features("", *encode(model, tokenized)), tokenized, model)
+    tokenized = encoded.tokenized + turned
+    both = EncodedPairs(encoded.rows + flipped, Features("", *encode(model, tokenized)), tokenized, model)
     report = distinguish(both, "behaviour")
     by_name = {cluster.name: cluster for cluster in report.clusters}
     assert by_name["0"].speed.lo > 0 > by_name["small"].speed.hi
@@ -322,12 +320,12 @@ def test_a_cluster_that_the_mixture_hurts_is_reported_with_the_one_it_conflicts_
 
 
 def test_objectives_whose_distance_misleads_or_whose_speed_differs_are_noted():
-    encode_datasets = behaviours_in_tokens(small_llama(0), [0.5], n=16)
-    assert "pulls at the rejected alone" in distinguish(encode_datasets, "behaviour", "apo_down", draws=20).warnings[0]
+    encoded = behaviours_in_tokens(small_llama(0), [0.5], n=16)
+    assert "pulls at the rejected alone" in distinguish(encoded, "behaviour", "apo_down", draws=20).warnings[0]
     assert (
-        "beta 0.2 starts as fast as DPO at 0.1" in distinguish(encode_datasets, "behaviour", "apo_zero", draws=20).warnings[0]
+        "beta 0.2 starts as fast as DPO at 0.1" in distinguish(encoded, "behaviour", "apo_zero", draws=20).warnings[0]
     )
-    assert distinguish(encode_datasets, "behaviour", "dpo", draws=20).warnings == []
+    assert distinguish(encoded, "behaviour", "dpo", draws=20).warnings == []
 
 
 def cluster(name: str, speed: float, half: float, **more) -> Cluster:
@@ -368,10 +366,10 @@ def test_a_sketch_keeps_products_of_what_has_one_sign():
 
 def test_neglect_and_imbalance_are_reported():
     model = small_llama(0)
-    encode_datasets = behaviours_in_tokens(model, [0.9, 0.0], n=60)
-    indices = [p for p in range(120) if p < 60 or encode_datasets.tokenized[p]["chosen_ids"] == [YES] or p % 4 == 1]
-    rows, tokenized = ([column[index] for index in indices] for column in (encode_datasets.rows, encode_datasets.tokenized))
-    some = EncodedPairs(rows, encode_datasets.features.select(indices), tokenized, model)
+    encoded = behaviours_in_tokens(model, [0.9, 0.0], n=60)
+    indices = [p for p in range(120) if p < 60 or encoded.tokenized[p]["chosen_ids"] == [YES] or p % 4 == 1]
+    rows, tokenized = ([column[index] for index in indices] for column in (encoded.rows, encoded.tokenized))
+    some = EncodedPairs(rows, encoded.features.select(indices), tokenized, model)
     report = distinguish(some, "behaviour")
     warnings = " ".join(report.warnings)
     weak = next(cluster for cluster in report.clusters if cluster.name == "1")
@@ -420,7 +418,7 @@ def test_sources_are_compared_on_the_prompts_that_all_of_them_have():
     rows = [
         {"prompt": p, "source": s} for p, s in (("a", "revised"), ("b", "revised"), ("b", "judged"), ("c", "judged"))
     ]
-    assert of_the_same_prompts(rows) == [1, 2]
+    assert indices_of_shared_prompts(rows) == [1, 2]
 
 
 def test_the_command_prints_a_table_warnings_and_writes_a_picture(model_dir, tmp_path):
@@ -431,15 +429,14 @@ def test_the_command_prints_a_table_warnings_and_writes_a_picture(model_dir, tmp
     (tmp_path / "other.jsonl").write_text(
         "".join(json.dumps({**row, "id": f"o{row['id']}"}) + "\n" for row in rows[:10])
     )
-    arguments = ["distinguish", str(tmp_path / "one.jsonl"), "--model", str(model_dir), "--by", "behaviour"]
-    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
+    recipe = {"dataset": tmp_path / "one.jsonl", "model": model_dir, "by": "behaviour"}
+    result = run("distinguish", **recipe, out=tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "beta 0.2 starts as fast as DPO" in result.output
     report = json.loads((tmp_path / "out/distinguish.json").read_text())
     assert sorted(cluster["name"] for cluster in report["clusters"]) == ["minus", "plus"]
     assert (tmp_path / "out/distinguish.png").read_bytes().startswith(b"\x89PNG")
-    both = ["distinguish", str(tmp_path / "one.jsonl"), str(tmp_path / "other.jsonl"), "--model", str(model_dir)]
-    result = CliRunner().invoke(app, [*both, "--by", "source"])
-    assert "comparing sources on 20 of 34 pairs" in result.output
-    result = CliRunner().invoke(app, [*both, "--objective", "apo_zer"])
-    assert "did you mean 'apo_zero'" in str(result.exception)
+    recipe["dataset"] = [tmp_path / "one.jsonl", tmp_path / "other.jsonl"]
+    result = run("distinguish", **{**recipe, "by": "source"})
+    assert "comparing sources on the 20 of 34 pairs" in result.output
+    assert "did you mean 'apo_zero'" in failure("distinguish", **recipe, objective="apo_zer")

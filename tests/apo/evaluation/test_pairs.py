@@ -15,14 +15,14 @@ from apo.evaluation.pairs import (
     Response,
     compare_models,
     evaluate_pairs,
-    pairs_config,
     summary,
 )
 from apo.packing.logps import response_logps
 from clair.core.errors import UserError
+from clair.core.recipe import resolve
 from clair.data.contrast import shared_tokens
 from tests.apo.conftest import make_model, make_pairs, make_tokenizer
-from tests.apo.evaluation.evaluating import apo
+from tests.apo.evaluation.evaluating import apo, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,10 @@ def dataset(tmp_path_factory) -> Path:
 
 def measured(pairs: Path, out: Path, **changes: object) -> dict:
     return evaluate_pairs(PairsConfig(**{"dataset": str(pairs), "out": str(out), "batch_tokens": 150, **changes}))
+
+
+def pairs_config(model: Path, **values: object) -> PairsConfig:
+    return resolve(PairsConfig, {"model": str(model), "out": "x", **values})
 
 
 # ---- by pencil
@@ -209,7 +213,9 @@ def test_the_folder_of_a_run_says_the_rest(dataset, model_dir, tmp_path):
     (tmp_path / "recipe.yaml").write_text(recipe + options)
     trained = apo("train", tmp_path / "recipe.yaml")
     assert trained.code == 0, trained.err
-    result = apo("eval", "pairs", "--model", tmp_path / "run", "--out", tmp_path / "held-out")
+    result = apo(
+        "eval", "pairs", write_recipe(tmp_path / "pairs.yaml", model=tmp_path / "run"), "--out", tmp_path / "held-out"
+    )
     assert result.code == 0, result.err
     numbers = json.loads((tmp_path / "held-out" / "pairs.json").read_text("utf-8"))
     settings = numbers["settings"]
@@ -218,18 +224,18 @@ def test_the_folder_of_a_run_says_the_rest(dataset, model_dir, tmp_path):
     assert numbers["ties"]["mean"] < 1
     assert "reward accuracy" in result.out
     assert f"{100 * numbers['reward_accuracy']['mean']:.1f}" in result.out
-    config = pairs_config(tmp_path / "run", beta=0.7, out="x")
+    config = pairs_config(tmp_path / "run", beta=0.7)
     assert (config.beta, config.reference) == (0.7, str(model_dir))
 
 
 def test_a_single_file_is_held_out_whole_unless_it_is_what_the_run_trained_on(model_dir, tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text("{}\n")
-    assert pairs_config(model_dir, reference="r", dataset=str(file), out="x").split == "train"
-    assert pairs_config(model_dir, reference="r", dataset=str(file), split="test", out="x").split == "test"
-    assert pairs_config(model_dir, reference="r", dataset=str(tmp_path), out="x").split == "test"
+    assert pairs_config(model_dir, reference="r", dataset=str(file)).split == "train"
+    assert pairs_config(model_dir, reference="r", dataset=str(file), split="test").split == "test"
+    assert pairs_config(model_dir, reference="r", dataset=str(tmp_path)).split == "test"
     (tmp_path / "run.json").write_text(json.dumps({"recipe": {"dataset": str(file), "model": "m", "beta": 0.1}}))
-    assert pairs_config(tmp_path, out="x").split == "test"
+    assert pairs_config(tmp_path).split == "test"
 
 
 # ---- refused
@@ -259,10 +265,10 @@ def test_a_reference_with_another_vocabulary_is_refused(dataset, model_dir, tmp_
 
 
 def test_a_model_that_no_run_made_needs_its_reference_and_dataset(model_dir):
-    with pytest.raises(UserError, match=r"--reference is missing: .* is no folder of `apo train`"):
-        pairs_config(model_dir, out="x")
-    with pytest.raises(UserError, match="--dataset is missing"):
-        pairs_config(model_dir, reference="r", out="x")
+    with pytest.raises(UserError, match=r"'reference' is missing, and .* is no folder of `apo train`"):
+        pairs_config(model_dir)
+    with pytest.raises(UserError, match="'dataset' is missing"):
+        pairs_config(model_dir, reference="r")
 
 
 def test_pairs_without_a_prompt_are_refused(dataset, model_dir, tmp_path):

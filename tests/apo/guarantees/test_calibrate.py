@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from apo.cli import app
 from apo.guarantees.calibrate import calibrate, certify, filter_above, one_row_per_prompt, read_audit, read_ids
 from clair.core.errors import UserError
 from clair.data.dataset import read_rows
 from clair.pipeline.build import build
 from clair.pipeline.config import BuildConfig
 from recipes.world.tasks import distinct_tasks
+from tests.apo.recipe_command import failure, run
 
 
 def scored(n: int, seed: int = 0, noise: float = 1.2) -> list[dict]:
@@ -57,20 +57,9 @@ def folder(tmp_path):
     return tmp_path / "pairs"
 
 
-def run(*arguments: object):
-    return CliRunner().invoke(app, [str(word) for word in arguments])
-
-
-def failure(*arguments: object) -> str:
-    result = run(*arguments)
-    assert isinstance(result.exception, UserError), result.output
-    assert "\n" not in str(result.exception)
-    return str(result.exception)
-
-
 def test_the_command_sets_a_filter_says_its_promise_and_clair_keep_applies_it(folder, tmp_path):
     decisions = tmp_path / "decisions.json"
-    result = run("calibrate", folder, "--audit", tmp_path / "audit.jsonl", "--alpha", 0.1, "--decisions", decisions)
+    result = run("calibrate", dataset=folder, audit=tmp_path / "audit.jsonl", alpha=0.1, decisions=decisions)
     assert result.exit_code == 0, result.output
     assert "at most 0.1 of new pairs are then kept and bad. On average over draws of" in result.output
     assert "This is not the share of bad ones among the kept" in result.output
@@ -85,7 +74,7 @@ def test_the_command_sets_a_filter_says_its_promise_and_clair_keep_applies_it(fo
 
 
 def test_the_printed_filter_is_one_that_a_recipe_takes(folder, tmp_path):
-    output = run("calibrate", folder, "--audit", tmp_path / "audit.jsonl", "--alpha", 0.1).output
+    output = run("calibrate", dataset=folder, audit=tmp_path / "audit.jsonl", alpha=0.1).output
     from clair.core.recipe import parse_yaml
 
     filters = parse_yaml(output[output.index("filters:") :])["filters"]
@@ -105,25 +94,24 @@ def test_too_few_audited_prompts_are_reported_before_anything_is_written(folder,
     lines = (tmp_path / "audit.jsonl").read_text().splitlines()[:8]
     (tmp_path / "small.jsonl").write_text("\n".join(lines))
     decisions = tmp_path / "d.json"
-    message = failure("calibrate", folder, "--audit", tmp_path / "small.jsonl", "--decisions", decisions)
+    message = failure("calibrate", dataset=folder, audit=tmp_path / "small.jsonl", decisions=decisions)
     assert message == "no finite threshold: 8 audited prompts are too few for alpha 0.1, which needs 9"
     assert not decisions.exists()
 
 
 def test_an_audit_of_what_the_judge_was_trained_on_is_refused(folder, tmp_path):
-    message = failure(
-        "calibrate", folder, "--audit", tmp_path / "audit.jsonl", "--trained-on", tmp_path / "audit.jsonl"
-    )
+    audit = tmp_path / "audit.jsonl"
+    message = failure("calibrate", dataset=folder, audit=audit, trained_on=[audit])
     assert "the judge was trained on" in message
     assert " and " in message
-    message = failure("certify", folder, "--trained-on", folder)
+    message = failure("certify", dataset=folder, trained_on=[folder])
     assert "too good there to calibrate on" in message
     # The judge's own folder says what it was trained on, too.
     (tmp_path / "reward").mkdir()
     first = read_audit(tmp_path / "audit.jsonl")[0]["id"]
     (tmp_path / "reward/reward.json").write_text(json.dumps({"trained_on": [first]}))
     assert read_ids(tmp_path / "reward") == [first]
-    message = failure("calibrate", folder, "--audit", tmp_path / "audit.jsonl", "--trained-on", tmp_path / "reward")
+    message = failure("calibrate", dataset=folder, audit=audit, trained_on=[tmp_path / "reward"])
     assert f"trained on {first!r}: its scores" in message
 
 
@@ -141,16 +129,18 @@ def test_an_audit_of_what_the_judge_was_trained_on_is_refused(folder, tmp_path):
 )
 def test_an_audit_that_cannot_be_used_is_one_line(folder, tmp_path, line, message):
     (tmp_path / "bad.jsonl").write_text(line)
-    assert message in failure("calibrate", folder, "--audit", tmp_path / "bad.jsonl")
+    assert message in failure("calibrate", dataset=folder, audit=tmp_path / "bad.jsonl")
 
 
-def test_wrong_options_are_reported_with_the_near_miss(folder, tmp_path):
+def test_wrong_settings_are_reported(folder, tmp_path):
     audit = tmp_path / "audit.jsonl"
-    assert "did you mean 'joint'" in failure("calibrate", folder, "--audit", audit, "--guarantee", "joined")
-    assert "did you mean 'rises'" in failure("certify", folder, "--property", "rise")
-    assert "alpha is 2" in failure("calibrate", folder, "--audit", audit, "--alpha", 2)
-    assert "audit nowhere.jsonl does not exist" in failure("calibrate", folder, "--audit", "nowhere.jsonl")
-    assert "did you mean 'score_chosen'" in failure("certify", folder, "--of", "score_choosen")
+    assert "joint" in failure("calibrate", dataset=folder, audit=audit, guarantee="joined")
+    assert "rises" in failure("certify", dataset=folder, property="rise")
+    assert "alpha" in failure("calibrate", dataset=folder, audit=audit, alpha=2)
+    unused = failure("calibrate", dataset=folder, audit=audit, delta=0.2)
+    assert "delta is for guarantee: precision" in unused
+    assert "audit nowhere.jsonl does not exist" in failure("calibrate", dataset=folder, audit="nowhere.jsonl")
+    assert "did you mean 'score_chosen'" in failure("certify", dataset=folder, of="score_choosen")
 
 
 def test_one_row_counts_for_each_prompt_whatever_the_order():
@@ -174,7 +164,7 @@ def test_an_audit_may_bring_its_own_scores():
     calibration = calibrate(pairs, audit, 0.1)
     # One of 19 may be kept and bad: the second largest gap of the bad ones is 3.
     assert calibration.above == 3.0
-    assert calibration.kept == tuple(f"d{n}" for n in range(4, 10))
+    assert calibration.accepted == tuple(f"d{n}" for n in range(4, 10))
     assert calibration.recipe() == "filters:\n  gap: {above: 3.0}\n"
     assert calibrate(pairs, [{**row, "bad": False} for row in audit], 0.1).recipe() == ""
 
@@ -186,7 +176,7 @@ def test_precision_needs_scores_that_the_audit_did_not_choose():
     with pytest.raises(UserError, match="no threshold could be shown"):
         calibrate(pairs, pairs[:25], 0.05, "precision")
     calibration = calibrate(pairs, pairs[:200], 0.15, "precision")
-    assert "at most 0.15 of the kept are then bad, with a chance of at least 0.9" in calibration.words
+    assert "at most 0.15 of the kept are then bad, with a chance of at least 0.9" in calibration.promise
 
 
 def test_a_certificate_by_hand_and_its_band_as_a_filter():
@@ -205,13 +195,14 @@ def test_a_certificate_by_hand_and_its_band_as_a_filter():
 
 def test_certify_prints_the_band_and_writes_decisions(folder, tmp_path):
     decisions = tmp_path / "d.json"
-    result = run("certify", folder, "--property", "rises", "--of", "score_rejected", "--than", "score_chosen",
-                 "--alpha", 0.2, "--decisions", decisions)  # fmt: skip
+    result = run("certify", dataset=folder, of="score_rejected", than="score_chosen", alpha=0.2, decisions=decisions)
     assert result.exit_code == 0, result.output
     assert "pairs are undecided" in result.output
     assert set(json.loads(decisions.read_text())["decisions"].values()) <= {"keep", "drop"}
-    assert "compares no two answers" in failure("certify", folder, "--property", "floor", "--decisions", decisions)
-    assert "no finite band: alpha 0.001 needs more" in failure("certify", folder, "--alpha", 0.001)
+    assert "decisions is for property: rises and same" in failure(
+        "certify", dataset=folder, property="floor", decisions=decisions
+    )
+    assert "no finite band: alpha 0.001 needs more" in failure("certify", dataset=folder, alpha=0.001)
 
 
 @pytest.mark.slow
@@ -222,7 +213,7 @@ def test_on_the_embedded_world_with_a_noisy_judge_the_promised_risk_holds_over_2
     for _ in range(200):
         rng.shuffle(rows)
         audit, unaudited = rows[:200], rows[200:]
-        selected = set(calibrate(unaudited, audit, alpha).kept)
+        selected = set(calibrate(unaudited, audit, alpha).accepted)
         joint.append(sum(row["bad"] and row["id"] in selected for row in unaudited) / len(unaudited))
         above += joint[-1] > alpha
     se = float(np.std(joint)) / math.sqrt(200)

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from apo.cli import app
 from apo.rewards.judge import pad_chosen, rows_by_group, worst_group_filter
 from apo.rewards.reward_dir import Reward, save_user, user_file, user_notes
-from clair.core.errors import UserError
 from tests.apo.conftest import NUMBERS, make_model, make_tokenizer
+from tests.apo.recipe_command import failure, run
 
 USERS = 8
 
@@ -53,31 +53,9 @@ def world(tmp_path_factory):
     rows = [row for user in range(USERS) for row in taste(rng, f"u{user}", user % 2 == 0, 20)]
     write(folder / "pairs.jsonl", rows)
     for kind in ("bradley_terry", "pal", "vpl"):
-        arguments = [
-            "reward",
-            "fit",
-            folder / "pairs.jsonl",
-            "--model",
-            folder / "model",
-            "--kind",
-            kind,
-            "--out",
-            folder / kind,
-        ]
-        result = run(*arguments)
+        result = run("reward fit", dataset=folder / "pairs.jsonl", model=folder / "model", kind=kind, out=folder / kind)
         assert result.exit_code == 0, result.output
     return folder
-
-
-def run(*arguments: object, **options):
-    return CliRunner().invoke(app, [str(word) for word in arguments], **options)
-
-
-def failure(*arguments: object, **options) -> str:
-    result = run(*arguments, **options)
-    assert isinstance(result.exception, UserError), result.output
-    assert "\n" not in str(result.exception)
-    return str(result.exception)
 
 
 def read(path) -> list[dict]:
@@ -108,9 +86,7 @@ def test_the_folder_says_what_it_is_and_reads_back_as_it_was(world):
 
 
 def test_scores_are_each_users_own_and_groups_are_written(world, tmp_path):
-    result = run(
-        "reward", "score", world / "pairs.jsonl", "--reward", world / "pal", "--out", tmp_path / "scored.jsonl"
-    )
+    result = run("reward score", dataset=world / "pairs.jsonl", reward=world / "pal", out=tmp_path / "scored.jsonl")
     assert result.exit_code == 0, result.output
     rows = read(tmp_path / "scored.jsonl")
     assert len(rows) == 160
@@ -124,8 +100,8 @@ def test_scores_are_each_users_own_and_groups_are_written(world, tmp_path):
 
 
 def test_scores_for_one_user_and_with_padding(world, tmp_path):
-    command = ["reward", "score", world / "pairs.jsonl", "--reward", world / "pal", "--out", tmp_path / "s.jsonl"]
-    assert run(*command, "--user", "u0", "--pad", " the the").exit_code == 0
+    recipe = {"dataset": world / "pairs.jsonl", "reward": world / "pal", "out": tmp_path / "s.jsonl"}
+    assert run("reward score", **recipe, user="u0", padding=" the the").exit_code == 0
     rows = read(tmp_path / "s.jsonl")
     likes = [row["user"] in ("u0", "u2", "u4", "u6") for row in rows]
     ahead = [row["score_chosen"] > row["score_rejected"] for row in rows]
@@ -133,15 +109,15 @@ def test_scores_for_one_user_and_with_padding(world, tmp_path):
     assert all(0 <= row["score_padded"] <= 1 for row in rows)
     assert sum(row["score_padded"] != row["score_chosen"] for row in rows) > 150
     assert rows[0]["chosen"][0]["content"].split()[-1] in NUMBERS  # the pairs themselves are not padded
-    certified = run("certify", tmp_path / "s.jsonl", "--property", "same", "--than", "score_padded", "--alpha", 0.2)
+    certified = run("certify", dataset=tmp_path / "s.jsonl", property="same", than="score_padded", alpha=0.2)
     assert "score_chosen equals score_padded" in certified.output
-    assert "'u9' is no user or group of this reward" in failure(*command, "--user", "u9")
-    assert "did you mean 'group 1'" in failure(*command, "--user", "groop 1")
+    assert "'u9' is no user or group of this reward" in failure("reward score", **recipe, user="u9")
+    assert "did you mean 'group 1'" in failure("reward score", **recipe, user="groop 1")
 
 
 def test_each_group_gets_the_pair_turned_to_its_taste(world, tmp_path):
-    command = ["reward", "score", world / "pairs.jsonl", "--reward", world / "pal", "--out", tmp_path / "g.jsonl"]
-    assert run(*command, "--by-group").exit_code == 0
+    recipe = {"dataset": world / "pairs.jsonl", "reward": world / "pal", "out": tmp_path / "g.jsonl"}
+    assert run("reward score", **recipe, by_group=True).exit_code == 0
     rows = read(tmp_path / "g.jsonl")
     assert len(rows) == 320
     of_u0 = Reward.load(world / "pal").groups()["u0"]
@@ -150,7 +126,7 @@ def test_each_group_gets_the_pair_turned_to_its_taste(world, tmp_path):
         assert in_numbers == (row["group"] == of_u0)
     assert len({row["id"] for row in rows}) == 320
     audit = write(tmp_path / "a.jsonl", [{"id": row["id"], "bad": False} for row in rows[:40]])
-    message = failure("calibrate", tmp_path / "g.jsonl", "--audit", audit, "--trained-on", world / "pal")
+    message = failure("calibrate", dataset=tmp_path / "g.jsonl", audit=audit, trained_on=[world / "pal"])
     assert message.startswith(f"the judge was trained on '{rows[0]['pair']}'")
 
 
@@ -163,8 +139,8 @@ def test_a_folder_keeps_train_and_test_apart_and_trains_a_run_for_each_group(wor
     (tmp_path / "in").mkdir()
     for split, pairs in (("train", 8), ("test", 3)):
         write(tmp_path / f"in/{split}.jsonl", [{**row, "user": None} for row in taste(rng, split, True, pairs)])
-    command = ["reward", "score", tmp_path / "in", "--reward", world / "pal", "--by-group", "--out"]
-    assert run(*command, tmp_path / "out").exit_code == 0
+    scoring = {"dataset": tmp_path / "in", "reward": world / "pal", "by_group": True}
+    assert run("reward score", **scoring, out=tmp_path / "out").exit_code == 0
     assert {row["split"] for row in read(tmp_path / "out/test.jsonl")} == {"test"}
     recipe = {
         "model": str(world / "model"),
@@ -177,14 +153,14 @@ def test_a_folder_keeps_train_and_test_apart_and_trains_a_run_for_each_group(wor
     for group_run in runs:
         assert (len(load_train(group_run.dataset, 0)), len(load_eval(group_run.dataset, True))) == (8, 3)
     only = write(tmp_path / "only.jsonl", read(tmp_path / "in/train.jsonl"))
-    assert run("reward", "score", only, *command[3:], tmp_path / "out").exit_code == 0
+    assert run("reward score", **{**scoring, "dataset": only}, out=tmp_path / "out").exit_code == 0
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["train.jsonl"]
     (tmp_path / "out/notes.txt").write_text("mine")
-    assert "holds other files (notes.txt)" in failure(*command, tmp_path / "out")
+    assert "holds other files (notes.txt)" in failure("reward score", **scoring, out=tmp_path / "out")
     (tmp_path / "x.jsonl").mkdir()
-    assert "is a folder; name a .jsonl file" in failure(*command, tmp_path / "x.jsonl")
+    assert "is a folder; name a .jsonl file" in failure("reward score", **scoring, out=tmp_path / "x.jsonl")
     (tmp_path / "plain").write_text("")
-    assert "is a file; name a .jsonl file" in failure(*command, tmp_path / "plain")
+    assert "is a file; name a .jsonl file" in failure("reward score", **scoring, out=tmp_path / "plain")
     undecided = write(
         tmp_path / "u.jsonl",
         [
@@ -195,8 +171,8 @@ def test_a_folder_keeps_train_and_test_apart_and_trains_a_run_for_each_group(wor
             }
         ],
     )
-    message = failure("reward", "score", undecided, *command[3:], tmp_path / "s.jsonl", "--sure", 1)
-    assert "lower --sure" in message
+    scoring |= {"dataset": undecided, "min_preference": 1}
+    assert "lower min_preference" in failure("reward score", **scoring, out=tmp_path / "s.jsonl")
 
 
 def test_by_group_and_worst_off_by_hand():
@@ -205,7 +181,7 @@ def test_by_group_and_worst_off_by_hand():
     turned = {r["group"]: (r["chosen"], r["rejected"], r["score_chosen"], r["id"]) for r in rows_by_group([row], 0.8)}
     assert turned == {"one": ("A", "B", 0.7, "p one"), "two": ("B", "A", 0.2, "p two")}
     assert worst_group_filter([row], 0.5).dropped == ("p",)
-    assert worst_group_filter([{**row, "worst": 0.5}], 0.5).kept == ("p",)
+    assert worst_group_filter([{**row, "worst": 0.5}], 0.5).accepted == ("p",)
     longer = pad_chosen([{"chosen": [{"role": "assistant", "content": "A"}]}], " x")[0]
     assert longer["chosen"][-1]["content"] == "A x"
 
@@ -226,36 +202,38 @@ def test_a_judge_for_the_worst_off_writes_decisions_that_clair_keep_takes(world,
         "out": str(tmp_path / "d"),
     }
     build(BuildConfig.model_validate(recipe))
-    command = ["reward", "score", tmp_path / "d", "--reward", world / "pal", "--out", tmp_path / "s.jsonl"]
-    result = run(*command, "--decisions", tmp_path / "decisions.json", "--least", 0.2)
+    scoring = {"dataset": tmp_path / "d", "reward": world / "pal", "out": tmp_path / "s.jsonl"}
+    result = run("reward score", **scoring, decisions=tmp_path / "decisions.json", min_worst=0.2)
     assert result.exit_code == 0, result.output
     marks = json.loads((tmp_path / "decisions.json").read_text())["decisions"]
     assert marks["disputed"] == "drop"
     assert CliRunner().invoke(clair, ["keep", str(tmp_path / "d"), str(tmp_path / "decisions.json")]).exit_code == 0
     assert [row["id"] for row in read_rows(tmp_path / "d")] == [id for id, mark in marks.items() if mark == "keep"]
-    assert "one dataset folder as it is" in failure(*command, "--decisions", tmp_path / "x.json", "--by-group")
+    assert "one unchanged dataset folder" in failure(
+        "reward score", **scoring, decisions=tmp_path / "x.json", by_group=True
+    )
 
 
 def test_a_new_user_is_located_from_comparisons_and_kept(world, tmp_path):
     for kind in ("pal", "vpl"):
         shutil.copytree(world / kind, tmp_path / kind)
         new = write(tmp_path / "new.jsonl", taste(random.Random(9), "whoever", False, 5))
-        result = run("reward", "adapt", tmp_path / kind, "--user", "ann", "--comparisons", new)
+        result = run("reward adapt", reward=tmp_path / kind, user="ann", comparisons=new)
         assert result.exit_code == 0, result.output
         more = write(tmp_path / "more.jsonl", taste(random.Random(10), "ann", False, 20))
         out = tmp_path / f"{kind}.jsonl"
-        assert run("reward", "score", more, "--reward", tmp_path / kind, "--out", out).exit_code == 0
+        assert run("reward score", dataset=more, reward=tmp_path / kind, out=out).exit_code == 0
         assert sum(row["score_chosen"] > row["score_rejected"] for row in read(out)) >= 19
     groups = Reward.load(tmp_path / "pal").groups()
     assert groups["ann"] == groups["u1"]
-    assert "'u1' is known already" in failure("reward", "adapt", tmp_path / "pal", "--user", "u1", "--comparisons", new)
+    assert "'u1' is known already" in failure("reward adapt", reward=tmp_path / "pal", user="u1", comparisons=new)
 
 
 def test_a_new_user_gets_the_most_informative_questions_and_every_answer_is_saved(world, tmp_path):
     shutil.copytree(world / "vpl", tmp_path / "vpl")
     pool = write(tmp_path / "pool.jsonl", taste(random.Random(5), "pool", True, 12))
-    command = ["reward", "adapt", tmp_path / "vpl", "--user", "../ann", "--pool", pool]
-    message = failure(*command, input="1\nneither\n2\n")
+    recipe = {"reward": tmp_path / "vpl", "user": "../ann", "pool": pool}
+    message = failure("reward adapt", **recipe, input="1\nneither\n2\n")
     assert message.startswith("the input ended; every answer so far is kept")
     stored = json.loads(user_file(tmp_path / "vpl", "../ann").read_text())
     assert len(stored["answers"]) == 2
@@ -271,7 +249,7 @@ def test_a_new_user_gets_the_most_informative_questions_and_every_answer_is_save
     assert [answer["chosen"] for answer in stored["answers"]] == [
         first_is_chosen(answer["id"]) == (choice == 1) for answer, choice in zip(stored["answers"], (1, 2), strict=True)
     ]
-    result = run(*command, "--questions", 3, input="1\n")
+    result = run("reward adapt", **recipe, questions=3, input="1\n")
     assert result.exit_code == 0, result.output
     assert "Question 3 of 3" in result.output
     stored = json.loads(user_file(tmp_path / "vpl", "../ann").read_text())
@@ -280,30 +258,41 @@ def test_a_new_user_gets_the_most_informative_questions_and_every_answer_is_save
     assert len(stored["state"]) == 8
     assert list((tmp_path / "vpl/users").iterdir()) == [user_file(tmp_path / "vpl", "../ann")]
     other_pool = write(tmp_path / "other.jsonl", taste(random.Random(5), "else", True, 12))
-    assert "which is not in this pool" in failure(*command[:-1], other_pool, "--questions", 4)
-    assert "13 questions but 12 pairs" in failure(*command, "--questions", 13)
+    assert "which is not in this pool" in failure("reward adapt", **{**recipe, "pool": other_pool})
+    assert "13 questions but 12 pairs" in failure("reward adapt", **recipe, questions=13)
 
 
 def test_only_a_reward_that_can_choose_questions_chooses_them(world, tmp_path):
     pool = write(tmp_path / "pool.jsonl", taste(random.Random(5), "pool", True, 12))
-    message = failure("reward", "adapt", world / "pal", "--user", "ann", "--pool", pool)
+    message = failure("reward adapt", reward=world / "pal", user="ann", pool=pool)
     assert "a pal reward cannot choose questions" in message
-    assert "either --comparisons" in failure("reward", "adapt", world / "pal", "--user", "ann")
+    assert "either comparisons" in failure("reward adapt", reward=world / "pal", user="ann")
 
 
 def test_select_recommends_several_tastes_here_and_says_why(world, tmp_path):
-    result = run(
-        "reward", "select", world / "pairs.jsonl", "--model", world / "model", "--most", 2, "--out", tmp_path / "s.json"
-    )
+    recipe = {"dataset": world / "pairs.jsonl", "model": world / "model", "max_tastes": 2}
+    result = run("reward select", **recipe, out=tmp_path / "s.json")
     assert result.exit_code == 0, result.output
     assert "several tastes: PAL with 2 prototypes" in result.output
     evidence = json.loads((tmp_path / "s.json").read_text())
     assert evidence["plural"]
+    assert evidence["words"] in result.output.replace("\n", " ")
     assert evidence["gain"]["clusters"] == USERS
     assert [candidate["name"] for candidate in evidence["candidates"]] == ["bradley_terry", "pal 1", "pal 2"]
 
 
 # ---- bad input
+
+
+def test_a_call_with_the_former_options_is_answered_with_the_recipe_to_write():
+    fit = ["reward", "fit", "a.jsonl", "b.jsonl", "--model", "m", "--by-prompt", "--out", "r"]
+    message = str(CliRunner().invoke(app, fit).exception)
+    assert "dataset: [a.jsonl, b.jsonl], model: m, by_prompt: true" in message
+    adapt = ["reward", "adapt", "runs/taste", "--user", "ann", "--comparisons", "c.jsonl"]
+    assert "reward: runs/taste" in str(CliRunner().invoke(app, adapt).exception)
+    score = ["reward", "score", "a.jsonl", "--reward", "r", "--sure", "0.6", "--least", "0.7", "--pad", "x"]
+    message = str(CliRunner().invoke(app, score).exception)
+    assert "min_preference: 0.6, min_worst: 0.7, padding: x" in message
 
 
 def test_features_of_another_model_are_refused(world, tmp_path):
@@ -312,37 +301,34 @@ def test_features_of_another_model_are_refused(world, tmp_path):
     make_tokenizer().save_pretrained(tmp_path / "other")
     facts = json.loads((tmp_path / "pal/reward.json").read_text())
     (tmp_path / "pal/reward.json").write_text(json.dumps({**facts, "model": str(tmp_path / "other")}))
-    message = failure(
-        "reward", "score", world / "pairs.jsonl", "--reward", tmp_path / "pal", "--out", tmp_path / "s.jsonl"
-    )
+    message = failure("reward score", dataset=world / "pairs.jsonl", reward=tmp_path / "pal", out=tmp_path / "s.jsonl")
     assert "this reward was fitted on features of model" in message
     assert not (tmp_path / "s.jsonl").exists()
 
 
 def test_unknown_users_are_named_and_do_not_matter_to_one_reward_for_all(world, tmp_path):
     new = write(tmp_path / "new.jsonl", taste(random.Random(1), "stranger", True, 3))
-    command = ["reward", "score", new, "--out", tmp_path / "s.jsonl", "--reward"]
-    message = failure(*command, world / "pal")
+    recipe = {"dataset": new, "out": tmp_path / "s.jsonl"}
+    message = failure("reward score", **recipe, reward=world / "pal")
     assert "1 of 1 users are unknown to this reward: 'stranger'" in message
-    assert run(*command, world / "bradley_terry").exit_code == 0
+    assert run("reward score", **recipe, reward=world / "bradley_terry").exit_code == 0
     nobody = write(tmp_path / "nobody.jsonl", [{**row, "user": None} for row in read(tmp_path / "new.jsonl")])
-    assert run("reward", "score", nobody, "--out", tmp_path / "s.jsonl", "--reward", world / "pal").exit_code == 0
+    assert run("reward score", **{**recipe, "dataset": nobody}, reward=world / "pal").exit_code == 0
 
 
 def test_rewards_without_users_or_with_one_are_refused_and_odd_users_reported(world, tmp_path):
     rows = taste(random.Random(1), "only", True, 6)
     single = write(tmp_path / "single.jsonl", rows)
-    command = ["reward", "fit", "--model", world / "model", "--out", tmp_path / "r", "--kind"]
-    assert "all comparisons are of one user, 'only'" in failure(*command, "pal", single)
+    recipe = {"model": world / "model", "out": tmp_path / "r"}
+    assert "all comparisons are of one user, 'only'" in failure("reward fit", **recipe, kind="pal", dataset=single)
     none = write(tmp_path / "none.jsonl", [{**row, "user": None} for row in rows])
-    assert "no pair has a user" in failure(*command, "vpl", none)
-    assert "did you mean 'vpl'" in failure(*command, "vpll", single)
-    assert "holds a reward already" in failure(
-        "reward", "fit", single, "--model", world / "model", "--out", world / "pal"
-    )
+    assert "no pair has a user" in failure("reward fit", **recipe, kind="vpl", dataset=none)
+    assert "'vpl'" in failure("reward fit", **recipe, kind="vpll", dataset=single)
+    assert "beta is for kind: vpl" in failure("reward fit", **recipe, kind="pal", beta=1, dataset=single)
+    assert "holds a reward already" in failure("reward fit", **{**recipe, "out": world / "pal"}, dataset=single)
     turned = {**rows[0], "chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"], "id": "t"}
     odd = [*rows, turned, {**rows[1], "user": "once"}, {**rows[2], "user": None}]
-    result = run(*command, "pal", write(tmp_path / "odd.jsonl", odd))
+    result = run("reward fit", **recipe, kind="pal", dataset=write(tmp_path / "odd.jsonl", odd))
     assert result.exit_code == 0, result.output
     assert "1 of 2 users have one comparison: little is known of 'once'" in result.output
     assert "1 of 2 users contradict themselves, on the same two answers: 'only'" in result.output
@@ -350,17 +336,17 @@ def test_rewards_without_users_or_with_one_are_refused_and_odd_users_reported(wo
 
 
 def test_a_collapsed_latent_is_reported(world, tmp_path):
-    command = ["reward", "fit", world / "pairs.jsonl", "--model", world / "model", "--kind", "vpl"]
-    result = run(*command, "--out", tmp_path / "r", "--beta", 50)
+    recipe = {"dataset": world / "pairs.jsonl", "model": world / "model", "kind": "vpl", "beta": 50}
+    result = run("reward fit", **recipe, out=tmp_path / "r")
     assert "warning: the latent has collapsed" in result.output
     assert json.loads((tmp_path / "r/reward.json").read_text())["warnings"]
 
 
 def test_an_invalid_or_damaged_folder_is_one_line(world, tmp_path):
-    assert "no finished reward" in failure("reward", "adapt", tmp_path, "--user", "a", "--comparisons", "x")
+    assert "no finished reward" in failure("reward adapt", reward=tmp_path, user="a", comparisons="x")
     shutil.copytree(world / "pal", tmp_path / "pal")
     (tmp_path / "pal/reward.safetensors").write_bytes(b"torn")
-    message = failure("reward", "adapt", tmp_path / "pal", "--user", "a", "--comparisons", world / "pairs.jsonl")
+    message = failure("reward adapt", reward=tmp_path / "pal", user="a", comparisons=world / "pairs.jsonl")
     assert "cannot be read" in message
 
 

@@ -379,10 +379,10 @@ def test_b3_a_large_beta_collapses_and_it_is_seen(vpl, new_users):
 def test_several_tastes_are_recommended_where_there_are_several_and_only_there(seed, noise):
     several = select(comparisons(toy.bimodal(40, 40, seed, noise=noise)), max_tastes=3, seed=seed)
     single = select(comparisons(toy.shared_taste(40, 40, seed, noise=noise)), max_tastes=3, seed=seed)
-    print(several.words, "|", single.words)
+    print(several.conclusion, "|", single.conclusion)
     assert (several.plural, several.tastes) == (True, 2)
     assert (single.plural, single.tastes) == (False, 1)
-    assert "one taste:" in single.words
+    assert "one taste:" in single.conclusion
     assert several.gain.lo > 0.01
 
 
@@ -430,7 +430,7 @@ def test_three_tastes_are_recognised_as_three():
     better = best_fit("pal", data, *subsets[:2], prototypes=3)
     assert nll(better, subsets[0]).mean() < nll(stuck, subsets[0]).mean() - 0.05
     selection = select(data, max_tastes=4)
-    print(selection.words, [(c.name, c.choosing) for c in selection.candidates])
+    print(selection.conclusion, [(c.name, c.choosing) for c in selection.candidates])
     assert (selection.plural, selection.tastes) == (True, 3)
 
 
