@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -216,12 +217,13 @@ def _closing(out: str, run: dict[str, Any]) -> str:
 
 def main() -> None:
     """The `apo` command."""
+    application = partial(app, prog_name="apo")
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        run(app)
+        run(application)
         return
     from apo.distributed.launch import run_and_exit
 
-    run_and_exit(lambda: run(app))
+    run_and_exit(lambda: run(application))
 
 
 if __name__ == "__main__":

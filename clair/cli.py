@@ -24,7 +24,7 @@ app = typer.Typer(
 
 def main() -> None:
     """The `clair` command."""
-    run(app)
+    run(lambda: app(prog_name="clair"))
 
 
 @app.command()
