@@ -87,7 +87,7 @@ def artifacts(tmp_path_factory):
 
 
 def stage(page: str, folder: Path, artifacts: Path, url: str) -> None:
-    """Put into `place` what the page's commands take for granted and do not make themselves."""
+    """Put into `folder` what the page's commands take for granted and do not make themselves."""
     texts = [command.text for command in RUN if command.page == page]
     builds, trains = (any(f"{ours} " in text for text in texts) for ours in ("clair build", "apo train"))
     sources = {
@@ -104,6 +104,7 @@ def stage(page: str, folder: Path, artifacts: Path, url: str) -> None:
         "evals/tuned": artifacts / "better",
         "runs/one/eval": artifacts / "better",
     }
+    sources |= {f"recipes/{name}": ROOT / "recipes" / name for name in ("analysis", "evaluation", "rewards")}
     if not builds:
         sources["data/my-pairs"] = artifacts / "pairs"
     if not trains:
