@@ -168,8 +168,18 @@ def test_recipes_are_recipes(location, text):
     from clair.core.recipe import parse_yaml, resolve
 
     values, models = parse_yaml(text), configs()
-    kinds = {"pipeline": "Build", "tuned": "Winrate", "data": "MixEval", "prompts": "IFEval", "audit": "Calibrate", "property": "Certify",
-             "comparisons": "Adapt", "reward": "Score", "max_tastes": "Select", "kind": "Fit"}  # fmt: skip
+    kinds = {
+        "pipeline": "Build",
+        "tuned": "Winrate",
+        "data": "MixEval",
+        "prompts": "IFEval",
+        "audit": "Calibrate",
+        "property": "Certify",
+        "comparisons": "Adapt",
+        "reward": "Score",
+        "max_tastes": "Select",
+        "kind": "Fit",
+    }
     name = next((kind for key, kind in kinds.items() if key in values), None)
     if name is None and {"model", "dataset"} <= set(values):
         labels = values.get("by", "group") != "group"
