@@ -187,7 +187,7 @@ def _print_plan(config: Any, processes: int | None) -> None:
 def _print_estimate(planned: Any, costs: Any) -> None:
     from apo.cost.memory import check_fits, describe_tokens, run_flops, table
     from apo.cost.sizes import CPU_SHARE, GPUS, MFU
-    from apo.packing.onednn import REPEATS
+    from clair.inference.generation.onednn import REPEATS
 
     if isinstance(costs, str):
         print(f"# no estimate: {costs}")

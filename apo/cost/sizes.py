@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from apo.distributed.deepspeed import unsharded_loading
 from apo.packing.layout import pack_bins, shared_response_length
-from apo.packing.onednn import speeds
 from clair.core.errors import UserError, one_line
+from clair.inference.generation.onednn import speeds
 
 if TYPE_CHECKING:
     from apo.models.load import ModelName

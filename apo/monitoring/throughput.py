@@ -12,7 +12,7 @@ import torch
 
 from apo.cost.sizes import GPUS, MFU
 from apo.monitoring.metrics import COLUMNS
-from apo.packing.onednn import speeds
+from clair.inference.generation.onednn import speeds
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from apo.packing.onednn import product
+from clair.inference.generation.onednn import product
 
 HEAD_CHUNK = 1024
 """Rows of the LM head per chunk: logits of this many positions are in memory at a time."""

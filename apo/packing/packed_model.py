@@ -18,8 +18,8 @@ from apo.packing.batch import Batch, logps_device, uncollate
 from apo.packing.head import head_logps
 from apo.packing.layout import PackedRow, pack_pairs
 from apo.packing.logps import PairLogps, padded_logps
-from apo.packing.onednn import restore_linear, rows_multiple, use_onednn
 from clair.core.errors import one_line
+from clair.inference.generation.onednn import restore_linear, rows_multiple, use_onednn
 
 
 def unsupported_reason(model: torch.nn.Module) -> str | None:

@@ -163,6 +163,8 @@ class LocalModel:
             from transformers import AutoModelForCausalLM, AutoTokenizer
             from transformers.utils import logging
 
+            from clair.inference.generation.onednn import use_onednn
+
             self.activity = "loading the weights"
             logging.disable_progress_bar()  # a build shows its own
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -183,6 +185,7 @@ class LocalModel:
                     model = PeftModel.from_pretrained(model, str(self.path))
             model.to(device)  # pyright: ignore[reportArgumentType]  # a decorator hides the method's signature
             model.generation_config.cache_implementation = None  # a batch that changes needs a cache that grows
+            use_onednn(model)
             self._loaded = tokenizer, model.eval()
             self.activity = ""
         return self._loaded

@@ -23,13 +23,13 @@ from apo.cost import memory as fit
 from apo.cost import sizes as shapes
 from apo.cost.deepspeed_memory import ZeroConfig, parse_zero_config, zero_memory
 from apo.cost.sizes import Device, PassCost, pass_costs
-from apo.packing import onednn as matmul
 from apo.packing.layout import pack_pairs
 from apo.packing.packed_model import enable_packing, packed_logps
 from apo.training.config import TrainConfig
 from apo.training.plan import estimate, plan
 from apo.training.train import train
 from clair.core.errors import UserError
+from clair.inference.generation import onednn as matmul
 from tests.apo.command import call
 from tests.apo.conftest import make_model
 from tests.apo.cost.jobs import LLAMA_3_8B, job, llama, lora

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apo.packing import onednn as matmul
 from apo.packing.layout import pack_pairs
 from apo.packing.logps import plain_logps
 from apo.packing.packed_model import disable_packing, enable_packing, packed_logps, shared_prefix_logps
+from clair.inference.generation import onednn as matmul
 from tests.apo.packing.packing_models import FAMILIES, SHAPES, gradients, pairs, stacked, tiny
 
 

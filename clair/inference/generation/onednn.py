@@ -3,7 +3,7 @@
 torch multiplies float32 matrices with MKL, which does not use the widest instructions of processors that Intel did not
 make; oneDNN, in the same torch, does. Inputs, type and precision are the same; only the order of summation differs.
 oneDNN compiles code for each new number of rows and keeps it, so packed rows are filled up to a multiple of `ROWS`, and
-oneDNN multiplies such multiples only.
+oneDNN multiplies such multiples only; any number in inference mode, where a row is multiplied hundreds of times.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def _uses_onednn(rows: int, *factors: torch.Tensor) -> bool:
     plain = all(factor.device.type == "cpu" and factor.dtype == torch.float32 for factor in factors)
     if torch.compiler.is_compiling():  # `torch_compile` cannot trace oneDNN's products, and generates its own
         return False
-    return plain and rows % ROWS == 0 and rows_multiple(factors[0].device) == ROWS
+    fits = rows % ROWS == 0 or torch.is_inference_mode_enabled()
+    return plain and fits and rows_multiple(factors[0].device) == ROWS
 
 
 def product(a: torch.Tensor, b: torch.Tensor, rows: int) -> torch.Tensor:
