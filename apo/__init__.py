@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from apo.api import TrainingResult, advise, compare, evaluate, train
+    from apo.api import TrainingResult, advise, compare, evaluate, evaluate_ifeval, train
     from apo.losses.objectives import (
         OBJECTIVES,
         apo_down,
@@ -41,6 +41,7 @@ __all__ = [
     "compare",
     "dpo",
     "evaluate",
+    "evaluate_ifeval",
     "ipo",
     "kto",
     "robust",
@@ -50,7 +51,7 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("TrainingResult", "advise", "compare", "evaluate", "train"), "api"),
+    **dict.fromkeys(("TrainingResult", "advise", "compare", "evaluate", "evaluate_ifeval", "train"), "api"),
     **dict.fromkeys(("OBJECTIVES", "apo_down", "apo_hinge_zero", "apo_zero", "apo_zero_unpaired"), "losses.objectives"),
     **dict.fromkeys(("dpo", "ipo", "kto", "robust", "sft", "simpo"), "losses.objectives"),
     "APOConfig": "training.trainer_config",

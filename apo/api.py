@@ -1,4 +1,4 @@
-"""`apo.train`, `apo.evaluate`, `apo.compare` and `apo.advise`: the commands of the same names as Python functions.
+"""`apo.train`, `apo.evaluate`, `apo.evaluate_ifeval`, `apo.compare` and `apo.advise`: commands as Python functions.
 
 They also work inside a running event loop, as in a notebook. Ctrl-C (a notebook's interrupt) stops them as it stops the
 command: what is paid for or trained is saved, and the same call goes on later.
@@ -18,6 +18,11 @@ from apo.advice.run import AdviceOutcome
 from apo.advice.run import run as run_advice
 from apo.evaluation.compare.run import ComparisonResult, compare_folders
 from apo.evaluation.config import Outcome
+from apo.evaluation.ifeval.config import IFEvalConfig
+from apo.evaluation.ifeval.config import load_inputs as load_ifeval_inputs
+from apo.evaluation.ifeval.run import IFEvalOutcome
+from apo.evaluation.ifeval.run import evaluate as evaluate_on_ifeval
+from apo.evaluation.ifeval.run import work_items as ifeval_work_items
 from apo.evaluation.mixeval.config import MixEvalConfig
 from apo.evaluation.mixeval.config import load_inputs as load_mixeval_inputs
 from apo.evaluation.mixeval.run import MixEvalOutcome, work_items
@@ -114,6 +119,36 @@ def evaluate(
         return _raise_interrupt(evaluate_mixeval(config, inputs=inputs, on_progress=on_progress))
 
 
+def evaluate_ifeval(
+    recipe: str | Path | Mapping[str, Any] | IFEvalConfig,
+    *,
+    out: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    show_progress: bool = True,
+) -> IFEvalOutcome:
+    """Score a model on IFEval, going on from the replies that the ledger holds.
+
+    Args:
+        recipe: the path of a YAML file, a mapping of its keys, or an `IFEvalConfig`: `prompts` (the benchmark's file),
+            `model` (`path`, or `url` and `model`) or `responses` (a file of answers), `out` and more.
+        out: the result folder, instead of the recipe's `out`.
+        overrides: values by dotted key, such as `{"model.max_tokens": 512}`.
+        show_progress: show the progress on stderr.
+
+    Returns the score with its intervals; `table()` displays it. If the budget is used up or requests got no reply, it
+    has no score, its text says why, and the same call goes on later.
+    Raises UserError, in one line, for a mistake in the recipe or the prompts, and if the model refuses everything.
+    Raises KeyboardInterrupt after Ctrl-C, when the replies in flight are in the ledger.
+    """
+    _let_idle_threads_sleep()
+    config = config_from(IFEvalConfig, recipe, overrides, out=out)
+    inputs = load_ifeval_inputs(config)
+    total = len(ifeval_work_items(config, inputs))
+    calls = dict.fromkeys(config.models, total)
+    with client_progress("evaluating", total, calls, shown=show_progress) as on_progress:
+        return _raise_interrupt(evaluate_on_ifeval(config, inputs=inputs, on_progress=on_progress))
+
+
 def compare(
     base: str | Path,
     *tuned: str | Path,
@@ -121,7 +156,7 @@ def compare(
     difference: float = 0.02,
     data: str | Path | None = None,
 ) -> ComparisonResult:
-    """Compare the result folders of tuned models with that of their base; `evaluate` makes such folders.
+    """Compare the result folders of tuned models with that of their base; `evaluate` and `evaluate_ifeval` make them.
 
     Args:
         base: the result folder of the base model.

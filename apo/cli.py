@@ -121,7 +121,9 @@ app.command(context_settings=EXTRA_ARGUMENTS)(certify)
 
 @app.command()
 def compare(
-    base: Annotated[Path, typer.Argument(help="The result folder of the base model, by `apo eval mixeval`.")],
+    base: Annotated[
+        Path, typer.Argument(help="The result folder of the base model, by `apo eval mixeval` or `apo eval ifeval`.")
+    ],
     tuned: Annotated[list[Path], typer.Argument(help="The result folders of tuned models.")],
     out: Annotated[
         Path | None,

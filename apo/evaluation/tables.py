@@ -39,14 +39,20 @@ def _mixeval_table(score: Score) -> Table:
 
 
 def measure_name(part: str) -> str:
-    """The name of a measure of IFEval, such as `prompt-level loose`; any other name as it is."""
-    return part.replace("_", "-level ") if part in MEASURES else part
+    """The name of a measure of IFEval, such as `prompts, loose`; any other name as it is."""
+    return part.replace("_", "s, ") if part in MEASURES else part
 
 
 def _ifeval_table(score: IFEvalScore) -> Table:
     """The shares of prompts and instructions, then of groups and types of instructions."""
-    table = Table(title=f"{score.model.name}: IFEval", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for head in ("", "loose, %", "95 % interval", "strict, %", "95 % interval", "n"):
+    table = Table(
+        title=f"{score.model.name}: IFEval, % followed",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    for head in ("", "loose", "95 % interval", "strict", "95 % interval", "n"):
         table.add_column(head, overflow="fold")
     intervals = score.intervals
     levels = {
@@ -102,7 +108,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
             numbers = section["tuned"][index]
             part = measure_name(section["benchmark"] or section["split"] or "")
             table.add_row(
-                f"{model['name']}{', ' * bool(part)}{part}" if section["level"] == "overall" else f"  {part}",
+                f"{model['name']}: {part}".removesuffix(": ") if section["level"] == "overall" else f"  {part}",
                 f"{100 * numbers['score']:.1f}",
                 f"{100 * numbers['delta']:+.1f}",
                 _points(numbers["delta_ci95"]) or numbers["no_interval"],

@@ -35,7 +35,7 @@ function verdict(model, at) {
   const said = { better: "is better than", worse: "is worse than", open: "shows no difference to", bare: "against" }[kind];
   return el("section", { class: `card verdict ${kind}` },
     el("h2", null, el("bdi", null, model.name), ` ${said} `, el("bdi", null, C.base.name)),
-    el("p", { class: "points" }, el("b", null, signed(one.delta)), el("small", null, ` points, 95 % interval ${span(one.delta_ci95)}`)),
+    el("p", { class: "points" }, el("b", null, signed(one.delta)), el("small", null, ` points${OVERALL.split ? ` of ${words(OVERALL.split)}` : ""}, 95 % interval ${span(one.delta_ci95)}`)),
     el("p", null, one.p == null ? `No error can be estimated: ${one.no_interval}.` : `p ${chance(one.p)}${many}. ${plural(one.better, "row")} better, ${told(one.worse)} worse, of ${told(OVERALL.rows)}.`),
     one.p_sign == null ? null : el("p", { class: "soft" }, `Few questions or passages differ, ${told(one.differing)}: p is the larger of its own and that of the exact sign test, ${chance(one.p_sign)}.`),
     open(one.delta_bracket) ? el("p", { class: "soft" }, `Were all that is unresolved wrong or right, it would be anything from ${span(one.delta_bracket)}.`) : null,
@@ -201,7 +201,7 @@ function drawRow(at) {
     el("span", { class: `mark ${up ? "up" : "down"}`, "aria-hidden": "true" }, up ? "▲" : "▼"),
     el("span", { class: "opening", dir: "auto" }, change.opening),
     el("span", { class: "value" }, `${told(change.scores[0])} → ${told(change.scores[1])}`, el("small", null, change.kind)),
-    el("span", { class: "under" }, `${change.benchmark} · ${change.split} ${change.row}`));
+    el("span", { class: "under" }, `${change.benchmark} · ${words(change.split)} ${change.row}`));
 }
 
 function drawDetail() {
@@ -213,7 +213,7 @@ function drawDetail() {
 }
 
 function detail(change) {
-  const head = el("div", { class: "head wide" }, el("h2", null, change.kind), el("span", { class: "soft" }, `${change.benchmark} · ${change.split}, row ${change.row}${change.sample ? `, sample ${change.sample}` : ""}`));
+  const head = el("div", { class: "head wide" }, el("h2", null, change.kind), el("span", { class: "soft" }, `${change.benchmark} · ${words(change.split)}, row ${change.row}${change.sample ? `, sample ${change.sample}` : ""}`));
   const turn = el("button", { type: "button", "aria-keyshortcuts": "s", onclick: changeSides }, state.sides ? "word by word " : "side by side ", el("kbd", null, "s"));
   const names = [C.base.name, C.tuned[change.model].name];
   const judged = (at) => (change.judged[at] ? el("div", { class: "judged" }, text(change.judged[at])) : null);
@@ -228,7 +228,7 @@ function detail(change) {
     ? el("div", { class: "sides wide" }, [0, 1].map((at) => el("div", null, badge(at), el("div", { class: "answer" }, text(both[at])), judged(at))))
     : el("div", null, badge(0), badge(1), el("div", { class: "answer" }, diffInline(change.diff)));
   return [head, el("h3", null, "Question"), el("div", { class: "turn" }, el("div", { class: "long" }, text(change.prompt))),
-    el("h3", null, change.target.length > 1 ? "Right answers" : "Right answer"), el("div", { class: "targets" }, change.target.map((target) => text(target))),
+    el("h3", null, OVERALL.split ? "Instructions" : change.target.length > 1 ? "Right answers" : "Right answer"), el("div", { class: "targets" }, change.target.map((target) => text(target))),
     el("h3", null, "From base to tuned", turn), answers];
 }
 

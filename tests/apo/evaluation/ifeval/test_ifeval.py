@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import apo as public_api
 from apo.evaluation.compare.run import compare_folders
 from apo.evaluation.ifeval.checkers import check_instruction, follows, instruction_types
 from apo.evaluation.ifeval.config import IFEvalConfig
@@ -20,6 +23,7 @@ from apo.evaluation.results import IFEvalItem, IFEvalScore, read_results
 from clair.core.errors import UserError
 from clair.core.recipe import resolve
 from tests.apo.evaluation.evaluating import apo, final, write_recipe
+from tests.clair import tiny_model
 from tests.house.pages import tables
 
 NO_COMMA, WORDS, TITLE = "punctuation:no_comma", "length_constraints:number_words", "detectable_format:title"
@@ -258,6 +262,79 @@ def test_a_model_answers_and_nothing_is_requested_twice(tmp_path, server):
     assert server.paid() == 3
 
 
+def test_cut_answers_are_scored_as_they_are_and_refused_ones_leave_only_a_bracket(tmp_path, server):
+    prompts = ["<<LENGTH:A lake>> Describe it.", "<<HTTP400>>", "<<FILTER:A hill>>"]
+    rows = [{**ROWS[0], "key": key, "prompt": prompt} for key, prompt in enumerate(prompts)]
+    file = write_rows(tmp_path / "scripted.jsonl", rows)
+    model = {"url": server.url, "model": "t"}
+    recipe = write_recipe(tmp_path / "r.yaml", prompts=file, model=model, out=tmp_path / "out", limit=1)
+    cut = apo("eval", "ifeval", recipe)
+    assert cut.code == 0
+    assert "1 of 1 answers reached the token limit; they are scored as they are" in cut.err
+    assert read_results(tmp_path / "out").score.prompt_strict == 1
+    refused = apo("eval", "ifeval", recipe, "--set", "limit=3", "--out", tmp_path / "three")
+    assert refused.code == 3
+    assert "1 prompts were refused (http_400: " in refused.err
+    score = read_results(tmp_path / "three").score
+    assert (score.prompt_loose, score.by_type[NO_COMMA].strict.mean) == (None, None)
+    assert score.intervals["prompt_loose"].bracket == (pytest.approx(1 / 3), 1)
+    assert score.unresolved_reasons == {"answer_content_filter": 1, "answer_http_400": 1}
+    assert (score.unanswered, score.truncated) == (1, 1)
+
+
+def test_an_interrupted_evaluation_goes_on_and_nothing_is_requested_twice(tmp_path, server):
+    config = config_for(tmp_path, model={"url": server.url, "model": "t"}, concurrency=1)
+
+    def interrupt(count: int, _: object) -> None:
+        if count == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    outcome = evaluate(config, on_progress=interrupt)
+    assert outcome.stopped == "interrupted"
+    assert not (tmp_path / "out" / "score.json").exists()
+    assert 0 < server.paid() < 3
+    evaluate(config)
+    assert server.paid() == 3
+    evaluate(config_for(tmp_path, model={"url": server.url, "model": "t"}, out=str(tmp_path / "undisturbed")))
+    assert final(tmp_path / "out") == final(tmp_path / "undisturbed")
+
+
+def test_several_model_folders_are_evaluated_into_folders_of_their_own(tmp_path):
+    models = [tiny_model.save(tmp_path / name, seed=seed) for seed, name in enumerate(("base", "tuned"))]
+    values = {"prompts": write_rows(tmp_path / "p.jsonl", ROWS), "model": {"path": models[0], "max_tokens": 8}}
+    recipe = write_recipe(tmp_path / "r.yaml", **values, out=tmp_path / "out")
+    chosen = [word for model in models for word in ("--model", model)]
+    shown = apo("eval", "ifeval", recipe, *chosen, "--dry-run")
+    assert (shown.code, shown.out.count("# 3 prompts, 4 instructions, 3 answers")) == (0, 2)
+    assert not (tmp_path / "out").exists()
+    result = apo("eval", "ifeval", recipe, *chosen)
+    assert result.code == 0, result.err
+    scores = [read_results(tmp_path / "out" / name).score for name in ("base", "tuned")]
+    assert len({score.model.identity for score in scores}) == 2
+    assert scores[0].model.options == {"temperature": 0.0, "max_tokens": 8, "seed": 0}
+    assert apo("compare", tmp_path / "out" / "base", tmp_path / "out" / "tuned").code == 0
+
+
+@pytest.mark.slow  # ten answers of a model of 135 million parameters
+def test_a_real_model_answers_the_first_prompts(shared, real_model, tmp_path):
+    model = {"path": str(real_model), "max_tokens": 24}
+    prompts = shared / "data" / "ifeval" / "input_data.jsonl"
+    score = evaluate(config_for(tmp_path, prompts=str(prompts), model=model, limit=4)).score
+    assert score is not None
+    items = read_results(tmp_path / "out").items
+    assert [item.prompt_key for item in items] == [1000, 1001, 1005, 1012]
+    assert all(item.response and item.completion_tokens <= 24 for item in items)
+    assert score.truncated == sum(item.truncated for item in items) > 0
+
+
+def test_evaluate_ifeval_is_the_command_in_python(tmp_path):
+    outcome = public_api.evaluate_ifeval(config_for(tmp_path), out=tmp_path / "python", show_progress=False)
+    assert outcome.headline.startswith("prompt-level loose 66.7 %, 95 % interval ")
+    assert outcome.table().row_count == 5
+    evaluate(config_for(tmp_path))
+    assert final(tmp_path / "python") == final(tmp_path / "out")
+
+
 # ---- comparing
 
 
@@ -285,7 +362,7 @@ def test_two_results_are_compared_by_measure_group_and_type(tmp_path):
     }
     shown = apo("compare", tmp_path / "out", tmp_path / "tuned", "--out", tmp_path / "c")
     assert shown.code == 0
-    assert all(text in shown.out for text in ("prompt-level", "instruction-level", "seen", "unseen", "+33.3"))
+    assert all(text in shown.out for text in ("prompts, strict", "instructions, loose", "seen", "unseen", "+33.3"))
     assert "punctuation:no_comma: followed" in (tmp_path / "c" / "compare.html").read_text("utf-8")
 
 
