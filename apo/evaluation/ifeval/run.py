@@ -78,7 +78,8 @@ async def _evaluate(config: IFEvalConfig, inputs: IFEvalInputs, ledger: Ledger, 
         first = run.failures[0] if run.failures else ""
         return IFEvalOutcome(out=out, failed=len(run.failures), first_failure=first, stopped=stop.reason)
     score = run.write(items, time.monotonic() - started)
-    refused = run.answerer.refusals[0] if run.answerer and score.unanswered else ""
+    refusals = run.answerer.refusals if run.answerer else []
+    refused = next((refusal for refusal in refusals if refusal.startswith("http_")), "")
     return IFEvalOutcome(out=out, score=score, refused=refused)
 
 
