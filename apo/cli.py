@@ -19,7 +19,7 @@ from apo.rewards.cli import app as reward
 from clair.core.errors import EXIT_INTERRUPTED
 from clair.core.exit_codes import run
 from clair.core.progress import printable
-from clair.storage.object_store import local
+from clair.storage.location import local
 
 app = typer.Typer(
     name="apo",

@@ -12,7 +12,7 @@ import typer
 from apo.cli_recipe import EXTRA_ARGUMENTS, DryRun, Out, Overrides, RecipeFile, read_recipe
 from apo.console import end_early, print_line
 from clair.core.errors import EXIT_SOME_FAILED, UserError
-from clair.storage.object_store import local
+from clair.storage.location import local
 
 app = typer.Typer(
     help="Measure a model, with intervals.",

@@ -14,7 +14,7 @@ import yaml
 from clair.core.errors import UserError, near_miss
 from clair.core.recipe import Recipe, apply_overrides, load_recipe, text_override
 from clair.core.urls import public_url
-from clair.storage.object_store import local
+from clair.storage.location import local
 
 RecipeFile = Annotated[Path | None, typer.Argument(help="The recipe, a YAML file.")]
 Out = Annotated[Path | None, typer.Option("--out", callback=local, help="The result folder, instead of the recipe's.")]

@@ -19,7 +19,7 @@ from clair.pipeline.estimate import MIN_PROBE, RoleEstimate, expected_replies
 from clair.pipeline.estimate import estimate as estimate_build
 from clair.pipeline.runner import template_warnings
 from clair.reporting.dataset_report import report as write_report
-from clair.storage.object_store import is_url, local_copy
+from clair.storage.location import Location
 from clair.terminal import build_progress, client_progress
 
 RecipeSource = str | Path | Mapping[str, Any] | BuildConfig
@@ -90,7 +90,8 @@ def report(folder: str | Path, *, out: str | Path | None = None, filters: Sequen
     `filters` choose the pairs whose full text it holds, such as `["kept<0.5", "split=test"]`.
     Raises UserError for a folder without a finished dataset and for a filter that cannot be read.
     """
-    with local_copy(str(folder)) as local_folder:
-        if out is None and is_url(str(folder)):
+    location = Location(folder)
+    with location.local_copy() as local_folder:
+        if out is None and location.is_url:
             out = Path(f"{local_folder.name}-report.html")
         return write_report(local_folder, out, filters)

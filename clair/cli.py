@@ -11,7 +11,7 @@ import typer
 from clair.core.errors import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_SOME_FAILED, UserError
 from clair.core.exit_codes import run
 from clair.core.recipe import text_override
-from clair.storage.object_store import local
+from clair.storage.location import Location, local
 
 app = typer.Typer(
     help="Build contrastive preference pairs: a model answers, a stronger one minimally revises.",
@@ -57,7 +57,6 @@ def build(
     from clair.pipeline.estimate import expected_replies
     from clair.pipeline.runner import template_warnings
     from clair.pipeline.shards import parse_shard, shard_config, shards_location
-    from clair.storage.object_store import is_url, public_path
     from clair.terminal import build_progress, shards_progress, summary
 
     overrides = [*(set_ or []), *([text_override("out", out)] if out else []), *([f"limit={limit}"] if limit else [])]
@@ -100,9 +99,9 @@ def build(
             f"shard {shard_id.index} of {shard_id.count}; when all are built: clair merge {shards_location(config.out)}"
         )
     location = shard_config(config, shard_id).out if shard_id else config.out
-    if is_url(location):
-        print_(f"it is at {public_path(location)}; {result.out} is a copy, which may be deleted")
-    print_(f"{result.out}/README.md describes it; look at the pairs with: clair report {public_path(location)}")
+    if location.is_url:
+        print_(f"it is at {location.public}; {result.out} is a copy, which may be deleted")
+    print_(f"{result.out}/README.md describes it; look at the pairs with: clair report {location.public}")
     for role, tokens in result.manifest["tokens"].items():
         if unknown := tokens.get("without_finish_reason"):
             print_(f"{role}: {unknown} replies have no finish_reason; some of them may be incomplete")
@@ -133,11 +132,10 @@ def merge(
     from clair.core.console import show as print_
     from clair.core.progress import print_line
     from clair.data.dataset import quality_warnings
-    from clair.storage.object_store import folder_of
     from clair.terminal import summary
 
     manifest = merge_shards(folder, out)
-    print_(summary([folder_of(manifest["recipe"]["out"])]))
+    print_(summary([Location(manifest["recipe"]["out"]).folder]))
     for warning in quality_warnings(manifest):
         print_line(f"note: {warning}")
     if manifest["failed"]:
@@ -270,9 +268,8 @@ def push(
     from clair.core.console import show as print_
     from clair.pipeline.export import files_to_push
     from clair.pipeline.export import push as send
-    from clair.storage.object_store import local_copy
 
-    with local_copy(folder) as local_folder:
+    with Location(folder).local_copy() as local_folder:
         files = files_to_push(local_folder)
         if yes:
             print_(send(local_folder, name, private=private))
@@ -335,8 +332,7 @@ def next_(
     """Prepare a further round: the tuned model answers the prompts that gave a pair, and those not seen yet."""
     from clair.core.console import show as print_
     from clair.pipeline.export import next_round
-    from clair.storage.object_store import local_copy
 
-    with local_copy(folder) as local_folder:
+    with Location(folder).local_copy() as local_folder:
         recipe, repeated, unseen = next_round(local_folder, model, out)
     print_(f"{repeated} prompts that gave a pair and {unseen} not seen yet; build them with: clair build {recipe}")

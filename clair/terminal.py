@@ -21,7 +21,7 @@ from clair.data.records import task_text
 from clair.inference.client import ModelClient
 from clair.inference.endpoint_check import Check
 from clair.pipeline.estimate import Range, RoleEstimate, total_cost, total_time
-from clair.storage.object_store import public_path
+from clair.storage.location import Location
 
 _SIGNS = {True: "ok", False: "WRONG", None: "?"}
 _STYLES = {"same": "", "gone": "red strike", "new": "green"}
@@ -30,7 +30,7 @@ _STYLES = {"same": "", "gone": "red strike", "new": "green"}
 def summary(folders: Sequence[str | Path]) -> Table:
     """A table of counts, drop reasons, contrast and tokens, with one column per dataset folder or URL."""
     manifests = [read_manifest(folder) for folder in folders]
-    table = Table("", *(public_path(str(folder)) for folder in folders))
+    table = Table("", *(Location(folder).public for folder in folders))
     columns = [dict(_summary_lines(manifest)) for manifest in manifests]
     for name in dict.fromkeys(name for column in columns for name in column):
         table.add_row(name, *(column.get(name, "") for column in columns))

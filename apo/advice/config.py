@@ -19,7 +19,7 @@ from clair.data.records import Prompt
 from clair.inference.config import JudgeConfig, ModelConfig
 from clair.inference.open import check_models
 from clair.prompting.templates import JUDGE_NEEDS, load_template
-from clair.storage.object_store import local_copy
+from clair.storage.location import Location
 
 RESULT = "advice.json"
 _MARKS = re.compile(
@@ -42,7 +42,7 @@ class TrainedModelConfig(ModelConfig):
 class AdviseConfig(EvaluationConfig):
     """The pairs, the model that will be trained on them, and an optional judge."""
 
-    dataset: str
+    dataset: Location
     model: TrainedModelConfig
     judge: JudgeConfig | None = None
     difference: float = Field(default=FINE, gt=0, lt=0.5)
@@ -121,7 +121,7 @@ def own_shares(config: AdviseConfig) -> tuple[float | None, float | None]:
     from clair.data.dataset import read_manifest, read_rows
     from clair.inference.model_folder import weights_identity
 
-    with local_copy(config.dataset) as folder:
+    with config.dataset.local_copy() as folder:
         if not (folder / "manifest.json").is_file():
             return None, None
         identity = weights_identity(config.model.path or "")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from apo.analysis.distinguishability import DRAWS, Interval
 from clair.core.progress import progress
 from clair.core.statistics import Estimate, clustered_mean, wilson
+from clair.storage.location import cache_root
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,7 +189,7 @@ def _gradients(
     key = content_hash(["advice 1", cache.hash_model(model, adapter=True), SKETCH, ids])
     n, m = len(pairs), min(SKETCH, model.get_output_embeddings().weight.numel())
     shapes = {"chosen": (n, m), "rejected": (n, m), "chosen_logps": (n, 2), "rejected_logps": (n, 2)}
-    folder = cache.default_folder()
+    folder = cache_root()
     if (cached := cache.load(folder, key, shapes)) is not None:
         return cached
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from clair.core.recipe import Recipe
-from clair.storage.object_store import LocalPath
+from clair.storage.location import LocalPath
 
 Datasets = Annotated[
     list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Field(min_length=1)

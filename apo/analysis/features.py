@@ -18,7 +18,7 @@ from apo.models import tensor_cache as cache
 from clair.core.errors import UserError
 from clair.core.files import content_hash
 from clair.data.records import LABELS
-from clair.storage.object_store import local_copy
+from clair.storage.location import Location, cache_root
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,7 +65,7 @@ def compute_features(
     """Return the features of tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`), from the cache if there."""
     import torch
 
-    folder = cache.default_folder() if folder is None else folder
+    folder = cache_root() if folder is None else folder
     weights = cache.hash_model(model, adapter=True)
     width = model.get_output_embeddings().in_features
     identity = [weights, str(model.dtype), getattr(model.config, "_attn_implementation", None)]
@@ -200,9 +200,9 @@ def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
     from clair.data.dataset import read_rows as read_folder
 
     rows: list[dict[str, Any]] = []
-    for path in paths:
+    for path in map(Location, paths):
         check_exists(path)
-        with local_copy(path) as folder:
+        with path.local_copy() as folder:
             if (folder / "manifest.json").is_file():
                 source, parts = read_manifest(folder)["pipeline"], [(s, read_folder(folder, [s])) for s in SPLITS]
             else:

@@ -17,9 +17,10 @@ from pydantic import Field
 from apo.data.tokenize import COLUMNS, ID_COLUMNS, MASK_COLUMNS, UNPAIRED_COLUMNS, check_weight, needed_columns
 from clair.core.errors import UserError, near_miss, one_line
 from clair.core.recipe import Recipe
+from clair.core.urls import public_url
 from clair.data.preference_sources import load_preferences, split_names
 from clair.data.row_files import kind_of
-from clair.storage.object_store import is_url, public_path
+from clair.storage.location import Location
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -117,7 +118,7 @@ def _prefixed(
 
 
 def _is_path(text: str) -> bool:
-    return is_url(text) or _looks_local(text) or Path(text).exists()
+    return Location(text).is_url or _looks_local(text) or Path(text).exists()
 
 
 def _eval_source(path: str, sources: Sequence[Source]) -> Source:
@@ -283,11 +284,11 @@ def _load_unless_empty(
 
 def check_exists(path: str) -> None:
     """Raises UserError for a path that neither exists nor is a hub name, and for a URL that contains a secret."""
-    if is_url(path):
+    if Location(path).is_url:
         url = urlsplit(path)
         if url.username or url.password or url.query:
             raise UserError(
-                f"dataset {public_path(path)}: its URL contains a password or a query, and is recorded in outputs; "
+                f"dataset {public_url(path)}: its URL contains a password or a query, and is recorded in outputs; "
                 "leave that out and give credentials by the environment"
             )
     elif _looks_local(path) and not Path(path).exists():

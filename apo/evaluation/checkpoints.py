@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self, TypeVar
 from clair.core.errors import UserError
 from clair.inference.budget import BudgetConfig
 from clair.inference.config import ModelConfig
-from clair.storage.object_store import is_url
+from clair.storage.location import Location
 
 LEDGER = "ledger.sqlite"
 
@@ -27,7 +27,7 @@ class _OneModelConfig(Protocol):
     def budget(self) -> BudgetConfig | None: ...
 
     @property
-    def out(self) -> str: ...
+    def out(self) -> Location: ...
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None) -> Self: ...
 
@@ -52,10 +52,10 @@ def configs_by_model(config: Config, folders: Sequence[str]) -> list[Config]:
     `folders` are the models; none: the model of `config`. Raises UserError if `config.model` is no folder.
     """
     model = config.model
-    if model is None or model.path is None or any(is_url(folder) for folder in folders):
+    if model is None or model.path is None or any(Location(folder).is_url for folder in folders):
         raise UserError("several models, and --runner, are for model folders; evaluate an endpoint alone")
     folders = list(folders) or [model.path]
-    ledger = config.ledger or str(Path(config.out) / LEDGER)
+    ledger = config.ledger or config.out / LEDGER
     budget = config.budget
     if budget:
         money, tokens = budget.money, budget.tokens
@@ -65,7 +65,7 @@ def configs_by_model(config: Config, folders: Sequence[str]) -> list[Config]:
         config.model_copy(
             update={
                 "model": model.model_copy(update={"path": folder}),
-                "out": str(Path(config.out) / name),
+                "out": config.out / name,
                 "ledger": ledger,
                 "budget": budget,
             }

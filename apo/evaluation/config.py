@@ -21,7 +21,7 @@ from clair.inference.config import ROLE_PASSING, ModelConfig, redacted_model
 from clair.inference.model import LimitReached, PaymentRequired, Refused
 from clair.inference.open import InferenceConfig, Resources, running_clients
 from clair.ledger.ledger import Ledger
-from clair.storage.object_store import account_of
+from clair.storage.location import Location
 
 SETTINGS = "settings.json"
 _MAY_CHANGE = ("concurrency", "attempts", "out", "ledger", "limit", "budget", "upstream_files", "groups")
@@ -34,7 +34,7 @@ class EvaluationConfig(Recipe):
     concurrency: int = Field(default=100, ge=1)
     attempts: int = Field(default=6, ge=1)
     ledger: str | None = None
-    out: str = Field(min_length=1)
+    out: Location
 
     @model_validator(mode="after")
     def _sends_live(self) -> EvaluationConfig:
@@ -109,7 +109,7 @@ def check_resumable(config: EvaluationConfig, out: Path, ledger: Ledger, items: 
     finished run leaves. Raises UserError if the settings differ from those of the replies in the folder.
     """
     file, settings = out / SETTINGS, redacted(config)
-    started = (out / items).is_file() or any(sum(tokens) for tokens in ledger.spent(account_of(config.out)).values())
+    started = (out / items).is_file() or any(sum(tokens) for tokens in ledger.spent(config.out.account).values())
     if file.is_file() and started:
         changed = changed_keys(_content_settings(read_json(file)), _content_settings(settings))
         if changed:

@@ -26,7 +26,7 @@ from clair.core.provenance import provenance
 from clair.core.recipe import Recipe, resolved
 from clair.core.statistics import clustered_mean, clustered_score, paired_difference
 from clair.data.contrast import shared_tokens
-from clair.storage.object_store import is_url
+from clair.storage.location import Location
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ class PairsConfig(Recipe):
 
     model: str
     reference: str
-    dataset: str
+    dataset: Location
     split: str = "test"
     beta: float = Field(default=0.1, gt=0)
     limit: int | None = Field(default=None, ge=1)
@@ -78,7 +78,7 @@ class PairsConfig(Recipe):
 
 
 def _is_file(dataset: str) -> bool:
-    return Path(dataset).is_file() or (is_url(dataset) and bool(Path(dataset).suffix))
+    return Path(dataset).is_file() or (Location(dataset).is_url and bool(Path(dataset).suffix))
 
 
 # ---- one pair
@@ -322,7 +322,7 @@ def _jsonl_row(pair: MeasuredPair, beta: float) -> dict[str, Any]:
 def _load_pairs(config: PairsConfig) -> Any:
     from apo.data.sources import Source, load_eval, split_names
 
-    exists = is_url(config.dataset) or Path(config.dataset).exists()
+    exists = config.dataset.is_url or Path(config.dataset).exists()
     names = split_names(config.dataset) if exists else [config.split]
     if config.split not in names:
         raise UserError(f"dataset {config.dataset} has no split {config.split!r}; found: {', '.join(names)}")

@@ -24,7 +24,7 @@ from apo.guarantees.conformal import (
 from apo.guarantees.properties import Certificate, certify_pairs
 from clair.core.errors import UserError, near_miss
 from clair.core.files import content_hash
-from clair.storage.object_store import is_url, local_copy
+from clair.storage.location import Location
 
 Guarantee = Literal["joint", "precision"]
 SCORES = ("score_chosen", "score_rejected")
@@ -202,8 +202,9 @@ def read_scored(path: str | Path) -> list[dict[str, Any]]:
     """Read all rows of a dataset folder or file, local or at a URL. A row without `id` gets its content's hash."""
     from clair.data.dataset import load_pairs, read_rows
 
-    check_exists(str(path))
-    with local_copy(str(path)) as folder:
+    location = Location(path)
+    check_exists(location)
+    with location.local_copy() as folder:
         if (folder / "manifest.json").is_file():
             return list(read_rows(folder))
     return [{**row, "id": str(row.get("id") or content_hash(row)[:16])} for row in load_pairs(path)]
@@ -214,7 +215,7 @@ def read_ids(path: str | Path) -> list[str]:
     folder = Path(path)
     if (folder / "reward.json").is_file():
         return list(json.loads((folder / "reward.json").read_text("utf-8"))["trained_on"])
-    if folder.is_dir() or is_url(str(path)):
+    if folder.is_dir() or Location(path).is_url:
         return [row["id"] for row in read_scored(path)]
     return [row["id"] for row in _jsonl(path, "file of ids")]
 

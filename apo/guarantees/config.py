@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from apo.guarantees.calibrate import SCORES, Guarantee, Kind
 from clair.core.recipe import Recipe, check_used
-from clair.storage.object_store import LocalPath
+from clair.storage.location import LocalPath
 
 
 class GuaranteeConfig(Recipe):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from clair.core.files import publish
-from clair.storage.object_store import default_folder as default_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from apo.analysis.config import Datasets
 from clair.core.recipe import Recipe, check_used
-from clair.storage.object_store import LocalPath
+from clair.storage.location import LocalPath
 
 RewardKind = Literal["bradley_terry", "pal", "vpl"]
 

@@ -27,7 +27,7 @@ from clair.core.files import write_atomically, write_json
 from clair.core.provenance import provenance
 from clair.core.recipe import changed_keys
 from clair.core.urls import without_secrets
-from clair.storage.object_store import local
+from clair.storage.location import local
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"

@@ -112,9 +112,9 @@ def trainer_options(config: TrainConfig, *, has_eval: bool, processes: int = 1) 
     import dataclasses
 
     from apo.losses.mixture import resolve_mixture
-    from apo.models.tensor_cache import default_folder
     from apo.monitoring.metrics import check_best_metric
     from apo.training.trainer_config import IGNORED, APOConfig, ignored_reason
+    from clair.storage.location import cache_root
 
     allowed = (
         {field.name for field in dataclasses.fields(APOConfig)} - set(RECIPE_KEYS) - set(IGNORED) - set(UNSUPPORTED)
@@ -138,7 +138,7 @@ def trainer_options(config: TrainConfig, *, has_eval: bool, processes: int = 1) 
     defaults |= _batch_sizes(config, processes)
     objective = resolve_mixture(config.objective)
     if config.reference == "cached" and objective.needs_reference and not objective.needs_divergence:
-        defaults |= {"precompute_ref_log_probs": True, "reference_cache": str(default_folder())}
+        defaults |= {"precompute_ref_log_probs": True, "reference_cache": str(cache_root())}
     _check_trackers(config.trainer.get("report_to"))
     check_best_metric(config.trainer.get("metric_for_best_model"), objective)
     try:

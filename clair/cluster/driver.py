@@ -35,7 +35,8 @@ from clair.pipeline.build import BuildResult, check_resumable, recorded_recipe
 from clair.pipeline.config import BuildConfig, changed_content_keys
 from clair.pipeline.output_dir import CURRENT_ROW, lock_output
 from clair.pipeline.shards import Shard, can_share_budget, list_shards, shard_config, shards_location
-from clair.storage.object_store import InUse, Store, account_of, is_url, public_path
+from clair.storage.location import Location
+from clair.storage.object_store import InUse, Store
 
 _POLL_SECONDS = 0.3
 """Seconds between two polls of the workers."""
@@ -87,9 +88,9 @@ def build_on_ray(
 # ---- before any work
 
 
-def _shard_count(folder: str, existing: Set[Shard], requested: int | None) -> int | None:
+def _shard_count(folder: Location, existing: Set[Shard], requested: int | None) -> int | None:
     """The number of shards in the folder, if any. Raises UserError if it is ambiguous, or not the requested number."""
-    folder_name, counts = public_path(folder), {shard.count for shard in existing}
+    folder_name, counts = folder.public, {shard.count for shard in existing}
     if len(counts) > 1:
         several = ", ".join(map(str, sorted(counts)))
         raise UserError(
@@ -103,10 +104,10 @@ def _shard_count(folder: str, existing: Set[Shard], requested: int | None) -> in
 
 def _check_no_unsharded_ledger(config: BuildConfig) -> None:
     """Raise UserError if the folder holds replies of a run without shards, which would be paid for again."""
-    url = is_url(config.out)
+    url = config.out.is_url
     if config.ledger is None and (Store(config.out).names("ledger") if url else config.ledger_path.is_file()):
         raise UserError(
-            f"{public_path(config.out)} holds the replies of a run without shards; go on without --runner, or choose "
+            f"{config.out.public} holds the replies of a run without shards; go on without --runner, or choose "
             f"another --out"
         )
 
@@ -237,9 +238,9 @@ class _Job:
     def _inspect(self, name: str, patience: float) -> _Inspection:
         """Read the state of a shard from its ledger, which only one machine may have open."""
         config = self.configs[name]
-        if not is_url(config.out) and not config.ledger_path.is_file():
+        if not config.out.is_url and not config.ledger_path.is_file():
             return _Inspection(Decimal(0), 0)
-        account = account_of(config.out)
+        account = config.out.account
         try:
             with lock_output(config.out, patience) as output, output.ledger(config.ledger_path) as ledger:
                 spent = ledger.spent(account)

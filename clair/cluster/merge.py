@@ -25,7 +25,7 @@ from clair.pipeline.config import changed_content_keys
 from clair.pipeline.output_dir import Output, check_output, lock_output
 from clair.pipeline.shards import Shard, list_shards
 from clair.pipeline.steps import position_bias
-from clair.storage.object_store import account_of, joined, public_path
+from clair.storage.location import Location
 
 _ROWS_PER_READ = 100
 _FILES_PER_SHARD, _EXTRA_FILES = 5, 100  # a lock, two splits, the order, what was dropped; ours and the libraries'
@@ -38,7 +38,7 @@ def merge(folder: str | Path, out: str | Path | None = None) -> dict[str, Any]:
     Raises UserError for a shard that is missing, unfinished, in use, or of another recipe or other prompts.
     """
     with ExitStack() as stack:
-        locations = _locations(str(folder))
+        locations = _locations(Location(folder))
         _allow_files(_FILES_PER_SHARD * len(locations) + _EXTRA_FILES)
         outputs = [stack.enter_context(lock_output(shard)) for shard in locations]
         shards = [output.folder for output in outputs]
@@ -46,8 +46,8 @@ def merge(folder: str | Path, out: str | Path | None = None) -> dict[str, Any]:
         _check_same_recipe(shards, manifests)
         for output, manifest in zip(outputs, manifests, strict=True):
             output.fetch(manifest["files"])
-        target_location = str(out or manifests[0]["recipe"]["out"])
-        recipe = {**manifests[0]["recipe"], "out": public_path(target_location)}
+        target_location = Location(out or manifests[0]["recipe"]["out"])
+        recipe = {**manifests[0]["recipe"], "out": target_location.public}
         check_output(target_location)
         target = stack.enter_context(lock_output(target_location))
         _check_target(target.folder, recipe)
@@ -66,10 +66,10 @@ def _allow_files(count: int) -> None:
             ) from error
 
 
-def _locations(folder: str) -> list[str]:
+def _locations(folder: Location) -> list[Location]:
     """The folders or URLs of all shards, in order. Raises UserError naming those that are missing."""
     shards, finished = list_shards(folder)
-    folder_name = public_path(folder)
+    folder_name = folder.public
     if not shards:
         raise UserError(f"{folder_name} holds no shards (folders such as 1-of-4); give the folder that --shard made")
     of = max(shard.count for shard in shards)
@@ -83,7 +83,7 @@ def _locations(folder: str) -> list[str]:
         raise UserError(
             f"{folder_name} lacks shard {', '.join(missing[:10])}; run clair build --shard {missing[0]} first"
         )
-    return [joined(folder, Shard(index, of).name) for index in range(1, of + 1)]
+    return [folder / Shard(index, of).name for index in range(1, of + 1)]
 
 
 def _check_same_recipe(shards: Sequence[Path], manifests: Sequence[Mapping[str, Any]]) -> None:
@@ -102,8 +102,7 @@ def _check_target(target: Path, recipe: Mapping[str, Any]) -> None:
     file = target / "recipe.json"
     if file.is_file() and (changed := changed_content_keys(read_json(file), recipe)):
         raise UserError(
-            f"{public_path(recipe['out'])} holds another recipe's run (it differs in {', '.join(changed)}); choose "
-            f"another --out"
+            f"{recipe['out']} holds another recipe's run (it differs in {', '.join(changed)}); choose another --out"
         )
 
 
@@ -130,7 +129,7 @@ def _merge(
     write_json(target / "recipe.json", recipe)
     if recipe["ledger"] is None:
         ledgers, ledger = [shard / "ledger.sqlite" for shard in shards], target / "ledger.sqlite"
-        join_ledgers(ledgers, ledger, account_of(recipe["out"]))
+        join_ledgers(ledgers, ledger, Location(recipe["out"]).account)
         output.ledger(ledger, send_all=True).close()
     manifest = _manifest(manifests, recipe, writer, hashes)
     write_json(target / "manifest.json", manifest)

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from clair.core.errors import UserError, near_miss, one_line
+from clair.core.urls import without_secrets
 
 
 class Recipe(BaseModel):
@@ -200,7 +201,7 @@ def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
         return f"the key {key!r} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     value = problem["input"]
-    found_text = f", found {value!r}" if isinstance(value, str | int | float | bool) else ""
+    found_text = f", found {without_secrets(value)!r}" if isinstance(value, str | int | float | bool) else ""
     return f"{key}: {message}{found_text}" if key else message
 
 

@@ -25,7 +25,7 @@ from clair.core.files import content_hash, file_sha256, publish, read_json
 from clair.data.preference_sources import load_preferences
 from clair.data.records import LABELS, Dropped, Pair
 from clair.data.row_files import is_json_list, parquet_rows
-from clair.storage.object_store import joined, local_copy, local_manifest, report_as
+from clair.storage.location import Location, report_as
 
 SPLITS = ("train", "test")
 CONTRAST = ("jaccard", "levenshtein", "kept", "prefix", "length_ratio")
@@ -332,14 +332,15 @@ def _doubtful_reviser(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a dataset folder or URL. Raises UserError if there is none."""
-    file = local_manifest(str(folder))
-    with report_as(file, joined(str(folder), "manifest.json")):
+    location = Location(folder)
+    file = location.manifest()
+    with report_as(file, location / "manifest.json"):
         return read_json(file)
 
 
 def read_rows(folder: str | Path, splits: Sequence[str] = SPLITS) -> Iterator[dict[str, Any]]:
     """The pairs of a dataset folder or URL as plain rows, split by split."""
-    with local_copy(str(folder)) as path:
+    with Location(folder).local_copy() as path:
         for split in splits:
             yield from parquet_rows(path / split_file(split), 1000)
 

@@ -29,7 +29,7 @@ from clair.data.preferences import (
 )
 from clair.data.row_files import KINDS, file_rows, is_saved, kind_of, load_split
 from clair.data.row_formats import CONSUMED_COLUMNS
-from clair.storage.object_store import local_copy, public_path
+from clair.storage.location import Location
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -66,9 +66,10 @@ def load_preferences(
     if unknown := next((key for key in columns if key not in NAMES), None):
         allowed = ", ".join(NAMES)
         raise UserError(f"columns: unknown name {unknown!r}{near_miss(unknown, NAMES)}; allowed: {allowed}")
-    location = f"dataset {public_path(str(path))}"
+    path = Location(path)
+    location = f"dataset {path.public}"
     try:
-        with local_copy(str(path)) as source:
+        with path.local_copy() as source:
             files = [] if options else _row_files(source, split, name)
             if not files:
                 dataset = _rename_columns(_load(source, split, name, options), columns, location)
@@ -80,15 +81,16 @@ def load_preferences(
     except Exception as error:  # an unknown name or split, or no network: report the library's message
         if cause := _user_error(error):
             raise cause from error
-        raise UserError(f"dataset {public_path(str(path))!r}, split {split!r}: {error_chain(error)}") from error
+        raise UserError(f"dataset {path.public!r}, split {split!r}: {error_chain(error)}") from error
 
 
 def split_names(path: str, name: str | None = None) -> list[str]:
     """The names of the splits of a source. A single file is one split, `train`."""
     import datasets
 
+    path = Location(path)
     try:
-        with local_copy(path) as source:
+        with path.local_copy() as source:
             if source.is_file():
                 return ["train"]
             if is_saved(source):
@@ -99,7 +101,7 @@ def split_names(path: str, name: str | None = None) -> list[str]:
     except UserError:
         raise
     except Exception as error:  # an unknown name, or no network: report the library's message
-        raise UserError(f"dataset {public_path(path)!r}: {error_chain(error)}") from error
+        raise UserError(f"dataset {path.public!r}: {error_chain(error)}") from error
 
 
 def _check_configuration(folder: Path, name: str | None) -> None:

@@ -23,13 +23,13 @@ from clair.data.deduplication import Benchmark, NearDuplicates, RepeatedKeys
 from clair.data.prompt_rows import read_prompt
 from clair.data.records import LABELS, Prompt, task_text
 from clair.data.row_files import drop_nulls, file_rows, kind_of, load_split, number_rows
-from clair.storage.object_store import local_copy, public_path
+from clair.storage.location import Location
 
 
 class PromptSource(Recipe):
     """`prompts:` of a data recipe."""
 
-    path: str
+    path: Location
     """A .jsonl, .ndjson, .json, .csv, .tsv or .parquet file (text also as .gz) or a dataset that clair built, here or
     at a URL that fsspec reads (s3://...), a folder `datasets.load_dataset` reads, or a dataset name on the hub."""
     split: str = "train"
@@ -40,7 +40,7 @@ class PromptSource(Recipe):
     near_duplicates: float | None = Field(default=None, gt=0, le=1)
     """Leave out prompts that share at least this much of their 5-word runs with an earlier one. Off by default, because
     it compares words alone, and tasks made from a template differ in few."""
-    not_in: str | None = None
+    not_in: Location | None = None
     """A prompt file (a benchmark's questions). Prompts that share 13 words in a row with it are left out."""
 
 
@@ -109,9 +109,7 @@ def _scan(
     collisions = ids.repeated(lambda rows: repeated[rows >> 3] >> (rows & 7).astype(np.uint8) & 1 == 0)
     if collision := min((int(rows.min()) for rows in collisions if len(rows)), default=None):
         id = next(islice(read_prompts(source, limit), collision, None)).id
-        raise UserError(
-            f"{public_path(source.path)}, row {collision + 1}: the id {id!r} stands for two different prompts"
-        )
+        raise UserError(f"{source.path.public}, row {collision + 1}: the id {id!r} stands for two different prompts")
     unique, answered, compared, scored, preferred = counts
     bits = repeated.tobytes() if repeated.any() else b""
     return Scan(row + 1, held, unique, answered, compared, scored, preferred, digest.hexdigest(), tools, bits)
@@ -149,7 +147,7 @@ def each_prompt(
         yield prompt, "duplicate" if scanned.repeats(row) else similarity(prompt)
     if digest.hexdigest() != scanned.sha256:
         raise UserError(
-            f"{public_path(source.path)} was changed during the run; what came of it is not written, every reply is "
+            f"{source.path.public} was changed during the run; what came of it is not written, every reply is "
             f"kept: run the same command again, and leave the file alone until it ends"
         )
 
@@ -172,7 +170,7 @@ def _similarity_check(source: PromptSource) -> Callable[[Prompt], str | None]:
     return check
 
 
-def _benchmark(path: str) -> Benchmark:
+def _benchmark(path: Location) -> Benchmark:
     return Benchmark(task_text(prompt.messages) for prompt in read_prompts(PromptSource(path=path)))
 
 
@@ -192,11 +190,11 @@ def read_prompts(source: PromptSource, limit: int | None = None) -> Iterator[Pro
 
 def _rows(source: PromptSource) -> Iterator[tuple[str, Any]]:
     """(location, row) of every row."""
-    with local_copy(source.path) as path:
+    with source.path.local_copy() as path:
         if kind_of(path) is None and not path.is_file():
             yield from _dataset_rows(source, str(path))
             return
-        name = public_path(source.path)
+        name = source.path.public
         for location, row in file_rows(path, "prompt file"):
             yield location.replace(str(path), name, 1), row
 

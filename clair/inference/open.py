@@ -31,7 +31,7 @@ from clair.inference.openai import OpenAIModel
 from clair.inference.pool import EndpointPool
 from clair.inference.rate_limit import Limiter, Rate
 from clair.ledger.ledger import Ledger
-from clair.storage.object_store import account_of
+from clair.storage.location import Location
 
 
 class Resources:
@@ -108,7 +108,7 @@ class InferenceConfig(Protocol):
         ...
 
     @property
-    def out(self) -> str:
+    def out(self) -> Location:
         """The output folder or URL, to whose account calls are billed."""
         ...
 
@@ -139,7 +139,7 @@ def open_clients(
             stop.request(str(error), error)
             raise
 
-    account = account_of(config.out)
+    account = config.out.account
     budget = resources.budget(
         config.budget,
         role_prices(config.models),

@@ -28,7 +28,6 @@ from clair.pipeline.output_dir import CURRENT_ROW, Output, check_output, lock_ou
 from clair.pipeline.runner import KILLED_WORKER, PipelineRun, PromptRow, load_templates, open_run
 from clair.pipeline.shards import CrashPolicy, Shard, shard_config
 from clair.pipeline.steps import position_bias
-from clair.storage.object_store import account_of, local_copy, public_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +214,7 @@ def _has_content(config: BuildConfig, out: Path) -> bool:
     if not config.ledger_path.is_file():
         return False
     with Ledger(config.ledger_path) as ledger:
-        return any(sum(tokens) for tokens in ledger.spent(account_of(config.out)).values())
+        return any(sum(tokens) for tokens in ledger.spent(config.out.account).values())
 
 
 def recorded_recipe(config: BuildConfig) -> dict[str, Any]:
@@ -227,7 +226,7 @@ def recorded_recipe(config: BuildConfig) -> dict[str, Any]:
     if config.judge:
         recipe["judge"]["template_sha256"] = content_hash([templates["judge"]])
     if config.prompts.not_in:
-        with local_copy(config.prompts.not_in) as file:
+        with config.prompts.not_in.local_copy() as file:
             recipe["prompts"]["not_in_sha256"] = file_sha256(file) if file.is_file() else None
     return recipe
 
@@ -237,7 +236,7 @@ def check_resumable(config: BuildConfig, out: Path, *, update: bool) -> None:
 
     Raises UserError if the folder holds the run of another recipe or was reviewed, unless `update`.
     """
-    file, name = out / "recipe.json", public_path(config.out)
+    file, name = out / "recipe.json", config.out.public
     recipe = recorded_recipe(config)
     if file.is_file() and not update and _has_content(config, out):
         changed = changed_content_keys(read_json(file), recipe)

@@ -14,7 +14,7 @@ from clair.data.prompt_sources import PromptSource
 from clair.inference.budget import BudgetConfig
 from clair.inference.config import ROLE_PASSING, JudgeConfig, ModelConfig, ReviserConfig, redacted_model
 from clair.pipeline.filters import make_filters
-from clair.storage.object_store import check_url, folder_of, is_url, public_path
+from clair.storage.location import Location
 
 _ROLES = ("target", "reviser", "judge", "stronger")
 _PIPELINES = {"revised": ("target", "reviser"), "judged": ("target", "judge"), "stronger": ("target", "stronger")}
@@ -42,15 +42,13 @@ class BuildConfig(Recipe):
     seed: int = 0
     limit: int | None = Field(default=None, ge=1)
     test_fraction: float = Field(default=0.05, ge=0, lt=1)
-    ledger: str | None = None
-    out: str = Field(min_length=1)
+    ledger: Location | None = None
+    out: Location
 
     @model_validator(mode="after")
     def _roles_fit(self) -> BuildConfig:
         make_filters(self.filters)
-        for key, path in _paths(self).items():
-            check_url(key, path)
-        if self.ledger and (is_url(self.ledger) or is_url(self.out)):
+        if self.ledger and (self.ledger.is_url or self.out.is_url):
             raise ValueError("ledger is a file of this machine, and cannot go with URLs; remove it: out has its own")
         used = _PIPELINES[self.pipeline]
         if self.filters.get("gap") and self.pipeline != "judged":
@@ -77,20 +75,15 @@ class BuildConfig(Recipe):
     @property
     def ledger_path(self) -> Path:
         """The ledger: the recipe's, or the output folder's own."""
-        return Path(self.ledger) if self.ledger else folder_of(self.out) / "ledger.sqlite"
-
-
-def _paths(config: BuildConfig) -> dict[str, str]:
-    paths = {"out": config.out, "prompts.path": config.prompts.path, "prompts.not_in": config.prompts.not_in}
-    return {key: path for key, path in paths.items() if path}
+        return Path(self.ledger) if self.ledger else self.out.folder / "ledger.sqlite"
 
 
 def redacted(config: BuildConfig) -> dict[str, Any]:
     """The resolved recipe without secrets, as outputs record it."""
     recipe = resolved(config)
-    recipe["out"] = public_path(config.out)
-    for key in ("path", "not_in"):
-        recipe["prompts"][key] = recipe["prompts"][key] and public_path(recipe["prompts"][key])
+    recipe["out"] = config.out.public
+    recipe["prompts"]["path"] = config.prompts.path.public
+    recipe["prompts"]["not_in"] = config.prompts.not_in and config.prompts.not_in.public
     for role, model in config.models.items():
         recipe[role] = redacted_model(model, recipe[role])
     return recipe

@@ -15,7 +15,8 @@ from clair.core.errors import UserError
 from clair.core.files import file_sha256
 from clair.ledger.ledger import Ledger
 from clair.ledger.replication import LedgerReplica
-from clair.storage.object_store import InUse, Store, folder_of, is_url
+from clair.storage.location import Location
+from clair.storage.object_store import InUse, Store
 from clair.storage.url_lock import UrlLock, lock_url
 
 DATASET_FILES = ("recipe.json", "manifest.json")
@@ -83,13 +84,14 @@ def lock_output(out: str | Path, patience: float = 0.0) -> Iterator[Output]:
     `patience`: seconds to wait for that process, if it is known to be ending. If `out` is a URL, the files of earlier
     runs (recipe, manifest, ledger, last row) are downloaded into the folder.
     """
-    folder = folder_of(out)
+    out = Location(out)
+    folder = out.folder
     with ExitStack() as stack:
-        stack.enter_context(_lock_folder(folder, str(out), patience))
-        if not is_url(str(out)):
+        stack.enter_context(_lock_folder(folder, out, patience))
+        if not out.is_url:
             yield Output(folder)
             return
-        store = Store(str(out))
+        store = Store(out)
         output = Output(folder, store, stack.enter_context(lock_url(store, folder, patience)))
         names = store.names()
         for name in (*DATASET_FILES, CURRENT_ROW):
@@ -131,11 +133,12 @@ def _flock(file: TextIO, patience: float) -> bool:
 
 def check_output(out: str | Path) -> None:
     """Check that `out` is empty or a dataset folder. Raises UserError, also for a file or a URL that cannot be read."""
-    if is_url(str(out)):
-        store = Store(str(out))
+    out = Location(out)
+    if out.is_url:
+        store = Store(out)
         names, name = store.names(), store.name
     else:
-        path, name = Path(out), str(out)
+        path, name = out.folder, out
         if path.exists() and not path.is_dir():
             raise UserError(f"out {out} is a file, not a folder; choose another --out")
         names = [entry.name for entry in path.iterdir()] if path.is_dir() else []

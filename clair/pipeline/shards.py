@@ -10,7 +10,8 @@ from typing import Any
 from clair.core.errors import UserError
 from clair.core.files import content_hash
 from clair.pipeline.config import BuildConfig
-from clair.storage.object_store import Store, is_url, joined
+from clair.storage.location import Location
+from clair.storage.object_store import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +39,18 @@ def parse_shard(text: str) -> Shard:
     raise UserError(f"--shard {text}: give the shard and their number, from --shard 1/4 to --shard 4/4")
 
 
-def shards_location(out: str | Path) -> str:
+def shards_location(out: Location) -> Location:
     """The folder or URL of a build's shards."""
-    return f"{str(out).rstrip('/')}-shards" if is_url(str(out)) else f"{Path(out)}-shards"
+    return Location(f"{out.rstrip('/')}-shards" if out.is_url else f"{Path(out)}-shards")
 
 
-def list_shards(folder: str) -> tuple[set[Shard], set[Shard]]:
+def list_shards(folder: Location) -> tuple[set[Shard], set[Shard]]:
     """All shards in a folder or at a URL, and the finished ones among them."""
-    if is_url(folder):
-        names = [name.split("/") for name in Store(folder).names()]
-        shard_names = {parts[0] for parts in names if len(parts) > 1}
-        finished = {parts[0] for parts in names if parts[1:] == ["manifest.json"]}
-    else:
-        entries = [entry for entry in Path(folder).iterdir() if entry.is_dir()] if Path(folder).is_dir() else []
-        shard_names = {entry.name for entry in entries}
-        finished = {entry.name for entry in entries if (entry / "manifest.json").is_file()}
-    shards = {parse_shard(name) for name in shard_names if "-of-" in name}
+    local_paths = (path for pattern in ("*-of-*/", "*-of-*/manifest.json") for path in Path(folder).glob(pattern))
+    local_files = (path.relative_to(folder) for path in local_paths)
+    files = [Path(name).parts for name in (Store(folder).names() if folder.is_url else local_files)]
+    shards = {parse_shard(parts[0]) for parts in files if "-of-" in parts[0]}
+    finished = {parts[0] for parts in files if parts[1:] == ("manifest.json",)}
     return shards, {shard for shard in shards if shard.name in finished}
 
 
@@ -68,7 +65,7 @@ def shard_config(config: BuildConfig, shard: Shard, *, shared: bool = False) -> 
             f"accept: {config.accept} takes the first pairs in the order of all prompts, which no shard sees; remove "
             f"it, or build without shards"
         )
-    changes: dict[str, Any] = {"out": joined(shards_location(config.out), shard.name)}
+    changes: dict[str, Any] = {"out": shards_location(config.out) / shard.name}
     if config.budget and not (shared and can_share_budget(config)):
         money, tokens = config.budget.money, config.budget.tokens
         budget_share = {"money": money and money / shard.count, "tokens": tokens and tokens // shard.count}

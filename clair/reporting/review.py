@@ -21,7 +21,7 @@ from clair.data.dataset import CONTRAST, ROWS_PER_GROUP, SPLITS, card, read_mani
 from clair.data.records import Dropped
 from clair.data.row_files import is_json_list
 from clair.pipeline.output_dir import lock_output
-from clair.storage.object_store import folder_of, is_url, local_copy, public_path, report_as
+from clair.storage.location import Location, report_as
 
 FORMAT = 1
 DECISIONS = ("keep", "drop")
@@ -87,23 +87,21 @@ def apply_decisions_locked(folder: str, decisions: Decisions, out: str | None = 
 
     Raises UserError as `apply_decisions` does, and if `out` is a URL.
     """
+    location = Location(folder)
     if out is not None:
-        if is_url(out):
-            raise UserError(f"--out {public_path(out)} is a URL; give a folder, or leave --out away to change in place")
-        with local_copy(folder) as source:
+        if Location(out).is_url:
+            name = Location(out).public
+            raise UserError(f"--out {name} is a URL; give a folder, or leave --out away to change in place")
+        with location.local_copy() as source:
             check_decisions(source, decisions, out)
             with lock_output(out):
                 apply_decisions(source, decisions, out)
         return
-    local_folder = folder_of(folder)
-    if is_url(folder):
-        read_manifest(folder)
+    if location.is_url:
+        read_manifest(location)
     else:
-        check_decisions(folder, decisions)
-    with (
-        report_as(local_folder, public_path(folder) if is_url(folder) else str(local_folder)),
-        lock_output(folder) as output,
-    ):
+        check_decisions(location, decisions)
+    with report_as(location.folder, location.public), lock_output(location) as output:
         output.fetch(read_manifest(output.folder)["files"])
         apply_decisions(output.folder, decisions)
         output.publish()

@@ -9,18 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
-from pydantic import AfterValidator
-
 from clair.core.errors import UserError, one_line
-from clair.core.files import content_hash, file_sha256, read_json, write_atomically
+from clair.core.files import content_hash, write_atomically
 from clair.core.urls import public_url
 
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
@@ -30,6 +26,7 @@ _SECRET_NAME = re.compile(r"secret|token|password|key", re.IGNORECASE)
 _PATIENCE = 30.0  # seconds of retries for a store that does not answer
 _FINAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 _FULL_PATTERN = re.compile(r"quota|no space|storage ?full|insufficient storage|EntityTooLarge", re.IGNORECASE)
+PASSWORD_IN_URL = "a URL with a password in it; give credentials by the environment"  # noqa: S105 (a message)
 T = TypeVar("T")
 
 
@@ -45,70 +42,14 @@ class AlreadyExists(Exception):
     """The object to be created exists already."""
 
 
-def is_url(text: str) -> bool:
-    """True if a recipe's path is a URL of an object store and not a local path."""
-    return "://" in text
-
-
-def local(path: Path | None) -> Path | None:
-    """`path` itself, for outputs that are local only; also a typer callback. Raises UserError for a URL."""
-    if path is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # Path removes one of two slashes
-        url = public_path(str(path).replace(":/", "://", 1))
-        raise UserError(f"{url} is a URL, and this is written to local files only; give a path, and copy it there")
-    return path
-
-
-LocalPath = Annotated[Path, AfterValidator(local)]
-"""The type of a recipe's key that names a local output."""
-
-
-def check_url(key: str, text: str) -> None:
-    """Raise ValueError, which does not repeat the URL, if it holds a password."""
-    if is_url(text) and urlsplit(text).password:
-        raise ValueError(f"{key} is a URL with a password in it; give credentials by the environment")
-
-
-def public_path(text: str) -> str:
-    """A recipe's path as outputs may contain it: a URL without its query, which may hold a signature."""
-    return public_url(text) if is_url(text) else text
-
-
-def joined(out: str, name: str) -> str:
-    """The path or URL of `name` below a folder or URL."""
-    return f"{out.rstrip('/')}/{name}" if is_url(out) else str(Path(out) / name)
-
-
-def default_folder() -> Path:
-    """`$CLAIR_CACHE`, else `~/.cache/clair-apo`."""
-    return Path(os.environ.get("CLAIR_CACHE") or Path.home() / ".cache" / "clair-apo")
-
-
-def folder_of(out: str | Path) -> Path:
-    """The local folder that a run works in: `out` itself, or the folder of its local copy if `out` is a URL."""
-    return copy_of(str(out), "runs") if is_url(str(out)) else Path(out)
-
-
-def account_of(out: str) -> str:
-    """The account that a run is billed to. For a URL it is the same on every machine."""
-    return public_url(out) if is_url(out) else str(Path(out).resolve())
-
-
-def copy_of(url: str, kind: str) -> Path:
-    """The folder of the local copy of a URL. `kind` is the subfolder of the cache."""
-    name = re.sub(r"[^\w.-]+", "-", Path(urlsplit(url).path).name)[-40:]
-    return default_folder() / kind / f"{content_hash(public_url(url))[:16]}-{name}"
-
-
 class Store:
     """The objects below one URL. Every method raises StorageError with a message for the user, without secrets."""
 
     def __init__(self, url: str) -> None:
         """Make no request. Raises StorageError for an unknown protocol, with the package to install."""
         self.name = public_url(url)
-        try:
-            check_url(self.name, url)
-        except ValueError as error:
-            raise StorageError(str(error)) from None
+        if urlsplit(url).password:
+            raise StorageError(f"{self.name}: {PASSWORD_IN_URL}")
         self._secrets = tuple(value for _, value in parse_qsl(urlsplit(url).query))
         self._is_local = url.partition("://")[0] in _LOCAL
         self._fs, self._root = self._open(url)
@@ -255,83 +196,3 @@ def _is_final(error: Exception) -> bool:
         return True
     message, number = str(error), getattr(error, "errno", None)
     return number in _FINAL_ERRNOS or bool(_FULL_PATTERN.search(message)) or "credentials" in message.lower()
-
-
-@contextmanager
-def local_copy(path: str) -> Iterator[Path]:
-    """The local file or dataset folder of a path or URL. A URL is fetched if it has changed, without its ledger.
-
-    Raises UserError. UserErrors of the block that name the local copy are raised with the URL instead.
-    """
-    if not is_url(path):
-        yield Path(path)
-        return
-    store = Store(path)
-    copy = _copy_dataset(store, path) if store.is_folder() else _copy_file(store, path)
-    with report_as(copy, store.name):
-        yield copy
-
-
-def _copy_file(store: Store, url: str) -> Path:
-    folder, name = copy_of(url, "files"), Path(urlsplit(url).path)
-    suffix = name.with_suffix("").suffix + name.suffix if name.suffix == ".gz" else name.suffix
-    copy = folder / f"{store.mark()[:16]}{suffix}"
-    if not copy.is_file():
-        store.fetch("", copy)
-        for old in set(folder.glob("[!.]*")) - {copy}:  # files with a leading dot are being fetched by another process
-            old.unlink(missing_ok=True)
-    return copy
-
-
-def local_manifest(folder: str) -> Path:
-    """The local file of the manifest of a dataset folder or URL. Raises UserError if there is none."""
-    file = Path(folder) / "manifest.json"
-    if is_url(folder):
-        url = joined(folder, file.name)
-        store = Store(url)
-        file = _copy_file(store, url) if store.names() else file
-    if not file.is_file():
-        name = public_path(folder)
-        raise UserError(f"{name} holds no finished dataset (no manifest.json); give a folder made by `clair build`")
-    return file
-
-
-def _copy_dataset(store: Store, url: str) -> Path:
-    """Copy the files that the manifest lists. The manifest is copied last, so that a copy with it is complete."""
-    manifest = local_manifest(url)
-    files = read_json(manifest).get("files")
-    if not isinstance(files, dict) or not all(map(_is_below, files)):
-        raise UserError(f"{store.name}: its manifest.json is none of `clair build`; give a folder that it made")
-    copies = copy_of(url, "datasets")
-    folder = copies / manifest.stem / copies.name[17:]  # the name ends like the URL, because a report is named after it
-    if (folder / "manifest.json").is_file():
-        return folder
-    for old in copies.glob("*"):
-        if old.name != manifest.stem:
-            shutil.rmtree(old, ignore_errors=True)
-    for name, sha256 in files.items():
-        store.fetch(name, folder / name)
-        if file_sha256(folder / name) != sha256:
-            raise UserError(
-                f"{store.name}: {name} does not match its manifest.json; a run is writing there or was cut off: let it "
-                f"end, or run it again"
-            )
-    store.fetch("README.md", folder / "README.md")
-    write_atomically(folder / "manifest.json", manifest.read_bytes())
-    return folder
-
-
-def _is_below(name: str) -> bool:
-    """True if a file of this name stays inside the folder that it is written to."""
-    return not Path(name).is_absolute() and ".." not in Path(name).parts
-
-
-@contextmanager
-def report_as(copy: Path, name: str) -> Iterator[None]:
-    """Replace the path of a local copy by `name` in UserErrors of the block."""
-    try:
-        yield
-    except UserError as error:
-        if str(copy) not in str(error):
-            raise
-        raise UserError(str(error).replace(str(copy), name)) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from clair.storage.object_store import local
+from clair.storage.location import local
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -24,7 +24,6 @@ from clair.inference.model import Model, Refused
 from clair.inference.model_folder import weights_identity
 from clair.inference.open import Resources
 from clair.ledger.join import join_ledgers
-from clair.storage.object_store import account_of
 
 _ANSWERS = "answers"
 
@@ -45,7 +44,7 @@ def evaluate_each(
             yield config, evaluate(config, inputs=inputs, on_progress=on_progress)
         return
     for config, inputs in _answer_on_cluster(work, address):
-        join_ledgers([_answers_config(config).ledger_path], config.ledger_path, account_of(config.out))
+        join_ledgers([_answers_config(config).ledger_path], config.ledger_path, config.out.account)
         yield config, evaluate(config, inputs=inputs, on_progress=on_progress, resources=_LedgerResources())
 
 

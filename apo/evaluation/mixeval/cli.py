@@ -41,7 +41,7 @@ def run_several(
             print("---\n" * bool(number), end="")
             print_settings(*model_config)
         return
-    rows = {model_config.out: len(work_items(model_config, inputs)) for model_config, inputs in work}
+    rows: dict[str, int] = {model_config.out: len(work_items(model_config, inputs)) for model_config, inputs in work}
     finished: dict[str, MixEvalOutcome] = {}
     calls = dict.fromkeys(work[0][0].models, max(rows.values()))
     with client_progress("evaluating", sum(rows.values()), calls, closing=True) as bar:

@@ -16,6 +16,7 @@ from clair.core.errors import UserError
 from clair.pipeline.build import build
 from clair.pipeline.config import redacted
 from clair.pipeline.shards import Shard, parse_shard, shard_config
+from clair.storage.location import Location
 from tests.clair.building import clair, drops, final_bytes, manifest, pairs
 from tests.clair.scripted import Scripted, endpoint, install, recipe, revision, verdict
 
@@ -56,10 +57,10 @@ def test_merged_shards_are_the_bytes_of_one_run_whatever_their_number(tmp_path, 
     install(monkeypatch, reviser=Scripted("reviser", revision))
     prompt_rows = rows(150)
     single = settings(tmp_path / "one", prompt_rows, prompts={"path": "x", "near_duplicates": 0.6})
-    prompts = {"path": str(tmp_path / "one-prompts.jsonl"), "near_duplicates": 0.6}
+    prompts = {"path": Location(tmp_path / "one-prompts.jsonl"), "near_duplicates": 0.6}
     single = single.model_copy(update={"prompts": single.prompts.model_copy(update=prompts)})
     build(single)
-    config = single.model_copy(update={"out": str(tmp_path / "all")})
+    config = single.model_copy(update={"out": Location(tmp_path / "all")})
     build_all(config, of)
     merge(tmp_path / "all-shards")
     assert final_bytes(tmp_path / "all") == final_bytes(tmp_path / "one")

@@ -17,6 +17,7 @@ from clair.inference.local import LocalModel
 from clair.inference.open import open_model
 from clair.pipeline.build import build
 from clair.pipeline.shards import CrashPolicy, Shard
+from clair.storage.location import Location
 from tests.clair import tiny_model
 from tests.clair.building import drops, final_bytes, manifest
 from tests.clair.scripted import Scripted, endpoint, recipe, revision
@@ -66,7 +67,7 @@ def test_a_local_model_is_loaded_once_for_all_shards_of_a_worker(tmp_path, monke
     assert loads.count(True) == 1
     merge(tmp_path / "all-shards")
     monkeypatch.setattr("clair.inference.open.open_model", opened)
-    build(config.model_copy(update={"out": str(tmp_path / "one")}))
+    build(config.model_copy(update={"out": Location(tmp_path / "one")}))
     assert loads.count(True) == 2
     assert final_bytes(tmp_path / "all") == final_bytes(tmp_path / "one")
     assert manifest(tmp_path / "all")["models"] == manifest(tmp_path / "one")["models"]
@@ -96,7 +97,7 @@ def test_a_worker_whose_node_may_not_write_at_the_url_names_the_node(tmp_path, m
     monkeypatch.setattr("clair.storage.object_store.write_atomically", refuse)
     url = f"file://{tmp_path}/bucket/all"
     config = recipe(tmp_path / "all", [{"prompt": "q", "answer": "bad"}], pipeline="revised", reviser=endpoint())
-    error = built(Worker(), Handle("reviser"), order(config.model_copy(update={"out": url}), 1, 1)).error
+    error = built(Worker(), Handle("reviser"), order(config.model_copy(update={"out": Location(url)}), 1, 1)).error
     assert error.startswith(f"on {gethostname()}: cannot write {url}-shards/1-of-1: no permission"), error
 
 

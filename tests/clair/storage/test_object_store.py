@@ -27,7 +27,8 @@ from clair.pipeline.output_dir import lock_output
 from clair.pipeline.shards import Shard
 from clair.storage import object_store as storage
 from clair.storage import url_lock
-from clair.storage.object_store import AlreadyExists, StorageError, Store, folder_of, local_copy
+from clair.storage.location import Location, local
+from clair.storage.object_store import AlreadyExists, StorageError, Store
 from clair.storage.url_lock import lock_url
 from tests.clair.building import SPLIT_FILES, clair, error_line, final_bytes, write_prompts
 from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
@@ -63,7 +64,7 @@ def settings(out, count=40, **keys):
 
 
 def with_out(config, url):
-    return config.model_copy(update={"out": url})
+    return config.model_copy(update={"out": Location(url)})
 
 
 def url_bytes(url) -> dict[str, bytes]:
@@ -81,7 +82,7 @@ def test_a_run_at_a_url_gives_the_bytes_of_one_in_a_folder_and_another_machine_r
     local = settings(tmp_path / "here")
     build(local)
     model.requests.clear()
-    assert build(with_out(local, url)).out == folder_of(url)
+    assert build(with_out(local, url)).out == Location(url).folder
     assert len(model.requests) == 40
     assert url_bytes(url) == {name: (tmp_path / "here" / name).read_bytes() for name in FILES}
     assert json.loads(Store(url).get("manifest.json"))["recipe"]["out"] == url
@@ -458,7 +459,10 @@ def test_prompts_at_a_url_are_read_and_their_errors_name_it(tmp_path, monkeypatc
     store = Store(url.rpartition("/")[0])
     store.upload("run.jsonl", Path(local.prompts.path))
     remote = local.model_copy(
-        update={"out": str(tmp_path / "there"), "prompts": local.prompts.model_copy(update={"path": path})}
+        update={
+            "out": Location(tmp_path / "there"),
+            "prompts": local.prompts.model_copy(update={"path": Location(path)}),
+        }
     )
     build(local), build(remote)
     assert final_bytes(tmp_path / "there") == final_bytes(tmp_path / "here")
@@ -476,12 +480,12 @@ def test_prompts_at_a_url_are_read_and_their_errors_name_it(tmp_path, monkeypatc
 def test_prompts_that_another_process_is_fetching_are_left_to_it_and_older_ones_are_not_kept(tmp_path, url):
     store = Store(url)
     store.put("p.jsonl", b"one")
-    with local_copy(f"{url}/p.jsonl") as first:
+    with Location(f"{url}/p.jsonl").local_copy() as first:
         assert first.read_bytes() == b"one"
     fetching = first.with_name(".another.1234.tmp")
     fetching.touch()
     store.put("p.jsonl", b"three")
-    with local_copy(f"{url}/p.jsonl") as second:
+    with Location(f"{url}/p.jsonl").local_copy() as second:
         assert second.read_bytes() == b"three"
     assert set(first.parent.iterdir()) == {second, fetching}
 
@@ -501,7 +505,7 @@ def written(tmp_path, **changes) -> Path:
 )
 def test_a_url_with_a_password_is_refused_and_not_repeated(tmp_path, changes):
     message = error_line(clair("build", written(tmp_path, **changes)))
-    assert "is a URL with a password in it; give credentials by the environment" in message
+    assert "a URL with a password in it; give credentials by the environment" in message
     assert "hunter22" not in message
     assert "hunter22" not in error_line(clair("merge", "s3://user:hunter22@bucket/run-shards"))
 
@@ -550,7 +554,7 @@ def test_a_signed_url_of_prompts_is_written_down_without_its_signature(tmp_path,
     from clair.pipeline.config import redacted
 
     config = settings(tmp_path / "out")
-    signed = config.prompts.model_copy(update={"path": "https://host/p.jsonl?X-Amz-Signature=abc"})
+    signed = config.prompts.model_copy(update={"path": Location("https://host/p.jsonl?X-Amz-Signature=abc")})
     assert redacted(config.model_copy(update={"prompts": signed}))["prompts"]["path"] == "https://host/p.jsonl"
 
 
@@ -585,11 +589,11 @@ def test_a_url_where_a_local_path_is_written_is_reported_without_its_secrets():
     """Typer has made a Path of it, whose two slashes are one."""
     for url in ("s3://bucket/a", "gs://bucket/a/b.png", "file:///a", "s3://me:secret@bucket/a?signature=secret"):
         with pytest.raises(UserError, match=r"is a URL, and this is written to local files only; give a path") as error:
-            storage.local(Path(url))
+            local(Path(url))
         assert "secret" not in str(error.value)
         assert str(error.value).startswith(url[:4])
     for path in (Path("a"), Path("/a/b"), Path("../a:b/c"), Path("C:/a"), None):
-        assert storage.local(path) is path
+        assert local(path) is path
 
 
 def test_a_half_written_file_of_a_killed_run_is_no_object(tmp_path):

@@ -16,7 +16,8 @@ from clair.data.prompt_sources import PromptSource, read_prompts
 from clair.reporting.review import fingerprint
 from clair.storage import object_store as storage
 from clair.storage import url_lock
-from clair.storage.object_store import StorageError, Store, copy_of, local_copy
+from clair.storage.location import Location
+from clair.storage.object_store import StorageError, Store
 from tests.browser.synthetic import synthetic_pairs, write_dataset
 from tests.clair.building import clair, error_line
 
@@ -94,7 +95,7 @@ def test_a_dataset_is_fetched_once_and_anew_where_it_has_changed(folder, url, tm
     assert sorted(fetched) == ["", "README.md", split_file("test"), split_file("train"), "dropped.jsonl"]
     assert clair("keep", folder, mark(folder, tmp_path / "d.json")).code == 0
     assert list(read_rows(url)) == list(read_rows(folder)) == rows[5:]
-    assert len(list(copy_of(url, "datasets").iterdir())) == 1
+    assert len(list(Location(url).cache_folder("datasets").iterdir())) == 1
 
 
 def test_the_prompts_of_a_dataset_are_read_by_its_url_too(folder, url):
@@ -172,6 +173,6 @@ def test_a_manifest_cannot_have_files_put_elsewhere(folder, url, tmp_path, name)
     name = name.replace("/{tmp}", str(tmp_path))
     manifest = read_manifest(folder)
     write_json(folder / "manifest.json", {**manifest, "files": {**manifest["files"], name: "0" * 64}})
-    with pytest.raises(UserError, match=r"its manifest\.json is none of `clair build`"), local_copy(url):
+    with pytest.raises(UserError, match=r"its manifest\.json is none of `clair build`"), Location(url).local_copy():
         pass
     assert not list(tmp_path.rglob("outside.txt*"))
