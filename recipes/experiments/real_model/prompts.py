@@ -26,7 +26,7 @@ from clair.data.deduplication import Benchmark
 from recipes.experiments.real_model.constraints import TYPES, draw_constraints, unseen_types
 
 SEED = 0
-COUNTS, SMALL_COUNTS = {"train": 700, "validation": 150}, {"train": 36, "validation": 10}
+COUNTS, SMALL_COUNTS = {"train": 1400, "validation": 150}, {"train": 36, "validation": 10}
 VALIDATION_TASKS = 0.2
 MAX_CHARACTERS, MAX_WORDS = 160, 60
 """Longest task, and longest answer that came with it: tasks with short answers, because a small model rambles."""
