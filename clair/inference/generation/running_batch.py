@@ -6,6 +6,7 @@ whatever else is in their batch (up to the rounding of padded matrix products).
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _SPARE_POSITIONS = 64
-"""Tokens after which a cache layer is copied to grow."""
+"""Positions beyond the newest token for which a cache layer has room; then it is copied to grow."""
 
 
 @dataclass(eq=False, slots=True)
@@ -35,8 +36,8 @@ class GenerationRow:
 class RunningBatch:
     """Rows that generate together, aligned at their newest token: ids and mask are `[B, L]`, padded on the left.
 
-    The cache has room for the longest row present. Rows join it by concatenation if all layers keep keys and values
-    of every position (`can_join`); otherwise, as with state-space models, they join an empty batch only.
+    The cache holds as many positions as the longest row present has tokens. Rows join the batch if all layers keep keys
+    and values of every position (`can_join`); otherwise, as with state-space models, they join an empty batch only.
     """
 
     def __init__(self, model: Any, eos: Sequence[int], pad: int, sampling: Mapping[str, Any]) -> None:
@@ -45,9 +46,9 @@ class RunningBatch:
         self.pad = pad
         self.rows: list[GenerationRow] = []
         self._warpers = _warpers(model, sampling)
-        self._ids: Any = None
-        self._mask: Any = None
         self._cache: Any = None
+        self._cached_rows: list[GenerationRow] = []
+        """The row of each entry of the cache, rows that have ended since included."""
         self._joins_by_cache = _new_cache(model) is not None
 
     @property
@@ -57,32 +58,13 @@ class RunningBatch:
 
     def join(self, rows: Sequence[GenerationRow], on_end: Callable[[GenerationRow], None]) -> None:
         """Read the prompts of rows and generate one token of each; a row that was interrupted goes on."""
-        import torch
-
-        texts = [row.prompt + row.tokens for row in rows]
-        longest = max(map(len, texts))
-        device = self.model.device
-        # A row is padded with its own first token, so that a repetition penalty penalizes nothing else.
-        ids = torch.tensor([[text[0]] * (longest - len(text)) + text for text in texts], device=device)
-        mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts], device=device)
-        rest, rest_ids, rest_mask, rest_cache = self.rows, self._ids, self._mask, self._cache
-        self.rows, self._ids, self._mask, self._cache = list(rows), ids, mask, _new_cache(self.model)
-        try:
-            self.generate(on_end, lambda ended: True)
-        except BaseException:
-            self.rows = [*rest, *self.rows]
-            raise
-        if not rest:
-            return
-        joined, self.rows = self.rows, [*rest, *self.rows]
-        if not joined:
-            self._ids, self._mask, self._cache = rest_ids, rest_mask, rest_cache
-            return
-        length = max(rest_ids.shape[1], self._ids.shape[1])
-        self._ids = torch.cat([_pad_ids(part, length) for part in (rest_ids, self._ids)])
-        self._mask = torch.cat([_pad_left(part, length) for part in (rest_mask, self._mask)])
-        _append_cache(rest_cache, self._cache, length - 1)
-        self._cache = rest_cache
+        joining = copy.copy(self)
+        joining.rows, joining._cache, joining._cached_rows = list(rows), _new_cache(self.model), []
+        joining.generate(on_end, lambda ended: True)
+        if self.rows and joining.rows:
+            self._arrange(joining)
+        elif joining.rows:
+            self.rows, self._cache, self._cached_rows = joining.rows, joining._cache, joining._cached_rows
 
     def generate(self, on_end: Callable[[GenerationRow], None], is_enough: Callable[[int], bool]) -> None:
         """Generate until all rows have ended or `is_enough(number of ended rows)`; then ended rows leave.
@@ -92,7 +74,10 @@ class RunningBatch:
         import torch
         from transformers import LogitsProcessorList
 
+        if len(self.rows) < len(self._cached_rows):
+            self._arrange()
         rows, ended = self.rows, [False] * len(self.rows)
+        ids, mask = self._inputs()
 
         def is_stopped(ids: Any, scores: Any, **_: Any) -> Any:
             for index, token in enumerate(ids[:, -1].tolist()):
@@ -108,46 +93,57 @@ class RunningBatch:
 
         sampler = [] if rows[0].draws is None else [*self._warpers, _SeededSampler(rows)]
         room = max(row.max_tokens - len(row.tokens) for row in rows)
-        try:
-            with torch.inference_mode():
-                output = self.model.generate(
-                    self._ids,
-                    attention_mask=self._mask,
-                    past_key_values=self._cache,
-                    generation_config=_greedy_config(self.model, room, self.eos, self.pad),
-                    logits_processor=LogitsProcessorList(sampler),
-                    stopping_criteria=[is_stopped],
-                )
-        finally:
-            self.rows = [row for row, has_ended in zip(rows, ended, strict=True) if not has_ended]
-        self._cache = output.past_key_values
-        self._mask = torch.nn.functional.pad(self._mask, (0, output.sequences.shape[1] - self._ids.shape[1]), value=1)
-        self._ids = output.sequences
-        if any(ended):
-            self._select([index for index, has_ended in enumerate(ended) if not has_ended])
+        with torch.inference_mode():
+            output = self.model.generate(
+                ids,
+                attention_mask=mask,
+                past_key_values=self._cache,
+                generation_config=_greedy_config(self.model, room, self.eos, self.pad),
+                logits_processor=LogitsProcessorList(sampler),
+                stopping_criteria=[is_stopped],
+            )
+        self._cache, self._cached_rows = output.past_key_values, rows
+        self.rows = [row for row, has_ended in zip(rows, ended, strict=True) if not has_ended]
 
-    def clear(self) -> list[GenerationRow]:
-        """Remove all rows, and free the cache. Returns the rows, which can join a batch again."""
-        rows, self.rows = self.rows, []
-        self._ids = self._mask = self._cache = None
-        return rows
+    def clear(self) -> None:
+        """Remove all rows, and free the cache. The rows can join a batch again."""
+        self.rows, self._cache, self._cached_rows = [], None, []
 
-    def _select(self, indices: Sequence[int]) -> None:
-        """Keep the rows at `indices`, and cut the padding that they have in common."""
+    def _inputs(self) -> tuple[Any, Any]:
+        """The token ids and the mask of all rows, `[B, L]`."""
         import torch
 
-        if not indices:
-            self.clear()
-            return
-        selected = torch.tensor(indices, dtype=torch.long, device=self._ids.device)
-        if self._cache is not None:
-            self._cache.reorder_cache(selected)  # the one method that every kind of layer has
-        self._ids, self._mask = self._ids[selected], self._mask[selected]
-        cut = int(self._mask.argmax(dim=1).min())
-        if cut and self._joins_by_cache:
-            self._ids, self._mask = self._ids[:, cut:], self._mask[:, cut:]
-            for layer in self._cache.layers:
-                layer.cut(cut)
+        texts = [row.prompt + row.tokens for row in self.rows]
+        longest = max(map(len, texts))
+        # A row is padded with its own first token, so that a repetition penalty penalizes nothing else.
+        ids = [[text[0]] * (longest - len(text)) + text for text in texts]
+        mask = [[0] * (longest - len(text)) + [1] * len(text) for text in texts]
+        return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
+
+    def _present(self) -> Any:
+        """The indices of the cache's entries whose rows have not ended."""
+        import torch
+
+        present = set(self.rows)
+        indices = [index for index, row in enumerate(self._cached_rows) if row in present]
+        return torch.tensor(indices, device=self.model.device)
+
+    def _arrange(self, joining: RunningBatch | None = None) -> None:
+        """Remove the entries of ended rows from the cache, and take in the rows of another batch."""
+        import torch
+
+        batches = [self, joining] if joining else [self]
+        rows = [row for batch in batches for row in batch.rows]
+        length = max(len(row.prompt) + len(row.tokens) for row in rows) - 1
+        selected = [batch._present() for batch in batches]
+        with torch.inference_mode():
+            if self._joins_by_cache:
+                for layers in zip(*(batch._cache.layers for batch in batches), strict=True):
+                    pairs = zip(layers, selected, strict=True)
+                    layers[0].arrange([(layer.keys[part], layer.values[part]) for layer, part in pairs], length)
+            else:
+                self._cache.reorder_cache(selected[0])  # the one method that every kind of layer has
+        self.rows, self._cached_rows = rows, rows
 
 
 def eos_token_ids(tokenizer: Any, model: Any) -> list[int]:
@@ -200,57 +196,31 @@ def _growing_layer() -> Any:
 
     class GrowingLayer(DynamicLayer):
         def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            new = (key_states, value_states)
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-                self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
-                self.spare: dict[str, Any] = {"keys": self.keys, "values": self.values}
-            self.keys = self._append("keys", key_states)
-            self.values = self._append("values", value_states)
+                self.arrange([tuple(states[..., :0, :] for states in new)], 0, key_states.shape[-2])
+            start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+            if end > self.buffers[0].shape[-2]:
+                self.arrange([(self.keys, self.values)], start, _SPARE_POSITIONS)
+            for buffer, states in zip(self.buffers, new, strict=True):
+                buffer[..., start:end, :] = states
+            self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
             return self.keys, self.values
 
-        def _append(self, name: str, states: Any) -> Any:
-            present, spare = getattr(self, name), self.spare[name]
-            start, end = present.shape[-2], present.shape[-2] + states.shape[-2]
-            # A layer whose rows were selected or joined has other memory.
-            if spare.data_ptr() != present.data_ptr() or len(spare) != len(present) or spare.shape[-2] < end:
-                spare = present.new_empty((*states.shape[:-2], end + _SPARE_POSITIONS, states.shape[-1]))
-                spare[..., :start, :] = present
-            spare[..., start:end, :] = states
-            self.spare[name] = spare
-            return spare[..., :end, :]
-
-        def cut(self, count: int) -> None:
-            """Remove the first `count` positions."""
-            for name in ("keys", "values"):
-                setattr(self, name, getattr(self, name)[..., count:, :])
-                self.spare[name] = self.spare[name][..., count:, :]
+        def arrange(self, parts: Sequence[tuple[Any, Any]], length: int, spare: int = _SPARE_POSITIONS) -> None:
+            """Hold the last `length` positions of the (keys, values) of several batches, padded on the left."""
+            self.buffers = []
+            for states in zip(*parts, strict=True):
+                _, heads, _, size = states[0].shape
+                buffer = states[0].new_zeros((sum(map(len, states)), heads, length + spare, size))
+                for part, rows in zip(states, buffer.split([*map(len, states)]), strict=True):
+                    count = min(length, part.shape[-2])
+                    rows[..., length - count : length, :] = part[..., part.shape[-2] - count :, :]
+                self.buffers.append(buffer)
+            self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
 
     return GrowingLayer
-
-
-def _append_cache(cache: Any, other: Any, length: int) -> None:
-    """Append the rows of another cache layer by layer, both padded on the left to `length` positions."""
-    import torch
-
-    for layer, joining in zip(cache.layers, other.layers, strict=True):
-        for name in ("keys", "values"):
-            parts = [getattr(part, name) for part in (layer, joining)]
-            padded = [torch.nn.functional.pad(part, (0, 0, length - part.shape[-2], 0)) for part in parts]
-            setattr(layer, name, torch.cat(padded))
-            setattr(joining, name, None)
-            layer.spare[name] = joining.spare[name] = getattr(layer, name)
-
-
-def _pad_left(mask: Any, length: int) -> Any:
-    import torch
-
-    return torch.nn.functional.pad(mask, (length - mask.shape[1], 0))
-
-
-def _pad_ids(ids: Any, length: int) -> Any:
-    import torch
-
-    return torch.cat([ids[:, :1].expand(-1, length - ids.shape[1]), ids], dim=1)
 
 
 def _greedy_config(model: Any, max_new_tokens: int, eos: list[int], pad: int) -> Any:
