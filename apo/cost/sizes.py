@@ -85,17 +85,20 @@ def check_adapter(name: ModelName, lora: Any) -> list[str]:
     linear = sorted({path.rpartition(".")[2] for module, path in names.items()
                      if isinstance(module, torch.nn.Linear) and module is not head})  # fmt: skip
     allowed = f"linear layers of the model: {', '.join(linear[:_MAX_LAYERS_LISTED])}"
-    modules = lora.target_modules
-    listed = modules if isinstance(modules, str) else ", ".join(sorted(modules))
+    modules = lora.target_modules or []
+    if lora.trainable_token_indices and model.config.get_text_config().tie_word_embeddings:
+        raise UserError(
+            "lora.trainable_token_indices: the LM head has the same weights as the embeddings, and its rows cannot be "
+            "trained alone; train it whole: lora.modules_to_save: [embed_tokens] and lora.ensure_weight_tying: true"
+        )
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT repeats them for the model that is trained
             targets = get_peft_model(model, lora).base_model.targeted_module_names
-    except ValueError as error:
-        raise UserError(
-            f"lora.target_modules: {listed} cannot be trained: {one_line(error, 150)}; {allowed}"
-        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        raise UserError(f"lora: {one_line(error, 200)}; {allowed}") from error
     if head is not None and names[head] in targets:
+        listed = modules if isinstance(modules, str) else ", ".join(sorted(modules))
         raise UserError(
             f"lora.target_modules: {listed} means {names[head]}, and an adapter to the LM head is not supported; "
             f"{allowed}"

@@ -353,6 +353,7 @@ def _load_models(
     from transformers.utils import logging
 
     from apo.models import load as models
+    from apo.models.decomposed_lora import is_decomposed
 
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -360,7 +361,8 @@ def _load_models(
     policy: Any = models.load_model(name, dtype=config.dtype)
     policy = policy.to(device).eval()
     models.check_vocabulary(policy, tokenizer, name.path)
-    if name.is_adapter and _same_model(name.base, reference_name.path):
+    is_reference_below = name.is_adapter and not is_decomposed(policy.peft_config["default"])
+    if is_reference_below and _same_model(name.base, reference_name.path):
         return policy, lambda: _adapter_off(policy)
     reference: Any = models.load_model(reference_name, dtype=config.dtype)
     reference = reference.to(device).eval()

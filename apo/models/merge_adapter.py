@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apo.models.load import ADAPTER_CONFIG, ModelName, find_model, load_model, load_tokenizer
-from clair.core.errors import UserError
+from clair.core.errors import UserError, one_line
 
 
 def merge(adapter: str | Path, out: str | Path, *, base: str | None = None) -> Path:
@@ -25,7 +25,10 @@ def merge(adapter: str | Path, out: str | Path, *, base: str | None = None) -> P
     name = ModelName(str(adapter), find_model(base).path) if base else find_model(str(adapter))
     tokenizer = load_tokenizer(name)
     model: Any = load_model(name)
-    merged = model.merge_and_unload(safe_merge=True)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except (RuntimeError, NotImplementedError) as error:
+        raise UserError(f"adapter {adapter} cannot be merged: {one_line(error)}; serve it beside its base") from error
     merged = merged.to(_base_dtype(name.base))
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

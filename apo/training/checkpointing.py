@@ -12,6 +12,7 @@ from accelerate.utils import is_peft_model
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils.hub import PushInProgress, hf_api
 
+from apo.models.decomposed_lora import write_plain
 from apo.monitoring.failures import Stopped, checkpoint_hint, stop_on_write_error
 from apo.run_dir import checkpoints
 from apo.training.logprobs import LogprobTrainer
@@ -30,6 +31,8 @@ class CheckpointTrainer(LogprobTrainer):
     """A checkpoint whose files have just been hashed: `train` does not hash them again."""
     _writes_checkpoint = False
     """True while a checkpoint is written."""
+    _is_decomposed = False
+    """True if the adapter began as a part of the weights (decomposed_lora.py)."""
     _saved_use_cache: bool
     """`use_cache` of the saved config; training turns it off."""
 
@@ -116,6 +119,8 @@ class CheckpointTrainer(LogprobTrainer):
         with warnings.catch_warnings():  # PEFT warns that it saves embeddings that were resized, which is right
             warnings.filterwarnings("ignore", "Setting `save_embedding_layers` to `True`", UserWarning)
             model.save_pretrained(folder, state_dict=state_dict, **adapters)
+        if self._is_decomposed:
+            write_plain(model, Path(folder), state_dict)
         model.config.use_cache = training_use_cache
         self.processing_class.save_pretrained(folder)
 

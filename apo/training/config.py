@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_serializer, field_validator
 
 from apo.data.sources import Source
 from apo.monitoring.guard import Guard
@@ -26,16 +26,30 @@ RECIPE_KEYS = {
     "reference_cache": "reference",
 }
 """Options of TRL that are keys of the recipe itself, and those keys."""
+_LORA_KEYS = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
+"""Options of peft that have another name in the recipe."""
+_UNSUPPORTED_LORA = {
+    **dict.fromkeys(
+        ("bias", "kasa_config", "layer_replication"),
+        "switched off, the adapter would not leave the model it began with",
+    ),
+    **dict.fromkeys(("alora_invocation_tokens", "arrow_config"), "it acts on some tokens of a row only"),
+    **dict.fromkeys(("task_type", "peft_type", "inference_mode", "base_model_name_or_path"), "`apo train` sets it"),
+}
+"""Options of peft that a run cannot use, and why."""
+_NEED_PREPARATION = ("corda", "eva", "loftq", "lora_ga")
 UNSUPPORTED = ("resume_from_checkpoint", "push_to_hub", "do_train", "do_eval", "do_predict", "remove_unused_columns")
 
 
 class LoRA(Recipe):
-    """`lora:` of a training recipe. Absent: the whole model is trained."""
+    """`lora:` of a training recipe, with any other option of PEFT's LoraConfig. Absent: the whole model is trained."""
+
+    model_config = ConfigDict(extra="allow")
 
     r: Annotated[int, Field(gt=0)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: str | list[str] = "all-linear"
+    target_modules: str | list[str] | None = "all-linear"
     """Module names, or `all-linear`: every linear layer but the LM head."""
 
 
@@ -131,7 +145,7 @@ def trainer_options(config: TrainConfig, *, has_eval: bool, processes: int = 1) 
         if key not in allowed:
             near = near_miss(key, allowed) or "; see TRL's DPOConfig and transformers' TrainingArguments"
             raise UserError(f"trainer.{key}: no such option{near}")
-    _check_types(config.trainer)
+    _check_types(config.trainer, APOConfig, "trainer")
     _check_ranges(config.trainer)
     defaults: dict[str, Any] = {"eval_strategy": "epoch"} if has_eval else {}
     defaults |= {"save_total_limit": 2} if config.guard else {}
@@ -172,23 +186,23 @@ def _batch_sizes(config: TrainConfig, processes: int) -> dict[str, int]:
     return {"per_device_train_batch_size": size, "gradient_accumulation_steps": each // size}
 
 
-def _check_types(options: dict[str, Any]) -> None:
-    """Raises UserError for a value of the wrong type, such as `learning_rate: fast`, which TRL accepts at first."""
+def _check_types(options: dict[str, Any], owner: type, section: str) -> None:
+    """Raises UserError for a value of the wrong type, such as `learning_rate: fast`, which TRL accepts at first.
+
+    `owner` is the dataclass that gets the options of a `section` of the recipe.
+    """
     import typing
 
     from pydantic import TypeAdapter, ValidationError
     from pydantic.errors import PydanticUserError
 
-    from apo.training.trainer_config import APOConfig
-
-    hints = typing.get_type_hints(APOConfig) | {
-        "fsdp": bool | str
-    }  # transformers annotates it as text, and means a switch
+    # The annotations of these two name text or a few values, and others are meant too.
+    hints = typing.get_type_hints(owner) | dict.fromkeys(("fsdp", "init_lora_weights"), bool | str)
     for key, value in options.items():
         try:
             TypeAdapter(hints[key]).validate_python(value)  # pyright: ignore[reportArgumentType]  # any type form
         except ValidationError as error:
-            raise UserError(f"trainer.{key}: {error.errors()[0]['msg']}, got {value!r}") from error
+            raise UserError(f"{section}.{key}: {error.errors()[0]['msg']}, got {value!r}") from error
         except PydanticUserError:  # a type that pydantic does not know
             continue
 
@@ -231,13 +245,47 @@ def _check_trackers(report_to: str | list[str] | None) -> None:
 
 
 def lora_config(config: TrainConfig) -> Any:
-    """PEFT's configuration for the recipe's `lora`, or None."""
+    """PEFT's configuration for the recipe's `lora`, or None. Raises UserError for an option that it refuses."""
     if config.lora is None:
         return None
+    import dataclasses
+    import warnings
+
     from peft import LoraConfig
 
-    return LoraConfig(
-        r=config.lora.r, lora_alpha=config.lora.alpha,  # pyright: ignore[reportArgumentType]  # a float works
-        lora_dropout=config.lora.dropout,
-        target_modules=config.lora.target_modules, task_type="CAUSAL_LM",
-    )  # fmt: skip
+    from apo.models.decomposed_lora import is_decomposed
+
+    options = config.lora.model_extra or {}
+    allowed = {field.name for field in dataclasses.fields(LoraConfig)} - set(_LORA_KEYS) - set(_UNSUPPORTED_LORA)
+    for key, value in options.items():
+        if key in _LORA_KEYS:
+            raise UserError(f"lora.{key} is called {_LORA_KEYS[key]!r} here; write lora.{_LORA_KEYS[key]}")
+        if key in _UNSUPPORTED_LORA:
+            raise UserError(f"lora.{key}: {value!r} is not supported: {_UNSUPPORTED_LORA[key]}; leave it out")
+        if key not in allowed:
+            raise UserError(f"lora.{key}: no such option{near_miss(key, allowed) or '; see the LoraConfig of peft'}")
+    _check_types(options, LoraConfig, "lora")
+    if (start := options.get("init_lora_weights")) in _NEED_PREPARATION:
+        raise UserError(
+            f"lora.init_lora_weights: {start} needs a pass over data before training, which `apo train` does not make; "
+            "choose true, gaussian, orthogonal, mica, olora, pissa or pissa_niter_16"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # about options that have no effect
+            warnings.filterwarnings(
+                "ignore", "Using Rank-Stabilized LoRA", UserWarning
+            )  # `write_plain` converts that too
+            lora = LoraConfig(
+                r=config.lora.r, lora_alpha=config.lora.alpha,  # pyright: ignore[reportArgumentType]  # a float works
+                lora_dropout=config.lora.dropout, target_modules=config.lora.target_modules, task_type="CAUSAL_LM",
+                **options,
+            )  # fmt: skip
+    except (ValueError, TypeError, ImportError, UserWarning) as error:
+        raise UserError(f"lora: {one_line(error)}") from error
+    if config.quantize and is_decomposed(lora):
+        raise UserError(
+            f"lora.init_lora_weights: {start} takes its start out of the weights below, which must "
+            "not have 4 bits; leave quantize out, or choose another start"
+        )
+    return lora

@@ -64,12 +64,15 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
     `processes` is the number of processes to plan for, by default this run's. `day` is the date (YYYY-MM-DD) that a
     chat template writes as today's, by default that of the run in `config.out` (`template_day`). Raises UserError.
     """
+    from peft import PeftConfig
+
     from apo.cost.sizes import check_adapter
     from apo.data.sources import load_eval, load_train
     from apo.data.tokenize import answer_lengths
     from apo.distributed.launch import check_launch
     from apo.losses.mixture import resolve_mixture
     from apo.losses.saturation import objective_notes
+    from apo.models.decomposed_lora import is_decomposed
 
     launched = check_launch()
     count = launched if processes is None else processes
@@ -77,6 +80,10 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
     name = find_model(config.model, config.trust_remote_code)
     if name.is_adapter and config.lora:
         raise UserError(f"model {config.model} is an adapter and is trained as it is; leave `lora` out, or merge it")
+    if name.is_adapter and is_decomposed(PeftConfig.from_pretrained(name.path)):
+        raise UserError(
+            f"model {config.model} is an adapter on a part of its base's weights; merge it (apo merge) first"
+        )
     tokenizer = load_tokenizer(name)
     day = day or template_day(Path(config.out))
     notes: list[str] = []

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 from trl.trainer.utils import add_fused_lm_head
 
 from apo.data.sources import check_weights
@@ -24,6 +24,7 @@ from apo.distributed.deepspeed import accumulate_gradients, cast_for_deepspeed, 
 from apo.distributed.launch import fsdp_requested
 from apo.losses.mixture import resolve_mixture
 from apo.losses.saturation import objective_notes
+from apo.models.decomposed_lora import decompose, is_decomposed
 from apo.monitoring.failures import NonFiniteLossCheck, check_gradient, check_weights_finite, stop_on_out_of_memory
 from apo.monitoring.metrics import COLUMNS, aggregate_metrics, per_pair_metrics, token_counts
 from apo.monitoring.throughput import Meter, compute_scale
@@ -54,8 +55,7 @@ class APOTrainer(CheckpointTrainer):
 
     `model` is a model, a folder or a hub name. A name is loaded with `args.model_init_kwargs`, by default in float32;
     an adapter is loaded on its base. The reference is the initial `model`: for full fine-tuning a frozen copy, for a
-    new LoRA adapter the model with the adapter off, for an existing adapter TRL's frozen copy "ref" of it. Datasets may
-    be streams (IterableDataset), tokenized row by row.
+    new LoRA adapter the model with the adapter off, for an existing adapter, or PiSSA's, TRL's frozen copy "ref" of it. Datasets may be streams (IterableDataset), tokenized row by row.
 
     `notes` are messages to the user about data, model and options; `log` receives each, by default as a warning of
     Python's logging. `dropped` counts the pairs left out of each dataset, by reason; `reference_computed` counts the
@@ -91,6 +91,10 @@ class APOTrainer(CheckpointTrainer):
             model = load_named_model(model, args, kwargs)
         if isinstance(model, torch.nn.Module):
             cast_for_deepspeed(model, args)
+        self._is_decomposed = is_decomposed(kwargs.get("peft_config"))
+        if self._is_decomposed:
+            set_seed(args.seed)
+            model = decompose(model, kwargs.pop("peft_config"))
         # The tags of TRL's trainer for such rows, and this package's.
         self._tag_names = ["trl", "kto" if self.objective.paired_only_reason is None else "dpo", "apo"]
         self.pair_logps = pair_logps or padded_logps

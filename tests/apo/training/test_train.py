@@ -398,7 +398,7 @@ BAD_INPUT = {
     "beta 0": (keys_are(beta=0), "beta: Input should be greater than 0"),
     "beta below 0": (keys_are(beta=-0.1), "beta: Input should be greater than 0"),
     "lora rank 0": (keys_are(lora={"r": 0}), "lora.r: Input should be greater than 0"),
-    "lora on nothing": (keys_are(lora={"target_modules": ["nope"]}), "lora.target_modules: nope cannot be trained: "),
+    "lora on nothing": (keys_are(lora={"target_modules": ["nope"]}), "lora: Target modules {'nope'} not found in the"),
     "lora on a pattern of nothing": (
         keys_are(lora={"target_modules": "q_prj"}),
         "layers of the model: down_proj, gate",
