@@ -55,7 +55,8 @@ class APOTrainer(CheckpointTrainer):
 
     `model` is a model, a folder or a hub name. A name is loaded with `args.model_init_kwargs`, by default in float32;
     an adapter is loaded on its base. The reference is the initial `model`: for full fine-tuning a frozen copy, for a
-    new LoRA adapter the model with the adapter off, for an existing adapter, or PiSSA's, TRL's frozen copy "ref" of it. Datasets may be streams (IterableDataset), tokenized row by row.
+    new LoRA adapter the model with the adapter off, for an existing adapter, or PiSSA's, TRL's frozen copy "ref" of it.
+    Datasets may be streams (IterableDataset), tokenized row by row.
 
     `notes` are messages to the user about data, model and options; `log` receives each, by default as a warning of
     Python's logging. `dropped` counts the pairs left out of each dataset, by reason; `reference_computed` counts the

@@ -169,6 +169,7 @@ def test_rows_of_embeddings_that_are_the_head_too_are_refused(recipe, tmp_path):
         plan(lora_recipe({**recipe, "model": str(tmp_path / "tied")}, trainable_token_indices=[5]))
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_an_adapter_that_cannot_be_merged_is_reported(recipe, tmp_path):
     train(lora_recipe(recipe, lora_bias=True), log=lambda _: None)
     with pytest.raises(UserError, match="cannot be merged: Impossible to merge LoRA with `lora_bias=True`"):
