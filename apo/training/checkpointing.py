@@ -118,6 +118,7 @@ class CheckpointTrainer(LogprobTrainer):
         training_use_cache, model.config.use_cache = model.config.use_cache, self._saved_use_cache
         with warnings.catch_warnings():  # PEFT warns that it saves embeddings that were resized, which is right
             warnings.filterwarnings("ignore", "Setting `save_embedding_layers` to `True`", UserWarning)
+            warnings.filterwarnings("ignore", r"Adapter .*lora_B\.bias", UserWarning)  # a vector, which is right too
             model.save_pretrained(folder, state_dict=state_dict, **adapters)
         if self._is_decomposed:
             write_plain(model, Path(folder), state_dict)
