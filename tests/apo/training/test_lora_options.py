@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from apo.evaluation.pairs import evaluate_pairs, pairs_config
+from apo.evaluation.pairs import PairsConfig, evaluate_pairs
 from apo.models.load import find_model, load_model
 from apo.models.merge_adapter import merge
 from apo.training.config import TrainConfig, lora_config
@@ -121,8 +121,8 @@ def test_an_adapter_of_peft_on_a_part_of_the_weights_is_no_reference_when_switch
     lora = LoraConfig(r=4, init_lora_weights="pissa", target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(load_model(find_model(str(model_dir))), lora).save_pretrained(tmp_path / "peft")
     make_tokenizer().save_pretrained(tmp_path / "peft")
-    config = pairs_config(
-        tmp_path / "peft", dataset=recipe["dataset"], reference=str(model_dir), beta=0.1, out=str(tmp_path / "pairs")
+    config = PairsConfig(
+        model=str(tmp_path / "peft"), dataset=recipe["dataset"], reference=str(model_dir), out=str(tmp_path / "pairs")
     )
     assert abs(evaluate_pairs(config)["margin"]["mean"]) < 1e-5  # it is the base still
     with pytest.raises(UserError, match="an adapter on a part of its base's weights; merge it"):
