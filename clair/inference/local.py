@@ -76,7 +76,8 @@ class LocalModel:
 
     A batch has at most `batch_size` requests, or with `batch_tokens` as many as fit, counting prompts padded to the
     longest and the room for their answers. A reply is returned as soon as it ends, and the next request with the same
-    options takes its place. A batch that does not fit into memory is halved. An adapter is loaded onto its base.
+    options takes its place. A batch that does not fit into memory is halved. An adapter is loaded onto its base; a LoRA
+    is merged into weights in float32.
     """
 
     def __init__(
@@ -177,12 +178,15 @@ class LocalModel:
                 base or self.path, dtype=self._dtype, trust_remote_code=self._trust_remote_code, use_safetensors=True
             )
             if base is not None:
-                from peft import PeftModel
+                from peft import LoraModel, PeftModel
 
                 with warnings.catch_warnings():  # peft 0.21 uses a name that transformers 5.23 deprecates
                     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
                     resize_vocabulary(model, self.path / "adapter_model.safetensors")
                     model = PeftModel.from_pretrained(model, str(self.path))
+                    # Each layer multiplies once instead of three times. Narrower weights would round the sum.
+                    if model.dtype == torch.float32 and isinstance(model.base_model, LoraModel):
+                        model = model.merge_and_unload()
             model.to(device)  # pyright: ignore[reportArgumentType]  # a decorator hides the method's signature
             model.generation_config.cache_implementation = None  # a batch that changes needs a cache that grows
             use_onednn(model)

@@ -533,6 +533,13 @@ def test_an_adapter_answers_as_its_merged_model_does(folder, tmp_path):
     assert [r.text for r in replies] == [r.text for r in ask(tmp_path / "merged", requests)]
 
 
+@pytest.mark.parametrize(("dtype", "is_merged"), [("float32", True), ("bfloat16", False)])
+def test_a_lora_is_merged_into_float32_weights_and_not_into_narrower_ones(folder, tmp_path, dtype, is_merged):
+    model = LocalModel(save_adapter(folder, tmp_path / "adapter"), dtype=dtype)
+    _, network = model._load()
+    assert any("lora_" in name for name, _ in network.named_parameters()) is not is_merged
+
+
 def test_the_identity_of_an_adapter_is_its_own_and_its_bases(folder, tmp_path):
     base = Path(shutil.copytree(folder, tmp_path / "base"))
     adapter = save_adapter(base, tmp_path / "adapter")
