@@ -13,11 +13,13 @@ import yaml
 
 from apo.evaluation.ifeval.checkers import check_instruction, instruction_types
 from clair.core.errors import UserError
+from clair.core.files import read_json
 from clair.data.dataset import read_manifest, read_rows
 from clair.data.deduplication import Benchmark
 from clair.pipeline.build import build
 from clair.pipeline.config import BuildConfig
 from recipes.experiments.real_model import run as experiment
+from recipes.experiments.real_model import table
 from recipes.experiments.real_model.cells import CELLS, PRIMARY
 from recipes.experiments.real_model.constraints import (
     KINDS,
@@ -49,6 +51,7 @@ def test_there_are_25_types_those_of_the_library_and_eight_are_never_trained():
     assert (len(TYPES), UNSEEN, len(unseen_types(SEED))) == (25, 8, 8)
     recipe = yaml.safe_load((ROOT / experiment.RECIPES / "ifeval.yaml").read_text("utf-8"))
     assert set(recipe["groups"]["unseen"]) == unseen_types(SEED)
+    assert set(recipe["groups"]["seen"]) == set(TYPES) - unseen_types(SEED)
 
 
 @pytest.mark.parametrize("type", TYPES)
@@ -356,6 +359,67 @@ def test_a_model_that_is_there_is_not_made_again(tmp_path):
     assert make_model(tmp_path) == {"package": "a"}
 
 
+# ---- the page
+
+
+def section(level: str, split: str | None, benchmark: str | None = None) -> dict:
+    numbers = {
+        "score": 0.25,
+        "ci95": [0.21, 0.29],
+        "delta": 0.05,
+        "delta_ci95": [0.01, 0.09],
+        "p": 0.02,
+        "p_holm": 0.04,
+    }
+    tuned = {**numbers, "better": 30, "worse": 3}
+    base = {"score": 0.2, "ci95": [0.16, 0.24]}
+    return {"level": level, "split": split, "benchmark": benchmark, "rows": 541, "base": base, "tuned": [tuned]}
+
+
+def test_the_page_says_what_the_results_hold():
+    model = {"scores": "01" * 5, "tokens": [100, 300], "truncated": 7}
+    choice = {"rate": 3e-4, "epochs": 2, "model": "runs/a/checkpoint-9"}
+    sections = [section("overall", "prompt_loose"), section("split", "instruction_loose", "unseen")]
+    answer = {
+        "prompt": "Write.",
+        "before": "B" * 500,
+        "before_held": "a: not followed",
+        "after": "A",
+        "after_held": "a",
+    }
+    text = table.page(
+        {
+            "evaluations": {"ifeval": {"base": model, PRIMARY.name: model}, "mixeval": {}},
+            "compared": {"ifeval": {"names": [PRIMARY.name], "sections": sections}, "mixeval": None},
+            "pairs": {"clair": {"counts": {"pairs": 6, "dropped": 4}, "drops": {"reviser/refusal/new_content": 4}}},
+            "chosen": {PRIMARY.name: {**choice, "candidates": [{**choice, "validation": 0.3}]}},
+            "moved": {PRIMARY.name: {"logratios/chosen": 2.0, "logratios/rejected": -3.0, "chosen_falls": 0.1}},
+            "steps": [{"step": "train", "seconds": 120, "cpu_seconds": 180, "peak_mib": 900}],
+            "answers": [answer],
+        }
+    )
+    assert f"| {PRIMARY.name} | 25.0 [21.0, 29.0] | +5.0 [+1.0, +9.0] | 0.020 | 0.040 | 30, 3 | 7 |" in text
+    assert (
+        "| instruction, loose, types unseen | 541 | 20.0 [16.0, 24.0] | 25.0 [21.0, 29.0] | +5.0 [+1.0, +9.0] |" in text
+    )
+    assert "| clair | 10 | 6 | reviser/refusal/new_content 4 |" in text
+    assert f"| {PRIMARY.name} | 0.0003, 2: 30.0 | 0.0003, 2 |" in text
+    assert f"| {PRIMARY.name} | 200 | +2.0 | -3.0 | 10 |" in text
+    assert "| all | 2 | 3 |  |" in text
+    assert "B ... (500 characters)" in text
+    assert "MixEval" not in text
+
+
+def test_the_page_is_what_the_committed_results_make():
+    head, heading, text = (ROOT / table.PAGE).read_text("utf-8").partition(table.HEADING)
+    assert head
+    assert heading
+    if not (ROOT / table.COMMITTED).exists():
+        assert text.strip().startswith("None yet.")
+    else:
+        assert text.strip() == table.page(read_json(ROOT / table.COMMITTED)).strip()
+
+
 # ---- the real model
 
 
@@ -370,5 +434,8 @@ def test_the_whole_road_on_the_real_model(real_model, shared, tmp_path):
         constraints = read_constraints(tmp_path / "prompts/train.jsonl")[pair["prompt"][-1]["content"]]
         assert all(holds(constraint, pair["chosen"][-1]["content"]) for constraint in constraints)
         assert not all(holds(constraint, pair["rejected"][-1]["content"]) for constraint in constraints)
+    text = table.page(table.collect(tmp_path))
+    assert "### IFEval, prompts" in text
+    assert "### Five answers" in text
     compared = json.loads((tmp_path / "evals/ifeval/compare/compare.json").read_text())
     assert compared["tuned"][0]["name"].endswith(PRIMARY.name)
