@@ -157,6 +157,11 @@ def test_an_answer_without_a_word_follows_no_instruction(tmp_path, answer):
     assert (score.instruction_strict, score.unresolved) == (0.25, 0)
 
 
+def test_more_brackets_than_a_parser_can_follow_are_no_json_and_leave_the_other_instructions_alone():
+    answer = "[" * 5000
+    assert follows("p", ["detectable_format:json_format", NO_COMMA], [{}, {}], answer) == [(False, False), (True, True)]
+
+
 def test_a_prompt_without_an_answer_is_wrong_and_named(tmp_path):
     responses = write_answers(tmp_path / "two.jsonl", {"And a city.": "<<Rome>>", "Describe a lake.": "Blue"})
     recipe = write_recipe(tmp_path / "r.yaml", **config_for(tmp_path, responses=str(responses)).model_dump())
