@@ -84,7 +84,7 @@ async def _generate_own_answers(
 
     async def answer_prompt(prompt: Prompt) -> tuple[str, AnswerText | None]:
         try:
-            reply = await client.ask(list(prompt.messages), row=prompt.id, sample=OWN_ANSWER_SAMPLE)
+            reply = await client.complete(list(prompt.messages), row=prompt.id, sample=OWN_ANSWER_SAMPLE)
         except Dropped as dropped:
             if is_transient(dropped):
                 raise

@@ -78,7 +78,7 @@ async def request_answer(client: ModelClient, request: AnswerRequest[Row], syste
 
     An answer that the token limit cut off counts; one that was filtered, refused or interrupted is unresolved.
     """
-    reply = await client.ask(list(messages_for(request.row, system)), row=request.row.name, sample=request.draw)
+    reply = await client.complete(list(messages_for(request.row, system)), row=request.row.name, sample=request.draw)
     incomplete = reply.incomplete()
     cut_off = incomplete == "truncated"
     unresolved = f"answer_{incomplete}" if incomplete and not cut_off else None

@@ -8,7 +8,6 @@ batch, and after an interrupted or killed run the next run continues with the ba
 from __future__ import annotations
 
 import asyncio
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +15,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from clair.inference.batch_queue import NOTHING, Batch, BatchQueue, Outcome, Settled
-from clair.inference.batch_service import PATH, BatchService, Pending, parse_outcome, retry_outcome, wait_for_event
-from clair.inference.budget import Budget, BudgetExceeded
+from clair.inference.batch_queue import Batch, BatchQueue, Outcome, Settled
+from clair.inference.batch_service import BatchService, Pending, parse_outcome, retry_outcome, wait_for_event
+from clair.inference.budget import NOTHING, Budget, BudgetExceeded
 from clair.inference.config import BatchConfig
 from clair.inference.model import RateLimited, Refused, RequestFailed, Unreachable
 from clair.inference.openai import NotFound
@@ -61,8 +60,6 @@ class BatchClient:
     """The worst case of a request of this pass that did not fit into the budget."""
     live_quota: int = 0
     """How many more requests of this pass may be sent live."""
-    _secrets: dict[str, Any] = field(default_factory=dict)
-    """Request options that hold secrets, as they are sent: the queue on disk has references instead."""
     _tries: Counter[tuple[str, str]] = field(default_factory=Counter)
     _queued: int = 0
     _queued_bytes: int = 0
@@ -92,7 +89,7 @@ class BatchClient:
         Raises RequestFailed for a request that is too large.
         """
         await self._recover_batches()
-        line, size = self._line(key, request)
+        line, size = self.service.line(key, request)
         if size > self._max_bytes:
             raise RequestFailed(
                 "prompt_too_long", f"the request has {size} bytes; a batch file takes {self._max_bytes}"
@@ -118,28 +115,6 @@ class BatchClient:
     @property
     def _max_bytes(self) -> int:
         return int(self.config.megabytes * 10**6)
-
-    def _line(self, key: str, request: Mapping[str, Any]) -> tuple[bytes, int]:
-        """The line of a request for the queue, without secrets, and the size in bytes of the line that is sent.
-
-        The queued line is at least as long as the one that is sent, so that the sizes of files are right.
-        """
-        body = {"model": self.service.model.name, **self.service.model.body(request)}
-        references = self.service.model.references(request)
-        self._secrets |= {name: body[name] for name in references}
-        line = {"custom_id": key, "method": "POST", "url": PATH, "body": body}
-        sent = _encode(line)
-        if not references:
-            return sent, len(sent)
-        return _encode(line | {"body": body | references}).rstrip().ljust(len(sent) - 1) + b"\n", len(sent)
-
-    def _fill_secrets(self, line: bytes) -> bytes:
-        """The line that is sent for a line of the queue."""
-        if not self._secrets:
-            return line
-        request = json.loads(line)
-        request["body"] |= {name: value for name, value in self._secrets.items() if name in request["body"]}
-        return _encode(request)
 
     # ---- files up
 
@@ -217,7 +192,7 @@ class BatchClient:
         """Upload the file and create the batch; each id is in the ledger before the next step."""
         with tempfile.TemporaryFile(dir=self.queue.ledger.path.parent) as file:
             for line in self.queue.lines(batch):
-                file.write(self._fill_secrets(line))
+                file.write(self.service.fill_secrets(line))
             try:
                 file_id = await self.service.upload(f"{batch.name}.jsonl", file)
             except Refused:
@@ -408,10 +383,6 @@ def _check_nothing_waiting(batches: Sequence[BatchClient]) -> None:
             raise Refused(
                 f"replies are under way in a batch of another endpoint ({service}); go on with that one first"
             )
-
-
-def _encode(line: Mapping[str, Any]) -> bytes:
-    return json.dumps(line).encode() + b"\n"  # ASCII: some servers take U+2028 for the end of a line
 
 
 def _count_not_run(info: Any, batch: Batch) -> int:

@@ -11,10 +11,10 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from clair.inference.budget import NOTHING
 from clair.ledger.ledger import Claim, ClaimResult, Ledger, StoredReply, Tokens
 from clair.ledger.schema import reply_digest
 
-NOTHING = Tokens(0, 0)
 _ROWS_PER_READ = 500
 _QUEUED = ""  # the batch of a request that is in none yet
 _FREE = (

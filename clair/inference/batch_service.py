@@ -1,15 +1,16 @@
-"""The calls of a Batch API through the openai client, each repeated until it succeeds, and the lines of its results."""
+"""The calls of a Batch API through the openai client, repeated until they succeed, and the lines of its files."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import random
 from collections.abc import Awaitable, Callable, Mapping
 from typing import IO, Any, TypeVar
 
+from clair.core.backoff import backoff
 from clair.core.errors import one_line
-from clair.inference.batch_queue import NOTHING, Outcome
+from clair.inference.batch_queue import Outcome
+from clair.inference.budget import NOTHING
 from clair.inference.model import (
     RateLimited,
     Refused,
@@ -21,8 +22,8 @@ from clair.inference.model import (
 from clair.inference.openai import NotFound, OpenAIModel
 from clair.ledger.ledger import Tokens
 
-PATH = "/v1/chat/completions"
-_MAX_BACKOFF = 60.0
+_PATH = "/v1/chat/completions"
+_FIRST_BACKOFF = 2.0
 _NOT_RUN = ("batch_expired", "batch_cancelled")
 _RETRY_STATUSES = (408, 409, 425, 429)
 T = TypeVar("T")
@@ -51,6 +52,34 @@ class BatchService:
         self.stopped = stopped
         self._attempts = attempts
         self._pause = pause
+        self._secrets: dict[str, Any] = {}
+        """Request options that hold secrets, as they are sent: the queue on disk has references instead."""
+
+    # ---- lines of request files
+
+    def line(self, key: str, request: Mapping[str, Any]) -> tuple[bytes, int]:
+        """The line of a request for the queue, without secrets, and the size in bytes of the line that is sent.
+
+        The queued line is at least as long as the one that is sent, so that the sizes of files are right.
+        """
+        body = {"model": self.model.name, **self.model.body(request)}
+        references = self.model.references(request)
+        self._secrets |= {name: body[name] for name in references}
+        line = {"custom_id": key, "method": "POST", "url": _PATH, "body": body}
+        sent = _encode(line)
+        if not references:
+            return sent, len(sent)
+        return _encode(line | {"body": body | references}).rstrip().ljust(len(sent) - 1) + b"\n", len(sent)
+
+    def fill_secrets(self, line: bytes) -> bytes:
+        """The line that is sent for a line of the queue."""
+        if not self._secrets:
+            return line
+        request = json.loads(line)
+        request["body"] |= {name: value for name, value in self._secrets.items() if name in request["body"]}
+        return _encode(request)
+
+    # ---- calls
 
     async def upload(self, name: str, file: IO[bytes]) -> str:
         """Upload a file; return its id. Raises Refused."""
@@ -74,7 +103,7 @@ class BatchService:
             if id:
                 return id
             batch = await self.model.call(
-                lambda client: client.batches.create(input_file_id=file_id, endpoint=PATH, completion_window="24h")
+                lambda client: client.batches.create(input_file_id=file_id, endpoint=_PATH, completion_window="24h")
             )
             return str(batch.id)
 
@@ -150,12 +179,16 @@ class BatchService:
                 attempt += 1
                 if attempt >= self._attempts:
                     raise Refused(f"{self.role}: {problem}: no answer from {self.url} ({error})") from error
-                seconds = random.uniform(0.5, 1.0) * min(_MAX_BACKOFF, 2.0**attempt, self._pause)
+                seconds = backoff(attempt, _FIRST_BACKOFF, self._pause)
             if await wait_for_event(self.stopped, seconds):
                 raise Pending
 
 
-# ---- lines of result files
+# ---- lines of files
+
+
+def _encode(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(line).encode() + b"\n"  # ASCII: some servers take U+2028 for the end of a line
 
 
 def parse_outcome(line: str, redacted: Callable[[str], str]) -> Outcome | None:

@@ -1,4 +1,4 @@
-"""Prices, the worst-case cost of a request, and a budget that is never exceeded.
+"""Prices, the worst-case cost of a request, a budget that is never exceeded, and what a role has used.
 
 Before each call its worst case is reserved. If it does not fit, the call waits or the run stops. After the call the
 true cost replaces the reserve. All amounts are Decimals, never floats.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from decimal import Decimal
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -17,8 +18,11 @@ from pydantic import Field, model_validator
 from clair.core.errors import UserError
 from clair.core.files import canonical_json
 from clair.core.recipe import Recipe
+from clair.data.records import Reply
+from clair.inference.rate_limit import Rate
 from clair.ledger.ledger import Tokens
 
+NOTHING = Tokens(0, 0)
 _MILLION = Decimal(1_000_000)
 _TOKENS_PER_MESSAGE = 16
 """An upper bound of the tokens that a chat template adds to a turn."""
@@ -184,3 +188,44 @@ def check_budget(config: BudgetConfig | None, roles: Mapping[str, Any]) -> None:
             raise UserError(f"a budget needs {role}.max_tokens: without it one call has no worst case")
         if config.money is not None and model.price is None:
             raise UserError(f"a budget in money needs {role}.price: {{input: ..., output: ...}} for a million tokens")
+
+
+def billed_tokens(reply: Reply, default: Tokens) -> Tokens:
+    """The tokens that a reply was billed for; `default` where the server states none."""
+    usage = reply.usage
+    return Tokens(usage.get("prompt_tokens", default.prompt), usage.get("completion_tokens", default.completion))
+
+
+@dataclass
+class Tally:
+    """Calls and tokens of one role in this run. Of the tokens, `batched` were billed at the price of a Batch API."""
+
+    calls: int = 0
+    reused: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    batched: Tokens = NOTHING
+    missing_finish_reason: int = 0
+    """Replies without a finish reason: they may have been truncated."""
+
+    def add(self, reply: Reply, *, reused: bool, batch: bool = False) -> None:
+        """Count a reply: as reused if it came from the ledger or from an equal request in flight, else as a call."""
+        tokens = billed_tokens(reply, NOTHING)
+        self.reused += reused
+        self.calls += not reused
+        self.prompt_tokens += tokens.prompt
+        self.completion_tokens += tokens.completion
+        self.missing_finish_reason += not reply.finish_reason
+        if batch:
+            self.batched = Tokens(self.batched.prompt + tokens.prompt, self.batched.completion + tokens.completion)
+
+
+@dataclass
+class Spending:
+    """The limits on what a role spends: the account billed, the run's budget, and the endpoint's rate limits."""
+
+    account: str
+    budget: Budget
+    requests: Rate = field(default_factory=lambda: Rate(None))
+    tokens: Rate = field(default_factory=lambda: Rate(None))

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from clair.core.backoff import backoff
 from clair.core.progress import duration, print_line
 from clair.data.records import Dropped, Reply, Tools
 from clair.inference.batch_client import BatchClient
 from clair.inference.batch_service import Pending
-from clair.inference.budget import Budget, BudgetExceeded, max_billed_tokens
+from clair.inference.budget import NOTHING, BudgetExceeded, Spending, Tally, billed_tokens, max_billed_tokens
 from clair.inference.endpoint_health import EndpointHealth
 from clair.inference.local import LocalModel
 from clair.inference.model import Model, RateLimited, Refused, RequestFailed, Unreachable, parse_reply
-from clair.inference.rate_limit import Limiter, Rate
+from clair.inference.rate_limit import Limiter
 from clair.ledger.ledger import Claim, ClaimResult, Ledger, StoredReply, Tokens, call_key
 
-NOTHING = Tokens(0, 0)
 _FIRST_BACKOFF = 0.5
-_MAX_BACKOFF = 60.0
 _CLAIM_INTERVAL = 0.2
 """Seconds between two claims of a request that another run has sent."""
 _MAX_WAITS = 5  # waits after which the backoff of a waiting request grows no further: 4 to 8 seconds
+_NOT_WHOLE = ("server_error", "malformed_reply")
 _MALFORMED_ATTEMPTS = 2  # a reply that cannot be parsed may have been paid for: one more try, not many
 
 
@@ -56,41 +55,6 @@ class StopSignal:
 
 
 @dataclass
-class Tally:
-    """Calls and tokens of one role in this run. Of the tokens, `batched` were billed at the price of a Batch API."""
-
-    calls: int = 0
-    reused: int = 0
-    retries: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    batched: Tokens = NOTHING
-    missing_finish_reason: int = 0
-    """Replies without a finish reason: they may have been truncated."""
-
-    def add(self, reply: Reply, *, reused: bool, batch: bool = False) -> None:
-        """Count a reply: as reused if it came from the ledger or from an equal request in flight, else as a call."""
-        tokens = _usage(reply, NOTHING)
-        self.reused += reused
-        self.calls += not reused
-        self.prompt_tokens += tokens.prompt
-        self.completion_tokens += tokens.completion
-        self.missing_finish_reason += not reply.finish_reason
-        if batch:
-            self.batched = Tokens(self.batched.prompt + tokens.prompt, self.batched.completion + tokens.completion)
-
-
-@dataclass
-class Spending:
-    """The limits on what a role spends: the account billed, the run's budget, and the endpoint's rate limits."""
-
-    account: str
-    budget: Budget
-    requests: Rate = field(default_factory=lambda: Rate(None))
-    tokens: Rate = field(default_factory=lambda: Rate(None))
-
-
-@dataclass
 class ModelClient:
     """One role (target, reviser, judge): a model with its request options, limits and a tally.
 
@@ -108,7 +72,7 @@ class ModelClient:
     ready: Callable[[], Awaitable[None]]
     health: EndpointHealth
     batch: BatchClient | None = None
-    """The queue for the Batch API, if the role uses it: then `ask` raises Pending instead of sending the request."""
+    """The queue for the Batch API, if the role uses it: then `complete` raises Pending and sends nothing itself."""
     failed: dict[str, tuple[str, str]] | None = None
     """Requests that failed for good, if the build reads its prompts more than once: key -> (reason, detail)."""
     attempts: int = 6
@@ -116,10 +80,10 @@ class ModelClient:
     earlier_calls: int = 0
     """Calls of earlier passes."""
     _slots_reported: bool = False
-    _shared_calls: dict[str, asyncio.Future[str | StoredReply]] = field(default_factory=dict)
+    _shared_calls: dict[str, asyncio.Future[Reply | StoredReply]] = field(default_factory=dict)
     _calls: set[asyncio.Task[Any]] = field(default_factory=set)
 
-    async def ask(
+    async def complete(
         self, messages: list[Any], *, row: str, sample: int = 0, tools: Tools = (), added_temperature: float = 0.0
     ) -> Reply:
         """Return the model's reply to `messages`, from the ledger or from the model; it is paid for at most once.
@@ -132,25 +96,34 @@ class ModelClient:
         request = {"messages": messages, **self.options, **({"tools": list(tools)} if tools else {})}
         if added_temperature and (temperature := request.get("temperature")) is not None:
             request["temperature"] = max(temperature, min(1.0, temperature + added_temperature))
-        key = call_key(self.model.identity, request, sample)
-        stored = self.ledger.find(key)
+        key, has_tools = call_key(self.model.identity, request, sample), "tools" in request
         shared = key in self._shared_calls
-        if self.failed and key in self.failed and not stored:
-            raise Dropped(self.role, *self.failed[key], failed=True)
-        if stored and _is_malformed(stored.raw):  # accepted by an earlier version
-            await self.ledger.fail(key, "no whole reply", NOTHING, stored.raw)
-            stored = None
+        stored = self.ledger.find(key)
         try:
-            result = stored or await self._request(key, request, sample, row)
-            reply = parse_reply(result if isinstance(result, str) else result.raw, tools="tools" in request)
+            reply = await self._parse_stored(key, stored, has_tools) if stored else None
+            if reply is None:
+                if self.failed and key in self.failed:
+                    raise Dropped(self.role, *self.failed[key], failed=True)
+                result = await self._request(key, request, sample, row)
+                stored = result if isinstance(result, StoredReply) else None
+                reply = parse_reply(result.raw, tools=has_tools) if isinstance(result, StoredReply) else result
         except RequestFailed as error:
             if self.failed is not None:
                 self.failed[key] = (error.reason, error.detail)
             raise Dropped(self.role, error.reason, error.detail, failed=True) from error
         self.health.answered = True
-        from_ledger = isinstance(result, StoredReply)
-        self.tally.add(reply, reused=shared or from_ledger, batch=from_ledger and result.batch)
+        self.tally.add(reply, reused=shared or stored is not None, batch=stored is not None and stored.batch)
         return reply
+
+    async def _parse_stored(self, key: str, stored: StoredReply, tools: bool) -> Reply | None:
+        """Parse a reply of the ledger; discard one that is not whole, which an earlier version accepted."""
+        try:
+            return parse_reply(stored.raw, tools=tools)
+        except RequestFailed as error:
+            if error.reason not in _NOT_WHOLE:
+                raise
+        await self.ledger.fail(key, "no whole reply", NOTHING, stored.raw)
+        return None
 
     def next_pass(self) -> None:
         """Begin another pass over the prompts: replies of this run's earlier passes are in the ledger by now."""
@@ -191,7 +164,7 @@ class ModelClient:
                 if dead := self.health.dead(error):
                     raise dead from error
             attempt += 1
-            await asyncio.sleep(_backoff(attempt))
+            await asyncio.sleep(backoff(attempt, _FIRST_BACKOFF))
 
     async def drain(self) -> None:
         """Wait until the replies of the requests in flight, which are paid for, are on disk."""
@@ -200,7 +173,7 @@ class ModelClient:
 
     # ---- claims
 
-    async def _request(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str | StoredReply:
+    async def _request(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> Reply | StoredReply:
         if self.batch is None or self.batch.takes_live(key):
             return await self._request_once(key, request, sample, row)
         self._raise_if_stopped()
@@ -208,7 +181,7 @@ class ModelClient:
         claim = Claim(self.role, self.model.name, row, self.spending.account, max_billed_tokens(request))
         return await self.batch.enqueue(key, claim, request)
 
-    async def _request_once(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> str | StoredReply:
+    async def _request_once(self, key: str, request: Mapping[str, Any], sample: int, row: str) -> Reply | StoredReply:
         """Share one call among equal requests of this run. A StoredReply if another run sent it and has the reply."""
         if (shared_call := self._shared_calls.get(key)) is not None:
             return await asyncio.shield(shared_call)
@@ -219,7 +192,7 @@ class ModelClient:
         task.add_done_callback(lambda task: (self._shared_calls.pop(key, None), _retrieve_exception(task)))
         return await asyncio.shield(task)
 
-    async def _claim_and_call(self, call: _Call) -> str | StoredReply:
+    async def _claim_and_call(self, call: _Call) -> Reply | StoredReply:
         await self.ready()
         while True:
             await self._acquire(call)
@@ -277,7 +250,7 @@ class ModelClient:
 
     # ---- one claimed request, with its retries
 
-    async def _call(self, call: _Call) -> str:
+    async def _call(self, call: _Call) -> Reply:
         """Send the request until it is answered or refused for good; the caller has acquired a slot for it."""
         attempt = waits = 0
         while True:
@@ -304,7 +277,7 @@ class ModelClient:
                 seconds = (
                     error.retry_after or 0.0
                     if isinstance(error, RateLimited)
-                    else _backoff(attempt + min(waits, _MAX_WAITS))
+                    else backoff(attempt + min(waits, _MAX_WAITS), _FIRST_BACKOFF)
                 )
             self.tally.retries += 1
             await asyncio.sleep(seconds)
@@ -320,7 +293,7 @@ class ModelClient:
                     self._release(call, NOTHING)
                     raise
 
-    async def _send(self, call: _Call) -> str:
+    async def _send(self, call: _Call) -> Reply:
         """Try once; the reply is in the ledger when this returns. Releases the slot of the call."""
         sent = time.monotonic()
         billed = NOTHING
@@ -328,7 +301,7 @@ class ModelClient:
             raw = await self.model.complete(call.request, call.sample)
             billed = call.max_tokens  # until the reply states its usage
             reply = parse_reply(raw, tools="tools" in call.request)
-            billed = _usage(reply, call.max_tokens)
+            billed = billed_tokens(reply, call.max_tokens)
             self.health.recover()
             self.health.answered = True
             seconds = time.monotonic() - sent
@@ -347,7 +320,7 @@ class ModelClient:
         finally:
             self._release(call, billed)
         await self.ledger.settle(call.key, raw, billed, call.max_tokens, seconds)
-        return raw
+        return reply
 
     def _report_slots(self) -> None:
         if self.limiter.slots and not self._slots_reported:
@@ -395,29 +368,10 @@ class _Call:
     max_tokens: Tokens
 
 
-def _backoff(attempt: int) -> float:
-    """Seconds to wait after `attempt` tries."""
-    return random.uniform(0.5, 1.0) * min(_MAX_BACKOFF, _FIRST_BACKOFF * 2 ** max(0, attempt - 1))
-
-
 def _retrieve_exception(task: asyncio.Future[Any]) -> None:
     """Mark the task's exception as seen: if its row was cancelled, nobody awaits it, and asyncio would complain."""
     if not task.cancelled():
         task.exception()
-
-
-def _usage(reply: Reply, default: Tokens) -> Tokens:
-    """The tokens that a reply was billed for; `default` where the server states none."""
-    usage = reply.usage
-    return Tokens(usage.get("prompt_tokens", default.prompt), usage.get("completion_tokens", default.completion))
-
-
-def _is_malformed(raw: str) -> bool:
-    try:
-        parse_reply(raw)
-    except RequestFailed as error:
-        return error.reason in ("server_error", "malformed_reply")
-    return False
 
 
 def _may_be_billed(error: Exception) -> bool:

@@ -20,8 +20,8 @@ from clair.core.urls import (
 from clair.inference.batch_client import BatchClient
 from clair.inference.batch_queue import BatchQueue
 from clair.inference.batch_service import BatchService
-from clair.inference.budget import Budget, BudgetConfig, Price, check_budget, role_prices
-from clair.inference.client import ModelClient, Spending, StopSignal
+from clair.inference.budget import Budget, BudgetConfig, Price, Spending, check_budget, role_prices
+from clair.inference.client import ModelClient, StopSignal
 from clair.inference.config import ModelConfig
 from clair.inference.endpoint_health import EndpointHealth
 from clair.inference.local import LocalModel, check_options

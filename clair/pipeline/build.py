@@ -19,8 +19,8 @@ from clair.data.dataset import DatasetWriter, card, read_manifest
 from clair.data.prompt_sources import Scan, each_prompt, scan
 from clair.data.records import Pair
 from clair.inference.batch_service import Pending
-from clair.inference.budget import discounted_share, price_table_version, role_prices
-from clair.inference.client import ModelClient, Tally
+from clair.inference.budget import Tally, discounted_share, price_table_version, role_prices
+from clair.inference.client import ModelClient
 from clair.inference.open import Resources, check_models
 from clair.ledger.ledger import Ledger, Tokens
 from clair.pipeline.config import BuildConfig, changed_content_keys, redacted

@@ -3,7 +3,7 @@
 Open the clients with `running_clients` (evaluations: `evaluation_clients`), then:
 
     async def run_row(row: Row) -> Result:
-        reply = await clients["model"].ask(messages, row=row.id)  # raises Dropped if this row gets no reply
+        reply = await clients["model"].complete(messages, row=row.id)  # raises Dropped if this row gets no reply
         return Result(reply)
 
     async with aclosing(run_rows(run_row, rows, clients, stop)) as outcomes:

@@ -79,7 +79,7 @@ def ready(answer: str) -> Answer:
 
 async def answer_of(prompt: Prompt, model: ModelClient, sample: int = 0) -> Answer:
     """The model's `sample`-th answer to the prompt. Drops an incomplete or empty answer."""
-    reply = await model.ask(list(prompt.messages), row=prompt.id, sample=sample, tools=prompt.tools)
+    reply = await model.complete(list(prompt.messages), row=prompt.id, sample=sample, tools=prompt.tools)
     if reason := reply.incomplete(tools=bool(prompt.tools)):
         raise Dropped(model.role, reason, _why_incomplete(reason, reply, model.role))
     calls = reply.tool_calls if prompt.tools else ()
@@ -175,7 +175,7 @@ async def _ask_and_read(
     `first_replies` counts the outcome of the first reply. Raises ParseFailure.
     """
     first_replies = Counter() if first_replies is None else first_replies
-    reply = await client.ask(messages, row=row)
+    reply = await client.complete(messages, row=row)
     try:
         if reply.refusal:
             raise ParseFailure("refusal", detail=reply.refusal)
@@ -187,7 +187,7 @@ async def _ask_and_read(
         if not again or failure.name in _POINTLESS_AGAIN or not reply.text.strip():
             raise
         problem = failure.explanation
-    reply = await client.ask(ask_again(messages, reply.text, problem), row=row, added_temperature=_WARMER)
+    reply = await client.complete(ask_again(messages, reply.text, problem), row=row, added_temperature=_WARMER)
     return read(reply.text, reply.finish_reason)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
+from clair.core.backoff import backoff
 from clair.core.errors import UserError, one_line
 from clair.core.files import content_hash, write_atomically
 from clair.core.urls import public_url
@@ -24,6 +25,8 @@ _EXTRAS = {"s3": "s3", "s3a": "s3"}
 _LOCAL = ("file", "local")
 _SECRET_NAME = re.compile(r"secret|token|password|key", re.IGNORECASE)
 _PATIENCE = 30.0  # seconds of retries for a store that does not answer
+_FIRST_BACKOFF = 0.25
+_MAX_BACKOFF = 5.0
 _FINAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 _FULL_PATTERN = re.compile(r"quota|no space|storage ?full|insufficient storage|EntityTooLarge", re.IGNORECASE)
 PASSWORD_IN_URL = "a URL with a password in it; give credentials by the environment"  # noqa: S105 (a message)
@@ -157,8 +160,10 @@ class Store:
 
     def _retry(self, verb: str, work: Callable[[], T]) -> T:
         """Run `work`, with retries for `_PATIENCE` seconds if the store does not answer. Returns its result."""
-        deadline, pause = time.monotonic() + _PATIENCE, 0.25
+        deadline, attempt = time.monotonic() + _PATIENCE, 0
         while True:
+            attempt += 1
+            pause = backoff(attempt, _FIRST_BACKOFF, _MAX_BACKOFF)
             try:
                 return work()
             except AlreadyExists:
@@ -167,7 +172,6 @@ class Store:
                 if _is_final(error) or time.monotonic() + pause > deadline:
                     raise StorageError(self._failure_message(verb, error)) from error
             time.sleep(pause)
-            pause = min(2 * pause, 5.0)
 
     def _failure_message(self, verb: str, error: Exception) -> str:
         if isinstance(error, FileNotFoundError):

@@ -148,7 +148,7 @@ class Judge:
         for round_ in range(ROUNDS[self.profile]):
             sample = self._first_sample(answer) + round_
             try:
-                reply = await self.client.ask(messages, row=answer.name, sample=sample)
+                reply = await self.client.complete(messages, row=answer.name, sample=sample)
             except Dropped as dropped:
                 if is_transient(dropped):
                     raise

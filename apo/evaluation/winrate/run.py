@@ -202,7 +202,7 @@ class WinrateRun:
         """
         if side in self.inputs.ready_answers:
             return AnswerText(visible_answer(self.inputs.ready_answers[side][prompt_key(prompt)][sample]).strip())
-        reply = await self.clients[side].ask(list(prompt.messages), row=prompt.id, sample=sample)
+        reply = await self.clients[side].complete(list(prompt.messages), row=prompt.id, sample=sample)
         incomplete = reply.incomplete()
         if incomplete and incomplete != "truncated":
             raise Dropped(side, incomplete, reply.refusal)

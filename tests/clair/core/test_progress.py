@@ -10,7 +10,7 @@ from rich.console import Console
 
 from clair.core import progress as module
 from clair.core.progress import FIRST_LINE_AFTER, LINE_INTERVAL, CompletionRate, Progress, progress
-from clair.inference.client import Tally
+from clair.inference.budget import Tally
 from clair.pipeline.build import build
 from clair.terminal import _ClientStatus
 from tests.clair.building import config_for, scripted_rows, write_prompts
