@@ -18,8 +18,8 @@ from clair.data.dataset import read_manifest, read_rows
 from clair.data.deduplication import Benchmark
 from clair.pipeline.build import build
 from clair.pipeline.config import BuildConfig
+from recipes.experiments.real_model import model, table
 from recipes.experiments.real_model import run as experiment
-from recipes.experiments.real_model import table
 from recipes.experiments.real_model.cells import CELLS, PRIMARY
 from recipes.experiments.real_model.constraints import (
     KINDS,
@@ -333,7 +333,7 @@ def test_the_best_checkpoint_on_validation_is_chosen_and_of_equal_ones_the_lower
 
     scores = {(low, 1): 0.2, (low, 2): 0.3, (high, 1): 0.3, (high, 2): 0.1}
 
-    def validate(self: Experiment, name: str, model: Path) -> float:
+    def validate(self: Experiment, name: str, folder: Path) -> float:
         _, rate, epoch = name.split("/")
         return scores[float(rate), int(epoch)]
 
@@ -359,6 +359,31 @@ def test_a_model_that_is_there_is_not_made_again(tmp_path):
     assert make_model(tmp_path) == {"package": "a"}
 
 
+def test_a_hub_that_does_not_answer_and_one_that_is_not_asked_give_way_to_the_package(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def model_info(self: object, name: str, **options: object) -> None:
+        asked.append(name)
+        raise OSError("no route to host")
+
+    def from_package(folder: Path) -> dict:
+        (folder / "model.safetensors").write_bytes(b"weights")
+        return {"package": "a package"}
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr(model, "from_package", from_package)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert make_model(tmp_path / "offline")["package"] == "a package"
+    assert not asked
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    source = make_model(tmp_path / "model")
+    assert asked == [model.HUB_NAME]
+    assert "no route to host" in capsys.readouterr().out
+    assert json.loads((tmp_path / "model/source.json").read_text()) == source
+    assert (tmp_path / "model/model.safetensors").read_bytes() == b"weights"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 # ---- the page
 
 
@@ -377,7 +402,7 @@ def section(level: str, split: str | None, benchmark: str | None = None) -> dict
 
 
 def test_the_page_says_what_the_results_hold():
-    model = {"scores": "01" * 5, "tokens": [100, 300], "truncated": 7}
+    answered = {"scores": "01" * 5, "tokens": [100, 300], "truncated": 7}
     choice = {"rate": 3e-4, "epochs": 2, "model": "runs/a/checkpoint-9"}
     sections = [section("overall", "prompt_loose"), section("split", "instruction_loose", "unseen")]
     answer = {
@@ -389,7 +414,7 @@ def test_the_page_says_what_the_results_hold():
     }
     text = table.page(
         {
-            "evaluations": {"ifeval": {"base": model, PRIMARY.name: model}, "mixeval": {}},
+            "evaluations": {"ifeval": {"base": answered, PRIMARY.name: answered}, "mixeval": {}},
             "compared": {"ifeval": {"names": [PRIMARY.name], "sections": sections}, "mixeval": None},
             "pairs": {"clair": {"counts": {"pairs": 6, "dropped": 4}, "drops": {"reviser/refusal/new_content": 4}}},
             "chosen": {PRIMARY.name: {**choice, "candidates": [{**choice, "validation": 0.3}]}},

