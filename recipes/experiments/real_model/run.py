@@ -203,7 +203,8 @@ class Experiment:
                     flush=True,
                 )
                 program = Path(sys.executable).with_name("apo")
-                subprocess.run([program, "compare", *folders], check=True)
+                if code := subprocess.run([program, "compare", *folders], check=False).returncode:
+                    raise SystemExit(code)
 
     def whole(self, cells: Sequence[Cell]) -> None:
         """Every step, the primary cell first."""
