@@ -285,6 +285,26 @@ def test_a_build_makes_pairs_with_the_program_and_drops_what_it_cannot_mend(prom
     assert read_manifest(tmp_path / "pairs")["counts"]["pairs"] == 1
 
 
+def test_a_judged_build_prefers_the_answer_that_holds_more_and_drops_ties(prompts_file, tmp_path):
+    rows = [{**PROMPTS[0], "answers": [TEXT, "No comma."]}, {**PROMPTS[1], "answers": ["A tree.", "A bird."]}]
+    answered = tmp_path / "answered.jsonl"
+    answered.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with running_module("recipes.experiments.real_model.server", ["--prompts", str(prompts_file)], 60) as server:
+        judge = {"url": server.url, "model": "constraint-judge", "id": program_id(), "order": "random"}
+        recipe = {"pipeline": "judged", "prompts": {"path": str(answered)}, "judge": judge, "test_fraction": 0}
+        build(BuildConfig.model_validate({**recipe, "out": str(tmp_path / "pairs")}))
+    (pair,) = read_rows(tmp_path / "pairs")
+    assert (pair["rejected"][-1]["content"], pair["chosen"][-1]["content"]) == (TEXT, "No comma.")
+    (drop,) = [json.loads(line) for line in (tmp_path / "pairs/dropped.jsonl").read_text().splitlines()]
+    assert (drop["stage"], drop["reason"]) == ("judge", "tie")
+
+
+def test_the_build_recipes_differ_in_pipeline_and_roles_alone_and_share_the_target(tmp_path):
+    recipes = [yaml.safe_load((ROOT / experiment.RECIPES / f"{name}.yaml").read_text()) for name in ("clair", "judged")]
+    for key in ("target", "prompts", "ledger", "seed", "test_fraction"):
+        assert recipes[0][key] == recipes[1][key], key
+
+
 # ---- steps
 
 
