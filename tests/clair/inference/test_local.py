@@ -20,7 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from clair.core.errors import UserError
-from clair.inference.generation.running_batch import GenerationRow, RunningBatch
+from clair.inference.generation import onednn
+from clair.inference.generation.running_batch import _SPARE_POSITIONS, GenerationRow, RunningBatch
 from clair.inference.local import LocalModel
 from clair.inference.model import RequestFailed, Unreachable, parse_reply
 from clair.inference.model_folder import weights_identity
@@ -100,6 +101,20 @@ def test_a_sampled_reply_is_the_same_whatever_the_batch(folder, options):
     assert [shuffled[order.index(n)] for n in range(16)] == together
     assert [ask(folder, [request])[0] for request in requests[::5]] == together[::5]
     assert len({reply.text for reply in together}) > 12
+
+
+def test_a_local_model_multiplies_with_onednn_where_it_is_the_faster(folder, monkeypatch):
+    if onednn.speeds()[1] == 0:
+        pytest.skip("this torch has no oneDNN for this processor")
+    request = {"messages": messages("what is one"), "max_tokens": 20, "temperature": 0}
+    products, really = [], onednn._onednn
+    monkeypatch.setattr(onednn, "_onednn", lambda a, b: products.append(1) or really(a, b))
+    monkeypatch.setattr(onednn, "speeds", lambda: (1.0, 1.0))
+    expected = ask(folder, [request])
+    assert not products
+    monkeypatch.setattr(onednn, "speeds", lambda: (1.0, 2.0))
+    assert ask(folder, [request]) == expected
+    assert len(products) >= 20 * 7
 
 
 @pytest.fixture
@@ -374,6 +389,27 @@ def test_a_batch_is_sized_by_tokens_with_padding_and_room_for_answers(folder, ba
     batches.clear()
     ask(folder, requests[-3:], batch_tokens=5)  # less than one: by themselves
     assert [len(batch) for batch in batches] == [1, 1, 1]
+
+
+def test_the_cache_never_holds_more_than_the_longest_row_for_each_row(folder, monkeypatch):
+    sizes, really = [], RunningBatch.generate
+
+    def watched(self, on_end, is_enough):
+        really(self, on_end, is_enough)
+        layers = self._cache.layers
+        memory = sum(buffer.untyped_storage().nbytes() for layer in layers for buffer in layer.buffers)
+        position = sum(buffer[:1, :, :1].nbytes for layer in layers for buffer in layer.buffers)
+        longest = max(len(row.prompt) + len(row.tokens) for row in self._cached_rows)
+        sizes.append((memory / position, len(self._cached_rows), longest))
+
+    monkeypatch.setattr(RunningBatch, "generate", watched)
+    random = Random(4)
+    requests = [{"messages": messages(t), "max_tokens": random.randint(2, 60), "temperature": 1.0} for t in texts(64)]
+    ask(folder, requests, batch_size=8)
+    assert max(rows for _, rows, _ in sizes) == 8
+    assert len(sizes) > 40
+    # The newest token of a row is in no cache yet; a layer has spare positions.
+    assert all(positions <= rows * (longest - 1 + _SPARE_POSITIONS) for positions, rows, longest in sizes)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0}])
