@@ -25,8 +25,8 @@ def distinguish(context: typer.Context, recipe: RecipeFile = None, out: Out = No
     from apo.losses.mixture import resolve_mixture
 
     resolve_mixture(config.objective)
+    from apo.analysis.clusters import indices_of_shared_prompts
     from apo.analysis.distinguishability import distinguish as measure
-    from apo.analysis.distinguishability import indices_of_shared_prompts
     from apo.analysis.features import encode_datasets
     from apo.console import print_line, quieten
     from clair.core.console import show as print_

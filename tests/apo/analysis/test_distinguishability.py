@@ -9,18 +9,16 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from apo.analysis.clusters import clusters_of, indices_of_shared_prompts, kmeans
 from apo.analysis.distinguishability import (
     Cluster,
     Interval,
     Literal,
     _pair_level,
     _sketch,
-    clusters_of,
     distinguish,
     distinguishability,
     head_gradients,
-    indices_of_shared_prompts,
-    kmeans,
     pulls,
     resampled,
     warnings_of,
