@@ -86,7 +86,12 @@ def load_inputs(config: AdviseConfig) -> AdviceInputs:
     check_models(config.models, config.budget, config.seed)
     assert config.model.path is not None
     tokenizer = models.load_tokenizer(models.find_model(config.model.path, config.model.trust_remote_code))
-    rows = [row for row in read_rows([config.dataset]) if row["chosen"] != row["rejected"]]
+    options = config.model.chat_template_kwargs
+    rows = [
+        {**row, "chat_template_kwargs": row.get("chat_template_kwargs") or options}
+        for row in read_rows([config.dataset])
+        if row["chosen"] != row["rejected"]
+    ]
     different = {content_hash(row["prompt"]): row for row in reversed(rows)}
     if len(different) < sample_size(COARSE):
         raise UserError(

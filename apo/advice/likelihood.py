@@ -155,12 +155,14 @@ def _tokenized(name: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], own
 
     eos, max_length = eos_ids(tokenizer, models.load_generation_config(name)), models.context_length(name)
     columns = ("prompt", "chosen", "rejected")
-    paired = [{**{c: row[c] for c in columns}, "_place": index} for index, row in enumerate(rows)]
+    modes = [{"chat_template_kwargs": row.get("chat_template_kwargs")} for row in rows]
+    paired = [{**{c: row[c] for c in columns}, **modes[index], "_place": index} for index, row in enumerate(rows)]
     single = [
         {
             "prompt": row["prompt"],
             "completion": [{"role": "assistant", "content": text}],
             "label": True,
+            **modes[index],
             "_place": index,
         }
         for index, (row, text) in enumerate(zip(rows, own_answers, strict=True))

@@ -94,6 +94,15 @@ def split_thoughts(message: Mapping[str, Any]) -> tuple[list[str], str]:
     return thoughts, content
 
 
+def with_thoughts_in_text(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with the thoughts of its own keys at the start of its text, between `<think>` marks."""
+    thoughts = [message[key].strip() for key in THOUGHTS if isinstance(message.get(key), str) and message[key].strip()]
+    if not thoughts:
+        return message
+    others = {key: value for key, value in message.items() if key not in THOUGHTS}
+    return {**others, "content": f"<think>\n{thoughts[0]}\n</think>\n{message['content']}"}
+
+
 def contains_all(text: str, pieces: Sequence[str]) -> bool:
     """True if a rendered text contains all pieces: unchanged, trimmed, or as JSON writes them."""
     squeezed = None

@@ -26,6 +26,7 @@ from apo.data.message_texts import (
     split_thoughts,
     tool_texts,
     with_json_arguments,
+    with_thoughts_in_text,
 )
 from apo.data.text_rows import render_text
 from clair.core.errors import one_line
@@ -139,6 +140,8 @@ class _Conversation:
             self.notes.add("marks")
         if any(message.get("tool_calls") for messages in (self.prompt, *self.answers) for message in messages):
             self._convert_tool_calls()
+        if any(split_thoughts(message)[0] for answer in self.answers for message in answer):
+            self._convert_thoughts()
 
     def _check_not_rendered(self) -> None:
         """Raises RowError for a text that has a template's marks around it: the template would write them again."""
@@ -179,6 +182,22 @@ class _Conversation:
                 self._render(self.conversations[0])
             except RowError:
                 raise fault from None
+
+    def _convert_thoughts(self) -> None:
+        """Pass thoughts within the text of their turn, if the template writes them there alone (SmolLM3)."""
+        if "<think>" not in str(self.tokenizer.chat_template):
+            return
+        answers = self.answers
+        thoughts = [[t for message in answer for t in split_thoughts(message)[0]] for answer in answers]
+
+        def are_written() -> bool:
+            texts = [self._render(messages)[0] for messages in self.conversations]
+            return all(contains_all(text, pieces) for text, pieces in zip(texts, thoughts, strict=True))
+
+        if not are_written():
+            self.answers = [[with_thoughts_in_text(message) for message in answer] for answer in answers]
+            if not are_written():
+                self.answers = answers
 
     @property
     def conversations(self) -> list[Messages]:

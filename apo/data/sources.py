@@ -6,6 +6,7 @@ A source can be limited to the rows that have a given value in a column (`where`
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,8 @@ class Source(Recipe):
     columns: Mapping[str, str] = {}
     """Names of its columns if they are not prompt, chosen, rejected, completion, label, system and so on:
     {chosen: better}."""
+    chat_template_kwargs: dict[str, bool | int | float | str] | None = None
+    """Variables of the chat template for rows without a column of that name: {enable_thinking: false}. Absent: none."""
     where: dict[str, str | int | bool] | None = None
     """Use only the rows with these values in these columns, also held out: `{group: ann}`. Absent: all rows."""
 
@@ -122,7 +125,7 @@ def _is_path(text: str) -> bool:
 
 
 def _eval_source(path: str, sources: Sequence[Source]) -> Source:
-    """A file or folder of held-out rows as a source, with the `where` and `columns` that all training sources share."""
+    """A file or folder of held-out rows as a source, with what all training sources share."""
     check_exists(path)
     names = split_names(path)
     first = sources[0].where or {}
@@ -130,7 +133,11 @@ def _eval_source(path: str, sources: Sequence[Source]) -> Source:
         column: value for column, value in first.items() if all((s.where or {}).get(column) == value for s in sources)
     }
     columns = dict(sources[0].columns) if all(source.columns == sources[0].columns for source in sources) else {}
-    return Source(path=path, split="test" if "test" in names else names[0], where=shared or None, columns=columns)
+    options = {str(source.chat_template_kwargs): source.chat_template_kwargs for source in sources}
+    return Source(
+        path=path, split="test" if "test" in names else names[0], where=shared or None, columns=columns,
+        chat_template_kwargs=next(iter(options.values())) if len(options) == 1 else None,
+    )  # fmt: skip
 
 
 def _concatenated(datasets: Sequence[Dataset], sources: Sequence[Source]) -> Dataset:
@@ -265,7 +272,18 @@ def _load(source: Source, split: str, weights: str | None = None, note: Callable
                 f"dataset {path}: the column {column!r} holds images, and `apo train` trains text only; take it out or "
                 "train with APOTrainer and shared_prefix=False"
             )
-    return pairs.select_columns([column for column in columns if column in pairs.column_names])
+    pairs = pairs.select_columns([column for column in columns if column in pairs.column_names])
+    return _with_template_options(pairs, source.chat_template_kwargs)
+
+
+def _with_template_options(rows: Dataset, options: Mapping[str, Any] | None) -> Dataset:
+    """The rows, with `options` as the chat template's variables of those that have none of their own."""
+    name = "chat_template_kwargs"
+    if not options:
+        return rows
+    values = rows[name][:] if name in rows.column_names else [None] * len(rows)
+    rows = rows.remove_columns([column for column in rows.column_names if column == name])
+    return rows.add_column(name, [value or json.dumps(options) for value in values])  # pyright: ignore[reportCallIssue]
 
 
 def _load_unless_empty(

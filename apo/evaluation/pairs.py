@@ -47,6 +47,8 @@ class PairsConfig(Recipe):
     reference: str
     dataset: Location
     split: str = "test"
+    chat_template_kwargs: dict[str, bool | int | float | str] | None = None
+    """Variables of the chat template for rows without a column of that name."""
     beta: float = Field(default=0.1, gt=0)
     limit: int | None = Field(default=None, ge=1)
     max_length: int | None = Field(default=None, ge=2)
@@ -69,6 +71,9 @@ class PairsConfig(Recipe):
             defaults["trust_remote_code"] = recipe.get("trust_remote_code", False)
             if isinstance(sources, str) or len(sources) == 1:
                 defaults["dataset"] = sources if isinstance(sources, str) else sources[0]["path"]
+                defaults["chat_template_kwargs"] = (
+                    None if isinstance(sources, str) else sources[0].get("chat_template_kwargs")
+                )
         if values.get("dataset") and _is_file(str(values["dataset"])):
             defaults["split"] = "train"  # a single file has no test split: all of it is held out
         for key in ("reference", "dataset"):
@@ -326,7 +331,7 @@ def _load_pairs(config: PairsConfig) -> Any:
     names = split_names(config.dataset) if exists else [config.split]
     if config.split not in names:
         raise UserError(f"dataset {config.dataset} has no split {config.split!r}; found: {', '.join(names)}")
-    pairs = load_eval([Source(path=config.dataset)], config.split)
+    pairs = load_eval([Source(path=config.dataset, chat_template_kwargs=config.chat_template_kwargs)], config.split)
     if pairs is None:
         raise UserError(f"dataset {config.dataset}, split {config.split!r}, has no pairs to measure")
     return pairs if config.limit is None else pairs.select(range(min(config.limit, len(pairs))))

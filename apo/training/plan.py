@@ -14,6 +14,7 @@ from apo.run_dir.files import template_day
 from apo.training.config import TrainConfig, lora_config, trainer_options
 from apo.training.optimizer_check import check_optimizer
 from clair.core.errors import UserError
+from clair.inference.model_folder import unknown_variable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,6 +86,12 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
             f"model {config.model} is an adapter on a part of its base's weights; merge it (apo merge) first"
         )
     tokenizer = load_tokenizer(name)
+    for source in config.dataset:
+        if variable := unknown_variable(str(tokenizer.chat_template), source.chat_template_kwargs or ()):
+            raise UserError(
+                f"dataset.chat_template_kwargs.{variable} would be ignored: the chat template of {config.model} does "
+                "not have it; leave it out"
+            )
     day = day or template_day(Path(config.out))
     notes: list[str] = []
     train_pairs = load_train(config.dataset, config.seed, config.weights, lambda line: notes.append(f"train: {line}"))

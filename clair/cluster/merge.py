@@ -113,7 +113,9 @@ def _merge(
 
     target = output.folder
     tools = "tools" in pq.read_schema(shards[0] / split_file(SPLITS[0])).names
-    writer = DatasetWriter(target, seed=recipe["seed"], test_fraction=recipe["test_fraction"], tools=tools)
+    options = {"seed": recipe["seed"], "test_fraction": recipe["test_fraction"]}
+    template_options = (recipe["target"] or {}).get("chat_template_kwargs")
+    writer = DatasetWriter(target, **options, tools=tools, template_options=template_options)
     finished = False
     try:
         for expected, (index, kind, row) in enumerate(heapq.merge(*map(_rows, shards), key=lambda row: row[0])):

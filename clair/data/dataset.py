@@ -33,11 +33,12 @@ ROWS_PER_GROUP = 5000
 """Rows per Parquet row group. A writer holds 18 kB of metadata per group until the file ends."""
 
 
-def schema(*, tools: bool = False, calls: bool = False) -> Any:
+def schema(*, tools: bool = False, calls: bool = False, template_options: Mapping[str, Any] | None = None) -> Any:
     """The Arrow schema of a pair.
 
-    `tools` is for prompts with tools, or turns with more than role and content; `calls` for answers that call tools.
-    Such turns, and the tools, are JSON values, because Arrow's structs would give each the keys of all others as nulls.
+    `tools` is for prompts with tools, or turns with more than role and content; `calls` for answers that call tools or
+    have thoughts; `template_options` for a column of variables of the chat template. Such turns, and the tools, are
+    JSON values, because Arrow's structs would give each the keys of all others as nulls.
     """
     import pyarrow as pa
 
@@ -57,6 +58,7 @@ def schema(*, tools: bool = False, calls: bool = False) -> Any:
             ("score_rejected", pa.float64()),
             *((name, pa.string()) for name in LABELS),
             *([("tools", values)] if tools else []),
+            *([("chat_template_kwargs", pa.array([template_options]).type)] if template_options else []),
         ]
     )
 
@@ -116,13 +118,16 @@ class DatasetWriter:
     """
 
     def __init__(
-        self, folder: Path, *, seed: int, test_fraction: float, order: bool = False, tools: bool = False
-    ) -> None:
+        self, folder: Path, *, seed: int, test_fraction: float, order: bool = False, tools: bool = False,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         """Open the temporary files in `folder`.
 
         `order` also writes the order file of a shard, of the `index` among all prompts that each row is added with.
-        `tools` allows turns with more than role and content.
+        `tools` allows turns with more than role and content. `template_options` are the chat template's variables, a
+        column of every pair.
         """
+        self.template_options = template_options
         self.tools, self.calls = tools, False
         self.folder = folder
         self.seed = seed
@@ -147,11 +152,11 @@ class DatasetWriter:
     def _open_parquet(self, split: str) -> Any:
         import pyarrow.parquet as pq
 
-        self._schema = schema(tools=self.tools, calls=self.calls)
+        self._schema = schema(tools=self.tools, calls=self.calls, template_options=self.template_options)
         return pq.ParquetWriter(self._files[split], self._schema, compression="zstd")
 
     def _write_calls(self) -> None:
-        """Switch to the schema with tool calls in answers, and rewrite the rows that are written already."""
+        """Switch to the schema with tool calls and thoughts in answers, and rewrite the rows written already."""
         self.calls = True
         for split in SPLITS:
             self._parquet[split].close()
@@ -176,8 +181,10 @@ class DatasetWriter:
         split = assign_split(row["id"], self.seed, self.test_fraction)
         self.counts[split] += 1
         self.sums.update({name: value for name, value in row["contrast"].items() if value is not None})
-        self._rows[split].append(row)
-        if not self.calls and any(turn.get("tool_calls") for side in ("chosen", "rejected") for turn in row[side]):
+        self._rows[split].append(
+            row | ({"chat_template_kwargs": options} if (options := self.template_options) else {})
+        )
+        if not self.calls and any(len(turn) > 2 for side in ("chosen", "rejected") for turn in row[side]):
             self._write_calls()
         self._record_order(index, split)
         if len(self._rows[split]) == ROWS_PER_GROUP:

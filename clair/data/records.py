@@ -172,15 +172,17 @@ def written_like(text: str, answer: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer to a prompt: its text and its tool calls."""
+    """An answer to a prompt: its text, its tool calls, and its thoughts, if they are trained."""
 
     text: str
     tool_calls: tuple[Mapping[str, Any], ...] = ()
+    thinking: str = ""
 
     def message(self) -> dict[str, Any]:
         """The answer as a turn of the conversation."""
+        thoughts = {"reasoning_content": self.thinking} if self.thinking else {}
         calls = {"tool_calls": [dict(call) for call in self.tool_calls]} if self.tool_calls else {}
-        return {"role": "assistant", "content": self.text, **calls}
+        return {"role": "assistant", "content": self.text, **thoughts, **calls}
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,14 +218,16 @@ class Pair:
     tools: Tools = ()
     tool_calls: tuple[tuple[Mapping[str, Any], ...], tuple[Mapping[str, Any], ...]] = ((), ())
     """The tool calls of chosen and of rejected."""
+    thinking: tuple[str, str] = ("", "")
+    """The thoughts of chosen and of rejected."""
 
     def row(self) -> dict[str, Any]:
         """The pair as a row of the dataset: TRL's explicit-prompt conversational preference format."""
         return {
             "id": self.id,
             "prompt": [dict(m) for m in self.messages],
-            "chosen": [Answer(self.chosen, self.tool_calls[0]).message()],
-            "rejected": [Answer(self.rejected, self.tool_calls[1]).message()],
+            "chosen": [Answer(self.chosen, self.tool_calls[0], self.thinking[0]).message()],
+            "rejected": [Answer(self.rejected, self.tool_calls[1], self.thinking[1]).message()],
             "reasoning": self.reasoning,
             "models": dict(self.models),
             "contrast": dict(self.contrast),

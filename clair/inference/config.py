@@ -46,6 +46,8 @@ class ModelConfig(Recipe):
     api_key_env: str | None = None
     extra: Mapping[str, Any] = {}
     """Request options passed through as they are (top_p, max_completion_tokens, reasoning_effort, headers ...)."""
+    chat_template_kwargs: Mapping[str, bool | int | float | str] | None = None
+    """Variables of the chat template, such as {enable_thinking: false}; a pair gets those of the target."""
     price: Price | Literal["table"] | None = None
     """Per million tokens: {input: 2.50, output: 10}; `table`: the price in genai-prices for this model and URL."""
     requests_per_minute: int | None = Field(default=None, ge=1)
@@ -77,6 +79,8 @@ class ModelConfig(Recipe):
         reserved = [key for key in self.extra if key in _RESERVED_KEYS]
         if reserved:
             raise ValueError(f"extra.{reserved[0]} would break the request; it is set by the pipeline")
+        if "chat_template_kwargs" in self.extra:
+            raise ValueError("extra.chat_template_kwargs is a key of the model itself: chat_template_kwargs; move it")
         for name, value in self.extra.items():
             try:
                 json.dumps({name: value}, allow_nan=False, ensure_ascii=False, default=str).encode()
@@ -101,6 +105,8 @@ class ModelConfig(Recipe):
         options: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
         if self.path is not None:
             options["seed"] = seed
+        if self.chat_template_kwargs:
+            options["chat_template_kwargs"] = dict(self.chat_template_kwargs)
         return {k: v for k, v in options.items() if v is not None} | dict(self.extra)
 
 

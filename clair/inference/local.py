@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ from clair.inference.generation.running_batch import (
     temperature_of,
     uniform_draws,
 )
-from clair.inference.model import Refused, RequestFailed, Unreachable, completion_json
+from clair.inference.model import THINKING_TOKENS, Refused, RequestFailed, Unreachable, completion_json
 from clair.inference.model_folder import adapter_base, check_model_folder, resize_vocabulary, weights_identity
 
-_OPTIONS = ("messages", "max_tokens", "temperature", "top_p", "top_k", "seed", "tools")
+_OPTIONS = ("messages", "max_tokens", "temperature", "top_p", "top_k", "seed", "tools", "chat_template_kwargs")
 _DEFAULT_MAX_TOKENS = 1024
 _CHANGED_FRACTION = 8
 """Rows leave and join a batch when an eighth of it has ended or waits: each change costs about one token's time."""
@@ -194,10 +195,16 @@ class LocalModel:
             self.activity = ""
         return self._loaded
 
-    def _tokenize(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> list[int]:
+    def _tokenize(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] = (),
+        template_options: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         tokenizer, _ = self._load()
         # The template writes the BOS token, if any; the tokenizer must not add a second one.
         options = {"tools": list(tools)} if tools else {}
+        options |= template_options or {}
         turns = [_parse_arguments(message) for message in messages]
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **options)
         calls = [call for turn in messages for call in turn.get("tool_calls", [])]
@@ -325,7 +332,7 @@ class LocalModel:
         request = queued.request
         _, model = self._load()
         try:
-            prompt = self._tokenize(request["messages"], request.get("tools", ()))
+            prompt = self._tokenize(request["messages"], request.get("tools", ()), request.get("chat_template_kwargs"))
         except Exception as error:  # a template can raise anything
             raise RequestFailed("generation_failed", f"{type(error).__name__}: {error}") from error
         max_tokens = request.get("max_tokens") or model.generation_config.max_new_tokens or _DEFAULT_MAX_TOKENS
@@ -342,9 +349,17 @@ class LocalModel:
         tokenizer, model = self._load()
         has_ended = row.tokens[-1] in eos_token_ids(tokenizer, model)
         tokens = row.tokens[:-1] if has_ended else row.tokens
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        text = _decode(tokenizer, tokens)
         finish_reason = "stop" if has_ended else "length"
         return completion_json(text, finish_reason, self.name, len(row.prompt), len(row.tokens))
+
+
+def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of an answer without special tokens, but for those that mark where its thoughts end."""
+    added = tokenizer.added_tokens_decoder.items()
+    marks = {token: mark.content for token, mark in added if mark.special and mark.content in THINKING_TOKENS}
+    groups = groupby(tokens, marks.get)
+    return "".join(mark or tokenizer.decode(list(group), skip_special_tokens=True) for mark, group in groups)
 
 
 def _parse_arguments(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -135,6 +135,8 @@ def parse_reply(raw: str, *, tools: bool = False) -> Reply:
     )
 
 
+THINKING_TOKENS = ("<think>", "</think>", "[THINK]", "[/THINK]")
+"""Tokens around hidden reasoning; if a tokenizer calls them special, they still mark where the answer begins."""
 _THINKING_KEYS = ("reasoning_content", "reasoning")
 _THINKING_MARKS = tuple(
     (re.compile(opening, re.IGNORECASE), re.compile(closing, re.IGNORECASE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,29 @@ def check_model_folder(path: str | Path, role: str = "target") -> None:
         raise UserError(f"{role}: the base model {base} of the adapter {folder} does not exist")
     if (folder / "tokenizer_config.json").is_file():
         _check_chat_template(folder, role)
+
+
+def unknown_variable(template: str, names: Iterable[str]) -> str | None:
+    """The first of some variables that a chat template does not mention, and would ignore; None if it has all."""
+    words = set(re.findall(r"\w+", template))
+    return next((name for name in names if name not in words), None)
+
+
+def check_template_variables(folder: str | Path, names: Iterable[str], role: str) -> None:
+    """Check that the chat template of a model folder has all variables. Raises UserError naming the first other.
+
+    A base on the hub is not checked.
+    """
+    for path in (Path(folder), Path(adapter_base(folder) or "")):
+        config, file = path / "tokenizer_config.json", path / "chat_template.jinja"
+        if config.is_file():
+            template = file.read_text("utf-8") if file.is_file() else str(_read_json(config, role).get("chat_template"))
+            if name := unknown_variable(template, names):
+                raise UserError(
+                    f"{role}: chat_template_kwargs.{name} would be ignored: the chat template in {path} does not have "
+                    "it; leave it out"
+                )
+            return
 
 
 def check_remote_code(folder: str | Path, role: str) -> None:

@@ -26,7 +26,7 @@ from clair.inference.config import ModelConfig
 from clair.inference.endpoint_health import EndpointHealth
 from clair.inference.local import LocalModel, check_options
 from clair.inference.model import Model, Refused
-from clair.inference.model_folder import check_model_folder, check_remote_code
+from clair.inference.model_folder import check_model_folder, check_remote_code, check_template_variables
 from clair.inference.openai import OpenAIModel
 from clair.inference.pool import EndpointPool
 from clair.inference.rate_limit import Limiter, Rate
@@ -77,6 +77,7 @@ def check_models(models: Mapping[str, ModelConfig], budget: BudgetConfig | None,
             if not model.trust_remote_code:
                 check_remote_code(model.path, role)
             check_options(model.options(seed), role)
+            check_template_variables(model.path, model.chat_template_kwargs or (), role)
 
 
 class InferenceConfig(Protocol):

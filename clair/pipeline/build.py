@@ -143,7 +143,8 @@ async def _build(
     out = output.folder
     async with open_run(config, ledger, resources=resources) as run:
         while True:
-            options = {"seed": config.seed, "test_fraction": config.test_fraction}
+            options: dict[str, Any] = {"seed": config.seed, "test_fraction": config.test_fraction}
+            options["template_options"] = config.target and config.target.chat_template_kwargs
             writer = DatasetWriter(out, **options, order=shard is not None, tools=prompt_scan.tools)
             finished = False
             try:

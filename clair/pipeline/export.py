@@ -30,15 +30,15 @@ def convert_rows(form: Form, folder: str | Path, split: str) -> Iterator[dict[st
     read_manifest(folder)
     for row in read_rows(folder, [split]):
         prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-        tools = {"tools": row["tools"]} if row.get("tools") else {}
+        tools = {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
         if form == "preference":
             yield {"id": row["id"], "prompt": prompt, "chosen": chosen, "rejected": rejected, **tools}
         elif form == "unpaired":
             yield {"id": row["id"], "prompt": prompt, "completion": chosen, "label": True, **tools}
             yield {"id": row["id"], "prompt": prompt, "completion": rejected, "label": False, **tools}
         else:
-            if len(prompt) != 1 or row.get("tools"):
-                more = f"{len(prompt)} turns before the answer" if len(prompt) != 1 else "tools"
+            if len(prompt) != 1 or tools:
+                more = f"{len(prompt)} turns before the answer" if len(prompt) != 1 else " and ".join(tools)
                 raise UserError(f"pair {row['id']} has {more}; use --as preference")
             yield {"id": row["id"], **{k: row[k][-1]["content"] for k in ("prompt", "chosen", "rejected")}}
 
@@ -99,9 +99,11 @@ def next_round(folder: str | Path, model: str, out: str | Path) -> tuple[Path, i
     everything = (prompt for prompt, left_out in each_prompt(config.prompts) if left_out is None)
     unseen = [_prompt_row(p.id, list(p.messages), p.tools) for p in everything if p.id not in known_ids]
     target_config = config.target
-    sampling = (
+    sampling: dict[str, Any] = (
         {"temperature": target_config.temperature, "max_tokens": target_config.max_tokens} if target_config else {}
     )
+    if target_config and target_config.chat_template_kwargs:
+        sampling["chat_template_kwargs"] = dict(target_config.chat_template_kwargs)
     changed = {"limit", "accept", "prompts", "target", "out"}
     values: Mapping[str, Any] = {
         **config.model_dump(mode="json", exclude_defaults=True, exclude=changed),

@@ -31,7 +31,7 @@ async def revised(prompt: Prompt, *, target: ModelClient | None, reviser: Revise
     revision = await revise(prompt, answer.text, reviser)
     models = {"rejected": _author(prompt, target), "chosen": reviser.client.model.name}
     labels = {"source": "revised", **prompt.labels}
-    revised = Answer(revision.answer, answer.tool_calls)
+    revised = Answer(revision.answer, answer.tool_calls, answer.thinking)
     return apply_filters(_pair(prompt, revised, answer, models, labels, revision.reasoning), filters)
 
 
@@ -114,6 +114,7 @@ def _pair(
     scores: tuple[float, float] | None = None,
 ) -> Pair:
     more = {"tools": prompt.tools, "tool_calls": (chosen.tool_calls, rejected.tool_calls)}
+    more |= {"thinking": (chosen.thinking, rejected.thinking)}
     texts = (trimmed(chosen.text), trimmed(rejected.text))
     return Pair(prompt.id, prompt.messages, *texts, reasoning, models, labels=labels, scores=scores, **more)
 

@@ -85,7 +85,8 @@ async def answer_of(prompt: Prompt, model: ModelClient, sample: int = 0) -> Answ
     calls = reply.tool_calls if prompt.tools else ()
     if not (reply.text.strip() or calls):
         raise Dropped(model.role, "empty_reply", f"the {model.role} said nothing")
-    return Answer(trimmed(reply.text), calls)
+    # Thoughts belong to a pair only if the recipe names the mode in which the model is trained.
+    return Answer(trimmed(reply.text), calls, reply.thinking if "chat_template_kwargs" in model.options else "")
 
 
 def _why_incomplete(reason: str, reply: Reply, role: str) -> str:

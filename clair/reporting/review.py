@@ -220,9 +220,10 @@ def _write_split(
     temporary = (target / split_file(split)).with_name(f".{split}.tmp")
     is_kept = ~pc.field("id").isin(pa.array(sorted(dropped_ids), pa.string()))
     count = 0
-    names = source_file.schema_arrow.names  # an older build has fewer columns
-    full_schema = schema(tools="tools" in names, calls=is_json_list(source_file.schema_arrow.field("chosen").type))
-    layout = pa.schema([full_schema.field(name) for name in names])
+    written = source_file.schema_arrow
+    names = written.names  # an older build has fewer columns
+    full_schema = schema(tools="tools" in names, calls=is_json_list(written.field("chosen").type))
+    layout = pa.schema([(full_schema if name in full_schema.names else written).field(name) for name in names])
     with source_file, pq.ParquetWriter(temporary, layout, compression="zstd") as writer:
         waiting = to_table([], layout)
         for batch in source_file.iter_batches(batch_size=ROWS_PER_GROUP):

@@ -8,17 +8,12 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, IterableDataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from apo.data.tokenize import ID_COLUMNS, encode, eos_ids, tokenize
 from clair.core.errors import UserError
+from tests.apo.data.letters import CHATML, letters, turn
 
-MARKS = ["<|pad|>", "<|text_end|>", "<|start|>", "<|end|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|call|>"]
-CHATML = (
-    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] or '' }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
 TOOLS = (
     "{% if tools %}<|start|>system\n{{ tools | tojson }}<|end|>\n{% endif %}"
     "{% for m in messages %}<|start|>{{ m['role'] }}\n"
@@ -39,23 +34,6 @@ GLM = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 PICKY = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn, please') }}{% endif %}" + CHATML
-
-
-def letters(template: str | None = CHATML, eos: str = "<|end|>", merged: str = "") -> PreTrainedTokenizerFast:
-    """A tokenizer of single bytes, and of two letters merged, that can write any text, with control tokens."""
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *([merged] if merged else [])]
-    merges = [(merged[0], merged[1])] if merged else []
-    raw = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    raw.add_special_tokens(MARKS)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=eos, pad_token="<|pad|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def turn(role, content, **more):
-    return {"role": role, "content": content, **more}
 
 
 def call(name, arguments):
