@@ -124,10 +124,11 @@ def comparison_notes(comparison: Mapping[str, Any]) -> Iterator[str]:
     base, overall = comparison["base"], comparison["parts"][0]
     if comparison["left_out"]:
         yield f"{comparison['left_out']} rows were refused by a server: they are in the brackets only."
-    for model, section in zip(comparison["tuned"], overall["tuned"], strict=True):
+    for index, (model, section) in enumerate(zip(comparison["tuned"], overall["tuned"], strict=True)):
+        numbers = [part["tuned"][index] for part in comparison["parts"]]
         if model["same_answers"]:
             yield f"{model['name']} gives the same answers as {base['name']}, word for word: is it the same model?"
-        elif not section["better"] and not section["worse"]:
+        elif not any(part["better"] or part["worse"] for part in numbers):
             yield f"{model['name']}: no score differs from {base['name']}'s, so there is nothing to compare."
         if section.get("p_sign") is not None:
             yield (

@@ -280,7 +280,8 @@ def test_cut_answers_are_scored_as_they_are_and_refused_ones_leave_only_a_bracke
     refused = apo("eval", "ifeval", recipe, "--set", "limit=3", "--out", tmp_path / "three")
     assert refused.code == 3
     assert "1 prompts were refused (http_400: " in refused.err
-    score = read_results(tmp_path / "three").score
+    _, score, items = read_results(tmp_path / "three")
+    assert [(item.response, item.score) for item in items] == [("A lake", 1), ("", 0), ("A hill", 0)]
     assert (score.prompt_loose, score.by_type[NO_COMMA].strict.mean) == (None, None)
     assert score.intervals["prompt_loose"].bracket == (pytest.approx(1 / 3), 1)
     assert score.unresolved_reasons == {"answer_content_filter": 1, "answer_http_400": 1}
@@ -346,7 +347,9 @@ def test_evaluate_ifeval_is_the_command_in_python(tmp_path):
 def test_two_results_are_compared_by_measure_group_and_type(tmp_path):
     groups = {"seen": [NO_COMMA], "unseen": [WORDS, TITLE], "absent": ["startend:quotation"]}
     evaluate(config_for(tmp_path, groups=groups))
-    tuned = write_answers(tmp_path / "tuned.jsonl", {**ANSWERS, "Describe a lake.": "Deep and blue"})
+    tuned = write_answers(
+        tmp_path / "tuned.jsonl", {**ANSWERS, "Describe a lake.": "Blue", "And a hill.": "A green hill"}
+    )
     evaluate(config_for(tmp_path, groups=groups, responses=str(tuned), out=str(tmp_path / "tuned")))
     result = compare_folders(tmp_path / "out", [tmp_path / "tuned"])
     numbers = {
@@ -356,9 +359,9 @@ def test_two_results_are_compared_by_measure_group_and_type(tmp_path):
     third, quarter, half = pytest.approx(1 / 3), pytest.approx(1 / 4), pytest.approx(1 / 2)
     assert numbers == {
         ("overall", "prompt_loose", None): (3, 3, third),
-        ("split", "prompt_strict", None): (3, 3, third),
+        ("split", "prompt_strict", None): (3, 3, pytest.approx(2 / 3)),
         ("split", "instruction_loose", None): (4, 3, quarter),
-        ("split", "instruction_strict", None): (4, 3, quarter),
+        ("split", "instruction_strict", None): (4, 3, half),
         ("split", "instruction_loose", "seen"): (2, 2, half),
         ("split", "instruction_loose", "unseen"): (2, 2, 0),
         ("benchmark", "instruction_loose", WORDS): (1, 1, 0),
