@@ -58,7 +58,7 @@ class ModelConfig(Recipe):
     """Seconds without any answer, while requests fail, after which the run ends; all replies so far are kept."""
     batch: bool | BatchConfig = False
     """Use the service's Batch API: replies within a day, at half the price. true, or a mapping with its options."""
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     batch_tokens: int | None = Field(default=None, ge=1)
     """Maximal tokens of a local batch, padding and room for answers included; replaces `batch_size`."""
     trust_remote_code: bool = False

@@ -85,7 +85,7 @@ class LocalModel:
         self,
         path: str | Path,
         *,
-        batch_size: int = 16,
+        batch_size: int = 32,
         batch_tokens: int | None = None,
         dtype: str = "auto",
         trust_remote_code: bool = False,
