@@ -219,7 +219,7 @@ def head_gradients(
     import torch
 
     from apo.analysis.features import last_hidden
-    from apo.packing.batch import response_mask
+    from apo.packing.layout import response_mask
     from apo.packing.logps import PairLogps
 
     head = model.get_output_embeddings()

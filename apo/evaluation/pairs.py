@@ -133,7 +133,7 @@ def compare_models(
     """
     import torch
 
-    from apo.packing.batch import SIDES, response_mask
+    from apo.packing.layout import SIDES, response_mask
 
     sizes = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
     order = sorted(range(len(pairs)), key=lambda index: (-sizes[index], index))

@@ -21,7 +21,8 @@ from apo.data.tokenize import ID_COLUMNS
 from apo.distributed.deepspeed import local_shard
 from apo.monitoring.metrics import token_counts
 from apo.packing.async_copy import HostCopy
-from apo.packing.batch import Batch, uncollate
+from apo.packing.batch import PairBatch
+from apo.packing.layout import packed_length
 from apo.run_dir import checkpoints
 from clair.core.errors import EXIT_STOPPED, UserError
 from clair.core.exit_codes import SYSTEM_ERRNOS
@@ -65,7 +66,7 @@ class MemoryTrainer(RunningTrainer, Protocol):
         ...
 
     @property
-    def current_batch(self) -> Batch | None:
+    def current_batch(self) -> PairBatch | None:
         """The batch in the current forward pass."""
         ...
 
@@ -85,11 +86,11 @@ class NonFiniteLossCheck:
 
     def __init__(self, device: torch.device) -> None:
         self._lag = 0 if device.type == "cpu" else 2
-        self._pending: deque[tuple[int, HostCopy, Batch]] = deque()
+        self._pending: deque[tuple[int, HostCopy, list[dict[str, Any]]]] = deque()
 
-    def add(self, trainer: RunningTrainer, losses: Tensor, batch: Batch) -> None:
+    def add(self, trainer: RunningTrainer, losses: Tensor, examples: list[dict[str, Any]]) -> None:
         """Add the losses [B] of a micro-batch. Raises Stopped if a loss that has arrived is not finite."""
-        self._pending.append((trainer.state.global_step + 1, HostCopy(~losses.detach().isfinite()), batch))
+        self._pending.append((trainer.state.global_step + 1, HostCopy(~losses.detach().isfinite()), examples))
         self._check(trainer, self._lag)
 
     def flush(self, trainer: RunningTrainer) -> None:
@@ -98,13 +99,13 @@ class NonFiniteLossCheck:
 
     def _check(self, trainer: RunningTrainer, lag: int) -> None:
         while len(self._pending) > lag:
-            step, mask, batch = self._pending.popleft()
+            step, mask, examples = self._pending.popleft()
             if (lost := mask.value()).any():
-                raise Stopped(_loss_message(trainer, step, lost.tolist(), batch))
+                raise Stopped(_loss_message(trainer, step, lost.tolist(), examples))
 
 
-def _loss_message(trainer: RunningTrainer, step: int, lost: Sequence[bool], batch: Batch) -> str:
-    names = pair_names(uncollate(batch), trainer.train_dataset)
+def _loss_message(trainer: RunningTrainer, step: int, lost: Sequence[bool], examples: Sequence[dict[str, Any]]) -> str:
+    names = pair_names(examples, trainer.train_dataset)
     lost_names = [name for name, is_lost in zip(names, lost, strict=True) if is_lost]
     if len(lost_names) == len(names):
         which = f"all {len(names)} pairs of its batch ({_some(names)})"
@@ -137,7 +138,7 @@ def check_weights_finite(trainer: RunningTrainer) -> None:
         )
 
 
-def pair_names(examples: Sequence[dict[str, list[int]]], dataset: Dataset) -> list[str]:
+def pair_names(examples: Sequence[dict[str, Any]], dataset: Dataset) -> list[str]:
     """Return the names of tokenised pairs: their `id` in the dataset, else their row, such as `row 7`.
 
     Pairs are searched by their token ids, which reads the dataset until all are found.
@@ -225,23 +226,27 @@ def _memory_message(trainer: MemoryTrainer, phase: str) -> str:
     batch, step = trainer.current_batch, trainer.state.global_step
     size = ""
     if batch is not None:
-        work = token_counts(batch, packed=trainer.is_packed)
-        size = f" with {len(work)} pairs of {int(work[:, 1].sum()):,} tokens in one pass"
+        size = f" with {len(batch)} pairs of {sum(_computed_tokens(trainer, batch)):,} tokens in one pass"
     return (
         f"out of memory in {phase}{f', after step {step}' if step else ''}{size}: set "
         f"{'; or '.join(memory_suggestions(trainer, batch))}; {checkpoint_hint(trainer)}"
     )
 
 
-def memory_suggestions(trainer: MemoryTrainer, batch: Batch | None) -> list[str]:
+def _computed_tokens(trainer: MemoryTrainer, batch: PairBatch) -> list[int]:
+    if trainer.is_packed:
+        return [packed_length(example) for example in batch.examples]
+    return token_counts(batch.stacked)[:, 1].tolist()
+
+
+def memory_suggestions(trainer: MemoryTrainer, batch: PairBatch | None) -> list[str]:
     """Return changes of the settings that need less memory, the cheapest first, each with its cost."""
     args = trainer.args
     pairs = args.per_device_train_batch_size
     changes = []
     if trainer.is_packed:
-        computed = token_counts(batch, packed=True)[:, 1] if batch is not None else None
-        max_tokens = int(computed.sum()) if computed is not None else args.pack_tokens
-        if max_tokens and (computed is None or len(computed) > 1):
+        max_tokens = args.pack_tokens if batch is None else sum(_computed_tokens(trainer, batch))
+        if max_tokens and (batch is None or len(batch) > 1):
             changes.append(f"trainer.pack_tokens: {max(max_tokens // 2, 1)} (more passes, the same result)")
     elif pairs > 1:
         accumulation = args.gradient_accumulation_steps * pairs // (pairs // 2)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from apo.losses.mixture import Mixture
-    from apo.packing.batch import Batch
+    from apo.packing.batch import Stacked
 
 COLUMNS = (
     "weight", "loss", "chosen", "rejected", "chosen_len", "rejected_len",
@@ -73,8 +73,8 @@ def per_pair_metrics(
     return torch.cat([torch.stack([column.detach().float() for column in columns], 1), work.float()], 1)
 
 
-def token_counts(batch: Batch, *, packed: bool) -> Tensor:
-    """Count the work of each pair of a stacked batch, [B, 5], from masks and ids, without a transfer to the host.
+def token_counts(stacked: Stacked) -> Tensor:
+    """Count the work of each pair of a stacked batch, [B, 5]; `PackedRow.counts` is that of a packed row.
 
     tokens     of both sequences
     computed   by the model, padding included
@@ -85,20 +85,11 @@ def token_counts(batch: Batch, *, packed: bool) -> Tensor:
     In packed rows, the common prefix of a pair is computed once and nothing is padded; in TRL's batch, every sequence
     is as long as the longest. Of an unpaired row, only the sequence with a response is computed.
     """
-    ids, attended = batch["input_ids"], batch["attention_mask"].bool()
-    pairs, longest = len(ids) // 2, ids.shape[1]
-    chosen, rejected = batch["completion_mask"].sum(1).view(2, pairs)
-    has = [(length > 0).long() for length in (chosen, rejected)]
-    first, second = (length * present for length, present in zip(attended.sum(1).view(2, pairs), has, strict=True))
-    if not packed:
-        computed = longest * (has[0] + has[1])
-        return torch.stack([first + second, computed, first + second, chosen + rejected, first**2 + second**2], 1)
-    trained = batch["completion_mask"]
-    same = (ids[:pairs] == ids[pairs:]) & attended[:pairs] & attended[pairs:] & (trained[:pairs] == trained[pairs:])
-    common = same.long().cumprod(1).sum(1) * has[0] * has[1]
-    branch = second - common  # tokens of the rejected sequence after the common prefix
-    scored = chosen + (trained[pairs:] * (torch.arange(longest, device=ids.device) >= common[:, None])).sum(1)
-    return torch.stack([first + second, first + branch, first + branch, scored, first**2 + branch * second], 1)
+    trained = stacked["completion_mask"].sum(1).view(2, -1)
+    has = (trained > 0).long()
+    tokens = stacked["attention_mask"].sum(1).view(2, -1) * has
+    rows = [tokens, stacked["input_ids"].shape[1] * has, tokens, trained, tokens**2]
+    return torch.stack([row.sum(0) for row in rows], 1)
 
 
 def aggregate_metrics(rows: Tensor, objective: Mixture, beta: float) -> dict[str, float]:

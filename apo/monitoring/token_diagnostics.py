@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from apo.packing.batch import SIDES, response_mask
+from apo.packing.layout import SIDES, response_mask
 from clair.data.contrast import shared_tokens
 
 if TYPE_CHECKING:

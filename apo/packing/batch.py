@@ -1,70 +1,102 @@
-"""TRL's stacked batch of pairs: its collators, and its conversion back to examples.
+"""A batch of pairs: examples of token ids, packed into one row or stacked into TRL's tensors, each once and on demand.
 
-A batch is what TRL's collator makes of B pairs: `input_ids`, `attention_mask` and `completion_mask`, each [2B, L], the
-B chosen sequences first, prompts included. If an answer contains turns that the model does not write,
-`completion_mask` is 0 on them. An unpaired row is a pair whose other response is empty: a prompt alone.
+TRL's stacked batch of B pairs has `input_ids`, `attention_mask` and `completion_mask`, each [2B, L], the B chosen
+sequences first, prompts included. If an answer contains turns that the model does not write, `completion_mask` is 0 on
+them. An unpaired row is a pair whose other response is empty: a prompt alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
 
-Batch = Mapping[str, Any]
-SIDES = ("chosen", "rejected")
-IDS = ("input_ids", "attention_mask", "completion_mask")
-"""Keys of a stacked batch for its tokens, each [2B, L]."""
+from apo.packing.layout import SIDES, PackedRow, pack_pairs
+from clair.inference.generation.onednn import rows_multiple
+
+Stacked = Mapping[str, Any]
+"""TRL's stacked batch."""
 PAIR_WEIGHT = "pair_weight"
-"""Key of the weight of each pair, [B], if a dataset column holds weights."""
-DUMMY = "dummy"
-"""Key of a batch that runs only because all processes must run equally many, and that counts for nothing."""
+"""Key of an example's weight, if a dataset column holds weights."""
+_TOKENS = ("prompt_ids", *(f"{side}_{kind}" for side in SIDES for kind in ("ids", "mask")))
 
 
-def response_mask(example: Mapping[str, Any], side: str) -> list[int]:
-    """1 for each trained token of a response, 0 for tokens of turns that the model does not write."""
-    return example.get(f"{side}_mask") or [1] * len(example[f"{side}_ids"])
+@dataclass(frozen=True, eq=False)
+class PairBatch:
+    """B pairs: their `examples`, with id columns and, if there are any, masks, a weight and reference log-probs.
+
+    `pad` stacks examples into TRL's tensors. `given` is what a user's own collator has stacked. A `dummy` batch runs
+    only because all processes must run equally many, and counts for nothing.
+
+    transformers reads it as it reads TRL's batch, by key, and leaves it on the host: it is no Mapping.
+    """
+
+    examples: list[dict[str, Any]]
+    pad: Callable[[list[dict[str, Any]]], Stacked]
+    given: Stacked | None = None
+    dummy: bool = False
+    _rows: dict[torch.device, PackedRow] = field(default_factory=dict, init=False)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.stacked
+
+    def __getitem__(self, key: str) -> Any:
+        return self.stacked[key]
+
+    @cached_property
+    def stacked(self) -> Stacked:
+        """TRL's stacked batch, on the host."""
+        return mask_turns(self.pad(self.examples), self.examples) if self.given is None else self.given
+
+    def row(self, device: torch.device) -> PackedRow:
+        """The pairs in one packed row on `device`, which policy and reference share."""
+        if device not in self._rows:
+            self._rows[device] = pack_pairs(self.examples, device, rows_multiple(device))
+        return self._rows[device]
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """The weights of the pairs, [B], float32: 1 without a column of weights, 0 in a dummy batch."""
+        return torch.tensor([0.0 if self.dummy else example.get(PAIR_WEIGHT, 1.0) for example in self.examples])
+
+    @property
+    def reference(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The cached log-probs of both responses under the reference, [B] each, or None."""
+        if "ref_chosen_logps" not in self.examples[0]:
+            return None
+        chosen, rejected = (torch.tensor([example[f"ref_{side}_logps"] for example in self.examples]) for side in SIDES)
+        return chosen, rejected
+
+    def select(self, indices: Sequence[int], *, dummy: bool = False) -> PairBatch:
+        """The batch of some of its pairs, in this order."""
+        given = self.given
+        if given is not None:
+            rows = [*indices, *(index + len(self) for index in indices)]
+            given = {key: value[list(indices) if len(value) == len(self) else rows] for key, value in given.items()}
+        return replace(self, examples=[self.examples[index] for index in indices], given=given, dummy=dummy)
 
 
-@dataclass(frozen=True)
-class TurnCollator:
-    """A collator of pairs whose `completion_mask` leaves out what `chosen_mask` and `rejected_mask` leave out."""
-
-    pad: Callable[[list[dict[str, Any]]], dict[str, Any]]
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The stacked batch."""
-        batch = self.pad(examples)
-        for row, (side, example) in enumerate((side, example) for side in SIDES for example in examples):
-            if mask := example.get(f"{side}_mask"):
-                start, trained = len(example["prompt_ids"]), batch["completion_mask"][row]
-                trained[start : start + len(mask)] *= trained.new_tensor(mask)
-        return batch
+def mask_turns(stacked: Stacked, examples: Sequence[Mapping[str, Any]]) -> Stacked:
+    """Set `completion_mask`, in place, to 0 where `chosen_mask` and `rejected_mask` of the examples are 0."""
+    for row, (side, example) in enumerate((side, example) for side in SIDES for example in examples):
+        if mask := example.get(f"{side}_mask"):
+            start, trained = len(example["prompt_ids"]), stacked["completion_mask"][row]
+            trained[start : start + len(mask)] *= trained.new_tensor(mask)
+    return stacked
 
 
-@dataclass(frozen=True)
-class WeightedCollator:
-    """A collator of pairs that adds their weights, from a column of the dataset."""
-
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
-    column: str
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The stacked batch, with `PAIR_WEIGHT` [B] in float32."""
-        import torch
-
-        return {**self.collate(examples), PAIR_WEIGHT: torch.tensor([float(e[self.column]) for e in examples])}
-
-
-def uncollate(batch: Batch) -> list[dict[str, list[int]]]:
+def unstack(stacked: Stacked) -> list[dict[str, list[int]]]:
     """The examples of a stacked batch: `prompt_ids`, `chosen_ids` and `rejected_ids` per pair, and a mask for each
     response that is not trained as a whole."""
     rows = []
-    for ids, attention, completion in zip(*(batch[key].tolist() for key in IDS), strict=True):
+    keys = ("input_ids", "attention_mask", "completion_mask")
+    for ids, attention, completion in zip(*(stacked[key].tolist() for key in keys), strict=True):
         length = sum(attention)
         start = completion.index(1) if 1 in completion else length
         rows.append((ids[:length], completion[:length], start))
@@ -82,58 +114,26 @@ def _example(*rows: tuple[list[int], list[int], int]) -> dict[str, list[int]]:
     return example
 
 
-def select_pairs(batch: Batch, indices: Sequence[int]) -> dict[str, Any]:
-    """The stacked batch of some of its pairs, in this order."""
-    pairs = len(batch["input_ids"]) // 2
-    rows = [*indices, *(index + pairs for index in indices)]
-    return {key: value[list(indices) if len(value) == pairs else rows] for key, value in batch.items()}
-
-
-def dummy_batch(batch: Batch) -> dict[str, Any]:
-    """The first pair of a batch, marked to count for nothing."""
-    import torch
-
-    return {**select_pairs(batch, [0]), DUMMY: torch.ones(1, dtype=torch.bool, device=batch["input_ids"].device)}
-
-
 def rotate_responses(
-    batches: Sequence[Batch],
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    gather: Callable[[list[Any]], list[Any]] = list,
-    rank: int = 0,
-) -> list[Batch]:
+    batches: Sequence[PairBatch], gather: Callable[[list[Any]], list[Any]] = list, rank: int = 0
+) -> list[PairBatch]:
     """The same pairs, with each prompt followed by the responses of the next pair, rotating over all the batches.
 
     KTO estimates its divergence on these (arXiv 2402.01306: x_i with y_j, j = i + 1 modulo their number). The batches
     keep their sizes. `gather` concatenates the lists of all processes; pairs then follow one another as they would in
     one process. A single pair has no other responses: its batch is a dummy.
     """
-    rows = [uncollate(batch) for batch in batches]
-    firsts = gather([[None if DUMMY in batch else row[0] for batch, row in zip(batches, rows, strict=True)]])
+    rows = [[{key: e[key] for key in _TOKENS if key in e} for e in batch.examples] for batch in batches]
+    firsts = gather([[None if batch.dummy else row[0] for batch, row in zip(batches, rows, strict=True)]])
     order = sorted((step, process) for process, steps in enumerate(firsts) for step, first in enumerate(steps) if first)
     successors = dict(zip(order, order[1:] + order[:1], strict=True))
-    rotated: list[Batch] = []
+    rotated = []
     for step, (batch, examples) in enumerate(zip(batches, rows, strict=True)):
-        if DUMMY in batch or (len(order) == 1 and len(examples) == 1):
-            rotated.append(dummy_batch(batch))
+        if batch.dummy or (len(order) == 1 and len(examples) == 1):
+            rotated.append(batch.select([0], dummy=True))
             continue
         next_step, next_process = successors[step, rank]
         following = [*examples[1:], firsts[next_process][next_step]]
         pairs = zip(examples, following, strict=True)
-        rotated.append(collate([{**later, "prompt_ids": example["prompt_ids"]} for example, later in pairs]))
+        rotated.append(PairBatch([{**later, "prompt_ids": e["prompt_ids"]} for e, later in pairs], batch.pad))
     return rotated
-
-
-def pair_weights(batch: Batch) -> Tensor:
-    """The weights of the pairs of a stacked batch, [B], float32: 1 without a column of weights, 0 in a dummy batch."""
-    import torch
-
-    if DUMMY in batch:
-        return torch.zeros(1, device=logps_device(batch))
-    weights = batch.get(PAIR_WEIGHT)
-    return torch.ones(len(batch["input_ids"]) // 2, device=logps_device(batch)) if weights is None else weights.float()
-
-
-def logps_device(batch: Batch) -> torch.device:
-    """The device for the log-probs of a stacked batch. The ids of a batch for packed rows stay on the host."""
-    return batch.get(PAIR_WEIGHT, batch["input_ids"]).device

@@ -8,7 +8,7 @@ Pairs follow one another in a single row and do not attend to each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, compress
 from typing import Any, TypeVar
@@ -17,9 +17,16 @@ import torch
 
 from apo.data.encoding import common_prefix
 from apo.packing.async_copy import to_device
-from apo.packing.batch import SIDES, response_mask
 
 T = TypeVar("T")
+SIDES = ("chosen", "rejected")
+SHARED_LENGTH = "shared_length"
+"""Key of an example's `shared_response_length`, if it is computed already."""
+
+
+def response_mask(example: Mapping[str, Any], side: str) -> list[int]:
+    """1 for each trained token of a response, 0 for tokens of turns that the model does not write."""
+    return example.get(f"{side}_mask") or [1] * len(example[f"{side}_ids"])
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class PackedRow:
     `input_ids` and `position_ids` are [1, T]. Hidden state `predictors[m]` predicts token `labels[m]`, both [M].
     `owner` [M] is 3 * pair + (0 for a response token that both responses share, 1 for chosen, 2 for rejected).
     `lengths` is [pairs, 2]: the trained tokens of the chosen and of the rejected response.
+    `counts` is the work of each pair, on the host (apo.monitoring.metrics.token_counts).
     """
 
     input_ids: torch.Tensor
@@ -54,6 +62,7 @@ class PackedRow:
     labels: torch.Tensor
     owner: torch.Tensor
     lengths: torch.Tensor
+    counts: list[list[int]] = field(default_factory=list)
     backend: str = "split"
     """A key of `attention.BACKENDS`."""
     cache: dict[Hashable, Any] = field(default_factory=dict)
@@ -71,8 +80,10 @@ class PackedRow:
         return self.cache[key]
 
 
-def shared_response_length(example: dict[str, list[int]]) -> int:
+def shared_response_length(example: Mapping[str, Any]) -> int:
     """The number of tokens that both responses of a pair begin with, trained in both or in neither."""
+    if SHARED_LENGTH in example:
+        return example[SHARED_LENGTH]
     shared = common_prefix(example["chosen_ids"], example["rejected_ids"])
     if example.get("chosen_mask") or example.get("rejected_mask"):
         chosen, rejected = (response_mask(example, side)[:shared] for side in SIDES)
@@ -80,7 +91,7 @@ def shared_response_length(example: dict[str, list[int]]) -> int:
     return shared
 
 
-def packed_length(example: dict[str, list[int]]) -> int:
+def packed_length(example: Mapping[str, Any]) -> int:
     """The number of tokens of a pair in a packed row."""
     prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", *SIDES))
     return len(prompt) + len(chosen) + len(rejected) - shared_response_length(example)
@@ -102,7 +113,7 @@ def crop_around_divergence(example: dict[str, Any], context: int = 128) -> dict[
 
 
 def pack_pairs(
-    examples: Sequence[dict[str, list[int]]], device: torch.device | str = "cpu", multiple: int = 1
+    examples: Sequence[Mapping[str, Any]], device: torch.device | str = "cpu", multiple: int = 1
 ) -> PackedRow:
     """Pack pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`) into one row, in their order.
 
@@ -117,6 +128,7 @@ def pack_pairs(
     labels: list[int] = []
     owner: list[int] = []
     lengths: list[int] = []
+    counts: list[list[int]] = []
     for pair, example in enumerate(examples):
         prompt, chosen, rejected = (example[f"{name}_ids"] for name in ("prompt", *SIDES))
         if not (prompt and (chosen or rejected)):
@@ -142,6 +154,10 @@ def pack_pairs(
             predictors += compress(states, mask)
             labels += compress(tokens, mask)
             owner += [3 * pair + offset] * sum(mask)
+        first, second = shared + span.chosen, shared + span.rejected if paired else 0
+        scored = sum(sum(mask) for _, _, mask, _ in segments)
+        computed, products = first + span.rejected, first**2 + span.rejected * second
+        counts.append([first + second, computed, computed, scored, products])
     if filler := -len(ids) % multiple:
         spans.append(PairSpan(len(ids), filler, 0, 0))
         ids += [0] * filler
@@ -153,7 +169,7 @@ def pack_pairs(
     tensors = stacked.split([len(column) for column in columns])
     return PackedRow(
         input_ids=tensors[0][None], position_ids=tensors[1][None], spans=spans, predictors=tensors[2],
-        labels=tensors[3], owner=tensors[4], lengths=tensors[5].view(-1, 2),
+        labels=tensors[3], owner=tensors[4], lengths=tensors[5].view(-1, 2), counts=counts,
     )  # fmt: skip
 
 

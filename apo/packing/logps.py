@@ -1,6 +1,6 @@
 """Log-probs of responses: a plain reference, which tests every fast path, and the padded form of TRL's stacked batch.
 
-`pair_logps(model, batch)` is a plug point of the trainer: any function that takes a stacked batch (batch.py) and
+`pair_logps(model, stacked)` is a plug point of the trainer: any function that takes a stacked batch (batch.py) and
 returns `PairLogps`. `padded_logps` is the default.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from apo.packing.batch import DUMMY, PAIR_WEIGHT, Batch
-
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", PAIR_WEIGHT, DUMMY})
+    from apo.packing.batch import Stacked
+
+_NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
 
 
 class PairLogps(NamedTuple):
@@ -46,22 +46,23 @@ def response_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     return (picked * completion_mask[:, 1:]).sum(-1)
 
 
-def plain_logps(model: nn.Module, batch: Batch) -> PairLogps:
+def plain_logps(model: nn.Module, stacked: Stacked) -> PairLogps:
     """`PairLogps` of a stacked batch by `response_logps`, with any causal model."""
-    logps = response_logps(model, batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
-    return _unstack(logps, batch["completion_mask"])
+    logps = response_logps(model, stacked["input_ids"], stacked["attention_mask"], stacked["completion_mask"])
+    return _unstack(logps, stacked["completion_mask"])
 
 
-def padded_logps(model: nn.Module, batch: Batch, **options: Any) -> PairLogps:
+def padded_logps(model: nn.Module, stacked: Stacked, **options: Any) -> PairLogps:
     """`PairLogps` of a stacked batch through TRL's fused LM head, which `DPOTrainer` puts on the model.
 
     `options` go to the model, for example `output_router_logits=True`. Empty responses of unpaired rows are not run.
     """
-    mask = batch["completion_mask"]
+    mask = stacked["completion_mask"]
     present = mask.any(1).nonzero().squeeze(1)
-    labels = batch["input_ids"].masked_fill(mask == 0, -100)[present]
+    labels = stacked["input_ids"].masked_fill(mask == 0, -100)[present]
     paired = len(present) == len(mask)  # then nothing is indexed: images need not have a row for each sequence
-    inputs = {key: value if paired else value[present] for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
+    items = ((key, value) for key, value in stacked.items() if key not in _NOT_FOR_THE_MODEL)
+    inputs = {key: value if paired else value[present] for key, value in items}
     outputs = model(**inputs, **options, labels=labels, use_cache=False, fused_lm_head=True)
     # Prompt tuning prepends virtual tokens to the outputs; the real ones are the last.
     sums = outputs.log_probs[:, -(mask.shape[1] - 1) :].sum(-1)

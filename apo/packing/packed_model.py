@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from apo.packing.attention import NAME, ORIGINAL_ATTENTION, fastest_backend
-from apo.packing.batch import Batch, logps_device, uncollate
+from apo.packing.batch import PairBatch
 from apo.packing.head import head_logps
-from apo.packing.layout import PackedRow, pack_pairs
+from apo.packing.layout import PackedRow
 from apo.packing.logps import PairLogps, padded_logps
 from clair.core.errors import one_line
-from clair.inference.generation.onednn import restore_linear, rows_multiple, use_onednn
+from clair.inference.generation.onednn import restore_linear, use_onednn
 
 
 def unsupported_reason(model: torch.nn.Module) -> str | None:
@@ -84,31 +84,32 @@ def _with_config(model: torch.nn.Module) -> list[Any]:
 
 def enable_packing_if_exact(
     models: Sequence[torch.nn.Module],
-    pairs: Batch,
-    batch: Batch,
+    pairs: PairBatch,
+    batch: PairBatch,
     dtype: torch.dtype,
+    device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     fatal: Callable[[Exception], bool] = lambda _: False,
 ) -> tuple[str | None, list[str]]:
     """Enable packing if all models support it and the first one matches TRL's stacked batch on a few `pairs`.
 
-    Attention uses the fastest backend for a row like `batch` in `dtype`. Returns None, or the reason why packing stays
-    off, and notes for the user. An error counts as a reason unless it is `fatal`.
+    The models are on `device`. Attention uses the fastest backend for a row like `batch` in `dtype`. Returns None, or
+    the reason why packing stays off, and notes for the user. An error counts as a reason unless it is `fatal`.
     """
     reason = next((reason for model in models if (reason := unsupported_reason(model))), None)
     if reason is not None:
         return reason, []
-    packed = pack_pairs(uncollate(batch), batch["input_ids"].device)
-    best, message = fastest_backend(_base_model(models[0]).config.get_text_config(), packed, dtype)
+    config = _base_model(models[0]).config.get_text_config()
+    best, message = fastest_backend(config, batch.row(device), dtype)
     notes = [message] if message else []
     with torch.no_grad(), autocast():
-        padded = padded_logps(models[0], pairs)
+        padded = padded_logps(models[0], {key: value.to(device) for key, value in pairs.stacked.items()})
     for backend in dict.fromkeys((best, "split")):
         for model in models:
             enable_packing(model, backend)
         try:
             with autocast():
-                exact = matches_padded(models[0], pairs, padded, dtype)
+                exact = matches_padded(models[0], pairs.row(device), padded, dtype)
             reason = None if exact else "its log-probs differ in packed rows"
         except (RuntimeError, TypeError, ValueError) as error:
             if fatal(error):
@@ -122,10 +123,10 @@ def enable_packing_if_exact(
     return reason, notes if reason is None else []
 
 
-def matches_padded(model: torch.nn.Module, batch: Batch, padded: PairLogps, dtype: torch.dtype) -> bool:
-    """True if packed rows give the log-probs of TRL's stacked batch, up to the rounding of products in `dtype`."""
+def matches_padded(model: torch.nn.Module, row: PackedRow, padded: PairLogps, dtype: torch.dtype) -> bool:
+    """True if a packed row gives the log-probs of TRL's stacked batch, up to the rounding of products in `dtype`."""
     with torch.no_grad():
-        packed = shared_prefix_logps(model, batch)
+        packed = packed_logps(model, row)
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     return all(
         torch.allclose(actual.float(), expected.float(), rtol=tolerance, atol=20 * tolerance)
@@ -148,14 +149,3 @@ def packed_logps(model: torch.nn.Module, packed: PackedRow) -> PairLogps:
     sums = logps.new_zeros(3 * packed.pairs).index_add(0, packed.owner, logps).view(-1, 3)
     chosen_len, rejected_len = packed.lengths.T
     return PairLogps(sums[:, 0] + sums[:, 1], sums[:, 0] + sums[:, 2], chosen_len, rejected_len)
-
-
-def shared_prefix_logps(model: torch.nn.Module, batch: Batch, **options: Any) -> PairLogps:
-    """`PairLogps` of a stacked batch by packing it into one row: the fast twin of `padded_logps`.
-
-    Raises ValueError for `options` of the model's forward, which packed rows do not have.
-    """
-    if options:
-        raise ValueError(f"packed rows do not support {', '.join(options)}")
-    device = logps_device(batch)
-    return packed_logps(model, pack_pairs(uncollate(batch), device, rows_multiple(device)))

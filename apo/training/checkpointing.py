@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils.hub import PushInProgress, hf_api
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from apo.models.decomposed_lora import write_plain
 from apo.monitoring.failures import Stopped, checkpoint_hint, stop_on_write_error
 from apo.run_dir import checkpoints
-from apo.training.logprobs import LogprobTrainer
+from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError, one_line
 
 _LOG = logging.getLogger(__name__)
@@ -24,8 +26,12 @@ _NOT_UPLOADED = ("*/*", ".*", "trainer_state.json", checkpoints.MARKER)
 """Patterns of the files of a folder that go to the hub, and of the exceptions among them."""
 
 
-class CheckpointTrainer(LogprobTrainer):
+class CheckpointTrainer(DPOTrainer):
     """The saving half of the trainer: whole checkpoints, and uploads of the model's files only."""
+
+    args: APOConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # wider in TRL
+    processing_class: PreTrainedTokenizerBase  # pyright: ignore[reportIncompatibleVariableOverride]  # wider in TRL
+    model: Any
 
     verified_checkpoint: Path | None = None
     """A checkpoint whose files have just been hashed: `train` does not hash them again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +10,7 @@ from apo.data.tokenize import eos_ids, first_rows
 from clair.core.errors import UserError
 
 if TYPE_CHECKING:
+    from apo.packing.batch import PairBatch
     from apo.training.trainer import APOTrainer
 
 PER_TOKEN = {"float32": 1e-4, "half": 2e-2}
@@ -24,12 +25,8 @@ def check_before_training(trainer: APOTrainer, rows: int = 8) -> dict[str, float
 
     Raises UserError if the end of a response is not trained, or if the policy is not its own reference.
     """
-    dataset = trainer.train_dataset
-    columns = set(trainer._signature_columns or ()) or None
-    examples = first_rows(dataset, rows)
-    if columns:
-        examples = [{key: value for key, value in example.items() if key in columns} for example in examples]
-    batch = trainer._prepare_inputs(trainer.data_collator(examples))
+    examples = first_rows(trainer.train_dataset, rows)
+    batch = trainer.data_collator(examples)
     present = [bool(example[f"{name}_ids"]) for name in ("chosen", "rejected") for example in examples]
     _check_ends(trainer, batch, torch.tensor(present).nonzero().squeeze(1))
     if not trainer.objective.needs_reference:
@@ -37,9 +34,8 @@ def check_before_training(trainer: APOTrainer, rows: int = 8) -> dict[str, float
     return _check_initial_rewards(trainer, batch)
 
 
-def _check_ends(trainer: APOTrainer, batch: dict[str, Any], rows: torch.Tensor) -> None:
+def _check_ends(trainer: APOTrainer, batch: PairBatch, rows: torch.Tensor) -> None:
     """Raises UserError unless the last token of each sequence is an end of turn and is trained, even if pad = eos."""
-    rows = rows.to(batch["input_ids"].device)
     last = batch["attention_mask"].sum(1)[rows] - 1
     eos = eos_ids(trainer.processing_class, trainer._generation_config)
     tokens = batch["input_ids"][rows, last].tolist()
@@ -50,10 +46,10 @@ def _check_ends(trainer: APOTrainer, batch: dict[str, Any], rows: torch.Tensor) 
         raise UserError("the end of turn is masked out of training; give the tokenizer a pad_token of its own")
 
 
-def _check_initial_rewards(trainer: APOTrainer, batch: dict[str, Any]) -> dict[str, float]:
+def _check_initial_rewards(trainer: APOTrainer, batch: PairBatch) -> dict[str, float]:
     """Before the first step the policy is its reference: every reward is 0 up to rounding."""
     with trainer.evaluation_mode():
-        policy, reference = trainer.pair_logps(trainer.model, batch), trainer._reference_logps(batch)
+        policy, reference = trainer.logps(trainer.model, batch), trainer._reference_logps(batch)
     exact = policy.chosen.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
     precision = "float32" if exact else "half"
     ratios = {"chosen": policy.chosen - reference[0], "rejected": policy.rejected - reference[1]}

@@ -1,6 +1,6 @@
 """APOTrainer: TRL's DPOTrainer with `compute_loss` overridden, independent of the objective.
 
-Two plug points, both plain functions: the objective (objectives.py) and `pair_logps(model, batch)` (logps.py).
+Two plug points, both plain functions: the objective (objectives.py) and `pair_logps(model, stacked)` (logps.py).
 Every pair of an optimizer step has the same weight, whatever micro-batches and processes the step is divided into.
 """
 
@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, set_seed
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from apo.data.sources import check_weights
 from apo.data.tokenize import MASK_COLUMNS, answer_lengths, eos_ids, tokenize, tokenize_stream
@@ -25,13 +26,13 @@ from apo.distributed.launch import fsdp_requested
 from apo.losses.mixture import resolve_mixture
 from apo.losses.saturation import objective_notes
 from apo.models.decomposed_lora import decompose, is_decomposed
+from apo.models.tensor_cache import hash_model
 from apo.monitoring.failures import NonFiniteLossCheck, check_gradient, check_weights_finite, stop_on_out_of_memory
-from apo.monitoring.metrics import COLUMNS, aggregate_metrics, per_pair_metrics, token_counts
+from apo.monitoring.metrics import COLUMNS, aggregate_metrics, per_pair_metrics
 from apo.monitoring.throughput import Meter, compute_scale
 from apo.packing.async_copy import to_device
-from apo.packing.batch import DUMMY, Batch, WeightedCollator, dummy_batch, pair_weights, select_pairs, uncollate
-from apo.packing.layout import pack_bins, packed_length
-from apo.packing.logps import PairLogpsFunction, padded_logps
+from apo.packing.batch import PairBatch, rotate_responses
+from apo.packing.logps import PairLogpsFunction
 from apo.training.arguments import (
     can_copy_reference,
     check_arguments,
@@ -41,9 +42,13 @@ from apo.training.arguments import (
     rounding_notes,
 )
 from apo.training.checkpointing import CheckpointTrainer
+from apo.training.collator import PairCollator
+from apo.training.logprobs import LogprobComputer, add_neftune_noise
 from apo.training.optimizer_check import setup_errors
+from apo.training.reference import NO_CACHE_FOR_STREAMS, Advance, add_reference_logps
 from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError
+from clair.core.progress import progress
 
 _LOG = logging.getLogger(__name__)
 SMALLEST_WEIGHT = 1e-30
@@ -61,8 +66,12 @@ class APOTrainer(CheckpointTrainer):
     `notes` are messages to the user about data, model and options; `log` receives each, by default as a warning of
     Python's logging. `dropped` counts the pairs left out of each dataset, by reason; `reference_computed` counts the
     pairs whose reference log-probs were not in the cache. Assign `verified_checkpoint` if the files of a checkpoint
-    have just been hashed: `train` resumes from it without reading them again.
+    have just been hashed: `train` resumes from it without reading them again. `logps` computes all log-probs.
     """
+
+    logps: LogprobComputer
+    ref_model: Any
+    train_dataset: Any
 
     # compute_loss divides by the pairs of the whole accumulation window, so the loop must not divide again.
     loss_is_scaled_for_ga = True
@@ -83,10 +92,9 @@ class APOTrainer(CheckpointTrainer):
         if kwargs.get("compute_metrics") is not None:
             raise UserError("compute_metrics would be ignored: the batch's logits are never built; leave it out")
         self.objective = resolve_mixture(args.objective)
-        self._may_pack = pair_logps is None and args.shared_prefix
-        check_arguments(
-            args, self.objective, kwargs.get("train_dataset"), kwargs.get("eval_dataset"), packed=self._may_pack
-        )
+        self._pair_logps = pair_logps
+        packed = pair_logps is None and args.shared_prefix
+        check_arguments(args, self.objective, kwargs.get("train_dataset"), kwargs.get("eval_dataset"), packed=packed)
         is_named = isinstance(model, str)
         if is_named:
             model = load_named_model(model, args, kwargs)
@@ -98,10 +106,10 @@ class APOTrainer(CheckpointTrainer):
             model = decompose(model, kwargs.pop("peft_config"))
         # The tags of TRL's trainer for such rows, and this package's.
         self._tag_names = ["trl", "kto" if self.objective.paired_only_reason is None else "dpo", "apo"]
-        self.pair_logps = pair_logps or padded_logps
         self.dropped: dict[str, dict[str, int]] = {}
         self.reference_computed: dict[str, int] = {}
-        self.current_batch: Batch | None = None
+        self.current_batch: PairBatch | None = None
+        self._micro_batch: PairBatch | None = None
         self._weights_hash: str | None = None
         self.notes: list[str] = []
         self._generation_config = getattr(model, "generation_config", None)
@@ -133,8 +141,9 @@ class APOTrainer(CheckpointTrainer):
             for weight in self.model.parameters():
                 weight.data = weight.data.float() if weight.requires_grad else weight.data
         args.precompute_ref_log_probs = self.precompute_ref_logps = precompute
-        if args.weights is not None and not isinstance(self.data_collator, WeightedCollator):
-            self.data_collator = WeightedCollator(self.data_collator, args.weights)
+        self._set_signature_columns_if_needed()
+        added = [*MASK_COLUMNS, *([] if args.weights is None else [args.weights])]
+        self._signature_columns = [*dict.fromkeys([*(self._signature_columns or []), *added])]
         self._saved_use_cache = self.model.config.use_cache if use_cache is None else use_cache
         # TRL's own head also computes entropies and mean logits for its logs; here only the log-probs are needed.
         add_fused_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
@@ -171,6 +180,7 @@ class APOTrainer(CheckpointTrainer):
         Until then the model is whole and computes the reference's log-probs itself; TRL would load a second one.
         """
         super().create_accelerator_and_postprocess()
+        self.logps = LogprobComputer(self.args, self.accelerator, self._pair_logps)
         self._uses_fsdp, self.is_fsdp_enabled = self.is_fsdp_enabled, False
         self._deepspeed_config = unregister_zero3() if self.is_deepspeed_enabled else None
 
@@ -210,17 +220,19 @@ class APOTrainer(CheckpointTrainer):
             raise UserError(f"every row of the {dataset_name} dataset is longer than max_length {limit}; raise it")
         return tokenized.dataset
 
-    def get_train_dataloader(self) -> Any:
-        """TRL's dataloader, with batches left on the host: `_prepare_input` moves what the device needs."""
-        return _leave_on_host(super().get_train_dataloader())
+    @property
+    def data_collator(self) -> PairCollator:
+        """The collator of the batches, around TRL's or the one that is set."""
+        return self._data_collator
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """TRL's dataloader, with batches left on the host."""
-        return _leave_on_host(super().get_eval_dataloader(eval_dataset))
+    @data_collator.setter
+    def data_collator(self, collate: Any) -> None:
+        wrapped = isinstance(collate, PairCollator)
+        self._data_collator = collate if wrapped else PairCollator(collate, self.args.weights)
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], torch.Tensor | int | None]:
+        self, epoch_iterator: Iterator[PairBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[PairBatch], torch.Tensor | int | None]:
         """The micro-batches of an optimizer step, and the total weight of its pairs over all processes."""
         self.meter.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -228,10 +240,15 @@ class APOTrainer(CheckpointTrainer):
             batches[-1] = self._drop_repeats(batches[-1], self._train_batch_size)
         if self.objective.needs_divergence:
             self._kl = self._divergence(batches)
-        weight = sum((pair_weights(batch).sum() for batch in batches), torch.zeros(()))
+        weight = sum((batch.weights.sum() for batch in batches), torch.zeros(()))
         return batches, self._sum_over_processes(to_device(weight, device))
 
-    def _drop_repeats(self, batch: Batch, size: int) -> Batch:
+    def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        total = self.accelerator.reduce(tensor, "sum")
+        assert isinstance(total, torch.Tensor)
+        return total
+
+    def _drop_repeats(self, batch: PairBatch, size: int) -> PairBatch:
         """A batch without the pairs that the dataloader repeats at its end to give all processes equally many.
 
         A batch of repeated pairs only becomes a dummy. `size` is the number of pairs in a full batch.
@@ -244,13 +261,132 @@ class APOTrainer(CheckpointTrainer):
         count = min(size, max(0, remainder - self.accelerator.process_index * size)) if remainder else size
         if count == size:
             return batch
-        return select_pairs(batch, range(count)) if count else dummy_batch(batch)
+        return batch.select(range(count or 1), dummy=not count)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns = self._signature_columns or []
-        added = [*MASK_COLUMNS, *([] if self.args.weights is None else [self.args.weights])]
-        self._signature_columns = [*columns, *(column for column in added if column not in columns)]
+    # Log-probs of policy and reference
+
+    @property
+    def is_packed(self) -> bool:
+        """True if log-probs are computed in packed rows: without padding, each prompt once."""
+        return self.logps.is_packed
+
+    def _enable_packing(self) -> None:
+        if self.is_deepspeed_enabled:
+            self.model.to(self.args.device)  # transformers leaves this to DeepSpeed, which acts only in training
+        # DeepSpeed may have wrapped a separate reference already; packing patches the model inside.
+        models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
+        self.notes += self.logps.enable_packing(models, self.train_dataset, self.data_collator)
+
+    @contextlib.contextmanager
+    def evaluation_mode(self) -> Iterator[None]:
+        """No gradient, the policy in eval mode, and the precision of a training step.
+
+        For every forward of policy or reference outside of a training step, so that both agree while they are the same
+        model. accelerate puts autocast around the model's own `forward` only when training starts, and transformers'
+        `compute_loss_context_manager` does nothing. (Under DeepSpeed the weights already have the type of training.)
+        """
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                yield
+        finally:
+            self.model.train(training)
+
+    def response_logps(self, examples: Sequence[dict[str, Any]]) -> list[float]:
+        """Log-prob of the chosen response of each example (id columns, no rejected one) by the current model.
+
+        Collective: every process calls it with the same examples, computes a share and gets all results. Draws no
+        random number.
+        """
+        bins = self.logps.bins(examples, self.args.per_device_eval_batch_size)
+        rank, count = self.accelerator.process_index, self.accelerator.num_processes
+        logps = torch.zeros(len(examples), dtype=torch.float64, device=self.accelerator.device)
+        with self.evaluation_mode():
+            for start in range(0, len(bins), count):
+                has_bin = start + rank < len(bins)
+                indices = bins[start + rank] if has_bin else bins[0]  # all processes run equally many passes
+                chosen = self.logps(self.model, self.data_collator([examples[index] for index in indices])).chosen
+                if has_bin:
+                    logps[indices] = chosen.to(logps.dtype)
+        return self._sum_over_processes(logps).tolist()
+
+    @property
+    def _reference(self) -> Any:
+        return self.model if self.ref_model is None else self.ref_model
+
+    def _reference_logps(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of both responses under the reference, [B] each, without gradient: cached, or computed."""
+        if batch.reference is not None:
+            chosen, rejected = (to_device(logps, self.args.device) for logps in batch.reference)
+            return chosen, rejected
+        adapter = contextlib.nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+        with torch.no_grad(), adapter, self.accelerator.autocast():
+            logps = self.logps(self._reference, batch)
+        return logps.chosen, logps.rejected
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """`dataset` with the reference's log-probs as two columns, from the cache if it has them (reference.py)."""
+        if not self.objective.needs_reference:
+            return dataset
+        if isinstance(dataset, IterableDataset):
+            raise UserError(NO_CACHE_FOR_STREAMS)
+        self._enable_packing()
+        self._reference.to(self.args.device)
+
+        def compute(pairs: Sequence[dict[str, Any]], advance: Advance) -> tuple[torch.Tensor, torch.Tensor]:
+            logps, bins = [], self.logps.bins(pairs, batch_size)
+            for indices in bins:
+                self.current_batch = self.data_collator([pairs[index] for index in indices])
+                logps.append(torch.stack(self._reference_logps(self.current_batch)).double())
+                advance(len(indices))
+            order = torch.tensor([index for indices in bins for index in indices])
+            chosen, rejected = torch.cat(logps, 1)[:, order.argsort()]
+            return chosen, rejected
+
+        folder = Path(self.args.reference_cache) if self.args.reference_cache else None
+        with stop_on_out_of_memory(self, "the reference's log-probs"):
+            dataset, computed = add_reference_logps(
+                dataset, self._reference_identity() if folder else (), compute, folder, self.notes.append,
+                rank=self.args.process_index, processes=self.args.world_size,
+                gather=lambda value: gather_object([value]),
+                show_progress=lambda total: progress(
+                    f"reference log-probs, {name}", total, shown=self.args.process_index == 0
+                ),
+            )  # fmt: skip
+        self.reference_computed[name] = computed
+        return dataset
+
+    def _reference_identity(self) -> tuple[str, ...]:
+        """What log-probs depend on besides ids: weights, numeric types, attention, form of the batch, and device."""
+        model = self._reference
+        if self._weights_hash is None:
+            self._weights_hash = hash_model(model)
+        form = "shared_prefix_logps" if self.is_packed else getattr(self.logps.pair_logps, "__name__", "")
+        attention = getattr(model.config, "_attn_implementation", "")
+        types = str(next(model.parameters()).dtype), str(self.accelerator.mixed_precision)
+        return self._weights_hash, *types, str(attention), form, self.args.device.type
+
+    def _divergence(self, batches: Sequence[PairBatch]) -> torch.Tensor:
+        """KTO's kl: the mean log-ratio, in nats, of each prompt with the next pair's responses, [2]: summed over their
+        tokens, and as the mean over them. 0 for one pair. Every response counts equally, whatever its pair weighs.
+
+        The rotation runs over the whole optimizer step of all processes, so that it depends neither on the size of a
+        micro-batch nor on the number of processes.
+        """
+        totals = torch.zeros(3, device=self.accelerator.device)
+        for batch in rotate_responses(batches, gather_object, self.accelerator.process_index):
+            with self.evaluation_mode():
+                policy, reference = self.logps(self.model, batch), self._reference_logps(batch)
+            ratios = torch.cat([policy.chosen - reference[0], policy.rejected - reference[1]]).float()
+            lengths = torch.cat([policy.chosen_len, policy.rejected_len])
+            if not batch.dummy:  # run nevertheless: sharded processes run equally many passes
+                totals += torch.stack([ratios.sum(), (ratios / lengths.clamp(min=1)).sum(), (lengths > 0).sum()])
+        totals = self._sum_over_processes(totals)
+        return totals[:2] / totals[2].clamp(min=1)
 
     # The loss
 
@@ -262,11 +398,20 @@ class APOTrainer(CheckpointTrainer):
         """
         resume_from_checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
         register_zero3(self._deepspeed_config)
-        with stop_on_out_of_memory(self, "training"), self._neftune():
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+        noise = contextlib.nullcontext()
+        alpha, self.neftune_noise_alpha = self.neftune_noise_alpha, None
+        if alpha is not None:
+            embeddings = self.accelerator.unwrap_model(self.model).get_input_embeddings()
+            noise = add_neftune_noise(embeddings, alpha, lambda: cast(Any, self._micro_batch)["input_ids"].shape[1])
+        try:
+            with stop_on_out_of_memory(self, "training"), noise:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.neftune_noise_alpha = alpha
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a micro-batch, in passes of at most `pack_tokens`."""
+        self._micro_batch = inputs
         *passes, last = self._split_into_passes(inputs)
         loss = torch.zeros(())
         for batch in passes:
@@ -281,22 +426,19 @@ class APOTrainer(CheckpointTrainer):
         # DDP: processes may have different numbers of passes, and synchronize at the last. FSDP accumulates shards.
         return contextlib.nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
 
-    def _split_into_passes(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        if self._max_tokens is None:
-            return [inputs]
-        bins = pack_bins([packed_length(example) for example in uncollate(inputs)], self._max_tokens)
-        passes = [inputs] if len(bins) == 1 else [select_pairs(inputs, indices) for indices in bins]
+    def _split_into_passes(self, batch: PairBatch) -> list[Any]:
+        passes = self.logps.split(batch)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             # Each pass gathers weights or reduces gradients of all processes, so all run equally many.
             count = self.accelerator.gather(torch.tensor([len(passes)], device=self.args.device))
             assert isinstance(count, torch.Tensor)
-            passes += [dummy_batch(inputs)] * (int(count.max()) - len(passes))
+            passes += [batch.select([0], dummy=True)] * (int(count.max()) - len(passes))
         return passes
 
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, Any],
+        inputs: Any,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
@@ -308,21 +450,21 @@ class APOTrainer(CheckpointTrainer):
         mode = "train" if model.training else "eval"
         self.current_batch = inputs
         options = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        policy = self.pair_logps(model, inputs, **options)
+        policy = self.logps(model, inputs, **options)
         reference = self._reference_logps(inputs) if self.objective.needs_reference else None
         if mode == "eval" and self.objective.needs_divergence:
             self._kl = self._divergence([inputs])
         losses = self.objective.losses(policy, reference, beta=self.beta, kl=self._kl)
-        weights = pair_weights(inputs).to(losses.device)
+        weights = to_device(inputs.weights, losses.device)
         if mode == "train":
-            self._losses.add(self, losses, inputs)
+            self._losses.add(self, losses, inputs.examples)
         if policy.aux_loss is not None:
-            if DUMMY not in inputs:
+            if not inputs.dummy:
                 self._aux_losses[mode].append(policy.aux_loss.detach())
             losses = losses + self.router_aux_loss_coef * policy.aux_loss
-        counts = to_device(token_counts(inputs, packed=self.is_packed), losses.device)
+        counts = to_device(self.logps.token_counts(inputs), losses.device)
         rows = per_pair_metrics(losses, policy, reference, weights, self._kl, counts)
-        self.meter.add(mode, rows[:0] if DUMMY in inputs else rows)
+        self.meter.add(mode, rows[:0] if inputs.dummy else rows)
         divisor = weights.sum() if num_items_in_batch is None else num_items_in_batch
         total = (weights * losses).sum()
         # Gradients are averaged over processes afterwards, and the divisor is the weight of the pairs of all of them.
@@ -371,10 +513,10 @@ class APOTrainer(CheckpointTrainer):
             return super().evaluate(*args, **kwargs)
 
     def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, Any, Any]:
         """The loss alone: logits are never built. In the precision of training, also before it starts."""
-        batch = dict(self._drop_repeats(inputs, self.args.eval_batch_size))
+        batch = self._drop_repeats(inputs, self.args.eval_batch_size)
         with self.accelerator.autocast():
             return super().prediction_step(model, batch, True, ignore_keys)
 
@@ -384,8 +526,3 @@ class APOTrainer(CheckpointTrainer):
         check_weights_finite(self)
         with self.meter.pause():
             super()._save_checkpoint(model, trial)
-
-
-def _leave_on_host(loader: Any) -> Any:
-    loader.device = None  # accelerate would copy each batch to this device and wait for the copy
-    return loader

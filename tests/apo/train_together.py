@@ -76,7 +76,7 @@ def train(name, out, backend):
     """The trainer's run of a case: what it logs, the prompts of each step in the order of one process, the model."""
     from accelerate.utils import gather_object
 
-    from apo.packing.batch import DUMMY, uncollate
+    from apo.packing.batch import unstack
     from apo.training import reference
     from apo.training.trainer import APOTrainer
     from apo.training.trainer_config import APOConfig
@@ -89,14 +89,14 @@ def train(name, out, backend):
     class Watched(APOTrainer):
         def _split_into_passes(self, inputs):
             chunks = super()._split_into_passes(inputs)
-            passes.append(sum(DUMMY not in chunk for chunk in chunks))
+            passes.append(sum(not chunk.dummy for chunk in chunks))
             return chunks
 
         def get_batch_samples(self, *args):
             if backend == "zero3":  # between steps nothing is here
                 assert all(weight.numel() == 0 for weight in self.model.parameters())
             batches, weight = super().get_batch_samples(*args)
-            local_examples = [[] if DUMMY in batch else uncollate(batch) for batch in batches]
+            local_examples = [[] if batch.dummy else unstack(batch.stacked) for batch in batches]
             everybody = gather_object([local_examples])
             step_pairs.append(
                 [example for nth in zip(*everybody, strict=True) for examples in nth for example in examples]

@@ -92,7 +92,7 @@ def run(mode: str, tune: str, model: Any, lengths: list[tuple[int, int, int]], b
     from apo.cost.sizes import pair_cost
     from apo.data.encoding import common_prefix
     from apo.monitoring.throughput import compute_scale
-    from apo.packing.batch import uncollate
+    from apo.packing.batch import PairBatch, unstack
 
     device, times, needed = model.device, [], {"flops": 0.0, "tokens": 0}
 
@@ -113,7 +113,7 @@ def run(mode: str, tune: str, model: Any, lengths: list[tuple[int, int, int]], b
         seconds = time.perf_counter() - started
         scale = compute_scale(trainer.model, device)
         for batch_ in trainer.get_train_dataloader():
-            for pair in uncollate(batch_):
+            for pair in batch_.examples if isinstance(batch_, PairBatch) else unstack(batch_):
                 prompt, chosen, rejected = (pair[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
                 row = pair_cost(len(prompt), common_prefix(chosen, rejected), len(chosen), len(rejected))
                 needed["tokens"] += 2 * len(prompt) + len(chosen) + len(rejected)

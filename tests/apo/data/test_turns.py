@@ -16,11 +16,11 @@ from apo.analysis.distinguishability import head_gradients
 from apo.data.sources import hash_pairs
 from apo.data.tokenize import eos_ids, tokenize
 from apo.evaluation.pairs import compare_models
-from apo.monitoring.metrics import token_counts
 from apo.monitoring.token_diagnostics import TokenDiagnostics
-from apo.packing.batch import TurnCollator, uncollate
+from apo.packing.batch import PairBatch, unstack
 from apo.packing.layout import pack_pairs
 from apo.packing.logps import plain_logps
+from apo.training.collator import PairCollator
 from apo.training.preflight import check_before_training
 from apo.training.reference import chunk_key
 from tests.apo.conftest import NUMBERS, VOCABULARY, make_model, make_pairs
@@ -50,12 +50,12 @@ def talks():
 def test_the_models_own_tokens_are_trained_and_no_others(tmp_path, tokenizer, talks):
     trainer = apo_trainer(tmp_path, tokenizer, talks)
     rows = [trainer.train_dataset[row] for row in range(12)]
-    batch = trainer.data_collator(rows)
+    batch = trainer.data_collator(rows).stacked
     for number, (ids, mask) in enumerate(zip(batch["input_ids"], batch["completion_mask"].bool(), strict=True)):
         source = talks[number % 12]["chosen" if number < 12 else "rejected"]
         expected = [[*turn["content"].split(), "<|end|>"] for turn in source if turn["role"] == "assistant"]
         assert tokenizer.decode(ids[mask]).split() == [word for turn in expected for word in turn]
-    assert uncollate(batch) == [
+    assert unstack(batch) == [
         {key: row[key] for key in row if key.endswith("_ids") or (key.endswith("_mask") and row[key])}
         for row in ({key: row[key] for key in sorted(row)} for row in rows)
     ]
@@ -70,7 +70,7 @@ def test_a_run_is_trls_on_the_same_completion_mask(tmp_path, tokenizer, talks, m
     dataset = tokenize(talks, tokenizer, None, eos_ids(tokenizer)).dataset
     stock = Masked(
         model=str(model_dir), train_dataset=dataset, processing_class=tokenizer,
-        data_collator=TurnCollator(DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)),
+        data_collator=lambda rows: PairBatch(rows, DataCollatorForPreference(tokenizer.pad_token_id)).stacked,
         args=DPOConfig(
             **options(tmp_path), loss_type=theirs, use_cpu=True, bf16=False, gradient_checkpointing=False,
             activation_checkpointing=False, remove_unused_columns=False,
@@ -131,7 +131,7 @@ def test_packed_rows_train_as_the_padded_batch(tmp_path, tokenizer, talks, refer
 
 def test_the_loss_is_that_of_the_plain_log_probs_of_the_trained_tokens(tmp_path, tokenizer, talks):
     trainer = apo_trainer(tmp_path, tokenizer, talks, max_steps=2, per_device_train_batch_size=12, beta=0.5)
-    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(12)])
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(12)]).stacked
     trainer.train()
     torch.manual_seed(0)
     plain = plain_logps(make_model(), batch)
@@ -165,8 +165,8 @@ def test_rows_of_one_turn_have_no_masks_and_the_batches_they_had(tmp_path, token
     trainer = apo_trainer(tmp_path, tokenizer, Dataset.from_list(make_pairs(4)))
     assert not {"chosen_mask", "rejected_mask"} & set(trainer.train_dataset.column_names)
     rows = [trainer.train_dataset[row] for row in range(4)]
-    assert isinstance(trainer.data_collator, TurnCollator)
-    packed, padded = trainer.data_collator(rows), trainer.data_collator.pad(rows)
+    assert isinstance(trainer.data_collator, PairCollator)
+    packed, padded = trainer.data_collator(rows).stacked, trainer.data_collator.stack(rows)
     assert all(torch.equal(packed[key], padded[key]) for key in padded)
 
 
@@ -187,8 +187,8 @@ def test_a_mask_is_part_of_what_is_cached_and_of_what_a_resumed_run_compares():
 def test_the_tokens_counted_of_a_batch_are_those_of_its_packed_row(tmp_path, tokenizer, talks):
     trainer = apo_trainer(tmp_path, tokenizer, talks)
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(12)])
-    layout = pack_pairs(uncollate(batch))
-    useful, labels, _ = token_counts(batch, packed=True)[:, 2:].sum(0).tolist()
+    layout = pack_pairs(unstack(batch.stacked))
+    useful, labels, _ = trainer.logps.token_counts(batch)[:, 2:].sum(0).tolist()
     assert useful == layout.input_ids.numel()
     assert labels == len(layout.labels)
 

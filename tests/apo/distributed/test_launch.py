@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-import torch
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +13,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from apo.distributed import launch as processes
 from apo.distributed.launch import Group, check_devices, check_launch
 from apo.monitoring.failures import Stopped
-from apo.packing.batch import DUMMY, pair_weights
+from apo.packing.batch import PairBatch
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError
@@ -168,13 +167,12 @@ def test_processes_see_every_pair_once_an_epoch_in_the_samplers_order(pairs, siz
                 accelerator=SimpleNamespace(gradient_state=state, num_processes=count, process_index=rank),
                 args=SimpleNamespace(dataloader_drop_last=False),
             )
-            batch = {"input_ids": torch.tensor([*indices, *indices])[:, None]}
+            batch = PairBatch([{"index": index} for index in indices], list)
             unrepeated = APOTrainer._drop_repeats(trainer, batch, size)
-            assert len(unrepeated["input_ids"])
-            if DUMMY in unrepeated:
-                assert pair_weights(unrepeated).tolist() == [0.0]
+            assert len(unrepeated)
+            if unrepeated.dummy:
+                assert unrepeated.weights.tolist() == [0.0]
             else:
-                half = len(unrepeated["input_ids"]) // 2
-                batches[number, rank] = unrepeated["input_ids"][:half, 0].tolist()
-                assert pair_weights(unrepeated).tolist() == [1.0] * half
+                batches[number, rank] = [example["index"] for example in unrepeated.examples]
+                assert unrepeated.weights.tolist() == [1.0] * len(unrepeated)
     assert [index for key in sorted(batches) for index in batches[key]] == list(range(pairs))

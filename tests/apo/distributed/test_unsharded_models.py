@@ -73,11 +73,11 @@ def test_log_probs_in_a_batch_keep_their_type_under_deepspeed(tmp_path, pairs, t
     args = APOConfig(output_dir=str(tmp_path))
     trainer = APOTrainer(make_model(), args=args, train_dataset=pairs, processing_class=tokenizer)
     trainer.is_deepspeed_enabled = True  # transformers then asks DeepSpeed's config for a type
-    inputs = {"ref_chosen_logps": torch.tensor([-1234.5678], dtype=torch.float64), "ids": [torch.tensor([3])]}
-    prepared = trainer._prepare_inputs(inputs)
-    assert prepared["ref_chosen_logps"].dtype == torch.float64
-    assert prepared["ref_chosen_logps"].item() == -1234.5678
-    assert prepared["ids"][0].tolist() == [3]
+    row = {**trainer.train_dataset[0], "ref_chosen_logps": -1234.5678, "ref_rejected_logps": -1.0}
+    prepared = trainer._prepare_inputs(trainer.data_collator([row]))
+    assert prepared.reference[0].dtype == torch.float32
+    assert prepared.reference[0].item() == pytest.approx(-1234.5678, rel=1e-7)
+    assert prepared["input_ids"].dtype == torch.int64
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["more to come", "the step's last"])

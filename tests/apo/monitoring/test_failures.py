@@ -24,6 +24,7 @@ from apo.monitoring.failures import (
 )
 from apo.run_dir.checkpoints import checkpoints, resume_problem
 from apo.training.config import TrainConfig
+from apo.training.logprobs import LogprobComputer
 from apo.training.train import train
 from tests.apo.conftest import make_model, make_pairs
 from tests.apo.training.trainers import apo_trainer, lora
@@ -167,7 +168,7 @@ ERRORS = [
 def test_running_out_of_memory_is_reported_with_the_settings_to_change(error, tmp_path, tokenizer, pairs):
     tmp_path = tmp_path / "Of Ann"
     trainer = apo_trainer(tmp_path, tokenizer, pairs, gradient_accumulation_steps=2, **SAVING)
-    trainer.pair_logps = raising(error, failing_call=10)
+    trainer.logps = LogprobComputer(trainer.args, trainer.accelerator, raising(error, failing_call=10))
     with pytest.raises(Stopped) as stop:
         trainer.train()
     message = str(stop.value)
@@ -186,14 +187,16 @@ def test_running_out_of_memory_is_reported_with_the_settings_to_change(error, tm
 def test_running_out_of_memory_in_the_references_pass_is_reported_too(tmp_path, tokenizer, pairs, monkeypatch):
     from apo.training import logprobs as module
 
-    monkeypatch.setattr(module, "shared_prefix_logps", raising(MemoryError(), failing_call=1))
+    monkeypatch.setattr(module, "packed_logps", raising(MemoryError(), failing_call=1))
     with pytest.raises(Stopped, match=r"out of memory in the reference's log-probs with 24 pairs of .*; or "):
         apo_trainer(tmp_path, tokenizer, pairs, precompute_ref_log_probs=True)
 
 
 def test_any_other_error_passes(tmp_path, tokenizer, pairs):
     trainer = apo_trainer(tmp_path, tokenizer, pairs)
-    trainer.pair_logps = raising(RuntimeError("shapes differ"), failing_call=1)
+    trainer.logps = LogprobComputer(
+        trainer.args, trainer.accelerator, raising(RuntimeError("shapes differ"), failing_call=1)
+    )
     with pytest.raises(RuntimeError, match=r"^shapes differ$"):
         trainer.train()
     assert not is_out_of_memory(ValueError("out of cheese"))
@@ -202,7 +205,7 @@ def test_any_other_error_passes(tmp_path, tokenizer, pairs):
 def test_the_suggested_changes_fit_the_settings(tmp_path, tokenizer, pairs):
     def changes(peft=None, model=None, **more):
         trainer = apo_trainer(tmp_path, tokenizer, pairs, model, peft, **more)
-        batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
         return memory_suggestions(trainer, batch)
 
     packed = changes()
@@ -210,7 +213,7 @@ def test_the_suggested_changes_fit_the_settings(tmp_path, tokenizer, pairs):
     assert packed[0] == f"trainer.pack_tokens: {tokens} (more passes, the same result)"
     assert 20 < tokens < 100
     small = apo_trainer(tmp_path, tokenizer, pairs, pack_tokens=20)
-    single = small._prepare_inputs(small.data_collator([small.train_dataset[0]]))
+    single = small.data_collator([small.train_dataset[0]])
     assert not any("pack_tokens" in change for change in memory_suggestions(small, single))  # one pair cannot be cut up
     few = changes(lora(), make_model().to(torch.bfloat16), gradient_checkpointing=True, shared_prefix=False,
                   per_device_train_batch_size=1, precompute_ref_log_probs=True)  # fmt: skip
@@ -230,7 +233,7 @@ def test_running_out_of_memory_has_its_exit_code_and_the_same_command_resumes_wi
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({**recipe, "trainer": trainer}))
     from apo.training import logprobs as module
 
-    original = module.shared_prefix_logps
+    original = module.packed_logps
     calls, failing = [], 6  # one of the reference, one of the anchor, then training
 
     def fails_once(model, batch, **options):
@@ -239,7 +242,7 @@ def test_running_out_of_memory_has_its_exit_code_and_the_same_command_resumes_wi
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(model, batch, **options)
 
-    monkeypatch.setattr(module, "shared_prefix_logps", fails_once)
+    monkeypatch.setattr(module, "packed_logps", fails_once)
     command = ["apo", "train", str(tmp_path / "r.yaml")]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit) as stop:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from apo.cost import memory as fit
 from apo.cost import sizes as shapes
@@ -27,14 +28,7 @@ CPU = torch.device("cpu")
 
 def stacked(examples):
     """TRL's batch of pairs given as ids."""
-    rows = [e["prompt_ids"] + e[side] for side in ("chosen_ids", "rejected_ids") for e in examples]
-    longest = max(map(len, rows))
-    prompts = [len(e["prompt_ids"]) for e in examples] * 2
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    positions = torch.arange(longest)[None]
-    attended = positions < torch.tensor([len(row) for row in rows])[:, None]
-    response = attended & (positions >= torch.tensor(prompts)[:, None])
-    return {"input_ids": ids, "attention_mask": attended.long(), "completion_mask": response.long()}
+    return DataCollatorForPreference(pad_token_id=0)(examples)
 
 
 EXAMPLES = [
@@ -45,21 +39,20 @@ EXAMPLES = [
 
 def test_work_by_hand():
     # First pair: sequences of 6 and 7 with 4 tokens in common; second: 4 and 3 with 2.
-    counts = token_counts(stacked(EXAMPLES), packed=True)
-    assert counts.tolist() == [[13, 9, 9, 3 + 3, 36 + 3 * 7], [7, 5, 5, 2 + 1, 16 + 1 * 3]]
+    assert pack_pairs(EXAMPLES).counts == [[13, 9, 9, 3 + 3, 36 + 3 * 7], [7, 5, 5, 2 + 1, 16 + 1 * 3]]
     # Unpaired rows: one sequence of 5 with a chosen and one of 4 with a rejected response.
     alone = [{**EXAMPLES[0], "chosen_ids": [7, 3], "rejected_ids": []}, {**EXAMPLES[1], "chosen_ids": []}]
     alone[1]["rejected_ids"] = [9, 3]
-    assert token_counts(stacked(alone), packed=True).tolist() == [[5, 5, 5, 2, 25], [4, 4, 4, 2, 16]]
-    assert token_counts(stacked(alone), packed=False).tolist() == [[5, 5, 5, 2, 25], [4, 5, 4, 2, 16]]
-    counts = token_counts(stacked(EXAMPLES), packed=False)
+    assert pack_pairs(alone).counts == [[5, 5, 5, 2, 25], [4, 4, 4, 2, 16]]
+    assert token_counts(stacked(alone)).tolist() == [[5, 5, 5, 2, 25], [4, 5, 4, 2, 16]]
+    counts = token_counts(stacked(EXAMPLES))
     assert counts.tolist() == [[13, 14, 13, 7, 36 + 49], [7, 14, 7, 3, 16 + 9]]
 
 
 def test_work_in_packed_rows_is_that_of_the_layout_and_of_the_estimate():
     layout = pack_pairs(EXAMPLES)
     rows = fit.pass_costs(EXAMPLES, 2, None, True, seed=0)
-    useful, labels, products = token_counts(stacked(EXAMPLES), packed=True)[:, 2:].sum(0).tolist()
+    useful, labels, products = torch.tensor(layout.counts)[:, 2:].sum(0).tolist()
     assert useful == layout.input_ids.numel() == sum(row.tokens for row in rows)
     assert labels == len(layout.labels) == sum(row.labels for row in rows)
     assert products == sum(row.products for row in rows)

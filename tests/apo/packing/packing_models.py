@@ -14,7 +14,9 @@ from transformers import (
 )
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from apo.packing.batch import PairBatch
 from apo.packing.layout import PackedRow, PairSpan
+from apo.packing.packed_model import packed_logps
 
 VOCABULARY = 97
 FAMILIES = {
@@ -56,8 +58,17 @@ def pairs(*shapes, seed=0):
     return rows
 
 
+def batch_of(examples):
+    return PairBatch(examples, DataCollatorForPreference(pad_token_id=0))
+
+
 def stacked(examples):
-    return DataCollatorForPreference(pad_token_id=0)(examples)
+    return batch_of(examples).stacked
+
+
+def packed(model, examples):
+    """`PairLogps` of examples in one packed row, as the trainer packs them."""
+    return packed_logps(model, batch_of(examples).row(torch.device("cpu")))
 
 
 def gradients(model, logps, seed=5):

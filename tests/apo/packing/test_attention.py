@@ -16,7 +16,7 @@ from apo.packing import attention, packed_model
 from apo.packing.layout import pack_pairs
 from apo.packing.logps import PairLogps, plain_logps
 from apo.packing.packed_model import enable_packing, packed_logps
-from tests.apo.packing.packing_models import FAMILIES, SHAPES, gradients, packed_row, pairs, stacked, tiny
+from tests.apo.packing.packing_models import FAMILIES, SHAPES, batch_of, gradients, packed_row, pairs, stacked, tiny
 
 
 def causal_from_the_end(
@@ -151,14 +151,14 @@ def test_the_fastest_backend_that_works_is_chosen_and_the_others_are_reported(mo
 
 
 def test_a_backend_that_disagrees_is_not_chosen(monkeypatch):
-    model, batch = tiny(), stacked(pairs(*SHAPES))
+    model, batch = tiny(), batch_of(pairs(*SHAPES))
     from trl.trainer.utils import add_fused_lm_head
 
     add_fused_lm_head(model)
     wrong = lambda *arguments: attention._split(*arguments) * 1.1  # noqa: E731
     monkeypatch.setitem(attention.BACKENDS, "flex", wrong)
     monkeypatch.setattr(packed_model, "fastest_backend", lambda *_: ("flex", "flex 1 ms; selected: flex"))
-    reason, notes = packed_model.enable_packing_if_exact([model], batch, batch, torch.float32)
+    reason, notes = packed_model.enable_packing_if_exact([model], batch, batch, torch.float32, torch.device("cpu"))
     assert reason is None
     assert notes[-1] == "attention of packed rows: flex is not used, its log-probs differ in packed rows"
     layout = pack_pairs(pairs(*SHAPES))
@@ -169,7 +169,7 @@ def test_a_backend_that_disagrees_is_not_chosen(monkeypatch):
 def test_how_near_packed_rows_must_come_is_a_matter_of_what_products_are_in(monkeypatch):
     plain = PairLogps(*(torch.tensor([-1000.0]) for _ in range(2)), *(torch.tensor([500]) for _ in range(2)))
     near = plain._replace(chosen=plain.chosen * 1.001)
-    monkeypatch.setattr(packed_model, "shared_prefix_logps", lambda *_: near)
+    monkeypatch.setattr(packed_model, "packed_logps", lambda *_: near)
     model = tiny()
     assert model.dtype == torch.float32, "as the weights of mixed precision are"
     assert packed_model.matches_padded(model, {}, plain, torch.bfloat16)

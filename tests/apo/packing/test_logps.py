@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
-from apo.packing.batch import DUMMY, dummy_batch, rotate_responses, uncollate
+from apo.packing.batch import PairBatch, rotate_responses, unstack
 from apo.packing.logps import padded_logps, plain_logps, response_logps
 from tests.apo.conftest import make_model
 
@@ -59,35 +59,45 @@ def test_gradients_of_the_fused_batch_agree_with_the_plain_reference():
 
 @given(examples)
 def test_a_stacked_batch_can_be_taken_apart_again(examples):
-    assert uncollate(collate(examples)) == examples
+    assert unstack(collate(examples)) == examples
+
+
+def test_selecting_pairs_keeps_both_halves_together():
+    given = {"input_ids": torch.arange(6)[:, None], "score": torch.tensor([0.0, 1.0, 2.0])}
+    examples = [{"ref_chosen_logps": float(n), "ref_rejected_logps": -float(n), "pair_weight": n} for n in range(3)]
+    chosen = PairBatch(examples, collate, given).select([2, 0])
+    assert chosen["input_ids"].flatten().tolist() == [2, 0, 5, 3]
+    assert chosen["score"].tolist() == [2.0, 0.0]
+    assert [logps.tolist() for logps in chosen.reference] == [[2.0, 0.0], [-2.0, 0.0]]
+    assert chosen.weights.tolist() == [2.0, 0.0]
+    assert chosen.select([0], dummy=True).weights.tolist() == [0.0]
 
 
 def test_mismatching_gives_each_prompt_the_next_pairs_answers_over_all_batches():
     pairs = [{"prompt_ids": [n], "chosen_ids": [10 + n], "rejected_ids": [20 + n]} for n in (1, 2, 3)]
-    batches = rotate_responses([collate(pairs[:2]), collate(pairs[2:])], collate)
-    swapped = [example for batch in batches for example in uncollate(batch)]
+    batches = rotate_responses([PairBatch(pairs[:2], collate), PairBatch(pairs[2:], collate)])
+    swapped = [example for batch in batches for example in batch.examples]
     assert swapped == [
         {"prompt_ids": [1], "chosen_ids": [12], "rejected_ids": [22]},
         {"prompt_ids": [2], "chosen_ids": [13], "rejected_ids": [23]},
         {"prompt_ids": [3], "chosen_ids": [11], "rejected_ids": [21]},
     ]
-    (alone,) = rotate_responses([collate(pairs[:1])], collate)
-    assert DUMMY in alone
+    (alone,) = rotate_responses([PairBatch(pairs[:1], collate)])
+    assert alone.dummy
 
 
 def test_mismatching_over_two_processes_is_that_of_one():
     pairs = [{"prompt_ids": [n], "chosen_ids": [10 + n], "rejected_ids": [20 + n]} for n in range(1, 8)]
-    (single,) = rotate_responses([collate(pairs)], collate)
+    (single,) = rotate_responses([PairBatch(pairs, collate)])
     # Batches of two are dealt out in turn; the last process has nothing left, and repeats a pair that is idle.
-    dealt = [[collate(pairs[:2]), collate(pairs[4:6])], [collate(pairs[2:4]), collate(pairs[6:])]]
-    dealt[0].append(dummy_batch(collate(pairs[:1])))
-    dealt[1].append(dummy_batch(collate(pairs[:1])))
+    parts = [[pairs[:2], pairs[4:6]], [pairs[2:4], pairs[6:]]]
+    dealt = [[PairBatch(part, collate) for part in [*both, pairs[:1]]] for both in parts]
+    for batches in dealt:
+        batches[2] = batches[2].select([0], dummy=True)
     heads = []
     for batches in dealt:
-        rotate_responses(
-            batches, collate, lambda local_heads: heads.extend(local_heads) or [local_heads[0], local_heads[0]], 0
-        )
-    rotated = [rotate_responses(batches, collate, lambda _: heads, rank) for rank, batches in enumerate(dealt)]
-    assert all(DUMMY in batches[2] for batches in rotated)
-    mixed = [example for step in (0, 1) for rank in (0, 1) for example in uncollate(rotated[rank][step])]
-    assert mixed == uncollate(single)
+        rotate_responses(batches, lambda local_heads: heads.extend(local_heads) or [local_heads[0], local_heads[0]], 0)
+    rotated = [rotate_responses(batches, lambda _: heads, rank) for rank, batches in enumerate(dealt)]
+    assert all(batches[2].dummy for batches in rotated)
+    mixed = [example for step in (0, 1) for rank in (0, 1) for example in rotated[rank][step].examples]
+    assert mixed == single.examples

@@ -10,7 +10,6 @@ import yaml
 from datasets import Dataset
 
 from apo.packing.logps import plain_logps
-from apo.packing.packed_model import shared_prefix_logps
 from tests.apo.command import call
 from tests.apo.conftest import make_model
 from tests.apo.training.trainers import apo_trainer
@@ -38,8 +37,8 @@ def test_odd_pairs_train_packed_as_plain(which, tmp_path, tokenizer):
     if which == "an empty response":
         assert rows[0]["chosen_ids"] == rows[1]["rejected_ids"] == [3]  # the end token alone is a response
     assert trainer.is_packed
-    batch = trainer._prepare_inputs(trainer.data_collator(rows))
-    plain, packed = plain_logps(make_model(), batch), shared_prefix_logps(trainer.model, batch)
+    batch = trainer.data_collator(rows)
+    plain, packed = plain_logps(make_model(), batch.stacked), trainer.logps(trainer.model, batch)
     torch.testing.assert_close(packed.chosen, plain.chosen, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(packed.rejected, plain.rejected, rtol=1e-4, atol=1e-4)
     trainer.train()

@@ -7,9 +7,9 @@ import torch
 
 from apo.packing.layout import pack_pairs
 from apo.packing.logps import plain_logps
-from apo.packing.packed_model import disable_packing, enable_packing, packed_logps, shared_prefix_logps
+from apo.packing.packed_model import disable_packing, enable_packing, packed_logps
 from clair.inference.generation import onednn as matmul
-from tests.apo.packing.packing_models import FAMILIES, SHAPES, gradients, pairs, stacked, tiny
+from tests.apo.packing.packing_models import FAMILIES, SHAPES, gradients, packed, pairs, stacked, tiny
 
 
 @pytest.fixture
@@ -87,10 +87,10 @@ def test_quick_packed_rows_give_the_plain_log_probs_and_gradients(family, quick)
     expected = gradients(model, plain)
     assert quick == []
     enable_packing(model)
-    packed = shared_prefix_logps(model, batch)
-    for ours, theirs in zip(packed[:4], plain[:4], strict=True):
+    actual = packed(model, pairs(*SHAPES))
+    for ours, theirs in zip(actual[:4], plain[:4], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-5)
-    assert (gradients(model, packed) - expected).norm() < 1e-5 * expected.norm()
+    assert (gradients(model, actual) - expected).norm() < 1e-5 * expected.norm()
     assert len(quick) > 3 * 2 * 7  # forward and backward of every matrix of two layers
     disable_packing(model)
     quick.clear()
@@ -117,9 +117,9 @@ def test_padding_of_a_packed_row_changes_nothing(quick):
 @pytest.mark.parametrize("measured", [(1.0, 0.0), (1.0, 1.1)])
 def test_if_torchs_kernel_is_as_fast_nothing_is_padded_or_replaced(measured, quick, monkeypatch):
     monkeypatch.setattr(matmul, "speeds", lambda: measured)
-    model, batch = tiny(), stacked(pairs(*SHAPES))
+    model = tiny()
     enable_packing(model)
-    shared_prefix_logps(model, batch)
+    packed(model, pairs(*SHAPES))
     assert matmul.rows_multiple(torch.device("cpu")) == 1
     assert quick == []
 

@@ -11,28 +11,27 @@ from transformers import (
 )
 
 from apo.packing import head
-from apo.packing.batch import TurnCollator, uncollate
+from apo.packing.batch import unstack
 from apo.packing.layout import crop_around_divergence, pack_bins, pack_pairs, packed_length
 from apo.packing.logps import plain_logps
-from apo.packing.packed_model import enable_packing, packed_logps, shared_prefix_logps
-from tests.apo.packing.packing_models import FAMILIES, SHAPES, VOCABULARY, gradients, pairs, stacked, tiny
+from apo.packing.packed_model import enable_packing, packed_logps
+from tests.apo.packing.packing_models import FAMILIES, SHAPES, VOCABULARY, gradients, packed, pairs, stacked, tiny
 
 
-def assert_packed_is_plain(model, batch):
+def assert_packed_is_plain(model, examples):
     """Log-probs, lengths and gradients of packed rows are those of the padded batch."""
-    plain = plain_logps(model, batch)
+    plain = plain_logps(model, stacked(examples))
     expected = gradients(model, plain)
     enable_packing(model)
-    packed = shared_prefix_logps(model, batch)
-    for ours, theirs in zip(packed[:4], plain[:4], strict=True):
+    actual = packed(model, examples)
+    for ours, theirs in zip(actual[:4], plain[:4], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-5)
-    assert (gradients(model, packed) - expected).norm() < 1e-5 * expected.norm()
+    assert (gradients(model, actual) - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_rows_give_the_plain_log_probs_and_gradients(family):
-    model, batch = tiny(family), stacked(pairs(*SHAPES))
-    assert_packed_is_plain(model, batch)
+    assert_packed_is_plain(tiny(family), pairs(*SHAPES))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral, sliding window", "gemma2, soft caps and window"])
@@ -40,15 +39,10 @@ def test_unpaired_rows_among_pairs_give_the_plain_log_probs_and_gradients(family
     examples = pairs(*SHAPES)
     for index, side in ((0, "rejected_ids"), (1, "chosen_ids"), (3, "chosen_ids"), (4, "rejected_ids")):
         examples[index][side] = []
-    model, batch = tiny(family), stacked(examples)
-    plain = plain_logps(model, batch)
-    expected = gradients(model, plain)
-    enable_packing(model)
-    packed = shared_prefix_logps(model, batch)
+    model = tiny(family)
+    plain = plain_logps(model, stacked(examples))
     assert (plain.rejected[0], plain.chosen[1]) == (0, 0)
-    for ours, theirs in zip(packed[:4], plain[:4], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-5)
-    assert (gradients(model, packed) - expected).norm() < 1e-5 * expected.norm()
+    assert_packed_is_plain(model, examples)
     assert pack_pairs(examples).input_ids.shape[1] == sum(packed_length(example) for example in examples)
 
 
@@ -70,9 +64,9 @@ def test_turns_that_are_not_trained_are_left_out_of_packed_rows_as_of_the_plain_
     examples = with_turns(pairs(*SHAPES))
     for index, side in ((0, "rejected"), (1, "chosen")) if unpaired else ():
         examples[index][f"{side}_ids"] = examples[index][f"{side}_mask"] = []
-    model, batch = tiny(family), TurnCollator(stacked)(examples)
-    assert batch["completion_mask"].sum() < stacked(examples)["completion_mask"].sum()
-    assert_packed_is_plain(model, batch)
+    batch, whole = stacked(examples), [{k: v for k, v in e.items() if "mask" not in k} for e in examples]
+    assert batch["completion_mask"].sum() < stacked(whole)["completion_mask"].sum()
+    assert_packed_is_plain(tiny(family), examples)
     assert pack_pairs(examples).input_ids.shape[1] == sum(packed_length(example) for example in examples)
     assert len(pack_pairs(examples).labels) <= batch["completion_mask"].sum()
 
@@ -95,7 +89,7 @@ def test_a_pair_with_turns_is_cut_together_with_its_masks():
     cut = crop_around_divergence(long)
     for side in ("chosen", "rejected"):
         assert len(cut.get(f"{side}_mask", cut[f"{side}_ids"])) == len(cut[f"{side}_ids"])
-    assert uncollate(TurnCollator(stacked)([cut])) == [cut]
+    assert unstack(stacked([cut])) == [cut]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2, soft caps and window"])
@@ -141,12 +135,12 @@ def test_in_mixed_precision_the_head_has_the_gradients_of_a_plain_one(monkeypatc
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    model, batch = tiny(), stacked(pairs(*SHAPES))
+    model, examples = tiny(), pairs(*SHAPES)
     enable_packing(model)
-    expected = gradients(model, shared_prefix_logps(model, batch))
+    expected = gradients(model, packed(model, examples))
     model.activation_checkpointing_enable()
     model.train()
-    actual = gradients(model, shared_prefix_logps(model, batch))
+    actual = gradients(model, packed(model, examples))
     assert (actual - expected).norm() < 1e-6 * expected.norm()
 
 

@@ -29,7 +29,7 @@ def apo(recipe, tmp_path, monkeypatch, capsys):
 def test_a_lost_loss_ends_the_command_with_the_pairs_ids_and_the_last_good_checkpoint(apo, tmp_path, monkeypatch):
     from apo.training import logprobs as module
 
-    plain, calls = module.shared_prefix_logps, []
+    plain, calls = module.packed_logps, []
 
     def lose_loss(model, batch, **options):
         logps = plain(model, batch, **options)
@@ -37,7 +37,7 @@ def test_a_lost_loss_ends_the_command_with_the_pairs_ids_and_the_last_good_check
         lost = torch.tensor([1.0, torch.nan, 1.0, 1.0]) if sum(calls) == 4 and calls[-1] else 1.0
         return logps._replace(chosen=logps.chosen * lost)
 
-    monkeypatch.setattr(module, "shared_prefix_logps", lose_loss)
+    monkeypatch.setattr(module, "packed_logps", lose_loss)
     code, output = apo(save_steps=1)
     assert code == 5
     assert re.fullmatch(

@@ -242,14 +242,14 @@ def test_a_mixture_of_experts_logs_its_auxiliary_loss(tmp_path, tokenizer, pairs
     args = config(tmp_path, gradient_accumulation_steps=accumulated)
     args.logging_steps = 2
     trainer = APOTrainer(moe, args=args, train_dataset=pairs, eval_dataset=pairs, processing_class=tokenizer)
-    aux_losses, pair_logps = [], trainer.pair_logps
+    aux_losses, pair_logps = [], trainer.logps.pair_logps
 
     def watched(model, batch, **options):
         logps = pair_logps(model, batch, **options)
         aux_losses.extend([logps.aux_loss.item()] if logps.aux_loss is not None else [])
         return logps
 
-    trainer.pair_logps = watched
+    trainer.logps.pair_logps = watched
     trainer.train()
     logged = [row["aux_loss"] for row in trainer.state.log_history if "aux_loss" in row]
     cuts = [0, accumulated, 2 * accumulated, 3 * accumulated]  # the first step, the second, and the run's last line

@@ -9,9 +9,6 @@ import torch
 
 from apo.monitoring import failures as faults
 from apo.packing import packed_model as prefix
-from apo.packing.batch import select_pairs
-from apo.packing.logps import padded_logps
-from apo.packing.packed_model import shared_prefix_logps
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError
@@ -50,8 +47,8 @@ def test_packed_training_is_padded_training(tmp_path, tokenizer, pairs, adapter,
     options = {"adapter": adapter, "precompute_ref_log_probs": reference}
     packed = trained(tmp_path / "a", tokenizer, pairs, **options)
     padded = trained(tmp_path / "b", tokenizer, pairs, **options, shared_prefix=False)
-    assert packed[0].pair_logps is shared_prefix_logps
-    assert padded[0].pair_logps is padded_logps
+    assert packed[0].is_packed
+    assert not padded[0].is_packed
     same(packed, padded)
 
 
@@ -83,7 +80,7 @@ def test_a_model_that_cannot_share_falls_back_to_trls_batch_and_says_why_once(tm
 
     monkeypatch.setattr(LlamaAttention, "forward", forgetful)
     fallen = trained(tmp_path / "a", tokenizer, pairs)
-    assert fallen[0].pair_logps is padded_logps
+    assert not fallen[0].is_packed
     assert fallen[0].model.config._attn_implementation == "sdpa"
     assert len([note for note in fallen[0].notes if "does not hand its options on" in note]) == 1
     same(fallen, plain)
@@ -92,13 +89,6 @@ def test_a_model_that_cannot_share_falls_back_to_trls_batch_and_says_why_once(tm
 def test_pack_tokens_without_packing_is_refused():
     with pytest.raises(UserError, match="pack_tokens would be ignored"):
         APOConfig(output_dir="x", shared_prefix=False, pack_tokens=100)
-
-
-def test_selecting_pairs_keeps_both_halves_together():
-    batch = {"input_ids": torch.arange(6)[:, None], "ref_chosen_logps": torch.tensor([0.0, 1.0, 2.0])}
-    chosen = select_pairs(batch, [2, 0])
-    assert chosen["input_ids"].flatten().tolist() == [2, 0, 5, 3]
-    assert chosen["ref_chosen_logps"].tolist() == [2.0, 0.0]
 
 
 def test_rounding_of_mixed_precision_is_no_reason_to_pad(tmp_path, tokenizer, pairs):

@@ -140,7 +140,7 @@ def test_the_divergence_of_kto_is_the_mean_log_ratio_of_mismatched_pairs(tmp_pat
     rows = [trainer.train_dataset[i] for i in range(3)]
     expected = []
     for row, following in zip(rows, [*rows[1:], rows[0]], strict=True):
-        batch = trainer.data_collator([{**following, "prompt_ids": row["prompt_ids"]}])
+        batch = trainer.data_collator([{**following, "prompt_ids": row["prompt_ids"]}]).stacked
         with torch.no_grad():
             policy, reference = plain_logps(trainer.model.eval(), batch), plain_logps(trainer.ref_model, batch)
         expected += [(policy.chosen - reference.chosen).item(), (policy.rejected - reference.rejected).item()]
@@ -196,10 +196,10 @@ def test_a_batch_that_loses_its_end_is_reported_before_the_first_step(tmp_path, 
     original = trainer.data_collator
 
     def cut(examples):
-        return {key: value[:, :12] for key, value in original(examples).items()}
+        return {key: value[:, :12] for key, value in original(examples).stacked.items()}
 
     def masked(examples):  # as if pad = eos had been masked
-        batch = original(examples)
+        batch = original(examples).stacked
         return {**batch, "completion_mask": batch["completion_mask"] * (batch["input_ids"] != tokenizer.eos_token_id)}
 
     for collate, message in ((cut, "not the end of turn; was the batch cut"), (masked, "is masked out of training")):
@@ -226,7 +226,7 @@ def test_sft_is_the_mean_over_pairs_of_nats_per_token(tmp_path, tokenizer, pairs
     trainer = apo_trainer(tmp_path, tokenizer, pairs, objective="sft")
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     with torch.no_grad():
-        logps = plain_logps(make_model(), batch)
+        logps = plain_logps(make_model(), batch.stacked)
         loss = trainer.compute_loss(trainer.model, batch)
     assert loss.item() == pytest.approx((-logps.chosen / logps.chosen_len).mean().item(), abs=1e-5)
 
@@ -244,7 +244,7 @@ def test_the_loss_is_the_weighted_mean_of_the_pairs_losses(tmp_path, tokenizer):
     trainer = apo_trainer(tmp_path, tokenizer, pairs, objective="sft", weights="trust")
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     with torch.no_grad():
-        logps = plain_logps(make_model(), {key: value for key, value in batch.items() if key != "pair_weight"})
+        logps = plain_logps(make_model(), batch.stacked)
         loss = trainer.compute_loss(trainer.model, batch)
     a, b, c, d = (-logps.chosen / logps.chosen_len).tolist()
     assert loss.item() == pytest.approx((0 * a + 1 * b + 2.5 * c + 0.25 * d) / 3.75, abs=1e-5)
@@ -487,7 +487,7 @@ def test_options_of_trls_batch_are_reported_where_rows_are_packed(packed, note_c
     more = {"pad_to_multiple_of": 8, "precompute_ref_batch_size": 2, "precompute_ref_log_probs": True}
     trainer = apo_trainer(tmp_path, tokenizer, pairs, shared_prefix=packed, **more)
     assert len([note for note in trainer.notes if "has no effect on packed rows" in note]) == note_count
-    assert trainer.data_collator.pad.pad_to_multiple_of == 8
+    assert trainer.data_collator.stack.pad_to_multiple_of == 8
 
 
 def test_text_that_a_template_writes_after_the_end_of_turn_is_noted_once(tmp_path, pairs):

@@ -9,9 +9,7 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from apo.packing.batch import select_pairs
 from apo.packing.logps import PairLogps, plain_logps
-from apo.packing.packed_model import shared_prefix_logps
 from apo.training.trainer import APOTrainer
 from apo.training.trainer_config import APOConfig
 from tests.apo.conftest import make_pairs
@@ -24,8 +22,9 @@ LOGGED = ("loss", "grad_norm", "logps/chosen", "logps/rejected")
 def one_row_at_a_time(model, batch):
     """Each sequence by itself, without padding, through `plain_logps`: padding-free and as plain as possible."""
     logps = []
-    for index in range(len(batch["input_ids"]) // 2):
-        single = select_pairs(batch, [index])
+    pairs = len(batch["input_ids"]) // 2
+    for index in range(pairs):
+        single = {key: value[[index, index + pairs]] for key, value in batch.items() if len(value) == 2 * pairs}
         halves = []
         for row in (0, 1):
             attended = single["attention_mask"][row].bool()
@@ -74,7 +73,7 @@ def trajectory(out, family, tokenizer, how="shared prefix", objective="apo_zero"
         trainer = APOTrainer(
             model, args=APOConfig(**common | options, objective=objective), pair_logps=computer, **data
         )
-        assert (trainer.pair_logps is shared_prefix_logps) == (how not in ("one by one", "TRL's batch"))
+        assert trainer.is_packed == (how not in ("one by one", "TRL's batch"))
         if how == "another order":
             trainer.data_collator = Reversed(trainer.data_collator)
     trainer.train()

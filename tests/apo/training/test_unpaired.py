@@ -18,7 +18,6 @@ from apo.data.tokenize import count_unpaired, eos_ids, tokenize
 from apo.losses.mixture import resolve_mixture
 from apo.losses.objectives import OBJECTIVES
 from apo.packing.logps import padded_logps, plain_logps
-from apo.packing.packed_model import shared_prefix_logps
 from apo.training.config import TrainConfig
 from apo.training.plan import estimate, plan
 from apo.training.preflight import check_before_training
@@ -159,7 +158,7 @@ def test_the_loss_is_the_mean_over_rows_by_hand(tmp_path):
     run = trainer(tmp_path, make_rows(6), objective={"apo_zero_unpaired": {"desirable_weight": 3}, "sft": 0.5})
     batch = run.data_collator([run.train_dataset[i] for i in range(3)])  # desirable, undesirable, desirable
     with torch.no_grad():
-        logps = plain_logps(run.model, batch)
+        logps = plain_logps(run.model, batch.stacked)
         loss = run.compute_loss(run.model, batch).item()
     first, none, third = (logps.chosen / logps.chosen_len.clamp(min=1)).tolist()
     assert logps.chosen_len.bool().tolist() == [True, False, True]
@@ -176,7 +175,7 @@ def test_the_kl_of_kto_is_the_mean_log_ratio_of_each_prompt_with_the_next_rows_r
     rows = [run.train_dataset[i] for i in range(5)]
     ratios = []
     for row, following in zip(rows, [*rows[1:], rows[0]], strict=True):
-        batch = run.data_collator([{**following, "prompt_ids": row["prompt_ids"]}])
+        batch = run.data_collator([{**following, "prompt_ids": row["prompt_ids"]}]).stacked
         with torch.no_grad():
             policy, reference = (plain_logps(m, batch) for m in (run.model.eval(), run.ref_model))
         side = "chosen" if following["chosen_ids"] else "rejected"
@@ -189,7 +188,7 @@ def test_the_kl_of_kto_is_the_mean_log_ratio_of_each_prompt_with_the_next_rows_r
 
 def test_trls_batch_runs_only_the_response_that_is_there(tmp_path):
     run = trainer(tmp_path, make_rows(6), objective="apo_zero_unpaired", shared_prefix=False)
-    batch = run.data_collator([run.train_dataset[i] for i in range(6)])
+    batch = run.data_collator([run.train_dataset[i] for i in range(6)]).stacked
     inputs = []
     hook = run.model.register_forward_pre_hook(
         lambda _, args, kwargs: inputs.append(kwargs["input_ids"]), with_kwargs=True
@@ -202,7 +201,7 @@ def test_trls_batch_runs_only_the_response_that_is_there(tmp_path):
 
 
 def test_rows_are_packed_by_default(tmp_path):
-    assert trainer(tmp_path, make_rows(6), objective="kto").pair_logps is shared_prefix_logps
+    assert trainer(tmp_path, make_rows(6), objective="kto").is_packed
 
 
 # The reference
@@ -223,7 +222,7 @@ def test_before_the_first_step_ends_and_anchor_are_checked(tmp_path):
     run = trainer(tmp_path, make_rows(), objective="kto")
     assert check_before_training(run) == {"chosen": 0.0, "rejected": 0.0}
     collate = run.data_collator
-    run.data_collator = lambda examples: {key: value[:, :12] for key, value in collate(examples).items()}
+    run.data_collator = lambda examples: {key: value[:, :12] for key, value in collate(examples).stacked.items()}
     with pytest.raises(UserError, match="was the batch cut"):
         check_before_training(run)
 

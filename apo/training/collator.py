@@ -1,0 +1,38 @@
+"""PairCollator: rows of a dataset to a `PairBatch`, which TRL's collator or a user's own stacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from apo.packing.batch import PAIR_WEIGHT, PairBatch, Stacked, mask_turns, unstack
+from apo.packing.layout import SHARED_LENGTH, shared_response_length
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """`stack` is TRL's collator of pairs, or a user's own, whose batches may hold images. `weights` is a column."""
+
+    stack: Callable[[list[dict[str, Any]]], Stacked | PairBatch]
+    weights: str | None = None
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> PairBatch:
+        """The batch. Only a user's collator is called at once, as it may change the pairs or read images."""
+        examples, pad, given = [dict(row) for row in rows], self.stack, None
+        if not isinstance(pad, DataCollatorForPreference):
+            given, pad = pad(list(rows)), DataCollatorForPreference(pad_token_id=0)
+            if isinstance(given, PairBatch):  # it called another PairCollator
+                return given
+            mask_turns(given, rows)
+            if "prompt_ids" in rows[0]:
+                whole = {"chosen_mask": [], "rejected_mask": []}
+                examples = [{**row, **whole, **pair} for row, pair in zip(rows, unstack(given), strict=True)]
+        for example in examples:
+            if self.weights is not None:
+                example[PAIR_WEIGHT] = float(example.get(self.weights, 1.0))
+            if "prompt_ids" in example:
+                example[SHARED_LENGTH] = shared_response_length(example)
+        return PairBatch(examples, pad, given)
