@@ -62,8 +62,10 @@ def check_arguments(args: APOConfig, objective: Mixture, dataset: Any, eval_data
             f"the train dataset has a column {min(images)!r}, and packed rows hold text only; set shared_prefix=False, "
             "which trains it in TRL's batch"
         )
-    if args.accelerator_config.dispatch_batches:
-        raise UserError("accelerator_config.dispatch_batches cannot divide batches of pairs; leave it out")
+    accelerator_config: Any = args.accelerator_config
+    if accelerator_config.dispatch_batches:
+        raise UserError("accelerator_config.dispatch_batches would be ignored: each process reads its pairs itself")
+    accelerator_config.dispatch_batches = False  # None would be True for a stream, whose batches accelerate would cut
     check_devices(args)
     check_zero3_saves(args)
     check_streams(args, dataset, eval_dataset)

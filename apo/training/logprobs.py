@@ -60,7 +60,7 @@ class LogprobComputer:
         reason, notes = enable_packing_if_exact(
             models, collate(_shortest_pairs(models[0], dataset)),
             collate(first_rows(dataset, self.args.per_device_train_batch_size)), dtype, self.args.device,
-            autocast=self.accelerator.autocast, fatal=is_out_of_memory,
+            autocast=lambda: self.accelerator.autocast(), fatal=is_out_of_memory,
         )  # fmt: skip
         self.is_packed = reason is None
         padded = [f"prompts are run twice and batches padded, as in TRL: the model cannot share, {reason}"]

@@ -489,6 +489,8 @@ class APOTrainer(CheckpointTrainer):
             metrics = aggregate_metrics(rows, self.objective, self.beta)
             logs.update({prefix + name: value for name, value in metrics.items()})
             logs.update(self._mean_aux_loss(mode, prefix))
+            if logs.get(f"{prefix}samples_per_second") == 0:  # transformers cannot count the pairs of a stream
+                logs[f"{prefix}samples_per_second"] = round(len(rows) / logs[f"{prefix}runtime"], 3)
             if mode == "train":
                 logs.update(self.meter.speed(rows))
                 earlier = (line["num_tokens"] for line in reversed(self.state.log_history) if "num_tokens" in line)
@@ -516,7 +518,7 @@ class APOTrainer(CheckpointTrainer):
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, Any, Any]:
         """The loss alone: logits are never built. In the precision of training, also before it starts."""
-        batch = self._drop_repeats(inputs, self.args.eval_batch_size)
+        batch: Any = self._drop_repeats(inputs, self.args.eval_batch_size)
         with self.accelerator.autocast():
             return super().prediction_step(model, batch, True, ignore_keys)
 

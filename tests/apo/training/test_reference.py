@@ -123,10 +123,10 @@ def test_an_adapter_that_is_gone_on_with_has_a_reference_of_its_own_weights_and_
 
 def test_another_kind_of_device_has_other_numbers(tmp_path, tokenizer, pairs):
     trainer = prepared(tmp_path, tokenizer, pairs)
-    numbers = trainer._reference_numerics(trainer.model)
-    assert trainer.args.device.type in numbers
+    identity = trainer._reference_identity()
+    assert trainer.args.device.type in identity
     trainer.args = SimpleNamespace(device=torch.device("meta"))
-    assert trainer._reference_numerics(trainer.model) != numbers
+    assert trainer._reference_identity() != identity
 
 
 def test_settings_that_do_not_change_a_models_numbers_are_in_no_key():
