@@ -74,12 +74,14 @@ class PairBatch:
         return chosen, rejected
 
     def select(self, indices: Sequence[int], *, dummy: bool = False) -> PairBatch:
-        """The batch of some of its pairs, in this order."""
+        """The batch of some of its pairs, in this order; of a dummy always a dummy."""
         given = self.given
         if given is not None:
             rows = [*indices, *(index + len(self) for index in indices)]
             given = {key: value[list(indices) if len(value) == len(self) else rows] for key, value in given.items()}
-        return replace(self, examples=[self.examples[index] for index in indices], given=given, dummy=dummy)
+        return replace(
+            self, examples=[self.examples[index] for index in indices], given=given, dummy=dummy or self.dummy
+        )
 
 
 def mask_turns(stacked: Stacked, examples: Sequence[Mapping[str, Any]]) -> Stacked:
