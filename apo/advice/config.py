@@ -6,13 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from apo.advice.rule import COARSE, FINE, sample_size
-from apo.evaluation.config import EvaluationConfig, check_out_folder, with_batch_tokens
+from apo.evaluation.config import EvaluationConfig, check_result_folder, with_batch_tokens
 from clair.core.errors import UserError, one_line
 from clair.core.files import content_hash
 from clair.data.records import Prompt
@@ -81,7 +80,7 @@ def load_inputs(config: AdviseConfig) -> AdviceInputs:
     from apo.analysis.features import read_rows
     from apo.models import load as models
 
-    check_out_folder(Path(config.out), RESULT)
+    check_result_folder(config, RESULT)
     template = load_template(config.judge.template if config.judge else None, "judge.j2", JUDGE_NEEDS)
     check_models(config.models, config.budget, config.seed)
     assert config.model.path is not None

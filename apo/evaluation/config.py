@@ -11,17 +11,18 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from apo.evaluation.results import ITEMS
-from clair.core.errors import EXIT_SOME_FAILED, UserError
+from clair.core.errors import EXIT_SOME_FAILED
 from clair.core.files import read_json, write_json
+from clair.core.out_folder import check_out_folder, check_unchanged
 from clair.core.recipe import Recipe, changed_keys, resolved
 from clair.data.records import Dropped
 from clair.inference.budget import BudgetConfig
 from clair.inference.client import ModelClient, StopSignal
-from clair.inference.config import ROLE_PASSING, ModelConfig, redacted_model
+from clair.inference.config import ModelConfig, content_settings, redacted_model
 from clair.inference.model import LimitReached, PaymentRequired, Refused
 from clair.inference.open import InferenceConfig, Resources, running_clients
 from clair.ledger.ledger import Ledger
-from clair.storage.location import Location
+from clair.storage.location import Location, local
 
 SETTINGS = "settings.json"
 _MAY_CHANGE = ("concurrency", "attempts", "out", "ledger", "limit", "budget", "upstream_files", "groups")
@@ -92,14 +93,11 @@ class Outcome:
         return f"<{type(self).__name__} {self.out}: {self.headline or f'no result, {problem}; run it again'}>"
 
 
-def check_out_folder(out: Path, result: str) -> None:
+def check_result_folder(config: EvaluationConfig, result: str) -> None:
     """Check that `out` is new, empty, or the folder of such an evaluation, whose result file is `result`."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out {out} is a file, not a folder; choose another --out")
-    if out.is_dir() and not any((out / name).is_file() for name in (SETTINGS, result)):
-        foreign = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith((".lock", "ledger.sqlite")))
-        if foreign:
-            raise UserError(f"{out} is no result folder and not empty (it holds {foreign[0]}); choose another --out")
+    out = Path(config.out)
+    local(out)
+    check_out_folder(out, "result folder", (SETTINGS, result))
 
 
 def check_resumable(config: EvaluationConfig, out: Path, ledger: Ledger, items: str = ITEMS) -> None:
@@ -111,12 +109,9 @@ def check_resumable(config: EvaluationConfig, out: Path, ledger: Ledger, items: 
     file, settings = out / SETTINGS, redacted(config)
     started = (out / items).is_file() or any(sum(tokens) for tokens in ledger.spent(config.out.account).values())
     if file.is_file() and started:
-        changed = changed_keys(_content_settings(read_json(file)), _content_settings(settings))
-        if changed:
-            raise UserError(
-                f"{out} holds an evaluation with other settings (it differs in {', '.join(changed)}); choose another "
-                f"--out, so that results are never mixed"
-            )
+        old, new = content_settings(read_json(file), _MAY_CHANGE), content_settings(settings, _MAY_CHANGE)
+        remedy = ", so that results are never mixed"
+        check_unchanged(str(out), "an evaluation with other settings", changed_keys(old, new), remedy)
     write_json(file, settings)
 
 
@@ -126,16 +121,6 @@ def redacted(config: EvaluationConfig) -> dict[str, Any]:
     for role, model in config.models.items():
         settings[role] = redacted_model(model, settings[role])
     return settings
-
-
-def _content_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that determine the result. Excluded: limits, paths, and endpoint URLs of models with an `id`."""
-    content = {key: value for key, value in settings.items() if key not in _MAY_CHANGE}
-    roles = [key for key, value in content.items() if isinstance(value, Mapping) and "url" in value]
-    for role in roles:
-        drop = ROLE_PASSING | ({"url"} if content[role].get("id") else set())
-        content[role] = {key: value for key, value in content[role].items() if key not in drop}
-    return content
 
 
 _ROW_ERRORS = {"http_400", "http_403", "http_413", "http_422", "http_451", "prompt_too_long", "tool_call"}

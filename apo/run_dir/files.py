@@ -24,6 +24,7 @@ import yaml
 from apo.losses.mixture import objective_title
 from clair.core.errors import UserError
 from clair.core.files import write_atomically, write_json
+from clair.core.out_folder import ANOTHER_RUN, check_out_folder, check_unchanged
 from clair.core.provenance import provenance
 from clair.core.recipe import changed_keys
 from clair.core.urls import without_secrets
@@ -48,23 +49,14 @@ def run_status(out: Path, recipe: Mapping[str, Any]) -> Status:
     Raises UserError if `out` holds something else: the run of another recipe, or files that belong to no run.
     """
     local(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out: {out} is a file; give a folder")
+    check_out_folder(out, "run of `apo train`", [RUN])
     if not (out / RUN).exists():
-        others = sorted(f.name for f in out.glob("*") if not f.name.startswith(".")) if out.exists() else []
-        if others:
-            names = ", ".join(others[:3])
-            raise UserError(f"out: {out} holds files but no run of `apo train` ({names}); choose another folder")
         return "new"
     run = read_run(out)
     mutable = (*MAY_CHANGE, *(_LAYOUT if "pairs_per_step" in run else ()))
     keys = changed_keys(redacted_recipe(run["recipe"]), redacted_recipe(recipe))
     changed = [key for key in keys if not key.startswith(mutable)]
-    if changed:
-        raise UserError(
-            f"out: {out} holds the run of another recipe (changed: {', '.join(changed)}); choose another folder with "
-            "--out, or delete this one"
-        )
+    check_unchanged(str(out), ANOTHER_RUN, changed, ", or delete this folder")
     return "finished" if run.get("finished") else "unfinished"
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from clair.core.errors import UserError
 from clair.core.files import read_json, write_atomically, write_json
+from clair.core.out_folder import ANOTHER_RUN, check_unchanged
 from clair.data.dataset import SPLITS, DatasetWriter, card, read_manifest, read_order, split_file
 from clair.data.row_files import parquet_rows
 from clair.ledger.join import join_ledgers
@@ -50,7 +51,8 @@ def merge(folder: str | Path, out: str | Path | None = None) -> dict[str, Any]:
         recipe = {**manifests[0]["recipe"], "out": target_location.public}
         check_output(target_location)
         target = stack.enter_context(lock_output(target_location))
-        _check_target(target.folder, recipe)
+        if (file := target.folder / "recipe.json").is_file():
+            check_unchanged(target_location.public, ANOTHER_RUN, changed_content_keys(read_json(file), recipe))
         return _merge(shards, manifests, target, recipe)
 
 
@@ -96,14 +98,6 @@ def _check_same_recipe(shards: Sequence[Path], manifests: Sequence[Mapping[str, 
                 f"{shard} was not built as {shards[0]} was (it differs in {', '.join(changed)}); build it again with "
                 f"the same recipe, prompts and models"
             )
-
-
-def _check_target(target: Path, recipe: Mapping[str, Any]) -> None:
-    file = target / "recipe.json"
-    if file.is_file() and (changed := changed_content_keys(read_json(file), recipe)):
-        raise UserError(
-            f"{recipe['out']} holds another recipe's run (it differs in {', '.join(changed)}); choose another --out"
-        )
 
 
 def _merge(

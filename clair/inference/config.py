@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -137,7 +137,7 @@ class JudgeConfig(ModelConfig):
     ask_again: bool = True
 
 
-ROLE_PASSING = {
+_MAY_CHANGE = {
     "timeout",
     "patience",
     "batch",
@@ -148,6 +148,20 @@ ROLE_PASSING = {
     "requests_per_minute",
     "tokens_per_minute",
 }
+
+
+def content_settings(settings: Mapping[str, Any], may_change: Collection[str]) -> dict[str, Any]:
+    """The keys of resolved settings that determine the result.
+
+    Excluded: `may_change`, limits and prices of models, and the URLs of models with an `id`.
+    """
+    content = {key: value for key, value in settings.items() if key not in may_change}
+    for role, model in content.items():
+        if isinstance(model, Mapping) and "url" in model:
+            excluded = _MAY_CHANGE | ({"url"} if model.get("id") else set())
+            kept = {key: value for key, value in model.items() if key not in excluded}
+            content[role] = {**kept, "extra": without_secrets(model.get("extra", {}))}
+    return content
 
 
 def redacted_model(model: ModelConfig, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from clair.core.errors import UserError
 from clair.core.event_loop import run_async
 from clair.core.files import content_hash, file_sha256, read_json, write_atomically, write_json
+from clair.core.out_folder import ANOTHER_RUN, check_unchanged
 from clair.core.provenance import provenance
 from clair.core.urls import without_secrets
 from clair.data.dataset import DatasetWriter, card, read_manifest
@@ -240,13 +241,11 @@ def check_resumable(config: BuildConfig, out: Path, *, update: bool) -> None:
     file, name = out / "recipe.json", config.out.public
     recipe = recorded_recipe(config)
     if file.is_file() and not update and _has_content(config, out):
-        changed = changed_content_keys(read_json(file), recipe)
-        if changed:
-            raise UserError(
-                f"{name} holds the run of another recipe (it differs in {', '.join(changed)}); choose another --out, "
-                f"or add --update to rebuild it with this one: replies that still fit are reused, and only the others "
-                f"are requested"
-            )
+        remedy = (
+            ", or add --update to rebuild it with this one: replies that still fit are reused, and only the others are "
+            "requested"
+        )
+        check_unchanged(name, ANOTHER_RUN, changed_content_keys(read_json(file), recipe), remedy)
         if (out / "manifest.json").is_file() and read_manifest(out).get("review"):
             raise UserError(
                 f"{name} was reviewed (`clair keep`), and building it again would bring the dropped pairs back; choose "

@@ -9,10 +9,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from clair.core.recipe import Recipe, changed_keys, resolved
-from clair.core.urls import without_secrets
 from clair.data.prompt_sources import PromptSource
 from clair.inference.budget import BudgetConfig
-from clair.inference.config import ROLE_PASSING, JudgeConfig, ModelConfig, ReviserConfig, redacted_model
+from clair.inference.config import JudgeConfig, ModelConfig, ReviserConfig, content_settings, redacted_model
 from clair.pipeline.filters import make_filters
 from clair.storage.location import Location
 
@@ -93,12 +92,16 @@ HASHES = ("template_sha256", "not_in_sha256")
 """Keys of an output's recipe that no recipe has: hashes of the files that the recipe names by path."""
 
 
+_MAY_CHANGE = {"concurrency", "attempts", "out", "ledger", "limit", "accept", "budget"}
+"""Keys that do not affect the dataset's content."""
+
+
 def changed_content_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The dotted keys in which two recorded recipes differ and that determine the dataset's content.
 
     A hash that one of them lacks is no difference: an older version did not record it.
     """
-    keys = changed_keys(content_recipe(old), content_recipe(new))
+    keys = changed_keys(content_settings(old, _MAY_CHANGE), content_settings(new, _MAY_CHANGE))
     return [key for key in keys if not key.endswith(HASHES) or all(_nested_value(recipe, key) for recipe in (old, new))]
 
 
@@ -113,18 +116,3 @@ def without_file_hashes(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _nested_value(recipe: Mapping[str, Any], key: str) -> Any:
     section, _, name = key.partition(".")
     return (recipe.get(section) or {}).get(name)
-
-
-def content_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a resolved recipe that determine the dataset's content.
-
-    Excluded: concurrency, attempts, paths, limits, the budget, and the URLs of models with an `id`.
-    """
-    excluded = {"concurrency", "attempts", "out", "ledger", "limit", "accept", "budget"}
-    content = {k: v for k, v in recipe.items() if k not in excluded}
-    for role in _ROLES:
-        if isinstance(content.get(role), Mapping):
-            excluded_of_role = ROLE_PASSING | ({"url"} if content[role].get("id") else set())
-            content[role] = {k: v for k, v in content[role].items() if k not in excluded_of_role}
-            content[role]["extra"] = without_secrets(content[role].get("extra", {}))
-    return content

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from clair.core.errors import UserError
 from clair.core.files import file_sha256
+from clair.core.out_folder import check_entries, check_out_folder
 from clair.ledger.ledger import Ledger
 from clair.ledger.replication import LedgerReplica
 from clair.storage.location import Location
@@ -136,13 +136,6 @@ def check_output(out: str | Path) -> None:
     out = Location(out)
     if out.is_url:
         store = Store(out)
-        names, name = store.names(), store.name
+        check_entries(store.name, "dataset folder", DATASET_FILES, store.names())
     else:
-        path, name = out.folder, out
-        if path.exists() and not path.is_dir():
-            raise UserError(f"out {out} is a file, not a folder; choose another --out")
-        names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
-    known_names = (LOCK, _LEDGER, "ledger/", "hold/")
-    unknown = sorted(name for name in names if not name.startswith(known_names))
-    if unknown and not set(DATASET_FILES) & set(names):
-        raise UserError(f"{name} is not a dataset folder and not empty (it holds {unknown[0]}); choose another --out")
+        check_out_folder(out.folder, "dataset folder", DATASET_FILES)

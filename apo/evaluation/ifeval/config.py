@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import Field, model_validator
 
 from apo.evaluation.answers import Answer, check_system_prompt
-from apo.evaluation.config import EvaluationConfig, check_out_folder, with_batch_tokens
+from apo.evaluation.config import EvaluationConfig, check_result_folder, with_batch_tokens
 from apo.evaluation.ifeval.benchmark import IFEvalRow, read_benchmark, read_responses
 from apo.evaluation.ifeval.checkers import instruction_types
 from apo.evaluation.results import SCORE
@@ -66,7 +65,7 @@ class IFEvalInputs:
 
 def load_inputs(config: IFEvalConfig) -> IFEvalInputs:
     """Load and check all inputs before a request is sent or a file is written. Raises UserError."""
-    check_out_folder(Path(config.out), SCORE)
+    check_result_folder(config, SCORE)
     types = instruction_types()
     for group, names in config.groups.items():
         for name in names:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from apo.evaluation.answers import Answer, check_system_prompt
-from apo.evaluation.config import EvaluationConfig, check_out_folder, with_batch_tokens
+from apo.evaluation.config import EvaluationConfig, check_result_folder, with_batch_tokens
 from apo.evaluation.mixeval.answers import read_responses
 from apo.evaluation.mixeval.benchmark import VERSIONS, Benchmark, HardOrFull, JudgePrompts, load, load_judge_prompts
 from apo.evaluation.mixeval.judging import request_options
@@ -73,7 +72,7 @@ class MixEvalInputs:
 
 def load_inputs(config: MixEvalConfig) -> MixEvalInputs:
     """Load and check all inputs before a request is sent or a file is written. Raises UserError."""
-    check_out_folder(Path(config.out), SCORE)
+    check_result_folder(config, SCORE)
     benchmark = load(config.data, config.version, config.split, config.limit)
     prompts = load_judge_prompts(config.data) if config.judge != "rule" else None
     answers = read_responses(config.responses, benchmark) if config.responses is not None else None

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from apo.evaluation.config import (
     EvaluationConfig,
     Outcome,
-    check_out_folder,
+    check_result_folder,
     check_resumable,
     evaluation_clients,
     is_transient,
@@ -98,7 +98,7 @@ class WinrateInputs:
 
 def load_inputs(config: WinrateConfig) -> WinrateInputs:
     """Load and check all inputs before a request is sent or a file is written. Raises UserError."""
-    check_out_folder(Path(config.out), RESULT)
+    check_result_folder(config, RESULT)
     template = load_template(config.judge.template, "judge.j2", JUDGE_NEEDS)
     check_models(config.models, config.budget, config.seed)
     prompts, left_out = {}, Counter()

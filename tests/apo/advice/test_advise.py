@@ -250,7 +250,7 @@ def test_half_a_judge_is_refused(tmp_path, judge):
 def test_arguments_of_before_are_answered_with_the_recipe_to_write():
     result = CliRunner().invoke(app, ["advise", "pairs.jsonl", "--model-id", "m", "--difference", "0.2"])
     assert isinstance(result.exception, UserError)
-    assert "write {model: {id: m}, difference: 0.2} into advise.yaml" in str(result.exception)
+    assert "write {dataset: pairs.jsonl, model: {id: m}, difference: 0.2} into advise.yaml" in str(result.exception)
 
 
 # ---- the whole, on the tiny world

@@ -465,9 +465,12 @@ BAD_INPUT = {
     ),
     "everything too long": (keys_are(trainer={"max_length": 5}), "0 row(s) are left to train on: 24 are longer than"),
     "weight 0": (keys_are(dataset=[{"path": "PAIRS", "weight": 0}]), "weight: Input should be greater than 0"),
-    "another recipe's run": (another_run, "holds the run of another recipe (changed: beta)"),
-    "another objective's run": (another_objectives_run, "run of another recipe (changed: objective); choose another"),
-    "a folder of something else": (stranger, "holds files but no run of `apo train` (thesis.tex)"),
+    "another recipe's run": (another_run, "holds the run of another recipe (it differs in beta)"),
+    "another objective's run": (
+        another_objectives_run,
+        "run of another recipe (it differs in objective); choose another",
+    ),
+    "a folder of something else": (stranger, "is not a run of `apo train` and not empty (it holds thesis.tex)"),
 }
 
 
@@ -593,7 +596,7 @@ def test_a_recipe_names_a_mixture_and_a_column_of_weights(recipe, tmp_path):
     card = (Path(recipe["out"]) / "README.md").read_text()
     assert "trained with apo_zero(length_normalised=True) + 0.1 sft (beta 5.0)" in card
     assert run(recipe, objective=mixed, weights="trust", beta=5)[1] == [f"{recipe['out']} is finished; nothing to do"]
-    with pytest.raises(UserError, match=r"another recipe \(changed: objective.sft\)"):
+    with pytest.raises(UserError, match=r"another recipe \(it differs in objective.sft\)"):
         run(recipe, objective={**mixed, "sft": 0.2}, weights="trust", beta=5)
 
 
@@ -679,7 +682,7 @@ def test_micro_batches_may_change_within_a_run_and_nothing_else(recipe):
     runs.write_new_run(out, resolved(TrainConfig(**recipe)), data={}, steps=6, pairs_per_step=4, resumed_from=[])
     changed = {**recipe["trainer"], "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     assert runs.run_status(out, resolved(TrainConfig(**{**recipe, "trainer": changed}))) == "unfinished"
-    with pytest.raises(UserError, match=r"changed: trainer\.learning_rate"):
+    with pytest.raises(UserError, match=r"it differs in trainer\.learning_rate"):
         runs.run_status(out, resolved(TrainConfig(**{**recipe, "trainer": {**changed, "learning_rate": 1.0}})))
 
 

@@ -322,7 +322,8 @@ def test_models_that_cannot_be_compared_are_refused_before_any_request(tmp_path)
     refuse(tmp_path, r"tuned: .*has not 1 answer\(s\) to 1 of 40 prompts; first: 2 to", tuned=str(twice))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letter.txt").write_text("mine")
-    refuse(tmp_path, "is no result folder and not empty")
+    refuse(tmp_path, "is not a result folder and not empty")
+    refuse(tmp_path, "s3://bucket/out is a URL, and this is written to local files only", out="s3://bucket/out")
 
 
 def test_a_folder_is_not_mixed_with_another_comparison(world, tmp_path):
