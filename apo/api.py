@@ -32,7 +32,7 @@ from clair.core.progress import print_line, progress
 from clair.core.recipe import config_from
 from clair.terminal import client_progress
 
-Ended = TypeVar("Ended", bound=Outcome)
+FinishedOutcome = TypeVar("FinishedOutcome", bound=Outcome)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -199,7 +199,7 @@ def advise(
     return _raise_interrupt(run_advice(config, inputs=inputs, log=log))
 
 
-def _raise_interrupt(outcome: Ended) -> Ended:
+def _raise_interrupt(outcome: FinishedOutcome) -> FinishedOutcome:
     if outcome.stopped == "interrupted":
         raise KeyboardInterrupt("every reply so far is kept; the same call goes on")
     return outcome

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def distinguish(context: typer.Context, recipe: RecipeFile = None, out: Out = None, set_: Overrides = None) -> None:
-    """Predict from the pairs which groups training will learn first, neglect or hurt, before the first step."""
+    """Predict, before training, which clusters of pairs it will learn first, neglect or harm."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from apo.analysis.config import DistinguishConfig
 
@@ -49,13 +50,14 @@ def distinguish(context: typer.Context, recipe: RecipeFile = None, out: Out = No
         from apo.monitoring.plots import draw_clusters
 
         config.out.mkdir(parents=True, exist_ok=True)
-        write_json(config.out / "distinguish.json", report.plain())
-        draw_clusters(report.plain(), config.out / "distinguish.png")
+        content = asdict(report)
+        write_json(config.out / "distinguish.json", content)
+        draw_clusters(content, config.out / "distinguish.png")
         print_line(f"wrote {config.out}/distinguish.json and distinguish.png")
 
 
 def calibrate(context: typer.Context, recipe: RecipeFile = None, set_: Overrides = None) -> None:
-    """Find a filter threshold on the score gap with a guarantee, from audited pairs."""
+    """Calibrate a filter on the score gap from audited pairs, with a guarantee."""
     from apo.guarantees.calibrate import calibrate as find_threshold
     from apo.guarantees.calibrate import read_audit, read_scored
     from apo.guarantees.config import CalibrateConfig
@@ -73,7 +75,7 @@ def calibrate(context: typer.Context, recipe: RecipeFile = None, set_: Overrides
 
 
 def certify(context: typer.Context, recipe: RecipeFile = None, set_: Overrides = None) -> None:
-    """Certify how far a score is from a property, with a guarantee; differences inside the band decide nothing."""
+    """Certify how far a score is from a property, with a guarantee. Pairs that differ by less are undecided."""
     from apo.guarantees.calibrate import certify as find_certificate
     from apo.guarantees.calibrate import filter_above, read_scored
     from apo.guarantees.config import CertifyConfig

@@ -1,4 +1,4 @@
-"""`apo advise`: evidence with intervals, and a rule that was fixed before it was measured.
+"""`apo advise`: evidence with intervals, and a rule that was fixed before its advice was measured.
 
 Imports `evaluation` and `training`.
 """

@@ -18,7 +18,7 @@ def advise(
     set_: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Recommend an objective for pairs and a model, with the evidence; run again, it pays for no reply twice."""
+    """Recommend an objective for pairs and a model, with the evidence. No reply is paid for twice."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is loaded
     from apo.advice.config import AdviseConfig, load_inputs
     from apo.advice.run import run
@@ -35,8 +35,8 @@ def advise(
         return
     outcome = run(config, inputs=inputs, log=print_line)
     failed = (
-        f"{outcome.failed} requests got no reply ({outcome.first_failure}); "
-        "the rest is kept, run the same command again"
+        f"{outcome.failed} requests got no reply ({outcome.first_failure}); all other replies are kept, run the same "
+        "command again"
     )
     end_early(outcome.stopped, failed if outcome.result is None else None)
     show(outcome.table())
@@ -53,8 +53,8 @@ def _print_plan(config: Any, inputs: Any) -> None:
 
     print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
     rows, plants = len(inputs.rows), min(MAX_PLANTS, len(inputs.rows))
-    print(f"# {rows:,} of {inputs.prompts:,} prompts, {inputs.pairs:,} pairs; as many answers of the model")
+    print(f"# {rows:,} of {inputs.prompts:,} prompts, {inputs.pairs:,} pairs; {rows:,} answers of the model")
     if config.judge:
-        print(f"# judge: at most {2 * (plants + 2 * rows):,} verdicts, {2 * plants} of them a test")
+        print(f"# judge: at most {2 * (plants + 2 * rows):,} verdicts, {2 * plants} of them to test it")
     for mismatch, count in inputs.strange.items():
-        print(f"# note: {count} prompts are not in the model's template: {mismatch}")
+        print(f"# note: {count} prompts do not fit the model's template: {mismatch}")

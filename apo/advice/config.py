@@ -34,7 +34,7 @@ class TrainedModelConfig(ModelConfig):
     """The model that will be trained, and how its own answers are sampled."""
 
     temperature: float | None = Field(default=0.3, ge=0)
-    """At 1 the answers of a small model are less likely to it than any clean text."""
+    """At temperature 1, a small model finds its own answers less likely than any clean text."""
     max_tokens: int | None = Field(default=1024, ge=1)
 
 
@@ -56,9 +56,9 @@ class AdviseConfig(EvaluationConfig):
 
 @dataclass(frozen=True, slots=True)
 class AdviceInputs:
-    """The sample: `rows` with distinct prompts, from `pairs` in all.
+    """The sample: `rows` have distinct prompts, and come from `pairs` pairs of `prompts` distinct prompts.
 
-    `winners_own` and `losers_own` are the shares that the model itself made, as the dataset states; None: unknown.
+    `winners_own` and `losers_own` are the shares that the model itself wrote, according to the dataset; None: unknown.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -67,11 +67,11 @@ class AdviceInputs:
     winners_own: float | None
     losers_own: float | None
     strange: Mapping[str, int]
-    """The number of prompts that do not fit the model's chat template, by problem."""
+    """The number of prompts that do not fit the model's chat template, by reason."""
     template: str
 
     def prompt(self, row: Mapping[str, Any]) -> Prompt:
-        """The row's prompt."""
+        """Return the prompt of a row."""
         return Prompt(row["id"], tuple(row["prompt"]))
 
 
@@ -104,24 +104,24 @@ def load_inputs(config: AdviseConfig) -> AdviceInputs:
 
 
 def template_mismatch(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> str | None:
-    """The reason why a prompt does not fit the chat template, or None: a marker in its text, an omitted turn."""
+    """Return why a prompt does not fit the chat template, such as a marker in its text or an omitted turn, or None."""
     from jinja2 import TemplateError
 
     for turn in messages:
         if match := _MARKS.search(turn["content"]):
-            return f"{match[0]} stands in its text"
+            return f"its text contains {match[0]}"
         if match := next((token for token in tokenizer.all_special_tokens if token in turn["content"]), None):
-            return f"the model's own {match} stands in its text"
+            return f"its text contains the model's own {match}"
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
-        return f"the model's template refuses it: {one_line(error, 80)}"
+        return f"the model's template rejects it: {one_line(error, 80)}"
     omitted = next((turn["role"] for turn in messages if turn["content"].strip() not in text), None)
-    return f"the model's template leaves its {omitted} turn out" if omitted else None
+    return f"the model's template omits its {omitted} turn" if omitted else None
 
 
 def own_shares(config: AdviseConfig) -> tuple[float | None, float | None]:
-    """The shares of winners and losers that this model made, according to the dataset's manifest; None: unknown."""
+    """Return the shares of winners and losers that this model wrote, according to the dataset's manifest, or None."""
     from clair.data.dataset import read_manifest, read_rows
     from clair.inference.model_folder import weights_identity
 

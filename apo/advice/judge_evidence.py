@@ -1,6 +1,6 @@
-"""Evidence from requests: the model's own answers, and verdicts of a judge that has to pass a test first.
+"""Evidence from requests: the model's own answers, and the verdicts of a judge that first has to pass a test.
 
-Judgements are made as by `apo eval winrate`: in both orders, a tie counts one half, through ledger and budget.
+The judge compares as in `apo eval winrate`: in both orders, a tie counts one half, with ledger and budget.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from clair.pipeline.steps import position_bias
 from clair.terminal import client_progress
 
 MAX_PLANTS = 64
-"""Comparisons whose better side is known, shown to the judge first: an answer to the prompt against the answer to
-another prompt, winners and losers in turn.
+"""Maximal number of comparisons that test the judge: an answer to the prompt against an answer to another prompt,
+winners and losers in turn.
 """
 OWN_ANSWER_SAMPLE = 1_000_003
-"""The sample number of own answers. No build uses it: otherwise its losers would be returned as own answers."""
+"""The sample number of own answers. No build uses it; the ledger would return a build's losers as own answers."""
 MIN_DECIDED = 8
-"""Comparisons that the judge has to decide in both orders."""
+"""Minimal number of comparisons that the judge has to decide in both orders."""
 MAX_POSITION_BIAS = 0.10
-"""The tolerated distance from one half of the share won by the first answer; both orders cancel such a bias."""
+"""The share won by the first answer may differ from one half by so much. Both orders cancel such a bias."""
 Log = Callable[[str], None]
 
 
 @dataclass
 class CollectedReplies:
-    """The model's own answers by prompt, and the judge's comparisons; `tuned` is the winner.
+    """The model's own answers by prompt, and the judge's comparisons, in which `tuned` is the winner.
 
-    `plants` are the test, in which `tuned` is the answer to the prompt. `win` compares winners with own answers,
-    `right` with losers.
+    `plants` are the comparisons of the test, in which `tuned` is the answer to the prompt. `win` compares winners with
+    own answers, `right` compares winners with losers.
     """
 
     own_answers: dict[str, AnswerText] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class CollectedReplies:
     right: list[Comparison] = field(default_factory=list)
     verdicts_by_position: Counter[int] = field(default_factory=Counter)
     distrust_reason: str | None = None
-    """The reason to distrust the judge."""
+    """Why the judge is not used, or None."""
     failures: list[str] = field(default_factory=list)
     stopped: str | None = None
     usage: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class CollectedReplies:
 async def collect_replies(
     config: AdviseConfig, inputs: AdviceInputs, ledger: Ledger, log: Log, *, judge: bool
 ) -> CollectedReplies:
-    """Collect own answers and verdicts, reusing the replies in the ledger; incomplete if the run stops or fails."""
+    """Collect own answers and verdicts, reusing the ledger's replies; incomplete if the run stops early."""
     stop, replies = StopSignal(), CollectedReplies()
     async with running_clients(config, ledger, stop) as clients:
         replies.own_answers = await _generate_own_answers(clients["model"], inputs, stop, replies.failures, log)
@@ -70,17 +70,21 @@ async def collect_replies(
         raise stop.error
     replies.stopped = stop.reason
     replies.usage = {
-        role: {"calls": client.tally.calls, "reused": client.tally.reused, "prompt": client.tally.prompt_tokens,
-               "completion": client.tally.completion_tokens}
+        role: {
+            "calls": client.tally.calls,
+            "reused": client.tally.reused,
+            "prompt": client.tally.prompt_tokens,
+            "completion": client.tally.completion_tokens,
+        }
         for role, client in clients.items()
-    }  # fmt: skip
+    }
     return replies
 
 
 async def _generate_own_answers(
     client: ModelClient, inputs: AdviceInputs, stop: StopSignal, failures: list[str], log: Log
 ) -> dict[str, AnswerText]:
-    """The model's answer to each prompt, by `prompt_key`, without prompts that it cannot answer."""
+    """Return the model's answer to each prompt, by `prompt_key`, without prompts that it cannot answer."""
 
     async def answer_prompt(prompt: Prompt) -> tuple[str, AnswerText | None]:
         try:
@@ -111,12 +115,12 @@ async def _compare_by_judge(
     replies: CollectedReplies,
     log: Log,
 ) -> None:
-    """Let the judge compare the plants, and if it passes that test the pairs."""
+    """Let the judge compare the plants, and the pairs if it passes that test."""
     winners = {prompt_key(inputs.prompt(row)): row["chosen"][-1]["content"].strip() for row in inputs.rows}
     losers = {prompt_key(inputs.prompt(row)): row["rejected"][-1]["content"].strip() for row in inputs.rows}
     keys = list(winners)
     planted = {key: (losers if index % 2 else winners)[key] for index, key in enumerate(keys)}
-    others = {key: planted[keys[(index + 2) % len(keys)]] for index, key in enumerate(keys)}
+    misplaced = {key: planted[keys[(index + 2) % len(keys)]] for index, key in enumerate(keys)}
     own_answers = {key: answer.text for key, answer in replies.own_answers.items()}
 
     async def compare(
@@ -125,7 +129,7 @@ async def _compare_by_judge(
         rows = [prompt for row in inputs.rows if prompt_key(prompt := inputs.prompt(row)) in base][:max_rows]
         log(f"the judge compares {len(rows)} {description}, in both orders")
         ready_answers = {
-            side: {key: [text] for key, text in of.items()} for side, of in (("base", base), ("tuned", tuned))
+            side: {key: [text] for key, text in answers.items()} for side, answers in (("base", base), ("tuned", tuned))
         }
         run = winrate.WinrateRun(
             _winrate_config(config),
@@ -145,7 +149,7 @@ async def _compare_by_judge(
         )
         return bool(stop.reason or replies.failures or replies.distrust_reason)
 
-    replies.plants = await compare(planted, others, "answers with those to other prompts, a test", MAX_PLANTS)
+    replies.plants = await compare(planted, misplaced, "answers with answers to other prompts, as a test", MAX_PLANTS)
     if must_end():
         return
     replies.win = await compare(winners, own_answers, "winners with the model's own answers")
@@ -162,29 +166,29 @@ def _winrate_config(config: AdviseConfig) -> winrate.WinrateConfig:
 def distrust_reason(
     plants: Sequence[Comparison], others: Sequence[Comparison], position_counts: Mapping[int, int]
 ) -> str | None:
-    """The reason to distrust a judge, or None: it decides by position or at random, or fails the test.
+    """Return why a judge is not to be trusted, or None. `position_counts` counts its verdicts by position.
 
-    `position_counts` counts its verdicts by position. At random: of the comparisons that it decides in both orders, it
-    decides no more than half alike. Failed test: of the plants decided alike, no more than half prefer the answer to
-    the prompt itself.
+    by position   the first answer wins far more, or far less, than half of the verdicts
+    at random     of the comparisons decided in both orders, no more than half are decided alike
+    failed test   of the plants decided alike, no more than half prefer the answer to the prompt itself
     """
     if not position_counts.get(1, 0) + position_counts.get(2, 0):
-        return "it calls everything a tie" if position_counts.get(0, 0) else "none of its verdicts can be read"
+        return "all its verdicts are ties" if position_counts.get(0, 0) else "none of its verdicts can be read"
     position = position_bias(position_counts)
     if position["biased"] and abs(position["share_first"] - 0.5) > MAX_POSITION_BIAS:
-        return f"it goes by position: what is shown first wins {position['share_first']:.0%} of its verdicts"
+        return f"it decides by position: the first answer wins {position['share_first']:.0%} of its verdicts"
     decided = [
         comparison.verdicts for comparison in (*plants, *others) if {"base", "tuned"} >= set(comparison.verdicts)
     ]
     if len(decided) < MIN_DECIDED:
-        return f"it decides {len(decided)} of {len(plants) + len(others)} comparisons, too few to know it by"
+        return f"it decides {len(decided)} of {len(plants) + len(others)} comparisons, too few to test it"
     alike = sum(first == second for first, second in decided)
     if wilson(alike, len(decided)).lo <= 0.5:
-        return f"it answers at random: in both orders alike in {alike} of {len(decided)} comparisons that it decides"
+        return f"it decides at random: only {alike} of {len(decided)} decided comparisons are alike in both orders"
     consistent = Counter(
         comparison.verdicts[0] for comparison in plants if comparison.verdicts[0] == comparison.verdicts[1]
     )
     tested = consistent["tuned"] + consistent["base"]
     if wilson(consistent["tuned"], tested).lo <= 0.5:
-        return f"it prefers the answer to another prompt in {consistent['base']} of {tested} planted comparisons"
+        return f"it prefers the answer to another prompt in {consistent['base']} of {tested} test comparisons"
     return None

@@ -1,8 +1,8 @@
-"""Evidence from the model: log-probs of both sides and of its own answers, and the effect of the first training step.
+"""Evidence from the model: log-probs of winners, losers and its own answers, and the effect of the first training step.
 
-The first steps of DPO and APO-zero have the same direction: winner up and loser down by the same amount. Their effect
-on the log-probs of *other* pairs, computed from the gradients of the LM head (as by `apo distinguish`), shows if the
-pairs have a common direction, and if winners become more or less likely.
+The first steps of DPO and APO-zero have the same direction: winner up and loser down by the same amount. The effect of
+one pair's step on the log-probs of *other* pairs is computed from the gradients of the LM head, as by `apo
+distinguish`. It shows if the pairs have a common direction, and if winners become more or less likely.
 """
 
 from __future__ import annotations
@@ -34,58 +34,61 @@ class ResponseLogp(NamedTuple):
 
 
 def as_interval(estimate: Estimate) -> Interval:
-    """An estimate as a value with its 95 % interval."""
+    """Return an estimate as a value with its 95 % interval."""
     return Interval(estimate.mean, estimate.lo, estimate.hi)
 
 
 def gaps(
     winners: Sequence[ResponseLogp], losers: Sequence[ResponseLogp], own_answers: Sequence[ResponseLogp | None]
 ) -> dict[str, Interval]:
-    """Differences of log-probs with intervals over pairs, in nats: per token, and (`_total`) summed over a response.
+    """Return differences of log-probs in nats, with intervals over pairs: per token, and (`_total`) per response.
 
-    If the model's own answer is incomplete (None), only winner and loser are compared.
+    A pair whose own answer is incomplete (None) counts in the differences of winner and loser only.
     """
-    triples = [(w, lo, o) for w, lo, o in zip(winners, losers, own_answers, strict=True) if o is not None]
+    pairs = list(zip(winners, losers, strict=True))
+    triples = [(*pair, own) for pair, own in zip(pairs, own_answers, strict=True) if own is not None]
 
     def mean(values: Sequence[float]) -> Interval:
         return as_interval(clustered_mean(values, range(len(values))))
 
     return {
-        "own": mean([o.mean for *_, o in triples]),
-        "winner_gap": mean([w.mean - o.mean for w, _, o in triples]),
-        "loser_gap": mean([lo.mean - o.mean for _, lo, o in triples]),
-        "winner_total": mean([w.logp - o.logp for w, _, o in triples]),
-        "loser_total": mean([lo.logp - o.logp for _, lo, o in triples]),
-        "pair_gap": mean([w.mean - lo.mean for w, lo in zip(winners, losers, strict=True)]),
-        "pair_total": mean([w.logp - lo.logp for w, lo in zip(winners, losers, strict=True)]),
+        "own": mean([own.mean for _, _, own in triples]),
+        "winner_gap": mean([winner.mean - own.mean for winner, _, own in triples]),
+        "loser_gap": mean([loser.mean - own.mean for _, loser, own in triples]),
+        "winner_total": mean([winner.logp - own.logp for winner, _, own in triples]),
+        "loser_total": mean([loser.logp - own.logp for _, loser, own in triples]),
+        "pair_gap": mean([winner.mean - loser.mean for winner, loser in pairs]),
+        "pair_total": mean([winner.logp - loser.logp for winner, loser in pairs]),
     }
 
 
 def first_step(winners: Tensor, losers: Tensor, *, seed: int = 0, draws: int = DRAWS) -> dict[str, Interval]:
-    """The effect on each pair of the mean step v_j = winner_j - loser_j of all other pairs; gradients are `[n, m]`.
+    """Measure the effect on each pair of the mean step v_j = winner_j - loser_j of all other pairs.
+
+    `winners` and `losers` are gradients of log-probs, [n, m].
 
     coherence     the mean of <v_i, v_j>, i != j, over the mean of |v_i|^2
     displacement  the mean of <winner_i, v_j> over that of <v_i, v_j>, i != j
     winner_wrong  share of pairs whose winner falls: <winner_i, sum of v_j> < 0, the wrong side of APO-zero's anchor
     loser_wrong   share of pairs whose loser rises
 
-    The first two have percentile intervals of a bootstrap over pairs, in which no pair is combined with itself.
+    The intervals of the first two are percentiles of a bootstrap over pairs, in which no pair is combined with itself.
     """
     import torch
 
-    from apo.analysis.distinguishability import resampled
+    from apo.analysis.distinguishability import bootstrap_weights
 
     steps = (winners - losers).double()
     rise, fall = (side.double() @ steps.T for side in (winners, losers))
     squares = (steps**2).sum(1)
     for products in (rise, fall):
         products.fill_diagonal_(0)
-    n, weights = len(steps), resampled(len(steps), draws, seed).double()
+    n, weights = len(steps), bootstrap_weights(len(steps), draws, seed).double()
 
     def ratios(weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Coherence and displacement of samples with weights `[draws, n]`; each row sums to 1."""
-        up, both = ((weight @ products * weight).sum(1) for products in (rise, rise - fall))
-        return both / (1 - (weight**2).sum(1)) / (weight @ squares), up / both
+        """Return coherence and displacement of samples with weights [draws, n], whose rows sum to 1."""
+        winner, margin = ((weight @ products * weight).sum(1) for products in (rise, rise - fall))
+        return margin / (1 - (weight**2).sum(1)) / (weight @ squares), winner / margin
 
     values, spread = ratios(torch.full((1, n), 1 / n, dtype=torch.float64)), ratios(weights)
     intervals = {}
@@ -98,11 +101,13 @@ def first_step(winners: Tensor, losers: Tensor, *, seed: int = 0, draws: int = D
 
 
 class LikelihoodEvidence(NamedTuple):
-    """Number of parameters, the intervals of `gaps` and `first_step`, and the pairs left out by reason."""
+    """The evidence from the model."""
 
     parameters: int
     intervals: dict[str, Interval]
+    """The results of `gaps` and `first_step`."""
     left_out: dict[str, int]
+    """The number of pairs left out, by reason."""
     own_answers: int
     """The number of own answers in the comparison."""
 
@@ -116,7 +121,7 @@ def measure_likelihood(
     trust_remote_code: bool = False,
     log: Callable[[str], None] = lambda _: None,
 ) -> LikelihoodEvidence:
-    """Load the model and measure all rows. `own_answers` are its answers to them; None: it has no complete one."""
+    """Load the model and measure all rows. `own_answers` are its answers to them, None for an incomplete answer."""
     import torch
 
     from apo.models import load as models
@@ -129,12 +134,12 @@ def measure_likelihood(
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False).eval()
     with progress(f"log-probs and gradients of {len(pairs)} pairs", len(pairs) + len(own_rows)) as work:
         gradients = _gradients(model, pairs, log, work.advance)
-        own_logps = dict(zip((row["_place"] for row in own_rows), _logps(model, own_rows, work.advance), strict=True))
+        own_logps = dict(zip((row["_index"] for row in own_rows), _logps(model, own_rows, work.advance), strict=True))
     sums = {
         side: [ResponseLogp(*columns) for columns in gradients[f"{side}_logps"].tolist()]
         for side in ("chosen", "rejected")
     }
-    matched = [own_logps.get(row["_place"]) for row in pairs]
+    matched = [own_logps.get(row["_index"]) for row in pairs]
     intervals = gaps(sums["chosen"], sums["rejected"], matched) | first_step(
         gradients["chosen"], gradients["rejected"], seed=seed
     )
@@ -143,9 +148,9 @@ def measure_likelihood(
 
 
 def _tokenized(name: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], own_answers: Sequence[str | None]) -> Any:
-    """((pairs, own answers) as token ids with the index of their row as `_place`, pairs left out by reason).
+    """Return pairs and own answers as token ids, with their row's index in `_index`, and the counts of dropped pairs.
 
-    Raises UserError if fewer than two of either fit.
+    Raises UserError if fewer than two of either fit the model's context.
     """
     from datasets import Dataset
 
@@ -156,14 +161,14 @@ def _tokenized(name: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], own
     eos, max_length = eos_ids(tokenizer, models.load_generation_config(name)), models.context_length(name)
     columns = ("prompt", "chosen", "rejected")
     modes = [{"chat_template_kwargs": row.get("chat_template_kwargs")} for row in rows]
-    paired = [{**{c: row[c] for c in columns}, **modes[index], "_place": index} for index, row in enumerate(rows)]
+    paired = [{**{c: row[c] for c in columns}, **modes[index], "_index": index} for index, row in enumerate(rows)]
     single = [
         {
             "prompt": row["prompt"],
             "completion": [{"role": "assistant", "content": text}],
             "label": True,
             **modes[index],
-            "_place": index,
+            "_index": index,
         }
         for index, (row, text) in enumerate(zip(rows, own_answers, strict=True))
         if text is not None
@@ -172,7 +177,8 @@ def _tokenized(name: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], own
     token_rows = [[dict(row) for row in split.dataset] for split in tokenized]
     if min(map(len, token_rows)) < 2:
         raise UserError(
-            f"{len(token_rows[0])} pairs and {len(token_rows[1])} own answers fit the context of {name.path}"
+            f"{len(token_rows[0])} pairs and {len(token_rows[1])} own answers fit the context of {name.path}; two of "
+            f"each are needed"
         )
     return token_rows, tokenized[0].dropped
 
@@ -180,7 +186,7 @@ def _tokenized(name: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], own
 def _gradients(
     model: Any, pairs: Sequence[Mapping[str, Any]], log: Callable[[str], None], advance: Callable[[int], None]
 ) -> dict[str, Tensor]:
-    """Gradients `[n, m]` and log-probs with lengths `[n, 2]` of both sides, from the cache if they are there."""
+    """Return gradients [n, m] and log-probs with lengths [n, 2] of both sides, from the cache if possible."""
     import torch
 
     from apo.analysis.distinguishability import SKETCH, head_gradients
@@ -195,24 +201,24 @@ def _gradients(
     if (cached := cache.load(folder, key, shapes)) is not None:
         return cached
 
-    def counted() -> Iterator[Mapping[str, Any]]:
+    def with_progress() -> Iterator[Mapping[str, Any]]:
         for pair in pairs:
             yield pair
             advance(1)
 
-    chosen, rejected, logps = head_gradients(model, counted())
-    both = [
-        torch.stack([field.double(), count.double()], 1)
-        for field, count in ((logps.chosen, logps.chosen_len), (logps.rejected, logps.rejected_len))
+    chosen, rejected, logps = head_gradients(model, with_progress())
+    sums = [
+        torch.stack([logp.double(), length.double()], 1)
+        for logp, length in ((logps.chosen, logps.chosen_len), (logps.rejected, logps.rejected_len))
     ]
-    tensors = dict(zip(shapes, (chosen, rejected, *both), strict=True))
+    tensors = dict(zip(shapes, (chosen, rejected, *sums), strict=True))
     if note := cache.store(folder, key, tensors):
         log(note)
     return tensors
 
 
 def _logps(model: Any, rows: Sequence[Mapping[str, Any]], advance: Callable[[int], None]) -> list[ResponseLogp]:
-    """The log-prob of each row's answer, in batches."""
+    """Return the log-prob of each row's answer, computed in batches."""
     import torch
 
     from apo.packing.logps import response_logps

@@ -1,4 +1,4 @@
-"""The rule from evidence about pairs and a model to advice. It is pure, so that it can be read, tested and measured."""
+"""The rule that turns evidence about pairs and a model into advice. It is pure: easy to read, test and measure."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from apo.analysis.distinguishability import Interval
 from clair.core.student_t import detectable_difference
 
 Objective = Literal["apo_zero", "apo_down", "dpo", "none"]
-Sure = Literal["low", "fair", "high"]
-SURE: tuple[Sure, ...] = ("low", "fair", "high")
+Certainty = Literal["low", "fair", "high"]
+CERTAINTIES: tuple[Certainty, ...] = ("low", "fair", "high")
 FINE, COARSE = 0.10, 0.25
-"""Differences from one half: the sample is sized to detect the first; samples too small for the second are refused."""
+"""Differences from one half. The sample is sized to detect the first; a sample too small for the second is refused."""
 MAX_STRANGE = 0.05
-"""The largest share of prompts in another model's template that is trained on."""
+"""The largest share of prompts in another model's template with which training is advised."""
 BETA, MIN_BETA, MAX_REWARD = 0.1, 0.03, 4.0
-"""The paper's beta, the lowest that is advised, and the reward at which the gradient of `apo_zero` nearly vanishes."""
+"""The paper's beta, the lowest beta that is advised, and the reward at which `apo_zero`'s gradient nearly vanishes."""
 RATE, RATE_PARAMETERS = 1e-6, 3e9
 """SmolLM3's published learning rate for full fine-tuning, and its number of parameters."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The evidence about pairs and a model; every interval is a 95 % interval over prompts.
+    """The evidence about pairs and a model. Every interval is a 95 % interval over prompts.
 
-    Shares are in [0, 1] with a tie counting one half, log-probs in nats. None means unknown.
+    Shares are in [0, 1], and a tie counts one half. Log-probs are in nats. None means unknown.
     """
 
     pairs: int
@@ -34,134 +34,144 @@ class Evidence:
     win: Interval | None
     """The share of prompts on which a judge prefers the winner to the model's own answer."""
     right: Interval | None
-    """The share of prompts on which it prefers the winner to the loser."""
+    """The share of prompts on which the judge prefers the winner to the loser."""
     winner_gap: Interval
-    """Log-prob per token: the winner's minus that of the model's own answer."""
+    """Log-prob per token of the winner minus that of the model's own answer."""
     loser_gap: Interval
+    """The same for the loser."""
     winner_total: Interval
     """The same as `winner_gap`, summed over the answer."""
     coherence: Interval
-    """Mean product of two pairs' first steps over their mean square; 0: no common direction."""
+    """Mean product of two pairs' first steps over their mean square. 0: the pairs have no common direction."""
     displacement: Interval
-    """The winner's share in the first growth of the margin: 1 all of it, 0 none, below 0 the winner falls."""
+    """The winner's share in the first growth of the margin. 1: all of it, 0: none, below 0: the winner falls."""
     longer: Interval
     """Share of winners that are longer than their losers."""
     winners_own: float | None = None
-    """Share of winners that the model itself made, according to the dataset."""
+    """Share of winners that the model itself wrote, according to the dataset."""
     losers_own: float | None = None
+    """Share of losers that the model itself wrote."""
     strange: float = 0.0
-    """Share of prompts that are not in the model's own template."""
+    """Share of prompts that do not fit the model's template."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """The objective to train with, or "none": do not train on these pairs; with certainty, reason and warnings."""
+    """The objective to train with, or "none" (do not train on these pairs), with certainty, reason and warnings."""
 
     objective: Objective
-    sure: Sure
+    sure: Certainty
     because: str
     beta: float | None = None
     learning_rate: float | None = None
     beware: list[str] = field(default_factory=list)
 
 
-def advise(e: Evidence) -> Advice:
-    """Derive the advice: first if the pairs carry a signal, then how winners compare with the model's own answers."""
-    if e.strange > MAX_STRANGE:
-        return _do_not_train(
-            "high", f"{e.strange:.0%} of the prompts are not in this model's template; convert them first"
+def advise(evidence: Evidence) -> Advice:
+    """Derive the advice: check that the pairs carry a signal, then compare winners with the model's own answers."""
+    if evidence.strange > MAX_STRANGE:
+        return Advice(
+            "none",
+            "high",
+            f"{evidence.strange:.0%} of the prompts do not fit this model's template; convert them first",
         )
-    if e.right is not None and e.right.hi < 0.5:
-        return _do_not_train(
-            "high", f"the judge prefers the losers in {1 - e.right.value:.0%}: are the columns exchanged?"
+    if evidence.right is not None and evidence.right.hi < 0.5:
+        return Advice(
+            "none",
+            "high",
+            f"the judge prefers the losers in {1 - evidence.right.value:.0%}: are the columns exchanged?",
         )
-    if e.right is not None and e.right.lo <= 0.5:
-        return _do_not_train(
-            "fair", f"the judge cannot tell winners from losers: it prefers {e.right.value:.0%} of them"
+    if evidence.right is not None and evidence.right.lo <= 0.5:
+        reason = (
+            f"the judge cannot distinguish winners from losers: it prefers {evidence.right.value:.0%} of the winners"
         )
-    if e.right is None and e.coherence.lo <= 0:
-        return _do_not_train("low", "the pairs pull in no common direction, as if their labels were drawn by lot")
-    standing, sure, because = winner_standing(e)
+        return Advice("none", "fair", reason)
+    if evidence.right is None and evidence.coherence.lo <= 0:
+        return Advice("none", "low", "the pairs have no common direction, as if their labels were random")
+    standing, sure, because = winner_standing(evidence)
     objective: Objective = "apo_zero" if standing == "better" else "apo_down" if standing == "worse" else "dpo"
     beware = []
-    if both_own(e):
-        sure = SURE[max(0, SURE.index(sure) - 1)]
+    if both_own(evidence):
+        sure = CERTAINTIES[max(0, CERTAINTIES.index(sure) - 1)]
         beware.append(
-            "both sides are such as the model says itself: pairs choose among what it knows, and age"
-            if authors_known(e)
-            else "both sides are as likely to the model as its own answers: pairs may choose what it knows, and age"
+            "the model wrote both sides: the pairs choose among answers that it already gives, and age as it learns"
+            if has_authors(evidence)
+            else "both sides are as likely to the model as its own answers: the pairs may choose among answers that it "
+            "already gives, and age as it learns"
         )
-    if e.displacement.hi < 0 and objective != "apo_down":
+    if evidence.displacement.hi < 0 and objective != "apo_down":
         beware.append("winners are expected to become less likely: lower the learning rate, or add sft with weight 0.1")
-    if not 0.3 <= e.longer.value <= 0.7 and not e.longer.lo <= 0.5 <= e.longer.hi:
-        beware.append(f"{e.longer.value:.0%} of the winners are longer: the model will learn length as well")
-    return Advice(objective, sure, because, suggest_beta(e), suggest_learning_rate(e), beware)
+    if not 0.3 <= evidence.longer.value <= 0.7 and not evidence.longer.lo <= 0.5 <= evidence.longer.hi:
+        beware.append(f"{evidence.longer.value:.0%} of the winners are longer: the model will learn length as well")
+    return Advice(objective, sure, because, suggest_beta(evidence), suggest_learning_rate(evidence), beware)
 
 
-def winner_standing(e: Evidence) -> tuple[Literal["better", "worse", "even"], Sure, str]:
-    """Compare winners with the model's own answers: by the judge, or else by the authors of both sides."""
-    if e.win is not None:
-        subject = f"winners win {e.win.value:.0%} against the model's own answers"
-        if e.win.lo > 0.5:
+def winner_standing(evidence: Evidence) -> tuple[Literal["better", "worse", "even"], Certainty, str]:
+    """Compare winners with the model's own answers, by the judge, or without one by the authors of both sides."""
+    if evidence.win is not None:
+        subject = f"winners win {evidence.win.value:.0%} against the model's own answers"
+        if evidence.win.lo > 0.5:
             return "better", "high", subject
         return (
             ("worse", "high", subject)
-            if e.win.hi < 0.5
-            else ("even", "fair", f"{subject}: neither is better for certain")
+            if evidence.win.hi < 0.5
+            else ("even", "fair", f"{subject}: neither is certainly better")
         )
-    winners, losers = _like_own_answers(e.winners_own, e.winner_gap), _like_own_answers(e.losers_own, e.loser_gap)
-    if not authors_known(e):
+    winners, losers = (
+        _like_own_answers(evidence.winners_own, evidence.winner_gap),
+        _like_own_answers(evidence.losers_own, evidence.loser_gap),
+    )
+    if not has_authors(evidence):
         return _standing_by_likelihood(winners, losers)
     if losers and not winners:
         return "better", "fair", "the losers are the model's own answers, and the winners are preferred to them"
     if winners and not losers:
-        return "worse", "fair", "the winners are such as the model says itself, and the losers are not"
+        return "worse", "fair", "the winners are the model's own answers, and the losers are not"
     subject = "both sides are" if winners else "neither side is"
-    return "even", "low", f"{subject} such as the model says itself, so without a judge nobody knows which is better"
+    return "even", "low", f"{subject} the model's own answers, so only a judge could say which is better"
 
 
-def _standing_by_likelihood(winners: bool, losers: bool) -> tuple[Literal["better", "worse", "even"], Sure, str]:
-    """The standing if the authors are unknown, from likelihoods, which are only a hint."""
-    unknown = "who wrote them is not known, and which is better cannot be told without a judge"
+def _standing_by_likelihood(winners: bool, losers: bool) -> tuple[Literal["better", "worse", "even"], Certainty, str]:
+    """Compare by likelihoods, which are only a hint, if the authors are unknown."""
+    unknown = "their authors are unknown, and only a judge could say which is better"
     if losers and not winners:
-        return "better", "low", f"losers are as likely to the model as its own answers and winners are not; {unknown}"
+        return "better", "low", f"losers are as likely to the model as its own answers, and winners are not; {unknown}"
     if winners and not losers:
-        return "worse", "low", f"winners are as likely to the model as its own answers and losers are not; {unknown}"
+        return "worse", "low", f"winners are as likely to the model as its own answers, and losers are not; {unknown}"
     subject = "both sides are as" if winners else "neither side is as"
     return "even", "low", f"{subject} likely to the model as its own answers; {unknown}"
 
 
-def authors_known(e: Evidence) -> bool:
+def has_authors(evidence: Evidence) -> bool:
     """True if the dataset states the authors of both sides."""
-    return e.winners_own is not None and e.losers_own is not None
+    return evidence.winners_own is not None and evidence.losers_own is not None
 
 
-def both_own(e: Evidence) -> bool:
-    """True if the model made both sides, or finds both as likely as its own answers."""
-    return _like_own_answers(e.winners_own, e.winner_gap) and _like_own_answers(e.losers_own, e.loser_gap)
+def both_own(evidence: Evidence) -> bool:
+    """True if the model wrote both sides, or if both are as likely to it as its own answers."""
+    return _like_own_answers(evidence.winners_own, evidence.winner_gap) and _like_own_answers(
+        evidence.losers_own, evidence.loser_gap
+    )
 
 
 def _like_own_answers(share: float | None, gap: Interval) -> bool:
-    """True if the model made the side, or, if the author is unknown, finds it as likely as its own answers."""
+    """True if the model wrote the side, or if the author is unknown and it is as likely as the model's own answers."""
     return gap.hi >= 0 if share is None else share > 0.5
 
 
-def _do_not_train(sure: Sure, because: str) -> Advice:
-    return Advice("none", sure, because)
+def suggest_beta(evidence: Evidence) -> float:
+    """Return 0.1, or less if winners would need a reward above 4 to be as likely as the model's own answers."""
+    deficit = max(0.0, -evidence.winner_total.value)
+    return BETA if deficit * BETA <= MAX_REWARD else max(MIN_BETA, _rounded(MAX_REWARD / deficit))
 
 
-def suggest_beta(e: Evidence) -> float:
-    """0.1, or lower so that a winner that becomes as likely as the model's own answers has at most reward 4."""
-    below = max(0.0, -e.winner_total.value)
-    return BETA if below * BETA <= MAX_REWARD else max(MIN_BETA, _rounded(MAX_REWARD / below))
+def suggest_learning_rate(evidence: Evidence) -> float:
+    """Return the rate for full fine-tuning: 1e-6 at 3 billion parameters, falling with their cube root.
 
-
-def suggest_learning_rate(e: Evidence) -> float:
-    """The rate of full fine-tuning: 1e-6 at 3 billion parameters, falling with their cube root; LoRA: ten times that.
-
-    A rule of thumb through two points that work: SmolLM3's, and the quickstart's 1.5e-5 at 0.9 million parameters.
+    LoRA takes ten times that. This rule of thumb goes through two points that work: SmolLM3's, and the quickstart's
+    1.5e-5 at 0.9 million parameters.
     """
-    return _rounded(RATE * (RATE_PARAMETERS / e.parameters) ** (1 / 3))
+    return _rounded(RATE * (RATE_PARAMETERS / evidence.parameters) ** (1 / 3))
 
 
 def _rounded(value: float) -> float:
@@ -169,8 +179,8 @@ def _rounded(value: float) -> float:
 
 
 def sample_size(difference: float) -> int:
-    """The number of verdicts that detects this difference from one half at the 5 % level with 80 % power.
+    """Return how many verdicts detect this difference from one half at the 5 % level with 80 % power.
 
-    It assumes the largest variance: every verdict is 0 or 1.
+    The variance is assumed to be maximal: every verdict is 0 or 1.
     """
     return math.ceil((detectable_difference(0.5) / difference) ** 2)

@@ -1,4 +1,4 @@
-"""Run `apo advise`: collect replies, measure likelihoods, apply the rule, write advice.json. No reply is paid twice."""
+"""Run `apo advise`: collect replies, measure likelihoods, apply the rule, and write advice.json."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class AdviceOutcome(Outcome):
-    """The content of advice.json; None if the run ended early."""
+    """The outcome of a run. `result` is the content of advice.json, None if the run ended early."""
 
     result: Mapping[str, Any] | None = None
 
     @property
     def headline(self) -> str | None:
-        """The objective that is advised, and how certain that is."""
+        """The recommended objective with its certainty."""
         return next(advice_lines(self.result)) if self.result else None
 
     def lines(self) -> list[str]:
-        """The advice, the reason and the warnings, one a line. Raises UserError if the run ended early."""
+        """Return the advice, its reason and the warnings, one per line. Raises UserError if the run ended early."""
         return list(advice_lines(self._finished()))
 
     def table(self) -> Table:
-        """The evidence with 95 % intervals, as the command prints it. Raises UserError if the run ended early."""
+        """Return the evidence with 95 % intervals as the command prints it. Raises UserError if the run ended early."""
         result = self._finished()
         return evidence_table(result, str(result["settings"]["dataset"]))
 
@@ -60,10 +60,10 @@ class AdviceOutcome(Outcome):
 def run(
     config: AdviseConfig, *, inputs: AdviceInputs | None = None, log: Callable[[str], None] = lambda _: None
 ) -> AdviceOutcome:
-    """Collect the evidence and write advice.json. Raises UserError for the user's mistakes before any work."""
+    """Collect the evidence and write advice.json. Raises UserError before any work for what the user can correct."""
     inputs = inputs or load_inputs(config)
     out, started = Path(config.out), time.monotonic()
-    # Without this limit a judge would be paid for pairs that are refused afterwards.
+    # Above this limit the rule refuses the pairs, so a judge would be paid for nothing.
     in_template = sum(inputs.strange.values()) <= MAX_STRANGE * len(inputs.rows)
     with lock_output(out), Ledger(config.ledger_path) as ledger:
         check_resumable(config, out, ledger, RESULT)
@@ -78,8 +78,8 @@ def run(
     if sum(text is not None for text in own_answers) < max(2, len(own_answers) / 2):
         raise UserError(
             f"the model ends {len(replies.own_answers) - cut_off} of {len(own_answers)} answers within "
-            f"{config.model.max_tokens} tokens: it has not learned its chat template; give one that has, or raise "
-            "--max-tokens where they are long"
+            f"{config.model.max_tokens} tokens: it does not follow its chat template; give a model that does, or raise "
+            "model.max_tokens if its answers are long"
         )
     assert config.model.path is not None
     trust = config.model.trust_remote_code
@@ -103,14 +103,16 @@ def _result(inputs: AdviceInputs, replies: CollectedReplies, likelihood: Likelih
     notes = [f"the judge is not used: {replies.distrust_reason}"] if replies.distrust_reason else []
     if evidence.win is None and not replies.distrust_reason:
         notes.append(
-            "no judge was asked: nobody knows whether winners are better than losers, or than what the model says "
-            "itself; this is worth less than with one"
+            "without a judge, it is unknown if winners are better than losers, or than the model's own answers; this "
+            "advice is less certain than with one"
         )
     if len(inputs.rows) < sample_size(0.1):
-        notes.append(f"{len(inputs.rows)} prompts; {sample_size(0.1)} are needed to see winners that win 3 times of 5")
+        notes.append(
+            f"{len(inputs.rows)} prompts; {sample_size(0.1)} are needed to detect winners that win 3 of 5 times"
+        )
     if inputs.strange:
         counts = "; ".join(f"{count}: {mismatch}" for mismatch, count in inputs.strange.items())
-        notes.append(f"{sum(inputs.strange.values())} of {len(inputs.rows)} prompts are not in its template ({counts})")
+        notes.append(f"{sum(inputs.strange.values())} of {len(inputs.rows)} prompts do not fit its template ({counts})")
     notes += [
         f"{count} pairs are left out ({reason.replace('_', ' ')})" for reason, count in likelihood.left_out.items()
     ]
@@ -136,7 +138,7 @@ def _result(inputs: AdviceInputs, replies: CollectedReplies, likelihood: Likelih
 def evidence_of(
     inputs: AdviceInputs, replies: CollectedReplies, likelihood: LikelihoodEvidence, contrast: Mapping[str, Interval]
 ) -> Evidence:
-    """The evidence for the rule; the verdicts of a distrusted judge are left out."""
+    """Return the evidence for the rule, without the verdicts of a distrusted judge."""
     judged = {
         name: None if replies.distrust_reason else preference_rate(getattr(replies, name)) for name in ("win", "right")
     }
@@ -154,13 +156,13 @@ def evidence_of(
 
 
 def preference_rate(compared: Sequence[Comparison]) -> Interval | None:
-    """The share of comparisons that the winner wins, a tie counting one half; None without a readable verdict."""
+    """Return the share of comparisons that the winner wins, with a tie as one half; None without a readable verdict."""
     win_rate = summary(compared)["win_rate"] if compared else None
     return Interval(win_rate["mean"], *win_rate["ci95"]) if win_rate and win_rate["ci95"] else None
 
 
 def contrast_intervals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Interval]:
-    """Means of Jaccard, Levenshtein and length ratio, and the share of longer winners (equal lengths count half)."""
+    """Return means of Jaccard, Levenshtein and length ratio, and the share of longer winners, with ties as one half."""
     pairs = [tuple(row[side][-1]["content"] for side in ("chosen", "rejected")) for row in rows]
     contrasts = [contrast_of(*pair) for pair in pairs]
     names = ("jaccard", "levenshtein", "length_ratio")

@@ -1,4 +1,4 @@
-"""Evidence and advice as a table and lines for a terminal."""
+"""Evidence and advice as a table and as lines, for a terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STEP = {
 
 
 def evidence_table(result: Mapping[str, Any], dataset: str) -> Table:
-    """The evidence with 95 % intervals."""
+    """Return the evidence with 95 % intervals."""
     sample = result["sample"]
     title = f"{dataset}: {sample['rows']:,} of {sample['prompts']:,} prompts, {sample['pairs']:,} pairs"
     table = Table("", "value", "95 % interval", title=title)
@@ -50,10 +50,10 @@ def evidence_table(result: Mapping[str, Any], dataset: str) -> Table:
 
 
 def advice_lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """The advice, its reason and the warnings, a line each."""
+    """Yield the advice, its reason and each warning."""
     advice = result["advice"]
     if advice["objective"] == "none":
-        yield f"do not train on this (certainty: {advice['sure']})"
+        yield f"do not train on these pairs (certainty: {advice['sure']})"
     else:
         rate = f"beta {advice['beta']:g}, learning rate {advice['learning_rate']:g} (LoRA: ten times that)"
         yield f"objective: {advice['objective']}, {rate} (certainty: {advice['sure']})"

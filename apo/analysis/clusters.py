@@ -1,4 +1,4 @@
-"""Clusters of pairs: by a label, or by k-means of their prompts' features."""
+"""Clusters of pairs: by a label of the dataset, or by k-means of the prompts' features."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clair.core.errors import UserError, near_miss
+from clair.core.files import content_hash
 from clair.data.records import LABELS
 
 if TYPE_CHECKING:
@@ -15,14 +16,10 @@ if TYPE_CHECKING:
 
 def clusters_of(rows: Sequence[Mapping[str, Any]], by: str, prompts: Tensor, seed: int = 0) -> list[str]:
     """Return the cluster of each pair: a label, or the nearest of K centres of the prompts' features."""
-    if matched := re.fullmatch(r"kmeans:(\d+)", by):
-        places = kmeans(prompts, int(matched[1]), seed)
-        names = [f"cluster {place + 1}" for place in places]
-    else:
-        names = _labels(rows, by)
-    small = [name for name in dict.fromkeys(names) if names.count(name) < 2]
-    if small:
-        raise UserError(f"cluster {small[0]!r} has one pair; nothing can be told of it: take it out, or choose another")
+    match = re.fullmatch(r"kmeans:(\d+)", by)
+    names = [f"cluster {index + 1}" for index in kmeans(prompts, int(match[1]), seed)] if match else _labels(rows, by)
+    if single := next((name for name in names if names.count(name) < 2), None):
+        raise UserError(f"cluster {single!r} has one pair, too few to measure: take it out, or choose another `by`")
     return names
 
 
@@ -30,24 +27,20 @@ def _labels(rows: Sequence[Mapping[str, Any]], by: str) -> list[str]:
     if by not in LABELS:
         allowed = ", ".join([*LABELS, "kmeans:K"])
         raise UserError(f"unknown by {by!r}{near_miss(by, [*LABELS, 'kmeans:8'])}; allowed: {allowed}")
-    without = sum(row.get(by) is None for row in rows)
-    if without:
-        complete = [name for name in LABELS if all(row.get(name) is not None for row in rows)]
-        available = ", ".join(complete) or "none"
-        raise UserError(f"{without:,} of {len(rows):,} pairs have no {by!r}; all have: {available}; or take kmeans:8")
+    if missing := sum(row.get(by) is None for row in rows):
+        complete = ", ".join(name for name in LABELS if all(row.get(name) is not None for row in rows)) or "none"
+        raise UserError(f"{missing:,} of {len(rows):,} pairs have no {by!r}; all have: {complete}; or take kmeans:8")
     return [str(row[by]) for row in rows]
 
 
 def indices_of_shared_prompts(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the indices of the pairs whose prompt every source has, to compare sources on equal prompts."""
-    from clair.core.files import content_hash
-
-    sources = {row["source"] for row in rows}
+    """Return the indices of the pairs whose prompt occurs in every source, to compare sources on equal prompts."""
     prompts = [content_hash(row["prompt"]) for row in rows]
-    have: dict[str, set[str]] = {}
+    sources: dict[str, set[str]] = {}
     for row, prompt in zip(rows, prompts, strict=True):
-        have.setdefault(prompt, set()).add(row["source"])
-    return [index for index, prompt in enumerate(prompts) if have[prompt] == sources]
+        sources.setdefault(prompt, set()).add(row["source"])
+    all_sources = {row["source"] for row in rows}
+    return [index for index, prompt in enumerate(prompts) if sources[prompt] == all_sources]
 
 
 def kmeans(points: Tensor, k: int, seed: int = 0, *, rounds: int = 50, starts: int = 5) -> list[int]:

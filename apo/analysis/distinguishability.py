@@ -1,24 +1,25 @@
-"""Preference distinguishability: predicts, before training, which clusters of pairs are learned first or harmed.
+"""Preference distinguishability: predict, before training, which clusters of pairs are learned first or harmed.
 
 After Im & Li, "Understanding the Learning Dynamics of Alignment with Human Feedback" (arXiv 2403.18742). Three measures
-of each cluster, all about the first steps of training:
+describe a cluster in the first steps of training:
 
-    literal     answers are one of two texts: delta = |mean phi(x) where one is preferred - mean where the other is|
+    literal     for answers that are one of two texts: delta = |mean of phi(x) over the prompts that prefer the first
+                text - mean over the prompts that prefer the second|
     pair-level  u = mean hidden state of chosen - of rejected: delta = |mean u|, coherence = |mean u|^2 / mean |u|^2,
-                cosines between the clusters' mean u; ours, an extension to free text
-    gradient    v = the objective's step on a pair with respect to the LM head; speed of a cluster = the mean of
-                <v of its pair, v of all others>; a negative speed means that the mixture harms the cluster at first
+                cosines between the clusters' mean u. This extension to free text is ours.
+    gradient    v = the objective's step on a pair with respect to the LM head. The speed of a cluster is the mean of
+                <v of its pair, v of all other pairs>. A negative speed means that training harms the cluster at first.
 
-Means of products exclude a pair's product with itself, which is memorisation and would dominate in small clusters.
+Means of products leave out a pair's product with itself: it measures memorisation, and would dominate small clusters.
 
 The distance delta orders speeds only if the gradients of chosen and rejected are equal (DPO, APO-zero). At the start,
-APO-down has a gradient on the rejected alone; use the gradient measure there.
+APO-down has a gradient on the rejected response alone; use the gradient measure for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from apo.analysis.clusters import clusters_of
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
     from apo.packing.logps import PairLogps
 
 SKETCH = 4096
-"""Dimensions of a gradient; that of a larger LM head is a TensorSketch, with errors of about 3 % of the norms."""
+"""Dimensions of a gradient. A larger gradient is a TensorSketch, with errors of about 3 % of the norms."""
 NEGLECTED = 0.1
-"""Share of the fastest cluster's predicted speed below which a cluster is reported as neglected."""
+"""A cluster is reported as neglected if its predicted speed is below this share of the fastest cluster's."""
 DRAWS = 500
+"""Bootstrap samples of an interval."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Literal:
-    """`delta` between the prompts of two fixed answers; `scaled` = delta / sqrt(trace), `concentration` and `trace` the
-    larger of both classes' covariance norms (spectral, trace); `positive` the share of the first class.
+    """Distinguishability of the prompts of two fixed answers.
+
+    `delta` is the distance of the two classes' means, `scaled` = delta / sqrt(trace). `concentration` and `trace` are
+    the larger of both classes' covariance norms (spectral, trace), `positive` is the share of the first class.
     """
 
     delta: float
@@ -63,7 +67,7 @@ class Literal:
 class Cluster:
     """The measures of one cluster.
 
-    `speed` is the fall of a pair's loss by training on the others, at the start, per unit of learning rate.
+    `speed` is how much a step on all other pairs lowers a pair's loss at the start, per unit of learning rate.
     """
 
     name: str
@@ -75,16 +79,16 @@ class Cluster:
     """Mean Jaccard overlap of the words of chosen and rejected."""
     speed: Interval
     relative: float
-    """Of the fastest cluster's speed."""
+    """`speed` as a share of the fastest cluster's."""
     conflict: float
-    """The lowest cosine of its mean u with another cluster's; NaN where it is alone."""
+    """The lowest cosine of its mean u with another cluster's mean u; NaN for a single cluster."""
     conflict_with: str
     literal: Literal | None
 
 
 @dataclass(frozen=True)
 class Report:
-    """The clusters, fastest first, the objective's initial gradients on chosen and rejected, and warnings."""
+    """The clusters (fastest first), the objective's initial gradients on chosen and rejected, and warnings."""
 
     objective: str
     beta: float
@@ -92,17 +96,14 @@ class Report:
     """Mean derivative of the loss by the log-prob of chosen and of rejected, at the reference."""
     clusters: list[Cluster]
     cosines: list[list[float]]
+    """Between the clusters' mean u, in the order of `clusters`."""
     warnings: list[str]
-
-    def plain(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return asdict(self)
 
 
 def distinguish(
     pairs: EncodedPairs, by: str, objective: Any = "apo_zero", beta: float = 0.1, *, seed: int = 0, draws: int = DRAWS
 ) -> Report:
-    """Report on pairs clustered by a label or by k-means of their prompts (`kmeans:K`).
+    """Report on the clusters of pairs by a label, or by k-means of their prompts (`kmeans:K`).
 
     Raises UserError for a label that some pairs lack, and for clusters of fewer than two pairs.
     """
@@ -113,34 +114,44 @@ def distinguish(
     mixture = resolve_mixture(objective)
     names = clusters_of(pairs.rows, by, pairs.features.prompt, seed)
     chosen, rejected, logps = head_gradients(pairs.model, pairs.tokenized, seed=seed)
-    a_chosen, a_rejected = pulls(mixture, beta, logps)
-    steps = -(a_chosen[:, None] * chosen + a_rejected[:, None] * rejected)
+    chosen_gradients, rejected_gradients = logp_gradients(mixture, beta, logps)
+    steps = -(chosen_gradients[:, None] * chosen + rejected_gradients[:, None] * rejected)
     u = pairs.features.chosen_mean - pairs.features.rejected_mean
     order = sorted(set(names))
     members = [torch.tensor([index for index, name in enumerate(names) if name == cluster]) for cluster in order]
-    drawn = [resampled(len(indices), draws, seed + number) for number, indices in enumerate(members)]
-    speeds = _speeds([steps[indices] for indices in members], drawn)
+    weights = [bootstrap_weights(len(indices), draws, seed + number) for number, indices in enumerate(members)]
+    speeds = _speeds([steps[indices] for indices in members], weights)
     centres = torch.stack([u[indices].mean(0) for indices in members])
     cosines = torch.nn.functional.cosine_similarity(centres[:, None], centres[None], dim=-1)
     fastest = max(speed.value for speed in speeds)
     results = []
     for number, (name, indices) in enumerate(zip(order, members, strict=True)):
-        delta, scaled, coherence = _pair_level(u[indices], drawn[number])
-        others = [(float(cosines[number, other]), order[other]) for other in range(len(order)) if other != number]
-        conflict, conflict_with = min(others, default=(float("nan"), ""))
+        delta, scaled, coherence = _pair_level(u[indices], weights[number])
+        neighbours = [
+            (cosine, neighbour)
+            for cosine, neighbour in zip(cosines[number].tolist(), order, strict=True)
+            if neighbour != name
+        ]
+        conflict, conflict_with = min(neighbours, default=(float("nan"), ""))
         rows = [pairs.rows[index] for index in indices.tolist()]
-        results.append(
-            Cluster(
-                name, len(indices), delta, scaled, coherence, _overlap(rows), speeds[number],
-                speeds[number].value / fastest if fastest > 0 else float("nan"), conflict, conflict_with,
-                literal_of(rows, pairs.features.prompt[indices]),
-            )
-        )  # fmt: skip
-    ranked = sorted(range(len(results)), key=lambda number: -results[number].speed.value)
-    pull = float(a_chosen.mean()), float(a_rejected.mean())
-    clusters = [results[number] for number in ranked]
-    table = [[float(cosines[one, other]) for other in ranked] for one in ranked]
-    return Report(mixture.name, beta, pull, clusters, table, warnings_of(mixture.name, beta, pull, clusters))
+        cluster = Cluster(
+            name=name,
+            n=len(indices),
+            delta=delta,
+            scaled=scaled,
+            coherence=coherence,
+            overlap=_overlap(rows),
+            speed=speeds[number],
+            relative=speeds[number].value / fastest if fastest > 0 else float("nan"),
+            conflict=conflict,
+            conflict_with=conflict_with,
+            literal=literal_of(rows, pairs.features.prompt[indices]),
+        )
+        results.append(cluster)
+    ranking = sorted(range(len(results)), key=lambda number: -results[number].speed.value)
+    pull = float(chosen_gradients.mean()), float(rejected_gradients.mean())
+    clusters, ranked_cosines = [results[number] for number in ranking], cosines[ranking][:, ranking].tolist()
+    return Report(mixture.name, beta, pull, clusters, ranked_cosines, warnings_of(mixture.name, beta, pull, clusters))
 
 
 # ---- distances
@@ -160,7 +171,7 @@ def literal_of(rows: Sequence[Mapping[str, Any]], hidden: Tensor) -> Literal | N
 
 
 def distinguishability(hidden: Tensor, positive: Sequence[bool]) -> Literal:
-    """Return delta = |mean of hidden [n, D] over positive - over negative prompts|, and the spread of both classes."""
+    """Measure the distance between positive and negative prompts in `hidden` [n, D], and the spread of both classes."""
     import torch
 
     mask = torch.tensor(positive)
@@ -176,7 +187,7 @@ def _pair_level(u: Tensor, weights: Tensor) -> tuple[Interval, float, Interval]:
     """Return |mean u|, |mean u| / sqrt(trace of the covariance of u), and |mean u|^2 / mean |u|^2, with intervals."""
     n, squares = len(u), (u**2).sum(1)
     product = ((u.sum(0) ** 2).sum() - squares.sum()) / (n * (n - 1))  # the mean of <u_i, u_j>, i != j
-    drawn = ((weights @ u) ** 2).sum(1)
+    drawn = ((weights @ u) ** 2).sum(1)  # the squared norms of the samples' mean u
     square = _interval(product, drawn)
     delta = Interval(*(max(0.0, value) ** 0.5 for value in (square.value, square.lo, square.hi)))
     trace = (squares.mean() - product).clamp(min=1e-30)
@@ -194,10 +205,10 @@ def _overlap(rows: Sequence[Mapping[str, Any]]) -> float:
 # ---- gradients
 
 
-def pulls(mixture: Mixture, beta: float, logps: PairLogps) -> tuple[Tensor, Tensor]:
+def logp_gradients(mixture: Mixture, beta: float, logps: PairLogps) -> tuple[Tensor, Tensor]:
     """Return dL/d log pi(chosen) and dL/d log pi(rejected) of each pair's loss at the reference, [n] each.
 
-    DPO -beta/2 and +beta/2, APO-zero -beta/4 and +beta/4, APO-down 0 and +beta/4.
+    They are -beta/2 and +beta/2 for DPO, -beta/4 and +beta/4 for APO-zero, 0 and +beta/4 for APO-down.
     """
     import torch
 
@@ -214,43 +225,35 @@ def head_gradients(
     """Return the gradients of both responses' log-probs by the LM head, [n, m] each, and the log-probs.
 
     grad log pi(y|x) = sum over response tokens t of (onehot(y_t) - softmax) h_t^T, [V, D]. It is flattened if it has at
-    most `dimensions` entries; otherwise it is a TensorSketch (Pham & Pagh 2013), whose inner products are unbiased.
+    most `dimensions` entries. Otherwise it is a TensorSketch (Pham & Pagh 2013), whose inner products are unbiased.
     """
     import torch
 
     from apo.analysis.features import last_hidden
-    from apo.packing.layout import response_mask
+    from apo.packing.layout import SIDES, response_mask
     from apo.packing.logps import PairLogps
 
     head = model.get_output_embeddings()
-    vocabulary, hidden_size = head.weight.shape
-    sketch = _sketch(vocabulary, hidden_size, dimensions, seed)
-    gradients: dict[str, list[Tensor]] = {"chosen": [], "rejected": []}
-    sums: dict[str, list[float]] = {"chosen": [], "rejected": []}
-    lengths: dict[str, list[int]] = {"chosen": [], "rejected": []}
+    sketch = _sketch(*head.weight.shape, dimensions, seed)
+    results: dict[str, list[tuple[Tensor, float, int]]] = {side: [] for side in SIDES}
     with torch.no_grad():
         for pair in tokenized:
-            rows = [pair["prompt_ids"] + pair[f"{side}_ids"] for side in gradients]
-            for side, states, row in zip(gradients, last_hidden(model, rows), rows, strict=True):
+            rows = [pair["prompt_ids"] + pair[f"{side}_ids"] for side in SIDES]
+            for side, states, row in zip(SIDES, last_hidden(model, rows), rows, strict=True):
                 start, mask = len(pair["prompt_ids"]), torch.tensor(response_mask(pair, side), dtype=torch.bool)
                 hidden = states[start - 1 : len(row) - 1][mask]
                 token_logps = head(hidden.to(head.weight)).float().cpu().log_softmax(-1)
-                picked = torch.tensor(row[start:])[mask][:, None]
-                sums[side].append(float(token_logps.gather(1, picked).sum()))
-                lengths[side].append(len(picked))
-                residual = (-token_logps.exp()).scatter_add(1, picked, torch.ones(len(picked), 1))
-                gradients[side].append(sketch(residual, hidden))
-    logps = PairLogps(
-        torch.tensor(sums["chosen"]),
-        torch.tensor(sums["rejected"]),
-        torch.tensor(lengths["chosen"]),
-        torch.tensor(lengths["rejected"]),
-    )
-    return torch.stack(gradients["chosen"]), torch.stack(gradients["rejected"]), logps
+                targets = torch.tensor(row[start:])[mask][:, None]
+                residual = (-token_logps.exp()).scatter_add(1, targets, torch.ones(len(targets), 1))
+                logp = float(token_logps.gather(1, targets).sum())
+                results[side].append((sketch(residual, hidden), logp, len(targets)))
+    gradients, logps, lengths = zip(*(zip(*results[side], strict=True) for side in SIDES), strict=True)
+    chosen, rejected = map(torch.stack, gradients)
+    return chosen, rejected, PairLogps(*map(torch.tensor, (*logps, *lengths)))
 
 
 def _sketch(rows: int, columns: int, dimensions: int, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function of a [T, rows] and b [T, columns] that computes sum_t a_t b_t^T, flattened or sketched."""
+    """Return a function that computes sum_t a_t b_t^T of a [T, rows] and b [T, columns], flattened or sketched."""
     import torch
 
     if rows * columns <= dimensions:
@@ -259,18 +262,18 @@ def _sketch(rows: int, columns: int, dimensions: int, seed: int) -> Callable[[Te
     bins = [torch.randint(dimensions, (size,), generator=random) for size in (rows, columns)]
     signs = [torch.randint(2, (size,), generator=random) * 2.0 - 1 for size in (rows, columns)]
 
-    def counted(values: Tensor, which: int) -> Tensor:
-        return torch.zeros(len(values), dimensions).index_add_(1, bins[which], values * signs[which])
+    def count_sketch(values: Tensor, factor: int) -> Tensor:
+        return torch.zeros(len(values), dimensions).index_add_(1, bins[factor], values * signs[factor])
 
-    def sketched(a: Tensor, b: Tensor) -> Tensor:
-        product = torch.fft.rfft(counted(a, 0)) * torch.fft.rfft(counted(b, 1))
+    def tensor_sketch(a: Tensor, b: Tensor) -> Tensor:
+        product = torch.fft.rfft(count_sketch(a, 0)) * torch.fft.rfft(count_sketch(b, 1))
         return torch.fft.irfft(product.sum(0), n=dimensions)
 
-    return sketched
+    return tensor_sketch
 
 
 def _speeds(steps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Interval]:
-    """Return the mean of <v_i, mean of v over all other pairs> for each cluster, from its steps [n_c, m]."""
+    """Return, for each cluster, the mean of <v_i, mean of v over all other pairs>, from its steps [n_c, m]."""
     import torch
 
     sizes = torch.tensor([float(len(cluster)) for cluster in steps])
@@ -283,7 +286,7 @@ def _speeds(steps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Interval
     return [_interval(value, spread) for value, spread in zip(values, spreads, strict=True)]
 
 
-def resampled(n: int, draws: int, seed: int) -> Tensor:
+def bootstrap_weights(n: int, draws: int, seed: int) -> Tensor:
     """Return the weights of n pairs in `draws` samples with replacement, [draws, n]; each row sums to 1."""
     import torch
 
@@ -293,9 +296,9 @@ def resampled(n: int, draws: int, seed: int) -> Tensor:
 
 
 def _interval(value: Tensor, drawn: Tensor) -> Interval:
-    """Return `value` minus the quantiles of the samples' deviations from their mean.
+    """Return `value` with the interval of `value` minus the quantiles of the samples' deviations from their mean.
 
-    The samples' mean is not used itself: repeated pairs make products too large in all samples.
+    The samples' own mean is not used: a pair that is drawn twice makes its products too large, in every sample.
     """
     import torch
 
@@ -312,8 +315,8 @@ def warnings_of(objective: str, beta: float, pull: tuple[float, float], clusters
     chosen, rejected = pull
     if abs(chosen) < 0.01 * abs(rejected):
         warnings.append(
-            f"{objective} pulls at the rejected alone at first: distinguishability does not order its speeds, go by "
-            f"the predicted speed"
+            f"{objective} has a gradient on the rejected alone at first: distinguishability does not order its speeds; "
+            f"go by the predicted speed"
         )
     elif abs(chosen + rejected) <= 0.01 * abs(chosen) and abs(chosen) < 0.99 * beta / 2:
         warnings.append(
@@ -330,7 +333,7 @@ def warnings_of(objective: str, beta: float, pull: tuple[float, float], clusters
             warnings.append(f"{cluster.name} may be hurt at first: its predicted speed is below 0, its interval is not")
         elif cluster.relative < NEGLECTED:
             warnings.append(
-                f"{cluster.name} gets {cluster.relative:.1%} of the fastest one's speed: it will be neglected"
+                f"{cluster.name} has {cluster.relative:.1%} of the fastest cluster's speed: it will be neglected"
             )
         pair = frozenset((cluster.name, cluster.conflict_with))
         if cluster.conflict < -0.1 and pair not in conflicts:
@@ -339,6 +342,6 @@ def warnings_of(objective: str, beta: float, pull: tuple[float, float], clusters
         if cluster.literal and not 0.4 <= cluster.literal.positive <= 0.6:
             warnings.append(
                 f"{cluster.name} prefers one answer in {cluster.literal.positive:.0%} of its prompts: an unbalanced "
-                f"behaviour is learned along its base rate too, not along delta alone; balance it to compare"
+                f"behaviour is also learned by its base rate, not by delta alone; balance it to compare"
             )
     return warnings

@@ -1,9 +1,9 @@
 """Features of pairs: a frozen model's last hidden states, computed in one pass and cached by content.
 
-The states are after the final norm (lm_head(phi) are the logits), so they are not normalised again. A pair has five
-vectors: at the last token of the prompt, of prompt and chosen, and of prompt and rejected (the end of turn, never
-padding), and the means over the tokens of each response. The cache has one file per `PART` pairs, under a key of
-weights, type, attention implementation and token ids.
+The states are taken after the final norm (lm_head(phi) are the logits), so they are not normalised again. A pair has
+five vectors: those at the last token of the prompt, of prompt and chosen, and of prompt and rejected (the end of turn,
+never padding), and the means over the tokens of each response. The cache has one file per `CHUNK_PAIRS` pairs; its key
+is a hash of weights, number type, attention implementation and token ids.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from apo.data.sources import check_exists, split_names
 from apo.models import tensor_cache as cache
 from clair.core.errors import UserError
 from clair.core.files import content_hash
-from clair.data.records import LABELS
+from clair.data.records import LABELS, SCORES
 from clair.storage.location import Location, cache_root
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
-PART = 512
-"""Pairs in one cache file; a killed run recomputes at most so many."""
+CHUNK_PAIRS = 512
+"""Pairs in one cache file, and the most that a killed run has to compute again."""
 NAMES = ("prompt", "chosen", "rejected", "chosen_mean", "rejected_mean")
 BATCH_TOKENS = 8192
-SCORES = ("score_chosen", "score_rejected")
+"""Tokens of a batch, padding included."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,19 @@ class Features:
         return Features(self.model, *(getattr(self, name)[list(indices)] for name in NAMES))
 
 
-def same_model(expected: str, actual: str, what: str) -> None:
-    """Raise UserError if features are from another model than `what` was fitted on."""
+def same_model(expected: str, actual: str, fitted: str) -> None:
+    """Raise UserError if features come from another model than `fitted` (such as a reward) was fitted on."""
     if expected != actual:
         raise UserError(
-            f"{what} was fitted on features of model {expected[:12]}, and these are of model {actual[:12]}: their "
-            f"spaces have nothing in common; give the model it was fitted on, or fit again"
+            f"{fitted} was fitted on features of model {expected[:12]}, and these are of model {actual[:12]}: features "
+            f"of two models cannot be compared; give the model it was fitted on, or fit again"
         )
 
 
 def compute_features(
     dataset: Dataset, model: Any, folder: Path | None = None, log: Callable[[str], None] = lambda _: None
 ) -> Features:
-    """Return the features of tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`), from the cache if there."""
+    """Return the features of tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`), cached ones if possible."""
     import torch
 
     folder = cache_root() if folder is None else folder
@@ -70,8 +70,8 @@ def compute_features(
     width = model.get_output_embeddings().in_features
     identity = [weights, str(model.dtype), getattr(model.config, "_attn_implementation", None)]
     chunks: list[Mapping[str, Tensor]] = []
-    for start in range(0, len(dataset), PART):
-        pairs = [dict(row) for row in dataset.select(range(start, min(start + PART, len(dataset))))]
+    for start in range(0, len(dataset), CHUNK_PAIRS):
+        pairs = [dict(row) for row in dataset.select(range(start, min(start + CHUNK_PAIRS, len(dataset))))]
         ids = [[pair[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")] for pair in pairs]
         key = content_hash(["features 1", identity, ids])
         features: Mapping[str, Tensor] | None = cache.load(folder, key, dict.fromkeys(NAMES, (len(pairs), width)))
@@ -90,7 +90,7 @@ def encode(model: Any, pairs: Sequence[Mapping[str, Any]]) -> tuple[Tensor, ...]
 
     rows = [(pair["prompt_ids"], pair[f"{name}_ids"]) for name in ("chosen", "rejected") for pair in pairs]
     order = sorted(range(len(rows)), key=lambda index: sum(map(len, rows[index])))
-    out: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    vectors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     was_training = model.training
     model.eval()
     try:
@@ -99,13 +99,12 @@ def encode(model: Any, pairs: Sequence[Mapping[str, Any]]) -> tuple[Tensor, ...]
                 hidden = last_hidden(model, [rows[index][0] + rows[index][1] for index in batch])
                 for index, states in zip(batch, hidden, strict=True):
                     start, end = len(rows[index][0]), sum(map(len, rows[index]))
-                    out[index] = (states[start - 1], states[end - 1], states[start:end].mean(0))
+                    vectors[index] = (states[start - 1], states[end - 1], states[start:end].mean(0))
     finally:
         model.train(was_training)
-    n = len(pairs)
-    prompt, chosen, chosen_mean = (torch.stack([out[index][at] for index in range(n)]) for at in range(3))
-    rejected, rejected_mean = (torch.stack([out[index][at] for index in range(n, 2 * n)]) for at in (1, 2))
-    return prompt, chosen, rejected, chosen_mean, rejected_mean
+    columns = zip(*(vectors[index] for index in range(len(rows))), strict=True)
+    (prompt, _), (chosen, rejected), means = (torch.stack(column).split(len(pairs)) for column in columns)
+    return prompt, chosen, rejected, *means
 
 
 def last_hidden(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -115,11 +114,11 @@ def last_hidden(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for at, row in enumerate(rows):
-        ids[at, : len(row)] = torch.tensor(row)
-        mask[at, : len(row)] = 1
-    whole = model.get_base_model() if hasattr(model, "peft_config") else model
-    decoder = whole.get_decoder()
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = 1
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    decoder = base.get_decoder()
     states = decoder(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
     hidden: Tensor = states.last_hidden_state.float().cpu()
     return hidden
@@ -128,18 +127,20 @@ def last_hidden(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
 def _batches(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
     """Split the indices into batches of at most `BATCH_TOKENS` padded tokens, in this order."""
     batches: list[list[int]] = []
-    for place in order:
-        if batches and (len(batches[-1]) + 1) * lengths[place] <= BATCH_TOKENS:
-            batches[-1].append(place)
+    for index in order:
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= BATCH_TOKENS:
+            batches[-1].append(index)
         else:
-            batches.append([place])
+            batches.append([index])
     return batches
 
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Pairs with features: rows of plain values (id, prompt, chosen, rejected as messages, `LABELS`, scores), their
-    features and token ids in the same order, and the model.
+    """Pairs with their features.
+
+    `rows` have plain values: id, prompt, chosen and rejected as messages, `LABELS`, and scores. `features` and
+    `tokenized` (token ids) are in the same order.
     """
 
     rows: list[dict[str, Any]]
@@ -156,14 +157,14 @@ class EncodedPairs:
 def encode_datasets(paths: Sequence[str], model: str, log: Callable[[str], None] = lambda _: None) -> EncodedPairs:
     """Read the pairs of some datasets and compute their features with the model at `model`.
 
-    Raises UserError for a dataset or model that cannot be read, before anything is computed. Pairs that exceed the
-    model's context are left out, with a note.
+    Raises UserError for a dataset or model that cannot be read, before anything is computed. Pairs that are longer than
+    the model's context are left out, with a note.
     """
     return encode_rows(read_rows(paths), model, log)
 
 
 def encode_rows(rows: list[dict[str, Any]], model: str, log: Callable[[str], None] = lambda _: None) -> EncodedPairs:
-    """Compute the features of rows, like `encode_datasets`."""
+    """Compute the features of rows of pairs, as `encode_datasets` does."""
     from datasets import Dataset
 
     from apo.data.tokenize import eos_ids, tokenize
@@ -171,30 +172,29 @@ def encode_rows(rows: list[dict[str, Any]], model: str, log: Callable[[str], Non
 
     name = models.find_model(model)
     tokenizer = models.load_tokenizer(name)
-    ends = eos_ids(tokenizer, models.load_generation_config(name))
-    columns = [{key: row[key] for key in ("prompt", "chosen", "rejected", "id")} for row in rows]
-    columns = [{**row, "_place": place} for place, row in enumerate(columns)]
-    found = tokenize(Dataset.from_list(columns), tokenizer, models.context_length(name), ends, "given")
-    for note in found.notes:
+    eos = eos_ids(tokenizer, models.load_generation_config(name))
+    columns = ("prompt", "chosen", "rejected", "id")
+    dataset = Dataset.from_list([{**{c: row[c] for c in columns}, "_index": i} for i, row in enumerate(rows)])
+    tokenized = tokenize(dataset, tokenizer, models.context_length(name), eos, "given")
+    for note in tokenized.notes:
         log(f"note: {note}")
-    if "too_long" in found.dropped:
-        log(f"{found.dropped['too_long']:,} pairs are longer than the model's context and left out")
-    if not len(found.dataset):
+    if "too_long" in tokenized.dropped:
+        log(f"{tokenized.dropped['too_long']:,} pairs are left out: they are longer than the model's context")
+    if not len(tokenized.dataset):
         raise UserError(f"none of {len(rows):,} pairs fits the context of model {model}")
     loaded = models.load_model(name)
     models.check_vocabulary(loaded, tokenizer, name.base)
     loaded.requires_grad_(False).eval()
-    places = found.dataset["_place"][:]
-    return EncodedPairs(
-        [rows[place] for place in places], compute_features(found.dataset, loaded, log=log), found.dataset, loaded
-    )
+    remaining = [rows[index] for index in tokenized.dataset["_index"]]
+    features = compute_features(tokenized.dataset, loaded, log=log)
+    return EncodedPairs(remaining, features, tokenized.dataset, loaded)
 
 
 def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """Read all pairs of some datasets as plain rows; a folder's train and test rows have it in `split`.
+    """Read all pairs of some datasets as plain rows, with their split (train or test) in the column `split`.
 
-    A missing `id` becomes the content's hash, a missing `source` the pipeline that built the folder, or the path's
-    last component. Labels are text or None.
+    A missing `id` becomes the content's hash. A missing `source` becomes the pipeline that built the folder, or the
+    path's last component. Labels are text or None.
     """
     from clair.data.dataset import SPLITS, load_pairs, read_manifest
     from clair.data.dataset import read_rows as read_folder
@@ -204,21 +204,21 @@ def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
         check_exists(path)
         with path.local_copy() as folder:
             if (folder / "manifest.json").is_file():
-                source, parts = read_manifest(folder)["pipeline"], [(s, read_folder(folder, [s])) for s in SPLITS]
+                source, splits = read_manifest(folder)["pipeline"], [(s, read_folder(folder, [s])) for s in SPLITS]
             else:
-                splits = [s for s in SPLITS if s in split_names(path)] if folder.is_dir() else ["train"]
-                source, parts = Path(path).stem, [(s, load_pairs(path, s)) for s in splits]
-        for split, row in ((split, row) for split, part in parts for row in part):
+                present = [s for s in SPLITS if s in split_names(path)] if folder.is_dir() else ["train"]
+                source, splits = Path(path).stem, [(s, load_pairs(path, s)) for s in present]
+        for split, row in ((split, row) for split, split_rows in splits for row in split_rows):
             content = [row["prompt"], row["chosen"], row["rejected"]]
             labels = {name: None if row.get(name) is None else str(row[name]) for name in LABELS}
             labels["source"] = labels["source"] or source
-            kept = {name: row[name] for name in SCORES if row.get(name) is not None}
+            scores = {name: row[name] for name in SCORES if row.get(name) is not None}
             rows.append(
                 {
                     "id": str(row.get("id") or content_hash(content)[:16]),
                     **dict(zip(("prompt", "chosen", "rejected"), content, strict=True)),
                     **labels,
-                    **kept,
+                    **scores,
                     "split": split,
                 }
             )

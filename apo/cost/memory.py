@@ -333,10 +333,10 @@ def table(jobs: dict[bool, Job], devices: Sequence[Device]) -> list[str]:
         fits = "fits" if memory <= device.memory else "does NOT fit"
         sizes = {**peak_memory(job), "libraries": device.reserved}
         shown = {name: round(size / GIB, 2) for name, size in sizes.items() if round(size / GIB, 2)}
-        parts = ", ".join(f"{name} {size:.2f}" for name, size in shown.items())
+        items = ", ".join(f"{name} {size:.2f}" for name, size in shown.items())
         time = f"about {duration(run_flops(job)[0] / device.flops)}" if memory <= device.memory else "-"
         lines.append(
-            f"{device.name}: {_gib(sum(shown.values()) * GIB)} of {_gib(device.memory)} GiB, {fits}, {time} ({parts})"
+            f"{device.name}: {_gib(sum(shown.values()) * GIB)} of {_gib(device.memory)} GiB, {fits}, {time} ({items})"
         )
     return lines
 
@@ -354,7 +354,7 @@ def check_fits(job: Job, device: Device) -> None:
         "lora: {r: 16}": replace(job, copies=False, sizes=replace(job.sizes, adapter=max(1, job.sizes.linear // 200))),
         "trainer.model_init_kwargs: {dtype: bfloat16}": replace(job, weight=2, compute=2),
     }
-    memory = {name: required_memory(other, device) for name, other in changed.items()}
+    memory = {name: required_memory(changed_job, device) for name, changed_job in changed.items()}
     helps = [name for name, size in memory.items() if size < 0.97 * required_memory(job, device)]
     enough = [name for name in helps if memory[name] <= device.memory]
     change = " or ".join(enough) if enough else f"several of {', '.join(helps)}; or take a smaller model"

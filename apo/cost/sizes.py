@@ -5,11 +5,12 @@ Parameters are counted on the meta device. Speeds are ASSUMPTIONS, marked as suc
 
 from __future__ import annotations
 
+import operator
 import os
 import random
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +83,13 @@ def check_adapter(name: ModelName, lora: Any) -> list[str]:
         return []
     head = model.get_output_embeddings()
     names = {module: path for path, module in model.named_modules()}
-    linear = sorted({path.rpartition(".")[2] for module, path in names.items()
-                     if isinstance(module, torch.nn.Linear) and module is not head})  # fmt: skip
+    linear = sorted(
+        {
+            path.rpartition(".")[2]
+            for module, path in names.items()
+            if isinstance(module, torch.nn.Linear) and module is not head
+        }
+    )
     allowed = f"linear layers of the model: {', '.join(linear[:_MAX_LAYERS_LISTED])}"
     modules = lora.target_modules or []
     if lora.trainable_token_indices and model.config.get_text_config().tie_word_embeddings:
@@ -103,9 +109,8 @@ def check_adapter(name: ModelName, lora: Any) -> list[str]:
             f"lora.target_modules: {listed} means {names[head]}, and an adapter to the LM head is not supported; "
             f"{allowed}"
         )
-    unmatched = [] if isinstance(modules, str) else [
-        name for name in sorted(modules) if not any(f".{path}".endswith(f".{name}") for path in targets)
-    ]  # fmt: skip
+    listed_modules = [] if isinstance(modules, str) else sorted(modules)
+    unmatched = [name for name in listed_modules if not any(f".{path}".endswith(f".{name}") for path in targets)]
     return [f"lora.target_modules: no module is called {', '.join(unmatched)}; {allowed}"] if unmatched else []
 
 
@@ -148,9 +153,17 @@ def count_sizes(model: Any, lora: Any = None) -> ModelSizes:
         with torch.device("meta"):
             adapter = sum(p.numel() for p in get_peft_model(model, lora).parameters() if p.requires_grad)
     return ModelSizes(
-        parameters, linear, adapter, config.num_hidden_layers, config.hidden_size, config.intermediate_size,
-        config.num_attention_heads * width, config.vocab_size, tied, getattr(stored, "itemsize", None),
-    )  # fmt: skip
+        parameters,
+        linear,
+        adapter,
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads * width,
+        config.vocab_size,
+        tied,
+        getattr(stored, "itemsize", None),
+    )
 
 
 # ---- the pairs
@@ -170,10 +183,7 @@ class PassCost:
     masked: int = 0
 
     def __add__(self, other: PassCost) -> PassCost:
-        return PassCost(*(a + b for a, b in zip(self._all(), other._all(), strict=True)))
-
-    def _all(self) -> tuple[int, ...]:
-        return self.tokens, self.labels, self.products, self.keys, self.masked
+        return PassCost(*map(operator.add, astuple(self), astuple(other)))
 
 
 def pair_cost(prompt: int, common: int, chosen: int, rejected: int) -> PassCost:

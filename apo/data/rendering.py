@@ -88,9 +88,12 @@ def writes_time(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def render(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, eos: set[int], control: list[str],
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    eos: set[int],
+    control: list[str],
     day: str | None = None,
-) -> Rendered:  # fmt: skip
+) -> Rendered:
     """The ids of the prompt of a row and of its one or two answers.
 
     `day` is the date (YYYY-MM-DD) that a chat template writes as today's; None is the date of the clock.
@@ -118,9 +121,14 @@ class _Conversation:
     """A row of messages, with the tokenizer that renders it."""
 
     def __init__(
-        self, row: Mapping[str, Any], columns: Sequence[str], tokenizer: Any, eos: set[int], control: Sequence[str],
+        self,
+        row: Mapping[str, Any],
+        columns: Sequence[str],
+        tokenizer: Any,
+        eos: set[int],
+        control: Sequence[str],
         day: str | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.tokenizer, self.eos, self.columns, self.notes = tokenizer, eos, columns, set()
         self.tools, self.options = row.get("tools"), row.get("chat_template_kwargs") or {}
         self.day = date.fromisoformat(day) if day and writes_time(tokenizer) else None

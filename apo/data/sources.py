@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from apo.data.tokenize import COLUMNS, ID_COLUMNS, MASK_COLUMNS, UNPAIRED_COLUMNS, check_weight, needed_columns
-from clair.core.errors import UserError, near_miss, one_line
+from clair.core.errors import UserError, list_some, near_miss, one_line
 from clair.core.recipe import Recipe
 from clair.core.urls import public_url
 from clair.data.preference_sources import load_preferences, split_names
@@ -245,8 +245,7 @@ def _no_rows_message(source: Source) -> str:
     columns = []
     for column in source.where or {}:
         values = list(dict.fromkeys(_read(source, source.split).dataset[column][:]))
-        more = f" and {len(values) - _MAX_VALUES} more" if len(values) > _MAX_VALUES else ""
-        columns.append(f"{column}: {', '.join(map(repr, values[:_MAX_VALUES]))}{more}")
+        columns.append(f"{column}: {list_some(values, _MAX_VALUES)}")
     return f"dataset {source.path} has no row where {source.where}; found: {'; '.join(columns)}"
 
 

@@ -12,9 +12,12 @@ if TYPE_CHECKING:
 
 
 def render_text(
-    row: Mapping[str, Any], columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, eos: set[int],
+    row: Mapping[str, Any],
+    columns: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    eos: set[int],
     control: Sequence[str],
-) -> Rendered:  # fmt: skip
+) -> Rendered:
     """The ids of a row of plain text.
 
     If the prompt contains control tokens, a template has been applied to the row, and all of them count as control

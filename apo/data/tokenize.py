@@ -91,11 +91,15 @@ def tokenize(
     # Part of the key in `datasets`' cache, and so only set if the ids depend on it.
     arguments["day"] = day if writes_time(tokenizer) else None
     # Explicit, because the other responses of unpaired rows are empty, and an empty list has no type.
-    features = Features({
-        **dataset.features, **dict.fromkeys(ID_COLUMNS, List(Value("int64"))),
-        **dict.fromkeys(MASK_COLUMNS, List(Value("int8"))),
-        "_verdict": Value("string"), "_notes": List(Value("string")),
-    })  # fmt: skip
+    features = Features(
+        {
+            **dataset.features,
+            **dict.fromkeys(ID_COLUMNS, List(Value("int64"))),
+            **dict.fromkeys(MASK_COLUMNS, List(Value("int8"))),
+            "_verdict": Value("string"),
+            "_notes": List(Value("string")),
+        }
+    )
     encoded = dataset.map(
         _encode_read, fn_kwargs=arguments, num_proc=num_proc, features=features, desc=f"Tokenizing {name}"
     )
@@ -364,8 +368,10 @@ def _verdict(
         return "equal"
     bos = tokenizer.bos_token_id
     if bos is not None and prompt[:2] == [bos, bos]:
-        return ("the prompt begins with the beginning-of-sequence token twice; let the chat template or the text write "
-                "it, not both")  # fmt: skip
+        return (
+            "the prompt begins with the beginning-of-sequence token twice; let the chat template or the text write "
+            "it, not both"
+        )
     if any(not ids or ids[-1] not in eos for ids in responses):
         return no_end_message(tokenizer)
     if any(len(ids) > 1 and ids[-2] in eos for ids in responses):

@@ -329,8 +329,8 @@ class IFEvalItem(Recipe):
     @property
     def judgement(self) -> str:
         """What each instruction's checker finds, a line each."""
-        words = {(True, True): "followed", (True, False): "followed loosely", (False, False): "not followed"}
-        return "\n".join(f"{i.type}: {words[i.loose, i.strict]}" for i in self.instructions)
+        outcomes = {(True, True): "followed", (True, False): "followed loosely", (False, False): "not followed"}
+        return "\n".join(f"{i.type}: {outcomes[i.loose, i.strict]}" for i in self.instructions)
 
     def scored(self, measure: Measure) -> Iterator[Scored]:
         """The prompt's score, or that of each instruction."""

@@ -38,9 +38,9 @@ def _mixeval_table(score: Score) -> Table:
     return table
 
 
-def measure_name(part: str) -> str:
+def measure_name(name: str) -> str:
     """The name of a measure of IFEval, such as `prompts, loose`; any other name as it is."""
-    return part.replace("_", "s, ") if part in MEASURES else part
+    return name.replace("_", "s, ") if name in MEASURES else name
 
 
 def _ifeval_table(score: IFEvalScore) -> Table:

@@ -1,7 +1,7 @@
 """Calibrate a filter from scored pairs and an audit (`apo calibrate`), and certify a score (`apo certify`).
 
-The unit of every guarantee is the prompt: of several rows of a prompt, one is drawn by hash. The pairs have scores
-(`score_chosen`, `score_rejected`); the audit, by a person or a better judge, marks by id which pairs are bad.
+The pairs have the columns `SCORES`. The audit, by a person or a better judge, states for some ids if the pair is bad.
+The unit of every guarantee is the prompt: if a prompt has several rows, one is drawn by hash.
 """
 
 from __future__ import annotations
@@ -22,30 +22,37 @@ from apo.guarantees.conformal import (
     precision_threshold,
 )
 from apo.guarantees.properties import Certificate, certify_pairs
-from clair.core.errors import UserError, near_miss
+from clair.core.errors import UserError, list_some, near_miss
 from clair.core.files import content_hash
+from clair.data.records import SCORES
+from clair.data.row_files import read_jsonl
 from clair.storage.location import Location
 
 Guarantee = Literal["joint", "precision"]
-SCORES = ("score_chosen", "score_rejected")
 _MAX_NAMES = 3
 
 
 @dataclass(frozen=True)
 class Filter:
-    """A filter that keeps a pair only if its gap is above `above`, its guarantee, and the ids it keeps and drops."""
+    """A filter that keeps a pair only if its gap is above `above`, with its guarantee and the ids by decision."""
 
     above: float
     promise: str
     accepted: tuple[str, ...]
     dropped: tuple[str, ...]
 
+    @classmethod
+    def from_decisions(cls, above: float, promise: str, decisions: Mapping[str, bool]) -> Filter:
+        """Return the filter with these decisions by id, True to keep a pair."""
+        accepted, dropped = (tuple(id for id, keep in decisions.items() if keep is kept) for kept in (True, False))
+        return cls(above, promise, accepted, dropped)
+
     def recipe(self) -> str:
         """Return the filter as part of a clair recipe; empty if it keeps all pairs."""
         return "" if self.above == -math.inf else f"filters:\n  gap: {{above: {self.above!r}}}\n"
 
     def decisions(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the content of a decisions file for `clair keep`, for the dataset of this manifest."""
+        """Return the content of a decisions file for `clair keep`, about the dataset with this manifest."""
         from clair.reporting.review import FORMAT, fingerprint
 
         marks = {**dict.fromkeys(self.accepted, "keep"), **dict.fromkeys(self.dropped, "drop")}
@@ -64,11 +71,11 @@ def calibrate(
     """Return the filter on the score gap with the requested guarantee.
 
     joint       P(a new pair is kept and bad) <= alpha, on average over draws of the audit
-    precision   P(share of bad among the kept > alpha) <= delta
+    precision   P(share of bad pairs among the kept > alpha) <= delta
 
-    `pairs` have id, prompt and scores. `audit` rows have id and bad (true or false), and scores if they are not among
-    the pairs. Raises UserError if no threshold exists, and for an audit of pairs that the judge was trained on
-    (`trained_on`, ids), whose scores are too good for the guarantee to hold.
+    `pairs` have id, prompt and scores. Rows of `audit` have id and bad (true or false), and scores if they are not
+    among the pairs. Raises UserError if no threshold exists, and if the audit has pairs that the judge was trained on
+    (`trained_on`, ids): their scores are too good, and the guarantee would not hold.
     """
     import numpy as np
 
@@ -81,10 +88,10 @@ def calibrate(
         above = crc_threshold(np.where(bad, gap, -math.inf), alpha, lowest=-math.inf)
         promise = joint_promise(above, alpha, len(units))
     else:
-        others = [_gap(row) for row in pairs if row["id"] not in audited]
-        if not others:
-            raise UserError("every pair is in the audit; precision needs others, from whose scores the thresholds come")
-        candidates = candidate_thresholds(np.array(others), len(units), alpha, delta)
+        unaudited = [_gap(row) for row in pairs if row["id"] not in audited]
+        if not unaudited:
+            raise UserError("every pair is in the audit; precision takes its thresholds from the scores of other pairs")
+        candidates = candidate_thresholds(np.array(unaudited), len(units), alpha, delta)
         above = precision_threshold(gap, bad, alpha, delta, candidates)
         promise = precision_promise(above, alpha, delta, len(units))
     if above == math.inf:
@@ -94,10 +101,7 @@ def calibrate(
 
 def filter_above(pairs: Sequence[Mapping[str, Any]], above: float, promise: str) -> Filter:
     """Return the filter that keeps the pairs whose gap is strictly above `above`."""
-    decisions = {row["id"]: _gap(row) > above for row in pairs}
-    accepted = tuple(id for id, keep in decisions.items() if keep)
-    dropped = tuple(id for id, keep in decisions.items() if not keep)
-    return Filter(above, promise, accepted, dropped)
+    return Filter.from_decisions(above, promise, {row["id"]: _gap(row) > above for row in pairs})
 
 
 Kind = Literal["rises", "same", "floor", "ceiling"]
@@ -115,9 +119,10 @@ def certify(
 ) -> Certificate:
     """Return the certificate that score columns satisfy a property up to a band, with one row per prompt.
 
-    rises     `of` is never below `than`: a revision never scores lower than what it revises
+    rises     `of` is never below `than`: a revision never scores lower than the answer that it revises
     same      `of` equals `than`: length padding does not change the score
-    floor     `of` is at least `bound`            ceiling   at most `bound`
+    floor     `of` is at least `bound`
+    ceiling   `of` is at most `bound`
 
     Raises UserError for a missing column, and for rows that the scorer was trained on.
     """
@@ -138,7 +143,7 @@ def certify(
 
 
 def one_row_per_prompt(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return one row per prompt, drawn by the hash of its id; a row without a prompt counts as a prompt of its own."""
+    """Return one row per prompt, drawn by the hash of its id. A row without a prompt counts as a further prompt."""
     chosen: dict[str, Mapping[str, Any]] = {}
     for row in sorted(rows, key=lambda row: content_hash(row["id"])):
         unit = content_hash(row["prompt"]) if row.get("prompt") else f"id {row['id']}"
@@ -147,23 +152,22 @@ def one_row_per_prompt(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, A
 
 
 def check_no_overlap(rows: Sequence[Mapping[str, Any]], trained_on: Iterable[str]) -> None:
-    """Raise UserError if rows are among those that the judge was trained on, and name some.
+    """Raise UserError, with some ids, if rows are among those that the judge was trained on.
 
-    A row that `apo reward score` with `by_group` derived from a pair counts as that pair, whose id is in its `pair`.
+    A row that `apo reward score` with `by_group` derived from a pair counts as that pair; its column `pair` has the id.
     """
     trained = set(trained_on)
     ids = [str(row.get("pair") or row["id"]) for row in rows]
     common = [id for id in dict.fromkeys(ids) if id in trained]
     if common:
-        more = f" and {len(common) - _MAX_NAMES} more" if len(common) > _MAX_NAMES else ""
         raise UserError(
-            f"the judge was trained on {', '.join(map(repr, common[:_MAX_NAMES]))}{more}: its scores are too good "
-            f"there to calibrate on; take these {len(common)} of {len(set(ids))} rows out, or audit others"
+            f"the judge was trained on {list_some(common, _MAX_NAMES)}: its scores of them are too good to calibrate "
+            f"on; take these {len(common)} of {len(set(ids))} rows out, or audit others"
         )
 
 
 def number(row: Mapping[str, Any], column: str) -> float:
-    """Return a finite number from a row. Raises UserError with row and column."""
+    """Return the finite number in a column of a row. Raises UserError with row and column for any other value."""
     value = row.get(column)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         problem = (
@@ -192,9 +196,9 @@ def read_audit(path: str | Path) -> list[dict[str, Any]]:
     marks: dict[str, Any] = {}
     for row in rows:
         if marks.setdefault(row["id"], row.get("bad")) != row.get("bad"):
-            raise UserError(f"audit {path}: {row['id']!r} is said to be good and bad; decide, one row an id")
+            raise UserError(f"audit {path}: {row['id']!r} is marked both good and bad; give one row for each id")
     if not rows:
-        raise UserError(f"audit {path} is empty; give rows with id and bad")
+        raise UserError(f"audit {path} is empty; give at least one row with id and bad")
     return list({row["id"]: row for row in rows}.values())
 
 
@@ -223,16 +227,10 @@ def read_ids(path: str | Path) -> list[str]:
 def _jsonl(path: str | Path, name: str) -> list[dict[str, Any]]:
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"{name} {file} does not exist; give JSONL, a row a line with an id")
+        raise UserError(f"{name} {file} does not exist; give a JSONL file whose rows have an id")
     rows = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{name} {file}, line {number}: not JSON ({error})") from error
+    for location, row in read_jsonl(file):
         if not isinstance(row, dict) or not isinstance(row.get("id"), str | int):
-            raise UserError(f"{name} {file}, line {number}: no id; each row names its pair")
+            raise UserError(f"{name} {location}: no id; each row has the id of its pair")
         rows.append({**row, "id": str(row["id"])})
     return rows

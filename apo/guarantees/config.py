@@ -6,8 +6,9 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from apo.guarantees.calibrate import SCORES, Guarantee, Kind
+from apo.guarantees.calibrate import Guarantee, Kind
 from clair.core.recipe import Recipe, check_used
+from clair.data.records import SCORES
 from clair.storage.location import LocalPath
 
 
@@ -33,7 +34,7 @@ class CalibrateConfig(GuaranteeConfig):
 
 
 class CertifyConfig(GuaranteeConfig):
-    """A property of score columns."""
+    """A property that score columns should have."""
 
     property: Kind = "rises"
     of: str = SCORES[0]

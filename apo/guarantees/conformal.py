@@ -5,8 +5,8 @@ L_i(t) in [0, B] that do not increase with t,
 
     t_hat = inf {t : (sum_i L_i(t) + B) / (n + 1) <= alpha}      gives      E[L_{n+1}(t_hat)] <= alpha.
 
-The expectation is also over draws of the n units, so a single draw may lie above alpha. If n < 1/alpha - 1, no finite t
-exists. All functions take numpy arrays of losses or scores and are independent of the model.
+The expectation includes the draw of the n units, so a single draw may lie above alpha. If n < 1/alpha - 1, no finite t
+exists. All functions take numpy arrays of losses or scores, and do not depend on the model.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     Floats = NDArray[Any]
 
 SMALL = 100
-"""Below this number of units, a band's direction is fixed: choosing it would cost half of the units."""
+"""Below this number of units, the ratio of a band's sides is fixed: choosing it would cost half of the units."""
 
 
 def check_level(name: str, value: float) -> None:
     """Raise UserError unless 0 < value < 1."""
     if not 0 < value < 1:
-        raise UserError(f"{name} is {value:g}; it lies between 0 and 1, such as 0.1")
+        raise UserError(f"{name} is {value:g}; give a number between 0 and 1, such as 0.1")
 
 
 def min_units(alpha: float) -> int:
@@ -42,9 +42,9 @@ def min_units(alpha: float) -> int:
 def crc_threshold(critical: Floats, alpha: float, *, lowest: float = 0.0) -> float:
     """Return the smallest t >= lowest with at most floor(alpha (n + 1) - 1) losses 1{critical_i > t}.
 
-    The result is inf if n is too small. `critical` [n] is the smallest t at which a unit's 0/1 loss is 0, -inf for a
-    unit that never loses. The loss is a strict inequality, so with ties the promise holds only if what is kept or
-    accepted also lies strictly above t.
+    The result is inf if n is too small. `critical` [n] has, for each unit, the smallest t at which its 0/1 loss is 0;
+    -inf if its loss is always 0. The loss is a strict inequality. So with ties, the promise holds only if a filter also
+    keeps what lies strictly above t.
     """
     import numpy as np
 
@@ -60,8 +60,8 @@ def precision_threshold(gap: Floats, bad: Floats, alpha: float, delta: float, ca
     """Return a threshold t such that P(share of bad among gap > t is above alpha) <= delta; inf if there is none.
 
     Learn-then-test (arXiv 2110.01052) with fixed-sequence testing. The `candidates`, chosen without the audit, are
-    tested from the strictest to the loosest: a binomial test of "the share is above alpha" on the audited units that
-    the candidate keeps. The result is the last candidate before the first failure. `gap` and `bad` [n] are the audit's.
+    tested from the strictest to the loosest, each by a binomial test of "the share is above alpha" on the audited units
+    that it keeps. The result is the last candidate before the first failure. `gap` and `bad` [n] are the audit's.
     """
     import numpy as np
 
@@ -70,32 +70,32 @@ def precision_threshold(gap: Floats, bad: Floats, alpha: float, delta: float, ca
     gaps, wrong = _one_dimensional(gap, "gaps"), np.asarray(bad, bool)
     threshold = math.inf
     for candidate in sorted({float(c) for c in _one_dimensional(candidates, "candidates")}, reverse=True):
-        kept = gaps > candidate
-        if binomial_tail(int(wrong[kept].sum()), int(kept.sum()), alpha) > delta:
+        accepted = gaps > candidate
+        if binomial_tail(int(wrong[accepted].sum()), int(accepted.sum()), alpha) > delta:
             break
         threshold = candidate
     return threshold
 
 
-def min_kept(alpha: float, delta: float) -> int:
-    """Return the units that must be kept, all good, for the binomial test to pass: ln(delta) / ln(1 - alpha)."""
+def min_accepted(alpha: float, delta: float) -> int:
+    """Return how many units must be kept, all good, for the binomial test to pass: ln(delta) / ln(1 - alpha)."""
     check_level("alpha", alpha)
     check_level("delta", delta)
     return math.ceil(math.log(delta) / math.log1p(-alpha))
 
 
 def candidate_thresholds(gap: Floats, units: int, alpha: float, delta: float, limit: int = 50) -> Floats:
-    """Return thresholds to test on an audit of `units`, strict to loose, from the scores `gap` [m] of other pairs.
+    """Return thresholds to test on an audit of `units`, strict to loose, from the score gaps [m] of other pairs.
 
-    They are at most `limit` of the distinct scores, spread evenly. The first is expected to keep 1.5 times the units
-    that the binomial test needs; a stricter one would end the sequence at once.
+    They are at most `limit` of the distinct gaps, spread evenly. The first threshold is expected to keep 1.5 times the
+    units that the binomial test needs. A stricter one would fail, and end the sequence at once.
     """
     import numpy as np
 
     values = _one_dimensional(gap, "gaps")
     distinct = np.unique(values)[::-1]
     share = np.array([(values > value).mean() for value in distinct])
-    usable = distinct[share * units >= 1.5 * min_kept(alpha, delta)]
+    usable = distinct[share * units >= 1.5 * min_accepted(alpha, delta)]
     lower = np.append(usable, distinct[-1] - 1) if len(usable) else usable
     return lower[np.unique(np.linspace(0, len(lower) - 1, min(limit, len(lower))).round().astype(int))]
 
@@ -111,7 +111,7 @@ def binomial_tail(successes: int, n: int, p: float) -> float:
 
 @dataclass(frozen=True)
 class Band:
-    """The interval [score - below, score + above], within which a value may be moved to satisfy the property."""
+    """The interval [score - below, score + above], within which a score may be moved to satisfy the property."""
 
     above: float
     below: float
@@ -126,15 +126,15 @@ def band(up: Floats, down: Floats, alpha: float, *, seed: int = 0) -> Band:
     """Return the band that controls the 0/1 losses 1{up_i > above or down_i > below}; infinite if n is too small.
 
     `above` and `below` have a fixed ratio, and only their scale is calibrated. With at least `SMALL` units (and twice
-    as many as alpha needs), a random half of them chooses the ratio of the smallest width and the other half
-    calibrates; with fewer, the ratio is 1. (Choosing the best point of a grid on the data that calibrate it breaks the
-    promise; docs/neighbours.md has the measurement.) `up` and `down` [n] are >= 0.
+    as many as alpha needs), a random half of them chooses the ratio with the smallest width, and the other half
+    calibrates. With fewer units, the ratio is 1. Choosing the ratio on the units that calibrate would break the promise
+    (measured in docs/guarantees.md). `up` and `down` [n] are >= 0.
     """
     import numpy as np
 
     ups, downs = _one_dimensional(up, "up"), _one_dimensional(down, "down")
     if len(ups) != len(downs):
-        raise UserError(f"{len(ups)} values up but {len(downs)} down; give both of each unit")
+        raise UserError(f"{len(ups)} values up but {len(downs)} down; give both for each unit")
     angle, calibration = math.pi / 4, np.arange(len(ups))
     if len(ups) >= max(SMALL, 2 * min_units(alpha)):
         order = np.random.default_rng(seed).permutation(len(ups))
@@ -159,9 +159,9 @@ def joint_promise(threshold: float, alpha: float, n: int) -> str:
         required = min_units(alpha)
         return f"no finite threshold: {n} audited prompts are too few for alpha {alpha:g}, which needs {required}"
     return (
-        f"keep a pair only if its gap is above {threshold:g}: at most {alpha:.3g} of new pairs are then kept and bad. "
-        f"On average over draws of {n} audited prompts like these; a single draw may lie above. This is not the share "
-        f"of bad ones among the kept"
+        f"keep a pair only if its gap is above {threshold:g}: at most {alpha:.3g} of new pairs are then kept and bad, "
+        f"on average over draws of {n} audited prompts like these; a single draw may lie above. This is not the share "
+        f"of bad pairs among the kept"
     )
 
 
@@ -169,19 +169,19 @@ def precision_promise(threshold: float, alpha: float, delta: float, n: int) -> s
     """State the promise of `precision_threshold`, or that there is no threshold."""
     if threshold == math.inf:
         return (
-            f"no threshold could be shown to keep at most {alpha:.3g} bad among the kept with {n} audited prompts (at "
-            f"least {min_kept(alpha, delta)} must be kept, all good); audit more, or raise alpha"
+            f"no threshold could be shown, with {n} audited prompts, to keep at most {alpha:.3g} bad pairs among the "
+            f"kept (at least {min_accepted(alpha, delta)} must be kept, all good); audit more, or raise alpha"
         )
     return (
         f"keep a pair only if its gap is above {threshold:g}: at most {alpha:.3g} of the kept are then bad, with a "
-        f"chance of at least {1 - delta:.3g} over draws of {n} audited prompts like these"
+        f"probability of at least {1 - delta:.3g} over draws of {n} audited prompts like these"
     )
 
 
-def _one_dimensional(values: Floats, what: str) -> Floats:
+def _one_dimensional(values: Floats, name: str) -> Floats:
     import numpy as np
 
     array = np.asarray(values, float)
     if array.ndim != 1 or np.isnan(array).any():
-        raise UserError(f"{what}: expected a list of numbers, found shape {array.shape} or NaN")
+        raise UserError(f"{name}: expected a list of numbers, found shape {array.shape} or NaN")
     return array

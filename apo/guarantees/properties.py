@@ -1,9 +1,9 @@
-"""Certified properties of a score, such as monotonicity: tests by random queries, and how far a score violates them.
+"""Certified properties of a score, such as monotonicity: how far a score violates them, tested by random queries.
 
 A property consists of a sampler of queries and the critical width of a query: the smallest s = above + below such that
 some values within the bands [f - below, f + above] at the queried points satisfy the property. Conformal risk control
-of the violations gives a `pair risk`. For monotonicity, the binary-search tester also gives a `domain certificate`: a
-monotone function exists within the band on the accepted part of the domain. Pairs cannot show that.
+of these widths gives a `pair risk`. For monotonicity, the binary-search tester also gives a `domain certificate`: a
+monotone function exists within the band on the accepted part of the domain. Queries of pairs cannot show that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Floats = NDArray[Any]
 
 Score = Callable[["Floats"], "Floats"]
-"""A score of points [n, D], [n]."""
+"""A function from points [n, D] to their scores [n]."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Property:
 
 
 def critical_widths(score: Score, prop: Property, units: Floats, seed: int = 0) -> Floats:
-    """Return the critical width of one random query per unit, [n]; 0 if the unchanged score satisfies it."""
+    """Return the critical width of one random query per unit, [n]; 0 if the score as it is satisfies the query."""
     import numpy as np
 
     points = prop.sample(units, np.random.default_rng(seed))
@@ -55,9 +55,9 @@ def monotone(coordinate: int, values: Floats, *, increasing: bool = True) -> Pro
     import numpy as np
 
     def sample(units: Floats, rng: Generator) -> tuple[Floats, ...]:
-        other = _with_coordinate(units, coordinate, rng.choice(values, len(units)))
-        swap = (other[:, coordinate] < units[:, coordinate])[:, None]
-        return np.where(swap, other, units), np.where(swap, units, other)
+        copies = _with_coordinate(units, coordinate, rng.choice(values, len(units)))
+        swap = (copies[:, coordinate] < units[:, coordinate])[:, None]
+        return np.where(swap, copies, units), np.where(swap, units, copies)
 
     sign = 1.0 if increasing else -1.0
     return Property(
@@ -74,9 +74,9 @@ def concave(coordinate: int, values: Floats) -> Property:
     """
 
     def sample(units: Floats, rng: Generator) -> tuple[Floats, ...]:
-        other = _with_coordinate(units, coordinate, rng.choice(values, len(units)))
+        copies = _with_coordinate(units, coordinate, rng.choice(values, len(units)))
         share = rng.random((len(units), 1))
-        return units, other, share * units + (1 - share) * other
+        return units, copies, share * units + (1 - share) * copies
 
     def critical(points: tuple[Floats, ...], f: tuple[Floats, ...]) -> Floats:
         import numpy as np
@@ -90,12 +90,12 @@ def concave(coordinate: int, values: Floats) -> Property:
 
 
 def floor(bound: float) -> Property:
-    """A lower bound on the score; only the upper side of the band matters."""
+    """A lower bound of the score. Only the upper side of the band matters."""
     return Property(f"the score is at least {bound:g}", lambda units, _: (units,), lambda _, f: bound - f[0])
 
 
 def ceiling(bound: float) -> Property:
-    """An upper bound on the score; only the lower side of the band matters."""
+    """An upper bound of the score. Only the lower side of the band matters."""
     return Property(f"the score is at most {bound:g}", lambda units, _: (units,), lambda _, f: f[0] - bound)
 
 
@@ -107,7 +107,7 @@ def _with_coordinate(units: Floats, coordinate: int, values: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The certified distance of a score from a property; `kind` is `pair risk` or `domain certificate`."""
+    """The certified distance of a score from a property. `kind` is `pair risk` or `domain certificate`."""
 
     description: str
     kind: str
@@ -115,14 +115,14 @@ class Certificate:
     n: int
     band: Band
     unadjusted: Estimate
-    """The share of units that the unchanged score fails, with Wilson's interval."""
+    """The share of units on which the score as it is fails, with Wilson's interval."""
 
     def summary(self) -> str:
         """State the promise."""
-        failing = f"{self.description}: fails {self.unadjusted.mean:.3g} of {self.n} units as it is"
+        failing = f"{self.description}: as it is, it fails on {self.unadjusted.mean:.3g} of {self.n} units"
         if math.isinf(self.band.width):
             return f"{failing}; no finite band: alpha {self.alpha:g} needs {min_units(self.alpha)} units"
-        average = "on average over draws of the units, of which one may lie above"
+        average = "on average over draws of the units; a single draw may lie above"
         if self.kind == "pair risk":
             return (
                 f"{failing}; pair risk: score differences up to {self.band.width:.4g} decide nothing, and then at most "
@@ -137,7 +137,7 @@ class Certificate:
 def certify_pairs(widths: Floats, alpha: float, description: str) -> Certificate:
     """Return the pair risk for critical widths [n] of one query per unit.
 
-    Only the band's total width is calibrated; it is split evenly.
+    Only the total width of the band is calibrated. Its two sides are equal.
     """
     width = crc_threshold(widths, alpha)
     failed = wilson(int((widths > 0).sum()), len(widths))
@@ -148,8 +148,8 @@ def certify_pairs(widths: Floats, alpha: float, description: str) -> Certificate
 class SearchTester:
     """The binary-search tester of monotonicity in one coordinate.
 
-    A query is a binary search among `pivots` for the unit's coordinate, which compares the unit's score with the score
-    at each visited pivot: log2(pivots) scores per unit. `pivots` must be chosen without the units.
+    A query is a binary search for the unit's coordinate among `pivots`. It compares the unit's score with the score at
+    each visited pivot, which takes log2(pivots) scores per unit. `pivots` must be chosen without the units.
     """
 
     coordinate: int
@@ -157,11 +157,12 @@ class SearchTester:
     increasing: bool = True
 
     def sides(self, score: Score, units: Floats) -> tuple[Floats, Floats]:
-        """Return by how much each unit is too low (up) and too high (down), [n] each.
+        """Return by how much each unit's score is too low (up) and too high (down), [n] each.
 
         up = max over visited pivots p < x of f(p) - f(x), down = max over visited p > x of f(x) - f(p), at least 0.
         On the units with up <= above and down <= below, a monotone function lies within the band: the running maximum
-        of f - below, because two such units share a visited pivot m with f(i) - below <= f(m) <= f(j) + above.
+        of f - below. The reason: any two such units i < j share a visited pivot m between them, and
+        f(i) - below <= f(m) <= f(j) + above.
         """
         import numpy as np
 
@@ -180,7 +181,7 @@ class SearchTester:
         return (up, down) if self.increasing else (down, up)
 
     def certify(self, score: Score, units: Floats, alpha: float, *, seed: int = 0) -> Certificate:
-        """Return the domain certificate: on at least 1 - alpha of the domain, on average, the band has a monotone g."""
+        """Return the certificate that the band holds a monotone g on at least 1 - alpha of the domain, on average."""
         up, down = self.sides(score, units)
         failed = wilson(int(((up > 0) | (down > 0)).sum()), len(units))
         direction = "rises" if self.increasing else "falls"
@@ -189,18 +190,12 @@ class SearchTester:
             description, "domain certificate", alpha, len(units), band(up, down, alpha, seed=seed), failed
         )
 
-    def accepts(self, score: Score, units: Floats, within: Band) -> NDArray[Any]:
-        """Return which units the tester accepts with this band, [n] bool."""
-        up, down = self.sides(score, units)
-        accepted: NDArray[Any] = (up <= within.above) & (down <= within.below)
-        return accepted
-
 
 def adjusted(score: Score, coordinate: int, grid: Floats, within: Band, *, increasing: bool = True) -> Score:
     """Return the score moved towards the nearest monotone function, within the band.
 
-    On the line through each point along `coordinate`, at the values of `grid` and the point's: the isotonic regression
-    (pool adjacent violators), clipped to [score - below, score + above].
+    For each point, the scores along `coordinate` at the values of `grid` and of the point itself are replaced by their
+    isotonic regression (pool adjacent violators), clipped to [score - below, score + above].
     """
     import numpy as np
 

@@ -56,8 +56,15 @@ def store(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-_IRRELEVANT_CONFIG = {"architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "transformers_version",
-              "use_cache"}  # fmt: skip
+_IRRELEVANT_CONFIG = {
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "transformers_version",
+    "use_cache",
+}
 """Keys of a model's config that do not affect the log-probs of given ids, like all that begin with `_`."""
 
 

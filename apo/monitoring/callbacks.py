@@ -21,7 +21,7 @@ from clair.core.progress import LINE_INTERVAL, Progress, print_line, progress
 class MetricsCallback(TrainerCallback):
     """Writes metrics.jsonl, and makes the trainer log the last step and every step that it saves.
 
-    So no logged mean spans a checkpoint, and a resumed run writes the same lines as an uninterrupted one.
+    Thereby no logged mean spans a checkpoint, and a resumed run writes the same lines as an uninterrupted run.
     """
 
     def __init__(self, out: Path) -> None:
@@ -43,7 +43,7 @@ class MetricsCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Append one line, on the main process, except for the trainer's closing summary."""
+        """Append one line on the main process, except for the trainer's final summary."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             append_log(self.out / METRICS, [{"step": state.global_step, **logs}])
 
@@ -56,7 +56,7 @@ class DiagnosisCallback(TrainerCallback):
         self._warned: set[str] = set()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Apply the rules to all lines logged until now, on the main process."""
+        """Apply the rules to all lines logged so far, on the main process."""
         if not state.is_world_process_zero or "loss" not in state.log_history[-1]:
             return
         for rule, (message, advice) in find_problems(training_log(state.log_history, self.objective)).items():
@@ -66,7 +66,7 @@ class DiagnosisCallback(TrainerCallback):
 
 
 class ProgressBarCallback(TrainerCallback):
-    """Prints the main numbers of each log on stderr, and below them a display of the training's progress."""
+    """Prints the main numbers of each log on stderr, and shows the training's progress below them."""
 
     def __init__(self) -> None:
         self._display = ExitStack()
@@ -76,7 +76,7 @@ class ProgressBarCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the display at the step that the run continues from.
 
-        Without a terminal, the first progress line waits as long as every other, since log lines come before it.
+        Without a terminal, the first progress line comes after the usual interval, because log lines come before it.
         """
         display = progress(
             "training",
@@ -117,7 +117,7 @@ class ProgressBarCallback(TrainerCallback):
     ) -> None:
         """Print loss, rewards and speed, and the results of an inspection.
 
-        In a terminal the display shows the speed, since a line that includes it is wider than 80 columns.
+        In a terminal the display shows the speed, because a line that includes it is wider than 80 columns.
         """
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
@@ -158,7 +158,7 @@ _INSPECTION_FORMATS = (
 
 
 def format_inspection(logs: dict[str, Any]) -> list[str]:
-    """Return the results of guard and token diagnostics, one line each; none for a log of training or evaluation."""
+    """Return the results of guard and token diagnostics in a log, one line each."""
     lines = (
         "".join(template.format(logs[key]) for key, template in templates if key in logs)
         for templates in _INSPECTION_FORMATS
@@ -187,7 +187,7 @@ def format_speed(logs: dict[str, Any]) -> str:
 
 
 class InterruptCallback(TrainerCallback):
-    """Stops the run, with a checkpoint, after the step in which Ctrl-C (or SIGTERM) comes; the second one raises.
+    """Stops the run with a checkpoint after the step in which Ctrl-C (or SIGTERM) comes. A second signal raises.
 
     A launcher delivers the signal to its processes at different moments, so the processes agree after every step.
     """
@@ -209,7 +209,7 @@ class InterruptCallback(TrainerCallback):
         self.signalled = True
         if self.group.count == 1:  # with several processes, the signal may come because another one has died
             print(
-                "\nstopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr, flush=True
+                "\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -1,7 +1,7 @@
-"""Diagnosis of a run's log: rules that each detect one problem in the logged metrics and advise what to change.
+"""Diagnosis of a run's log: each rule detects one problem in the logged metrics, and advises what to change.
 
-The same rules warn during training, once each, and judge a run afterwards (`apo diagnose`). A metric counts as moved
-if the mean of its last lines differs from the initial value by more than two standard errors of those lines.
+The same rules warn during training, once each, and examine a run afterwards (`apo diagnose`). A metric counts as moved
+if the mean of its last lines differs from its initial value by more than two standard errors of those lines.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ WINDOW = 5
 """Log lines that a mean is taken over."""
 MIN_LINES = WINDOW + 1
 """Training lines that the rules need: the window, and one line at the start of the run."""
-_CHECKPOINTS = 200
-"""Points of a long log at which the rules are applied."""
+_MAX_PREFIXES = 200
+"""Prefixes of a long log to which the rules are applied."""
 _MARGIN_OBJECTIVES = {"dpo", "robust", "ipo"}
 """Objectives of the margin alone, under which both rewards may fall."""
 
@@ -28,7 +28,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class TrainingLog:
-    """The lines of a run until now, the names of its objectives, and the title of their mixture."""
+    """The lines of a run so far, the names of its objectives, and the title of their mixture."""
 
     rows: Rows
     names: frozenset[str]
@@ -36,20 +36,20 @@ class TrainingLog:
 
     @property
     def steps(self) -> list[int]:
-        """The steps of the training lines."""
+        """Return the steps of the training lines."""
         return series(self.rows, "loss")[0]
 
     def values(self, key: str) -> list[float]:
-        """All values of a metric that are numbers."""
+        """Return all values of a metric that are numbers."""
         return [value for value in series(self.rows, key)[1] if not math.isnan(value)]
 
     def last(self, key: str) -> float | None:
-        """The mean of a metric over the last `WINDOW` lines; None if there are fewer."""
+        """Return the mean of a metric over the last `WINDOW` lines; None if there are fewer."""
         values = self.values(key)
         return statistics.fmean(values[-WINDOW:]) if len(values) >= WINDOW else None
 
     def range(self, key: str) -> tuple[float, float] | None:
-        """The mean over the last `WINDOW` lines, minus and plus two standard errors; None if there are fewer."""
+        """Return the mean over the last `WINDOW` lines minus and plus two standard errors; None for fewer lines."""
         values = self.values(key)[-WINDOW:]
         if len(values) < WINDOW:
             return None
@@ -67,7 +67,7 @@ class TrainingLog:
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem in a run: the rule, the step since which it holds, a message, and whether it holds at the end."""
+    """A problem in a run: its rule, the step since which it exists, a message, and if it still exists at the end."""
 
     rule: str
     step: int
@@ -89,8 +89,8 @@ def chosen_falls(log: TrainingLog) -> tuple[str, str] | None:
     return (
         f"chosen rewards are falling under {log.title}: {log.last('rewards/chosen'):+.3f} on average, below 0 in "
         f"{log.last('chosen_falls'):.0%} of the pairs",
-        "lower the learning rate; if the winners are no better than the model's own answers, apo_down fits; else look "
-        "at the pairs: near-duplicates pull both sides down",
+        "lower the learning rate; if the winners are no better than the model's own answers, use apo_down; else look "
+        "at the pairs: near-duplicates lower both sides",
     )
 
 
@@ -101,8 +101,8 @@ def both_fall(log: TrainingLog) -> tuple[str, str] | None:
         return None
     return (
         f"both rewards fall under {log.title}: chosen {log.last('rewards/chosen'):+.3f}, rejected "
-        f"{log.last('rewards/rejected'):+.3f}; it sees the margin alone, and likelihood moves to answers in neither",
-        "take apo_zero, or add sft with a small weight; a lower learning rate slows it",
+        f"{log.last('rewards/rejected'):+.3f}; it depends on the margin alone, and likelihood moves to other answers",
+        "use apo_zero, or add sft with a small weight; a lower learning rate slows the fall",
     )
 
 
@@ -112,7 +112,7 @@ def both_rise(log: TrainingLog) -> tuple[str, str] | None:
         return None
     return (
         f"rejected rewards are rising with the chosen ones under {log.title}: {log.last('rewards/rejected'):+.3f}",
-        "the answers share most of their text; take pairs that differ in more than a few tokens",
+        "the answers share most of their text; use pairs that differ in more than a few tokens",
     )
 
 
@@ -128,10 +128,10 @@ def stuck(log: TrainingLog) -> tuple[str, str] | None:
     if margin is None and abs(losses[-1] - start) > 1e-4 * max(abs(start), 1e-9):
         return None
     frozen = (log.last("rewards/ties") or 0) > 0.99
-    evidence = "no log-prob has changed" if frozen else "the rewards are 0 but for noise"
+    evidence = "no log-prob has changed" if frozen else "the rewards are 0 within noise"
     return (
         f"the loss is stuck at its start, {start:.4g}, after {log.steps[-1]} steps: {evidence}",
-        "a higher learning rate (about ten times for LoRA), fewer warm-up steps, or something that is trained at all",
+        "raise the learning rate (about ten times for LoRA), shorten the warm-up, or check that any weight is trained",
     )
 
 
@@ -140,14 +140,15 @@ def saturated(log: TrainingLog) -> tuple[str, str] | None:
     share = log.last("saturation")
     if share is None or share < 0.5:
         return None
-    lost = (log.last("rewards/accuracies") or 1) < 0.75
-    return (
-        f"{share:.0%} of the pairs are saturated: on them {log.title} has less than 5 % of its maximal gradient"
-        + (", and many are on the wrong side" if lost else ""),
-        "the rate is so high that pairs were lost; lower it, or a smaller beta"
-        if lost
-        else "stop here, or train on "
-        "new pairs; fewer epochs next time. A smaller beta saturates later and goes further from the reference",
+    message = f"{share:.0%} of the pairs are saturated: on them {log.title} has less than 5 % of its maximal gradient"
+    if (log.last("rewards/accuracies") or 1) < 0.75:
+        return (
+            f"{message}, and many are in the wrong order",
+            "lower the learning rate, which is too high, or lower beta",
+        )
+    return message, (
+        "stop here, or train on new pairs; use fewer epochs next time. A smaller beta saturates later and goes further "
+        "from the reference"
     )
 
 
@@ -157,8 +158,8 @@ def loss_zero(log: TrainingLog) -> tuple[str, str] | None:
     if "robust" in log.names or abs(statistics.fmean(losses[-3:])) > 1e-3 * abs(losses[0]):
         return None
     return (
-        f"the loss is 0 ({losses[-1]:.2g} of {losses[0]:.2g} at the start): every pair is told apart",
-        "the pairs are learned by heart or differ in something trivial; look at held-out accuracy, and at a few pairs",
+        f"the loss is 0 ({losses[-1]:.2g} of {losses[0]:.2g} at the start): every pair is in the right order",
+        "the pairs are memorised or differ in something trivial; look at held-out accuracy, and at a few pairs",
     )
 
 
@@ -168,7 +169,7 @@ def wrong_way(log: TrainingLog) -> tuple[str, str] | None:
         return None
     return (
         f"rejected has the higher reward in most pairs: accuracy {log.last('rewards/accuracies'):.0%}",
-        "see that chosen and rejected are not swapped in the dataset; else lower the learning rate",
+        "check that chosen and rejected are not swapped in the dataset; else lower the learning rate",
     )
 
 
@@ -179,7 +180,7 @@ def runaway(log: TrainingLog) -> tuple[str, str] | None:
         return None
     return (
         f"rejected runs away ({rejected:+.2f}) and chosen stays ({chosen:+.2f}): the model unlearns rather than learns",
-        "a larger beta or fewer epochs; or add sft with a small weight",
+        "raise beta, use fewer epochs, or add sft with a small weight",
     )
 
 
@@ -191,9 +192,8 @@ def by_heart(log: TrainingLog) -> tuple[str, str] | None:
     best = min(range(len(held_out)), key=held_out.__getitem__)
     step = series(log.rows, "eval_loss")[0][best]
     return (
-        f"the held-out loss rises: {held_out[-1]:.4g} after {held_out[best]:.4g} at step {step}; the pairs are learned "
-        "by heart",
-        f"take the checkpoint nearest step {step}; fewer epochs, a lower rate, or more pairs",
+        f"the held-out loss rises, {held_out[-1]:.4g} after {held_out[best]:.4g} at step {step}: pairs are memorised",
+        f"use the checkpoint nearest to step {step}; use fewer epochs, a lower learning rate, or more pairs",
     )
 
 
@@ -203,9 +203,9 @@ def shared_text(log: TrainingLog) -> tuple[str, str] | None:
     if len(shared) < 2 or not edited or shared[-1] > -0.01 or shared[-1] > min(edited[-1], 0):
         return None
     return (
-        f"what falls in chosen responses is the text they share with rejected: {shared[-1]:+.3f} nats a token, edited "
-        f"tokens {edited[-1]:+.3f}",
-        "near-duplicate pairs drag their common text down; apo_zero in place of dpo, a lower rate, or sft beside it",
+        f"in chosen responses, the text shared with rejected falls: {shared[-1]:+.3f} nats per token, edited tokens "
+        f"{edited[-1]:+.3f}",
+        "near-duplicate pairs lower their common text; use apo_zero instead of dpo, a lower learning rate, or add sft",
     )
 
 
@@ -217,7 +217,7 @@ def longer(log: TrainingLog) -> tuple[str, str] | None:
     return (
         f"chosen responses are {chosen / rejected:.2g} times as long as rejected ones "
         f"({chosen:.0f} tokens, {rejected:.0f})",
-        "the model may learn length alone; `length_normalised: true`, or a filter on length",
+        "the model may learn length alone; set length_normalised: true, or filter by length",
     )
 
 
@@ -264,11 +264,11 @@ def find_problems(log: TrainingLog) -> dict[str, tuple[str, str]]:
 
 
 def diagnose(rows: Rows, objective: Any) -> list[Problem]:
-    """Return every problem at any point of a run: first those that still hold, then by the step they began.
+    """Return every problem at any point of a run: first those that still exist, then by the step they began at.
 
-    The rules are applied to at most about `_CHECKPOINTS` prefixes of the log.
+    The rules are applied to at most about `_MAX_PREFIXES` prefixes of the log.
     """
-    stride = -(-len(rows) // _CHECKPOINTS) or 1
+    stride = -(-len(rows) // _MAX_PREFIXES) or 1
     first: dict[str, int] = {}
     latest: dict[str, tuple[str, str]] = {}
     current: dict[str, tuple[str, str]] = {}

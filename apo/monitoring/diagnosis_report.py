@@ -33,7 +33,7 @@ TABLE_METRICS = (
     "pairs_per_second",
     "mfu",
 )
-"""The metrics in the table, if the log has them."""
+"""The metrics of the table. Those that the log lacks are left out."""
 
 
 def diagnosis_lines(run: Path, picture: Path | None = None) -> list[str]:
@@ -57,11 +57,11 @@ def _state(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     step, steps = rows[-1]["step"], about.get("steps", "?")
     if about.get("finished"):
         return f"finished: {steps:,} steps in {about['seconds']:,.0f} s"
-    return f"step {step:,} of {steps:,}; not finished: under way, or stopped"
+    return f"step {step:,} of {steps:,}; not finished: running, or stopped"
 
 
 def _metrics_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Each metric at its first log, in the middle and at its last."""
+    """Return each metric at its first log, halfway, and at its last log."""
     lines = [f"{'':26}{'first':>12}{'half way':>12}{'last':>12}"]
     for key in TABLE_METRICS:
         _, values = series(rows, key)
@@ -72,7 +72,10 @@ def _metrics_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def sample_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """The share of words of each sample answer that left it since step 0, by step, and the diff of the last answer."""
+    """Return, for each sample prompt, the share of the first answer's words that are lost at each step, and a diff.
+
+    The diff compares the answer at step 0 with the last one.
+    """
     answers: dict[int, dict[int, dict[str, Any]]] = {}
     for row in rows:
         answers.setdefault(row["prompt"], {})[row["step"]] = row
@@ -90,11 +93,11 @@ def sample_lines(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(f"{number + 1:>2}. {title[:34]:36}{cells}")
         diff = _marked(first, last["answer"]) + ("" if last["ended"] else " ...")
         diffs += ["", f"{number + 1:>2}. {title[:100]}", diff]
-    return [*lines, "", f"answers at step {steps[-1]:,}, [-words gone-] and {{+words new+}} since step 0:", *diffs, ""]
+    return [*lines, "", f"answers at step {steps[-1]:,}, [-removed-] and {{+added+}} words since step 0:", *diffs, ""]
 
 
 def questions(texts: list[str]) -> list[str]:
-    """The prompts without the lines that all of them begin and end with: the system message and the template's."""
+    """Return the prompts without the lines that all begin and end with: the system message and the template's lines."""
     prompts = [text.strip().splitlines() for text in texts]
     if len(prompts) < 2:
         return [one_line(text) for text in texts]
@@ -104,21 +107,21 @@ def questions(texts: list[str]) -> list[str]:
 
 
 def _common_lines(prompts: list[list[str]]) -> int:
-    """The number of first lines that all prompts share."""
+    """Count the first lines that all prompts share."""
     return sum(1 for _ in takewhile(lambda lines: len(set(lines)) == 1, zip(*prompts, strict=False)))
 
 
-def _marked(before: str, after: str) -> str:
-    """The word diff as text."""
+def _marked(first: str, last: str) -> str:
+    """Return the word diff as text."""
     marks = {"same": ("", ""), "gone": ("[-", "-]"), "new": ("{+", "+}")}
-    return "".join(f"{marks[kind][0]}{text}{marks[kind][1]}" for kind, text in word_diff(before, after)).strip()
+    return "".join(f"{marks[kind][0]}{text}{marks[kind][1]}" for kind, text in word_diff(first, last)).strip()
 
 
 def _problem_lines(problems: list[Problem], count: int) -> list[str]:
     if count < MIN_LINES:
         return [f"too early to judge: the log has {count} of the {MIN_LINES} lines that are needed"]
     if not problems:
-        return ["nothing wrong was found"]
+        return ["no problem was found"]
     lines = []
     for problem in problems:
         when = f"since step {problem.step:,}" if problem.holds else f"at step {problem.step:,}, no longer"

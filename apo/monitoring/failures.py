@@ -24,7 +24,7 @@ from apo.packing.async_copy import HostCopy
 from apo.packing.batch import PairBatch
 from apo.packing.layout import packed_length
 from apo.run_dir import checkpoints
-from clair.core.errors import EXIT_STOPPED, UserError
+from clair.core.errors import EXIT_STOPPED, UserError, list_some
 from clair.core.exit_codes import SYSTEM_ERRNOS
 
 if TYPE_CHECKING:
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from apo.losses.mixture import Mixture
 
 MAX_NAMES = 8
-"""Pairs that a message names at most."""
+"""Maximal number of pairs that a message names."""
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
 
 
 class RunningTrainer(Protocol):
-    """What the checks of losses, gradients, weights and files read of a trainer; `args` is an APOConfig."""
+    """What the checks of losses, gradients, weights and files need of a trainer. `args` is an APOConfig."""
 
     @property
     def args(self) -> Any: ...
@@ -53,7 +53,7 @@ class RunningTrainer(Protocol):
 
 
 class MemoryTrainer(RunningTrainer, Protocol):
-    """What the message of an error of memory reads besides."""
+    """What the message about memory also needs of a trainer."""
 
     @property
     def ref_model(self) -> Any: ...
@@ -62,7 +62,7 @@ class MemoryTrainer(RunningTrainer, Protocol):
 
     @property
     def is_packed(self) -> bool:
-        """True if pairs run in packed rows, without padding, each prompt once."""
+        """True if pairs run in packed rows, without padding and with each prompt once."""
         ...
 
     @property
@@ -72,16 +72,16 @@ class MemoryTrainer(RunningTrainer, Protocol):
 
 
 class Stopped(UserError):
-    """Training stopped early without a request of the user: the reason, and what to change."""
+    """Training stopped itself. The message has the reason, and what to change."""
 
     exit_code = EXIT_STOPPED
 
 
 class NonFiniteLossCheck:
-    """Stops training at a loss that is not finite, names the pairs, and prevents that such a step is saved.
+    """Stops training at a loss that is not finite, names the pairs, and prevents saving such a step.
 
-    On a CPU, each micro-batch is checked at once. On other devices, where losses arrive late, `add` checks the one
-    before the last, and `flush` checks all before anything is logged or saved.
+    On a CPU, each micro-batch is checked at once. On other devices losses arrive late: `add` checks the micro-batch two
+    before the current one, and `flush` checks all before anything is logged or saved.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -108,11 +108,14 @@ def _loss_message(trainer: RunningTrainer, step: int, lost: Sequence[bool], exam
     names = pair_names(examples, trainer.train_dataset)
     lost_names = [name for name, is_lost in zip(names, lost, strict=True) if is_lost]
     if len(lost_names) == len(names):
-        which = f"all {len(names)} pairs of its batch ({_some(names)})"
-        change = "the model has lost its numbers: lower trainer.learning_rate, or warm it up (trainer.warmup_steps)"
+        which = f"all {len(names)} pairs of its batch ({list_some(names, MAX_NAMES)})"
+        change = "training has diverged: lower trainer.learning_rate, or warm it up (trainer.warmup_steps)"
     else:
-        others = _some([name for name in names if name not in lost_names])
-        which = f"{len(lost_names)} of {len(names)} pairs of its batch ({_some(lost_names)}; beside them {others})"
+        others = [name for name in names if name not in lost_names]
+        which = (
+            f"{len(lost_names)} of {len(names)} pairs of its batch ({list_some(lost_names, MAX_NAMES)}; the others: "
+        )
+        which += f"{list_some(others, MAX_NAMES)})"
         change = "look at these pairs and take them out, or lower trainer.learning_rate"
     if trainer.args.fp16:
         change += ", or train in bfloat16 (trainer.bf16), whose numbers do not overflow"
@@ -120,10 +123,10 @@ def _loss_message(trainer: RunningTrainer, step: int, lost: Sequence[bool], exam
 
 
 def check_gradient(trainer: RunningTrainer, norm: float | None) -> None:
-    """Raise Stopped if the gradient is not finite although the loss is. In float16 the scaler skips such steps."""
+    """Raise Stopped if the gradient is not finite, although the loss is. In float16 the scaler skips such steps."""
     if norm is not None and not abs(norm) < float("inf") and not trainer.args.fp16:
         raise Stopped(
-            f"step {trainer.state.global_step}: the gradient is not finite though the loss is; lower "
+            f"step {trainer.state.global_step}: the gradient is not finite, although the loss is; lower "
             f"trainer.learning_rate, or train in float32; {checkpoint_hint(trainer)}"
         )
 
@@ -139,9 +142,9 @@ def check_weights_finite(trainer: RunningTrainer) -> None:
 
 
 def pair_names(examples: Sequence[dict[str, Any]], dataset: Dataset) -> list[str]:
-    """Return the names of tokenised pairs: their `id` in the dataset, else their row, such as `row 7`.
+    """Return the names of tokenised pairs: their `id` in the dataset, or else their row, such as `row 7`.
 
-    Pairs are searched by their token ids, which reads the dataset until all are found.
+    Pairs are matched by their token ids; the dataset is read until all have a match.
     """
 
     def key_of(row: Any) -> tuple[tuple[int, ...], ...]:
@@ -161,12 +164,8 @@ def pair_names(examples: Sequence[dict[str, Any]], dataset: Dataset) -> list[str
     return [names[key_of(example)] for example in examples]
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
-
-
 def checkpoint_hint(trainer: RunningTrainer) -> str:
-    """Name the newest checkpoint from which the run can resume."""
+    """Name the newest checkpoint from which the run can resume, or say that there is none."""
     newest_first = reversed(checkpoints.checkpoints(Path(trainer.args.output_dir)))
     resumable = next((folder for folder in newest_first if checkpoints.resume_problem(folder) is None), None)
     return f"the last good checkpoint is {resumable}" if resumable else "no checkpoint had been saved"
@@ -176,8 +175,8 @@ def checkpoint_hint(trainer: RunningTrainer) -> str:
 
 
 @contextlib.contextmanager
-def stop_on_write_error(trainer: RunningTrainer, what: str) -> Iterator[None]:
-    """Turn an error of the disk into Stopped, and remove the partly written checkpoint; other errors pass."""
+def stop_on_write_error(trainer: RunningTrainer, name: str) -> Iterator[None]:
+    """Turn a failed write into Stopped, and remove the partly written checkpoint. Other errors pass."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -185,13 +184,13 @@ def stop_on_write_error(trainer: RunningTrainer, what: str) -> Iterator[None]:
             raise
         shutil.rmtree(Path(trainer.args.output_dir) / checkpoints.UNFINISHED, ignore_errors=True)
         raise Stopped(
-            f"step {trainer.state.global_step}: {what} cannot be written to {trainer.args.output_dir} ({reason}); "
-            f"make room or permissions, then run the same command again; {checkpoint_hint(trainer)}"
+            f"step {trainer.state.global_step}: {name} cannot be written to {trainer.args.output_dir} ({reason}); "
+            f"make room or give permission, then run the same command again; {checkpoint_hint(trainer)}"
         ) from error
 
 
 def _write_error(error: BaseException) -> str | None:
-    """Return the system's message for a failed write, or None. safetensors and torch put it in their own text."""
+    """Return the system's message for a failed write, or None. safetensors and torch hide it in their own messages."""
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, SafetensorError) and (match := re.search(r"os error (\d+)", str(error))):
         number = int(match[1])
@@ -207,7 +206,7 @@ def _write_error(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def stop_on_out_of_memory(trainer: MemoryTrainer, phase: str) -> Iterator[None]:
-    """Turn an out-of-memory error into Stopped with settings that need less memory; other errors pass."""
+    """Turn an out-of-memory error into Stopped, with settings that need less memory. Other errors pass."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -240,7 +239,7 @@ def _computed_tokens(trainer: MemoryTrainer, batch: PairBatch) -> list[int]:
 
 
 def memory_suggestions(trainer: MemoryTrainer, batch: PairBatch | None) -> list[str]:
-    """Return changes of the settings that need less memory, the cheapest first, each with its cost."""
+    """Return settings that need less memory, the cheapest first, each with its cost."""
     args = trainer.args
     pairs = args.per_device_train_batch_size
     changes = []

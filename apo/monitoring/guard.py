@@ -2,8 +2,8 @@
 
 There are two measures, each on a file of the user's. `text`: the language-modelling loss, in nats per token. `tasks`:
 the share of multiple-choice tasks whose right option is the likeliest answer. Both are compared, text by text and task
-by task, with the model before the first step. A limit is violated if the whole 95 % interval of what was lost lies
-beyond it.
+by task, with the model before the first step. A limit is violated if the whole 95 % interval of the loss of ability
+lies beyond it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 PIECE = 1024
-"""Tokens of a text that run in one piece. A longer text is cut; the first token of a piece is not predicted."""
+"""Maximal number of tokens of a text in one piece. The first token of a piece is not predicted."""
 MEASUREMENTS = 10
-"""Measurements in a run, unless `every` is set."""
+"""Measurements in a run if `every` is not set."""
 
 Examples = list[dict[str, list[int]]]
 
@@ -38,7 +38,7 @@ class Guard(Recipe):
     text: str | None = None
     """Held-out text: .txt with a blank line between texts, or .jsonl with a `text` in each row."""
     tasks: str | None = None
-    """Tasks: .jsonl with `prompt` (text or messages), `options` and `answer`, the right option or its index from 0."""
+    """Tasks: .jsonl with `prompt` (text or messages), `options` and `answer` (the right option or its index from 0)."""
     most_loss_rise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05
     """The rise of the loss on `text` that is allowed, in nats per token."""
     most_accuracy_drop: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -49,7 +49,7 @@ class Guard(Recipe):
     @model_validator(mode="after")
     def _check_files(self) -> Guard:
         if self.text is None and self.tasks is None:
-            raise ValueError("give text or tasks; a guard without either measures nothing")
+            raise ValueError("a guard without text and tasks measures nothing; give one of them")
         for limit, file in (("most_loss_rise", "text"), ("most_accuracy_drop", "tasks")):
             if limit in self.model_fields_set and getattr(self, file) is None:
                 raise ValueError(f"{limit} would be ignored without {file}; leave it out")
@@ -57,7 +57,7 @@ class Guard(Recipe):
 
 
 def default_interval(steps: int) -> int:
-    """Return the steps between two of the `MEASUREMENTS` in a run of `steps`."""
+    """Return the steps between two of the `MEASUREMENTS` of a run of `steps`."""
     return max(1, math.ceil(steps / MEASUREMENTS))
 
 
@@ -66,7 +66,7 @@ class GuardSet:
     """A guard's files, checked and tokenised.
 
     Each piece of text is an example whose prompt is its first token; `texts` has the index of its text. Each option of
-    a task is an example; `tasks` has the indices (first, one past the last, right one) into `options`.
+    a task is an example; `tasks` has, for each task, its indices in `options`: the first, one past the last, the right.
     """
 
     guard: Guard
@@ -88,7 +88,7 @@ class GuardSet:
 
 @dataclass(frozen=True)
 class GuardMeasurement:
-    """A model's loss on every text in nats, the texts' lengths in tokens, and 1.0 for each task that is right."""
+    """A model's loss on every text in nats, the texts' lengths in tokens, and 1.0 for each task answered right."""
 
     losses: tuple[float, ...]
     tokens: tuple[int, ...]
@@ -104,9 +104,8 @@ def load_guard(
 ) -> GuardSet:
     """Read and tokenise a guard's files. `max_tokens` is the model's context, or None.
 
-    `day` is the date (YYYY-MM-DD) that a chat template writes as today's; None is the date of the clock.
-
-    Raises UserError, with file and line, for a row that is not valid.
+    `day` is the date (YYYY-MM-DD) that a chat template writes as today's; None: the clock's date. Raises UserError with
+    file and line for a row that is not valid.
     """
     piece = min(PIECE, max_tokens or PIECE)
     pieces, texts = _read_text(Path(guard.text), tokenizer, piece) if guard.text else ([], [])
@@ -123,7 +122,7 @@ def _read_text(path: Path, tokenizer: PreTrainedTokenizerBase, piece_tokens: int
         contents = []
         for location, row in read_jsonl(path):
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise UserError(f"guard.text: {location}: a row is an object with a text in `text`")
+                raise UserError(f"guard.text: {location}: a row has to be an object with a text in `text`")
             contents.append(row["text"])
     else:
         raise UserError(f"guard.text: {path} is neither .txt nor .jsonl")
@@ -165,8 +164,8 @@ def _read_tasks(
         ]
     if len(tasks) < 2:
         raise UserError(f"guard.tasks: {path} holds {len(tasks)} task(s); give at least 2")
-    ends = eos_ids(tokenizer, generation)
-    tokenized = tokenize(Dataset.from_list(rows), tokenizer, max_tokens, ends, "guard.tasks", day=day)
+    eos = eos_ids(tokenizer, generation)
+    tokenized = tokenize(Dataset.from_list(rows), tokenizer, max_tokens, eos, "guard.tasks", day=day)
     if tokenized.dropped:
         raise UserError(
             f"guard.tasks: {tokenized.dropped['too_long']:,} answers are longer than the {max_tokens:,} tokens that "
@@ -176,30 +175,30 @@ def _read_tasks(
     return [dict(zip(columns, ids, strict=True)) for ids in zip(*columns.values(), strict=True)], tasks
 
 
-def _check_task(row: Any, where: str) -> tuple[list[dict[str, str]], list[str], int]:
+def _check_task(row: Any, location: str) -> tuple[list[dict[str, str]], list[str], int]:
     """Return a task's prompt as messages, its options, and the index of the right one. Raises UserError."""
     keys = ["prompt", "options", "answer"]
     if not isinstance(row, dict) or not set(keys) <= set(row):
         near = near_miss(next(iter(set(row) - set(keys)), ""), keys) if isinstance(row, dict) else ""
-        raise UserError(f"guard.tasks: {where}: a row has prompt, options and answer{near}")
+        raise UserError(f"guard.tasks: {location}: a row needs prompt, options and answer{near}")
     prompt, options, answer = row["prompt"], row["options"], row["answer"]
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not (isinstance(options, list) and len(options) > 1 and all(isinstance(o, str) and o for o in options)):
-        raise UserError(f"guard.tasks: {where}: options are at least two texts, none empty")
+        raise UserError(f"guard.tasks: {location}: options have to be at least two texts, none of them empty")
     if len(set(options)) < len(options):
-        raise UserError(f"guard.tasks: {where}: an option is listed twice")
+        raise UserError(f"guard.tasks: {location}: an option occurs twice")
     if isinstance(answer, str) and answer in options:
         return prompt, options, options.index(answer)
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
         return prompt, options, answer
-    raise UserError(f"guard.tasks: {where}: answer {answer!r} is neither an option nor its index from 0")
+    raise UserError(f"guard.tasks: {location}: answer {answer!r} is neither an option nor its index from 0")
 
 
 # ---- measurement
 
 
 def measure_guard(response_logps: Callable[[Examples], list[float]], guard_set: GuardSet) -> GuardMeasurement:
-    """Measure the model of the trainer whose `response_logps` is given; every process must call it."""
+    """Measure the model of the trainer whose `response_logps` this is. Every process must call it."""
     logps = response_logps([*guard_set.pieces, *guard_set.options])
     losses = [0.0] * (max(guard_set.texts, default=-1) + 1)
     tokens = [0] * len(losses)
@@ -213,9 +212,9 @@ def measure_guard(response_logps: Callable[[Examples], list[float]], guard_set: 
 
 
 def guard_metrics(baseline: GuardMeasurement, current: GuardMeasurement) -> dict[str, float]:
-    """Return the logged metrics: loss in nats per token and accuracy, what was lost of each, and its noise.
+    """Return the metrics to log: loss in nats per token, accuracy, the change of each for the worse, and its noise.
 
-    The noise is half of the 95 % interval of the paired difference, over tasks, and over texts with all their tokens.
+    The noise is half of the 95 % interval of the paired difference, over tasks, and over texts weighted by tokens.
     """
     metrics: dict[str, float] = {}
     if current.losses:
@@ -240,7 +239,7 @@ def _difference(name: str, estimate: Estimate) -> dict[str, float]:
 
 
 def violation(guard: Guard, metrics: dict[str, float]) -> str | None:
-    """Describe the limits that the metrics exceed by more than their noise; None if there are none."""
+    """Describe the limits that the metrics exceed by more than their noise; None if there is none."""
     limits = (
         ("text_loss_rise", "most_loss_rise", "the loss on the guard's text rose by {:.3g} nats per token"),
         ("accuracy_drop", "most_accuracy_drop", "the accuracy on the guard's tasks fell by {:.3g}"),

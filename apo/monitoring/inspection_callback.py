@@ -1,4 +1,7 @@
-"""Inspections: guard, token diagnostics and sample answers, ten times in a run, and before it evaluates or saves."""
+"""Inspections of the model: guard, token diagnostics and sample answers, ten times in a run.
+
+The guard is also measured before every evaluation and save.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class InspectedTrainer(Protocol):
-    """What the callback reads of a trainer."""
+    """What the callback needs of a trainer."""
 
     @property
     def meter(self) -> Meter: ...
 
     def response_logps(self, examples: Sequence[dict[str, Any]]) -> list[float]:
-        """Log-prob of the chosen response of each example, in nats; every process must call it."""
+        """Return the log-prob of the chosen response of each example, in nats. Every process must call it."""
         ...
 
     def log(self, logs: dict[str, float]) -> None:
@@ -33,8 +36,8 @@ class InspectedTrainer(Protocol):
 class InspectionCallback(TrainerCallback):
     """Measures guard and token diagnostics, writes sample answers, and stops the run if the guard is violated.
 
-    The guard is measured before every save, and every measurement that passes is saved (unless `save_strategy` is no),
-    so the newest checkpoint is always the last good one. Runs before the MetricsCallback, which logs saved steps.
+    The guard is measured before every save, and a step that passes is saved (unless `save_strategy` is no). So the
+    newest checkpoint is always the last good one. Runs before the MetricsCallback, which logs saved steps.
     """
 
     def __init__(self, guard_set: GuardSet | None) -> None:
@@ -49,13 +52,13 @@ class InspectionCallback(TrainerCallback):
     def begin(
         self, trainer: InspectedTrainer, diagnostics: TokenDiagnostics | None, samples: SampleAnswers | None
     ) -> None:
-        """Measure the guard on the model before the first step, also if the run resumes from a later one."""
+        """Measure the guard on the model before the first step, also if the run resumes from a later step."""
         self._trainer, self.diagnostics, self.samples = trainer, diagnostics, samples
         if self.guard_set is not None:
             self._baseline = measure_guard(trainer.response_logps, self.guard_set)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Log the baseline at step 0, and write the first model's answers."""
+        """Log the baseline at step 0, and write the answers of the model before training."""
         if state.global_step > 0:
             return
         self._write_samples(state)
@@ -77,7 +80,7 @@ class InspectionCallback(TrainerCallback):
         self._inspect(args, state, control, metrics, measure=due)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Measure the guard if the end of the epoch is saved or evaluated and its step was not measured."""
+        """Measure the guard if the end of the epoch is saved or evaluated, and was not measured as a step."""
         if self.violation:
             control.should_save = False
         due = (control.should_save or control.should_evaluate) and self._measured_step != state.global_step
@@ -92,7 +95,7 @@ class InspectionCallback(TrainerCallback):
         *,
         measure: bool,
     ) -> None:
-        """Measure the guard if there is one and `measure` is set, and log its metrics with the given ones."""
+        """Measure the guard if there is one and `measure` is set, and log its metrics together with `metrics`."""
         if measure and self._trainer is not None and self.guard_set is not None and self._baseline is not None:
             with self._trainer.meter.pause():
                 measurement = measure_guard(self._trainer.response_logps, self.guard_set)
@@ -107,7 +110,7 @@ class InspectionCallback(TrainerCallback):
             self._log(metrics, control)
 
     def _write_samples(self, state: TrainerState) -> None:
-        """Write the sample answers on the main process; the others go on and wait at the next step."""
+        """Write the sample answers on the main process. The other processes continue, and wait in the next step."""
         if self.samples is not None and self._trainer is not None and state.is_world_process_zero:
             with self._trainer.meter.pause():
                 self.samples.write(state.global_step)

@@ -1,4 +1,4 @@
-"""Training metrics: numbers per pair, their aggregates at each log, and series over a finished log."""
+"""Training metrics: numbers per pair, their aggregates at each log, and series over a run's log."""
 
 from __future__ import annotations
 
@@ -20,26 +20,44 @@ if TYPE_CHECKING:
     from apo.packing.batch import Stacked
 
 COLUMNS = (
-    "weight", "loss", "chosen", "rejected", "chosen_len", "rejected_len",
-    "chosen_ref", "rejected_ref", "kl", "kl_per_token",
-    "tokens", "computed", "useful", "labels", "products",
-)  # fmt: skip
-"""The numbers stored per pair until the next log: loss, log-probs and lengths, the reference, and token counts."""
+    "weight",
+    "loss",
+    "chosen",
+    "rejected",
+    "chosen_len",
+    "rejected_len",
+    "chosen_ref",
+    "rejected_ref",
+    "kl",
+    "kl_per_token",
+    "tokens",
+    "computed",
+    "useful",
+    "labels",
+    "products",
+)
+"""The numbers stored per pair until the next log: loss, log-probs, lengths, the reference, KTO's kl, token counts."""
 
 LOGP_MEANS = ("loss", "logps/chosen", "logps/rejected", "lengths/chosen", "lengths/rejected")
 RATIO_MEANS = (
-    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/ties",
-    "logratios/chosen", "logratios/rejected", "chosen_falls",
-)  # fmt: skip
-"""Means over pairs; of unpaired rows, over those that have the response. `rewards/accuracies` counts a tie as one half;
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "rewards/ties",
+    "logratios/chosen",
+    "logratios/rejected",
+    "chosen_falls",
+)
+"""Means over pairs, or over the unpaired rows that have the response. `rewards/accuracies` counts a tie as one half;
 `chosen_falls` is the share of chosen responses that are less likely than under the reference."""
 ROUNDING = 1e-6
-"""Nats per token by which float32 log-probs of equal weights differ at most between different batches."""
+"""Maximal difference, in nats per token, of float32 log-probs of equal weights in different batches."""
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
-"""Logged for both rewards, as `rewards/chosen_p10` and so on."""
+"""Quantiles logged for both rewards, as in `rewards/chosen_p10`."""
 SHARES = ("saturation", "padding", "shared")
 CONDITIONAL_METRICS = ("rows/chosen", "rows/rejected", "kl/mismatched")
-"""Logged for unpaired rows (the counts of desirable and undesirable ones), and for objectives that read KTO's kl."""
+"""Logged only for unpaired rows (their counts by side), and for objectives that use KTO's kl."""
 
 
 def check_best_metric(name: str | None, objective: Mixture) -> None:
@@ -61,7 +79,7 @@ def per_pair_metrics(
     kl: Iterable[Tensor | float],
     work: Tensor,
 ) -> Tensor:
-    """Return the `COLUMNS` of the B pairs of a batch, [B, C] float32, without gradient or transfer to the host.
+    """Return the `COLUMNS` of a batch's B pairs, [B, C] float32, without gradient or transfer to the host.
 
     Without a reference, its two columns are NaN. `kl` is KTO's divergence, summed and per token; `work` is what
     `token_counts` returns.
@@ -82,8 +100,8 @@ def token_counts(stacked: Stacked) -> Tensor:
     labels     scored by the LM head
     products   query-key products of attention, as whole rectangles (apo.cost.memory)
 
-    In packed rows, the common prefix of a pair is computed once and nothing is padded; in TRL's batch, every sequence
-    is as long as the longest. Of an unpaired row, only the sequence with a response is computed.
+    In packed rows, the common prefix of a pair is computed once and nothing is padded. In TRL's batch, every sequence
+    is padded to the longest. Of an unpaired row, only the sequence with a response is computed.
     """
     trained = stacked["completion_mask"].sum(1).view(2, -1)
     has = (trained > 0).long()
@@ -102,9 +120,11 @@ def aggregate_metrics(rows: Tensor, objective: Mixture, beta: float) -> dict[str
     weight = stored["weight"].sum()
     has = {"chosen": policy.chosen_len > 0, "rejected": policy.rejected_len > 0}
     columns = {
-        "logps/chosen": policy.chosen, "logps/rejected": policy.rejected,
-        "lengths/chosen": policy.chosen_len, "lengths/rejected": policy.rejected_len,
-    }  # fmt: skip
+        "logps/chosen": policy.chosen,
+        "logps/rejected": policy.rejected,
+        "lengths/chosen": policy.chosen_len,
+        "lengths/rejected": policy.rejected_len,
+    }
     quantiles, reference = {}, None
     if objective.needs_reference:
         reference = stored["chosen_ref"], stored["rejected_ref"]
@@ -113,11 +133,15 @@ def aggregate_metrics(rows: Tensor, objective: Mixture, beta: float) -> dict[str
         ties = ((chosen - rejected).abs() <= noise[0] + noise[1]).double()
         better = (chosen > rejected) * (1 - ties)
         columns |= {
-            "rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected,
-            "rewards/margins": beta * (chosen - rejected), "rewards/accuracies": better + ties / 2,
-            "rewards/ties": ties, "logratios/chosen": chosen, "logratios/rejected": rejected,
+            "rewards/chosen": beta * chosen,
+            "rewards/rejected": beta * rejected,
+            "rewards/margins": beta * (chosen - rejected),
+            "rewards/accuracies": better + ties / 2,
+            "rewards/ties": ties,
+            "logratios/chosen": chosen,
+            "logratios/rejected": rejected,
             "chosen_falls": (chosen < -noise[0]).double(),
-        }  # fmt: skip
+        }
     columns = {name: values[_rows_with(name, has)] for name, values in columns.items()}
     for name in ("rewards/chosen", "rewards/rejected"):
         rewards = columns.get(name)
@@ -141,7 +165,7 @@ def aggregate_metrics(rows: Tensor, objective: Mixture, beta: float) -> dict[str
 
 
 def _rows_with(name: str, has: Mapping[str, Tensor]) -> Tensor:
-    """Select the rows of a metric: those with the response that it names, or with both if it names none. [N] bool."""
+    """Return which rows a metric covers, [N] bool: those with the response that it names, or else with both."""
     side = next((side for side in has if side in name), None)
     return has[side] if side else has["chosen"] & has["rejected"]
 
@@ -153,10 +177,10 @@ def series(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list
 
 
 def adjusted_logps(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Return log-probs of `name` ("chosen" or "rejected") over training, adjusted to the average pair.
+    """Return steps and log-probs of `name` ("chosen" or "rejected") over training, adjusted to the average pair.
 
-    A log's mean depends on the lengths of its pairs far more than on training. Its reference log-prob (logged minus
-    log-ratio) shows by how much, so the result is the log-ratio plus the mean reference log-prob of all logs.
+    The mean of a log depends on the lengths of its pairs far more than on training, and so does its reference log-prob
+    (log-prob minus log-ratio). The result is the log-ratio plus the mean reference log-prob of all logs.
     """
     steps, logps = series(rows, f"logps/{name}")
     ratios = series(rows, f"logratios/{name}")[1]

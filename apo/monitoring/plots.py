@@ -1,4 +1,4 @@
-"""Plots of a run's log and of cluster speeds, drawn off screen without pyplot's global state."""
+"""Plots of a run's log and of the speeds of clusters, drawn off screen without pyplot's global state."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from apo.monitoring.metrics import adjusted_logps, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLORS = {"chosen": "#1b7f79", "rejected": "#c8553d"}
 QUIET, FAINT = "#6b7280", "#e5e7eb"
@@ -23,31 +24,26 @@ Line = tuple[list[int], list[float]]
 def draw_dynamics(rows: Rows, path: str | Path, title: str = "") -> None:
     """Plot chosen and rejected over training: rewards on the left (0 is the anchor), log-probs on the right.
 
-    Thin lines are the logged values, each over other pairs; bold log-prob lines are adjusted to the average pair
-    (`adjusted_logps`). Hollow dots are held-out pairs. Without a reference there are no rewards, and one panel.
+    Thin lines are logged values, each the mean of other pairs. Bold lines of log-probs are adjusted to the average pair
+    (`adjusted_logps`). Hollow dots are held-out pairs. Without a reference there are no rewards, and a single panel.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     has_rewards = bool(series(rows, "rewards/chosen")[0])
     count = 2 if has_rewards else 1
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.05)
-    figure = Figure(figsize=(5.7 * count, 3.8), dpi=150, layout=layout)
-    FigureCanvasAgg(figure)
+    figure = _figure(5.7 * count, 3.8, 150, w_pad=0.12, h_pad=0.08, wspace=0.05)
     panels = list(figure.subplots(1, count, squeeze=False)[0])
     if has_rewards:
         rewards = panels.pop(0)
-        _dress(rewards, "Reward", "beta x log-ratio to the reference; 0 is the anchor")
+        _set_frame(rewards, "Reward", "beta x log-ratio to the reference; 0 is the anchor")
         rewards.axhline(0, color=QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
-        _draw(rewards, _both(rows, "rewards"), _both(rows, "eval_rewards"))
-    logged = _both(rows, "logps")
-    _dress(panels[0], "Log-probability", "nats per response" + (", bold: of the average pair" if has_rewards else ""))
+        _draw(rewards, _both_sides(rows, "rewards"), _both_sides(rows, "eval_rewards"))
+    logged = _both_sides(rows, "logps")
+    unit = "nats per response" + (", bold: of the average pair" if has_rewards else "")
+    _set_frame(panels[0], "Log-probability", unit)
     if has_rewards:
         for name, line in logged.items():
             panels[0].plot(*line, color=COLORS[name], linewidth=0.8, alpha=0.35)
         logged = {name: adjusted_logps(rows, name) for name in COLORS}
-    _draw(panels[0], logged, _both(rows, "eval_logps"))
+    _draw(panels[0], logged, _both_sides(rows, "eval_logps"))
     if title:
         figure.suptitle(_plain(title), x=0.012, ha="left", fontsize=9.5, color=QUIET)
     figure.savefig(path, format="png")
@@ -58,17 +54,13 @@ def draw_clusters(report: Mapping[str, Any], path: str | Path) -> None:
 
     Left: predicted speeds with their intervals, fastest first. Right: cosines of the directions, red for conflicts.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     clusters = report["clusters"]
     names = [_plain(f"{cluster['name'][:28]} ({cluster['n']})") for cluster in clusters]
     indices = range(len(clusters))
-    figure = Figure(figsize=(10.5, 1.6 + 0.36 * len(clusters)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(10.5, 1.6 + 0.36 * len(clusters), 150)
     left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1.5, 1]})
     unit = f"fall of the loss per unit of learning rate at the start, {report['objective']}"
-    _dress(left, "Predicted speed", _plain(unit))
+    _set_frame(left, "Predicted speed", _plain(unit))
     left.set_xlabel("")
     left.axvline(0, color=QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
     for index, cluster in zip(indices, clusters, strict=True):
@@ -91,17 +83,28 @@ def draw_clusters(report: Mapping[str, Any], path: str | Path) -> None:
     figure.savefig(path, format="png")
 
 
+def _figure(width: float, height: float, dpi: int, **padding: float) -> Figure:
+    """Return a figure of this size in inches, whose axes are laid out without overlap."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=(width, height), dpi=dpi, layout=ConstrainedLayoutEngine(**padding))
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def _plain(text: str) -> str:
-    """Escape `$` in the user's text: matplotlib would typeset what stands between two of them as mathematics."""
+    """Escape `$` in the user's text: matplotlib would typeset the text between two of them as mathematics."""
     return text.replace("$", r"\$")
 
 
-def _both(rows: Rows, key: str) -> dict[str, Line]:
+def _both_sides(rows: Rows, key: str) -> dict[str, Line]:
     return {name: series(rows, f"{key}/{name}") for name in COLORS}
 
 
-def _dress(axes: Axes, name: str, unit: str) -> None:
-    """Set title, unit and a quiet frame."""
+def _set_frame(axes: Axes, name: str, unit: str) -> None:
+    """Set title, unit and a light frame."""
     axes.set_title(name, loc="left", fontsize=11, fontweight="bold", pad=18)
     axes.text(0, 1.025, unit, transform=axes.transAxes, fontsize=8.5, color=QUIET)
     axes.set_xlabel("step", fontsize=9, color=QUIET)
@@ -117,44 +120,43 @@ def _draw(axes: Axes, lines: Mapping[str, Line], held_out: Mapping[str, Line]) -
     by_step = {name: dict(zip(*line, strict=True)) for name, line in lines.items()}
     steps = sorted(by_step["chosen"].keys() & by_step["rejected"].keys())  # a log of unpaired rows may lack a side
     chosen, rejected = ([by_step[name][step] for step in steps] for name in COLORS)
-    ahead = [one >= other for one, other in zip(chosen, rejected, strict=True)]
-    axes.fill_between(steps, chosen, rejected, where=ahead, color=COLORS["chosen"], alpha=0.07, linewidth=0)
+    where = [upper >= lower for upper, lower in zip(chosen, rejected, strict=True)]
+    axes.fill_between(steps, chosen, rejected, where=where, color=COLORS["chosen"], alpha=0.07, linewidth=0)
     for name, color in COLORS.items():
-        alone = "o" if len(lines[name][0]) == 1 else None
-        axes.plot(*lines[name], color=color, linewidth=1.9, marker=alone, markersize=4, solid_capstyle="round")
-        axes.plot(*held_out[name], "o", markersize=4.5, markerfacecolor="white", markeredgecolor=color, zorder=3)
-    _name_ends(axes, lines)
-
-
-def _name_ends(axes: Axes, lines: Mapping[str, Line]) -> None:
-    """Write each line's name beside its end, instead of a legend; names that would overlap move apart."""
-    last_values = {name: values[-1] for name, (_, values) in lines.items() if values}
-    if not last_values:
-        return
-    last = max(steps[-1] for steps, _ in lines.values() if steps)
-    low, high = axes.get_ylim()
-    min_distance = 0.07 * (high - low)
-    overlap = min_distance - abs(last_values["chosen"] - last_values["rejected"]) if len(last_values) == 2 else 0.0
-    shift = max(0.0, overlap / 2)
-    higher = max(last_values, key=lambda name: last_values[name])
-    for name, value in last_values.items():
-        height = value + (shift if name == higher else -shift)
-        _annotate(axes, name, (last, height), COLORS[name], offset=7, size=9)
-
-
-def _annotate(axes: Axes, label: str, point: tuple[float, float], color: str, *, offset: float, size: float) -> None:
-    """Write a label to the right of a point, also outside the frame."""
-    axes.annotate(
-        label,
-        point,
-        xytext=(offset, 0),
-        textcoords="offset points",
-        va="center",
-        annotation_clip=False,
-        color=color,
-        fontsize=size,
-        fontweight="bold",
+        _plot(axes, lines[name], held_out[name], color)
+    _label_lines(
+        axes, [(values[-1], steps[-1], name, COLORS[name]) for name, (steps, values) in lines.items() if steps]
     )
+
+
+def _plot(axes: Axes, line: Line, held_out: Line, color: str) -> None:
+    """Plot a line (a single value as a dot), and held-out values as hollow dots."""
+    marker = "o" if len(line[0]) == 1 else None
+    axes.plot(*line, color=color, linewidth=1.8, marker=marker, markersize=4, solid_capstyle="round")
+    axes.plot(*held_out, "o", markersize=4.5, markerfacecolor="white", markeredgecolor=color, zorder=3)
+
+
+def _label_lines(axes: Axes, labels: list[tuple[float, int, str, str]]) -> None:
+    """Write each label (value, step, text, color) beside its line's end, above the label below it.
+
+    A line that ends without a number has no label.
+    """
+    low, high = axes.get_ylim()
+    height = -math.inf
+    last = max((step for _, step, _, _ in labels), default=0)
+    for value, _, text, color in sorted(label for label in labels if not math.isnan(label[0])):
+        height = max(value, height + 0.085 * (high - low))
+        axes.annotate(
+            text,
+            (last, height),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            annotation_clip=False,
+            color=color,
+            fontsize=8.5,
+            fontweight="bold",
+        )
 
 
 # ---- the diagnosis of a run
@@ -164,20 +166,15 @@ BLUE, GOLD, PLUM = "#33658a", "#c9962b", "#7b4b94"
 
 
 def draw_diagnosis(rows: Rows, path: str | Path, title: str = "") -> None:
-    """Plot every metric group that a log has, one panel each, over the steps.
+    """Plot every metric group that a log has over the steps, one panel each.
 
-    Lines are training, hollow dots held-out pairs; bands are the 10 % to 90 % quantiles of the pairs.
+    Lines are training, hollow dots are held-out pairs, bands are the 10 % to 90 % quantiles of the pairs.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     panels = [panel for panel in _PANELS if any(series(rows, key)[0] for key in panel.lines)]
     columns = min(3, max(1, len(panels)))
     lines = -(-len(panels) // columns) or 1
-    layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.1, wspace=0.06, hspace=0.07)
-    figure = Figure(figsize=(4.7 * columns, 3.15 * lines + (0.5 if title else 0)), dpi=140, layout=layout)
-    FigureCanvasAgg(figure)
+    height = 3.15 * lines + (0.5 if title else 0)
+    figure = _figure(4.7 * columns, height, 140, w_pad=0.14, h_pad=0.1, wspace=0.06, hspace=0.07)
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes in grid[len(panels) :]:
         axes.axis("off")
@@ -190,7 +187,10 @@ def draw_diagnosis(rows: Rows, path: str | Path, title: str = "") -> None:
 
 @dataclass(frozen=True)
 class Panel:
-    """A panel of the diagnosis: its title, the unit of its axis, and its metrics."""
+    """A panel of the diagnosis: its title, the unit of its axis, and its metrics.
+
+    `share` formats the axis in per cent, `zero` draws a line at 0.
+    """
 
     name: str
     unit: str
@@ -200,10 +200,10 @@ class Panel:
     zero: bool = False
 
     def draw(self, axes: Axes, rows: Rows) -> None:
-        """Draw lines with labels beside their ends, held-out dots, and bands of quantiles or noise."""
+        """Draw lines with labels beside their ends, held-out values, and bands of quantiles or noise."""
         from matplotlib.ticker import PercentFormatter
 
-        _dress(axes, self.name, self.unit)
+        _set_frame(axes, self.name, self.unit)
         if self.zero:
             axes.axhline(0, color=QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
         labels = []
@@ -214,29 +214,16 @@ class Panel:
             low, high = (series(rows, f"{key}_{point}") for point in ("p10", "p90"))
             if low[0] and low[0] == high[0]:
                 axes.fill_between(low[0], low[1], high[1], color=color, alpha=0.11, linewidth=0)
-            alone = "o" if len(steps) == 1 else None
-            axes.plot(steps, values, color=color, linewidth=1.7, marker=alone, markersize=4, solid_capstyle="round")
-            axes.plot(*series(rows, f"eval_{key}"), "o", markersize=4, markerfacecolor="white", markeredgecolor=color)
+            _plot(axes, (steps, values), series(rows, f"eval_{key}"), color)
             noise = series(rows, f"{key}_noise")[1]
             if len(noise) == len(values):
                 lower, upper = ([v + sign * n for v, n in zip(values, noise, strict=True)] for sign in (-1, 1))
                 axes.fill_between(steps, lower, upper, color=color, alpha=0.13, linewidth=0)
-            if not math.isnan(values[-1]):
-                labels.append((values[-1], steps[-1], label, color))
+            labels.append((values[-1], steps[-1], label, color))
         if self.share:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.margins(x=0.02)
         _label_lines(axes, labels)
-
-
-def _label_lines(axes: Axes, labels: list[tuple[float, int, str, str]]) -> None:
-    """Write each label (value, step, text, color) beside its line's end, above the label below it."""
-    low, high = axes.get_ylim()
-    min_distance, height = 0.085 * (high - low), -math.inf
-    last = max((step for _, step, _, _ in labels), default=0)
-    for value, _, text, color in sorted(labels):
-        height = max(value, height + min_distance)
-        _annotate(axes, text, (last, height), color, offset=6, size=8.5)
 
 
 _SIDES = {"chosen": COLORS["chosen"], "rejected": COLORS["rejected"]}

@@ -1,6 +1,6 @@
-"""Sample answers: the same few prompts answered greedily at every inspection, so that changes can be read, not guessed.
+"""Sample answers: the model answers the same few prompts greedily at every inspection, so that a reader sees changes.
 
-Each answer is a line of samples.jsonl: step, prompt (its number), text of the prompt, answer, tokens, and whether the
+Each answer is a line of samples.jsonl: step, prompt (its number), text (of the prompt), answer, tokens, and if the
 answer ended. `apo diagnose` compares them with the answers before the first step.
 """
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 PROMPTS = 5
 MAX_TOKENS = 128
 MIN_TOKENS = 16
-"""Tokens of an answer: at most, and at least. If fewer fit into `MAX_SHARE` of a run, nothing is answered."""
+"""Maximal and minimal tokens of an answer. If fewer than the minimum fit into `MAX_SHARE`, no prompt is answered."""
 MAX_SHARE = 0.03
 """The share of a run's time that the answers may cost."""
 TOKENS_PER_STEP = {"cpu": 16, "accelerator": 300}
-"""Trained tokens in the time of one decoding step: measured on a CPU (13, a model of 135M), estimated for an
-accelerator, whose arithmetic idles while a step reads all weights."""
+"""Tokens that are trained in the time of one decoding step. It was 13 on a CPU with a model of 135M weights. It is an
+estimate for an accelerator, whose arithmetic idles while a decoding step reads all weights."""
 
 
 class SampleAnswers:
@@ -45,7 +45,7 @@ class SampleAnswers:
         self._mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
 
     def write(self, step: int) -> None:
-        """Answer all prompts with the current model, and append one line for each. Rank 0 alone calls it."""
+        """Answer all prompts with the current model, and append one line for each. Only rank 0 calls it."""
         append_log(
             self._out / SAMPLES,
             [
@@ -58,10 +58,14 @@ class SampleAnswers:
         from transformers import GenerationConfig
 
         model, device = self._trainer.accelerator.unwrap_model(self._trainer.model), self._trainer.accelerator.device
-        ends = model.generation_config.eos_token_id
-        ends = [ends] if isinstance(ends, int) else list(ends or [self._tokenizer.eos_token_id])
+        eos_ids = model.generation_config.eos_token_id
+        eos_ids = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids or [self._tokenizer.eos_token_id])
         config = GenerationConfig(
-            do_sample=False, max_new_tokens=self.max_tokens, eos_token_id=ends, pad_token_id=self._pad, use_cache=True
+            do_sample=False,
+            max_new_tokens=self.max_tokens,
+            eos_token_id=eos_ids,
+            pad_token_id=self._pad,
+            use_cache=True,
         )
         with self._trainer.evaluation_mode():
             output = model.generate(
@@ -69,7 +73,7 @@ class SampleAnswers:
             )
         answers = []
         for row in output[:, self._ids.shape[1] :].tolist():
-            count = next((index + 1 for index, token in enumerate(row) if token in ends), None)
+            count = next((index + 1 for index, token in enumerate(row) if token in eos_ids), None)
             text = self._tokenizer.decode(row[:count], skip_special_tokens=True)
             answers.append({"answer": text, "tokens": count or len(row), "ended": count is not None})
         return answers
@@ -78,10 +82,10 @@ class SampleAnswers:
 def build_sample_answers(
     trainer: ExaminedTrainer, tokenizer: Any, count: int | None, out: Path
 ) -> SampleAnswers | None:
-    """Return the sample answers of `count` prompts of held-out pairs, or trained ones if none are held out.
+    """Return the sample answers of `count` prompts of held-out pairs, or of trained pairs if none are held out.
 
-    If `count` is None, five prompts are answered, with as many tokens as `MAX_SHARE` of the run's time allows; None is
-    returned if these are too few. It is also returned if each process has only a part of the model.
+    If `count` is None, five prompts are answered, with as many tokens as `MAX_SHARE` of the run's time allows. Returns
+    None if these are fewer than `MIN_TOKENS`, or if each process has only a shard of the model.
     """
     sharded = trainer.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
     pairs = [] if count == 0 or sharded else spread_pairs(trainer, 4 * (count or PROMPTS))
@@ -91,9 +95,9 @@ def build_sample_answers(
 
 
 def affordable_tokens(trainer: ExaminedTrainer) -> int:
-    """Tokens of an answer for which all inspections together cost at most `MAX_SHARE` of the run."""
-    some = trainer.train_dataset[: min(len(trainer.train_dataset), 256)]
-    length = sum(len(ids) for name in ("prompt_ids", "chosen_ids", "rejected_ids") for ids in some[name])
-    tokens = trained_pairs(trainer) * length / len(some["prompt_ids"]) / trainer.args.world_size
+    """Return the tokens per answer with which all inspections together cost at most `MAX_SHARE` of the run."""
+    sample = trainer.train_dataset[: min(len(trainer.train_dataset), 256)]
+    length = sum(len(ids) for name in ("prompt_ids", "chosen_ids", "rejected_ids") for ids in sample[name])
+    tokens = trained_pairs(trainer) * length / len(sample["prompt_ids"]) / trainer.args.world_size
     tokens_per_step = TOKENS_PER_STEP["cpu" if trainer.accelerator.device.type == "cpu" else "accelerator"]
     return int(MAX_SHARE * tokens / tokens_per_step / (MEASUREMENTS + 1))

@@ -1,4 +1,4 @@
-"""Throughput: metrics of each pair, held on the device until a logging step, and the speed and FLOPs of training."""
+"""Throughput: the metrics of each pair, held on the device until a logging step, and speed and FLOPs of training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Meter:
-    """Collects the metrics of each pair since the last log, for training and evaluation, and times them."""
+    """Collects the metrics of each pair since the last log, for training and for evaluation, and measures the speed."""
 
     def __init__(self, accelerator: Accelerator, scale: ComputeScale | str) -> None:
         self.accelerator = accelerator
@@ -30,13 +30,13 @@ class Meter:
         self._paused = 0.0
 
     def start(self) -> None:
-        """Start the clock, at the first call only."""
+        """Start the clock. Later calls change nothing."""
         if self._since is None:
             self._since = time.perf_counter()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Exclude the time within from the training speed."""
+        """Exclude the time within the context from the training speed."""
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
@@ -52,7 +52,7 @@ class Meter:
     def gather(self, mode: str) -> Tensor:
         """Remove and return the rows of all processes since the last log, [N, C] on the host.
 
-        Every process must call it and receives all rows. It takes two gathers: of the counts and of the rows.
+        Every process must call it, and receives all rows. It needs two gathers: of the counts and of the rows.
         """
         rows, self._rows[mode] = torch.cat(self._rows[mode]), []
         if self.accelerator.num_processes > 1:
@@ -62,7 +62,7 @@ class Meter:
         return rows.cpu()
 
     def speed(self, rows: Tensor) -> dict[str, float]:
-        """Return pairs and tokens (of both sequences, prompts included) per second since the last call, and the MFU."""
+        """Return pairs, tokens (of both sequences with prompts) per second since the last call, and the MFU."""
         now = time.perf_counter()
         start = now if self._since is None else self._since
         seconds = max(now - start - self._paused, 1e-9)
@@ -77,10 +77,10 @@ class Meter:
 
 @dataclass(frozen=True)
 class ComputeScale:
-    """The sizes that determine a model's FLOPs, and the peak of its device.
+    """The sizes that determine a model's FLOPs, and the peak speed of its device.
 
-    frozen, trained   weights of linear layers without the LM head
-    attention         width of all attention layers together
+    frozen, trained   weights of the linear layers without the LM head
+    attention         summed width of all attention layers
     head              weights of the LM head
     peak              FLOPs per second of one device
     """
@@ -95,8 +95,8 @@ class ComputeScale:
     def flops(self, tokens: float, labels: float, products: float) -> float:
         """Return the model FLOPs of forward and backward, without padding, recomputation, or a reference model.
 
-        Forward: 2 per weight and token, and 4 x width x query-key products of attention. Backward: twice that; a frozen
-        weight needs half of it.
+        Forward: 2 per weight and token, and 4 x width x query-key products of attention. Backward: twice that, and half
+        of it for a frozen weight.
         """
         matrices = 2 * (2 * self.frozen + 3 * self.trained) * tokens
         return matrices + 12 * self.attention * products + 2 * (2 + self.head_is_trained) * self.head * labels
@@ -118,7 +118,7 @@ def compute_scale(model: Any, device: torch.device) -> ComputeScale | str:
             weights[module.weight.requires_grad] += module.in_features * module.out_features
     peak = peak_flops(device)
     if peak is None:
-        return "the peak of this device is not known"
+        return "the peak speed of this device is unknown"
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ComputeScale(
         frozen=weights[False],

@@ -1,10 +1,10 @@
-"""Token diagnostics: log-ratios of shared and edited tokens of a few pairs, and the exact KL from the first model.
+"""Token diagnostics: log-ratios of shared and edited tokens of a few pairs, and the exact KL to the model at the start.
 
-They answer two questions that sums over whole responses cannot. Where does a response change: in the tokens that chosen
-and rejected share (their longest common subsequence), or in those that were edited? And how far is the model from its
-reference? That is KL(policy || reference) of the next token, exact over the vocabulary, in nats, averaged over
-positions spread evenly over the responses, each in the context that the data give. It does not estimate the KL of whole
-responses, for which responses would have to be sampled from the policy.
+They answer two questions that sums over responses cannot. Where does a response change: in the tokens that chosen and
+rejected share (their longest common subsequence), or in the edited ones? And how far is the model from its start? The
+answer is KL(policy || start) of the next token, in nats, exact over the vocabulary, and averaged over positions that
+are spread evenly over the responses of the data. It is no estimate of the KL of whole responses: for that, responses
+would have to be sampled from the policy.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_PAIRS = 16
-"""Pairs that are examined at most; a short run has one per `TRAINED_PER_PAIR` trained pairs."""
+"""Maximal number of pairs to examine. A short run has one per `TRAINED_PER_PAIR` trained pairs."""
 TRAINED_PER_PAIR = 100
 POSITIONS = 128
 """Positions whose next-token distribution is stored, each a vocabulary of float32 on the host."""
 
 
 class ExaminedTrainer(Protocol):
-    """What token diagnostics and sample answers read of a trainer.
+    """What token diagnostics and sample answers need of a trainer.
 
-    `args` (an APOConfig), `model` and the datasets are Any, because transformers declares them wider than a trainer
-    that runs has them: as base classes, or optional.
+    `args` (an APOConfig), `model` and the datasets are Any, because transformers declares them as base classes or as
+    optional, wider than a running trainer has them.
     """
 
     @property
@@ -49,7 +49,7 @@ class ExaminedTrainer(Protocol):
     def accelerator(self) -> Accelerator: ...
 
     def evaluation_mode(self) -> AbstractContextManager[None]:
-        """Eval mode without gradient, in the precision of a training step."""
+        """Enter eval mode without gradient, in the precision of a training step."""
         ...
 
 
@@ -57,8 +57,8 @@ class ExaminedTrainer(Protocol):
 class TokenLogps:
     """A model's log-probs on the examined pairs, on the host.
 
-    `tokens` has those of each response's tokens, [T] each, chosen before rejected of each pair; `positions` those of
-    all next tokens at the stored positions, [P, vocabulary].
+    `tokens` has one [T] per response: the log-probs of its tokens, with chosen before rejected of each pair.
+    `positions` has the log-probs of all next tokens at the stored positions, [P, vocabulary].
     """
 
     tokens: list[Tensor]
@@ -82,7 +82,7 @@ class TokenDiagnostics:
         self.baseline = self.logps()
 
     def logps(self) -> TokenLogps:
-        """Return the current model's log-probs. Every process computes all of them."""
+        """Return the log-probs of the current model. Every process computes all of them."""
         model, device = self._trainer.model, self._trainer.accelerator.device
         tokens, positions, offset = [], [], 0
         for number, pair in enumerate(self.pairs):
@@ -107,7 +107,7 @@ class TokenDiagnostics:
         return TokenLogps(tokens, torch.cat(positions))
 
     def measure(self) -> dict[str, float]:
-        """Return the current `METRICS`; those about edits exist only for pairs."""
+        """Return the current `METRICS`. Those of shared and edited tokens exist only for pairs."""
         return diagnostic_metrics(self.baseline, self.logps(), self.shared)
 
 
@@ -120,14 +120,14 @@ METRICS = (
     "probe/shared_falls",
     "probe/edited_falls",
 )
-"""KL in nats per token; mean log-ratio of a token, by response and kind; share of pairs whose chosen response is less
-likely than at the start in all its tokens of a kind together."""
+"""KL in nats per token; mean log-ratio of a token, by response and kind; share of pairs in whose chosen response the
+tokens of a kind together are less likely than at the start."""
 
 
 def build_token_diagnostics(trainer: ExaminedTrainer, count: int | None) -> TokenDiagnostics | None:
-    """Return diagnostics of `count` held-out pairs, or trained ones if none are held out; None if there are no pairs.
+    """Return diagnostics of `count` held-out pairs, or of trained pairs if none are held out; None without pairs.
 
-    If `count` is None, the length of the run decides.
+    If `count` is None, the length of the run determines it.
     """
     if count is None:
         count = min(MAX_PAIRS, int(trained_pairs(trainer) / TRAINED_PER_PAIR))
@@ -136,7 +136,7 @@ def build_token_diagnostics(trainer: ExaminedTrainer, count: int | None) -> Toke
 
 
 def trained_pairs(trainer: ExaminedTrainer) -> float:
-    """Return the number of pairs that the whole run trains on, each counted once per epoch."""
+    """Return the number of pairs that the run trains on, with each pair counted once per epoch."""
     args = trainer.args
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * len(trainer.train_dataset) / step
@@ -144,9 +144,9 @@ def trained_pairs(trainer: ExaminedTrainer) -> float:
 
 
 def spread_pairs(trainer: ExaminedTrainer, count: int) -> list[dict[str, Any]]:
-    """Return `count` held-out pairs (or trained ones if none are held out) spread evenly over the dataset.
+    """Return `count` held-out pairs, or trained pairs if none are held out, spread evenly over the dataset.
 
-    There are none if several datasets are held out.
+    The result is empty if several datasets are held out.
     """
     dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
     if isinstance(dataset, dict) or not count:
@@ -156,7 +156,7 @@ def spread_pairs(trainer: ExaminedTrainer, count: int) -> list[dict[str, Any]]:
 
 
 def diagnostic_metrics(baseline: TokenLogps, current: TokenLogps, shared: Sequence[Tensor]) -> dict[str, float]:
-    """Return the metrics of two measurements; `shared` has the mask of shared tokens of each response, in order."""
+    """Return the metrics of two measurements. `shared` has the mask of shared tokens of each response, in order."""
     policy, reference = current.positions.double(), baseline.positions.double()
     metrics = {"probe/kl": (policy.exp() * (policy - reference)).sum(-1).mean().item()}
     ratios = [(now - start).double() for now, start in zip(current.tokens, baseline.tokens, strict=True)]

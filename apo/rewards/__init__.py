@@ -1,1 +1,4 @@
-"""Rewards fitted on comparisons, on frozen features: one for all, several tastes (PAL), a latent taste (VPL)."""
+"""Rewards fitted on comparisons of frozen features: one for all users, several tastes (PAL), a latent taste (VPL).
+
+Imports `analysis` and `guarantees`.
+"""

@@ -1,4 +1,4 @@
-"""Active queries: ask a new user for the comparisons that are most informative about them, and store the answers."""
+"""Active queries: ask a new user the most informative comparisons, and store the answers."""
 
 from __future__ import annotations
 
@@ -29,21 +29,23 @@ def ask_user(reward: Reward, user: str, pairs: EncodedPairs, pool: Comparisons, 
 
     scorer = reward.scorer
     if not isinstance(scorer, VPL):
-        raise UserError(f"a {scorer.kind} reward cannot choose questions; fit one of kind vpl, or give comparisons")
+        raise UserError(
+            f"a {scorer.kind} reward cannot choose questions; fit a reward of kind vpl, or give comparisons"
+        )
     assert reward.folder is not None
     indices = {row["id"]: index for index, row in enumerate(pairs.rows)}
     answers = read_answers(reward.folder, user)
     if unknown := [answer["id"] for answer in answers if answer["id"] not in indices]:
         raise UserError(f"{user!r} has answered {unknown[0]!r}, which is not in this pool; give the same pool")
-    if len(answers) + (questions - len(answers)) > len(pool):
-        raise UserError(f"{questions} questions but {len(pool)} pairs in the pool; ask fewer, or give more")
+    if questions > len(pool):
+        raise UserError(f"{questions} questions but {len(pool)} pairs in the pool; lower questions, or give more pairs")
     while len(answers) < questions:
         answered = answered_comparisons(pool, answers, indices)
         excluded = {indices[answer["id"]] for answer in answers}
         index, gain = next_question(scorer, pool, answered, excluded=excluded, seed=len(answers))
         row = pairs.rows[index]
         sides = ["chosen", "rejected"]
-        if int(content_hash([user, row["id"]])[0], 16) % 2:  # the position must not reveal which is chosen
+        if int(content_hash([user, row["id"]])[0], 16) % 2:  # the position must not reveal which answer is chosen
             sides.reverse()
         print_line(f"\nQuestion {len(answers) + 1} of {questions} ({gain:.2f} nats)\n{task_text(row['prompt'])}")
         for number, side in enumerate(sides, 1):
@@ -57,10 +59,10 @@ def ask_user(reward: Reward, user: str, pairs: EncodedPairs, pool: Comparisons, 
 
 def answered_comparisons(pool: Comparisons, answers: list[dict[str, Any]], indices: dict[str, int]) -> Comparisons:
     """Return the answered comparisons of the pool, with chosen and rejected as the user prefers."""
-    some = pool.select([indices[str(answer["id"])] for answer in answers])
-    keep = torch.tensor([bool(answer["chosen"]) for answer in answers], dtype=torch.bool)[:, None]
-    chosen, rejected = some.chosen.where(keep, some.rejected), some.rejected.where(keep, some.chosen)
-    return replace(some, chosen=chosen, rejected=rejected)
+    answered = pool.select([indices[str(answer["id"])] for answer in answers])
+    agrees = torch.tensor([bool(answer["chosen"]) for answer in answers], dtype=torch.bool)[:, None]
+    chosen, rejected = answered.chosen, answered.rejected
+    return replace(answered, chosen=chosen.where(agrees, rejected), rejected=rejected.where(agrees, chosen))
 
 
 def _answer() -> int:
@@ -68,6 +70,8 @@ def _answer() -> int:
         try:
             reply = input("Which do you prefer, 1 or 2? ").strip()
         except EOFError:
-            raise UserError("the input ended; every answer so far is kept, and the same command goes on") from None
+            raise UserError(
+                "the input ended; every answer so far is stored, run the same command to continue"
+            ) from None
         if reply in ("1", "2"):
             return int(reply)

@@ -10,7 +10,7 @@ from apo.rewards.scorer import Comparisons, Scorer, mlp
 
 
 class BradleyTerry(Scorer):
-    """r(phi), an MLP plus a linear map. The state is empty, because users do not matter."""
+    """r(phi), an MLP plus a linear map. The state is empty, because all users have the same reward."""
 
     kind = "bradley_terry"
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from apo.analysis.features import EncodedPairs
 
 app = typer.Typer(
-    help="Rewards from comparisons: one for all, several tastes (PAL), a latent taste (VPL).",
+    help="Rewards from comparisons: one for all users, several tastes (PAL), a latent taste (VPL).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,14 +26,14 @@ app = typer.Typer(
 
 @app.callback()
 def _reward() -> None:
-    """Rewards from comparisons: one for all, several tastes (PAL), a latent taste (VPL)."""
+    """Rewards from comparisons: one for all users, several tastes (PAL), a latent taste (VPL)."""
     # Read when torch is loaded: idle OpenMP threads sleep instead of spinning.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @app.command(context_settings=EXTRA_ARGUMENTS)
 def select(context: typer.Context, recipe: RecipeFile = None, out: Out = None, set_: Overrides = None) -> None:
-    """Test on held-out comparisons if the users' tastes differ enough for more than one reward."""
+    """Test on held-out comparisons if the tastes of the users differ enough for more than one reward."""
     from apo.rewards.config import SelectConfig
 
     config = read_recipe(context, SelectConfig, recipe, set_, out)
@@ -57,7 +57,7 @@ def select(context: typer.Context, recipe: RecipeFile = None, out: Out = None, s
 
 @app.command(context_settings=EXTRA_ARGUMENTS)
 def fit(context: typer.Context, recipe: RecipeFile = None, out: Out = None, set_: Overrides = None) -> None:
-    """Fit a reward on features of a frozen model. One comparison in ten of each user is held out."""
+    """Fit a reward on features of a frozen model. A tenth of each user's comparisons is held out."""
     from apo.rewards.config import FitConfig
 
     config = read_recipe(context, FitConfig, recipe, set_, out)
@@ -73,7 +73,7 @@ def fit(context: typer.Context, recipe: RecipeFile = None, out: Out = None, set_
     pairs = pairs if config.kind == "bradley_terry" else _with_users(pairs)
     data = to_comparisons(pairs)
     if config.kind != "bradley_terry" and len(data.users) == 1:
-        raise UserError(f"all comparisons are of one user, {data.users[0]!r}: there is one taste; take bradley_terry")
+        raise UserError(f"all comparisons are of one user, {data.users[0]!r}: there is one taste; use bradley_terry")
     training, held_out = split(data, (0.9, 0.1), config.seed)
     options = config.model_dump(include={"prototypes", "by_prompt", "beta", "seed"})
     scorer = fit_best(config.kind, data, training, held_out, **options)
@@ -89,7 +89,7 @@ def fit(context: typer.Context, recipe: RecipeFile = None, out: Out = None, set_
         measured |= health._asdict()
         print_line(f"{health.active_units:.0%} of the latent's dimensions are active, swap cosine {health.swap:.2f}")
         if health.collapsed:
-            warnings.append("the latent has collapsed, all users look alike: lower beta, or take bradley_terry")
+            warnings.append("the latent has collapsed, all users are alike: lower beta, or use bradley_terry")
     for warning in warnings:
         print_line(f"warning: {warning}")
     reward = Reward.from_fit(scorer, data, pairs, config.model, measured=measured, seed=config.seed, warnings=warnings)
@@ -99,7 +99,7 @@ def fit(context: typer.Context, recipe: RecipeFile = None, out: Out = None, set_
 
 @app.command(context_settings=EXTRA_ARGUMENTS)
 def score(context: typer.Context, recipe: RecipeFile = None, out: Out = None, set_: Overrides = None) -> None:
-    """Score pairs by win rate against reference answers, with the preference of each group and of the worst-off one."""
+    """Score pairs by win rates against reference answers, with the preference of each group and the lowest of them."""
     from apo.rewards.config import ScoreConfig
 
     config = read_recipe(context, ScoreConfig, recipe, set_, out)
@@ -124,8 +124,8 @@ def score(context: typer.Context, recipe: RecipeFile = None, out: Out = None, se
         rows = rows_by_group(rows, config.min_preference)
     if not rows:
         raise UserError(
-            f"no group prefers either answer of a pair with a probability of {config.min_preference:g}; "
-            "lower min_preference"
+            f"no group prefers an answer of any pair with a probability of {config.min_preference:g}; lower "
+            "min_preference"
         )
     _write_scored(rows, config.out)
     print_line(f"{len(rows):,} rows in {config.out}")
@@ -133,7 +133,7 @@ def score(context: typer.Context, recipe: RecipeFile = None, out: Out = None, se
         filter_ = worst_group_filter(rows, config.min_worst)
         write_json(config.decisions, filter_.decisions(manifest))
         print_line(
-            f"{filter_.promise}: {len(filter_.accepted):,} of {len(rows):,} kept; "
+            f"{filter_.promise}: {len(filter_.accepted):,} of {len(rows):,} kept; next: "
             f"clair keep {config.dataset[0]} {config.decisions}"
         )
 
@@ -154,7 +154,7 @@ def adapt(
 
     judge = Reward.load(config.reward)
     if config.user in judge.facts["users"]:
-        raise UserError(f"{config.user!r} is known already: the reward was fitted with them; choose another name")
+        raise UserError(f"user {config.user!r} exists already: the reward was fitted with them; choose another name")
     pairs = _encode(config.comparisons or config.pool or [], judge.facts["model"])
     judge.check_features(pairs)
     data = to_comparisons(pairs)
@@ -167,20 +167,20 @@ def adapt(
         try:
             state = ask_user(judge, config.user, pairs, data, config.questions)
         except KeyboardInterrupt as stop:
-            print_line("interrupted; every answer so far is kept, and the same command goes on")
+            print_line("interrupted; every answer so far is stored, run the same command to continue")
             raise typer.Exit(EXIT_INTERRUPTED) from stop
     group = f", {judge.groups()[config.user]}" if len(judge.scorer.groups()) > 1 else ""
     print_line(f"{config.user} was added to {config.reward}{group}")
 
 
-_FILE = (".jsonl", ".json")
+_FILE_SUFFIXES = (".jsonl", ".json")
 
 
 def _check_out(out: Path) -> None:
-    """Raise UserError if `out` is a folder with a file's name, a file with a folder's, or a folder with other files."""
-    is_file = out.suffix in _FILE
+    """Raise UserError if `out` is not of the kind that its suffix says, or is a folder with other files."""
+    is_file = out.suffix in _FILE_SUFFIXES
     if out.exists() and out.is_dir() == is_file:
-        raise UserError(f"out {out} is {'a folder' if is_file else 'a file'}; name a .jsonl file, or a folder")
+        raise UserError(f"out {out} is {'a folder' if is_file else 'a file'}; give a .jsonl file, or a folder")
     if not is_file and out.exists():
         others = sorted(file.name for file in out.iterdir() if file.name not in ("train.jsonl", "test.jsonl"))
         if others:
@@ -194,7 +194,7 @@ def _write_scored(rows: list[dict[str, Any]], out: Path) -> None:
     by_split = {split: [row for row in rows if row["split"] == split] for split in ("train", "test")}
     files = (
         {out: rows}
-        if out.suffix in _FILE
+        if out.suffix in _FILE_SUFFIXES
         else {out / f"{name}.jsonl": split_rows for name, split_rows in by_split.items()}
     )
     for file, split_rows in files.items():
@@ -219,7 +219,7 @@ def _encode_padded(rows: list[dict[str, Any]], model: str) -> EncodedPairs:
 
     pairs = encode_rows(rows, model, print_line)
     if len(pairs.rows) != len(rows):
-        raise UserError("some padded pairs are longer than the model's context; shorten padding")
+        raise UserError("some padded pairs are longer than the model's context; give a shorter padding")
     return pairs
 
 
@@ -231,7 +231,7 @@ def _with_users(pairs: EncodedPairs) -> EncodedPairs:
     indices = [index for index, row in enumerate(pairs.rows) if row["user"] is not None]
     if not indices:
         raise UserError(
-            "no pair has a user, so tastes cannot be distinguished; add a column user, or take bradley_terry"
+            "no pair has a user, so tastes cannot be distinguished; add a column user, or use bradley_terry"
         )
     if len(indices) < len(pairs.rows):
         print_line(

@@ -65,7 +65,7 @@ class ScoreConfig(Recipe):
 
 
 class AdaptConfig(Recipe):
-    """A new user of a reward, and their comparisons or a pool of pairs to ask about."""
+    """A new user of a reward, and their comparisons, or a pool of pairs to ask them about."""
 
     reward: Path
     user: str

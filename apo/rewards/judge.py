@@ -10,15 +10,16 @@ from torch import Tensor
 from apo.analysis.features import EncodedPairs
 from apo.guarantees.calibrate import Filter
 from apo.rewards.reward_dir import Reward
+from clair.data.records import SCORES
 
 
 def score_pairs(reward: Reward, pairs: EncodedPairs, states: Tensor) -> list[dict[str, Any]]:
     """Return the pairs' rows with these columns added:
 
     score_chosen, score_rejected   win rates against the reference answers for the pair's state, in [0, 1]
-    preferred                      by group, the probability that it prefers chosen
+    preferred                      the probability that a group prefers chosen, by group
     worst                          the lowest of these probabilities
-    group                          the user's group, if the reward knows the user and has groups
+    group                          the user's group, if the reward has groups and the user is in one
     """
     chosen, rejected = (values.tolist() for values in reward.win_rates(pairs, states))
     wins = {name: values.tolist() for name, values in reward.preferred(pairs).items()}
@@ -40,37 +41,31 @@ def score_pairs(reward: Reward, pairs: EncodedPairs, states: Tensor) -> list[dic
 
 
 def rows_by_group(rows: Sequence[Mapping[str, Any]], min_probability: float = 0.5) -> list[dict[str, Any]]:
-    """Return one row per pair and group, with chosen and rejected as the group prefers.
+    """Return one row per pair and group, with the answer that the group prefers as chosen.
 
-    A group whose preference is below `min_probability` has no row. `id` is the pair's with the group appended.
+    A group whose preference is below `min_probability` has no row. `id` is the pair's id and the group.
     """
     group_rows = []
     for row in rows:
         for name, probability in row["preferred"].items():
-            sides = ("chosen", "rejected") if probability >= 0.5 else ("rejected", "chosen")
             if max(probability, 1 - probability) < min_probability:
                 continue
-            answers = {to: row[side] for to, side in zip(("chosen", "rejected"), sides, strict=True)}
-            scores = {
-                f"score_{to}": row[f"score_{side}"] for to, side in zip(("chosen", "rejected"), sides, strict=True)
-            }
-            group_rows.append(
-                {**row, **answers, **scores, "group": name, "id": f"{row['id']} {name}", "pair": row["id"]}
-            )
+            group_row = {**row, "group": name, "id": f"{row['id']} {name}", "pair": row["id"]}
+            if probability < 0.5:
+                for first, second in (("chosen", "rejected"), SCORES):
+                    group_row |= {first: row[second], second: row[first]}
+            group_rows.append(group_row)
     return group_rows
 
 
 def worst_group_filter(rows: Sequence[Mapping[str, Any]], min_probability: float = 0.5) -> Filter:
     """Return a filter that keeps a pair only if every group prefers chosen with at least `min_probability`."""
-    decisions = {row["id"]: row["worst"] >= min_probability for row in rows}
-    promise = f"kept only where every group prefers chosen with a probability of {min_probability:g} or more"
-    accepted = tuple(id for id, keep in decisions.items() if keep)
-    dropped = tuple(id for id, keep in decisions.items() if not keep)
-    return Filter(min_probability, promise, accepted, dropped)
+    promise = f"kept only if every group prefers chosen with a probability of {min_probability:g} or more"
+    return Filter.from_decisions(min_probability, promise, {row["id"]: row["worst"] >= min_probability for row in rows})
 
 
 def pad_chosen(rows: Sequence[Mapping[str, Any]], text: str) -> list[dict[str, Any]]:
-    """Return the pairs with `text` appended to the chosen answer, which should not change a score."""
+    """Return the pairs with `text` appended to the chosen answer. It should not change a score."""
     return [
         {**row, "chosen": [*row["chosen"][:-1], {**row["chosen"][-1], "content": row["chosen"][-1]["content"] + text}]}
         for row in rows

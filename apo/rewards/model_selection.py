@@ -1,10 +1,10 @@
 """Model selection: one reward or several tastes, decided on held-out comparisons.
 
-Each user's comparisons are split: 3 in 5 to fit, 1 in 5 to choose K (and the epoch), 1 in 5 to judge. K is the smallest
-number of prototypes that the best one does not beat with 95 % confidence. Several tastes are recommended only if they
-predict the judging split better than the better model of one taste (Bradley-Terry, PAL with K = 1), by more than
-`MIN_GAIN` nats per comparison with 95 % confidence, clustered by user. On real data one reward often wins; see
-docs/neighbours.md.
+The comparisons of each user are split: 3 in 5 to fit, 1 in 5 to choose K (and the epoch), 1 in 5 to judge. K is the
+smallest number of prototypes that is not worse than the best number with 95 % confidence. Several tastes are
+recommended only if they predict the judging split better than the better model of one taste (Bradley-Terry, PAL with
+K = 1): by more than `MIN_GAIN` nats per comparison with 95 % confidence, clustered by user. On real data one reward
+often wins; see docs/neighbours.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MIN_GAIN = 0.01
 """Nats per comparison: a smaller gain does not justify a second taste."""
 KINDS = ("bradley_terry", "pal", "vpl")
 STARTS = 3
-"""Fits of PAL with several prototypes, from different seeds: one in five may merge two tastes into one prototype."""
+"""Fits of PAL with several prototypes, from different seeds. One fit in five may merge two tastes in one prototype."""
 
 
 def new_scorer(
@@ -66,7 +66,7 @@ def fit_best(
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tried model, with the mean over users of -log P of their choices on the choosing and judging splits."""
+    """A model with its mean -log P of the users' choices on the choosing and the judging split."""
 
     name: str
     tastes: int
@@ -94,14 +94,14 @@ class Selection:
 def select(data: Comparisons, *, max_tastes: int = 4, by_prompt: bool = False, seed: int = 0) -> Selection:
     """Choose the number of tastes, 1 to `max_tastes`, and decide if more than one is justified.
 
-    Raises UserError if fewer than two users have five comparisons, of which some can be held out.
+    Raises UserError if fewer than two users have five comparisons, the fewest of which some can be held out.
     """
     fitting, choosing, judging = split(data, (0.6, 0.2, 0.2), seed)
     users = judging.user.unique()
     if len(users) < 2:
         raise UserError(
-            f"{len(users)} of {len(data.user.unique())} users have the five comparisons that it takes to hold some "
-            f"out; whether tastes differ needs two such users at least, so take bradley_terry"
+            f"{len(users)} of {len(data.user.unique())} users have the five comparisons that are needed to hold some "
+            f"out; a test of several tastes needs at least two such users, so use bradley_terry"
         )
     results: dict[str, tuple[Candidate, Tensor]] = {}
     losses: dict[int, Tensor] = {}
@@ -115,14 +115,14 @@ def select(data: Comparisons, *, max_tastes: int = 4, by_prompt: bool = False, s
         judged = nll(scorer, judging)
         results[name] = Candidate(name, tastes, mean_loss.mean, mean_loss.se, float(judged.mean())), judged
     candidates = [candidate for candidate, _ in results.values()]
-    one = min((c for c in candidates if c.tastes == 1), key=lambda candidate: candidate.choosing).name
+    single = min((c for c in candidates if c.tastes == 1), key=lambda candidate: candidate.choosing).name
     tastes = _min_tastes({k: values for k, values in losses.items() if k > 1}, choosing.user.tolist())
     several = next((candidate for candidate in candidates if candidate.tastes == tastes), None)
     if several is None:
         return Selection(False, 1, "one taste: no other was tried", candidates, None)
-    gain = clustered_mean((results[one][1] - results[several.name][1]).tolist(), judging.user.tolist())
+    gain = clustered_mean((results[single][1] - results[several.name][1]).tolist(), judging.user.tolist())
     plural = gain.lo > MIN_GAIN
-    evidence = f"{gain.mean:+.3f} nats a comparison [{gain.lo:+.3f}, {gain.hi:+.3f}] over {one}, {len(users)} users"
+    evidence = f"{gain.mean:+.3f} nats a comparison [{gain.lo:+.3f}, {gain.hi:+.3f}] over {single}, {len(users)} users"
     conclusion = (
         f"several tastes: PAL with {several.tastes} prototypes predicts held-out choices better, {evidence}"
         if plural
@@ -133,7 +133,7 @@ def select(data: Comparisons, *, max_tastes: int = 4, by_prompt: bool = False, s
 
 
 def _min_tastes(losses: dict[int, Tensor], users: list[int]) -> int | None:
-    """Return the smallest number of tastes that the best one does not beat with 95 % confidence, clustered by user."""
+    """Return the smallest number of tastes that is not worse than the best with 95 % confidence, clustered by user."""
     if not losses:
         return None
     best = min(losses, key=lambda tastes: float(losses[tastes].mean()))

@@ -1,13 +1,13 @@
 """PAL: prototypical tastes that all users share, and weights of the prototypes for each user (arXiv 2406.08469).
 
-Ideal points: a user prefers the answer that is nearer to the user's ideal point. f is a shared map, and w_u =
-softmax(v_u) weights K prototypes; each user has K parameters, and all others are shared.
+A user prefers the answer that is nearer to their ideal point. f is a shared map, and w_u = softmax(v_u) weights the K
+prototypes. Each user has K parameters; all other parameters are shared.
 
     PAL-A   a_u = f(sum_k w_uk P_k),          margin = |f(rejected) - a_u|^2 - |f(chosen) - a_u|^2
     PAL-B   a_u(c) = sum_k w_uk g_k(phi(c)),  margin = s (cos(f(chosen), a_u(c)) - cos(f(rejected), a_u(c)))
 
-The signs of the distances move the chosen answer nearer; each vector is that of the last token. The loss is
--log sigmoid(margin). A new user is located by fitting v alone. K = 1 is a homogeneous model.
+The loss -log sigmoid(margin) moves the chosen answer nearer to a_u. Each vector is that of the last token. A new user
+is located by fitting v alone. With K = 1, all users have the same reward.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PAL(Scorer):
             inputs = self.prompts.basis.shape[1]
             self.g = nn.ModuleList(ResidualMLP(inputs, width) for _ in range(prototypes))
             # K functions have many parameters for few data. With less decay, or an initial scale of 1 / 0.07, f and g
-            # overfit the comparisons; and they become good only after the learning rate has decayed.
+            # overfit the comparisons. They become good only after the learning rate has decayed, hence the patience.
             self.decay, self.patience = 10.0, 1.0
         else:
             self.prototypes = nn.Parameter(torch.randn(prototypes, width) / width**0.5)
@@ -65,9 +65,9 @@ class PAL(Scorer):
         return self.v.softmax(-1)
 
     def adapt(self, comparisons: Comparisons, *, steps: int = 120, rate: float = 0.1) -> Tensor:
-        """Few-shot localisation: fit v of a new user by Adam from 0, slightly regularised, with the rest frozen."""
+        """Fit v of a new user by Adam from 0, slightly regularised, with all other parameters frozen."""
         if not len(comparisons):
-            raise UserError("no comparisons of the new user; one is the least")
+            raise UserError("no comparisons of the new user; give at least one")
         v = torch.zeros(self.options["prototypes"], requires_grad=True)
         optimizer = torch.optim.Adam([v], lr=rate)
         for _ in range(steps):

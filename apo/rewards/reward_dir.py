@@ -1,9 +1,9 @@
 """A fitted reward and its folder, and the conversion of pairs to comparisons.
 
-reward.json           kind, options, users and their groups, the model whose features it reads, and the ids it was
-                      trained on; written last, so that a folder with it is complete
-reward.safetensors    parameters, the users' states, reference answers
-users/ID.json         a user who was added later (`apo reward adapt`), with the answers
+reward.json           kind, options, users and their groups, the model whose features it reads, and the ids of the pairs
+                      it was trained on; written last, so a folder that has it is complete
+reward.safetensors    parameters, states of the users, reference answers
+users/ID.json         a user who was added later (`apo reward adapt`), with their answers
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from apo.rewards.bradley_terry import BradleyTerry
 from apo.rewards.pal import PAL
 from apo.rewards.scorer import Comparisons, Scorer, win_rate
 from apo.rewards.vpl import VPL
-from clair.core.errors import UserError, near_miss, one_line
+from clair.core.errors import UserError, list_some, near_miss, one_line
 from clair.core.files import content_hash, publish, read_json, write_json
 from clair.core.provenance import provenance
 
 SCORERS: dict[str, type[Scorer]] = {cls.kind: cls for cls in (BradleyTerry, PAL, VPL)}
 REFERENCES = 64
-"""Reference answers of a win rate."""
+"""Reference answers that a win rate is measured against."""
 _MAX_NAMES = 3
 
 
@@ -52,23 +52,19 @@ def user_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         question = content_hash([row["prompt"], *sorted((chosen, rejected))])
         orders.setdefault((row["user"], question), set()).add(chosen < rejected)
     notes = []
-    if alone := [user for user, count in counts.items() if count == 1]:
-        notes.append(f"{len(alone)} of {len(counts)} users have one comparison: little is known of {_some(alone)}")
-    if both := list(dict.fromkeys(user for (user, _), both_orders in orders.items() if len(both_orders) == 2)):
+    if single := [user for user, count in counts.items() if count == 1]:
+        notes.append(f"{len(single)} of {len(counts)} users have one comparison only: {list_some(single, _MAX_NAMES)}")
+    if contradictory := list(dict.fromkeys(user for (user, _), order in orders.items() if len(order) == 2)):
         notes.append(
-            f"{len(both)} of {len(counts)} users contradict themselves, on the same two answers: {_some(both)}"
+            f"{len(contradictory)} of {len(counts)} users contradict themselves on the same two answers: "
+            f"{list_some(contradictory, _MAX_NAMES)}"
         )
     return notes
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return ", ".join(map(repr, names[:_MAX_NAMES])) + more
-
-
 @dataclass
 class Reward:
-    """A fitted scorer, its reference answers, its facts (reward.json), and the states of all users by name."""
+    """A fitted scorer, its reference answers, the content of reward.json (`facts`), and all users' states by name."""
 
     scorer: Scorer
     references: Tensor
@@ -118,7 +114,7 @@ class Reward:
         from safetensors.torch import load_file
 
         if not (folder / "reward.json").is_file():
-            raise UserError(f"{folder} holds no finished reward (no reward.json); give a folder of `apo reward fit`")
+            raise UserError(f"{folder} holds no finished reward (no reward.json); give the `out` of `apo reward fit`")
         facts = read_json(folder / "reward.json")
         try:
             tensors = load_file(folder / "reward.safetensors")
@@ -140,25 +136,22 @@ class Reward:
         return reward
 
     def groups(self) -> dict[str, str]:
-        """Return the group of each user, the prototype with the largest weight; one for all without groups."""
-        named = self.scorer.groups()
-        if len(named) == 1:
-            return dict.fromkeys(self.states, next(iter(named)))
-        names = list(named)
-        return {user: names[int(state.argmax())] for user, state in self.states.items()}
+        """Return the group of each user: the prototype with the largest weight, or the single group."""
+        names = list(self.scorer.groups())
+        return {user: names[int(state.argmax()) if len(names) > 1 else 0] for user, state in self.states.items()}
 
     def user_state(self, user: str) -> Tensor:
-        """Return the state of a user or a group. Raises UserError for an unknown name, with the nearest one."""
+        """Return the state of a user or a group. Raises UserError, with the nearest name, for an unknown name."""
         states = {**self.scorer.groups(), **self.states}
         if user not in states:
             raise UserError(
-                f"{user!r} is no user or group of this reward{near_miss(user, states)}; groups: "
+                f"{user!r} is neither a user nor a group of this reward{near_miss(user, states)}; groups: "
                 f"{', '.join(self.scorer.groups())}; add a user with `apo reward adapt`"
             )
         return states[user]
 
     def check_features(self, pairs: EncodedPairs) -> None:
-        """Raise UserError if the features are from another model than the reward was fitted on."""
+        """Raise UserError if the features come from another model than the reward was fitted on."""
         same_model(self.facts["features"], pairs.features.model, "this reward")
 
     def row_states(self, pairs: EncodedPairs, user: str | None = None) -> Tensor:
@@ -172,8 +165,9 @@ class Reward:
         unknown = [name for name in dict.fromkeys(users) if name is not None and name not in self.states]
         if unknown and self.scorer.kind != BradleyTerry.kind:
             raise UserError(
-                f"{len(unknown)} of {len(set(users))} users are unknown to this reward: {_some(unknown)}; "
-                f"add them with `apo reward adapt`, or score all pairs for one user or group"
+                f"{len(unknown)} of {len(set(users))} users are unknown to this reward: "
+                f"{list_some(unknown, _MAX_NAMES)}; add them with `apo reward adapt`, or score all pairs for one user "
+                f"or group"
             )
         return torch.stack([self.states.get(name, self.scorer.mean_state()) for name in users])
 
@@ -198,12 +192,12 @@ class Reward:
 
 
 def user_file(folder: Path, user: str) -> Path:
-    """Return the file of a user who was added later, named by a hash since a name may not be a valid path."""
+    """Return the file of a user who was added later. It is named by a hash: a user's name may not be a valid path."""
     return folder / "users" / f"{content_hash(user)[:16]}.json"
 
 
 def save_user(reward: Reward, user: str, state: Tensor | None, answers: Sequence[Mapping[str, Any]]) -> None:
-    """Write a user's state and answers (comparison id, True if its chosen answer was preferred), atomically."""
+    """Write a user's state and answers atomically. An answer has a comparison's id, and if chosen was preferred."""
     assert reward.folder is not None
     group = None
     if state is not None:

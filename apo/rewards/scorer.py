@@ -1,7 +1,7 @@
 """Scorers: rewards as functions of features and a user's state, fitted on comparisons.
 
 A state is a vector that represents a user: empty (one reward for all), weights of prototypes (PAL), or a latent (VPL).
-Scale and zero of a reward are defined for one state only; across users, compare `win_rate` against reference answers.
+Rewards of different states have different scales and zeros. To compare users, use `win_rate` against reference answers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.functional import softplus
 from clair.core.errors import UserError
 
 WIDTH = 64
-"""Directions of the features that are used, and units of a hidden layer."""
+"""Directions of the features that are used, and the units of a hidden layer."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Comparisons:
 
     def select(self, indices: Tensor | Sequence[int]) -> Comparisons:
         """Return some of the comparisons; `users` stays the same."""
-        at = torch.as_tensor(indices, dtype=torch.long)
-        return Comparisons(self.prompt[at], self.chosen[at], self.rejected[at], self.user[at], self.users)
+        rows = torch.as_tensor(indices, dtype=torch.long)
+        return Comparisons(self.prompt[rows], self.chosen[rows], self.rejected[rows], self.user[rows], self.users)
 
     def by_user(self, user: int) -> Comparisons:
         """Return the comparisons of one user."""
@@ -52,8 +52,8 @@ class Comparisons:
 class Projection(nn.Module):
     """Centres features and projects them on the `WIDTH` directions of the largest spread, scaled to 1 on average.
 
-    [n, D] -> [n, min(D, WIDTH)]. For answers the spread is that of chosen - rejected, since what both answers of a pair
-    have in common does not matter.
+    [n, D] -> [n, min(D, WIDTH)]. For answers, the spread is that of chosen - rejected: what both answers of a pair have
+    in common does not matter.
     """
 
     mean: Tensor
@@ -76,17 +76,17 @@ class Projection(nn.Module):
 
 
 class Scorer(nn.Module):
-    """A reward of answers given a user's state. Subclasses define `reward`, `adapt`, `user_states` and `loss`."""
+    """A reward of an answer for a user's state. Subclasses define `reward`, `adapt`, `user_states` and `loss`."""
 
     kind: ClassVar[str]
     decay: float = 1.0
     rate: ClassVar[float] = 1e-2
     epochs: ClassVar[int] = 60
     patience: float = 0.5
-    """Settings of the fit: AdamW's weight decay and learning rate, epochs, and the share of the epochs without a gain
-    on held-out comparisons after which fitting stops."""
+    """Settings of the fit: AdamW's weight decay and learning rate, and the number of epochs. Fitting stops after
+    `patience`, a share of the epochs, without a gain on held-out comparisons."""
     per_user: ClassVar[frozenset[str]] = frozenset()
-    """Parameters that belong to users. They get few comparisons, so they learn faster than shared ones."""
+    """Parameters that belong to one user each. A user has few comparisons, so they learn faster than shared ones."""
 
     def __init__(self, sizes: tuple[int, int], options: dict[str, Any]) -> None:
         super().__init__()
@@ -99,9 +99,9 @@ class Scorer(nn.Module):
         """Return the reward [n] of answers [n, D] to prompts [n, C] for states [n, S]."""
         raise NotImplementedError
 
-    def margin(self, prompt: Tensor, one: Tensor, other: Tensor, state: Tensor) -> Tensor:
-        """Return the log-odds [n] that `one` is preferred to `other`, [n, D] each."""
-        return self.reward(prompt, one, state) - self.reward(prompt, other, state)
+    def margin(self, prompt: Tensor, first: Tensor, second: Tensor, state: Tensor) -> Tensor:
+        """Return the log-odds [n] that `first` is preferred to `second`, [n, D] each."""
+        return self.reward(prompt, first, state) - self.reward(prompt, second, state)
 
     def adapt(self, comparisons: Comparisons) -> Tensor:
         """Return the state [S] of a new user from at least one comparison."""
@@ -116,7 +116,7 @@ class Scorer(nn.Module):
         raise NotImplementedError
 
     def groups(self) -> dict[str, Tensor]:
-        """Return one state per group of users, by name; a single one, `all`, if the reward has no groups."""
+        """Return one state per group of users, by name; the single group `all` if the reward has no groups."""
         return {"all": self.mean_state()}
 
     def mean_state(self) -> Tensor:
@@ -136,7 +136,7 @@ class Scorer(nn.Module):
 
 
 def mlp(inputs: int, outputs: int, hidden: int = WIDTH) -> nn.Sequential:
-    """Return an MLP with one hidden layer, whose last layer is initialised small, as for a residual branch."""
+    """Return an MLP with one hidden layer. Its last layer is initialised small, as in a residual branch."""
     layers = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
     with torch.no_grad():
         for parameter in layers[-1].parameters():
@@ -157,7 +157,7 @@ class ResidualMLP(nn.Module):
 
 
 def nll(scorer: Scorer, data: Comparisons, states: Tensor | None = None) -> Tensor:
-    """Return -log P [n] of the choices under a fitted scorer, for `states` [n, S], by default those of the users."""
+    """Return -log P [n] of the choices under a fitted scorer, for `states` [n, S]; None: those of the users."""
     with torch.no_grad():
         state = scorer.state_rows(data.user) if states is None else states
         return softplus(-scorer.margin(data.prompt, data.chosen, data.rejected, state))
@@ -174,7 +174,7 @@ def accuracy(scorer: Scorer, data: Comparisons, states: Tensor | None = None) ->
 def win_rate(scorer: Scorer, prompt: Tensor, answer: Tensor, state: Tensor, references: Tensor) -> Tensor:
     """Return the mean probability [n] of being preferred to reference answers [m, D] to the same prompt.
 
-    VPL's self-play scaling (arXiv 2408.10075): rewards of different users have different scales, win rates do not.
+    VPL's self-play scaling (arXiv 2408.10075): rewards of different users have different scales, win rates have one.
     """
     with torch.no_grad():
         reward = scorer.reward(prompt, answer, state)
@@ -187,7 +187,7 @@ def win_rate(scorer: Scorer, prompt: Tensor, answer: Tensor, state: Tensor, refe
 
 @contextlib.contextmanager
 def flush_denormals() -> Iterator[None]:
-    """Treat numbers below 1e-38 as 0 within, since arithmetic on them is a hundred times slower on a CPU."""
+    """Treat numbers below 1e-38 as 0 within, because arithmetic on them is a hundred times slower on a CPU."""
     torch.set_flush_denormal(True)
     try:
         yield
@@ -205,10 +205,10 @@ def fit(
     batch: int = 64,
     seed: int = 0,
 ) -> Scorer:
-    """Fit with AdamW and a cosine schedule to 0; with `valid`, restore the epoch that predicts it best.
+    """Fit with AdamW and a cosine schedule to 0. With `valid`, restore the epoch that predicts it best.
 
-    Users' parameters learn ten times as fast as shared ones and without decay, since each gets few comparisons.
-    Raises UserError if there are no comparisons. Deterministic for a seed.
+    The users' parameters learn ten times as fast as shared ones, and without decay, because a user has few comparisons.
+    Deterministic for a seed. Raises UserError if there are no comparisons.
     """
     if not len(data):
         raise UserError("no comparisons to fit a reward on")
@@ -253,7 +253,7 @@ def fit(
 def split(data: Comparisons, shares: Sequence[float], seed: int = 0) -> list[Comparisons]:
     """Split the comparisons of every user by these shares.
 
-    Users with fewer than five comparisons are in the first split only.
+    The comparisons of a user who has fewer than five are all in the first split.
     """
     random = torch.Generator().manual_seed(seed)
     splits: list[list[Tensor]] = [[] for _ in shares]

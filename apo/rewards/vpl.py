@@ -3,10 +3,10 @@
     q(z | D_u) = N(mu(D_u), diag sigma^2(D_u)),    P(a preferred to b | z) = sigmoid(r(a, z) - r(b, z))
     minimise   mean over targets of -log P  +  beta KL(q(z | D_u) || N(0, I)),   z ~ q
 
-D_u are up to `CONTEXT` comparisons of the user. Each is encoded as (chosen, rejected), whose order carries the label;
-self-attention and a mean combine them, so that their order does not matter. A new user needs only a few comparisons,
-and `next_question` selects the comparison whose answer is most informative about z. Outside of training, z = mu. The
-latent collapses if beta is too large or the decoder ignores z; `health` detects that.
+D_u are up to `CONTEXT` comparisons of the user. Each is encoded as (chosen, rejected), an order that carries the label.
+Self-attention and a mean combine the comparisons, so that their own order does not matter. A new user needs only a few
+comparisons, and `next_question` selects the comparison whose answer is most informative about z. Outside of training,
+z = mu. The latent collapses if beta is too large or the decoder ignores z; `health` detects that.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from apo.rewards.scorer import WIDTH, Comparisons, Scorer
 from clair.core.errors import UserError
 
 CONTEXT = 8
-"""Comparisons that represent a user in training, at most."""
+"""Maximal number of comparisons that represent a user in training."""
 PER_USER = 16
-"""Comparisons of a user in one step: context and targets."""
+"""Comparisons of a user in one step, context and targets together."""
 USERS = 32
 WARM_UP = 500
 """Steps over which beta grows from 0."""
@@ -34,8 +34,8 @@ WARM_UP = 500
 class Health(NamedTuple):
     """Measures of how much the latent is used.
 
-    active_units   share of dimensions whose mean varies over users (variance above 0.01)
-    swap           mean cosine of mu with mu of the same comparisons reversed; -1 if reversing a taste reverses z
+    active_units   share of the dimensions whose mean varies over users (variance above 0.01)
+    swap           mean cosine of mu with the mu of the same comparisons reversed; -1 if reversing a taste reverses z
     """
 
     active_units: float
@@ -48,26 +48,20 @@ class Health(NamedTuple):
 
 
 class VPL(Scorer):
-    """A state is z [latent]."""
+    """A reward with a latent per user. A state is z [latent]."""
 
     kind = "vpl"
     decay, rate, epochs = 0.03, 3e-3, 160
 
     def __init__(self, sizes: tuple[int, int], latent: int = 8, beta: float = 1e-3) -> None:
         if not beta >= 0:
-            raise UserError(f"beta is {beta:g}; the weight of the KL term is 0 or above")
+            raise UserError(f"beta is {beta:g}; give a weight of the KL term of 0 or more")
         super().__init__(sizes, {"latent": latent, "beta": beta})
         width = self.answers.basis.shape[1]
-        self.pair = nn.Sequential(
-            nn.Linear(2 * width, WIDTH), nn.LeakyReLU(0.2), nn.Linear(WIDTH, WIDTH), nn.LeakyReLU(0.2),
-            nn.Linear(WIDTH, WIDTH),
-        )  # fmt: skip
+        self.pair = _two_hidden_layers(2 * width, WIDTH)
         self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.mean, self.log_variance = nn.Linear(WIDTH, latent), nn.Linear(WIDTH, latent)
-        self.decoder = nn.Sequential(
-            nn.Linear(width + latent, WIDTH), nn.LeakyReLU(0.2), nn.Linear(WIDTH, WIDTH), nn.LeakyReLU(0.2),
-            nn.Linear(WIDTH, 1),
-        )  # fmt: skip
+        self.decoder = _two_hidden_layers(width + latent, 1)
         self.register_buffer("spread", torch.ones(1, latent))
         """sigma of all known users, [U, latent]."""
 
@@ -83,9 +77,9 @@ class VPL(Scorer):
         return reward
 
     def batches(self, data: Comparisons, random: torch.Generator, size: int) -> list[Comparisons]:
-        """Return batches of draws, each of the same number of one user's comparisons; `user` indexes the batch's draws.
+        """Return batches of draws. A draw is a number of comparisons of one user, the same number in all of a batch.
 
-        Users with one comparison are skipped, since they have no target.
+        `user` is the index of the draw in its batch. Users with one comparison are skipped: they would have no target.
         """
         by_count: dict[int, list[Tensor]] = {}
         for user in data.user.unique():
@@ -94,7 +88,7 @@ class VPL(Scorer):
             for _ in range(max(1, len(indices) // PER_USER) if count > 1 else 0):
                 by_count.setdefault(count, []).append(indices[torch.randperm(len(indices), generator=random)[:count]])
         if not by_count:
-            raise UserError("no user has two comparisons: nothing to infer a latent from; take bradley_terry")
+            raise UserError("no user has two comparisons, so no latent can be inferred; use bradley_terry")
         batches = []
         for rows in by_count.values():
             order = torch.randperm(len(rows), generator=random).tolist()
@@ -120,7 +114,7 @@ class VPL(Scorer):
         return nll + self.options["beta"] * min(1.0, step / WARM_UP) * kl
 
     def user_states(self, data: Comparisons) -> Tensor:
-        """Return mu of each user from the first `CONTEXT` comparisons, 0 without any; store sigma in `spread`."""
+        """Return mu of each user from the first `CONTEXT` comparisons, or 0 without any. Stores sigma in `spread`."""
         latent = self.options["latent"]
         states, spread = torch.zeros(len(data.users), latent), torch.ones(len(data.users), latent)
         with torch.no_grad():
@@ -138,12 +132,12 @@ class VPL(Scorer):
     def adapt(self, comparisons: Comparisons) -> Tensor:
         """Return mu of a new user's comparisons."""
         if not len(comparisons):
-            raise UserError("no comparisons of the new user; one is the least")
+            raise UserError("no comparisons of the new user; give at least one")
         with torch.no_grad():
             return self._encode_user(comparisons)[0][0]
 
     def sample(self, comparisons: Comparisons, samples: int, random: torch.Generator) -> Tensor:
-        """Sample z [samples, latent] from the posterior of a user; without comparisons, from all known users'."""
+        """Sample z [samples, latent] from a user's posterior; without comparisons, from those of all known users."""
         assert self.states is not None
         with torch.no_grad():
             if len(comparisons):
@@ -173,10 +167,10 @@ def next_question(
     samples: int = 256,
     seed: int = 0,
 ) -> tuple[int, float]:
-    """Return the index of the pool's most informative comparison about a user, and its information in nats (BALD).
+    """Return the index of the comparison that is most informative about a user, and its information in nats (BALD).
 
-    H(mean_s p_s) - mean_s H(p_s), with p_s = sigmoid(r(a, z_s) - r(b, z_s)) and z_s sampled from the posterior after
-    the answered comparisons. (The paper's released code uses variances only.)
+    The information is H(mean_s p_s) - mean_s H(p_s), with p_s = sigmoid(r(a, z_s) - r(b, z_s)). z_s are samples of the
+    posterior after the answered comparisons. (The paper's released code uses variances only.)
     """
     random = torch.Generator().manual_seed(seed)
     z = scorer.sample(answered, samples, random)
@@ -184,14 +178,19 @@ def next_question(
     with torch.no_grad():
         for chunk in z.split(max(1, 20_000 // len(pool))):
             state = chunk.repeat_interleave(len(pool), 0)
-            prompt, one, other = (side.repeat(len(chunk), 1) for side in (pool.prompt, pool.chosen, pool.rejected))
-            probabilities.append(scorer.margin(prompt, one, other, state).sigmoid().view(len(chunk), -1))
+            prompt, first, second = (side.repeat(len(chunk), 1) for side in (pool.prompt, pool.chosen, pool.rejected))
+            probabilities.append(scorer.margin(prompt, first, second, state).sigmoid().view(len(chunk), -1))
     p = torch.cat(probabilities)
     gain = _entropy(p.mean(0)) - _entropy(p).mean(0)
     for index in excluded or ():
         gain[index] = -math.inf
     best = int(gain.argmax())
     return best, float(gain[best])
+
+
+def _two_hidden_layers(inputs: int, outputs: int) -> nn.Sequential:
+    first, second, last = nn.Linear(inputs, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, outputs)
+    return nn.Sequential(first, nn.LeakyReLU(0.2), second, nn.LeakyReLU(0.2), last)
 
 
 def _entropy(p: Tensor) -> Tensor:

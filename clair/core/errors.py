@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from clair.core.progress import printable
 
@@ -41,6 +41,12 @@ def error_chain(error: BaseException) -> str:
             messages.append(message)
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return one_line(": ".join(messages) or type(error).__name__)
+
+
+def list_some(values: Sequence[object], max_count: int) -> str:
+    """The first values, such as `'a', 'b' and 3 more`."""
+    more = f" and {len(values) - max_count} more" if len(values) > max_count else ""
+    return ", ".join(map(repr, values[:max_count])) + more
 
 
 def near_miss(name: str, allowed: Iterable[str]) -> str:

@@ -202,12 +202,18 @@ def _read_files(
     check_columns(existing, location, pairs=pairs, change=_RENAME_ADVICE)
     state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     encoded = Dataset.from_generator(
-        _encoded_rows, features=encoded_features(_features(types)),
-        gen_kwargs={"files": names, "path": path, "location": location, "columns": dict(columns),
-                    "mixed": tuple(name for name, type in types.items() if type is None),
-                    "typed": {name: str(type) for name, type in types.items() if type},
-                    "cache_key": json.dumps([state, _CODE])},
-    )  # fmt: skip
+        _encoded_rows,
+        features=encoded_features(_features(types)),
+        gen_kwargs={
+            "files": names,
+            "path": path,
+            "location": location,
+            "columns": dict(columns),
+            "mixed": tuple(name for name, type in types.items() if type is None),
+            "typed": {name: str(type) for name, type in types.items() if type},
+            "cache_key": json.dumps([state, _CODE]),
+        },
+    )
     assert isinstance(encoded, Dataset)
     return decode(encoded, location)
 
@@ -296,9 +302,14 @@ def _features(types: Mapping[str, pa.DataType | None]) -> dict[str, Any]:
 
 
 def _encoded_rows(
-    files: Sequence[str], path: str, location: str, columns: Mapping[str, str], mixed: Sequence[str],
-    typed: Mapping[str, str], cache_key: str,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
+    files: Sequence[str],
+    path: str,
+    location: str,
+    columns: Mapping[str, str],
+    mixed: Sequence[str],
+    typed: Mapping[str, str],
+    cache_key: str,
+) -> Iterator[dict[str, Any]]:
     """Encoded rows, as `preferences.decode` takes them, with the `mixed` columns as text and the `typed` ones copied.
 
     `cache_key` is the state of the files and of this code. Only the cache of `datasets` reads it.

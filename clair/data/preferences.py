@@ -58,11 +58,15 @@ def read_dataset(
         return Preferences(dataset)
     copied = {column: dataset.features[column] for column in dataset.column_names if column not in CONSUMED_COLUMNS}
     encoded = dataset.map(
-        _encode_rows, batched=True, with_indices=True, num_proc=num_proc, desc="Reading rows",
+        _encode_rows,
+        batched=True,
+        with_indices=True,
+        num_proc=num_proc,
+        desc="Reading rows",
         remove_columns=[column for column in dataset.column_names if column not in copied],
         fn_kwargs={"location": location, "keep_text": keep_text, "features": dataset.features, "code": CODE},
         features=encoded_features(copied),
-    )  # fmt: skip
+    )
     if keep_text and _is_mixed(_count_traits(encoded)):
         return read_dataset(dataset, location, num_proc=num_proc)
     return decode(encoded, location, num_proc=num_proc)
@@ -93,9 +97,13 @@ def encoded_features(copied: Mapping[str, Any]) -> Any:
 
 
 def _encode_rows(
-    batch: Mapping[str, list[Any]], indices: Sequence[int], location: str, keep_text: bool,
-    features: Mapping[str, Any], code: str,
-) -> dict[str, list[Any]]:  # fmt: skip
+    batch: Mapping[str, list[Any]],
+    indices: Sequence[int],
+    location: str,
+    keep_text: bool,
+    features: Mapping[str, Any],
+    code: str,
+) -> dict[str, list[Any]]:
     consumed = [name for name in batch if name in CONSUMED_COLUMNS]
     encoded = []
     for number, index in enumerate(indices):
@@ -167,11 +175,19 @@ def decode(encoded: Dataset, location: str, *, num_proc: int | None = None) -> P
     features = {name: Value("string") if name in _OBJECTS else column for name in names}
     copied = {name: feature for name, feature in encoded.features.items() if name not in (ROW, TRAITS)}
     decoded = encoded.map(
-        _decode_rows, batched=True, input_columns=[ROW], remove_columns=[ROW, TRAITS], num_proc=num_proc,
-        desc="Reading rows", features=Features({**copied, **features}),
-        fn_kwargs={"names": names, "json_keys": sorted(key for key, kind in types.items() if kind == "json"),
-                   "code": CODE},
-    )  # fmt: skip
+        _decode_rows,
+        batched=True,
+        input_columns=[ROW],
+        remove_columns=[ROW, TRAITS],
+        num_proc=num_proc,
+        desc="Reading rows",
+        features=Features({**copied, **features}),
+        fn_kwargs={
+            "names": names,
+            "json_keys": sorted(key for key, kind in types.items() if kind == "json"),
+            "code": CODE,
+        },
+    )
     return Preferences(decoded, _notes(counts, len(encoded)))
 
 

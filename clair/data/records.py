@@ -39,6 +39,8 @@ Tools = tuple[Mapping[str, Any], ...]
 """Tool definitions in the format of OpenAI's API."""
 LABELS = ("user", "group", "behaviour", "source")
 """Optional columns of a pair: the person whose preference it is, their group, the behaviour, and its origin."""
+SCORES = ("score_chosen", "score_rejected")
+"""Columns of a pair with the scores of its answers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,9 +70,12 @@ def push(folder: str | Path, name: str, *, private: bool) -> str:
         if private and not api.dataset_info(name).private:
             raise UserError(f"{name} exists already and is public; choose another name, or make it private on the hub")
         api.upload_folder(
-            repo_id=name, repo_type="dataset", folder_path=folder, allow_patterns=list(PUSHED),
+            repo_id=name,
+            repo_type="dataset",
+            folder_path=folder,
+            allow_patterns=list(PUSHED),
             commit_message="Preference pairs built by clair-apo",
-        )  # fmt: skip
+        )
     except UserError:
         raise
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:

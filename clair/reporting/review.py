@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clair.core.errors import UserError
+from clair.core.errors import UserError, list_some
 from clair.core.files import content_hash, file_sha256, publish, write_atomically, write_json
 from clair.data.dataset import CONTRAST, ROWS_PER_GROUP, SPLITS, card, read_manifest, schema, split_file, to_table
 from clair.data.records import Dropped
@@ -149,11 +149,7 @@ def _check_fits(source: Path, manifest: Mapping[str, Any], decisions: Decisions)
     known_ids |= {row["id"] for row in map(json.loads, _dropped_lines(source)) if _is_mark(row)}
     unknown = sorted(decisions.by_id.keys() - known_ids)
     if unknown:
-        more = f" and {len(unknown) - _MAX_NAMED} more" if len(unknown) > _MAX_NAMED else ""
-        raise UserError(
-            f"{source} has no pair {', '.join(map(repr, unknown[:_MAX_NAMED]))}{more}; "
-            f"decisions may name only its pairs"
-        )
+        raise UserError(f"{source} has no pair {list_some(unknown, _MAX_NAMED)}; decisions may name only its pairs")
 
 
 def _is_mark(row: Mapping[str, Any]) -> bool:

@@ -132,9 +132,9 @@ def answers_of(name: str, tasks: list[Task]) -> list[str]:
     file = RUN / "answers" / f"{name}.json"
     request = {"model": weights_identity(MODELS[name]), "tasks": [task.id for task in tasks]}
     if file.exists():
-        kept = json.loads(file.read_text("utf-8"))
-        if kept["asked"] == request:
-            return kept["answers"]
+        stored = json.loads(file.read_text("utf-8"))
+        if stored["asked"] == request:
+            return stored["answers"]
     answers = greedy_answers(MODELS[name], tasks)
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps({"asked": request, "answers": answers}, indent=1) + "\n", "utf-8")

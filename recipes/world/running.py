@@ -27,7 +27,7 @@ class Running:
     pid: int
 
     def stats(self) -> dict[str, Any]:
-        """The response of GET /stats; see `Tally.as_json`."""
+        """The response of GET /stats; see `RequestCounts.as_json`."""
         address = self.url.removesuffix("/v1") + "/stats"
         with urllib.request.urlopen(address, timeout=10) as response:  # noqa: S310 - our own loopback server
             return json.load(response)

@@ -53,7 +53,7 @@ class ServerOptions:
 
 
 @dataclass
-class Tally:
+class RequestCounts:
     """Counts of requests; `paid` counts the answers with status 200 by the hash of the request body."""
 
     requests: int = 0
@@ -115,7 +115,7 @@ class World:
 
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
-        self.tally = Tally()
+        self.counts = RequestCounts()
         self.crowded = asyncio.Event()
 
     def app(self) -> web.Application:
@@ -130,7 +130,7 @@ class World:
         return app
 
     async def stats(self, _: web.Request) -> web.Response:
-        return web.json_response(self.tally.as_json())
+        return web.json_response(self.counts.as_json())
 
     async def models(self, request: web.Request) -> web.Response:
         try:
@@ -140,27 +140,27 @@ class World:
         return web.json_response(model_list(MODELS))
 
     async def chat(self, request: web.Request) -> web.Response:
-        tally = self.tally
-        tally.requests += 1
-        tally.in_flight += 1
-        tally.max_in_flight = max(tally.max_in_flight, tally.in_flight)
-        if tally.max_in_flight >= self.options.answers_after:
+        counts = self.counts
+        counts.requests += 1
+        counts.in_flight += 1
+        counts.max_in_flight = max(counts.max_in_flight, counts.in_flight)
+        if counts.max_in_flight >= self.options.answers_after:
             self.crowded.set()
         try:
             response = await self.completion(request)
         except Refused as refused:
             response = refused.response
         finally:
-            tally.in_flight -= 1
-        tally.statuses[response.status] += 1
+            counts.in_flight -= 1
+        counts.statuses[response.status] += 1
         return response
 
     async def completion(self, request: web.Request) -> web.Response:
         """One chat completion, or Refused. The order is a real endpoint's: key, limits, body, faults, answer."""
         self.check_key(request)
-        options, tally = self.options, self.tally
-        if options.cap is not None and tally.in_flight > options.cap:
-            tally.misbehaviours["cap"] += 1
+        options, counts = self.options, self.counts
+        if options.cap is not None and counts.in_flight > options.cap:
+            counts.misbehaviours["cap"] += 1
             raise self.too_many(f"more than {options.cap} requests in flight")
         body = await read_body(request)
         body_id = body_hash(body)
@@ -170,9 +170,9 @@ class World:
         if delay := options.latency + options.slow_seconds * planned.slow:
             await asyncio.sleep(delay)
         if planned.slow:
-            tally.misbehaviours["slow"] += 1
+            counts.misbehaviours["slow"] += 1
         result = self.result(body, body_id, planned)
-        tally.paid[body_id] += 1
+        counts.paid[body_id] += 1
         return web.json_response(result)
 
     def check_key(self, request: web.Request) -> None:
@@ -189,10 +189,10 @@ class World:
         """Raise Refused for the first attempts at a body that is planned to fail; later attempts succeed."""
         if planned.transport is None:
             return
-        self.tally.attempts[body_id] += 1
-        if self.tally.attempts[body_id] > planned.failures:
+        self.counts.attempts[body_id] += 1
+        if self.counts.attempts[body_id] > planned.failures:
             return
-        self.tally.misbehaviours[planned.transport] += 1
+        self.counts.misbehaviours[planned.transport] += 1
         if planned.transport == "too_many":
             raise self.too_many("too many requests per minute")
         raise Refused(500, "The server had an error while processing your request.", "server_error")
@@ -212,7 +212,7 @@ class World:
             mistaken = share(seed, body_id, "reviser error") < self.options.reviser_error
             replies = [revise(turns, planned, polish=self.options.polish, mistaken=mistaken)] * count
         if spoilt := replies[0].spoilt:
-            self.tally.misbehaviours[spoilt] += 1
+            self.counts.misbehaviours[spoilt] += 1
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
         return completion_object(body, body_id, [cut(reply, limit) for reply in replies])
 

@@ -1,4 +1,4 @@
-"""Two or more results compared question by question, as tables and as a page.
+"""Comparison of evaluation results, question by question, as tables and as a page.
 
 Imports `evaluation`.
 """

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from apo.evaluation.results import AnyItem, Results
 
 RIGHT = 0.5
-"""Scores from here on count as right if right and wrong are counted."""
+"""The lowest score that counts as right."""
 
 
 def changed_answers(results: Sequence[Results]) -> list[tuple[int, AnyItem, AnyItem]]:
-    """(index of the tuned model, the base's item, its item) of each answer with another score, largest change first."""
+    """Return (index of the tuned model, the base's item, its item) of each changed score, largest change first."""
     base_items = {item.key: item for item in results[0].items}
     changed = [
         (index, base_items[item.key], item)
@@ -25,8 +25,8 @@ def changed_answers(results: Sequence[Results]) -> list[tuple[int, AnyItem, AnyI
     )
 
 
-def change_kind(before: float, after: float) -> str:
-    """The name of a change of score."""
-    if (before >= RIGHT) != (after >= RIGHT):
-        return "wrong to right" if after > before else "right to wrong"
-    return "better" if after > before else "worse"
+def change_kind(base: float, tuned: float) -> str:
+    """Name the change from the base's score to the tuned model's."""
+    if (base >= RIGHT) != (tuned >= RIGHT):
+        return "wrong to right" if tuned > base else "right to wrong"
+    return "better" if tuned > base else "worse"

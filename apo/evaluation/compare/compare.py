@@ -1,11 +1,11 @@
-"""Is the tuned model better than the base, and how certain is that? The content of compare.json.
+"""The content of compare.json: is the tuned model better than the base, and how certain is that?
 
-Rows are paired, since two models answer the same questions. Clusters are passages, and questions without a passage:
-MixEval-Hard 2024-06-01 asks 446 questions about 430 of them in 1,000 rows. Each difference has an interval and a
-p-value: over all rows, for each split and for each underlying benchmark. P-values are corrected (Holm) for the number
-of tuned models, and on the lower levels for the number of splits or benchmarks too. If fewer than ten clusters differ,
-an exact sign test has to find the difference as well. Brackets show the range of a score or a difference: every
-unresolved item counted as wrong, and every one as right.
+Rows are paired, because all models answer the same questions. A cluster is a passage, or a question without a passage:
+MixEval-Hard 2024-06-01 has 1,000 rows of 446 questions in 430 clusters. Each difference has an interval and a p-value,
+over all rows, for each split, and for each underlying benchmark. P-values are corrected (Holm) for the number of tuned
+models, and below the overall level also for the number of splits or benchmarks. If fewer than ten clusters differ, an
+exact sign test has to confirm the difference. A bracket is the range of a score or a difference: from every unresolved
+item counted as wrong to every one counted as right.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Selection = tuple[str, str | None, str | None, list[ComparedRow]]
 
 
 def comparison(
-    results: Sequence[Results], *, difference: float = 0.02, others: Mapping[str, Sequence[int]] | None = None
+    results: Sequence[Results], *, difference: float = 0.02, split_sizes: Mapping[str, Sequence[int]] | None = None
 ) -> dict[str, Any]:
-    """The content of compare.json (docs/evaluation.md): `results` are those of the base, then of the tuned models.
+    """Return the content of compare.json (docs/evaluation.md) for the results of the base, then of the tuned models.
 
-    `difference` is the true difference, a share, whose power is computed. `others` are other splits whose power is
-    predicted, by name, with the number of rows of each of their clusters.
+    `difference` is the true difference, a share, whose power is computed. `split_sizes` names other splits whose power
+    is predicted, each with the numbers of rows of its clusters.
     """
     score, paired = results[0].score, pair_rows(results)
     selections = list(_ifeval_sections(paired, score.groups) if isinstance(score, IFEvalScore) else _sections(paired))
@@ -60,7 +60,7 @@ def comparison(
         "parts": sections,
         "best": _best(differences, [row.cluster for row in rows], names[1:]),
         "power": [
-            power_analysis(results[0], tuned, section, rows, difference, others or {})
+            power_analysis(results[0], tuned, section, rows, difference, split_sizes or {})
             for tuned, section in zip(results[1:], sections[0]["tuned"], strict=True)
         ],
         **provenance(),
@@ -83,24 +83,25 @@ def _same_answers(base: Results, tuned: Results) -> bool:
 
 
 def _sections(rows: Sequence[ComparedRow]) -> Iterator[Selection]:
-    """(level, split, benchmark, rows) of all rows, then of each split, followed by its benchmarks.
+    """Yield (level, split, benchmark, rows) of all rows, then of each split, followed by its benchmarks.
 
     Sections without a row that all models answered are left out.
     """
     yield "overall", None, None, list(rows)
     for split in SPLITS:
-        inside = [row for row in rows if row.split == split]
-        benchmarks = {row.benchmark for row in inside if row.answered}
+        split_rows = [row for row in rows if row.split == split]
+        benchmarks = {row.benchmark for row in split_rows if row.answered}
         if benchmarks:
-            yield "split", split, None, inside
+            yield "split", split, None, split_rows
         for benchmark in sorted(benchmarks):
-            yield "benchmark", split, benchmark, [row for row in inside if row.benchmark == benchmark]
+            yield "benchmark", split, benchmark, [row for row in split_rows if row.benchmark == benchmark]
 
 
 def _ifeval_sections(rows: Sequence[ComparedRow], groups: Mapping[str, Sequence[str]]) -> Iterator[Selection]:
-    """(level, measure, group or type, rows) of each measure, prompts first; then of groups and types, read loosely.
+    """Yield (level, measure, group or type, rows) of each measure, prompts first, then of each group and type.
 
-    The overall score is that of prompts, loosely. Groups stand on the level of the measures.
+    The overall score is the loose one of prompts. Groups and types have loose scores; groups are on the level of
+    splits.
     """
     for measure in MEASURES:
         level = "overall" if measure == MEASURES[0] else "split"
@@ -143,7 +144,7 @@ def _section(level: str, split: str | None, benchmark: str | None, rows: Sequenc
 
 
 def _columns(rows: Sequence[ComparedRow], name: str) -> list[tuple[float, ...]]:
-    """An attribute of the rows, one tuple a model."""
+    """Return an attribute of the rows as one tuple per model."""
     return list(zip(*(getattr(row, name) for row in rows), strict=True))
 
 
@@ -155,13 +156,14 @@ def _score(scores: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]:
 
 
 def _delta(base: Sequence[float], tuned: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]:
-    """The difference with its interval; `no_interval` is the reason if no standard error can be estimated."""
-    changed_answers = Counter((before >= RIGHT, after >= RIGHT) for before, after in zip(base, tuned, strict=True))
+    """Return the difference with its interval, or in `no_interval` why no standard error can be estimated."""
+    pairs = list(zip(base, tuned, strict=True))
+    verdicts = Counter((base_score >= RIGHT, tuned_score >= RIGHT) for base_score, tuned_score in pairs)
     counts = {
-        "better": sum(after > before for before, after in zip(base, tuned, strict=True)),
-        "worse": sum(after < before for before, after in zip(base, tuned, strict=True)),
-        "wrong_to_right": changed_answers[False, True],
-        "right_to_wrong": changed_answers[True, False],
+        "better": sum(tuned_score > base_score for base_score, tuned_score in pairs),
+        "worse": sum(tuned_score < base_score for base_score, tuned_score in pairs),
+        "wrong_to_right": verdicts[False, True],
+        "right_to_wrong": verdicts[True, False],
     }
     numbers = {
         "delta": (math.fsum(tuned) - math.fsum(base)) / len(base),
@@ -173,8 +175,8 @@ def _delta(base: Sequence[float], tuned: Sequence[float], clusters: Sequence[str
         return {**numbers, **counts, "no_interval": "a single question"}
     test = paired_difference(base, tuned, clusters)
     if not test.differing:
-        why = "no score differs" if counts["better"] == counts["worse"] == 0 else "no question differs"
-        return {**numbers, **counts, "no_interval": why}
+        reason = "no score differs" if counts["better"] == counts["worse"] == 0 else "no question differs"
+        return {**numbers, **counts, "no_interval": reason}
     few = test.differing < MIN_DIFFERING
     numbers |= {"p": test.cautious_p, "p_sign": test.p_sign if few else None, "differing": test.differing}
     estimate = test.estimate
@@ -182,8 +184,8 @@ def _delta(base: Sequence[float], tuned: Sequence[float], clusters: Sequence[str
         return {**numbers, **counts, "no_interval": "every question differs by the same amount"}
     numbers |= {"delta_se": estimate.se, "df": estimate.df}
     if test.interval is None:
-        only = f"only {test.differing} questions differ" if test.differing > 1 else "only one question differs"
-        return {**numbers, **counts, "no_interval": only}
+        reason = f"only {test.differing} questions differ" if test.differing > 1 else "only one question differs"
+        return {**numbers, **counts, "no_interval": reason}
     return {**numbers, **counts, "delta_ci95": list(test.interval)}
 
 
@@ -197,7 +199,7 @@ def _correct(sections: Sequence[dict[str, Any]]) -> None:
 
 
 def _best(differences: Sequence[Sequence[float]], clusters: Sequence[str], names: Sequence[str]) -> Any:
-    """The best of several tuned models with the bias of selecting it; None if no score differs."""
+    """Return the best of several tuned models, corrected for the bias of its selection; None if no score differs."""
     if len(differences) < 2 or len(set(clusters)) < 2 or not any(map(any, differences)):
         return None
     best = best_of(differences, clusters)

@@ -1,7 +1,7 @@
 """compare.html: scores, differences with their intervals, and every changed answer, in one self-contained file.
 
-It is made of the parts that all pages share (clair/reporting/html_page.py). Its data is embedded as JSON and inserted
-into the document as text only.
+It consists of the parts that all pages share (clair/reporting/html_page.py). Its data is embedded as JSON, and the
+script inserts it into the document as text only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from clair.core.files import write_atomically
 from clair.reporting.html_page import clip, diff, html_page, json_text
 
 MAX_BYTES = 20_000_000
-"""Space for the changed answers of a page; if they need more, the smallest changes are left out and counted."""
+"""Bytes for the changed answers of a page. If they need more, the smallest changes are left out and counted."""
 _MAX_TEXT = 20_000
 _MAX_OPENING = 140
 _ASSETS = ("compare.html", "report.css", "compare.css", "compare.js")
@@ -29,11 +29,10 @@ def write_page(
     """Write the page of a comparison (`compare.comparison` of these results) to `out`."""
     changed = changed_answers(results)
     changes: list[str] = []
-    room = max_bytes
     for index, base, tuned in changed:
         text = json_text(_change(index, base, tuned))
-        room -= len(text.encode())
-        if room < 0:
+        max_bytes -= len(text.encode())
+        if max_bytes < 0:
             break
         changes.append(text)
     comparison_text, left_out = json_text(comparison), len(changed) - len(changes)

@@ -1,4 +1,4 @@
-"""Statistical power of a comparison: which difference it detects, and which design would detect a smaller one."""
+"""Statistical power of a comparison: the difference that it detects, and the designs that detect a smaller one."""
 
 from __future__ import annotations
 
@@ -24,25 +24,24 @@ def power_analysis(
     section: Mapping[str, Any],
     rows: Sequence[ComparedRow],
     difference: float,
-    others: Mapping[str, Sequence[int]],
+    split_sizes: Mapping[str, Sequence[int]],
 ) -> dict[str, Any] | None:
-    """The difference that this design detects, and the designs that would detect `difference`, a share.
+    """Return the difference that this design detects, and the designs that would detect `difference`, a share.
 
-    `section` holds the numbers of the tuned model over all rows. `others` are other splits by name, with the number of
-    rows of each of their clusters. None if no standard error can be estimated.
+    `section` holds the tuned model's numbers over all rows. `split_sizes` names other splits, each with the numbers of
+    rows of its clusters. None if no standard error can be estimated.
     """
     if section["delta_se"] is None:
         return None
     samples, df = min(base.score.samples, tuned.score.samples), section["df"]
     common = _common_answers(base, tuned)
     draws = [tuned_item.score - base_item.score for base_item, tuned_item in common]
-    variances = variance_components(
-        draws, [item.question for item, _ in common]
-    )  # variance within a question: sampling and judging
-    of_clusters = variance_components(draws, [item.cluster for item, _ in common])
-    noise = variances.within / len(rows)  # its part of the squared standard error with one answer to each row
-    needed = difference / detectable_difference(1.0, df)  # the standard error that detects it
-    # More samples reduce only the noise of sampling and judging; the rest of the squared error stays.
+    # The variance within a question comes from sampling and judging.
+    variances = variance_components(draws, [item.question for item, _ in common])
+    cluster_variances = variance_components(draws, [item.cluster for item, _ in common])
+    noise = variances.within / len(rows)  # its share in the squared standard error with one answer to each row
+    needed = difference / detectable_difference(1.0, df)  # the standard error that detects `difference`
+    # More samples reduce only the noise of sampling and judging. The remaining squared error stays.
     floor = max(0.0, section["delta_se"] ** 2 - noise / samples)
     size = {"rows": len(rows), "questions": len({row.question for row in rows})}
     designs = [
@@ -62,15 +61,20 @@ def power_analysis(
         "samples_needed": _samples_needed(noise, floor, needed),
         "questions_needed": math.ceil((variances.between + (within or 0)) / needed**2),
         "splits": [
-            {"name": name, "samples": 1, "rows": sum(sizes), "questions": len(sizes),
-             **_errors(design_se(of_clusters, sizes) ** 2, satterthwaite(sizes))}
-            for name, sizes in others.items()
+            {
+                "name": name,
+                "samples": 1,
+                "rows": sum(sizes),
+                "questions": len(sizes),
+                **_errors(design_se(cluster_variances, sizes) ** 2, satterthwaite(sizes)),
+            }
+            for name, sizes in split_sizes.items()
         ],
-    }  # fmt: skip
+    }
 
 
 def _common_answers(base: Results, tuned: Results) -> list[tuple[AnyItem, AnyItem]]:
-    """Pairs of answers to the same row and sample, without those that a server refused."""
+    """Return pairs of answers to the same row and sample, without those that a server refused."""
     tuned_items = {item.key: item for item in tuned.items if not item.unanswered}
     return [(item, tuned_items[item.key]) for item in base.items if item.key in tuned_items and not item.unanswered]
 
@@ -81,7 +85,7 @@ def _errors(variance: float, df: float) -> dict[str, float]:
 
 
 def _samples_needed(noise: float, floor: float, se: float) -> int | None:
-    """The number of answers to each row that lowers the standard error to `se`; None if no number does."""
+    """Return how many answers to each row lower the standard error to `se`; None if no number does."""
     allowed_noise = se**2 - floor
     if math.isnan(noise) or allowed_noise <= 0:
         return None
@@ -89,7 +93,7 @@ def _samples_needed(noise: float, floor: float, se: float) -> int | None:
 
 
 def other_splits(data: str | Path, compared: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The number of rows in each cluster, by split name, for every split in a data folder except the `compared` one.
+    """Return the numbers of rows of the clusters of every split in a data folder except the `compared` one, by name.
 
     Raises UserError if the folder holds no other split, or an altered file.
     """
@@ -98,10 +102,8 @@ def other_splits(data: str | Path, compared: Mapping[str, Any]) -> dict[str, lis
     splits = {}
     for version in VERSIONS:
         for split, folder in FOLDERS.items():
-            if (Path(data) / version / folder).is_dir() and (version, split) != (
-                compared["version"],
-                compared["split"],
-            ):
+            is_compared = (version, split) == (compared["version"], compared["split"])
+            if (Path(data) / version / folder).is_dir() and not is_compared:
                 rows = load(data, version, split).all_rows
                 splits[f"{split} {version}"] = list(Counter(row.cluster for row in rows).values())
     if not splits:

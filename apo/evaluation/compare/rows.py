@@ -1,4 +1,4 @@
-"""Reading result folders to compare, and pairing their rows: two models answer the same questions."""
+"""Read the result folders to compare, and pair their rows: all models answer the same questions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Key = tuple[str, int | tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class ComparedRow:
-    """One row of the benchmark with the score of every model, the base's first; a score is a mean over samples.
+    """One row of the benchmark with the score of every model, the base's first. A score is a mean over samples.
 
-    IFEval has a row for each measure (`split`) of each prompt or instruction, whose type is the `benchmark`.
-    `lowest` and `highest` are the scores if every unresolved item is wrong, and if it is right. If a server refused
-    the row to one of the models, `answered` is False and the scores are unknown.
+    IFEval has one row for each measure (`split`) of each prompt or instruction; `benchmark` is the instruction's type.
+    `lowest` and `highest` are the scores with every unresolved item counted as wrong, and as right. If a server refused
+    the row for one of the models, `answered` is False and the scores are unknown.
     """
 
     split: str
@@ -37,11 +37,11 @@ class ComparedRow:
 def read_comparable(base: str | Path, tuned: Sequence[str | Path]) -> list[Results]:
     """Read the results of the base, then those of the tuned models.
 
-    Raises UserError, before anything is computed, for a folder that holds no finished result, is named twice, or was
-    evaluated with other settings than the base.
+    Raises UserError, before anything is computed, for a folder that holds no finished result, that is named twice, or
+    whose settings differ from the base's.
     """
     if not tuned:
-        raise UserError("only one result folder; a comparison needs BASE and at least one TUNED")
+        raise UserError("only one result folder; give BASE and at least one TUNED")
     folders = [Path(folder) for folder in (base, *tuned)]
     for index, folder in enumerate(folders):
         if folder.resolve() in [earlier.resolve() for earlier in folders[:index]]:
@@ -119,7 +119,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def model_names(folders: Sequence[Path]) -> list[str]:
-    """Short distinct names of the folders: their paths without the common part."""
+    """Return short distinct names of the folders: their paths below the common folder."""
     paths = [folder.resolve() for folder in folders]
     common = Path(os.path.commonpath([path.parent for path in paths]))
     return [str(path.relative_to(common)) for path in paths]

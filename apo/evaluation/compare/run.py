@@ -1,4 +1,4 @@
-"""All of `apo compare`: read the result folders, compare them, and write compare.json and compare.html."""
+"""Run `apo compare`: read the result folders, compare them, and write compare.json and compare.html."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class ComparisonResult:
         return f"<{type(self).__name__} {self.out}: {deltas} points against {self.content['base']['name']}>"
 
     def table(self) -> Table:
-        """The differences in points with intervals and p-values, as the command prints them."""
+        """Return the differences in points with intervals and p-values, as the command prints them."""
         from apo.evaluation.tables import comparison_table
 
         return comparison_table(self.content)
 
     def notes(self) -> list[str]:
-        """What the table does not say: unresolved items, the bias of choosing the best model, and power."""
+        """Return notes on unresolved items, the bias of selecting the best model, and statistical power."""
         from apo.evaluation.tables import comparison_notes
 
         return list(comparison_notes(self.content))
@@ -53,13 +53,13 @@ def compare_folders(
 ) -> ComparisonResult:
     """Compare the result folders of tuned models with that of their base, and write compare.json and compare.html.
 
-    `out` is the folder to write to; absent, it is `compare` beside the base's folder. `difference` is the true
-    difference, a share, whose power is computed. `data` is a folder of MixEval's data whose other splits are included
-    in the power table. Raises UserError as `read_comparable` and `other_splits` do.
+    `out` is the folder to write to; None: `compare` beside the base's folder. `difference` is the true difference, a
+    share, whose power is computed. `data` is a folder of MixEval's data; the power table includes its other splits.
+    Raises UserError as `read_comparable` and `other_splits` do.
     """
     results = read_comparable(base, tuned)
-    others = other_splits(data, results[0].score.comparable()) if data else {}
-    content = comparison(results, difference=difference, others=others)
+    split_sizes = other_splits(data, results[0].score.comparable()) if data else {}
+    content = comparison(results, difference=difference, split_sizes=split_sizes)
     folder = Path(out) if out else Path(base).resolve().parent / "compare"
     write_json(folder / "compare.json", content)
     return ComparisonResult(folder, content, write_page(folder / "compare.html", results, content))

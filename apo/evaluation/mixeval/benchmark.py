@@ -34,13 +34,6 @@ FILES_SHA256: Mapping[tuple[str, Split], str] = {
     ("2024-08-11", "multiple-choice"): "3015ee7cc02f20ae7e412e0b42919a9a7d361c6c37de36db5ada38a576a36fea",
 }
 """SHA-256 of the Hard files."""
-PROMPTS_SHA256: Mapping[tuple[str, Split], str] = {
-    ("2024-06-01", "free-form"): "be554e179429f82c74dc1b00a8087eb674169897966ddbab088bfccc1f1e98b7",
-    ("2024-06-01", "multiple-choice"): "b80c9cffed57ca66157588dbe195cb9b3616c883ff12c0698b9f0d5dad836d87",
-    ("2024-08-11", "free-form"): "ccef1179080815df81c02b1d9d21e5ab796b24ed633f8a4968a7769b12cfb18f",
-    ("2024-08-11", "multiple-choice"): "64727da87c6b27cae40768a2860f9c21305afdce4f42ef68d40e4360629f81ae",
-}
-"""SHA-256 of all formatted prompts of a Hard file, in its order, joined with `SEPARATOR`."""
 SEPARATOR = "\x1e"
 JUDGE_SHA256: Mapping[Split, str] = {
     "free-form": "64bc0973729b664e9bdf8461b87ef77ac52b225d9edbdee6046ae195f55a8d8a",
@@ -164,8 +157,8 @@ def _split_at_placeholders(template: str) -> list[str]:
 
 
 def _cut(text: str, name: str) -> list[str]:
-    before, found, after = text.partition(name)
-    return [before, name, after] if found else [text]
+    head, match, tail = text.partition(name)
+    return [head, name, tail] if match else [text]
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,25 +32,6 @@ _LOWER_CASE = re.compile(r"\[[a-z]\]")
 _OCTAL = re.compile(r"0+[1-9]\d*")  # no number in Python: upstream's parser fails at it
 
 
-REASONS = {
-    "empty": "the judge's reply is empty",
-    "cut_off": "its reply ended at the token limit, before a verdict (strict: at all)",
-    "not_ended": "its reply did not end normally: a refusal, or an unknown finish reason (strict only)",
-    "no_brackets": "nothing in brackets (strict: double ones) can be a verdict: a refusal, HTML, another format",
-    "two_verdicts": "two different verdicts in double brackets (strict only; faithful takes the first)",
-    "lower_case": "a lower-case letter in brackets",
-    "malformed_number": "digits in brackets that are no number, such as [[05]]",
-    "out_of_range": "a number that is not between 0 and 1",
-    "past_options": "a letter that no option has (strict only; faithful counts it as wrong)",
-    "no_option": "the rule parser found no option in the response",
-    "judge_http_*": "the judge's server refused this request, such as judge_http_400: no score, only a bracket",
-    "judge_content_filter": "a filter before the judge replaced its reply: no score, only a bracket",
-    "answer_http_*": "the model's server refused this question, such as answer_http_400: no score, only a bracket",
-    "answer_*": "the model gave no answer, such as answer_prompt_too_long or answer_content_filter: counts as wrong",
-}
-"""The reasons why an item is unresolved, with their meaning."""
-
-
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """A score and the text it was read from, or the reason why there is none."""
@@ -89,8 +70,10 @@ def read_verdict(reply: Reply, row: BenchmarkRow, profile: Profile) -> Verdict:
         return _verdict(match[1], row) if match else Verdict(None, unresolved=_unreadable_reason(reply, row))
     if incomplete := reply.incomplete():
         return Verdict(None, unresolved="cut_off" if incomplete == "truncated" else "not_ended")
-    verdicts = {(verdict.score, verdict.unresolved, verdict.value if row.options else None): verdict
-                for verdict in (_verdict(text, row) for text in double.findall(reply.text))}  # fmt: skip
+    parsed = [_verdict(text, row) for text in double.findall(reply.text)]
+    verdicts = {
+        (verdict.score, verdict.unresolved, verdict.value if row.options else None): verdict for verdict in parsed
+    }
     if len(verdicts) != 1:
         return Verdict(None, unresolved="two_verdicts" if verdicts else _unreadable_reason(reply, row))
     (verdict,) = verdicts.values()

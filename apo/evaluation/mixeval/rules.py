@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 _PUNCTUATION = ",.!?;:'"
 _LETTER_FORMS = (
-    *(f"{before}{{}}{after}" for before in (" ", "\n") for after in (" ", "\n", ". ", ".\n")),
+    *(f"{prefix}{{}}{suffix}" for prefix in (" ", "\n") for suffix in (" ", "\n", ". ", ".\n")),
     *("({})", "**{} ", " {}**", "**{}. ", " {}.**"),
 )
 _MAX_WORDS_BY_LETTER = 5

@@ -102,10 +102,10 @@ def response_tokens(row: Mapping[str, Any], tokenizer: Any) -> int:
 def within(counts: Sequence[int], budget: int) -> int:
     """The number of leading pairs within a budget of tokens, given the tokens of each."""
     spent = 0
-    for taken, count in enumerate(counts):
+    for index, count in enumerate(counts):
         spent += count
         if spent > budget:
-            return taken
+            return index
     return len(counts)
 
 

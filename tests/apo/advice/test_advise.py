@@ -132,11 +132,11 @@ def plants(tuned: int, base: int, split: int) -> list[Comparison]:
         (plants(60, 2, 2), {1: 62, 2: 66}, None),
         (plants(60, 2, 2), {1: 70, 2: 58}, None),  # 55 % for the first: no clear lean
         (plants(60, 2, 2), {1: 220, 2: 160}, None),  # 58 %: a clear one, small enough for both orders to cancel
-        (plants(30, 2, 32), {1: 96, 2: 32}, "goes by position: what is shown first wins 75%"),
-        (plants(30, 2, 32), {1: 32, 2: 96}, "goes by position: what is shown first wins 25%"),
-        (plants(20, 14, 30), {1: 64, 2: 64}, "at random: in both orders alike in 34 of 64"),
+        (plants(30, 2, 32), {1: 96, 2: 32}, "decides by position: the first answer wins 75%"),
+        (plants(30, 2, 32), {1: 32, 2: 96}, "decides by position: the first answer wins 25%"),
+        (plants(20, 14, 30), {1: 64, 2: 64}, "at random: only 34 of 64 decided comparisons are alike"),
         (plants(30, 30, 4), {1: 64, 2: 64}, "prefers the answer to another prompt in 30 of 60"),
-        ([compared("tie", "tie")] * 64, {0: 128}, "calls everything a tie"),
+        ([compared("tie", "tie")] * 64, {0: 128}, "all its verdicts are ties"),
         ([*plants(7, 0, 0), *[compared("tie", "tie")] * 57], {0: 114, 1: 7, 2: 7}, "decides 7 of 64 comparisons"),
         ([*plants(8, 0, 0), *[compared("tie", "tie")] * 56], {0: 112, 1: 8, 2: 8}, None),
         ([], {}, "none of its verdicts can be read"),
@@ -202,13 +202,13 @@ def test_the_sample_holds_each_prompt_once_and_is_sized_by_power(tmp_path):
     ("messages", "why"),
     [
         (turn("what is one plus two"), None),
-        (turn("<|im_start|>user what is one"), "<|im_start|> stands in its text"),
-        (turn("### Instruction: add"), "### Instruction stands in its text"),
-        (turn("Human: hello\n\nAssistant:"), "Human: stands"),
-        (turn("[INST] add [/INST]"), "[INST] stands"),
-        (turn("say\n\nAssistant: hello"), "Assistant: stands"),
+        (turn("<|im_start|>user what is one"), "its text contains <|im_start|>"),
+        (turn("### Instruction: add"), "its text contains ### Instruction"),
+        (turn("Human: hello\n\nAssistant:"), "contains Human:"),
+        (turn("[INST] add [/INST]"), "contains [INST]"),
+        (turn("say\n\nAssistant: hello"), "contains Assistant:"),
         (turn("is a human: yes"), None),
-        (turn("what is <|start|>"), "the model's own <|start|> stands in its text"),
+        (turn("what is <|start|>"), "its text contains the model's own <|start|>"),
     ],
 )
 def test_prompts_in_another_template_are_recognised(messages, why):
@@ -219,10 +219,10 @@ def test_prompts_in_another_template_are_recognised(messages, why):
 def test_a_template_that_leaves_a_turn_out_or_refuses_it_is_reported():
     spoken = [*turn("be short", "system"), *turn("hello")]
     silent = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
-    assert template_mismatch(spoken, make_tokenizer(silent)) == "the model's template leaves its system turn out"
+    assert template_mismatch(spoken, make_tokenizer(silent)) == "the model's template omits its system turn"
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
     reason = template_mismatch(spoken, make_tokenizer(strict))
-    assert reason == "the model's template refuses it: no system turns"
+    assert reason == "the model's template rejects it: no system turns"
 
 
 def test_the_authors_of_both_sides_are_read_from_the_folder(tmp_path):
@@ -289,7 +289,8 @@ def test_revised_pairs_ask_for_apo_zero_and_nothing_is_paid_for_twice(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("leanings", "why"), [(Leanings(position_bias=0.7), "goes by position"), (Leanings(judge_error=0.5), "at random")]
+    ("leanings", "why"),
+    [(Leanings(position_bias=0.7), "decides by position"), (Leanings(judge_error=0.5), "at random")],
 )
 def test_a_judge_that_leans_or_guesses_is_not_used_and_not_asked_further(tmp_path, leanings, why):
     dataset = write_rows(tmp_path / "pairs.jsonl", 64)
@@ -327,11 +328,11 @@ def test_exchanged_columns_and_another_template_are_not_trained_on_and_the_comma
             return result.output, json.loads((out / "advice.json").read_text("utf-8"))
 
         output, result = advise(swapped)
-        assert "do not train on this (certainty: high)" in output
+        assert "do not train on these pairs (certainty: high)" in output
         assert "are the columns exchanged?" in output
         assert result["advice"]["beta"] is None
         paid = server.stats()["paid_total"]
         output, result = advise(marked)
-        assert "100% of the prompts are not in this model's template" in output
-        assert "### Instruction stands in its text" in output
+        assert "100% of the prompts do not fit this model's template" in output
+        assert "its text contains ### Instruction" in output
         assert server.stats()["paid_total"] == paid  # no judge is paid for what is refused

@@ -76,7 +76,7 @@ def test_each_case_has_its_advice(evidence, objective, sure):
         ({"displacement": interval(-0.2)}, "less likely"),
         ({"longer": interval(0.9)}, "90% of the winners are longer"),
         ({"longer": interval(0.1)}, "10% of the winners are longer"),
-        ({"winners_own": 1.0, "losers_own": 1.0}, "both sides are such as"),
+        ({"winners_own": 1.0, "losers_own": 1.0}, "the model wrote both sides"),
         ({"winner_gap": LEVEL}, "both sides are as likely to the model as its own answers"),
     ],
 )
@@ -90,8 +90,8 @@ def test_only_what_to_watch_is_reported(evidence, warning):
 @pytest.mark.parametrize("loser", [BELOW, LEVEL])
 def test_likelihood_alone_never_says_who_wrote_an_answer(winner, loser):
     advice = advise(replace(PLAIN, **ALONE, winner_gap=winner, loser_gap=loser))
-    assert "such as the model says itself" not in " ".join([advice.because, *advice.beware])
-    assert "who wrote them is not known, and which is better cannot be told without a judge" in advice.because
+    assert "the model wrote" not in " ".join([advice.because, *advice.beware])
+    assert "their authors are unknown, and only a judge could say which is better" in advice.because
     assert advice.sure == "low"
 
 

@@ -16,11 +16,11 @@ from apo.analysis.distinguishability import (
     Literal,
     _pair_level,
     _sketch,
+    bootstrap_weights,
     distinguish,
     distinguishability,
     head_gradients,
-    pulls,
-    resampled,
+    logp_gradients,
     warnings_of,
 )
 from apo.analysis.features import EncodedPairs, Features, encode
@@ -46,13 +46,13 @@ YES, NO = 1, 2
 def test_c1_how_an_objective_pulls_at_first(objective, expected):
     sums, lengths = ([-4.0, -9.0], [-2.0, -1.0]), ([3, 3], [1, 2])
     logps = PairLogps(*map(torch.tensor, (*sums, *lengths)))
-    pulled = pulls(resolve_mixture(objective), 0.1, logps)
+    pulled = logp_gradients(resolve_mixture(objective), 0.1, logps)
     assert [tensor.tolist() for tensor in pulled] == [pytest.approx([value] * 2, abs=1e-8) for value in expected]
 
 
 def test_c1_dpo_starts_twice_as_fast_as_apo_zero_exactly():
     logps = PairLogps(*torch.randn(2, 5), *torch.ones(2, 5))
-    fast, slow = (pulls(resolve_mixture(name), 0.3, logps) for name in ("dpo", "apo_zero"))
+    fast, slow = (logp_gradients(resolve_mixture(name), 0.3, logps) for name in ("dpo", "apo_zero"))
     assert all(torch.equal(faster, 2 * slower) for faster, slower in zip(fast, slow, strict=True))
 
 
@@ -184,7 +184,7 @@ def test_predicted_speed_is_what_the_other_pairs_gradients_do_to_a_pairs_loss():
 def test_pair_level_numbers_by_hand():
     # u = (3, 0), (1, 0), (2, 3): products of different ones 3, 6 and 2, mean 11/3; mean square (9 + 1 + 13) / 3.
     u = torch.tensor([[3.0, 0.0], [1.0, 0.0], [2.0, 3.0]])
-    delta, scaled, coherence = _pair_level(u, resampled(3, 10, 0))
+    delta, scaled, coherence = _pair_level(u, bootstrap_weights(3, 10, 0))
     assert delta.value == pytest.approx((11 / 3) ** 0.5)
     assert coherence.value == pytest.approx(11 / 23)
     assert scaled == pytest.approx((11 / 12) ** 0.5)
@@ -319,7 +319,7 @@ def test_a_cluster_that_the_mixture_hurts_is_reported_with_the_one_it_conflicts_
 
 def test_objectives_whose_distance_misleads_or_whose_speed_differs_are_noted():
     encoded = behaviours_in_tokens(small_llama(0), [0.5], n=16)
-    assert "pulls at the rejected alone" in distinguish(encoded, "behaviour", "apo_down", draws=20).warnings[0]
+    assert "has a gradient on the rejected alone" in distinguish(encoded, "behaviour", "apo_down", draws=20).warnings[0]
     assert (
         "beta 0.2 starts as fast as DPO at 0.1" in distinguish(encoded, "behaviour", "apo_zero", draws=20).warnings[0]
     )
@@ -343,7 +343,7 @@ def test_warnings_by_hand():
     )  # fmt: skip
     assert [line.split(":")[0] for line in warnings] == [
         "fast and slow conflict (cosine -0.50)",
-        "slow gets 5.0% of the fastest one's speed",
+        "slow has 5.0% of the fastest cluster's speed",
         "unsure may be hurt at first",
         "hurt is hurt at first",
         "hurt prefers one answer in 70% of its prompts",
@@ -381,7 +381,7 @@ def test_intervals_hold_the_truth_where_it_is_known():
     m[0] = 1.0
     for seed in range(200):
         u = m + torch.randn(200, 16, generator=torch.Generator().manual_seed(seed))
-        delta, _, coherence = _pair_level(u, resampled(200, 300, seed))
+        delta, _, coherence = _pair_level(u, bootstrap_weights(200, 300, seed))
         held[0] += delta.lo <= 1.0 <= delta.hi
         held[1] += coherence.lo <= 1 / 17 <= coherence.hi
     print(f"held {held} of 200")

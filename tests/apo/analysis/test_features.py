@@ -73,7 +73,7 @@ def test_they_are_computed_once_and_anew_where_weights_or_ids_change(tokenized, 
     calls, messages = [], []
     real = features.encode
     monkeypatch.setattr(features, "encode", lambda model, rows: calls.append(len(rows)) or real(model, rows))
-    monkeypatch.setattr(features, "PART", 10)
+    monkeypatch.setattr(features, "CHUNK_PAIRS", 10)
     model = make_model()
     first = compute_features(tokenized, model, tmp_path, messages.append)
     assert calls == [10, 10, 4]
@@ -147,7 +147,7 @@ def test_pairs_longer_than_the_context_are_left_out_and_reported(model_dir, tmp_
     labelled_pairs = encode_datasets([str(tmp_path / "some.jsonl")], str(model_dir), messages.append)
     assert [row["id"] for row in labelled_pairs.rows] == ["p0", "p1", "p3"]
     assert len(labelled_pairs.features) == 3
-    assert "1 pairs are longer than the model's context and left out" in messages
+    assert "1 pairs are left out: they are longer than the model's context" in messages
 
 
 def test_a_dataset_that_is_not_there_is_one_line():

@@ -61,8 +61,8 @@ def test_the_command_sets_a_filter_says_its_promise_and_clair_keep_applies_it(fo
     decisions = tmp_path / "decisions.json"
     result = run("calibrate", dataset=folder, audit=tmp_path / "audit.jsonl", alpha=0.1, decisions=decisions)
     assert result.exit_code == 0, result.output
-    assert "at most 0.1 of new pairs are then kept and bad. On average over draws of" in result.output
-    assert "This is not the share of bad ones among the kept" in result.output
+    assert "at most 0.1 of new pairs are then kept and bad, on average over draws of" in result.output
+    assert "This is not the share of bad pairs among the kept" in result.output
     above = float(result.output.split("gap: {above: ")[1].split("}")[0])
     rows = list(read_rows(folder))
     expected = [row["id"] for row in rows if row["score_chosen"] - row["score_rejected"] > above]
@@ -105,7 +105,7 @@ def test_an_audit_of_what_the_judge_was_trained_on_is_refused(folder, tmp_path):
     assert "the judge was trained on" in message
     assert " and " in message
     message = failure("certify", dataset=folder, trained_on=[folder])
-    assert "too good there to calibrate on" in message
+    assert "too good to calibrate on" in message
     # The judge's own folder says what it was trained on, too.
     (tmp_path / "reward").mkdir()
     first = read_audit(tmp_path / "audit.jsonl")[0]["id"]
@@ -121,7 +121,7 @@ def test_an_audit_of_what_the_judge_was_trained_on_is_refused(folder, tmp_path):
         ("not json", "line 1: not JSON"),
         ('{"bad": true}', "line 1: no id"),
         ('{"id": "a", "bad": "yes"}', "audit row 'a': bad is 'yes'"),
-        ('{"id": "a", "bad": true}\n{"id": "a", "bad": false}', "'a' is said to be good and bad"),
+        ('{"id": "a", "bad": true}\n{"id": "a", "bad": false}', "'a' is marked both good and bad"),
         ('{"id": "nobody", "bad": true}', "row 'nobody': no column 'score_chosen'"),
         ('{"id": "a", "bad": true, "score_chosen": "7", "score_rejected": 1}', "column 'score_chosen' is '7'"),
         ("", "is empty"),
@@ -176,7 +176,7 @@ def test_precision_needs_scores_that_the_audit_did_not_choose():
     with pytest.raises(UserError, match="no threshold could be shown"):
         calibrate(pairs, pairs[:25], 0.05, "precision")
     calibration = calibrate(pairs, pairs[:200], 0.15, "precision")
-    assert "at most 0.15 of the kept are then bad, with a chance of at least 0.9" in calibration.promise
+    assert "at most 0.15 of the kept are then bad, with a probability of at least 0.9" in calibration.promise
 
 
 def test_a_certificate_by_hand_and_its_band_as_a_filter():
@@ -186,7 +186,9 @@ def test_a_certificate_by_hand_and_its_band_as_a_filter():
     certificate = certify(rows, 0.1)
     assert certificate.band.width == pytest.approx(0.2)
     assert certificate.unadjusted.mean == pytest.approx(2 / 19)
-    assert "score_chosen is never below score_rejected: fails 0.105 of 19 units" in certificate.summary()
+    assert (
+        "score_chosen is never below score_rejected: as it is, it fails on 0.105 of 19 units" in certificate.summary()
+    )
     assert filter_above(rows, certificate.band.width, "").dropped == ("x", "y")
     assert certify(rows, 0.1, "same", of="score_rejected", than="score_rejected").band.width == 0
     assert certify(rows, 0.1, "floor", of="score_chosen", bound=0.9).band.width == pytest.approx(0.9)

@@ -139,7 +139,7 @@ def test_a_run_that_learns_nothing_is_reported_once(model_dir, data, tmp_path):
     step = MIN_LINES
     stuck = f"warning: step {step}: the loss is stuck at its start, 1, after {step} steps: no log-prob has changed"
     assert warning[0] == stuck
-    assert warning[1].startswith("a higher learning rate")
+    assert warning[1].startswith("raise the learning rate")
 
 
 def test_a_run_whose_loss_is_0_at_once_is_reported(model_dir, data, tmp_path):
@@ -173,7 +173,7 @@ def test_the_command_draws_and_reports_also_during_a_run(model_dir, data, tmp_pa
         file.write('{"step": 17, "lo')
     code, output = diagnose("--out", str(tmp_path / "drawn" / "other.png"))
     assert code == 0
-    assert "step 16 of 16; not finished: under way, or stopped" in output
+    assert "step 16 of 16; not finished: running, or stopped" in output
     assert "stopped at step 9: because" in output
     assert (tmp_path / "drawn" / "other.png").exists()
     (out / "metrics.jsonl").write_text("")

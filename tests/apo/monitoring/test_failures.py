@@ -14,10 +14,8 @@ from transformers import TrainerCallback
 
 from apo import cli
 from apo.monitoring.failures import (
-    MAX_NAMES,
     NonFiniteLossCheck,
     Stopped,
-    _some,
     is_out_of_memory,
     memory_suggestions,
     pair_names,
@@ -75,16 +73,18 @@ def test_a_lost_loss_names_its_pairs_and_leaves_the_last_good_checkpoint(tmp_pat
     first, lost, *others = batches[4]
     message = str(stop.value)
     assert message == (
-        f"step 5: the loss is not finite for 1 of 4 pairs of its batch ({lost}; beside them "
-        f"{', '.join([first, *others])}); look at these pairs and take them out, or lower trainer.learning_rate; "
-        f"the last good checkpoint is {tmp_path / 'checkpoint-4'}"
+        f"step 5: the loss is not finite for 1 of 4 pairs of its batch ({lost!r}; the others: "
+        f"{', '.join(map(repr, [first, *others]))}); look at these pairs and take them out, or lower "
+        f"trainer.learning_rate; the last good checkpoint is {tmp_path / 'checkpoint-4'}"
     )
     assert saved(tmp_path) == [("checkpoint-2", None), ("checkpoint-4", None)]
 
 
-def test_a_model_that_has_lost_its_numbers_is_reported_as_such(tmp_path, tokenizer, pairs):
+def test_a_training_that_has_diverged_is_reported_as_such(tmp_path, tokenizer, pairs):
     trainer = apo_trainer(tmp_path, tokenizer, pairs, objective=losing(lost_step=1, lost=range(4)), **SAVING)
-    with pytest.raises(Stopped, match=r"for all 4 pairs of its batch \(p.*the model has lost.*no checkpoint had been"):
+    with pytest.raises(
+        Stopped, match=r"for all 4 pairs of its batch \('p.*training has diverged.*no checkpoint had been"
+    ):
         trainer.train()
     assert saved(tmp_path) == []
 
@@ -113,7 +113,7 @@ def test_a_gradient_that_is_no_number_stops_the_run(tmp_path, tokenizer, pairs):
         return (0 * chosen).sqrt() + (-beta * (chosen - rejected)).sigmoid()  # 0, whose slope is infinity times 0
 
     trainer = apo_trainer(tmp_path, tokenizer, pairs, objective=flat, **SAVING)
-    with pytest.raises(Stopped, match=r"step 1: the gradient is not finite though the loss is; lower trainer\."):
+    with pytest.raises(Stopped, match=r"step 1: the gradient is not finite, although the loss is; lower trainer\."):
         trainer.train()
 
 
@@ -130,13 +130,12 @@ def test_a_broken_weight_is_never_saved(tmp_path, tokenizer, pairs):
     assert saved(tmp_path) == [("checkpoint-2", None)]
 
 
-def test_pairs_are_named_by_id_or_row_and_long_lists_are_cut(tokenizer, tmp_path):
+def test_pairs_are_named_by_id_or_row(tokenizer, tmp_path):
     trainer = apo_trainer(tmp_path, tokenizer, Dataset.from_list(make_pairs(6)))
     rows = [trainer.train_dataset[i] for i in (4, 1)]
     assert pair_names(rows, trainer.train_dataset) == ["p4", "p1"]
     assert pair_names(rows, trainer.train_dataset.remove_columns("id")) == ["row 4", "row 1"]
     assert pair_names([{**rows[0], "chosen_ids": [99]}], trainer.train_dataset) == ["unknown"]
-    assert _some([str(i) for i in range(MAX_NAMES + 2)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
 
 
 # Memory

@@ -242,7 +242,7 @@ def bad_task(**changes):
 
 
 BAD = {
-    "nothing": (lambda _: {}, "give text or tasks"),
+    "nothing": (lambda _: {}, "a guard without text and tasks"),
     "misspelt": (lambda _: {"txt": "a"}, "txt"),
     "limit without file": (
         lambda _: {"tasks": "a", "most_loss_rise": 1},
@@ -251,17 +251,17 @@ BAD = {
     "no file": (lambda _: {"text": "nowhere.txt"}, "guard.text: nowhere.txt does not exist"),
     "other kind": (bad_text("a", "t.csv"), "neither .txt nor .jsonl"),
     "not JSON": (bad_text("{"), "t.jsonl, line 1: not JSON"),
-    "no text": (bad_text('{"txt": "a"}\n'), "line 1: a row is an object with a text in `text`"),
+    "no text": (bad_text('{"txt": "a"}\n'), "line 1: a row has to be an object with a text in `text`"),
     "one text": (bad_text("one two", "t.txt"), "holds 1 text(s) of two tokens or more; give at least 2"),
     "no tasks file": (lambda _: {"tasks": "nowhere.jsonl"}, "guard.tasks: nowhere.jsonl does not exist"),
     "answer out of range": (bad_task(answer=2), "line 2: answer 2 is neither an option nor its index from 0"),
     "answer that is no option": (bad_task(answer="four"), "answer 'four' is neither an option"),
     "true as answer": (bad_task(answer=True), "answer True is neither"),
-    "one option": (bad_task(options=["two"]), "options are at least two texts"),
-    "an option twice": (bad_task(options=["two", "two"]), "an option is listed twice"),
+    "one option": (bad_task(options=["two"]), "options have to be at least two texts"),
+    "an option twice": (bad_task(options=["two", "two"]), "an option occurs twice"),
     "no options": (
         lambda t: {"tasks": write(t / "t.jsonl", [{"prompt": "a", "answers": []}])},
-        "a row has prompt, options and answer",
+        "a row needs prompt, options and answer",
     ),
     "one task": (lambda t: {"tasks": write(t / "t.jsonl", tasks(1))}, "holds 1 task(s); give at least 2"),
     "too long": (bad_task(options=["two", "one " * 300]), "are longer than the 256 tokens that the model takes"),

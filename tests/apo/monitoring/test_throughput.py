@@ -90,7 +90,7 @@ def test_a_model_whose_arithmetic_is_not_known_has_no_utilisation(tmp_path, toke
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     moe = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=40, num_key_value_heads=1, num_local_experts=2))
     assert compute_scale(moe, CPU) == "it is a mixture of experts"
-    assert compute_scale(make_model(), torch.device("meta")) == "the peak of this device is not known"
+    assert compute_scale(make_model(), torch.device("meta")) == "the peak speed of this device is unknown"
     trainer = apo_trainer(tmp_path, tokenizer, pairs, max_steps=1)
     assert 0 < logged(trainer)[0]["mfu"] < 1
     trainer = apo_trainer(tmp_path, tokenizer, pairs, max_steps=1)

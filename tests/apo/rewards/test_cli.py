@@ -111,7 +111,7 @@ def test_scores_for_one_user_and_with_padding(world, tmp_path):
     assert rows[0]["chosen"][0]["content"].split()[-1] in NUMBERS  # the pairs themselves are not padded
     certified = run("certify", dataset=tmp_path / "s.jsonl", property="same", than="score_padded", alpha=0.2)
     assert "score_chosen equals score_padded" in certified.output
-    assert "'u9' is no user or group of this reward" in failure("reward score", **recipe, user="u9")
+    assert "'u9' is neither a user nor a group of this reward" in failure("reward score", **recipe, user="u9")
     assert "did you mean 'group 1'" in failure("reward score", **recipe, user="groop 1")
 
 
@@ -158,9 +158,9 @@ def test_a_folder_keeps_train_and_test_apart_and_trains_a_run_for_each_group(wor
     (tmp_path / "out/notes.txt").write_text("mine")
     assert "holds other files (notes.txt)" in failure("reward score", **scoring, out=tmp_path / "out")
     (tmp_path / "x.jsonl").mkdir()
-    assert "is a folder; name a .jsonl file" in failure("reward score", **scoring, out=tmp_path / "x.jsonl")
+    assert "is a folder; give a .jsonl file" in failure("reward score", **scoring, out=tmp_path / "x.jsonl")
     (tmp_path / "plain").write_text("")
-    assert "is a file; name a .jsonl file" in failure("reward score", **scoring, out=tmp_path / "plain")
+    assert "is a file; give a .jsonl file" in failure("reward score", **scoring, out=tmp_path / "plain")
     undecided = write(
         tmp_path / "u.jsonl",
         [
@@ -226,7 +226,7 @@ def test_a_new_user_is_located_from_comparisons_and_kept(world, tmp_path):
         assert sum(row["score_chosen"] > row["score_rejected"] for row in read(out)) >= 19
     groups = Reward.load(tmp_path / "pal").groups()
     assert groups["ann"] == groups["u1"]
-    assert "'u1' is known already" in failure("reward adapt", reward=tmp_path / "pal", user="u1", comparisons=new)
+    assert "user 'u1' exists already" in failure("reward adapt", reward=tmp_path / "pal", user="u1", comparisons=new)
 
 
 def test_a_new_user_gets_the_most_informative_questions_and_every_answer_is_saved(world, tmp_path):
@@ -234,7 +234,7 @@ def test_a_new_user_gets_the_most_informative_questions_and_every_answer_is_save
     pool = write(tmp_path / "pool.jsonl", taste(random.Random(5), "pool", True, 12))
     recipe = {"reward": tmp_path / "vpl", "user": "../ann", "pool": pool}
     message = failure("reward adapt", **recipe, input="1\nneither\n2\n")
-    assert message.startswith("the input ended; every answer so far is kept")
+    assert message.startswith("the input ended; every answer so far is stored")
     stored = json.loads(user_file(tmp_path / "vpl", "../ann").read_text())
     assert len(stored["answers"]) == 2
     assert stored["state"] is None
@@ -330,8 +330,8 @@ def test_rewards_without_users_or_with_one_are_refused_and_odd_users_reported(wo
     odd = [*rows, turned, {**rows[1], "user": "once"}, {**rows[2], "user": None}]
     result = run("reward fit", **recipe, kind="pal", dataset=write(tmp_path / "odd.jsonl", odd))
     assert result.exit_code == 0, result.output
-    assert "1 of 2 users have one comparison: little is known of 'once'" in result.output
-    assert "1 of 2 users contradict themselves, on the same two answers: 'only'" in result.output
+    assert "1 of 2 users have one comparison only: 'once'" in result.output
+    assert "1 of 2 users contradict themselves on the same two answers: 'only'" in result.output
     assert "1 of 9 pairs have no user and are left out" in result.output
 
 

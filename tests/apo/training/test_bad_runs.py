@@ -41,8 +41,8 @@ def test_a_lost_loss_ends_the_command_with_the_pairs_ids_and_the_last_good_check
     code, output = apo(save_steps=1)
     assert code == 5
     assert re.fullmatch(
-        r"error: step 4: the loss is not finite for 1 of 4 pairs of its batch \(p\d+; beside them p\d+, p\d+, p\d+\); "
-        r"look at these pairs and take them out, or lower .*; the last good checkpoint is .*/checkpoint-3",
+        r"error: step 4: the loss is not finite for 1 of 4 pairs of its batch \('p\d+'; the others: 'p\d+', 'p\d+', "
+        r"'p\d+'\); look at these pairs and take them out, or lower .*; the last good checkpoint is .*/checkpoint-3",
         output[-1],
     )
     assert checkpoints.resume_problem(tmp_path / "run" / "checkpoint-3") is None

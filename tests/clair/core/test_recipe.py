@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clair.core.errors import UserError, near_miss, one_line
+from clair.core.errors import UserError, list_some, near_miss, one_line
 from clair.core.files import canonical_json, content_hash, write_atomically, write_json
 from clair.core.provenance import provenance
 from clair.core.recipe import Recipe, apply_overrides, changed_keys, load_recipe, parse_yaml, resolve, resolved
@@ -185,6 +185,11 @@ def test_a_recipe_with_a_yaml_date_or_a_key_that_is_no_text_can_be_overridden(tm
 )
 def test_a_near_miss_is_named(name, expected):
     assert near_miss(name, ["temperature", "target", "url"]) == expected
+
+
+def test_a_long_list_is_cut():
+    assert list_some(["a", "b"], 2) == "'a', 'b'"
+    assert list_some(["a", "b", "c", "d"], 2) == "'a', 'b' and 2 more"
 
 
 def test_changed_keys_are_dotted_and_sorted():

@@ -269,7 +269,7 @@ def test_real_questions_are_paired_and_clustered(real, tmp_path):
 def test_power_foretells_other_designs(tmp_path):
     paths = [write_folder(tmp_path / "b", make_items(0.4, questions=200), "b")]
     paths.append(write_folder(tmp_path / "t", make_items(0.4, questions=200, seed=1, shift=0.1), "t"))
-    result = compared(paths, difference=0.05, others={"twice as many": [2] * 800})
+    result = compared(paths, difference=0.05, split_sizes={"twice as many": [2] * 800})
     (power,) = result["power"]
     single, twice = power["by_samples"][0], power["splits"][0]
     assert single["se"] == pytest.approx(result["parts"][0]["tuned"][0]["delta_se"], rel=0.05)

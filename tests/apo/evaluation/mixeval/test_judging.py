@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,9 +11,9 @@ from hypothesis import strategies as st
 
 from apo.evaluation.answers import Answer
 from apo.evaluation.config import is_transient
+from apo.evaluation.mixeval import judging
 from apo.evaluation.mixeval.benchmark import BenchmarkRow
 from apo.evaluation.mixeval.judging import (
-    REASONS,
     JudgeResult,
     Verdict,
     make_item,
@@ -27,6 +28,9 @@ FREE = BenchmarkRow("free-form", 0, "DROP", None, "How many?", (), ("3",))
 CHOICE = BenchmarkRow("multiple-choice", 0, "ARC", None, "Hot?", ("ice", "fire", "sun"), (1,))
 HTML = "<!DOCTYPE html><html><body><h1>502 Bad Gateway</h1></body></html>"
 REFUSAL = "I'm sorry, but I can't help with that."
+((PAGE, _, (_, *ROWS)),) = tables("unresolved")
+REASONS = {row[0].strip("`") for row in ROWS}
+"""The reasons that the docs explain."""
 
 
 def read(text: str, row: BenchmarkRow = FREE, profile: str = "faithful", finish: str = "stop") -> Verdict:
@@ -204,6 +208,6 @@ def test_only_what_a_server_says_about_the_row_itself_is_worth_no_other_run(reas
     assert not is_transient(Dropped("judge", reason))
 
 
-def test_every_reason_is_on_the_page():
-    ((page, _, (_, *rows)),) = tables("unresolved")
-    assert {row[0].strip("`"): row[1] for row in rows} == REASONS, page
+def test_every_reason_on_the_page_is_given_by_the_code():
+    sources = "".join(file.read_text("utf-8") for file in Path(judging.__file__).parents[1].rglob("*.py"))
+    assert [reason for reason in REASONS if f'"{reason.rstrip("*")}' not in sources] == [], PAGE
