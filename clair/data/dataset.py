@@ -314,9 +314,10 @@ def quality_warnings(manifest: Mapping[str, Any]) -> list[str]:
     """Sentences on what makes a dataset doubtful for training, with numbers; often none."""
     warnings, counts, test = [], manifest["counts"], manifest["recipe"]["test_fraction"]
     if test and counts["pairs"] and counts["test"] < MIN_HELD_OUT:
+        fraction = next((larger for larger in (0.2, 0.3, 0.5) if larger > test), 0.9)
         warnings.append(
             f"{counts['test']} of {counts['pairs']} pairs are held out (test_fraction {test:g}), too few to measure "
-            f"on; a larger one, such as 0.2, with --update pays for no reply again"
+            f"on; a larger one, such as {fraction}, with --update pays for no reply again"
         )
     return [*warnings, *_doubtful_reviser(manifest)]
 

@@ -19,6 +19,7 @@ from clair.core.errors import UserError, one_line
 from clair.core.urls import api_key, parse_endpoint
 from clair.data.records import incomplete_reason
 from clair.inference.model import RateLimited, RequestFailed, Unreachable
+from clair.inference.model_folder import unknown_variable
 from clair.inference.openai import NotFound, OpenAIModel
 
 _CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
@@ -97,6 +98,8 @@ async def _check(
             ("chat template", partial(_template, endpoint, tokenizer)),
             ("end of turn", partial(_end_of_turn, endpoint, tokenizer)),
             ("truncation", partial(_truncation, endpoint)),
+            ("thinking switch", partial(_thinking_switch, endpoint, tokenizer)),
+            ("samples", partial(_samples, endpoint)),
             ("logprobs", partial(_logprobs, endpoint)),
             (f"speed, {_SPEED_REQUESTS} requests at once", partial(_speed, endpoint)),
         ):
@@ -189,6 +192,37 @@ async def _truncation(endpoint: OpenAIModel) -> Check:
     if tokens is not None and tokens < 2:
         return Check("truncation", None, f"the answer ended after {tokens} tokens")
     return Check("truncation", False, f"max_tokens 2, and finish_reason {finish!r} after {tokens} tokens")
+
+
+async def _thinking_switch(endpoint: OpenAIModel, tokenizer: Any) -> Check:
+    """Compare counts of prompt tokens in both modes of a thinking model: a server may ignore `chat_template_kwargs`."""
+    name = "thinking switch"
+    if tokenizer is None or unknown_variable(tokenizer.chat_template, ["enable_thinking"]):
+        return Check(name, None, "not compared: no tokenizer whose template has enable_thinking")
+    messages = _CONVERSATIONS[0]
+    for mode in (True, False):
+        options = {"enable_thinking": mode}
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
+        body = await _ask(endpoint, messages, max_tokens=1, chat_template_kwargs=options)
+        counted, expected = _usage(body, "prompt_tokens"), len(ids["input_ids"])
+        if counted != expected:
+            found = body.get("error") or f"{counted} tokens at the server, {expected} by the tokenizer's template"
+            return Check(name, None, f"no effect: chat_template_kwargs {options}: {found}"[:200])
+    return Check(name, True, "chat_template_kwargs {enable_thinking} has its effect")
+
+
+async def _samples(endpoint: OpenAIModel) -> Check:
+    """Check that a second answer differs: two answers of a server with a fixed seed make no judged pair."""
+    messages = [{"role": "user", "content": "Tell me a story about something of your choice."}]
+    texts = []
+    for _ in range(2):
+        body = await _ask(endpoint, messages, max_tokens=32, temperature=1.0)
+        if "error" in body:
+            return Check("samples", None, str(body["error"])[:200])
+        texts.append(str(body["choices"][0]["message"].get("content")))
+    if texts[0] == texts[1]:
+        return Check("samples", None, "two answers at temperature 1 are the same: judged pairs need others")
+    return Check("samples", True, "two answers at temperature 1 differ")
 
 
 async def _logprobs(endpoint: OpenAIModel) -> Check:

@@ -30,7 +30,19 @@ def test_a_server_that_counts_and_cuts_otherwise_is_reported(server, tokenizer):
     assert checks["truncation"].ok is False
     assert checks["truncation"].message == "max_tokens 2, and finish_reason 'stop' after 20 tokens"
     assert checks["logprobs"].ok is None
+    assert checks["samples"].message == "two answers at temperature 1 are the same: judged pairs need others"
     assert checks["tokens a second"].ok is True
+
+
+def test_a_server_that_ignores_the_thinking_switch_is_reported(server, tmp_path):
+    text = tiny_model.TEMPLATE.replace(
+        "assistant {% endif %}", "assistant {% if enable_thinking %}one {% endif %}{% endif %}"
+    )
+    tiny_model.make_tokenizer(chat_template=text).save_pretrained(tmp_path)
+    checks = {check.name: check for check in check_endpoints([server.url], tmp_path, model="m")[server.url]}
+    assert checks["thinking switch"].ok is None
+    found = "10 tokens at the server, 8 by the tokenizer's template"
+    assert checks["thinking switch"].message == f"no effect: chat_template_kwargs {{'enable_thinking': True}}: {found}"
 
 
 def test_the_command_ends_with_the_first_thing_that_is_wrong(server, tokenizer):
@@ -75,7 +87,8 @@ def test_the_questions_are_printed_before_they_are_sent(server):
     steps: list[str] = []
     check_endpoints([server.url], model="m", on_step=steps.append)
     assert [step.removeprefix(f"{server.url}: ") for step in steps] == [
-        "which model is served", "chat template", "end of turn", "truncation", "logprobs", "speed, 8 requests at once",
+        "which model is served", "chat template", "end of turn", "truncation", "thinking switch", "samples", "logprobs",
+        "speed, 8 requests at once",
     ]  # fmt: skip
 
 
