@@ -254,7 +254,7 @@ def export(
     for name, value, allowed in (("form", as_, FORMS), ("split", split, SPLITS)):
         if value not in allowed:
             raise UserError(f"unknown {name} {value!r}{near_miss(value, allowed)}; allowed: {', '.join(allowed)}")
-    print_(f"{write(as_, folder, split, out)} rows in {out}")  # type: ignore[arg-type]
+    print_(f"{write(as_, folder, split, out)} rows in {out}")  # pyright: ignore[reportArgumentType]  # checked above
 
 
 @app.command()

@@ -151,7 +151,7 @@ def _manifest(
 ) -> dict[str, Any]:
     """The manifest that one run would write; `seconds` is the sum over all shards."""
     verdicts: Counter[int] = Counter()
-    cost: Counter[str] = Counter()
+    cost: dict[str, Decimal] = {}
     tokens: dict[str, Counter[str]] = {role: Counter() for role in manifests[0]["tokens"]}
     for manifest in manifests:
         for role, counted in manifest["tokens"].items():
@@ -159,7 +159,7 @@ def _manifest(
         for choice, name in enumerate(("ties", "first", "second")):
             verdicts[choice] += manifest.get("position", {}).get(name, 0)
         for role, money in manifest.get("cost", {}).items():
-            cost[role] += Decimal(money)  # type: ignore[assignment]
+            cost[role] = cost.get(role, Decimal(0)) + Decimal(money)
     position = {"position": position_bias(verdicts)} if sum(verdicts.values()) else {}
     first = sum((Counter(manifest["first_replies"]) for manifest in manifests), Counter())
     merged = {

@@ -1,6 +1,6 @@
 """A service with a Batch API that has bad days: it loses, shuffles, duplicates, fails and expires batches on demand.
 
-    python tests/clair/batch_server.py
+    python -m tests.clair.batch_server
 
 prints its URL and answers live requests as scripted_server.py does, whose scripts it also follows in batches: there a
 step is one of its replies (`ok`, `400`, `html` ...), or `unlabelled`: well-formed only when it is asked again. POST
@@ -10,17 +10,16 @@ uploaded, run and delivered.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 import random
 import re
-import time
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from aiohttp import web
-from scripted_server import REPLIES, SECONDS_TO_LIVE, Scripted, raw, refused, reply, revision_reply
+
+from recipes.world.server import run_server
+from tests.clair.scripted_server import REPLIES, SECONDS_TO_LIVE, Scripted, raw, refused, reply, revision_reply
 
 LINE_MAY = ("lose", "double", "error", "expire", "garble")
 
@@ -302,16 +301,5 @@ class BatchClient(Scripted):
         return raw(content, "application/octet-stream")
 
 
-async def serve() -> None:
-    runner = web.AppRunner(BatchClient().app(), access_log=None, shutdown_timeout=0.5)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
-    print(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", flush=True)
-    parent, until = os.getppid(), time.monotonic() + SECONDS_TO_LIVE
-    while os.getppid() == parent and time.monotonic() < until:  # noqa: ASYNC110 (there is no event for a parent's end)
-        await asyncio.sleep(0.3)
-    await runner.cleanup()
-
-
 if __name__ == "__main__":
-    asyncio.run(serve())
+    run_server(BatchClient().app(), 0, SECONDS_TO_LIVE)

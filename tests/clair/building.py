@@ -22,6 +22,7 @@ import yaml
 from clair import cli
 from clair.core.recipe import resolve
 from clair.pipeline.config import BuildConfig
+from recipes.world.running import running_module
 
 ROOT = Path(__file__).parents[2]
 SPLIT_FILES = ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet")
@@ -168,8 +169,8 @@ class ScriptedServer:
 @contextmanager
 def scripted() -> Iterator[ScriptedServer]:
     """A scripted server for the length of a `with` block, stopped by its own pid."""
-    with _serving("scripted_server.py") as (url, pid):
-        yield ScriptedServer(url, pid)
+    with running_module("tests.clair.scripted_server", []) as server:
+        yield ScriptedServer(server.url, server.pid)
 
 
 @dataclass(frozen=True)
@@ -207,24 +208,8 @@ class BatchService(ScriptedServer):
 @contextmanager
 def batch_service() -> Iterator[BatchService]:
     """A service with a Batch API for the length of a `with` block, stopped by its own pid."""
-    with _serving("batch_server.py") as (url, pid):
-        yield BatchService(url, pid)
-
-
-@contextmanager
-def _serving(script: str) -> Iterator[tuple[str, int]]:
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name(script))], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    try:
-        url = process.stdout.readline().strip()
-        assert url.startswith("http"), f"{script} did not start"
-        yield url, process.pid
-    finally:
-        process.kill()
-        process.wait(10)
-        process.stdout.close()
+    with running_module("tests.clair.batch_server", []) as server:
+        yield BatchService(server.url, server.pid)
 
 
 # ---- what comes out

@@ -1,23 +1,22 @@
 """The part of the hub's HTTP API that `clair push` needs: repositories, uploads in commits or through LFS, and a token.
 
-    python tests/clair/hub_server.py
+    python -m tests.clair.hub_server
 
-prints its URL and ends with its parent or after ten minutes. Only the token `right-token` may write; Parquet goes
-through LFS, as on the hub. GET /pushed lists every repository: its visibility, and its files, base64.
+prints its URL, with /v1 added, and ends with its parent or after four hours. Only the token `right-token` may write;
+Parquet goes through LFS, as on the hub. GET /pushed lists every repository: its visibility, and its files, base64.
 Written from the requests of huggingface_hub 2.4; what the hub itself answers, nobody here has seen.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import json
-import os
-import time
 from typing import Any
 
 from aiohttp import web
+
+from recipes.world.server import run_server
 
 TOKEN = "right-token"
 SECONDS_TO_LIVE = 4 * 3600
@@ -120,16 +119,5 @@ class Hub:
         return f"{request.match_info['org']}/{request.match_info['name']}"
 
 
-async def serve() -> None:
-    runner = web.AppRunner(Hub().app(), access_log=None, shutdown_timeout=0.5)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    print(f"http://127.0.0.1:{runner.addresses[0][1]}", flush=True)
-    parent, until = os.getppid(), time.monotonic() + SECONDS_TO_LIVE
-    while os.getppid() == parent and time.monotonic() < until:  # noqa: ASYNC110 (there is no event for a parent's end)
-        await asyncio.sleep(0.3)
-    await runner.cleanup()
-
-
 if __name__ == "__main__":
-    asyncio.run(serve())
+    run_server(Hub().app(), 0, SECONDS_TO_LIVE)

@@ -1,8 +1,8 @@
 """An endpoint that follows the script in the prompt: `[[500 429:0.2 ok]]` in the user message is one step a try.
 
-    python tests/clair/scripted_server.py
+    python -m tests.clair.scripted_server
 
-prints its URL, serves the model `m`, and ends with its parent or after twenty minutes. Without a script the reply is a
+prints its URL, serves the model `m`, and ends with its parent or after four hours. Without a script the reply is a
 well-formed revision of the student's solution, with `bad` turned into `good`, so that a misaligned row shows; to what
 is no revision request, a bad answer.
 GET /seen lists every request: when it came, the step it was answered with, its headers and body; GET /forget forgets
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import time
 from collections import Counter
@@ -22,6 +21,8 @@ from email.utils import formatdate
 from typing import Any
 
 from aiohttp import web
+
+from recipes.world.server import run_server
 
 SECONDS_TO_LIVE = 4 * 3600
 Answer = Callable[[web.Request, str], Awaitable[web.StreamResponse]]
@@ -295,16 +296,5 @@ class Scripted:
         return REPLIES[name](text)
 
 
-async def serve() -> None:
-    runner = web.AppRunner(Scripted().app(), access_log=None, shutdown_timeout=0.5)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
-    print(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", flush=True)
-    parent, until = os.getppid(), time.monotonic() + SECONDS_TO_LIVE
-    while os.getppid() == parent and time.monotonic() < until:  # noqa: ASYNC110 (there is no event for a parent's end)
-        await asyncio.sleep(0.3)
-    await runner.cleanup()
-
-
 if __name__ == "__main__":
-    asyncio.run(serve())
+    run_server(Scripted().app(), 0, SECONDS_TO_LIVE)

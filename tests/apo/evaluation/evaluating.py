@@ -19,6 +19,7 @@ from apo import cli
 from apo.evaluation.mixeval.config import MixEvalConfig
 from apo.evaluation.mixeval.run import MixEvalOutcome, evaluate
 from clair.core.recipe import resolve
+from recipes.world.running import running_module
 from tests.clair.building import CommandResult, run_command
 
 ROOT = Path(__file__).parents[3]
@@ -50,18 +51,8 @@ class JudgeServer:
 @contextmanager
 def judging(latency: float = 0.0) -> Iterator[JudgeServer]:
     """The server for the length of a `with` block, stopped by its own pid."""
-    script = Path(__file__).with_name("judge_server.py")
-    command = [sys.executable, str(script), "--latency", str(latency)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        url = process.stdout.readline().strip()
-        assert url.startswith("http"), "the judge's server did not start"
-        yield JudgeServer(url)
-    finally:
-        process.kill()
-        process.wait(10)
-        process.stdout.close()
+    with running_module("tests.apo.evaluation.judge_server", ["--latency", str(latency)]) as server:
+        yield JudgeServer(server.url)
 
 
 def config_for(data: Path, out: Path, **changes: Any) -> MixEvalConfig:

@@ -1,8 +1,8 @@
 """A judge and a model behind one OpenAI-compatible URL, in a process of their own.
 
-    python tests/apo/evaluation/judge_server.py [--latency 0.05]
+    python -m tests.apo.evaluation.judge_server [--latency 0.05]
 
-prints its URL and ends with its parent or after twenty minutes. What it says stands in the text it is asked about:
+prints its URL and ends with its parent or after four hours. What it says stands in the text it is asked about:
 `<<[[0.7]]>>` is the reply, `<<a|b>>` one reply for each time that the same body comes, the last one ever after.
 `LENGTH:text` ends at a limit of tokens, `FILTER:text` in a content filter, `HTTP400` is that status, `BODY429` an error
 of that code in the body of a 200. Without such a script a judge (model `j`) gives a verdict that follows from a hash of
@@ -16,13 +16,13 @@ import argparse
 import asyncio
 import hashlib
 import json
-import os
 import re
-import time
 from collections import Counter
 from typing import Any
 
 from aiohttp import web
+
+from recipes.world.server import run_server
 
 SECONDS_TO_LIVE = 4 * 3600
 
@@ -95,18 +95,7 @@ class Server:
         return f"The correctness score: [[{number % 11 / 10}]]."
 
 
-async def serve(latency: float) -> None:
-    runner = web.AppRunner(Server(latency).app(), access_log=None, shutdown_timeout=0.5)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
-    print(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", flush=True)
-    parent, until = os.getppid(), time.monotonic() + SECONDS_TO_LIVE
-    while os.getppid() == parent and time.monotonic() < until:  # noqa: ASYNC110 (there is no event for a parent's end)
-        await asyncio.sleep(0.3)
-    await runner.cleanup()
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--latency", type=float, default=0.0)
-    asyncio.run(serve(parser.parse_args().latency))
+    run_server(Server(parser.parse_args().latency).app(), 0, SECONDS_TO_LIVE)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
-import sys
 import urllib.request
-from pathlib import Path
 
 import pytest
 
@@ -16,6 +13,7 @@ from clair.core.recipe import load_recipe
 from clair.pipeline.build import build
 from clair.pipeline.config import BuildConfig
 from clair.pipeline.export import export, files_to_push, next_round, push
+from recipes.world.running import running_module
 from tests.clair.building import finished, start_clair
 from tests.clair.scripted import Scripted, endpoint, install, recipe, revision
 
@@ -59,13 +57,8 @@ def test_a_push_would_send_the_pairs_and_their_papers_but_never_the_ledger(folde
 
 @pytest.fixture(scope="module")
 def hub():
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parents[1] / "hub_server.py")], stdout=subprocess.PIPE, text=True
-    )
-    yield process.stdout.readline().strip()
-    process.kill()
-    process.wait(10)
-    process.stdout.close()
+    with running_module("tests.clair.hub_server", []) as server:
+        yield server.url.removesuffix("/v1")
 
 
 def pushed(hub):
