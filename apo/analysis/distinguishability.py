@@ -234,7 +234,8 @@ def head_gradients(
     from apo.packing.logps import PairLogps
 
     head = model.get_output_embeddings()
-    sketch = _sketch(*head.weight.shape, dimensions, seed)
+    vocabulary, width = head.weight.shape
+    sketch = _sketch(vocabulary, width, dimensions, seed)
     results: dict[str, list[tuple[Tensor, float, int]]] = {side: [] for side in SIDES}
     with torch.no_grad():
         for pair in tokenized:

@@ -83,7 +83,7 @@ def draw_clusters(report: Mapping[str, Any], path: str | Path) -> None:
     figure.savefig(path, format="png")
 
 
-def _figure(width: float, height: float, dpi: int, **padding: float) -> Figure:
+def _figure(width: float, height: float, dpi: int, **padding: Any) -> Figure:
     """Return a figure of this size in inches, whose axes are laid out without overlap."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

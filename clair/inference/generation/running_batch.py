@@ -200,6 +200,7 @@ def _growing_layer() -> Any:
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
                 self.arrange([tuple(states[..., :0, :] for states in new)], 0, key_states.shape[-2])
+            assert self.keys is not None
             start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
             if end > self.buffers[0].shape[-2]:
                 self.arrange([(self.keys, self.values)], start, _SPARE_POSITIONS)
