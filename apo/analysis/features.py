@@ -8,6 +8,7 @@ is a hash of weights, number type, attention implementation and token ids.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,8 +174,8 @@ def encode_rows(rows: list[dict[str, Any]], model: str, log: Callable[[str], Non
     name = models.find_model(model)
     tokenizer = models.load_tokenizer(name)
     eos = eos_ids(tokenizer, models.load_generation_config(name))
-    columns = ("prompt", "chosen", "rejected", "id")
-    dataset = Dataset.from_list([{**{c: row[c] for c in columns}, "_index": i} for i, row in enumerate(rows)])
+    columns = ("prompt", "chosen", "rejected", "id", "chat_template_kwargs")
+    dataset = Dataset.from_list([{**{c: row.get(c) for c in columns}, "_index": i} for i, row in enumerate(rows)])
     tokenized = tokenize(dataset, tokenizer, models.context_length(name), eos, "given")
     for note in tokenized.notes:
         log(f"note: {note}")
@@ -213,12 +214,14 @@ def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
             labels = {name: None if row.get(name) is None else str(row[name]) for name in LABELS}
             labels["source"] = labels["source"] or source
             scores = {name: row[name] for name in SCORES if row.get(name) is not None}
+            mode = row.get("chat_template_kwargs")
             rows.append(
                 {
                     "id": str(row.get("id") or content_hash(content)[:16]),
                     **dict(zip(("prompt", "chosen", "rejected"), content, strict=True)),
                     **labels,
                     **scores,
+                    "chat_template_kwargs": json.loads(mode) if isinstance(mode, str) else mode,
                     "split": split,
                 }
             )

@@ -186,7 +186,11 @@ class LocalModel:
                     resize_vocabulary(model, self.path / "adapter_model.safetensors")
                     model = PeftModel.from_pretrained(model, str(self.path))
                     # Each layer multiplies once instead of three times. Narrower weights would round the sum.
-                    if model.dtype == torch.float32 and isinstance(model.base_model, LoraModel):
+                    lora = model.peft_config["default"]
+                    is_mergeable = isinstance(model.base_model, LoraModel) and not (
+                        getattr(lora, "lora_bias", False) or getattr(lora, "alora_invocation_tokens", None)
+                    )
+                    if model.dtype == torch.float32 and is_mergeable:
                         model = model.merge_and_unload()
             model.to(device)  # pyright: ignore[reportArgumentType]  # a decorator hides the method's signature
             model.generation_config.cache_implementation = None  # a batch that changes needs a cache that grows

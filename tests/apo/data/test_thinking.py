@@ -9,6 +9,7 @@ import trl
 from datasets import Dataset
 from trl.data_utils import maybe_apply_chat_template
 
+from apo.analysis.features import encode_rows, read_rows
 from apo.data.sources import Source, load_eval, load_train
 from apo.data.tokenize import encode, eos_ids, tokenize
 from apo.evaluation.pairs import PairsConfig, evaluate_pairs
@@ -124,6 +125,9 @@ def test_a_run_and_its_evaluation_use_the_mode_of_the_recipe(tmp_path):
     )  # fmt: skip
     assert "/no_think" in tokenizer.decode(plan(config).train.dataset[0]["prompt_ids"])
     train(config, log=lambda _: None)
+    write_jsonl(tmp_path / "modes.jsonl", [row(mode=False), row(mode=True), row()])
+    measured = encode_rows(read_rows([str(tmp_path / "modes.jsonl")]), str(tmp_path / "model")).tokenized
+    assert ["/no_think" in tokenizer.decode(pair["prompt_ids"]) for pair in measured] == [True, False, False]
     settings = PairsConfig.model_validate({"model": config.out, "split": "train", "out": str(tmp_path / "pairs")})
     assert settings.chat_template_kwargs == {"enable_thinking": False}
     modes = [settings, settings.model_copy(update={"chat_template_kwargs": None, "out": str(tmp_path / "other")})]

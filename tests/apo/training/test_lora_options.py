@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from apo.training.config import TrainConfig, lora_config
 from apo.training.plan import estimate, plan
 from apo.training.train import build_trainer, train
 from clair.core.errors import UserError
+from clair.inference.local import LocalModel
 from tests.apo.conftest import make_model, make_tokenizer
 from tests.apo.training.crashes import CRASHES, Crash, crash_in
 
@@ -175,3 +177,5 @@ def test_an_adapter_that_cannot_be_merged_is_reported(recipe, tmp_path):
     with pytest.raises(UserError, match="cannot be merged: Impossible to merge LoRA with `lora_bias=True`"):
         merge(recipe["out"], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+    model = LocalModel(recipe["out"], dtype="float32")
+    asyncio.run(model.check())  # answers nevertheless, beside its base
