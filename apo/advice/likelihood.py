@@ -46,17 +46,17 @@ def gaps(
     A pair whose own answer is incomplete (None) counts in the differences of winner and loser only.
     """
     pairs = list(zip(winners, losers, strict=True))
-    triples = [(*pair, own) for pair, own in zip(pairs, own_answers, strict=True) if own is not None]
+    triples = [(*pair, answer) for pair, answer in zip(pairs, own_answers, strict=True) if answer is not None]
 
     def mean(values: Sequence[float]) -> Interval:
         return as_interval(clustered_mean(values, range(len(values))))
 
     return {
-        "own": mean([own.mean for _, _, own in triples]),
-        "winner_gap": mean([winner.mean - own.mean for winner, _, own in triples]),
-        "loser_gap": mean([loser.mean - own.mean for _, loser, own in triples]),
-        "winner_total": mean([winner.logp - own.logp for winner, _, own in triples]),
-        "loser_total": mean([loser.logp - own.logp for _, loser, own in triples]),
+        "own": mean([answer.mean for _, _, answer in triples]),
+        "winner_gap": mean([winner.mean - answer.mean for winner, _, answer in triples]),
+        "loser_gap": mean([loser.mean - answer.mean for _, loser, answer in triples]),
+        "winner_total": mean([winner.logp - answer.logp for winner, _, answer in triples]),
+        "loser_total": mean([loser.logp - answer.logp for _, loser, answer in triples]),
         "pair_gap": mean([winner.mean - loser.mean for winner, loser in pairs]),
         "pair_total": mean([winner.logp - loser.logp for winner, loser in pairs]),
     }

@@ -234,8 +234,8 @@ def head_gradients(
     from apo.packing.logps import PairLogps
 
     head = model.get_output_embeddings()
-    vocabulary, width = head.weight.shape
-    sketch = _sketch(vocabulary, width, dimensions, seed)
+    vocabulary, hidden_size = head.weight.shape
+    sketch = _sketch(vocabulary, hidden_size, dimensions, seed)
     results: dict[str, list[tuple[Tensor, float, int]]] = {side: [] for side in SIDES}
     with torch.no_grad():
         for pair in tokenized:
@@ -250,7 +250,8 @@ def head_gradients(
                 results[side].append((sketch(residual, hidden), logp, len(targets)))
     gradients, logps, lengths = zip(*(zip(*results[side], strict=True) for side in SIDES), strict=True)
     chosen, rejected = map(torch.stack, gradients)
-    return chosen, rejected, PairLogps(*map(torch.tensor, (*logps, *lengths)))
+    sums, counts = map(torch.tensor, (logps, lengths))
+    return chosen, rejected, PairLogps(sums[0], sums[1], counts[0], counts[1])
 
 
 def _sketch(rows: int, columns: int, dimensions: int, seed: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -141,7 +141,7 @@ def test_a_seed_that_not_all_objectives_have_is_left_out_and_the_page_says_what_
     assert first.seeds == 1
     assert first.right == {"apo_zero": 0.8, "apo_down": 0.3, "dpo": 0.6, "none": 0.4}
     assert measured([FOUR[0], *FOUR[2:3]]) == []
-    with pytest.raises(UserError, match="1 whole combinations, of 1 targets; go on with"):
+    with pytest.raises(UserError, match="1 complete combinations of 1 targets; continue with"):
         page(FOUR[:7])
 
 
@@ -150,7 +150,7 @@ def test_runs_at_another_rate_are_reported_and_not_counted():
     tried = {"kind": "run", "name": f"{name}/dpo/0", "objective": "dpo", "learning_rate": 1.5e-5, "right": ones(6)}
     text = page([*FOUR, tried])
     assert "1.5e-05 for all three, was tried first" in " ".join(text.split())
-    assert "after 1 runs: they moved the accuracy by 20.0 points on average, 20.0 at most" in text
+    assert "after 1 runs: they changed the accuracy by 20.0 points on average, 20.0 at most" in text
     assert measured([*FOUR, tried])[0].right == measured(FOUR)[0].right
     assert "tried first" not in page(FOUR)
 
@@ -158,7 +158,7 @@ def test_runs_at_another_rate_are_reported_and_not_counted():
 def test_the_page_says_what_the_advice_comes_to_and_hides_nothing():
     text = page(FOUR)
     assert re.search(r"\| the advice, with a judge \| 8\.[78] \[", text)
-    assert re.search(r"cannot be told from always apo_zero \(-3\.[78] \[", text)
+    assert re.search(r"does not differ clearly from always apo_zero \(-3\.[78] \[", text)
     assert "| 04-middling-revised | 9 | dpo (high) | dpo (low) | 40.0 | **+40.0** | -20.0 | +15.0 | 25.0 |" in text
     assert "| 08-fair-revised | 9 | none (high) | dpo (low) | **70.0** | -20.0 | -10.0 | -30.0 | 0.0 |" in text
     clear = [line for number in range(24) for line in lines(
@@ -166,7 +166,7 @@ def test_the_page_says_what_the_advice_comes_to_and_hides_nothing():
     )]  # fmt: skip
     assert "All 144 runs are in the tables" in page(clear)
     assert (
-        "does not beat both constant rules for certain: it cannot be told from always apo_zero (+0.0 [no interval]"
+        "does not clearly beat both constant rules: it does not differ clearly from always apo_zero (+0.0 [no interval]"
         in page(clear)
     )
     assert "and beats always dpo (-21.0 [" in page(clear)

@@ -180,8 +180,9 @@ def test_the_page_is_made_from_the_results_alone(tmp_path):
     file = tmp_path / "runs.jsonl"
     write_results(file)
     lines = results.read(file)
-    text = table.page(results.world_of(lines, file), results.runs_of(lines, "w"))
-    assert "50.0% of 8 held-out tasks right before training" in " ".join(text.split())
+    world, runs = results.world_of(lines, file), results.runs_of(lines, "w")
+    text = table.page(world, runs) + table.tables_page(world, runs)
+    assert "answers 50.0% of 8 held-out tasks right" in " ".join(text.split())
     # 5, and then 7 or 6 of 8 right, from 4: mean +21.875 points, maximum +31.25.
     assert "| clair | apo_zero | 2 | +21.9 [" in text
     assert "] | +31.2 | +" in text
@@ -198,9 +199,9 @@ def test_the_page_is_made_from_the_results_alone(tmp_path):
     # Winners rise under APO-zero, and under DPO too; all gain alike, so that no comparison of cells is decided.
     assert "**8 claims: 1 reproduced, 1 not reproduced, 6 undecided.**" in text
     assert "CLAIR with the better of APO-zero and APO-down (APO-zero) gains" in text
-    assert "3 looks a run" in text
+    assert "measured 3 times in a run" in text
     assert "| off_policy | +0.0 [+0.0, +0.0] | +0.0 |" in text  # SFT and APO-zero
-    assert "Before training 50% of the greedy answers are worded plainly" in " ".join(text.split())
+    assert "Before training, 50% of the greedy answers are worded plainly" in " ".join(text.split())
     assert "nan" not in text
 
 
@@ -221,6 +222,7 @@ def test_only_a_whole_full_grid_is_written(tmp_path, monkeypatch, capsys):
     file = tmp_path / "runs.jsonl"
     monkeypatch.setattr(table, "ROOT", tmp_path)
     monkeypatch.setattr(table, "PAGE", tmp_path / "paper.md")
+    monkeypatch.setattr(table, "TABLES", tmp_path / "tables.md")
     monkeypatch.setattr(table.results, "COMMITTED", file)
     monkeypatch.setattr("sys.argv", ["table", "--write"])
     drawn = []
@@ -235,11 +237,14 @@ def test_only_a_whole_full_grid_is_written(tmp_path, monkeypatch, capsys):
     results.append(file, runs[0])
     table.main()
     assert "40 runs are in them" in (tmp_path / "paper.md").read_text("utf-8")
+    assert all(
+        f"\n## {name}\n" in (tmp_path / "tables.md").read_text("utf-8") for name in ("Answers", "Held-out pairs")
+    )
     assert drawn == [(20, name, reward) for name, reward in table.PICTURES.items()]
     assert all(f"](images/{name})" in (tmp_path / "paper.md").read_text("utf-8") for name in table.PICTURES)
     assert json.loads(file.read_text("utf-8").splitlines()[0])["world"] == "old"
 
 
 def test_a_small_grid_is_never_written():
-    with pytest.raises(UserError, match="of the full grid only"):
+    with pytest.raises(UserError, match="shows the full grid only"):
         table.check_complete({"design": asdict(Design())}, {}, small=True)

@@ -1,7 +1,7 @@
 """The regret of following the advice, against the best choice, from the saved results alone.
 
-python -m recipes.experiments.advice.table            # prints the page
-python -m recipes.experiments.advice.table --write    # writes docs/advice.md
+python -m recipes.experiments.advice.table          # prints the page
+python -m recipes.experiments.advice.table --write  # writes docs/advice.md
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Measured:
         return max(self.right, key=lambda choice: self.right[choice])
 
     def regret(self, choice: str) -> float:
-        """The share of right answers that a choice has less than the best."""
+        """The share of right answers of the best choice minus that of this one."""
         return self.right[self.best] - self.right[choice]
 
 
@@ -117,7 +117,7 @@ def targets(items: Sequence[Measured]) -> list[str]:
 
 def policy_rows(items: Sequence[Measured]) -> list[list[str]]:
     """The mean regret of each policy, and how often it chooses the best."""
-    rows = [["choice", "mean regret, points", "worst", "takes the best"]]
+    rows = [["choice", "mean regret, points", "worst", "chooses the best"]]
     for name, choose in policies().items():
         values = regrets(items, choose)
         hits = sum(value == 0 for value in values)
@@ -156,11 +156,9 @@ def combination_rows(items: Sequence[Measured]) -> list[list[str]]:
         changes = [f"**{text}**" if o == item.best else text for o, text in zip(OBJECTIVES, changes, strict=True)]
         untrained = f"{100 * item.right[NONE]:.1f}"
         untrained = f"**{untrained}**" if item.best == NONE else untrained
-        rows.append(
-            [item.name, str(item.advice["pairs"]), f"{advice['objective']} ({advice['sure']}){judge}",
-             f"{alone['objective']} ({alone['sure']})", untrained, *changes,
-             f"{100 * item.regret(advice['objective']):.1f}"]
-        )  # fmt: skip
+        advised = [f"{advice['objective']} ({advice['sure']}){judge}", f"{alone['objective']} ({alone['sure']})"]
+        regret = f"{100 * item.regret(advice['objective']):.1f}"
+        rows.append([item.name, str(item.advice["pairs"]), *advised, untrained, *changes, regret])
     return rows
 
 
@@ -180,11 +178,11 @@ def verdict(items: Sequence[Measured]) -> str:
     choices, clauses, verbs = policies(), [], []
     for constant in ("always apo_zero", "always dpo"):
         estimate = against(items, choices[NAMES["advice"]], choices[constant]).estimate
-        verbs.append("beats" if estimate.hi < 0 else "is beaten by" if estimate.lo > 0 else "cannot be told from")
+        verbs.append(
+            "beats" if estimate.hi < 0 else "is beaten by" if estimate.lo > 0 else "does not differ clearly from"
+        )
         clauses.append(f"{verbs[-1]} {constant} ({with_interval(estimate)} points of regret)")
-    both = (
-        "beats both constant rules" if verbs == ["beats", "beats"] else "does not beat both constant rules for certain"
-    )
+    both = "beats both constant rules" if verbs == ["beats", "beats"] else "does not clearly beat both constant rules"
     return f"The advice with a judge {both}: it {' and '.join(clauses)}."
 
 
@@ -203,7 +201,7 @@ def page(lines: Sequence[Mapping[str, Any]]) -> str:
     items = measured(lines)
     if len(set(targets(items))) < 2:
         raise UserError(
-            f"{RESULTS} holds {len(items)} whole combinations, of {len(set(targets(items)))} targets; go on with: "
+            f"{RESULTS} holds {len(items)} complete combinations of {len(set(targets(items)))} targets; continue with: "
             "python -m recipes.experiments.advice.measure"
         )
     best = Counter(item.best for item in items)
@@ -212,39 +210,39 @@ def page(lines: Sequence[Mapping[str, Any]]) -> str:
     runs = sum(item.seeds for item in items) * len(OBJECTIVES)
     return f"""# Advice, measured
 
-Is it worth following `apo advise`? {len(TARGETS)} tiny models and {len(COMBINATIONS)} sets of pairs that did not exist
-before: revised, judged on-policy and off-policy, by a stronger and by a weaker writer, with labels drawn by lot or
-exchanged, small ones; reviser and judge err and lean in different ways. The [rule](objectives.md#choose-an-objective)
-was committed before any of it, and has not been changed since. The models' own answers were drawn at temperature 1,
-where `apo advise` takes 0.3 today. Each set was trained on with three objectives and
-{len(SEEDS)} seeds, {EPOCHS} epochs, at the beta of the advice; {QUESTIONS} held-out tasks. The learning rates are
-{rates}: the medians of what the mini grid tuned for each objective on data sets
-of its own. {_first(lines)}
+This page measures how good it is to follow `apo advise`, on {len(TARGETS)} tiny models and {len(COMBINATIONS)} sets of
+pairs that were made for this test. The sets are revised, judged on-policy or off-policy, written by a stronger or a
+weaker model, with random or exchanged labels, or small. Reviser and judge have different errors and biases. The
+[rule](objectives.md#choose-an-objective) was committed before, and has not been changed since. The models' own answers
+were sampled at temperature 1; today `apo advise` uses 0.3. Each set was trained on with three objectives and
+{len(SEEDS)} seeds for {EPOCHS} epochs, at the advised beta, and evaluated on {QUESTIONS} held-out tasks. The learning
+rates are {rates}: for each objective, the median of the rates that the [mini grid](paper.md) tuned. {_first(lines)}
 
 {_missing(items, runs)} `python -m recipes.experiments.advice.measure` makes the results,
-`python -m recipes.experiments.advice.table --write` this page from them.
+`python -m recipes.experiments.advice.table --write` makes this page from them.
 
-Regret is how many points of held-out accuracy a choice is below the best of the four, which are the three objectives
-and not training at all ("none"). The best was {wins}. It is the best by the same runs, so that every regret is rather
-too high; differences between choices are not. Intervals are 95 % t intervals, clustered by the {len(TARGETS)} models.
+The regret of a choice is the held-out accuracy of the best choice minus its own, in points. There are four choices: the
+three objectives, and no training ("none"). The best was {wins}. The best is determined from the same runs, so every
+regret is a little too high; differences between choices are not. Intervals are 95 % t intervals, clustered by the
+{len(TARGETS)} models.
 
 {verdict(items)}
 
-## Ways to choose
+## Policies
 
 {markdown(policy_rows(items))}
 ## The advice against constant choices
 
-Below 0: the advice loses less.
+Below 0, the advice has less regret.
 
 {markdown(difference_rows(items))}
-## Where it says that it is sure
+## By stated certainty
 
 {markdown(sure_rows(items))}
 ## Each combination
 
-Per cent right before training, and points won by each objective, the best in bold. Regret is that of the advice with a
-judge.
+Per cent right before training, and the points gained by each objective, with the best in bold. Regret is that of the
+advice with a judge.
 
 {markdown(combination_rows(items))}"""
 
@@ -258,9 +256,9 @@ def _first(lines: Sequence[Mapping[str, Any]]) -> str:
     moved = [abs(_share(line["right"]) - base[line["name"].split("/")[0]]) for line in tried]
     rates = sorted({line["learning_rate"] for line in tried})
     return (
-        f"The advice's own rate, {' or '.join(f'{rate:g}' for rate in rates)} for all three, was tried first and given "
-        f"up after {len(tried)} runs: they moved the accuracy by {100 * math.fsum(moved) / len(moved):.1f} points on "
-        f"average, {100 * max(moved):.1f} at most, too little to tell objectives apart."
+        f"The advised rate, {' or '.join(f'{rate:g}' for rate in rates)} for all three, was tried first and abandoned "
+        f"after {len(tried)} runs: they changed the accuracy by {100 * math.fsum(moved) / len(moved):.1f} points on "
+        f"average, {100 * max(moved):.1f} at most, too little to distinguish objectives."
     )
 
 
@@ -268,8 +266,10 @@ def _missing(items: Sequence[Measured], runs: int) -> str:
     total = len(COMBINATIONS) * len(OBJECTIVES) * len(SEEDS)
     if runs == total:
         return f"All {runs} runs are in the tables."
-    of = f"{len(items)} of {len(COMBINATIONS)} combinations"
-    return f"**Not finished: {runs} of {total} runs are in the tables, of {of}; a missing seed is left out of a mean.**"
+    combinations = f"{len(items)} of {len(COMBINATIONS)} combinations"
+    return (
+        f"**Not finished: {runs} of {total} runs are in the tables, of {combinations}; means leave out missing seeds.**"
+    )
 
 
 def _plain(estimate: Estimate) -> str:

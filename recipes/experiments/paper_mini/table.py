@@ -1,7 +1,7 @@
-"""The mini grid's page: tables, verdicts and pictures, from the file of results alone.
+"""The mini grid's pages: verdicts, tables and pictures, from the file of results alone.
 
-python -m recipes.experiments.paper_mini.table [--small]       # prints the tables
-python -m recipes.experiments.paper_mini.table --write   # docs/paper.md and its pictures; refused while runs miss
+python -m recipes.experiments.paper_mini.table [--small]  # prints both pages
+python -m recipes.experiments.paper_mini.table --write    # writes the pages and pictures of a complete grid
 """
 
 from __future__ import annotations
@@ -39,102 +39,118 @@ from recipes.experiments.paper_mini.rows import (
 from recipes.world.running import ROOT
 
 PAGE = Path("docs/paper.md")
+TABLES = Path("docs/paper_tables.md")
 PICTURES = {"paper-rewards.png": True, "paper-likelihoods.png": False}
 """Files under docs/images; True for plots of rewards."""
 
 
 def page(world: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """All tables, with the explanations needed to read them."""
+    """The main page: verdicts, gains and pictures, with the explanations needed to read them."""
     cells, design, base = cells_of(runs), design_of(world), base_of(world)
-    count, templates = len(base), len(set(world["templates"]))
-    tally = Counter(verdict for _, _, verdict in judged(cells, world))
-    verdict_counts = ", ".join(f"{tally[verdict]} {verdict}" for verdict in get_args(Verdict) if tally[verdict])
+    count, accuracy, templates = len(base), sum(base) / len(base), len(set(world["templates"]))
+    counts = Counter(verdict for _, _, verdict in judged(cells, world))
+    verdict_counts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in get_args(Verdict) if counts[verdict])
     data = world["data"]
     return f"""# The paper in miniature
 
-The paper's grid, four data sets times five objectives, on a model of 0.8 million weights and a world of made-up tasks
-([recipes/experiments/paper_mini](recipes.md#recipesexperimentspaper_mini)): {len(design.seeds)} seed(s),
-{design.epochs} checkpoint(s) a run. The model gets
-{sum(base) / count:.1%} of {count} held-out tasks right before training. `make paper-mini` trains what is missing;
-`python -m recipes.experiments.paper_mini.table --write` makes this page and its pictures from
-`{results.COMMITTED}` alone, without training. {len(runs)} runs are in them.
+This page repeats the paper's grid, four data sets times five objectives, on a model of 0.8 million weights and a world
+of made-up tasks ([recipes/experiments/paper_mini](recipes.md#recipesexperimentspaper_mini)). Each cell of the grid has
+{len(design.seeds)} seed(s), and each run {design.epochs} checkpoint(s). Before training, the model answers
+{accuracy:.1%} of {count} held-out tasks right. `make paper-mini` trains the missing runs.
+`python -m recipes.experiments.paper_mini.table --write` makes this page, [its further tables]({TABLES.name}) and its
+pictures from `{results.COMMITTED}` alone, without training. {len(runs)} runs are in them.
 
-**{sum(tally.values())} claims: {verdict_counts}.**{_better(cells, world)}
+**{sum(counts.values())} claims: {verdict_counts}.**{_better(cells, world)}
 
-What holds here holds for this world. The paper's models are 10,000 times as large, its pairs are of real prompts, and
-its metric is another. Nothing was tuned until it agreed: claims, verdicts and grid were laid down before its first run.
+These results hold for this world. The paper's models are 10,000 times as large, its prompts are real, and its metric is
+another. Nothing was tuned until it agreed: claims, verdicts and grid were fixed before the first run.
 
 ## Claims
 
-Reproduced: every interval lies on the expected side of 0. Not reproduced: one lies on the other side. Undecided: the
-rest. Each interval is a 95 % interval of its own comparison, over seeds and over questions (clustered by {templates}
-task templates); of log-likelihoods over seeds. Accuracies are means over checkpoints. *By the maxima* is how the paper
-compares: the best checkpoint of each side, as seen, means over seeds; the verdict does not look at it.
+A claim is *reproduced* if every interval lies on the expected side of 0, *not reproduced* if one lies on the other
+side, and otherwise *undecided*. Each interval is a 95 % interval of one comparison. That of an accuracy is over seeds
+and over questions (clustered by {templates} task templates), that of a log-likelihood over seeds. Accuracies are means
+over checkpoints. *By the maxima* compares as the paper does: the best checkpoint of each side, as means over seeds. The
+verdict does not use it.
 
 {markdown(verdict_rows(cells, world))}
-Seen afterwards, and so without a verdict: SFT on the winners against APO-zero on the same pairs.
+One comparison was added after the results were known, and has no verdict: SFT on the winners against APO-zero on the
+same pairs.
 
 {markdown(afterwards_rows(cells, world))}
 ## Data sets
 
-From the same prompts, cut to the same number of response tokens. Jaccard: words that both answers have, of all of
-theirs; Levenshtein: single characters to change. Means over the pairs that are trained on. As the paper reads them,
-pairs are the more contrastive the higher the first and the lower the second: then less differs but what matters.
+All have the same prompts, and are cut to the same number of response tokens. Jaccard is the share of words that both
+answers have; Levenshtein counts the characters to change. Both are means over the training pairs. The paper calls pairs
+more contrastive if Jaccard is higher and Levenshtein lower: then fewer differences do not matter.
 
 {markdown(contrast_rows(world))}
 ## Gains
 
-Points over the model before training. The maximum over checkpoints is too high by what choosing adds; corrected, with
-a 95 % interval over questions, it is what the chosen checkpoint is expected to keep. Learning rate and beta were chosen
-on a seed and tasks of their own, by one rule for all
-([recipes](recipes.md#recipesexperimentspaper_mini)).{_edges(cells, design)}
+Points over the model before training. The maximum over checkpoints is too high, because it was selected. The corrected
+maximum, with a 95 % interval over questions, is what the selected checkpoint is expected to gain on new questions.
+Learning rate and beta were tuned on another seed and other tasks, by one rule for all
+([recipes](recipes.md#recipesexperimentspaper_mini)); [the runs of the learning rates]({TABLES.name}#learning-rates).
+{_edges(cells, design)}
 
 {markdown(gain_rows(cells, world))}
-## Learning rates
-
-Of the runs that chose the rate, at beta {design.betas[0]:g}: per cent right of {design.validation} tasks of their own
-at the end of training, and in brackets what became of the log-likelihood of held-out winners, in nats a response.
-
-{markdown(rate_rows(runs, design.learning_rates))}
-## Answers
-
-Of the last checkpoint, per cent right by skill; then wording, and the mean length in words.
-
-{markdown(answer_rows(cells, world))}
 ## Dynamics
 
-Held-out pairs of each data set while it is trained on, {_looks(cells)} looks a run, on one scale for each data set. SFT
-knows no beta; its rewards are drawn with 0.1.
+Held-out pairs of each data set during training, measured {_evaluation_counts(cells)} times in a run, on one scale for
+each data set. SFT has no beta; its rewards are drawn with 0.1. [Answers]({TABLES.name}#answers) and [log-likelihoods of
+held-out pairs]({TABLES.name}#held-out-pairs) at the last checkpoint are on the page of tables.
 
 ![Rewards of held-out winners and losers over training, by data set and objective](images/paper-rewards.png)
 
 ![Log-likelihood of held-out winners and losers over training, by data set and objective](images/paper-likelihoods.png)
 
-## Held-out pairs
-
-At the last checkpoint. Reward accuracy is the share of pairs whose winner gained more likelihood than its loser, so it
-can be told of SFT too, which knows no rewards; margins are beta times the difference. Winner and loser: change of the
-log-likelihood in nats a response, of all its tokens, of those that the other has too in the same order, and of the
-rest.
-
-{markdown(per_pair_metrics(cells))}
 ## Advice
 
-Whether what the paper teaches can be told from pairs and model beforehand, by [`apo advise`](choosing.md), was measured
+[`apo advise`](choosing.md) predicts from pairs and model which objective to use. This was measured
 [on other models and data sets](advice.md). {advice_table.verdict_sentence()}
 
 ## How far to trust it
 
-- An interval adds the variance of seeds to that of questions, which holds a part of it already: it is rather too wide,
-  and *undecided* a little too frequent.
-- {len(judged(cells, world))} claims at 95 % each: one interval in twenty misses its value by chance.
-- Before training {_share(world["base"]["wording"], "p"):.0%} of the greedy answers are worded plainly, whatever the
-  samples are: such answers have no padding to lose, and what pairs teach of wording is plain becoming engaging.
-- Sizes are what two cores get through in an hour: {data["clair"]["train"]} pairs of CLAIR, {count} questions, and
-  {design.validation} with one seed to tune by.
-- Learning rates lie a factor of about three apart, and the one taken is the best of them at the end of training: an
-  objective that is more sensitive to its rate pays for that. Nothing stops a run early.
+- An interval adds the variance of seeds to that of questions, which already includes a part of it. So intervals are a
+  little too wide, and *undecided* is a little too frequent.
+- There are {len(judged(cells, world))} claims at 95 % each: one interval in twenty misses its value by chance.
+- Before training, {_share(world["base"]["wording"], "p"):.0%} of the greedy answers are worded plainly, whatever the
+  samples are. They have no padding to lose, so pairs can only teach the step from plain to engaging wording.
+- The sizes are those that two cores can train in an hour: {data["clair"]["train"]} pairs of CLAIR, {count} questions,
+  and {design.validation} questions with one seed for tuning.
+- Learning rates are a factor of about three apart, and the best at the end of training is used. This is a disadvantage
+  for an objective that is sensitive to its rate. No run is stopped early.
 """
+
+
+def tables_page(world: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page of further tables: learning rates, answers, and held-out pairs."""
+    cells, design = cells_of(runs), design_of(world)
+    return f"""# The paper in miniature: tables
+
+These tables belong to [the paper in miniature]({PAGE.name}), which explains the grid and its verdicts, and are made
+from the same {len(runs)} runs.
+
+## Learning rates
+
+The runs that tuned the learning rate, at beta {design.betas[0]:g}: per cent right of {design.validation} tuning tasks
+at the end of training, and in brackets the change of the log-likelihood of held-out winners, in nats per response.
+
+{markdown(rate_rows(runs, design.learning_rates))}
+## Answers
+
+The answers of the last checkpoint: per cent right by skill, the shares of three kinds of wording, and the mean length
+in words.
+
+{markdown(answer_rows(cells, world))}
+## Held-out pairs
+
+At the last checkpoint. Reward accuracy is the share of pairs whose winner gained more log-likelihood than its loser; so
+it exists for SFT too, which has no rewards. Margins are beta times the difference of the gains. Winner and loser: the
+change of the log-likelihood in nats per response, summed over all its tokens, over those that it shares with the other
+response in the same order, and over the edited ones.
+
+{markdown(per_pair_metrics(cells))}"""
 
 
 def _better(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> str:
@@ -153,16 +169,16 @@ def _better(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> str:
 
 
 def _edges(cells: Mapping[Name, Runs], design: Design) -> str:
-    """Which cells took the lowest or highest learning rate there was."""
+    """A sentence on the cells that use the lowest or the highest learning rate."""
     edges = {design.learning_rates[0], design.learning_rates[-1]}
-    names = [f"{' '.join(name)} ({runs[0]['learning_rate']:g})" for name, runs in cells.items()
-             if runs[0]["learning_rate"] in edges]  # fmt: skip
+    rates = {" ".join(name): runs[0]["learning_rate"] for name, runs in cells.items()}
+    names = [f"{name} ({rate:g})" for name, rate in rates.items() if rate in edges]
     if len(design.learning_rates) == 1:
         return ""
-    return f" At an edge of the rates that were allowed: {', '.join(names) or 'none'}."
+    return f"At an edge of the allowed rates: {', '.join(names) or 'none'}."
 
 
-def _looks(cells: Mapping[Name, Runs]) -> str:
+def _evaluation_counts(cells: Mapping[Name, Runs]) -> str:
     counts = sorted({len(run["looks"]["step"]) for runs in cells.values() for run in runs if run["checkpoints"]})
     return " or ".join(str(count) for count in counts)
 
@@ -172,18 +188,19 @@ def _share(letters: str, letter: str) -> float:
 
 
 def write(world: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> None:
-    """The page and its pictures."""
+    """Write the pages and their pictures."""
     images = PAGE.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
     for name, reward in PICTURES.items():
         plots.draw(cells_of(runs), images / name, reward=reward)
     write_atomically(PAGE, page(world, runs))
+    write_atomically(TABLES, tables_page(world, runs))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The mini grid's tables and pictures.")
     parser.add_argument("--small", action="store_true", help="of the small grid")
-    parser.add_argument("--write", action="store_true", help=f"write {PAGE}")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE} and {TABLES}")
     args = parser.parse_args(arguments)
     os.chdir(ROOT)
     file = run_folder(True) / "runs.jsonl" if args.small else results.COMMITTED
@@ -194,20 +211,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.write:
             check_complete(world, runs, small=args.small)
             write(world, runs)
-            print(f"{PAGE} is written, with {len(PICTURES)} pictures")
+            print(f"wrote {PAGE}, {TABLES} and {len(PICTURES)} pictures")
         else:
-            print(page(world, runs))
+            print(page(world, runs), tables_page(world, runs), sep="\n")
     except UserError as error:
         raise SystemExit(f"mini: {error}") from None
 
 
 def check_complete(world: Mapping[str, Any], runs: Mapping[str, Any], *, small: bool) -> None:
-    """UserError where the page would be of less than the full grid."""
+    """Raise UserError if the pages would show less than the full grid."""
     if small:
-        raise UserError(f"{PAGE} is of the full grid only; leave --small or --write out")
+        raise UserError(f"{PAGE} shows the full grid only; leave --small or --write out")
     if left := due(design_of(world), runs, world["world"]):
         raise UserError(
-            f"{len(left)} or more runs are missing; go on with: python -m recipes.experiments.paper_mini.grid"
+            f"{len(left)} or more runs are missing; run them with: python -m recipes.experiments.paper_mini.grid"
         )
 
 
