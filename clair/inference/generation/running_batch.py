@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-_SPARE_POSITIONS = 64
-"""Positions beyond the newest token for which a cache layer has room; then it is copied to grow."""
+_ROOM = 256
+"""A cache layer has room for a multiple of so many positions; beyond it, the layer is copied to grow."""
 
 
 @dataclass(eq=False, slots=True)
@@ -36,7 +36,7 @@ class GenerationRow:
 class RunningBatch:
     """Rows that generate together, aligned at their newest token: ids and mask are `[B, L]`, padded on the left.
 
-    The cache holds as many positions as the longest row present has tokens. Rows join the batch if all layers keep keys
+    The cache has room for the most rows and for the longest row so far. Rows join the batch if all layers keep keys
     and values of every position (`can_join`); otherwise, as with state-space models, they join an empty batch only.
     """
 
@@ -140,7 +140,9 @@ class RunningBatch:
             if self._joins_by_cache:
                 for layers in zip(*(batch._cache.layers for batch in batches), strict=True):
                     pairs = zip(layers, selected, strict=True)
-                    layers[0].arrange([(layer.keys[part], layer.values[part]) for layer, part in pairs], length)
+                    layers[0].arrange(
+                        [(layer.keys[part], layer.values[part]) for layer, part in pairs], length, length + 1
+                    )
             else:
                 self._cache.reorder_cache(selected[0])  # the one method that every kind of layer has
         self.rows, self._cached_rows = rows, rows
@@ -199,27 +201,36 @@ def _growing_layer() -> Any:
             new = (key_states, value_states)
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-                self.arrange([tuple(states[..., :0, :] for states in new)], 0, key_states.shape[-2])
+                self.buffers = self.keys, self.values = [states[..., :0, :] for states in new]
             assert self.keys is not None
             start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
             if end > self.buffers[0].shape[-2]:
-                self.arrange([(self.keys, self.values)], start, _SPARE_POSITIONS)
+                self.arrange([(self.keys, self.values)], start, end)
             for buffer, states in zip(self.buffers, new, strict=True):
-                buffer[..., start:end, :] = states
-            self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
+                buffer[: len(states), :, start:end] = states
+            self.keys, self.values = (buffer[: len(key_states), :, :end] for buffer in self.buffers)
             return self.keys, self.values
 
-        def arrange(self, parts: Sequence[tuple[Any, Any]], length: int, spare: int = _SPARE_POSITIONS) -> None:
-            """Hold the last `length` positions of the (keys, values) of several batches, padded on the left."""
-            self.buffers = []
-            for states in zip(*parts, strict=True):
-                _, heads, _, size = states[0].shape
-                buffer = states[0].new_zeros((sum(map(len, states)), heads, length + spare, size))
-                for part, rows in zip(states, buffer.split([*map(len, states)]), strict=True):
+        def arrange(self, parts: Sequence[tuple[Any, Any]], length: int, end: int) -> None:
+            """Hold the last `length` positions of the (keys, values) of several batches, padded on the left.
+
+            There is room for `end` positions. Memory is kept: made anew for every change, it would be fragmented.
+            """
+            rows = sum(len(keys) for keys, _ in parts)
+            buffers = []
+            for buffer, *states in zip(self.buffers, *parts, strict=True):
+                most_rows, heads, room, size = buffer.shape
+                if rows > most_rows or end > room:
+                    room = max(room, -(-end // _ROOM) * _ROOM)
+                    buffer = buffer.new_zeros((max(rows, most_rows), heads, room, size))
+                target = buffer[:rows, :, :length]
+                for part, selected in zip(states, target.split([*map(len, states)]), strict=True):
                     count = min(length, part.shape[-2])
-                    rows[..., length - count : length, :] = part[..., part.shape[-2] - count :, :]
-                self.buffers.append(buffer)
-            self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
+                    selected[:, :, : length - count] = 0
+                    selected[:, :, length - count :] = part[:, :, part.shape[-2] - count :]
+                buffers.append(buffer)
+            self.buffers = buffers
+            self.keys, self.values = (buffer[:rows, :, :length] for buffer in buffers)
 
     return GrowingLayer
 
