@@ -41,6 +41,23 @@ def model_of(folder: Path) -> dict:
     return {"path": str(folder), "max_tokens": 40, "batch_tokens": 400}
 
 
+def test_a_local_model_answers_in_the_mode_of_the_recipe_and_another_mode_is_another_evaluation(data, folder, tmp_path):
+    switch = "{% if enable_thinking is defined and not enable_thinking %}one one {% endif %}"
+    template = tiny_model.TEMPLATE.replace("assistant {% endif %}", f"assistant {switch}{{% endif %}}")
+    shutil.copytree(folder, tmp_path / "model")
+    tiny_model.make_tokenizer(chat_template=template).save_pretrained(tmp_path / "model")
+    plain = model_of(tmp_path / "model") | {"chat_template_kwargs": {"enable_thinking": False}}
+    tokens = []
+    for out, model in (("think", model_of(tmp_path / "model")), ("plain", plain)):
+        evaluated(data, tmp_path / out, model=model)
+        tokens.append([item.prompt_tokens for item in read_results(tmp_path / out).items])
+    assert tokens[1] == [count + 2 for count in tokens[0]]
+    with pytest.raises(UserError, match="another"):
+        evaluated(data, tmp_path / "think", model=plain)
+    with pytest.raises(UserError, match=r"model: chat_template_kwargs\.enable_thinking would be ignored"):
+        evaluated(data, tmp_path / "other", model=plain | {"path": str(folder)})
+
+
 def test_a_local_model_answers_in_batches_by_length_and_each_question_once(data, folder, tmp_path, monkeypatch):
     sizes, really = [], RunningBatch.join
 
