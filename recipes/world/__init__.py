@@ -1,4 +1,4 @@
-"""A small closed world of tasks in words, a tiny model that makes systematic mistakes in it, and a server that revises.
+"""A small closed world: tasks in words, a tiny model with systematic mistakes, and a server that revises its answers.
 
 The tasks are in `tasks`, the skills they come from in `skills`, the model's script in `make_model`, the loopback
 endpoint in `server`, and the run that ties them together in `quickstart`.

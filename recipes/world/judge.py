@@ -1,4 +1,4 @@
-"""The replies of the embedded judge: which of two solutions is better, by correctness and then by style."""
+"""The replies of the embedded judge, which compares two solutions by correctness and then by style."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("recipes/world/model"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--echo-steps", type=int, default=300, help="of the steps, the first so many")
+    parser.add_argument("--echo-steps", type=int, default=300, help="number of first steps that learn copying")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--peak", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, default=2)

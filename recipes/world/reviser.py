@@ -203,7 +203,7 @@ def edits(student: str, solution: str) -> str:
 
 
 def _common(first: list[str], second: list[str]) -> int:
-    """How many words two lists share at their start."""
+    """The number of first words that two lists share."""
     pairs = zip(first, second, strict=False)
     return next((index for index, (left, right) in enumerate(pairs) if left != right), min(len(first), len(second)))
 
@@ -235,7 +235,7 @@ def cut(reply: Reply, max_tokens: int | None) -> Reply:
 
 
 def user_texts(messages: list[Mapping[str, Any]]) -> list[str]:
-    """The texts of the user's turns, each a string or a list of text parts. ValueError where there is none."""
+    """The texts of the user's turns, each a string or a list of text parts. Raises ValueError if there is none."""
     texts = []
     for message in messages:
         content = message.get("content")

@@ -50,7 +50,7 @@ def arguments(options: ServerOptions) -> list[str]:
 
 @contextmanager
 def running(options: ServerOptions = ServerOptions(), *, start_seconds: float = 120.0) -> Iterator[Running]:  # noqa: B008
-    """The world's server for the length of a `with` block. RuntimeError after `start_seconds` without a URL."""
+    """The world's server for the length of a `with` block. Raises RuntimeError after `start_seconds` without a URL."""
     with running_module("recipes.world.server", arguments(options), start_seconds) as server:
         yield server
 
@@ -59,7 +59,7 @@ def running(options: ServerOptions = ServerOptions(), *, start_seconds: float = 
 def running_module(module: str, arguments: Sequence[str], start_seconds: float = 120.0) -> Iterator[Running]:
     """A module that serves and prints its URL, as a process for the length of a `with` block.
 
-    RuntimeError after `start_seconds` without a URL.
+    Raises RuntimeError after `start_seconds` without a URL.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],

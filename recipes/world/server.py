@@ -275,7 +275,7 @@ def run_server(app: web.Application, port: int, max_seconds: float) -> None:
 def parse_options(arguments: list[str] | None = None) -> ServerOptions:
     """Parse the command line. Each rate of `Misbehaviour` is an option of the same name."""
     parser = argparse.ArgumentParser(description="Serve the embedded world's models on 127.0.0.1.")
-    parser.add_argument("--port", type=int, default=0, help="0 = any free one")
+    parser.add_argument("--port", type=int, default=0, help="the port; 0: any free port")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--api-key")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds added to every answer")
@@ -283,13 +283,15 @@ def parse_options(arguments: list[str] | None = None) -> ServerOptions:
     parser.add_argument("--cap", type=int, help="chat requests in flight; more are answered 429")
     parser.add_argument("--retry-after", type=float, default=1.0, help="seconds, sent with a 429")
     parser.add_argument("--slow-seconds", type=float, default=2.0)
-    parser.add_argument("--polish", action="store_true", help="the reviser also mends the wording")
-    parser.add_argument("--reviser-error", type=float, default=0.0, help="share of revisions that overlook a mistake")
-    parser.add_argument("--style", action="store_true", help="the judge prefers the better worded of two alike")
+    parser.add_argument("--polish", action="store_true", help="the reviser also improves the wording")
+    parser.add_argument("--reviser-error", type=float, default=0.0, help="share of revisions that leave a mistake")
+    parser.add_argument(
+        "--style", action="store_true", help="of two equally correct answers, the judge prefers the better worded"
+    )
     leanings = [leaning.name for leaning in fields(Leanings)]
     for leaning in leanings[:-1]:
         parser.add_argument(f"--{leaning.replace('_', '-')}", type=float, default=0.0, help="share of judgements")
-    parser.add_argument("--max-seconds", type=float, default=3600.0, help="the server ends by itself after this")
+    parser.add_argument("--max-seconds", type=float, default=3600.0, help="seconds after which the server stops")
     rates = [rate.name for rate in fields(Misbehaviour)]
     for rate in rates:
         parser.add_argument(f"--{rate.replace('_', '-')}", type=float, default=0.0, help="share of distinct requests")

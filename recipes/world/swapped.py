@@ -1,4 +1,4 @@
-"""The control that means nothing should be learned: half of all pairs with chosen and rejected exchanged.
+"""A control from which nothing should be learned: pairs of which half have chosen and rejected exchanged.
 
 python -m recipes.world.swapped runs/quickstart/pairs runs/quickstart/swapped_pairs
 """
@@ -17,7 +17,7 @@ from recipes.world.tasks import solve
 
 
 def swapped(rows: list[dict[str, Any]], seed: int, *, mirror: bool = False) -> list[dict[str, Any]]:
-    """The rows in their order, every second one swapped; which ones is drawn within each task template.
+    """The rows in their order, with a random half of each task template swapped.
 
     `mirror` swaps the other half.
 
@@ -39,7 +39,7 @@ def _template(row: dict[str, Any]) -> str:
 
 
 def write_swapped(source: Path, out: Path, seed: int, *, mirror: bool = False) -> None:
-    """Writes the swapped form of a dataset folder's Parquet splits, in the same layout; equal input, equal output."""
+    """Write the swapped form of a dataset folder's Parquet splits, in the same layout. Deterministic."""
     (out / "data").mkdir(parents=True, exist_ok=True)
     for file in sorted((source / "data").glob("*.parquet")):
         table = pq.read_table(file)

@@ -86,7 +86,7 @@ def draw_tasks(split: str, seed: int) -> Iterator[Task]:
 
 
 def distinct_tasks(split: str, count: int, seed: int) -> list[Task]:
-    """`count` tasks of one split, no prompt text twice."""
+    """`count` tasks of one split with distinct prompts."""
     return list(islice(_distinct(draw_tasks(split, seed)), count))
 
 
@@ -137,7 +137,7 @@ def is_right(task: Task, text: str) -> bool:
 
 
 def is_wrong_rule(task: Task, text: str) -> bool:
-    """True if the last answer value of a text is that of the wrong rule; other wrong answers are noise."""
+    """True if the last answer value of a text is that of the wrong rule, and not another wrong value."""
     return answer_value(task.skill, text) == _normal(task.skill, task.wrong_value)
 
 

@@ -38,7 +38,7 @@ def _sphere(rng: np.random.Generator, *shape: int) -> Array:
 def _compared(
     rng: np.random.Generator, items: Array, utility: Array, user: Indices, group: Indices, noise: float
 ) -> Comparisons:
-    """Pairs `items` [n, 2, D] with `utility` [n, 2], the better one chosen, a share `noise` of them the worse one."""
+    """Pairs of `items` [n, 2, D]: the item of larger `utility` [n, 2] is chosen, except in a share `noise` of pairs."""
     left = (utility[:, 0] > utility[:, 1]) != (rng.random(len(items)) < noise)
     chosen = np.where(left[:, None], items[:, 0], items[:, 1])
     rejected = np.where(left[:, None], items[:, 1], items[:, 0])
@@ -95,7 +95,7 @@ def four_types(users: int, pairs: int, seed: int = 0) -> Comparisons:
 
 
 def dip(x: Array) -> Array:
-    """A score of points [n, 1] in the unit interval that should rise in x, and falls on the way into a dip at 0.6."""
+    """A score of points [n, 1] in the unit interval. It should rise with x, but has a dip at 0.6."""
     return x[:, 0] - 0.5 * np.exp(-(((x[:, 0] - 0.6) / 0.1) ** 2))
 
 
@@ -117,7 +117,7 @@ def audited(n: int, seed: int = 0) -> Audited:
 
 @dataclass(frozen=True)
 class Behaviour:
-    """Prompts whose answer is Yes or No: their last hidden states [n, D], and +1 where Yes is preferred, -1 for No."""
+    """Last hidden states [n, D] of prompts whose answer is Yes or No, and +1 if Yes is preferred, -1 if No is."""
 
     hidden: Array
     sign: NDArray[np.int64]

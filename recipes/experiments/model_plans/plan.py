@@ -58,7 +58,7 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Line:
-    """A dry run's plan for one device: peak memory in GiB, whether it fits, and the time in words."""
+    """A dry run's plan for one device: peak memory in GiB, if it fits, and the time as text."""
 
     needs: str
     fits: bool
@@ -154,8 +154,8 @@ def table(recipes: Sequence[Path], pairs: int = PAIRS) -> str:
 def main() -> None:
     """Print the table; with --write put it into the page, after `<!-- planned -->`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="into the table of docs/recipes.md")
-    parser.add_argument("--pairs", type=int, default=PAIRS, help="how many pairs the runs are planned for")
+    parser.add_argument("--write", action="store_true", help="write the table of docs/recipes.md")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="number of pairs of the planned runs")
     args = parser.parse_args()
     if args.write and args.pairs != PAIRS:
         parser.error(f"the page's table is for {PAIRS} pairs")

@@ -1,4 +1,4 @@
-"""UltraFeedback's prompts as files for `clair build`: alone, and with its answers and scores.
+"""Write UltraFeedback's prompts as files for `clair build`: without answers, and with its answers and scores.
 
     python -m recipes.experiments.paper.ultrafeedback                          # from the hub, into data/paper
     python -m recipes.experiments.paper.ultrafeedback --source ./UltraFeedback # a copy that `datasets` reads
@@ -59,15 +59,15 @@ def prompt_rows(source: str, count: int, seed: int) -> list[dict[str, Any]]:
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{source} cannot be read: {one_line(error)}") from error
     if len(rows) < count:
-        raise UserError(f"{source} has {len(rows):,} rows and {count:,} are asked for; give --count")
+        raise UserError(f"{source} has {len(rows):,} rows, fewer than the {count:,} requested; lower --count")
     return [row_of(rows[index]) for index in sorted(random.Random(seed).sample(range(len(rows)), count))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--source", default="openbmb/UltraFeedback", help="a folder, a file or a name on the hub")
-    parser.add_argument("--count", type=int, default=COUNT, help="how many prompts")
-    parser.add_argument("--seed", type=int, default=0, help="which prompts")
+    parser.add_argument("--count", type=int, default=COUNT, help="number of prompts")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the drawn prompts")
     parser.add_argument("--out", type=Path, default=Path("data/paper"), help="the folder of both files")
     args = parser.parse_args()
     try:
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One JSON object a line."""
+    """Write one JSON object per line."""
     write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

@@ -30,7 +30,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper: all its comparisons have to come out as expected."""
+    """A claim of the paper. It is reproduced if all its comparisons are as expected."""
 
     text: str
     compared: tuple[Compared, ...]
@@ -63,12 +63,17 @@ CLAIMS = (
 AFTERWARDS = tuple(
     Compared((data, "sft"), (data, "apo_zero")) for data in ("clair", "on_policy", "off_policy", "stronger")
 )
-"""What struck the eye when the grid was seen: no claim of the paper, and no verdict."""
+"""Comparisons that were added after the results were known. They are no claims of the paper and have no verdict."""
 
 
 def verdict_of(claim: Claim, estimates: Sequence[Estimate | None]) -> Verdict:
-    """reproduced: every interval lies on the expected side of 0; not reproduced: one lies on the other side; undecided:
-    anything else; not measured: a cell has no runs."""
+    """The verdict of a claim from the estimates of its comparisons.
+
+    reproduced       every interval lies on the expected side of 0
+    not reproduced   one lies on the other side
+    undecided        anything else
+    not measured     a cell has no runs
+    """
     if any(estimate is None for estimate in estimates):
         return "not measured"
     sides = [
@@ -89,7 +94,7 @@ def _side(estimate: Estimate | None) -> int:
 
 
 def right_of(runs: Sequence[Mapping[str, Any]]) -> list[list[list[float]]]:
-    """Right (1.0) or wrong (0.0) by seed, checkpoint and question. A run that broke off is not among them."""
+    """Right (1.0) or wrong (0.0) by seed, checkpoint and question. Runs that were stopped early are left out."""
     return [
         [[float(c) for c in checkpoint["right"]] for checkpoint in run["checkpoints"]]
         for run in runs
@@ -98,12 +103,12 @@ def right_of(runs: Sequence[Mapping[str, Any]]) -> list[list[list[float]]]:
 
 
 def mean_of(rows: Sequence[Sequence[float]]) -> list[float]:
-    """The mean of several rows, place by place."""
+    """The mean of several rows, column by column."""
     return [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
 
 
 def over_checkpoints(runs: Sequence[Mapping[str, Any]]) -> dict[int, list[float]]:
-    """By seed: for each question the share of checkpoints that answer it right."""
+    """For each seed: for each question, the share of checkpoints that answer it right."""
     complete_runs = [run for run in runs if run["checkpoints"]]
     return {run["seed"]: mean_of(values) for run, values in zip(complete_runs, right_of(complete_runs), strict=True)}
 
@@ -111,9 +116,9 @@ def over_checkpoints(runs: Sequence[Mapping[str, Any]]) -> dict[int, list[float]
 def interval(by_seed: Sequence[Sequence[float]], clusters: Sequence[Hashable]) -> Estimate:
     """Mean of values by seed and question with a 95 % interval over both.
 
-    se^2 = se_questions^2 + se_seeds^2: of the means over seeds, clustered (clair.core.statistics), and of the seeds'
-    own means. The first holds a part of the second already, so the interval is rather too wide. Degrees of freedom by
-    Welch-Satterthwaite. With one seed it is over questions alone.
+    se^2 = se_questions^2 + se_seeds^2: the clustered error of the means over seeds (clair.core.statistics), and the
+    error of the means of the seeds. The first includes a part of the second, so the interval is a little too wide.
+    Degrees of freedom are Welch-Satterthwaite's. With one seed, the interval is over questions alone.
     """
     questions = clustered_mean(mean_of(by_seed), clusters)
     if len(by_seed) < 2:
@@ -133,10 +138,10 @@ def interval(by_seed: Sequence[Sequence[float]], clusters: Sequence[Hashable]) -
 def gains(
     left: Sequence[Mapping[str, Any]], right: Sequence[Mapping[str, Any]] | None, base: Sequence[float]
 ) -> list[list[float]]:
-    """By seed and question: left minus right, both of the same seed, over checkpoints; without a right minus `base`."""
-    ours = over_checkpoints(left)
-    theirs = over_checkpoints(right) if right is not None else {seed: list(base) for seed in ours}
-    return [[a - b for a, b in zip(ours[s], theirs[s], strict=True)] for s in sorted(ours.keys() & theirs.keys())]
+    """By seed and question: left minus right of the same seed, over checkpoints; minus `base` if `right` is None."""
+    first = over_checkpoints(left)
+    second = over_checkpoints(right) if right is not None else {seed: list(base) for seed in first}
+    return [[a - b for a, b in zip(first[s], second[s], strict=True)] for s in sorted(first.keys() & second.keys())]
 
 
 def compare(
@@ -145,7 +150,7 @@ def compare(
     base: Sequence[float],
     clusters: Sequence[str],
 ) -> Estimate | None:
-    """The comparison's estimate; None where a cell has no runs (of the log-likelihood: fewer than two).
+    """The comparison's estimate; None if a cell has no runs, or for the log-likelihood fewer than two.
 
     The log-likelihood is in nats a winner at the last checkpoint minus before training, with an interval over seeds.
     """
@@ -162,14 +167,15 @@ def compare(
 
 
 BETTER = ("apo_zero", "apo_down")
-"""The one number asked of this grid: CLAIR with the better of these against the model before training."""
+"""The objectives of the main result: CLAIR with the better of them against the model before training."""
 
 
 def better_apo(
     cells: Mapping[Name, Sequence[Mapping[str, Any]]], base: Sequence[float], clusters: Sequence[str]
 ) -> tuple[str, Best] | None:
-    """Which of `BETTER` gains more on CLAIR over checkpoints and seeds, and its gain corrected for having been chosen,
-    with an interval over questions; None where one has no runs.
+    """The objective of `BETTER` that gains more on CLAIR, and its gain corrected for the selection.
+
+    Gains are over checkpoints and seeds, with an interval over questions. None if one of the objectives has no runs.
     """
     gains_by_objective = [gains(cells.get(("clair", objective), []), None, base) for objective in BETTER]
     if not all(gains_by_objective):

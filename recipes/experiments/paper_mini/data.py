@@ -1,10 +1,9 @@
-"""The four data sets of the mini grid from the same prompts, cut to the same number of response tokens.
+"""Build the four data sets of the mini grid from the same prompts, cut to the same number of response tokens.
 
     python -m recipes.experiments.paper_mini.data [--small]       # after its module models
 
-Each is built by `clair build` as a user would, against the embedded server, whose judge is wrong now and then and likes
-long answers. Then pairs are taken from each in the order of the prompts until the smallest set's tokens are reached, or
-`MAX_TRAIN_TOKENS`.
+`clair build` builds each against the embedded server, whose judge sometimes errs and prefers long answers. Then pairs
+are taken from each in the order of the prompts until the smallest set's tokens are reached, or `MAX_TRAIN_TOKENS`.
 
     runs/mini/built/NAME     the dataset folder as `clair build` left it
     runs/mini/pairs/NAME     the pairs that are trained on (train) and held out (test), within the budget
@@ -36,10 +35,10 @@ MODELS = Path("runs/mini/models")
 OTHERS = ("wordy", "terse")
 PROMPTS, SMALL_PROMPTS = 900, 320
 MAX_TRAIN_TOKENS = 20_000
-"""Response tokens to train on, at most: what a grid of this many runs gets through in an hour."""
+"""Maximal response tokens to train on: a grid of this many runs takes about an hour."""
 SERVER = ServerOptions(max_seconds=1800, polish=True, leanings=Leanings(style=True, judge_error=0.05, length_bias=0.10))
-"""The reviser mends the wording too; the judge weighs right before wording, errs in 1 of 20, and falls for length in 1
-of 10."""
+"""The reviser also improves the wording. The judge prefers correctness to wording, errs in 1 of 20 requests, and
+prefers the longer answer in 1 of 10."""
 
 
 def run_folder(small: bool) -> Path:

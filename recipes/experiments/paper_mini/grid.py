@@ -1,4 +1,4 @@
-"""Run the paper's grid in small: four data sets, five objectives, several seeds, a checkpoint per epoch.
+"""Run the paper's grid in miniature: four data sets, five objectives, several seeds, a checkpoint per epoch.
 
     python -m recipes.experiments.paper_mini.grid [--small] [--workers N]    # after its modules models and data
 
@@ -323,14 +323,14 @@ def _fill(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Run the mini grid; what is done is not done again.")
+    parser = argparse.ArgumentParser(description="Run the missing runs of the mini grid.")
     parser.add_argument("--small", action="store_true", help="one seed, one epoch, no tuning, on the small data sets")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
     parser.add_argument("--models", type=Path, default=MODELS)
     args = parser.parse_args()
     os.chdir(ROOT)
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
-    # A worker that is ended in the middle leaves its progress bars' semaphore to Python's tracker, which removes it.
+    # A worker that is killed during a run leaves a semaphore of its progress bars; Python's tracker removes it.
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore:resource_tracker"}
     run = run_folder(args.small)
     paths = GridPaths(run, args.models / "target", run / "runs.jsonl" if args.small else results.COMMITTED)
@@ -339,10 +339,10 @@ def main() -> None:
     except UserError as error:
         raise SystemExit(f"mini: {error}") from None
     except KeyboardInterrupt:
-        print("\nmini: stopped; start it again to go on from here", file=sys.stderr)
+        print("\nmini: stopped; run the same command to continue", file=sys.stderr)
         raise SystemExit(130) from None
     if failed:
-        raise SystemExit(f"mini: {failed} runs failed; what they said stands above")
+        raise SystemExit(f"mini: {failed} runs failed; their errors are printed above")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The file of results: one JSON line for a world and for each finished run, appended atomically and flushed to disk.
 
-world   what the runs of this id have in common: the questions, the target model's own answers, the four data sets
-run     one training run: what was trained, and for each of its checkpoints what it answers and how pairs fare
+world   the common settings of the runs of this id: the questions, the target model's answers, the four data sets
+run     one training run: its settings, and the answers and the metrics of pairs at each of its checkpoints
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def read(file: Path) -> list[dict[str, Any]]:
             lines.append(json.loads(text))
         except ValueError:
             raise UserError(
-                f"{file}: line {number} is damaged; delete that line, and the grid makes its run again"
+                f"{file}: line {number} is damaged; delete that line, and the grid repeats its run"
             ) from None
     return lines
 

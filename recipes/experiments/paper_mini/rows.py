@@ -57,7 +57,7 @@ def points(value: float) -> str:
 
 
 def with_interval(estimate: Estimate) -> str:
-    """Fractions as points: `+7.1 [+4.0, +10.2]`; `+7.1 [no interval]` where no error can be estimated."""
+    """Fractions as points: `+7.1 [+4.0, +10.2]`; `+7.1 [no interval]` if no error can be estimated."""
     if math.isnan(estimate.se):
         return f"{points(estimate.mean)} [no interval]"
     return f"{points(estimate.mean)} [{points(estimate.lo)}, {points(estimate.hi)}]"
@@ -226,7 +226,7 @@ def afterwards_rows(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> lis
 
 
 def verdict_rows(cells: Mapping[Name, Runs], world: Mapping[str, Any]) -> list[list[str]]:
-    """The paper's claims: our estimates, the same by each cell's best checkpoint, and the verdict by the former."""
+    """The paper's claims: our estimates with their verdict, and the same by each cell's best checkpoint."""
     rows = [["claim", "compared", "figure", "by the maxima", "verdict"]]
     for claim, figures, verdict in judged(cells, world):
         for index, (comparison, estimate) in enumerate(zip(claim.compared, figures, strict=True)):

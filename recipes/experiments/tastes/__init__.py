@@ -1,1 +1,1 @@
-"""Users who disagree: two groups with opposite tastes in style, served by one policy or by one policy each."""
+"""Users who disagree: two groups with opposite tastes in style, and one policy for all or one for each group."""

@@ -1,4 +1,4 @@
-"""Users who compare two wordings of the same right answer: of one group, or of two that want the opposite.
+"""Users who compare two wordings of the same right answer: one group, or two groups with opposite tastes.
 
     group 0     engaging before plain before padded, as the world does
     group 1     the other way round
@@ -29,7 +29,7 @@ def group_of(user: str, groups: int) -> int:
 
 
 def comparisons(users: int, each: int, seed: int, *, groups: int = 2, noise: float = 0.05) -> list[dict[str, Any]]:
-    """Rows with id, prompt, chosen, rejected and user; a share `noise` of the choices are the wrong way round."""
+    """Rows with id, prompt, chosen, rejected and user; a share `noise` of the choices are reversed."""
     rng = Random(f"tastes-{seed}")
     rows = []
     for index, task in enumerate(distinct_tasks("train", users * each, seed)):

@@ -174,7 +174,7 @@ def test_ultrafeedback_becomes_prompts_alone_and_prompts_with_scored_answers(tmp
 
 @pytest.mark.parametrize(
     ("rows", "says"),
-    [([feedback()], "has 1 rows and 2 are asked for"), ([{"prompt": "?"}] * 2, "a row without 'instruction'")],
+    [([feedback()], "has 1 rows, fewer than the 2 requested"), ([{"prompt": "?"}] * 2, "a row without 'instruction'")],
 )
 def test_a_file_that_is_not_ultrafeedback_is_one_line(rows, says, tmp_path, monkeypatch, capsys):
     from recipes.experiments.paper import ultrafeedback
