@@ -51,15 +51,6 @@ class Features:
         return Features(self.model, *(getattr(self, name)[list(indices)] for name in NAMES))
 
 
-def same_model(expected: str, actual: str, fitted: str) -> None:
-    """Raise UserError if features come from another model than `fitted` (such as a reward) was fitted on."""
-    if expected != actual:
-        raise UserError(
-            f"{fitted} was fitted on features of model {expected[:12]}, and these are of model {actual[:12]}: features "
-            f"of two models cannot be compared; give the model it was fitted on, or fit again"
-        )
-
-
 def compute_features(
     dataset: Dataset, model: Any, folder: Path | None = None, log: Callable[[str], None] = lambda _: None
 ) -> Features:

@@ -42,7 +42,8 @@ class Job:
 
     rows            forward passes of an epoch over the sampled pairs
     padded_tokens   tokens of these pairs in TRL's padded batch, an epoch
-    pairs, seen     sampled pairs, and how many of them the whole run trains on, repetitions included
+    pairs           sampled pairs
+    pairs_trained   how many of them the whole run trains on, with repetitions
     stands_for      pairs of the dataset that each sampled pair represents
     weight          bytes of a stored number
     compute         bytes of a number in a matrix product
@@ -59,7 +60,7 @@ class Job:
     rows: tuple[PassCost, ...]
     padded_tokens: int
     pairs: int
-    seen: int
+    pairs_trained: int
     stands_for: int
     weight: int
     compute: int
@@ -125,7 +126,7 @@ def run_flops(job: Job) -> tuple[float, float]:
     A cached reference computes one forward per pair, divided among the processes; an online one, a forward per trained
     pair. Mismatched responses need one more forward of both models per trained pair.
     """
-    epochs = job.seen / job.pairs
+    epochs = job.pairs_trained / job.pairs
     forward = sum(forward_flops(job.sizes, row) for row in job.rows) * job.stands_for
     mismatched = epochs * forward if job.mismatched else 0
     reference = {"cached": 1 / job.processes, "online": epochs}.get(job.reference or "", 0) * forward + mismatched
@@ -288,7 +289,7 @@ def build_job(
         rows=tuple(rows),
         padded_tokens=padded,
         pairs=len(examples),
-        seen=max(1, steps * batch * args.gradient_accumulation_steps // stride),
+        pairs_trained=max(1, steps * batch * args.gradient_accumulation_steps // stride),
         stands_for=stride,
         weight=weight,
         compute=2 if mixed else weight,

@@ -34,11 +34,11 @@ Role = Literal["model", "judge"]
 class Scored(NamedTuple):
     """One number that is averaged and compared: a score in [0, 1] and the unit of independent sampling it belongs to.
 
-    `part` is the split or the measure that it belongs to, `kind` the underlying benchmark or the instruction type;
-    (part, row) identifies it in every result. `resolved` is False if the score may as well be 0 or 1.
+    `section` is the split or the measure that it belongs to, `kind` the underlying benchmark or the instruction type;
+    (section, row) identifies it in every result. `resolved` is False if the score may as well be 0 or 1.
     """
 
-    part: str
+    section: str
     kind: str
     row: int | tuple[int, int]
     question: str

@@ -106,9 +106,9 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
             if section["level"] == "benchmark":
                 continue
             numbers = section["tuned"][index]
-            part = measure_name(section["benchmark"] or section["split"] or "")
+            name = measure_name(section["benchmark"] or section["split"] or "")
             table.add_row(
-                f"{model['name']}: {part}".removesuffix(": ") if section["level"] == "overall" else f"  {part}",
+                f"{model['name']}: {name}".removesuffix(": ") if section["level"] == "overall" else f"  {name}",
                 f"{100 * numbers['score']:.1f}",
                 f"{100 * numbers['delta']:+.1f}",
                 _points(numbers["delta_ci95"]) or numbers["no_interval"],
@@ -125,10 +125,10 @@ def comparison_notes(comparison: Mapping[str, Any]) -> Iterator[str]:
     if comparison["left_out"]:
         yield f"{comparison['left_out']} rows were refused by a server: they are in the brackets only."
     for index, (model, section) in enumerate(zip(comparison["tuned"], overall["tuned"], strict=True)):
-        numbers = [part["tuned"][index] for part in comparison["parts"]]
+        numbers = [entry["tuned"][index] for entry in comparison["parts"]]
         if model["same_answers"]:
             yield f"{model['name']} gives the same answers as {base['name']}, word for word: is it the same model?"
-        elif not any(part["better"] or part["worse"] for part in numbers):
+        elif not any(counts["better"] or counts["worse"] for counts in numbers):
             yield f"{model['name']}: no score differs from {base['name']}'s, so there is nothing to compare."
         if section.get("p_sign") is not None:
             yield (

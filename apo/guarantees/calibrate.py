@@ -44,7 +44,9 @@ class Filter:
     @classmethod
     def from_decisions(cls, above: float, promise: str, decisions: Mapping[str, bool]) -> Filter:
         """Return the filter with these decisions by id, True to keep a pair."""
-        accepted, dropped = (tuple(id for id, keep in decisions.items() if keep is kept) for kept in (True, False))
+        accepted, dropped = (
+            tuple(id for id, keep in decisions.items() if keep is decision) for decision in (True, False)
+        )
         return cls(above, promise, accepted, dropped)
 
     def recipe(self) -> str:

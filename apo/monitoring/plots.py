@@ -120,8 +120,8 @@ def _draw(axes: Axes, lines: Mapping[str, Line], held_out: Mapping[str, Line]) -
     by_step = {name: dict(zip(*line, strict=True)) for name, line in lines.items()}
     steps = sorted(by_step["chosen"].keys() & by_step["rejected"].keys())  # a log of unpaired rows may lack a side
     chosen, rejected = ([by_step[name][step] for step in steps] for name in COLORS)
-    where = [upper >= lower for upper, lower in zip(chosen, rejected, strict=True)]
-    axes.fill_between(steps, chosen, rejected, where=where, color=COLORS["chosen"], alpha=0.07, linewidth=0)
+    is_ahead = [upper >= lower for upper, lower in zip(chosen, rejected, strict=True)]
+    axes.fill_between(steps, chosen, rejected, where=is_ahead, color=COLORS["chosen"], alpha=0.07, linewidth=0)
     for name, color in COLORS.items():
         _plot(axes, lines[name], held_out[name], color)
     _label_lines(

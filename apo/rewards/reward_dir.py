@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apo.analysis.features import EncodedPairs, same_model
+from apo.analysis.features import EncodedPairs
 from apo.rewards.bradley_terry import BradleyTerry
 from apo.rewards.pal import PAL
 from apo.rewards.scorer import Comparisons, Scorer, win_rate
@@ -152,7 +152,12 @@ class Reward:
 
     def check_features(self, pairs: EncodedPairs) -> None:
         """Raise UserError if the features come from another model than the reward was fitted on."""
-        same_model(self.facts["features"], pairs.features.model, "this reward")
+        expected, actual = self.facts["features"], pairs.features.model
+        if expected != actual:
+            raise UserError(
+                f"this reward was fitted on features of model {expected[:12]}, and these are of model {actual[:12]}: "
+                f"features of two models cannot be compared; give the model it was fitted on, or fit again"
+            )
 
     def row_states(self, pairs: EncodedPairs, user: str | None = None) -> Tensor:
         """Return the state of each pair's user, [n, S], or of `user` for all pairs.

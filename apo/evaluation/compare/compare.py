@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from apo.evaluation.compare.changes import RIGHT
 from apo.evaluation.compare.power import power_analysis
-from apo.evaluation.compare.rows import ComparedRow, mean, model_names, pair_rows
+from apo.evaluation.compare.rows import ComparedRow, model_names, pair_rows
 from apo.evaluation.results import MEASURES, SPLITS, IFEvalScore, Results, Score
 from clair.core.errors import UserError
 from clair.core.provenance import provenance
@@ -121,7 +122,7 @@ def _section(level: str, split: str | None, benchmark: str | None, rows: Sequenc
     clusters = [row.cluster for row in answered]
     columns = list(zip(*(row.scores for row in answered), strict=True))
     brackets = [
-        (mean(low), mean(high)) for low, high in zip(_columns(rows, "lowest"), _columns(rows, "highest"), strict=True)
+        (fmean(low), fmean(high)) for low, high in zip(_columns(rows, "lowest"), _columns(rows, "highest"), strict=True)
     ]
     return {
         "level": level,
@@ -150,7 +151,7 @@ def _columns(rows: Sequence[ComparedRow], name: str) -> list[tuple[float, ...]]:
 
 def _score(scores: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]:
     if len(set(clusters)) < 2:
-        return {"score": mean(scores), "se": None, "ci95": None}
+        return {"score": fmean(scores), "se": None, "ci95": None}
     estimate = clustered_score(scores, clusters)
     return {"score": estimate.mean, "se": estimate.se, "ci95": [estimate.lo, estimate.hi]}
 

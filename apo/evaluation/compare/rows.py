@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from apo.evaluation.results import Results, Scored, read_results
@@ -96,13 +96,13 @@ def pair_rows(results: Sequence[Results]) -> list[ComparedRow]:
 
 def _row(first: Scored, answers: Sequence[Sequence[Scored]]) -> ComparedRow:
     return ComparedRow(
-        first.part,
+        first.section,
         first.kind,
         first.question,
         first.cluster,
-        tuple(mean([entry.score for entry in scored]) for scored in answers),
-        tuple(mean([entry.score if entry.resolved else 0.0 for entry in scored]) for scored in answers),
-        tuple(mean([entry.score if entry.resolved else 1.0 for entry in scored]) for scored in answers),
+        tuple(fmean([entry.score for entry in scored]) for scored in answers),
+        tuple(fmean([entry.score if entry.resolved else 0.0 for entry in scored]) for scored in answers),
+        tuple(fmean([entry.score if entry.resolved else 1.0 for entry in scored]) for scored in answers),
         not any(entry.unanswered for scored in answers for entry in scored),
     )
 
@@ -110,12 +110,8 @@ def _row(first: Scored, answers: Sequence[Sequence[Scored]]) -> ComparedRow:
 def _by_row(results: Results) -> dict[Key, list[Scored]]:
     rows: dict[Key, list[Scored]] = {}
     for scored in results.scored():
-        rows.setdefault((scored.part, scored.row), []).append(scored)
+        rows.setdefault((scored.section, scored.row), []).append(scored)
     return rows
-
-
-def mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def model_names(folders: Sequence[Path]) -> list[str]:

@@ -162,9 +162,13 @@ def build_pairs(combination: Combination, number: int, target: Path, folder: Pat
     target_config = {"path": str(target), "temperature": 1.0, "max_tokens": 96, "batch_size": 64}
     judge = {"url": url, "model": "world-judge", "id": f"judge-{number}", "order": "random"}
     recipe: dict[str, Any] = {
-        "pipeline": "judged", "prompts": {"path": str(folder / "prompts.jsonl")}, "accept": combination.pairs,
-        "test_fraction": 0.0, "concurrency": 32, "out": str(folder / "built"),
-    }  # fmt: skip
+        "pipeline": "judged",
+        "prompts": {"path": str(folder / "prompts.jsonl")},
+        "accept": combination.pairs,
+        "test_fraction": 0.0,
+        "concurrency": 32,
+        "out": str(folder / "built"),
+    }
     if combination.kind in ("revised", "swapped", "exchanged"):
         reviser = {"url": url, "model": "world-reviser", "id": f"reviser-{number}"}
         recipe |= {"pipeline": "revised", "target": target_config, "reviser": reviser}
@@ -279,13 +283,26 @@ def train_and_score(order: Order) -> dict[str, Any]:
     started, out = time.monotonic(), Path(order.out)
     shutil.rmtree(out, ignore_errors=True)
     trainer = {
-        "learning_rate": order.learning_rate, "num_train_epochs": EPOCHS, "per_device_train_batch_size": BATCH,
-        "logging_steps": 20, "save_strategy": "no", "use_cpu": True,
-    }  # fmt: skip
-    config = TrainConfig.model_validate({
-        "model": order.target, "dataset": order.dataset, "objective": order.objective, "beta": order.beta,
-        "seed": order.seed, "probe": 0, "eval": False, "trainer": trainer, "out": order.out,
-    })  # fmt: skip
+        "learning_rate": order.learning_rate,
+        "num_train_epochs": EPOCHS,
+        "per_device_train_batch_size": BATCH,
+        "logging_steps": 20,
+        "save_strategy": "no",
+        "use_cpu": True,
+    }
+    config = TrainConfig.model_validate(
+        {
+            "model": order.target,
+            "dataset": order.dataset,
+            "objective": order.objective,
+            "beta": order.beta,
+            "seed": order.seed,
+            "probe": 0,
+            "eval": False,
+            "trainer": trainer,
+            "out": order.out,
+        }
+    )
     scores: dict[str, Any] = {"right": "0" * QUESTIONS}
     try:
         train(config, log=lambda _: None)

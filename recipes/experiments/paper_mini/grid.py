@@ -41,9 +41,16 @@ STEPS = 32
 EVALUATIONS = 4
 """Evaluations on the held-out pairs per epoch, the last at the checkpoint."""
 EVALUATION_METRICS = (
-    "loss", "logps/chosen", "logps/rejected", "rewards/accuracies", "rewards/ties", "rewards/margins",
-    "rewards/chosen", "rewards/rejected", "chosen_falls",
-)  # fmt: skip
+    "loss",
+    "logps/chosen",
+    "logps/rejected",
+    "rewards/accuracies",
+    "rewards/ties",
+    "rewards/margins",
+    "rewards/chosen",
+    "rewards/rejected",
+    "chosen_falls",
+)
 """The metrics that are recorded at each evaluation on the held-out pairs."""
 
 
@@ -80,15 +87,28 @@ def train_config(cell: Cell, paths: GridPaths, out: Path) -> Any:
     folder = paths.run / "pairs" / cell.data
     batch, every = rhythm(sum(1 for _ in read_rows(folder, ["train"])))
     trainer = {
-        "learning_rate": cell.learning_rate, "num_train_epochs": cell.epochs, "per_device_train_batch_size": batch,
+        "learning_rate": cell.learning_rate,
+        "num_train_epochs": cell.epochs,
+        "per_device_train_batch_size": batch,
         "per_device_eval_batch_size": 64,
-        "logging_steps": 10, "save_strategy": "epoch", "save_only_model": True, "use_cpu": True,
-        "eval_on_start": True, "eval_strategy": "steps", "eval_steps": every,
-    }  # fmt: skip
+        "logging_steps": 10,
+        "save_strategy": "epoch",
+        "save_only_model": True,
+        "use_cpu": True,
+        "eval_on_start": True,
+        "eval_strategy": "steps",
+        "eval_steps": every,
+    }
     recipe = {
-        "model": str(paths.target), "dataset": str(folder), "objective": cell.objective,
-        "beta": cell.beta, "seed": cell.seed, "probe": 0, "trainer": trainer, "out": str(out),
-    }  # fmt: skip
+        "model": str(paths.target),
+        "dataset": str(folder),
+        "objective": cell.objective,
+        "beta": cell.beta,
+        "seed": cell.seed,
+        "probe": 0,
+        "trainer": trainer,
+        "out": str(out),
+    }
     return TrainConfig.model_validate(recipe)
 
 

@@ -85,8 +85,16 @@ def draw(cells: Mapping[Name, Runs], path: Path, *, reward: bool) -> None:
                     axes.plot(line.epochs, line.mean, color=color, linewidth=1.7, linestyle=DASHES[side])
             _dress(axes, runs)
     for axes, objective in zip(grid[0], objectives, strict=True):
-        axes.annotate(DISPLAY_NAMES[objective], (0.5, 1), xytext=(0, 19), xycoords="axes fraction",
-                      textcoords="offset points", ha="center", fontsize=11, fontweight="bold")  # fmt: skip
+        axes.annotate(
+            DISPLAY_NAMES[objective],
+            (0.5, 1),
+            xytext=(0, 19),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="center",
+            fontsize=11,
+            fontweight="bold",
+        )
     for axes, data in zip(grid[:, 0], sets, strict=True):
         axes.set_ylabel(DISPLAY_NAMES[data], fontsize=10, fontweight="bold")
     from matplotlib.lines import Line2D

@@ -101,8 +101,9 @@ def rate_rows(runs: Mapping[str, Mapping[str, Any]], rates: Sequence[float]) -> 
     """The runs that tuned the learning rate: per cent right at the end, and the change of chosen answers in nats."""
     tried = {
         (run["data"], run["objective"], run["learning_rate"]): run
-        for run in runs.values() if run["purpose"] == "learning_rate"
-    }  # fmt: skip
+        for run in runs.values()
+        if run["purpose"] == "learning_rate"
+    }
     rows = [["pairs", "objective", *(f"{rate:g}" for rate in rates)]]
     for data, objective in dict.fromkeys(key[:2] for key in tried):
         rows.append([data, objective, *(_tried(tried.get((data, objective, rate))) for rate in rates)])
@@ -167,10 +168,17 @@ def per_pair_metrics(cells: Mapping[Name, Runs]) -> list[list[str]]:
             falls = _mean([float(value < 0) for run in moved for value in run["chosen_logratio"]])
             kl = _mean([value for run in moved for value in run["chosen_kl"]])
             rows.append(
-                [data, objective, f"{accuracy.mean:.0%} [{accuracy.lo:.0%}, {min(1.0, accuracy.hi):.0%}]",
-                 in_nats(margin),
-                 *_displaced(moved, "chosen"), *_displaced(moved, "rejected"), f"{falls:.0%}", f"{kl:.2f}"]
-            )  # fmt: skip
+                [
+                    data,
+                    objective,
+                    f"{accuracy.mean:.0%} [{accuracy.lo:.0%}, {min(1.0, accuracy.hi):.0%}]",
+                    in_nats(margin),
+                    *_displaced(moved, "chosen"),
+                    *_displaced(moved, "rejected"),
+                    f"{falls:.0%}",
+                    f"{kl:.2f}",
+                ]
+            )
     return rows
 
 

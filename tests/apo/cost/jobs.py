@@ -25,7 +25,7 @@ def llama(**sizes):
 
 def job(sizes, rows, **more):
     base = {
-        "padded_tokens": 1, "pairs": 1, "seen": 1, "stands_for": 1, "weight": 4, "compute": 4, "states": 2,
+        "padded_tokens": 1, "pairs": 1, "pairs_trained": 1, "stands_for": 1, "weight": 4, "compute": 4, "states": 2,
         "checkpointing": False, "accumulates": False, "copies": False, "reference": None,
     }  # fmt: skip
     return Job(sizes=sizes, rows=tuple(rows), **base | more)

@@ -160,7 +160,7 @@ def test_the_reference_is_counted_once_or_at_every_step():
     sizes = shapes.count_sizes(make_model())
     row = shapes.pair_cost(9, 0, 5, 5)
     forward = fit.forward_flops(sizes, row)
-    run = job(sizes, [row] * 4, pairs=4, seen=12)
+    run = job(sizes, [row] * 4, pairs=4, pairs_trained=12)
     bare = fit.run_flops(run)[0]
     assert bare == pytest.approx(12 * fit.step_flops(run, row))
     assert fit.run_flops(replace(run, reference="cached")) == pytest.approx((bare + 4 * forward, 4 * forward))
@@ -241,7 +241,7 @@ def test_memory_of_one_of_eight_processes_by_hand():
     assert fit.peak_memory(adapter)["weights"] == pytest.approx(
         4 * (sizes.parameters + 42_000_000) / 8 + 2 * (outside + 2 * layer)
     )
-    run = replace(alone, reference="cached", pairs=8, seen=8)
+    run = replace(alone, reference="cached", pairs=8, pairs_trained=8)
     assert fit.run_flops(run)[1] == 8 * fit.run_flops(replace(run, processes=8))[1]
 
 
