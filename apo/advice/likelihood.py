@@ -221,7 +221,7 @@ def _logps(model: Any, rows: Sequence[Mapping[str, Any]], advance: Callable[[int
     """Return the log-prob of each row's answer, computed in batches."""
     import torch
 
-    from apo.packing.logps import response_logps
+    from apo.packing.logps import pad_right, response_logps
 
     sequences = [(row["prompt_ids"], row["chosen_ids"]) for row in rows]
     longest = max(len(prompt) + len(answer) for prompt, answer in sequences)
@@ -229,11 +229,10 @@ def _logps(model: Any, rows: Sequence[Mapping[str, Any]], advance: Callable[[int
     with torch.no_grad():
         for start in range(0, len(sequences), count):
             batch = sequences[start : start + count]
-            ids, mask, answers = (torch.zeros(len(batch), longest, dtype=torch.long) for _ in range(3))
-            for index, (prompt, answer) in enumerate(batch):
-                end = len(prompt) + len(answer)
-                ids[index, :end] = torch.tensor([*prompt, *answer])
-                mask[index, :end], answers[index, len(prompt) : end] = 1, 1
+            ids, mask = pad_right([[*prompt, *answer] for prompt, answer in batch], longest)
+            answers = mask.clone()
+            for index, (prompt, _) in enumerate(batch):
+                answers[index, : len(prompt)] = 0
             sums = response_logps(model, *(tensor.to(model.device) for tensor in (ids, mask, answers)))
             logps += [ResponseLogp(value, len(answer)) for value, (_, answer) in zip(sums.tolist(), batch, strict=True)]
             advance(len(batch))

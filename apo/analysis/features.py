@@ -101,14 +101,9 @@ def encode(model: Any, pairs: Sequence[Mapping[str, Any]]) -> tuple[Tensor, ...]
 
 def last_hidden(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     """Return the last hidden states of rows of token ids, padded on the right, [N, L, D] in float32 on the host."""
-    import torch
+    from apo.packing.logps import pad_right
 
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-        mask[index, : len(row)] = 1
+    ids, mask = pad_right(rows)
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     decoder = base.get_decoder()
     states = decoder(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from apo.data.tokenize import COLUMNS, ID_COLUMNS, MASK_COLUMNS, UNPAIRED_COLUMNS, check_weight, needed_columns
+from apo.data.tokenize import COLUMNS, ID_COLUMNS, MASK_COLUMNS, UNPAIRED_COLUMNS, needed_columns
 from clair.core.errors import UserError, list_some, near_miss, one_line
 from clair.core.recipe import Recipe
 from clair.core.urls import public_url
@@ -321,16 +321,3 @@ def _repeated_indices(rows: int, weight: float, seed: int) -> list[int]:
     repeats, fraction = divmod(weight, 1)
     sample = sorted(random.Random(seed).sample(range(rows), round(fraction * rows)))
     return [row for row in range(rows) for _ in range(int(repeats))] + sample
-
-
-def check_weights(dataset: Dataset, column: str, name: str) -> None:
-    """Raises UserError if a weight is missing, not a finite number or negative, or if all are 0."""
-    if column not in dataset.column_names:
-        columns = ", ".join(dataset.column_names)
-        near = near_miss(column, dataset.column_names)
-        raise UserError(f"weights: the {name} dataset has no column {column!r}{near}; found: {columns}")
-    values = dataset[column][:]
-    for row, value in enumerate(values):
-        check_weight(value, f"{column!r} of row {row} of the {name} dataset")
-    if values and not any(values):
-        raise UserError(f"weights: every {column!r} of the {name} dataset is 0, so nothing would be learned")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from apo.data.encoding import control_tokens, no_end_message
 from apo.data.rendering import NOTES, render, writes_time
-from clair.core.errors import UserError
+from clair.core.errors import UserError, near_miss
 from clair.data.preference_rows import read_row
 from clair.data.preferences import check_columns, read_dataset, restore_row
 from clair.data.row_formats import COLUMNS, UNPAIRED_COLUMNS
@@ -66,16 +66,20 @@ def tokenize(
     num_proc: int | None = None,
     objective: Mixture | None = None,
     day: str | None = None,
+    weights: str | None = None,
 ) -> Tokenized:
     """`dataset` with the three id columns, and the masks if an answer contains other turns. Rows longer than
     `max_length` and pairs with equal answers are left out.
 
-    `day` is the date (YYYY-MM-DD) that a chat template writes as today's; None is the date of the clock.
+    `day` is the date (YYYY-MM-DD) that a chat template writes as today's; None is the date of the clock. `weights` is a
+    column of weights, which is checked.
 
     Raises UserError, in one line with the first row at fault, for a missing column, a row that cannot be rendered
     (rendering.py), an answer that ends twice, a prompt that begins twice, a label that is not true or false, pairs that
     are all equal, and unpaired rows under an `objective` that needs pairs.
     """
+    if weights is not None:
+        check_weights(dataset, weights, name)
     if set(ID_COLUMNS) <= set(dataset.column_names):
         _refuse_unpaired(objective, name, count_unpaired(dataset, name) is not None)
         return Tokenized(dataset)
@@ -188,6 +192,19 @@ def check_weight(value: Any, location: str) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and value >= 0):
         raise UserError(f"weights: {location} is {value!r}; finite and >= 0 needed")
+
+
+def check_weights(dataset: Dataset, column: str, name: str) -> None:
+    """Raises UserError if a weight is missing, not a finite number or negative, or if all are 0."""
+    if column not in dataset.column_names:
+        columns = ", ".join(dataset.column_names)
+        near = near_miss(column, dataset.column_names)
+        raise UserError(f"weights: the {name} dataset has no column {column!r}{near}; found: {columns}")
+    values = dataset[column][:]
+    for row, value in enumerate(values):
+        check_weight(value, f"{column!r} of row {row} of the {name} dataset")
+    if values and not any(values):
+        raise UserError(f"weights: every {column!r} of the {name} dataset is 0, so nothing would be learned")
 
 
 def needed_columns(dataset: Dataset) -> tuple[str, str, str]:

@@ -163,13 +163,9 @@ def _token_logps(
     """For each (prompt, response): log-probs under policy and reference, and their KL, each `[T]` in float64."""
     import torch
 
-    longest = max(len(prompt) + len(response) for prompt, response in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for index, (prompt, response) in enumerate(rows):
-        ids[index, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
-        mask[index, : len(prompt) + len(response)] = 1
-    ids, mask = ids.to(policy.device), mask.to(policy.device)
+    from apo.packing.logps import pad_right
+
+    ids, mask = (tensor.to(policy.device) for tensor in pad_right([[*prompt, *response] for prompt, response in rows]))
     policy_logits = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits
     with reference() as model:
         reference_logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits

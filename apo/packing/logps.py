@@ -6,7 +6,7 @@ returns `PairLogps`. `padded_logps` is the default.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -32,6 +32,15 @@ class PairLogps(NamedTuple):
 
 
 PairLogpsFunction = Callable[..., PairLogps]
+
+
+def pad_right(rows: Sequence[Sequence[int]], length: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of token ids with zeros behind, up to the longest row or to `length`, and their attention mask, [N, L]."""
+    import torch
+
+    length = max(length, *map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
+    return ids, torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
 
 
 def response_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:

@@ -35,8 +35,6 @@ class CheckpointTrainer(DPOTrainer):
 
     verified_checkpoint: Path | None = None
     """A checkpoint whose files have just been hashed: `train` does not hash them again."""
-    _writes_checkpoint = False
-    """True while a checkpoint is written."""
     _is_decomposed = False
     """True if the adapter began as a part of the weights (decomposed_lora.py)."""
     _saved_use_cache: bool
@@ -80,12 +78,13 @@ class CheckpointTrainer(DPOTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint under `.unfinished/`, then move it into place (checkpoints.py)."""
-        self._writes_checkpoint = True
-        try:
-            with stop_on_write_error(self, "the checkpoint"):
+        out = self.args.output_dir
+        with stop_on_write_error(self, "the checkpoint"):
+            try:
+                self.args.output_dir = str(self._output_dir / checkpoints.UNFINISHED)
                 super()._save_checkpoint(model, trial)
-        finally:
-            self._writes_checkpoint = False
+            finally:
+                self.args.output_dir = out
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             with stop_on_write_error(self, "the checkpoint"):
@@ -103,10 +102,6 @@ class CheckpointTrainer(DPOTrainer):
         if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
             self._upload(out / name, f"Training in progress, step {self.state.global_step}")
         rotate_checkpoints(str(out), self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / checkpoints.UNFINISHED) if self._writes_checkpoint else folder
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save weights as safetensors (or the trained adapter alone), config, generation config and tokenizer.

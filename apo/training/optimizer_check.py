@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import math
+from collections import UserDict
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from apo.training.trainer_config import APOConfig
 
 
-class _ReadOptions(dict[str, str]):
+class _ReadOptions(UserDict[str, str]):
     """Options of an optimizer, with the `names` of those that it looks up."""
 
     def __init__(self, options: dict[str, str]) -> None:
@@ -28,21 +30,9 @@ class _ReadOptions(dict[str, str]):
         self.names.add(name)
         return super().__getitem__(name)
 
-    def get(self, name: str, default: Any = None) -> Any:
-        self.names.add(name)
-        return super().get(name, default)
-
-    def pop(self, name: str, default: Any = None) -> Any:
-        self.names.add(name)
-        return super().get(name, default)
-
     def __iter__(self) -> Iterator[str]:
-        self.names.update(super().keys())
+        self.names.update(self.data)
         return super().__iter__()
-
-    def keys(self) -> Any:
-        self.names.update(super().keys())
-        return super().keys()
 
 
 class _NeedsModel(Exception):
@@ -54,11 +44,20 @@ class _UnloadedModel:
         raise _NeedsModel
 
 
-def check_optimizer(args: APOConfig, steps: int) -> None:
+def count_steps(args: APOConfig, pairs: Sized, processes: int | None = None) -> int:
+    """Optimizer steps of the run, as the trainer counts them; `pairs` of unknown number need `max_steps`."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = len(pairs) / (args.per_device_train_batch_size * (processes or args.world_size))
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+
+
+def check_optimizer(args: APOConfig, steps: int, prefix: str = "trainer.") -> None:
     """Set up the optimizer on a single weight, and its learning rate schedule over `steps`, as training will.
 
-    Raises UserError for what cannot be set up, and for `optim_args` that the optimizer does not read, which
-    transformers ignores.
+    Errors name the options with `prefix`. Raises UserError for what cannot be set up, and for `optim_args` that the
+    optimizer does not read, which transformers ignores.
     """
     import torch
     from transformers.optimization import get_scheduler
@@ -66,14 +65,15 @@ def check_optimizer(args: APOConfig, steps: int) -> None:
 
     name = getattr(args.optim, "value", args.optim)
     weight = torch.nn.Parameter(torch.zeros(1))
-    with setup_errors(f"trainer.optim {name}", "optim, optim_args and adam_"):
+    with setup_errors(f"{prefix}optim {name}", "optim, optim_args and adam_"):
         handler = _OPTIMIZER_HANDLERS.get(args.optim)
         if handler is None:
             raise ValueError("transformers has no such optimizer")
         try:
-            options = _ReadOptions(_parse_optim_args(args.optim_args))
+            given = _parse_optim_args(args.optim_args)
         except ValueError as error:
-            raise UserError(f"trainer.optim_args is {args.optim_args!r}; write name=value, ...") from error
+            raise UserError(f"{prefix}optim_args is {args.optim_args!r}; write name=value, ...") from error
+        options: Any = _ReadOptions(given)
         adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         model: Any = _UnloadedModel()
         context = OptimizerContext(args, model, {"lr": args.learning_rate}, adam, options)
@@ -83,15 +83,15 @@ def check_optimizer(args: APOConfig, steps: int) -> None:
                 optimizer([weight], **arguments)
             elif not {"model", "params"} & set(arguments):
                 inspect.signature(optimizer).bind([weight], **arguments)
-    if unread := next((option for option in dict.keys(options) if option not in options.names), None):
+    if unread := next((option for option in given if option not in options.names), None):
         allowed = ", ".join(sorted(options.names)) or "none"
         raise UserError(
-            f"trainer.optim_args: {name} has no option {unread!r}{near_miss(unread, options.names)}; options: {allowed}"
+            f"{prefix}optim_args: {name} has no option {unread!r}{near_miss(unread, options.names)}; options: {allowed}"
         )
     schedule_options = args.lr_scheduler_kwargs
     assert not isinstance(schedule_options, str)  # TrainingArguments parses JSON text
     kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    with setup_errors(f"trainer.lr_scheduler_type {kind}", "lr_scheduler_kwargs"):
+    with setup_errors(f"{prefix}lr_scheduler_type {kind}", "lr_scheduler_kwargs"):
         get_scheduler(
             args.lr_scheduler_type, torch.optim.SGD([weight], lr=args.learning_rate), args.get_warmup_steps(steps),
             steps, schedule_options,

@@ -12,7 +12,7 @@ from apo.models.load import ModelName, context_length, find_model, load_generati
 from apo.monitoring.guard import load_guard
 from apo.run_dir.files import template_day
 from apo.training.config import TrainConfig, lora_config, trainer_options
-from apo.training.optimizer_check import check_optimizer
+from apo.training.optimizer_check import check_optimizer, count_steps
 from clair.core.errors import UserError
 from clair.inference.model_folder import unknown_variable
 
@@ -127,7 +127,7 @@ def plan(config: TrainConfig, processes: int | None = None, day: str | None = No
     if args.shared_prefix and args.pack_tokens:
         train.notes.extend(_oversize_notes(train.dataset, args.pack_tokens))
     guard_set = load_guard(config.guard, tokenizer, generation, context, day) if config.guard else None
-    steps = _steps(args, len(train.dataset), count)
+    steps = count_steps(args, train.dataset, count)
     check_optimizer(args, steps)
     return Plan(config, name, tokenizer, args, train, evaluated, steps, day, guard_set, count)
 
@@ -183,14 +183,11 @@ def estimate(planned: Plan) -> Estimate | str:
 
 
 def _tokenize(pairs: Dataset, split: str, tokenizer: Any, generation: Any, args: APOConfig, day: str) -> Tokenized:
-    from apo.data.sources import check_weights
     from apo.data.tokenize import eos_ids, tokenize
     from apo.losses.mixture import resolve_mixture
 
-    if args.weights is not None:
-        check_weights(pairs, args.weights, split)
     eos, objective = eos_ids(tokenizer, generation), resolve_mixture(args.objective)
-    return tokenize(pairs, tokenizer, args.max_length, eos, split, args.dataset_num_proc, objective, day)
+    return tokenize(pairs, tokenizer, args.max_length, eos, split, args.dataset_num_proc, objective, day, args.weights)
 
 
 def _oversize_notes(pairs: Dataset, max_tokens: int) -> list[str]:
@@ -207,12 +204,3 @@ def _oversize_notes(pairs: Dataset, max_tokens: int) -> list[str]:
         return []
     count = f"{len(sizes):,} rows are longer than trainer.pack_tokens {max_tokens:,}, up to {max(sizes):,} tokens"
     return [f"{count}: each is a pass of its own"]
-
-
-def _steps(args: APOConfig, pairs: int, processes: int) -> int:
-    """Optimizer steps of the run, as the trainer counts them."""
-    if args.max_steps > 0:
-        return args.max_steps
-    batches = pairs / (args.per_device_train_batch_size * processes)
-    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,6 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
-from apo.data.sources import check_weights
 from apo.data.tokenize import MASK_COLUMNS, answer_lengths, eos_ids, tokenize, tokenize_stream
 from apo.distributed.deepspeed import accumulate_gradients, cast_for_deepspeed, register_zero3, unregister_zero3
 from apo.distributed.launch import fsdp_requested
@@ -44,7 +44,7 @@ from apo.training.arguments import (
 from apo.training.checkpointing import CheckpointTrainer
 from apo.training.collator import PairCollator
 from apo.training.logprobs import LogprobComputer, add_neftune_noise
-from apo.training.optimizer_check import setup_errors
+from apo.training.optimizer_check import check_optimizer, count_steps
 from apo.training.reference import NO_CACHE_FOR_STREAMS, Advance, add_reference_logps
 from apo.training.trainer_config import APOConfig
 from clair.core.errors import UserError
@@ -110,7 +110,6 @@ class APOTrainer(CheckpointTrainer):
         self.reference_computed: dict[str, int] = {}
         self.current_batch: PairBatch | None = None
         self._micro_batch: PairBatch | None = None
-        self._weights_hash: str | None = None
         self.notes: list[str] = []
         self._generation_config = getattr(model, "generation_config", None)
         self._kl: torch.Tensor | tuple[float, float] = (0.0, 0.0)
@@ -163,17 +162,6 @@ class APOTrainer(CheckpointTrainer):
         for note in dict.fromkeys(self.notes) if args.process_index == 0 else ():
             log(note)
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """TRL's optimizer. Raises UserError for options that it does not have, and for a package not installed."""
-        with setup_errors(f"optim {getattr(self.args.optim, 'value', self.args.optim)}", "optim, optim_args and adam_"):
-            return super().create_optimizer(model)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """TRL's learning rate schedule. Raises UserError for options that it does not have."""
-        kind = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
-        with setup_errors(f"lr_scheduler_type {kind}", "lr_scheduler_kwargs"):
-            return super().create_scheduler(num_training_steps, optimizer)
-
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, with FSDP disabled until the trainer is built and ZeRO-3 until training starts.
 
@@ -202,10 +190,15 @@ class APOTrainer(CheckpointTrainer):
             )
             self.notes += notes
             return stream
-        if args.weights is not None:
-            check_weights(dataset, args.weights, dataset_name)
         tokenized = tokenize(
-            dataset, processing_class, args.max_length, eos, dataset_name, args.dataset_num_proc, self.objective
+            dataset,
+            processing_class,
+            args.max_length,
+            eos,
+            dataset_name,
+            args.dataset_num_proc,
+            self.objective,
+            weights=args.weights,
         )
         self.dropped[dataset_name] = tokenized.dropped
         self.notes += tokenized.notes
@@ -360,15 +353,17 @@ class APOTrainer(CheckpointTrainer):
         self.reference_computed[name] = computed
         return dataset
 
+    @cached_property
+    def _reference_hash(self) -> str:
+        return hash_model(self._reference)
+
     def _reference_identity(self) -> tuple[str, ...]:
         """What log-probs depend on besides ids: weights, numeric types, attention, form of the batch, and device."""
         model = self._reference
-        if self._weights_hash is None:
-            self._weights_hash = hash_model(model)
         form = "shared_prefix_logps" if self.is_packed else getattr(self.logps.pair_logps, "__name__", "")
         attention = getattr(model.config, "_attn_implementation", "")
         types = str(next(model.parameters()).dtype), str(self.accelerator.mixed_precision)
-        return self._weights_hash, *types, str(attention), form, self.args.device.type
+        return self._reference_hash, *types, str(attention), form, self.args.device.type
 
     def _divergence(self, batches: Sequence[PairBatch]) -> torch.Tensor:
         """KTO's kl: the mean log-ratio, in nats, of each prompt with the next pair's responses, [2]: summed over their
@@ -394,9 +389,11 @@ class APOTrainer(CheckpointTrainer):
         """TRL's training. Raises `failures.Stopped` when memory runs out or a loss is not finite.
 
         With `resume_from_checkpoint=True` it resumes from the newest whole checkpoint of `output_dir`. Raises UserError
-        for a given checkpoint that is damaged.
+        for a given checkpoint that is damaged, and for an optimizer or a schedule that cannot be set up.
         """
         resume_from_checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
+        if self.optimizer is None:
+            check_optimizer(self.args, count_steps(self.args, self.train_dataset), "")
         register_zero3(self._deepspeed_config)
         noise = contextlib.nullcontext()
         alpha, self.neftune_noise_alpha = self.neftune_noise_alpha, None
@@ -447,10 +444,15 @@ class APOTrainer(CheckpointTrainer):
         `num_items_in_batch` is sum(w) over the whole step: its number of pairs if all weigh 1. A step whose pairs all
         weigh 0 has loss 0.
         """
-        mode = "train" if model.training else "eval"
+        mode, precision = (
+            ("train", contextlib.nullcontext()) if model.training else ("eval", self.accelerator.autocast())
+        )
+        if mode == "eval":
+            inputs = self._drop_repeats(inputs, self.args.eval_batch_size)
         self.current_batch = inputs
         options = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        policy = self.logps(model, inputs, **options)
+        with precision:  # of a training step, also before training
+            policy = self.logps(model, inputs, **options)
         reference = self._reference_logps(inputs) if self.objective.needs_reference else None
         if mode == "eval" and self.objective.needs_divergence:
             self._kl = self._divergence([inputs])
@@ -513,14 +515,6 @@ class APOTrainer(CheckpointTrainer):
         """TRL's evaluation; its time does not count in pairs per second."""
         with self.meter.pause():
             return super().evaluate(*args, **kwargs)
-
-    def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Any, Any, Any]:
-        """The loss alone: logits are never built. In the precision of training, also before it starts."""
-        batch: Any = self._drop_repeats(inputs, self.args.eval_batch_size)
-        with self.accelerator.autocast():
-            return super().prediction_step(model, batch, True, ignore_keys)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint of finite weights; its time does not count in pairs per second."""

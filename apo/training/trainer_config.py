@@ -108,6 +108,7 @@ class APOConfig(DPOConfig):
         if self.pack_tokens is not None and not self.shared_prefix:
             raise UserError("pack_tokens would be ignored without shared_prefix; leave it out")
         self._choose_by_hardware()
+        self.prediction_loss_only = True  # logits are never built
         # TRL's collator needs a mode, and never has a row to cut.
         self.truncation_mode = "keep_start"  # pyright: ignore[reportIncompatibleVariableOverride]  # as above
         super().__post_init__()

@@ -199,6 +199,7 @@ def test_a_set_to_evaluate_on_has_every_form_that_trl_takes(tmp_path, model_dir,
     final, passed = trainer.evaluate(), trainer.evaluate(SETS[form](rows))
     assert [final[name] for name in names] == [passed[name] for name in names]
     assert all(final[name] != initial[name] for name in names)
+    assert passed[f"{names[0].removesuffix('loss')}samples_per_second"] > 0
 
 
 def test_kto_trains_with_a_cached_reference_as_with_an_online_one(tmp_path, model_dir, pairs):

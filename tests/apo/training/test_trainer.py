@@ -16,6 +16,7 @@ from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer, TrlParser
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from apo.losses.mixture import resolve_mixture
 from apo.monitoring.failures import Stopped
@@ -248,6 +249,20 @@ def test_the_loss_is_the_weighted_mean_of_the_pairs_losses(tmp_path, tokenizer):
         loss = trainer.compute_loss(trainer.model, batch)
     a, b, c, d = (-logps.chosen / logps.chosen_len).tolist()
     assert loss.item() == pytest.approx((0 * a + 1 * b + 2.5 * c + 0.25 * d) / 3.75, abs=1e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_a_collator_of_the_users_own_trains_the_pairs_that_it_stacks(packed, tmp_path, tokenizer):
+    runs, pad = [], DataCollatorForPreference(pad_token_id=5)
+    for collate in (None, lambda rows: {**pad(rows), "extra": torch.zeros(len(rows))} if packed else pad(rows)):
+        limit = {"pack_tokens": 40} if packed else {}
+        trainer = apo_trainer(
+            tmp_path, tokenizer, weighted(), objective="kto", weights="trust", shared_prefix=packed, **limit
+        )
+        trainer.data_collator = collate or trainer.data_collator
+        check_before_training(trainer)
+        runs.append(trained(trainer))
+    assert_same_run(*runs)
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
